@@ -1,0 +1,90 @@
+"""The numbers that fix a PAR model, and the table of named sizes (paper, table 6; spec of the checkpoints)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Order = Literal["distant", "raster"]
+
+
+@dataclass(frozen=True)
+class PARConfig:
+    """Architecture of one model, validated once.
+
+    Letters: T x H x W grid (T = 1 for images), N = T*H*W tokens, n tokens per group, V codes, d width,
+    D head size. ``group_size=1`` is plain raster autoregression (LlamaGen).
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    vocab_size: int = 16384
+    n_classes: int = 1000
+    grid: tuple[int, int, int] = (1, 24, 24)
+    group_size: int = 4
+    # Ablations of the paper (table 4). The defaults are the method.
+    order: Order = "distant"  #: "raster": a group is n neighbours of the raster order
+    sequential_initial: bool = True  #: False: the first group is generated in parallel too
+    causal_groups: bool = False  #: True: causal attention inside a group
+    # Training only; generation and export ignore it.
+    dropout: float = field(default=0.0, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(int(g) for g in self.grid))
+        if len(self.grid) != 3 or min(self.grid) < 1:
+            raise ValueError(f"grid={self.grid}; expected (T, H, W), each at least 1, with T = 1 for images")
+        for name in ("dim", "n_layers", "n_heads", "vocab_size", "n_classes", "group_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.dim % self.n_heads:
+            raise ValueError(f"dim={self.dim} is not a multiple of n_heads={self.n_heads}; choose n_heads so that it is")
+        if self.head_dim % 4:
+            raise ValueError(
+                f"head size {self.head_dim} (dim={self.dim} / n_heads={self.n_heads}) is not a multiple of 4, "
+                "which the 2-D rotary embedding needs; choose other n_heads"
+            )
+        _, height, width = self.grid
+        n, s = self.group_size, math.isqrt(self.group_size)
+        if s * s != n:
+            raise ValueError(f"group_size={n} is not a square; expected 1, 4, 9, 16, ... (a group takes one token in each of s x s regions)")
+        if height % s or width % s:
+            raise ValueError(f"a grid of {height}x{width} does not split into {s}x{s} equal regions (group_size={n})")
+        if n * 2 > height * width:
+            raise ValueError(f"group_size={n} is more than half of the {height * width} tokens of a frame; choose a smaller group")
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.dim // self.n_heads
+
+    @property
+    def n_tokens(self) -> int:
+        """N."""
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def ffn_dim(self) -> int:
+        """Two thirds of 4d, rounded up to a multiple of 256."""
+        return -(-int(2 * (4 * self.dim) / 3) // 256) * 256
+
+
+#: name -> (d, layers, heads). Nothing else differs between the published sizes.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "tiny": (256, 8, 4),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1280, 36, 20),
+    "XXL": (1536, 48, 24),
+    "3B": (3200, 24, 32),
+}
+
+
+def named(size: str, **changes: Any) -> PARConfig:
+    """The config of a named size; ``changes`` are further fields of :class:`PARConfig`."""
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)}")
+    dim, n_layers, n_heads = SIZES[size]
+    return PARConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, **changes)

@@ -1,0 +1,174 @@
+"""Train a small VQ tokenizer on a folder of images: ``parvis train-tokenizer``.
+
+Loss: L1, plus L1 of the image gradient (edges), plus the VQ commitment terms. Codes that nothing was
+assigned to for a while restart at encoder outputs, which keeps the whole codebook in use.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from par_model.training import EMA, ImageFolder, Run, batch_index, cosine
+from par_model.vq import VQConfig, VQModel
+
+COMMITMENT = 0.25  # weight of |z - stop(code)|^2 against |stop(z) - code|^2, the usual VQ value
+RESTART_EVERY = 100
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    torch.manual_seed(args.seed)
+    config = VQConfig(
+        codebook_size=args.codes,
+        channels=args.channels,
+        channel_multipliers=tuple(args.multipliers),
+        res_blocks=args.res_blocks,
+        z_channels=args.z_channels,
+        norm_groups=args.norm_groups,
+    )
+    train(config, args)
+    return 0
+
+
+def train(config: VQConfig, args: argparse.Namespace) -> None:
+    """Run or resume the training that ``args`` (see ``--help``) describes."""
+    data, held_out = ImageFolder.open(args.data), ImageFolder.open(args.val)
+    run = Run(args.run)
+    model = VQModel(config).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    ema = EMA(model, 0.999)
+    usage = torch.zeros(config.codebook_size)
+    step = 0
+    if (state := run.resume(args.resume)) is not None:
+        model.load_state_dict(state["live"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.shadow, step = state["model"], state["step"]
+    compiled = torch.compile(reconstruct) if args.compile else reconstruct
+
+    def save() -> None:
+        run.save(
+            "checkpoint.pt",
+            {
+                "model": ema.shadow,
+                "config": asdict(config) | {"kind": "vq"},
+                "live": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+            },
+        )
+
+    while step < args.steps and not run.should_stop:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, args.steps, args.lr, warmup=100)
+        index = batch_index(args.seed, step, args.batch, len(data.images))
+        x = data.batch(index).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, parts, z, ids = compiled(model, x)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update(model, step)
+        usage += torch.bincount(ids.flatten(), minlength=config.codebook_size)
+        step += 1
+        if step % RESTART_EVERY == 0 and step < args.steps // 2:
+            restarted = restart_dead_codes(model, usage, z.detach())
+            usage.zero_()
+            if restarted:
+                for key in ("quantize.embedding.weight",):
+                    ema.shadow[key].copy_(model.state_dict()[key])
+        if step % args.report == 0 or step == args.steps:
+            row: dict[str, Any] = {k: float(v.detach()) for k, v in parts.items()}
+            run.log(step=step, images=step * args.batch, **row, **validate(config, ema, held_out, args.run / "sheet.png"))
+            save()
+    save()
+
+
+def reconstruct(model: VQModel, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """Loss, its parts, encoder outputs [B*h*w, codebook_dim] and ids [B,h,w] of images [B,3,H,W]."""
+    z = model.quant_conv(model.encoder(x)).float()
+    with torch.autocast("cpu", enabled=False):
+        z = F.normalize(z.permute(0, 2, 3, 1), dim=-1)
+        codebook = F.normalize(model.quantize.embedding.weight, dim=-1)
+        with torch.no_grad():
+            ids = (z.reshape(-1, z.shape[-1]) @ codebook.T).argmax(1)
+        code = codebook[ids].reshape(z.shape)
+        vq = ((z.detach() - code) ** 2).sum(-1).mean() + COMMITMENT * ((z - code.detach()) ** 2).sum(-1).mean()
+        straight = z + (code - z).detach()  # gradients pass to the encoder as if there were no rounding
+    y = model.decode_codes(straight.permute(0, 3, 1, 2)).float()
+    l1 = (y - x).abs().mean()
+    edges = (y.diff(dim=2) - x.diff(dim=2)).abs().mean() + (y.diff(dim=3) - x.diff(dim=3)).abs().mean()
+    l2 = ((y - x) ** 2).mean()
+    loss = l1 + edges + l2 + 0.5 * vq
+    return loss, {"l1": l1, "edges": edges, "mse": l2, "vq": vq}, z.reshape(-1, z.shape[-1]), ids
+
+
+@torch.no_grad()
+def restart_dead_codes(model: VQModel, usage: Tensor, z: Tensor) -> int:
+    """Move codes without any use to random encoder outputs ``z`` [M, codebook_dim]; returns how many."""
+    dead = (usage == 0).nonzero().flatten()
+    if len(dead):
+        pick = torch.randint(len(z), (len(dead),))
+        weight = model.quantize.embedding.weight
+        weight[dead] = z[pick] + 0.01 * torch.randn(len(dead), z.shape[1])
+        alive = usage > 0
+        weight[alive] = F.normalize(weight[alive], dim=-1)
+    return len(dead)
+
+
+@torch.no_grad()
+def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, count: int = 256) -> dict[str, float]:
+    """PSNR (dB) and used share of the codebook on ``count`` held-out images, with the averaged weights."""
+    from PIL import Image
+
+    model = VQModel(config)
+    model.load_state_dict(ema.shadow)
+    model.to(memory_format=torch.channels_last).eval()
+    squared, used, rows = 0.0, set(), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for start in range(0, count, 64):
+            x = held_out.batch(np.arange(start, min(start + 64, count)))
+            ids = model.encode(x.to(memory_format=torch.channels_last))
+            y = model.decode(ids).float().clamp(-1, 1)
+            squared += float(((y - x) ** 2).mean(dim=(1, 2, 3)).sum())
+            used.update(ids.flatten().tolist())
+            if start == 0:
+                pairs = torch.stack([x[:24], y[:24]], 1)  # [24, 2, 3, H, W]
+                rows = [pairs[i : i + 12].permute(1, 3, 0, 4, 2).flatten(0, 1).flatten(1, 2) for i in (0, 12)]
+    pixels = ((torch.cat(rows).clamp(-1, 1) + 1) * 127.5).to(torch.uint8).numpy()
+    Image.fromarray(pixels).save(sheet)
+    mse = squared / count / 4  # images span 2, so the peak squared is 4
+    return {"psnr_db": float(-10 * np.log10(mse)), "codes_used": len(used) / config.codebook_size}
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="parvis train-tokenizer", description="Train a VQ tokenizer on a folder of images.")
+    p.add_argument("--data", type=Path, required=True, help="folder with images.u8, labels.u8, meta.json")
+    p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
+    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheet.png")
+    p.add_argument("--resume", action="store_true", help="continue the run in --run")
+    p.add_argument("--steps", type=int, default=4000)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--report", type=int, default=250, help="steps between reports and checkpoints")
+    p.add_argument("--codes", type=int, default=1024, help="codebook size")
+    p.add_argument("--channels", type=int, default=32)
+    p.add_argument("--res-blocks", type=int, default=1, help="per encoder level; the decoder has one more")
+    p.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 3])
+    p.add_argument("--z-channels", type=int, default=64)
+    p.add_argument("--norm-groups", type=int, default=8)
+    p.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
+    return p
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
