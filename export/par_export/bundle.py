@@ -1,0 +1,265 @@
+"""Checkpoint to bundle: weights streamed, graphs written, parity proven, then one rename.
+
+Everything is written into a hidden folder beside the target; a kill, a full disk or a failed parity gate leaves no
+bundle. A folder that a killed process left behind is removed by the next export to the same place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+
+from par_export import verify
+from par_export.decoder import decoder_graph, write_decoder_weights
+from par_export.graph import WEIGHTS_FILE, Graph, Weights
+from par_export.sampling import Variant
+from par_export.step import io_table, padded_head_dim, step_graph, write_weights
+from par_model.checkpoint import Checkpoint, CheckpointError, open_checkpoint, par_config, vq_config
+from par_model.config import PARConfig
+from par_model.ordering import CLASS, TOKEN, Phase, input_kinds, phases, token_order
+from par_model.vq import VQConfig
+from par_runtime import __version__
+from par_runtime.bundle import SCHEMA, seal
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+SELFTEST_GUIDANCE = 1.5
+
+
+class ExportError(Exception):
+    """An export that cannot be done as asked; the message says how to fix it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export. ``heads`` and ``grid`` are needed only where shapes and named sizes leave them open."""
+
+    checkpoint: Path
+    tokenizer: Path | None
+    out: Path
+    precision: str = "fp32"
+    heads: int | None = None
+    grid: tuple[int, int, int] | None = None
+    sampling: Variant = "topk"
+    name: str | None = None
+    class_names: list[str] | None = None
+    defaults: dict[str, Any] | None = None
+    force: bool = False
+
+
+def export(request: Request, say: Callable[[str], None] = print) -> Path:
+    """Write the bundle of ``request``; returns its path. Raises ExportError, CheckpointError, ParityError, OSError."""
+    started = time.monotonic()
+    if request.precision not in PRECISIONS:
+        raise ExportError(f"precision {request.precision!r}; expected one of {', '.join(PRECISIONS)}")
+    dtype = PRECISIONS[request.precision]
+    checkpoint = open_checkpoint(request.checkpoint)
+    config = par_config(checkpoint, heads=request.heads, grid=request.grid)
+    vq_file, vq = None, None
+    if request.tokenizer is not None:
+        vq_file = open_checkpoint(request.tokenizer)
+        vq = vq_config(vq_file)
+        if vq.codebook_size != config.vocab_size:
+            raise CheckpointError(
+                f"{request.tokenizer}: has {vq.codebook_size} codes, the model was trained on {config.vocab_size}; "
+                "give the tokenizer whose codes the model was trained on"
+            )
+    if vq is not None and config.grid[0] != 1:
+        raise ExportError("a video grid takes no image tokenizer; give --tokenizer none")
+    names = request.class_names or checkpoint.class_names
+    if names is not None and len(names) != config.n_classes:
+        raise ExportError(f"{len(names)} class names for a model of {config.n_classes} classes; give one per class")
+    parameters = sum(t.numel() for t in checkpoint.tensors.values())
+    t, h, w = config.grid
+    say(
+        f"{request.checkpoint}: width {config.dim}, {config.n_layers} layers, {config.n_heads} heads of {config.head_dim}, "
+        f"{parameters:,} parameters, {config.n_classes} classes, {config.vocab_size} codes, grid {t}x{h}x{w}, "
+        f"n = {config.group_size}, {sum(p.repeat for p in phases(config))} calls per image"
+    )
+    with staging(request.out, request.force) as folder:
+        weights = Weights(folder / WEIGHTS_FILE)
+        try:
+            write_weights(weights, config, checkpoint, dtype)
+            if vq_file is not None:
+                write_decoder_weights(weights, vq_file, dtype)
+        finally:
+            weights.close()
+        graphs = write_graphs(folder, config, vq, weights, dtype, request.sampling)
+        say(f"graphs and weights written after {time.monotonic() - started:.1f} s; checking them against PyTorch")
+        checked = verify.gate(folder, config, checkpoint, weights, guidance=SELFTEST_GUIDANCE)
+        if vq is not None and vq_file is not None:
+            checked["parity"]["decoder"] = verify.gate_decoder(folder, config, vq, vq_file, dtype, token_order(config))
+        manifest = {
+            "schema": SCHEMA,
+            "name": request.name or request.out.name,
+            "created": {
+                "parvis": __version__,
+                "torch": torch.__version__,
+                "onnx": onnx.__version__,
+                "onnxruntime": onnxruntime.__version__,
+            },
+            "model": _model_entry(config, parameters),
+            "grid": list(config.grid),
+            "group_size": config.group_size,
+            "n_tokens": config.n_tokens,
+            "precision": request.precision,
+            "order": token_order(config).tolist(),
+            "phases": [_phase_entry(config, phase) for phase in phases(config) if phase.repeat],
+            "ids": {
+                "class_base": config.vocab_size,
+                "no_class": config.vocab_size + config.n_classes,
+                "learnable_base": config.vocab_size + config.n_classes + 1,
+            },
+            "graphs": graphs,
+            "cache": {
+                "dtype": "float32",
+                "inputs": [i["name"] for i in graphs["step"]["inputs"] if i["name"].startswith("past_")],
+                "outputs": [o["name"] for o in graphs["step"]["outputs"] if o["name"].startswith("present_")],
+                "heads": config.n_heads,
+                "head_dim": padded_head_dim(config),
+            },
+            "tokenizer": None
+            if vq is None
+            else {
+                "downsampling": vq.downsampling,
+                "image_size": [h * vq.downsampling, w * vq.downsampling],
+                "codebook_size": vq.codebook_size,
+                "config": asdict(vq),
+            },
+            "class_names": names,
+            "defaults": {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | (request.defaults or {}),
+            **checked,
+        }
+        manifest["files"] = {
+            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())
+        }
+        (folder / "manifest.json").write_text(json.dumps(seal(manifest), indent=1))
+    size = sum(f.stat().st_size for f in request.out.iterdir())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    say(f"{request.out}: {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s, peak memory {peak:.0f} MB; {_parity_line(checked['parity'])}")
+    return request.out
+
+
+def write_graphs(
+    folder: Path, config: PARConfig, vq: VQConfig | None, weights: Weights, dtype: str, sampling: Variant
+) -> dict[str, Any]:
+    """Write every graph of a bundle into ``folder``; returns the manifest's ``graphs`` entry."""
+    entries: dict[str, Any] = {}
+
+    def add(name: str, graph: Graph, tail: str | None, inputs: list[Any], outputs: list[Any]) -> None:
+        graph.save(folder / f"{name}.onnx")
+        entries[name] = {"file": f"{name}.onnx", "sampling": tail, "inputs": inputs, "outputs": outputs}
+
+    n = config.group_size
+    plan: list[tuple[str, int | None, str, Variant]] = [
+        ("step", None, "float32", "dynamic"),
+        ("prefill", 1, dtype, sampling),
+        ("transition", n, dtype, sampling),
+        ("group", n, dtype, sampling),
+    ]
+    for name, query, compute, tail in plan:
+        verify_output = name == "step"
+        graph = step_graph(config, weights, name=name, compute=compute, query=query, sampling=tail, verify=verify_output)
+        inputs, outputs = ([asdict(io) for io in table] for table in io_table(config, compute, query, config.n_tokens if query else None))
+        if verify_output:
+            outputs.append({"name": "logits", "dtype": "float32", "shape": ("B", "q", config.vocab_size)})
+        add(name, graph, tail, inputs, outputs)
+    if vq is not None:
+        _, h, w = config.grid
+        size = (h * vq.downsampling, w * vq.downsampling)
+        tokens = {"name": "tokens", "dtype": "int64", "shape": ("B", config.n_tokens)}
+        images = {"name": "images", "dtype": "uint8", "shape": ("B", *size, 3)}
+        add("decoder", decoder_graph(config, vq, weights), None, [tokens], [images])
+    return entries
+
+
+@contextmanager
+def staging(out: Path, force: bool) -> Iterator[Path]:
+    """A hidden folder beside ``out`` that becomes ``out`` at the end, or nothing at all."""
+    out = out.absolute()
+    if out.exists() and not force:
+        raise ExportError(f"{out} exists; give another --out, or --force to replace it")
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise ExportError(f"{out} exists and is not a bundle (it holds no manifest.json); --force replaces bundles only; give another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for stale in out.parent.glob(f".{out.name}.part-*"):
+        if not _alive(int(stale.name.rpartition("-")[2])):
+            shutil.rmtree(stale, ignore_errors=True)
+    part = out.parent / f".{out.name}.part-{os.getpid()}"
+    part.mkdir()
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cleanup below runs
+    try:
+        yield part
+        if out.exists():
+            old = out.parent / f".{out.name}.old-{os.getpid()}"
+            os.rename(out, old)
+            os.rename(part, out)
+            shutil.rmtree(old)
+        else:
+            os.rename(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _model_entry(config: PARConfig, parameters: int) -> dict[str, int]:
+    return {
+        "dim": config.dim,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "head_dim": config.head_dim,
+        "head_dim_padded": padded_head_dim(config),
+        "ffn_dim": config.ffn_dim,
+        "vocab_size": config.vocab_size,
+        "n_classes": config.n_classes,
+        "parameters": parameters,
+    }
+
+
+def _phase_entry(config: PARConfig, phase: Phase) -> dict[str, Any]:
+    """A phase with what each of its slots is fed: "class", "token", or the id of a learnable token."""
+    kind, index = input_kinds(config)
+    learnable = config.vocab_size + config.n_classes + 1
+    here = range(phase.start, phase.start + phase.query)
+    inputs = ["class" if kind[p] == CLASS else "token" if kind[p] == TOKEN else int(learnable + index[p]) for p in here]
+    return {"name": phase.name, "query": phase.query, "repeat": phase.repeat, "start": phase.start, "inputs": inputs}
+
+
+def _parity_line(parity: dict[str, Any]) -> str:
+    worst = max(phase["max_logit_error"] for phase in parity["phases"].values())
+    return (
+        f"largest logit error {worst:.2g} of {parity['logit_scale']:.3g}, "
+        f"{parity['greedy']['tokens']} greedy tokens as in PyTorch ({parity['greedy']['ties']} ties)"
+    )

@@ -1,0 +1,171 @@
+"""The sampling tail: guided logits to tokens, in the graph, in four variants.
+
+Every variant divides by the temperature, filters, and draws by inverse CDF with the caller's uniform number:
+token = how many entries of the cumulative sum lie at or below ``uniform * total``. Order of operations: spec 3.
+
+``dynamic``  ONNX Runtime only. ``If`` skips the filter when no image asks for one; else a sort of just as many
+             entries as are needed. Exact for every top-k and top-p.
+``plain``    no filter but top_k = 1 (greedy).
+``topk``     sorts the ``TOPK_LIMIT`` (or V, if fewer) most probable codes. Exact for top_k up to that limit, with
+             or without top-p; where V is larger, top-p needs a top-k, and top_k = 0 alone means all.
+``exact``    threshold search by bisection; no sort, so no limit. Exact for every value up to the rounding of
+             ``logit - max`` in fp32, which is what a softmax sees.
+
+Ties are as in the oracle: all that tie with the k-th are kept; in the top-p order equal logits count by id.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from par_export.graph import ONNX_TYPE, Graph
+
+Variant = Literal["dynamic", "plain", "topk", "exact"]
+TOPK_LIMIT = 3840  # TensorRT's limit for TopK
+MIN_TEMPERATURE = 1e-5
+#: Halvings of [-range, 0] until its width is below the spacing of fp32 logits of ordinary size, then exact steps.
+BISECTIONS = 44
+SNAPS = 2
+
+
+def sample(g: Graph, logits: str, vocab: int, variant: Variant) -> str:
+    """Add the tail to ``g``: ``logits`` [B,q,V] fp32 and the inputs uniform [B,q], temperature, top_k, top_p [B]
+    give tokens [B,q] int64."""
+    column = g.const([1, 2])
+    per_image = {name: g.op("Unsqueeze", name, column) for name in ("temperature", "top_k", "top_p")}  # [B,1,1]
+    temperature = g.op("Max", per_image["temperature"], g.const(MIN_TEMPERATURE, "float32"))
+    scaled = g.op("Div", logits, temperature)
+    top_k, top_p = per_image["top_k"], per_image["top_p"]
+    if variant == "plain":
+        peak = g.op("ReduceMax", scaled, g.const([-1]), keepdims=1)
+        greedy = g.op("Equal", top_k, g.const(1))
+        keep = g.op("Or", g.op("Not", greedy), g.op("GreaterOrEqual", scaled, peak))
+        return draw(g, scaled, keep, vocab)
+    if variant == "topk":
+        return draw(g, scaled, sorted_keep(g, scaled, top_k, top_p, vocab, g.const([min(vocab, TOPK_LIMIT)])), vocab)
+    if variant == "exact":
+        return draw(g, scaled, searched_keep(g, scaled, top_k, top_p, vocab), vocab)
+    by_p = g.op("Less", top_p, g.const(1.0, "float32"))
+    by_k = _limits(g, top_k, vocab)
+    # How many entries a sort must deliver: all for top-p, k for top-k.
+    need = g.op("Where", by_p, g.const(vocab), g.op("Where", by_k, top_k, g.const(0)))
+    most = g.op("ReduceMax", need, keepdims=0)
+    filtered, whole = g.subgraph("filtered"), g.subgraph("whole")
+    count = filtered.op("Reshape", filtered.op("Max", most, filtered.const(1)), filtered.const([1]))
+    kept = sorted_keep(filtered, scaled, top_k, top_p, vocab, count)
+    for branch, keep_in in ((filtered, kept), (whole, None)):
+        tokens = draw(branch, scaled, keep_in, vocab)
+        branch.output(tokens, "int64", ["B", "q"])
+    return g.op("If", g.op("Greater", most, g.const(0)), then_branch=filtered.proto(), else_branch=whole.proto())
+
+
+def draw(g: Graph, logits: str, keep: str | None, vocab: int) -> str:
+    """Tokens [B,q] from ``logits`` [B,q,V], of which only ``keep`` (bool, or None for all) can be drawn."""
+    peak = g.op("ReduceMax", logits, g.const([-1]), keepdims=1)
+    mass = g.op("Exp", g.op("Sub", logits, peak))
+    if keep is not None:
+        mass = g.op("Where", keep, mass, g.const(0.0, "float32"))
+    cdf = g.op("CumSum", mass, g.const(-1))
+    # The total is the last sum itself, so a uniform below one always lies below it.
+    total = g.op("Slice", cdf, g.const([vocab - 1]), g.const([vocab]), g.const([-1]))  # [B,q,1]
+    target = g.op("Mul", g.op("Unsqueeze", "uniform", g.const([-1])), total)
+    passed = g.op("Cast", g.op("LessOrEqual", cdf, target), to=ONNX_TYPE["float32"])
+    # Counts up to 64,000 are exact in fp32, and a float reduction is the fast one everywhere.
+    number = g.op("Cast", g.op("ReduceSum", passed, g.const([-1]), keepdims=0), to=ONNX_TYPE["int64"])
+    return g.op("Min", number, g.const(vocab - 1))
+
+
+def sorted_keep(g: Graph, logits: str, top_k: str, top_p: str, vocab: int, count: str) -> str:
+    """Mask [B,q,V] of the kept codes, from the ``count`` ([1] int64) largest logits, sorted, ties by id."""
+    ranked, ids = g.ops("TopK", logits, count, count=2, axis=-1, largest=1, sorted=1)  # [B,q,K]
+    by_k = _limits(g, top_k, vocab)
+    # Where an image has no top-k its threshold is -inf; the index then only has to be valid.
+    index = g.op("Sub", g.op("Where", by_k, top_k, g.const(1)), g.const(1))
+    index = g.op("Min", index, g.op("Sub", count, g.const([1])))
+    first = g.op("Slice", ids, g.const([0]), g.const([1]), g.const([-1]))  # [B,q,1], for its shape
+    index = g.op("Add", index, g.op("Mul", first, g.const(0)))
+    kth = g.op("Where", by_k, g.op("GatherElements", ranked, index, axis=-1), g.const(-np.inf, "float32"))
+    keep_k = g.op("GreaterOrEqual", logits, kth)
+    # top-p over what top-k left: a code goes when the mass before it is over the threshold; the first never does.
+    peak = g.op("Slice", ranked, g.const([0]), g.const([1]), g.const([-1]))
+    mass = g.op("Where", g.op("GreaterOrEqual", ranked, kth), g.op("Exp", g.op("Sub", ranked, peak)), g.const(0.0, "float32"))
+    # The total is over the whole codebook: ties with the k-th may lie beyond the sorted part.
+    whole = g.op("Where", keep_k, g.op("Exp", g.op("Sub", logits, peak)), g.const(0.0, "float32"))
+    total = g.op("ReduceSum", whole, g.const([-1]), keepdims=1)
+    before = g.op("CumSum", mass, g.const(-1), exclusive=1)
+    stay = g.op("Cast", g.op("LessOrEqual", before, g.op("Mul", top_p, total)), to=ONNX_TYPE["float32"])
+    number = g.op("Cast", g.op("ReduceSum", stay, g.const([-1]), keepdims=1), to=ONNX_TYPE["int64"])
+    last = g.op("Max", g.op("Sub", number, g.const(1)), g.const(0))
+    cut = g.op("GatherElements", ranked, last, axis=-1)
+    cut_id = g.op("GatherElements", ids, last, axis=-1)
+    codes = g.op("Range", g.const(0), g.const(vocab), g.const(1))
+    tied = g.op("And", g.op("Equal", logits, cut), g.op("LessOrEqual", codes, cut_id))
+    keep_p = g.op("Or", g.op("Greater", logits, cut), tied)
+    all_p = g.op("GreaterOrEqual", top_p, g.const(1.0, "float32"))
+    return g.op("And", keep_k, g.op("Or", all_p, keep_p))
+
+
+def searched_keep(g: Graph, logits: str, top_k: str, top_p: str, vocab: int) -> str:
+    """Mask [B,q,V] of the kept codes by bisection on y = logit - max: counts for top-k, masses for top-p."""
+    axis = g.const([-1])
+    y = g.op("Sub", logits, g.op("ReduceMax", logits, axis, keepdims=1))  # [B,q,V], at most 0
+    lowest = g.op("ReduceMin", y, axis, keepdims=1)
+    by_k = _limits(g, top_k, vocab)
+    k = g.op("Cast", g.op("Where", by_k, top_k, g.const(vocab)), to=ONNX_TYPE["float32"])
+
+    def count_from(threshold: str) -> str:
+        inside = g.op("Cast", g.op("GreaterOrEqual", y, threshold), to=ONNX_TYPE["float32"])
+        return g.op("ReduceSum", inside, axis, keepdims=1)
+
+    kth = _search(g, y, lowest, lambda t: g.op("GreaterOrEqual", count_from(t), k))
+    keep_k = g.op("GreaterOrEqual", y, kth)
+    zero = g.const(0.0, "float32")
+    mass = g.op("Where", keep_k, g.op("Exp", y), zero)
+    limit = g.op("Mul", top_p, g.op("ReduceSum", mass, axis, keepdims=1))
+
+    def mass_above(threshold: str) -> str:
+        above = g.op("Where", g.op("Greater", y, threshold), mass, zero)
+        return g.op("ReduceSum", above, axis, keepdims=1)
+
+    # The largest value t whose codes and all above them weigh more than the limit, counting t's own: its mass
+    # strictly above is within the limit, so t is the last value with a kept code.
+    def reaches(threshold: str) -> str:
+        inside = g.op("Where", g.op("GreaterOrEqual", y, threshold), mass, zero)
+        return g.op("Greater", g.op("ReduceSum", inside, axis, keepdims=1), limit)
+
+    cut = _search(g, y, lowest, reaches)
+    tie = g.op("Equal", y, cut)
+    tie_mass = g.op("Where", tie, mass, zero)
+    before = g.op("Add", mass_above(cut), g.op("CumSum", tie_mass, g.const(-1), exclusive=1))
+    keep_tie = g.op("And", tie, g.op("LessOrEqual", before, limit))
+    first = g.op("Equal", g.op("CumSum", g.op("Cast", tie, to=ONNX_TYPE["float32"]), g.const(-1)), g.const(1.0, "float32"))
+    at_top = g.op("And", g.op("And", tie, first), g.op("Equal", y, zero))  # the most probable code always stays
+    keep_p = g.op("Or", g.op("Greater", y, cut), g.op("Or", keep_tie, at_top))
+    all_p = g.op("GreaterOrEqual", top_p, g.const(1.0, "float32"))
+    return g.op("And", keep_k, g.op("Or", all_p, keep_p))
+
+
+def _search(g: Graph, y: str, lowest: str, holds: object) -> str:
+    """The largest value of ``y`` [B,q,V] at which ``holds`` (true at ``lowest``, false above 0) is true: [B,q,1]."""
+    axis, half, floor = g.const([-1]), g.const(0.5, "float32"), g.const(-np.inf, "float32")
+    assert callable(holds)
+    low, high = lowest, g.op("Add", g.op("Mul", lowest, g.const(0.0, "float32")), g.const(1.0, "float32"))
+    for _ in range(BISECTIONS):
+        middle = g.op("Mul", g.op("Add", low, high), half)
+        yes = holds(middle)
+        low, high = g.op("Where", yes, middle, low), g.op("Where", yes, high, middle)
+    # The answer is the largest value below ``high``: step down through values until the condition is met.
+    value = high
+    found = g.op("Less", high, lowest)  # false everywhere
+    for _ in range(SNAPS):
+        below = g.op("ReduceMax", g.op("Where", g.op("Less", y, value), y, floor), axis, keepdims=1)
+        value = g.op("Where", found, value, below)
+        found = g.op("Or", found, holds(value))
+    return g.op("Where", found, value, low)
+
+
+def _limits(g: Graph, top_k: str, vocab: int) -> str:
+    """Whether an image's top-k removes anything: [B,1,1] bool."""
+    return g.op("And", g.op("Greater", top_k, g.const(0)), g.op("Less", top_k, g.const(vocab)))

@@ -1,0 +1,182 @@
+"""Published checkpoint files to our state dict: every key accounted for, nothing in a pickle ever run.
+
+The weights are the whole file (a bare dict) or lie under ``model``, ``module`` or ``state_dict``, in that
+order, never ``ema`` (spec, 6). Files are read memory-mapped: a tensor costs memory when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from par_model.config import SIZES, PARConfig
+from par_model.transformer import PAR
+from par_model.vq import VQConfig, VQModel
+
+#: Leftovers of old files, recomputed here. Any other extra key is refused.
+DROPPED = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")
+NESTED_UNDER = ("model", "module", "state_dict")
+PUBLISHED_GRID = (1, 24, 24)
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message says what was given, what is expected and how to fix it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of one file, by key, and what the file says of itself (only files of ``parvis train`` do)."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    class_names: list[str] | None = None
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor of ``key``, mapped from the file, in the file's dtype."""
+        return self.tensors[key]
+
+    @property
+    def n_bytes(self) -> int:
+        return self.path.stat().st_size
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Map the checkpoint at ``path``. Raises CheckpointError if it is not one."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give a .pt checkpoint")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                content = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        unsafe = re.search(r"Unsupported (?:global|operand|class).*|WeightsUnpickler error.*", str(error))
+        if unsafe:
+            raise CheckpointError(
+                f"{path}: holds something other than tensors and plain values ({unsafe.group(0)[:200]}); "
+                "it was not run; save the state dict alone with torch.save(model.state_dict(), path)"
+            ) from error
+        raise CheckpointError(
+            f"{path}: not a readable PyTorch checkpoint ({reason}); the file may be truncated: compare its size "
+            f"({path.stat().st_size} bytes) with the original's and copy it again"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors")
+    weights = next((content[k] for k in NESTED_UNDER if isinstance(content.get(k), Mapping)), content)
+    tensors = {k: v for k, v in weights.items() if isinstance(v, Tensor) and not DROPPED.fullmatch(k)}
+    others = [k for k, v in weights.items() if not isinstance(v, Tensor)]
+    if others or not tensors:
+        raise CheckpointError(
+            f"{path}: expected tensors by name, at the top or under {', '.join(NESTED_UNDER)}; found "
+            f"{', '.join(map(str, others[:5])) or 'nothing'}"
+        )
+    config = content.get("config") if weights is not content else None
+    names = content.get("class_names") if weights is not content else None
+    return Checkpoint(path, tensors, dict(config) if isinstance(config, Mapping) else {}, list(names) if names else None)
+
+
+def par_config(
+    checkpoint: Checkpoint, *, heads: int | None = None, grid: tuple[int, int, int] | None = None
+) -> PARConfig:
+    """The config of a PAR checkpoint: sizes and n from the shapes; ``heads`` and ``grid`` where they are not settled.
+
+    Raises CheckpointError if the shapes leave something open, or if keys or shapes do not fit.
+    """
+    path, have = checkpoint.path, checkpoint.tensors
+    for key in ("tok_embeddings.weight", "cls_embedding.embedding_table.weight"):
+        if key not in have:
+            hint = " (this is an image tokenizer: give it as --tokenizer)" if "quantize.embedding.weight" in have else ""
+            raise CheckpointError(f"{path}: no key {key!r}; expected a PAR or LlamaGen state dict{hint}")
+    vocab, dim = have["tok_embeddings.weight"].shape
+    layers = {int(m.group(1)) for key in have if (m := re.match(r"layers\.(\d+)\.", key))}
+    special = have.get("spe_tok_embeddings.special_embeddings.weight")
+    n_layers = max(layers) + 1 if layers else 0
+    saved = checkpoint.config
+    named = {(d, n): h for d, n, h in SIZES.values()}
+    if heads is None:
+        heads = saved.get("n_heads") or named.get((dim, n_layers))
+    if heads is None:
+        raise CheckpointError(
+            f"{path}: width {dim} with {n_layers} layers is none of the named sizes ({', '.join(SIZES)}), and the "
+            "number of attention heads cannot be read from shapes; give --heads"
+        )
+    if grid is None:
+        grid = saved.get("grid") or (PUBLISHED_GRID if (dim, n_layers) in named else None)
+    if grid is None:
+        raise CheckpointError(f"{path}: the token grid cannot be read from shapes; give --grid (24 for 384 px, 16 for 256 px)")
+    try:
+        config = PARConfig(
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=heads,
+            vocab_size=vocab,
+            n_classes=have["cls_embedding.embedding_table.weight"].shape[0] - 1,
+            grid=grid,
+            group_size=1 if special is None else special.shape[0] + 1,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    with torch.device("meta"):
+        expected = PAR(config).state_dict()
+    check_keys(path, have, expected)
+    return config
+
+
+def vq_config(checkpoint: Checkpoint) -> VQConfig:
+    """The config of a tokenizer checkpoint, from its shapes. Raises CheckpointError if they do not fit."""
+    path, have = checkpoint.path, checkpoint.tensors
+    for key in ("quantize.embedding.weight", "encoder.conv_in.weight", "post_quant_conv.weight"):
+        if key not in have:
+            hint = " (this is a PAR model: give it as --checkpoint)" if "tok_embeddings.weight" in have else ""
+            raise CheckpointError(f"{path}: no key {key!r}; expected a VQ tokenizer state dict{hint}")
+    channels = have["encoder.conv_in.weight"].shape[0]
+    widths: list[int] = []
+    while (conv := have.get(f"encoder.conv_blocks.{len(widths)}.res.0.conv2.weight")) is not None:
+        widths.append(conv.shape[0])
+    blocks = len({key.split(".")[4] for key in have if key.startswith("encoder.conv_blocks.0.res.")})
+    size, dim = have["quantize.embedding.weight"].shape
+    try:
+        config = VQConfig(
+            codebook_size=size,
+            codebook_dim=dim,
+            channels=channels,
+            channel_multipliers=tuple(width // channels for width in widths),
+            res_blocks=blocks,
+            z_channels=have["post_quant_conv.weight"].shape[0],
+            norm_groups=checkpoint.config.get("norm_groups", 32),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    with torch.device("meta"):
+        expected = VQModel(config).state_dict()
+    check_keys(path, have, expected)
+    return config
+
+
+def check_keys(path: Path, have: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless ``have`` holds exactly the keys and shapes of ``expected``."""
+    missing = [key for key in expected if key not in have]
+    extra = [key for key in have if key not in expected]
+    if missing or extra:
+        parts = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in (("missing", missing), ("unknown", extra)) if keys]
+        raise CheckpointError(f"{path}: keys do not fit: {', '.join(parts)}; expected exactly the {len(expected)} keys of the architecture")
+    for key, tensor in expected.items():
+        if have[key].shape != tensor.shape:
+            raise CheckpointError(f"{path}: {key} has shape {tuple(have[key].shape)}; expected {tuple(tensor.shape)}")
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
