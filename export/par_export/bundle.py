@@ -26,7 +26,7 @@ import torch
 
 from par_export import verify
 from par_export.decoder import decoder_graph, write_decoder_weights
-from par_export.graph import WEIGHTS_FILE, Graph, Weights
+from par_export.graph import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph, Weights
 from par_export.sampling import Variant
 from par_export.step import io_table, padded_head_dim, step_graph, write_weights
 from par_model.checkpoint import Checkpoint, CheckpointError, open_checkpoint, par_config, vq_config
@@ -162,18 +162,21 @@ def write_graphs(
 
     def add(name: str, graph: Graph, tail: str | None, inputs: list[Any], outputs: list[Any]) -> None:
         graph.save(folder / f"{name}.onnx")
-        entries[name] = {"file": f"{name}.onnx", "sampling": tail, "inputs": inputs, "outputs": outputs}
+        entries[name] = {"file": f"{name}.onnx", "opset": graph.opset, "sampling": tail, "inputs": inputs, "outputs": outputs}
 
     n = config.group_size
-    plan: list[tuple[str, int | None, str, Variant]] = [
-        ("step", None, "float32", "dynamic"),
-        ("prefill", 1, dtype, sampling),
-        ("transition", n, dtype, sampling),
-        ("group", n, dtype, sampling),
+    plan: list[tuple[str, int | None, str, Variant, int]] = [
+        ("step", None, "float32", "dynamic", OPSET),
+        (verify.COMPATIBLE_STEP, None, "float32", "dynamic", COMPATIBLE_OPSET),
+        ("prefill", 1, dtype, sampling, OPSET),
+        ("transition", n, dtype, sampling, OPSET),
+        ("group", n, dtype, sampling, OPSET),
     ]
-    for name, query, compute, tail in plan:
-        verify_output = name == "step"
-        graph = step_graph(config, weights, name=name, compute=compute, query=query, sampling=tail, verify=verify_output)
+    for name, query, compute, tail, opset in plan:
+        verify_output = query is None
+        graph = step_graph(
+            config, weights, name=name, compute=compute, query=query, sampling=tail, verify=verify_output, opset=opset
+        )
         inputs, outputs = ([asdict(io) for io in table] for table in io_table(config, compute, query, config.n_tokens if query else None))
         if verify_output:
             outputs.append({"name": "logits", "dtype": "float32", "shape": ("B", "q", config.vocab_size)})

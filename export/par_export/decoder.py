@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch.nn.functional as F
 
-from par_export.graph import ONNX_TYPE, Graph, Weights
+from par_export.graph import COMPATIBLE_OPSET, ONNX_TYPE, Graph, Weights
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig
 from par_model.ordering import token_order
@@ -33,7 +33,7 @@ def write_decoder_weights(weights: Weights, checkpoint: Checkpoint, dtype: str) 
 def decoder_graph(config: PARConfig, vq: VQConfig, weights: Weights, compute: str = "float32") -> Graph:
     """The graph: input tokens [B,N] int64, output images [B,H,W,3] uint8 = trunc(clamp(127.5 x + 128, 0, 255))."""
     _, h, w = config.grid
-    b = _Decoder(Graph("decoder", weights), vq, compute)
+    b = _Decoder(Graph("decoder", weights, COMPATIBLE_OPSET), vq, compute)
     g = b.g
     tokens = g.input("tokens", "int64", ["B", config.n_tokens])
     place = np.empty(config.n_tokens, dtype=np.int64)

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 OPSET = 24
+COMPATIBLE_OPSET = 23  #: what ONNX Runtime 1.23 runs, the last release for Python 3.10
 IR_VERSION = 11
 WEIGHTS_FILE = "weights.data"
 PAGE_BYTES = 4096  # large tensors start on a page, so that a runtime can map them in place
@@ -73,8 +74,8 @@ class Weights:
 class Graph:
     """One ONNX graph under construction. Values are their names; ``op`` adds a node and returns its output."""
 
-    def __init__(self, name: str, weights: Weights | None) -> None:
-        self.name, self.weights = name, weights
+    def __init__(self, name: str, weights: Weights | None, opset: int = OPSET) -> None:
+        self.name, self.weights, self.opset = name, weights, opset
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -129,14 +130,14 @@ class Graph:
 
     def subgraph(self, name: str) -> Graph:
         """A branch body; it sees this graph's values by name. Its constants are its own."""
-        return Graph(f"{self.name}.{name}", self.weights)
+        return Graph(f"{self.name}.{name}", self.weights, self.opset)
 
     def proto(self) -> onnx.GraphProto:
         return helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, list(self.initializers.values()))
 
     def model(self) -> onnx.ModelProto:
         return helper.make_model(
-            self.proto(), opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="parvis"
+            self.proto(), opset_imports=[helper.make_opsetid("", self.opset)], ir_version=IR_VERSION, producer_name="parvis"
         )
 
     def save(self, path: Path) -> None:

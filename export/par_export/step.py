@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from par_export.graph import ONNX_TYPE, Graph, Weights
+from par_export.graph import ONNX_TYPE, OPSET, Graph, Weights
 from par_export.sampling import Variant, sample
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig
@@ -119,9 +119,14 @@ def step_graph(
     query: int | None,
     sampling: Variant,
     verify: bool,
+    opset: int = OPSET,
 ) -> Graph:
-    """The step network as a graph; ``verify`` adds the output ``logits`` [B,q,V] (guided, before temperature)."""
-    g = Graph(name, weights)
+    """The step network as a graph; ``verify`` adds the output ``logits`` [B,q,V] (guided, before temperature).
+
+    Opset 24 writes the cache with ``TensorScatter``, which engines know as a cache update. Opset 23, for ONNX
+    Runtime releases without that operator, does the same with ``ScatterND``.
+    """
+    g = Graph(name, weights, opset)
     slots = config.n_tokens if query else None
     inputs, outputs = io_table(config, compute, query, slots)
     for io in inputs:
@@ -142,6 +147,7 @@ def step_graph(
     if not fold and query != 1:  # ONNX Runtime wants one row per position, though all are equal
         rows = g.op("Concat", g.const([1, 1]), g.op("Shape", "ids", start=1, end=2), g.const([1]), axis=0)
         mask = g.op("Expand", mask, rows)  # [R,1,q,S]
+    slot_index = None if opset >= OPSET else _slot_index(g, heads)
 
     for i in range(config.n_layers):
         layer = f"layers.{i}"
@@ -155,6 +161,8 @@ def step_graph(
         q, k = g.ops("Split", qk, g.const([heads, heads]), count=2, axis=1)
         present = [
             g.op("TensorScatter", f"past_{kind}.{i}", value, "write", name=f"present_{kind}.{i}", axis=2)
+            if slot_index is None
+            else g.op("ScatterND", f"past_{kind}.{i}", slot_index, value, name=f"present_{kind}.{i}")
             for kind, value in (("k", k), ("v", v))
         ]
         if fold:  # the q queries of a head as q query heads on one KV head, sequence length 1
@@ -189,3 +197,16 @@ def step_graph(
         g.output("logits", "float32", ("B", query or "q", config.vocab_size))
     assert d == config.dim
     return g
+
+
+def _slot_index(g: Graph, heads: int) -> str:
+    """(row, head, slot) of every new key: [R,H,q,3], for ``ScatterND``."""
+    count = g.op("Squeeze", g.op("Shape", "ids", start=0, end=1))
+    query = g.op("Squeeze", g.op("Shape", "ids", start=1, end=2))
+    row = g.op("Unsqueeze", g.op("Range", g.const(0), count, g.const(1)), g.const([1, 2]))  # [R,1,1]
+    head = g.op("Unsqueeze", g.op("Range", g.const(0), g.const(heads), g.const(1)), g.const([0, 2]))  # [1,H,1]
+    steps = g.op("Range", g.const(0), query, g.const(1))
+    slot = g.op("Add", g.op("Unsqueeze", "write", g.const([1, 2])), steps)  # [R,1,q]
+    zero = g.op("Mul", g.op("Add", g.op("Add", row, head), slot), g.const(0))  # [R,H,q]
+    last = g.const([-1])
+    return g.op("Concat", *(g.op("Unsqueeze", g.op("Add", part, zero), last) for part in (row, head, slot)), axis=-1)

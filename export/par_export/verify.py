@@ -32,6 +32,8 @@ LOGIT_FLOOR = {"float32": 2e-5, "float16": 2e-2}
 #: Two candidates closer than this (relative to the largest |logit|) may swap by rounding; counted, not refused.
 TIE = 2e-5
 IMAGE_FLOOR = 1  # grey levels of 255
+#: The step network for ONNX Runtime releases without opset 24; the same function, checked like the other.
+COMPATIBLE_STEP = "step_opset23"
 STATIC_GROUPS = 3  # group calls of the static graphs that are compared
 
 
@@ -125,11 +127,13 @@ def oracle_logits(config: PARConfig, checkpoint: Checkpoint, tokens: np.ndarray,
     return logits
 
 
-def run_step(folder: Path, config: PARConfig, labels: np.ndarray, guidance: float, teacher: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """All calls of one image on ``step.onnx``: tokens [B,N], logits [B,N,V]; greedy, or fed ``teacher`` [B,N]."""
+def run_step(
+    folder: Path, config: PARConfig, labels: np.ndarray, guidance: float, teacher: np.ndarray | None, name: str = "step"
+) -> tuple[np.ndarray, np.ndarray]:
+    """All calls of one image on the step graph ``name``: tokens [B,N], logits [B,N,V]; greedy, or fed ``teacher`` [B,N]."""
     images = len(labels)
     rows = np.concatenate([labels, np.full_like(labels, config.n_classes)]) if guidance > 1 else labels
-    driver = Driver(session(folder / "step.onnx"), config, len(rows))
+    driver = Driver(session(folder / f"{name}.onnx"), config, len(rows))
     repeat = len(rows) // images
     tokens = np.zeros((len(rows), config.n_tokens), np.int64) if teacher is None else np.tile(teacher, (repeat, 1))
     logits = np.empty((images, config.n_tokens, config.vocab_size), np.float32)
@@ -201,6 +205,8 @@ def gate(
         if phase.repeat:
             here = slice(phase.start, phase.start + phase.query * phase.repeat)
             report["phases"][phase.name] = _compare(f"step.onnx, {phase.name}", got[:, here], wanted[:, here], scale, "float32")
+    _, compatible = run_step(folder, config, teacher_label, 1.0, teacher, COMPATIBLE_STEP)
+    report[COMPATIBLE_STEP] = _compare(f"{COMPATIBLE_STEP}.onnx", compatible, wanted, scale, "float32")
     static = run_static(folder, config, int(teacher_label[0]), teacher, weights if static_compute != dtype else None)
     for phase in phases(config):
         if phase.repeat:

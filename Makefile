@@ -1,0 +1,44 @@
+# Two commands: `make demo` makes images with the runtime alone, `make test` does everything else.
+PYTHON ?= python3
+LABELS ?= all
+COUNT ?= 2
+SEED ?= 1
+OUT ?= out/demo.png
+
+RUN_ENV := .venv
+DEV_ENV := .venv-dev
+SOURCES := $(shell find runtime export par_model -name '*.py')
+
+.PHONY: demo test test-all lint format clean
+
+demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the runtime's dependencies only, no torch
+	$(RUN_ENV)/bin/parvis generate models/demo --label $(LABELS) --count $(COUNT) --seed $(SEED) --out $(OUT)
+
+test: lint  ## lint, types and the test suite
+	$(DEV_ENV)/bin/python -m pytest
+
+test-all: lint  ## the slow tests too
+	$(DEV_ENV)/bin/python -m pytest -m "not gpu"
+
+lint: $(DEV_ENV)/.installed
+	$(DEV_ENV)/bin/ruff check .
+	$(DEV_ENV)/bin/mypy
+
+format: $(DEV_ENV)/.installed
+	$(DEV_ENV)/bin/ruff check --fix .
+	$(DEV_ENV)/bin/ruff format .
+
+$(RUN_ENV)/.installed: pyproject.toml $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(RUN_ENV)
+	$(RUN_ENV)/bin/python -m pip install --quiet --disable-pip-version-check .
+	touch $@
+
+$(DEV_ENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(DEV_ENV)
+	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(RUN_ENV) $(DEV_ENV) build out *.egg-info
