@@ -1,0 +1,225 @@
+"""The bundle on disk and the owner of its schema. Everything the runtime knows of a model it reads here.
+
+A bundle is a folder: ``manifest.json``, ONNX graphs, one ``weights.data`` that they share. The manifest fixes order,
+phases, ids, tensor names and hashes; the runtime derives none of them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+#: Files up to this size are always hashed at load; larger ones only with ``verify="full"``, since hashing a
+#: gigabyte costs about a second. Sizes are always checked.
+HASH_UP_TO_BYTES = 64 * 2**20
+
+Verify = Literal["full", "auto", "none"]
+
+
+class BundleError(Exception):
+    """A bundle that cannot be used; the message says what was found, what is expected and how to fix it."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``repeat`` calls of ``query`` input positions each, the first at position ``start``.
+
+    ``inputs[j]`` is what slot j is fed: "class", "token" (with m of them, the last m tokens sampled), or the id
+    of a learnable token.
+    """
+
+    name: str
+    query: int
+    repeat: int
+    start: int
+    inputs: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The KV cache of ``step.onnx``: one [R, heads, S, head_dim] buffer per name, ``outputs[i]`` updates ``inputs[i]``."""
+
+    dtype: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file of the bundle."""
+
+    file: str
+    opset: int
+    sampling: str | None
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Sampling settings that a request takes where it gives none."""
+
+    guidance: float
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: checked, not loaded. Letters: N tokens, n tokens per group, V codes."""
+
+    path: Path
+    name: str
+    hash: str
+    model: Mapping[str, int]
+    grid: tuple[int, int, int]
+    group_size: int
+    n_tokens: int
+    precision: str
+    order: tuple[int, ...]
+    phases: tuple[Phase, ...]
+    class_base: int
+    no_class: int
+    graphs: Mapping[str, Graph]
+    cache: Cache
+    image_size: tuple[int, int] | None  #: (H, W) in pixels, None where the bundle ends at tokens
+    class_names: tuple[str, ...] | None
+    defaults: Defaults
+    selftest: Mapping[str, Any]
+    parity: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model["vocab_size"]
+
+    @property
+    def n_classes(self) -> int:
+        return self.model["n_classes"]
+
+    @property
+    def calls(self) -> int:
+        """Model calls per image."""
+        return sum(phase.repeat for phase in self.phases)
+
+    @staticmethod
+    def open(path: str | Path, verify: Verify = "auto") -> Bundle:
+        """Read and check the bundle at ``path``.
+
+        ``verify``: "auto" checks every size and hashes files up to 64 MB, "full" hashes all, "none" checks neither.
+        Raises BundleError.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path)
+        try:
+            bundle = _parse(path, manifest)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+            raise BundleError(f"{path / MANIFEST}: {reason}; the manifest is not one of schema {SCHEMA}; export the bundle again") from error
+        if verify != "none":
+            _check_files(bundle, verify)
+        return bundle
+
+
+def canonical_hash(manifest: Mapping[str, Any]) -> str:
+    """sha256 (hex) of the manifest without its own "hash", as JSON with sorted keys and no spaces."""
+    rest = {key: value for key, value in manifest.items() if key != "hash"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest as it is written: with its hash. The exporter calls this last."""
+    # Through JSON, so that what is hashed is what a reader gets back (tuples are lists there).
+    plain: dict[str, Any] = json.loads(json.dumps(manifest))
+    return plain | {"hash": canonical_hash(plain)}
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise BundleError(f"{path}: no such folder; give the path of a bundle, made by 'parvis export'")
+    file = path / MANIFEST
+    if not file.is_file():
+        raise BundleError(f"{path}: holds no {MANIFEST}, so it is not a bundle; make one with 'parvis export'")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{file}: not valid JSON ({error}); copy the bundle again or export it again") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
+        raise BundleError(f"{file}: has no schema number; expected a manifest of schema {SCHEMA}; export the bundle again")
+    if manifest["schema"] > SCHEMA:
+        raise BundleError(
+            f"{file}: schema {manifest['schema']} was made by a newer parvis; this one reads up to {SCHEMA}: "
+            "upgrade with pip install --upgrade parvis"
+        )
+    if manifest["schema"] < SCHEMA:
+        raise BundleError(f"{file}: schema {manifest['schema']} is older than {SCHEMA}; export the bundle again")
+    if manifest.get("hash") != canonical_hash(manifest):
+        raise BundleError(
+            f"{file}: its hash is {str(manifest.get('hash'))[:12]}, its content gives {canonical_hash(manifest)[:12]}; "
+            "the manifest was changed after export: copy the bundle again or export it again"
+        )
+    return manifest
+
+
+def _parse(path: Path, m: dict[str, Any]) -> Bundle:
+    t, h, w = m["grid"]
+    tokenizer = m["tokenizer"]
+    cache = m["cache"]
+    return Bundle(
+        path=path,
+        name=m["name"],
+        hash=m["hash"],
+        model=m["model"],
+        grid=(t, h, w),
+        group_size=m["group_size"],
+        n_tokens=m["n_tokens"],
+        precision=m["precision"],
+        order=tuple(m["order"]),
+        phases=tuple(
+            Phase(p["name"], p["query"], p["repeat"], p["start"], tuple(p["inputs"])) for p in m["phases"]
+        ),
+        class_base=m["ids"]["class_base"],
+        no_class=m["ids"]["no_class"],
+        graphs={name: Graph(g["file"], g["opset"], g["sampling"]) for name, g in m["graphs"].items()},
+        cache=Cache(cache["dtype"], tuple(cache["inputs"]), tuple(cache["outputs"]), cache["heads"], cache["head_dim"]),
+        image_size=None if tokenizer is None else (tokenizer["image_size"][0], tokenizer["image_size"][1]),
+        class_names=None if m["class_names"] is None else tuple(m["class_names"]),
+        defaults=Defaults(**m["defaults"]),
+        selftest=m["selftest"],
+        parity=m["parity"],
+        files=m["files"],
+    )
+
+
+def _check_files(bundle: Bundle, verify: Verify) -> None:
+    for name, entry in bundle.files.items():
+        file = bundle.path / name
+        if not file.is_file():
+            raise BundleError(f"{file}: missing; copy the bundle again or export it again")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            kind = "truncated" if size < entry["bytes"] else "too long"
+            raise BundleError(
+                f"{file}: {kind}: {size} bytes, the manifest says {entry['bytes']}; copy the bundle again or export it again"
+            )
+        if (verify == "full" or size <= HASH_UP_TO_BYTES) and sha256(file) != entry["sha256"]:
+            raise BundleError(
+                f"{file}: its content does not match the manifest (sha256 {sha256(file)[:12]}, expected "
+                f"{entry['sha256'][:12]}); copy the bundle again or export it again"
+            )

@@ -1,0 +1,179 @@
+"""ONNX Runtime on the CPU: one session for every phase, static buffers bound once, the cache updated in place.
+
+The cache window grows in buckets: a call attends over the whole window, so early calls should not pay for the
+full length. Growing copies what is there; buffers are kept between batches of the same number of rows, so their pages
+stay touched (first-touch page faults cost more than the attention they serve).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from par_runtime.backend import Batch, Float, Int
+from par_runtime.bundle import Bundle, BundleError
+
+#: The first release with every operator of opset 24 that ``step.onnx`` uses; before, ``step_opset23.onnx`` runs.
+OPSET24_SINCE = (1, 25)
+BUCKETS = 8  #: cache windows are multiples of N/8, measured best on 2 cores (docs/design.md)
+
+
+def window(slots_needed: int, n_tokens: int) -> int:
+    """Slots S of the cache window that holds ``slots_needed``: the next multiple of N/8."""
+    unit = max(-(-n_tokens // BUCKETS), 1)
+    return min(-(-slots_needed // unit) * unit, n_tokens)
+
+
+class OrtBackend:
+    """A bundle on ONNX Runtime's CPU provider. See ``backend.Backend`` for the calls."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.name = f"onnxruntime-cpu {ort.__version__}"
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or available_cores()
+        options.log_severity_level = 2
+        # Calls follow each other at once: worker threads that spin between operators are worth their heat.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        self._options = options
+        version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+        step = "step" if version >= OPSET24_SINCE else "step_opset23"
+        self._step = self._session(step)
+        self._decoder: ort.InferenceSession | None = None
+        self._batch: Batch | None = None
+        self._slots = 0
+        self._caches: dict[tuple[int, int], list[Float]] = {}  # (R, S) -> buffers in the order of bundle.cache.inputs
+        self._calls: dict[tuple[int, int], _Call] = {}  # (q, S) of the current batch shape
+
+    def _session(self, name: str) -> ort.InferenceSession:
+        graph = self.bundle.graphs.get(name)
+        if graph is None:
+            raise BundleError(f"{self.bundle.path}: has no graph {name!r}, which onnxruntime {ort.__version__} needs; export the bundle again")
+        path = self.bundle.path / graph.file
+        try:
+            return ort.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BundleError(f"{path}: onnxruntime {ort.__version__} cannot load it ({reason}); export the bundle again") from error
+
+    def start(self, batch: Batch) -> None:
+        if self._batch is None or (batch.rows, batch.images) != (self._batch.rows, self._batch.images):
+            self._calls.clear()
+            self._caches = {key: value for key, value in self._caches.items() if key[0] == batch.rows}
+        self._batch = batch
+        self._slots = 0
+        for call in self._calls.values():
+            call.set_batch(batch)
+
+    def step(self, ids: Int, write: int, uniform: Float) -> Int:
+        call = self._call(ids, write)
+        call.uniform[:] = uniform
+        self._step.run_with_iobinding(call.binding)
+        return call.tokens
+
+    def logits(self, ids: Int, write: int) -> Float:
+        call = self._call(ids, write)
+        call.uniform[:] = 0
+        out = np.empty((call.uniform.shape[0], ids.shape[1], self.bundle.vocab_size), np.float32)
+        _bind(call.binding, "logits", out, output=True)
+        self._step.run_with_iobinding(call.binding)
+        self._calls.clear()  # the binding now writes logits that nobody owns
+        return out
+
+    def decode(self, tokens: Int) -> NDArray[np.uint8]:
+        if self._decoder is None:
+            self._decoder = self._session("decoder")
+        images: NDArray[np.uint8] = self._decoder.run(["images"], {"tokens": np.ascontiguousarray(tokens)})[0]
+        return images
+
+    def _call(self, ids: Int, write: int) -> _Call:
+        """The bound buffers for this query length and cache window, filled with this call's positions."""
+        assert self._batch is not None, "start() comes before step()"
+        query = ids.shape[1]
+        slots = window(write + query, self.bundle.n_tokens)
+        caches = self._grow(slots)
+        call = self._calls.get((query, slots))
+        if call is None:
+            call = _Call(self._step, self.bundle, self._batch, query, caches)
+            self._calls[query, slots] = call
+        call.ids[:] = ids
+        call.positions[:] = np.arange(write, write + query)
+        call.write[:] = write
+        call.length[:] = write + query
+        return call
+
+    def _grow(self, slots: int) -> list[Float]:
+        """The cache buffers [R,H,S,D'] of window ``slots``, holding what the previous window held."""
+        assert self._batch is not None
+        rows, layout = self._batch.rows, self.bundle.cache
+        buffers = self._caches.get((rows, slots))
+        if buffers is None:
+            shape = (rows, layout.heads, slots, layout.head_dim)
+            # full(), not zeros(): it writes every page now instead of faulting inside the first call.
+            buffers = [np.full(shape, 0, np.float32) for _ in layout.inputs]
+            self._caches[rows, slots] = buffers
+        if slots != self._slots:
+            old = self._caches.get((rows, self._slots), [])
+            for new, previous in zip(buffers, old, strict=False):
+                new[:, :, : self._slots] = previous
+            # What lies beyond is masked, but must be finite; it is: zeros, or keys of an earlier batch.
+            self._slots = slots
+        return buffers
+
+
+class _Call:
+    """Static input and output buffers of one query length and cache window, bound once."""
+
+    def __init__(self, session: ort.InferenceSession, bundle: Bundle, batch: Batch, query: int, caches: list[Float]) -> None:
+        rows, images = batch.rows, batch.images
+        self.ids = np.zeros((rows, query), np.int64)
+        self.positions = np.zeros((rows, query), np.int64)
+        self.write = np.zeros(rows, np.int64)
+        self.length = np.zeros(rows, np.int64)
+        self.uniform = np.zeros((images, query), np.float32)
+        self.tokens = np.zeros((rows, query), np.int64)
+        self._settings: dict[str, NDArray[Any]] = {
+            "uncond_row": np.zeros(images, np.int64),
+            "guidance": np.zeros(images, np.float32),
+            "temperature": np.zeros(images, np.float32),
+            "top_k": np.zeros(images, np.int64),
+            "top_p": np.zeros(images, np.float32),
+        }
+        self.set_batch(batch)
+        self._cond_row = np.arange(images, dtype=np.int64)
+        self.binding = session.io_binding()
+        for name in ("ids", "positions", "write", "length", "uniform"):
+            _bind(self.binding, name, getattr(self, name))
+        for name, array in self._settings.items():
+            _bind(self.binding, name, array)
+        _bind(self.binding, "cond_row", self._cond_row)
+        _bind(self.binding, "tokens", self.tokens, output=True)
+        # One buffer as input and output: this is what makes the cache update in place.
+        for past, present, buffer in zip(bundle.cache.inputs, bundle.cache.outputs, caches, strict=True):
+            _bind(self.binding, past, buffer)
+            _bind(self.binding, present, buffer, output=True)
+
+    def set_batch(self, batch: Batch) -> None:
+        for name, array in self._settings.items():
+            array[:] = getattr(batch, name)
+
+
+def _bind(binding: ort.IOBinding, name: str, array: NDArray[Any], output: bool = False) -> None:
+    bind = binding.bind_output if output else binding.bind_input
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def available_cores() -> int:
+    """Cores this process may use; containers often allow fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def load(bundle: Bundle, threads: int | None = None) -> OrtBackend:
+    """The CPU backend of ``bundle``."""
+    return OrtBackend(bundle, threads)

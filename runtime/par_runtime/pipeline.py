@@ -1,0 +1,243 @@
+"""Labels in, images out: the phases of a bundle stitched together on a backend.
+
+``Pipeline.load`` opens, checks and self-tests a bundle; ``Pipeline.generate`` makes images. Nothing here knows
+which backend runs.
+
+Letters: B images, R rows (two for a guided image), N tokens, n tokens per group, q positions of one call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_runtime.backend import Backend, Batch, Int
+from par_runtime.bundle import Bundle, BundleError, Verify
+from par_runtime.request import RequestError, Settings, class_index, image_seeds, settings, uniforms
+
+CACHE_LIMIT_BYTES = 2 * 2**30  # default bound of one batch's cache; larger requests run in several batches
+DECODE_BATCH = 8  # images per decoder call: bounds its memory, costs no speed on a CPU
+SELFTEST_IMAGES = 1
+
+OnStep = Callable[[int, int], None]
+OnPreview = Callable[[NDArray[np.uint8], int, int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``generate`` returns; the arrays belong to the caller.
+
+    ``images`` uint8 [B,H,W,3], None where the bundle ends at tokens; ``tokens`` int64 [B,N] in sequence order.
+    ``timings``: milliseconds per phase (sum over its calls), of decoding, in total, and the number of calls.
+    """
+
+    images: NDArray[np.uint8] | None
+    tokens: Int
+    labels: list[int]
+    seeds: list[int]
+    settings: list[Settings]
+    timings: dict[str, float]
+
+
+@dataclass
+class Pipeline:
+    """A loaded bundle, ready to generate. Not thread-safe: buffers are shared between calls."""
+
+    bundle: Bundle
+    backend: Backend
+
+    @staticmethod
+    def load(
+        path: str | Path,
+        device: str = "auto",
+        *,
+        threads: int | None = None,
+        selftest: bool = True,
+        verify: Verify = "auto",
+    ) -> Pipeline:
+        """Load the bundle at ``path``.
+
+        ``device``: "auto" or "cpu" (ONNX Runtime on the CPU; the TensorRT backend is not in this version).
+        ``threads``: default all cores. ``selftest``: make the bundle's greedy test image and compare its tokens
+        with those of the export; ``verify``: see :meth:`Bundle.open`. Raises BundleError, RequestError.
+        """
+        if device not in ("auto", "cpu"):
+            raise RequestError(f"device {device!r}: this version runs on 'cpu' (or 'auto'); a GPU backend is not in it yet")
+        if threads is not None and threads < 1:
+            raise RequestError(f"threads {threads}: expected 1 or more")
+        bundle = Bundle.open(path, verify)
+        from par_runtime import ort  # here, because importing onnxruntime takes a while
+
+        pipeline = Pipeline(bundle, ort.load(bundle, threads))
+        if selftest:
+            pipeline.selftest()
+        return pipeline
+
+    def selftest(self) -> None:
+        """Generate the bundle's greedy test image. Raises BundleError if the tokens are not those of the export."""
+        test = self.bundle.selftest
+        labels = test["labels"][:SELFTEST_IMAGES]
+        got = self.generate(labels, guidance=test["guidance"], greedy=True, seed=0, decode=False).tokens
+        wanted = np.array(test["tokens"][: len(labels)])
+        if got.shape != wanted.shape or (got != wanted).any():
+            image, position = np.argwhere(got != wanted)[0] if got.shape == wanted.shape else (0, 0)
+            raise BundleError(
+                f"{self.bundle.path}: self-test failed on {self.backend.name}: label {labels[image]} gives token "
+                f"{got[image, position]} at position {position}, at export it was {wanted[image, position]}. "
+                "Export the bundle again on this machine; selftest=False (--no-selftest) loads it regardless"
+            )
+
+    def generate(
+        self,
+        labels: int | str | Sequence[int | str],
+        *,
+        guidance: float | Sequence[float] | None = None,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        greedy: bool = False,
+        on_step: OnStep | None = None,
+        preview_every: int | None = None,
+        on_preview: OnPreview | None = None,
+        max_batch: int | None = None,
+        decode: bool = True,
+    ) -> Result:
+        """Generate one image per label (class index or name).
+
+        Settings are scalars or one value per image; None takes the bundle's default. Image i draws with
+        ``seeds[i]``, or ``seed + i``; an image depends on its own seed, label and settings, not on its batch.
+        ``on_step(done, total)`` is called after every model call; every ``preview_every`` calls
+        ``on_preview(images [B,H,W,3], done, total)`` shows what is there, unfilled places taking the latest
+        token of their region. ``max_batch`` bounds the images in flight (default: a cache of 2 GB).
+        Raises RequestError before any work on a bad value.
+        """
+        if isinstance(labels, (int, str, np.integer)):
+            labels = [labels]
+        classes = [class_index(self.bundle, label) for label in labels]
+        if not classes:
+            raise RequestError("no labels were given; give at least one class index or name")
+        each = settings(
+            self.bundle, len(classes), guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy
+        )
+        seeds = image_seeds(len(classes), seed, seeds)
+        if preview_every is not None and (preview_every < 1 or on_preview is None or self.bundle.image_size is None):
+            raise RequestError("preview_every needs a number of calls from 1, an on_preview function, and a bundle with a decoder")
+        size = max_batch or self._default_batch()
+        if size < 1:
+            raise RequestError(f"max_batch {max_batch}: expected 1 or more")
+        timings: dict[str, float] = {}
+        started = time.perf_counter()
+        parts = [slice(i, i + size) for i in range(0, len(classes), size)]
+        progress = _Progress(on_step, on_preview, preview_every, self.bundle.calls * len(parts))
+        tokens = np.concatenate([self._batch(classes[p], each[p], seeds[p], progress, timings) for p in parts])
+        images = None
+        if decode and self.bundle.image_size is not None:
+            clock = time.perf_counter()
+            images = self.decode(tokens)
+            timings["decode"] = 1e3 * (time.perf_counter() - clock)
+        timings["total"] = 1e3 * (time.perf_counter() - started)
+        timings["calls"] = self.bundle.calls * len(parts)
+        return Result(images, tokens, classes, seeds, each, timings)
+
+    def decode(self, tokens: Int) -> NDArray[np.uint8]:
+        """Images [B,H,W,3] uint8 of ``tokens`` [B,N] in sequence order. Raises RequestError on another shape or id."""
+        if self.bundle.image_size is None:
+            raise RequestError(f"{self.bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
+        tokens = np.asarray(tokens, np.int64)
+        if tokens.ndim != 2 or tokens.shape[1] != self.bundle.n_tokens:
+            raise RequestError(f"tokens have shape {tokens.shape}; expected [B,{self.bundle.n_tokens}] in sequence order")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.bundle.vocab_size:
+            raise RequestError(f"tokens lie in {tokens.min()}..{tokens.max()}; expected 0..{self.bundle.vocab_size - 1}")
+        chunks = [self.backend.decode(tokens[i : i + DECODE_BATCH]) for i in range(0, len(tokens), DECODE_BATCH)]
+        return np.concatenate(chunks) if chunks else np.zeros((0, *self.bundle.image_size, 3), np.uint8)
+
+    def grid_tokens(self, tokens: Int) -> Int:
+        """``tokens`` [B,N] in sequence order, put in their places: [B,H,W] ([B,T,H,W] for video)."""
+        raster = np.empty_like(tokens)
+        raster[:, list(self.bundle.order)] = tokens
+        t, h, w = self.bundle.grid
+        return raster.reshape(-1, h, w) if t == 1 else raster.reshape(-1, t, h, w)
+
+    def _default_batch(self) -> int:
+        cache, n = self.bundle.cache, self.bundle.n_tokens
+        row_bytes = len(cache.inputs) * cache.heads * cache.head_dim * n * 4
+        return max(1, CACHE_LIMIT_BYTES // (2 * row_bytes))
+
+    def _batch(
+        self, classes: list[int], each: list[Settings], seeds: list[int], progress: _Progress, timings: dict[str, float]
+    ) -> Int:
+        """Tokens [B,N] of one batch: every phase in the manifest's order."""
+        bundle, images = self.bundle, len(classes)
+        guided = [i for i, s in enumerate(each) if s.guided]
+        uncond_row = np.arange(images)
+        uncond_row[guided] = images + np.arange(len(guided))
+        class_ids = bundle.class_base + np.array(classes + [bundle.no_class - bundle.class_base] * len(guided))
+        source = np.concatenate([np.arange(images), np.array(guided, np.int64)])  # the image of every row
+        self.backend.start(
+            Batch(
+                rows=len(source),
+                uncond_row=uncond_row,
+                guidance=np.array([s.guidance if s.guided else 1.0 for s in each], np.float32),
+                temperature=np.array([1.0 if s.greedy else s.temperature for s in each], np.float32),
+                top_k=np.array([1 if s.greedy else min(s.top_k, bundle.vocab_size) for s in each], np.int64),
+                top_p=np.array([1.0 if s.greedy else s.top_p for s in each], np.float32),
+            )
+        )
+        # Greedy is top-k 1; a draw of 0 then takes the lowest id where several are exactly equal.
+        noise = np.stack([np.zeros(bundle.n_tokens, np.float32) if s.greedy else uniforms(seed, bundle.n_tokens) for s, seed in zip(each, seeds, strict=True)])
+        tokens = np.zeros((images, bundle.n_tokens), np.int64)
+        done = 0  # tokens so far
+        for phase in bundle.phases:
+            clock = time.perf_counter()
+            paused = 0.0
+            fed = [j for j, entry in enumerate(phase.inputs) if entry == "token"]
+            ids = np.empty((len(source), phase.query), np.int64)
+            for j, entry in enumerate(phase.inputs):
+                ids[:, j] = class_ids if entry == "class" else 0 if entry == "token" else entry
+            for i in range(phase.repeat):
+                write = phase.start + i * phase.query
+                if fed:
+                    ids[:, fed] = tokens[source, done - len(fed) : done]
+                drawn = self.backend.step(ids, write, noise[:, write : write + phase.query])
+                tokens[:, write : write + phase.query] = drawn[:images]
+                done = write + phase.query
+                aside = time.perf_counter()
+                progress.step(self, tokens, done)
+                paused += time.perf_counter() - aside
+            timings[phase.name] = timings.get(phase.name, 0.0) + 1e3 * (time.perf_counter() - clock - paused)
+        return tokens
+
+    def preview(self, tokens: Int, done: int) -> NDArray[np.uint8]:
+        """Images of the first ``done`` tokens of ``tokens`` [B,N]: each unfilled place repeats the latest token of its region."""
+        n = self.bundle.group_size
+        k = np.arange(self.bundle.n_tokens)
+        missing = np.maximum(-(-(k - done + 1) // n), 0)  # groups between k and the last known token of its slot
+        source = k - missing * n
+        # Before a region has its first token, the last known token of any region stands in.
+        source = np.where(source < 0, done - 1, source)
+        return self.decode(tokens[:, source])
+
+
+@dataclass
+class _Progress:
+    """Counts model calls over all batches and calls back."""
+
+    on_step: OnStep | None
+    on_preview: OnPreview | None
+    preview_every: int | None
+    total: int
+    done: int = 0
+
+    def step(self, pipeline: Pipeline, tokens: Int, known: int) -> None:
+        self.done += 1
+        if self.on_step is not None:
+            self.on_step(self.done, self.total)
+        if self.preview_every and self.on_preview and self.done % self.preview_every == 0:
+            self.on_preview(pipeline.preview(tokens, known), self.done, self.total)

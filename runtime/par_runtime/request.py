@@ -1,0 +1,128 @@
+"""What a caller asks for, checked before any work starts: labels, seeds, sampling settings, noise."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from par_runtime.backend import Float
+from par_runtime.bundle import Bundle
+
+SEED_LIMIT = 2**64
+NAMES_SHOWN = 8
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; the message says what was given, what is expected and how to fix it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one image is sampled (spec, 3). ``greedy`` takes the most probable token at every position."""
+
+    guidance: float
+    temperature: float
+    top_k: int
+    top_p: float
+    greedy: bool
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance > 1
+
+
+def class_index(bundle: Bundle, label: int | str) -> int:
+    """The class of ``label``: an index, or a name (case, spaces, "-" and "_" do not matter). Raises RequestError."""
+    count, names = bundle.n_classes, bundle.class_names
+    if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
+        if not 0 <= label < count:
+            raise RequestError(f"label {label}: this model has classes 0..{count - 1}")
+        return int(label)
+    if not isinstance(label, str):
+        raise RequestError(f"label {label!r}: expected a class index or name, not a {type(label).__name__}")
+    if names is not None:
+        wanted = _folded(label)
+        folded = [_folded(name) for name in names]
+        if wanted in folded:
+            return folded.index(wanted)
+    if label.strip().lstrip("+-").isdigit():
+        return class_index(bundle, int(label))
+    if names is None:
+        raise RequestError(f"label {label!r}: this bundle has no class names; give an index 0..{count - 1}")
+    close = [names[folded.index(match)] for match in difflib.get_close_matches(wanted, folded, 4, 0.5)]
+    if close:
+        raise RequestError(f"unknown label {label!r}; did you mean {', '.join(close)}? (or an index 0..{count - 1})")
+    shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if count > NAMES_SHOWN else "")
+    if count <= 2 * NAMES_SHOWN:
+        shown = ", ".join(names)
+    raise RequestError(f"unknown label {label!r}; this model has {count} classes: {shown} (or an index 0..{count - 1})")
+
+
+def _folded(name: str) -> str:
+    return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())
+
+
+def settings(
+    bundle: Bundle,
+    images: int,
+    *,
+    guidance: float | Sequence[float] | None = None,
+    temperature: float | Sequence[float] | None = None,
+    top_k: int | Sequence[int] | None = None,
+    top_p: float | Sequence[float] | None = None,
+    greedy: bool = False,
+) -> list[Settings]:
+    """One Settings per image; a scalar serves all, None is the bundle's default. Raises RequestError."""
+    d = bundle.defaults
+    g = _each("guidance", guidance, d.guidance, images, lambda v: v >= 0, "0 or more (1 or less: unguided)")
+    t = _each("temperature", temperature, d.temperature, images, lambda v: v >= 0, "0 or more")
+    k = _each("top_k", top_k, d.top_k, images, lambda v: v >= 0 and v == int(v), "a whole number, 0 (all codes) or more")
+    p = _each("top_p", top_p, d.top_p, images, lambda v: 0 <= v <= 1, "0 to 1")
+    return [Settings(g[i], t[i], int(k[i]), p[i], greedy) for i in range(images)]
+
+
+def _each(name: str, value: object, default: float, images: int, valid: object, expected: str) -> list[float]:
+    assert callable(valid)
+    given = default if value is None else value
+    values = list(given) if isinstance(given, Iterable) else [given] * images
+    if len(values) != images:
+        raise RequestError(f"{name}: {len(values)} values for {images} images; give one number, or one per image")
+    for v in values:
+        if not isinstance(v, (int, float, np.integer, np.floating)) or not math.isfinite(v) or not valid(v):
+            raise RequestError(f"{name} {v!r}: expected {expected}")
+    return [float(v) for v in values]
+
+
+def image_seeds(images: int, seed: int | None, seeds: Sequence[int] | None) -> list[int]:
+    """One seed per image: ``seeds`` as given, or ``seed``, ``seed + 1``, ..., or fresh ones. Raises RequestError."""
+    if seed is not None and seeds is not None:
+        raise RequestError("both seed and seeds were given; give one of them")
+    if seeds is None:
+        first = int(np.random.default_rng().integers(2**32)) if seed is None else seed
+        _check_seed(first)
+        seeds = [(first + i) % SEED_LIMIT for i in range(images)]
+    if len(seeds) != images:
+        raise RequestError(f"{len(seeds)} seeds for {images} images; give one per image, or seed= for the first")
+    for value in seeds:
+        _check_seed(value)
+    return [int(value) for value in seeds]
+
+
+def _check_seed(seed: int) -> None:
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < SEED_LIMIT:
+        raise RequestError(f"seed {seed!r}: expected a whole number 0 .. 2**64-1")
+
+
+def uniforms(seed: int, n_tokens: int) -> Float:
+    """The noise of one image: [N] float32 in [0,1), the top 24 bits of Philox4x64-10 keyed by ``seed``.
+
+    Counter-based, so it depends on the seed and the position alone, not on batch, order or backend. The model's
+    reference generation makes the same numbers.
+    """
+    raw = np.random.Philox(key=seed).random_raw(n_tokens)
+    numbers: Float = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+    return numbers
