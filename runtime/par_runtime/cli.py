@@ -1,0 +1,74 @@
+"""The command ``parvis``: one parser per verb; verbs that need torch live in their own packages, found by name."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from par_runtime import __version__
+
+#: verb -> (module, what it does). Their packages are optional extras: the runtime never imports them itself.
+ELSEWHERE = {
+    "export": ("par_export.cli", "turn a checkpoint into a bundle, checked against PyTorch"),
+    "train-tokenizer": ("par_model.train_tokenizer", "train a VQ tokenizer on a folder of images"),
+    "encode": ("par_model.encode_codes", "turn a folder of images into token ids"),
+    "train": ("par_model.train", "train a PAR model on token ids"),
+}
+HERE = {
+    "generate": ("par_runtime.commands", "make images from a bundle"),
+    "redo": ("par_runtime.commands", "make a PNG again from what it says of itself, and compare"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 done, 1 compared and different, 2 bad input, 130 stopped."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        verb = _verb(arguments)
+        if verb in HERE:
+            return int(getattr(importlib.import_module(HERE[verb][0]), verb)(arguments[1:]))
+        return _elsewhere(verb, arguments[1:])
+    except KeyboardInterrupt:
+        print("\nparvis: stopped; nothing was half-written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _verb(arguments: list[str]) -> str:
+    """The verb, or an exit through argparse: help, version, or an error that lists the verbs."""
+    verbs = {**HERE, **ELSEWHERE}
+    if arguments and arguments[0] in verbs:
+        return arguments[0]
+    parser = argparse.ArgumentParser(
+        prog="parvis",
+        description="Run PAR models: parallelized autoregressive visual generation.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="verbs:\n"
+        + "\n".join(f"  {name:16} {does}" for name, (_, does) in verbs.items())
+        + "\n\n'parvis VERB --help' tells the options of a verb. All but generate and redo need pip install 'parvis[export]'.",
+    )
+    parser.add_argument("--version", action="version", version=f"parvis {__version__}")
+    parser.add_argument("verb", choices=list(verbs), metavar="VERB", help="what to do, see below")
+    if not arguments:
+        parser.print_help()
+        raise SystemExit(2)
+    parser.parse_args(arguments[:1])
+    raise AssertionError("argparse accepts only the verbs")
+
+
+def _elsewhere(verb: str, arguments: list[str]) -> int:
+    try:
+        module = importlib.import_module(ELSEWHERE[verb][0])
+    except ModuleNotFoundError as error:
+        if error.name in ("torch", "onnx"):
+            print(f"parvis: error: 'parvis {verb}' needs {error.name}, which is not installed; pip install 'parvis[export]'", file=sys.stderr)
+            return 2
+        raise
+    return int(module.main(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

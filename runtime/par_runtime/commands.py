@@ -1,0 +1,305 @@
+"""``parvis generate`` and ``parvis redo``."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from par_runtime import png
+from par_runtime.bundle import Bundle, BundleError
+from par_runtime.pipeline import Pipeline, Result
+from par_runtime.request import RequestError, class_index
+
+
+def generate(argv: Sequence[str]) -> int:
+    """Make images: ``parvis generate BUNDLE --label L --count K --seed S --out X.png``."""
+    args = _generate_parser().parse_args(argv)
+    return _guarded(lambda: _generate(args))
+
+
+def redo(argv: Sequence[str]) -> int:
+    """Make a PNG again and compare: exit code 0 if pixels and tokens are identical, 1 if not."""
+    args = _redo_parser().parse_args(argv)
+    return _guarded(lambda: _redo(args))
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    """Run ``work``; every expected failure becomes one line and exit code 2."""
+    try:
+        return work()
+    except (BundleError, RequestError) as error:
+        message = str(error)
+    except PermissionError as error:
+        message = f"no permission for {error.filename}; choose a place you can write to"
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            message = f"no space left on the disk{f' of {error.filename}' if error.filename else ''}; nothing was half-written"
+        elif error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        else:
+            message = str(error)
+    except MemoryError:
+        message = "not enough memory for this batch; give a smaller --batch"
+    print(f"parvis: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _generate(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    if args.out is None and args.out_dir is None and args.tokens is None:
+        raise RequestError("nothing to write; give --out X.png, --out-dir DIR or --tokens X.npy")
+    if args.count < 1:
+        raise RequestError(f"--count {args.count}: expected 1 or more")
+    for path in (args.out, args.tokens):
+        if path is not None:
+            _check_writable(path)
+    if args.out is not None and args.out.suffix.lower() != ".png":
+        raise RequestError(f"--out {args.out}: expected a name that ends in .png")
+    if args.tokens is not None and args.tokens.suffix != ".npy":
+        raise RequestError(f"--tokens {args.tokens}: expected a name that ends in .npy")
+    bundle = Bundle.open(args.bundle)
+    if bundle.image_size is None and (args.out or args.out_dir):
+        raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; give --tokens X.npy")
+    classes = _classes(bundle, args.label)
+    pipeline = Pipeline.load(args.bundle, args.device, threads=args.threads, selftest=not args.no_selftest)
+    loaded = time.perf_counter()
+    # Images run label by label; several guidance scales repeat all of them, with the same seeds.
+    scales: list[float | None] = args.guidance or [None]
+    labels = [c for c in classes for _ in range(args.count)] * len(scales)
+    per_scale = len(labels) // len(scales)
+    first = args.seed if args.seed is not None else int(np.random.default_rng().integers(2**32))
+    seeds = [first + i for i in range(per_scale)] * len(scales)
+    guidance = None if args.guidance is None else [s for s in args.guidance for _ in range(per_scale)]
+    columns = args.columns or _columns(len(classes), args.count, len(scales))
+
+    def show(images: NDArray[np.uint8], done: int, total: int) -> None:
+        from PIL import Image
+
+        name = args.out.with_name(f"{args.out.stem}-{done:04d}.png")
+        png.write_beside(name, lambda part: Image.fromarray(png.sheet(images, columns)).save(part, format="PNG"))
+
+    if args.preview_every is not None and args.out is None:
+        raise RequestError("--preview-every writes beside --out; give --out X.png")
+    with _bar(args.quiet or args.json) as bar:
+        result = pipeline.generate(
+            labels,
+            guidance=guidance,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seeds=seeds,
+            greedy=args.greedy,
+            on_step=bar,
+            preview_every=args.preview_every,
+            on_preview=show if args.preview_every else None,
+            max_batch=args.batch,
+        )
+    written = _write(args, bundle, result, columns)
+    _report(args, bundle, pipeline, result, written, loaded - started, time.perf_counter() - started)
+    return 0
+
+
+def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: int) -> list[str]:
+    written = []
+    if args.out is not None:
+        png.write(args.out, bundle, result, columns)
+        written.append(str(args.out))
+    if args.out_dir is not None:
+        several = len({s.guidance for s in result.settings}) > 1
+        for i, label in enumerate(result.labels):
+            name = str(label) if bundle.class_names is None else bundle.class_names[label].replace(" ", "-").replace("/", "-")
+            scale = f"-g{result.settings[i].guidance:g}" if several else ""
+            path = args.out_dir / f"{name}-{result.seeds[i]}{scale}.png"
+            png.write(path, bundle, result, 1, [i])
+            written.append(str(path))
+    if args.tokens is not None:
+        png.write_beside(args.tokens, lambda part: _save(part, result.tokens))
+        written.append(str(args.tokens))
+    return written
+
+
+def _save(path: Path, tokens: NDArray[np.int64]) -> None:
+    with path.open("wb") as f:  # a file object, because np.save would add .npy to the name
+        np.save(f, tokens)
+
+
+def _report(
+    args: argparse.Namespace, bundle: Bundle, pipeline: Pipeline, result: Result, written: list[str], load_s: float, total_s: float
+) -> None:
+    count = len(result.labels)
+    if args.json:
+        row = {
+            "written": written,
+            "bundle": {"name": bundle.name, "hash": bundle.hash},
+            "backend": pipeline.backend.name,
+            "images": count,
+            "labels": result.labels,
+            "seeds": result.seeds,
+            "load_ms": 1e3 * load_s,
+            "timings_ms": result.timings,
+        }
+        print(json.dumps(row))
+        return
+    if args.quiet:
+        return
+    where = written[0] if len(written) == 1 else f"{len(written)} files in {args.out_dir}" if args.out_dir else ", ".join(written)
+    ms = result.timings["total"] / count
+    print(
+        f"{where}: {count} image{'s' if count > 1 else ''} in {total_s:.1f} s "
+        f"({load_s:.1f} s to load, {ms:.0f} ms per image, {bundle.calls} calls, {pipeline.backend.name})"
+    )
+
+
+def _redo(args: argparse.Namespace) -> int:
+    recipe, pixels = png.read(args.image)
+    if args.out is not None:
+        _check_writable(args.out)
+    bundle = Bundle.open(args.bundle)
+    if bundle.hash != recipe.bundle_hash:
+        raise RequestError(
+            f"{args.image} was made by bundle {recipe.bundle_name!r} with hash {recipe.bundle_hash[:12]}; "
+            f"{args.bundle} has hash {bundle.hash[:12]}: give --bundle with the one that made it"
+        )
+    pipeline = Pipeline.load(args.bundle, args.device, threads=args.threads, selftest=False)
+    s = recipe.settings
+    with _bar(args.quiet) as bar:
+        result = pipeline.generate(
+            recipe.labels,
+            guidance=[x.guidance for x in s],
+            temperature=[x.temperature for x in s],
+            top_k=[x.top_k for x in s],
+            top_p=[x.top_p for x in s],
+            seeds=recipe.seeds,
+            greedy=s[0].greedy,
+            on_step=bar,
+        )
+    if args.out is not None:
+        png.write(args.out, bundle, result, recipe.columns)
+    assert result.images is not None
+    again = png.sheet(result.images, recipe.columns)
+    differing = np.argwhere(result.tokens != recipe.tokens)
+    if len(differing):
+        image, position = differing[0]
+        print(
+            f"{args.image}: different: image {image} (label {recipe.labels[image]}, seed {recipe.seeds[image]}) first "
+            f"differs at token {position}: {recipe.tokens[image, position]} then, {result.tokens[image, position]} now; "
+            f"{len(differing)} of {result.tokens.size} tokens differ"
+        )
+        return 1
+    if again.shape != pixels.shape or (again != pixels).any():
+        detail = (
+            f"size {pixels.shape[1]}x{pixels.shape[0]} then, {again.shape[1]}x{again.shape[0]} now"
+            if again.shape != pixels.shape
+            else f"{int((again != pixels).any(-1).sum())} pixels, by up to {int(np.abs(again.astype(int) - pixels).max())} of 255"
+        )
+        print(f"{args.image}: different: the tokens are the same, the pixels are not ({detail})")
+        return 1
+    print(f"{args.image}: identical: {len(recipe.labels)} images, {result.tokens.size} tokens, every pixel")
+    return 0
+
+
+class _bar:
+    """A progress bar over model calls on stderr, as an ``on_step`` callback; silent when asked or not on a terminal."""
+
+    def __init__(self, silent: bool) -> None:
+        self._bar: Any = None
+        self._silent = silent
+
+    def __enter__(self) -> _bar:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, unit="call", leave=False, disable=self._silent or not sys.stderr.isatty())
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _classes(bundle: Bundle, labels: list[str]) -> list[int]:
+    """Class indices of the command line's labels; "all" is every class."""
+    if labels == ["all"]:
+        return list(range(bundle.n_classes))
+    return [class_index(bundle, label) for label in labels]
+
+
+def _columns(classes: int, count: int, scales: int) -> int:
+    """Images per row: a row per guidance scale; else several labels side by side, or a near-square of one."""
+    if scales > 1:
+        return classes * count
+    if classes == 1:
+        return math.ceil(math.sqrt(count))
+    # Labels in rows of `count` each would be tall and thin; two or three labels share a row until it is about square.
+    per_row = max(1, round(math.sqrt(classes * count) / count))
+    return count * min(per_row, classes)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise before any work if ``path`` cannot be written."""
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder; give a file name")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "no permission", str(parent))
+
+
+def _generate_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="parvis generate",
+        description="Make images from a bundle. Image i of the list draws with seed + i; the same seed, label and "
+        "settings give the same image, alone or in any batch.",
+    )
+    p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo")
+    p.add_argument("--label", action="append", required=True, help="class name or index; may be repeated; 'all' is every class")
+    p.add_argument("--count", type=int, default=1, help="images per label (default: 1)")
+    p.add_argument("--seed", type=int, help="of the first image, 0 .. 2**64-1 (default: a new one each time)")
+    p.add_argument("--out", type=Path, help="PNG to write: all images in one sheet, with what is needed to make it again")
+    p.add_argument("--out-dir", type=Path, help="folder for one PNG per image")
+    p.add_argument("--tokens", type=Path, help=".npy to write: tokens [B,N] int64 in sequence order")
+    p.add_argument("--guidance", type=float, nargs="+", help="guidance scale; several make a row of images each (default: the bundle's)")
+    p.add_argument("--temperature", type=float, help="default: the bundle's")
+    p.add_argument("--top-k", type=int, help="keep the k most probable codes, 0 keeps all (default: the bundle's)")
+    p.add_argument("--top-p", type=float, help="keep the most probable codes up to this mass, 1 keeps all (default: the bundle's)")
+    p.add_argument("--greedy", action="store_true", help="always the most probable code; no noise")
+    p.add_argument("--columns", type=int, help="images per row of the sheet")
+    p.add_argument("--batch", type=int, help="most images in flight at once (default: a cache of 2 GB)")
+    p.add_argument("--preview-every", type=int, metavar="CALLS", help="write X-0010.png, ... beside --out as the image fills")
+    _add_common(p)
+    p.add_argument("--no-selftest", action="store_true", help="do not check the bundle's test tokens first")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return p
+
+
+def _redo_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="parvis redo",
+        description="Make a PNG of 'parvis generate' again from its own metadata and compare pixels and tokens. "
+        "Exit code 0: identical; 1: different; 2: cannot be tried.",
+    )
+    p.add_argument("image", type=Path, metavar="IMAGE.png")
+    p.add_argument("--bundle", type=Path, required=True, help="the bundle that made it")
+    p.add_argument("--out", type=Path, help="also write the new PNG here")
+    _add_common(p)
+    return p
+
+
+def _add_common(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", default="auto", help="'auto' or 'cpu' (default: auto)")
+    p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    p.add_argument("--quiet", action="store_true", help="no progress bar, no text")

@@ -1,0 +1,123 @@
+"""PNG files that can make themselves again: pixels, and in an iTXt chunk all that generated them.
+
+The chunk "parvis" is JSON: parvis version, bundle name and hash, the layout, and per image label, seed, settings and
+tokens (base64 of little-endian uint16, or uint32 for codebooks beyond 65,536; sequence order).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from par_runtime import __version__
+from par_runtime.backend import Int
+from par_runtime.bundle import Bundle
+from par_runtime.pipeline import Result
+from par_runtime.request import RequestError, Settings
+
+CHUNK = "parvis"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a PNG says of its images."""
+
+    bundle_name: str
+    bundle_hash: str
+    columns: int
+    labels: list[int]
+    seeds: list[int]
+    settings: list[Settings]
+    tokens: Int  #: [B,N] in sequence order
+
+
+def sheet(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
+    """Lay ``images`` [B,H,W,3] out in rows of ``columns``: [rows*H, columns*W, 3], empty places white."""
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    canvas[:count] = images
+    return canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+
+
+def write(path: Path, bundle: Bundle, result: Result, columns: int, indices: Sequence[int] | None = None) -> None:
+    """Write the images ``indices`` (default all) of ``result`` as one PNG at ``path``, beside and renamed.
+
+    Raises OSError; RequestError for a bundle without a decoder.
+    """
+    if result.images is None:
+        raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; write them with --tokens")
+    pick = list(range(len(result.labels)) if indices is None else indices)
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_itxt(CHUNK, json.dumps(_describe(bundle, result, columns, pick)), zip=True)
+    image = Image.fromarray(sheet(result.images[pick], columns))
+    write_beside(path, lambda part: image.save(part, format="PNG", pnginfo=chunk, compress_level=9))
+
+
+def write_beside(path: Path, write_to: Any) -> None:
+    """Call ``write_to`` with a hidden neighbour of ``path`` and rename it; on any error ``path`` is as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
+    try:
+        write_to(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:
+    """The recipe and the pixels [H,W,3] of a PNG that parvis wrote. Raises RequestError, OSError."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = getattr(image, "text", {}).get(CHUNK)
+            pixels = np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise RequestError(f"{path}: not a readable PNG ({error})") from error
+    if text is None:
+        raise RequestError(f"{path}: has no 'parvis' entry; only PNGs written by parvis, and not edited since, can be made again")
+    try:
+        entry = json.loads(text)
+        images = entry["images"]
+        tokens = [np.frombuffer(base64.b64decode(i["tokens"]), entry["token_type"]).astype(np.int64) for i in images]
+        recipe = Recipe(
+            entry["bundle"]["name"],
+            entry["bundle"]["hash"],
+            entry["columns"],
+            [i["label"] for i in images],
+            [i["seed"] for i in images],
+            [Settings(**i["settings"]) for i in images],
+            np.stack(tokens),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RequestError(f"{path}: its 'parvis' entry cannot be read ({error}); it may come from another version") from error
+    return recipe, pixels
+
+
+def _describe(bundle: Bundle, result: Result, columns: int, pick: list[int]) -> dict[str, Any]:
+    kind = "<u2" if bundle.vocab_size <= 65536 else "<u4"
+    return {
+        "parvis": __version__,
+        "bundle": {"name": bundle.name, "hash": bundle.hash},
+        "columns": columns,
+        "token_type": kind,
+        "images": [
+            {
+                "label": result.labels[i],
+                "name": None if bundle.class_names is None else bundle.class_names[result.labels[i]],
+                "seed": result.seeds[i],
+                "settings": asdict(result.settings[i]),
+                "tokens": base64.b64encode(result.tokens[i].astype(kind).tobytes()).decode(),
+            }
+            for i in pick
+        ],
+    }
