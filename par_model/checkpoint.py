@@ -114,7 +114,9 @@ def par_config(
             "number of attention heads cannot be read from shapes; give --heads"
         )
     if grid is None:
-        grid = saved.get("grid") or (PUBLISHED_GRID if (dim, n_layers) in named else None)
+        # "tiny" is ours and comes in any grid; the published sizes are all 384 px models.
+        published = (dim, n_layers) in named and (dim, n_layers) != SIZES["tiny"][:2]
+        grid = saved.get("grid") or (PUBLISHED_GRID if published else None)
     if grid is None:
         raise CheckpointError(f"{path}: the token grid cannot be read from shapes; give --grid (24 for 384 px, 16 for 256 px)")
     try:

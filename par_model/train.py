@@ -64,7 +64,6 @@ def train(args: argparse.Namespace) -> None:
             optimizer.load_state_dict(saved)
         ema.shadow, step = state["model"], state["step"]
     order = token_order(config)
-    compute_loss = torch.compile(loss_of) if args.compile else loss_of
 
     def save() -> None:
         run.save(
@@ -90,7 +89,7 @@ def train(args: argparse.Namespace) -> None:
         tokens = torch.from_numpy(codes[index].reshape(len(index), -1)[:, order].astype(np.int64))
         classes = torch.from_numpy(np.where(drop, config.n_classes, labels[index]))
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss = compute_loss(model, tokens, classes)
+            loss = loss_of(model, tokens, classes)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -194,7 +193,6 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--sheet", type=int, default=500, help="steps between sample sheets")
     p.add_argument("--guidance", type=float, default=2.0, help="of the sample sheets")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    p.add_argument("--compile", action="store_true", help="torch.compile the loss (needs a C++ compiler)")
     return p
 
 

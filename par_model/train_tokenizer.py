@@ -51,7 +51,6 @@ def train(config: VQConfig, args: argparse.Namespace) -> None:
         model.load_state_dict(state["live"])
         optimizer.load_state_dict(state["optimizer"])
         ema.shadow, step = state["model"], state["step"]
-    compiled = torch.compile(reconstruct) if args.compile else reconstruct
 
     def save() -> None:
         run.save(
@@ -71,7 +70,7 @@ def train(config: VQConfig, args: argparse.Namespace) -> None:
         index = batch_index(args.seed, step, args.batch, len(data.images))
         x = data.batch(index).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, parts, z, ids = compiled(model, x)
+            loss, parts, z, ids = reconstruct(model, x)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -166,7 +165,6 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 3])
     p.add_argument("--z-channels", type=int, default=64)
     p.add_argument("--norm-groups", type=int, default=8)
-    p.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
     return p
 
 

@@ -22,6 +22,8 @@ COMPATIBLE_OPSET = 23  #: what ONNX Runtime 1.23 runs, the last release for Pyth
 IR_VERSION = 11
 WEIGHTS_FILE = "weights.data"
 PAGE_BYTES = 4096  # large tensors start on a page, so that a runtime can map them in place
+LARGE_BYTES = 64 * 1024
+LINE_BYTES = 64  # small ones on a cache line
 
 ONNX_TYPE = {
     "float32": TensorProto.FLOAT,
@@ -56,11 +58,13 @@ class Weights:
         """Append ``parts``, concatenated along their first axis, as tensor ``name``; each part is freed when written."""
         if name in self.entries:
             raise ValueError(f"weight {name!r} was already written")
-        start = self._file.tell()
-        offset = -(-start // PAGE_BYTES) * PAGE_BYTES
-        self._file.write(b"\0" * (offset - start))
+        start, offset = self._file.tell(), -1
         shape: tuple[int, ...] = ()
         for part in parts:
+            if offset < 0:
+                align = PAGE_BYTES if part.numel() * part.element_size() >= LARGE_BYTES else LINE_BYTES
+                offset = -(-start // align) * align
+                self._file.write(b"\0" * (offset - start))
             # Contiguous bytes of any dtype, bf16 included, which numpy does not know.
             part = part.detach().to(TORCH_TYPE[dtype]).contiguous()
             self._file.write(memoryview(part.view(-1).view(torch.uint8).numpy()))

@@ -66,12 +66,17 @@ def write(path: Path, bundle: Bundle, result: Result, columns: int, indices: Seq
 def write_beside(path: Path, write_to: Any) -> None:
     """Call ``write_to`` with a hidden neighbour of ``path`` and rename it; on any error ``path`` is as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f".{path.name}.{os.getpid()}.part"
+    part = _part(path)
     try:
         write_to(part)
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        if part.is_file():
+            part.unlink()
+
+
+def _part(path: Path) -> Path:
+    return path.parent / f".{path.name}.{os.getpid()}.part"
 
 
 def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:

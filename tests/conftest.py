@@ -1,0 +1,112 @@
+"""Fixtures: the golden files, models with golden weights, and bundles exported from them (once per session)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+recipe = _load(GOLDEN / "recipe.py")
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, dict[str, Any]]:
+    """name -> arrays of ``par_n4_grid8`` and ``ar_n1_grid8``, with ``spec`` and ``keys`` parsed."""
+    out = {}
+    for name in ("par_n4_grid8", "ar_n1_grid8"):
+        with np.load(GOLDEN / f"{name}.npz") as f:
+            arrays = dict(f)
+        arrays["spec"] = json.loads(str(arrays["spec"]))
+        arrays["keys"] = {k: tuple(v) for k, v in json.loads(str(arrays["keys"])).items()}
+        out[name] = arrays
+    return out
+
+
+def golden_weights(model: Any) -> Any:
+    """Give ``model`` the weights of the recipe, by key; returns it in eval mode."""
+    import torch
+
+    state = {}
+    for key, tensor in model.state_dict().items():
+        value = torch.zeros(tensor.shape) if key == "quantize.codebook_used" else torch.from_numpy(recipe.weight(key, tuple(tensor.shape)))
+        state[key] = value
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def golden_config(arrays: dict[str, Any]) -> Any:
+    from par_model.config import PARConfig
+
+    s = arrays["spec"]
+    return PARConfig(
+        dim=s["dim"],
+        n_layers=s["layers"],
+        n_heads=s["heads"],
+        vocab_size=s["vocab"],
+        n_classes=s["classes"],
+        grid=(1, s["grid"], s["grid"]),
+        group_size=s["n"],
+    )
+
+
+@pytest.fixture(scope="session")
+def small_vq() -> Any:
+    """A tokenizer with golden weights for the golden models: 512 codes, 2x downsampling."""
+    from par_model.vq import VQConfig, VQModel
+
+    config = VQConfig(codebook_size=512, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
+    return golden_weights(VQModel(config))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, golden: dict[str, dict[str, Any]], small_vq: Any) -> dict[str, Path]:
+    """Checkpoint files as published: ``par_n4_grid8``, ``ar_n1_grid8`` and the tokenizer ``vq``."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    out = {}
+    for name, arrays in golden.items():
+        out[name] = folder / f"{name}.pt"
+        torch.save({k: torch.from_numpy(v) for k, v in recipe.state_dict(arrays["keys"]).items()}, out[name])
+    out["vq"] = folder / "vq.pt"
+    torch.save(small_vq.state_dict(), out["vq"])
+    return out
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> dict[str, Path]:
+    """Exported golden bundles: ``fp32``, ``fp16``, ``bf16`` (n=4, with decoder) and ``n1`` (ends at tokens)."""
+    from par_export.bundle import Request, export
+
+    folder = tmp_path_factory.mktemp("bundles")
+    out = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        request = Request(checkpoints["par_n4_grid8"], checkpoints["vq"], folder / precision, precision, heads=4, grid=(1, 8, 8))
+        out[precision] = export(request, say=lambda _: None)
+    request = Request(checkpoints["ar_n1_grid8"], None, folder / "n1", heads=4, grid=(1, 8, 8))
+    out["n1"] = export(request, say=lambda _: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The committed bundle of a few hundred kB; needs no torch."""
+    return TESTS / "data" / "tiny"

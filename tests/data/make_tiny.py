@@ -1,0 +1,50 @@
+"""Make the committed bundle ``tests/data/tiny``: ``python tests/data/make_tiny.py``. Needs the export extra.
+
+Weights come from the golden recipe (a tensor depends on its key and shape alone), so the bundle is reproducible.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from par_export.bundle import Request, export
+from par_model.config import PARConfig
+from par_model.transformer import PAR
+from par_model.vq import VQConfig, VQModel
+
+HERE = Path(__file__).parent
+NAMES = ["red fox", "arctic fox", "otter", "sea otter", "grey whale", "tree frog"]
+MODEL = PARConfig(dim=16, n_layers=2, n_heads=2, vocab_size=64, n_classes=len(NAMES), grid=(1, 8, 8), group_size=4)
+TOKENIZER = VQConfig(
+    codebook_size=64, codebook_dim=4, channels=8, channel_multipliers=(1, 2), res_blocks=1, z_channels=8, norm_groups=4
+)
+
+
+def main() -> None:
+    spec = importlib.util.spec_from_file_location("recipe", HERE.parent / "golden" / "recipe.py")
+    assert spec is not None
+    assert spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+
+    def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {
+            key: value if key == "quantize.codebook_used" else torch.from_numpy(recipe.weight(key, tuple(value.shape)))
+            for key, value in model.state_dict().items()
+        }
+
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = Path(folder) / "model.pt", Path(folder) / "tokenizer.pt"
+        torch.save({"model": weights(PAR(MODEL)), "config": asdict(MODEL), "class_names": NAMES}, model)
+        torch.save({"model": weights(VQModel(TOKENIZER)), "config": asdict(TOKENIZER)}, tokenizer)
+        defaults = {"guidance": 1.5, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        export(Request(model, tokenizer, HERE / "tiny", "fp16", defaults=defaults, force=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Opening a bundle: every way in which it can be broken has its own sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from par_runtime.bundle import Bundle, BundleError, canonical_hash, seal
+
+
+@pytest.fixture
+def broken(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "bundle"))
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], object], reseal: bool = True) -> None:
+    file = bundle / "manifest.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(seal(manifest) if reseal else manifest))
+
+
+def test_a_good_bundle_opens(tiny: Path) -> None:
+    bundle = Bundle.open(tiny, verify="full")
+    assert bundle.calls == 19
+    assert bundle.class_names is not None
+    assert bundle.class_names[2] == "otter"
+    assert (bundle.vocab_size, bundle.n_classes, bundle.image_size) == (64, 6, (16, 16))
+
+
+def test_the_manifest_hash_covers_everything_but_itself(tiny: Path) -> None:
+    manifest = json.loads((tiny / "manifest.json").read_text())
+    assert manifest["hash"] == canonical_hash(manifest)
+    assert canonical_hash(manifest | {"name": "other"}) != manifest["hash"]
+
+
+def test_missing_folder_and_missing_manifest(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no such folder"):
+        Bundle.open(tmp_path / "none")
+    with pytest.raises(BundleError, match=r"holds no manifest\.json"):
+        Bundle.open(tmp_path)
+
+
+def test_broken_json(broken: Path) -> None:
+    (broken / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match="not valid JSON"):
+        Bundle.open(broken)
+
+
+def test_newer_schema(broken: Path) -> None:
+    edit(broken, lambda m: m.update(schema=99))
+    with pytest.raises(BundleError, match=r"schema 99 was made by a newer parvis.*pip install --upgrade parvis"):
+        Bundle.open(broken)
+
+
+def test_no_schema(broken: Path) -> None:
+    (broken / "manifest.json").write_text("{}")
+    with pytest.raises(BundleError, match="no schema number"):
+        Bundle.open(broken)
+
+
+def test_changed_manifest(broken: Path) -> None:
+    edit(broken, lambda m: m.update(name="other"), reseal=False)
+    with pytest.raises(BundleError, match="the manifest was changed after export"):
+        Bundle.open(broken)
+
+
+def test_missing_entry(broken: Path) -> None:
+    edit(broken, lambda m: m.pop("phases"))
+    with pytest.raises(BundleError, match="no entry 'phases'"):
+        Bundle.open(broken)
+
+
+def test_missing_file(broken: Path) -> None:
+    (broken / "weights.data").unlink()
+    with pytest.raises(BundleError, match=r"weights\.data: missing"):
+        Bundle.open(broken)
+
+
+def test_truncated_weights(broken: Path) -> None:
+    file = broken / "weights.data"
+    size = file.stat().st_size
+    with file.open("r+b") as f:
+        f.truncate(size - 1)
+    with pytest.raises(BundleError, match=rf"truncated: {size - 1} bytes, the manifest says {size}"):
+        Bundle.open(broken)
+
+
+def test_changed_content_of_the_same_size(broken: Path) -> None:
+    file = broken / "weights.data"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BundleError, match="does not match the manifest"):
+        Bundle.open(broken)
+    Bundle.open(broken, verify="none")

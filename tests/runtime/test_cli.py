@@ -1,0 +1,204 @@
+"""The command line as a person uses it and breaks it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from par_runtime import cli, png
+
+
+def run(*arguments: object) -> int:
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_generate_writes_a_sheet_and_tokens(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, tokens = tmp_path / "new" / "a.png", tmp_path / "t.npy"
+    assert run("generate", tiny, "--label", "otter", "--count", 5, "--seed", 1, "--out", out, "--tokens", tokens) == 0
+    with Image.open(out) as image:
+        assert image.size == (3 * 16, 2 * 16)
+    assert np.load(tokens).shape == (5, 64)
+    assert "5 images" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.png", "new", "t.npy"]
+
+
+def test_twice_the_same_pixels_and_one_by_one_the_same_tokens(tiny: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run("generate", tiny, "--label", 1, "--count", 8, "--seed", 1, "--out", tmp_path / f"{name}.png", "--tokens", tmp_path / f"{name}.npy")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    together = np.load(tmp_path / "a.npy")
+    for i in range(8):
+        run("generate", tiny, "--label", 1, "--seed", 1 + i, "--tokens", tmp_path / "one.npy")
+        assert (np.load(tmp_path / "one.npy")[0] == together[i]).all()
+
+
+def test_redo_proves_a_png_and_notices_a_change(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.png"
+    run("generate", tiny, "--label", 0, "--label", 3, "--count", 2, "--seed", 9, "--guidance", 1, 3, "--top-k", 20, "--out", out)
+    assert run("redo", out, "--bundle", tiny, "--out", tmp_path / "again.png") == 0
+    assert "identical: 8 images" in capsys.readouterr().out
+    assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
+    with Image.open(out) as image:
+        image.load()
+        chunk = image.text["parvis"]  # type: ignore[attr-defined]
+        info = png.PngImagePlugin.PngInfo()
+        info.add_itxt("parvis", chunk)
+        image.putpixel((3, 3), (1, 2, 3))
+        image.save(tmp_path / "touched.png", pnginfo=info)
+    assert run("redo", tmp_path / "touched.png", "--bundle", tiny) == 1
+    assert "the tokens are the same, the pixels are not (1 pixels" in capsys.readouterr().out
+
+
+def test_redo_reports_the_first_other_token(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("generate", tiny, "--label", 0, "--seed", 9, "--out", tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        image.load()
+        entry = json.loads(image.text["parvis"])  # type: ignore[attr-defined]
+        entry["images"][0]["seed"] = 10
+        info = png.PngImagePlugin.PngInfo()
+        info.add_itxt("parvis", json.dumps(entry))
+        image.save(tmp_path / "a.png", pnginfo=info)
+    assert run("redo", tmp_path / "a.png", "--bundle", tiny) == 1
+    assert "first differs at token 1: " in capsys.readouterr().out
+
+
+def test_one_file_per_image_and_json(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", tiny, "--label", "sea otter", "--count", 2, "--seed", 4, "--out-dir", tmp_path, "--json") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert [Path(p).name for p in row["written"]] == ["sea-otter-4.png", "sea-otter-5.png"]
+    assert row["seeds"] == [4, 5]
+    for path in row["written"]:
+        assert run("redo", path, "--bundle", tiny, "--quiet") == 0
+
+
+def test_previews_fill_towards_the_image(tiny: Path, tmp_path: Path) -> None:
+    run("generate", tiny, "--label", 0, "--seed", 1, "--preview-every", 6, "--out", tmp_path / "x.png")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x-0006.png", "x-0012.png", "x-0018.png", "x.png"]
+
+
+def test_all_labels(tiny: Path, tmp_path: Path) -> None:
+    run("generate", tiny, "--label", "all", "--seed", 1, "--tokens", tmp_path / "t.npy")
+    assert np.load(tmp_path / "t.npy").shape == (6, 64)
+
+
+ERRORS = [
+    (["generate", "BUNDLE", "--label", "0"], "nothing to write; give --out"),
+    (["generate", "BUNDLE", "--label", "fux", "--out", "TMP/a.png"], "unknown label 'fux'"),
+    (["generate", "BUNDLE", "--label", "7", "--out", "TMP/a.png"], "label 7: this model has classes 0..5"),
+    (["generate", "BUNDLE", "--label", "0", "--out", "TMP/a.jpg"], "ends in .png"),
+    (["generate", "BUNDLE", "--label", "0", "--out", "TMP"], "is a folder"),
+    (["generate", "BUNDLE", "--label", "0", "--tokens", "TMP/a.txt"], "ends in .npy"),
+    (["generate", "TMP/nope", "--label", "0", "--out", "TMP/a.png"], "no such folder"),
+    (["generate", "BUNDLE", "--label", "0", "--count", "0", "--out", "TMP/a.png"], "--count 0"),
+    (["generate", "BUNDLE", "--label", "0", "--top-p", "2", "--out", "TMP/a.png"], "top_p 2.0: expected 0 to 1"),
+    (["generate", "BUNDLE", "--label", "0", "--device", "cuda:0", "--out", "TMP/a.png"], "device 'cuda:0'"),
+    (["generate", "BUNDLE", "--label", "0", "--threads", "0", "--out", "TMP/a.png"], "threads 0"),
+    (["generate", "BUNDLE", "--label", "0", "--preview-every", "2", "--tokens", "TMP/a.npy"], "--preview-every writes beside --out"),
+    (["redo", "TMP/none.png", "--bundle", "BUNDLE"], "none.png: No such file"),
+    (["redo", "TMP/plain.png", "--bundle", "BUNDLE"], "has no 'parvis' entry"),
+    (["redo", "TMP/text.png", "--bundle", "BUNDLE"], "not a readable PNG"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), ERRORS)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    (tmp_path / "text.png").write_text("hello")
+    before = sorted(tmp_path.rglob("*"))
+    filled = [a.replace("BUNDLE", str(tiny)).replace("TMP", str(tmp_path)) for a in arguments]
+    assert run(*filled) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.startswith("parvis: error: ")
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_bundle_cannot_redo(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from par_runtime.bundle import seal
+
+    run("generate", tiny, "--label", 0, "--seed", 9, "--out", tmp_path / "a.png")
+    other = Path(shutil.copytree(tiny, tmp_path / "other"))
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(seal(manifest | {"name": "other"})))
+    assert run("redo", tmp_path / "a.png", "--bundle", other) == 2
+    assert "give --bundle with the one that made it" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_old_file(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "a.png"
+    out.write_bytes(b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert run("generate", tiny, "--label", 0, "--out", out) == 2
+    assert "no space left on the disk" in capsys.readouterr().err
+    assert out.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_really_full_disk(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    monkeypatch.setattr(png, "_part", lambda path: Path("/dev/full"))
+    assert run("generate", tiny, "--label", 0, "--out", tmp_path / "a.png") == 2
+    assert "no space left on the disk" in capsys.readouterr().err
+    assert Path("/dev/full").exists()
+
+
+def test_no_permission(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere, so the answer is set here
+    assert run("generate", tiny, "--label", 0, "--out", tmp_path / "a.png") == 2
+    assert "no permission" in capsys.readouterr().err
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    for verb in ("generate", "redo", "export", "train", "train-tokenizer", "encode"):
+        assert f"\n  {verb} " in text
+    assert run() == 2
+    assert run("frobnicate") == 2
+    assert "invalid choice: 'frobnicate'" in capsys.readouterr().err
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("parvis 0.")
+
+
+def test_verbs_that_need_torch_say_so_where_there_is_none(tiny: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"  # as if it were not installed
+        "from par_runtime.cli import main; sys.exit(main(['export', '--help']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'parvis[export]'" in done.stderr
+
+
+def test_ctrl_c_ends_quietly_and_writes_nothing(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    command = [sys.executable, "-m", "par_runtime", "generate", str(tiny), "--label", "0", "--count", "100000", "--batch", "4", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert "stopped" in error
+    assert list(tmp_path.iterdir()) == []
