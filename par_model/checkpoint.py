@@ -62,8 +62,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                     raise
                 content = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        unsafe = re.search(r"Unsupported (?:global|operand|class).*|WeightsUnpickler error.*", str(error))
+        # torch wraps the reason in advice to load unsafely, which must not reach anybody; the reason is the context.
+        inner = error.__context__ if isinstance(error.__context__, Exception) else error
+        reason = next(iter(str(inner).strip().splitlines()), "") or type(inner).__name__
+        unsafe = re.search(r"unsupported (?:global|operand|class).*", f"{inner}\n{error}", re.IGNORECASE)
         if unsafe:
             raise CheckpointError(
                 f"{path}: holds something other than tensors and plain values ({unsafe.group(0)[:200]}); "

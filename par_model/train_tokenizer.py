@@ -131,6 +131,7 @@ def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, cou
     model = VQModel(config)
     model.load_state_dict(ema.shadow)
     model.to(memory_format=torch.channels_last).eval()
+    count = min(count, len(held_out.images))
     squared, used, rows = 0.0, set(), []
     with torch.autocast("cpu", torch.bfloat16):
         for start in range(0, count, 64):
@@ -140,7 +141,7 @@ def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, cou
             squared += float(((y - x) ** 2).mean(dim=(1, 2, 3)).sum())
             used.update(ids.flatten().tolist())
             if start == 0:
-                pairs = torch.stack([x[:24], y[:24]], 1)  # [24, 2, 3, H, W]
+                pairs = torch.stack([x[:24], y[:24]], 1)  # [24, 2, 3, H, W]: original above, reconstruction below
                 rows = [pairs[i : i + 12].permute(1, 3, 0, 4, 2).flatten(0, 1).flatten(1, 2) for i in (0, 12)]
     pixels = ((torch.cat(rows).clamp(-1, 1) + 1) * 127.5).to(torch.uint8).numpy()
     Image.fromarray(pixels).save(sheet)

@@ -48,7 +48,7 @@ class ImageFolder:
 
     def batch(self, index: np.ndarray) -> Tensor:
         """Images [B,3,H,W] float32 in [-1,1], with ``index`` [B]."""
-        x = torch.from_numpy(np.ascontiguousarray(self.images[np.sort(index)]))
+        x = torch.from_numpy(np.ascontiguousarray(self.images[index]))
         return x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 

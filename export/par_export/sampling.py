@@ -25,7 +25,9 @@ from par_export.graph import ONNX_TYPE, Graph
 Variant = Literal["dynamic", "plain", "topk", "exact"]
 TOPK_LIMIT = 3840  # TensorRT's limit for TopK
 MIN_TEMPERATURE = 1e-5
-#: Halvings of [-range, 0] until its width is below the spacing of fp32 logits of ordinary size, then exact steps.
+#: exp(-110) is 0 in fp32: whatever lies further below the maximum can never be drawn, so it need not be told apart.
+LOWEST = -110.0
+#: Halvings of the range of ``logit - max`` until its width is below the spacing of fp32, then exact steps.
 BISECTIONS = 44
 SNAPS = 2
 
@@ -110,7 +112,8 @@ def sorted_keep(g: Graph, logits: str, top_k: str, top_p: str, vocab: int, count
 def searched_keep(g: Graph, logits: str, top_k: str, top_p: str, vocab: int) -> str:
     """Mask [B,q,V] of the kept codes by bisection on y = logit - max: counts for top-k, masses for top-p."""
     axis = g.const([-1])
-    y = g.op("Sub", logits, g.op("ReduceMax", logits, axis, keepdims=1))  # [B,q,V], at most 0
+    y = g.op("Sub", logits, g.op("ReduceMax", logits, axis, keepdims=1))
+    y = g.op("Max", y, g.const(LOWEST, "float32"))  # [B,q,V], LOWEST .. 0
     lowest = g.op("ReduceMin", y, axis, keepdims=1)
     by_k = _limits(g, top_k, vocab)
     k = g.op("Cast", g.op("Where", by_k, top_k, g.const(vocab)), to=ONNX_TYPE["float32"])
@@ -151,7 +154,9 @@ def _search(g: Graph, y: str, lowest: str, holds: object) -> str:
     """The largest value of ``y`` [B,q,V] at which ``holds`` (true at ``lowest``, false above 0) is true: [B,q,1]."""
     axis, half, floor = g.const([-1]), g.const(0.5, "float32"), g.const(-np.inf, "float32")
     assert callable(holds)
-    low, high = lowest, g.op("Add", g.op("Mul", lowest, g.const(0.0, "float32")), g.const(1.0, "float32"))
+    # Just above 0, the largest value; in proportion to the range, so that a narrow one is searched as finely.
+    span = g.op("Max", g.op("Neg", lowest), g.const(1e-30, "float32"))
+    low, high = lowest, g.op("Mul", span, g.const(2.0**-20, "float32"))
     for _ in range(BISECTIONS):
         middle = g.op("Mul", g.op("Add", low, high), half)
         yes = holds(middle)

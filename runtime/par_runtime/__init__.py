@@ -9,7 +9,8 @@ __all__ = ["Bundle", "BundleError", "Pipeline", "RequestError", "Result", "__ver
 
 if TYPE_CHECKING:
     from par_runtime.bundle import Bundle, BundleError
-    from par_runtime.pipeline import Pipeline, RequestError, Result
+    from par_runtime.pipeline import Pipeline, Result
+    from par_runtime.request import RequestError
 
 
 def __getattr__(name: str) -> Any:

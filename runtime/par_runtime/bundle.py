@@ -158,6 +158,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path}: holds no {MANIFEST}, so it is not a bundle; make one with 'parvis export'")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BundleError(f"{file}: not valid JSON ({error}); copy the bundle again or export it again") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
@@ -181,6 +183,16 @@ def _parse(path: Path, m: dict[str, Any]) -> Bundle:
     t, h, w = m["grid"]
     tokenizer = m["tokenizer"]
     cache = m["cache"]
+    for name in [*m["files"], *(g["file"] for g in m["graphs"].values())]:
+        if name not in m["files"] or Path(name).name != name:
+            raise ValueError(f"file {name!r} is not one of the bundle's own")
+    position = 0
+    for p in m["phases"]:
+        if p["start"] != position or len(p["inputs"]) != p["query"]:
+            raise ValueError(f"phase {p['name']!r} does not continue at position {position}")
+        position += p["query"] * p["repeat"]
+    if not position == m["n_tokens"] == t * h * w or sorted(m["order"]) != list(range(position)):
+        raise ValueError(f"order and phases do not cover the {t}x{h}x{w} tokens once")
     return Bundle(
         path=path,
         name=m["name"],
@@ -218,8 +230,14 @@ def _check_files(bundle: Bundle, verify: Verify) -> None:
             raise BundleError(
                 f"{file}: {kind}: {size} bytes, the manifest says {entry['bytes']}; copy the bundle again or export it again"
             )
-        if (verify == "full" or size <= HASH_UP_TO_BYTES) and sha256(file) != entry["sha256"]:
+        if verify != "full" and size > HASH_UP_TO_BYTES:
+            continue
+        try:
+            digest = sha256(file)
+        except OSError as error:
+            raise BundleError(f"{file}: cannot be read ({error.strerror})") from error
+        if digest != entry["sha256"]:
             raise BundleError(
-                f"{file}: its content does not match the manifest (sha256 {sha256(file)[:12]}, expected "
+                f"{file}: its content does not match the manifest (sha256 {digest[:12]}, expected "
                 f"{entry['sha256'][:12]}); copy the bundle again or export it again"
             )

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
 
 from par_runtime import __version__
 
@@ -22,14 +26,22 @@ HERE = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as the one line that every other error of ``parvis`` is."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"parvis: error: {message}; '{self.prog} --help' tells more\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 1 compared and different, 2 bad input, 130 stopped."""
+    """Run one verb; returns the exit code: 0 done, 1 compared and different, 2 bad input, 130 or 143 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        verb = _verb(arguments)
-        if verb in HERE:
-            return int(getattr(importlib.import_module(HERE[verb][0]), verb)(arguments[1:]))
-        return _elsewhere(verb, arguments[1:])
+        with _terminated_in_order():
+            verb = _verb(arguments)
+            if verb in HERE:
+                return int(getattr(importlib.import_module(HERE[verb][0]), verb)(arguments[1:]))
+            return _elsewhere(verb, arguments[1:])
     except KeyboardInterrupt:
         print("\nparvis: stopped; nothing was half-written", file=sys.stderr)
         return 130
@@ -37,12 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+@contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, as Ctrl-C does, so that files begun are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def _verb(arguments: list[str]) -> str:
     """The verb, or an exit through argparse: help, version, or an error that lists the verbs."""
     verbs = {**HERE, **ELSEWHERE}
     if arguments and arguments[0] in verbs:
         return arguments[0]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="parvis",
         description="Run PAR models: parallelized autoregressive visual generation.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -63,7 +88,7 @@ def _elsewhere(verb: str, arguments: list[str]) -> int:
     try:
         module = importlib.import_module(ELSEWHERE[verb][0])
     except ModuleNotFoundError as error:
-        if error.name in ("torch", "onnx"):
+        if (error.name or "").partition(".")[0] in ("torch", "onnx", "par_export", "par_model"):
             print(f"parvis: error: 'parvis {verb}' needs {error.name}, which is not installed; pip install 'parvis[export]'", file=sys.stderr)
             return 2
         raise

@@ -6,19 +6,20 @@ import argparse
 import errno
 import json
 import math
-import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from par_runtime import png
 from par_runtime.bundle import Bundle, BundleError
+from par_runtime.cli import Parser
 from par_runtime.pipeline import Pipeline, Result
 from par_runtime.request import RequestError, class_index
 
@@ -42,7 +43,7 @@ def _guarded(work: Callable[[], int]) -> int:
     except (BundleError, RequestError) as error:
         message = str(error)
     except PermissionError as error:
-        message = f"no permission for {error.filename}; choose a place you can write to"
+        message = f"no permission for {error.filename}; choose another place or change its permissions"
     except OSError as error:
         if error.errno == errno.ENOSPC:
             message = f"no space left on the disk{f' of {error.filename}' if error.filename else ''}; nothing was half-written"
@@ -58,28 +59,33 @@ def _guarded(work: Callable[[], int]) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    if args.out is None and args.out_dir is None and args.tokens is None:
-        raise RequestError("nothing to write; give --out X.png, --out-dir DIR or --tokens X.npy")
-    if args.count < 1:
-        raise RequestError(f"--count {args.count}: expected 1 or more")
-    for path in (args.out, args.tokens):
-        if path is not None:
-            _check_writable(path)
-    if args.out is not None and args.out.suffix.lower() != ".png":
-        raise RequestError(f"--out {args.out}: expected a name that ends in .png")
+    for option, value in (("--count", args.count), ("--columns", args.columns), ("--batch", args.batch)):
+        if value is not None and value < 1:
+            raise RequestError(f"{option} {value}: expected 1 or more")
+    if args.out is not None and args.out.suffix.lower() != ".png" and not args.out.is_dir():
+        raise RequestError(f"--out {args.out}: expected a name that ends in .png (what makes an image again is kept in its metadata)")
     if args.tokens is not None and args.tokens.suffix != ".npy":
         raise RequestError(f"--tokens {args.tokens}: expected a name that ends in .npy")
     bundle = Bundle.open(args.bundle)
-    if bundle.image_size is None and (args.out or args.out_dir):
-        raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; give --tokens X.npy")
     classes = _classes(bundle, args.label)
-    pipeline = Pipeline.load(args.bundle, args.device, threads=args.threads, selftest=not args.no_selftest)
+    first = args.seed if args.seed is not None else int(np.random.default_rng().integers(2**32))
+    if bundle.image_size is None and (args.out or args.out_dir or not args.tokens):
+        raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; give --tokens X.npy instead")
+    if args.out is None and args.out_dir is None and args.tokens is None:
+        what = _file_name(bundle, classes[0]) if len(classes) == 1 else f"{len(classes)}-classes"
+        args.out = Path(f"{_safe(bundle.name)}-{what}-{first}.png")
+    if args.preview_every is not None and args.out is None:
+        raise RequestError("--preview-every writes beside --out; give --out X.png")
+    for path in (args.out, args.out_dir and args.out_dir / "x.png", args.tokens):
+        if path is not None:
+            png.check_writable(path)
+    # Checked above, so not again.
+    pipeline = Pipeline.load(args.bundle, args.device, threads=args.threads, selftest=not args.no_selftest, verify="none")
     loaded = time.perf_counter()
     # Images run label by label; several guidance scales repeat all of them, with the same seeds.
     scales: list[float | None] = args.guidance or [None]
     labels = [c for c in classes for _ in range(args.count)] * len(scales)
     per_scale = len(labels) // len(scales)
-    first = args.seed if args.seed is not None else int(np.random.default_rng().integers(2**32))
     seeds = [first + i for i in range(per_scale)] * len(scales)
     guidance = None if args.guidance is None else [s for s in args.guidance for _ in range(per_scale)]
     columns = args.columns or _columns(len(classes), args.count, len(scales))
@@ -90,9 +96,7 @@ def _generate(args: argparse.Namespace) -> int:
         name = args.out.with_name(f"{args.out.stem}-{done:04d}.png")
         png.write_beside(name, lambda part: Image.fromarray(png.sheet(images, columns)).save(part, format="PNG"))
 
-    if args.preview_every is not None and args.out is None:
-        raise RequestError("--preview-every writes beside --out; give --out X.png")
-    with _bar(args.quiet or args.json) as bar:
+    with _Bar(args.quiet or args.json) as bar:
         result = pipeline.generate(
             labels,
             guidance=guidance,
@@ -105,6 +109,7 @@ def _generate(args: argparse.Namespace) -> int:
             preview_every=args.preview_every,
             on_preview=show if args.preview_every else None,
             max_batch=args.batch,
+            decode=args.out is not None or args.out_dir is not None,
         )
     written = _write(args, bundle, result, columns)
     _report(args, bundle, pipeline, result, written, loaded - started, time.perf_counter() - started)
@@ -119,15 +124,23 @@ def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: in
     if args.out_dir is not None:
         several = len({s.guidance for s in result.settings}) > 1
         for i, label in enumerate(result.labels):
-            name = str(label) if bundle.class_names is None else bundle.class_names[label].replace(" ", "-").replace("/", "-")
             scale = f"-g{result.settings[i].guidance:g}" if several else ""
-            path = args.out_dir / f"{name}-{result.seeds[i]}{scale}.png"
+            path = args.out_dir / f"{_file_name(bundle, label)}-{result.seeds[i]}{scale}.png"
             png.write(path, bundle, result, 1, [i])
             written.append(str(path))
     if args.tokens is not None:
         png.write_beside(args.tokens, lambda part: _save(part, result.tokens))
         written.append(str(args.tokens))
     return written
+
+
+def _file_name(bundle: Bundle, label: int) -> str:
+    """The class as a part of a file name on any system."""
+    return _safe(str(label) if bundle.class_names is None else bundle.class_names[label]) or str(label)
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
 
 
 def _save(path: Path, tokens: NDArray[np.int64]) -> None:
@@ -147,7 +160,9 @@ def _report(
             "images": count,
             "labels": result.labels,
             "seeds": result.seeds,
+            "settings": [asdict(s) for s in result.settings],
             "load_ms": 1e3 * load_s,
+            "ms_per_image": result.timings["total"] / count,
             "timings_ms": result.timings,
         }
         print(json.dumps(row))
@@ -156,25 +171,29 @@ def _report(
         return
     where = written[0] if len(written) == 1 else f"{len(written)} files in {args.out_dir}" if args.out_dir else ", ".join(written)
     ms = result.timings["total"] / count
+    low, high = min(result.seeds), max(result.seeds)
     print(
-        f"{where}: {count} image{'s' if count > 1 else ''} in {total_s:.1f} s "
+        f"{where}: {count} image{'s' if count > 1 else ''}, seed{f's {low}..{high}' if high > low else f' {low}'}, in {total_s:.1f} s "
         f"({load_s:.1f} s to load, {ms:.0f} ms per image, {bundle.calls} calls, {pipeline.backend.name})"
     )
 
 
 def _redo(args: argparse.Namespace) -> int:
     recipe, pixels = png.read(args.image)
-    if args.out is not None:
-        _check_writable(args.out)
     bundle = Bundle.open(args.bundle)
     if bundle.hash != recipe.bundle_hash:
         raise RequestError(
             f"{args.image} was made by bundle {recipe.bundle_name!r} with hash {recipe.bundle_hash[:12]}; "
             f"{args.bundle} has hash {bundle.hash[:12]}: give --bundle with the one that made it"
         )
-    pipeline = Pipeline.load(args.bundle, args.device, threads=args.threads, selftest=False)
+    if recipe.tokens.shape != (len(recipe.labels), bundle.n_tokens):
+        raise RequestError(f"{args.image}: its 'parvis' entry is damaged: {recipe.tokens.shape[1]} tokens an image, the bundle makes {bundle.n_tokens}")
+    if args.out is not None:
+        png.check_writable(args.out)
+    # The comparison below is a stricter self-test than the bundle's own.
+    pipeline = Pipeline.load(args.bundle, args.device, threads=args.threads, selftest=False, verify="none")
     s = recipe.settings
-    with _bar(args.quiet) as bar:
+    with _Bar(args.quiet) as bar:
         result = pipeline.generate(
             recipe.labels,
             guidance=[x.guidance for x in s],
@@ -182,7 +201,7 @@ def _redo(args: argparse.Namespace) -> int:
             top_k=[x.top_k for x in s],
             top_p=[x.top_p for x in s],
             seeds=recipe.seeds,
-            greedy=s[0].greedy,
+            greedy=[x.greedy for x in s],
             on_step=bar,
         )
     if args.out is not None:
@@ -210,19 +229,23 @@ def _redo(args: argparse.Namespace) -> int:
     return 0
 
 
-class _bar:
+class _Bar:
     """A progress bar over model calls on stderr, as an ``on_step`` callback; silent when asked or not on a terminal."""
 
     def __init__(self, silent: bool) -> None:
         self._bar: Any = None
-        self._silent = silent
+        self._silent = silent or not sys.stderr.isatty()
 
-    def __enter__(self) -> _bar:
+    def __enter__(self) -> _Bar:
         return self
 
     def __call__(self, done: int, total: int) -> None:
+        if self._silent:
+            return
         if self._bar is None:
-            self._bar = tqdm(total=total, unit="call", leave=False, disable=self._silent or not sys.stderr.isatty())
+            from tqdm import tqdm  # 20 ms, for terminals only
+
+            self._bar = tqdm(total=total, unit="call", leave=False)
         self._bar.update(done - self._bar.n)
 
     def __exit__(self, *_: object) -> None:
@@ -248,19 +271,8 @@ def _columns(classes: int, count: int, scales: int) -> int:
     return count * min(per_row, classes)
 
 
-def _check_writable(path: Path) -> None:
-    """Raise before any work if ``path`` cannot be written."""
-    if path.is_dir():
-        raise RequestError(f"{path} is a folder; give a file name")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise PermissionError(errno.EACCES, "no permission", str(parent))
-
-
 def _generate_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="parvis generate",
         description="Make images from a bundle. Image i of the list draws with seed + i; the same seed, label and "
         "settings give the same image, alone or in any batch.",
@@ -269,7 +281,7 @@ def _generate_parser() -> argparse.ArgumentParser:
     p.add_argument("--label", action="append", required=True, help="class name or index; may be repeated; 'all' is every class")
     p.add_argument("--count", type=int, default=1, help="images per label (default: 1)")
     p.add_argument("--seed", type=int, help="of the first image, 0 .. 2**64-1 (default: a new one each time)")
-    p.add_argument("--out", type=Path, help="PNG to write: all images in one sheet, with what is needed to make it again")
+    p.add_argument("--out", type=Path, help="PNG to write: all images in one sheet, with what is needed to make it again (default: named after bundle, class and seed)")
     p.add_argument("--out-dir", type=Path, help="folder for one PNG per image")
     p.add_argument("--tokens", type=Path, help=".npy to write: tokens [B,N] int64 in sequence order")
     p.add_argument("--guidance", type=float, nargs="+", help="guidance scale; several make a row of images each (default: the bundle's)")
@@ -287,7 +299,7 @@ def _generate_parser() -> argparse.ArgumentParser:
 
 
 def _redo_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="parvis redo",
         description="Make a PNG of 'parvis generate' again from its own metadata and compare pixels and tokens. "
         "Exit code 0: identical; 1: different; 2: cannot be tried.",

@@ -1,13 +1,16 @@
 """ONNX Runtime on the CPU: one session for every phase, static buffers bound once, the cache updated in place.
 
 The cache window grows in buckets: a call attends over the whole window, so early calls should not pay for the
-full length. Growing copies what is there; buffers are kept between batches of the same number of rows, so their pages
-stay touched (first-touch page faults cost more than the attention they serve).
+full length. One allocation per layer and side holds the full length; a window is its beginning under another shape, and
+growing moves the heads apart in place. The allocations are kept, so their pages stay touched (first-touch page faults
+cost more than the attention they serve).
 """
 
 from __future__ import annotations
 
+import math
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,8 +48,10 @@ class OrtBackend:
         self._step = self._session(step)
         self._decoder: ort.InferenceSession | None = None
         self._batch: Batch | None = None
-        self._slots = 0
-        self._caches: dict[tuple[int, int], list[Float]] = {}  # (R, S) -> buffers in the order of bundle.cache.inputs
+        if bundle.cache.dtype != "float32":
+            raise BundleError(f"{bundle.path}: cache of dtype {bundle.cache.dtype!r}; the CPU needs float32; export the bundle again")
+        self._slots = 0  # S of the window that holds the batch's keys
+        self._caches: list[Float] = []  # flat, in the order of bundle.cache.inputs; at least R*H*N*D' long
         self._calls: dict[tuple[int, int], _Call] = {}  # (q, S) of the current batch shape
 
     def _session(self, name: str) -> ort.InferenceSession:
@@ -63,7 +68,14 @@ class OrtBackend:
     def start(self, batch: Batch) -> None:
         if self._batch is None or (batch.rows, batch.images) != (self._batch.rows, self._batch.images):
             self._calls.clear()
-            self._caches = {key: value for key, value in self._caches.items() if key[0] == batch.rows}
+        layout = self.bundle.cache
+        length = batch.rows * layout.heads * self.bundle.n_tokens * layout.head_dim
+        if not self._caches or self._caches[0].size < length:
+            self._calls.clear()
+            self._caches.clear()  # before allocating, so that the old and the new are never held together
+            # full(), not zeros(): it writes every page now instead of faulting inside the first calls.
+            self._caches = [np.full(length, 0, np.float32) for _ in layout.inputs]
+        # Keys of an earlier batch may remain: they are masked until written, and finite, which is all it takes.
         self._batch = batch
         self._slots = 0
         for call in self._calls.values():
@@ -72,7 +84,7 @@ class OrtBackend:
     def step(self, ids: Int, write: int, uniform: Float) -> Int:
         call = self._call(ids, write)
         call.uniform[:] = uniform
-        self._step.run_with_iobinding(call.binding)
+        _run(self._step, call.binding)
         return call.tokens
 
     def logits(self, ids: Int, write: int) -> Float:
@@ -80,14 +92,17 @@ class OrtBackend:
         call.uniform[:] = 0
         out = np.empty((call.uniform.shape[0], ids.shape[1], self.bundle.vocab_size), np.float32)
         _bind(call.binding, "logits", out, output=True)
-        self._step.run_with_iobinding(call.binding)
+        _run(self._step, call.binding)
         self._calls.clear()  # the binding now writes logits that nobody owns
         return out
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._decoder is None:
             self._decoder = self._session("decoder")
-        images: NDArray[np.uint8] = self._decoder.run(["images"], {"tokens": np.ascontiguousarray(tokens)})[0]
+        try:
+            images: NDArray[np.uint8] = self._decoder.run(["images"], {"tokens": np.ascontiguousarray(tokens)})[0]
+        except Exception as error:
+            raise _explained(error) from error
         return images
 
     def _call(self, ids: Int, write: int) -> _Call:
@@ -95,10 +110,10 @@ class OrtBackend:
         assert self._batch is not None, "start() comes before step()"
         query = ids.shape[1]
         slots = window(write + query, self.bundle.n_tokens)
-        caches = self._grow(slots)
+        self._grow(slots)
         call = self._calls.get((query, slots))
         if call is None:
-            call = _Call(self._step, self.bundle, self._batch, query, caches)
+            call = _Call(self._step, self.bundle, self._batch, query, self._window())
             self._calls[query, slots] = call
         call.ids[:] = ids
         call.positions[:] = np.arange(write, write + query)
@@ -106,23 +121,36 @@ class OrtBackend:
         call.length[:] = write + query
         return call
 
-    def _grow(self, slots: int) -> list[Float]:
-        """The cache buffers [R,H,S,D'] of window ``slots``, holding what the previous window held."""
+    def _grow(self, slots: int) -> None:
+        """Make the cache window ``slots`` long; it keeps what it held."""
         assert self._batch is not None
-        rows, layout = self._batch.rows, self.bundle.cache
-        buffers = self._caches.get((rows, slots))
-        if buffers is None:
-            shape = (rows, layout.heads, slots, layout.head_dim)
-            # full(), not zeros(): it writes every page now instead of faulting inside the first call.
-            buffers = [np.full(shape, 0, np.float32) for _ in layout.inputs]
-            self._caches[rows, slots] = buffers
-        if slots != self._slots:
-            old = self._caches.get((rows, self._slots), [])
-            for new, previous in zip(buffers, old, strict=False):
-                new[:, :, : self._slots] = previous
-            # What lies beyond is masked, but must be finite; it is: zeros, or keys of an earlier batch.
-            self._slots = slots
-        return buffers
+        if slots == self._slots:
+            return
+        layout = self.bundle.cache
+        for flat in self._caches:
+            spread(flat, self._batch.rows * layout.heads, self._slots * layout.head_dim, slots * layout.head_dim)
+        self._slots = slots
+
+    def _window(self) -> list[Float]:
+        """The cache buffers [R,H,S,D'] of the current window, in the order of ``bundle.cache.inputs``."""
+        assert self._batch is not None
+        layout = self.bundle.cache
+        shape = (self._batch.rows, layout.heads, self._slots, layout.head_dim)
+        return [flat[: math.prod(shape)].reshape(shape) for flat in self._caches]
+
+
+def spread(flat: Float, count: int, old: int, new: int) -> None:
+    """Move ``count`` pieces of length ``old``, which lie end to end in ``flat``, to starts ``new`` >= ``old`` apart.
+
+    In place, from the end, in runs whose target lies beyond their source, so that nothing unread is overwritten.
+    What lies between the pieces afterwards is old content.
+    """
+    source, target = flat[: count * old].reshape(count, old), flat[: count * new].reshape(count, new)
+    end = count
+    while end > 1:  # the first piece stays where it is
+        first = min(-(-end * old // new), end - 1)
+        target[first:end, :old] = source[first:end]
+        end = first
 
 
 class _Call:
@@ -167,11 +195,27 @@ def _bind(binding: ort.IOBinding, name: str, array: NDArray[Any], output: bool =
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def available_cores() -> int:
-    """Cores this process may use; containers often allow fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        raise _explained(error) from error
+
+
+def _explained(error: Exception) -> Exception:
+    """ONNX Runtime's own error types as Python's, where a caller can do something about them."""
+    text = str(error)
+    return MemoryError(text) if "allocate memory" in text or "bad_alloc" in text else error
+
+
+def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores this process may use; containers often allow fewer than the machine has (affinity, or a CPU quota)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = cpu_max.read_text().split()
+        return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        return cores
 
 
 def load(bundle: Bundle, threads: int | None = None) -> OrtBackend:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,18 +59,29 @@ def write(path: Path, bundle: Bundle, result: Result, columns: int, indices: Seq
         raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; write them with --tokens")
     pick = list(range(len(result.labels)) if indices is None else indices)
     chunk = PngImagePlugin.PngInfo()
-    chunk.add_itxt(CHUNK, json.dumps(_describe(bundle, result, columns, pick)), zip=True)
+    # Not compressed: Pillow refuses to read compressed text of more than 1 MB, which is 900 images of 576 tokens.
+    chunk.add_itxt(CHUNK, json.dumps(_describe(bundle, result, columns, pick)))
     image = Image.fromarray(sheet(result.images[pick], columns))
-    write_beside(path, lambda part: image.save(part, format="PNG", pnginfo=chunk, compress_level=9))
+    write_beside(path, lambda part: image.save(part, format="PNG", pnginfo=chunk))
 
 
-def write_beside(path: Path, write_to: Any) -> None:
+def check_writable(path: Path) -> None:
+    """Make the folder of ``path`` and try a file in it, before any work is spent. Raises RequestError, OSError."""
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder; give a file name")
+    if path.exists() and not path.is_file():
+        raise RequestError(f"{path} is a device or a pipe; give the name of a file, which is written beside and renamed")
+    write_beside(path, Path.touch, rename=False)
+
+
+def write_beside(path: Path, write_to: Callable[[Path], object], rename: bool = True) -> None:
     """Call ``write_to`` with a hidden neighbour of ``path`` and rename it; on any error ``path`` is as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _part(path)
     try:
         write_to(part)
-        os.replace(part, path)
+        if rename:
+            os.replace(part, path)
     finally:
         if part.is_file():
             part.unlink()
@@ -82,26 +94,35 @@ def _part(path: Path) -> Path:
 def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:
     """The recipe and the pixels [H,W,3] of a PNG that parvis wrote. Raises RequestError, OSError."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            text = getattr(image, "text", {}).get(CHUNK)
-            pixels = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, SyntaxError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a sheet may be large
+            with Image.open(path) as image:
+                image.load()
+                text = getattr(image, "text", {}).get(CHUNK)
+                pixels = np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise RequestError(f"{path}: not a readable PNG ({error})") from error
+    except OSError as error:
+        if error.filename:
+            raise
+        raise RequestError(f"{path}: not a readable PNG ({error}); it may be truncated") from error  # Pillow's own
     if text is None:
-        raise RequestError(f"{path}: has no 'parvis' entry; only PNGs written by parvis, and not edited since, can be made again")
+        raise RequestError(
+            f"{path}: has no 'parvis' entry; only a PNG that parvis wrote can be made again, and only while no other "
+            "program has saved it"
+        )
     try:
         entry = json.loads(text)
         images = entry["images"]
         tokens = [np.frombuffer(base64.b64decode(i["tokens"]), entry["token_type"]).astype(np.int64) for i in images]
         recipe = Recipe(
-            entry["bundle"]["name"],
-            entry["bundle"]["hash"],
-            entry["columns"],
-            [i["label"] for i in images],
-            [i["seed"] for i in images],
-            [Settings(**i["settings"]) for i in images],
-            np.stack(tokens),
+            bundle_name=str(entry["bundle"]["name"]),
+            bundle_hash=str(entry["bundle"]["hash"]),
+            columns=max(1, int(entry["columns"])),
+            labels=[int(i["label"]) for i in images],
+            seeds=[int(i["seed"]) for i in images],
+            settings=[Settings(**i["settings"]) for i in images],
+            tokens=np.stack(tokens),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{path}: its 'parvis' entry cannot be read ({error}); it may come from another version") from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -47,8 +48,11 @@ def class_index(bundle: Bundle, label: int | str) -> int:
     if names is not None:
         wanted = _folded(label)
         folded = [_folded(name) for name in names]
-        if wanted in folded:
-            return folded.index(wanted)
+        found = [i for i, name in enumerate(folded) if name == wanted]
+        if len(found) > 1:  # ImageNet has two cranes
+            raise RequestError(f"label {label!r} names classes {' and '.join(map(str, found))}; give the index")
+        if found:
+            return found[0]
     if label.strip().lstrip("+-").isdigit():
         return class_index(bundle, int(label))
     if names is None:
@@ -74,7 +78,7 @@ def settings(
     temperature: float | Sequence[float] | None = None,
     top_k: int | Sequence[int] | None = None,
     top_p: float | Sequence[float] | None = None,
-    greedy: bool = False,
+    greedy: bool | Sequence[bool] = False,
 ) -> list[Settings]:
     """One Settings per image; a scalar serves all, None is the bundle's default. Raises RequestError."""
     d = bundle.defaults
@@ -82,17 +86,20 @@ def settings(
     t = _each("temperature", temperature, d.temperature, images, lambda v: v >= 0, "0 or more")
     k = _each("top_k", top_k, d.top_k, images, lambda v: v >= 0 and v == int(v), "a whole number, 0 (all codes) or more")
     p = _each("top_p", top_p, d.top_p, images, lambda v: 0 <= v <= 1, "0 to 1")
-    return [Settings(g[i], t[i], int(k[i]), p[i], greedy) for i in range(images)]
+    most_probable = _each("greedy", greedy, 0, images, lambda v: v in (0, 1), "True or False")
+    return [Settings(g[i], t[i], int(k[i]), p[i], bool(most_probable[i])) for i in range(images)]
 
 
-def _each(name: str, value: object, default: float, images: int, valid: object, expected: str) -> list[float]:
-    assert callable(valid)
+def _each(
+    name: str, value: object, default: float, images: int, valid: Callable[[float], bool], expected: str
+) -> list[float]:
     given = default if value is None else value
-    values = list(given) if isinstance(given, Iterable) else [given] * images
+    values: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given] * images
     if len(values) != images:
         raise RequestError(f"{name}: {len(values)} values for {images} images; give one number, or one per image")
     for v in values:
-        if not isinstance(v, (int, float, np.integer, np.floating)) or not math.isfinite(v) or not valid(v):
+        number = isinstance(v, (int, float, np.integer, np.floating, np.bool_)) and math.isfinite(v)
+        if not number or not valid(float(v)):
             raise RequestError(f"{name} {v!r}: expected {expected}")
     return [float(v) for v in values]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from par_runtime.bundle import Bundle, BundleError, canonical_hash, seal
 
 
@@ -99,3 +98,20 @@ def test_changed_content_of_the_same_size(broken: Path) -> None:
     with pytest.raises(BundleError, match="does not match the manifest"):
         Bundle.open(broken)
     Bundle.open(broken, verify="none")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda m: m["phases"][3].update(repeat=1), "order and phases do not cover the 1x8x8 tokens once"),
+        (lambda m: m["phases"].pop(1), "phase 'transition' does not continue at position 1"),
+        (lambda m: m["phases"][2]["inputs"].pop(), "phase 'transition' does not continue at position 4"),
+        (lambda m: m["order"].reverse() or m["order"].__setitem__(0, 5), "order and phases do not cover"),
+        (lambda m: m["files"].update({"../x": {}}), "file '../x' is not one of the bundle's own"),
+        (lambda m: m["graphs"]["step"].update(file="other.onnx"), "file 'other.onnx' is not one of the bundle's own"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself(broken: Path, change: Callable[[dict[str, Any]], object], text: str) -> None:
+    edit(broken, change)
+    with pytest.raises(BundleError, match=text.replace(".", r"\.")):
+        Bundle.open(broken)

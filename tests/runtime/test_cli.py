@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from par_runtime import Pipeline, Result, cli, png
 from PIL import Image
-
-from par_runtime import cli, png
 
 
 def run(*arguments: object) -> int:
@@ -95,7 +94,12 @@ def test_all_labels(tiny: Path, tmp_path: Path) -> None:
 
 
 ERRORS = [
-    (["generate", "BUNDLE", "--label", "0"], "nothing to write; give --out"),
+    (["generate", "BUNDLE"], "the following arguments are required: --label; 'parvis generate --help' tells more"),
+    (["generate", "BUNDLE", "--label", "0", "--count", "x"], "argument --count: invalid int value: 'x'"),
+    (["generate", "BUNDLE", "--label", "0", "--columns", "0", "--out", "TMP/a.png"], "--columns 0: expected 1 or more"),
+    (["generate", "BUNDLE", "--label", "0", "--out", "/dev/null"], "ends in .png"),
+    (["generate", "BUNDLE", "--label", "0", "--out", "TMP/plain.png/a.png"], "plain.png: File exists"),
+    (["generate", "BUNDLE", "--label", "0", "--out-dir", "TMP/plain.png"], "plain.png"),
     (["generate", "BUNDLE", "--label", "fux", "--out", "TMP/a.png"], "unknown label 'fux'"),
     (["generate", "BUNDLE", "--label", "7", "--out", "TMP/a.png"], "label 7: this model has classes 0..5"),
     (["generate", "BUNDLE", "--label", "0", "--out", "TMP/a.jpg"], "ends in .png"),
@@ -110,6 +114,8 @@ ERRORS = [
     (["redo", "TMP/none.png", "--bundle", "BUNDLE"], "none.png: No such file"),
     (["redo", "TMP/plain.png", "--bundle", "BUNDLE"], "has no 'parvis' entry"),
     (["redo", "TMP/text.png", "--bundle", "BUNDLE"], "not a readable PNG"),
+    (["redo", "TMP/cut.png", "--bundle", "BUNDLE"], "not a readable PNG"),
+    (["redo", "TMP/damaged.png", "--bundle", "BUNDLE"], "its 'parvis' entry cannot be read"),
 ]
 
 
@@ -117,8 +123,12 @@ ERRORS = [
 def test_bad_input_is_one_line_and_exit_code_2(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
 ) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:-30])
+    damaged = png.PngImagePlugin.PngInfo()
+    damaged.add_itxt("parvis", '{"images": []}')
+    Image.new("RGB", (4, 4)).save(tmp_path / "damaged.png", pnginfo=damaged)
     before = sorted(tmp_path.rglob("*"))
     filled = [a.replace("BUNDLE", str(tiny)).replace("TMP", str(tmp_path)) for a in arguments]
     assert run(*filled) == 2
@@ -157,16 +167,58 @@ def test_a_full_disk_leaves_the_old_file(tiny: Path, tmp_path: Path, capsys: pyt
 def test_a_really_full_disk(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    monkeypatch.setattr(png, "_part", lambda path: Path("/dev/full"))
+    part = tmp_path / "part"
+    part.symlink_to("/dev/full")  # a link, so that a mistake in the clean-up cannot remove the device
+    monkeypatch.setattr(png, "_part", lambda path: part)
     assert run("generate", tiny, "--label", 0, "--out", tmp_path / "a.png") == 2
     assert "no space left on the disk" in capsys.readouterr().err
-    assert Path("/dev/full").exists()
+    assert not (tmp_path / "a.png").exists()
 
 
-def test_no_permission(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere, so the answer is set here
-    assert run("generate", tiny, "--label", 0, "--out", tmp_path / "a.png") == 2
-    assert "no permission" in capsys.readouterr().err
+def test_no_permission_is_told_before_any_work(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", denied)  # root, which runs CI in containers, may write anywhere
+    monkeypatch.setattr("par_runtime.pipeline.Pipeline.load", lambda *_, **__: pytest.fail("work was started"))
+    for option, path in (("--out", tmp_path / "a.png"), ("--out-dir", tmp_path / "d"), ("--tokens", tmp_path / "t.npy")):
+        assert run("generate", tiny, "--label", 0, option, path) == 2
+        assert "no permission for" in capsys.readouterr().err
+
+
+def test_a_device_is_not_replaced(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    assert run("generate", tiny, "--label", 0, "--out", pipe) == 2
+    assert "is a device or a pipe" in capsys.readouterr().err
+    assert pipe.is_fifo()
+
+
+def test_without_an_output_the_sheet_is_named_after_what_it_shows(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("generate", tiny, "--label", "sea otter", "--count", 2, "--seed", 4) == 0
+    assert capsys.readouterr().out.startswith("tiny-sea-otter-4.png: 2 images, seeds 4..5, in ")
+    assert run("generate", tiny, "--label", "all", "--seed", 4, "--quiet") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny-6-classes-4.png", "tiny-sea-otter-4.png"]
+
+
+def test_a_sheet_whose_entry_is_larger_than_a_megabyte_can_be_read(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    pipeline = Pipeline.load(tiny, threads=1)
+    r = pipeline.generate([0], seed=1)
+    assert r.images is not None
+    many = 4000
+    big = Result(
+        np.repeat(r.images, many, 0), np.repeat(r.tokens, many, 0), r.labels * many, r.seeds * many, r.settings * many, {}
+    )
+    png.write(out, pipeline.bundle, big, 80)
+    recipe, pixels = png.read(out)
+    assert recipe.tokens.shape == (many, 64)
+    assert (pixels == png.sheet(big.images, 80)).all()  # type: ignore[arg-type]
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,14 +243,19 @@ def test_verbs_that_need_torch_say_so_where_there_is_none(tiny: Path) -> None:
     assert "pip install 'parvis[export]'" in done.stderr
 
 
-def test_ctrl_c_ends_quietly_and_writes_nothing(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_ends_quietly_and_writes_nothing(tiny: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     out = tmp_path / "a.png"
-    command = [sys.executable, "-m", "par_runtime", "generate", str(tiny), "--label", "0", "--count", "100000", "--batch", "4", "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
+    command = [sys.executable, "-m", "par_runtime", "generate", str(tiny), "--label", "0", "--count", "100000", "--batch", "4"]
+    process = subprocess.Popen([*command, "--preview-every", "1", "--out", str(out)], stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("a-*.png")) and time.monotonic() < until:  # until it is at work
+        time.sleep(0.05)
+    process.send_signal(sent)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in error
-    assert "stopped" in error
-    assert list(tmp_path.iterdir()) == []
+    assert ("stopped; nothing was half-written" in error) == (sent == signal.SIGINT)
+    left = {p.name for p in tmp_path.iterdir()}
+    assert not out.exists()
+    assert all(name.startswith("a-") for name in left), left

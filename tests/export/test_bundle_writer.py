@@ -1,0 +1,231 @@
+"""The exporter as a command: what it writes, what it refuses, what a kill leaves (nothing)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import golden_weights
+from par_export import bundle as writer
+from par_export import cli, step, verify
+from par_model.config import PARConfig
+from par_model.transformer import PAR
+from par_runtime import Bundle
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(a) for a in arguments])
+
+
+@pytest.fixture
+def good(checkpoints: dict[str, Path], tmp_path: Path) -> list[object]:
+    return ["--checkpoint", checkpoints["par_n4_grid8"], "--tokenizer", "none", "--heads", 4, "--grid", 8, "--out", tmp_path / "out"]
+
+
+def test_the_manifest_says_everything(good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"class {i}" for i in range(10)))
+    assert run(*good, "--class-names", names, "--guidance", 2.5, "--name", "mine") == 0
+    said = capsys.readouterr().out
+    assert "n = 4, 19 calls per image" in said
+    assert "greedy tokens as in PyTorch" in said
+    b = Bundle.open(tmp_path / "out", verify="full")
+    assert (b.name, b.calls, b.group_size, b.grid, b.precision) == ("mine", 19, 4, (1, 8, 8), "fp32")
+    assert b.class_names is not None
+    assert b.class_names[9] == "class 9"
+    assert b.defaults.guidance == 2.5
+    assert [p.name for p in b.phases] == ["prefill", "sequential", "transition", "group"]
+    assert b.phases[2].inputs == ("token", 523, 524, 525)
+    assert set(b.files) == {f"{n}.onnx" for n in ("step", "step_opset23", "prefill", "transition", "group")} | {"weights.data"}
+    assert set(b.parity["phases"]) == {"prefill", "sequential", "transition", "group"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["names.txt", "out"]
+
+
+def test_an_existing_target_is_kept_unless_forced(good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*good) == 0
+    before = (tmp_path / "out" / "manifest.json").read_text()
+    assert run(*good) == 2
+    assert "exists; give another --out, or --force" in capsys.readouterr().err
+    assert run(*good, "--force", "--name", "second") == 0
+    assert (tmp_path / "out" / "manifest.json").read_text() != before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "photo.txt").write_text("dear")
+    assert run(*good[:-1], tmp_path / "other", "--force") == 2
+    assert "is not a bundle" in capsys.readouterr().err
+    assert (tmp_path / "other" / "photo.txt").read_text() == "dear"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"--checkpoint": "nope.pt"}, "nope.pt: no such file"),
+        ({"--grid": "7"}, "does not split into 2x2 equal regions"),
+        ({"--heads": "3"}, "not a multiple of n_heads=3"),
+        ({"--tokenizer": "nope.pt"}, "nope.pt: no such file"),
+        ({"--class-names": "NAMES"}, "2 class names for a model of 10 classes"),
+        ({"--grid": "2x8x8", "--tokenizer": "VQ"}, "takes no image tokenizer"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    good: list[object], tmp_path: Path, checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str], change: dict[str, str], text: str
+) -> None:
+    (tmp_path / "names.json").write_text('["a", "b"]')
+    arguments = dict(zip(good[::2], good[1::2], strict=True)) | change
+    filled = [str(checkpoints["vq"]) if v == "VQ" else str(tmp_path / "names.json") if v == "NAMES" else v for kv in arguments.items() for v in kv]
+    assert run(*filled) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["names.json"]
+
+
+def test_a_tokenizer_of_another_codebook_is_refused(good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from par_model.vq import VQConfig, VQModel
+
+    other = VQModel(VQConfig(codebook_size=256, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32))
+    torch.save(other.state_dict(), tmp_path / "v.pt")
+    arguments = dict(zip(good[::2], good[1::2], strict=True)) | {"--tokenizer": tmp_path / "v.pt"}
+    assert run(*(v for kv in arguments.items() for v in kv)) == 2
+    assert "has 256 codes, the model was trained on 512" in capsys.readouterr().err
+
+
+def sabotage_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "NORM_EPS", 0.1)
+
+
+def sabotage_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = step.rotary_table
+
+    def unrotated(config: PARConfig) -> tuple[np.ndarray, np.ndarray]:
+        cos, sin = real(config)
+        cos[0] = 1  # the class token as if it had an angle of zero
+        return cos, sin
+
+    monkeypatch.setattr(step, "rotary_table", unrotated)
+
+
+def sabotage_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learnable tokens swapped in the table."""
+    real = step.Weights.add
+
+    def add(self: Any, name: str, parts: Any, dtype: str) -> None:
+        parts = list(parts)
+        if name == "embed":
+            parts[-1] = parts[-1].flip(0)
+        real(self, name, parts, dtype)
+
+    monkeypatch.setattr(step.Weights, "add", add)
+
+
+@pytest.mark.parametrize("sabotage", [sabotage_scale, sabotage_rotary, sabotage_order])
+def test_the_gate_refuses_a_wrong_graph_and_publishes_nothing(
+    good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sabotage: Any
+) -> None:
+    sabotage(monkeypatch)
+    assert run(*good) == 1
+    assert "Nothing was published" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_greedy_gate_names_the_first_other_token(bundles: dict[str, Path], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from par_model.checkpoint import open_checkpoint, par_config
+
+    checkpoint = open_checkpoint(checkpoints["par_n4_grid8"])
+    config = par_config(checkpoint, heads=4, grid=(1, 8, 8))
+    real = verify.run_step
+
+    def wrong(*arguments: Any, **more: Any) -> Any:
+        tokens, logits = real(*arguments, **more)
+        tokens[0, 17] = (tokens[0, 17] + 1) % 512
+        return tokens, logits
+
+    monkeypatch.setattr(verify, "run_step", wrong)
+    with pytest.raises(verify.ParityError, match="first at image 0, position 17"):
+        verify._greedy(bundles["fp32"], config, checkpoint, "float32", np.arange(2), 1.5)
+
+
+def test_a_full_disk_leaves_nothing(good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_graphs", full)
+    assert run(*good) == 2
+    assert "no space left on the disk" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_permission(good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", denied)  # root may write anywhere, so the refusal is made here
+    assert run(*good) == 2
+    assert "no permission to write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_export_leaves_no_bundle_and_the_next_cleans_up(good: list[object], tmp_path: Path, sig: signal.Signals) -> None:
+    hang = (
+        "import sys, time; from par_export import verify, cli\n"
+        "def wait(*a, **k): print('gate', flush=True); time.sleep(60)\n"
+        "verify.gate = wait; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", hang, *map(str, good)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while process.stdout.readline().strip() != "gate":
+        assert process.poll() is None
+    assert [p.name for p in tmp_path.iterdir()] == [f".out.part-{process.pid}"]
+    process.send_signal(sig)
+    _, error = process.communicate(timeout=30)
+    assert "Traceback" not in error
+    assert process.returncode != 0
+    assert not (tmp_path / "out").exists()
+    if sig != signal.SIGKILL:
+        assert list(tmp_path.iterdir()) == []
+    assert run(*good) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_memory_stays_near_the_size_of_the_checkpoint(tmp_path: Path) -> None:
+    """At most 1.3 times the checkpoint plus 1 GB, for a checkpoint of about 1 GB."""
+    config = PARConfig(dim=1024, n_layers=17, n_heads=16, vocab_size=16384, n_classes=10, grid=(1, 8, 8), group_size=4)
+    torch.save(golden_weights(PAR(config)).state_dict(), tmp_path / "c.pt")
+    size = os.path.getsize(tmp_path / "c.pt")
+    assert size > 0.95e9
+    for precision in ("fp32", "fp16"):
+        code = (
+            "import resource, sys; from par_export import cli; code = cli.main(sys.argv[1:])\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(code)"
+        )
+        arguments = ["--checkpoint", tmp_path / "c.pt", "--tokenizer", "none", "--heads", 16, "--grid", 8, "--precision", precision]
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments), "--out", str(tmp_path / precision)], capture_output=True, text=True, check=True
+        )
+        peak = int(done.stdout.splitlines()[-1])
+        assert peak <= 1.3 * size + 1e9, f"{precision}: {peak / 1e6:.0f} MB for a checkpoint of {size / 1e6:.0f} MB"
+
+
+def test_stale_folders_of_living_processes_are_left_alone(good: list[object], tmp_path: Path) -> None:
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        mine = tmp_path / f".out.part-{sleeper.pid}"
+        mine.mkdir()
+        assert run(*good) == 0
+        assert mine.exists()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    time.sleep(0.1)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["schema"] == 1

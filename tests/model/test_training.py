@@ -1,0 +1,117 @@
+"""The trainers: a run that was killed and resumed ends with the weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from par_model import encode_codes, train, train_tokenizer
+from par_model.checkpoint import open_checkpoint, par_config, vq_config
+from par_model.training import ImageFolder, batch_index, cosine
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 images of 8x8 in 2 classes: left or right half bright."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    labels = np.arange(48, dtype=np.uint8) % 2
+    pixels = rng.integers(0, 60, (48, 8, 8, 3), dtype=np.uint8)
+    for i, label in enumerate(labels):
+        pixels[i, :, 4 * label : 4 * label + 4] += 180
+    pixels.tofile(folder / "images.u8")
+    labels.tofile(folder / "labels.u8")
+    (folder / "meta.json").write_text(json.dumps({"count": 48, "size": 8, "styles": ["left", "right"]}))
+    return folder
+
+
+TOKENIZER = ["--codes", "16", "--channels", "8", "--multipliers", "1", "2", "--z-channels", "8", "--norm-groups", "4", "--batch", "8"]
+
+
+def tokenizer(images: Path, run: Path, *more: str) -> dict[str, torch.Tensor]:
+    base = ["--data", str(images), "--val", str(images), "--run", str(run), "--report", "2", *TOKENIZER, *more]
+    assert train_tokenizer.main(base) == 0
+    weights: dict[str, torch.Tensor] = torch.load(run / "checkpoint.pt", weights_only=True)["live"]
+    return weights
+
+
+def test_tokenizer_resumes_where_it_was(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_tokenizer, "validate", lambda *_: {})
+    whole = tokenizer(images, tmp_path / "a", "--steps", "4")
+    # The killed run had the same schedule; its stop is asked for after two steps.
+    stop_after(monkeypatch, train_tokenizer, 2)
+    tokenizer(images, tmp_path / "b", "--steps", "4")
+    monkeypatch.undo()
+    monkeypatch.setattr(train_tokenizer, "validate", lambda *_: {})
+    resumed = tokenizer(images, tmp_path / "b", "--steps", "4", "--resume")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, module: object, steps: int) -> None:
+    """Let a trainer see Ctrl-C (should_stop) after ``steps`` steps."""
+    real = module.Run  # type: ignore[attr-defined]
+
+    class Stopping(real):  # type: ignore[misc, valid-type]
+        def log(self, **row: object) -> None:
+            super().log(**row)
+            self.should_stop = row["step"] == steps
+
+    monkeypatch.setattr(module, "Run", Stopping)
+
+
+def test_from_images_to_a_trained_model(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer(images, tmp_path / "vq", "--steps", "4")
+    assert (tmp_path / "vq" / "sheet.png").stat().st_size > 0
+    rows = [json.loads(line) for line in (tmp_path / "vq" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert vq_config(open_checkpoint(tmp_path / "vq" / "checkpoint.pt")).norm_groups == 4
+    vq = str(tmp_path / "vq" / "checkpoint.pt")
+    codes = str(tmp_path / "codes.npz")
+    assert encode_codes.main(["--data", str(images), "--tokenizer", vq, "--out", codes]) == 0
+    base = ["--codes", codes, "--val", codes, "--vocab", "16", "--dim", "16", "--layers", "1", "--heads", "2", "--batch", "8"]
+    base += ["--tokenizer", vq, "--report", "2", "--sheet", "4", "--steps", "4", "--dropout", "0"]
+    for optimizer in ("adamw", "muon"):
+        options = [*base, "--optimizer", optimizer, "--schedule", "cosine"]
+        a, b = tmp_path / f"{optimizer}-a", tmp_path / f"{optimizer}-b"
+        assert train.main([*options, "--run", str(a)]) == 0
+        assert (a / "sheet-000004.png").stat().st_size > 0
+        with monkeypatch.context() as patch:
+            stop_after(patch, train, 2)
+            train.main([*options, "--run", str(b)])
+        train.main([*options, "--run", str(b), "--resume"])
+        whole, resumed = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (a, b))
+        assert whole["step"] == resumed["step"] == 4
+        assert all(torch.equal(whole["live"][k], resumed["live"][k]) for k in whole["live"])
+        assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
+    config = par_config(open_checkpoint(tmp_path / "adamw-a" / "checkpoint.pt"))
+    assert (config.grid, config.vocab_size, config.n_classes) == ((1, 4, 4), 16, 2)
+
+
+def test_a_run_is_not_overwritten_silently(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_tokenizer, "validate", lambda *_: {})
+    tokenizer(images, tmp_path, "--steps", "1")
+    with pytest.raises(FileExistsError, match="give --resume to continue"):
+        tokenizer(images, tmp_path, "--steps", "1")
+
+
+def test_every_image_is_seen_once_an_epoch() -> None:
+    seen = np.concatenate([batch_index(1, step, 8, 48) for step in range(6)])
+    assert sorted(seen) == list(range(48))
+    assert (batch_index(1, 7, 8, 48) != batch_index(1, 1, 8, 48)).any()
+
+
+def test_the_schedule_warms_up_and_comes_down() -> None:
+    rates = [cosine(step, 100, 1.0, 10, floor=0.0) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-6)
+    assert cosine(50, 100, 1.0, 10, floor=1.0) == 1.0
+
+
+def test_a_folder_that_is_not_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no meta\.json"):
+        ImageFolder.open(tmp_path)
