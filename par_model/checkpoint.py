@@ -87,7 +87,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         )
     config = content.get("config") if weights is not content else None
     names = content.get("class_names") if weights is not content else None
-    return Checkpoint(path, tensors, dict(config) if isinstance(config, Mapping) else {}, list(names) if names else None)
+    return Checkpoint(
+        path, tensors, dict(config) if isinstance(config, Mapping) else {}, list(names) if names else None
+    )
 
 
 def par_config(
@@ -100,7 +102,9 @@ def par_config(
     path, have = checkpoint.path, checkpoint.tensors
     for key in ("tok_embeddings.weight", "cls_embedding.embedding_table.weight"):
         if key not in have:
-            hint = " (this is an image tokenizer: give it as --tokenizer)" if "quantize.embedding.weight" in have else ""
+            hint = (
+                " (this is an image tokenizer: give it as --tokenizer)" if "quantize.embedding.weight" in have else ""
+            )
             raise CheckpointError(f"{path}: no key {key!r}; expected a PAR or LlamaGen state dict{hint}")
     vocab, dim = have["tok_embeddings.weight"].shape
     layers = {int(m.group(1)) for key in have if (m := re.match(r"layers\.(\d+)\.", key))}
@@ -120,7 +124,9 @@ def par_config(
         published = (dim, n_layers) in named and (dim, n_layers) != SIZES["tiny"][:2]
         grid = saved.get("grid") or (PUBLISHED_GRID if published else None)
     if grid is None:
-        raise CheckpointError(f"{path}: the token grid cannot be read from shapes; give --grid (24 for 384 px, 16 for 256 px)")
+        raise CheckpointError(
+            f"{path}: the token grid cannot be read from shapes; give --grid (24 for 384 px, 16 for 256 px)"
+        )
     try:
         config = PARConfig(
             dim=dim,
@@ -175,8 +181,12 @@ def check_keys(path: Path, have: Mapping[str, Tensor], expected: Mapping[str, Te
     missing = [key for key in expected if key not in have]
     extra = [key for key in have if key not in expected]
     if missing or extra:
-        parts = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in (("missing", missing), ("unknown", extra)) if keys]
-        raise CheckpointError(f"{path}: keys do not fit: {', '.join(parts)}; expected exactly the {len(expected)} keys of the architecture")
+        parts = [
+            f"{len(keys)} {what} ({_some(keys)})" for what, keys in (("missing", missing), ("unknown", extra)) if keys
+        ]
+        raise CheckpointError(
+            f"{path}: keys do not fit: {', '.join(parts)}; expected exactly the {len(expected)} keys of the architecture"
+        )
     for key, tensor in expected.items():
         if have[key].shape != tensor.shape:
             raise CheckpointError(f"{path}: {key} has shape {tuple(have[key].shape)}; expected {tuple(tensor.shape)}")

@@ -39,7 +39,9 @@ class PARConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         if self.dim % self.n_heads:
-            raise ValueError(f"dim={self.dim} is not a multiple of n_heads={self.n_heads}; choose n_heads so that it is")
+            raise ValueError(
+                f"dim={self.dim} is not a multiple of n_heads={self.n_heads}; choose n_heads so that it is"
+            )
         if self.head_dim % 4:
             raise ValueError(
                 f"head size {self.head_dim} (dim={self.dim} / n_heads={self.n_heads}) is not a multiple of 4, "
@@ -48,11 +50,15 @@ class PARConfig:
         _, height, width = self.grid
         n, s = self.group_size, math.isqrt(self.group_size)
         if s * s != n:
-            raise ValueError(f"group_size={n} is not a square; expected 1, 4, 9, 16, ... (a group takes one token in each of s x s regions)")
+            raise ValueError(
+                f"group_size={n} is not a square; expected 1, 4, 9, 16, ... (a group takes one token in each of s x s regions)"
+            )
         if height % s or width % s:
             raise ValueError(f"a grid of {height}x{width} does not split into {s}x{s} equal regions (group_size={n})")
         if n * 2 > height * width:
-            raise ValueError(f"group_size={n} is more than half of the {height * width} tokens of a frame; choose a smaller group")
+            raise ValueError(
+                f"group_size={n} is more than half of the {height * width} tokens of a frame; choose a smaller group"
+            )
 
     @property
     def head_dim(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from par_model.training import ImageFolder
+from par_model.training import ImageFolder, channels_last
 from par_model.vq import VQConfig, VQModel
 
 
@@ -38,7 +38,7 @@ def encode(model: VQModel, data: ImageFolder, batch: int) -> np.ndarray:
     """Raster code ids [count,h,w] uint16 of every image."""
     if model.config.codebook_size > 65536:
         raise ValueError(f"codebook_size={model.config.codebook_size}; codes.npz holds ids up to 65535")
-    model.to(memory_format=torch.channels_last).eval()
+    channels_last(model).eval()
     out = []
     with torch.autocast("cpu", torch.bfloat16):
         for start in range(0, len(data.images), batch):

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from par_model.config import PARConfig
 from par_model.ordering import phases
 from par_model.transformer import PAR, KVCache, check_labels
 
@@ -46,12 +45,18 @@ def generate(
     device = model.tok_embeddings.weight.device
     labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
     check_labels(labels, config.n_classes)
-    seeds = [int(seed) + i for i in range(len(labels))] if isinstance(seed, (int, np.integer)) else [int(s) for s in seed]
+    seeds = (
+        [int(seed) + i for i in range(len(labels))] if isinstance(seed, (int, np.integer)) else [int(s) for s in seed]
+    )
     if len(seeds) != len(labels):
         raise ValueError(f"{len(seeds)} seeds for {len(labels)} labels; give one seed per label, or one number")
     if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
         raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}; expected >= 0, >= 0 and 0..1")
-    noise = torch.from_numpy(np.stack([uniforms(s, config.n_tokens) for s in seeds])).to(device) if seeds else torch.zeros(0, config.n_tokens)
+    noise = (
+        torch.from_numpy(np.stack([uniforms(s, config.n_tokens) for s in seeds])).to(device)
+        if seeds
+        else torch.zeros(0, config.n_tokens)
+    )
 
     def choose(logits: Tensor, start: int) -> Tensor:
         if guidance > 1:

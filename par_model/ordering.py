@@ -122,7 +122,9 @@ def rotary_table(config: PARConfig, base: float = 10000.0) -> tuple[np.ndarray, 
     for axis, count in enumerate(split):
         # fp32 throughout, in the reference's order of operations, so that cos and sin round alike.
         i = np.arange(count, dtype=np.float32)
-        frequency = np.float32(1.0) / np.power(np.float32(base), i * 2 / np.float32(2 * max(count, 1)), dtype=np.float32)
+        frequency = np.float32(1.0) / np.power(
+            np.float32(base), i * 2 / np.float32(2 * max(count, 1)), dtype=np.float32
+        )
         angles.append(place[:, axis, None].astype(np.float32) * frequency[None])
     angle = np.concatenate(angles, axis=1)  # [N, D/2]
     here = (kind == TOKEN)[:, None].astype(np.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,17 +67,11 @@ def train(args: argparse.Namespace) -> None:
     order = token_order(config)
 
     def save() -> None:
-        run.save(
-            "checkpoint.pt",
-            {
-                "model": ema.shadow,
-                "config": asdict(config) | {"kind": "par"},
-                "class_names": names,
-                "live": model.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers],
-                "step": step,
-            },
-        )
+        final = {"model": ema.shadow, "config": asdict(config) | {"kind": "par"}, "class_names": names}
+        live = {"live": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+        run.save("checkpoint.pt", final | live | {"step": step})
+        if step == args.steps:
+            run.save("model.pt", final)
 
     total, counted = 0.0, 0
     while step < args.steps and not run.should_stop:
@@ -134,11 +129,14 @@ def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Op
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
     outer = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith("layers.")]
     gains = [p for p in model.parameters() if p.ndim == 1]
-    no_decay = {"params": gains, "weight_decay": 0.0}
+    no_decay: dict[str, Any] = {"params": gains, "weight_decay": 0.0}
     if args.optimizer == "muon":
         muon = torch.optim.Muon(inner, lr=MUON_LR, momentum=0.95, weight_decay=0.05)
-        return [muon, torch.optim.AdamW([{"params": outer}, no_decay], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    matrices = {"params": inner + outer, "weight_decay": 0.05}
+        return [
+            muon,
+            torch.optim.AdamW([dict[str, Any](params=outer), no_decay], lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+    matrices: dict[str, Any] = {"params": inner + outer, "weight_decay": 0.05}
     return [torch.optim.AdamW([matrices, no_decay], lr=lr, betas=(0.9, 0.95))]
 
 

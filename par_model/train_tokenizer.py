@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from par_model.training import EMA, ImageFolder, Run, batch_index, cosine
+from par_model.training import EMA, ImageFolder, Run, batch_index, channels_last, cosine
 from par_model.vq import VQConfig, VQModel
 
 COMMITMENT = 0.25  # weight of |z - stop(code)|^2 against |stop(z) - code|^2, the usual VQ value
@@ -42,7 +42,7 @@ def train(config: VQConfig, args: argparse.Namespace) -> None:
     """Run or resume the training that ``args`` (see ``--help``) describes."""
     data, held_out = ImageFolder.open(args.data), ImageFolder.open(args.val)
     run = Run(args.run)
-    model = VQModel(config).to(memory_format=torch.channels_last)
+    model = channels_last(VQModel(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     ema = EMA(model, 0.999)
     usage = torch.zeros(config.codebook_size)
@@ -53,16 +53,12 @@ def train(config: VQConfig, args: argparse.Namespace) -> None:
         ema.shadow, step = state["model"], state["step"]
 
     def save() -> None:
+        final = {"model": ema.shadow, "config": asdict(config) | {"kind": "vq"}}
         run.save(
-            "checkpoint.pt",
-            {
-                "model": ema.shadow,
-                "config": asdict(config) | {"kind": "vq"},
-                "live": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-            },
+            "checkpoint.pt", final | {"live": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
         )
+        if step == args.steps:
+            run.save("model.pt", final)
 
     while step < args.steps and not run.should_stop:
         for group in optimizer.param_groups:
@@ -82,11 +78,12 @@ def train(config: VQConfig, args: argparse.Namespace) -> None:
             restarted = restart_dead_codes(model, usage, z.detach())
             usage.zero_()
             if restarted:
-                for key in ("quantize.embedding.weight",):
-                    ema.shadow[key].copy_(model.state_dict()[key])
+                ema.shadow["quantize.embedding.weight"].copy_(model.quantize.embedding.weight.detach())
         if step % args.report == 0 or step == args.steps:
             row: dict[str, Any] = {k: float(v.detach()) for k, v in parts.items()}
-            run.log(step=step, images=step * args.batch, **row, **validate(config, ema, held_out, args.run / "sheet.png"))
+            run.log(
+                step=step, images=step * args.batch, **row, **validate(config, ema, held_out, args.run / "sheet.png")
+            )
             save()
     save()
 
@@ -130,7 +127,7 @@ def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, cou
 
     model = VQModel(config)
     model.load_state_dict(ema.shadow)
-    model.to(memory_format=torch.channels_last).eval()
+    channels_last(model).eval()
     count = min(count, len(held_out.images))
     squared, used, rows = 0.0, set(), []
     with torch.autocast("cpu", torch.bfloat16):
@@ -150,7 +147,9 @@ def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, cou
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="parvis train-tokenizer", description="Train a VQ tokenizer on a folder of images.")
+    p = argparse.ArgumentParser(
+        prog="parvis train-tokenizer", description="Train a VQ tokenizer on a folder of images."
+    )
     p.add_argument("--data", type=Path, required=True, help="folder with images.u8, labels.u8, meta.json")
     p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
     p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheet.png")

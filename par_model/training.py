@@ -1,7 +1,7 @@
 """What both trainers share: the data folder, the run folder (log, checkpoints, resume), EMA, schedule.
 
-A run folder holds ``log.jsonl`` (one line per report), ``checkpoint.pt`` (all that resuming needs) and
-sample sheets. A killed run continues with ``--resume`` from the last checkpoint, with the same batches
+A run folder holds ``log.jsonl`` (one line per report), ``checkpoint.pt`` (all that resuming needs), sample
+sheets and, at the end, ``model.pt`` (the averaged weights and their config, which is what is exported). A killed run continues with ``--resume`` from the last checkpoint, with the same batches
 that it would have seen: the batch of a step depends on the seed and the step alone.
 """
 
@@ -15,11 +15,13 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.02)
         return peak * (step + 1) / warmup
     x = (step - warmup) / max(steps - warmup, 1)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(x, 1.0))))
+
+
+def channels_last(model: Module) -> Module:
+    """Lay the convolutions' weights out as CPU convolutions want them; numbers do not change. Returns ``model``."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class EMA:

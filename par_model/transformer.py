@@ -22,6 +22,12 @@ INIT_STD = 0.02
 class PAR(nn.Module):
     """The whole model. ``forward`` is teacher-forced; ``embed``, ``blocks`` and ``head`` serve the cached phases."""
 
+    cos: Tensor
+    sin: Tensor
+    visible: Tensor
+    input_kind: Tensor
+    input_index: Tensor
+
     def __init__(self, config: PARConfig) -> None:
         super().__init__()
         self.config = config
@@ -62,7 +68,9 @@ class PAR(nn.Module):
         if tokens.ndim != 2 or tokens.shape[1] != c.n_tokens:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected [B,{c.n_tokens}] in sequence order")
         if labels.shape != tokens.shape[:1]:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}; expected [{tokens.shape[0]}], one per row of tokens")
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; expected [{tokens.shape[0]}], one per row of tokens"
+            )
         check_labels(labels, c.n_classes)
         positions = torch.arange(c.n_tokens, device=tokens.device)
         mask = positions[None, :] < self.visible[:, None]  # [N, N]
@@ -119,7 +127,9 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim)
         self.ffn_norm = RMSNorm(config.dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, cache: KVCache | None
+    ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, positions, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -134,9 +144,13 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, cache: KVCache | None
+    ) -> Tensor:
         b, q, d = x.shape
-        query, key, value = self.wqkv(x).view(b, q, 3, self.n_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # each [B, H, q, D]
+        query, key, value = (
+            self.wqkv(x).view(b, q, 3, self.n_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        )  # each [B, H, q, D]
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             key, value = cache.update(positions, key, value, mask.shape[-1])
@@ -197,4 +211,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def check_labels(labels: Tensor, n_classes: int) -> None:
     """Raise ValueError unless every label is a class or ``n_classes`` ("no class")."""
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > n_classes):
-        raise ValueError(f"labels lie in {int(labels.min())}..{int(labels.max())}; expected 0..{n_classes - 1}, or {n_classes} for no class")
+        raise ValueError(
+            f"labels lie in {int(labels.min())}..{int(labels.max())}; expected 0..{n_classes - 1}, or {n_classes} for no class"
+        )

@@ -46,7 +46,11 @@ def golden_weights(model: Any) -> Any:
 
     state = {}
     for key, tensor in model.state_dict().items():
-        value = torch.zeros(tensor.shape) if key == "quantize.codebook_used" else torch.from_numpy(recipe.weight(key, tuple(tensor.shape)))
+        value = (
+            torch.zeros(tensor.shape)
+            if key == "quantize.codebook_used"
+            else torch.from_numpy(recipe.weight(key, tuple(tensor.shape)))
+        )
         state[key] = value
     model.load_state_dict(state)
     return model.eval()
@@ -77,7 +81,9 @@ def small_vq() -> Any:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, golden: dict[str, dict[str, Any]], small_vq: Any) -> dict[str, Path]:
+def checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, golden: dict[str, dict[str, Any]], small_vq: Any
+) -> dict[str, Path]:
     """Checkpoint files as published: ``par_n4_grid8``, ``ar_n1_grid8`` and the tokenizer ``vq``."""
     import torch
 
@@ -99,7 +105,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Pat
     folder = tmp_path_factory.mktemp("bundles")
     out = {}
     for precision in ("fp32", "fp16", "bf16"):
-        request = Request(checkpoints["par_n4_grid8"], checkpoints["vq"], folder / precision, precision, heads=4, grid=(1, 8, 8))
+        request = Request(
+            checkpoints["par_n4_grid8"], checkpoints["vq"], folder / precision, precision, heads=4, grid=(1, 8, 8)
+        )
         out[precision] = export(request, say=lambda _: None)
     request = Request(checkpoints["ar_n1_grid8"], None, folder / "n1", heads=4, grid=(1, 8, 8))
     out["n1"] = export(request, say=lambda _: None)

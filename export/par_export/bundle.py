@@ -29,7 +29,7 @@ from par_export.decoder import decoder_graph, write_decoder_weights
 from par_export.graph import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph, Weights
 from par_export.sampling import Variant
 from par_export.step import io_table, padded_head_dim, step_graph, write_weights
-from par_model.checkpoint import Checkpoint, CheckpointError, open_checkpoint, par_config, vq_config
+from par_model.checkpoint import CheckpointError, open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig
 from par_model.ordering import CLASS, TOKEN, Phase, input_kinds, phases, token_order
 from par_model.vq import VQConfig
@@ -150,7 +150,9 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
         (folder / "manifest.json").write_text(json.dumps(seal(manifest), indent=1))
     size = sum(f.stat().st_size for f in request.out.iterdir())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    say(f"{request.out}: {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s, peak memory {peak:.0f} MB; {_parity_line(checked['parity'])}")
+    say(
+        f"{request.out}: {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s, peak memory {peak:.0f} MB; {_parity_line(checked['parity'])}"
+    )
     return request.out
 
 
@@ -162,7 +164,13 @@ def write_graphs(
 
     def add(name: str, graph: Graph, tail: str | None, inputs: list[Any], outputs: list[Any]) -> None:
         graph.save(folder / f"{name}.onnx")
-        entries[name] = {"file": f"{name}.onnx", "opset": graph.opset, "sampling": tail, "inputs": inputs, "outputs": outputs}
+        entries[name] = {
+            "file": f"{name}.onnx",
+            "opset": graph.opset,
+            "sampling": tail,
+            "inputs": inputs,
+            "outputs": outputs,
+        }
 
     n = config.group_size
     plan: list[tuple[str, int | None, str, Variant, int]] = [
@@ -177,7 +185,10 @@ def write_graphs(
         graph = step_graph(
             config, weights, name=name, compute=compute, query=query, sampling=tail, verify=verify_output, opset=opset
         )
-        inputs, outputs = ([asdict(io) for io in table] for table in io_table(config, compute, query, config.n_tokens if query else None))
+        inputs, outputs = (
+            [asdict(io) for io in table]
+            for table in io_table(config, compute, query, config.n_tokens if query else None)
+        )
         if verify_output:
             outputs.append({"name": "logits", "dtype": "float32", "shape": ("B", "q", config.vocab_size)})
         add(name, graph, tail, inputs, outputs)
@@ -197,7 +208,9 @@ def staging(out: Path, force: bool) -> Iterator[Path]:
     if out.exists() and not force:
         raise ExportError(f"{out} exists; give another --out, or --force to replace it")
     if out.exists() and not (out / "manifest.json").is_file():
-        raise ExportError(f"{out} exists and is not a bundle (it holds no manifest.json); --force replaces bundles only; give another --out")
+        raise ExportError(
+            f"{out} exists and is not a bundle (it holds no manifest.json); --force replaces bundles only; give another --out"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     for stale in out.parent.glob(f".{out.name}.part-*"):
         if not _alive(int(stale.name.rpartition("-")[2])):

@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
                 sampling=args.sampling,
                 name=args.name,
                 class_names=_class_names(args.class_names),
-                defaults={k: v for k in ("guidance", "temperature", "top_k", "top_p") if (v := getattr(args, k)) is not None},
+                defaults={
+                    k: v for k in ("guidance", "temperature", "top_k", "top_p") if (v := getattr(args, k)) is not None
+                },
                 force=args.force,
             ),
             say=lambda line: print(line, flush=True),
@@ -81,9 +83,16 @@ def _parser() -> argparse.ArgumentParser:
         "checked against PyTorch before it is published.",
     )
     p.add_argument("--checkpoint", type=Path, required=True, help="PAR or LlamaGen weights (.pt)")
-    p.add_argument("--tokenizer", required=True, help="VQ tokenizer weights (.pt), or 'none' for a bundle that ends at tokens")
+    p.add_argument(
+        "--tokenizer", required=True, help="VQ tokenizer weights (.pt), or 'none' for a bundle that ends at tokens"
+    )
     p.add_argument("--out", type=Path, required=True, help="bundle folder to write; must not exist (or --force)")
-    p.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the stored weights and the static graphs (default: fp32)")
+    p.add_argument(
+        "--precision",
+        choices=["fp32", "fp16", "bf16"],
+        default="fp32",
+        help="of the stored weights and the static graphs (default: fp32)",
+    )
     p.add_argument("--heads", type=int, help="attention heads, where the named sizes do not settle them")
     p.add_argument("--grid", type=grid, help="tokens: L, HxW or TxHxW, where the named sizes do not settle them")
     p.add_argument(

@@ -84,7 +84,9 @@ class _Decoder:
 
     def conv(self, x: str, key: str, kernel: int = 3) -> str:
         pad = kernel // 2
-        return self.g.op("Conv", x, self.w(f"{key}.weight"), self.w(f"{key}.bias"), kernel_shape=[kernel] * 2, pads=[pad] * 4)
+        return self.g.op(
+            "Conv", x, self.w(f"{key}.weight"), self.w(f"{key}.bias"), kernel_shape=[kernel] * 2, pads=[pad] * 4
+        )
 
     def swish(self, x: str) -> str:
         return self.g.op("Mul", x, self.g.op("Sigmoid", x))

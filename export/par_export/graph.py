@@ -67,7 +67,7 @@ class Weights:
                 self._file.write(b"\0" * (offset - start))
             # Contiguous bytes of any dtype, bf16 included, which numpy does not know.
             part = part.detach().to(TORCH_TYPE[dtype]).contiguous()
-            self._file.write(memoryview(part.view(-1).view(torch.uint8).numpy()))
+            self._file.write(part.view(-1).view(torch.uint8).numpy().data)
             shape = (part.shape[0] + (shape[0] if shape else 0), *part.shape[1:])
         self.entries[name] = Stored(dtype, shape, offset, self._file.tell() - offset)
 
@@ -97,10 +97,14 @@ class Graph:
         """Add a node with one output, called ``name`` if given."""
         return self.ops(op_type, *inputs, names=[name or self._fresh(op_type)], **attributes)[0]
 
-    def ops(self, op_type: str, *inputs: str, names: Sequence[str] = (), count: int = 0, **attributes: Any) -> list[str]:
+    def ops(
+        self, op_type: str, *inputs: str, names: Sequence[str] = (), count: int = 0, **attributes: Any
+    ) -> list[str]:
         """Add a node with several outputs: ``names``, or ``count`` fresh ones."""
         outputs = list(names) or [self._fresh(op_type) for _ in range(count)]
-        self.nodes.append(helper.make_node(op_type, list(inputs), outputs, name=f"{op_type}:{outputs[0]}", **attributes))
+        self.nodes.append(
+            helper.make_node(op_type, list(inputs), outputs, name=f"{op_type}:{outputs[0]}", **attributes)
+        )
         return outputs
 
     def const(self, value: Any, dtype: str = "int64") -> str:
@@ -108,7 +112,9 @@ class Graph:
         array = np.asarray(value, dtype=dtype)
         if array.size > 8:
             raise ValueError(f"a constant of {array.size} numbers belongs in the weights file or a table")
-        name = f"{self.name}/const.{dtype}.{'x'.join(map(str, array.shape))}.{'_'.join(str(v) for v in array.reshape(-1))}"
+        name = (
+            f"{self.name}/const.{dtype}.{'x'.join(map(str, array.shape))}.{'_'.join(str(v) for v in array.reshape(-1))}"
+        )
         if name not in self.initializers:
             self.initializers[name] = onnx.numpy_helper.from_array(array, name)
         return name
@@ -141,7 +147,10 @@ class Graph:
 
     def model(self) -> onnx.ModelProto:
         return helper.make_model(
-            self.proto(), opset_imports=[helper.make_opsetid("", self.opset)], ir_version=IR_VERSION, producer_name="parvis"
+            self.proto(),
+            opset_imports=[helper.make_opsetid("", self.opset)],
+            ir_version=IR_VERSION,
+            producer_name="parvis",
         )
 
     def save(self, path: Path) -> None:

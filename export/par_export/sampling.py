@@ -92,7 +92,9 @@ def sorted_keep(g: Graph, logits: str, top_k: str, top_p: str, vocab: int, count
     keep_k = g.op("GreaterOrEqual", logits, kth)
     # top-p over what top-k left: a code goes when the mass before it is over the threshold; the first never does.
     peak = g.op("Slice", ranked, g.const([0]), g.const([1]), g.const([-1]))
-    mass = g.op("Where", g.op("GreaterOrEqual", ranked, kth), g.op("Exp", g.op("Sub", ranked, peak)), g.const(0.0, "float32"))
+    mass = g.op(
+        "Where", g.op("GreaterOrEqual", ranked, kth), g.op("Exp", g.op("Sub", ranked, peak)), g.const(0.0, "float32")
+    )
     # The total is over the whole codebook: ties with the k-th may lie beyond the sorted part.
     whole = g.op("Where", keep_k, g.op("Exp", g.op("Sub", logits, peak)), g.const(0.0, "float32"))
     total = g.op("ReduceSum", whole, g.const([-1]), keepdims=1)
@@ -143,7 +145,9 @@ def searched_keep(g: Graph, logits: str, top_k: str, top_p: str, vocab: int) -> 
     tie_mass = g.op("Where", tie, mass, zero)
     before = g.op("Add", mass_above(cut), g.op("CumSum", tie_mass, g.const(-1), exclusive=1))
     keep_tie = g.op("And", tie, g.op("LessOrEqual", before, limit))
-    first = g.op("Equal", g.op("CumSum", g.op("Cast", tie, to=ONNX_TYPE["float32"]), g.const(-1)), g.const(1.0, "float32"))
+    first = g.op(
+        "Equal", g.op("CumSum", g.op("Cast", tie, to=ONNX_TYPE["float32"]), g.const(-1)), g.const(1.0, "float32")
+    )
     at_top = g.op("And", g.op("And", tie, first), g.op("Equal", y, zero))  # the most probable code always stays
     keep_p = g.op("Or", g.op("Greater", y, cut), g.op("Or", keep_tie, at_top))
     all_p = g.op("GreaterOrEqual", top_p, g.const(1.0, "float32"))

@@ -56,7 +56,9 @@ class Driver:
         shape = (self.rows, c.n_heads, c.n_tokens, padded_head_dim(c))
         self.caches = {name: np.zeros(shape, dtype) for name in kinds if name.startswith("past_")}
 
-    def __call__(self, ids: np.ndarray, start: int, images: int, guidance: float, greedy: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, ids: np.ndarray, start: int, images: int, guidance: float, greedy: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """One call: ``ids`` [R,q] at positions start.. ; returns tokens [R,q] and logits [B,q,V]."""
         rows, query = ids.shape
         cond = np.arange(images)
@@ -103,7 +105,9 @@ def session(path: Path | bytes) -> ort.InferenceSession:
 
 
 @torch.no_grad()
-def oracle_logits(config: PARConfig, checkpoint: Checkpoint, tokens: np.ndarray, labels: np.ndarray, dtype: str) -> np.ndarray:
+def oracle_logits(
+    config: PARConfig, checkpoint: Checkpoint, tokens: np.ndarray, labels: np.ndarray, dtype: str
+) -> np.ndarray:
     """Teacher-forced logits [R,N,V] fp32 of the oracle, weights rounded to ``dtype``, one layer in memory at a time."""
 
     def load(module: torch.nn.Module, prefix: str) -> None:
@@ -113,7 +117,9 @@ def oracle_logits(config: PARConfig, checkpoint: Checkpoint, tokens: np.ndarray,
     with torch.device("meta"):
         model = PAR(config)
     model.eval()
-    outer = ["tok_embeddings", "cls_embedding", "norm", "output"] + (["spe_tok_embeddings"] if config.group_size > 1 else [])
+    outer = ["tok_embeddings", "cls_embedding", "norm", "output"] + (
+        ["spe_tok_embeddings"] if config.group_size > 1 else []
+    )
     for name in outer:
         load(getattr(model, name), f"{name}.")
     positions = torch.arange(config.n_tokens)
@@ -141,19 +147,24 @@ def run_step(
         for i in range(phase.repeat):
             start = phase.start + i * phase.query
             here = slice(start, start + phase.query)
-            drawn, logits[:, here] = driver(input_ids(config, rows, tokens, start, phase.query), start, images, guidance)
+            drawn, logits[:, here] = driver(
+                input_ids(config, rows, tokens, start, phase.query), start, images, guidance
+            )
             if teacher is None:
                 tokens[:, here] = drawn
     return tokens[:images], logits
 
 
-def run_static(folder: Path, config: PARConfig, label: int, teacher: np.ndarray, weights: Weights | None) -> dict[str, np.ndarray]:
+def run_static(
+    folder: Path, config: PARConfig, label: int, teacher: np.ndarray, weights: Weights | None
+) -> dict[str, np.ndarray]:
     """Logits [1,M,V] per phase of the static graphs, fed ``teacher`` [1,N]; the first ``STATIC_GROUPS`` group calls.
 
     ``weights`` stands in for the graphs' files where this runtime cannot run their precision: the same graphs are
     then written in fp32 over the same weights.
     """
-    labels, out = np.array([label]), {}
+    labels = np.array([label])
+    out: dict[str, np.ndarray] = {}
     caches: dict[str, np.ndarray] | None = None
     for phase in phases(config):
         if not phase.repeat:
@@ -163,7 +174,9 @@ def run_static(folder: Path, config: PARConfig, label: int, teacher: np.ndarray,
         if weights is None:
             _add_logits(folder / f"{file}.onnx", path)
         else:
-            graph = step_graph(config, weights, name=file, compute="float32", query=phase.query, sampling="plain", verify=True)
+            graph = step_graph(
+                config, weights, name=file, compute="float32", query=phase.query, sampling="plain", verify=True
+            )
             graph.save(path)
         driver = Driver(session(path), config, 1)
         if caches:
@@ -204,7 +217,9 @@ def gate(
     for phase in phases(config):
         if phase.repeat:
             here = slice(phase.start, phase.start + phase.query * phase.repeat)
-            report["phases"][phase.name] = _compare(f"step.onnx, {phase.name}", got[:, here], wanted[:, here], scale, "float32")
+            report["phases"][phase.name] = _compare(
+                f"step.onnx, {phase.name}", got[:, here], wanted[:, here], scale, "float32"
+            )
     _, compatible = run_step(folder, config, teacher_label, 1.0, teacher, COMPATIBLE_STEP)
     report[COMPATIBLE_STEP] = _compare(f"{COMPATIBLE_STEP}.onnx", compatible, wanted, scale, "float32")
     static = run_static(folder, config, int(teacher_label[0]), teacher, weights if static_compute != dtype else None)
@@ -213,7 +228,10 @@ def gate(
             part = static[phase.name]
             here = slice(phase.start, phase.start + part.shape[1])
             report["phases"][phase.name] |= {
-                "static_" + k: v for k, v in _compare(f"{phase.name} (static graph)", part, wanted[:, here], scale, static_compute).items()
+                "static_" + k: v
+                for k, v in _compare(
+                    f"{phase.name} (static graph)", part, wanted[:, here], scale, static_compute
+                ).items()
             }
     for path in folder.glob(".verify-*.onnx"):
         path.unlink()
@@ -263,7 +281,9 @@ def _greedy(
 
 
 @torch.no_grad()
-def gate_decoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoint, dtype: str, order: np.ndarray) -> dict[str, Any]:
+def gate_decoder(
+    folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoint, dtype: str, order: np.ndarray
+) -> dict[str, Any]:
     """Compare ``decoder.onnx`` with the oracle's decoder on random tokens; largest allowed difference one grey level."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, config.vocab_size, (1, config.n_tokens))
@@ -281,5 +301,7 @@ def gate_decoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Chec
     got = session(folder / "decoder.onnx").run(["images"], {"tokens": tokens})[0]
     worst = int(np.abs(got.astype(int) - wanted.astype(int)).max())
     if worst > IMAGE_FLOOR:
-        raise ParityError(f"decoder.onnx: pixels differ from the oracle by up to {worst} of 255; at most {IMAGE_FLOOR} is allowed. Nothing was published")
+        raise ParityError(
+            f"decoder.onnx: pixels differ from the oracle by up to {worst} of 255; at most {IMAGE_FLOOR} is allowed. Nothing was published"
+        )
     return {"max_pixel_error": worst, "equal_pixels": float((got == wanted).mean())}

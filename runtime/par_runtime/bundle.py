@@ -122,7 +122,9 @@ class Bundle:
             bundle = _parse(path, manifest)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
-            raise BundleError(f"{path / MANIFEST}: {reason}; the manifest is not one of schema {SCHEMA}; export the bundle again") from error
+            raise BundleError(
+                f"{path / MANIFEST}: {reason}; the manifest is not one of schema {SCHEMA}; export the bundle again"
+            ) from error
         if verify != "none":
             _check_files(bundle, verify)
         return bundle
@@ -163,7 +165,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BundleError(f"{file}: not valid JSON ({error}); copy the bundle again or export it again") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
-        raise BundleError(f"{file}: has no schema number; expected a manifest of schema {SCHEMA}; export the bundle again")
+        raise BundleError(
+            f"{file}: has no schema number; expected a manifest of schema {SCHEMA}; export the bundle again"
+        )
     if manifest["schema"] > SCHEMA:
         raise BundleError(
             f"{file}: schema {manifest['schema']} was made by a newer parvis; this one reads up to {SCHEMA}: "
@@ -203,9 +207,7 @@ def _parse(path: Path, m: dict[str, Any]) -> Bundle:
         n_tokens=m["n_tokens"],
         precision=m["precision"],
         order=tuple(m["order"]),
-        phases=tuple(
-            Phase(p["name"], p["query"], p["repeat"], p["start"], tuple(p["inputs"])) for p in m["phases"]
-        ),
+        phases=tuple(Phase(p["name"], p["query"], p["repeat"], p["start"], tuple(p["inputs"])) for p in m["phases"]),
         class_base=m["ids"]["class_base"],
         no_class=m["ids"]["no_class"],
         graphs={name: Graph(g["file"], g["opset"], g["sampling"]) for name, g in m["graphs"].items()},

@@ -89,7 +89,10 @@ def _elsewhere(verb: str, arguments: list[str]) -> int:
         module = importlib.import_module(ELSEWHERE[verb][0])
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("torch", "onnx", "par_export", "par_model"):
-            print(f"parvis: error: 'parvis {verb}' needs {error.name}, which is not installed; pip install 'parvis[export]'", file=sys.stderr)
+            print(
+                f"parvis: error: 'parvis {verb}' needs {error.name}, which is not installed; pip install 'parvis[export]'",
+                file=sys.stderr,
+            )
             return 2
         raise
     return int(module.main(arguments))

@@ -63,14 +63,18 @@ def _generate(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise RequestError(f"{option} {value}: expected 1 or more")
     if args.out is not None and args.out.suffix.lower() != ".png" and not args.out.is_dir():
-        raise RequestError(f"--out {args.out}: expected a name that ends in .png (what makes an image again is kept in its metadata)")
+        raise RequestError(
+            f"--out {args.out}: expected a name that ends in .png (what makes an image again is kept in its metadata)"
+        )
     if args.tokens is not None and args.tokens.suffix != ".npy":
         raise RequestError(f"--tokens {args.tokens}: expected a name that ends in .npy")
     bundle = Bundle.open(args.bundle)
     classes = _classes(bundle, args.label)
     first = args.seed if args.seed is not None else int(np.random.default_rng().integers(2**32))
     if bundle.image_size is None and (args.out or args.out_dir or not args.tokens):
-        raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; give --tokens X.npy instead")
+        raise RequestError(
+            f"{bundle.path}: this bundle ends at tokens and makes no images; give --tokens X.npy instead"
+        )
     if args.out is None and args.out_dir is None and args.tokens is None:
         what = _file_name(bundle, classes[0]) if len(classes) == 1 else f"{len(classes)}-classes"
         args.out = Path(f"{_safe(bundle.name)}-{what}-{first}.png")
@@ -80,7 +84,9 @@ def _generate(args: argparse.Namespace) -> int:
         if path is not None:
             png.check_writable(path)
     # Checked above, so not again.
-    pipeline = Pipeline.load(args.bundle, args.device, threads=args.threads, selftest=not args.no_selftest, verify="none")
+    pipeline = Pipeline.load(
+        args.bundle, args.device, threads=args.threads, selftest=not args.no_selftest, verify="none"
+    )
     loaded = time.perf_counter()
     # Images run label by label; several guidance scales repeat all of them, with the same seeds.
     scales: list[float | None] = args.guidance or [None]
@@ -149,7 +155,13 @@ def _save(path: Path, tokens: NDArray[np.int64]) -> None:
 
 
 def _report(
-    args: argparse.Namespace, bundle: Bundle, pipeline: Pipeline, result: Result, written: list[str], load_s: float, total_s: float
+    args: argparse.Namespace,
+    bundle: Bundle,
+    pipeline: Pipeline,
+    result: Result,
+    written: list[str],
+    load_s: float,
+    total_s: float,
 ) -> None:
     count = len(result.labels)
     if args.json:
@@ -169,7 +181,13 @@ def _report(
         return
     if args.quiet:
         return
-    where = written[0] if len(written) == 1 else f"{len(written)} files in {args.out_dir}" if args.out_dir else ", ".join(written)
+    where = (
+        written[0]
+        if len(written) == 1
+        else f"{len(written)} files in {args.out_dir}"
+        if args.out_dir
+        else ", ".join(written)
+    )
     ms = result.timings["total"] / count
     low, high = min(result.seeds), max(result.seeds)
     print(
@@ -187,7 +205,9 @@ def _redo(args: argparse.Namespace) -> int:
             f"{args.bundle} has hash {bundle.hash[:12]}: give --bundle with the one that made it"
         )
     if recipe.tokens.shape != (len(recipe.labels), bundle.n_tokens):
-        raise RequestError(f"{args.image}: its 'parvis' entry is damaged: {recipe.tokens.shape[1]} tokens an image, the bundle makes {bundle.n_tokens}")
+        raise RequestError(
+            f"{args.image}: its 'parvis' entry is damaged: {recipe.tokens.shape[1]} tokens an image, the bundle makes {bundle.n_tokens}"
+        )
     if args.out is not None:
         png.check_writable(args.out)
     # The comparison below is a stricter self-test than the bundle's own.
@@ -277,21 +297,38 @@ def _generate_parser() -> argparse.ArgumentParser:
         description="Make images from a bundle. Image i of the list draws with seed + i; the same seed, label and "
         "settings give the same image, alone or in any batch.",
     )
-    p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo")
-    p.add_argument("--label", action="append", required=True, help="class name or index; may be repeated; 'all' is every class")
+    p.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
+    )
+    p.add_argument(
+        "--label", action="append", required=True, help="class name or index; may be repeated; 'all' is every class"
+    )
     p.add_argument("--count", type=int, default=1, help="images per label (default: 1)")
     p.add_argument("--seed", type=int, help="of the first image, 0 .. 2**64-1 (default: a new one each time)")
-    p.add_argument("--out", type=Path, help="PNG to write: all images in one sheet, with what is needed to make it again (default: named after bundle, class and seed)")
+    p.add_argument(
+        "--out",
+        type=Path,
+        help="PNG to write: all images in one sheet, with what is needed to make it again (default: named after bundle, class and seed)",
+    )
     p.add_argument("--out-dir", type=Path, help="folder for one PNG per image")
     p.add_argument("--tokens", type=Path, help=".npy to write: tokens [B,N] int64 in sequence order")
-    p.add_argument("--guidance", type=float, nargs="+", help="guidance scale; several make a row of images each (default: the bundle's)")
+    p.add_argument(
+        "--guidance",
+        type=float,
+        nargs="+",
+        help="guidance scale; several make a row of images each (default: the bundle's)",
+    )
     p.add_argument("--temperature", type=float, help="default: the bundle's")
     p.add_argument("--top-k", type=int, help="keep the k most probable codes, 0 keeps all (default: the bundle's)")
-    p.add_argument("--top-p", type=float, help="keep the most probable codes up to this mass, 1 keeps all (default: the bundle's)")
+    p.add_argument(
+        "--top-p", type=float, help="keep the most probable codes up to this mass, 1 keeps all (default: the bundle's)"
+    )
     p.add_argument("--greedy", action="store_true", help="always the most probable code; no noise")
     p.add_argument("--columns", type=int, help="images per row of the sheet")
     p.add_argument("--batch", type=int, help="most images in flight at once (default: a cache of 2 GB)")
-    p.add_argument("--preview-every", type=int, metavar="CALLS", help="write X-0010.png, ... beside --out as the image fills")
+    p.add_argument(
+        "--preview-every", type=int, metavar="CALLS", help="write X-0010.png, ... beside --out as the image fills"
+    )
     _add_common(p)
     p.add_argument("--no-selftest", action="store_true", help="do not check the bundle's test tokens first")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of text")

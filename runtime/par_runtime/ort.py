@@ -49,7 +49,9 @@ class OrtBackend:
         self._decoder: ort.InferenceSession | None = None
         self._batch: Batch | None = None
         if bundle.cache.dtype != "float32":
-            raise BundleError(f"{bundle.path}: cache of dtype {bundle.cache.dtype!r}; the CPU needs float32; export the bundle again")
+            raise BundleError(
+                f"{bundle.path}: cache of dtype {bundle.cache.dtype!r}; the CPU needs float32; export the bundle again"
+            )
         self._slots = 0  # S of the window that holds the batch's keys
         self._caches: list[Float] = []  # flat, in the order of bundle.cache.inputs; at least R*H*N*D' long
         self._calls: dict[tuple[int, int], _Call] = {}  # (q, S) of the current batch shape
@@ -57,13 +59,17 @@ class OrtBackend:
     def _session(self, name: str) -> ort.InferenceSession:
         graph = self.bundle.graphs.get(name)
         if graph is None:
-            raise BundleError(f"{self.bundle.path}: has no graph {name!r}, which onnxruntime {ort.__version__} needs; export the bundle again")
+            raise BundleError(
+                f"{self.bundle.path}: has no graph {name!r}, which onnxruntime {ort.__version__} needs; export the bundle again"
+            )
         path = self.bundle.path / graph.file
         try:
             return ort.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
-            raise BundleError(f"{path}: onnxruntime {ort.__version__} cannot load it ({reason}); export the bundle again") from error
+            raise BundleError(
+                f"{path}: onnxruntime {ort.__version__} cannot load it ({reason}); export the bundle again"
+            ) from error
 
     def start(self, batch: Batch) -> None:
         if self._batch is None or (batch.rows, batch.images) != (self._batch.rows, self._batch.images):
@@ -156,7 +162,9 @@ def spread(flat: Float, count: int, old: int, new: int) -> None:
 class _Call:
     """Static input and output buffers of one query length and cache window, bound once."""
 
-    def __init__(self, session: ort.InferenceSession, bundle: Bundle, batch: Batch, query: int, caches: list[Float]) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, bundle: Bundle, batch: Batch, query: int, caches: list[Float]
+    ) -> None:
         rows, images = batch.rows, batch.images
         self.ids = np.zeros((rows, query), np.int64)
         self.positions = np.zeros((rows, query), np.int64)

@@ -70,7 +70,9 @@ class Pipeline:
         with those of the export; ``verify``: see :meth:`Bundle.open`. Raises BundleError, RequestError.
         """
         if device not in ("auto", "cpu"):
-            raise RequestError(f"device {device!r}: this version runs on 'cpu' (or 'auto'); a GPU backend is not in it yet")
+            raise RequestError(
+                f"device {device!r}: this version runs on 'cpu' (or 'auto'); a GPU backend is not in it yet"
+            )
         if threads is not None and threads < 1:
             raise RequestError(f"threads {threads}: expected 1 or more")
         bundle = Bundle.open(path, verify)
@@ -153,11 +155,19 @@ class Pipeline:
         if not classes:
             raise RequestError("no labels were given; give at least one class index or name")
         each = settings(
-            self.bundle, len(classes), guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy
+            self.bundle,
+            len(classes),
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            greedy=greedy,
         )
         seeds = image_seeds(len(classes), seed, seeds)
         if preview_every is not None and (preview_every < 1 or on_preview is None or self.bundle.image_size is None):
-            raise RequestError("preview_every needs a number of calls from 1, an on_preview function, and a bundle with a decoder")
+            raise RequestError(
+                "preview_every needs a number of calls from 1, an on_preview function, and a bundle with a decoder"
+            )
         size = self._default_batch() if max_batch is None else max_batch
         if size < 1:
             raise RequestError(f"max_batch {max_batch}: expected 1 or more")
@@ -181,9 +191,13 @@ class Pipeline:
             raise RequestError(f"{self.bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
         tokens = np.asarray(tokens, np.int64)
         if tokens.ndim != 2 or tokens.shape[1] != self.bundle.n_tokens:
-            raise RequestError(f"tokens have shape {tokens.shape}; expected [B,{self.bundle.n_tokens}] in sequence order")
+            raise RequestError(
+                f"tokens have shape {tokens.shape}; expected [B,{self.bundle.n_tokens}] in sequence order"
+            )
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.bundle.vocab_size:
-            raise RequestError(f"tokens lie in {tokens.min()}..{tokens.max()}; expected 0..{self.bundle.vocab_size - 1}")
+            raise RequestError(
+                f"tokens lie in {tokens.min()}..{tokens.max()}; expected 0..{self.bundle.vocab_size - 1}"
+            )
         height, width = self.bundle.image_size
         size = max(1, DECODE_PIXELS // (height * width))
         chunks = [self.backend.decode(tokens[i : i + size]) for i in range(0, len(tokens), size)]
@@ -207,7 +221,12 @@ class Pipeline:
         """Tokens [B,N] of one batch."""
         count, images = self.bundle.n_tokens, len(classes)
         # Greedy is top-k 1; a draw of 0 then takes the lowest id where several are exactly equal.
-        noise = np.stack([np.zeros(count, np.float32) if s.greedy else uniforms(seed, count) for s, seed in zip(each, seeds, strict=True)])
+        noise = np.stack(
+            [
+                np.zeros(count, np.float32) if s.greedy else uniforms(seed, count)
+                for s, seed in zip(each, seeds, strict=True)
+            ]
+        )
         tokens = np.zeros((images, count), np.int64)
         clock = time.perf_counter()
         for phase, write, ids in self._calls(classes, each, tokens):

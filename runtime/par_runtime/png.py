@@ -70,7 +70,9 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise RequestError(f"{path} is a folder; give a file name")
     if path.exists() and not path.is_file():
-        raise RequestError(f"{path} is a device or a pipe; give the name of a file, which is written beside and renamed")
+        raise RequestError(
+            f"{path} is a device or a pipe; give the name of a file, which is written beside and renamed"
+        )
     write_beside(path, Path.touch, rename=False)
 
 
@@ -125,7 +127,9 @@ def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:
             tokens=np.stack(tokens),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{path}: its 'parvis' entry cannot be read ({error}); it may come from another version") from error
+        raise RequestError(
+            f"{path}: its 'parvis' entry cannot be read ({error}); it may come from another version"
+        ) from error
     return recipe, pixels
 
 

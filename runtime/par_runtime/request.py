@@ -84,7 +84,9 @@ def settings(
     d = bundle.defaults
     g = _each("guidance", guidance, d.guidance, images, lambda v: v >= 0, "0 or more (1 or less: unguided)")
     t = _each("temperature", temperature, d.temperature, images, lambda v: v >= 0, "0 or more")
-    k = _each("top_k", top_k, d.top_k, images, lambda v: v >= 0 and v == int(v), "a whole number, 0 (all codes) or more")
+    k = _each(
+        "top_k", top_k, d.top_k, images, lambda v: v >= 0 and v == int(v), "a whole number, 0 (all codes) or more"
+    )
     p = _each("top_p", top_p, d.top_p, images, lambda v: 0 <= v <= 1, "0 to 1")
     most_probable = _each("greedy", greedy, 0, images, lambda v: v in (0, 1), "True or False")
     return [Settings(g[i], t[i], int(k[i]), p[i], bool(most_probable[i])) for i in range(images)]

@@ -29,7 +29,18 @@ def run(*arguments: object) -> int:
 
 @pytest.fixture
 def good(checkpoints: dict[str, Path], tmp_path: Path) -> list[object]:
-    return ["--checkpoint", checkpoints["par_n4_grid8"], "--tokenizer", "none", "--heads", 4, "--grid", 8, "--out", tmp_path / "out"]
+    return [
+        "--checkpoint",
+        checkpoints["par_n4_grid8"],
+        "--tokenizer",
+        "none",
+        "--heads",
+        4,
+        "--grid",
+        8,
+        "--out",
+        tmp_path / "out",
+    ]
 
 
 def test_the_manifest_says_everything(good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,12 +57,16 @@ def test_the_manifest_says_everything(good: list[object], tmp_path: Path, capsys
     assert b.defaults.guidance == 2.5
     assert [p.name for p in b.phases] == ["prefill", "sequential", "transition", "group"]
     assert b.phases[2].inputs == ("token", 523, 524, 525)
-    assert set(b.files) == {f"{n}.onnx" for n in ("step", "step_opset23", "prefill", "transition", "group")} | {"weights.data"}
+    assert set(b.files) == {f"{n}.onnx" for n in ("step", "step_opset23", "prefill", "transition", "group")} | {
+        "weights.data"
+    }
     assert set(b.parity["phases"]) == {"prefill", "sequential", "transition", "group"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["names.txt", "out"]
 
 
-def test_an_existing_target_is_kept_unless_forced(good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_target_is_kept_unless_forced(
+    good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(*good) == 0
     before = (tmp_path / "out" / "manifest.json").read_text()
     assert run(*good) == 2
@@ -77,11 +92,20 @@ def test_an_existing_target_is_kept_unless_forced(good: list[object], tmp_path: 
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    good: list[object], tmp_path: Path, checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str], change: dict[str, str], text: str
+    good: list[object],
+    tmp_path: Path,
+    checkpoints: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, str],
+    text: str,
 ) -> None:
     (tmp_path / "names.json").write_text('["a", "b"]')
     arguments = dict(zip(good[::2], good[1::2], strict=True)) | change
-    filled = [str(checkpoints["vq"]) if v == "VQ" else str(tmp_path / "names.json") if v == "NAMES" else v for kv in arguments.items() for v in kv]
+    filled = [
+        str(checkpoints["vq"]) if v == "VQ" else str(tmp_path / "names.json") if v == "NAMES" else v
+        for kv in arguments.items()
+        for v in kv
+    ]
     assert run(*filled) == 2
     error = capsys.readouterr().err
     assert text in error
@@ -90,7 +114,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert [p.name for p in tmp_path.iterdir()] == ["names.json"]
 
 
-def test_a_tokenizer_of_another_codebook_is_refused(good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tokenizer_of_another_codebook_is_refused(
+    good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from par_model.vq import VQConfig, VQModel
 
     other = VQModel(VQConfig(codebook_size=256, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32))
@@ -130,7 +156,11 @@ def sabotage_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("sabotage", [sabotage_scale, sabotage_rotary, sabotage_order])
 def test_the_gate_refuses_a_wrong_graph_and_publishes_nothing(
-    good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sabotage: Any
+    good: list[object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    sabotage: Any,
 ) -> None:
     sabotage(monkeypatch)
     assert run(*good) == 1
@@ -138,7 +168,9 @@ def test_the_gate_refuses_a_wrong_graph_and_publishes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_greedy_gate_names_the_first_other_token(bundles: dict[str, Path], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_greedy_gate_names_the_first_other_token(
+    bundles: dict[str, Path], checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from par_model.checkpoint import open_checkpoint, par_config
 
     checkpoint = open_checkpoint(checkpoints["par_n4_grid8"])
@@ -155,7 +187,9 @@ def test_the_greedy_gate_names_the_first_other_token(bundles: dict[str, Path], c
         verify._greedy(bundles["fp32"], config, checkpoint, "float32", np.arange(2), 1.5)
 
 
-def test_a_full_disk_leaves_nothing(good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(
+    good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -165,7 +199,9 @@ def test_a_full_disk_leaves_nothing(good: list[object], tmp_path: Path, capsys: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_permission(good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_permission(
+    good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(self: Path, *_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
@@ -175,13 +211,17 @@ def test_no_permission(good: list[object], tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_export_leaves_no_bundle_and_the_next_cleans_up(good: list[object], tmp_path: Path, sig: signal.Signals) -> None:
+def test_a_killed_export_leaves_no_bundle_and_the_next_cleans_up(
+    good: list[object], tmp_path: Path, sig: signal.Signals
+) -> None:
     hang = (
         "import sys, time; from par_export import verify, cli\n"
         "def wait(*a, **k): print('gate', flush=True); time.sleep(60)\n"
         "verify.gate = wait; sys.exit(cli.main(sys.argv[1:]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", hang, *map(str, good)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", hang, *map(str, good)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     while process.stdout.readline().strip() != "gate":
         assert process.poll() is None
@@ -209,9 +249,23 @@ def test_memory_stays_near_the_size_of_the_checkpoint(tmp_path: Path) -> None:
             "import resource, sys; from par_export import cli; code = cli.main(sys.argv[1:])\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(code)"
         )
-        arguments = ["--checkpoint", tmp_path / "c.pt", "--tokenizer", "none", "--heads", 16, "--grid", 8, "--precision", precision]
+        arguments = [
+            "--checkpoint",
+            tmp_path / "c.pt",
+            "--tokenizer",
+            "none",
+            "--heads",
+            16,
+            "--grid",
+            8,
+            "--precision",
+            precision,
+        ]
         done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments), "--out", str(tmp_path / precision)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", code, *map(str, arguments), "--out", str(tmp_path / precision)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         peak = int(done.stdout.splitlines()[-1])
         assert peak <= 1.3 * size + 1e9, f"{precision}: {peak / 1e6:.0f} MB for a checkpoint of {size / 1e6:.0f} MB"

@@ -29,22 +29,32 @@ def test_golden_logits_and_greedy_tokens(
     golden: dict[str, dict[str, Any]], bundles: dict[str, Path], name: str, bundle: str, graph: str
 ) -> None:
     g, config = golden[name], golden_config(golden[name])
-    _, logits = run_step(bundles[bundle], config, g["labels"].astype(np.int64), 1.0, g["teacher_tokens"].astype(np.int64), graph)
+    _, logits = run_step(
+        bundles[bundle], config, g["labels"].astype(np.int64), 1.0, g["teacher_tokens"].astype(np.int64), graph
+    )
     assert np.abs(logits - g["teacher_logits"]).max() < 1e-4
     tokens, _ = run_step(bundles[bundle], config, g["labels"].astype(np.int64), g["spec"]["cfg"], None, graph)
     assert (tokens == g["greedy_tokens"]).all()
 
 
-@pytest.mark.parametrize(("name", "bundle"), [("par_n4_grid8", "fp32"), ("ar_n1_grid8", "n1"), ("par_n4_grid8", "fp16")])
-def test_the_runtime_gives_the_golden_tokens(golden: dict[str, dict[str, Any]], bundles: dict[str, Path], name: str, bundle: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "bundle"), [("par_n4_grid8", "fp32"), ("ar_n1_grid8", "n1"), ("par_n4_grid8", "fp16")]
+)
+def test_the_runtime_gives_the_golden_tokens(
+    golden: dict[str, dict[str, Any]], bundles: dict[str, Path], name: str, bundle: str
+) -> None:
     g = golden[name]
-    result = Pipeline.load(bundles[bundle], threads=1).generate(g["labels"].tolist(), guidance=g["spec"]["cfg"], greedy=True)
+    result = Pipeline.load(bundles[bundle], threads=1).generate(
+        g["labels"].tolist(), guidance=g["spec"]["cfg"], greedy=True
+    )
     assert (result.tokens == g["greedy_tokens"]).all()
 
 
 CASES = {
     "n16 on 8x8": PARConfig(dim=64, n_layers=2, n_heads=4, vocab_size=100, n_classes=5, grid=(1, 8, 8), group_size=16),
-    "head size 100": PARConfig(dim=200, n_layers=2, n_heads=2, vocab_size=100, n_classes=5, grid=(1, 8, 8), group_size=4),
+    "head size 100": PARConfig(
+        dim=200, n_layers=2, n_heads=2, vocab_size=100, n_classes=5, grid=(1, 8, 8), group_size=4
+    ),
     "24x24": PARConfig(dim=64, n_layers=1, n_heads=1, vocab_size=100, n_classes=5, grid=(1, 24, 24), group_size=16),
     "not square": PARConfig(dim=32, n_layers=1, n_heads=2, vocab_size=100, n_classes=5, grid=(1, 4, 6), group_size=4),
     "video": PARConfig(dim=32, n_layers=1, n_heads=2, vocab_size=100, n_classes=5, grid=(2, 8, 8), group_size=4),
@@ -56,7 +66,9 @@ def test_other_models_through_export_and_runtime(tmp_path: Path, name: str) -> N
     config = CASES[name]
     model = golden_weights(PAR(config))
     torch.save(model.state_dict(), tmp_path / "c.pt")
-    out = export(Request(tmp_path / "c.pt", None, tmp_path / "b", heads=config.n_heads, grid=config.grid), say=lambda _: None)
+    out = export(
+        Request(tmp_path / "c.pt", None, tmp_path / "b", heads=config.n_heads, grid=config.grid), say=lambda _: None
+    )
     pipeline = Pipeline.load(out, threads=1)
     assert pipeline.bundle.cache.head_dim == padded_head_dim(config) == {100: 104}.get(config.head_dim, config.head_dim)
     greedy = generate(model, [0, 3], guidance=1.5, greedy=True).numpy()
@@ -74,14 +86,18 @@ def test_sampled_tokens_are_the_oracles(golden: dict[str, dict[str, Any]], bundl
     model = golden_weights(PAR(config))
     settings: dict[str, Any] = {"guidance": 3.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 5}
     drawn = generate(model, list(range(10)), **settings).numpy()
-    assert (Pipeline.load(bundles["fp32"], threads=1).generate(list(range(10)), **settings).tokens == drawn).mean() > 0.99
+    assert (
+        Pipeline.load(bundles["fp32"], threads=1).generate(list(range(10)), **settings).tokens == drawn
+    ).mean() > 0.99
 
 
 def test_half_precision_says_what_rounding_costs(bundles: dict[str, Path]) -> None:
     for precision in ("fp16", "bf16"):
         parity = json.loads((bundles[precision] / "manifest.json").read_text())["parity"]
         assert 0 < parity["rounding"]["max_logit_error"] < 0.2
-        assert parity["phases"]["group"]["max_logit_error"] < 1e-4  # the graph itself is exact: fp32 over rounded weights
+        assert (
+            parity["phases"]["group"]["max_logit_error"] < 1e-4
+        )  # the graph itself is exact: fp32 over rounded weights
     sizes = {p: (bundles[p] / "weights.data").stat().st_size for p in ("fp32", "fp16", "bf16")}
     assert sizes["fp16"] == sizes["bf16"] < 0.55 * sizes["fp32"]
 
@@ -101,7 +117,9 @@ def test_static_graphs_share_the_weights_and_have_static_shapes(bundles: dict[st
         assert sum(n.op_type == "TensorScatter" for n in model.graph.node) == 6
 
 
-def test_decoder_with_the_tokens_unpermuted_inside(bundles: dict[str, Path], small_vq: VQModel, golden: dict[str, dict[str, Any]]) -> None:
+def test_decoder_with_the_tokens_unpermuted_inside(
+    bundles: dict[str, Path], small_vq: VQModel, golden: dict[str, dict[str, Any]]
+) -> None:
     config = golden_config(golden["par_n4_grid8"])
     tokens = np.random.default_rng(3).integers(0, 512, (3, 64))
     raster = np.empty_like(tokens)

@@ -25,11 +25,21 @@ def tail(vocab: int, variant: Variant) -> ort.InferenceSession:
             g.input(name, dtype, ["B"])
         g.op("Identity", sample(g, logits, vocab, variant), name="tokens")
         g.output("tokens", "int64", ["B", "q"])
-        _sessions[vocab, variant] = ort.InferenceSession(g.model().SerializeToString(), providers=["CPUExecutionProvider"])
+        _sessions[vocab, variant] = ort.InferenceSession(
+            g.model().SerializeToString(), providers=["CPUExecutionProvider"]
+        )
     return _sessions[vocab, variant]
 
 
-def draw(vocab: int, variant: Variant, logits: np.ndarray, uniform: np.ndarray, temperature: object, top_k: object, top_p: object) -> np.ndarray:
+def draw(
+    vocab: int,
+    variant: Variant,
+    logits: np.ndarray,
+    uniform: np.ndarray,
+    temperature: object,
+    top_k: object,
+    top_p: object,
+) -> np.ndarray:
     images = len(logits)
     feed = {
         "logits": logits,
@@ -42,7 +52,9 @@ def draw(vocab: int, variant: Variant, logits: np.ndarray, uniform: np.ndarray, 
     return tokens
 
 
-def check(vocab: int, variant: Variant, logits: np.ndarray, temperature: float, top_k: int, top_p: float, allowed: float = 0.0) -> None:
+def check(
+    vocab: int, variant: Variant, logits: np.ndarray, temperature: float, top_k: int, top_p: float, allowed: float = 0.0
+) -> None:
     uniform = np.random.default_rng(top_k).random(logits.shape[:2], dtype=np.float32)
     got = draw(vocab, variant, logits, uniform, temperature, top_k, top_p)
     wanted = oracle(torch.from_numpy(logits), torch.from_numpy(uniform), temperature, top_k, top_p).numpy()
@@ -78,7 +90,9 @@ def test_large_codebooks(vocab: int, ks: list[int], variant: Variant) -> None:
             check(vocab, variant, logits, 1.0, top_k, top_p, allowed=0.25 if vocab == 64000 else 0.0)
 
 
-@pytest.mark.parametrize(("variant", "top_k"), [("dynamic", 8000), ("exact", 8000), ("exact", 16000), ("dynamic", 16383)])
+@pytest.mark.parametrize(
+    ("variant", "top_k"), [("dynamic", 8000), ("exact", 8000), ("exact", 16000), ("dynamic", 16383)]
+)
 def test_top_k_beyond_the_sort_limit(variant: Variant, top_k: int) -> None:
     assert top_k > TOPK_LIMIT
     logits = np.random.default_rng(4).normal(size=(1, 6, 16384)).astype(np.float32)

@@ -70,7 +70,9 @@ def test_a_wrong_shape_is_refused(tmp_path: Path, state: dict[str, torch.Tensor]
         par_config(open_checkpoint(save(tmp_path, wrong)), heads=2, grid=(1, 4, 4))
 
 
-def test_heads_and_grid_are_asked_for_where_shapes_leave_them_open(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+def test_heads_and_grid_are_asked_for_where_shapes_leave_them_open(
+    tmp_path: Path, state: dict[str, torch.Tensor]
+) -> None:
     checkpoint = open_checkpoint(save(tmp_path, state))
     with pytest.raises(CheckpointError, match="give --heads"):
         par_config(checkpoint)
@@ -99,7 +101,9 @@ def test_named_sizes_need_nothing_said(size: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_model_and_tokenizer_mixed_up(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
-    tokenizer = VQModel(VQConfig(codebook_size=16, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32))
+    tokenizer = VQModel(
+        VQConfig(codebook_size=16, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
+    )
     with pytest.raises(CheckpointError, match="this is an image tokenizer: give it as --tokenizer"):
         par_config(open_checkpoint(save(tmp_path, tokenizer.state_dict())))
     with pytest.raises(CheckpointError, match="this is a PAR model: give it as --checkpoint"):
@@ -110,7 +114,9 @@ def test_model_and_tokenizer_mixed_up(tmp_path: Path, state: dict[str, torch.Ten
     "config",
     [
         VQConfig(codebook_size=16, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32),
-        VQConfig(codebook_size=24, codebook_dim=4, channels=32, channel_multipliers=(1, 1, 2, 3), res_blocks=2, z_channels=48),
+        VQConfig(
+            codebook_size=24, codebook_dim=4, channels=32, channel_multipliers=(1, 1, 2, 3), res_blocks=2, z_channels=48
+        ),
     ],
 )
 def test_tokenizer_config_is_read_from_shapes(tmp_path: Path, config: VQConfig) -> None:
@@ -130,7 +136,7 @@ class Evil:
 def test_a_hostile_pickle_is_never_run(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     victim = tmp_path / "victim"
     path = save(tmp_path, {"model": state, "extra": Evil(str(victim))})
-    with pytest.raises(CheckpointError, match="holds something other than tensors.*it was not run"):
+    with pytest.raises(CheckpointError, match=r"holds something other than tensors.*it was not run"):
         open_checkpoint(path)
     assert not victim.exists()
 

@@ -20,9 +20,18 @@ CONFIGS = {
     "n16": PARConfig(dim=32, n_layers=2, n_heads=2, vocab_size=50, n_classes=5, grid=(1, 8, 8), group_size=16),
     "head100": PARConfig(dim=200, n_layers=1, n_heads=2, vocab_size=50, n_classes=5, grid=(1, 4, 4), group_size=4),
     "video": PARConfig(dim=32, n_layers=2, n_heads=2, vocab_size=50, n_classes=5, grid=(2, 4, 4), group_size=4),
-    "raster": PARConfig(dim=32, n_layers=2, n_heads=2, vocab_size=50, n_classes=5, grid=(1, 4, 4), group_size=4, order="raster"),
+    "raster": PARConfig(
+        dim=32, n_layers=2, n_heads=2, vocab_size=50, n_classes=5, grid=(1, 4, 4), group_size=4, order="raster"
+    ),
     "parallel start": PARConfig(
-        dim=32, n_layers=2, n_heads=2, vocab_size=50, n_classes=5, grid=(1, 4, 4), group_size=4, sequential_initial=False
+        dim=32,
+        n_layers=2,
+        n_heads=2,
+        vocab_size=50,
+        n_classes=5,
+        grid=(1, 4, 4),
+        group_size=4,
+        sequential_initial=False,
     ),
     "causal groups": PARConfig(
         dim=32, n_layers=2, n_heads=2, vocab_size=50, n_classes=5, grid=(1, 4, 4), group_size=4, causal_groups=True
@@ -95,7 +104,9 @@ def slow_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p:
     return p
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1, 0, 1), (0.7, 0, 1), (1, 5, 1), (1, 0, 0.6), (1.3, 8, 0.8)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1, 0, 1), (0.7, 0, 1), (1, 5, 1), (1, 0, 0.6), (1.3, 8, 0.8)]
+)
 def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=20).astype(np.float32) * 2

@@ -69,8 +69,17 @@ def test_video_runs_frame_by_frame() -> None:
 
 @pytest.mark.parametrize(
     ("grid", "n", "calls"),
-    [((1, 24, 24), 1, 576), ((1, 24, 24), 4, 147), ((1, 24, 24), 16, 51), ((5, 16, 16), 1, 1280), ((5, 16, 16), 4, 323)]
-    + [((5, 16, 16), 16, 95), ((1, 16, 16), 1, 256), ((1, 16, 16), 4, 67), ((1, 16, 16), 16, 31)],
+    [
+        ((1, 24, 24), 1, 576),
+        ((1, 24, 24), 4, 147),
+        ((1, 24, 24), 16, 51),
+        ((5, 16, 16), 1, 1280),
+        ((5, 16, 16), 4, 323),
+        ((5, 16, 16), 16, 95),
+        ((1, 16, 16), 1, 256),
+        ((1, 16, 16), 4, 67),
+        ((1, 16, 16), 16, 31),
+    ],
 )
 def test_call_counts_of_the_paper(grid: tuple[int, int, int], n: int, calls: int) -> None:
     assert call_count(config(grid, n)) == calls
@@ -86,7 +95,12 @@ def test_without_sequential_initial_tokens_there_are_144_calls() -> None:
 @pytest.mark.parametrize("n", [1, 4, 16])
 def test_phases_write_every_position_once_and_in_order(n: int) -> None:
     c = config((1, 24, 24), n)
-    written = [p for phase in phases(c) for i in range(phase.repeat) for p in range(phase.start + i * phase.query, phase.start + (i + 1) * phase.query)]
+    written = [
+        p
+        for phase in phases(c)
+        for i in range(phase.repeat)
+        for p in range(phase.start + i * phase.query, phase.start + (i + 1) * phase.query)
+    ]
     assert written == list(range(576))
 
 
@@ -167,6 +181,13 @@ def test_video_rotary_turns_with_the_frame() -> None:
     ],
 )
 def test_impossible_configs_are_refused_with_a_reason(changes: dict[str, object], text: str) -> None:
-    good: dict[str, object] = {"dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 8, "n_classes": 2, "grid": (1, 8, 8)}
+    good: dict[str, object] = {
+        "dim": 16,
+        "n_layers": 1,
+        "n_heads": 2,
+        "vocab_size": 8,
+        "n_classes": 2,
+        "grid": (1, 8, 8),
+    }
     with pytest.raises(ValueError, match=text):
         PARConfig(**{**good, **changes})  # type: ignore[arg-type]

@@ -29,7 +29,21 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-TOKENIZER = ["--codes", "16", "--channels", "8", "--multipliers", "1", "2", "--z-channels", "8", "--norm-groups", "4", "--batch", "8"]
+TOKENIZER = [
+    "--codes",
+    "16",
+    "--channels",
+    "8",
+    "--multipliers",
+    "1",
+    "2",
+    "--z-channels",
+    "8",
+    "--norm-groups",
+    "4",
+    "--batch",
+    "8",
+]
 
 
 def tokenizer(images: Path, run: Path, *more: str) -> dict[str, torch.Tensor]:
@@ -68,11 +82,26 @@ def test_from_images_to_a_trained_model(images: Path, tmp_path: Path, monkeypatc
     assert (tmp_path / "vq" / "sheet.png").stat().st_size > 0
     rows = [json.loads(line) for line in (tmp_path / "vq" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
-    assert vq_config(open_checkpoint(tmp_path / "vq" / "checkpoint.pt")).norm_groups == 4
-    vq = str(tmp_path / "vq" / "checkpoint.pt")
+    assert vq_config(open_checkpoint(tmp_path / "vq" / "model.pt")).norm_groups == 4
+    vq = str(tmp_path / "vq" / "model.pt")
     codes = str(tmp_path / "codes.npz")
     assert encode_codes.main(["--data", str(images), "--tokenizer", vq, "--out", codes]) == 0
-    base = ["--codes", codes, "--val", codes, "--vocab", "16", "--dim", "16", "--layers", "1", "--heads", "2", "--batch", "8"]
+    base = [
+        "--codes",
+        codes,
+        "--val",
+        codes,
+        "--vocab",
+        "16",
+        "--dim",
+        "16",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--batch",
+        "8",
+    ]
     base += ["--tokenizer", vq, "--report", "2", "--sheet", "4", "--steps", "4", "--dropout", "0"]
     for optimizer in ("adamw", "muon"):
         options = [*base, "--optimizer", optimizer, "--schedule", "cosine"]
@@ -87,7 +116,7 @@ def test_from_images_to_a_trained_model(images: Path, tmp_path: Path, monkeypatc
         assert whole["step"] == resumed["step"] == 4
         assert all(torch.equal(whole["live"][k], resumed["live"][k]) for k in whole["live"])
         assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
-    config = par_config(open_checkpoint(tmp_path / "adamw-a" / "checkpoint.pt"))
+    config = par_config(open_checkpoint(tmp_path / "adamw-a" / "model.pt"))
     assert (config.grid, config.vocab_size, config.n_classes) == ((1, 4, 4), 16, 2)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from par_runtime.bundle import Bundle, BundleError, canonical_hash, seal
 
 
@@ -111,7 +112,9 @@ def test_changed_content_of_the_same_size(broken: Path) -> None:
         (lambda m: m["graphs"]["step"].update(file="other.onnx"), "file 'other.onnx' is not one of the bundle's own"),
     ],
 )
-def test_a_manifest_that_contradicts_itself(broken: Path, change: Callable[[dict[str, Any]], object], text: str) -> None:
+def test_a_manifest_that_contradicts_itself(
+    broken: Path, change: Callable[[dict[str, Any]], object], text: str
+) -> None:
     edit(broken, change)
     with pytest.raises(BundleError, match=text.replace(".", r"\.")):
         Bundle.open(broken)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from par_runtime import Pipeline, Result, cli, png
 from PIL import Image
+
+from par_runtime import Pipeline, Result, cli, png
 
 
 def run(*arguments: object) -> int:
@@ -36,7 +37,20 @@ def test_generate_writes_a_sheet_and_tokens(tiny: Path, tmp_path: Path, capsys: 
 
 def test_twice_the_same_pixels_and_one_by_one_the_same_tokens(tiny: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        run("generate", tiny, "--label", 1, "--count", 8, "--seed", 1, "--out", tmp_path / f"{name}.png", "--tokens", tmp_path / f"{name}.npy")
+        run(
+            "generate",
+            tiny,
+            "--label",
+            1,
+            "--count",
+            8,
+            "--seed",
+            1,
+            "--out",
+            tmp_path / f"{name}.png",
+            "--tokens",
+            tmp_path / f"{name}.npy",
+        )
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     together = np.load(tmp_path / "a.npy")
     for i in range(8):
@@ -46,7 +60,25 @@ def test_twice_the_same_pixels_and_one_by_one_the_same_tokens(tiny: Path, tmp_pa
 
 def test_redo_proves_a_png_and_notices_a_change(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a.png"
-    run("generate", tiny, "--label", 0, "--label", 3, "--count", 2, "--seed", 9, "--guidance", 1, 3, "--top-k", 20, "--out", out)
+    run(
+        "generate",
+        tiny,
+        "--label",
+        0,
+        "--label",
+        3,
+        "--count",
+        2,
+        "--seed",
+        9,
+        "--guidance",
+        1,
+        3,
+        "--top-k",
+        20,
+        "--out",
+        out,
+    )
     assert run("redo", out, "--bundle", tiny, "--out", tmp_path / "again.png") == 0
     assert "identical: 8 images" in capsys.readouterr().out
     assert (tmp_path / "again.png").read_bytes() == out.read_bytes()
@@ -75,7 +107,9 @@ def test_redo_reports_the_first_other_token(tiny: Path, tmp_path: Path, capsys: 
 
 
 def test_one_file_per_image_and_json(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("generate", tiny, "--label", "sea otter", "--count", 2, "--seed", 4, "--out-dir", tmp_path, "--json") == 0
+    assert (
+        run("generate", tiny, "--label", "sea otter", "--count", 2, "--seed", 4, "--out-dir", tmp_path, "--json") == 0
+    )
     row = json.loads(capsys.readouterr().out)
     assert [Path(p).name for p in row["written"]] == ["sea-otter-4.png", "sea-otter-5.png"]
     assert row["seeds"] == [4, 5]
@@ -110,7 +144,10 @@ ERRORS = [
     (["generate", "BUNDLE", "--label", "0", "--top-p", "2", "--out", "TMP/a.png"], "top_p 2.0: expected 0 to 1"),
     (["generate", "BUNDLE", "--label", "0", "--device", "cuda:0", "--out", "TMP/a.png"], "device 'cuda:0'"),
     (["generate", "BUNDLE", "--label", "0", "--threads", "0", "--out", "TMP/a.png"], "threads 0"),
-    (["generate", "BUNDLE", "--label", "0", "--preview-every", "2", "--tokens", "TMP/a.npy"], "--preview-every writes beside --out"),
+    (
+        ["generate", "BUNDLE", "--label", "0", "--preview-every", "2", "--tokens", "TMP/a.npy"],
+        "--preview-every writes beside --out",
+    ),
     (["redo", "TMP/none.png", "--bundle", "BUNDLE"], "none.png: No such file"),
     (["redo", "TMP/plain.png", "--bundle", "BUNDLE"], "has no 'parvis' entry"),
     (["redo", "TMP/text.png", "--bundle", "BUNDLE"], "not a readable PNG"),
@@ -150,7 +187,9 @@ def test_another_bundle_cannot_redo(tiny: Path, tmp_path: Path, capsys: pytest.C
     assert "give --bundle with the one that made it" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_the_old_file(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_file(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "a.png"
     out.write_bytes(b"old")
 
@@ -164,7 +203,9 @@ def test_a_full_disk_leaves_the_old_file(tiny: Path, tmp_path: Path, capsys: pyt
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_really_full_disk(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_really_full_disk(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     part = tmp_path / "part"
@@ -183,7 +224,11 @@ def test_no_permission_is_told_before_any_work(
 
     monkeypatch.setattr(Path, "touch", denied)  # root, which runs CI in containers, may write anywhere
     monkeypatch.setattr("par_runtime.pipeline.Pipeline.load", lambda *_, **__: pytest.fail("work was started"))
-    for option, path in (("--out", tmp_path / "a.png"), ("--out-dir", tmp_path / "d"), ("--tokens", tmp_path / "t.npy")):
+    for option, path in (
+        ("--out", tmp_path / "a.png"),
+        ("--out-dir", tmp_path / "d"),
+        ("--tokens", tmp_path / "t.npy"),
+    ):
         assert run("generate", tiny, "--label", 0, option, path) == 2
         assert "no permission for" in capsys.readouterr().err
 
@@ -213,7 +258,12 @@ def test_a_sheet_whose_entry_is_larger_than_a_megabyte_can_be_read(tiny: Path, t
     assert r.images is not None
     many = 4000
     big = Result(
-        np.repeat(r.images, many, 0), np.repeat(r.tokens, many, 0), r.labels * many, r.seeds * many, r.settings * many, {}
+        np.repeat(r.images, many, 0),
+        np.repeat(r.tokens, many, 0),
+        r.labels * many,
+        r.seeds * many,
+        r.settings * many,
+        {},
     )
     png.write(out, pipeline.bundle, big, 80)
     recipe, pixels = png.read(out)
@@ -246,7 +296,19 @@ def test_verbs_that_need_torch_say_so_where_there_is_none(tiny: Path) -> None:
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_ends_quietly_and_writes_nothing(tiny: Path, tmp_path: Path, sent: signal.Signals, code: int) -> None:
     out = tmp_path / "a.png"
-    command = [sys.executable, "-m", "par_runtime", "generate", str(tiny), "--label", "0", "--count", "100000", "--batch", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "par_runtime",
+        "generate",
+        str(tiny),
+        "--label",
+        "0",
+        "--count",
+        "100000",
+        "--batch",
+        "4",
+    ]
     process = subprocess.Popen([*command, "--preview-every", "1", "--out", str(out)], stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
     while not list(tmp_path.glob("a-*.png")) and time.monotonic() < until:  # until it is at work

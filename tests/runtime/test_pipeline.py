@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+
 from conftest import GOLDEN
 from par_runtime import BundleError, Pipeline, RequestError
 from par_runtime.backend import Batch, Float, Int
@@ -54,7 +55,9 @@ def test_an_image_is_the_same_alone_and_in_any_batch(pipeline: Pipeline) -> None
 def test_one_batch_may_mix_settings_and_guided_with_unguided(pipeline: Pipeline) -> None:
     guidance, temperature = [1.0, 3.0, 0.0, 1.5], [1.0, 0.5, 1.0, 2.0]
     top_k, top_p = [0, 5, 64, 1], [1.0, 0.9, 0.5, 0.0]
-    mixed = pipeline.generate([0, 1, 2, 3], seed=3, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    mixed = pipeline.generate(
+        [0, 1, 2, 3], seed=3, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+    )
     for i in range(4):
         alone = pipeline.generate(
             i, seeds=[3 + i], guidance=guidance[i], temperature=temperature[i], top_k=top_k[i], top_p=top_p[i]
@@ -94,7 +97,9 @@ def test_tokens_go_back_to_their_places(pipeline: Pipeline) -> None:
 
 def test_preview_repeats_the_latest_token_of_each_region(pipeline: Pipeline) -> None:
     shown: list[int] = []
-    r = pipeline.generate(1, seed=2, preview_every=5, on_preview=lambda images, done, total: shown.append(images.shape[0] * done))
+    r = pipeline.generate(
+        1, seed=2, preview_every=5, on_preview=lambda images, done, total: shown.append(images.shape[0] * done)
+    )
     assert shown == [5, 10, 15]
     full = pipeline.preview(r.tokens, 64)
     assert r.images is not None
@@ -141,7 +146,12 @@ def test_the_cache_is_allocated_once_and_serves_smaller_batches(tiny: Path) -> N
 def test_a_cpu_quota_limits_the_threads(tmp_path: Path) -> None:
     quota = tmp_path / "cpu.max"
     whole = available_cores(tmp_path / "none")
-    for text, cores in (("max 100000\n", whole), ("50000 100000\n", 1), (f"{10 * whole}00000 100000\n", whole), ("?", whole)):
+    for text, cores in (
+        ("max 100000\n", whole),
+        ("50000 100000\n", 1),
+        (f"{10 * whole}00000 100000\n", whole),
+        ("?", whole),
+    ):
         quota.write_text(text)
         assert available_cores(quota) == cores
 
@@ -164,7 +174,9 @@ def test_growing_the_window_changes_nothing(pipeline: Pipeline, tiny: Path, monk
     assert (grown == fixed).all()
 
 
-def test_the_graph_for_older_runtimes_gives_the_same_tokens(tiny: Path, monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline) -> None:
+def test_the_graph_for_older_runtimes_gives_the_same_tokens(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline
+) -> None:
     monkeypatch.setattr("par_runtime.ort.OPSET24_SINCE", (99, 0))
     older = Pipeline.load(tiny, threads=1)
     assert (older.generate([0, 1, 2], seed=4).tokens == pipeline.generate([0, 1, 2], seed=4).tokens).all()
