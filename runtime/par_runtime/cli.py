@@ -88,7 +88,7 @@ def _elsewhere(verb: str, arguments: list[str]) -> int:
     try:
         module = importlib.import_module(ELSEWHERE[verb][0])
     except ModuleNotFoundError as error:
-        if error.name in ("torch", "onnx"):
+        if (error.name or "").partition(".")[0] in ("torch", "onnx", "par_export", "par_model"):
             print(
                 f"parvis: error: 'parvis {verb}' needs {error.name}, which is not installed; pip install 'parvis[export]'",
                 file=sys.stderr,

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from conftest import GOLDEN
 from par_runtime import BundleError, Pipeline, RequestError
 from par_runtime.backend import Batch, Float, Int
-from par_runtime.ort import OrtBackend, available_cores, spread, window
+from par_runtime.ort import OPSET24_SINCE, OrtBackend, available_cores, spread, window
 from par_runtime.request import class_index, uniforms
 
 
@@ -272,10 +273,13 @@ def test_the_cache_is_updated_in_place(tiny: Path) -> None:
     done = subprocess.run([sys.executable, "-c", run, str(tiny)], capture_output=True, text=True, check=True)
     assert "in-place" not in done.stderr
     assert done.stderr == ""
+    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < OPSET24_SINCE:
+        return  # the older graph writes with ScatterND, which copies in silence
     # The warning exists and would be seen: the same step, output bound to another buffer.
     copied = (
-        "import sys; from par_runtime import Pipeline, ort; bind = ort._bind\n"
-        "ort._bind = lambda b, n, a, output=False: bind(b, n, a.copy() if n.startswith('present') else a, output)\n"
+        "import sys; from par_runtime import Pipeline, ort; bind = ort._bind; others = []\n"
+        "def other(a): others.append(a.copy()); return others[-1]\n"
+        "ort._bind = lambda b, n, a, output=False: bind(b, n, other(a) if n.startswith('present') else a, output)\n"
         "p = Pipeline.load(sys.argv[1], selftest=False); p.generate([0, 1], seed=1)"
     )
     done = subprocess.run([sys.executable, "-c", copied, str(tiny)], capture_output=True, text=True, check=False)
