@@ -19,7 +19,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from par_export.graph import TORCH_TYPE, Weights
+from par_export.graph import COMPATIBLE_OPSET, OPSET, TORCH_TYPE, Weights
 from par_export.step import padded_head_dim, step_graph
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig
@@ -134,9 +134,18 @@ def oracle_logits(
 
 
 def run_step(
-    folder: Path, config: PARConfig, labels: np.ndarray, guidance: float, teacher: np.ndarray | None, name: str = "step"
+    folder: Path,
+    config: PARConfig,
+    labels: np.ndarray,
+    guidance: float,
+    teacher: np.ndarray | None,
+    name: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All calls of one image on the step graph ``name``: tokens [B,N], logits [B,N,V]; greedy, or fed ``teacher`` [B,N]."""
+    """All calls of one image on the step graph ``name`` (default: the newest that runs here).
+
+    Returns tokens [B,N] and logits [B,N,V]; greedy, or fed ``teacher`` [B,N].
+    """
+    name = name or ("step" if runnable_opset() == OPSET else COMPATIBLE_STEP)
     images = len(labels)
     rows = np.concatenate([labels, np.full_like(labels, config.n_classes)]) if guidance > 1 else labels
     driver = Driver(session(folder / f"{name}.onnx"), config, len(rows))
@@ -155,14 +164,25 @@ def run_step(
     return tokens[:images], logits
 
 
-def run_static(
-    folder: Path, config: PARConfig, label: int, teacher: np.ndarray, weights: Weights | None
-) -> dict[str, np.ndarray]:
-    """Logits [1,M,V] per phase of the static graphs, fed ``teacher`` [1,N]; the first ``STATIC_GROUPS`` group calls.
+def runnable_opset() -> int:
+    """The highest of our opsets that this ONNX Runtime runs: before 1.25 (Python 3.10) it has no opset 24."""
+    major, minor = ort.__version__.split(".")[:2]
+    return OPSET if (int(major), int(minor)) >= (1, 25) else COMPATIBLE_OPSET
 
-    ``weights`` stands in for the graphs' files where this runtime cannot run their precision: the same graphs are
-    then written in fp32 over the same weights.
-    """
+
+@dataclass(frozen=True)
+class StandIn:
+    """How to write the static graphs again, over the same weights, where this runtime cannot run their files."""
+
+    weights: Weights
+    compute: str
+    opset: int
+
+
+def run_static(
+    folder: Path, config: PARConfig, label: int, teacher: np.ndarray, stand_in: StandIn | None
+) -> dict[str, np.ndarray]:
+    """Logits [1,M,V] per phase of the static graphs, fed ``teacher`` [1,N]; the first ``STATIC_GROUPS`` group calls."""
     labels = np.array([label])
     out: dict[str, np.ndarray] = {}
     caches: dict[str, np.ndarray] | None = None
@@ -171,11 +191,18 @@ def run_static(
             continue
         file = "prefill" if phase.name == "sequential" else phase.name
         path = folder / f".verify-{file}.onnx"
-        if weights is None:
+        if stand_in is None:
             _add_logits(folder / f"{file}.onnx", path)
         else:
             graph = step_graph(
-                config, weights, name=file, compute="float32", query=phase.query, sampling="plain", verify=True
+                config,
+                stand_in.weights,
+                name=file,
+                compute=stand_in.compute,
+                query=phase.query,
+                sampling="plain",
+                verify=True,
+                opset=stand_in.opset,
             )
             graph.save(path)
         driver = Driver(session(path), config, 1)
@@ -211,18 +238,20 @@ def gate(
     teacher_label = rng.integers(0, config.n_classes, 1)
     teacher = rng.integers(0, config.vocab_size, (1, config.n_tokens))
     wanted = oracle_logits(config, checkpoint, teacher, teacher_label, dtype)
+    opset = runnable_opset()
+    stand_in = None if (static_compute, opset) == (dtype, OPSET) else StandIn(weights, static_compute, opset)
     _, got = run_step(folder, config, teacher_label, 1.0, teacher)
     scale = float(np.abs(wanted).max()) or 1.0
-    report: dict[str, Any] = {"logit_scale": scale, "static_compute": static_compute, "phases": {}}
+    report: dict[str, Any] = {"logit_scale": scale, "static_compute": static_compute, "opset": opset, "phases": {}}
     for phase in phases(config):
         if phase.repeat:
             here = slice(phase.start, phase.start + phase.query * phase.repeat)
             report["phases"][phase.name] = _compare(
-                f"step.onnx, {phase.name}", got[:, here], wanted[:, here], scale, "float32"
+                f"step network, {phase.name}", got[:, here], wanted[:, here], scale, "float32"
             )
     _, compatible = run_step(folder, config, teacher_label, 1.0, teacher, COMPATIBLE_STEP)
     report[COMPATIBLE_STEP] = _compare(f"{COMPATIBLE_STEP}.onnx", compatible, wanted, scale, "float32")
-    static = run_static(folder, config, int(teacher_label[0]), teacher, weights if static_compute != dtype else None)
+    static = run_static(folder, config, int(teacher_label[0]), teacher, stand_in)
     for phase in phases(config):
         if phase.repeat:
             part = static[phase.name]
