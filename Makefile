@@ -12,7 +12,7 @@ SOURCES := $(shell find runtime export par_model -name '*.py')
 .PHONY: demo test test-all lint format clean
 
 demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the runtime's dependencies only, no torch
-	$(RUN_ENV)/bin/parvis generate models/demo --label $(LABELS) --count $(COUNT) --seed $(SEED) --out $(OUT)
+	$(RUN_ENV)/bin/parvis generate models/demo --label $(LABELS) --count $(COUNT) --seed $(SEED) --columns 8 --out $(OUT)
 
 test: lint  ## lint, types and the test suite
 	$(DEV_ENV)/bin/python -m pytest

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from par_model.training import ImageFolder, channels_last
-from par_model.vq import VQConfig, VQModel
+from par_model.checkpoint import CheckpointError, open_checkpoint, vq_config
+from par_model.training import ImageFolder, InputError, channels_last, command
+from par_model.vq import VQModel
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,24 +21,29 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", type=Path, required=True, help="codes.npz to write")
     p.add_argument("--batch", type=int, default=64)
     args = p.parse_args(argv)
-    state = torch.load(args.tokenizer, map_location="cpu", weights_only=True, mmap=True)
-    config = {k: v for k, v in state["config"].items() if k != "kind"}
-    model = VQModel(VQConfig(**config))
-    model.load_state_dict(state["model"])
+    return command(lambda: _encode(args))
+
+
+def _encode(args: argparse.Namespace) -> None:
     data = ImageFolder.open(args.data)
+    try:
+        checkpoint = open_checkpoint(args.tokenizer)
+        model = VQModel(vq_config(checkpoint))
+    except CheckpointError as error:
+        raise InputError(str(error)) from error
+    model.load_state_dict(dict(checkpoint.tensors))
     codes = encode(model, data, args.batch)
     part = args.out.with_suffix(".part.npz")
     np.savez(part, codes=codes, labels=data.labels, class_names=np.array(data.class_names))
     os.replace(part, args.out)
     print(f"{args.out}: {len(codes)} images of {codes.shape[1]}x{codes.shape[2]} codes")
-    return 0
 
 
 @torch.no_grad()
 def encode(model: VQModel, data: ImageFolder, batch: int) -> np.ndarray:
     """Raster code ids [count,h,w] uint16 of every image."""
     if model.config.codebook_size > 65536:
-        raise ValueError(f"codebook_size={model.config.codebook_size}; codes.npz holds ids up to 65535")
+        raise InputError(f"codebook_size={model.config.codebook_size}; codes.npz holds ids up to 65535")
     channels_last(model).eval()
     out = []
     with torch.autocast("cpu", torch.bfloat16):

@@ -8,6 +8,7 @@ weight decay 0.05 on matrices, clip 1.0, dropout 0.1, class dropout 0.1, bf16 au
 from __future__ import annotations
 
 import argparse
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from par_model.config import SIZES, PARConfig
 from par_model.generate import generate
 from par_model.ordering import token_order
-from par_model.training import EMA, Run, batch_index, cosine
+from par_model.training import EMA, InputError, Run, batch_index, command, cosine
 from par_model.transformer import PAR
 from par_model.vq import VQConfig, VQModel
 
@@ -28,32 +29,47 @@ CLASS_DROPOUT = 0.1
 MUON_LR = 0.02  # of the matrices; the usual value for orthogonalised updates
 EVAL_IMAGES = 512
 
+Codes = tuple[np.ndarray, np.ndarray, list[str]]
+
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    torch.manual_seed(args.seed)
-    train(args)
-    return 0
+    return command(lambda: train(args))
 
 
 def train(args: argparse.Namespace) -> None:
     """Run or resume the training that ``args`` (see ``--help``) describes."""
-    codes, labels, names = load_codes(args.codes)
-    held_codes, held_labels, _ = load_codes(args.val)
+    codes, labels, names = load_codes(args.codes, args.vocab)
+    held_out = load_codes(args.val, args.vocab)
+    config = _config(args, (codes.shape[1], codes.shape[2]), len(names))
+    with Run(args.run) as run:
+        _train(args, config, run, (codes, labels, names), held_out)
+
+
+def _config(args: argparse.Namespace, grid: tuple[int, int], n_classes: int) -> PARConfig:
     dim, n_layers, n_heads = SIZES[args.size]
-    if args.dim:
+    if args.dim or args.layers or args.heads:
+        if not (args.dim and args.layers and args.heads):
+            raise InputError("--dim, --layers and --heads go together; give all three, or --size")
         dim, n_layers, n_heads = args.dim, args.layers, args.heads
-    config = PARConfig(
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        vocab_size=args.vocab,
-        n_classes=len(names),
-        grid=(1, *codes.shape[1:]),
-        group_size=args.group_size,
-        dropout=args.dropout,
-    )
-    run = Run(args.run)
+    try:
+        return PARConfig(
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            vocab_size=args.vocab,
+            n_classes=n_classes,
+            grid=(1, *grid),
+            group_size=args.group_size,
+            dropout=args.dropout,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _train(args: argparse.Namespace, config: PARConfig, run: Run, data: Codes, held_out: Codes) -> None:
+    codes, labels, names = data
+    torch.manual_seed(args.seed)
     model = PAR(config)
     optimizers = make_optimizers(model, args)
     peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
@@ -64,12 +80,13 @@ def train(args: argparse.Namespace) -> None:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         ema.shadow, step = state["model"], state["step"]
+        torch.set_rng_state(state["rng"])  # of dropout
     order = token_order(config)
 
     def save() -> None:
         final = {"model": ema.shadow, "config": asdict(config) | {"kind": "par"}, "class_names": names}
         live = {"live": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-        run.save("checkpoint.pt", final | live | {"step": step})
+        run.save("checkpoint.pt", final | live | {"step": step, "rng": torch.get_rng_state()})
         if step == args.steps:
             run.save("model.pt", final)
 
@@ -96,7 +113,7 @@ def train(args: argparse.Namespace) -> None:
         if step % args.report == 0 or step == args.steps:
             averaged = PAR(config).eval()
             averaged.load_state_dict(ema.shadow)
-            held = held_out_loss(averaged, held_codes[:EVAL_IMAGES], held_labels[:EVAL_IMAGES], args.batch)
+            held = held_out_loss(averaged, held_out[0][:EVAL_IMAGES], held_out[1][:EVAL_IMAGES], args.batch)
             run.log(step=step, images=step * args.batch, loss=total / counted, held_out=held)
             total, counted = 0.0, 0
             save()
@@ -140,10 +157,18 @@ def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Op
     return [torch.optim.AdamW([matrices, no_decay], lr=lr, betas=(0.9, 0.95))]
 
 
-def load_codes(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """``codes.npz`` of ``parvis encode``: codes [M,h,w], labels [M], class names."""
-    with np.load(path) as f:
-        return f["codes"], f["labels"].astype(np.int64), [str(name) for name in f["class_names"]]
+def load_codes(path: Path, vocab: int) -> Codes:
+    """``codes.npz`` of ``parvis encode``: codes [M,h,w], labels [M], class names. Raises InputError, OSError."""
+    try:
+        with np.load(path) as f:
+            codes, labels, names = f["codes"], f["labels"].astype(np.int64), [str(name) for name in f["class_names"]]
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a file of parvis encode ({error}); encode the images again") from error
+    if codes.max() >= vocab:
+        raise InputError(
+            f"{path}: has code {codes.max()}, --vocab {vocab} allows 0..{vocab - 1}; give the tokenizer's codebook size"
+        )
+    return codes, labels, names
 
 
 @torch.no_grad()

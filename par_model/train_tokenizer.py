@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from par_model.training import EMA, ImageFolder, Run, batch_index, channels_last, cosine
+from par_model.training import EMA, ImageFolder, InputError, Run, batch_index, channels_last, command, cosine
 from par_model.vq import VQConfig, VQModel
 
 COMMITMENT = 0.25  # weight of |z - stop(code)|^2 against |stop(z) - code|^2, the usual VQ value
@@ -25,23 +25,29 @@ RESTART_EVERY = 100
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    torch.manual_seed(args.seed)
-    config = VQConfig(
-        codebook_size=args.codes,
-        channels=args.channels,
-        channel_multipliers=tuple(args.multipliers),
-        res_blocks=args.res_blocks,
-        z_channels=args.z_channels,
-        norm_groups=args.norm_groups,
-    )
-    train(config, args)
-    return 0
+    return command(lambda: train(args))
 
 
-def train(config: VQConfig, args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> None:
     """Run or resume the training that ``args`` (see ``--help``) describes."""
     data, held_out = ImageFolder.open(args.data), ImageFolder.open(args.val)
-    run = Run(args.run)
+    try:
+        config = VQConfig(
+            codebook_size=args.codes,
+            channels=args.channels,
+            channel_multipliers=tuple(args.multipliers),
+            res_blocks=args.res_blocks,
+            z_channels=args.z_channels,
+            norm_groups=args.norm_groups,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    with Run(args.run) as run:
+        _train(args, config, run, data, held_out)
+
+
+def _train(args: argparse.Namespace, config: VQConfig, run: Run, data: ImageFolder, held_out: ImageFolder) -> None:
+    torch.manual_seed(args.seed)
     model = channels_last(VQModel(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     ema = EMA(model, 0.999)
@@ -50,13 +56,14 @@ def train(config: VQConfig, args: argparse.Namespace) -> None:
     if (state := run.resume(args.resume)) is not None:
         model.load_state_dict(state["live"])
         optimizer.load_state_dict(state["optimizer"])
-        ema.shadow, step = state["model"], state["step"]
+        ema.shadow, step, usage = state["model"], state["step"], state["usage"]
+        torch.set_rng_state(state["rng"])  # of restarted codes
 
     def save() -> None:
         final = {"model": ema.shadow, "config": asdict(config) | {"kind": "vq"}}
-        run.save(
-            "checkpoint.pt", final | {"live": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        )
+        live = {"live": model.state_dict(), "optimizer": optimizer.state_dict()}
+        place = {"step": step, "usage": usage, "rng": torch.get_rng_state()}
+        run.save("checkpoint.pt", final | live | place)
         if step == args.steps:
             run.save("model.pt", final)
 

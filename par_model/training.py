@@ -13,15 +13,23 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Module = TypeVar("Module", bound=nn.Module)
+
+
+class InputError(Exception):
+    """Something given to a trainer that it cannot use; the message says what is expected and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class ImageFolder:
         """Map the folder that ``models/demo/recipe/render.mjs`` writes."""
         meta_path = path / "meta.json"
         if not meta_path.is_file():
-            raise FileNotFoundError(
+            raise InputError(
                 f"{path} holds no meta.json; expected the folder that models/demo/recipe/render.mjs writes"
             )
         meta = json.loads(meta_path.read_text())
@@ -45,7 +53,7 @@ class ImageFolder:
         images = np.memmap(path / "images.u8", dtype=np.uint8, mode="r", shape=shape)
         labels = np.fromfile(path / "labels.u8", dtype=np.uint8)
         if len(labels) != len(images):
-            raise ValueError(f"{path} has {len(images)} images and {len(labels)} labels; render it again")
+            raise InputError(f"{path} has {len(images)} images and {len(labels)} labels; render it again")
         return ImageFolder(images, labels, list(meta["styles"]))
 
     def batch(self, index: np.ndarray) -> Tensor:
@@ -89,19 +97,35 @@ class EMA:
             self.shadow[key].lerp_(value.float(), 1 - decay)
 
 
+def command(work: Callable[[], None]) -> int:
+    """Run a trainer's ``work``: 0, or 2 with one line on stderr for what the user can mend."""
+    try:
+        work()
+    except (InputError, OSError) as error:
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"parvis: error: {text}", file=sys.stderr)
+        return 2
+    return 0
+
+
 @dataclass
 class Run:
-    """A run folder. ``should_stop`` turns true on Ctrl-C or SIGTERM: the trainer then checkpoints and ends."""
+    """A run folder, used as a context. ``should_stop`` turns true on Ctrl-C or SIGTERM: the trainer then checkpoints
+    and ends."""
 
     path: Path
     started: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0  #: of earlier processes of this run
     should_stop: bool = False
 
-    def __post_init__(self) -> None:
+    def __enter__(self) -> Self:
         self.path.mkdir(parents=True, exist_ok=True)
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(sig, self._stop)
+        self._before = {sig: signal.signal(sig, self._stop) for sig in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sig, handler in self._before.items():
+            signal.signal(sig, handler)
 
     def _stop(self, *_: object) -> None:
         self.should_stop = True
@@ -130,7 +154,7 @@ class Run:
         if not path.exists():
             return None
         if not wanted:
-            raise FileExistsError(f"{path} exists; give --resume to continue that run, or another --run folder")
+            raise InputError(f"{path} exists; give --resume to continue that run, or another --run folder")
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         self.seconds_before = float(state["seconds"])
         return state

@@ -11,7 +11,7 @@ import torch
 
 from par_model import encode_codes, train, train_tokenizer
 from par_model.checkpoint import open_checkpoint, par_config, vq_config
-from par_model.training import ImageFolder, batch_index, cosine
+from par_model.training import batch_index, cosine
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +120,14 @@ def test_from_images_to_a_trained_model(images: Path, tmp_path: Path, monkeypatc
     assert (config.grid, config.vocab_size, config.n_classes) == ((1, 4, 4), 16, 2)
 
 
-def test_a_run_is_not_overwritten_silently(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_not_overwritten_silently(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(train_tokenizer, "validate", lambda *_: {})
     tokenizer(images, tmp_path, "--steps", "1")
-    with pytest.raises(FileExistsError, match="give --resume to continue"):
-        tokenizer(images, tmp_path, "--steps", "1")
+    base = ["--data", str(images), "--val", str(images), "--run", str(tmp_path), *TOKENIZER]
+    assert train_tokenizer.main([*base, "--steps", "1"]) == 2
+    assert "give --resume to continue" in capsys.readouterr().err
 
 
 def test_every_image_is_seen_once_an_epoch() -> None:
@@ -141,6 +144,37 @@ def test_the_schedule_warms_up_and_comes_down() -> None:
     assert cosine(50, 100, 1.0, 10, floor=1.0) == 1.0
 
 
-def test_a_folder_that_is_not_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no meta\.json"):
-        ImageFolder.open(tmp_path)
+def test_bad_input_is_one_line_and_exit_code_2(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = tmp_path / "codes.npz"
+    np.savez(codes, codes=np.full((2, 4, 4), 20, np.uint16), labels=np.zeros(2), class_names=np.array(["a"]))
+    (tmp_path / "text.npz").write_text("hello")
+    run = ["--run", str(tmp_path / "run")]
+    for module, arguments, text in [
+        (train_tokenizer, ["--data", str(tmp_path), "--val", str(images), *run], "holds no meta.json"),
+        (train_tokenizer, ["--data", str(images), "--val", str(images), *run, "--channels", "5"], "norm_groups=8"),
+        (train, ["--codes", "none.npz", "--val", str(codes), "--vocab", "16", *run], "none.npz: No such file"),
+        (
+            train,
+            ["--codes", str(tmp_path / "text.npz"), "--val", str(codes), "--vocab", "16", *run],
+            "not a file of parvis",
+        ),
+        (
+            train,
+            ["--codes", str(codes), "--val", str(codes), "--vocab", "16", *run],
+            "has code 20, --vocab 16 allows 0..15",
+        ),
+        (train, ["--codes", str(codes), "--val", str(codes), "--vocab", "32", "--dim", "8", *run], "go together"),
+        (
+            train,
+            ["--codes", str(codes), "--val", str(codes), "--vocab", "32", "--group-size", "3", *run],
+            "not a square",
+        ),
+        (encode_codes, ["--data", str(images), "--tokenizer", "none.pt", "--out", str(codes)], "none.pt: no such file"),
+    ]:
+        assert module.main(arguments) == 2, text  # type: ignore[attr-defined]
+        error = capsys.readouterr().err
+        assert text in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
