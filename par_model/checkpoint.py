@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,33 @@ class Checkpoint:
         """The tensor of ``key``, mapped from the file, in the file's dtype."""
         return self.tensors[key]
 
-    @property
-    def n_bytes(self) -> int:
-        return self.path.stat().st_size
+    def release(self) -> None:
+        """Give the memory of mapped tensors back; they are mapped again when asked for. Holders of one keep it."""
+        if isinstance(self.tensors, _MappedTensors):
+            self.tensors.release()
+
+
+class _MappedTensors(Mapping[str, Tensor]):
+    """Tensors mapped from a file when asked for; ``release`` gives the mapping, and with it the memory, back."""
+
+    def __init__(self, load: Callable[[], dict[str, Tensor]]) -> None:
+        self._load = load
+        self._mapped: dict[str, Tensor] | None = load()
+        self._keys = tuple(self._mapped)
+
+    def __getitem__(self, key: str) -> Tensor:
+        if self._mapped is None:
+            self._mapped = self._load()
+        return self._mapped[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def release(self) -> None:
+        self._mapped = None
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -53,6 +77,35 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; give a .pt checkpoint")
+    content = _read(path)
+    weights = _weights(content)
+    others = [k for k, v in weights.items() if not isinstance(v, Tensor)]
+    if others or not weights:
+        raise CheckpointError(
+            f"{path}: expected tensors by name, at the top or under {', '.join(NESTED_UNDER)}; found "
+            f"{', '.join(map(str, others[:5])) or 'nothing'}"
+        )
+    config = content.get("config") if weights is not content else None
+    names = content.get("class_names") if weights is not content else None
+
+    def tensors() -> dict[str, Tensor]:
+        return {k: v for k, v in _weights(_read(path)).items() if not DROPPED.fullmatch(k)}
+
+    del content, weights
+    return Checkpoint(
+        path,
+        _MappedTensors(tensors),
+        dict(config) if isinstance(config, Mapping) else {},
+        list(names) if names else None,
+    )
+
+
+def _weights(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next((content[k] for k in NESTED_UNDER if isinstance(content.get(k), Mapping)), content)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """The content of the file, its tensors mapped."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             try:
@@ -77,19 +130,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors")
-    weights = next((content[k] for k in NESTED_UNDER if isinstance(content.get(k), Mapping)), content)
-    tensors = {k: v for k, v in weights.items() if isinstance(v, Tensor) and not DROPPED.fullmatch(k)}
-    others = [k for k, v in weights.items() if not isinstance(v, Tensor)]
-    if others or not tensors:
-        raise CheckpointError(
-            f"{path}: expected tensors by name, at the top or under {', '.join(NESTED_UNDER)}; found "
-            f"{', '.join(map(str, others[:5])) or 'nothing'}"
-        )
-    config = content.get("config") if weights is not content else None
-    names = content.get("class_names") if weights is not content else None
-    return Checkpoint(
-        path, tensors, dict(config) if isinstance(config, Mapping) else {}, list(names) if names else None
-    )
+    return content
 
 
 def par_config(

@@ -98,6 +98,7 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
                 write_decoder_weights(weights, vq_file, dtype)
         finally:
             weights.close()
+        checkpoint.release()  # what was read stays mapped otherwise, beside the weights that are checked next
         graphs = write_graphs(folder, config, vq, weights, dtype, request.sampling)
         say(f"graphs and weights written after {time.monotonic() - started:.1f} s; checking them against PyTorch")
         checked = verify.gate(folder, config, checkpoint, weights, guidance=SELFTEST_GUIDANCE)
