@@ -19,7 +19,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from par_export.graph import COMPATIBLE_OPSET, OPSET, TORCH_TYPE, Weights
+from par_export.graph import COMPATIBLE_OPSET, OPSET, TORCH_TYPE, WEIGHTS_FILE, Weights
 from par_export.step import padded_head_dim, step_graph
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig
@@ -34,6 +34,7 @@ TIE = 2e-5
 IMAGE_FLOOR = 1  # grey levels of 255
 #: The step network for ONNX Runtime releases without opset 24; the same function, checked like the other.
 COMPATIBLE_STEP = "step_opset23"
+FOLD_LIMIT_BYTES = 64 * 2**20
 SOME_GROUPS = 3  # group calls that are compared of all graphs but the main one, which is compared whole
 
 
@@ -97,11 +98,18 @@ def input_ids(config: PARConfig, labels: np.ndarray, tokens: np.ndarray, start: 
 
 
 def session(path: Path) -> ort.InferenceSession:
-    """A CPU session without weight pre-packing: slower, and the weights are in memory once."""
+    """A CPU session that holds the weights once: slower than the runtime's, which may hold them twice.
+
+    No pre-packing; and where weights are stored in half precision and are large, their cast to fp32 is not folded,
+    which would hold both forms while the session is made.
+    """
     options = ort.SessionOptions()
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.log_severity_level = 3
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    data = path.parent / WEIGHTS_FILE
+    large = data.is_file() and data.stat().st_size > FOLD_LIMIT_BYTES
+    disabled = ["ConstantFolding"] if large else None
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
 
 
 @torch.no_grad()
