@@ -24,6 +24,8 @@ from par_model.vq import VQConfig, VQModel
 DROPPED = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")
 NESTED_UNDER = ("model", "module", "state_dict")
 PUBLISHED_GRID = (1, 24, 24)
+#: Fields that no shape shows: a file of ours that was trained with an ablation says so.
+ABLATIONS = ("order", "sequential_initial", "causal_groups")
 
 
 class CheckpointError(Exception):
@@ -147,9 +149,10 @@ def par_config(
                 " (this is an image tokenizer: give it as --tokenizer)" if "quantize.embedding.weight" in have else ""
             )
             raise CheckpointError(f"{path}: no key {key!r}; expected a PAR or LlamaGen state dict{hint}")
-    vocab, dim = have["tok_embeddings.weight"].shape
+    vocab, dim = _shape(path, have, "tok_embeddings.weight", 2)
+    rows, _ = _shape(path, have, "cls_embedding.embedding_table.weight", 2)
+    special = "spe_tok_embeddings.special_embeddings.weight"
     layers = {int(m.group(1)) for key in have if (m := re.match(r"layers\.(\d+)\.", key))}
-    special = have.get("spe_tok_embeddings.special_embeddings.weight")
     n_layers = max(layers) + 1 if layers else 0
     saved = checkpoint.config
     named = {(d, n): h for d, n, h in SIZES.values()}
@@ -174,11 +177,12 @@ def par_config(
             n_layers=n_layers,
             n_heads=heads,
             vocab_size=vocab,
-            n_classes=have["cls_embedding.embedding_table.weight"].shape[0] - 1,
+            n_classes=rows - 1,
             grid=grid,
-            group_size=1 if special is None else special.shape[0] + 1,
+            group_size=_shape(path, have, special, 2)[0] + 1 if special in have else 1,
+            **{name: saved[name] for name in ABLATIONS if name in saved},
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     with torch.device("meta"):
         expected = PAR(config).state_dict()
@@ -189,16 +193,17 @@ def par_config(
 def vq_config(checkpoint: Checkpoint) -> VQConfig:
     """The config of a tokenizer checkpoint, from its shapes. Raises CheckpointError if they do not fit."""
     path, have = checkpoint.path, checkpoint.tensors
-    for key in ("quantize.embedding.weight", "encoder.conv_in.weight", "post_quant_conv.weight"):
+    first = "encoder.conv_blocks.0.res.0.conv2.weight"
+    for key in ("quantize.embedding.weight", "encoder.conv_in.weight", "post_quant_conv.weight", first):
         if key not in have:
             hint = " (this is a PAR model: give it as --checkpoint)" if "tok_embeddings.weight" in have else ""
             raise CheckpointError(f"{path}: no key {key!r}; expected a VQ tokenizer state dict{hint}")
-    channels = have["encoder.conv_in.weight"].shape[0]
+    channels = _shape(path, have, "encoder.conv_in.weight", 4)[0]
     widths: list[int] = []
-    while (conv := have.get(f"encoder.conv_blocks.{len(widths)}.res.0.conv2.weight")) is not None:
-        widths.append(conv.shape[0])
+    while (key := f"encoder.conv_blocks.{len(widths)}.res.0.conv2.weight") in have:
+        widths.append(_shape(path, have, key, 4)[0])
     blocks = len({key.split(".")[4] for key in have if key.startswith("encoder.conv_blocks.0.res.")})
-    size, dim = have["quantize.embedding.weight"].shape
+    size, dim = _shape(path, have, "quantize.embedding.weight", 2)
     try:
         config = VQConfig(
             codebook_size=size,
@@ -206,15 +211,23 @@ def vq_config(checkpoint: Checkpoint) -> VQConfig:
             channels=channels,
             channel_multipliers=tuple(width // channels for width in widths),
             res_blocks=blocks,
-            z_channels=have["post_quant_conv.weight"].shape[0],
+            z_channels=_shape(path, have, "post_quant_conv.weight", 4)[0],
             norm_groups=checkpoint.config.get("norm_groups", 32),
         )
-    except ValueError as error:
+        with torch.device("meta"):
+            expected = VQModel(config).state_dict()
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        expected = VQModel(config).state_dict()
     check_keys(path, have, expected)
     return config
+
+
+def _shape(path: Path, have: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
+    """The shape of ``key``. Raises CheckpointError unless it has so many dimensions, none of them empty."""
+    shape = tuple(have[key].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise CheckpointError(f"{path}: {key} has shape {shape}; expected {dimensions} dimensions, none of them empty")
+    return shape
 
 
 def check_keys(path: Path, have: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

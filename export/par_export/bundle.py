@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,8 +69,15 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
     if request.precision not in PRECISIONS:
         raise ExportError(f"precision {request.precision!r}; expected one of {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[request.precision]
+    defaults = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | (request.defaults or {})
+    _check_defaults(defaults)
     checkpoint = open_checkpoint(request.checkpoint)
     config = par_config(checkpoint, heads=request.heads, grid=request.grid)
+    if config.causal_groups:
+        raise ExportError(
+            f"{request.checkpoint}: was trained with causal attention inside a group; the step graph shows every "
+            "position of a call the same keys, so only par_model.generate can run this ablation"
+        )
     vq_file, vq = None, None
     if request.tokenizer is not None:
         vq_file = open_checkpoint(request.tokenizer)
@@ -142,7 +151,7 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
                 "config": asdict(vq),
             },
             "class_names": names,
-            "defaults": {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | (request.defaults or {}),
+            "defaults": defaults,
             **checked,
         }
         manifest["files"] = {
@@ -202,10 +211,24 @@ def write_graphs(
     return entries
 
 
+def _check_defaults(defaults: dict[str, Any]) -> None:
+    ranges = {"guidance": math.inf, "temperature": math.inf, "top_k": math.inf, "top_p": 1.0}
+    for name, value in defaults.items():
+        if name not in ranges:
+            raise ExportError(f"default {name!r}; expected one of {', '.join(ranges)}")
+        if not (0 <= value <= ranges[name] and math.isfinite(value)):
+            raise ExportError(f"default {name} {value}; expected {'0 to 1' if name == 'top_p' else '0 or more'}")
+
+
 @contextmanager
 def staging(out: Path, force: bool) -> Iterator[Path]:
     """A hidden folder beside ``out`` that becomes ``out`` at the end, or nothing at all."""
     out = out.absolute()
+    for old in _leftovers(out, "old"):
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:  # killed between the two renames below: the bundle that was to be replaced goes back
+            os.rename(old, out)
     if out.exists() and not force:
         raise ExportError(f"{out} exists; give another --out, or --force to replace it")
     if out.exists() and not (out / "manifest.json").is_file():
@@ -213,12 +236,13 @@ def staging(out: Path, force: bool) -> Iterator[Path]:
             f"{out} exists and is not a bundle (it holds no manifest.json); --force replaces bundles only; give another --out"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    for stale in out.parent.glob(f".{out.name}.part-*"):
-        if not _alive(int(stale.name.rpartition("-")[2])):
-            shutil.rmtree(stale, ignore_errors=True)
+    for stale in _leftovers(out, "part"):
+        shutil.rmtree(stale, ignore_errors=True)
     part = out.parent / f".{out.name}.part-{os.getpid()}"
     part.mkdir()
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cleanup below runs
+    main = threading.current_thread() is threading.main_thread()  # only there may signals be handled
+    # So that the cleanup below runs.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
     try:
         yield part
         if out.exists():
@@ -230,7 +254,16 @@ def staging(out: Path, force: bool) -> Iterator[Path]:
             os.rename(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        signal.signal(signal.SIGTERM, previous)
+        if main:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _leftovers(out: Path, kind: str) -> list[Path]:
+    """Folders ``.NAME.KIND-PID`` beside ``out`` whose process is gone."""
+    prefix = f".{out.name}.{kind}-"
+    found = out.parent.iterdir() if out.parent.is_dir() else ()
+    pids = {path: path.name.removeprefix(prefix) for path in found if path.name.startswith(prefix)}
+    return [path for path, pid in pids.items() if pid.isdecimal() and not _alive(int(pid))]
 
 
 def _sha256(path: Path) -> str:

@@ -56,8 +56,11 @@ def _describe(error: Exception, out: Path) -> str:
 def _class_names(path: Path | None) -> list[str] | None:
     if path is None:
         return None
-    text = path.read_text()
-    names = json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+        names = json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise ExportError(f"{path}: cannot be read ({error}); expected UTF-8, a JSON list or one name per line") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ExportError(f"{path}: expected a JSON list of names, or one name per line")
     return names
