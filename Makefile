@@ -29,13 +29,13 @@ format: $(DEV_ENV)/.installed
 	$(DEV_ENV)/bin/ruff format .
 
 $(RUN_ENV)/.installed: pyproject.toml $(SOURCES)
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(RUN_ENV)
 	$(RUN_ENV)/bin/python -m pip install --quiet --disable-pip-version-check .
 	touch $@
 
 $(DEV_ENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(DEV_ENV)
 	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -112,6 +116,21 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Pat
     request = Request(checkpoints["ar_n1_grid8"], None, folder / "n1", heads=4, grid=(1, 8, 8))
     out["n1"] = export(request, say=lambda _: None)
     return out
+
+
+@contextmanager
+def child(command: list[str], **pipes: Any) -> Iterator[subprocess.Popen[str]]:
+    """A child process that hears Ctrl-C even where the tests run in the background, and that never outlives its test."""
+
+    def hear() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs inherit "ignore"
+
+    process = subprocess.Popen(command, text=True, preexec_fn=hear, **pipes)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -58,9 +58,13 @@ def _class_names(path: Path | None) -> list[str] | None:
         return None
     try:
         text = path.read_text(encoding="utf-8")
-        names = json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
+        names = (
+            json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
+        )
     except ValueError as error:
-        raise ExportError(f"{path}: cannot be read ({error}); expected UTF-8, a JSON list or one name per line") from error
+        raise ExportError(
+            f"{path}: cannot be read ({error}); expected UTF-8, a JSON list or one name per line"
+        ) from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ExportError(f"{path}: expected a JSON list of names, or one name per line")
     return names

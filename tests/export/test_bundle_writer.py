@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import golden_weights
+from conftest import child, golden_weights
 from par_export import bundle as writer
 from par_export import cli, step, verify
 from par_model.config import PARConfig
@@ -219,15 +219,14 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_cleans_up(
         "def wait(*a, **k): print('gate', flush=True); time.sleep(60)\n"
         "verify.gate = wait; sys.exit(cli.main(sys.argv[1:]))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", hang, *map(str, good)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    while process.stdout.readline().strip() != "gate":
-        assert process.poll() is None
-    assert [p.name for p in tmp_path.iterdir()] == [f".out.part-{process.pid}"]
-    process.send_signal(sig)
-    _, error = process.communicate(timeout=30)
+    command = [sys.executable, "-c", hang, *map(str, good)]
+    with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != "gate":
+            assert process.poll() is None
+        assert [p.name for p in tmp_path.iterdir()] == [f".out.part-{process.pid}"]
+        process.send_signal(sig)
+        _, error = process.communicate(timeout=30)
     assert "Traceback" not in error
     assert process.returncode != 0
     assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import child
 from par_runtime import Pipeline, Result, cli, png
 
 
@@ -309,12 +310,12 @@ def test_ctrl_c_ends_quietly_and_writes_nothing(tiny: Path, tmp_path: Path, sent
         "--batch",
         "4",
     ]
-    process = subprocess.Popen([*command, "--preview-every", "1", "--out", str(out)], stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while not list(tmp_path.glob("a-*.png")) and time.monotonic() < until:  # until it is at work
-        time.sleep(0.05)
-    process.send_signal(sent)
-    _, error = process.communicate(timeout=30)
+    with child([*command, "--preview-every", "1", "--out", str(out)], stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob("a-*.png")) and time.monotonic() < until:  # until it is at work
+            time.sleep(0.05)
+        process.send_signal(sent)
+        _, error = process.communicate(timeout=30)
     assert process.returncode == code
     assert "Traceback" not in error
     assert ("stopped; nothing was half-written" in error) == (sent == signal.SIGINT)
