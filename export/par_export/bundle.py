@@ -6,7 +6,6 @@ bundle. A folder that a killed process left behind is removed by the next export
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -36,7 +35,7 @@ from par_model.config import PARConfig
 from par_model.ordering import CLASS, TOKEN, Phase, input_kinds, phases, token_order
 from par_model.vq import VQConfig
 from par_runtime import __version__
-from par_runtime.bundle import SCHEMA, seal
+from par_runtime.bundle import SCHEMA, seal, sha256
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SELFTEST_GUIDANCE = 1.5
@@ -155,11 +154,11 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
             **checked,
         }
         manifest["files"] = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())
         }
         (folder / "manifest.json").write_text(json.dumps(seal(manifest), indent=1))
     size = sum(f.stat().st_size for f in request.out.iterdir())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory_bytes() / 1e6
     say(
         f"{request.out}: {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s, peak memory {peak:.0f} MB; {_parity_line(checked['parity'])}"
     )
@@ -266,12 +265,16 @@ def _leftovers(out: Path, kind: str) -> list[Path]:
     return [path for path, pid in pids.items() if pid.isdecimal() and not _alive(int(pid))]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        digest = hashlib.sha256()
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def peak_memory_bytes() -> int:
+    """Most memory this process has held; pages of mapped files count while they are mapped.
+
+    Not ru_maxrss where there is a choice: on Linux that includes what the parent held when it forked.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def _alive(pid: int) -> bool:
