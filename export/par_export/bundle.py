@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -28,6 +27,7 @@ import torch
 from par_export import verify
 from par_export.decoder import decoder_graph, write_decoder_weights
 from par_export.graph import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph, Weights
+from par_export.memory import peak_memory_bytes
 from par_export.sampling import Variant
 from par_export.step import io_table, padded_head_dim, step_graph, write_weights
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config, vq_config
@@ -263,18 +263,6 @@ def _leftovers(out: Path, kind: str) -> list[Path]:
     found = out.parent.iterdir() if out.parent.is_dir() else ()
     pids = {path: path.name.removeprefix(prefix) for path in found if path.name.startswith(prefix)}
     return [path for path, pid in pids.items() if pid.isdecimal() and not _alive(int(pid))]
-
-
-def peak_memory_bytes() -> int:
-    """Most memory this process has held; pages of mapped files count while they are mapped.
-
-    Not ru_maxrss where there is a choice: on Linux that includes what the parent held when it forked.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def _alive(pid: int) -> bool:

@@ -20,6 +20,7 @@ import onnxruntime as ort
 import torch
 
 from par_export.graph import COMPATIBLE_OPSET, OPSET, TORCH_TYPE, WEIGHTS_FILE, Weights
+from par_export.memory import give_back
 from par_export.step import padded_head_dim, step_graph
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig
@@ -144,8 +145,12 @@ def oracle_logits(
         load(layer, f"layers.{i}.")
         x = layer(x, model.cos, model.sin, mask, positions, None)
         layer.to("meta")
+        if i % 4 == 3:
+            give_back()
     logits: np.ndarray = model.head(x).numpy()
+    del model, x
     checkpoint.release()
+    give_back()
     return logits
 
 
@@ -179,6 +184,8 @@ def run_step(
             )
             if teacher is None:
                 tokens[:, here] = drawn
+    del driver
+    give_back()
     return tokens[:images], logits
 
 
@@ -236,6 +243,7 @@ def run_static(
             parts.append(driver(input_ids(config, labels, teacher, start, phase.query), start, 1, 1.0)[1])
         caches = driver.caches
         del driver  # before the next session is made: each holds the weights
+        give_back()
         out[phase.name] = np.concatenate(parts, 1)
     return out
 

@@ -245,8 +245,8 @@ def test_memory_stays_near_the_size_of_the_checkpoint(tmp_path: Path) -> None:
     assert size > 0.95e9
     for precision in ("fp32", "fp16"):
         code = (
-            "import sys; from par_export import bundle, cli; code = cli.main(sys.argv[1:])\n"
-            "print(bundle.peak_memory_bytes()); sys.exit(code)"
+            "import sys; from par_export import cli, memory; code = cli.main(sys.argv[1:])\n"
+            "print(memory.peak_memory_bytes()); sys.exit(code)"
         )
         arguments = [
             "--checkpoint",
