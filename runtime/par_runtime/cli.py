@@ -90,7 +90,7 @@ def _elsewhere(verb: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("torch", "onnx", "par_export", "par_model"):
             print(
-                f"parvis: error: 'parvis {verb}' needs {error.name}, which is not installed; pip install 'parvis[export]'",
+                f"parvis: error: 'parvis {verb}' needs {error.name}, which is not installed; pip install 'parvis[export]' (in a clone: pip install '.[export]')",
                 file=sys.stderr,
             )
             return 2

@@ -23,6 +23,8 @@ from par_runtime.cli import Parser
 from par_runtime.pipeline import Pipeline, Result
 from par_runtime.request import RequestError, class_index
 
+MOST_IMAGES = 100_000  # all are held in memory until they are written
+
 
 def generate(argv: Sequence[str]) -> int:
     """Make images: ``parvis generate BUNDLE --label L --count K --seed S --out X.png``."""
@@ -70,6 +72,12 @@ def _generate(args: argparse.Namespace) -> int:
         raise RequestError(f"--tokens {args.tokens}: expected a name that ends in .npy")
     bundle = Bundle.open(args.bundle)
     classes = _classes(bundle, args.label)
+    total = len(classes) * args.count * len(args.guidance or [1])
+    if total > MOST_IMAGES:
+        raise RequestError(
+            f"--count {args.count} makes {total} images; expected at most {MOST_IMAGES} in one command: give a smaller "
+            "--count and run it again with other seeds"
+        )
     first = args.seed if args.seed is not None else int(np.random.default_rng().integers(2**32))
     if bundle.image_size is None and (args.out or args.out_dir or not args.tokens):
         raise RequestError(
@@ -181,13 +189,9 @@ def _report(
         return
     if args.quiet:
         return
-    where = (
-        written[0]
-        if len(written) == 1
-        else f"{len(written)} files in {args.out_dir}"
-        if args.out_dir
-        else ", ".join(written)
-    )
+    in_folder = f"{count} files in {args.out_dir}" if args.out_dir else ""
+    named = [str(path) for path in (args.out, args.tokens) if path is not None]
+    where = ", ".join(([in_folder] if in_folder else []) + named)
     ms = result.timings["total"] / count
     low, high = min(result.seeds), max(result.seeds)
     print(
@@ -275,9 +279,8 @@ class _Bar:
 
 def _classes(bundle: Bundle, labels: list[str]) -> list[int]:
     """Class indices of the command line's labels; "all" is every class."""
-    if labels == ["all"]:
-        return list(range(bundle.n_classes))
-    return [class_index(bundle, label) for label in labels]
+    each = [range(bundle.n_classes) if label == "all" else [class_index(bundle, label)] for label in labels]
+    return [index for indices in each for index in indices]
 
 
 def _columns(classes: int, count: int, scales: int) -> int:
@@ -316,7 +319,7 @@ def _generate_parser() -> argparse.ArgumentParser:
         "--guidance",
         type=float,
         nargs="+",
-        help="guidance scale; several make a row of images each (default: the bundle's)",
+        help="guidance scale; several make a row of images each, with the same seeds (default: the bundle's)",
     )
     p.add_argument("--temperature", type=float, help="default: the bundle's")
     p.add_argument("--top-k", type=int, help="keep the k most probable codes, 0 keeps all (default: the bundle's)")

@@ -9,7 +9,7 @@ Letters: B images, R rows (two for a guided image), N tokens, n tokens per group
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,7 +149,7 @@ class Pipeline:
         cache of 2 GB serves); larger requests run as several batches. ``decode=False`` makes tokens only.
         Raises RequestError before any work on a bad value.
         """
-        if isinstance(labels, (int, str, np.integer)):
+        if isinstance(labels, str) or not isinstance(labels, Iterable):
             labels = [labels]
         classes = [class_index(self.bundle, label) for label in labels]
         if not classes:

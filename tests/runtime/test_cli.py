@@ -124,8 +124,8 @@ def test_previews_fill_towards_the_image(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_all_labels(tiny: Path, tmp_path: Path) -> None:
-    run("generate", tiny, "--label", "all", "--seed", 1, "--tokens", tmp_path / "t.npy")
-    assert np.load(tmp_path / "t.npy").shape == (6, 64)
+    run("generate", tiny, "--label", "all", "--label", "otter", "--seed", 1, "--tokens", tmp_path / "t.npy")
+    assert np.load(tmp_path / "t.npy").shape == (7, 64)
 
 
 ERRORS = [
@@ -142,6 +142,10 @@ ERRORS = [
     (["generate", "BUNDLE", "--label", "0", "--tokens", "TMP/a.txt"], "ends in .npy"),
     (["generate", "TMP/nope", "--label", "0", "--out", "TMP/a.png"], "no such folder"),
     (["generate", "BUNDLE", "--label", "0", "--count", "0", "--out", "TMP/a.png"], "--count 0"),
+    (
+        ["generate", "BUNDLE", "--label", "all", "--count", "100000000000", "--out", "TMP/a.png"],
+        "at most 100000 in one",
+    ),
     (["generate", "BUNDLE", "--label", "0", "--top-p", "2", "--out", "TMP/a.png"], "top_p 2.0: expected 0 to 1"),
     (["generate", "BUNDLE", "--label", "0", "--device", "cuda:0", "--out", "TMP/a.png"], "device 'cuda:0'"),
     (["generate", "BUNDLE", "--label", "0", "--threads", "0", "--out", "TMP/a.png"], "threads 0"),
