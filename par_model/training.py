@@ -42,11 +42,11 @@ class ImageFolder:
 
     @staticmethod
     def open(path: Path) -> ImageFolder:
-        """Map the folder that ``models/demo/recipe/render.mjs`` writes."""
+        """Map the folder that ``models/recipe/render.mjs`` writes."""
         meta_path = path / "meta.json"
         if not meta_path.is_file():
             raise InputError(
-                f"{path} holds no meta.json; expected the folder that models/demo/recipe/render.mjs writes"
+                f"{path} holds no meta.json; expected the folder that models/recipe/render.mjs writes"
             )
         meta = json.loads(meta_path.read_text())
         shape = (meta["count"], meta["size"], meta["size"], 3)
