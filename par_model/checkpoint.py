@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from par_model.config import SIZES, PARConfig
+from par_model.config import SIZES, PARConfig, VQConfig
 from par_model.transformer import PAR
-from par_model.vq import VQConfig, VQModel
+from par_model.vq import VQModel
 
 #: Leftovers of old files, recomputed here. Any other extra key is refused.
 DROPPED = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")

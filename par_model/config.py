@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Order = Literal["distant", "raster"]
+NORM_EPS = 1e-5  #: of every RMSNorm
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,30 @@ def named(size: str, **changes: Any) -> PARConfig:
         raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)}")
     dim, n_layers, n_heads = SIZES[size]
     return PARConfig(dim=dim, n_layers=n_layers, n_heads=n_heads, **changes)
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Architecture of the tokenizer. The defaults are VQ-16: 71,883,403 parameters, 344 keys."""
+
+    codebook_size: int = 16384
+    codebook_dim: int = 8
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2  #: per encoder level; the decoder has one more
+    z_channels: int = 256
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
+        for multiplier in self.channel_multipliers:
+            if multiplier < 1 or (self.channels * multiplier) % self.norm_groups:
+                raise ValueError(
+                    f"channels={self.channels} times multiplier {multiplier} is not a multiple of "
+                    f"norm_groups={self.norm_groups}; choose channels so that every level is"
+                )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code in each direction."""
+        return int(2 ** (len(self.channel_multipliers) - 1))

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from par_model.config import SIZES, PARConfig
+from par_model.config import SIZES, PARConfig, VQConfig
 from par_model.generate import generate
 from par_model.ordering import token_order
 from par_model.training import EMA, InputError, Run, batch_index, command, cosine
 from par_model.transformer import PAR
-from par_model.vq import VQConfig, VQModel
+from par_model.vq import VQModel
 
 CLASS_DROPOUT = 0.1
 MUON_LR = 0.02  # of the matrices; the usual value for orthogonalised updates

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from par_model.config import VQConfig
 from par_model.training import EMA, ImageFolder, InputError, Run, batch_index, channels_last, command, cosine
-from par_model.vq import VQConfig, VQModel
+from par_model.vq import VQModel
 
 COMMITMENT = 0.25  # weight of |z - stop(code)|^2 against |stop(z) - code|^2, the usual VQ value
 RESTART_EVERY = 100

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from par_model.config import PARConfig
+from par_model.config import NORM_EPS, PARConfig
 from par_model.ordering import LEARNABLE, TOKEN, input_kinds, rotary_table, visible_length
 
-NORM_EPS = 1e-5
 INIT_STD = 0.02
 
 

@@ -1,6 +1,6 @@
 """The image tokenizer: a VQGAN whose defaults are VQ-16 (16x downsampling, 16384 codes of 8).
 
-Read top-down: config, model, encoder, decoder, then the blocks. Module names are the published
+Read top-down: model, encoder, decoder, then the blocks; ``VQConfig`` is in ``config.py``. Module names are the published
 checkpoint's key names, so ``load_state_dict`` takes ``vq_ds16_c2i.pt`` as it is.
 Source: paper section 4.1 (the tokenizer is LlamaGen's) and the reference behaviour.
 
@@ -9,41 +9,14 @@ Letters: B images, F downsampling factor, h = H/F and w = W/F code rows and colu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from par_model.config import VQConfig
+
 #: Length of the checkpoint's usage ring buffer. It is loaded and never read.
 CODEBOOK_USED_LENGTH = 65536
-
-
-@dataclass(frozen=True)
-class VQConfig:
-    """Architecture of the tokenizer. The defaults are VQ-16: 71,883,403 parameters, 344 keys."""
-
-    codebook_size: int = 16384
-    codebook_dim: int = 8
-    channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2  #: per encoder level; the decoder has one more
-    z_channels: int = 256
-    norm_groups: int = 32
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-        for multiplier in self.channel_multipliers:
-            if multiplier < 1 or (self.channels * multiplier) % self.norm_groups:
-                raise ValueError(
-                    f"channels={self.channels} times multiplier {multiplier} is not a multiple of "
-                    f"norm_groups={self.norm_groups}; choose channels so that every level is"
-                )
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels per code in each direction."""
-        return int(2 ** (len(self.channel_multipliers) - 1))
 
 
 class VQModel(nn.Module):

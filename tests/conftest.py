@@ -78,7 +78,8 @@ def golden_config(arrays: dict[str, Any]) -> Any:
 @pytest.fixture(scope="session")
 def small_vq() -> Any:
     """A tokenizer with golden weights for the golden models: 512 codes, 2x downsampling."""
-    from par_model.vq import VQConfig, VQModel
+    from par_model.config import VQConfig
+    from par_model.vq import VQModel
 
     config = VQConfig(codebook_size=512, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
     return golden_weights(VQModel(config))

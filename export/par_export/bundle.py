@@ -8,14 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +19,16 @@ import onnxruntime
 import torch
 
 from par_export import verify
-from par_export.decoder import decoder_graph, write_decoder_weights
-from par_export.graph import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph, Weights
+from par_export.decoder import decoder_graph
+from par_export.graph import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph
 from par_export.memory import peak_memory_bytes
 from par_export.sampling import Variant
-from par_export.step import io_table, padded_head_dim, step_graph, write_weights
+from par_export.staging import TargetError, staging
+from par_export.step import io_table, padded_head_dim, step_graph
+from par_export.weights import Weights, write_decoder_weights, write_weights
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config, vq_config
-from par_model.config import PARConfig
+from par_model.config import PARConfig, VQConfig
 from par_model.ordering import CLASS, TOKEN, Phase, input_kinds, phases, token_order
-from par_model.vq import VQConfig
 from par_runtime import __version__
 from par_runtime.bundle import SCHEMA, seal, sha256
 
@@ -41,7 +36,7 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SELFTEST_GUIDANCE = 1.5
 
 
-class ExportError(Exception):
+class ExportError(TargetError):
     """An export that cannot be done as asked; the message says how to fix it."""
 
 
@@ -190,16 +185,8 @@ def write_graphs(
         ("group", n, dtype, sampling, OPSET),
     ]
     for name, query, compute, tail, opset in plan:
-        verify_output = query is None
-        graph = step_graph(
-            config, weights, name=name, compute=compute, query=query, sampling=tail, verify=verify_output, opset=opset
-        )
-        inputs, outputs = (
-            [asdict(io) for io in table]
-            for table in io_table(config, compute, query, config.n_tokens if query else None)
-        )
-        if verify_output:
-            outputs.append({"name": "logits", "dtype": "float32", "shape": ("B", "q", config.vocab_size)})
+        graph = step_graph(config, weights, name=name, compute=compute, query=query, sampling=tail, opset=opset)
+        inputs, outputs = ([asdict(io) for io in table] for table in io_table(config, compute, query))
         add(name, graph, tail, inputs, outputs)
     if vq is not None:
         _, h, w = config.grid
@@ -217,62 +204,6 @@ def _check_defaults(defaults: dict[str, Any]) -> None:
             raise ExportError(f"default {name!r}; expected one of {', '.join(ranges)}")
         if not (0 <= value <= ranges[name] and math.isfinite(value)):
             raise ExportError(f"default {name} {value}; expected {'0 to 1' if name == 'top_p' else '0 or more'}")
-
-
-@contextmanager
-def staging(out: Path, force: bool) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that becomes ``out`` at the end, or nothing at all."""
-    out = out.absolute()
-    for old in _leftovers(out, "old"):
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:  # killed between the two renames below: the bundle that was to be replaced goes back
-            os.rename(old, out)
-    if out.exists() and not force:
-        raise ExportError(f"{out} exists; give another --out, or --force to replace it")
-    if out.exists() and not (out / "manifest.json").is_file():
-        raise ExportError(
-            f"{out} exists and is not a bundle (it holds no manifest.json); --force replaces bundles only; give another --out"
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for stale in _leftovers(out, "part"):
-        shutil.rmtree(stale, ignore_errors=True)
-    part = out.parent / f".{out.name}.part-{os.getpid()}"
-    part.mkdir()
-    main = threading.current_thread() is threading.main_thread()  # only there may signals be handled
-    # So that the cleanup below runs.
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
-    try:
-        yield part
-        if out.exists():
-            old = out.parent / f".{out.name}.old-{os.getpid()}"
-            os.rename(out, old)
-            os.rename(part, out)
-            shutil.rmtree(old)
-        else:
-            os.rename(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if main:
-            signal.signal(signal.SIGTERM, previous)
-
-
-def _leftovers(out: Path, kind: str) -> list[Path]:
-    """Folders ``.NAME.KIND-PID`` beside ``out`` whose process is gone."""
-    prefix = f".{out.name}.{kind}-"
-    found = out.parent.iterdir() if out.parent.is_dir() else ()
-    pids = {path: path.name.removeprefix(prefix) for path in found if path.name.startswith(prefix)}
-    return [path for path, pid in pids.items() if pid.isdecimal() and not _alive(int(pid))]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _model_entry(config: PARConfig, parameters: int) -> dict[str, int]:

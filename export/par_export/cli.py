@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from par_export.bundle import ExportError, Request, export
+from par_export.staging import TargetError
 from par_export.verify import ParityError
 from par_model.checkpoint import CheckpointError
 
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
             ),
             say=lambda line: print(line, flush=True),
         )
-    except (ExportError, CheckpointError, OSError) as error:
+    except (TargetError, CheckpointError, OSError) as error:
         print(f"parvis: error: {_describe(error, args.out)}", file=sys.stderr)
         return 2
     except ParityError as error:

@@ -7,30 +7,15 @@ once, at export.
 from __future__ import annotations
 
 import numpy as np
-import torch.nn.functional as F
 
-from par_export.graph import COMPATIBLE_OPSET, ONNX_TYPE, Graph, Weights
-from par_model.checkpoint import Checkpoint
-from par_model.config import PARConfig
+from par_export.graph import COMPATIBLE_OPSET, ONNX_TYPE, Graph, WeightTable
+from par_model.config import PARConfig, VQConfig
 from par_model.ordering import token_order
-from par_model.vq import VQConfig
 
 PREFIX = "vq."
 
 
-def write_decoder_weights(weights: Weights, checkpoint: Checkpoint, dtype: str) -> None:
-    """Stream the decoder's half of the tokenizer into the weights file; the encoder is not deployed."""
-    codebook = F.normalize(checkpoint.tensor("quantize.embedding.weight").float(), dim=-1)
-    weights.add(PREFIX + "codebook", [codebook], dtype)
-    for key in checkpoint.tensors:
-        if key.startswith(("decoder.", "post_quant_conv.")):
-            tensor = checkpoint.tensor(key)
-            if ".norm" in key:  # gain and bias per channel: [C,1,1] over [B,C,h,w]
-                tensor = tensor.reshape(-1, 1, 1)
-            weights.add(PREFIX + key, [tensor], dtype)
-
-
-def decoder_graph(config: PARConfig, vq: VQConfig, weights: Weights, compute: str = "float32") -> Graph:
+def decoder_graph(config: PARConfig, vq: VQConfig, weights: WeightTable, compute: str = "float32") -> Graph:
     """The graph: input tokens [B,N] int64, output images [B,H,W,3] uint8 = trunc(clamp(127.5 x + 128, 0, 255))."""
     _, h, w = config.grid
     b = _Decoder(Graph("decoder", weights, COMPATIBLE_OPSET), vq, compute)
@@ -62,8 +47,9 @@ def decoder_graph(config: PARConfig, vq: VQConfig, weights: Weights, compute: st
         x = g.op("Cast", x, to=ONNX_TYPE["float32"])
     x = g.op("Add", g.op("Mul", x, g.const(127.5, "float32")), g.const(128.0, "float32"))
     x = g.op("Clip", x, g.const(0.0, "float32"), g.const(255.0, "float32"))
-    x = g.op("Cast", x, to=ONNX_TYPE["uint8"])
-    g.op("Transpose", x, perm=[0, 2, 3, 1], name="images")
+    # Engines know uint8 at their borders only, so the cast comes last; floor says how it is to round.
+    x = g.op("Transpose", g.op("Floor", x), perm=[0, 2, 3, 1])
+    g.op("Cast", x, to=ONNX_TYPE["uint8"], name="images")
     g.output("images", "uint8", ["B", b.height, b.width, 3])
     return g
 

@@ -6,34 +6,29 @@ cache, ``RotaryEmbedding``) in exactly the form that engines fuse, and a 3B mode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from onnx import TensorProto, helper
-from torch import Tensor
 
 OPSET = 24
 COMPATIBLE_OPSET = 23  #: what ONNX Runtime 1.23 runs, the last release for Python 3.10
 IR_VERSION = 11
 WEIGHTS_FILE = "weights.data"
-PAGE_BYTES = 4096  # large tensors start on a page, so that a runtime can map them in place
-LARGE_BYTES = 64 * 1024
-LINE_BYTES = 64  # small ones on a cache line
 
 ONNX_TYPE = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
     "uint8": TensorProto.UINT8,
     "bool": TensorProto.BOOL,
 }
-TORCH_TYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -46,39 +41,29 @@ class Stored:
     length: int
 
 
-class Weights:
-    """The weights file of a bundle, written tensor by tensor; ``entries`` says where each one lies."""
+@dataclass
+class WeightTable:
+    """Where each tensor of a weights file lies; written by ``weights.Weights``, or read back from a graph."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: dict[str, Stored] = {}
-        self._file: BinaryIO = path.open("wb")
+    entries: dict[str, Stored]
 
-    def add(self, name: str, parts: Iterable[Tensor], dtype: str) -> None:
-        """Append ``parts``, concatenated along their first axis, as tensor ``name``; each part is freed when written."""
-        if name in self.entries:
-            raise ValueError(f"weight {name!r} was already written")
-        start, offset = self._file.tell(), -1
-        shape: tuple[int, ...] = ()
-        for part in parts:
-            if offset < 0:
-                align = PAGE_BYTES if part.numel() * part.element_size() >= LARGE_BYTES else LINE_BYTES
-                offset = -(-start // align) * align
-                self._file.write(b"\0" * (offset - start))
-            # Contiguous bytes of any dtype, bf16 included, which numpy does not know.
-            part = part.detach().to(TORCH_TYPE[dtype]).contiguous()
-            self._file.write(part.view(-1).view(torch.uint8).numpy().data)
-            shape = (part.shape[0] + (shape[0] if shape else 0), *part.shape[1:])
-        self.entries[name] = Stored(dtype, shape, offset, self._file.tell() - offset)
-
-    def close(self) -> None:
-        self._file.close()
+    @staticmethod
+    def read(path: Path) -> WeightTable:
+        """The tensors of the weights file that the graph at ``path`` refers to."""
+        entries = {}
+        names = {code: name for name, code in ONNX_TYPE.items()}
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                at = {item.key: int(item.value) for item in tensor.external_data if item.key != "location"}
+                shape = tuple(tensor.dims)
+                entries[tensor.name] = Stored(names[tensor.data_type], shape, at["offset"], at["length"])
+        return WeightTable(entries)
 
 
 class Graph:
     """One ONNX graph under construction. Values are their names; ``op`` adds a node and returns its output."""
 
-    def __init__(self, name: str, weights: Weights | None, opset: int = OPSET) -> None:
+    def __init__(self, name: str, weights: WeightTable | None, opset: int = OPSET) -> None:
         self.name, self.weights, self.opset = name, weights, opset
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []

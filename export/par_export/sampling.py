@@ -7,7 +7,8 @@ token = how many entries of the cumulative sum lie at or below ``uniform * total
              entries as are needed. Exact for every top-k and top-p.
 ``plain``    no filter but top_k = 1 (greedy).
 ``topk``     sorts the ``TOPK_LIMIT`` (or V, if fewer) most probable codes. Exact for top_k up to that limit, with
-             or without top-p; where V is larger, top-p needs a top-k, and top_k = 0 alone means all.
+             or without top-p; where V is larger, top-p needs a top-k, and top_k = 0 alone means all. (Codes that tie
+             with the k-th beyond the sorted ones stay, but do not count towards top-p's mass.)
 ``exact``    threshold search by bisection; no sort, so no limit. Exact for every value up to the rounding of
              ``logit - max`` in fp32, which is what a softmax sees.
 
@@ -27,16 +28,19 @@ TOPK_LIMIT = 3840  # TensorRT's limit for TopK
 MIN_TEMPERATURE = 1e-5
 #: exp(-110) is 0 in fp32: whatever lies further below the maximum can never be drawn, so it need not be told apart.
 LOWEST = -110.0
+COUNTED_APART = 16  # parts of the codebook whose counts are summed first, in static graphs
 #: Halvings of the range of ``logit - max`` until its width is below the spacing of fp32, then exact steps.
 BISECTIONS = 44
 SNAPS = 2
 
 
-def sample(g: Graph, logits: str, vocab: int, variant: Variant) -> str:
+def sample(
+    g: Graph, logits: str, vocab: int, variant: Variant, *, rows: str | None = None, name: str | None = None
+) -> str:
     """Add the tail to ``g``: ``logits`` [B,q,V] fp32 and the inputs uniform [B,q], temperature, top_k, top_p [B]
-    give tokens [B,q] int64."""
+    give tokens [B,q] int64. With ``rows`` [R] (the image of each row) tokens are [R,q]; ``name`` names them."""
     column = g.const([1, 2])
-    per_image = {name: g.op("Unsqueeze", name, column) for name in ("temperature", "top_k", "top_p")}  # [B,1,1]
+    per_image = {key: g.op("Unsqueeze", key, column) for key in ("temperature", "top_k", "top_p")}  # [B,1,1]
     temperature = g.op("Max", per_image["temperature"], g.const(MIN_TEMPERATURE, "float32"))
     scaled = g.op("Div", logits, temperature)
     top_k, top_p = per_image["top_k"], per_image["top_p"]
@@ -44,11 +48,13 @@ def sample(g: Graph, logits: str, vocab: int, variant: Variant) -> str:
         peak = g.op("ReduceMax", scaled, g.const([-1]), keepdims=1)
         greedy = g.op("Equal", top_k, g.const(1))
         keep = g.op("Or", g.op("Not", greedy), g.op("GreaterOrEqual", scaled, peak))
-        return draw(g, scaled, keep, vocab)
+        return draw(g, scaled, peak, keep, vocab, rows, name)
     if variant == "topk":
-        return draw(g, scaled, sorted_keep(g, scaled, top_k, top_p, vocab, g.const([min(vocab, TOPK_LIMIT)])), vocab)
+        keep, peak = sorted_keep(g, scaled, top_k, top_p, vocab, g.const([min(vocab, TOPK_LIMIT)]))
+        return draw(g, scaled, peak, keep, vocab, rows, name)
     if variant == "exact":
-        return draw(g, scaled, searched_keep(g, scaled, top_k, top_p, vocab), vocab)
+        keep = searched_keep(g, scaled, top_k, top_p, vocab)
+        return draw(g, scaled, g.op("ReduceMax", scaled, g.const([-1]), keepdims=1), keep, vocab, rows, name)
     by_p = g.op("Less", top_p, g.const(1.0, "float32"))
     by_k = _limits(g, top_k, vocab)
     # How many entries a sort must deliver: all for top-p, k for top-k.
@@ -56,16 +62,19 @@ def sample(g: Graph, logits: str, vocab: int, variant: Variant) -> str:
     most = g.op("ReduceMax", need, keepdims=0)
     filtered, whole = g.subgraph("filtered"), g.subgraph("whole")
     count = filtered.op("Reshape", filtered.op("Max", most, filtered.const(1)), filtered.const([1]))
-    kept = sorted_keep(filtered, scaled, top_k, top_p, vocab, count)
-    for branch, keep_in in ((filtered, kept), (whole, None)):
-        tokens = draw(branch, scaled, keep_in, vocab)
+    kept, top = sorted_keep(filtered, scaled, top_k, top_p, vocab, count)
+    peak = whole.op("ReduceMax", scaled, whole.const([-1]), keepdims=1)
+    for branch, keep_in, largest in ((filtered, kept, top), (whole, None, peak)):
+        tokens = draw(branch, scaled, largest, keep_in, vocab)
         branch.output(tokens, "int64", ["B", "q"])
     return g.op("If", g.op("Greater", most, g.const(0)), then_branch=filtered.proto(), else_branch=whole.proto())
 
 
-def draw(g: Graph, logits: str, keep: str | None, vocab: int) -> str:
-    """Tokens [B,q] from ``logits`` [B,q,V], of which only ``keep`` (bool, or None for all) can be drawn."""
-    peak = g.op("ReduceMax", logits, g.const([-1]), keepdims=1)
+def draw(
+    g: Graph, logits: str, peak: str, keep: str | None, vocab: int, rows: str | None = None, name: str | None = None
+) -> str:
+    """Tokens [B,q] (or by ``rows`` [R,q]) from ``logits`` [B,q,V] with the maximum ``peak`` [B,q,1], of which only
+    ``keep`` (bool, or None for all) can be drawn."""
     mass = g.op("Exp", g.op("Sub", logits, peak))
     if keep is not None:
         mass = g.op("Where", keep, mass, g.const(0.0, "float32"))
@@ -73,42 +82,46 @@ def draw(g: Graph, logits: str, keep: str | None, vocab: int) -> str:
     # The total is the last sum itself, so a uniform below one always lies below it.
     total = g.op("Slice", cdf, g.const([vocab - 1]), g.const([vocab]), g.const([-1]))  # [B,q,1]
     target = g.op("Mul", g.op("Unsqueeze", "uniform", g.const([-1])), total)
-    passed = g.op("Cast", g.op("LessOrEqual", cdf, target), to=ONNX_TYPE["float32"])
     # Counts up to 64,000 are exact in fp32, and a float reduction is the fast one everywhere.
+    passed = g.op("Cast", g.op("LessOrEqual", cdf, target), to=ONNX_TYPE["float32"])
+    if rows is not None:
+        if vocab % COUNTED_APART == 0:
+            # An engine reduces long rows with atomics into a buffer that a kernel of its own must clear; short ones
+            # it does not. Taking the parts by row before the last sum saves a kernel after it.
+            passed = g.op("Reshape", passed, g.const([0, 0, COUNTED_APART, -1]))
+            passed = g.op("ReduceSum", passed, g.const([-1]), keepdims=0)
+        passed = g.op("Gather", passed, rows)
     number = g.op("Cast", g.op("ReduceSum", passed, g.const([-1]), keepdims=0), to=ONNX_TYPE["int64"])
-    return g.op("Min", number, g.const(vocab - 1))
+    return g.op("Min", number, g.const(vocab - 1), name=name)
 
 
-def sorted_keep(g: Graph, logits: str, top_k: str, top_p: str, vocab: int, count: str) -> str:
-    """Mask [B,q,V] of the kept codes, from the ``count`` ([1] int64) largest logits, sorted, ties by id."""
+def sorted_keep(g: Graph, logits: str, top_k: str, top_p: str, vocab: int, count: str) -> tuple[str, str]:
+    """Mask [B,q,V] of the kept codes, from the ``count`` ([1] int64) largest logits, sorted, ties by id; and the
+    largest logit [B,q,1]. Written for few kernels: every value that a row needs comes from its sorted entries.
+    """
+    axis, lowest = g.const([-1]), g.const(-np.inf, "float32")
     ranked, ids = g.ops("TopK", logits, count, count=2, axis=-1, largest=1, sorted=1)  # [B,q,K]
+    peak = g.op("Slice", ranked, g.const([0]), g.const([1]), axis)
     by_k = _limits(g, top_k, vocab)
-    # Where an image has no top-k its threshold is -inf; the index then only has to be valid.
-    index = g.op("Sub", g.op("Where", by_k, top_k, g.const(1)), g.const(1))
-    index = g.op("Min", index, g.op("Sub", count, g.const([1])))
-    first = g.op("Slice", ids, g.const([0]), g.const([1]), g.const([-1]))  # [B,q,1], for its shape
-    index = g.op("Add", index, g.op("Mul", first, g.const(0)))
-    kth = g.op("Where", by_k, g.op("GatherElements", ranked, index, axis=-1), g.const(-np.inf, "float32"))
-    keep_k = g.op("GreaterOrEqual", logits, kth)
+    places = g.op("Range", g.const(0), g.op("Squeeze", count), g.const(1))  # [K]
+    at_k = g.op("Equal", places, g.op("Sub", top_k, g.const(1)))
+    kth = g.op("ReduceMax", g.op("Where", at_k, ranked, lowest), axis, keepdims=1)
+    kth = g.op("Where", by_k, kth, lowest)
     # top-p over what top-k left: a code goes when the mass before it is over the threshold; the first never does.
-    peak = g.op("Slice", ranked, g.const([0]), g.const([1]), g.const([-1]))
-    mass = g.op(
-        "Where", g.op("GreaterOrEqual", ranked, kth), g.op("Exp", g.op("Sub", ranked, peak)), g.const(0.0, "float32")
-    )
-    # The total is over the whole codebook: ties with the k-th may lie beyond the sorted part.
-    whole = g.op("Where", keep_k, g.op("Exp", g.op("Sub", logits, peak)), g.const(0.0, "float32"))
-    total = g.op("ReduceSum", whole, g.const([-1]), keepdims=1)
-    before = g.op("CumSum", mass, g.const(-1), exclusive=1)
-    stay = g.op("Cast", g.op("LessOrEqual", before, g.op("Mul", top_p, total)), to=ONNX_TYPE["float32"])
-    number = g.op("Cast", g.op("ReduceSum", stay, g.const([-1]), keepdims=1), to=ONNX_TYPE["int64"])
-    last = g.op("Max", g.op("Sub", number, g.const(1)), g.const(0))
+    mass = g.op("Exp", g.op("Sub", ranked, peak))
+    mass = g.op("Where", g.op("GreaterOrEqual", ranked, kth), mass, g.const(0.0, "float32"))
+    upto = g.op("CumSum", mass, g.const(-1))
+    total = g.op("Slice", upto, g.const([-1]), g.const([2**31 - 1]), axis)
+    stay = g.op("LessOrEqual", g.op("Sub", upto, mass), g.op("Mul", top_p, total))
+    number = g.op("ReduceSum", g.op("Cast", stay, to=ONNX_TYPE["float32"]), axis, keepdims=1)
+    last = g.op("Max", g.op("Sub", g.op("Cast", number, to=ONNX_TYPE["int64"]), g.const(1)), g.const(0))
     cut = g.op("GatherElements", ranked, last, axis=-1)
     cut_id = g.op("GatherElements", ids, last, axis=-1)
     codes = g.op("Range", g.const(0), g.const(vocab), g.const(1))
     tied = g.op("And", g.op("Equal", logits, cut), g.op("LessOrEqual", codes, cut_id))
     keep_p = g.op("Or", g.op("Greater", logits, cut), tied)
     all_p = g.op("GreaterOrEqual", top_p, g.const(1.0, "float32"))
-    return g.op("And", keep_k, g.op("Or", all_p, keep_p))
+    return g.op("And", g.op("GreaterOrEqual", logits, kth), g.op("Or", all_p, keep_p)), peak
 
 
 def searched_keep(g: Graph, logits: str, top_k: str, top_p: str, vocab: int) -> str:

@@ -3,8 +3,8 @@
 One network, written by :func:`step_graph`, is every phase of generation (design, "One step network"):
 
 ``step.onnx``        q and S symbolic, computes in fp32: ONNX Runtime on a CPU, any phase, a growing cache window
-``prefill.onnx``     q = 1        | S = N static, computes in the bundle's precision: what engines are built from;
-``transition.onnx``  q = n        | a static small q lets attention be written as grouped-query decoding
+``prefill.onnx``     q = 1        | S = N static, computes in the bundle's precision: what engines are built from,
+``transition.onnx``  q = n        | in the :class:`Form` that needs the fewest kernels
 ``group.onnx``       q = n
 
 Letters: R rows in flight, B images, q positions, S cache slots, V codes, d width, H heads, D' padded head size.
@@ -16,17 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from par_export.graph import ONNX_TYPE, OPSET, Graph, Weights
+from par_export.graph import ONNX_TYPE, OPSET, Graph, WeightTable
 from par_export.sampling import Variant, sample
-from par_model.checkpoint import Checkpoint
-from par_model.config import PARConfig
-from par_model.ordering import rotary_table
-from par_model.transformer import NORM_EPS
+from par_model.config import NORM_EPS, PARConfig
 
 HEAD_MULTIPLE = 8  # fused attention kernels want head sizes that are a multiple of 8
-FOLD_UP_TO = 4  # beyond, the decode kernel may re-read K and V for each query head; only a GPU can say
+GROUPED_UP_TO = 4  # beyond, the decode kernel may re-read K and V for each query head; only a GPU can say
 
 
 def padded_head_dim(config: PARConfig) -> int:
@@ -43,15 +39,38 @@ class IO:
     shape: tuple[int | str, ...]
 
 
-def io_table(config: PARConfig, cache_dtype: str, query: int | None, slots: int | None) -> tuple[list[IO], list[IO]]:
-    """Inputs and outputs of a step graph. ``query`` and ``slots`` None means symbolic q and S."""
+@dataclass(frozen=True)
+class Form:
+    """How the attention of a static graph is written; the function is the same.
+
+    ``grouped``: the q queries of a head as q query heads on one KV head with sequence length 1, which engines run
+    with their decode kernel. ``lengths``: what is visible is a count per row (opset 24's ``nonpad_kv_seqlen``),
+    so that a kernel need not read the rest; else a mask, made once per step.
+    """
+
+    grouped: bool
+    lengths: bool
+
+    @staticmethod
+    def of(query: int, opset: int = OPSET) -> Form:
+        """What a static graph of ``query`` positions takes where nothing else is asked for."""
+        return Form(grouped=1 < query <= GROUPED_UP_TO, lengths=opset >= OPSET)
+
+
+def io_table(config: PARConfig, cache_dtype: str, query: int | None) -> tuple[list[IO], list[IO]]:
+    """Inputs and outputs of a step graph: static, or with ``query`` None of symbolic q and S.
+
+    Static graphs take ``length`` as int32, which is what engines count in (a cast would be one more kernel), and
+    ``image`` [R], the image of each row, through which the tokens reach their rows.
+    """
     q: int | str = query or "q"
-    cache = ("R", config.n_heads, slots or "S", padded_head_dim(config))
+    cache = ("R", config.n_heads, config.n_tokens if query else "S", padded_head_dim(config))
     inputs = [
         IO("ids", "int64", ("R", q)),
         IO("positions", "int64", ("R", q)),
         IO("write", "int64", ("R",)),
-        IO("length", "int64", ("R",)),
+        IO("length", "int32" if query else "int64", ("R",)),
+        *([IO("image", "int64", ("R",))] if query else []),
         IO("cond_row", "int64", ("B",)),
         IO("uncond_row", "int64", ("B",)),
         IO("uniform", "float32", ("B", q)),
@@ -65,88 +84,38 @@ def io_table(config: PARConfig, cache_dtype: str, query: int | None, slots: int 
         for kind in "kv":
             inputs.append(IO(f"past_{kind}.{i}", cache_dtype, cache))
             outputs.append(IO(f"present_{kind}.{i}", cache_dtype, cache))
+    outputs.append(IO("logits", "float32", ("B", q, config.vocab_size)))  # guided, before temperature
     return inputs, outputs
-
-
-def write_weights(weights: Weights, config: PARConfig, checkpoint: Checkpoint, dtype: str) -> None:
-    """Stream the transformer into the weights file, one matrix at a time, in the layout the graphs read.
-
-    ``embed`` [V + C + 1 + n - 1, d] is codes, classes, "no class", learnable tokens. Matrices are (in, out).
-    Head sizes are padded with zero columns; q, k, v and the two gates are one matrix each.
-    """
-    heads, size, padded = config.n_heads, config.head_dim, padded_head_dim(config)
-    get = checkpoint.tensor
-    tables = ["tok_embeddings.weight", "cls_embedding.embedding_table.weight"]
-    if config.group_size > 1:
-        tables.append("spe_tok_embeddings.special_embeddings.weight")
-    weights.add("embed", (get(key) for key in tables), dtype)
-    cos, sin = rotary_table(config)
-    pad = ((0, 0), (0, (padded - size) // 2))
-    weights.add("cos", [torch.from_numpy(np.pad(cos, pad))], "float32")
-    weights.add("sin", [torch.from_numpy(np.pad(sin, pad))], "float32")
-
-    def pad_heads(w: torch.Tensor) -> torch.Tensor:  # [k*H*D, d] -> [k*H*D', d]
-        if padded == size:
-            return w
-        w = w.view(-1, size, w.shape[1])
-        return torch.nn.functional.pad(w, (0, 0, 0, padded - size)).view(-1, w.shape[2])
-
-    store = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]
-    for i in range(config.n_layers):
-        layer = f"layers.{i}"
-        for norm in ("attention_norm", "ffn_norm"):
-            weights.add(f"{layer}.{norm}", [get(f"{layer}.{norm}.weight")], dtype)
-        # Casting before the transpose keeps the copies small.
-        wqkv = get(f"{layer}.attention.wqkv.weight").to(store)
-        weights.add(f"{layer}.wqkv", [pad_heads(wqkv).T], dtype)
-        wo = get(f"{layer}.attention.wo.weight").to(store)
-        weights.add(f"{layer}.wo", [pad_heads(wo.T)], dtype)
-        gates = [get(f"{layer}.feed_forward.{name}.weight").to(store) for name in ("w1", "w3")]
-        weights.add(f"{layer}.w13", [torch.cat(gates).T], dtype)
-        del gates
-        weights.add(f"{layer}.w2", [get(f"{layer}.feed_forward.w2.weight").to(store).T], dtype)
-    assert heads * size == config.dim
-    weights.add("norm", [get("norm.weight")], dtype)
-    weights.add("output", [get("output.weight").to(store).T], dtype)
 
 
 def step_graph(
     config: PARConfig,
-    weights: Weights,
+    weights: WeightTable,
     *,
     name: str,
     compute: str,
     query: int | None,
     sampling: Variant,
-    verify: bool,
     opset: int = OPSET,
+    form: Form | None = None,
 ) -> Graph:
-    """The step network as a graph; ``verify`` adds the output ``logits`` [B,q,V] (guided, before temperature).
+    """The step network as a graph; ``query`` None is the symbolic one, else static in ``form`` (default ``Form.of``).
 
     Opset 24 writes the cache with ``TensorScatter``, which engines know as a cache update. Opset 23, for ONNX
     Runtime releases without that operator, does the same with ``ScatterND``.
     """
     g = Graph(name, weights, opset)
-    slots = config.n_tokens if query else None
-    inputs, outputs = io_table(config, compute, query, slots)
+    inputs, outputs = io_table(config, compute, query)
     for io in inputs:
         g.input(io.name, io.dtype, io.shape)
-    d, size, heads = config.dim, padded_head_dim(config), config.n_heads
-    fold = query is not None and 1 < query <= FOLD_UP_TO
+    size, heads = padded_head_dim(config), config.n_heads
+    form = (form or Form.of(query, opset)) if query else Form(grouped=False, lengths=False)
 
-    # Once per step: embeddings, rotary rows, the mask.
+    # Once per step: embeddings, rotary rows, what is visible.
     x = g.op("Gather", g.weight("embed", compute), "ids")  # [R,q,d]
     cos = g.op("Gather", g.weight("cos", compute), "positions")  # [R,q,D'/2]
     sin = g.op("Gather", g.weight("sin", compute), "positions")
-    if slots:
-        keys = g.table("slots", np.arange(slots, dtype=np.int64))
-    else:
-        shape = g.op("Shape", "past_k.0", start=2, end=3)
-        keys = g.op("Range", g.const(0), g.op("Squeeze", shape), g.const(1))  # [S]
-    mask = g.op("Less", keys, g.op("Unsqueeze", "length", g.const([1, 2, 3])))  # [R,1,1,S], true where visible
-    if not fold and query != 1:  # ONNX Runtime wants one row per position, though all are equal
-        rows = g.op("Concat", g.const([1, 1]), g.op("Shape", "ids", start=1, end=2), g.const([1]), axis=0)
-        mask = g.op("Expand", mask, rows)  # [R,1,q,S]
+    visible = ["", "", "", g.op("Cast", "length", to=ONNX_TYPE["int64"])] if form.lengths else [_mask(g, config, query, form)]
     slot_index = None if opset >= OPSET else _slot_index(g, heads)
 
     for i in range(config.n_layers):
@@ -165,10 +134,10 @@ def step_graph(
             else g.op("ScatterND", f"past_{kind}.{i}", slot_index, value, name=f"present_{kind}.{i}")
             for kind, value in (("k", k), ("v", v))
         ]
-        if fold:  # the q queries of a head as q query heads on one KV head, sequence length 1
+        if form.grouped:
             q = g.op("Reshape", q, g.const([0, heads * (query or 1), 1, size]))
-        y = g.op("Attention", q, *present, mask, scale=config.head_dim**-0.5)
-        if fold:
+        y = g.op("Attention", q, *present, *visible, scale=config.head_dim**-0.5)
+        if form.grouped:
             y = g.op("Reshape", y, g.const([0, heads, query or 1, size]))
         y = g.op("Reshape", g.op("Transpose", y, perm=[0, 2, 1, 3]), g.const([0, 0, heads * size]))
         x = g.op("Add", x, g.op("MatMul", y, g.weight(f"{layer}.wo", compute)))
@@ -185,18 +154,31 @@ def step_graph(
     cond, uncond = g.op("Gather", rows, "cond_row"), g.op("Gather", rows, "uncond_row")  # [B,q,V]
     scale = g.op("Unsqueeze", "guidance", g.const([1, 2]))
     logits = g.op("Add", uncond, g.op("Mul", g.op("Sub", cond, uncond), scale), name="logits")
-    drawn = sample(g, logits, config.vocab_size, sampling)  # [B,q]
-
-    # One sampled token feeds both rows of a guided image.
-    empty = g.op("Mul", "ids", g.const(0))
-    both = g.op("ScatterND", empty, g.op("Unsqueeze", "uncond_row", g.const([1])), drawn)
-    g.op("ScatterND", both, g.op("Unsqueeze", "cond_row", g.const([1])), drawn, name="tokens")
+    if query:
+        sample(g, logits, config.vocab_size, sampling, rows="image", name="tokens")  # [R,q]
+    else:  # one sampled token feeds both rows of a guided image
+        drawn = sample(g, logits, config.vocab_size, sampling)  # [B,q]
+        empty = g.op("Mul", "ids", g.const(0))
+        both = g.op("ScatterND", empty, g.op("Unsqueeze", "uncond_row", g.const([1])), drawn)
+        g.op("ScatterND", both, g.op("Unsqueeze", "cond_row", g.const([1])), drawn, name="tokens")
     for io in outputs:
         g.output(io.name, io.dtype, io.shape)
-    if verify:
-        g.output("logits", "float32", ("B", query or "q", config.vocab_size))
-    assert d == config.dim
     return g
+
+
+def _mask(g: Graph, config: PARConfig, query: int | None, form: Form) -> str:
+    """Which cache slots each row sees: bool [R,1,1,S], or [R,1,q,S] where attention has q queries to a head."""
+    if query:
+        keys = g.table("slots", np.arange(config.n_tokens, dtype=np.int32))
+    else:
+        shape = g.op("Shape", "past_k.0", start=2, end=3)
+        keys = g.op("Range", g.const(0), g.op("Squeeze", shape), g.const(1))  # [S]
+    mask = g.op("Less", keys, g.op("Unsqueeze", "length", g.const([1, 2, 3])))
+    if form.grouped or query == 1:
+        return mask
+    # ONNX Runtime wants one row per position, though all are equal.
+    rows = g.op("Concat", g.const([1, 1]), g.op("Shape", "ids", start=1, end=2), g.const([1]), axis=0)
+    return g.op("Expand", mask, rows)
 
 
 def _slot_index(g: Graph, heads: int) -> str:

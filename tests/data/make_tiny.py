@@ -15,7 +15,8 @@ import torch
 from par_export.bundle import Request, export
 from par_model.config import PARConfig
 from par_model.transformer import PAR
-from par_model.vq import VQConfig, VQModel
+from par_model.config import VQConfig
+from par_model.vq import VQModel
 
 HERE = Path(__file__).parent
 NAMES = ["red fox", "arctic fox", "otter", "sea otter", "grey whale", "tree frog"]

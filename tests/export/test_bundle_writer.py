@@ -17,7 +17,7 @@ import torch
 
 from conftest import child, golden_weights
 from par_export import bundle as writer
-from par_export import cli, step, verify
+from par_export import cli, step, verify, weights
 from par_model.config import PARConfig
 from par_model.transformer import PAR
 from par_runtime import Bundle
@@ -117,7 +117,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_a_tokenizer_of_another_codebook_is_refused(
     good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from par_model.vq import VQConfig, VQModel
+    from par_model.config import VQConfig
+    from par_model.vq import VQModel
 
     other = VQModel(VQConfig(codebook_size=256, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32))
     torch.save(other.state_dict(), tmp_path / "v.pt")
@@ -131,19 +132,19 @@ def sabotage_scale(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sabotage_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = step.rotary_table
+    real = weights.rotary_table
 
     def unrotated(config: PARConfig) -> tuple[np.ndarray, np.ndarray]:
         cos, sin = real(config)
         cos[0] = 1  # the class token as if it had an angle of zero
         return cos, sin
 
-    monkeypatch.setattr(step, "rotary_table", unrotated)
+    monkeypatch.setattr(weights, "rotary_table", unrotated)
 
 
 def sabotage_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Learnable tokens swapped in the table."""
-    real = step.Weights.add
+    real = weights.Weights.add
 
     def add(self: Any, name: str, parts: Any, dtype: str) -> None:
         parts = list(parts)
@@ -151,7 +152,7 @@ def sabotage_order(monkeypatch: pytest.MonkeyPatch) -> None:
             parts[-1] = parts[-1].flip(0)
         real(self, name, parts, dtype)
 
-    monkeypatch.setattr(step.Weights, "add", add)
+    monkeypatch.setattr(weights.Weights, "add", add)
 
 
 @pytest.mark.parametrize("sabotage", [sabotage_scale, sabotage_rotary, sabotage_order])

@@ -16,11 +16,11 @@ from par_export import verify
 from par_export.bundle import Request, export
 from par_export.step import padded_head_dim
 from par_export.verify import COMPATIBLE_STEP, run_step, session
-from par_model.config import PARConfig
+from par_model.config import PARConfig, VQConfig
 from par_model.generate import generate
 from par_model.ordering import token_order
 from par_model.transformer import PAR
-from par_model.vq import VQConfig, VQModel
+from par_model.vq import VQModel
 from par_runtime import Pipeline
 
 

@@ -12,9 +12,9 @@ import torch
 
 from conftest import golden_weights
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config, vq_config
-from par_model.config import PARConfig, named
+from par_model.config import PARConfig, VQConfig, named
 from par_model.transformer import PAR
-from par_model.vq import VQConfig, VQModel
+from par_model.vq import VQModel
 
 SMALL = PARConfig(dim=32, n_layers=2, n_heads=2, vocab_size=20, n_classes=3, grid=(1, 4, 4), group_size=4)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from conftest import GOLDEN, golden_config, golden_weights, recipe
-from par_model.config import named
+from par_model.config import VQConfig, named
 from par_model.generate import generate
 from par_model.transformer import PAR
-from par_model.vq import VQConfig, VQModel
+from par_model.vq import VQModel
 
 NAMES = ["par_n4_grid8", "ar_n1_grid8"]
 

@@ -1,0 +1,108 @@
+"""Built engines, content-addressed, so that the same build is never made twice on a machine.
+
+An entry is a whole engine folder under the hash of everything that went into it. Entries appear by one rename; two
+processes that want the same build wait for each other; the least recently used go when the cache is over its size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: one build at a time is then up to the user
+    fcntl = None  # type: ignore[assignment]
+
+DEFAULT_LIMIT_BYTES = 40 * 10**9
+STALE_SECONDS = 24 * 3600
+
+
+def default_folder() -> Path:
+    """``PARVIS_CACHE``, or ``parvis`` in the user's cache folder."""
+    if "PARVIS_CACHE" in os.environ:
+        return Path(os.environ["PARVIS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "parvis"
+
+
+def key_of(ingredients: Mapping[str, Any]) -> str:
+    """sha256 (hex) of everything that decides what a build gives."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+class EngineCache:
+    """The folder of built engines; ``limit_bytes`` bounds what stays in it."""
+
+    def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+        self.folder, self.limit_bytes = folder / "engines", limit_bytes
+
+    @contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        """Only one process at a time works on ``key``; the others wait. A killed process releases its lock."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{key}.lock").open("w") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def get(self, key: str, out: Path) -> bool:
+        """Copy the entry to ``out``, which must not exist; False if there is none."""
+        entry = self.folder / key
+        if not entry.is_dir():
+            return False
+        _copy(entry, out)
+        os.utime(entry)
+        return True
+
+    def put(self, key: str, built: Path) -> None:
+        """Keep a copy of the folder ``built``, unless it alone is over the limit."""
+        if _size(built) > self.limit_bytes:
+            return
+        part = self.folder / f".{key}.part-{os.getpid()}"
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            _copy(built, part)
+            shutil.rmtree(self.folder / key, ignore_errors=True)
+            part.rename(self.folder / key)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        self._shrink(keep=key)
+
+    def _shrink(self, keep: str) -> None:
+        """Remove what killed builds left, then the entries unused for longest until the rest is within the limit."""
+        for part in self.folder.glob(".*.part-*"):
+            if time.time() - part.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(part, ignore_errors=True)
+        entries = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        sizes = {path: _size(path) for path in entries}
+        total = sum(sizes.values())
+        for path in sorted(entries, key=lambda p: p.stat().st_mtime):
+            if total <= self.limit_bytes:
+                return
+            if path.name != keep:
+                shutil.rmtree(path, ignore_errors=True)
+                (self.folder / f"{path.name}.lock").unlink(missing_ok=True)
+                total -= sizes[path]
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
+def _copy(source: Path, out: Path) -> None:
+    """Copy a folder of files; hard links where the file system allows, for plans are gigabytes and never changed."""
+    out.mkdir(parents=True)
+    for file in source.iterdir():
+        if not file.is_file() or file.name == "runtime.cache":  # that one is written at run time
+            continue
+        try:
+            os.link(file, out / file.name)
+        except OSError:
+            shutil.copyfile(file, out / file.name)

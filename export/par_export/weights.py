@@ -1,0 +1,107 @@
+"""The weights file of a bundle, streamed tensor by tensor from checkpoints: a 3B model is never in memory whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from par_export.decoder import PREFIX
+from par_export.graph import Stored, WeightTable
+from par_export.step import padded_head_dim
+from par_model.checkpoint import Checkpoint
+from par_model.config import PARConfig
+from par_model.ordering import rotary_table
+
+PAGE_BYTES = 4096  # large tensors start on a page, so that a runtime can map them in place
+LARGE_BYTES = 64 * 1024
+LINE_BYTES = 64  # small ones on a cache line
+TORCH_TYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Weights(WeightTable):
+    """The weights file of a bundle, written tensor by tensor; ``entries`` says where each one lies."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__({})
+        self.path = path
+        self._file: BinaryIO = path.open("wb")
+
+    def add(self, name: str, parts: Iterable[Tensor], dtype: str) -> None:
+        """Append ``parts``, concatenated along their first axis, as tensor ``name``; each part is freed when written."""
+        if name in self.entries:
+            raise ValueError(f"weight {name!r} was already written")
+        start, offset = self._file.tell(), -1
+        shape: tuple[int, ...] = ()
+        for part in parts:
+            if offset < 0:
+                align = PAGE_BYTES if part.numel() * part.element_size() >= LARGE_BYTES else LINE_BYTES
+                offset = -(-start // align) * align
+                self._file.write(b"\0" * (offset - start))
+            # Contiguous bytes of any dtype, bf16 included, which numpy does not know.
+            part = part.detach().to(TORCH_TYPE[dtype]).contiguous()
+            self._file.write(part.view(-1).view(torch.uint8).numpy().data)
+            shape = (part.shape[0] + (shape[0] if shape else 0), *part.shape[1:])
+        self.entries[name] = Stored(dtype, shape, offset, self._file.tell() - offset)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_weights(weights: Weights, config: PARConfig, checkpoint: Checkpoint, dtype: str) -> None:
+    """Stream the transformer into the weights file, one matrix at a time, in the layout the graphs read.
+
+    ``embed`` [V + C + 1 + n - 1, d] is codes, classes, "no class", learnable tokens. Matrices are (in, out).
+    Head sizes are padded with zero columns; q, k, v and the two gates are one matrix each.
+    """
+    heads, size, padded = config.n_heads, config.head_dim, padded_head_dim(config)
+    get = checkpoint.tensor
+    tables = ["tok_embeddings.weight", "cls_embedding.embedding_table.weight"]
+    if config.group_size > 1:
+        tables.append("spe_tok_embeddings.special_embeddings.weight")
+    weights.add("embed", (get(key) for key in tables), dtype)
+    cos, sin = rotary_table(config)
+    pad = ((0, 0), (0, (padded - size) // 2))
+    weights.add("cos", [torch.from_numpy(np.pad(cos, pad))], "float32")
+    weights.add("sin", [torch.from_numpy(np.pad(sin, pad))], "float32")
+
+    def pad_heads(w: torch.Tensor) -> torch.Tensor:  # [k*H*D, d] -> [k*H*D', d]
+        if padded == size:
+            return w
+        w = w.view(-1, size, w.shape[1])
+        return F.pad(w, (0, 0, 0, padded - size)).view(-1, w.shape[2])
+
+    store = TORCH_TYPE[dtype]
+    for i in range(config.n_layers):
+        layer = f"layers.{i}"
+        for norm in ("attention_norm", "ffn_norm"):
+            weights.add(f"{layer}.{norm}", [get(f"{layer}.{norm}.weight")], dtype)
+        # Casting before the transpose keeps the copies small.
+        wqkv = get(f"{layer}.attention.wqkv.weight").to(store)
+        weights.add(f"{layer}.wqkv", [pad_heads(wqkv).T], dtype)
+        wo = get(f"{layer}.attention.wo.weight").to(store)
+        weights.add(f"{layer}.wo", [pad_heads(wo.T)], dtype)
+        gates = [get(f"{layer}.feed_forward.{name}.weight").to(store) for name in ("w1", "w3")]
+        weights.add(f"{layer}.w13", [torch.cat(gates).T], dtype)
+        del gates
+        weights.add(f"{layer}.w2", [get(f"{layer}.feed_forward.w2.weight").to(store).T], dtype)
+    assert heads * size == config.dim
+    weights.add("norm", [get("norm.weight")], dtype)
+    weights.add("output", [get("output.weight").to(store).T], dtype)
+
+
+def write_decoder_weights(weights: Weights, checkpoint: Checkpoint, dtype: str) -> None:
+    """Stream the decoder's half of the tokenizer into the weights file; the encoder is not deployed."""
+    codebook = F.normalize(checkpoint.tensor("quantize.embedding.weight").float(), dim=-1)
+    weights.add(PREFIX + "codebook", [codebook], dtype)
+    for key in checkpoint.tensors:
+        if key.startswith(("decoder.", "post_quant_conv.")):
+            tensor = checkpoint.tensor(key)
+            if ".norm" in key:  # gain and bias per channel: [C,1,1] over [B,C,h,w]
+                tensor = tensor.reshape(-1, 1, 1)
+            weights.add(PREFIX + key, [tensor], dtype)

@@ -1,0 +1,194 @@
+"""Engines of a bundle: TensorRT plans in ``engines/<runtime>-<version>-<target>-<precision>/``, and which one fits.
+
+An engine folder holds ``engine.json``, the plans, and what TensorRT-RTX compiled for this GPU (``runtime.cache``,
+written at run time). ``engine.json`` names the bundle that it was built from by hash, so a plan can never serve
+another model; it is sealed like a manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from par_runtime.bundle import Bundle, BundleError, Verify, canonical_hash, sha256
+
+ENGINES = "engines"
+ENGINE_JSON = "engine.json"
+ENGINE_SCHEMA = 1
+#: Plans are hashed at load up to this size; larger ones only with ``verify="full"``. Sizes are always checked.
+HASH_UP_TO_BYTES = 64 * 2**20
+
+
+class EngineError(BundleError):
+    """An engine that cannot be used; the message says why and names the command that builds it again."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One plan file: ``query`` positions per call (0 for the decoder), and the phases that it serves."""
+
+    file: str
+    bytes: int
+    sha256: str
+    query: int
+    phases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An opened engine folder: checked, not loaded.
+
+    ``target`` is "SM80" and the like for TensorRT-RTX; classic TensorRT plans also name the ``device`` they were
+    tuned on. ``images`` are the batch sizes it has profiles for, ascending; rows are twice as many.
+    """
+
+    path: Path
+    bundle_hash: str
+    runtime: str
+    version: str
+    target: str
+    device: str | None
+    precision: str
+    mode: str
+    images: tuple[int, ...]
+    sampling: str
+    plans: Mapping[str, Plan]
+    decoder: Plan | None
+    tuned: Mapping[str, Any]
+    report: Mapping[str, Any]
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """(8, 0) for SM80, (12, 0) for SM120."""
+        digits = self.target.removeprefix("SM")
+        return int(digits[:-1]), int(digits[-1])
+
+    @property
+    def rebuild(self) -> str:
+        """The command that builds it again."""
+        bundle = self.path.parent.parent
+        target = self.target if self.runtime == "tensorrt_rtx" else "local"
+        mode = "" if self.mode == "shared" else f" --engines {self.mode}"
+        return f"parvis build {bundle} --target {target} --precision {self.precision} --max-images {self.images[-1]}{mode}"
+
+    def plan_for(self, phase: str) -> tuple[str, Plan]:
+        """Name and plan of the step network that runs ``phase``."""
+        for name, plan in self.plans.items():
+            if phase in plan.phases:
+                return name, plan
+        raise EngineError(f"{self.path}: no plan serves the phase {phase!r}; rebuild with: {self.rebuild}")
+
+    @staticmethod
+    def open(path: Path, bundle: Bundle | None = None, verify: Verify = "auto") -> Engine:
+        """Read and check the engine folder at ``path``; with ``bundle``, that it was built from it. Raises EngineError."""
+        file = path / ENGINE_JSON
+        again = f"build it again with: parvis build {path.parent.parent}"
+        try:
+            entry = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EngineError(f"{file}: cannot be read ({error}); {again}") from error
+        if not isinstance(entry, dict) or entry.get("schema") != ENGINE_SCHEMA:
+            found = entry.get("schema") if isinstance(entry, dict) else type(entry).__name__
+            raise EngineError(f"{file}: schema {found!r}, this parvis reads {ENGINE_SCHEMA}; {again}")
+        if entry.get("hash") != canonical_hash(entry):
+            raise EngineError(f"{file}: its content does not match its own hash; it was changed after the build: {again}")
+        try:
+            engine = _parse(path, entry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"{file}: incomplete ({error!r}); {again}") from error
+        if bundle is not None and engine.bundle_hash != bundle.hash:
+            raise EngineError(
+                f"{path}: was built from a bundle with hash {engine.bundle_hash[:12]}, this one is "
+                f"{bundle.hash[:12]}; rebuild with: {engine.rebuild}"
+            )
+        if verify != "none":
+            for plan in [*engine.plans.values(), *([engine.decoder] if engine.decoder else [])]:
+                _check_plan(engine, plan, verify)
+        return engine
+
+
+def found(bundle: Bundle, verify: Verify = "none") -> tuple[list[Engine], list[str]]:
+    """Every readable engine of ``bundle``, and one line for each folder that is not one."""
+    folder = bundle.path / ENGINES
+    engines, bad = [], []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not path.is_dir() or path.name.startswith("."):
+            continue
+        try:
+            engines.append(Engine.open(path, bundle, verify))
+        except EngineError as error:
+            bad.append(str(error))
+    return engines, bad
+
+
+def misfit(engine: Engine, runtime: str, version: str, capability: tuple[int, int], device: str) -> str | None:
+    """Why ``engine`` cannot run on this GPU with this TensorRT, or None if it can."""
+    if engine.runtime != runtime or engine.version != version:
+        return (
+            f"{engine.path.name} was built by {engine.runtime} {engine.version}, installed is {runtime} {version}; "
+            f"rebuild with: {engine.rebuild}"
+        )
+    if engine.capability != capability:
+        here = f"SM{capability[0]}{capability[1]}"
+        target = here if runtime == "tensorrt_rtx" else "local"
+        return (
+            f"{engine.path.name} was built for {engine.target}, this GPU ({device}) is {here}; "
+            f"build with: parvis build {engine.path.parent.parent} --target {target} --precision {engine.precision}"
+        )
+    if engine.device is not None and engine.device != device:
+        return f"{engine.path.name} was tuned on {engine.device}, this GPU is {device}; rebuild with: {engine.rebuild}"
+    return None
+
+
+def best(engines: list[Engine]) -> Engine:
+    """Of several that fit: one that ``parvis tune`` chose, else the one for the most images, half precision first."""
+    order = {"fp16": 2, "bf16": 1, "fp32": 0}
+    return max(engines, key=lambda e: (bool(e.tuned.get("chosen")), order.get(e.precision, 0), e.images[-1]))
+
+
+def _parse(path: Path, entry: dict[str, Any]) -> Engine:
+    def plan(item: dict[str, Any]) -> Plan:
+        if Path(item["file"]).name != item["file"]:
+            raise ValueError(f"file {item['file']!r} is not one of the engine's own")
+        return Plan(item["file"], item["bytes"], item["sha256"], item["query"], tuple(item["phases"]))
+
+    images = tuple(entry["images"])
+    if not images or list(images) != sorted(set(images)):
+        raise ValueError(f"images {images} are not ascending")
+    return Engine(
+        path=path,
+        bundle_hash=entry["bundle"],
+        runtime=entry["runtime"],
+        version=entry["version"],
+        target=entry["target"],
+        device=entry["device"],
+        precision=entry["precision"],
+        mode=entry["mode"],
+        images=images,
+        sampling=entry["sampling"],
+        plans={name: plan(item) for name, item in entry["plans"].items()},
+        decoder=None if entry["decoder"] is None else plan(entry["decoder"]),
+        tuned=entry["tuned"],
+        report=entry["report"],
+    )
+
+
+def _check_plan(engine: Engine, plan: Plan, verify: Verify) -> None:
+    file = engine.path / plan.file
+    if not file.is_file():
+        raise EngineError(f"{file}: missing; rebuild with: {engine.rebuild}")
+    size = file.stat().st_size
+    if size != plan.bytes:
+        kind = "truncated" if size < plan.bytes else "too long"
+        raise EngineError(f"{file}: {kind}: {size} bytes, expected {plan.bytes}; rebuild with: {engine.rebuild}")
+    if verify != "full" and size > HASH_UP_TO_BYTES:
+        return
+    digest = sha256(file)
+    if digest != plan.sha256:
+        raise EngineError(
+            f"{file}: its content does not match engine.json (sha256 {digest[:12]}, expected {plan.sha256[:12]}); "
+            f"rebuild with: {engine.rebuild}"
+        )
