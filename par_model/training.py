@@ -45,9 +45,7 @@ class ImageFolder:
         """Map the folder that ``models/recipe/render.mjs`` writes."""
         meta_path = path / "meta.json"
         if not meta_path.is_file():
-            raise InputError(
-                f"{path} holds no meta.json; expected the folder that models/recipe/render.mjs writes"
-            )
+            raise InputError(f"{path} holds no meta.json; expected the folder that models/recipe/render.mjs writes")
         meta = json.loads(meta_path.read_text())
         shape = (meta["count"], meta["size"], meta["size"], 3)
         images = np.memmap(path / "images.u8", dtype=np.uint8, mode="r", shape=shape)

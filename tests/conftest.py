@@ -89,7 +89,7 @@ def small_vq() -> Any:
 def checkpoints(
     tmp_path_factory: pytest.TempPathFactory, golden: dict[str, dict[str, Any]], small_vq: Any
 ) -> dict[str, Path]:
-    """Checkpoint files as published: ``par_n4_grid8``, ``ar_n1_grid8`` and the tokenizer ``vq``."""
+    """Checkpoint files as published: ``par_n4_grid8``, ``par_n16_grid8``, ``ar_n1_grid8`` and the tokenizer ``vq``."""
     import torch
 
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -97,6 +97,13 @@ def checkpoints(
     for name, arrays in golden.items():
         out[name] = folder / f"{name}.pt"
         torch.save({k: torch.from_numpy(v) for k, v in recipe.state_dict(arrays["keys"]).items()}, out[name])
+    from dataclasses import replace
+
+    from par_model.transformer import PAR
+
+    out["par_n16_grid8"] = folder / "par_n16_grid8.pt"
+    sixteen = replace(golden_config(golden["par_n4_grid8"]), group_size=16)
+    torch.save(golden_weights(PAR(sixteen)).state_dict(), out["par_n16_grid8"])
     out["vq"] = folder / "vq.pt"
     torch.save(small_vq.state_dict(), out["vq"])
     return out
@@ -104,7 +111,7 @@ def checkpoints(
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> dict[str, Path]:
-    """Exported golden bundles: ``fp32``, ``fp16``, ``bf16`` (n=4, with decoder) and ``n1`` (ends at tokens)."""
+    """Exported golden bundles: ``fp32``, ``fp16``, ``bf16`` (n=4, with decoder), ``n1`` and ``n16`` (end at tokens)."""
     from par_export.bundle import Request, export
 
     folder = tmp_path_factory.mktemp("bundles")
@@ -114,8 +121,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Pat
             checkpoints["par_n4_grid8"], checkpoints["vq"], folder / precision, precision, heads=4, grid=(1, 8, 8)
         )
         out[precision] = export(request, say=lambda _: None)
-    request = Request(checkpoints["ar_n1_grid8"], None, folder / "n1", heads=4, grid=(1, 8, 8))
-    out["n1"] = export(request, say=lambda _: None)
+    for name, checkpoint in (("n1", "ar_n1_grid8"), ("n16", "par_n16_grid8")):
+        request = Request(checkpoints[checkpoint], None, folder / name, heads=4, grid=(1, 8, 8))
+        out[name] = export(request, say=lambda _: None)
     return out
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from par_export.engine import MODES, PRECISIONS, Request, build
 from par_export.engine_cache import DEFAULT_LIMIT_BYTES, default_folder
-from par_export.engine_network import BuildError, BuildCancelledError
+from par_export.engine_network import BuildCancelledError, BuildError
 from par_export.staging import TargetError
 from par_runtime.bundle import BundleError
 from par_runtime.cli import Parser
@@ -141,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Build TensorRT plans from a bundle, into its folder engines/. With TensorRT-RTX no GPU is needed: "
         "name the GPU to build for. Ends with a report: fused layers, kernels per step, bytes.",
     )
-    p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo")
+    p.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
+    )
     p.add_argument(
         "--target",
         type=_targets,
@@ -150,7 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--precision", choices=list(PRECISIONS), help="of the step network (default: the bundle's)")
     p.add_argument(
-        "--max-images", type=_count, default=8, help="largest batch; plans are built for 1, 2, 4, ... up to it (default: 8)"
+        "--max-images",
+        type=_count,
+        default=8,
+        help="largest batch; plans are built for 1, 2, 4, ... up to it (default: 8)",
     )
     p.add_argument("--images", type=_list, help="batch sizes to build for, with commas, instead of --max-images")
     p.add_argument(
@@ -171,7 +176,10 @@ def _parser() -> argparse.ArgumentParser:
         help="what attention sees: a count per row, or a mask (default: lengths where TensorRT has them)",
     )
     p.add_argument(
-        "--decoder-precision", choices=list(PRECISIONS), default="fp32", help="default: fp32, which uses TF32 where faster"
+        "--decoder-precision",
+        choices=list(PRECISIONS),
+        default="fp32",
+        help="default: fp32, which uses TF32 where faster",
     )
     p.add_argument("--kernels", action="store_true", help="also list every kernel of a step")
     p.add_argument("--json", action="store_true", help="print engine.json instead of text")

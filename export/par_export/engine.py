@@ -36,7 +36,11 @@ from par_runtime.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES
 from par_runtime.trt_module import TensorRT
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-NUMPY_TYPE = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+NUMPY_TYPE = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 MODES = ("shared", "per-phase")
 
 OnStep = Callable[[str, int, int], None]
@@ -77,7 +81,10 @@ def build(
     out = bundle.path / ENGINES / name
     cache = EngineCache(request.cache_folder, request.cache_limit_bytes)
     key = key_of(plan.ingredients())
-    with cache.locked(key) if request.use_cache else _unlocked(), staging(out, force=True, marker=ENGINE_JSON) as folder:
+    with (
+        cache.locked(key) if request.use_cache else _unlocked(),
+        staging(out, force=True, marker=ENGINE_JSON) as folder,
+    ):
         shutil.rmtree(folder)
         if request.use_cache and cache.get(key, folder):
             say(f"{out}: taken from the engine cache ({key[:12]})")
@@ -174,9 +181,7 @@ class _Plan:
                     config, table, name=name, compute=compute, query=query, sampling=self.sampling, form=form
                 )
                 attention = Attention(config.n_layers, form.lengths, decomposable=self.precision == "fp32")
-                file, report = self._one(
-                    folder, name, graph, data, attention, config.n_layers, weights_bytes, on_step
-                )
+                file, report = self._one(folder, name, graph, data, attention, config.n_layers, weights_bytes, on_step)
                 plans[name] = {"file": file.name, "bytes": file.stat().st_size, "query": query, "phases": list(phases)}
                 reports[name] = report | {"form": vars(form)}
         decoder = None
@@ -236,7 +241,9 @@ class _Plan:
         on_step: OnStep,
     ) -> tuple[Path, dict[str, Any]]:
         file = folder / f"{name}.plan"
-        cache = self.request.cache_folder / f"timing-{self.trt.name}-{self.trt.version}-{self.device or self.target}.cache"
+        cache = (
+            self.request.cache_folder / f"timing-{self.trt.name}-{self.trt.version}-{self.device or self.target}.cache"
+        )
         clock = time.monotonic()
         with file.open("wb") as out:
             built = build_plan(

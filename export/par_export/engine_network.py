@@ -250,7 +250,9 @@ def _parse(trt: TensorRT, parser: Any, graph: Graph, data: MappedWeights, log: A
         raise BuildError(f"{trt.name} {trt.version} cannot parse {graph.name}: {_first(errors or log.errors)}")
     for warning in log.warnings:
         if "unused input" in warning.lower():
-            raise BuildError(f"{trt.name} {trt.version} ignores an input of {graph.name}: {warning}; it would compute garbage")
+            raise BuildError(
+                f"{trt.name} {trt.version} ignores an input of {graph.name}: {warning}; it would compute garbage"
+            )
     return serialized
 
 

@@ -56,7 +56,9 @@ def _summary(images: int, names: list[str], layers: int) -> Kernels:
     return Kernels(images, tuple(names), len(attention), per_layer, around)
 
 
-def plan_report(built: Built, counted: list[Kernels], layers: int, plan_bytes: int, weights_bytes: int) -> dict[str, Any]:
+def plan_report(
+    built: Built, counted: list[Kernels], layers: int, plan_bytes: int, weights_bytes: int
+) -> dict[str, Any]:
     """The report of one plan, for ``engine.json``. ``weights_bytes``: what the bundle holds for this graph."""
     return {
         "seconds": round(built.seconds, 2),

@@ -115,7 +115,9 @@ def step_graph(
     x = g.op("Gather", g.weight("embed", compute), "ids")  # [R,q,d]
     cos = g.op("Gather", g.weight("cos", compute), "positions")  # [R,q,D'/2]
     sin = g.op("Gather", g.weight("sin", compute), "positions")
-    visible = ["", "", "", g.op("Cast", "length", to=ONNX_TYPE["int64"])] if form.lengths else [_mask(g, config, query, form)]
+    visible = (
+        ["", "", "", g.op("Cast", "length", to=ONNX_TYPE["int64"])] if form.lengths else [_mask(g, config, query, form)]
+    )
     slot_index = None if opset >= OPSET else _slot_index(g, heads)
 
     for i in range(config.n_layers):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Int = NDArray[np.int64]
 Float = NDArray[np.float32]
+Whole = tuple[Int, NDArray[np.uint8] | None]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Backend(Protocol):
     """One loaded bundle on one device."""
 
     name: str  #: for timings and metadata, with the version
+    max_images: int  #: largest batch
+    tie: float  #: candidates this close (relative to the largest |logit|) may swap by rounding alone
 
     def start(self, batch: Batch) -> None:
         """Prepare buffers for ``batch`` and forget the previous one; the cache is empty afterwards."""
@@ -55,4 +58,15 @@ class Backend(Protocol):
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order. A fresh array."""
+        ...
+
+    def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> Whole | None:
+        """All calls of a batch at once: ``class_ids`` [R] of the first call, ``noise`` [B,N] in [0,1).
+
+        Returns tokens [B,N] and images [B,H,W,3] (None without ``decode``), or None where the backend runs call by call.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the backend holds; it cannot be used afterwards."""
         ...

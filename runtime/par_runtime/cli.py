@@ -16,6 +16,7 @@ from par_runtime import __version__
 #: verb -> (module, what it does). Their packages are optional extras: the runtime never imports them itself.
 ELSEWHERE = {
     "export": ("par_export.cli", "turn a checkpoint into a bundle, checked against PyTorch"),
+    "build": ("par_export.build_cli", "build TensorRT plans from a bundle, with or without a GPU"),
     "train-tokenizer": ("par_model.train_tokenizer", "train a VQ tokenizer on a folder of images"),
     "encode": ("par_model.encode_codes", "turn a folder of images into token ids"),
     "train": ("par_model.train", "train a PAR model on token ids"),

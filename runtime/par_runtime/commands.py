@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from par_runtime import png
 from par_runtime.bundle import Bundle, BundleError
 from par_runtime.cli import Parser
+from par_runtime.cuda import CudaError
+from par_runtime.engines import has_engines
 from par_runtime.pipeline import Pipeline, Result
 from par_runtime.request import RequestError, class_index
 
@@ -53,8 +55,10 @@ def _guarded(work: Callable[[], int]) -> int:
             message = f"{error.filename}: {error.strerror}"
         else:
             message = str(error)
-    except MemoryError:
-        message = "not enough memory for this batch; give a smaller --batch"
+    except MemoryError as error:
+        message = f"not enough memory for this batch; give a smaller --batch{f' ({error})' if str(error) else ''}"
+    except CudaError as error:
+        message = str(error)
     print(f"parvis: error: {message}", file=sys.stderr)
     return 2
 
@@ -96,6 +100,8 @@ def _generate(args: argparse.Namespace) -> int:
         args.bundle, args.device, threads=args.threads, selftest=not args.no_selftest, verify="none"
     )
     loaded = time.perf_counter()
+    if pipeline.note and has_engines(bundle) and not (args.quiet or args.json):
+        print(f"parvis: {pipeline.note}", file=sys.stderr)
     # Images run label by label; several guidance scales repeat all of them, with the same seeds.
     scales: list[float | None] = args.guidance or [None]
     labels = [c for c in classes for _ in range(args.count)] * len(scales)
@@ -177,6 +183,7 @@ def _report(
             "written": written,
             "bundle": {"name": bundle.name, "hash": bundle.hash},
             "backend": pipeline.backend.name,
+            "note": pipeline.note,
             "images": count,
             "labels": result.labels,
             "seeds": result.seeds,
@@ -352,6 +359,11 @@ def _redo_parser() -> argparse.ArgumentParser:
 
 
 def _add_common(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--device", default="auto", help="'auto' or 'cpu' (default: auto)")
+    p.add_argument(
+        "--device",
+        default="auto",
+        help="'auto': TensorRT if the bundle holds an engine for this GPU, else the CPU (default); 'cpu'; 'cuda' or 'cuda:1': "
+        "TensorRT on that GPU; 'cuda-ort': ONNX Runtime on it",
+    )
     p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     p.add_argument("--quiet", action="store_true", help="no progress bar, no text")

@@ -72,7 +72,9 @@ class Engine:
         bundle = self.path.parent.parent
         target = self.target if self.runtime == "tensorrt_rtx" else "local"
         mode = "" if self.mode == "shared" else f" --engines {self.mode}"
-        return f"parvis build {bundle} --target {target} --precision {self.precision} --max-images {self.images[-1]}{mode}"
+        return (
+            f"parvis build {bundle} --target {target} --precision {self.precision} --max-images {self.images[-1]}{mode}"
+        )
 
     def plan_for(self, phase: str) -> tuple[str, Plan]:
         """Name and plan of the step network that runs ``phase``."""
@@ -94,7 +96,9 @@ class Engine:
             found = entry.get("schema") if isinstance(entry, dict) else type(entry).__name__
             raise EngineError(f"{file}: schema {found!r}, this parvis reads {ENGINE_SCHEMA}; {again}")
         if entry.get("hash") != canonical_hash(entry):
-            raise EngineError(f"{file}: its content does not match its own hash; it was changed after the build: {again}")
+            raise EngineError(
+                f"{file}: its content does not match its own hash; it was changed after the build: {again}"
+            )
         try:
             engine = _parse(path, entry)
         except (KeyError, TypeError, ValueError) as error:
@@ -122,6 +126,11 @@ def found(bundle: Bundle, verify: Verify = "none") -> tuple[list[Engine], list[s
         except EngineError as error:
             bad.append(str(error))
     return engines, bad
+
+
+def has_engines(bundle: Bundle) -> bool:
+    """Whether there is an engine folder at all, good or bad."""
+    return (bundle.path / ENGINES).is_dir()
 
 
 def misfit(engine: Engine, runtime: str, version: str, capability: tuple[int, int], device: str) -> str | None:

@@ -22,6 +22,8 @@ from par_runtime.bundle import Bundle, BundleError
 
 #: The first release with every operator of opset 24 that ``step.onnx`` uses; before, ``step_opset23.onnx`` runs.
 OPSET24_SINCE = (1, 25)
+MOST_IMAGES = 4096  #: beyond, caches are tens of gigabytes for the smallest of models
+TIE = 1e-4  #: kernels of other CPUs round differently; the export's own measured errors are 50 times smaller
 BUCKETS = 8  #: cache windows are multiples of N/8, measured best on 2 cores (docs/design.md)
 
 
@@ -37,6 +39,8 @@ class OrtBackend:
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self.bundle = bundle
         self.name = f"onnxruntime-cpu {ort.__version__}"
+        self.max_images = MOST_IMAGES
+        self.tie = TIE
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()
         options.log_severity_level = 2
@@ -110,6 +114,13 @@ class OrtBackend:
         except Exception as error:
             raise _explained(error) from error
         return images
+
+    def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> None:
+        return None  # every call is run by the pipeline
+
+    def close(self) -> None:
+        self._calls.clear()
+        self._caches.clear()
 
     def _call(self, ids: Int, write: int) -> _Call:
         """The bound buffers for this query length and cache window, filled with this call's positions."""

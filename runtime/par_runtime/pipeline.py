@@ -12,20 +12,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backend import Backend, Batch, Int
+from par_runtime.backend import Backend, Batch, Int, Whole
 from par_runtime.bundle import Bundle, BundleError, Phase, Verify
+from par_runtime.devices import choose
 from par_runtime.request import RequestError, Settings, class_index, image_seeds, settings, uniforms
+
+if TYPE_CHECKING:
+    from par_runtime.trt import Capture
 
 CACHE_LIMIT_BYTES = 2 * 2**30  # default bound of one batch's cache; larger requests run in several batches
 DECODE_PIXELS = 2**17  # per decoder call: bounds its memory; 32 images of 64x64, 2 of 256x256
 SELFTEST_SECONDS = 5.0  # a large model on a slow machine compares the beginning of its test image
-#: In the self-test, candidates this close (relative to the largest |logit|) may swap: kernels of other CPUs round
-#: differently. The export's own measured errors are 50 times smaller.
-SELFTEST_TIE = 1e-4
 
 OnStep = Callable[[int, int], None]
 OnPreview = Callable[[NDArray[np.uint8], int, int], None]
@@ -53,6 +55,7 @@ class Pipeline:
 
     bundle: Bundle
     backend: Backend
+    note: str = ""  #: why it runs on the CPU, where a GPU was possible
 
     @staticmethod
     def load(
@@ -62,23 +65,22 @@ class Pipeline:
         threads: int | None = None,
         selftest: bool = True,
         verify: Verify = "auto",
+        capture: Capture = "image",
     ) -> Pipeline:
         """Load the bundle at ``path``.
 
-        ``device``: "auto" or "cpu" (ONNX Runtime on the CPU; the TensorRT backend is not in this version).
-        ``threads``: default all cores. ``selftest``: make the bundle's greedy test image and compare its tokens
-        with those of the export; ``verify``: see :meth:`Bundle.open`. Raises BundleError, RequestError.
+        ``device``: "auto" takes a TensorRT plan of the bundle that fits the first GPU, else the CPU (``note`` says
+        why); "cpu"; "cuda" or "cuda:1" for TensorRT on that GPU; "cuda-ort" for ONNX Runtime on it.
+        ``threads``: of the CPU, default all cores. ``selftest``: make the bundle's greedy test image and compare its
+        tokens with those of the export; ``verify``: see :meth:`Bundle.open`; plans too. ``capture``: how a GPU is fed:
+        a graph launch per "image", per "call", or "none".
+        Raises BundleError (EngineError among them), RequestError, CudaError.
         """
-        if device not in ("auto", "cpu"):
-            raise RequestError(
-                f"device {device!r}: this version runs on 'cpu' (or 'auto'); a GPU backend is not in it yet"
-            )
         if threads is not None and threads < 1:
             raise RequestError(f"threads {threads}: expected 1 or more")
         bundle = Bundle.open(path, verify)
-        from par_runtime import ort  # here, because importing onnxruntime takes a while
-
-        pipeline = Pipeline(bundle, ort.load(bundle, threads))
+        backend, note = choose(bundle, device, threads=threads, verify=verify, capture=capture)
+        pipeline = Pipeline(bundle, backend, note)
         if selftest:
             pipeline.selftest()
         return pipeline
@@ -111,7 +113,7 @@ class Pipeline:
             slots, best = np.arange(phase.query), logits.max(-1)
             # Both the token drawn here and the export's must be the best up to rounding; not so where a logit is NaN.
             behind = best - np.minimum(logits[slots, wanted[0, here]], logits[slots, drawn])
-            wrong = ~(behind <= SELFTEST_TIE * np.abs(logits).max())
+            wrong = ~(behind <= self.backend.tie * np.abs(logits).max())
             if wrong.any():
                 slot = int(wrong.argmax())
                 raise BundleError(
@@ -168,18 +170,21 @@ class Pipeline:
             raise RequestError(
                 "preview_every needs a number of calls from 1, an on_preview function, and a bundle with a decoder"
             )
-        size = self._default_batch() if max_batch is None else max_batch
-        if size < 1:
-            raise RequestError(f"max_batch {max_batch}: expected 1 or more")
+        size = min(self._default_batch(), self.backend.max_images) if max_batch is None else max_batch
+        if not 1 <= size <= self.backend.max_images:
+            raise RequestError(f"max_batch {max_batch}: expected 1 to {self.backend.max_images} on {self.backend.name}")
         timings: dict[str, float] = {}
         started = time.perf_counter()
         parts = [slice(i, i + size) for i in range(0, len(classes), size)]
         progress = _Progress(on_step, on_preview, preview_every, self.bundle.calls * len(parts))
-        tokens = np.concatenate([self._batch(classes[p], each[p], seeds[p], progress, timings) for p in parts])
+        decode = decode and self.bundle.image_size is not None
+        made = [self._batch(classes[p], each[p], seeds[p], progress, timings, decode) for p in parts]
+        tokens = np.concatenate([tokens for tokens, _ in made])
         images = None
-        if decode and self.bundle.image_size is not None:
+        if decode:  # decoded with the batch where the backend does that, else all at the end
             clock = time.perf_counter()
-            images = self.decode(tokens)
+            done = [pixels for _, pixels in made if pixels is not None]
+            images = np.concatenate(done) if len(done) == len(made) else self.decode(tokens)
             timings["decode"] = 1e3 * (time.perf_counter() - clock)
         timings["total"] = 1e3 * (time.perf_counter() - started)
         timings["calls"] = self.bundle.calls * len(parts)
@@ -199,7 +204,7 @@ class Pipeline:
                 f"tokens lie in {tokens.min()}..{tokens.max()}; expected 0..{self.bundle.vocab_size - 1}"
             )
         height, width = self.bundle.image_size
-        size = max(1, DECODE_PIXELS // (height * width))
+        size = min(self.backend.max_images, max(1, DECODE_PIXELS // (height * width)))
         chunks = [self.backend.decode(tokens[i : i + size]) for i in range(0, len(tokens), size)]
         return np.concatenate(chunks) if chunks else np.zeros((0, *self.bundle.image_size, 3), np.uint8)
 
@@ -216,9 +221,15 @@ class Pipeline:
         return max(1, CACHE_LIMIT_BYTES // (2 * row_bytes))
 
     def _batch(
-        self, classes: list[int], each: list[Settings], seeds: list[int], progress: _Progress, timings: dict[str, float]
-    ) -> Int:
-        """Tokens [B,N] of one batch."""
+        self,
+        classes: list[int],
+        each: list[Settings],
+        seeds: list[int],
+        progress: _Progress,
+        timings: dict[str, float],
+        decode: bool,
+    ) -> Whole:
+        """Tokens [B,N] of one batch, and its images where the backend makes them in one go."""
         count, images = self.bundle.n_tokens, len(classes)
         # Greedy is top-k 1; a draw of 0 then takes the lowest id where several are exactly equal.
         noise = np.stack(
@@ -227,15 +238,40 @@ class Pipeline:
                 for s, seed in zip(each, seeds, strict=True)
             ]
         )
-        tokens = np.zeros((images, count), np.int64)
         clock = time.perf_counter()
+        if not progress.preview_every:
+            batch, _, class_ids = self._rows(classes, each)
+            whole = self.backend.whole(batch, class_ids, noise, decode)
+            if whole is not None:
+                timings["image"] = timings.get("image", 0.0) + 1e3 * (time.perf_counter() - clock)
+                progress.all(self.bundle.calls)
+                return whole
+        tokens = np.zeros((images, count), np.int64)
         for phase, write, ids in self._calls(classes, each, tokens):
             done = write + phase.query
             tokens[:, write:done] = self.backend.step(ids, write, noise[:, write:done])[:images]
             timings[phase.name] = timings.get(phase.name, 0.0) + 1e3 * (time.perf_counter() - clock)
             progress.step(self, tokens, done)
             clock = time.perf_counter()  # callbacks and previews are not counted
-        return tokens
+        return tokens, None
+
+    def _rows(self, classes: list[int], each: list[Settings]) -> tuple[Batch, Int, Int]:
+        """The batch of these images, the image of each row [R], and each row's class id [R]."""
+        bundle, images = self.bundle, len(classes)
+        guided = [i for i, s in enumerate(each) if s.guided]
+        uncond_row = np.arange(images)
+        uncond_row[guided] = images + np.arange(len(guided))
+        source = np.array([*range(images), *guided])
+        class_ids = np.array([bundle.class_base + c for c in classes] + [bundle.no_class] * len(guided))
+        batch = Batch(
+            rows=len(source),
+            uncond_row=uncond_row,
+            guidance=np.array([s.guidance if s.guided else 1.0 for s in each], np.float32),
+            temperature=np.array([1.0 if s.greedy else s.temperature for s in each], np.float32),
+            top_k=np.array([1 if s.greedy else min(s.top_k, bundle.vocab_size) for s in each], np.int64),
+            top_p=np.array([1.0 if s.greedy else s.top_p for s in each], np.float32),
+        )
+        return batch, source, class_ids
 
     def _calls(self, classes: list[int], each: list[Settings], tokens: Int) -> Iterator[tuple[Phase, int, Int]]:
         """Start a batch on the backend and walk its calls in the manifest's order: (phase, first position, ids [R,q]).
@@ -243,22 +279,9 @@ class Pipeline:
         Who iterates runs each call and puts its tokens into ``tokens`` [B,N], where later calls take their ids from.
         Ids are overwritten by the next call.
         """
-        bundle, images = self.bundle, len(classes)
-        guided = [i for i, s in enumerate(each) if s.guided]
-        uncond_row = np.arange(images)
-        uncond_row[guided] = images + np.arange(len(guided))
-        source = np.array([*range(images), *guided])  # the image of every row
-        class_ids = np.array([bundle.class_base + c for c in classes] + [bundle.no_class] * len(guided))
-        self.backend.start(
-            Batch(
-                rows=len(source),
-                uncond_row=uncond_row,
-                guidance=np.array([s.guidance if s.guided else 1.0 for s in each], np.float32),
-                temperature=np.array([1.0 if s.greedy else s.temperature for s in each], np.float32),
-                top_k=np.array([1 if s.greedy else min(s.top_k, bundle.vocab_size) for s in each], np.int64),
-                top_p=np.array([1.0 if s.greedy else s.top_p for s in each], np.float32),
-            )
-        )
+        bundle = self.bundle
+        batch, source, class_ids = self._rows(classes, each)
+        self.backend.start(batch)
         for phase in bundle.phases:
             fed = [j for j, entry in enumerate(phase.inputs) if entry == "token"]
             ids = np.empty((len(source), phase.query), np.int64)
@@ -290,6 +313,12 @@ class _Progress:
     preview_every: int | None
     total: int
     done: int = 0
+
+    def all(self, calls: int) -> None:
+        """A batch was made in one go."""
+        self.done += calls
+        if self.on_step is not None:
+            self.on_step(self.done, self.total)
 
     def step(self, pipeline: Pipeline, tokens: Int, known: int) -> None:
         self.done += 1

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from par_export.bundle import Request, export
-from par_model.config import PARConfig
+from par_model.config import PARConfig, VQConfig
 from par_model.transformer import PAR
-from par_model.config import VQConfig
 from par_model.vq import VQModel
 
 HERE = Path(__file__).parent

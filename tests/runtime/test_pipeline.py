@@ -249,7 +249,12 @@ def test_bad_tokens_are_refused(pipeline: Pipeline) -> None:
 
 
 def test_unknown_devices_are_refused(tiny: Path) -> None:
-    with pytest.raises(RequestError, match="device 'cuda:0'"):
+    for device in ("gpu", "cuda:x", "cuda:-1", "CPU"):
+        with pytest.raises(RequestError, match=f"device '{device}': expected auto, cpu, cuda"):
+            Pipeline.load(tiny, device=device)
+    with pytest.raises(
+        BundleError, match=r"device 'cuda:0' cannot run .*holds no engines; build them with: parvis build"
+    ):
         Pipeline.load(tiny, device="cuda:0")
 
 
@@ -313,5 +318,5 @@ def test_the_selftest_forgives_a_tie_and_nothing_else(tiny: Path, monkeypatch: p
     monkeypatch.setattr(pipeline.backend, "step", other)
     with pytest.raises(BundleError, match=r"self-test failed .* at position 10"):
         pipeline.selftest()
-    monkeypatch.setattr("par_runtime.pipeline.SELFTEST_TIE", 10.0)  # now every code ties with every other
+    monkeypatch.setattr(pipeline.backend, "tie", 10.0)  # now every code ties with every other
     pipeline.selftest()

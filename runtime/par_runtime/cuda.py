@@ -1,0 +1,344 @@
+"""The CUDA driver, as much of it as the runtime needs. Only this file imports cuda-python.
+
+Everything that can fail raises :class:`CudaError` with the call, the driver's code and what to do about it. Memory,
+streams and graphs are objects that are freed once, however often they are asked to be.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: The module cuda.bindings.driver, imported at first use; tests put a stand-in here.
+driver: Any = None
+
+HINTS = {
+    "CUDA_ERROR_NO_DEVICE": "no NVIDIA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES",
+    "CUDA_ERROR_INVALID_DEVICE": "there is no GPU of that number; nvidia-smi lists them",
+    "CUDA_ERROR_OUT_OF_MEMORY": "free GPU memory (nvidia-smi shows who holds it), or make fewer images at once",
+    "CUDA_ERROR_NOT_INITIALIZED": "the driver is shutting down or was not initialised in this process; do not fork after loading",
+    "CUDA_ERROR_INVALID_CONTEXT": "the pipeline was used after it was closed, or in a forked process; load it there",
+    "CUDA_ERROR_ILLEGAL_ADDRESS": "a kernel read or wrote out of bounds; the process must be restarted: please report it with 'parvis verify'",
+    "CUDA_ERROR_LAUNCH_FAILED": "a kernel failed; the process must be restarted. Run it under compute-sanitizer to see where",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the kernel module and libcuda are of different versions; reboot after a driver update",
+    "CUDA_ERROR_INSUFFICIENT_DRIVER": "the driver is older than the CUDA libraries need; update the driver",
+    "CUDA_ERROR_STUB_LIBRARY": "libcuda is the toolkit's stub; put the driver's own first in the library path",
+    "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": "something in the stream cannot be captured; load with capture='call' or 'none'",
+    "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": "the capture was broken by an earlier call; load with capture='call' or 'none'",
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": "the driver is older than the compiler that made the plan; update the driver",
+    "CUDA_ERROR_NO_BINARY_FOR_GPU": "the plan holds no kernels for this GPU; build it again for this target",
+    "CUDA_ERROR_INVALID_VALUE": "an address or size is wrong; please report it with 'parvis verify'",
+}
+
+
+class CudaError(Exception):
+    """A call of the driver failed. ``code`` is its name, for instance "CUDA_ERROR_NO_DEVICE"."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class OutOfMemory(CudaError):  # noqa: N818, the field's own name
+    """An allocation did not fit. Sizes in bytes."""
+
+    def __init__(self, message: str, requested_bytes: int, free_bytes: int, total_bytes: int) -> None:
+        super().__init__(message, "CUDA_ERROR_OUT_OF_MEMORY")
+        self.requested_bytes, self.free_bytes, self.total_bytes = requested_bytes, free_bytes, total_bytes
+
+
+def device_count() -> int:
+    """GPUs that the driver shows; 0 where there is none, no driver or no cuda-python."""
+    return 0 if why_no_device() else int(_call("cuDeviceGetCount"))
+
+
+def why_no_device() -> str:
+    """One line that says why there is no GPU, or "" where there is one."""
+    try:
+        _call("cuInit", 0)
+        return "" if int(_call("cuDeviceGetCount")) else "the driver shows no GPU (CUDA_VISIBLE_DEVICES?)"
+    except CudaError as error:
+        return str(error)
+
+
+def _driver() -> Any:
+    global driver
+    if driver is None:
+        try:
+            from cuda.bindings import driver as found
+        except ImportError as error:
+            raise CudaError(
+                f"a GPU needs cuda-python ({error}); pip install 'parvis[tensorrt]' or 'parvis[tensorrt-rtx]'"
+            ) from error
+        driver = found
+    return driver
+
+
+def _call(name: str, *arguments: Any, note: str = "") -> Any:
+    """Call the driver; returns what it gives after the code (one value, or a tuple). Raises CudaError."""
+    function = getattr(_driver(), name)
+    try:
+        code, *values = function(*arguments)
+    except RuntimeError as error:  # cuda-python's own: the library is missing, or too old to know the call
+        raise CudaError(
+            f"{name}: {str(error).splitlines()[0]}; is an NVIDIA driver installed (nvidia-smi)?", "NO_DRIVER"
+        ) from error
+    if int(code) != 0:
+        raise _error(name, code, note)
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _error(name: str, code: Any, note: str) -> CudaError:
+    label = getattr(code, "name", str(code))
+    text = ""
+    try:
+        status, raw = _driver().cuGetErrorString(code)
+        text = raw.decode() if int(status) == 0 and raw else ""
+    except Exception:  # an error while describing an error must not hide it
+        text = ""
+    hint = HINTS.get(label, "see the CUDA driver API's list of error codes")
+    said = f" ({text})" if text else ""
+    return CudaError(f"{name}{f' of {note}' if note else ''} failed: {label} = {int(code)}{said}; {hint}", label)
+
+
+class _Owned:
+    """Something that is freed once, at the latest by ``with``."""
+
+    def free(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.free()
+
+
+class Device(_Owned):
+    """One GPU and its primary context. ``capability`` is (8, 0) for an A100."""
+
+    def __init__(self, index: int) -> None:
+        _call("cuInit", 0)
+        self.index = index
+        self._device = _call("cuDeviceGet", index, note=f"GPU {index}")
+        self._context: Any = _call("cuDevicePrimaryCtxRetain", self._device, note=f"GPU {index}")
+        self.activate()
+        raw = _call("cuDeviceGetName", 256, self._device)
+        self.name = bytes(raw).split(b"\0")[0].decode()
+        attributes = _driver().CUdevice_attribute
+        self.capability = (
+            int(_call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, self._device)),
+            int(_call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self._device)),
+        )
+        self.total_bytes = int(_call("cuDeviceTotalMem", self._device))
+        version = int(_call("cuDriverGetVersion"))
+        self.driver_version = f"{version // 1000}.{version % 1000 // 10}"
+
+    @staticmethod
+    def open(index: int) -> Device:
+        """GPU ``index``, its context current in this thread. Raises CudaError."""
+        return Device(index)
+
+    def activate(self) -> None:
+        """Make the context current in this thread; a pipeline may be used in another one than it was loaded in."""
+        if self._context is None:
+            raise CudaError(f"GPU {self.index} was closed; load the pipeline again", "CLOSED")
+        _call("cuCtxSetCurrent", self._context)
+
+    def free_bytes(self) -> int:
+        """Memory that is free now."""
+        return int(_call("cuMemGetInfo")[0])
+
+    def allocate(self, size: int, what: str) -> Buffer:
+        """``size`` bytes of device memory; ``what`` names it in errors. Raises OutOfMemory."""
+        try:
+            pointer = int(_call("cuMemAlloc", size, note=f"{size} bytes for {what}"))
+        except CudaError as error:
+            if error.code != "CUDA_ERROR_OUT_OF_MEMORY":
+                raise
+            free, total = self.free_bytes(), self.total_bytes
+            raise OutOfMemory(
+                f"{what} needs {size / 1e6:.0f} MB of GPU memory, {free / 1e6:.0f} MB of {total / 1e6:.0f} MB are free. {error}",
+                size,
+                free,
+                total,
+            ) from error
+        return Buffer(pointer, size)
+
+    def pinned(self, size: int) -> Pinned:
+        """``size`` bytes of host memory that the GPU copies to and from asynchronously."""
+        return Pinned(int(_call("cuMemHostAlloc", size, 0, note=f"{size} bytes of pinned memory")), size)
+
+    def stream(self) -> Stream:
+        """A new stream that does not wait for the default one."""
+        return Stream(_call("cuStreamCreate", 1))
+
+    def event(self) -> Event:
+        """A new event with timing."""
+        return Event(_call("cuEventCreate", 0))
+
+    def close(self) -> None:
+        """Release the context. What was allocated on it must be freed before."""
+        if self._context is not None:
+            self._context = None
+            _call("cuDevicePrimaryCtxRelease", self._device)
+
+    def free(self) -> None:
+        self.close()
+
+
+class Buffer(_Owned):
+    """Device memory."""
+
+    def __init__(self, pointer: int, size: int) -> None:
+        self.pointer, self.size = pointer, size
+
+    def zero(self, stream: Stream) -> None:
+        """Fill with zeros, in stream order."""
+        stream.fill(self.pointer, 0, self.size)
+
+    def free(self) -> None:
+        if self.pointer:
+            pointer, self.pointer = self.pointer, 0
+            _call("cuMemFree", pointer)
+
+
+class Pinned(_Owned):
+    """Pinned host memory; ``array`` [size] uint8 is empty after ``free``."""
+
+    def __init__(self, pointer: int, size: int) -> None:
+        self.pointer, self.size = pointer, size
+        memory = (ctypes.c_uint8 * size).from_address(pointer)
+        self.array: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
+
+    def free(self) -> None:
+        if self.pointer:
+            pointer, self.pointer = self.pointer, 0
+            self.array = np.empty(0, np.uint8)
+            _call("cuMemFreeHost", pointer)
+
+
+class Stream(_Owned):
+    """A stream; copies and launches on it run in the order in which they were given."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw: Any = raw
+        self.handle = int(raw)
+
+    def synchronize(self) -> None:
+        """Wait for everything on the stream. Raises CudaError, also for what failed earlier on it."""
+        _call("cuStreamSynchronize", self._raw)
+
+    def upload(self, dst: int, src: Pinned, size: int, src_offset: int = 0) -> None:
+        """Copy ``size`` bytes of pinned memory to the device. They are read when the copy runs."""
+        _inside(src, src_offset, size)
+        _call("cuMemcpyHtoDAsync", dst, src.pointer + src_offset, size, self._raw, note=f"{size} bytes")
+
+    def download(self, dst: Pinned, src: int, size: int, dst_offset: int = 0) -> None:
+        """Copy ``size`` bytes of the device to pinned memory; they are there after ``synchronize``."""
+        _inside(dst, dst_offset, size)
+        _call("cuMemcpyDtoHAsync", dst.pointer + dst_offset, src, size, self._raw, note=f"{size} bytes")
+
+    def copy(self, dst: int, src: int, size: int) -> None:
+        """Copy ``size`` bytes on the device."""
+        _call("cuMemcpyDtoDAsync", dst, src, size, self._raw, note=f"{size} bytes")
+
+    def copy_2d(self, dst: int, dst_pitch: int, src: int, src_pitch: int, width: int, height: int) -> None:
+        """Copy ``height`` rows of ``width`` bytes on the device, rows ``pitch`` bytes apart."""
+        module = _driver()
+        copy = module.CUDA_MEMCPY2D()
+        copy.srcMemoryType = copy.dstMemoryType = module.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcDevice, copy.srcPitch = src, src_pitch
+        copy.dstDevice, copy.dstPitch = dst, dst_pitch
+        copy.WidthInBytes, copy.Height = width, height
+        _call("cuMemcpy2DAsync", copy, self._raw, note=f"{height} rows of {width} bytes")
+
+    def fill(self, dst: int, value: int, size: int) -> None:
+        """Set ``size`` bytes on the device."""
+        _call("cuMemsetD8Async", dst, value, size, self._raw, note=f"{size} bytes")
+
+    def record(self, event: Event) -> None:
+        """Mark this place of the stream."""
+        _call("cuEventRecord", event.raw, self._raw)
+
+    def capturing(self) -> bool:
+        """Whether what is given to the stream is being recorded instead of run."""
+        return int(_call("cuStreamIsCapturing", self._raw)) != 0
+
+    @contextmanager
+    def capture(self) -> Iterator[Captured]:
+        """Record what is given to the stream; afterwards ``captured.graph`` replays it. Raises CudaError where a
+        call cannot be recorded; the stream can be used again then."""
+        captured = Captured()
+        _call("cuStreamBeginCapture", self._raw, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        try:
+            yield captured
+        except BaseException:
+            with suppress(CudaError):  # ends the capture; the error that matters is the first one
+                _call("cuGraphDestroy", _call("cuStreamEndCapture", self._raw))
+            raise
+        captured.graph = Graph(_call("cuStreamEndCapture", self._raw))
+
+    def free(self) -> None:
+        if self._raw is not None:
+            raw, self._raw = self._raw, None
+            _call("cuStreamDestroy", raw)
+
+
+class Captured:
+    """What a capture gives."""
+
+    graph: Graph
+
+
+class Graph(_Owned):
+    """An instantiated CUDA graph."""
+
+    def __init__(self, raw: Any) -> None:
+        try:
+            self.nodes = int(_call("cuGraphGetNodes", raw)[1])
+            self._executable: Any = _call("cuGraphInstantiate", raw, 0, note=f"{self.nodes} nodes")
+        finally:
+            _call("cuGraphDestroy", raw)
+
+    def launch(self, stream: Stream) -> None:
+        """Run everything that was recorded, in its order."""
+        _call("cuGraphLaunch", self._executable, stream._raw)
+
+    def free(self) -> None:
+        if self._executable is not None:
+            executable, self._executable = self._executable, None
+            _call("cuGraphExecDestroy", executable)
+
+
+class Event(_Owned):
+    """A place in a stream, with its time."""
+
+    def __init__(self, raw: Any) -> None:
+        self.raw: Any = raw
+
+    def synchronize(self) -> None:
+        """Wait until the stream gets there."""
+        _call("cuEventSynchronize", self.raw)
+
+    def elapsed_ms(self, since: Event) -> float:
+        """Milliseconds on the device between two recorded events."""
+        return float(_call("cuEventElapsedTime", since.raw, self.raw))
+
+    def free(self) -> None:
+        if self.raw is not None:
+            raw, self.raw = self.raw, None
+            _call("cuEventDestroy", raw)
+
+
+def _inside(pinned: Pinned, offset: int, size: int) -> None:
+    if offset < 0 or size < 0 or offset + size > pinned.size:
+        raise ValueError(f"copy of {size} bytes at {offset} of a pinned block of {pinned.size} bytes")
