@@ -82,6 +82,7 @@ def build(
     cache = EngineCache(request.cache_folder, request.cache_limit_bytes)
     key = key_of(plan.ingredients())
     with (
+        _no_empty_folder(out.parent),
         cache.locked(key) if request.use_cache else _unlocked(),
         staging(out, force=True, marker=ENGINE_JSON) as folder,
     ):
@@ -359,3 +360,13 @@ def _source_hash() -> str:
 @contextmanager
 def _unlocked() -> Iterator[None]:
     yield
+
+
+@contextmanager
+def _no_empty_folder(path: Path) -> Iterator[None]:
+    """A failed first build leaves no empty ``engines``."""
+    try:
+        yield
+    finally:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()

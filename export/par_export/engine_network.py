@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import re
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -316,18 +317,19 @@ def _run(
             failure.append(error)
 
     thread = threading.Thread(target=work, name="tensorrt build")
-    thread.start()
+    main = threading.current_thread() is threading.main_thread()  # only there may signals be handled
+    # No exception while the builder runs: it stops at its next step, and leaving before it does would crash it.
+    previous = signal.signal(signal.SIGINT, lambda *_: stop.set()) if main else None
     try:
+        thread.start()
         while thread.is_alive():
             thread.join(SWEEP_SECONDS)
             data.sweep()
-    except KeyboardInterrupt:
-        stop.set()
-        thread.join()
-        raise BuildCancelledError from None
     finally:
-        stop.set()
-        thread.join()
+        if main:
+            signal.signal(signal.SIGINT, previous)
+    if stop.is_set():
+        raise BuildCancelledError
     if failure:
         raise failure[0]
     if done != [True]:
@@ -337,18 +339,19 @@ def _run(
 def _explain(trt: TensorRT, network: Any, errors: list[str]) -> str:
     """The builder's own error, and for attention which layer and head size it was about."""
     text = _first(errors)
-    match = re.search(r'attention operation "([^"]+)"', text) or re.search(r"(Attention:[^\s\"',]+)", text)
-    if match is None:
+    if "ttention" not in text:
         return f"{trt.name} {trt.version} cannot build this network: {text}"
-    size = "?"
+    named = re.search(r'attention operation "([^"]+)"', text)
+    sizes = {}
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.module.LayerType.ATTENTION_INPUT:
-            size = str(layer.get_input(0).shape[-1])
-            break
+            sizes[layer.name] = int(layer.get_input(0).shape[-1])
+    name = named.group(1) if named else next(iter(sizes), "?")  # it often does not say which
     return (
-        f"no fused attention kernel for layer {match.group(1)!r} with head size {size} in {trt.name} {trt.version}: "
-        f"export again (head sizes are padded to a multiple of 8), or take another precision. It says: {text}"
+        f"no fused attention kernel for layer {name!r} with head size {sizes.get(name, next(iter(sizes.values()), 0))} in "
+        f"{trt.name} {trt.version}: export again (head sizes are padded to a multiple of 8), or take another precision. "
+        f"It says: {text}"
     )
 
 

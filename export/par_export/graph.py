@@ -28,7 +28,11 @@ ONNX_TYPE = {
     "int32": TensorProto.INT32,
     "uint8": TensorProto.UINT8,
     "bool": TensorProto.BOOL,
+    "int8": TensorProto.INT8,
+    "int4": TensorProto.INT4,
 }
+QUANTISED = ("int8", "int4")  #: weights stored so have their scales beside them, under their name + SCALE
+SCALE = ".scale"
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,18 @@ class Graph:
             self.initializers[name] = tensor
         if stored.dtype == compute:
             return name
+        if stored.dtype in QUANTISED:
+            return self._dequantised(name, stored, compute)
         return self.op("Cast", name, to=ONNX_TYPE[compute])
+
+    def _dequantised(self, name: str, stored: Stored, compute: str) -> str:
+        """A weight-only quantised matrix (in, out) times its scales: per column [out], or per block of rows [blocks, out]."""
+        assert self.weights is not None
+        scale = self.weights.entries[name + SCALE]
+        blocked: dict[str, Any] = {"axis": 1}
+        if len(scale.shape) == 2:
+            blocked = {"axis": 0, "block_size": stored.shape[0] // scale.shape[0]}
+        return self.op("DequantizeLinear", name, self.weight(name + SCALE, compute), **blocked)
 
     def subgraph(self, name: str) -> Graph:
         """A branch body; it sees this graph's values by name. Its constants are its own."""
