@@ -108,7 +108,8 @@ class _Bar:
         self._close()
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number from 1 to 256, for argparse."""
     try:
         value = int(text)
     except ValueError:
@@ -118,8 +119,9 @@ def _count(text: str) -> int:
     return value
 
 
-def _list(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_count(part) for part in text.split(",")}))
+def counts(text: str) -> tuple[int, ...]:
+    """Such numbers with commas, ascending."""
+    return tuple(sorted({count(part) for part in text.split(",")}))
 
 
 def _targets(text: str) -> list[str]:
@@ -153,11 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=list(PRECISIONS), help="of the step network (default: the bundle's)")
     p.add_argument(
         "--max-images",
-        type=_count,
+        type=count,
         default=8,
         help="largest batch; plans are built for 1, 2, 4, ... up to it (default: 8)",
     )
-    p.add_argument("--images", type=_list, help="batch sizes to build for, with commas, instead of --max-images")
+    p.add_argument("--images", type=counts, help="batch sizes to build for, with commas, instead of --max-images")
     p.add_argument(
         "--engines",
         choices=MODES,

@@ -32,7 +32,7 @@ from par_export.step import Form, step_graph
 from par_model.config import PARConfig, VQConfig
 from par_runtime import __version__, trt_module
 from par_runtime.bundle import Bundle, seal, sha256
-from par_runtime.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES
+from par_runtime.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, Engine, EngineError
 from par_runtime.trt_module import TensorRT
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -59,7 +59,7 @@ class Request:
     grouped: bool | None = None
     lengths: bool | None = None
     decoder_precision: str = "fp32"
-    tuned: dict[str, Any] = field(default_factory=dict)
+    label: str = ""  #: further part of the folder's name, for engines side by side
     use_cache: bool = True
     cache_folder: Path = field(default_factory=default_folder)
     cache_limit_bytes: int = DEFAULT_LIMIT_BYTES
@@ -78,6 +78,8 @@ def build(
     name = f"{trt.name}-{trt.version}-{plan.target.lower()}-{plan.precision}" + (
         "" if request.mode == "shared" else f"-{request.mode}"
     )
+    if request.label:
+        name += f"-{request.label}"
     out = bundle.path / ENGINES / name
     cache = EngineCache(request.cache_folder, request.cache_limit_bytes)
     key = key_of(plan.ingredients())
@@ -87,9 +89,10 @@ def build(
         staging(out, force=True, marker=ENGINE_JSON) as folder,
     ):
         shutil.rmtree(folder)
-        if request.use_cache and cache.get(key, folder):
+        if request.use_cache and cache.get(key, folder) and _intact(folder, bundle):
             say(f"{out}: taken from the engine cache ({key[:12]})")
         else:
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             plan.write(folder, say, on_step)
             if request.use_cache:
@@ -98,6 +101,15 @@ def build(
     for line in engine_report.table(report):
         say(line)
     return out
+
+
+def _intact(folder: Path, bundle: Bundle) -> bool:
+    """Whether a cached engine is whole: its files may be one with those of an engine that was damaged."""
+    try:
+        Engine.open(folder, bundle, verify="full")
+    except EngineError:
+        return False
+    return True
 
 
 def _check(request: Request) -> None:
@@ -162,7 +174,6 @@ class _Plan:
             "images": list(r.images),
             "plans": {name: [q, list(p), *vars(self.form(q)).items()] for name, (q, p) in self.queries.items()},
             "sampling": self.sampling,
-            "tuned": r.tuned,
             "graphs": _source_hash(),
         }
 
@@ -205,7 +216,7 @@ class _Plan:
             "sampling": self.sampling,
             "plans": plans,
             "decoder": decoder,
-            "tuned": self.request.tuned,
+            "tuned": {},
             "report": {
                 "plans": reports,
                 "seconds": round(time.monotonic() - started, 2),

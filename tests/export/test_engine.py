@@ -295,6 +295,13 @@ def test_the_second_build_comes_from_the_cache(tiny_copy: Path) -> None:
     assert "taken from the engine cache" in said[0]
     assert (again / "step.plan").read_bytes() == plan
     said.clear()
+    with (again / "step.plan").open("r+b") as f:  # in place: the file is one with the cache's
+        f.write(b"damaged")
+    whole = build(request, said.append)
+    assert "taken from" not in said[0]
+    Engine.open(whole, Bundle.open(tiny_copy), verify="full")  # not byte for byte the same: builds are not
+    assert (whole / "step.plan").read_bytes()[:7] != b"damaged"
+    said.clear()
     build(Request(tiny_copy, "SM80", images=(1, 2)), said.append)  # another build: other profiles
     assert "taken from" not in said[0]
 

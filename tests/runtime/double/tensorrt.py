@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,8 +72,11 @@ def make(driver: Driver, name: str = "tensorrt_rtx", version: str = VERSION) -> 
     return TensorRT(module, name, version)
 
 
-def write_engine(bundle: Bundle, images: tuple[int, ...] = (1, 2, 4), mode: str = "shared", **changes: Any) -> Path:
-    """An engine folder of stand-in plans for ``bundle``; ``changes`` are fields of ``engine.json``."""
+def write_engine(
+    bundle: Bundle, images: tuple[int, ...] = (1, 2, 4), mode: str = "shared", *, slow: float = 0.0, **changes: Any
+) -> Path:
+    """An engine folder of stand-in plans for ``bundle``, each run ``slow`` seconds slower; ``changes`` are fields of
+    ``engine.json``."""
     phases = {phase.name: phase.query for phase in bundle.phases}
     if mode == "shared":
         queries = {"step": (bundle.group_size, list(phases))}
@@ -88,7 +92,7 @@ def write_engine(bundle: Bundle, images: tuple[int, ...] = (1, 2, 4), mode: str 
 
     def plan(name: str, query: int, serves: list[str]) -> dict[str, Any]:
         file = folder / f"{name}.plan"
-        file.write_text(json.dumps({"bundle": str(bundle.path), "query": query, "images": images}))
+        file.write_text(json.dumps({"bundle": str(bundle.path), "query": query, "images": images, "slow": slow}))
         size = file.stat().st_size
         return {"file": file.name, "bytes": size, "sha256": sha256(file), "query": query, "phases": serves}
 
@@ -125,6 +129,7 @@ class Engine:
 
     def __init__(self, driver: Driver, plan: Mapping[str, Any]) -> None:
         self.driver, self.query, self.images = driver, plan["query"], plan["images"]
+        self.slow = plan["slow"]
         self.bundle = Bundle.open(plan["bundle"])
         self.tensors = expected(self.bundle, Plan("", 0, "", self.query, ()))
         newest = tuple(int(part) for part in ort.__version__.split(".")[:2]) >= OPSET24_SINCE
@@ -172,6 +177,7 @@ class Engine:
 
     def run(self, memory: dict[str, np.ndarray]) -> None:
         """Compute one enqueue; outputs are written to device memory."""
+        time.sleep(self.slow)
         if self.query == 0:
             memory["images"][...] = self.session.run(["images"], {"tokens": memory["tokens"]})[0]
             return
