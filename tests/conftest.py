@@ -17,6 +17,15 @@ import pytest
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
+#: Lines of ``tests/test_gpu.py`` for an issue; printed at the end of ``pytest -m gpu``.
+GPU_REPORT: list[str] = []
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if GPU_REPORT:
+        terminalreporter.section("GPU report")
+        for line in GPU_REPORT:
+            terminalreporter.line(line)
 
 
 def _load(path: Path) -> ModuleType:

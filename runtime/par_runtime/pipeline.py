@@ -85,6 +85,16 @@ class Pipeline:
             pipeline.selftest()
         return pipeline
 
+    def close(self) -> None:
+        """Free what the backend holds (a GPU's memory, above all); the pipeline cannot be used afterwards."""
+        self.backend.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def selftest(self, seconds: float = SELFTEST_SECONDS) -> None:
         """Make the bundle's greedy test image and compare its tokens with those of the export.
 

@@ -12,7 +12,6 @@ Letters: B images and R = 2B rows of a profile, q positions of one call, N token
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -23,31 +22,14 @@ from par_runtime.backend import Batch, Float, Int
 from par_runtime.bundle import Bundle
 from par_runtime.engines import Engine, EngineError
 from par_runtime.trt_engine import LoadedPlan, make_log
+from par_runtime.trt_memory import Memory, Shape, bind
 from par_runtime.trt_module import TensorRT
-from par_runtime.trt_tables import Call, Tables, calls_of
+from par_runtime.trt_tables import Call, calls_of
 
 Capture = Literal["image", "call", "none"]
 #: A rounding apart, relative to the largest |logit|; a broken plan is several times further off.
 TIE = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
 GRAPHS_KEPT = 4  #: captured shapes; a graph of a large model holds tens of megabytes
-
-
-@dataclass
-class _Shape:
-    """Everything bound for one batch size. Freed as a whole when a larger one needs the memory."""
-
-    index: int
-    images: int
-    tables: Tables
-    block: cuda.Buffer  #: the tables on the device
-    staging: cuda.Pinned  #: the same on the host
-    tokens: cuda.Buffer  #: a row of tokens [R,q] per call
-    sequence: cuda.Buffer  #: tokens [B,N] in sequence order
-    logits: cuda.Buffer
-    pixels: cuda.Buffer | None
-    out: cuda.Pinned  #: tokens [B,N], then pixels
-    contexts: dict[str, Any] = field(default_factory=dict)
-    warm: bool = False
 
 
 class TrtBackend:
@@ -71,18 +53,15 @@ class TrtBackend:
         self._calls = calls_of(bundle, engine)
         self._single = len(self._calls)  # the tables' row of a call on its own
         self._stream = device.stream()
-        self._caches: dict[str, cuda.Buffer] = {}
-        self._cache_rows = 0
-        self._scratch: cuda.Buffer | None = None
-        self._shapes: dict[int, _Shape] = {}
         self._graphs: OrderedDict[tuple[int, bool], list[cuda.Graph]] = OrderedDict()
         self._batch: Batch | None = None
+        self._memory = Memory(bundle, engine, device, self._plans, self._calls, self._stream, self._drop_graphs)
 
     # -- the Backend protocol -------------------------------------------------------------------------------------
 
     def start(self, batch: Batch) -> None:
         self.device.activate()
-        shape = self._shape(batch.images)
+        shape = self._memory.shape(batch.images)
         self._batch = batch
         shape.tables.fill_batch(shape.staging.array, batch)
 
@@ -107,7 +86,7 @@ class TrtBackend:
         if self.engine.decoder is None:
             raise EngineError(f"{self.engine.path}: was built without a decoder; rebuild with: {self.engine.rebuild}")
         self.device.activate()
-        shape = self._shape(len(tokens))
+        shape = self._memory.shape(len(tokens))
         sequence = shape.staging.array[: shape.images * self.bundle.n_tokens * 8].view(np.int64)
         sequence = sequence.reshape(shape.images, -1)
         sequence[: len(tokens)] = tokens
@@ -129,7 +108,7 @@ class TrtBackend:
         the end. Raises CudaError, OutOfMemory, EngineError.
         """
         self.device.activate()
-        shape = self._shape(batch.images)
+        shape = self._memory.shape(batch.images)
         self._batch = batch
         tables = shape.tables
         tables.fill_batch(shape.staging.array, batch)
@@ -149,7 +128,7 @@ class TrtBackend:
         pixels = shape.out.array[n_bytes : n_bytes + shape.pixels.size].reshape(shape.images, *self._image, 3)
         return tokens, pixels[: batch.images].copy()
 
-    def _captured(self, shape: _Shape, decode: bool) -> list[cuda.Graph]:
+    def _captured(self, shape: Shape, decode: bool) -> list[cuda.Graph]:
         """The graphs that make an image, captured at the first use of a shape; none where capture is off."""
         if self.capturing == "none":
             return []
@@ -179,11 +158,11 @@ class TrtBackend:
                 graph.free()
         return graphs
 
-    def _enqueue_image(self, shape: _Shape, decode: bool) -> None:
+    def _enqueue_image(self, shape: Shape, decode: bool) -> None:
         for part in self._parts(shape, decode):
             part()
 
-    def _parts(self, shape: _Shape, decode: bool) -> list[Any]:
+    def _parts(self, shape: Shape, decode: bool) -> list[Any]:
         """What an image is made of, in order, as functions that enqueue."""
         parts: list[Any] = [lambda: self._upload(shape)]
         parts += [lambda i=i: self._enqueue(shape, i) for i in range(len(self._calls))]
@@ -193,10 +172,10 @@ class TrtBackend:
         parts.append(lambda: self._download(shape, decode))
         return parts
 
-    def _upload(self, shape: _Shape) -> None:
+    def _upload(self, shape: Shape) -> None:
         self._stream.upload(shape.block.pointer, shape.staging, shape.tables.size)
 
-    def _enqueue(self, shape: _Shape, index: int) -> None:
+    def _enqueue(self, shape: Shape, index: int) -> None:
         """Launch call ``index`` of the image: its ids are the previous call's tokens, or its row of the table."""
         call, tables = self._calls[index], shape.tables
         ids = shape.block.pointer + tables.at("ids", index)
@@ -215,19 +194,19 @@ class TrtBackend:
             )
         self._run(shape, call, index, ids)
 
-    def _run(self, shape: _Shape, call: Call, index: int, ids: int) -> None:
+    def _run(self, shape: Shape, call: Call, index: int, ids: int) -> None:
         context, tables, block = shape.contexts[call.plan], shape.tables, shape.block.pointer
         addresses = {"ids": ids, "tokens": shape.tokens.pointer + index * tables.token_pitch}
         for name in ("positions", "write", "length", "uniform"):
             addresses[name] = block + tables.at(name, index)
         for name, address in addresses.items():
-            self._bind(context, name, address)
+            bind(self.engine, context, name, address)
         if not context.execute_async_v3(self._stream.handle):
             raise EngineError(
                 f"{self.engine.path}: {call.plan} call at position {call.write} failed: {self._log.said()}"
             )
 
-    def _collect(self, shape: _Shape) -> None:
+    def _collect(self, shape: Shape) -> None:
         """Put the tokens of all calls into sequence order [B,N]."""
         n, pitch = self.bundle.n_tokens, shape.tables.token_pitch
         index = 0
@@ -245,22 +224,22 @@ class TrtBackend:
                 )
             index += repeat
 
-    def _enqueue_decoder(self, shape: _Shape) -> None:
+    def _enqueue_decoder(self, shape: Shape) -> None:
         if not shape.contexts["decoder"].execute_async_v3(self._stream.handle):
             raise EngineError(f"{self.engine.path}: the decoder failed: {self._log.said()}")
 
-    def _download(self, shape: _Shape, decode: bool) -> None:
+    def _download(self, shape: Shape, decode: bool) -> None:
         self._stream.download(shape.out, shape.sequence.pointer, shape.sequence.size)
         if decode and shape.pixels is not None:
             self._stream.download(shape.out, shape.pixels.pointer, shape.pixels.size, shape.sequence.size)
 
     # -- single calls ---------------------------------------------------------------------------------------------
 
-    def _enqueue_single(self, ids: Int, write: int, uniform: Float) -> tuple[_Shape, Call]:
+    def _enqueue_single(self, ids: Int, write: int, uniform: Float) -> tuple[Shape, Call]:
         """One call on its own, through the tables' last row; the host gives its ids."""
         assert self._batch is not None, "start() comes before step()"
         self.device.activate()
-        shape = self._shape(self._batch.images)
+        shape = self._memory.shape(self._batch.images)
         call = next(c for c in self._calls if c.write == write and c.phase.query == ids.shape[1])
         shape.tables.fill_call(shape.staging.array, self._single, call, self._batch, ids, uniform)
         self._upload(shape)
@@ -275,114 +254,7 @@ class TrtBackend:
             got: NDArray[np.uint8] = pinned.array.copy()
             return got
 
-    # -- memory ---------------------------------------------------------------------------------------------------
-
-    def _shape(self, images: int) -> _Shape:
-        """The smallest profile that holds ``images``, with everything bound."""
-        index = next((i for i, size in enumerate(self.engine.images) if size >= images), None)
-        if index is None:
-            raise EngineError(
-                f"{images} images at once; {self.engine.path} was built for at most {self.max_images}: give a smaller "
-                f"max_batch (--batch), or rebuild with --max-images {images}"
-            )
-        if index not in self._shapes:
-            try:
-                self._shapes[index] = self._make(index)
-            except cuda.OutOfMemory as error:
-                raise self._explained(error, self.engine.images[index]) from error
-        return self._shapes[index]
-
-    def _make(self, index: int) -> _Shape:
-        images, n = self.engine.images[index], self.bundle.n_tokens
-        tables = Tables(self.bundle, self._calls, images)
-        self._reserve(index, tables.rows)
-        pixels = images * self._image[0] * self._image[1] * 3 if self.engine.decoder else 0
-        allocate = self.device.allocate
-        shape = _Shape(
-            index,
-            images,
-            tables,
-            block=allocate(tables.size, "tables"),
-            staging=self.device.pinned(tables.size),
-            tokens=allocate(tables.token_pitch * (len(self._calls) + 1), "tokens"),
-            sequence=allocate(images * n * 8, "tokens in sequence order"),
-            logits=allocate(self._logits_bytes(tables), "logits"),
-            pixels=allocate(pixels, "images") if pixels else None,
-            out=self.device.pinned(images * n * 8 + pixels),
-        )
-        shape.staging.array[:] = 0
-        assert self._scratch is not None
-        for name, plan in self._plans.items():
-            context = plan.context(index, self._scratch.pointer, self._scratch.size, self._stream.handle)
-            shape.contexts[name] = context
-            if name == "decoder":
-                assert shape.pixels is not None
-                self._bind(context, "tokens", shape.sequence.pointer)
-                self._bind(context, "images", shape.pixels.pointer)
-                continue
-            for past, present in zip(self.bundle.cache.inputs, self.bundle.cache.outputs, strict=True):
-                pointer = self._caches[past].pointer
-                self._bind(context, past, pointer)
-                self._bind(context, present, pointer)  # one buffer is input and output
-            for field_name in tables.whole:
-                self._bind(context, field_name, shape.block.pointer + tables.at(field_name, 0))
-            self._bind(context, "logits", shape.logits.pointer)
-        self._stream.synchronize()  # profiles are switched on the stream
-        return shape
-
-    def _reserve(self, index: int, rows: int) -> None:
-        """Caches for ``rows`` and scratch memory for the profile, shared by all shapes; grown when a larger one comes."""
-        scratch = max(1, *(plan.scratch_bytes(index) for plan in self._plans.values()))
-        if rows <= self._cache_rows and self._scratch is not None and scratch <= self._scratch.size:
-            return
-        self._release_shapes()  # they are bound to the old addresses
-        size = self._row_bytes() * max(rows, self._cache_rows)
-        scratch = max(scratch, self._scratch.size if self._scratch else 0)
-        for buffer in [*self._caches.values(), *([self._scratch] if self._scratch else [])]:
-            buffer.free()  # before allocating, so that the old and the new are never held together
-        self._caches, self._scratch, self._cache_rows = {}, None, 0
-        for name in self.bundle.cache.inputs:
-            self._caches[name] = self.device.allocate(size, f"cache {name}")
-            # What is masked is multiplied by zero, so it must be finite; once, for later images overwrite it.
-            self._caches[name].zero(self._stream)
-        self._scratch = self.device.allocate(scratch, "scratch memory")
-        self._cache_rows = max(rows, self._cache_rows)
-
-    def _row_bytes(self) -> int:
-        """Bytes of one row of one cache tensor."""
-        cache = self.bundle.cache
-        plan = next(iter(self._plans.values()))
-        return cache.heads * self.bundle.n_tokens * cache.head_dim * plan.element_bytes(cache.inputs[0])
-
-    def _explained(self, error: cuda.OutOfMemory, images: int) -> MemoryError:
-        """How many images would fit, from what one row takes and what is free."""
-        self._release_shapes()
-        for buffer in self._caches.values():
-            buffer.free()
-        self._caches, self._cache_rows = {}, 0
-        if self._scratch is not None:
-            self._scratch.free()
-            self._scratch = None
-        free = self.device.free_bytes()
-        fits = [size for i, size in enumerate(self.engine.images) if self._needs(i) < free]
-        fit = f"{fits[-1]} would fit: give max_batch={fits[-1]} (--batch {fits[-1]})" if fits else "not even one fits"
-        return MemoryError(
-            f"{images} images do not fit on {self.device.name} ({free / 1e6:.0f} MB free); {fit}. {error}"
-        )
-
-    def _needs(self, index: int) -> int:
-        """Bytes that a batch of this profile takes in all."""
-        images, cache = self.engine.images[index], self.bundle.cache
-        tables = Tables(self.bundle, self._calls, images)
-        own = tables.size + tables.token_pitch * (len(self._calls) + 1) + self._logits_bytes(tables)
-        pixels = images * (self.bundle.n_tokens * 8 + self._image[0] * self._image[1] * 3)
-        scratch = max(plan.scratch_bytes(index) for plan in self._plans.values())
-        return own + pixels + scratch + tables.rows * self._row_bytes() * len(cache.inputs)
-
-    def _logits_bytes(self, tables: Tables) -> int:
-        return tables.images * tables.query * self.bundle.vocab_size * 4
-
-    def _warm(self, shape: _Shape) -> None:
+    def _warm(self, shape: Shape) -> None:
         """One launch of every context outside capture: TensorRT finishes its own set-up in the first."""
         if shape.warm:
             return
@@ -400,40 +272,21 @@ class TrtBackend:
             plan.save_runtime_cache()
         shape.warm = True
 
-    def _bind(self, context: Any, name: str, address: int) -> None:
-        if not context.set_tensor_address(name, address):
-            raise EngineError(f"{self.engine.path}: refuses the address of {name!r}: {self._log.said()}")
+    def _drop_graphs(self) -> None:
+        """Captured graphs hold addresses: they go before what they point to."""
+        for graphs in self._graphs.values():
+            for graph in graphs:
+                graph.free()
+        self._graphs.clear()
 
     @property
     def _image(self) -> tuple[int, int]:
         return self.bundle.image_size or (0, 0)
 
-    def _release_shapes(self) -> None:
-        for graphs in self._graphs.values():
-            for graph in graphs:
-                graph.free()
-        self._graphs.clear()
-        for shape in self._shapes.values():
-            for buffer in (
-                shape.block,
-                shape.staging,
-                shape.tokens,
-                shape.sequence,
-                shape.logits,
-                shape.pixels,
-                shape.out,
-            ):
-                if buffer is not None:
-                    buffer.free()
-        self._shapes.clear()
-
     def close(self) -> None:
         """Free everything on the device."""
         self.device.activate()
-        self._release_shapes()
-        for buffer in [*self._caches.values(), *([self._scratch] if self._scratch else [])]:
-            buffer.free()
-        self._caches, self._scratch = {}, None
+        self._memory.free()
         for plan in self._plans.values():
             plan.close()
         self._stream.free()

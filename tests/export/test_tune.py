@@ -53,7 +53,7 @@ def test_the_fastest_form_is_kept_and_loaded(bundle: Path) -> None:
     assert sum("<- chosen" in line for line in said) == 1
     pipeline = Pipeline.load(bundle)
     assert pipeline.backend.capture == tuned["capture"]  # type: ignore[attr-defined]
-    pipeline.backend.close()
+    pipeline.close()
 
 
 def test_the_command_prints_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,13 +17,14 @@ import pytest
 from double import tensorrt
 from double.driver import Driver, ViolationError
 
-from par_runtime import cli, cuda, trt_module
+from par_runtime import cli, cuda, trt_memory, trt_module
 from par_runtime.bundle import Bundle, seal, sha256
 from par_runtime.engines import ENGINE_JSON, EngineError
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import RequestError
 from par_runtime.trt import Capture, TrtBackend
 from par_runtime.trt_engine import LoadedPlan
+from par_runtime.trt_memory import bind
 from par_runtime.trt_tables import Tables
 
 
@@ -60,7 +61,7 @@ def load(driver: Driver, tmp_path: Path, tiny: Path) -> Iterator[Make]:
 
     yield make
     for pipeline in opened:
-        pipeline.backend.close()
+        pipeline.close()
     assert not driver.device, f"{len(driver.device)} device allocations were never freed"
     assert not driver.pinned, "pinned memory was never freed"
     assert not driver.executables, "graphs were never freed"
@@ -298,7 +299,7 @@ def test_auto_takes_a_fitting_engine_else_the_cpu_with_the_reason(driver: Driver
     pipeline = Pipeline.load(path, selftest=False)
     assert pipeline.backend.name == "tensorrt_rtx 1.0.double fp32 on Stand-in GPU"
     assert pipeline.note == ""
-    pipeline.backend.close()
+    pipeline.close()
     driver.devices = 0
     pipeline = Pipeline.load(path, selftest=False)
     assert pipeline.note == "running on the CPU: the driver shows no GPU (CUDA_VISIBLE_DEVICES?)"
@@ -339,10 +340,10 @@ def swapped_caches(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(self: TrtBackend, shape: Any, call: Any, index: int, ids: int) -> None:
         if index == 1:
-            k, v = (self._caches[f"past_{kind}.0"].pointer for kind in "kv")
+            k, v = (self._memory.caches[f"past_{kind}.0"].pointer for kind in "kv")
             for name in ("past", "present"):
-                self._bind(shape.contexts[call.plan], f"{name}_k.0", v)
-                self._bind(shape.contexts[call.plan], f"{name}_v.0", k)
+                bind(self.engine, shape.contexts[call.plan], f"{name}_k.0", v)
+                bind(self.engine, shape.contexts[call.plan], f"{name}_v.0", k)
         real(self, shape, call, index, ids)
 
     monkeypatch.setattr(TrtBackend, "_run", run)
@@ -368,7 +369,7 @@ def no_wait_before_the_copy_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def whole(self: TrtBackend, *arguments: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
-            if any(shape.warm for shape in self._shapes.values()):
+            if any(shape.warm for shape in self._memory.shapes.values()):
                 inner.setattr(cuda.Stream, "synchronize", lambda self: None)
             return real(self, *arguments)
 
@@ -390,12 +391,15 @@ def staging_reused_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def separate_present_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = TrtBackend._bind
+    real = trt_memory.bind
 
-    def bind(self: TrtBackend, context: Any, name: str, address: int) -> None:
-        real(self, context, name, self._caches["past_k.1"].pointer if name == "present_k.0" else address)
+    given: dict[str, int] = {}
 
-    monkeypatch.setattr(TrtBackend, "_bind", bind)
+    def other(engine: Any, context: Any, name: str, address: int) -> None:
+        given[name] = address
+        real(engine, context, name, given["past_k.0"] if name == "present_v.0" else address)
+
+    monkeypatch.setattr(trt_memory, "bind", other)
 
 
 def length_counts_padding(monkeypatch: pytest.MonkeyPatch) -> None:

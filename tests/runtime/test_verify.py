@@ -1,0 +1,504 @@
+"""``parvis verify``: two sound backends agree, and every kind of sabotage is told."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from par_runtime import cli, verify, verify_command
+from par_runtime.backend import Batch, Float, Int
+from par_runtime.bundle import seal
+from par_runtime.draws import distance_of, draw
+from par_runtime.pipeline import Pipeline
+from par_runtime.request import settings, uniforms
+from par_runtime.verify import FLOORS, Trial
+from par_runtime.verify_command import Report, as_json, load, run, table
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+LABELS = [0, 2, 4, 5]
+
+
+class Sabotaged:
+    """A backend that does everything as the true one, but for what a subclass changes."""
+
+    def __init__(self, backend: Any) -> None:
+        self.true = backend
+        self.name = "sabotaged"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.true, name)
+
+
+@pytest.fixture(scope="module")
+def pair(tiny: Path) -> tuple[Pipeline, Pipeline]:
+    """Candidate and reference: both step graphs on the CPU."""
+    return load(tiny, "cpu", 1, "none"), load(tiny, "cpu-opset23", 1, "none")
+
+
+def trial(pipeline: Pipeline, images: int = 4, **kwargs: Any) -> Trial:
+    return Trial(LABELS[:images], settings(pipeline.bundle, images, **kwargs), list(range(images)), images)
+
+
+def report(
+    pair: tuple[Pipeline, Pipeline], sabotage: Any = None, floors: dict[str, float] | None = None, **kwargs: Any
+) -> Report:
+    candidate, reference = pair
+    if sabotage is not None:
+        candidate = Pipeline(candidate.bundle, sabotage(candidate.backend))
+    return run(candidate, reference, trial(reference, **kwargs), overrides=floors)
+
+
+def failed(r: Report) -> list[str]:
+    return [check.name for check in r.checks if not check.passed]
+
+
+UNEXPLAINED = ["tokens that rounding does not explain"]
+
+# -- sound backends -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"guidance": 3.0, "top_p": 0.9, "top_k": 30}, {"greedy": True}])
+def test_two_step_graphs_agree(pair: tuple[Pipeline, Pipeline], kwargs: dict[str, Any]) -> None:
+    r = report(pair, **kwargs)
+    assert r.passed
+    assert (r.candidate.backend.name, r.reference.backend.name)[1].endswith("(step_opset23)")
+    assert r.candidate.backend.name != r.reference.backend.name
+    assert r.floors == FLOORS["fp32"]  # the bundle is fp16, what computes here is not
+    assert [(p.phase, p.calls, p.positions) for p in r.logits] == [
+        ("prefill", 1, 4),
+        ("sequential", 3, 12),
+        ("transition", 1, 16),
+        ("group", 14, 224),
+    ]
+    assert all(p.relative_error < 1e-5 < p.scale and p.kl < 1e-9 for p in r.logits)
+    assert (r.tokens.tokens, r.tokens.identical_images) == (256, 4)
+    assert r.images is not None
+    assert r.images.psnr == math.inf
+
+
+def test_the_demo_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(DEMO), "--device", "cpu", "--images", "1", "--groups", "5", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert [p["calls"] for p in row["logits"]] == [1, 3, 1, 5]
+    assert row["tokens"]["equal"] == row["tokens"]["tokens"] == 256
+    assert row["bundle"]["hash"] == json.loads((DEMO / "manifest.json").read_text())["hash"]
+
+
+def test_batches_change_nothing(pair: tuple[Pipeline, Pipeline]) -> None:
+    candidate, reference = pair
+    whole = trial(reference, top_p=0.8)
+    parts = [verify.compare_logits(candidate, reference, replace(whole, batch=size)) for size in (4, 3)]
+    assert [p.positions for p in parts[0]] == [p.positions for p in parts[1]]
+    assert [p.scale for p in parts[0]] == pytest.approx([p.scale for p in parts[1]], rel=1e-5)
+
+
+def test_the_numpy_sampler_draws_what_the_graphs_drew(pair: tuple[Pipeline, Pipeline]) -> None:
+    _, reference = pair
+    classes = list(range(6)) * 3
+    greedy = [False] * 17 + [True]
+    each = settings(
+        reference.bundle,
+        18,
+        guidance=[1.0, 3.0, 1.5] * 6,
+        temperature=[1.0, 0.5, 2.0, 1.0, 0.0, 1.0] * 3,
+        top_k=[0, 5, 64, 20, 0, 1, 0, 63, 2] * 2,
+        top_p=[1.0, 1.0, 1.0, 0.9, 0.5, 0.0] * 3,
+        greedy=greedy,
+    )
+    tokens = np.zeros((18, 64), np.int64)
+    noise = np.stack([uniforms(i, 64) * (not greedy[i]) for i in range(18)])
+    for phase, write, ids in reference._calls(classes, each, tokens):
+        here = slice(write, write + phase.query)
+        logits = reference.backend.logits(ids, write).copy()
+        tokens[:, here] = reference.backend.step(ids, write, noise[:, here])[:18]
+        for b, s in enumerate(each):
+            t, k, p = (1.0, 1, 1.0) if s.greedy else (s.temperature, s.top_k, s.top_p)
+            for j in range(phase.query):
+                u, token = float(noise[b, write + j]), int(tokens[b, write + j])
+                assert draw(logits[b, j], u, t, k, p) == token, (b, write + j)
+                assert distance_of(logits[b, j], logits[b, j], token, u, t, k, p)[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_distance_is_from_the_candidates_token_in_the_references_cdf() -> None:
+    even = np.zeros(4, np.float32)
+    assert distance_of(even, even, 2, 0.4, 1.0, 0, 1.0) == pytest.approx((0.1, 2.0**-21))
+    assert distance_of(even, even, 0, 0.4, 1.0, 0, 1.0) == pytest.approx((0.15, 2.0**-21))
+    # Half of the codes up by h and half down moves their boundary by tanh(h)/2: a little less than the worst case.
+    other = np.array([0.05, 0.05, -0.05, -0.05], np.float32)
+    moved = math.tanh(0.05) / 2
+    distance, explained = distance_of(even, other, 1, 0.5 + moved, 1.0, 0, 1.0)
+    assert distance == pytest.approx(moved)
+    assert moved < explained < 1.001 * moved
+    # Filtered by both: out of reach. Kept by the candidate alone: its filter is what differs, not its draw.
+    peaked = np.array([2.0, 1.0, 0.999, -9.0], np.float32)
+    assert distance_of(peaked, peaked, 2, 0.99, 1.0, 2, 1.0)[0] is None
+    swapped = np.array([2.0, 1.0, 1.001, -9.0], np.float32)
+    assert distance_of(peaked, swapped, 2, 0.99, 1.0, 2, 1.0)[0] == 0
+
+
+# -- near-ties: other tokens, and no failure ----------------------------------------------------------------------------
+
+
+def noisy(size: float) -> type[Sabotaged]:
+    """A backend that rounds more roughly: its logits are off by up to ``size``, and it draws from those."""
+
+    class Noisy(Sabotaged):
+        batch: Batch
+
+        def start(self, batch: Batch) -> None:
+            self.batch = batch
+            self.true.start(batch)
+
+        def logits(self, ids: Int, write: int) -> Float:
+            logits: Float = self.true.logits(ids, write)
+            for b in range(len(logits)):  # by image and position, whatever the batch
+                logits[b] += np.random.default_rng([write, b]).uniform(-size, size, logits[b].shape).astype(np.float32)
+            return logits
+
+        def step(self, ids: Int, write: int, uniform: Float) -> Int:
+            logits, s = self.logits(ids, write), self.batch
+            drawn = [
+                [
+                    draw(row, float(u), float(s.temperature[b]), int(s.top_k[b]), float(s.top_p[b]))
+                    for row, u in zip(logits[b], uniform[b], strict=True)
+                ]
+                for b in range(s.images)
+            ]
+            return np.array(drawn)
+
+    return Noisy
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"guidance": 3.0, "top_p": 0.7}, {"top_k": 3, "top_p": 0.95}, {"temperature": 0.3}, {"greedy": True}]
+)
+def test_rounding_makes_near_ties_and_no_failure(pair: tuple[Pipeline, Pipeline], kwargs: dict[str, Any]) -> None:
+    r = report(pair, noisy(0.05), floors={"tie": 0.05}, **kwargs)
+    assert r.floors_of == "fp16"  # the sabotaged one is no CPU backend: the bundle's precision
+    assert failed(r) == []
+    assert r.tokens.equal < r.tokens.tokens
+    assert r.tokens.divergences
+    for d in r.tokens.divergences:
+        assert d.near_tie
+        assert d.distance is not None
+        assert 0 <= d.distance <= d.explained < 0.2
+        assert d.logit_error < 0.02
+    assert "a near-tie, decided by rounding" in table(r)
+
+
+def forced(token_by_image: dict[int, int], position: int = 0) -> type[Sabotaged]:
+    """A backend that gives other tokens at one position of some images, with the true logits."""
+
+    class Forced(Sabotaged):
+        def step(self, ids: Int, write: int, uniform: Float) -> Int:
+            tokens: Int = self.true.step(ids, write, uniform).copy()
+            if write <= position < write + ids.shape[1]:
+                for image, token in token_by_image.items():
+                    tokens[image, position - write] = token
+            return tokens
+
+    return Forced
+
+
+@pytest.mark.parametrize(("away", "tie"), [(1e-7, True), (1e-3, False)])
+def test_a_draw_on_a_boundary_is_a_near_tie_and_beside_it_is_not(
+    pair: tuple[Pipeline, Pipeline], monkeypatch: pytest.MonkeyPatch, away: float, tie: bool
+) -> None:
+    _, reference = pair
+    t = trial(reference, 2)
+    _, write, ids = next(reference._calls(t.classes, t.settings, np.zeros((2, 64), np.int64)))
+    logits = reference.backend.logits(ids, write)[1, 0].astype(np.float64)
+    cdf = np.cumsum(np.exp(logits - logits.max()))
+    cdf /= cdf[-1]
+    token = int(np.diff(cdf).argmax())  # its right neighbour's share is the largest
+
+    def on_the_boundary(seed: int, count: int) -> Float:
+        noise = uniforms(seed, count)
+        noise[0] = cdf[token] + away if seed == 1 else noise[0]
+        return noise
+
+    for module in ("pipeline", "verify"):
+        monkeypatch.setattr(f"par_runtime.{module}.uniforms", on_the_boundary)
+    r = report(pair, forced({1: token}), images=2)
+    assert failed(r) == ([] if tie else UNEXPLAINED)
+    assert r.tokens.identical_images == 1
+    (d,) = r.tokens.divergences
+    assert (d.image, d.label, d.seed, d.phase, d.position) == (1, 2, 1, "prefill", 0)
+    assert (d.reference_token, d.candidate_token, d.near_tie) == (token + 1, token, tie)
+    assert d.distance == pytest.approx(away, rel=0.3)
+    assert d.logit_gap == pytest.approx(logits[token + 1] - logits[token], rel=1e-5)
+    assert ("a near-tie" in table(r)) == tie
+
+
+# -- sabotage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "phase"), [(0, 0, "prefill"), (3, 3, "sequential"), (4, 4, "transition"), (60, 60, "group")]
+)
+def test_one_wrong_logit_is_told_by_its_phase(
+    pair: tuple[Pipeline, Pipeline], first: int, last: int, phase: str
+) -> None:
+    class OneWrong(Sabotaged):
+        def logits(self, ids: Int, write: int) -> Float:
+            logits: Float = self.true.logits(ids, write)
+            if first <= write <= last:
+                logits[-1, -1, 7] += 0.5
+            return logits
+
+    r = report(pair, OneWrong, floors={"kl": 1.0})
+    assert failed(r) == [f"relative logit error of {phase}"]
+    assert next(p for p in r.logits if p.phase == phase).max_error == pytest.approx(0.5, abs=1e-3)
+
+
+def test_small_errors_everywhere_are_told_by_the_divergence(pair: tuple[Pipeline, Pipeline]) -> None:
+    r = report(pair, noisy(0.3), floors={"kl": 1e-3, "tie": 1.0})
+    assert failed(r) == [f"KL divergence of {p} (nats)" for p in ("prefill", "sequential", "transition", "group")]
+    assert r.logits[-1].kl == pytest.approx(0.3**2 / 6, rel=0.5)  # half the variance
+
+
+def test_other_most_probable_codes_are_told(pair: tuple[Pipeline, Pipeline]) -> None:
+    class Reversed(Sabotaged):
+        def logits(self, ids: Int, write: int) -> Float:
+            logits: Float = self.true.logits(ids, write)
+            return logits[..., ::-1]
+
+    r = report(pair, Reversed, floors={"kl": 100.0, "logits": 100.0})
+    assert failed(r) == ["argmax agreement"]
+
+
+def test_a_token_with_a_large_margin_fails(pair: tuple[Pipeline, Pipeline]) -> None:
+    wanted = report(pair).reference.generate(LABELS, seeds=[0, 1, 2, 3]).tokens
+    r = report(pair, forced({2: int(wanted[2, 41]) ^ 32}, position=41))
+    assert failed(r) == UNEXPLAINED
+    (d,) = r.tokens.divergences
+    assert (d.image, d.phase, d.position, d.near_tie) == (2, "group", 41, False)
+    assert d.distance is not None
+    assert d.distance > d.explained
+    assert "a real disagreement: the logits do not explain this draw" in table(r)
+    assert table(r).endswith("verify: FAIL, 1 of 11 checks")
+
+
+def test_a_token_that_is_none_fails(pair: tuple[Pipeline, Pipeline]) -> None:
+    r = report(pair, forced({0: 64, 3: -1}, position=63))
+    assert failed(r) == UNEXPLAINED
+    assert [d.verdict for d in r.tokens.divergences] == ["a real disagreement: codes are 0..63"] * 2
+
+
+@pytest.mark.parametrize(("field", "value"), [("top_p", 1.0), ("top_k", 0), ("temperature", 1.3), ("uniform", 0.5)])
+def test_a_sampler_that_ignores_what_was_asked_fails(pair: tuple[Pipeline, Pipeline], field: str, value: float) -> None:
+    class Deaf(Sabotaged):
+        def start(self, batch: Batch) -> None:
+            if field != "uniform":
+                batch = replace(batch, **{field: np.full_like(getattr(batch, field), value)})
+            self.true.start(batch)
+
+        def step(self, ids: Int, write: int, uniform: Float) -> Int:
+            tokens: Int = self.true.step(ids, write, np.full_like(uniform, value) if field == "uniform" else uniform)
+            return tokens
+
+    assert failed(report(pair, Deaf, top_p=0.6, top_k=12)) == UNEXPLAINED
+
+
+def test_wrong_logits_explain_no_token(pair: tuple[Pipeline, Pipeline]) -> None:
+    """Tokens may follow from the candidate's logits; if those are off, that is no excuse."""
+    r = report(pair, noisy(1.0), floors={"kl": 10.0, "argmax": 0.0, "tie": 1.0})
+    assert failed(r)[-1:] == UNEXPLAINED
+    assert {d.verdict for d in r.tokens.divergences} == {
+        "a real disagreement: the logits of this call differ by more than rounding"
+    }
+    assert failed(report(pair, noisy(0.3), floors={"kl": 10.0, "tie": 1e-4})) == UNEXPLAINED
+
+
+@pytest.mark.parametrize(("off", "psnr", "passes"), [(1, 48.1, True), (4, 36.1, False)])
+def test_wrong_images_are_told_by_their_psnr(
+    pair: tuple[Pipeline, Pipeline], off: int, psnr: float, passes: bool
+) -> None:
+    class Darker(Sabotaged):
+        def decode(self, tokens: Int) -> np.ndarray:
+            images: np.ndarray = self.true.decode(tokens).copy()
+            images[-1] ^= off  # one image of the four
+            return images
+
+    r = report(pair, Darker)
+    assert failed(r) == ([] if passes else ["PSNR of the worst image"])
+    assert r.images is not None
+    assert r.images.identical_images == 3
+    assert r.images.max_difference == off
+    assert r.images.psnr == pytest.approx(psnr, abs=0.1)
+    assert f"3 of 4 identical; the worst has {psnr} dB" in table(r)
+
+
+def test_nan_fails_and_its_json_is_valid(pair: tuple[Pipeline, Pipeline]) -> None:
+    class Broken(Sabotaged):
+        def logits(self, ids: Int, write: int) -> Float:
+            logits: Float = self.true.logits(ids, write)
+            logits[0, 0, 5] = np.nan
+            return logits
+
+    class BrokenAndOther(Broken, forced({0: 9}, position=20)):  # type: ignore[misc]
+        pass
+
+    r = report(pair, BrokenAndOther, floors={"logits": 1e9, "kl": 1e9, "argmax": 0.0, "tie": 1.0})
+    assert len(failed(r)) == 9  # every phase twice, and the token
+    assert not r.passed
+    text = json.dumps(as_json(r), allow_nan=False)
+    assert json.loads(text)["logits"][0]["max_error"] is None
+
+
+# -- the command --------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> int:
+    try:
+        return cli.main(["verify", *map(str, arguments)])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.fixture
+def half_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's candidate has one logit that is half off."""
+
+    class Off(Sabotaged):
+        def logits(self, ids: Int, write: int) -> Float:
+            logits: Float = self.true.logits(ids, write)
+            logits[..., 3] += 0.5
+            return logits
+
+    def sabotaged(path: Path, device: str, *rest: Any) -> Pipeline:
+        pipeline = load(path, device, *rest)
+        return Pipeline(pipeline.bundle, Off(pipeline.backend)) if device == "cpu" else pipeline
+
+    monkeypatch.setattr(verify_command, "load", sabotaged)
+
+
+def test_table_and_exit_code_0(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(tiny, "--label", "otter", "--label", 0, "--images", 3, "--seed", 5) == 0
+    text = capsys.readouterr().out
+    for line in (
+        "request    3 images, seed 5..7, guidance 1.5, temperature 1, top-k 0, top-p 1",
+        "note       running on the CPU: ",
+        "  192 of 192 equal (100.00 %), 3 of 3 images identical",
+        "  identical",
+        "verify: pass",
+    ):
+        assert f"\n{line}" in text
+    assert "FAIL" not in text
+
+
+def test_exit_code_1_with_a_line_for_each_failed_check(
+    tiny: Path, capsys: pytest.CaptureFixture[str], half_off: None
+) -> None:
+    arguments = [tiny, "--device", "cpu", "--against", "cpu-opset23", "--images", 2]
+    assert command(*arguments) == 1
+    text = capsys.readouterr().out
+    assert text.count("\n  FAIL  ") == 4
+    assert command(*arguments, "--quiet") == 1
+    quiet = capsys.readouterr().out
+    assert quiet.startswith("FAIL  relative logit error of prefill 0.0")
+    assert quiet.count("\n") == 4
+    assert command(*arguments, "--json") == 1
+    row = json.loads(capsys.readouterr().out)
+    assert not row["passed"]
+    assert [c["name"] for c in row["checks"] if not c["passed"]] == [
+        f"relative logit error of {p}" for p in ("prefill", "sequential", "transition", "group")
+    ]
+    assert command(*arguments, "--floor-logits", 0.1, "--quiet") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_json_tells_everything(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(tiny, "--device", "cpu", "--json", "--greedy", "--floor-psnr", 30, "--label", "all") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["passed"] is True
+    assert row["bundle"]["hash"] == json.loads((tiny / "manifest.json").read_text())["hash"]
+    assert row["candidate"]["backend"].startswith("onnxruntime-cpu ")
+    assert row["reference"]["backend"].endswith("(step_opset23)")
+    assert set(row["versions"]) == {"parvis", "python", "numpy", "onnxruntime"}
+    assert row["request"]["classes"] == [0, 1, 2, 3, 4, 5]
+    assert row["request"]["settings"][0]["greedy"] is True
+    assert row["floors"]["psnr"] == 30
+    assert row["images"] == {"images": 6, "identical_images": 6, "psnr": None, "max_difference": 0, "identical": True}
+    assert all(set(c) == {"name", "value", "floor", "passed", "text"} for c in row["checks"])
+
+
+def test_a_backend_against_itself_is_noted(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(tiny, "--device", "cpu", "--against", "cpu", "--images", 1) == 0
+    assert "not that it is right; give another --against" in capsys.readouterr().out
+
+
+def test_a_bundle_without_decoder_skips_images(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(shutil.copytree(tiny, tmp_path / "tokens"))
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(seal(manifest | {"tokenizer": None})))
+    assert command(path, "--images", 1) == 0
+    text = capsys.readouterr().out
+    assert "skipped: the bundle ends at tokens" in text
+    assert "PSNR" not in text
+
+
+ERRORS = [
+    (["BUNDLE", "--device", "gpu"], "device 'gpu': expected auto, cpu, cuda"),
+    (["BUNDLE", "--device", "cuda:0"], "device 'cuda:0' cannot run"),
+    (["BUNDLE", "--against", "tpu"], "device 'tpu': expected"),
+    (["BUNDLE", "--against", "cpu-opset23", "--threads", "0"], "threads 0: expected 1 or more"),
+    (["BUNDLE", "--images", "0"], "--images 0: expected 1 or more"),
+    (["BUNDLE", "--groups", "0"], "--groups 0: expected 1 or more"),
+    (["BUNDLE", "--batch", "5000"], "--batch 5000: expected 1 to 4096"),
+    (["BUNDLE", "--label", "oter"], "unknown label 'oter'; did you mean otter"),
+    (["BUNDLE", "--seed", "-1"], "seed -1: expected a whole number"),
+    (["BUNDLE", "--top-p", "2"], "top_p 2.0: expected 0 to 1"),
+    (["BUNDLE", "--floor-psnr", "nan"], "--floor-psnr nan: expected 0 or more"),
+    (["BUNDLE", "--floor-kl", "-1"], "--floor-kl -1.0: expected 0 or more"),
+    (["BUNDLE", "--floor-tie", "x"], "argument --floor-tie: invalid float value: 'x'"),
+    (["BUNDLE/nope"], "no such folder"),
+    ([], "the following arguments are required: BUNDLE"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), ERRORS)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tiny: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+) -> None:
+    assert command(*(a.replace("BUNDLE", str(tiny)) for a in arguments)) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert text in error
+    assert error.startswith("parvis: error: ")
+    assert error.count("\n") == 1
+
+
+def test_help_tells_the_floors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--help") == 0
+    assert "(default: fp32 0.001, fp16 0.03, bf16 0.1)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_tensorrt_engine_on_the_stand_in_gpu(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from double import tensorrt
+    from double.driver import Driver
+
+    from par_runtime import cuda, trt_module
+    from par_runtime.bundle import Bundle
+
+    driver = Driver()
+    monkeypatch.setattr(cuda, "driver", driver)
+    monkeypatch.setattr(trt_module, "load", lambda name=None: tensorrt.make(driver))
+    path = Path(shutil.copytree(tiny, tmp_path / "bundle"))
+    tensorrt.write_engine(Bundle.open(path), (1, 2), "shared")
+    assert command(path, "--images", 3, "--json") == 0  # auto takes the engine
+    row = json.loads(capsys.readouterr().out)
+    assert row["candidate"]["backend"].startswith("tensorrt_rtx")
+    assert row["reference"]["backend"].startswith("onnxruntime-cpu")
+    assert row["request"]["batch"] == 2
+    assert row["notes"] == []
+    assert not driver.device, "the engine was not closed"
