@@ -87,16 +87,15 @@ class TrtBackend:
             raise EngineError(f"{self.engine.path}: was built without a decoder; rebuild with: {self.engine.rebuild}")
         self.device.activate()
         shape = self._memory.shape(len(tokens))
-        sequence = shape.staging.array[: shape.images * self.bundle.n_tokens * 8].view(np.int64)
-        sequence = sequence.reshape(shape.images, -1)
-        sequence[: len(tokens)] = tokens
-        sequence[len(tokens) :] = tokens[:1]
-        self._stream.upload(shape.sequence.pointer, shape.staging, sequence.nbytes)
+        with self.device.pinned(shape.sequence.size) as staging:
+            sequence = staging.array.view(np.int64).reshape(shape.images, -1)
+            sequence[: len(tokens)] = tokens
+            sequence[len(tokens) :] = tokens[:1]
+            self._stream.upload(shape.sequence.pointer, staging, staging.size)
+            self._stream.synchronize()  # before the staging memory goes
         self._enqueue_decoder(shape)
         assert shape.pixels is not None
         pixels = self._fetch(shape.pixels.pointer, shape.pixels.size).reshape(shape.images, *self._image, 3)
-        if self._batch is not None:  # the staging block held its settings
-            shape.tables.fill_batch(shape.staging.array, self._batch)
         return pixels[: len(tokens)]
 
     # -- whole images ---------------------------------------------------------------------------------------------
@@ -241,7 +240,7 @@ class TrtBackend:
         self.device.activate()
         shape = self._memory.shape(self._batch.images)
         call = next(c for c in self._calls if c.write == write and c.phase.query == ids.shape[1])
-        shape.tables.fill_call(shape.staging.array, self._single, call, self._batch, ids, uniform)
+        shape.tables.fill_single(shape.staging.array, self._single, call, self._batch, ids, uniform)
         self._upload(shape)
         self._run(shape, call, self._single, shape.block.pointer + shape.tables.at("ids", self._single))
         return shape, call
@@ -290,3 +289,4 @@ class TrtBackend:
         for plan in self._plans.values():
             plan.close()
         self._stream.free()
+        self.device.close()

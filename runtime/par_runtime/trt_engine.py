@@ -26,8 +26,8 @@ class LoadedPlan:
     ) -> None:
         self.name, self.plan, self.engine_entry, self._trt, self._log = name, plan, engine, trt, log
         path = engine.path / plan.file
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            self.engine = runtime.deserialize_cuda_engine(mapped)
+        with path.open("rb") as file:  # mapped: gigabytes need not be in memory twice
+            self.engine = runtime.deserialize_cuda_engine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         if self.engine is None:
             raise EngineError(
                 f"{path}: {trt.name} {trt.version} cannot load it ({log.said()}); rebuild with: {engine.rebuild}"
@@ -128,6 +128,10 @@ class LoadedPlan:
                     )
         if self.plan.query == 0:
             return
+        if not hasattr(self.engine, "get_aliased_input_tensor"):
+            raise EngineError(
+                f"{self._trt.name} {self._trt.version} does not tell aliased tensors; install a newer version"
+            )
         for past, present in zip(bundle.cache.inputs, bundle.cache.outputs, strict=True):
             aliased = self.engine.get_aliased_input_tensor(present)
             if aliased != past:

@@ -89,6 +89,8 @@ class Memory:
             out=self.device.pinned(images * n * 8 + pixels),
         )
         shape.staging.array[:] = 0
+        for i, call in enumerate(self._calls):
+            tables.fill_call(shape.staging.array, i, call)
         assert self._scratch is not None
         for name, plan in self._plans.items():
             context = plan.context(index, self._scratch.pointer, self._scratch.size, self._stream.handle)

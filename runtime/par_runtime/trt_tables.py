@@ -34,10 +34,9 @@ class Field:
     def size(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def of(self, block: NDArray[np.uint8], count: int = 1, pitch: int = 0) -> NDArray[np.generic]:
-        """The array in ``block``; with ``count``, one per call, ``pitch`` bytes apart: [count, ...]."""
-        strides = np.empty(self.shape, self.dtype).strides
-        return np.ndarray((count, *self.shape), self.dtype, block.data, self.offset, (pitch, *strides))
+    def of(self, block: NDArray[np.uint8]) -> NDArray[np.generic]:
+        """The array in ``block``."""
+        return np.ndarray(self.shape, self.dtype, block.data, self.offset)
 
 
 @dataclass(frozen=True)
@@ -133,31 +132,55 @@ class Tables:
             given = getattr(batch, name)
             values[name] = np.concatenate([given, np.repeat(given[:1], b - batch.images)])
         for name, field in self.whole.items():
-            field.of(block)[0] = values[name]
+            field.of(block)[...] = values[name]
 
-    def fill_image(self, block: NDArray[np.uint8], batch: Batch, class_ids: Int, noise: Float) -> None:
-        """Write every call's row for ``class_ids`` [R'] and ``noise`` [B',N]."""
-        for i, call in enumerate(self.calls):
-            here = slice(call.write, call.write + call.phase.query)
-            ids = np.zeros((batch.rows, call.phase.query), np.int64)
-            for j, entry in enumerate(call.phase.inputs):
-                ids[:, j] = class_ids if entry == "class" else 0 if entry == "token" else entry
-            self.fill_call(block, i, call, batch, ids, noise[:, here])
-
-    def fill_call(
-        self, block: NDArray[np.uint8], index: int, call: Call, batch: Batch, ids: Int, uniform: Float
-    ) -> None:
-        """Write the row ``index`` for one call: ``ids`` [R',q'], ``uniform`` [B',q']. What is padded repeats row 0."""
-        q, real, rows = call.query, call.phase.query, self.device_rows(batch)
+    def fill_call(self, block: NDArray[np.uint8], index: int, call: Call) -> None:
+        """Write what never changes of a call into row ``index``: its place, what it sees, its learnable tokens."""
+        q, real = call.query, call.phase.query
         row = {name: self.view(block, name, index, q) for name in self.row}
         row["ids"][...] = 0
-        row["ids"][:, :real] = ids[0]
-        row["ids"][rows, :real] = ids
+        for j, entry in enumerate(call.phase.inputs):
+            if isinstance(entry, int):
+                row["ids"][:, j] = entry
         row["positions"][...] = np.arange(call.write, call.write + q)
         row["write"][...] = call.write
         row["length"][...] = call.write + real  # padded positions are written, and never seen
         row["uniform"][...] = 0
-        row["uniform"][: batch.images, :real] = uniform
+
+    def fill_single(
+        self, block: NDArray[np.uint8], index: int, call: Call, batch: Batch, ids: Int, uniform: Float
+    ) -> None:
+        """Write a call on its own into row ``index``: ``ids`` [R',q'], ``uniform`` [B',q']. Unused rows repeat row 0."""
+        real, rows = call.phase.query, self.device_rows(batch)
+        self.fill_call(block, index, call)
+        into = self.view(block, "ids", index, call.query)
+        into[:, :real] = ids[0]
+        into[rows, :real] = ids
+        self.view(block, "uniform", index, call.query)[: batch.images, :real] = uniform
+
+    def fill_image(self, block: NDArray[np.uint8], batch: Batch, class_ids: Int, noise: Float) -> None:
+        """Write what an image differs in: ``class_ids`` [R'] and ``noise`` [B',N]. A phase at a time: this is on the
+        path of every image."""
+        rows = self.device_rows(batch)
+        index = 0
+        while index < len(self.calls):
+            call = self.calls[index]
+            real, repeat = call.phase.query, call.phase.repeat
+            for j, entry in enumerate(call.phase.inputs):
+                if entry == "class":
+                    into = self.view(block, "ids", index, call.query)
+                    into[:, j] = class_ids[0]
+                    into[rows, j] = class_ids
+            draws = noise[:, call.write : call.write + real * repeat].reshape(batch.images, repeat, real)
+            self._uniforms(block, index, call)[:, : batch.images, :real] = draws.transpose(1, 0, 2)
+            index += repeat
+
+    def _uniforms(self, block: NDArray[np.uint8], index: int, call: Call) -> NDArray[np.generic]:
+        """The draws of all calls of a phase, the first in row ``index``: [repeat, B, q]."""
+        field = self.row["uniform"]
+        shape = (call.phase.repeat, self.images, call.query)
+        strides = (self.pitch, call.query * 4, 4)
+        return np.ndarray(shape, field.dtype, block.data, field.offset + index * self.pitch, strides)
 
     def view(self, block: NDArray[np.uint8], name: str, index: int, query: int) -> NDArray[np.generic]:
         """The array ``name`` of row ``index`` in ``block``, packed for a plan of ``query`` positions."""

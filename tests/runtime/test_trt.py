@@ -108,12 +108,12 @@ def test_one_synchronisation_per_image(load: Make, driver: Driver) -> None:
 
 def test_greedy_selftest_passes_and_a_swapped_class_fails(load: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = load(selftest=True)
-    real = Tables.fill_call
+    real = Tables.fill_single
 
     def other_class(self: Tables, block: Any, index: int, call: Any, batch: Any, ids: Any, uniform: Any) -> None:
         real(self, block, index, call, batch, ids + (call.write == 0), uniform)
 
-    monkeypatch.setattr(Tables, "fill_call", other_class)
+    monkeypatch.setattr(Tables, "fill_single", other_class)
     with pytest.raises(Exception, match="self-test failed on tensorrt_rtx"):
         gpu.selftest()
 
@@ -352,8 +352,8 @@ def swapped_caches(monkeypatch: pytest.MonkeyPatch) -> None:
 def write_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Tables.fill_call
 
-    def fill(self: Tables, block: Any, index: int, call: Any, *rest: Any) -> None:
-        real(self, block, index, call, *rest)
+    def fill(self: Tables, block: Any, index: int, call: Any) -> None:
+        real(self, block, index, call)
         if call.phase.name == "group":
             self.view(block, "write", index, call.query)[...] += 1
 
@@ -405,8 +405,8 @@ def separate_present_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
 def length_counts_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Tables.fill_call
 
-    def fill(self: Tables, block: Any, index: int, call: Any, *rest: Any) -> None:
-        real(self, block, index, call, *rest)
+    def fill(self: Tables, block: Any, index: int, call: Any) -> None:
+        real(self, block, index, call)
         self.view(block, "length", index, call.query)[...] = call.write + call.query
 
     monkeypatch.setattr(Tables, "fill_call", fill)

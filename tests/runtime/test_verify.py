@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from par_runtime import cli, verify, verify_command
+from par_runtime import verify
 from par_runtime.backend import Batch, Float, Int
-from par_runtime.bundle import seal
 from par_runtime.draws import distance_of, draw
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import settings, uniforms
 from par_runtime.verify import FLOORS, Trial
 from par_runtime.verify_command import Report, as_json, load, run, table
 
-DEMO = Path(__file__).parents[2] / "models" / "demo"
 LABELS = [0, 2, 4, 5]
 
 
@@ -68,8 +66,8 @@ UNEXPLAINED = ["tokens that rounding does not explain"]
 def test_two_step_graphs_agree(pair: tuple[Pipeline, Pipeline], kwargs: dict[str, Any]) -> None:
     r = report(pair, **kwargs)
     assert r.passed
-    assert (r.candidate.backend.name, r.reference.backend.name)[1].endswith("(step_opset23)")
-    assert r.candidate.backend.name != r.reference.backend.name
+    assert r.reference.backend.name == f"{r.candidate.backend.name} (step_opset23)"
+    assert str(r.reference.backend._step._model_path).endswith("step_opset23.onnx")  # type: ignore[attr-defined]
     assert r.floors == FLOORS["fp32"]  # the bundle is fp16, what computes here is not
     assert [(p.phase, p.calls, p.positions) for p in r.logits] == [
         ("prefill", 1, 4),
@@ -81,14 +79,6 @@ def test_two_step_graphs_agree(pair: tuple[Pipeline, Pipeline], kwargs: dict[str
     assert (r.tokens.tokens, r.tokens.identical_images) == (256, 4)
     assert r.images is not None
     assert r.images.psnr == math.inf
-
-
-def test_the_demo_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify", str(DEMO), "--device", "cpu", "--images", "1", "--groups", "5", "--json"]) == 0
-    row = json.loads(capsys.readouterr().out)
-    assert [p["calls"] for p in row["logits"]] == [1, 3, 1, 5]
-    assert row["tokens"]["equal"] == row["tokens"]["tokens"] == 256
-    assert row["bundle"]["hash"] == json.loads((DEMO / "manifest.json").read_text())["hash"]
 
 
 def test_batches_change_nothing(pair: tuple[Pipeline, Pipeline]) -> None:
@@ -191,6 +181,15 @@ def test_rounding_makes_near_ties_and_no_failure(pair: tuple[Pipeline, Pipeline]
         assert 0 <= d.distance <= d.explained < 0.2
         assert d.logit_error < 0.02
     assert "a near-tie, decided by rounding" in table(r)
+
+
+def test_divergences_are_named_by_image_in_every_batch(pair: tuple[Pipeline, Pipeline]) -> None:
+    candidate, reference = pair
+    flipped = 63 - int(reference.generate([2], seeds=[1]).tokens[0, 9])
+    other = Pipeline(candidate.bundle, forced({0: flipped}, position=9)(candidate.backend))
+    r = run(other, reference, replace(trial(reference), batch=1))  # so it is the first image of each batch
+    assert [(d.image, d.label, d.seed) for d in r.tokens.divergences if d.position == 9][-1] == (3, 5, 3)
+    assert all((d.label, d.seed) == (LABELS[d.image], d.image) for d in r.tokens.divergences)
 
 
 def forced(token_by_image: dict[int, int], position: int = 0) -> type[Sabotaged]:
@@ -349,156 +348,14 @@ def test_nan_fails_and_its_json_is_valid(pair: tuple[Pipeline, Pipeline]) -> Non
     r = report(pair, BrokenAndOther, floors={"logits": 1e9, "kl": 1e9, "argmax": 0.0, "tie": 1.0})
     assert len(failed(r)) == 9  # every phase twice, and the token
     assert not r.passed
+    assert r.tokens.divergences[0].verdict.endswith("the logits of this call differ by more than rounding")
     text = json.dumps(as_json(r), allow_nan=False)
     assert json.loads(text)["logits"][0]["max_error"] is None
 
 
-# -- the command --------------------------------------------------------------------------------------------------------
+def test_an_engine_is_held_to_its_own_precision(pair: tuple[Pipeline, Pipeline]) -> None:
+    class Engine(Sabotaged):
+        engine = SimpleNamespace(precision="bf16")
 
-
-def command(*arguments: object) -> int:
-    try:
-        return cli.main(["verify", *map(str, arguments)])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-
-
-@pytest.fixture
-def half_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command's candidate has one logit that is half off."""
-
-    class Off(Sabotaged):
-        def logits(self, ids: Int, write: int) -> Float:
-            logits: Float = self.true.logits(ids, write)
-            logits[..., 3] += 0.5
-            return logits
-
-    def sabotaged(path: Path, device: str, *rest: Any) -> Pipeline:
-        pipeline = load(path, device, *rest)
-        return Pipeline(pipeline.bundle, Off(pipeline.backend)) if device == "cpu" else pipeline
-
-    monkeypatch.setattr(verify_command, "load", sabotaged)
-
-
-def test_table_and_exit_code_0(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(tiny, "--label", "otter", "--label", 0, "--images", 3, "--seed", 5) == 0
-    text = capsys.readouterr().out
-    for line in (
-        "request    3 images, seed 5..7, guidance 1.5, temperature 1, top-k 0, top-p 1",
-        "note       running on the CPU: ",
-        "  192 of 192 equal (100.00 %), 3 of 3 images identical",
-        "  identical",
-        "verify: pass",
-    ):
-        assert f"\n{line}" in text
-    assert "FAIL" not in text
-
-
-def test_exit_code_1_with_a_line_for_each_failed_check(
-    tiny: Path, capsys: pytest.CaptureFixture[str], half_off: None
-) -> None:
-    arguments = [tiny, "--device", "cpu", "--against", "cpu-opset23", "--images", 2]
-    assert command(*arguments) == 1
-    text = capsys.readouterr().out
-    assert text.count("\n  FAIL  ") == 4
-    assert command(*arguments, "--quiet") == 1
-    quiet = capsys.readouterr().out
-    assert quiet.startswith("FAIL  relative logit error of prefill 0.0")
-    assert quiet.count("\n") == 4
-    assert command(*arguments, "--json") == 1
-    row = json.loads(capsys.readouterr().out)
-    assert not row["passed"]
-    assert [c["name"] for c in row["checks"] if not c["passed"]] == [
-        f"relative logit error of {p}" for p in ("prefill", "sequential", "transition", "group")
-    ]
-    assert command(*arguments, "--floor-logits", 0.1, "--quiet") == 0
-    assert capsys.readouterr().out == ""
-
-
-def test_json_tells_everything(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(tiny, "--device", "cpu", "--json", "--greedy", "--floor-psnr", 30, "--label", "all") == 0
-    row = json.loads(capsys.readouterr().out)
-    assert row["passed"] is True
-    assert row["bundle"]["hash"] == json.loads((tiny / "manifest.json").read_text())["hash"]
-    assert row["candidate"]["backend"].startswith("onnxruntime-cpu ")
-    assert row["reference"]["backend"].endswith("(step_opset23)")
-    assert set(row["versions"]) == {"parvis", "python", "numpy", "onnxruntime"}
-    assert row["request"]["classes"] == [0, 1, 2, 3, 4, 5]
-    assert row["request"]["settings"][0]["greedy"] is True
-    assert row["floors"]["psnr"] == 30
-    assert row["images"] == {"images": 6, "identical_images": 6, "psnr": None, "max_difference": 0, "identical": True}
-    assert all(set(c) == {"name", "value", "floor", "passed", "text"} for c in row["checks"])
-
-
-def test_a_backend_against_itself_is_noted(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(tiny, "--device", "cpu", "--against", "cpu", "--images", 1) == 0
-    assert "not that it is right; give another --against" in capsys.readouterr().out
-
-
-def test_a_bundle_without_decoder_skips_images(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(shutil.copytree(tiny, tmp_path / "tokens"))
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(seal(manifest | {"tokenizer": None})))
-    assert command(path, "--images", 1) == 0
-    text = capsys.readouterr().out
-    assert "skipped: the bundle ends at tokens" in text
-    assert "PSNR" not in text
-
-
-ERRORS = [
-    (["BUNDLE", "--device", "gpu"], "device 'gpu': expected auto, cpu, cuda"),
-    (["BUNDLE", "--device", "cuda:0"], "device 'cuda:0' cannot run"),
-    (["BUNDLE", "--against", "tpu"], "device 'tpu': expected"),
-    (["BUNDLE", "--against", "cpu-opset23", "--threads", "0"], "threads 0: expected 1 or more"),
-    (["BUNDLE", "--images", "0"], "--images 0: expected 1 or more"),
-    (["BUNDLE", "--groups", "0"], "--groups 0: expected 1 or more"),
-    (["BUNDLE", "--batch", "5000"], "--batch 5000: expected 1 to 4096"),
-    (["BUNDLE", "--label", "oter"], "unknown label 'oter'; did you mean otter"),
-    (["BUNDLE", "--seed", "-1"], "seed -1: expected a whole number"),
-    (["BUNDLE", "--top-p", "2"], "top_p 2.0: expected 0 to 1"),
-    (["BUNDLE", "--floor-psnr", "nan"], "--floor-psnr nan: expected 0 or more"),
-    (["BUNDLE", "--floor-kl", "-1"], "--floor-kl -1.0: expected 0 or more"),
-    (["BUNDLE", "--floor-tie", "x"], "argument --floor-tie: invalid float value: 'x'"),
-    (["BUNDLE/nope"], "no such folder"),
-    ([], "the following arguments are required: BUNDLE"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "text"), ERRORS)
-def test_bad_input_is_one_line_and_exit_code_2(
-    tiny: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
-) -> None:
-    assert command(*(a.replace("BUNDLE", str(tiny)) for a in arguments)) == 2
-    out, error = capsys.readouterr()
-    assert out == ""
-    assert text in error
-    assert error.startswith("parvis: error: ")
-    assert error.count("\n") == 1
-
-
-def test_help_tells_the_floors(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("--help") == 0
-    assert "(default: fp32 0.001, fp16 0.03, bf16 0.1)" in " ".join(capsys.readouterr().out.split())
-
-
-def test_a_tensorrt_engine_on_the_stand_in_gpu(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from double import tensorrt
-    from double.driver import Driver
-
-    from par_runtime import cuda, trt_module
-    from par_runtime.bundle import Bundle
-
-    driver = Driver()
-    monkeypatch.setattr(cuda, "driver", driver)
-    monkeypatch.setattr(trt_module, "load", lambda name=None: tensorrt.make(driver))
-    path = Path(shutil.copytree(tiny, tmp_path / "bundle"))
-    tensorrt.write_engine(Bundle.open(path), (1, 2), "shared")
-    assert command(path, "--images", 3, "--json") == 0  # auto takes the engine
-    row = json.loads(capsys.readouterr().out)
-    assert row["candidate"]["backend"].startswith("tensorrt_rtx")
-    assert row["reference"]["backend"].startswith("onnxruntime-cpu")
-    assert row["request"]["batch"] == 2
-    assert row["notes"] == []
-    assert not driver.device, "the engine was not closed"
+    assert pair[0].bundle.precision == "fp16"
+    assert report(pair, Engine).floors == FLOORS["bf16"]
