@@ -17,6 +17,7 @@ from par_runtime import __version__
 ELSEWHERE = {
     "export": ("par_export.cli", "turn a checkpoint into a bundle, checked against PyTorch"),
     "build": ("par_export.build_cli", "build TensorRT plans from a bundle, with or without a GPU"),
+    "tune": ("par_export.tune", "find the fastest form of an engine on this GPU"),
     "train-tokenizer": ("par_model.train_tokenizer", "train a VQ tokenizer on a folder of images"),
     "encode": ("par_model.encode_codes", "turn a folder of images into token ids"),
     "train": ("par_model.train", "train a PAR model on token ids"),
@@ -24,6 +25,7 @@ ELSEWHERE = {
 HERE = {
     "generate": ("par_runtime.commands", "make images from a bundle"),
     "redo": ("par_runtime.commands", "make a PNG again from what it says of itself, and compare"),
+    "verify": ("par_runtime.verify_command", "compare two backends on a bundle: logits, tokens, images"),
 }
 
 
@@ -74,7 +76,7 @@ def _verb(arguments: list[str]) -> str:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="verbs:\n"
         + "\n".join(f"  {name:16} {does}" for name, (_, does) in verbs.items())
-        + "\n\n'parvis VERB --help' tells the options of a verb. All but generate and redo need pip install 'parvis[export]'.",
+        + "\n\n'parvis VERB --help' tells the options of a verb. All but generate, redo and verify need pip install 'parvis[export]'.",
     )
     parser.add_argument("--version", action="version", version=f"parvis {__version__}")
     parser.add_argument("verb", choices=list(verbs), metavar="VERB", help="what to do, see below")

@@ -36,9 +36,9 @@ def window(slots_needed: int, n_tokens: int) -> int:
 class OrtBackend:
     """A bundle on ONNX Runtime's CPU provider. See ``backend.Backend`` for the calls."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, graph: str | None = None) -> None:
         self.bundle = bundle
-        self.name = f"onnxruntime-cpu {ort.__version__}"
+        self.name = f"onnxruntime-cpu {ort.__version__}" + (f" ({graph})" if graph else "")
         self.max_images = MOST_IMAGES
         self.tie = TIE
         options = ort.SessionOptions()
@@ -49,7 +49,7 @@ class OrtBackend:
         self._options = options
         version = tuple(int(part) for part in ort.__version__.split(".")[:2])
         step = "step" if version >= OPSET24_SINCE else "step_opset23"
-        self._step = self._session(step)
+        self._step = self._session(graph or step)
         self._decoder: ort.InferenceSession | None = None
         self._batch: Batch | None = None
         if bundle.cache.dtype != "float32":
@@ -237,6 +237,6 @@ def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return cores
 
 
-def load(bundle: Bundle, threads: int | None = None) -> OrtBackend:
-    """The CPU backend of ``bundle``."""
-    return OrtBackend(bundle, threads)
+def load(bundle: Bundle, threads: int | None = None, graph: str | None = None) -> OrtBackend:
+    """The CPU backend of ``bundle``, on another step graph than the best one if ``graph`` names it."""
+    return OrtBackend(bundle, threads, graph)
