@@ -75,25 +75,28 @@ def _print_kernels(entry: dict[str, Any]) -> None:
 
 
 class _Bar:
-    """The builder's progress on stderr, one bar per phase; silent when asked or not on a terminal."""
+    """The builder's progress on stderr, one bar per plan; silent when asked or not on a terminal."""
 
     def __init__(self, silent: bool) -> None:
         self._silent = silent or not sys.stderr.isatty()
         self._bar: Any = None
-        self._phase = ""
+        self._plan = ""
 
     def __enter__(self) -> _Bar:
         return self
 
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        if self._silent or total < 1:
+    def __call__(self, phase: str, fraction: float) -> None:
+        if self._silent:
             return
-        if phase != self._phase:
+        plan = phase.partition(":")[0]
+        if plan != self._plan:
             from tqdm import tqdm
 
             self._close()
-            self._phase, self._bar = phase, tqdm(total=total, desc=phase, leave=False)
-        self._bar.update(done - self._bar.n)
+            self._plan = plan
+            self._bar = tqdm(total=100, leave=False, bar_format="{desc:44} {percentage:3.0f} %|{bar}| {elapsed}")
+        self._bar.set_description_str(phase[:44], refresh=False)
+        self._bar.update(100 * fraction - self._bar.n)
 
     def say(self, line: str) -> None:
         self._close()
@@ -102,7 +105,7 @@ class _Bar:
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._bar, self._phase = None, ""
+        self._bar, self._plan = None, ""
 
     def __exit__(self, *_: object) -> None:
         self._close()

@@ -23,7 +23,7 @@ import numpy as np
 from par_export import engine_report
 from par_export.decoder import PREFIX, decoder_graph
 from par_export.engine_cache import DEFAULT_LIMIT_BYTES, EngineCache, default_folder, key_of
-from par_export.engine_network import Attention, BuildError, MappedWeights, Target, build_plan
+from par_export.engine_network import Attention, BuildError, MappedWeights, OnStep, Target, build_plan
 from par_export.graph import WEIGHTS_FILE, Graph, Stored, WeightTable
 from par_export.memory import peak_memory_bytes
 from par_export.sampling import Variant
@@ -42,8 +42,6 @@ NUMPY_TYPE = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 MODES = ("shared", "per-phase")
-
-OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -269,7 +267,7 @@ class _Plan:
                 allow_tf32=attention is None,
                 timing_cache=cache if self.request.use_cache else None,
                 reproducible=self.request.reproducible,
-                on_step=lambda phase, done, total: on_step(f"{name}: {phase}", done, total),
+                on_step=lambda phase, fraction: on_step(f"{name}: {phase}", fraction),
             )
         built.seconds = time.monotonic() - clock
         counted = engine_report.kernels(built.log, self.request.images, layers)

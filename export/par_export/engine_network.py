@@ -26,6 +26,10 @@ SWEEP_SECONDS = 0.02
 ROW_INPUTS = ("ids", "positions", "write", "length", "image")
 
 
+#: Called with what the builder is doing and how far it is, 0 to 1.
+OnStep = Callable[[str, float], None]
+
+
 class BuildError(Exception):
     """A plan that cannot be built as asked; the message names the layer and how to fix it."""
 
@@ -107,25 +111,37 @@ def make_log(trt: TensorRT) -> Any:
     return Log()
 
 
-def make_monitor(trt: TensorRT, on_step: Callable[[str, int, int], None], stop: threading.Event) -> Any:
-    """A progress monitor: ``on_step(phase, done, total)``; returns False (cancel) once ``stop`` is set."""
+def make_monitor(trt: TensorRT, on_step: OnStep, stop: threading.Event) -> Any:
+    """A progress monitor: ``on_step(phase, fraction of the whole)``; returns False (cancel) once ``stop`` is set."""
 
     class Monitor(trt.module.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.module.IProgressMonitor.__init__(self)
-            self._totals: dict[str, int] = {}
+            self._open: dict[str, list[int]] = {}  # phase -> [done, total], the outermost first
+            self._reached = 0.0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._totals[phase_name] = num_steps
-            on_step(phase_name, 0, num_steps)
+            self._open[phase_name] = [0, max(num_steps, 1)]
+            self._tell(phase_name)
 
         def phase_finish(self, phase_name: str) -> None:
-            total = self._totals.pop(phase_name, 0)
-            on_step(phase_name, total, total)
+            self._open.pop(phase_name, None)
+            if not self._open:
+                on_step(phase_name, 1.0)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            on_step(phase_name, step + 1, self._totals.get(phase_name, 0))
+            if phase_name in self._open:
+                self._open[phase_name][0] = step + 1
+            self._tell(phase_name)
             return not stop.is_set()
+
+        def _tell(self, phase: str) -> None:
+            fraction, share = 0.0, 1.0
+            for done, total in self._open.values():  # each phase is a step of the one around it
+                fraction += share * min(done, total) / total
+                share /= total
+            self._reached = max(self._reached, min(fraction, 1.0))
+            on_step(phase, self._reached)
 
     return Monitor()
 
@@ -142,7 +158,7 @@ def build_plan(
     allow_tf32: bool,
     timing_cache: Path | None = None,
     reproducible: bool = False,
-    on_step: Callable[[str, int, int], None] = lambda *_: None,
+    on_step: OnStep = lambda *_: None,
 ) -> Built:
     """Build ``graph`` with a profile for each batch size of ``images``; ``write`` receives the plan piece by piece.
 
@@ -287,7 +303,7 @@ def _run(
     data: MappedWeights,
     write: Callable[[memoryview], object],
     log: Any,
-    on_step: Callable[[str, int, int], None],
+    on_step: OnStep,
 ) -> None:
     """Build in a thread, so that this one hears Ctrl-C and gives back the pages of the weights that were read."""
     stop = threading.Event()
