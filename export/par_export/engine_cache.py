@@ -100,7 +100,7 @@ def _copy(source: Path, out: Path) -> None:
     """Copy a folder of files; hard links where the file system allows, for plans are gigabytes and never changed."""
     out.mkdir(parents=True)
     for file in source.iterdir():
-        if not file.is_file() or file.name == "runtime.cache":  # that one is written at run time
+        if not file.is_file() or file.name.endswith(".runtime.cache"):  # that one is written at run time
             continue
         try:
             os.link(file, out / file.name)

@@ -97,7 +97,12 @@ def _generate(args: argparse.Namespace) -> int:
             png.check_writable(path)
     # Checked above, so not again.
     pipeline = Pipeline.load(
-        args.bundle, args.device, threads=args.threads, selftest=not args.no_selftest, verify="none"
+        args.bundle,
+        args.device,
+        threads=args.threads,
+        selftest=not args.no_selftest,
+        verify="auto" if has_engines(bundle) else "none",  # plans were not checked above
+        capture=args.capture,
     )
     loaded = time.perf_counter()
     if pipeline.note and has_engines(bundle) and not (args.quiet or args.json):
@@ -222,7 +227,9 @@ def _redo(args: argparse.Namespace) -> int:
     if args.out is not None:
         png.check_writable(args.out)
     # The comparison below is a stricter self-test than the bundle's own.
-    pipeline = Pipeline.load(args.bundle, args.device, threads=args.threads, selftest=False, verify="none")
+    pipeline = Pipeline.load(
+        args.bundle, args.device, threads=args.threads, selftest=False, verify="auto", capture=args.capture
+    )
     s = recipe.settings
     with _Bar(args.quiet) as bar:
         result = pipeline.generate(
@@ -364,6 +371,12 @@ def _add_common(p: argparse.ArgumentParser) -> None:
         default="auto",
         help="'auto': TensorRT if the bundle holds an engine for this GPU, else the CPU (default); 'cpu'; 'cuda' or 'cuda:1': "
         "TensorRT on that GPU; 'cuda-ort': ONNX Runtime on it",
+    )
+    p.add_argument(
+        "--capture",
+        choices=["image", "call", "none"],
+        default="image",
+        help="how a GPU is fed: one graph launch per image (default), one per call, or plain launches",
     )
     p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     p.add_argument("--quiet", action="store_true", help="no progress bar, no text")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from par_runtime import trt_module
 from par_runtime.bundle import Bundle, Verify
+from par_runtime.cuda import CudaError
 from par_runtime.engines import Engine, EngineError, best, found, misfit
 from par_runtime.request import RequestError
 
@@ -34,7 +35,10 @@ def choose(
     if device == "cpu":
         return _cpu(bundle, threads), ""
     if device == "auto":
-        backend, why = _tensorrt(bundle, 0, verify, capture)
+        try:
+            backend, why = _tensorrt(bundle, 0, verify, capture)
+        except (EngineError, CudaError) as error:
+            backend, why = None, str(error)
         return (backend, "") if backend is not None else (_cpu(bundle, threads), f"running on the CPU: {why}")
     match = re.fullmatch(r"(cuda|cuda-ort)(?::(\d+))?", device)
     if match is None:

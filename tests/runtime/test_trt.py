@@ -19,7 +19,7 @@ from double.driver import Driver, ViolationError
 
 from par_runtime import cli, cuda, trt_memory, trt_module
 from par_runtime.bundle import Bundle, seal, sha256
-from par_runtime.engines import ENGINE_JSON, EngineError
+from par_runtime.engines import ENGINE_JSON, Engine, EngineError
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import RequestError
 from par_runtime.trt import Capture, TrtBackend
@@ -176,6 +176,14 @@ def test_refused_capture_falls_back_to_calls_then_to_none(load: Make, tiny: Path
     assert gpu.backend.capturing == "none"  # type: ignore[attr-defined]
 
 
+def test_compiled_kernels_are_kept_beside_the_plan(load: Make) -> None:
+    gpu = load()
+    gpu.generate([0], seed=1)
+    folder = gpu.backend.engine.path  # type: ignore[attr-defined]
+    assert {p.name for p in folder.glob("*.cache")} == {"step.runtime.cache", "decoder.runtime.cache"}
+    Engine.open(folder, gpu.bundle, verify="full")  # they are no part of what is checked
+
+
 def test_memory_stays_constant_over_many_images(load: Make, driver: Driver) -> None:
     gpu = load()
     gpu.generate([0, 1, 2], seed=0)
@@ -307,6 +315,11 @@ def test_auto_takes_a_fitting_engine_else_the_cpu_with_the_reason(driver: Driver
     other_gpu(folder)
     pipeline = Pipeline.load(path, selftest=False)
     assert "was built for SM89" in pipeline.note
+    change(folder, target="SM80")
+    truncated(folder)
+    pipeline = Pipeline.load(path, selftest=False)
+    assert "running on the CPU: " in pipeline.note
+    assert "step.plan: truncated" in pipeline.note
     with pytest.raises(EngineError, match="there is no GPU 3, only 1"):
         Pipeline.load(path, device="cuda:3")
 
