@@ -27,7 +27,8 @@ HINTS = {
     "CUDA_ERROR_ILLEGAL_ADDRESS": "a kernel read or wrote out of bounds; the process must be restarted: please report it with 'parvis verify'",
     "CUDA_ERROR_LAUNCH_FAILED": "a kernel failed; the process must be restarted. Run it under compute-sanitizer to see where",
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the kernel module and libcuda are of different versions; reboot after a driver update",
-    "CUDA_ERROR_INSUFFICIENT_DRIVER": "the driver is older than the CUDA libraries need; update the driver",
+    "CUDA_ERROR_CALL_REQUIRES_NEWER_DRIVER": "the driver is older than the CUDA libraries need; update the driver",
+    "CUDA_ERROR_CONTEXT_IS_DESTROYED": "the pipeline was used after it was closed; load it again",
     "CUDA_ERROR_STUB_LIBRARY": "libcuda is the toolkit's stub; put the driver's own first in the library path",
     "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": "something in the stream cannot be captured; load with capture='call' or 'none'",
     "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": "the capture was broken by an earlier call; load with capture='call' or 'none'",
@@ -87,8 +88,12 @@ def _call(name: str, *arguments: Any, note: str = "") -> Any:
         code, *values = function(*arguments)
     except RuntimeError as error:  # cuda-python's own: the library is missing, or too old to know the call
         raise CudaError(
-            f"{name}: {str(error).splitlines()[0]}; is an NVIDIA driver installed (nvidia-smi)?", "NO_DRIVER"
+            f"{name}: {str(error).splitlines()[0]}; is an NVIDIA driver installed (nvidia-smi), and new enough?", "NO_DRIVER"
         ) from error
+    except ValueError as error:  # cuda-python's own: a code that it has no name for
+        if "CUresult" not in str(error):
+            raise
+        raise CudaError(f"{name} failed: {error}; the driver is newer than cuda-python: update it", "UNKNOWN") from error
     if int(code) != 0:
         raise _error(name, code, note)
     return values[0] if len(values) == 1 else tuple(values)
@@ -130,6 +135,14 @@ class Device(_Owned):
         self.index = index
         self._device = _call("cuDeviceGet", index, note=f"GPU {index}")
         self._context: Any = _call("cuDevicePrimaryCtxRetain", self._device, note=f"GPU {index}")
+        try:
+            self._describe()
+        except BaseException:
+            with suppress(CudaError):  # the error that matters is the first one
+                self.close()
+            raise
+
+    def _describe(self) -> None:
         self.activate()
         raw = _call("cuDeviceGetName", 256, self._device)
         self.name = bytes(raw).split(b"\0")[0].decode()
@@ -222,7 +235,7 @@ class Pinned(_Owned):
     def free(self) -> None:
         if self.pointer:
             pointer, self.pointer = self.pointer, 0
-            self.array = np.empty(0, np.uint8)
+            self.array, self.size = np.empty(0, np.uint8), 0
             _call("cuMemFreeHost", pointer)
 
 
@@ -230,8 +243,14 @@ class Stream(_Owned):
     """A stream; copies and launches on it run in the order in which they were given."""
 
     def __init__(self, raw: Any) -> None:
-        self._raw: Any = raw
+        self._stream: Any = raw
         self.handle = int(raw)
+
+    @property
+    def _raw(self) -> Any:
+        if self._stream is None:  # the driver would take None for the default stream
+            raise CudaError("the stream was freed; load the pipeline again", "CLOSED")
+        return self._stream
 
     def synchronize(self) -> None:
         """Wait for everything on the stream. Raises CudaError, also for what failed earlier on it."""
@@ -288,8 +307,8 @@ class Stream(_Owned):
         captured.graph = Graph(_call("cuStreamEndCapture", self._raw))
 
     def free(self) -> None:
-        if self._raw is not None:
-            raw, self._raw = self._raw, None
+        if self._stream is not None:
+            raw, self._stream = self._stream, None
             _call("cuStreamDestroy", raw)
 
 
@@ -340,5 +359,7 @@ class Event(_Owned):
 
 
 def _inside(pinned: Pinned, offset: int, size: int) -> None:
+    if not pinned.pointer:
+        raise ValueError(f"copy of {size} bytes of a pinned block that was freed")
     if offset < 0 or size < 0 or offset + size > pinned.size:
         raise ValueError(f"copy of {size} bytes at {offset} of a pinned block of {pinned.size} bytes")

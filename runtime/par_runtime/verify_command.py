@@ -23,6 +23,7 @@ from par_runtime.commands import _add_common, _classes, _guarded
 from par_runtime.ort import OrtBackend
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import RequestError, image_seeds, settings
+from par_runtime.trt import Capture
 from par_runtime.verify import FLOORS, Check, Floors, Images, PhaseLogits, Tokens, Trial
 
 OPSET23 = "cpu-opset23"
@@ -70,7 +71,7 @@ def _verify(args: argparse.Namespace) -> int:
     trial = _trial(args, bundle)
     with ExitStack() as held:
         # The bundle's files were checked above; "auto" is for those of an engine.
-        candidate = load(args.bundle, args.device, args.threads, "auto")
+        candidate = load(args.bundle, args.device, args.threads, "auto", args.capture)
         held.callback(candidate.backend.close)
         reference = load(args.bundle, args.against or default_reference(candidate), args.threads, "none")
         held.callback(reference.backend.close)
@@ -108,10 +109,10 @@ def _trial(args: argparse.Namespace, bundle: Bundle) -> Trial:
     return Trial([labels[i % len(labels)] for i in range(count)], each, image_seeds(count, args.seed, None), count)
 
 
-def load(path: Path, device: str, threads: int | None, verify: Verify) -> Pipeline:
+def load(path: Path, device: str, threads: int | None, verify: Verify, capture: Capture = "image") -> Pipeline:
     """The bundle on ``device``: those of ``Pipeline.load``, or "cpu-opset23". Without self-test: this is a stricter one."""
     if device != OPSET23:
-        return Pipeline.load(path, device, threads=threads, selftest=False, verify=verify)
+        return Pipeline.load(path, device, threads=threads, selftest=False, verify=verify, capture=capture)
     if threads is not None and threads < 1:
         raise RequestError(f"threads {threads}: expected 1 or more")
     bundle = Bundle.open(path, verify)
