@@ -7,9 +7,11 @@ OUT ?= out/demo.png
 
 RUN_ENV := .venv
 DEV_ENV := .venv-dev
+GPU_EXTRA ?= tensorrt-rtx
+GPU_BUNDLE ?= models/demo
 SOURCES := $(shell find runtime export par_model -name '*.py')
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all test-gpu lint format clean
 
 demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the runtime's dependencies only, no torch
 	$(RUN_ENV)/bin/parvis generate models/demo --label $(LABELS) --count $(COUNT) --seed $(SEED) --columns 8 --out $(OUT)
@@ -19,6 +21,10 @@ test: lint  ## lint, types and the test suite
 
 test-all: lint  ## the slow tests too
 	$(DEV_ENV)/bin/python -m pytest -m "not gpu"
+
+test-gpu: $(DEV_ENV)/.installed  ## everything that needs a GPU, with a report for an issue (docs/gpu.md)
+	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,$(GPU_EXTRA)]'
+	PARVIS_GPU_BUNDLE=$(abspath $(GPU_BUNDLE)) $(DEV_ENV)/bin/python -m pytest -m gpu -rs
 
 lint: $(DEV_ENV)/.installed
 	$(DEV_ENV)/bin/ruff check .
@@ -31,7 +37,7 @@ format: $(DEV_ENV)/.installed
 $(RUN_ENV)/.installed: pyproject.toml $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(RUN_ENV)
-	$(RUN_ENV)/bin/python -m pip install --quiet --disable-pip-version-check .
+	$(RUN_ENV)/bin/python -m pip install --quiet --disable-pip-version-check '.[cpu]'
 	touch $@
 
 $(DEV_ENV)/.installed: pyproject.toml constraints.txt

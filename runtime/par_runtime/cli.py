@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminated_in_order():
             verb = _verb(arguments)
             if verb in HERE:
-                return int(getattr(importlib.import_module(HERE[verb][0]), verb)(arguments[1:]))
-            return _elsewhere(verb, arguments[1:])
+                return _call(HERE[verb][0], verb, verb, arguments[1:])
+            return _call(ELSEWHERE[verb][0], "main", verb, arguments[1:])
     except KeyboardInterrupt:
         print("\nparvis: stopped; nothing was half-written", file=sys.stderr)
         return 130
@@ -76,7 +76,7 @@ def _verb(arguments: list[str]) -> str:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="verbs:\n"
         + "\n".join(f"  {name:16} {does}" for name, (_, does) in verbs.items())
-        + "\n\n'parvis VERB --help' tells the options of a verb. All but generate, redo and verify need pip install 'parvis[export]'.",
+        + "\n\n'parvis VERB --help' tells the options of a verb. docs/install.md says which extras they need.",
     )
     parser.add_argument("--version", action="version", version=f"parvis {__version__}")
     parser.add_argument("verb", choices=list(verbs), metavar="VERB", help="what to do, see below")
@@ -87,18 +87,32 @@ def _verb(arguments: list[str]) -> str:
     raise AssertionError("argparse accepts only the verbs")
 
 
-def _elsewhere(verb: str, arguments: list[str]) -> int:
+#: What a missing package is part of; for a verb, where several extras bring it.
+EXTRA = {
+    "onnxruntime": "cpu",
+    "torch": "cpu,export",
+    "onnx": "cpu,export",
+    "par_export": "cpu,export",
+    "par_model": "cpu,export",
+}
+BUILD_EXTRA = dict.fromkeys(("onnx", "ml_dtypes", "par_export"), "build,tensorrt-rtx")
+
+
+def _call(module: str, function: str, verb: str, arguments: list[str]) -> int:
+    """Run a verb; a package that is missing becomes one line that says which extra brings it."""
     try:
-        module = importlib.import_module(ELSEWHERE[verb][0])
+        return int(getattr(importlib.import_module(module), function)(arguments))
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("torch", "onnx", "par_export", "par_model"):
-            print(
-                f"parvis: error: 'parvis {verb}' needs {error.name}, which is not installed; pip install 'parvis[export]' (in a clone: pip install '.[export]')",
-                file=sys.stderr,
-            )
-            return 2
-        raise
-    return int(module.main(arguments))
+        missing = (error.name or "").partition(".")[0]
+        extra = (EXTRA | (BUILD_EXTRA if verb in ("build", "tune") else {})).get(missing)
+        if extra is None:
+            raise
+        print(
+            f"parvis: error: 'parvis {verb}' needs {missing}, which is not installed; pip install 'parvis[{extra}]' (in a "
+            f"clone: pip install '.[{extra}]'); docs/install.md says which to take",
+            file=sys.stderr,
+        )
+        return 2
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -83,17 +82,15 @@ def _driver() -> Any:
 
 def _call(name: str, *arguments: Any, note: str = "") -> Any:
     """Call the driver; returns what it gives after the code (one value, or a tuple). Raises CudaError."""
-    function = getattr(_driver(), name)
     try:
-        code, *values = function(*arguments)
+        code, *values = getattr(_driver(), name)(*arguments)
     except RuntimeError as error:  # cuda-python's own: the library is missing, or too old to know the call
-        raise CudaError(
-            f"{name}: {str(error).splitlines()[0]}; is an NVIDIA driver installed (nvidia-smi), and new enough?", "NO_DRIVER"
-        ) from error
+        said = f"{name}: {str(error).splitlines()[0]}; is an NVIDIA driver installed (nvidia-smi), and new enough?"
+        raise CudaError(said, "NO_DRIVER") from error
     except ValueError as error:  # cuda-python's own: a code that it has no name for
         if "CUresult" not in str(error):
             raise
-        raise CudaError(f"{name} failed: {error}; the driver is newer than cuda-python: update it", "UNKNOWN") from error
+        raise CudaError(f"{name} failed: {error}; the driver is too new: update cuda-python", "UNKNOWN") from error
     if int(code) != 0:
         raise _error(name, code, note)
     return values[0] if len(values) == 1 else tuple(values)
@@ -102,14 +99,11 @@ def _call(name: str, *arguments: Any, note: str = "") -> Any:
 def _error(name: str, code: Any, note: str) -> CudaError:
     label = getattr(code, "name", str(code))
     text = ""
-    try:
+    with suppress(Exception):  # an error while describing an error must not hide it
         status, raw = _driver().cuGetErrorString(code)
-        text = raw.decode() if int(status) == 0 and raw else ""
-    except Exception:  # an error while describing an error must not hide it
-        text = ""
+        text = f" ({raw.decode()})" if int(status) == 0 and raw else ""
     hint = HINTS.get(label, "see the CUDA driver API's list of error codes")
-    said = f" ({text})" if text else ""
-    return CudaError(f"{name}{f' of {note}' if note else ''} failed: {label} = {int(code)}{said}; {hint}", label)
+    return CudaError(f"{name}{f' of {note}' if note else ''} failed: {label} = {int(code)}{text}; {hint}", label)
 
 
 class _Owned:
@@ -121,9 +115,7 @@ class _Owned:
     def __enter__(self) -> Any:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.free()
 
 
@@ -146,14 +138,14 @@ class Device(_Owned):
         self.activate()
         raw = _call("cuDeviceGetName", 256, self._device)
         self.name = bytes(raw).split(b"\0")[0].decode()
-        attributes = _driver().CUdevice_attribute
-        self.capability = (
-            int(_call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, self._device)),
-            int(_call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self._device)),
-        )
+        self.capability = (self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR"))
         self.total_bytes = int(_call("cuDeviceTotalMem", self._device))
         version = int(_call("cuDriverGetVersion"))
         self.driver_version = f"{version // 1000}.{version % 1000 // 10}"
+
+    def _attribute(self, name: str) -> int:
+        kind = getattr(_driver().CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(_call("cuDeviceGetAttribute", kind, self._device))
 
     @staticmethod
     def open(index: int) -> Device:
@@ -178,12 +170,8 @@ class Device(_Owned):
             if error.code != "CUDA_ERROR_OUT_OF_MEMORY":
                 raise
             free, total = self.free_bytes(), self.total_bytes
-            raise OutOfMemory(
-                f"{what} needs {size / 1e6:.0f} MB of GPU memory, {free / 1e6:.0f} MB of {total / 1e6:.0f} MB are free. {error}",
-                size,
-                free,
-                total,
-            ) from error
+            mega = f"needs {size / 1e6:.0f} MB of GPU memory, {free / 1e6:.0f} MB of {total / 1e6:.0f} MB are free"
+            raise OutOfMemory(f"{what} {mega}. {error}", size, free, total) from error
         return Buffer(pointer, size)
 
     def pinned(self, size: int) -> Pinned:
@@ -204,8 +192,7 @@ class Device(_Owned):
             self._context = None
             _call("cuDevicePrimaryCtxRelease", self._device)
 
-    def free(self) -> None:
-        self.close()
+    free = close
 
 
 class Buffer(_Owned):
@@ -229,8 +216,7 @@ class Pinned(_Owned):
 
     def __init__(self, pointer: int, size: int) -> None:
         self.pointer, self.size = pointer, size
-        memory = (ctypes.c_uint8 * size).from_address(pointer)
-        self.array: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
+        self.array: NDArray[np.uint8] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer))
 
     def free(self) -> None:
         if self.pointer:
@@ -359,7 +345,6 @@ class Event(_Owned):
 
 
 def _inside(pinned: Pinned, offset: int, size: int) -> None:
-    if not pinned.pointer:
-        raise ValueError(f"copy of {size} bytes of a pinned block that was freed")
     if offset < 0 or size < 0 or offset + size > pinned.size:
-        raise ValueError(f"copy of {size} bytes at {offset} of a pinned block of {pinned.size} bytes")
+        block = f"pinned block of {pinned.size} bytes" if pinned.pointer else "pinned block that was freed"
+        raise ValueError(f"copy of {size} bytes at {offset} of a {block}")

@@ -55,8 +55,15 @@ def choose(
 
 
 def _cpu(bundle: Bundle, threads: int | None) -> Backend:
-    from par_runtime import ort  # here, because importing onnxruntime takes a while
-
+    try:
+        from par_runtime import ort  # here, because importing onnxruntime takes a while
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise RequestError(
+            "running on the CPU needs onnxruntime, which is not installed; pip install 'parvis[cpu]' (in a clone: "
+            "pip install '.[cpu]')"
+        ) from error
     return ort.load(bundle, threads)
 
 

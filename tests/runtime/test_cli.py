@@ -295,7 +295,7 @@ def test_verbs_that_need_torch_say_so_where_there_is_none(tiny: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "pip install 'parvis[export]'" in done.stderr
+    assert "pip install 'parvis[cpu,export]'" in done.stderr
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

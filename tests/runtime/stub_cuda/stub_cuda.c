@@ -153,7 +153,7 @@ static int cuInit(unsigned flags) {
     return OK;
 }
 
-static int cuDriverGetVersion(int *version) { *version = 13000; return forced(__func__); }
+static int cuDriverGetVersion(int *version) { *version = 13010; return forced(__func__); }
 
 static int cuDeviceGetCount(int *count) { ENTER(); *count = (int)setting("STUB_CUDA_DEVICES", 1); return OK; }
 
