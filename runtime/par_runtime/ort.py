@@ -112,7 +112,7 @@ class OrtBackend:
         try:
             images: NDArray[np.uint8] = self._decoder.run(["images"], {"tokens": np.ascontiguousarray(tokens)})[0]
         except Exception as error:
-            raise _explained(error) from error
+            raise explained(error) from error
         return images
 
     def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> None:
@@ -218,10 +218,10 @@ def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
     try:
         session.run_with_iobinding(binding)
     except Exception as error:
-        raise _explained(error) from error
+        raise explained(error) from error
 
 
-def _explained(error: Exception) -> Exception:
+def explained(error: Exception) -> Exception:
     """ONNX Runtime's own error types as Python's, where a caller can do something about them."""
     text = str(error)
     return MemoryError(text) if "allocate memory" in text or "bad_alloc" in text else error
