@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     sampling=args.sampling,
                     grouped=None if args.attention is None else args.attention == "grouped",
                     lengths=None if args.visible is None else args.visible == "lengths",
+                    norm_after=args.norm == "after",
                     decoder_precision=args.decoder_precision,
                     use_cache=not args.no_cache,
                     cache_folder=args.cache_dir or default_folder(),
@@ -179,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
         "--visible",
         choices=["lengths", "mask"],
         help="what attention sees: a count per row, or a mask (default: lengths where TensorRT has them)",
+    )
+    p.add_argument(
+        "--norm",
+        choices=["before", "after"],
+        default="before",
+        help="apply a norm before the product that follows, or to it: one kernel less per layer, other rounding (default: before)",
     )
     p.add_argument(
         "--decoder-precision",

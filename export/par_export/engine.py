@@ -56,6 +56,7 @@ class Request:
     sampling: Variant | None = None
     grouped: bool | None = None
     lengths: bool | None = None
+    norm_after: bool = False
     decoder_precision: str = "fp32"
     label: str = ""  #: further part of the folder's name, for engines side by side
     use_cache: bool = True
@@ -159,7 +160,7 @@ class _Plan:
         if lengths and not has_lengths:
             raise BuildError(f"{self.trt.name} {self.trt.version} has no attention by lengths; give --visible mask")
         grouped = default.grouped if self.request.grouped is None else self.request.grouped and query > 1
-        return Form(grouped, lengths)
+        return Form(grouped, lengths, self.request.norm_after)
 
     def ingredients(self) -> dict[str, Any]:
         r = self.request
@@ -183,7 +184,8 @@ class _Plan:
         compute = PRECISIONS[self.precision]
         plans: dict[str, Any] = {}
         reports: dict[str, Any] = {}
-        with weights_in(self.bundle.path / WEIGHTS_FILE, stored, compute, folder) as (table, data):
+        fold = self.request.norm_after
+        with weights_in(self.bundle.path / WEIGHTS_FILE, stored, compute, folder, fold=fold) as (table, data):
             weights_bytes = sum(entry.length for entry in table.entries.values())
             for name, (query, phases) in self.queries.items():
                 form = self.form(query)
@@ -297,16 +299,22 @@ def step_config(bundle: Bundle) -> PARConfig:
 
 @contextmanager
 def weights_in(
-    file: Path, stored: WeightTable, compute: str, folder: Path
+    file: Path, stored: WeightTable, compute: str, folder: Path, fold: bool = False
 ) -> Iterator[tuple[WeightTable, MappedWeights]]:
     """The weights ``stored`` in ``file``, mapped; converted to ``compute`` in a temporary file where they are not.
 
-    Tables of angles stay fp32. Raises BuildError where a value does not fit the precision.
+    Tables of angles stay fp32. ``fold`` puts the gains of the norms into the matrices behind them (see ``folded``).
+    Raises BuildError where a value does not fit the precision.
     """
-    half = {"float16", "bfloat16", "float32"}
-    other = {name: e for name, e in stored.entries.items() if e.dtype in half and e.dtype != compute}
-    other = {name: e for name, e in other.items() if name not in ("cos", "sin")}
-    if not other:
+    other = {name for name, e in stored.entries.items() if e.dtype in NUMPY_TYPE and e.dtype != compute}
+    other -= {"cos", "sin"}
+    gains = {name: gain_of(name) for name in stored.entries if gain_of(name) in stored.entries} if fold else {}
+    for name in gains:
+        if stored.entries[name].dtype not in NUMPY_TYPE:
+            raise BuildError(
+                f"weight {name!r} is {stored.entries[name].dtype}: --norm after needs matrices that are not quantised"
+            )
+    if not other and not gains:
         data = MappedWeights(file)
         try:
             yield stored, data
@@ -314,33 +322,61 @@ def weights_in(
             data.close()
         return
     converted = folder / ".weights"
-    entries: dict[str, Stored] = {}
+    table = WeightTable({})
     with file.open("rb") as source, converted.open("wb") as out:
-        for name, entry in stored.entries.items():
+
+        def read(name: str) -> np.ndarray:
+            entry = stored.entries[name]
             source.seek(entry.offset)
-            raw = source.read(entry.length)
-            dtype = entry.dtype
-            if name in other:
-                raw, dtype = _convert(name, raw, entry.dtype, compute), compute
+            return np.frombuffer(source.read(entry.length), NUMPY_TYPE[entry.dtype]).reshape(entry.shape)
+
+        for name, entry in stored.entries.items():
+            if name in gains:
+                matrix, table.folded[name] = folded(read(name), read(gains[name]), compute)
+                raw, dtype = _convert(name, matrix, compute), compute
+            elif name in other:
+                raw, dtype = _convert(name, read(name), compute), compute
+            else:
+                source.seek(entry.offset)
+                raw, dtype = source.read(entry.length), entry.dtype
             out.write(b"\0" * (-out.tell() % 4096))
-            entries[name] = Stored(dtype, entry.shape, out.tell(), len(raw))
+            table.entries[name] = Stored(dtype, entry.shape, out.tell(), len(raw))
             out.write(raw)
     data = MappedWeights(converted)
     try:
-        yield WeightTable(entries), data
+        yield table, data
     finally:
         data.close()
         converted.unlink(missing_ok=True)
 
 
-def _convert(name: str, raw: bytes, dtype: str, compute: str) -> bytes:
-    values = np.frombuffer(raw, NUMPY_TYPE[dtype]).astype(np.float32)
+def gain_of(matrix: str) -> str:
+    """The norm before a matrix, by name; "" where there is none."""
+    layer, _, kind = matrix.rpartition(".")
+    norm = {"wqkv": "attention_norm", "w13": "ffn_norm"}.get(kind)
+    return f"{layer}.{norm}" if norm else ""
+
+
+def folded(matrix: np.ndarray, gain: np.ndarray, compute: str) -> tuple[np.ndarray, int]:
+    """``matrix`` (in, out) with its rows times ``gain`` and 2**-exponent: fp32, and the exponent.
+
+    In fp16 the exponent makes overflow impossible: no column is longer than 1/sqrt(in), so no entry of ``x W`` is larger than
+    the root mean square of x, which is in fp16 itself. bf16 and fp32 need none.
+    """
+    wide = matrix.astype(np.float32) * gain.astype(np.float32)[:, None]
+    if compute != "float16":
+        return wide, 0
+    longest = float(np.sqrt((wide.astype(np.float64) ** 2).sum(0)).max()) * np.sqrt(len(wide))
+    exponent = max(0, int(np.ceil(np.log2(longest)))) if longest > 0 else 0
+    return wide * np.float32(2.0**-exponent), exponent
+
+
+def _convert(name: str, values: np.ndarray, compute: str) -> bytes:
     with np.errstate(over="ignore"):
-        out = values.astype(NUMPY_TYPE[compute])
+        out = values.astype(np.float32).astype(NUMPY_TYPE[compute])
     if not np.isfinite(out.astype(np.float32)).all():
-        raise BuildError(
-            f"weight {name!r} reaches {np.abs(values).max():.3g}, beyond {compute}; give --precision bf16 or fp32"
-        )
+        largest = np.abs(values.astype(np.float32)).max()
+        raise BuildError(f"weight {name!r} reaches {largest:.3g}, beyond {compute}; give --precision bf16 or fp32")
     return out.tobytes()
 
 

@@ -7,7 +7,7 @@ cache, ``RotaryEmbedding``) in exactly the form that engines fuse, and a 3B mode
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class WeightTable:
     """Where each tensor of a weights file lies; written by ``weights.Weights``, or read back from a graph."""
 
     entries: dict[str, Stored]
+    #: Matrices whose rows hold the gain of the norm before them, times 2**-exponent: name -> exponent.
+    folded: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
     def read(path: Path) -> WeightTable:

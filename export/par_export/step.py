@@ -45,11 +45,14 @@ class Form:
 
     ``grouped``: the q queries of a head as q query heads on one KV head with sequence length 1, which engines run
     with their decode kernel. ``lengths``: what is visible is a count per row (opset 24's ``nonpad_kv_seqlen``),
-    so that a kernel need not read the rest; else a mask, made once per step.
+    so that a kernel need not read the rest; else a mask, made once per step. ``norm_after``: a norm is applied to the
+    product that follows it, ``(x W) / rms(x)``, which needs its gain inside the matrix (``WeightTable.folded``): engines
+    then put it into kernels that they need anyway.
     """
 
     grouped: bool
     lengths: bool
+    norm_after: bool = False
 
     @staticmethod
     def of(query: int, opset: int = OPSET) -> Form:
@@ -122,9 +125,9 @@ def step_graph(
 
     for i in range(config.n_layers):
         layer = f"layers.{i}"
-        h = g.op("RMSNormalization", x, g.weight(f"{layer}.attention_norm", compute), axis=-1, epsilon=NORM_EPS)
-        qkv = g.op("MatMul", h, g.weight(f"{layer}.wqkv", compute))  # [R,q,3HD']
+        qkv, scale = _normed_product(g, x, f"{layer}.attention_norm", f"{layer}.wqkv", compute, form)  # [R,q,3HD']
         qk, v = g.ops("Split", qkv, g.const([2 * heads * size, heads * size]), count=2, axis=-1)
+        qk, v = (_scaled(g, part, scale, compute) for part in (qk, v))
         # q and k turn by the same angles: one rotation of 2H heads.
         qk = g.op("RotaryEmbedding", qk, cos, sin, interleaved=1, num_heads=2 * heads)
         qk = g.op("Transpose", g.op("Reshape", qk, g.const([0, 0, 2 * heads, size])), perm=[0, 2, 1, 3])
@@ -143,9 +146,9 @@ def step_graph(
             y = g.op("Reshape", y, g.const([0, heads, query or 1, size]))
         y = g.op("Reshape", g.op("Transpose", y, perm=[0, 2, 1, 3]), g.const([0, 0, heads * size]))
         x = g.op("Add", x, g.op("MatMul", y, g.weight(f"{layer}.wo", compute)))
-        h = g.op("RMSNormalization", x, g.weight(f"{layer}.ffn_norm", compute), axis=-1, epsilon=NORM_EPS)
-        gates = g.op("MatMul", h, g.weight(f"{layer}.w13", compute))
+        gates, scale = _normed_product(g, x, f"{layer}.ffn_norm", f"{layer}.w13", compute, form)
         w1, w3 = g.ops("Split", gates, count=2, axis=-1, num_outputs=2)
+        w1, w3 = (_scaled(g, part, scale, compute) for part in (w1, w3))
         h = g.op("Mul", g.op("Mul", w1, g.op("Sigmoid", w1)), w3)
         x = g.op("Add", x, g.op("MatMul", h, g.weight(f"{layer}.w2", compute)))
 
@@ -166,6 +169,30 @@ def step_graph(
     for io in outputs:
         g.output(io.name, io.dtype, io.shape)
     return g
+
+
+def _normed_product(g: Graph, x: str, norm: str, matrix: str, compute: str, form: Form) -> tuple[str, str | None]:
+    """RMSNorm of ``x`` [R,q,d] times a matrix; with ``norm_after`` the factor [R,q,1] fp32 is still to be applied.
+
+    It is applied to the parts after they are split: there an engine computes it inside the kernel that follows, while
+    on the product itself it would become a part of that, with a kernel of its own for the sum of squares.
+    """
+    if not form.norm_after:
+        h = g.op("RMSNormalization", x, g.weight(norm, compute), axis=-1, epsilon=NORM_EPS)
+        return g.op("MatMul", h, g.weight(matrix, compute)), None
+    assert g.weights is not None
+    wide = g.op("Cast", x, to=ONNX_TYPE["float32"])
+    square = g.op("ReduceMean", g.op("Mul", wide, wide), g.const([-1]), keepdims=1)
+    rms = g.op("Sqrt", g.op("Add", square, g.const(NORM_EPS, "float32")))
+    factor = g.op("Div", g.const(2.0 ** g.weights.folded[matrix], "float32"), rms)
+    return g.op("MatMul", x, g.weight(matrix, compute)), factor
+
+
+def _scaled(g: Graph, part: str, factor: str | None, compute: str) -> str:
+    """``part`` times ``factor`` in fp32, back in ``compute``."""
+    if factor is None:
+        return part
+    return g.op("Cast", g.op("Mul", g.op("Cast", part, to=ONNX_TYPE["float32"]), factor), to=ONNX_TYPE[compute])
 
 
 def _mask(g: Graph, config: PARConfig, query: int | None, form: Form) -> str:

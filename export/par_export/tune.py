@@ -21,6 +21,7 @@ from par_export.build_cli import count, counts, sizes_up_to
 from par_export.engine import PRECISIONS, Request, build
 from par_export.engine_network import BuildCancelledError, BuildError
 from par_export.staging import TargetError
+from par_export.step import Form
 from par_runtime import cuda, trt_module
 from par_runtime.bundle import Bundle, BundleError, seal
 from par_runtime.cli import Parser
@@ -36,8 +37,7 @@ CAPTURES: tuple[Capture, ...] = ("image", "call", "none")
 class Row:
     """One candidate at one batch size: milliseconds per batch, raw."""
 
-    grouped: bool
-    lengths: bool
+    form: Form
     capture: str
     images: int
     samples_ms: tuple[float, ...]
@@ -66,30 +66,32 @@ def tune(
     if images not in request.images:
         raise BuildError(f"images {images}: the engine is built for {request.images}; give one of these")
     bundle = Bundle.open(request.bundle)
-    forms = [(grouped, lengths) for grouped in (True, False) for lengths in (True, False)]
-    if bundle.group_size == 1:
-        forms = [(False, lengths) for lengths in (True, False)]
-    folders: dict[tuple[bool, bool], Path] = {}
+    folders: dict[Form, Path] = {}
     rows: list[Row] = []
     try:
-        for grouped, lengths in forms:
-            label = f"{'grouped' if grouped else 'plain'}-{'lengths' if lengths else 'mask'}"
-            candidate = replace(request, grouped=grouped, lengths=lengths, label=f"tune-{label}")
+        for form in candidates(bundle.group_size):
+            candidate = replace(
+                request,
+                grouped=form.grouped,
+                lengths=form.lengths,
+                norm_after=form.norm_after,
+                label=f"tune-{'-'.join(words(form))}",
+            )
             try:
-                folders[grouped, lengths] = build(candidate, lambda _: None)
+                folders[form] = build(candidate, lambda _: None)
             except BuildError as error:  # this TensorRT or GPU has no kernel for it
-                say(f"{label}: left out: {error}")
+                say(f"{' '.join(words(form))}: left out: {error}")
         if not folders:
             raise BuildError("no candidate could be built; the lines above say why")
         for turn in range(rounds):
-            for (grouped, lengths), folder in folders.items():
+            for form, folder in folders.items():
                 found = _time(bundle, folder, index, repeats)
-                rows += [Row(grouped, lengths, capture, size, samples) for (capture, size), samples in found.items()]
+                rows += [Row(form, capture, size, samples) for (capture, size), samples in found.items()]
                 say(f"round {turn + 1} of {rounds}: {folder.name} done")
         rows = _merged(rows)
         best = min((row for row in rows if row.images == images), key=lambda row: row.ms_per_image)
-        _keep(folders[best.grouped, best.lengths], best, rows)
-        out = folders[best.grouped, best.lengths]
+        out = folders[best.form]
+        _keep(out, best, rows)
         final = out.with_name(out.name.rpartition("-tune-")[0])
         shutil.rmtree(final, ignore_errors=True)
         out.rename(final)
@@ -101,14 +103,36 @@ def tune(
     return final
 
 
+def candidates(n: int) -> list[Form]:
+    """The forms worth timing at ``n`` tokens per group."""
+    forms = [Form(grouped, lengths, after) for grouped in (True, False) for lengths, after in _VISIBLE_AND_NORM]
+    return [form for form in forms if n > 1 or not form.grouped]
+
+
+#: A mask with the norm after the product is left out: lengths are better wherever both exist, or no worse.
+_VISIBLE_AND_NORM = ((True, False), (True, True), (False, False))
+
+
+def words(form: Form) -> tuple[str, str, str]:
+    """The form in the words of ``parvis build``'s options."""
+    return (
+        "grouped" if form.grouped else "plain",
+        "lengths" if form.lengths else "mask",
+        "after" if form.norm_after else "before",
+    )
+
+
 def table(rows: Sequence[Row], best: Row) -> list[str]:
     """The measurements as lines of text, the chosen one marked."""
-    lines = [f"{'attention':10} {'visible':8} {'capture':8} {'images':>6} {'ms per image':>13} {'min':>9} {'max':>9}"]
+    lines = [
+        f"{'attention':10} {'visible':8} {'norm':7} {'capture':8} {'images':>6} {'ms per image':>13} {'min':>9} {'max':>9}"
+    ]
     for row in rows:
+        attention, visible, norm = words(row.form)
         low, high = min(row.samples_ms) / row.images, max(row.samples_ms) / row.images
         lines.append(
-            f"{'grouped' if row.grouped else 'plain':10} {'lengths' if row.lengths else 'mask':8} {row.capture:8} "
-            f"{row.images:6} {row.ms_per_image:13.2f} {low:9.2f} {high:9.2f}{'  <- chosen' if row is best else ''}"
+            f"{attention:10} {visible:8} {norm:7} {row.capture:8} {row.images:6} {row.ms_per_image:13.2f} {low:9.2f} "
+            f"{high:9.2f}{'  <- chosen' if row is best else ''}"
         )
     return lines
 
@@ -138,9 +162,9 @@ def _time(bundle: Bundle, folder: Path, index: int, repeats: int) -> dict[tuple[
 
 def _merged(rows: Sequence[Row]) -> list[Row]:
     """One row per candidate, with the samples of all rounds."""
-    merged: dict[tuple[bool, bool, str, int], tuple[float, ...]] = {}
+    merged: dict[tuple[Form, str, int], tuple[float, ...]] = {}
     for row in rows:
-        key = (row.grouped, row.lengths, row.capture, row.images)
+        key = (row.form, row.capture, row.images)
         merged[key] = merged.get(key, ()) + row.samples_ms
     return [Row(*key, samples) for key, samples in merged.items()]
 

@@ -179,6 +179,20 @@ def test_kernels_of_par_l(trt: trt_module.TensorRT, tmp_path: Path) -> None:
         assert kernels.around <= 11
 
 
+def test_a_norm_after_the_product_saves_a_kernel_per_layer(trt: trt_module.TensorRT, tmp_path: Path) -> None:
+    case = random_case(tmp_path, PARConfig(dim=1024, n_layers=3, n_heads=16))
+    stored = case.table
+    with engine.weights_in(case.file, stored, "float16", tmp_path, fold=True) as (table, _):
+        shutil.copyfile(tmp_path / ".weights", tmp_path / "folded.data")
+    case = Case(case.config, table, tmp_path / "folded.data")
+    for query, per_layer in ((1, 8), (4, 9)):
+        _, (kernels,), _ = case.build(trt, query=query, form=Form(query > 1, lengths=True, norm_after=True))
+        assert kernels.per_layer == per_layer
+        assert kernels.around is not None
+        assert kernels.around <= 11
+        assert kernels.attention == 3
+
+
 @pytest.mark.parametrize("lengths", [True, False])
 @pytest.mark.parametrize("grouped", [True, False])
 def test_both_forms_at_sixteen(trt: trt_module.TensorRT, tmp_path: Path, grouped: bool, lengths: bool) -> None:
@@ -400,7 +414,11 @@ def test_the_command_prints_the_report_or_json(tiny_copy: Path, capsys: pytest.C
     assert build_cli.main([*arguments, "--json"]) == 0
     entry = json.loads(capsys.readouterr().out)
     assert [p["images"] for p in entry["report"]["plans"]["step"]["profiles"]] == [1, 2, 3]
-    assert entry["report"]["plans"]["step"]["form"] == {"grouped": True, "lengths": True}
+    assert entry["report"]["plans"]["step"]["form"] == {
+        "grouped": True,
+        "lengths": True,
+        "norm_after": False,
+    }
 
 
 @pytest.mark.parametrize(

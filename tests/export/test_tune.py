@@ -31,7 +31,7 @@ def bundle(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def build(request: Request, say: object) -> Path:
         if request.grouped and not request.lengths:
             raise BuildError("no fused attention kernel")
-        slow = 0.0 if (request.grouped, request.lengths) == (False, True) else 2e-3
+        slow = 0.0 if (request.grouped, request.lengths, request.norm_after) == (False, True, True) else 2e-3
         folder = tensorrt.write_engine(Bundle.open(request.bundle), request.images, request.mode, slow=slow)
         return folder.rename(folder.with_name(f"{folder.name}-{request.label}"))
 
@@ -45,11 +45,12 @@ def test_the_fastest_form_is_kept_and_loaded(bundle: Path) -> None:
     assert [path.name for path in (bundle / ENGINES).iterdir()] == [folder.name]
     tuned = Engine.open(folder, Bundle.open(bundle)).tuned
     chosen = min((row for row in tuned["rows"] if row["images"] == 2), key=lambda row: row["ms_per_image"])
-    assert (chosen["grouped"], chosen["lengths"]) == (False, True)
+    assert chosen["form"] == {"grouped": False, "lengths": True, "norm_after": True}
+    assert len({json.dumps(row["form"]) for row in tuned["rows"]}) == 5  # of six, one could not be built
     assert tuned["capture"] == chosen["capture"]
     assert all(len(row["samples_ms"]) == 2 for row in tuned["rows"])
     assert {row["capture"] for row in tuned["rows"]} == {"image", "call", "none"}
-    assert any("grouped-mask: left out: no fused attention kernel" in line for line in said)
+    assert any("grouped mask before: left out: no fused attention kernel" in line for line in said)
     assert sum("<- chosen" in line for line in said) == 1
     pipeline = Pipeline.load(bundle)
     assert pipeline.backend.capture == tuned["capture"]  # type: ignore[attr-defined]
