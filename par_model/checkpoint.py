@@ -1,12 +1,13 @@
 """Published checkpoint files to our state dict: every key accounted for, nothing in a pickle ever run.
 
 The weights are the whole file (a bare dict) or lie under ``model``, ``module`` or ``state_dict``, in that
-order, never ``ema`` (spec, 6). Files are read memory-mapped: a tensor costs memory when it is asked for.
+order, never ``ema`` (spec, 6). What wrappers put before or between names (DDP, FSDP, torch.compile) is taken off.
+Files are read memory-mapped: a tensor costs memory when it is asked for. Which file, and in which format:
+``checkpoint_file.py``.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from par_model.checkpoint_file import CheckpointError as CheckpointError  # part of this module
+from par_model.checkpoint_file import read as _read
 from par_model.config import SIZES, PARConfig, VQConfig
 from par_model.transformer import PAR
 from par_model.vq import VQModel
@@ -24,12 +27,10 @@ from par_model.vq import VQModel
 DROPPED = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")
 NESTED_UNDER = ("model", "module", "state_dict")
 PUBLISHED_GRID = (1, 24, 24)
+#: What wrappers of a model put into its keys: DDP in front, torch.compile, FSDP and activation checkpointing anywhere.
+WRAPPERS = re.compile(r"^module\.|(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 #: Fields that no shape shows: a file of ours that was trained with an ablation says so.
 ABLATIONS = ("order", "sequential_initial", "causal_groups")
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message says what was given, what is expected and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,6 @@ class _MappedTensors(Mapping[str, Tensor]):
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Map the checkpoint at ``path``. Raises CheckpointError if it is not one."""
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give a .pt checkpoint")
     content = _read(path)
     weights = _weights(content)
     others = [k for k, v in weights.items() if not isinstance(v, Tensor)]
@@ -90,8 +89,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = content.get("config") if weights is not content else None
     names = content.get("class_names") if weights is not content else None
 
+    keys = plain_keys(path, weights)
+
     def tensors() -> dict[str, Tensor]:
-        return {k: v for k, v in _weights(_read(path)).items() if not DROPPED.fullmatch(k)}
+        return {keys[k]: v for k, v in _weights(_read(path)).items() if not DROPPED.fullmatch(keys[k])}
 
     del content, weights
     return Checkpoint(
@@ -102,37 +103,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
+def plain_keys(path: Path, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Key of the file -> key of the model. Raises CheckpointError where two become one."""
+    keys = {key: WRAPPERS.sub("", WRAPPERS.sub("", key)) for key in weights}
+    taken: dict[str, str] = {}
+    for key, plain in keys.items():
+        if plain in taken:
+            raise CheckpointError(
+                f"{path}: keys {taken[plain]!r} and {key!r} are both {plain!r} without what wrappers added; save the "
+                "state dict of one model"
+            )
+        taken[plain] = key
+    return keys
+
+
 def _weights(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((content[k] for k in NESTED_UNDER if isinstance(content.get(k), Mapping)), content)
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    """The content of the file, its tensors mapped."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                content = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
-    except Exception as error:
-        # torch wraps the reason in advice to load unsafely, which must not reach anybody; the reason is the context.
-        inner = error.__context__ if isinstance(error.__context__, Exception) else error
-        reason = next(iter(str(inner).strip().splitlines()), "") or type(inner).__name__
-        unsafe = re.search(r"unsupported (?:global|operand|class).*", f"{inner}\n{error}", re.IGNORECASE)
-        if unsafe:
-            raise CheckpointError(
-                f"{path}: holds something other than tensors and plain values ({unsafe.group(0)[:200]}); "
-                "it was not run; save the state dict alone with torch.save(model.state_dict(), path)"
-            ) from error
-        raise CheckpointError(
-            f"{path}: not a readable PyTorch checkpoint ({reason}); the file may be truncated: compare its size "
-            f"({path.stat().st_size} bytes) with the original's and copy it again"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors")
-    return content
 
 
 def par_config(

@@ -10,6 +10,7 @@ from scipy import stats
 
 from par_export.graph import Graph
 from par_export.sampling import TOPK_LIMIT, Variant, sample
+from par_export.verify import runnable_opset
 from par_model.generate import sample as oracle
 
 VARIANTS: list[Variant] = ["dynamic", "topk", "exact"]
@@ -18,7 +19,7 @@ _sessions: dict[tuple[int, str], ort.InferenceSession] = {}
 
 def tail(vocab: int, variant: Variant) -> ort.InferenceSession:
     if (vocab, variant) not in _sessions:
-        g = Graph("tail", None)
+        g = Graph("tail", None, runnable_opset())
         logits = g.input("logits", "float32", ["B", "q", vocab])
         g.input("uniform", "float32", ["B", "q"])
         for name, dtype in (("temperature", "float32"), ("top_k", "int64"), ("top_p", "float32")):
