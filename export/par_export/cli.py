@@ -10,6 +10,7 @@ from pathlib import Path
 from par_export.bundle import ExportError, Request, export
 from par_export.staging import TargetError
 from par_export.verify import ParityError
+from par_model import hub
 from par_model.checkpoint import CheckpointError
 
 
@@ -18,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         export(
             Request(
-                checkpoint=args.checkpoint,
-                tokenizer=None if args.tokenizer == "none" else Path(args.tokenizer),
+                checkpoint=hub.local(args.checkpoint),
+                tokenizer=None if args.tokenizer == "none" else hub.local(args.tokenizer),
                 out=args.out,
                 precision=args.precision,
                 heads=args.heads,
@@ -90,9 +91,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn a PAR or LlamaGen checkpoint into a bundle: ONNX graphs, weights and a manifest, "
         "checked against PyTorch before it is published.",
     )
-    p.add_argument("--checkpoint", type=Path, required=True, help="PAR or LlamaGen weights (.pt)")
     p.add_argument(
-        "--tokenizer", required=True, help="VQ tokenizer weights (.pt), or 'none' for a bundle that ends at tokens"
+        "--checkpoint",
+        required=True,
+        help="PAR or LlamaGen weights: .pt, .safetensors, an index of shards or the folder that holds it, or "
+        "hf://OWNER/REPOSITORY/FILE@REVISION",
+    )
+    p.add_argument(
+        "--tokenizer",
+        required=True,
+        help="VQ tokenizer weights, in the same forms, or 'none' for a bundle that ends at tokens",
     )
     p.add_argument("--out", type=Path, required=True, help="bundle folder to write; must not exist (or --force)")
     p.add_argument(
