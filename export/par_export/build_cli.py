@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BuildCancelledError, KeyboardInterrupt):
         print("\nparvis: stopped; nothing was written", file=sys.stderr)
         return 130
+    if args.list is not None:
+        part = args.list.with_name(f".{args.list.name}.part")
+        part.write_text(json.dumps([str(folder) for folder in folders]))
+        part.replace(args.list)
     if args.json:
         for folder in folders:
             print(json.dumps({"engine": str(folder), **json.loads((folder / ENGINE_JSON).read_text())}))
@@ -195,6 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--kernels", action="store_true", help="also list every kernel of a step")
     p.add_argument("--json", action="store_true", help="print engine.json instead of text")
+    p.add_argument(
+        "--list", type=Path, metavar="FILE", help="also write the engines' folders there, as JSON, at the end"
+    )
     p.add_argument("--quiet", action="store_true", help="no progress, no text")
     p.add_argument("--no-cache", action="store_true", help="neither take the engine from the cache nor keep it there")
     p.add_argument("--cache-dir", type=Path, help="default: PARVIS_CACHE, or parvis in the user's cache folder")

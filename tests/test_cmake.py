@@ -1,0 +1,165 @@
+"""The artefact build: bundle, plans, self-tests, archive, and only what is new the second time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'")
+CMAKE = shutil.which("cmake", path=f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}")
+if CMAKE is None or shutil.which("make") is None:
+    if os.environ.get("CI"):
+        raise RuntimeError("the artefact build is tested in CI; cmake or make is missing")
+    pytest.skip("needs cmake and make", allow_module_level=True)
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run cmake, ctest or cpack; the engine cache is the test's own."""
+    paths = [str(ROOT), str(ROOT / "export"), str(ROOT / "runtime"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PARVIS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(paths)}
+
+    def command(tool: str, *arguments: object, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        assert CMAKE is not None
+        line = [str(Path(CMAKE).with_name(tool)), *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, check=False, env=env, cwd=cwd)
+
+    return command
+
+
+def configure(run: Run, build: Path, **variables: object) -> subprocess.CompletedProcess[str]:
+    given = {"PARVIS_PYTHON": sys.executable, "PARVIS_MAX_IMAGES": 1, "PARVIS_NAME": "tiny"} | variables
+    return run("cmake", "-S", ROOT, "-B", build, *(f"-D{name}={value}" for name, value in given.items()))
+
+
+def built(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What a build says that it makes."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.partition("] ")[2] for line in done.stdout.splitlines() if "] bundle" in line or "] plans" in line]
+
+
+def test_bundle_plans_tests_and_archive_and_nothing_twice(run: Run, tiny: Path, tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    done = configure(run, build, PARVIS_BUNDLE=tiny, PARVIS_TARGETS="SM80;SM89")
+    assert done.returncode == 0, done.stderr
+    first = built(run("cmake", "--build", build))
+    assert [line.partition(",")[0] for line in first] == [
+        "bundle tiny",
+        "plans of tiny for SM80",
+        "plans of tiny for SM89",
+    ]
+    assert built(run("cmake", "--build", build)) == []
+    engines = build / "artefacts" / "tiny" / "engines"
+    sm80, sm89 = sorted(engines.iterdir())
+    shutil.rmtree(sm89)  # removed by hand: built again, and nothing else
+    assert built(run("cmake", "--build", build)) == ["plans of tiny for SM89"]
+
+    tests = run("ctest", "--test-dir", build, "--output-on-failure")
+    assert tests.returncode == 0, tests.stdout
+    assert "100% tests passed" in tests.stdout
+    assert "out of 4" in tests.stdout
+    packed = run("cpack", cwd=build)
+    assert packed.returncode == 0, packed.stdout + packed.stderr
+    with tarfile.open(build / "parvis-tiny.tar.gz") as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    top = tmp_path / "unpacked" / "parvis-tiny"
+    assert {path.name for path in top.iterdir()} == {"LICENSE", "README.txt", "tiny"}
+    assert "parvis generate tiny" in (top / "README.txt").read_text()
+    image = [
+        sys.executable,
+        "-m",
+        "par_runtime",
+        "generate",
+        str(top / "tiny"),
+        "--label",
+        "0",
+        "--out",
+        str(tmp_path / "x.png"),
+    ]
+    subprocess.run(image, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+
+    # Self-tests fail where an artefact is spoilt.
+    plan = engines / sm80.name / "step.plan"
+    plan.write_bytes(plan.read_bytes()[:-1])
+    tests = run("ctest", "--test-dir", build, "--output-on-failure")
+    assert tests.returncode != 0
+    assert "step.plan: truncated" in tests.stdout
+    assert "1 tests failed out of 4" in tests.stdout
+
+    # Another list of targets: what is new is built, what is not asked for goes.
+    configure(run, build, PARVIS_BUNDLE=tiny, PARVIS_TARGETS="SM89;SM86")
+    assert built(run("cmake", "--build", build)) == ["plans of tiny for SM86"]
+    assert [path.name.split("-")[2] for path in sorted(engines.iterdir())] == ["sm86", "sm89"]
+
+
+def test_from_a_checkpoint_again_when_it_changes(run: Run, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    build, model = tmp_path / "build", tmp_path / "model.pt"
+    shutil.copyfile(checkpoints["par_n4_grid8"], model)
+    variables = {
+        "PARVIS_CHECKPOINT": model,
+        "PARVIS_TOKENIZER": checkpoints["vq"],
+        "PARVIS_EXPORT_ARGS": "--heads;4;--grid;8",
+        "PARVIS_PRECISION": "fp32",
+    }
+    assert configure(run, build, **variables).returncode == 0
+    assert [line.partition(":")[0] for line in built(run("cmake", "--build", build))] == ["bundle tiny"]
+    manifest = json.loads((build / "artefacts" / "tiny" / "manifest.json").read_text())
+    assert manifest["name"] == "tiny"
+    assert built(run("cmake", "--build", build)) == []
+    os.utime(model)
+    assert len(built(run("cmake", "--build", build))) == 1
+    model.write_bytes(b"no checkpoint")
+    failed = run("cmake", "--build", build)
+    assert failed.returncode != 0
+    assert "parvis: error: " in failed.stderr
+    assert "model.pt" in failed.stderr
+    assert json.loads((build / "artefacts" / "tiny" / "manifest.json").read_text()) == manifest  # the good one stays
+    assert built_again_fails(run, build)
+
+
+def built_again_fails(run: Run, build: Path) -> bool:
+    """A step that failed does not count as done."""
+    return run("cmake", "--build", build).returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "nothing to build from"),
+        ({"PARVIS_BUNDLE": "BUNDLE", "PARVIS_CHECKPOINT": "x.pt"}, "are both given"),
+        ({"PARVIS_CHECKPOINT": "none.pt"}, "PARVIS_CHECKPOINT: .*none.pt does not exist"),
+        ({"PARVIS_BUNDLE": "EMPTY"}, "holds no manifest.json, so it is not a bundle"),
+        (
+            {"PARVIS_BUNDLE": "BUNDLE", "PARVIS_PRECISION": "int3"},
+            "PARVIS_PRECISION=int3: expected one of fp32, fp16, bf16",
+        ),
+        (
+            {"PARVIS_BUNDLE": "BUNDLE", "PARVIS_ENGINES": "both"},
+            "PARVIS_ENGINES=both: expected one of shared, per-phase",
+        ),
+        ({"PARVIS_BUNDLE": "BUNDLE", "PARVIS_TARGETS": "SM80;A100"}, "A100 is no target; expected SM80"),
+        ({"PARVIS_BUNDLE": "BUNDLE", "PARVIS_MAX_IMAGES": "0"}, "PARVIS_MAX_IMAGES=0: expected a number from 1"),
+        ({"PARVIS_BUNDLE": "BUNDLE", "PARVIS_NAME": "../x"}, "PARVIS_NAME=../x: expected letters"),
+        ({"PARVIS_BUNDLE": "BUNDLE", "PARVIS_PYTHON": "/bin/false"}, "/bin/false has no parvis; install it there"),
+    ],
+)
+def test_bad_requests_are_told(run: Run, tiny: Path, tmp_path: Path, variables: dict[str, str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"BUNDLE": tiny, "EMPTY": tmp_path / "empty"}
+    done = configure(run, tmp_path / "build", **{name: places.get(value, value) for name, value in variables.items()})
+    assert done.returncode != 0
+    import re
+
+    assert re.search(message, " ".join(done.stderr.split()))
