@@ -25,6 +25,7 @@ ELSEWHERE = {
 HERE = {
     "generate": ("par_runtime.commands", "make images from a bundle"),
     "redo": ("par_runtime.commands", "make a PNG again from what it says of itself, and compare"),
+    "inspect": ("par_runtime.inspect", "say what a bundle or checkpoint is, needs, and could reach"),
     "verify": ("par_runtime.verify_command", "compare two backends on a bundle: logits, tokens, images"),
 }
 

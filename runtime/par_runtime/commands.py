@@ -31,16 +31,16 @@ MOST_IMAGES = 100_000  # all are held in memory until they are written
 def generate(argv: Sequence[str]) -> int:
     """Make images: ``parvis generate BUNDLE --label L --count K --seed S --out X.png``."""
     args = _generate_parser().parse_args(argv)
-    return _guarded(lambda: _generate(args))
+    return guarded(lambda: _generate(args))
 
 
 def redo(argv: Sequence[str]) -> int:
     """Make a PNG again and compare: exit code 0 if pixels and tokens are identical, 1 if not."""
     args = _redo_parser().parse_args(argv)
-    return _guarded(lambda: _redo(args))
+    return guarded(lambda: _redo(args))
 
 
-def _guarded(work: Callable[[], int]) -> int:
+def guarded(work: Callable[[], int]) -> int:
     """Run ``work``; every expected failure becomes one line and exit code 2."""
     try:
         return work()

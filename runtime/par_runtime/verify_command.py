@@ -19,7 +19,7 @@ from par_runtime import __version__, ort
 from par_runtime import verify as measure
 from par_runtime.bundle import Bundle, Verify
 from par_runtime.cli import Parser
-from par_runtime.commands import _add_common, _classes, _guarded
+from par_runtime.commands import _add_common, _classes, guarded
 from par_runtime.ort import OrtBackend
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import RequestError, image_seeds, settings
@@ -56,7 +56,7 @@ class Report:
 def verify(argv: Sequence[str]) -> int:
     """Compare two backends; exit code 0 if all is within the floors, 1 if not, 2 if it cannot be tried."""
     args = _parser().parse_args(argv)
-    return _guarded(lambda: _verify(args))
+    return guarded(lambda: _verify(args))
 
 
 def _verify(args: argparse.Namespace) -> int:

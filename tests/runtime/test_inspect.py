@@ -1,0 +1,84 @@
+"""``parvis inspect``: facts of bundles and checkpoints, and the bound of the paper's models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from par_runtime import cli
+from par_runtime.bundle import Bundle, Phase
+from par_runtime.inspect import bound_ms, cache_bytes, describe, step_parameters
+
+
+def model(dim: int, layers: int, heads: int, ffn: int, n: int) -> Any:
+    """As much of a published model's bundle as the bound needs; head sizes as they are, not padded."""
+    names = tuple(f"{kind}.{i}" for i in range(layers) for kind in "kv")
+    calls = [("prefill", 1, 1), ("sequential", 1, n - 1), ("transition", n, 1), ("group", n, 576 // n - 2)]
+    phases, position = [], 0
+    for name, query, repeat in calls:
+        phases.append(Phase(name, query, repeat, position, ("token",) * query))
+        position += query * repeat
+    sizes = {"dim": dim, "n_layers": layers, "n_heads": heads, "head_dim_padded": dim // heads, "ffn_dim": ffn}
+    return SimpleNamespace(
+        model=sizes | {"vocab_size": 16384},
+        cache=SimpleNamespace(inputs=names, heads=heads, head_dim=dim // heads),
+        phases=phases,
+        precision="fp16",
+        n_tokens=576,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "millions", "wanted_ms"),
+    [
+        ((1024, 24, 16, 2816, 4), 325.1, 52),  # PAR-L-4x, and so on: the figures of the paper's model on 2.0 TB/s
+        ((1280, 36, 20, 3584, 4), 752.4, 118),
+        ((1536, 48, 24, 4096, 4), 1384, 216),
+        ((3200, 24, 32, 8704, 4), 3041, 460),
+        ((3200, 24, 32, 8704, 16), 3041, 158),
+    ],
+)
+def test_the_bound_of_the_published_models(sizes: tuple[int, ...], millions: float, wanted_ms: float) -> None:
+    bundle = model(*sizes)
+    assert step_parameters(bundle) / 1e6 == pytest.approx(millions, rel=2e-3)
+    assert bound_ms(bundle, 1, 2000) == pytest.approx(wanted_ms, rel=0.02)
+    assert bound_ms(bundle, 8, 2000) > bound_ms(bundle, 1, 2000)
+    assert cache_bytes(bundle, 2, 2) == 2 * cache_bytes(bundle, 1, 2)
+
+
+def test_a_bundle_as_text_and_json(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(tiny), "--selftest"]) == 0
+    text = capsys.readouterr().out
+    assert "28,912 parameters: width 16, 2 layers, 2 heads of 8, 64 codes, 6 classes (6 named)" in text
+    assert "64 tokens in 19 calls (1 prefill, 3 sequential, 1 transition, 14 group), 16x16 pixels" in text
+    assert "128 tokens, passed on onnxruntime-cpu" in text
+    assert "engine    none; 'parvis build' makes them" in text
+    assert cli.main(["inspect", str(tiny), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["hash"] == Bundle.open(tiny).hash
+    assert facts["selftest"]["state"].startswith("not run")
+    assert facts == json.loads(json.dumps(describe(Bundle.open(tiny))))
+
+
+def test_checkpoints(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    assert cli.main(["inspect", str(checkpoints["par_n4_grid8"])]) == 0
+    text = capsys.readouterr().out
+    assert "PAR model" in text
+    assert "open: width 64 with 3 layers is none of the named sizes" in text
+    assert cli.main(["inspect", str(checkpoints["vq"]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "VQ tokenizer"
+
+
+def test_what_is_neither_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.pt").write_bytes(b"nothing")
+    assert cli.main(["inspect", str(tmp_path / "x.pt")]) == 2
+    assert capsys.readouterr().err.startswith("parvis: error: ")
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert "holds no manifest.json, so it is not a bundle" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
