@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 import torch
 
-from par_export import verify
+from par_export import imagenet, verify
 from par_export.decoder import decoder_graph
 from par_export.graph import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph
 from par_export.memory import peak_memory_bytes
@@ -53,6 +53,7 @@ class Request:
     sampling: Variant = "topk"
     name: str | None = None
     class_names: list[str] | None = None
+    imagenet_names: bool = True  #: give a model of ImageNet's shape its class names
     defaults: dict[str, Any] | None = None
     force: bool = False
 
@@ -83,7 +84,12 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
             )
     if vq is not None and config.grid[0] != 1:
         raise ExportError("a video grid takes no image tokenizer; give --tokenizer none")
-    names = request.class_names or checkpoint.class_names
+    names, synsets = request.class_names or checkpoint.class_names, None
+    if names is None and request.imagenet_names and imagenet.fits(config):
+        names, synsets = imagenet.classes()
+        say(
+            f"{len(names)} classes and {config.vocab_size} codes: taken as ImageNet's, so classes have its names (--class-names none: no names)"
+        )
     if names is not None and len(names) != config.n_classes:
         raise ExportError(f"{len(names)} class names for a model of {config.n_classes} classes; give one per class")
     parameters = sum(t.numel() for t in checkpoint.tensors.values())
@@ -145,6 +151,7 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
                 "config": asdict(vq),
             },
             "class_names": names,
+            "class_synsets": synsets,
             "defaults": defaults,
             **checked,
         }

@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
                 grid=args.grid,
                 sampling=args.sampling,
                 name=args.name,
-                class_names=_class_names(args.class_names),
+                class_names=None if args.class_names == Path("none") else _class_names(args.class_names),
+                imagenet_names=args.class_names is None,
                 defaults={
                     k: v for k in ("guidance", "temperature", "top_k", "top_p") if (v := getattr(args, k)) is not None
                 },
@@ -119,7 +120,12 @@ def _parser() -> argparse.ArgumentParser:
         "3840 and top-p within it (default); 'exact' has no limit and costs more. step.onnx is always exact",
     )
     p.add_argument("--name", help="name in the manifest (default: the folder's)")
-    p.add_argument("--class-names", type=Path, help="JSON list, or a text file with one name per line")
+    p.add_argument(
+        "--class-names",
+        type=Path,
+        help="JSON list, or a text file with one name per line; 'none' for no names (default: those of the "
+        "checkpoint, or ImageNet's for a model of its shape)",
+    )
     p.add_argument("--guidance", type=float, help="default guidance scale of the bundle")
     p.add_argument("--temperature", type=float, help="default temperature")
     p.add_argument("--top-k", type=int, help="default top-k")

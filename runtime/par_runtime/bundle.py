@@ -90,7 +90,8 @@ class Bundle:
     graphs: Mapping[str, Graph]
     cache: Cache
     image_size: tuple[int, int] | None  #: (H, W) in pixels, None where the bundle ends at tokens
-    class_names: tuple[str, ...] | None
+    class_names: tuple[str, ...] | None  #: one string per class; further names of a class after ", "
+    class_synsets: tuple[str, ...] | None  #: WordNet's, for ImageNet models
     defaults: Defaults
     selftest: Mapping[str, Any]
     parity: Mapping[str, Any]
@@ -214,6 +215,7 @@ def _parse(path: Path, m: dict[str, Any]) -> Bundle:
         cache=Cache(cache["dtype"], tuple(cache["inputs"]), tuple(cache["outputs"]), cache["heads"], cache["head_dim"]),
         image_size=None if tokenizer is None else (tokenizer["image_size"][0], tokenizer["image_size"][1]),
         class_names=None if m["class_names"] is None else tuple(m["class_names"]),
+        class_synsets=tuple(m["class_synsets"]) if m.get("class_synsets") else None,
         defaults=Defaults(**m["defaults"]),
         selftest=m["selftest"],
         parity=m["parity"],

@@ -161,7 +161,7 @@ def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: in
 
 def _file_name(bundle: Bundle, label: int) -> str:
     """The class as a part of a file name on any system."""
-    return _safe(str(label) if bundle.class_names is None else bundle.class_names[label]) or str(label)
+    return _safe(str(label) if bundle.class_names is None else bundle.class_names[label].split(", ")[0]) or str(label)
 
 
 def _safe(name: str) -> str:

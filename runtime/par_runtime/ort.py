@@ -24,6 +24,7 @@ from par_runtime.bundle import Bundle, BundleError
 OPSET24_SINCE = (1, 25)
 MOST_IMAGES = 4096  #: beyond, caches are tens of gigabytes for the smallest of models
 TIE = 1e-4  #: kernels of other CPUs round differently; the export's own measured errors are 50 times smaller
+NO_MEMORY = ("allocate memory", "bad_alloc", "out of memory")  #: how its allocators (the last: CUDA) say it
 BUCKETS = 8  #: cache windows are multiples of N/8, measured best on 2 cores (docs/design.md)
 
 
@@ -224,7 +225,7 @@ def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
 def explained(error: Exception) -> Exception:
     """ONNX Runtime's own error types as Python's, where a caller can do something about them."""
     text = str(error)
-    return MemoryError(text) if "allocate memory" in text or "bad_alloc" in text else error
+    return MemoryError(text) if any(told in text for told in NO_MEMORY) else error
 
 
 def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

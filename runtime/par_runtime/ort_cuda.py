@@ -6,20 +6,43 @@ way to a GPU, not the fast one. Inputs of a call are copied into their device bu
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from par_runtime.backend import Batch, Float, Int
 from par_runtime.bundle import Bundle, BundleError
-from par_runtime.ort import MOST_IMAGES, OPSET24_SINCE, TIE, available_cores, explained
+from par_runtime.cuda import CudaError
 from par_runtime.request import RequestError
 
+REPLACE = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'parvis[onnxruntime-gpu]'"
+try:
+    import onnxruntime as ort
+
+    from par_runtime.ort import MOST_IMAGES, OPSET24_SINCE, TIE, available_cores, explained
+except ModuleNotFoundError as error:
+    if error.name != "onnxruntime":
+        raise
+    raise RequestError(
+        "device 'cuda-ort' needs onnxruntime-gpu, which is not installed; pip install 'parvis[onnxruntime-gpu]' (in a "
+        "clone: pip install '.[onnxruntime-gpu]')"
+    ) from error
+
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
-#: Operators that hold a model's work: one of these on the CPU would copy the cache back and forth in every call.
-HEAVY = ("MatMul", "Attention", "TensorScatter", "RotaryEmbedding", "RMSNormalization", "Conv")
+#: The first release whose CUDA provider takes all of ``step.onnx``: 1.25 and 1.26 leave Transpose, Reshape, Cast and
+#: ReduceMax of opset 24 on the CPU (and Attention of opset 23 in 1.24). How this was found: docs/install.md.
+CUDA_SINCE = (1, 27)
+#: What ONNX Runtime leaves on the CPU on purpose: arithmetic on shapes, which are there already. Any other operator on
+#: the CPU would copy activations, or the cache, back and forth in every call.
+SHAPES = ("Concat", "Gather", "Shape", "Size", "Slice", "Squeeze", "Unsqueeze")
 ASSIGNMENT = "session.record_ep_graph_assignment_info"
 
 
@@ -33,23 +56,28 @@ class OrtCudaBackend:
         self, bundle: Bundle, index: int = 0, threads: int | None = None, *, provider: str = CUDA, kind: str = "cuda"
     ) -> None:
         version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+        since = CUDA_SINCE if provider == CUDA else OPSET24_SINCE
         if provider not in ort.get_available_providers():
             raise RequestError(
                 f"device 'cuda-ort' needs ONNX Runtime with CUDA, installed is onnxruntime {ort.__version__} with "
-                f"{', '.join(ort.get_available_providers())}: pip uninstall onnxruntime && pip install 'parvis[onnxruntime-gpu]'"
+                f"{', '.join(ort.get_available_providers())}: {REPLACE}"
             )
-        if version < OPSET24_SINCE:
+        if version < since:
             raise RequestError(
-                f"device 'cuda-ort' needs onnxruntime-gpu {'.'.join(map(str, OPSET24_SINCE))} or newer (Python 3.11 or "
-                f"newer), installed is {ort.__version__}"
+                f"device 'cuda-ort' needs onnxruntime-gpu {'.'.join(map(str, since))} or newer (it needs Python 3.11 or newer), "
+                f"installed is {ort.__version__}: pip install --upgrade onnxruntime-gpu, or use device 'cpu'"
+            )
+        if bundle.cache.dtype != "float32":
+            raise BundleError(
+                f"{bundle.path}: cache of dtype {bundle.cache.dtype!r}; device 'cuda-ort' needs float32; export the bundle again"
             )
         self.bundle, self._kind, self._index, self._provider = bundle, kind, index, provider
         self.name = f"onnxruntime-{kind} {ort.__version__}"
         self.max_images = MOST_IMAGES
-        self.tie = 10 * TIE  # TF32 and other orders of summation
+        self.tie = 10 * TIE  # other orders of summation, and kernels that nobody here has measured
         self._options = ort.SessionOptions()
         self._options.intra_op_num_threads = threads or available_cores()
-        self._options.log_severity_level = 3  # it warns of every shape computation that it leaves on the CPU
+        self._options.log_severity_level = 4  # what fails is raised; it warns of every shape that it leaves on the CPU
         self._options.add_session_config_entry(ASSIGNMENT, "1")
         self._step = self._session("step")
         self._decoder: ort.InferenceSession | None = None
@@ -94,7 +122,7 @@ class OrtCudaBackend:
         try:
             images: NDArray[np.uint8] = self._decoder.run(["images"], {"tokens": np.ascontiguousarray(tokens)})[0]
         except Exception as error:
-            raise explained(error) from error
+            raise _told(error) from error
         return images
 
     def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> None:
@@ -106,28 +134,52 @@ class OrtCudaBackend:
         self._shape = (0, 0)
 
     def _session(self, name: str) -> ort.InferenceSession:
-        path = self.bundle.path / self.bundle.graphs[name].file
-        # Shape computations stay on the CPU provider, which ONNX Runtime wants named too.
-        providers: list[Any] = [(CUDA, {"device_id": self._index}), CPU] if self._provider == CUDA else [self._provider]
+        graph = self.bundle.graphs.get(name)
+        if graph is None:
+            raise BundleError(f"{self.bundle.path}: has no graph {name!r}; export the bundle again")
+        path = self.bundle.path / graph.file
+        # Shape arithmetic stays on the CPU provider, which ONNX Runtime wants named too. No TF32: a step waits for weights,
+        # not for arithmetic, and the bundle's numbers are those of fp32.
+        cuda = (CUDA, {"device_id": str(self._index), "use_tf32": "0"})
+        providers: list[Any] = [cuda, CPU] if self._provider == CUDA else [self._provider]
         try:
-            session = ort.InferenceSession(str(path), self._options, providers=providers)
+            # Without enable_fallback=0, a failure of the GPU, also one in a later run(), is printed and ends on the CPU.
+            with _quiet(self._provider):
+                session = ort.InferenceSession(str(path), self._options, providers=providers, enable_fallback=0)
         except Exception as error:
-            raise BundleError(f"{path}: onnxruntime {ort.__version__} cannot load it ({_first_line(error)})") from error
+            reason = _reason(error)
+            if isinstance(explained(error), MemoryError):
+                raise MemoryError(reason) from error
+            if reason.startswith(("Invalid device ID", "CUDA failure")):
+                raise RequestError(
+                    f"device 'cuda-ort:{self._index}' cannot be used: {reason}; what does nvidia-smi say?"
+                ) from error
+            raise BundleError(f"{path}: onnxruntime {ort.__version__} cannot load it ({reason})") from error
         if session.get_providers()[0] != self._provider:
             raise BundleError(
-                f"{path}: ONNX Runtime fell back to {session.get_providers()[0]} without an error: is there a GPU {self._index}, "
-                f"and the CUDA and cuDNN that onnxruntime-gpu {ort.__version__} wants? (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+                f"{path}: ONNX Runtime fell back to {session.get_providers()[0]}: {why_not_cuda()}. onnxruntime-gpu {ort.__version__} "
+                f"needs a GPU with its driver, CUDA {getattr(ort, 'cuda_version', '') or '13'} and cuDNN 9: "
+                "pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
         strays = elsewhere(session, self._provider)
-        if strays:
+        if strays and name == "step":
             raise BundleError(
-                f"{path}: onnxruntime {ort.__version__} runs {', '.join(strays)} on the CPU, which would copy the cache in every "
-                "call: install a newer onnxruntime-gpu, or use device 'cuda' (TensorRT)"
+                f"{path}: onnxruntime {ort.__version__} runs {', '.join(strays)} on the CPU, which would copy in every call: "
+                "install a newer onnxruntime-gpu, or use device 'cuda' (TensorRT) or 'cpu'"
+            )
+        if strays:  # once per batch, so it is slower and no more
+            warnings.warn(
+                f"{path}: onnxruntime {ort.__version__} runs {', '.join(strays)} on the CPU; decoding copies the image's "
+                "activations back and forth",
+                stacklevel=2,
             )
         return session
 
     def _value(self, array: NDArray[Any]) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_numpy(array, self._kind, self._index)
+        try:
+            return ort.OrtValue.ortvalue_from_numpy(array, self._kind, self._index)
+        except Exception as error:
+            raise _told(error) from error
 
     def _call(self, ids: Int, write: int, uniform: Float) -> _Call:
         assert self._batch is not None, "start() comes before step()"
@@ -186,20 +238,51 @@ class _Call:
 
 
 def elsewhere(session: ort.InferenceSession, provider: str) -> list[str]:
-    """The heavy operators of a session that another provider than ``provider`` runs."""
+    """The operators of a session that another provider than ``provider`` runs, but for arithmetic on shapes."""
     return sorted(
         {
             node.op_type
             for part in session.get_provider_graph_assignment_info()
             if part.ep_name != provider
             for node in part.get_nodes()
-            if node.op_type in HEAVY
+            if node.op_type not in SHAPES
         }
     )
 
 
+def why_not_cuda() -> str:
+    """What the dynamic loader says of ONNX Runtime's CUDA provider; ONNX Runtime itself only logs it."""
+    folder = Path(ort.__file__).parent / "capi"
+    try:
+        for name in ("shared", "cuda"):
+            ctypes.CDLL(str(folder / f"libonnxruntime_providers_{name}.so"), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return str(error)
+    return "it gave no reason"
+
+
+@contextlib.contextmanager
+def _quiet(provider: str) -> Iterator[None]:
+    """Find CUDA's libraries in site-packages, as pip installs them, and keep the log to what the caller will raise.
+
+    The provider is not linked to look there: without ``preload_dlls`` the wheels of ``onnxruntime-gpu[cuda,cudnn]`` are
+    found only if torch was imported before.
+    """
+    if provider != CUDA:
+        yield
+        return
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls()
+    ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)
+
+
 def load(bundle: Bundle, index: int = 0, threads: int | None = None) -> OrtCudaBackend:
-    """The CUDA backend of ``bundle`` on GPU ``index``. Raises RequestError, BundleError."""
+    """The CUDA backend of ``bundle`` on GPU ``index``. Raises RequestError, BundleError, CudaError, MemoryError."""
     return OrtCudaBackend(bundle, index, threads)
 
 
@@ -207,8 +290,19 @@ def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
     try:
         session.run_with_iobinding(binding)
     except Exception as error:
-        raise explained(error) from error
+        raise _told(error) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _told(error: Exception) -> Exception:
+    """A failure on the GPU as the error that every caller of a backend knows."""
+    reason = _reason(error)
+    if isinstance(explained(error), MemoryError):
+        return MemoryError(reason)
+    return CudaError(f"onnxruntime {ort.__version__} failed: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    """The part of ONNX Runtime's error that a user can act on, without the source lines and host names around it."""
+    text = str(error).strip()
+    told = re.search(r"Invalid device ID[^.\n]*|CUDA failure [^;\n]*|Failed to allocate memory[^\n]*", text)
+    return told.group().strip() if told else (text.splitlines() or [type(error).__name__])[0]

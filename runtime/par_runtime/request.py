@@ -37,8 +37,11 @@ class Settings:
 
 
 def class_index(bundle: Bundle, label: int | str) -> int:
-    """The class of ``label``: an index, or a name (case, spaces, "-" and "_" do not matter). Raises RequestError."""
+    """The class of ``label``: an index, a name, one of several names that a class has ("goldfish, Carassius auratus"),
+    or a WordNet synset. Case, spaces, "-" and "_" do not matter in names. Raises RequestError."""
     count, names = bundle.n_classes, bundle.class_names
+    if isinstance(label, str) and bundle.class_synsets is not None and label.strip() in bundle.class_synsets:
+        return bundle.class_synsets.index(label.strip())
     if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
         if not 0 <= label < count:
             raise RequestError(f"label {label}: this model has classes 0..{count - 1}")
@@ -47,23 +50,35 @@ def class_index(bundle: Bundle, label: int | str) -> int:
         raise RequestError(f"label {label!r}: expected a class index or name, not a {type(label).__name__}")
     if names is not None:
         wanted = _folded(label)
-        folded = [_folded(name) for name in names]
-        found = [i for i, name in enumerate(folded) if name == wanted]
+        known = [
+            (name, i) for i, several in enumerate(names) for name in dict.fromkeys((several, *several.split(", ")))
+        ]
+        folded = [_folded(name) for name, _ in known]
+        found = sorted({i for name, (_, i) in zip(folded, known, strict=True) if name == wanted})
         if len(found) > 1:  # ImageNet has two cranes
-            raise RequestError(f"label {label!r} names classes {' and '.join(map(str, found))}; give the index")
+            each = " and ".join(f"{i} ({_told(bundle, i)})" for i in found)
+            raise RequestError(f"label {label!r} names classes {each}; give the index")
         if found:
             return found[0]
     if label.strip().lstrip("+-").isdigit():
         return class_index(bundle, int(label))
     if names is None:
         raise RequestError(f"label {label!r}: this bundle has no class names; give an index 0..{count - 1}")
-    close = [names[folded.index(match)] for match in difflib.get_close_matches(wanted, folded, 4, 0.5)]
+    close = [known[folded.index(match)][0] for match in difflib.get_close_matches(wanted, folded, 4, 0.5)]
     if close:
         raise RequestError(f"unknown label {label!r}; did you mean {', '.join(close)}? (or an index 0..{count - 1})")
     shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if count > NAMES_SHOWN else "")
     if count <= 2 * NAMES_SHOWN:
         shown = ", ".join(names)
     raise RequestError(f"unknown label {label!r}; this model has {count} classes: {shown} (or an index 0..{count - 1})")
+
+
+def _told(bundle: Bundle, index: int) -> str:
+    """A class with what tells it apart: all its names, or its synset where another class has the same."""
+    assert bundle.class_names is not None
+    name = bundle.class_names[index]
+    alone = bundle.class_names.count(name) == 1
+    return name if alone or bundle.class_synsets is None else f"{name}, {bundle.class_synsets[index]}"
 
 
 def _folded(name: str) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 
 from par_runtime import cli, ort_cuda
 from par_runtime.bundle import Bundle, BundleError
+from par_runtime.cuda import CudaError
 from par_runtime.ort import OPSET24_SINCE
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import RequestError
@@ -72,35 +77,161 @@ def test_logits_and_steps_after_them(tiny: Path) -> None:
 def test_without_the_cuda_provider_it_says_what_to_install(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if ort_cuda.CUDA in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has the CUDA provider")
-    with pytest.raises(RequestError, match=r"pip uninstall onnxruntime && pip install 'parvis\[onnxruntime-gpu\]'"):
+    with pytest.raises(
+        RequestError, match=r"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'parvis\[onnxruntime-gpu\]'"
+    ):
         Pipeline.load(tiny, device="cuda-ort")
     assert cli.main(["generate", str(tiny), "--label", "0", "--device", "cuda-ort:1"]) == 2
     assert capsys.readouterr().err.startswith("parvis: error: device 'cuda-ort' needs ONNX Runtime with CUDA")
 
 
-@needs_opset_24
-def test_a_silent_fallback_to_the_cpu_is_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ONNX Runtime does where CUDA's libraries are missing: it loads, on the CPU."""
-    monkeypatch.setattr(ort, "get_available_providers", lambda: [ort_cuda.CUDA, "CPUExecutionProvider"])
-    real = ort.InferenceSession
-    monkeypatch.setattr(
-        ort,
-        "InferenceSession",
-        lambda path, options, providers: real(path, options, providers=["CPUExecutionProvider"]),
+def test_without_any_onnxruntime_it_says_what_to_install(tiny: Path) -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None; from par_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    with pytest.raises(BundleError, match=r"fell back to CPUExecutionProvider without an error: is there a GPU 0"):
-        ort_cuda.load(Bundle.open(tiny))
+    command = [sys.executable, "-c", code, "generate", str(tiny), "--label", "0", "--device", "cuda-ort"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "needs onnxruntime-gpu, which is not installed; pip install 'parvis[onnxruntime-gpu]'" in done.stderr
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], None]:
+    """onnxruntime-gpu without a GPU, as ONNX Runtime behaves: it raises, or says nothing and takes the CPU."""
+    real = ort.InferenceSession
+
+    def make(raised: Exception | None) -> None:
+        def session(path: str, options: Any, providers: Any, **others: Any) -> Any:
+            assert providers[0] == (ort_cuda.CUDA, {"device_id": "0", "use_tf32": "0"})
+            if raised is not None:
+                raise raised
+            return real(path, options, providers=["CPUExecutionProvider"], **others)
+
+        monkeypatch.setattr(ort, "InferenceSession", session)
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [ort_cuda.CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcudart.so.13"), raising=False)
+    return make
+
+
+def test_releases_that_leave_work_on_the_cpu_are_refused(
+    tiny: Path, pretended: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in ("1.23.2", "1.26.0"):
+        monkeypatch.setattr(ort, "__version__", version)
+        with pytest.raises(RequestError, match=rf"needs onnxruntime-gpu 1\.27 or newer .* installed is {version}"):
+            ort_cuda.load(Bundle.open(tiny))
 
 
 @needs_opset_24
-def test_heavy_operators_on_the_cpu_are_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_fallback_to_the_cpu_is_an_error(
+    tiny: Path, pretended: Callable[..., None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As ONNX Runtime does where CUDA's libraries are missing: it loads, on the CPU."""
+    pretended(None)
+    with pytest.raises(
+        BundleError, match=r"fell back to CPUExecutionProvider: .*libonnxruntime_providers_cuda.* needs"
+    ):
+        ort_cuda.load(Bundle.open(tiny))
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_opset_24
+@pytest.mark.parametrize(
+    ("said", "kind", "told"),
+    [
+        (
+            'a.cc:63 FAIL : Parse Failed to parse provider option "device_id": b.cc:71 operator() Invalid device ID: 1, '
+            "must be between 0 (inclusive) and 1 (exclusive).\n",
+            RequestError,
+            r"device 'cuda-ort:0' cannot be used: Invalid device ID: 1, must be between .*; what does nvidia-smi say\?$",
+        ),
+        (
+            "a.cc:63 FAIL : CUDA failure 100: no CUDA-capable device is detected ; GPU=0 ; hostname=vm ; file=b.cc",
+            RequestError,
+            r"cannot be used: CUDA failure 100: no CUDA-capable device is detected; what",
+        ),
+        (
+            "a.cc:360 void* AllocateRawInternal() Failed to allocate memory for requested buffer of size 256\n",
+            MemoryError,
+            "^Failed to allocate memory for requested buffer of size 256$",
+        ),
+        (
+            "Protobuf parsing failed.",
+            BundleError,
+            r"step.onnx: onnxruntime .* cannot load it \(Protobuf parsing failed",
+        ),
+    ],
+)
+def test_what_keeps_it_from_the_gpu_is_told_in_one_line(
+    tiny: Path, pretended: Callable[..., None], said: str, kind: type[Exception], told: str
+) -> None:
+    pretended(RuntimeError(said))  # texts of onnxruntime-gpu 1.31.1
+    with pytest.raises(kind, match=told) as caught:
+        ort_cuda.load(Bundle.open(tiny))
+    assert "\n" not in str(caught.value)
+
+
+@needs_opset_24
+def test_a_failure_on_the_gpu_does_not_continue_on_the_cpu(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime's own session prints such a failure, takes the CPU and says nothing more."""
+    pipeline = on_cpu_buffers(tiny)
+    tokens = pipeline.generate([1], seed=1).tokens
+    backend: Any = pipeline.backend
+    for session in (backend._step, backend._decoder):
+        assert not session._enable_fallback
+
+    class Fails:
+        def run(self, *_: object) -> None:
+            raise RuntimeError(
+                "EP_FAIL : while running Conv : CUDA failure 700: an illegal address ; GPU=0 ; hostname=vm"
+            )
+
+        run_with_iobinding = run
+
+    monkeypatch.setattr(backend, "_step", Fails())
+    monkeypatch.setattr(backend, "_decoder", Fails())
+    for work in (lambda: pipeline.generate([1], seed=1), lambda: pipeline.decode(tokens)):
+        with pytest.raises(CudaError, match=r"onnxruntime .* failed: CUDA failure 700: an illegal address$"):
+            work()
+
+
+@needs_opset_24
+def test_too_little_memory_for_the_buffers_is_a_memory_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = on_cpu_buffers(tiny)
+
+    def full(*_: object) -> None:
+        raise RuntimeError("bfc_arena.cc:360 Failed to allocate memory for requested buffer of size 40000000")
+
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", full)
+    with pytest.raises(MemoryError, match=r"^Failed to allocate memory for requested buffer of size 40000000$"):
+        pipeline.generate([1], seed=1)
+
+
+@needs_opset_24
+def test_operators_on_the_cpu_are_an_error_but_for_shapes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(tiny)
     backend = ort_cuda.OrtCudaBackend(bundle, **CPU)
     assert ort_cuda.elsewhere(backend._step, "CPUExecutionProvider") == []
-    assert "Attention" in ort_cuda.elsewhere(backend._step, ort_cuda.CUDA)
-    monkeypatch.setattr(ort_cuda, "elsewhere", lambda session, provider: ["Attention", "TensorScatter"])
-    with pytest.raises(BundleError, match="runs Attention, TensorScatter on the CPU, which would copy the cache"):
+    others = ort_cuda.elsewhere(backend._step, ort_cuda.CUDA)
+    assert {"Attention", "TensorScatter", "Transpose", "Reshape"} <= set(others)
+    assert "Concat" not in others  # of shapes
+    monkeypatch.setattr(ort_cuda, "elsewhere", lambda session, provider: ["Attention", "Transpose"])
+    with pytest.raises(
+        BundleError, match="runs Attention, Transpose on the CPU, which would copy in every call: install"
+    ):
         ort_cuda.OrtCudaBackend(bundle, **CPU)
+    with pytest.warns(UserWarning, match="decoder.onnx: .* runs Attention, Transpose on the CPU; decoding copies"):
+        backend.decode(np.zeros((1, bundle.n_tokens), np.int64))  # once an image: slower, and no more
+
+
+def test_a_bundle_without_the_graph_is_refused(tiny: Path) -> None:
+    bundle = Bundle.open(tiny)
+    graphs = {name: graph for name, graph in bundle.graphs.items() if name != "step"}
+    with pytest.raises((BundleError, RequestError), match=r"has no graph 'step'|or newer"):
+        ort_cuda.OrtCudaBackend(replace(bundle, graphs=graphs), **CPU)
+    with pytest.raises((BundleError, RequestError), match=r"cache of dtype 'float16'.*needs float32|or newer"):
+        ort_cuda.OrtCudaBackend(replace(bundle, cache=replace(bundle.cache, dtype="float16")), **CPU)
 
 
 def test_a_graph_that_cannot_be_loaded_is_named(tiny: Path, tmp_path: Path) -> None:
@@ -114,6 +245,7 @@ def test_a_graph_that_cannot_be_loaded_is_named(tiny: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default:.*InstanceNormalization on the CPU")  # of opset 22 and newer, in ONNX Runtime 1.31
 def test_on_a_gpu(tiny: Path) -> None:
     if ort_cuda.CUDA not in ort.get_available_providers():
         pytest.skip("needs onnxruntime-gpu in place of onnxruntime")
