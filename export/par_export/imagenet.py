@@ -1,4 +1,7 @@
-"""The 1000 classes of ImageNet: names and WordNet synsets, in the order that every published model uses."""
+"""The 1000 classes of ImageNet: names and WordNet synsets, in the order that every published model uses.
+
+The names are those of WordNet 3.0, Copyright 2006 by Princeton University, used under its licence.
+"""
 
 from __future__ import annotations
 

@@ -93,6 +93,8 @@ EXTRA = {
     "onnxruntime": "cpu",
     "torch": "cpu,export",
     "onnx": "cpu,export",
+    "safetensors": "cpu,export",
+    "huggingface_hub": "cpu,export",
     "par_export": "cpu,export",
     "par_model": "cpu,export",
 }

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.backend import Backend, Batch, Int, Whole
+from par_runtime.backend import Backend, Batch, Float, Int, Whole
 from par_runtime.bundle import Bundle, BundleError, Phase, Verify
 from par_runtime.devices import choose
+from par_runtime.known import Known, given_tokens, known_tokens, log_likelihood
 from par_runtime.request import RequestError, Settings, class_index, image_seeds, settings, uniforms
 
 if TYPE_CHECKING:
@@ -150,6 +151,8 @@ class Pipeline:
         on_preview: OnPreview | None = None,
         max_batch: int | None = None,
         decode: bool = True,
+        keep: ArrayLike | None = None,
+        tokens: ArrayLike | None = None,
     ) -> Result:
         """Generate one image per label (class index or name).
 
@@ -159,6 +162,8 @@ class Pipeline:
         ``on_preview(images [b,H,W,3], done, total)`` shows the images in flight as far as they are, unfilled places
         taking the latest token of their region. ``max_batch`` bounds the images in flight (default: as many as a
         cache of 2 GB serves); larger requests run as several batches. ``decode=False`` makes tokens only.
+        ``keep`` (bool, [H,W] or [B,H,W], true where the image is to stay) and ``tokens`` ([N] or [B,N], sequence order)
+        give tokens instead of drawing them: inpainting, outpainting, another class for the rest of an image.
         Raises RequestError before any work on a bad value.
         """
         if isinstance(labels, str) or not isinstance(labels, Iterable):
@@ -188,17 +193,41 @@ class Pipeline:
         parts = [slice(i, i + size) for i in range(0, len(classes), size)]
         progress = _Progress(on_step, on_preview, preview_every, self.bundle.calls * len(parts))
         decode = decode and self.bundle.image_size is not None
-        made = [self._batch(classes[p], each[p], seeds[p], progress, timings, decode) for p in parts]
-        tokens = np.concatenate([tokens for tokens, _ in made])
+        known = known_tokens(self.bundle, len(classes), keep, tokens)
+        made = [
+            self._batch(classes[p], each[p], seeds[p], progress, timings, decode, known and known.part(p))
+            for p in parts
+        ]
+        drawn = np.concatenate([tokens for tokens, _ in made])
         images = None
         if decode:  # decoded with the batch where the backend does that, else all at the end
             clock = time.perf_counter()
             done = [pixels for _, pixels in made if pixels is not None]
-            images = np.concatenate(done) if len(done) == len(made) else self.decode(tokens)
+            images = np.concatenate(done) if len(done) == len(made) else self.decode(drawn)
             timings["decode"] = 1e3 * (time.perf_counter() - clock)
         timings["total"] = 1e3 * (time.perf_counter() - started)
         timings["calls"] = self.bundle.calls * len(parts)
-        return Result(images, tokens, classes, seeds, each, timings)
+        return Result(images, drawn, classes, seeds, each, timings)
+
+    def score(self, tokens: ArrayLike, labels: int | str | Sequence[int | str]) -> Float:
+        """Log-likelihood of ``tokens`` ([N] or [B,N], sequence order) for ``labels``: [B,N] fp32, natural logarithms.
+
+        Teacher-forced in the model's own calls, without guidance: entry k is log p(token k | what its call sees, class).
+        The sum over N is the image's. Raises RequestError.
+        """
+        if isinstance(labels, str) or not isinstance(labels, Iterable):
+            labels = [labels]
+        classes = [class_index(self.bundle, label) for label in labels]
+        given = given_tokens(self.bundle, len(classes), tokens)
+        out = np.zeros(given.shape, np.float32)
+        size = min(self._default_batch(), self.backend.max_images)
+        for first in range(0, len(classes), size):
+            part = slice(first, first + size)
+            each = settings(self.bundle, len(classes[part]), guidance=1.0)
+            for phase, write, ids in self._calls(classes[part], each, given[part]):
+                here = slice(write, write + phase.query)
+                out[part, here] = log_likelihood(self.backend.logits(ids, write), given[part, here])
+        return out
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         """Images [B,H,W,3] uint8 of ``tokens`` [B,N] in sequence order. Raises RequestError on another shape or id."""
@@ -238,6 +267,7 @@ class Pipeline:
         progress: _Progress,
         timings: dict[str, float],
         decode: bool,
+        known: Known | None = None,
     ) -> Whole:
         """Tokens [B,N] of one batch, and its images where the backend makes them in one go."""
         count, images = self.bundle.n_tokens, len(classes)
@@ -249,7 +279,7 @@ class Pipeline:
             ]
         )
         clock = time.perf_counter()
-        if not progress.preview_every:
+        if not progress.preview_every and known is None:
             batch, _, class_ids = self._rows(classes, each)
             whole = self.backend.whole(batch, class_ids, noise, decode)
             if whole is not None:
@@ -260,6 +290,8 @@ class Pipeline:
         for phase, write, ids in self._calls(classes, each, tokens):
             done = write + phase.query
             tokens[:, write:done] = self.backend.step(ids, write, noise[:, write:done])[:images]
+            if known is not None:
+                known.put(tokens, slice(write, done))
             timings[phase.name] = timings.get(phase.name, 0.0) + 1e3 * (time.perf_counter() - clock)
             progress.step(self, tokens, done)
             clock = time.perf_counter()  # callbacks and previews are not counted

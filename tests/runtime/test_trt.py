@@ -489,3 +489,12 @@ def test_a_planted_bug_is_caught(load: Make, tiny: Path, monkeypatch: pytest.Mon
         print(f"caught: {error}")
         caught = True
     assert caught, f"{bug.__name__} went unnoticed"
+
+
+def test_editing_and_scoring_are_those_of_the_cpu(load: Make, tiny: Path) -> None:
+    gpu, cpu = load(), Pipeline.load(tiny, device="cpu", selftest=False)
+    tokens = np.random.default_rng(0).integers(0, 64, (3, 64))
+    keep = np.random.default_rng(1).random((3, 8, 8)) < 0.4
+    got, wanted = (p.generate([0, 1, 2], seed=2, guidance=1.5, keep=keep, tokens=tokens) for p in (gpu, cpu))
+    np.testing.assert_array_equal(got.tokens, wanted.tokens)
+    np.testing.assert_allclose(gpu.score(tokens, [0, 1, 2]), cpu.score(tokens, [0, 1, 2]), atol=1e-4)

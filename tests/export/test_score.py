@@ -1,0 +1,86 @@
+"""Scoring and editing: the same engine, its tokens given instead of drawn; the score against the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import golden_config, golden_weights
+from par_model.transformer import PAR
+from par_runtime.pipeline import Pipeline
+from par_runtime.request import RequestError
+
+
+@pytest.fixture
+def pipeline(tiny: Path) -> Pipeline:
+    return Pipeline.load(tiny, device="cpu", selftest=False)
+
+
+@torch.no_grad()
+def test_the_score_is_the_oracles(bundles: dict[str, Path], golden: dict[str, dict[str, Any]]) -> None:
+    pipeline = Pipeline.load(bundles["fp32"], device="cpu", selftest=False)
+    model = golden_weights(PAR(golden_config(golden["par_n4_grid8"])))
+    tokens = np.random.default_rng(0).integers(0, pipeline.bundle.vocab_size, (3, 64))
+    labels = [1, 4, 9]
+    logits = model(torch.from_numpy(tokens), torch.tensor(labels))
+    wanted = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(tokens)[..., None])[..., 0].numpy()
+    got = pipeline.score(tokens, labels)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, wanted, atol=2e-4)
+    np.testing.assert_allclose(pipeline.score(tokens[1], 4), got[1:2], atol=1e-5)
+
+
+def test_known_tokens_stay_and_the_rest_is_drawn_given_them(pipeline: Pipeline) -> None:
+    first = pipeline.generate([2, 3], seed=1)
+    keep = np.zeros((8, 8), bool)
+    keep[:, :4] = True  # the left half
+    order = np.array(pipeline.bundle.order)
+    left = keep.reshape(-1)[order]
+    again = pipeline.generate([4, 5], seed=9, keep=keep, tokens=first.tokens)
+    np.testing.assert_array_equal(again.tokens[:, left], first.tokens[:, left])
+    assert (again.tokens[:, ~left] != first.tokens[:, ~left]).any()
+    # What is drawn saw what is known: other tokens on the left give others on the right, with the same noise.
+    other = pipeline.generate([4, 5], seed=9, keep=keep, tokens=first.tokens[::-1])
+    assert (other.tokens[:, ~left] != again.tokens[:, ~left]).any()
+    free = pipeline.generate([4, 5], seed=9, keep=~keep & keep, tokens=first.tokens)  # nothing kept
+    np.testing.assert_array_equal(free.tokens, pipeline.generate([4, 5], seed=9).tokens)
+    whole = pipeline.generate([4, 5], seed=9, keep=keep | ~keep, tokens=first.tokens)  # all kept
+    np.testing.assert_array_equal(whole.tokens, first.tokens)
+    np.testing.assert_array_equal(whole.images, first.images)
+
+
+def test_a_mask_and_tokens_per_image_over_several_batches(pipeline: Pipeline) -> None:
+    tokens = np.random.default_rng(1).integers(0, 64, (5, 64))
+    keep = np.random.default_rng(2).random((5, 8, 8)) < 0.5
+    order = np.array(pipeline.bundle.order)
+    places = keep.reshape(5, -1)[:, order]
+    whole = pipeline.generate([0, 1, 2, 3, 4], seed=3, keep=keep, tokens=tokens)
+    split = pipeline.generate([0, 1, 2, 3, 4], seed=3, keep=keep, tokens=tokens, max_batch=2)
+    np.testing.assert_array_equal(whole.tokens, split.tokens)
+    np.testing.assert_array_equal(whole.tokens[places], tokens[places])
+
+
+@pytest.mark.parametrize(
+    ("keep", "tokens", "message"),
+    [
+        (None, np.zeros(64, int), "keep and tokens belong together"),
+        (np.zeros((8, 8), bool), None, "keep and tokens belong together"),
+        (np.zeros((8, 8)), np.zeros(64, int), r"keep has shape \(8, 8\) and type float64; expected bool"),
+        (np.zeros((4, 8), bool), np.zeros(64, int), r"keep has shape \(4, 8\)"),
+        (np.zeros((8, 8), bool), np.zeros(63, int), r"tokens have shape \(63,\).*expected integers \[64\] or \[1,64\]"),
+        (np.zeros((8, 8), bool), np.zeros(64), r"tokens have shape \(64,\) and type float64"),
+        (np.zeros((8, 8), bool), np.full(64, 64), r"tokens lie in 64..64; expected 0..63"),
+    ],
+)
+def test_what_does_not_fit_is_refused(pipeline: Pipeline, keep: Any, tokens: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        pipeline.generate([0], seed=1, keep=keep, tokens=tokens)
+
+
+def test_a_score_of_tokens_that_do_not_fit_is_refused(pipeline: Pipeline) -> None:
+    with pytest.raises(RequestError, match=r"expected integers \[64\] or \[2,64\]"):
+        pipeline.score(np.zeros((3, 64), int), [0, 1])
