@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from par_export.graph import COMPATIBLE_OPSET, ONNX_TYPE, Graph, WeightTable
+from par_export.graph import ONNX_TYPE, Graph, WeightTable
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import token_order
 
 PREFIX = "vq."
+#: ONNX Runtime's CUDA provider has no InstanceNormalization of opset 22, as of 1.31: it would run on the CPU.
+DECODER_OPSET = 21
 
 
 def decoder_graph(config: PARConfig, vq: VQConfig, weights: WeightTable, compute: str = "float32") -> Graph:
     """The graph: input tokens [B,N] int64, output images [B,H,W,3] uint8 = trunc(clamp(127.5 x + 128, 0, 255))."""
     _, h, w = config.grid
-    b = _Decoder(Graph("decoder", weights, COMPATIBLE_OPSET), vq, compute)
+    b = _Decoder(Graph("decoder", weights, DECODER_OPSET), vq, compute)
     g = b.g
     tokens = g.input("tokens", "int64", ["B", config.n_tokens])
     place = np.empty(config.n_tokens, dtype=np.int64)

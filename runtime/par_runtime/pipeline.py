@@ -124,7 +124,8 @@ class Pipeline:
             slots, best = np.arange(phase.query), logits.max(-1)
             # Both the token drawn here and the export's must be the best up to rounding; not so where a logit is NaN.
             behind = best - np.minimum(logits[slots, wanted[0, here]], logits[slots, drawn])
-            wrong = ~(behind <= self.backend.tie * np.abs(logits).max())
+            # A backend that computes nothing gives logits that all tie; no model does.
+            wrong = ~(behind <= self.backend.tie * np.abs(logits).max()) | (best <= logits.min(-1))
             if wrong.any():
                 slot = int(wrong.argmax())
                 raise BundleError(

@@ -44,6 +44,13 @@ def test_no_combination_brings_both_onnxruntimes_by_accident() -> None:
                 assert not both <= brought, (one, others)
 
 
+def test_the_extra_brings_an_onnxruntime_gpu_that_cuda_ort_takes() -> None:
+    from par_runtime.ort_cuda import CUDA_SINCE
+
+    newest = EXTRAS["onnxruntime-gpu"][0]
+    assert newest == f"onnxruntime-gpu>={'.'.join(map(str, CUDA_SINCE))}; python_version >= '3.11'"
+
+
 def test_every_extra_is_explained() -> None:
     text = (Path(__file__).parents[2] / "docs" / "install.md").read_text()
     for extra in EXTRAS:

@@ -320,3 +320,13 @@ def test_the_selftest_forgives_a_tie_and_nothing_else(tiny: Path, monkeypatch: p
         pipeline.selftest()
     monkeypatch.setattr(pipeline.backend, "tie", 10.0)  # now every code ties with every other
     pipeline.selftest()
+
+
+def test_the_selftest_refuses_a_backend_that_computes_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All zero, every candidate ties with every other."""
+    pipeline = Pipeline.load(tiny)
+    step, logits = pipeline.backend.step, pipeline.backend.logits
+    monkeypatch.setattr(pipeline.backend, "step", lambda *a: np.zeros_like(step(*a)))
+    monkeypatch.setattr(pipeline.backend, "logits", lambda *a: np.zeros_like(logits(*a)))
+    with pytest.raises(BundleError, match=r"self-test failed"):
+        pipeline.selftest()
