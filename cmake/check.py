@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from par_runtime import Pipeline
-from par_runtime.bundle import Bundle, BundleError
+from par_runtime.bundle import MANIFEST, Bundle, BundleError
 from par_runtime.engines import ENGINE_JSON, ENGINES, Engine
+from par_runtime.trt_module import RTX
 
 
 def copy(source: str, out: str) -> None:
@@ -18,48 +19,71 @@ def copy(source: str, out: str) -> None:
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    for name in (*bundle.files, "manifest.json"):
+    for name in (*bundle.files, MANIFEST):
         shutil.copyfile(bundle.path / name, part / name)
     shutil.rmtree(target, ignore_errors=True)
     part.rename(target)
 
 
-def stamps(folder: str, bundle: str, *targets: str) -> None:
-    """Remove the stamps of engines that are gone, and the engines of targets that are not asked for any more."""
-    for stamp in Path(folder).glob("*.engine"):
-        engines = [Path(bundle) / ENGINES / Path(name).name for name in json.loads(stamp.read_text())]
-        if stamp.suffixes[-2].removeprefix(".") not in targets:
-            for engine in engines:
-                shutil.rmtree(engine, ignore_errors=True)
+def stamps(bundle: str, *targets: str) -> None:
+    """Remove the stamps whose artefact is gone or not asked for, and the engines that are left without a stamp."""
+    path = Path(bundle)
+    for stamp in path.parent.glob("*.bundle"):
+        if stamp.stem != path.name or not (path / MANIFEST).is_file():
             stamp.unlink()
-        elif not all((engine / ENGINE_JSON).is_file() for engine in engines):
+    kept = set()
+    wanted = {f"{path.name}.{target}.engine" for target in targets}
+    for stamp in path.parent.glob("*.engine"):
+        engines = _engines(stamp, path)
+        if stamp.name in wanted and all((engine / ENGINE_JSON).is_file() for engine in engines):
+            kept.update(engines)
+        else:
             stamp.unlink()
+    for folder in (path / ENGINES).glob("[!.]*"):
+        if folder.is_dir() and folder not in kept:
+            shutil.rmtree(folder)
+
+
+def _built(stamp: Path) -> None:
+    if not stamp.is_file():
+        sys.exit(f"parvis: error: {stamp.stem} is not built; run: cmake --build {stamp.parent.parent}")
+
+
+def _engines(stamp: Path, bundle: Path) -> list[Path]:
+    """The engine folders of a stamp, which 'parvis build --list' wrote."""
+    _built(stamp)
+    return [bundle / ENGINES / Path(name).name for name in json.loads(stamp.read_text())]
 
 
 def bundle(path: str) -> None:
     """Every file has the size and hash of the manifest."""
+    _built(Path(f"{path}.bundle"))
     opened = Bundle.open(path, verify="full")
     print(f"{path}: {len(opened.files)} files as in the manifest")
 
 
 def selftest(path: str) -> None:
     """The bundle's test image has the tokens of the export, on the CPU."""
+    _built(Path(f"{path}.bundle"))
     with Pipeline.load(path, device="cpu") as pipeline:
         print(f"{path}: self-test passed on {pipeline.backend.name}")
 
 
 def engine(stamp: str, path: str) -> None:
     """Every plan is whole, belongs to the bundle, and was built with all attention fused and caches in place."""
+    folders = _engines(Path(stamp), Path(path))
     opened = Bundle.open(path)
-    for name in json.loads(Path(stamp).read_text()):
-        found = Engine.open(Path(path) / ENGINES / Path(name).name, opened, verify="full")
+    for folder in folders:
+        found = Engine.open(folder, opened, verify="full")
+        # Where parvis build checks it too; fp32 may be decomposed, classic TensorRT refuses by itself.
+        countable = found.precision != "fp32" and found.runtime == RTX
         for plan in found.plans:
             report = found.report["plans"][plan]
             layers = report["layers"]
             wanted = {"ATTENTION": layers["model"], "KV_CACHE_UPDATE": 2 * layers["model"]}
             wrong = {kind: layers[kind] for kind, count in wanted.items() if layers[kind] != count}
             fused = [profile["attention"] for profile in report["profiles"]]
-            if wrong or (found.precision != "fp32" and set(fused) != {layers["model"]}):
+            if wrong or (countable and set(fused) != {layers["model"]}):
                 sys.exit(
                     f"{found.path.name}/{plan}: {layers}, fused attention per profile {fused}, for {layers['model']} layers"
                 )
