@@ -85,7 +85,10 @@ def _call(name: str, *arguments: Any, note: str = "") -> Any:
     try:
         code, *values = getattr(_driver(), name)(*arguments)
     except RuntimeError as error:  # cuda-python's own: the library is missing, or too old to know the call
-        said = f"{name}: {str(error).splitlines()[0]}; is an NVIDIA driver installed (nvidia-smi), and new enough?"
+        if type(error).__name__ == "DynamicLibNotFoundError":
+            said = "no NVIDIA driver here (libcuda was not found); nvidia-smi must work"
+        else:
+            said = f"{name}: {str(error).splitlines()[0]}; is an NVIDIA driver installed (nvidia-smi), and new enough?"
         raise CudaError(said, "NO_DRIVER") from error
     except ValueError as error:  # cuda-python's own: a code that it has no name for
         if "CUresult" not in str(error):

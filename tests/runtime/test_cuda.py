@@ -463,10 +463,9 @@ def check_no_device() -> None:
 def check_no_library() -> None:
     assert cuda.device_count() == 0
     said = cuda.why_no_device()
-    assert said.startswith("cuInit: ")
-    assert "is an NVIDIA driver installed (nvidia-smi)" in said
+    assert "no NVIDIA driver here (libcuda was not found); nvidia-smi must work" in said
     assert "\n" not in said
-    with refused(CudaError, "is an NVIDIA driver installed"):
+    with refused(CudaError, "no NVIDIA driver here"):
         Device.open(0)
     # Without cuda-python it is that which is named, and what installs it.
     cuda.driver = None
