@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from conftest import child
-from par_export import build_cli, engine, engine_network, engine_report, step
+from par_export import build_cli, engine_network, engine_report, engine_weights, step
 from par_export.engine import Request, build
 from par_export.engine_cache import EngineCache
 from par_export.engine_network import Attention, BuildError, Built, MappedWeights, Target, build_plan
@@ -122,10 +122,10 @@ def random_case(folder: Path, config: PARConfig = SMALL, dtype: str = "float16",
                 per_byte = 2 if quantised == "int4" else 1
                 add(name, rng.integers(0, 256, shape[0] * shape[1] // per_byte, np.uint8).tobytes(), quantised, shape)
                 scales = (shape[1],) if quantised == "int8" else (shape[0] // 64, shape[1])
-                add(name + SCALE, np.full(scales, 0.002, engine.NUMPY_TYPE[dtype]).tobytes(), dtype, scales)
+                add(name + SCALE, np.full(scales, 0.002, engine_weights.NUMPY_TYPE[dtype]).tobytes(), dtype, scales)
                 continue
             values = rng.random(shape, np.float32) * 0.04 - 0.02
-            add(name, values.astype(engine.NUMPY_TYPE[dtype]).tobytes(), dtype, shape)
+            add(name, values.astype(engine_weights.NUMPY_TYPE[dtype]).tobytes(), dtype, shape)
     return Case(config, WeightTable(entries), file)
 
 
@@ -182,7 +182,7 @@ def test_kernels_of_par_l(trt: trt_module.TensorRT, tmp_path: Path) -> None:
 def test_a_norm_after_the_product_saves_a_kernel_per_layer(trt: trt_module.TensorRT, tmp_path: Path) -> None:
     case = random_case(tmp_path, PARConfig(dim=1024, n_layers=3, n_heads=16))
     stored = case.table
-    with engine.weights_in(case.file, stored, "float16", tmp_path, fold=True) as (table, _):
+    with engine_weights.weights_in(case.file, stored, "float16", tmp_path, fold=True) as (table, _):
         shutil.copyfile(tmp_path / ".weights", tmp_path / "folded.data")
     case = Case(case.config, table, tmp_path / "folded.data")
     for query, per_layer in ((1, 8), (4, 9)):
@@ -368,10 +368,10 @@ def test_a_weight_beyond_fp16_is_refused(tmp_path: Path) -> None:
         f.write(np.float32(1e6).tobytes())
     with (
         pytest.raises(BuildError, match=r"weight 'layers.1.w2' reaches 1e\+06, beyond float16; give --precision bf16"),
-        engine.weights_in(case.file, case.table, "float16", tmp_path),
+        engine_weights.weights_in(case.file, case.table, "float16", tmp_path),
     ):
         pass
-    with engine.weights_in(case.file, case.table, "bfloat16", tmp_path) as (table, data):
+    with engine_weights.weights_in(case.file, case.table, "bfloat16", tmp_path) as (table, data):
         assert table.entries["layers.1.w2"].dtype == "bfloat16"
         assert table.entries["cos"].dtype == "float32"
         data.sweep()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from par_export import engine
+from par_export import engine_weights
 from par_export.engine import step_config
 from par_export.graph import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, WeightTable
 from par_export.step import Form, step_graph
@@ -32,7 +32,10 @@ def logits_of(
     out = np.zeros((1, config.n_tokens, config.vocab_size), np.float32)
     labels = np.array([3])
     caches = None
-    with engine.weights_in(bundle.path / WEIGHTS_FILE, stored, compute, tmp_path, fold=form.norm_after) as (table, _):
+    with engine_weights.weights_in(bundle.path / WEIGHTS_FILE, stored, compute, tmp_path, fold=form.norm_after) as (
+        table,
+        _,
+    ):
         data = tmp_path / ".weights"
         if not data.exists():
             data = bundle.path / WEIGHTS_FILE
@@ -75,11 +78,11 @@ def test_the_exponent_makes_overflow_impossible() -> None:
     """As large as fp16 goes, and all in the direction of the longest column: the product still fits."""
     rng = np.random.default_rng(0)
     matrix, gain = rng.normal(size=(256, 64)).astype(np.float32), rng.uniform(0.5, 40, 256).astype(np.float32)
-    inside, exponent = engine.folded(matrix, gain, "float16")
+    inside, exponent = engine_weights.folded(matrix, gain, "float16")
     np.testing.assert_array_equal(inside, matrix * gain[:, None] * np.float32(2.0**-exponent))
     assert exponent > 0
     for column in inside.T:
         x = column / np.linalg.norm(column) * 16 * 6e4  # a root mean square of 60,000
         assert np.abs(x @ inside).max() <= 6.5e4
-    assert engine.folded(matrix, gain, "bfloat16")[1] == 0
+    assert engine_weights.folded(matrix, gain, "bfloat16")[1] == 0
     assert OPSET > COMPATIBLE_OPSET
