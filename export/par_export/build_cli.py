@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from par_export.engine import MODES, PRECISIONS, Request, build
+from par_export.engine import MODES, PRECISIONS, SAMPLING, Request, build
 from par_export.engine_cache import DEFAULT_LIMIT_BYTES, default_folder
 from par_export.engine_network import BuildCancelledError, BuildError
 from par_export.staging import TargetError
@@ -174,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
         default="shared",
         help="'shared': one plan serves every phase, weights once (default); 'per-phase': a plan for each",
     )
-    p.add_argument("--sampling", choices=["plain", "topk", "exact"], help="sampling tail (default: the bundle's)")
+    p.add_argument(
+        "--sampling", choices=SAMPLING, help="sampling tail (default: the bundle's; topk where that is exact)"
+    )
     p.add_argument(
         "--attention",
         choices=["grouped", "plain"],

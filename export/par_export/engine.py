@@ -35,6 +35,8 @@ from par_runtime.trt_module import TensorRT
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MODES = ("shared", "per-phase")
+#: Not "exact": its bisection is a chain of hundreds of reductions, which TensorRT-RTX did not finish in ten minutes.
+SAMPLING = ("plain", "topk")
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ def _check(request: Request) -> None:
         raise BuildError(f"precision {request.precision!r}; expected one of {', '.join(PRECISIONS)}")
     if request.mode not in MODES:
         raise BuildError(f"engines {request.mode!r}; expected one of {', '.join(MODES)}")
+    if request.sampling is not None and request.sampling not in SAMPLING:
+        raise BuildError(f"sampling {request.sampling!r}; plans are built with one of {', '.join(SAMPLING)}")
     if not request.images or min(request.images) < 1 or list(request.images) != sorted(set(request.images)):
         raise BuildError(f"images {request.images}; expected ascending numbers from 1")
 
@@ -142,7 +146,8 @@ class _Plan:
         target, device = request.target.upper() if request.target != "local" else "local", None
         if target == "local":
             target, device = _local(trt)
-        sampling = request.sampling or bundle.graphs["group"].sampling or "topk"
+        own = bundle.graphs["group"].sampling
+        sampling = request.sampling or (own if own in SAMPLING else "topk")
         precision = request.precision or bundle.precision
         return _Plan(request, bundle, trt, precision, target, device, sampling, queries)  # type: ignore[arg-type]
 

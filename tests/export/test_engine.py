@@ -28,7 +28,7 @@ from par_export.graph import SCALE, Graph, Stored, WeightTable
 from par_export.step import Form, padded_head_dim, step_graph
 from par_model.config import PARConfig
 from par_runtime import trt_module
-from par_runtime.bundle import Bundle
+from par_runtime.bundle import Bundle, seal
 from par_runtime.engines import Engine, EngineError
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'")
@@ -302,6 +302,17 @@ def test_an_engine_per_phase(tiny_copy: Path) -> None:
     }
 
 
+def test_a_bundle_with_the_exact_tail_is_built_with_topk(tiny_copy: Path) -> None:
+    manifest = json.loads((tiny_copy / "manifest.json").read_text())
+    manifest["graphs"]["group"]["sampling"] = "exact"
+    del manifest["hash"]
+    (tiny_copy / "manifest.json").write_text(json.dumps(seal(manifest)))
+    folder = build(Request(tiny_copy, "SM80", images=(1,)), lambda _: None)
+    assert Engine.open(folder, Bundle.open(tiny_copy)).sampling == "topk"
+    with pytest.raises(BuildError, match="sampling 'exact'; plans are built with one of plain, topk"):
+        build(Request(tiny_copy, "SM80", sampling="exact"), lambda _: None)
+
+
 def test_the_second_build_comes_from_the_cache(tiny_copy: Path) -> None:
     said: list[str] = []
     request = Request(tiny_copy, "SM80", images=(1,))
@@ -429,6 +440,7 @@ def test_the_command_prints_the_report_or_json(tiny_copy: Path, capsys: pytest.C
         (["--target", "local"], r"no GPU here|NVIDIA driver|cannot be imported"),
         (["--target", "SM80", "--max-images", "0"], "'0': expected a number of images from 1 to 256"),
         (["--target", "SM80", "--precision", "int3"], "invalid choice: 'int3'"),
+        (["--target", "SM80", "--sampling", "exact"], "invalid choice: 'exact'"),
         ([], "required: --target"),
     ],
 )
