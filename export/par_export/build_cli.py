@@ -132,6 +132,16 @@ def counts(text: str) -> tuple[int, ...]:
     return tuple(sorted({count(part) for part in text.split(",")}))
 
 
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected gigabytes, 0 or more")
+    return value
+
+
 def _targets(text: str) -> list[str]:
     names = [part.strip() for part in text.split(",") if part.strip()]
     for name in names:
@@ -207,7 +217,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--quiet", action="store_true", help="no progress, no text")
     p.add_argument("--no-cache", action="store_true", help="neither take the engine from the cache nor keep it there")
     p.add_argument("--cache-dir", type=Path, help="default: PARVIS_CACHE, or parvis in the user's cache folder")
-    p.add_argument("--cache-gb", type=float, default=DEFAULT_LIMIT_BYTES / 1e9, help="bound of the cache (default: 40)")
+    p.add_argument(
+        "--cache-gb", type=_gigabytes, default=DEFAULT_LIMIT_BYTES / 1e9, help="bound of the cache (default: 40)"
+    )
     p.add_argument(
         "--reproducible",
         action="store_true",

@@ -90,7 +90,10 @@ def build(
             folder.mkdir()
             plan.write(folder, say, on_step)
             if request.use_cache:
-                cache.put(key, folder)
+                try:
+                    cache.put(key, folder)
+                except OSError as error:  # the engine is built: a full cache must not lose it
+                    say(f"not kept in the engine cache: {error}")
     report = json.loads((out / ENGINE_JSON).read_text())["report"]
     for line in engine_report.table(report):
         say(line)

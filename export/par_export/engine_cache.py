@@ -27,7 +27,7 @@ STALE_SECONDS = 24 * 3600
 
 def default_folder() -> Path:
     """``PARVIS_CACHE``, or ``parvis`` in the user's cache folder."""
-    if "PARVIS_CACHE" in os.environ:
+    if os.environ.get("PARVIS_CACHE"):
         return Path(os.environ["PARVIS_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "parvis"
 

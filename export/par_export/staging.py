@@ -34,8 +34,7 @@ def staging(out: Path, force: bool, marker: str = "manifest.json") -> Iterator[P
     if out.exists() and not (out / marker).is_file():
         kind = "a bundle" if marker == "manifest.json" else "an engine"
         raise TargetError(
-            f"{out} exists and is not {kind} (it holds no {marker}); only such a folder is replaced; "
-            "give another --out or move it away"
+            f"{out} exists and is not {kind} (it holds no {marker}); only such a folder is replaced; move it away"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     for stale in _leftovers(out, "part"):

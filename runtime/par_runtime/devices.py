@@ -100,6 +100,7 @@ def _tensorrt(bundle: Bundle, index: int, verify: Verify, capture: Capture) -> t
     from par_runtime.trt import TrtBackend
 
     engine = best([engine for engine, _ in fits])
+    chosen = engine.tuned.get("capture", capture) if capture == "image" else capture  # what the caller asks for wins
     trt = next(t for e, t in fits if e is engine)
     Engine.open(engine.path, bundle, verify)  # before now only its description was read
-    return TrtBackend(bundle, engine, cuda.Device.open(index), trt, engine.tuned.get("capture", capture)), ""
+    return TrtBackend(bundle, engine, cuda.Device.open(index), trt, chosen), ""

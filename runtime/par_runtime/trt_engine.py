@@ -41,6 +41,9 @@ class LoadedPlan:
         if trt.rtx:
             self._config = self.engine.create_runtime_config()
             self._config.set_execution_context_allocation_strategy(strategy)
+            kinds = getattr(trt.module, "DynamicShapesKernelSpecializationStrategy", None)
+            if kinds is not None:  # lazily, a capture could freeze the general kernels that run until then
+                self._config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
             self._rtx_cache = self._config.create_runtime_cache()
             stored = engine.path / f"{name}.{RUNTIME_CACHE}"
             if stored.is_file():  # refused where driver or GPU differ; then kernels are compiled again

@@ -112,7 +112,8 @@ class Memory:
 
     def _reserve(self, index: int, rows: int) -> None:
         """Caches for ``rows`` and scratch memory for the profile, shared by all shapes; grown when a larger one comes."""
-        scratch = max(1, *(plan.scratch_bytes(index) for plan in self._plans.values()))
+        # Of all smaller profiles too: one that needed more would move the caches in the middle of an image.
+        scratch = max(1, *(plan.scratch_bytes(i) for plan in self._plans.values() for i in range(index + 1)))
         if rows <= self._cache_rows and self._scratch is not None and scratch <= self._scratch.size:
             return
         self._release_shapes()  # they are bound to the old addresses
