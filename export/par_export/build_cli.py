@@ -21,6 +21,12 @@ from par_runtime.trt_module import TensorRTMissingError
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if args.list is not None and not args.list.parent.is_dir():
+        print(
+            f"parvis: error: --list {args.list}: no folder {args.list.parent}; give a file in one that exists",
+            file=sys.stderr,
+        )
+        return 2
     try:
         folders = []
         for target in args.target:
@@ -152,7 +158,7 @@ def _targets(text: str) -> list[str]:
             )
     if not names:
         raise argparse.ArgumentTypeError("expected at least one target, for instance SM80")
-    return [name if name == "local" else name.upper() for name in names]
+    return list(dict.fromkeys(name if name == "local" else name.upper() for name in names))
 
 
 def _parser() -> argparse.ArgumentParser:
