@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime import png
-from par_runtime.bundle import Bundle, BundleError
+from par_runtime.bundle import Bundle, BundleError, Verify
 from par_runtime.cli import Parser
 from par_runtime.cuda import CudaError
 from par_runtime.engines import has_engines
@@ -101,7 +101,7 @@ def _generate(args: argparse.Namespace) -> int:
         args.device,
         threads=args.threads,
         selftest=not args.no_selftest,
-        verify="auto" if has_engines(bundle) else "none",  # plans were not checked above
+        verify=_unchecked(bundle),
         capture=args.capture,
     )
     loaded = time.perf_counter()
@@ -139,6 +139,11 @@ def _generate(args: argparse.Namespace) -> int:
     written = _write(args, bundle, result, columns)
     _report(args, bundle, pipeline, result, written, loaded - started, time.perf_counter() - started)
     return 0
+
+
+def _unchecked(bundle: Bundle) -> Verify:
+    """What is still to be checked of an opened bundle: its engines' plans, if it has any."""
+    return "auto" if has_engines(bundle) else "none"
 
 
 def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: int) -> list[str]:
@@ -228,7 +233,7 @@ def _redo(args: argparse.Namespace) -> int:
         png.check_writable(args.out)
     # The comparison below is a stricter self-test than the bundle's own.
     pipeline = Pipeline.load(
-        args.bundle, args.device, threads=args.threads, selftest=False, verify="auto", capture=args.capture
+        args.bundle, args.device, threads=args.threads, selftest=False, verify=_unchecked(bundle), capture=args.capture
     )
     s = recipe.settings
     with _Bar(args.quiet) as bar:

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bundle import Bundle, BundleError, Verify, canonical_hash, sha256
+from par_runtime.bundle import HASH_UP_TO_BYTES, Bundle, BundleError, Verify, canonical_hash, sha256
 
 ENGINES = "engines"
 ENGINE_JSON = "engine.json"
 ENGINE_SCHEMA = 1
-#: Plans are hashed at load up to this size; larger ones only with ``verify="full"``. Sizes are always checked.
-HASH_UP_TO_BYTES = 64 * 2**20
 
 
 class EngineError(BundleError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,7 @@ class OrtBackend:
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._decoder is None:
             self._decoder = self._session("decoder")
-        try:
-            images: NDArray[np.uint8] = self._decoder.run(["images"], {"tokens": np.ascontiguousarray(tokens)})[0]
-        except Exception as error:
-            raise explained(error) from error
-        return images
+        return run_decoder(self._decoder, tokens, explained)
 
     def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> None:
         return None  # every call is run by the pipeline
@@ -220,6 +217,17 @@ def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
         session.run_with_iobinding(binding)
     except Exception as error:
         raise explained(error) from error
+
+
+def run_decoder(
+    session: ort.InferenceSession, tokens: Int, explain: Callable[[Exception], Exception]
+) -> NDArray[np.uint8]:
+    """Images [B,H,W,3] of ``tokens`` [B,N]; what ONNX Runtime raises goes through ``explain``."""
+    try:
+        images: NDArray[np.uint8] = session.run(["images"], {"tokens": np.ascontiguousarray(tokens)})[0]
+    except Exception as error:
+        raise explain(error) from error
+    return images
 
 
 def explained(error: Exception) -> Exception:

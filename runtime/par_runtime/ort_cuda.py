@@ -27,7 +27,7 @@ REPLACE = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'parvis[o
 try:
     import onnxruntime as ort
 
-    from par_runtime.ort import MOST_IMAGES, OPSET24_SINCE, TIE, available_cores, explained
+    from par_runtime.ort import MOST_IMAGES, OPSET24_SINCE, TIE, available_cores, explained, run_decoder
 except ModuleNotFoundError as error:
     if error.name != "onnxruntime":
         raise
@@ -119,11 +119,7 @@ class OrtCudaBackend:
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._decoder is None:
             self._decoder = self._session("decoder")
-        try:
-            images: NDArray[np.uint8] = self._decoder.run(["images"], {"tokens": np.ascontiguousarray(tokens)})[0]
-        except Exception as error:
-            raise _told(error) from error
-        return images
+        return run_decoder(self._decoder, tokens, _told)
 
     def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> None:
         return None  # every call is run by the pipeline
