@@ -18,14 +18,15 @@ import onnx
 import onnxruntime
 import torch
 
-from par_export import imagenet, verify
+from par_export import imagenet, verify, verify_tokenizer
 from par_export.decoder import decoder_graph
+from par_export.encoder import encoder_graph
 from par_export.graph import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph
 from par_export.memory import peak_memory_bytes
 from par_export.sampling import Variant
 from par_export.staging import TargetError, staging
 from par_export.step import io_table, padded_head_dim, step_graph
-from par_export.weights import Weights, write_decoder_weights, write_weights
+from par_export.weights import Weights, write_tokenizer_weights, write_weights
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import CLASS, TOKEN, Phase, input_kinds, phases, token_order
@@ -34,6 +35,7 @@ from par_runtime.bundle import SCHEMA, seal, sha256
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SELFTEST_GUIDANCE = 1.5
+HALF_DECODER = verify_tokenizer.HALF_DECODER
 
 
 class ExportError(TargetError):
@@ -53,6 +55,7 @@ class Request:
     sampling: Variant = "topk"
     name: str | None = None
     class_names: list[str] | None = None
+    encoder: bool = True  #: deploy the tokenizer's encoder too, which editing and reconstructing an image need
     imagenet_names: bool = True  #: give a model of ImageNet's shape its class names
     defaults: dict[str, Any] | None = None
     force: bool = False
@@ -104,15 +107,15 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
         try:
             write_weights(weights, config, checkpoint, dtype)
             if vq_file is not None:
-                write_decoder_weights(weights, vq_file, dtype)
+                write_tokenizer_weights(weights, vq_file, dtype, request.encoder)
         finally:
             weights.close()
         checkpoint.release()  # what was read stays mapped otherwise, beside the weights that are checked next
-        graphs = write_graphs(folder, config, vq, weights, dtype, request.sampling)
+        graphs = write_graphs(folder, config, vq, weights, dtype, request.sampling, request.encoder)
         say(f"graphs and weights written after {time.monotonic() - started:.1f} s; checking them against PyTorch")
         checked = verify.gate(folder, config, checkpoint, weights, guidance=SELFTEST_GUIDANCE)
         if vq is not None and vq_file is not None:
-            checked["parity"]["decoder"] = verify.gate_decoder(folder, config, vq, vq_file, dtype, token_order(config))
+            checked["parity"] |= verify_tokenizer.gate(folder, config, vq, vq_file, dtype, graphs)
         manifest = {
             "schema": SCHEMA,
             "name": request.name or request.out.name,
@@ -168,7 +171,13 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
 
 
 def write_graphs(
-    folder: Path, config: PARConfig, vq: VQConfig | None, weights: Weights, dtype: str, sampling: Variant
+    folder: Path,
+    config: PARConfig,
+    vq: VQConfig | None,
+    weights: Weights,
+    dtype: str,
+    sampling: Variant,
+    encoder: bool = True,
 ) -> dict[str, Any]:
     """Write every graph of a bundle into ``folder``; returns the manifest's ``graphs`` entry."""
     entries: dict[str, Any] = {}
@@ -201,6 +210,9 @@ def write_graphs(
         tokens = {"name": "tokens", "dtype": "int64", "shape": ("B", config.n_tokens)}
         images = {"name": "images", "dtype": "uint8", "shape": ("B", *size, 3)}
         add("decoder", decoder_graph(config, vq, weights), None, [tokens], [images])
+        add(HALF_DECODER, decoder_graph(config, vq, weights, "float16"), None, [tokens], [images])
+        if encoder:
+            add("encoder", encoder_graph(config, vq, weights), None, [images], [tokens])
     return entries
 
 

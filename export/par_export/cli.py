@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
                 name=args.name,
                 class_names=None if args.class_names == Path("none") else _class_names(args.class_names),
                 imagenet_names=args.class_names is None,
+                encoder=not args.no_encoder,
                 defaults={
                     k: v for k in ("guidance", "temperature", "top_k", "top_p") if (v := getattr(args, k)) is not None
                 },
@@ -125,6 +126,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="JSON list, or a text file with one name per line; 'none' for no names (default: those of the "
         "checkpoint, or ImageNet's for a model of its shape)",
+    )
+    p.add_argument(
+        "--no-encoder",
+        action="store_true",
+        help="leave out the tokenizer's encoder, which 'parvis reconstruct' and 'parvis edit' of a photo need",
     )
     p.add_argument("--guidance", type=float, help="default guidance scale of the bundle")
     p.add_argument("--temperature", type=float, help="default temperature")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from par_export import engine_report
-from par_export.decoder import PREFIX, decoder_graph
+from par_export.decoder import decoder_graph
 from par_export.engine_cache import DEFAULT_LIMIT_BYTES, EngineCache, default_folder, key_of
 from par_export.engine_network import Attention, BuildError, MappedWeights, OnStep, Target, build_plan
 from par_export.engine_weights import weights_in
@@ -27,6 +27,7 @@ from par_export.memory import peak_memory_bytes
 from par_export.sampling import Variant
 from par_export.staging import staging
 from par_export.step import Form, step_graph
+from par_export.vq_graph import PREFIX
 from par_model.config import PARConfig, VQConfig
 from par_runtime import __version__, trt_module
 from par_runtime.bundle import Bundle, seal, sha256
@@ -320,6 +321,7 @@ def _source_hash() -> str:
         "step.py",
         "sampling.py",
         "decoder.py",
+        "vq_graph.py",
         "engine.py",
         "engine_network.py",
         "engine_weights.py",

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from par_export.decoder import PREFIX
 from par_export.graph import Stored, WeightTable
 from par_export.step import padded_head_dim
+from par_export.vq_graph import PREFIX
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig
 from par_model.ordering import rotary_table
@@ -95,12 +95,13 @@ def write_weights(weights: Weights, config: PARConfig, checkpoint: Checkpoint, d
     weights.add("output", [get("output.weight").to(store).T], dtype)
 
 
-def write_decoder_weights(weights: Weights, checkpoint: Checkpoint, dtype: str) -> None:
-    """Stream the decoder's half of the tokenizer into the weights file; the encoder is not deployed."""
+def write_tokenizer_weights(weights: Weights, checkpoint: Checkpoint, dtype: str, encoder: bool) -> None:
+    """Stream the tokenizer into the weights file: codebook and decoder, and the ``encoder`` if it is deployed."""
     codebook = F.normalize(checkpoint.tensor("quantize.embedding.weight").float(), dim=-1)
     weights.add(PREFIX + "codebook", [codebook], dtype)
+    halves = ("decoder.", "post_quant_conv.", *(("encoder.", "quant_conv.") if encoder else ()))
     for key in checkpoint.tensors:
-        if key.startswith(("decoder.", "post_quant_conv.")):
+        if key.startswith(halves):
             tensor = checkpoint.tensor(key)
             if ".norm" in key:  # gain and bias per channel: [C,1,1] over [B,C,h,w]
                 tensor = tensor.reshape(-1, 1, 1)

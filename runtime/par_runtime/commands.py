@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import math
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime import png
-from par_runtime.bundle import Bundle, BundleError, Verify
+from par_runtime.bundle import Bundle
 from par_runtime.cli import Parser
-from par_runtime.cuda import CudaError
+from par_runtime.command_line import (
+    Bar,
+    add_common,
+    add_sampling,
+    classes_of,
+    columns_of,
+    file_name,
+    guarded,
+    safe_name,
+    save_tokens,
+    unchecked,
+)
 from par_runtime.engines import has_engines
 from par_runtime.pipeline import Pipeline, Result
-from par_runtime.request import RequestError, class_index
+from par_runtime.request import RequestError
 
 MOST_IMAGES = 100_000  # all are held in memory until they are written
 
@@ -40,29 +47,6 @@ def redo(argv: Sequence[str]) -> int:
     return guarded(lambda: _redo(args))
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """Run ``work``; every expected failure becomes one line and exit code 2."""
-    try:
-        return work()
-    except (BundleError, RequestError) as error:
-        message = str(error)
-    except PermissionError as error:
-        message = f"no permission for {error.filename}; choose another place or change its permissions"
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            message = f"no space left on the disk{f' of {error.filename}' if error.filename else ''}; nothing was half-written"
-        elif error.filename:
-            message = f"{error.filename}: {error.strerror}"
-        else:
-            message = str(error)
-    except MemoryError as error:
-        message = f"not enough memory for this batch; give a smaller --batch{f' ({error})' if str(error) else ''}"
-    except CudaError as error:
-        message = str(error)
-    print(f"parvis: error: {message}", file=sys.stderr)
-    return 2
-
-
 def _generate(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     for option, value in (("--count", args.count), ("--columns", args.columns), ("--batch", args.batch)):
@@ -75,7 +59,7 @@ def _generate(args: argparse.Namespace) -> int:
     if args.tokens is not None and args.tokens.suffix != ".npy":
         raise RequestError(f"--tokens {args.tokens}: expected a name that ends in .npy")
     bundle = Bundle.open(args.bundle)
-    classes = _classes(bundle, args.label)
+    classes = classes_of(bundle, args.label)
     total = len(classes) * args.count * len(args.guidance or [1])
     if total > MOST_IMAGES:
         raise RequestError(
@@ -88,8 +72,8 @@ def _generate(args: argparse.Namespace) -> int:
             f"{bundle.path}: this bundle ends at tokens and makes no images; give --tokens X.npy instead"
         )
     if args.out is None and args.out_dir is None and args.tokens is None:
-        what = _file_name(bundle, classes[0]) if len(classes) == 1 else f"{len(classes)}-classes"
-        args.out = Path(f"{_safe(bundle.name)}-{what}-{first}.png")
+        what = file_name(bundle, classes[0]) if len(classes) == 1 else f"{len(classes)}-classes"
+        args.out = Path(f"{safe_name(bundle.name)}-{what}-{first}.png")
     if args.preview_every is not None and args.out is None:
         raise RequestError("--preview-every writes beside --out; give --out X.png")
     for path in (args.out, args.out_dir and args.out_dir / "x.png", args.tokens):
@@ -101,7 +85,7 @@ def _generate(args: argparse.Namespace) -> int:
         args.device,
         threads=args.threads,
         selftest=not args.no_selftest,
-        verify=_unchecked(bundle),
+        verify=unchecked(bundle),
         capture=args.capture,
     )
     loaded = time.perf_counter()
@@ -113,7 +97,7 @@ def _generate(args: argparse.Namespace) -> int:
     per_scale = len(labels) // len(scales)
     seeds = [first + i for i in range(per_scale)] * len(scales)
     guidance = None if args.guidance is None else [s for s in args.guidance for _ in range(per_scale)]
-    columns = args.columns or _columns(len(classes), args.count, len(scales))
+    columns = args.columns or columns_of(len(classes), args.count, len(scales))
 
     def show(images: NDArray[np.uint8], done: int, total: int) -> None:
         from PIL import Image
@@ -121,7 +105,7 @@ def _generate(args: argparse.Namespace) -> int:
         name = args.out.with_name(f"{args.out.stem}-{done:04d}.png")
         png.write_beside(name, lambda part: Image.fromarray(png.sheet(images, columns)).save(part, format="PNG"))
 
-    with _Bar(args.quiet or args.json) as bar:
+    with Bar(args.quiet or args.json) as bar:
         result = pipeline.generate(
             labels,
             guidance=guidance,
@@ -141,11 +125,6 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _unchecked(bundle: Bundle) -> Verify:
-    """What is still to be checked of an opened bundle: its engines' plans, if it has any."""
-    return "auto" if has_engines(bundle) else "none"
-
-
 def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: int) -> list[str]:
     written = []
     if args.out is not None:
@@ -155,27 +134,13 @@ def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: in
         several = len({s.guidance for s in result.settings}) > 1
         for i, label in enumerate(result.labels):
             scale = f"-g{result.settings[i].guidance:g}" if several else ""
-            path = args.out_dir / f"{_file_name(bundle, label)}-{result.seeds[i]}{scale}.png"
+            path = args.out_dir / f"{file_name(bundle, label)}-{result.seeds[i]}{scale}.png"
             png.write(path, bundle, result, 1, [i])
             written.append(str(path))
     if args.tokens is not None:
-        png.write_beside(args.tokens, lambda part: _save(part, result.tokens))
+        png.write_beside(args.tokens, lambda part: save_tokens(part, result.tokens))
         written.append(str(args.tokens))
     return written
-
-
-def _file_name(bundle: Bundle, label: int) -> str:
-    """The class as a part of a file name on any system."""
-    return _safe(str(label) if bundle.class_names is None else bundle.class_names[label].split(", ")[0]) or str(label)
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
-
-
-def _save(path: Path, tokens: NDArray[np.int64]) -> None:
-    with path.open("wb") as f:  # a file object, because np.save would add .npy to the name
-        np.save(f, tokens)
 
 
 def _report(
@@ -233,10 +198,10 @@ def _redo(args: argparse.Namespace) -> int:
         png.check_writable(args.out)
     # The comparison below is a stricter self-test than the bundle's own.
     pipeline = Pipeline.load(
-        args.bundle, args.device, threads=args.threads, selftest=False, verify=_unchecked(bundle), capture=args.capture
+        args.bundle, args.device, threads=args.threads, selftest=False, verify=unchecked(bundle), capture=args.capture
     )
     s = recipe.settings
-    with _Bar(args.quiet) as bar:
+    with Bar(args.quiet) as bar:
         result = pipeline.generate(
             recipe.labels,
             guidance=[x.guidance for x in s],
@@ -246,6 +211,8 @@ def _redo(args: argparse.Namespace) -> int:
             seeds=recipe.seeds,
             greedy=[x.greedy for x in s],
             on_step=bar,
+            keep=None if recipe.kept is None else pipeline.grid_tokens(recipe.kept),
+            tokens=None if recipe.kept is None else recipe.tokens,
         )
     if args.out is not None:
         png.write(args.out, bundle, result, recipe.columns)
@@ -260,6 +227,12 @@ def _redo(args: argparse.Namespace) -> int:
             f"{len(differing)} of {result.tokens.size} tokens differ"
         )
         return 1
+    if recipe.pasted:
+        print(
+            f"{args.image}: identical: {len(recipe.labels)} images, {result.tokens.size} tokens; the pixels were not compared, "
+            "because those of the original were pasted over the kept ones"
+        )
+        return 0
     if again.shape != pixels.shape or (again != pixels).any():
         detail = (
             f"size {pixels.shape[1]}x{pixels.shape[0]} then, {again.shape[1]}x{again.shape[0]} now"
@@ -270,47 +243,6 @@ def _redo(args: argparse.Namespace) -> int:
         return 1
     print(f"{args.image}: identical: {len(recipe.labels)} images, {result.tokens.size} tokens, every pixel")
     return 0
-
-
-class _Bar:
-    """A progress bar over model calls on stderr, as an ``on_step`` callback; silent when asked or not on a terminal."""
-
-    def __init__(self, silent: bool) -> None:
-        self._bar: Any = None
-        self._silent = silent or not sys.stderr.isatty()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._silent:
-            return
-        if self._bar is None:
-            from tqdm import tqdm  # 20 ms, for terminals only
-
-            self._bar = tqdm(total=total, unit="call", leave=False)
-        self._bar.update(done - self._bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _classes(bundle: Bundle, labels: list[str]) -> list[int]:
-    """Class indices of the command line's labels; "all" is every class."""
-    each = [range(bundle.n_classes) if label == "all" else [class_index(bundle, label)] for label in labels]
-    return [index for indices in each for index in indices]
-
-
-def _columns(classes: int, count: int, scales: int) -> int:
-    """Images per row: a row per guidance scale; else several labels side by side, or a near-square of one."""
-    if scales > 1:
-        return classes * count
-    if classes == 1:
-        return math.ceil(math.sqrt(count))
-    # Labels in rows of `count` each would be tall and thin; two or three labels share a row until it is about square.
-    per_row = max(1, round(math.sqrt(classes * count) / count))
-    return count * min(per_row, classes)
 
 
 def _generate_parser() -> argparse.ArgumentParser:
@@ -340,18 +272,13 @@ def _generate_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="guidance scale; several make a row of images each, with the same seeds (default: the bundle's)",
     )
-    p.add_argument("--temperature", type=float, help="default: the bundle's")
-    p.add_argument("--top-k", type=int, help="keep the k most probable codes, 0 keeps all (default: the bundle's)")
-    p.add_argument(
-        "--top-p", type=float, help="keep the most probable codes up to this mass, 1 keeps all (default: the bundle's)"
-    )
-    p.add_argument("--greedy", action="store_true", help="always the most probable code; no noise")
+    add_sampling(p)
     p.add_argument("--columns", type=int, help="images per row of the sheet")
     p.add_argument("--batch", type=int, help="most images in flight at once (default: a cache of 2 GB)")
     p.add_argument(
         "--preview-every", type=int, metavar="CALLS", help="write X-0010.png, ... beside --out as the image fills"
     )
-    _add_common(p)
+    add_common(p)
     p.add_argument("--no-selftest", action="store_true", help="do not check the bundle's test tokens first")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return p
@@ -366,22 +293,5 @@ def _redo_parser() -> argparse.ArgumentParser:
     p.add_argument("image", type=Path, metavar="IMAGE.png")
     p.add_argument("--bundle", type=Path, required=True, help="the bundle that made it")
     p.add_argument("--out", type=Path, help="also write the new PNG here")
-    _add_common(p)
+    add_common(p)
     return p
-
-
-def _add_common(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--device",
-        default="auto",
-        help="'auto': TensorRT if the bundle holds an engine for this GPU, else the CPU (default); 'cpu'; 'cuda' or 'cuda:1': "
-        "TensorRT on that GPU; 'cuda-ort': ONNX Runtime on it",
-    )
-    p.add_argument(
-        "--capture",
-        choices=["image", "call", "none"],
-        default="image",
-        help="how a GPU is fed: one graph launch per image (default), one per call, or plain launches",
-    )
-    p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    p.add_argument("--quiet", action="store_true", help="no progress bar, no text")

@@ -11,7 +11,7 @@ from typing import Any
 
 from par_runtime.bundle import MANIFEST, Bundle
 from par_runtime.cli import Parser
-from par_runtime.commands import guarded
+from par_runtime.command_line import guarded
 from par_runtime.engines import found
 
 #: Memory bandwidth in GB/s by data sheet. Not measured: a bound below which no implementation gets.

@@ -43,9 +43,7 @@ class OrtBackend:
         self.name = f"onnxruntime-cpu {ort.__version__}" + (f" ({graph})" if graph else "")
         self.max_images = MOST_IMAGES
         self.tie = TIE
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or available_cores()
-        options.log_severity_level = 2
+        options = session_options(threads)
         # Calls follow each other at once: worker threads that spin between operators are worth their heat.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         self._options = options
@@ -63,19 +61,7 @@ class OrtBackend:
         self._calls: dict[tuple[int, int], _Call] = {}  # (q, S) of the current batch shape
 
     def _session(self, name: str) -> ort.InferenceSession:
-        graph = self.bundle.graphs.get(name)
-        if graph is None:
-            raise BundleError(
-                f"{self.bundle.path}: has no graph {name!r}, which onnxruntime {ort.__version__} needs; export the bundle again"
-            )
-        path = self.bundle.path / graph.file
-        try:
-            return ort.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BundleError(
-                f"{path}: onnxruntime {ort.__version__} cannot load it ({reason}); export the bundle again"
-            ) from error
+        return open_session(self.bundle, name, self._options)
 
     def start(self, batch: Batch) -> None:
         if self._batch is None or (batch.rows, batch.images) != (self._batch.rows, self._batch.images):
@@ -217,6 +203,31 @@ def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
         session.run_with_iobinding(binding)
     except Exception as error:
         raise explained(error) from error
+
+
+def session_options(threads: int | None) -> ort.SessionOptions:
+    """For ``threads`` of the CPU, default all cores this process may use."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or available_cores()
+    options.log_severity_level = 2
+    return options
+
+
+def open_session(bundle: Bundle, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A session of the bundle's graph ``name`` on the CPU. Raises BundleError."""
+    graph = bundle.graphs.get(name)
+    if graph is None:
+        raise BundleError(
+            f"{bundle.path}: has no graph {name!r}, which onnxruntime {ort.__version__} needs; export the bundle again"
+        )
+    path = bundle.path / graph.file
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BundleError(
+            f"{path}: onnxruntime {ort.__version__} cannot load it ({reason}); export the bundle again"
+        ) from error
 
 
 def run_decoder(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,12 +22,12 @@ from par_runtime.bundle import Bundle, BundleError, Phase, Verify
 from par_runtime.devices import choose
 from par_runtime.known import Known, given_tokens, known_tokens, log_likelihood
 from par_runtime.request import RequestError, Settings, class_index, image_seeds, settings, uniforms
+from par_runtime.tokenizer import Tokenizer, chunk_images
 
 if TYPE_CHECKING:
     from par_runtime.trt import Capture
 
 CACHE_LIMIT_BYTES = 2 * 2**30  # default bound of one batch's cache; larger requests run in several batches
-DECODE_PIXELS = 2**17  # per decoder call: bounds its memory; 32 images of 64x64, 2 of 256x256
 SELFTEST_SECONDS = 5.0  # a large model on a slow machine compares the beginning of its test image
 
 OnStep = Callable[[int, int], None]
@@ -48,6 +48,7 @@ class Result:
     seeds: list[int]
     settings: list[Settings]
     timings: dict[str, float]
+    kept: NDArray[np.bool_] | None = None  #: [B,N], sequence order: the tokens that were given, where any were
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Pipeline:
     bundle: Bundle
     backend: Backend
     note: str = ""  #: why it runs on the CPU, where a GPU was possible
+    threads: int | None = None  #: of the CPU, for what runs there on every backend
+    _tokenizer: Tokenizer | None = None
 
     @staticmethod
     def load(
@@ -81,7 +84,7 @@ class Pipeline:
             raise RequestError(f"threads {threads}: expected 1 or more")
         bundle = Bundle.open(path, verify)
         backend, note = choose(bundle, device, threads=threads, verify=verify, capture=capture)
-        pipeline = Pipeline(bundle, backend, note)
+        pipeline = Pipeline(bundle, backend, note, threads)
         if selftest:
             pipeline.selftest()
         return pipeline
@@ -208,7 +211,7 @@ class Pipeline:
             timings["decode"] = 1e3 * (time.perf_counter() - clock)
         timings["total"] = 1e3 * (time.perf_counter() - started)
         timings["calls"] = self.bundle.calls * len(parts)
-        return Result(images, drawn, classes, seeds, each, timings)
+        return Result(images, drawn, classes, seeds, each, timings, None if known is None else known.keep)
 
     def score(self, tokens: ArrayLike, labels: int | str | Sequence[int | str]) -> Float:
         """Log-likelihood of ``tokens`` ([N] or [B,N], sequence order) for ``labels``: [B,N] fp32, natural logarithms.
@@ -230,6 +233,15 @@ class Pipeline:
                 out[part, here] = log_likelihood(self.backend.logits(ids, write), given[part, here])
         return out
 
+    def encode(self, images: ArrayLike) -> Int:
+        """Tokens [B,N] in sequence order of ``images``, uint8 [B,H,W,3] or [H,W,3] of the bundle's size.
+
+        What ``generate(keep=, tokens=)`` and ``score`` take. Runs on the CPU, whatever the backend. Raises RequestError.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self.bundle, self.threads)
+        return self._tokenizer.encode(images)
+
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         """Images [B,H,W,3] uint8 of ``tokens`` [B,N] in sequence order. Raises RequestError on another shape or id."""
         if self.bundle.image_size is None:
@@ -243,13 +255,12 @@ class Pipeline:
             raise RequestError(
                 f"tokens lie in {tokens.min()}..{tokens.max()}; expected 0..{self.bundle.vocab_size - 1}"
             )
-        height, width = self.bundle.image_size
-        size = min(self.backend.max_images, max(1, DECODE_PIXELS // (height * width)))
+        size = min(self.backend.max_images, chunk_images(self.bundle))
         chunks = [self.backend.decode(tokens[i : i + size]) for i in range(0, len(tokens), size)]
         return np.concatenate(chunks) if chunks else np.zeros((0, *self.bundle.image_size, 3), np.uint8)
 
-    def grid_tokens(self, tokens: Int) -> Int:
-        """``tokens`` [B,N] in sequence order, put in their places: [B,H,W] ([B,T,H,W] for video)."""
+    def grid_tokens(self, tokens: NDArray[Any]) -> NDArray[Any]:
+        """``tokens`` (or what else there is one of per token) [B,N] in sequence order, put in their places: [B,H,W] ([B,T,H,W] for video)."""
         raster = np.empty_like(tokens)
         raster[:, list(self.bundle.order)] = tokens
         t, h, w = self.bundle.grid

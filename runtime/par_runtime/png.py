@@ -1,7 +1,8 @@
 """PNG files that can make themselves again: pixels, and in an iTXt chunk all that generated them.
 
 The chunk "parvis" is JSON: parvis version, bundle name and hash, the layout, and per image label, seed, settings and
-tokens (base64 of little-endian uint16, or uint32 for codebooks beyond 65,536; sequence order).
+tokens (base64 of little-endian uint16, or uint32 for codebooks beyond 65,536; sequence order). Of an edited image also
+which tokens were given ("kept": base64 of packed bits), and whether the sheet's kept pixels are the original's ("pasted").
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Recipe:
     seeds: list[int]
     settings: list[Settings]
     tokens: Int  #: [B,N] in sequence order
+    kept: NDArray[np.bool_] | None = None  #: [B,N]: tokens that were given, not drawn
+    pasted: bool = False  #: kept pixels are those of the original, not decoded ones
 
 
 def sheet(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
@@ -50,7 +53,14 @@ def sheet(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     return canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
-def write(path: Path, bundle: Bundle, result: Result, columns: int, indices: Sequence[int] | None = None) -> None:
+def write(
+    path: Path,
+    bundle: Bundle,
+    result: Result,
+    columns: int,
+    indices: Sequence[int] | None = None,
+    pasted: bool = False,
+) -> None:
     """Write the images ``indices`` (default all) of ``result`` as one PNG at ``path``, beside and renamed.
 
     Raises OSError; RequestError for a bundle without a decoder.
@@ -60,7 +70,7 @@ def write(path: Path, bundle: Bundle, result: Result, columns: int, indices: Seq
     pick = list(range(len(result.labels)) if indices is None else indices)
     chunk = PngImagePlugin.PngInfo()
     # Not compressed: Pillow refuses to read compressed text of more than 1 MB, which is 900 images of 576 tokens.
-    chunk.add_itxt(CHUNK, json.dumps(_describe(bundle, result, columns, pick)))
+    chunk.add_itxt(CHUNK, json.dumps(_describe(bundle, result, columns, pick, pasted)))
     image = Image.fromarray(sheet(result.images[pick], columns))
     write_beside(path, lambda part: image.save(part, format="PNG", pnginfo=chunk))
 
@@ -95,6 +105,17 @@ def _part(path: Path) -> Path:
 
 def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:
     """The recipe and the pixels [H,W,3] of a PNG that parvis wrote. Raises RequestError, OSError."""
+    recipe, pixels = find(path)
+    if recipe is None:
+        raise RequestError(
+            f"{path}: has no 'parvis' entry; only a PNG that parvis wrote can be made again, and only while no other "
+            "program has saved it"
+        )
+    return recipe, pixels
+
+
+def find(path: Path) -> tuple[Recipe | None, NDArray[np.uint8]]:
+    """The pixels [H,W,3] of an image, and its recipe if parvis wrote it. Raises RequestError, OSError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a sheet may be large
@@ -109,10 +130,7 @@ def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:
             raise
         raise RequestError(f"{path}: not a readable PNG ({error}); it may be truncated") from error  # Pillow's own
     if text is None:
-        raise RequestError(
-            f"{path}: has no 'parvis' entry; only a PNG that parvis wrote can be made again, and only while no other "
-            "program has saved it"
-        )
+        return None, pixels
     try:
         entry = json.loads(text)
         images = entry["images"]
@@ -125,15 +143,28 @@ def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:
             seeds=[int(i["seed"]) for i in images],
             settings=[Settings(**i["settings"]) for i in images],
             tokens=np.stack(tokens),
+            kept=np.stack([_unpacked(i["kept"], len(tokens[0])) for i in images]) if "kept" in images[0] else None,
+            pasted=bool(entry.get("pasted", False)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RequestError(
             f"{path}: its 'parvis' entry cannot be read ({error}); it may come from another version"
         ) from error
     return recipe, pixels
 
 
-def _describe(bundle: Bundle, result: Result, columns: int, pick: list[int]) -> dict[str, Any]:
+def _packed(bits: NDArray[np.bool_]) -> str:
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()
+
+
+def _unpacked(text: str, count: int) -> NDArray[np.bool_]:
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))
+    if not count <= len(bits) < count + 8:
+        raise ValueError(f"{len(bits)} bits for {count} tokens")
+    return bits[:count].astype(bool)
+
+
+def _describe(bundle: Bundle, result: Result, columns: int, pick: list[int], pasted: bool) -> dict[str, Any]:
     kind = "<u2" if bundle.vocab_size <= 65536 else "<u4"
     return {
         "parvis": __version__,
@@ -147,7 +178,9 @@ def _describe(bundle: Bundle, result: Result, columns: int, pick: list[int]) -> 
                 "seed": result.seeds[i],
                 "settings": asdict(result.settings[i]),
                 "tokens": base64.b64encode(result.tokens[i].astype(kind).tobytes()).decode(),
+                **({} if result.kept is None else {"kept": _packed(result.kept[i])}),
             }
             for i in pick
         ],
+        **({"pasted": True} if pasted else {}),
     }

@@ -19,7 +19,7 @@ from par_runtime import __version__, ort
 from par_runtime import verify as measure
 from par_runtime.bundle import Bundle, Verify
 from par_runtime.cli import Parser
-from par_runtime.commands import _add_common, _classes, guarded
+from par_runtime.command_line import add_common, classes_of, guarded
 from par_runtime.ort import OrtBackend
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import RequestError, image_seeds, settings
@@ -93,7 +93,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _trial(args: argparse.Namespace, bundle: Bundle) -> Trial:
     """What both are asked for, checked before anything is loaded. Raises RequestError."""
-    named = _classes(bundle, args.label or [])
+    named = classes_of(bundle, args.label or [])
     count = args.images or max(IMAGES, len(named))
     # Without labels, images are spread over all classes.
     labels = named or [i * bundle.n_classes // count for i in range(count)]
@@ -274,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         "tried. Where tokens part, it says whether rounding explains it; that alone is no failure.",
     )
     p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export'")
-    _add_common(p)
+    add_common(p)
     p.add_argument(
         "--against",
         help=f"the reference: a device as above, or {OPSET23} (the CPU on the bundle's other step graph; --device takes "

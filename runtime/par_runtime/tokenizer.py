@@ -1,0 +1,99 @@
+"""Images to tokens and back, without the model: the bundle's image tokenizer on ONNX Runtime's CPU.
+
+Backends decode what they generate on their own device. Encoding runs here on whichever device images are made: once per
+image that somebody brings, where generation runs tens or hundreds of calls.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from par_runtime.backend import Int
+from par_runtime.bundle import Bundle
+from par_runtime.known import given_tokens
+from par_runtime.request import RequestError
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+#: Pixels per call of encoder and decoder: bounds their memory. 32 images of 64x64, 2 of 256x256, 1 of 384x384.
+CHUNK_PIXELS = 2**17
+
+
+def chunk_images(bundle: Bundle) -> int:
+    """How many images encoder and decoder take in one call."""
+    assert bundle.image_size is not None
+    height, width = bundle.image_size
+    return max(1, CHUNK_PIXELS // (height * width))
+
+
+class Tokenizer:
+    """Encoder and decoder of a bundle; each is loaded when it is first used.
+
+    Raises RequestError where the bundle ends at tokens, or onnxruntime is missing.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        if bundle.image_size is None:
+            raise RequestError(f"{bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
+        try:
+            from par_runtime import ort  # here, because importing onnxruntime takes a while
+        except ModuleNotFoundError as error:
+            if error.name != "onnxruntime":
+                raise
+            raise RequestError(
+                "encoding an image needs onnxruntime, which is not installed; pip install 'parvis[cpu]' (in a clone: "
+                "pip install '.[cpu]')"
+            ) from error
+        self.bundle = bundle
+        self._ort = ort
+        self._threads = threads
+        self._sessions: dict[str, InferenceSession] = {}
+
+    def encode(self, images: ArrayLike) -> Int:
+        """Tokens [B,N] int64 in sequence order of ``images``, uint8 [B,H,W,3] or [H,W,3] of the bundle's size.
+
+        Raises RequestError where the bundle has no encoder, or for another shape.
+        """
+        if "encoder" not in self.bundle.graphs:
+            raise RequestError(
+                f"{self.bundle.path}: this bundle has no encoder, which turning an image into tokens needs; export it again "
+                "(without --no-encoder)"
+            )
+        assert self.bundle.image_size is not None
+        given = np.asarray(images)
+        shape = (*self.bundle.image_size, 3)
+        if given.dtype != np.uint8 or given.ndim not in (3, 4) or given.shape[-3:] != shape:
+            raise RequestError(
+                f"images have shape {given.shape} and type {given.dtype}; expected uint8 {list(shape)}, or a batch of such"
+            )
+        batch = given.reshape(-1, *shape)
+        return (
+            self._chunked("encoder", "images", batch) if len(batch) else np.zeros((0, self.bundle.n_tokens), np.int64)
+        )
+
+    def decode(self, tokens: ArrayLike) -> NDArray[np.uint8]:
+        """Images [B,H,W,3] uint8 of ``tokens`` [N] or [B,N] in sequence order, one or more. Raises RequestError."""
+        count = len(np.atleast_2d(np.asarray(tokens)))
+        return self._chunked("decoder", "tokens", given_tokens(self.bundle, count, tokens))
+
+    def _chunked(self, graph: str, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        session = self._session(graph)
+        size = chunk_images(self.bundle)
+        starts = range(0, len(values), size)
+        return np.concatenate([self._run(session, name, values[i : i + size]) for i in starts])
+
+    def _run(self, session: InferenceSession, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        try:
+            out: NDArray[Any] = session.run(None, {name: np.ascontiguousarray(values)})[0]
+        except Exception as error:
+            raise self._ort.explained(error) from error
+        return out
+
+    def _session(self, graph: str) -> InferenceSession:
+        if graph not in self._sessions:
+            self._sessions[graph] = self._ort.open_session(self.bundle, graph, self._ort.session_options(self._threads))
+        return self._sessions[graph]

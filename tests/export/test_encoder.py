@@ -1,0 +1,149 @@
+"""The tokenizer's other half in a bundle: encoder, decoder in fp16, and the gate that publishes neither if they are wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from conftest import GOLDEN, golden_weights
+from par_export import bundle, cli, verify_tokenizer
+from par_export.bundle import Request, export
+from par_export.verify import ParityError, session
+from par_model.config import PARConfig, VQConfig
+from par_model.transformer import PAR
+from par_model.vq import VQModel
+from par_runtime import Pipeline, png
+
+
+def smooth_images(count: int, size: int, seed: int) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, size // 4, size // 4, 3), np.uint8)
+    return coarse.repeat(4, 1).repeat(4, 2)
+
+
+@torch.no_grad()
+def test_the_encoder_gives_the_oracles_tokens_in_sequence_order(bundles: dict[str, Path], small_vq: VQModel) -> None:
+    images = smooth_images(3, 16, 1)
+    pipeline = Pipeline.load(bundles["fp32"], device="cpu", threads=1)
+    got = pipeline.grid_tokens(pipeline.encode(images))
+    wanted = small_vq.encode(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1).numpy()
+    assert got.shape == wanted.shape == (3, 8, 8)
+    assert (got == wanted).mean() > 0.99  # two codes may be equally near
+    assert len(np.unique(got)) > 20
+    np.testing.assert_array_equal(pipeline.encode(images[1])[0], pipeline.encode(images)[1])
+
+
+def test_what_was_generated_and_what_is_encoded_go_the_same_way(bundles: dict[str, Path]) -> None:
+    """Decoding the tokens of an image and decoding the tokens of a batch with it agree: nothing is permuted twice."""
+    pipeline = Pipeline.load(bundles["fp32"], device="cpu", threads=1)
+    tokens = pipeline.encode(smooth_images(2, 16, 5))
+    again = pipeline.generate([0, 1], keep=np.ones((8, 8), bool), tokens=tokens)
+    np.testing.assert_array_equal(again.images, pipeline.decode(tokens))
+    assert again.kept is not None
+    assert again.kept.all()
+
+
+def test_every_precision_says_what_it_costs(bundles: dict[str, Path]) -> None:
+    for precision in ("fp32", "fp16", "bf16"):
+        manifest = json.loads((bundles[precision] / "manifest.json").read_text())
+        parity = manifest["parity"]
+        assert parity["encoder"]["tokens"] == 64
+        assert ("rounding" in parity["encoder"]) == (precision != "fp32")
+        assert parity["decoder_fp16"]["psnr_db"] > 40
+        assert manifest["graphs"]["decoder_fp16"]["file"] == "decoder_fp16.onnx"
+        assert manifest["graphs"]["encoder"]["inputs"][0]["shape"] == ["B", 16, 16, 3]
+    half = onnx.load(bundles["fp32"] / "decoder_fp16.onnx", load_external_data=False)
+    assert {n.op_type for n in half.graph.node} >= {"Conv", "Cast"}
+    images = [
+        session(bundles["fp32"] / f"{name}.onnx").run(None, {"tokens": np.zeros((1, 64), np.int64)})[0]
+        for name in ("decoder", "decoder_fp16")
+    ]
+    assert np.abs(images[0].astype(int) - images[1]).max() <= 4
+
+
+def test_a_bundle_may_go_without_the_encoder(
+    checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", checkpoints["par_n4_grid8"], "--tokenizer", checkpoints["vq"], "--out", tmp_path / "b"]
+    assert cli.main([*map(str, arguments), "--heads", "4", "--grid", "8", "--no-encoder"]) == 0
+    out = tmp_path / "b"
+    assert not (out / "encoder.onnx").exists()
+    assert (out / "weights.data").stat().st_size < (bundles["fp32"] / "weights.data").stat().st_size - 100_000
+    from par_runtime import cli as parvis
+
+    capsys.readouterr()
+    image = tmp_path / "x.png"
+    png.write_beside(image, lambda part: png.Image.new("RGB", (16, 16), "red").save(part, format="PNG"))
+    assert parvis.main(["reconstruct", str(image), "--bundle", str(out), "--out", str(tmp_path / "y.png")]) == 2
+    assert "has no encoder, which turning an image into tokens needs; export it again" in capsys.readouterr().err
+    assert not (tmp_path / "y.png").exists()
+
+
+def test_the_gate_refuses_an_encoder_that_encodes_otherwise(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = bundle.encoder_graph
+
+    def upside_down(*arguments: Any) -> Any:
+        graph = right(*arguments)
+        order = graph.initializers["order"]
+        reversed_order = onnx.numpy_helper.to_array(order)[::-1].copy()
+        order.CopyFrom(onnx.numpy_helper.from_array(reversed_order, "order"))
+        return graph
+
+    monkeypatch.setattr(bundle, "encoder_graph", upside_down)
+    request = Request(checkpoints["par_n4_grid8"], checkpoints["vq"], tmp_path / "b", heads=4, grid=(1, 8, 8))
+    with pytest.raises(
+        ParityError, match=r"encoder\.onnx: token \d+ is code \d+, which is .* further than the oracle's"
+    ):
+        export(request, say=lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_decoder_that_half_precision_breaks_is_left_out_and_the_bundle_still_made(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_tokenizer, "HALF_FLOOR_DB", 1000.0)
+    request = Request(checkpoints["par_n4_grid8"], checkpoints["vq"], tmp_path / "b", heads=4, grid=(1, 8, 8))
+    manifest = json.loads((export(request, say=lambda _: None) / "manifest.json").read_text())
+    assert manifest["parity"]["decoder_fp16"]["left_out"] is True
+    assert "decoder_fp16" not in manifest["graphs"]
+    assert not (tmp_path / "b" / "decoder_fp16.onnx").exists()
+    assert "encoder" in manifest["graphs"]
+    assert Pipeline.load(tmp_path / "b", device="cpu").generate(0, seed=1).images is not None
+
+
+def test_a_rounded_codebook_is_normalised_again(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """A code that is stored too long must not win more often: the product alone would favour it."""
+    shutil.copytree(bundles["fp32"], tmp_path / "b")
+    model = onnx.load(tmp_path / "b" / "encoder.onnx", load_external_data=False)
+    entry = next(t for t in model.graph.initializer if t.name == "vq.codebook")
+    offset = next(int(e.value) for e in entry.external_data if e.key == "offset")
+    data = np.memmap(tmp_path / "b" / "weights.data", np.float32, "r+", offset=offset, shape=tuple(entry.dims))
+    images = smooth_images(1, 16, 7)
+    before = session(bundles["fp32"] / "encoder.onnx").run(None, {"images": images})[0]
+    data[3] *= 2
+    data.flush()
+    after = session(tmp_path / "b" / "encoder.onnx").run(None, {"images": images})[0]
+    assert (before == after).mean() > 0.98
+
+
+@pytest.mark.slow
+def test_vq16_encoder_gives_the_golden_tokens(tmp_path: Path) -> None:
+    config = PARConfig(dim=32, n_layers=1, n_heads=2, vocab_size=16384, n_classes=2, grid=(1, 24, 24), group_size=4)
+    torch.save(golden_weights(PAR(config)).state_dict(), tmp_path / "c.pt")
+    torch.save(golden_weights(VQModel(VQConfig())).state_dict(), tmp_path / "v.pt")
+    request = Request(tmp_path / "c.pt", tmp_path / "v.pt", tmp_path / "b", heads=2, grid=(1, 24, 24))
+    pipeline = Pipeline.load(export(request, say=lambda _: None), device="cpu", selftest=False)
+    y, x = np.mgrid[0:384, 0:384].astype(np.float32) / 384
+    image = np.stack([np.sin(9 * x + 3 * y), np.cos(7 * y - 2 * x), np.sin(20 * x * y)], -1)
+    pixels = np.clip(np.rint((image + 1) * 127.5), 0, 255).astype(np.uint8)
+    got = pipeline.grid_tokens(pipeline.encode(pixels)).reshape(-1)
+    with np.load(GOLDEN / "vq16_grid24.npz") as g:
+        assert (got == g["encoded"]).mean() > 0.9  # the golden image was not rounded to 8 bits
