@@ -2,6 +2,9 @@
 
 Loss: L1, plus L1 of the image gradient (edges), plus the VQ commitment terms. Codes that nothing was
 assigned to for a while restart at encoder outputs, which keeps the whole codebook in use.
+
+``--encoder-for`` trains an encoder alone, for a codebook and decoder that exist: a model trained on these codes stays
+valid, which a new codebook would not allow.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from par_model.checkpoint import CheckpointError, open_checkpoint, vq_config
 from par_model.config import VQConfig
 from par_model.training import EMA, ImageFolder, InputError, Run, batch_index, channels_last, command, cosine
 from par_model.vq import VQModel
 
 COMMITMENT = 0.25  # weight of |z - stop(code)|^2 against |stop(z) - code|^2, the usual VQ value
 RESTART_EVERY = 100
+ENCODER = ("encoder.", "quant_conv.")  # keys of the encoding half
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +37,15 @@ def main(argv: list[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> None:
     """Run or resume the training that ``args`` (see ``--help``) describes."""
     data, held_out = ImageFolder.open(args.data), ImageFolder.open(args.val)
+    if args.encoder_for is not None:
+        try:
+            given = open_checkpoint(args.encoder_for)
+            config = vq_config(given)
+        except CheckpointError as error:
+            raise InputError(str(error)) from error
+        with Run(args.run) as run:
+            _train(args, config, run, data, held_out, dict(given.tensors))
+        return
     try:
         config = VQConfig(
             codebook_size=args.codes,
@@ -47,10 +61,24 @@ def train(args: argparse.Namespace) -> None:
         _train(args, config, run, data, held_out)
 
 
-def _train(args: argparse.Namespace, config: VQConfig, run: Run, data: ImageFolder, held_out: ImageFolder) -> None:
+def _train(
+    args: argparse.Namespace,
+    config: VQConfig,
+    run: Run,
+    data: ImageFolder,
+    held_out: ImageFolder,
+    given: dict[str, Tensor] | None = None,
+) -> None:
+    """``given``: a tokenizer whose codebook and decoder stay as they are; only the encoder is trained, from nothing."""
     torch.manual_seed(args.seed)
     model = channels_last(VQModel(config))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    if given is not None:
+        kept = {key: value for key, value in given.items() if not key.startswith(ENCODER)}
+        model.load_state_dict(kept, strict=False)  # vq_config accounted for every key
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(key not in kept)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     ema = EMA(model, 0.999)
     usage = torch.zeros(config.codebook_size)
     step = 0
@@ -77,12 +105,12 @@ def _train(args: argparse.Namespace, config: VQConfig, run: Run, data: ImageFold
             loss, parts, z, ids = reconstruct(model, x)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         ema.update(model, step)
         usage += torch.bincount(ids.flatten(), minlength=config.codebook_size)
         step += 1
-        if step % RESTART_EVERY == 0 and step < args.steps // 2:
+        if given is None and step % RESTART_EVERY == 0 and step < args.steps // 2:
             restarted = restart_dead_codes(model, usage, z.detach())
             usage.zero_()
             if restarted:
@@ -162,6 +190,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
     p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheet.png")
     p.add_argument("--resume", action="store_true", help="continue the run in --run")
+    p.add_argument(
+        "--encoder-for",
+        type=Path,
+        metavar="TOKENIZER",
+        help="keep this tokenizer's codebook, decoder and sizes, and train an encoder for them from nothing",
+    )
     p.add_argument("--steps", type=int, default=4000)
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--lr", type=float, default=1e-3)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,20 @@ def test_a_rounded_codebook_is_normalised_again(bundles: dict[str, Path], tmp_pa
     assert (before == after).mean() > 0.98
 
 
+def peak_bytes(bundle: Path) -> int:
+    """Peak memory of a process that decodes and encodes 8 images of ``bundle``."""
+    code = (
+        "import sys, numpy as np; from par_runtime.bundle import Bundle; from par_runtime.tokenizer import Tokenizer;"
+        "t = Tokenizer(Bundle.open(sys.argv[1])); t.encode(t.decode(np.zeros((8, t.bundle.n_tokens), int)));"
+        # Not ru_maxrss, which counts what the parent held when it forked.
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    told = subprocess.run([sys.executable, "-c", code, bundle], capture_output=True, text=True, check=True)
+    return 1024 * int(told.stdout)
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_vq16_encoder_gives_the_golden_tokens(tmp_path: Path) -> None:
     config = PARConfig(dim=32, n_layers=1, n_heads=2, vocab_size=16384, n_classes=2, grid=(1, 24, 24), group_size=4)
     torch.save(golden_weights(PAR(config)).state_dict(), tmp_path / "c.pt")
@@ -144,6 +159,7 @@ def test_vq16_encoder_gives_the_golden_tokens(tmp_path: Path) -> None:
     y, x = np.mgrid[0:384, 0:384].astype(np.float32) / 384
     image = np.stack([np.sin(9 * x + 3 * y), np.cos(7 * y - 2 * x), np.sin(20 * x * y)], -1)
     pixels = np.clip(np.rint((image + 1) * 127.5), 0, 255).astype(np.uint8)
+    assert peak_bytes(pipeline.bundle.path) < 2e9
     got = pipeline.grid_tokens(pipeline.encode(pixels)).reshape(-1)
     with np.load(GOLDEN / "vq16_grid24.npz") as g:
         assert (got == g["encoded"]).mean() > 0.9  # the golden image was not rounded to 8 bits

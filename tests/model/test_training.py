@@ -178,3 +178,23 @@ def test_bad_input_is_one_line_and_exit_code_2(
         assert text in error
         assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_is_trained_for_a_tokenizer_that_stays(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer(images, tmp_path / "first", "--steps", "2")
+    given = tmp_path / "first" / "model.pt"
+    run = tmp_path / "second"
+    data = ["--data", str(images), "--val", str(images), "--run", str(run), "--batch", "8"]
+    assert train_tokenizer.main([*data, "--encoder-for", str(given), "--steps", "3", "--report", "1"]) == 0
+    before, after = (torch.load(path, weights_only=True) for path in (given, run / "model.pt"))
+    assert before["config"] == after["config"]
+    same = {key for key in before["model"] if torch.equal(before["model"][key], after["model"][key])}
+    encoder = {key for key in before["model"] if key.startswith(("encoder.", "quant_conv."))}
+    assert same == before["model"].keys() - encoder  # it began from nothing, and nothing else moved
+    assert (
+        train_tokenizer.main([*data[:-2], "--encoder-for", str(images / "labels.u8"), "--run", str(tmp_path / "c")])
+        == 2
+    )
+    assert f"parvis: error: {images / 'labels.u8'}: " in capsys.readouterr().err.splitlines()[-1]
