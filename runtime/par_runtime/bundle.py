@@ -225,23 +225,25 @@ def _parse(path: Path, m: dict[str, Any]) -> Bundle:
 
 def _check_files(bundle: Bundle, verify: Verify) -> None:
     for name, entry in bundle.files.items():
-        file = bundle.path / name
-        if not file.is_file():
-            raise BundleError(f"{file}: missing; copy the bundle again or export it again")
-        size = file.stat().st_size
-        if size != entry["bytes"]:
-            kind = "truncated" if size < entry["bytes"] else "too long"
-            raise BundleError(
-                f"{file}: {kind}: {size} bytes, the manifest says {entry['bytes']}; copy the bundle again or export it again"
-            )
-        if verify != "full" and size > HASH_UP_TO_BYTES:
-            continue
-        try:
-            digest = sha256(file)
-        except OSError as error:
-            raise BundleError(f"{file}: cannot be read ({error.strerror})") from error
-        if digest != entry["sha256"]:
-            raise BundleError(
-                f"{file}: its content does not match the manifest (sha256 {digest[:12]}, expected "
-                f"{entry['sha256'][:12]}); copy the bundle again or export it again"
-            )
+        why = file_fault(bundle.path / name, entry["bytes"], entry["sha256"], verify)
+        if why is not None:
+            raise BundleError(f"{bundle.path / name}: {why}; copy the bundle again or export it again")
+
+
+def file_fault(file: Path, size: int, digest: str, verify: Verify) -> str | None:
+    """What is wrong with a file that was written with ``size`` bytes and sha256 ``digest``, or None.
+
+    "auto" hashes files up to 64 MB, "full" all.
+    """
+    if not file.is_file():
+        return "missing"
+    found = file.stat().st_size
+    if found != size:
+        return f"{'truncated' if found < size else 'too long'}: {found} bytes, expected {size}"
+    if verify != "full" and found > HASH_UP_TO_BYTES:
+        return None
+    try:
+        content = sha256(file)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if content == digest else f"its content was changed (sha256 {content[:12]}, expected {digest[:12]})"

@@ -116,7 +116,7 @@ def _generate(args: argparse.Namespace) -> int:
             greedy=args.greedy,
             on_step=bar,
             preview_every=args.preview_every,
-            on_preview=show if args.preview_every else None,
+            on_preview=None if args.preview_every is None else show,
             max_batch=args.batch,
             decode=args.out is not None or args.out_dir is not None,
         )

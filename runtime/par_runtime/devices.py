@@ -95,12 +95,19 @@ def _tensorrt(bundle: Bundle, index: int, verify: Verify, capture: Capture) -> t
                 fits.append((engine, trt))
             else:
                 reasons.append(why)
-    if not fits:
-        return None, "; ".join(reasons)
     from par_runtime.trt import TrtBackend
 
-    engine = best([engine for engine, _ in fits])
-    chosen = engine.tuned.get("capture", capture) if capture == "image" else capture  # what the caller asks for wins
-    trt = next(t for e, t in fits if e is engine)
-    Engine.open(engine.path, bundle, verify)  # before now only its description was read
-    return TrtBackend(bundle, engine, cuda.Device.open(index), trt, chosen), ""
+    while fits:
+        engine = best([engine for engine, _ in fits])
+        try:
+            Engine.open(engine.path, bundle, verify)  # before now only its description was read
+        except EngineError as error:  # a damaged one; another may do
+            reasons.append(str(error))
+            fits = [fit for fit in fits if fit[0] is not engine]
+            continue
+        chosen = (
+            engine.tuned.get("capture", capture) if capture == "image" else capture
+        )  # what the caller asks for wins
+        trt = next(t for e, t in fits if e is engine)
+        return TrtBackend(bundle, engine, cuda.Device.open(index), trt, chosen), ""
+    return None, "; ".join(reasons)

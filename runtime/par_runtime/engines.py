@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bundle import HASH_UP_TO_BYTES, Bundle, BundleError, Verify, canonical_hash, sha256
+from par_runtime.bundle import Bundle, BundleError, Verify, canonical_hash, file_fault
 
 ENGINES = "engines"
 ENGINE_JSON = "engine.json"
@@ -108,7 +108,9 @@ class Engine:
             )
         if verify != "none":
             for plan in [*engine.plans.values(), *([engine.decoder] if engine.decoder else [])]:
-                _check_plan(engine, plan, verify)
+                why = file_fault(path / plan.file, plan.bytes, plan.sha256, verify)
+                if why is not None:
+                    raise EngineError(f"{path / plan.file}: {why}; rebuild with: {engine.rebuild}")
         return engine
 
 
@@ -181,21 +183,3 @@ def _parse(path: Path, entry: dict[str, Any]) -> Engine:
         tuned=entry["tuned"],
         report=entry["report"],
     )
-
-
-def _check_plan(engine: Engine, plan: Plan, verify: Verify) -> None:
-    file = engine.path / plan.file
-    if not file.is_file():
-        raise EngineError(f"{file}: missing; rebuild with: {engine.rebuild}")
-    size = file.stat().st_size
-    if size != plan.bytes:
-        kind = "truncated" if size < plan.bytes else "too long"
-        raise EngineError(f"{file}: {kind}: {size} bytes, expected {plan.bytes}; rebuild with: {engine.rebuild}")
-    if verify != "full" and size > HASH_UP_TO_BYTES:
-        return
-    digest = sha256(file)
-    if digest != plan.sha256:
-        raise EngineError(
-            f"{file}: its content does not match engine.json (sha256 {digest[:12]}, expected {plan.sha256[:12]}); "
-            f"rebuild with: {engine.rebuild}"
-        )

@@ -86,7 +86,11 @@ class Pipeline:
         backend, note = choose(bundle, device, threads=threads, verify=verify, capture=capture)
         pipeline = Pipeline(bundle, backend, note, threads)
         if selftest:
-            pipeline.selftest()
+            try:
+                pipeline.selftest()
+            except BaseException:  # Ctrl-C too: nobody else will free a GPU's memory
+                pipeline.close()
+                raise
         return pipeline
 
     def close(self) -> None:
@@ -185,10 +189,10 @@ class Pipeline:
             greedy=greedy,
         )
         seeds = image_seeds(len(classes), seed, seeds)
-        if preview_every is not None and (preview_every < 1 or on_preview is None or self.bundle.image_size is None):
-            raise RequestError(
-                "preview_every needs a number of calls from 1, an on_preview function, and a bundle with a decoder"
-            )
+        if preview_every is not None and preview_every < 1:
+            raise RequestError(f"preview_every {preview_every}: expected a number of calls, 1 or more")
+        if preview_every is not None and (on_preview is None or self.bundle.image_size is None):
+            raise RequestError("preview_every needs an on_preview function and a bundle with a decoder")
         size = min(self._default_batch(), self.backend.max_images) if max_batch is None else max_batch
         if not 1 <= size <= self.backend.max_images:
             raise RequestError(f"max_batch {max_batch}: expected 1 to {self.backend.max_images} on {self.backend.name}")

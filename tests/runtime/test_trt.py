@@ -18,7 +18,7 @@ from double import tensorrt
 from double.driver import Driver, ViolationError
 
 from par_runtime import cli, cuda, trt_memory, trt_module
-from par_runtime.bundle import Bundle, seal, sha256
+from par_runtime.bundle import Bundle, BundleError, seal, sha256
 from par_runtime.engines import ENGINE_JSON, Engine, EngineError
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import RequestError
@@ -265,7 +265,7 @@ REFUSALS = [
     (other_bundle, r"was built from a bundle with hash 000000000000, this one is .*; rebuild with: parvis build"),
     (other_device, r"was tuned on NVIDIA A100-SXM4-80GB, this GPU is Stand-in GPU; rebuild with"),
     (truncated, r"step.plan: truncated: \d+ bytes, expected \d+; rebuild with: parvis build .* --target SM80"),
-    (changed_content, r"step.plan: its content does not match engine.json .*; rebuild with"),
+    (changed_content, r"step.plan: its content was changed .*; rebuild with"),
     (unsealed, r"engine.json: its content does not match its own hash"),
     (no_json, r"engine.json: cannot be read .*; build it again with: parvis build"),
     (newer_schema, r"engine.json: schema 2, this parvis reads 1"),
@@ -281,6 +281,36 @@ def test_an_engine_that_does_not_fit_is_refused(
     shutil.copytree(tiny, path)
     spoil(tensorrt.write_engine(Bundle.open(path)))
     with pytest.raises(EngineError, match=message):
+        Pipeline.load(path, device="cuda")
+    assert not driver.device
+
+
+def test_a_damaged_engine_leaves_the_place_to_the_next_best(driver: Driver, tmp_path: Path, tiny: Path) -> None:
+    path = tmp_path / "bundle"
+    shutil.copytree(tiny, path)
+    good = tensorrt.write_engine(Bundle.open(path))
+    better = good.with_name(good.name + "-tuned")
+    shutil.copytree(good, better)
+    change(better, tuned={"chosen": True, "capture": "call"})
+    with Pipeline.load(path, device="auto") as pipeline:
+        assert isinstance(pipeline.backend, TrtBackend)
+        assert pipeline.backend.engine.path == better
+    truncated(better)
+    with Pipeline.load(path, device="auto") as pipeline:
+        assert isinstance(pipeline.backend, TrtBackend)
+        assert pipeline.backend.engine.path == good
+        assert pipeline.note == ""
+
+
+def test_a_failed_self_test_frees_the_gpu(
+    driver: Driver, tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bundle"
+    shutil.copytree(tiny, path)
+    tensorrt.write_engine(Bundle.open(path))
+    monkeypatch.setattr(TrtBackend, "step", lambda self, ids, write, uniform: np.zeros_like(ids))
+    monkeypatch.setattr(TrtBackend, "logits", lambda self, ids, write: np.zeros((1, ids.shape[1], 64), np.float32))
+    with pytest.raises(BundleError, match="self-test failed on"):
         Pipeline.load(path, device="cuda")
     assert not driver.device
 
