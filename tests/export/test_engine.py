@@ -402,7 +402,7 @@ def changed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"), [(truncated, "step.plan: truncated"), (changed, "does not match engine.json")]
+    ("spoil", "message"), [(truncated, "step.plan: truncated"), (changed, "decoder.plan: its content was changed")]
 )
 def test_a_spoilt_plan_is_refused(tiny_copy: Path, spoil: Callable[[Path], None], message: str) -> None:
     request = Request(tiny_copy, "SM80", images=(1,), use_cache=False)
