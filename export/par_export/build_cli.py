@@ -48,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                     reproducible=args.reproducible,
                 )
                 folders.append(build(request, (lambda _: None) if args.json or args.quiet else bar.say, bar))
+    except PermissionError as error:
+        print(
+            f"parvis: error: no permission to write {error.filename}; engines are put into their bundle: copy the bundle to a "
+            "folder that you can write to",
+            file=sys.stderr,
+        )
+        return 2
     except (BuildError, BundleError, TensorRTMissingError, TargetError, OSError) as error:
         print(f"parvis: error: {error}", file=sys.stderr)
         return 2
