@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from par_runtime import bench_bound
+from par_runtime.bench_bound import DATA_SHEETS
+from par_runtime.bench_subject import Shape
 from par_runtime.bundle import MANIFEST, Bundle
 from par_runtime.cli import Parser
 from par_runtime.command_line import guarded
 from par_runtime.engines import found
 
-#: Memory bandwidth in GB/s by data sheet. Not measured: a bound below which no implementation gets.
-BANDWIDTH_GBS = {"A100-40": 1555, "A100-80": 2039, "H100": 3350, "H200": 4800, "L4": 300, "RTX 4090": 1008}
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 BATCHES = (1, 2, 4, 8)
 
@@ -81,16 +82,13 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "defaults": vars(bundle.defaults),
         "selftest": {"tokens": sum(map(len, bundle.selftest["tokens"])), "state": "not run (--selftest runs it)"},
         "parity": dict(bundle.parity),
-        "bound_ms": {gpu: bound_ms(bundle, 1, gb_s) for gpu, gb_s in BANDWIDTH_GBS.items()},
+        "bound_ms": {gpu: bound_ms(bundle, 1, sheet.gb_s) for gpu, sheet in DATA_SHEETS.items()},
     }
 
 
 def step_parameters(bundle: Bundle) -> int:
     """Parameters that a call reads: all but the embedding table, of which it reads a few rows. Heads as padded."""
-    m = bundle.model
-    dim, inner = m["dim"], m["n_heads"] * m["head_dim_padded"]
-    layer = dim * 3 * inner + inner * dim + 3 * dim * m["ffn_dim"] + 2 * dim
-    return m["n_layers"] * layer + dim + dim * m["vocab_size"]
+    return bench_bound.step_parameters(Shape.of_model(bundle.model, bundle.phases))
 
 
 def cache_bytes(bundle: Bundle, images: int, element: int) -> int:
@@ -102,16 +100,11 @@ def cache_bytes(bundle: Bundle, images: int, element: int) -> int:
 def bound_ms(bundle: Bundle, images: int, gb_s: float) -> float:
     """Least time of a guided batch in the bundle's precision: every call reads the weights and the visible cache.
 
-    Source: paper's model of a memory-bound step; the decoder is not in it.
+    By bandwidth alone; the decoder is not in it.
     """
     element = BYTES[bundle.precision]
-    per_key = 2 * images * len(bundle.cache.inputs) * bundle.cache.heads * bundle.cache.head_dim * element
-    total = 0
-    for phase in bundle.phases:
-        for i in range(phase.repeat):
-            visible = phase.start + (i + 1) * phase.query
-            total += step_parameters(bundle) * element + per_key * visible
-    return total / (gb_s * 1e9) * 1e3
+    shape = Shape.of_model(bundle.model, bundle.phases)
+    return bench_bound.bound(bench_bound.all_calls(shape, images, True, element, element), gb_s, None).ms
 
 
 def lines(facts: dict[str, Any]) -> list[str]:

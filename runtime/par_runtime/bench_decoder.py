@@ -1,0 +1,66 @@
+"""Parameters and operations of the image decoder, counted from the manifest's description of the tokenizer.
+
+The layers are those of ``decoder.onnx``: convolutions and one-headed attention over all pixels. What is not a convolution
+or a product of matrices is not counted: it is a few operations per number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def decoder_work(config: Mapping[str, Any], grid: tuple[int, int, int]) -> tuple[int, int]:
+    """(parameters, operations per image) of the decoder; a multiplication with its addition counts as two operations.
+
+    ``config`` is the manifest's ``tokenizer.config``.
+    """
+    count = _Count(grid[1] * grid[2])
+    widths = [config["channels"] * m for m in reversed(config["channel_multipliers"])]
+    width = widths[0]
+    count.conv(config["codebook_dim"], config["z_channels"], kernel=1)
+    count.conv(config["z_channels"], width)
+    count.res(width, width)
+    count.attention(width)
+    count.res(width, width)
+    for level, out in enumerate(widths):
+        for _ in range(config["res_blocks"] + 1):
+            count.res(width, out)
+            width = out
+            if level == 0:
+                count.attention(out)
+        if level != len(widths) - 1:
+            count.pixels *= 4
+            count.conv(out, out)
+    count.norm(width)
+    count.conv(width, 3)
+    return count.parameters, count.operations
+
+
+class _Count:
+    """Sums over layers at the current resolution."""
+
+    def __init__(self, pixels: int) -> None:
+        self.pixels, self.parameters, self.operations = pixels, 0, 0
+
+    def conv(self, width: int, out: int, kernel: int = 3) -> None:
+        weights = kernel * kernel * width * out
+        self.parameters += weights + out
+        self.operations += 2 * weights * self.pixels
+
+    def norm(self, width: int) -> None:
+        self.parameters += 2 * width
+
+    def res(self, width: int, out: int) -> None:
+        self.norm(width)
+        self.conv(width, out)
+        self.norm(out)
+        self.conv(out, out)
+        if width != out:
+            self.conv(width, out, kernel=1)
+
+    def attention(self, width: int) -> None:
+        self.norm(width)
+        for _ in range(4):  # q, k, v, out
+            self.conv(width, width, kernel=1)
+        self.operations += 4 * self.pixels**2 * width

@@ -1,0 +1,81 @@
+"""The baselines: the model's own PyTorch generation, eager or compiled, and the same engine without parallel decoding.
+
+Both come from packages that the runtime does not know; they are found by name when asked for, as ``cli.py`` finds verbs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from par_runtime.bench_bound import model_name
+from par_runtime.bench_machine import cores
+from par_runtime.bench_pipeline import PIECES, guidance_of, peak_bytes, sampling_of
+from par_runtime.bench_subject import Facts, Sample, Shape
+from par_runtime.bundle import Bundle
+from par_runtime.request import RequestError
+
+
+class EagerSubject:
+    """``par_model.eager.Eager`` on the weights of a bundle, in this process."""
+
+    def __init__(self, path: Path, label: str, *, threads: int | None, compiled: bool) -> None:
+        eager = found("par_model.eager", "the eager baseline", "Eager")
+        bundle = Bundle.open(path)
+        began = time.perf_counter()
+        self._eager: Any = eager(path, threads=threads, compiled=compiled)
+        self.load_ms = 1e3 * (time.perf_counter() - began)
+        self.note = ""
+        self._guidance = guidance_of(bundle)
+        shape = Shape.of(bundle)
+        self.facts = Facts(
+            label=label,
+            bundle=bundle.name,
+            hash=bundle.hash,
+            model=model_name(shape),
+            parameters=bundle.model["parameters"],
+            n=bundle.group_size,
+            grid=bundle.grid,
+            precision=bundle.precision,
+            computes="fp32",
+            weight_bytes=4.0,
+            cache_bytes=4.0,
+            backend=str(self._eager.name),
+            version=str(self._eager.version),
+            device="cpu",
+            threads=threads or cores(),
+            shape=replace(shape, head_dim=bundle.model["head_dim"]),  # it does not pad
+            image_size=bundle.image_size,
+            excluded=(*PIECES, "compilation") if compiled else PIECES,
+            sampling=sampling_of(bundle),
+        )
+
+    def run(self, images: int, guided: bool) -> Sample:
+        calls_ms, image_ms = self._eager.run(images, self._guidance if guided else 1.0)
+        return Sample(calls_ms, image_ms, peak_bytes())
+
+    def close(self) -> None:
+        self._eager = None
+
+
+def one_at_a_time(path: Path, folder: Path) -> Path:
+    """A bundle of the architecture of that at ``path`` with n = 1 and random weights, which cost what any weights do.
+
+    It is written into ``folder``. Its self-test means nothing. Raises RequestError where the 'export' extra is missing.
+    """
+    like = found("par_export.random_bundle", "the n1 baseline", "like")
+    return Path(like(path, group_size=1, out=folder))
+
+
+def found(module: str, what: str, name: str) -> Any:
+    """``name`` of an optional package's ``module``. Raises RequestError that says which extra brings it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise RequestError(
+            f"{what} needs {error.name}, which is not installed; pip install 'parvis[cpu,export]' (in a clone: "
+            "pip install '.[cpu,export]')"
+        ) from error

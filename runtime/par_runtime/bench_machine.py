@@ -1,0 +1,251 @@
+"""The machine that a row was measured on, and what disturbed it meanwhile.
+
+Facts come from the operating system; where it does not tell one (a container, another system than Linux) it is left
+empty, never guessed. :class:`Watch` compares the counters of before and after: a row that others' work or a lowered
+clock may have spoilt gets a flag, and keeps it in every file it is written to.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from par_runtime import __version__
+from par_runtime.bench_gpu import Gpu, why_slower
+
+PROC = Path("/proc")
+CPUS = Path("/sys/devices/system/cpu")
+#: Shares of the machine's CPU time that others (or the hypervisor) may take before a row is called busy.
+BUSY_SHARE, STEAL_SHARE = 0.05, 0.02
+#: A mean clock below this part of the fastest seen is called throttled.
+SLOWER_CLOCK = 0.9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Sizes in bytes, clocks in MHz; "" or None where the system does not say."""
+
+    cpu: str
+    cores: int  #: that this process may use
+    cache_bytes: int | None  #: the largest level; in a virtual machine it may be shared with strangers
+    memory_bytes: int | None
+    os: str
+    cpu_mhz: float | None
+    gpu: str
+    gpu_driver: str
+    gpu_memory_bytes: int | None
+    gpu_mhz: float | None
+    gpu_memory_mhz: float | None
+
+
+def facts(gpu: Gpu | None = None) -> Machine:
+    """This machine; ``gpu`` where the measurement runs on one."""
+    return Machine(
+        cpu=_cpu_name(),
+        cores=cores(),
+        cache_bytes=_largest_cache(),
+        memory_bytes=_meminfo("MemTotal"),
+        os=_os_name(),
+        cpu_mhz=_mhz(),
+        gpu=gpu.name if gpu else "",
+        gpu_driver=gpu.driver if gpu else "",
+        gpu_memory_bytes=gpu.memory_bytes if gpu else None,
+        gpu_mhz=gpu.mhz if gpu else None,
+        gpu_memory_mhz=gpu.memory_mhz if gpu else None,
+    )
+
+
+def cores() -> int:
+    """That this process may use."""
+    try:
+        from par_runtime.ort import available_cores
+    except ModuleNotFoundError:  # a machine that has only TensorRT
+        return os.cpu_count() or 1
+    return available_cores()
+
+
+def available_bytes() -> int | None:
+    """Memory that a process could still take without swapping, the container's limit included."""
+    free = [_meminfo("MemAvailable"), _cgroup_room()]
+    return min((value for value in free if value is not None), default=None)
+
+
+@cache
+def commit() -> str:
+    """The commit of the checkout that this package runs from, "-dirty" where it was changed; else the package's version."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    with suppress(OSError, subprocess.SubprocessError):
+        # Of the repository that holds this file, not of one that an environment happens to lie in.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return f"parvis {__version__}"
+
+
+def debug_reasons() -> list[str]:
+    """Why numbers of this process are not those of a release: debug builds, or a tracer at work."""
+    reasons = []
+    if hasattr(sys, "gettotalrefcount"):
+        reasons.append("a debug build of Python")
+    if sys.flags.dev_mode:
+        reasons.append("Python's development mode")
+    with suppress(ImportError, AttributeError):
+        import onnxruntime
+
+        kind = re.search(r"build type=(\w+)", onnxruntime.get_build_info())
+        if kind and kind.group(1) not in ("Release", "RelWithDebInfo", "MinSizeRel"):
+            reasons.append(f"onnxruntime is a {kind.group(1)} build")
+    return reasons
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Seconds of CPU time since boot, summed over cores, and what tells of a lowered clock."""
+
+    all_s: float  #: of every core, idle included
+    busy_s: float  #: not idle, stolen time left out
+    steal_s: float  #: taken by the hypervisor for others
+    ours_s: float  #: of this process and the given children
+    throttles: int
+    mhz: float | None
+    load: float | None
+
+
+def counters(children: tuple[int, ...] = ()) -> Counters | None:
+    """Now; None where the system does not tell. ``children``: process ids whose work is ours too."""
+    try:
+        fields = [int(v) for v in (PROC / "stat").read_text().split("\n", 1)[0].split()[1:]]
+    except (OSError, ValueError):
+        return None
+    tick = float(os.sysconf("SC_CLK_TCK"))
+    user, nice, system, idle, iowait, irq, softirq, steal = (fields + [0] * 8)[:8]
+    ours = sum(os.times()[:4]) + sum(_process_s(child, tick) for child in children)
+    busy = user + nice + system + irq + softirq
+    return Counters(
+        all_s=(busy + idle + iowait + steal) / tick,
+        busy_s=busy / tick,
+        steal_s=steal / tick,
+        ours_s=ours,
+        throttles=_throttles(),
+        mhz=_mhz(),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    )
+
+
+def disturbances(before: Counters | None, after: Counters | None) -> list[str]:
+    """Flags for what happened between two readings: "busy: ...", "throttled: ..."."""
+    if before is None or after is None:
+        return []
+    flags = []
+    span = after.all_s - before.all_s
+    if span > 0:
+        others = (after.busy_s - before.busy_s - (after.ours_s - before.ours_s)) / span
+        stolen = (after.steal_s - before.steal_s) / span
+        load = "" if after.load is None else f", load average {after.load:.1f}"
+        if others > BUSY_SHARE:
+            flags.append(f"busy: other processes took {100 * others:.0f} % of the CPU time{load}")
+        if stolen > STEAL_SHARE:
+            flags.append(f"busy: the hypervisor gave {100 * stolen:.0f} % of the CPU time to others")
+    if after.throttles > before.throttles:
+        flags.append(f"throttled: the CPU lowered its clock {after.throttles - before.throttles} times for heat")
+    if before.mhz and after.mhz and after.mhz < SLOWER_CLOCK * before.mhz:
+        flags.append(f"throttled: the CPU's clock fell from {before.mhz:.0f} to {after.mhz:.0f} MHz")
+    return flags
+
+
+class Watch:
+    """From its making to :meth:`flags`: what disturbed the work of this process and of ``children``."""
+
+    def __init__(self, children: tuple[int, ...] = (), gpu: Gpu | None = None) -> None:
+        self._children, self._gpu = children, gpu
+        self._before = counters(children)
+
+    def flags(self) -> tuple[str, ...]:
+        found = disturbances(self._before, counters(self._children))
+        if self._gpu is not None:
+            found += [f"throttled: {reason}" for reason in why_slower(self._gpu.index)]
+        return (*found, *(f"debug: {reason}" for reason in debug_reasons()))
+
+
+# -- what the system says -----------------------------------------------------------------------------------------------
+
+
+@cache
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in (PROC / "cpuinfo").read_text().splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _os_name() -> str:
+    with suppress(OSError, AttributeError):
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.system()} {platform.release()}"
+    return platform.platform()
+
+
+def _meminfo(key: str) -> int | None:
+    with suppress(OSError, ValueError, IndexError):
+        for line in (PROC / "meminfo").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_room(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes up to the container's limit, where it has one."""
+    with suppress(OSError, ValueError):
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    return None
+
+
+@cache
+def _largest_cache() -> int | None:
+    sizes = []
+    for file in CPUS.glob("cpu0/cache/index*/size"):
+        with suppress(OSError, ValueError, KeyError):
+            text = file.read_text().strip()
+            sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]])
+    return max(sizes, default=None)
+
+
+def _mhz() -> float | None:
+    """The mean clock of all cores now."""
+    clocks = []
+    for file in CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"):
+        with suppress(OSError, ValueError):
+            clocks.append(int(file.read_text()) / 1000)
+    if not clocks:
+        with suppress(OSError, ValueError):
+            lines = (PROC / "cpuinfo").read_text().splitlines()
+            clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    return round(sum(clocks) / len(clocks), 1) if clocks else None
+
+
+def _throttles() -> int:
+    """How often cores have lowered their clock for heat since boot."""
+    total = 0
+    for file in CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
+        with suppress(OSError, ValueError):
+            total += int(file.read_text())
+    return total
+
+
+def _process_s(pid: int, tick: float) -> float:
+    """CPU seconds of a process and of the children it has waited for."""
+    with suppress(OSError, ValueError, IndexError):
+        after_name = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        return sum(int(v) for v in after_name[11:15]) / tick
+    return 0.0
