@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from par_model.checkpoint import CheckpointError, open_checkpoint, par_config, v
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import CLASS, TOKEN, Phase, input_kinds, phases, token_order
 from par_runtime import __version__
-from par_runtime.bundle import SCHEMA, seal, sha256
+from par_runtime.bundle import MANIFEST, SCHEMA, seal, sha256
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SELFTEST_GUIDANCE = 1.5
@@ -116,58 +116,73 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
         checked = verify.gate(folder, config, checkpoint, weights, guidance=SELFTEST_GUIDANCE)
         if vq is not None and vq_file is not None:
             checked["parity"] |= verify_tokenizer.gate(folder, config, vq, vq_file, dtype, graphs)
-        manifest = {
-            "schema": SCHEMA,
-            "name": request.name or request.out.name,
-            "created": {
-                "parvis": __version__,
-                "torch": torch.__version__,
-                "onnx": onnx.__version__,
-                "onnxruntime": onnxruntime.__version__,
-            },
-            "model": _model_entry(config, parameters),
-            "grid": list(config.grid),
-            "group_size": config.group_size,
-            "n_tokens": config.n_tokens,
-            "precision": request.precision,
-            "order": token_order(config).tolist(),
-            "phases": [_phase_entry(config, phase) for phase in phases(config) if phase.repeat],
-            "ids": {
-                "class_base": config.vocab_size,
-                "no_class": config.vocab_size + config.n_classes,
-                "learnable_base": config.vocab_size + config.n_classes + 1,
-            },
-            "graphs": graphs,
-            "cache": {
-                "dtype": "float32",
-                "inputs": [i["name"] for i in graphs["step"]["inputs"] if i["name"].startswith("past_")],
-                "outputs": [o["name"] for o in graphs["step"]["outputs"] if o["name"].startswith("present_")],
-                "heads": config.n_heads,
-                "head_dim": padded_head_dim(config),
-            },
-            "tokenizer": None
-            if vq is None
-            else {
-                "downsampling": vq.downsampling,
-                "image_size": [h * vq.downsampling, w * vq.downsampling],
-                "codebook_size": vq.codebook_size,
-                "config": asdict(vq),
-            },
-            "class_names": names,
-            "class_synsets": synsets,
-            "defaults": defaults,
-            **checked,
-        }
-        manifest["files"] = {
-            file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())
-        }
-        (folder / "manifest.json").write_text(json.dumps(seal(manifest), indent=1))
+        entries = {"name": request.name or request.out.name, "precision": request.precision, "defaults": defaults}
+        described = describe(config, vq, graphs, parameters)
+        write_manifest(folder, entries | described | {"class_names": names, "class_synsets": synsets} | checked)
     size = sum(f.stat().st_size for f in request.out.iterdir())
     peak = peak_memory_bytes() / 1e6
     say(
         f"{request.out}: {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s, peak memory {peak:.0f} MB; {_parity_line(checked['parity'])}"
     )
     return request.out
+
+
+def describe(config: PARConfig, vq: VQConfig | None, graphs: Mapping[str, Any], parameters: int) -> dict[str, Any]:
+    """The manifest's entries that follow from the architecture and the graphs."""
+    _, h, w = config.grid
+    return {
+        "model": _model_entry(config, parameters),
+        "grid": list(config.grid),
+        "group_size": config.group_size,
+        "n_tokens": config.n_tokens,
+        "order": token_order(config).tolist(),
+        "phases": [_phase_entry(config, phase) for phase in phases(config) if phase.repeat],
+        "ids": {
+            "class_base": config.vocab_size,
+            "no_class": config.vocab_size + config.n_classes,
+            "learnable_base": config.vocab_size + config.n_classes + 1,
+        },
+        "graphs": dict(graphs),
+        "cache": {
+            "dtype": "float32",
+            "inputs": [i["name"] for i in graphs["step"]["inputs"] if i["name"].startswith("past_")],
+            "outputs": [o["name"] for o in graphs["step"]["outputs"] if o["name"].startswith("present_")],
+            "heads": config.n_heads,
+            "head_dim": padded_head_dim(config),
+        },
+        "tokenizer": None
+        if vq is None
+        else {
+            "downsampling": vq.downsampling,
+            "image_size": [h * vq.downsampling, w * vq.downsampling],
+            "codebook_size": vq.codebook_size,
+            "config": asdict(vq),
+        },
+    }
+
+
+def write_manifest(
+    folder: Path, entries: Mapping[str, Any], hashes: dict[tuple[int, int], str] | None = None
+) -> None:
+    """Write ``manifest.json``, the last file of a bundle: ``entries``, what made it, and every file's size and hash.
+
+    ``hashes`` by (device, inode) keeps those of files that several bundles link to.
+    """
+    hashes = {} if hashes is None else hashes
+    files = {}
+    for file in sorted(folder.iterdir()):
+        stat = file.stat()
+        key = (stat.st_dev, stat.st_ino)
+        hashes[key] = hashes.get(key) or sha256(file)
+        files[file.name] = {"bytes": stat.st_size, "sha256": hashes[key]}
+    created = {
+        "parvis": __version__,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+    manifest = {"schema": SCHEMA, "created": created, **entries, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(seal(manifest), indent=1))
 
 
 def write_graphs(
