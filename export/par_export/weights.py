@@ -65,10 +65,7 @@ def write_weights(weights: Weights, config: PARConfig, checkpoint: Checkpoint, d
     if config.group_size > 1:
         tables.append("spe_tok_embeddings.special_embeddings.weight")
     weights.add("embed", (get(key) for key in tables), dtype)
-    cos, sin = rotary_table(config)
-    pad = ((0, 0), (0, (padded - size) // 2))
-    weights.add("cos", [torch.from_numpy(np.pad(cos, pad))], "float32")
-    weights.add("sin", [torch.from_numpy(np.pad(sin, pad))], "float32")
+    write_rotary(weights, config)
 
     def pad_heads(w: torch.Tensor) -> torch.Tensor:  # [k*H*D, d] -> [k*H*D', d]
         if padded == size:
@@ -93,6 +90,13 @@ def write_weights(weights: Weights, config: PARConfig, checkpoint: Checkpoint, d
     assert heads * size == config.dim
     weights.add("norm", [get("norm.weight")], dtype)
     weights.add("output", [get("output.weight").to(store).T], dtype)
+
+
+def write_rotary(weights: Weights, config: PARConfig, suffix: str = "") -> None:
+    """The rotary table by input position, ``cos`` and ``sin`` [N,D'/2]; the one part of the weights that order and n decide."""
+    pad = ((0, 0), (0, (padded_head_dim(config) - config.head_dim) // 2))
+    for name, table in zip(("cos", "sin"), rotary_table(config), strict=True):
+        weights.add(name + suffix, [torch.from_numpy(np.pad(table, pad))], "float32")
 
 
 def write_tokenizer_weights(weights: Weights, checkpoint: Checkpoint, dtype: str, encoder: bool) -> None:

@@ -110,6 +110,11 @@ class Pipeline:
         rounding; then the rest is checked with the export's tokens fed back. Raises BundleError.
         """
         test = self.bundle.selftest
+        if not test["labels"]:
+            raise BundleError(
+                f"{self.bundle.path}: holds random weights, for benchmarks, and no self-test; selftest=False "
+                "(--no-selftest) loads it"
+            )
         label, guidance = test["labels"][0], test["guidance"]
         wanted = np.array(test["tokens"][:1], np.int64)
         each = settings(self.bundle, 1, guidance=guidance, greedy=True)

@@ -1,0 +1,160 @@
+"""Bundles with random weights, for benchmarks: speed depends on shapes, not on what the weights say.
+
+``family`` writes one weights file for several n: all bundles of a model differ in their rotary tables and in how many
+rows of the embedding table are learnable tokens, so they link to one file. ``like`` writes a bundle of the architecture
+of another at another n. No checkpoint is needed, no parity gate is run (there is nothing to be equal to), and the bundles
+say so: their self-test is empty, so ``Pipeline.load`` refuses them unless told not to test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from par_export.bundle import PRECISIONS, SELFTEST_GUIDANCE, describe, write_graphs, write_manifest
+from par_export.graph import WEIGHTS_FILE, WeightTable
+from par_export.weights import Weights, write_rotary, write_tokenizer_weights, write_weights
+from par_model.checkpoint import Checkpoint
+from par_model.config import PARConfig, VQConfig
+from par_model.transformer import INIT_STD, PAR
+from par_model.vq import VQModel
+from par_runtime.bundle import MANIFEST, BundleError
+
+#: What benchmarks draw with: everything of the published setting but a greedy choice costs the same.
+DEFAULTS = {"guidance": 4.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+class RandomTensors(Mapping[str, Tensor]):
+    """The state dict of a model that was never trained, each tensor made when asked for.
+
+    Matrices and embeddings are uniform with the deviation that training begins with, the head too (with a head of zeros
+    all logits would tie); gains are one, biases zero. The same key gives other numbers each time it is asked for, as
+    nobody asks twice: TensorRT keeps equal weights once, so layers must differ.
+    """
+
+    def __init__(self, model: nn.Module, seed: int = 0) -> None:
+        self._shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in model.state_dict().items()}
+        self._random = torch.Generator().manual_seed(seed)
+
+    def __getitem__(self, key: str) -> Tensor:
+        shape, dtype = self._shapes[key]
+        if not dtype.is_floating_point or len(shape) < 2:
+            return torch.full(shape, 0.0 if key.endswith("bias") else 1.0, dtype=dtype)
+        bound = 3**0.5 * INIT_STD
+        return torch.empty(shape).uniform_(-bound, bound, generator=self._random)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def parameters(config: PARConfig) -> int:
+    """How many numbers a model of ``config`` has."""
+    with torch.device("meta"):
+        return sum(tensor.numel() for tensor in PAR(config).parameters())
+
+
+def family(
+    config: PARConfig,
+    group_sizes: Sequence[int],
+    folder: Path,
+    *,
+    name: str,
+    precision: str = "fp32",
+    vq: VQConfig | None = None,
+    defaults: Mapping[str, Any] = DEFAULTS,
+) -> dict[int, Path]:
+    """Write bundles ``{name}-n{n}`` into ``folder``: n -> its path.
+
+    ``config.group_size`` does not matter; ``vq`` adds a decoder (no encoder). Raises ValueError for an n that the grid
+    does not take, OSError.
+    """
+    configs = {n: replace(config, group_size=n) for n in group_sizes}
+    dtype = PRECISIONS[precision]
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = folder / f".{name}-{WEIGHTS_FILE}"
+    weights = Weights(shared)
+    widest = configs[max(configs)]
+    try:
+        with torch.device("meta"):
+            model, tokenizer = PAR(widest), None if vq is None else VQModel(vq)
+        write_weights(weights, widest, Checkpoint(shared, RandomTensors(model)), dtype)
+        for n, each in configs.items():
+            write_rotary(weights, each, f".{n}")
+        if tokenizer is not None:
+            write_tokenizer_weights(weights, Checkpoint(shared, RandomTensors(tokenizer)), dtype, encoder=False)
+    finally:
+        weights.close()
+    hashes: dict[tuple[int, int], str] = {}
+    out = {}
+    for n, each in configs.items():
+        own = {plain: weights.entries[f"{plain}.{n}"] for plain in ("cos", "sin")}
+        out[n] = folder / f"{name}-n{n}"
+        _write(out[n], each, vq, WeightTable(weights.entries | own), shared, (precision, defaults), hashes)
+    shared.unlink()
+    return out
+
+
+def _write(
+    folder: Path,
+    config: PARConfig,
+    vq: VQConfig | None,
+    table: WeightTable,
+    shared: Path,
+    settings: tuple[str, Mapping[str, Any]],
+    hashes: dict[tuple[int, int], str],
+) -> None:
+    precision, defaults = settings
+    folder.mkdir()
+    try:
+        os.link(shared, folder / WEIGHTS_FILE)
+    except OSError:  # a file system without links
+        shutil.copyfile(shared, folder / WEIGHTS_FILE)
+    graphs = write_graphs(folder, config, vq, table, PRECISIONS[precision], "topk", encoder=False)
+    entries = {
+        "name": folder.name,
+        "precision": precision,
+        "class_names": None,
+        "class_synsets": None,
+        "defaults": dict(defaults),
+        "parity": {"random_weights": True},
+        "selftest": {"labels": [], "guidance": SELFTEST_GUIDANCE, "tokens": []},
+    }
+    write_manifest(folder, entries | describe(config, vq, graphs, parameters(config)), hashes)
+
+
+def like(path: str | Path, group_size: int, out: str | Path) -> Path:
+    """Write a bundle of the architecture, precision and settings of that at ``path`` with another n into the folder ``out``.
+
+    Raises BundleError where the bundle at ``path`` cannot be read, or its grid does not take ``group_size``.
+    """
+    try:
+        manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+        m, tokenizer = manifest["model"], manifest["tokenizer"]
+        config = PARConfig(
+            dim=m["dim"],
+            n_layers=m["n_layers"],
+            n_heads=m["n_heads"],
+            vocab_size=m["vocab_size"],
+            n_classes=m["n_classes"],
+            grid=tuple(manifest["grid"]),
+            group_size=group_size,
+        )
+        vq = None if tokenizer is None else VQConfig(**tokenizer["config"])
+        # Whatever a quantised bundle stores, its twin's full weights stand for: see the row's "precision".
+        precision = manifest["precision"] if manifest["precision"] in PRECISIONS else "fp16"
+        defaults = manifest["defaults"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path}: no bundle of random weights can be made like it ({error})") from error
+    name = str(manifest["name"])
+    return family(config, [group_size], Path(out), name=name, precision=precision, vq=vq, defaults=defaults)[group_size]
