@@ -1,0 +1,113 @@
+"""``models/recipe/from_bundle.py``: what an export stored comes back, and an export of that stores the same again."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import golden_weights
+from par_export.bundle import PRECISIONS, Request, export
+from par_export.weights import Weights, write_tokenizer_weights, write_weights
+from par_model.checkpoint import open_checkpoint, par_config, vq_config
+from par_model.config import PARConfig, VQConfig
+from par_model.transformer import PAR
+from par_model.vq import VQModel
+from par_runtime.bundle import Bundle
+
+SCRIPT = Path(__file__).parents[2] / "models" / "recipe" / "from_bundle.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("from_bundle", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def written(folder: Path, precision: str, encoder: bool) -> tuple[np.ndarray, Weights]:
+    """The weights file that an export of the restored checkpoints in ``folder`` writes."""
+    model, tokenizer = open_checkpoint(folder / "model.pt"), open_checkpoint(folder / "tokenizer.pt")
+    vq_config(tokenizer)  # every key is there
+    weights = Weights(folder / "weights.data")
+    write_weights(weights, par_config(model), model, PRECISIONS[precision])
+    write_tokenizer_weights(weights, tokenizer, PRECISIONS[precision], encoder)
+    weights.close()
+    return np.fromfile(folder / "weights.data", np.uint8), weights
+
+
+def test_an_export_of_what_came_back_writes_the_same_file(tiny: Path, tmp_path: Path, script: ModuleType) -> None:
+    assert script.main([str(tiny), "--out", str(tmp_path)]) == 0
+    got, weights = written(tmp_path, "fp16", encoder=True)
+    wanted = np.fromfile(tiny / "weights.data", np.uint8)
+    assert got.size == wanted.size
+    for name in ("cos", "sin"):  # computed, not stored: another machine may round them otherwise
+        at = weights.entries[name]
+        here = slice(at.offset, at.offset + at.length)
+        np.testing.assert_allclose(got[here].view(np.float32), wanted[here].view(np.float32), atol=1e-6)
+        got[here] = wanted[here] = 0
+    np.testing.assert_array_equal(got, wanted)
+    model = open_checkpoint(tmp_path / "model.pt")
+    assert model.class_names == list(Bundle.open(tiny).class_names or ())
+    assert model.config["kind"] == "par"
+    assert open_checkpoint(tmp_path / "tokenizer.pt").config["norm_groups"] == 4
+
+
+def test_padded_heads_an_ablation_and_a_missing_encoder(
+    tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Head size 12 is stored as 16; the order is found by what it makes; of the encoder only its absence is told."""
+    config = PARConfig(
+        dim=24, n_layers=1, n_heads=2, vocab_size=16, n_classes=3, grid=(1, 4, 4), order="raster", sequential_initial=False
+    )  # fmt: skip
+    vq = VQConfig(codebook_size=16, codebook_dim=4, channels=8, channel_multipliers=(1,), res_blocks=1, z_channels=8, norm_groups=4)  # fmt: skip
+    model, tokenizer = golden_weights(PAR(config)), golden_weights(VQModel(vq))
+    torch.save({"model": model.state_dict(), "config": asdict(config)}, tmp_path / "model.pt")
+    torch.save({"model": tokenizer.state_dict(), "config": asdict(vq)}, tmp_path / "vq.pt")
+    request = Request(tmp_path / "model.pt", tmp_path / "vq.pt", tmp_path / "bundle", "bf16", encoder=False)
+    bundle = export(request, say=lambda _: None)
+    assert script.main([str(bundle), "--out", str(tmp_path / "back")]) == 0
+    assert "holds no encoder; that of tokenizer.pt is random" in capsys.readouterr().out
+    got, _ = written(tmp_path / "back", "bf16", encoder=False)
+    np.testing.assert_array_equal(got, np.fromfile(bundle / "weights.data", np.uint8))
+    back = open_checkpoint(tmp_path / "back" / "model.pt")
+    assert par_config(back) == config
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(back.tensor(key), tensor.bfloat16().float()), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [4, 8])
+def test_a_rounded_codebook_rounds_to_itself_again(script: ModuleType, dtype: torch.dtype, dim: int) -> None:
+    codes = F.normalize(torch.randn((4096, dim), generator=torch.Generator().manual_seed(dim)), dim=-1)
+    codes[0], codes[1] = 0.0, 0.0
+    codes[0, 0], codes[1, 1] = 1.0, -1.0
+    stored = codes.to(dtype)
+    assert (F.normalize(stored.float(), dim=-1).to(dtype) != stored).any()  # what it is for
+    found = script.before_rounding(stored)
+    assert torch.equal(F.normalize(found, dim=-1).to(dtype), stored)
+    assert (found - codes).abs().max() < 2 * torch.finfo(dtype).eps
+
+
+def test_a_codebook_of_fp32_moves_by_a_last_bit_at_most(script: ModuleType) -> None:
+    stored = F.normalize(torch.randn((4096, 8), generator=torch.Generator().manual_seed(0)), dim=-1)
+    assert (F.normalize(script.before_rounding(stored), dim=-1) - stored).abs().max() <= torch.finfo(torch.float32).eps
+
+
+def test_what_is_no_bundle_ends_in_one_line(
+    tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main([str(tmp_path), "--out", str(tmp_path / "back")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("from_bundle.py: error: ")
+    assert told.count("\n") == 1
+    assert not (tmp_path / "back").exists()
