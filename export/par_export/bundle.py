@@ -21,7 +21,7 @@ import torch
 from par_export import imagenet, verify, verify_tokenizer
 from par_export.decoder import decoder_graph
 from par_export.encoder import encoder_graph
-from par_export.graph import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph
+from par_export.graph import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph, WeightTable
 from par_export.memory import peak_memory_bytes
 from par_export.sampling import Variant
 from par_export.staging import TargetError, staging
@@ -189,7 +189,7 @@ def write_graphs(
     folder: Path,
     config: PARConfig,
     vq: VQConfig | None,
-    weights: Weights,
+    weights: WeightTable,
     dtype: str,
     sampling: Variant,
     encoder: bool = True,

@@ -23,7 +23,7 @@ from par_export.bundle import PRECISIONS, SELFTEST_GUIDANCE, describe, write_gra
 from par_export.graph import WEIGHTS_FILE, WeightTable
 from par_export.weights import Weights, write_rotary, write_tokenizer_weights, write_weights
 from par_model.checkpoint import Checkpoint
-from par_model.config import PARConfig, VQConfig
+from par_model.config import PARConfig, VQConfig, named
 from par_model.transformer import INIT_STD, PAR
 from par_model.vq import VQModel
 from par_runtime.bundle import MANIFEST, BundleError
@@ -103,6 +103,20 @@ def family(
         _write(out[n], each, vq, WeightTable(weights.entries | own), shared, (precision, defaults), hashes)
     shared.unlink()
     return out
+
+
+def published(model: str, group_sizes: Sequence[int], folder: Path, *, precision: str = "fp32") -> dict[int, Path]:
+    """Bundles of a model of the paper, "PAR-L" to "PAR-3B" (384 px, with VQ-16's decoder) or "PAR-video": n -> its path.
+
+    The video model is XL's blocks over 5x16x16 tokens of 64,000 codes and 101 classes, and ends at tokens; its widths are
+    not published **(ours)**. Raises ValueError for another name, OSError.
+    """
+    if model == "PAR-video":
+        config, vq = named("XL", vocab_size=64000, n_classes=101, grid=(5, 16, 16)), None
+        return family(config, group_sizes, folder, name=model, precision=precision, vq=vq)
+    return family(
+        named(model.removeprefix("PAR-")), group_sizes, folder, name=model, precision=precision, vq=VQConfig()
+    )
 
 
 def _write(

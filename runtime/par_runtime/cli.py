@@ -27,6 +27,7 @@ HERE = {
     "redo": ("par_runtime.commands", "make a PNG again from what it says of itself, and compare"),
     "reconstruct": ("par_runtime.edit_commands", "encode images to tokens and decode them again"),
     "edit": ("par_runtime.edit_commands", "make a part of an image anew and keep the rest"),
+    "bench": ("par_runtime.bench.command", "measure: phases, baselines, the hardware's limit, the paper's tables"),
     "inspect": ("par_runtime.inspect", "say what a bundle or checkpoint is, needs, and could reach"),
     "verify": ("par_runtime.verify_command", "compare two backends on a bundle: logits, tokens, images"),
 }

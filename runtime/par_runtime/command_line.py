@@ -28,6 +28,8 @@ def guarded(work: Callable[[], int]) -> int:
         message = str(error)
     except PermissionError as error:
         message = f"no permission for {error.filename}; choose another place or change its permissions"
+    except BrokenPipeError:  # who reads the output has enough of it: no error, see cli.main
+        raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
             message = f"no space left on the disk{f' of {error.filename}' if error.filename else ''}; nothing was half-written"

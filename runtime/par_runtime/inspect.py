@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from par_runtime import bench_bound
-from par_runtime.bench_bound import DATA_SHEETS
-from par_runtime.bench_subject import Shape
+from par_runtime.bench import bound
+from par_runtime.bench.bound import DATA_SHEETS
+from par_runtime.bench.subject import Shape
 from par_runtime.bundle import MANIFEST, Bundle
 from par_runtime.cli import Parser
 from par_runtime.command_line import guarded
@@ -88,7 +88,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
 
 def step_parameters(bundle: Bundle) -> int:
     """Parameters that a call reads: all but the embedding table, of which it reads a few rows. Heads as padded."""
-    return bench_bound.step_parameters(Shape.of_model(bundle.model, bundle.phases))
+    return bound.step_parameters(Shape.of_model(bundle.model, bundle.phases))
 
 
 def cache_bytes(bundle: Bundle, images: int, element: int) -> int:
@@ -104,7 +104,7 @@ def bound_ms(bundle: Bundle, images: int, gb_s: float) -> float:
     """
     element = BYTES[bundle.precision]
     shape = Shape.of_model(bundle.model, bundle.phases)
-    return bench_bound.bound(bench_bound.all_calls(shape, images, True, element, element), gb_s, None).ms
+    return bound.bound(bound.all_calls(shape, images, True, element, element), gb_s, None).ms
 
 
 def lines(facts: dict[str, Any]) -> list[str]:

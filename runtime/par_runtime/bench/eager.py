@@ -11,26 +11,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bench_bound import model_name
-from par_runtime.bench_machine import cores
-from par_runtime.bench_pipeline import PIECES, guidance_of, peak_bytes, sampling_of
-from par_runtime.bench_subject import Facts, Sample, Shape
+from par_runtime.bench.bound import model_name
+from par_runtime.bench.machine import cores
+from par_runtime.bench.pipeline import PIECES, WEIGHT_BYTES, guidance_of, peak_bytes, sampling_of
+from par_runtime.bench.subject import Facts, Sample, Shape, spread_calls
 from par_runtime.bundle import Bundle
 from par_runtime.request import RequestError
 
 
 class EagerSubject:
-    """``par_model.eager.Eager`` on the weights of a bundle, in this process."""
+    """``par_model.eager.Eager``, a model of a bundle's architecture, in this process."""
 
-    def __init__(self, path: Path, label: str, *, threads: int | None, compiled: bool) -> None:
+    def __init__(self, path: Path, label: str, *, threads: int | None, compiled: bool, device: str = "cpu") -> None:
         eager = found("par_model.eager", "the eager baseline", "Eager")
         bundle = Bundle.open(path)
         began = time.perf_counter()
-        self._eager: Any = eager(path, threads=threads, compiled=compiled)
+        self._eager: Any = eager(path, threads=threads, compiled=compiled, device=device)
         self.load_ms = 1e3 * (time.perf_counter() - began)
         self.note = ""
         self._guidance = guidance_of(bundle)
         shape = Shape.of(bundle)
+        on_cpu = device == "cpu"
+        computes = "fp32" if on_cpu else bundle.precision if bundle.precision in ("fp32", "bf16") else "fp16"
         self.facts = Facts(
             label=label,
             bundle=bundle.name,
@@ -40,22 +42,24 @@ class EagerSubject:
             n=bundle.group_size,
             grid=bundle.grid,
             precision=bundle.precision,
-            computes="fp32",
-            weight_bytes=4.0,
-            cache_bytes=4.0,
+            computes=computes,
+            weight_bytes=WEIGHT_BYTES[computes],
+            cache_bytes=WEIGHT_BYTES[computes],
             backend=str(self._eager.name),
             version=str(self._eager.version),
-            device="cpu",
-            threads=threads or cores(),
+            device=device,
+            clock="perf_counter" if on_cpu else "CUDA events",
+            threads=threads or cores() if on_cpu else None,
             shape=replace(shape, head_dim=bundle.model["head_dim"]),  # it does not pad
             image_size=bundle.image_size,
             excluded=(*PIECES, "compilation") if compiled else PIECES,
             sampling=sampling_of(bundle),
         )
 
-    def run(self, images: int, guided: bool) -> Sample:
-        calls_ms, image_ms = self._eager.run(images, self._guidance if guided else 1.0)
-        return Sample(calls_ms, image_ms, peak_bytes())
+    def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
+        chosen = spread_calls(self.facts.shape.phases, most_calls)
+        calls_ms, image_ms = self._eager.run(images, self._guidance if guided else 1.0, calls=chosen)
+        return Sample(calls_ms, image_ms, peak_bytes(), chosen is not None)
 
     def close(self) -> None:
         self._eager = None

@@ -1,6 +1,6 @@
 """What the hardware allows, measured: how fast memory is read, and how fast matrices are multiplied.
 
-On a CPU this runs in a process of its own (``python -m par_runtime.bench_limits``), because the matrix library's own
+On a CPU this runs in a process of its own (``python -m par_runtime.bench.limits``), because the matrix library's own
 threads are switched off by its environment: each thread here reads, or multiplies, a part of its own, which makes the
 number of threads the bench's and not the library's. numpy lets go of the interpreter meanwhile.
 
@@ -75,7 +75,7 @@ def sizes(working_bytes: Sequence[int], cache_bytes: int | None, available_bytes
 
 def measure_cpu(threads: int, array_bytes: Sequence[int], timeout_s: float = 120) -> Limits:
     """In a process of its own. Raises RequestError where it fails."""
-    command = [sys.executable, "-m", "par_runtime.bench_limits", str(threads), *map(str, array_bytes)]
+    command = [sys.executable, "-m", "par_runtime.bench.limits", str(threads), *map(str, array_bytes)]
     environment = os.environ | SINGLE_THREADED | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=True)
@@ -150,7 +150,7 @@ def blas_name() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    p = argparse.ArgumentParser(prog="python -m par_runtime.bench_limits", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m par_runtime.bench.limits", description=__doc__)
     p.add_argument("threads", type=int)
     p.add_argument("bytes", type=int, nargs="+")
     args = p.parse_args(argv)

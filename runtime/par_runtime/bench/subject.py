@@ -1,7 +1,7 @@
 """What ``parvis bench`` measures: a way of making images, and what one batch of it took.
 
-A :class:`Subject` is a bundle on a backend (``bench_bundle.py``), or a baseline of it. Subjects are measured in turns by
-``bench.measure``; each normally lives in a process of its own (``bench_worker.py``), so that its peak memory is its own
+A :class:`Subject` is a bundle on a backend (``bundle.py``), or a baseline of it. Subjects are measured in turns by
+``bench.measure``; each normally lives in a process of its own (``worker.py``), so that its peak memory is its own
 and no thread pool waits on another's. Everything here is plain values, because it crosses that border as JSON.
 
 Letters: B images, N tokens, n tokens per group, q positions of one call.
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from par_runtime.bench_decoder import decoder_work
+from par_runtime.bench.decoder import decoder_work
 from par_runtime.bundle import MANIFEST, Bundle, Phase
 
 #: The parts of a whole image, in order. ``copy`` is what the host does between calls: ids, noise, tokens back; on a GPU
@@ -97,16 +97,17 @@ class Facts:
 
 @dataclass(frozen=True)
 class Sample:
-    """One whole batch, made once.
+    """One batch, made once.
 
     ``calls_ms``: milliseconds of each call, by phase, of :data:`PHASES` those that it has; ``image_ms``: the whole batch
     by a clock of its own, from labels to pixels. ``peak_bytes``: the most memory that the subject's process has held so
-    far, where it has a process of its own.
+    far, where it has a process of its own. ``chosen``: only some of the model's calls were made, ``image_ms`` is theirs.
     """
 
     calls_ms: Mapping[str, Sequence[float]]
     image_ms: float
     peak_bytes: int | None = None
+    chosen: bool = False
 
 
 class Subject(Protocol):
@@ -115,13 +116,31 @@ class Subject(Protocol):
     @property
     def facts(self) -> Facts: ...
 
-    def run(self, images: int, guided: bool) -> Sample:
-        """Make one batch. Raises MemoryError where it does not fit."""
+    def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
+        """Make one batch, or ``most_calls`` of its calls (:func:`spread_calls`). Raises MemoryError where it does not fit."""
         ...
 
     def close(self) -> None:
         """Give everything back; it cannot be used afterwards."""
         ...
+
+
+def spread_calls(phases: Sequence[Phase], most: int | None) -> frozenset[int] | None:
+    """Which calls of an image, counted from 0, stand for all where only ``most`` are made; None where all are.
+
+    At least two of every phase that has as many, the rest by how many calls a phase has, and evenly over it: later calls
+    see more keys and take longer, so the mean of those chosen is the mean of all.
+    """
+    if most is None or most >= sum(phase.repeat for phase in phases):
+        return None
+    share = max(0, most - sum(min(2, phase.repeat) for phase in phases)) / sum(phase.repeat for phase in phases)
+    chosen: list[int] = []
+    first = 0
+    for phase in phases:
+        count = min(phase.repeat, 2 + int(share * phase.repeat))
+        chosen += [first + int((i + 0.5) * phase.repeat / count) for i in range(count)]
+        first += phase.repeat
+    return frozenset(chosen)
 
 
 def facts_from(plain: Mapping[str, Any]) -> Facts:

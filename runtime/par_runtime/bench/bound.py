@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from par_runtime.bench_subject import Shape
+from par_runtime.bench.subject import Shape
 from par_runtime.bundle import Phase
 
 
@@ -187,7 +187,5 @@ def predictions(
     for gpu, sheet in DATA_SHEETS.items():
         found = bound(calls, sheet.gb_s, sheet.tflop_s)
         name = model_name(shape)
-        out.append(
-            Prediction(bundle, name, n, images, guided, gpu, sheet.gb_s, sheet.tflop_s, found.ms, found.by)
-        )
+        out.append(Prediction(bundle, name, n, images, guided, gpu, sheet.gb_s, sheet.tflop_s, found.ms, found.by))
     return out

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from par_runtime import __version__
-from par_runtime.bench_gpu import Gpu, why_slower
+from par_runtime.bench.gpu import Gpu, why_slower
 
 PROC = Path("/proc")
 CPUS = Path("/sys/devices/system/cpu")

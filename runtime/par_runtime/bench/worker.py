@@ -1,4 +1,4 @@
-"""The process that a subject lives in: ``python -m par_runtime.bench_worker SPEC``, spoken to in JSON lines.
+"""The process that a subject lives in: ``python -m par_runtime.bench.worker SPEC``, spoken to in JSON lines.
 
 One request a line on standard input, one answer a line on what was standard output; whatever libraries print goes to
 standard error. The process ends with its input, so it does not outlive the bench that started it.
@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from par_runtime.bench_eager import EagerSubject
-from par_runtime.bench_pipeline import PipelineSubject
+from par_runtime.bench.eager import EagerSubject
+from par_runtime.bench.pipeline import PipelineSubject
 from par_runtime.bundle import BundleError
 from par_runtime.cuda import CudaError
 from par_runtime.engines import EngineError
@@ -29,6 +29,7 @@ ERRORS: dict[str, type[Exception]] = {
     "BundleError": BundleError,
     "RequestError": RequestError,
     "CudaError": CudaError,
+    "EagerError": RequestError,  # of par_model, which the runtime does not know
     "MemoryError": MemoryError,
     "OutOfMemory": MemoryError,
 }
@@ -38,10 +39,9 @@ def opened(spec: Mapping[str, Any]) -> PipelineSubject | EagerSubject:
     """The subject that ``spec`` describes: "kind" is "bundle", "eager" or "compiled"."""
     path, label, threads = Path(spec["path"]), spec["label"], spec["threads"]
     if spec["kind"] == "bundle":
-        return PipelineSubject.load(
-            path, label, device=spec["device"], threads=threads, selftest=spec["selftest"]
-        )
-    return EagerSubject(path, label, threads=threads, compiled=spec["kind"] == "compiled")
+        return PipelineSubject.load(path, label, device=spec["device"], threads=threads, selftest=spec["selftest"])
+    compiled = spec["kind"] == "compiled"
+    return EagerSubject(path, label, threads=threads, compiled=compiled, device=spec["device"])
 
 
 def serve(spec: Mapping[str, Any], requests: TextIO, answers: TextIO) -> None:
@@ -77,14 +77,16 @@ def serve(spec: Mapping[str, Any], requests: TextIO, answers: TextIO) -> None:
 def _do(subject: Any, request: Mapping[str, Any]) -> Any:
     images = request["images"]
     if request["do"] == "run":
-        return asdict(subject.run(images, request["guided"]))
+        return asdict(subject.run(images, request["guided"], request["most_calls"]))
     if request["do"] == "decode":
         return asdict(subject.decode(images))
     return subject.first_preview_ms(images, request["guided"])
 
 
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the bench ends this one
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process of the terminal; the bench ends this one
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(json.loads(argv[0]), sys.stdin, answers)

@@ -1,6 +1,6 @@
 """Subjects in processes of their own: peak memory is exact, and no thread pool of one disturbs another.
 
-``open_bundle`` and ``open_eager`` start ``bench_worker.py`` and speak to it; what they give is a ``Subject`` like any other.
+``open_bundle`` and ``open_eager`` start ``worker.py`` and speak to it; what they give is a ``Subject`` like any other.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bench_subject import Facts, Sample, facts_from
-from par_runtime.bench_worker import ERRORS
+from par_runtime.bench.subject import Facts, Sample, facts_from
+from par_runtime.bench.worker import ERRORS
 from par_runtime.request import RequestError
 
 CLOSE_SECONDS = 5.0  #: that a process has to give everything back before it is ended
@@ -43,10 +43,15 @@ def open_bundle(
     )
 
 
-def open_eager(path: str | Path, label: str = "eager", *, threads: int | None = None, compiled: bool = False) -> Apart:
-    """The bundle's weights in PyTorch. Raises RequestError where the 'export' extra is missing, BundleError."""
+def open_eager(
+    path: str | Path, label: str = "eager", *, threads: int | None = None, compiled: bool = False, device: str = "cpu"
+) -> Apart:
+    """A model of the bundle's architecture in PyTorch, with random weights, on "cpu" or "cuda".
+
+    Raises RequestError where the 'export' extra is missing, BundleError.
+    """
     kind = "compiled" if compiled else "eager"
-    return Apart({"kind": kind, "path": str(path), "label": label, "threads": threads})
+    return Apart({"kind": kind, "path": str(path), "label": label, "threads": threads, "device": device})
 
 
 class Apart:
@@ -60,7 +65,7 @@ class Apart:
         self._spec = spec
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "par_runtime.bench_worker", json.dumps(spec)],
+            [sys.executable, "-m", "par_runtime.bench.worker", json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -75,8 +80,8 @@ class Apart:
             raise
         self.facts, self.load_ms, self.note = facts_from(told["facts"]), told["load_ms"], told["note"]
 
-    def run(self, images: int, guided: bool) -> Sample:
-        return Sample(**self._ask(do="run", images=images, guided=guided))
+    def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
+        return Sample(**self._ask(do="run", images=images, guided=guided, most_calls=most_calls))
 
     def decode(self, images: int) -> Sample:
         """Decode random tokens of so many images, nothing else."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from par_runtime.bench_machine import Machine
+from par_runtime.bench.machine import Machine
 from par_runtime.request import RequestError
 
 SCHEMA = 1
@@ -29,7 +29,7 @@ class Row:
 
     ``phase``: prefill, sequential, transition, group, decoder, copy, or "image" (the whole batch), "load",
     "first_preview", "throughput" (the whole batch, in the batch suite), "serve" (``samples_ms`` are the latencies of
-    requests). ``bytes`` and ``operations`` are the least that the phase must read and calculate (``bench_bound.py``).
+    requests). ``bytes`` and ``operations`` are the least that the phase must read and calculate (``bound.py``).
     """
 
     suite: str
@@ -135,7 +135,9 @@ def read(path: Path) -> list[Row]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: not text; expected JSON lines, as 'parvis bench --json FILE' writes them") from error
+        raise RequestError(
+            f"{path}: not text; expected JSON lines, as 'parvis bench --json FILE' writes them"
+        ) from error
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -153,7 +155,9 @@ def read(path: Path) -> list[Row]:
                 "them"
             ) from error
     if not rows:
-        raise RequestError(f"{path}: holds no measured rows; expected JSON lines, as 'parvis bench --json FILE' writes them")
+        raise RequestError(
+            f"{path}: holds no measured rows; expected JSON lines, as 'parvis bench --json FILE' writes them"
+        )
     return rows
 
 

@@ -3,7 +3,7 @@
 :class:`Watched` stands between the pipeline and its backend and takes the time of every call. What lies between two calls
 is the host's part, "copy". So the phases are those of production code, and the sum of all is the image, but for what the
 clock itself costs. TensorRT makes a whole image in one launch, which cannot be looked into: there the phases are timed
-apart, in a second run (``bench_trt.py``), and "image" is the launch.
+apart, in a second run (``trt.py``), and "image" is the launch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.backend import Backend, Batch, Float, Int
-from par_runtime.bench_bound import model_name
-from par_runtime.bench_subject import Facts, Sample, Shape
+from par_runtime.bench.bound import model_name
+from par_runtime.bench.subject import Facts, Sample, Shape, spread_calls
 from par_runtime.bundle import Bundle, Phase
 from par_runtime.pipeline import Pipeline
+from par_runtime.request import settings, uniforms
 
 GUIDANCE = 4.0  #: of guided images where the bundle's default is unguided
 #: Bytes of one stored weight. A CPU reads 4 whatever halves the bundle stores (docs/design.md, "Precision").
@@ -102,9 +103,9 @@ class PipelineSubject:
             pipeline.selftest()
         return PipelineSubject(pipeline, label, load_ms)
 
-    def run(self, images: int, guided: bool) -> Sample:
+    def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
         if self.facts.clock != "perf_counter":
-            from par_runtime.bench_trt import phases_ms
+            from par_runtime.bench.trt import phases_ms
 
             calls_ms = phases_ms(self.pipeline, self._labels(images), self._guidance(guided))
             began = time.perf_counter()
@@ -112,11 +113,29 @@ class PipelineSubject:
             return Sample(calls_ms, 1e3 * (time.perf_counter() - began), peak_bytes())
         watched = Watched(self.pipeline.backend, self.pipeline.bundle.phases)
         pipeline = replace(self.pipeline, backend=watched)
+        chosen = spread_calls(self.pipeline.bundle.phases, most_calls)
         began = time.perf_counter()
         watched.begin()
-        self._generate(pipeline, images, guided)
+        if chosen is None:
+            self._generate(pipeline, images, guided)
+        else:
+            self._some_calls(pipeline, chosen, images, guided)
         watched.end()
-        return Sample(watched.calls_ms, 1e3 * (time.perf_counter() - began), peak_bytes())
+        return Sample(watched.calls_ms, 1e3 * (time.perf_counter() - began), peak_bytes(), chosen is not None)
+
+    def _some_calls(self, pipeline: Pipeline, chosen: frozenset[int], images: int, guided: bool) -> None:
+        """These calls of a batch and its decoding; keys of the calls left out are zeros, which cost the same."""
+        bundle = pipeline.bundle
+        each = settings(bundle, images, guidance=self._guidance(guided))
+        self._seed += 1
+        noise = np.stack([uniforms(self._seed * images + i, bundle.n_tokens) for i in range(images)])
+        tokens = np.zeros((images, bundle.n_tokens), np.int64)
+        for index, (phase, write, ids) in enumerate(pipeline._calls(self._labels(images), each, tokens)):
+            if index in chosen:
+                here = slice(write, write + phase.query)
+                tokens[:, here] = pipeline.backend.step(ids, write, noise[:, here])[:images]
+        if bundle.image_size is not None:
+            pipeline.decode(tokens)
 
     def decode(self, images: int) -> Sample:
         """Decode random tokens, nothing else. Raises RequestError where the bundle ends at tokens."""
@@ -220,7 +239,7 @@ def sampling_of(bundle: Bundle) -> str:
 
 
 def _threads(pipeline: Pipeline) -> int:
-    from par_runtime.bench_machine import cores
+    from par_runtime.bench.machine import cores
 
     return pipeline.threads or cores()
 
@@ -232,5 +251,3 @@ def peak_bytes() -> int | None:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return None
-
-
