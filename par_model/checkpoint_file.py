@@ -5,27 +5,23 @@ Nothing here looks at what the tensors are; nothing in a pickle is ever run.
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from par_model.checkpoint_pickle import CheckpointError as CheckpointError  # part of this module
+from par_model.checkpoint_pickle import read_pickle
 
 INDEX = ".safetensors.index.json"
+#: What FSDP training writes the weights as, beside one file per rank with the optimizer's.
+CONSOLIDATED = "consolidated.pth"
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message says what was given, what is expected and how to fix it."""
-
-
-def read(path: Path) -> Mapping[str, Any]:
-    """The content of the checkpoint at ``path``, its tensors mapped from the file.
+def read(path: Path) -> dict[Any, Any]:
+    """The content of the checkpoint at ``path``, its tensors mapped from the file. Keys may be anything still.
 
     A ``.pt`` file (or any other of ``torch.save``), a ``.safetensors`` file, an index of sharded safetensors
-    (``model.safetensors.index.json``), or the folder that holds one of these. Raises CheckpointError.
+    (``model.safetensors.index.json``), or the folder that holds one of these. Raises CheckpointError, OSError.
     """
     if path.is_dir():
         path = _in_folder(path)
@@ -35,31 +31,35 @@ def read(path: Path) -> Mapping[str, Any]:
         return _read_sharded(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    return _read_pickle(path)
+    return read_pickle(path)
 
 
 def _in_folder(folder: Path) -> Path:
-    """The checkpoint in a folder: its index of shards, else its only checkpoint file."""
-    found = sorted(folder.glob(f"*{INDEX}")) or sorted([*folder.glob("*.safetensors"), *folder.glob("*.pt")])
+    """The checkpoint in a folder: its index of shards, else FSDP's consolidated weights, else its only checkpoint file."""
+    found = sorted(folder.glob(f"*{INDEX}")) or sorted(folder.glob(CONSOLIDATED))
+    found = found or sorted(file for kind in ("safetensors", "pt", "pth") for file in folder.glob(f"*.{kind}"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found[:4]) or "no .pt, .safetensors or index of shards"
         raise CheckpointError(f"{folder}: expected a folder with one checkpoint, found {names}; give the file itself")
     return found[0]
 
 
-def _read_sharded(index: Path) -> Mapping[str, Any]:
+def _read_sharded(index: Path) -> dict[str, Any]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        outside = [name for name in shards if Path(name).name != name or name == ".." or "\0" in name]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{index}: not an index of shards ({type(error).__name__}: {error}); expected JSON with a 'weight_map'"
+            f"{index}: not an index of shards ({type(error).__name__}: {error}); expected JSON with a 'weight_map' of "
+            "file names"
         ) from error
-    outside = [name for name in shards if Path(name).name != name]
-    missing = [name for name in shards if not (index.parent / name).is_file()]
+    missing = [name for name in shards if not (index.parent / name).is_file()] if not outside else []
     if outside or missing:
         what = (
-            f"names files elsewhere ({outside[0]})" if outside else f"{len(missing)} shards are missing ({missing[0]})"
+            f"names files elsewhere ({outside[0]!r})"
+            if outside
+            else f"{len(missing)} shards are missing ({missing[0]})"
         )
         raise CheckpointError(f"{index}: {what}; put all {len(shards)} shards beside the index")
     tensors: dict[str, Any] = {}
@@ -86,32 +86,3 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             f"{path}: not a readable safetensors file ({error}); the file may be truncated: compare its size "
             f"({path.stat().st_size} bytes) with the original's and copy it again"
         ) from error
-
-
-def _read_pickle(path: Path) -> Mapping[str, Any]:
-    """The content of a file of ``torch.save``, its tensors mapped; only tensors and plain values are ever made."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                content = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
-    except Exception as error:
-        # torch wraps the reason in advice to load unsafely, which must not reach anybody; the reason is the context.
-        inner = error.__context__ if isinstance(error.__context__, Exception) else error
-        reason = next(iter(str(inner).strip().splitlines()), "") or type(inner).__name__
-        unsafe = re.search(r"unsupported (?:global|operand|class).*", f"{inner}\n{error}", re.IGNORECASE)
-        if unsafe:
-            raise CheckpointError(
-                f"{path}: holds something other than tensors and plain values ({unsafe.group(0)[:200]}); "
-                "it was not run; save the state dict alone with torch.save(model.state_dict(), path)"
-            ) from error
-        raise CheckpointError(
-            f"{path}: not a readable PyTorch checkpoint ({reason}); the file may be truncated: compare its size "
-            f"({path.stat().st_size} bytes) with the original's and copy it again"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors")
-    return content

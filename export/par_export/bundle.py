@@ -27,7 +27,8 @@ from par_export.sampling import Variant
 from par_export.staging import TargetError, staging
 from par_export.step import io_table, padded_head_dim, step_graph
 from par_export.weights import Weights, write_tokenizer_weights, write_weights
-from par_model.checkpoint import CheckpointError, open_checkpoint, par_config, vq_config
+from par_model.checkpoint import Checkpoint, CheckpointError, infer, open_checkpoint, vq_config
+from par_model.checkpoint_facts import downsampling
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import CLASS, TOKEN, Phase, input_kinds, phases, token_order
 from par_runtime import __version__
@@ -70,7 +71,8 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
     defaults = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | (request.defaults or {})
     _check_defaults(defaults)
     checkpoint = open_checkpoint(request.checkpoint)
-    config = par_config(checkpoint, heads=request.heads, grid=request.grid)
+    inferred = infer(checkpoint, heads=request.heads, grid=request.grid)
+    config = inferred.config
     if config.causal_groups:
         raise ExportError(
             f"{request.checkpoint}: was trained with causal attention inside a group; the step graph shows every "
@@ -85,6 +87,7 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
                 f"{request.tokenizer}: has {vq.codebook_size} codes, the model was trained on {config.vocab_size}; "
                 "give the tokenizer whose codes the model was trained on"
             )
+        check_downsampling(request.tokenizer, vq, checkpoint)
     if vq is not None and config.grid[0] != 1:
         raise ExportError("a video grid takes no image tokenizer; give --tokenizer none")
     names, synsets = request.class_names or checkpoint.class_names, None
@@ -98,9 +101,9 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
     parameters = sum(t.numel() for t in checkpoint.tensors.values())
     t, h, w = config.grid
     say(
-        f"{request.checkpoint}: width {config.dim}, {config.n_layers} layers, {config.n_heads} heads of {config.head_dim}, "
-        f"{parameters:,} parameters, {config.n_classes} classes, {config.vocab_size} codes, grid {t}x{h}x{w}, "
-        f"n = {config.group_size}, {sum(p.repeat for p in phases(config))} calls per image"
+        f"{request.checkpoint}: width {config.dim}, {config.n_layers} layers, {config.n_heads} heads of {config.head_dim} "
+        f"({inferred.heads_from}), {parameters:,} parameters, {config.n_classes} classes, {config.vocab_size} codes, "
+        f"grid {t}x{h}x{w} ({inferred.grid_from}), n = {config.group_size}, {sum(p.repeat for p in phases(config))} calls per image"
     )
     with staging(request.out, request.force) as folder:
         weights = Weights(folder / WEIGHTS_FILE)
@@ -183,6 +186,16 @@ def write_manifest(
     }
     manifest = {"schema": SCHEMA, "created": created, **entries, "files": files}
     (folder / MANIFEST).write_text(json.dumps(seal(manifest), indent=1))
+
+
+def check_downsampling(path: Path, vq: VQConfig, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if the model's training named another number of pixels per token than the tokenizer has."""
+    named = downsampling(checkpoint.args)
+    if named is not None and named != vq.downsampling:
+        raise CheckpointError(
+            f"{path}: makes a token of {vq.downsampling}x{vq.downsampling} pixels, the model's args say downsample_size "
+            f"{named}; give the tokenizer whose codes the model was trained on"
+        )
 
 
 def write_graphs(

@@ -16,11 +16,15 @@ from par_model.checkpoint import CheckpointError
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
     try:
         export(
             Request(
-                checkpoint=hub.local(args.checkpoint),
-                tokenizer=None if args.tokenizer == "none" else hub.local(args.tokenizer),
+                checkpoint=hub.local(args.checkpoint, say),
+                tokenizer=None if args.tokenizer == "none" else hub.local(args.tokenizer, say),
                 out=args.out,
                 precision=args.precision,
                 heads=args.heads,
@@ -35,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
                 },
                 force=args.force,
             ),
-            say=lambda line: print(line, flush=True),
+            say=say,
         )
     except (TargetError, CheckpointError, OSError) as error:
         print(f"parvis: error: {_describe(error, args.out)}", file=sys.stderr)
@@ -111,8 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         default="fp32",
         help="of the stored weights and the static graphs (default: fp32)",
     )
-    p.add_argument("--heads", type=int, help="attention heads, where the named sizes do not settle them")
-    p.add_argument("--grid", type=grid, help="tokens: L, HxW or TxHxW, where the named sizes do not settle them")
+    p.add_argument("--heads", type=int, help="attention heads (default: what the file says, or the named size's)")
+    p.add_argument(
+        "--grid",
+        type=grid,
+        help="tokens: L, HxW or TxHxW (default: what the file says, or 24, which is 384 px, for the named sizes)",
+    )
     p.add_argument(
         "--sampling",
         choices=["plain", "topk", "exact"],

@@ -28,12 +28,12 @@ def inspect(argv: Sequence[str]) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    path: Path = args.path
-    if not (path / MANIFEST).is_file() and (
-        path.is_file() or (args.path.is_dir() and any(path.glob("*.safetensors*")))
-    ):
+    path = Path(args.path)
+    kinds = ("*.safetensors*", "*.pt", "*.pth")
+    checkpoints = path.is_file() or (path.is_dir() and any(file for kind in kinds for file in path.glob(kind)))
+    if args.path.startswith("hf://") or (checkpoints and not (path / MANIFEST).is_file()):
         # Reading a checkpoint needs torch; the runtime never imports it itself.
-        return int(importlib.import_module("par_export.inspect_checkpoint").show(path, args.json))
+        return int(importlib.import_module("par_export.inspect_checkpoint").show(args.path, args.json))
     bundle = Bundle.open(path, verify="full" if args.full else "auto")
     facts = describe(bundle)
     if args.selftest:
@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Say what a bundle or a checkpoint is: architecture, files, engines, calls, memory, and the least time "
         "that the memory bandwidth of known GPUs allows (by data sheet; not measured).",
     )
-    p.add_argument("path", type=Path, metavar="BUNDLE|CHECKPOINT")
+    p.add_argument("path", metavar="BUNDLE|CHECKPOINT", help="a folder or file, or hf://OWNER/REPOSITORY/FILE@REVISION")
     p.add_argument("--full", action="store_true", help="hash every file, however large")
     p.add_argument("--selftest", action="store_true", help="run the bundle's self-test on the CPU")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of text")

@@ -143,12 +143,29 @@ def test_a_hub_file_is_downloaded_at_its_revision(monkeypatch: pytest.MonkeyPatc
     assert asked == [("a/b", "c.pt", "0123abc")]
 
 
+def test_a_hub_file_without_a_revision_tells_the_one_it_is_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--a--b" / "snapshots" / commit / "d" / "c.pt"
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(cached))
+    said: list[str] = []
+    assert hub.local("hf://a/b/d/c.pt", said.append) == cached
+    assert said == [f"hf://a/b/d/c.pt: is at commit {commit} today; hf://a/b/d/c.pt@{commit} names this very file"]
+    hub.local(f"hf://a/b/d/c.pt@{commit}", said.append)
+    assert len(said) == 1  # pinned already
+
+
+def test_a_name_that_the_hub_cannot_have_is_told() -> None:
+    with pytest.raises(CheckpointError, match="expected hf://OWNER/REPOSITORY/FILE"):
+        hub.local("hf://a--b/c/x.pt")
+
+
 def test_without_the_hub_it_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> str:
         raise LocalEntryNotFoundError("not in the cache, and no connection")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(
-        CheckpointError, match=r"the hub cannot be reached; download https://.*/a/b/resolve/main/c.pt .* give the path"
+        CheckpointError,
+        match=r"cannot be reached; .* download https://.*/a/b/resolve/main/d/c.pt, copy .* give its path \(c.pt\)",
     ):
-        hub.local("hf://a/b/c.pt")
+        hub.local("hf://a/b/d/c.pt")

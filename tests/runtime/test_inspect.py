@@ -78,7 +78,8 @@ def test_what_is_neither_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "x.pt").write_bytes(b"nothing")
     assert cli.main(["inspect", str(tmp_path / "x.pt")]) == 2
     assert capsys.readouterr().err.startswith("parvis: error: ")
-    assert cli.main(["inspect", str(tmp_path)]) == 2
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["inspect", str(tmp_path / "empty")]) == 2
     assert "holds no manifest.json, so it is not a bundle" in capsys.readouterr().err
     assert cli.main(["inspect", str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""Files of ``torch.save``, read without running anything in them: tensors, plain values, and stand-ins for the rest.
+
+torch's ``weights_only`` reader makes tensors and plain values, and refuses every other object. Training files hold a
+few more kinds beside their weights (``argparse.Namespace``, paths, numpy's numbers). Here each of their names is given
+to a stand-in of ours, so that not even these classes are called: numpy's own ``dtype`` takes flags from the file which
+let bytes be read as pointers. A name that is not in the table below is refused, and told.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+LONGEST_MESSAGE = 1000
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message says what was given, what is expected and how to fix it.
+
+    One printable line, whatever names a file holds.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}...")
+
+
+class Inert:
+    """Stands for a value that nobody needs: takes anything, keeps nothing."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+class Arguments:
+    """Stands for ``argparse.Namespace``: its ``values`` by name, and no attribute that a file could choose."""
+
+    values: Mapping[str, Any] = MappingProxyType({})  # of the class: pickles call no ``__init__``
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None:
+        self.values = {k: v for k, v in plain(state).items() if isinstance(k, str)}
+
+
+class DType:
+    """Stands for ``numpy.dtype``: its code ("f8") and byte order, of which :func:`scalar` reads simple numbers."""
+
+    order = "<"
+    code: object = None
+
+    def __init__(self, code: object = None, *_: object) -> None:
+        self.code = code
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
+            self.order = state[1]
+
+
+#: numpy's code -> that of ``struct``.
+NUMBERS = {"f2": "e", "f4": "f", "f8": "d", "b1": "?"} | {
+    f"{kind}{size}": letter if kind == "i" else letter.upper()
+    for kind in "iu"
+    for size, letter in ((1, "b"), (2, "h"), (4, "i"), (8, "q"))
+}
+
+
+def scalar(dtype: object = None, data: object = None, *_: object) -> object:
+    """Stands for a number of numpy: the same number of Python; None for what is no simple number."""
+    if not isinstance(dtype, DType) or not isinstance(data, bytes) or not isinstance(dtype.code, str):
+        return None
+    code = dtype.order + NUMBERS.get(dtype.code, "")
+    return struct.unpack(code, data)[0] if len(code) > 1 and struct.calcsize(code) == len(data) else None
+
+
+def path(*parts: object) -> str:
+    """Stands for a path: its text."""
+    return "/".join(part for part in parts if isinstance(part, str))
+
+
+def empty_dict(*_: object) -> dict[object, object]:
+    """Stands for a ``defaultdict``; its items follow."""
+    return {}
+
+
+def plain(mapping: object) -> dict[Any, Any]:
+    """A dict with the items of ``mapping``, a dict of any kind; empty for what is none.
+
+    A pickle may hang attributes of its choice on an ``OrderedDict``, methods' names among them; none is looked up here.
+    """
+    return dict(dict.items(mapping)) if isinstance(mapping, dict) else {}
+
+
+def _stand_ins() -> dict[str, Callable[..., object]]:
+    """Name in the file -> what is made instead."""
+    names: dict[str, Callable[..., object]] = {
+        "argparse.Namespace": Arguments,
+        "types.SimpleNamespace": Arguments,
+        "collections.defaultdict": empty_dict,
+        "numpy.dtype": DType,
+        "numpy.ndarray": Inert,
+    }
+    for core in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1, numpy 2
+        names |= {f"{core}.scalar": scalar, f"{core}._reconstruct": Inert}
+    for kind in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
+        names |= {f"pathlib.{kind}": path, f"pathlib._local.{kind}": path}  # the second: Python 3.13
+    for kind in ("bool", "dict", "float", "frozenset", "int", "list", "range", "slice", "str", "tuple"):
+        names[f"builtins.{kind}"] = Inert
+    return names | {f"datetime.{kind}": Inert for kind in ("date", "datetime", "timedelta")}
+
+
+def read_pickle(file: Path) -> dict[Any, Any]:
+    """The content of a file of ``torch.save``, its tensors mapped from it. Raises CheckpointError."""
+    _check_container(file)
+    allowed: list[Any] = [(stand_in, name) for name, stand_in in _stand_ins().items()]
+    try:
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols and old storages; errors follow where it matters
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                content = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except Exception as error:
+        # torch wraps the reason in advice to load unsafely, which must not reach anybody; the reason is the context.
+        inner = error.__context__ if isinstance(error.__context__, Exception) else error
+        raise CheckpointError(_told(file, f"{inner}\n{error}")) from error
+    if not isinstance(content, dict):
+        kind = "Namespace" if isinstance(content, Arguments) else type(content).__name__
+        raise CheckpointError(f"{file}: holds a {kind}; expected a dict of tensors")
+    return plain(content)
+
+
+def _check_container(file: Path) -> None:
+    """Raise CheckpointError for an empty file, and for a zip archive that ``torch.save`` cannot have written."""
+    size = file.stat().st_size
+    if size == 0:
+        raise CheckpointError(f"{file}: is empty; copy or download it again")
+    with file.open("rb") as f:
+        if f.read(2) != b"PK":
+            return  # the format before torch 1.6, or no checkpoint at all
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise CheckpointError(
+            f"{file}: not a readable PyTorch checkpoint (no table of contents); {_copy(file)}"
+        ) from error
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(entry.file_size for entry in entries) > size:
+        what = f"{packed[0]!r} is compressed" if packed else "its entries are larger than the file"
+        raise CheckpointError(
+            f"{file}: is a zip archive that torch.save did not write ({what}); give the file that torch.save wrote"
+        )
+
+
+def _told(file: Path, reason: str) -> str:
+    """Torch's ``reason`` in one line."""
+    name = re.search(r"unsupported global:? (?:GLOBAL )?([\w.<>-]+)", reason, re.IGNORECASE)
+    if name:
+        return (
+            f"{file}: holds something other than tensors and plain values ({name.group(1)}); it was not run; save the "
+            "state dict alone with torch.save(model.state_dict(), path)"
+        )
+    protocol = re.search(r"unsupported operand (\d+)", reason, re.IGNORECASE)
+    if protocol and int(protocol.group(1)) in (0x8C, 0x8E, 0x8F, 0x91, 0x92, 0x93, 0x94, 0x95, 0x96):
+        return (
+            f"{file}: was pickled with protocol 4 or 5, which is not read without running it; save it with torch.save and no "
+            "pickle_protocol"
+        )
+    if protocol:
+        return f"{file}: not a readable PyTorch checkpoint (no pickle of torch.save); {_copy(file)}"
+    first = next((line.strip() for line in reason.splitlines() if line.strip()), "") or "no reason given"
+    if "mmap" in first:
+        first = "neither of the formats of torch.save"
+    first = re.sub(r"\. This is an internal miniz error.*|\s*\(Could this error message.*", "", first)[:200]
+    return f"{file}: not a readable PyTorch checkpoint ({first}); {_copy(file)}"
+
+
+def _copy(file: Path) -> str:
+    return f"the file may be truncated: compare its size ({file.stat().st_size} bytes) with the original's and copy it again"

@@ -1,0 +1,41 @@
+"""``parvis inspect`` of a checkpoint: what it says of itself, and what its bundle will need and could reach."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from par_model.config import named
+from par_model.transformer import PAR
+from par_runtime import cli
+from par_runtime.bench.bound import DATA_SHEETS, all_calls, bound, named_shape
+
+
+def test_a_checkpoint_that_says_all_is_told_with_what_its_bundle_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with torch.device("meta"):
+        state = PAR(named("B", n_classes=3, vocab_size=64)).state_dict()
+    numbers = {key: torch.zeros(tensor.shape, dtype=torch.float16) for key, tensor in state.items()}
+    torch.save({"model": numbers, "args": argparse.Namespace(image_size=256, downsample_size=16)}, tmp_path / "c.pt")
+    for where in (tmp_path / "c.pt", tmp_path):  # the folder that holds it too
+        assert cli.main(["inspect", str(where), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["config"]["grid"] == "1x16x16 (the file's args: image_size 256 / 16)"
+        assert facts["config"]["heads"] == "12 of 64 (size B)"
+        assert facts["config"]["calls per image"] == 4 + 256 // 4 - 1
+        assert facts["files"] == {"c.pt": (tmp_path / "c.pt").stat().st_size}
+        shape = named_shape("PAR-B", 4, 256, 64)
+        wanted = bound(all_calls(shape, 1, True, 2, 2), DATA_SHEETS["A100-80"].gb_s, None).ms
+        assert facts["bound_ms"]["A100-80"] == pytest.approx(wanted)
+        need = facts["memory_bytes"]
+        cache = 2 * 12 * 2 * 768 * 256 * 4  # layers, rows, k and v, width, tokens, bytes
+        assert need["2"]["fp32"] - need["1"]["fp32"] == cache
+    assert cli.main(["inspect", str(tmp_path / "c.pt")]) == 0
+    text = capsys.readouterr().out
+    assert "bound                at least, in fp16 by memory bandwidth" in text
+    assert "1 image: " in text
