@@ -211,7 +211,7 @@ def _paper(args: argparse.Namespace, say: Say) -> Outcome:
             limits = limits.better(_cpu_limits(threads, [10**9]))
     rows = bounded(rows, facts, {key: limits})
     where = machine.facts(gpu)
-    name = where.gpu or f"{where.cpu}, {threads} threads"
+    name = where.gpu or f"{where.cpu}, {threads} thread{'s' if threads > 1 else ''}"
     placed = paper.placed(rows, left_out, limits, name, not args.unguided)
     return Outcome(rows, paper.predicted(not args.unguided), placed)
 

@@ -1,0 +1,157 @@
+"""Bundles of random weights: the exact shapes, one weights file for several n, and nothing that passes for a trained model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from par_export.graph import WEIGHTS_FILE, WeightTable
+from par_export.random_bundle import family, like, parameters, published
+from par_model.config import PARConfig, VQConfig, named
+from par_model.generate import generate
+from par_model.ordering import rotary_table
+from par_model.transformer import PAR
+from par_runtime import Bundle, BundleError, Pipeline
+
+SMALL = PARConfig(dim=64, n_layers=2, n_heads=4, vocab_size=256, n_classes=10, grid=(1, 8, 8))
+VQ = VQConfig(codebook_size=256, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    return family(SMALL, (1, 4, 16), tmp_path_factory.mktemp("random"), name="small", vq=VQ)
+
+
+def test_bundles_of_every_n_share_one_file(three: dict[int, Path]) -> None:
+    assert {n: path.name for n, path in three.items()} == {1: "small-n1", 4: "small-n4", 16: "small-n16"}
+    assert len({os.stat(path / WEIGHTS_FILE).st_ino for path in three.values()}) == 1
+    assert [name for name in os.listdir(three[1].parent) if name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_each_is_a_whole_bundle_that_runs(three: dict[int, Path], n: int) -> None:
+    bundle = Bundle.open(three[n], "full")
+    assert (bundle.group_size, bundle.calls) == (n, {1: 64, 4: 19, 16: 19}[n])
+    with Pipeline.load(three[n], device="cpu", threads=1, selftest=False) as pipeline:
+        result = pipeline.generate([1, 2], seed=3)
+    assert result.images is not None
+    assert result.images.shape == (2, 16, 16, 3)
+    assert len(np.unique(result.tokens)) > 20  # draws from a flat distribution, not one code
+
+
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_its_tokens_are_those_of_a_model_with_these_weights(three: dict[int, Path], n: int) -> None:
+    """The shared file holds every n's rotary table where its graphs look for it: read back into the oracle."""
+    import torch
+
+    table = WeightTable.read(three[n] / "step.onnx").entries
+    raw = np.fromfile(three[n] / WEIGHTS_FILE, np.uint8)
+
+    def tensor(name: str) -> torch.Tensor:
+        at = table[name]
+        return torch.from_numpy(raw[at.offset : at.offset + at.length].copy().view(np.float32)).view(at.shape)
+
+    from dataclasses import replace
+
+    config = replace(SMALL, group_size=n)
+    cos, sin = rotary_table(config)
+    assert np.array_equal(tensor("cos").numpy(), cos)
+    assert np.array_equal(tensor("sin").numpy(), sin)
+    embed = tensor("embed")
+    state = {
+        "tok_embeddings.weight": embed[:256],
+        "cls_embedding.embedding_table.weight": embed[256:267],
+        "norm.weight": tensor("norm"),
+        "output.weight": tensor("output").T,
+    }
+    if n > 1:
+        state["spe_tok_embeddings.special_embeddings.weight"] = embed[267 : 267 + n - 1]
+    for i in range(SMALL.n_layers):
+        layer = f"layers.{i}"
+        w1, w3 = tensor(f"{layer}.w13").T.chunk(2)
+        state |= {
+            f"{layer}.attention.wqkv.weight": tensor(f"{layer}.wqkv").T,
+            f"{layer}.attention.wo.weight": tensor(f"{layer}.wo").T,
+            f"{layer}.feed_forward.w1.weight": w1,
+            f"{layer}.feed_forward.w3.weight": w3,
+            f"{layer}.feed_forward.w2.weight": tensor(f"{layer}.w2").T,
+            f"{layer}.attention_norm.weight": tensor(f"{layer}.attention_norm"),
+            f"{layer}.ffn_norm.weight": tensor(f"{layer}.ffn_norm"),
+        }
+    model = PAR(config)
+    model.load_state_dict(state)
+    with Pipeline.load(three[n], device="cpu", threads=1, selftest=False) as pipeline:
+        ours = pipeline.generate([0, 5], guidance=2.0, greedy=True, decode=False).tokens
+    assert (generate(model.eval(), [0, 5], guidance=2.0, greedy=True).numpy() == ours).all()
+
+
+def test_it_does_not_pass_for_a_trained_model(three: dict[int, Path]) -> None:
+    with pytest.raises(BundleError, match=r"holds random weights, for benchmarks, and no self-test; selftest=False"):
+        Pipeline.load(three[4], device="cpu")
+    assert Bundle.open(three[4]).parity == {"random_weights": True}
+
+
+def test_layers_differ(three: dict[int, Path]) -> None:
+    """TensorRT keeps equal weights once, so equal layers would make a plan too small and too fast."""
+    table = WeightTable.read(three[4] / "step.onnx").entries
+    raw = (three[4] / WEIGHTS_FILE).read_bytes()
+    parts = [
+        raw[at.offset : at.offset + at.length]
+        for name, at in table.items()
+        if name.endswith((".wqkv", ".w2", ".wo", ".w13"))
+    ]
+    assert len(parts) == 8
+    assert len(set(parts)) == 8
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_bundle_like_another(precision: str, bundles: dict[str, Path], tmp_path: Path) -> None:
+    path = like(bundles[precision], 1, tmp_path)
+    twin, given = Bundle.open(path), Bundle.open(bundles[precision])
+    assert (twin.group_size, twin.calls) == (1, 64)
+    assert (twin.precision, twin.grid, twin.image_size, twin.defaults) == (
+        precision,
+        given.grid,
+        given.image_size,
+        given.defaults,
+    )
+    assert twin.model["parameters"] == given.model["parameters"] - 3 * given.model["dim"]
+
+
+def test_what_is_no_bundle_is_told(tmp_path: Path, tiny: Path) -> None:
+    with pytest.raises(BundleError, match="no bundle of random weights can be made like it"):
+        like(tmp_path, 1, tmp_path / "out")
+    with pytest.raises(BundleError, match="group_size=9"):
+        like(tiny, 9, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("size", "n", "wanted"),
+    [
+        ("B", 4, 110_890_752),
+        ("L", 4, 342_914_048),
+        ("XL", 4, 774_703_360),
+        ("XXL", 4, 1_410_977_280),
+        ("3B", 4, 3_096_668_800),
+    ],
+)
+def test_published_models_have_the_specifications_parameters(size: str, n: int, wanted: int) -> None:
+    assert parameters(named(size, group_size=n)) == wanted
+
+
+def test_the_papers_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from par_export import random_bundle
+
+    asked = {}
+    monkeypatch.setattr(
+        random_bundle, "family", lambda config, sizes, folder, **more: asked.update(config=config, **more) or {}
+    )
+    published("PAR-XL", (1, 4), tmp_path)
+    assert (asked["config"].dim, asked["config"].n_tokens, asked["vq"]) == (1280, 576, VQConfig())
+    published("PAR-video", (1, 4, 16), tmp_path)
+    assert (asked["config"].n_tokens, asked["config"].vocab_size, asked["vq"]) == (1280, 64000, None)
+    with pytest.raises(ValueError, match="unknown size 'XS'"):
+        published("PAR-XS", (1,), tmp_path)

@@ -1,0 +1,82 @@
+"""Subjects with a script instead of a model, for what the bench does with what it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from par_runtime.bench.bound import named_shape
+from par_runtime.bench.machine import Machine
+from par_runtime.bench.measure import Setting, Taken, row, rows_of
+from par_runtime.bench.rows import Row
+from par_runtime.bench.subject import Facts, Sample, spread_calls
+
+MACHINE = Machine("a CPU", 2, 2**25, 2**34, "an OS", 3000.0, "", "", None, None, None)
+
+
+def facts(label: str = "parvis", n: int = 4, **changes: Any) -> Facts:
+    """PAR-L without a decoder."""
+    known: dict[str, Any] = {
+        "label": label,
+        "bundle": f"L-n{n}",
+        "hash": "0123456789abcdef",
+        "model": "PAR-L",
+        "parameters": 342_914_048,
+        "n": n,
+        "grid": (1, 24, 24),
+        "precision": "fp32",
+        "computes": "fp32",
+        "weight_bytes": 4.0,
+        "cache_bytes": 4.0,
+        "backend": "onnxruntime-cpu",
+        "version": "1.32.0",
+        "device": "cpu",
+        "threads": 2,
+        "shape": named_shape("PAR-L", n),
+        "sampling": "guidance 4",
+    }
+    return Facts(**(known | changes))
+
+
+@dataclass
+class Scripted:
+    """Every call takes ``call_ms`` of its phase; repetition i takes ``drift[i]`` times as long."""
+
+    facts: Facts
+    call_ms: Mapping[str, float] = field(
+        default_factory=lambda: {"prefill": 1.0, "sequential": 1.0, "transition": 2.0, "group": 2.0}
+    )
+    drift: Sequence[float] = (1.0,)
+    made: list[tuple[int, bool, int | None]] = field(default_factory=list)
+    out_of_memory_from: int = 10**6
+
+    def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
+        if images >= self.out_of_memory_from:
+            raise MemoryError(f"{images} images")
+        times = self.drift[len(self.made) % len(self.drift)] * (1 + images) / 2
+        self.made.append((images, guided, most_calls))
+        chosen = spread_calls(self.facts.shape.phases, most_calls)
+        calls_ms: dict[str, list[float]] = {}
+        index = 0
+        for phase in self.facts.shape.phases:
+            for _ in range(phase.repeat):
+                if chosen is None or index in chosen:
+                    calls_ms.setdefault(phase.name, []).append(times * self.call_ms[phase.name])
+                index += 1
+        calls_ms["copy"] = [0.5]
+        return Sample(calls_ms, sum(map(sum, calls_ms.values())), 10**9, chosen is not None)
+
+    def close(self) -> None:
+        self.made.clear()
+
+
+def rows_from(subject: Scripted, repetitions: int = 5, suite: str = "phases", **setting: Any) -> list[Row]:
+    """Rows of a scripted subject."""
+    taken = Taken([subject.run(1, True) for _ in range(repetitions)], [()] * repetitions)
+    return rows_of(subject, taken, Setting(suite, **setting), MACHINE)
+
+
+def one_row(samples_ms: Sequence[float], label: str = "parvis", phase: str = "image", **changes: Any) -> Row:
+    """A row with these samples."""
+    return row(facts(label, **changes), Setting("phases"), MACHINE, phase, samples_ms)

@@ -1,0 +1,180 @@
+"""``parvis bench`` as it is typed: real bundles in processes of their own, files, comparison, errors of one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench.subjects import one_row
+
+from par_runtime.bench import command
+from par_runtime.bench.limits import Limits
+from par_runtime.bench.rows import read, to_json
+from par_runtime.bench.subject import PHASES
+from par_runtime.cli import main
+
+
+@pytest.fixture(autouse=True)
+def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's limits take seconds to measure; ``test_bound.py`` measures them."""
+    monkeypatch.setattr(
+        command, "measure_cpu", lambda *_: Limits(((2**22, 50.0), (2**30, 20.0)), 0.1, "measured: by hand")
+    )
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_json_lines_on_standard_output_and_nothing_else(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(tiny), "--suite", "phases", "--json", "-", "--device", "cpu", "--repetitions", "3"]) == 0
+    rows = lines(capsys.readouterr().out)
+    by = {row["phase"]: row for row in rows}
+    for i, whole in enumerate(by["image"]["samples_ms"]):
+        assert sum(by[p]["samples_ms"][i] for p in PHASES if p in by) == pytest.approx(whole, rel=0.05)
+    assert all(row["kind"] == "measured" for row in rows)
+    assert by["image"]["bound_ms"] > 0
+    assert by["image"]["peak_bytes"] > 10**7
+    assert by["image"]["guided"]
+
+
+def test_every_file_at_once_and_a_comparison(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {name: tmp_path / f"rows.{name}" for name in ("json", "csv", "html")}
+    arguments = ["bench", str(tiny), "--device", "cpu", "--repetitions", "2"]
+    assert main([*arguments, *(word for name, path in files.items() for word in (f"--{name}", str(path)))]) == 0
+    out = capsys.readouterr().out
+    assert "machine   " in out
+    assert f"written: {files['html']}" in out
+    assert len(read(files["json"])) == len(files["csv"].read_text().splitlines()) - 1
+    assert files["html"].read_text().startswith("<!doctype html>")
+    assert main([*arguments, "--compare", str(files["json"]), "--json", str(files["json"])]) == 0
+    out = capsys.readouterr().out
+    assert "below 1 is faster" in out
+    assert "only old" not in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in files.values())
+
+
+def test_baselines_in_the_same_run(
+    bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", str(bundles["fp32"]), "--device", "cpu", "--against", "eager,n1", "--repetitions", "1"]
+    assert main([*arguments, "--json", "-", "--work", str(tmp_path), "--threads", "1"]) == 0
+    images = {row["label"]: row for row in lines(capsys.readouterr().out) if row["phase"] == "image"}
+    assert [(label, row["n"], row["calls"]) for label, row in images.items()] == [
+        ("parvis", 4, 19),
+        ("eager", 4, 19),
+        ("n1", 1, 64),
+    ]
+    assert images["eager"]["backend"] == "torch eager"
+    assert images["n1"]["backend"] == images["parvis"]["backend"]
+    assert images["n1"]["parameters"] < images["parvis"]["parameters"]  # three learnable tokens less
+    assert all(row["threads"] == 1 for row in images.values())
+    assert list(tmp_path.iterdir()) == []  # the bundle of random weights is gone
+
+
+def test_two_bundles_are_told_apart_by_name(
+    bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "fp32"
+    other.symlink_to(bundles["n16"])
+    arguments = ["bench", str(bundles["fp16"]), str(bundles["n1"]), "--device", "cpu", "--repetitions", "1"]
+    assert main([*arguments, "--suite", "batch", "--batches", "1,3", "--json", "-"]) == 0
+    rows = lines(capsys.readouterr().out)
+    assert [(row["label"], row["images"], row["phase"]) for row in rows] == [
+        (label, b, "throughput") for b in (1, 3) for label in ("fp16", "n1")
+    ]
+    assert command.labels_of([Path("a/x"), Path("b/x"), Path("y")]) == ["x (1)", "x (2)", "y"]
+
+
+def test_serve_and_decoder_from_the_command_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", str(tiny), "--device", "cpu", "--json", "-", "--repetitions", "2"]
+    assert main([*arguments, "--suite", "decoder", "--batches", "2"]) == 0
+    assert [(row["phase"], row["images"]) for row in lines(capsys.readouterr().out)] == [("decoder", 2)]
+    assert main([*arguments, "--suite", "serve", "--batches", "2", "--requests", "4"]) == 0
+    assert [(row["phase"], len(row["samples_ms"])) for row in lines(capsys.readouterr().out)] == [("serve", 4)] * 3
+
+
+def test_two_files_are_compared_without_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    old.write_text(to_json(one_row([100.0, 101.0, 99.0, 100.0, 100.0])) + "\n")
+    new.write_text(to_json(one_row([120.0, 121.0, 119.0, 120.0, 120.0])) + "\n")
+    assert main(["bench", "--compare", str(old), str(new)]) == 0
+    assert "1.200" in capsys.readouterr().out
+    assert main(["bench", "--compare", str(old), str(new), "--fail-above", "1.1"]) == 1
+    assert "slower than --fail-above 1.1: phases parvis image, 1 images, n = 4: 1.200" in capsys.readouterr().err
+    assert main(["bench", "--compare", str(old), str(new), "--fail-above", "1.5", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no bundle was given; expected one or more folders made by 'parvis export', --suite paper"),
+        (["nothing-here"], "nothing-here: no such folder; give the path of a bundle"),
+        (["TINY", "--images", "0"], "--images 0: expected 1 or more"),
+        (["TINY", "--repetitions", "0"], "--repetitions 0: expected 1 or more"),
+        (["TINY", "--minutes", "0"], "--minutes 0: expected more than 0"),
+        (["TINY", "--threads", "-1"], "--threads -1: expected 1 or more"),
+        (["TINY", "--suite", "fast"], "argument --suite: invalid choice: 'fast'"),
+        (
+            ["TINY", "--against", "eager,vllm"],
+            "argument --against: 'vllm': expected one or more of eager, compiled, n1, by commas",
+        ),
+        (["TINY", "--batches", "1,x"], "argument --batches: '1,x': expected numbers of images from 1 on"),
+        (["--suite", "paper", "--sizes", "L,XS"], "'PAR-XS': expected one or more of PAR-L, PAR-XL"),
+        (["TINY", "--json", "-", "--csv", "-"], "'-' is standard output, and takes one of --json, --csv and --html"),
+        (["TINY", "--compare", "missing.jsonl"], "missing.jsonl: No such file or directory"),
+        (["TINY", "--fail-above", "1.1"], "--fail-above 1.1: expected a ratio above 0, and --compare OLD.jsonl"),
+        (["TINY", "--device", "tpu"], "device 'tpu': expected auto, cpu, cuda"),
+        (["TINY", "--device", "cuda"], "device 'cuda' cannot run"),
+        (["--suite", "paper", "TINY"], "is in no row of the paper's tables; expected one of PAR-L, PAR-XL"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [str(tiny) if word == "TINY" else word for word in arguments]
+    try:
+        code = main(["bench", *given])
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    told = capsys.readouterr().err
+    assert code == 2
+    assert message in told
+    assert told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", str(tiny), "--json", str(tmp_path)]) == 2
+    assert "is a folder; give a file name" in capsys.readouterr().err
+
+
+def test_the_baselines_packages_are_named_where_they_are_missing(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from par_runtime.bench import eager
+
+    real = eager.importlib.import_module
+
+    def missing(name: str) -> object:
+        if name.startswith("par_export"):
+            raise ModuleNotFoundError("no", name="torch")
+        return real(name)
+
+    monkeypatch.setattr(eager.importlib, "import_module", missing)
+    assert main(["bench", str(tiny), "--device", "cpu", "--against", "n1", "--quiet"]) == 2
+    assert (
+        "the n1 baseline needs torch, which is not installed; pip install 'parvis[cpu,export]'"
+        in capsys.readouterr().err
+    )

@@ -1,0 +1,78 @@
+"""Two runs against each other: a change is told where there is one, and not where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from bench.subjects import MACHINE, one_row
+
+from par_runtime.bench.compare import compare, text
+from par_runtime.bench.rows import Row
+
+
+def noisy(middle: float, seed: int, count: int = 9) -> list[float]:
+    return list(middle * (1 + 0.03 * np.random.default_rng(seed).standard_normal(count)))
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "same"), (1.25, "slower"), (0.8, "faster")])
+def test_a_change_is_told(factor: float, verdict: str) -> None:
+    (pair,) = compare([one_row(noisy(100, 1))], [one_row(noisy(100 * factor, 2))]).pairs
+    assert pair.verdict == verdict
+    assert pair.low <= pair.ratio <= pair.high
+    assert pair.ratio == pytest.approx(factor, rel=0.04)
+
+
+def test_one_sample_proves_nothing_and_is_marked() -> None:
+    (pair,) = compare([one_row([100.0])], [one_row([100.0])]).pairs
+    assert (pair.low, pair.high, pair.verdict) == (1.0, 1.0, "same")
+    assert "few repetitions" in pair.marks
+
+
+def test_equal_runs_are_the_same_whatever_the_seed() -> None:
+    rows = [one_row(noisy(50, 3)), one_row(noisy(70, 4), phase="group")]
+    for seed in range(20):
+        assert {pair.verdict for pair in compare(rows, rows, seed).pairs} == {"same"}
+
+
+def test_rows_are_paired_by_what_they_measure_not_by_place_or_version() -> None:
+    old = [one_row([1.0] * 5, phase="group"), one_row([2.0] * 5), one_row([9.0] * 5, label="eager")]
+    new = [
+        replace(one_row([3.0] * 5), version="2.0", commit="abc"),
+        one_row([1.0] * 5, phase="group"),
+        one_row([4.0] * 5, n=16),
+    ]
+    found = compare(old, new)
+    assert [(p.new.phase, p.ratio) for p in found.pairs] == [("image", 1.5), ("group", 1.0)]
+    assert found.only_old == ("phases eager image, 1 images, n = 4",)
+    assert found.only_new == ("phases parvis image, 1 images, n = 16",)
+
+
+def test_loads_of_the_serve_suite_are_paired_by_place() -> None:
+    def load(offered: float, ms: float) -> Row:
+        return replace(one_row([ms] * 5, phase="serve"), offered_per_s=offered)
+
+    found = compare([load(1.0, 10.0), load(2.0, 20.0)], [load(1.1, 10.0), load(2.2, 40.0)])
+    assert [p.ratio for p in found.pairs] == [1.0, 2.0]
+
+
+def test_marks_of_either_side_are_told() -> None:
+    old = replace(one_row([1.0] * 5), flags=("busy: in 5 of 5, other processes took 40 % of the CPU time",))
+    new = replace(
+        one_row([1.0] * 5),
+        flags=("throttled: x", "debug: a debug build of Python"),
+        machine=replace(MACHINE, cpu="another"),
+    )
+    found = compare([old], [new])
+    assert found.pairs[0].marks == ("other machine", "busy", "throttled", "debug")
+    assert "other machine, busy, throttled, debug" in text(found)
+
+
+def test_the_text_says_what_it_compares() -> None:
+    found = compare([replace(one_row([2.0] * 5), commit="aaa")], [replace(one_row([1.0] * 5), commit="bbb")])
+    lines = text(found).splitlines()
+    assert lines[0] == "old is of commit aaa, new of bbb; below 1 is faster"
+    assert "0.500" in lines[2]
+    assert "faster" in lines[2]
+    assert "no row of one file has its pair" in text(compare([one_row([1.0])], [one_row([1.0], n=1)]))

@@ -1,0 +1,106 @@
+"""What a row says of its machine, and what it notices of neighbours, clocks and debug builds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from par_runtime.bench import gpu, machine
+from par_runtime.bench.machine import Counters, Watch, commit, counters, disturbances, facts
+
+
+def at(all_s: float, busy_s: float, ours_s: float, **more: object) -> Counters:
+    return Counters(
+        all_s, busy_s, more.get("steal", 0.0), ours_s, more.get("throttles", 0), more.get("mhz"), more.get("load")
+    )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        (at(110, 59, 29), []),  # 9 s of work, all ours
+        (at(110, 53, 22), []),
+        (at(110, 58, 21, load=3.2), ["busy: other processes took 70 % of the CPU time, load average 3.2"]),
+        (at(110, 50, 20, steal=1.0), ["busy: the hypervisor gave 10 % of the CPU time to others"]),
+        (at(110, 50, 20, throttles=3), ["throttled: the CPU lowered its clock 3 times for heat"]),
+        (at(110, 50, 20, mhz=1500.0), ["throttled: the CPU's clock fell from 3000 to 1500 MHz"]),
+        (at(110, 50, 20, mhz=2900.0), []),
+    ],
+)
+def test_what_happened_between_two_readings(after: Counters, told: list[str]) -> None:
+    before = at(100, 50, 20, mhz=3000.0)
+    if after == at(110, 53, 22):
+        after = at(110, 53, 23)
+    assert disturbances(before, after) == told
+    assert disturbances(None, after) == disturbances(before, None) == []
+
+
+def test_a_busy_neighbour_is_noticed() -> None:
+    """A process that burns a core while we sleep is somebody else; the same process as our child is ours."""
+    if counters() is None:
+        pytest.skip("this system does not tell")
+    burn = "import time\nend = time.time() + 1.2\nwhile time.time() < end: pass"
+    for ours in (False, True):
+        child = subprocess.Popen([sys.executable, "-c", burn])
+        before = counters((child.pid,) if ours else ())
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(0.8)
+        after = counters((child.pid,) if ours else ())
+        assert before is not None
+        assert after is not None
+        took = after.ours_s - before.ours_s
+        child.wait()
+        assert took > 0.3 if ours else took < 0.3
+        assert after.busy_s - before.busy_s > 0.3
+
+
+def test_facts_of_this_machine() -> None:
+    here = facts()
+    assert here.cpu
+    assert here.cores >= 1
+    assert here.memory_bytes is None or here.memory_bytes > 2**28
+    assert here.gpu == ""
+
+
+def test_the_commit_is_of_the_checkout_that_holds_the_package() -> None:
+    assert commit()
+    top = Path(machine.__file__).parents[3]
+    if (top / ".git").exists():
+        head = subprocess.run(
+            ["git", "-C", str(top), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+        assert commit().startswith(head)
+
+
+def test_a_watch_flags_development_mode() -> None:
+    code = "from par_runtime.bench.machine import debug_reasons; print(debug_reasons())"
+    told = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert "Python's development mode" in told
+    assert not any(flag.startswith("debug") for flag in Watch().flags())
+
+
+SMI = """#!/bin/sh
+case "$*" in
+*name,driver*) echo "NVIDIA A100-SXM4-80GB, 580.1, 1410, 1593" ;;
+*clocks_event_reasons.active*) echo "0x0000000000000024" ;;
+esac
+"""
+
+
+def test_clocks_and_throttling_come_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(SMI)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert gpu._smi(0, "name,driver_version,clocks.sm,clocks.mem") == ["NVIDIA A100-SXM4-80GB", "580.1", "1410", "1593"]
+    assert gpu.why_slower(0) == [
+        "its power limit held the GPU's clock down",
+        "heat held the GPU's clock down (software limit)",
+    ]
+    tool.write_text("#!/bin/sh\nexit 3\n")
+    assert gpu.why_slower(0) == []

@@ -1,0 +1,198 @@
+"""What people see: the table, the sentence that says which limit it is, the plots, the page."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from bench.subjects import Scripted, facts, one_row, rows_from
+
+from par_runtime.bench import page, paper, text
+from par_runtime.bench.advice import advice
+from par_runtime.bench.bound import predictions
+from par_runtime.bench.limits import Limits
+from par_runtime.bench.measure import bounded
+from par_runtime.bench.plot import Bar, Part, Series, bars, lines, ticks
+from par_runtime.bench.rows import Row
+
+HOW = "measured: by hand"
+
+
+def against(gb_s: float, tflop_s: float, call_ms: float, **changes: object) -> list[Row]:
+    """PAR-L's rows where every call takes ``call_ms``, on a device of these limits."""
+    its = facts(**changes)  # type: ignore[arg-type]
+    subject = Scripted(its, dict.fromkeys(("prefill", "sequential", "transition", "group"), call_ms))
+    return bounded(rows_from(subject), {its.label: its}, {2: Limits(((2**30, gb_s),), tflop_s, HOW)})
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "lever"),
+    [
+        (against(20, 10, 80), "bandwidth-bound", "a larger n than 4"),
+        (against(20, 10, 80, n=16), "bandwidth-bound", "Every call reads all weights: a larger batch"),
+        (against(1000, 0.1, 60), "compute-bound", "images without guidance need half of it"),
+        (against(1000, 10, 80), "launch-bound", "neither reading weights nor multiplying explains the time"),
+    ],
+)
+def test_it_says_which_limit_it_is_and_what_would_help(rows: list[Row], kind: str, lever: str) -> None:
+    found = advice(rows)
+    assert found is not None
+    assert found.kind == kind
+    assert kind in found.text
+    assert lever in found.text
+
+
+def test_an_image_that_is_mostly_decoding_says_so() -> None:
+    rows = against(20, 10, 80)
+    image = rows[-1]
+    decoder = replace(image, phase="decoder", median_ms=20_000.0)
+    found = advice([*rows[:-1], decoder, replace(image, median_ms=32_000.0)])
+    assert found is not None
+    assert found.kind == "decoder-bound"
+    assert "62% of an image's time is its decoding" in found.text
+
+
+def test_a_host_that_is_slow_says_so() -> None:
+    rows = against(20, 10, 80)
+    slow = [replace(row, median_ms=9_000.0) if row.phase == "copy" else row for row in rows]
+    found = advice(slow)
+    assert found is not None
+    assert "passes between calls, on the host" in found.text
+
+
+def test_without_limits_nothing_is_claimed() -> None:
+    assert advice(rows_from(Scripted(facts()))) is None
+    assert advice([]) is None
+
+
+def test_the_table_says_what_was_measured_on_what() -> None:
+    rows = [*against(20, 10, 80), *against(20, 10, 240, label="eager", backend="torch eager")]
+    shown = text.table(rows)
+    assert "machine   a CPU, 2 cores, 16 GB, an OS" in shown
+    assert (
+        "parvis    L-n4 (01234567): PAR-L, 342.9 M parameters, n = 4, fp32 computed in fp32 by onnxruntime-cpu 1.32.0, 2 threads"
+        in shown
+    )
+    assert "limits    20 GB/s, 10 TFLOP/s (measured: by hand)" in shown
+    assert "parvis is 3.00 times as fast as eager" in shown
+    assert re.search(r"^parvis +group +1 +142 +11\.4 s +0 ms +80 ms", shown, re.MULTILINE)
+    assert "bandwidth-bound" in shown
+
+
+def test_marks_stand_in_the_row_and_are_explained_once() -> None:
+    rows = [
+        replace(row, flags=("busy: in 5 of 5, other processes took 40 % of the CPU time",))
+        for row in against(20, 10, 80)
+    ]
+    shown = text.table(rows)
+    assert shown.count("other processes took 40 %") == 1
+    assert re.search(r"^parvis +image .* busy$", shown, re.MULTILINE)
+
+
+def test_predictions_say_that_they_are() -> None:
+    shown = text.predicted_table(predictions(facts().shape, "L-n4", 4, 1, True))
+    assert shown.startswith("By data sheet, fp16, without decoding: no GPU was here, nothing of this was measured.")
+    assert shown.count("not measured") == 6
+    assert re.search(r"A100-80 .* 5[01]\.\d ms", shown)
+
+
+# -- plots and page -----------------------------------------------------------------------------------------------------
+
+
+class Checked(HTMLParser):
+    """Every tag that is opened is closed, in order; nothing is fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        assert not {"src", "href"} & {name for name, _ in attrs}
+        if tag not in ("meta", "line", "rect", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "rect", "circle", "polyline"):
+            assert self.open.pop() == tag
+
+
+def shown_page(rows: list[Row], **more: object) -> str:
+    given = {"predictions": [], "placed": [], "compared": None} | more
+    out = page.page(rows, **given)  # type: ignore[arg-type]
+    checked = Checked()
+    checked.feed(out)
+    assert checked.open == []
+    assert "http" not in out.replace("http://www.w3.org/2000/svg", "")
+    return out
+
+
+def test_the_page_has_every_plot_and_needs_nothing_else() -> None:
+    rows = [row for n in (1, 4, 16) for row in against(20, 10, 80 + n, n=n, label=f"L n={n}")]
+    rows += [
+        replace(one_row([100.0 * b] * 5, phase="throughput"), images=b, images_per_s=10 + b / 8) for b in (1, 2, 4)
+    ]
+    rows += [replace(one_row([10.0, 20.0, 40.0], phase="serve"), offered_per_s=r, images_per_s=r) for r in (1.0, 2.0)]
+    out = shown_page(rows, predictions=predictions(facts().shape, "L-n4", 4, 1, True))
+    for title in (
+        "Where the time of an image goes",
+        "One call against the bound",
+        "Throughput against latency, by batch size",
+        "Latency under load",
+        "Speed-up by parallel decoding",
+        "All measured rows",
+        "Predicted, not measured",
+    ):
+        assert f"<h2>{title}</h2>" in out
+    assert out.count("<svg") == 5
+    assert "n = 16: 9.5" in out  # 576 calls of 81 ms against 51 of 96 ms, and half a millisecond of copying
+    assert out.index("All measured rows") < out.index("Predicted, not measured")
+
+
+def test_the_page_escapes_what_it_is_given() -> None:
+    rows = [replace(row, bundle="<script>alert(1)</script>", label="<b>") for row in against(20, 10, 80)]
+    out = shown_page(rows)
+    assert "<script>alert" not in out
+    assert "<b>" not in out
+
+
+def test_a_page_of_the_paper_alone() -> None:
+    placed = paper.placed([], {"PAR-L": "time: needs about 3 minutes, 1.0 were left"}, None, "a CPU")
+    out = shown_page([], placed=placed, predictions=paper.predicted())
+    assert "The paper&#x27;s tables on this device" in out
+    assert out.count("left out") >= len(paper.PUBLISHED)
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    svg = ElementTree.fromstring(
+        bars(
+            [
+                Bar("a", (Part(3.0, "p0", "x"), Part(1.0, "p1", "y")), "4"),
+                Bar("b", (Part(1.0, "p0", "z"),), "1", 2.0, "t"),
+            ],
+            "ms",
+        )
+    )
+    space = "{http://www.w3.org/2000/svg}"
+    wide = [float(rect.get("width", 0)) for rect in svg.iter(f"{space}rect")]
+    assert wide[0] + 1.5 == pytest.approx(3 * (wide[1] + 1.5), rel=0.01)
+    assert wide[1] == pytest.approx(wide[2])
+    assert [title.text for title in svg.iter(f"{space}title")] == ["x", "y", "z", "t"]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_lines_stay_inside_their_plot(log: bool) -> None:
+    svg = ElementTree.fromstring(lines([Series("a", "s0", ((1.0, 5.0, "p"), (1000.0, 0.1, "q")))], "x", "y", log=log))
+    for circle in svg.iter("{http://www.w3.org/2000/svg}circle"):
+        assert 70 <= float(circle.get("cx", 0)) <= 710
+        assert 14 <= float(circle.get("cy", 0)) <= 294
+
+
+def test_ticks_are_round() -> None:
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert ticks(0, 0.7) == [0, 0.2, 0.4, 0.6]
+    assert ticks(0, 4200) == [0, 1000, 2000, 3000, 4000]

@@ -1,0 +1,168 @@
+"""The suites: batches until the plateau or memory, a decoder alone, requests that arrive at random, the first preview."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bench.subjects import Scripted, facts
+
+from par_runtime.bench import suites
+from par_runtime.bench.measure import Setting
+from par_runtime.bench.pipeline import PipelineSubject, phase_at
+from par_runtime.bench.serve import arrivals, run, serve
+from par_runtime.bench.subject import PHASES, Sample
+from par_runtime.request import RequestError
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture
+def live(tiny: Path) -> Iterator[PipelineSubject]:
+    """The committed bundle on the CPU, in this process."""
+    subject = PipelineSubject.load(tiny, "parvis", device="cpu", threads=1)
+    yield subject
+    subject.close()
+
+
+def test_a_real_bundle_taken_apart(live: PipelineSubject) -> None:
+    rows = suites.phases([live], Setting("phases", repetitions=5), quiet)
+    by = {row.phase: row for row in rows}
+    bundle = live.pipeline.bundle
+    assert list(by) == [*(p for p in PHASES if p in by), "image", "load", "first_preview"]
+    assert {phase: by[phase].calls for phase in ("prefill", "sequential", "transition", "group")} == {
+        p.name: p.repeat for p in bundle.phases
+    }
+    for i, whole in enumerate(by["image"].samples_ms):  # the clock's own cost is all that is missing
+        assert sum(by[p].samples_ms[i] for p in PHASES) == pytest.approx(whole, rel=0.05)
+    assert by["image"].hash == bundle.hash
+    assert by["image"].peak_bytes is None or by["image"].peak_bytes > 10**7
+
+
+def test_some_calls_of_a_real_bundle(live: PipelineSubject) -> None:
+    whole, some = live.run(2, True), live.run(2, True, 8)
+    assert some.chosen
+    assert not whole.chosen
+    assert {phase: len(v) for phase, v in some.calls_ms.items() if phase not in ("copy", "decoder")}.keys() == {
+        p.name for p in live.facts.shape.phases
+    }
+    assert sum(len(v) for p, v in some.calls_ms.items() if p not in ("copy", "decoder")) < live.facts.shape.calls
+    assert "decoder" in some.calls_ms
+
+
+def test_images_are_those_that_the_pipeline_makes(live: PipelineSubject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed is production code: the same tokens as ``generate`` gives for the same seeds."""
+    made = []
+    original = type(live.pipeline).generate
+    monkeypatch.setattr(type(live.pipeline), "generate", lambda *a, **k: made.append(original(*a, **k)) or made[-1])
+    live.run(2, True)
+    again = original(live.pipeline, made[0].labels, guidance=made[0].settings[0].guidance, seeds=made[0].seeds)
+    assert (made[0].tokens == again.tokens).all()
+    assert made[0].settings[0].guided
+
+
+def test_the_phase_of_a_call(tiny: Path) -> None:
+    phases = facts(n=4).shape.phases
+    assert [phase_at(phases, p) for p in (0, 1, 3, 4, 8, 572)] == [
+        "prefill",
+        "sequential",
+        "sequential",
+        "transition",
+        "group",
+        "group",
+    ]
+
+
+def test_batches_grow_until_the_plateau() -> None:
+    subject = Scripted(facts())  # takes (1 + B) / 2: throughput B / (1 + B), so 16 to 32 gives 3 percent
+    rows = suites.batch([subject], Setting("batch", repetitions=5), quiet)
+    assert [row.images for row in rows] == [1, 2, 4, 8, 16, 32]
+    assert all(row.phase == "throughput" for row in rows)
+    each = [row.images_per_s or 0.0 for row in rows]
+    assert each == sorted(each)
+    assert each[1] / each[0] == pytest.approx(4 / 3, rel=0.01)
+
+
+def test_batches_end_where_memory_does_and_say_so() -> None:
+    said: list[str] = []
+    rows = suites.batch(
+        [Scripted(facts(), out_of_memory_from=4), Scripted(facts("b"))], Setting("batch", repetitions=2), said.append
+    )
+    assert [row.images for row in rows if row.label == "parvis"] == [1, 2]
+    assert max(row.images for row in rows if row.label == "b") > 2
+    assert "parvis: 4 images do not fit (4 images)" in said
+
+
+def test_batches_that_cannot_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suites.machine, "available_bytes", lambda: 2 * 10**9)
+    said: list[str] = []
+    rows = suites.batch([Scripted(facts())], Setting("batch", repetitions=2), said.append)
+    assert [row.images for row in rows] == [1, 2, 4]  # 226 MB of keys and values per guided image of PAR-L
+    assert "the caches of 8 images take 1.8 GB of 2.0 that are free" in said[-1]
+
+
+def test_sizes_that_are_asked_for_are_all_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suites.machine, "available_bytes", lambda: None)
+    rows = suites.batch([Scripted(facts())], Setting("batch", repetitions=2), quiet, (3, 64, 128))
+    assert [row.images for row in rows] == [3, 64, 128]
+
+
+def test_the_decoder_alone(live: PipelineSubject) -> None:
+    rows = suites.decoder([live], Setting("decoder", repetitions=2), quiet, (1, 3))
+    assert [(row.phase, row.images) for row in rows] == [("decoder", 1), ("decoder", 3)]
+    assert all(row.images_per_s == pytest.approx(1e3 * row.images / row.median_ms) for row in rows)
+    with pytest.raises(RequestError, match="no bundle here has a decoder"):
+        suites.decoder([Scripted(facts())], Setting("decoder"), quiet)
+
+
+# -- requests that arrive at random ---------------------------------------------------------------------------------------
+
+
+class Waits(Scripted):
+    """A batch takes 20 ms, whatever its size."""
+
+    def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
+        self.made.append((images, guided, most_calls))
+        time.sleep(0.02)
+        return Sample({"group": [20.0]}, 20.0)
+
+
+def test_arrivals_are_a_poisson_process_of_the_rate() -> None:
+    at = arrivals(4000, 50.0)
+    gaps = np.diff(at)
+    assert at[0] == 0.0
+    assert gaps.mean() == pytest.approx(1 / 50, rel=0.05)
+    assert gaps.std() == pytest.approx(1 / 50, rel=0.1)
+    assert arrivals(3, 1.0) == arrivals(3, 1.0)
+
+
+def test_what_waits_is_taken_together_and_nobody_is_forgotten() -> None:
+    subject = Waits(facts())
+    latencies, _ = run(subject, True, [0.0, 0.001, 0.002, 0.003, 0.004, 0.5], 3, 60)
+    assert [images for images, _, _ in subject.made] == [1, 3, 1, 1]
+    assert len(latencies) == 6
+    assert min(latencies) >= 20
+    assert latencies[3] >= 37  # waited for the first batch
+
+
+def test_a_load_is_bounded_in_time() -> None:
+    subject = Waits(facts())
+    latencies, took = run(subject, True, [0.0, 0.05, 30.0], 4, 0.1)
+    assert len(latencies) <= 3
+    assert took < 31 or len(latencies) == 3
+    started = time.perf_counter()
+    latencies, _ = run(subject, True, [0.0, *[0.12 + i / 100 for i in range(200)]], 1, 0.2)
+    assert len(latencies) < 40
+    assert time.perf_counter() - started < 30
+
+
+def test_serve_gives_a_row_per_load() -> None:
+    rows = serve([Waits(facts())], Setting("serve"), quiet, largest=4, requests=12)
+    assert [round(row.offered_per_s or 0) for row in rows] == [60, 120, 180]
+    assert all(row.phase == "serve" and len(row.samples_ms) == 12 and row.images == 4 for row in rows)
+    assert all(row.p95_ms >= row.median_ms >= 20 for row in rows)
