@@ -78,6 +78,13 @@ def test_the_phase_of_a_call(tiny: Path) -> None:
     ]
 
 
+@pytest.fixture
+def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that scripted subjects do not need is not asked for."""
+    monkeypatch.setattr(suites.machine, "available_bytes", lambda: None)
+
+
+@pytest.mark.usefixtures("plenty")
 def test_batches_grow_until_the_plateau() -> None:
     subject = Scripted(facts())  # takes (1 + B) / 2: throughput B / (1 + B), so 16 to 32 gives 3 percent
     rows = suites.batch([subject], Setting("batch", repetitions=5), quiet)
@@ -88,6 +95,7 @@ def test_batches_grow_until_the_plateau() -> None:
     assert each[1] / each[0] == pytest.approx(4 / 3, rel=0.01)
 
 
+@pytest.mark.usefixtures("plenty")
 def test_batches_end_where_memory_does_and_say_so() -> None:
     said: list[str] = []
     rows = suites.batch(
@@ -106,8 +114,8 @@ def test_batches_that_cannot_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) 
     assert "the caches of 8 images take 1.8 GB of 2.0 that are free" in said[-1]
 
 
-def test_sizes_that_are_asked_for_are_all_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suites.machine, "available_bytes", lambda: None)
+@pytest.mark.usefixtures("plenty")
+def test_sizes_that_are_asked_for_are_all_measured() -> None:
     rows = suites.batch([Scripted(facts())], Setting("batch", repetitions=2), quiet, (3, 64, 128))
     assert [row.images for row in rows] == [3, 64, 128]
 
