@@ -41,6 +41,8 @@ th{color:var(--soft);font-weight:500}th:first-child,td:first-child,.left{text-al
 .predicted{border:1px dashed var(--frame);padding:.2rem 1rem 1rem;margin-top:2.2rem}
 pre{white-space:pre-wrap;color:var(--soft);font-size:.85rem}details{margin:1rem 0}
 """
+#: Phases that take less of an image are in the table, but not in the plot of bounds.
+SHOWN_FROM = 0.02
 MODEL_PHASES = ("prefill", "sequential", "transition", "group")
 
 
@@ -83,7 +85,7 @@ def _of(rows: Sequence[Row], image: Row) -> dict[str, Row]:
 
 def _said(rows: Sequence[Row]) -> list[str]:
     told = [found.text for group in text.per_subject(rows) if (found := advice(group)) is not None]
-    told += text.ratios(rows) if len({(row.model, row.grid) for row in _images(rows)}) == 1 else []
+    told += text.ratios(rows)
     marks = list(dict.fromkeys(f"{row.label}: {flag}" for row in rows for flag in row.flags))
     out = ["<ul>" + "".join(f"<li>{escape(text)}</li>" for text in told) + "</ul>"] if told else []
     if marks:
@@ -99,11 +101,12 @@ def _phases(rows: Sequence[Row]) -> list[str]:
     if not images:
         return []
     charted = []
+    unit, name_of_unit = (1e-3, "s") if max(image.median_ms for image in images) >= 1e4 else (1.0, "ms")
     for image in images:
         by = _of(rows, image)
         parts = tuple(
             Part(
-                by[p].median_ms,
+                unit * by[p].median_ms,
                 f"p{i}",
                 f"{image.label}, {p}: {ms(by[p].median_ms)}, {by[p].calls or 0} calls, spread {ms(by[p].spread_ms)}",
             )
@@ -114,11 +117,23 @@ def _phases(rows: Sequence[Row]) -> list[str]:
         charted.append(Bar(name, parts, ms(image.median_ms) + (" est." if "estimated" in image.marks else "")))
     used = [(i, p) for i, p in enumerate(PHASES) if any(row.phase == p for row in rows)]
     legend = "".join(f'<span><i style="background:var(--p{i})"></i>{p}</span>' for i, p in used)
-    return ["<h2>Where the time of an image goes</h2>", f'<div class="legend">{legend}</div>', bars(charted, "ms")]
+    return [
+        "<h2>Where the time of an image goes</h2>",
+        f'<div class="legend">{legend}</div>',
+        bars(charted, name_of_unit),
+    ]
 
 
 def _bounds(rows: Sequence[Row]) -> list[str]:
-    wanted = [r for r in rows if r.bound_ms is not None and r.phase in (*MODEL_PHASES, "decoder") and r.calls]
+    whole = {(r.label, r.images): r.median_ms for r in _images(rows)}
+    wanted = [
+        r
+        for r in rows
+        if r.bound_ms is not None
+        and r.phase in (*MODEL_PHASES, "decoder")
+        and r.calls
+        and r.median_ms > SHOWN_FROM * whole.get((r.label, r.images), 0.0)
+    ]
     if not wanted:
         return []
     charted = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 860
-LEFT, RIGHT = 190, 110  #: room for names on the left, for values on the right
+LEFT, RIGHT = 190, 195  #: room for names on the left, for values on the right
 BAR, GAP = 22, 12
 
 

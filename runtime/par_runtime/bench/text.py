@@ -127,14 +127,24 @@ def per_subject(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:
-    """How many times faster the first subject's images are than each other subject's."""
+    """How much faster our images are than their baselines: the same bundle in PyTorch, the same model at n = 1.
+
+    Bundles that are neither are set against the first one.
+    """
     images = [row for row in rows if row.phase == "image"]
-    if len(images) < 2:
-        return []
-    first = images[0]
+    ours = [row for row in images if "torch" not in row.backend]
+    pairs = []
+    for row in ours:
+        kin = (row.model, row.grid, row.images)
+        pairs += [
+            (row, other) for other in ours if other.n == 1 < row.n and (other.model, other.grid, other.images) == kin
+        ]
+        pairs += [(row, other) for other in images if "torch" in other.backend and other.hash == row.hash]
+    alone = [row for row in ours[1:] if all(row not in pair for pair in pairs)]
+    pairs += [(ours[0], row) for row in alone]
     return [
-        f"{first.label} is {row.median_ms / first.median_ms:.2f} times as fast as {row.label} ({ms(first.median_ms)} against {ms(row.median_ms)})"
-        for row in images[1:]
+        f"{a.label} is {b.median_ms / a.median_ms:.2f} times as fast as {b.label} ({ms(a.median_ms)} against {ms(b.median_ms)})"
+        for a, b in pairs
     ]
 
 
