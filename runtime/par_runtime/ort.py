@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from par_runtime.backend import Batch, Float, Int
 from par_runtime.bundle import Bundle, BundleError
+from par_runtime.huge_pages import use_huge_pages
 
 #: The first release with every operator of opset 24 that ``step.onnx`` uses; before, ``step_opset23.onnx`` runs.
 OPSET24_SINCE = (1, 25)
@@ -50,6 +51,7 @@ class OrtBackend:
         version = tuple(int(part) for part in ort.__version__.split(".")[:2])
         step = "step" if version >= OPSET24_SINCE else "step_opset23"
         self._step = self._session(graph or step)
+        use_huge_pages()  # every call reads all of what the session holds
         self._decoder: ort.InferenceSession | None = None
         self._batch: Batch | None = None
         if bundle.cache.dtype != "float32":
@@ -97,6 +99,7 @@ class OrtBackend:
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._decoder is None:
             self._decoder = self._session("decoder")
+            use_huge_pages()
         return run_decoder(self._decoder, tokens, explained)
 
     def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> None:
