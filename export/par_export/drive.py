@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from par_export import fold
-from par_export.graph import WEIGHTS_FILE, WeightTable
+from par_export.graph import WEIGHTS_FILE
 from par_export.step import padded_head_dim
 from par_model.config import PARConfig
 from par_model.ordering import LEARNABLE, TOKEN, input_kinds
 
-#: Weights files up to this size are left to ONNX Runtime's own folding.
+#: Casts of weights in files up to this size are always folded.
 FOLD_LIMIT_BYTES = 64 * 2**20
 
 
@@ -123,20 +122,19 @@ def input_ids(config: PARConfig, labels: np.ndarray, tokens: np.ndarray, start: 
     return np.stack(columns, 1).astype(np.int64)
 
 
-def session(path: Path, wide: WeightTable | None = None, pack: bool = False) -> ort.InferenceSession:
-    """A CPU session that holds the weights once, or only maps them.
+def session(path: Path, hold: bool = False) -> ort.InferenceSession:
+    """A CPU session of the graph at ``path`` that only maps its weights, or, to ``hold``, has them as the products want them.
 
-    Where weights are stored in half precision and are large, ONNX Runtime does not fold their cast to fp32, which would
-    hold both forms while the session is made; ``wide`` are such weights in fp32. ``pack``: hold them in the layout of
-    the products, which are twice as fast then, instead of mapping the file.
+    Held weights are in fp32 and packed, once, however they are stored: ONNX Runtime casts and packs one matrix after
+    another, and each call is faster by far. Mapped ones of a large model that are stored in half precision are cast in
+    every call.
     """
     options = ort.SessionOptions()
-    if not pack:
-        options.add_session_config_entry("session.disable_prepacking", "1")
     options.log_severity_level = 3
-    data = path.parent / WEIGHTS_FILE
-    large = data.is_file() and data.stat().st_size > FOLD_LIMIT_BYTES
-    if wide is not None:
-        path = fold.without_casts(path, wide)
-    disabled = ["ConstantFolding"] if large else None
+    disabled = []
+    if not hold:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        data = path.parent / WEIGHTS_FILE
+        if data.is_file() and data.stat().st_size > FOLD_LIMIT_BYTES:
+            disabled = ["ConstantFolding"]
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)

@@ -21,11 +21,11 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from par_export import fold
-from par_export.drive import FOLD_LIMIT_BYTES, Driver, Images, input_ids
+from par_export import drive
+from par_export.drive import Driver, Images, input_ids
 from par_export.drive import session as session  # part of this module
 from par_export.graph import COMPATIBLE_OPSET, OPSET, WeightTable
-from par_export.memory import give_back
+from par_export.memory import available_bytes, give_back
 from par_export.step import step_graph
 from par_export.weights import TORCH_TYPE, Weights
 from par_model.checkpoint import Checkpoint, CheckpointError
@@ -43,6 +43,8 @@ IMAGE_FLOOR = 1  # grey levels of 255
 COMPATIBLE_STEP = "step_opset23"
 #: Models of more parameters generate one greedy image, not two.
 ONE_IMAGE_FROM = 10**9
+#: What the gate needs beside weights in fp32: caches, logits, activations of the oracle.
+MARGIN_BYTES = 3 * 10**9
 SOME_GROUPS = 3  # group calls that are compared of all graphs but the main one, which is compared whole
 
 
@@ -115,20 +117,19 @@ def run_step(
     teacher: np.ndarray | None,
     name: str | None = None,
     groups: int | None = None,
-    wide: WeightTable | None = None,
-    pack: bool = False,
+    hold: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """All calls of ``labels`` [B] on the step graph ``name`` (default: the newest that runs here).
 
     Returns tokens [B,N] and logits [B,N,V]. Greedy, except where ``teacher`` [B,N] is not negative: there it is fed
     instead. ``guidance`` of all, or [B]. ``groups`` stops after so many group calls; what follows is zero.
-    ``wide`` and ``pack`` are those of ``session``.
+    ``hold`` is that of ``session``.
     """
     name = name or ("step" if runnable_opset() == OPSET else COMPATIBLE_STEP)
     images = len(labels)
     who = Images(np.broadcast_to(np.asarray(guidance, np.float32), images))
     rows = who.labels(labels, config.n_classes)
-    driver = Driver(session(folder / f"{name}.onnx", wide, pack), config, len(rows))
+    driver = Driver(session(folder / f"{name}.onnx", hold), config, len(rows))
     fed = np.full((len(rows), config.n_tokens), -1, np.int64) if teacher is None else teacher[who.of_row]
     tokens = np.maximum(fed, 0)
     logits = np.zeros((images, config.n_tokens, config.vocab_size), np.float32)
@@ -169,7 +170,6 @@ def run_static(
     label: int,
     teacher: np.ndarray,
     stand_in: StandIn | None,
-    wide: WeightTable | None = None,
 ) -> dict[str, np.ndarray]:
     """Logits [1,M,V] per phase of the static graphs, fed ``teacher`` [1,N]; the first ``SOME_GROUPS`` group calls."""
     labels = np.array([label])
@@ -198,7 +198,7 @@ def run_static(
             caches = driver.caches if driver else None
             driver = None  # before the next session is made: each holds the weights
             give_back()
-            driver = Driver(session(path, wide), config, 1)
+            driver = Driver(session(path), config, 1)
             driver.caches = caches or driver.caches
         assert driver is not None
         parts = []
@@ -232,20 +232,18 @@ def gate(
     teacher = np.full((len(labels), config.n_tokens), -1)
     teacher[0] = rng.integers(0, config.vocab_size, config.n_tokens)
 
-    large = weights.path.stat().st_size > FOLD_LIMIT_BYTES
-    pack = large and fold.fits(weights)
-    wide = fold.widened(folder, weights) if large else None
+    hold = weights.path.stat().st_size > drive.FOLD_LIMIT_BYTES and fits(weights)
     try:
-        tokens, got = run_step(folder, config, labels, who.guidance, teacher, wide=wide, pack=pack)
+        tokens, got = run_step(folder, config, labels, who.guidance, teacher, hold=hold)
         sound = bool(np.isfinite(got).all())
     except Exception:  # a token drawn from NaN can be no code at all, which the next call refuses in its own words
         check_finite(checkpoint, dtype)
         raise
     if not sound:
         check_finite(checkpoint, dtype)
-    _, compatible = run_step(folder, config, labels[:1], 1.0, teacher[:1], COMPATIBLE_STEP, SOME_GROUPS, wide)
-    fp32_stand_in = stand_in is not None and static_compute == "float32"
-    static = run_static(folder, config, int(labels[0]), teacher[:1], stand_in, wide if fp32_stand_in else None)
+    once = hold and dtype != "float32"  # for so few calls, packing alone does not pay
+    _, compatible = run_step(folder, config, labels[:1], 1.0, teacher[:1], COMPATIBLE_STEP, SOME_GROUPS, once)
+    static = run_static(folder, config, int(labels[0]), teacher[:1], stand_in)
     for path in folder.glob(".verify-*"):
         path.unlink()
     give_back()
@@ -276,6 +274,11 @@ def gate(
         report["rounding"] = _rounding(config, checkpoint, teacher[:1], labels[:1], wanted[:1], dtype)
     selftest = {"labels": greedy.tolist(), "guidance": guidance, "tokens": tokens[1:].tolist()}
     return {"parity": report, "selftest": selftest}
+
+
+def fits(table: WeightTable) -> bool:
+    """Whether memory allows a session that holds all weights in fp32."""
+    return sum(4 * math.prod(stored.shape) for stored in table.entries.values()) + MARGIN_BYTES <= available_bytes()
 
 
 def parameters(checkpoint: Checkpoint) -> int:

@@ -1,0 +1,159 @@
+"""What the gate holds in memory: weights in fp32 where they fit, else mapped as they are stored; the same logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import golden_config
+from par_export import cli, drive, memory, step, verify
+from par_export.graph import WeightTable
+from par_export.verify import COMPATIBLE_STEP, run_step
+
+GB = 10**9
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every bundle counts as a large one, and this machine has much memory."""
+    monkeypatch.setattr(drive, "FOLD_LIMIT_BYTES", 0)
+    monkeypatch.setattr(verify, "available_bytes", lambda: 100 * GB)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("graph", [None, COMPATIBLE_STEP])
+def test_held_and_mapped_weights_give_the_same_logits(
+    golden: dict[str, dict[str, Any]], bundles: dict[str, Path], precision: str, graph: str | None
+) -> None:
+    config = golden_config(golden["par_n4_grid8"])
+    labels, guidance = np.array([1, 2]), np.array([1.0, 2.0], np.float32)
+    tokens, mapped = run_step(bundles[precision], config, labels, guidance, None, graph, groups=2)
+    same, held = run_step(bundles[precision], config, labels, guidance, None, graph, groups=2, hold=True)
+    assert np.abs(held - mapped).max() < 1e-5 * np.abs(mapped).max()
+    assert (same == tokens).all()
+
+
+def test_weights_fit_by_their_size_in_fp32(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = {p: WeightTable.read(bundles[p] / "step.onnx") for p in ("fp32", "fp16", "bf16")}
+    needs = sum(stored.length for stored in tables["fp32"].entries.values()) + verify.MARGIN_BYTES
+    for table in tables.values():
+        monkeypatch.setattr(verify, "available_bytes", lambda: needs)
+        assert verify.fits(table)
+        monkeypatch.setattr(verify, "available_bytes", lambda: needs - 1)
+        assert not verify.fits(table)
+
+
+def group(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{content}\n")
+
+
+def machine(tmp_path: Path, cgroups: str) -> tuple[Path, Path]:
+    """A /proc that has 20 GB available, and an empty /sys/fs/cgroup."""
+    group(tmp_path / "proc", meminfo=f"MemTotal: 1 kB\nMemAvailable:   {20 * GB // 1024} kB\nBuffers: 2 kB")
+    group(tmp_path / "proc" / "self", cgroup=cgroups)
+    (tmp_path / "cgroup").mkdir()
+    return tmp_path / "proc", tmp_path / "cgroup"
+
+
+def gigabytes(proc: Path, cgroup: Path) -> float:
+    return round(memory.available_bytes(proc, cgroup) / GB, 3)
+
+
+def test_available_memory_of_a_machine(tmp_path: Path) -> None:
+    proc, cgroup = machine(tmp_path, "0::/user.slice")
+    assert gigabytes(proc, cgroup) == 20  # no such folder
+    group(cgroup / "user.slice", memory__max="max", memory__current=3 * GB, memory__stat="anon 5")
+    assert gigabytes(proc, cgroup) == 20
+    (proc / "self" / "cgroup").unlink()
+    assert gigabytes(proc, cgroup) == 20
+    (proc / "meminfo").write_text("MemTotal: 1 kB")
+    assert gigabytes(proc, cgroup) == 0
+    assert gigabytes(tmp_path / "none", cgroup) == 0
+
+
+def test_available_memory_of_a_container_and_a_batch_job(tmp_path: Path) -> None:
+    """Files in the cache make room; the least of a job's own limit and those above it counts."""
+    proc, cgroup = machine(tmp_path, "0::/job/step")
+    cached = f"anon {2 * GB}\ninactive_file {3 * GB}\nactive_file {1 * GB}"
+    group(cgroup, memory__max=16 * GB, memory__current=10 * GB, memory__stat=cached)
+    assert gigabytes(proc, cgroup) == 10
+    group(cgroup / "job", memory__max=8 * GB, memory__current=6 * GB, memory__stat="anon 1")
+    group(cgroup / "job" / "step", memory__max="max", memory__current=6 * GB, memory__stat="anon 1")
+    assert gigabytes(proc, cgroup) == 2
+    group(cgroup / "job", memory__current=9 * GB)
+    assert gigabytes(proc, cgroup) == 0
+
+
+def test_available_memory_with_control_groups_of_version_1(tmp_path: Path) -> None:
+    proc, cgroup = machine(tmp_path, "5:cpu,cpuacct:/x\n4:memory:/of/the/host\n0::/")
+    stat = f"inactive_file 7\ntotal_inactive_file {GB}\ntotal_active_file 0"
+    v1 = {"memory__limit_in_bytes": 6 * GB, "memory__usage_in_bytes": 4 * GB, "memory__stat": stat}
+    group(cgroup / "memory", **v1)  # what a container sees of its own group; the path is the host's
+    assert gigabytes(proc, cgroup) == 3
+    group(cgroup / "memory", **v1 | {"memory__limit_in_bytes": 9223372036854771712})
+    assert gigabytes(proc, cgroup) == 20
+
+
+@pytest.fixture
+def good(checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
+    where = ["--checkpoint", checkpoints["par_n4_grid8"], "--tokenizer", checkpoints["vq"], "--out", tmp_path / "out"]
+    return [*map(str, where), "--heads", "4", "--grid", "8"]
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Graphs of the sessions that held their weights."""
+    names: list[str] = []
+    real = verify.session
+
+    def spy(path: Path, hold: bool = False) -> Any:
+        if hold:
+            names.append(path.name)
+        return real(path, hold)
+
+    monkeypatch.setattr(verify, "session", spy)
+    return names
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(("precision", "room"), [("fp32", True), ("fp16", True), ("bf16", True), ("fp16", False)])
+def test_a_whole_export_of_a_large_model(
+    bundles: dict[str, Path],
+    good: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    room: bool,
+    held: list[str],
+) -> None:
+    if not room:
+        monkeypatch.setattr(verify, "available_bytes", lambda: 0)
+    assert cli.main([*good, "--precision", precision]) == 0
+    newest = "step.onnx" if verify.runnable_opset() == 24 else "step_opset23.onnx"
+    assert held == ([newest, "step_opset23.onnx"][: 1 if precision == "fp32" else 2] if room else [])
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    mine, usual = (json.loads((b / "manifest.json").read_text()) for b in (tmp_path / "out", bundles[precision]))
+    assert mine["selftest"] == usual["selftest"]
+    assert mine["files"] == usual["files"]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_refusal_leaves_nothing(
+    good: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    held: list[str],
+) -> None:
+    monkeypatch.setattr(step, "NORM_EPS", 0.1)
+    assert cli.main([*good, "--precision", "fp16"]) == 1
+    assert held
+    assert "Nothing was published" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
