@@ -124,10 +124,9 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     ]
     rows = dict(facts["config"])
     if "memory_bytes" in facts:
-        rows["memory"] = ", ".join(
-            f"{images} image{'s' if images != '1' else ''}: {need['fp32'] / 1e9:.2f} GB on a CPU, {need['fp16'] / 1e9:.2f} GB in fp16"
+        rows["memory"] = "of weights and cache, guided, in fp32 (a CPU) and fp16: " + ", ".join(
+            f"{images} image{'s' if images != '1' else ''} {need['fp32'] / 1e9:.2f} and {need['fp16'] / 1e9:.2f} GB"
             for images, need in facts["memory_bytes"].items()
-            if images in (str(BATCHES[0]), str(BATCHES[-1]))
         )
         bounds = ", ".join(f"{gpu} {ms:.3g}" for gpu, ms in facts["bound_ms"].items())
         rows["bound"] = f"at least, in fp16 by memory bandwidth, for one guided image without decoding, in ms: {bounds}"

@@ -122,8 +122,11 @@ def lines(facts: dict[str, Any]) -> list[str]:
         + (f", {size[1]}x{size[0]} pixels" if size else ", ends at tokens"),
         f"defaults  {', '.join(f'{k} {v:g}' for k, v in facts['defaults'].items())}",
         f"files     {', '.join(f'{name} {_mb(size)}' for name, size in facts['files'].items())}",
-        "memory    "
-        + ", ".join(f"{b} images: {_mb(v['cpu'])} on a CPU, {_mb(v['gpu'])} on a GPU" for b, v in _ends(facts)),
+        "memory    of weights and cache, guided, on a CPU and a GPU: "
+        + ", ".join(
+            f"{b} image{'s' if b != '1' else ''} {_mb(v['cpu'])} and {_mb(v['gpu'])}"
+            for b, v in facts["memory_bytes"].items()
+        ),
         f"self-test {facts['selftest']['tokens']} tokens, {facts['selftest']['state']}",
     ]
     for engine in facts["engines"]:
@@ -137,11 +140,6 @@ def lines(facts: dict[str, Any]) -> list[str]:
     bounds = ", ".join(f"{gpu} {ms:.3g}" for gpu, ms in facts["bound_ms"].items())
     out.append(f"bound     at least, by memory bandwidth, for one guided image without decoding, in ms: {bounds}")
     return out
-
-
-def _ends(facts: dict[str, Any]) -> list[tuple[str, dict[str, int]]]:
-    items = list(facts["memory_bytes"].items())
-    return [items[0], items[-1]]
 
 
 def _mb(size: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +39,10 @@ class Settings:
 
 def class_index(bundle: Bundle, label: int | str) -> int:
     """The class of ``label``: an index, a name, one of several names that a class has ("goldfish, Carassius auratus"),
-    or a WordNet synset. Case, spaces, "-" and "_" do not matter in names. Raises RequestError."""
+    or a WordNet synset. Case, spaces, "-", "_", "." and "'" do not matter. Raises RequestError."""
     count, names = bundle.n_classes, bundle.class_names
-    if isinstance(label, str) and bundle.class_synsets is not None and label.strip() in bundle.class_synsets:
-        return bundle.class_synsets.index(label.strip())
+    if isinstance(label, str) and bundle.class_synsets is not None and label.strip().lower() in bundle.class_synsets:
+        return bundle.class_synsets.index(label.strip().lower())
     if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
         if not 0 <= label < count:
             raise RequestError(f"label {label}: this model has classes 0..{count - 1}")
@@ -57,14 +58,16 @@ def class_index(bundle: Bundle, label: int | str) -> int:
         found = sorted({i for name, (_, i) in zip(folded, known, strict=True) if name == wanted})
         if len(found) > 1:  # ImageNet has two cranes
             each = " and ".join(f"{i} ({_told(bundle, i)})" for i in found)
-            raise RequestError(f"label {label!r} names classes {each}; give the index")
+            or_synset = "" if bundle.class_synsets is None else " or the synset"
+            raise RequestError(f"label {label!r} names classes {each}; give the index{or_synset}")
         if found:
             return found[0]
-    if label.strip().lstrip("+-").isdigit():
+    if re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", label):
         return class_index(bundle, int(label))
     if names is None:
         raise RequestError(f"label {label!r}: this bundle has no class names; give an index 0..{count - 1}")
-    close = [known[folded.index(match)][0] for match in difflib.get_close_matches(wanted, folded, 4, 0.5)]
+    matches = difflib.get_close_matches(wanted, dict.fromkeys(folded), 4, 0.5)  # each once: ImageNet has two cranes
+    close = [known[folded.index(match)][0] for match in matches]
     if close:
         raise RequestError(f"unknown label {label!r}; did you mean {', '.join(close)}? (or an index 0..{count - 1})")
     shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if count > NAMES_SHOWN else "")
@@ -82,7 +85,8 @@ def _told(bundle: Bundle, index: int) -> str:
 
 
 def _folded(name: str) -> str:
-    return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())
+    spaced = re.sub(r"[-_\s]+", " ", re.sub("[.'\u2019]", "", name)).strip()
+    return re.sub(r" ?, ?", ", ", spaced).casefold()
 
 
 def settings(

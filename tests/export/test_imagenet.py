@@ -29,14 +29,23 @@ def test_the_table_is_whole() -> None:
     assert names[999].startswith("toilet tissue")
 
 
-@pytest.mark.parametrize("label", ["otter", "360", 360, "n02444819", " Otter "])
+@pytest.mark.parametrize("label", ["otter", "360", 360, "n02444819", " Otter ", "N02444819 ", "+360"])
 def test_an_otter_by_any_name(bundle: Bundle, label: int | str) -> None:
     assert class_index(bundle, label) == 360
 
 
 @pytest.mark.parametrize(
     ("label", "index"),
-    [("Carassius auratus", 1), ("goldfish, Carassius auratus", 1), ("great_white_shark", 2), ("man eater", 2)],
+    [
+        ("Carassius auratus", 1),
+        ("goldfish, Carassius auratus", 1),
+        ("Goldfish,carassius  auratus", 1),
+        ("great_white_shark", 2),
+        ("man eater", 2),
+        ("St. Bernard", 247),
+        ("jack o lantern", 607),
+        ("JACK-O'-LANTERN", 607),
+    ],
 )
 def test_every_name_of_a_class(bundle: Bundle, label: str, index: int) -> None:
     assert class_index(bundle, label) == index
@@ -51,10 +60,26 @@ def test_names_of_several_classes_list_them(bundle: Bundle) -> None:
         RequestError, match=r"'panda' names classes 387 \(lesser panda, .*\) and 388 \(giant panda, .*\)"
     ):
         class_index(bundle, "panda")
+    with pytest.raises(RequestError, match=r"'maillot' names classes 638 \(maillot\) and 639 \(maillot, tank suit\)"):
+        class_index(bundle, "maillot")
+    with pytest.raises(RequestError, match=r"did you mean crane, crate"):  # one crane, not two
+        class_index(bundle, "crane 134")
     with pytest.raises(RequestError, match="unknown label 'gold fish'; did you mean goldfish"):
         class_index(bundle, "gold fish")
     with pytest.raises(RequestError, match="unknown label 'n99999999'"):
         class_index(bundle, "n99999999")
+
+
+@pytest.mark.parametrize("label", ["", " ", "360.0", "²", "1e2", "9" * 5000, "n02444", "-", ","])
+def test_what_is_neither_name_nor_number_is_one_error(bundle: Bundle, label: str) -> None:
+    with pytest.raises(RequestError, match="unknown label"):
+        class_index(bundle, label)
+
+
+@pytest.mark.parametrize("label", ["-1", "1000", 1000, "02444819"])
+def test_numbers_out_of_range(bundle: Bundle, label: int | str) -> None:
+    with pytest.raises(RequestError, match=r"this model has classes 0\.\.999"):
+        class_index(bundle, label)
 
 
 def test_which_models_get_the_names() -> None:

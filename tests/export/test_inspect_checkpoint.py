@@ -38,4 +38,4 @@ def test_a_checkpoint_that_says_all_is_told_with_what_its_bundle_needs(
     assert cli.main(["inspect", str(tmp_path / "c.pt")]) == 0
     text = capsys.readouterr().out
     assert "bound                at least, in fp16 by memory bandwidth" in text
-    assert "1 image: " in text
+    assert "in fp32 (a CPU) and fp16: 1 image " in text
