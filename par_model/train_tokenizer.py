@@ -4,15 +4,12 @@ Loss: L1, plus L1 of the image gradient (edges), plus the VQ commitment terms. C
 assigned to for a while restart at encoder outputs, which keeps the whole codebook in use.
 
 ``--encoder-for`` trains an encoder alone, for a codebook and decoder that exist: a model trained on these codes stays
-valid, which a new codebook would not allow. Many codes decode to nearly the same pixels, and reconstruction alone does not
-say which of them the model was trained on. ``--known-codes`` does: codes that the model itself made, decoded, must be found
-again.
+valid, which a new codebook would not allow.
 """
 
 from __future__ import annotations
 
 import argparse
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,8 +27,6 @@ from par_model.vq import VQModel
 COMMITMENT = 0.25  # weight of |z - stop(code)|^2 against |stop(z) - code|^2, the usual VQ value
 RESTART_EVERY = 100
 ENCODER = ("encoder.", "quant_conv.")  # keys of the encoding half
-KNOWN = 0.1  # weight of finding known codes again
-SHARPNESS = 20.0  # of the softmax over codes there: cosines lie in -1..1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,8 +37,6 @@ def main(argv: list[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> None:
     """Run or resume the training that ``args`` (see ``--help``) describes."""
     data, held_out = ImageFolder.open(args.data), ImageFolder.open(args.val)
-    if args.known_codes is not None and args.encoder_for is None:
-        raise InputError("--known-codes: codes are known of a codebook that exists; give it with --encoder-for")
     if args.encoder_for is not None:
         try:
             given = open_checkpoint(args.encoder_for)
@@ -51,8 +44,7 @@ def train(args: argparse.Namespace) -> None:
         except CheckpointError as error:
             raise InputError(str(error)) from error
         with Run(args.run) as run:
-            known = None if args.known_codes is None else load_known(args.known_codes, config, data)
-            _train(args, config, run, data, held_out, dict(given.tensors), known)
+            _train(args, config, run, data, held_out, dict(given.tensors))
         return
     try:
         config = VQConfig(
@@ -76,12 +68,8 @@ def _train(
     data: ImageFolder,
     held_out: ImageFolder,
     given: dict[str, Tensor] | None = None,
-    known: Tensor | None = None,
 ) -> None:
-    """``given``: a tokenizer whose codebook and decoder stay as they are; only the encoder is trained, from nothing.
-
-    ``known``: code ids [M,h,w] that it shall find again in what the decoder makes of them.
-    """
+    """``given``: a tokenizer whose codebook and decoder stay as they are; only the encoder is trained, from nothing."""
     torch.manual_seed(args.seed)
     model = channels_last(VQModel(config))
     if given is not None:
@@ -115,10 +103,6 @@ def _train(
         x = data.batch(index).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             loss, parts, z, ids = reconstruct(model, x)
-            if known is not None:
-                some = known[torch.from_numpy(batch_index(args.seed, step, args.batch, len(known)))]
-                parts["known"] = find_again(model, mixed(some))
-                loss = loss + KNOWN * parts["known"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -157,43 +141,6 @@ def reconstruct(model: VQModel, x: Tensor) -> tuple[Tensor, dict[str, Tensor], T
     l2 = ((y - x) ** 2).mean()
     loss = l1 + edges + l2 + 0.5 * vq
     return loss, {"l1": l1, "edges": edges, "mse": l2, "vq": vq}, z.reshape(-1, z.shape[-1]), ids
-
-
-def find_again(model: VQModel, ids: Tensor) -> Tensor:
-    """Cross-entropy (nats per code) of ``ids`` [B,h,w] given the images that they decode to."""
-    with torch.no_grad():
-        images = model.decode(ids).float().clamp(-1, 1)
-    z = model.quant_conv(model.encoder(images.to(memory_format=torch.channels_last))).float()
-    with torch.autocast("cpu", enabled=False):
-        z = F.normalize(z.permute(0, 2, 3, 1).flatten(0, 2), dim=-1)
-        products = z @ F.normalize(model.quantize.embedding.weight, dim=-1).T
-        return F.cross_entropy(SHARPNESS * products, ids.flatten())
-
-
-def mixed(ids: Tensor) -> Tensor:
-    """``ids`` [B,h,w] with a random quarter of each taken from its neighbour: few images make many."""
-    _, h, w = ids.shape
-    top, left = (int(torch.randint(size - size // 2 + 1, ())) for size in (h, w))
-    here = (..., slice(top, top + h // 2), slice(left, left + w // 2))
-    out = ids.clone()
-    out[here] = ids.roll(1, 0)[here]
-    return out
-
-
-def load_known(path: Path, config: VQConfig, data: ImageFolder) -> Tensor:
-    """Code ids [M,h,w] int64 of a file that holds ``codes``. Raises InputError if they are not this tokenizer's."""
-    try:
-        with np.load(path) as f:
-            ids = torch.from_numpy(f["codes"].astype(np.int64))
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: {error}; expected what models/recipe/sample_codes.py writes") from error
-    grid = data.images.shape[1] // config.downsampling
-    if ids.shape[1:] != (grid, grid) or not len(ids) or int(ids.max()) >= config.codebook_size:
-        raise InputError(
-            f"{path}: codes have shape {tuple(ids.shape)}, ids up to {int(ids.max()) if ids.numel() else 0}; expected "
-            f"[M,{grid},{grid}] below {config.codebook_size}, made with this tokenizer"
-        )
-    return ids
 
 
 @torch.no_grad()
@@ -248,12 +195,6 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="TOKENIZER",
         help="keep this tokenizer's codebook, decoder and sizes, and train an encoder for them from nothing",
-    )
-    p.add_argument(
-        "--known-codes",
-        type=Path,
-        metavar="NPZ",
-        help="codes [M,h,w] that the model made, for --encoder-for: the encoder learns to find them again",
     )
     p.add_argument("--steps", type=int, default=4000)
     p.add_argument("--batch", type=int, default=32)

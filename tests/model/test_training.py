@@ -11,9 +11,7 @@ import torch
 
 from par_model import encode_codes, train, train_tokenizer
 from par_model.checkpoint import open_checkpoint, par_config, vq_config
-from par_model.config import VQConfig
-from par_model.training import ImageFolder, batch_index, cosine
-from par_model.vq import VQModel
+from par_model.training import batch_index, cosine
 
 
 @pytest.fixture(scope="module")
@@ -200,45 +198,3 @@ def test_an_encoder_is_trained_for_a_tokenizer_that_stays(
         == 2
     )
     assert f"parvis: error: {images / 'labels.u8'}: " in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_an_encoder_learns_the_codes_that_a_model_writes(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokenizer(images, tmp_path / "first", "--steps", "2")
-    given = torch.load(tmp_path / "first" / "model.pt", weights_only=True)
-    model = VQModel(VQConfig(**{key: value for key, value in given["config"].items() if key != "kind"}))
-    model.load_state_dict(given["model"])
-    grid = 8 // model.config.downsampling
-    codes = np.random.default_rng(0).integers(0, model.config.codebook_size, (12, grid, grid)).astype(np.uint16)
-    np.savez(tmp_path / "known.npz", codes=codes)
-    known = train_tokenizer.load_known(tmp_path / "known.npz", model.config, ImageFolder.open(images))
-    assert torch.equal(known, torch.from_numpy(codes.astype(np.int64)))
-    other = train_tokenizer.mixed(known)
-    changed = (other != known).reshape(12, -1).float().mean(1)
-    assert ((changed > 0) & (changed <= 0.25)).all()
-    loss = train_tokenizer.find_again(model, known)
-    loss.backward()
-    moved = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
-    assert all(key.startswith(("encoder.", "quant_conv.", "quantize.")) for key in moved)
-    assert any(key.startswith("encoder.") for key in moved)
-
-    data = ["--data", str(images), "--val", str(images), "--batch", "8", "--steps", "2", "--report", "1"]
-    encoder = ["--encoder-for", str(tmp_path / "first" / "model.pt")]
-    run = ["--run", str(tmp_path / "second"), "--known-codes", str(tmp_path / "known.npz")]
-    assert train_tokenizer.main([*data, *run, *encoder]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "second" / "log.jsonl").read_text().splitlines()]
-    assert len(rows) == 2
-    assert all(row["known"] > 0 for row in rows)
-    np.savez(tmp_path / "bad.npz", codes=codes + model.config.codebook_size)
-    np.savez(tmp_path / "empty.npz", labels=codes)
-    capsys.readouterr()
-    for arguments, text in [
-        (run, "give it with --encoder-for"),
-        ([*run[:3], str(tmp_path / "bad.npz"), *encoder], "made with this tokenizer"),
-        ([*run[:3], str(tmp_path / "empty.npz"), *encoder], "expected what models/recipe/sample_codes.py writes"),
-    ]:
-        assert train_tokenizer.main([*data, *arguments]) == 2, text
-        error = capsys.readouterr().err
-        assert text in error
-        assert error.count("\n") == 1
