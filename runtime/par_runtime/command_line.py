@@ -19,6 +19,8 @@ from par_runtime.cuda import CudaError
 from par_runtime.engines import has_engines
 from par_runtime.request import RequestError, class_index
 
+MOST_IMAGES = 100_000  # of one command: all are held in memory until they are written
+
 
 def guarded(work: Callable[[], int]) -> int:
     """Run ``work``; every expected failure becomes one line and exit code 2."""

@@ -17,6 +17,7 @@ from par_runtime import png
 from par_runtime.bundle import Bundle
 from par_runtime.cli import Parser
 from par_runtime.command_line import (
+    MOST_IMAGES,
     Bar,
     add_common,
     add_sampling,
@@ -31,8 +32,6 @@ from par_runtime.command_line import (
 from par_runtime.engines import has_engines
 from par_runtime.pipeline import Pipeline, Result
 from par_runtime.request import RequestError
-
-MOST_IMAGES = 100_000  # all are held in memory until they are written
 
 
 def generate(argv: Sequence[str]) -> int:

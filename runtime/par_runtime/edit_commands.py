@@ -19,7 +19,7 @@ from par_runtime import png
 from par_runtime.backend import Int
 from par_runtime.bundle import Bundle
 from par_runtime.cli import Parser
-from par_runtime.command_line import Bar, add_common, add_sampling, guarded, save_tokens, unchecked
+from par_runtime.command_line import MOST_IMAGES, Bar, add_common, add_sampling, guarded, save_tokens, unchecked
 from par_runtime.photo import REGION, box_of, fitted, kept_tokens, open_image, placed, region
 from par_runtime.pipeline import Pipeline, Result
 from par_runtime.request import RequestError, class_index
@@ -91,8 +91,8 @@ class _Original:
 
 def _edit(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    if args.count < 1:
-        raise RequestError(f"--count {args.count}: expected 1 or more")
+    if not 1 <= args.count <= MOST_IMAGES:
+        raise RequestError(f"--count {args.count}: expected 1 or more, at most {MOST_IMAGES} in one command")
     bundle = Bundle.open(args.bundle)
     if bundle.image_size is None:
         raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; export it with a tokenizer")

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.backend import Float, Int
 from par_runtime.bundle import Bundle
-from par_runtime.request import RequestError
+from par_runtime.request import RequestError, array
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def known_tokens(bundle: Bundle, images: int, keep: ArrayLike | None, tokens: Ar
         raise RequestError("keep and tokens belong together: which places of the grid are known, and the tokens")
     t, h, w = bundle.grid
     grid = (h, w) if t == 1 else (t, h, w)
-    mask = np.asarray(keep)
+    mask = array("keep", keep)
     if mask.dtype != np.bool_ or mask.shape not in (grid, (images, *grid)):
         raise RequestError(
             f"keep has shape {mask.shape} and type {mask.dtype}; expected bool of the grid's shape {grid}, or {(images, *grid)}"
@@ -53,7 +53,7 @@ def known_tokens(bundle: Bundle, images: int, keep: ArrayLike | None, tokens: Ar
 
 def given_tokens(bundle: Bundle, images: int, tokens: ArrayLike) -> Int:
     """``tokens`` [N] or [B,N] as [B,N] int64. Raises RequestError."""
-    given = np.asarray(tokens)
+    given = array("tokens", tokens)
     n = bundle.n_tokens
     if given.shape not in ((n,), (images, n)) or given.dtype.kind not in "iu":
         raise RequestError(

@@ -21,7 +21,7 @@ from par_runtime.backend import Backend, Batch, Float, Int, Whole
 from par_runtime.bundle import Bundle, BundleError, Phase, Verify
 from par_runtime.devices import choose
 from par_runtime.known import Known, given_tokens, known_tokens, log_likelihood
-from par_runtime.request import RequestError, Settings, class_index, image_seeds, settings, uniforms
+from par_runtime.request import RequestError, Settings, array, class_index, image_seeds, settings, uniforms
 from par_runtime.tokenizer import Tokenizer, chunk_images
 
 if TYPE_CHECKING:
@@ -255,15 +255,12 @@ class Pipeline:
         """Images [B,H,W,3] uint8 of ``tokens`` [B,N] in sequence order. Raises RequestError on another shape or id."""
         if self.bundle.image_size is None:
             raise RequestError(f"{self.bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
-        tokens = np.asarray(tokens, np.int64)
+        tokens = array("tokens", tokens)
         if tokens.ndim != 2 or tokens.shape[1] != self.bundle.n_tokens:
             raise RequestError(
                 f"tokens have shape {tokens.shape}; expected [B,{self.bundle.n_tokens}] in sequence order"
             )
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.bundle.vocab_size:
-            raise RequestError(
-                f"tokens lie in {tokens.min()}..{tokens.max()}; expected 0..{self.bundle.vocab_size - 1}"
-            )
+        tokens = given_tokens(self.bundle, len(tokens), tokens)
         size = min(self.backend.max_images, chunk_images(self.bundle))
         chunks = [self.backend.decode(tokens[i : i + size]) for i in range(0, len(tokens), size)]
         return np.concatenate(chunks) if chunks else np.zeros((0, *self.bundle.image_size, 3), np.uint8)

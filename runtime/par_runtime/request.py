@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.backend import Float
 from par_runtime.bundle import Bundle
@@ -35,6 +36,14 @@ class Settings:
     @property
     def guided(self) -> bool:
         return self.guidance > 1
+
+
+def array(name: str, value: ArrayLike) -> NDArray[Any]:
+    """``value`` as an array. Raises RequestError where it is none (rows of different lengths)."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise RequestError(f"{name}: no array, its rows have different lengths; give rows of one length") from error
 
 
 def class_index(bundle: Bundle, label: int | str) -> int:

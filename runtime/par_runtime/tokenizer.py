@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from par_runtime.backend import Int
 from par_runtime.bundle import Bundle
 from par_runtime.known import given_tokens
-from par_runtime.request import RequestError
+from par_runtime.request import RequestError, array
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -39,6 +39,8 @@ class Tokenizer:
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         if bundle.image_size is None:
             raise RequestError(f"{bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
+        if threads is not None and threads < 1:
+            raise RequestError(f"threads {threads}: expected 1 or more")
         try:
             from par_runtime import ort  # here, because importing onnxruntime takes a while
         except ModuleNotFoundError as error:
@@ -64,7 +66,7 @@ class Tokenizer:
                 "(without --no-encoder)"
             )
         assert self.bundle.image_size is not None
-        given = np.asarray(images)
+        given = array("images", images)
         shape = (*self.bundle.image_size, 3)
         if given.dtype != np.uint8 or given.ndim not in (3, 4) or given.shape[-3:] != shape:
             raise RequestError(
@@ -77,7 +79,7 @@ class Tokenizer:
 
     def decode(self, tokens: ArrayLike) -> NDArray[np.uint8]:
         """Images [B,H,W,3] uint8 of ``tokens`` [N] or [B,N] in sequence order, one or more. Raises RequestError."""
-        count = len(np.atleast_2d(np.asarray(tokens)))
+        count = len(np.atleast_2d(array("tokens", tokens)))
         return self._chunked("decoder", "tokens", given_tokens(self.bundle, count, tokens))
 
     def _chunked(self, graph: str, name: str, values: NDArray[Any]) -> NDArray[Any]:

@@ -39,7 +39,7 @@ def side_of(n: int) -> int:
 def config_of(n: int) -> PARConfig:
     """Heads of 100, as the 3B has them."""
     side = side_of(n)
-    return PARConfig(dim=400, n_layers=2, n_heads=4, vocab_size=96, n_classes=3, grid=(1, side, side), group_size=n)
+    return PARConfig(dim=200, n_layers=2, n_heads=2, vocab_size=96, n_classes=3, grid=(1, side, side), group_size=n)
 
 
 @pytest.fixture(scope="module")
@@ -128,14 +128,14 @@ def write(folder: Path, form: str, model: PAR) -> tuple[Path, list[str]]:
     """Write ``model`` in ``form``; returns the file, and the options that its export still needs."""
     file, state = folder / "model.pt", model.state_dict()
     side = model.config.grid[1]
-    both = ["--heads", "4", "--grid", str(side)]
+    both = ["--heads", "2", "--grid", str(side)]
     args = arguments(side)
     if form == "trainer":
         torch.save(trained(model), file)
-        return file, ["--heads", "4"]  # the grid follows from args
+        return file, ["--heads", "2"]  # the grid follows from args
     if form == "trainer, legacy file":
         torch.save(trained(model), file, _use_new_zipfile_serialization=False)
-        return file, ["--heads", "4"]
+        return file, ["--heads", "2"]
     if form == "bare":
         torch.save(state, file)
         return file, both
@@ -147,13 +147,13 @@ def write(folder: Path, form: str, model: PAR) -> tuple[Path, list[str]]:
         return file, both
     if form == "state_dict":
         torch.save({"state_dict": state, "args": vars(args)}, file)
-        return file, ["--heads", "4"]
+        return file, ["--heads", "2"]
     if form == "ddp":
         torch.save({"model": renamed(state | leftovers(model.config), lambda key: f"module.{key}")}, file)
         return file, []
     if form == "ddp, compiled":
         torch.save({"model": renamed(state, lambda key: f"module._orig_mod.{key}"), "args": args}, file)
-        return file, ["--heads", "4"]
+        return file, ["--heads", "2"]
     if form == "fsdp folder":
         wrapped = renamed(
             state, lambda key: f"_fsdp_wrapped_module.{key}".replace("layers.0.", "layers.0._fsdp_wrapped_module.")
@@ -218,7 +218,7 @@ def test_greedy_tokens_and_images_are_the_oracles(
         source = f"freqs_cis ({side**2 + 1}, 50, 2)" if leftover else f"args: image_size {16 * side} / 16"
         assert f"grid 1x{side}x{side} (the file's {source})" in told
     if "--heads" not in options:
-        assert f"4 heads of 100 (the file's freqs_cis ({side**2 + 1}, 50, 2))" in told
+        assert f"2 heads of 100 (the file's freqs_cis ({side**2 + 1}, 50, 2))" in told
     assert Bundle.open(bundle).calls == n + side**2 // n - 1
     labels = [part for label in LABELS for part in ("--label", str(label))]
     greedy = ["--greedy", "--guidance", "2", "--tokens", str(tokens), "--out", str(image), "--columns", "2", "--quiet"]

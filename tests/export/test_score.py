@@ -74,6 +74,15 @@ def test_a_mask_and_tokens_per_image_over_several_batches(pipeline: Pipeline) ->
         (np.zeros((8, 8), bool), np.zeros(63, int), r"tokens have shape \(63,\).*expected integers \[64\] or \[1,64\]"),
         (np.zeros((8, 8), bool), np.zeros(64), r"tokens have shape \(64,\) and type float64"),
         (np.zeros((8, 8), bool), np.full(64, 64), r"tokens lie in 64..64; expected 0..63"),
+        (np.zeros((8, 8), bool), [[1], [2, 3]], r"tokens: no array, its rows have different lengths"),
+        ([[True], [False, True]], np.zeros(64, int), r"keep: no array, its rows have different lengths"),
+        (np.zeros((3, 8, 8), bool), np.zeros(64, int), r"keep has shape \(3, 8, 8\).*or \(1, 8, 8\)"),
+        (np.zeros(64, bool), np.zeros(64, int), r"keep has shape \(64,\) and type bool"),
+        (
+            np.zeros((8, 8), bool),
+            np.zeros((2, 64), int),
+            r"tokens have shape \(2, 64\).*expected integers \[64\] or \[1,64\]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(pipeline: Pipeline, keep: Any, tokens: Any, message: str) -> None:
@@ -81,6 +90,56 @@ def test_what_does_not_fit_is_refused(pipeline: Pipeline, keep: Any, tokens: Any
         pipeline.generate([0], seed=1, keep=keep, tokens=tokens)
 
 
+def test_one_token_is_kept_and_is_seen_by_those_after_it_alone(pipeline: Pipeline) -> None:
+    free = pipeline.generate([2], seed=4)
+    order = np.array(pipeline.bundle.order)
+    for place in (0, 27, 63):
+        keep = np.zeros(64, bool)
+        keep[place] = True
+        at = int(np.flatnonzero(order == place)[0])
+        tokens = free.tokens.copy()
+        tokens[0, at] = (tokens[0, at] + 1) % 64
+        edited = pipeline.generate([2], seed=4, keep=keep.reshape(8, 8), tokens=tokens)
+        assert edited.kept is not None
+        assert edited.kept.sum() == 1
+        assert edited.tokens[0, at] == tokens[0, at]
+        np.testing.assert_array_equal(edited.tokens[0, :at], free.tokens[0, :at])
+    # Kept as it was drawn: nothing changes, guided and greedy too.
+    for settings in ({"guidance": 3.0}, {"greedy": True}, {"top_k": 5}):
+        drawn = pipeline.generate([2], seed=4, **settings)  # type: ignore[arg-type]
+        again = pipeline.generate([2], seed=4, keep=np.eye(8, dtype=bool), tokens=drawn.tokens, **settings)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(again.tokens, drawn.tokens)
+
+
+def test_decode_takes_whole_numbers_in_sequence_order_alone(pipeline: Pipeline) -> None:
+    for bad in (np.full((1, 64), 1.7), np.full((1, 64), np.nan), np.zeros(64, int), np.zeros((1, 63), int), [["x"]]):
+        with pytest.raises(RequestError, match="tokens have shape"):
+            pipeline.decode(bad)  # type: ignore[arg-type]
+    assert pipeline.decode(np.zeros((0, 64), int)).shape == (0, 16, 16, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "checkpoint"), [("n1", "ar_n1_grid8"), ("n16", "par_n16_grid8")])
+def test_the_score_is_the_oracles_for_other_groups(
+    bundles: dict[str, Path], checkpoints: dict[str, Path], name: str, checkpoint: str
+) -> None:
+    from par_model.checkpoint import open_checkpoint, par_config
+
+    pipeline = Pipeline.load(bundles[name], device="cpu", selftest=False)
+    file = open_checkpoint(checkpoints[checkpoint])
+    model = PAR(par_config(file, heads=4, grid=(1, 8, 8))).eval()
+    model.load_state_dict(dict(file.tensors))
+    tokens = np.random.default_rng(0).integers(0, pipeline.bundle.vocab_size, (2, 64))
+    logits = model(torch.from_numpy(tokens), torch.tensor([1, 4]))
+    wanted = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(tokens)[..., None])[..., 0].numpy()
+    np.testing.assert_allclose(pipeline.score(tokens, [1, 4]), wanted, atol=2e-4)
+
+
 def test_a_score_of_tokens_that_do_not_fit_is_refused(pipeline: Pipeline) -> None:
+    assert pipeline.score(np.zeros((0, 64), int), []).shape == (0, 64)
+    with pytest.raises(RequestError, match=r"tokens: no array"):
+        pipeline.score([[1, 2], [3]], [0, 1])
+    with pytest.raises(RequestError, match=r"label 99: this model has classes 0\.\.5"):
+        pipeline.score(np.zeros(64, int), 99)
     with pytest.raises(RequestError, match=r"expected integers \[64\] or \[2,64\]"):
         pipeline.score(np.zeros((3, 64), int), [0, 1])
