@@ -11,13 +11,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from par_export.graph import WEIGHTS_FILE
 from par_export.step import padded_head_dim
 from par_model.config import PARConfig
 from par_model.ordering import LEARNABLE, TOKEN, input_kinds
-
-#: Casts of weights in files up to this size are always folded.
-FOLD_LIMIT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -122,19 +118,14 @@ def input_ids(config: PARConfig, labels: np.ndarray, tokens: np.ndarray, start: 
     return np.stack(columns, 1).astype(np.int64)
 
 
-def session(path: Path, hold: bool = False) -> ort.InferenceSession:
-    """A CPU session of the graph at ``path`` that only maps its weights, or, to ``hold``, has them as the products want them.
+def session(path: Path, pack: bool = False) -> ort.InferenceSession:
+    """A CPU session of the graph at ``path``. Weights in fp32 are mapped; ``pack`` holds them in the layout of the products.
 
-    Held weights are in fp32 and packed, once, however they are stored: ONNX Runtime casts and packs one matrix after
-    another, and each call is faster by far. Mapped ones of a large model that are stored in half precision are cast in
-    every call.
+    Weights in half precision are held in fp32 in any case: ONNX Runtime casts one after another when the session is
+    made. (Leaving the casts in the graph takes more: it plans memory for all of their results at once.)
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    disabled = []
-    if not hold:
+    if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-        data = path.parent / WEIGHTS_FILE
-        if data.is_file() and data.stat().st_size > FOLD_LIMIT_BYTES:
-            disabled = ["ConstantFolding"]
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

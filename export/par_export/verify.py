@@ -21,7 +21,6 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from par_export import drive
 from par_export.drive import Driver, Images, input_ids
 from par_export.drive import session as session  # part of this module
 from par_export.graph import COMPATIBLE_OPSET, OPSET, WeightTable
@@ -43,6 +42,8 @@ IMAGE_FLOOR = 1  # grey levels of 255
 COMPATIBLE_STEP = "step_opset23"
 #: Models of more parameters generate one greedy image, not two.
 ONE_IMAGE_FROM = 10**9
+#: Weights of smaller files are not worth packing for one image.
+PACK_FROM_BYTES = 64 * 2**20
 #: What the gate needs beside weights in fp32: caches, logits, activations of the oracle.
 MARGIN_BYTES = 3 * 10**9
 SOME_GROUPS = 3  # group calls that are compared of all graphs but the main one, which is compared whole
@@ -117,19 +118,19 @@ def run_step(
     teacher: np.ndarray | None,
     name: str | None = None,
     groups: int | None = None,
-    hold: bool = False,
+    pack: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """All calls of ``labels`` [B] on the step graph ``name`` (default: the newest that runs here).
 
     Returns tokens [B,N] and logits [B,N,V]. Greedy, except where ``teacher`` [B,N] is not negative: there it is fed
     instead. ``guidance`` of all, or [B]. ``groups`` stops after so many group calls; what follows is zero.
-    ``hold`` is that of ``session``.
+    ``pack`` is that of ``session``.
     """
     name = name or ("step" if runnable_opset() == OPSET else COMPATIBLE_STEP)
     images = len(labels)
     who = Images(np.broadcast_to(np.asarray(guidance, np.float32), images))
     rows = who.labels(labels, config.n_classes)
-    driver = Driver(session(folder / f"{name}.onnx", hold), config, len(rows))
+    driver = Driver(session(folder / f"{name}.onnx", pack), config, len(rows))
     fed = np.full((len(rows), config.n_tokens), -1, np.int64) if teacher is None else teacher[who.of_row]
     tokens = np.maximum(fed, 0)
     logits = np.zeros((images, config.n_tokens, config.vocab_size), np.float32)
@@ -232,17 +233,16 @@ def gate(
     teacher = np.full((len(labels), config.n_tokens), -1)
     teacher[0] = rng.integers(0, config.vocab_size, config.n_tokens)
 
-    hold = weights.path.stat().st_size > drive.FOLD_LIMIT_BYTES and fits(weights)
+    pack = weights.path.stat().st_size > PACK_FROM_BYTES and fits(weights)
     try:
-        tokens, got = run_step(folder, config, labels, who.guidance, teacher, hold=hold)
+        tokens, got = run_step(folder, config, labels, who.guidance, teacher, pack=pack)
         sound = bool(np.isfinite(got).all())
     except Exception:  # a token drawn from NaN can be no code at all, which the next call refuses in its own words
         check_finite(checkpoint, dtype)
         raise
     if not sound:
         check_finite(checkpoint, dtype)
-    once = hold and dtype != "float32"  # for so few calls, packing alone does not pay
-    _, compatible = run_step(folder, config, labels[:1], 1.0, teacher[:1], COMPATIBLE_STEP, SOME_GROUPS, once)
+    _, compatible = run_step(folder, config, labels[:1], 1.0, teacher[:1], COMPATIBLE_STEP, SOME_GROUPS)
     static = run_static(folder, config, int(labels[0]), teacher[:1], stand_in)
     for path in folder.glob(".verify-*"):
         path.unlink()

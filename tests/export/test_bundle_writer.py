@@ -242,7 +242,7 @@ def test_memory_stays_near_the_size_of_the_checkpoint(tmp_path: Path) -> None:
     torch.save(golden_weights(PAR(config)).state_dict(), tmp_path / "c.pt")
     size = os.path.getsize(tmp_path / "c.pt")
     assert size > 0.95e9
-    for precision in ("fp32", "fp16"):
+    for precision in ("fp32", "fp16", "bf16"):
         code = (
             "import sys; from par_export import cli, memory; code = cli.main(sys.argv[1:])\n"
             "print(memory.peak_memory_bytes()); sys.exit(code)"

@@ -1,4 +1,4 @@
-"""What the gate holds in memory: weights in fp32 where they fit, else mapped as they are stored; the same logits."""
+"""What the gate holds in memory: packed weights where they fit; the same logits either way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import golden_config
-from par_export import cli, drive, memory, step, verify
+from par_export import cli, memory, step, verify
 from par_export.graph import WeightTable
 from par_export.verify import COMPATIBLE_STEP, run_step
 
@@ -20,21 +20,21 @@ GB = 10**9
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every bundle counts as a large one, and this machine has much memory."""
-    monkeypatch.setattr(drive, "FOLD_LIMIT_BYTES", 0)
+    monkeypatch.setattr(verify, "PACK_FROM_BYTES", 0)
     monkeypatch.setattr(verify, "available_bytes", lambda: 100 * GB)
 
 
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("graph", [None, COMPATIBLE_STEP])
-def test_held_and_mapped_weights_give_the_same_logits(
+def test_packed_weights_give_the_same_logits(
     golden: dict[str, dict[str, Any]], bundles: dict[str, Path], precision: str, graph: str | None
 ) -> None:
     config = golden_config(golden["par_n4_grid8"])
     labels, guidance = np.array([1, 2]), np.array([1.0, 2.0], np.float32)
-    tokens, mapped = run_step(bundles[precision], config, labels, guidance, None, graph, groups=2)
-    same, held = run_step(bundles[precision], config, labels, guidance, None, graph, groups=2, hold=True)
-    assert np.abs(held - mapped).max() < 1e-5 * np.abs(mapped).max()
+    tokens, plain = run_step(bundles[precision], config, labels, guidance, None, graph, groups=2)
+    same, packed = run_step(bundles[precision], config, labels, guidance, None, graph, groups=2, pack=True)
+    assert np.abs(packed - plain).max() < 1e-5 * np.abs(plain).max()
     assert (same == tokens).all()
 
 
@@ -108,15 +108,15 @@ def good(checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Graphs of the sessions that held their weights."""
+def packed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Graphs of the sessions that packed their weights."""
     names: list[str] = []
     real = verify.session
 
-    def spy(path: Path, hold: bool = False) -> Any:
-        if hold:
+    def spy(path: Path, pack: bool = False) -> Any:
+        if pack:
             names.append(path.name)
-        return real(path, hold)
+        return real(path, pack)
 
     monkeypatch.setattr(verify, "session", spy)
     return names
@@ -131,13 +131,13 @@ def test_a_whole_export_of_a_large_model(
     monkeypatch: pytest.MonkeyPatch,
     precision: str,
     room: bool,
-    held: list[str],
+    packed: list[str],
 ) -> None:
     if not room:
         monkeypatch.setattr(verify, "available_bytes", lambda: 0)
     assert cli.main([*good, "--precision", precision]) == 0
     newest = "step.onnx" if verify.runnable_opset() == 24 else "step_opset23.onnx"
-    assert held == ([newest, "step_opset23.onnx"][: 1 if precision == "fp32" else 2] if room else [])
+    assert packed == ([newest] if room else [])
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     mine, usual = (json.loads((b / "manifest.json").read_text()) for b in (tmp_path / "out", bundles[precision]))
     assert mine["selftest"] == usual["selftest"]
@@ -150,10 +150,10 @@ def test_a_refusal_leaves_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-    held: list[str],
+    packed: list[str],
 ) -> None:
     monkeypatch.setattr(step, "NORM_EPS", 0.1)
     assert cli.main([*good, "--precision", "fp16"]) == 1
-    assert held
+    assert packed
     assert "Nothing was published" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
