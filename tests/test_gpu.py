@@ -151,6 +151,30 @@ def test_throughput(engines: Callable[..., Path]) -> None:
         pipeline.close()
 
 
+def test_the_benchmarks_rows(engines: Callable[..., Path], gpu: cuda.Device) -> None:
+    """Phases by events on the device, against the measured bandwidth; no figure is asserted, rows go into the report."""
+    from par_runtime.bench import gpu as bench_gpu
+    from par_runtime.bench.limits import Limits
+    from par_runtime.bench.measure import Setting, bounded, measure
+    from par_runtime.bench.pipeline import PipelineSubject
+    from par_runtime.bench.text import table
+
+    here = bench_gpu.describe(0)
+    subject = PipelineSubject.load(engines(BUNDLE, "fp16"), "parvis", device="cuda")
+    limits = Limits(((bench_gpu.COPY_BYTES, bench_gpu.copy_gb_s(0)),), None, "copies on the device")
+    rows = bounded(
+        measure([subject], Setting("phases", repetitions=REPEATS, gpu=here)), {"parvis": subject.facts}, {0: limits}
+    )
+    subject.close()
+    by = {row.phase: row for row in rows}
+    assert {phase.name: phase.repeat for phase in subject.facts.shape.phases} == {
+        name: by[name].calls for name in ("prefill", "sequential", "transition", "group") if name in by
+    }
+    assert all(sample > 0 for row in rows for sample in row.samples_ms)
+    assert by["image"].clock == "CUDA events"
+    GPU_REPORT.append(table(rows))
+
+
 def test_stress_of_200_images_with_constant_memory(engines: Callable[..., Path], gpu: cuda.Device) -> None:
     pipeline = load(engines(BUNDLE, "fp16"))
     pipeline.generate([0, 1, 2, 3], seed=0)

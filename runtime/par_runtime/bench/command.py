@@ -248,7 +248,7 @@ def _gpu_limits(gpu: Gpu) -> Limits:
     """Bandwidth measured by copies; the matrix peak by data sheet, where the GPU is known (else only bandwidth bounds)."""
     rate = copy_gb_s(gpu.index)
     known = [sheet for name, sheet in DATA_SHEETS.items() if name.split("-")[0] in gpu.name]
-    peak = known[0].tflop_s if known else float("inf")
+    peak = known[0].tflop_s if known else None
     how = f"measured: copies of {COPY_BYTES / 1e6:.0f} MB on the device; " + (
         "matrices by data sheet" if known else "no matrix peak known for this GPU"
     )

@@ -42,11 +42,11 @@ SECONDS = 0.5  #: of passes at one size, at least
 class Limits:
     """Measured, or by data sheet, as ``how`` says. GB/s and TFLOP/s (1e9, 1e12).
 
-    ``reads``: pairs of the size in bytes of what is read and the bandwidth at it, ascending.
+    ``matrix_tflop_s`` is None where it is not known: bounds are by bandwidth alone then. ``reads``: pairs of the size in bytes of what is read and the bandwidth at it, ascending.
     """
 
     reads: tuple[tuple[int, float], ...]
-    matrix_tflop_s: float
+    matrix_tflop_s: float | None
     how: str
 
     def read_gb_s(self, size: float) -> float:
@@ -58,7 +58,8 @@ class Limits:
         rates = dict(self.reads)
         for size, rate in other.reads:
             rates[size] = max(rate, rates.get(size, 0.0))
-        return Limits(tuple(sorted(rates.items())), max(self.matrix_tflop_s, other.matrix_tflop_s), self.how)
+        peaks = [peak for peak in (self.matrix_tflop_s, other.matrix_tflop_s) if peak is not None]
+        return Limits(tuple(sorted(rates.items())), max(peaks, default=None), self.how)
 
 
 def sizes(working_bytes: Sequence[int], cache_bytes: int | None, available_bytes: int | None) -> list[int]:

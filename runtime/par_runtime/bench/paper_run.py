@@ -32,6 +32,7 @@ LEAST_REPETITIONS = 3
 #: Guesses of what a new model costs, on the careful side; the first model corrects them.
 WRITE_S_PER_GB, LOAD_S_PER_GB = 8.0, 2.5
 OURS_OF_BOUND, EAGER_OF_BOUND, DECODER_OF_BOUND = 0.5, 0.2, 0.4
+UNKNOWN_TFLOP_S = 20.0  #: of a GPU that no data sheet here describes; decides only what fits the time
 #: Memory of a process besides its weights.
 OVERHEAD_BYTES = 700 * 10**6
 MEMORY_SHARE = 0.85
@@ -212,7 +213,9 @@ def least_seconds(model: str, limits: Limits, eager: bool) -> float:
     total = size_gb * (WRITE_S_PER_GB + subjects * LOAD_S_PER_GB)
     decoder_s = 0.0
     if model != VIDEO:
-        decoder_s = decoder_work(VQ16, (1, 24, 24))[1] / (limits.matrix_tflop_s * DECODER_OF_BOUND) / 1e12
+        decoder_s = (
+            decoder_work(VQ16, (1, 24, 24))[1] / ((limits.matrix_tflop_s or UNKNOWN_TFLOP_S) * DECODER_OF_BOUND) / 1e12
+        )
     for n in GROUP_SIZES:
         shape = shape_of(next(p for p in PUBLISHED if p.model == model and p.n in (n, 1)))
         shape = replace(shape, phases=bound.phases_of(n, shape.n_tokens))

@@ -97,7 +97,7 @@ def about(rows: Sequence[Row]) -> list[str]:
             + (f", peak memory {size(peak)}" if peak else "")
         )
     limits = dict.fromkeys(
-        f"limits    {row.read_gb_s:.3g} GB/s, {row.matrix_tflop_s:.3g} TFLOP/s ({row.limits_from})"
+        f"limits    {row.read_gb_s:.3g} GB/s, {number(row.matrix_tflop_s) or 'unknown'} TFLOP/s ({row.limits_from})"
         for row in rows
         if row.read_gb_s is not None and row.phase == "image"
     )

@@ -10,6 +10,7 @@ This reaches into ``TrtBackend``: what an image consists of is known there and i
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +58,6 @@ def phases_ms(pipeline: Pipeline, labels: list[int], guidance: float) -> dict[st
             launch()
             stream.record(event)
         stream.synchronize()
-        for name, before, after in zip(names, events, events[1:], strict=True):
+        for name, (before, after) in zip(names, pairwise(events), strict=True):
             out.setdefault(name, []).append(after.elapsed_ms(before))
     return out

@@ -7,6 +7,7 @@ refused, and invalidates the capture.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,8 @@ class Driver:
         self.executables: dict[int, _Graph] = {}
         self.refuse_capture_over: int | None = None  #: most entries of a capture, to test what follows a refusal
         self.counts: dict[str, int] = {}
+        self.events: dict[int, float | None] = {}
+        self.recorded_on: dict[int, int] = {}  # event -> its stream
         self._next = 0x1000
 
     def __getattr__(self, name: str) -> Any:
@@ -242,6 +245,38 @@ class Driver:
 
     def cuGraphExecDestroy(self, executable: Any) -> tuple[Any]:  # noqa: N802
         return (OK,) if self.executables.pop(int(executable), None) is not None else (INVALID,)
+
+    # -- events: the time at which the stream comes by ----------------------------------------------------------------
+
+    def cuEventCreate(self, flags: int) -> tuple[Any, Any]:  # noqa: N802
+        handle = self._fresh(1)
+        self.events[handle] = None
+        return OK, real.CUevent(handle)
+
+    def cuEventRecord(self, event: Any, stream: Any) -> tuple[Any]:  # noqa: N802
+        handle = int(event)
+        self.recorded_on[handle] = int(stream)
+
+        def work() -> None:
+            self.events[handle] = time.perf_counter()
+
+        return (self.submit(stream, work),)
+
+    def cuEventSynchronize(self, event: Any) -> tuple[Any]:  # noqa: N802
+        self._flush(self.recorded_on[int(event)])
+        return (OK,)
+
+    def cuEventElapsedTime(self, start: Any, end: Any) -> tuple[Any, float]:  # noqa: N802
+        first, last = self.events[int(start)], self.events[int(end)]
+        if first is None or last is None:
+            return real.CUresult.CUDA_ERROR_NOT_READY, 0.0
+        return OK, 1e3 * (last - first)
+
+    def cuEventDestroy(self, event: Any) -> tuple[Any]:  # noqa: N802
+        if int(event) not in self.events:
+            return (INVALID,)
+        del self.events[int(event)]
+        return (OK,)
 
     # -- private --------------------------------------------------------------------------------------------------
 

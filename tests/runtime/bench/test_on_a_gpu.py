@@ -1,0 +1,95 @@
+"""The bench on a GPU, on the stand-ins for driver and TensorRT: phases by events, what is refused, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from double import tensorrt
+from double.driver import Driver
+
+from par_runtime import cuda, trt_module
+from par_runtime.bench import gpu
+from par_runtime.bench.command import _gpu_limits
+from par_runtime.bench.measure import Setting, bounded, measure
+from par_runtime.bench.pipeline import PipelineSubject
+from par_runtime.bench.subject import facts_from
+from par_runtime.bundle import Bundle
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    stand_in = Driver()
+    monkeypatch.setattr(cuda, "driver", stand_in)
+    monkeypatch.setattr(trt_module, "load", lambda name=None: tensorrt.make(stand_in))
+    yield stand_in
+    assert stand_in.device == stand_in.executables == stand_in.events == {}
+
+
+@pytest.fixture
+def subject(driver: Driver, tiny: Path, tmp_path: Path) -> Iterator[PipelineSubject]:
+    path = tmp_path / "tiny"
+    shutil.copytree(tiny, path)
+    tensorrt.write_engine(Bundle.open(path), (1, 2, 4), "shared")
+    made = PipelineSubject.load(path, "parvis", device="cuda")
+    yield made
+    made.close()
+
+
+def test_phases_are_timed_apart_on_the_device(subject: PipelineSubject) -> None:
+    rows = measure([subject], Setting("phases", images=2, repetitions=3))
+    by = {row.phase: row for row in rows}
+    assert {p.name: p.repeat for p in subject.facts.shape.phases} == {
+        name: by[name].calls for name in ("prefill", "sequential", "transition", "group")
+    }
+    assert by["decoder"].calls == 1
+    assert by["copy"].calls == 3  # tables up, tokens together, tokens and pixels down
+    assert all(sample > 0 for row in rows for sample in row.samples_ms)
+    assert by["image"].clock == "CUDA events"
+    assert (by["image"].threads, by["image"].computes) == (None, subject.facts.computes)
+    assert subject.facts.weight_bytes == {"fp16": 2.0, "fp32": 4.0}[subject.facts.computes]
+
+
+def test_timing_apart_changes_no_image(subject: PipelineSubject) -> None:
+    """Phases are launched as graphs of their own before the image is; both must leave the backend as they found it."""
+    wanted = subject.pipeline.generate([1, 2], seed=4).tokens
+    subject.run(2, True)
+    assert (subject.pipeline.generate([1, 2], seed=4).tokens == wanted).all()
+
+
+def test_a_driver_that_refuses_capture_is_launched_plainly(subject: PipelineSubject, driver: Driver) -> None:
+    driver.refuse_capture_over = 0
+    sample = subject.run(1, True)
+    assert len(sample.calls_ms["group"]) == next(p.repeat for p in subject.facts.shape.phases if p.name == "group")
+    driver.refuse_capture_over = None
+
+
+def test_limits_of_a_gpu_say_what_was_measured(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "COPY_BYTES", 2**20)
+    assert gpu.copy_gb_s(0, 2**20, 3) > 0
+    here = gpu.describe(0)
+    limits = _gpu_limits(gpu.Gpu(0, "NVIDIA A100-SXM4-80GB", here.driver, here.memory_bytes, 1410.0, 1593.0))
+    assert limits.matrix_tflop_s == 312
+    assert "copies of" in limits.how
+    assert "matrices by data sheet" in limits.how
+    assert "no matrix peak known" in _gpu_limits(here).how
+
+
+def test_rows_of_a_gpu_are_bounded_by_its_limits(subject: PipelineSubject) -> None:
+    from par_runtime.bench.limits import Limits
+
+    rows = measure([subject], Setting("phases", repetitions=2))
+    found = {
+        row.phase: row for row in bounded(rows, {"parvis": subject.facts}, {0: Limits(((2**28, 2000.0),), 312.0, "x")})
+    }
+    assert found["group"].bound_ms is not None
+    assert found["group"].read_gb_s == 2000.0
+
+
+def test_facts_cross_a_process_border(subject: PipelineSubject) -> None:
+    from dataclasses import asdict
+
+    assert facts_from(json.loads(json.dumps(asdict(subject.facts)))) == subject.facts
