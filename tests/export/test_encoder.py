@@ -137,7 +137,7 @@ def test_a_rounded_codebook_is_normalised_again(bundles: dict[str, Path], tmp_pa
 
 
 def peak_bytes(bundle: Path) -> int:
-    """Peak memory of a process that decodes and encodes 8 images of ``bundle``."""
+    """Peak memory of a process that decodes and encodes 8 images of ``bundle``, both halves loaded."""
     code = (
         "import sys, numpy as np; from par_runtime.bundle import Bundle; from par_runtime.tokenizer import Tokenizer;"
         "t = Tokenizer(Bundle.open(sys.argv[1])); t.encode(t.decode(np.zeros((8, t.bundle.n_tokens), int)));"
@@ -148,18 +148,35 @@ def peak_bytes(bundle: Path) -> int:
     return 1024 * int(told.stdout)
 
 
+@pytest.fixture(scope="module")
+def vq16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Checkpoints: a small model of 384 px, and VQ-16 at its full size with golden weights."""
+    folder = tmp_path_factory.mktemp("vq16")
+    config = PARConfig(dim=32, n_layers=1, n_heads=2, vocab_size=16384, n_classes=2, grid=(1, 24, 24), group_size=4)
+    torch.save(golden_weights(PAR(config)).state_dict(), folder / "c.pt")
+    tokenizer = golden_weights(VQModel(VQConfig()))
+    assert (
+        sum(p.numel() for name, p in tokenizer.state_dict().items() if name != "quantize.codebook_used") == 71_883_403
+    )
+    torch.save(tokenizer.state_dict(), folder / "v.pt")
+    return folder / "c.pt", folder / "v.pt"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_vq16_encoder_gives_the_golden_tokens(tmp_path: Path) -> None:
-    config = PARConfig(dim=32, n_layers=1, n_heads=2, vocab_size=16384, n_classes=2, grid=(1, 24, 24), group_size=4)
-    torch.save(golden_weights(PAR(config)).state_dict(), tmp_path / "c.pt")
-    torch.save(golden_weights(VQModel(VQConfig())).state_dict(), tmp_path / "v.pt")
-    request = Request(tmp_path / "c.pt", tmp_path / "v.pt", tmp_path / "b", heads=2, grid=(1, 24, 24))
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_eight_images_of_384_px_stay_below_2_gb(tmp_path: Path, vq16: tuple[Path, Path], precision: str) -> None:
+    bundle = export(Request(*vq16, tmp_path / "b", precision, heads=2, grid=(1, 24, 24)), say=lambda _: None)
+    assert peak_bytes(bundle) < 2e9
+
+
+@pytest.mark.slow
+def test_vq16_encoder_gives_the_golden_tokens(tmp_path: Path, vq16: tuple[Path, Path]) -> None:
+    request = Request(*vq16, tmp_path / "b", heads=2, grid=(1, 24, 24))
     pipeline = Pipeline.load(export(request, say=lambda _: None), device="cpu", selftest=False)
     y, x = np.mgrid[0:384, 0:384].astype(np.float32) / 384
     image = np.stack([np.sin(9 * x + 3 * y), np.cos(7 * y - 2 * x), np.sin(20 * x * y)], -1)
     pixels = np.clip(np.rint((image + 1) * 127.5), 0, 255).astype(np.uint8)
-    assert peak_bytes(pipeline.bundle.path) < 2e9
     got = pipeline.grid_tokens(pipeline.encode(pixels)).reshape(-1)
     with np.load(GOLDEN / "vq16_grid24.npz") as g:
         assert (got == g["encoded"]).mean() > 0.9  # the golden image was not rounded to 8 bits
