@@ -9,7 +9,8 @@ RUN_ENV := .venv
 DEV_ENV := .venv-dev
 GPU_EXTRA ?= tensorrt-rtx
 GPU_BUNDLE ?= models/demo
-SOURCES := $(shell find runtime export par_model -name '*.py')
+KERNELS := $(wildcard runtime/par_runtime/native/*)
+SOURCES := $(shell find runtime export par_model -name '*.py') $(KERNELS)
 
 .PHONY: demo test test-all test-gpu lint format clean
 
@@ -40,7 +41,7 @@ $(RUN_ENV)/.installed: pyproject.toml $(SOURCES)
 	$(RUN_ENV)/bin/python -m pip install --quiet --disable-pip-version-check '.[cpu]'
 	touch $@
 
-$(DEV_ENV)/.installed: pyproject.toml constraints.txt
+$(DEV_ENV)/.installed: pyproject.toml constraints.txt $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(DEV_ENV)
 	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

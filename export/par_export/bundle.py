@@ -26,6 +26,7 @@ from par_export.memory import peak_memory_bytes
 from par_export.sampling import Variant
 from par_export.staging import TargetError, staging
 from par_export.step import io_table, padded_head_dim, step_graph
+from par_export.vq_graph import PREFIX
 from par_export.weights import Weights, write_tokenizer_weights, write_weights
 from par_model.checkpoint import Checkpoint, CheckpointError, infer, open_checkpoint, vq_config
 from par_model.checkpoint_facts import downsampling
@@ -120,7 +121,7 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
         if vq is not None and vq_file is not None:
             checked["parity"] |= verify_tokenizer.gate(folder, config, vq, vq_file, dtype, graphs)
         entries = {"name": request.name or request.out.name, "precision": request.precision, "defaults": defaults}
-        described = describe(config, vq, graphs, parameters)
+        described = describe(config, vq, graphs, parameters, weights)
         write_manifest(folder, entries | described | {"class_names": names, "class_synsets": synsets} | checked)
     size = sum(f.stat().st_size for f in request.out.iterdir())
     peak = peak_memory_bytes() / 1e6
@@ -130,7 +131,9 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
     return request.out
 
 
-def describe(config: PARConfig, vq: VQConfig | None, graphs: Mapping[str, Any], parameters: int) -> dict[str, Any]:
+def describe(
+    config: PARConfig, vq: VQConfig | None, graphs: Mapping[str, Any], parameters: int, weights: WeightTable
+) -> dict[str, Any]:
     """The manifest's entries that follow from the architecture and the graphs."""
     _, h, w = config.grid
     return {
@@ -153,6 +156,11 @@ def describe(config: PARConfig, vq: VQConfig | None, graphs: Mapping[str, Any], 
             "heads": config.n_heads,
             "head_dim": padded_head_dim(config),
         },
+        "weights": {
+            name: [at.dtype, list(at.shape), at.offset, at.length]
+            for name, at in weights.entries.items()
+            if not name.startswith(PREFIX) and not name.partition(".")[2].isdigit()  # cos.4: of another n
+        },
         "tokenizer": None
         if vq is None
         else {
@@ -164,9 +172,7 @@ def describe(config: PARConfig, vq: VQConfig | None, graphs: Mapping[str, Any], 
     }
 
 
-def write_manifest(
-    folder: Path, entries: Mapping[str, Any], hashes: dict[tuple[int, int], str] | None = None
-) -> None:
+def write_manifest(folder: Path, entries: Mapping[str, Any], hashes: dict[tuple[int, int], str] | None = None) -> None:
     """Write ``manifest.json``, the last file of a bundle: ``entries``, what made it, and every file's size and hash.
 
     ``hashes`` by (device, inode) keeps those of files that several bundles link to.

@@ -144,7 +144,7 @@ def _write(
         "parity": {"random_weights": True},
         "selftest": {"labels": [], "guidance": SELFTEST_GUIDANCE, "tokens": []},
     }
-    write_manifest(folder, entries | describe(config, vq, graphs, parameters(config)), hashes)
+    write_manifest(folder, entries | describe(config, vq, graphs, parameters(config), table), hashes)
 
 
 def like(path: str | Path, group_size: int, out: str | Path) -> Path:

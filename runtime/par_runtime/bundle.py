@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+WEIGHTS = "weights.data"
 #: Files up to this size are always hashed at load; larger ones only with ``verify="full"``, since hashing a
 #: gigabyte costs about a second. Sizes are always checked.
 HASH_UP_TO_BYTES = 64 * 2**20
@@ -62,6 +63,16 @@ class Graph:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """One tensor of ``weights.data``: where it lies, in bytes. Matrices are (in, out)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Defaults:
     """Sampling settings that a request takes where it gives none."""
 
@@ -96,6 +107,7 @@ class Bundle:
     selftest: Mapping[str, Any]
     parity: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
+    weights: Mapping[str, Stored]  #: of the step network, by name; empty in bundles from before it was written
 
     @property
     def vocab_size(self) -> int:
@@ -220,6 +232,7 @@ def _parse(path: Path, m: dict[str, Any]) -> Bundle:
         selftest=m["selftest"],
         parity=m["parity"],
         files=m["files"],
+        weights={name: Stored(dtype, tuple(shape), *at) for name, (dtype, shape, *at) in m.get("weights", {}).items()},
     )
 
 

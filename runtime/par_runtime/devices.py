@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from par_runtime.trt import Capture
     from par_runtime.trt_module import TensorRT
 
-EXPECTED = "expected auto, cpu, cuda, cuda:0 (TensorRT on that GPU) or cuda-ort, cuda-ort:0 (ONNX Runtime on it)"
+EXPECTED = (
+    "expected auto, cpu, cuda, cuda:0 (TensorRT on that GPU), or cpu-ort, cuda-ort, cuda-ort:0 (ONNX Runtime, whatever else "
+    "could run there)"
+)
+CPUS = ("cpu", "cpu-ort")
 
 
 def choose(
@@ -29,11 +33,12 @@ def choose(
 ) -> tuple[Backend, str]:
     """The backend for ``device`` and one line that says why it is the CPU ("" where that was asked for).
 
-    ``auto`` takes TensorRT if a plan of the bundle fits the first GPU, else the CPU. A named GPU that cannot be used
-    is an error. Raises RequestError, EngineError, BundleError, CudaError.
+    ``auto`` takes TensorRT if a plan of the bundle fits the first GPU, else the CPU. ``cpu`` takes the C kernels
+    (``native.py``) where they were built and fit the bundle, else ONNX Runtime; ``cpu-ort`` always this. A named GPU that
+    cannot be used is an error. Raises RequestError, EngineError, BundleError, CudaError.
     """
-    if device == "cpu":
-        return _cpu(bundle, threads), ""
+    if device in CPUS:
+        return _cpu(bundle, threads, native=device == "cpu"), ""
     if device == "auto":
         try:
             backend, why = _tensorrt(bundle, 0, verify, capture)
@@ -54,9 +59,10 @@ def choose(
     return backend, ""
 
 
-def _cpu(bundle: Bundle, threads: int | None) -> Backend:
+def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
     try:
         from par_runtime import ort  # here, because importing onnxruntime takes a while
+        from par_runtime.native import NativeBackend, why_not
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise
@@ -64,6 +70,8 @@ def _cpu(bundle: Bundle, threads: int | None) -> Backend:
             "running on the CPU needs onnxruntime, which is not installed; pip install 'parvis[cpu]' (in a clone: "
             "pip install '.[cpu]')"
         ) from error
+    if native and why_not(bundle) is None:
+        return NativeBackend(bundle, threads)
     return ort.load(bundle, threads)
 
 

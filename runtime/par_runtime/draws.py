@@ -1,6 +1,7 @@
 """The sampling tail in numpy: what a graph should have drawn from its logits, and by how little it was decided.
 
-Not for generation: the graphs draw there. One position at a time, for checks. Letters: V codes.
+``draw`` is for checks, one position at a time. ``draw_all`` gives the same for many at once, and draws for the backend that
+has no graph (``native.py``). Letters: P positions, V codes.
 """
 
 from __future__ import annotations
@@ -51,6 +52,46 @@ def draw(logits: Float, uniform: float, temperature: float, top_k: int, top_p: f
     mass = np.where(kept(y, top_k, top_p), np.exp(y - y.max()), np.float32(0))
     cdf = np.cumsum(mass, dtype=np.float32)
     return min(int((cdf <= np.float32(uniform) * cdf[-1]).sum()), len(logits) - 1)
+
+
+def draw_all(
+    logits: Float, uniform: Float, temperature: Float, top_k: NDArray[np.int64], top_p: Float
+) -> NDArray[np.int64]:
+    """The tokens [P] that ``uniform`` [P] draws from ``logits`` [P,V], with settings [P] each; as ``draw`` does one by one."""
+    count, vocab = logits.shape
+    if (top_k == 1).all() and not uniform.any():  # greedy; ties go to the lowest id
+        return np.asarray(logits.argmax(-1), np.int64)
+    divisor: Float = np.maximum(temperature, MIN_TEMPERATURE, dtype=np.float32)[:, None]
+    y: Float = np.divide(logits, divisor, dtype=np.float32)
+    mass = np.exp(y - y.max(-1, keepdims=True))
+    filtered = np.flatnonzero((top_p < 1) | ((top_k > 0) & (top_k < vocab)))
+    if len(filtered):
+        mass[filtered] *= kept_all(y[filtered], top_k[filtered], top_p[filtered])
+    cdf = np.cumsum(mass, axis=-1, dtype=np.float32)
+    places = [int(np.searchsorted(cdf[i], uniform[i] * cdf[i, -1], "right")) for i in range(count)]
+    return np.array([min(place, vocab - 1) for place in places], np.int64)
+
+
+def kept_all(y: Float, top_k: NDArray[np.int64], top_p: Float) -> Mask:
+    """``kept`` for scaled logits [P,V] with settings [P]. Values are sorted, not places: that is ten times as fast."""
+    rows, vocab = np.arange(len(y)), y.shape[1]
+    ranked = -np.sort(-y, axis=-1)
+    limits = (top_k > 0) & (top_k < vocab)
+    kth = np.where(limits, ranked[rows, np.where(limits, top_k, 1) - 1], np.float32(-np.inf))[:, None]
+    keep: Mask = y >= kth
+    by_p = np.flatnonzero(top_p < 1)
+    if len(by_p):
+        ranked, kth = ranked[by_p], kth[by_p]
+        mass = np.where(ranked >= kth, np.exp(ranked - ranked[:, :1]), np.float32(0))
+        upto = np.cumsum(mass, axis=-1, dtype=np.float32)
+        last = np.maximum((upto - mass <= top_p[by_p, None] * upto[:, -1:]).sum(-1) - 1, 0)
+        edge = ranked[np.arange(len(by_p)), last][:, None]
+        among = y[by_p] >= edge
+        for i in np.flatnonzero(among.sum(-1) > last + 1):  # of those that tie at the edge, the lowest ids stay
+            tied = np.flatnonzero(y[by_p[i]] == edge[i, 0])
+            among[i, tied[len(tied) - (int(among[i].sum()) - int(last[i]) - 1) :]] = False
+        keep[by_p] &= among
+    return keep
 
 
 def probabilities(logits: Float, keep: Mask) -> Double:

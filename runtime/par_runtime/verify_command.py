@@ -120,8 +120,8 @@ def load(path: Path, device: str, threads: int | None, verify: Verify, capture: 
 
 
 def default_reference(candidate: Pipeline) -> str:
-    """The CPU; where the candidate is just that, its other step graph, so that two implementations are compared."""
-    return OPSET23 if isinstance(candidate.backend, OrtBackend) and "opset23" not in candidate.backend.name else "cpu"
+    """ONNX Runtime on the CPU; where the candidate is just that, the other step graph: two implementations are compared."""
+    return OPSET23 if isinstance(candidate.backend, OrtBackend) and "opset23" not in candidate.backend.name else "cpu-ort"
 
 
 def precision(pipeline: Pipeline) -> str:
@@ -278,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--against",
         help=f"the reference: a device as above, or {OPSET23} (the CPU on the bundle's other step graph; --device takes "
-        f"it too). Default: cpu, or {OPSET23} where the candidate is the CPU itself",
+        f"it too). Default: cpu-ort (ONNX Runtime), or {OPSET23} where the candidate is just that",
     )
     p.add_argument("--images", type=int, help=f"how many (default: {IMAGES}, or one per label if those are more)")
     p.add_argument("--seed", type=int, default=0, help="of the first image and of the random tokens (default: 0)")

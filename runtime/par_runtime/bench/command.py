@@ -25,6 +25,7 @@ from par_runtime.bench.rows import Row
 from par_runtime.bench.subject import Shape
 from par_runtime.bundle import Bundle
 from par_runtime.command_line import guarded
+from par_runtime.devices import CPUS
 from par_runtime.engines import has_engines
 from par_runtime.request import RequestError
 
@@ -146,11 +147,11 @@ def _opened(args: argparse.Namespace, held: ExitStack, say: Say) -> Iterator[Apa
         for path, label in zip(args.bundles, labels, strict=True):
             name = baseline if len(labels) == 1 else f"{label} {baseline}"
             say(f"{name}: loading")
-            device = "cpu" if args.device in ("auto", "cpu") else "cuda"
+            device = "cpu" if args.device in ("auto", *CPUS) else "cuda"
             if baseline == "n1":
                 folder = Path(held.enter_context(tempfile.TemporaryDirectory(dir=args.work, prefix="parvis-bench-")))
                 twin = one_at_a_time(path, folder)
-                subject = open_bundle(twin, name, device="cpu", threads=args.threads, selftest=False)
+                subject = open_bundle(twin, name, device=args.device if args.device in CPUS else "cpu", threads=args.threads, selftest=False)
             else:
                 subject = open_eager(path, name, threads=args.threads, compiled=baseline == "compiled", device=device)
             held.callback(subject.close)
@@ -195,7 +196,7 @@ def _paper(args: argparse.Namespace, say: Say) -> Outcome:
             )
         given[model, bundle.group_size] = path
     gpu = _gpu(args)
-    device = "cpu" if args.device == "auto" and gpu is None else args.device
+    device = "cpu" if args.device == "auto" and gpu is None else str(args.device)
     threads = args.threads or machine.cores()
     with tempfile.TemporaryDirectory(dir=args.work, prefix="parvis-bench-") as work:
         say("this machine's limits")
@@ -257,7 +258,7 @@ def _gpu_limits(gpu: Gpu) -> Limits:
 
 def _gpu(args: argparse.Namespace) -> Gpu | None:
     """The GPU that --device names, or the first where there is one and "auto" may take it."""
-    if args.device == "cpu":
+    if args.device in CPUS:
         return None
     from par_runtime import cuda
 

@@ -24,6 +24,7 @@ from par_runtime.bench.measure import Say, Setting, image_ms, rows_of, turns
 from par_runtime.bench.paper import PUBLISHED, VIDEO, shape_of
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subject import Facts
+from par_runtime.devices import CPUS
 from par_runtime.request import RequestError
 
 GROUP_SIZES = (1, 4, 16)
@@ -104,7 +105,7 @@ def one_model(
     given = options.given or {}
     missing = [n for n in GROUP_SIZES if (model, n) not in given]
     say(f"{model}: writing random weights")
-    on_cpu = options.device == "cpu"
+    on_cpu = options.device in CPUS
     made = publish(model, missing, folder, precision="fp32" if on_cpu else "fp16") if missing else {}
     if not on_cpu:
         build: Callable[[list[str]], int] = found("par_export.build_cli", "engines for the paper suite", "main")

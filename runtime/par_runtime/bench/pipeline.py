@@ -24,7 +24,7 @@ from par_runtime.pipeline import Pipeline
 from par_runtime.request import settings, uniforms
 
 GUIDANCE = 4.0  #: of guided images where the bundle's default is unguided
-#: Bytes of one stored weight. A CPU reads 4 whatever halves the bundle stores (docs/design.md, "Precision").
+#: Bytes of one stored weight. ONNX Runtime's CPU reads 4 whatever halves the bundle stores (docs/design.md, "Precision").
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 PIECES = ("loading the bundle", "writing files")
 
@@ -201,11 +201,12 @@ def facts_of(pipeline: Pipeline, label: str) -> Facts:
     engine = getattr(backend, "engine", None)  # TensorRT's; only this one computes in what the bundle stores
     words = backend.name.split()
     stored = WEIGHT_BYTES.get(bundle.precision, 4.0)
-    weight_bytes = WEIGHT_BYTES[engine.precision] if engine else stored if stored < 2 else 4.0
+    native = words[0] == "native-cpu"  # reads weights as they are stored
+    weight_bytes = WEIGHT_BYTES[engine.precision] if engine else stored if stored < 2 or native else 4.0
     device = "cpu"
     if engine is not None:
         device = str(backend.device.name)  # type: ignore[attr-defined]
-    elif words[0] != "onnxruntime-cpu":
+    elif words[0] not in ("onnxruntime-cpu", "native-cpu"):
         device = "cuda"
     shape = Shape.of(bundle)
     return Facts(
