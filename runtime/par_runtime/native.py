@@ -12,6 +12,7 @@ Where it cannot run (no compiler at installation, an older CPU, a layout that it
 from __future__ import annotations
 
 import ctypes
+import mmap
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -221,7 +222,9 @@ class _Weights:
             raise BundleError(
                 f"{bundle.path}: {odd[0]} is stored in another precision than the others; export it again"
             )
-        file = np.memmap(bundle.path / WEIGHTS, np.uint8, "r")
+        with (bundle.path / WEIGHTS).open("rb") as opened:
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        file = np.frombuffer(mapped, np.uint8)
         starts, total = {}, 0
         for name in names:
             starts[name] = total
@@ -232,13 +235,14 @@ class _Weights:
             stored = table[name]
             source = file.ctypes.data + stored.offset
             lib.parvis_pack(source, *stored.shape, size, int(name.endswith("w13")), at[name])
+            _give_back(mapped, stored)
         gains = {
             n: _widened(file, table[n]) for n in table if n.endswith(("attention_norm", "ffn_norm")) or n == "norm"
         }
         self._gains = gains
         self._embed, self._embed_dtype = _raw(file, table["embed"]).copy(), table["embed"].dtype
         self.cosine, self.sine = (_widened(file, table[name]) for name in ("cos", "sin"))
-        del file
+        del file  # and with it the mapping
 
         def each(matrix: str) -> Any:
             return (ctypes.c_void_p * len(layers))(*(at[f"layers.{i}.{matrix}"] for i in layers))
@@ -262,6 +266,13 @@ class _Weights:
     def embed(self, ids: Int, out: Float) -> None:
         """The rows of the embedding table for ``ids`` [R,q] into ``out`` [R,q,d]."""
         out[:] = _wide(self._embed[ids], self._embed_dtype)
+
+
+def _give_back(mapped: mmap.mmap, stored: Stored) -> None:
+    """A tensor was read: its pages, which count as this process's memory while they are mapped, are not needed again."""
+    if hasattr(mapped, "madvise"):
+        start = stored.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, start, stored.offset + stored.length - start)
 
 
 def _raw(file: NDArray[np.uint8], stored: Stored) -> NDArray[Any]:

@@ -121,7 +121,9 @@ def load(path: Path, device: str, threads: int | None, verify: Verify, capture: 
 
 def default_reference(candidate: Pipeline) -> str:
     """ONNX Runtime on the CPU; where the candidate is just that, the other step graph: two implementations are compared."""
-    return OPSET23 if isinstance(candidate.backend, OrtBackend) and "opset23" not in candidate.backend.name else "cpu-ort"
+    return (
+        OPSET23 if isinstance(candidate.backend, OrtBackend) and "opset23" not in candidate.backend.name else "cpu-ort"
+    )
 
 
 def precision(pipeline: Pipeline) -> str:

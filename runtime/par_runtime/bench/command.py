@@ -19,7 +19,7 @@ from par_runtime.bench.eager import one_at_a_time
 from par_runtime.bench.gpu import COPY_BYTES, Gpu, copy_gb_s, describe
 from par_runtime.bench.limits import Limits, measure_cpu, sizes
 from par_runtime.bench.measure import Say, Setting, bounded, image_ms
-from par_runtime.bench.options import BASELINES, parser
+from par_runtime.bench.options import parser
 from par_runtime.bench.paper import PaperRow
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subject import Shape
@@ -137,8 +137,7 @@ def _opened(args: argparse.Namespace, held: ExitStack, say: Say) -> Iterator[Apa
     for path, label in zip(args.bundles, labels, strict=True):
         say(f"{label}: loading")
         given = Bundle.open(path)
-        trained = bool(given.selftest["labels"])  # random weights have no self-test to pass
-        subject = open_bundle(path, label, device=args.device, threads=args.threads, selftest=trained)
+        subject = open_bundle(path, label, device=args.device, threads=args.threads, selftest=trained(given))
         held.callback(subject.close)
         if subject.note and has_engines(given) and not args.quiet:
             print(f"parvis: {subject.note}", file=sys.stderr)
@@ -151,11 +150,20 @@ def _opened(args: argparse.Namespace, held: ExitStack, say: Say) -> Iterator[Apa
             if baseline == "n1":
                 folder = Path(held.enter_context(tempfile.TemporaryDirectory(dir=args.work, prefix="parvis-bench-")))
                 twin = one_at_a_time(path, folder)
-                subject = open_bundle(twin, name, device=args.device if args.device in CPUS else "cpu", threads=args.threads, selftest=False)
+                on = args.device if args.device in CPUS else "cpu"
+                subject = open_bundle(twin, name, device=on, threads=args.threads, selftest=False)
+            elif baseline == "ort":
+                tested = trained(Bundle.open(path, "none"))
+                subject = open_bundle(path, name, device="cpu-ort", threads=args.threads, selftest=tested)
             else:
                 subject = open_eager(path, name, threads=args.threads, compiled=baseline == "compiled", device=device)
             held.callback(subject.close)
             yield subject
+
+
+def trained(bundle: Bundle) -> bool:
+    """Whether it has a self-test to pass; one of random weights has none."""
+    return bool(bundle.selftest["labels"])
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
@@ -336,6 +344,3 @@ def _speaker(quiet: bool) -> Iterator[Say]:
         yield say
     finally:
         sys.stderr.write(f"\r{' ' * width}\r")
-
-
-assert set(BASELINES) == {"eager", "compiled", "n1"}

@@ -9,7 +9,7 @@ from par_runtime.bench.paper import SIZES
 from par_runtime.cli import Parser
 
 SUITES = ("phases", "batch", "decoder", "serve", "paper")
-BASELINES = ("eager", "compiled", "n1")
+BASELINES = ("eager", "compiled", "n1", "ort")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
         default=(),
         metavar="LIST",
         help="baselines in the same run, by commas: 'eager' (PyTorch with a static cache, the published way), 'compiled' "
-        "(the same by torch.compile), 'n1' (the same engine, one token a call; random weights)",
+        "(the same by torch.compile), 'n1' (the same engine, one token a call; random weights), 'ort' "
+        "(the same bundle on ONNX Runtime, on the CPU)",
     )
     p.add_argument("--images", type=int, default=1, help="images in flight (default: 1)")
     p.add_argument("--unguided", action="store_true", help="one row per image instead of two")
@@ -82,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
         "--no-limits", action="store_true", help="do not measure this device's bandwidth and matrix peak: no bounds"
     )
     p.add_argument(
-        "--device", default="auto", help="as in 'parvis generate': auto, cpu, cuda, cuda:1, cuda-ort (default: auto)"
+        "--device",
+        default="auto",
+        help="as in 'parvis generate': auto, cpu, cpu-ort, cuda, cuda:1, cuda-ort (default: auto)",
     )
     p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     p.add_argument(

@@ -222,7 +222,7 @@ def facts_of(pipeline: Pipeline, label: str) -> Facts:
         weight_bytes=weight_bytes,
         cache_bytes=WEIGHT_BYTES[engine.precision] if engine else 4.0,
         backend=words[0],
-        version=words[1],
+        version=" ".join(words[1:]),
         device=device,
         threads=None if engine else _threads(pipeline),
         shape=shape,

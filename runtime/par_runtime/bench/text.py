@@ -139,13 +139,18 @@ def ratios(rows: Sequence[Row]) -> list[str]:
         pairs += [
             (row, other) for other in ours if other.n == 1 < row.n and (other.model, other.grid, other.images) == kin
         ]
-        pairs += [(row, other) for other in images if "torch" in other.backend and other.hash == row.hash]
+        pairs += [(row, other) for other in images if other.hash == row.hash and _slower_twin(other, row)]
     alone = [row for row in ours[1:] if all(row not in pair for pair in pairs)]
     pairs += [(ours[0], row) for row in alone]
     return [
         f"{a.label} is {b.median_ms / a.median_ms:.2f} times as fast as {b.label} ({ms(a.median_ms)} against {ms(b.median_ms)})"
         for a, b in pairs
     ]
+
+
+def _slower_twin(other: Row, row: Row) -> bool:
+    """Whether ``other`` is the same bundle in PyTorch, or on ONNX Runtime where ``row`` is not."""
+    return "torch" in other.backend or (other.backend.startswith("onnxruntime") and row.backend.startswith("native"))
 
 
 def predicted_table(predictions: Sequence[Prediction]) -> str:

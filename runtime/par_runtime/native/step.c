@@ -21,6 +21,7 @@
 #define AHEAD 3072 /* bytes that a panel is fetched from memory before its use, where the rows pass over it once, */
 #define NEAR 1024 /* and into the first cache */
 #define VALUES_AHEAD 12 /* keys whose values are fetched before their use */
+#define SHARES 4 /* of a product that each thread takes, if none is slowed */
 #define NORM_COLUMNS 128 /* that a thread takes at a time */
 #define EPSILON 1e-5f
 #define SPINS 4000 /* looks at a counter before a thread lets others run */
@@ -154,12 +155,22 @@ static void together(Pool *pool) {
 
 static long take(Pool *pool) { return atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed); }
 
+/* The next of so many panels for this thread, `at` being its last one (-1 at first); -1 where there is none. Panels are taken some
+   at a time, side by side, so that what is fetched ahead at the end of one is the beginning of the thread's next. */
+static long next_panel(Pool *pool, long panels, long at) {
+    long each = panels / (pool->count * SHARES);
+    if (each < 1) each = 1;
+    if (at >= 0 && (at + 1) % each && at + 1 < panels) return at + 1;
+    long first = take(pool) * each;
+    return first < panels ? first : -1;
+}
+
 /* c [M,N] (+)= x^T w, panel by panel. A panel is summed in `tile` [M][PANEL]: rows of c lie a multiple of 4 KB apart, and would
    push each other out of the first cache. */
 static void product(Pool *pool, const Kernels *f, const Step *s, const float *x, const void *w, long k, long n, float *c, int add,
                     float *tile) {
     long m = s->rows * s->query, wide = s->model->type == SINGLE ? 4 : 2;
-    for (long p; (p = take(pool)) < n / PANEL;) {
+    for (long p = -1; (p = next_panel(pool, n / PANEL, p)) >= 0;) {
         f->panel((int)s->model->type, x, m, (const char *)w + p * PANEL * k * wide, k, tile, PANEL, 0);
         for (long i = 0; i < m; i++) {
             float *row = c + i * n + p * PANEL;
@@ -196,7 +207,7 @@ static void work(Pool *pool, const Step *shared, int thread) {
         together(pool);
         product(pool, f, &s, s.mixed, w->wo[l], inner, w->dim, s.x, 1, scratch);
         normed(pool, f, &s, w->ffn_gain[l], scratch);
-        for (long p; (p = take(pool)) < 2 * w->ffn / PANEL;) {
+        for (long p = -1; (p = next_panel(pool, 2 * w->ffn / PANEL, p)) >= 0;) {
             f->panel((int)w->type, s.normed, m, (const char *)w->w13[l] + p * PANEL * w->dim * wide, w->dim, scratch, PANEL, 0);
             f->gated(scratch, m, s.gates + p * (PANEL / 2) * m);
         }

@@ -143,6 +143,28 @@ TARGET static void NAME(norm)(const float *x, const float *gain, const float *sc
         for (long i = 0; i < m; i++) out[j * m + i] = x[i * d + j] * scale[i] * gain[j];
 }
 
+/* Reductions in 16 parts, which become vectors; in order, each would wait for the one before. */
+TARGET static inline float NAME(largest)(const float *row, long n) {
+    float part[16], most;
+    long j = 0;
+    for (int l = 0; l < 16; l++) part[l] = row[0];
+    for (; j + 16 <= n; j += 16)
+        for (int l = 0; l < 16; l++) part[l] = row[j + l] > part[l] ? row[j + l] : part[l];
+    for (most = part[0]; j < n; j++) most = row[j] > most ? row[j] : most;
+    for (int l = 1; l < 16; l++) most = part[l] > most ? part[l] : most;
+    return most;
+}
+
+TARGET static inline float NAME(total)(const float *row, long n) {
+    float part[16] = {0}, sum = 0;
+    long j = 0;
+    for (; j + 16 <= n; j += 16)
+        for (int l = 0; l < 16; l++) part[l] += row[j + l];
+    for (; j < n; j++) sum += row[j];
+    for (int l = 0; l < 16; l++) sum += part[l];
+    return sum;
+}
+
 /* One head of one row r of the batch: its q queries turn, its keys and values go into the cache, its outputs into y. */
 TARGET static void NAME(head)(const Step *s, long r, long h, float *scratch) {
     const Model *w = s->model;
@@ -170,12 +192,10 @@ TARGET static void NAME(head)(const Step *s, long r, long h, float *scratch) {
         NAME(single)(queries, q, k_cache + p * PANEL * size, PANEL, size, scores + p * PANEL, padded, 0, 1);
     float *turned = scores + q * padded; /* [seen][q] */
     for (long t = 0; t < q; t++) {
-        float *row = scores + t * padded, most = row[0], total = 0;
-        for (long j = 1; j < seen; j++) most = row[j] > most ? row[j] : most;
+        float *row = scores + t * padded, most = NAME(largest)(row, seen);
         for (long j = 0; j < seen; j++) row[j] = NAME(power)(row[j] - most);
-        for (long j = 0; j < seen; j++) total += row[j];
-        total = 1.0f / total;
-        for (long j = 0; j < seen; j++) turned[j * q + t] = row[j] * total;
+        float share = 1.0f / NAME(total)(row, seen);
+        for (long j = 0; j < seen; j++) turned[j * q + t] = row[j] * share;
     }
     float *sums = turned + q * padded; /* [q][size], in pieces of PANEL columns; what is left over one by one */
     long first = 0;

@@ -120,7 +120,7 @@ def test_two_files_are_compared_without_measuring(tmp_path: Path, capsys: pytest
         (["TINY", "--suite", "fast"], "argument --suite: invalid choice: 'fast'"),
         (
             ["TINY", "--against", "eager,vllm"],
-            "argument --against: 'vllm': expected one or more of eager, compiled, n1, by commas",
+            "argument --against: 'vllm': expected one or more of eager, compiled, n1, ort, by commas",
         ),
         (["TINY", "--batches", "1,x"], "argument --batches: '1,x': expected numbers of images from 1 on"),
         (["--suite", "paper", "--sizes", "L,XS"], "'PAR-XS': expected one or more of PAR-L, PAR-XL"),
