@@ -19,6 +19,9 @@ Mask = NDArray[np.bool_]
 MIN_TEMPERATURE = np.float32(1e-5)  # as in the graphs
 #: Cumulative sums of V codes in fp32, in whatever order, differ by about this times sqrt(V).
 SUM_ROUNDING = 2.0**-22
+TOGETHER = (
+    2**15
+)  #: numbers that are drawn from at a time: what is larger leaves the caches, and is fresh memory each time
 
 
 def scaled(logits: Float, temperature: float) -> Float:
@@ -61,14 +64,27 @@ def draw_all(
     count, vocab = logits.shape
     if (top_k == 1).all() and not uniform.any():  # greedy; ties go to the lowest id
         return np.asarray(logits.argmax(-1), np.int64)
+    out = np.empty(count, np.int64)
+    size = max(1, TOGETHER // vocab)
+    for first in range(0, count, size):
+        part = slice(first, first + size)
+        out[part] = _drawn(logits[part], uniform[part], temperature[part], top_k[part], top_p[part])
+    return out
+
+
+def _drawn(
+    logits: Float, uniform: Float, temperature: Float, top_k: NDArray[np.int64], top_p: Float
+) -> NDArray[np.int64]:
+    vocab = logits.shape[1]
     divisor: Float = np.maximum(temperature, MIN_TEMPERATURE, dtype=np.float32)[:, None]
     y: Float = np.divide(logits, divisor, dtype=np.float32)
-    mass = np.exp(y - y.max(-1, keepdims=True))
+    mass = np.subtract(y, y.max(-1, keepdims=True))
+    np.exp(mass, out=mass)
     filtered = np.flatnonzero((top_p < 1) | ((top_k > 0) & (top_k < vocab)))
     if len(filtered):
         mass[filtered] *= kept_all(y[filtered], top_k[filtered], top_p[filtered])
     cdf = np.cumsum(mass, axis=-1, dtype=np.float32)
-    places = [int(np.searchsorted(cdf[i], uniform[i] * cdf[i, -1], "right")) for i in range(count)]
+    places = [int(np.searchsorted(row, u * row[-1], "right")) for row, u in zip(cdf, uniform, strict=True)]
     return np.array([min(place, vocab - 1) for place in places], np.int64)
 
 

@@ -161,16 +161,18 @@ class NativeBackend:
             self.close()
 
     def _guided(self, ids: Int, write: int) -> Float:
-        """Logits [B,q,V] of one call, guidance applied; unguided ones are a view of a buffer that the next call overwrites."""
+        """Logits [B,q,V] of one call, guidance applied; a view of a buffer that the next call of the same q overwrites."""
         assert self._batch is not None
         rows = self._run(ids, write)
         batch = self._batch
         cond = rows[: batch.images]
         if batch.rows == batch.images:
             return cond
-        scale = batch.guidance[:, None, None]
-        guided: Float = rows[batch.uncond_row]  # a copy
-        guided += (cond - guided) * scale
+        guided = self._calls[ids.shape[1]].guided[: batch.images]  # no fresh memory of this size in every call
+        for b, other in enumerate(batch.uncond_row):
+            np.subtract(cond[b], rows[other], out=guided[b])
+            guided[b] *= batch.guidance[b]
+            guided[b] += rows[other]
         return guided
 
     def _run(self, ids: Int, write: int) -> Float:
@@ -199,6 +201,7 @@ class _Call:
         self.cosine = np.zeros((rows, query, half), np.float32)
         self.sine = np.zeros((rows, query, half), np.float32)
         self.logits = np.zeros((rows, query, backend.bundle.vocab_size), np.float32)
+        self.guided = np.zeros_like(self.logits)
         model = backend._weights.model
         each = lib.parvis_scratch(ctypes.byref(model), rows, query)
         sizes = (count * 3 * inner, count * inner, count * m["dim"], count * m["ffn_dim"], each * backend._threads)
