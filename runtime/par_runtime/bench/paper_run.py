@@ -124,27 +124,40 @@ def one_model(
         )
 
     whose = [(n, eager) for eager in ((False, True) if options.eager else (False,)) for n in GROUP_SIZES]
-    free = machine.available_bytes()
-    together = free is None or len(whose) * process_bytes(model) < MEMORY_SHARE * free
     rows: list[Row] = []
-    for group in [whose] if together else [[one] for one in whose]:
+    groups = grouped(whose, process_bytes(model), machine.available_bytes())
+    done = 0
+    for group in groups:
         with ExitStack() as held:
             subjects = []
             for n, eager in group:
                 subjects.append(opened(n, eager))
                 held.callback(subjects[-1].close)
                 facts[subjects[-1].facts.label] = subjects[-1].facts
-            left = (
-                (until - time.monotonic())
-                * len(group)
-                / (len(whose) if together else len(whose) - whose.index(group[0]))
-            )
+            left = (until - time.monotonic()) * len(group) / (len(whose) - done)
             found_rows = measured(subjects, setting, left, say)
-        if not together:
-            note = "not in turns: memory holds one of the model's subjects at a time"
+        done += len(group)
+        if len(groups) > 1:
+            note = f"not in turns: memory holds {len(group)} of the model's {len(whose)} subjects at a time"
             found_rows = [replace(row, flags=(*row.flags, note)) for row in found_rows]
         rows += found_rows
     return rows
+
+
+def grouped(
+    whose: Sequence[tuple[int, bool]], each_bytes: float, free_bytes: int | None
+) -> list[list[tuple[int, bool]]]:
+    """Subjects, (n, in PyTorch), that are measured in turns: all, or ours and PyTorch's apart, or each alone, as memory allows."""
+
+    def fit(count: int) -> bool:
+        return free_bytes is None or count * each_bytes < MEMORY_SHARE * free_bytes
+
+    if fit(len(whose)):
+        return [list(whose)]
+    if fit(len(GROUP_SIZES)):
+        apart = [[one for one in whose if one[1] is eager] for eager in (False, True)]
+        return [group for group in apart if group]
+    return [[one] for one in whose]
 
 
 def measured(subjects: Sequence[Apart], setting: Setting, seconds: float, say: Say) -> list[Row]:
@@ -153,6 +166,7 @@ def measured(subjects: Sequence[Apart], setting: Setting, seconds: float, say: S
     first = {}
     for subject in subjects:
         say(f"{subject.facts.label}: warming up")
+        subject.run(setting.images, setting.guided, FEWEST_CALLS)  # the very first calls are several times as slow
         first[subject.facts.label] = subject.run(setting.images, setting.guided, FEWEST_CALLS)
     left = seconds - (time.monotonic() - began)
     whole = {s.facts.label: image_ms(first[s.facts.label], s.facts) / 1e3 for s in subjects}

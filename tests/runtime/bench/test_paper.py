@@ -140,6 +140,14 @@ def test_long_images_are_estimated_within_their_share() -> None:
     assert 16 < most < 30  # 120 s a repetition, nearly all of it for calls of 5 s
 
 
+def test_subjects_are_grouped_as_memory_allows() -> None:
+    whose = [(n, eager) for eager in (False, True) for n in (1, 4, 16)]
+    assert paper_run.grouped(whose, 1e9, None) == paper_run.grouped(whose, 1e9, 8 * 10**9) == [whose]
+    assert paper_run.grouped(whose, 2e9, 8 * 10**9) == [whose[:3], whose[3:]]
+    assert paper_run.grouped(whose, 4e9, 8 * 10**9) == [[one] for one in whose]
+    assert paper_run.grouped(whose[:3], 4e9, 16 * 10**9) == [whose[:3]]
+
+
 def test_models_are_tried_in_order_and_each_leaves_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[str, float]] = []
 
