@@ -15,10 +15,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from par_runtime.bundle import WEIGHTS
+from par_runtime.bundle import Stored as Stored  # part of this module: the manifest and the graphs tell it alike
+
 OPSET = 24
 COMPATIBLE_OPSET = 23  #: what ONNX Runtime 1.23 runs, the last release for Python 3.10
 IR_VERSION = 11
-WEIGHTS_FILE = "weights.data"
+WEIGHTS_FILE = WEIGHTS
 
 ONNX_TYPE = {
     "float32": TensorProto.FLOAT,
@@ -33,16 +36,6 @@ ONNX_TYPE = {
 }
 QUANTISED = ("int8", "int4")  #: weights stored so have their scales beside them, under their name + SCALE
 SCALE = ".scale"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of the weights file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
 
 
 @dataclass
