@@ -272,7 +272,8 @@ class Eager:
                 try:
                     self._step(self._model, state, positions, sampling)
                 except torch._dynamo.exc.TorchDynamoException as error:
-                    reason = str(error).strip().splitlines()[0]
+                    told = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+                    reason = told[1] if told[0].endswith(":") and len(told) > 1 else told[0]  # who raised, then what
                     raise EagerError(
                         f"torch.compile of PyTorch {self.version} failed ({reason}); leave the compiled baseline out, or "
                         "install what it misses (a C++ compiler with Python's headers on a CPU, Triton on CUDA)"
