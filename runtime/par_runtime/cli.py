@@ -58,15 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminated_in_order() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, as Ctrl-C does, so that files begun are removed."""
+    """Let SIGTERM (and SIGHUP, of a terminal that closes) unwind the stack, as Ctrl-C does, so that files begun are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ends = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    ends = [each for each in ends if signal.getsignal(each) is not signal.SIG_IGN]  # nohup means it
+    previous = [signal.signal(each, lambda number, _: sys.exit(128 + number)) for each in ends]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for each, handler in zip(ends, previous, strict=True):
+            signal.signal(each, handler)
 
 
 def _verb(arguments: list[str]) -> str:

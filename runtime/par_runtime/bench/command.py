@@ -63,7 +63,12 @@ def _bench(args: argparse.Namespace) -> int:
     if old is not None:
         outcome.compared = compare.compare(old, outcome.rows)
     _write(args, outcome)
-    slower = [] if outcome.compared is None or args.fail_above is None else _slower(outcome.compared, args.fail_above)
+    if outcome.compared is None or args.fail_above is None:
+        return 0
+    slower = _slower(outcome.compared, args.fail_above)
+    if not outcome.compared.pairs:
+        print("parvis: --fail-above: no row has its pair in the other file, so nothing was compared", file=sys.stderr)
+        return 1
     for what in slower:
         print(f"parvis: slower than --fail-above {args.fail_above:g}: {what}", file=sys.stderr)
     return 1 if slower else 0
@@ -83,6 +88,10 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise RequestError(f"--{name} {value}: expected 1 or more")
+    if args.threads is not None and args.threads > machine.cores():
+        raise RequestError(
+            f"--threads {args.threads}: this process may use {machine.cores()} cores; expected no more than these"
+        )
     if not args.minutes > 0:
         raise RequestError(f"--minutes {args.minutes:g}: expected more than 0")
     if args.fail_above is not None and (args.compare is None or not args.fail_above > 0):
@@ -92,6 +101,8 @@ def check(args: argparse.Namespace) -> None:
         raise RequestError(
             "'-' is standard output, and takes one of --json, --csv and --html; give files for the others"
         )
+    if len(set(outputs)) < len(outputs):
+        raise RequestError("--json, --csv and --html name one file twice; give each its own")
     for path in outputs:
         if path != Path("-"):
             png.check_writable(path)

@@ -18,6 +18,7 @@ from par_runtime.bench.text import aligned, ms
 
 RESAMPLES = 2000
 MIDDLE = 0.95
+FEWEST = 3  #: samples that an interval needs; with fewer it is everything
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def compare(old: Sequence[Row], new: Sequence[Row], seed: int = 0) -> Comparison
 
 def pair(old: Row, new: Row, random: np.random.Generator) -> Pair:
     """The ratio of two rows and its interval."""
+    if min(len(old.samples_ms), len(new.samples_ms)) < FEWEST:
+        return Pair(old, new, new.median_ms / old.median_ms, 0.0, float("inf"))
     middles = []
     for row in (old, new):
         samples = np.asarray(row.samples_ms)

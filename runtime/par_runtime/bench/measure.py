@@ -223,7 +223,7 @@ def row(
         matrix_tflop_s=None,
         limits_from="",
         excluded=facts.excluded,
-        flags=(*few(samples_ms), *flags) if phase not in ("load", "first_preview") else tuple(flags),
+        flags=(*few(samples_ms), *flags),
         machine=where,
         commit=machine.commit(),
         parvis=__version__,

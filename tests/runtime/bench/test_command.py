@@ -108,6 +108,21 @@ def test_two_files_are_compared_without_measuring(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out == ""
 
 
+def test_a_limit_that_meets_no_pair_does_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    old.write_text(to_json(one_row([100.0] * 5)) + "\n")
+    new.write_text(to_json(one_row([100.0] * 5, label="renamed")) + "\n")
+    assert main(["bench", "--compare", str(old), str(new), "--fail-above", "1.1"]) == 1
+    assert "no row has its pair in the other file" in capsys.readouterr().err
+
+
+def test_one_sample_fails_no_limit(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    old.write_text(to_json(one_row([100.0], phase="load")) + "\n")
+    new.write_text(to_json(one_row([300.0], phase="load")) + "\n")
+    assert main(["bench", "--compare", str(old), str(new), "--fail-above", "1.1"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -117,6 +132,8 @@ def test_two_files_are_compared_without_measuring(tmp_path: Path, capsys: pytest
         (["TINY", "--repetitions", "0"], "--repetitions 0: expected 1 or more"),
         (["TINY", "--minutes", "0"], "--minutes 0: expected more than 0"),
         (["TINY", "--threads", "-1"], "--threads -1: expected 1 or more"),
+        (["TINY", "--threads", "100000"], "--threads 100000: this process may use"),
+        (["TINY", "--json", "a.txt", "--csv", "a.txt"], "--json, --csv and --html name one file twice"),
         (["TINY", "--suite", "fast"], "argument --suite: invalid choice: 'fast'"),
         (
             ["TINY", "--against", "eager,vllm"],

@@ -153,6 +153,18 @@ def test_the_page_has_every_plot_and_needs_nothing_else() -> None:
     assert out.index("All measured rows") < out.index("Predicted, not measured")
 
 
+def test_speed_ups_are_of_one_engine() -> None:
+    rows = [
+        *against(20, 10, 80, n=1, label="n1", backend="native-cpu"),
+        *against(20, 10, 90, label="ours", backend="native-cpu"),
+    ]
+    rows += against(20, 10, 400, label="ort")
+    out = shown_page(rows)
+    assert "n = 4: 3.4" in out  # 576 calls of 80 ms against 147 of 90
+    assert "n = 4: 0.7" not in out
+    assert "So many times fewer calls: PAR-L: 3.9 at n = 4." in out
+
+
 def test_the_page_escapes_what_it_is_given() -> None:
     rows = [replace(row, bundle="<script>alert(1)</script>", label="<b>") for row in against(20, 10, 80)]
     out = shown_page(rows)
