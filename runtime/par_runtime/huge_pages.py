@@ -5,7 +5,7 @@ above all in a virtual machine, where each translation is two; in pages of 2 MB 
 asks for them (numpy asks, ONNX Runtime does not), so after a session is made its memory is asked for here:
 ``MADV_COLLAPSE`` (Linux 6.1) moves what lies in small pages into huge ones, at about a second per 2 GB, without taking
 more memory. It is advice: where the system does not follow it (another system, an older kernel, fragmented memory), all
-is as it was. ``docs/benchmarks.md`` has the figures.
+is as it was.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bench.bound import model_name
 from par_runtime.bench.machine import cores
-from par_runtime.bench.pipeline import PIECES, WEIGHT_BYTES, guidance_of, peak_bytes, sampling_of
+from par_runtime.bench.pipeline import PIECES, WEIGHT_BYTES, guidance_of, known_of, peak_bytes
 from par_runtime.bench.subject import Facts, Sample, Shape, spread_calls
 from par_runtime.bundle import Bundle
 from par_runtime.request import RequestError
@@ -34,14 +33,8 @@ class EagerSubject:
         on_cpu = device == "cpu"
         computes = "fp32" if on_cpu else bundle.precision if bundle.precision in ("fp32", "bf16") else "fp16"
         self.facts = Facts(
+            **known_of(bundle, shape),
             label=label,
-            bundle=bundle.name,
-            hash=bundle.hash,
-            model=model_name(shape),
-            parameters=bundle.model["parameters"],
-            n=bundle.group_size,
-            grid=bundle.grid,
-            precision=bundle.precision,
             computes=computes,
             weight_bytes=WEIGHT_BYTES[computes],
             cache_bytes=WEIGHT_BYTES[computes],
@@ -51,9 +44,7 @@ class EagerSubject:
             clock="perf_counter" if on_cpu else "CUDA events",
             threads=threads or cores() if on_cpu else None,
             shape=replace(shape, head_dim=bundle.model["head_dim"]),  # it does not pad
-            image_size=bundle.image_size,
             excluded=(*PIECES, "compilation") if compiled else PIECES,
-            sampling=sampling_of(bundle),
         )
 
     def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:

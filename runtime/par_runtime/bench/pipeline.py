@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -210,14 +211,8 @@ def facts_of(pipeline: Pipeline, label: str) -> Facts:
         device = "cuda"
     shape = Shape.of(bundle)
     return Facts(
+        **known_of(bundle, shape),
         label=label,
-        bundle=bundle.name,
-        hash=bundle.hash,
-        model=model_name(shape),
-        parameters=bundle.model["parameters"],
-        n=bundle.group_size,
-        grid=bundle.grid,
-        precision=bundle.precision,
         computes=engine.precision if engine else "fp32",
         weight_bytes=weight_bytes,
         cache_bytes=WEIGHT_BYTES[engine.precision] if engine else 4.0,
@@ -226,11 +221,24 @@ def facts_of(pipeline: Pipeline, label: str) -> Facts:
         device=device,
         threads=None if engine else _threads(pipeline),
         shape=shape,
-        image_size=bundle.image_size,
         clock="CUDA events" if engine else "perf_counter",
         excluded=(*PIECES, "the host's launches, in the phases") if engine else PIECES,
-        sampling=sampling_of(bundle),
     )
+
+
+def known_of(bundle: Bundle, shape: Shape) -> dict[str, Any]:
+    """The facts that are the bundle's, whatever runs it."""
+    return {
+        "bundle": bundle.name,
+        "hash": bundle.hash,
+        "model": model_name(shape),
+        "parameters": bundle.model["parameters"],
+        "n": bundle.group_size,
+        "grid": bundle.grid,
+        "precision": bundle.precision,
+        "image_size": bundle.image_size,
+        "sampling": sampling_of(bundle),
+    }
 
 
 def sampling_of(bundle: Bundle) -> str:
