@@ -9,7 +9,7 @@ RUN_ENV := .venv
 DEV_ENV := .venv-dev
 GPU_EXTRA ?= tensorrt-rtx
 GPU_BUNDLE ?= models/demo
-KERNELS := $(wildcard runtime/par_runtime/native/*)
+KERNELS := $(wildcard runtime/par_runtime/backends/native/*)
 SOURCES := $(shell find runtime export par_model -name '*.py') $(KERNELS)
 
 .PHONY: demo test test-all test-gpu lint format clean

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from par_runtime import Pipeline
+from par_runtime.backends.engines import ENGINE_JSON, ENGINES, Engine
+from par_runtime.backends.trt.module import RTX
 from par_runtime.bundle import MANIFEST, Bundle, BundleError
-from par_runtime.engines import ENGINE_JSON, ENGINES, Engine
-from par_runtime.trt_module import RTX
 
 
 def copy(source: str, out: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from conftest import GPU_REPORT
-from par_runtime import cuda
+from par_runtime.backends import cuda
 
 pytestmark = pytest.mark.gpu
 #: The bundle that is tested; give your own for figures of your own model.
@@ -45,7 +45,7 @@ def gpu() -> Iterator[cuda.Device]:
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A copy of a bundle with an engine for this GPU, built once per combination."""
-    from par_export.engine import Request, build
+    from par_export.engines.build import Request, build
 
     made: dict[tuple[Any, ...], Path] = {}
     folder = tmp_path_factory.mktemp("engines")
@@ -76,7 +76,7 @@ def test_verify_passes(
     engines: Callable[..., Path], capsys: pytest.CaptureFixture[str], precision: str, mode: str
 ) -> None:
     """Logits per phase, tokens with shared noise, images: within the floors of the precision."""
-    from par_runtime import cli
+    from par_runtime.cli import dispatch as cli
 
     path = engines(BUNDLE, precision, mode)
     code = cli.main(["verify", str(path), "--device", "cuda", "--against", "cpu", "--json"])
@@ -156,8 +156,8 @@ def test_the_benchmarks_rows(engines: Callable[..., Path], gpu: cuda.Device) -> 
     from par_runtime.bench import gpu as bench_gpu
     from par_runtime.bench.limits import Limits
     from par_runtime.bench.measure import Setting, bounded, measure
-    from par_runtime.bench.pipeline import PipelineSubject
-    from par_runtime.bench.text import table
+    from par_runtime.bench.report.text import table
+    from par_runtime.bench.subjects.pipeline import PipelineSubject
 
     here = bench_gpu.describe(0)
     subject = PipelineSubject.load(engines(BUNDLE, "fp16"), "parvis", device="cuda")
@@ -191,7 +191,7 @@ def test_stress_of_200_images_with_constant_memory(engines: Callable[..., Path],
 
 def test_a_named_target_runs_here(engines: Callable[..., Path], gpu: cuda.Device, tmp_path: Path) -> None:
     """What was built for a target by name, as on a machine without a GPU, runs on a GPU of that name."""
-    from par_export.engine import Request, build
+    from par_export.engines.build import Request, build
 
     pytest.importorskip("tensorrt_rtx", reason="only TensorRT-RTX builds for a named target")
     path = tmp_path / "demo"
@@ -207,8 +207,8 @@ def test_a_named_target_runs_here(engines: Callable[..., Path], gpu: cuda.Device
 
 
 def test_tuning_keeps_an_engine(tmp_path: Path) -> None:
-    from par_export import tune
-    from par_export.engine import Request
+    from par_export.cli import tune
+    from par_export.engines.build import Request
 
     path = tmp_path / "demo"
     shutil.copytree(BUNDLE, path, ignore=shutil.ignore_patterns("engines"))

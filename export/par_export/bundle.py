@@ -18,18 +18,20 @@ import onnx
 import onnxruntime
 import torch
 
-from par_export import imagenet, verify, verify_tokenizer
-from par_export.decoder import decoder_graph
-from par_export.encoder import encoder_graph
-from par_export.graph import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph, WeightTable
+from par_export import imagenet
+from par_export.gate import model as verify
+from par_export.gate import tokenizer as verify_tokenizer
+from par_export.graphs.decoder import decoder_graph
+from par_export.graphs.encoder import encoder_graph
+from par_export.graphs.sampling import Variant
+from par_export.graphs.step import io_table, padded_head_dim, step_graph
+from par_export.graphs.vq import PREFIX
+from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph, WeightTable
 from par_export.memory import peak_memory_bytes
-from par_export.sampling import Variant
 from par_export.staging import TargetError, staging
-from par_export.step import io_table, padded_head_dim, step_graph
-from par_export.vq_graph import PREFIX
 from par_export.weights import Weights, write_tokenizer_weights, write_weights
-from par_model.checkpoint import Checkpoint, CheckpointError, infer, open_checkpoint, vq_config
-from par_model.checkpoint_facts import downsampling
+from par_model.checkpoint.facts import downsampling
+from par_model.checkpoint.model import Checkpoint, CheckpointError, infer, open_checkpoint, vq_config
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import CLASS, TOKEN, Phase, input_kinds, phases, token_order
 from par_runtime import __version__

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from par_export.bundle import PRECISIONS, SELFTEST_GUIDANCE, describe, write_graphs, write_manifest
-from par_export.graph import WEIGHTS_FILE, WeightTable
+from par_export.graphs.writer import WEIGHTS_FILE, WeightTable
 from par_export.weights import Weights, write_rotary, write_tokenizer_weights, write_weights
-from par_model.checkpoint import Checkpoint
+from par_model.checkpoint.model import Checkpoint
 from par_model.config import PARConfig, VQConfig, named
 from par_model.transformer import INIT_STD, PAR
 from par_model.vq import VQModel

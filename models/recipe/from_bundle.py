@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from par_export.graph import WEIGHTS_FILE, WeightTable
-from par_export.step import padded_head_dim
-from par_export.vq_graph import PREFIX
+from par_export.graphs.step import padded_head_dim
+from par_export.graphs.vq import PREFIX
+from par_export.graphs.writer import WEIGHTS_FILE, WeightTable
 from par_export.weights import TORCH_TYPE
-from par_model.checkpoint import CheckpointError, check_keys
+from par_model.checkpoint.model import CheckpointError, check_keys
 from par_model.config import Order, PARConfig, VQConfig
 from par_model.ordering import phases, token_order
 from par_model.transformer import PAR

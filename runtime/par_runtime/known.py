@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.backend import Float, Int
+from par_runtime.backends.base import Float, Int
 from par_runtime.bundle import Bundle
 from par_runtime.request import RequestError, array
 

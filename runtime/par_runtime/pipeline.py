@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.backend import Backend, Batch, Float, Int, Whole
+from par_runtime.backends.base import Backend, Batch, Float, Int, Whole
+from par_runtime.backends.choose import choose
 from par_runtime.bundle import Bundle, BundleError, Phase, Verify
-from par_runtime.devices import choose
 from par_runtime.known import Known, given_tokens, known_tokens, log_likelihood
 from par_runtime.request import RequestError, Settings, array, class_index, image_seeds, settings, uniforms
 from par_runtime.tokenizer import Tokenizer, chunk_images
 
 if TYPE_CHECKING:
-    from par_runtime.trt import Capture
+    from par_runtime.backends.trt.backend import Capture
 
 CACHE_LIMIT_BYTES = 2 * 2**30  # default bound of one batch's cache; larger requests run in several batches
 SELFTEST_SECONDS = 5.0  # a large model on a slow machine compares the beginning of its test image

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.backend import Float
+from par_runtime.backends.base import Float
 from par_runtime.bundle import Bundle
 
 SEED_LIMIT = 2**64

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.backend import Int
+from par_runtime.backends.base import Int
 from par_runtime.bundle import Bundle
 from par_runtime.known import given_tokens
 from par_runtime.request import RequestError, array
@@ -42,7 +42,7 @@ class Tokenizer:
         if threads is not None and threads < 1:
             raise RequestError(f"threads {threads}: expected 1 or more")
         try:
-            from par_runtime import ort  # here, because importing onnxruntime takes a while
+            from par_runtime.backends.ort import cpu as ort  # here, because importing onnxruntime takes a while
         except ModuleNotFoundError as error:
             if error.name != "onnxruntime":
                 raise

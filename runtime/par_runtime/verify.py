@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from par_runtime.backend import Float, Int
+from par_runtime.backends.base import Float, Int
+from par_runtime.backends.draws import distance_of
 from par_runtime.bundle import BundleError, Phase
-from par_runtime.draws import distance_of
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import Settings, uniforms
 

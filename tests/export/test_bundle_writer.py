@@ -17,7 +17,10 @@ import torch
 
 from conftest import child, golden_weights
 from par_export import bundle as writer
-from par_export import cli, step, verify, weights
+from par_export import weights
+from par_export.cli import export as cli
+from par_export.gate import model as verify
+from par_export.graphs import step
 from par_model.config import PARConfig
 from par_model.transformer import PAR
 from par_runtime import Bundle
@@ -214,7 +217,7 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_cleans_up(
     good: list[object], tmp_path: Path, sig: signal.Signals
 ) -> None:
     hang = (
-        "import sys, time; from par_export import verify, cli\n"
+        "import sys, time; from par_export.gate import model as verify; from par_export.cli import export as cli\n"
         "def wait(*a, **k): print('gate', flush=True); time.sleep(60)\n"
         "verify.gate = wait; sys.exit(cli.main(sys.argv[1:]))"
     )
@@ -244,7 +247,7 @@ def test_memory_stays_near_the_size_of_the_checkpoint(tmp_path: Path) -> None:
     assert size > 0.95e9
     for precision in ("fp32", "fp16", "bf16"):
         code = (
-            "import sys; from par_export import cli, memory; code = cli.main(sys.argv[1:])\n"
+            "import sys; from par_export import memory; from par_export.cli import export as cli; code = cli.main(sys.argv[1:])\n"
             "print(memory.peak_memory_bytes()); sys.exit(code)"
         )
         arguments = [

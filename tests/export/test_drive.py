@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from conftest import golden_config
-from par_export.drive import Images
-from par_export.verify import run_step
+from par_export.gate.drive import Images
+from par_export.gate.model import run_step
 
 
 def test_rows_of_guided_and_unguided_images() -> None:

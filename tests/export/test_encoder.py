@@ -15,13 +15,16 @@ import pytest
 import torch
 
 from conftest import GOLDEN, golden_weights
-from par_export import bundle, cli, verify_tokenizer
+from par_export import bundle
 from par_export.bundle import Request, export
-from par_export.verify import ParityError, session
+from par_export.cli import export as cli
+from par_export.gate import tokenizer as verify_tokenizer
+from par_export.gate.model import ParityError, session
 from par_model.config import PARConfig, VQConfig
 from par_model.transformer import PAR
 from par_model.vq import VQModel
-from par_runtime import Pipeline, png
+from par_runtime import Pipeline
+from par_runtime.images import png
 
 
 def smooth_images(count: int, size: int, seed: int) -> np.ndarray:
@@ -77,7 +80,7 @@ def test_a_bundle_may_go_without_the_encoder(
     out = tmp_path / "b"
     assert not (out / "encoder.onnx").exists()
     assert (out / "weights.data").stat().st_size < (bundles["fp32"] / "weights.data").stat().st_size - 100_000
-    from par_runtime import cli as parvis
+    from par_runtime.cli import dispatch as parvis
 
     capsys.readouterr()
     image = tmp_path / "x.png"

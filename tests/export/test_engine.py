@@ -20,16 +20,20 @@ import numpy as np
 import pytest
 
 from conftest import child
-from par_export import build_cli, engine_network, engine_report, engine_weights, step
-from par_export.engine import Request, build
-from par_export.engine_cache import EngineCache
-from par_export.engine_network import Attention, BuildError, Built, MappedWeights, Target, build_plan
-from par_export.graph import SCALE, Graph, Stored, WeightTable
-from par_export.step import Form, padded_head_dim, step_graph
+from par_export.cli import build as build_cli
+from par_export.engines import network as engine_network
+from par_export.engines import report as engine_report
+from par_export.engines import weights as engine_weights
+from par_export.engines.build import Request, build
+from par_export.engines.cache import EngineCache
+from par_export.engines.network import Attention, BuildError, Built, MappedWeights, Target, build_plan
+from par_export.graphs import step
+from par_export.graphs.step import Form, padded_head_dim, step_graph
+from par_export.graphs.writer import SCALE, Graph, Stored, WeightTable
 from par_model.config import PARConfig
-from par_runtime import trt_module
+from par_runtime.backends.engines import Engine, EngineError
+from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, seal
-from par_runtime.engines import Engine, EngineError
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'")
 SM80 = Target("SM80")
@@ -469,7 +473,7 @@ def test_no_bundle_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_ctrl_c_ends_a_build_and_leaves_nothing(tiny_copy: Path) -> None:
     """The signal comes from the builder's own progress, so it always falls into the build."""
     code = (
-        "import os, signal, sys; from par_export import build_cli\n"
+        "import os, signal, sys; from par_export.cli import build as build_cli\n"
         "build_cli._Bar.__call__ = lambda self, *a: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(build_cli.main(sys.argv[1:]))"
     )
@@ -485,7 +489,7 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(tiny_copy: Path) -> None:
 
 def test_a_build_needs_no_torch(tiny_copy: Path) -> None:
     code = (
-        "import sys; from par_export import build_cli\n"
+        "import sys; from par_export.cli import build as build_cli\n"
         "code = build_cli.main(sys.argv[1:])\n"
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from par_export import engine_weights
-from par_export.drive import Driver, input_ids, session
-from par_export.engine import step_config
-from par_export.graph import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, WeightTable
-from par_export.step import Form, step_graph
-from par_export.verify import run_step, runnable_opset
+from par_export.engines import weights as engine_weights
+from par_export.engines.build import step_config
+from par_export.gate.drive import Driver, input_ids, session
+from par_export.gate.model import run_step, runnable_opset
+from par_export.graphs.step import Form, step_graph
+from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, WeightTable
 from par_model.config import PARConfig
 from par_model.ordering import phases
 from par_runtime.bundle import Bundle

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import golden_weights
 from par_export.bundle import PRECISIONS, Request, export
 from par_export.weights import Weights, write_tokenizer_weights, write_weights
-from par_model.checkpoint import open_checkpoint, par_config, vq_config
+from par_model.checkpoint.model import open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig
 from par_model.transformer import PAR
 from par_model.vq import VQModel

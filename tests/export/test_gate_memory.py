@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from conftest import golden_config
-from par_export import cli, memory, step, verify
-from par_export.graph import WeightTable
-from par_export.verify import COMPATIBLE_STEP, run_step
+from par_export import memory
+from par_export.cli import export as cli
+from par_export.gate import model as verify
+from par_export.gate.model import COMPATIBLE_STEP, run_step
+from par_export.graphs import step
+from par_export.graphs.writer import WeightTable
 
 GB = 10**9
 

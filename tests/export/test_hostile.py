@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from conftest import golden_weights
 from par_model.config import PARConfig
 from par_model.transformer import PAR
-from par_runtime import cli
+from par_runtime.cli import dispatch as cli
 
 State = dict[str, torch.Tensor]
 CONFIG = {"n_heads": 2, "grid": (1, 4, 4)}

@@ -11,8 +11,8 @@ import torch
 
 from par_model.config import named
 from par_model.transformer import PAR
-from par_runtime import cli
-from par_runtime.bench.bound import DATA_SHEETS, all_calls, bound, named_shape
+from par_runtime.cli import dispatch as cli
+from par_runtime.cost.bound import DATA_SHEETS, all_calls, bound, named_shape
 
 
 def test_a_checkpoint_that_says_all_is_told_with_what_its_bundle_needs(

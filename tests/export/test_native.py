@@ -14,10 +14,11 @@ import pytest
 
 from par_export.random_bundle import family
 from par_model.config import PARConfig
-from par_runtime import Bundle, BundleError, Pipeline, native
-from par_runtime.backend import Batch
-from par_runtime.native import NativeBackend, why_not
-from par_runtime.ort import OrtBackend
+from par_runtime import Bundle, BundleError, Pipeline
+from par_runtime.backends.base import Batch
+from par_runtime.backends.native import backend as native
+from par_runtime.backends.native.backend import NativeBackend, why_not
+from par_runtime.backends.ort.cpu import OrtBackend
 from par_runtime.request import uniforms
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler at installation, or an older CPU")

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from conftest import GOLDEN, golden_config, golden_weights
-from par_export import verify
 from par_export.bundle import Request, export
-from par_export.step import padded_head_dim
-from par_export.verify import COMPATIBLE_STEP, run_step, session
+from par_export.gate import model as verify
+from par_export.gate.model import COMPATIBLE_STEP, run_step, session
+from par_export.graphs.step import padded_head_dim
 from par_model.config import PARConfig, VQConfig
 from par_model.generate import generate
 from par_model.ordering import token_order

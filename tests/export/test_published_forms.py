@@ -25,7 +25,9 @@ from par_model.config import PARConfig, VQConfig
 from par_model.generate import generate
 from par_model.transformer import PAR
 from par_model.vq import VQModel
-from par_runtime import Bundle, cli, png
+from par_runtime import Bundle
+from par_runtime.cli import dispatch as cli
+from par_runtime.images import png
 
 LABELS = (2, 0)
 VQ = VQConfig(codebook_size=96, channels=32, channel_multipliers=(1, 1, 1, 1, 1), res_blocks=1, z_channels=32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from par_export.graph import WEIGHTS_FILE, WeightTable
+from par_export.graphs.writer import WEIGHTS_FILE, WeightTable
 from par_export.random_bundle import family, like, parameters, published
 from par_model.config import PARConfig, VQConfig, named
 from par_model.generate import generate

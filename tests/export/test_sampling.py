@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy import stats
 
-from par_export.graph import Graph
-from par_export.sampling import TOPK_LIMIT, Variant, sample
-from par_export.verify import runnable_opset
+from par_export.gate.model import runnable_opset
+from par_export.graphs.sampling import TOPK_LIMIT, Variant, sample
+from par_export.graphs.writer import Graph
 from par_model.generate import sample as oracle
 
 VARIANTS: list[Variant] = ["dynamic", "topk", "exact"]

@@ -10,12 +10,13 @@ import pytest
 from double import tensorrt
 from double.driver import Driver
 
-from par_export import tune as tuning
-from par_export.engine import Request
-from par_export.engine_network import BuildError
-from par_runtime import cuda, trt_module
+from par_export.cli import tune as tuning
+from par_export.engines.build import Request
+from par_export.engines.network import BuildError
+from par_runtime.backends import cuda
+from par_runtime.backends.engines import ENGINES, Engine
+from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle
-from par_runtime.engines import ENGINES, Engine
 from par_runtime.pipeline import Pipeline
 
 

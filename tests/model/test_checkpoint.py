@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import golden_weights
-from par_model.checkpoint import CheckpointError, open_checkpoint, par_config, vq_config
+from par_model.checkpoint.model import CheckpointError, open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig, named
 from par_model.transformer import PAR
 from par_model.vq import VQModel
@@ -93,7 +93,7 @@ def test_a_file_of_parvis_train_says_everything_itself(tmp_path: Path, state: di
 
 @pytest.mark.parametrize("size", ["B", "3B"])
 def test_named_sizes_need_nothing_said(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from par_model.checkpoint import Checkpoint
+    from par_model.checkpoint.model import Checkpoint
 
     with torch.device("meta"):
         tensors = PAR(named(size)).state_dict()

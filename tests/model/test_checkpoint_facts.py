@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from par_model.checkpoint import Checkpoint, CheckpointError, infer, open_checkpoint
+from par_model.checkpoint.model import Checkpoint, CheckpointError, infer, open_checkpoint
 from par_model.config import PARConfig, named
 from par_model.transformer import PAR
 

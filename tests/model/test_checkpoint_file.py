@@ -12,8 +12,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from conftest import golden_weights
-from par_model import hub
-from par_model.checkpoint import CheckpointError, open_checkpoint, par_config
+from par_model.checkpoint import hub
+from par_model.checkpoint.model import CheckpointError, open_checkpoint, par_config
 from par_model.config import PARConfig
 from par_model.transformer import PAR
 

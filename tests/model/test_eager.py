@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from conftest import golden_config, golden_weights
-from par_model import eager
-from par_model.eager import Eager, EagerError
+from par_model import baseline as eager
+from par_model.baseline import Eager, EagerError
 from par_model.generate import generate
 from par_model.transformer import PAR
 from par_runtime import Pipeline

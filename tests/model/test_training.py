@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from par_model import encode_codes, train, train_tokenizer
-from par_model.checkpoint import open_checkpoint, par_config, vq_config
-from par_model.training import batch_index, cosine
+from par_model.checkpoint.model import open_checkpoint, par_config, vq_config
+from par_model.training import encode as encode_codes
+from par_model.training import tokenizer as train_tokenizer
+from par_model.training import transformer as train
+from par_model.training.run import batch_index, cosine
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from conftest import child
-from par_runtime import Pipeline, Result, cli, png
+from par_runtime import Pipeline, Result
+from par_runtime.cli import dispatch as cli
+from par_runtime.images import png
 
 
 def run(*arguments: object) -> int:

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from par_runtime import cuda
-from par_runtime.cuda import CudaError, Device, OutOfMemory
+from par_runtime.backends import cuda
+from par_runtime.backends.cuda import CudaError, Device, OutOfMemory
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-python: pip install 'parvis[tensorrt]'")
 
@@ -33,8 +33,8 @@ import ctypes, os, sys, threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 import numpy as np
-from par_runtime import cuda
-from par_runtime.cuda import CudaError, Device, OutOfMemory
+from par_runtime.backends import cuda
+from par_runtime.backends.cuda import CudaError, Device, OutOfMemory
 """
 
 # -- what the children use too ------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def run(tmp_path: Path) -> Callable[..., None]:
         parts = [PRELUDE, f"KINDS = {KINDS}\n", *shared, inspect.getsource(check), f"{check.__name__}()\n"]
         script.write_text("\n".join([*parts, "print('reached the end')\n"]))
         env = {k: v for k, v in os.environ.items() if not k.startswith("STUB_CUDA_") and k != "LD_LIBRARY_PATH"}
-        env |= {"PYTHONPATH": str(Path(cuda.__file__).parents[1])} | settings
+        env |= {"PYTHONPATH": str(Path(cuda.__file__).parents[2])} | settings
         if library is not None:
             env["LD_LIBRARY_PATH"] = str(library)
         done = subprocess.run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from par_runtime.draws import draw, draw_all, kept, kept_all
+from par_runtime.backends.draws import draw, draw_all, kept, kept_all
 
 
 def cases(count: int, vocab: int, ties: bool) -> tuple[np.ndarray, ...]:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from par_runtime import Pipeline, cli, photo, png
+from par_runtime import Pipeline
 from par_runtime.bundle import Bundle
+from par_runtime.cli import dispatch as cli
+from par_runtime.images import photo, png
 from par_runtime.request import RequestError
 from par_runtime.tokenizer import Tokenizer
 

@@ -45,7 +45,7 @@ def test_no_combination_brings_both_onnxruntimes_by_accident() -> None:
 
 
 def test_the_extra_brings_an_onnxruntime_gpu_that_cuda_ort_takes() -> None:
-    from par_runtime.ort_cuda import CUDA_SINCE
+    from par_runtime.backends.ort.gpu import CUDA_SINCE
 
     newest = EXTRAS["onnxruntime-gpu"][0]
     assert newest == f"onnxruntime-gpu>={'.'.join(map(str, CUDA_SINCE))}; python_version >= '3.11'"

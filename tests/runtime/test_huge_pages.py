@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from par_runtime import huge_pages
-from par_runtime.huge_pages import HUGE_BYTES, plain_mappings, use_huge_pages
+from par_runtime.backends.ort import huge_pages
+from par_runtime.backends.ort.huge_pages import HUGE_BYTES, plain_mappings, use_huge_pages
 
 MAPS = """\
 55d0c0000000-55d0c1000000 rw-p 00000000 00:00 0                          [heap]

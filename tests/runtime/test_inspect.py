@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from par_runtime import cli
 from par_runtime.bundle import Bundle, Phase
-from par_runtime.inspect import bound_ms, cache_bytes, describe, step_parameters
+from par_runtime.cli import dispatch as cli
+from par_runtime.cli.inspect import bound_ms, cache_bytes, describe, step_parameters
 
 
 def model(dim: int, layers: int, heads: int, ffn: int, n: int) -> Any:

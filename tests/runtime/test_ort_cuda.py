@@ -14,10 +14,11 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from par_runtime import cli, ort_cuda
+from par_runtime.backends.cuda import CudaError
+from par_runtime.backends.ort import gpu as ort_cuda
+from par_runtime.backends.ort.cpu import OPSET24_SINCE
 from par_runtime.bundle import Bundle, BundleError
-from par_runtime.cuda import CudaError
-from par_runtime.ort import OPSET24_SINCE
+from par_runtime.cli import dispatch as cli
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import RequestError
 

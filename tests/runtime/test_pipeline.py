@@ -14,8 +14,8 @@ import pytest
 
 from conftest import GOLDEN
 from par_runtime import BundleError, Pipeline, RequestError
-from par_runtime.backend import Batch, Float, Int
-from par_runtime.ort import OPSET24_SINCE, OrtBackend, available_cores, spread, window
+from par_runtime.backends.base import Batch, Float, Int
+from par_runtime.backends.ort.cpu import OPSET24_SINCE, OrtBackend, available_cores, spread, window
 from par_runtime.request import class_index, uniforms
 
 
@@ -169,7 +169,7 @@ def test_too_little_memory_is_a_memory_error(pipeline: Pipeline, monkeypatch: py
 
 def test_growing_the_window_changes_nothing(pipeline: Pipeline, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grown = pipeline.generate([0, 1], seed=4).tokens
-    monkeypatch.setattr("par_runtime.ort.BUCKETS", 1)
+    monkeypatch.setattr("par_runtime.backends.ort.cpu.BUCKETS", 1)
     fixed = Pipeline.load(tiny, threads=1).generate([0, 1], seed=4).tokens
     assert (grown == fixed).all()
 
@@ -177,7 +177,7 @@ def test_growing_the_window_changes_nothing(pipeline: Pipeline, tiny: Path, monk
 def test_the_graph_for_older_runtimes_gives_the_same_tokens(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline
 ) -> None:
-    monkeypatch.setattr("par_runtime.ort.OPSET24_SINCE", (99, 0))
+    monkeypatch.setattr("par_runtime.backends.ort.cpu.OPSET24_SINCE", (99, 0))
     older = Pipeline.load(tiny, threads=1)
     assert (older.generate([0, 1, 2], seed=4).tokens == pipeline.generate([0, 1, 2], seed=4).tokens).all()
 
@@ -261,7 +261,7 @@ def test_unknown_devices_are_refused(tiny: Path) -> None:
 def test_importing_the_runtime_loads_neither_torch_nor_onnx(tiny: Path) -> None:
     code = (
         "import sys, par_runtime; from par_runtime import Pipeline;"
-        f"Pipeline.load({str(tiny)!r}).generate(0, seed=1); import par_runtime.commands;"
+        f"Pipeline.load({str(tiny)!r}).generate(0, seed=1); import par_runtime.cli.generate;"
         "bad = {'torch', 'onnx', 'par_model', 'par_export'} & {m.split('.')[0] for m in sys.modules}; assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -282,7 +282,7 @@ def test_the_cache_is_updated_in_place(tiny: Path) -> None:
         return  # the older graph writes with ScatterND, which copies in silence
     # The warning exists and would be seen: the same step, output bound to another buffer.
     copied = (
-        "import sys; from par_runtime import Pipeline, ort; bind = ort._bind; others = []\n"
+        "import sys; from par_runtime import Pipeline; from par_runtime.backends.ort import cpu as ort; bind = ort._bind; others = []\n"
         "def other(a): others.append(a.copy()); return others[-1]\n"
         "ort._bind = lambda b, n, a, output=False: bind(b, n, other(a) if n.startswith('present') else a, output)\n"
         "p = Pipeline.load(sys.argv[1], selftest=False); p.generate([0, 1], seed=1)"

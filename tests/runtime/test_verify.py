@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from par_runtime import verify
-from par_runtime.backend import Batch, Float, Int
-from par_runtime.draws import distance_of, draw
+from par_runtime.backends.base import Batch, Float, Int
+from par_runtime.backends.draws import distance_of, draw
+from par_runtime.cli.verify import Report, as_json, load, run, table
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import settings, uniforms
 from par_runtime.verify import FLOORS, Trial
-from par_runtime.verify_command import Report, as_json, load, run, table
 
 LABELS = [0, 2, 4, 5]
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from test_verify import Sabotaged
 
-from par_runtime import cli, verify_command
-from par_runtime.backend import Float, Int
+from par_runtime.backends.base import Float, Int
 from par_runtime.bundle import seal
+from par_runtime.cli import dispatch as cli
+from par_runtime.cli import verify as verify_command
+from par_runtime.cli.verify import load
 from par_runtime.pipeline import Pipeline
-from par_runtime.verify_command import load
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 
@@ -158,7 +159,8 @@ def test_a_tensorrt_engine_on_the_stand_in_gpu(
     from double import tensorrt
     from double.driver import Driver
 
-    from par_runtime import cuda, trt_module
+    from par_runtime.backends import cuda
+    from par_runtime.backends.trt import module as trt_module
     from par_runtime.bundle import Bundle
 
     driver = Driver()

@@ -11,7 +11,7 @@ import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 
-from par_runtime import cuda
+from par_runtime.backends import cuda
 
 #: Why a GPU runs below its clock, by bit of ``clocks_event_reasons.active``. Idle and a clock that somebody set are not
 #: throttling.

@@ -65,7 +65,7 @@ def facts(gpu: Gpu | None = None) -> Machine:
 def cores() -> int:
     """That this process may use."""
     try:
-        from par_runtime.ort import available_cores
+        from par_runtime.backends.ort.cpu import available_cores
     except ModuleNotFoundError:  # a machine that has only TensorRT
         return os.cpu_count() or 1
     return available_cores()

@@ -17,12 +17,13 @@ from datetime import datetime, timezone
 from typing import Any
 
 from par_runtime import __version__
-from par_runtime.bench import bound, machine
+from par_runtime.bench import machine
 from par_runtime.bench.gpu import Gpu
 from par_runtime.bench.limits import Limits
 from par_runtime.bench.machine import Machine, Watch
 from par_runtime.bench.rows import Row, few, median, quantile, spread
-from par_runtime.bench.subject import PHASES, Facts, Sample, Subject
+from par_runtime.bench.subjects.base import PHASES, Facts, Sample, Subject
+from par_runtime.cost import bound
 from par_runtime.tokenizer import CHUNK_PIXELS
 
 Say = Callable[[str], None]

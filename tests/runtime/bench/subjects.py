@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from par_runtime.bench.bound import named_shape
 from par_runtime.bench.machine import Machine
 from par_runtime.bench.measure import Setting, Taken, row, rows_of
 from par_runtime.bench.rows import Row
-from par_runtime.bench.subject import Facts, Sample, spread_calls
+from par_runtime.bench.subjects.base import Facts, Sample, spread_calls
+from par_runtime.cost.bound import named_shape
 
 MACHINE = Machine("a CPU", 2, 2**25, 2**34, "an OS", 3000.0, "", "", None, None, None)
 

@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from par_runtime.bench.bound import (
+from par_runtime.bench.limits import Limits, matrix_tflop_s, measure_cpu, read_gb_s, sizes
+from par_runtime.bench.subjects.base import Shape
+from par_runtime.bundle import Bundle
+from par_runtime.cost.bound import (
     DATA_SHEETS,
     NAMED,
     all_calls,
@@ -17,10 +20,7 @@ from par_runtime.bench.bound import (
     phase_calls,
     step_parameters,
 )
-from par_runtime.bench.decoder import decoder_work
-from par_runtime.bench.limits import Limits, matrix_tflop_s, measure_cpu, read_gb_s, sizes
-from par_runtime.bench.subject import Shape
-from par_runtime.bundle import Bundle
+from par_runtime.cost.decoder import decoder_work
 from par_runtime.request import RequestError
 
 

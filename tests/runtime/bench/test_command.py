@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from bench.subjects import one_row
 
-from par_runtime.bench import command
 from par_runtime.bench.limits import Limits
 from par_runtime.bench.rows import read, to_json
-from par_runtime.bench.subject import PHASES
-from par_runtime.cli import main
+from par_runtime.bench.subjects.base import PHASES
+from par_runtime.cli import bench as command
+from par_runtime.cli.dispatch import main
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +180,7 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(
 def test_the_baselines_packages_are_named_where_they_are_missing(
     tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from par_runtime.bench import eager
+    from par_runtime.bench.subjects import eager
 
     real = eager.importlib.import_module
 

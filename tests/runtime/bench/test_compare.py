@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bench.subjects import MACHINE, one_row
 
-from par_runtime.bench.compare import compare, text
+from par_runtime.bench.report.compare import compare, text
 from par_runtime.bench.rows import Row
 
 

@@ -8,10 +8,10 @@ import pytest
 from bench.subjects import MACHINE, Scripted, facts, rows_from
 
 from par_runtime.bench import measure
-from par_runtime.bench.bound import all_calls, bound, named_shape, phases_of
 from par_runtime.bench.limits import Limits
 from par_runtime.bench.measure import Setting, bounded, rows_of, told, turns
-from par_runtime.bench.subject import spread_calls
+from par_runtime.bench.subjects.base import spread_calls
+from par_runtime.cost.bound import all_calls, bound, named_shape, phases_of
 
 LIMITS = Limits(((2**20, 100.0), (2**30, 20.0)), 0.1, "measured: by hand")
 

@@ -11,13 +11,14 @@ import pytest
 from double import tensorrt
 from double.driver import Driver
 
-from par_runtime import cuda, trt_module
+from par_runtime.backends import cuda
+from par_runtime.backends.trt import module as trt_module
 from par_runtime.bench import gpu
-from par_runtime.bench.command import _gpu_limits
 from par_runtime.bench.measure import Setting, bounded, measure
-from par_runtime.bench.pipeline import PipelineSubject
-from par_runtime.bench.subject import facts_from
+from par_runtime.bench.subjects.base import facts_from
+from par_runtime.bench.subjects.pipeline import PipelineSubject
 from par_runtime.bundle import Bundle
+from par_runtime.cli.bench import _gpu_limits
 
 
 @pytest.fixture

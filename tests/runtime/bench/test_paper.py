@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from bench.subjects import Scripted, facts, one_row
 
-from par_runtime.bench import command, paper, paper_run
 from par_runtime.bench.limits import Limits
 from par_runtime.bench.measure import Setting
 from par_runtime.bench.rows import Row
-from par_runtime.cli import main
+from par_runtime.bench.suites import paper, paper_run
+from par_runtime.cli import bench as command
+from par_runtime.cli.dispatch import main
 
 LIMITS = Limits(((2**30, 20.0),), 0.1, "measured: by hand")
 #: The paper's tables 2 and 3 and its supplement: name -> steps, seconds.

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from bench.subjects import Scripted, facts, one_row, rows_from
 
+from par_runtime.bench.report.text import csv_text
 from par_runtime.bench.rows import columns, from_plain, median, quantile, read, spread, to_json
-from par_runtime.bench.text import csv_text
 from par_runtime.request import RequestError
 
 

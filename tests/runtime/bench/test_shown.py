@@ -10,13 +10,14 @@ from xml.etree import ElementTree
 import pytest
 from bench.subjects import Scripted, facts, one_row, rows_from
 
-from par_runtime.bench import page, paper, text
-from par_runtime.bench.advice import advice
-from par_runtime.bench.bound import predictions
 from par_runtime.bench.limits import Limits
 from par_runtime.bench.measure import bounded
-from par_runtime.bench.plot import Bar, Part, Series, bars, lines, ticks
+from par_runtime.bench.report import page, text
+from par_runtime.bench.report.advice import advice
+from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines, ticks
 from par_runtime.bench.rows import Row
+from par_runtime.bench.suites import paper
+from par_runtime.cost.bound import predictions
 
 HOW = "measured: by hand"
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from bench.subjects import Scripted, facts
 
-from par_runtime.bench import suites
 from par_runtime.bench.measure import Setting
-from par_runtime.bench.pipeline import PipelineSubject, phase_at
-from par_runtime.bench.serve import arrivals, run, serve
-from par_runtime.bench.subject import PHASES, Sample
+from par_runtime.bench.subjects.base import PHASES, Sample
+from par_runtime.bench.subjects.pipeline import PipelineSubject, phase_at
+from par_runtime.bench.suites import basic as suites
+from par_runtime.bench.suites.serve import arrivals, run, serve
 from par_runtime.request import RequestError
 
 

@@ -9,11 +9,13 @@ import pytest
 
 from double import tensorrt
 from double.driver import Driver
-from par_export import engine, tune
-from par_export.engine import Request
-from par_runtime import cuda, trt_module
+from par_export.cli import tune
+from par_export.engines import build as engine
+from par_export.engines.build import Request
+from par_runtime.backends import cuda
+from par_runtime.backends.engines import ENGINES
+from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle
-from par_runtime.engines import ENGINES
 
 stand_in = Driver(memory_bytes=2**34)
 cuda.driver = stand_in

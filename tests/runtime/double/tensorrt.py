@@ -19,11 +19,11 @@ import numpy as np
 import onnxruntime as ort
 
 from double.driver import Driver, ViolationError
+from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, Plan
+from par_runtime.backends.ort.cpu import OPSET24_SINCE
+from par_runtime.backends.trt.module import TensorRT
+from par_runtime.backends.trt.plan import expected
 from par_runtime.bundle import Bundle, seal, sha256
-from par_runtime.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, Plan
-from par_runtime.ort import OPSET24_SINCE
-from par_runtime.trt_engine import expected
-from par_runtime.trt_module import TensorRT
 
 VERSION = "1.0.double"
 DTYPES = {

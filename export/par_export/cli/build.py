@@ -1,0 +1,245 @@
+"""``parvis build``: a bundle becomes TensorRT plans."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from par_export.engines.build import MODES, PRECISIONS, SAMPLING, Request, build
+from par_export.engines.cache import DEFAULT_LIMIT_BYTES, default_folder
+from par_export.engines.network import BuildCancelledError, BuildError
+from par_export.staging import TargetError
+from par_runtime.backends.engines import ENGINE_JSON
+from par_runtime.backends.trt.module import TensorRTMissingError
+from par_runtime.bundle import BundleError
+from par_runtime.cli.dispatch import Parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.list is not None and not args.list.parent.is_dir():
+        print(
+            f"parvis: error: --list {args.list}: no folder {args.list.parent}; give a file in one that exists",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        folders = []
+        for target in args.target:
+            with _Bar(args.quiet or args.json) as bar:
+                request = Request(
+                    bundle=args.bundle,
+                    target=target,
+                    precision=args.precision,
+                    images=args.images or sizes_up_to(args.max_images),
+                    mode=args.engines,
+                    sampling=args.sampling,
+                    grouped=None if args.attention is None else args.attention == "grouped",
+                    lengths=None if args.visible is None else args.visible == "lengths",
+                    norm_after=args.norm == "after",
+                    decoder_precision=args.decoder_precision,
+                    use_cache=not args.no_cache,
+                    cache_folder=args.cache_dir or default_folder(),
+                    cache_limit_bytes=int(args.cache_gb * 1e9),
+                    reproducible=args.reproducible,
+                )
+                folders.append(build(request, (lambda _: None) if args.json or args.quiet else bar.say, bar))
+    except PermissionError as error:
+        print(
+            f"parvis: error: no permission to write {error.filename}; engines are put into their bundle: copy the bundle to a "
+            "folder that you can write to",
+            file=sys.stderr,
+        )
+        return 2
+    except (BuildError, BundleError, TensorRTMissingError, TargetError, OSError) as error:
+        print(f"parvis: error: {error}", file=sys.stderr)
+        return 2
+    except (BuildCancelledError, KeyboardInterrupt):
+        print("\nparvis: stopped; nothing was written", file=sys.stderr)
+        return 130
+    if args.list is not None:
+        part = args.list.with_name(f".{args.list.name}.part")
+        part.write_text(json.dumps([str(folder) for folder in folders]))
+        part.replace(args.list)
+    if args.json:
+        for folder in folders:
+            print(json.dumps({"engine": str(folder), **json.loads((folder / ENGINE_JSON).read_text())}))
+    elif args.kernels:
+        for folder in folders:
+            _print_kernels(json.loads((folder / ENGINE_JSON).read_text()))
+    return 0
+
+
+def sizes_up_to(most: int) -> tuple[int, ...]:
+    """Batch sizes to build for: 1, 2, 4, ... and ``most`` itself. Other sizes run padded to the next."""
+    sizes = {most}
+    size = 1
+    while size < most:
+        sizes.add(size)
+        size *= 2
+    return tuple(sorted(sizes))
+
+
+def _print_kernels(entry: dict[str, Any]) -> None:
+    for name, plan in entry["report"]["plans"].items():
+        for profile in plan["profiles"][:1]:
+            print(f"\n{name}, {profile['images']} images: {profile['total']} kernels")
+            for i, kernel in enumerate(profile["names"]):
+                print(f"  {i:4} {kernel}")
+
+
+class _Bar:
+    """The builder's progress on stderr, one bar per plan; silent when asked or not on a terminal."""
+
+    def __init__(self, silent: bool) -> None:
+        self._silent = silent or not sys.stderr.isatty()
+        self._bar: Any = None
+        self._plan = ""
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __call__(self, phase: str, fraction: float) -> None:
+        if self._silent:
+            return
+        plan = phase.partition(":")[0]
+        if plan != self._plan:
+            from tqdm import tqdm
+
+            self._close()
+            self._plan = plan
+            self._bar = tqdm(total=100, leave=False, bar_format="{desc:44} {percentage:3.0f} %|{bar}| {elapsed}")
+        self._bar.set_description_str(phase[:44], refresh=False)
+        self._bar.update(100 * fraction - self._bar.n)
+
+    def say(self, line: str) -> None:
+        self._close()
+        print(line, flush=True)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._plan = None, ""
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+
+def count(text: str) -> int:
+    """A number from 1 to 256, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= 256:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of images from 1 to 256")
+    return value
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Such numbers with commas, ascending."""
+    return tuple(sorted({count(part) for part in text.split(",")}))
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected gigabytes, 0 or more")
+    return value
+
+
+def _targets(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    for name in names:
+        digits = name.upper().removeprefix("SM")
+        if name != "local" and not (name.upper().startswith("SM") and digits.isdecimal()):
+            raise argparse.ArgumentTypeError(
+                f"{name!r}: expected SM and a compute capability (SM80 is an A100, SM89 an L4 or RTX 4090), or local"
+            )
+    if not names:
+        raise argparse.ArgumentTypeError("expected at least one target, for instance SM80")
+    return list(dict.fromkeys(name if name == "local" else name.upper() for name in names))
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = Parser(
+        prog="parvis build",
+        description="Build TensorRT plans from a bundle, into its folder engines/. With TensorRT-RTX no GPU is needed: "
+        "name the GPU to build for. Ends with a report: fused layers, kernels per step, bytes.",
+    )
+    p.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
+    )
+    p.add_argument(
+        "--target",
+        type=_targets,
+        required=True,
+        help="SM80 (A100), SM89 (L4, RTX 4090), ... or several with commas; 'local' is this machine's GPU",
+    )
+    p.add_argument("--precision", choices=list(PRECISIONS), help="of the step network (default: the bundle's)")
+    p.add_argument(
+        "--max-images",
+        type=count,
+        default=8,
+        help="largest batch; plans are built for 1, 2, 4, ... up to it (default: 8)",
+    )
+    p.add_argument("--images", type=counts, help="batch sizes to build for, with commas, instead of --max-images")
+    p.add_argument(
+        "--engines",
+        choices=MODES,
+        default="shared",
+        help="'shared': one plan serves every phase, weights once (default); 'per-phase': a plan for each",
+    )
+    p.add_argument(
+        "--sampling", choices=SAMPLING, help="sampling tail (default: the bundle's; topk where that is exact)"
+    )
+    p.add_argument(
+        "--attention",
+        choices=["grouped", "plain"],
+        help="the queries of a group as query heads, or as a sequence (default: grouped up to n = 4)",
+    )
+    p.add_argument(
+        "--visible",
+        choices=["lengths", "mask"],
+        help="what attention sees: a count per row, or a mask (default: lengths where TensorRT has them)",
+    )
+    p.add_argument(
+        "--norm",
+        choices=["before", "after"],
+        default="before",
+        help="apply a norm before the product that follows, or to it: one kernel less per layer, other rounding (default: before)",
+    )
+    p.add_argument(
+        "--decoder-precision",
+        choices=list(PRECISIONS),
+        default="fp32",
+        help="default: fp32, which uses TF32 where faster",
+    )
+    p.add_argument("--kernels", action="store_true", help="also list every kernel of a step")
+    p.add_argument("--json", action="store_true", help="print engine.json instead of text")
+    p.add_argument(
+        "--list", type=Path, metavar="FILE", help="also write the engines' folders there, as JSON, at the end"
+    )
+    p.add_argument("--quiet", action="store_true", help="no progress, no text")
+    p.add_argument("--no-cache", action="store_true", help="neither take the engine from the cache nor keep it there")
+    p.add_argument("--cache-dir", type=Path, help="default: PARVIS_CACHE, or parvis in the user's cache folder")
+    p.add_argument(
+        "--cache-gb", type=_gigabytes, default=DEFAULT_LIMIT_BYTES / 1e9, help="bound of the cache (default: 40)"
+    )
+    p.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="classic TensorRT: fail where a kernel was not timed before, so that the plan is the same again",
+    )
+    return p
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,340 @@
+"""Bundle to engine: TensorRT plans of the step network and the decoder, with a report, in the bundle's folder.
+
+``shared`` (default): one plan of q = n serves every phase; sequential steps run padded, since a step of n positions
+costs a GPU what a step of one costs. ``per-phase``: a plan for each, which holds the weights three times.
+Needs onnx and TensorRT, but neither torch nor a GPU (with TensorRT-RTX). See ``docs/engines.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from par_export import engines, graphs
+from par_export.engines import report as engine_report
+from par_export.engines.cache import DEFAULT_LIMIT_BYTES, EngineCache, default_folder, key_of
+from par_export.engines.network import Attention, BuildError, MappedWeights, OnStep, Target, build_plan
+from par_export.engines.weights import weights_in
+from par_export.graphs.decoder import decoder_graph
+from par_export.graphs.sampling import Variant
+from par_export.graphs.step import Form, step_graph
+from par_export.graphs.vq import PREFIX
+from par_export.graphs.writer import WEIGHTS_FILE, Graph, WeightTable
+from par_export.memory import peak_memory_bytes
+from par_export.staging import staging
+from par_model.config import PARConfig, VQConfig
+from par_runtime import __version__
+from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, Engine, EngineError
+from par_runtime.backends.trt import module as trt_module
+from par_runtime.backends.trt.module import TensorRT
+from par_runtime.bundle import Bundle, seal, sha256
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+MODES = ("shared", "per-phase")
+#: Not "exact": its bisection is a chain of hundreds of reductions, which TensorRT-RTX did not finish in ten minutes.
+SAMPLING = ("plain", "topk")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build. None takes the bundle's, or what :class:`Form` gives for the query length."""
+
+    bundle: Path
+    target: str
+    precision: str | None = None
+    images: tuple[int, ...] = (1, 2, 4, 8)
+    mode: str = "shared"
+    sampling: Variant | None = None
+    grouped: bool | None = None
+    lengths: bool | None = None
+    norm_after: bool = False
+    decoder_precision: str = "fp32"
+    label: str = ""  #: further part of the folder's name, for engines side by side
+    use_cache: bool = True
+    cache_folder: Path = field(default_factory=default_folder)
+    cache_limit_bytes: int = DEFAULT_LIMIT_BYTES
+    reproducible: bool = False
+
+
+def build(
+    request: Request, say: Callable[[str], None] = print, on_step: OnStep = lambda *_: None, trt: TensorRT | None = None
+) -> Path:
+    """Build the engine of ``request``; returns its folder. Raises BuildError, BuildCancelledError, BundleError, TensorRTMissingError."""
+    _check(request)
+    if trt is None:  # only TensorRT-RTX builds for a target that is not here
+        trt = trt_module.load(None if request.target == "local" else trt_module.RTX)
+    bundle = Bundle.open(request.bundle, verify="full")
+    plan = _Plan.of(bundle, request, trt)
+    name = f"{trt.name}-{trt.version}-{plan.target.lower()}-{plan.precision}" + (
+        "" if request.mode == "shared" else f"-{request.mode}"
+    )
+    if request.label:
+        name += f"-{request.label}"
+    out = bundle.path / ENGINES / name
+    cache = EngineCache(request.cache_folder, request.cache_limit_bytes)
+    key = key_of(plan.ingredients())
+    with (
+        _no_empty_folder(out.parent),
+        cache.locked(key) if request.use_cache else _unlocked(),
+        staging(out, force=True, marker=ENGINE_JSON) as folder,
+    ):
+        shutil.rmtree(folder)
+        if request.use_cache and cache.get(key, folder) and _intact(folder, bundle):
+            say(f"{out}: taken from the engine cache ({key[:12]})")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            plan.write(folder, say, on_step)
+            if request.use_cache:
+                try:
+                    cache.put(key, folder)
+                except OSError as error:  # the engine is built: a full cache must not lose it
+                    say(f"not kept in the engine cache: {error}")
+    report = json.loads((out / ENGINE_JSON).read_text())["report"]
+    for line in engine_report.table(report):
+        say(line)
+    return out
+
+
+def _intact(folder: Path, bundle: Bundle) -> bool:
+    """Whether a cached engine is whole: its files may be one with those of an engine that was damaged."""
+    try:
+        Engine.open(folder, bundle, verify="full")
+    except EngineError:
+        return False
+    return True
+
+
+def _check(request: Request) -> None:
+    if request.precision is not None and request.precision not in PRECISIONS:
+        raise BuildError(f"precision {request.precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if request.mode not in MODES:
+        raise BuildError(f"engines {request.mode!r}; expected one of {', '.join(MODES)}")
+    if request.sampling is not None and request.sampling not in SAMPLING:
+        raise BuildError(f"sampling {request.sampling!r}; plans are built with one of {', '.join(SAMPLING)}")
+    if not request.images or min(request.images) < 1 or list(request.images) != sorted(set(request.images)):
+        raise BuildError(f"images {request.images}; expected ascending numbers from 1")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A checked request: everything that decides what the build gives."""
+
+    request: Request
+    bundle: Bundle
+    trt: TensorRT
+    precision: str
+    target: str
+    device: str | None
+    sampling: Variant
+    queries: dict[str, tuple[int, tuple[str, ...]]]  #: plan name -> positions per call, phases it serves
+
+    @staticmethod
+    def of(bundle: Bundle, request: Request, trt: TensorRT) -> _Plan:
+        phases = {phase.name: phase.query for phase in bundle.phases}
+        n = bundle.group_size
+        if request.mode == "shared":
+            queries = {"step": (n, tuple(phases))}
+        else:
+            serves = {"prefill": ("prefill", "sequential"), "transition": ("transition",), "group": ("group",)}
+            queries = {}
+            for name, wanted in serves.items():
+                here = tuple(phase for phase in wanted if phase in phases)
+                if here:
+                    queries[name] = (max(phases[phase] for phase in here), here)
+        target, device = request.target.upper() if request.target != "local" else "local", None
+        if target == "local":
+            target, device = _local(trt)
+        own = bundle.graphs["group"].sampling
+        sampling = request.sampling or (own if own in SAMPLING else "topk")
+        precision = request.precision or bundle.precision
+        return _Plan(request, bundle, trt, precision, target, device, sampling, queries)  # type: ignore[arg-type]
+
+    def form(self, query: int) -> Form:
+        default = Form.of(query)
+        has_lengths = hasattr(self.trt.module.IAttention, "key_value_lengths")
+        lengths = self.request.lengths if self.request.lengths is not None else default.lengths and has_lengths
+        if lengths and not has_lengths:
+            raise BuildError(f"{self.trt.name} {self.trt.version} has no attention by lengths; give --visible mask")
+        grouped = default.grouped if self.request.grouped is None else self.request.grouped and query > 1
+        return Form(grouped, lengths, self.request.norm_after)
+
+    def ingredients(self) -> dict[str, Any]:
+        r = self.request
+        return {
+            "bundle": self.bundle.hash,
+            "parvis": __version__,
+            "schema": ENGINE_SCHEMA,
+            "runtime": [self.trt.name, self.trt.version, self.target, self.device],
+            "precision": [self.precision, r.decoder_precision],
+            "images": list(r.images),
+            "plans": {name: [q, list(p), *vars(self.form(q)).items()] for name, (q, p) in self.queries.items()},
+            "sampling": self.sampling,
+            "graphs": _source_hash(),
+        }
+
+    def write(self, folder: Path, say: Callable[[str], None], on_step: OnStep) -> None:
+        """Build every plan into ``folder`` and describe them in ``engine.json``."""
+        started = time.monotonic()
+        config = step_config(self.bundle)
+        stored = WeightTable.read(self.bundle.path / self.bundle.graphs["group"].file)
+        compute = PRECISIONS[self.precision]
+        plans: dict[str, Any] = {}
+        reports: dict[str, Any] = {}
+        fold = self.request.norm_after
+        with weights_in(self.bundle.path / WEIGHTS_FILE, stored, compute, folder, fold=fold) as (table, data):
+            weights_bytes = sum(entry.length for entry in table.entries.values())
+            for name, (query, phases) in self.queries.items():
+                form = self.form(query)
+                graph = step_graph(
+                    config, table, name=name, compute=compute, query=query, sampling=self.sampling, form=form
+                )
+                attention = Attention(config.n_layers, form.lengths, decomposable=self.precision == "fp32")
+                file, report = self._one(folder, name, graph, data, attention, config.n_layers, weights_bytes, on_step)
+                plans[name] = {"file": file.name, "bytes": file.stat().st_size, "query": query, "phases": list(phases)}
+                reports[name] = report | {"form": vars(form)}
+        decoder = None
+        if self.bundle.image_size is not None:
+            decoder = self._decoder(folder, reports, on_step)
+        for entry in [*plans.values(), *([decoder] if decoder else [])]:
+            entry["sha256"] = sha256(folder / entry["file"])
+        document = {
+            "schema": ENGINE_SCHEMA,
+            "bundle": self.bundle.hash,
+            "parvis": __version__,
+            "runtime": self.trt.name,
+            "version": self.trt.version,
+            "target": self.target,
+            "device": self.device,
+            "precision": self.precision,
+            "decoder_precision": self.request.decoder_precision,
+            "mode": self.request.mode,
+            "images": list(self.request.images),
+            "sampling": self.sampling,
+            "plans": plans,
+            "decoder": decoder,
+            "tuned": {},
+            "report": {
+                "plans": reports,
+                "seconds": round(time.monotonic() - started, 2),
+                "peak_memory_bytes": peak_memory_bytes(),
+            },
+        }
+        (folder / ENGINE_JSON).write_text(json.dumps(seal(document), indent=1))
+        say(
+            f"{self.bundle.name}: {', '.join([*plans, *(['decoder'] if decoder else [])])} for {self.target} with "
+            f"{self.trt.name} {self.trt.version}, {self.precision}, in {time.monotonic() - started:.1f} s, peak memory "
+            f"{peak_memory_bytes() / 1e6:.0f} MB"
+        )
+
+    def _decoder(self, folder: Path, reports: dict[str, Any], on_step: OnStep) -> dict[str, Any]:
+        manifest = json.loads((self.bundle.path / "manifest.json").read_text())
+        vq = VQConfig(**manifest["tokenizer"]["config"])
+        compute = PRECISIONS[self.request.decoder_precision]
+        stored = WeightTable.read(self.bundle.path / self.bundle.graphs["decoder"].file)
+        with weights_in(self.bundle.path / WEIGHTS_FILE, stored, compute, folder) as (table, data):
+            graph = decoder_graph(step_config(self.bundle), vq, table, compute)
+            size = sum(entry.length for key, entry in table.entries.items() if key.startswith(PREFIX))
+            file, reports["decoder"] = self._one(folder, "decoder", graph, data, None, 0, size, on_step)
+        return {"file": file.name, "bytes": file.stat().st_size, "query": 0, "phases": []}
+
+    def _one(
+        self,
+        folder: Path,
+        name: str,
+        graph: Graph,
+        data: MappedWeights,
+        attention: Attention | None,
+        layers: int,
+        weights_bytes: int,
+        on_step: OnStep,
+    ) -> tuple[Path, dict[str, Any]]:
+        file = folder / f"{name}.plan"
+        cache = (
+            self.request.cache_folder / f"timing-{self.trt.name}-{self.trt.version}-{self.device or self.target}.cache"
+        )
+        clock = time.monotonic()
+        with file.open("wb") as out:
+            built = build_plan(
+                self.trt,
+                graph,
+                data,
+                Target("local" if self.request.target == "local" else self.target),
+                self.request.images,
+                lambda piece: out.write(piece),
+                attention=attention,
+                allow_tf32=attention is None,
+                timing_cache=cache if self.request.use_cache else None,
+                reproducible=self.request.reproducible,
+                on_step=lambda phase, fraction: on_step(f"{name}: {phase}", fraction),
+            )
+        built.seconds = time.monotonic() - clock
+        counted = engine_report.kernels(built.log, self.request.images, layers)
+        if attention is not None and not attention.decomposable and self.trt.rtx:
+            for profile in counted:
+                if profile.attention != layers:
+                    raise BuildError(
+                        f"{name}: {profile.attention} of {layers} attention layers are fused at {profile.images} images; "
+                        f"{self.trt.name} {self.trt.version} has no kernel for head size {self.bundle.cache.head_dim}"
+                    )
+        return file, engine_report.plan_report(built, counted, layers, file.stat().st_size, weights_bytes)
+
+
+def step_config(bundle: Bundle) -> PARConfig:
+    """The sizes of the step network, from the manifest."""
+    m = bundle.model
+    return PARConfig(
+        dim=m["dim"],
+        n_layers=m["n_layers"],
+        n_heads=m["n_heads"],
+        vocab_size=m["vocab_size"],
+        n_classes=m["n_classes"],
+        grid=bundle.grid,
+        group_size=bundle.group_size,
+    )
+
+
+def _local(trt: TensorRT) -> tuple[str, str]:
+    """Compute capability and name of this machine's GPU. Raises BuildError."""
+    from par_runtime.backends import cuda
+
+    if cuda.device_count() == 0:
+        raise BuildError(
+            f"target local: no GPU here ({cuda.why_no_device()}); name the GPU to build for, for instance --target SM80 "
+            "for an A100 (TensorRT-RTX builds without one)"
+        )
+    with cuda.Device.open(0) as device:
+        return f"SM{device.capability[0]}{device.capability[1]}", device.name
+
+
+def _source_hash() -> str:
+    """Hash of the packages that shape a plan, so that a cached engine never outlives a change of them."""
+    digest = hashlib.sha256()
+    for package in (graphs, engines):
+        folder = Path(package.__path__[0])
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{package.__name__}/{file.relative_to(folder).as_posix()}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _unlocked() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _no_empty_folder(path: Path) -> Iterator[None]:
+    """A failed first build leaves no empty ``engines``."""
+    try:
+        yield
+    finally:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()

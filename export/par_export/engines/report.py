@@ -1,0 +1,106 @@
+"""What a build settled on: fused layers against the model's, kernels per phase, bytes against the bundle's.
+
+Kernels are the launch cost of a step, and they can be counted without a GPU: with detailed profiling verbosity the
+builder names every fused layer of the finished engine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from par_export.engines.network import Built
+
+#: Entries of the builder's list that launch nothing: they order streams.
+NOT_KERNELS = ("signal", "wait")
+_LAYER = re.compile(r"Name: ([^,]+), LayerType: ([^,]+),")
+_PLACE = re.compile(r"_myl(\d+)_(\d+)$")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels of one plan at one batch size. ``per_layer`` is None for a model of one layer."""
+
+    images: int
+    names: tuple[str, ...]
+    attention: int
+    per_layer: float | None
+    around: float | None  #: before the first and after the last decoder layer, together
+
+    @property
+    def total(self) -> int:
+        return len(self.names)
+
+
+def kernels(log: Sequence[str], images: Sequence[int], layers: int) -> list[Kernels]:
+    """The kernels of every profile, from the builder's log of the finished engine."""
+    found: dict[int, list[tuple[str, str]]] = {}
+    for message in log:
+        for name, kind in _LAYER.findall(message):
+            place = _PLACE.search(name)
+            profile = int(place.group(1)) if place else 0
+            if kind not in NOT_KERNELS:
+                found.setdefault(profile, []).append((name, kind))
+    return [_summary(size, [name for name, _ in found.get(i, [])], layers) for i, size in enumerate(images)]
+
+
+def _summary(images: int, names: list[str], layers: int) -> Kernels:
+    attention = [i for i, name in enumerate(names) if "mha" in name]
+    per_layer = around = None
+    if len(attention) == layers > 1:
+        # From one attention to the next is one layer, whatever was fused across its border.
+        per_layer = (attention[-1] - attention[0]) / (layers - 1)
+        around = len(names) - per_layer * layers
+    return Kernels(images, tuple(names), len(attention), per_layer, around)
+
+
+def plan_report(
+    built: Built, counted: list[Kernels], layers: int, plan_bytes: int, weights_bytes: int
+) -> dict[str, Any]:
+    """The report of one plan, for ``engine.json``. ``weights_bytes``: what the bundle holds for this graph."""
+    return {
+        "seconds": round(built.seconds, 2),
+        "plan_bytes": plan_bytes,
+        "bundle_weights_bytes": weights_bytes,
+        **built.memory,
+        "layers": {
+            "model": layers,
+            "ATTENTION": built.layers.get("ATTENTION_INPUT", 0),
+            "KV_CACHE_UPDATE": built.layers.get("KV_CACHE_UPDATE", 0),
+            "ROTARY_EMBEDDING": built.layers.get("ROTARY_EMBEDDING", 0),
+        },
+        "profiles": [asdict(k) | {"total": k.total} for k in counted],
+        "warnings": [w for w in built.warnings if "Make sure" not in w],
+    }
+
+
+def table(report: Mapping[str, Any]) -> list[str]:
+    """The report of an engine as lines of text."""
+    lines = [
+        f"{'plan':12} {'images':>6} {'attention':>13} {'caches':>9} {'rotary':>7} {'kernels':>8} {'per layer':>10} "
+        f"{'around':>7} {'plan MB':>8} {'weights MB':>11} {'of bundle':>10} {'memory MB':>10}"
+    ]
+    for name, plan in report["plans"].items():
+        layers = plan["layers"]
+        model = layers["model"]
+        for i, profile in enumerate(plan["profiles"]):
+            first = i == 0
+            attention = f"{profile['attention']}/{model} fused" if model else "-"
+            caches = f"{layers['KV_CACHE_UPDATE']}/{2 * model}" if model else "-"
+            rotary = f"{layers['ROTARY_EMBEDDING']}/{model}" if model else "-"
+            sizes = (
+                f"{plan['plan_bytes'] / 1e6:8.1f} {plan['weights_bytes'] / 1e6:11.1f} "
+                f"{plan['weights_bytes'] / max(plan['bundle_weights_bytes'], 1):10.2f} {plan['activation_bytes'] / 1e6:10.1f}"
+            )
+            lines.append(
+                f"{name if first else '':12} {profile['images']:6} {attention:>13} {caches:>9} {rotary:>7} "
+                f"{profile['total']:8} {_number(profile['per_layer']):>10} {_number(profile['around']):>7} "
+                f"{sizes if first else ''}".rstrip()
+            )
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"

@@ -1,0 +1,386 @@
+"""The baseline of ``parvis bench``: generation in PyTorch with a static cache, timed call by call.
+
+This is the published way of running: key-value caches of the full length N, allocated once; mask rows over all N slots
+in every call, however few are filled; guidance and sampling in eager PyTorch after each call. Blocks, embeddings, head
+and sampling are the oracle's (``transformer.py``, ``generate.py``), so its tokens are the oracle's too.
+``compiled`` runs the same step through ``torch.compile``: static shapes, one compilation for each of the query lengths
+1 and n, none of it timed.
+
+Architecture, grid, precision and sampling settings are those of a bundle. Its weights are not read: they lie in the
+layout of its graphs, which this package does not know, and speed does not depend on them. Random ones stand in, or those
+of a ``checkpoint``. On a CPU everything is fp32, as in the bundle's own ``step.onnx``; on CUDA it is the bundle's
+precision.
+
+Letters: B images, R rows (2B when guided), N tokens, n tokens per group, q positions of one call, V codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from par_model.checkpoint.model import check_keys, open_checkpoint
+from par_model.config import PARConfig, VQConfig
+from par_model.generate import sample, uniforms
+from par_model.ordering import phases, token_order
+from par_model.transformer import INIT_STD, PAR, KVCache
+from par_model.vq import VQModel
+
+GPU_TYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class EagerError(RuntimeError):
+    """The baseline cannot run here; one line says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; the same for all images of a batch."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+
+
+@dataclass
+class State:
+    """One batch in flight, all of it static: no tensor is made anew, none changes its shape.
+
+    ``tokens`` [B,N]; ``labels`` [R], the rows without class last; a cache per layer; ``mask`` [N,N], true where the row
+    of a position sees a slot; ``noise`` [B,N]; ``guidance`` [] fp32.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    caches: list[KVCache]
+    mask: Tensor
+    noise: Tensor
+    guidance: Tensor
+    guided: bool
+
+
+def step(model: PAR, state: State, positions: Tensor, sampling: Sampling) -> None:
+    """One call: the tokens of ``positions`` [q] into ``state.tokens``, their keys and values into the caches."""
+    tokens = state.tokens.repeat(2, 1) if state.guided else state.tokens
+    x = model.embed(tokens, state.labels, positions)
+    x = model.blocks(x, positions, state.mask[positions], state.caches)
+    logits = model.head(x)
+    if state.guided:
+        cond, uncond = logits.chunk(2)
+        logits = uncond + (cond - uncond) * state.guidance
+    if sampling.greedy:
+        drawn = logits.argmax(-1)
+    else:
+        drawn = sample(logits, state.noise[:, positions], sampling.temperature, sampling.top_k, sampling.top_p)
+    state.tokens[:, positions] = drawn
+
+
+def decode(vq: VQModel, tokens: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images [B,H,W,3] uint8 of ``tokens`` [B,N] in sequence order; ``place`` [N] puts them into raster order."""
+    pixels = vq.decode(tokens[:, place].view(-1, *size))
+    return (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+class Eager:
+    """A model of a bundle's architecture, held once, that makes batches and says what each call took.
+
+    ``tokens`` [B,N] and ``images`` [B,H,W,3] uint8 (None without a decoder) are those of the last batch; the next batch
+    overwrites the tokens.
+    """
+
+    tokens: Tensor
+    images: Tensor | None = None
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        *,
+        threads: int | None = None,
+        compiled: bool = False,
+        device: str = "cpu",
+        checkpoint: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+    ) -> None:
+        """Make the model that the manifest of ``bundle`` describes.
+
+        ``threads`` sets PyTorch's threads for the whole process. ``checkpoint`` and ``tokenizer`` give weights where
+        random ones will not do. Raises EagerError, CheckpointError, OSError.
+        """
+        manifest = _manifest(Path(bundle))
+        self.config = _config(manifest, Path(bundle))
+        self.device = _device(device)
+        self.dtype = torch.float32 if self.device.type == "cpu" else GPU_TYPE.get(manifest["precision"], torch.float16)
+        self.name = "torch compiled" if compiled else "torch eager"
+        self.version: str = torch.__version__
+        self.compiled = compiled
+        if compiled:
+            _check_compiler(self.device)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # what the published script asks for
+        defaults = manifest["defaults"]
+        self._sampling = Sampling(defaults["temperature"], defaults["top_k"], defaults["top_p"])
+        self._model = _filled(_without_weights(PAR, self.config), checkpoint, self.dtype, self.device)
+        self._vq = self._tokenizer(manifest["tokenizer"], tokenizer)
+        order = torch.from_numpy(token_order(self.config))
+        self._place = torch.empty_like(order)
+        self._place[order] = torch.arange(len(order))
+        self._place = self._place.to(self.device)
+        # On CUDA also as one graph of kernels; on a CPU the mode changes nothing.
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        self._step: Callable[..., None] = (
+            torch.compile(step, dynamic=False, fullgraph=True, mode=mode) if compiled else step
+        )
+        self._state: State | None = None
+        self._warm: set[tuple[int, bool, Sampling]] = set()
+
+    def _tokenizer(self, entry: dict[str, Any] | None, path: str | Path | None) -> VQModel | None:
+        if entry is None:
+            return None
+        vq = _without_weights(VQModel, VQConfig(**entry["config"]))
+        if path is None:  # the encoder has no part in generation; a checkpoint has all keys, and loses it below
+            del vq.encoder, vq.quant_conv
+        vq = _filled(vq, path, self.dtype, self.device)
+        for name in ("encoder", "quant_conv"):
+            if hasattr(vq, name):
+                delattr(vq, name)
+        return vq
+
+    @torch.no_grad()
+    def run(
+        self,
+        images: int,
+        guidance: float,
+        *,
+        greedy: bool = False,
+        seed: int = 0,
+        calls: Collection[int] | None = None,
+        decoder: bool = True,
+    ) -> tuple[dict[str, list[float]], float]:
+        """Make a batch: image i of class i, drawn with ``seed + i``; ``guidance`` > 1 runs every image twice.
+
+        Returns the milliseconds of each call by phase (prefill, sequential, transition, group, decoder; phases without
+        calls are absent) and those of the whole batch, from labels to uint8 pixels. ``calls`` makes only these calls of
+        an image, counted from 0: every call attends over the full length, so any one costs what its phase costs.
+        ``decoder=False`` ends at tokens. Raises EagerError, MemoryError.
+        """
+        if images < 1:
+            raise EagerError(f"{images} images: expected 1 or more")
+        sampling = Sampling(greedy=True) if greedy else self._sampling
+        try:
+            self._warm_up(images, guidance, sampling, decoder)
+            return self._run(images, guidance, sampling, seed, calls, decoder)
+        except torch.cuda.OutOfMemoryError as error:
+            raise MemoryError(f"{self.name}: {str(error).splitlines()[0]}") from error
+
+    def _run(
+        self,
+        images: int,
+        guidance: float,
+        sampling: Sampling,
+        seed: int,
+        calls: Collection[int] | None,
+        decoder: bool,
+    ) -> tuple[dict[str, list[float]], float]:
+        whole, clock = _Clock(self.device), _Clock(self.device)
+        whole.mark()
+        state = self._start(images, guidance, seed)
+        call, names = 0, list[str]()
+        clock.mark()
+        for phase in phases(self.config):
+            for i in range(phase.repeat):
+                if calls is None or call in calls:
+                    start = phase.start + i * phase.query
+                    positions = torch.arange(start, start + phase.query, device=self.device)
+                    self._step(self._model, state, positions, sampling)
+                    clock.mark()
+                    names.append(phase.name)
+                call += 1
+        self.tokens, self.images = state.tokens, None
+        if decoder and self._vq is not None:
+            self.images = decode(self._vq, state.tokens, self._place, self.config.grid[1:])
+            clock.mark()
+            names.append("decoder")
+        whole.mark()
+        took: dict[str, list[float]] = {}
+        for name, ms in zip(names, clock.laps_ms(), strict=True):
+            took.setdefault(name, []).append(ms)
+        return took, whole.laps_ms()[0]
+
+    def _start(self, images: int, guidance: float, seed: int) -> State:
+        """The state of a new batch, in the buffers of the last one where the shape is the same.
+
+        Keys of the last batch remain: they are masked until they are written again.
+        """
+        c, guided = self.config, guidance > 1
+        state = self._state
+        if state is None or (len(state.tokens), state.guided) != (images, guided):
+            self._state = state = None  # given back first, so that two caches are never held
+            state = self._state = self._buffers(images, guided)
+        labels = torch.arange(images) % c.n_classes
+        state.labels.copy_(torch.cat([labels, torch.full_like(labels, c.n_classes)]) if guided else labels)
+        state.noise.copy_(torch.from_numpy(np.stack([uniforms(seed + i, c.n_tokens) for i in range(images)])))
+        state.guidance.fill_(guidance)
+        state.tokens.zero_()
+        return state
+
+    def _buffers(self, images: int, guided: bool) -> State:
+        c, device = self.config, self.device
+        rows = 2 * images if guided else images
+        caches = [KVCache(rows, c, self.dtype, device) for _ in range(c.n_layers)]
+        slots = torch.arange(c.n_tokens, device=device)
+        state = State(
+            tokens=torch.zeros(images, c.n_tokens, dtype=torch.int64, device=device),
+            labels=torch.zeros(rows, dtype=torch.int64, device=device),
+            caches=caches,
+            mask=slots[None, :] < self._model.visible[:, None],
+            noise=torch.zeros(images, c.n_tokens, device=device),
+            guidance=torch.ones((), device=device),
+            guided=guided,
+        )
+        for cache in caches:
+            for tensor in (cache.k, cache.v):
+                tensor.fill_(0)  # touches every page now, not inside the first calls
+        if self.compiled and device.type == "cuda":
+            # Graphs of kernels are replayed at fixed addresses; what a call writes must say that it stays where it is.
+            for tensor in (state.tokens, *(t for cache in caches for t in (cache.k, cache.v))):
+                torch._dynamo.mark_static_address(tensor)
+        return state
+
+    def _warm_up(self, images: int, guidance: float, sampling: Sampling, decoder: bool) -> None:
+        """One untimed call of each query length, and one of the decoder, for a new shape: compilation happens here."""
+        key = (images, guidance > 1, sampling)
+        if key in self._warm:
+            return
+        state = self._start(images, guidance, 0)
+        # A captured graph of kernels is recorded on the second call and replayed from the third.
+        for _ in range(3 if self.compiled else 1):
+            for first, query in {phase.query: (phase.start, phase.query) for phase in phases(self.config)}.values():
+                positions = torch.arange(first, first + query, device=self.device)
+                try:
+                    self._step(self._model, state, positions, sampling)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    told = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+                    reason = told[1] if told[0].endswith(":") and len(told) > 1 else told[0]  # who raised, then what
+                    raise EagerError(
+                        f"torch.compile of PyTorch {self.version} failed ({reason}); leave the compiled baseline out, or "
+                        "install what it misses (a C++ compiler with Python's headers on a CPU, Triton on CUDA)"
+                    ) from error
+        if decoder and self._vq is not None:
+            decode(self._vq, state.tokens, self._place, self.config.grid[1:])
+        self._warm.add(key)
+
+
+class _Clock:
+    """Marks in time and the milliseconds between them: of the device's stream on CUDA, of the host elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def laps_ms(self) -> list[float]:
+        """Waits for the last mark."""
+        pairs = list(zip(self._marks, self._marks[1:], strict=False))
+        if self._cuda:
+            self._marks[-1].synchronize()
+            return [float(a.elapsed_time(b)) for a, b in pairs]
+        return [1e3 * (b - a) for a, b in pairs]
+
+
+def _manifest(bundle: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EagerError(
+            f"{bundle}: no manifest.json that can be read ({error}); give the folder of a bundle"
+        ) from error
+    return manifest
+
+
+def _config(manifest: dict[str, Any], bundle: Path) -> PARConfig:
+    m = manifest["model"]
+    config = PARConfig(
+        dim=m["dim"],
+        n_layers=m["n_layers"],
+        n_heads=m["n_heads"],
+        vocab_size=m["vocab_size"],
+        n_classes=m["n_classes"],
+        grid=tuple(manifest["grid"]),
+        group_size=manifest["group_size"],
+        order="raster" if manifest["order"] == sorted(manifest["order"]) else "distant",
+        sequential_initial=any(phase["name"] == "prefill" for phase in manifest["phases"]),
+    )
+    if token_order(config).tolist() != manifest["order"] or config.ffn_dim != m["ffn_dim"]:
+        raise EagerError(
+            f"{bundle}: this PyTorch model knows no such order or feed-forward width; export the bundle again"
+        )
+    return config
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EagerError(
+            f"device {name}: PyTorch {torch.__version__} sees no CUDA device; give cpu, or install its CUDA build"
+        )
+    return device
+
+
+def _check_compiler(device: torch.device) -> None:
+    """torch.compile writes C++ for a CPU; without a compiler it would fail late and at length."""
+    wanted = os.environ.get("CXX")
+    if device.type == "cpu" and not any(shutil.which(name) for name in ([wanted] if wanted else ["g++", "clang++"])):
+        raise EagerError(
+            "torch.compile needs a C++ compiler, and there is none "
+            f"({f'CXX={wanted}' if wanted else 'no g++ or clang++ on the path'}); install one, or leave the compiled baseline out"
+        )
+
+
+def _without_weights(kind: Callable[[Any], Any], config: PARConfig | VQConfig) -> Any:
+    with torch.device("meta"):
+        return kind(config)
+
+
+def _filled(model: Any, path: str | Path | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """``model``, made without weights, with those of the checkpoint at ``path``, or with random ones."""
+    bound = (
+        3**0.5 * INIT_STD
+    )  # a uniform draw of the deviation that training begins with, twice as fast as a normal one
+    generator = torch.Generator(device).manual_seed(0)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            fresh = torch.empty(parameter.shape, dtype=dtype, device=device)
+            if path is not None:
+                pass  # loaded below
+            elif parameter.ndim > 1:  # the head too: with a head of zeros all logits would tie
+                fresh.uniform_(-bound, bound, generator=generator)
+            else:
+                fresh.fill_(0.0 if name == "bias" else 1.0)
+            setattr(module, name, nn.Parameter(fresh, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device))
+    if path is not None:
+        source = open_checkpoint(path)
+        check_keys(source.path, source.tensors, model.state_dict())
+        model.load_state_dict({key: source.tensor(key) for key in model.state_dict()})
+    return model.eval()

@@ -1,0 +1,214 @@
+"""Train a small VQ tokenizer on a folder of images: ``parvis train-tokenizer``.
+
+Loss: L1, plus L1 of the image gradient (edges), plus the VQ commitment terms. Codes that nothing was
+assigned to for a while restart at encoder outputs, which keeps the whole codebook in use.
+
+``--encoder-for`` trains an encoder alone, for a codebook and decoder that exist: a model trained on these codes stays
+valid, which a new codebook would not allow.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from par_model.checkpoint.model import CheckpointError, open_checkpoint, vq_config
+from par_model.config import VQConfig
+from par_model.training.run import EMA, ImageFolder, InputError, Run, batch_index, channels_last, command, cosine
+from par_model.vq import VQModel
+
+COMMITMENT = 0.25  # weight of |z - stop(code)|^2 against |stop(z) - code|^2, the usual VQ value
+RESTART_EVERY = 100
+ENCODER = ("encoder.", "quant_conv.")  # keys of the encoding half
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    return command(lambda: train(args))
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run or resume the training that ``args`` (see ``--help``) describes."""
+    data, held_out = ImageFolder.open(args.data), ImageFolder.open(args.val)
+    if args.encoder_for is not None:
+        try:
+            given = open_checkpoint(args.encoder_for)
+            config = vq_config(given)
+        except CheckpointError as error:
+            raise InputError(str(error)) from error
+        with Run(args.run) as run:
+            _train(args, config, run, data, held_out, dict(given.tensors))
+        return
+    try:
+        config = VQConfig(
+            codebook_size=args.codes,
+            channels=args.channels,
+            channel_multipliers=tuple(args.multipliers),
+            res_blocks=args.res_blocks,
+            z_channels=args.z_channels,
+            norm_groups=args.norm_groups,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    with Run(args.run) as run:
+        _train(args, config, run, data, held_out)
+
+
+def _train(
+    args: argparse.Namespace,
+    config: VQConfig,
+    run: Run,
+    data: ImageFolder,
+    held_out: ImageFolder,
+    given: dict[str, Tensor] | None = None,
+) -> None:
+    """``given``: a tokenizer whose codebook and decoder stay as they are; only the encoder is trained, from nothing."""
+    torch.manual_seed(args.seed)
+    model = channels_last(VQModel(config))
+    if given is not None:
+        kept = {key: value for key, value in given.items() if not key.startswith(ENCODER)}
+        model.load_state_dict(kept, strict=False)  # vq_config accounted for every key
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(key not in kept)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    ema = EMA(model, 0.999)
+    usage = torch.zeros(config.codebook_size)
+    step = 0
+    if (state := run.resume(args.resume)) is not None:
+        model.load_state_dict(state["live"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.shadow, step, usage = state["model"], state["step"], state["usage"]
+        torch.set_rng_state(state["rng"])  # of restarted codes
+
+    def save() -> None:
+        final = {"model": ema.shadow, "config": asdict(config) | {"kind": "vq"}}
+        live = {"live": model.state_dict(), "optimizer": optimizer.state_dict()}
+        place = {"step": step, "usage": usage, "rng": torch.get_rng_state()}
+        run.save("checkpoint.pt", final | live | place)
+        if step == args.steps:
+            run.save("model.pt", final)
+
+    while step < args.steps and not run.should_stop:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, args.steps, args.lr, warmup=100)
+        index = batch_index(args.seed, step, args.batch, len(data.images))
+        x = data.batch(index).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, parts, z, ids = reconstruct(model, x)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        ema.update(model, step)
+        usage += torch.bincount(ids.flatten(), minlength=config.codebook_size)
+        step += 1
+        if given is None and step % RESTART_EVERY == 0 and step < args.steps // 2:
+            restarted = restart_dead_codes(model, usage, z.detach())
+            usage.zero_()
+            if restarted:
+                ema.shadow["quantize.embedding.weight"].copy_(model.quantize.embedding.weight.detach())
+        if step % args.report == 0 or step == args.steps:
+            row: dict[str, Any] = {k: float(v.detach()) for k, v in parts.items()}
+            run.log(
+                step=step, images=step * args.batch, **row, **validate(config, ema, held_out, args.run / "sheet.png")
+            )
+            save()
+    save()
+
+
+def reconstruct(model: VQModel, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """Loss, its parts, encoder outputs [B*h*w, codebook_dim] and ids [B,h,w] of images [B,3,H,W]."""
+    z = model.quant_conv(model.encoder(x)).float()
+    with torch.autocast("cpu", enabled=False):
+        z = F.normalize(z.permute(0, 2, 3, 1), dim=-1)
+        codebook = F.normalize(model.quantize.embedding.weight, dim=-1)
+        with torch.no_grad():
+            ids = (z.reshape(-1, z.shape[-1]) @ codebook.T).argmax(1)
+        code = codebook[ids].reshape(z.shape)
+        vq = ((z.detach() - code) ** 2).sum(-1).mean() + COMMITMENT * ((z - code.detach()) ** 2).sum(-1).mean()
+        straight = z + (code - z).detach()  # gradients pass to the encoder as if there were no rounding
+    y = model.decode_codes(straight.permute(0, 3, 1, 2)).float()
+    l1 = (y - x).abs().mean()
+    edges = (y.diff(dim=2) - x.diff(dim=2)).abs().mean() + (y.diff(dim=3) - x.diff(dim=3)).abs().mean()
+    l2 = ((y - x) ** 2).mean()
+    loss = l1 + edges + l2 + 0.5 * vq
+    return loss, {"l1": l1, "edges": edges, "mse": l2, "vq": vq}, z.reshape(-1, z.shape[-1]), ids
+
+
+@torch.no_grad()
+def restart_dead_codes(model: VQModel, usage: Tensor, z: Tensor) -> int:
+    """Move codes without any use to random encoder outputs ``z`` [M, codebook_dim]; returns how many."""
+    dead = (usage == 0).nonzero().flatten()
+    if len(dead):
+        pick = torch.randint(len(z), (len(dead),))
+        weight = model.quantize.embedding.weight
+        weight[dead] = z[pick] + 0.01 * torch.randn(len(dead), z.shape[1])
+        alive = usage > 0
+        weight[alive] = F.normalize(weight[alive], dim=-1)
+    return len(dead)
+
+
+@torch.no_grad()
+def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, count: int = 256) -> dict[str, float]:
+    """PSNR (dB) and used share of the codebook on ``count`` held-out images, with the averaged weights."""
+    from PIL import Image
+
+    model = VQModel(config)
+    model.load_state_dict(ema.shadow)
+    channels_last(model).eval()
+    count = min(count, len(held_out.images))
+    squared, used, rows = 0.0, set(), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for start in range(0, count, 64):
+            x = held_out.batch(np.arange(start, min(start + 64, count)))
+            ids = model.encode(x.to(memory_format=torch.channels_last))
+            y = model.decode(ids).float().clamp(-1, 1)
+            squared += float(((y - x) ** 2).mean(dim=(1, 2, 3)).sum())
+            used.update(ids.flatten().tolist())
+            if start == 0:
+                pairs = torch.stack([x[:24], y[:24]], 1)  # [24, 2, 3, H, W]: original above, reconstruction below
+                rows = [pairs[i : i + 12].permute(1, 3, 0, 4, 2).flatten(0, 1).flatten(1, 2) for i in (0, 12)]
+    pixels = ((torch.cat(rows).clamp(-1, 1) + 1) * 127.5).to(torch.uint8).numpy()
+    Image.fromarray(pixels).save(sheet)
+    mse = squared / count / 4  # images span 2, so the peak squared is 4
+    return {"psnr_db": float(-10 * np.log10(mse)), "codes_used": len(used) / config.codebook_size}
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="parvis train-tokenizer", description="Train a VQ tokenizer on a folder of images."
+    )
+    p.add_argument("--data", type=Path, required=True, help="folder with images.u8, labels.u8, meta.json")
+    p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
+    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheet.png")
+    p.add_argument("--resume", action="store_true", help="continue the run in --run")
+    p.add_argument(
+        "--encoder-for",
+        type=Path,
+        metavar="TOKENIZER",
+        help="keep this tokenizer's codebook, decoder and sizes, and train an encoder for them from nothing",
+    )
+    p.add_argument("--steps", type=int, default=4000)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--report", type=int, default=250, help="steps between reports and checkpoints")
+    p.add_argument("--codes", type=int, default=1024, help="codebook size")
+    p.add_argument("--channels", type=int, default=32)
+    p.add_argument("--res-blocks", type=int, default=1, help="per encoder level; the decoder has one more")
+    p.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 3])
+    p.add_argument("--z-channels", type=int, default=64)
+    p.add_argument("--norm-groups", type=int, default=8)
+    return p
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

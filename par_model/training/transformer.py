@@ -1,0 +1,223 @@
+"""Train a PAR model on encoded images: ``parvis train``.
+
+The defaults are the paper's recipe (section 4.1): AdamW at a constant 1e-4 per 256 images, betas (0.9, 0.95),
+weight decay 0.05 on matrices, clip 1.0, dropout 0.1, class dropout 0.1, bf16 autocast over fp32 weights.
+``--optimizer muon --schedule cosine`` learns faster on a small budget; the shipped demo was trained so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from par_model.config import SIZES, PARConfig, VQConfig
+from par_model.generate import generate
+from par_model.ordering import token_order
+from par_model.training.run import EMA, InputError, Run, batch_index, command, cosine
+from par_model.transformer import PAR
+from par_model.vq import VQModel
+
+CLASS_DROPOUT = 0.1
+MUON_LR = 0.02  # of the matrices; the usual value for orthogonalised updates
+EVAL_IMAGES = 512
+
+Codes = tuple[np.ndarray, np.ndarray, list[str]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    return command(lambda: train(args))
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run or resume the training that ``args`` (see ``--help``) describes."""
+    codes, labels, names = load_codes(args.codes, args.vocab)
+    held_out = load_codes(args.val, args.vocab)
+    config = _config(args, (codes.shape[1], codes.shape[2]), len(names))
+    with Run(args.run) as run:
+        _train(args, config, run, (codes, labels, names), held_out)
+
+
+def _config(args: argparse.Namespace, grid: tuple[int, int], n_classes: int) -> PARConfig:
+    dim, n_layers, n_heads = SIZES[args.size]
+    if args.dim or args.layers or args.heads:
+        if not (args.dim and args.layers and args.heads):
+            raise InputError("--dim, --layers and --heads go together; give all three, or --size")
+        dim, n_layers, n_heads = args.dim, args.layers, args.heads
+    try:
+        return PARConfig(
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            vocab_size=args.vocab,
+            n_classes=n_classes,
+            grid=(1, *grid),
+            group_size=args.group_size,
+            dropout=args.dropout,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _train(args: argparse.Namespace, config: PARConfig, run: Run, data: Codes, held_out: Codes) -> None:
+    codes, labels, names = data
+    torch.manual_seed(args.seed)
+    model = PAR(config)
+    optimizers = make_optimizers(model, args)
+    peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
+    ema = EMA(model, args.ema)
+    step = 0
+    if (state := run.resume(args.resume)) is not None:
+        model.load_state_dict(state["live"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        ema.shadow, step = state["model"], state["step"]
+        torch.set_rng_state(state["rng"])  # of dropout
+    order = token_order(config)
+
+    def save() -> None:
+        final = {"model": ema.shadow, "config": asdict(config) | {"kind": "par"}, "class_names": names}
+        live = {"live": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+        run.save("checkpoint.pt", final | live | {"step": step, "rng": torch.get_rng_state()})
+        if step == args.steps:
+            run.save("model.pt", final)
+
+    total, counted = 0.0, 0
+    while step < args.steps and not run.should_stop:
+        for optimizer, lrs in zip(optimizers, peaks, strict=True):
+            for param_group, peak in zip(optimizer.param_groups, lrs, strict=True):
+                decay = args.schedule == "cosine"
+                param_group["lr"] = cosine(step, args.steps, peak, args.warmup, floor=0.0 if decay else 1.0)
+        index = batch_index(args.seed, step, args.batch, len(codes))
+        drop = np.random.default_rng((args.seed, step)).random(len(index)) < CLASS_DROPOUT
+        tokens = torch.from_numpy(codes[index].reshape(len(index), -1)[:, order].astype(np.int64))
+        classes = torch.from_numpy(np.where(drop, config.n_classes, labels[index]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss = loss_of(model, tokens, classes)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        ema.update(model, step)
+        total, counted, step = total + float(loss.detach()), counted + 1, step + 1
+        if step % args.report == 0 or step == args.steps:
+            averaged = PAR(config).eval()
+            averaged.load_state_dict(ema.shadow)
+            held = held_out_loss(averaged, held_out[0][:EVAL_IMAGES], held_out[1][:EVAL_IMAGES], args.batch)
+            run.log(step=step, images=step * args.batch, loss=total / counted, held_out=held)
+            total, counted = 0.0, 0
+            save()
+            if args.tokenizer and (step % args.sheet == 0 or step == args.steps):
+                sample_sheet(averaged, args.tokenizer, run.path / f"sheet-{step:06d}.png", args.guidance)
+    save()
+
+
+def loss_of(model: PAR, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy (nats) over all N targets of ``tokens`` [B,N] in sequence order."""
+    logits = model(tokens, labels)
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: PAR, codes: np.ndarray, labels: np.ndarray, batch: int) -> float:
+    """Mean cross entropy (nats per token) on held-out ``codes`` [M,h,w], class given."""
+    order, losses = token_order(model.config), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for i in range(0, len(codes), batch):
+            tokens = codes[i : i + batch].reshape(-1, len(order))[:, order].astype(np.int64)
+            classes = torch.from_numpy(labels[i : i + batch].astype(np.int64))
+            losses.append(float(loss_of(model, torch.from_numpy(tokens), classes)) * len(tokens))
+    return sum(losses) / len(codes)
+
+
+def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon for the matrices inside the layers and AdamW for the rest."""
+    lr = args.lr if args.lr else 1e-4 * args.batch / 256
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
+    outer = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith("layers.")]
+    gains = [p for p in model.parameters() if p.ndim == 1]
+    no_decay: dict[str, Any] = {"params": gains, "weight_decay": 0.0}
+    if args.optimizer == "muon":
+        muon = torch.optim.Muon(inner, lr=MUON_LR, momentum=0.95, weight_decay=0.05)
+        return [
+            muon,
+            torch.optim.AdamW([dict[str, Any](params=outer), no_decay], lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+    matrices: dict[str, Any] = {"params": inner + outer, "weight_decay": 0.05}
+    return [torch.optim.AdamW([matrices, no_decay], lr=lr, betas=(0.9, 0.95))]
+
+
+def load_codes(path: Path, vocab: int) -> Codes:
+    """``codes.npz`` of ``parvis encode``: codes [M,h,w], labels [M], class names. Raises InputError, OSError."""
+    try:
+        with np.load(path) as f:
+            codes, labels, names = f["codes"], f["labels"].astype(np.int64), [str(name) for name in f["class_names"]]
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a file of parvis encode ({error}); encode the images again") from error
+    if codes.max() >= vocab:
+        raise InputError(
+            f"{path}: has code {codes.max()}, --vocab {vocab} allows 0..{vocab - 1}; give the tokenizer's codebook size"
+        )
+    return codes, labels, names
+
+
+@torch.no_grad()
+def sample_sheet(model: PAR, tokenizer: Path, path: Path, guidance: float, rows: int = 4) -> None:
+    """Write a PNG with ``rows`` images of each class (at most 16 classes), seeds 0, 1, ..."""
+    from PIL import Image
+
+    state = torch.load(tokenizer, map_location="cpu", weights_only=True, mmap=True)
+    vq = VQModel(VQConfig(**{k: v for k, v in state["config"].items() if k != "kind"})).eval()
+    vq.load_state_dict(state["model"])
+    _, h, w = model.config.grid
+    columns = min(model.config.n_classes, 16)
+    tokens = generate(model, [c for _ in range(rows) for c in range(columns)], guidance=guidance)
+    raster = torch.empty_like(tokens)
+    raster[:, torch.from_numpy(token_order(model.config))] = tokens
+    images = vq.decode(raster.view(-1, h, w)).clamp(-1, 1)
+    side = images.shape[-1]
+    grid = images.view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3)
+    Image.fromarray(((grid + 1) * 127.5).to(torch.uint8).numpy()).save(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="parvis train", description="Train a PAR model on encoded images.")
+    p.add_argument("--codes", type=Path, required=True, help="codes.npz of parvis encode")
+    p.add_argument("--val", type=Path, required=True, help="held-out codes.npz")
+    p.add_argument("--vocab", type=int, required=True, help="codebook size of the tokenizer")
+    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheets")
+    p.add_argument("--resume", action="store_true", help="continue the run in --run")
+    p.add_argument("--tokenizer", type=Path, help="tokenizer checkpoint, for sample sheets")
+    p.add_argument("--size", choices=list(SIZES), default="tiny")
+    p.add_argument("--dim", type=int, help="width, with --layers and --heads instead of --size")
+    p.add_argument("--layers", type=int)
+    p.add_argument("--heads", type=int)
+    p.add_argument("--group-size", type=int, default=4, help="n, tokens per parallel step")
+    p.add_argument("--steps", type=int, default=10000)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    p.add_argument("--schedule", choices=["constant", "cosine"], default="constant")
+    p.add_argument("--lr", type=float, default=0.0, help="of AdamW (default: 1e-4 per 256 images of a batch)")
+    p.add_argument("--warmup", type=int, default=50)
+    p.add_argument("--dropout", type=float, default=0.1)
+    p.add_argument("--ema", type=float, default=0.999)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--report", type=int, default=100, help="steps between reports and checkpoints")
+    p.add_argument("--sheet", type=int, default=500, help="steps between sample sheets")
+    p.add_argument("--guidance", type=float, default=2.0, help="of the sample sheets")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    return p
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,121 @@
+"""Which backend runs a bundle: a plan that fits this GPU, ONNX Runtime on CUDA where asked for, else the CPU."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from par_runtime.backends.cuda import CudaError
+from par_runtime.backends.engines import Engine, EngineError, best, found, misfit
+from par_runtime.backends.trt import module as trt_module
+from par_runtime.bundle import Bundle, Verify
+from par_runtime.request import RequestError
+
+if TYPE_CHECKING:
+    from par_runtime.backends.base import Backend
+    from par_runtime.backends.trt.backend import Capture
+    from par_runtime.backends.trt.module import TensorRT
+
+EXPECTED = (
+    "expected auto, cpu, cuda, cuda:0 (TensorRT on that GPU), or cpu-ort, cuda-ort, cuda-ort:0 (ONNX Runtime, whatever else "
+    "could run there)"
+)
+CPUS = ("cpu", "cpu-ort")
+
+
+def choose(
+    bundle: Bundle,
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    verify: Verify = "auto",
+    capture: Capture = "image",
+) -> tuple[Backend, str]:
+    """The backend for ``device`` and one line that says why it is the CPU ("" where that was asked for).
+
+    ``auto`` takes TensorRT if a plan of the bundle fits the first GPU, else the CPU. ``cpu`` takes the C kernels
+    (``native.py``) where they were built and fit the bundle, else ONNX Runtime; ``cpu-ort`` always this. A named GPU that
+    cannot be used is an error. Raises RequestError, EngineError, BundleError, CudaError.
+    """
+    if device in CPUS:
+        return _cpu(bundle, threads, native=device == "cpu"), ""
+    if device == "auto":
+        try:
+            backend, why = _tensorrt(bundle, 0, verify, capture)
+        except (EngineError, CudaError) as error:
+            backend, why = None, str(error)
+        return (backend, "") if backend is not None else (_cpu(bundle, threads), f"running on the CPU: {why}")
+    match = re.fullmatch(r"(cuda|cuda-ort)(?::(\d+))?", device)
+    if match is None:
+        raise RequestError(f"device {device!r}: {EXPECTED}")
+    index = int(match.group(2) or 0)
+    if match.group(1) == "cuda-ort":
+        from par_runtime.backends.ort import gpu as ort_cuda
+
+        return ort_cuda.load(bundle, index, threads), ""
+    backend, why = _tensorrt(bundle, index, verify, capture)
+    if backend is None:
+        raise EngineError(f"device {device!r} cannot run {bundle.path}: {why}")
+    return backend, ""
+
+
+def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
+    try:
+        from par_runtime.backends.native.backend import NativeBackend, why_not
+        from par_runtime.backends.ort import cpu as ort  # here, because importing onnxruntime takes a while
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise RequestError(
+            "running on the CPU needs onnxruntime, which is not installed; pip install 'parvis[cpu]' (in a clone: "
+            "pip install '.[cpu]')"
+        ) from error
+    if native and why_not(bundle) is None:
+        return NativeBackend(bundle, threads)
+    return ort.load(bundle, threads)
+
+
+def _tensorrt(bundle: Bundle, index: int, verify: Verify, capture: Capture) -> tuple[Backend | None, str]:
+    """A loaded engine on GPU ``index``, or None and the reason."""
+    engines, bad = found(bundle)
+    if not engines:
+        build = f"parvis build {bundle.path} --target local"
+        return None, f"{'; '.join(bad)}" if bad else f"{bundle.path} holds no engines; build them with: {build}"
+    from par_runtime.backends import cuda
+
+    count = cuda.device_count()
+    if index >= count:
+        return None, cuda.why_no_device() if count == 0 else f"there is no GPU {index}, only {count}"
+    with cuda.Device.open(index) as gpu:
+        capability, name = gpu.capability, gpu.name
+    fits: list[tuple[Engine, TensorRT]] = []
+    reasons = list(bad)
+    for runtime in dict.fromkeys(engine.runtime for engine in engines):
+        of_it = [engine for engine in engines if engine.runtime == runtime]
+        try:
+            trt = trt_module.load(runtime)
+        except trt_module.TensorRTMissingError as error:
+            reasons.append(str(error))
+            continue
+        for engine in of_it:
+            why = misfit(engine, trt.name, trt.version, capability, name)
+            if why is None:
+                fits.append((engine, trt))
+            else:
+                reasons.append(why)
+    from par_runtime.backends.trt.backend import TrtBackend
+
+    while fits:
+        engine = best([engine for engine, _ in fits])
+        try:
+            Engine.open(engine.path, bundle, verify)  # before now only its description was read
+        except EngineError as error:  # a damaged one; another may do
+            reasons.append(str(error))
+            fits = [fit for fit in fits if fit[0] is not engine]
+            continue
+        chosen = (
+            engine.tuned.get("capture", capture) if capture == "image" else capture
+        )  # what the caller asks for wins
+        trt = next(t for e, t in fits if e is engine)
+        return TrtBackend(bundle, engine, cuda.Device.open(index), trt, chosen), ""
+    return None, "; ".join(reasons)

@@ -1,0 +1,304 @@
+"""ONNX Runtime on a CUDA GPU: the same graphs as on a CPU, every buffer on the device and bound once.
+
+For machines with CUDA but no TensorRT. Calls are launched one by one by ONNX Runtime, in fp32, so this is the simple
+way to a GPU, not the fast one. Inputs of a call are copied into their device buffers, tokens come back after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_runtime.backends.base import Batch, Float, Int
+from par_runtime.backends.cuda import CudaError
+from par_runtime.bundle import Bundle, BundleError
+from par_runtime.request import RequestError
+
+REPLACE = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'parvis[onnxruntime-gpu]'"
+try:
+    import onnxruntime as ort
+
+    from par_runtime.backends.ort.cpu import MOST_IMAGES, OPSET24_SINCE, TIE, available_cores, explained, run_decoder
+except ModuleNotFoundError as error:
+    if error.name != "onnxruntime":
+        raise
+    raise RequestError(
+        "device 'cuda-ort' needs onnxruntime-gpu, which is not installed; pip install 'parvis[onnxruntime-gpu]' (in a "
+        "clone: pip install '.[onnxruntime-gpu]')"
+    ) from error
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+#: The first release whose CUDA provider takes all of ``step.onnx``: 1.25 and 1.26 leave Transpose, Reshape, Cast and
+#: ReduceMax of opset 24 on the CPU (and Attention of opset 23 in 1.24). How this was found: docs/install.md.
+CUDA_SINCE = (1, 27)
+#: What ONNX Runtime leaves on the CPU on purpose: arithmetic on shapes, which are there already. Any other operator on
+#: the CPU would copy activations, or the cache, back and forth in every call.
+SHAPES = ("Concat", "Gather", "Shape", "Size", "Slice", "Squeeze", "Unsqueeze")
+ASSIGNMENT = "session.record_ep_graph_assignment_info"
+
+
+class OrtCudaBackend:
+    """A bundle on ONNX Runtime's CUDA provider. See ``backend.Backend`` for the calls.
+
+    ``provider`` and ``kind`` ("cuda", "cpu": where the buffers are) let the same code run on a CPU, in the tests.
+    """
+
+    def __init__(
+        self, bundle: Bundle, index: int = 0, threads: int | None = None, *, provider: str = CUDA, kind: str = "cuda"
+    ) -> None:
+        version = tuple(int(part) for part in ort.__version__.split(".")[:2])
+        since = CUDA_SINCE if provider == CUDA else OPSET24_SINCE
+        if provider not in ort.get_available_providers():
+            raise RequestError(
+                f"device 'cuda-ort' needs ONNX Runtime with CUDA, installed is onnxruntime {ort.__version__} with "
+                f"{', '.join(ort.get_available_providers())}: {REPLACE}"
+            )
+        if version < since:
+            raise RequestError(
+                f"device 'cuda-ort' needs onnxruntime-gpu {'.'.join(map(str, since))} or newer (it needs Python 3.11 or newer), "
+                f"installed is {ort.__version__}: pip install --upgrade onnxruntime-gpu, or use device 'cpu'"
+            )
+        if bundle.cache.dtype != "float32":
+            raise BundleError(
+                f"{bundle.path}: cache of dtype {bundle.cache.dtype!r}; device 'cuda-ort' needs float32; export the bundle again"
+            )
+        self.bundle, self._kind, self._index, self._provider = bundle, kind, index, provider
+        self.name = f"onnxruntime-{kind} {ort.__version__}"
+        self.max_images = MOST_IMAGES
+        self.tie = 10 * TIE  # other orders of summation, and kernels that nobody here has measured
+        self._options = ort.SessionOptions()
+        self._options.intra_op_num_threads = threads or available_cores()
+        self._options.log_severity_level = 4  # what fails is raised; it warns of every shape that it leaves on the CPU
+        self._options.add_session_config_entry(ASSIGNMENT, "1")
+        self._step = self._session("step")
+        self._decoder: ort.InferenceSession | None = None
+        self._caches: list[ort.OrtValue] = []
+        self._shape = (0, 0)
+        self._batch: Batch | None = None
+        self._calls: dict[int, _Call] = {}
+
+    def start(self, batch: Batch) -> None:
+        if (batch.rows, batch.images) != self._shape:
+            layout = self.bundle.cache
+            self._calls.clear()
+            self._caches.clear()  # before allocating, so that the old and the new are never held together
+            shape = (batch.rows, layout.heads, self.bundle.n_tokens, layout.head_dim)
+            # Zeros: what is masked must be finite. Keys of an earlier batch are, and are masked until written.
+            self._caches = [self._value(np.zeros(shape, np.float32)) for _ in layout.inputs]
+            self._shape = (batch.rows, batch.images)
+        self._batch = batch
+        for call in self._calls.values():
+            call.set_batch(batch)
+
+    def step(self, ids: Int, write: int, uniform: Float) -> Int:
+        call = self._call(ids, write, uniform)
+        _run(self._step, call.binding)
+        tokens: Int = call.tokens.numpy()
+        return tokens
+
+    def logits(self, ids: Int, write: int) -> Float:
+        assert self._batch is not None
+        uniform = np.zeros((self._batch.images, ids.shape[1]), np.float32)
+        call = self._call(ids, write, uniform)
+        out = self._value(np.zeros((*uniform.shape, self.bundle.vocab_size), np.float32))
+        call.binding.bind_ortvalue_output("logits", out)
+        _run(self._step, call.binding)
+        self._calls.clear()  # the binding now writes logits that nobody owns
+        logits: Float = out.numpy().copy()  # a view of memory that goes with `out`
+        return logits
+
+    def decode(self, tokens: Int) -> NDArray[np.uint8]:
+        if self._decoder is None:
+            self._decoder = self._session("decoder")
+        return run_decoder(self._decoder, tokens, _told)
+
+    def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> None:
+        return None  # every call is run by the pipeline
+
+    def close(self) -> None:
+        self._calls.clear()
+        self._caches.clear()
+        self._shape = (0, 0)
+
+    def _session(self, name: str) -> ort.InferenceSession:
+        graph = self.bundle.graphs.get(name)
+        if graph is None:
+            raise BundleError(f"{self.bundle.path}: has no graph {name!r}; export the bundle again")
+        path = self.bundle.path / graph.file
+        # Shape arithmetic stays on the CPU provider, which ONNX Runtime wants named too. No TF32: a step waits for weights,
+        # not for arithmetic, and the bundle's numbers are those of fp32.
+        cuda = (CUDA, {"device_id": str(self._index), "use_tf32": "0"})
+        providers: list[Any] = [cuda, CPU] if self._provider == CUDA else [self._provider]
+        try:
+            # Without enable_fallback=0, a failure of the GPU, also one in a later run(), is printed and ends on the CPU.
+            with _quiet(self._provider):
+                session = ort.InferenceSession(str(path), self._options, providers=providers, enable_fallback=0)
+        except Exception as error:
+            reason = _reason(error)
+            if isinstance(explained(error), MemoryError):
+                raise MemoryError(reason) from error
+            if reason.startswith(("Invalid device ID", "CUDA failure")):
+                raise RequestError(
+                    f"device 'cuda-ort:{self._index}' cannot be used: {reason}; what does nvidia-smi say?"
+                ) from error
+            raise BundleError(f"{path}: onnxruntime {ort.__version__} cannot load it ({reason})") from error
+        if session.get_providers()[0] != self._provider:
+            raise BundleError(
+                f"{path}: ONNX Runtime fell back to {session.get_providers()[0]}: {why_not_cuda()}. onnxruntime-gpu {ort.__version__} "
+                f"needs a GPU with its driver, CUDA {getattr(ort, 'cuda_version', '') or '13'} and cuDNN 9: "
+                "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            )
+        strays = elsewhere(session, self._provider)
+        if strays and name == "step":
+            raise BundleError(
+                f"{path}: onnxruntime {ort.__version__} runs {', '.join(strays)} on the CPU, which would copy in every call: "
+                "install a newer onnxruntime-gpu, or use device 'cuda' (TensorRT) or 'cpu'"
+            )
+        if strays:  # once per batch, so it is slower and no more
+            warnings.warn(
+                f"{path}: onnxruntime {ort.__version__} runs {', '.join(strays)} on the CPU; decoding copies the image's "
+                "activations back and forth",
+                stacklevel=2,
+            )
+        return session
+
+    def _value(self, array: NDArray[Any]) -> ort.OrtValue:
+        try:
+            return ort.OrtValue.ortvalue_from_numpy(array, self._kind, self._index)
+        except Exception as error:
+            raise _told(error) from error
+
+    def _call(self, ids: Int, write: int, uniform: Float) -> _Call:
+        assert self._batch is not None, "start() comes before step()"
+        query = ids.shape[1]
+        call = self._calls.get(query)
+        if call is None:
+            call = self._calls[query] = _Call(self, self._batch, query)
+        rows = self._batch.rows
+        call.put("ids", np.ascontiguousarray(ids, np.int64))
+        call.put("positions", np.tile(np.arange(write, write + query), (rows, 1)))
+        call.put("write", np.full(rows, write, np.int64))
+        call.put("length", np.full(rows, write + query, np.int64))
+        call.put("uniform", np.ascontiguousarray(uniform, np.float32))
+        return call
+
+
+class _Call:
+    """Device buffers of one query length, bound once."""
+
+    def __init__(self, backend: OrtCudaBackend, batch: Batch, query: int) -> None:
+        rows, images, layout = batch.rows, batch.images, backend.bundle.cache
+        self._values = {
+            name: backend._value(np.zeros(shape, dtype))
+            for name, dtype, shape in (
+                ("ids", np.int64, (rows, query)),
+                ("positions", np.int64, (rows, query)),
+                ("write", np.int64, (rows,)),
+                ("length", np.int64, (rows,)),
+                ("uniform", np.float32, (images, query)),
+                ("cond_row", np.int64, (images,)),
+                ("uncond_row", np.int64, (images,)),
+                ("guidance", np.float32, (images,)),
+                ("temperature", np.float32, (images,)),
+                ("top_k", np.int64, (images,)),
+                ("top_p", np.float32, (images,)),
+            )
+        }
+        self.tokens = backend._value(np.zeros((rows, query), np.int64))
+        self.put("cond_row", np.arange(images))
+        self.set_batch(batch)
+        self.binding = backend._step.io_binding()
+        for name, value in self._values.items():
+            self.binding.bind_ortvalue_input(name, value)
+        self.binding.bind_ortvalue_output("tokens", self.tokens)
+        # One buffer as input and output: this is what makes the cache update in place.
+        for past, present, cache in zip(layout.inputs, layout.outputs, backend._caches, strict=True):
+            self.binding.bind_ortvalue_input(past, cache)
+            self.binding.bind_ortvalue_output(present, cache)
+
+    def set_batch(self, batch: Batch) -> None:
+        for name in ("uncond_row", "guidance", "temperature", "top_k", "top_p"):
+            self.put(name, getattr(batch, name))
+
+    def put(self, name: str, array: NDArray[Any]) -> None:
+        self._values[name].update_inplace(array)
+
+
+def elsewhere(session: ort.InferenceSession, provider: str) -> list[str]:
+    """The operators of a session that another provider than ``provider`` runs, but for arithmetic on shapes."""
+    return sorted(
+        {
+            node.op_type
+            for part in session.get_provider_graph_assignment_info()
+            if part.ep_name != provider
+            for node in part.get_nodes()
+            if node.op_type not in SHAPES
+        }
+    )
+
+
+def why_not_cuda() -> str:
+    """What the dynamic loader says of ONNX Runtime's CUDA provider; ONNX Runtime itself only logs it."""
+    folder = Path(ort.__file__).parent / "capi"
+    try:
+        for name in ("shared", "cuda"):
+            ctypes.CDLL(str(folder / f"libonnxruntime_providers_{name}.so"), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return str(error)
+    return "it gave no reason"
+
+
+@contextlib.contextmanager
+def _quiet(provider: str) -> Iterator[None]:
+    """Find CUDA's libraries in site-packages, as pip installs them, and keep the log to what the caller will raise.
+
+    The provider is not linked to look there: without ``preload_dlls`` the wheels of ``onnxruntime-gpu[cuda,cudnn]`` are
+    found only if torch was imported before.
+    """
+    if provider != CUDA:
+        yield
+        return
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls()
+    ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)
+
+
+def load(bundle: Bundle, index: int = 0, threads: int | None = None) -> OrtCudaBackend:
+    """The CUDA backend of ``bundle`` on GPU ``index``. Raises RequestError, BundleError, CudaError, MemoryError."""
+    return OrtCudaBackend(bundle, index, threads)
+
+
+def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+    try:
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        raise _told(error) from error
+
+
+def _told(error: Exception) -> Exception:
+    """A failure on the GPU as the error that every caller of a backend knows."""
+    reason = _reason(error)
+    if isinstance(explained(error), MemoryError):
+        return MemoryError(reason)
+    return CudaError(f"onnxruntime {ort.__version__} failed: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    """The part of ONNX Runtime's error that a user can act on, without the source lines and host names around it."""
+    text = str(error).strip()
+    told = re.search(r"Invalid device ID[^.\n]*|CUDA failure [^;\n]*|Failed to allocate memory[^\n]*", text)
+    return told.group().strip() if told else (text.splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,178 @@
+"""One plan loaded: checked against the bundle, with its execution contexts on memory that is ours.
+
+What a plan must be is written down once, in ``expected``; a plan that differs is refused here, not at the first
+launch. Contexts are made per profile and share one block of scratch memory: they run one after the other.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+from par_runtime.backends.engines import Engine, EngineError, Plan
+from par_runtime.backends.trt.module import TensorRT
+from par_runtime.bundle import Bundle
+
+RUNTIME_CACHE = "runtime.cache"  #: kernels that TensorRT-RTX compiled for this GPU
+CACHE_TYPE = {"HALF": 2, "BF16": 2, "FLOAT": 4}  #: bytes per number, by TensorRT's name
+_BYTES = {"INT64": 8, "INT32": 4, "FLOAT": 4, "UINT8": 1, **CACHE_TYPE}
+
+
+class LoadedPlan:
+    """A deserialized plan and its contexts."""
+
+    def __init__(
+        self, bundle: Bundle, engine: Engine, name: str, plan: Plan, trt: TensorRT, runtime: Any, log: Any
+    ) -> None:
+        self.name, self.plan, self.engine_entry, self._trt, self._log = name, plan, engine, trt, log
+        path = engine.path / plan.file
+        with path.open("rb") as file:  # mapped: gigabytes need not be in memory twice
+            self.engine = runtime.deserialize_cuda_engine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if self.engine is None:
+            raise EngineError(
+                f"{path}: {trt.name} {trt.version} cannot load it ({log.said()}); rebuild with: {engine.rebuild}"
+            )
+        self.tensors = {self.engine.get_tensor_name(i): i for i in range(self.engine.num_io_tensors)}
+        self._check(bundle)
+        self._config: Any = None
+        self._rtx_cache: Any = None
+        self._contexts: dict[int, Any] = {}
+        strategy = trt.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        if trt.rtx:
+            self._config = self.engine.create_runtime_config()
+            self._config.set_execution_context_allocation_strategy(strategy)
+            kinds = getattr(trt.module, "DynamicShapesKernelSpecializationStrategy", None)
+            if kinds is not None:  # lazily, a capture could freeze the general kernels that run until then
+                self._config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
+            self._rtx_cache = self._config.create_runtime_cache()
+            stored = engine.path / f"{name}.{RUNTIME_CACHE}"
+            if stored.is_file():  # refused where driver or GPU differ; then kernels are compiled again
+                self._rtx_cache.deserialize(stored.read_bytes())
+            self._config.set_runtime_cache(self._rtx_cache)
+        self._strategy = strategy
+
+    def scratch_bytes(self, profile: int) -> int:
+        """Scratch memory that a context of this profile needs."""
+        return int(self.engine.get_device_memory_size_for_profile_v2(profile))
+
+    def element_bytes(self, tensor: str) -> int:
+        return _BYTES[str(self.engine.get_tensor_dtype(tensor)).rpartition(".")[2]]
+
+    def profile_shape(self, tensor: str, profile: int) -> tuple[int, ...]:
+        """The shape of an input at ``profile``, whose minimum and maximum are equal."""
+        shapes = self.engine.get_tensor_profile_shape(tensor, profile)
+        return tuple(shapes[-1])
+
+    def context(self, profile: int, scratch: int, scratch_bytes: int, stream: int) -> Any:
+        """The context of ``profile``, on scratch memory at ``scratch``; shapes are set, addresses are not."""
+        context = self._contexts.get(profile)
+        if context is None:
+            context = self.engine.create_execution_context(self._config if self._trt.rtx else self._strategy)
+            if context is None or not context.set_optimization_profile_async(profile, stream):
+                raise EngineError(
+                    f"{self.engine_entry.path}: no context for profile {profile} of {self.name}: {self._log.said()}"
+                )
+            for tensor in self.tensors:
+                if self._is_input(tensor) and not context.set_input_shape(tensor, self.profile_shape(tensor, profile)):
+                    raise EngineError(
+                        f"{self.engine_entry.path}: {self.name} refuses its own shape of {tensor!r}: {self._log.said()}"
+                    )
+            self._contexts[profile] = context
+        context.set_device_memory(scratch, scratch_bytes)
+        return context
+
+    def save_runtime_cache(self) -> None:
+        """Keep what TensorRT-RTX compiled, so that the next load does not compile it again."""
+        if self._rtx_cache is None:
+            return
+        path = self.engine_entry.path / f"{self.name}.{RUNTIME_CACHE}"
+        blob = bytes(self._rtx_cache.serialize())
+        if path.is_file() and path.stat().st_size == len(blob):
+            return
+        part = path.with_name(f".{path.name}.part")
+        try:
+            part.write_bytes(blob)
+            part.replace(path)
+        except OSError:  # a bundle on a read-only disk: the kernels are compiled at each load
+            part.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._contexts.clear()
+        self.engine = None
+
+    def _is_input(self, tensor: str) -> bool:
+        return bool(self.engine.get_tensor_mode(tensor) == self._trt.module.TensorIOMode.INPUT)
+
+    def _check(self, bundle: Bundle) -> None:
+        """Refuse a plan whose tensors, profiles or aliases are not what the bundle and ``engine.json`` say."""
+        entry, path = self.engine_entry, self.engine_entry.path / self.plan.file
+        again = f"rebuild with: {entry.rebuild}"
+        wanted = expected(bundle, self.plan)
+        missing = sorted(wanted.keys() - self.tensors.keys())
+        extra = sorted(self.tensors.keys() - wanted.keys())
+        if missing or extra:
+            raise EngineError(
+                f"{path}: tensors {', '.join(missing + extra)} {'are missing' if missing else 'are unknown'}; {again}"
+            )
+        profiles = self.engine.num_optimization_profiles
+        if profiles != len(entry.images):
+            raise EngineError(
+                f"{path}: has {profiles} profiles, engine.json lists {len(entry.images)} batch sizes; {again}"
+            )
+        for name, tail in wanted.items():
+            if not self._is_input(name):
+                continue
+            for profile, images in enumerate(entry.images):
+                rows = 2 * images if tail[0] == "R" else images
+                if self.profile_shape(name, profile) != (rows, *tail[1:]):
+                    raise EngineError(
+                        f"{path}: {name!r} has shape {self.profile_shape(name, profile)} at {images} images, expected "
+                        f"{(rows, *tail[1:])}; {again}"
+                    )
+        if self.plan.query == 0:
+            return
+        if not hasattr(self.engine, "get_aliased_input_tensor"):
+            raise EngineError(
+                f"{self._trt.name} {self._trt.version} does not tell aliased tensors; install a newer version"
+            )
+        for past, present in zip(bundle.cache.inputs, bundle.cache.outputs, strict=True):
+            aliased = self.engine.get_aliased_input_tensor(present)
+            if aliased != past:
+                raise EngineError(
+                    f"{path}: cache output {present!r} is aliased with {aliased!r}, expected {past!r}: it would be copied "
+                    f"or lost; {again}"
+                )
+
+
+def expected(bundle: Bundle, plan: Plan) -> dict[str, tuple[Any, ...]]:
+    """Every tensor of a plan with its shape; the first entry is "R" (rows) or "B" (images)."""
+    n, q = bundle.n_tokens, plan.query
+    if q == 0:
+        height, width = bundle.image_size or (0, 0)
+        return {"tokens": ("B", n), "images": ("B", height, width, 3)}
+    out: dict[str, tuple[Any, ...]] = dict.fromkeys(("ids", "positions", "tokens"), ("R", q))
+    out |= dict.fromkeys(("write", "length", "image"), ("R",))
+    out |= dict.fromkeys(("cond_row", "uncond_row", "guidance", "temperature", "top_k", "top_p"), ("B",))
+    out |= {"uniform": ("B", q), "logits": ("B", q, bundle.vocab_size)}
+    cache = ("R", bundle.cache.heads, n, bundle.cache.head_dim)
+    return out | dict.fromkeys((*bundle.cache.inputs, *bundle.cache.outputs), cache)
+
+
+def make_log(trt: TensorRT) -> Any:
+    """A logger that keeps the last error, to be quoted in ours."""
+
+    class Log(trt.module.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.module.ILogger.__init__(self)
+            self._last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if str(severity).rpartition(".")[2] in ("ERROR", "INTERNAL_ERROR"):
+                self._last = message
+
+        def said(self) -> str:
+            """What TensorRT last complained of, once."""
+            last, self._last = self._last, ""
+            return " ".join(last.split())[:400] or "it gave no reason"
+
+    return Log()

@@ -1,0 +1,125 @@
+"""Two runs of the benchmark against each other: rows paired, ratios with intervals.
+
+A pair is the same measurement on the same kind of machine; commit, versions and dates are what may differ. The ratio is
+new over old of the medians, its interval the middle 95 % of what resampling both sets of samples gives (bootstrap).
+Five samples make a wide interval, and that is the truth about five samples. A change is told only where the interval
+leaves out 1; where either row is marked (busy, throttled, debug, few repetitions, estimated) the pair says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from par_runtime.bench.report.text import aligned, ms
+from par_runtime.bench.rows import Row
+
+RESAMPLES = 2000
+MIDDLE = 0.95
+FEWEST = 3  #: samples that an interval needs; with fewer it is everything
+
+
+@dataclass(frozen=True)
+class Pair:
+    """``ratio``: new over old, below 1 is faster; ``low`` .. ``high`` its interval."""
+
+    old: Row
+    new: Row
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """ "faster", "slower", or "same" where the interval holds 1."""
+        return "slower" if self.low > 1 else "faster" if self.high < 1 else "same"
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What speaks against either row."""
+        same = [] if self.old.machine.cpu == self.new.machine.cpu else ["other machine"]
+        return tuple(dict.fromkeys([*same, *self.old.marks, *self.new.marks]))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Pairs in the order of the new rows; rows that only one side has, as text."""
+
+    pairs: tuple[Pair, ...]
+    only_old: tuple[str, ...]
+    only_new: tuple[str, ...]
+
+
+def key(row: Row) -> tuple[object, ...]:
+    """What makes two rows the same measurement. Loads of the serve suite are found anew in each run: their place counts."""
+    return (
+        row.suite, row.phase, row.label, row.bundle, row.model, row.n, row.grid, row.precision, row.computes, row.images,
+        row.guided, row.backend, row.device, row.threads,
+    )  # fmt: skip
+
+
+def named(rows: Sequence[Row]) -> dict[tuple[object, ...], Row]:
+    """Rows by key; of several with the same key the i-th is the i-th of the other file."""
+    out: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        count = 0
+        while (*key(row), count) in out:
+            count += 1
+        out[(*key(row), count)] = row
+    return out
+
+
+def compare(old: Sequence[Row], new: Sequence[Row], seed: int = 0) -> Comparison:
+    """Pair the rows of two runs."""
+    olds, news = named(old), named(new)
+    random = np.random.default_rng(seed)
+    pairs = tuple(pair(olds[name], row, random) for name, row in news.items() if name in olds)
+    return Comparison(
+        pairs,
+        tuple(what(row) for name, row in olds.items() if name not in news),
+        tuple(what(row) for name, row in news.items() if name not in olds),
+    )
+
+
+def pair(old: Row, new: Row, random: np.random.Generator) -> Pair:
+    """The ratio of two rows and its interval."""
+    if min(len(old.samples_ms), len(new.samples_ms)) < FEWEST:
+        return Pair(old, new, new.median_ms / old.median_ms, 0.0, float("inf"))
+    middles = []
+    for row in (old, new):
+        samples = np.asarray(row.samples_ms)
+        middles.append(np.median(samples[random.integers(0, len(samples), (RESAMPLES, len(samples)))], axis=1))
+    low, high = np.quantile(middles[1] / middles[0], [(1 - MIDDLE) / 2, (1 + MIDDLE) / 2])
+    return Pair(old, new, new.median_ms / old.median_ms, float(low), float(high))
+
+
+def what(row: Row) -> str:
+    """A row in a few words."""
+    return f"{row.suite} {row.label} {row.phase}, {row.images} images, n = {row.n}"
+
+
+def text(found: Comparison) -> str:
+    """The comparison as a table."""
+    head = ("", "phase", "images", "old", "new", "new/old", "95 %", "", "marks")
+    body = [
+        (
+            p.new.label,
+            p.new.phase,
+            str(p.new.images),
+            ms(p.old.median_ms),
+            ms(p.new.median_ms),
+            f"{p.ratio:.3f}",
+            f"{p.low:.3f} .. {p.high:.3f}",
+            p.verdict,
+            ", ".join(p.marks),
+        )
+        for p in found.pairs
+    ]
+    lines = aligned(head, body) if body else ["no row of one file has its pair in the other"]
+    if found.pairs:
+        commits = (found.pairs[0].old.commit, found.pairs[0].new.commit)
+        lines = [f"old is of commit {commits[0]}, new of {commits[1]}; below 1 is faster", *lines]
+    lines += [f"only old  {name}" for name in found.only_old] + [f"only new  {name}" for name in found.only_new]
+    return "\n".join(lines)

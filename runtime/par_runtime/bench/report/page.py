@@ -1,0 +1,270 @@
+"""One HTML page that needs nothing else: what was measured, the plots, the tables, every raw sample.
+
+Predictions for GPUs that are not here stand in a section of their own, with another frame, and in no plot.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+
+from par_runtime.bench.report import compare, text
+from par_runtime.bench.report.advice import advice
+from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines
+from par_runtime.bench.report.text import HEAD, cells, ms, number
+from par_runtime.bench.rows import Row, to_json
+from par_runtime.bench.subjects.base import PHASES
+from par_runtime.bench.suites import paper
+from par_runtime.bench.suites.paper import PaperRow
+from par_runtime.cost.bound import Prediction
+
+STYLE = """
+:root{--bg:#fcfcfb;--ink:#1f1f1d;--soft:#5d5d58;--grid:#e4e3de;--frame:#d5d4ce;--p0:#8a6bbe;--p1:#3b74c4;--p2:#c2568f;--p3:#2a9d8f;
+--p4:#d98c2b;--p5:#8d8d86;--s0:#3b74c4;--s1:#d9722b;--s2:#2a9d8f;--s3:#c2568f;--s4:#8a6bbe;--s5:#8d8d86;--bound:#1f1f1d}
+@media (prefers-color-scheme:dark){:root{--bg:#1a1a19;--ink:#eeede8;--soft:#a9a8a1;--grid:#33332f;--frame:#44443f;--p0:#a98be0;
+--p1:#6a9be8;--p2:#e07fb2;--p3:#4fc3b4;--p4:#e8a552;--p5:#a3a29b;--s0:#6a9be8;--s1:#ee9458;--s2:#4fc3b4;--s3:#e07fb2;--s4:#a98be0;
+--s5:#a3a29b;--bound:#eeede8}}
+body{background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1040px;padding:0 1rem}
+h1{font-size:1.5rem;margin:0 0 .3rem}h2{font-size:1.1rem;margin:2.2rem 0 .5rem}p,li{max-width:78ch}.soft{color:var(--soft)}
+svg{display:block;width:100%;height:auto;max-width:860px;font:12px system-ui,sans-serif}
+svg text{fill:var(--ink)}svg .axis{fill:var(--soft)}svg .grid{stroke:var(--grid)}svg .bound{stroke:var(--bound);stroke-width:2}
+.line{fill:none;stroke-width:2}
+.p0{fill:var(--p0)}.p1{fill:var(--p1)}.p2{fill:var(--p2)}.p3{fill:var(--p3)}.p4{fill:var(--p4)}.p5{fill:var(--p5)}
+.s0{fill:var(--s0)}.s1{fill:var(--s1)}.s2{fill:var(--s2)}.s3{fill:var(--s3)}.s4{fill:var(--s4)}.s5{fill:var(--s5)}
+.line.s0{stroke:var(--s0)}.line.s1{stroke:var(--s1)}.line.s2{stroke:var(--s2)}.line.s3{stroke:var(--s3)}.line.s4{stroke:var(--s4)}
+.line.s5{stroke:var(--s5)}.line{fill:none!important}
+.legend{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;margin:.2rem 0 .6rem;color:var(--soft);font-size:.85rem}
+.legend i{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;margin-right:.35rem;vertical-align:-1px}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
+th,td{padding:.28rem .7rem .28rem 0;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
+th{color:var(--soft);font-weight:500}th:first-child,td:first-child,.left{text-align:left}
+.predicted{border:1px dashed var(--frame);padding:.2rem 1rem 1rem;margin-top:2.2rem}
+pre{white-space:pre-wrap;color:var(--soft);font-size:.85rem}details{margin:1rem 0}
+"""
+#: Phases that take less of an image are in the table, but not in the plot of bounds.
+SHOWN_FROM = 0.02
+MODEL_PHASES = ("prefill", "sequential", "transition", "group")
+
+
+def page(
+    rows: Sequence[Row],
+    predictions: Sequence[Prediction],
+    placed: Sequence[PaperRow],
+    compared: compare.Comparison | None,
+) -> str:
+    """The page of one command."""
+    names = list(dict.fromkeys(row.bundle for row in rows))
+    title = "The paper's tables on this device" if placed else f"parvis bench: {', '.join(names)}"
+    parts = [f"<h1>{escape(title)}</h1>"]
+    if rows:
+        parts.append(f"<pre>{escape(chr(10).join(text.about(rows)))}</pre>")
+    parts += _paper(placed)
+    parts += _said(rows)
+    parts += _phases(rows) + _bounds(rows) + _throughput(rows) + _speed_up(rows)
+    parts += _comparison(compared) + _rows(rows)
+    if predictions:
+        parts.append(_predicted(predictions, bool(placed)))
+    parts += _raw(rows)
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    )
+
+
+def _images(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.phase == "image"]
+
+
+def _of(rows: Sequence[Row], image: Row) -> dict[str, Row]:
+    """The rows of one batch by phase."""
+    return {
+        row.phase: row for row in rows if (row.label, row.images, row.suite) == (image.label, image.images, image.suite)
+    }
+
+
+def _said(rows: Sequence[Row]) -> list[str]:
+    told = [found.text for group in text.per_subject(rows) if (found := advice(group)) is not None]
+    told += text.ratios(rows)
+    marks = list(dict.fromkeys(f"{row.label}: {flag}" for row in rows for flag in row.flags))
+    out = ["<ul>" + "".join(f"<li>{escape(text)}</li>" for text in told) + "</ul>"] if told else []
+    if marks:
+        items = "".join(f"<li>{escape(text)}</li>" for text in marks)
+        out.append(
+            f"<details><summary>What speaks against some rows ({len(marks)})</summary><ul>{items}</ul></details>"
+        )
+    return out
+
+
+def _phases(rows: Sequence[Row]) -> list[str]:
+    images = _images(rows)
+    if not images:
+        return []
+    charted = []
+    unit, name_of_unit = (1e-3, "s") if max(image.median_ms for image in images) >= 1e4 else (1.0, "ms")
+    for image in images:
+        by = _of(rows, image)
+        parts = tuple(
+            Part(
+                unit * by[p].median_ms,
+                f"p{i}",
+                f"{image.label}, {p}: {ms(by[p].median_ms)}, {by[p].calls or 0} calls, spread {ms(by[p].spread_ms)}",
+            )
+            for i, p in enumerate(PHASES)
+            if p in by
+        )
+        name = image.label + (f", {image.images} images" if image.images > 1 else "")
+        charted.append(Bar(name, parts, ms(image.median_ms) + (" est." if "estimated" in image.marks else "")))
+    used = [(i, p) for i, p in enumerate(PHASES) if any(row.phase == p for row in rows)]
+    legend = "".join(f'<span><i style="background:var(--p{i})"></i>{p}</span>' for i, p in used)
+    return [
+        "<h2>Where the time of an image goes</h2>",
+        f'<div class="legend">{legend}</div>',
+        bars(charted, name_of_unit),
+    ]
+
+
+def _bounds(rows: Sequence[Row]) -> list[str]:
+    whole = {(r.label, r.images): r.median_ms for r in _images(rows)}
+    wanted = [
+        r
+        for r in rows
+        if r.bound_ms is not None
+        and r.phase in (*MODEL_PHASES, "decoder")
+        and r.calls
+        and r.median_ms > SHOWN_FROM * whole.get((r.label, r.images), 0.0)
+    ]
+    if not wanted:
+        return []
+    charted = []
+    for row in wanted:
+        calls = row.calls or 1
+        tip = f"{row.label}, {row.phase}: {ms(row.median_ms / calls)} a call, {number(row.gb_s)} GB/s, {number(row.tflop_s)} TFLOP/s"
+        least = (row.bound_ms or 0.0) / calls
+        mark = f"at least {ms(least)}, by {row.bound_by}"
+        text = f"{ms(row.median_ms / calls)}, {row.percent_of_bound:.0f} % of the bound"
+        part = Part(row.median_ms / calls, f"p{PHASES.index(row.phase)}", tip)
+        charted.append(Bar(f"{row.label}, {row.phase}", (part,), text, least, mark))
+    # A decoder takes seconds where a step takes milliseconds: one axis would show only one of them.
+    steps = [bar for bar, row in zip(charted, wanted, strict=True) if row.phase != "decoder"]
+    decoders = [bar for bar, row in zip(charted, wanted, strict=True) if row.phase == "decoder"]
+    out = [
+        "<h2>One call against the bound</h2>",
+        '<p class="soft">The average call of a phase; the line is the least that this device\'s measured limits allow. Phases of less '
+        "than 2 % of an image are in the table alone.</p>",
+    ]
+    return out + [bars(group, "ms a call") for group in (steps, decoders) if group]
+
+
+def _throughput(rows: Sequence[Row]) -> list[str]:
+    out = []
+    for phase, title, y_name in (
+        ("throughput", "Throughput against latency, by batch size", "images per second"),
+        ("serve", "Latency under load", "images per second"),
+    ):
+        series = []
+        for i, label in enumerate(dict.fromkeys(r.label for r in rows if r.phase == phase)):
+            mine = [r for r in rows if r.label == label and r.phase == phase]
+            points = []
+            for r in mine:
+                x = r.median_ms if phase == "throughput" else r.p95_ms
+                what = (
+                    f"{r.images} images"
+                    if r.offered_per_s is None
+                    else f"{r.offered_per_s:.3g} requests a second offered"
+                )
+                points.append(
+                    (x, r.images_per_s or 0.0, f"{label}, {what}: {ms(x)}, {number(r.images_per_s)} a second")
+                )
+            series.append(Series(label, f"s{i % 6}", tuple(points)))
+        if series:
+            x_name = (
+                "latency of a batch in ms" if phase == "throughput" else "95th percentile of a request's latency in ms"
+            )
+            out += [f"<h2>{title}</h2>", lines(series, x_name, y_name, log=phase == "throughput")]
+    return out
+
+
+def _speed_up(rows: Sequence[Row]) -> list[str]:
+    ours = [row for row in _images(rows) if "torch" not in row.backend]
+    series = []
+    notes = []
+    for i, (model, grid, backend) in enumerate(dict.fromkeys((row.model, row.grid, row.backend) for row in ours)):
+        by_n = {row.n: row for row in ours if (row.model, row.grid, row.backend) == (model, grid, backend)}
+        if 1 in by_n and len(by_n) > 1:
+            name = f"{model}, video" if grid[0] > 1 else model
+            points = tuple(
+                (
+                    float(n),
+                    by_n[1].median_ms / row.median_ms,
+                    f"{name}, n = {n}: {by_n[1].median_ms / row.median_ms:.2f} times as fast as n = 1",
+                )
+                for n, row in sorted(by_n.items())
+            )
+            series.append(Series(name, f"s{i % 6}", points))
+            calls = {n: (by_n[1].calls or 0) / (row.calls or 1) for n, row in sorted(by_n.items()) if n > 1}
+            notes.append(f"{name}: " + ", ".join(f"{ratio:.1f} at n = {n}" for n, ratio in calls.items()))
+    if not series:
+        return []
+    fewer = escape("; ".join(notes))
+    note = f'<p class="soft">Whole images, the same engine, one run. So many times fewer calls: {fewer}.</p>'
+    return [
+        "<h2>Speed-up by parallel decoding</h2>",
+        note,
+        lines(series, "n, tokens per call", "times as fast as n = 1"),
+    ]
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: Sequence[int] = ()) -> str:
+    used = [i for i in range(len(head)) if any(line[i] for line in body)]
+
+    def line(tag: str, texts: Sequence[str]) -> str:
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{' class=left' if i in left else ''}>{escape(texts[i])}</{tag}>" for i in used)
+            + "</tr>"
+        )
+
+    inside = line("th", head) + "".join(line("td", texts) for texts in body)
+    return f'<div class="scroll"><table>{inside}</table></div>'
+
+
+def _rows(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    return ["<h2>All measured rows</h2>", _table(HEAD, [cells(row) for row in rows], (0, 1, len(HEAD) - 1))]
+
+
+def _paper(placed: Sequence[PaperRow]) -> list[str]:
+    if not placed:
+        return []
+    text = paper.cells(placed)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in paper.notes(placed))
+    return [f"<ul class=soft>{notes}</ul>", _table(paper.HEAD, text, (0, 1, 6, len(paper.HEAD) - 1))]
+
+
+def _comparison(compared: compare.Comparison | None) -> list[str]:
+    if compared is None:
+        return []
+    return ["<h2>Against the earlier run</h2>", f"<pre>{escape(compare.text(compared))}</pre>"]
+
+
+def _predicted(predictions: Sequence[Prediction], of_paper: bool) -> str:
+    found = paper.predicted_table(predictions) if of_paper else text.predicted_table(predictions)
+    title, *rest = found.split("\n")
+    return (
+        f'<div class="predicted"><h2>Predicted, not measured</h2><p>{escape(title)} A bound: nothing says that it can be reached.</p>'
+        f'<pre class="scroll" style="white-space:pre">{escape(chr(10).join(rest))}</pre></div>'
+    )
+
+
+def _raw(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    text = "\n".join(to_json(row) for row in rows)
+    data = json.dumps(text).replace("<", "\\u003c")
+    return [
+        f"<details><summary>Raw rows, as JSON lines ({len(rows)})</summary><pre>{escape(text)}</pre></details>",
+        f'<script type="application/json" id="rows">{data}</script>',
+    ]

@@ -1,0 +1,185 @@
+"""Rows for people and for spreadsheets: the table on a terminal, and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from par_runtime.bench.report.advice import advice
+from par_runtime.bench.rows import Row, columns
+from par_runtime.cost.bound import Prediction
+
+HEAD = (
+    "",
+    "phase",
+    "images",
+    "calls",
+    "median",
+    "spread",
+    "p95",
+    "median call",
+    "images/s",
+    "GB/s",
+    "TFLOP/s",
+    "of bound",
+    "marks",
+)
+
+
+def ms(value: float | None) -> str:
+    """Three digits, in seconds from ten seconds on."""
+    if value is None:
+        return ""
+    return f"{value / 1e3:.3g} s" if value >= 1e4 else f"{value:.3g} ms" if value < 1e3 else f"{value:.0f} ms"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}g}"
+
+
+def size(value: float | None) -> str:
+    """GB or MB."""
+    if value is None:
+        return ""
+    return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row of the table; ``HEAD`` names the columns."""
+    return (
+        row.label,
+        row.phase if row.offered_per_s is None else f"{row.phase} at {row.offered_per_s:.3g}/s",
+        str(row.images),
+        "" if row.calls is None else str(row.calls),
+        ms(row.median_ms),
+        ms(row.spread_ms),
+        ms(row.p95_ms) if row.phase == "serve" else "",
+        ms(row.call_ms),
+        number(row.images_per_s),
+        number(row.gb_s),
+        number(row.tflop_s),
+        "" if row.percent_of_bound is None else f"{row.percent_of_bound:.0f} %",
+        ", ".join(row.marks),
+    )
+
+
+def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Columns side by side: the first two and the last to the left, numbers to the right; empty columns left out."""
+    used = [i for i in range(len(head)) if any(line[i] for line in body)]
+    widths = {i: max(len(line[i]) for line in [head, *body]) for i in used}
+    left = {0, 1, len(head) - 1}
+    return [
+        "  ".join(line[i].ljust(widths[i]) if i in left else line[i].rjust(widths[i]) for i in used).rstrip()
+        for line in [head, *body]
+    ]
+
+
+def about(rows: Sequence[Row]) -> list[str]:
+    """What the rows were measured on, and what they are of."""
+    first = rows[0]
+    machine = first.machine
+    memory = "" if machine.memory_bytes is None else f", {machine.memory_bytes / 2**30:.0f} GB"
+    out = [f"machine   {machine.cpu}, {machine.cores} cores{memory}, {machine.os}"]
+    if machine.gpu:
+        clock = (
+            "" if machine.gpu_mhz is None else f", {machine.gpu_mhz:.0f} MHz, memory {machine.gpu_memory_mhz:.0f} MHz"
+        )
+        out.append(f"gpu       {machine.gpu}, {machine.gpu_driver}{clock}")
+    out.append(f"commit    {first.commit}, Python {first.python}, {first.date}")
+    for label in dict.fromkeys(row.label for row in rows):
+        row = next(r for r in rows if r.label == label)
+        threads = "" if row.threads is None else f", {row.threads} threads"
+        peak = max((r.peak_bytes or 0 for r in rows if r.label == label), default=0)
+        out.append(
+            f"{label:9} {row.bundle} ({row.hash[:8]}): {row.model}, {row.parameters / 1e6:.1f} M parameters, n = {row.n}, "
+            f"{row.precision} computed in {row.computes} by {row.backend} {row.version}{threads}"
+            + (f", peak memory {size(peak)}" if peak else "")
+        )
+    limits = dict.fromkeys(
+        f"limits    {row.read_gb_s:.3g} GB/s, {number(row.matrix_tflop_s) or 'unknown'} TFLOP/s ({row.limits_from})"
+        for row in rows
+        if row.read_gb_s is not None and row.phase == "image"
+    )
+    out += limits
+    guided = "guided, two rows an image" if first.guided else "unguided"
+    excluded = sorted({text for row in rows for text in row.excluded})
+    out.append(f"images    {guided}; {first.sampling}; not included: {', '.join(excluded)}")
+    return out
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Everything a terminal is shown of measured rows."""
+    body = [cells(row) for row in rows]
+    notes = list(dict.fromkeys(f"{row.label}: {flag}" for row in rows for flag in row.flags))
+    said = [found.text for group in per_subject(rows) if (found := advice(group)) is not None]
+    parts = [about(rows), aligned(HEAD, body), ratios(rows), said, [f"marked    {note}" for note in notes]]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def per_subject(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of one label at one batch size together, in their order."""
+
+    def key(row: Row) -> tuple[str, int]:
+        return row.label, row.images
+
+    return [list(group) for _, group in groupby(rows, key)]
+
+
+def ratios(rows: Sequence[Row]) -> list[str]:
+    """How much faster our images are than their baselines: the same bundle in PyTorch, the same model at n = 1.
+
+    Bundles that are neither are set against the first one.
+    """
+    images = [row for row in rows if row.phase == "image"]
+    ours = [row for row in images if "torch" not in row.backend]
+    pairs = []
+    for row in ours:
+        kin = (row.model, row.grid, row.images)
+        pairs += [
+            (row, other) for other in ours if other.n == 1 < row.n and (other.model, other.grid, other.images) == kin
+        ]
+        pairs += [(row, other) for other in images if other.hash == row.hash and _slower_twin(other, row)]
+    alone = [row for row in ours[1:] if all(row not in pair for pair in pairs)]
+    pairs += [(ours[0], row) for row in alone]
+    return [
+        f"{a.label} is {b.median_ms / a.median_ms:.2f} times as fast as {b.label} ({ms(a.median_ms)} against {ms(b.median_ms)})"
+        for a, b in pairs
+    ]
+
+
+def _slower_twin(other: Row, row: Row) -> bool:
+    """Whether ``other`` is the same bundle in PyTorch, or on ONNX Runtime where ``row`` is not."""
+    return "torch" in other.backend or (other.backend.startswith("onnxruntime") and row.backend.startswith("native"))
+
+
+def predicted_table(predictions: Sequence[Prediction]) -> str:
+    """Bounds of GPUs that are not here; every line says that it was not measured."""
+    head = ("", "predicted", "images", "n", "GB/s", "TFLOP/s", "at least", "")
+    body = [
+        (
+            p.bundle,
+            p.gpu,
+            str(p.images),
+            str(p.n),
+            f"{p.gb_s:.0f}",
+            f"{p.tflop_s:.0f}",
+            ms(p.bound_ms),
+            f"{p.by}, not measured",
+        )
+        for p in predictions
+    ]
+    title = "By data sheet, fp16, without decoding: no GPU was here, nothing of this was measured."
+    return "\n".join([title, *aligned(head, body)])
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Rows as CSV with a header; see ``rows.columns``."""
+    out = io.StringIO()
+    flat: list[dict[str, Any]] = columns(rows)
+    writer = csv.DictWriter(out, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()

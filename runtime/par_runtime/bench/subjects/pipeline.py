@@ -1,0 +1,262 @@
+"""A bundle on its backend as a subject: the images are made by ``Pipeline.generate`` itself, and watched from below.
+
+:class:`Watched` stands between the pipeline and its backend and takes the time of every call. What lies between two calls
+is the host's part, "copy". So the phases are those of production code, and the sum of all is the image, but for what the
+clock itself costs. TensorRT makes a whole image in one launch, which cannot be looked into: there the phases are timed
+apart, in a second run (``trt.py``), and "image" is the launch.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_runtime.backends.base import Backend, Batch, Float, Int
+from par_runtime.bench.subjects.base import Facts, Sample, Shape, spread_calls
+from par_runtime.bundle import Bundle, Phase
+from par_runtime.cost.bound import model_name
+from par_runtime.pipeline import Pipeline
+from par_runtime.request import settings, uniforms
+
+GUIDANCE = 4.0  #: of guided images where the bundle's default is unguided
+#: Bytes of one stored weight. ONNX Runtime's CPU reads 4 whatever halves the bundle stores (docs/design.md, "Precision").
+WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+PIECES = ("loading the bundle", "writing files")
+
+
+class Watched:
+    """A backend whose calls are timed: ``calls_ms`` by phase, and "copy" for what lies between them."""
+
+    def __init__(self, backend: Backend, phases: tuple[Phase, ...]) -> None:
+        self._backend, self._phases = backend, phases
+        self.name, self.max_images, self.tie = backend.name, backend.max_images, backend.tie
+        self.calls_ms: dict[str, list[float]] = {}
+        self._last = 0.0
+
+    def begin(self) -> None:
+        """A batch is asked for now."""
+        self.calls_ms = {}
+        self._last = time.perf_counter()
+
+    def end(self) -> None:
+        """It was handed over."""
+        self._add("copy", time.perf_counter())
+
+    def start(self, batch: Batch) -> None:
+        self._backend.start(batch)
+
+    def step(self, ids: Int, write: int, uniform: Float) -> Int:
+        self._add("copy", time.perf_counter())
+        tokens = self._backend.step(ids, write, uniform)
+        self._add(phase_at(self._phases, write), time.perf_counter())
+        return tokens
+
+    def logits(self, ids: Int, write: int) -> Float:
+        return self._backend.logits(ids, write)
+
+    def decode(self, tokens: Int) -> NDArray[np.uint8]:
+        self._add("copy", time.perf_counter())
+        images = self._backend.decode(tokens)
+        self._add("decoder", time.perf_counter())
+        return images
+
+    def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> None:
+        return None  # call by call: a whole image shows nothing of its phases
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def _add(self, phase: str, now: float) -> None:
+        """The time since the last event belongs to ``phase``."""
+        self.calls_ms.setdefault(phase, []).append(1e3 * (now - self._last))
+        self._last = now
+
+
+def phase_at(phases: tuple[Phase, ...], write: int) -> str:
+    """The phase of the call at input position ``write``."""
+    return next(p.name for p in reversed(phases) if p.repeat and p.start <= write)
+
+
+class PipelineSubject:
+    """A bundle on a backend, in this process."""
+
+    def __init__(self, pipeline: Pipeline, label: str, load_ms: float | None = None) -> None:
+        self.pipeline, self.load_ms = pipeline, load_ms
+        self.facts = facts_of(pipeline, label)
+        self.note = pipeline.note
+        self._seed = 0
+
+    @staticmethod
+    def load(
+        path: Path, label: str, *, device: str = "cpu", threads: int | None = None, selftest: bool = True
+    ) -> PipelineSubject:
+        """Open the bundle, timed. Raises what ``Pipeline.load`` raises."""
+        began = time.perf_counter()
+        pipeline = Pipeline.load(path, device, threads=threads, selftest=False)
+        load_ms = 1e3 * (time.perf_counter() - began)
+        if selftest:  # a fast backend that makes something else is not worth measuring
+            pipeline.selftest()
+        return PipelineSubject(pipeline, label, load_ms)
+
+    def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
+        if self.facts.clock != "perf_counter":
+            from par_runtime.bench.subjects.trt import phases_ms
+
+            calls_ms = phases_ms(self.pipeline, self._labels(images), self._guidance(guided))
+            began = time.perf_counter()
+            self._generate(self.pipeline, images, guided)
+            return Sample(calls_ms, 1e3 * (time.perf_counter() - began), peak_bytes())
+        watched = Watched(self.pipeline.backend, self.pipeline.bundle.phases)
+        pipeline = replace(self.pipeline, backend=watched)
+        chosen = spread_calls(self.pipeline.bundle.phases, most_calls)
+        began = time.perf_counter()
+        watched.begin()
+        if chosen is None:
+            self._generate(pipeline, images, guided)
+        else:
+            self._some_calls(pipeline, chosen, images, guided)
+        watched.end()
+        return Sample(watched.calls_ms, 1e3 * (time.perf_counter() - began), peak_bytes(), chosen is not None)
+
+    def _some_calls(self, pipeline: Pipeline, chosen: frozenset[int], images: int, guided: bool) -> None:
+        """These calls of a batch and its decoding; keys of the calls left out are zeros, which cost the same."""
+        bundle = pipeline.bundle
+        each = settings(bundle, images, guidance=self._guidance(guided))
+        self._seed += 1
+        noise = np.stack([uniforms(self._seed * images + i, bundle.n_tokens) for i in range(images)])
+        tokens = np.zeros((images, bundle.n_tokens), np.int64)
+        for index, (phase, write, ids) in enumerate(pipeline._calls(self._labels(images), each, tokens)):
+            if index in chosen:
+                here = slice(write, write + phase.query)
+                tokens[:, here] = pipeline.backend.step(ids, write, noise[:, here])[:images]
+        if bundle.image_size is not None:
+            pipeline.decode(tokens)
+
+    def decode(self, images: int) -> Sample:
+        """Decode random tokens, nothing else. Raises RequestError where the bundle ends at tokens."""
+        bundle = self.pipeline.bundle
+        self._seed += 1
+        tokens = np.random.default_rng(self._seed).integers(0, bundle.vocab_size, (images, bundle.n_tokens))
+        watched = Watched(self.pipeline.backend, bundle.phases)
+        began = time.perf_counter()
+        watched.begin()
+        replace(self.pipeline, backend=watched).decode(tokens)
+        took = 1e3 * (time.perf_counter() - began)
+        return Sample({"decoder": watched.calls_ms["decoder"]}, took, peak_bytes())
+
+    def first_preview_ms(self, images: int, guided: bool) -> float:
+        """From the request to the first picture that shows something of every region: after the first n tokens.
+
+        Raises RequestError where the bundle ends at tokens.
+        """
+        began = time.perf_counter()
+        seen: list[float] = []
+        phases = self.pipeline.bundle.phases
+        calls = max(1, sum(p.repeat for p in phases if p.name in ("prefill", "sequential")))
+
+        class Seen(Exception):  # noqa: N818, it is no error
+            pass
+
+        def show(pictures: NDArray[np.uint8], done: int, total: int) -> None:
+            seen.append(1e3 * (time.perf_counter() - began))
+            raise Seen  # the rest of the image is of no interest
+
+        with suppress(Seen):
+            self._generate(self.pipeline, images, guided, preview_every=calls, on_preview=show)
+        return seen[0]
+
+    def close(self) -> None:
+        self.pipeline.close()
+
+    def _generate(self, pipeline: Pipeline, images: int, guided: bool, **options: object) -> None:
+        self._seed += 1
+        pipeline.generate(
+            self._labels(images),
+            guidance=self._guidance(guided),
+            seed=self._seed * images,
+            max_batch=images,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def _labels(self, images: int) -> list[int]:
+        return [i % self.pipeline.bundle.n_classes for i in range(images)]
+
+    def _guidance(self, guided: bool) -> float:
+        return guidance_of(self.pipeline.bundle) if guided else 1.0
+
+
+def guidance_of(bundle: Bundle) -> float:
+    """The scale of guided images."""
+    return bundle.defaults.guidance if bundle.defaults.guidance > 1 else GUIDANCE
+
+
+def facts_of(pipeline: Pipeline, label: str) -> Facts:
+    """What is known before anything is measured."""
+    bundle, backend = pipeline.bundle, pipeline.backend
+    engine = getattr(backend, "engine", None)  # TensorRT's; only this one computes in what the bundle stores
+    words = backend.name.split()
+    stored = WEIGHT_BYTES.get(bundle.precision, 4.0)
+    native = words[0] == "native-cpu"  # reads weights as they are stored
+    weight_bytes = WEIGHT_BYTES[engine.precision] if engine else stored if stored < 2 or native else 4.0
+    device = "cpu"
+    if engine is not None:
+        device = str(backend.device.name)  # type: ignore[attr-defined]
+    elif words[0] not in ("onnxruntime-cpu", "native-cpu"):
+        device = "cuda"
+    shape = Shape.of(bundle)
+    return Facts(
+        **known_of(bundle, shape),
+        label=label,
+        computes=engine.precision if engine else "fp32",
+        weight_bytes=weight_bytes,
+        cache_bytes=WEIGHT_BYTES[engine.precision] if engine else 4.0,
+        backend=words[0],
+        version=" ".join(words[1:]),
+        device=device,
+        threads=None if engine else _threads(pipeline),
+        shape=shape,
+        clock="CUDA events" if engine else "perf_counter",
+        excluded=(*PIECES, "the host's launches, in the phases") if engine else PIECES,
+    )
+
+
+def known_of(bundle: Bundle, shape: Shape) -> dict[str, Any]:
+    """The facts that are the bundle's, whatever runs it."""
+    return {
+        "bundle": bundle.name,
+        "hash": bundle.hash,
+        "model": model_name(shape),
+        "parameters": bundle.model["parameters"],
+        "n": bundle.group_size,
+        "grid": bundle.grid,
+        "precision": bundle.precision,
+        "image_size": bundle.image_size,
+        "sampling": sampling_of(bundle),
+    }
+
+
+def sampling_of(bundle: Bundle) -> str:
+    """The bundle's defaults, which the images are drawn with."""
+    d = bundle.defaults
+    return f"guidance {guidance_of(bundle):g}, temperature {d.temperature:g}, top-k {d.top_k}, top-p {d.top_p:g}"
+
+
+def _threads(pipeline: Pipeline) -> int:
+    from par_runtime.bench.machine import cores
+
+    return pipeline.threads or cores()
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has held. ``ru_maxrss`` would also count the parent that it was forked from."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,131 @@
+"""Subjects in processes of their own: peak memory is exact, and no thread pool of one disturbs another.
+
+``open_bundle`` and ``open_eager`` start ``worker.py`` and speak to it; what they give is a ``Subject`` like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from par_runtime.bench.subjects.base import Facts, Sample, facts_from
+from par_runtime.bench.subjects.worker import ERRORS
+from par_runtime.request import RequestError
+
+CLOSE_SECONDS = 5.0  #: that a process has to give everything back before it is ended
+
+
+def open_bundle(
+    path: str | Path,
+    label: str = "parvis",
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    selftest: bool = True,
+) -> Apart:
+    """The bundle at ``path`` on ``device`` (as ``Pipeline.load`` takes it). Raises what ``Pipeline.load`` raises."""
+    return Apart(
+        {
+            "kind": "bundle",
+            "path": str(path),
+            "label": label,
+            "device": device,
+            "threads": threads,
+            "selftest": selftest,
+        }
+    )
+
+
+def open_eager(
+    path: str | Path, label: str = "eager", *, threads: int | None = None, compiled: bool = False, device: str = "cpu"
+) -> Apart:
+    """A model of the bundle's architecture in PyTorch, with random weights, on "cpu" or "cuda".
+
+    Raises RequestError where the 'export' extra is missing, BundleError.
+    """
+    kind = "compiled" if compiled else "eager"
+    return Apart({"kind": kind, "path": str(path), "label": label, "threads": threads, "device": device})
+
+
+class Apart:
+    """A subject in a process of its own. ``pid`` is that process; ``note`` says why it runs on the CPU, if asked for more."""
+
+    facts: Facts
+    load_ms: float
+    note: str
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        self._spec = spec
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "par_runtime.bench.subjects.worker", json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+        self.pid = self._process.pid
+        try:
+            told = self._answer()
+        except BaseException:
+            self.close()
+            raise
+        self.facts, self.load_ms, self.note = facts_from(told["facts"]), told["load_ms"], told["note"]
+
+    def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
+        return Sample(**self._ask(do="run", images=images, guided=guided, most_calls=most_calls))
+
+    def decode(self, images: int) -> Sample:
+        """Decode random tokens of so many images, nothing else."""
+        return Sample(**self._ask(do="decode", images=images))
+
+    def first_preview_ms(self, images: int, guided: bool) -> float:
+        """From the request to the first picture that shows something of every region."""
+        return float(self._ask(do="preview", images=images, guided=guided))
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(OSError):
+            self._process.stdin.close()  # asks it to end
+        try:
+            self._process.wait(CLOSE_SECONDS if sys.exc_info()[0] is None else 0.1)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def _ask(self, **request: Any) -> Any:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except (OSError, ValueError) as error:
+            raise self._gone() from error
+        return self._answer()["ok"]
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._gone()
+        told = json.loads(line)
+        if "error" in told:
+            raise ERRORS.get(told["error"], RuntimeError)(told["text"])
+        return told
+
+    def _gone(self) -> Exception:
+        """Why the process ended by itself."""
+        code = self._process.wait()
+        what = f"{self._spec['path']} ({self._spec['label']})"
+        if code == -signal.SIGKILL:  # what Linux does to the largest process when memory runs out
+            return MemoryError(f"the process of {what} was killed; most likely the machine ran out of memory")
+        return RequestError(f"the process of {what} ended by itself with code {code}; what it said stands above")

@@ -1,0 +1,96 @@
+"""The serve suite: requests that arrive at random, as users' do, and how long each of them waits.
+
+An open loop: requests come when they come (exponential gaps), whether or not earlier ones are done, so waiting shows what
+a closed loop hides. The subject takes all that wait, up to the largest batch, whenever it is free; that is the simplest
+scheduler there is, and a real one may only be better. A request's latency is from its arrival to its image.
+Bounded in requests and in time; nothing leaves this process and the subject's.
+
+The offered loads are shares of what the largest batch gives, which is measured first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from par_runtime.bench import machine
+from par_runtime.bench.machine import Watch
+from par_runtime.bench.measure import Say, Setting, pids, row, told
+from par_runtime.bench.rows import Row
+from par_runtime.bench.subjects.base import Subject
+
+SHARES = (0.3, 0.6, 0.9)  #: of the throughput of the largest batch
+LARGEST_BATCH = 8
+REQUESTS = 32
+SECONDS = 60.0  #: that one load may take; requests that have not arrived by then are not sent
+
+
+def arrivals(count: int, per_s: float, seed: int = 0) -> list[float]:
+    """Seconds from the start at which ``count`` requests arrive."""
+    gaps = np.random.default_rng(seed).exponential(1 / per_s, count)
+    return [float(at) for at in np.cumsum(gaps) - gaps[0]]
+
+
+def serve(
+    subjects: Sequence[Subject],
+    setting: Setting,
+    say: Say,
+    largest: int = LARGEST_BATCH,
+    requests: int = REQUESTS,
+    seconds: float = SECONDS,
+) -> list[Row]:
+    """A row per subject and load: the latencies of all requests, and the throughput that was reached."""
+    rows = []
+    where = machine.facts(setting.gpu)
+    here = replace(setting, images=largest)
+    for subject in subjects:
+        label = subject.facts.label
+        say(f"{label}: what a batch of {largest} takes")
+        for size in range(1, largest + 1):  # buffers of every size are made before anything is timed
+            subject.run(size, setting.guided, 24)
+        full_s = subject.run(largest, setting.guided).image_ms / 1e3
+        for share in SHARES:
+            offered = share * largest / full_s
+            say(f"{label}: {offered:.3g} requests a second, {share:.0%} of the most")
+            watch = Watch(pids(subject), setting.gpu)
+            latencies, took_s = run(subject, setting.guided, arrivals(requests, offered), largest, seconds)
+            rows.append(
+                row(
+                    subject.facts,
+                    here,
+                    where,
+                    "serve",
+                    latencies,
+                    told([watch.flags()]),
+                    images_per_s=len(latencies) / took_s,
+                    offered_per_s=offered,
+                )
+            )
+    return rows
+
+
+def run(
+    subject: Subject, guided: bool, due: Sequence[float], largest: int, seconds: float
+) -> tuple[list[float], float]:
+    """Latency in ms of each request of ``due`` (seconds from now), and how long all took, in seconds."""
+    latencies: list[float] = []
+    began, waiting, next_up = time.perf_counter(), list[float](), 0
+    while next_up < len(due) or waiting:
+        now = time.perf_counter() - began
+        while next_up < len(due) and due[next_up] <= now:
+            waiting.append(due[next_up])
+            next_up += 1
+        if now > seconds:
+            next_up = len(due)
+        if not waiting:
+            if next_up < len(due):
+                time.sleep(max(0.0, due[next_up] - (time.perf_counter() - began)))
+            continue
+        taken, waiting = waiting[:largest], waiting[largest:]
+        subject.run(len(taken), guided)
+        done = time.perf_counter() - began
+        latencies += [1e3 * (done - arrived) for arrived in taken]
+    return latencies, time.perf_counter() - began

@@ -1,0 +1,129 @@
+"""The options of ``parvis bench``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from par_runtime.bench.suites.paper import SIZES
+from par_runtime.cli.dispatch import Parser
+
+SUITES = ("phases", "batch", "decoder", "serve", "paper")
+BASELINES = ("eager", "compiled", "n1", "ort")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(
+        prog="parvis bench",
+        description="Measure bundles: every phase of an image, throughput, latency under load, or the paper's tables; against "
+        "PyTorch, against n = 1 on the same engine, against an earlier run, and against what this device's memory and "
+        "arithmetic allow. Subjects run in processes of their own and take turns; every row keeps its raw samples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="suites:\n"
+        "  phases   prefill, sequential, transition, group, decoder, copy, the whole image; loading; first preview (default)\n"
+        "  batch    whole batches of 1, 2, 4, ... images until memory or the plateau\n"
+        "  decoder  the image decoder alone\n"
+        "  serve    requests that arrive at random, batched as they wait: latency against load\n"
+        "  paper    the rows of the paper's Tables 2 and 3 and of its supplement, within --minutes\n\n"
+        "docs/benchmarks.md tells how to read the numbers.",
+    )
+    p.add_argument(
+        "bundles",
+        type=Path,
+        nargs="*",
+        metavar="BUNDLE",
+        help="bundles to compare with each other; with --compare, one file of rows instead: nothing is measured then",
+    )
+    p.add_argument("--suite", choices=SUITES, default="phases", help="what to measure, see below (default: phases)")
+    p.add_argument(
+        "--against",
+        type=baselines,
+        default=(),
+        metavar="LIST",
+        help="baselines in the same run, by commas: 'eager' (PyTorch with a static cache, the published way), 'compiled' "
+        "(the same by torch.compile), 'n1' (the same engine, one token a call; random weights), 'ort' "
+        "(the same bundle on ONNX Runtime, on the CPU)",
+    )
+    p.add_argument("--images", type=int, default=1, help="images in flight (default: 1)")
+    p.add_argument("--unguided", action="store_true", help="one row per image instead of two")
+    p.add_argument("--repetitions", type=int, default=5, help="counted ones, after one that is not (default: 5)")
+    p.add_argument(
+        "--batches",
+        type=counts,
+        metavar="LIST",
+        help="batch sizes of the batch and decoder suites: 1,2,4; largest of serve",
+    )
+    p.add_argument("--requests", type=int, default=32, help="of each load of the serve suite (default: 32)")
+    p.add_argument(
+        "--minutes", type=float, default=10.0, help="time for --suite paper, and for each load of serve (default: 10)"
+    )
+    p.add_argument(
+        "--sizes", type=models, metavar="LIST", help=f"models of --suite paper, by commas (default: {','.join(SIZES)})"
+    )
+    p.add_argument("--no-eager", action="store_true", help="--suite paper without PyTorch's side")
+    p.add_argument(
+        "--whole",
+        action="store_true",
+        help="make every call of PyTorch's images, however long; otherwise an image of more than 20 s is estimated from "
+        "calls spread over it, and marked",
+    )
+    p.add_argument(
+        "--json", type=Path, metavar="FILE", help="JSON lines, a row each; '-' is standard output, and no table then"
+    )
+    p.add_argument("--csv", type=Path, metavar="FILE", help="the same rows for a spreadsheet")
+    p.add_argument("--html", type=Path, metavar="FILE", help="one page with plots, nothing else needed to show it")
+    p.add_argument("--compare", type=Path, metavar="OLD.jsonl", help="pair the rows with those of an earlier run")
+    p.add_argument(
+        "--fail-above",
+        type=float,
+        metavar="RATIO",
+        help="with --compare: exit code 1 where a row got slower than this for certain",
+    )
+    p.add_argument(
+        "--no-limits", action="store_true", help="do not measure this device's bandwidth and matrix peak: no bounds"
+    )
+    p.add_argument(
+        "--device",
+        default="auto",
+        help="as in 'parvis generate': auto, cpu, cpu-ort, cuda, cuda:1, cuda-ort (default: auto)",
+    )
+    p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    p.add_argument(
+        "--work",
+        type=Path,
+        metavar="FOLDER",
+        help="where bundles of random weights are written meanwhile (default: the system's)",
+    )
+    p.add_argument("--quiet", action="store_true", help="no progress, no table")
+    return p
+
+
+def baselines(text: str) -> tuple[str, ...]:
+    """ "eager,n1" as a tuple."""
+    return _chosen(text, BASELINES)
+
+
+def models(text: str) -> tuple[str, ...]:
+    """Models of the paper, with or without their "PAR-"."""
+    return _chosen(",".join(name if name.startswith("PAR-") else f"PAR-{name}" for name in text.split(",")), SIZES)
+
+
+def _chosen(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    wrong = [name for name in names if name not in known]
+    if wrong or not names:
+        raise argparse.ArgumentTypeError(
+            f"{wrong[0] if wrong else text!r}: expected one or more of {', '.join(known)}, by commas"
+        )
+    return names
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """ "1,2,4" as numbers, ascending."""
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        numbers = [0]
+    if numbers[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of images from 1 on, by commas: 1,2,4")
+    return tuple(numbers)

@@ -1,0 +1,159 @@
+"""``parvis inspect``: what a bundle is, what it holds, what it needs, and the least time that hardware allows it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from par_runtime.backends.engines import found
+from par_runtime.bench.subjects.base import Shape
+from par_runtime.bundle import MANIFEST, Bundle
+from par_runtime.cli.common import guarded
+from par_runtime.cli.dispatch import Parser
+from par_runtime.cost import bound
+from par_runtime.cost.bound import DATA_SHEETS
+
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+BATCHES = (1, 2, 4, 8)
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """Say what a bundle or checkpoint is; exit code 0, or 2 where it is neither."""
+    args = _parser().parse_args(argv)
+    return guarded(lambda: _inspect(args))
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    path = Path(args.path)
+    kinds = ("*.safetensors*", "*.pt", "*.pth")
+    checkpoints = path.is_file() or (path.is_dir() and any(file for kind in kinds for file in path.glob(kind)))
+    if args.path.startswith("hf://") or (checkpoints and not (path / MANIFEST).is_file()):
+        # Reading a checkpoint needs torch; the runtime never imports it itself.
+        return int(importlib.import_module("par_export.cli.inspect").show(args.path, args.json))
+    bundle = Bundle.open(path, verify="full" if args.full else "auto")
+    facts = describe(bundle)
+    if args.selftest:
+        from par_runtime.pipeline import Pipeline
+
+        with Pipeline.load(path, device="cpu", verify="none") as pipeline:  # raises where it fails
+            facts["selftest"]["state"] = f"passed on {pipeline.backend.name}"
+    print(json.dumps(facts) if args.json else "\n".join(lines(facts)))
+    return 0
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """Everything that ``parvis inspect`` says of a bundle, as plain values. Sizes in bytes, times in milliseconds."""
+    m = bundle.model
+    read = step_parameters(bundle)
+    engines, bad = found(bundle)
+    return {
+        "name": bundle.name,
+        "hash": bundle.hash,
+        "model": dict(m) | {"grid": list(bundle.grid), "group_size": bundle.group_size, "tokens": bundle.n_tokens},
+        "precision": bundle.precision,
+        "class_names": None if bundle.class_names is None else len(bundle.class_names),
+        "image_size": None if bundle.image_size is None else list(bundle.image_size),
+        "calls": {"total": bundle.calls} | {phase.name: phase.repeat for phase in bundle.phases},
+        "parameters_read_per_call": read,
+        "files": {name: entry["bytes"] for name, entry in bundle.files.items()},
+        "engines": [
+            {
+                "folder": engine.path.name,
+                "target": engine.target,
+                "precision": engine.precision,
+                "mode": engine.mode,
+                "images": list(engine.images),
+                "bytes": sum(p.bytes for p in engine.plans.values()) + (engine.decoder.bytes if engine.decoder else 0),
+            }
+            for engine in engines
+        ],
+        "bad_engines": bad,
+        "memory_bytes": {
+            str(images): {
+                "cpu": read * 4 + cache_bytes(bundle, images, 4),
+                "gpu": read * BYTES[bundle.precision] + cache_bytes(bundle, images, BYTES[bundle.precision]),
+            }
+            for images in BATCHES
+        },
+        "defaults": vars(bundle.defaults),
+        "selftest": {"tokens": sum(map(len, bundle.selftest["tokens"])), "state": "not run (--selftest runs it)"},
+        "parity": dict(bundle.parity),
+        "bound_ms": {gpu: bound_ms(bundle, 1, sheet.gb_s) for gpu, sheet in DATA_SHEETS.items()},
+    }
+
+
+def step_parameters(bundle: Bundle) -> int:
+    """Parameters that a call reads: all but the embedding table, of which it reads a few rows. Heads as padded."""
+    return bound.step_parameters(Shape.of_model(bundle.model, bundle.phases))
+
+
+def cache_bytes(bundle: Bundle, images: int, element: int) -> int:
+    """The key-value cache of a guided batch: two rows an image."""
+    cache = bundle.cache
+    return 2 * images * len(cache.inputs) * cache.heads * bundle.n_tokens * cache.head_dim * element
+
+
+def bound_ms(bundle: Bundle, images: int, gb_s: float) -> float:
+    """Least time of a guided batch in the bundle's precision: every call reads the weights and the visible cache.
+
+    By bandwidth alone; the decoder is not in it.
+    """
+    element = BYTES[bundle.precision]
+    shape = Shape.of_model(bundle.model, bundle.phases)
+    return bound.bound(bound.all_calls(shape, images, True, element, element), gb_s, None).ms
+
+
+def lines(facts: dict[str, Any]) -> list[str]:
+    """The facts as text."""
+    m, calls = facts["model"], facts["calls"]
+    t, h, w = m["grid"]
+    size = facts["image_size"]
+    phases = ", ".join(f"{count} {name}" for name, count in calls.items() if name != "total")
+    out = [
+        f"{facts['name']}  ({facts['precision']}, hash {facts['hash'][:12]})",
+        f"model     {m['parameters']:,} parameters: width {m['dim']}, {m['n_layers']} layers, {m['n_heads']} heads of "
+        f"{m['head_dim']}, {m['vocab_size']} codes, {m['n_classes']} classes"
+        + (f" ({facts['class_names']} named)" if facts["class_names"] else ""),
+        f"image     grid {t}x{h}x{w}, n = {m['group_size']}, {m['tokens']} tokens in {calls['total']} calls ({phases})"
+        + (f", {size[1]}x{size[0]} pixels" if size else ", ends at tokens"),
+        f"defaults  {', '.join(f'{k} {v:g}' for k, v in facts['defaults'].items())}",
+        f"files     {', '.join(f'{name} {_mb(size)}' for name, size in facts['files'].items())}",
+        "memory    of weights and cache, guided, on a CPU and a GPU: "
+        + ", ".join(
+            f"{b} image{'s' if b != '1' else ''} {_mb(v['cpu'])} and {_mb(v['gpu'])}"
+            for b, v in facts["memory_bytes"].items()
+        ),
+        f"self-test {facts['selftest']['tokens']} tokens, {facts['selftest']['state']}",
+    ]
+    for engine in facts["engines"]:
+        out.append(
+            f"engine    {engine['folder']}: {engine['target']}, {engine['precision']}, {engine['mode']}, batches of "
+            f"{', '.join(map(str, engine['images']))}, {_mb(engine['bytes'])}"
+        )
+    out += [f"engine    unusable: {reason}" for reason in facts["bad_engines"]]
+    if not facts["engines"]:
+        out.append("engine    none; 'parvis build' makes them")
+    bounds = ", ".join(f"{gpu} {ms:.3g}" for gpu, ms in facts["bound_ms"].items())
+    out.append(f"bound     at least, by memory bandwidth, for one guided image without decoding, in ms: {bounds}")
+    return out
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = Parser(
+        prog="parvis inspect",
+        description="Say what a bundle or a checkpoint is: architecture, files, engines, calls, memory, and the least time "
+        "that the memory bandwidth of known GPUs allows (by data sheet; not measured).",
+    )
+    p.add_argument("path", metavar="BUNDLE|CHECKPOINT", help="a folder or file, or hf://OWNER/REPOSITORY/FILE@REVISION")
+    p.add_argument("--full", action="store_true", help="hash every file, however large")
+    p.add_argument("--selftest", action="store_true", help="run the bundle's self-test on the CPU")
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return p

@@ -1,0 +1,186 @@
+"""PNG files that can make themselves again: pixels, and in an iTXt chunk all that generated them.
+
+The chunk "parvis" is JSON: parvis version, bundle name and hash, the layout, and per image label, seed, settings and
+tokens (base64 of little-endian uint16, or uint32 for codebooks beyond 65,536; sequence order). Of an edited image also
+which tokens were given ("kept": base64 of packed bits), and whether the sheet's kept pixels are the original's ("pasted").
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from par_runtime import __version__
+from par_runtime.backends.base import Int
+from par_runtime.bundle import Bundle
+from par_runtime.pipeline import Result
+from par_runtime.request import RequestError, Settings
+
+CHUNK = "parvis"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a PNG says of its images."""
+
+    bundle_name: str
+    bundle_hash: str
+    columns: int
+    labels: list[int]
+    seeds: list[int]
+    settings: list[Settings]
+    tokens: Int  #: [B,N] in sequence order
+    kept: NDArray[np.bool_] | None = None  #: [B,N]: tokens that were given, not drawn
+    pasted: bool = False  #: kept pixels are those of the original, not decoded ones
+
+
+def sheet(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
+    """Lay ``images`` [B,H,W,3] out in rows of ``columns``: [rows*H, columns*W, 3], empty places white."""
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    canvas[:count] = images
+    return canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+
+
+def write(
+    path: Path,
+    bundle: Bundle,
+    result: Result,
+    columns: int,
+    indices: Sequence[int] | None = None,
+    pasted: bool = False,
+) -> None:
+    """Write the images ``indices`` (default all) of ``result`` as one PNG at ``path``, beside and renamed.
+
+    Raises OSError; RequestError for a bundle without a decoder.
+    """
+    if result.images is None:
+        raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; write them with --tokens")
+    pick = list(range(len(result.labels)) if indices is None else indices)
+    chunk = PngImagePlugin.PngInfo()
+    # Not compressed: Pillow refuses to read compressed text of more than 1 MB, which is 900 images of 576 tokens.
+    chunk.add_itxt(CHUNK, json.dumps(_describe(bundle, result, columns, pick, pasted)))
+    image = Image.fromarray(sheet(result.images[pick], columns))
+    write_beside(path, lambda part: image.save(part, format="PNG", pnginfo=chunk))
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of ``path`` and try a file in it, before any work is spent. Raises RequestError, OSError."""
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder; give a file name")
+    if path.exists() and not path.is_file():
+        raise RequestError(
+            f"{path} is a device or a pipe; give the name of a file, which is written beside and renamed"
+        )
+    write_beside(path, Path.touch, rename=False)
+
+
+def write_beside(path: Path, write_to: Callable[[Path], object], rename: bool = True) -> None:
+    """Call ``write_to`` with a hidden neighbour of ``path`` and rename it; on any error ``path`` is as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _part(path)
+    try:
+        write_to(part)
+        if rename:
+            os.replace(part, path)
+    finally:
+        if part.is_file():
+            part.unlink()
+
+
+def _part(path: Path) -> Path:
+    return path.parent / f".{path.name}.{os.getpid()}.part"
+
+
+def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:
+    """The recipe and the pixels [H,W,3] of a PNG that parvis wrote. Raises RequestError, OSError."""
+    recipe, pixels = find(path)
+    if recipe is None:
+        raise RequestError(
+            f"{path}: has no 'parvis' entry; only a PNG that parvis wrote can be made again, and only while no other "
+            "program has saved it"
+        )
+    return recipe, pixels
+
+
+def find(path: Path) -> tuple[Recipe | None, NDArray[np.uint8]]:
+    """The pixels [H,W,3] of an image, and its recipe if parvis wrote it. Raises RequestError, OSError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a sheet may be large
+            with Image.open(path) as image:
+                image.load()
+                text = getattr(image, "text", {}).get(CHUNK)
+                pixels = np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise RequestError(f"{path}: not a readable PNG ({error})") from error
+    except OSError as error:
+        if error.filename:
+            raise
+        raise RequestError(f"{path}: not a readable PNG ({error}); it may be truncated") from error  # Pillow's own
+    if text is None:
+        return None, pixels
+    try:
+        entry = json.loads(text)
+        images = entry["images"]
+        tokens = [np.frombuffer(base64.b64decode(i["tokens"]), entry["token_type"]).astype(np.int64) for i in images]
+        recipe = Recipe(
+            bundle_name=str(entry["bundle"]["name"]),
+            bundle_hash=str(entry["bundle"]["hash"]),
+            columns=max(1, int(entry["columns"])),
+            labels=[int(i["label"]) for i in images],
+            seeds=[int(i["seed"]) for i in images],
+            settings=[Settings(**i["settings"]) for i in images],
+            tokens=np.stack(tokens),
+            kept=np.stack([_unpacked(i["kept"], len(tokens[0])) for i in images]) if "kept" in images[0] else None,
+            pasted=bool(entry.get("pasted", False)),
+        )
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise RequestError(
+            f"{path}: its 'parvis' entry cannot be read ({error}); it may come from another version"
+        ) from error
+    return recipe, pixels
+
+
+def _packed(bits: NDArray[np.bool_]) -> str:
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()
+
+
+def _unpacked(text: str, count: int) -> NDArray[np.bool_]:
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))
+    if not count <= len(bits) < count + 8:
+        raise ValueError(f"{len(bits)} bits for {count} tokens")
+    return bits[:count].astype(bool)
+
+
+def _describe(bundle: Bundle, result: Result, columns: int, pick: list[int], pasted: bool) -> dict[str, Any]:
+    kind = "<u2" if bundle.vocab_size <= 65536 else "<u4"
+    return {
+        "parvis": __version__,
+        "bundle": {"name": bundle.name, "hash": bundle.hash},
+        "columns": columns,
+        "token_type": kind,
+        "images": [
+            {
+                "label": result.labels[i],
+                "name": None if bundle.class_names is None else bundle.class_names[result.labels[i]],
+                "seed": result.seeds[i],
+                "settings": asdict(result.settings[i]),
+                "tokens": base64.b64encode(result.tokens[i].astype(kind).tobytes()).decode(),
+                **({} if result.kept is None else {"kept": _packed(result.kept[i])}),
+            }
+            for i in pick
+        ],
+        **({"pasted": True} if pasted else {}),
+    }
