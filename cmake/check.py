@@ -10,7 +10,8 @@ from pathlib import Path
 from par_runtime import Pipeline
 from par_runtime.backends.engines import ENGINE_JSON, ENGINES, Engine
 from par_runtime.backends.trt.module import RTX
-from par_runtime.bundle import MANIFEST, Bundle, BundleError
+from par_runtime.bundle import MANIFEST, Bundle
+from par_runtime.errors import BundleError
 
 
 def copy(source: str, out: str) -> None:

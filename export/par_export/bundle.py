@@ -27,7 +27,6 @@ from par_export.graphs.sampling import Variant
 from par_export.graphs.step import io_table, padded_head_dim, step_graph
 from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph, WeightTable
-from par_export.memory import peak_memory_bytes
 from par_export.staging import TargetError, staging
 from par_export.weights import Weights, write_tokenizer_weights, write_weights
 from par_model.checkpoint.facts import downsampling
@@ -35,9 +34,10 @@ from par_model.checkpoint.model import Checkpoint, CheckpointError, infer, open_
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import CLASS, TOKEN, Phase, input_kinds, phases, token_order
 from par_runtime import __version__
-from par_runtime.bundle import MANIFEST, SCHEMA, seal, sha256
+from par_runtime.bundle import MANIFEST, SCHEMA, seal
+from par_runtime.dtypes import DTYPE
+from par_runtime.system import peak_bytes, sha256
 
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SELFTEST_GUIDANCE = 1.5
 HALF_DECODER = verify_tokenizer.HALF_DECODER
 
@@ -68,9 +68,9 @@ class Request:
 def export(request: Request, say: Callable[[str], None] = print) -> Path:
     """Write the bundle of ``request``; returns its path. Raises ExportError, CheckpointError, ParityError, OSError."""
     started = time.monotonic()
-    if request.precision not in PRECISIONS:
-        raise ExportError(f"precision {request.precision!r}; expected one of {', '.join(PRECISIONS)}")
-    dtype = PRECISIONS[request.precision]
+    if request.precision not in DTYPE:
+        raise ExportError(f"precision {request.precision!r}; expected one of {', '.join(DTYPE)}")
+    dtype = DTYPE[request.precision]
     defaults = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | (request.defaults or {})
     _check_defaults(defaults)
     checkpoint = open_checkpoint(request.checkpoint)
@@ -126,7 +126,7 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
         described = describe(config, vq, graphs, parameters, weights)
         write_manifest(folder, entries | described | {"class_names": names, "class_synsets": synsets} | checked)
     size = sum(f.stat().st_size for f in request.out.iterdir())
-    peak = peak_memory_bytes() / 1e6
+    peak = (peak_bytes() or 0) / 1e6
     say(
         f"{request.out}: {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s, peak memory {peak:.0f} MB; {_parity_line(checked['parity'])}"
     )

@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from par_export.bundle import PRECISIONS, SELFTEST_GUIDANCE, describe, write_graphs, write_manifest
+from par_export.bundle import SELFTEST_GUIDANCE, describe, write_graphs, write_manifest
 from par_export.graphs.writer import WEIGHTS_FILE, WeightTable
 from par_export.weights import Weights, write_rotary, write_tokenizer_weights, write_weights
 from par_model.checkpoint.model import Checkpoint
 from par_model.config import PARConfig, VQConfig, named
 from par_model.transformer import INIT_STD, PAR
 from par_model.vq import VQModel
-from par_runtime.bundle import MANIFEST, BundleError
+from par_runtime.bundle import MANIFEST
+from par_runtime.dtypes import DTYPE
+from par_runtime.errors import BundleError
 
 #: What benchmarks draw with: everything of the published setting but a greedy choice costs the same.
 DEFAULTS = {"guidance": 4.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -80,7 +82,7 @@ def family(
     does not take, OSError.
     """
     configs = {n: replace(config, group_size=n) for n in group_sizes}
-    dtype = PRECISIONS[precision]
+    dtype = DTYPE[precision]
     folder.mkdir(parents=True, exist_ok=True)
     shared = folder / f".{name}-{WEIGHTS_FILE}"
     weights = Weights(shared)
@@ -134,7 +136,7 @@ def _write(
         os.link(shared, folder / WEIGHTS_FILE)
     except OSError:  # a file system without links
         shutil.copyfile(shared, folder / WEIGHTS_FILE)
-    graphs = write_graphs(folder, config, vq, table, PRECISIONS[precision], "topk", encoder=False)
+    graphs = write_graphs(folder, config, vq, table, DTYPE[precision], "topk", encoder=False)
     entries = {
         "name": folder.name,
         "precision": precision,
@@ -166,7 +168,7 @@ def like(path: str | Path, group_size: int, out: str | Path) -> Path:
         )
         vq = None if tokenizer is None else VQConfig(**tokenizer["config"])
         # Whatever a quantised bundle stores, its twin's full weights stand for: see the row's "precision".
-        precision = manifest["precision"] if manifest["precision"] in PRECISIONS else "fp16"
+        precision = manifest["precision"] if manifest["precision"] in DTYPE else "fp16"
         defaults = manifest["defaults"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path}: no bundle of random weights can be made like it ({error})") from error

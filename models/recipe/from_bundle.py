@@ -35,7 +35,8 @@ from par_model.config import Order, PARConfig, VQConfig
 from par_model.ordering import phases, token_order
 from par_model.transformer import PAR
 from par_model.vq import VQModel
-from par_runtime.bundle import MANIFEST, Bundle, BundleError
+from par_runtime.bundle import MANIFEST, Bundle
+from par_runtime.errors import BundleError
 
 INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 

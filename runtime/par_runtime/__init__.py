@@ -8,9 +8,9 @@ __version__ = "0.1.0"
 __all__ = ["Bundle", "BundleError", "Pipeline", "RequestError", "Result", "__version__"]
 
 if TYPE_CHECKING:
-    from par_runtime.bundle import Bundle, BundleError
+    from par_runtime.bundle import Bundle
+    from par_runtime.errors import BundleError, RequestError
     from par_runtime.pipeline import Pipeline, Result
-    from par_runtime.request import RequestError
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from par_runtime.errors import BundleError
+from par_runtime.system import sha256
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.data"
@@ -21,10 +24,6 @@ WEIGHTS = "weights.data"
 HASH_UP_TO_BYTES = 64 * 2**20
 
 Verify = Literal["full", "auto", "none"]
-
-
-class BundleError(Exception):
-    """A bundle that cannot be used; the message says what was found, what is expected and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -154,15 +153,6 @@ def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
     # Through JSON, so that what is hashed is what a reader gets back (tuples are lists there).
     plain: dict[str, Any] = json.loads(json.dumps(manifest))
     return plain | {"hash": canonical_hash(plain)}
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.backends.base import Float, Int
 from par_runtime.bundle import Bundle
-from par_runtime.request import RequestError, array
+from par_runtime.dtypes import Int
+from par_runtime.errors import RequestError
+from par_runtime.request import array
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,3 @@ def given_tokens(bundle: Bundle, images: int, tokens: ArrayLike) -> Int:
     if given.size and not 0 <= given.min() <= given.max() < bundle.vocab_size:
         raise RequestError(f"tokens lie in {given.min()}..{given.max()}; expected 0..{bundle.vocab_size - 1}")
     return np.broadcast_to(given, (images, n)).astype(np.int64)
-
-
-def log_likelihood(logits: Float, tokens: Int) -> Float:
-    """Natural log-probability [B,q] of ``tokens`` [B,q] under ``logits`` [B,q,V]."""
-    wide = logits.astype(np.float64)
-    peak = wide.max(-1, keepdims=True)
-    total = np.log(np.exp(wide - peak).sum(-1)) + peak[..., 0]
-    chosen: Float = (np.take_along_axis(wide, tokens[..., None], -1)[..., 0] - total).astype(np.float32)
-    return chosen

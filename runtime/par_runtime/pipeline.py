@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.backends.base import Backend, Batch, Float, Int, Whole
+from par_runtime.backends.base import Backend, Batch, Whole
 from par_runtime.backends.choose import choose
-from par_runtime.bundle import Bundle, BundleError, Phase, Verify
-from par_runtime.known import Known, given_tokens, known_tokens, log_likelihood
-from par_runtime.request import RequestError, Settings, array, class_index, image_seeds, settings, uniforms
+from par_runtime.bundle import Bundle, Phase, Verify
+from par_runtime.dtypes import Float, Int
+from par_runtime.errors import BundleError, RequestError
+from par_runtime.known import Known, given_tokens, known_tokens
+from par_runtime.metrics import log_likelihood
+from par_runtime.request import Settings, array, class_index, image_seeds, settings, uniforms
 from par_runtime.tokenizer import Tokenizer, chunk_images
 
 if TYPE_CHECKING:

@@ -12,15 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.backends.base import Float
 from par_runtime.bundle import Bundle
+from par_runtime.dtypes import Float
+from par_runtime.errors import RequestError
 
 SEED_LIMIT = 2**64
 NAMES_SHOWN = 8
-
-
-class RequestError(ValueError):
-    """A request that cannot be served; the message says what was given, what is expected and how to fix it."""
 
 
 @dataclass(frozen=True)

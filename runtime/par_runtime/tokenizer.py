@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.backends.base import Int
 from par_runtime.bundle import Bundle
+from par_runtime.dtypes import Int
+from par_runtime.errors import RequestError
 from par_runtime.known import given_tokens
-from par_runtime.request import RequestError, array
+from par_runtime.request import array
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

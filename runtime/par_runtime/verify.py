@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from par_runtime.backends.base import Float, Int
 from par_runtime.backends.draws import distance_of
-from par_runtime.bundle import BundleError, Phase
+from par_runtime.bundle import Phase
+from par_runtime.dtypes import LOGIT_ROUNDING, Float, Int
+from par_runtime.errors import BundleError
+from par_runtime.metrics import log_softmax, psnr_db
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import Settings, uniforms
 
@@ -40,13 +42,12 @@ class Floors:
     psnr: float
 
 
-#: By the precision that the less precise of both backends computes in. The logit errors are those at which
-#: ``trt.TIE`` lets a self-test swap candidates; image models are flat (their best codes lie close together), so the
+#: By the precision that the less exact of both backends computes in. Image models are flat (their best codes lie close together), so the
 #: argmax changes sooner than anything that can be seen.
 FLOORS = {
-    "fp32": Floors(logits=1e-3, argmax=0.99, kl=1e-5, tie=1e-3, psnr=40.0),
-    "fp16": Floors(logits=3e-2, argmax=0.90, kl=1e-2, tie=5e-2, psnr=40.0),
-    "bf16": Floors(logits=1e-1, argmax=0.60, kl=1e-1, tie=2e-1, psnr=40.0),
+    "fp32": Floors(logits=LOGIT_ROUNDING["fp32"], argmax=0.99, kl=1e-5, tie=1e-3, psnr=40.0),
+    "fp16": Floors(logits=LOGIT_ROUNDING["fp16"], argmax=0.90, kl=1e-2, tie=5e-2, psnr=40.0),
+    "bf16": Floors(logits=LOGIT_ROUNDING["bf16"], argmax=0.60, kl=1e-1, tie=2e-1, psnr=40.0),
 }
 
 
@@ -187,8 +188,7 @@ def _errors(mine: Float, wanted: Float) -> tuple[float, ...]:
         )
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is the finding
         a, b = mine.astype(np.float64), wanted.astype(np.float64)
-        log_a, log_b = (x - x.max(-1, keepdims=True) for x in (a, b))
-        log_a, log_b = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_a, log_b))
+        log_a, log_b = log_softmax(mine), log_softmax(wanted)
         kl = (np.exp(log_b) * (log_b - log_a)).sum()
         same = (a.argmax(-1) == b.argmax(-1)).sum()
         return float(np.abs(a - b).max()), float(np.abs(b).max()), float(same), float(kl), float(a[..., 0].size)
@@ -332,11 +332,10 @@ def compare_images(candidate: Pipeline, reference: Pipeline, tokens: Int) -> Ima
     if mine.shape != wanted.shape:
         raise BundleError(f"the candidate's images have shape {mine.shape}, the reference's {wanted.shape}")
     difference = np.abs(mine.astype(np.int64) - wanted).reshape(len(tokens), -1)
-    worst = float((difference.astype(np.float64) ** 2).mean(1).max())
     return Images(
         images=len(tokens),
         identical_images=int((~difference.any(1)).sum()),
-        psnr=math.inf if worst == 0 else 10 * math.log10(255**2 / worst),
+        psnr=min(psnr_db(a, b) for a, b in zip(mine, wanted, strict=True)),
         max_difference=int(difference.max()),
     )
 

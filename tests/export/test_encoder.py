@@ -23,7 +23,7 @@ from par_export.gate.model import ParityError, session
 from par_model.config import PARConfig, VQConfig
 from par_model.transformer import PAR
 from par_model.vq import VQModel
-from par_runtime import Pipeline
+from par_runtime import Pipeline, system
 from par_runtime.images import png
 
 
@@ -84,7 +84,7 @@ def test_a_bundle_may_go_without_the_encoder(
 
     capsys.readouterr()
     image = tmp_path / "x.png"
-    png.write_beside(image, lambda part: png.Image.new("RGB", (16, 16), "red").save(part, format="PNG"))
+    system.write_beside(image, lambda part: png.Image.new("RGB", (16, 16), "red").save(part, format="PNG"))
     assert parvis.main(["reconstruct", str(image), "--bundle", str(out), "--out", str(tmp_path / "y.png")]) == 2
     assert "has no encoder, which turning an image into tokens needs; export it again" in capsys.readouterr().err
     assert not (tmp_path / "y.png").exists()

@@ -31,9 +31,10 @@ from par_export.graphs import step
 from par_export.graphs.step import Form, padded_head_dim, step_graph
 from par_export.graphs.writer import SCALE, Graph, Stored, WeightTable
 from par_model.config import PARConfig
-from par_runtime.backends.engines import Engine, EngineError
+from par_runtime.backends.engines import Engine
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, seal
+from par_runtime.errors import EngineError
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'")
 SM80 = Target("SM80")

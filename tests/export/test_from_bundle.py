@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from conftest import golden_weights
-from par_export.bundle import PRECISIONS, Request, export
+from par_export.bundle import Request, export
 from par_export.weights import Weights, write_tokenizer_weights, write_weights
 from par_model.checkpoint.model import open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig
 from par_model.transformer import PAR
 from par_model.vq import VQModel
 from par_runtime.bundle import Bundle
+from par_runtime.dtypes import DTYPE
 
 SCRIPT = Path(__file__).parents[2] / "models" / "recipe" / "from_bundle.py"
 
@@ -39,8 +40,8 @@ def written(folder: Path, precision: str, encoder: bool) -> tuple[np.ndarray, We
     model, tokenizer = open_checkpoint(folder / "model.pt"), open_checkpoint(folder / "tokenizer.pt")
     vq_config(tokenizer)  # every key is there
     weights = Weights(folder / "weights.data")
-    write_weights(weights, par_config(model), model, PRECISIONS[precision])
-    write_tokenizer_weights(weights, tokenizer, PRECISIONS[precision], encoder)
+    write_weights(weights, par_config(model), model, DTYPE[precision])
+    write_tokenizer_weights(weights, tokenizer, DTYPE[precision], encoder)
     weights.close()
     return np.fromfile(folder / "weights.data", np.uint8), weights
 

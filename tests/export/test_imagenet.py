@@ -10,7 +10,8 @@ import pytest
 from par_export import imagenet
 from par_model.config import PARConfig, named
 from par_runtime.bundle import Bundle
-from par_runtime.request import RequestError, class_index
+from par_runtime.errors import RequestError
+from par_runtime.request import class_index
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 
 from conftest import golden_config, golden_weights
 from par_model.transformer import PAR
+from par_runtime.errors import RequestError
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import RequestError
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from par_runtime.bundle import Bundle, BundleError, canonical_hash, seal
+from par_runtime.bundle import Bundle, canonical_hash, seal
+from par_runtime.errors import BundleError
 
 
 @pytest.fixture

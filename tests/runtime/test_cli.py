@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from conftest import child
-from par_runtime import Pipeline, Result
+from par_runtime import Pipeline, Result, system
 from par_runtime.cli import dispatch as cli
 from par_runtime.images import png
 
@@ -217,7 +217,7 @@ def test_a_really_full_disk(
         pytest.skip("needs /dev/full")
     part = tmp_path / "part"
     part.symlink_to("/dev/full")  # a link, so that a mistake in the clean-up cannot remove the device
-    monkeypatch.setattr(png, "_part", lambda path: part)
+    monkeypatch.setattr(system, "_part", lambda path: part)
     assert run("generate", tiny, "--label", 0, "--out", tmp_path / "a.png") == 2
     assert "no space left on the disk" in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 
 from par_runtime.backends import cuda
-from par_runtime.backends.cuda import CudaError, Device, OutOfMemory
+from par_runtime.backends.cuda import Device
+from par_runtime.errors import CudaError, OutOfMemory
 
 pytest.importorskip("cuda.bindings", reason="needs cuda-python: pip install 'parvis[tensorrt]'")
 

@@ -12,8 +12,8 @@ from PIL import Image
 from par_runtime import Pipeline
 from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
+from par_runtime.errors import RequestError
 from par_runtime.images import photo, png
-from par_runtime.request import RequestError
 from par_runtime.tokenizer import Tokenizer
 
 SIZE = (16, 16)

@@ -14,13 +14,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from par_runtime.backends.cuda import CudaError
 from par_runtime.backends.ort import gpu as ort_cuda
 from par_runtime.backends.ort.cpu import OPSET24_SINCE
-from par_runtime.bundle import Bundle, BundleError
+from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
+from par_runtime.errors import BundleError, CudaError, RequestError
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import RequestError
 
 NEW_ENOUGH = tuple(int(part) for part in ort.__version__.split(".")[:2]) >= OPSET24_SINCE
 needs_opset_24 = pytest.mark.skipif(not NEW_ENOUGH, reason="ONNX Runtime before 1.25 does not run step.onnx")

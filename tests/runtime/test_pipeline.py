@@ -14,9 +14,11 @@ import pytest
 
 from conftest import GOLDEN
 from par_runtime import BundleError, Pipeline, RequestError
-from par_runtime.backends.base import Batch, Float, Int
-from par_runtime.backends.ort.cpu import OPSET24_SINCE, OrtBackend, available_cores, spread, window
+from par_runtime.backends.base import Batch
+from par_runtime.backends.ort.cpu import OPSET24_SINCE, OrtBackend, spread, window
+from par_runtime.dtypes import Float, Int
 from par_runtime.request import class_index, uniforms
+from par_runtime.system import available_cores
 
 
 @pytest.fixture(scope="module")

@@ -18,17 +18,18 @@ from double import tensorrt
 from double.driver import Driver, ViolationError
 
 from par_runtime.backends import cuda
-from par_runtime.backends.engines import ENGINE_JSON, Engine, EngineError
+from par_runtime.backends.engines import ENGINE_JSON, Engine
 from par_runtime.backends.trt import memory as trt_memory
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.backends.trt.backend import Capture, TrtBackend
 from par_runtime.backends.trt.memory import bind
 from par_runtime.backends.trt.plan import LoadedPlan
 from par_runtime.backends.trt.tables import Tables
-from par_runtime.bundle import Bundle, BundleError, seal, sha256
+from par_runtime.bundle import Bundle, seal
 from par_runtime.cli import dispatch as cli
+from par_runtime.errors import BundleError, EngineError, RequestError
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import RequestError
+from par_runtime.system import sha256
 
 
 @pytest.fixture

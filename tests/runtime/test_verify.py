@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from par_runtime import verify
-from par_runtime.backends.base import Batch, Float, Int
+from par_runtime.backends.base import Batch
 from par_runtime.backends.draws import distance_of, draw
 from par_runtime.cli.verify import Report, as_json, load, run, table
+from par_runtime.dtypes import Float, Int
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import settings, uniforms
 from par_runtime.verify import FLOORS, Trial

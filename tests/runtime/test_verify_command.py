@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from test_verify import Sabotaged
 
-from par_runtime.backends.base import Float, Int
 from par_runtime.bundle import seal
 from par_runtime.cli import dispatch as cli
 from par_runtime.cli import verify as verify_command
 from par_runtime.cli.verify import load
+from par_runtime.dtypes import Float, Int
 from par_runtime.pipeline import Pipeline
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from par_export.engines.build import MODES, PRECISIONS, SAMPLING, Request, build
+from par_export.engines.build import MODES, SAMPLING, Request, build
 from par_export.engines.cache import DEFAULT_LIMIT_BYTES, default_folder
 from par_export.engines.network import BuildCancelledError, BuildError
 from par_export.staging import TargetError
 from par_runtime.backends.engines import ENGINE_JSON
-from par_runtime.backends.trt.module import TensorRTMissingError
-from par_runtime.bundle import BundleError
 from par_runtime.cli.dispatch import Parser
+from par_runtime.dtypes import PRECISIONS
+from par_runtime.errors import BundleError, TensorRTMissingError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="SM80 (A100), SM89 (L4, RTX 4090), ... or several with commas; 'local' is this machine's GPU",
     )
-    p.add_argument("--precision", choices=list(PRECISIONS), help="of the step network (default: the bundle's)")
+    p.add_argument("--precision", choices=PRECISIONS, help="of the step network (default: the bundle's)")
     p.add_argument(
         "--max-images",
         type=count,
@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--decoder-precision",
-        choices=list(PRECISIONS),
+        choices=PRECISIONS,
         default="fp32",
         help="default: fp32, which uses TF32 where faster",
     )

@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from par_export.cli.build import count, counts, sizes_up_to
-from par_export.engines.build import PRECISIONS, Request, build
+from par_export.engines.build import Request, build
 from par_export.engines.network import BuildCancelledError, BuildError
 from par_export.graphs.step import Form
 from par_export.staging import TargetError
 from par_runtime.backends import cuda
-from par_runtime.backends.cuda import CudaError
 from par_runtime.backends.engines import ENGINE_JSON, Engine
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.backends.trt.backend import Capture, TrtBackend
-from par_runtime.bundle import Bundle, BundleError, seal
+from par_runtime.bundle import Bundle, seal
 from par_runtime.cli.dispatch import Parser
+from par_runtime.dtypes import PRECISIONS
+from par_runtime.errors import BundleError, CudaError, TensorRTMissingError
 from par_runtime.pipeline import Pipeline
 
 CAPTURES: tuple[Capture, ...] = ("image", "call", "none")
@@ -204,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             index=args.gpu,
             say=(lambda _: None) if args.json else lambda line: print(line, flush=True),
         )
-    except (BuildError, BundleError, CudaError, TargetError, trt_module.TensorRTMissingError, OSError) as error:
+    except (BuildError, BundleError, CudaError, TargetError, TensorRTMissingError, OSError) as error:
         print(f"parvis: error: {error}", file=sys.stderr)
         return 2
     except (BuildCancelledError, KeyboardInterrupt):
@@ -227,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--images", type=count, default=1, help="batch size to be fastest at (default: 1)")
     p.add_argument("--max-images", type=count, default=8, help="largest batch to build for (default: 8)")
     p.add_argument("--sizes", type=counts, help="batch sizes to build for, with commas, instead of --max-images")
-    p.add_argument("--precision", choices=list(PRECISIONS), help="default: the bundle's")
+    p.add_argument("--precision", choices=PRECISIONS, help="default: the bundle's")
     p.add_argument("--engines", choices=["shared", "per-phase"], default="shared")
     p.add_argument("--repeats", type=count, default=5, help="timed batches per candidate and round (default: 5)")
     p.add_argument("--rounds", type=count, default=2, help="times every candidate comes up (default: 2)")

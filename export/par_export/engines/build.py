@@ -27,16 +27,17 @@ from par_export.graphs.sampling import Variant
 from par_export.graphs.step import Form, step_graph
 from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import WEIGHTS_FILE, Graph, WeightTable
-from par_export.memory import peak_memory_bytes
 from par_export.staging import staging
 from par_model.config import PARConfig, VQConfig
 from par_runtime import __version__
-from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, Engine, EngineError
+from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, Engine
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.backends.trt.module import TensorRT
-from par_runtime.bundle import Bundle, seal, sha256
+from par_runtime.bundle import Bundle, seal
+from par_runtime.dtypes import DTYPE
+from par_runtime.errors import EngineError
+from par_runtime.system import peak_bytes, sha256
 
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 MODES = ("shared", "per-phase")
 #: Not "exact": its bisection is a chain of hundreds of reductions, which TensorRT-RTX did not finish in ten minutes.
 SAMPLING = ("plain", "topk")
@@ -113,8 +114,8 @@ def _intact(folder: Path, bundle: Bundle) -> bool:
 
 
 def _check(request: Request) -> None:
-    if request.precision is not None and request.precision not in PRECISIONS:
-        raise BuildError(f"precision {request.precision!r}; expected one of {', '.join(PRECISIONS)}")
+    if request.precision is not None and request.precision not in DTYPE:
+        raise BuildError(f"precision {request.precision!r}; expected one of {', '.join(DTYPE)}")
     if request.mode not in MODES:
         raise BuildError(f"engines {request.mode!r}; expected one of {', '.join(MODES)}")
     if request.sampling is not None and request.sampling not in SAMPLING:
@@ -185,7 +186,7 @@ class _Plan:
         started = time.monotonic()
         config = step_config(self.bundle)
         stored = WeightTable.read(self.bundle.path / self.bundle.graphs["group"].file)
-        compute = PRECISIONS[self.precision]
+        compute = DTYPE[self.precision]
         plans: dict[str, Any] = {}
         reports: dict[str, Any] = {}
         fold = self.request.norm_after
@@ -224,20 +225,20 @@ class _Plan:
             "report": {
                 "plans": reports,
                 "seconds": round(time.monotonic() - started, 2),
-                "peak_memory_bytes": peak_memory_bytes(),
+                "peak_memory_bytes": peak_bytes(),
             },
         }
         (folder / ENGINE_JSON).write_text(json.dumps(seal(document), indent=1))
         say(
             f"{self.bundle.name}: {', '.join([*plans, *(['decoder'] if decoder else [])])} for {self.target} with "
             f"{self.trt.name} {self.trt.version}, {self.precision}, in {time.monotonic() - started:.1f} s, peak memory "
-            f"{peak_memory_bytes() / 1e6:.0f} MB"
+            f"{(peak_bytes() or 0) / 1e6:.0f} MB"
         )
 
     def _decoder(self, folder: Path, reports: dict[str, Any], on_step: OnStep) -> dict[str, Any]:
         manifest = json.loads((self.bundle.path / "manifest.json").read_text())
         vq = VQConfig(**manifest["tokenizer"]["config"])
-        compute = PRECISIONS[self.request.decoder_precision]
+        compute = DTYPE[self.request.decoder_precision]
         stored = WeightTable.read(self.bundle.path / self.bundle.graphs["decoder"].file)
         with weights_in(self.bundle.path / WEIGHTS_FILE, stored, compute, folder) as (table, data):
             graph = decoder_graph(step_config(self.bundle), vq, table, compute)

@@ -25,13 +25,13 @@ from par_export.gate.drive import Driver, Images, input_ids
 from par_export.gate.drive import session as session  # part of this module
 from par_export.graphs.step import step_graph
 from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WeightTable
-from par_export.memory import available_bytes, give_back
 from par_export.weights import TORCH_TYPE, Weights
 from par_model.checkpoint.model import Checkpoint, CheckpointError
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import Phase, phases
 from par_model.transformer import PAR
 from par_model.vq import VQModel
+from par_runtime.system import available_bytes, give_back
 
 #: Largest allowed |logit error| relative to the largest |logit|, by what the graph computes in.
 LOGIT_FLOOR = {"float32": 2e-5, "float16": 2e-2}
@@ -278,7 +278,9 @@ def gate(
 
 def fits(table: WeightTable) -> bool:
     """Whether memory allows a session that holds all weights in fp32."""
-    return sum(4 * math.prod(stored.shape) for stored in table.entries.values()) + MARGIN_BYTES <= available_bytes()
+    return sum(4 * math.prod(stored.shape) for stored in table.entries.values()) + MARGIN_BYTES <= (
+        available_bytes() or 0
+    )
 
 
 def parameters(checkpoint: Checkpoint) -> int:

@@ -19,6 +19,7 @@ from par_model.checkpoint.model import Checkpoint
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import token_order
 from par_model.vq import VQModel
+from par_runtime.metrics import finite, psnr_db
 
 HALF_DECODER = "decoder_fp16"
 #: Codes whose products with a position differ less than this may swap by rounding. The products lie in -1..1.
@@ -53,8 +54,8 @@ def _half_decoder(folder: Path, config: PARConfig) -> dict[str, Any]:
         for name in ("decoder", HALF_DECODER)
     )
     error = np.abs(exact - half)
-    psnr = float(10 * np.log10(255**2 / max(float((error**2).mean()), 1e-9)))
-    return {"max_pixel_error": int(error.max()), "psnr_db": psnr, "left_out": psnr < HALF_FLOOR_DB}
+    psnr = psnr_db(half, exact)
+    return {"max_pixel_error": int(error.max()), "psnr_db": finite(psnr), "left_out": psnr < HALF_FLOOR_DB}
 
 
 def _encoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Int = NDArray[np.int64]
-Float = NDArray[np.float32]
+from par_runtime.dtypes import Float, Int
+
 Whole = tuple[Int, NDArray[np.uint8] | None]
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from par_runtime.backends.cuda import CudaError
-from par_runtime.backends.engines import Engine, EngineError, best, found, misfit
+from par_runtime.backends.engines import Engine, best, found, misfit
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, Verify
-from par_runtime.request import RequestError
+from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError
 
 if TYPE_CHECKING:
     from par_runtime.backends.base import Backend
@@ -94,7 +93,7 @@ def _tensorrt(bundle: Bundle, index: int, verify: Verify, capture: Capture) -> t
         of_it = [engine for engine in engines if engine.runtime == runtime]
         try:
             trt = trt_module.load(runtime)
-        except trt_module.TensorRTMissingError as error:
+        except TensorRTMissingError as error:
             reasons.append(str(error))
             continue
         for engine in of_it:

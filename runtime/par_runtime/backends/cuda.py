@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from par_runtime.errors import CudaError, OutOfMemory
+
 #: The module cuda.bindings.driver, imported at first use; tests put a stand-in here.
 driver: Any = None
 
@@ -35,22 +37,6 @@ HINTS = {
     "CUDA_ERROR_NO_BINARY_FOR_GPU": "the plan holds no kernels for this GPU; build it again for this target",
     "CUDA_ERROR_INVALID_VALUE": "an address or size is wrong; please report it with 'parvis verify'",
 }
-
-
-class CudaError(Exception):
-    """A call of the driver failed. ``code`` is its name, for instance "CUDA_ERROR_NO_DEVICE"."""
-
-    def __init__(self, message: str, code: str = "") -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class OutOfMemory(CudaError):  # noqa: N818, the field's own name
-    """An allocation did not fit. Sizes in bytes."""
-
-    def __init__(self, message: str, requested_bytes: int, free_bytes: int, total_bytes: int) -> None:
-        super().__init__(message, "CUDA_ERROR_OUT_OF_MEMORY")
-        self.requested_bytes, self.free_bytes, self.total_bytes = requested_bytes, free_bytes, total_bytes
 
 
 def device_count() -> int:

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import Float
+from par_runtime.dtypes import Float
 
 Double = NDArray[np.float64]
 Mask = NDArray[np.bool_]

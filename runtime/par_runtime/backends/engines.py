@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bundle import Bundle, BundleError, Verify, canonical_hash, file_fault
+from par_runtime.bundle import Bundle, Verify, canonical_hash, file_fault
+from par_runtime.errors import EngineError
 
 ENGINES = "engines"
 ENGINE_JSON = "engine.json"
 ENGINE_SCHEMA = 1
-
-
-class EngineError(BundleError):
-    """An engine that cannot be used; the message says why and names the command that builds it again."""
 
 
 @dataclass(frozen=True)

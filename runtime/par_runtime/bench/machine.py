@@ -19,6 +19,7 @@ from pathlib import Path
 
 from par_runtime import __version__
 from par_runtime.bench.gpu import Gpu, why_slower
+from par_runtime.system import available_cores, memory_bytes
 
 PROC = Path("/proc")
 CPUS = Path("/sys/devices/system/cpu")
@@ -49,9 +50,9 @@ def facts(gpu: Gpu | None = None) -> Machine:
     """This machine; ``gpu`` where the measurement runs on one."""
     return Machine(
         cpu=_cpu_name(),
-        cores=cores(),
+        cores=available_cores(),
         cache_bytes=_largest_cache(),
-        memory_bytes=_meminfo("MemTotal"),
+        memory_bytes=memory_bytes("MemTotal"),
         os=_os_name(),
         cpu_mhz=_mhz(),
         gpu=gpu.name if gpu else "",
@@ -60,21 +61,6 @@ def facts(gpu: Gpu | None = None) -> Machine:
         gpu_mhz=gpu.mhz if gpu else None,
         gpu_memory_mhz=gpu.memory_mhz if gpu else None,
     )
-
-
-def cores() -> int:
-    """That this process may use."""
-    try:
-        from par_runtime.backends.ort.cpu import available_cores
-    except ModuleNotFoundError:  # a machine that has only TensorRT
-        return os.cpu_count() or 1
-    return available_cores()
-
-
-def available_bytes() -> int | None:
-    """Memory that a process could still take without swapping, the container's limit included."""
-    free = [_meminfo("MemAvailable"), _cgroup_room()]
-    return min((value for value in free if value is not None), default=None)
 
 
 @cache
@@ -194,21 +180,6 @@ def _os_name() -> str:
     with suppress(OSError, AttributeError):
         return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {platform.system()} {platform.release()}"
     return platform.platform()
-
-
-def _meminfo(key: str) -> int | None:
-    with suppress(OSError, ValueError, IndexError):
-        for line in (PROC / "meminfo").read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def _cgroup_room(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes up to the container's limit, where it has one."""
-    with suppress(OSError, ValueError):
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-    return None
 
 
 @cache

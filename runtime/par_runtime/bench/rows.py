@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from par_runtime.bench.machine import Machine
-from par_runtime.request import RequestError
+from par_runtime.errors import RequestError
 
 SCHEMA = 1
 ENOUGH = 5  #: repetitions that a median and its spread want

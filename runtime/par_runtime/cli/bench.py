@@ -30,8 +30,8 @@ from par_runtime.cli.bench_options import parser
 from par_runtime.cli.common import guarded
 from par_runtime.cost import bound
 from par_runtime.cost.bound import DATA_SHEETS, Prediction, predictions
-from par_runtime.images import png
-from par_runtime.request import RequestError
+from par_runtime.errors import RequestError
+from par_runtime.system import available_bytes, available_cores, check_writable, write_beside
 
 #: A baseline in PyTorch whose image takes longer is estimated from some of its calls, unless --whole.
 LONG_SECONDS = 20.0
@@ -92,9 +92,9 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise RequestError(f"--{name} {value}: expected 1 or more")
-    if args.threads is not None and args.threads > machine.cores():
+    if args.threads is not None and args.threads > available_cores():
         raise RequestError(
-            f"--threads {args.threads}: this process may use {machine.cores()} cores; expected no more than these"
+            f"--threads {args.threads}: this process may use {available_cores()} cores; expected no more than these"
         )
     if not args.minutes > 0:
         raise RequestError(f"--minutes {args.minutes:g}: expected more than 0")
@@ -109,7 +109,7 @@ def check(args: argparse.Namespace) -> None:
         raise RequestError("--json, --csv and --html name one file twice; give each its own")
     for path in outputs:
         if path != Path("-"):
-            png.check_writable(path)
+            check_writable(path)
 
 
 # -- given bundles ------------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def _paper(args: argparse.Namespace, say: Say) -> Outcome:
         given[model, bundle.group_size] = path
     gpu = _gpu(args)
     device = "cpu" if args.device == "auto" and gpu is None else str(args.device)
-    threads = args.threads or machine.cores()
+    threads = args.threads or available_cores()
     with tempfile.TemporaryDirectory(dir=args.work, prefix="parvis-bench-") as work:
         say("this machine's limits")
         limits = _cpu_limits(threads, [10**9]) if gpu is None else _gpu_limits(gpu)
@@ -265,7 +265,7 @@ def _limits(args: argparse.Namespace, subjects: Sequence[Apart], say: Say) -> di
 
 def _cpu_limits(threads: int, works: Sequence[int]) -> Limits:
     cache = machine.facts().cache_bytes
-    return measure_cpu(threads, sizes(works, cache, machine.available_bytes()))
+    return measure_cpu(threads, sizes(works, cache, available_bytes()))
 
 
 def _gpu_limits(gpu: Gpu) -> Limits:
@@ -309,7 +309,7 @@ def _write(args: argparse.Namespace, outcome: Outcome) -> None:
             silent = True
         elif path is not None:
             content = make()
-            png.write_beside(path, lambda part, content=content: part.write_text(content, encoding="utf-8"))  # type: ignore[misc]
+            write_beside(path, lambda part, content=content: part.write_text(content, encoding="utf-8"))  # type: ignore[misc]
     if silent:
         return
     parts = []

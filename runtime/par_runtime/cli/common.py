@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.cuda import CudaError
 from par_runtime.backends.engines import has_engines
-from par_runtime.bundle import Bundle, BundleError, Verify
-from par_runtime.request import RequestError, class_index
+from par_runtime.bundle import Bundle, Verify
+from par_runtime.errors import BundleError, CudaError, RequestError
+from par_runtime.request import class_index
 
 MOST_IMAGES = 100_000  # of one command: all are held in memory until they are written
 

@@ -15,14 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from par_runtime.backends.base import Int
 from par_runtime.bundle import Bundle
 from par_runtime.cli.common import MOST_IMAGES, Bar, add_common, add_sampling, guarded, save_tokens, unchecked
 from par_runtime.cli.dispatch import Parser
+from par_runtime.dtypes import Int
+from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.images.photo import REGION, box_of, fitted, kept_tokens, open_image, placed, region
+from par_runtime.metrics import finite, psnr_db
 from par_runtime.pipeline import Pipeline, Result
-from par_runtime.request import RequestError, class_index
+from par_runtime.request import class_index
+from par_runtime.system import check_writable, write_beside
 from par_runtime.tokenizer import Tokenizer
 
 
@@ -53,16 +56,16 @@ def _reconstruct(args: argparse.Namespace) -> int:
     decoded = time.perf_counter()
     shown = np.concatenate([given, images], axis=2) if args.beside else images
     sheet = png.sheet(shown, math.ceil(math.sqrt(len(shown))))
-    png.write_beside(out, lambda part: Image.fromarray(sheet).save(part, format="PNG"))
+    write_beside(out, lambda part: Image.fromarray(sheet).save(part, format="PNG"))
     if args.tokens is not None:
-        png.write_beside(args.tokens, lambda part: save_tokens(part, tokens))
+        write_beside(args.tokens, lambda part: save_tokens(part, tokens))
     rows = [
         {"image": str(path), "psnr_db": psnr_db(was, now), "codes": len(np.unique(row))}
         for path, was, now, row in zip(args.image, given, images, tokens, strict=True)
     ]
     if args.json:
         ms = {"encode": 1e3 * (encoded - clock), "decode": 1e3 * (decoded - encoded)}
-        print(json.dumps({"written": str(out), "images": rows, "timings_ms": ms}))
+        print(json.dumps({"written": str(out), "images": finite(rows), "timings_ms": ms}))
     elif not args.quiet:
         for row in rows:
             print(
@@ -71,12 +74,6 @@ def _reconstruct(args: argparse.Namespace) -> int:
             )
         print(f"{out}: encoded in {encoded - clock:.2f} s, decoded in {decoded - encoded:.2f} s")
     return 0
-
-
-def psnr_db(was: NDArray[np.uint8], now: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio of two uint8 images, dB; 99 for equal ones, so that it is a number."""
-    mse = float(((was.astype(np.float64) - now) ** 2).mean())
-    return 99.0 if mse == 0 else 10 * math.log10(255**2 / mse)
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ def _edit(args: argparse.Namespace) -> int:
     columns = math.ceil(math.sqrt(args.count))
     png.write(out, bundle, result, columns, pasted=args.paste)
     if args.tokens is not None:
-        png.write_beside(args.tokens, lambda part: save_tokens(part, result.tokens))
+        write_beside(args.tokens, lambda part: save_tokens(part, result.tokens))
     seconds = time.perf_counter() - started
     if args.json:
         row = {
@@ -207,7 +204,7 @@ def _check_outputs(out: Path, tokens: Path | None) -> None:
         raise RequestError(f"--tokens {tokens}: expected a name that ends in .npy")
     for path in (out, tokens):
         if path is not None:
-            png.check_writable(path)
+            check_writable(path)
 
 
 def _reconstruct_parser() -> argparse.ArgumentParser:

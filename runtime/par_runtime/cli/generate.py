@@ -29,9 +29,10 @@ from par_runtime.cli.common import (
     unchecked,
 )
 from par_runtime.cli.dispatch import Parser
+from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.pipeline import Pipeline, Result
-from par_runtime.request import RequestError
+from par_runtime.system import check_writable, write_beside
 
 
 def generate(argv: Sequence[str]) -> int:
@@ -77,7 +78,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise RequestError("--preview-every writes beside --out; give --out X.png")
     for path in (args.out, args.out_dir and args.out_dir / "x.png", args.tokens):
         if path is not None:
-            png.check_writable(path)
+            check_writable(path)
     # Checked above, so not again.
     pipeline = Pipeline.load(
         args.bundle,
@@ -102,7 +103,7 @@ def _generate(args: argparse.Namespace) -> int:
         from PIL import Image
 
         name = args.out.with_name(f"{args.out.stem}-{done:04d}.png")
-        png.write_beside(name, lambda part: Image.fromarray(png.sheet(images, columns)).save(part, format="PNG"))
+        write_beside(name, lambda part: Image.fromarray(png.sheet(images, columns)).save(part, format="PNG"))
 
     with Bar(args.quiet or args.json) as bar:
         result = pipeline.generate(
@@ -137,7 +138,7 @@ def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: in
             png.write(path, bundle, result, 1, [i])
             written.append(str(path))
     if args.tokens is not None:
-        png.write_beside(args.tokens, lambda part: save_tokens(part, result.tokens))
+        write_beside(args.tokens, lambda part: save_tokens(part, result.tokens))
         written.append(str(args.tokens))
     return written
 
@@ -194,7 +195,7 @@ def _redo(args: argparse.Namespace) -> int:
             f"{args.image}: its 'parvis' entry is damaged: {recipe.tokens.shape[1]} tokens an image, the bundle makes {bundle.n_tokens}"
         )
     if args.out is not None:
-        png.check_writable(args.out)
+        check_writable(args.out)
     # The comparison below is a stricter self-test than the bundle's own.
     pipeline = Pipeline.load(
         args.bundle, args.device, threads=args.threads, selftest=False, verify=unchecked(bundle), capture=args.capture

@@ -16,8 +16,8 @@ from par_runtime.cli.common import guarded
 from par_runtime.cli.dispatch import Parser
 from par_runtime.cost import bound
 from par_runtime.cost.bound import DATA_SHEETS
+from par_runtime.dtypes import BYTES
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 BATCHES = (1, 2, 4, 8)
 
 
@@ -48,7 +48,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def describe(bundle: Bundle) -> dict[str, Any]:
     """Everything that ``parvis inspect`` says of a bundle, as plain values. Sizes in bytes, times in milliseconds."""
     m = bundle.model
-    read = step_parameters(bundle)
+    read, element = step_parameters(bundle), int(BYTES[bundle.precision])
     engines, bad = found(bundle)
     return {
         "name": bundle.name,
@@ -75,7 +75,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "memory_bytes": {
             str(images): {
                 "cpu": read * 4 + cache_bytes(bundle, images, 4),
-                "gpu": read * BYTES[bundle.precision] + cache_bytes(bundle, images, BYTES[bundle.precision]),
+                "gpu": read * element + cache_bytes(bundle, images, element),
             }
             for images in BATCHES
         },

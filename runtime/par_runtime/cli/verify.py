@@ -23,8 +23,10 @@ from par_runtime.backends.trt.backend import Capture
 from par_runtime.bundle import Bundle, Verify
 from par_runtime.cli.common import add_common, classes_of, guarded
 from par_runtime.cli.dispatch import Parser
+from par_runtime.errors import RequestError
+from par_runtime.metrics import finite
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import RequestError, image_seeds, settings
+from par_runtime.request import image_seeds, settings
 from par_runtime.verify import FLOORS, Check, Floors, Images, PhaseLogits, Tokens, Trial
 
 OPSET23 = "cpu-opset23"
@@ -256,17 +258,8 @@ def as_json(r: Report) -> dict[str, Any]:
         "checks": [asdict(check) for check in r.checks],
         "notes": r.notes,
     }
-    plain: dict[str, Any] = _finite(row)
+    plain: dict[str, Any] = finite(row)
     return plain
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parser() -> argparse.ArgumentParser:

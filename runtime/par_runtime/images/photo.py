@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from par_runtime.request import RequestError
+from par_runtime.errors import RequestError
 
 Fit = Literal["crop", "stretch"]
 SIDES = ("left", "right", "top", "bottom", "center", "border", "all", "none")

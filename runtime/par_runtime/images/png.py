@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from par_runtime import __version__
-from par_runtime.backends.base import Int
 from par_runtime.bundle import Bundle
+from par_runtime.dtypes import Int
+from par_runtime.errors import RequestError
 from par_runtime.pipeline import Result
-from par_runtime.request import RequestError, Settings
+from par_runtime.request import Settings
+from par_runtime.system import write_beside
 
 CHUNK = "parvis"
 
@@ -73,34 +74,6 @@ def write(
     chunk.add_itxt(CHUNK, json.dumps(_describe(bundle, result, columns, pick, pasted)))
     image = Image.fromarray(sheet(result.images[pick], columns))
     write_beside(path, lambda part: image.save(part, format="PNG", pnginfo=chunk))
-
-
-def check_writable(path: Path) -> None:
-    """Make the folder of ``path`` and try a file in it, before any work is spent. Raises RequestError, OSError."""
-    if path.is_dir():
-        raise RequestError(f"{path} is a folder; give a file name")
-    if path.exists() and not path.is_file():
-        raise RequestError(
-            f"{path} is a device or a pipe; give the name of a file, which is written beside and renamed"
-        )
-    write_beside(path, Path.touch, rename=False)
-
-
-def write_beside(path: Path, write_to: Callable[[Path], object], rename: bool = True) -> None:
-    """Call ``write_to`` with a hidden neighbour of ``path`` and rename it; on any error ``path`` is as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part(path)
-    try:
-        write_to(part)
-        if rename:
-            os.replace(part, path)
-    finally:
-        if part.is_file():
-            part.unlink()
-
-
-def _part(path: Path) -> Path:
-    return path.parent / f".{path.name}.{os.getpid()}.part"
 
 
 def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:

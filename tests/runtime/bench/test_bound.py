@@ -21,7 +21,7 @@ from par_runtime.cost.bound import (
     step_parameters,
 )
 from par_runtime.cost.decoder import decoder_work
-from par_runtime.request import RequestError
+from par_runtime.errors import RequestError
 
 
 @pytest.mark.parametrize(

@@ -103,12 +103,12 @@ def test_what_does_not_fit_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         r"time: needs about \d+ minutes, 1\.0 were left",
         paper_run.too_much("PAR-XXL", 60, LIMITS, options(tmp_path)) or "",
     )
-    monkeypatch.setattr(paper_run.machine, "available_bytes", lambda: 8 * 10**9)
+    monkeypatch.setattr(paper_run.system, "available_bytes", lambda: 8 * 10**9)
     assert re.match(
         r"memory: one process takes about 15 GB, 8 GB are free",
         paper_run.too_much("PAR-3B", 1e9, LIMITS, options(tmp_path)) or "",
     )
-    monkeypatch.setattr(paper_run.machine, "available_bytes", lambda: None)
+    monkeypatch.setattr(paper_run.system, "available_bytes", lambda: None)
     monkeypatch.setattr(paper_run.shutil, "disk_usage", lambda _: type("Disk", (), {"free": 10**9}))
     assert re.match(
         r"disk: its weights take 2 GB, 1 GB are free", paper_run.too_much("PAR-L", 1e9, LIMITS, options(tmp_path)) or ""

@@ -13,7 +13,7 @@ from bench.subjects import Scripted, facts, one_row, rows_from
 
 from par_runtime.bench.report.text import csv_text
 from par_runtime.bench.rows import columns, from_plain, median, quantile, read, spread, to_json
-from par_runtime.request import RequestError
+from par_runtime.errors import RequestError
 
 
 def test_a_row_survives_its_file(tmp_path: Path) -> None:

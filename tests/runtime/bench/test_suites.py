@@ -15,7 +15,7 @@ from par_runtime.bench.subjects.base import PHASES, Sample
 from par_runtime.bench.subjects.pipeline import PipelineSubject, phase_at
 from par_runtime.bench.suites import basic as suites
 from par_runtime.bench.suites.serve import arrivals, run, serve
-from par_runtime.request import RequestError
+from par_runtime.errors import RequestError
 
 
 def quiet(_: str) -> None:
@@ -81,7 +81,7 @@ def test_the_phase_of_a_call(tiny: Path) -> None:
 @pytest.fixture
 def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that scripted subjects do not need is not asked for."""
-    monkeypatch.setattr(suites.machine, "available_bytes", lambda: None)
+    monkeypatch.setattr(suites.system, "available_bytes", lambda: None)
 
 
 @pytest.mark.usefixtures("plenty")
@@ -107,7 +107,7 @@ def test_batches_end_where_memory_does_and_say_so() -> None:
 
 
 def test_batches_that_cannot_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suites.machine, "available_bytes", lambda: 2 * 10**9)
+    monkeypatch.setattr(suites.system, "available_bytes", lambda: 2 * 10**9)
     said: list[str] = []
     rows = suites.batch([Scripted(facts())], Setting("batch", repetitions=2), said.append)
     assert [row.images for row in rows] == [1, 2, 4]  # 226 MB of keys and values per guided image of PAR-L

@@ -23,7 +23,8 @@ from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, Pl
 from par_runtime.backends.ort.cpu import OPSET24_SINCE
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.backends.trt.plan import expected
-from par_runtime.bundle import Bundle, seal, sha256
+from par_runtime.bundle import Bundle, seal
+from par_runtime.system import sha256
 
 VERSION = "1.0.double"
 DTYPES = {

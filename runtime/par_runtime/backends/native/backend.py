@@ -23,18 +23,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from par_runtime import __version__
-from par_runtime.backends.base import Batch, Float, Int
+from par_runtime.backends.base import Batch
 from par_runtime.backends.draws import draw_all
-from par_runtime.backends.ort.cpu import (
-    MOST_IMAGES,
-    TIE,
-    available_cores,
-    explained,
-    open_session,
-    run_decoder,
-    session_options,
-)
-from par_runtime.bundle import WEIGHTS, Bundle, BundleError, Stored
+from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE, explained, open_session, run_decoder, session_options
+from par_runtime.bundle import WEIGHTS, Bundle, Stored
+from par_runtime.dtypes import Float, Int
+from par_runtime.errors import BundleError
+from par_runtime.system import available_cores
 
 TYPES = {"float32": (0, 4), "float16": (1, 2), "bfloat16": (2, 2)}  #: dtype -> (its number in step.c, bytes)
 PAGE_BYTES = 4096

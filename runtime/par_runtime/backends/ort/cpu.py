@@ -9,18 +9,19 @@ cost more than the attention they serve).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import Batch, Float, Int
+from par_runtime.backends.base import Batch
 from par_runtime.backends.ort.huge_pages import use_huge_pages
-from par_runtime.bundle import Bundle, BundleError
+from par_runtime.bundle import Bundle
+from par_runtime.dtypes import Float, Int
+from par_runtime.errors import BundleError
+from par_runtime.system import available_cores
 
 #: The first release with every operator of opset 24 that ``step.onnx`` uses; before, ``step_opset23.onnx`` runs.
 OPSET24_SINCE = (1, 25)
@@ -248,16 +249,6 @@ def explained(error: Exception) -> Exception:
     """ONNX Runtime's own error types as Python's, where a caller can do something about them."""
     text = str(error)
     return MemoryError(text) if any(told in text for told in NO_MEMORY) else error
-
-
-def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores this process may use; containers often allow fewer than the machine has (affinity, or a CPU quota)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = cpu_max.read_text().split()
-        return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))
-    except (OSError, ValueError):
-        return cores
 
 
 def load(bundle: Bundle, threads: int | None = None, graph: str | None = None) -> OrtBackend:

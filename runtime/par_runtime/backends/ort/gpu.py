@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import Batch, Float, Int
-from par_runtime.backends.cuda import CudaError
-from par_runtime.bundle import Bundle, BundleError
-from par_runtime.request import RequestError
+from par_runtime.backends.base import Batch
+from par_runtime.bundle import Bundle
+from par_runtime.dtypes import Float, Int
+from par_runtime.errors import BundleError, CudaError, RequestError
 
 REPLACE = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'parvis[onnxruntime-gpu]'"
 try:
     import onnxruntime as ort
 
-    from par_runtime.backends.ort.cpu import MOST_IMAGES, OPSET24_SINCE, TIE, available_cores, explained, run_decoder
+    from par_runtime.backends.ort.cpu import MOST_IMAGES, OPSET24_SINCE, TIE, explained, run_decoder
+    from par_runtime.system import available_cores
 except ModuleNotFoundError as error:
     if error.name != "onnxruntime":
         raise

@@ -18,17 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.backends import cuda
-from par_runtime.backends.base import Batch, Float, Int
-from par_runtime.backends.engines import Engine, EngineError
+from par_runtime.backends.base import Batch
+from par_runtime.backends.engines import Engine
 from par_runtime.backends.trt.memory import Memory, Shape, bind
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.backends.trt.plan import LoadedPlan, make_log
 from par_runtime.backends.trt.tables import Call, calls_of
 from par_runtime.bundle import Bundle
+from par_runtime.dtypes import LOGIT_ROUNDING, Float, Int
+from par_runtime.errors import CudaError, EngineError
 
 Capture = Literal["image", "call", "none"]
-#: A rounding apart, relative to the largest |logit|; a broken plan is several times further off.
-TIE = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
 GRAPHS_KEPT = 4  #: captured shapes; a graph of a large model holds tens of megabytes
 
 
@@ -40,7 +40,7 @@ class TrtBackend:
     ) -> None:
         self.bundle, self.engine, self.device, self.trt, self.capture = bundle, engine, device, trt, capture
         self.name = f"{trt.name} {trt.version} {engine.precision} on {device.name}"
-        self.tie = TIE[engine.precision]
+        self.tie = LOGIT_ROUNDING[engine.precision]
         self.max_images = engine.images[-1]
         self.capturing: Capture = capture  #: what is in use: the next best where the driver refuses
         device.activate()
@@ -146,7 +146,7 @@ class TrtBackend:
                     with self._stream.capture() as captured:
                         part()
                     graphs.append(captured.graph)
-        except (cuda.CudaError, EngineError):
+        except (CudaError, EngineError):
             for graph in graphs:
                 graph.free()
             self.capturing = "call" if self.capturing == "image" else "none"

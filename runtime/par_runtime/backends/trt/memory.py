@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from par_runtime.backends import cuda
-from par_runtime.backends.engines import Engine, EngineError
+from par_runtime.backends.engines import Engine
 from par_runtime.backends.trt.plan import LoadedPlan
 from par_runtime.backends.trt.tables import Call, Tables
 from par_runtime.bundle import Bundle
+from par_runtime.errors import EngineError, OutOfMemory
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Memory:
         if index not in self.shapes:
             try:
                 self.shapes[index] = self._make(index)
-            except cuda.OutOfMemory as error:
+            except OutOfMemory as error:
                 raise self._explained(error, self.engine.images[index]) from error
         return self.shapes[index]
 
@@ -135,7 +136,7 @@ class Memory:
         plan = next(iter(self._plans.values()))
         return cache.heads * self.bundle.n_tokens * cache.head_dim * plan.element_bytes(cache.inputs[0])
 
-    def _explained(self, error: cuda.OutOfMemory, images: int) -> MemoryError:
+    def _explained(self, error: OutOfMemory, images: int) -> MemoryError:
         """How many images would fit, from what one row takes and what is free."""
         self.free()
         free = self.device.free_bytes()

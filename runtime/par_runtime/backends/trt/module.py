@@ -10,11 +10,9 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from par_runtime.errors import TensorRTMissingError
+
 CLASSIC, RTX = "tensorrt", "tensorrt_rtx"
-
-
-class TensorRTMissingError(Exception):
-    """No usable TensorRT is installed; the message says what to install."""
 
 
 @dataclass(frozen=True)

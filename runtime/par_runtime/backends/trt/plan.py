@@ -9,9 +9,10 @@ from __future__ import annotations
 import mmap
 from typing import Any
 
-from par_runtime.backends.engines import Engine, EngineError, Plan
+from par_runtime.backends.engines import Engine, Plan
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.bundle import Bundle
+from par_runtime.errors import EngineError
 
 RUNTIME_CACHE = "runtime.cache"  #: kernels that TensorRT-RTX compiled for this GPU
 CACHE_TYPE = {"HALF": 2, "BF16": 2, "FLOAT": 4}  #: bytes per number, by TensorRT's name

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import Batch, Float, Int
+from par_runtime.backends.base import Batch
 from par_runtime.backends.engines import Engine
 from par_runtime.bundle import Bundle, Phase
+from par_runtime.dtypes import Float, Int
 
 ALIGN = 256  #: TensorRT wants tensor addresses that are multiples of this
 

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bench.machine import cores
 from par_runtime.bench.subjects.base import Facts, Sample, Shape, spread_calls
-from par_runtime.bench.subjects.pipeline import PIECES, WEIGHT_BYTES, guidance_of, known_of, peak_bytes
+from par_runtime.bench.subjects.pipeline import PIECES, guidance_of, known_of
 from par_runtime.bundle import Bundle
-from par_runtime.request import RequestError
+from par_runtime.dtypes import BYTES
+from par_runtime.errors import RequestError
+from par_runtime.system import available_cores, peak_bytes
 
 
 class EagerSubject:
@@ -36,13 +37,13 @@ class EagerSubject:
             **known_of(bundle, shape),
             label=label,
             computes=computes,
-            weight_bytes=WEIGHT_BYTES[computes],
-            cache_bytes=WEIGHT_BYTES[computes],
+            weight_bytes=BYTES[computes],
+            cache_bytes=BYTES[computes],
             backend=str(self._eager.name),
             version=str(self._eager.version),
             device=device,
             clock="perf_counter" if on_cpu else "CUDA events",
-            threads=threads or cores() if on_cpu else None,
+            threads=threads or available_cores() if on_cpu else None,
             shape=replace(shape, head_dim=bundle.model["head_dim"]),  # it does not pad
             excluded=(*PIECES, "compilation") if compiled else PIECES,
         )

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import Backend, Batch, Float, Int
+from par_runtime.backends.base import Backend, Batch
 from par_runtime.bench.subjects.base import Facts, Sample, Shape, spread_calls
 from par_runtime.bundle import Bundle, Phase
 from par_runtime.cost.bound import model_name
+from par_runtime.dtypes import BYTES, Float, Int
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import settings, uniforms
+from par_runtime.system import peak_bytes
 
 GUIDANCE = 4.0  #: of guided images where the bundle's default is unguided
-#: Bytes of one stored weight. ONNX Runtime's CPU reads 4 whatever halves the bundle stores (docs/design.md, "Precision").
-WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 PIECES = ("loading the bundle", "writing files")
 
 
@@ -201,9 +201,9 @@ def facts_of(pipeline: Pipeline, label: str) -> Facts:
     bundle, backend = pipeline.bundle, pipeline.backend
     engine = getattr(backend, "engine", None)  # TensorRT's; only this one computes in what the bundle stores
     words = backend.name.split()
-    stored = WEIGHT_BYTES.get(bundle.precision, 4.0)
+    stored = BYTES.get(bundle.precision, 4.0)
     native = words[0] == "native-cpu"  # reads weights as they are stored
-    weight_bytes = WEIGHT_BYTES[engine.precision] if engine else stored if stored < 2 or native else 4.0
+    weight_bytes = BYTES[engine.precision] if engine else stored if stored < 2 or native else 4.0
     device = "cpu"
     if engine is not None:
         device = str(backend.device.name)  # type: ignore[attr-defined]
@@ -215,7 +215,7 @@ def facts_of(pipeline: Pipeline, label: str) -> Facts:
         label=label,
         computes=engine.precision if engine else "fp32",
         weight_bytes=weight_bytes,
-        cache_bytes=WEIGHT_BYTES[engine.precision] if engine else 4.0,
+        cache_bytes=BYTES[engine.precision] if engine else 4.0,
         backend=words[0],
         version=" ".join(words[1:]),
         device=device,
@@ -248,15 +248,6 @@ def sampling_of(bundle: Bundle) -> str:
 
 
 def _threads(pipeline: Pipeline) -> int:
-    from par_runtime.bench.machine import cores
+    from par_runtime.system import available_cores
 
-    return pipeline.threads or cores()
-
-
-def peak_bytes() -> int | None:
-    """The most memory that this process has held. ``ru_maxrss`` would also count the parent that it was forked from."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return None
+    return pipeline.threads or available_cores()

@@ -17,7 +17,7 @@ from typing import Any
 
 from par_runtime.bench.subjects.base import Facts, Sample, facts_from
 from par_runtime.bench.subjects.worker import ERRORS
-from par_runtime.request import RequestError
+from par_runtime.errors import RequestError
 
 CLOSE_SECONDS = 5.0  #: that a process has to give everything back before it is ended
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from par_runtime.backends import cuda
-from par_runtime.backends.engines import EngineError
+from par_runtime.errors import CudaError, EngineError
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import settings, uniforms
 
@@ -45,7 +44,7 @@ def phases_ms(pipeline: Pipeline, labels: list[int], guidance: float) -> dict[st
     with ExitStack() as held:
         launches = list(parts)
         if backend.capturing != "none":
-            with suppress(cuda.CudaError, EngineError):  # refused: launched plainly, as the backend would
+            with suppress(CudaError, EngineError):  # refused: launched plainly, as the backend would
                 graphs = []
                 for part in parts:
                     with stream.capture() as captured:

@@ -16,12 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from par_runtime.backends.cuda import CudaError
-from par_runtime.backends.engines import EngineError
 from par_runtime.bench.subjects.eager import EagerSubject
 from par_runtime.bench.subjects.pipeline import PipelineSubject
-from par_runtime.bundle import BundleError
-from par_runtime.request import RequestError
+from par_runtime.errors import BundleError, CudaError, EngineError, RequestError
 
 #: Failures that the bench knows how to tell, by the name that they cross the border under.
 ERRORS: dict[str, type[Exception]] = {

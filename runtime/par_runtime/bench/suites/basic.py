@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from par_runtime import system
 from par_runtime.bench import machine
 from par_runtime.bench.machine import Watch
 from par_runtime.bench.measure import Say, Setting, image_ms, measure, pids, row, told, turns
 from par_runtime.bench.rows import Row, median
 from par_runtime.bench.subjects.base import Facts, Subject
-from par_runtime.request import RequestError
+from par_runtime.errors import RequestError
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PLATEAU = 1.05  #: a larger batch that gives less than so much more throughput ends the batch suite
@@ -96,7 +97,7 @@ def batch(subjects: Sequence[Subject], setting: Setting, say: Say, sizes: Sequen
 def fits(facts: Facts, setting: Setting, say: Say) -> bool:
     """Whether the caches of a batch fit into free memory; one image is always tried."""
     if facts.device == "cpu":
-        free = machine.available_bytes()
+        free = system.available_bytes()
     else:
         free = None if setting.gpu is None else setting.gpu.memory_bytes
     shape = facts.shape

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from par_runtime import system
 from par_runtime.backends.choose import CPUS
 from par_runtime.bench import machine
 from par_runtime.bench.limits import Limits
@@ -26,7 +27,7 @@ from par_runtime.bench.subjects.process import Apart, open_bundle, open_eager
 from par_runtime.bench.suites.paper import PUBLISHED, VIDEO, shape_of
 from par_runtime.cost import bound
 from par_runtime.cost.decoder import decoder_work
-from par_runtime.request import RequestError
+from par_runtime.errors import RequestError
 
 GROUP_SIZES = (1, 4, 16)
 FEWEST_CALLS = 8  #: of an image that is estimated
@@ -126,7 +127,7 @@ def one_model(
 
     whose = [(n, eager) for eager in ((False, True) if options.eager else (False,)) for n in GROUP_SIZES]
     rows: list[Row] = []
-    groups = grouped(whose, process_bytes(model), machine.available_bytes())
+    groups = grouped(whose, process_bytes(model), system.available_bytes())
     done = 0
     for group in groups:
         with ExitStack() as held:
@@ -210,7 +211,7 @@ def weight_bytes(model: str) -> float:
 def too_much(model: str, seconds: float, limits: Limits, options: Options) -> str | None:
     """Why ``model`` does not fit into ``seconds``, memory or the disk; None where it does."""
     size = weight_bytes(model)
-    free = machine.available_bytes()
+    free = system.available_bytes()
     if free is not None and process_bytes(model) > MEMORY_SHARE * free:
         return f"memory: one process takes about {process_bytes(model) / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
     disk = shutil.disk_usage(options.work).free

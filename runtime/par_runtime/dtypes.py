@@ -1,0 +1,42 @@
+"""Numbers as they are stored and calculated with: the one table of precisions, and the types of arrays.
+
+A *precision* is what a user names ("fp16"); a *dtype* is what ONNX, numpy and the manifest name ("float16").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int = NDArray[np.int64]
+Float = NDArray[np.float32]
+
+#: precision -> dtype of what can be exported, built and calculated in, the most exact first.
+DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PRECISIONS = tuple(DTYPE)
+#: precision -> bytes of one stored number; quantised weights too, without their scales.
+BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
+#: dtype -> the numpy type that holds its bits; numpy itself has no bf16.
+STORAGE: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+#: precision -> how far rounding alone may move a logit, relative to the largest |logit|; a broken engine is several times
+#: further off.
+LOGIT_ROUNDING = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one number of a dtype of :data:`STORAGE`."""
+    return np.dtype(STORAGE[dtype]).itemsize
+
+
+def to_float32(array: NDArray[Any], dtype: str) -> Float:
+    """``array``, which holds the bits of ``dtype`` as :data:`STORAGE` says, as fp32; the array itself where it is that."""
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return np.asarray(array, np.float32)
+
+
+def least_exact(*precisions: str) -> str:
+    """The least exact of several precisions of :data:`PRECISIONS`: what a comparison between them can promise."""
+    return max(precisions, key=PRECISIONS.index)

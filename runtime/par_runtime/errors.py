@@ -1,0 +1,38 @@
+"""Every error that the runtime raises on purpose, in one place. The command line turns each into one line, exit code 2.
+
+A message says what was given, what is expected, and how to fix it.
+"""
+
+from __future__ import annotations
+
+
+class BundleError(Exception):
+    """A bundle that cannot be used."""
+
+
+class EngineError(BundleError):
+    """An engine that cannot be used; the message names the command that builds it again."""
+
+
+class RequestError(ValueError):
+    """A request that cannot be served."""
+
+
+class CudaError(Exception):
+    """A call of the CUDA driver failed. ``code`` is its name, for instance "CUDA_ERROR_NO_DEVICE"."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class OutOfMemory(CudaError):  # noqa: N818, the field's own name
+    """An allocation on a GPU did not fit. Sizes in bytes."""
+
+    def __init__(self, message: str, requested_bytes: int, free_bytes: int, total_bytes: int) -> None:
+        super().__init__(message, "CUDA_ERROR_OUT_OF_MEMORY")
+        self.requested_bytes, self.free_bytes, self.total_bytes = requested_bytes, free_bytes, total_bytes
+
+
+class TensorRTMissingError(Exception):
+    """No usable TensorRT is installed; the message says what to install."""

@@ -1,0 +1,44 @@
+"""How far two results lie apart: images in dB, distributions in nats."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_runtime.dtypes import Float, Int
+
+
+def psnr_db(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio of two uint8 images (or two batches, taken as one) of one shape, in dB.
+
+    Infinite where they are equal, which JSON has no number for: :func:`finite` makes it null.
+    """
+    squared = float(((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean())
+    return math.inf if squared == 0 else 10 * math.log10(255**2 / squared)
+
+
+def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Natural logarithms of the probabilities that ``logits`` [...,V] mean: float64 [...,V]. What is not finite stays so."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        wide = logits.astype(np.float64)
+        shifted = wide - wide.max(-1, keepdims=True)
+        log: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        return log
+
+
+def log_likelihood(logits: Float, tokens: Int) -> Float:
+    """Natural log-probability [B,q] fp32 of ``tokens`` [B,q] under ``logits`` [B,q,V]."""
+    chosen: Float = np.take_along_axis(log_softmax(logits), tokens[..., None], -1)[..., 0].astype(np.float32)
+    return chosen
+
+
+def finite(value: Any) -> Any:
+    """``value`` (dicts, lists, tuples and numbers inside each other) with None for every float that JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

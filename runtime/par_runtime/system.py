@@ -1,0 +1,140 @@
+"""What the operating system gives and tells: cores, memory, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from par_runtime.errors import RequestError
+
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+# -- cores --------------------------------------------------------------------------------------------------------------
+
+
+def available_cores(cpu_max: Path = CGROUP / "cpu.max") -> int:
+    """Cores this process may use; containers often allow fewer than the machine has (affinity, or a CPU quota)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = cpu_max.read_text().split()
+        return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+# -- memory, in bytes ---------------------------------------------------------------------------------------------------
+
+
+def memory_bytes(key: str, proc: Path = PROC) -> int | None:
+    """An entry of ``/proc/meminfo``, for instance "MemTotal"; None where the system has none."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in (proc / "meminfo").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has held; pages of mapped files count while they are mapped.
+
+    Not ``ru_maxrss`` where there is a choice: on Linux that includes what the parent held when it forked. None where the
+    system does not say.
+    """
+    with suppress(OSError, IndexError, ValueError):
+        return int((PROC / "self" / "status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    with suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return None
+
+
+def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:
+    """Memory that this process may still take without anything being paged out; None where the system does not say.
+
+    The least of what is free on the machine and of what the container and the batch job around this process leave.
+    """
+    free = memory_bytes("MemAvailable", proc)
+    if free is None:
+        return None
+    groups = proc / "self" / "cgroup"
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            top, limit, used, prefix = cgroup, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):  # version 1
+            top, limit, used, prefix = cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        own = top / path.strip("/")
+        # A container's limit stands in the topmost folder it sees, a batch job's in one of those above its own.
+        for folder in (own, *own.parents):
+            free = min(free, _room(folder, limit, used, prefix))
+            if folder == top:
+                break
+    return max(free, 0)
+
+
+def _room(folder: Path, limit: str, used: str, prefix: str) -> int:
+    """What a control group leaves; very much where it has no limit. Cached files count as used, and make room."""
+    try:
+        room = int((folder / limit).read_text()) - int((folder / used).read_text())  # "max" is no limit
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return room + sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+    except (OSError, ValueError):
+        return sys.maxsize
+
+
+def give_back() -> None:
+    """Return freed memory to the system where the C library can (glibc keeps half a gigabyte of layers otherwise)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+# -- files --------------------------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of ``path`` and try a file in it, before any work is spent. Raises RequestError, OSError."""
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder; give a file name")
+    if path.exists() and not path.is_file():
+        raise RequestError(
+            f"{path} is a device or a pipe; give the name of a file, which is written beside and renamed"
+        )
+    write_beside(path, Path.touch, rename=False)
+
+
+def write_beside(path: Path, write_to: Callable[[Path], object], rename: bool = True) -> None:
+    """Call ``write_to`` with a hidden neighbour of ``path`` and rename it; on any error ``path`` is as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _part(path)
+    try:
+        write_to(part)
+        if rename:
+            os.replace(part, path)
+    finally:
+        if part.is_file():
+            part.unlink()
+
+
+def _part(path: Path) -> Path:
+    return path.parent / f".{path.name}.{os.getpid()}.part"
