@@ -67,7 +67,7 @@ def selftest(path: str) -> None:
     """The bundle's test image has the tokens of the export, on the CPU."""
     _built(Path(f"{path}.bundle"))
     with Pipeline.load(path, device="cpu") as pipeline:
-        print(f"{path}: self-test passed on {pipeline.backend.name}")
+        print(f"{path}: self-test passed on {pipeline.backend.info.name}")
 
 
 def engine(stamp: str, path: str) -> None:

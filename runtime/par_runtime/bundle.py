@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,34 @@ class Phase:
     repeat: int
     start: int
     inputs: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an image: ``phase.query`` positions from input position ``write`` on; its outputs are the tokens there."""
+
+    phase: Phase
+    write: int
+
+    @property
+    def query(self) -> int:
+        """q."""
+        return self.phase.query
+
+    @property
+    def here(self) -> slice:
+        """The positions of the call, of tokens and of noise."""
+        return slice(self.write, self.write + self.query)
+
+    @property
+    def fed(self) -> list[int]:
+        """The slots of the call that are fed earlier tokens: the last ones, as many as there are slots."""
+        return [slot for slot, entry in enumerate(self.phase.inputs) if entry == "token"]
+
+
+def image_calls(phases: Sequence[Phase]) -> tuple[Call, ...]:
+    """Every call of an image, in order."""
+    return tuple(Call(phase, phase.start + i * phase.query) for phase in phases for i in range(phase.repeat))
 
 
 @dataclass(frozen=True)

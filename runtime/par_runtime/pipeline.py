@@ -9,7 +9,7 @@ Letters: B images, R rows (two for a guided image), N tokens, n tokens per group
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.backends.base import Backend, Batch, Whole
+from par_runtime.backends.base import Backend, MakesImages
 from par_runtime.backends.choose import choose
-from par_runtime.bundle import Bundle, Phase, Verify
+from par_runtime.bundle import Bundle, Verify
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.known import Known, given_tokens, known_tokens
 from par_runtime.metrics import log_likelihood
-from par_runtime.request import Settings, array, class_index, image_seeds, settings, uniforms
+from par_runtime.request import Settings, array, class_index, image_seeds, image_settings
+from par_runtime.schedule import Schedule
 from par_runtime.tokenizer import Tokenizer, chunk_images
 
 if TYPE_CHECKING:
@@ -120,40 +121,45 @@ class Pipeline:
             )
         label, guidance = test["labels"][0], test["guidance"]
         wanted = np.array(test["tokens"][:1], np.int64)
-        each = settings(self.bundle, 1, guidance=guidance, greedy=True)
+        greedy = image_settings(self.bundle, 1, guidance=guidance, greedy=True)
+        schedule = Schedule.of(self.bundle, [label], greedy)  # no seeds: the draws are zero
+        batch, noise = schedule.batch, schedule.noise
         until = time.perf_counter() + seconds
         tokens, done = np.zeros_like(wanted), 0
-        seen: set[str] = set()
-        for phase, write, ids in self._calls([label], each, tokens):
-            if time.perf_counter() > until and len(seen) == len(self.bundle.phases):
+        phases_run: set[str] = set()
+        self.backend.release()
+        for call, ids, write in schedule.walk(tokens):
+            if time.perf_counter() > until and len(phases_run) == len(self.bundle.phases):
                 break
-            done = write + phase.query
-            tokens[:, write:done] = self.backend.step(ids, write, np.zeros((1, phase.query), np.float32))[:1]
-            seen.add(phase.name)
+            tokens[:, call.here] = self.backend.step(batch, ids, write, noise[:, call.here])
+            done = call.here.stop
+            phases_run.add(call.phase.name)
         if (tokens[:, :done] == wanted[:, :done]).all():
             return
-        for phase, write, ids in self._calls([label], each, wanted):  # forced: each call is fed the export's tokens
-            here = slice(write, write + phase.query)
-            drawn = self.backend.step(ids, write, np.zeros((1, phase.query), np.float32))[0].copy()
-            logits = self.backend.logits(ids, write)[0]  # [q,V]
-            slots, best = np.arange(phase.query), logits.max(-1)
+        self.backend.release()
+        for call, ids, write in schedule.walk(wanted):  # teacher-forced: each call is fed the export's tokens
+            drawn = self.backend.step(batch, ids, write, noise[:, call.here])[0]
+            logits = self.backend.logits(batch, ids, write)[0]  # [q,V]
+            slots, best = np.arange(call.query), logits.max(-1)
             # Both the token drawn here and the export's must be the best up to rounding; not so where a logit is NaN.
-            behind = best - np.minimum(logits[slots, wanted[0, here]], logits[slots, drawn])
+            behind = best - np.minimum(logits[slots, wanted[0, call.here]], logits[slots, drawn])
             # A backend that computes nothing gives logits that all tie; no model does.
             wrong = ~(behind <= self.backend.tie * np.abs(logits).max()) | (best <= logits.min(-1))
             if wrong.any():
                 slot = int(wrong.argmax())
+                position = call.write + slot
                 raise BundleError(
-                    f"{self.bundle.path}: self-test failed on {self.backend.name}: label {label} gives token {drawn[slot]} "
-                    f"at position {write + slot}, at export it was {wanted[0, write + slot]} (logits {behind[slot]:.3g} apart). "
+                    f"{self.bundle.path}: self-test failed on {self.backend.info.name}: label {label} gives token {drawn[slot]} "
+                    f"at position {position}, at export it was {wanted[0, position]} (logits {behind[slot]:.3g} apart). "
                     "Copy the bundle again or export it again; selftest=False (--no-selftest) loads it regardless"
                 )
-            if here.stop >= done:
+            if call.here.stop >= done:
                 break
 
     def generate(
         self,
         labels: int | str | Sequence[int | str],
+        settings: Settings | Sequence[Settings] | None = None,
         *,
         guidance: float | Sequence[float] | None = None,
         temperature: float | Sequence[float] | None = None,
@@ -172,7 +178,8 @@ class Pipeline:
     ) -> Result:
         """Generate one image per label (class index or name).
 
-        Settings are scalars or one value per image; None takes the bundle's default. Image i draws with
+        How images are sampled is given by ``settings`` (one :class:`Settings` for all, or one per image), or by the keywords
+        ``guidance`` to ``greedy``, each a scalar or one value per image; None takes the bundle's default. Image i draws with
         ``seeds[i]``, or ``seed + i``; an image depends on its own seed, label and settings, not on its batch.
         ``on_step(done, total)`` is called after every model call; every ``preview_every`` calls
         ``on_preview(images [b,H,W,3], done, total)`` shows the images in flight as far as they are, unfilled places
@@ -187,9 +194,10 @@ class Pipeline:
         classes = [class_index(self.bundle, label) for label in labels]
         if not classes:
             raise RequestError("no labels were given; give at least one class index or name")
-        each = settings(
+        each = image_settings(
             self.bundle,
             len(classes),
+            settings,
             guidance=guidance,
             temperature=temperature,
             top_k=top_k,
@@ -201,9 +209,11 @@ class Pipeline:
             raise RequestError(f"preview_every {preview_every}: expected a number of calls, 1 or more")
         if preview_every is not None and (on_preview is None or self.bundle.image_size is None):
             raise RequestError("preview_every needs an on_preview function and a bundle with a decoder")
-        size = min(self._default_batch(), self.backend.max_images) if max_batch is None else max_batch
+        size = self.default_batch if max_batch is None else max_batch
         if not 1 <= size <= self.backend.max_images:
-            raise RequestError(f"max_batch {max_batch}: expected 1 to {self.backend.max_images} on {self.backend.name}")
+            raise RequestError(
+                f"max_batch {max_batch}: expected 1 to {self.backend.max_images} on {self.backend.info.name}"
+            )
         timings: dict[str, float] = {}
         started = time.perf_counter()
         parts = [slice(i, i + size) for i in range(0, len(classes), size)]
@@ -211,7 +221,13 @@ class Pipeline:
         decode = decode and self.bundle.image_size is not None
         known = known_tokens(self.bundle, len(classes), keep, tokens)
         made = [
-            self._batch(classes[p], each[p], seeds[p], progress, timings, decode, known and known.part(p))
+            self._batch(
+                Schedule.of(self.bundle, classes[p], each[p], seeds[p]),
+                progress,
+                timings,
+                decode,
+                known and known.part(p),
+            )
             for p in parts
         ]
         drawn = np.concatenate([tokens for tokens, _ in made])
@@ -236,13 +252,15 @@ class Pipeline:
         classes = [class_index(self.bundle, label) for label in labels]
         given = given_tokens(self.bundle, len(classes), tokens)
         out = np.zeros(given.shape, np.float32)
-        size = min(self._default_batch(), self.backend.max_images)
+        size = self.default_batch
         for first in range(0, len(classes), size):
             part = slice(first, first + size)
-            each = settings(self.bundle, len(classes[part]), guidance=1.0)
-            for phase, write, ids in self._calls(classes[part], each, given[part]):
-                here = slice(write, write + phase.query)
-                out[part, here] = log_likelihood(self.backend.logits(ids, write), given[part, here])
+            each = image_settings(self.bundle, len(classes[part]), guidance=1.0)
+            schedule = Schedule.of(self.bundle, classes[part], each)
+            self.backend.release()
+            for call, ids, write in schedule.walk(given[part]):
+                logits = self.backend.logits(schedule.batch, ids, write)
+                out[part, call.here] = log_likelihood(logits, given[part, call.here])
         return out
 
     def encode(self, images: ArrayLike) -> Int:
@@ -275,86 +293,40 @@ class Pipeline:
         t, h, w = self.bundle.grid
         return raster.reshape(-1, h, w) if t == 1 else raster.reshape(-1, t, h, w)
 
-    def _default_batch(self) -> int:
+    @property
+    def default_batch(self) -> int:
+        """Images in flight at once where ``max_batch`` does not say: as many as a cache of 2 GB serves, guided."""
         cache, n = self.bundle.cache, self.bundle.n_tokens
         row_bytes = len(cache.inputs) * cache.heads * cache.head_dim * n * 4
-        return max(1, CACHE_LIMIT_BYTES // (2 * row_bytes))
+        return min(max(1, CACHE_LIMIT_BYTES // (2 * row_bytes)), self.backend.max_images)
 
     def _batch(
         self,
-        classes: list[int],
-        each: list[Settings],
-        seeds: list[int],
+        schedule: Schedule,
         progress: _Progress,
         timings: dict[str, float],
         decode: bool,
         known: Known | None = None,
-    ) -> Whole:
+    ) -> tuple[Int, NDArray[np.uint8] | None]:
         """Tokens [B,N] of one batch, and its images where the backend makes them in one go."""
-        count, images = self.bundle.n_tokens, len(classes)
-        # Greedy is top-k 1; a draw of 0 then takes the lowest id where several are exactly equal.
-        noise = np.stack(
-            [
-                np.zeros(count, np.float32) if s.greedy else uniforms(seed, count)
-                for s, seed in zip(each, seeds, strict=True)
-            ]
-        )
+        batch, backend = schedule.batch, self.backend
         clock = time.perf_counter()
-        if not progress.preview_every and known is None:
-            batch, _, class_ids = self._rows(classes, each)
-            whole = self.backend.whole(batch, class_ids, noise, decode)
-            if whole is not None:
-                timings["image"] = timings.get("image", 0.0) + 1e3 * (time.perf_counter() - clock)
-                progress.all(self.bundle.calls)
-                return whole
-        tokens = np.zeros((images, count), np.int64)
-        for phase, write, ids in self._calls(classes, each, tokens):
-            done = write + phase.query
-            tokens[:, write:done] = self.backend.step(ids, write, noise[:, write:done])[:images]
+        if isinstance(backend, MakesImages) and not progress.preview_every and known is None:
+            made = backend.make_images(batch, schedule.class_ids, schedule.noise, decode)
+            timings["image"] = timings.get("image", 0.0) + 1e3 * (time.perf_counter() - clock)
+            progress.all(self.bundle.calls)
+            return made
+        tokens = np.zeros((batch.images, self.bundle.n_tokens), np.int64)
+        backend.release()
+        for call, ids, write in schedule.walk(tokens):
+            tokens[:, call.here] = backend.step(batch, ids, write, schedule.noise[:, call.here])
             if known is not None:
-                known.put(tokens, slice(write, done))
-            timings[phase.name] = timings.get(phase.name, 0.0) + 1e3 * (time.perf_counter() - clock)
-            progress.step(self, tokens, done)
+                known.put(tokens, call.here)
+            name = call.phase.name
+            timings[name] = timings.get(name, 0.0) + 1e3 * (time.perf_counter() - clock)
+            progress.step(self, tokens, call.here.stop)
             clock = time.perf_counter()  # callbacks and previews are not counted
         return tokens, None
-
-    def _rows(self, classes: list[int], each: list[Settings]) -> tuple[Batch, Int, Int]:
-        """The batch of these images, the image of each row [R], and each row's class id [R]."""
-        bundle, images = self.bundle, len(classes)
-        guided = [i for i, s in enumerate(each) if s.guided]
-        uncond_row = np.arange(images)
-        uncond_row[guided] = images + np.arange(len(guided))
-        source = np.array([*range(images), *guided])
-        class_ids = np.array([bundle.class_base + c for c in classes] + [bundle.no_class] * len(guided))
-        batch = Batch(
-            rows=len(source),
-            uncond_row=uncond_row,
-            guidance=np.array([s.guidance if s.guided else 1.0 for s in each], np.float32),
-            temperature=np.array([1.0 if s.greedy else s.temperature for s in each], np.float32),
-            top_k=np.array([1 if s.greedy else min(s.top_k, bundle.vocab_size) for s in each], np.int64),
-            top_p=np.array([1.0 if s.greedy else s.top_p for s in each], np.float32),
-        )
-        return batch, source, class_ids
-
-    def _calls(self, classes: list[int], each: list[Settings], tokens: Int) -> Iterator[tuple[Phase, int, Int]]:
-        """Start a batch on the backend and walk its calls in the manifest's order: (phase, first position, ids [R,q]).
-
-        Who iterates runs each call and puts its tokens into ``tokens`` [B,N], where later calls take their ids from.
-        Ids are overwritten by the next call.
-        """
-        bundle = self.bundle
-        batch, source, class_ids = self._rows(classes, each)
-        self.backend.start(batch)
-        for phase in bundle.phases:
-            fed = [j for j, entry in enumerate(phase.inputs) if entry == "token"]
-            ids = np.empty((len(source), phase.query), np.int64)
-            for j, entry in enumerate(phase.inputs):
-                ids[:, j] = class_ids if entry == "class" else 0 if entry == "token" else entry
-            for i in range(phase.repeat):
-                write = phase.start + i * phase.query
-                if fed:  # positions before `write` are done
-                    ids[:, fed] = tokens[source, write - len(fed) : write]
-                yield phase, write, ids
 
     def preview(self, tokens: Int, done: int) -> NDArray[np.uint8]:
         """Images of the first ``done`` tokens of ``tokens`` [B,N]: each unfilled place repeats the latest token of its region."""

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.bundle import Bundle
-from par_runtime.dtypes import Float
 from par_runtime.errors import RequestError
 
 SEED_LIMIT = 2**64
@@ -22,16 +21,21 @@ NAMES_SHOWN = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """How one image is sampled (spec, 3). ``greedy`` takes the most probable token at every position."""
+    """How one image is sampled, complete; the defaults draw from the whole codebook, unguided.
 
-    guidance: float
-    temperature: float
-    top_k: int
-    top_p: float
-    greedy: bool
+    ``guidance`` above 1 runs the image with its class and without: ``uncond + (cond - uncond) * guidance``. ``top_k`` 0 and
+    ``top_p`` 1 keep every code. ``greedy`` takes the most probable token at every position, whatever else is set.
+    """
+
+    guidance: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
 
     @property
     def guided(self) -> bool:
+        """Whether the image takes two rows."""
         return self.guidance > 1
 
 
@@ -95,9 +99,10 @@ def _folded(name: str) -> str:
     return re.sub(r" ?, ?", ", ", spaced).casefold()
 
 
-def settings(
+def image_settings(
     bundle: Bundle,
     images: int,
+    settings: Settings | Sequence[Settings] | None = None,
     *,
     guidance: float | Sequence[float] | None = None,
     temperature: float | Sequence[float] | None = None,
@@ -105,7 +110,22 @@ def settings(
     top_p: float | Sequence[float] | None = None,
     greedy: bool | Sequence[bool] = False,
 ) -> list[Settings]:
-    """One Settings per image; a scalar serves all, None is the bundle's default. Raises RequestError."""
+    """One checked Settings per image: ``settings`` as given (one serves all images), or made of the keywords.
+
+    Of the keywords, a scalar serves all images, and None is the bundle's default. Raises RequestError.
+    """
+    if settings is not None:
+        keywords = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        both = [name for name, value in keywords.items() if value is not None] + (
+            ["greedy"] if greedy is not False else []
+        )
+        if both:
+            raise RequestError(f"both settings and {both[0]} were given; give one of them")
+        each = [settings] * images if isinstance(settings, Settings) else settings
+        if not isinstance(each, Sequence) or not all(isinstance(s, Settings) for s in each):
+            raise RequestError(f"settings {settings!r}: expected a Settings, or a list of one Settings per image")
+        guidance, temperature = [s.guidance for s in each], [s.temperature for s in each]
+        top_k, top_p, greedy = [s.top_k for s in each], [s.top_p for s in each], [s.greedy for s in each]
     d = bundle.defaults
     g = _each("guidance", guidance, d.guidance, images, lambda v: v >= 0, "0 or more (1 or less: unguided)")
     t = _each("temperature", temperature, d.temperature, images, lambda v: v >= 0, "0 or more")
@@ -149,14 +169,3 @@ def image_seeds(images: int, seed: int | None, seeds: Sequence[int] | None) -> l
 def _check_seed(seed: int) -> None:
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < SEED_LIMIT:
         raise RequestError(f"seed {seed!r}: expected a whole number 0 .. 2**64-1")
-
-
-def uniforms(seed: int, n_tokens: int) -> Float:
-    """The noise of one image: [N] float32 in [0,1), the top 24 bits of Philox4x64-10 keyed by ``seed``.
-
-    Counter-based, so it depends on the seed and the position alone, not on batch, order or backend. The model's
-    reference generation makes the same numbers.
-    """
-    raw = np.random.Philox(key=seed).random_raw(n_tokens)
-    numbers: Float = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-    return numbers

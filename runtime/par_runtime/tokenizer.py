@@ -43,7 +43,7 @@ class Tokenizer:
         if threads is not None and threads < 1:
             raise RequestError(f"threads {threads}: expected 1 or more")
         try:
-            from par_runtime.backends.ort import cpu as ort  # here, because importing onnxruntime takes a while
+            from par_runtime.backends.ort import sessions  # here, because importing onnxruntime takes a while
         except ModuleNotFoundError as error:
             if error.name != "onnxruntime":
                 raise
@@ -52,7 +52,7 @@ class Tokenizer:
                 "pip install '.[cpu]')"
             ) from error
         self.bundle = bundle
-        self._ort = ort
+        self._ort = sessions
         self._threads = threads
         self._sessions: dict[str, InferenceSession] = {}
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from par_runtime.backends.draws import distance_of
-from par_runtime.bundle import Phase
 from par_runtime.dtypes import LOGIT_ROUNDING, Float, Int
 from par_runtime.errors import BundleError
 from par_runtime.metrics import log_softmax, psnr_db
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import Settings, uniforms
+from par_runtime.request import Settings
+from par_runtime.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,11 @@ class Check:
     text: str
 
 
-def both(
-    candidate: Pipeline, reference: Pipeline, classes: list[int], settings: list[Settings], tokens: Int
-) -> Iterator[tuple[Phase, int, Int]]:
-    """Start ``tokens`` [B,N] on both and walk their calls in step: (phase, first position, ids [R,q])."""
-    pairs = zip(candidate._calls(classes, settings, tokens), reference._calls(classes, settings, tokens), strict=True)
-    for (phase, write, ids), _ in pairs:
-        yield phase, write, ids
+def start_both(candidate: Pipeline, reference: Pipeline, trial: Trial, part: slice) -> Schedule:
+    """The schedule of a part of the trial, for both backends, which forget what they held."""
+    for pipeline in (candidate, reference):
+        pipeline.backend.release()
+    return Schedule.of(reference.bundle, trial.classes[part], trial.settings[part], trial.seeds[part])
 
 
 def compare_logits(
@@ -155,11 +153,12 @@ def compare_logits(
     rows: dict[str, list[tuple[float, ...]]] = {phase.name: [] for phase in bundle.phases}
     last = bundle.phases[-1]
     for part in trial.parts():
-        steps = both(candidate, reference, trial.classes[part], trial.settings[part], random[part])
-        for phase, write, ids in steps:
-            if groups is not None and phase == last and write >= last.start + groups * last.query:
+        schedule = start_both(candidate, reference, trial, part)
+        for call, ids, write in schedule.walk(random[part]):
+            if groups is not None and call.phase == last and call.write >= last.start + groups * last.query:
                 break
-            rows[phase.name].append(_errors(candidate.backend.logits(ids, write), reference.backend.logits(ids, write)))
+            mine, wanted = (p.backend.logits(schedule.batch, ids, write) for p in (candidate, reference))
+            rows[call.phase.name].append(_errors(mine, wanted))
     result = []
     for name, calls in rows.items():
         # numpy's max and sum, not Python's: a NaN must come through.
@@ -220,11 +219,9 @@ def compare_tokens(
 
 def _generate(pipeline: Pipeline, trial: Trial) -> Int:
     """Tokens [B,N] as a user gets them: whole images in one launch where the backend makes them so."""
-    settings: dict[str, Any] = {
-        key: [getattr(s, key) for s in trial.settings]
-        for key in ("guidance", "temperature", "top_k", "top_p", "greedy")
-    }
-    return pipeline.generate(trial.classes, seeds=trial.seeds, max_batch=trial.batch, decode=False, **settings).tokens
+    return pipeline.generate(
+        trial.classes, trial.settings, seeds=trial.seeds, max_batch=trial.batch, decode=False
+    ).tokens
 
 
 def _divergences(
@@ -244,26 +241,25 @@ def _divergences(
     if not first:
         return found
     classes, settings, seeds = trial.classes[part], trial.settings[part], trial.seeds[part]
-    for phase, write, ids in both(candidate, reference, classes, settings, wanted):
-        here = [b for b, position in first.items() if write <= position < write + phase.query]
+    schedule = start_both(candidate, reference, trial, part)
+    for call, ids, write in schedule.walk(wanted):
+        here = [b for b, position in first.items() if call.write <= position < call.here.stop]
         if not here:  # this call only fills the cache
-            nothing = np.zeros((len(classes), phase.query), np.float32)
             for pipeline in (candidate, reference):
-                pipeline.backend.step(ids, write, nothing)
+                pipeline.backend.step(schedule.batch, ids, write, schedule.noise[:, call.here])
             continue
-        logits = [pipeline.backend.logits(ids, write).copy() for pipeline in (candidate, reference)]
+        logits = [p.backend.logits(schedule.batch, ids, write) for p in (candidate, reference)]
         for b in here:
-            noise = np.zeros(len(wanted[b]), np.float32) if settings[b].greedy else uniforms(seeds[b], len(wanted[b]))
-            for position in write + np.flatnonzero(differs[b, write : write + phase.query]):
+            for position in call.write + np.flatnonzero(differs[b, call.here]):
                 judged = _judge(
                     logits[0][b],
                     logits[1][b],
-                    int(position) - write,
+                    int(position) - call.write,
                     settings[b],
-                    float(noise[position]),
+                    float(schedule.noise[b, position]),
                     int(mine[b, position]),
                     int(wanted[b, position]),
-                    scales[phase.name],
+                    scales[call.phase.name],
                     floors,
                 )
                 found.append(
@@ -271,14 +267,14 @@ def _divergences(
                         image=part.start + b,
                         label=classes[b],
                         seed=seeds[b],
-                        phase=phase.name,
+                        phase=call.phase.name,
                         position=int(position),
                         reference_token=int(wanted[b, position]),
                         candidate_token=int(mine[b, position]),
                         **judged,
                     )
                 )
-        if write + phase.query > max(first.values()):
+        if call.here.stop > max(first.values()):
             break
     return found
 

@@ -1,25 +1,31 @@
-"""What a backend must do. The pipeline speaks only to this; one file per backend, all alike.
+"""What a backend must do. Everything above it speaks only to this; one package per kind of backend, all alike.
+
+A call of the step network is explicit: it names the batch (which rows, where their keys lie, how their tokens are drawn),
+where each row stands, and what it is fed. So rows of one call may stand at different steps, and images may come and go
+between two calls; what a backend remembers is its key-value cache alone.
 
 Letters: R rows in flight (two for a guided image), B images, q positions of one call, N tokens, V codes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.dtypes import Float, Int
 
-Whole = tuple[Int, NDArray[np.uint8] | None]
-
 
 @dataclass(frozen=True)
 class Batch:
-    """What stays the same for all calls of a batch. Row b is image b with its class; ``uncond_row`` [B] names the
-    row without class of a guided image, or b itself."""
+    """The rows of a call and the settings of their images; the same object serves all calls of the same images.
+
+    Row b < B is image b with its class; ``uncond_row`` [B] names the row without class of a guided image, or b itself.
+    ``cache_row`` [R] is the row of the backend's cache where each row's keys lie (default: row r in cache row r). A
+    cache row keeps its keys from call to call, until :meth:`Backend.release`.
+    """
 
     rows: int
     uncond_row: Int
@@ -27,46 +33,99 @@ class Batch:
     temperature: Float  #: [B]
     top_k: Int  #: [B], 0 keeps all
     top_p: Float  #: [B], 1 keeps all
+    cache_row: Int = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __post_init__(self) -> None:
+        if not self.cache_row.size:
+            object.__setattr__(self, "cache_row", np.arange(self.rows))
 
     @property
     def images(self) -> int:
+        """B."""
         return len(self.uncond_row)
+
+    @property
+    def cache_rows(self) -> int:
+        """How many cache rows a backend must have for this batch."""
+        return int(self.cache_row.max()) + 1
+
+    def per_image(self) -> dict[str, NDArray[np.generic]]:
+        """The inputs [B] of a step graph that say how each image's tokens are drawn, by name; rows are cache rows."""
+        return {
+            "cond_row": self.cache_row[: self.images],
+            "uncond_row": self.cache_row[self.uncond_row],
+            "guidance": self.guidance,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+
+    def per_row(self, tokens: Int) -> Int:
+        """``tokens`` [B,q] of the images as those of the rows [R,q]: one token feeds both rows of a guided image."""
+        out = np.empty((self.rows, *tokens.shape[1:]), tokens.dtype)
+        out[: self.images] = tokens
+        out[self.uncond_row] = tokens
+        return out
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What a backend is and works with, for reports and bounds."""
+
+    runtime: str  #: "native-cpu", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt_rtx"
+    version: str  #: with what else tells two of a kind apart: "0.1.0 (avx512)", "1.32.0 (step_opset23)"
+    device: str  #: "cpu", or the GPU's name
+    computes: str  #: the precision it calculates in: "fp32", "fp16", "bf16"
+    weight_bytes: float  #: of one parameter, as a call reads it
+    cache_bytes: float  #: of one number of the key-value cache
+
+    @property
+    def name(self) -> str:
+        """For timings and metadata: what it is, with its version."""
+        return f"{self.runtime} {self.version}"
 
 
 class Backend(Protocol):
-    """One loaded bundle on one device."""
+    """One loaded bundle on one device. One call at a time; arrays that it returns belong to the caller."""
 
-    name: str  #: for timings and metadata, with the version
+    info: BackendInfo
     max_images: int  #: largest batch
     tie: float  #: candidates this close (relative to the largest |logit|) may swap by rounding alone
 
-    def start(self, batch: Batch) -> None:
-        """Prepare buffers for ``batch`` and forget the previous one; the cache is empty afterwards."""
-        ...
+    def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
+        """One call: ``ids`` [R,q] at input positions ``write[r]`` .. ``write[r] + q - 1`` of each row, ``uniform`` [B,q] in [0,1).
 
-    def step(self, ids: Int, write: int, uniform: Float) -> Int:
-        """Run one call: ``ids`` [R,q] at input positions ``write`` .. ``write + q - 1``, ``uniform`` [B,q] in [0,1).
-
-        Every row sees keys 0 .. write + q - 1. Returns tokens [R,q], owned by the backend and overwritten by the
-        next call of the same q: copy what you keep.
+        Row r sees keys 0 .. write[r] + q - 1 of its cache row: those that earlier calls wrote there, and its own. Cache
+        rows that no row of ``batch`` names stay as they are. Returns tokens [B,q].
         """
         ...
 
-    def logits(self, ids: Int, write: int) -> Float:
+    def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
         """The same call for its logits [B,q,V] (guided, before temperature); for checks, not for speed."""
         ...
 
-    def decode(self, tokens: Int) -> NDArray[np.uint8]:
-        """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order. A fresh array."""
+    def release(self, cache_rows: Int | None = None) -> None:
+        """The keys of these cache rows (default: all) are not needed again. Memory stays; calls may become faster."""
         ...
 
-    def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> Whole | None:
-        """All calls of a batch at once: ``class_ids`` [R] of the first call, ``noise`` [B,N] in [0,1).
-
-        Returns tokens [B,N] and images [B,H,W,3] (None without ``decode``), or None where the backend runs call by call.
-        """
+    def decode(self, tokens: Int) -> NDArray[np.uint8]:
+        """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order."""
         ...
 
     def close(self) -> None:
         """Free what the backend holds; it cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class MakesImages(Protocol):
+    """A backend that makes all calls of a batch at once, without the host between them."""
+
+    def make_images(
+        self, batch: Batch, class_ids: Int, noise: Float, decode: bool
+    ) -> tuple[Int, NDArray[np.uint8] | None]:
+        """All calls of ``batch``, which begins: ``class_ids`` [R] of the first call, ``noise`` [B,N] in [0,1).
+
+        Returns tokens [B,N], and images [B,H,W,3] or None without ``decode``. Cache rows of other images are lost.
+        """
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from par_runtime.backends.engines import Engine, best, found, misfit
+from par_runtime.backends.engines import Engine, best, list_engines, misfit
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, Verify
 from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError
@@ -51,7 +51,7 @@ def choose(
     if match.group(1) == "cuda-ort":
         from par_runtime.backends.ort import gpu as ort_cuda
 
-        return ort_cuda.load(bundle, index, threads), ""
+        return ort_cuda.OrtCudaBackend(bundle, index, threads), ""
     backend, why = _tensorrt(bundle, index, verify, capture)
     if backend is None:
         raise EngineError(f"device {device!r} cannot run {bundle.path}: {why}")
@@ -71,12 +71,12 @@ def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
         ) from error
     if native and why_not(bundle) is None:
         return NativeBackend(bundle, threads)
-    return ort.load(bundle, threads)
+    return ort.OrtBackend(bundle, threads)
 
 
 def _tensorrt(bundle: Bundle, index: int, verify: Verify, capture: Capture) -> tuple[Backend | None, str]:
     """A loaded engine on GPU ``index``, or None and the reason."""
-    engines, bad = found(bundle)
+    engines, bad = list_engines(bundle)
     if not engines:
         build = f"parvis build {bundle.path} --target local"
         return None, f"{'; '.join(bad)}" if bad else f"{bundle.path} holds no engines; build them with: {build}"

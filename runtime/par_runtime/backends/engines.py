@@ -111,7 +111,7 @@ class Engine:
         return engine
 
 
-def found(bundle: Bundle, verify: Verify = "none") -> tuple[list[Engine], list[str]]:
+def list_engines(bundle: Bundle, verify: Verify = "none") -> tuple[list[Engine], list[str]]:
     """Every readable engine of ``bundle``, and one line for each folder that is not one."""
     folder = bundle.path / ENGINES
     engines, bad = [], []

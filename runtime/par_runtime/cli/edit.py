@@ -143,7 +143,7 @@ def _edit(args: argparse.Namespace) -> int:
         row = {
             "written": str(out),
             "bundle": {"name": bundle.name, "hash": bundle.hash},
-            "backend": pipeline.backend.name,
+            "backend": pipeline.backend.info.name,
             "label": label,
             "seeds": result.seeds,
             "kept_tokens": kept,

@@ -157,7 +157,7 @@ def _report(
         row = {
             "written": written,
             "bundle": {"name": bundle.name, "hash": bundle.hash},
-            "backend": pipeline.backend.name,
+            "backend": pipeline.backend.info.name,
             "note": pipeline.note,
             "images": count,
             "labels": result.labels,
@@ -178,7 +178,7 @@ def _report(
     low, high = min(result.seeds), max(result.seeds)
     print(
         f"{where}: {count} image{'s' if count > 1 else ''}, seed{f's {low}..{high}' if high > low else f' {low}'}, in {total_s:.1f} s "
-        f"({load_s:.1f} s to load, {ms:.0f} ms per image, {bundle.calls} calls, {pipeline.backend.name})"
+        f"({load_s:.1f} s to load, {ms:.0f} ms per image, {bundle.calls} calls, {pipeline.backend.info.name})"
     )
 
 
@@ -200,16 +200,11 @@ def _redo(args: argparse.Namespace) -> int:
     pipeline = Pipeline.load(
         args.bundle, args.device, threads=args.threads, selftest=False, verify=unchecked(bundle), capture=args.capture
     )
-    s = recipe.settings
     with Bar(args.quiet) as bar:
         result = pipeline.generate(
             recipe.labels,
-            guidance=[x.guidance for x in s],
-            temperature=[x.temperature for x in s],
-            top_k=[x.top_k for x in s],
-            top_p=[x.top_p for x in s],
+            recipe.settings,
             seeds=recipe.seeds,
-            greedy=[x.greedy for x in s],
             on_step=bar,
             keep=None if recipe.kept is None else pipeline.grid_tokens(recipe.kept),
             tokens=None if recipe.kept is None else recipe.tokens,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from par_runtime.backends.engines import found
+from par_runtime.backends.engines import list_engines
 from par_runtime.bench.subjects.base import Shape
 from par_runtime.bundle import MANIFEST, Bundle
 from par_runtime.cli.common import guarded
@@ -40,7 +40,7 @@ def _inspect(args: argparse.Namespace) -> int:
         from par_runtime.pipeline import Pipeline
 
         with Pipeline.load(path, device="cpu", verify="none") as pipeline:  # raises where it fails
-            facts["selftest"]["state"] = f"passed on {pipeline.backend.name}"
+            facts["selftest"]["state"] = f"passed on {pipeline.backend.info.name}"
     print(json.dumps(facts) if args.json else "\n".join(lines(facts)))
     return 0
 
@@ -49,7 +49,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     """Everything that ``parvis inspect`` says of a bundle, as plain values. Sizes in bytes, times in milliseconds."""
     m = bundle.model
     read, element = step_parameters(bundle), int(BYTES[bundle.precision])
-    engines, bad = found(bundle)
+    engines, bad = list_engines(bundle)
     return {
         "name": bundle.name,
         "hash": bundle.hash,

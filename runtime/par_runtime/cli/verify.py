@@ -17,16 +17,16 @@ import onnxruntime
 
 from par_runtime import __version__
 from par_runtime import verify as measure
-from par_runtime.backends.ort import cpu as ort
 from par_runtime.backends.ort.cpu import OrtBackend
 from par_runtime.backends.trt.backend import Capture
 from par_runtime.bundle import Bundle, Verify
 from par_runtime.cli.common import add_common, classes_of, guarded
 from par_runtime.cli.dispatch import Parser
+from par_runtime.dtypes import least_exact
 from par_runtime.errors import RequestError
 from par_runtime.metrics import finite
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import image_seeds, settings
+from par_runtime.request import image_seeds, image_settings
 from par_runtime.verify import FLOORS, Check, Floors, Images, PhaseLogits, Tokens, Trial
 
 OPSET23 = "cpu-opset23"
@@ -81,7 +81,7 @@ def _verify(args: argparse.Namespace) -> int:
         limit = min(candidate.backend.max_images, reference.backend.max_images)
         if args.batch is not None and args.batch > limit:
             raise RequestError(f"--batch {args.batch}: expected 1 to {limit}, the most that both backends take")
-        size = args.batch or min(limit, candidate._default_batch())
+        size = args.batch or min(limit, candidate.default_batch)
         trial = replace(trial, batch=min(size, len(trial.classes)))
         report = run(candidate, reference, trial, args.groups, _overrides(args))
     failed = [check for check in report.checks if not check.passed]
@@ -100,7 +100,7 @@ def _trial(args: argparse.Namespace, bundle: Bundle) -> Trial:
     count = args.images or max(IMAGES, len(named))
     # Without labels, images are spread over all classes.
     labels = named or [i * bundle.n_classes // count for i in range(count)]
-    each = settings(
+    each = image_settings(
         bundle,
         count,
         guidance=args.guidance,
@@ -119,22 +119,13 @@ def load(path: Path, device: str, threads: int | None, verify: Verify, capture: 
     if threads is not None and threads < 1:
         raise RequestError(f"threads {threads}: expected 1 or more")
     bundle = Bundle.open(path, verify)
-    return Pipeline(bundle, ort.load(bundle, threads, "step_opset23"))
+    return Pipeline(bundle, OrtBackend(bundle, threads, "step_opset23"))
 
 
 def default_reference(candidate: Pipeline) -> str:
     """ONNX Runtime on the CPU; where the candidate is just that, the other step graph: two implementations are compared."""
-    return (
-        OPSET23 if isinstance(candidate.backend, OrtBackend) and "opset23" not in candidate.backend.name else "cpu-ort"
-    )
-
-
-def precision(pipeline: Pipeline) -> str:
-    """What a backend computes in: an engine says so, the CPU takes fp32, anything else the bundle's."""
-    engine = getattr(pipeline.backend, "engine", None)
-    if engine is not None:
-        return str(engine.precision)
-    return "fp32" if isinstance(pipeline.backend, OrtBackend) else pipeline.bundle.precision
+    info = candidate.backend.info
+    return OPSET23 if info.runtime == "onnxruntime-cpu" and "opset23" not in info.version else "cpu-ort"
 
 
 def run(
@@ -145,14 +136,14 @@ def run(
     overrides: dict[str, float] | None = None,
 ) -> Report:
     """Measure and check. ``overrides`` replaces single floors by name."""
-    rough = max(precision(candidate), precision(reference), key=list(FLOORS).index)
+    rough = least_exact(candidate.backend.info.computes, reference.backend.info.computes)
     floors = Floors(**(asdict(FLOORS[rough]) | (overrides or {})))
     logits = measure.compare_logits(candidate, reference, trial, groups)
     tokens, wanted = measure.compare_tokens(candidate, reference, trial, floors, logits)
     notes = [candidate.note] if candidate.note else []
-    if candidate.backend.name == reference.backend.name:
+    if candidate.backend.info.name == reference.backend.info.name:
         notes.append(
-            f"both are {reference.backend.name}: this shows that it repeats itself, not that it is right; "
+            f"both are {reference.backend.info.name}: this shows that it repeats itself, not that it is right; "
             "give another --against"
         )
     images = None
@@ -180,8 +171,8 @@ def table(r: Report) -> str:
     )
     lines = [
         f"bundle     {b.path} ({b.name}, {b.precision}, {b.n_tokens} tokens in {b.calls} calls, hash {b.hash[:12]})",
-        f"candidate  {r.candidate.backend.name}",
-        f"reference  {r.reference.backend.name}",
+        f"candidate  {r.candidate.backend.info.name}",
+        f"reference  {r.reference.backend.info.name}",
         f"request    {_many(count, 'image')}, seed {r.trial.seeds[0]}{f'..{r.trial.seeds[-1]}' if count > 1 else ''}, {how}",
         *(f"note       {note}" for note in r.notes),
         "",
@@ -242,8 +233,8 @@ def as_json(r: Report) -> dict[str, Any]:
             "hash": r.bundle.hash,
             "precision": r.bundle.precision,
         },
-        "candidate": {"backend": r.candidate.backend.name, "precision": precision(r.candidate)},
-        "reference": {"backend": r.reference.backend.name, "precision": precision(r.reference)},
+        "candidate": {"backend": r.candidate.backend.info.name, "precision": r.candidate.backend.info.computes},
+        "reference": {"backend": r.reference.backend.info.name, "precision": r.reference.backend.info.computes},
         "versions": {
             "parvis": __version__,
             "python": platform.python_version(),

@@ -11,7 +11,7 @@ import base64
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def find(path: Path) -> tuple[Recipe | None, NDArray[np.uint8]]:
             columns=max(1, int(entry["columns"])),
             labels=[int(i["label"]) for i in images],
             seeds=[int(i["seed"]) for i in images],
-            settings=[Settings(**i["settings"]) for i in images],
+            settings=[_settings(i["settings"]) for i in images],
             tokens=np.stack(tokens),
             kept=np.stack([_unpacked(i["kept"], len(tokens[0])) for i in images]) if "kept" in images[0] else None,
             pasted=bool(entry.get("pasted", False)),
@@ -124,6 +124,11 @@ def find(path: Path) -> tuple[Recipe | None, NDArray[np.uint8]]:
             f"{path}: its 'parvis' entry cannot be read ({error}); it may come from another version"
         ) from error
     return recipe, pixels
+
+
+def _settings(entry: dict[str, Any]) -> Settings:
+    """The settings of one image; all of them must be there."""
+    return Settings(**{field.name: entry[field.name] for field in fields(Settings)})
 
 
 def _packed(bits: NDArray[np.bool_]) -> str:

@@ -23,11 +23,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from par_runtime import __version__
-from par_runtime.backends.base import Batch
+from par_runtime.backends.base import BackendInfo, Batch
 from par_runtime.backends.draws import draw_all
-from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE, explained, open_session, run_decoder, session_options
+from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE
+from par_runtime.backends.ort.sessions import explained, open_session, run_decoder, session_options
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
-from par_runtime.dtypes import Float, Int
+from par_runtime.dtypes import BYTES, Float, Int
 from par_runtime.errors import BundleError
 from par_runtime.system import available_cores
 
@@ -106,51 +107,57 @@ class NativeBackend:
                 f"{bundle.path}: cannot run on the C kernels: {reason}; --device cpu-ort takes ONNX Runtime"
             )
         self.bundle, self._lib = bundle, lib
-        self.name = f"native-cpu {__version__} ({lib.parvis_instructions().decode()})"
+        self.info = BackendInfo(
+            runtime="native-cpu",
+            version=f"{__version__} ({lib.parvis_instructions().decode()})",
+            device="cpu",
+            computes="fp32",
+            weight_bytes=BYTES.get(bundle.precision, 4.0),
+            cache_bytes=4.0,
+        )
         self.max_images, self.tie = MOST_IMAGES, TIE
         self._threads = threads or available_cores()
         self._decoder: ort.InferenceSession | None = None
         self._slots = -(-bundle.n_tokens // lib.parvis_panel()) * lib.parvis_panel()
         self._weights = _Weights(bundle, lib, self._slots)
         self._pool: int | None = lib.parvis_open(self._threads)
-        self._batch: Batch | None = None
+        self._rows = 0  # of the buffers in _calls
+        self._holds_keys = False
         # Keys of all layers, then values, each at least R*H*slots*D' long; one allocation, for which numpy asks huge pages.
         self._cache: Float = np.zeros((2 * bundle.model["n_layers"], 0), np.float32)
         self._calls: dict[int, _Call] = {}  # by q, of the current number of rows
 
-    def start(self, batch: Batch) -> None:
-        if self._batch is None or batch.rows != self._batch.rows:
-            self._calls.clear()
+    def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
+        return _drawn(self._guided(batch, ids, write), uniform, batch)
+
+    def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
+        return self._guided(batch, ids, write).copy()
+
+    def release(self, cache_rows: Int | None = None) -> None:
+        if cache_rows is None:
+            self._holds_keys = False
+
+    def _reserve(self, batch: Batch) -> None:
+        """A cache for the rows of ``batch``; keys that are still needed stay."""
         m = self.bundle.model
-        length = batch.rows * m["n_heads"] * self._slots * m["head_dim_padded"]
-        if self._cache.shape[1] < length:
+        length = batch.cache_rows * m["n_heads"] * self._slots * m["head_dim_padded"]
+        if batch.rows != self._rows:
             self._calls.clear()
-            self._cache = self._cache[
-                :, :0
-            ].copy()  # given back first, so that the old and the new are never held together
+            self._rows = batch.rows
+        old = self._cache
+        if old.shape[1] < length:
+            self._calls.clear()
+            if not self._holds_keys:  # given back first, so that the old and the new are never held together
+                old = self._cache = old[:, :0].copy()
             # full(), not zeros(): it writes every page now instead of faulting inside the first calls.
             self._cache = np.full((2 * m["n_layers"], length), 0, np.float32)
-        self._batch = batch  # keys of an earlier batch may remain: only what this one has written is read
-
-    def step(self, ids: Int, write: int, uniform: Float) -> Int:
-        assert self._batch is not None, "start() comes before step()"
-        drawn = _drawn(self._guided(ids, write), uniform, self._batch)  # [B,q]
-        tokens: Int = np.empty_like(ids)
-        tokens[: self._batch.images] = drawn
-        guided = self._batch.uncond_row >= self._batch.images
-        tokens[self._batch.uncond_row[guided]] = drawn[guided]
-        return tokens
-
-    def logits(self, ids: Int, write: int) -> Float:
-        return self._guided(ids, write).copy()
+            self._cache[:, : old.shape[1]] = old
+        self._holds_keys = True
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._decoder is None:
             self._decoder = open_session(self.bundle, "decoder", session_options(self._threads))
         return run_decoder(self._decoder, tokens, explained)
-
-    def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> None:
-        return None  # every call is run by the pipeline
 
     def close(self) -> None:
         if self._pool is not None:
@@ -163,11 +170,10 @@ class NativeBackend:
         if getattr(self, "_pool", None) is not None:
             self.close()
 
-    def _guided(self, ids: Int, write: int) -> Float:
+    def _guided(self, batch: Batch, ids: Int, write: Int) -> Float:
         """Logits [B,q,V] of one call, guidance applied; a view of a buffer that the next call of the same q overwrites."""
-        assert self._batch is not None
-        rows = self._run(ids, write)
-        batch = self._batch
+        self._reserve(batch)
+        rows = self._run(batch, ids, write)
         cond = rows[: batch.images]
         if batch.rows == batch.images:
             return cond
@@ -178,7 +184,7 @@ class NativeBackend:
             guided[b] += rows[other]
         return guided
 
-    def _run(self, ids: Int, write: int) -> Float:
+    def _run(self, batch: Batch, ids: Int, write: Int) -> Float:
         """Logits [R,q,V] of every row; a buffer that the next call of the same q overwrites."""
         query = ids.shape[1]
         call = self._calls.get(query)
@@ -186,8 +192,9 @@ class NativeBackend:
             call = self._calls[query] = _Call(self, len(ids), query)
         call.write[:] = write
         self._weights.embed(ids, call.x)
-        call.cosine[:] = self._weights.cosine[write : write + query]
-        call.sine[:] = self._weights.sine[write : write + query]
+        positions = write[:, None] + np.arange(query)  # [R,q]
+        call.cosine[:] = self._weights.cosine[positions]
+        call.sine[:] = self._weights.sine[positions]
         self._lib.parvis_step(self._pool, ctypes.byref(call.step))
         return call.logits
 

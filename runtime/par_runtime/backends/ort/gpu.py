@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import Batch
+from par_runtime.backends.base import BackendInfo, Batch
+from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError, CudaError, RequestError
@@ -27,7 +28,8 @@ REPLACE = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'parvis[o
 try:
     import onnxruntime as ort
 
-    from par_runtime.backends.ort.cpu import MOST_IMAGES, OPSET24_SINCE, TIE, explained, run_decoder
+    from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE
+    from par_runtime.backends.ort.sessions import OPSET24_SINCE, explained, run_decoder, version, weight_bytes
     from par_runtime.system import available_cores
 except ModuleNotFoundError as error:
     if error.name != "onnxruntime":
@@ -48,7 +50,7 @@ ASSIGNMENT = "session.record_ep_graph_assignment_info"
 
 
 class OrtCudaBackend:
-    """A bundle on ONNX Runtime's CUDA provider. See ``backend.Backend`` for the calls.
+    """A bundle on ONNX Runtime's CUDA provider. See ``base.Backend`` for the calls.
 
     ``provider`` and ``kind`` ("cuda", "cpu": where the buffers are) let the same code run on a CPU, in the tests.
     """
@@ -56,14 +58,13 @@ class OrtCudaBackend:
     def __init__(
         self, bundle: Bundle, index: int = 0, threads: int | None = None, *, provider: str = CUDA, kind: str = "cuda"
     ) -> None:
-        version = tuple(int(part) for part in ort.__version__.split(".")[:2])
         since = CUDA_SINCE if provider == CUDA else OPSET24_SINCE
         if provider not in ort.get_available_providers():
             raise RequestError(
                 f"device 'cuda-ort' needs ONNX Runtime with CUDA, installed is onnxruntime {ort.__version__} with "
                 f"{', '.join(ort.get_available_providers())}: {REPLACE}"
             )
-        if version < since:
+        if version() < since:
             raise RequestError(
                 f"device 'cuda-ort' needs onnxruntime-gpu {'.'.join(map(str, since))} or newer (it needs Python 3.11 or newer), "
                 f"installed is {ort.__version__}: pip install --upgrade onnxruntime-gpu, or use device 'cpu'"
@@ -73,7 +74,14 @@ class OrtCudaBackend:
                 f"{bundle.path}: cache of dtype {bundle.cache.dtype!r}; device 'cuda-ort' needs float32; export the bundle again"
             )
         self.bundle, self._kind, self._index, self._provider = bundle, kind, index, provider
-        self.name = f"onnxruntime-{kind} {ort.__version__}"
+        self.info = BackendInfo(
+            runtime=f"onnxruntime-{kind}",
+            version=ort.__version__,
+            device=kind,
+            computes="fp32",
+            weight_bytes=weight_bytes(bundle),
+            cache_bytes=4.0,
+        )
         self.max_images = MOST_IMAGES
         self.tie = 10 * TIE  # other orders of summation, and kernels that nobody here has measured
         self._options = ort.SessionOptions()
@@ -82,52 +90,39 @@ class OrtCudaBackend:
         self._options.add_session_config_entry(ASSIGNMENT, "1")
         self._step = self._session("step")
         self._decoder: ort.InferenceSession | None = None
-        self._caches: list[ort.OrtValue] = []
-        self._shape = (0, 0)
-        self._batch: Batch | None = None
-        self._calls: dict[int, _Call] = {}
+        self._keys = CacheRows(bundle.n_tokens)
+        self._caches: list[ort.OrtValue] = []  # [R',H,N,D'] each, in the order of bundle.cache.inputs
+        self._bound: dict[int, _Bound] = {}  # by q, of the current number of rows and images
+        self._shape = (0, 0)  # that number
 
-    def start(self, batch: Batch) -> None:
-        if (batch.rows, batch.images) != self._shape:
-            layout = self.bundle.cache
-            self._calls.clear()
-            self._caches.clear()  # before allocating, so that the old and the new are never held together
-            shape = (batch.rows, layout.heads, self.bundle.n_tokens, layout.head_dim)
-            # Zeros: what is masked must be finite. Keys of an earlier batch are, and are masked until written.
-            self._caches = [self._value(np.zeros(shape, np.float32)) for _ in layout.inputs]
-            self._shape = (batch.rows, batch.images)
-        self._batch = batch
-        for call in self._calls.values():
-            call.set_batch(batch)
-
-    def step(self, ids: Int, write: int, uniform: Float) -> Int:
-        call = self._call(ids, write, uniform)
-        _run(self._step, call.binding)
-        tokens: Int = call.tokens.numpy()
+    def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
+        bound = self._prepare(batch, ids, write, uniform)
+        _run(self._step, bound.binding)
+        tokens: Int = bound.tokens.numpy()[batch.cache_row[: batch.images]]
         return tokens
 
-    def logits(self, ids: Int, write: int) -> Float:
-        assert self._batch is not None
-        uniform = np.zeros((self._batch.images, ids.shape[1]), np.float32)
-        call = self._call(ids, write, uniform)
+    def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
+        uniform = np.zeros((batch.images, ids.shape[1]), np.float32)
+        bound = self._prepare(batch, ids, write, uniform)
         out = self._value(np.zeros((*uniform.shape, self.bundle.vocab_size), np.float32))
-        call.binding.bind_ortvalue_output("logits", out)
-        _run(self._step, call.binding)
-        self._calls.clear()  # the binding now writes logits that nobody owns
+        bound.binding.bind_ortvalue_output("logits", out)
+        _run(self._step, bound.binding)
+        self._bound.clear()  # the binding now writes logits that nobody owns
         logits: Float = out.numpy().copy()  # a view of memory that goes with `out`
         return logits
+
+    def release(self, cache_rows: Int | None = None) -> None:
+        self._keys.release(cache_rows)
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._decoder is None:
             self._decoder = self._session("decoder")
-        return run_decoder(self._decoder, tokens, _told)
-
-    def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> None:
-        return None  # every call is run by the pipeline
+        return run_decoder(self._decoder, tokens, _as_ours)
 
     def close(self) -> None:
-        self._calls.clear()
+        self._bound.clear()
         self._caches.clear()
+        self._keys.release()
         self._shape = (0, 0)
 
     def _session(self, name: str) -> ort.InferenceSession:
@@ -158,15 +153,15 @@ class OrtCudaBackend:
                 f"needs a GPU with its driver, CUDA {getattr(ort, 'cuda_version', '') or '13'} and cuDNN 9: "
                 "pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
-        strays = elsewhere(session, self._provider)
-        if strays and name == "step":
+        misplaced = not_on_provider(session, self._provider)
+        if misplaced and name == "step":
             raise BundleError(
-                f"{path}: onnxruntime {ort.__version__} runs {', '.join(strays)} on the CPU, which would copy in every call: "
+                f"{path}: onnxruntime {ort.__version__} runs {', '.join(misplaced)} on the CPU, which would copy in every call: "
                 "install a newer onnxruntime-gpu, or use device 'cuda' (TensorRT) or 'cpu'"
             )
-        if strays:  # once per batch, so it is slower and no more
+        if misplaced:  # once per batch, so it is slower and no more
             warnings.warn(
-                f"{path}: onnxruntime {ort.__version__} runs {', '.join(strays)} on the CPU; decoding copies the image's "
+                f"{path}: onnxruntime {ort.__version__} runs {', '.join(misplaced)} on the CPU; decoding copies the image's "
                 "activations back and forth",
                 stacklevel=2,
             )
@@ -176,28 +171,49 @@ class OrtCudaBackend:
         try:
             return ort.OrtValue.ortvalue_from_numpy(array, self._kind, self._index)
         except Exception as error:
-            raise _told(error) from error
+            raise _as_ours(error) from error
 
-    def _call(self, ids: Int, write: int, uniform: Float) -> _Call:
-        assert self._batch is not None, "start() comes before step()"
-        query = ids.shape[1]
-        call = self._calls.get(query)
-        if call is None:
-            call = self._calls[query] = _Call(self, self._batch, query)
-        rows = self._batch.rows
-        call.put("ids", np.ascontiguousarray(ids, np.int64))
-        call.put("positions", np.tile(np.arange(write, write + query), (rows, 1)))
-        call.put("write", np.full(rows, write, np.int64))
-        call.put("length", np.full(rows, write + query, np.int64))
-        call.put("uniform", np.ascontiguousarray(uniform, np.float32))
-        return call
+    def _prepare(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> _Bound:
+        """The bound buffers of this call, filled with its inputs."""
+        query, run = ids.shape[1], max(batch.cache_rows, self._keys.count)
+        self._reserve(run, batch.images)
+        ids, write = self._keys.write(batch, ids, write, run)
+        bound = self._bound.get(query)
+        if bound is None:
+            bound = self._bound[query] = _Bound(self, run, batch.images, query)
+        bound.set_batch(batch)
+        bound.put("ids", ids)
+        bound.put("positions", write[:, None] + np.arange(query))
+        bound.put("write", write)
+        bound.put("length", write + query)
+        bound.put("uniform", np.ascontiguousarray(uniform, np.float32))
+        return bound
+
+    def _reserve(self, rows: int, images: int) -> None:
+        """Caches of just so many rows; the keys that are still needed stay."""
+        if (rows, images) == self._shape:
+            return
+        layout, held = self.bundle.cache, self._keys.count
+        self._bound.clear()
+        if rows != self._shape[0]:
+            if not held:
+                self._caches.clear()  # before allocating, so that the old and the new are never held together
+            for i in range(len(layout.inputs)):
+                # Zeros: what is masked must be finite. Keys of an earlier batch are, and are masked until written.
+                new = np.zeros((rows, layout.heads, self.bundle.n_tokens, layout.head_dim), np.float32)
+                if held:
+                    new[:held] = self._caches[i].numpy()[:held]
+                    self._caches[i] = self._value(new)
+                else:
+                    self._caches.append(self._value(new))
+        self._shape = (rows, images)
 
 
-class _Call:
+class _Bound:
     """Device buffers of one query length, bound once."""
 
-    def __init__(self, backend: OrtCudaBackend, batch: Batch, query: int) -> None:
-        rows, images, layout = batch.rows, batch.images, backend.bundle.cache
+    def __init__(self, backend: OrtCudaBackend, rows: int, images: int, query: int) -> None:
+        layout = backend.bundle.cache
         self._values = {
             name: backend._value(np.zeros(shape, dtype))
             for name, dtype, shape in (
@@ -215,8 +231,7 @@ class _Call:
             )
         }
         self.tokens = backend._value(np.zeros((rows, query), np.int64))
-        self.put("cond_row", np.arange(images))
-        self.set_batch(batch)
+        self._batch: Batch | None = None
         self.binding = backend._step.io_binding()
         for name, value in self._values.items():
             self.binding.bind_ortvalue_input(name, value)
@@ -227,14 +242,18 @@ class _Call:
             self.binding.bind_ortvalue_output(present, cache)
 
     def set_batch(self, batch: Batch) -> None:
-        for name in ("uncond_row", "guidance", "temperature", "top_k", "top_p"):
-            self.put(name, getattr(batch, name))
+        """Take over the settings of ``batch``, if they are not there already."""
+        if batch is not self._batch:
+            self._batch = batch
+            for name, values in batch.per_image().items():
+                self.put(name, values)
 
     def put(self, name: str, array: NDArray[Any]) -> None:
-        self._values[name].update_inplace(array)
+        """Copy ``array`` into the device buffer of an input."""
+        self._values[name].update_inplace(np.ascontiguousarray(array))
 
 
-def elsewhere(session: ort.InferenceSession, provider: str) -> list[str]:
+def not_on_provider(session: ort.InferenceSession, provider: str) -> list[str]:
     """The operators of a session that another provider than ``provider`` runs, but for arithmetic on shapes."""
     return sorted(
         {
@@ -278,19 +297,14 @@ def _quiet(provider: str) -> Iterator[None]:
         ort.set_default_logger_severity(2)
 
 
-def load(bundle: Bundle, index: int = 0, threads: int | None = None) -> OrtCudaBackend:
-    """The CUDA backend of ``bundle`` on GPU ``index``. Raises RequestError, BundleError, CudaError, MemoryError."""
-    return OrtCudaBackend(bundle, index, threads)
-
-
 def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
     try:
         session.run_with_iobinding(binding)
     except Exception as error:
-        raise _told(error) from error
+        raise _as_ours(error) from error
 
 
-def _told(error: Exception) -> Exception:
+def _as_ours(error: Exception) -> Exception:
     """A failure on the GPU as the error that every caller of a backend knows."""
     reason = _reason(error)
     if isinstance(explained(error), MemoryError):

@@ -1,6 +1,6 @@
 """TensorRT: a whole image is one CUDA graph launch.
 
-All memory is bound once per batch size: caches that are input and output, the tables of ``trt_tables.py``, one
+All memory is bound once per batch size: caches that are input and output, the tables of ``tables.py``, one
 block of scratch memory that every execution context shares. An image is then: one upload, the list of launches
 (each reading its own row of the tables and the previous launch's tokens), the decoder, one copy back. That list is
 captured once per batch size and replayed; where capture of the whole is refused each launch is captured alone, and
@@ -12,34 +12,44 @@ Letters: B images and R = 2B rows of a profile, q positions of one call, N token
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.backends import cuda
-from par_runtime.backends.base import Batch
+from par_runtime.backends.base import BackendInfo, Batch
+from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.engines import Engine
-from par_runtime.backends.trt.memory import Memory, Shape, bind
+from par_runtime.backends.trt.memory import Buffers, Memory, bind
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.backends.trt.plan import LoadedPlan, make_log
-from par_runtime.backends.trt.tables import Call, calls_of
+from par_runtime.backends.trt.tables import Launch, image_launches
 from par_runtime.bundle import Bundle
-from par_runtime.dtypes import LOGIT_ROUNDING, Float, Int
+from par_runtime.dtypes import BYTES, LOGIT_ROUNDING, Float, Int
 from par_runtime.errors import CudaError, EngineError
 
 Capture = Literal["image", "call", "none"]
-GRAPHS_KEPT = 4  #: captured shapes; a graph of a large model holds tens of megabytes
+GRAPHS_KEPT = 4  #: captured batch sizes; a graph of a large model holds tens of megabytes
 
 
 class TrtBackend:
-    """One engine of a bundle on one GPU. See ``backend.Backend``; ``whole`` makes whole batches without the host."""
+    """One engine of a bundle on one GPU. See ``base.Backend``; ``make_images`` makes whole batches without the host."""
 
     def __init__(
         self, bundle: Bundle, engine: Engine, device: cuda.Device, trt: TensorRT, capture: Capture = "image"
     ) -> None:
         self.bundle, self.engine, self.device, self.trt, self.capture = bundle, engine, device, trt, capture
-        self.name = f"{trt.name} {trt.version} {engine.precision} on {device.name}"
+        self.info = BackendInfo(
+            runtime=trt.name,
+            version=f"{trt.version} {engine.precision} on {device.name}",
+            device=device.name,
+            computes=engine.precision,
+            weight_bytes=BYTES[engine.precision],
+            cache_bytes=BYTES[engine.precision],
+        )
         self.tie = LOGIT_ROUNDING[engine.precision]
         self.max_images = engine.images[-1]
         self.capturing: Capture = capture  #: what is in use: the next best where the driver refuses
@@ -50,226 +60,236 @@ class TrtBackend:
         self._plans = {
             name: LoadedPlan(bundle, engine, name, plan, trt, self._runtime, self._log) for name, plan in plans.items()
         }
-        self._calls = calls_of(bundle, engine)
-        self._single = len(self._calls)  # the tables' row of a call on its own
-        self._stream = device.stream()
+        self._launches = image_launches(bundle, engine)
+        self._single = len(self._launches)  # the tables' row of a call on its own
+        self.stream = device.stream()
         self._graphs: OrderedDict[tuple[int, bool], list[cuda.Graph]] = OrderedDict()
-        self._batch: Batch | None = None
-        self._memory = Memory(bundle, engine, device, self._plans, self._calls, self._stream, self._drop_graphs)
+        self._keys = CacheRows(bundle.n_tokens)
+        self._memory = Memory(
+            bundle, engine, device, self._plans, self._launches, self.stream, self._keys, self._drop_graphs
+        )
 
     # -- the Backend protocol -------------------------------------------------------------------------------------
 
-    def start(self, batch: Batch) -> None:
-        self.device.activate()
-        shape = self._memory.shape(batch.images)
-        self._batch = batch
-        shape.tables.fill_batch(shape.staging.array, batch)
+    def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
+        at, launch = self._enqueue_single(batch, ids, write, uniform)
+        got = self._fetch(at.tokens.pointer + self._single * at.tables.token_pitch, at.tables.rows * launch.query * 8)
+        tokens: Int = got.view(np.int64).reshape(-1, launch.query)
+        return tokens[batch.cache_row[: batch.images], : ids.shape[1]]
 
-    def step(self, ids: Int, write: int, uniform: Float) -> Int:
-        shape, call = self._enqueue_single(ids, write, uniform)
-        got = self._fetch(
-            shape.tokens.pointer + self._single * shape.tables.token_pitch, shape.tables.rows * call.query * 8
-        )
-        tokens: Int = got.view(np.int64).reshape(-1, call.query)
-        assert self._batch is not None
-        return tokens[shape.tables.device_rows(self._batch), : ids.shape[1]]
+    def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
+        uniform = np.zeros((batch.images, ids.shape[1]), np.float32)
+        at, launch = self._enqueue_single(batch, ids, write, uniform)
+        size = at.images * launch.query * self.bundle.vocab_size * 4
+        got: Float = self._fetch(at.logits.pointer, size).view(np.float32)
+        return got.reshape(at.images, launch.query, -1)[: batch.images, : ids.shape[1]]
 
-    def logits(self, ids: Int, write: int) -> Float:
-        assert self._batch is not None
-        uniform = np.zeros((self._batch.images, ids.shape[1]), np.float32)
-        shape, call = self._enqueue_single(ids, write, uniform)
-        size = shape.images * call.query * self.bundle.vocab_size * 4
-        got: Float = self._fetch(shape.logits.pointer, size).view(np.float32)
-        return got.reshape(shape.images, call.query, -1)[: self._batch.images, : ids.shape[1]]
+    def release(self, cache_rows: Int | None = None) -> None:
+        self._keys.release(cache_rows)
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self.engine.decoder is None:
             raise EngineError(f"{self.engine.path}: was built without a decoder; rebuild with: {self.engine.rebuild}")
         self.device.activate()
-        shape = self._memory.shape(len(tokens))
-        with self.device.pinned(shape.sequence.size) as staging:
-            sequence = staging.array.view(np.int64).reshape(shape.images, -1)
+        at = self._memory.profile(len(tokens))
+        with self.device.pinned(at.sequence.size) as staging:
+            sequence = staging.array.view(np.int64).reshape(at.images, -1)
             sequence[: len(tokens)] = tokens
             sequence[len(tokens) :] = tokens[:1]
-            self._stream.upload(shape.sequence.pointer, staging, staging.size)
-            self._stream.synchronize()  # before the staging memory goes
-        self._enqueue_decoder(shape)
-        assert shape.pixels is not None
-        pixels = self._fetch(shape.pixels.pointer, shape.pixels.size).reshape(shape.images, *self._image, 3)
+            self.stream.upload(at.sequence.pointer, staging, staging.size)
+            self.stream.synchronize()  # before the staging memory goes
+        self._enqueue_decoder(at)
+        assert at.pixels is not None
+        pixels = self._fetch(at.pixels.pointer, at.pixels.size).reshape(at.images, *self._image, 3)
         return pixels[: len(tokens)]
 
     # -- whole images ---------------------------------------------------------------------------------------------
 
-    def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> tuple[Int, NDArray[np.uint8] | None]:
+    def make_images(
+        self, batch: Batch, class_ids: Int, noise: Float, decode: bool
+    ) -> tuple[Int, NDArray[np.uint8] | None]:
         """Tokens [B,N] and images [B,H,W,3] (None without ``decode``) of ``batch`` in one launch.
 
         ``class_ids`` [R'] are the first call's ids of each row, ``noise`` [B,N] the draws. One synchronisation, at
         the end. Raises CudaError, OutOfMemory, EngineError.
         """
-        self.device.activate()
-        shape = self._memory.shape(batch.images)
-        self._batch = batch
-        tables = shape.tables
-        tables.fill_batch(shape.staging.array, batch)
-        tables.fill_image(shape.staging.array, batch, class_ids, noise)
-        decode = decode and self.engine.decoder is not None
-        self._warm(shape)
-        for graph in self._captured(shape, decode):
-            graph.launch(self._stream)
+        at, decode = self._prepare(batch, class_ids, noise, decode)
+        for graph in self._captured(at, decode):
+            graph.launch(self.stream)
         if self.capturing == "none":
-            self._enqueue_image(shape, decode)
-        self._stream.synchronize()
-        n_bytes = shape.images * self.bundle.n_tokens * 8
-        tokens: Int = shape.out.array[:n_bytes].view(np.int64).reshape(shape.images, -1)[: batch.images].copy()
+            for _, enqueue in self._parts(at, decode):
+                enqueue()
+        self.stream.synchronize()
+        n_bytes = at.images * self.bundle.n_tokens * 8
+        tokens: Int = at.out.array[:n_bytes].view(np.int64).reshape(at.images, -1)[: batch.images].copy()
         if not decode:
             return tokens, None
-        assert shape.pixels is not None
-        pixels = shape.out.array[n_bytes : n_bytes + shape.pixels.size].reshape(shape.images, *self._image, 3)
+        assert at.pixels is not None
+        pixels = at.out.array[n_bytes : n_bytes + at.pixels.size].reshape(at.images, *self._image, 3)
         return tokens, pixels[: batch.images].copy()
 
-    def _captured(self, shape: Shape, decode: bool) -> list[cuda.Graph]:
-        """The graphs that make an image, captured at the first use of a shape; none where capture is off."""
+    def parts(self, batch: Batch, class_ids: Int, noise: Float) -> list[tuple[str, Callable[[], None]]]:
+        """What ``make_images`` enqueues for ``batch``, part by part, decoder included: (phase, a function that enqueues it).
+
+        For benchmarks, which time the parts on :attr:`stream`. "copy" is the upload of the tables, the collection of the
+        tokens, and the way back of tokens and pixels.
+        """
+        at, decode = self._prepare(batch, class_ids, noise, True)
+        return self._parts(at, decode)
+
+    def _prepare(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> tuple[Buffers, bool]:
+        """Bound memory with the tables of ``batch`` in staging, warm; and whether images are decoded."""
+        self.device.activate()
+        self._keys.release()  # every launch writes into all rows
+        at = self._memory.buffers(batch)
+        at.tables.fill_batch(at.staging.array, batch)
+        at.tables.fill_image(at.staging.array, batch, class_ids, noise)
+        self._warm(at)
+        return at, decode and self.engine.decoder is not None
+
+    def _captured(self, at: Buffers, decode: bool) -> list[cuda.Graph]:
+        """The graphs that make an image, captured at the first use of a batch size; none where capture is off."""
         if self.capturing == "none":
             return []
-        key = (shape.index, decode)
+        key = (at.index, decode)
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
         graphs: list[cuda.Graph] = []
         try:
             if self.capturing == "image":
-                with self._stream.capture() as captured:
-                    self._enqueue_image(shape, decode)
+                with self.stream.capture() as captured:
+                    for _, enqueue in self._parts(at, decode):
+                        enqueue()
                 graphs = [captured.graph]
             else:
-                for part in self._parts(shape, decode):
-                    with self._stream.capture() as captured:
-                        part()
+                for _, enqueue in self._parts(at, decode):
+                    with self.stream.capture() as captured:
+                        enqueue()
                     graphs.append(captured.graph)
         except (CudaError, EngineError):
             for graph in graphs:
                 graph.free()
             self.capturing = "call" if self.capturing == "image" else "none"
-            return self._captured(shape, decode)
+            return self._captured(at, decode)
         self._graphs[key] = graphs
         while len(self._graphs) > GRAPHS_KEPT:
             for graph in self._graphs.popitem(last=False)[1]:
                 graph.free()
         return graphs
 
-    def _enqueue_image(self, shape: Shape, decode: bool) -> None:
-        for part in self._parts(shape, decode):
-            part()
-
-    def _parts(self, shape: Shape, decode: bool) -> list[Any]:
-        """What an image is made of, in order, as functions that enqueue."""
-        parts: list[Any] = [lambda: self._upload(shape)]
-        parts += [lambda i=i: self._enqueue(shape, i) for i in range(len(self._calls))]
-        parts.append(lambda: self._collect(shape))
+    def _parts(self, at: Buffers, decode: bool) -> list[tuple[str, Callable[[], None]]]:
+        """What an image is made of, in order: (phase, a function that enqueues the part)."""
+        parts: list[tuple[str, Callable[[], None]]] = [("copy", partial(self._upload, at))]
+        for index, launch in enumerate(self._launches):
+            parts.append((launch.call.phase.name, partial(self._enqueue, at, index)))
+        parts.append(("copy", partial(self._collect, at)))
         if decode:
-            parts.append(lambda: self._enqueue_decoder(shape))
-        parts.append(lambda: self._download(shape, decode))
+            parts.append(("decoder", partial(self._enqueue_decoder, at)))
+        parts.append(("copy", partial(self._download, at, decode)))
         return parts
 
-    def _upload(self, shape: Shape) -> None:
-        self._stream.upload(shape.block.pointer, shape.staging, shape.tables.size)
+    def _upload(self, at: Buffers) -> None:
+        self.stream.upload(at.block.pointer, at.staging, at.tables.size)
 
-    def _enqueue(self, shape: Shape, index: int) -> None:
-        """Launch call ``index`` of the image: its ids are the previous call's tokens, or its row of the table."""
-        call, tables = self._calls[index], shape.tables
-        ids = shape.block.pointer + tables.at("ids", index)
-        before = shape.tokens.pointer + (index - 1) * tables.token_pitch
-        if call.chained:
+    def _enqueue(self, at: Buffers, index: int) -> None:
+        """Launch ``index`` of the image: its ids are the previous launch's tokens, or its row of the table."""
+        launch, tables = self._launches[index], at.tables
+        ids = at.block.pointer + tables.at("ids", index)
+        before = at.tokens.pointer + (index - 1) * tables.token_pitch
+        if launch.chained:
             ids = before
-        elif call.fed:
-            previous = self._calls[index - 1]
-            self._stream.copy_2d(
-                ids + call.first_fed * 8,
-                call.query * 8,
-                before + (previous.phase.query - call.fed) * 8,
+        elif launch.fed:
+            previous = self._launches[index - 1]
+            self.stream.copy_2d(
+                ids + launch.first_fed * 8,
+                launch.query * 8,
+                before + (previous.call.query - launch.fed) * 8,
                 previous.query * 8,
-                call.fed * 8,
-                shape.tables.rows,
+                launch.fed * 8,
+                at.tables.rows,
             )
-        self._run(shape, call, index, ids)
+        self._run(at, launch, index, ids)
 
-    def _run(self, shape: Shape, call: Call, index: int, ids: int) -> None:
-        context, tables, block = shape.contexts[call.plan], shape.tables, shape.block.pointer
-        addresses = {"ids": ids, "tokens": shape.tokens.pointer + index * tables.token_pitch}
+    def _run(self, at: Buffers, launch: Launch, index: int, ids: int) -> None:
+        context, tables, block = at.contexts[launch.plan], at.tables, at.block.pointer
+        addresses = {"ids": ids, "tokens": at.tokens.pointer + index * tables.token_pitch}
         for name in ("positions", "write", "length", "uniform"):
             addresses[name] = block + tables.at(name, index)
         for name, address in addresses.items():
             bind(self.engine, context, name, address)
-        if not context.execute_async_v3(self._stream.handle):
+        if not context.execute_async_v3(self.stream.handle):
             raise EngineError(
-                f"{self.engine.path}: {call.plan} call at position {call.write} failed: {self._log.said()}"
+                f"{self.engine.path}: {launch.plan} call at position {launch.call.write} failed: {self._log.last_error()}"
             )
 
-    def _collect(self, shape: Shape) -> None:
+    def _collect(self, at: Buffers) -> None:
         """Put the tokens of all calls into sequence order [B,N]."""
-        n, pitch = self.bundle.n_tokens, shape.tables.token_pitch
+        n, pitch = self.bundle.n_tokens, at.tables.token_pitch
         index = 0
-        while index < len(self._calls):
-            call = self._calls[index]
-            real, repeat = call.phase.query, call.phase.repeat
-            for b in range(shape.images):
-                self._stream.copy_2d(
-                    shape.sequence.pointer + (b * n + call.write) * 8,
+        while index < len(self._launches):
+            launch = self._launches[index]
+            real, repeat = launch.call.query, launch.call.phase.repeat
+            for b in range(at.images):
+                self.stream.copy_2d(
+                    at.sequence.pointer + (b * n + launch.call.write) * 8,
                     real * 8,
-                    shape.tokens.pointer + index * pitch + b * call.query * 8,
+                    at.tokens.pointer + index * pitch + b * launch.query * 8,
                     pitch,
                     real * 8,
                     repeat,
                 )
             index += repeat
 
-    def _enqueue_decoder(self, shape: Shape) -> None:
-        if not shape.contexts["decoder"].execute_async_v3(self._stream.handle):
-            raise EngineError(f"{self.engine.path}: the decoder failed: {self._log.said()}")
+    def _enqueue_decoder(self, at: Buffers) -> None:
+        if not at.contexts["decoder"].execute_async_v3(self.stream.handle):
+            raise EngineError(f"{self.engine.path}: the decoder failed: {self._log.last_error()}")
 
-    def _download(self, shape: Shape, decode: bool) -> None:
-        self._stream.download(shape.out, shape.sequence.pointer, shape.sequence.size)
-        if decode and shape.pixels is not None:
-            self._stream.download(shape.out, shape.pixels.pointer, shape.pixels.size, shape.sequence.size)
+    def _download(self, at: Buffers, decode: bool) -> None:
+        self.stream.download(at.out, at.sequence.pointer, at.sequence.size)
+        if decode and at.pixels is not None:
+            self.stream.download(at.out, at.pixels.pointer, at.pixels.size, at.sequence.size)
 
     # -- single calls ---------------------------------------------------------------------------------------------
 
-    def _enqueue_single(self, ids: Int, write: int, uniform: Float) -> tuple[Shape, Call]:
-        """One call on its own, through the tables' last row; the host gives its ids."""
-        assert self._batch is not None, "start() comes before step()"
+    def _enqueue_single(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> tuple[Buffers, Launch]:
+        """One call on its own, through the tables' last row; the host gives its ids. Any plan of its q positions will do."""
         self.device.activate()
-        shape = self._memory.shape(self._batch.images)
-        call = next(c for c in self._calls if c.write == write and c.phase.query == ids.shape[1])
-        shape.tables.fill_single(shape.staging.array, self._single, call, self._batch, ids, uniform)
-        self._upload(shape)
-        self._run(shape, call, self._single, shape.block.pointer + shape.tables.at("ids", self._single))
-        return shape, call
+        at = self._memory.buffers(batch)
+        here = [launch for launch in self._launches if launch.call.query == ids.shape[1]]
+        launch = next((launch for launch in here if launch.call.write == write[0]), here[0])
+        at.tables.fill_batch(at.staging.array, batch)
+        ids, write = self._keys.write(batch, ids, write, at.tables.rows, launch.query)
+        at.tables.fill_single(at.staging.array, self._single, launch.query, batch, ids, write, uniform)
+        self._upload(at)
+        self._run(at, launch, self._single, at.block.pointer + at.tables.at("ids", self._single))
+        return at, launch
 
     def _fetch(self, pointer: int, size: int) -> NDArray[np.uint8]:
         """A copy of ``size`` bytes of the device, waited for."""
         with self.device.pinned(size) as pinned:
-            self._stream.download(pinned, pointer, size)
-            self._stream.synchronize()
+            self.stream.download(pinned, pointer, size)
+            self.stream.synchronize()
             got: NDArray[np.uint8] = pinned.array.copy()
             return got
 
-    def _warm(self, shape: Shape) -> None:
+    def _warm(self, at: Buffers) -> None:
         """One launch of every context outside capture: TensorRT finishes its own set-up in the first."""
-        if shape.warm:
+        if at.warm:
             return
-        self._upload(shape)
+        self._upload(at)
         seen = set()
-        for index, call in enumerate(self._calls):
-            if call.plan not in seen:
-                self._run(shape, call, index, shape.block.pointer + shape.tables.at("ids", index))
-                seen.add(call.plan)
-        if "decoder" in shape.contexts:
-            self._stream.fill(shape.sequence.pointer, 0, shape.sequence.size)
-            self._enqueue_decoder(shape)
-        self._stream.synchronize()
+        for index, launch in enumerate(self._launches):
+            if launch.plan not in seen:
+                self._run(at, launch, index, at.block.pointer + at.tables.at("ids", index))
+                seen.add(launch.plan)
+        if "decoder" in at.contexts:
+            self.stream.fill(at.sequence.pointer, 0, at.sequence.size)
+            self._enqueue_decoder(at)
+        self.stream.synchronize()
         for plan in self._plans.values():
             plan.save_runtime_cache()
-        shape.warm = True
+        at.warm = True
 
     def _drop_graphs(self) -> None:
         """Captured graphs hold addresses: they go before what they point to."""
@@ -288,5 +308,5 @@ class TrtBackend:
         self._memory.free()
         for plan in self._plans.values():
             plan.close()
-        self._stream.free()
+        self.stream.free()
         self.device.close()

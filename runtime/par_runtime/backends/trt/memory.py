@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from par_runtime.backends import cuda
+from par_runtime.backends.base import Batch
+from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.engines import Engine
 from par_runtime.backends.trt.plan import LoadedPlan
-from par_runtime.backends.trt.tables import Call, Tables
+from par_runtime.backends.trt.tables import Launch, Tables
 from par_runtime.bundle import Bundle
 from par_runtime.errors import EngineError, OutOfMemory
 
 
 @dataclass
-class Shape:
+class Buffers:
     """Everything bound for one batch size. Freed as a whole when a larger one needs the memory."""
 
     index: int
@@ -26,7 +28,7 @@ class Shape:
     tables: Tables
     block: cuda.Buffer  #: the tables on the device
     staging: cuda.Pinned  #: the same on the host
-    tokens: cuda.Buffer  #: a row of tokens [R,q] per call
+    tokens: cuda.Buffer  #: a row of tokens [R,q] per launch
     sequence: cuda.Buffer  #: tokens [B,N] in sequence order
     logits: cuda.Buffer
     pixels: cuda.Buffer | None
@@ -44,91 +46,106 @@ class Memory:
         engine: Engine,
         device: cuda.Device,
         plans: dict[str, LoadedPlan],
-        calls: list[Call],
+        launches: list[Launch],
         stream: cuda.Stream,
+        keys: CacheRows,
         moved: Callable[[], None],
     ) -> None:
         self.bundle, self.engine, self.device, self._moved = bundle, engine, device, moved
-        self._plans, self._calls, self._stream = plans, calls, stream
+        self._plans, self._launches, self._stream, self._keys = plans, launches, stream, keys
         self.caches: dict[str, cuda.Buffer] = {}
-        self.shapes: dict[int, Shape] = {}
+        self._buffers: dict[int, Buffers] = {}
         self._cache_rows = 0
         self._scratch: cuda.Buffer | None = None
         self._image = bundle.image_size or (0, 0)
 
-    def shape(self, images: int) -> Shape:
-        """The smallest profile that holds ``images``, with everything bound."""
+    def buffers(self, batch: Batch) -> Buffers:
+        """The smallest profile that holds the images and the cache rows of ``batch``, with everything bound."""
+        images = max(batch.images, -(-batch.cache_rows // 2))
+        return self.profile(images)
+
+    def profile(self, images: int) -> Buffers:
+        """The smallest profile that holds ``images``. Raises EngineError, MemoryError."""
         index = next((i for i, size in enumerate(self.engine.images) if size >= images), None)
         if index is None:
             raise EngineError(
                 f"{images} images at once; {self.engine.path} was built for at most {self.engine.images[-1]}: give a smaller "
                 f"max_batch (--batch), or rebuild with --max-images {images}"
             )
-        if index not in self.shapes:
+        if index not in self._buffers:
             try:
-                self.shapes[index] = self._make(index)
+                self._buffers[index] = self._make(index)
             except OutOfMemory as error:
                 raise self._explained(error, self.engine.images[index]) from error
-        return self.shapes[index]
+        return self._buffers[index]
 
-    def _make(self, index: int) -> Shape:
+    def _make(self, index: int) -> Buffers:
         images, n = self.engine.images[index], self.bundle.n_tokens
-        tables = Tables(self.bundle, self._calls, images)
+        tables = Tables(self._launches, images)
         self._reserve(index, tables.rows)
         pixels = images * self._image[0] * self._image[1] * 3 if self.engine.decoder else 0
         allocate = self.device.allocate
-        shape = Shape(
+        made = Buffers(
             index,
             images,
             tables,
             block=allocate(tables.size, "tables"),
             staging=self.device.pinned(tables.size),
-            tokens=allocate(tables.token_pitch * (len(self._calls) + 1), "tokens"),
+            tokens=allocate(tables.token_pitch * (len(self._launches) + 1), "tokens"),
             sequence=allocate(images * n * 8, "tokens in sequence order"),
             logits=allocate(self._logits_bytes(tables), "logits"),
             pixels=allocate(pixels, "images") if pixels else None,
             out=self.device.pinned(images * n * 8 + pixels),
         )
-        shape.staging.array[:] = 0
-        for i, call in enumerate(self._calls):
-            tables.fill_call(shape.staging.array, i, call)
+        made.staging.array[:] = 0
+        for i, launch in enumerate(self._launches):
+            tables.fill_launch(made.staging.array, i, launch)
         assert self._scratch is not None
         for name, plan in self._plans.items():
             context = plan.context(index, self._scratch.pointer, self._scratch.size, self._stream.handle)
-            shape.contexts[name] = context
+            made.contexts[name] = context
             if name == "decoder":
-                assert shape.pixels is not None
-                bind(self.engine, context, "tokens", shape.sequence.pointer)
-                bind(self.engine, context, "images", shape.pixels.pointer)
+                assert made.pixels is not None
+                bind(self.engine, context, "tokens", made.sequence.pointer)
+                bind(self.engine, context, "images", made.pixels.pointer)
                 continue
             for past, present in zip(self.bundle.cache.inputs, self.bundle.cache.outputs, strict=True):
                 pointer = self.caches[past].pointer
                 bind(self.engine, context, past, pointer)
                 bind(self.engine, context, present, pointer)  # one buffer is input and output
             for field_name in tables.whole:
-                bind(self.engine, context, field_name, shape.block.pointer + tables.at(field_name, 0))
-            bind(self.engine, context, "logits", shape.logits.pointer)
+                bind(self.engine, context, field_name, made.block.pointer + tables.at(field_name, 0))
+            bind(self.engine, context, "logits", made.logits.pointer)
         self._stream.synchronize()  # profiles are switched on the stream
-        return shape
+        return made
 
     def _reserve(self, index: int, rows: int) -> None:
-        """Caches for ``rows`` and scratch memory for the profile, shared by all shapes; grown when a larger one comes."""
+        """Caches for ``rows`` and scratch memory for the profile, shared by all profiles; grown when a larger one comes."""
         # Of all smaller profiles too: one that needed more would move the caches in the middle of an image.
         scratch = max(1, *(plan.scratch_bytes(i) for plan in self._plans.values() for i in range(index + 1)))
         if rows <= self._cache_rows and self._scratch is not None and scratch <= self._scratch.size:
             return
-        self._release_shapes()  # they are bound to the old addresses
-        size = self._row_bytes() * max(rows, self._cache_rows)
-        scratch = max(scratch, self._scratch.size if self._scratch else 0)
-        for buffer in [*self.caches.values(), *([self._scratch] if self._scratch else [])]:
-            buffer.free()  # before allocating, so that the old and the new are never held together
-        self.caches, self._scratch, self._cache_rows = {}, None, 0
-        for name in self.bundle.cache.inputs:
-            self.caches[name] = self.device.allocate(size, f"cache {name}")
-            # What is masked is multiplied by zero, so it must be finite; once, for later images overwrite it.
-            self.caches[name].zero(self._stream)
+        self._release_buffers()  # they are bound to the old addresses
+        rows, scratch = max(rows, self._cache_rows), max(scratch, self._scratch.size if self._scratch else 0)
+        row_bytes, held = self._row_bytes(), self._keys.count
+        if self._scratch is not None:
+            self._scratch.free()
+            self._scratch = None
+        if rows > self._cache_rows:
+            if not held:  # freed before anything is allocated, so that the old and the new are never held together
+                self._free_caches()
+            for name in self.bundle.cache.inputs:
+                new = self.device.allocate(row_bytes * rows, f"cache {name}")
+                # What is masked is multiplied by zero, so it must be finite; once, for later images overwrite it.
+                new.zero(self._stream)
+                old = self.caches.pop(name, None)
+                if old is not None:  # keys that are still needed move along, one tensor at a time
+                    self._stream.copy(new.pointer, old.pointer, row_bytes * held)
+                    self._stream.synchronize()
+                    old.free()
+                self.caches[name] = new
+            self._cache_rows = rows
         self._scratch = self.device.allocate(scratch, "scratch memory")
-        self._cache_rows = max(rows, self._cache_rows)
 
     def _row_bytes(self) -> int:
         """Bytes of one row of one cache tensor."""
@@ -149,8 +166,8 @@ class Memory:
     def _needs(self, index: int) -> int:
         """Bytes that a batch of this profile takes in all."""
         images, cache = self.engine.images[index], self.bundle.cache
-        tables = Tables(self.bundle, self._calls, images)
-        own = tables.size + tables.token_pitch * (len(self._calls) + 1) + self._logits_bytes(tables)
+        tables = Tables(self._launches, images)
+        own = tables.size + tables.token_pitch * (len(self._launches) + 1) + self._logits_bytes(tables)
         pixels = images * (self.bundle.n_tokens * 8 + self._image[0] * self._image[1] * 3)
         scratch = max(plan.scratch_bytes(index) for plan in self._plans.values())
         return own + pixels + scratch + tables.rows * self._row_bytes() * len(cache.inputs)
@@ -158,28 +175,27 @@ class Memory:
     def _logits_bytes(self, tables: Tables) -> int:
         return tables.images * tables.query * self.bundle.vocab_size * 4
 
-    def _release_shapes(self) -> None:
+    def _release_buffers(self) -> None:
         self._moved()
-        for shape in self.shapes.values():
-            for buffer in (
-                shape.block,
-                shape.staging,
-                shape.tokens,
-                shape.sequence,
-                shape.logits,
-                shape.pixels,
-                shape.out,
-            ):
+        for held in self._buffers.values():
+            for buffer in (held.block, held.staging, held.tokens, held.sequence, held.logits, held.pixels, held.out):
                 if buffer is not None:
                     buffer.free()
-        self.shapes.clear()
+        self._buffers.clear()
+
+    def _free_caches(self) -> None:
+        for buffer in self.caches.values():
+            buffer.free()
+        self.caches, self._cache_rows = {}, 0
 
     def free(self) -> None:
         """Free everything."""
-        self._release_shapes()
-        for buffer in [*self.caches.values(), *([self._scratch] if self._scratch else [])]:
-            buffer.free()
-        self.caches, self._scratch, self._cache_rows = {}, None, 0
+        self._release_buffers()
+        self._keys.release()
+        self._free_caches()
+        if self._scratch is not None:
+            self._scratch.free()
+            self._scratch = None
 
 
 def bind(engine: Engine, context: Any, name: str, address: int) -> None:

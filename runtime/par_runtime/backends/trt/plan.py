@@ -25,22 +25,22 @@ class LoadedPlan:
     def __init__(
         self, bundle: Bundle, engine: Engine, name: str, plan: Plan, trt: TensorRT, runtime: Any, log: Any
     ) -> None:
-        self.name, self.plan, self.engine_entry, self._trt, self._log = name, plan, engine, trt, log
+        self.name, self.plan, self.engine, self._trt, self._log = name, plan, engine, trt, log
         path = engine.path / plan.file
         with path.open("rb") as file:  # mapped: gigabytes need not be in memory twice
-            self.engine = runtime.deserialize_cuda_engine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        if self.engine is None:
+            self._tensorrt = runtime.deserialize_cuda_engine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if self._tensorrt is None:
             raise EngineError(
-                f"{path}: {trt.name} {trt.version} cannot load it ({log.said()}); rebuild with: {engine.rebuild}"
+                f"{path}: {trt.name} {trt.version} cannot load it ({log.last_error()}); rebuild with: {engine.rebuild}"
             )
-        self.tensors = {self.engine.get_tensor_name(i): i for i in range(self.engine.num_io_tensors)}
+        self.tensors = {self._tensorrt.get_tensor_name(i): i for i in range(self._tensorrt.num_io_tensors)}
         self._check(bundle)
         self._config: Any = None
         self._rtx_cache: Any = None
         self._contexts: dict[int, Any] = {}
         strategy = trt.module.ExecutionContextAllocationStrategy.USER_MANAGED
         if trt.rtx:
-            self._config = self.engine.create_runtime_config()
+            self._config = self._tensorrt.create_runtime_config()
             self._config.set_execution_context_allocation_strategy(strategy)
             kinds = getattr(trt.module, "DynamicShapesKernelSpecializationStrategy", None)
             if kinds is not None:  # lazily, a capture could freeze the general kernels that run until then
@@ -54,29 +54,29 @@ class LoadedPlan:
 
     def scratch_bytes(self, profile: int) -> int:
         """Scratch memory that a context of this profile needs."""
-        return int(self.engine.get_device_memory_size_for_profile_v2(profile))
+        return int(self._tensorrt.get_device_memory_size_for_profile_v2(profile))
 
     def element_bytes(self, tensor: str) -> int:
-        return _BYTES[str(self.engine.get_tensor_dtype(tensor)).rpartition(".")[2]]
+        return _BYTES[str(self._tensorrt.get_tensor_dtype(tensor)).rpartition(".")[2]]
 
     def profile_shape(self, tensor: str, profile: int) -> tuple[int, ...]:
         """The shape of an input at ``profile``, whose minimum and maximum are equal."""
-        shapes = self.engine.get_tensor_profile_shape(tensor, profile)
+        shapes = self._tensorrt.get_tensor_profile_shape(tensor, profile)
         return tuple(shapes[-1])
 
     def context(self, profile: int, scratch: int, scratch_bytes: int, stream: int) -> Any:
         """The context of ``profile``, on scratch memory at ``scratch``; shapes are set, addresses are not."""
         context = self._contexts.get(profile)
         if context is None:
-            context = self.engine.create_execution_context(self._config if self._trt.rtx else self._strategy)
+            context = self._tensorrt.create_execution_context(self._config if self._trt.rtx else self._strategy)
             if context is None or not context.set_optimization_profile_async(profile, stream):
                 raise EngineError(
-                    f"{self.engine_entry.path}: no context for profile {profile} of {self.name}: {self._log.said()}"
+                    f"{self.engine.path}: no context for profile {profile} of {self.name}: {self._log.last_error()}"
                 )
             for tensor in self.tensors:
                 if self._is_input(tensor) and not context.set_input_shape(tensor, self.profile_shape(tensor, profile)):
                     raise EngineError(
-                        f"{self.engine_entry.path}: {self.name} refuses its own shape of {tensor!r}: {self._log.said()}"
+                        f"{self.engine.path}: {self.name} refuses its own shape of {tensor!r}: {self._log.last_error()}"
                     )
             self._contexts[profile] = context
         context.set_device_memory(scratch, scratch_bytes)
@@ -86,7 +86,7 @@ class LoadedPlan:
         """Keep what TensorRT-RTX compiled, so that the next load does not compile it again."""
         if self._rtx_cache is None:
             return
-        path = self.engine_entry.path / f"{self.name}.{RUNTIME_CACHE}"
+        path = self.engine.path / f"{self.name}.{RUNTIME_CACHE}"
         blob = bytes(self._rtx_cache.serialize())
         if path.is_file() and path.stat().st_size == len(blob):
             return
@@ -99,14 +99,14 @@ class LoadedPlan:
 
     def close(self) -> None:
         self._contexts.clear()
-        self.engine = None
+        self._tensorrt = None
 
     def _is_input(self, tensor: str) -> bool:
-        return bool(self.engine.get_tensor_mode(tensor) == self._trt.module.TensorIOMode.INPUT)
+        return bool(self._tensorrt.get_tensor_mode(tensor) == self._trt.module.TensorIOMode.INPUT)
 
     def _check(self, bundle: Bundle) -> None:
         """Refuse a plan whose tensors, profiles or aliases are not what the bundle and ``engine.json`` say."""
-        entry, path = self.engine_entry, self.engine_entry.path / self.plan.file
+        entry, path = self.engine, self.engine.path / self.plan.file
         again = f"rebuild with: {entry.rebuild}"
         wanted = expected(bundle, self.plan)
         missing = sorted(wanted.keys() - self.tensors.keys())
@@ -115,7 +115,7 @@ class LoadedPlan:
             raise EngineError(
                 f"{path}: tensors {', '.join(missing + extra)} {'are missing' if missing else 'are unknown'}; {again}"
             )
-        profiles = self.engine.num_optimization_profiles
+        profiles = self._tensorrt.num_optimization_profiles
         if profiles != len(entry.images):
             raise EngineError(
                 f"{path}: has {profiles} profiles, engine.json lists {len(entry.images)} batch sizes; {again}"
@@ -132,12 +132,12 @@ class LoadedPlan:
                     )
         if self.plan.query == 0:
             return
-        if not hasattr(self.engine, "get_aliased_input_tensor"):
+        if not hasattr(self._tensorrt, "get_aliased_input_tensor"):
             raise EngineError(
                 f"{self._trt.name} {self._trt.version} does not tell aliased tensors; install a newer version"
             )
         for past, present in zip(bundle.cache.inputs, bundle.cache.outputs, strict=True):
-            aliased = self.engine.get_aliased_input_tensor(present)
+            aliased = self._tensorrt.get_aliased_input_tensor(present)
             if aliased != past:
                 raise EngineError(
                     f"{path}: cache output {present!r} is aliased with {aliased!r}, expected {past!r}: it would be copied "
@@ -171,8 +171,8 @@ def make_log(trt: TensorRT) -> Any:
             if str(severity).rpartition(".")[2] in ("ERROR", "INTERNAL_ERROR"):
                 self._last = message
 
-        def said(self) -> str:
-            """What TensorRT last complained of, once."""
+        def last_error(self) -> str:
+            """The last error that TensorRT logged, once."""
             last, self._last = self._last, ""
             return " ".join(last.split())[:400] or "it gave no reason"
 

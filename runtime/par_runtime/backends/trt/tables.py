@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.backends.base import Batch
 from par_runtime.backends.engines import Engine
-from par_runtime.bundle import Bundle, Phase
+from par_runtime.bundle import Bundle, Call, image_calls
 from par_runtime.dtypes import Float, Int
 
 ALIGN = 256  #: TensorRT wants tensor addresses that are multiples of this
@@ -41,47 +42,40 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One launch of a plan: ``query`` positions of which ``phase.query`` are real, the first at ``write``.
+class Launch:
+    """One launch of a plan for one call: ``query`` positions, of which the call's are real and the rest is padding.
 
-    ``fed`` slots from ``first_fed`` on take the last tokens sampled. Where these are all that matters, the call reads
-    the previous call's tokens in place (``chained``); else they are copied into its row of the ids table.
+    ``fed`` slots from ``first_fed`` on take the last tokens sampled. Where these are all that matters, the launch reads
+    the previous launch's tokens in place (``chained``); else they are copied into its row of the ids table.
     """
 
-    phase: Phase
+    call: Call
     plan: str
     query: int
-    write: int
     fed: int
     first_fed: int
     chained: bool
 
 
-def calls_of(bundle: Bundle, engine: Engine) -> list[Call]:
+def image_launches(bundle: Bundle, engine: Engine) -> list[Launch]:
     """Every launch of an image, in order."""
-    calls: list[Call] = []
-    for phase in bundle.phases:
-        name, plan = engine.plan_for(phase.name)
-        fed = [j for j, entry in enumerate(phase.inputs) if entry == "token"]
-        for i in range(phase.repeat):
-            previous = calls[-1] if calls else None
-            chained = (
-                previous is not None
-                and previous.query == plan.query
-                and len(fed) == phase.query == previous.phase.query
-            )
-            calls.append(
-                Call(phase, name, plan.query, phase.start + i * phase.query, len(fed), fed[0] if fed else 0, chained)
-            )
-    return calls
+    launches: list[Launch] = []
+    for call in image_calls(bundle.phases):
+        name, plan = engine.plan_for(call.phase.name)
+        fed, previous = call.fed, launches[-1] if launches else None
+        chained = (
+            previous is not None and previous.query == plan.query and len(fed) == call.query == previous.call.query
+        )
+        launches.append(Launch(call, name, plan.query, len(fed), fed[0] if fed else 0, chained))
+    return launches
 
 
 class Tables:
-    """The layout of the block for ``images`` B: per-call rows first, then what holds for the whole image."""
+    """The layout of the block for ``images`` B: per-launch rows first, then what holds for the whole image."""
 
-    def __init__(self, bundle: Bundle, calls: list[Call], images: int) -> None:
-        self.bundle, self.calls, self.images, self.rows = bundle, calls, images, 2 * images
-        self.query = max(call.query for call in calls)
+    def __init__(self, launches: list[Launch], images: int) -> None:
+        self.launches, self.images, self.rows = launches, images, 2 * images
+        self.query = max(launch.query for launch in launches)
         b, r, q = images, self.rows, self.query
         row: dict[str, Field] = {}
         offset = 0
@@ -95,7 +89,7 @@ class Tables:
             row[name] = Field(offset, np.dtype(dtype), shape)
             offset = aligned(offset + row[name].size)
         self.row, self.pitch = row, offset
-        offset = self.pitch * (len(calls) + 1)  # one row more: a call on its own (selftest, previews, logits)
+        offset = self.pitch * (len(launches) + 1)  # one row more: a call on its own (selftest, previews, logits)
         self.whole: dict[str, Field] = {}
         for name, dtype in (
             ("image", np.int64),
@@ -109,78 +103,78 @@ class Tables:
             self.whole[name] = Field(offset, np.dtype(dtype), (r if name == "image" else b,))
             offset = aligned(offset + self.whole[name].size)
         self.size = offset
-        self.token_pitch = aligned(r * q * 8)  # bytes of one call's tokens [R,q] int64
+        self.token_pitch = aligned(r * q * 8)  # bytes of one launch's tokens [R,q] int64
 
-    def at(self, name: str, call: int) -> int:
-        """Offset of ``name`` for the call of that index (``len(calls)``: the single call)."""
-        return self.whole[name].offset if name in self.whole else self.row[name].offset + call * self.pitch
-
-    def device_rows(self, batch: Batch) -> Int:
-        """The device row of each row of ``batch`` [R']: classes first, rows without class from B on."""
-        extra = np.arange(batch.rows - batch.images)
-        return np.concatenate([np.arange(batch.images), self.images + extra])
+    def at(self, name: str, launch: int) -> int:
+        """Offset of ``name`` for the launch of that index (``len(launches)``: the call on its own)."""
+        return self.whole[name].offset if name in self.whole else self.row[name].offset + launch * self.pitch
 
     def fill_batch(self, block: NDArray[np.uint8], batch: Batch) -> None:
-        """Write what holds for the whole image. Unused images repeat the first one's settings, on rows of their own."""
-        b, rows = self.images, self.device_rows(batch)
-        cond = np.arange(b)
-        uncond = cond.copy()
-        uncond[: batch.images] = rows[batch.uncond_row]
-        image = np.concatenate([cond, cond])
-        image[rows[batch.uncond_row]] = np.arange(batch.images)
-        values = {"image": image, "cond_row": cond, "uncond_row": uncond}
-        for name in ("guidance", "temperature", "top_k", "top_p"):
-            given = getattr(batch, name)
-            values[name] = np.concatenate([given, np.repeat(given[:1], b - batch.images)])
+        """Write what holds for the whole image. Unused images repeat the first one; their tokens go to no row of the batch."""
+        unused = self.images - batch.images
+        image = np.zeros(self.rows, np.int64)
+        image[batch.cache_row] = batch.per_row(np.arange(batch.images))
         for name, field in self.whole.items():
-            field.of(block)[...] = values[name]
+            if name == "image":
+                field.of(block)[...] = image
+            else:
+                given = batch.per_image()[name]
+                field.of(block)[...] = np.concatenate([given, np.repeat(given[:1], unused)])
 
-    def fill_call(self, block: NDArray[np.uint8], index: int, call: Call) -> None:
-        """Write what never changes of a call into row ``index``: its place, what it sees, its learnable tokens."""
-        q, real = call.query, call.phase.query
-        row = {name: self.view(block, name, index, q) for name in self.row}
+    def fill_launch(self, block: NDArray[np.uint8], index: int, launch: Launch) -> None:
+        """Write what never changes of a launch into row ``index``: its place, what it sees, its learnable tokens."""
+        call, row = launch.call, self._row(block, index, launch.query)
         row["ids"][...] = 0
-        for j, entry in enumerate(call.phase.inputs):
+        for slot, entry in enumerate(call.phase.inputs):
             if isinstance(entry, int):
-                row["ids"][:, j] = entry
-        row["positions"][...] = np.arange(call.write, call.write + q)
-        row["write"][...] = call.write
-        row["length"][...] = call.write + real  # padded positions are written, and never seen
+                row["ids"][:, slot] = entry
         row["uniform"][...] = 0
+        self._place(row, np.full(self.rows, call.write), call.query)
 
     def fill_single(
-        self, block: NDArray[np.uint8], index: int, call: Call, batch: Batch, ids: Int, uniform: Float
+        self, block: NDArray[np.uint8], index: int, query: int, batch: Batch, ids: Int, write: Int, uniform: Float
     ) -> None:
-        """Write a call on its own into row ``index``: ``ids`` [R',q'], ``uniform`` [B',q']. Unused rows repeat row 0."""
-        real, rows = call.phase.query, self.device_rows(batch)
-        self.fill_call(block, index, call)
-        into = self.view(block, "ids", index, call.query)
-        into[:, :real] = ids[0]
-        into[rows, :real] = ids
-        self.view(block, "uniform", index, call.query)[: batch.images, :real] = uniform
+        """Write a call on its own into row ``index``, for a plan of ``query`` positions.
+
+        ``ids`` [R,q'] and ``write`` [R] of all rows of the profile, ``uniform`` [B',q'] of the batch's images.
+        """
+        real, row = ids.shape[1], self._row(block, index, query)
+        row["ids"][...] = 0
+        row["ids"][:, :real] = ids
+        row["uniform"][...] = 0
+        row["uniform"][: batch.images, :real] = uniform
+        self._place(row, write, real)
+
+    def _place(self, row: dict[str, NDArray[Any]], write: Int, real: int) -> None:
+        """Where each row stands: ``write`` [R], with ``real`` positions; padded ones are written behind, and never seen."""
+        row["write"][...] = write
+        row["length"][...] = write + real
+        row["positions"][...] = write[:, None] + np.arange(row["positions"].shape[1])
+
+    def _row(self, block: NDArray[np.uint8], index: int, query: int) -> dict[str, NDArray[Any]]:
+        return {name: self.view(block, name, index, query) for name in self.row}
 
     def fill_image(self, block: NDArray[np.uint8], batch: Batch, class_ids: Int, noise: Float) -> None:
         """Write what an image differs in: ``class_ids`` [R'] and ``noise`` [B',N]. A phase at a time: this is on the
         path of every image."""
-        rows = self.device_rows(batch)
         index = 0
-        while index < len(self.calls):
-            call = self.calls[index]
-            real, repeat = call.phase.query, call.phase.repeat
-            for j, entry in enumerate(call.phase.inputs):
+        while index < len(self.launches):
+            launch = self.launches[index]
+            call, repeat = launch.call, launch.call.phase.repeat
+            for slot, entry in enumerate(call.phase.inputs):
                 if entry == "class":
-                    into = self.view(block, "ids", index, call.query)
-                    into[:, j] = class_ids[0]
-                    into[rows, j] = class_ids
-            draws = noise[:, call.write : call.write + real * repeat].reshape(batch.images, repeat, real)
-            self._uniforms(block, index, call)[:, : batch.images, :real] = draws.transpose(1, 0, 2)
+                    into = self.view(block, "ids", index, launch.query)
+                    into[:, slot] = class_ids[0]
+                    into[batch.cache_row, slot] = class_ids
+            draws = noise[:, call.write : call.write + call.query * repeat].reshape(batch.images, repeat, call.query)
+            self._uniforms(block, index, launch)[:, : batch.images, : call.query] = draws.transpose(1, 0, 2)
             index += repeat
 
-    def _uniforms(self, block: NDArray[np.uint8], index: int, call: Call) -> NDArray[np.generic]:
+    def _uniforms(self, block: NDArray[np.uint8], index: int, launch: Launch) -> NDArray[np.generic]:
         """The draws of all calls of a phase, the first in row ``index``: [repeat, B, q]."""
         field = self.row["uniform"]
-        shape = (call.phase.repeat, self.images, call.query)
-        strides = (self.pitch, call.query * 4, 4)
+        shape = (launch.call.phase.repeat, self.images, launch.query)
+        strides = (self.pitch, launch.query * 4, 4)
         return np.ndarray(shape, field.dtype, block.data, field.offset + index * self.pitch, strides)
 
     def view(self, block: NDArray[np.uint8], name: str, index: int, query: int) -> NDArray[np.generic]:

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import Backend, Batch
+from par_runtime.backends.base import Backend, Batch, MakesImages
 from par_runtime.bench.subjects.base import Facts, Sample, Shape, spread_calls
 from par_runtime.bundle import Bundle, Phase
 from par_runtime.cost.bound import model_name
-from par_runtime.dtypes import BYTES, Float, Int
+from par_runtime.dtypes import Float, Int
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import settings, uniforms
+from par_runtime.request import image_settings
+from par_runtime.schedule import Schedule
 from par_runtime.system import peak_bytes
 
 GUIDANCE = 4.0  #: of guided images where the bundle's default is unguided
@@ -35,7 +36,7 @@ class Watched:
 
     def __init__(self, backend: Backend, phases: tuple[Phase, ...]) -> None:
         self._backend, self._phases = backend, phases
-        self.name, self.max_images, self.tie = backend.name, backend.max_images, backend.tie
+        self.info, self.max_images, self.tie = backend.info, backend.max_images, backend.tie
         self.calls_ms: dict[str, list[float]] = {}
         self._last = 0.0
 
@@ -48,26 +49,23 @@ class Watched:
         """It was handed over."""
         self._add("copy", time.perf_counter())
 
-    def start(self, batch: Batch) -> None:
-        self._backend.start(batch)
-
-    def step(self, ids: Int, write: int, uniform: Float) -> Int:
+    def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
         self._add("copy", time.perf_counter())
-        tokens = self._backend.step(ids, write, uniform)
-        self._add(phase_at(self._phases, write), time.perf_counter())
+        tokens = self._backend.step(batch, ids, write, uniform)
+        self._add(phase_at(self._phases, int(write[0])), time.perf_counter())
         return tokens
 
-    def logits(self, ids: Int, write: int) -> Float:
-        return self._backend.logits(ids, write)
+    def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
+        return self._backend.logits(batch, ids, write)
+
+    def release(self, cache_rows: Int | None = None) -> None:
+        self._backend.release(cache_rows)
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         self._add("copy", time.perf_counter())
         images = self._backend.decode(tokens)
         self._add("decoder", time.perf_counter())
         return images
-
-    def whole(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> None:
-        return None  # call by call: a whole image shows nothing of its phases
 
     def close(self) -> None:
         self._backend.close()
@@ -127,14 +125,15 @@ class PipelineSubject:
     def _some_calls(self, pipeline: Pipeline, chosen: frozenset[int], images: int, guided: bool) -> None:
         """These calls of a batch and its decoding; keys of the calls left out are zeros, which cost the same."""
         bundle = pipeline.bundle
-        each = settings(bundle, images, guidance=self._guidance(guided))
+        each = image_settings(bundle, images, guidance=self._guidance(guided))
         self._seed += 1
-        noise = np.stack([uniforms(self._seed * images + i, bundle.n_tokens) for i in range(images)])
+        seeds = [self._seed * images + i for i in range(images)]
+        schedule = Schedule.of(bundle, self._labels(images), each, seeds)
         tokens = np.zeros((images, bundle.n_tokens), np.int64)
-        for index, (phase, write, ids) in enumerate(pipeline._calls(self._labels(images), each, tokens)):
+        pipeline.backend.release()
+        for index, (call, ids, write) in enumerate(schedule.walk(tokens)):
             if index in chosen:
-                here = slice(write, write + phase.query)
-                tokens[:, here] = pipeline.backend.step(ids, write, noise[:, here])[:images]
+                tokens[:, call.here] = pipeline.backend.step(schedule.batch, ids, write, schedule.noise[:, call.here])
         if bundle.image_size is not None:
             pipeline.decode(tokens)
 
@@ -198,31 +197,22 @@ def guidance_of(bundle: Bundle) -> float:
 
 def facts_of(pipeline: Pipeline, label: str) -> Facts:
     """What is known before anything is measured."""
-    bundle, backend = pipeline.bundle, pipeline.backend
-    engine = getattr(backend, "engine", None)  # TensorRT's; only this one computes in what the bundle stores
-    words = backend.name.split()
-    stored = BYTES.get(bundle.precision, 4.0)
-    native = words[0] == "native-cpu"  # reads weights as they are stored
-    weight_bytes = BYTES[engine.precision] if engine else stored if stored < 2 or native else 4.0
-    device = "cpu"
-    if engine is not None:
-        device = str(backend.device.name)  # type: ignore[attr-defined]
-    elif words[0] not in ("onnxruntime-cpu", "native-cpu"):
-        device = "cuda"
+    bundle, info = pipeline.bundle, pipeline.backend.info
+    in_one_launch = isinstance(pipeline.backend, MakesImages)
     shape = Shape.of(bundle)
     return Facts(
         **known_of(bundle, shape),
         label=label,
-        computes=engine.precision if engine else "fp32",
-        weight_bytes=weight_bytes,
-        cache_bytes=BYTES[engine.precision] if engine else 4.0,
-        backend=words[0],
-        version=" ".join(words[1:]),
-        device=device,
-        threads=None if engine else _threads(pipeline),
+        computes=info.computes,
+        weight_bytes=info.weight_bytes,
+        cache_bytes=info.cache_bytes,
+        backend=info.runtime,
+        version=info.version,
+        device=info.device,
+        threads=None if in_one_launch else _threads(pipeline),
         shape=shape,
-        clock="CUDA events" if engine else "perf_counter",
-        excluded=(*PIECES, "the host's launches, in the phases") if engine else PIECES,
+        clock="CUDA events" if in_one_launch else "perf_counter",
+        excluded=(*PIECES, "the host's launches, in the phases") if in_one_launch else PIECES,
     )
 
 

@@ -3,21 +3,19 @@
 Production makes an image in one graph launch, which cannot be looked into. Here every part of it is a graph of its own;
 they are launched one after the other without waiting, with an event between any two. The host runs ahead of the GPU, so an
 interval is what the GPU took for the part; where launching is slower than the part, it is what launching took.
-
-This reaches into ``TrtBackend``: what an image consists of is known there and is nobody else's business.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from par_runtime.errors import CudaError, EngineError
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import settings, uniforms
+from par_runtime.request import image_settings
+from par_runtime.schedule import Schedule
 
 if TYPE_CHECKING:
     from par_runtime.backends.trt.backend import TrtBackend
@@ -30,33 +28,27 @@ def phases_ms(pipeline: Pipeline, labels: list[int], guidance: float) -> dict[st
     Raises CudaError, EngineError, MemoryError.
     """
     backend: TrtBackend = pipeline.backend  # type: ignore[assignment]
-    bundle, stream = pipeline.bundle, backend._stream
-    batch, _, class_ids = pipeline._rows(labels, settings(bundle, len(labels), guidance=guidance))
-    noise = np.stack([uniforms(seed, bundle.n_tokens) for seed in range(len(labels))])
-    backend.start(batch)
-    shape = backend._memory.shape(batch.images)
-    shape.tables.fill_image(shape.staging.array, batch, class_ids, noise)
-    backend._warm(shape)
-    decode = backend.engine.decoder is not None
-    parts = backend._parts(shape, decode)
-    names = ["copy", *(call.phase.name for call in backend._calls), "copy", *(["decoder"] if decode else []), "copy"]
+    bundle, stream = pipeline.bundle, backend.stream
+    seeds = list(range(len(labels)))
+    schedule = Schedule.of(bundle, labels, image_settings(bundle, len(labels), guidance=guidance), seeds)
+    parts = backend.parts(schedule.batch, schedule.class_ids, schedule.noise)
     out: dict[str, list[float]] = {}
     with ExitStack() as held:
-        launches = list(parts)
+        launches = [enqueue for _, enqueue in parts]
         if backend.capturing != "none":
             with suppress(CudaError, EngineError):  # refused: launched plainly, as the backend would
                 graphs = []
-                for part in parts:
+                for _, enqueue in parts:
                     with stream.capture() as captured:
-                        part()
+                        enqueue()
                     graphs.append(held.enter_context(captured.graph))
-                launches = [lambda graph=graph: graph.launch(stream) for graph in graphs]
+                launches = [partial(graph.launch, stream) for graph in graphs]
         events = [held.enter_context(backend.device.event()) for _ in range(len(parts) + 1)]
         stream.record(events[0])
         for launch, event in zip(launches, events[1:], strict=True):
             launch()
             stream.record(event)
         stream.synchronize()
-        for name, (before, after) in zip(names, pairwise(events), strict=True):
+        for (name, _), (before, after) in zip(parts, pairwise(events), strict=True):
             out.setdefault(name, []).append(after.elapsed_ms(before))
     return out
