@@ -19,7 +19,7 @@ from par_runtime.backends.base import Batch
 from par_runtime.backends.native import backend as native
 from par_runtime.backends.native.backend import NativeBackend, why_not
 from par_runtime.backends.ort.cpu import OrtBackend
-from par_runtime.request import uniforms
+from par_runtime.schedule import uniforms
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler at installation, or an older CPU")
 
@@ -41,16 +41,14 @@ def compare(path: Path, images: int, guidance: float, threads: int = 2) -> float
     bundle = Bundle.open(path)
     ours, graph = NativeBackend(bundle, threads), OrtBackend(bundle, 1)
     one = batch(images, guidance)
-    ours.start(one)
-    graph.start(one)
     rng = np.random.default_rng(1)
     worst = largest = 0.0
     for phase in bundle.phases:
         for i in range(phase.repeat):
             ids = rng.integers(0, bundle.vocab_size, (one.rows, phase.query))
-            write = phase.start + i * phase.query
-            wanted = graph.logits(ids, write)
-            worst = max(worst, float(np.abs(ours.logits(ids, write) - wanted).max()))
+            write = np.full(one.rows, phase.start + i * phase.query)
+            wanted = graph.logits(one, ids, write)
+            worst = max(worst, float(np.abs(ours.logits(one, ids, write) - wanted).max()))
             largest = max(largest, float(np.abs(wanted).max()))
     ours.close()
     graph.close()
@@ -106,7 +104,7 @@ def test_tokens_and_images_are_onnx_runtimes(name: str, options: dict[str, Any],
     for device in ("cpu", "cpu-ort"):
         with Pipeline.load(bundles[name], device=device, threads=2) as pipeline:
             made[device] = pipeline.generate([0, 3, 5, 9], seed=11, **options)
-            backend = pipeline.backend.name
+            backend = pipeline.backend.info.name
             assert backend.startswith("native-cpu" if device == "cpu" else "onnxruntime-cpu")
     same = made["cpu"].tokens == made["cpu-ort"].tokens
     assert same.all() or (
@@ -149,10 +147,9 @@ def test_many_calls_with_more_threads_than_cores(bundles: dict[str, Path]) -> No
     one = batch(1, 2.0)
     first: np.ndarray | None = None
     for _ in range(20):
-        backend.start(one)
         noise = uniforms(3, bundle.n_tokens)
         drawn = [
-            backend.step(np.full((2, p.query), 5), p.start + i * p.query, noise[None, : p.query]).copy()
+            backend.step(one, np.full((2, p.query), 5), np.full(2, p.start + i * p.query), noise[None, : p.query])
             for p in bundle.phases
             for i in range(p.repeat)
         ]
@@ -176,7 +173,7 @@ def test_what_it_cannot_run_says_why(bundles: dict[str, Path], tiny: Path, monke
     monkeypatch.setattr(native, "library", lambda: None)
     assert "the C kernels were not built" in (why_not(bundle) or "")
     with Pipeline.load(bundles["fp32"], device="cpu") as pipeline:
-        assert pipeline.backend.name.startswith("onnxruntime-cpu")
+        assert pipeline.backend.info.name.startswith("onnxruntime-cpu")
 
 
 @needs_kernels

@@ -18,7 +18,8 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, SimpleCompareFunc
 
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import settings
+from par_runtime.request import image_settings
+from par_runtime.schedule import Schedule
 
 Feed = dict[str, np.ndarray]
 
@@ -83,8 +84,8 @@ def test_the_decoder_gives_the_images_that_polygraphy_gets(tiny: Path, pipeline:
 def test_the_first_call_gives_the_logits_that_polygraphy_gets(tiny: Path, pipeline: Pipeline) -> None:
     """The step graph with inputs written by hand: guided, of two images, on an empty cache of another length."""
     graph = pipeline.bundle.graphs["step_opset23"]  # every supported ONNX Runtime runs it
-    each = settings(pipeline.bundle, 2, guidance=2.5)
-    _, write, ids = next(pipeline._calls([4, 1], each, np.zeros((2, pipeline.bundle.n_tokens), np.int64)))
+    schedule = Schedule.of(pipeline.bundle, [4, 1], image_settings(pipeline.bundle, 2, guidance=2.5))
+    _, ids, write = next(schedule.walk(np.zeros((2, pipeline.bundle.n_tokens), np.int64)))
     layout = pipeline.bundle.cache
     feed = {
         "ids": ids,
@@ -102,7 +103,7 @@ def test_the_first_call_gives_the_logits_that_polygraphy_gets(tiny: Path, pipeli
     feed |= {name: np.zeros((4, layout.heads, 5, layout.head_dim), np.float32) for name in layout.inputs}
 
     def ours(factor: float) -> Callable[[Feed], np.ndarray]:
-        return lambda fed: pipeline.backend.logits(fed["ids"], write) * np.float32(factor)
+        return lambda fed: pipeline.backend.logits(schedule.batch, fed["ids"], write) * np.float32(factor)
 
     assert agrees(tiny / graph.file, feed, "logits", ours(1.0), 1e-4)
     assert not agrees(tiny / graph.file, feed, "logits", ours(1.001), 1e-4)

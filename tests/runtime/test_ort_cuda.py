@@ -20,6 +20,8 @@ from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
 from par_runtime.errors import BundleError, CudaError, RequestError
 from par_runtime.pipeline import Pipeline
+from par_runtime.request import image_settings
+from par_runtime.schedule import Schedule
 
 NEW_ENOUGH = tuple(int(part) for part in ort.__version__.split(".")[:2]) >= OPSET24_SINCE
 needs_opset_24 = pytest.mark.skipif(not NEW_ENOUGH, reason="ONNX Runtime before 1.25 does not run step.onnx")
@@ -52,7 +54,7 @@ def test_the_cache_is_updated_in_place(tiny: Path, capfd: pytest.CaptureFixture[
     device.generate([1], seed=1)
     assert "in-place optimization not activated" not in capfd.readouterr().err
     separate = [device.backend._value(c.numpy().copy()) for c in device.backend._caches]  # type: ignore[attr-defined]
-    call = next(iter(device.backend._calls.values()))  # type: ignore[attr-defined]
+    call = next(iter(device.backend._bound.values()))  # type: ignore[attr-defined]
     for present, value in zip(device.bundle.cache.outputs, separate, strict=True):
         call.binding.bind_ortvalue_output(present, value)
     device.backend._step.run_with_iobinding(call.binding)  # type: ignore[attr-defined]
@@ -66,10 +68,9 @@ def test_logits_and_steps_after_them(tiny: Path) -> None:
     for name, pipeline in (("device", device), ("cpu", cpu)):
         test = pipeline.bundle.selftest
         tokens = np.array(test["tokens"][:1], np.int64)
-        from par_runtime.request import settings
-
-        each = settings(pipeline.bundle, 1, guidance=1.5, greedy=True)
-        got[name] = [pipeline.backend.logits(ids, write).copy() for _, write, ids in pipeline._calls([0], each, tokens)]
+        each = image_settings(pipeline.bundle, 1, guidance=1.5, greedy=True)
+        schedule = Schedule.of(pipeline.bundle, [0], each)
+        got[name] = [pipeline.backend.logits(schedule.batch, ids, write) for _, ids, write in schedule.walk(tokens)]
     for a, b in zip(got["device"], got["cpu"], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -120,7 +121,7 @@ def test_releases_that_leave_work_on_the_cpu_are_refused(
     for version in ("1.23.2", "1.26.0"):
         monkeypatch.setattr(ort, "__version__", version)
         with pytest.raises(RequestError, match=rf"needs onnxruntime-gpu 1\.27 or newer .* installed is {version}"):
-            ort_cuda.load(Bundle.open(tiny))
+            ort_cuda.OrtCudaBackend(Bundle.open(tiny))
 
 
 @needs_opset_24
@@ -132,7 +133,7 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(
     with pytest.raises(
         BundleError, match=r"fell back to CPUExecutionProvider: .*libonnxruntime_providers_cuda.* needs"
     ):
-        ort_cuda.load(Bundle.open(tiny))
+        ort_cuda.OrtCudaBackend(Bundle.open(tiny))
     assert capfd.readouterr() == ("", "")
 
 
@@ -168,7 +169,7 @@ def test_what_keeps_it_from_the_gpu_is_told_in_one_line(
 ) -> None:
     pretended(RuntimeError(said))  # texts of onnxruntime-gpu 1.31.1
     with pytest.raises(kind, match=told) as caught:
-        ort_cuda.load(Bundle.open(tiny))
+        ort_cuda.OrtCudaBackend(Bundle.open(tiny))
     assert "\n" not in str(caught.value)
 
 
@@ -212,11 +213,11 @@ def test_too_little_memory_for_the_buffers_is_a_memory_error(tiny: Path, monkeyp
 def test_operators_on_the_cpu_are_an_error_but_for_shapes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(tiny)
     backend = ort_cuda.OrtCudaBackend(bundle, **CPU)
-    assert ort_cuda.elsewhere(backend._step, "CPUExecutionProvider") == []
-    others = ort_cuda.elsewhere(backend._step, ort_cuda.CUDA)
+    assert ort_cuda.not_on_provider(backend._step, "CPUExecutionProvider") == []
+    others = ort_cuda.not_on_provider(backend._step, ort_cuda.CUDA)
     assert {"Attention", "TensorScatter", "Transpose", "Reshape"} <= set(others)
     assert "Concat" not in others  # of shapes
-    monkeypatch.setattr(ort_cuda, "elsewhere", lambda session, provider: ["Attention", "Transpose"])
+    monkeypatch.setattr(ort_cuda, "not_on_provider", lambda session, provider: ["Attention", "Transpose"])
     with pytest.raises(
         BundleError, match="runs Attention, Transpose on the CPU, which would copy in every call: install"
     ):

@@ -17,7 +17,8 @@ from par_runtime import BundleError, Pipeline, RequestError
 from par_runtime.backends.base import Batch
 from par_runtime.backends.ort.cpu import OPSET24_SINCE, OrtBackend, spread, window
 from par_runtime.dtypes import Float, Int
-from par_runtime.request import class_index, uniforms
+from par_runtime.request import class_index
+from par_runtime.schedule import uniforms
 from par_runtime.system import available_cores
 
 
@@ -187,8 +188,8 @@ def test_the_graph_for_older_runtimes_gives_the_same_tokens(
 def test_logits_of_a_step_do_not_disturb_generation(pipeline: Pipeline) -> None:
     before = pipeline.generate(2, seed=1).tokens
     one = np.ones(1, np.float32)
-    pipeline.backend.start(Batch(1, np.zeros(1, np.int64), one, one, np.zeros(1, np.int64), one))
-    logits = pipeline.backend.logits(np.array([[pipeline.bundle.class_base]]), 0)
+    batch = Batch(1, np.zeros(1, np.int64), one, one, np.zeros(1, np.int64), one)
+    logits = pipeline.backend.logits(batch, np.array([[pipeline.bundle.class_base]]), np.zeros(1, np.int64))
     assert logits.shape == (1, 1, 64)
     assert (pipeline.generate(2, seed=1).tokens == before).all()
 
@@ -311,9 +312,9 @@ def test_the_selftest_forgives_a_tie_and_nothing_else(tiny: Path, monkeypatch: p
     pipeline = Pipeline.load(tiny)
     step = pipeline.backend.step
 
-    def other(ids: Int, write: int, uniform: Float) -> Int:
-        tokens = step(ids, write, uniform).copy()
-        if write == 8:
+    def other(batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
+        tokens = step(batch, ids, write, uniform)
+        if write[0] == 8:
             tokens[:, 2] ^= 1
         return tokens
 

@@ -1,6 +1,6 @@
 """The TensorRT backend on a stand-in GPU: tokens as on the CPU, and every rule of the hardware kept.
 
-The stand-ins are in ``double/``: what runs here is all of ``trt.py``, ``trt_engine.py``, ``trt_tables.py`` and
+The stand-ins are in ``double/``: what runs here is all of ``backends/trt`` and
 ``cuda.py``; only the driver and TensorRT's runtime are not the real ones.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from double import tensorrt
 from double.driver import Driver, ViolationError
+from in_flight import alone, staggered
 
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import ENGINE_JSON, Engine
@@ -29,6 +30,8 @@ from par_runtime.bundle import Bundle, seal
 from par_runtime.cli import dispatch as cli
 from par_runtime.errors import BundleError, EngineError, RequestError
 from par_runtime.pipeline import Pipeline
+from par_runtime.request import Settings
+from par_runtime.schedule import Schedule
 from par_runtime.system import sha256
 
 
@@ -114,8 +117,10 @@ def test_greedy_selftest_passes_and_a_swapped_class_fails(load: Make, monkeypatc
     gpu = load(selftest=True)
     real = Tables.fill_single
 
-    def other_class(self: Tables, block: Any, index: int, call: Any, batch: Any, ids: Any, uniform: Any) -> None:
-        real(self, block, index, call, batch, ids + (call.write == 0), uniform)
+    def other_class(
+        self: Tables, block: Any, index: int, query: int, batch: Any, ids: Any, write: Any, uniform: Any
+    ) -> None:
+        real(self, block, index, query, batch, ids + (write == 0)[:, None], write, uniform)
 
     monkeypatch.setattr(Tables, "fill_single", other_class)
     with pytest.raises(Exception, match="self-test failed on tensorrt_rtx"):
@@ -144,18 +149,22 @@ def test_logits_are_those_of_the_cpu(load: Make, tiny: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 64, (3, 64))
     got = {}
     for name, pipeline in (("gpu", gpu), ("cpu", cpu)):
-        each = [pipeline_settings() for _ in range(3)]
-        got[name] = [
-            pipeline.backend.logits(ids, write).copy() for _, write, ids in pipeline._calls([0, 1, 2], each, tokens)
-        ]
+        schedule = Schedule.of(pipeline.bundle, [0, 1, 2], [Settings(guidance=1.5)] * 3)
+        got[name] = [pipeline.backend.logits(schedule.batch, ids, write) for _, ids, write in schedule.walk(tokens)]
     for a, b in zip(got["gpu"], got["cpu"], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def pipeline_settings() -> Any:
-    from par_runtime.request import Settings
-
-    return Settings(guidance=1.5, temperature=1.0, top_k=0, top_p=1.0, greedy=False)
+@pytest.mark.parametrize("images", [(4,), (1, 2, 4)])
+@pytest.mark.parametrize("mode", ["shared", "per-phase"])
+def test_rows_at_different_steps_give_the_tokens_of_images_made_alone(
+    load: Make, bundles: dict[str, Path], mode: str, images: tuple[int, ...]
+) -> None:
+    """With profiles of 1, 2 and 4 images the caches move to larger ones while images are in flight."""
+    gpu, cpu = load(bundles["fp32"], images, mode), Pipeline.load(bundles["fp32"], device="cpu-ort", selftest=False)
+    wanted = alone(cpu)
+    assert (staggered(gpu) == wanted).all()
+    assert (alone(gpu) == wanted).all()
 
 
 def test_batches_beyond_the_engine_are_split(load: Make, tiny: Path) -> None:
@@ -312,8 +321,10 @@ def test_a_failed_self_test_frees_the_gpu(
     path = tmp_path / "bundle"
     shutil.copytree(tiny, path)
     tensorrt.write_engine(Bundle.open(path))
-    monkeypatch.setattr(TrtBackend, "step", lambda self, ids, write, uniform: np.zeros_like(ids))
-    monkeypatch.setattr(TrtBackend, "logits", lambda self, ids, write: np.zeros((1, ids.shape[1], 64), np.float32))
+    monkeypatch.setattr(TrtBackend, "step", lambda self, batch, ids, write, uniform: np.zeros_like(ids[:1]))
+    monkeypatch.setattr(
+        TrtBackend, "logits", lambda self, batch, ids, write: np.zeros((1, ids.shape[1], 64), np.float32)
+    )
     with pytest.raises(BundleError, match="self-test failed on"):
         Pipeline.load(path, device="cuda")
     assert not driver.device
@@ -335,11 +346,11 @@ def test_auto_takes_a_fitting_engine_else_the_cpu_with_the_reason(driver: Driver
     path = tmp_path / "bundle"
     shutil.copytree(tiny, path)
     pipeline = Pipeline.load(path, selftest=False)
-    assert pipeline.backend.name.startswith("onnxruntime-cpu")
+    assert pipeline.backend.info.name.startswith("onnxruntime-cpu")
     assert f"holds no engines; build them with: parvis build {path} --target local" in pipeline.note
     folder = tensorrt.write_engine(Bundle.open(path))
     pipeline = Pipeline.load(path, selftest=False)
-    assert pipeline.backend.name == "tensorrt_rtx 1.0.double fp32 on Stand-in GPU"
+    assert pipeline.backend.info.name == "tensorrt_rtx 1.0.double fp32 on Stand-in GPU"
     assert pipeline.note == ""
     pipeline.close()
     driver.devices = 0
@@ -385,26 +396,26 @@ def swapped_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """K and V of one layer bound to each other's buffers, in and out alike, at the second call."""
     real = TrtBackend._run
 
-    def run(self: TrtBackend, shape: Any, call: Any, index: int, ids: int) -> None:
+    def run(self: TrtBackend, at: Any, launch: Any, index: int, ids: int) -> None:
         if index == 1:
             k, v = (self._memory.caches[f"past_{kind}.0"].pointer for kind in "kv")
             for name in ("past", "present"):
-                bind(self.engine, shape.contexts[call.plan], f"{name}_k.0", v)
-                bind(self.engine, shape.contexts[call.plan], f"{name}_v.0", k)
-        real(self, shape, call, index, ids)
+                bind(self.engine, at.contexts[launch.plan], f"{name}_k.0", v)
+                bind(self.engine, at.contexts[launch.plan], f"{name}_v.0", k)
+        real(self, at, launch, index, ids)
 
     monkeypatch.setattr(TrtBackend, "_run", run)
 
 
 def write_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Tables.fill_call
+    real = Tables.fill_launch
 
-    def fill(self: Tables, block: Any, index: int, call: Any) -> None:
-        real(self, block, index, call)
-        if call.phase.name == "group":
-            self.view(block, "write", index, call.query)[...] += 1
+    def fill(self: Tables, block: Any, index: int, launch: Any) -> None:
+        real(self, block, index, launch)
+        if launch.call.phase.name == "group":
+            self.view(block, "write", index, launch.query)[...] += 1
 
-    monkeypatch.setattr(Tables, "fill_call", fill)
+    monkeypatch.setattr(Tables, "fill_launch", fill)
 
 
 def missing_alias(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,26 +423,26 @@ def missing_alias(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_wait_before_the_copy_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = TrtBackend.whole
+    real = TrtBackend.make_images
 
-    def whole(self: TrtBackend, *arguments: Any) -> Any:
+    def make_images(self: TrtBackend, *arguments: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
-            if any(shape.warm for shape in self._memory.shapes.values()):
+            if any(held.warm for held in self._memory._buffers.values()):
                 inner.setattr(cuda.Stream, "synchronize", lambda self: None)
             return real(self, *arguments)
 
-    monkeypatch.setattr(TrtBackend, "whole", whole)
+    monkeypatch.setattr(TrtBackend, "make_images", make_images)
 
 
 def staging_reused_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next image's inputs written while the upload of this one still waits."""
     real = TrtBackend._captured
 
-    def captured(self: TrtBackend, shape: Any, decode: bool) -> Any:
-        graphs = real(self, shape, decode)
+    def captured(self: TrtBackend, at: Any, decode: bool) -> Any:
+        graphs = real(self, at, decode)
         for graph in graphs:
-            graph.launch(self._stream)
-        shape.staging.array[:] = 0
+            graph.launch(self.stream)
+        at.staging.array[:] = 0
         return []
 
     monkeypatch.setattr(TrtBackend, "_captured", captured)
@@ -450,25 +461,25 @@ def separate_present_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def length_counts_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Tables.fill_call
+    real = Tables.fill_launch
 
-    def fill(self: Tables, block: Any, index: int, call: Any) -> None:
-        real(self, block, index, call)
-        self.view(block, "length", index, call.query)[...] = call.write + call.query
+    def fill(self: Tables, block: Any, index: int, launch: Any) -> None:
+        real(self, block, index, launch)
+        self.view(block, "length", index, launch.query)[...] = launch.call.write + launch.query
 
-    monkeypatch.setattr(Tables, "fill_call", fill)
+    monkeypatch.setattr(Tables, "fill_launch", fill)
 
 
 def capture_without_a_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TrtBackend, "_warm", lambda self, shape: None)
+    monkeypatch.setattr(TrtBackend, "_warm", lambda self, at: None)
 
 
 def sync_inside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     real = TrtBackend._enqueue
 
-    def enqueue(self: TrtBackend, shape: Any, index: int) -> None:
-        real(self, shape, index)
-        self._stream.synchronize()
+    def enqueue(self: TrtBackend, at: Any, index: int) -> None:
+        real(self, at, index)
+        self.stream.synchronize()
 
     monkeypatch.setattr(TrtBackend, "_enqueue", enqueue)
 

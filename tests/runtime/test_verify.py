@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from par_runtime.backends.draws import distance_of, draw
 from par_runtime.cli.verify import Report, as_json, load, run, table
 from par_runtime.dtypes import Float, Int
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import settings, uniforms
+from par_runtime.request import image_settings
+from par_runtime.schedule import Schedule, uniforms
 from par_runtime.verify import FLOORS, Trial
 
 LABELS = [0, 2, 4, 5]
@@ -29,7 +29,8 @@ class Sabotaged:
 
     def __init__(self, backend: Any) -> None:
         self.true = backend
-        self.name = "sabotaged"
+        # No CPU backend of ours: it is held to the precision that it states.
+        self.info = replace(backend.info, runtime="sabotaged", computes="fp16")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.true, name)
@@ -42,7 +43,7 @@ def pair(tiny: Path) -> tuple[Pipeline, Pipeline]:
 
 
 def trial(pipeline: Pipeline, images: int = 4, **kwargs: Any) -> Trial:
-    return Trial(LABELS[:images], settings(pipeline.bundle, images, **kwargs), list(range(images)), images)
+    return Trial(LABELS[:images], image_settings(pipeline.bundle, images, **kwargs), list(range(images)), images)
 
 
 def report(
@@ -67,7 +68,7 @@ UNEXPLAINED = ["tokens that rounding does not explain"]
 def test_two_step_graphs_agree(pair: tuple[Pipeline, Pipeline], kwargs: dict[str, Any]) -> None:
     r = report(pair, **kwargs)
     assert r.passed
-    assert r.reference.backend.name == f"{r.candidate.backend.name} (step_opset23)"
+    assert r.reference.backend.info.name == f"{r.candidate.backend.info.name} (step_opset23)"
     assert str(r.reference.backend._step._model_path).endswith("step_opset23.onnx")  # type: ignore[attr-defined]
     assert r.floors == FLOORS["fp32"]  # the bundle is fp16, what computes here is not
     assert [(p.phase, p.calls, p.positions) for p in r.logits] == [
@@ -94,7 +95,7 @@ def test_the_numpy_sampler_draws_what_the_graphs_drew(pair: tuple[Pipeline, Pipe
     _, reference = pair
     classes = list(range(6)) * 3
     greedy = [False] * 17 + [True]
-    each = settings(
+    each = image_settings(
         reference.bundle,
         18,
         guidance=[1.0, 3.0, 1.5] * 6,
@@ -104,14 +105,15 @@ def test_the_numpy_sampler_draws_what_the_graphs_drew(pair: tuple[Pipeline, Pipe
         greedy=greedy,
     )
     tokens = np.zeros((18, 64), np.int64)
-    noise = np.stack([uniforms(i, 64) * (not greedy[i]) for i in range(18)])
-    for phase, write, ids in reference._calls(classes, each, tokens):
-        here = slice(write, write + phase.query)
-        logits = reference.backend.logits(ids, write).copy()
-        tokens[:, here] = reference.backend.step(ids, write, noise[:, here])[:18]
+    schedule = Schedule.of(reference.bundle, classes, each, range(18))
+    noise = schedule.noise
+    for call, ids, at in schedule.walk(tokens):
+        write = call.write
+        logits = reference.backend.logits(schedule.batch, ids, at)
+        tokens[:, call.here] = reference.backend.step(schedule.batch, ids, at, noise[:, call.here])
         for b, s in enumerate(each):
             t, k, p = (1.0, 1, 1.0) if s.greedy else (s.temperature, s.top_k, s.top_p)
-            for j in range(phase.query):
+            for j in range(call.query):
                 u, token = float(noise[b, write + j]), int(tokens[b, write + j])
                 assert draw(logits[b, j], u, t, k, p) == token, (b, write + j)
                 assert distance_of(logits[b, j], logits[b, j], token, u, t, k, p)[0] == pytest.approx(0, abs=1e-6)
@@ -141,20 +143,16 @@ def noisy(size: float) -> type[Sabotaged]:
     """A backend that rounds more roughly: its logits are off by up to ``size``, and it draws from those."""
 
     class Noisy(Sabotaged):
-        batch: Batch
-
-        def start(self, batch: Batch) -> None:
-            self.batch = batch
-            self.true.start(batch)
-
-        def logits(self, ids: Int, write: int) -> Float:
-            logits: Float = self.true.logits(ids, write)
+        def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
+            logits: Float = self.true.logits(batch, ids, write)
             for b in range(len(logits)):  # by image and position, whatever the batch
-                logits[b] += np.random.default_rng([write, b]).uniform(-size, size, logits[b].shape).astype(np.float32)
+                logits[b] += (
+                    np.random.default_rng([write[b], b]).uniform(-size, size, logits[b].shape).astype(np.float32)
+                )
             return logits
 
-        def step(self, ids: Int, write: int, uniform: Float) -> Int:
-            logits, s = self.logits(ids, write), self.batch
+        def step(self, s: Batch, ids: Int, write: Int, uniform: Float) -> Int:
+            logits = self.logits(s, ids, write)
             drawn = [
                 [
                     draw(row, float(u), float(s.temperature[b]), int(s.top_k[b]), float(s.top_p[b]))
@@ -197,11 +195,11 @@ def forced(token_by_image: dict[int, int], position: int = 0) -> type[Sabotaged]
     """A backend that gives other tokens at one position of some images, with the true logits."""
 
     class Forced(Sabotaged):
-        def step(self, ids: Int, write: int, uniform: Float) -> Int:
-            tokens: Int = self.true.step(ids, write, uniform).copy()
-            if write <= position < write + ids.shape[1]:
+        def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
+            tokens: Int = self.true.step(batch, ids, write, uniform)
+            if write[0] <= position < write[0] + ids.shape[1]:
                 for image, token in token_by_image.items():
-                    tokens[image, position - write] = token
+                    tokens[image, position - write[0]] = token
             return tokens
 
     return Forced
@@ -213,8 +211,9 @@ def test_a_draw_on_a_boundary_is_a_near_tie_and_beside_it_is_not(
 ) -> None:
     _, reference = pair
     t = trial(reference, 2)
-    _, write, ids = next(reference._calls(t.classes, t.settings, np.zeros((2, 64), np.int64)))
-    logits = reference.backend.logits(ids, write)[1, 0].astype(np.float64)
+    schedule = Schedule.of(reference.bundle, t.classes, t.settings)
+    _, ids, write = next(schedule.walk(np.zeros((2, 64), np.int64)))
+    logits = reference.backend.logits(schedule.batch, ids, write)[1, 0].astype(np.float64)
     cdf = np.cumsum(np.exp(logits - logits.max()))
     cdf /= cdf[-1]
     token = int(np.diff(cdf).argmax())  # its right neighbour's share is the largest
@@ -224,8 +223,7 @@ def test_a_draw_on_a_boundary_is_a_near_tie_and_beside_it_is_not(
         noise[0] = cdf[token] + away if seed == 1 else noise[0]
         return noise
 
-    for module in ("pipeline", "verify"):
-        monkeypatch.setattr(f"par_runtime.{module}.uniforms", on_the_boundary)
+    monkeypatch.setattr("par_runtime.schedule.uniforms", on_the_boundary)
     r = report(pair, forced({1: token}), images=2)
     assert failed(r) == ([] if tie else UNEXPLAINED)
     assert r.tokens.identical_images == 1
@@ -247,9 +245,9 @@ def test_one_wrong_logit_is_told_by_its_phase(
     pair: tuple[Pipeline, Pipeline], first: int, last: int, phase: str
 ) -> None:
     class OneWrong(Sabotaged):
-        def logits(self, ids: Int, write: int) -> Float:
-            logits: Float = self.true.logits(ids, write)
-            if first <= write <= last:
+        def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
+            logits: Float = self.true.logits(batch, ids, write)
+            if first <= write[0] <= last:
                 logits[-1, -1, 7] += 0.5
             return logits
 
@@ -266,8 +264,8 @@ def test_small_errors_everywhere_are_told_by_the_divergence(pair: tuple[Pipeline
 
 def test_other_most_probable_codes_are_told(pair: tuple[Pipeline, Pipeline]) -> None:
     class Reversed(Sabotaged):
-        def logits(self, ids: Int, write: int) -> Float:
-            logits: Float = self.true.logits(ids, write)
+        def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
+            logits: Float = self.true.logits(batch, ids, write)
             return logits[..., ::-1]
 
     r = report(pair, Reversed, floors={"kl": 100.0, "logits": 100.0})
@@ -295,13 +293,12 @@ def test_a_token_that_is_none_fails(pair: tuple[Pipeline, Pipeline]) -> None:
 @pytest.mark.parametrize(("field", "value"), [("top_p", 1.0), ("top_k", 0), ("temperature", 1.3), ("uniform", 0.5)])
 def test_a_sampler_that_ignores_what_was_asked_fails(pair: tuple[Pipeline, Pipeline], field: str, value: float) -> None:
     class Deaf(Sabotaged):
-        def start(self, batch: Batch) -> None:
-            if field != "uniform":
+        def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
+            if field == "uniform":
+                uniform = np.full_like(uniform, value)
+            else:
                 batch = replace(batch, **{field: np.full_like(getattr(batch, field), value)})
-            self.true.start(batch)
-
-        def step(self, ids: Int, write: int, uniform: Float) -> Int:
-            tokens: Int = self.true.step(ids, write, np.full_like(uniform, value) if field == "uniform" else uniform)
+            tokens: Int = self.true.step(batch, ids, write, uniform)
             return tokens
 
     assert failed(report(pair, Deaf, top_p=0.6, top_k=12)) == UNEXPLAINED
@@ -338,8 +335,8 @@ def test_wrong_images_are_told_by_their_psnr(
 
 def test_nan_fails_and_its_json_is_valid(pair: tuple[Pipeline, Pipeline]) -> None:
     class Broken(Sabotaged):
-        def logits(self, ids: Int, write: int) -> Float:
-            logits: Float = self.true.logits(ids, write)
+        def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
+            logits: Float = self.true.logits(batch, ids, write)
             logits[0, 0, 5] = np.nan
             return logits
 
@@ -356,7 +353,9 @@ def test_nan_fails_and_its_json_is_valid(pair: tuple[Pipeline, Pipeline]) -> Non
 
 def test_an_engine_is_held_to_its_own_precision(pair: tuple[Pipeline, Pipeline]) -> None:
     class Engine(Sabotaged):
-        engine = SimpleNamespace(precision="bf16")
+        def __init__(self, backend: Any) -> None:
+            super().__init__(backend)
+            self.info = replace(self.info, computes="bf16")
 
     assert pair[0].bundle.precision == "fp16"
     assert report(pair, Engine).floors == FLOORS["bf16"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from test_verify import Sabotaged
 
+from par_runtime.backends.base import Batch
 from par_runtime.bundle import seal
 from par_runtime.cli import dispatch as cli
 from par_runtime.cli import verify as verify_command
@@ -40,8 +41,8 @@ def half_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command's candidate has one logit that is half off."""
 
     class Off(Sabotaged):
-        def logits(self, ids: Int, write: int) -> Float:
-            logits: Float = self.true.logits(ids, write)
+        def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
+            logits: Float = self.true.logits(batch, ids, write)
             logits[..., 3] += 0.5
             return logits
 

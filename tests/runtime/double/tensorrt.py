@@ -197,6 +197,8 @@ class Engine:
             got = dict(zip(names, self.session.run(names, feed), strict=True))
         except Exception as error:  # on a GPU: an illegal address, or garbage
             raise ViolationError(f"the step cannot be computed from what it was given: {error}") from error
+        if not (memory["image"] < len(memory["cond_row"])).all():
+            raise ViolationError(f"images {memory['image']} of {len(memory['cond_row'])}: read out of bounds")
         # The step graph writes only the rows that make logits; an engine gives every row its image's tokens.
         memory["tokens"][...] = got["tokens"][memory["cond_row"]][memory["image"]]
         memory["logits"][...] = got["logits"]

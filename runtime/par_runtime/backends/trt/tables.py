@@ -110,16 +110,19 @@ class Tables:
         return self.whole[name].offset if name in self.whole else self.row[name].offset + launch * self.pitch
 
     def fill_batch(self, block: NDArray[np.uint8], batch: Batch) -> None:
-        """Write what holds for the whole image. Unused images repeat the first one; their tokens go to no row of the batch."""
-        unused = self.images - batch.images
+        """Write what holds for the whole image. Unused images repeat the first one's settings, on rows of their own."""
+        unused = np.arange(batch.images, self.images)
+        free = np.setdiff1d(np.arange(self.rows), batch.cache_row)[: len(unused)]
         image = np.zeros(self.rows, np.int64)
         image[batch.cache_row] = batch.per_row(np.arange(batch.images))
+        image[free] = unused
+        values = batch.per_image()
         for name, field in self.whole.items():
             if name == "image":
                 field.of(block)[...] = image
             else:
-                given = batch.per_image()[name]
-                field.of(block)[...] = np.concatenate([given, np.repeat(given[:1], unused)])
+                padding = free if name.endswith("_row") else np.repeat(values[name][:1], len(unused))
+                field.of(block)[...] = np.concatenate([values[name], padding])
 
     def fill_launch(self, block: NDArray[np.uint8], index: int, launch: Launch) -> None:
         """Write what never changes of a launch into row ``index``: its place, what it sees, its learnable tokens."""
