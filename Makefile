@@ -17,7 +17,7 @@ SOURCES := $(shell find runtime export par_model -name '*.py') $(KERNELS)
 demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the runtime's dependencies only, no torch
 	$(RUN_ENV)/bin/parvis generate models/demo --label $(LABELS) --count $(COUNT) --seed $(SEED) --columns 8 --out $(OUT)
 
-test: lint  ## lint, types and the test suite
+test: lint  ## lint, types, who imports whom, and the test suite
 	$(DEV_ENV)/bin/python -m pytest
 
 test-all: lint  ## the slow tests too
@@ -30,6 +30,7 @@ test-gpu: $(DEV_ENV)/.installed  ## everything that needs a GPU, with a report f
 lint: $(DEV_ENV)/.installed
 	$(DEV_ENV)/bin/ruff check .
 	$(DEV_ENV)/bin/mypy
+	$(DEV_ENV)/bin/lint-imports --no-cache --no-logo
 
 format: $(DEV_ENV)/.installed
 	$(DEV_ENV)/bin/ruff check --fix .

@@ -268,10 +268,10 @@ def file_fault(file: Path, size: int, digest: str, verify: Verify) -> str | None
     """
     if not file.is_file():
         return "missing"
-    found = file.stat().st_size
-    if found != size:
-        return f"{'truncated' if found < size else 'too long'}: {found} bytes, expected {size}"
-    if verify != "full" and found > HASH_UP_TO_BYTES:
+    have = file.stat().st_size
+    if have != size:
+        return f"{'truncated' if have < size else 'too long'}: {have} bytes, expected {size}"
+    if verify != "full" and have > HASH_UP_TO_BYTES:
         return None
     try:
         content = sha256(file)

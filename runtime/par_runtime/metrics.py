@@ -1,4 +1,4 @@
-"""How far two results lie apart: images in dB, distributions in nats."""
+"""How far two results differ: images in dB, distributions in nats."""
 
 from __future__ import annotations
 

@@ -65,13 +65,13 @@ def class_index(bundle: Bundle, label: int | str) -> int:
             (name, i) for i, several in enumerate(names) for name in dict.fromkeys((several, *several.split(", ")))
         ]
         folded = [_folded(name) for name, _ in known]
-        found = sorted({i for name, (_, i) in zip(folded, known, strict=True) if name == wanted})
-        if len(found) > 1:  # ImageNet has two cranes
-            each = " and ".join(f"{i} ({_told(bundle, i)})" for i in found)
+        matching = sorted({i for name, (_, i) in zip(folded, known, strict=True) if name == wanted})
+        if len(matching) > 1:  # ImageNet has two cranes
+            each = " and ".join(f"{i} ({_distinct_name(bundle, i)})" for i in matching)
             or_synset = "" if bundle.class_synsets is None else " or the synset"
             raise RequestError(f"label {label!r} names classes {each}; give the index{or_synset}")
-        if found:
-            return found[0]
+        if matching:
+            return matching[0]
     if re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", label):
         return class_index(bundle, int(label))
     if names is None:
@@ -86,8 +86,8 @@ def class_index(bundle: Bundle, label: int | str) -> int:
     raise RequestError(f"unknown label {label!r}; this model has {count} classes: {shown} (or an index 0..{count - 1})")
 
 
-def _told(bundle: Bundle, index: int) -> str:
-    """A class with what tells it apart: all its names, or its synset where another class has the same."""
+def _distinct_name(bundle: Bundle, index: int) -> str:
+    """A class with what distinguishes it: all its names, or its synset where another class has the same."""
     assert bundle.class_names is not None
     name = bundle.class_names[index]
     alone = bundle.class_names.count(name) == 1

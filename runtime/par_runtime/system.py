@@ -1,4 +1,4 @@
-"""What the operating system gives and tells: cores, memory, and files that appear whole or not at all."""
+"""What the operating system provides: cores, memory, and files that appear whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Images to tokens and back, without the model: the bundle's image tokenizer on ONNX Runtime's CPU.
 
 Backends decode what they generate on their own device. Encoding runs here on whichever device images are made: once per
-image that somebody brings, where generation runs tens or hundreds of calls.
+image that a user gives, where generation runs tens or hundreds of calls.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class BackendInfo:
     """What a backend is and works with, for reports and bounds."""
 
     runtime: str  #: "native-cpu", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt_rtx"
-    version: str  #: with what else tells two of a kind apart: "0.1.0 (avx512)", "1.32.0 (step_opset23)"
+    version: str  #: with what else distinguishes two of a kind: "0.1.0 (avx512)", "1.32.0 (step_opset23)"
     device: str  #: "cpu", or the GPU's name
     computes: str  #: the precision it calculates in: "fp32", "fp16", "bf16"
     weight_bytes: float  #: of one parameter, as a call reads it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from par_runtime.backends.engines import Engine, best, list_engines, misfit
+from par_runtime.backends.engines import Engine, best, list_engines, why_unfit
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, Verify
 from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError
@@ -97,7 +97,7 @@ def _tensorrt(bundle: Bundle, index: int, verify: Verify, capture: Capture) -> t
             reasons.append(str(error))
             continue
         for engine in of_it:
-            why = misfit(engine, trt.name, trt.version, capability, name)
+            why = why_unfit(engine, trt.name, trt.version, capability, name)
             if why is None:
                 fits.append((engine, trt))
             else:

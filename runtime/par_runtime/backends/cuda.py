@@ -57,12 +57,12 @@ def _driver() -> Any:
     global driver
     if driver is None:
         try:
-            from cuda.bindings import driver as found
+            from cuda.bindings import driver as loaded
         except ImportError as error:
             raise CudaError(
                 f"a GPU needs cuda-python ({error}); pip install 'parvis[tensorrt]' or 'parvis[tensorrt-rtx]'"
             ) from error
-        driver = found
+        driver = loaded
     return driver
 
 
@@ -72,10 +72,12 @@ def _call(name: str, *arguments: Any, note: str = "") -> Any:
         code, *values = getattr(_driver(), name)(*arguments)
     except RuntimeError as error:  # cuda-python's own: the library is missing, or too old to know the call
         if type(error).__name__ == "DynamicLibNotFoundError":
-            said = "no NVIDIA driver here (libcuda was not found); nvidia-smi must work"
+            message = "no NVIDIA driver here (libcuda was not found); nvidia-smi must work"
         else:
-            said = f"{name}: {str(error).splitlines()[0]}; is an NVIDIA driver installed (nvidia-smi), and new enough?"
-        raise CudaError(said, "NO_DRIVER") from error
+            message = (
+                f"{name}: {str(error).splitlines()[0]}; is an NVIDIA driver installed (nvidia-smi), and new enough?"
+            )
+        raise CudaError(message, "NO_DRIVER") from error
     except ValueError as error:  # cuda-python's own: a code that it has no name for
         if "CUresult" not in str(error):
             raise

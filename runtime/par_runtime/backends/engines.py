@@ -88,8 +88,8 @@ class Engine:
         except (OSError, ValueError) as error:
             raise EngineError(f"{file}: cannot be read ({error}); {again}") from error
         if not isinstance(entry, dict) or entry.get("schema") != ENGINE_SCHEMA:
-            found = entry.get("schema") if isinstance(entry, dict) else type(entry).__name__
-            raise EngineError(f"{file}: schema {found!r}, this parvis reads {ENGINE_SCHEMA}; {again}")
+            schema = entry.get("schema") if isinstance(entry, dict) else type(entry).__name__
+            raise EngineError(f"{file}: schema {schema!r}, this parvis reads {ENGINE_SCHEMA}; {again}")
         if entry.get("hash") != canonical_hash(entry):
             raise EngineError(
                 f"{file}: its content does not match its own hash; it was changed after the build: {again}"
@@ -130,7 +130,7 @@ def has_engines(bundle: Bundle) -> bool:
     return (bundle.path / ENGINES).is_dir()
 
 
-def misfit(engine: Engine, runtime: str, version: str, capability: tuple[int, int], device: str) -> str | None:
+def why_unfit(engine: Engine, runtime: str, version: str, capability: tuple[int, int], device: str) -> str | None:
     """Why ``engine`` cannot run on this GPU with this TensorRT, or None if it can."""
     if engine.runtime != runtime or engine.version != version:
         return (

@@ -315,5 +315,5 @@ def _as_ours(error: Exception) -> Exception:
 def _reason(error: Exception) -> str:
     """The part of ONNX Runtime's error that a user can act on, without the source lines and host names around it."""
     text = str(error).strip()
-    told = re.search(r"Invalid device ID[^.\n]*|CUDA failure [^;\n]*|Failed to allocate memory[^\n]*", text)
-    return told.group().strip() if told else (text.splitlines() or [type(error).__name__])[0]
+    reason = re.search(r"Invalid device ID[^.\n]*|CUDA failure [^;\n]*|Failed to allocate memory[^\n]*", text)
+    return reason.group().strip() if reason else (text.splitlines() or [type(error).__name__])[0]

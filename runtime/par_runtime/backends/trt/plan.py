@@ -15,8 +15,8 @@ from par_runtime.bundle import Bundle
 from par_runtime.errors import EngineError
 
 RUNTIME_CACHE = "runtime.cache"  #: kernels that TensorRT-RTX compiled for this GPU
-CACHE_TYPE = {"HALF": 2, "BF16": 2, "FLOAT": 4}  #: bytes per number, by TensorRT's name
-_BYTES = {"INT64": 8, "INT32": 4, "FLOAT": 4, "UINT8": 1, **CACHE_TYPE}
+
+_BYTES = {"INT64": 8, "INT32": 4, "FLOAT": 4, "HALF": 2, "BF16": 2, "UINT8": 1}  #: of one number, by TensorRT's name
 
 
 class LoadedPlan:
@@ -134,7 +134,7 @@ class LoadedPlan:
             return
         if not hasattr(self._tensorrt, "get_aliased_input_tensor"):
             raise EngineError(
-                f"{self._trt.name} {self._trt.version} does not tell aliased tensors; install a newer version"
+                f"{self._trt.name} {self._trt.version} does not report aliased tensors; install a newer version"
             )
         for past, present in zip(bundle.cache.inputs, bundle.cache.outputs, strict=True):
             aliased = self._tensorrt.get_aliased_input_tensor(present)
