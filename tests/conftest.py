@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+#: Fixtures of the stand-in GPU and of the stub of its driver, for tests in several files.
+pytest_plugins = ["double.fixtures", "stub_cuda.children"]
+
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 #: Lines of ``tests/test_gpu.py`` for an issue; printed at the end of ``pytest -m gpu``.
