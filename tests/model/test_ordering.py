@@ -30,15 +30,15 @@ CASES = [(side, n) for side in range(4, 25) for n in (1, 4, 16) if side % math.i
 
 
 @pytest.mark.parametrize(("side", "n"), CASES)
-def test_every_token_is_where_the_definition_puts_it(side: int, n: int) -> None:
+def test_every_token_is_at_its_defined_place(side: int, n: int) -> None:
     s = math.isqrt(n)
     r = side // s
-    where = token_coordinates(config((1, side, side), n))
+    place = token_coordinates(config((1, side, side), n))
     for k in range(side * side):
         j, q = divmod(k, n)
         a, b = divmod(j, r)
         u, v = divmod(q, s)
-        assert tuple(where[k]) == (0, u * r + a, v * r + b)
+        assert tuple(place[k]) == (0, u * r + a, v * r + b)
 
 
 @pytest.mark.parametrize(("side", "n"), CASES)
