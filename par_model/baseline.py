@@ -1,15 +1,15 @@
 """The PyTorch baseline of ``parvis bench``: generation with a static cache, eager or compiled, timed call by call.
 
-This is how the published code runs: key-value caches of the full length N, allocated once; attention over all N slots in
-every call, however few are filled; guidance and sampling in PyTorch after each call. Blocks, embeddings, head and
-sampling are those of ``transformer.py`` and ``generation.py``, so the tokens are those of the reference generation too.
-With ``compiled`` the same step runs through ``torch.compile``: static shapes, one compilation for each of the query
-lengths 1 and n, which is not timed.
+This is how the published code runs: key-value caches of the full length N, allocated once; attention over all N slots
+in every call, however few are filled; guidance and sampling in PyTorch after each call. Blocks, embeddings, head and
+sampling are those of ``transformer.py`` and ``generation.py``, so the tokens are those of the reference generation
+too. With ``compiled`` the same step runs through ``torch.compile``: static shapes, one compilation for each of the
+query lengths 1 and n, which is not timed.
 
 Architecture, grid, precision and sampling settings are those of a bundle. The weights of the bundle are not read: they
-have the layout of its graphs, which this package does not know, and speed does not depend on their values. Random weights
-take their place, or those of a ``checkpoint``. A CPU computes in fp32, as the bundle's ``step.onnx`` does; CUDA computes
-in the bundle's precision.
+have the layout of its graphs, which this package does not know, and speed does not depend on their values. Random
+weights take their place, or those of a ``checkpoint``. A CPU computes in fp32, as the bundle's ``step.onnx`` does;
+CUDA computes in the bundle's precision.
 
 Letters: B images, R rows (2B when guided), N tokens, n tokens per group, q positions of one call, V codes.
 """
@@ -94,8 +94,8 @@ def decode(vq: VQModel, tokens: Tensor, place: Tensor, size: tuple[int, int]) ->
 class Baseline:
     """A PyTorch model of a bundle's architecture that makes batches and measures how long each call takes.
 
-    ``tokens`` [B,N] and ``images`` [B,H,W,3] uint8 (None without a decoder) are those of the last batch; the next batch
-    overwrites the tokens. ``name`` is "torch eager" or "torch compiled", ``version`` is PyTorch's.
+    ``tokens`` [B,N] and ``images`` [B,H,W,3] uint8 (None without a decoder) are those of the last batch; the next
+    batch overwrites the tokens. ``name`` is "torch eager" or "torch compiled", ``version`` is PyTorch's.
     """
 
     tokens: Tensor
@@ -113,8 +113,8 @@ class Baseline:
     ) -> None:
         """Make the model that the manifest of ``bundle`` describes.
 
-        ``threads`` sets PyTorch's threads for the whole process. Weights are random, except with a ``checkpoint`` and a
-        ``tokenizer``. Raises BaselineError, CheckpointError, OSError.
+        ``threads`` sets PyTorch's threads for the whole process. Weights are random, except with a ``checkpoint`` and
+        a ``tokenizer``. Raises BaselineError, CheckpointError, OSError.
         """
         try:
             manifest = read_manifest(bundle)
@@ -172,9 +172,9 @@ class Baseline:
         """Make a batch: image i of class i with the seed ``seed + i``; ``guidance`` > 1 runs every image twice.
 
         Returns the milliseconds of each call by phase (prefill, sequential, transition, group, decoder; phases without
-        calls are absent) and the milliseconds of the whole batch, from labels to uint8 pixels. ``calls`` runs only these
-        calls of an image, counted from 0: every call attends over the full length, so all calls of a phase cost the same.
-        ``decoder=False`` ends at tokens. Raises BaselineError, MemoryError.
+        calls are absent) and the milliseconds of the whole batch, from labels to uint8 pixels. ``calls`` runs only
+        these calls of an image, counted from 0: every call attends over the full length, so all calls of a phase cost
+        the same. ``decoder=False`` ends at tokens. Raises BaselineError, MemoryError.
         """
         if images < 1:
             raise BaselineError(f"{images} images: expected 1 or more")
@@ -254,7 +254,7 @@ class Baseline:
             for tensor in (cache.k, cache.v):
                 tensor.fill_(0)  # maps every page now, and not within the first calls
         if self.compiled and device.type == "cuda":
-            # A CUDA graph is replayed at fixed addresses, so the tensors that a call writes are declared to keep theirs.
+            # A CUDA graph is replayed at fixed addresses; declare that the tensors that a call writes keep theirs.
             for tensor in (state.tokens, *(t for cache in caches for t in (cache.k, cache.v))):
                 torch._dynamo.mark_static_address(tensor)
         return state
@@ -276,8 +276,8 @@ class Baseline:
                     # The first line may only name the part of the compiler that raised.
                     reason = lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
                     raise BaselineError(
-                        f"torch.compile of PyTorch {self.version} failed ({reason}); leave the compiled baseline out, or "
-                        "install what is missing (a C++ compiler with Python's headers on a CPU, Triton on CUDA)"
+                        f"torch.compile of PyTorch {self.version} failed ({reason}); leave the compiled baseline out, "
+                        "or install what is missing (a C++ compiler with Python's headers on a CPU, Triton on CUDA)"
                     ) from error
         if decoder and self._vq is not None:
             decode(self._vq, state.tokens, self._place, self.config.grid[1:])
@@ -320,12 +320,16 @@ def _device(name: str) -> torch.device:
 
 
 def _check_compiler(device: torch.device) -> None:
-    """Raise BaselineError where torch.compile lacks the C++ compiler that it needs for a CPU; its own error comes late."""
+    """Raise BaselineError where the C++ compiler is missing that torch.compile needs for a CPU.
+
+    torch.compile itself would raise late, with a long message.
+    """
     wanted = os.environ.get("CXX")
     if device.type == "cpu" and not any(shutil.which(name) for name in ([wanted] if wanted else ["g++", "clang++"])):
         raise BaselineError(
             "torch.compile needs a C++ compiler, and there is none "
-            f"({f'CXX={wanted}' if wanted else 'no g++ or clang++ on the path'}); install one, or leave the compiled baseline out"
+            f"({f'CXX={wanted}' if wanted else 'no g++ or clang++ on the path'}); install one, or leave the compiled "
+            "baseline out"
         )
 
 

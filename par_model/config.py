@@ -55,7 +55,8 @@ class PARConfig:
         n, s = self.group_size, math.isqrt(self.group_size)
         if s * s != n:
             raise ValueError(
-                f"group_size={n} is not a square; expected 1, 4, 9, 16, ... (a group takes one token in each of s x s regions)"
+                f"group_size={n} is not a square; expected 1, 4, 9, 16, ... (a group takes one token in each of s x s "
+                "regions)"
             )
         if height % s or width % s:
             raise ValueError(f"a grid of {height}x{width} does not split into {s}x{s} equal regions (group_size={n})")

@@ -1,4 +1,7 @@
-"""The one table of precisions in PyTorch's terms: a *precision* is what a user names ("fp16"), a *dtype* is torch's."""
+"""The one table of precisions in PyTorch's terms.
+
+A *precision* is what a user names ("fp16"), a *dtype* is torch's (``torch.float16``).
+"""
 
 from __future__ import annotations
 

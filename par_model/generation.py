@@ -154,7 +154,8 @@ def uniforms(seed: int, n_tokens: int) -> np.ndarray:
     """One number in [0,1) per token: [N] float32, the top 24 bits of Philox4x64-10 keyed by ``seed``.
 
     The generator is counter-based, so the noise of an image does not depend on its batch, the order of work or the
-    backend. The runtime makes the same numbers; both are tested against ``tests/golden/noise.json``. Raises ValueError.
+    backend. The runtime makes the same numbers; both are tested against ``tests/golden/noise.json``. Raises
+    ValueError.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed}; expected 0 .. 2**64-1")

@@ -1,7 +1,7 @@
 """The configurations that the manifest of a bundle describes. No torch here.
 
-A manifest holds what an architecture results in (the order of the tokens, the calls of every phase), not the options of
-:class:`PARConfig` that it results from. ``order`` and ``sequential_initial`` are therefore searched for: the first
+A manifest holds what an architecture results in (the order of the tokens, the calls of every phase), not the options
+of :class:`PARConfig` that it results from. ``order`` and ``sequential_initial`` are therefore searched for: the first
 combination, defaults first, that results in exactly this manifest. ``causal_groups`` is not searched for, because no
 bundle is exported with it.
 """
@@ -21,7 +21,10 @@ MANIFEST = "manifest.json"
 
 
 class ManifestError(ValueError):
-    """A manifest that describes no model of this package. The message does not name the bundle; callers put it in front."""
+    """A manifest that describes no model of this package.
+
+    The message does not name the bundle; callers put it in front.
+    """
 
 
 def read_manifest(bundle: str | Path) -> dict[str, Any]:
@@ -64,7 +67,8 @@ def tokenizer_from_manifest(manifest: Mapping[str, Any]) -> VQConfig | None:
 def phase_entries(config: PARConfig) -> list[dict[str, Any]]:
     """The manifest's ``phases`` of a model of ``config``; phases without calls are left out.
 
-    ``inputs`` are what the positions of a phase's first call are fed: "class", "token", or the id of a learnable token.
+    ``inputs`` are what the positions of a phase's first call are fed: "class", "token", or the id of a learnable
+    token.
     """
     kind, index = input_kinds(config)
     learnable = config.vocab_size + config.n_classes + 1  # the first id after the codes, the classes and "no class"
@@ -105,7 +109,8 @@ def _config(manifest: Mapping[str, Any]) -> PARConfig:
         )
     if len(order) != base.n_tokens:  # before tables of that length are made
         raise ManifestError(
-            f"order has {len(order)} tokens, grid {'x'.join(map(str, base.grid))} has {base.n_tokens}; export the bundle again"
+            f"order has {len(order)} tokens, grid {'x'.join(map(str, base.grid))} has {base.n_tokens}; export the "
+            "bundle again"
         )
     by_order = [replace(base, order=name) for name in ORDERS]
     by_order = [config for config in by_order if token_order(config).tolist() == order]
@@ -124,7 +129,8 @@ def _config(manifest: Mapping[str, Any]) -> PARConfig:
         ):
             return config
     raise ManifestError(
-        f"phases ({_calls(entries)}) are those of no model with {base.n_tokens} tokens and group_size={base.group_size}; "
+        f"phases ({_calls(entries)}) are those of no model with {base.n_tokens} tokens and "
+        f"group_size={base.group_size}; "
         f"expected {_calls(phase_entries(by_order[0]))}; export the bundle again"
     )
 

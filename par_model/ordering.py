@@ -1,7 +1,7 @@
 """Order, input layout, visibility and phases of PAR on a T x H x W grid. No torch here.
 
-These facts are defined in this module only. The model and the export import it; the runtime gets the numbers through the
-manifest of a bundle.
+These facts are defined in this module only. The model and the export import it; the runtime gets the numbers through
+the manifest of a bundle.
 
 ``k`` is a token's index in sequence order, ``p`` an input position. Input positions hold
 
@@ -89,7 +89,7 @@ class Phase:
 
 
 def phases(config: PARConfig) -> tuple[Phase, ...]:
-    """The calls of one image, in order: n + N/n - 1 of them (paper, section 3.2); a phase may have none (``repeat`` 0)."""
+    """The calls of one image, in order: n + N/n - 1 of them (paper, section 3.2). A phase may have none."""
     n, total = config.group_size, config.n_tokens
     if not config.sequential_initial:
         return (Phase("transition", n, 1, 0), Phase("group", n, total // n - 1, n))
@@ -110,10 +110,9 @@ def rotary_table(config: PARConfig, base: float = 10000.0) -> tuple[np.ndarray, 
     """cos and sin [N, D/2] float32 by input position; zero rows for class and learnable tokens.
 
     Images: the first D/4 pairs are rotated by the row, the others by the column, with frequencies base^(-2i/(D/2)).
-    Video (ours): a third of the pairs is rotated by the row and a third by the column; the remaining pairs come first and
-    are rotated by the frame.
-    A zero row turns q and k into zero vectors ("no position"); it does not leave them unrotated. The published weights
-    were trained this way.
+    Video (ours): a third of the pairs is rotated by the row and a third by the column; the remaining pairs come first
+    and are rotated by the frame. A zero row turns q and k into zero vectors ("no position"); it does not leave them
+    unrotated. The published weights were trained this way.
     """
     pairs = config.head_dim // 2
     if config.grid[0] == 1:

@@ -61,8 +61,8 @@ class PAR(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced logits [B,N,V] fp32 of ``tokens`` [B,N] in sequence order and ``labels`` [B].
 
-        Label ``n_classes`` is "no class". The logits at p predict ``tokens[:, p]`` from the inputs that p may attend to.
-        Raises ValueError for another shape or a label out of range.
+        Label ``n_classes`` is "no class". The logits at p predict ``tokens[:, p]`` from the inputs that p may attend
+        to. Raises ValueError for another shape or a label out of range.
         """
         c = self.config
         if tokens.ndim != 2 or tokens.shape[1] != c.n_tokens:
@@ -114,7 +114,7 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def update(self, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Write ``k``, ``v`` [B,H,q,D] at ``positions`` [q]; returns views [B,H,length,D], which the next call overwrites."""
+        """Write ``k``, ``v`` [B,H,q,D] at ``positions`` [q]; returns views of the caches, [B,H,length,D]."""
         self.k[:, :, positions] = k
         self.v[:, :, positions] = v
         return self.k[:, :, :length], self.v[:, :, :length]
@@ -139,7 +139,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention: as many heads for keys and values as for queries, scale 1/sqrt(D), no biases, no QK norm."""
+    """Multi-head attention: keys and values have as many heads as queries; scale 1/sqrt(D), no biases, no QK norm."""
 
     def __init__(self, config: PARConfig) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, cache: KVCache | None
     ) -> Tensor:
-        """The attention's part [B,q,d] of a layer, of normed ``x`` [B,q,d]; see :meth:`PAR.blocks` for the arguments."""
+        """The attention of a layer, [B,q,d] of normed ``x`` [B,q,d]; the arguments are those of :meth:`PAR.blocks`."""
         b, q, d = x.shape
         query, key, value = (
             self.wqkv(x).view(b, q, 3, self.n_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -201,7 +201,7 @@ class ClassEmbedding(nn.Module):
 
 
 class LearnableTokens(nn.Module):
-    """M_1 .. M_{n-1}: fed once, together with the last initial token, in the call that makes the first parallel group."""
+    """M_1 .. M_{n-1}: fed once, after the last initial token, in the call that makes the first parallel group."""
 
     def __init__(self, count: int, dim: int) -> None:
         super().__init__()
@@ -219,5 +219,6 @@ def check_labels(labels: Tensor, n_classes: int) -> None:
     """Raise ValueError unless every label is a class or ``n_classes`` ("no class")."""
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > n_classes):
         raise ValueError(
-            f"labels lie in {int(labels.min())}..{int(labels.max())}; expected 0..{n_classes - 1}, or {n_classes} for no class"
+            f"labels lie in {int(labels.min())}..{int(labels.max())}; expected 0..{n_classes - 1}, or {n_classes} for "
+            "no class"
         )

@@ -1,8 +1,8 @@
 """The image tokenizer: a VQGAN. The defaults are VQ-16 (16x downsampling, 16384 codes of 8).
 
-Read top-down: model, encoder, decoder, then the blocks; ``VQConfig`` is in ``config.py``. Modules have the key names of
-the published checkpoint, so ``load_state_dict`` takes ``vq_ds16_c2i.pt`` as it is.
-Source: paper, section 4.1 (the tokenizer is LlamaGen's), and the behaviour of the published code.
+Read top-down: model, encoder, decoder, then the blocks; ``VQConfig`` is in ``config.py``. Modules have the key names
+of the published checkpoint, so ``load_state_dict`` takes ``vq_ds16_c2i.pt`` as it is. Source: paper, section 4.1 (the
+tokenizer is LlamaGen's), and the behaviour of the published code.
 
 Letters: B images, F downsampling factor, h = H/F and w = W/F code rows and columns.
 """

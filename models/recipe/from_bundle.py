@@ -3,11 +3,11 @@
     python from_bundle.py ../demo --out ../../build/demo/restored
 
 Writes OUT/model.pt and OUT/tokenizer.pt, as ``parvis train`` and ``parvis train-tokenizer`` save them: the numbers of
-the bundle in fp32. Exporting them in the bundle's precision stores the same numbers again. The script exists because the
-demo's checkpoints were not kept, and training an encoder for its codebook needs the tokenizer's checkpoint.
+the bundle in fp32. Exporting them in the bundle's precision stores the same numbers again. The script exists because
+the demo's checkpoints were not kept, and training an encoder for its codebook needs the tokenizer's checkpoint.
 
-Weights that a bundle does not hold are initialised anew: the encoder where the bundle was exported without one (train it
-with ``parvis train-tokenizer --encoder-for``), and the ring buffer of used codes (which is never read).
+Weights that a bundle does not hold are initialised anew: the encoder where the bundle was exported without one (train
+it with ``parvis train-tokenizer --encoder-for``), and the ring buffer of used codes (which is never read).
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def tokenizer_checkpoint(path: Path, config: VQConfig, stored: dict[str, Tensor]
     changed = _rounded(state["quantize.embedding.weight"], codebook.dtype) != codebook
     if changed.any():
         print(
-            f"{path}: {int(changed.sum())} of {changed.numel()} numbers of the codebook will differ in the last bit after an export"
+            f"{path}: {int(changed.sum())} of {changed.numel()} numbers of the codebook will differ in the last bit "
+            "after an export"
         )
     for key, tensor in initial.items():
         if ".norm" in key and key in state:
@@ -147,11 +148,11 @@ def tokenizer_checkpoint(path: Path, config: VQConfig, stored: dict[str, Tensor]
 def before_rounding(stored: Tensor) -> Tensor:
     """Codes of length 1 in fp32 [V,c] that an export rounds to ``stored`` [V,c].
 
-    An export normalises the codes and rounds them. The length of a rounded code is not exactly 1, so normalising it again
-    would change the last bit of some numbers. Each number has an interval that rounds to it; the code that was exported
-    lies in the box of these intervals and has length 1. A code that is scaled by s and then clipped to the box has a
-    length that grows with s, so a bisection over s finds a code of length 1 in the box. Codes stored in fp32 are rounded
-    to the precision of this computation, so their last bit (6e-8) may change.
+    An export normalises the codes and rounds them. The length of a rounded code is not exactly 1, so normalising it
+    again would change the last bit of some numbers. Each number has an interval that rounds to it; the code that was
+    exported lies in the box of these intervals and has length 1. A code that is scaled by s and then clipped to the
+    box has a length that grows with s, so a bisection over s finds a code of length 1 in the box. Codes stored in fp32
+    are rounded to the precision of this computation, so their last bit (6e-8) may change.
     """
     size = stored.abs()
     bits = size.view(INTEGER[size.dtype])

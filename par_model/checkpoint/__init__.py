@@ -1,4 +1,4 @@
-"""Published checkpoint files, read safely: ``open_checkpoint`` maps the tensors of one, ``infer`` finds its architecture.
+"""Published checkpoint files, read safely: ``open_checkpoint`` maps the tensors, ``infer`` finds the architecture.
 
 =================  ==================================================================================================
 ``load``           a file to a :class:`Checkpoint`: the tensors by the model's keys

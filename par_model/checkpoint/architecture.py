@@ -51,8 +51,9 @@ def par_config(checkpoint: Checkpoint, *, heads: int | None = None, grid: facts.
 
 
 def infer(checkpoint: Checkpoint, *, heads: int | None = None, grid: facts.Grid | None = None) -> Inferred:
-    """The configuration of a PAR checkpoint: sizes and n from the shapes, heads and grid from the other contents of the file.
+    """The configuration of a PAR checkpoint.
 
+    Sizes and n follow from the shapes, heads and grid from the other contents of the file.
     ``heads`` and ``grid`` (T, H, W) override the file. Raises CheckpointError if they are needed and not given, if the
     file contradicts itself, or if keys or shapes do not fit.
     """
@@ -63,8 +64,8 @@ def infer(checkpoint: Checkpoint, *, heads: int | None = None, grid: facts.Grid 
     heads_fact = facts.heads(*contents) if heads is None else facts.Fact(heads, "--heads")
     if heads_fact is None:
         raise CheckpointError(
-            f"{path}: width {sizes.dim} with {sizes.n_layers} layers is none of the named sizes ({', '.join(SIZES)}), and the "
-            "number of attention heads cannot be read from shapes; give --heads"
+            f"{path}: width {sizes.dim} with {sizes.n_layers} layers is none of the named sizes ({', '.join(SIZES)}), "
+            "and the number of attention heads cannot be read from shapes; give --heads"
         )
     grid_fact = facts.grid(*contents) if grid is None else facts.Fact(grid, "--grid")
     if grid_fact is None:
@@ -73,8 +74,8 @@ def infer(checkpoint: Checkpoint, *, heads: int | None = None, grid: facts.Grid 
         )
     if math.prod(grid_fact.value) > MOST_TOKENS:
         raise CheckpointError(
-            f"{path}: a grid of {facts.grid_text(grid_fact.value)} ({grid_fact.source}) has more than {MOST_TOKENS} tokens; "
-            "give another --grid"
+            f"{path}: a grid of {facts.grid_text(grid_fact.value)} ({grid_fact.source}) has more than {MOST_TOKENS} "
+            "tokens; give another --grid"
         )
     ablations = {name: saved[name] for name in ABLATIONS if name in saved}
     for name, value in ablations.items():
@@ -115,7 +116,8 @@ def _sizes(checkpoint: Checkpoint) -> facts.Sizes:
     n_layers = max(layers) + 1 if layers else 0
     if n_layers != len(layers) or not layers:  # before a model with so many layers is made
         raise CheckpointError(
-            f"{path}: holds layers {_some([str(i) for i in sorted(layers)]) or 'none'}; expected layers.0 and on without a gap"
+            f"{path}: holds layers {_some([str(i) for i in sorted(layers)]) or 'none'}; expected layers.0 and on "
+            "without a gap"
         )
     n = _shape(path, have, special, 2)[0] + 1 if special in have else 1
     return facts.Sizes(dim, n_layers, vocab, rows - 1, n)
@@ -165,7 +167,7 @@ def _shape(path: Path, have: Mapping[str, Tensor], key: str, dimensions: int) ->
 
 
 def check_keys(path: Path, have: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless ``have`` holds exactly the keys and shapes of ``expected``, in dtypes of :data:`FLOATS`."""
+    """Raise CheckpointError unless ``have`` holds exactly the keys and shapes of ``expected``, in :data:`FLOATS`."""
     missing = [key for key in expected if key not in have]
     extra = [key for key in have if key not in expected]
     if missing or extra:
@@ -173,15 +175,16 @@ def check_keys(path: Path, have: Mapping[str, Tensor], expected: Mapping[str, Te
             f"{len(keys)} {what} ({_some(keys)})" for what, keys in (("missing", missing), ("unknown", extra)) if keys
         ]
         raise CheckpointError(
-            f"{path}: keys do not fit: {', '.join(parts)}; expected exactly the {len(expected)} keys of the architecture"
+            f"{path}: keys do not fit: {', '.join(parts)}; expected exactly the {len(expected)} keys of the "
+            "architecture"
         )
     for key, tensor in expected.items():
         if have[key].shape != tensor.shape:
             raise CheckpointError(f"{path}: {key} has shape {tuple(have[key].shape)}; expected {tuple(tensor.shape)}")
         if have[key].dtype not in FLOATS and key != UNUSED:
             raise CheckpointError(
-                f"{path}: {key} is stored as {str(have[key].dtype).removeprefix('torch.')}; expected float32, bfloat16 or "
-                "float16: quantized weights need scales that no key of the architecture holds"
+                f"{path}: {key} is stored as {str(have[key].dtype).removeprefix('torch.')}; expected float32, "
+                "bfloat16 or float16: quantized weights need scales that no key of the architecture holds"
             )
 
 

@@ -1,7 +1,8 @@
 """The number of heads and the token grid, which the shapes of the weights do not show, and where each comes from.
 
-Files of ``parvis train`` contain both. Other files may hold a rotary table (``freqs_cis``) or a cache (``kv_cache``) that
-they follow from, or the arguments of their training. Otherwise the named sizes decide, and the grid is reported as assumed.
+Files of ``parvis train`` contain both. Other files may hold a rotary table (``freqs_cis``) or a cache (``kv_cache``)
+that they follow from, or the arguments of their training. Otherwise the named sizes decide, and the grid is reported
+as assumed.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def heads(
         size = 2 * table[1]
         if sizes.dim % size:
             raise CheckpointError(
-                f"{path}: its freqs_cis {table} is for heads of {size}, which the width {sizes.dim} is no multiple of; "
-                "save the state dict without it, and give --heads"
+                f"{path}: its freqs_cis {table} is for heads of {size}, which the width {sizes.dim} is no multiple "
+                "of; save the state dict without it, and give --heads"
             )
         facts.append(Fact(sizes.dim // size, f"the file's freqs_cis {table}"))
     caches = sorted(key for key, shape in left.items() if key.endswith("k_cache") and len(shape) == 4)
@@ -84,7 +85,10 @@ def heads(
 def grid(
     path: Path, sizes: Sizes, saved: Mapping[str, Any], args: Mapping[str, Any], left: Mapping[str, Any]
 ) -> Fact | None:
-    """The token grid (T, H, W); None where it follows from nothing. Arguments and errors are those of :func:`heads`."""
+    """The token grid (T, H, W); None where it follows from nothing.
+
+    Arguments and errors are those of :func:`heads`.
+    """
     facts = []
     if "grid" in saved:
         given = saved["grid"]
@@ -140,8 +144,8 @@ def _agreed(path: Path, what: str, facts: list[Fact], text: Any, option: str) ->
     for other in facts[1:]:
         if other.value != facts[0].value:
             raise CheckpointError(
-                f"{path}: contradicts itself: {what} {text(facts[0].value)} by {facts[0].source}, {text(other.value)} by "
-                f"{other.source}; give {option} to settle it"
+                f"{path}: contradicts itself: {what} {text(facts[0].value)} by {facts[0].source}, {text(other.value)} "
+                f"by {other.source}; give {option} to settle it"
             )
     return facts[0] if facts else None
 

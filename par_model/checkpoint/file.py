@@ -35,7 +35,7 @@ def read(path: Path) -> dict[Any, Any]:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The checkpoint in a folder: its index of shards, else FSDP's consolidated weights, else its only checkpoint file.
+    """The checkpoint in a folder: an index of shards, else FSDP's consolidated weights, else the only checkpoint file.
 
     Raises CheckpointError where there is none, or more than one.
     """

@@ -10,7 +10,10 @@ from pathlib import Path
 from par_model.checkpoint.errors import CheckpointError
 
 PREFIX = "hf://"
-EXPECTED = "expected hf://OWNER/REPOSITORY/FILE or hf://OWNER/REPOSITORY/FILE@REVISION, for instance hf://Epiphqny/PAR/PAR-XL-4x.pt"
+EXPECTED = (
+    "expected hf://OWNER/REPOSITORY/FILE or hf://OWNER/REPOSITORY/FILE@REVISION, for instance "
+    "hf://Epiphqny/PAR/PAR-XL-4x.pt"
+)
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ class HubFile:
 def local(name: str | Path, say: Callable[[str], None] = print) -> Path:
     """The local file of ``name``: a path is returned as it is, a hub name is downloaded into the hub's own cache.
 
-    A branch may change. Where ``name`` gives no commit, ``say`` gets a line with the commit that was downloaded, so that
-    the next export can name the same file. Raises CheckpointError; where the hub cannot be reached, the message names the
-    address to download by hand.
+    A branch may change. Where ``name`` gives no commit, ``say`` gets a line with the commit that was downloaded, so
+    that the next export can name the same file. Raises CheckpointError; where the hub cannot be reached, the message
+    names the address to download by hand.
     """
     text = str(name)
     if not text.startswith(PREFIX):
@@ -86,7 +89,8 @@ def local(name: str | Path, say: Callable[[str], None] = print) -> Path:
     commit = _commit(file)
     if commit is not None and commit != wanted.revision:
         say(
-            f"{text}: is at commit {commit} today; {PREFIX}{wanted.repository}/{wanted.file}@{commit} names this very file"
+            f"{text}: is at commit {commit} today; {PREFIX}{wanted.repository}/{wanted.file}@{commit} names this very "
+            "file"
         )
     return file
 

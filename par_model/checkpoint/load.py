@@ -1,9 +1,9 @@
 """A checkpoint file to its tensors, by the key names of the model. Nothing in a file is ever run.
 
-The weights are the whole file (a bare dict) or lie under ``model``, ``module`` or ``state_dict``, in that order, and never
-under ``ema``; the published code reads its files in the same way. Parts of keys that wrappers added (DDP, FSDP,
-torch.compile) are removed. Files are mapped into memory: a tensor takes memory when it is read. ``file.py`` finds the file
-and its format.
+The weights are the whole file (a bare dict) or lie under ``model``, ``module`` or ``state_dict``, in that order, and
+never under ``ema``; the published code reads its files in the same way. Parts of keys that wrappers added (DDP, FSDP,
+torch.compile) are removed. Files are mapped into memory: a tensor takes memory when it is read. ``file.py`` finds the
+file and its format.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def _weights(path: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
     if wrong or not weights:
         named = ", ".join(key if isinstance(key, str) else f"a key of type {type(key).__name__}" for key in wrong[:5])
         raise CheckpointError(
-            f"{path}: expected tensors by name, at the top or under {', '.join(NESTED_UNDER)}; found {named or 'nothing'}"
+            f"{path}: expected tensors by name, at the top or under {', '.join(NESTED_UNDER)}; found "
+            f"{named or 'nothing'}"
         )
     return {key: Tensor.detach(value) for key, value in weights.items()}
 

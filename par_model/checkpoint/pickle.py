@@ -1,9 +1,9 @@
-"""Files of ``torch.save``, read without running anything in them: tensors, plain values, and stand-ins for other objects.
+"""Files of ``torch.save``, read without running anything in them.
 
 torch's ``weights_only`` reader makes tensors and plain values, and refuses every other object. Training files hold a
-few more kinds beside their weights (``argparse.Namespace``, paths, numpy's numbers). Each of these names is mapped to a
-stand-in of ours, so that even these classes are never called: numpy's own ``dtype`` takes flags from the file, and with
-some of them bytes are read as pointers. A name that is not in the table below is refused, and the error names it.
+few more kinds beside their weights (``argparse.Namespace``, paths, numpy's numbers). Each of these names is mapped to
+a stand-in of ours, so that even these classes are never called: numpy's own ``dtype`` takes flags from the file, and
+with some of them bytes are read as pointers. A name that is not in the table below is refused, and the error names it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def read_pickle(file: Path) -> dict[Any, Any]:
                     raise
                 content = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except Exception as error:
-        # torch puts advice to load unsafely around the reason; that advice must reach no user. The reason is the context.
+        # torch puts advice to load unsafely around the reason, which no user must see. The reason is the context.
         inner = error.__context__ if isinstance(error.__context__, Exception) else error
         raise CheckpointError(_reason(file, f"{inner}\n{error}")) from error
     if not isinstance(content, dict):
@@ -166,8 +166,8 @@ def _reason(file: Path, text: str) -> str:
     protocol = re.search(r"unsupported operand (\d+)", text, re.IGNORECASE)
     if protocol and int(protocol.group(1)) in (0x8C, 0x8E, 0x8F, 0x91, 0x92, 0x93, 0x94, 0x95, 0x96):
         return (
-            f"{file}: was pickled with protocol 4 or 5, which is not read without running it; save it with torch.save and no "
-            "pickle_protocol"
+            f"{file}: was pickled with protocol 4 or 5, which is not read without running it; save it with torch.save "
+            "and no pickle_protocol"
         )
     if protocol:
         return f"{file}: not a readable PyTorch checkpoint (no pickle of torch.save); {_copy(file)}"
@@ -180,4 +180,5 @@ def _reason(file: Path, text: str) -> str:
 
 def _copy(file: Path) -> str:
     """The advice for a file that is not whole."""
-    return f"the file may be truncated: compare its size ({file.stat().st_size} bytes) with the original's and copy it again"
+    size = file.stat().st_size
+    return f"the file may be truncated: compare its size ({size} bytes) with the original's and copy it again"

@@ -1,9 +1,9 @@
 """What the trainers share: the data folder, the run folder (log, checkpoints, resuming), EMA, schedule, errors.
 
 A run folder holds ``log.jsonl`` (one line per report), ``checkpoint.pt`` (everything that resuming needs), sheets of
-samples and, at the end, ``model.pt`` (the averaged weights and their configuration; this file is exported). A run that was
-killed continues with ``--resume`` from its last checkpoint, with the same batches that it would have had without the kill:
-the batch of a step depends on the seed and the step alone.
+samples and, at the end, ``model.pt`` (the averaged weights and their configuration; this file is exported). A run that
+was killed continues with ``--resume`` from its last checkpoint, with the same batches that it would have had without
+the kill: the batch of a step depends on the seed and the step alone.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.02)
 
 
 def channels_last(model: Module) -> Module:
-    """Store the weights of convolutions in the layout that is fast on a CPU; values do not change. Returns ``model``."""
+    """Store the weights of convolutions in the layout that is fast on a CPU; values do not change.
+
+    Returns ``model``.
+    """
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -102,7 +105,10 @@ class EMA:
 
 
 def load_tokenizer(path: Path) -> VQModel:
-    """The tokenizer of a checkpoint of ``parvis train-tokenizer``, with its weights. Raises CheckpointError, OSError."""
+    """The tokenizer of a checkpoint of ``parvis train-tokenizer``, with its weights.
+
+    Raises CheckpointError, OSError.
+    """
     checkpoint = open_checkpoint(path)
     model = VQModel(vq_config(checkpoint))
     model.load_state_dict(dict(checkpoint.tensors))
@@ -171,7 +177,10 @@ class Run:
         os.replace(part, self.path / name)
 
     def resume(self, wanted: bool) -> dict[str, Any] | None:
-        """The last checkpoint; None for a new run. Raises InputError where a run exists and resuming is not ``wanted``."""
+        """The last checkpoint; None for a new run.
+
+        Raises InputError where a run exists and resuming is not ``wanted``.
+        """
         path = self.path / "checkpoint.pt"
         if not path.exists():
             return None

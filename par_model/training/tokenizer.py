@@ -1,10 +1,10 @@
 """Train a small VQ tokenizer on a folder of images: ``parvis train-tokenizer``.
 
-Loss: L1, plus L1 of the image gradient (edges), plus L2, plus the VQ commitment terms. Codes that were not used since the
-last check are set to encoder outputs, which keeps the whole codebook in use.
+Loss: L1, plus L1 of the image gradient (edges), plus L2, plus the VQ commitment terms. Codes that were not used since
+the last check are set to encoder outputs, which keeps the whole codebook in use.
 
-``--encoder-for`` trains only an encoder, for a codebook and a decoder that exist: models that were trained on these codes
-stay valid, which they would not with a new codebook.
+``--encoder-for`` trains only an encoder, for a codebook and a decoder that exist: models that were trained on these
+codes stay valid, which they would not with a new codebook.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Run or resume the training that ``args`` of :func:`parser` describes. Raises InputError, CheckpointError, OSError."""
+    """Run or resume the training that ``args`` of :func:`parser` describes.
+
+    Raises InputError, CheckpointError, OSError.
+    """
     data, held_out = ImageFolder.open(args.data), ImageFolder.open(args.val)
     if args.encoder_for is not None:
         given = open_checkpoint(args.encoder_for)
@@ -105,7 +108,10 @@ def _train(
     held_out: ImageFolder,
     given: dict[str, Tensor] | None = None,
 ) -> None:
-    """``given``: the weights of a tokenizer, by key. Its codebook and decoder stay as they are; a new encoder is trained."""
+    """``given``: the weights of a tokenizer, by key.
+
+    Its codebook and decoder stay as they are; a new encoder is trained.
+    """
     torch.manual_seed(args.seed)
     model = channels_last(VQModel(config))
     if given is not None:

@@ -70,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Run or resume the training that ``args`` of :func:`parser` describes. Raises InputError, CheckpointError, OSError."""
+    """Run or resume the training that ``args`` of :func:`parser` describes.
+
+    Raises InputError, CheckpointError, OSError.
+    """
     codes, labels, names = load_codes(args.codes, args.vocab)
     held_out = load_codes(args.val, args.vocab)
     config = _config(args, (codes.shape[1], codes.shape[2]), len(names))
@@ -205,7 +208,10 @@ def load_codes(path: Path, vocab: int) -> Codes:
 
 @torch.no_grad()
 def sample_sheet(model: PAR, tokenizer: Path, path: Path, guidance: float, rows: int = 4) -> None:
-    """Write a PNG with ``rows`` images of each class (at most 16 classes), seeds 0, 1, ... Raises CheckpointError, OSError."""
+    """Write a PNG with ``rows`` images of each class (at most 16 classes), seeds 0, 1, ...
+
+    Raises CheckpointError, OSError.
+    """
     from PIL import Image
 
     vq = load_tokenizer(tokenizer).eval()

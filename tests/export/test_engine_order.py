@@ -23,7 +23,9 @@ from par_model import PAR, PARConfig, VQConfig, VQModel
 from par_runtime.bundle import Bundle, seal
 from par_runtime.errors import BundleError
 
-VQ = VQConfig(codebook_size=16, codebook_dim=4, channels=8, channel_multipliers=(1,), res_blocks=1, z_channels=8, norm_groups=4)  # fmt: skip
+VQ = VQConfig(
+    codebook_size=16, codebook_dim=4, channels=8, channel_multipliers=(1,), res_blocks=1, z_channels=8, norm_groups=4
+)
 
 
 def tables(file: Path) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""The PyTorch baseline: the reference generation's tokens from a static cache, every call timed, errors of one line."""
+"""The PyTorch baseline: the tokens of the reference from a static cache, every call timed, errors of one line."""
 
 from __future__ import annotations
 

@@ -65,8 +65,8 @@ def test_options_override_the_file() -> None:
     checkpoint = of(small, args={"image_size": 256}, left={"freqs_cis": (65, 8, 2)})
     with pytest.raises(
         CheckpointError,
-        match=r"contradicts itself: grid 1x8x8 by the file's freqs_cis \(65, 8, 2\), 1x16x16 by the file's args: image_size "
-        r"256 / 16; give --grid to settle it",
+        match=r"contradicts itself: grid 1x8x8 by the file's freqs_cis \(65, 8, 2\), 1x16x16 by the file's args: "
+        r"image_size 256 / 16; give --grid to settle it",
     ):
         infer(checkpoint)
     inferred = infer(checkpoint, heads=4, grid=(1, 4, 4))

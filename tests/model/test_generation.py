@@ -87,7 +87,7 @@ def test_noise_is_the_golden_noise() -> None:
 
 
 def slow_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """Temperature, top-k and top-p as :func:`par_model.generation.sample` documents them, for one position, in float64."""
+    """Temperature, top-k and top-p as ``par_model.generation.sample`` documents them, for one position, in fp64."""
     x = logits.astype(np.float64) / max(temperature, 1e-5)
     kept = np.ones(len(x), bool)
     if 0 < top_k < len(x):

@@ -1,4 +1,4 @@
-"""Manifest to configuration: every ablation comes back, a manifest that was changed by hand is refused with a reason."""
+"""Manifest to configuration: every ablation comes back, a manifest changed by hand is refused with a reason."""
 
 from __future__ import annotations
 
@@ -166,7 +166,8 @@ def forget_a_phase_field(manifest: Manifest) -> None:
         (widen, "ffn_dim 512: a model of width 48 has 256; export the bundle again"),
         (
             lose_a_phase,
-            r"phases \(prefill 1x1 from 0, transition 1x4 from 4, group 14x4 from 8\) are those of no model .*; expected "
+            r"phases \(prefill 1x1 from 0, transition 1x4 from 4, group 14x4 from 8\) are those of no model .*; "
+            r"expected "
             r"prefill 1x1 from 0, sequential 3x1 from 1, transition 1x4 from 4, group 14x4 from 8; export",
         ),
         (lose_all_phases, r"phases \(none\) are those of no model with 64 tokens and group_size=4"),

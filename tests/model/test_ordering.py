@@ -23,7 +23,8 @@ from par_model.ordering import (
 
 
 def config(grid: tuple[int, int, int], n: int, **changes: object) -> PARConfig:
-    return PARConfig(dim=16, n_layers=1, n_heads=2, vocab_size=8, n_classes=2, grid=grid, group_size=n, **changes)  # type: ignore[arg-type]
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 8, "n_classes": 2}
+    return PARConfig(**sizes, grid=grid, group_size=n, **changes)  # type: ignore[arg-type]
 
 
 CASES = [(side, n) for side in range(4, 25) for n in (1, 4, 16) if side % math.isqrt(n) == 0 and 2 * n <= side * side]
