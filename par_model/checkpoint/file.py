@@ -60,7 +60,7 @@ def _read_sharded(index: Path) -> dict[str, Any]:
     missing = [name for name in shards if not (index.parent / name).is_file()] if not outside else []
     if outside or missing:
         what = (
-            f"names files in other folders ({outside[0]!r})"
+            f"names files outside its folder ({outside[0]!r})"
             if outside
             else f"{len(missing)} shards are missing ({missing[0]})"
         )
