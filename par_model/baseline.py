@@ -1,22 +1,21 @@
-"""The baseline of ``parvis bench``: generation in PyTorch with a static cache, timed call by call.
+"""The PyTorch baseline of ``parvis bench``: generation with a static cache, eager or compiled, timed call by call.
 
-This is the published way of running: key-value caches of the full length N, allocated once; mask rows over all N slots
-in every call, however few are filled; guidance and sampling in eager PyTorch after each call. Blocks, embeddings, head
-and sampling are the oracle's (``transformer.py``, ``generate.py``), so its tokens are the oracle's too.
-``compiled`` runs the same step through ``torch.compile``: static shapes, one compilation for each of the query lengths
-1 and n, none of it timed.
+This is how the published code runs: key-value caches of the full length N, allocated once; attention over all N slots
+in every call, however few are filled; guidance and sampling in PyTorch after each call. Blocks, embeddings, head and
+sampling are those of ``transformer.py`` and ``generation.py``, so the tokens are those of the reference generation
+too. With ``compiled`` the same step runs through ``torch.compile``: static shapes, one compilation for each of the
+query lengths 1 and n, which is not timed.
 
-Architecture, grid, precision and sampling settings are those of a bundle. Its weights are not read: they lie in the
-layout of its graphs, which this package does not know, and speed does not depend on them. Random ones stand in, or those
-of a ``checkpoint``. On a CPU everything is fp32, as in the bundle's own ``step.onnx``; on CUDA it is the bundle's
-precision.
+Architecture, grid, precision and sampling settings are those of a bundle. The weights of the bundle are not read: they
+have the layout of its graphs, which this package does not know, and speed does not depend on their values. Random
+weights take their place, or those of a ``checkpoint``. A CPU computes in fp32, as the bundle's ``step.onnx`` does;
+CUDA computes in the bundle's precision.
 
 Letters: B images, R rows (2B when guided), N tokens, n tokens per group, q positions of one call, V codes.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -29,18 +28,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from par_model.checkpoint.model import check_keys, open_checkpoint
+from par_model.checkpoint import check_keys, open_checkpoint
 from par_model.config import PARConfig, VQConfig
-from par_model.generate import sample, uniforms
+from par_model.dtypes import TORCH_DTYPE
+from par_model.generation import sample, uniforms
+from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.ordering import phases, token_order
 from par_model.transformer import INIT_STD, PAR, KVCache
 from par_model.vq import VQModel
 
-GPU_TYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-
-class EagerError(RuntimeError):
-    """The baseline cannot run here; one line says why and what to do."""
+class BaselineError(RuntimeError):
+    """The baseline cannot run here; the message is one line with the reason and what to do."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,10 @@ class Sampling:
 
 @dataclass
 class State:
-    """One batch in flight, all of it static: no tensor is made anew, none changes its shape.
+    """One batch that is being generated, in static buffers: no call allocates one of them or changes a shape.
 
-    ``tokens`` [B,N]; ``labels`` [R], the rows without class last; a cache per layer; ``mask`` [N,N], true where the row
-    of a position sees a slot; ``noise`` [B,N]; ``guidance`` [] fp32.
+    ``tokens`` [B,N]; ``labels`` [R], the rows without class last; a cache per layer; ``mask`` [N,N], true where a
+    position attends to a slot; ``noise`` [B,N]; ``guidance`` [] fp32.
     """
 
     tokens: Tensor
@@ -71,7 +70,7 @@ class State:
 
 
 def step(model: PAR, state: State, positions: Tensor, sampling: Sampling) -> None:
-    """One call: the tokens of ``positions`` [q] into ``state.tokens``, their keys and values into the caches."""
+    """One call: write the tokens of ``positions`` [q] into ``state.tokens``, and keys and values into the caches."""
     tokens = state.tokens.repeat(2, 1) if state.guided else state.tokens
     x = model.embed(tokens, state.labels, positions)
     x = model.blocks(x, positions, state.mask[positions], state.caches)
@@ -92,11 +91,11 @@ def decode(vq: VQModel, tokens: Tensor, place: Tensor, size: tuple[int, int]) ->
     return (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-class Eager:
-    """A model of a bundle's architecture, held once, that makes batches and says what each call took.
+class Baseline:
+    """A PyTorch model of a bundle's architecture that makes batches and measures how long each call takes.
 
-    ``tokens`` [B,N] and ``images`` [B,H,W,3] uint8 (None without a decoder) are those of the last batch; the next batch
-    overwrites the tokens.
+    ``tokens`` [B,N] and ``images`` [B,H,W,3] uint8 (None without a decoder) are those of the last batch; the next
+    batch overwrites the tokens. ``name`` is "torch eager" or "torch compiled", ``version`` is PyTorch's.
     """
 
     tokens: Tensor
@@ -114,13 +113,18 @@ class Eager:
     ) -> None:
         """Make the model that the manifest of ``bundle`` describes.
 
-        ``threads`` sets PyTorch's threads for the whole process. ``checkpoint`` and ``tokenizer`` give weights where
-        random ones will not do. Raises EagerError, CheckpointError, OSError.
+        ``threads`` sets PyTorch's threads for the whole process. Weights are random, except with a ``checkpoint`` and
+        a ``tokenizer``. Raises BaselineError, CheckpointError, OSError.
         """
-        manifest = _manifest(Path(bundle))
-        self.config = _config(manifest, Path(bundle))
+        try:
+            manifest = read_manifest(bundle)
+            self.config, tokenizer_config = config_from_manifest(manifest), tokenizer_from_manifest(manifest)
+        except ManifestError as error:
+            raise BaselineError(f"{bundle}: {error}") from error
         self.device = _device(device)
-        self.dtype = torch.float32 if self.device.type == "cpu" else GPU_TYPE.get(manifest["precision"], torch.float16)
+        self.dtype = (
+            torch.float32 if self.device.type == "cpu" else TORCH_DTYPE.get(manifest["precision"], torch.float16)
+        )
         self.name = "torch compiled" if compiled else "torch eager"
         self.version: str = torch.__version__
         self.compiled = compiled
@@ -129,16 +133,16 @@ class Eager:
         if threads is not None:
             torch.set_num_threads(threads)
         if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # what the published script asks for
+            torch.set_float32_matmul_precision("high")  # as the published script does
         defaults = manifest["defaults"]
         self._sampling = Sampling(defaults["temperature"], defaults["top_k"], defaults["top_p"])
-        self._model = _filled(_without_weights(PAR, self.config), checkpoint, self.dtype, self.device)
-        self._vq = self._tokenizer(manifest["tokenizer"], tokenizer)
+        self._model = _with_weights(_without_weights(PAR, self.config), checkpoint, self.dtype, self.device)
+        self._vq = None if tokenizer_config is None else self._decoder(tokenizer_config, tokenizer)
         order = torch.from_numpy(token_order(self.config))
         self._place = torch.empty_like(order)
         self._place[order] = torch.arange(len(order))
         self._place = self._place.to(self.device)
-        # On CUDA also as one graph of kernels; on a CPU the mode changes nothing.
+        # On CUDA this mode also captures the step as one CUDA graph; on a CPU it changes nothing.
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         self._step: Callable[..., None] = (
             torch.compile(step, dynamic=False, fullgraph=True, mode=mode) if compiled else step
@@ -146,17 +150,13 @@ class Eager:
         self._state: State | None = None
         self._warm: set[tuple[int, bool, Sampling]] = set()
 
-    def _tokenizer(self, entry: dict[str, Any] | None, path: str | Path | None) -> VQModel | None:
-        if entry is None:
-            return None
-        vq = _without_weights(VQModel, VQConfig(**entry["config"]))
-        if path is None:  # the encoder has no part in generation; a checkpoint has all keys, and loses it below
-            del vq.encoder, vq.quant_conv
-        vq = _filled(vq, path, self.dtype, self.device)
-        for name in ("encoder", "quant_conv"):
-            if hasattr(vq, name):
-                delattr(vq, name)
-        return vq
+    def _decoder(self, config: VQConfig, path: str | Path | None) -> VQModel:
+        """The tokenizer without its encoder, which has no part in generation."""
+        vq = _without_weights(VQModel, config)
+        if path is not None:  # a checkpoint has the keys of both halves, so the encoder is removed after loading
+            vq = _with_weights(vq, path, self.dtype, self.device)
+        del vq.encoder, vq.quant_conv
+        return vq if path is not None else _with_weights(vq, None, self.dtype, self.device)
 
     @torch.no_grad()
     def run(
@@ -169,15 +169,15 @@ class Eager:
         calls: Collection[int] | None = None,
         decoder: bool = True,
     ) -> tuple[dict[str, list[float]], float]:
-        """Make a batch: image i of class i, drawn with ``seed + i``; ``guidance`` > 1 runs every image twice.
+        """Make a batch: image i of class i with the seed ``seed + i``; ``guidance`` > 1 runs every image twice.
 
         Returns the milliseconds of each call by phase (prefill, sequential, transition, group, decoder; phases without
-        calls are absent) and those of the whole batch, from labels to uint8 pixels. ``calls`` makes only these calls of
-        an image, counted from 0: every call attends over the full length, so any one costs what its phase costs.
-        ``decoder=False`` ends at tokens. Raises EagerError, MemoryError.
+        calls are absent) and the milliseconds of the whole batch, from labels to uint8 pixels. ``calls`` runs only
+        these calls of an image, counted from 0: every call attends over the full length, so all calls of a phase cost
+        the same. ``decoder=False`` ends at tokens. Raises BaselineError, MemoryError.
         """
         if images < 1:
-            raise EagerError(f"{images} images: expected 1 or more")
+            raise BaselineError(f"{images} images: expected 1 or more")
         sampling = Sampling(greedy=True) if greedy else self._sampling
         try:
             self._warm_up(images, guidance, sampling, decoder)
@@ -220,14 +220,14 @@ class Eager:
         return took, whole.laps_ms()[0]
 
     def _start(self, images: int, guidance: float, seed: int) -> State:
-        """The state of a new batch, in the buffers of the last one where the shape is the same.
+        """The state of a new batch, in the buffers of the last batch where the shape is the same.
 
-        Keys of the last batch remain: they are masked until they are written again.
+        The keys of the last batch stay in the caches: they are masked until they are overwritten.
         """
         c, guided = self.config, guidance > 1
         state = self._state
         if state is None or (len(state.tokens), state.guided) != (images, guided):
-            self._state = state = None  # given back first, so that two caches are never held
+            self._state = state = None  # freed first, so that memory never holds two caches
             state = self._state = self._buffers(images, guided)
         labels = torch.arange(images) % c.n_classes
         state.labels.copy_(torch.cat([labels, torch.full_like(labels, c.n_classes)]) if guided else labels)
@@ -252,31 +252,32 @@ class Eager:
         )
         for cache in caches:
             for tensor in (cache.k, cache.v):
-                tensor.fill_(0)  # touches every page now, not inside the first calls
+                tensor.fill_(0)  # maps every page now, and not within the first calls
         if self.compiled and device.type == "cuda":
-            # Graphs of kernels are replayed at fixed addresses; what a call writes must say that it stays where it is.
+            # A CUDA graph is replayed at fixed addresses; declare that the tensors that a call writes keep theirs.
             for tensor in (state.tokens, *(t for cache in caches for t in (cache.k, cache.v))):
                 torch._dynamo.mark_static_address(tensor)
         return state
 
     def _warm_up(self, images: int, guidance: float, sampling: Sampling, decoder: bool) -> None:
-        """One untimed call of each query length, and one of the decoder, for a new shape: compilation happens here."""
+        """For a new shape: untimed calls of each query length and of the decoder, in which compilation happens."""
         key = (images, guidance > 1, sampling)
         if key in self._warm:
             return
         state = self._start(images, guidance, 0)
-        # A captured graph of kernels is recorded on the second call and replayed from the third.
+        # A CUDA graph is recorded in the second call and replayed from the third.
         for _ in range(3 if self.compiled else 1):
             for first, query in {phase.query: (phase.start, phase.query) for phase in phases(self.config)}.values():
                 positions = torch.arange(first, first + query, device=self.device)
                 try:
                     self._step(self._model, state, positions, sampling)
                 except torch._dynamo.exc.TorchDynamoException as error:
-                    told = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-                    reason = told[1] if told[0].endswith(":") and len(told) > 1 else told[0]  # who raised, then what
-                    raise EagerError(
-                        f"torch.compile of PyTorch {self.version} failed ({reason}); leave the compiled baseline out, or "
-                        "install what it misses (a C++ compiler with Python's headers on a CPU, Triton on CUDA)"
+                    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+                    # The first line may only name the part of the compiler that raised.
+                    reason = lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+                    raise BaselineError(
+                        f"torch.compile of PyTorch {self.version} failed ({reason}); leave the compiled baseline out, "
+                        "or install what is missing (a C++ compiler with Python's headers on a CPU, Triton on CUDA)"
                     ) from error
         if decoder and self._vq is not None:
             decode(self._vq, state.tokens, self._place, self.config.grid[1:])
@@ -284,13 +285,14 @@ class Eager:
 
 
 class _Clock:
-    """Marks in time and the milliseconds between them: of the device's stream on CUDA, of the host elsewhere."""
+    """Marks in time and the milliseconds between them: on the device's stream for CUDA, else on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._marks: list[Any] = []
 
     def mark(self) -> None:
+        """Set a mark after the work that was issued so far."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -299,7 +301,7 @@ class _Clock:
             self._marks.append(time.perf_counter())
 
     def laps_ms(self) -> list[float]:
-        """Waits for the last mark."""
+        """The milliseconds between neighbouring marks. Waits for the last mark."""
         pairs = list(zip(self._marks, self._marks[1:], strict=False))
         if self._cuda:
             self._marks[-1].synchronize()
@@ -307,76 +309,51 @@ class _Clock:
         return [1e3 * (b - a) for a, b in pairs]
 
 
-def _manifest(bundle: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EagerError(
-            f"{bundle}: no manifest.json that can be read ({error}); give the folder of a bundle"
-        ) from error
-    return manifest
-
-
-def _config(manifest: dict[str, Any], bundle: Path) -> PARConfig:
-    m = manifest["model"]
-    config = PARConfig(
-        dim=m["dim"],
-        n_layers=m["n_layers"],
-        n_heads=m["n_heads"],
-        vocab_size=m["vocab_size"],
-        n_classes=m["n_classes"],
-        grid=tuple(manifest["grid"]),
-        group_size=manifest["group_size"],
-        order="raster" if manifest["order"] == sorted(manifest["order"]) else "distant",
-        sequential_initial=any(phase["name"] == "prefill" for phase in manifest["phases"]),
-    )
-    if token_order(config).tolist() != manifest["order"] or config.ffn_dim != m["ffn_dim"]:
-        raise EagerError(
-            f"{bundle}: this PyTorch model knows no such order or feed-forward width; export the bundle again"
-        )
-    return config
-
-
 def _device(name: str) -> torch.device:
+    """The device called ``name``. Raises BaselineError where it is a GPU that PyTorch cannot use."""
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise EagerError(
+        raise BaselineError(
             f"device {name}: PyTorch {torch.__version__} sees no CUDA device; give cpu, or install its CUDA build"
         )
     return device
 
 
 def _check_compiler(device: torch.device) -> None:
-    """torch.compile writes C++ for a CPU; without a compiler it would fail late and at length."""
+    """Raise BaselineError where the C++ compiler is missing that torch.compile needs for a CPU.
+
+    torch.compile itself would raise late, with a long message.
+    """
     wanted = os.environ.get("CXX")
     if device.type == "cpu" and not any(shutil.which(name) for name in ([wanted] if wanted else ["g++", "clang++"])):
-        raise EagerError(
+        raise BaselineError(
             "torch.compile needs a C++ compiler, and there is none "
-            f"({f'CXX={wanted}' if wanted else 'no g++ or clang++ on the path'}); install one, or leave the compiled baseline out"
+            f"({f'CXX={wanted}' if wanted else 'no g++ or clang++ on the path'}); install one, or leave the compiled "
+            "baseline out"
         )
 
 
 def _without_weights(kind: Callable[[Any], Any], config: PARConfig | VQConfig) -> Any:
+    """A module of ``kind`` on the device "meta": shapes without memory."""
     with torch.device("meta"):
         return kind(config)
 
 
-def _filled(model: Any, path: str | Path | None, dtype: torch.dtype, device: torch.device) -> Any:
-    """``model``, made without weights, with those of the checkpoint at ``path``, or with random ones."""
-    bound = (
-        3**0.5 * INIT_STD
-    )  # a uniform draw of the deviation that training begins with, twice as fast as a normal one
+def _with_weights(model: Any, path: str | Path | None, dtype: torch.dtype, device: torch.device) -> Any:
+    """``model``, which has no weights, with those of the checkpoint at ``path``, or with random ones, in eval mode."""
+    # Uniform numbers with the standard deviation of the initial weights; they are made twice as fast as normal ones.
+    bound = 3**0.5 * INIT_STD
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            fresh = torch.empty(parameter.shape, dtype=dtype, device=device)
+            values = torch.empty(parameter.shape, dtype=dtype, device=device)
             if path is not None:
                 pass  # loaded below
-            elif parameter.ndim > 1:  # the head too: with a head of zeros all logits would tie
-                fresh.uniform_(-bound, bound, generator=generator)
+            elif parameter.ndim > 1:  # the output head too: with a head of zeros all logits would be equal
+                values.uniform_(-bound, bound, generator=generator)
             else:
-                fresh.fill_(0.0 if name == "bias" else 1.0)
-            setattr(module, name, nn.Parameter(fresh, requires_grad=False))
+                values.fill_(0.0 if name == "bias" else 1.0)
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device))
     if path is not None:

@@ -1,4 +1,7 @@
-"""The numbers that fix a PAR model, and the table of named sizes (paper, table 6; spec of the checkpoints)."""
+"""The numbers that define a PAR model and its tokenizer, and the table of named sizes.
+
+Source: paper, table 6; the heads, and what no table lists, from the published checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Order = Literal["distant", "raster"]
-NORM_EPS = 1e-5  #: of every RMSNorm
+ORDERS: tuple[Order, ...] = ("distant", "raster")  #: the first is the method, the second an ablation
+NORM_EPS = 1e-5  #: epsilon of every RMSNorm
 
 
 @dataclass(frozen=True)
 class PARConfig:
-    """Architecture of one model, validated once.
+    """Architecture of one model. Raises ValueError for numbers that do not fit each other.
 
     Letters: T x H x W grid (T = 1 for images), N = T*H*W tokens, n tokens per group, V codes, d width,
     D head size. ``group_size=1`` is plain raster autoregression (LlamaGen).
@@ -25,12 +29,11 @@ class PARConfig:
     n_classes: int = 1000
     grid: tuple[int, int, int] = (1, 24, 24)
     group_size: int = 4
-    # Ablations of the paper (table 4). The defaults are the method.
+    # Ablations of the paper (table 4). The defaults are the method itself.
     order: Order = "distant"  #: "raster": a group is n neighbours of the raster order
     sequential_initial: bool = True  #: False: the first group is generated in parallel too
     causal_groups: bool = False  #: True: causal attention inside a group
-    # Training only; generation and export ignore it.
-    dropout: float = field(default=0.0, compare=False)
+    dropout: float = field(default=0.0, compare=False)  #: of the training; generation and export ignore it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(int(g) for g in self.grid))
@@ -52,7 +55,8 @@ class PARConfig:
         n, s = self.group_size, math.isqrt(self.group_size)
         if s * s != n:
             raise ValueError(
-                f"group_size={n} is not a square; expected 1, 4, 9, 16, ... (a group takes one token in each of s x s regions)"
+                f"group_size={n} is not a square; expected 1, 4, 9, 16, ... (a group takes one token in each of s x s "
+                "regions)"
             )
         if height % s or width % s:
             raise ValueError(f"a grid of {height}x{width} does not split into {s}x{s} equal regions (group_size={n})")
@@ -63,22 +67,22 @@ class PARConfig:
 
     @property
     def head_dim(self) -> int:
-        """D."""
+        """D, the width of one attention head."""
         return self.dim // self.n_heads
 
     @property
     def n_tokens(self) -> int:
-        """N."""
+        """N, the tokens of one image or video."""
         t, h, w = self.grid
         return t * h * w
 
     @property
     def ffn_dim(self) -> int:
-        """Two thirds of 4d, rounded up to a multiple of 256."""
+        """Width of the feed-forward layers: two thirds of 4d, rounded up to a multiple of 256."""
         return -(-int(2 * (4 * self.dim) / 3) // 256) * 256
 
 
-#: name -> (d, layers, heads). Nothing else differs between the published sizes.
+#: name -> (d, layers, heads); the published sizes differ in nothing else. "tiny" is ours.
 SIZES: dict[str, tuple[int, int, int]] = {
     "tiny": (256, 8, 4),
     "B": (768, 12, 12),
@@ -90,7 +94,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 
 def named(size: str, **changes: Any) -> PARConfig:
-    """The config of a named size; ``changes`` are further fields of :class:`PARConfig`."""
+    """The configuration of a named size; ``changes`` are further fields of :class:`PARConfig`. Raises ValueError."""
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)}")
     dim, n_layers, n_heads = SIZES[size]
@@ -99,7 +103,10 @@ def named(size: str, **changes: Any) -> PARConfig:
 
 @dataclass(frozen=True)
 class VQConfig:
-    """Architecture of the tokenizer. The defaults are VQ-16: 71,883,403 parameters, 344 keys."""
+    """Architecture of the tokenizer. The defaults are VQ-16: 71,883,403 parameters, 344 keys.
+
+    Raises ValueError for numbers that do not fit each other.
+    """
 
     codebook_size: int = 16384
     codebook_dim: int = 8

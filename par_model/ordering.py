@@ -1,6 +1,7 @@
 """Order, input layout, visibility and phases of PAR on a T x H x W grid. No torch here.
 
-One module owns these facts; the model, the export and (through the manifest) the runtime read them here.
+These facts are defined in this module only. The model and the export import it; the runtime gets the numbers through
+the manifest of a bundle.
 
 ``k`` is a token's index in sequence order, ``p`` an input position. Input positions hold
 
@@ -9,7 +10,8 @@ One module owns these facts; the model, the export and (through the manifest) th
     n+1 .. 2n-1  learnable tokens M_1..M_{n-1} (no rotary angle)
     p >= 2n      z[p-n]
 
-and the output at position p predicts z[p], for every p. Source: paper 3.2 and 3.3, reference behaviour.
+and the output at position p predicts z[p], for every p. Source: paper, sections 3.2 and 3.3, and the behaviour of the
+published code.
 Without sequential initial tokens (ablation) the class and the learnable tokens are positions 0 .. n-1.
 """
 
@@ -32,7 +34,7 @@ def token_order(config: PARConfig) -> np.ndarray:
     """Raster index (frame, row, column) of every token in sequence order: [N] int64.
 
     Distant order: groups take local positions in raster order; within a group, regions in raster order.
-    Video (ours, nothing public settles it): frame, then local position, then region.
+    Video (ours, because nothing published defines it): frame, then local position, then region.
     """
     frames, height, width = config.grid
     if config.order == "raster":
@@ -58,14 +60,14 @@ def input_kinds(config: PARConfig) -> tuple[np.ndarray, np.ndarray]:
     initial = n if config.sequential_initial else 0
     kind = [CLASS] + [TOKEN] * initial + [LEARNABLE] * (n - 1)
     index = [0, *range(initial), *range(n - 1)]
-    rest = total - len(kind)
-    kind += [TOKEN] * rest
-    index += range(initial, initial + rest)
+    remaining = total - len(kind)
+    kind += [TOKEN] * remaining
+    index += range(initial, initial + remaining)
     return np.array(kind, dtype=np.int64), np.array(index, dtype=np.int64)
 
 
 def visible_length(config: PARConfig) -> np.ndarray:
-    """How many input positions, counted from 0, the row at each position sees: [N] int64."""
+    """How many input positions, counted from 0, each position may attend to: [N] int64."""
     p = np.arange(config.n_tokens, dtype=np.int64)
     if config.causal_groups:
         return p + 1
@@ -87,7 +89,7 @@ class Phase:
 
 
 def phases(config: PARConfig) -> tuple[Phase, ...]:
-    """The calls of one image, in order: n + N/n - 1 of them (spec, 2)."""
+    """The calls of one image, in order: n + N/n - 1 of them (paper, section 3.2). A phase may have none."""
     n, total = config.group_size, config.n_tokens
     if not config.sequential_initial:
         return (Phase("transition", n, 1, 0), Phase("group", n, total // n - 1, n))
@@ -100,16 +102,17 @@ def phases(config: PARConfig) -> tuple[Phase, ...]:
 
 
 def call_count(config: PARConfig) -> int:
-    """Model calls per image or video."""
+    """Calls of the model per image or video."""
     return sum(phase.repeat for phase in phases(config))
 
 
 def rotary_table(config: PARConfig, base: float = 10000.0) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin [N, D/2] float32 by input position; zero rows for class and learnable tokens.
 
-    Images: the first D/4 pairs turn with the row, the others with the column, frequencies
-    base^(-2i/(D/2)). Video (ours): a third of the pairs each for row and column, the rest, first, for the frame.
-    A zero row makes q and k zero vectors ("no position"), not unrotated ones: the weights were trained so.
+    Images: the first D/4 pairs are rotated by the row, the others by the column, with frequencies base^(-2i/(D/2)).
+    Video (ours): a third of the pairs is rotated by the row and a third by the column; the remaining pairs come first
+    and are rotated by the frame. A zero row turns q and k into zero vectors ("no position"); it does not leave them
+    unrotated. The published weights were trained this way.
     """
     pairs = config.head_dim // 2
     if config.grid[0] == 1:
@@ -120,7 +123,7 @@ def rotary_table(config: PARConfig, base: float = 10000.0) -> tuple[np.ndarray, 
     place = token_coordinates(config)[np.where(kind == TOKEN, index, 0)]  # [N, 3]
     angles = []
     for axis, count in enumerate(split):
-        # fp32 throughout, in the reference's order of operations, so that cos and sin round alike.
+        # fp32 throughout, in the published code's order of operations, so that cos and sin are rounded alike.
         i = np.arange(count, dtype=np.float32)
         frequency = np.float32(1.0) / np.power(
             np.float32(base), i * 2 / np.float32(2 * max(count, 1)), dtype=np.float32

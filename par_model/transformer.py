@@ -1,7 +1,8 @@
-"""The PAR transformer: a pre-norm Llama whose output at position p predicts token p. Read top-down.
+"""The PAR transformer: a pre-norm Llama in which the output at position p predicts token p. Read top-down.
 
-Module names are the published checkpoint's key names. The phases of cached generation are functions in
-``generate.py``; ONNX is not mentioned here. Source: paper 3.3 and reference behaviour.
+Modules have the key names of the published checkpoints. The phases of cached generation are functions in
+``generation.py``; ONNX graphs are written by ``par_export``. Source: paper, section 3.3, and the behaviour of the
+published code.
 
 Letters: B sequences, N tokens, q positions of one call, S cache slots, V codes, d width, H heads, D head size.
 """
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from par_model.config import NORM_EPS, PARConfig
 from par_model.ordering import LEARNABLE, TOKEN, input_kinds, rotary_table, visible_length
 
-INIT_STD = 0.02
+INIT_STD = 0.02  #: standard deviation of the initial weights
 
 
 class PAR(nn.Module):
@@ -60,8 +61,8 @@ class PAR(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced logits [B,N,V] fp32 of ``tokens`` [B,N] in sequence order and ``labels`` [B].
 
-        Label ``n_classes`` is "no class". Row p predicts ``tokens[:, p]`` from what position p sees.
-        Raises ValueError on another shape or an id out of range.
+        Label ``n_classes`` is "no class". The logits at p predict ``tokens[:, p]`` from the inputs that p may attend
+        to. Raises ValueError for another shape or a label out of range.
         """
         c = self.config
         if tokens.ndim != 2 or tokens.shape[1] != c.n_tokens:
@@ -89,14 +90,17 @@ class PAR(nn.Module):
         return x
 
     def blocks(self, x: Tensor, positions: Tensor, mask: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """All layers over ``x`` [B,q,d] at input ``positions`` [q]; ``mask`` [q, keys] is true where visible."""
+        """All layers over ``x`` [B,q,d] at input ``positions`` [q]: [B,q,d]. ``mask`` [q,keys] is true where visible.
+
+        With ``caches``, one per layer, the keys are those of the cache slots 0 .. keys-1.
+        """
         cos, sin = self.cos[positions], self.sin[positions]
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, positions, None if caches is None else caches[i])
         return x
 
     def head(self, x: Tensor) -> Tensor:
-        """Logits [B,q,V] fp32."""
+        """Logits [B,q,V] fp32 of ``x`` [B,q,d]."""
         logits: Tensor = self.output(self.norm(x)).float()
         return logits
 
@@ -110,7 +114,7 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def update(self, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Write ``k``, ``v`` [B,H,q,D] at ``positions`` [q]; returns views [B,H,length,D], reused by the next call."""
+        """Write ``k``, ``v`` [B,H,q,D] at ``positions`` [q]; returns views of the caches, [B,H,length,D]."""
         self.k[:, :, positions] = k
         self.v[:, :, positions] = v
         return self.k[:, :, :length], self.v[:, :, :length]
@@ -129,12 +133,13 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, cache: KVCache | None
     ) -> Tensor:
+        """``x`` [B,q,d] after this layer: [B,q,d]; the arguments are those of :meth:`PAR.blocks`, for one layer."""
         x = x + self.attention(self.attention_norm(x), cos, sin, mask, positions, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Attention(nn.Module):
-    """Multi-head attention, as many KV heads as heads, scale 1/sqrt(D), no biases, no QK norm."""
+    """Multi-head attention: keys and values have as many heads as queries; scale 1/sqrt(D), no biases, no QK norm."""
 
     def __init__(self, config: PARConfig) -> None:
         super().__init__()
@@ -146,6 +151,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor, cache: KVCache | None
     ) -> Tensor:
+        """The attention of a layer, [B,q,d] of normed ``x`` [B,q,d]; the arguments are those of :meth:`PAR.blocks`."""
         b, q, d = x.shape
         query, key, value = (
             self.wqkv(x).view(b, q, 3, self.n_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -168,17 +174,19 @@ class FeedForward(nn.Module):
         self.ffn_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` [...,d] to [...,d]."""
         return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in fp32, cast back, then times the gain."""
+    """Root-mean-square norm: computed in fp32, cast back, then multiplied by the gain."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` [...,d] to [...,d], in the dtype of ``x``."""
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + NORM_EPS)
         return y.type_as(x) * self.weight
@@ -193,7 +201,7 @@ class ClassEmbedding(nn.Module):
 
 
 class LearnableTokens(nn.Module):
-    """M_1 .. M_{n-1}: fed once, beside the last initial token, to open the first parallel group."""
+    """M_1 .. M_{n-1}: fed once, after the last initial token, in the call that makes the first parallel group."""
 
     def __init__(self, count: int, dim: int) -> None:
         super().__init__()
@@ -211,5 +219,6 @@ def check_labels(labels: Tensor, n_classes: int) -> None:
     """Raise ValueError unless every label is a class or ``n_classes`` ("no class")."""
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > n_classes):
         raise ValueError(
-            f"labels lie in {int(labels.min())}..{int(labels.max())}; expected 0..{n_classes - 1}, or {n_classes} for no class"
+            f"labels lie in {int(labels.min())}..{int(labels.max())}; expected 0..{n_classes - 1}, or {n_classes} for "
+            "no class"
         )

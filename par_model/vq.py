@@ -1,8 +1,8 @@
-"""The image tokenizer: a VQGAN whose defaults are VQ-16 (16x downsampling, 16384 codes of 8).
+"""The image tokenizer: a VQGAN. The defaults are VQ-16 (16x downsampling, 16384 codes of 8).
 
-Read top-down: model, encoder, decoder, then the blocks; ``VQConfig`` is in ``config.py``. Module names are the published
-checkpoint's key names, so ``load_state_dict`` takes ``vq_ds16_c2i.pt`` as it is.
-Source: paper section 4.1 (the tokenizer is LlamaGen's) and the reference behaviour.
+Read top-down: model, encoder, decoder, then the blocks; ``VQConfig`` is in ``config.py``. Modules have the key names
+of the published checkpoint, so ``load_state_dict`` takes ``vq_ds16_c2i.pt`` as it is. Source: paper, section 4.1 (the
+tokenizer is LlamaGen's), and the behaviour of the published code.
 
 Letters: B images, F downsampling factor, h = H/F and w = W/F code rows and columns.
 """
@@ -32,7 +32,7 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Turn ``images`` [B,3,H,W] in [-1,1] into code ids [B,h,w] int64 (nearest code)."""
+        """Code ids [B,h,w] int64 of ``images`` [B,3,H,W] in [-1,1]: the nearest codes. Raises ValueError."""
         factor = self.config.downsampling
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
             raise ValueError(
@@ -42,7 +42,7 @@ class VQModel(nn.Module):
         return self.quantize.nearest(self.quant_conv(self.encoder(images)))
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Turn code ids [B,h,w] into images [B,3,H,W], nominally in [-1,1], not clamped."""
+        """Images [B,3,H,W] of code ids [B,h,w], nominally in [-1,1], not clamped. Raises ValueError."""
         if ids.ndim != 3:
             raise ValueError(f"ids have shape {tuple(ids.shape)}; expected [B,h,w]")
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.config.codebook_size):
@@ -53,7 +53,7 @@ class VQModel(nn.Module):
         return self.decode_codes(self.quantize.lookup(ids))
 
     def decode_codes(self, codes: Tensor) -> Tensor:
-        """Decode normalised codes [B,codebook_dim,h,w] to images [B,3,H,W]."""
+        """Images [B,3,H,W], not clamped, of normalised codes [B,codebook_dim,h,w]."""
         return self.decoder(self.post_quant_conv(codes))
 
 
@@ -71,7 +71,7 @@ class Quantizer(nn.Module):
         """Ids [B,h,w] of the codes nearest to ``z`` [B,codebook_dim,h,w]."""
         z = F.normalize(z.permute(0, 2, 3, 1), dim=-1)  # [B, h, w, c]
         codebook = F.normalize(self.embedding.weight, dim=-1)  # [V, c]
-        # Squared distance written out as the reference does, so that near-ties round alike.
+        # Squared distance written out as in the published code, so that near-ties are rounded alike.
         flat = z.reshape(-1, z.shape[-1])
         distance = (flat**2).sum(1, keepdim=True) + (codebook**2).sum(1) - 2 * flat @ codebook.T
         return distance.argmin(1).reshape(z.shape[:-1])
@@ -108,6 +108,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images [B,3,H,W] to features [B,z_channels,h,w]."""
         x = self.conv_in(x)
         for level in self.conv_blocks:
             x = level(x)
@@ -143,6 +144,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features [B,z_channels,h,w] to images [B,3,H,W]."""
         x = self.conv_in(x)
         for block in self.mid:
             x = block(x)
@@ -172,6 +174,7 @@ class Level(nn.Module):
         self.upsample = Upsample(out) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` [B,width,H,W] to [B,out,H',W']; H' and W' are half or twice as large where the level resamples."""
         for i, block in enumerate(self.res):
             x = block(x)
             if len(self.attn):
@@ -184,7 +187,7 @@ class Level(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm, swish, conv, twice; a 1x1 conv carries the input over where the width changes."""
+    """Twice norm, swish and convolution, plus the input; a 1x1 convolution of the input where the width changes."""
 
     def __init__(self, width: int, out: int, groups: int) -> None:
         super().__init__()
@@ -195,6 +198,7 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` [B,width,H,W] to [B,out,H,W]."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
         if self.nin_shortcut is not None:
@@ -203,7 +207,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """One attention head over all pixels, scale c^-0.5."""
+    """Attention with one head over all pixels, scale c^-0.5."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -214,6 +218,7 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` [B,width,H,W] to the same shape."""
         b, c, h, w = x.shape
         y = self.norm(x)
         q, k, v = (conv(y).reshape(b, c, h * w).transpose(1, 2) for conv in (self.q, self.k, self.v))
@@ -222,13 +227,14 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Pad right and below by one, then a stride-2 3x3 convolution."""
+    """One pixel of padding on the right and below, then a 3x3 convolution of stride 2."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` [B,width,H,W] to [B,width,H/2,W/2]."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -240,6 +246,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x`` [B,width,H,W] to [B,width,2H,2W]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 

@@ -29,8 +29,7 @@ from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph, WeightTable
 from par_export.staging import TargetError, staging
 from par_export.weights import Weights, write_tokenizer_weights, write_weights
-from par_model.checkpoint.facts import downsampling
-from par_model.checkpoint.model import Checkpoint, CheckpointError, infer, open_checkpoint, vq_config
+from par_model.checkpoint import Checkpoint, CheckpointError, downsampling, infer, open_checkpoint, vq_config
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import CLASS, TOKEN, Phase, input_kinds, phases, token_order
 from par_runtime import __version__

@@ -8,7 +8,6 @@ say so: their self-test is empty, so ``Pipeline.load`` refuses them unless told 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +21,11 @@ from torch import Tensor, nn
 from par_export.bundle import SELFTEST_GUIDANCE, describe, write_graphs, write_manifest
 from par_export.graphs.writer import WEIGHTS_FILE, WeightTable
 from par_export.weights import Weights, write_rotary, write_tokenizer_weights, write_weights
-from par_model.checkpoint.model import Checkpoint
+from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig, VQConfig, named
+from par_model.manifest import config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.transformer import INIT_STD, PAR
 from par_model.vq import VQModel
-from par_runtime.bundle import MANIFEST
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError
 
@@ -155,18 +154,9 @@ def like(path: str | Path, group_size: int, out: str | Path) -> Path:
     Raises BundleError where the bundle at ``path`` cannot be read, or its grid does not take ``group_size``.
     """
     try:
-        manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
-        m, tokenizer = manifest["model"], manifest["tokenizer"]
-        config = PARConfig(
-            dim=m["dim"],
-            n_layers=m["n_layers"],
-            n_heads=m["n_heads"],
-            vocab_size=m["vocab_size"],
-            n_classes=m["n_classes"],
-            grid=tuple(manifest["grid"]),
-            group_size=group_size,
-        )
-        vq = None if tokenizer is None else VQConfig(**tokenizer["config"])
+        manifest = read_manifest(path)
+        config = replace(config_from_manifest(manifest), group_size=group_size)
+        vq = tokenizer_from_manifest(manifest)
         # Whatever a quantised bundle stores, its twin's full weights stand for: see the row's "precision".
         precision = manifest["precision"] if manifest["precision"] in DTYPE else "fp16"
         defaults = manifest["defaults"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from par_export.graphs.step import padded_head_dim
 from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import Stored, WeightTable
-from par_model.checkpoint.model import Checkpoint
+from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig
 from par_model.ordering import rotary_table
 

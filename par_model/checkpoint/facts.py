@@ -1,7 +1,8 @@
-"""What a checkpoint file says of heads and grid, which the shapes of weights do not show, and from what it follows.
+"""The number of heads and the token grid, which the shapes of the weights do not show, and where each comes from.
 
-Files of ``parvis train`` say both. Others may hold a rotary table (``freqs_cis``) or a cache (``kv_cache``) from which
-they follow, or the arguments of their training. What is left is assumed by the named sizes, and told as assumed.
+Files of ``parvis train`` contain both. Other files may hold a rotary table (``freqs_cis``) or a cache (``kv_cache``)
+that they follow from, or the arguments of their training. Otherwise the named sizes decide, and the grid is reported
+as assumed.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from par_model.checkpoint.pickle import CheckpointError
+from par_model.checkpoint.errors import CheckpointError
 from par_model.config import SIZES
 
 Grid = tuple[int, int, int]
 PUBLISHED_GRID: Grid = (1, 24, 24)
-DOWNSAMPLING = 16  #: of the published tokenizer, where arguments name an image size alone
-GPT = "GPT-"  #: the published code's name of a size: "GPT-XL"
+DOWNSAMPLING = 16  #: of the published tokenizer, for arguments with an image size only
+GPT = "GPT-"  #: begins the published code's name of a size: "GPT-XL"
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A value of the model, and from what it follows, in words."""
+    """A value of the model, and where it comes from, in words."""
 
     value: Any
     source: str
@@ -31,7 +32,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the shapes of the weights show."""
+    """The sizes that the shapes of the weights show."""
 
     dim: int
     n_layers: int
@@ -41,7 +42,7 @@ class Sizes:
 
     @property
     def name(self) -> str | None:
-        """Of the named size with this width and depth."""
+        """The name of the named size with this width and depth; None where there is none."""
         return next((name for name, size in SIZES.items() if size[:2] == (self.dim, self.n_layers)), None)
 
 
@@ -53,10 +54,10 @@ def whole(value: object) -> int | None:
 def heads(
     path: Path, sizes: Sizes, saved: Mapping[str, Any], args: Mapping[str, Any], left: Mapping[str, Any]
 ) -> Fact | None:
-    """The number of attention heads; None where nothing says it. Raises CheckpointError for contradictions.
+    """The number of attention heads; None where it follows from nothing. Raises CheckpointError for contradictions.
 
-    ``saved``: the config of ``parvis train``; ``args``: the arguments of a training; ``left``: key -> shape of what
-    the published code leaves in its files.
+    ``saved``: the config of ``parvis train``; ``args``: the arguments of a training; ``left``: key -> shape of the
+    buffers that the published code saves with its weights.
     """
     facts = []
     if "n_heads" in saved:
@@ -67,8 +68,8 @@ def heads(
         size = 2 * table[1]
         if sizes.dim % size:
             raise CheckpointError(
-                f"{path}: its freqs_cis {table} is for heads of {size}, which the width {sizes.dim} is no multiple of; "
-                "save the state dict without it, and give --heads"
+                f"{path}: its freqs_cis {table} is for heads of {size}, which the width {sizes.dim} is no multiple "
+                "of; save the state dict without it, and give --heads"
             )
         facts.append(Fact(sizes.dim // size, f"the file's freqs_cis {table}"))
     caches = sorted(key for key, shape in left.items() if key.endswith("k_cache") and len(shape) == 4)
@@ -84,7 +85,10 @@ def heads(
 def grid(
     path: Path, sizes: Sizes, saved: Mapping[str, Any], args: Mapping[str, Any], left: Mapping[str, Any]
 ) -> Fact | None:
-    """The token grid, like :func:`heads`."""
+    """The token grid (T, H, W); None where it follows from nothing.
+
+    Arguments and errors are those of :func:`heads`.
+    """
     facts = []
     if "grid" in saved:
         given = saved["grid"]
@@ -117,8 +121,8 @@ def check_args(path: Path, sizes: Sizes, args: Mapping[str, Any]) -> None:
         ("vocab_size", sizes.vocab_size, "codes"),
         ("num_classes", sizes.n_classes, "classes and one row for no class"),
     ):
-        if (said := whole(args.get(key))) and said != have:
-            wrong.append(f"{key} {said}, the weights have {have} {what}")
+        if (value := whole(args.get(key))) and value != have:
+            wrong.append(f"{key} {value}, the weights have {have} {what}")
     if wrong:
         raise CheckpointError(
             f"{path}: its args say {' and '.join(wrong)}; give the file of one training, or the state dict alone"
@@ -126,33 +130,37 @@ def check_args(path: Path, sizes: Sizes, args: Mapping[str, Any]) -> None:
 
 
 def downsampling(args: Mapping[str, Any]) -> int | None:
-    """Pixels per token that the arguments of a training name."""
+    """Pixels per token in each direction by the arguments of a training; None where they do not contain it."""
     return whole(args.get("downsample_size"))
 
 
 def grid_text(value: Sequence[int]) -> str:
+    """A grid (T, H, W) as text: "1x24x24"."""
     return "x".join(map(str, value))
 
 
 def _agreed(path: Path, what: str, facts: list[Fact], text: Any, option: str) -> Fact | None:
-    """The first of ``facts``, if all say the same."""
+    """The first of ``facts``; None without any. Raises CheckpointError where their values differ."""
     for other in facts[1:]:
         if other.value != facts[0].value:
             raise CheckpointError(
-                f"{path}: contradicts itself: {what} {text(facts[0].value)} by {facts[0].source}, {text(other.value)} by "
-                f"{other.source}; give {option} to settle it"
+                f"{path}: contradicts itself: {what} {text(facts[0].value)} by {facts[0].source}, {text(other.value)} "
+                f"by {other.source}; give {option} to settle it"
             )
     return facts[0] if facts else None
 
 
 def _rotary(left: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The shape (rows, D/2, 2) of the published code's rotary table; None where the file has none of that form."""
+    """The shape (rows, D/2, 2) of the published code's rotary table; None where the file has no such table."""
     shape = left.get("freqs_cis")
     return tuple(shape) if shape is not None and len(shape) == 3 and shape[2] == 2 and 0 not in shape else None
 
 
 def _side(rows: int, n: int) -> int | None:
-    """L of a rotary table with a row for each of L*L tokens, one for the class, and maybe one for each learnable token."""
+    """The side L of a square grid, by the ``rows`` of a rotary table; None where no L fits.
+
+    The table has a row for each of L*L tokens, one for the class, and in some files n-1 for the learnable tokens.
+    """
     for extra in (1, n):
         side = math.isqrt(max(rows - extra, 0))
         if side and side * side == rows - extra and side % math.isqrt(n) == 0:

@@ -1,6 +1,6 @@
-"""Which file a checkpoint is, and in which format: ``torch.save``, safetensors, sharded safetensors.
+"""Which file a path means, and in which format it is: ``torch.save``, safetensors, sharded safetensors.
 
-Nothing here looks at what the tensors are; nothing in a pickle is ever run.
+This module does not look at the tensors. Nothing in a pickle is ever run.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from par_model.checkpoint.pickle import CheckpointError as CheckpointError  # part of this module
+from par_model.checkpoint.errors import CheckpointError
 from par_model.checkpoint.pickle import read_pickle
 
 INDEX = ".safetensors.index.json"
-#: What FSDP training writes the weights as, beside one file per rank with the optimizer's.
+#: The file of the weights in a folder of FSDP training; the other files hold the optimizer's state, one per rank.
 CONSOLIDATED = "consolidated.pth"
 
 
 def read(path: Path) -> dict[Any, Any]:
-    """The content of the checkpoint at ``path``, its tensors mapped from the file. Keys may be anything still.
+    """The content of the checkpoint at ``path``, its tensors mapped from the file. Keys and values are not checked.
 
     A ``.pt`` file (or any other of ``torch.save``), a ``.safetensors`` file, an index of sharded safetensors
     (``model.safetensors.index.json``), or the folder that holds one of these. Raises CheckpointError, OSError.
@@ -35,13 +35,16 @@ def read(path: Path) -> dict[Any, Any]:
 
 
 def _in_folder(folder: Path) -> Path:
-    """The checkpoint in a folder: its index of shards, else FSDP's consolidated weights, else its only checkpoint file."""
-    found = sorted(folder.glob(f"*{INDEX}")) or sorted(folder.glob(CONSOLIDATED))
-    found = found or sorted(file for kind in ("safetensors", "pt", "pth") for file in folder.glob(f"*.{kind}"))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found[:4]) or "no .pt, .safetensors or index of shards"
+    """The checkpoint in a folder: an index of shards, else FSDP's consolidated weights, else the only checkpoint file.
+
+    Raises CheckpointError where there is none, or more than one.
+    """
+    files = sorted(folder.glob(f"*{INDEX}")) or sorted(folder.glob(CONSOLIDATED))
+    files = files or sorted(file for kind in ("safetensors", "pt", "pth") for file in folder.glob(f"*.{kind}"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files[:4]) or "no .pt, .safetensors or index of shards"
         raise CheckpointError(f"{folder}: expected a folder with one checkpoint, found {names}; give the file itself")
-    return found[0]
+    return files[0]
 
 
 def _read_sharded(index: Path) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def _read_sharded(index: Path) -> dict[str, Any]:
     missing = [name for name in shards if not (index.parent / name).is_file()] if not outside else []
     if outside or missing:
         what = (
-            f"names files elsewhere ({outside[0]!r})"
+            f"names files outside its folder ({outside[0]!r})"
             if outside
             else f"{len(missing)} shards are missing ({missing[0]})"
         )
@@ -66,9 +69,9 @@ def _read_sharded(index: Path) -> dict[str, Any]:
     for name in shards:
         tensors |= _read_safetensors(index.parent / name)
     if tensors.keys() != places.keys():
-        odd = sorted(tensors.keys() ^ places.keys())
+        differing = sorted(tensors.keys() ^ places.keys())
         raise CheckpointError(
-            f"{index}: shards and index do not agree about {', '.join(odd[:3])}; download all files again"
+            f"{index}: shards and index do not agree about {', '.join(differing[:3])}; download all files again"
         )
     return tensors
 

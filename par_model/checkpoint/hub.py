@@ -1,4 +1,4 @@
-"""Checkpoints by the name they have on the Hugging Face hub: ``hf://owner/repository/path/in/it@revision``."""
+"""Checkpoints by their name on the Hugging Face hub: ``hf://owner/repository/path/in/it@revision``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from par_model.checkpoint.file import CheckpointError
+from par_model.checkpoint.errors import CheckpointError
 
 PREFIX = "hf://"
-EXPECTED = "expected hf://OWNER/REPOSITORY/FILE or hf://OWNER/REPOSITORY/FILE@REVISION, for instance hf://Epiphqny/PAR/PAR-XL-4x.pt"
+EXPECTED = (
+    "expected hf://OWNER/REPOSITORY/FILE or hf://OWNER/REPOSITORY/FILE@REVISION, for instance "
+    "hf://Epiphqny/PAR/PAR-XL-4x.pt"
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class HubFile:
 
     @staticmethod
     def parse(name: str) -> HubFile:
-        """Raises CheckpointError."""
+        """The file that ``name`` names. Raises CheckpointError."""
         match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@]+)(?:@([\w./-]+))?", name)
         if match is None or ".." in match.group(2).split("/"):
             raise CheckpointError(f"{name}: {EXPECTED}")
@@ -31,15 +34,16 @@ class HubFile:
 
     @property
     def address(self) -> str:
-        """Where a browser finds it."""
+        """The address that a browser downloads it from."""
         return f"https://huggingface.co/{self.repository}/resolve/{self.revision or 'main'}/{self.file}"
 
 
 def local(name: str | Path, say: Callable[[str], None] = print) -> Path:
-    """The local file of ``name``: a path as it is, a hub name after downloading it into the hub's own cache.
+    """The local file of ``name``: a path is returned as it is, a hub name is downloaded into the hub's own cache.
 
-    A branch may change, so without a commit the one that was taken is told: with it in the name, the next export takes
-    the same file. Raises CheckpointError with what to download by hand where the hub is not reached.
+    A branch may change. Where ``name`` gives no commit, ``say`` gets a line with the commit that was downloaded, so
+    that the next export can name the same file. Raises CheckpointError; where the hub cannot be reached, the message
+    names the address to download by hand.
     """
     text = str(name)
     if not text.startswith(PREFIX):
@@ -63,18 +67,18 @@ def local(name: str | Path, say: Callable[[str], None] = print) -> Path:
         raise CheckpointError(
             f"{text}: needs the package huggingface_hub: pip install huggingface_hub, or {by_hand}"
         ) from error
-    hub_logging.set_verbosity_error()  # it tells each of its retries; what they came to is told below
+    hub_logging.set_verbosity_error()  # it logs each retry; only the outcome is reported, below
     try:
         file = Path(hf_hub_download(wanted.repository, wanted.file, revision=wanted.revision))
     except RevisionNotFoundError as error:
         raise CheckpointError(
-            f"{text}: {wanted.repository} has no revision {wanted.revision!r}; leave it away for the newest"
+            f"{text}: {wanted.repository} has no revision {wanted.revision!r}; leave it out for the newest"
         ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{text}: no repository {wanted.repository!r}, or it is private: huggingface-cli login"
         ) from error
-    except EntryNotFoundError as error:  # LocalEntryNotFoundError, the hub not reached, is one of these too
+    except EntryNotFoundError as error:  # so is LocalEntryNotFoundError: the hub cannot be reached
         if "LocalEntryNotFound" in type(error).__name__:
             raise CheckpointError(f"{text}: the hub cannot be reached; {by_hand}") from error
         raise CheckpointError(f"{text}: {wanted.repository} has no file {wanted.file!r}") from error
@@ -85,13 +89,14 @@ def local(name: str | Path, say: Callable[[str], None] = print) -> Path:
     commit = _commit(file)
     if commit is not None and commit != wanted.revision:
         say(
-            f"{text}: is at commit {commit} today; {PREFIX}{wanted.repository}/{wanted.file}@{commit} names this very file"
+            f"{text}: is at commit {commit} today; {PREFIX}{wanted.repository}/{wanted.file}@{commit} names this very "
+            "file"
         )
     return file
 
 
 def _commit(file: Path) -> str | None:
-    """The commit that a file of the hub's cache is of: ``.../snapshots/COMMIT/path/in/repository``."""
+    """The commit of a file in the hub's cache (``.../snapshots/COMMIT/path/in/repository``); None for another path."""
     parts = file.parts
     commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else ""
     return commit if re.fullmatch(r"[0-9a-f]{40}", commit) else None

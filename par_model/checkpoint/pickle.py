@@ -1,9 +1,9 @@
-"""Files of ``torch.save``, read without running anything in them: tensors, plain values, and stand-ins for the rest.
+"""Files of ``torch.save``, read without running anything in them.
 
 torch's ``weights_only`` reader makes tensors and plain values, and refuses every other object. Training files hold a
-few more kinds beside their weights (``argparse.Namespace``, paths, numpy's numbers). Here each of their names is given
-to a stand-in of ours, so that not even these classes are called: numpy's own ``dtype`` takes flags from the file which
-let bytes be read as pointers. A name that is not in the table below is refused, and told.
+few more kinds beside their weights (``argparse.Namespace``, paths, numpy's numbers). Each of these names is mapped to
+a stand-in of ours, so that even these classes are never called: numpy's own ``dtype`` takes flags from the file, and
+with some of them bytes are read as pointers. A name that is not in the table below is refused, and the error names it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,11 @@ from typing import Any
 
 import torch
 
-LONGEST_MESSAGE = 1000
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message says what was given, what is expected and how to fix it.
-
-    One printable line, whatever names a file holds.
-    """
-
-    def __init__(self, message: str) -> None:
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}...")
+from par_model.checkpoint.errors import CheckpointError
 
 
 class Inert:
-    """Stands for a value that nobody needs: takes anything, keeps nothing."""
+    """Stands for a value that is not used: takes any arguments and keeps nothing."""
 
     def __init__(self, *_: object) -> None: ...
 
@@ -42,9 +31,9 @@ class Inert:
 
 
 class Arguments:
-    """Stands for ``argparse.Namespace``: its ``values`` by name, and no attribute that a file could choose."""
+    """Stands for ``argparse.Namespace``: its ``values`` by name; a file cannot set attributes of it."""
 
-    values: Mapping[str, Any] = MappingProxyType({})  # of the class: pickles call no ``__init__``
+    values: Mapping[str, Any] = MappingProxyType({})  # of the class, because unpickling calls no ``__init__``
 
     def __init__(self, *_: object) -> None: ...
 
@@ -53,7 +42,7 @@ class Arguments:
 
 
 class DType:
-    """Stands for ``numpy.dtype``: its code ("f8") and byte order, of which :func:`scalar` reads simple numbers."""
+    """Stands for ``numpy.dtype``: its code ("f8") and byte order, with which :func:`scalar` reads simple numbers."""
 
     order = "<"
     code: object = None
@@ -66,7 +55,7 @@ class DType:
             self.order = state[1]
 
 
-#: numpy's code -> that of ``struct``.
+#: numpy's code of a number -> the code in ``struct``.
 NUMBERS = {"f2": "e", "f4": "f", "f8": "d", "b1": "?"} | {
     f"{kind}{size}": letter if kind == "i" else letter.upper()
     for kind in "iu"
@@ -75,7 +64,7 @@ NUMBERS = {"f2": "e", "f4": "f", "f8": "d", "b1": "?"} | {
 
 
 def scalar(dtype: object = None, data: object = None, *_: object) -> object:
-    """Stands for a number of numpy: the same number of Python; None for what is no simple number."""
+    """Stands for a number of numpy: the same number of Python; None for anything other than a simple number."""
     if not isinstance(dtype, DType) or not isinstance(data, bytes) or not isinstance(dtype.code, str):
         return None
     code = dtype.order + NUMBERS.get(dtype.code, "")
@@ -83,25 +72,25 @@ def scalar(dtype: object = None, data: object = None, *_: object) -> object:
 
 
 def path(*parts: object) -> str:
-    """Stands for a path: its text."""
+    """Stands for a path: its parts as text."""
     return "/".join(part for part in parts if isinstance(part, str))
 
 
 def empty_dict(*_: object) -> dict[object, object]:
-    """Stands for a ``defaultdict``; its items follow."""
+    """Stands for a ``defaultdict``: an empty dict, which the reader then fills."""
     return {}
 
 
 def plain(mapping: object) -> dict[Any, Any]:
-    """A dict with the items of ``mapping``, a dict of any kind; empty for what is none.
+    """A dict with the items of ``mapping``, a dict of any kind; an empty dict for every other object.
 
-    A pickle may hang attributes of its choice on an ``OrderedDict``, methods' names among them; none is looked up here.
+    A pickle may set any attributes on an ``OrderedDict``, even those named like methods; none is looked up here.
     """
     return dict(dict.items(mapping)) if isinstance(mapping, dict) else {}
 
 
 def _stand_ins() -> dict[str, Callable[..., object]]:
-    """Name in the file -> what is made instead."""
+    """Name in the file -> what is made in its place."""
     names: dict[str, Callable[..., object]] = {
         "argparse.Namespace": Arguments,
         "types.SimpleNamespace": Arguments,
@@ -124,7 +113,9 @@ def read_pickle(file: Path) -> dict[Any, Any]:
     allowed: list[Any] = [(stand_in, name) for name, stand_in in _stand_ins().items()]
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols and old storages; errors follow where it matters
+            warnings.simplefilter(
+                "ignore"
+            )  # about pickle protocols and old storages; where it matters an error follows
             try:
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:
@@ -132,9 +123,9 @@ def read_pickle(file: Path) -> dict[Any, Any]:
                     raise
                 content = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except Exception as error:
-        # torch wraps the reason in advice to load unsafely, which must not reach anybody; the reason is the context.
+        # torch puts advice to load unsafely around the reason, which no user must see. The reason is the context.
         inner = error.__context__ if isinstance(error.__context__, Exception) else error
-        raise CheckpointError(_told(file, f"{inner}\n{error}")) from error
+        raise CheckpointError(_reason(file, f"{inner}\n{error}")) from error
     if not isinstance(content, dict):
         kind = "Namespace" if isinstance(content, Arguments) else type(content).__name__
         raise CheckpointError(f"{file}: holds a {kind}; expected a dict of tensors")
@@ -164,23 +155,23 @@ def _check_container(file: Path) -> None:
         )
 
 
-def _told(file: Path, reason: str) -> str:
-    """Torch's ``reason`` in one line."""
-    name = re.search(r"unsupported global:? (?:GLOBAL )?([\w.<>-]+)", reason, re.IGNORECASE)
+def _reason(file: Path, text: str) -> str:
+    """The message of an error: torch's ``text`` in one line, with what to do."""
+    name = re.search(r"unsupported global:? (?:GLOBAL )?([\w.<>-]+)", text, re.IGNORECASE)
     if name:
         return (
             f"{file}: holds something other than tensors and plain values ({name.group(1)}); it was not run; save the "
             "state dict alone with torch.save(model.state_dict(), path)"
         )
-    protocol = re.search(r"unsupported operand (\d+)", reason, re.IGNORECASE)
+    protocol = re.search(r"unsupported operand (\d+)", text, re.IGNORECASE)
     if protocol and int(protocol.group(1)) in (0x8C, 0x8E, 0x8F, 0x91, 0x92, 0x93, 0x94, 0x95, 0x96):
         return (
-            f"{file}: was pickled with protocol 4 or 5, which is not read without running it; save it with torch.save and no "
-            "pickle_protocol"
+            f"{file}: was pickled with protocol 4 or 5, which is not read without running it; save it with torch.save "
+            "and no pickle_protocol"
         )
     if protocol:
         return f"{file}: not a readable PyTorch checkpoint (no pickle of torch.save); {_copy(file)}"
-    first = next((line.strip() for line in reason.splitlines() if line.strip()), "") or "no reason given"
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "") or "no reason given"
     if "mmap" in first:
         first = "neither of the formats of torch.save"
     first = re.sub(r"\. This is an internal miniz error.*|\s*\(Could this error message.*", "", first)[:200]
@@ -188,4 +179,6 @@ def _told(file: Path, reason: str) -> str:
 
 
 def _copy(file: Path) -> str:
-    return f"the file may be truncated: compare its size ({file.stat().st_size} bytes) with the original's and copy it again"
+    """The advice for a file that is not whole."""
+    size = file.stat().st_size
+    return f"the file may be truncated: compare its size ({size} bytes) with the original's and copy it again"

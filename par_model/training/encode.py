@@ -1,38 +1,39 @@
-"""Turn a folder of images into token ids once, before training: ``parvis encode`` (paper 4.1)."""
+"""Turn a folder of images into token ids once, before training: ``parvis encode`` (paper, section 4.1)."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from par_model.checkpoint.model import CheckpointError, open_checkpoint, vq_config
-from par_model.training.run import ImageFolder, InputError, channels_last, command
+from par_model.training.run import ImageFolder, InputError, Parser, channels_last, guarded, load_tokenizer
 from par_model.vq import VQModel
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="parvis encode", description="Encode a folder of images to token ids (codes.npz).")
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``parvis encode``."""
+    p = Parser(prog="parvis encode", description="Encode a folder of images to token ids (codes.npz).")
     p.add_argument("--data", type=Path, required=True, help="folder with images.u8, labels.u8, meta.json")
     p.add_argument("--tokenizer", type=Path, required=True, help="checkpoint.pt of parvis train-tokenizer")
     p.add_argument("--out", type=Path, required=True, help="codes.npz to write")
     p.add_argument("--batch", type=int, default=64)
-    args = p.parse_args(argv)
-    return command(lambda: _encode(args))
+    return p
 
 
-def _encode(args: argparse.Namespace) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """``parvis encode``; returns the exit code."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write ``args.out``. Raises InputError, CheckpointError, OSError."""
     data = ImageFolder.open(args.data)
-    try:
-        checkpoint = open_checkpoint(args.tokenizer)
-        model = VQModel(vq_config(checkpoint))
-    except CheckpointError as error:
-        raise InputError(str(error)) from error
-    model.load_state_dict(dict(checkpoint.tensors))
-    codes = encode(model, data, args.batch)
+    codes = encode(load_tokenizer(args.tokenizer), data, args.batch)
     part = args.out.with_suffix(".part.npz")
     np.savez(part, codes=codes, labels=data.labels, class_names=np.array(data.class_names))
     os.replace(part, args.out)
@@ -41,7 +42,7 @@ def _encode(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def encode(model: VQModel, data: ImageFolder, batch: int) -> np.ndarray:
-    """Raster code ids [count,h,w] uint16 of every image."""
+    """Code ids [count,h,w] uint16 of every image, in raster order. Raises InputError for a codebook beyond uint16."""
     if model.config.codebook_size > 65536:
         raise InputError(f"codebook_size={model.config.codebook_size}; codes.npz holds ids up to 65535")
     channels_last(model).eval()

@@ -1,12 +1,14 @@
-"""What both trainers share: the data folder, the run folder (log, checkpoints, resume), EMA, schedule.
+"""What the trainers share: the data folder, the run folder (log, checkpoints, resuming), EMA, schedule, errors.
 
-A run folder holds ``log.jsonl`` (one line per report), ``checkpoint.pt`` (all that resuming needs), sample
-sheets and, at the end, ``model.pt`` (the averaged weights and their config, which is what is exported). A killed run continues with ``--resume`` from the last checkpoint, with the same batches
-that it would have seen: the batch of a step depends on the seed and the step alone.
+A run folder holds ``log.jsonl`` (one line per report), ``checkpoint.pt`` (everything that resuming needs), sheets of
+samples and, at the end, ``model.pt`` (the averaged weights and their configuration; this file is exported). A run that
+was killed continues with ``--resume`` from its last checkpoint, with the same batches that it would have had without
+the kill: the batch of a step depends on the seed and the step alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -16,11 +18,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from par_model.checkpoint import CheckpointError, open_checkpoint, vq_config
+from par_model.vq import VQModel
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,7 +34,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class InputError(Exception):
-    """Something given to a trainer that it cannot use; the message says what is expected and how to fix it."""
+    """An input that a trainer cannot use; the message states what is expected and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class ImageFolder:
 
     @staticmethod
     def open(path: Path) -> ImageFolder:
-        """Map the folder that ``models/recipe/render.mjs`` writes."""
+        """Map the folder that ``models/recipe/render.mjs`` writes. Raises InputError, OSError."""
         meta_path = path / "meta.json"
         if not meta_path.is_file():
             raise InputError(f"{path} holds no meta.json; expected the folder that models/recipe/render.mjs writes")
@@ -55,13 +60,13 @@ class ImageFolder:
         return ImageFolder(images, labels, list(meta["styles"]))
 
     def batch(self, index: np.ndarray) -> Tensor:
-        """Images [B,3,H,W] float32 in [-1,1], with ``index`` [B]."""
+        """The images at ``index`` [B]: [B,3,H,W] float32 in [-1,1]."""
         x = torch.from_numpy(np.ascontiguousarray(self.images[index]))
         return x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def batch_index(seed: int, step: int, batch: int, count: int) -> np.ndarray:
-    """Rows of step ``step``: a permutation of the data per epoch, cut into batches."""
+    """Rows [batch] of the data for step ``step``: a permutation of the ``count`` rows per epoch, cut into batches."""
     per_epoch = max(count // batch, 1)
     epoch, k = divmod(step, per_epoch)
     order = np.random.default_rng((seed, epoch)).permutation(count)
@@ -69,7 +74,7 @@ def batch_index(seed: int, step: int, batch: int, count: int) -> np.ndarray:
 
 
 def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.02) -> float:
-    """Learning rate: linear warm-up to ``peak``, then a cosine down to ``floor * peak``."""
+    """Learning rate of ``step``: linear warm-up to ``peak``, then a cosine down to ``floor * peak``."""
     if step < warmup:
         return peak * (step + 1) / warmup
     x = (step - warmup) / max(steps - warmup, 1)
@@ -77,12 +82,15 @@ def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.02)
 
 
 def channels_last(model: Module) -> Module:
-    """Lay the convolutions' weights out as CPU convolutions want them; numbers do not change. Returns ``model``."""
+    """Store the weights of convolutions in the layout that is fast on a CPU; values do not change.
+
+    Returns ``model``.
+    """
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class EMA:
-    """Exponential moving average of the weights; the average is what is exported."""
+    """Exponential moving average of the weights, key -> fp32 tensor in ``shadow``; the average is exported."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -90,16 +98,36 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (step + 1) / (step + 10))  # short memory at the start
+        """Move the average towards the weights of ``model`` after ``step``, counted from 0."""
+        decay = min(self.decay, (step + 1) / (step + 10))  # a short average at the start
         for key, value in model.state_dict().items():
             self.shadow[key].lerp_(value.float(), 1 - decay)
 
 
-def command(work: Callable[[], None]) -> int:
-    """Run a trainer's ``work``: 0, or 2 with one line on stderr for what the user can mend."""
+def load_tokenizer(path: Path) -> VQModel:
+    """The tokenizer of a checkpoint of ``parvis train-tokenizer``, with its weights.
+
+    Raises CheckpointError, OSError.
+    """
+    checkpoint = open_checkpoint(path)
+    model = VQModel(vq_config(checkpoint))
+    model.load_state_dict(dict(checkpoint.tensors))
+    return model
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as one line, as the other verbs of ``parvis`` print them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print ``message`` as one line and exit with code 2."""
+        self.exit(2, f"parvis: error: {message}; '{self.prog} --help' lists the options\n")
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Run ``work`` of a verb; returns the exit code: 0, or 2 with one line on stderr for an expected error."""
     try:
         work()
-    except (InputError, OSError) as error:
+    except (InputError, CheckpointError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"parvis: error: {text}", file=sys.stderr)
         return 2
@@ -108,12 +136,12 @@ def command(work: Callable[[], None]) -> int:
 
 @dataclass
 class Run:
-    """A run folder, used as a context. ``should_stop`` turns true on Ctrl-C or SIGTERM: the trainer then checkpoints
-    and ends."""
+    """A run folder, used as a context. ``should_stop`` becomes true on Ctrl-C or SIGTERM; the trainer then writes a
+    checkpoint and ends."""
 
     path: Path
     started: float = field(default_factory=time.monotonic)
-    seconds_before: float = 0.0  #: of earlier processes of this run
+    seconds_before: float = 0.0  #: that earlier processes of this run took
     should_stop: bool = False
 
     def __enter__(self) -> Self:
@@ -130,9 +158,11 @@ class Run:
 
     @property
     def seconds(self) -> float:
+        """How long this run has taken, with its earlier processes."""
         return self.seconds_before + time.monotonic() - self.started
 
     def log(self, **row: Any) -> None:
+        """Append ``row`` and the seconds to ``log.jsonl``, and print them to stderr."""
         row = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} | {
             "seconds": round(self.seconds, 1)
         }
@@ -141,13 +171,16 @@ class Run:
         print(" ".join(f"{k}={v}" for k, v in row.items()), file=sys.stderr, flush=True)
 
     def save(self, name: str, state: dict[str, Any]) -> None:
-        """Write ``state`` beside and rename, so that a kill leaves the previous file."""
+        """Write ``state`` to another file and rename it, so that a kill leaves the previous file ``name`` whole."""
         part = self.path / f".{name}.part"
         torch.save(state | {"seconds": self.seconds}, part)
         os.replace(part, self.path / name)
 
     def resume(self, wanted: bool) -> dict[str, Any] | None:
-        """The last checkpoint, or None for a fresh run; refuses to overwrite a run silently."""
+        """The last checkpoint; None for a new run.
+
+        Raises InputError where a run exists and resuming is not ``wanted``.
+        """
         path = self.path / "checkpoint.pt"
         if not path.exists():
             return None

@@ -1,15 +1,16 @@
 """Train a small VQ tokenizer on a folder of images: ``parvis train-tokenizer``.
 
-Loss: L1, plus L1 of the image gradient (edges), plus the VQ commitment terms. Codes that nothing was
-assigned to for a while restart at encoder outputs, which keeps the whole codebook in use.
+Loss: L1, plus L1 of the image gradient (edges), plus L2, plus the VQ commitment terms. Codes that were not used since
+the last check are set to encoder outputs, which keeps the whole codebook in use.
 
-``--encoder-for`` trains an encoder alone, for a codebook and decoder that exist: a model trained on these codes stays
-valid, which a new codebook would not allow.
+``--encoder-for`` trains only an encoder, for a codebook and a decoder that exist: models that were trained on these
+codes stay valid, which they would not with a new codebook.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,30 +20,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from par_model.checkpoint.model import CheckpointError, open_checkpoint, vq_config
+from par_model.checkpoint import open_checkpoint, vq_config
 from par_model.config import VQConfig
-from par_model.training.run import EMA, ImageFolder, InputError, Run, batch_index, channels_last, command, cosine
+from par_model.training.run import (
+    EMA,
+    ImageFolder,
+    InputError,
+    Parser,
+    Run,
+    batch_index,
+    channels_last,
+    cosine,
+    guarded,
+)
 from par_model.vq import VQModel
 
-COMMITMENT = 0.25  # weight of |z - stop(code)|^2 against |stop(z) - code|^2, the usual VQ value
-RESTART_EVERY = 100
+COMMITMENT = 0.25  # weight of |z - stop(code)|^2 relative to |stop(z) - code|^2, the usual value
+RESTART_EVERY = 100  # steps between checks for unused codes
 ENCODER = ("encoder.", "quant_conv.")  # keys of the encoding half
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    return command(lambda: train(args))
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``parvis train-tokenizer``."""
+    p = Parser(prog="parvis train-tokenizer", description="Train a VQ tokenizer on a folder of images.")
+    p.add_argument("--data", type=Path, required=True, help="folder with images.u8, labels.u8, meta.json")
+    p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
+    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheet.png")
+    p.add_argument("--resume", action="store_true", help="continue the run in --run")
+    p.add_argument(
+        "--encoder-for",
+        type=Path,
+        metavar="TOKENIZER",
+        help="keep this tokenizer's codebook, decoder and sizes, and train an encoder for them from nothing",
+    )
+    p.add_argument("--steps", type=int, default=4000)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--report", type=int, default=250, help="steps between reports and checkpoints")
+    p.add_argument("--codes", type=int, default=1024, help="codebook size")
+    p.add_argument("--channels", type=int, default=32)
+    p.add_argument("--res-blocks", type=int, default=1, help="per encoder level; the decoder has one more")
+    p.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 3])
+    p.add_argument("--z-channels", type=int, default=64)
+    p.add_argument("--norm-groups", type=int, default=8)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``parvis train-tokenizer``; returns the exit code."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: train(args))
 
 
 def train(args: argparse.Namespace) -> None:
-    """Run or resume the training that ``args`` (see ``--help``) describes."""
+    """Run or resume the training that ``args`` of :func:`parser` describes.
+
+    Raises InputError, CheckpointError, OSError.
+    """
     data, held_out = ImageFolder.open(args.data), ImageFolder.open(args.val)
     if args.encoder_for is not None:
-        try:
-            given = open_checkpoint(args.encoder_for)
-            config = vq_config(given)
-        except CheckpointError as error:
-            raise InputError(str(error)) from error
+        given = open_checkpoint(args.encoder_for)
+        config = vq_config(given)
         with Run(args.run) as run:
             _train(args, config, run, data, held_out, dict(given.tensors))
         return
@@ -69,12 +108,15 @@ def _train(
     held_out: ImageFolder,
     given: dict[str, Tensor] | None = None,
 ) -> None:
-    """``given``: a tokenizer whose codebook and decoder stay as they are; only the encoder is trained, from nothing."""
+    """``given``: the weights of a tokenizer, by key.
+
+    Its codebook and decoder stay as they are; a new encoder is trained.
+    """
     torch.manual_seed(args.seed)
     model = channels_last(VQModel(config))
     if given is not None:
         kept = {key: value for key, value in given.items() if not key.startswith(ENCODER)}
-        model.load_state_dict(kept, strict=False)  # vq_config accounted for every key
+        model.load_state_dict(kept, strict=False)  # vq_config checked every key
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(key not in kept)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -86,7 +128,7 @@ def _train(
         model.load_state_dict(state["live"])
         optimizer.load_state_dict(state["optimizer"])
         ema.shadow, step, usage = state["model"], state["step"], state["usage"]
-        torch.set_rng_state(state["rng"])  # of restarted codes
+        torch.set_rng_state(state["rng"])  # restarted codes are random
 
     def save() -> None:
         final = {"model": ema.shadow, "config": asdict(config) | {"kind": "vq"}}
@@ -134,7 +176,7 @@ def reconstruct(model: VQModel, x: Tensor) -> tuple[Tensor, dict[str, Tensor], T
             ids = (z.reshape(-1, z.shape[-1]) @ codebook.T).argmax(1)
         code = codebook[ids].reshape(z.shape)
         vq = ((z.detach() - code) ** 2).sum(-1).mean() + COMMITMENT * ((z - code.detach()) ** 2).sum(-1).mean()
-        straight = z + (code - z).detach()  # gradients pass to the encoder as if there were no rounding
+        straight = z + (code - z).detach()  # straight-through: the encoder gets the gradients of its own outputs
     y = model.decode_codes(straight.permute(0, 3, 1, 2)).float()
     l1 = (y - x).abs().mean()
     edges = (y.diff(dim=2) - x.diff(dim=2)).abs().mean() + (y.diff(dim=3) - x.diff(dim=3)).abs().mean()
@@ -145,7 +187,10 @@ def reconstruct(model: VQModel, x: Tensor) -> tuple[Tensor, dict[str, Tensor], T
 
 @torch.no_grad()
 def restart_dead_codes(model: VQModel, usage: Tensor, z: Tensor) -> int:
-    """Move codes without any use to random encoder outputs ``z`` [M, codebook_dim]; returns how many."""
+    """Set the codes that ``usage`` [V] counts 0 times to random rows of the encoder outputs ``z`` [M,codebook_dim].
+
+    Returns how many.
+    """
     dead = (usage == 0).nonzero().flatten()
     if len(dead):
         pick = torch.randint(len(z), (len(dead),))
@@ -158,7 +203,10 @@ def restart_dead_codes(model: VQModel, usage: Tensor, z: Tensor) -> int:
 
 @torch.no_grad()
 def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, count: int = 256) -> dict[str, float]:
-    """PSNR (dB) and used share of the codebook on ``count`` held-out images, with the averaged weights."""
+    """PSNR (dB) and the share of codes in use on ``count`` held-out images, with the averaged weights.
+
+    Writes the first images and their reconstructions to the PNG file ``sheet``.
+    """
     from PIL import Image
 
     model = VQModel(config)
@@ -180,34 +228,6 @@ def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, cou
     Image.fromarray(pixels).save(sheet)
     mse = squared / count / 4  # images span 2, so the peak squared is 4
     return {"psnr_db": float(-10 * np.log10(mse)), "codes_used": len(used) / config.codebook_size}
-
-
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="parvis train-tokenizer", description="Train a VQ tokenizer on a folder of images."
-    )
-    p.add_argument("--data", type=Path, required=True, help="folder with images.u8, labels.u8, meta.json")
-    p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
-    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheet.png")
-    p.add_argument("--resume", action="store_true", help="continue the run in --run")
-    p.add_argument(
-        "--encoder-for",
-        type=Path,
-        metavar="TOKENIZER",
-        help="keep this tokenizer's codebook, decoder and sizes, and train an encoder for them from nothing",
-    )
-    p.add_argument("--steps", type=int, default=4000)
-    p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--lr", type=float, default=1e-3)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--report", type=int, default=250, help="steps between reports and checkpoints")
-    p.add_argument("--codes", type=int, default=1024, help="codebook size")
-    p.add_argument("--channels", type=int, default=32)
-    p.add_argument("--res-blocks", type=int, default=1, help="per encoder level; the decoder has one more")
-    p.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 3])
-    p.add_argument("--z-channels", type=int, default=64)
-    p.add_argument("--norm-groups", type=int, default=8)
-    return p
 
 
 if __name__ == "__main__":

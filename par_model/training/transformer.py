@@ -2,13 +2,14 @@
 
 The defaults are the paper's recipe (section 4.1): AdamW at a constant 1e-4 per 256 images, betas (0.9, 0.95),
 weight decay 0.05 on matrices, clip 1.0, dropout 0.1, class dropout 0.1, bf16 autocast over fp32 weights.
-``--optimizer muon --schedule cosine`` learns faster on a small budget; the shipped demo was trained so.
+``--optimizer muon --schedule cosine`` learns faster on a small budget; the demo model was trained with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,27 +19,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from par_model.config import SIZES, PARConfig, VQConfig
-from par_model.generate import generate
+from par_model.config import SIZES, PARConfig
+from par_model.generation import generate
 from par_model.ordering import token_order
-from par_model.training.run import EMA, InputError, Run, batch_index, command, cosine
+from par_model.training.run import EMA, InputError, Parser, Run, batch_index, cosine, guarded, load_tokenizer
 from par_model.transformer import PAR
-from par_model.vq import VQModel
 
-CLASS_DROPOUT = 0.1
-MUON_LR = 0.02  # of the matrices; the usual value for orthogonalised updates
-EVAL_IMAGES = 512
+CLASS_DROPOUT = 0.1  # share of the images that are trained without their class, for guidance
+MUON_LR = 0.02  # learning rate of the matrices; the usual value for orthogonalised updates
+EVAL_IMAGES = 512  # held-out images of a report
 
+#: Code ids [M,h,w], labels [M] int64, class names.
 Codes = tuple[np.ndarray, np.ndarray, list[str]]
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    return command(lambda: train(args))
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``parvis train``."""
+    p = Parser(prog="parvis train", description="Train a PAR model on encoded images.")
+    p.add_argument("--codes", type=Path, required=True, help="codes.npz of parvis encode")
+    p.add_argument("--val", type=Path, required=True, help="held-out codes.npz")
+    p.add_argument("--vocab", type=int, required=True, help="codebook size of the tokenizer")
+    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheets")
+    p.add_argument("--resume", action="store_true", help="continue the run in --run")
+    p.add_argument("--tokenizer", type=Path, help="tokenizer checkpoint, for sample sheets")
+    p.add_argument("--size", choices=list(SIZES), default="tiny")
+    p.add_argument("--dim", type=int, help="width, with --layers and --heads instead of --size")
+    p.add_argument("--layers", type=int)
+    p.add_argument("--heads", type=int)
+    p.add_argument("--group-size", type=int, default=4, help="n, tokens per parallel step")
+    p.add_argument("--steps", type=int, default=10000)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    p.add_argument("--schedule", choices=["constant", "cosine"], default="constant")
+    p.add_argument("--lr", type=float, default=0.0, help="of AdamW (default: 1e-4 per 256 images of a batch)")
+    p.add_argument("--warmup", type=int, default=50)
+    p.add_argument("--dropout", type=float, default=0.1)
+    p.add_argument("--ema", type=float, default=0.999)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--report", type=int, default=100, help="steps between reports and checkpoints")
+    p.add_argument("--sheet", type=int, default=500, help="steps between sample sheets")
+    p.add_argument("--guidance", type=float, default=2.0, help="of the sample sheets")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``parvis train``; returns the exit code."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: train(args))
 
 
 def train(args: argparse.Namespace) -> None:
-    """Run or resume the training that ``args`` (see ``--help``) describes."""
+    """Run or resume the training that ``args`` of :func:`parser` describes.
+
+    Raises InputError, CheckpointError, OSError.
+    """
     codes, labels, names = load_codes(args.codes, args.vocab)
     held_out = load_codes(args.val, args.vocab)
     config = _config(args, (codes.shape[1], codes.shape[2]), len(names))
@@ -80,7 +115,7 @@ def _train(args: argparse.Namespace, config: PARConfig, run: Run, data: Codes, h
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         ema.shadow, step = state["model"], state["step"]
-        torch.set_rng_state(state["rng"])  # of dropout
+        torch.set_rng_state(state["rng"])  # dropout is random
     order = token_order(config)
 
     def save() -> None:
@@ -130,7 +165,7 @@ def loss_of(model: PAR, tokens: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: PAR, codes: np.ndarray, labels: np.ndarray, batch: int) -> float:
-    """Mean cross entropy (nats per token) on held-out ``codes`` [M,h,w], class given."""
+    """Mean cross entropy (nats per token) of held-out ``codes`` [M,h,w] with their ``labels`` [M]."""
     order, losses = token_order(model.config), []
     with torch.autocast("cpu", torch.bfloat16):
         for i in range(0, len(codes), batch):
@@ -141,7 +176,7 @@ def held_out_loss(model: PAR, codes: np.ndarray, labels: np.ndarray, batch: int)
 
 
 def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or Muon for the matrices inside the layers and AdamW for the rest."""
+    """AdamW for all weights, or Muon for the matrices of the layers and AdamW for all other weights."""
     lr = args.lr if args.lr else 1e-4 * args.batch / 256
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
     outer = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith("layers.")]
@@ -158,7 +193,7 @@ def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Op
 
 
 def load_codes(path: Path, vocab: int) -> Codes:
-    """``codes.npz`` of ``parvis encode``: codes [M,h,w], labels [M], class names. Raises InputError, OSError."""
+    """The content of ``codes.npz`` of ``parvis encode``. Raises InputError, OSError."""
     try:
         with np.load(path) as f:
             codes, labels, names = f["codes"], f["labels"].astype(np.int64), [str(name) for name in f["class_names"]]
@@ -173,12 +208,13 @@ def load_codes(path: Path, vocab: int) -> Codes:
 
 @torch.no_grad()
 def sample_sheet(model: PAR, tokenizer: Path, path: Path, guidance: float, rows: int = 4) -> None:
-    """Write a PNG with ``rows`` images of each class (at most 16 classes), seeds 0, 1, ..."""
+    """Write a PNG with ``rows`` images of each class (at most 16 classes), seeds 0, 1, ...
+
+    Raises CheckpointError, OSError.
+    """
     from PIL import Image
 
-    state = torch.load(tokenizer, map_location="cpu", weights_only=True, mmap=True)
-    vq = VQModel(VQConfig(**{k: v for k, v in state["config"].items() if k != "kind"})).eval()
-    vq.load_state_dict(state["model"])
+    vq = load_tokenizer(tokenizer).eval()
     _, h, w = model.config.grid
     columns = min(model.config.n_classes, 16)
     tokens = generate(model, [c for _ in range(rows) for c in range(columns)], guidance=guidance)
@@ -188,35 +224,6 @@ def sample_sheet(model: PAR, tokenizer: Path, path: Path, guidance: float, rows:
     side = images.shape[-1]
     grid = images.view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3)
     Image.fromarray(((grid + 1) * 127.5).to(torch.uint8).numpy()).save(path)
-
-
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="parvis train", description="Train a PAR model on encoded images.")
-    p.add_argument("--codes", type=Path, required=True, help="codes.npz of parvis encode")
-    p.add_argument("--val", type=Path, required=True, help="held-out codes.npz")
-    p.add_argument("--vocab", type=int, required=True, help="codebook size of the tokenizer")
-    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheets")
-    p.add_argument("--resume", action="store_true", help="continue the run in --run")
-    p.add_argument("--tokenizer", type=Path, help="tokenizer checkpoint, for sample sheets")
-    p.add_argument("--size", choices=list(SIZES), default="tiny")
-    p.add_argument("--dim", type=int, help="width, with --layers and --heads instead of --size")
-    p.add_argument("--layers", type=int)
-    p.add_argument("--heads", type=int)
-    p.add_argument("--group-size", type=int, default=4, help="n, tokens per parallel step")
-    p.add_argument("--steps", type=int, default=10000)
-    p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
-    p.add_argument("--schedule", choices=["constant", "cosine"], default="constant")
-    p.add_argument("--lr", type=float, default=0.0, help="of AdamW (default: 1e-4 per 256 images of a batch)")
-    p.add_argument("--warmup", type=int, default=50)
-    p.add_argument("--dropout", type=float, default=0.1)
-    p.add_argument("--ema", type=float, default=0.999)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--report", type=int, default=100, help="steps between reports and checkpoints")
-    p.add_argument("--sheet", type=int, default=500, help="steps between sample sheets")
-    p.add_argument("--guidance", type=float, default=2.0, help="of the sample sheets")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    return p
 
 
 if __name__ == "__main__":

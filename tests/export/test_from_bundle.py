@@ -1,4 +1,4 @@
-"""``models/recipe/from_bundle.py``: what an export stored comes back, and an export of that stores the same again."""
+"""``models/recipe/from_bundle.py``: a bundle becomes checkpoints, and an export of these stores the same numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import golden_weights
 from par_export.bundle import Request, export
 from par_export.weights import Weights, write_tokenizer_weights, write_weights
-from par_model.checkpoint.model import open_checkpoint, par_config, vq_config
+from par_model.checkpoint import open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig
 from par_model.transformer import PAR
 from par_model.vq import VQModel
@@ -66,7 +66,7 @@ def test_an_export_of_what_came_back_writes_the_same_file(tiny: Path, tmp_path: 
 def test_padded_heads_an_ablation_and_a_missing_encoder(
     tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Head size 12 is stored as 16; the order is found by what it makes; of the encoder only its absence is told."""
+    """Head size 12 is stored as 16; the order is found in the manifest; a missing encoder is reported."""
     config = PARConfig(
         dim=24, n_layers=1, n_heads=2, vocab_size=16, n_classes=3, grid=(1, 4, 4), order="raster", sequential_initial=False
     )  # fmt: skip
@@ -94,9 +94,9 @@ def test_a_rounded_codebook_rounds_to_itself_again(script: ModuleType, dtype: to
     codes[0, 0], codes[1, 1] = 1.0, -1.0
     stored = codes.to(dtype)
     assert (F.normalize(stored.float(), dim=-1).to(dtype) != stored).any()  # what it is for
-    found = script.before_rounding(stored)
-    assert torch.equal(F.normalize(found, dim=-1).to(dtype), stored)
-    assert (found - codes).abs().max() < 2 * torch.finfo(dtype).eps
+    codes_back = script.before_rounding(stored)
+    assert torch.equal(F.normalize(codes_back, dim=-1).to(dtype), stored)
+    assert (codes_back - codes).abs().max() < 2 * torch.finfo(dtype).eps
 
 
 def test_a_codebook_of_fp32_moves_by_a_last_bit_at_most(script: ModuleType) -> None:
@@ -108,7 +108,7 @@ def test_what_is_no_bundle_ends_in_one_line(
     tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert script.main([str(tmp_path), "--out", str(tmp_path / "back")]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("from_bundle.py: error: ")
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("from_bundle.py: error: ")
+    assert error.count("\n") == 1
     assert not (tmp_path / "back").exists()

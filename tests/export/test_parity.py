@@ -17,7 +17,7 @@ from par_export.gate import model as verify
 from par_export.gate.model import COMPATIBLE_STEP, run_step, session
 from par_export.graphs.step import padded_head_dim
 from par_model.config import PARConfig, VQConfig
-from par_model.generate import generate
+from par_model.generation import generate
 from par_model.ordering import token_order
 from par_model.transformer import PAR
 from par_model.vq import VQModel

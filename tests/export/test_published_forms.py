@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from conftest import golden_weights
 from par_model.config import PARConfig, VQConfig
-from par_model.generate import generate
+from par_model.generation import generate
 from par_model.transformer import PAR
 from par_model.vq import VQModel
 from par_runtime import Bundle

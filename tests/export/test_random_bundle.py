@@ -1,8 +1,9 @@
-"""Bundles of random weights: the exact shapes, one weights file for several n, and nothing that passes for a trained model."""
+"""Bundles of random weights: the exact shapes, one weights file for several n, never taken for a trained one."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from par_export.graphs.writer import WEIGHTS_FILE, WeightTable
 from par_export.random_bundle import family, like, parameters, published
 from par_model.config import PARConfig, VQConfig, named
-from par_model.generate import generate
+from par_model.generation import generate
 from par_model.ordering import rotary_table
 from par_model.transformer import PAR
 from par_runtime import Bundle, BundleError, Pipeline
@@ -53,8 +54,6 @@ def test_its_tokens_are_those_of_a_model_with_these_weights(three: dict[int, Pat
     def tensor(name: str) -> torch.Tensor:
         at = table[name]
         return torch.from_numpy(raw[at.offset : at.offset + at.length].copy().view(np.float32)).view(at.shape)
-
-    from dataclasses import replace
 
     config = replace(SMALL, group_size=n)
     cos, sin = rotary_table(config)
@@ -121,7 +120,18 @@ def test_a_bundle_like_another(precision: str, bundles: dict[str, Path], tmp_pat
     assert twin.model["parameters"] == given.model["parameters"] - 3 * given.model["dim"]
 
 
-def test_what_is_no_bundle_is_told(tmp_path: Path, tiny: Path) -> None:
+def test_a_bundle_like_another_keeps_its_ablations(tmp_path: Path) -> None:
+    raster = replace(SMALL, group_size=4, order="raster", sequential_initial=False)
+    given = family(raster, (4,), tmp_path, name="raster", vq=VQ)[4]
+    twin = Bundle.open(like(given, 16, tmp_path / "out"))
+    assert list(twin.order) == list(range(64))
+    assert [(phase.name, phase.query, phase.repeat) for phase in twin.phases] == [
+        ("transition", 16, 1),
+        ("group", 16, 3),
+    ]
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(BundleError, match="no bundle of random weights can be made like it"):
         like(tmp_path, 1, tmp_path / "out")
     with pytest.raises(BundleError, match="group_size=9"):

@@ -11,7 +11,7 @@ from scipy import stats
 from par_export.gate.model import runnable_opset
 from par_export.graphs.sampling import TOPK_LIMIT, Variant, sample
 from par_export.graphs.writer import Graph
-from par_model.generate import sample as oracle
+from par_model.generation import sample as oracle
 
 VARIANTS: list[Variant] = ["dynamic", "topk", "exact"]
 _sessions: dict[tuple[int, str], ort.InferenceSession] = {}

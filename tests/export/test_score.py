@@ -123,7 +123,7 @@ def test_decode_takes_whole_numbers_in_sequence_order_alone(pipeline: Pipeline) 
 def test_the_score_is_the_oracles_for_other_groups(
     bundles: dict[str, Path], checkpoints: dict[str, Path], name: str, checkpoint: str
 ) -> None:
-    from par_model.checkpoint.model import open_checkpoint, par_config
+    from par_model.checkpoint import open_checkpoint, par_config
 
     pipeline = Pipeline.load(bundles[name], device="cpu", selftest=False)
     file = open_checkpoint(checkpoints[checkpoint])

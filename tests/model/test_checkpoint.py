@@ -1,9 +1,10 @@
-"""Checkpoint files: every published form loads, everything else is refused with a reason, nothing is ever run."""
+"""Checkpoint files: every published form loads, every other file is refused with a reason, nothing is ever run."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from conftest import golden_weights
-from par_model.checkpoint.model import CheckpointError, open_checkpoint, par_config, vq_config
+from par_model.checkpoint import Checkpoint, CheckpointError, open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig, named
 from par_model.transformer import PAR
 from par_model.vq import VQModel
@@ -46,7 +47,7 @@ def test_model_comes_before_module_and_ema_never(tmp_path: Path, state: dict[str
     assert (checkpoint.tensor("norm.weight") == state["norm.weight"]).all()
 
 
-def test_old_leftovers_are_dropped(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+def test_buffers_of_old_files_are_dropped(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     extra = {"freqs_cis": torch.zeros(3), "layers.1.attention.kv_cache.k_cache": torch.zeros(2)}
     checkpoint = open_checkpoint(save(tmp_path, state | extra))
     par_config(checkpoint, heads=2, grid=(1, 4, 4))
@@ -59,9 +60,9 @@ def test_an_unknown_key_is_refused(tmp_path: Path, state: dict[str, torch.Tensor
 
 
 def test_a_missing_key_is_refused(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
-    rest = {k: v for k, v in state.items() if k != "layers.1.attention.wo.weight"}
+    incomplete = {k: v for k, v in state.items() if k != "layers.1.attention.wo.weight"}
     with pytest.raises(CheckpointError, match=r"1 missing \(layers\.1\.attention\.wo\.weight\)"):
-        par_config(open_checkpoint(save(tmp_path, rest)), heads=2, grid=(1, 4, 4))
+        par_config(open_checkpoint(save(tmp_path, incomplete)), heads=2, grid=(1, 4, 4))
 
 
 def test_a_wrong_shape_is_refused(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
@@ -70,7 +71,7 @@ def test_a_wrong_shape_is_refused(tmp_path: Path, state: dict[str, torch.Tensor]
         par_config(open_checkpoint(save(tmp_path, wrong)), heads=2, grid=(1, 4, 4))
 
 
-def test_heads_and_grid_are_asked_for_where_shapes_leave_them_open(
+def test_heads_and_grid_are_needed_where_shapes_do_not_show_them(
     tmp_path: Path, state: dict[str, torch.Tensor]
 ) -> None:
     checkpoint = open_checkpoint(save(tmp_path, state))
@@ -82,9 +83,7 @@ def test_heads_and_grid_are_asked_for_where_shapes_leave_them_open(
         par_config(checkpoint, heads=2, grid=(1, 5, 4))
 
 
-def test_a_file_of_parvis_train_says_everything_itself(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
-    from dataclasses import asdict
-
+def test_a_file_of_parvis_train_needs_no_options(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     path = save(tmp_path, {"model": state, "config": asdict(SMALL) | {"kind": "par"}, "class_names": ["a", "b", "c"]})
     checkpoint = open_checkpoint(path)
     assert par_config(checkpoint) == SMALL
@@ -92,15 +91,13 @@ def test_a_file_of_parvis_train_says_everything_itself(tmp_path: Path, state: di
 
 
 @pytest.mark.parametrize("size", ["B", "3B"])
-def test_named_sizes_need_nothing_said(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from par_model.checkpoint.model import Checkpoint
-
+def test_named_sizes_need_no_options(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         tensors = PAR(named(size)).state_dict()
     assert par_config(Checkpoint(Path("c.pt"), tensors)) == named(size)
 
 
-def test_model_and_tokenizer_mixed_up(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+def test_a_model_for_a_tokenizer_and_the_reverse_are_refused(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     tokenizer = VQModel(
         VQConfig(codebook_size=16, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
     )
@@ -141,7 +138,7 @@ def test_a_hostile_pickle_is_never_run(tmp_path: Path, state: dict[str, torch.Te
     assert not victim.exists()
 
 
-def test_a_truncated_file_is_told(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     path = save(tmp_path, state)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
@@ -149,7 +146,7 @@ def test_a_truncated_file_is_told(tmp_path: Path, state: dict[str, torch.Tensor]
         open_checkpoint(path)
 
 
-def test_other_files_are_told(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         open_checkpoint(tmp_path / "none.pt")
     (tmp_path / "c.pt").write_text("hello")

@@ -1,4 +1,4 @@
-"""Heads and grid from what a file says: rotary tables, caches, arguments; contradictions; what is assumed."""
+"""Heads and grid from the contents of a file: rotary tables, caches, arguments; contradictions; assumptions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from par_model.checkpoint.model import Checkpoint, CheckpointError, infer, open_checkpoint
+from par_model.checkpoint import Checkpoint, CheckpointError, infer, open_checkpoint
 from par_model.config import PARConfig, named
 from par_model.transformer import PAR
 
@@ -35,43 +35,43 @@ def of(config: PARConfig, *, args: dict[str, Any] | None = None, left: dict[str,
 def test_published_sizes_at_both_resolutions(size: str, n: int, pixels: int, side: int) -> None:
     wanted = named(size, group_size=n, grid=(1, side, side))
     args = {"gpt_model": f"GPT-{size}", "image_size": pixels, "downsample_size": 16, "vocab_size": 16384}
-    found = infer(of(wanted, args=args | {"num_classes": 1000}))
-    assert found.config == wanted
-    assert found.heads_from == f"the file's args: gpt_model GPT-{size}"
-    assert found.grid_from == f"the file's args: image_size {pixels} / 16"
+    inferred = infer(of(wanted, args=args | {"num_classes": 1000}))
+    assert inferred.config == wanted
+    assert inferred.heads_from == f"the file's args: gpt_model GPT-{size}"
+    assert inferred.grid_from == f"the file's args: image_size {pixels} / 16"
     for rows in {side * side + 1, side * side + n}:
-        found = infer(of(wanted, left={"freqs_cis": (rows, wanted.head_dim // 2, 2)}))
-        assert found.config == wanted
-        assert found.grid_from == f"the file's freqs_cis ({rows}, {wanted.head_dim // 2}, 2)"
+        inferred = infer(of(wanted, left={"freqs_cis": (rows, wanted.head_dim // 2, 2)}))
+        assert inferred.config == wanted
+        assert inferred.grid_from == f"the file's freqs_cis ({rows}, {wanted.head_dim // 2}, 2)"
     assert infer(of(wanted), grid=(1, side, side)).config == wanted
-    found = infer(of(wanted))
-    assert found.config.grid == (1, 24, 24)
-    assert found.grid_from == "assumed: 384 px; --grid 16 for 256 px"
-    assert found.heads_from == f"size {size}"
+    inferred = infer(of(wanted))
+    assert inferred.config.grid == (1, 24, 24)
+    assert inferred.grid_from == "assumed: 384 px; --grid 16 for 256 px"
+    assert inferred.heads_from == f"size {size}"
 
 
 def test_other_sizes_follow_from_tables_and_caches() -> None:
     wanted = config_of(4, 8, dim=400, heads=4)
     assert infer(of(wanted, left={"freqs_cis": (65, 50, 2)})).config == wanted
     cache = {"layers.0.attention.kv_cache.k_cache": (2, 4, 72, 100)}
-    found = infer(of(wanted, args={"image_size": 128}, left=cache))
-    assert found.config == wanted
-    assert found.heads_from == "the file's layers.0.attention.kv_cache.k_cache (2, 4, 72, 100)"
-    assert found.grid_from == "the file's args: image_size 128 / 16"
+    inferred = infer(of(wanted, args={"image_size": 128}, left=cache))
+    assert inferred.config == wanted
+    assert inferred.heads_from == "the file's layers.0.attention.kv_cache.k_cache (2, 4, 72, 100)"
+    assert inferred.grid_from == "the file's args: image_size 128 / 16"
 
 
-def test_what_is_given_wins() -> None:
+def test_options_override_the_file() -> None:
     small = config_of(4, 8)
-    said = of(small, args={"image_size": 256}, left={"freqs_cis": (65, 8, 2)})
+    checkpoint = of(small, args={"image_size": 256}, left={"freqs_cis": (65, 8, 2)})
     with pytest.raises(
         CheckpointError,
-        match=r"contradicts itself: grid 1x8x8 by the file's freqs_cis \(65, 8, 2\), 1x16x16 by the file's args: image_size "
-        r"256 / 16; give --grid to settle it",
+        match=r"contradicts itself: grid 1x8x8 by the file's freqs_cis \(65, 8, 2\), 1x16x16 by the file's args: "
+        r"image_size 256 / 16; give --grid to settle it",
     ):
-        infer(said)
-    found = infer(said, heads=4, grid=(1, 4, 4))
-    assert found.config == config_of(4, 4, heads=4)
-    assert (found.heads_from, found.grid_from) == ("--heads", "--grid")
+        infer(checkpoint)
+    inferred = infer(checkpoint, heads=4, grid=(1, 4, 4))
+    assert inferred.config == config_of(4, 4, heads=4)
+    assert (inferred.heads_from, inferred.grid_from) == ("--heads", "--grid")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_contradictions_are_one_error(args: dict[str, Any], left: dict[str, Any]
         infer(of(config_of(4, 8), args=args, left={"layers.1.attention.kv_cache.k_cache": (2, 2, 72, 16)} | left))
 
 
-def test_values_of_no_use_are_passed_over() -> None:
+def test_unusable_values_are_ignored() -> None:
     for args in (
         {"image_size": "256"},
         {"image_size": None},

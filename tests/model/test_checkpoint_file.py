@@ -12,8 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from conftest import golden_weights
-from par_model.checkpoint import hub
-from par_model.checkpoint.model import CheckpointError, open_checkpoint, par_config
+from par_model.checkpoint import CheckpointError, hub, open_checkpoint, par_config
 from par_model.config import PARConfig
 from par_model.transformer import PAR
 
@@ -73,7 +72,7 @@ def test_safetensors_in_half_precision(tmp_path: Path, state: State, dtype: torc
         ),
     ],
 )
-def test_what_wrappers_add_to_keys_is_taken_off(tmp_path: Path, state: State, wrapped: object) -> None:
+def test_what_wrappers_add_to_keys_is_removed(tmp_path: Path, state: State, wrapped: object) -> None:
     assert callable(wrapped)
     torch.save({"model": {wrapped(key): value for key, value in state.items()}}, tmp_path / "c.pt")
     assert same(tmp_path / "c.pt", state)
@@ -85,7 +84,7 @@ def test_two_models_in_one_file_are_refused(tmp_path: Path, state: State) -> Non
         open_checkpoint(tmp_path / "c.pt")
 
 
-def test_spoilt_shards_are_told(tmp_path: Path, state: State) -> None:
+def test_damaged_shards_are_refused(tmp_path: Path, state: State) -> None:
     index = sharded(tmp_path, state)
     first = tmp_path / "model-00001-of-00003.safetensors"
     whole = first.read_bytes()
@@ -101,7 +100,7 @@ def test_spoilt_shards_are_told(tmp_path: Path, state: State) -> None:
     content = json.loads(index.read_text())
     content["weight_map"]["norm.weight"] = "../../outside.safetensors"
     index.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"names files elsewhere"):
+    with pytest.raises(CheckpointError, match=r"names files outside its folder"):
         open_checkpoint(index)
     del content["weight_map"]["norm.weight"]
     index.write_text(json.dumps(content))
@@ -112,7 +111,7 @@ def test_spoilt_shards_are_told(tmp_path: Path, state: State) -> None:
         open_checkpoint(index)
 
 
-def test_a_folder_with_several_checkpoints_is_asked_about(tmp_path: Path, state: State) -> None:
+def test_a_folder_with_several_checkpoints_is_refused(tmp_path: Path, state: State) -> None:
     for name in ("a.safetensors", "b.safetensors"):
         save_file(state, str(tmp_path / name))
     with pytest.raises(CheckpointError, match=r"found a.safetensors, b.safetensors; give the file itself"):
@@ -143,23 +142,25 @@ def test_a_hub_file_is_downloaded_at_its_revision(monkeypatch: pytest.MonkeyPatc
     assert asked == [("a/b", "c.pt", "0123abc")]
 
 
-def test_a_hub_file_without_a_revision_tells_the_one_it_is_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_commit_of_a_hub_file_without_a_revision_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     cached = tmp_path / "models--a--b" / "snapshots" / commit / "d" / "c.pt"
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(cached))
-    said: list[str] = []
-    assert hub.local("hf://a/b/d/c.pt", said.append) == cached
-    assert said == [f"hf://a/b/d/c.pt: is at commit {commit} today; hf://a/b/d/c.pt@{commit} names this very file"]
-    hub.local(f"hf://a/b/d/c.pt@{commit}", said.append)
-    assert len(said) == 1  # pinned already
+    lines: list[str] = []
+    assert hub.local("hf://a/b/d/c.pt", lines.append) == cached
+    assert lines == [f"hf://a/b/d/c.pt: is at commit {commit} today; hf://a/b/d/c.pt@{commit} names this very file"]
+    hub.local(f"hf://a/b/d/c.pt@{commit}", lines.append)
+    assert len(lines) == 1  # pinned already
 
 
-def test_a_name_that_the_hub_cannot_have_is_told() -> None:
+def test_a_name_that_the_hub_cannot_have_is_refused() -> None:
     with pytest.raises(CheckpointError, match="expected hf://OWNER/REPOSITORY/FILE"):
         hub.local("hf://a--b/c/x.pt")
 
 
-def test_without_the_hub_it_says_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_hub_the_error_names_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> str:
         raise LocalEntryNotFoundError("not in the cache, and no connection")
 

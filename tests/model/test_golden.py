@@ -1,4 +1,4 @@
-"""The oracle against numbers of the published reference implementation (tests/golden)."""
+"""The model and its generation against numbers of the published implementation (tests/golden)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from conftest import GOLDEN, golden_config, golden_weights, recipe
 from par_model.config import VQConfig, named
-from par_model.generate import generate
+from par_model.generation import generate
 from par_model.transformer import PAR
 from par_model.vq import VQModel
 

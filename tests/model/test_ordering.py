@@ -23,22 +23,23 @@ from par_model.ordering import (
 
 
 def config(grid: tuple[int, int, int], n: int, **changes: object) -> PARConfig:
-    return PARConfig(dim=16, n_layers=1, n_heads=2, vocab_size=8, n_classes=2, grid=grid, group_size=n, **changes)  # type: ignore[arg-type]
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 8, "n_classes": 2}
+    return PARConfig(**sizes, grid=grid, group_size=n, **changes)  # type: ignore[arg-type]
 
 
 CASES = [(side, n) for side in range(4, 25) for n in (1, 4, 16) if side % math.isqrt(n) == 0 and 2 * n <= side * side]
 
 
 @pytest.mark.parametrize(("side", "n"), CASES)
-def test_every_token_is_where_the_definition_puts_it(side: int, n: int) -> None:
+def test_every_token_is_at_its_defined_place(side: int, n: int) -> None:
     s = math.isqrt(n)
     r = side // s
-    where = token_coordinates(config((1, side, side), n))
+    place = token_coordinates(config((1, side, side), n))
     for k in range(side * side):
         j, q = divmod(k, n)
         a, b = divmod(j, r)
         u, v = divmod(q, s)
-        assert tuple(where[k]) == (0, u * r + a, v * r + b)
+        assert tuple(place[k]) == (0, u * r + a, v * r + b)
 
 
 @pytest.mark.parametrize(("side", "n"), CASES)

@@ -1,15 +1,16 @@
-"""The trainers: a run that was killed and resumed ends with the weights of one that was not."""
+"""The trainers: a run that was killed and resumed ends with the weights of a run that was not killed."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from par_model.checkpoint.model import open_checkpoint, par_config, vq_config
+from par_model.checkpoint import open_checkpoint, par_config, vq_config
 from par_model.training import encode as encode_codes
 from par_model.training import tokenizer as train_tokenizer
 from par_model.training import transformer as train
@@ -55,10 +56,12 @@ def tokenizer(images: Path, run: Path, *more: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_tokenizer_resumes_where_it_was(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_run_resumes_where_it_stopped(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(train_tokenizer, "validate", lambda *_: {})
     whole = tokenizer(images, tmp_path / "a", "--steps", "4")
-    # The killed run had the same schedule; its stop is asked for after two steps.
+    # The stopped run has the same schedule; it stops after two steps.
     stop_after(monkeypatch, train_tokenizer, 2)
     tokenizer(images, tmp_path / "b", "--steps", "4")
     monkeypatch.undo()
@@ -68,7 +71,7 @@ def test_tokenizer_resumes_where_it_was(images: Path, tmp_path: Path, monkeypatc
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, module: object, steps: int) -> None:
-    """Let a trainer see Ctrl-C (should_stop) after ``steps`` steps."""
+    """Stop a trainer as Ctrl-C does (should_stop) after ``steps`` steps."""
     real = module.Run  # type: ignore[attr-defined]
 
     class Stopping(real):  # type: ignore[misc, valid-type]
@@ -182,7 +185,18 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_encoder_is_trained_for_a_tokenizer_that_stays(
+@pytest.mark.parametrize("module", [train_tokenizer, train, encode_codes])
+def test_wrong_options_are_one_line_and_exit_code_2(module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--batch", "many"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith("parvis: error: argument --batch: invalid int value: 'many'")
+    assert f"'{module.parser().prog} --help'" in error
+    assert error.count("\n") == 1
+
+
+def test_an_encoder_is_trained_for_an_unchanged_tokenizer(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer(images, tmp_path / "first", "--steps", "2")
@@ -194,7 +208,7 @@ def test_an_encoder_is_trained_for_a_tokenizer_that_stays(
     assert before["config"] == after["config"]
     same = {key for key in before["model"] if torch.equal(before["model"][key], after["model"][key])}
     encoder = {key for key in before["model"] if key.startswith(("encoder.", "quant_conv."))}
-    assert same == before["model"].keys() - encoder  # it began from nothing, and nothing else moved
+    assert same == before["model"].keys() - encoder  # the encoder is a new one, and nothing else changed
     assert (
         train_tokenizer.main([*data[:-2], "--encoder-for", str(images / "labels.u8"), "--run", str(tmp_path / "c")])
         == 2

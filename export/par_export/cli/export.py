@@ -10,8 +10,7 @@ from pathlib import Path
 from par_export.bundle import ExportError, Request, export
 from par_export.gate.model import ParityError
 from par_export.staging import TargetError
-from par_model.checkpoint import hub
-from par_model.checkpoint.model import CheckpointError
+from par_model.checkpoint import CheckpointError, hub
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from par_export.graphs.step import padded_head_dim
-from par_model.checkpoint import hub
-from par_model.checkpoint.file import INDEX
-from par_model.checkpoint.model import UNUSED, Checkpoint, CheckpointError, Inferred, infer, open_checkpoint, vq_config
+from par_model.checkpoint import (
+    INDEX,
+    UNUSED,
+    Checkpoint,
+    CheckpointError,
+    Inferred,
+    hub,
+    infer,
+    open_checkpoint,
+    vq_config,
+)
 from par_model.config import PARConfig
 from par_model.ordering import phases
 from par_runtime.bench.subjects.base import Shape

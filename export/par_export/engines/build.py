@@ -29,13 +29,14 @@ from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import WEIGHTS_FILE, Graph, WeightTable
 from par_export.staging import staging
 from par_model.config import PARConfig, VQConfig
+from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_runtime import __version__
 from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, Engine
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.bundle import Bundle, seal
 from par_runtime.dtypes import DTYPE
-from par_runtime.errors import EngineError
+from par_runtime.errors import BundleError, EngineError
 from par_runtime.system import peak_bytes, sha256
 
 MODES = ("shared", "per-phase")
@@ -236,8 +237,7 @@ class _Plan:
         )
 
     def _decoder(self, folder: Path, reports: dict[str, Any], on_step: OnStep) -> dict[str, Any]:
-        manifest = json.loads((self.bundle.path / "manifest.json").read_text())
-        vq = VQConfig(**manifest["tokenizer"]["config"])
+        vq = tokenizer_config(self.bundle)
         compute = DTYPE[self.request.decoder_precision]
         stored = WeightTable.read(self.bundle.path / self.bundle.graphs["decoder"].file)
         with weights_in(self.bundle.path / WEIGHTS_FILE, stored, compute, folder) as (table, data):
@@ -289,17 +289,22 @@ class _Plan:
 
 
 def step_config(bundle: Bundle) -> PARConfig:
-    """The sizes of the step network, from the manifest."""
-    m = bundle.model
-    return PARConfig(
-        dim=m["dim"],
-        n_layers=m["n_layers"],
-        n_heads=m["n_heads"],
-        vocab_size=m["vocab_size"],
-        n_classes=m["n_classes"],
-        grid=bundle.grid,
-        group_size=bundle.group_size,
-    )
+    """The configuration of the step network and of the order of its tokens, from the manifest. Raises BundleError."""
+    try:
+        return config_from_manifest(read_manifest(bundle.path))
+    except ManifestError as error:
+        raise BundleError(f"{bundle.path}: {error}") from error
+
+
+def tokenizer_config(bundle: Bundle) -> VQConfig:
+    """The configuration of the tokenizer, from the manifest. Raises BundleError where the bundle has none."""
+    try:
+        vq = tokenizer_from_manifest(read_manifest(bundle.path))
+    except ManifestError as error:
+        raise BundleError(f"{bundle.path}: {error}") from error
+    if vq is None:
+        raise BundleError(f"{bundle.path}: its manifest names no tokenizer; export the bundle again")
+    return vq
 
 
 def _local(trt: TensorRT) -> tuple[str, str]:

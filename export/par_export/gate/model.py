@@ -26,7 +26,7 @@ from par_export.gate.drive import session as session  # part of this module
 from par_export.graphs.step import step_graph
 from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WeightTable
 from par_export.weights import TORCH_TYPE, Weights
-from par_model.checkpoint.model import Checkpoint, CheckpointError
+from par_model.checkpoint import Checkpoint, CheckpointError
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import Phase, phases
 from par_model.transformer import PAR

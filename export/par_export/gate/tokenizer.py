@@ -15,7 +15,7 @@ from torch import Tensor
 
 from par_export.gate.model import ParityError, gate_decoder, session
 from par_export.weights import TORCH_TYPE
-from par_model.checkpoint.model import Checkpoint
+from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import token_order
 from par_model.vq import VQModel

@@ -20,10 +20,10 @@ from par_runtime.system import available_cores, peak_bytes
 
 
 class EagerSubject:
-    """``par_model.baseline.Eager``, a model of a bundle's architecture, in this process."""
+    """``par_model.baseline.Baseline``, a model of a bundle's architecture, in this process."""
 
     def __init__(self, path: Path, label: str, *, threads: int | None, compiled: bool, device: str = "cpu") -> None:
-        eager = found("par_model.baseline", "the eager baseline", "Eager")
+        eager = found("par_model.baseline", "the eager baseline", "Baseline")
         bundle = Bundle.open(path)
         began = time.perf_counter()
         self._eager: Any = eager(path, threads=threads, compiled=compiled, device=device)

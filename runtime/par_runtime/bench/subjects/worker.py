@@ -26,7 +26,7 @@ ERRORS: dict[str, type[Exception]] = {
     "BundleError": BundleError,
     "RequestError": RequestError,
     "CudaError": CudaError,
-    "EagerError": RequestError,  # of par_model, which the runtime does not know
+    "BaselineError": RequestError,  # of par_model, which the runtime does not know
     "MemoryError": MemoryError,
     "OutOfMemory": MemoryError,
 }

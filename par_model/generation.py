@@ -1,7 +1,7 @@
-"""Reference generation: slow and obvious, the twin that every fast path is tested against.
+"""Reference generation: slow and simple. Every fast implementation is tested against it.
 
-Four phases, each a function with the field's name: prefill, sequential, transition, group (paper 3.2).
-Guidance, temperature, top-k, top-p and the draw follow the reference's order of operations.
+Four phases, each a function: prefill, sequential, transition, group (paper, section 3.2).
+Guidance, temperature, top-k, top-p and the draw follow the order of operations of the published code.
 
 Letters: B images, R rows (2B when guided), N tokens, n tokens per group, q positions of one call, V codes.
 """
@@ -37,9 +37,9 @@ def generate(
     """Generate tokens [B,N] int64, in sequence order, for ``labels`` [B].
 
     ``guidance`` > 1 runs every image twice, with its class and without. ``top_k`` 0 and ``top_p`` 1
-    keep the whole codebook. Image i draws with ``seed + i``, or with ``seed[i]``; its noise depends on
+    keep the whole codebook. The seed of image i is ``seed + i``, or ``seed[i]``; its noise depends on
     that number alone. ``greedy`` takes the most probable token and ignores the sampling settings.
-    Raises ValueError on a value out of range.
+    Raises ValueError for a value out of range.
     """
     config = model.config
     device = model.tok_embeddings.weight.device
@@ -76,14 +76,14 @@ def generate(
 
 
 class Choose(Protocol):
-    """Logits [R,q,V] of input positions ``start`` .. ``start + q - 1`` to tokens [B,q]."""
+    """A function from the logits [R,q,V] of input positions ``start`` .. ``start + q - 1`` to their tokens [B,q]."""
 
     def __call__(self, logits: Tensor, start: int) -> Tensor: ...
 
 
 @dataclass
 class State:
-    """One batch in flight: the rows' labels [R], tokens so far [B,k], a cache per layer."""
+    """One batch that is being generated: the labels of its rows [R], its tokens so far [B,k], a cache per layer."""
 
     model: PAR
     labels: Tensor
@@ -98,29 +98,29 @@ class State:
 
 
 def prefill(state: State, start: int = 0) -> None:
-    """Feed the class embedding; gives z[0]."""
+    """Feed the class embedding; the call makes z[0]."""
     _step(state, start, 1)
 
 
 def sequential(state: State, start: int) -> None:
-    """Feed one initial token; gives the next."""
+    """Feed one initial token; the call makes the next."""
     _step(state, start, 1)
 
 
 def transition(state: State, start: int) -> None:
-    """Feed the last initial token and the n-1 learnable tokens; gives the first parallel group."""
+    """Feed the last initial token and the n-1 learnable tokens; the call makes the first parallel group."""
     _step(state, start, state.model.config.group_size)
 
 
 def group(state: State, start: int) -> None:
-    """Feed the previous group; gives the next, one token in each region."""
+    """Feed the previous group; the call makes the next, one token in each region."""
     _step(state, start, state.model.config.group_size)
 
 
 def _step(state: State, start: int, query: int) -> None:
     model = state.model
     positions = torch.arange(start, start + query, device=state.tokens.device)
-    visible = model.visible[positions]  # [q]; all equal unless the causal ablation asks otherwise
+    visible = model.visible[positions]  # [q]; all equal, except with causal_groups
     keys = torch.arange(int(visible.max()), device=positions.device)
     repeat = len(state.labels) // max(state.batch, 1)
     x = model.embed(state.tokens.repeat(repeat, 1), state.labels, positions)
@@ -131,8 +131,8 @@ def _step(state: State, start: int, query: int) -> None:
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Draw tokens [B,q] from ``logits`` [B,q,V] fp32 with ``uniform`` [B,q] in [0,1): inverse CDF.
 
-    Temperature, then top-k (ties with the k-th kept), then top-p (the first token over the threshold kept;
-    equal logits counted in order of id), then softmax.
+    Temperature, then top-k (ties with the k-th are kept), then top-p (the first token over the threshold is kept;
+    equal logits are counted in order of id), then softmax.
     """
     logits = logits / max(temperature, MIN_TEMPERATURE)
     if 0 < top_k < logits.shape[-1]:
@@ -153,8 +153,9 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
 def uniforms(seed: int, n_tokens: int) -> np.ndarray:
     """One number in [0,1) per token: [N] float32, the top 24 bits of Philox4x64-10 keyed by ``seed``.
 
-    Counter-based, so an image's noise does not depend on its batch, the order of work or the backend.
-    The runtime makes the same numbers; ``tests/golden/noise.json`` holds both to it.
+    The generator is counter-based, so the noise of an image does not depend on its batch, the order of work or the
+    backend. The runtime makes the same numbers; both are tested against ``tests/golden/noise.json``. Raises
+    ValueError.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed}; expected 0 .. 2**64-1")

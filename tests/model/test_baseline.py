@@ -1,4 +1,4 @@
-"""The eager baseline: the oracle's tokens from a static cache, every call of every phase timed, errors of one line."""
+"""The PyTorch baseline: the tokens of the reference from a static cache, every call timed, errors of one line."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from conftest import golden_config, golden_weights
-from par_model import baseline as eager
-from par_model.baseline import Eager, EagerError
-from par_model.generate import generate
+from par_model import baseline as baseline_module
+from par_model.baseline import Baseline, BaselineError
+from par_model.generation import generate
 from par_model.transformer import PAR
 from par_runtime import Pipeline
 
@@ -22,10 +22,10 @@ NAMES = {"fp32": "par_n4_grid8", "n1": "ar_n1_grid8", "n16": "par_n16_grid8"}  #
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_tokens_are_the_oracles_and_the_runtimes(
+def test_its_tokens_are_those_of_the_reference_and_of_the_runtime(
     name: str, bundles: dict[str, Path], checkpoints: dict[str, Path]
 ) -> None:
-    baseline = Eager(bundles[name], checkpoint=checkpoints[NAMES[name]])
+    baseline = Baseline(bundles[name], checkpoint=checkpoints[NAMES[name]])
     model = golden_weights(PAR(baseline.config))
     for guidance in (2.0,) if name == "n1" else (1.0, 2.0):
         baseline.run(2, guidance, greedy=True, decoder=False)
@@ -36,18 +36,18 @@ def test_its_tokens_are_the_oracles_and_the_runtimes(
     assert (baseline.tokens.numpy() == ours.tokens).all()
 
 
-def test_draws_follow_the_seed_and_a_batch_leaves_nothing_to_the_next(
+def test_draws_follow_the_seed_and_no_batch_changes_the_next(
     bundles: dict[str, Path], checkpoints: dict[str, Path]
 ) -> None:
-    baseline = Eager(bundles["fp32"], checkpoint=checkpoints["par_n4_grid8"])
+    baseline = Baseline(bundles["fp32"], checkpoint=checkpoints["par_n4_grid8"])
     model = golden_weights(PAR(baseline.config))
     for images, guidance, seed in ((2, 2.0, 5), (2, 2.0, 6), (1, 1.0, 5)):
         baseline.run(images, guidance, seed=seed, decoder=False)
         assert (baseline.tokens == generate(model, range(images), guidance=guidance, seed=seed)).all()
 
 
-def test_pixels_are_the_runtimes(bundles: dict[str, Path], checkpoints: dict[str, Path]) -> None:
-    baseline = Eager(bundles["fp32"], checkpoint=checkpoints["par_n4_grid8"], tokenizer=checkpoints["vq"])
+def test_pixels_are_those_of_the_runtime(bundles: dict[str, Path], checkpoints: dict[str, Path]) -> None:
+    baseline = Baseline(bundles["fp32"], checkpoint=checkpoints["par_n4_grid8"], tokenizer=checkpoints["vq"])
     baseline.run(1, 2.0, greedy=True)
     with Pipeline.load(bundles["fp32"], device="cpu", threads=1) as pipeline:
         wanted = pipeline.generate(0, guidance=2.0, greedy=True).images
@@ -59,26 +59,26 @@ def test_pixels_are_the_runtimes(bundles: dict[str, Path], checkpoints: dict[str
 
 @pytest.mark.parametrize(("name", "calls"), [("fp32", (1, 3, 1, 14)), ("n1", (1, 0, 1, 62)), ("n16", (1, 15, 1, 2))])
 def test_every_call_of_every_phase_is_timed(name: str, calls: tuple[int, ...], bundles: dict[str, Path]) -> None:
-    took, image_ms = Eager(bundles[name]).run(1, 1.5)
+    took, image_ms = Baseline(bundles[name]).run(1, 1.5)
     counted = dict(zip(("prefill", "sequential", "transition", "group"), calls, strict=True))
     if name == "fp32":
         counted["decoder"] = 1
     assert {phase: len(ms) for phase, ms in took.items()} == {phase: n for phase, n in counted.items() if n}
     assert all(ms > 0 for each in took.values() for ms in each)
-    # Every call lies inside the whole, and nothing but the start of the batch lies between.
+    # Every call is part of the batch; only the start of the batch is not part of a call.
     assert 0 < sum(map(sum, took.values())) <= image_ms
 
 
 def test_chosen_calls_only(bundles: dict[str, Path]) -> None:
-    took, _ = Eager(bundles["fp32"]).run(1, 1.5, calls=(0, 2, 5, 18), decoder=False)
+    took, _ = Baseline(bundles["fp32"]).run(1, 1.5, calls=(0, 2, 5, 18), decoder=False)
     assert {phase: len(ms) for phase, ms in took.items()} == {"prefill": 1, "sequential": 1, "group": 2}
 
 
-def test_warming_up_is_not_timed_and_happens_once_a_shape(
+def test_warming_up_is_not_timed_and_happens_once_per_shape(
     bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    baseline, made = Eager(bundles["fp32"]), []
-    original = eager.step
+    baseline, made = Baseline(bundles["fp32"]), []
+    original = baseline_module.step
     monkeypatch.setattr(baseline, "_step", lambda *a: (made.append(len(a[2])), original(*a))[1])
     took, _ = baseline.run(1, 1.5)
     assert sum(len(ms) for phase, ms in took.items() if phase != "decoder") == 19
@@ -91,7 +91,7 @@ def test_warming_up_is_not_timed_and_happens_once_a_shape(
 def test_the_whole_length_is_attended_from_the_first_call(
     bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What makes it the published way: keys and mask rows of all N slots in every call."""
+    """As in the published code: keys and mask rows of all N slots in every call."""
     seen = set()
     original = torch.nn.functional.scaled_dot_product_attention
 
@@ -100,35 +100,35 @@ def test_the_whole_length_is_attended_from_the_first_call(
         return original(query, key, value, attn_mask=attn_mask)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
-    Eager(bundles["fp32"]).run(1, 1.5, decoder=False)
+    Baseline(bundles["fp32"]).run(1, 1.5, decoder=False)
     assert seen == {(64, 64, 64)}
 
 
-def test_random_weights_give_sane_logits(bundles: dict[str, Path]) -> None:
-    baseline = Eager(bundles["fp32"])
+def test_random_weights_give_different_tokens_and_pixels(bundles: dict[str, Path]) -> None:
+    baseline = Baseline(bundles["fp32"])
     baseline.run(1, 1.5)
     assert len(baseline.tokens.unique()) > 20
     assert baseline.images is not None
     assert len(baseline.images.unique()) > 1
 
 
-def test_the_model_is_the_manifests(bundles: dict[str, Path], golden: dict[str, dict[str, Any]]) -> None:
-    baseline = Eager(bundles["fp32"])
+def test_the_model_is_that_of_the_manifest(bundles: dict[str, Path], golden: dict[str, dict[str, Any]]) -> None:
+    baseline = Baseline(bundles["fp32"])
     assert baseline.config == golden_config(golden["par_n4_grid8"])
     assert (baseline.name, baseline.version) == ("torch eager", torch.__version__)
-    assert Eager(bundles["n1"]).config.group_size == 1
+    assert Baseline(bundles["n1"]).config.group_size == 1
 
 
-def test_compiled_needs_a_compiler_and_says_so(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eager.shutil, "which", lambda name: "/usr/bin/" + name)
+def test_compiled_needs_a_compiler(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseline_module.shutil, "which", lambda name: "/usr/bin/" + name)
     monkeypatch.delenv("CXX", raising=False)
-    assert Eager(bundles["n1"], compiled=True).name == "torch compiled"
-    monkeypatch.setattr(eager.shutil, "which", lambda _: None)
-    with pytest.raises(EagerError, match=r"needs a C\+\+ compiler.*no g\+\+ or clang\+\+.*install one"):
-        Eager(bundles["n1"], compiled=True)
+    assert Baseline(bundles["n1"], compiled=True).name == "torch compiled"
+    monkeypatch.setattr(baseline_module.shutil, "which", lambda _: None)
+    with pytest.raises(BaselineError, match=r"needs a C\+\+ compiler.*no g\+\+ or clang\+\+.*install one"):
+        Baseline(bundles["n1"], compiled=True)
     monkeypatch.setenv("CXX", "nothing-there")
-    with pytest.raises(EagerError, match="CXX=nothing-there"):
-        Eager(bundles["n1"], compiled=True)
+    with pytest.raises(BaselineError, match="CXX=nothing-there"):
+        Baseline(bundles["n1"], compiled=True)
 
 
 def test_a_compilation_that_fails_is_one_line(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,20 +137,20 @@ def test_a_compilation_that_fails_is_one_line(bundles: dict[str, Path], monkeypa
         def fail(*_: object, text: str = text) -> None:
             raise torch._dynamo.exc.TorchDynamoException(text)
 
-        baseline = Eager(bundles["n1"])
+        baseline = Baseline(bundles["n1"])
         monkeypatch.setattr(baseline, "_step", fail)
-        with pytest.raises(EagerError, match=r"failed \(no Python.h\); leave") as told:
+        with pytest.raises(BaselineError, match=r"failed \(no Python.h\); leave") as raised:
             baseline.run(1, 1.0)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(raised.value)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler uses what PyTorch deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler uses deprecated parts of PyTorch
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-def test_compiled_tokens_are_the_oracles_and_nothing_is_compiled_twice(
+def test_compiled_tokens_are_those_of_the_reference_and_nothing_is_compiled_twice(
     bundles: dict[str, Path], checkpoints: dict[str, Path]
 ) -> None:
-    baseline = Eager(bundles["fp32"], compiled=True, checkpoint=checkpoints["par_n4_grid8"])
+    baseline = Baseline(bundles["fp32"], compiled=True, checkpoint=checkpoints["par_n4_grid8"])
     model = golden_weights(PAR(baseline.config))
     torch._dynamo.utils.counters.clear()
     baseline.run(1, 2.0, greedy=True)
@@ -162,15 +162,17 @@ def test_compiled_tokens_are_the_oracles_and_nothing_is_compiled_twice(
 
 
 def test_what_cannot_be_run_is_one_line(bundles: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(EagerError, match=r"no manifest.json that can be read.*give the folder of a bundle"):
-        Eager(tmp_path)
+    with pytest.raises(BaselineError, match=r"no manifest.json that can be read.*give the folder of a bundle"):
+        Baseline(tmp_path)
     if not torch.cuda.is_available():
-        with pytest.raises(EagerError, match="sees no CUDA device; give cpu"):
-            Eager(bundles["n1"], device="cuda")
-    with pytest.raises(EagerError, match="0 images: expected 1 or more"):
-        Eager(bundles["n1"]).run(0, 1.0)
+        with pytest.raises(BaselineError, match="sees no CUDA device; give cpu"):
+            Baseline(bundles["n1"], device="cuda")
+    with pytest.raises(BaselineError, match="0 images: expected 1 or more"):
+        Baseline(bundles["n1"]).run(0, 1.0)
     manifest = json.loads((bundles["fp32"] / "manifest.json").read_text())
     manifest["order"] = manifest["order"][::-1]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(EagerError, match="knows no such order"):
-        Eager(tmp_path)
+    with pytest.raises(
+        BaselineError, match="order is none of distant, raster for grid 1x8x8 and group_size=4; export the bundle again"
+    ):
+        Baseline(tmp_path)

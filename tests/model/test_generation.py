@@ -1,4 +1,4 @@
-"""Cached generation against teacher forcing, and the sampler against definitions of its own."""
+"""Cached generation against teacher forcing, and the sampler against slow definitions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats
 
 from conftest import GOLDEN, golden_weights
 from par_model.config import PARConfig
-from par_model.generate import generate, sample, uniforms
+from par_model.generation import generate, sample, uniforms
 from par_model.transformer import PAR
 
 CONFIGS = {
@@ -56,10 +56,10 @@ def test_cached_generation_is_teacher_forcing_one_phase_at_a_time(name: str) -> 
 @torch.no_grad()
 def test_an_image_depends_on_its_own_seed_only() -> None:
     model = golden_weights(PAR(CONFIGS["n4"]))
-    together = generate(model, [1, 2, 3], guidance=1.5, seed=7)
+    batch = generate(model, [1, 2, 3], guidance=1.5, seed=7)
     for i, label in enumerate([1, 2, 3]):
-        assert (generate(model, [label], guidance=1.5, seed=7 + i) == together[i : i + 1]).all()
-    assert (generate(model, [3, 1], guidance=1.5, seed=[9, 7]) == together[[2, 0]]).all()
+        assert (generate(model, [label], guidance=1.5, seed=7 + i) == batch[i : i + 1]).all()
+    assert (generate(model, [3, 1], guidance=1.5, seed=[9, 7]) == batch[[2, 0]]).all()
 
 
 def test_generation_refuses_what_it_cannot_do() -> None:
@@ -87,12 +87,12 @@ def test_noise_is_the_golden_noise() -> None:
 
 
 def slow_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """The distribution that spec section 3 describes, written for one position with a loop, in float64."""
+    """Temperature, top-k and top-p as ``par_model.generation.sample`` documents them, for one position, in fp64."""
     x = logits.astype(np.float64) / max(temperature, 1e-5)
-    keep = np.ones(len(x), bool)
+    kept = np.ones(len(x), bool)
     if 0 < top_k < len(x):
-        keep = x >= np.sort(x)[-top_k]
-    p = np.where(keep, np.exp(x - x.max()), 0)
+        kept = x >= np.sort(x)[-top_k]
+    p = np.where(kept, np.exp(x - x.max()), 0)
     p /= p.sum()
     if top_p < 1:
         before, stay = 0.0, np.zeros(len(x), bool)

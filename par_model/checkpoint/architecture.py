@@ -1,0 +1,192 @@
+"""A checkpoint to the configuration of its model or tokenizer: sizes from the shapes, and every key accounted for.
+
+``facts.py`` finds the number of heads and the token grid, which shapes do not show.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from par_model.checkpoint import facts
+from par_model.checkpoint.errors import CheckpointError
+from par_model.checkpoint.load import Checkpoint
+from par_model.config import ORDERS, SIZES, PARConfig, VQConfig
+from par_model.dtypes import TORCH_DTYPE
+from par_model.transformer import PAR
+from par_model.vq import VQModel
+
+#: A buffer of the tokenizer's training; it may be stored in any dtype.
+UNUSED = "quantize.codebook_used"
+#: Options that no shape shows, and their values. A file of ``parvis train`` names those it was trained with.
+ABLATIONS: dict[str, tuple[Any, ...]] = {
+    "order": ORDERS,
+    "sequential_initial": (True, False),
+    "causal_groups": (False, True),
+}
+MOST_TOKENS = 2**16  # tables are made for each token; the published grids have 576 and 1280
+#: Dtypes that weights may be stored in; fp64 is rounded to the dtype that the caller asks for.
+FLOATS = (*TORCH_DTYPE.values(), torch.float64)
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """The configuration of a model, and where its number of heads and its grid come from, in words."""
+
+    config: PARConfig
+    heads_from: str
+    grid_from: str
+
+
+def par_config(checkpoint: Checkpoint, *, heads: int | None = None, grid: facts.Grid | None = None) -> PARConfig:
+    """The configuration that :func:`infer` finds. Raises CheckpointError."""
+    return infer(checkpoint, heads=heads, grid=grid).config
+
+
+def infer(checkpoint: Checkpoint, *, heads: int | None = None, grid: facts.Grid | None = None) -> Inferred:
+    """The configuration of a PAR checkpoint.
+
+    Sizes and n follow from the shapes, heads and grid from the other contents of the file.
+    ``heads`` and ``grid`` (T, H, W) override the file. Raises CheckpointError if they are needed and not given, if the
+    file contradicts itself, or if keys or shapes do not fit.
+    """
+    path, saved = checkpoint.path, checkpoint.config
+    sizes = _sizes(checkpoint)
+    contents = (path, sizes, saved, checkpoint.args, checkpoint.left)
+    facts.check_args(path, sizes, checkpoint.args)
+    heads_fact = facts.heads(*contents) if heads is None else facts.Fact(heads, "--heads")
+    if heads_fact is None:
+        raise CheckpointError(
+            f"{path}: width {sizes.dim} with {sizes.n_layers} layers is none of the named sizes ({', '.join(SIZES)}), "
+            "and the number of attention heads cannot be read from shapes; give --heads"
+        )
+    grid_fact = facts.grid(*contents) if grid is None else facts.Fact(grid, "--grid")
+    if grid_fact is None:
+        raise CheckpointError(
+            f"{path}: the token grid cannot be read from shapes; give --grid (24 for 384 px, 16 for 256 px)"
+        )
+    if math.prod(grid_fact.value) > MOST_TOKENS:
+        raise CheckpointError(
+            f"{path}: a grid of {facts.grid_text(grid_fact.value)} ({grid_fact.source}) has more than {MOST_TOKENS} "
+            "tokens; give another --grid"
+        )
+    ablations = {name: saved[name] for name in ABLATIONS if name in saved}
+    for name, value in ablations.items():
+        if value not in ABLATIONS[name] or type(value) is not type(ABLATIONS[name][0]):
+            raise CheckpointError(f"{path}: its config says {name}={value!r}; expected one of {ABLATIONS[name]}")
+    try:
+        config = PARConfig(
+            dim=sizes.dim,
+            n_layers=sizes.n_layers,
+            n_heads=heads_fact.value,
+            vocab_size=sizes.vocab_size,
+            n_classes=sizes.n_classes,
+            grid=grid_fact.value,
+            group_size=sizes.group_size,
+            **ablations,
+        )
+        with torch.device("meta"):
+            expected = PAR(config).state_dict()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    check_keys(path, checkpoint.tensors, expected)
+    return Inferred(config, heads_fact.source, grid_fact.source)
+
+
+def _sizes(checkpoint: Checkpoint) -> facts.Sizes:
+    """The sizes that the shapes show. Raises CheckpointError where the file is not that of a PAR model."""
+    path, have = checkpoint.path, checkpoint.tensors
+    for key in ("tok_embeddings.weight", "cls_embedding.embedding_table.weight"):
+        if key not in have:
+            hint = (
+                " (this is an image tokenizer: give it as --tokenizer)" if "quantize.embedding.weight" in have else ""
+            )
+            raise CheckpointError(f"{path}: no key {key!r}; expected a PAR or LlamaGen state dict{hint}")
+    vocab, dim = _shape(path, have, "tok_embeddings.weight", 2)
+    rows, _ = _shape(path, have, "cls_embedding.embedding_table.weight", 2)
+    special = "spe_tok_embeddings.special_embeddings.weight"
+    layers = {int(m.group(1)) for key in have if (m := re.match(r"layers\.([0-9]{1,4})\.", key))}
+    n_layers = max(layers) + 1 if layers else 0
+    if n_layers != len(layers) or not layers:  # before a model with so many layers is made
+        raise CheckpointError(
+            f"{path}: holds layers {_some([str(i) for i in sorted(layers)]) or 'none'}; expected layers.0 and on "
+            "without a gap"
+        )
+    n = _shape(path, have, special, 2)[0] + 1 if special in have else 1
+    return facts.Sizes(dim, n_layers, vocab, rows - 1, n)
+
+
+def vq_config(checkpoint: Checkpoint) -> VQConfig:
+    """The configuration of a tokenizer checkpoint, from its shapes. Raises CheckpointError if they do not fit."""
+    path, have = checkpoint.path, checkpoint.tensors
+    first = "encoder.conv_blocks.0.res.0.conv2.weight"
+    for key in ("quantize.embedding.weight", "encoder.conv_in.weight", "post_quant_conv.weight", first):
+        if key not in have:
+            hint = " (this is a PAR model: give it as --checkpoint)" if "tok_embeddings.weight" in have else ""
+            raise CheckpointError(f"{path}: no key {key!r}; expected a VQ tokenizer state dict{hint}")
+    channels = _shape(path, have, "encoder.conv_in.weight", 4)[0]
+    widths: list[int] = []
+    while (key := f"encoder.conv_blocks.{len(widths)}.res.0.conv2.weight") in have:
+        widths.append(_shape(path, have, key, 4)[0])
+    blocks = len({key.split(".")[4] for key in have if key.startswith("encoder.conv_blocks.0.res.")})
+    size, dim = _shape(path, have, "quantize.embedding.weight", 2)
+    groups = checkpoint.config.get("norm_groups", 32)
+    if facts.whole(groups) is None:
+        raise CheckpointError(f"{path}: its config says norm_groups={groups!r}; expected a whole number")
+    try:
+        config = VQConfig(
+            codebook_size=size,
+            codebook_dim=dim,
+            channels=channels,
+            channel_multipliers=tuple(width // channels for width in widths),
+            res_blocks=blocks,
+            z_channels=_shape(path, have, "post_quant_conv.weight", 4)[0],
+            norm_groups=groups,
+        )
+        with torch.device("meta"):
+            expected = VQModel(config).state_dict()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    check_keys(path, have, expected)
+    return config
+
+
+def _shape(path: Path, have: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
+    """The shape of ``key``. Raises CheckpointError unless it has ``dimensions`` dimensions, none of them empty."""
+    shape = tuple(have[key].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise CheckpointError(f"{path}: {key} has shape {shape}; expected {dimensions} dimensions, none of them empty")
+    return shape
+
+
+def check_keys(path: Path, have: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless ``have`` holds exactly the keys and shapes of ``expected``, in :data:`FLOATS`."""
+    missing = [key for key in expected if key not in have]
+    extra = [key for key in have if key not in expected]
+    if missing or extra:
+        parts = [
+            f"{len(keys)} {what} ({_some(keys)})" for what, keys in (("missing", missing), ("unknown", extra)) if keys
+        ]
+        raise CheckpointError(
+            f"{path}: keys do not fit: {', '.join(parts)}; expected exactly the {len(expected)} keys of the "
+            "architecture"
+        )
+    for key, tensor in expected.items():
+        if have[key].shape != tensor.shape:
+            raise CheckpointError(f"{path}: {key} has shape {tuple(have[key].shape)}; expected {tuple(tensor.shape)}")
+        if have[key].dtype not in FLOATS and key != UNUSED:
+            raise CheckpointError(
+                f"{path}: {key} is stored as {str(have[key].dtype).removeprefix('torch.')}; expected float32, "
+                "bfloat16 or float16: quantized weights need scales that no key of the architecture holds"
+            )
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(key[:80] for key in keys[:3]) + (", ..." if len(keys) > 3 else "")

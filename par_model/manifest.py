@@ -1,0 +1,144 @@
+"""The configurations that the manifest of a bundle describes. No torch here.
+
+A manifest holds what an architecture results in (the order of the tokens, the calls of every phase), not the options
+of :class:`PARConfig` that it results from. ``order`` and ``sequential_initial`` are therefore searched for: the first
+combination, defaults first, that results in exactly this manifest. ``causal_groups`` is not searched for, because no
+bundle is exported with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from par_model.config import ORDERS, PARConfig, VQConfig
+from par_model.ordering import CLASS, TOKEN, input_kinds, phases, token_order
+
+MANIFEST = "manifest.json"
+
+
+class ManifestError(ValueError):
+    """A manifest that describes no model of this package.
+
+    The message does not name the bundle; callers put it in front.
+    """
+
+
+def read_manifest(bundle: str | Path) -> dict[str, Any]:
+    """The manifest of the bundle folder ``bundle``, parsed; its hash is not checked. Raises ManifestError."""
+    try:
+        manifest = json.loads((Path(bundle) / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ManifestError(f"no {MANIFEST} that can be read ({error}); give the folder of a bundle") from error
+    if not isinstance(manifest, dict):
+        raise ManifestError(f"{MANIFEST} holds no JSON object; give the folder of a bundle")
+    return manifest
+
+
+def config_from_manifest(manifest: Mapping[str, Any]) -> PARConfig:
+    """The configuration of the transformer that ``manifest`` describes, checked against its order, phases and ffn_dim.
+
+    Raises ManifestError where no configuration results in this manifest.
+    """
+    try:
+        return _config(manifest)
+    except ManifestError:
+        raise
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(_malformed(error)) from error
+    except ValueError as error:  # of PARConfig
+        raise ManifestError(f"{error}; export the bundle again") from error
+
+
+def tokenizer_from_manifest(manifest: Mapping[str, Any]) -> VQConfig | None:
+    """The configuration of the image tokenizer; None for a bundle that ends at tokens. Raises ManifestError."""
+    try:
+        entry = manifest["tokenizer"]
+        return None if entry is None else VQConfig(**entry["config"])
+    except (KeyError, TypeError) as error:
+        raise ManifestError(_malformed(error)) from error
+    except ValueError as error:  # of VQConfig
+        raise ManifestError(f"{error}; export the bundle again") from error
+
+
+def phase_entries(config: PARConfig) -> list[dict[str, Any]]:
+    """The manifest's ``phases`` of a model of ``config``; phases without calls are left out.
+
+    ``inputs`` are what the positions of a phase's first call are fed: "class", "token", or the id of a learnable
+    token.
+    """
+    kind, index = input_kinds(config)
+    learnable = config.vocab_size + config.n_classes + 1  # the first id after the codes, the classes and "no class"
+    entries = []
+    for phase in phases(config):
+        if phase.repeat:
+            positions = range(phase.start, phase.start + phase.query)
+            inputs = [
+                "class" if kind[p] == CLASS else "token" if kind[p] == TOKEN else int(learnable + index[p])
+                for p in positions
+            ]
+            entries.append(
+                {
+                    "name": phase.name,
+                    "query": phase.query,
+                    "repeat": phase.repeat,
+                    "start": phase.start,
+                    "inputs": inputs,
+                }
+            )
+    return entries
+
+
+def _config(manifest: Mapping[str, Any]) -> PARConfig:
+    model, order, entries = manifest["model"], list(manifest["order"]), list(manifest["phases"])
+    base = PARConfig(
+        dim=model["dim"],
+        n_layers=model["n_layers"],
+        n_heads=model["n_heads"],
+        vocab_size=model["vocab_size"],
+        n_classes=model["n_classes"],
+        grid=tuple(manifest["grid"]),
+        group_size=manifest["group_size"],
+    )
+    if model["ffn_dim"] != base.ffn_dim:
+        raise ManifestError(
+            f"ffn_dim {model['ffn_dim']}: a model of width {base.dim} has {base.ffn_dim}; export the bundle again"
+        )
+    if len(order) != base.n_tokens:  # before tables of that length are made
+        raise ManifestError(
+            f"order has {len(order)} tokens, grid {'x'.join(map(str, base.grid))} has {base.n_tokens}; export the "
+            "bundle again"
+        )
+    by_order = [replace(base, order=name) for name in ORDERS]
+    by_order = [config for config in by_order if token_order(config).tolist() == order]
+    if not by_order:
+        raise ManifestError(
+            f"order is none of {', '.join(ORDERS)} for grid {'x'.join(map(str, base.grid))} and "
+            f"group_size={base.group_size}; export the bundle again"
+        )
+    for initial in (True, False):
+        config = replace(by_order[0], sequential_initial=initial)
+        wanted = phase_entries(config)
+        if len(entries) == len(wanted) and all(
+            entry[key] == value
+            for entry, expected in zip(entries, wanted, strict=True)
+            for key, value in expected.items()
+        ):
+            return config
+    raise ManifestError(
+        f"phases ({_calls(entries)}) are those of no model with {base.n_tokens} tokens and "
+        f"group_size={base.group_size}; "
+        f"expected {_calls(phase_entries(by_order[0]))}; export the bundle again"
+    )
+
+
+def _calls(entries: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{e['name']} {e['repeat']}x{e['query']} from {e['start']}" for e in entries) or "none"
+
+
+def _malformed(error: Exception) -> str:
+    missing = f"no entry {error}" if isinstance(error, KeyError) else f"an entry of another form ({error})"
+    return f"{MANIFEST} has {missing}; export the bundle again"
