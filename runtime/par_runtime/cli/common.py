@@ -34,7 +34,8 @@ def guarded(work: Callable[[], int]) -> int:
         raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            message = f"no space left on the disk{f' of {error.filename}' if error.filename else ''}; nothing was half-written"
+            where = f" of {error.filename}" if error.filename else ""
+            message = f"no space left on the disk{where}; nothing was half-written"
         elif error.filename:
             message = f"{error.filename}: {error.strerror}"
         else:

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _exit_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP (a terminal that closes) unwind the stack, as Ctrl-C does, so that unfinished files are removed."""
+    """Let SIGTERM and SIGHUP (a terminal that closes) raise SystemExit, so that unfinished files are removed."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
@@ -132,8 +132,8 @@ def _call(verb: str, arguments: list[str]) -> int:
         if extra is None:
             raise
         print(
-            f"parvis: error: 'parvis {verb}' needs {missing}, which is not installed; pip install 'parvis[{extra}]' (in a "
-            f"clone: pip install '.[{extra}]'); docs/install.md says which to take",
+            f"parvis: error: 'parvis {verb}' needs {missing}, which is not installed; pip install 'parvis[{extra}]' "
+            f"(in a clone: pip install '.[{extra}]'); docs/install.md says which to take",
             file=sys.stderr,
         )
         return 2

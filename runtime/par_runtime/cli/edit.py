@@ -1,4 +1,4 @@
-"""``parvis edit``: generate a part of an image again and keep the other part: inpainting, outpainting, another class."""
+"""``parvis edit``: generate a part of an image again and keep the other part (inpainting, outpainting)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from par_runtime.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Original:
-    """The image to edit: its pixels [H,W,3] and which of them stay [H,W]; its tokens [N] and class where they are known."""
+    """The image to edit: its pixels [H,W,3], which of them stay [H,W], its tokens [N] and class if they are known."""
 
     pixels: NDArray[np.uint8]
     stays: NDArray[np.bool_]
@@ -133,7 +133,7 @@ def read_original(args: argparse.Namespace, bundle: Bundle) -> Original:
 
 
 def paste(result: Result, original: Original) -> Result:
-    """``result`` with the original's pixels where they stay: decoding changes pixels a little, a photo should not change."""
+    """``result`` with the original's pixels where they stay, because decoding changes those of a photo a little."""
     assert result.images is not None
     return replace(result, images=np.where(original.stays[..., None], original.pixels, result.images))
 
@@ -164,10 +164,11 @@ def _report(
         print(json.dumps(row))
     elif not args.quiet:
         name = str(label) if bundle.class_names is None else bundle.class_names[label]
-        several = args.count > 1
+        images, on = ("images", " and on") if args.count > 1 else ("image", "")
+        how = "" if original.tokens is None else " as they were generated"
         print(
-            f"{out}: {args.count} image{'s' if several else ''} of {name}, seed {result.seeds[0]}{' and on' if several else ''}, "
-            f"{kept} of {keep.size} tokens kept{'' if original.tokens is None else ' as they were generated'}, in {seconds:.1f} s"
+            f"{out}: {args.count} {images} of {name}, seed {result.seeds[0]}{on}, "
+            f"{kept} of {keep.size} tokens kept{how}, in {seconds:.1f} s"
         )
 
 
@@ -175,9 +176,10 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``parvis edit``."""
     p = Parser(
         prog="parvis edit",
-        description="Make a part of an image anew and keep the rest: inpainting (--change), outpainting (--place), another "
-        "class for a part (--keep with --label). A PNG of 'parvis generate' is edited from the tokens it holds; any other "
-        "image is encoded first. A token is drawn knowing only what comes before it in the model's order.",
+        description="Make a part of an image anew and keep the rest: inpainting (--change), outpainting (--place), "
+        "another class for a part (--keep with --label). A PNG of 'parvis generate' is edited from the tokens it "
+        "holds; any other image is encoded first. A token is drawn knowing only what comes before it in the model's "
+        "order.",
         epilog=f"REGION: {REGION.removeprefix('expected ')}. Pixels are those of the model's images, after fitting.",
     )
     p.add_argument("image", type=Path, metavar="IMAGE", help="PNG, JPEG, WebP, ..., or a sheet of 'parvis generate'")

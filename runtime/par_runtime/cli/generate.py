@@ -157,8 +157,9 @@ def _report(
     named = [str(path) for path in (args.out, args.tokens) if path is not None]
     where = ", ".join(([in_folder] if in_folder else []) + named)
     low, high = min(result.seeds), max(result.seeds)
+    seeds = f"seeds {low}..{high}" if high > low else f"seed {low}"
     print(
-        f"{where}: {count} image{'s' if count > 1 else ''}, seed{f's {low}..{high}' if high > low else f' {low}'}, in {total_s:.1f} s "
+        f"{where}: {count} image{'s' if count > 1 else ''}, {seeds}, in {total_s:.1f} s "
         f"({load_s:.1f} s to load, {ms:.0f} ms per image, {bundle.calls} calls, {pipeline.backend.info.name})"
     )
 

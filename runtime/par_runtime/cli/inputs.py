@@ -27,7 +27,7 @@ def first_seed(seed: int | None) -> int:
 
 
 def load_pipeline(args: argparse.Namespace, bundle: Bundle, selftest: bool) -> Pipeline:
-    """Load ``bundle``, which was opened and checked, with the options of ``add_common``. Errors as in ``Pipeline.load``."""
+    """Load ``bundle``, which is opened already, with the options of ``add_common``. Errors as in ``Pipeline.load``."""
     return Pipeline.load(
         args.bundle,
         args.device,

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_checkpoint(text: str) -> bool:
-    """Whether the argument names a checkpoint: on the hub, as a file, or as a folder that holds one and is no bundle."""
+    """Whether the argument is a checkpoint: on the hub, a file, or a folder that contains one and is no bundle."""
     path = Path(text)
     kinds = ("*.safetensors*", "*.pt", "*.pth")
     holds = path.is_file() or (path.is_dir() and any(file for kind in kinds for file in path.glob(kind)))
@@ -53,7 +53,7 @@ def _is_checkpoint(text: str) -> bool:
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """Everything that ``parvis inspect`` prints about a bundle, as plain values. Sizes in bytes, times in milliseconds."""
+    """All that ``parvis inspect`` prints about a bundle, as plain values. Sizes in bytes, times in milliseconds."""
     m = bundle.model
     read, element = step_parameters(bundle), int(BYTES[bundle.precision])
     engines, bad = list_engines(bundle)
@@ -158,8 +158,8 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``parvis inspect``."""
     p = Parser(
         prog="parvis inspect",
-        description="Describe a bundle or a checkpoint: architecture, files, engines, calls, memory, and the least time "
-        "that the memory bandwidth of known GPUs allows (by data sheet; not measured).",
+        description="Describe a bundle or a checkpoint: architecture, files, engines, calls, memory, and the least "
+        "time that the memory bandwidth of known GPUs allows (by data sheet; not measured).",
     )
     p.add_argument("path", metavar="BUNDLE|CHECKPOINT", help="a folder or file, or hf://OWNER/REPOSITORY/FILE@REVISION")
     p.add_argument("--full", action="store_true", help="hash every file, however large")

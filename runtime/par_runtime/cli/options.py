@@ -1,4 +1,4 @@
-"""Options that several verbs share, each with one name and one help text, and the check of those that count something."""
+"""Options that several verbs share, each with one name and one help text, and the check of numbers that count."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
             raise RequestError(f"--{name} {value}: expected 1 or more")
 
 
-# -- input and output ---------------------------------------------------------------------------------------------------
+# -- input and output -------------------------------------------------------------------------------------------------
 
 
 def add_bundle(p: argparse.ArgumentParser) -> None:
@@ -47,11 +47,12 @@ def add_fit(p: argparse.ArgumentParser) -> None:
         "--fit",
         choices=["crop", "stretch"],
         default="crop",
-        help="how an image of another shape becomes one of the model's: its largest middle part (default), or stretched",
+        help="how an image of another shape becomes one of the model's: its largest middle part (default), or "
+        "stretched",
     )
 
 
-# -- sampling -----------------------------------------------------------------------------------------------------------
+# -- sampling ---------------------------------------------------------------------------------------------------------
 
 
 def add_guidance(p: argparse.ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--greedy", action="store_true", help="always the most probable code; no noise")
 
 
-# -- where a verb runs, and what it prints ------------------------------------------------------------------------------
+# -- where a verb runs, and what it prints ----------------------------------------------------------------------------
 
 
 def add_common(p: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from par_runtime.system import check_writable, write_beside
 
 
 def check_outputs(out: Path, tokens: Path | None) -> None:
-    """Check the names of a PNG and of an array of tokens, and that both can be written. Raises RequestError, OSError."""
+    """Check the names of a PNG and an array of tokens, and that both can be written. Raises RequestError, OSError."""
     if out.suffix.lower() != ".png":
         raise RequestError(f"--out {out}: expected a name that ends in .png")
     check_tokens_name(tokens)
@@ -56,7 +56,7 @@ def sheet_columns(classes: int, count: int, scales: int) -> int:
 
 
 def class_file_name(bundle: Bundle, label: int) -> str:
-    """Class ``label`` as a part of a file name: its first name, or its index where it has none that any system takes."""
+    """Class ``label`` as a part of a file name: its first name, or its index where no character of that is allowed."""
     name = "" if bundle.class_names is None else safe_name(bundle.class_names[label].split(", ")[0])
     return name or str(label)
 

@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     elif not args.quiet:
         for row in rows:
             print(
-                f"{row['image']}: {size[1]}x{size[0]} pixels in {bundle.n_tokens} tokens, {row['codes']} different codes, "
-                f"PSNR {row['psnr_db']:.1f} dB"
+                f"{row['image']}: {size[1]}x{size[0]} pixels in {bundle.n_tokens} tokens, "
+                f"{row['codes']} different codes, PSNR {row['psnr_db']:.1f} dB"
             )
         print(f"{out}: encoded in {encoded - started:.2f} s, decoded in {decoded - encoded:.2f} s")
     return 0

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if recipe.tokens.shape != (len(recipe.labels), bundle.n_tokens):
         raise RequestError(
-            f"{args.image}: its 'parvis' entry is damaged: {recipe.tokens.shape[1]} tokens an image, the bundle makes {bundle.n_tokens}"
+            f"{args.image}: its 'parvis' entry is damaged: {recipe.tokens.shape[1]} tokens an image, "
+            f"the bundle makes {bundle.n_tokens}"
         )
     if args.out is not None:
         check_writable(args.out)
@@ -64,8 +65,8 @@ def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result) -> tu
     if len(differing):
         image, position = differing[0]
         return False, (
-            f"different: image {image} (label {recipe.labels[image]}, seed {recipe.seeds[image]}) first "
-            f"differs at token {position}: {recipe.tokens[image, position]} then, {result.tokens[image, position]} now; "
+            f"different: image {image} (label {recipe.labels[image]}, seed {recipe.seeds[image]}) first differs "
+            f"at token {position}: {recipe.tokens[image, position]} then, {result.tokens[image, position]} now; "
             f"{len(differing)} of {result.tokens.size} tokens differ"
         )
     identical = f"identical: {len(recipe.labels)} images, {result.tokens.size} tokens"

@@ -97,14 +97,15 @@ def parser() -> argparse.ArgumentParser:
         prog="parvis verify",
         description="Compare a backend with another one on the same bundle: logits with the same tokens fed to both, "
         "tokens with the same noise, images of the same tokens. Exit code 0: within the floors; 1: not; 2: cannot be "
-        "tried. Where tokens differ, it reports whether rounding explains it; a difference that rounding explains is no failure.",
+        "tried. Where tokens differ, it reports whether rounding explains it; a difference that rounding explains is "
+        "no failure.",
     )
     options.add_bundle(p)
     options.add_common(p)
     p.add_argument(
         "--against",
-        help=f"the reference: a device as above, or {OPSET23} (the CPU on the bundle's other step graph; --device takes "
-        f"it too). Default: cpu-ort (ONNX Runtime), or {OPSET23} where the candidate is just that",
+        help=f"the reference: a device as above, or {OPSET23} (the CPU on the bundle's other step graph; --device "
+        f"takes it too). Default: cpu-ort (ONNX Runtime), or {OPSET23} where the candidate is just that",
     )
     p.add_argument("--images", type=int, help=f"how many (default: {IMAGES}, or one per label if those are more)")
     p.add_argument("--seed", type=int, default=0, help="of the first image and of the random tokens (default: 0)")

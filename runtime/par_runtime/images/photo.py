@@ -57,9 +57,10 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit = "crop") -> N
 def place_image(
     image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """``image`` resized into ``box`` (x0, y0, x1, y1) of a canvas of ``size`` (H, W): uint8 [H,W,3], and bool [H,W] in the box.
+    """``image`` resized into ``box`` (x0, y0, x1, y1) of a canvas of ``size`` (H, W).
 
-    Around the box the canvas repeats the image's edge, which changes the encoding of the image inside the least.
+    Returns the canvas, uint8 [H,W,3], and which of its pixels are in the box, bool [H,W]. Around the box the canvas
+    repeats the image's edge, because that changes the encoding of the image inside the least.
     """
     x0, y0, x1, y1 = box
     height, width = size
@@ -79,7 +80,8 @@ def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
         raise RequestError(f"box {text!r}: expected four whole numbers X0,Y0,X1,Y1") from None
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise RequestError(
-            f"box {text!r}: expected 0 <= X0 < X1 <= {width} and 0 <= Y0 < Y1 <= {height}, the pixels of this model's images"
+            f"box {text!r}: expected 0 <= X0 < X1 <= {width} and 0 <= Y0 < Y1 <= {height}, the pixels of this model's "
+            "images"
         )
     return x0, y0, x1, y1
 

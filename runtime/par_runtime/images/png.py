@@ -1,9 +1,9 @@
 """PNG files that contain all that is needed to make them again.
 
-An iTXt chunk "parvis" is JSON: the version of parvis, the name and hash of the bundle, the columns of the sheet, and per
-image label, seed, settings and tokens (base64 of little-endian uint16, or uint32 for codebooks beyond 65,536; sequence
-order). For an edited image also which tokens were given ("kept": base64 of packed bits), and whether the kept pixels of the
-sheet are the original's ("pasted").
+An iTXt chunk "parvis" is JSON: the version of parvis, the name and hash of the bundle, the columns of the sheet, and
+per image label, seed, settings and tokens (base64 of little-endian uint16, or uint32 for codebooks beyond 65,536;
+sequence order). For an edited image also which tokens were given ("kept": base64 of packed bits), and whether the kept
+pixels of the sheet are the original's ("pasted").
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def read_any(path: Path) -> tuple[Recipe | None, NDArray[np.uint8]]:
         ) from error
 
 
-# -- the entry ----------------------------------------------------------------------------------------------------------
+# -- the entry --------------------------------------------------------------------------------------------------------
 
 
 def _entry(bundle: Bundle, result: Result, columns: int, pick: list[int], pasted: bool) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""Two backends on one bundle, compared with each other: ``compare.py`` measures, ``judge.py`` holds the floors and explains
-different tokens, ``report.py`` runs and prints a whole comparison, ``devices.py`` loads both sides.
+"""Two backends on one bundle, compared with each other.
+
+``compare.py`` measures, ``judge.py`` contains the floors and explains different tokens, ``report.py`` runs and prints a
+whole comparison, ``devices.py`` loads both sides.
 """
 
 from par_runtime.verify.compare import (

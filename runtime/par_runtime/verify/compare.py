@@ -1,8 +1,8 @@
-"""Compare two backends on one bundle: the logits that they compute, the tokens that they draw, the images that they decode.
+"""Compare the logits, the tokens and the images of two backends on one bundle.
 
-Two implementations never round alike, and one rounded bit can change a token, and then all that follow it. So a different
-token is no failure by itself. Where the tokens of an image differ for the first time, both backends had the same inputs;
-the logits of both at that call show whether rounding explains the different draw (a near-tie) or not.
+Two implementations never round alike, and one rounded bit can change a token, and then all tokens after it. So a
+different token is no failure by itself. Where the tokens of an image differ for the first time, both backends had the
+same inputs; the logits of both at that call show whether rounding explains the different draw (a near-tie) or not.
 
 Letters: B images, q positions of one call, N tokens, V codes.
 """
@@ -42,8 +42,8 @@ class Trial:
 class PhaseLogits:
     """Guided logits of one phase, with the same tokens given to both backends (teacher-forced).
 
-    ``max_error`` and ``scale`` (the largest |logit|) in logits, ``relative_error`` their ratio; ``argmax_agreement``: the
-    share of positions with the same most probable code; ``kl``: mean Kullback-Leibler divergence in nats.
+    ``max_error`` and ``scale`` (the largest |logit|) in logits, ``relative_error`` their ratio; ``argmax_agreement``:
+    the share of positions with the same most probable code; ``kl``: mean Kullback-Leibler divergence in nats.
     """
 
     phase: str
@@ -58,8 +58,9 @@ class PhaseLogits:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A token that differs although both backends had the same inputs: one of the first call of its image with a difference.
+    """A token that differs although both backends had the same inputs.
 
+    It belongs to the first call of its image in which tokens differ; the inputs of later calls differ too.
     ``logit_gap``: the reference's logit of its own token less that of the candidate's. ``logit_error``: the largest
     difference of both backends' logits at this call, relative to the phase's largest |logit|. ``distance``: how far the
     uniform number of the draw is from the candidate's token in the reference's CDF, as a probability; None where the
@@ -158,7 +159,8 @@ def _errors(candidate: Float, reference: Float) -> tuple[float, ...]:
     """Largest error, largest |logit|, positions with the same argmax, sum of KL, positions; of logits [B,q,V]."""
     if candidate.shape != reference.shape:
         raise BundleError(
-            f"the candidate's logits have shape {candidate.shape}, the reference's {reference.shape}; build its engine again"
+            f"the candidate's logits have shape {candidate.shape}, the reference's {reference.shape}; build its engine "
+            "again"
         )
     with np.errstate(invalid="ignore", over="ignore"):  # a NaN is no warning here: it makes the check fail
         a, b = candidate.astype(np.float64), reference.astype(np.float64)
@@ -258,7 +260,10 @@ def _divergences(
 
 
 def compare_images(candidate: Pipeline, reference: Pipeline, tokens: Int) -> Images:
-    """Compare what both decode of the same ``tokens`` [B,N]. Raises BundleError; RequestError where the bundle ends at tokens."""
+    """Compare what both decode of the same ``tokens`` [B,N].
+
+    Raises BundleError; RequestError where the bundle ends at tokens.
+    """
     decoded, wanted = candidate.decode(tokens), reference.decode(tokens)
     if decoded.shape != wanted.shape:
         raise BundleError(f"the candidate's images have shape {decoded.shape}, the reference's {wanted.shape}")

@@ -128,7 +128,9 @@ def checks(logits: Sequence[PhaseLogits], tokens: Tokens, images: Images | None,
 def table(r: Report) -> str:
     """The report as text."""
     b, t, count = r.bundle, r.tokens, len(r.trial.classes)
-    first = r.trial.settings[0]
+    first, seeds = r.trial.settings[0], str(r.trial.seeds[0])
+    if count > 1:
+        seeds += f"..{r.trial.seeds[-1]}"
     how = f"guidance {first.guidance:g}, " + (
         "greedy" if first.greedy else f"temperature {first.temperature:g}, top-k {first.top_k}, top-p {first.top_p:g}"
     )
@@ -136,11 +138,12 @@ def table(r: Report) -> str:
         f"bundle     {b.path} ({b.name}, {b.precision}, {b.n_tokens} tokens in {b.calls} calls, hash {b.hash[:12]})",
         f"candidate  {r.candidate.backend.info.name}",
         f"reference  {r.reference.backend.info.name}",
-        f"request    {_many(count, 'image')}, seed {r.trial.seeds[0]}{f'..{r.trial.seeds[-1]}' if count > 1 else ''}, {how}",
+        f"request    {_many(count, 'image')}, seed {seeds}, {how}",
         *(f"note       {note}" for note in r.notes),
         "",
         "logits, both fed the same random tokens" + (f" (of the last phase {r.groups} calls)" if r.groups else ""),
-        f"  {'phase':12}{'calls':>6}{'positions':>11}{'max error':>11}{'largest':>9}{'relative':>10}{'argmax':>11}{'KL (nats)':>11}",
+        f"  {'phase':12}{'calls':>6}{'positions':>11}{'max error':>11}{'largest':>9}{'relative':>10}{'argmax':>11}"
+        f"{'KL (nats)':>11}",
     ]
     for p in r.logits:
         lines.append(
@@ -150,14 +153,15 @@ def table(r: Report) -> str:
     lines += [
         "",
         "tokens, both on their own with the same noise",
-        f"  {t.equal} of {t.tokens} equal ({100 * t.equal / t.tokens:.2f} %), {t.identical_images} of {t.images} images identical",
+        f"  {t.equal} of {t.tokens} equal ({100 * t.equal / t.tokens:.2f} %), "
+        f"{t.identical_images} of {t.images} images identical",
     ]
     for d in t.divergences[:DIVERGENCES_SHOWN]:
         away = "out of reach" if d.distance is None else f"{d.distance:.1e} away (explained: {d.explained:.1e})"
         lines.append(
             f"  image {d.image} (label {d.label}, seed {d.seed}) parts at token {d.position} ({d.phase}): "
-            f"{d.reference_token} in the reference, {d.candidate_token} in the candidate; logits {d.logit_gap:.2g} apart, "
-            f"the draw {away}: {d.verdict}"
+            f"{d.reference_token} in the reference, {d.candidate_token} in the candidate; "
+            f"logits {d.logit_gap:.2g} apart, the draw {away}: {d.verdict}"
         )
     if len(t.divergences) > DIVERGENCES_SHOWN:
         lines.append(f"  and {len(t.divergences) - DIVERGENCES_SHOWN} more (--json lists all)")
@@ -169,8 +173,8 @@ def table(r: Report) -> str:
         lines.append("  identical")
     else:
         lines.append(
-            f"  {i.identical_images} of {i.images} identical; the worst has {i.psnr:.1f} dB PSNR, values differ by up to "
-            f"{i.max_difference} of 255"
+            f"  {i.identical_images} of {i.images} identical; the worst has {i.psnr:.1f} dB PSNR, "
+            f"values differ by up to {i.max_difference} of 255"
         )
     lines += ["", f"floors of {r.floors_of}"]
     lines += [f"  {'pass' if check.passed else 'FAIL'}  {check.text}" for check in r.checks]
