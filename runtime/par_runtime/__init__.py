@@ -1,26 +1,51 @@
-"""Run PAR bundles: ``Pipeline.load(path).generate(labels)``. Knows nothing of torch; see ``docs/design.md``."""
+"""Run PAR bundles: ``Pipeline.load(path).generate(labels)``. Imports no torch; see ``docs/design.md``."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "BundleError", "Pipeline", "RequestError", "Result", "__version__"]
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "CudaError",
+    "EngineError",
+    "Pipeline",
+    "RequestError",
+    "Result",
+    "Schedule",
+    "Settings",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from par_runtime.bundle import Bundle
-    from par_runtime.errors import BundleError, RequestError
+    from par_runtime.errors import BundleError, CudaError, EngineError, RequestError
     from par_runtime.pipeline import Pipeline, Result
+    from par_runtime.request import Settings
+    from par_runtime.schedule import Schedule
+
+#: public name -> the module that defines it
+_MODULES = {
+    "Bundle": "bundle",
+    "BundleError": "errors",
+    "CudaError": "errors",
+    "EngineError": "errors",
+    "Pipeline": "pipeline",
+    "RequestError": "errors",
+    "Result": "pipeline",
+    "Schedule": "schedule",
+    "Settings": "request",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `parvis --help` and error messages do not wait for numpy and onnxruntime.
-    if name in ("Bundle", "BundleError"):
-        from par_runtime import bundle
+    # Imported at the first use, so that `parvis --help` and error messages do not wait for numpy and onnxruntime.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
-        return getattr(bundle, name)
-    if name in ("Pipeline", "RequestError", "Result"):
-        from par_runtime import pipeline
 
-        return getattr(pipeline, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

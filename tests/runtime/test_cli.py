@@ -1,7 +1,8 @@
-"""The command line as a person uses it and breaks it."""
+"""The command line: generate, redo, help, and wrong input of many kinds."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -55,10 +56,10 @@ def test_twice_the_same_pixels_and_one_by_one_the_same_tokens(tiny: Path, tmp_pa
             tmp_path / f"{name}.npy",
         )
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    together = np.load(tmp_path / "a.npy")
+    batch = np.load(tmp_path / "a.npy")
     for i in range(8):
         run("generate", tiny, "--label", 1, "--seed", 1 + i, "--tokens", tmp_path / "one.npy")
-        assert (np.load(tmp_path / "one.npy")[0] == together[i]).all()
+        assert (np.load(tmp_path / "one.npy")[0] == batch[i]).all()
 
 
 def test_redo_proves_a_png_and_notices_a_change(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +224,7 @@ def test_a_really_full_disk(
     assert not (tmp_path / "a.png").exists()
 
 
-def test_no_permission_is_told_before_any_work(
+def test_no_permission_is_an_error_before_any_work(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(path: Path) -> None:
@@ -278,6 +279,14 @@ def test_a_sheet_whose_entry_is_larger_than_a_megabyte_can_be_read(tiny: Path, t
     assert (pixels == png.sheet(big.images, 80)).all()  # type: ignore[arg-type]
 
 
+def test_every_verb_of_the_runtime_is_a_module_with_parser_and_main() -> None:
+    for name, verb in cli.VERBS.items():
+        if verb.module.startswith("par_runtime."):
+            module = importlib.import_module(verb.module)
+            assert module.parser().prog == f"parvis {name}"
+            assert callable(module.main)
+
+
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     text = capsys.readouterr().out
@@ -290,7 +299,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("parvis 0.")
 
 
-def test_verbs_that_need_torch_say_so_where_there_is_none(tiny: Path) -> None:
+def test_a_verb_without_torch_names_the_extra(tiny: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"  # as if it were not installed
         "from par_runtime.cli import main; sys.exit(main(['export', '--help']))"

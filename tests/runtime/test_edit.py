@@ -1,4 +1,4 @@
-"""`parvis reconstruct` and `parvis edit`, and what they do with images of all kinds, as a person uses and breaks them."""
+"""`parvis reconstruct` and `parvis edit` with images of all kinds, right and wrong."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_a_generated_image_is_edited_from_its_own_tokens(
         run("edit", sheet, "--which", 4, "--bundle", tiny, "--keep", "left", "--count", 2, "--seed", 15, "--out", out)
         == 0
     )
-    assert "2 images of" in (told := capsys.readouterr().out)
-    assert "32 of 64 tokens kept as they were generated" in told
+    assert "2 images of" in (output := capsys.readouterr().out)
+    assert "32 of 64 tokens kept as they were generated" in output
     before, after, left = tokens_of(sheet)[4], tokens_of(out), left_half(tiny)
     assert (after[:, left] == before[left]).all()
     assert (after[:, ~left] != before[~left]).any(1).all()
@@ -141,9 +141,9 @@ def test_a_photo_is_encoded_and_keeps_its_pixels_if_asked(
     row = json.loads(capsys.readouterr().out)
     assert row["encoded"] is True
     assert (row["kept_tokens"], row["tokens"]) == (32, 64)
-    pixels = photo.fitted(photo.open_image(picture), SIZE)
+    pixels = photo.fit_image(photo.open_image(picture), SIZE)
     tokens = Tokenizer(Bundle.open(tiny)).encode(pixels)[0]
-    keep = photo.kept_tokens(photo.region("top", SIZE), (8, 8)).reshape(-1)[list(Bundle.open(tiny).order)]
+    keep = photo.kept_tokens(photo.region_mask("top", SIZE), (8, 8)).reshape(-1)[list(Bundle.open(tiny).order)]
     assert (tokens_of(out)[0][keep] == tokens[keep]).all()
     assert (png.read(out)[1][:8] != pixels[:8]).any()  # decoded, so not the same
     assert run("edit", picture, *common, "--paste", "--quiet") == 0
@@ -161,9 +161,9 @@ def test_outpainting_shrinks_the_photo_into_a_box(tiny: Path, picture: Path, tmp
     kept = png.read(out)[0].kept
     assert kept is not None
     assert kept.sum() == 16
-    canvas, there = photo.placed(photo.open_image(picture), SIZE, (4, 4, 12, 12))
-    assert there.sum() == 64
-    np.testing.assert_array_equal(canvas[4:12, 4:12], photo.fitted(photo.open_image(picture), (8, 8)))
+    canvas, inside = photo.place_image(photo.open_image(picture), SIZE, (4, 4, 12, 12))
+    assert inside.sum() == 64
+    np.testing.assert_array_equal(canvas[4:12, 4:12], photo.fit_image(photo.open_image(picture), (8, 8)))
     assert (canvas[0, 4:12] == canvas[4, 4:12]).all()
 
 
@@ -171,22 +171,22 @@ def test_a_mask_image_is_fitted_as_the_photo_is(picture: Path, tmp_path: Path) -
     mask = np.zeros((20, 40), np.uint8)
     mask[:, 20:] = 255  # the right half of the photo, and of its middle part
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    np.testing.assert_array_equal(photo.region(str(tmp_path / "mask.png"), SIZE), photo.region("right", SIZE))
+    np.testing.assert_array_equal(photo.region_mask(str(tmp_path / "mask.png"), SIZE), photo.region_mask("right", SIZE))
     mask[:] = 0
     mask[:, :10] = 255  # cropped away, but there when stretched
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    assert not photo.region(str(tmp_path / "mask.png"), SIZE).any()
-    assert photo.region(str(tmp_path / "mask.png"), SIZE, "stretch").sum() == 16 * 4
+    assert not photo.region_mask(str(tmp_path / "mask.png"), SIZE).any()
+    assert photo.region_mask(str(tmp_path / "mask.png"), SIZE, "stretch").sum() == 16 * 4
 
 
 def test_regions_and_the_tokens_that_stay() -> None:
-    halves = [photo.region(side, SIZE) for side in ("left", "right", "top", "bottom")]
+    halves = [photo.region_mask(side, SIZE) for side in ("left", "right", "top", "bottom")]
     assert [int(h.sum()) for h in halves] == [128] * 4
     assert (halves[0] ^ halves[1]).all()
     assert (halves[2] ^ halves[3]).all()
-    assert (photo.region("center", SIZE) ^ photo.region("border", SIZE)).all()
-    assert photo.region("center", SIZE).sum() == 64
-    one_pixel = ~photo.region("5,5,6,6", SIZE)  # one pixel changes, so its token does
+    assert (photo.region_mask("center", SIZE) ^ photo.region_mask("border", SIZE)).all()
+    assert photo.region_mask("center", SIZE).sum() == 64
+    one_pixel = ~photo.region_mask("5,5,6,6", SIZE)  # one pixel changes, so its token does
     kept = photo.kept_tokens(one_pixel, (8, 8))
     assert kept.sum() == 63
     assert not kept[2, 2]
@@ -206,22 +206,22 @@ def test_images_of_all_kinds_open_upright_and_opaque(tmp_path: Path) -> None:
     Image.new("CMYK", (4, 4)).save(tmp_path / "print.jpg")
     Image.new("1", (4, 4), 1).save(tmp_path / "bits.png")
     for name in ("palette.gif", "print.jpg", "bits.png"):
-        assert photo.fitted(photo.open_image(tmp_path / name), SIZE).shape == (16, 16, 3)
+        assert photo.fit_image(photo.open_image(tmp_path / name), SIZE).shape == (16, 16, 3)
 
 
-def test_reconstruct_writes_a_sheet_tokens_and_says_what_was_lost(
+def test_reconstruct_writes_a_sheet_and_tokens_and_reports_the_loss(
     tiny: Path, picture: Path, sheet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, tokens = tmp_path / "r.png", tmp_path / "r.npy"
     assert run("reconstruct", picture, sheet, "--bundle", tiny, "--beside", "--out", out, "--tokens", tokens) == 0
-    told = capsys.readouterr().out
-    assert told.count("16x16 pixels in 64 tokens") == 2
+    output = capsys.readouterr().out
+    assert output.count("16x16 pixels in 64 tokens") == 2
     saved = np.load(tokens)
     assert saved.shape == (2, 64)
     with Image.open(out) as image:
         pixels = np.asarray(image)
     assert pixels.shape == (16, 64, 3)  # two pairs side by side
-    original = photo.fitted(photo.open_image(picture), SIZE)
+    original = photo.fit_image(photo.open_image(picture), SIZE)
     np.testing.assert_array_equal(pixels[:, :16], original)
     np.testing.assert_array_equal(pixels[:, 16:32], Pipeline.load(tiny, device="cpu").decode(saved)[0])
     assert run("reconstruct", picture, "--bundle", tiny, "--out", out, "--json") == 0
@@ -248,12 +248,12 @@ def test_the_tokenizer_alone_is_the_pipelines(tiny: Path) -> None:
 def test_more_images_than_one_call_takes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer(Bundle.open(tiny), threads=1)
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3)).astype(np.uint8)
-    together = tokenizer.encode(images)
+    whole = tokenizer.encode(images)
     monkeypatch.setattr("par_runtime.tokenizer.CHUNK_PIXELS", 2 * 16 * 16)
     sizes = []
     once = tokenizer._run
     monkeypatch.setattr(tokenizer, "_run", lambda s, n, v: (sizes.append(len(v)), once(s, n, v))[1])
-    np.testing.assert_array_equal(tokenizer.encode(images), together)
+    np.testing.assert_array_equal(tokenizer.encode(images), whole)
     assert sizes == [2, 2, 1]
 
 
@@ -288,9 +288,9 @@ def test_bad_edits_end_in_one_line(
     label = [] if message.startswith("does not say") or "--label" in arguments else ["--label", "otter"]
     out = [] if "--out" in arguments else ["--out", tmp_path / "e.png"]
     assert run("edit", picture, "--bundle", tiny, *label, *out, *arguments) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert message in output
+    assert output.count("\n") == 1
     assert {p.name for p in tmp_path.iterdir()} == {"photo.jpg"}
 
 
@@ -310,9 +310,9 @@ def test_images_that_cannot_be_edited_end_in_one_line(
         (tmp_path, [], "Is a directory"),
     ):
         assert run("edit", image, "--bundle", tiny, *keep, *which) == 2, image
-        told = capsys.readouterr().err
-        assert message in told
-        assert told.count("\n") == 1
+        output = capsys.readouterr().err
+        assert message in output
+        assert output.count("\n") == 1
         assert not (tmp_path / "e.png").exists()
     assert run("edit", picture, "--bundle", bundles["n1"], *keep) == 2
     assert "this bundle ends at tokens and makes no images" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The extras of ``pyproject.toml`` fit together: two wheels that own the same files never meet by accident."""
+"""The extras of ``pyproject.toml``: no combination installs two wheels that own the same files by accident."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 
 def packages(requirements: list[str]) -> set[str]:
     """Names of the packages that ``requirements`` bring, through the project's own extras."""
-    found: set[str] = set()
+    names: set[str] = set()
     for requirement in requirements:
         own = re.fullmatch(r"parvis\[([^\]]+)\]", requirement)
         if own:
             for extra in own.group(1).split(","):
-                found |= packages(EXTRAS[extra.strip()])
+                names |= packages(EXTRAS[extra.strip()])
         else:
-            found.add(re.split(r"[ \[<>=!~;]", requirement)[0])
-    return found
+            names.add(re.split(r"[ \[<>=!~;]", requirement)[0])
+    return names
 
 
 def test_the_runtime_alone_brings_no_onnxruntime() -> None:
@@ -33,15 +33,15 @@ def test_the_runtime_alone_brings_no_onnxruntime() -> None:
 
 
 def test_no_combination_brings_both_onnxruntimes_by_accident() -> None:
-    apart = [name for name in EXTRAS if name not in ("onnxruntime-gpu", "cpu")]
+    others = [name for name in EXTRAS if name not in ("onnxruntime-gpu", "cpu")]
     both = {"onnxruntime", "onnxruntime-gpu"}
     for one in ("cpu", "onnxruntime-gpu"):
-        for count in range(len(apart) + 1):
-            for others in itertools.combinations(apart, count):
-                brought = set().union(*(packages(EXTRAS[name]) for name in (one, *others)))
-                if "dev" in others and one == "onnxruntime-gpu":
+        for count in range(len(others) + 1):
+            for chosen in itertools.combinations(others, count):
+                brought = set().union(*(packages(EXTRAS[name]) for name in (one, *chosen)))
+                if "dev" in chosen and one == "onnxruntime-gpu":
                     continue  # the development environment has the CPU's
-                assert not both <= brought, (one, others)
+                assert not both <= brought, (one, chosen)
 
 
 def test_the_extra_brings_an_onnxruntime_gpu_that_cuda_ort_takes() -> None:
@@ -82,10 +82,11 @@ def test_what_is_missing_is_named_with_its_extra(
     assert not list(tmp_path.iterdir())
 
 
-def test_help_needs_nothing_but_the_runtime() -> None:
+def test_help_imports_no_other_package() -> None:
     code = (
         "import sys\n"
-        "for name in ('onnxruntime', 'onnx', 'torch', 'tensorrt', 'tensorrt_rtx', 'cuda', 'ml_dtypes'): sys.modules[name] = None\n"
+        "for name in 'onnxruntime onnx torch tensorrt tensorrt_rtx cuda ml_dtypes numpy PIL'.split():\n"
+        "    sys.modules[name] = None\n"
         "import par_runtime; from par_runtime.cli import main; sys.exit(main(['--help']))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -75,7 +75,7 @@ def test_checkpoints(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)["kind"] == "VQ tokenizer"
 
 
-def test_what_is_neither_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_neither_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.pt").write_bytes(b"nothing")
     assert cli.main(["inspect", str(tmp_path / "x.pt")]) == 2
     assert capsys.readouterr().err.startswith("parvis: error: ")

@@ -14,12 +14,11 @@ import pytest
 from par_runtime import verify
 from par_runtime.backends.base import Batch
 from par_runtime.backends.draws import distance_of, draw
-from par_runtime.cli.verify import Report, as_json, load, run, table
 from par_runtime.dtypes import Float, Int
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import image_settings
 from par_runtime.schedule import Schedule, uniforms
-from par_runtime.verify import FLOORS, Trial
+from par_runtime.verify import FLOORS, Report, Trial, as_json, load, run, table
 
 LABELS = [0, 2, 4, 5]
 

@@ -13,10 +13,9 @@ from test_verify import Sabotaged
 from par_runtime.backends.base import Batch
 from par_runtime.bundle import seal
 from par_runtime.cli import dispatch as cli
-from par_runtime.cli import verify as verify_command
-from par_runtime.cli.verify import load
 from par_runtime.dtypes import Float, Int
 from par_runtime.pipeline import Pipeline
+from par_runtime.verify import load
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 
@@ -46,11 +45,11 @@ def half_off(monkeypatch: pytest.MonkeyPatch) -> None:
             logits[..., 3] += 0.5
             return logits
 
-    def sabotaged(path: Path, device: str, *rest: Any) -> Pipeline:
-        pipeline = load(path, device, *rest)
+    def sabotaged(path: Path, device: str, *others: Any) -> Pipeline:
+        pipeline = load(path, device, *others)
         return Pipeline(pipeline.bundle, Off(pipeline.backend)) if device == "cpu" else pipeline
 
-    monkeypatch.setattr(verify_command, "load", sabotaged)
+    monkeypatch.setattr("par_runtime.verify.load", sabotaged)
 
 
 def test_table_and_exit_code_0(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +87,7 @@ def test_exit_code_1_with_a_line_for_each_failed_check(
     assert capsys.readouterr().out == ""
 
 
-def test_json_tells_everything(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_contains_everything(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(tiny, "--device", "cpu", "--json", "--greedy", "--floor-psnr", 30, "--label", "all") == 0
     row = json.loads(capsys.readouterr().out)
     assert row["passed"] is True
@@ -149,7 +148,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert error.count("\n") == 1
 
 
-def test_help_tells_the_floors(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_floors(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--help") == 0
     assert "(default: fp32 0.001, fp16 0.03, bf16 0.1)" in " ".join(capsys.readouterr().out.split())
 

@@ -14,7 +14,7 @@ from par_export.engines.cache import DEFAULT_LIMIT_BYTES, default_folder
 from par_export.engines.network import BuildCancelledError, BuildError
 from par_export.staging import TargetError
 from par_runtime.backends.engines import ENGINE_JSON
-from par_runtime.cli.dispatch import Parser
+from par_runtime.cli.common import Parser
 from par_runtime.dtypes import PRECISIONS
 from par_runtime.errors import BundleError, TensorRTMissingError
 

@@ -27,7 +27,7 @@ from par_runtime.backends.engines import ENGINE_JSON, Engine
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.backends.trt.backend import Capture, TrtBackend
 from par_runtime.bundle import Bundle, seal
-from par_runtime.cli.dispatch import Parser
+from par_runtime.cli.common import Parser
 from par_runtime.dtypes import PRECISIONS
 from par_runtime.errors import BundleError, CudaError, TensorRTMissingError
 from par_runtime.pipeline import Pipeline

@@ -1,4 +1,4 @@
-"""The command ``parvis``: one file per verb, found by ``dispatch.py``."""
+"""The command ``parvis``: one module per verb. ``dispatch.py`` lists them and runs one."""
 
 from par_runtime.cli.dispatch import main
 

@@ -54,6 +54,9 @@ def bench(argv: Sequence[str]) -> int:
     return guarded(lambda: _bench(args))
 
 
+main = bench
+
+
 def _bench(args: argparse.Namespace) -> int:
     check(args)
     old = None if args.compare is None else rows.read(args.compare)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from par_runtime.bench.suites.paper import SIZES
-from par_runtime.cli.dispatch import Parser
+from par_runtime.cli.common import Parser
 
 SUITES = ("phases", "batch", "decoder", "serve", "paper")
 BASELINES = ("eager", "compiled", "n1", "ort")

@@ -1,4 +1,7 @@
-"""The command ``parvis``: one parser per verb; verbs that need torch live in their own packages, found by name."""
+"""The command ``parvis``: one module per verb, imported when its verb runs, by name.
+
+Verbs that need torch or onnx lie in packages of their own, which the runtime never imports itself.
+"""
 
 from __future__ import annotations
 
@@ -9,84 +12,109 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NamedTuple
 
 from par_runtime import __version__
+from par_runtime.cli.common import Parser
 
-#: verb -> (module, what it does). Their packages are optional extras: the runtime never imports them itself.
-ELSEWHERE = {
-    "export": ("par_export.cli.export", "turn a checkpoint into a bundle, checked against PyTorch"),
-    "build": ("par_export.cli.build", "build TensorRT plans from a bundle, with or without a GPU"),
-    "tune": ("par_export.cli.tune", "find the fastest form of an engine on this GPU"),
-    "train-tokenizer": ("par_model.training.tokenizer", "train a VQ tokenizer on a folder of images"),
-    "encode": ("par_model.training.encode", "turn a folder of images into token ids"),
-    "train": ("par_model.training.transformer", "train a PAR model on token ids"),
-}
-HERE = {
-    "generate": ("par_runtime.cli.generate", "make images from a bundle"),
-    "redo": ("par_runtime.cli.generate", "make a PNG again from what it says of itself, and compare"),
-    "reconstruct": ("par_runtime.cli.edit", "encode images to tokens and decode them again"),
-    "edit": ("par_runtime.cli.edit", "make a part of an image anew and keep the rest"),
-    "bench": ("par_runtime.cli.bench", "measure: phases, baselines, the hardware's limit, the paper's tables"),
-    "inspect": ("par_runtime.cli.inspect", "say what a bundle or checkpoint is, needs, and could reach"),
-    "verify": ("par_runtime.cli.verify", "compare two backends on a bundle: logits, tokens, images"),
+#: extras, as pip takes them -> the packages that they bring, of those that a verb can miss.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "cpu": ("onnxruntime",),
+    "cpu,export": ("torch", "onnx", "safetensors", "huggingface_hub", "par_export", "par_model"),
+    "build,tensorrt-rtx": ("onnx", "ml_dtypes", "par_export"),
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors as the one line that every other error of ``parvis`` is."""
+class Verb(NamedTuple):
+    """A verb of ``parvis``."""
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"parvis: error: {message}; '{self.prog} --help' tells more\n")
+    module: str  #: with ``main(argv) -> exit code``
+    does: str  #: for ``parvis --help``
+    extras: tuple[str, ...] = (
+        "cpu",
+    )  #: keys of EXTRAS that bring its packages; the first that brings a package is named
+
+
+VERBS = {
+    "generate": Verb("par_runtime.cli.generate", "make images from a bundle"),
+    "redo": Verb("par_runtime.cli.redo", "make a PNG again from its own metadata, and compare"),
+    "reconstruct": Verb("par_runtime.cli.reconstruct", "encode images to tokens and decode them again"),
+    "edit": Verb("par_runtime.cli.edit", "make a part of an image anew and keep the rest"),
+    "bench": Verb(
+        "par_runtime.cli.bench",
+        "measure: phases, baselines, the hardware's limit, the paper's tables",
+        ("cpu", "cpu,export"),
+    ),
+    "inspect": Verb(
+        "par_runtime.cli.inspect",
+        "describe a bundle or checkpoint: what it is, needs, and could reach",
+        ("cpu", "cpu,export"),
+    ),
+    "verify": Verb("par_runtime.cli.verify", "compare two backends on a bundle: logits, tokens, images"),
+    "export": Verb(
+        "par_export.cli.export", "turn a checkpoint into a bundle, checked against PyTorch", ("cpu", "cpu,export")
+    ),
+    "build": Verb(
+        "par_export.cli.build",
+        "build TensorRT plans from a bundle, with or without a GPU",
+        ("build,tensorrt-rtx", "cpu", "cpu,export"),
+    ),
+    "tune": Verb(
+        "par_export.cli.tune",
+        "find the fastest form of an engine on this GPU",
+        ("build,tensorrt-rtx", "cpu", "cpu,export"),
+    ),
+    "train-tokenizer": Verb(
+        "par_model.training.tokenizer", "train a VQ tokenizer on a folder of images", ("cpu", "cpu,export")
+    ),
+    "encode": Verb("par_model.training.encode", "turn a folder of images into token ids", ("cpu", "cpu,export")),
+    "train": Verb("par_model.training.transformer", "train a PAR model on token ids", ("cpu", "cpu,export")),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 1 compared and different, 2 bad input, 130 or 143 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _terminated_in_order():
-            verb = _verb(arguments)
-            if verb in HERE:
-                return _call(HERE[verb][0], verb, verb, arguments[1:])
-            return _call(ELSEWHERE[verb][0], "main", verb, arguments[1:])
+        with _exit_on_signals():
+            return _call(_verb(arguments), arguments[1:])
     except KeyboardInterrupt:
         print("\nparvis: stopped; nothing was half-written", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of the output has stopped reading
         return 0
 
 
 @contextmanager
-def _terminated_in_order() -> Iterator[None]:
-    """Let SIGTERM (and SIGHUP, of a terminal that closes) unwind the stack, as Ctrl-C does, so that files begun are removed."""
-    if threading.current_thread() is not threading.main_thread():
+def _exit_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP (a terminal that closes) raise SystemExit, so that unfinished files are removed."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    ends = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    ends = [each for each in ends if signal.getsignal(each) is not signal.SIG_IGN]  # nohup means it
-    previous = [signal.signal(each, lambda number, _: sys.exit(128 + number)) for each in ends]
+    signals = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    signals = [each for each in signals if signal.getsignal(each) is not signal.SIG_IGN]  # as nohup sets it
+    previous = [signal.signal(each, lambda number, _: sys.exit(128 + number)) for each in signals]
     try:
         yield
     finally:
-        for each, handler in zip(ends, previous, strict=True):
+        for each, handler in zip(signals, previous, strict=True):
             signal.signal(each, handler)
 
 
 def _verb(arguments: list[str]) -> str:
     """The verb, or an exit through argparse: help, version, or an error that lists the verbs."""
-    verbs = {**HERE, **ELSEWHERE}
-    if arguments and arguments[0] in verbs:
+    if arguments and arguments[0] in VERBS:
         return arguments[0]
     parser = Parser(
         prog="parvis",
         description="Run PAR models: parallelized autoregressive visual generation.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="verbs:\n"
-        + "\n".join(f"  {name:16} {does}" for name, (_, does) in verbs.items())
-        + "\n\n'parvis VERB --help' tells the options of a verb. docs/install.md says which extras they need.",
+        + "\n".join(f"  {name:16} {verb.does}" for name, verb in VERBS.items())
+        + "\n\n'parvis VERB --help' lists the options of a verb. docs/install.md says which extras they need.",
     )
     parser.add_argument("--version", action="version", version=f"parvis {__version__}")
-    parser.add_argument("verb", choices=list(verbs), metavar="VERB", help="what to do, see below")
+    parser.add_argument("verb", choices=list(VERBS), metavar="VERB", help="what to do, see below")
     if not arguments:
         parser.print_help()
         raise SystemExit(2)
@@ -94,31 +122,18 @@ def _verb(arguments: list[str]) -> str:
     raise AssertionError("argparse accepts only the verbs")
 
 
-#: What a missing package is part of; for a verb, where several extras bring it.
-EXTRA = {
-    "onnxruntime": "cpu",
-    "torch": "cpu,export",
-    "onnx": "cpu,export",
-    "safetensors": "cpu,export",
-    "huggingface_hub": "cpu,export",
-    "par_export": "cpu,export",
-    "par_model": "cpu,export",
-}
-BUILD_EXTRA = dict.fromkeys(("onnx", "ml_dtypes", "par_export"), "build,tensorrt-rtx")
-
-
-def _call(module: str, function: str, verb: str, arguments: list[str]) -> int:
-    """Run a verb; a package that is missing becomes one line that says which extra brings it."""
+def _call(verb: str, arguments: list[str]) -> int:
+    """Run a verb; a package that is missing is reported as one line that names the extra with it."""
     try:
-        return int(getattr(importlib.import_module(module), function)(arguments))
+        return int(importlib.import_module(VERBS[verb].module).main(arguments))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        extra = (EXTRA | (BUILD_EXTRA if verb in ("build", "tune") else {})).get(missing)
+        extra = next((extra for extra in VERBS[verb].extras if missing in EXTRAS[extra]), None)
         if extra is None:
             raise
         print(
-            f"parvis: error: 'parvis {verb}' needs {missing}, which is not installed; pip install 'parvis[{extra}]' (in a "
-            f"clone: pip install '.[{extra}]'); docs/install.md says which to take",
+            f"parvis: error: 'parvis {verb}' needs {missing}, which is not installed; pip install 'parvis[{extra}]' "
+            f"(in a clone: pip install '.[{extra}]'); docs/install.md says which to take",
             file=sys.stderr,
         )
         return 2

@@ -12,8 +12,8 @@ from typing import Any
 from par_runtime.backends.engines import list_engines
 from par_runtime.bench.subjects.base import Shape
 from par_runtime.bundle import MANIFEST, Bundle
-from par_runtime.cli.common import guarded
-from par_runtime.cli.dispatch import Parser
+from par_runtime.cli import options
+from par_runtime.cli.common import Parser, guarded
 from par_runtime.cost import bound
 from par_runtime.cost.bound import DATA_SHEETS
 from par_runtime.dtypes import BYTES
@@ -21,17 +21,16 @@ from par_runtime.dtypes import BYTES
 BATCHES = (1, 2, 4, 8)
 
 
-def inspect(argv: Sequence[str]) -> int:
-    """Say what a bundle or checkpoint is; exit code 0, or 2 where it is neither."""
-    args = _parser().parse_args(argv)
-    return guarded(lambda: _inspect(args))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb; exit code 0, or 2 where the path is neither a bundle nor a checkpoint."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: run(args))
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Describe a checkpoint or a bundle; ``--selftest`` runs the self-test of a bundle too."""
     path = Path(args.path)
-    kinds = ("*.safetensors*", "*.pt", "*.pth")
-    checkpoints = path.is_file() or (path.is_dir() and any(file for kind in kinds for file in path.glob(kind)))
-    if args.path.startswith("hf://") or (checkpoints and not (path / MANIFEST).is_file()):
+    if _is_checkpoint(args.path):
         # Reading a checkpoint needs torch; the runtime never imports it itself.
         return int(importlib.import_module("par_export.cli.inspect").show(args.path, args.json))
     bundle = Bundle.open(path, verify="full" if args.full else "auto")
@@ -39,14 +38,22 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.selftest:
         from par_runtime.pipeline import Pipeline
 
-        with Pipeline.load(path, device="cpu", verify="none") as pipeline:  # raises where it fails
+        with Pipeline.load(path, device="cpu", verify="none") as pipeline:  # raises where the self-test fails
             facts["selftest"]["state"] = f"passed on {pipeline.backend.info.name}"
     print(json.dumps(facts) if args.json else "\n".join(lines(facts)))
     return 0
 
 
+def _is_checkpoint(text: str) -> bool:
+    """Whether the argument is a checkpoint: on the hub, a file, or a folder that contains one and is no bundle."""
+    path = Path(text)
+    kinds = ("*.safetensors*", "*.pt", "*.pth")
+    holds = path.is_file() or (path.is_dir() and any(file for kind in kinds for file in path.glob(kind)))
+    return text.startswith("hf://") or (holds and not (path / MANIFEST).is_file())
+
+
 def describe(bundle: Bundle) -> dict[str, Any]:
-    """Everything that ``parvis inspect`` says of a bundle, as plain values. Sizes in bytes, times in milliseconds."""
+    """All that ``parvis inspect`` prints about a bundle, as plain values. Sizes in bytes, times in milliseconds."""
     m = bundle.model
     read, element = step_parameters(bundle), int(BYTES[bundle.precision])
     engines, bad = list_engines(bundle)
@@ -143,17 +150,19 @@ def lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _mb(size: int) -> str:
+    """Bytes as MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of ``parvis inspect``."""
     p = Parser(
         prog="parvis inspect",
-        description="Say what a bundle or a checkpoint is: architecture, files, engines, calls, memory, and the least time "
-        "that the memory bandwidth of known GPUs allows (by data sheet; not measured).",
+        description="Describe a bundle or a checkpoint: architecture, files, engines, calls, memory, and the least "
+        "time that the memory bandwidth of known GPUs allows (by data sheet; not measured).",
     )
     p.add_argument("path", metavar="BUNDLE|CHECKPOINT", help="a folder or file, or hf://OWNER/REPOSITORY/FILE@REVISION")
     p.add_argument("--full", action="store_true", help="hash every file, however large")
     p.add_argument("--selftest", action="store_true", help="run the bundle's self-test on the CPU")
-    p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    options.add_json(p)
     return p

@@ -1,4 +1,4 @@
-"""Somebody's image as the model takes it, and which of its tokens stay: opening, fitting, masks."""
+"""Photos and other images from outside, made into what the model takes, and the tokens of them that stay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def open_image(path: Path, *, mode: str = "RGB") -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 image = ImageOps.exif_transpose(file)  # phones store the camera's angle beside the pixels
-                if image.mode.startswith("I"):  # 16 bits, which Pillow would clip, not scale
+                if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips them instead of scaling
                     image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
                 if mode == "RGB" and ("A" in image.getbands() or "transparency" in image.info):
                     image = image.convert("RGBA")
@@ -41,33 +41,37 @@ def open_image(path: Path, *, mode: str = "RGB") -> Image.Image:
         raise RequestError(f"{path}: not an image that can be read ({error}); it may be truncated") from error
 
 
-def fitted(image: Image.Image, size: tuple[int, int], fit: Fit = "crop") -> NDArray[np.uint8]:
-    """``image`` as uint8 [H,W,3] ([H,W] of a mask) of ``size`` (H, W): the largest middle part of that shape, or all of it stretched."""
+def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit = "crop") -> NDArray[np.uint8]:
+    """``image`` as uint8 [H,W,3] ([H,W] of a mask) of ``size`` (H, W).
+
+    ``fit`` "crop" takes the largest middle part of that shape, "stretch" all of the image.
+    """
     height, width = size
     if image.size == (width, height):
         return np.array(image)
-    # A mask stays black and white.
+    # No interpolation of a mask, so that it stays black and white.
     how = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.LANCZOS
     return np.array(ImageOps.fit(image, (width, height), how) if fit == "crop" else image.resize((width, height), how))
 
 
-def placed(
+def place_image(
     image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """``image`` shrunk into ``box`` (x0, y0, x1, y1) of a canvas of ``size`` (H, W): uint8 [H,W,3], and where it lies.
+    """``image`` resized into ``box`` (x0, y0, x1, y1) of a canvas of ``size`` (H, W).
 
-    Around it the canvas repeats the image's edge, which is the least that its encoding can notice.
+    Returns the canvas, uint8 [H,W,3], and which of its pixels are in the box, bool [H,W]. Around the box the canvas
+    repeats the image's edge, because that changes the encoding of the image inside the least.
     """
     x0, y0, x1, y1 = box
     height, width = size
-    inner = fitted(image, (y1 - y0, x1 - x0))
+    inner = fit_image(image, (y1 - y0, x1 - x0))
     canvas = np.pad(inner, ((y0, height - y1), (x0, width - x1), (0, 0)), mode="edge")
-    there = np.zeros(size, bool)
-    there[y0:y1, x0:x1] = True
-    return canvas, there
+    inside = np.zeros(size, bool)
+    inside[y0:y1, x0:x1] = True
+    return canvas, inside
 
 
-def box_of(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """``X0,Y0,X1,Y1`` in pixels, checked against ``size`` (H, W). Raises RequestError."""
     height, width = size
     try:
@@ -76,15 +80,17 @@ def box_of(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
         raise RequestError(f"box {text!r}: expected four whole numbers X0,Y0,X1,Y1") from None
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise RequestError(
-            f"box {text!r}: expected 0 <= X0 < X1 <= {width} and 0 <= Y0 < Y1 <= {height}, the pixels of this model's images"
+            f"box {text!r}: expected 0 <= X0 < X1 <= {width} and 0 <= Y0 < Y1 <= {height}, the pixels of this model's "
+            "images"
         )
     return x0, y0, x1, y1
 
 
-def region(text: str, size: tuple[int, int], fit: Fit = "crop") -> NDArray[np.bool_]:
+def region_mask(text: str, size: tuple[int, int], fit: Fit = "crop") -> NDArray[np.bool_]:
     """The pixels [H,W] that ``text`` names: a side (a half), the middle, its border, a box, or a mask image.
 
-    A mask is fitted as the photo is, so that one drawn over the photo lies where it was drawn. Raises RequestError.
+    A mask image is fitted as the photo is, so that a mask drawn over the photo marks the same part of it. Raises
+    RequestError, OSError.
     """
     height, width = size
     mask = np.zeros(size, bool)
@@ -106,17 +112,17 @@ def region(text: str, size: tuple[int, int], fit: Fit = "crop") -> NDArray[np.bo
     elif text == "none":
         pass
     elif text.count(",") == 3:
-        x0, y0, x1, y1 = box_of(text, size)
+        x0, y0, x1, y1 = parse_box(text, size)
         mask[y0:y1, x0:x1] = True
     else:
         if not Path(text).exists():
             raise RequestError(f"region {text!r}: {REGION}")
-        mask[fitted(open_image(Path(text), mode="L"), size, fit) >= 128] = True
+        mask[fit_image(open_image(Path(text), mode="L"), size, fit) >= 128] = True
     return mask
 
 
 def kept_tokens(kept: NDArray[np.bool_], grid: tuple[int, int]) -> NDArray[np.bool_]:
-    """Which tokens [h,w] of ``grid`` stay: those all of whose pixels ``kept`` [H,W] stay."""
+    """Which tokens [h,w] of ``grid`` stay, where the pixels ``kept`` [H,W] stay: a token stays if all its pixels do."""
     h, w = grid
     height, width = kept.shape
     cells: NDArray[np.bool_] = np.asarray(kept.reshape(h, height // h, w, width // w).all((1, 3)))

@@ -1,8 +1,9 @@
-"""PNG files that can make themselves again: pixels, and in an iTXt chunk all that generated them.
+"""PNG files that contain all that is needed to make them again.
 
-The chunk "parvis" is JSON: parvis version, bundle name and hash, the layout, and per image label, seed, settings and
-tokens (base64 of little-endian uint16, or uint32 for codebooks beyond 65,536; sequence order). Of an edited image also
-which tokens were given ("kept": base64 of packed bits), and whether the sheet's kept pixels are the original's ("pasted").
+An iTXt chunk "parvis" is JSON: the version of parvis, the name and hash of the bundle, the columns of the sheet, and
+per image label, seed, settings and tokens (base64 of little-endian uint16, or uint32 for codebooks beyond 65,536;
+sequence order). For an edited image also which tokens were given ("kept": base64 of packed bits), and whether the kept
+pixels of the sheet are the original's ("pasted").
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CHUNK = "parvis"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a PNG says of its images."""
+    """What the metadata of a PNG contains about its images."""
 
     bundle_name: str
     bundle_hash: str
@@ -54,6 +55,13 @@ def sheet(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     return canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
+def sheet_image(pixels: NDArray[np.uint8], columns: int, count: int, index: int) -> NDArray[np.uint8]:
+    """Image ``index`` [H,W,3] of a sheet's ``pixels``, which holds ``count`` images in rows of ``columns``."""
+    row, column = divmod(index, columns)
+    height, width = pixels.shape[0] // -(-count // columns), pixels.shape[1] // columns
+    return pixels[row * height : (row + 1) * height, column * width : (column + 1) * width]
+
+
 def write(
     path: Path,
     bundle: Bundle,
@@ -62,7 +70,7 @@ def write(
     indices: Sequence[int] | None = None,
     pasted: bool = False,
 ) -> None:
-    """Write the images ``indices`` (default all) of ``result`` as one PNG at ``path``, beside and renamed.
+    """Write the images ``indices`` (default all) of ``result`` as one PNG with its recipe.
 
     Raises OSError; RequestError for a bundle without a decoder.
     """
@@ -71,14 +79,19 @@ def write(
     pick = list(range(len(result.labels)) if indices is None else indices)
     chunk = PngImagePlugin.PngInfo()
     # Not compressed: Pillow refuses to read compressed text of more than 1 MB, which is 900 images of 576 tokens.
-    chunk.add_itxt(CHUNK, json.dumps(_describe(bundle, result, columns, pick, pasted)))
-    image = Image.fromarray(sheet(result.images[pick], columns))
+    chunk.add_itxt(CHUNK, json.dumps(_entry(bundle, result, columns, pick, pasted)))
+    write_pixels(path, sheet(result.images[pick], columns), chunk)
+
+
+def write_pixels(path: Path, pixels: NDArray[np.uint8], chunk: PngImagePlugin.PngInfo | None = None) -> None:
+    """Write ``pixels`` [H,W,3] as a PNG, beside ``path`` and renamed. Raises OSError."""
+    image = Image.fromarray(pixels)
     write_beside(path, lambda part: image.save(part, format="PNG", pnginfo=chunk))
 
 
 def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:
     """The recipe and the pixels [H,W,3] of a PNG that parvis wrote. Raises RequestError, OSError."""
-    recipe, pixels = find(path)
+    recipe, pixels = read_any(path)
     if recipe is None:
         raise RequestError(
             f"{path}: has no 'parvis' entry; only a PNG that parvis wrote can be made again, and only while no other "
@@ -87,8 +100,8 @@ def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:
     return recipe, pixels
 
 
-def find(path: Path) -> tuple[Recipe | None, NDArray[np.uint8]]:
-    """The pixels [H,W,3] of an image, and its recipe if parvis wrote it. Raises RequestError, OSError."""
+def read_any(path: Path) -> tuple[Recipe | None, NDArray[np.uint8]]:
+    """The pixels [H,W,3] of any image, and its recipe if parvis wrote it. Raises RequestError, OSError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a sheet may be large
@@ -105,60 +118,69 @@ def find(path: Path) -> tuple[Recipe | None, NDArray[np.uint8]]:
     if text is None:
         return None, pixels
     try:
-        entry = json.loads(text)
-        images = entry["images"]
-        tokens = [np.frombuffer(base64.b64decode(i["tokens"]), entry["token_type"]).astype(np.int64) for i in images]
-        recipe = Recipe(
-            bundle_name=str(entry["bundle"]["name"]),
-            bundle_hash=str(entry["bundle"]["hash"]),
-            columns=max(1, int(entry["columns"])),
-            labels=[int(i["label"]) for i in images],
-            seeds=[int(i["seed"]) for i in images],
-            settings=[_settings(i["settings"]) for i in images],
-            tokens=np.stack(tokens),
-            kept=np.stack([_unpacked(i["kept"], len(tokens[0])) for i in images]) if "kept" in images[0] else None,
-            pasted=bool(entry.get("pasted", False)),
-        )
+        return _recipe(json.loads(text)), pixels
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RequestError(
             f"{path}: its 'parvis' entry cannot be read ({error}); it may come from another version"
         ) from error
-    return recipe, pixels
 
 
-def _settings(entry: dict[str, Any]) -> Settings:
-    """The settings of one image; all of them must be there."""
-    return Settings(**{field.name: entry[field.name] for field in fields(Settings)})
+# -- the entry --------------------------------------------------------------------------------------------------------
 
 
-def _packed(bits: NDArray[np.bool_]) -> str:
-    return base64.b64encode(np.packbits(bits).tobytes()).decode()
-
-
-def _unpacked(text: str, count: int) -> NDArray[np.bool_]:
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))
-    if not count <= len(bits) < count + 8:
-        raise ValueError(f"{len(bits)} bits for {count} tokens")
-    return bits[:count].astype(bool)
-
-
-def _describe(bundle: Bundle, result: Result, columns: int, pick: list[int], pasted: bool) -> dict[str, Any]:
-    kind = "<u2" if bundle.vocab_size <= 65536 else "<u4"
+def _entry(bundle: Bundle, result: Result, columns: int, pick: list[int], pasted: bool) -> dict[str, Any]:
+    """The chunk's JSON for the images ``pick`` of ``result``."""
+    token_type = "<u2" if bundle.vocab_size <= 65536 else "<u4"
     return {
         "parvis": __version__,
         "bundle": {"name": bundle.name, "hash": bundle.hash},
         "columns": columns,
-        "token_type": kind,
+        "token_type": token_type,
         "images": [
             {
                 "label": result.labels[i],
                 "name": None if bundle.class_names is None else bundle.class_names[result.labels[i]],
                 "seed": result.seeds[i],
                 "settings": asdict(result.settings[i]),
-                "tokens": base64.b64encode(result.tokens[i].astype(kind).tobytes()).decode(),
-                **({} if result.kept is None else {"kept": _packed(result.kept[i])}),
+                "tokens": base64.b64encode(result.tokens[i].astype(token_type).tobytes()).decode(),
+                **({} if result.kept is None else {"kept": _pack_bits(result.kept[i])}),
             }
             for i in pick
         ],
         **({"pasted": True} if pasted else {}),
     }
+
+
+def _recipe(entry: dict[str, Any]) -> Recipe:
+    """The recipe of a chunk's JSON. Raises KeyError, IndexError, TypeError or ValueError where something is missing."""
+    images = entry["images"]
+    tokens = [np.frombuffer(base64.b64decode(i["tokens"]), entry["token_type"]).astype(np.int64) for i in images]
+    return Recipe(
+        bundle_name=str(entry["bundle"]["name"]),
+        bundle_hash=str(entry["bundle"]["hash"]),
+        columns=max(1, int(entry["columns"])),
+        labels=[int(i["label"]) for i in images],
+        seeds=[int(i["seed"]) for i in images],
+        settings=[_settings(i["settings"]) for i in images],
+        tokens=np.stack(tokens),
+        kept=np.stack([_unpack_bits(i["kept"], len(tokens[0])) for i in images]) if "kept" in images[0] else None,
+        pasted=bool(entry.get("pasted", False)),
+    )
+
+
+def _settings(entry: dict[str, Any]) -> Settings:
+    """The settings of one image. Raises KeyError where one is missing."""
+    return Settings(**{field.name: entry[field.name] for field in fields(Settings)})
+
+
+def _pack_bits(bits: NDArray[np.bool_]) -> str:
+    """``bits`` as base64, eight of them a byte."""
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()
+
+
+def _unpack_bits(text: str, count: int) -> NDArray[np.bool_]:
+    """The ``count`` bits that _pack_bits wrote. Raises ValueError where there are more or fewer."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))
+    if not count <= len(bits) < count + 8:
+        raise ValueError(f"{len(bits)} bits for {count} tokens")
+    return bits[:count].astype(bool)

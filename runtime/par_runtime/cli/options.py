@@ -1,0 +1,112 @@
+"""Options that several verbs share, each with one name and one help text, and the check of numbers that count."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from par_runtime.errors import RequestError
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raise RequestError where one of these options is given and below 1. ``names``: without the dashes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise RequestError(f"--{name} {value}: expected 1 or more")
+
+
+# -- input and output -------------------------------------------------------------------------------------------------
+
+
+def add_bundle(p: argparse.ArgumentParser) -> None:
+    """The positional argument BUNDLE."""
+    p.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
+    )
+
+
+def add_bundle_option(p: argparse.ArgumentParser, what: str) -> None:
+    """``--bundle``, of a verb that takes an image as its positional argument. ``what``: the help text."""
+    p.add_argument("--bundle", type=Path, required=True, help=what)
+
+
+def add_out(p: argparse.ArgumentParser, what: str) -> None:
+    """``--out``, a PNG. ``what``: the help text."""
+    p.add_argument("--out", type=Path, help=what)
+
+
+def add_tokens(p: argparse.ArgumentParser) -> None:
+    """``--tokens``, an array to write."""
+    p.add_argument("--tokens", type=Path, help=".npy to write: tokens [B,N] int64 in sequence order")
+
+
+def add_fit(p: argparse.ArgumentParser) -> None:
+    """``--fit``, for images of any shape."""
+    p.add_argument(
+        "--fit",
+        choices=["crop", "stretch"],
+        default="crop",
+        help="how an image of another shape becomes one of the model's: its largest middle part (default), or "
+        "stretched",
+    )
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def add_guidance(p: argparse.ArgumentParser) -> None:
+    """``--guidance``, one scale for all images."""
+    p.add_argument("--guidance", type=float, help="guidance scale (default: the bundle's)")
+
+
+def add_sampling(p: argparse.ArgumentParser) -> None:
+    """How tokens are drawn, except for guidance: some verbs take several scales of it."""
+    p.add_argument("--temperature", type=float, help="default: the bundle's")
+    p.add_argument("--top-k", type=int, help="keep the k most probable codes, 0 keeps all (default: the bundle's)")
+    p.add_argument(
+        "--top-p", type=float, help="keep the most probable codes up to this mass, 1 keeps all (default: the bundle's)"
+    )
+    p.add_argument("--greedy", action="store_true", help="always the most probable code; no noise")
+
+
+# -- where a verb runs, and what it prints ----------------------------------------------------------------------------
+
+
+def add_common(p: argparse.ArgumentParser) -> None:
+    """Which device a verb runs on, and whether it prints anything."""
+    p.add_argument(
+        "--device",
+        default="auto",
+        help="'auto': TensorRT if the bundle holds an engine for this GPU, else the CPU (default); 'cpu'; 'cpu-ort': "
+        "ONNX Runtime there even where the C kernels could run; 'cuda' or 'cuda:1': "
+        "TensorRT on that GPU; 'cuda-ort': ONNX Runtime on it",
+    )
+    p.add_argument(
+        "--capture",
+        choices=["image", "call", "none"],
+        default="image",
+        help="how a GPU is fed: one graph launch per image (default), one per call, or plain launches",
+    )
+    add_threads(p)
+    add_quiet(p, "no progress bar, no text")
+
+
+def add_threads(p: argparse.ArgumentParser) -> None:
+    """``--threads``."""
+    p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+
+
+def add_quiet(p: argparse.ArgumentParser, what: str) -> None:
+    """``--quiet``. ``what``: the help text, which states what is left out."""
+    p.add_argument("--quiet", action="store_true", help=what)
+
+
+def add_no_selftest(p: argparse.ArgumentParser) -> None:
+    """``--no-selftest``."""
+    p.add_argument("--no-selftest", action="store_true", help="do not check the bundle's test tokens first")
+
+
+def add_json(p: argparse.ArgumentParser, instead_of: str = "text") -> None:
+    """``--json``. ``instead_of``: what the verb prints without it."""
+    p.add_argument("--json", action="store_true", help=f"print one JSON object instead of {instead_of}")

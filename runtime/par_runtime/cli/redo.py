@@ -1,0 +1,100 @@
+"""``parvis redo``: make a PNG again from its own metadata, and compare."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_runtime.bundle import Bundle
+from par_runtime.cli import options
+from par_runtime.cli.common import Bar, Parser, guarded
+from par_runtime.cli.inputs import load_pipeline
+from par_runtime.errors import RequestError
+from par_runtime.images import png
+from par_runtime.pipeline import Result
+from par_runtime.system import check_writable
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb; exit code 0 if pixels and tokens are identical, 1 if not, 2 if it cannot be tried."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the images of the PNG again, write them if asked, and print how they compare."""
+    recipe, pixels = png.read(args.image)
+    bundle = Bundle.open(args.bundle)
+    if bundle.hash != recipe.bundle_hash:
+        raise RequestError(
+            f"{args.image} was made by bundle {recipe.bundle_name!r} with hash {recipe.bundle_hash[:12]}; "
+            f"{args.bundle} has hash {bundle.hash[:12]}: give --bundle with the one that made it"
+        )
+    if recipe.tokens.shape != (len(recipe.labels), bundle.n_tokens):
+        raise RequestError(
+            f"{args.image}: its 'parvis' entry is damaged: {recipe.tokens.shape[1]} tokens an image, "
+            f"the bundle makes {bundle.n_tokens}"
+        )
+    if args.out is not None:
+        check_writable(args.out)
+    # The comparison below is a stricter self-test than the bundle's own.
+    pipeline = load_pipeline(args, bundle, selftest=False)
+    with Bar(args.quiet) as bar:
+        result = pipeline.generate(
+            recipe.labels,
+            recipe.settings,
+            seeds=recipe.seeds,
+            on_step=bar,
+            keep=None if recipe.kept is None else pipeline.grid_tokens(recipe.kept),
+            tokens=None if recipe.kept is None else recipe.tokens,
+        )
+    if args.out is not None:
+        png.write(args.out, bundle, result, recipe.columns)
+    identical, text = compare(recipe, pixels, result)
+    print(f"{args.image}: {text}")
+    return 0 if identical else 1
+
+
+def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result) -> tuple[bool, str]:
+    """Whether ``result`` is what a PNG with this recipe and these pixels [H,W,3] shows, and a sentence about it."""
+    differing = np.argwhere(result.tokens != recipe.tokens)
+    if len(differing):
+        image, position = differing[0]
+        return False, (
+            f"different: image {image} (label {recipe.labels[image]}, seed {recipe.seeds[image]}) first differs "
+            f"at token {position}: {recipe.tokens[image, position]} then, {result.tokens[image, position]} now; "
+            f"{len(differing)} of {result.tokens.size} tokens differ"
+        )
+    identical = f"identical: {len(recipe.labels)} images, {result.tokens.size} tokens"
+    if recipe.pasted:
+        return True, (
+            f"{identical}; the pixels were not compared, because those of the original were pasted over the kept ones"
+        )
+    assert result.images is not None
+    again = png.sheet(result.images, recipe.columns)
+    if again.shape != pixels.shape:
+        detail = f"size {pixels.shape[1]}x{pixels.shape[0]} then, {again.shape[1]}x{again.shape[0]} now"
+    elif (again != pixels).any():
+        most = int(np.abs(again.astype(int) - pixels).max())
+        detail = f"{int((again != pixels).any(-1).sum())} pixels, by up to {most} of 255"
+    else:
+        return True, f"{identical}, every pixel"
+    return False, f"different: the tokens are the same, the pixels are not ({detail})"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``parvis redo``."""
+    p = Parser(
+        prog="parvis redo",
+        description="Make a PNG of 'parvis generate' again from its own metadata and compare pixels and tokens. "
+        "Exit code 0: identical; 1: different; 2: cannot be tried.",
+    )
+    p.add_argument("image", type=Path, metavar="IMAGE.png")
+    options.add_bundle_option(p, "the bundle that made it")
+    options.add_out(p, "also write the new PNG here")
+    options.add_common(p)
+    return p

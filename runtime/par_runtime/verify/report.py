@@ -1,0 +1,220 @@
+"""A whole comparison of two backends: everything measured, every number against its floor, as text or JSON."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from par_runtime import __version__
+from par_runtime.bundle import Bundle
+from par_runtime.dtypes import least_exact
+from par_runtime.metrics import finite
+from par_runtime.pipeline import Pipeline
+from par_runtime.verify.compare import (
+    Images,
+    PhaseLogits,
+    Tokens,
+    Trial,
+    compare_images,
+    compare_logits,
+    compare_tokens,
+)
+from par_runtime.verify.judge import FLOORS, Floors
+
+DIVERGENCES_SHOWN = 12  # in the text; the JSON holds all
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number compared with one floor."""
+
+    name: str
+    value: float
+    floor: float
+    passed: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was measured. ``floors_of``: the precision that the default floors were taken from."""
+
+    bundle: Bundle
+    candidate: Pipeline
+    reference: Pipeline
+    trial: Trial
+    groups: int | None
+    floors: Floors
+    floors_of: str
+    logits: list[PhaseLogits]
+    tokens: Tokens
+    images: Images | None
+    checks: list[Check]
+    notes: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every number is within its floor."""
+        return all(check.passed for check in self.checks)
+
+
+def run(
+    candidate: Pipeline,
+    reference: Pipeline,
+    trial: Trial,
+    groups: int | None = None,
+    overrides: dict[str, float] | None = None,
+) -> Report:
+    """Compare logits, tokens and images, and check them. ``overrides`` replaces single floors by name.
+
+    ``groups``: see :func:`compare_logits`. Raises BundleError where the outputs have different shapes.
+    """
+    least = least_exact(candidate.backend.info.computes, reference.backend.info.computes)
+    floors = Floors(**(asdict(FLOORS[least]) | (overrides or {})))
+    logits = compare_logits(candidate, reference, trial, groups)
+    tokens, wanted = compare_tokens(candidate, reference, trial, floors, logits)
+    notes = [candidate.note] if candidate.note else []
+    if candidate.backend.info.name == reference.backend.info.name:
+        notes.append(
+            f"both are {reference.backend.info.name}: this shows that it repeats itself, not that it is right; "
+            "give another --against"
+        )
+    images = None
+    if reference.bundle.image_size is None:
+        notes.append("the bundle ends at tokens: no images were compared")
+    else:
+        images = compare_images(candidate, reference, wanted)
+    return Report(
+        bundle=reference.bundle,
+        candidate=candidate,
+        reference=reference,
+        trial=trial,
+        groups=groups,
+        floors=floors,
+        floors_of=least,
+        logits=logits,
+        tokens=tokens,
+        images=images,
+        checks=checks(logits, tokens, images, floors),
+        notes=notes,
+    )
+
+
+def checks(logits: Sequence[PhaseLogits], tokens: Tokens, images: Images | None, floors: Floors) -> list[Check]:
+    """Every number against its floor. A NaN passes no check."""
+
+    def most(name: str, value: float, floor: float) -> Check:
+        return Check(name, value, floor, value <= floor, f"{name} {value:.3g}, allowed up to {floor:g}")
+
+    def least(name: str, value: float, floor: float, unit: str = "") -> Check:
+        return Check(name, value, floor, value >= floor, f"{name} {value:.5g}{unit}, expected {floor:g}{unit} or more")
+
+    rows = [most(f"relative logit error of {p.phase}", p.relative_error, floors.logits) for p in logits]
+    rows += [most(f"KL divergence of {p.phase} (nats)", p.kl, floors.kl) for p in logits]
+    positions = sum(p.positions for p in logits)
+    agreement = sum(p.argmax_agreement * p.positions for p in logits) / positions
+    rows.append(least("argmax agreement", agreement, floors.argmax))
+    rows.append(most("tokens that rounding does not explain", sum(not d.near_tie for d in tokens.divergences), 0))
+    if images is not None:
+        rows.append(least("PSNR of the worst image", images.psnr, floors.psnr, " dB"))
+    return rows
+
+
+def table(r: Report) -> str:
+    """The report as text."""
+    b, t, count = r.bundle, r.tokens, len(r.trial.classes)
+    first, seeds = r.trial.settings[0], str(r.trial.seeds[0])
+    if count > 1:
+        seeds += f"..{r.trial.seeds[-1]}"
+    how = f"guidance {first.guidance:g}, " + (
+        "greedy" if first.greedy else f"temperature {first.temperature:g}, top-k {first.top_k}, top-p {first.top_p:g}"
+    )
+    lines = [
+        f"bundle     {b.path} ({b.name}, {b.precision}, {b.n_tokens} tokens in {b.calls} calls, hash {b.hash[:12]})",
+        f"candidate  {r.candidate.backend.info.name}",
+        f"reference  {r.reference.backend.info.name}",
+        f"request    {_many(count, 'image')}, seed {seeds}, {how}",
+        *(f"note       {note}" for note in r.notes),
+        "",
+        "logits, both fed the same random tokens" + (f" (of the last phase {r.groups} calls)" if r.groups else ""),
+        f"  {'phase':12}{'calls':>6}{'positions':>11}{'max error':>11}{'largest':>9}{'relative':>10}{'argmax':>11}"
+        f"{'KL (nats)':>11}",
+    ]
+    for p in r.logits:
+        lines.append(
+            f"  {p.phase:12}{p.calls:6}{p.positions:11}{p.max_error:11.2e}{p.scale:9.2f}{p.relative_error:10.1e}"
+            f"{100 * p.argmax_agreement:9.2f} %{p.kl:11.1e}"
+        )
+    lines += [
+        "",
+        "tokens, both on their own with the same noise",
+        f"  {t.equal} of {t.tokens} equal ({100 * t.equal / t.tokens:.2f} %), "
+        f"{t.identical_images} of {t.images} images identical",
+    ]
+    for d in t.divergences[:DIVERGENCES_SHOWN]:
+        away = "out of reach" if d.distance is None else f"{d.distance:.1e} away (explained: {d.explained:.1e})"
+        lines.append(
+            f"  image {d.image} (label {d.label}, seed {d.seed}) parts at token {d.position} ({d.phase}): "
+            f"{d.reference_token} in the reference, {d.candidate_token} in the candidate; "
+            f"logits {d.logit_gap:.2g} apart, the draw {away}: {d.verdict}"
+        )
+    if len(t.divergences) > DIVERGENCES_SHOWN:
+        lines.append(f"  and {len(t.divergences) - DIVERGENCES_SHOWN} more (--json lists all)")
+    lines += ["", "images, both decoding the reference's tokens"]
+    i = r.images
+    if i is None:
+        lines.append("  skipped: the bundle ends at tokens")
+    elif i.identical_images == i.images:
+        lines.append("  identical")
+    else:
+        lines.append(
+            f"  {i.identical_images} of {i.images} identical; the worst has {i.psnr:.1f} dB PSNR, "
+            f"values differ by up to {i.max_difference} of 255"
+        )
+    lines += ["", f"floors of {r.floors_of}"]
+    lines += [f"  {'pass' if check.passed else 'FAIL'}  {check.text}" for check in r.checks]
+    failed = sum(not check.passed for check in r.checks)
+    lines += ["", f"verify: FAIL, {failed} of {_many(len(r.checks), 'check')}" if failed else "verify: pass"]
+    return "\n".join(lines)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
+
+
+def as_json(r: Report) -> dict[str, Any]:
+    """The report as one JSON object; numbers that are not finite are null (an infinite PSNR too: see "identical")."""
+    images = None
+    if r.images is not None:
+        images = asdict(r.images) | {"identical": r.images.identical_images == r.images.images}
+    row = {
+        "passed": r.passed,
+        "bundle": {
+            "path": str(r.bundle.path),
+            "name": r.bundle.name,
+            "hash": r.bundle.hash,
+            "precision": r.bundle.precision,
+        },
+        "candidate": {"backend": r.candidate.backend.info.name, "precision": r.candidate.backend.info.computes},
+        "reference": {"backend": r.reference.backend.info.name, "precision": r.reference.backend.info.computes},
+        "versions": {
+            "parvis": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+        "request": asdict(r.trial) | {"groups": r.groups},
+        "floors": asdict(r.floors) | {"precision": r.floors_of},
+        "logits": [asdict(p) for p in r.logits],
+        "tokens": asdict(r.tokens),
+        "images": images,
+        "checks": [asdict(check) for check in r.checks],
+        "notes": r.notes,
+    }
+    plain: dict[str, Any] = finite(row)
+    return plain
