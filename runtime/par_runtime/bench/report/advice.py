@@ -1,7 +1,7 @@
-"""What a subject's rows say: which limit it runs into, and what would move it.
+"""A sentence about a subject's rows: which limit it runs into, and what would make it faster.
 
-A rule, not a model of the machine: where most of a batch's time is more than twice the bound, neither reading nor
-calculating explains it, so launching (and the small kernels that touch little) does; else it is what the bound is made of.
+This is a rule and no model of the machine. If a batch takes more than twice the bound, neither reading nor calculating
+explains the time, so launching (and small kernels that read little) does. Else the limit is what the bound is made of.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from par_runtime.bench.rows import Row
+from par_runtime.bench.subjects.base import MODEL_PHASES
 
-MODEL = ("prefill", "sequential", "transition", "group")
 #: Below this part of the bound a phase is called launch-bound.
 NEAR = 0.5
 
@@ -26,10 +26,10 @@ class Advice:
 
 
 def advice(rows: Sequence[Row]) -> Advice | None:
-    """For the rows of one subject at one batch size; None without an image, or without measured limits."""
+    """The advice for the rows of one subject at one batch size; None without an image row, or without bounds."""
     by = {row.phase: row for row in rows}
     image = by.get("image")
-    steps = [by[name] for name in MODEL if name in by and by[name].bound_ms]
+    steps = [by[name] for name in MODEL_PHASES if name in by and by[name].bound_ms]
     if image is None or not steps:
         return None
     took = sum(row.median_ms for row in steps)

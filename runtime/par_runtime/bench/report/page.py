@@ -1,6 +1,6 @@
-"""One HTML page that needs nothing else: what was measured, the plots, the tables, every raw sample.
+"""One HTML page that needs no other file: what was measured, the plots, the tables, every raw sample.
 
-Predictions for GPUs that are not here stand in a section of their own, with another frame, and in no plot.
+Predictions for other GPUs have a section of their own, with another frame, and are in no plot.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ import json
 from collections.abc import Sequence
 from html import escape
 
-from par_runtime.bench.report import compare, text
+from par_runtime.bench.report import compare, paper, text
 from par_runtime.bench.report.advice import advice
 from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines
 from par_runtime.bench.report.text import HEAD, cells, ms, number
 from par_runtime.bench.rows import Row, to_json
-from par_runtime.bench.subjects.base import PHASES
-from par_runtime.bench.suites import paper
+from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES
 from par_runtime.bench.suites.paper import PaperRow
-from par_runtime.cost.bound import Prediction
+from par_runtime.cost.data_sheets import Prediction
 
 STYLE = """
 :root{--bg:#fcfcfb;--ink:#1f1f1d;--soft:#5d5d58;--grid:#e4e3de;--frame:#d5d4ce;--p0:#8a6bbe;--p1:#3b74c4;--p2:#c2568f;--p3:#2a9d8f;
@@ -42,29 +41,28 @@ th{color:var(--soft);font-weight:500}th:first-child,td:first-child,.left{text-al
 .predicted{border:1px dashed var(--frame);padding:.2rem 1rem 1rem;margin-top:2.2rem}
 pre{white-space:pre-wrap;color:var(--soft);font-size:.85rem}details{margin:1rem 0}
 """
-#: Phases that take less of an image are in the table, but not in the plot of bounds.
+#: The plot of bounds shows only phases that take at least this share of an image; the table shows all.
 SHOWN_FROM = 0.02
-MODEL_PHASES = ("prefill", "sequential", "transition", "group")
 
 
 def page(
     rows: Sequence[Row],
     predictions: Sequence[Prediction],
-    placed: Sequence[PaperRow],
+    paper_rows: Sequence[PaperRow],
     compared: compare.Comparison | None,
 ) -> str:
-    """The page of one command."""
+    """The page of one command: its rows, predictions, rows of the paper, and the comparison with an earlier run, if any."""
     names = list(dict.fromkeys(row.bundle for row in rows))
-    title = "The paper's tables on this device" if placed else f"parvis bench: {', '.join(names)}"
+    title = "The paper's tables on this device" if paper_rows else f"parvis bench: {', '.join(names)}"
     parts = [f"<h1>{escape(title)}</h1>"]
     if rows:
         parts.append(f"<pre>{escape(chr(10).join(text.about(rows)))}</pre>")
-    parts += _paper(placed)
-    parts += _said(rows)
+    parts += _paper(paper_rows)
+    parts += _findings(rows)
     parts += _phases(rows) + _bounds(rows) + _throughput(rows) + _speed_up(rows)
     parts += _comparison(compared) + _rows(rows)
     if predictions:
-        parts.append(_predicted(predictions, bool(placed)))
+        parts.append(_predicted(predictions, bool(paper_rows)))
     parts += _raw(rows)
     body = "\n".join(parts)
     return (
@@ -84,11 +82,11 @@ def _of(rows: Sequence[Row], image: Row) -> dict[str, Row]:
     }
 
 
-def _said(rows: Sequence[Row]) -> list[str]:
-    told = [found.text for group in text.per_subject(rows) if (found := advice(group)) is not None]
-    told += text.ratios(rows)
+def _findings(rows: Sequence[Row]) -> list[str]:
+    findings = [one.text for group in text.per_subject(rows) if (one := advice(group)) is not None]
+    findings += text.ratios(rows)
     marks = list(dict.fromkeys(f"{row.label}: {flag}" for row in rows for flag in row.flags))
-    out = ["<ul>" + "".join(f"<li>{escape(text)}</li>" for text in told) + "</ul>"] if told else []
+    out = ["<ul>" + "".join(f"<li>{escape(text)}</li>" for text in findings) + "</ul>"] if findings else []
     if marks:
         items = "".join(f"<li>{escape(text)}</li>" for text in marks)
         out.append(
@@ -187,7 +185,7 @@ def _throughput(rows: Sequence[Row]) -> list[str]:
 
 
 def _speed_up(rows: Sequence[Row]) -> list[str]:
-    ours = [row for row in _images(rows) if "torch" not in row.backend]
+    ours = [row for row in _images(rows) if not row.pytorch]
     series = []
     notes = []
     for i, (model, grid, backend) in enumerate(dict.fromkeys((row.model, row.grid, row.backend) for row in ours)):
@@ -236,11 +234,11 @@ def _rows(rows: Sequence[Row]) -> list[str]:
     return ["<h2>All measured rows</h2>", _table(HEAD, [cells(row) for row in rows], (0, 1, len(HEAD) - 1))]
 
 
-def _paper(placed: Sequence[PaperRow]) -> list[str]:
-    if not placed:
+def _paper(paper_rows: Sequence[PaperRow]) -> list[str]:
+    if not paper_rows:
         return []
-    text = paper.cells(placed)
-    notes = "".join(f"<li>{escape(note)}</li>" for note in paper.notes(placed))
+    text = paper.cells(paper_rows)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in paper.notes(paper_rows))
     return [f"<ul class=soft>{notes}</ul>", _table(paper.HEAD, text, (0, 1, 6, len(paper.HEAD) - 1))]
 
 
@@ -251,8 +249,8 @@ def _comparison(compared: compare.Comparison | None) -> list[str]:
 
 
 def _predicted(predictions: Sequence[Prediction], of_paper: bool) -> str:
-    found = paper.predicted_table(predictions) if of_paper else text.predicted_table(predictions)
-    title, *rest = found.split("\n")
+    table = paper.predicted_table(predictions) if of_paper else text.predicted_table(predictions)
+    title, *rest = table.split("\n")
     return (
         f'<div class="predicted"><h2>Predicted, not measured</h2><p>{escape(title)} A bound: nothing says that it can be reached.</p>'
         f'<pre class="scroll" style="white-space:pre">{escape(chr(10).join(rest))}</pre></div>'

@@ -1,7 +1,7 @@
 """Plots of rows as SVG text: horizontal bars, and lines over two logarithmic or linear axes. No library, no script.
 
 Colours are CSS variables of the page (``page.STYLE``), so that a dark page changes them too. Every mark has a
-``<title>``, which a browser shows as a tooltip; every series has its name beside it, so colour never stands alone.
+``<title>``, which a browser shows as a tooltip. Every series has its name beside it, so nothing depends on colour alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BAR, GAP = 22, 12
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a bar: ``kind`` is its CSS class, ``tip`` what the tooltip says."""
+    """A piece of a bar: ``kind`` is its CSS class, ``tip`` the text of its tooltip."""
 
     value: float
     kind: str
@@ -136,13 +136,13 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    found = [
+    values = [
         times * 10**power
         for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for times in (1, 2, 5)
         if low <= times * 10**power <= high
     ]
-    return [float(f"{value:.6g}") for value in found]
+    return [float(f"{value:.6g}") for value in values]
 
 
 def _range(values: Sequence[float], log: bool) -> tuple[float, float]:
