@@ -1,4 +1,4 @@
-"""Rows against what the device allows: its limits are measured before and after the rows, and the better of both counts.
+"""Rows against what the device allows: its limits are measured before and after the rows, and the better counts.
 
 Rows are made without a bound, and get it here when both measurements are there.
 """
@@ -72,5 +72,8 @@ def cpu_limits(threads: int, working_bytes: Sequence[int]) -> Limits:
 
 
 def device_limits(threads: int, gpu: Gpu | None) -> Limits:
-    """What the GPU allows, or without one this CPU, to models of more than a gigabyte. Raises RequestError, CudaError."""
+    """What the GPU allows, or without one this CPU, to models of more than a gigabyte.
+
+    Raises RequestError, CudaError.
+    """
     return cpu_limits(threads, [10**9]) if gpu is None else gpu_limits(gpu)

@@ -1,7 +1,7 @@
 """The GPU that is measured: its name and clocks from nvidia-smi, its memory bandwidth from copies on the device.
 
-The matrix peak is that of the data sheet, because without an engine there is no kernel to measure it with. ``Limits.how``
-states which of the two is measured.
+The matrix peak is that of the data sheet, because without an engine there is no kernel to measure it with.
+``Limits.how`` states which of the two is measured.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from par_runtime.backends.choose import CPUS
 from par_runtime.bench.limits import Limits
 from par_runtime.cost.data_sheets import DATA_SHEETS
 
-#: Why a GPU runs below its clock, by bit of ``clocks_event_reasons.active``. An idle GPU and a clock set by a user do not
-#: count as throttling.
+#: Why a GPU runs below its clock, by bit of ``clocks_event_reasons.active``. An idle GPU and a clock set by a user do
+#: not count as throttling.
 REASONS = {
     0x4: "its power limit held the GPU's clock down",
     0x8: "the GPU's hardware lowered its clock",
@@ -46,7 +46,7 @@ def describe(index: int) -> Gpu:
     with cuda.Device.open(index) as device:
         name, driver, size = device.name, f"CUDA {device.driver_version}", device.total_bytes
     fields = _smi(index, "name,driver_version,clocks.sm,clocks.mem")
-    # nvidia-smi may number GPUs differently from the driver (CUDA_VISIBLE_DEVICES): another GPU's clocks would be wrong.
+    # nvidia-smi may number GPUs differently from the driver (CUDA_VISIBLE_DEVICES); clocks of another GPU are wrong.
     if fields is None or len(fields) != 4 or fields[0] != name:
         return Gpu(index, name, driver, size, None, None)
     return Gpu(index, name, f"{fields[1]}, {driver}", size, _number(fields[2]), _number(fields[3]))
@@ -63,7 +63,10 @@ def select(device: str) -> Gpu | None:
 
 
 def gpu_limits(gpu: Gpu) -> Limits:
-    """Bandwidth measured by copies; the matrix peak of the data sheet, or None for a GPU without one. Raises CudaError."""
+    """Bandwidth measured by copies; the matrix peak of the data sheet, or None for a GPU without one.
+
+    Raises CudaError.
+    """
     rate = copy_gb_s(gpu.index)
     sheets = [sheet for name, sheet in DATA_SHEETS.items() if name.split("-")[0] in gpu.name]
     peak = sheets[0].tflop_s if sheets else None

@@ -1,13 +1,13 @@
 """What the hardware allows, measured: how fast memory is read, and how fast matrices are multiplied.
 
 On a CPU this runs in a process of its own (``python -m par_runtime.bench.limits``), whose environment switches off the
-threads of the matrix library. Each thread here reads, or multiplies, a part of its own, so the bench decides the number of
-threads and not the library. numpy releases the interpreter's lock meanwhile.
+threads of the matrix library. Each thread here reads, or multiplies, a part of its own, so the bench decides the
+number of threads and not the library. numpy releases the interpreter's lock meanwhile.
 
-Reading: every thread takes the dot product of its part of an array with itself, so each byte is read once. An array that
-fits a cache is read faster than memory, and so are weights that fit a cache. So the bandwidth is measured at several sizes:
-that of what a call of the subject reads, and one four times as large as the largest cache. The fastest pass counts, because
-a bound is what is possible, whatever other processes take at the time.
+Reading: every thread takes the dot product of its part of an array with itself, so each byte is read once. An array
+that fits a cache is read faster than memory, and so are weights that fit a cache. So the bandwidth is measured at
+several sizes: that of what a call of the subject reads, and one four times as large as the largest cache. The fastest
+pass counts, because a bound is what is possible, whatever other processes take at the time.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ SECONDS = 0.5  #: the passes at one size take at least this long
 class Limits:
     """Measured, or by data sheet, as ``how`` states. GB/s and TFLOP/s (1e9, 1e12).
 
-    ``reads``: pairs of an array size in bytes and the bandwidth at it, ascending. ``matrix_tflop_s`` is None where it is
-    not known; bounds are then by bandwidth alone.
+    ``reads``: pairs of an array size in bytes and the bandwidth at it, ascending. ``matrix_tflop_s`` is None where it
+    is not known; bounds are then by bandwidth alone.
     """
 
     reads: tuple[tuple[int, float], ...]
@@ -51,7 +51,7 @@ class Limits:
     how: str
 
     def read_gb_s(self, size: float) -> float:
-        """Bandwidth for ``size`` bytes that are read again and again: that of the smallest array of at least this size."""
+        """Bandwidth for ``size`` bytes that are read again and again: that of the next larger array."""
         return next((rate for limit, rate in self.reads if limit >= size), self.reads[-1][1])
 
     def better(self, other: Limits) -> Limits:
@@ -85,12 +85,14 @@ def measure_cpu(threads: int, array_bytes: Sequence[int], timeout_s: float = 120
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise RequestError(
-            f"this machine's limits could not be measured ({output[-1] if output else error}); --no-limits leaves them out"
+            f"this machine's limits could not be measured ({output[-1] if output else error}); --no-limits leaves "
+            "them out"
         ) from error
     reads = tuple((int(size), float(rate)) for size, rate in measured["reads"])
     largest = reads[-1][0] / 1e6
     how = (
-        f"measured: {threads} thread{'s' if threads != 1 else ''} read arrays up to {largest:.0f} MB (numpy dot products); "
+        f"measured: {threads} thread{'s' if threads != 1 else ''} read arrays up to {largest:.0f} MB "
+        "(numpy dot products); "
         f"fp32 matrices of {MATRIX}x{MATRIX} multiplied by numpy's {measured['blas']}"
     )
     return Limits(reads, measured["matrix_tflop_s"], how)

@@ -1,8 +1,8 @@
 """The machine that a row was measured on, and what disturbed it meanwhile.
 
 The values come from the operating system. A value that it does not report (in a container, or on a system other than
-Linux) stays empty and is never guessed. :class:`Watch` compares counters from before and after a measurement. A row that
-other processes or a lowered clock may have changed gets a flag, and keeps it in every file it is written to.
+Linux) stays empty and is never guessed. :class:`Watch` compares counters from before and after a measurement. A row
+that other processes or a lowered clock may have changed gets a flag, and keeps it in every file it is written to.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def describe(gpu: Gpu | None = None) -> Machine:
 
 @cache
 def commit() -> str:
-    """The commit of the checkout that this package runs from, "-dirty" where it was changed; else the package's version."""
+    """The commit of the checkout that this package runs from, "-dirty" if changed; else the package's version."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
@@ -165,7 +165,7 @@ class Watch:
         return (*found, *(f"debug: {reason}" for reason in debug_reasons()))
 
 
-# -- what the system reports --------------------------------------------------------------------------------------------
+# -- what the system reports ------------------------------------------------------------------------------------------
 
 
 @cache

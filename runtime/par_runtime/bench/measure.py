@@ -1,8 +1,8 @@
 """Measuring: subjects in turns (A B A B), and their times as rows.
 
-Subjects take turns because a shared machine changes by the minute: what disturbs one subject then disturbs the others too,
-and the ratio of two medians stays true when both have moved. Every repetition is a whole batch, from labels to pixels, and
-the times of its phases are parts of that same batch, so the phases of a subject add up to its image.
+Subjects take turns because a shared machine changes by the minute: what disturbs one subject then disturbs the others
+too, and the ratio of two medians stays true when both have moved. Every repetition is a whole batch, from labels to
+pixels, and the times of its phases are parts of that same batch, so the phases of a subject add up to its image.
 
 Letters: B images, N tokens, n tokens per group, q positions of one call.
 """
@@ -157,7 +157,10 @@ def image_ms(sample: Sample, info: SubjectInfo) -> float:
 
 
 def summarize(flags: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """Each kind of flag once: in how many repetitions it occurred, and its worst text (highest percentage, then longest)."""
+    """Each kind of flag once: in how many repetitions it occurred, and its worst text.
+
+    The worst text has the highest percentage; of equal ones, it is the longest.
+    """
     worst: dict[str, str] = {}
     count = Counter(kind for each in flags for kind in {flag.split(":")[0] for flag in each})
     for flag in (flag for each in flags for flag in each):

@@ -1,8 +1,8 @@
 """One row of a benchmark: one phase of one subject at one batch size, and everything needed to understand it alone.
 
-``samples_ms`` are raw: one number per repetition, the time of all calls of the phase in one batch, so that the rows of a
-subject add up to its "image" row. The spread is the interquartile range: it covers the middle half of the repetitions, so
-one repetition that another process disturbed does not change it.
+``samples_ms`` are raw: one number per repetition, the time of all calls of the phase in one batch, so that the rows of
+a subject add up to its "image" row. The spread is the interquartile range: it covers the middle half of the
+repetitions, so one repetition that another process disturbed does not change it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def few_repetitions(samples: Sequence[float]) -> tuple[str, ...]:
     return (f"few repetitions: {len(samples)}",) if len(samples) < ENOUGH else ()
 
 
-# -- JSON lines ---------------------------------------------------------------------------------------------------------
+# -- JSON lines -------------------------------------------------------------------------------------------------------
 
 
 def to_json(row: Row) -> str:
@@ -158,8 +158,8 @@ def read(path: Path) -> list[Row]:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
             raise RequestError(
-                f"{path}, line {number}: not a row of 'parvis bench' ({reason}); expected JSON lines, as --json FILE writes "
-                "them"
+                f"{path}, line {number}: not a row of 'parvis bench' ({reason}); expected JSON lines, as --json FILE "
+                "writes them"
             ) from error
     if not rows:
         raise RequestError(
@@ -169,7 +169,7 @@ def read(path: Path) -> list[Row]:
 
 
 def columns(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Rows as flat dictionaries for a table: the machine's columns as ``machine_cpu`` and so on, lists joined by spaces."""
+    """Rows as flat dictionaries for a table: the machine's columns as ``machine_cpu`` and so on, lists as text."""
     out = []
     for row in rows:
         plain = asdict(row)

@@ -78,8 +78,8 @@ class BenchOptions:
             options = replace(self, new=self.bundles[0], bundles=())
         elif not self.bundles and self.suite != "paper":
             raise RequestError(
-                "no bundle was given; expected one or more folders made by 'parvis export', --suite paper (which needs none), or "
-                "--compare OLD.jsonl NEW.jsonl"
+                "no bundle was given; expected one or more folders made by 'parvis export', --suite paper (which "
+                "needs none), or --compare OLD.jsonl NEW.jsonl"
             )
         for name in ("images", "repetitions", "threads", "requests"):
             value = getattr(self, name)
@@ -107,7 +107,7 @@ class BenchOptions:
 
 
 def run_bench(options: BenchOptions, progress: Progress, warn: Callable[[str], None]) -> Outcome:
-    """Measure what checked ``options`` ask for, or read it from their file, and compare it with the earlier run, if any.
+    """Measure what checked ``options`` ask for, or read their file of rows, and compare with the earlier run, if any.
 
     ``warn`` is given each warning as a line. Raises BundleError, RequestError, CudaError, OSError, MemoryError.
     """
@@ -123,7 +123,7 @@ def run_bench(options: BenchOptions, progress: Progress, warn: Callable[[str], N
     return outcome
 
 
-# -- given bundles ------------------------------------------------------------------------------------------------------
+# -- given bundles ----------------------------------------------------------------------------------------------------
 
 
 def _run_bundles(options: BenchOptions, progress: Progress, warn: Callable[[str], None]) -> Outcome:
@@ -206,7 +206,10 @@ def has_selftest(bundle: Bundle) -> bool:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """A short name for each bundle: "parvis" for the only one, else its folder's name, with a number if it is not unique."""
+    """A short name for each bundle: "parvis" for the only one, else its folder's name.
+
+    Equal names get a number each.
+    """
     if len(paths) == 1:
         return ["parvis"]
     names = [path.resolve().name for path in paths]
@@ -228,7 +231,7 @@ def _long_baselines(
                 yield label, max(PROBE_CALLS, int(subject.info.architecture.calls * LONG_SECONDS / seconds))
 
 
-# -- the paper's tables -------------------------------------------------------------------------------------------------
+# -- the paper's tables -----------------------------------------------------------------------------------------------
 
 
 def _run_paper(options: BenchOptions, progress: Progress) -> Outcome:

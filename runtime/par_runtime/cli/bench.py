@@ -28,10 +28,13 @@ bench = main  #: the name that ``dispatch`` calls
 def run(args: argparse.Namespace) -> int:
     """Measure what the parsed ``args`` ask for. Raises what ``run_bench`` raises."""
     options = BenchOptions(**vars(args)).checked()
+
+    def warn(text: str) -> None:
+        if not options.quiet:
+            print(f"parvis: {text}", file=sys.stderr)
+
     with progress_line(options.quiet) as progress:
-        outcome = run_bench(
-            options, progress, lambda text: None if options.quiet else print(f"parvis: {text}", file=sys.stderr)
-        )
+        outcome = run_bench(options, progress, warn)
     output.write(outcome, json=options.json, csv=options.csv, html=options.html, quiet=options.quiet)
     if outcome.compared is None or options.fail_above is None:
         return 0
@@ -39,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report_slower(comparison: compare.Comparison, limit: float) -> int:
-    """Print the rows that are slower than ``limit`` to standard error; exit code 1 if there are any, or no pairs at all."""
+    """Print the rows that are slower than ``limit`` to standard error; exit code 1 if there are any, or no pairs."""
     if not comparison.pairs:
         print("parvis: --fail-above: no row has its pair in the other file, so nothing was compared", file=sys.stderr)
         return 1
@@ -73,12 +76,14 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``parvis bench``; their names are the fields of ``BenchOptions``."""
     p = Parser(
         prog="parvis bench",
-        description="Measure bundles: every phase of an image, throughput, latency under load, or the paper's tables; against "
-        "PyTorch, against n = 1 on the same engine, against an earlier run, and against what this device's memory and "
+        description="Measure bundles: every phase of an image, throughput, latency under load, or the paper's tables; "
+        "against PyTorch, against n = 1 on the same engine, against an earlier run, and against what this device's "
+        "memory and "
         "arithmetic allow. Subjects run in processes of their own and take turns; every row keeps its raw samples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="suites:\n"
-        "  phases   prefill, sequential, transition, group, decoder, copy, the whole image; loading; first preview (default)\n"
+        "  phases   prefill, sequential, transition, group, decoder, copy, the whole image; loading; first preview "
+        "(default)\n"
         "  batch    whole batches of 1, 2, 4, ... images until memory or the plateau\n"
         "  decoder  the image decoder alone\n"
         "  serve    requests that arrive at random, batched as they wait: latency against load\n"
@@ -98,8 +103,8 @@ def parser() -> argparse.ArgumentParser:
         type=baselines,
         default=(),
         metavar="LIST",
-        help="baselines in the same run, by commas: 'eager' (PyTorch with a static cache, the published way), 'compiled' "
-        "(the same by torch.compile), 'n1' (the same engine, one token a call; random weights), 'ort' "
+        help="baselines in the same run, by commas: 'eager' (PyTorch with a static cache, the published way), "
+        "'compiled' (the same by torch.compile), 'n1' (the same engine, one token a call; random weights), 'ort' "
         "(the same bundle on ONNX Runtime, on the CPU)",
     )
     p.add_argument("--images", type=int, default=1, help="images in flight (default: 1)")
@@ -122,8 +127,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--whole",
         action="store_true",
-        help="make every call of PyTorch's images, however long; otherwise an image of more than 20 s is estimated from "
-        "calls spread over it, and marked",
+        help="make every call of PyTorch's images, however long; otherwise an image of more than 20 s is estimated "
+        "from calls spread over it, and marked",
     )
     p.add_argument(
         "--json", type=Path, metavar="FILE", help="JSON lines, a row each; '-' is standard output, and no table then"

@@ -1,1 +1,1 @@
-"""What a model costs, counted and not measured: the bytes and operations of its calls, its memory, and the least time."""
+"""What a model costs, counted and not measured: bytes and operations of its calls, memory, and the least time."""

@@ -1,4 +1,4 @@
-"""The least time that hardware allows: what each call must read over the bandwidth, what it must calculate over the peak.
+"""The least time that hardware allows: what calls must read over the bandwidth, what they calculate over the peak.
 
 A call can do both at the same time, so the larger of the two times counts.
 """

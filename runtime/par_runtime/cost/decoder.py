@@ -1,7 +1,7 @@
 """Parameters and operations of the image decoder, counted from the manifest's description of the tokenizer.
 
-The layers are those of ``decoder.onnx``: convolutions and one-headed attention over all pixels. Operations are counted of
-convolutions and of products of matrices alone; everything else is a few operations per number.
+The layers are those of ``decoder.onnx``: convolutions and one-headed attention over all pixels. Operations are counted
+of convolutions and of products of matrices alone; everything else is a few operations per number.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What each call of a model must read and calculate at least.
 
-A call reads every weight except those of the embedding table once, and for each row in flight the keys and values that it
-may see. It multiplies each weight with each position of each row, and each position with those keys and values. Nothing
-else is counted: activations stay in caches; norms, sampling and the noise are small. So the work is a true lower bound.
-Source: the paper's model of a memory-bound step, extended by arithmetic.
+A call reads every weight except those of the embedding table once, and for each row in flight the keys and values that
+it may see. It multiplies each weight with each position of each row, and each position with those keys and values.
+Nothing else is counted: activations stay in caches; norms, sampling and the noise are small. So the work is a true
+lower bound. Source: the paper's model of a memory-bound step, extended by arithmetic.
 
 Letters: B images, R rows (two for a guided image), N tokens, n tokens per group, q positions of one call.
 """

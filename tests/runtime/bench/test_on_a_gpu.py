@@ -1,4 +1,4 @@
-"""The bench on a GPU, on the stand-ins for driver and TensorRT: phases by events, what is refused, nothing left behind."""
+"""The bench on a GPU, on the stand-ins for driver and TensorRT: phases by events, refusals, nothing left allocated."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ def test_rows_are_put_in_their_places() -> None:
     assert placed["PAR-XL-4x"].seconds is None  # the video model has XL's blocks, and is not XL
     left = placed["PAR-3B-16x"]
     assert (left.status, left.why, left.seconds) == ("left out", "memory: too large", None)
-    # 16 calls of one position read 3.06 G parameters (heads padded) of 4 bytes at 20 GB/s; 35 calls of 16 positions in two
-    # rows multiply them at 0.1 TFLOP/s, which takes longer.
+    # 16 calls of one position read 3.06 G parameters (heads padded) of 4 bytes at 20 GB/s; 35 calls of 16 positions in
+    # two rows multiply them at 0.1 TFLOP/s, which takes longer.
     assert left.bound_s == pytest.approx(16 * 3.06 * 4 / 20 + 35 * 2 * 3.06 * 32 / 100, rel=0.03)
     assert placed["PAR-XXL-4x"].why == "not asked for"
 
@@ -94,11 +94,12 @@ def test_predictions_of_every_model_are_marked() -> None:
     assert len(shown.splitlines()) == 2 + len({(p.model, p.n) for p in paper.PUBLISHED})
 
 
-# -- planning -------------------------------------------------------------------------------------------------------------
+# -- planning ---------------------------------------------------------------------------------------------------------
 
 
 def options(tmp_path: Path, **changes: object) -> paper_run.PaperOptions:
-    return paper_run.PaperOptions(**({"minutes": 10.0, "sizes": paper.SIZES, "work": tmp_path} | changes))  # type: ignore[arg-type]
+    known = {"minutes": 10.0, "sizes": paper.SIZES, "work": tmp_path}
+    return paper_run.PaperOptions(**(known | changes))  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +137,8 @@ def test_long_images_are_estimated_within_their_share() -> None:
         Scripted(subject_info("fast", n=16)),
         Scripted(subject_info("slow", n=1), dict.fromkeys(("prefill", "transition", "group"), 5000.0)),
     )
-    rows = paper_run.measure_within([fast, slow], Setting("paper", repetitions=5), 600.0, lambda _: None)  # type: ignore[list-item]
+    setting = Setting("paper", repetitions=5)
+    rows = paper_run.measure_within([fast, slow], setting, 600.0, lambda _: None)  # type: ignore[list-item]
     images = {row.label: row for row in rows if row.phase == "image"}
     assert "estimated" not in images["fast"].marks  # (a busy machine may mark both)
     assert "estimated" in images["slow"].marks
@@ -186,7 +188,7 @@ def test_models_are_tried_in_order_and_each_leaves_its_reason(tmp_path: Path, mo
 def test_the_whole_suite_on_small_models(
     bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command with everything real but the sizes: bundles of random weights, processes, PyTorch's side, the page."""
+    """Everything is real but the sizes: bundles of random weights, processes, PyTorch's side, the page."""
     from par_export import random_bundle  # noqa: TID251, the suite needs bundles, and this is who makes them
     from par_model.config import PARConfig  # noqa: TID251
 

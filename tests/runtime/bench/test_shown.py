@@ -74,8 +74,8 @@ def test_the_table_says_what_was_measured_on_what() -> None:
     shown = text.table(rows)
     assert "machine   a CPU, 2 cores, 16 GB, an OS" in shown
     assert (
-        "parvis    L-n4 (01234567): PAR-L, 342.9 M parameters, n = 4, fp32 computed in fp32 by onnxruntime-cpu 1.32.0, 2 threads"
-        in shown
+        "parvis    L-n4 (01234567): PAR-L, 342.9 M parameters, n = 4, fp32 computed in fp32 by onnxruntime-cpu "
+        "1.32.0, 2 threads" in shown
     )
     assert "limits    20 GB/s, 10 TFLOP/s (measured: by hand)" in shown
     assert "parvis is 3.00 times as fast as eager" in shown
@@ -100,7 +100,7 @@ def test_predictions_say_that_they_are() -> None:
     assert re.search(r"A100-80 .* 5[01]\.\d ms", shown)
 
 
-# -- plots and page -----------------------------------------------------------------------------------------------------
+# -- plots and page ---------------------------------------------------------------------------------------------------
 
 
 class Checked(HTMLParser):

@@ -1,4 +1,4 @@
-"""The suites: batches until the plateau or memory, a decoder alone, requests that arrive at random, the first preview."""
+"""The suites: growing batches, the decoder alone, requests that arrive at random, the first preview."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_the_decoder_alone(live: PipelineSubject) -> None:
         decoder([Scripted(subject_info())], Setting("decoder"), quiet)
 
 
-# -- requests that arrive at random ---------------------------------------------------------------------------------------
+# -- requests that arrive at random -----------------------------------------------------------------------------------
 
 
 class Waits(Scripted):

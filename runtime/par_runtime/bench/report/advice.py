@@ -18,7 +18,7 @@ NEAR = 0.5
 
 @dataclass(frozen=True)
 class Advice:
-    """``kind``: "bandwidth-bound", "compute-bound", "launch-bound" or "decoder-bound"; ``text``: one or two sentences."""
+    """``kind``: "bandwidth-bound", "compute-bound", "launch-bound" or "decoder-bound"; ``text``: a sentence or two."""
 
     label: str
     kind: str
@@ -36,27 +36,32 @@ def advice(rows: Sequence[Row]) -> Advice | None:
     main = max(steps, key=lambda row: row.median_ms)
     reached = sum(row.bound_ms or 0.0 for row in steps) / took
     decoder, copy = by.get("decoder"), by.get("copy")
-    what = f"{image.label}: {took / image.median_ms:.0%} of an image's time is the model's {image.calls} calls, most of it {main.phase}"
+    what = (
+        f"{image.label}: {took / image.median_ms:.0%} of an image's time is the model's {image.calls} calls, "
+        f"most of it {main.phase}"
+    )
     if decoder is not None and decoder.median_ms > took:
         return Advice(
             image.label,
             "decoder-bound",
-            f"{image.label}: {decoder.median_ms / image.median_ms:.0%} of an image's time is its decoding, which a larger n does not "
+            f"{image.label}: {decoder.median_ms / image.median_ms:.0%} of an image's time is its decoding, which a "
+            "larger n does not "
             "shorten; decode in the background of the next batch, or take a smaller decoder",
         )
     if copy is not None and copy.median_ms > 0.25 * image.median_ms:
         return Advice(
             image.label,
             "launch-bound",
-            f"{image.label}: {copy.median_ms / image.median_ms:.0%} of an image's time passes between calls, on the host; a larger "
+            f"{image.label}: {copy.median_ms / image.median_ms:.0%} of an image's time passes between calls, on the "
+            "host; a larger "
             "batch or a larger n shares it among more tokens",
         )
     if reached < NEAR:
         return Advice(
             image.label,
             "launch-bound",
-            f"{what}, at {reached:.0%} of the bound: launch-bound, neither reading weights nor multiplying explains the time. "
-            + _launch_levers(image),
+            f"{what}, at {reached:.0%} of the bound: launch-bound, neither reading weights nor multiplying explains "
+            "the time. " + _launch_levers(image),
         )
     kind = f"{main.bound_by}-bound"
     lever = _bandwidth_levers(image) if main.bound_by == "bandwidth" else _compute_levers(image)
@@ -66,7 +71,10 @@ def advice(rows: Sequence[Row]) -> Advice | None:
 def _launch_levers(image: Row) -> str:
     if image.device == "cpu":
         return "A larger batch or a larger n does more per call; check that no other process shares the cores."
-    return "Capture a whole image as one graph (--capture image), and let 'parvis tune' choose the form with fewer kernels."
+    return (
+        "Capture a whole image as one graph (--capture image), and let 'parvis tune' choose the form with fewer "
+        "kernels."
+    )
 
 
 def _bandwidth_levers(image: Row) -> str:

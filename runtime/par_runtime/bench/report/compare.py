@@ -1,9 +1,9 @@
 """Two runs of the benchmark against each other: rows paired, ratios with intervals.
 
-A pair is the same measurement on the same kind of machine; commit, versions and dates may differ. The ratio is new over old
-of the medians. Its interval is the middle 95 % of what resampling both sets of samples gives (bootstrap), which is wide for
-five samples. A change is reported only if the interval does not contain 1. If either row is marked (busy, throttled, debug,
-few repetitions, estimated), the pair carries the mark.
+A pair is the same measurement on the same kind of machine; commit, versions and dates may differ. The ratio is new
+over old of the medians. Its interval is the middle 95 % of what resampling both sets of samples gives (bootstrap),
+which is wide for five samples. A change is reported only if the interval does not contain 1. If either row is marked
+(busy, throttled, debug, few repetitions, estimated), the pair carries the mark.
 """
 
 from __future__ import annotations
@@ -53,10 +53,13 @@ class Comparison:
 
 
 def key(row: Row) -> tuple[object, ...]:
-    """What makes two rows the same measurement. Loads of the serve suite differ from run to run, so they are not in it."""
+    """What makes two rows the same measurement.
+
+    Loads of the serve suite differ from run to run, so they are not in it.
+    """
     return (
-        row.suite, row.phase, row.label, row.bundle, row.model, row.n, row.grid, row.precision, row.computes, row.images,
-        row.guided, row.backend, row.device, row.threads,
+        row.suite, row.phase, row.label, row.bundle, row.model, row.n, row.grid, row.precision, row.computes,
+        row.images, row.guided, row.backend, row.device, row.threads,
     )  # fmt: skip
 
 

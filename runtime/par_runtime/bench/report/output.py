@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from par_runtime.bench.report import compare, page, paper, text
@@ -44,14 +45,17 @@ def write(outcome: Outcome, *, json: Path | None, csv: Path | None, html: Path |
             sys.stdout.write(make())
             quiet = True
         elif path is not None:
-            content = make()
-            write_beside(path, lambda part, content=content: part.write_text(content, encoding="utf-8"))  # type: ignore[misc]
+            write_beside(path, partial(_write_text, make()))
     if quiet:
         return
     print(tables(outcome))
     for path, _ in outputs:
         if path is not None:
             print(f"\nwritten: {path}")
+
+
+def _write_text(content: str, path: Path) -> None:
+    path.write_text(content, encoding="utf-8")
 
 
 def tables(outcome: Outcome) -> str:

@@ -9,8 +9,8 @@ from par_runtime.bench.suites.paper import PaperRow
 from par_runtime.cost.data_sheets import Prediction
 
 HEAD = (
-    "table", "model", "n", "steps", "paper, A100", "here", "", "spread", "over n=1", "eager", "over eager", "bound", "of bound",
-    "why left out",
+    "table", "model", "n", "steps", "paper, A100", "here", "", "spread", "over n=1", "eager", "over eager", "bound",
+    "of bound", "why left out",
 )  # fmt: skip
 
 
@@ -46,12 +46,15 @@ def notes(rows: Sequence[PaperRow]) -> list[str]:
     """What the columns of the table are, a sentence each."""
     return [
         f"here is {rows[0].device}: seconds per guided image at batch 1, decoding included (video: to tokens).",
-        "measured: whole images; estimated: from calls spread over an image; left out: not run, the last column says why.",
+        "measured: whole images; estimated: from calls spread over an image; left out: not run, the last column says "
+        "why.",
         "bound: the least that reading weights and keys, or multiplying, takes on this device by its measured limits "
         "(of rows left out: without decoding).",
-        "The paper's seconds are another machine's and are not compared with ours; its compiled rows are the same models as "
+        "The paper's seconds are another machine's and are not compared with ours; its compiled rows are the same "
+        "models as "
         "those of Table 2, so they stand beside the same measurement.",
-        "The video model's widths are not published; ours are XL's blocks with 64,000 codes, 896 M parameters for the paper's 792 M.",
+        "The video model's widths are not published; ours are XL's blocks with 64,000 codes, 896 M parameters for the "
+        "paper's 792 M.",
     ]
 
 

@@ -95,8 +95,8 @@ def about(rows: Sequence[Row]) -> list[str]:
         threads = "" if row.threads is None else f", {row.threads} threads"
         peak = max((r.peak_bytes or 0 for r in rows if r.label == label), default=0)
         out.append(
-            f"{label:9} {row.bundle} ({row.hash[:8]}): {row.model}, {row.parameters / 1e6:.1f} M parameters, n = {row.n}, "
-            f"{row.precision} computed in {row.computes} by {row.backend} {row.version}{threads}"
+            f"{label:9} {row.bundle} ({row.hash[:8]}): {row.model}, {row.parameters / 1e6:.1f} M parameters, "
+            f"n = {row.n}, {row.precision} computed in {row.computes} by {row.backend} {row.version}{threads}"
             + (f", peak memory {size(peak)}" if peak else "")
         )
     limits = dict.fromkeys(
@@ -146,7 +146,8 @@ def ratios(rows: Sequence[Row]) -> list[str]:
     alone = [row for row in ours[1:] if all(row not in pair for pair in pairs)]
     pairs += [(ours[0], row) for row in alone]
     return [
-        f"{a.label} is {b.median_ms / a.median_ms:.2f} times as fast as {b.label} ({ms(a.median_ms)} against {ms(b.median_ms)})"
+        f"{a.label} is {b.median_ms / a.median_ms:.2f} times as fast as {b.label} ({ms(a.median_ms)} against "
+        f"{ms(b.median_ms)})"
         for a, b in pairs
     ]
 

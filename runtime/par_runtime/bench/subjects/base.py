@@ -59,10 +59,10 @@ class SubjectInfo:
 class Sample:
     """One batch, made once.
 
-    ``calls_ms``: milliseconds of each call, by phase, for those of :data:`PHASES` that the subject has; ``image_ms``: the
-    whole batch by a clock of its own, from labels to pixels. ``peak_bytes``: the most memory that the subject's process
-    has held so far, where it has a process of its own. ``chosen``: only some of the model's calls were made, and
-    ``image_ms`` is the time of these.
+    ``calls_ms``: milliseconds of each call, by phase, for those of :data:`PHASES` that the subject has; ``image_ms``:
+    the whole batch by a clock of its own, from labels to pixels. ``peak_bytes``: the most memory that the subject's
+    process has held so far, where it has a process of its own. ``chosen``: only some of the model's calls were made,
+    and ``image_ms`` is the time of these.
     """
 
     calls_ms: Mapping[str, Sequence[float]]
@@ -80,7 +80,10 @@ class Subject(Protocol):
         ...
 
     def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
-        """Make one batch, or ``most_calls`` of its calls (:func:`spread_calls`). Raises MemoryError if it does not fit."""
+        """Make one batch, or ``most_calls`` of its calls (:func:`spread_calls`).
+
+        Raises MemoryError if it does not fit.
+        """
         ...
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 """The phases of an image on TensorRT, each timed on the device.
 
 In production an image is one graph launch, whose parts cannot be timed from outside. Here every part is a graph of its
-own. They are launched one after the other without waiting, with an event between any two. The host runs ahead of the GPU,
-so an interval is the time that the GPU took for the part. If launching is slower than the part, it is the launching time.
+own. They are launched one after the other without waiting, with an event between any two. The host runs ahead of the
+GPU, so an interval is the time that the GPU took for the part. If launching is slower than the part, it is the
+launching time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The process that a subject lives in: ``python -m par_runtime.bench.subjects.worker SPEC``. It speaks JSON lines.
 
-It reads a request from each line of standard input and writes an answer as a line of standard output; what libraries print
-goes to standard error instead. The process ends when its input ends, so it does not outlive the bench that started it.
+It reads a request from each line of standard input and writes an answer as a line of standard output; what libraries
+print goes to standard error instead. The process ends when its input ends, so it does not outlive the bench that
+started it.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ def batch(
                 going.append(subject)
             else:
                 progress(
-                    f"{info.label}: {size} images give {per_s:.3g} a second, as a smaller batch does; no larger one is tried"
+                    f"{info.label}: {size} images give {per_s:.3g} a second, as a smaller batch does; no larger one "
+                    "is tried"
                 )
             best[info.label] = max(best.get(info.label, 0.0), per_s)
     return rows
@@ -79,6 +80,7 @@ def fits(info: SubjectInfo, setting: Setting, progress: Progress) -> bool:
     if setting.images == 1 or free is None or needed <= MEMORY_SHARE * free:
         return True
     progress(
-        f"{info.label}: the caches of {setting.images} images take {needed / 1e9:.1f} GB of {free / 1e9:.1f} that are free; ended"
+        f"{info.label}: the caches of {setting.images} images take {needed / 1e9:.1f} GB of {free / 1e9:.1f} that are "
+        "free; ended"
     )
     return False

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from par_runtime.bench import machine
 from par_runtime.bench.measure import Progress, Setting, make_row, summarize, take_turns
 from par_runtime.bench.rows import Row, median
-from par_runtime.bench.subjects.base import Subject
+from par_runtime.bench.subjects.base import Sample, Subject
 from par_runtime.errors import RequestError
 
 BATCHES = (1, 2, 4, 8)
+
+
+def _decode(subject: Any, images: int) -> Sample:
+    sample: Sample = subject.decode(images)
+    return sample
 
 
 def decoder(
@@ -28,7 +34,7 @@ def decoder(
         sized = replace(setting, images=size)
         for subject in able:
             subject.decode(size)
-        measured = take_turns(able, sized, progress, lambda subject: subject.decode(size))  # noqa: B023, used in this turn
+        measured = take_turns(able, sized, progress, partial(_decode, images=size))
         for subject, repetitions in zip(able, measured, strict=True):
             times = [sum(sample.calls_ms["decoder"]) for sample in repetitions.samples]
             rows.append(

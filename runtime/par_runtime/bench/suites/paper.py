@@ -5,8 +5,8 @@ columns of their own and are never divided by each other. Speed-ups can be compa
 over the same model in eager PyTorch, both from the same run.
 
 Weights are random if no bundle is given, because speed does not depend on them. Every row is marked: *measured* (whole
-images), *estimated* (some of an image's calls were measured, spread over it), or *left out* with the reason. The bound of
-this device is printed for all. What other GPUs allow is predicted from data sheets, in a table of its own.
+images), *estimated* (some of an image's calls were measured, spread over it), or *left out* with the reason. The bound
+of this device is printed for all. What other GPUs allow is predicted from data sheets, in a table of its own.
 ``report/paper.py`` prints the tables, ``paper_run.py`` measures.
 """
 

@@ -1,9 +1,10 @@
 """Running the paper's models within a given time: which models fit, how much of each image is made, what is left out.
 
-Models are tried from the smallest up. A model that does not fit into the time that is left, into memory or onto the disk is
-left out with that reason. The time of a model is shared among its subjects: n = 1, 4 and 16 on our backend and in eager
-PyTorch. Short images are made whole; of long ones (n = 1 in PyTorch takes minutes) only as many calls as the share allows.
-If memory holds all subjects at once they run in turns, else one group after the other, and their rows are marked.
+Models are tried from the smallest up. A model that does not fit into the time that is left, into memory or onto the
+disk is left out with that reason. The time of a model is shared among its subjects: n = 1, 4 and 16 on our backend and
+in eager PyTorch. Short images are made whole; of long ones (n = 1 in PyTorch takes minutes) only as many calls as the
+share allows. If memory holds all subjects at once they run in turns, else one group after the other, and their rows
+are marked.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from par_runtime.errors import RequestError
 GROUP_SIZES = (1, 4, 16)
 FEWEST_CALLS = 8  #: of an image that is estimated
 LEAST_REPETITIONS = 3
-#: Careful guesses of what a model costs: seconds to write and to load a gigabyte, and the share of the bound that is reached.
+#: Careful guesses of what a model costs: seconds to write and to load a gigabyte, and the share of the bound that is
+#: reached.
 WRITE_S_PER_GB, LOAD_S_PER_GB = 8.0, 2.5
 OURS_OF_BOUND, EAGER_OF_BOUND, DECODER_OF_BOUND = 0.5, 0.2, 0.4
 UNKNOWN_TFLOP_S = 20.0  #: assumed for a GPU without a data sheet here; only decides which models fit into the time

@@ -1,9 +1,9 @@
 """The suite ``serve``: requests that arrive at random, as users' do, and how long each of them waits.
 
-It is an open loop: requests arrive with exponential gaps, whether or not earlier ones are done. So it shows waiting times,
-which a closed loop hides. Whenever the subject is free, it takes all requests that wait, up to the largest batch. That is
-the simplest scheduler; a real one can only be better. The latency of a request is from its arrival to its image.
-Requests and time are limited, and no network is used.
+It is an open loop: requests arrive with exponential gaps, whether or not earlier ones are done. So it shows waiting
+times, which a closed loop hides. Whenever the subject is free, it takes all requests that wait, up to the largest
+batch. That is the simplest scheduler; a real one can only be better. The latency of a request is from its arrival to
+its image. Requests and time are limited, and no network is used.
 
 The offered loads are shares of the throughput of the largest batch, which is measured first.
 """
