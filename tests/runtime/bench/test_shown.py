@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from bench.subjects import Scripted, one_row, rows_from, subject_info
+from bench.subjects import MACHINE, Scripted, one_row, rows_from, subject_info
 
 from par_runtime.bench.bounds import with_bounds
 from par_runtime.bench.limits import Limits
@@ -81,6 +81,17 @@ def test_the_table_says_what_was_measured_on_what() -> None:
     assert "parvis is 3.00 times as fast as eager" in shown
     assert re.search(r"^parvis +group +1 +142 +11\.4 s +0 ms +80 ms", shown, re.MULTILINE)
     assert "bandwidth-bound" in shown
+
+
+@pytest.mark.parametrize(
+    ("mhz", "memory_mhz", "clocks"),
+    [(1410.0, 1593.0, ", 1410 MHz, memory 1593 MHz"), (1410.0, None, ", 1410 MHz"), (None, None, "")],
+)
+def test_the_gpu_is_named_with_the_clocks_that_are_known(
+    mhz: float | None, memory_mhz: float | None, clocks: str
+) -> None:
+    gpu = replace(MACHINE, gpu="a GPU", gpu_driver="a driver", gpu_mhz=mhz, gpu_memory_mhz=memory_mhz)
+    assert f"gpu       a GPU, a driver{clocks}" in text.about([replace(one_row([1.0]), machine=gpu)])
 
 
 def test_marks_stand_in_the_row_and_are_explained_once() -> None:

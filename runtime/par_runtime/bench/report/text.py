@@ -85,10 +85,9 @@ def about(rows: Sequence[Row]) -> list[str]:
     memory = "" if machine.memory_bytes is None else f", {machine.memory_bytes / 2**30:.0f} GB"
     out = [f"machine   {machine.cpu}, {machine.cores} cores{memory}, {machine.os}"]
     if machine.gpu:
-        clock = (
-            "" if machine.gpu_mhz is None else f", {machine.gpu_mhz:.0f} MHz, memory {machine.gpu_memory_mhz:.0f} MHz"
-        )
-        out.append(f"gpu       {machine.gpu}, {machine.gpu_driver}{clock}")
+        clock = "" if machine.gpu_mhz is None else f", {machine.gpu_mhz:.0f} MHz"
+        memory_clock = "" if machine.gpu_memory_mhz is None else f", memory {machine.gpu_memory_mhz:.0f} MHz"
+        out.append(f"gpu       {machine.gpu}, {machine.gpu_driver}{clock}{memory_clock}")
     out.append(f"commit    {first.commit}, Python {first.python}, {first.date}")
     for label in dict.fromkeys(row.label for row in rows):
         row = next(r for r in rows if r.label == label)
