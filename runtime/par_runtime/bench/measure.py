@@ -66,6 +66,11 @@ def measure(subjects: Sequence[Subject], setting: Setting, progress: Progress = 
     for subject in subjects:
         progress(f"{subject.info.label}: warming up")
         subject.run(setting.images, setting.guided, warm_up_calls(subject.info, setting))
+    return rows_in_turns(subjects, setting, progress)
+
+
+def rows_in_turns(subjects: Sequence[Subject], setting: Setting, progress: Progress) -> list[Row]:
+    """:func:`measure` without the batch that is not counted."""
     measured = take_turns(subjects, setting, progress)
     this_machine = machine.describe(setting.gpu)
     return [

@@ -18,9 +18,8 @@ from pathlib import Path
 
 from par_runtime import system
 from par_runtime.backends.choose import CPUS
-from par_runtime.bench import machine
 from par_runtime.bench.limits import Limits
-from par_runtime.bench.measure import Progress, Setting, image_ms, phase_rows, take_turns
+from par_runtime.bench.measure import Progress, Setting, image_ms, rows_in_turns
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.base import SubjectInfo
 from par_runtime.bench.subjects.baselines import optional
@@ -213,14 +212,7 @@ def measure_within(
             others = sum(sum(v) for name, v in first[label].calls_ms.items() if name in ("decoder", "copy")) / 1e3
             each = max(whole[label] - others, 1e-6) / subject.info.architecture.calls
             calls[label] = max(FEWEST_CALLS, int((shares[label] - others) / each))
-    shortened = replace(setting, repetitions=repetitions, most_calls=calls)
-    measured = take_turns(subjects, shortened, progress)
-    this_machine = machine.describe(setting.gpu)
-    return [
-        row
-        for subject, own in zip(subjects, measured, strict=True)
-        for row in phase_rows(subject, own, shortened, this_machine)
-    ]
+    return rows_in_turns(subjects, replace(setting, repetitions=repetitions, most_calls=calls), progress)
 
 
 def share_time(wanted: Mapping[str, float], total: float) -> dict[str, float]:
