@@ -154,20 +154,21 @@ def test_throughput(engines: Callable[..., Path]) -> None:
 def test_the_benchmarks_rows(engines: Callable[..., Path], gpu: cuda.Device) -> None:
     """Phases by events on the device, against the measured bandwidth; no figure is asserted, rows go into the report."""
     from par_runtime.bench import gpu as bench_gpu
+    from par_runtime.bench.bounds import with_bounds
     from par_runtime.bench.limits import Limits
-    from par_runtime.bench.measure import Setting, bounded, measure
+    from par_runtime.bench.measure import Setting, measure
     from par_runtime.bench.report.text import table
     from par_runtime.bench.subjects.pipeline import PipelineSubject
 
     here = bench_gpu.describe(0)
     subject = PipelineSubject.load(engines(BUNDLE, "fp16"), "parvis", device="cuda")
     limits = Limits(((bench_gpu.COPY_BYTES, bench_gpu.copy_gb_s(0)),), None, "copies on the device")
-    rows = bounded(
-        measure([subject], Setting("phases", repetitions=REPEATS, gpu=here)), {"parvis": subject.facts}, {0: limits}
+    rows = with_bounds(
+        measure([subject], Setting("phases", repetitions=REPEATS, gpu=here)), {"parvis": subject.info}, {0: limits}
     )
     subject.close()
     by = {row.phase: row for row in rows}
-    assert {phase.name: phase.repeat for phase in subject.facts.shape.phases} == {
+    assert {phase.name: phase.repeat for phase in subject.info.architecture.phases} == {
         name: by[name].calls for name in ("prefill", "sequential", "transition", "group") if name in by
     }
     assert all(sample > 0 for row in rows for sample in row.samples_ms)

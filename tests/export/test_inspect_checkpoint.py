@@ -12,7 +12,10 @@ import torch
 from par_model.config import named
 from par_model.transformer import PAR
 from par_runtime.cli import dispatch as cli
-from par_runtime.cost.bound import DATA_SHEETS, all_calls, bound, named_shape
+from par_runtime.cost.architecture import named_architecture
+from par_runtime.cost.bound import bound
+from par_runtime.cost.data_sheets import DATA_SHEETS
+from par_runtime.cost.work import image_work
 
 
 def test_a_checkpoint_that_says_all_is_told_with_what_its_bundle_needs(
@@ -29,8 +32,8 @@ def test_a_checkpoint_that_says_all_is_told_with_what_its_bundle_needs(
         assert facts["config"]["heads"] == "12 of 64 (size B)"
         assert facts["config"]["calls per image"] == 4 + 256 // 4 - 1
         assert facts["files"] == {"c.pt": (tmp_path / "c.pt").stat().st_size}
-        shape = named_shape("PAR-B", 4, 256, 64)
-        wanted = bound(all_calls(shape, 1, True, 2, 2), DATA_SHEETS["A100-80"].gb_s, None).ms
+        architecture = named_architecture("PAR-B", 4, 256, 64)
+        wanted = bound(image_work(architecture, 1, True, 2, 2), DATA_SHEETS["A100-80"].gb_s, None).ms
         assert facts["bound_ms"]["A100-80"] == pytest.approx(wanted)
         need = facts["memory_bytes"]
         cache = 2 * 12 * 2 * 768 * 256 * 4  # layers, rows, k and v, width, tokens, bytes

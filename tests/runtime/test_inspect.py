@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from par_runtime.bundle import Bundle, Phase
+from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
-from par_runtime.cli.inspect import bound_ms, cache_bytes, describe, step_parameters
-
-
-def model(dim: int, layers: int, heads: int, ffn: int, n: int) -> Any:
-    """As much of a published model's bundle as the bound needs; head sizes as they are, not padded."""
-    names = tuple(f"{kind}.{i}" for i in range(layers) for kind in "kv")
-    calls = [("prefill", 1, 1), ("sequential", 1, n - 1), ("transition", n, 1), ("group", n, 576 // n - 2)]
-    phases, position = [], 0
-    for name, query, repeat in calls:
-        phases.append(Phase(name, query, repeat, position, ("token",) * query))
-        position += query * repeat
-    sizes = {"dim": dim, "n_layers": layers, "n_heads": heads, "head_dim_padded": dim // heads, "ffn_dim": ffn}
-    return SimpleNamespace(
-        model=sizes | {"vocab_size": 16384},
-        cache=SimpleNamespace(inputs=names, heads=heads, head_dim=dim // heads),
-        phases=phases,
-        precision="fp16",
-        n_tokens=576,
-    )
+from par_runtime.cli.inspect import describe
+from par_runtime.cost.architecture import Architecture, phases_of
+from par_runtime.cost.bound import bound
+from par_runtime.cost.memory import cache_bytes
+from par_runtime.cost.work import image_work
 
 
 @pytest.mark.parametrize(
@@ -43,11 +27,29 @@ def model(dim: int, layers: int, heads: int, ffn: int, n: int) -> Any:
     ],
 )
 def test_the_bound_of_the_published_models(sizes: tuple[int, ...], millions: float, wanted_ms: float) -> None:
-    bundle = model(*sizes)
-    assert step_parameters(bundle) / 1e6 == pytest.approx(millions, rel=2e-3)
-    assert bound_ms(bundle, 1, 2000) == pytest.approx(wanted_ms, rel=0.02)
-    assert bound_ms(bundle, 8, 2000) > bound_ms(bundle, 1, 2000)
-    assert cache_bytes(bundle, 2, 2) == 2 * cache_bytes(bundle, 1, 2)
+    names = ("dim", "n_layers", "n_heads", "ffn_dim")
+    model = dict(zip(names, sizes, strict=False))
+    head_dim = model["dim"] // model["n_heads"]  # as it is, not padded
+    model |= {"head_dim_padded": head_dim, "vocab_size": 16384}
+    architecture = Architecture.of_model(model, phases_of(sizes[-1], 576))
+
+    def bound_ms(images: int) -> float:
+        return bound(image_work(architecture, images, True, 2, 2), 2000, None).ms
+
+    assert architecture.step_parameters / 1e6 == pytest.approx(millions, rel=2e-3)
+    assert bound_ms(1) == pytest.approx(wanted_ms, rel=0.02)
+    assert bound_ms(8) > bound_ms(1)
+    assert cache_bytes(architecture, 2, True, 2) == 2 * cache_bytes(architecture, 1, True, 2)
+
+
+def test_the_memory_of_a_bundle_is_that_of_its_cache(tiny: Path) -> None:
+    """The architecture gives the size of the buffers that the manifest describes, and of the weights that a call reads."""
+    bundle = Bundle.open(tiny)
+    cache = bundle.cache
+    numbers = 2 * len(cache.inputs) * cache.heads * bundle.n_tokens * cache.head_dim  # two rows of a guided image
+    architecture = Architecture.of_model(bundle.model, bundle.phases)
+    assert cache_bytes(architecture, 1, True, 4) == numbers * 4
+    assert describe(bundle)["memory_bytes"]["8"]["cpu"] == (architecture.step_parameters + 8 * numbers) * 4
 
 
 def test_a_bundle_as_text_and_json(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

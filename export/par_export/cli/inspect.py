@@ -21,11 +21,10 @@ from par_model.checkpoint import (
 )
 from par_model.config import PARConfig
 from par_model.ordering import phases
-from par_runtime.bench.subjects.base import Shape
-from par_runtime.cost.bound import DATA_SHEETS, all_calls, bound, phases_of, step_parameters
-
-BYTES = {"fp32": 4, "fp16": 2}
-BATCHES = (1, 2, 4, 8)
+from par_runtime.cost.architecture import Architecture, phases_of
+from par_runtime.cost.data_sheets import bandwidth_bounds_ms
+from par_runtime.cost.memory import memory_table
+from par_runtime.dtypes import BYTES
 
 
 def show(path: str | Path, as_json: bool) -> int:
@@ -106,20 +105,12 @@ def _needs(config: PARConfig) -> dict[str, Any]:
     """What a bundle of the model needs: memory of a guided batch, and the least time of a guided image by bandwidth alone."""
     head_dim = padded_head_dim(config)
     calls = phases_of(config.group_size, config.n_tokens)
-    shape = Shape(config.dim, config.n_layers, config.n_heads, head_dim, config.ffn_dim, config.vocab_size, calls)
-    read = step_parameters(shape)
-    cache = (
-        2 * 2 * config.n_layers * config.n_heads * head_dim * config.n_tokens
-    )  # numbers of an image: 2 rows, k and v
+    sizes = (config.dim, config.n_layers, config.n_heads, head_dim, config.ffn_dim, config.vocab_size)
+    architecture = Architecture(*sizes, calls)
     return {
-        "parameters_read_per_call": read,
-        "memory_bytes": {
-            str(images): {precision: (read + images * cache) * size for precision, size in BYTES.items()}
-            for images in BATCHES
-        },
-        "bound_ms": {
-            gpu: bound(all_calls(shape, 1, True, 2, 2), sheet.gb_s, None).ms for gpu, sheet in DATA_SHEETS.items()
-        },
+        "parameters_read_per_call": architecture.step_parameters,
+        "memory_bytes": memory_table(architecture, {name: BYTES[name] for name in ("fp32", "fp16")}),
+        "bound_ms": bandwidth_bounds_ms(architecture, BYTES["fp16"]),
     }
 
 

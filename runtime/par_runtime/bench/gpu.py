@@ -1,7 +1,7 @@
 """The GPU that is measured: its name and clocks from nvidia-smi, its memory bandwidth from copies on the device.
 
-The matrix peak is the data sheet's: no kernel for it is at hand without a plan. What is measured and what is not is said
-in ``Limits.how``.
+The matrix peak is that of the data sheet, because without an engine there is no kernel to measure it with.
+``Limits.how`` states which of the two is measured.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from par_runtime.backends import cuda
+from par_runtime.backends.choose import CPUS
+from par_runtime.bench.limits import Limits
+from par_runtime.cost.data_sheets import DATA_SHEETS
 
-#: Why a GPU runs below its clock, by bit of ``clocks_event_reasons.active``. Idle and a clock that somebody set are not
-#: throttling.
+#: Why a GPU runs below its clock, by bit of ``clocks_event_reasons.active``. An idle GPU and a clock set by a user do
+#: not count as throttling.
 REASONS = {
     0x4: "its power limit held the GPU's clock down",
     0x8: "the GPU's hardware lowered its clock",
@@ -28,7 +31,7 @@ COPIES = 20
 
 @dataclass(frozen=True)
 class Gpu:
-    """Clocks in MHz, of now; None where nvidia-smi does not say."""
+    """Clocks in MHz, as they are now; None where nvidia-smi does not report them."""
 
     index: int
     name: str
@@ -39,23 +42,47 @@ class Gpu:
 
 
 def describe(index: int) -> Gpu:
-    """GPU ``index`` as the driver counts; clocks where nvidia-smi knows the same GPU. Raises CudaError."""
+    """GPU ``index`` in the driver's numbering; its clocks where nvidia-smi reports the same GPU. Raises CudaError."""
     with cuda.Device.open(index) as device:
         name, driver, size = device.name, f"CUDA {device.driver_version}", device.total_bytes
-    found = _smi(index, "name,driver_version,clocks.sm,clocks.mem")
-    # nvidia-smi may count otherwise than the driver (CUDA_VISIBLE_DEVICES): another GPU's clocks would be wrong.
-    if found is None or len(found) != 4 or found[0] != name:
+    fields = _smi(index, "name,driver_version,clocks.sm,clocks.mem")
+    # nvidia-smi may number GPUs differently from the driver (CUDA_VISIBLE_DEVICES); clocks of another GPU are wrong.
+    if fields is None or len(fields) != 4 or fields[0] != name:
         return Gpu(index, name, driver, size, None, None)
-    return Gpu(index, name, f"{found[1]}, {driver}", size, _number(found[2]), _number(found[3]))
+    return Gpu(index, name, f"{fields[1]}, {driver}", size, _number(fields[2]), _number(fields[3]))
+
+
+def select(device: str) -> Gpu | None:
+    """The GPU that ``--device`` names; for "auto" the first, if there is one; None for a CPU. Raises CudaError."""
+    if device in CPUS:
+        return None
+    index = int(device.partition(":")[2] or 0)
+    if device == "auto" and cuda.device_count() == 0:
+        return None
+    return describe(index)
+
+
+def gpu_limits(gpu: Gpu) -> Limits:
+    """Bandwidth measured by copies; the matrix peak of the data sheet, or None for a GPU without one.
+
+    Raises CudaError.
+    """
+    rate = copy_gb_s(gpu.index)
+    sheets = [sheet for name, sheet in DATA_SHEETS.items() if name.split("-")[0] in gpu.name]
+    peak = sheets[0].tflop_s if sheets else None
+    how = f"measured: copies of {COPY_BYTES / 1e6:.0f} MB on the device; " + (
+        "matrices by data sheet" if sheets else "no matrix peak known for this GPU"
+    )
+    return Limits(((COPY_BYTES, rate),), peak, how)
 
 
 def why_slower(index: int) -> list[str]:
-    """What holds the GPU below its clock at this moment; nothing where nvidia-smi does not say."""
+    """Why the GPU runs below its clock at this moment; empty where nvidia-smi does not report it."""
     for field in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):  # the second is of older drivers
-        found = _smi(index, field)
-        if found:
+        values = _smi(index, field)
+        if values:
             with suppress(ValueError):
-                bits = int(found[0], 16)
+                bits = int(values[0], 16)
                 return [text for bit, text in REASONS.items() if bits & bit]
     return []
 
@@ -86,7 +113,7 @@ def copy_gb_s(index: int, size: int = COPY_BYTES, copies: int = COPIES) -> float
 
 
 def _smi(index: int, query: str) -> list[str] | None:
-    """Fields of ``nvidia-smi --query-gpu``; None where it does not answer."""
+    """The fields that ``nvidia-smi --query-gpu`` prints; None where it fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None

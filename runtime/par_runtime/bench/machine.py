@@ -1,8 +1,8 @@
 """The machine that a row was measured on, and what disturbed it meanwhile.
 
-Facts come from the operating system; where it does not tell one (a container, another system than Linux) it is left
-empty, never guessed. :class:`Watch` compares the counters of before and after: a row that others' work or a lowered
-clock may have spoilt gets a flag, and keeps it in every file it is written to.
+The values come from the operating system. A value that it does not report (in a container, or on a system other than
+Linux) stays empty and is never guessed. :class:`Watch` compares counters from before and after a measurement. A row
+that other processes or a lowered clock may have changed gets a flag, and keeps it in every file it is written to.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SLOWER_CLOCK = 0.9
 
 @dataclass(frozen=True)
 class Machine:
-    """Sizes in bytes, clocks in MHz; "" or None where the system does not say."""
+    """Sizes in bytes, clocks in MHz; "" or None where the system does not report a value."""
 
     cpu: str
     cores: int  #: that this process may use
-    cache_bytes: int | None  #: the largest level; in a virtual machine it may be shared with strangers
+    cache_bytes: int | None  #: the largest level; in a virtual machine, others may share it
     memory_bytes: int | None
     os: str
     cpu_mhz: float | None
@@ -46,8 +46,8 @@ class Machine:
     gpu_memory_mhz: float | None
 
 
-def facts(gpu: Gpu | None = None) -> Machine:
-    """This machine; ``gpu`` where the measurement runs on one."""
+def describe(gpu: Gpu | None = None) -> Machine:
+    """This machine now; ``gpu``: the GPU that the measurement runs on, if any."""
     return Machine(
         cpu=_cpu_name(),
         cores=available_cores(),
@@ -65,7 +65,7 @@ def facts(gpu: Gpu | None = None) -> Machine:
 
 @cache
 def commit() -> str:
-    """The commit of the checkout that this package runs from, "-dirty" where it was changed; else the package's version."""
+    """The commit of the checkout that this package runs from, "-dirty" if changed; else the package's version."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
@@ -73,14 +73,14 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     with suppress(OSError, subprocess.SubprocessError):
-        # Of the repository that holds this file, not of one that an environment happens to lie in.
+        # The repository must hold this file: an installed package may lie in a folder of some other repository.
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     return f"parvis {__version__}"
 
 
 def debug_reasons() -> list[str]:
-    """Why numbers of this process are not those of a release: debug builds, or a tracer at work."""
+    """Why this process is slower than a release: debug builds, or Python's development mode."""
     reasons = []
     if hasattr(sys, "gettotalrefcount"):
         reasons.append("a debug build of Python")
@@ -97,7 +97,7 @@ def debug_reasons() -> list[str]:
 
 @dataclass(frozen=True)
 class Counters:
-    """Seconds of CPU time since boot, summed over cores, and what tells of a lowered clock."""
+    """Seconds of CPU time since boot, summed over cores, and signs of a lowered clock."""
 
     all_s: float  #: of every core, idle included
     busy_s: float  #: not idle, stolen time left out
@@ -109,7 +109,7 @@ class Counters:
 
 
 def counters(children: tuple[int, ...] = ()) -> Counters | None:
-    """Now; None where the system does not tell. ``children``: process ids whose work is ours too."""
+    """Now; None where the system does not report them. ``children``: process ids that count as ours too."""
     try:
         fields = [int(v) for v in (PROC / "stat").read_text().split("\n", 1)[0].split()[1:]]
     except (OSError, ValueError):
@@ -151,20 +151,21 @@ def disturbances(before: Counters | None, after: Counters | None) -> list[str]:
 
 
 class Watch:
-    """From its making to :meth:`flags`: what disturbed the work of this process and of ``children``."""
+    """Watches from its construction to :meth:`flags` what disturbs this process and ``children``."""
 
     def __init__(self, children: tuple[int, ...] = (), gpu: Gpu | None = None) -> None:
         self._children, self._gpu = children, gpu
         self._before = counters(children)
 
     def flags(self) -> tuple[str, ...]:
+        """A flag for each disturbance since construction: "busy: ...", "throttled: ...", "debug: ..."."""
         found = disturbances(self._before, counters(self._children))
         if self._gpu is not None:
             found += [f"throttled: {reason}" for reason in why_slower(self._gpu.index)]
         return (*found, *(f"debug: {reason}" for reason in debug_reasons()))
 
 
-# -- what the system says -----------------------------------------------------------------------------------------------
+# -- what the system reports ------------------------------------------------------------------------------------------
 
 
 @cache

@@ -1,8 +1,8 @@
-"""Measuring: subjects in turns (A B A B), and what they took as rows.
+"""Measuring: subjects in turns (A B A B), and their times as rows.
 
-Turns, because a shared machine changes by the minute: what disturbs one subject then disturbs its neighbour too, and the
-ratio of two medians stays true when both have moved. Every repetition is a whole batch, from labels to pixels, and the
-times of its phases are parts of that same batch, so the phases of a subject add up to its image.
+Subjects take turns because a shared machine changes by the minute: what disturbs one subject then disturbs the others
+too, and the ratio of two medians stays true when both have moved. Every repetition is a whole batch, from labels to
+pixels, and the times of its phases are parts of that same batch, so the phases of a subject add up to its image.
 
 Letters: B images, N tokens, n tokens per group, q positions of one call.
 """
@@ -12,29 +12,33 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
 from par_runtime import __version__
 from par_runtime.bench import machine
 from par_runtime.bench.gpu import Gpu
-from par_runtime.bench.limits import Limits
 from par_runtime.bench.machine import Machine, Watch
-from par_runtime.bench.rows import Row, few, median, quantile, spread
-from par_runtime.bench.subjects.base import PHASES, Facts, Sample, Subject
-from par_runtime.cost import bound
+from par_runtime.bench.rows import Row, few_repetitions, median, quantile, spread
+from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES, Sample, Subject, SubjectInfo
+from par_runtime.cost.work import Work, decoder_work, image_work, phase_work
 from par_runtime.tokenizer import CHUNK_PIXELS
 
-Say = Callable[[str], None]
-Make = Callable[[Any], Sample]
+#: Is given each step of the work as a line of text.
+Progress = Callable[[str], None]
+MakeSample = Callable[[Any], Sample]
+
+
+def no_progress(_: str) -> None:
+    """The :data:`Progress` of callers that report none."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """What all rows of one measurement share.
 
-    ``most_calls``: of an image, by subject's label; a label that is not there makes all.
+    ``most_calls``: how many calls of an image a subject makes, by label; a subject without an entry makes all.
     """
 
     suite: str
@@ -46,102 +50,122 @@ class Setting:
 
 
 @dataclass
-class Taken:
-    """The samples of one subject, and what disturbed each of them."""
+class Repetitions:
+    """The samples of one subject, and the flags of each."""
 
     samples: list[Sample] = field(default_factory=list)
     flags: list[tuple[str, ...]] = field(default_factory=list)
 
 
-def measure(subjects: Sequence[Subject], setting: Setting, say: Say = lambda _: None) -> list[Row]:
+def measure(subjects: Sequence[Subject], setting: Setting, progress: Progress = no_progress) -> list[Row]:
     """Rows of every phase and of the whole batch of every subject, in the order of ``subjects``.
 
     Each subject makes one batch that is not counted, then all make ``repetitions`` in turns. Raises what a subject's
     ``run`` raises.
     """
     for subject in subjects:
-        say(f"{subject.facts.label}: warming up")
-        subject.run(setting.images, setting.guided, warm_calls(subject.facts, setting))
-    taken = turns(subjects, setting, say)
-    where = machine.facts(setting.gpu)
+        progress(f"{subject.info.label}: warming up")
+        subject.run(setting.images, setting.guided, warm_up_calls(subject.info, setting))
+    return rows_in_turns(subjects, setting, progress)
+
+
+def rows_in_turns(subjects: Sequence[Subject], setting: Setting, progress: Progress) -> list[Row]:
+    """:func:`measure` without the batch that is not counted."""
+    measured = take_turns(subjects, setting, progress)
+    this_machine = machine.describe(setting.gpu)
     return [
-        row for subject, found in zip(subjects, taken, strict=True) for row in rows_of(subject, found, setting, where)
+        row
+        for subject, repetitions in zip(subjects, measured, strict=True)
+        for row in phase_rows(subject, repetitions, setting, this_machine)
     ]
 
 
-def turns(
-    subjects: Sequence[Subject], setting: Setting, say: Say = lambda _: None, make: Make | None = None
-) -> list[Taken]:
-    """``setting.repetitions`` samples of each subject, in turns; ``make`` makes one (default: its ``run``)."""
-    taken = [Taken() for _ in subjects]
+def take_turns(
+    subjects: Sequence[Subject],
+    setting: Setting,
+    progress: Progress = no_progress,
+    make_sample: MakeSample | None = None,
+) -> list[Repetitions]:
+    """``setting.repetitions`` samples of each subject, in turns; ``make_sample`` makes one (default: its ``run``)."""
+    measured = [Repetitions() for _ in subjects]
     for repetition in range(setting.repetitions):
-        for subject, found in zip(subjects, taken, strict=True):
-            label = subject.facts.label
+        for subject, own in zip(subjects, measured, strict=True):
+            label = subject.info.label
             many = f"{setting.images} image{'s' if setting.images > 1 else ''}"
-            say(f"{label}: {many}, repetition {repetition + 1} of {setting.repetitions}")
-            watch = Watch(pids(subject), setting.gpu)
-            if make is None:
+            progress(f"{label}: {many}, repetition {repetition + 1} of {setting.repetitions}")
+            watch = Watch(process_ids(subject), setting.gpu)
+            if make_sample is None:
                 sample = subject.run(setting.images, setting.guided, setting.most_calls.get(label))
             else:
-                sample = make(subject)
-            found.samples.append(sample)
-            found.flags.append(watch.flags())
-    return taken
+                sample = make_sample(subject)
+            own.samples.append(sample)
+            own.flags.append(watch.flags())
+    return measured
 
 
-def warm_calls(facts: Facts, setting: Setting) -> int | None:
-    """A warm-up touches every phase and window; only a short image is made whole for it."""
-    chosen = setting.most_calls.get(facts.label)
-    return min(chosen or facts.shape.calls, max(24, facts.shape.calls // 8))
+def warm_up_calls(info: SubjectInfo, setting: Setting) -> int | None:
+    """How many calls a warm-up makes: some of every phase, and all only of a short image."""
+    chosen = setting.most_calls.get(info.label)
+    return min(chosen or info.architecture.calls, max(24, info.architecture.calls // 8))
 
 
-def pids(subject: Subject) -> tuple[int, ...]:
-    """The process that a subject lives in, if it is not this one."""
+def process_ids(subject: Subject) -> tuple[int, ...]:
+    """The process of a subject that has one of its own; else empty."""
     pid = getattr(subject, "pid", None)
     return () if pid is None else (pid,)
 
 
-def rows_of(subject: Subject, taken: Taken, setting: Setting, where: Machine) -> list[Row]:
+def phase_rows(subject: Subject, repetitions: Repetitions, setting: Setting, this_machine: Machine) -> list[Row]:
     """One row per phase that the subject has, and one of the whole batch."""
-    facts, samples = subject.facts, taken.samples
-    flags = told(taken.flags)
+    info, samples = subject.info, repetitions.samples
+    flags = summarize(repetitions.flags)
     if any(sample.chosen for sample in samples):
-        made = sum(len(v) for name, v in samples[0].calls_ms.items() if name not in ("decoder", "copy"))
-        flags = (f"estimated: {made} of {facts.shape.calls} calls were made, spread over the image", *flags)
+        made = model_calls(samples[0])
+        flags = (f"estimated: {made} of {info.architecture.calls} calls were made, spread over the image", *flags)
     out = []
     for phase in PHASES:
         if phase not in samples[0].calls_ms:
             continue
         each = [sample.calls_ms[phase] for sample in samples]
-        calls = calls_of(facts, phase, len(each[0]))
+        calls = phase_calls(info, phase, len(each[0]))
         totals = [sum(v) * (calls / len(v)) for v in each]
         times = [ms for v in each for ms in v]
-        out.append(row(facts, setting, where, phase, totals, flags, samples, calls=calls, call_ms=median(times)))
-    whole = [image_ms(sample, facts) for sample in samples]
-    return [*out, row(facts, setting, where, "image", whole, flags, samples, calls=facts.shape.calls)]
+        out.append(
+            make_row(info, setting, this_machine, phase, totals, flags, samples, calls=calls, call_ms=median(times))
+        )
+    whole = [image_ms(sample, info) for sample in samples]
+    calls = info.architecture.calls
+    return [*out, make_row(info, setting, this_machine, "image", whole, flags, samples, calls=calls)]
 
 
-def calls_of(facts: Facts, phase: str, made: int) -> int:
-    """Calls of ``phase`` in one batch; the model's are known, ``made`` of the others were."""
-    return next((p.repeat for p in facts.shape.phases if p.name == phase), made)
+def phase_calls(info: SubjectInfo, phase: str, made: int) -> int:
+    """Calls of ``phase`` in one batch: by the architecture for the model's phases, else ``made``."""
+    return next((p.repeat for p in info.architecture.phases if p.name == phase), made)
 
 
-def image_ms(sample: Sample, facts: Facts) -> float:
-    """The whole batch; where only some calls were made, each of them stands for its part of the phase."""
+def model_calls(sample: Sample) -> int:
+    """How many calls of the step network a sample made."""
+    return sum(len(times) for name, times in sample.calls_ms.items() if name not in ("copy", "decoder"))
+
+
+def image_ms(sample: Sample, info: SubjectInfo) -> float:
+    """The time of the whole batch; if only some calls were made, each stands for an equal part of its phase."""
     if not sample.chosen:
         return sample.image_ms
     total = 0.0
-    for phase, took in sample.calls_ms.items():
-        if phase == "copy":  # between two calls each
-            made = sum(len(v) for name, v in sample.calls_ms.items() if name not in ("copy", "decoder"))
-            total += sum(took) * facts.shape.calls / made
+    for phase, times in sample.calls_ms.items():
+        if phase == "copy":  # it lies between any two calls
+            total += sum(times) * info.architecture.calls / model_calls(sample)
         else:
-            total += sum(took) * calls_of(facts, phase, len(took)) / len(took)
+            total += sum(times) * phase_calls(info, phase, len(times)) / len(times)
     return total
 
 
-def told(flags: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-    """Each kind of flag once: in how many repetitions, and how it was at its longest."""
+def summarize(flags: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Each kind of flag once: in how many repetitions it occurred, and its worst text.
+
+    The worst text has the highest percentage; of equal ones, it is the longest.
+    """
     worst: dict[str, str] = {}
     count = Counter(kind for each in flags for kind in {flag.split(":")[0] for flag in each})
     for flag in (flag for each in flags for flag in each):
@@ -162,10 +186,10 @@ def _percent(text: str) -> float:
         return 0.0
 
 
-def row(
-    facts: Facts,
+def make_row(
+    info: SubjectInfo,
     setting: Setting,
-    where: Machine,
+    this_machine: Machine,
     phase: str,
     samples_ms: Sequence[float],
     flags: Iterable[str] = (),
@@ -176,33 +200,33 @@ def row(
     images_per_s: float | None = None,
     offered_per_s: float | None = None,
 ) -> Row:
-    """One row; :func:`bounded` puts the device's limits beside it."""
-    least = least_of(facts, setting.images, setting.guided, phase)
+    """One row, without the bound that ``bounds.with_bounds`` adds."""
+    work = least_work(info, setting.images, setting.guided, phase)
     middle = median(samples_ms)
-    size, operations = (sum(c.bytes for c in least), sum(c.operations for c in least)) if least else (None, None)
+    size, operations = (sum(c.bytes for c in work), sum(c.operations for c in work)) if work else (None, None)
     if phase == "image":
         images_per_s = 1e3 * setting.images / middle
-    query = next((p.query for p in facts.shape.phases if p.name == phase), None)
+    query = next((p.query for p in info.architecture.phases if p.name == phase), None)
     return Row(
         suite=setting.suite,
         phase=phase,
-        label=facts.label,
-        bundle=facts.bundle,
-        hash=facts.hash,
-        model=facts.model,
-        parameters=facts.parameters,
-        n=facts.n,
-        grid=facts.grid,
-        precision=facts.precision,
-        computes=facts.computes,
+        label=info.label,
+        bundle=info.bundle,
+        hash=info.hash,
+        model=info.model,
+        parameters=info.parameters,
+        n=info.n,
+        grid=info.grid,
+        precision=info.precision,
+        computes=info.computes,
         images=setting.images,
         guided=setting.guided,
-        backend=facts.backend,
-        version=facts.version,
-        device=facts.device,
-        clock=facts.clock,
-        threads=facts.threads,
-        sampling=facts.sampling,
+        backend=info.backend,
+        version=info.version,
+        device=info.device,
+        clock=info.clock,
+        threads=info.threads,
+        sampling=info.sampling,
         query=query,
         calls=calls,
         samples_ms=tuple(float(v) for v in samples_ms),
@@ -223,57 +247,27 @@ def row(
         read_gb_s=None,
         matrix_tflop_s=None,
         limits_from="",
-        excluded=facts.excluded,
-        flags=(*few(samples_ms), *flags),
-        machine=where,
+        excluded=info.excluded,
+        flags=(*few_repetitions(samples_ms), *flags),
+        machine=this_machine,
         commit=machine.commit(),
         parvis=__version__,
         python=platform.python_version(),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        pytorch=info.pytorch,
     )
 
 
-def bounded(rows: Iterable[Row], facts: Mapping[str, Facts], limits: Mapping[int, Limits]) -> list[Row]:
-    """Rows with the least time that the device's ``limits`` allow them; ``facts`` by label.
-
-    ``limits`` by number of threads, 0 for the GPU; a row whose are not there stays as it is. They are measured before and
-    after the rows, and the better of both counts, which is why rows are made without.
-    """
-    out = []
-    for each in rows:
-        found = limits.get(0 if each.threads is None else each.threads)
-        least = least_of(facts[each.label], each.images, each.guided, each.phase)
-        if found is None or not least:
-            out.append(each)
-            continue
-        read = found.read_gb_s(max(call.bytes for call in least))
-        fastest = bound.bound(least, read, found.matrix_tflop_s)
-        out.append(
-            replace(
-                each,
-                bound_ms=fastest.ms,
-                bound_by=fastest.by,
-                percent_of_bound=100 * fastest.ms / each.median_ms,
-                read_gb_s=read,
-                matrix_tflop_s=found.matrix_tflop_s,
-                limits_from=found.how,
-            )
-        )
-    return out
-
-
-def least_of(facts: Facts, images: int, guided: bool, phase: str) -> list[bound.Call]:
-    """What the calls of ``phase`` must read and calculate at least; nothing for what is not work on the model."""
-    shape, bytes_ = facts.shape, (facts.weight_bytes, facts.cache_bytes)
-    decoder: list[bound.Call] = []
-    if facts.image_size is not None:
-        height, width = facts.image_size
-        chunks = -(-images // max(1, CHUNK_PIXELS // (height * width))) if facts.device == "cpu" else 1
-        decoder = bound.decoder_calls(shape, images, facts.weight_bytes, chunks)
+def least_work(info: SubjectInfo, images: int, guided: bool, phase: str) -> list[Work]:
+    """What each call of ``phase`` must read and calculate at least; empty for a phase that is not work on the model."""
+    architecture, number_bytes = info.architecture, (info.weight_bytes, info.cache_bytes)
+    decoder: list[Work] = []
+    if info.image_size is not None:
+        height, width = info.image_size
+        chunks = -(-images // max(1, CHUNK_PIXELS // (height * width))) if info.device == "cpu" else 1
+        decoder = decoder_work(architecture, images, info.weight_bytes, chunks)
     if phase == "decoder":
         return decoder
     if phase in ("image", "throughput"):
-        return [*bound.all_calls(shape, images, guided, *bytes_), *decoder]
-    if phase in PHASES and phase != "copy":
-        return bound.phase_calls(shape, phase, images, guided, *bytes_)
-    return []
+        return [*image_work(architecture, images, guided, *number_bytes), *decoder]
+    return phase_work(architecture, phase, images, guided, *number_bytes) if phase in MODEL_PHASES else []

@@ -1,8 +1,8 @@
-"""One row of a benchmark: one phase of one subject at one batch size, with everything that it needs to be understood alone.
+"""One row of a benchmark: one phase of one subject at one batch size, and everything needed to understand it alone.
 
-``samples_ms`` are raw: one number per repetition, the time of all calls of the phase in one batch, so that the rows of a
-subject add up to its "image" row. The spread is the interquartile range: it says what half of the repetitions did and
-does not follow the one that a neighbour on the machine disturbed.
+``samples_ms`` are raw: one number per repetition, the time of all calls of the phase in one batch, so that the rows of
+a subject add up to its "image" row. The spread is the interquartile range: it covers the middle half of the
+repetitions, so one repetition that another process disturbed does not change it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from par_runtime.bench.machine import Machine
 from par_runtime.errors import RequestError
 
 SCHEMA = 1
-ENOUGH = 5  #: repetitions that a median and its spread want
+ENOUGH = 5  #: repetitions; a row with fewer is marked
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Row:
 
     ``phase``: prefill, sequential, transition, group, decoder, copy, or "image" (the whole batch), "load",
     "first_preview", "throughput" (the whole batch, in the batch suite), "serve" (``samples_ms`` are the latencies of
-    requests). ``bytes`` and ``operations`` are the least that the phase must read and calculate (``bound.py``).
+    requests). ``bytes`` and ``operations`` are the least that the phase must read and calculate (``cost/work.py``).
     """
 
     suite: str
@@ -42,7 +42,7 @@ class Row:
     n: int
     grid: tuple[int, int, int]
     precision: str
-    computes: str  #: what the backend calculates in
+    computes: str  #: the precision that the backend calculates in
     images: int
     guided: bool
     backend: str
@@ -68,25 +68,27 @@ class Row:
     gb_s: float | None
     tflop_s: float | None
     percent_of_bound: float | None
-    read_gb_s: float | None  #: the bandwidth that the bound takes, and
-    matrix_tflop_s: float | None  #: the matrix peak
-    limits_from: str  #: how these two were found
+    read_gb_s: float | None  #: the bandwidth of the bound
+    matrix_tflop_s: float | None  #: the matrix peak of the bound
+    limits_from: str  #: where these two come from
     excluded: tuple[str, ...]
-    flags: tuple[str, ...]  #: what speaks against the row; the part before the colon is the kind
+    flags: tuple[str, ...]  #: reasons to doubt the row; the part before the colon is the kind
     machine: Machine
     commit: str
     parvis: str
     python: str
     date: str  #: when it was measured, UTC
     schema: int = SCHEMA
+    pytorch: bool = False  #: PyTorch made it, not a backend of this package
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """The kinds of its flags: "busy", "throttled", "debug", "few repetitions"."""
+        """The kinds of its flags: "busy", "throttled", "debug", "few repetitions", "estimated"."""
         return tuple(flag.split(":")[0] for flag in self.flags)
 
 
 def median(values: Sequence[float]) -> float:
+    """The middle value, or the mean of the middle two. NaN of nothing."""
     return quantile(values, 0.5)
 
 
@@ -100,12 +102,12 @@ def spread(values: Sequence[float]) -> float:
     return quantile(values, 0.75) - quantile(values, 0.25)
 
 
-def few(samples: Sequence[float]) -> tuple[str, ...]:
-    """The flag of a row with less than :data:`ENOUGH` repetitions."""
+def few_repetitions(samples: Sequence[float]) -> tuple[str, ...]:
+    """The flag of a row with fewer than :data:`ENOUGH` repetitions."""
     return (f"few repetitions: {len(samples)}",) if len(samples) < ENOUGH else ()
 
 
-# -- JSON lines ---------------------------------------------------------------------------------------------------------
+# -- JSON lines -------------------------------------------------------------------------------------------------------
 
 
 def to_json(row: Row) -> str:
@@ -114,9 +116,12 @@ def to_json(row: Row) -> str:
 
 
 def from_plain(plain: Mapping[str, Any]) -> Row:
-    """The row of a line's JSON object; columns of a newer version are dropped. Raises KeyError, TypeError, ValueError."""
+    """The row of a line's JSON object. Raises KeyError, TypeError, ValueError.
+
+    Columns of a newer version are dropped; those that an older version did not have get their defaults.
+    """
     known = {field.name: plain[field.name] for field in fields(Row) if field.name in plain}
-    missing = [field.name for field in fields(Row) if field.name not in plain and field.name != "schema"]
+    missing = [field.name for field in fields(Row) if field.name not in plain and field.default is MISSING]
     if missing:
         raise KeyError(missing[0])
     if known.get("schema", SCHEMA) > SCHEMA:
@@ -125,6 +130,8 @@ def from_plain(plain: Mapping[str, Any]) -> Row:
         known[name] = tuple(known[name])
     if not known["samples_ms"] or not all(isinstance(v, (int, float)) for v in known["samples_ms"]):
         raise ValueError("samples_ms is not a list of numbers")
+    if "pytorch" not in known:  # written before the column was: the backend is named "torch eager" or "torch compiled"
+        known["pytorch"] = "torch" in known["backend"]
     known["machine"] = Machine(**{f.name: known["machine"].get(f.name) for f in fields(Machine)})
     return Row(**known)
 
@@ -151,8 +158,8 @@ def read(path: Path) -> list[Row]:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
             raise RequestError(
-                f"{path}, line {number}: not a row of 'parvis bench' ({reason}); expected JSON lines, as --json FILE writes "
-                "them"
+                f"{path}, line {number}: not a row of 'parvis bench' ({reason}); expected JSON lines, as --json FILE "
+                "writes them"
             ) from error
     if not rows:
         raise RequestError(
@@ -162,7 +169,7 @@ def read(path: Path) -> list[Row]:
 
 
 def columns(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Rows as flat dictionaries for a table: the machine's columns as ``machine_cpu`` and so on, lists joined by spaces."""
+    """Rows as flat dictionaries for a table: the machine's columns as ``machine_cpu`` and so on, lists as text."""
     out = []
     for row in rows:
         plain = asdict(row)

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from par_runtime.backends.engines import list_engines
-from par_runtime.bench.subjects.base import Shape
 from par_runtime.bundle import MANIFEST, Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Parser, guarded
-from par_runtime.cost import bound
-from par_runtime.cost.bound import DATA_SHEETS
+from par_runtime.cost.architecture import Architecture
+from par_runtime.cost.data_sheets import bandwidth_bounds_ms
+from par_runtime.cost.memory import memory_table
 from par_runtime.dtypes import BYTES
-
-BATCHES = (1, 2, 4, 8)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +53,8 @@ def _is_checkpoint(text: str) -> bool:
 def describe(bundle: Bundle) -> dict[str, Any]:
     """All that ``parvis inspect`` prints about a bundle, as plain values. Sizes in bytes, times in milliseconds."""
     m = bundle.model
-    read, element = step_parameters(bundle), int(BYTES[bundle.precision])
+    architecture = Architecture.of_model(m, bundle.phases)
+    stored_bytes = BYTES[bundle.precision]
     engines, bad = list_engines(bundle)
     return {
         "name": bundle.name,
@@ -65,7 +64,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "class_names": None if bundle.class_names is None else len(bundle.class_names),
         "image_size": None if bundle.image_size is None else list(bundle.image_size),
         "calls": {"total": bundle.calls} | {phase.name: phase.repeat for phase in bundle.phases},
-        "parameters_read_per_call": read,
+        "parameters_read_per_call": architecture.step_parameters,
         "files": {name: entry["bytes"] for name, entry in bundle.files.items()},
         "engines": [
             {
@@ -79,39 +78,12 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             for engine in engines
         ],
         "bad_engines": bad,
-        "memory_bytes": {
-            str(images): {
-                "cpu": read * 4 + cache_bytes(bundle, images, 4),
-                "gpu": read * element + cache_bytes(bundle, images, element),
-            }
-            for images in BATCHES
-        },
+        "memory_bytes": memory_table(architecture, {"cpu": BYTES["fp32"], "gpu": stored_bytes}),
         "defaults": vars(bundle.defaults),
         "selftest": {"tokens": sum(map(len, bundle.selftest["tokens"])), "state": "not run (--selftest runs it)"},
         "parity": dict(bundle.parity),
-        "bound_ms": {gpu: bound_ms(bundle, 1, sheet.gb_s) for gpu, sheet in DATA_SHEETS.items()},
+        "bound_ms": bandwidth_bounds_ms(architecture, stored_bytes),
     }
-
-
-def step_parameters(bundle: Bundle) -> int:
-    """Parameters that a call reads: all but the embedding table, of which it reads a few rows. Heads as padded."""
-    return bound.step_parameters(Shape.of_model(bundle.model, bundle.phases))
-
-
-def cache_bytes(bundle: Bundle, images: int, element: int) -> int:
-    """The key-value cache of a guided batch: two rows an image."""
-    cache = bundle.cache
-    return 2 * images * len(cache.inputs) * cache.heads * bundle.n_tokens * cache.head_dim * element
-
-
-def bound_ms(bundle: Bundle, images: int, gb_s: float) -> float:
-    """Least time of a guided batch in the bundle's precision: every call reads the weights and the visible cache.
-
-    By bandwidth alone; the decoder is not in it.
-    """
-    element = BYTES[bundle.precision]
-    shape = Shape.of_model(bundle.model, bundle.phases)
-    return bound.bound(bound.all_calls(shape, images, True, element, element), gb_s, None).ms
 
 
 def lines(facts: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """Parameters and operations of the image decoder, counted from the manifest's description of the tokenizer.
 
-The layers are those of ``decoder.onnx``: convolutions and one-headed attention over all pixels. What is not a convolution
-or a product of matrices is not counted: it is a few operations per number.
+The layers are those of ``decoder.onnx``: convolutions and one-headed attention over all pixels. Operations are counted
+of convolutions and of products of matrices alone; everything else is a few operations per number.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def decoder_work(config: Mapping[str, Any], grid: tuple[int, int, int]) -> tuple[int, int]:
+def count_decoder(config: Mapping[str, Any], grid: tuple[int, int, int]) -> tuple[int, int]:
     """(parameters, operations per image) of the decoder; a multiplication with its addition counts as two operations.
 
     ``config`` is the manifest's ``tokenizer.config``.
@@ -38,7 +38,7 @@ def decoder_work(config: Mapping[str, Any], grid: tuple[int, int, int]) -> tuple
 
 
 class _Count:
-    """Sums over layers at the current resolution."""
+    """Sums of parameters and operations over layers, at the current resolution."""
 
     def __init__(self, pixels: int) -> None:
         self.pixels, self.parameters, self.operations = pixels, 0, 0

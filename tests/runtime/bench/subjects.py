@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from par_runtime.bench.machine import Machine
-from par_runtime.bench.measure import Setting, Taken, row, rows_of
+from par_runtime.bench.measure import Repetitions, Setting, make_row, phase_rows
 from par_runtime.bench.rows import Row
-from par_runtime.bench.subjects.base import Facts, Sample, spread_calls
-from par_runtime.cost.bound import named_shape
+from par_runtime.bench.subjects.base import Sample, SubjectInfo, spread_calls
+from par_runtime.cost.architecture import named_architecture
 
 MACHINE = Machine("a CPU", 2, 2**25, 2**34, "an OS", 3000.0, "", "", None, None, None)
 
 
-def facts(label: str = "parvis", n: int = 4, **changes: Any) -> Facts:
+def subject_info(label: str = "parvis", n: int = 4, **changes: Any) -> SubjectInfo:
     """PAR-L without a decoder."""
     known: dict[str, Any] = {
         "label": label,
@@ -33,17 +33,17 @@ def facts(label: str = "parvis", n: int = 4, **changes: Any) -> Facts:
         "version": "1.32.0",
         "device": "cpu",
         "threads": 2,
-        "shape": named_shape("PAR-L", n),
+        "architecture": named_architecture("PAR-L", n),
         "sampling": "guidance 4",
     }
-    return Facts(**(known | changes))
+    return SubjectInfo(**(known | changes))
 
 
 @dataclass
 class Scripted:
     """Every call takes ``call_ms`` of its phase; repetition i takes ``drift[i]`` times as long."""
 
-    facts: Facts
+    info: SubjectInfo
     call_ms: Mapping[str, float] = field(
         default_factory=lambda: {"prefill": 1.0, "sequential": 1.0, "transition": 2.0, "group": 2.0}
     )
@@ -56,10 +56,10 @@ class Scripted:
             raise MemoryError(f"{images} images")
         times = self.drift[len(self.made) % len(self.drift)] * (1 + images) / 2
         self.made.append((images, guided, most_calls))
-        chosen = spread_calls(self.facts.shape.phases, most_calls)
+        chosen = spread_calls(self.info.architecture.phases, most_calls)
         calls_ms: dict[str, list[float]] = {}
         index = 0
-        for phase in self.facts.shape.phases:
+        for phase in self.info.architecture.phases:
             for _ in range(phase.repeat):
                 if chosen is None or index in chosen:
                     calls_ms.setdefault(phase.name, []).append(times * self.call_ms[phase.name])
@@ -73,10 +73,10 @@ class Scripted:
 
 def rows_from(subject: Scripted, repetitions: int = 5, suite: str = "phases", **setting: Any) -> list[Row]:
     """Rows of a scripted subject."""
-    taken = Taken([subject.run(1, True) for _ in range(repetitions)], [()] * repetitions)
-    return rows_of(subject, taken, Setting(suite, **setting), MACHINE)
+    repetitions_ = Repetitions([subject.run(1, True) for _ in range(repetitions)], [()] * repetitions)
+    return phase_rows(subject, repetitions_, Setting(suite, **setting), MACHINE)
 
 
 def one_row(samples_ms: Sequence[float], label: str = "parvis", phase: str = "image", **changes: Any) -> Row:
     """A row with these samples."""
-    return row(facts(label, **changes), Setting("phases"), MACHINE, phase, samples_ms)
+    return make_row(subject_info(label, **changes), Setting("phases"), MACHINE, phase, samples_ms)

@@ -1,4 +1,4 @@
-"""``parvis bench`` as it is typed: real bundles in processes of their own, files, comparison, errors of one line."""
+"""The command ``parvis bench``: real bundles in processes of their own, files, comparison, errors of one line."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 from bench.subjects import one_row
 
+from par_runtime.bench import bounds
 from par_runtime.bench.limits import Limits
 from par_runtime.bench.rows import read, to_json
+from par_runtime.bench.run import short_names
 from par_runtime.bench.subjects.base import PHASES
-from par_runtime.cli import bench as command
 from par_runtime.cli.dispatch import main
 
 
 @pytest.fixture(autouse=True)
 def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's limits take seconds to measure; ``test_bound.py`` measures them."""
+    """The machine's limits take seconds to measure; ``test_limits.py`` measures them."""
     monkeypatch.setattr(
-        command, "measure_cpu", lambda *_: Limits(((2**22, 50.0), (2**30, 20.0)), 0.1, "measured: by hand")
+        bounds, "measure_cpu", lambda *_: Limits(((2**22, 50.0), (2**30, 20.0)), 0.1, "measured: by hand")
     )
 
 
@@ -74,7 +75,7 @@ def test_baselines_in_the_same_run(
     assert list(tmp_path.iterdir()) == []  # the bundle of random weights is gone
 
 
-def test_two_bundles_are_told_apart_by_name(
+def test_two_bundles_have_different_labels(
     bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "fp32"
@@ -85,7 +86,7 @@ def test_two_bundles_are_told_apart_by_name(
     assert [(row["label"], row["images"], row["phase"]) for row in rows] == [
         (label, b, "throughput") for b in (1, 3) for label in ("fp16", "n1")
     ]
-    assert command.labels_of([Path("a/x"), Path("b/x"), Path("y")]) == ["x (1)", "x (2)", "y"]
+    assert short_names([Path("a/x"), Path("b/x"), Path("y")]) == ["x (1)", "x (2)", "y"]
 
 
 def test_serve_and_decoder_from_the_command_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +109,7 @@ def test_two_files_are_compared_without_measuring(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out == ""
 
 
-def test_a_limit_that_meets_no_pair_does_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fail_above_fails_without_any_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
     old.write_text(to_json(one_row([100.0] * 5)) + "\n")
     new.write_text(to_json(one_row([100.0] * 5, label="renamed")) + "\n")
@@ -116,7 +117,7 @@ def test_a_limit_that_meets_no_pair_does_not_pass(tmp_path: Path, capsys: pytest
     assert "no row has its pair in the other file" in capsys.readouterr().err
 
 
-def test_one_sample_fails_no_limit(tmp_path: Path) -> None:
+def test_fail_above_passes_a_row_of_one_sample(tmp_path: Path) -> None:
     old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
     old.write_text(to_json(one_row([100.0], phase="load")) + "\n")
     new.write_text(to_json(one_row([300.0], phase="load")) + "\n")
@@ -163,33 +164,33 @@ def test_bad_input_is_one_line_and_exit_code_2(
         code = main(["bench", *given])
     except SystemExit as stopped:
         code = int(stopped.code or 0)
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert code == 2
-    assert message in told
-    assert told.count("\n") == 1
+    assert message in printed
+    assert printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(
+def test_a_path_that_cannot_be_written_is_an_error_before_anything_is_measured(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", str(tiny), "--json", str(tmp_path)]) == 2
     assert "is a folder; give a file name" in capsys.readouterr().err
 
 
-def test_the_baselines_packages_are_named_where_they_are_missing(
+def test_the_error_names_the_package_that_a_baseline_misses(
     tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from par_runtime.bench.subjects import eager
+    from par_runtime.bench.subjects import baselines
 
-    real = eager.importlib.import_module
+    real = baselines.importlib.import_module
 
     def missing(name: str) -> object:
         if name.startswith("par_export"):
             raise ModuleNotFoundError("no", name="torch")
         return real(name)
 
-    monkeypatch.setattr(eager.importlib, "import_module", missing)
+    monkeypatch.setattr(baselines.importlib, "import_module", missing)
     assert main(["bench", str(tiny), "--device", "cpu", "--against", "n1", "--quiet"]) == 2
     assert (
         "the n1 baseline needs torch, which is not installed; pip install 'parvis[cpu,export]'"

@@ -1,4 +1,4 @@
-"""Two runs against each other: a change is told where there is one, and not where there is none."""
+"""Two runs against each other: a change is reported if there is one, and not if there is none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def noisy(middle: float, seed: int, count: int = 9) -> list[float]:
 
 
 @pytest.mark.parametrize(("factor", "verdict"), [(1.0, "same"), (1.25, "slower"), (0.8, "faster")])
-def test_a_change_is_told(factor: float, verdict: str) -> None:
+def test_a_change_is_reported(factor: float, verdict: str) -> None:
     (pair,) = compare([one_row(noisy(100, 1))], [one_row(noisy(100 * factor, 2))]).pairs
     assert pair.verdict == verdict
     assert pair.low <= pair.ratio <= pair.high
@@ -57,7 +57,7 @@ def test_loads_of_the_serve_suite_are_paired_by_place() -> None:
     assert [p.ratio for p in found.pairs] == [1.0, 2.0]
 
 
-def test_marks_of_either_side_are_told() -> None:
+def test_a_pair_has_the_marks_of_both_sides() -> None:
     old = replace(one_row([1.0] * 5), flags=("busy: in 5 of 5, other processes took 40 % of the CPU time",))
     new = replace(
         one_row([1.0] * 5),
@@ -69,7 +69,7 @@ def test_marks_of_either_side_are_told() -> None:
     assert "other machine, busy, throttled, debug" in text(found)
 
 
-def test_the_text_says_what_it_compares() -> None:
+def test_the_text_names_both_commits() -> None:
     found = compare([replace(one_row([2.0] * 5), commit="aaa")], [replace(one_row([1.0] * 5), commit="bbb")])
     lines = text(found).splitlines()
     assert lines[0] == "old is of commit aaa, new of bbb; below 1 is faster"

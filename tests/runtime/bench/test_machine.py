@@ -1,4 +1,4 @@
-"""What a row says of its machine, and what it notices of neighbours, clocks and debug builds."""
+"""The machine of a row, and the flags for other processes, clocks and debug builds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from par_runtime.bench import gpu, machine
-from par_runtime.bench.machine import Counters, Watch, commit, counters, disturbances, facts
+from par_runtime.bench.machine import Counters, Watch, commit, counters, describe, disturbances
 
 
 def at(all_s: float, busy_s: float, ours_s: float, **more: object) -> Counters:
@@ -19,7 +19,7 @@ def at(all_s: float, busy_s: float, ours_s: float, **more: object) -> Counters:
 
 
 @pytest.mark.parametrize(
-    ("after", "told"),
+    ("after", "flags"),
     [
         (at(110, 59, 29), []),  # 9 s of work, all ours
         (at(110, 53, 22), []),
@@ -30,18 +30,18 @@ def at(all_s: float, busy_s: float, ours_s: float, **more: object) -> Counters:
         (at(110, 50, 20, mhz=2900.0), []),
     ],
 )
-def test_what_happened_between_two_readings(after: Counters, told: list[str]) -> None:
+def test_what_happened_between_two_readings(after: Counters, flags: list[str]) -> None:
     before = at(100, 50, 20, mhz=3000.0)
     if after == at(110, 53, 22):
         after = at(110, 53, 23)
-    assert disturbances(before, after) == told
+    assert disturbances(before, after) == flags
     assert disturbances(None, after) == disturbances(before, None) == []
 
 
-def test_a_busy_neighbour_is_noticed() -> None:
-    """A process that burns a core while we sleep is somebody else; the same process as our child is ours."""
+def test_another_busy_process_is_noticed() -> None:
+    """A busy process counts as another's unless it is named as our child."""
     if counters() is None:
-        pytest.skip("this system does not tell")
+        pytest.skip("this system does not report it")
     burn = "import time\nend = time.time() + 1.2\nwhile time.time() < end: pass"
     for ours in (False, True):
         child = subprocess.Popen([sys.executable, "-c", burn])
@@ -57,8 +57,8 @@ def test_a_busy_neighbour_is_noticed() -> None:
         assert after.busy_s - before.busy_s > 0.3
 
 
-def test_facts_of_this_machine() -> None:
-    here = facts()
+def test_this_machine_is_described() -> None:
+    here = describe()
     assert here.cpu
     assert here.cores >= 1
     assert here.memory_bytes is None or here.memory_bytes > 2**28
@@ -77,10 +77,10 @@ def test_the_commit_is_of_the_checkout_that_holds_the_package() -> None:
 
 def test_a_watch_flags_development_mode() -> None:
     code = "from par_runtime.bench.machine import debug_reasons; print(debug_reasons())"
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    assert "Python's development mode" in told
+    assert "Python's development mode" in printed
     assert not any(flag.startswith("debug") for flag in Watch().flags())
 
 

@@ -1,17 +1,20 @@
-"""Measuring: turns, what stands for a whole image, what a phase's bound is, and what disturbed it."""
+"""Measuring: turns, estimates of a whole image, the bound of a phase, and the flags of disturbances."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
-from bench.subjects import MACHINE, Scripted, facts, rows_from
+from bench.subjects import MACHINE, Scripted, rows_from, subject_info
 
 from par_runtime.bench import measure
+from par_runtime.bench.bounds import with_bounds
 from par_runtime.bench.limits import Limits
-from par_runtime.bench.measure import Setting, bounded, rows_of, told, turns
+from par_runtime.bench.measure import Setting, phase_rows, summarize, take_turns
 from par_runtime.bench.subjects.base import spread_calls
-from par_runtime.cost.bound import all_calls, bound, named_shape, phases_of
+from par_runtime.cost.architecture import named_architecture, phases_of
+from par_runtime.cost.bound import bound
+from par_runtime.cost.work import image_work
 
 LIMITS = Limits(((2**20, 100.0), (2**30, 20.0)), 0.1, "measured: by hand")
 
@@ -19,12 +22,12 @@ LIMITS = Limits(((2**20, 100.0), (2**30, 20.0)), 0.1, "measured: by hand")
 def test_subjects_take_turns_after_a_short_warm_up() -> None:
     order: list[str] = []
 
-    class Told(Scripted):
+    class Ordered(Scripted):
         def run(self, images, guided, most_calls=None):  # type: ignore[no-untyped-def]
-            order.append(f"{self.facts.label}{'' if most_calls is None else ' short'}")
+            order.append(f"{self.info.label}{'' if most_calls is None else ' short'}")
             return super().run(images, guided, most_calls)
 
-    rows = measure.measure([Told(facts("a")), Told(facts("b"))], Setting("phases", repetitions=3))
+    rows = measure.measure([Ordered(subject_info("a")), Ordered(subject_info("b"))], Setting("phases", repetitions=3))
     assert order == ["a short", "b short", *["a", "b"] * 3]
     assert [row.phase for row in rows if row.label == "a"] == [
         "prefill",
@@ -38,7 +41,7 @@ def test_subjects_take_turns_after_a_short_warm_up() -> None:
 
 
 def test_phases_add_up_to_the_image() -> None:
-    rows = rows_from(Scripted(facts(), drift=(1.0, 1.5, 0.7, 2.0, 1.1)))
+    rows = rows_from(Scripted(subject_info(), drift=(1.0, 1.5, 0.7, 2.0, 1.1)))
     parts = [row for row in rows if row.phase != "image"]
     image = next(row for row in rows if row.phase == "image")
     for i, whole in enumerate(image.samples_ms):
@@ -55,15 +58,15 @@ def test_phases_add_up_to_the_image() -> None:
 
 @pytest.mark.parametrize("n", [1, 4, 16])
 def test_some_calls_stand_for_all(n: int) -> None:
-    subject = Scripted(facts(n=n), call_ms={"prefill": 5.0, "sequential": 3.0, "transition": 4.0, "group": 2.0})
+    subject = Scripted(subject_info(n=n), call_ms={"prefill": 5.0, "sequential": 3.0, "transition": 4.0, "group": 2.0})
     whole = rows_from(subject, 1)
     setting = Setting("phases", repetitions=1, most_calls={"parvis": 20})
-    some = rows_of(subject, turns([subject], setting)[0], setting, MACHINE)
+    some = phase_rows(subject, take_turns([subject], setting)[0], setting, MACHINE)
     assert [row.median_ms for row in some if row.phase != "copy"] == pytest.approx(
         [row.median_ms for row in whole if row.phase != "copy"], rel=0.02
     )
     assert "estimated" in some[-1].marks
-    assert f"of {subject.facts.shape.calls} calls were made" in some[-1].flags[1]
+    assert f"of {subject.info.architecture.calls} calls were made" in some[-1].flags[1]
     assert not any("estimated" in row.marks for row in whole)
 
 
@@ -85,9 +88,9 @@ def test_chosen_calls_are_spread_over_every_phase(n: int, most: int) -> None:
 
 
 def test_the_bound_takes_the_bandwidth_of_what_a_call_reads() -> None:
-    rows = bounded(rows_from(Scripted(facts())), {"parvis": facts()}, {2: LIMITS})
+    rows = with_bounds(rows_from(Scripted(subject_info())), {"parvis": subject_info()}, {2: LIMITS})
     image = next(row for row in rows if row.phase == "image")
-    calls = all_calls(named_shape("PAR-L", 4), 1, True, 4.0, 4.0)
+    calls = image_work(named_architecture("PAR-L", 4), 1, True, 4.0, 4.0)
     assert image.read_gb_s == 20.0  # 1.3 GB a call, beyond the largest array
     assert image.bound_ms == pytest.approx(bound(calls, 20.0, 0.1).ms)
     assert image.percent_of_bound == pytest.approx(100 * image.bound_ms / image.median_ms)
@@ -98,30 +101,30 @@ def test_the_bound_takes_the_bandwidth_of_what_a_call_reads() -> None:
     assert group.bound_ms / 142 == pytest.approx(65 + 6, rel=0.02)  # the keys of two rows: 113 MB on average
     assert group.gb_s == pytest.approx(group.bytes / group.median_ms / 1e6)  # type: ignore[operator]
     assert next(row for row in rows if row.phase == "copy").bound_ms is None
-    wide = replace(facts(n=16), label="parvis")
+    wide = replace(subject_info(n=16), label="parvis")
     by = [
         row.bound_by
-        for row in bounded(rows_from(Scripted(wide)), {"parvis": wide}, {2: LIMITS})
+        for row in with_bounds(rows_from(Scripted(wide)), {"parvis": wide}, {2: LIMITS})
         if row.phase == "group"
     ]
     assert by == ["compute"]  # 32 positions
 
 
 def test_rows_without_their_own_threads_limits_stay_without_a_bound() -> None:
-    rows = rows_from(Scripted(facts()))
-    assert bounded(rows, {"parvis": facts()}, {4: LIMITS}) == rows
+    rows = rows_from(Scripted(subject_info()))
+    assert with_bounds(rows, {"parvis": subject_info()}, {4: LIMITS}) == rows
 
 
-def test_a_flag_says_how_often_and_how_bad() -> None:
+def test_a_flag_states_how_often_and_how_bad() -> None:
     flags = [
         (),
         ("busy: other processes took 9 % of the CPU time",),
         ("busy: other processes took 31 % of the CPU time", "debug: a tracer"),
     ]
-    assert told(flags) == ("busy: in 2 of 3, other processes took 31 % of the CPU time", "debug: a tracer")
-    assert told([(), ()]) == ()
+    assert summarize(flags) == ("busy: in 2 of 3, other processes took 31 % of the CPU time", "debug: a tracer")
+    assert summarize([(), ()]) == ()
 
 
 def test_few_repetitions_are_marked() -> None:
-    assert "few repetitions" in rows_from(Scripted(facts()), 3)[-1].marks
-    assert rows_from(Scripted(facts()), 5)[-1].flags == ()
+    assert "few repetitions" in rows_from(Scripted(subject_info()), 3)[-1].marks
+    assert rows_from(Scripted(subject_info()), 5)[-1].flags == ()

@@ -1,4 +1,4 @@
-"""The bench on a GPU, on the stand-ins for driver and TensorRT: phases by events, what is refused, nothing left behind."""
+"""The bench on a GPU, on the stand-ins for driver and TensorRT: phases by events, refusals, nothing left allocated."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from double.driver import Driver
 from par_runtime.backends import cuda
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bench import gpu
-from par_runtime.bench.measure import Setting, bounded, measure
-from par_runtime.bench.subjects.base import facts_from
+from par_runtime.bench.bounds import with_bounds
+from par_runtime.bench.measure import Setting, measure
+from par_runtime.bench.subjects.base import info_from_json
 from par_runtime.bench.subjects.pipeline import PipelineSubject
 from par_runtime.bundle import Bundle
-from par_runtime.cli.bench import _gpu_limits
 
 
 @pytest.fixture
@@ -40,21 +40,21 @@ def subject(driver: Driver, tiny: Path, tmp_path: Path) -> Iterator[PipelineSubj
     made.close()
 
 
-def test_phases_are_timed_apart_on_the_device(subject: PipelineSubject) -> None:
+def test_each_phase_is_timed_on_the_device(subject: PipelineSubject) -> None:
     rows = measure([subject], Setting("phases", images=2, repetitions=3))
     by = {row.phase: row for row in rows}
-    assert {p.name: p.repeat for p in subject.facts.shape.phases} == {
+    assert {p.name: p.repeat for p in subject.info.architecture.phases} == {
         name: by[name].calls for name in ("prefill", "sequential", "transition", "group")
     }
     assert by["decoder"].calls == 1
-    assert by["copy"].calls == 3  # tables up, tokens together, tokens and pixels down
+    assert by["copy"].calls == 3  # upload of the tables, collection of the tokens, download of tokens and pixels
     assert all(sample > 0 for row in rows for sample in row.samples_ms)
     assert by["image"].clock == "CUDA events"
-    assert (by["image"].threads, by["image"].computes) == (None, subject.facts.computes)
-    assert subject.facts.weight_bytes == {"fp16": 2.0, "fp32": 4.0}[subject.facts.computes]
+    assert (by["image"].threads, by["image"].computes) == (None, subject.info.computes)
+    assert subject.info.weight_bytes == {"fp16": 2.0, "fp32": 4.0}[subject.info.computes]
 
 
-def test_timing_apart_changes_no_image(subject: PipelineSubject) -> None:
+def test_timing_the_phases_changes_no_image(subject: PipelineSubject) -> None:
     """Phases are launched as graphs of their own before the image is; both must leave the backend as they found it."""
     wanted = subject.pipeline.generate([1, 2], seed=4).tokens
     subject.run(2, True)
@@ -64,19 +64,21 @@ def test_timing_apart_changes_no_image(subject: PipelineSubject) -> None:
 def test_a_driver_that_refuses_capture_is_launched_plainly(subject: PipelineSubject, driver: Driver) -> None:
     driver.refuse_capture_over = 0
     sample = subject.run(1, True)
-    assert len(sample.calls_ms["group"]) == next(p.repeat for p in subject.facts.shape.phases if p.name == "group")
+    assert len(sample.calls_ms["group"]) == next(
+        p.repeat for p in subject.info.architecture.phases if p.name == "group"
+    )
     driver.refuse_capture_over = None
 
 
-def test_limits_of_a_gpu_say_what_was_measured(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_of_a_gpu_state_what_was_measured(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "COPY_BYTES", 2**20)
     assert gpu.copy_gb_s(0, 2**20, 3) > 0
     here = gpu.describe(0)
-    limits = _gpu_limits(gpu.Gpu(0, "NVIDIA A100-SXM4-80GB", here.driver, here.memory_bytes, 1410.0, 1593.0))
+    limits = gpu.gpu_limits(gpu.Gpu(0, "NVIDIA A100-SXM4-80GB", here.driver, here.memory_bytes, 1410.0, 1593.0))
     assert limits.matrix_tflop_s == 312
     assert "copies of" in limits.how
     assert "matrices by data sheet" in limits.how
-    assert "no matrix peak known" in _gpu_limits(here).how
+    assert "no matrix peak known" in gpu.gpu_limits(here).how
 
 
 def test_rows_of_a_gpu_are_bounded_by_its_limits(subject: PipelineSubject) -> None:
@@ -84,13 +86,14 @@ def test_rows_of_a_gpu_are_bounded_by_its_limits(subject: PipelineSubject) -> No
 
     rows = measure([subject], Setting("phases", repetitions=2))
     found = {
-        row.phase: row for row in bounded(rows, {"parvis": subject.facts}, {0: Limits(((2**28, 2000.0),), 312.0, "x")})
+        row.phase: row
+        for row in with_bounds(rows, {"parvis": subject.info}, {0: Limits(((2**28, 2000.0),), 312.0, "x")})
     }
     assert found["group"].bound_ms is not None
     assert found["group"].read_gb_s == 2000.0
 
 
-def test_facts_cross_a_process_border(subject: PipelineSubject) -> None:
+def test_a_subjects_info_survives_json(subject: PipelineSubject) -> None:
     from dataclasses import asdict
 
-    assert facts_from(json.loads(json.dumps(asdict(subject.facts)))) == subject.facts
+    assert info_from_json(json.loads(json.dumps(asdict(subject.info)))) == subject.info

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bench.subjects import Scripted, facts, one_row
+from bench.subjects import Scripted, one_row, subject_info
 
+from par_runtime.bench import bounds
 from par_runtime.bench.limits import Limits
 from par_runtime.bench.measure import Setting
+from par_runtime.bench.report import paper as report
 from par_runtime.bench.rows import Row
 from par_runtime.bench.suites import paper, paper_run
-from par_runtime.cli import bench as command
 from par_runtime.cli.dispatch import main
 
 LIMITS = Limits(((2**30, 20.0),), 0.1, "measured: by hand")
@@ -35,9 +36,9 @@ def test_every_row_of_the_paper_is_there() -> None:
 
 @pytest.mark.parametrize("published", paper.PUBLISHED, ids=lambda p: p.name)
 def test_its_architecture_makes_as_many_calls(published: paper.Published) -> None:
-    shape = paper.shape_of(published)
-    assert shape.calls == published.steps
-    assert shape.n_tokens == published.tokens
+    architecture = paper.architecture_of(published)
+    assert architecture.calls == published.steps
+    assert architecture.n_tokens == published.tokens
 
 
 def image(label: str, n: int, ms: float, **changes: object) -> Row:
@@ -49,12 +50,15 @@ def test_rows_are_put_in_their_places() -> None:
         image("L n=1", 1, 50_000.0),
         image("L n=4", 4, 12_500.0),
         replace(
-            image("L n=4 eager", 4, 60_000.0, backend="torch eager"), flags=("estimated: 20 of 147 calls were made",)
+            image("L n=4 eager", 4, 60_000.0, backend="torch eager", pytorch=True),
+            flags=("estimated: 20 of 147 calls were made",),
         ),
         replace(image("video", 4, 9_000.0), grid=(5, 16, 16), model="PAR-XL"),
         one_row([1.0] * 5, label="L n=4", phase="group"),
     ]
-    placed = {row.published.name: row for row in paper.placed(rows, {"PAR-3B": "memory: too large"}, LIMITS, "a CPU")}
+    placed = {
+        row.published.name: row for row in paper.paper_rows(rows, {"PAR-3B": "memory: too large"}, LIMITS, "a CPU")
+    }
     four = placed["PAR-L-4x"]
     assert (four.status, four.seconds, four.over_n1, four.over_eager) == ("measured", 12.5, 4.0, 4.8)
     assert (four.eager_s, four.eager_status) == (60.0, "estimated")
@@ -64,54 +68,56 @@ def test_rows_are_put_in_their_places() -> None:
     assert placed["PAR-XL-4x"].seconds is None  # the video model has XL's blocks, and is not XL
     left = placed["PAR-3B-16x"]
     assert (left.status, left.why, left.seconds) == ("left out", "memory: too large", None)
-    # 16 calls of one position read 3.06 G parameters (heads padded) of 4 bytes at 20 GB/s; 35 calls of 16 positions in two
-    # rows multiply them at 0.1 TFLOP/s, which takes longer.
+    # 16 calls of one position read 3.06 G parameters (heads padded) of 4 bytes at 20 GB/s; 35 calls of 16 positions in
+    # two rows multiply them at 0.1 TFLOP/s, which takes longer.
     assert left.bound_s == pytest.approx(16 * 3.06 * 4 / 20 + 35 * 2 * 3.06 * 32 / 100, rel=0.03)
     assert placed["PAR-XXL-4x"].why == "not asked for"
 
 
 def test_the_table_marks_every_row_and_never_divides_by_the_papers_seconds() -> None:
-    placed = paper.placed([image("L n=4", 4, 12_500.0)], {}, LIMITS, "a CPU")
-    shown = paper.paper_table(placed)
+    placed = paper.paper_rows([image("L n=4", 4, 12_500.0)], {}, LIMITS, "a CPU")
+    shown = report.paper_table(placed)
     lines = shown.splitlines()[1:]
     assert len(lines) == len(paper.PUBLISHED)
     assert all(re.search(r"\b(measured|estimated|left out)\b", line) for line in lines)
     assert f"{3380 / 12500:.2f}" not in shown
-    assert any("The paper's seconds are another machine's" in note for note in paper.notes(placed))
+    assert any("The paper's seconds are another machine's" in note for note in report.notes(placed))
     for row in placed:
         assert json.loads(json.dumps(paper.as_dict(row)))["kind"] == "paper"
 
 
 def test_predictions_of_every_model_are_marked() -> None:
     found = paper.predicted()
-    shown = paper.predicted_table(found)
+    shown = report.predicted_table(found)
     assert "predicted, not measured" in shown
     assert {(p.model, p.n) for p in found} >= {("PAR-3B", 1), ("PAR-3B", 4), ("PAR-3B", 16)}
     assert len(shown.splitlines()) == 2 + len({(p.model, p.n) for p in paper.PUBLISHED})
 
 
-# -- planning -------------------------------------------------------------------------------------------------------------
+# -- planning ---------------------------------------------------------------------------------------------------------
 
 
-def options(tmp_path: Path, **changes: object) -> paper_run.Options:
-    return paper_run.Options(**({"minutes": 10.0, "sizes": paper.SIZES, "work": tmp_path} | changes))  # type: ignore[arg-type]
+def options(tmp_path: Path, **changes: object) -> paper_run.PaperOptions:
+    known = {"minutes": 10.0, "sizes": paper.SIZES, "work": tmp_path}
+    return paper_run.PaperOptions(**(known | changes))  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert paper_run.too_much("PAR-L", 600, LIMITS, options(tmp_path)) is None
+    assert paper_run.reason_to_leave_out("PAR-L", 600, LIMITS, options(tmp_path)) is None
     assert re.match(
         r"time: needs about \d+ minutes, 1\.0 were left",
-        paper_run.too_much("PAR-XXL", 60, LIMITS, options(tmp_path)) or "",
+        paper_run.reason_to_leave_out("PAR-XXL", 60, LIMITS, options(tmp_path)) or "",
     )
     monkeypatch.setattr(paper_run.system, "available_bytes", lambda: 8 * 10**9)
     assert re.match(
         r"memory: one process takes about 15 GB, 8 GB are free",
-        paper_run.too_much("PAR-3B", 1e9, LIMITS, options(tmp_path)) or "",
+        paper_run.reason_to_leave_out("PAR-3B", 1e9, LIMITS, options(tmp_path)) or "",
     )
     monkeypatch.setattr(paper_run.system, "available_bytes", lambda: None)
     monkeypatch.setattr(paper_run.shutil, "disk_usage", lambda _: type("Disk", (), {"free": 10**9}))
     assert re.match(
-        r"disk: its weights take 2 GB, 1 GB are free", paper_run.too_much("PAR-L", 1e9, LIMITS, options(tmp_path)) or ""
+        r"disk: its weights take 2 GB, 1 GB are free",
+        paper_run.reason_to_leave_out("PAR-L", 1e9, LIMITS, options(tmp_path)) or "",
     )
 
 
@@ -119,19 +125,20 @@ def test_weights_are_counted_with_embedding_and_decoder() -> None:
     assert paper_run.weight_bytes("PAR-L") == pytest.approx(4 * (342.9e6 + 42.5e6), rel=0.002)
 
 
-def test_time_is_poured_into_short_images_first() -> None:
-    assert paper_run.poured({"n1": 50.0, "n4": 12.0, "n16": 7.0}, 60.0) == {"n16": 7.0, "n4": 12.0, "n1": 41.0}
-    assert paper_run.poured({"a": 10.0, "b": 10.0}, 4.0) == {"a": 2.0, "b": 2.0}
-    assert paper_run.poured({"a": 1.0}, 100.0) == {"a": 1.0}
-    assert paper_run.poured({"a": 1.0}, -5.0) == {"a": 0.0}
+def test_time_is_shared_so_that_short_images_are_whole() -> None:
+    assert paper_run.share_time({"n1": 50.0, "n4": 12.0, "n16": 7.0}, 60.0) == {"n16": 7.0, "n4": 12.0, "n1": 41.0}
+    assert paper_run.share_time({"a": 10.0, "b": 10.0}, 4.0) == {"a": 2.0, "b": 2.0}
+    assert paper_run.share_time({"a": 1.0}, 100.0) == {"a": 1.0}
+    assert paper_run.share_time({"a": 1.0}, -5.0) == {"a": 0.0}
 
 
 def test_long_images_are_estimated_within_their_share() -> None:
     fast, slow = (
-        Scripted(facts("fast", n=16)),
-        Scripted(facts("slow", n=1), dict.fromkeys(("prefill", "transition", "group"), 5000.0)),
+        Scripted(subject_info("fast", n=16)),
+        Scripted(subject_info("slow", n=1), dict.fromkeys(("prefill", "transition", "group"), 5000.0)),
     )
-    rows = paper_run.measured([fast, slow], Setting("paper", repetitions=5), 600.0, lambda _: None)  # type: ignore[list-item]
+    setting = Setting("paper", repetitions=5)
+    rows = paper_run.measure_within([fast, slow], setting, 600.0, lambda _: None)  # type: ignore[list-item]
     images = {row.label: row for row in rows if row.phase == "image"}
     assert "estimated" not in images["fast"].marks  # (a busy machine may mark both)
     assert "estimated" in images["slow"].marks
@@ -142,26 +149,32 @@ def test_long_images_are_estimated_within_their_share() -> None:
 
 
 def test_subjects_are_grouped_as_memory_allows() -> None:
-    whose = [(n, eager) for eager in (False, True) for n in (1, 4, 16)]
-    assert paper_run.grouped(whose, 1e9, None) == paper_run.grouped(whose, 1e9, 8 * 10**9) == [whose]
-    assert paper_run.grouped(whose, 2e9, 8 * 10**9) == [whose[:3], whose[3:]]
-    assert paper_run.grouped(whose, 4e9, 8 * 10**9) == [[one] for one in whose]
-    assert paper_run.grouped(whose[:3], 4e9, 16 * 10**9) == [whose[:3]]
+    variants = [(n, eager) for eager in (False, True) for n in (1, 4, 16)]
+    assert (
+        paper_run.group_variants(variants, 1e9, None)
+        == paper_run.group_variants(variants, 1e9, 8 * 10**9)
+        == [variants]
+    )
+    assert paper_run.group_variants(variants, 2e9, 8 * 10**9) == [variants[:3], variants[3:]]
+    assert paper_run.group_variants(variants, 4e9, 8 * 10**9) == [[one] for one in variants]
+    assert paper_run.group_variants(variants[:3], 4e9, 16 * 10**9) == [variants[:3]]
 
 
 def test_models_are_tried_in_order_and_each_leaves_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[str, float]] = []
 
-    def one(model, publish, folder, setting, options, facts, say):  # type: ignore[no-untyped-def]
+    def one(model, publish, folder, setting, options, infos, progress):  # type: ignore[no-untyped-def]
         tried.append((model, options.minutes))
         folder.mkdir()
         if model == "PAR-XL":
             raise MemoryError("killed")
         return [image(model, 4, 1.0)]
 
-    monkeypatch.setattr(paper_run, "one_model", one)
-    monkeypatch.setattr(paper_run, "found", lambda *_: None)
-    monkeypatch.setattr(paper_run, "too_much", lambda model, *_: "time: too long" if model == "PAR-3B" else None)
+    monkeypatch.setattr(paper_run, "measure_model", one)
+    monkeypatch.setattr(paper_run, "optional", lambda *_: None)
+    monkeypatch.setattr(
+        paper_run, "reason_to_leave_out", lambda model, *_: "time: too long" if model == "PAR-3B" else None
+    )
     rows, _, left_out = paper_run.run(
         Setting("paper"), LIMITS, options(tmp_path, sizes=("PAR-L", "PAR-XL", "PAR-3B")), lambda _: None
     )
@@ -175,7 +188,7 @@ def test_models_are_tried_in_order_and_each_leaves_its_reason(tmp_path: Path, mo
 def test_the_whole_suite_on_small_models(
     bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command with everything real but the sizes: bundles of random weights, processes, PyTorch's side, the page."""
+    """Everything is real but the sizes: bundles of random weights, processes, PyTorch's side, the page."""
     from par_export import random_bundle  # noqa: TID251, the suite needs bundles, and this is who makes them
     from par_model.config import PARConfig  # noqa: TID251
 
@@ -185,9 +198,11 @@ def test_the_whole_suite_on_small_models(
         return random_bundle.family(small, sizes, folder, name=model, precision=precision)
 
     monkeypatch.setattr(random_bundle, "published", publish)
-    monkeypatch.setattr(command, "measure_cpu", lambda *_: LIMITS)
+    monkeypatch.setattr(bounds, "measure_cpu", lambda *_: LIMITS)
     monkeypatch.setattr(paper, "name_of", lambda row: "PAR-L")
-    monkeypatch.setattr(paper_run, "too_much", lambda *_: None)  # what a real PAR-L would take does not matter here
+    monkeypatch.setattr(
+        paper_run, "reason_to_leave_out", lambda *_: None
+    )  # what a real PAR-L would take does not matter here
     page, jsonl = tmp_path / "page.html", tmp_path / "rows.jsonl"
     arguments = [
         "bench",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bench.subjects import Scripted, facts, one_row, rows_from
+from bench.subjects import Scripted, one_row, rows_from, subject_info
 
 from par_runtime.bench.report.text import csv_text
 from par_runtime.bench.rows import columns, from_plain, median, quantile, read, spread, to_json
@@ -17,7 +17,7 @@ from par_runtime.errors import RequestError
 
 
 def test_a_row_survives_its_file(tmp_path: Path) -> None:
-    rows = rows_from(Scripted(facts(), drift=(1.0, 1.25, 3.0)))
+    rows = rows_from(Scripted(subject_info(), drift=(1.0, 1.25, 3.0)))
     (tmp_path / "rows.jsonl").write_text("".join(to_json(row) + "\n" for row in rows) + "\n")
     assert read(tmp_path / "rows.jsonl") == rows
 
@@ -61,6 +61,14 @@ def test_bytes_are_no_rows(tmp_path: Path) -> None:
 def test_columns_of_a_newer_version_are_dropped() -> None:
     row = one_row([1.0, 2.0, 3.0, 4.0, 5.0])
     assert from_plain(json.loads(to_json(row)) | {"invented_later": 1}) == row
+
+
+@pytest.mark.parametrize(("backend", "pytorch"), [("torch eager", True), ("native-cpu", False)])
+def test_rows_from_before_the_column_pytorch_are_read(backend: str, pytorch: bool) -> None:
+    row = one_row([1.0, 2.0, 3.0, 4.0, 5.0], backend=backend, pytorch=pytorch)
+    plain = json.loads(to_json(row))
+    del plain["pytorch"]
+    assert from_plain(plain) == row
 
 
 def test_a_spreadsheet_gets_every_column() -> None:

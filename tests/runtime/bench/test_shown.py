@@ -8,25 +8,25 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from bench.subjects import Scripted, facts, one_row, rows_from
+from bench.subjects import MACHINE, Scripted, one_row, rows_from, subject_info
 
+from par_runtime.bench.bounds import with_bounds
 from par_runtime.bench.limits import Limits
-from par_runtime.bench.measure import bounded
 from par_runtime.bench.report import page, text
 from par_runtime.bench.report.advice import advice
 from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines, ticks
 from par_runtime.bench.rows import Row
 from par_runtime.bench.suites import paper
-from par_runtime.cost.bound import predictions
+from par_runtime.cost.data_sheets import predictions
 
 HOW = "measured: by hand"
 
 
 def against(gb_s: float, tflop_s: float, call_ms: float, **changes: object) -> list[Row]:
     """PAR-L's rows where every call takes ``call_ms``, on a device of these limits."""
-    its = facts(**changes)  # type: ignore[arg-type]
+    its = subject_info(**changes)  # type: ignore[arg-type]
     subject = Scripted(its, dict.fromkeys(("prefill", "sequential", "transition", "group"), call_ms))
-    return bounded(rows_from(subject), {its.label: its}, {2: Limits(((2**30, gb_s),), tflop_s, HOW)})
+    return with_bounds(rows_from(subject), {its.label: its}, {2: Limits(((2**30, gb_s),), tflop_s, HOW)})
 
 
 @pytest.mark.parametrize(
@@ -65,22 +65,33 @@ def test_a_host_that_is_slow_says_so() -> None:
 
 
 def test_without_limits_nothing_is_claimed() -> None:
-    assert advice(rows_from(Scripted(facts()))) is None
+    assert advice(rows_from(Scripted(subject_info()))) is None
     assert advice([]) is None
 
 
 def test_the_table_says_what_was_measured_on_what() -> None:
-    rows = [*against(20, 10, 80), *against(20, 10, 240, label="eager", backend="torch eager")]
+    rows = [*against(20, 10, 80), *against(20, 10, 240, label="eager", backend="torch eager", pytorch=True)]
     shown = text.table(rows)
     assert "machine   a CPU, 2 cores, 16 GB, an OS" in shown
     assert (
-        "parvis    L-n4 (01234567): PAR-L, 342.9 M parameters, n = 4, fp32 computed in fp32 by onnxruntime-cpu 1.32.0, 2 threads"
-        in shown
+        "parvis    L-n4 (01234567): PAR-L, 342.9 M parameters, n = 4, fp32 computed in fp32 by onnxruntime-cpu "
+        "1.32.0, 2 threads" in shown
     )
     assert "limits    20 GB/s, 10 TFLOP/s (measured: by hand)" in shown
     assert "parvis is 3.00 times as fast as eager" in shown
     assert re.search(r"^parvis +group +1 +142 +11\.4 s +0 ms +80 ms", shown, re.MULTILINE)
     assert "bandwidth-bound" in shown
+
+
+@pytest.mark.parametrize(
+    ("mhz", "memory_mhz", "clocks"),
+    [(1410.0, 1593.0, ", 1410 MHz, memory 1593 MHz"), (1410.0, None, ", 1410 MHz"), (None, None, "")],
+)
+def test_the_gpu_is_named_with_the_clocks_that_are_known(
+    mhz: float | None, memory_mhz: float | None, clocks: str
+) -> None:
+    gpu = replace(MACHINE, gpu="a GPU", gpu_driver="a driver", gpu_mhz=mhz, gpu_memory_mhz=memory_mhz)
+    assert f"gpu       a GPU, a driver{clocks}" in text.about([replace(one_row([1.0]), machine=gpu)])
 
 
 def test_marks_stand_in_the_row_and_are_explained_once() -> None:
@@ -94,13 +105,13 @@ def test_marks_stand_in_the_row_and_are_explained_once() -> None:
 
 
 def test_predictions_say_that_they_are() -> None:
-    shown = text.predicted_table(predictions(facts().shape, "L-n4", 4, 1, True))
+    shown = text.predicted_table(predictions(subject_info().architecture, "L-n4", 4, 1, True))
     assert shown.startswith("By data sheet, fp16, without decoding: no GPU was here, nothing of this was measured.")
     assert shown.count("not measured") == 6
     assert re.search(r"A100-80 .* 5[01]\.\d ms", shown)
 
 
-# -- plots and page -----------------------------------------------------------------------------------------------------
+# -- plots and page ---------------------------------------------------------------------------------------------------
 
 
 class Checked(HTMLParser):
@@ -123,7 +134,7 @@ class Checked(HTMLParser):
 
 
 def shown_page(rows: list[Row], **more: object) -> str:
-    given = {"predictions": [], "placed": [], "compared": None} | more
+    given = {"predictions": [], "paper_rows": [], "compared": None} | more
     out = page.page(rows, **given)  # type: ignore[arg-type]
     checked = Checked()
     checked.feed(out)
@@ -138,7 +149,7 @@ def test_the_page_has_every_plot_and_needs_nothing_else() -> None:
         replace(one_row([100.0 * b] * 5, phase="throughput"), images=b, images_per_s=10 + b / 8) for b in (1, 2, 4)
     ]
     rows += [replace(one_row([10.0, 20.0, 40.0], phase="serve"), offered_per_s=r, images_per_s=r) for r in (1.0, 2.0)]
-    out = shown_page(rows, predictions=predictions(facts().shape, "L-n4", 4, 1, True))
+    out = shown_page(rows, predictions=predictions(subject_info().architecture, "L-n4", 4, 1, True))
     for title in (
         "Where the time of an image goes",
         "One call against the bound",
@@ -174,8 +185,8 @@ def test_the_page_escapes_what_it_is_given() -> None:
 
 
 def test_a_page_of_the_paper_alone() -> None:
-    placed = paper.placed([], {"PAR-L": "time: needs about 3 minutes, 1.0 were left"}, None, "a CPU")
-    out = shown_page([], placed=placed, predictions=paper.predicted())
+    placed = paper.paper_rows([], {"PAR-L": "time: needs about 3 minutes, 1.0 were left"}, None, "a CPU")
+    out = shown_page([], paper_rows=placed, predictions=paper.predicted())
     assert "The paper&#x27;s tables on this device" in out
     assert out.count("left out") >= len(paper.PUBLISHED)
 

@@ -1,4 +1,4 @@
-"""The suites: batches until the plateau or memory, a decoder alone, requests that arrive at random, the first preview."""
+"""The suites: growing batches, the decoder alone, requests that arrive at random, the first preview."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench.subjects import Scripted, facts
+from bench.subjects import Scripted, subject_info
 
 from par_runtime.bench.measure import Setting
 from par_runtime.bench.subjects.base import PHASES, Sample
 from par_runtime.bench.subjects.pipeline import PipelineSubject, phase_at
-from par_runtime.bench.suites import basic as suites
-from par_runtime.bench.suites.serve import arrivals, run, serve
+from par_runtime.bench.suites.batch import batch
+from par_runtime.bench.suites.batch import system as batch_system
+from par_runtime.bench.suites.decoder import decoder
+from par_runtime.bench.suites.phases import phases
+from par_runtime.bench.suites.serve import arrivals, serve, serve_load
 from par_runtime.errors import RequestError
 
 
@@ -30,8 +33,8 @@ def live(tiny: Path) -> Iterator[PipelineSubject]:
     subject.close()
 
 
-def test_a_real_bundle_taken_apart(live: PipelineSubject) -> None:
-    rows = suites.phases([live], Setting("phases", repetitions=5), quiet)
+def test_the_phases_of_a_real_bundle(live: PipelineSubject) -> None:
+    rows = phases([live], Setting("phases", repetitions=5), quiet)
     by = {row.phase: row for row in rows}
     bundle = live.pipeline.bundle
     assert list(by) == [*(p for p in PHASES if p in by), "image", "load", "first_preview"]
@@ -49,9 +52,9 @@ def test_some_calls_of_a_real_bundle(live: PipelineSubject) -> None:
     assert some.chosen
     assert not whole.chosen
     assert {phase: len(v) for phase, v in some.calls_ms.items() if phase not in ("copy", "decoder")}.keys() == {
-        p.name for p in live.facts.shape.phases
+        p.name for p in live.info.architecture.phases
     }
-    assert sum(len(v) for p, v in some.calls_ms.items() if p not in ("copy", "decoder")) < live.facts.shape.calls
+    assert sum(len(v) for p, v in some.calls_ms.items() if p not in ("copy", "decoder")) < live.info.architecture.calls
     assert "decoder" in some.calls_ms
 
 
@@ -67,7 +70,7 @@ def test_images_are_those_that_the_pipeline_makes(live: PipelineSubject, monkeyp
 
 
 def test_the_phase_of_a_call(tiny: Path) -> None:
-    phases = facts(n=4).shape.phases
+    phases = subject_info(n=4).architecture.phases
     assert [phase_at(phases, p) for p in (0, 1, 3, 4, 8, 572)] == [
         "prefill",
         "sequential",
@@ -81,13 +84,13 @@ def test_the_phase_of_a_call(tiny: Path) -> None:
 @pytest.fixture
 def plenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that scripted subjects do not need is not asked for."""
-    monkeypatch.setattr(suites.system, "available_bytes", lambda: None)
+    monkeypatch.setattr(batch_system, "available_bytes", lambda: None)
 
 
 @pytest.mark.usefixtures("plenty")
 def test_batches_grow_until_the_plateau() -> None:
-    subject = Scripted(facts())  # takes (1 + B) / 2: throughput B / (1 + B), so 16 to 32 gives 3 percent
-    rows = suites.batch([subject], Setting("batch", repetitions=5), quiet)
+    subject = Scripted(subject_info())  # takes (1 + B) / 2: throughput B / (1 + B), so 16 to 32 gives 3 percent
+    rows = batch([subject], Setting("batch", repetitions=5), quiet)
     assert [row.images for row in rows] == [1, 2, 4, 8, 16, 32]
     assert all(row.phase == "throughput" for row in rows)
     each = [row.images_per_s or 0.0 for row in rows]
@@ -96,39 +99,41 @@ def test_batches_grow_until_the_plateau() -> None:
 
 
 @pytest.mark.usefixtures("plenty")
-def test_batches_end_where_memory_does_and_say_so() -> None:
-    said: list[str] = []
-    rows = suites.batch(
-        [Scripted(facts(), out_of_memory_from=4), Scripted(facts("b"))], Setting("batch", repetitions=2), said.append
+def test_batches_end_where_memory_does_and_it_is_reported() -> None:
+    reported: list[str] = []
+    rows = batch(
+        [Scripted(subject_info(), out_of_memory_from=4), Scripted(subject_info("b"))],
+        Setting("batch", repetitions=2),
+        reported.append,
     )
     assert [row.images for row in rows if row.label == "parvis"] == [1, 2]
     assert max(row.images for row in rows if row.label == "b") > 2
-    assert "parvis: 4 images do not fit (4 images)" in said
+    assert "parvis: 4 images do not fit (4 images)" in reported
 
 
 def test_batches_that_cannot_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suites.system, "available_bytes", lambda: 2 * 10**9)
-    said: list[str] = []
-    rows = suites.batch([Scripted(facts())], Setting("batch", repetitions=2), said.append)
+    monkeypatch.setattr(batch_system, "available_bytes", lambda: 2 * 10**9)
+    reported: list[str] = []
+    rows = batch([Scripted(subject_info())], Setting("batch", repetitions=2), reported.append)
     assert [row.images for row in rows] == [1, 2, 4]  # 226 MB of keys and values per guided image of PAR-L
-    assert "the caches of 8 images take 1.8 GB of 2.0 that are free" in said[-1]
+    assert "the caches of 8 images take 1.8 GB of 2.0 that are free" in reported[-1]
 
 
 @pytest.mark.usefixtures("plenty")
 def test_sizes_that_are_asked_for_are_all_measured() -> None:
-    rows = suites.batch([Scripted(facts())], Setting("batch", repetitions=2), quiet, (3, 64, 128))
+    rows = batch([Scripted(subject_info())], Setting("batch", repetitions=2), quiet, (3, 64, 128))
     assert [row.images for row in rows] == [3, 64, 128]
 
 
 def test_the_decoder_alone(live: PipelineSubject) -> None:
-    rows = suites.decoder([live], Setting("decoder", repetitions=2), quiet, (1, 3))
+    rows = decoder([live], Setting("decoder", repetitions=2), quiet, (1, 3))
     assert [(row.phase, row.images) for row in rows] == [("decoder", 1), ("decoder", 3)]
     assert all(row.images_per_s == pytest.approx(1e3 * row.images / row.median_ms) for row in rows)
     with pytest.raises(RequestError, match="no bundle here has a decoder"):
-        suites.decoder([Scripted(facts())], Setting("decoder"), quiet)
+        decoder([Scripted(subject_info())], Setting("decoder"), quiet)
 
 
-# -- requests that arrive at random ---------------------------------------------------------------------------------------
+# -- requests that arrive at random -----------------------------------------------------------------------------------
 
 
 class Waits(Scripted):
@@ -149,9 +154,9 @@ def test_arrivals_are_a_poisson_process_of_the_rate() -> None:
     assert arrivals(3, 1.0) == arrivals(3, 1.0)
 
 
-def test_what_waits_is_taken_together_and_nobody_is_forgotten() -> None:
-    subject = Waits(facts())
-    latencies, _ = run(subject, True, [0.0, 0.001, 0.002, 0.003, 0.004, 0.5], 3, 60)
+def test_waiting_requests_make_one_batch_and_none_is_lost() -> None:
+    subject = Waits(subject_info())
+    latencies, _ = serve_load(subject, True, [0.0, 0.001, 0.002, 0.003, 0.004, 0.5], 3, 60)
     assert [images for images, _, _ in subject.made] == [1, 3, 1, 1]
     assert len(latencies) == 6
     assert min(latencies) >= 20
@@ -159,18 +164,18 @@ def test_what_waits_is_taken_together_and_nobody_is_forgotten() -> None:
 
 
 def test_a_load_is_bounded_in_time() -> None:
-    subject = Waits(facts())
-    latencies, took = run(subject, True, [0.0, 0.05, 30.0], 4, 0.1)
+    subject = Waits(subject_info())
+    latencies, took = serve_load(subject, True, [0.0, 0.05, 30.0], 4, 0.1)
     assert len(latencies) <= 3
     assert took < 31 or len(latencies) == 3
     started = time.perf_counter()
-    latencies, _ = run(subject, True, [0.0, *[0.12 + i / 100 for i in range(200)]], 1, 0.2)
+    latencies, _ = serve_load(subject, True, [0.0, *[0.12 + i / 100 for i in range(200)]], 1, 0.2)
     assert len(latencies) < 40
     assert time.perf_counter() - started < 30
 
 
 def test_serve_gives_a_row_per_load() -> None:
-    rows = serve([Waits(facts())], Setting("serve"), quiet, largest=4, requests=12)
+    rows = serve([Waits(subject_info())], Setting("serve"), quiet, largest=4, requests=12)
     assert [round(row.offered_per_s or 0) for row in rows] == [60, 120, 180]
     assert all(row.phase == "serve" and len(row.samples_ms) == 12 and row.images == 4 for row in rows)
     assert all(row.p95_ms >= row.median_ms >= 20 for row in rows)

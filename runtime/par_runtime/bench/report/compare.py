@@ -1,9 +1,9 @@
 """Two runs of the benchmark against each other: rows paired, ratios with intervals.
 
-A pair is the same measurement on the same kind of machine; commit, versions and dates are what may differ. The ratio is
-new over old of the medians, its interval the middle 95 % of what resampling both sets of samples gives (bootstrap).
-Five samples make a wide interval, and that is the truth about five samples. A change is told only where the interval
-leaves out 1; where either row is marked (busy, throttled, debug, few repetitions, estimated) the pair says so.
+A pair is the same measurement on the same kind of machine; commit, versions and dates may differ. The ratio is new
+over old of the medians. Its interval is the middle 95 % of what resampling both sets of samples gives (bootstrap),
+which is wide for five samples. A change is reported only if the interval does not contain 1. If either row is marked
+(busy, throttled, debug, few repetitions, estimated), the pair carries the mark.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from par_runtime.bench.rows import Row
 
 RESAMPLES = 2000
 MIDDLE = 0.95
-FEWEST = 3  #: samples that an interval needs; with fewer it is everything
+FEWEST = 3  #: samples that an interval needs; with fewer it is 0 to infinity
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Pair:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """What speaks against either row."""
+        """The marks of either row, and "other machine" if their CPUs differ."""
         same = [] if self.old.machine.cpu == self.new.machine.cpu else ["other machine"]
         return tuple(dict.fromkeys([*same, *self.old.marks, *self.new.marks]))
 
@@ -53,14 +53,17 @@ class Comparison:
 
 
 def key(row: Row) -> tuple[object, ...]:
-    """What makes two rows the same measurement. Loads of the serve suite are found anew in each run: their place counts."""
+    """What makes two rows the same measurement.
+
+    Loads of the serve suite differ from run to run, so they are not in it.
+    """
     return (
-        row.suite, row.phase, row.label, row.bundle, row.model, row.n, row.grid, row.precision, row.computes, row.images,
-        row.guided, row.backend, row.device, row.threads,
+        row.suite, row.phase, row.label, row.bundle, row.model, row.n, row.grid, row.precision, row.computes,
+        row.images, row.guided, row.backend, row.device, row.threads,
     )  # fmt: skip
 
 
-def named(rows: Sequence[Row]) -> dict[tuple[object, ...], Row]:
+def by_key(rows: Sequence[Row]) -> dict[tuple[object, ...], Row]:
     """Rows by key; of several with the same key the i-th is the i-th of the other file."""
     out: dict[tuple[object, ...], Row] = {}
     for row in rows:
@@ -73,13 +76,13 @@ def named(rows: Sequence[Row]) -> dict[tuple[object, ...], Row]:
 
 def compare(old: Sequence[Row], new: Sequence[Row], seed: int = 0) -> Comparison:
     """Pair the rows of two runs."""
-    olds, news = named(old), named(new)
+    olds, news = by_key(old), by_key(new)
     random = np.random.default_rng(seed)
     pairs = tuple(pair(olds[name], row, random) for name, row in news.items() if name in olds)
     return Comparison(
         pairs,
-        tuple(what(row) for name, row in olds.items() if name not in news),
-        tuple(what(row) for name, row in news.items() if name not in olds),
+        tuple(describe(row) for name, row in olds.items() if name not in news),
+        tuple(describe(row) for name, row in news.items() if name not in olds),
     )
 
 
@@ -95,12 +98,17 @@ def pair(old: Row, new: Row, random: np.random.Generator) -> Pair:
     return Pair(old, new, new.median_ms / old.median_ms, float(low), float(high))
 
 
-def what(row: Row) -> str:
+def describe(row: Row) -> str:
     """A row in a few words."""
     return f"{row.suite} {row.label} {row.phase}, {row.images} images, n = {row.n}"
 
 
-def text(found: Comparison) -> str:
+def slower(comparison: Comparison, limit: float) -> list[str]:
+    """The pairs that got slower than the ratio ``limit`` for certain, as text."""
+    return [f"{describe(p.new)}: {p.ratio:.3f}" for p in comparison.pairs if p.low > limit]
+
+
+def text(comparison: Comparison) -> str:
     """The comparison as a table."""
     head = ("", "phase", "images", "old", "new", "new/old", "95 %", "", "marks")
     body = [
@@ -115,11 +123,13 @@ def text(found: Comparison) -> str:
             p.verdict,
             ", ".join(p.marks),
         )
-        for p in found.pairs
+        for p in comparison.pairs
     ]
     lines = aligned(head, body) if body else ["no row of one file has its pair in the other"]
-    if found.pairs:
-        commits = (found.pairs[0].old.commit, found.pairs[0].new.commit)
+    if comparison.pairs:
+        commits = (comparison.pairs[0].old.commit, comparison.pairs[0].new.commit)
         lines = [f"old is of commit {commits[0]}, new of {commits[1]}; below 1 is faster", *lines]
-    lines += [f"only old  {name}" for name in found.only_old] + [f"only new  {name}" for name in found.only_new]
+    lines += [f"only old  {name}" for name in comparison.only_old] + [
+        f"only new  {name}" for name in comparison.only_new
+    ]
     return "\n".join(lines)

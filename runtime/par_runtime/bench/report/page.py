@@ -1,6 +1,6 @@
-"""One HTML page that needs nothing else: what was measured, the plots, the tables, every raw sample.
+"""One HTML page that needs no other file: what was measured, the plots, the tables, every raw sample.
 
-Predictions for GPUs that are not here stand in a section of their own, with another frame, and in no plot.
+Predictions for other GPUs have a section of their own, with another frame, and are in no plot.
 """
 
 from __future__ import annotations
@@ -9,30 +9,36 @@ import json
 from collections.abc import Sequence
 from html import escape
 
-from par_runtime.bench.report import compare, text
+from par_runtime.bench.report import compare, paper, text
 from par_runtime.bench.report.advice import advice
 from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines
 from par_runtime.bench.report.text import HEAD, cells, ms, number
 from par_runtime.bench.rows import Row, to_json
-from par_runtime.bench.subjects.base import PHASES
-from par_runtime.bench.suites import paper
+from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES
 from par_runtime.bench.suites.paper import PaperRow
-from par_runtime.cost.bound import Prediction
+from par_runtime.cost.data_sheets import Prediction
 
 STYLE = """
-:root{--bg:#fcfcfb;--ink:#1f1f1d;--soft:#5d5d58;--grid:#e4e3de;--frame:#d5d4ce;--p0:#8a6bbe;--p1:#3b74c4;--p2:#c2568f;--p3:#2a9d8f;
+:root{--bg:#fcfcfb;--ink:#1f1f1d;--soft:#5d5d58;--grid:#e4e3de;--frame:#d5d4ce;--p0:#8a6bbe;--p1:#3b74c4;--p2:#c2568f;
+--p3:#2a9d8f;
 --p4:#d98c2b;--p5:#8d8d86;--s0:#3b74c4;--s1:#d9722b;--s2:#2a9d8f;--s3:#c2568f;--s4:#8a6bbe;--s5:#8d8d86;--bound:#1f1f1d}
-@media (prefers-color-scheme:dark){:root{--bg:#1a1a19;--ink:#eeede8;--soft:#a9a8a1;--grid:#33332f;--frame:#44443f;--p0:#a98be0;
---p1:#6a9be8;--p2:#e07fb2;--p3:#4fc3b4;--p4:#e8a552;--p5:#a3a29b;--s0:#6a9be8;--s1:#ee9458;--s2:#4fc3b4;--s3:#e07fb2;--s4:#a98be0;
+@media (prefers-color-scheme:dark){:root{--bg:#1a1a19;--ink:#eeede8;--soft:#a9a8a1;--grid:#33332f;--frame:#44443f;
+--p0:#a98be0;
+--p1:#6a9be8;--p2:#e07fb2;--p3:#4fc3b4;--p4:#e8a552;--p5:#a3a29b;--s0:#6a9be8;--s1:#ee9458;--s2:#4fc3b4;--s3:#e07fb2;
+--s4:#a98be0;
 --s5:#a3a29b;--bound:#eeede8}}
-body{background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1040px;padding:0 1rem}
-h1{font-size:1.5rem;margin:0 0 .3rem}h2{font-size:1.1rem;margin:2.2rem 0 .5rem}p,li{max-width:78ch}.soft{color:var(--soft)}
+body{background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1040px;
+padding:0 1rem}
+h1{font-size:1.5rem;margin:0 0 .3rem}h2{font-size:1.1rem;margin:2.2rem 0 .5rem}p,li{max-width:78ch}
+.soft{color:var(--soft)}
 svg{display:block;width:100%;height:auto;max-width:860px;font:12px system-ui,sans-serif}
-svg text{fill:var(--ink)}svg .axis{fill:var(--soft)}svg .grid{stroke:var(--grid)}svg .bound{stroke:var(--bound);stroke-width:2}
+svg text{fill:var(--ink)}svg .axis{fill:var(--soft)}svg .grid{stroke:var(--grid)}svg .bound{stroke:var(--bound);
+stroke-width:2}
 .line{fill:none;stroke-width:2}
 .p0{fill:var(--p0)}.p1{fill:var(--p1)}.p2{fill:var(--p2)}.p3{fill:var(--p3)}.p4{fill:var(--p4)}.p5{fill:var(--p5)}
 .s0{fill:var(--s0)}.s1{fill:var(--s1)}.s2{fill:var(--s2)}.s3{fill:var(--s3)}.s4{fill:var(--s4)}.s5{fill:var(--s5)}
-.line.s0{stroke:var(--s0)}.line.s1{stroke:var(--s1)}.line.s2{stroke:var(--s2)}.line.s3{stroke:var(--s3)}.line.s4{stroke:var(--s4)}
+.line.s0{stroke:var(--s0)}.line.s1{stroke:var(--s1)}.line.s2{stroke:var(--s2)}.line.s3{stroke:var(--s3)}
+.line.s4{stroke:var(--s4)}
 .line.s5{stroke:var(--s5)}.line{fill:none!important}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;margin:.2rem 0 .6rem;color:var(--soft);font-size:.85rem}
 .legend i{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;margin-right:.35rem;vertical-align:-1px}
@@ -42,34 +48,34 @@ th{color:var(--soft);font-weight:500}th:first-child,td:first-child,.left{text-al
 .predicted{border:1px dashed var(--frame);padding:.2rem 1rem 1rem;margin-top:2.2rem}
 pre{white-space:pre-wrap;color:var(--soft);font-size:.85rem}details{margin:1rem 0}
 """
-#: Phases that take less of an image are in the table, but not in the plot of bounds.
+#: The plot of bounds shows only phases that take at least this share of an image; the table shows all.
 SHOWN_FROM = 0.02
-MODEL_PHASES = ("prefill", "sequential", "transition", "group")
 
 
 def page(
     rows: Sequence[Row],
     predictions: Sequence[Prediction],
-    placed: Sequence[PaperRow],
+    paper_rows: Sequence[PaperRow],
     compared: compare.Comparison | None,
 ) -> str:
-    """The page of one command."""
+    """The page of one command: measured rows, predictions, rows of the paper, the comparison with an earlier run."""
     names = list(dict.fromkeys(row.bundle for row in rows))
-    title = "The paper's tables on this device" if placed else f"parvis bench: {', '.join(names)}"
+    title = "The paper's tables on this device" if paper_rows else f"parvis bench: {', '.join(names)}"
     parts = [f"<h1>{escape(title)}</h1>"]
     if rows:
         parts.append(f"<pre>{escape(chr(10).join(text.about(rows)))}</pre>")
-    parts += _paper(placed)
-    parts += _said(rows)
+    parts += _paper(paper_rows)
+    parts += _findings(rows)
     parts += _phases(rows) + _bounds(rows) + _throughput(rows) + _speed_up(rows)
     parts += _comparison(compared) + _rows(rows)
     if predictions:
-        parts.append(_predicted(predictions, bool(placed)))
+        parts.append(_predicted(predictions, bool(paper_rows)))
     parts += _raw(rows)
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>\n'
+        f"<body>\n{body}\n</body></html>\n"
     )
 
 
@@ -84,11 +90,11 @@ def _of(rows: Sequence[Row], image: Row) -> dict[str, Row]:
     }
 
 
-def _said(rows: Sequence[Row]) -> list[str]:
-    told = [found.text for group in text.per_subject(rows) if (found := advice(group)) is not None]
-    told += text.ratios(rows)
+def _findings(rows: Sequence[Row]) -> list[str]:
+    findings = [one.text for group in text.per_subject(rows) if (one := advice(group)) is not None]
+    findings += text.ratios(rows)
     marks = list(dict.fromkeys(f"{row.label}: {flag}" for row in rows for flag in row.flags))
-    out = ["<ul>" + "".join(f"<li>{escape(text)}</li>" for text in told) + "</ul>"] if told else []
+    out = ["<ul>" + "".join(f"<li>{escape(text)}</li>" for text in findings) + "</ul>"] if findings else []
     if marks:
         items = "".join(f"<li>{escape(text)}</li>" for text in marks)
         out.append(
@@ -140,7 +146,10 @@ def _bounds(rows: Sequence[Row]) -> list[str]:
     charted = []
     for row in wanted:
         calls = row.calls or 1
-        tip = f"{row.label}, {row.phase}: {ms(row.median_ms / calls)} a call, {number(row.gb_s)} GB/s, {number(row.tflop_s)} TFLOP/s"
+        tip = (
+            f"{row.label}, {row.phase}: {ms(row.median_ms / calls)} a call, {number(row.gb_s)} GB/s, "
+            f"{number(row.tflop_s)} TFLOP/s"
+        )
         least = (row.bound_ms or 0.0) / calls
         mark = f"at least {ms(least)}, by {row.bound_by}"
         text = f"{ms(row.median_ms / calls)}, {row.percent_of_bound:.0f} % of the bound"
@@ -151,8 +160,8 @@ def _bounds(rows: Sequence[Row]) -> list[str]:
     decoders = [bar for bar, row in zip(charted, wanted, strict=True) if row.phase == "decoder"]
     out = [
         "<h2>One call against the bound</h2>",
-        '<p class="soft">The average call of a phase; the line is the least that this device\'s measured limits allow. Phases of less '
-        "than 2 % of an image are in the table alone.</p>",
+        '<p class="soft">The average call of a phase; the line is the least that this device\'s measured limits allow. '
+        "Phases of less than 2 % of an image are in the table alone.</p>",
     ]
     return out + [bars(group, "ms a call") for group in (steps, decoders) if group]
 
@@ -187,7 +196,7 @@ def _throughput(rows: Sequence[Row]) -> list[str]:
 
 
 def _speed_up(rows: Sequence[Row]) -> list[str]:
-    ours = [row for row in _images(rows) if "torch" not in row.backend]
+    ours = [row for row in _images(rows) if not row.pytorch]
     series = []
     notes = []
     for i, (model, grid, backend) in enumerate(dict.fromkeys((row.model, row.grid, row.backend) for row in ours)):
@@ -236,11 +245,11 @@ def _rows(rows: Sequence[Row]) -> list[str]:
     return ["<h2>All measured rows</h2>", _table(HEAD, [cells(row) for row in rows], (0, 1, len(HEAD) - 1))]
 
 
-def _paper(placed: Sequence[PaperRow]) -> list[str]:
-    if not placed:
+def _paper(paper_rows: Sequence[PaperRow]) -> list[str]:
+    if not paper_rows:
         return []
-    text = paper.cells(placed)
-    notes = "".join(f"<li>{escape(note)}</li>" for note in paper.notes(placed))
+    text = paper.cells(paper_rows)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in paper.notes(paper_rows))
     return [f"<ul class=soft>{notes}</ul>", _table(paper.HEAD, text, (0, 1, 6, len(paper.HEAD) - 1))]
 
 
@@ -251,10 +260,11 @@ def _comparison(compared: compare.Comparison | None) -> list[str]:
 
 
 def _predicted(predictions: Sequence[Prediction], of_paper: bool) -> str:
-    found = paper.predicted_table(predictions) if of_paper else text.predicted_table(predictions)
-    title, *rest = found.split("\n")
+    table = paper.predicted_table(predictions) if of_paper else text.predicted_table(predictions)
+    title, *rest = table.split("\n")
     return (
-        f'<div class="predicted"><h2>Predicted, not measured</h2><p>{escape(title)} A bound: nothing says that it can be reached.</p>'
+        f'<div class="predicted"><h2>Predicted, not measured</h2><p>{escape(title)} '
+        "A bound: nothing says that it can be reached.</p>"
         f'<pre class="scroll" style="white-space:pre">{escape(chr(10).join(rest))}</pre></div>'
     )
 

@@ -1,7 +1,8 @@
 """Plots of rows as SVG text: horizontal bars, and lines over two logarithmic or linear axes. No library, no script.
 
 Colours are CSS variables of the page (``page.STYLE``), so that a dark page changes them too. Every mark has a
-``<title>``, which a browser shows as a tooltip; every series has its name beside it, so colour never stands alone.
+``<title>``, which a browser shows as a tooltip. Every series has its name beside it, so nothing depends on colour
+alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ BAR, GAP = 22, 12
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a bar: ``kind`` is its CSS class, ``tip`` what the tooltip says."""
+    """A piece of a bar: ``kind`` is its CSS class, ``tip`` the text of its tooltip."""
 
     value: float
     kind: str
@@ -67,14 +68,16 @@ def bars(items: Sequence[Bar], unit: str) -> str:
             # A surface-coloured gap between the parts; parts thinner than it would vanish, so they keep their width.
             drawn = max(wide - 1.5, min(wide, 1.0))
             out.append(
-                f'<rect class="{part.kind}" x="{x:.1f}" y="{y}" width="{drawn:.2f}" height="{BAR}" rx="2"><title>{escape(part.tip)}</title></rect>'
+                f'<rect class="{part.kind}" x="{x:.1f}" y="{y}" width="{drawn:.2f}" height="{BAR}" rx="2">'
+                f"<title>{escape(part.tip)}</title></rect>"
             )
             x += wide
         end = x
         if bar.mark is not None:
             at = LEFT + room * bar.mark / most
             out.append(
-                f'<line class="bound" x1="{at:.1f}" x2="{at:.1f}" y1="{y - 3}" y2="{y + BAR + 3}"><title>{escape(bar.mark_tip)}</title></line>'
+                f'<line class="bound" x1="{at:.1f}" x2="{at:.1f}" y1="{y - 3}" y2="{y + BAR + 3}">'
+                f"<title>{escape(bar.mark_tip)}</title></line>"
             )
             end = max(end, at)
         out.append(f'<text class="value" x="{end + 8:.1f}" y="{y + BAR / 2 + 4:.1f}">{escape(bar.text)}</text>')
@@ -104,10 +107,12 @@ def lines(series: Sequence[Series], x_name: str, y_name: str, *, log: bool = Fal
         x, _ = at(value, y_low)
         out.append(f'<text class="axis" x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{value:g}</text>')
     out.append(
-        f'<text class="axis" x="{(left + WIDTH - right) / 2:.1f}" y="{height - 8}" text-anchor="middle">{escape(x_name)}</text>'
+        f'<text class="axis" x="{(left + WIDTH - right) / 2:.1f}" y="{height - 8}" text-anchor="middle">'
+        f"{escape(x_name)}</text>"
     )
     out.append(
-        f'<text class="axis" transform="translate(14 {(height - bottom + top) / 2:.1f}) rotate(-90)" text-anchor="middle">{escape(y_name)}</text>'
+        f'<text class="axis" transform="translate(14 {(height - bottom + top) / 2:.1f}) rotate(-90)" '
+        f'text-anchor="middle">{escape(y_name)}</text>'
     )
     taken: list[float] = []
     for each in series:
@@ -136,13 +141,13 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    found = [
+    values = [
         times * 10**power
         for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for times in (1, 2, 5)
         if low <= times * 10**power <= high
     ]
-    return [float(f"{value:.6g}") for value in found]
+    return [float(f"{value:.6g}") for value in values]
 
 
 def _range(values: Sequence[float], log: bool) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from par_runtime.bench.report.advice import advice
 from par_runtime.bench.rows import Row, columns
-from par_runtime.cost.bound import Prediction
+from par_runtime.cost.data_sheets import Prediction
 
 HEAD = (
     "",
@@ -30,18 +30,19 @@ HEAD = (
 
 
 def ms(value: float | None) -> str:
-    """Three digits, in seconds from ten seconds on."""
+    """Milliseconds in three digits, as seconds from ten seconds on; "" for None."""
     if value is None:
         return ""
     return f"{value / 1e3:.3g} s" if value >= 1e4 else f"{value:.3g} ms" if value < 1e3 else f"{value:.0f} ms"
 
 
 def number(value: float | None, digits: int = 3) -> str:
+    """``digits`` significant digits; "" for None."""
     return "" if value is None else f"{value:.{digits}g}"
 
 
 def size(value: float | None) -> str:
-    """GB or MB."""
+    """Bytes in three digits, as GB or MB; "" for None."""
     if value is None:
         return ""
     return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
@@ -78,24 +79,23 @@ def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 def about(rows: Sequence[Row]) -> list[str]:
-    """What the rows were measured on, and what they are of."""
+    """The machine, the commit, the subjects, the limits and the kind of images of the rows, a line each."""
     first = rows[0]
     machine = first.machine
     memory = "" if machine.memory_bytes is None else f", {machine.memory_bytes / 2**30:.0f} GB"
     out = [f"machine   {machine.cpu}, {machine.cores} cores{memory}, {machine.os}"]
     if machine.gpu:
-        clock = (
-            "" if machine.gpu_mhz is None else f", {machine.gpu_mhz:.0f} MHz, memory {machine.gpu_memory_mhz:.0f} MHz"
-        )
-        out.append(f"gpu       {machine.gpu}, {machine.gpu_driver}{clock}")
+        clock = "" if machine.gpu_mhz is None else f", {machine.gpu_mhz:.0f} MHz"
+        memory_clock = "" if machine.gpu_memory_mhz is None else f", memory {machine.gpu_memory_mhz:.0f} MHz"
+        out.append(f"gpu       {machine.gpu}, {machine.gpu_driver}{clock}{memory_clock}")
     out.append(f"commit    {first.commit}, Python {first.python}, {first.date}")
     for label in dict.fromkeys(row.label for row in rows):
         row = next(r for r in rows if r.label == label)
         threads = "" if row.threads is None else f", {row.threads} threads"
         peak = max((r.peak_bytes or 0 for r in rows if r.label == label), default=0)
         out.append(
-            f"{label:9} {row.bundle} ({row.hash[:8]}): {row.model}, {row.parameters / 1e6:.1f} M parameters, n = {row.n}, "
-            f"{row.precision} computed in {row.computes} by {row.backend} {row.version}{threads}"
+            f"{label:9} {row.bundle} ({row.hash[:8]}): {row.model}, {row.parameters / 1e6:.1f} M parameters, "
+            f"n = {row.n}, {row.precision} computed in {row.computes} by {row.backend} {row.version}{threads}"
             + (f", peak memory {size(peak)}" if peak else "")
         )
     limits = dict.fromkeys(
@@ -111,16 +111,16 @@ def about(rows: Sequence[Row]) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Everything a terminal is shown of measured rows."""
+    """The measured rows as text for a terminal: context, table, speed-ups, advice and flags."""
     body = [cells(row) for row in rows]
     notes = list(dict.fromkeys(f"{row.label}: {flag}" for row in rows for flag in row.flags))
-    said = [found.text for group in per_subject(rows) if (found := advice(group)) is not None]
-    parts = [about(rows), aligned(HEAD, body), ratios(rows), said, [f"marked    {note}" for note in notes]]
+    advised = [one.text for group in per_subject(rows) if (one := advice(group)) is not None]
+    parts = [about(rows), aligned(HEAD, body), ratios(rows), advised, [f"marked    {note}" for note in notes]]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def per_subject(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows of one label at one batch size together, in their order."""
+    """Neighbouring rows grouped by label and batch size, in their order."""
 
     def key(row: Row) -> tuple[str, int]:
         return row.label, row.images
@@ -129,34 +129,35 @@ def per_subject(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:
-    """How much faster our images are than their baselines: the same bundle in PyTorch, the same model at n = 1.
+    """How much faster an image is than its baselines: the same bundle in PyTorch, the same model at n = 1.
 
-    Bundles that are neither are set against the first one.
+    Bundles without such a pair are compared with the first one. A line of text each.
     """
     images = [row for row in rows if row.phase == "image"]
-    ours = [row for row in images if "torch" not in row.backend]
+    ours = [row for row in images if not row.pytorch]
     pairs = []
     for row in ours:
-        kin = (row.model, row.grid, row.images)
+        same = (row.model, row.grid, row.images)
         pairs += [
-            (row, other) for other in ours if other.n == 1 < row.n and (other.model, other.grid, other.images) == kin
+            (row, other) for other in ours if other.n == 1 < row.n and (other.model, other.grid, other.images) == same
         ]
-        pairs += [(row, other) for other in images if other.hash == row.hash and _slower_twin(other, row)]
+        pairs += [(row, other) for other in images if other.hash == row.hash and _is_baseline(other, row)]
     alone = [row for row in ours[1:] if all(row not in pair for pair in pairs)]
     pairs += [(ours[0], row) for row in alone]
     return [
-        f"{a.label} is {b.median_ms / a.median_ms:.2f} times as fast as {b.label} ({ms(a.median_ms)} against {ms(b.median_ms)})"
+        f"{a.label} is {b.median_ms / a.median_ms:.2f} times as fast as {b.label} ({ms(a.median_ms)} against "
+        f"{ms(b.median_ms)})"
         for a, b in pairs
     ]
 
 
-def _slower_twin(other: Row, row: Row) -> bool:
-    """Whether ``other`` is the same bundle in PyTorch, or on ONNX Runtime where ``row`` is not."""
-    return "torch" in other.backend or (other.backend.startswith("onnxruntime") and row.backend.startswith("native"))
+def _is_baseline(other: Row, row: Row) -> bool:
+    """Whether ``other``, a row of the same bundle, is a baseline of ``row``: in PyTorch, or on ONNX Runtime."""
+    return other.pytorch or (other.backend.startswith("onnxruntime") and row.backend.startswith("native"))
 
 
 def predicted_table(predictions: Sequence[Prediction]) -> str:
-    """Bounds of GPUs that are not here; every line says that it was not measured."""
+    """Bounds of other GPUs by data sheet, as a table; every line states that it was not measured."""
     head = ("", "predicted", "images", "n", "GB/s", "TFLOP/s", "at least", "")
     body = [
         (

@@ -1,9 +1,9 @@
-"""A bundle on its backend as a subject: the images are made by ``Pipeline.generate`` itself, and watched from below.
+"""A bundle on its backend as a subject: ``Pipeline.generate`` itself makes the images, and its backend is timed.
 
-:class:`Watched` stands between the pipeline and its backend and takes the time of every call. What lies between two calls
-is the host's part, "copy". So the phases are those of production code, and the sum of all is the image, but for what the
-clock itself costs. TensorRT makes a whole image in one launch, which cannot be looked into: there the phases are timed
-apart, in a second run (``trt.py``), and "image" is the launch.
+:class:`TimedBackend` stands between the pipeline and its backend and takes the time of every call. What lies between
+two calls is the host's part, "copy". So the phases are those of production code, and their sum is the image, except
+for what the clock itself costs. TensorRT makes a whole image in one launch, whose parts cannot be timed from outside.
+There the phases are timed in a second run (``trt.py``), and "image" is the launch.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.backends.base import Backend, Batch, MakesImages
-from par_runtime.bench.subjects.base import Facts, Sample, Shape, spread_calls
+from par_runtime.bench.subjects.base import Sample, SubjectInfo, spread_calls
 from par_runtime.bundle import Bundle, Phase
-from par_runtime.cost.bound import model_name
+from par_runtime.cost.architecture import Architecture, model_name
 from par_runtime.dtypes import Float, Int
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import image_settings
 from par_runtime.schedule import Schedule
-from par_runtime.system import peak_bytes
+from par_runtime.system import available_cores, peak_bytes
 
 GUIDANCE = 4.0  #: of guided images where the bundle's default is unguided
-PIECES = ("loading the bundle", "writing files")
+NOT_TIMED = ("loading the bundle", "writing files")
 
 
-class Watched:
+class TimedBackend:
     """A backend whose calls are timed: ``calls_ms`` by phase, and "copy" for what lies between them."""
 
     def __init__(self, backend: Backend, phases: tuple[Phase, ...]) -> None:
@@ -41,33 +41,38 @@ class Watched:
         self._last = 0.0
 
     def begin(self) -> None:
-        """A batch is asked for now."""
+        """Start the clock: a batch begins."""
         self.calls_ms = {}
         self._last = time.perf_counter()
 
     def end(self) -> None:
-        """It was handed over."""
+        """Stop the clock: the batch is done."""
         self._add("copy", time.perf_counter())
 
     def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
+        """``Backend.step``, timed."""
         self._add("copy", time.perf_counter())
         tokens = self._backend.step(batch, ids, write, uniform)
         self._add(phase_at(self._phases, int(write[0])), time.perf_counter())
         return tokens
 
     def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
+        """``Backend.logits``, not timed."""
         return self._backend.logits(batch, ids, write)
 
     def release(self, cache_rows: Int | None = None) -> None:
+        """``Backend.release``, not timed."""
         self._backend.release(cache_rows)
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
+        """``Backend.decode``, timed."""
         self._add("copy", time.perf_counter())
         images = self._backend.decode(tokens)
         self._add("decoder", time.perf_counter())
         return images
 
     def close(self) -> None:
+        """``Backend.close``."""
         self._backend.close()
 
     def _add(self, phase: str, now: float) -> None:
@@ -86,7 +91,7 @@ class PipelineSubject:
 
     def __init__(self, pipeline: Pipeline, label: str, load_ms: float | None = None) -> None:
         self.pipeline, self.load_ms = pipeline, load_ms
-        self.facts = facts_of(pipeline, label)
+        self.info = subject_info(pipeline, label)
         self.note = pipeline.note
         self._seed = 0
 
@@ -94,36 +99,37 @@ class PipelineSubject:
     def load(
         path: Path, label: str, *, device: str = "cpu", threads: int | None = None, selftest: bool = True
     ) -> PipelineSubject:
-        """Open the bundle, timed. Raises what ``Pipeline.load`` raises."""
+        """Load the bundle, timed, and run its self-test. Raises what ``Pipeline.load`` raises."""
         began = time.perf_counter()
         pipeline = Pipeline.load(path, device, threads=threads, selftest=False)
         load_ms = 1e3 * (time.perf_counter() - began)
-        if selftest:  # a fast backend that makes something else is not worth measuring
+        if selftest:  # the speed of a backend that makes wrong images means nothing
             pipeline.selftest()
         return PipelineSubject(pipeline, label, load_ms)
 
     def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
-        if self.facts.clock != "perf_counter":
+        """Make one batch, or some of its calls; see ``Subject.run``."""
+        if self.info.clock != "perf_counter":
             from par_runtime.bench.subjects.trt import phases_ms
 
             calls_ms = phases_ms(self.pipeline, self._labels(images), self._guidance(guided))
             began = time.perf_counter()
             self._generate(self.pipeline, images, guided)
             return Sample(calls_ms, 1e3 * (time.perf_counter() - began), peak_bytes())
-        watched = Watched(self.pipeline.backend, self.pipeline.bundle.phases)
-        pipeline = replace(self.pipeline, backend=watched)
+        timed = TimedBackend(self.pipeline.backend, self.pipeline.bundle.phases)
+        pipeline = replace(self.pipeline, backend=timed)
         chosen = spread_calls(self.pipeline.bundle.phases, most_calls)
         began = time.perf_counter()
-        watched.begin()
+        timed.begin()
         if chosen is None:
             self._generate(pipeline, images, guided)
         else:
             self._some_calls(pipeline, chosen, images, guided)
-        watched.end()
-        return Sample(watched.calls_ms, 1e3 * (time.perf_counter() - began), peak_bytes(), chosen is not None)
+        timed.end()
+        return Sample(timed.calls_ms, 1e3 * (time.perf_counter() - began), peak_bytes(), chosen is not None)
 
     def _some_calls(self, pipeline: Pipeline, chosen: frozenset[int], images: int, guided: bool) -> None:
-        """These calls of a batch and its decoding; keys of the calls left out are zeros, which cost the same."""
+        """Make these calls of a batch, and decode it. Keys of the calls left out are zeros, which cost the same."""
         bundle = pipeline.bundle
         each = image_settings(bundle, images, guidance=self._guidance(guided))
         self._seed += 1
@@ -142,15 +148,15 @@ class PipelineSubject:
         bundle = self.pipeline.bundle
         self._seed += 1
         tokens = np.random.default_rng(self._seed).integers(0, bundle.vocab_size, (images, bundle.n_tokens))
-        watched = Watched(self.pipeline.backend, bundle.phases)
+        timed = TimedBackend(self.pipeline.backend, bundle.phases)
         began = time.perf_counter()
-        watched.begin()
-        replace(self.pipeline, backend=watched).decode(tokens)
+        timed.begin()
+        replace(self.pipeline, backend=timed).decode(tokens)
         took = 1e3 * (time.perf_counter() - began)
-        return Sample({"decoder": watched.calls_ms["decoder"]}, took, peak_bytes())
+        return Sample({"decoder": timed.calls_ms["decoder"]}, took, peak_bytes())
 
     def first_preview_ms(self, images: int, guided: bool) -> float:
-        """From the request to the first picture that shows something of every region: after the first n tokens.
+        """Milliseconds until the first picture that shows something of every region: after the first n tokens.
 
         Raises RequestError where the bundle ends at tokens.
         """
@@ -159,18 +165,19 @@ class PipelineSubject:
         phases = self.pipeline.bundle.phases
         calls = max(1, sum(p.repeat for p in phases if p.name in ("prefill", "sequential")))
 
-        class Seen(Exception):  # noqa: N818, it is no error
+        class Stop(Exception):  # noqa: N818, it is no error
             pass
 
         def show(pictures: NDArray[np.uint8], done: int, total: int) -> None:
             seen.append(1e3 * (time.perf_counter() - began))
-            raise Seen  # the rest of the image is of no interest
+            raise Stop  # only the first preview is measured
 
-        with suppress(Seen):
+        with suppress(Stop):
             self._generate(self.pipeline, images, guided, preview_every=calls, on_preview=show)
         return seen[0]
 
     def close(self) -> None:
+        """Close the pipeline."""
         self.pipeline.close()
 
     def _generate(self, pipeline: Pipeline, images: int, guided: bool, **options: object) -> None:
@@ -187,21 +194,21 @@ class PipelineSubject:
         return [i % self.pipeline.bundle.n_classes for i in range(images)]
 
     def _guidance(self, guided: bool) -> float:
-        return guidance_of(self.pipeline.bundle) if guided else 1.0
+        return guidance_scale(self.pipeline.bundle) if guided else 1.0
 
 
-def guidance_of(bundle: Bundle) -> float:
-    """The scale of guided images."""
+def guidance_scale(bundle: Bundle) -> float:
+    """The guidance scale of guided images: the bundle's default, or :data:`GUIDANCE`."""
     return bundle.defaults.guidance if bundle.defaults.guidance > 1 else GUIDANCE
 
 
-def facts_of(pipeline: Pipeline, label: str) -> Facts:
-    """What is known before anything is measured."""
+def subject_info(pipeline: Pipeline, label: str) -> SubjectInfo:
+    """The info of a loaded pipeline under the name ``label``."""
     bundle, info = pipeline.bundle, pipeline.backend.info
     in_one_launch = isinstance(pipeline.backend, MakesImages)
-    shape = Shape.of(bundle)
-    return Facts(
-        **known_of(bundle, shape),
+    architecture = Architecture.of(bundle)
+    return SubjectInfo(
+        **bundle_info(bundle, architecture),
         label=label,
         computes=info.computes,
         weight_bytes=info.weight_bytes,
@@ -209,35 +216,29 @@ def facts_of(pipeline: Pipeline, label: str) -> Facts:
         backend=info.runtime,
         version=info.version,
         device=info.device,
-        threads=None if in_one_launch else _threads(pipeline),
-        shape=shape,
+        threads=None if in_one_launch else pipeline.threads or available_cores(),
+        architecture=architecture,
         clock="CUDA events" if in_one_launch else "perf_counter",
-        excluded=(*PIECES, "the host's launches, in the phases") if in_one_launch else PIECES,
+        excluded=(*NOT_TIMED, "the host's launches, in the phases") if in_one_launch else NOT_TIMED,
     )
 
 
-def known_of(bundle: Bundle, shape: Shape) -> dict[str, Any]:
-    """The facts that are the bundle's, whatever runs it."""
+def bundle_info(bundle: Bundle, architecture: Architecture) -> dict[str, Any]:
+    """The fields of :class:`SubjectInfo` that come from the bundle, on any backend."""
     return {
         "bundle": bundle.name,
         "hash": bundle.hash,
-        "model": model_name(shape),
+        "model": model_name(architecture),
         "parameters": bundle.model["parameters"],
         "n": bundle.group_size,
         "grid": bundle.grid,
         "precision": bundle.precision,
         "image_size": bundle.image_size,
-        "sampling": sampling_of(bundle),
+        "sampling": sampling_text(bundle),
     }
 
 
-def sampling_of(bundle: Bundle) -> str:
-    """The bundle's defaults, which the images are drawn with."""
+def sampling_text(bundle: Bundle) -> str:
+    """The sampling settings of the measured images, as text: the bundle's defaults."""
     d = bundle.defaults
-    return f"guidance {guidance_of(bundle):g}, temperature {d.temperature:g}, top-k {d.top_k}, top-p {d.top_p:g}"
-
-
-def _threads(pipeline: Pipeline) -> int:
-    from par_runtime.system import available_cores
-
-    return pipeline.threads or available_cores()
+    return f"guidance {guidance_scale(bundle):g}, temperature {d.temperature:g}, top-k {d.top_k}, top-p {d.top_p:g}"

@@ -1,6 +1,6 @@
-"""Subjects in processes of their own: peak memory is exact, and no thread pool of one disturbs another.
+"""Subjects in processes of their own: peak memory is exact, and the thread pools of two subjects do not meet.
 
-``open_bundle`` and ``open_eager`` start ``worker.py`` and speak to it; what they give is a ``Subject`` like any other.
+``open_bundle`` and ``open_eager`` start ``worker.py`` and exchange JSON lines with it; they return a ``Subject``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bench.subjects.base import Facts, Sample, facts_from
+from par_runtime.bench.subjects.base import Sample, SubjectInfo, info_from_json
 from par_runtime.bench.subjects.worker import ERRORS
 from par_runtime.errors import RequestError
 
-CLOSE_SECONDS = 5.0  #: that a process has to give everything back before it is ended
+CLOSE_SECONDS = 5.0  #: how long a process may take to end by itself before it is killed
 
 
 def open_bundle(
@@ -29,9 +29,9 @@ def open_bundle(
     device: str = "cpu",
     threads: int | None = None,
     selftest: bool = True,
-) -> Apart:
+) -> SubjectProcess:
     """The bundle at ``path`` on ``device`` (as ``Pipeline.load`` takes it). Raises what ``Pipeline.load`` raises."""
-    return Apart(
+    return SubjectProcess(
         {
             "kind": "bundle",
             "path": str(path),
@@ -45,19 +45,22 @@ def open_bundle(
 
 def open_eager(
     path: str | Path, label: str = "eager", *, threads: int | None = None, compiled: bool = False, device: str = "cpu"
-) -> Apart:
+) -> SubjectProcess:
     """A model of the bundle's architecture in PyTorch, with random weights, on "cpu" or "cuda".
 
     Raises RequestError where the 'export' extra is missing, BundleError.
     """
     kind = "compiled" if compiled else "eager"
-    return Apart({"kind": kind, "path": str(path), "label": label, "threads": threads, "device": device})
+    return SubjectProcess({"kind": kind, "path": str(path), "label": label, "threads": threads, "device": device})
 
 
-class Apart:
-    """A subject in a process of its own. ``pid`` is that process; ``note`` says why it runs on the CPU, if asked for more."""
+class SubjectProcess:
+    """A subject in a process of its own, ``pid``.
 
-    facts: Facts
+    ``note``: why it runs on the CPU although a GPU was asked for, or "".
+    """
+
+    info: SubjectInfo
     load_ms: float
     note: str
 
@@ -74,24 +77,26 @@ class Apart:
         )
         self.pid = self._process.pid
         try:
-            told = self._answer()
+            opened = self._answer()
         except BaseException:
             self.close()
             raise
-        self.facts, self.load_ms, self.note = facts_from(told["facts"]), told["load_ms"], told["note"]
+        self.info, self.load_ms, self.note = info_from_json(opened["info"]), opened["load_ms"], opened["note"]
 
     def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
+        """Make one batch, or some of its calls; see ``Subject.run``."""
         return Sample(**self._ask(do="run", images=images, guided=guided, most_calls=most_calls))
 
     def decode(self, images: int) -> Sample:
-        """Decode random tokens of so many images, nothing else."""
+        """Decode random tokens of ``images`` images, nothing else."""
         return Sample(**self._ask(do="decode", images=images))
 
     def first_preview_ms(self, images: int, guided: bool) -> float:
-        """From the request to the first picture that shows something of every region."""
+        """Milliseconds until the first picture that shows something of every region."""
         return float(self._ask(do="preview", images=images, guided=guided))
 
     def close(self) -> None:
+        """End the process; kill it where it does not end in time."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(OSError):
@@ -109,23 +114,23 @@ class Apart:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         except (OSError, ValueError) as error:
-            raise self._gone() from error
+            raise self._ended() from error
         return self._answer()["ok"]
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise self._gone()
-        told = json.loads(line)
-        if "error" in told:
-            raise ERRORS.get(told["error"], RuntimeError)(told["text"])
-        return told
+            raise self._ended()
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ERRORS.get(answer["error"], RuntimeError)(answer["text"])
+        return answer
 
-    def _gone(self) -> Exception:
-        """Why the process ended by itself."""
+    def _ended(self) -> Exception:
+        """The error that explains why the process ended by itself."""
         code = self._process.wait()
         what = f"{self._spec['path']} ({self._spec['label']})"
         if code == -signal.SIGKILL:  # what Linux does to the largest process when memory runs out
             return MemoryError(f"the process of {what} was killed; most likely the machine ran out of memory")
-        return RequestError(f"the process of {what} ended by itself with code {code}; what it said stands above")
+        return RequestError(f"the process of {what} ended by itself with code {code}; its output is above")

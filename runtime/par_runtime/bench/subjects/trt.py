@@ -1,8 +1,9 @@
-"""The phases of an image on TensorRT, timed apart on the device.
+"""The phases of an image on TensorRT, each timed on the device.
 
-Production makes an image in one graph launch, which cannot be looked into. Here every part of it is a graph of its own;
-they are launched one after the other without waiting, with an event between any two. The host runs ahead of the GPU, so an
-interval is what the GPU took for the part; where launching is slower than the part, it is what launching took.
+In production an image is one graph launch, whose parts cannot be timed from outside. Here every part is a graph of its
+own. They are launched one after the other without waiting, with an event between any two. The host runs ahead of the
+GPU, so an interval is the time that the GPU took for the part. If launching is slower than the part, it is the
+launching time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def phases_ms(pipeline: Pipeline, labels: list[int], guidance: float) -> dict[st
     with ExitStack() as held:
         launches = [enqueue for _, enqueue in parts]
         if backend.capturing != "none":
-            with suppress(CudaError, EngineError):  # refused: launched plainly, as the backend would
+            with suppress(CudaError, EngineError):  # capture is refused: plain launches, as in the backend
                 graphs = []
                 for _, enqueue in parts:
                     with stream.capture() as captured:

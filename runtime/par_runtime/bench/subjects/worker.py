@@ -1,7 +1,8 @@
-"""The process that a subject lives in: ``python -m par_runtime.bench.subjects.worker SPEC``, spoken to in JSON lines.
+"""The process that a subject lives in: ``python -m par_runtime.bench.subjects.worker SPEC``. It speaks JSON lines.
 
-One request a line on standard input, one answer a line on what was standard output; whatever libraries print goes to
-standard error. The process ends with its input, so it does not outlive the bench that started it.
+It reads a request from each line of standard input and writes an answer as a line of standard output; what libraries
+print goes to standard error instead. The process ends when its input ends, so it does not outlive the bench that
+started it.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from par_runtime.bench.subjects.eager import EagerSubject
+from par_runtime.bench.subjects.baselines import EagerSubject
 from par_runtime.bench.subjects.pipeline import PipelineSubject
 from par_runtime.errors import BundleError, CudaError, EngineError, RequestError
 
-#: Failures that the bench knows how to tell, by the name that they cross the border under.
+#: Errors that the bench reports in one line, by the name that an answer carries.
 ERRORS: dict[str, type[Exception]] = {
     "EngineError": EngineError,
     "BundleError": BundleError,
     "RequestError": RequestError,
     "CudaError": CudaError,
-    "BaselineError": RequestError,  # of par_model, which the runtime does not know
+    "BaselineError": RequestError,  # of par_model, which the runtime does not import
     "MemoryError": MemoryError,
     "OutOfMemory": MemoryError,
 }
 
 
-def opened(spec: Mapping[str, Any]) -> PipelineSubject | EagerSubject:
+def open_subject(spec: Mapping[str, Any]) -> PipelineSubject | EagerSubject:
     """The subject that ``spec`` describes: "kind" is "bundle", "eager" or "compiled"."""
     path, label, threads = Path(spec["path"]), spec["label"], spec["threads"]
     if spec["kind"] == "bundle":
@@ -42,31 +43,31 @@ def opened(spec: Mapping[str, Any]) -> PipelineSubject | EagerSubject:
 
 
 def serve(spec: Mapping[str, Any], requests: TextIO, answers: TextIO) -> None:
-    """Open the subject, tell its facts, answer until the requests end."""
+    """Open the subject, send its info, and answer until the requests end."""
 
     def answer(value: Mapping[str, Any]) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
-    def failed(error: Exception) -> None:
+    def answer_error(error: Exception) -> None:
         name = next((n for n in ERRORS if n in {kind.__name__ for kind in type(error).__mro__}), "")
         if not name:
             traceback.print_exc()
         answer({"error": name, "text": str(error) or type(error).__name__})
 
     try:
-        subject = opened(spec)
+        subject = open_subject(spec)
     except Exception as error:
-        failed(error)
+        answer_error(error)
         return
-    answer({"facts": asdict(subject.facts), "load_ms": subject.load_ms, "note": subject.note})
+    answer({"info": asdict(subject.info), "load_ms": subject.load_ms, "note": subject.note})
     try:
         for line in requests:
             request = json.loads(line)
             try:
                 answer({"ok": _do(subject, request)})
             except Exception as error:
-                failed(error)
+                answer_error(error)
     finally:
         subject.close()
 
@@ -81,9 +82,9 @@ def _do(subject: Any, request: Mapping[str, Any]) -> Any:
 
 
 def main(argv: list[str]) -> int:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of the terminal; the bench ends this one
+    """Serve the subject of the JSON object ``argv[0]`` on standard input and output."""
+    # Ctrl-C reaches every process of the terminal; the bench ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(json.loads(argv[0]), sys.stdin, answers)

@@ -1,12 +1,13 @@
 """``parvis bench --suite paper``: the rows of the paper's Tables 2 and 3 and of its supplement, beside this device.
 
-The paper's seconds are of an A100, batch 1; ours are of the device that the command runs on, so they stand in columns of
-their own and are never divided by each other. What can be compared is a speed-up: over n = 1 on our engine, and over the
-same model in eager PyTorch, both from the same run.
+The paper's seconds are those of an A100 at batch 1; ours are those of the device that the command runs on. So they have
+columns of their own and are never divided by each other. Speed-ups can be compared: over n = 1 on the same backend, and
+over the same model in eager PyTorch, both from the same run.
 
-Weights are random where no bundle is given: speed does not depend on them. Every row is marked: *measured* (whole images),
-*estimated* (some of an image's calls were measured, spread over it), or *left out* with the reason; the bound of this
-device is printed for all. What other GPUs allow is predicted from data sheets, in a table of its own.
+Weights are random if no bundle is given, because speed does not depend on them. Every row is marked: *measured* (whole
+images), *estimated* (some of an image's calls were measured, spread over it), or *left out* with the reason. The bound
+of this device is printed for all. What other GPUs allow is predicted from data sheets, in a table of its own.
+``report/paper.py`` prints the tables, ``paper_run.py`` measures.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from par_runtime.bench.limits import Limits
-from par_runtime.bench.report.text import aligned, ms
 from par_runtime.bench.rows import Row
-from par_runtime.bench.subjects.base import Shape
-from par_runtime.cost import bound
-from par_runtime.cost.bound import Prediction, named_shape, phases_of, predictions
+from par_runtime.cost.architecture import Architecture, named_architecture, phases_of
+from par_runtime.cost.bound import bound
+from par_runtime.cost.data_sheets import Prediction, predictions
+from par_runtime.cost.work import image_work
 
 VIDEO = "PAR-video"
 IMAGE_GRID, VIDEO_GRID = (1, 24, 24), (5, 16, 16)
 VIDEO_CODES, VIDEO_CLASSES = 64000, 101
-#: From the smallest up, which is the order in which they are tried.
+#: In the order in which they are tried, the smallest first.
 SIZES = ("PAR-L", "PAR-XL", VIDEO, "PAR-XXL", "PAR-3B")
 
 
@@ -42,6 +43,7 @@ class Published:
 
     @property
     def tokens(self) -> int:
+        """N, tokens of one image or video."""
         return 1280 if self.model == VIDEO else 576
 
 
@@ -70,10 +72,10 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A published row with what this device made of it. ``status``: "measured", "estimated" or "left out".
+    """A published row with the times of this device. ``status``: "measured", "estimated" or "left out".
 
-    ``why`` of a row that was left out. Seconds per image; ``bound_s`` of this device, without decoding where the bundle
-    has no decoder; None where there is nothing to say.
+    Seconds per image, or None. ``bound_s``: this device's bound, without decoding where the bundle has no decoder.
+    ``why``: the reason of a row that was left out.
     """
 
     published: Published
@@ -90,39 +92,39 @@ class PaperRow:
     why: str = ""
 
 
-def video_shape(n: int) -> Shape:
-    """The video model's calls. The paper gives 792 M parameters and no widths; these are XL's blocks **(ours)**."""
-    like = named_shape("PAR-XL", 1)
+def video_architecture(n: int) -> Architecture:
+    """The video model. The paper gives 792 M parameters and no widths; these are XL's blocks **(ours)**."""
+    like = named_architecture("PAR-XL", 1)
     sizes = (like.dim, like.n_layers, like.n_heads, like.head_dim, like.ffn_dim)
-    return Shape(*sizes, VIDEO_CODES, phases_of(n, 1280))
+    return Architecture(*sizes, VIDEO_CODES, phases_of(n, 1280))
 
 
-def shape_of(published: Published) -> Shape:
+def architecture_of(published: Published) -> Architecture:
     """The exact architecture of a row."""
-    return video_shape(published.n) if published.model == VIDEO else named_shape(published.model, published.n)
+    video = published.model == VIDEO
+    return video_architecture(published.n) if video else named_architecture(published.model, published.n)
 
 
-def placed(
+def paper_rows(
     rows: Sequence[Row], left_out: dict[str, str], limits: Limits | None, device: str, guided: bool = True
 ) -> list[PaperRow]:
-    """Every published row, with the measured ``rows`` (phase "image") put where they belong.
+    """Every published row, with the times of those measured ``rows`` (phase "image") that have its model and n.
 
-    A row belongs to the published row of its model and n; its label says whose it is ("eager" or "compiled" in it is the
-    baseline). ``left_out``: model, or "model n=N" -> why nothing of it was measured.
+    ``left_out``: model, or "model n=N" -> why nothing of it was measured.
     """
     ours: dict[tuple[str, int], Row] = {}
     eager: dict[tuple[str, int], Row] = {}
     for image in rows:
         if image.phase == "image":
-            (eager if "torch" in image.backend else ours)[name_of(image), image.n] = image
+            (eager if image.pytorch else ours)[name_of(image), image.n] = image
     out = []
     for p in PUBLISHED:
-        row, base, twin = ours.get((p.model, p.n)), ours.get((p.model, 1)), eager.get((p.model, p.n))
+        row, n1, in_pytorch = ours.get((p.model, p.n)), ours.get((p.model, 1)), eager.get((p.model, p.n))
         bound_s = None if row is None or row.bound_ms is None else row.bound_ms / 1e3
         if row is None and limits is not None:
-            calls = bound.all_calls(shape_of(p), 1, guided, 4.0, 4.0)
-            read = limits.read_gb_s(max(call.bytes for call in calls))
-            bound_s = bound.bound(calls, read, limits.matrix_tflop_s).ms / 1e3
+            work = image_work(architecture_of(p), 1, guided, 4.0, 4.0)
+            read = limits.read_gb_s(max(call.bytes for call in work))
+            bound_s = bound(work, read, limits.matrix_tflop_s).ms / 1e3
         why = left_out.get(f"{p.model} n={p.n}") or left_out.get(p.model) or "not asked for"
         seconds = None if row is None else row.median_ms / 1e3
         out.append(
@@ -131,10 +133,10 @@ def placed(
                 status="left out" if row is None else status(row),
                 seconds=seconds,
                 spread_s=None if row is None else row.spread_ms / 1e3,
-                eager_s=None if twin is None else twin.median_ms / 1e3,
-                eager_status="" if twin is None else status(twin),
-                over_n1=None if row is None or base is None or p.n == 1 else base.median_ms / row.median_ms,
-                over_eager=None if row is None or twin is None else twin.median_ms / row.median_ms,
+                eager_s=None if in_pytorch is None else in_pytorch.median_ms / 1e3,
+                eager_status="" if in_pytorch is None else status(in_pytorch),
+                over_n1=None if row is None or n1 is None or p.n == 1 else n1.median_ms / row.median_ms,
+                over_eager=None if row is None or in_pytorch is None else in_pytorch.median_ms / row.median_ms,
                 bound_s=bound_s,
                 percent_of_bound=None if row is None else row.percent_of_bound,
                 device=device,
@@ -155,79 +157,16 @@ def status(row: Row) -> str:
 
 
 def predicted(guided: bool = True) -> list[Prediction]:
-    """What GPUs that are not here allow, for every model and n of the paper; once each."""
+    """What A100 and H100 allow by data sheet, for every model and n of the paper, once each."""
     out = []
     for p in {(p.model, p.n): p for p in PUBLISHED}.values():
-        out += [q for q in predictions(shape_of(p), p.name, p.n, 1, guided) if q.gpu.startswith(("A100", "H100"))]
+        out += [
+            q for q in predictions(architecture_of(p), p.name, p.n, 1, guided) if q.gpu.startswith(("A100", "H100"))
+        ]
     return out
 
 
 def as_dict(row: PaperRow) -> dict[str, object]:
-    """For JSON lines; "kind" tells it from measured rows."""
+    """The row as a JSON object; its "kind" is "paper"."""
     plain = asdict(row)
     return {"kind": "paper", **plain.pop("published"), **plain}
-
-
-HEAD = (
-    "table", "model", "n", "steps", "paper, A100", "here", "", "spread", "over n=1", "eager", "over eager", "bound", "of bound",
-    "why left out",
-)  # fmt: skip
-
-
-def cells(rows: Sequence[PaperRow]) -> list[tuple[str, ...]]:
-    """The table as text, the paper's columns left of ours; ``HEAD`` names the columns."""
-    return [
-        (
-            row.published.table,
-            row.published.name,
-            str(row.published.n),
-            str(row.published.steps),
-            seconds(row.published.seconds),
-            seconds(row.seconds),
-            row.status,
-            seconds(row.spread_s),
-            times(row.over_n1),
-            seconds(row.eager_s) + (" est." if row.eager_status == "estimated" else ""),
-            times(row.over_eager),
-            seconds(row.bound_s),
-            "" if row.percent_of_bound is None else f"{row.percent_of_bound:.0f} %",
-            row.why,
-        )
-        for row in rows
-    ]
-
-
-def paper_table(rows: Sequence[PaperRow]) -> str:
-    """All rows as lines of text."""
-    return "\n".join(aligned(HEAD, cells(rows)))
-
-
-def notes(rows: Sequence[PaperRow]) -> list[str]:
-    """What the table's columns are."""
-    return [
-        f"here is {rows[0].device}: seconds per guided image at batch 1, decoding included (video: to tokens).",
-        "measured: whole images; estimated: from calls spread over an image; left out: not run, the last column says why.",
-        "bound: the least that reading weights and keys, or multiplying, takes on this device by its measured limits "
-        "(of rows left out: without decoding).",
-        "The paper's seconds are another machine's and are not compared with ours; its compiled rows are the same models as "
-        "those of Table 2, so they stand beside the same measurement.",
-        "The video model's widths are not published; ours are XL's blocks with 64,000 codes, 896 M parameters for the paper's 792 M.",
-    ]
-
-
-def predicted_table(found: Sequence[Prediction]) -> str:
-    """A line per model, a column per GPU."""
-    gpus = list(dict.fromkeys(p.gpu for p in found))
-    names = list(dict.fromkeys(p.bundle for p in found))
-    by = {(p.bundle, p.gpu): p for p in found}
-    body = [(name, "predicted", *(ms(by[name, gpu].bound_ms) for gpu in gpus), "") for name in names]
-    title = "At least, by data sheet, fp16, guided, without decoding. No GPU was here: predicted, not measured."
-    return "\n".join([title, *aligned(("model", "", *gpus, ""), body)])
-
-
-def seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g} s"
-
-
-def times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} x"

@@ -1,9 +1,10 @@
-"""Running the paper's models within so many minutes: what fits, how much of each image, and what is left out.
+"""Running the paper's models within a given time: which models fit, how much of each image is made, what is left out.
 
-Models are tried from the smallest up. One that would not fit into the time that is left, into memory or onto the disk is
-left out with that reason. The time of a model is shared among its subjects, n = 1, 4 and 16 on our engine and in eager
-PyTorch: short images are made whole, of long ones (n = 1 in PyTorch takes minutes) so many calls as the share allows.
-Where memory holds all subjects at once they run in turns, else one after the other, and their rows say so.
+Models are tried from the smallest up. A model that does not fit into the time that is left, into memory or onto the
+disk is left out with that reason. The time of a model is shared among its subjects: n = 1, 4 and 16 on our backend and
+in eager PyTorch. Short images are made whole; of long ones (n = 1 in PyTorch takes minutes) only as many calls as the
+share allows. If memory holds all subjects at once they run in turns, else one group after the other, and their rows
+are marked.
 """
 
 from __future__ import annotations
@@ -17,28 +18,31 @@ from pathlib import Path
 
 from par_runtime import system
 from par_runtime.backends.choose import CPUS
-from par_runtime.bench import machine
 from par_runtime.bench.limits import Limits
-from par_runtime.bench.measure import Say, Setting, image_ms, rows_of, turns
+from par_runtime.bench.measure import Progress, Setting, image_ms, rows_in_turns
 from par_runtime.bench.rows import Row
-from par_runtime.bench.subjects.base import Facts
-from par_runtime.bench.subjects.eager import found
-from par_runtime.bench.subjects.process import Apart, open_bundle, open_eager
-from par_runtime.bench.suites.paper import PUBLISHED, VIDEO, shape_of
-from par_runtime.cost import bound
-from par_runtime.cost.decoder import decoder_work
+from par_runtime.bench.subjects.base import SubjectInfo
+from par_runtime.bench.subjects.baselines import optional
+from par_runtime.bench.subjects.process import SubjectProcess, open_bundle, open_eager
+from par_runtime.bench.suites.paper import PUBLISHED, SIZES, VIDEO, architecture_of
+from par_runtime.bundle import Bundle
+from par_runtime.cost.architecture import Architecture, model_name, phases_of
+from par_runtime.cost.bound import bound
+from par_runtime.cost.decoder import count_decoder
+from par_runtime.cost.work import image_work
 from par_runtime.errors import RequestError
 
 GROUP_SIZES = (1, 4, 16)
 FEWEST_CALLS = 8  #: of an image that is estimated
 LEAST_REPETITIONS = 3
-#: Guesses of what a new model costs, on the careful side; the first model corrects them.
+#: Careful guesses of what a model costs: seconds to write and to load a gigabyte, and the share of the bound that is
+#: reached.
 WRITE_S_PER_GB, LOAD_S_PER_GB = 8.0, 2.5
 OURS_OF_BOUND, EAGER_OF_BOUND, DECODER_OF_BOUND = 0.5, 0.2, 0.4
-UNKNOWN_TFLOP_S = 20.0  #: of a GPU that no data sheet here describes; decides only what fits the time
+UNKNOWN_TFLOP_S = 20.0  #: assumed for a GPU without a data sheet here; only decides which models fit into the time
 #: Memory of a process besides its weights.
 OVERHEAD_BYTES = 700 * 10**6
-MEMORY_SHARE = 0.85
+MEMORY_SHARE = 0.85  #: of free memory, that the subjects of a group may take
 VQ16 = {
     "channels": 128,
     "channel_multipliers": (1, 1, 2, 2, 4),
@@ -49,8 +53,11 @@ VQ16 = {
 
 
 @dataclass(frozen=True)
-class Options:
-    """``minutes`` for all; ``sizes``: models in order; ``given``: (model, n) -> a bundle to take instead of a random one."""
+class PaperOptions:
+    """``minutes`` for all; ``sizes``: models in order; ``work``: a folder for bundles of random weights.
+
+    ``given``: (model, n) -> a bundle to take instead of one of random weights.
+    """
 
     minutes: float
     sizes: Sequence[str]
@@ -61,135 +68,155 @@ class Options:
     given: Mapping[tuple[str, int], Path] | None = None
 
 
-def run(
-    setting: Setting, limits: Limits, options: Options, say: Say
-) -> tuple[list[Row], dict[str, Facts], dict[str, str]]:
-    """Rows of everything that fitted, facts by label, and model -> reason for what did not.
+def given_bundles(paths: Sequence[Path]) -> dict[tuple[str, int], Path]:
+    """(model, n) -> the bundle of ``paths`` that has it. Raises RequestError for one that is in no row of the paper."""
+    given = {}
+    for path in paths:
+        bundle = Bundle.open(path, "none")
+        architecture = Architecture.of_model(bundle.model, bundle.phases)
+        model = VIDEO if bundle.grid[0] > 1 else model_name(architecture)
+        if model not in SIZES or bundle.group_size not in GROUP_SIZES:
+            raise RequestError(
+                f"{path}: {model}, n = {bundle.group_size}, is in no row of the paper's tables; expected one of "
+                f"{', '.join(SIZES)} with n = 1, 4 or 16; --suite phases measures any bundle"
+            )
+        given[model, bundle.group_size] = path
+    return given
 
-    Raises RequestError without 'export'.
+
+def run(
+    setting: Setting, limits: Limits, options: PaperOptions, progress: Progress
+) -> tuple[list[Row], dict[str, SubjectInfo], dict[str, str]]:
+    """The rows of all models that fit, info by label, and model -> reason for those that do not.
+
+    Raises RequestError without the 'export' extra.
     """
-    publish: Callable[..., dict[int, Path]] = found("par_export.random_bundle", "the paper suite", "published")
+    publish: Callable[..., dict[int, Path]] = optional("par_export.random_bundle", "the paper suite", "published")
     until = time.monotonic() + 60 * options.minutes
     rows: list[Row] = []
-    facts: dict[str, Facts] = {}
+    infos: dict[str, SubjectInfo] = {}
     left_out: dict[str, str] = {}
     for place, model in enumerate(options.sizes):
         left = until - time.monotonic()
-        why = too_much(model, left, limits, options)
+        why = reason_to_leave_out(model, left, limits, options)
         if why is not None:
-            say(f"{model}: left out, {why}")
+            progress(f"{model}: left out, {why}")
             left_out[model] = why
             continue
-        # Half for this model while others may follow: they are twice as large each.
+        # Half of the time for this model while others follow: each is about twice as large as the one before.
         share = left if place == len(options.sizes) - 1 else left / 2
-        say(f"{model}: {share / 60:.1f} minutes")
+        progress(f"{model}: {share / 60:.1f} minutes")
         folder = options.work / model
         try:
-            rows += one_model(model, publish, folder, setting, replace(options, minutes=share / 60), facts, say)
+            rows += measure_model(
+                model, publish, folder, setting, replace(options, minutes=share / 60), infos, progress
+            )
         except MemoryError as error:
             left_out[model] = f"memory: {error}"
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    return rows, facts, left_out
+    return rows, infos, left_out
 
 
-def one_model(
+def measure_model(
     model: str,
     publish: Callable[..., dict[int, Path]],
     folder: Path,
     setting: Setting,
-    options: Options,
-    facts: dict[str, Facts],
-    say: Say,
+    options: PaperOptions,
+    infos: dict[str, SubjectInfo],
+    progress: Progress,
 ) -> list[Row]:
-    """The rows of one model at every n, ours and eager; what they are of goes into ``facts``."""
+    """The rows of one model at every n, ours and eager. The info of each subject is put into ``infos``, by label."""
     until = time.monotonic() + 60 * options.minutes
     given = options.given or {}
     missing = [n for n in GROUP_SIZES if (model, n) not in given]
-    say(f"{model}: writing random weights")
+    progress(f"{model}: writing random weights")
     on_cpu = options.device in CPUS
     made = publish(model, missing, folder, precision="fp32" if on_cpu else "fp16") if missing else {}
     if not on_cpu:
-        build: Callable[[list[str]], int] = found("par_export.cli.build", "engines for the paper suite", "main")
+        build: Callable[[list[str]], int] = optional("par_export.cli.build", "engines for the paper suite", "main")
         for path in made.values():
             if build([str(path), "--target", "local", "--max-images", "1", "--quiet"]):
                 raise RequestError(f"no engine could be built for {model}; --device cpu runs the suite without")
     paths = made | {n: path for (name, n), path in given.items() if name == model}
 
-    def opened(n: int, eager: bool) -> Apart:
+    def open_subject(n: int, eager: bool) -> SubjectProcess:
         label = f"{model.removeprefix('PAR-')} n={n}" + (" eager" if eager else "")
-        say(f"{label}: loading")
+        progress(f"{label}: loading")
         if eager:
             return open_eager(paths[n], label, threads=options.threads, device="cpu" if on_cpu else "cuda")
         return open_bundle(
             paths[n], label, device=options.device, threads=options.threads, selftest=(model, n) in given
         )
 
-    whose = [(n, eager) for eager in ((False, True) if options.eager else (False,)) for n in GROUP_SIZES]
+    variants = [(n, eager) for eager in ((False, True) if options.eager else (False,)) for n in GROUP_SIZES]
     rows: list[Row] = []
-    groups = grouped(whose, process_bytes(model), system.available_bytes())
+    groups = group_variants(variants, process_bytes(model), system.available_bytes())
     done = 0
     for group in groups:
         with ExitStack() as held:
             subjects = []
             for n, eager in group:
-                subjects.append(opened(n, eager))
+                subjects.append(open_subject(n, eager))
                 held.callback(subjects[-1].close)
-                facts[subjects[-1].facts.label] = subjects[-1].facts
-            left = (until - time.monotonic()) * len(group) / (len(whose) - done)
-            found_rows = measured(subjects, setting, left, say)
+                infos[subjects[-1].info.label] = subjects[-1].info
+            left = (until - time.monotonic()) * len(group) / (len(variants) - done)
+            group_rows = measure_within(subjects, setting, left, progress)
         done += len(group)
         if len(groups) > 1:
-            note = f"not in turns: memory holds {len(group)} of the model's {len(whose)} subjects at a time"
-            found_rows = [replace(row, flags=(*row.flags, note)) for row in found_rows]
-        rows += found_rows
+            note = f"not in turns: memory holds {len(group)} of the model's {len(variants)} subjects at a time"
+            group_rows = [replace(row, flags=(*row.flags, note)) for row in group_rows]
+        rows += group_rows
     return rows
 
 
-def grouped(
-    whose: Sequence[tuple[int, bool]], each_bytes: float, free_bytes: int | None
+def group_variants(
+    variants: Sequence[tuple[int, bool]], each_bytes: float, free_bytes: int | None
 ) -> list[list[tuple[int, bool]]]:
-    """Subjects, (n, in PyTorch), that are measured in turns: all, or ours and PyTorch's apart, or each alone, as memory allows."""
+    """The variants (n, in PyTorch) of a model in groups that are measured in turns, as many at once as memory allows.
+
+    One group of all, or one of ours and one of PyTorch's, or each variant alone.
+    """
 
     def fit(count: int) -> bool:
         return free_bytes is None or count * each_bytes < MEMORY_SHARE * free_bytes
 
-    if fit(len(whose)):
-        return [list(whose)]
+    if fit(len(variants)):
+        return [list(variants)]
     if fit(len(GROUP_SIZES)):
-        apart = [[one for one in whose if one[1] is eager] for eager in (False, True)]
-        return [group for group in apart if group]
-    return [[one] for one in whose]
+        halves = [[one for one in variants if one[1] is eager] for eager in (False, True)]
+        return [group for group in halves if group]
+    return [[one] for one in variants]
 
 
-def measured(subjects: Sequence[Apart], setting: Setting, seconds: float, say: Say) -> list[Row]:
+def measure_within(
+    subjects: Sequence[SubjectProcess], setting: Setting, seconds: float, progress: Progress
+) -> list[Row]:
     """Rows of ``subjects`` in turns within about ``seconds``."""
     began = time.monotonic()
     first = {}
     for subject in subjects:
-        say(f"{subject.facts.label}: warming up")
+        progress(f"{subject.info.label}: warming up")
         subject.run(setting.images, setting.guided, FEWEST_CALLS)  # the very first calls are several times as slow
-        first[subject.facts.label] = subject.run(setting.images, setting.guided, FEWEST_CALLS)
+        first[subject.info.label] = subject.run(setting.images, setting.guided, FEWEST_CALLS)
     left = seconds - (time.monotonic() - began)
-    whole = {s.facts.label: image_ms(first[s.facts.label], s.facts) / 1e3 for s in subjects}
+    whole = {s.info.label: image_ms(first[s.info.label], s.info) / 1e3 for s in subjects}
     least = {label: sample.image_ms / 1e3 for label, sample in first.items()}
     repetitions = max(LEAST_REPETITIONS, min(setting.repetitions, int(left / max(sum(least.values()), 1e-3))))
-    shares = poured(whole, left / repetitions)
+    shares = share_time(whole, left / repetitions)
     calls = {}
     for subject in subjects:
-        label = subject.facts.label
+        label = subject.info.label
         if shares[label] < whole[label]:
             others = sum(sum(v) for name, v in first[label].calls_ms.items() if name in ("decoder", "copy")) / 1e3
-            each = max(whole[label] - others, 1e-6) / subject.facts.shape.calls
+            each = max(whole[label] - others, 1e-6) / subject.info.architecture.calls
             calls[label] = max(FEWEST_CALLS, int((shares[label] - others) / each))
-    here = replace(setting, repetitions=repetitions, most_calls=calls)
-    taken = turns(subjects, here, say)
-    where = machine.facts(setting.gpu)
-    return [row for subject, got in zip(subjects, taken, strict=True) for row in rows_of(subject, got, here, where)]
+    return rows_in_turns(subjects, replace(setting, repetitions=repetitions, most_calls=calls), progress)
 
 
-def poured(wanted: Mapping[str, float], total: float) -> dict[str, float]:
-    """``total`` shared out so that nobody gets more than wanted, and what small ones leave goes to the others."""
+def share_time(wanted: Mapping[str, float], total: float) -> dict[str, float]:
+    """``total`` shared equally, except that none gets more than it wants; the remainder goes to the others."""
     out: dict[str, float] = {}
     for i, (name, want) in enumerate(sorted(wanted.items(), key=lambda item: item[1])):
         out[name] = min(want, max(0.0, total - sum(out.values())) / (len(wanted) - i))
@@ -197,19 +224,19 @@ def poured(wanted: Mapping[str, float], total: float) -> dict[str, float]:
 
 
 def process_bytes(model: str) -> float:
-    """Memory of one subject: its weights in fp32, and the rest."""
+    """Memory of the process of one subject: its weights in fp32, and :data:`OVERHEAD_BYTES`."""
     return weight_bytes(model) * 1.1 + OVERHEAD_BYTES
 
 
 def weight_bytes(model: str) -> float:
     """All weights of a model of the paper in fp32, the embedding and the decoder included."""
-    shape = shape_of(next(p for p in PUBLISHED if p.model == model))
-    decoder = 0 if model == VIDEO else decoder_work(VQ16, (1, 24, 24))[0]
-    return 4.0 * (bound.step_parameters(shape) + shape.dim * (shape.vocab_size + 1001) + decoder)
+    a = architecture_of(next(p for p in PUBLISHED if p.model == model))
+    decoder = 0 if model == VIDEO else count_decoder(VQ16, (1, 24, 24))[0]
+    return 4.0 * (a.step_parameters + a.dim * (a.vocab_size + 1001) + decoder)
 
 
-def too_much(model: str, seconds: float, limits: Limits, options: Options) -> str | None:
-    """Why ``model`` does not fit into ``seconds``, memory or the disk; None where it does."""
+def reason_to_leave_out(model: str, seconds: float, limits: Limits, options: PaperOptions) -> str | None:
+    """Why ``model`` does not fit into ``seconds``, memory or the disk; None if it does."""
     size = weight_bytes(model)
     free = system.available_bytes()
     if free is not None and process_bytes(model) > MEMORY_SHARE * free:
@@ -224,20 +251,20 @@ def too_much(model: str, seconds: float, limits: Limits, options: Options) -> st
 
 
 def least_seconds(model: str, limits: Limits, eager: bool) -> float:
-    """About what the shortest useful run of a model takes: writing, loading, three estimates of every subject."""
+    """About how long the shortest useful run of a model takes: writing, loading, a few repetitions of every subject."""
     size_gb = weight_bytes(model) / 1e9
     subjects = len(GROUP_SIZES) * (2 if eager else 1)
     total = size_gb * (WRITE_S_PER_GB + subjects * LOAD_S_PER_GB)
     decoder_s = 0.0
     if model != VIDEO:
         decoder_s = (
-            decoder_work(VQ16, (1, 24, 24))[1] / ((limits.matrix_tflop_s or UNKNOWN_TFLOP_S) * DECODER_OF_BOUND) / 1e12
+            count_decoder(VQ16, (1, 24, 24))[1] / ((limits.matrix_tflop_s or UNKNOWN_TFLOP_S) * DECODER_OF_BOUND) / 1e12
         )
     for n in GROUP_SIZES:
-        shape = shape_of(next(p for p in PUBLISHED if p.model == model and p.n in (n, 1)))
-        shape = replace(shape, phases=bound.phases_of(n, shape.n_tokens))
-        calls = bound.all_calls(shape, 1, True, 4.0, 4.0)
-        call_s = bound.bound(calls, limits.read_gb_s(calls[-1].bytes), limits.matrix_tflop_s).ms / 1e3 / len(calls)
+        architecture = architecture_of(next(p for p in PUBLISHED if p.model == model and p.n in (n, 1)))
+        architecture = replace(architecture, phases=phases_of(n, architecture.n_tokens))
+        work = image_work(architecture, 1, True, 4.0, 4.0)
+        call_s = bound(work, limits.read_gb_s(work[-1].bytes), limits.matrix_tflop_s).ms / 1e3 / len(work)
         for share in (OURS_OF_BOUND, *((EAGER_OF_BOUND,) if eager else ())):
             total += (LEAST_REPETITIONS + 1) * (FEWEST_CALLS * call_s / share + decoder_s)
     return total

@@ -1,11 +1,11 @@
-"""The serve suite: requests that arrive at random, as users' do, and how long each of them waits.
+"""The suite ``serve``: requests that arrive at random, as users' do, and how long each of them waits.
 
-An open loop: requests come when they come (exponential gaps), whether or not earlier ones are done, so waiting shows what
-a closed loop hides. The subject takes all that wait, up to the largest batch, whenever it is free; that is the simplest
-scheduler there is, and a real one may only be better. A request's latency is from its arrival to its image.
-Bounded in requests and in time; nothing leaves this process and the subject's.
+It is an open loop: requests arrive with exponential gaps, whether or not earlier ones are done. So it shows waiting
+times, which a closed loop hides. Whenever the subject is free, it takes all requests that wait, up to the largest
+batch. That is the simplest scheduler; a real one can only be better. The latency of a request is from its arrival to
+its image. Requests and time are limited, and no network is used.
 
-The offered loads are shares of what the largest batch gives, which is measured first.
+The offered loads are shares of the throughput of the largest batch, which is measured first.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 
 from par_runtime.bench import machine
 from par_runtime.bench.machine import Watch
-from par_runtime.bench.measure import Say, Setting, pids, row, told
+from par_runtime.bench.measure import Progress, Setting, make_row, process_ids, summarize
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.base import Subject
 
 SHARES = (0.3, 0.6, 0.9)  #: of the throughput of the largest batch
 LARGEST_BATCH = 8
 REQUESTS = 32
-SECONDS = 60.0  #: that one load may take; requests that have not arrived by then are not sent
+SECONDS = 60.0  #: how long one load may take; requests that have not arrived by then are not sent
 
 
 def arrivals(count: int, per_s: float, seed: int = 0) -> list[float]:
@@ -37,34 +37,34 @@ def arrivals(count: int, per_s: float, seed: int = 0) -> list[float]:
 def serve(
     subjects: Sequence[Subject],
     setting: Setting,
-    say: Say,
+    progress: Progress,
     largest: int = LARGEST_BATCH,
     requests: int = REQUESTS,
     seconds: float = SECONDS,
 ) -> list[Row]:
     """A row per subject and load: the latencies of all requests, and the throughput that was reached."""
     rows = []
-    where = machine.facts(setting.gpu)
-    here = replace(setting, images=largest)
+    this_machine = machine.describe(setting.gpu)
+    sized = replace(setting, images=largest)
     for subject in subjects:
-        label = subject.facts.label
-        say(f"{label}: what a batch of {largest} takes")
+        label = subject.info.label
+        progress(f"{label}: what a batch of {largest} takes")
         for size in range(1, largest + 1):  # buffers of every size are made before anything is timed
             subject.run(size, setting.guided, 24)
         full_s = subject.run(largest, setting.guided).image_ms / 1e3
         for share in SHARES:
             offered = share * largest / full_s
-            say(f"{label}: {offered:.3g} requests a second, {share:.0%} of the most")
-            watch = Watch(pids(subject), setting.gpu)
-            latencies, took_s = run(subject, setting.guided, arrivals(requests, offered), largest, seconds)
+            progress(f"{label}: {offered:.3g} requests a second, {share:.0%} of the most")
+            watch = Watch(process_ids(subject), setting.gpu)
+            latencies, took_s = serve_load(subject, setting.guided, arrivals(requests, offered), largest, seconds)
             rows.append(
-                row(
-                    subject.facts,
-                    here,
-                    where,
+                make_row(
+                    subject.info,
+                    sized,
+                    this_machine,
                     "serve",
                     latencies,
-                    told([watch.flags()]),
+                    summarize([watch.flags()]),
                     images_per_s=len(latencies) / took_s,
                     offered_per_s=offered,
                 )
@@ -72,7 +72,7 @@ def serve(
     return rows
 
 
-def run(
+def serve_load(
     subject: Subject, guided: bool, due: Sequence[float], largest: int, seconds: float
 ) -> tuple[list[float], float]:
     """Latency in ms of each request of ``due`` (seconds from now), and how long all took, in seconds."""

@@ -1,6 +1,7 @@
 """The baselines: the model's own PyTorch generation, eager or compiled, and the same engine without parallel decoding.
 
-Both come from packages that the runtime does not know; they are found by name when asked for, as ``cli.py`` finds verbs.
+Both need packages that the runtime does not import. They are looked up by name when they are asked for, as
+``cli/dispatch.py`` looks up verbs.
 """
 
 from __future__ import annotations
@@ -11,30 +12,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bench.subjects.base import Facts, Sample, Shape, spread_calls
-from par_runtime.bench.subjects.pipeline import PIECES, guidance_of, known_of
+from par_runtime.bench.subjects.base import Sample, SubjectInfo, spread_calls
+from par_runtime.bench.subjects.pipeline import NOT_TIMED, bundle_info, guidance_scale
 from par_runtime.bundle import Bundle
+from par_runtime.cost.architecture import Architecture
 from par_runtime.dtypes import BYTES
 from par_runtime.errors import RequestError
 from par_runtime.system import available_cores, peak_bytes
 
 
 class EagerSubject:
-    """``par_model.baseline.Baseline``, a model of a bundle's architecture, in this process."""
+    """``par_model.baseline.Baseline``: a model of a bundle's architecture, in this process.
+
+    Raises RequestError where the 'export' extra is missing, BundleError.
+    """
 
     def __init__(self, path: Path, label: str, *, threads: int | None, compiled: bool, device: str = "cpu") -> None:
-        eager = found("par_model.baseline", "the eager baseline", "Baseline")
+        eager = optional("par_model.baseline", "the eager baseline", "Baseline")
         bundle = Bundle.open(path)
         began = time.perf_counter()
         self._eager: Any = eager(path, threads=threads, compiled=compiled, device=device)
         self.load_ms = 1e3 * (time.perf_counter() - began)
         self.note = ""
-        self._guidance = guidance_of(bundle)
-        shape = Shape.of(bundle)
+        self._guidance = guidance_scale(bundle)
+        architecture = Architecture.of(bundle)
         on_cpu = device == "cpu"
         computes = "fp32" if on_cpu else bundle.precision if bundle.precision in ("fp32", "bf16") else "fp16"
-        self.facts = Facts(
-            **known_of(bundle, shape),
+        self.info = SubjectInfo(
+            **bundle_info(bundle, architecture),
             label=label,
             computes=computes,
             weight_bytes=BYTES[computes],
@@ -44,30 +49,37 @@ class EagerSubject:
             device=device,
             clock="perf_counter" if on_cpu else "CUDA events",
             threads=threads or available_cores() if on_cpu else None,
-            shape=replace(shape, head_dim=bundle.model["head_dim"]),  # it does not pad
-            excluded=(*PIECES, "compilation") if compiled else PIECES,
+            architecture=replace(architecture, head_dim=bundle.model["head_dim"]),  # PyTorch does not pad heads
+            excluded=(*NOT_TIMED, "compilation") if compiled else NOT_TIMED,
+            pytorch=True,
         )
 
     def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
-        chosen = spread_calls(self.facts.shape.phases, most_calls)
+        """Make one batch, or some of its calls; see ``Subject.run``."""
+        chosen = spread_calls(self.info.architecture.phases, most_calls)
         calls_ms, image_ms = self._eager.run(images, self._guidance if guided else 1.0, calls=chosen)
         return Sample(calls_ms, image_ms, peak_bytes(), chosen is not None)
 
     def close(self) -> None:
+        """Free the model."""
         self._eager = None
 
 
-def one_at_a_time(path: Path, folder: Path) -> Path:
-    """A bundle of the architecture of that at ``path`` with n = 1 and random weights, which cost what any weights do.
+def write_n1_bundle(path: Path, folder: Path) -> Path:
+    """Write a bundle into ``folder`` that differs from that at ``path`` in n = 1 and in random weights.
 
-    It is written into ``folder``. Its self-test means nothing. Raises RequestError where the 'export' extra is missing.
+    Random weights cost what trained ones cost; its self-test means nothing. Returns the bundle's path. Raises
+    RequestError where the 'export' extra is missing.
     """
-    like = found("par_export.random_bundle", "the n1 baseline", "like")
+    like = optional("par_export.random_bundle", "the n1 baseline", "like")
     return Path(like(path, group_size=1, out=folder))
 
 
-def found(module: str, what: str, name: str) -> Any:
-    """``name`` of an optional package's ``module``. Raises RequestError that says which extra brings it."""
+def optional(module: str, what: str, name: str) -> Any:
+    """Import ``name`` from ``module`` of an optional package, which ``what`` needs.
+
+    Raises RequestError, which names the extra to install.
+    """
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:

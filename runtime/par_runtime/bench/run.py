@@ -1,0 +1,259 @@
+"""One command of ``parvis bench``: which subjects it opens, which suite measures them, and the limits around it.
+
+The command line is ``cli/bench.py``; what is printed and written is ``report/output.py``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from par_runtime.backends.choose import CPUS
+from par_runtime.backends.engines import has_engines
+from par_runtime.bench import machine, rows
+from par_runtime.bench.bounds import GPU, device_limits, measure_limits, with_bounds
+from par_runtime.bench.gpu import select
+from par_runtime.bench.measure import Progress, Setting, image_ms
+from par_runtime.bench.report import compare
+from par_runtime.bench.report.output import STANDARD_OUTPUT, Outcome
+from par_runtime.bench.rows import Row
+from par_runtime.bench.subjects.baselines import write_n1_bundle
+from par_runtime.bench.subjects.process import SubjectProcess, open_bundle, open_eager
+from par_runtime.bench.suites import batch, decoder, paper, paper_run, phases, serve
+from par_runtime.bundle import Bundle
+from par_runtime.cost.data_sheets import Prediction, predictions
+from par_runtime.errors import RequestError
+from par_runtime.system import available_cores, check_writable
+
+SUITES = ("phases", "batch", "decoder", "serve", "paper")
+BASELINES = ("eager", "compiled", "n1", "ort")
+#: A baseline in PyTorch whose image takes longer is estimated from some of its calls, unless ``whole``.
+LONG_SECONDS = 20.0
+PROBE_CALLS = 16
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """The options of ``parvis bench``, named as on its command line; ``parvis bench --help`` describes them.
+
+    ``new``: the second file of ``--compare OLD NEW``, which :meth:`checked` finds among ``bundles``.
+    """
+
+    bundles: Sequence[Path]
+    suite: str
+    against: Sequence[str]
+    images: int
+    unguided: bool
+    repetitions: int
+    batches: Sequence[int] | None
+    requests: int
+    minutes: float
+    sizes: Sequence[str] | None
+    no_eager: bool
+    whole: bool
+    json: Path | None
+    csv: Path | None
+    html: Path | None
+    compare: Path | None
+    fail_above: float | None
+    no_limits: bool
+    device: str
+    threads: int | None
+    work: Path | None
+    quiet: bool
+    new: Path | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Two rows per image instead of one."""
+        return not self.unguided
+
+    def checked(self) -> BenchOptions:
+        """The options after every check that is possible before work begins. Raises RequestError, OSError."""
+        options = self
+        if self.compare is not None and self.suite != "paper" and len(self.bundles) == 1 and self.bundles[0].is_file():
+            options = replace(self, new=self.bundles[0], bundles=())
+        elif not self.bundles and self.suite != "paper":
+            raise RequestError(
+                "no bundle was given; expected one or more folders made by 'parvis export', --suite paper (which "
+                "needs none), or --compare OLD.jsonl NEW.jsonl"
+            )
+        for name in ("images", "repetitions", "threads", "requests"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"--{name} {value}: expected 1 or more")
+        if self.threads is not None and self.threads > available_cores():
+            raise RequestError(
+                f"--threads {self.threads}: this process may use {available_cores()} cores; expected no more than these"
+            )
+        if not self.minutes > 0:
+            raise RequestError(f"--minutes {self.minutes:g}: expected more than 0")
+        if self.fail_above is not None and (self.compare is None or not self.fail_above > 0):
+            raise RequestError(f"--fail-above {self.fail_above:g}: expected a ratio above 0, and --compare OLD.jsonl")
+        outputs = [path for path in (self.json, self.csv, self.html) if path is not None]
+        if outputs.count(STANDARD_OUTPUT) > 1:
+            raise RequestError(
+                "'-' is standard output, and takes one of --json, --csv and --html; give files for the others"
+            )
+        if len(set(outputs)) < len(outputs):
+            raise RequestError("--json, --csv and --html name one file twice; give each its own")
+        for path in outputs:
+            if path != STANDARD_OUTPUT:
+                check_writable(path)
+        return options
+
+
+def run_bench(options: BenchOptions, progress: Progress, warn: Callable[[str], None]) -> Outcome:
+    """Measure what checked ``options`` ask for, or read their file of rows, and compare with the earlier run, if any.
+
+    ``warn`` is given each warning as a line. Raises BundleError, RequestError, CudaError, OSError, MemoryError.
+    """
+    old = None if options.compare is None else rows.read(options.compare)
+    if options.new is not None:
+        outcome = Outcome(rows.read(options.new), [], [], measured=False)
+    elif options.suite == "paper":
+        outcome = _run_paper(options, progress)
+    else:
+        outcome = _run_bundles(options, progress, warn)
+    if old is not None:
+        outcome.compared = compare.compare(old, outcome.rows)
+    return outcome
+
+
+# -- given bundles ----------------------------------------------------------------------------------------------------
+
+
+def _run_bundles(options: BenchOptions, progress: Progress, warn: Callable[[str], None]) -> Outcome:
+    """The suite on the given bundles and on their baselines."""
+    with ExitStack() as opened:
+        subjects = list(_open_subjects(options, opened, progress, warn))
+        infos = {subject.info.label: subject.info for subject in subjects}
+        gpu = select(options.device)
+        setting = Setting(options.suite, options.images, options.guided, options.repetitions, {}, gpu)
+        measured_infos = [] if options.no_limits else list(infos.values())
+        before = measure_limits(measured_infos, setting, progress)
+        if not options.whole:
+            setting = replace(setting, most_calls=dict(_long_baselines(subjects, setting, progress)))
+        made = _run_suite(options, subjects, setting, progress)
+        after = measure_limits(measured_infos, setting, progress)
+    limits = {threads: measured.better(after[threads]) for threads, measured in before.items()}
+    predicted: list[Prediction] = []
+    if not options.no_limits:
+        by_bundle = {info.hash: info for info in infos.values() if not info.pytorch}
+        for info in by_bundle.values():
+            predicted += predictions(info.architecture, info.bundle, info.n, options.images, options.guided)
+    return Outcome(with_bounds(made, infos, limits), predicted, [])
+
+
+def _run_suite(
+    options: BenchOptions, subjects: Sequence[SubjectProcess], setting: Setting, progress: Progress
+) -> list[Row]:
+    if options.suite == "batch":
+        return batch.batch(subjects, setting, progress, options.batches)
+    if options.suite == "decoder":
+        return decoder.decoder(subjects, setting, progress, options.batches)
+    if options.suite == "serve":
+        largest = max(options.batches) if options.batches else serve.LARGEST_BATCH
+        return serve.serve(subjects, setting, progress, largest, options.requests, 60 * options.minutes)
+    return phases.phases(subjects, setting, progress)
+
+
+def _open_subjects(
+    options: BenchOptions, opened: ExitStack, progress: Progress, warn: Callable[[str], None]
+) -> Iterator[SubjectProcess]:
+    """The bundles, then their baselines, each in a process that ``opened`` ends."""
+    labels = short_names(options.bundles)
+    for path, label in zip(options.bundles, labels, strict=True):
+        progress(f"{label}: loading")
+        bundle = Bundle.open(path)
+        subject = open_bundle(
+            path, label, device=options.device, threads=options.threads, selftest=has_selftest(bundle)
+        )
+        opened.callback(subject.close)
+        if subject.note and has_engines(bundle):
+            warn(subject.note)
+        yield subject
+    for baseline in options.against:
+        for path, label in zip(options.bundles, labels, strict=True):
+            name = baseline if len(labels) == 1 else f"{label} {baseline}"
+            progress(f"{name}: loading")
+            subject = _open_baseline(options, path, baseline, name, opened)
+            opened.callback(subject.close)
+            yield subject
+
+
+def _open_baseline(options: BenchOptions, path: Path, baseline: str, label: str, opened: ExitStack) -> SubjectProcess:
+    """One of :data:`BASELINES` of the bundle at ``path``."""
+    threads = options.threads
+    if baseline == "n1":
+        folder = tempfile.TemporaryDirectory(dir=options.work, prefix="parvis-bench-")
+        n1 = write_n1_bundle(path, Path(opened.enter_context(folder)))
+        device = options.device if options.device in CPUS else "cpu"
+        return open_bundle(n1, label, device=device, threads=threads, selftest=False)
+    if baseline == "ort":
+        selftest = has_selftest(Bundle.open(path, "none"))
+        return open_bundle(path, label, device="cpu-ort", threads=threads, selftest=selftest)
+    device = "cpu" if options.device in ("auto", *CPUS) else "cuda"
+    return open_eager(path, label, threads=threads, compiled=baseline == "compiled", device=device)
+
+
+def has_selftest(bundle: Bundle) -> bool:
+    """Whether the bundle has a self-test to pass; one of random weights has none."""
+    return bool(bundle.selftest["labels"])
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """A short name for each bundle: "parvis" for the only one, else its folder's name.
+
+    Equal names get a number each.
+    """
+    if len(paths) == 1:
+        return ["parvis"]
+    names = [path.resolve().name for path in paths]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)
+    ]
+
+
+def _long_baselines(
+    subjects: Sequence[SubjectProcess], setting: Setting, progress: Progress
+) -> Iterator[tuple[str, int]]:
+    """The labels of PyTorch's subjects whose image would take long, and how many calls take :data:`LONG_SECONDS`."""
+    for subject in subjects:
+        if subject.info.pytorch and setting.suite in ("phases", "batch"):
+            label = subject.info.label
+            progress(f"{label}: how long an image takes")
+            seconds = image_ms(subject.run(setting.images, setting.guided, PROBE_CALLS), subject.info) / 1e3
+            if seconds > LONG_SECONDS:
+                yield label, max(PROBE_CALLS, int(subject.info.architecture.calls * LONG_SECONDS / seconds))
+
+
+# -- the paper's tables -----------------------------------------------------------------------------------------------
+
+
+def _run_paper(options: BenchOptions, progress: Progress) -> Outcome:
+    """The paper's rows, with the given bundles in the places of their models."""
+    given = paper_run.given_bundles(options.bundles)
+    gpu = select(options.device)
+    device = "cpu" if options.device == "auto" and gpu is None else options.device
+    threads = options.threads or available_cores()
+    with tempfile.TemporaryDirectory(dir=options.work, prefix="parvis-bench-") as work:
+        progress("this machine's limits")
+        limits = device_limits(threads, gpu)
+        setting = Setting("paper", 1, options.guided, options.repetitions, {}, gpu)
+        sizes = options.sizes or paper.SIZES
+        paper_options = paper_run.PaperOptions(
+            options.minutes, sizes, Path(work), not options.no_eager, device, options.threads, given
+        )
+        made, infos, left_out = paper_run.run(setting, limits, paper_options, progress)
+        if gpu is None:
+            progress("this machine's limits, once more")
+            limits = limits.better(device_limits(threads, gpu))
+    made = with_bounds(made, infos, {threads if gpu is None else GPU: limits})
+    this_machine = machine.describe(gpu)
+    name = this_machine.gpu or f"{this_machine.cpu}, {threads} thread{'s' if threads > 1 else ''}"
+    published = paper.paper_rows(made, left_out, limits, name, options.guided)
+    return Outcome(made, paper.predicted(options.guided), published)

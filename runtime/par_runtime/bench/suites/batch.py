@@ -1,0 +1,86 @@
+"""The suite ``batch``: whole batches of growing size, until memory ends or a larger batch gives no more throughput."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from par_runtime import system
+from par_runtime.bench import machine
+from par_runtime.bench.measure import Progress, Setting, image_ms, make_row, summarize, take_turns
+from par_runtime.bench.rows import Row, median
+from par_runtime.bench.subjects.base import Subject, SubjectInfo
+from par_runtime.cost.memory import cache_bytes
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+PLATEAU = 1.05  #: the suite ends at a batch whose throughput is less than this many times the best of smaller ones
+#: The share of free memory that the caches of a batch may take; activations and the decoder need the other part.
+MEMORY_SHARE = 0.7
+
+
+def batch(
+    subjects: Sequence[Subject], setting: Setting, progress: Progress, sizes: Sequence[int] | None = None
+) -> list[Row]:
+    """Whole batches of each size, all subjects in turns; a subject stops at its plateau, or where memory ends.
+
+    If ``sizes`` are given, all of them are measured, whatever the plateau.
+    """
+    this_machine = machine.describe(setting.gpu)
+    rows: list[Row] = []
+    going, best = list(subjects), dict[str, float]()
+    for size in sizes or BATCHES:
+        sized = replace(setting, images=size)
+        going = [subject for subject in going if fits(subject.info, sized, progress)]
+        able: list[Subject] = []
+        for subject in going:
+            try:
+                subject.run(size, setting.guided, 24)  # a short run, which makes the buffers of the new size
+                able.append(subject)
+            except MemoryError as error:
+                progress(f"{subject.info.label}: {size} images do not fit ({error})")
+        if not able:
+            break
+        measured = take_turns(able, sized, progress)
+        going = []
+        for subject, repetitions in zip(able, measured, strict=True):
+            info = subject.info
+            whole = [image_ms(sample, info) for sample in repetitions.samples]
+            per_s = 1e3 * size / median(whole)
+            rows.append(
+                make_row(
+                    info,
+                    sized,
+                    this_machine,
+                    "throughput",
+                    whole,
+                    summarize(repetitions.flags),
+                    repetitions.samples,
+                    calls=info.architecture.calls,
+                    images_per_s=per_s,
+                )
+            )
+            if sizes is not None or per_s > PLATEAU * best.get(info.label, 0.0):
+                going.append(subject)
+            else:
+                progress(
+                    f"{info.label}: {size} images give {per_s:.3g} a second, as a smaller batch does; no larger one "
+                    "is tried"
+                )
+            best[info.label] = max(best.get(info.label, 0.0), per_s)
+    return rows
+
+
+def fits(info: SubjectInfo, setting: Setting, progress: Progress) -> bool:
+    """Whether the caches of a batch fit into free memory; one image is always tried."""
+    if info.device == "cpu":
+        free = system.available_bytes()
+    else:
+        free = None if setting.gpu is None else setting.gpu.memory_bytes
+    needed = cache_bytes(info.architecture, setting.images, setting.guided, info.cache_bytes)
+    if setting.images == 1 or free is None or needed <= MEMORY_SHARE * free:
+        return True
+    progress(
+        f"{info.label}: the caches of {setting.images} images take {needed / 1e9:.1f} GB of {free / 1e9:.1f} that are "
+        "free; ended"
+    )
+    return False
