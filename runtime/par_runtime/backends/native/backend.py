@@ -133,10 +133,6 @@ class NativeBackend:
         buffers.write[:] = write
         buffers.cache_row[:] = cache_row
         self._weights.embed(ids, buffers.x)
-        positions = write[:, None] + np.arange(query)  # [R,q]
-        # mode="clip": with "raise", take() fills a copy first. Positions are inside the tables.
-        self._weights.cosine.take(positions, 0, buffers.cosine, "clip")
-        self._weights.sine.take(positions, 0, buffers.sine, "clip")
         self._lib.parvis_step(self._pool, ctypes.byref(buffers.step))
         return buffers.logits
 
@@ -151,8 +147,6 @@ class _StepBuffers:
         self.write = np.zeros(rows, np.int64)
         self.cache_row = np.zeros(rows, np.int64)
         self.x = np.zeros((rows, query, model.dim), np.float32)
-        self.cosine = np.zeros((rows, query, model.head_dim // 2), np.float32)
-        self.sine = np.zeros_like(self.cosine)
         self.logits = np.zeros((rows, query, model.vocab_size), np.float32)
         self.guided = np.zeros_like(self.logits)
         self._qkv = np.zeros((m, 3 * inner), np.float32)
@@ -167,8 +161,6 @@ class _StepBuffers:
             write=self.write.ctypes.data,
             cache_row=self.cache_row.ctypes.data,
             x=self.x.ctypes.data,
-            cosine=self.cosine.ctypes.data,
-            sine=self.sine.ctypes.data,
             keys=pointers(layer.ctypes.data for layer in backend._cache[:layers]),
             values=pointers(layer.ctypes.data for layer in backend._cache[layers:]),
             logits=self.logits.ctypes.data,

@@ -36,12 +36,13 @@ enum { FP32, FP16, BF16 };
 /* The model. The Python class Model of library.py has the same fields. */
 typedef struct {
     int64_t dim, n_layers, n_heads, head_dim, ffn_dim, vocab_size, cache_slots;
-    int64_t weight_dtype;  /* FP32, FP16 or BF16: of all matrices */
-    float attention_scale; /* of queries */
-    const void **wqkv;     /* [L] pointers to [dim][3*H*D] in panels */
-    const void **wo;       /* [L] pointers to [H*D][dim] in panels */
-    const void **w13;      /* [L] pointers to [dim][2*F] in panels; each holds PANEL/2 columns of w1, then of w3 */
-    const void **w2;       /* [L] pointers to [F][dim] in panels */
+    int64_t weight_dtype;         /* FP32, FP16 or BF16: of all matrices */
+    float attention_scale;        /* of queries */
+    const float *cosine, *sine;   /* [positions][D/2] rotary tables */
+    const void **wqkv;            /* [L] pointers to [dim][3*H*D] in panels */
+    const void **wo;              /* [L] pointers to [H*D][dim] in panels */
+    const void **w13;             /* [L] pointers to [dim][2*F] in panels of PANEL/2 columns of w1, then of w3 */
+    const void **w2;              /* [L] pointers to [F][dim] in panels */
     const float **attention_norm; /* [L] pointers to [dim] */
     const float **ffn_norm;       /* [L] pointers to [dim] */
     const float *norm;            /* [dim] */
@@ -52,11 +53,10 @@ typedef struct {
 typedef struct {
     const Model *model;
     int64_t rows, query;
-    const int64_t *write;     /* [R] first slot that each row writes; it attends to slots 0 .. write + q - 1 */
+    const int64_t *write;     /* [R] first slot that each row writes, which is also its position; it attends to slots
+                                 0 .. write + q - 1 */
     const int64_t *cache_row; /* [R] row of the cache where each row's keys and values are */
     float *x;                 /* [M][dim] embeddings of the inputs; overwritten */
-    const float *cosine;      /* [M][D/2] rotary tables at each position */
-    const float *sine;        /* [M][D/2] */
     float **keys;             /* [L] pointers to [cache rows][H][S/PANEL][D][PANEL] */
     float **values;           /* [L] pointers to [cache rows][H][S][D] */
     float *logits;            /* [M][V] the result */
@@ -131,10 +131,22 @@ typedef struct {
    AVX2 on a CPU that has both. */
 static const Kernels *select_kernels(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
-    static const Kernels avx512 = {"avx512",        panel_product_avx512,  inverse_rms_avx512,
-                                   rms_norm_avx512, attention_head_avx512, swiglu_avx512};
-    static const Kernels avx2 = {"avx2",        panel_product_avx2,  inverse_rms_avx2,
-                                 rms_norm_avx2, attention_head_avx2, swiglu_avx2};
+    static const Kernels avx512 = {
+        .instructions = "avx512",
+        .panel_product = panel_product_avx512,
+        .inverse_rms = inverse_rms_avx512,
+        .rms_norm = rms_norm_avx512,
+        .attention_head = attention_head_avx512,
+        .swiglu = swiglu_avx512,
+    };
+    static const Kernels avx2 = {
+        .instructions = "avx2",
+        .panel_product = panel_product_avx2,
+        .inverse_rms = inverse_rms_avx2,
+        .rms_norm = rms_norm_avx2,
+        .attention_head = attention_head_avx2,
+        .swiglu = swiglu_avx2,
+    };
     const char *requested = getenv("PARVIS_NATIVE");
     int avx2_requested = requested && !strcmp(requested, "avx2");
     __builtin_cpu_init();

@@ -209,9 +209,9 @@ TARGET static void NAME(attention_head)(const Step *s, long layer, long r, long 
     for (long t = 0; t < q; t++) {
         /* [D] of the query; those of the key are `inner` numbers further on, those of the value 2 * inner */
         const float *row = s->qkv + (r * q + t) * 3 * inner + h * head_dim;
-        const float *cosine = s->cosine + (r * q + t) * head_dim / 2; /* [D/2] */
-        const float *sine = s->sine + (r * q + t) * head_dim / 2;     /* [D/2] */
         long slot = s->write[r] + t;
+        const float *cosine = model->cosine + slot * head_dim / 2;             /* [D/2] */
+        const float *sine = model->sine + slot * head_dim / 2;                 /* [D/2] */
         float *key = k_cache + slot / PANEL * PANEL * head_dim + slot % PANEL; /* [D], PANEL apart */
         for (long j = 0; j < head_dim / 2; j++) {
             float a = row[2 * j], b = row[2 * j + 1];

@@ -1,4 +1,4 @@
-"""The weights of a bundle as ``step.c`` reads them: matrices in panels, the tables that Python reads in numpy."""
+"""The weights of a bundle as ``step.c`` reads them: matrices in panels, and the tables and gains beside them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ class Weights:
     """Matrices [K,N] packed into panels [N/panel,K,panel] in one allocation, in the precision in which they are stored.
 
     ``model`` is the structure for ``step.c``, with pointers into this object's memory: keep the object while it is used.
-    ``cosine`` and ``sine`` [N,D'/2] are the rotary tables, by position.
     """
 
     def __init__(self, bundle: Bundle, lib: ctypes.CDLL, cache_slots: int) -> None:
@@ -55,7 +54,7 @@ class Weights:
         self._norms = {name: _float32(file, table[name]) for name in table if name.endswith(NORMS) or name == "norm"}
         self._embed_dtype = table["embed"].dtype
         self._embed = _view(file, table["embed"]).copy()
-        self.cosine, self.sine = (_float32(file, table[name]) for name in ("cos", "sin"))
+        self._cosine, self._sine = (_float32(file, table[name]) for name in ("cos", "sin"))
 
         matrices = {matrix: pointers(address[f"layers.{i}.{matrix}"] for i in layers) for matrix in MATRICES}
         norms = {norm: pointers(self._norms[f"layers.{i}.{norm}"].ctypes.data for i in layers) for norm in NORMS}
@@ -69,6 +68,8 @@ class Weights:
             cache_slots=cache_slots,
             weight_dtype=WEIGHT_DTYPES[dtype],
             attention_scale=m["head_dim"] ** -0.5,
+            cosine=self._cosine.ctypes.data,
+            sine=self._sine.ctypes.data,
             **matrices,
             **norms,
             norm=self._norms["norm"].ctypes.data,
