@@ -206,7 +206,7 @@ def test_many_calls_with_more_threads_than_cores(bundles: dict[str, Path]) -> No
     backend.close()  # twice is once
 
 
-def test_what_it_cannot_run_says_why(bundles: dict[str, Path], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_not_gives_the_reason(bundles: dict[str, Path], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(bundles["fp32"])
     if library.library() is not None:
         assert why_not(bundle) is None

@@ -1,12 +1,12 @@
 """The step network in C (``step.c``): what a CPU runs where weights are large, rows are few, and a compiler was there.
 
-ONNX Runtime multiplies a few rows by a large matrix at half to two thirds of the memory bandwidth, and holds fp16 and bf16
-weights in fp32. This backend packs each matrix once into the order in which it is read, prefetches it, converts it to fp32
-in registers, and reads only the keys that a row attends to. Same network, same arithmetic (fp32), same noise; tokens are
-those of ``step.onnx`` up to rounding, which the self-test of every load checks. Images are decoded by ONNX Runtime.
+ONNX Runtime multiplies a few rows by a large matrix at half to two thirds of the memory bandwidth, and holds fp16 and
+bf16 weights in fp32. This backend packs each matrix once into the order in which it is read, prefetches it, converts it
+to fp32 in registers, and reads only the keys that a row attends to. Same network, same arithmetic (fp32), same noise;
+tokens are those of ``step.onnx`` up to rounding, which the self-test of every load checks. ONNX Runtime decodes images.
 
-Where it cannot run (no compiler at installation, an older CPU, sizes that it does not support), ``library.why_not`` gives
-the reason, and ``choose.py`` takes ONNX Runtime.
+Where it cannot run (no compiler at installation, an older CPU, sizes that it does not support), ``library.why_not``
+gives the reason, and ``choose.py`` takes ONNX Runtime.
 
 Letters: R rows, B images, q positions, N tokens, V codes, M = R*q, H heads, D' padded head size, S cache slots.
 """
@@ -55,7 +55,7 @@ class NativeBackend:
         self._pool: int | None = lib.parvis_open(self._threads)
         self._batch: Batch | None = None
         self._cache_row: Int = np.zeros(0, np.int64)  # [R]
-        # Keys of all layers, then values, each at least R*H*S*D' long; one allocation, for which numpy asks for huge pages.
+        # Keys of all layers, then values, each at least R*H*S*D' long. One allocation: numpy asks for huge pages for it.
         self._cache: Float = np.zeros((2 * bundle.model["n_layers"], 0), np.float32)
         self._buffers: dict[int, _StepBuffers] = {}  # by q, for the current number of rows
 
@@ -106,7 +106,7 @@ class NativeBackend:
             self.close()
 
     def _guided(self, ids: Int, write: int) -> Float:
-        """Logits [B,q,V] of one call, guidance applied; a view of a buffer that the next call of the same q overwrites."""
+        """Logits [B,q,V] of one call, with guidance; a view of a buffer that the next call of the same q overwrites."""
         assert self._batch is not None
         batch = self._batch
         rows = self._run(ids, np.full(batch.rows, write), self._cache_row)
@@ -123,7 +123,7 @@ class NativeBackend:
     def _run(self, ids: Int, write: Int, cache_row: Int) -> Float:
         """Logits [R,q,V] of ``ids`` [R,q]; a buffer that the next call of the same q overwrites.
 
-        Row r has its keys in row ``cache_row[r]`` of the cache, no two rows in the same one. It writes slots ``write[r]`` ..
+        Row r has its keys in row ``cache_row[r]`` of the cache, which no other row has. It writes slots ``write[r]`` ..
         ``write[r] + q - 1``, which are also its positions, and attends to all slots up to the last of these.
         """
         query = ids.shape[1]

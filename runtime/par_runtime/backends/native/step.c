@@ -164,11 +164,11 @@ static long bytes_per_weight(const Model *model) { return model->weight_dtype ==
 
 /* c [M][n] = x^T w, or c += x^T w with `accumulate`, for x [k][M] and w [k][n] in panels. Each panel's result is first
    summed in `tile` [M][PANEL]: the rows of c are a multiple of 4 KB apart, and would evict each other from L1. */
-static void matmul(Pool *pool, const Kernels *f, const Step *s, const float *x, const void *w, long k, long n, float *c,
-                   int accumulate, float *tile) {
+static void matmul(Pool *pool, const Kernels *kernels, const Step *s, const float *x, const void *w, long k, long n,
+                   float *c, int accumulate, float *tile) {
     long m = s->rows * s->query, panel_bytes = PANEL * k * bytes_per_weight(s->model);
     for (long p = -1; (p = next_panel(pool, n / PANEL, p)) >= 0;) {
-        f->panel_product((int)s->model->weight_dtype, x, m, (const char *)w + p * panel_bytes, k, tile);
+        kernels->panel_product((int)s->model->weight_dtype, x, m, (const char *)w + p * panel_bytes, k, tile);
         for (long i = 0; i < m; i++) {
             float *to = c + i * n + p * PANEL;    /* [PANEL] */
             const float *from = tile + i * PANEL; /* [PANEL] */
@@ -180,34 +180,34 @@ static void matmul(Pool *pool, const Kernels *f, const Step *s, const float *x, 
     barrier(pool);
 }
 
-/* norm_out [dim][M] = RMSNorm of x [M][dim] with `gain` [dim], transposed. Every thread computes the factors of all rows,
-   `scale` [M], itself: that takes less time than waiting at a barrier for the factors of another thread. */
-static void norm(Pool *pool, const Kernels *f, const Step *s, const float *gain, float *scale) {
+/* norm_out [dim][M] = RMSNorm of x [M][dim] with `gain` [dim], transposed. Every thread computes the factors `scale` [M]
+   itself: that takes less time than waiting at a barrier for the factors of another thread. */
+static void norm(Pool *pool, const Kernels *kernels, const Step *s, const float *gain, float *scale) {
     long m = s->rows * s->query, dim = s->model->dim;
-    f->inverse_rms(s->x, dim, m, scale);
+    kernels->inverse_rms(s->x, dim, m, scale);
     for (long first; (first = next_piece(pool) * NORM_COLUMNS) < dim;) {
         long end = first + NORM_COLUMNS < dim ? first + NORM_COLUMNS : dim;
-        f->rms_norm(s->x, gain, scale, dim, m, first, end, s->norm_out);
+        kernels->rms_norm(s->x, gain, scale, dim, m, first, end, s->norm_out);
     }
     barrier(pool);
 }
 
 /* qkv [M][3*H*D] -> attention_out [H*D][M]; the new keys and values enter the cache. A piece is one head of one row. */
-static void attention(Pool *pool, const Kernels *f, const Step *s, long layer, float *scratch) {
+static void attention(Pool *pool, const Kernels *kernels, const Step *s, long layer, float *scratch) {
     long n_heads = s->model->n_heads;
     for (long i; (i = next_piece(pool)) < s->rows * n_heads;)
-        f->attention_head(s, layer, i / n_heads, i % n_heads, scratch);
+        kernels->attention_head(s, layer, i / n_heads, i % n_heads, scratch);
     barrier(pool);
 }
 
 /* norm_out [dim][M] -> ffn_hidden [F][M] = silu(w1^T norm_out) * (w3^T norm_out), with `w13` [dim][2*F] in panels. */
-static void ffn_hidden(Pool *pool, const Kernels *f, const Step *s, const void *w13, float *tile) {
+static void ffn_hidden(Pool *pool, const Kernels *kernels, const Step *s, const void *w13, float *tile) {
     const Model *model = s->model;
     long m = s->rows * s->query, panel_bytes = PANEL * model->dim * bytes_per_weight(model);
     for (long p = -1; (p = next_panel(pool, 2 * model->ffn_dim / PANEL, p)) >= 0;) {
         const char *panel = (const char *)w13 + p * panel_bytes; /* [dim][PANEL] */
-        f->panel_product((int)model->weight_dtype, s->norm_out, m, panel, model->dim, tile);
-        f->swiglu(tile, m, s->ffn_hidden + p * (PANEL / 2) * m);
+        kernels->panel_product((int)model->weight_dtype, s->norm_out, m, panel, model->dim, tile);
+        kernels->swiglu(tile, m, s->ffn_hidden + p * (PANEL / 2) * m);
     }
     barrier(pool);
 }
@@ -216,20 +216,20 @@ static void ffn_hidden(Pool *pool, const Kernels *f, const Step *s, const void *
 static void run_step(Pool *pool, const void *argument, int thread) {
     const Step *s = argument;
     const Model *model = s->model;
-    const Kernels *f = select_kernels();
+    const Kernels *kernels = select_kernels();
     long dim = model->dim, inner = model->n_heads * model->head_dim;
     float *scratch = s->scratch + thread * s->scratch_floats; /* [scratch_floats] */
     for (long l = 0; l < model->n_layers; l++) {
-        norm(pool, f, s, model->attention_norm[l], scratch);
-        matmul(pool, f, s, s->norm_out, model->wqkv[l], dim, 3 * inner, s->qkv, 0, scratch);
-        attention(pool, f, s, l, scratch);
-        matmul(pool, f, s, s->attention_out, model->wo[l], inner, dim, s->x, 1, scratch);
-        norm(pool, f, s, model->ffn_norm[l], scratch);
-        ffn_hidden(pool, f, s, model->w13[l], scratch);
-        matmul(pool, f, s, s->ffn_hidden, model->w2[l], model->ffn_dim, dim, s->x, 1, scratch);
+        norm(pool, kernels, s, model->attention_norm[l], scratch);
+        matmul(pool, kernels, s, s->norm_out, model->wqkv[l], dim, 3 * inner, s->qkv, 0, scratch);
+        attention(pool, kernels, s, l, scratch);
+        matmul(pool, kernels, s, s->attention_out, model->wo[l], inner, dim, s->x, 1, scratch);
+        norm(pool, kernels, s, model->ffn_norm[l], scratch);
+        ffn_hidden(pool, kernels, s, model->w13[l], scratch);
+        matmul(pool, kernels, s, s->ffn_hidden, model->w2[l], model->ffn_dim, dim, s->x, 1, scratch);
     }
-    norm(pool, f, s, model->norm, scratch);
-    matmul(pool, f, s, s->norm_out, model->output, dim, model->vocab_size, s->logits, 0, scratch);
+    norm(pool, kernels, s, model->norm, scratch);
+    matmul(pool, kernels, s, s->norm_out, model->output, dim, model->vocab_size, s->logits, 0, scratch);
 }
 
 /* -- what Python calls --------------------------------------------------------------------------------------------- */
@@ -261,7 +261,7 @@ void parvis_close(void *pool) { pool_close(pool); }
 void parvis_step(void *pool, const Step *step) { pool_run(pool, step); }
 
 /* Packs w [k][n], of `bytes` per number, into panels: out [n/PANEL][k][PANEL]; n is a multiple of PANEL. With
-   `interleave_halves`, a panel holds PANEL/2 columns of the first half of w, then PANEL/2 columns of the second half. */
+   `interleave_halves`, a panel holds PANEL/2 columns of the first half of w, then PANEL/2 of the second half. */
 void parvis_pack(const char *w /* [k][n] */, int64_t k, int64_t n, int64_t bytes, int interleave_halves,
                  char *out /* [n/PANEL][k][PANEL] */) {
     int64_t run = (interleave_halves ? PANEL / 2 : PANEL) * bytes;

@@ -160,8 +160,8 @@ TARGET static void NAME(inverse_rms)(const float *x, long dim, long m, float *sc
     }
 }
 
-/* Columns [first, end) of RMSNorm: out [dim][M] = x [M][dim] * scale [M] * gain [dim], transposed. Each thread does some
-   columns of all rows, not some rows, so that no two threads write into one cache line. */
+/* Columns [first, end) of RMSNorm: out [dim][M] = x [M][dim] * scale [M] * gain [dim], transposed. Each thread does
+   some columns of all rows, not some rows, so that no two threads write into one cache line. */
 TARGET static void NAME(rms_norm)(const float *x, const float *gain, const float *scale, long dim, long m, long first,
                                   long end, float *out) {
     for (long j = first; j < end; j++)

@@ -3,8 +3,8 @@
    The task is the whole step network. It consists of phases (for example one matrix product), each phase of pieces (for
    example the panels of its matrix). All threads run the same code and share the pieces of a phase by next_piece() or
    next_panel(), so a thread on a slow core does fewer. barrier() ends a phase. The caller of pool_run() is thread 0.
-   The other threads sleep between tasks. Inside a task they do not: it has hundreds of phases, and waking a thread takes
-   longer than a phase. */
+   The other threads sleep between tasks. Inside a task they do not: it has hundreds of phases, and waking a thread
+   takes longer than a phase. */
 
 #include <pthread.h>
 #include <sched.h>

@@ -23,7 +23,7 @@ NORMS = ("attention_norm", "ffn_norm")  #: of a layer
 class Weights:
     """Matrices [K,N] packed into panels [N/panel,K,panel] in one allocation, in the precision in which they are stored.
 
-    ``model`` is the structure for ``step.c``, with pointers into this object's memory: keep the object while it is used.
+    ``model`` is the structure for ``step.c``. It points into this object's memory: keep the object while it is used.
     """
 
     def __init__(self, bundle: Bundle, lib: ctypes.CDLL, cache_slots: int) -> None:
