@@ -1,4 +1,4 @@
-"""The C kernels against the graph that they stand for: logits, tokens, images, every precision, both instruction sets."""
+"""The C kernels against the graph that they stand for: logits, tokens, images, precisions, instruction sets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def batch(images: int, guidance: float) -> Batch:
 
 
 def compare(path: Path, images: int, guidance: float, threads: int = 2) -> float:
-    """Largest difference of logits over all calls of an image, relative to the largest logit; each backend has its own cache."""
+    """Largest difference of logits over all calls of an image, relative to the largest logit."""
     bundle = Bundle.open(path)
     ours, graph = NativeBackend(bundle, threads), OrtBackend(bundle, 1)
     one = batch(images, guidance)
@@ -102,9 +102,9 @@ def test_the_other_instruction_set(bundles: dict[str, Path]) -> None:
 def check_independent_rows(path: Path) -> None:
     """Rows of one call at different positions, with permuted cache rows, have the logits of calls with one row each.
 
-    Row r starts ``lag[r]`` calls late: until then it repeats its first call, which writes the same keys again. Each call has
-    the rows in another order, while their keys stay in the same row of the cache. Calls have 3 positions, so that some
-    write into two panels of keys.
+    Row r starts ``lag[r]`` calls late: until then it repeats its first call, which writes the same keys again. Each
+    call has the rows in another order, while their keys stay in the same row of the cache. Calls have 3 positions, so
+    that some write into two panels of keys.
     """
     bundle = Bundle.open(path)
     query, calls, lag, cache_row = 3, bundle.n_tokens // 3, np.array([0, 4, 9]), np.array([2, 0, 1])
@@ -234,7 +234,7 @@ def test_a_file_that_is_no_library_counts_as_not_built(tmp_path: Path, monkeypat
 def test_a_library_with_other_structures_is_refused(
     structure: str, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A structure that is one field longer in Python than in C: as after an update without building the kernels again."""
+    """A structure that is one field longer in Python than in C: as after an update that did not build the kernels."""
 
     class Longer(getattr(library, structure)):
         _fields_ = (("more", ctypes.c_int64),)

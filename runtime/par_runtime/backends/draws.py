@@ -1,7 +1,8 @@
 """The sampling tail of the graphs in numpy: temperature, top-k, top-p, and the draw by inverse CDF.
 
-``draw`` is for checks, one position at a time. ``draw_all`` gives the same tokens for many positions at once; the backend
-without a graph (``native/backend.py``) draws with it. ``distance_of`` measures how close a draw was to another token.
+``draw`` is for checks, one position at a time. ``draw_all`` gives the same tokens for many positions at once; the
+backend without a graph (``native/backend.py``) draws with it. ``distance_of`` measures how close a draw was to another
+token.
 Letters: P positions, V codes.
 """
 
@@ -20,7 +21,7 @@ Mask = NDArray[np.bool_]
 MIN_TEMPERATURE = np.float32(1e-5)  # as in the graphs
 #: Cumulative sums of V codes in fp32, in whatever order, differ by about this times sqrt(V).
 SUM_ROUNDING = 2.0**-22
-#: Logits that ``draw_all`` works on at a time: larger arrays do not fit into the caches, and are newly allocated each time.
+#: Logits that ``draw_all`` works on at a time: larger arrays do not fit into caches, and are allocated anew each time.
 BLOCK_NUMBERS = 2**15
 
 
@@ -31,7 +32,7 @@ def scaled(logits: Float, temperature: float) -> Float:
 
 
 def kept(logits: Float, top_k: int, top_p: float) -> Mask:
-    """Mask [V] of the scaled ``logits`` [V] that can be drawn; ties as in the graphs' ``sorted_keep``, in fp32 as there."""
+    """Mask [V] of the scaled ``logits`` [V] that can be drawn: fp32 and ties as in ``sorted_keep`` of the graphs."""
     vocab = len(logits)
     keep = np.ones(vocab, bool)
     order = np.argsort(-logits, kind="stable")
@@ -60,7 +61,7 @@ def draw(logits: Float, uniform: float, temperature: float, top_k: int, top_p: f
 def draw_all(
     logits: Float, uniform: Float, temperature: Float, top_k: NDArray[np.int64], top_p: Float
 ) -> NDArray[np.int64]:
-    """The tokens [P] that ``uniform`` [P] draws from ``logits`` [P,V], each with its own settings [P]; the same as ``draw``."""
+    """The tokens [P] that ``uniform`` [P] draws from ``logits`` [P,V] with settings [P]; those of ``draw``."""
     count, vocab = logits.shape
     if (top_k == 1).all() and not uniform.any():  # greedy; ties go to the lowest id
         return np.asarray(logits.argmax(-1), np.int64)
@@ -128,11 +129,11 @@ def distance_of(
     """How far ``uniform`` lies from ``token`` in the reference's CDF, and how far rounding may move that CDF.
 
     ``reference`` and ``candidate`` are both backends' logits [V] of one position. The distance is None where neither
-    backend's filters keep ``token``. Where rounding moved a code over the edge of top-k or top-p, the probabilities of all
-    other codes jump. So the reference's probabilities are taken twice: over the codes that its own logits keep, and over
-    those that the candidate's logits keep. The one that explains ``token`` better counts.
-    Logits that differ by at most h (up to a constant) have CDFs that differ by at most tanh(h/2). The worst case is half
-    of the mass up by h, and half of it down.
+    backend's filters keep ``token``. Where rounding moved a code over the edge of top-k or top-p, the probabilities of
+    all other codes jump. So the reference's probabilities are taken twice: over the codes that its own logits keep, and
+    over those that the candidate's logits keep. The one that explains ``token`` better counts.
+    Logits that differ by at most h (up to a constant) have CDFs that differ by at most tanh(h/2). The worst case is
+    half of the mass up by h, and half of it down.
     """
     expected, actual = scaled(reference, temperature), scaled(candidate, temperature)
     rounding = SUM_ROUNDING * math.sqrt(len(expected))

@@ -55,7 +55,7 @@ class NativeBackend:
         self._pool: int | None = lib.parvis_open(self._threads)
         self._batch: Batch | None = None
         self._cache_row: Int = np.zeros(0, np.int64)  # [R]
-        # Keys of all layers, then values, each at least R*H*S*D' long. One allocation: numpy asks for huge pages for it.
+        # Keys of all layers, then values, each at least R*H*S*D' long. One allocation: numpy asks huge pages for it.
         self._cache: Float = np.zeros((2 * bundle.model["n_layers"], 0), np.float32)
         self._buffers: dict[int, _StepBuffers] = {}  # by q, for the current number of rows
 

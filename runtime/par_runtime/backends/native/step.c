@@ -180,8 +180,8 @@ static void matmul(Pool *pool, const Kernels *kernels, const Step *s, const floa
     barrier(pool);
 }
 
-/* norm_out [dim][M] = RMSNorm of x [M][dim] with `gain` [dim], transposed. Every thread computes the factors `scale` [M]
-   itself: that takes less time than waiting at a barrier for the factors of another thread. */
+/* norm_out [dim][M] = RMSNorm of x [M][dim] with `gain` [dim], transposed. Every thread computes the factors `scale`
+   [M] itself: that takes less time than waiting at a barrier for the factors of another thread. */
 static void norm(Pool *pool, const Kernels *kernels, const Step *s, const float *gain, float *scale) {
     long m = s->rows * s->query, dim = s->model->dim;
     kernels->inverse_rms(s->x, dim, m, scale);
