@@ -1,8 +1,10 @@
-"""The C kernels against the graph that they stand for: logits, tokens, images, every precision, both instruction sets."""
+"""The C kernels against the graph that they stand for: logits, tokens, images, precisions, instruction sets."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,12 +18,13 @@ from par_export.random_bundle import family
 from par_model.config import PARConfig
 from par_runtime import Bundle, BundleError, Pipeline
 from par_runtime.backends.base import Batch
-from par_runtime.backends.native import backend as native
-from par_runtime.backends.native.backend import NativeBackend, why_not
+from par_runtime.backends.native import library
+from par_runtime.backends.native.backend import NativeBackend
+from par_runtime.backends.native.library import why_not
 from par_runtime.backends.ort.cpu import OrtBackend
 from par_runtime.schedule import uniforms
 
-needs_kernels = pytest.mark.skipif(native.library() is None, reason="no compiler at installation, or an older CPU")
+needs_kernels = pytest.mark.skipif(library.library() is None, reason="no compiler at installation, or an older CPU")
 
 
 def batch(images: int, guidance: float) -> Batch:
@@ -37,7 +40,7 @@ def batch(images: int, guidance: float) -> Batch:
 
 
 def compare(path: Path, images: int, guidance: float, threads: int = 2) -> float:
-    """Largest difference of logits over all calls of an image, as a part of the largest logit; the caches go along."""
+    """Largest difference of logits over all calls of an image, relative to the largest logit."""
     bundle = Bundle.open(path)
     ours, graph = NativeBackend(bundle, threads), OrtBackend(bundle, 1)
     one = batch(images, guidance)
@@ -76,21 +79,61 @@ def test_head_size_100_and_any_number_of_threads(odd: Path, threads: int) -> Non
     assert compare(odd, 1, 2.0, threads) < 2e-5
 
 
-@needs_kernels
-def test_the_other_instruction_set(bundles: dict[str, Path]) -> None:
-    """AVX2 where this machine has more: chosen when the library is loaded, so in a process of its own."""
-    code = (
-        "import sys; from pathlib import Path; from test_native import compare, native; "
-        "print(native.library().parvis_instructions().decode()); "
-        "assert max(compare(Path(p), 2, 2.0) for p in sys.argv[1:]) < 2e-5"
-    )
+def run_with_avx2(code: str, paths: list[Path]) -> None:
+    """Run ``code`` with ``paths`` in a process of its own: the instruction set is chosen when the library is loaded."""
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, "-c", code, *(str(bundles[name]) for name in ("fp32", "fp16", "bf16", "n16"))]
+    report = "from test_native import library; print(library.library().parvis_instructions().decode())"
+    command = [sys.executable, "-c", f"import sys; from pathlib import Path; {report}; {code}", *map(str, paths)]
     run = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path, "PARVIS_NATIVE": "avx2"}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.strip() == "avx2"
+
+
+@needs_kernels
+def test_the_other_instruction_set(bundles: dict[str, Path]) -> None:
+    code = "from test_native import compare; assert max(compare(Path(p), 2, 2.0) for p in sys.argv[1:]) < 2e-5"
+    run_with_avx2(code, [bundles[name] for name in ("fp32", "fp16", "bf16", "n16")])
+
+
+def check_independent_rows(path: Path) -> None:
+    """Rows of one call at different positions, with permuted cache rows, have the logits of calls with one row each.
+
+    Row r starts ``lag[r]`` calls late: until then it repeats its first call, which writes the same keys again. Each
+    call has the rows in another order, while their keys stay in the same row of the cache. Calls have 3 positions, so
+    that some write into two panels of keys.
+    """
+    bundle = Bundle.open(path)
+    query, calls, lag, cache_row = 3, bundle.n_tokens // 3, np.array([0, 4, 9]), np.array([2, 0, 1])
+    rng = np.random.default_rng(2)
+    ids = rng.integers(0, bundle.vocab_size, (calls, len(lag), query))
+    alone = []
+    backend = NativeBackend(bundle, 2)
+    for row in range(len(lag)):
+        one = batch(1, 1.0)
+        run = [backend.logits(one, ids[i, [row]], np.array([i * query])) for i in range(calls)]
+        alone.append(np.concatenate(run))  # [calls,q,V]
+    for i in range(calls):
+        rows = rng.permutation(len(lag))
+        own = np.maximum(i - lag[rows], 0)  # each row's own call
+        several = replace(batch(len(lag), 1.0), cache_row=cache_row[rows])
+        logits = backend.logits(several, ids[own, rows], own * query)
+        for j, row in enumerate(rows):
+            np.testing.assert_array_equal(logits[j], alone[row][own[j]], err_msg=f"call {i}, row {row}")
+    backend.close()
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_rows_at_different_positions_and_permuted_cache_rows(name: str, bundles: dict[str, Path]) -> None:
+    check_independent_rows(bundles[name])
+
+
+@needs_kernels
+def test_rows_at_different_positions_on_the_other_instruction_set(bundles: dict[str, Path]) -> None:
+    code = "from test_native import check_independent_rows as check; [check(Path(p)) for p in sys.argv[1:]]"
+    run_with_avx2(code, [bundles[name] for name in ("fp32", "fp16")])
 
 
 @needs_kernels
@@ -115,12 +158,12 @@ def test_tokens_and_images_are_onnx_runtimes(name: str, options: dict[str, Any],
 
 
 @needs_kernels
-def test_a_batch_leaves_nothing_to_the_next_and_rows_do_not_meet(bundles: dict[str, Path]) -> None:
+def test_a_batch_leaves_nothing_to_the_next_and_rows_are_independent(bundles: dict[str, Path]) -> None:
     with Pipeline.load(bundles["fp32"], device="cpu", threads=2) as pipeline:
         alone = [pipeline.generate(label, seeds=[7 + label]).tokens[0] for label in range(3)]
         pipeline.generate([5] * 6, guidance=1.0, seed=0)
-        together = pipeline.generate([0, 1, 2], seeds=[7, 8, 9]).tokens
-    assert (np.stack(alone) == together).all()
+        batched = pipeline.generate([0, 1, 2], seeds=[7, 8, 9]).tokens
+    assert (np.stack(alone) == batched).all()
 
 
 @needs_kernels
@@ -141,7 +184,7 @@ def test_scores_and_kept_tokens(bundles: dict[str, Path]) -> None:
 
 @needs_kernels
 def test_many_calls_with_more_threads_than_cores(bundles: dict[str, Path]) -> None:
-    """Barriers under pressure: the same tokens every time."""
+    """Threads wait for each other at every barrier while others hold their cores: the same tokens every time."""
     bundle = Bundle.open(bundles["n16"])
     backend = NativeBackend(bundle, 7)
     one = batch(1, 2.0)
@@ -160,9 +203,9 @@ def test_many_calls_with_more_threads_than_cores(bundles: dict[str, Path]) -> No
     backend.close()  # twice is once
 
 
-def test_what_it_cannot_run_says_why(bundles: dict[str, Path], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_not_gives_the_reason(bundles: dict[str, Path], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(bundles["fp32"])
-    if native.library() is not None:
+    if library.library() is not None:
         assert why_not(bundle) is None
         assert why_not(Bundle.open(tiny)) == "a width of the model is no multiple of 32"
         assert "no table of weights" in (why_not(replace(bundle, weights={})) or "")
@@ -170,16 +213,54 @@ def test_what_it_cannot_run_says_why(bundles: dict[str, Path], tiny: Path, monke
             BundleError, match=r"cannot run on the C kernels: a width.*; --device cpu-ort takes ONNX Runtime"
         ):
             NativeBackend(Bundle.open(tiny))
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(library, "library_file", lambda: None)
     assert "the C kernels were not built" in (why_not(bundle) or "")
     with Pipeline.load(bundles["fp32"], device="cpu") as pipeline:
         assert pipeline.backend.info.name.startswith("onnxruntime-cpu")
 
 
+def test_a_file_that_is_no_library_counts_as_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "_step.so"
+    file.write_bytes(b"no library")
+    monkeypatch.setattr(library, "library_file", lambda: file)
+    assert library.library() is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("structure", ["Model", "Step"])
+def test_a_library_with_other_structures_is_refused(
+    structure: str, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A structure that is one field longer in Python than in C: as after an update that did not build the kernels."""
+
+    class Longer(getattr(library, structure)):
+        _fields_ = (("more", ctypes.c_int64),)
+
+    built = library.library_file()
+    assert built is not None
+    copy = tmp_path / built.name  # another path, since a library is loaded and checked once
+    shutil.copy(built, copy)
+    monkeypatch.setattr(library, "library_file", lambda: copy)
+    monkeypatch.setattr(library, structure, Longer)
+    bundle = Bundle.open(bundles["fp32"])
+    assert library.library() is None
+    assert "built from other sources" in (why_not(bundle) or "")
+    assert "install parvis again" in (why_not(bundle) or "")
+    with pytest.raises(BundleError, match="built from other sources"):
+        NativeBackend(bundle)
+    with Pipeline.load(bundles["fp32"], device="cpu") as pipeline:
+        assert pipeline.backend.info.name.startswith("onnxruntime-cpu")
+
+
+def test_a_library_from_before_the_check_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not report the sizes of its structures; here any other compiled module stands for it."""
+    monkeypatch.setattr(library, "library_file", lambda: Path(np.linalg._umath_linalg.__file__))
+    with pytest.raises(library.KernelError, match="built from other sources"):
+        library.open_library(library.library_file())
+
+
 @needs_kernels
 def test_a_bundle_whose_weights_were_changed_fails_its_self_test(bundles: dict[str, Path], tmp_path: Path) -> None:
-    import shutil
-
     path = tmp_path / "spoilt"
     shutil.copytree(bundles["fp32"], path)
     at = Bundle.open(path).weights["layers.1.w2"]

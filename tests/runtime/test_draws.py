@@ -35,8 +35,8 @@ def test_all_at_once_is_one_by_one(vocab: int, ties: bool) -> None:
 @pytest.mark.parametrize("ties", [False, True])
 def test_what_is_kept_is_the_same_set(ties: bool) -> None:
     logits, _, _, top_k, top_p = cases(300, 64, ties)
-    for row, k, p, found in zip(logits, top_k, top_p, kept_all(logits, top_k, top_p), strict=True):
-        assert (found == kept(row, int(k), float(p))).all()
+    for row, k, p, mask in zip(logits, top_k, top_p, kept_all(logits, top_k, top_p), strict=True):
+        assert (mask == kept(row, int(k), float(p))).all()
 
 
 def test_greedy_takes_the_lowest_id_of_a_tie() -> None:

@@ -60,7 +60,8 @@ def choose(
 
 def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
     try:
-        from par_runtime.backends.native.backend import NativeBackend, why_not
+        from par_runtime.backends.native.backend import NativeBackend
+        from par_runtime.backends.native.library import why_not
         from par_runtime.backends.ort import cpu as ort  # here, because importing onnxruntime takes a while
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":

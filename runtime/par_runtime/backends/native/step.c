@@ -1,310 +1,276 @@
-/* One call of the step network on a CPU: q positions of every row through all layers, to logits.
+/* One call of the step network on a CPU: q positions of every row go through all layers to logits.
 
-   What ONNX Runtime does with step.onnx, for the one case that matters: few rows, weights that no cache holds. Then a step is
-   a read of all weights, and everything here serves that read: matrices are packed in the order in which they are read and
-   fetched ahead of their use; half-precision weights are read as they are stored and widened in registers; keys are kept in the
-   same panels, and only those that a row sees are read. Arithmetic is fp32 throughout, as in step.onnx.
+   ONNX Runtime does the same with step.onnx. This code serves one case: few rows, and weights that are larger than any
+   cache. Then a step takes as long as reading all weights from memory, and everything here makes that read fast:
+   - matrices are packed in the order in which they are read, and are prefetched;
+   - fp16 and bf16 weights are read as they are stored, and converted to fp32 in registers;
+   - keys are stored in the same packed form, and only the keys that a row attends to are read.
+   All arithmetic is fp32, as in step.onnx.
 
-   Threads share each product panel by panel, through a counter, so that a core that a neighbour slows does less.
-   Plain C and the system's threads; the instruction set is chosen when the library is loaded. Python's side: native.py. */
+   The instruction set is chosen when the library is loaded. The Python side is library.py, weights.py and backend.py.
+
+   Letters in the comments:
+   R  rows of the batch            L  layers                          S  cache slots of a row
+   q  positions of a row per call  H  attention heads                 V  codes (size of the vocabulary)
+   M  = R * q, rows of a product   D  numbers of a head (head_dim)    T  keys that a row attends to, T <= S
+   K  inner size of a product      N  columns of a product            F  ffn_dim
+   [A][B] is an array of A times B numbers in C order. A matrix "in panels" is [N/PANEL][K][PANEL]. */
 
 #include <math.h>
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <stdint.h>
-#include <stdlib.h>
+#include <stddef.h>
 #include <string.h>
 
-#define PANEL 32 /* columns of a panel */
-#define PIECE 64 /* of a panel's rows that stay in the first cache */
-#define AHEAD 3072 /* bytes that a panel is fetched from memory before its use, where the rows pass over it once, */
-#define NEAR 1024 /* and into the first cache */
-#define VALUES_AHEAD 12 /* keys whose values are fetched before their use */
-#define SHARES 4 /* of a product that each thread takes, if none is slowed */
-#define NORM_COLUMNS 128 /* that a thread takes at a time */
-#define EPSILON 1e-5f
-#define SPINS 4000 /* looks at a counter before a thread lets others run */
-enum { SINGLE, HALF, BRAIN };
+#include "threads.h"
 
+#define PANEL 32   /* columns of a panel */
+#define K_BLOCK 64 /* rows of a panel that stay in the L1 cache while all rows of activations are multiplied */
+#define PREFETCH_L2_BYTES 3072 /* how far ahead weights are prefetched into L2, where each weight is read once, */
+#define PREFETCH_L1_BYTES 1024 /* and into L1 */
+#define PREFETCH_SLOTS 12      /* how far ahead cached values are prefetched */
+#define NORM_COLUMNS 128       /* columns of one piece of an RMSNorm */
+#define RMS_EPSILON 1e-5f
+
+/* As in library.py */
+enum { FP32, FP16, BF16 };
+
+/* The model. The Python class Model of library.py has the same fields. */
 typedef struct {
-    int64_t dim, layers, heads, head, ffn, vocab, slots, type;
-    float scale;
-    const void **wqkv, **wo, **w13, **w2; /* a pointer per layer to packed panels */
-    const float **attention_gain, **ffn_gain;
-    const float *gain;
-    const void *output;
+    int64_t dim, n_layers, n_heads, head_dim, ffn_dim, vocab_size, cache_slots;
+    int64_t weight_dtype;         /* FP32, FP16 or BF16: of all matrices */
+    float attention_scale;        /* of queries */
+    const float *cosine, *sine;   /* [positions][D/2] rotary tables */
+    const void **wqkv;            /* [L] pointers to [dim][3*H*D] in panels */
+    const void **wo;              /* [L] pointers to [H*D][dim] in panels */
+    const void **w13;             /* [L] pointers to [dim][2*F] in panels of PANEL/2 columns of w1, then of w3 */
+    const void **w2;              /* [L] pointers to [F][dim] in panels */
+    const float **attention_norm; /* [L] pointers to [dim] */
+    const float **ffn_norm;       /* [L] pointers to [dim] */
+    const float *norm;            /* [dim] */
+    const void *output;           /* [dim][V] in panels */
 } Model;
 
+/* One call. The Python class Step of library.py has the same fields. */
 typedef struct {
     const Model *model;
     int64_t rows, query;
-    const int64_t *write; /* [R] first slot of each row */
-    float *x; /* [M,d] activations, overwritten */
-    const float *cosine, *sine; /* [M,head/2] */
-    float **all_keys, **all_values; /* per layer, [R,H,slots,head] */
-    float *logits; /* [M,V] */
-    float *keys, *values, *qkv, *mixed, *normed, *gates, *scratch;
-    int64_t scratch_floats; /* of each thread */
+    const int64_t *write;     /* [R] first slot that each row writes, which is also its position; it attends to slots
+                                 0 .. write + q - 1 */
+    const int64_t *cache_row; /* [R] row of the cache where each row's keys and values are */
+    float *x;                 /* [M][dim] embeddings of the inputs; overwritten */
+    float **keys;             /* [L] pointers to [cache rows][H][S/PANEL][D][PANEL] */
+    float **values;           /* [L] pointers to [cache rows][H][S][D] */
+    float *logits;            /* [M][V] the result */
+    /* Intermediate results, shared by all threads: */
+    float *qkv;           /* [M][3*H*D] */
+    float *attention_out; /* [H*D][M] */
+    float *norm_out;      /* [dim][M] */
+    float *ffn_hidden;    /* [F][M] */
+    /* Each thread's own: */
+    float *scratch;         /* [threads][scratch_floats] */
+    int64_t scratch_floats; /* from parvis_scratch() */
 } Step;
+
+/* -- the kernels, once for each instruction set -------------------------------------------------------------------- */
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define SUFFIX avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,fma,f16c,avx2")))
-#define ROWS 12
-#define SOME 8
-#define VEC 16
+#define ROWS_MAX 12
+#define ROWS_MID 8
+#define VEC_FLOATS 16
 #define vec __m512
-#define load _mm512_loadu_ps
-#define store _mm512_storeu_ps
-#define set1 _mm512_set1_ps
-#define fma _mm512_fmadd_ps
-#define load_half(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
-#define load_brain(p) \
+#define vec_load_fp32 _mm512_loadu_ps
+#define vec_load_fp16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
+#define vec_load_bf16(p) \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define vec_store _mm512_storeu_ps
+#define vec_set1 _mm512_set1_ps
+#define vec_fma _mm512_fmadd_ps
 #include "step_kernels.h"
 #undef SUFFIX
 #undef TARGET
-#undef ROWS
-#undef SOME
-#undef VEC
+#undef ROWS_MAX
+#undef ROWS_MID
+#undef VEC_FLOATS
 #undef vec
-#undef load
-#undef store
-#undef set1
-#undef fma
-#undef load_half
-#undef load_brain
+#undef vec_load_fp32
+#undef vec_load_fp16
+#undef vec_load_bf16
+#undef vec_store
+#undef vec_set1
+#undef vec_fma
 #define SUFFIX avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-#define ROWS 3
-#define SOME 3
-#define VEC 8
+#define ROWS_MAX 3
+#define ROWS_MID 3
+#define VEC_FLOATS 8
 #define vec __m256
-#define load _mm256_loadu_ps
-#define store _mm256_storeu_ps
-#define set1 _mm256_set1_ps
-#define fma _mm256_fmadd_ps
-#define load_half(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
-#define load_brain(p) \
+#define vec_load_fp32 _mm256_loadu_ps
+#define vec_load_fp16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define vec_load_bf16(p) \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define vec_store _mm256_storeu_ps
+#define vec_set1 _mm256_set1_ps
+#define vec_fma _mm256_fmadd_ps
 #include "step_kernels.h"
 #endif
 
+/* The kernels of one instruction set; step_kernels.h describes them. */
 typedef struct {
-    void (*panel)(int, const float *, long, const void *, long, float *, long, int);
-    void (*scales)(const float *, long, long, float *);
-    void (*norm)(const float *, const float *, const float *, long, long, long, long, float *);
-    void (*head)(const Step *, long, long, float *);
-    void (*gated)(const float *, long, float *);
-    const char *name;
+    const char *instructions;
+    void (*panel_product)(int weight_dtype, const float *x, long m, const void *w, long k, float *c);
+    void (*inverse_rms)(const float *x, long dim, long m, float *scale);
+    void (*rms_norm)(const float *x, const float *gain, const float *scale, long dim, long m, long first, long end,
+                     float *out);
+    void (*attention_head)(const Step *s, long layer, long row, long head, float *scratch);
+    void (*swiglu)(const float *c, long m, float *out);
 } Kernels;
 
-static const Kernels *chosen(void) {
+/* The kernels for this CPU; NULL where it has neither AVX-512 nor AVX2. PARVIS_NATIVE=avx2 in the environment selects
+   AVX2 on a CPU that has both. */
+static const Kernels *select_kernels(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
-    static const Kernels wide = {panel_avx512, scales_avx512, norm_avx512, head_avx512, gated_avx512, "avx512"};
-    static const Kernels narrow = {panel_avx2, scales_avx2, norm_avx2, head_avx2, gated_avx2, "avx2"};
-    const char *asked = getenv("PARVIS_NATIVE");
+    static const Kernels avx512 = {
+        .instructions = "avx512",
+        .panel_product = panel_product_avx512,
+        .inverse_rms = inverse_rms_avx512,
+        .rms_norm = rms_norm_avx512,
+        .attention_head = attention_head_avx512,
+        .swiglu = swiglu_avx512,
+    };
+    static const Kernels avx2 = {
+        .instructions = "avx2",
+        .panel_product = panel_product_avx2,
+        .inverse_rms = inverse_rms_avx2,
+        .rms_norm = rms_norm_avx2,
+        .attention_head = attention_head_avx2,
+        .swiglu = swiglu_avx2,
+    };
+    const char *requested = getenv("PARVIS_NATIVE");
+    int avx2_requested = requested && !strcmp(requested, "avx2");
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        !(asked && !strcmp(asked, "avx2")))
-        return &wide;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &narrow;
+        !avx2_requested)
+        return &avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &avx2;
 #endif
     return NULL;
 }
 
-/* -- threads: the caller is one of them; the others wait between calls, and look at a counter within one ------------------ */
+/* -- the network: every function here is called by all threads, and ends with a barrier ---------------------------- */
 
-typedef struct {
-    int count;
-    pthread_t *threads;
-    pthread_mutex_t lock;
-    pthread_cond_t wake;
-    const Step *step;
-    int64_t turn; /* of calls, guarded by lock */
-    int ending, started;
-    atomic_long next; /* piece of the phase that is shared out */
-    atomic_int arrived;
-    atomic_long phase;
-} Pool;
+static long bytes_per_weight(const Model *model) { return model->weight_dtype == FP32 ? 4 : 2; }
 
-static void rest(int *spins) {
-    if (++*spins < SPINS) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
-    } else {
-        sched_yield();
-    }
-}
-
-/* All threads have done the phase; the last to come opens the next. */
-static void together(Pool *pool) {
-    long phase = atomic_load(&pool->phase);
-    if (atomic_fetch_add(&pool->arrived, 1) == pool->count - 1) {
-        atomic_store(&pool->arrived, 0);
-        atomic_store(&pool->next, 0);
-        atomic_store(&pool->phase, phase + 1);
-    } else {
-        int spins = 0;
-        while (atomic_load_explicit(&pool->phase, memory_order_acquire) == phase) rest(&spins);
-    }
-}
-
-static long take(Pool *pool) { return atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed); }
-
-/* The next of so many panels for this thread, `at` being its last one (-1 at first); -1 where there is none. Panels are taken some
-   at a time, side by side, so that what is fetched ahead at the end of one is the beginning of the thread's next. */
-static long next_panel(Pool *pool, long panels, long at) {
-    long each = panels / (pool->count * SHARES);
-    if (each < 1) each = 1;
-    if (at >= 0 && (at + 1) % each && at + 1 < panels) return at + 1;
-    long first = take(pool) * each;
-    return first < panels ? first : -1;
-}
-
-/* c [M,N] (+)= x^T w, panel by panel. A panel is summed in `tile` [M][PANEL]: rows of c lie a multiple of 4 KB apart, and would
-   push each other out of the first cache. */
-static void product(Pool *pool, const Kernels *f, const Step *s, const float *x, const void *w, long k, long n, float *c, int add,
-                    float *tile) {
-    long m = s->rows * s->query, wide = s->model->type == SINGLE ? 4 : 2;
+/* c [M][n] = x^T w, or c += x^T w with `accumulate`, for x [k][M] and w [k][n] in panels. Each panel's result is first
+   summed in `tile` [M][PANEL]: the rows of c are a multiple of 4 KB apart, and would evict each other from L1. */
+static void matmul(Pool *pool, const Kernels *kernels, const Step *s, const float *x, const void *w, long k, long n,
+                   float *c, int accumulate, float *tile) {
+    long m = s->rows * s->query, panel_bytes = PANEL * k * bytes_per_weight(s->model);
     for (long p = -1; (p = next_panel(pool, n / PANEL, p)) >= 0;) {
-        f->panel((int)s->model->type, x, m, (const char *)w + p * PANEL * k * wide, k, tile, PANEL, 0);
+        kernels->panel_product((int)s->model->weight_dtype, x, m, (const char *)w + p * panel_bytes, k, tile);
         for (long i = 0; i < m; i++) {
-            float *row = c + i * n + p * PANEL;
-            const float *sum = tile + i * PANEL;
-            if (add)
-                for (long j = 0; j < PANEL; j++) row[j] += sum[j];
-            else
-                memcpy(row, sum, PANEL * sizeof(float));
+            float *to = c + i * n + p * PANEL;    /* [PANEL] */
+            const float *from = tile + i * PANEL; /* [PANEL] */
+            if (accumulate)
+                for (long j = 0; j < PANEL; j++) to[j] += from[j];
+            else memcpy(to, from, PANEL * sizeof(float));
         }
     }
-    together(pool);
+    barrier(pool);
 }
 
-/* RMSNorm of all rows, transposed. Each thread finds every row's factor itself: that is shorter than waiting for another's. */
-static void normed(Pool *pool, const Kernels *f, const Step *s, const float *gain, float *scale) {
-    long m = s->rows * s->query, d = s->model->dim;
-    f->scales(s->x, d, m, scale);
-    for (long j; (j = take(pool) * NORM_COLUMNS) < d;)
-        f->norm(s->x, gain, scale, d, m, j, j + NORM_COLUMNS < d ? j + NORM_COLUMNS : d, s->normed);
-    together(pool);
-}
-
-static void work(Pool *pool, const Step *shared, int thread) {
-    Step s = *shared;
-    const Model *w = s.model;
-    const Kernels *f = chosen();
-    long m = s.rows * s.query, inner = w->heads * w->head, wide = w->type == SINGLE ? 4 : 2;
-    float *scratch = s.scratch + thread * s.scratch_floats;
-    for (long l = 0; l < w->layers; l++) {
-        s.keys = s.all_keys[l], s.values = s.all_values[l];
-        normed(pool, f, &s, w->attention_gain[l], scratch);
-        product(pool, f, &s, s.normed, w->wqkv[l], w->dim, 3 * inner, s.qkv, 0, scratch);
-        for (long i; (i = take(pool)) < s.rows * w->heads;) f->head(&s, i / w->heads, i % w->heads, scratch);
-        together(pool);
-        product(pool, f, &s, s.mixed, w->wo[l], inner, w->dim, s.x, 1, scratch);
-        normed(pool, f, &s, w->ffn_gain[l], scratch);
-        for (long p = -1; (p = next_panel(pool, 2 * w->ffn / PANEL, p)) >= 0;) {
-            f->panel((int)w->type, s.normed, m, (const char *)w->w13[l] + p * PANEL * w->dim * wide, w->dim, scratch, PANEL, 0);
-            f->gated(scratch, m, s.gates + p * (PANEL / 2) * m);
-        }
-        together(pool);
-        product(pool, f, &s, s.gates, w->w2[l], w->ffn, w->dim, s.x, 1, scratch);
+/* norm_out [dim][M] = RMSNorm of x [M][dim] with `gain` [dim], transposed. Every thread computes the factors `scale`
+   [M] itself: that takes less time than waiting at a barrier for the factors of another thread. */
+static void norm(Pool *pool, const Kernels *kernels, const Step *s, const float *gain, float *scale) {
+    long m = s->rows * s->query, dim = s->model->dim;
+    kernels->inverse_rms(s->x, dim, m, scale);
+    for (long first; (first = next_piece(pool) * NORM_COLUMNS) < dim;) {
+        long end = first + NORM_COLUMNS < dim ? first + NORM_COLUMNS : dim;
+        kernels->rms_norm(s->x, gain, scale, dim, m, first, end, s->norm_out);
     }
-    normed(pool, f, &s, w->gain, scratch);
-    product(pool, f, &s, s.normed, w->output, w->dim, w->vocab, s.logits, 0, scratch);
+    barrier(pool);
 }
 
-typedef struct {
-    Pool *pool;
-    int thread;
-} Worker;
+/* qkv [M][3*H*D] -> attention_out [H*D][M]; the new keys and values enter the cache. A piece is one head of one row. */
+static void attention(Pool *pool, const Kernels *kernels, const Step *s, long layer, float *scratch) {
+    long n_heads = s->model->n_heads;
+    for (long i; (i = next_piece(pool)) < s->rows * n_heads;)
+        kernels->attention_head(s, layer, i / n_heads, i % n_heads, scratch);
+    barrier(pool);
+}
 
-static void *worker(void *given) {
-    Worker me = *(Worker *)given;
-    free(given);
-    int64_t seen = 0;
-    for (;;) {
-        pthread_mutex_lock(&me.pool->lock);
-        while (me.pool->turn == seen && !me.pool->ending) pthread_cond_wait(&me.pool->wake, &me.pool->lock);
-        int ending = me.pool->ending;
-        const Step *step = me.pool->step;
-        seen = me.pool->turn;
-        pthread_mutex_unlock(&me.pool->lock);
-        if (ending) return NULL;
-        work(me.pool, step, me.thread);
+/* norm_out [dim][M] -> ffn_hidden [F][M] = silu(w1^T norm_out) * (w3^T norm_out), with `w13` [dim][2*F] in panels. */
+static void ffn_hidden(Pool *pool, const Kernels *kernels, const Step *s, const void *w13, float *tile) {
+    const Model *model = s->model;
+    long m = s->rows * s->query, panel_bytes = PANEL * model->dim * bytes_per_weight(model);
+    for (long p = -1; (p = next_panel(pool, 2 * model->ffn_dim / PANEL, p)) >= 0;) {
+        const char *panel = (const char *)w13 + p * panel_bytes; /* [dim][PANEL] */
+        kernels->panel_product((int)model->weight_dtype, s->norm_out, m, panel, model->dim, tile);
+        kernels->swiglu(tile, m, s->ffn_hidden + p * (PANEL / 2) * m);
     }
+    barrier(pool);
 }
 
-/* -- what Python calls ----------------------------------------------------------------------------------------------------- */
+/* The task of the pool: one call of the network. */
+static void run_step(Pool *pool, const void *argument, int thread) {
+    const Step *s = argument;
+    const Model *model = s->model;
+    const Kernels *kernels = select_kernels();
+    long dim = model->dim, inner = model->n_heads * model->head_dim;
+    float *scratch = s->scratch + thread * s->scratch_floats; /* [scratch_floats] */
+    for (long l = 0; l < model->n_layers; l++) {
+        norm(pool, kernels, s, model->attention_norm[l], scratch);
+        matmul(pool, kernels, s, s->norm_out, model->wqkv[l], dim, 3 * inner, s->qkv, 0, scratch);
+        attention(pool, kernels, s, l, scratch);
+        matmul(pool, kernels, s, s->attention_out, model->wo[l], inner, dim, s->x, 1, scratch);
+        norm(pool, kernels, s, model->ffn_norm[l], scratch);
+        ffn_hidden(pool, kernels, s, model->w13[l], scratch);
+        matmul(pool, kernels, s, s->ffn_hidden, model->w2[l], model->ffn_dim, dim, s->x, 1, scratch);
+    }
+    norm(pool, kernels, s, model->norm, scratch);
+    matmul(pool, kernels, s, s->norm_out, model->output, dim, model->vocab_size, s->logits, 0, scratch);
+}
 
-const char *parvis_instructions(void) { return chosen() ? chosen()->name : ""; }
+/* -- what Python calls --------------------------------------------------------------------------------------------- */
+
+/* "avx512", "avx2", or "" where this CPU has neither. */
+const char *parvis_instructions(void) { return select_kernels() ? select_kernels()->instructions : ""; }
 
 int parvis_panel(void) { return PANEL; }
 
-/* Floats that a thread needs for a step of `rows` rows of `query` positions. */
-int64_t parvis_scratch(const Model *w, int64_t rows, int64_t query) {
-    int64_t padded = (w->slots + PANEL - 1) / PANEL * PANEL;
-    int64_t attention = query * (2 * w->head + 2 * padded), gates = rows * query * PANEL;
-    return (attention > gates ? attention : gates) + 64;
+/* The sizes of both structures and the offsets of their last fields; library.py compares them with its own. */
+void parvis_struct_sizes(int64_t *sizes /* [4] */) {
+    sizes[0] = sizeof(Model);
+    sizes[1] = offsetof(Model, output);
+    sizes[2] = sizeof(Step);
+    sizes[3] = offsetof(Step, scratch_floats);
 }
 
-void *parvis_open(int threads) {
-    Pool *pool = calloc(1, sizeof(Pool));
-    if (!pool) return NULL;
-    pool->threads = calloc((size_t)threads, sizeof(pthread_t));
-    pthread_mutex_init(&pool->lock, NULL);
-    pthread_cond_init(&pool->wake, NULL);
-    pool->count = 1;
-    for (int i = 1; pool->threads && i < threads; i++) {
-        Worker *it = malloc(sizeof(Worker));
-        if (!it) break;
-        it->pool = pool, it->thread = i;
-        if (pthread_create(&pool->threads[i], NULL, worker, it)) {
-            free(it);
-            break;
-        }
-        pool->count++;
-    }
-    return pool;
+/* Floats of scratch memory that each thread needs for a step of `rows` rows of `query` positions. */
+int64_t parvis_scratch(const Model *model, int64_t rows, int64_t query) {
+    int64_t padded_slots = (model->cache_slots + PANEL - 1) / PANEL * PANEL;
+    int64_t attention = query * (2 * model->head_dim + 2 * padded_slots), tile = rows * query * PANEL;
+    return (attention > tile ? attention : tile) + 64;
 }
 
-void parvis_close(void *opened) {
-    Pool *pool = opened;
-    pthread_mutex_lock(&pool->lock);
-    pool->ending = 1;
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->lock);
-    for (int i = 1; i < pool->count; i++) pthread_join(pool->threads[i], NULL);
-    pthread_mutex_destroy(&pool->lock);
-    pthread_cond_destroy(&pool->wake);
-    free(pool->threads);
-    free(pool);
-}
+void *parvis_open(int n_threads) { return pool_open(n_threads, run_step); }
 
-void parvis_step(void *opened, const Step *step) {
-    Pool *pool = opened;
-    atomic_store(&pool->next, 0);
-    pthread_mutex_lock(&pool->lock);
-    pool->step = step;
-    pool->turn++;
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->lock);
-    work(pool, step, 0);
-}
+void parvis_close(void *pool) { pool_close(pool); }
 
-/* w [K,N] in `bytes` per number into panels [N/PANEL][K][PANEL]; with `paired`, a panel holds half of its columns from the first
-   half of w and half from the second. N is a multiple of PANEL. */
-void parvis_pack(const char *w, int64_t k, int64_t n, int64_t bytes, int paired, char *out) {
-    int64_t wide = (paired ? PANEL / 2 : PANEL) * bytes;
-    for (int64_t row = 0; row < k; row++) /* read in order: the file is mapped in small pages, what is written lies in large ones */
+void parvis_step(void *pool, const Step *step) { pool_run(pool, step); }
+
+/* Packs w [k][n], of `bytes` per number, into panels: out [n/PANEL][k][PANEL]; n is a multiple of PANEL. With
+   `interleave_halves`, a panel holds PANEL/2 columns of the first half of w, then PANEL/2 of the second half. */
+void parvis_pack(const char *w /* [k][n] */, int64_t k, int64_t n, int64_t bytes, int interleave_halves,
+                 char *out /* [n/PANEL][k][PANEL] */) {
+    int64_t run = (interleave_halves ? PANEL / 2 : PANEL) * bytes;
+    /* w is read in order: it is a mapped file with small pages. `out` has huge pages. */
+    for (int64_t row = 0; row < k; row++)
         for (int64_t p = 0; p < n / PANEL; p++) {
-            const char *from = w + row * n * bytes + p * wide;
+            const char *from = w + row * n * bytes + p * run;
             char *to = out + (p * k + row) * PANEL * bytes;
-            memcpy(to, from, (size_t)wide);
-            if (paired) memcpy(to + wide, from + n / 2 * bytes, (size_t)wide);
+            memcpy(to, from, (size_t)run);
+            if (interleave_halves) memcpy(to + run, from + n / 2 * bytes, (size_t)run);
         }
 }

@@ -1,0 +1,141 @@
+"""Loading the compiled ``step.c``: its structures as ctypes, and the reasons why it cannot be used."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+from par_runtime.bundle import Bundle
+
+#: dtype of the weights -> its number in step.c
+WEIGHT_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+
+NOT_BUILT = "the C kernels were not built, or this CPU has neither AVX2 nor AVX-512"
+OTHER_SOURCES = "the C kernels were built from other sources than this Python package; install parvis again"
+
+Pointers = ctypes.POINTER(ctypes.c_void_p)
+
+
+class Model(ctypes.Structure):
+    """``Model`` of step.c: sizes and weights. Shapes stand there."""
+
+    _fields_ = (
+        ("dim", ctypes.c_int64),
+        ("n_layers", ctypes.c_int64),
+        ("n_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("ffn_dim", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("cache_slots", ctypes.c_int64),
+        ("weight_dtype", ctypes.c_int64),
+        ("attention_scale", ctypes.c_float),
+        ("cosine", ctypes.c_void_p),
+        ("sine", ctypes.c_void_p),
+        ("wqkv", Pointers),
+        ("wo", Pointers),
+        ("w13", Pointers),
+        ("w2", Pointers),
+        ("attention_norm", Pointers),
+        ("ffn_norm", Pointers),
+        ("norm", ctypes.c_void_p),
+        ("output", ctypes.c_void_p),
+    )
+
+
+class Step(ctypes.Structure):
+    """``Step`` of step.c: the buffers of one call. Shapes stand there."""
+
+    _fields_ = (
+        ("model", ctypes.POINTER(Model)),
+        ("rows", ctypes.c_int64),
+        ("query", ctypes.c_int64),
+        ("write", ctypes.c_void_p),
+        ("cache_row", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("keys", Pointers),
+        ("values", Pointers),
+        ("logits", ctypes.c_void_p),
+        ("qkv", ctypes.c_void_p),
+        ("attention_out", ctypes.c_void_p),
+        ("norm_out", ctypes.c_void_p),
+        ("ffn_hidden", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+        ("scratch_floats", ctypes.c_int64),
+    )
+
+
+class KernelError(Exception):
+    """The compiled library cannot be used; the message is the reason."""
+
+
+def library_file() -> Path | None:
+    """The compiled library beside this file; None where the installation built none."""
+    names = (Path(__file__).parent / f"_step{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in names if path.is_file()), None)
+
+
+def open_library(file: Path | None) -> ctypes.CDLL:
+    """Load ``file``, check that its structures have the sizes of those above, and declare its functions.
+
+    Raises KernelError.
+    """
+    if file is None:
+        raise KernelError(NOT_BUILT)
+    try:
+        lib = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise KernelError(NOT_BUILT) from error
+    try:
+        struct_sizes = lib.parvis_struct_sizes
+    except AttributeError as error:
+        raise KernelError(OTHER_SOURCES) from error
+    sizes = (ctypes.c_int64 * 4)()
+    struct_sizes(sizes)
+    expected = [
+        ctypes.sizeof(Model),
+        Model.output.offset,
+        ctypes.sizeof(Step),
+        Step.scratch_floats.offset,
+    ]
+    if list(sizes) != expected:
+        raise KernelError(OTHER_SOURCES)
+    lib.parvis_instructions.restype = ctypes.c_char_p
+    lib.parvis_open.restype = ctypes.c_void_p
+    lib.parvis_close.argtypes = (ctypes.c_void_p,)
+    lib.parvis_scratch.restype = ctypes.c_int64
+    lib.parvis_scratch.argtypes = (ctypes.POINTER(Model), ctypes.c_int64, ctypes.c_int64)
+    lib.parvis_step.argtypes = (ctypes.c_void_p, ctypes.POINTER(Step))
+    lib.parvis_pack.argtypes = (ctypes.c_void_p, *(ctypes.c_int64,) * 3, ctypes.c_int, ctypes.c_void_p)
+    if not lib.parvis_instructions():
+        raise KernelError(NOT_BUILT)
+    return lib
+
+
+@cache
+def _opened(file: Path | None) -> ctypes.CDLL | KernelError:
+    try:
+        return open_library(file)
+    except KernelError as error:
+        return error
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled ``step.c``; None where it cannot be used on this machine. Loaded once."""
+    opened = _opened(library_file())
+    return None if isinstance(opened, KernelError) else opened
+
+
+def why_not(bundle: Bundle) -> str | None:
+    """Why ``bundle`` cannot run on the C kernels here, or None where it can."""
+    lib = _opened(library_file())
+    if isinstance(lib, KernelError):
+        return str(lib)
+    m, panel = bundle.model, lib.parvis_panel()
+    inner = m["n_heads"] * m["head_dim_padded"]
+    if any(size % panel for size in (m["dim"], inner, m["ffn_dim"], bundle.vocab_size)):
+        return f"a width of the model is no multiple of {panel}"
+    if not bundle.weights or bundle.weights["output"].dtype not in WEIGHT_DTYPES:
+        return "the manifest has no table of weights in fp32, fp16 or bf16; export the bundle again"
+    return None
