@@ -23,7 +23,8 @@ WEIGHTS = "weights.data"
 #: gigabyte costs about a second. Sizes are always checked.
 HASH_UP_TO_BYTES = 64 * 2**20
 
-Verify = Literal["full", "auto", "none"]
+#: How much of a file is checked when it is opened: sizes and hashes up to 64 MB, all hashes, or nothing.
+FileCheck = Literal["auto", "full", "none"]
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Bundle:
         return sum(phase.repeat for phase in self.phases)
 
     @staticmethod
-    def open(path: str | Path, verify: Verify = "auto") -> Bundle:
+    def open(path: str | Path, verify: FileCheck = "auto") -> Bundle:
         """Read and check the bundle at ``path``.
 
         ``verify``: "auto" checks every size and hashes files up to 64 MB, "full" hashes all, "none" checks neither.
@@ -254,14 +255,14 @@ def _parse(path: Path, m: dict[str, Any]) -> Bundle:
     )
 
 
-def _check_files(bundle: Bundle, verify: Verify) -> None:
+def _check_files(bundle: Bundle, verify: FileCheck) -> None:
     for name, entry in bundle.files.items():
         why = file_fault(bundle.path / name, entry["bytes"], entry["sha256"], verify)
         if why is not None:
             raise BundleError(f"{bundle.path / name}: {why}; copy the bundle again or export it again")
 
 
-def file_fault(file: Path, size: int, digest: str, verify: Verify) -> str | None:
+def file_fault(file: Path, size: int, digest: str, verify: FileCheck) -> str | None:
     """What is wrong with a file that was written with ``size`` bytes and sha256 ``digest``, or None.
 
     "auto" hashes files up to 64 MB, "full" all.

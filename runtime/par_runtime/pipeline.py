@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.backends.base import Backend, MakesImages
 from par_runtime.backends.choose import choose
-from par_runtime.bundle import Bundle, Verify
+from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.known import Known, given_tokens, known_tokens
@@ -72,7 +72,7 @@ class Pipeline:
         *,
         threads: int | None = None,
         selftest: bool = True,
-        verify: Verify = "auto",
+        verify: FileCheck = "auto",
         capture: Capture = "image",
     ) -> Pipeline:
         """Load the bundle at ``path``.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from par_runtime.backends.engines import Engine, best, list_engines, why_unfit
 from par_runtime.backends.trt import module as trt_module
-from par_runtime.bundle import Bundle, Verify
+from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def choose(
     device: str = "auto",
     *,
     threads: int | None = None,
-    verify: Verify = "auto",
+    verify: FileCheck = "auto",
     capture: Capture = "image",
 ) -> tuple[Backend, str]:
     """The backend for ``device`` and one line that says why it is the CPU ("" where that was asked for).
@@ -75,7 +75,7 @@ def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
     return ort.OrtBackend(bundle, threads)
 
 
-def _tensorrt(bundle: Bundle, index: int, verify: Verify, capture: Capture) -> tuple[Backend | None, str]:
+def _tensorrt(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -> tuple[Backend | None, str]:
     """A loaded engine on GPU ``index``, or None and the reason."""
     engines, bad = list_engines(bundle)
     if not engines:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bundle import Bundle, Verify, canonical_hash, file_fault
+from par_runtime.bundle import Bundle, FileCheck, canonical_hash, file_fault
 from par_runtime.errors import EngineError
 
 ENGINES = "engines"
@@ -79,7 +79,7 @@ class Engine:
         raise EngineError(f"{self.path}: no plan serves the phase {phase!r}; rebuild with: {self.rebuild}")
 
     @staticmethod
-    def open(path: Path, bundle: Bundle | None = None, verify: Verify = "auto") -> Engine:
+    def open(path: Path, bundle: Bundle | None = None, verify: FileCheck = "auto") -> Engine:
         """Read and check the engine folder at ``path``; with ``bundle``, that it was built from it. Raises EngineError."""
         file = path / ENGINE_JSON
         again = f"build it again with: parvis build {path.parent.parent}"
@@ -111,7 +111,7 @@ class Engine:
         return engine
 
 
-def list_engines(bundle: Bundle, verify: Verify = "none") -> tuple[list[Engine], list[str]]:
+def list_engines(bundle: Bundle, verify: FileCheck = "none") -> tuple[list[Engine], list[str]]:
     """Every readable engine of ``bundle``, and one line for each folder that is not one."""
     folder = bundle.path / ENGINES
     engines, bad = [], []

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from par_runtime.backends.ort.cpu import OrtBackend
 from par_runtime.backends.trt.backend import Capture
-from par_runtime.bundle import Bundle, Verify
+from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.errors import RequestError
 from par_runtime.pipeline import Pipeline
 
 OPSET23 = "cpu-opset23"  #: a device beside those of ``Pipeline.load``: ONNX Runtime on the bundle's other step graph
 
 
-def load(path: Path, device: str, threads: int | None, verify: Verify, capture: Capture = "image") -> Pipeline:
+def load(path: Path, device: str, threads: int | None, verify: FileCheck, capture: Capture = "image") -> Pipeline:
     """The bundle on ``device``: one that ``Pipeline.load`` takes, or :data:`OPSET23`. Errors as there.
 
     The self-test is not run, because the comparison is a stricter one.
