@@ -86,7 +86,8 @@ def engine(stamp: str, path: str) -> None:
             fused = [profile["attention"] for profile in report["profiles"]]
             if wrong or (countable and set(fused) != {layers["model"]}):
                 sys.exit(
-                    f"{found.path.name}/{plan}: {layers}, fused attention per profile {fused}, for {layers['model']} layers"
+                    f"{found.path.name}/{plan}: {layers}, fused attention per profile {fused}, for {layers['model']} "
+                    "layers"
                 )
         print(f"{found.path.name}: {len(found.plans)} plans for batches of {', '.join(map(str, found.images))} images")
 

@@ -44,7 +44,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an image: ``phase.query`` positions from input position ``write`` on; its outputs are the tokens there."""
+    """One call of an image: the input positions from ``write`` on, as many as its phase has; it gives their tokens."""
 
     phase: Phase
     write: int
@@ -72,7 +72,7 @@ def image_calls(phases: Sequence[Phase]) -> tuple[Call, ...]:
 
 @dataclass(frozen=True)
 class Cache:
-    """The KV cache of ``step.onnx``: one [R, heads, S, head_dim] buffer per name, ``outputs[i]`` updates ``inputs[i]``."""
+    """The KV cache of ``step.onnx``: a buffer [R, heads, S, head_dim] per name; ``outputs[i]`` updates ``inputs[i]``."""
 
     dtype: str
     inputs: tuple[str, ...]

@@ -20,8 +20,8 @@ PRECISIONS = tuple(DTYPE)
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 #: dtype -> the numpy type that holds its bits; numpy itself has no bf16.
 STORAGE: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-#: precision -> how far rounding alone may move a logit, relative to the largest |logit|; a broken engine is several times
-#: further off.
+#: precision -> how far rounding alone may move a logit, relative to the largest |logit|; a broken engine is several
+#: times further off.
 LOGIT_ROUNDING = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
 
 
@@ -31,7 +31,7 @@ def dtype_bytes(dtype: str) -> int:
 
 
 def to_float32(array: NDArray[Any], dtype: str) -> Float:
-    """``array``, which holds the bits of ``dtype`` as :data:`STORAGE` says, as fp32; the array itself where it is that."""
+    """``array``, bits of ``dtype`` in the type of :data:`STORAGE`, as fp32; the array itself where it is that."""
     if dtype == "bfloat16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return np.asarray(array, np.float32)

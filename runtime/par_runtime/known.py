@@ -33,7 +33,7 @@ class Known:
 
 
 def known_tokens(bundle: Bundle, images: int, keep: ArrayLike | None, tokens: ArrayLike | None) -> Known | None:
-    """Check ``keep`` (bool, the grid [H,W] or [B,H,W]; [T,H,W] for video) and ``tokens`` ([N] or [B,N], sequence order).
+    """Check ``keep``, bool [H,W] or [B,H,W] (with T for video), and ``tokens``, [N] or [B,N] in sequence order.
 
     None where neither is given. Raises RequestError.
     """
@@ -46,7 +46,8 @@ def known_tokens(bundle: Bundle, images: int, keep: ArrayLike | None, tokens: Ar
     mask = array("keep", keep)
     if mask.dtype != np.bool_ or mask.shape not in (grid, (images, *grid)):
         raise RequestError(
-            f"keep has shape {mask.shape} and type {mask.dtype}; expected bool of the grid's shape {grid}, or {(images, *grid)}"
+            f"keep has shape {mask.shape} and type {mask.dtype}; expected bool of the grid's shape {grid}, or "
+            f"{(images, *grid)}"
         )
     places = np.broadcast_to(mask, (images, *grid)).reshape(images, -1)[:, list(bundle.order)]
     return Known(places, given_tokens(bundle, images, tokens))
@@ -58,7 +59,8 @@ def given_tokens(bundle: Bundle, images: int, tokens: ArrayLike) -> Int:
     n = bundle.n_tokens
     if given.shape not in ((n,), (images, n)) or given.dtype.kind not in "iu":
         raise RequestError(
-            f"tokens have shape {given.shape} and type {given.dtype}; expected integers [{n}] or [{images},{n}] in sequence order"
+            f"tokens have shape {given.shape} and type {given.dtype}; expected integers [{n}] or [{images},{n}] in "
+            "sequence order"
         )
     if given.size and not 0 <= given.min() <= given.max() < bundle.vocab_size:
         raise RequestError(f"tokens lie in {given.min()}..{given.max()}; expected 0..{bundle.vocab_size - 1}")

@@ -21,7 +21,7 @@ def psnr_db(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Natural logarithms of the probabilities that ``logits`` [...,V] mean: float64 [...,V]. What is not finite stays so."""
+    """Log-probabilities, float64 [...,V], of ``logits`` [...,V]. NaN and infinity stay what they are."""
     with np.errstate(invalid="ignore", over="ignore"):
         wide = logits.astype(np.float64)
         shifted = wide - wide.max(-1, keepdims=True)
@@ -36,7 +36,7 @@ def log_likelihood(logits: Float, tokens: Int) -> Float:
 
 
 def finite(value: Any) -> Any:
-    """``value`` (dicts, lists, tuples and numbers inside each other) with None for every float that JSON has no number for."""
+    """``value``, nested dicts and lists, with None for every float that JSON has no number for."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -149,8 +149,10 @@ class Pipeline:
                 slot = int(wrong.argmax())
                 position = call.write + slot
                 raise BundleError(
-                    f"{self.bundle.path}: self-test failed on {self.backend.info.name}: label {label} gives token {drawn[slot]} "
-                    f"at position {position}, at export it was {wanted[0, position]} (logits {behind[slot]:.3g} apart). "
+                    f"{self.bundle.path}: self-test failed on {self.backend.info.name}: label {label} gives token "
+                    f"{drawn[slot]} "
+                    f"at position {position}, at export it was {wanted[0, position]} (logits {behind[slot]:.3g} "
+                    "apart). "
                     "Copy the bundle again or export it again; selftest=False (--no-selftest) loads it regardless"
                 )
             if call.here.stop >= done:
@@ -178,8 +180,10 @@ class Pipeline:
     ) -> Result:
         """Generate one image per label (class index or name).
 
-        How images are sampled is given by ``settings`` (one :class:`Settings` for all, or one per image), or by the keywords
-        ``guidance`` to ``greedy``, each a scalar or one value per image; None takes the bundle's default. Image i draws with
+        How images are sampled is given by ``settings`` (one :class:`Settings` for all, or one per image), or by the
+        keywords
+        ``guidance`` to ``greedy``, each a scalar or one value per image; None takes the bundle's default. Image i
+        draws with
         ``seeds[i]``, or ``seed + i``; an image depends on its own seed, label and settings, not on its batch.
         ``on_step(done, total)`` is called after every model call; every ``preview_every`` calls
         ``on_preview(images [b,H,W,3], done, total)`` shows the images in flight as far as they are, unfilled places
@@ -244,8 +248,8 @@ class Pipeline:
     def score(self, tokens: ArrayLike, labels: int | str | Sequence[int | str]) -> Float:
         """Log-likelihood of ``tokens`` ([N] or [B,N], sequence order) for ``labels``: [B,N] fp32, natural logarithms.
 
-        Teacher-forced in the model's own calls, without guidance: entry k is log p(token k | what its call sees, class).
-        The sum over N is the image's. Raises RequestError.
+        Teacher-forced in the model's own calls, without guidance: entry k is log p(token k | what its call sees,
+        class). The sum over N is the image's. Raises RequestError.
         """
         if isinstance(labels, str) or not isinstance(labels, Iterable):
             labels = [labels]
@@ -266,7 +270,8 @@ class Pipeline:
     def encode(self, images: ArrayLike) -> Int:
         """Tokens [B,N] in sequence order of ``images``, uint8 [B,H,W,3] or [H,W,3] of the bundle's size.
 
-        What ``generate(keep=, tokens=)`` and ``score`` take. Runs on the CPU, whatever the backend. Raises RequestError.
+        What ``generate(keep=, tokens=)`` and ``score`` take. Runs on the CPU, whatever the backend. Raises
+        RequestError.
         """
         if self._tokenizer is None:
             self._tokenizer = Tokenizer(self.bundle, self.threads)
@@ -287,7 +292,9 @@ class Pipeline:
         return np.concatenate(chunks) if chunks else np.zeros((0, *self.bundle.image_size, 3), np.uint8)
 
     def grid_tokens(self, tokens: NDArray[Any]) -> NDArray[Any]:
-        """``tokens`` (or what else there is one of per token) [B,N] in sequence order, put in their places: [B,H,W] ([B,T,H,W] for video)."""
+        """``tokens`` (or what else there is one of per token) [B,N] in sequence order, put in their places: [B,H,W]
+        ([B,T,H,W] for video).
+        """
         raster = np.empty_like(tokens)
         raster[:, list(self.bundle.order)] = tokens
         t, h, w = self.bundle.grid
@@ -329,7 +336,9 @@ class Pipeline:
         return tokens, None
 
     def preview(self, tokens: Int, done: int) -> NDArray[np.uint8]:
-        """Images of the first ``done`` tokens of ``tokens`` [B,N]: each unfilled place repeats the latest token of its region."""
+        """Images of the first ``done`` tokens of ``tokens`` [B,N]: each unfilled place repeats the latest token of its
+        region.
+        """
         n = self.bundle.group_size
         k = np.arange(self.bundle.n_tokens)
         missing = np.maximum(-(-(k - done + 1) // n), 0)  # groups between k and the last known token of its slot

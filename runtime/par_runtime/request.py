@@ -23,7 +23,8 @@ NAMES_SHOWN = 8
 class Settings:
     """How one image is sampled, complete; the defaults draw from the whole codebook, unguided.
 
-    ``guidance`` above 1 runs the image with its class and without: ``uncond + (cond - uncond) * guidance``. ``top_k`` 0 and
+    ``guidance`` above 1 runs the image with its class and without: ``uncond + (cond - uncond) * guidance``. ``top_k``
+    0 and
     ``top_p`` 1 keep every code. ``greedy`` takes the most probable token at every position, whatever else is set.
     """
 

@@ -44,8 +44,8 @@ class Schedule:
     ) -> Schedule:
         """For an image of each class, with its settings and seed.
 
-        Without ``seeds`` the noise is zero, for walks that draw nothing, or greedily. ``cache_row`` [R]: where the rows'
-        keys lie, classes first (default: from 0 on).
+        Without ``seeds`` the noise is zero, for walks that draw nothing, or greedily. ``cache_row`` [R]: where the
+        rows' keys lie, classes first (default: from 0 on).
         """
         images = len(classes)
         guided = [i for i, s in enumerate(settings) if s.guided]
@@ -97,7 +97,8 @@ class Schedule:
     def walk(self, tokens: Int) -> Iterator[tuple[Call, Int, Int]]:
         """Every call with its inputs: (call, ids [R,q], write [R]).
 
-        Who iterates puts the call's tokens into ``tokens`` [B,N] (or had them there), where later calls take their ids from.
+        Who iterates puts the call's tokens into ``tokens`` [B,N] (or had them there), where later calls take their ids
+        from.
         """
         for call in self.calls:
             yield call, *self.inputs(call, tokens)

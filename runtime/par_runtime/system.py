@@ -16,7 +16,8 @@ PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 
 
-# -- cores --------------------------------------------------------------------------------------------------------------
+# -- cores
+# --------------------------------------------------------------------------------------------------------------
 
 
 def available_cores(cpu_max: Path = CGROUP / "cpu.max") -> int:
@@ -29,7 +30,8 @@ def available_cores(cpu_max: Path = CGROUP / "cpu.max") -> int:
         return cores
 
 
-# -- memory, in bytes ---------------------------------------------------------------------------------------------------
+# -- memory, in bytes
+# ---------------------------------------------------------------------------------------------------
 
 
 def memory_bytes(key: str, proc: Path = PROC) -> int | None:
@@ -44,8 +46,8 @@ def memory_bytes(key: str, proc: Path = PROC) -> int | None:
 def peak_bytes() -> int | None:
     """The most memory that this process has held; pages of mapped files count while they are mapped.
 
-    Not ``ru_maxrss`` where there is a choice: on Linux that includes what the parent held when it forked. None where the
-    system does not say.
+    Not ``ru_maxrss`` where there is a choice: on Linux that includes what the parent held when it forked. None where
+    the system does not say.
     """
     with suppress(OSError, IndexError, ValueError):
         return int((PROC / "self" / "status").read_text().split("VmHWM:")[1].split()[0]) * 1024
@@ -100,7 +102,8 @@ def give_back() -> None:
             trim(0)
 
 
-# -- files --------------------------------------------------------------------------------------------------------------
+# -- files
+# --------------------------------------------------------------------------------------------------------------
 
 
 def sha256(path: Path) -> str:

@@ -63,15 +63,16 @@ class Tokenizer:
         """
         if "encoder" not in self.bundle.graphs:
             raise RequestError(
-                f"{self.bundle.path}: this bundle has no encoder, which turning an image into tokens needs; export it again "
-                "(without --no-encoder)"
+                f"{self.bundle.path}: this bundle has no encoder, which turning an image into tokens needs; export it "
+                "again (without --no-encoder)"
             )
         assert self.bundle.image_size is not None
         given = array("images", images)
         shape = (*self.bundle.image_size, 3)
         if given.dtype != np.uint8 or given.ndim not in (3, 4) or given.shape[-3:] != shape:
             raise RequestError(
-                f"images have shape {given.shape} and type {given.dtype}; expected uint8 {list(shape)}, or a batch of such"
+                f"images have shape {given.shape} and type {given.dtype}; expected uint8 {list(shape)}, or a batch of "
+                "such"
             )
         batch = given.reshape(-1, *shape)
         return (

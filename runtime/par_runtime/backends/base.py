@@ -1,8 +1,8 @@
 """What a backend must do. Everything above it speaks only to this; one package per kind of backend, all alike.
 
-A call of the step network is explicit: it names the batch (which rows, where their keys lie, how their tokens are drawn),
-where each row stands, and what it is fed. So rows of one call may stand at different steps, and images may come and go
-between two calls; what a backend remembers is its key-value cache alone.
+A call of the step network is explicit: it names the batch (which rows, where their keys lie, how their tokens are
+drawn), where each row stands, and what it is fed. So rows of one call may stand at different steps, and images may
+come and go between two calls; what a backend remembers is its key-value cache alone.
 
 Letters: R rows in flight (two for a guided image), B images, q positions of one call, N tokens, V codes.
 """
@@ -93,7 +93,7 @@ class Backend(Protocol):
     tie: float  #: candidates this close (relative to the largest |logit|) may swap by rounding alone
 
     def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
-        """One call: ``ids`` [R,q] at input positions ``write[r]`` .. ``write[r] + q - 1`` of each row, ``uniform`` [B,q] in [0,1).
+        """One call: ``ids`` [R,q] at input positions from ``write`` [R] on, drawn with ``uniform`` [B,q] in [0,1).
 
         Row r sees keys 0 .. write[r] + q - 1 of its cache row: those that earlier calls wrote there, and its own. Cache
         rows that no row of ``batch`` names stay as they are. Returns tokens [B,q].

@@ -1,8 +1,8 @@
 """Which rows of a cache hold keys that are still needed, and what a step network of fixed rows is fed for them.
 
 A graph computes all rows that it is bound to, one cache row each. Where a batch names only some of them, the others are
-idle: they compute something, and must not spoil their keys. So an idle row writes behind the keys that it holds, where its
-own next call will write first. (A row that holds all N keys has no next call; its last keys are overwritten.)
+idle: they compute something, and must not spoil their keys. So an idle row writes behind the keys that it holds, where
+its own next call will write first. (A row that holds all N keys has no next call; its last keys are overwritten.)
 
 Letters: R rows of a batch, R' rows that are run, q positions of one call, N tokens.
 """
@@ -43,8 +43,8 @@ class CacheRows:
     def write(self, batch: Batch, ids: Int, write: Int, run: int, written: int | None = None) -> tuple[Int, Int]:
         """Note a call of ``batch`` and spread it over ``run`` rows: ids [R',q] and first positions [R'].
 
-        ``ids`` [R,q] and ``write`` [R] are those of the batch's rows; ``written``: positions that the network writes of each
-        row (default: q), where it is padded to more than the call has.
+        ``ids`` [R,q] and ``write`` [R] are those of the batch's rows; ``written``: positions that the network writes
+        of each row (default: q), where it is padded to more than the call has.
         """
         if self._lengths.size < max(run, batch.cache_rows):
             self._lengths = np.concatenate(

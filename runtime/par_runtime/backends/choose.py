@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from par_runtime.backends.trt.module import TensorRT
 
 EXPECTED = (
-    "expected auto, cpu, cuda, cuda:0 (TensorRT on that GPU), or cpu-ort, cuda-ort, cuda-ort:0 (ONNX Runtime, whatever else "
+    "expected auto, cpu, cuda, cuda:0 (TensorRT on that GPU), or cpu-ort, cuda-ort, cuda-ort:0 (ONNX Runtime, "
+    "whatever else "
     "could run there)"
 )
 CPUS = ("cpu", "cpu-ort")
@@ -33,8 +34,8 @@ def choose(
     """The backend for ``device`` and one line that says why it is the CPU ("" where that was asked for).
 
     ``auto`` takes TensorRT if a plan of the bundle fits the first GPU, else the CPU. ``cpu`` takes the C kernels
-    (``native.py``) where they were built and fit the bundle, else ONNX Runtime; ``cpu-ort`` always this. A named GPU that
-    cannot be used is an error. Raises RequestError, EngineError, BundleError, CudaError.
+    (``native/``) where they were built and fit the bundle, else ONNX Runtime; ``cpu-ort`` always this. A named GPU
+    that cannot be used is an error. Raises RequestError, EngineError, BundleError, CudaError.
     """
     if device in CPUS:
         return _cpu(bundle, threads, native=device == "cpu"), ""

@@ -23,16 +23,28 @@ HINTS = {
     "CUDA_ERROR_NO_DEVICE": "no NVIDIA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES",
     "CUDA_ERROR_INVALID_DEVICE": "there is no GPU of that number; nvidia-smi lists them",
     "CUDA_ERROR_OUT_OF_MEMORY": "free GPU memory (nvidia-smi shows who holds it), or make fewer images at once",
-    "CUDA_ERROR_NOT_INITIALIZED": "the driver is shutting down or was not initialised in this process; do not fork after loading",
+    "CUDA_ERROR_NOT_INITIALIZED": (
+        "the driver is shutting down or was not initialised in this process; do not fork after loading"
+    ),
     "CUDA_ERROR_INVALID_CONTEXT": "the pipeline was used after it was closed, or in a forked process; load it there",
-    "CUDA_ERROR_ILLEGAL_ADDRESS": "a kernel read or wrote out of bounds; the process must be restarted: please report it with 'parvis verify'",
-    "CUDA_ERROR_LAUNCH_FAILED": "a kernel failed; the process must be restarted. Run it under compute-sanitizer to see where",
-    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the kernel module and libcuda are of different versions; reboot after a driver update",
+    "CUDA_ERROR_ILLEGAL_ADDRESS": (
+        "a kernel read or wrote out of bounds; the process must be restarted: please report it with 'parvis verify'"
+    ),
+    "CUDA_ERROR_LAUNCH_FAILED": (
+        "a kernel failed; the process must be restarted. Run it under compute-sanitizer to see where"
+    ),
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": (
+        "the kernel module and libcuda are of different versions; reboot after a driver update"
+    ),
     "CUDA_ERROR_CALL_REQUIRES_NEWER_DRIVER": "the driver is older than the CUDA libraries need; update the driver",
     "CUDA_ERROR_CONTEXT_IS_DESTROYED": "the pipeline was used after it was closed; load it again",
     "CUDA_ERROR_STUB_LIBRARY": "libcuda is the toolkit's stub; put the driver's own first in the library path",
-    "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": "something in the stream cannot be captured; load with capture='call' or 'none'",
-    "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": "the capture was broken by an earlier call; load with capture='call' or 'none'",
+    "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": (
+        "something in the stream cannot be captured; load with capture='call' or 'none'"
+    ),
+    "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": (
+        "the capture was broken by an earlier call; load with capture='call' or 'none'"
+    ),
     "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": "the driver is older than the compiler that made the plan; update the driver",
     "CUDA_ERROR_NO_BINARY_FOR_GPU": "the plan holds no kernels for this GPU; build it again for this target",
     "CUDA_ERROR_INVALID_VALUE": "an address or size is wrong; please report it with 'parvis verify'",

@@ -80,7 +80,7 @@ class Engine:
 
     @staticmethod
     def open(path: Path, bundle: Bundle | None = None, verify: FileCheck = "auto") -> Engine:
-        """Read and check the engine folder at ``path``; with ``bundle``, that it was built from it. Raises EngineError."""
+        """Read and check the engine at ``path``; with ``bundle``, that it was built from it. Raises EngineError."""
         file = path / ENGINE_JSON
         again = f"build it again with: parvis build {path.parent.parent}"
         try:

@@ -183,5 +183,6 @@ def _draw(logits: Float, uniform: Float, batch: Batch) -> Int:
     """Tokens [B,q] of guided ``logits`` [B,q,V], as the sampling tail of the graphs draws them."""
     images, query, vocab = logits.shape
     temperature, top_p, top_k = (np.repeat(v, query) for v in (batch.temperature, batch.top_p, batch.top_k))
-    drawn = draw_all(logits.reshape(-1, vocab), uniform.reshape(-1), temperature, top_k, top_p)  # type: ignore[arg-type]
+    rows = logits.reshape(-1, vocab)
+    drawn = draw_all(rows, uniform.reshape(-1), temperature, top_k, top_p)  # type: ignore[arg-type]
     return drawn.reshape(images, query)

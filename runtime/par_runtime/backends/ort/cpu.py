@@ -5,8 +5,8 @@ full length. One allocation per layer and side holds the full length; a window i
 growing moves the heads apart in place. The allocations are kept, so their pages stay touched (first-touch page faults
 cost more than the attention they serve).
 
-Letters: R' rows that are run (those of the batch, where its cache rows are the first ones), B images, q positions of one
-call, S slots of the window, N tokens, H heads, D' padded head size.
+Letters: R' rows that are run (those of the batch, where its cache rows are the first ones), B images, q positions of
+one call, S slots of the window, N tokens, H heads, D' padded head size.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def window(slots_needed: int, n_tokens: int) -> int:
 
 
 class OrtBackend:
-    """A bundle on ONNX Runtime's CPU provider, on the step graph ``graph`` (default: the best that this release runs)."""
+    """A bundle on ONNX Runtime's CPU provider; ``graph`` names another step graph than the best that it runs."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None, graph: str | None = None) -> None:
         self.bundle = bundle
@@ -150,7 +150,7 @@ class OrtBackend:
                 self._caches.append(new)
 
     def _grow(self, slots: int, rows: int) -> None:
-        """A window of at least ``slots``, in which the first ``rows`` rows keep their keys; with none to keep it may shrink."""
+        """A window of at least ``slots``; the first ``rows`` rows keep their keys. Without any it may shrink."""
         head_dim, heads = self.bundle.cache.head_dim, self.bundle.cache.heads
         if slots > self._slots and rows:
             for flat in self._caches:

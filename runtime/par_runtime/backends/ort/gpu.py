@@ -66,12 +66,13 @@ class OrtCudaBackend:
             )
         if version() < since:
             raise RequestError(
-                f"device 'cuda-ort' needs onnxruntime-gpu {'.'.join(map(str, since))} or newer (it needs Python 3.11 or newer), "
-                f"installed is {ort.__version__}: pip install --upgrade onnxruntime-gpu, or use device 'cpu'"
+                f"device 'cuda-ort' needs onnxruntime-gpu {'.'.join(map(str, since))} or newer (it needs Python 3.11 "
+                f"or newer), installed is {ort.__version__}: pip install --upgrade onnxruntime-gpu, or use device 'cpu'"
             )
         if bundle.cache.dtype != "float32":
             raise BundleError(
-                f"{bundle.path}: cache of dtype {bundle.cache.dtype!r}; device 'cuda-ort' needs float32; export the bundle again"
+                f"{bundle.path}: cache of dtype {bundle.cache.dtype!r}; device 'cuda-ort' needs float32; export the "
+                "bundle again"
             )
         self.bundle, self._kind, self._index, self._provider = bundle, kind, index, provider
         self.info = BackendInfo(
@@ -130,12 +131,12 @@ class OrtCudaBackend:
         if graph is None:
             raise BundleError(f"{self.bundle.path}: has no graph {name!r}; export the bundle again")
         path = self.bundle.path / graph.file
-        # Shape arithmetic stays on the CPU provider, which ONNX Runtime wants named too. No TF32: a step waits for weights,
-        # not for arithmetic, and the bundle's numbers are those of fp32.
+        # Shape arithmetic stays on the CPU provider, which ONNX Runtime wants named too. No TF32: a step waits for
+        # weights, not for arithmetic, and the bundle's numbers are those of fp32.
         cuda = (CUDA, {"device_id": str(self._index), "use_tf32": "0"})
         providers: list[Any] = [cuda, CPU] if self._provider == CUDA else [self._provider]
         try:
-            # Without enable_fallback=0, a failure of the GPU, also one in a later run(), is printed and ends on the CPU.
+            # Without enable_fallback=0, a failure of the GPU, also in a later run(), is printed and ends on the CPU.
             with _quiet(self._provider):
                 session = ort.InferenceSession(str(path), self._options, providers=providers, enable_fallback=0)
         except Exception as error:
@@ -149,19 +150,22 @@ class OrtCudaBackend:
             raise BundleError(f"{path}: onnxruntime {ort.__version__} cannot load it ({reason})") from error
         if session.get_providers()[0] != self._provider:
             raise BundleError(
-                f"{path}: ONNX Runtime fell back to {session.get_providers()[0]}: {why_not_cuda()}. onnxruntime-gpu {ort.__version__} "
+                f"{path}: ONNX Runtime fell back to {session.get_providers()[0]}: {why_not_cuda()}. onnxruntime-gpu "
+                f"{ort.__version__} "
                 f"needs a GPU with its driver, CUDA {getattr(ort, 'cuda_version', '') or '13'} and cuDNN 9: "
                 "pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
         misplaced = not_on_provider(session, self._provider)
         if misplaced and name == "step":
             raise BundleError(
-                f"{path}: onnxruntime {ort.__version__} runs {', '.join(misplaced)} on the CPU, which would copy in every call: "
+                f"{path}: onnxruntime {ort.__version__} runs {', '.join(misplaced)} on the CPU, which would copy in "
+                "every call: "
                 "install a newer onnxruntime-gpu, or use device 'cuda' (TensorRT) or 'cpu'"
             )
         if misplaced:  # once per batch, so it is slower and no more
             warnings.warn(
-                f"{path}: onnxruntime {ort.__version__} runs {', '.join(misplaced)} on the CPU; decoding copies the image's "
+                f"{path}: onnxruntime {ort.__version__} runs {', '.join(misplaced)} on the CPU; decoding copies the "
+                "image's "
                 "activations back and forth",
                 stacklevel=2,
             )

@@ -1,8 +1,9 @@
 """Weights on huge pages: what reads a gigabyte per call should not also look up a quarter of a million page addresses.
 
-A CPU step is bound by reading weights. In pages of 4 KB a core spends a good part of that time on translating addresses,
-above all in a virtual machine, where each translation is two; in pages of 2 MB it does not. Linux gives huge pages to a
-program that asks for them (numpy asks, ONNX Runtime does not), so after a session is made its memory is asked for here:
+A CPU step is bound by reading weights. In pages of 4 KB a core spends a good part of that time on translating
+addresses, above all in a virtual machine, where each translation is two; in pages of 2 MB it does not. Linux gives
+huge pages to a program that asks for them (numpy asks, ONNX Runtime does not), so after a session is made its memory
+is asked for here:
 ``MADV_COLLAPSE`` (Linux 6.1) moves what lies in small pages into huge ones, at about a second per 2 GB, without taking
 more memory. It is advice: where the system does not follow it (another system, an older kernel, fragmented memory), all
 is as it was.

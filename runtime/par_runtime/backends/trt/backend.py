@@ -129,10 +129,11 @@ class TrtBackend:
         return tokens, pixels[: batch.images].copy()
 
     def parts(self, batch: Batch, class_ids: Int, noise: Float) -> list[tuple[str, Callable[[], None]]]:
-        """What ``make_images`` enqueues for ``batch``, part by part, decoder included: (phase, a function that enqueues it).
+        """What ``make_images`` enqueues for ``batch``, part by part, decoder included: (phase, a function that
+        enqueues it).
 
-        For benchmarks, which time the parts on :attr:`stream`. "copy" is the upload of the tables, the collection of the
-        tokens, and the way back of tokens and pixels.
+        For benchmarks, which time the parts on :attr:`stream`. "copy" is the upload of the tables, the collection of
+        the tokens, and the way back of tokens and pixels.
         """
         at, decode = self._prepare(batch, class_ids, noise, True)
         return self._parts(at, decode)
@@ -220,7 +221,8 @@ class TrtBackend:
             bind(self.engine, context, name, address)
         if not context.execute_async_v3(self.stream.handle):
             raise EngineError(
-                f"{self.engine.path}: {launch.plan} call at position {launch.call.write} failed: {self._log.last_error()}"
+                f"{self.engine.path}: {launch.plan} call at position {launch.call.write} failed: "
+                f"{self._log.last_error()}"
             )
 
     def _collect(self, at: Buffers) -> None:
@@ -253,7 +255,7 @@ class TrtBackend:
     # -- single calls ---------------------------------------------------------------------------------------------
 
     def _enqueue_single(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> tuple[Buffers, Launch]:
-        """One call on its own, through the tables' last row; the host gives its ids. Any plan of its q positions will do."""
+        """One call on its own, through the tables' last row, on any plan of its q positions."""
         self.device.activate()
         at = self._memory.buffers(batch)
         here = [launch for launch in self._launches if launch.call.query == ids.shape[1]]

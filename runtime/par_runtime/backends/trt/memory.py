@@ -69,8 +69,8 @@ class Memory:
         index = next((i for i, size in enumerate(self.engine.images) if size >= images), None)
         if index is None:
             raise EngineError(
-                f"{images} images at once; {self.engine.path} was built for at most {self.engine.images[-1]}: give a smaller "
-                f"max_batch (--batch), or rebuild with --max-images {images}"
+                f"{images} images at once; {self.engine.path} was built for at most {self.engine.images[-1]}: give a "
+                f"smaller max_batch (--batch), or rebuild with --max-images {images}"
             )
         if index not in self._buffers:
             try:
@@ -120,7 +120,7 @@ class Memory:
         return made
 
     def _reserve(self, index: int, rows: int) -> None:
-        """Caches for ``rows`` and scratch memory for the profile, shared by all profiles; grown when a larger one comes."""
+        """Caches for ``rows`` and scratch memory for the profile; all profiles share them, and they only grow."""
         # Of all smaller profiles too: one that needed more would move the caches in the middle of an image.
         scratch = max(1, *(plan.scratch_bytes(i) for plan in self._plans.values() for i in range(index + 1)))
         if rows <= self._cache_rows and self._scratch is not None and scratch <= self._scratch.size:

@@ -140,8 +140,8 @@ class LoadedPlan:
             aliased = self._tensorrt.get_aliased_input_tensor(present)
             if aliased != past:
                 raise EngineError(
-                    f"{path}: cache output {present!r} is aliased with {aliased!r}, expected {past!r}: it would be copied "
-                    f"or lost; {again}"
+                    f"{path}: cache output {present!r} is aliased with {aliased!r}, expected {past!r}: it would be "
+                    f"copied or lost; {again}"
                 )
 
 

@@ -149,7 +149,7 @@ class Tables:
         self._place(row, write, real)
 
     def _place(self, row: dict[str, NDArray[Any]], write: Int, real: int) -> None:
-        """Where each row stands: ``write`` [R], with ``real`` positions; padded ones are written behind, and never seen."""
+        """Where each row stands: ``write`` [R], ``real`` positions; padding is written behind, and never seen."""
         row["write"][...] = write
         row["length"][...] = write + real
         row["positions"][...] = write[:, None] + np.arange(row["positions"].shape[1])
