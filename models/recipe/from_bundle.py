@@ -28,14 +28,14 @@ from torch import Tensor
 
 from par_export.graphs.step import padded_head_dim
 from par_export.graphs.vq import PREFIX
-from par_export.graphs.writer import WEIGHTS_FILE, WeightTable
-from par_export.weights import TORCH_TYPE
+from par_export.graphs.writer import WeightTable
+from par_export.weights import TORCH_DTYPE
 from par_model.checkpoint.model import CheckpointError, check_keys
 from par_model.config import Order, PARConfig, VQConfig
 from par_model.ordering import phases, token_order
 from par_model.transformer import PAR
 from par_model.vq import VQModel
-from par_runtime.bundle import MANIFEST, Bundle
+from par_runtime.bundle import MANIFEST, WEIGHTS, Bundle
 from par_runtime.errors import BundleError
 
 INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -70,13 +70,13 @@ def restore(path: Path, out: Path) -> None:
 
 def read_weights(bundle: Bundle) -> dict[str, Tensor]:
     """Every tensor of the weights file that a graph names, as it is stored."""
-    data = np.memmap(bundle.path / WEIGHTS_FILE, np.uint8, "r")
+    data = np.memmap(bundle.path / WEIGHTS, np.uint8, "r")
     tensors = {}
     for graph in bundle.graphs.values():
         for name, at in WeightTable.read(bundle.path / graph.file).entries.items():
             if name not in tensors:
                 raw = torch.from_numpy(np.array(data[at.offset : at.offset + at.length]))
-                tensors[name] = raw.view(TORCH_TYPE[at.dtype]).reshape(at.shape)
+                tensors[name] = raw.view(TORCH_DTYPE[at.dtype]).reshape(at.shape)
     return tensors
 
 

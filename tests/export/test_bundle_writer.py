@@ -19,7 +19,7 @@ from conftest import child, golden_weights
 from par_export import bundle as writer
 from par_export import weights
 from par_export.cli import export as cli
-from par_export.gate import model as verify
+from par_export.gate import runner
 from par_export.graphs import step
 from par_model.config import PARConfig
 from par_model.transformer import PAR
@@ -147,7 +147,7 @@ def sabotage_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sabotage_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Learnable tokens swapped in the table."""
-    real = weights.Weights.add
+    real = weights.WeightsWriter.add
 
     def add(self: Any, name: str, parts: Any, dtype: str) -> None:
         parts = list(parts)
@@ -155,7 +155,7 @@ def sabotage_order(monkeypatch: pytest.MonkeyPatch) -> None:
             parts[-1] = parts[-1].flip(0)
         real(self, name, parts, dtype)
 
-    monkeypatch.setattr(weights.Weights, "add", add)
+    monkeypatch.setattr(weights.WeightsWriter, "add", add)
 
 
 @pytest.mark.parametrize("sabotage", [sabotage_scale, sabotage_rotary, sabotage_order])
@@ -175,7 +175,7 @@ def test_the_gate_refuses_a_wrong_graph_and_publishes_nothing(
 def test_the_greedy_gate_names_the_first_other_token(
     good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = verify.run_step
+    real = runner.run_step
 
     def wrong(*arguments: Any, **more: Any) -> Any:
         tokens, logits = real(*arguments, **more)
@@ -183,7 +183,7 @@ def test_the_greedy_gate_names_the_first_other_token(
             tokens[1, 17] = (tokens[1, 17] + 1) % 512
         return tokens, logits
 
-    monkeypatch.setattr(verify, "run_step", wrong)
+    monkeypatch.setattr(runner, "run_step", wrong)
     assert run(*good) == 1
     assert "differ from the oracle first at image 0, position 17" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -217,9 +217,9 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_cleans_up(
     good: list[object], tmp_path: Path, sig: signal.Signals
 ) -> None:
     hang = (
-        "import sys, time; from par_export.gate import model as verify; from par_export.cli import export as cli\n"
+        "import sys, time; from par_export.gate import model as model_gate; from par_export.cli import export as cli\n"
         "def wait(*a, **k): print('gate', flush=True); time.sleep(60)\n"
-        "verify.gate = wait; sys.exit(cli.main(sys.argv[1:]))"
+        "model_gate.gate = wait; sys.exit(cli.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", hang, *map(str, good)]
     with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

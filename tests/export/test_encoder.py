@@ -16,10 +16,11 @@ import torch
 
 from conftest import GOLDEN, golden_weights
 from par_export import bundle
-from par_export.bundle import Request, export
+from par_export.bundle import ExportRequest, export
 from par_export.cli import export as cli
-from par_export.gate import tokenizer as verify_tokenizer
-from par_export.gate.model import ParityError, session
+from par_export.errors import ParityError
+from par_export.gate import tokenizer as tokenizer_gate
+from par_export.gate.runner import session
 from par_model.config import PARConfig, VQConfig
 from par_model.transformer import PAR
 from par_model.vq import VQModel
@@ -103,7 +104,7 @@ def test_the_gate_refuses_an_encoder_that_encodes_otherwise(
         return graph
 
     monkeypatch.setattr(bundle, "encoder_graph", upside_down)
-    request = Request(checkpoints["par_n4_grid8"], checkpoints["vq"], tmp_path / "b", heads=4, grid=(1, 8, 8))
+    request = ExportRequest(checkpoints["par_n4_grid8"], checkpoints["vq"], tmp_path / "b", heads=4, grid=(1, 8, 8))
     with pytest.raises(
         ParityError, match=r"encoder\.onnx: token \d+ is code \d+, which is .* further than the oracle's"
     ):
@@ -114,8 +115,8 @@ def test_the_gate_refuses_an_encoder_that_encodes_otherwise(
 def test_a_decoder_that_half_precision_breaks_is_left_out_and_the_bundle_still_made(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify_tokenizer, "HALF_FLOOR_DB", 1000.0)
-    request = Request(checkpoints["par_n4_grid8"], checkpoints["vq"], tmp_path / "b", heads=4, grid=(1, 8, 8))
+    monkeypatch.setattr(tokenizer_gate, "HALF_MIN_PSNR_DB", 1000.0)
+    request = ExportRequest(checkpoints["par_n4_grid8"], checkpoints["vq"], tmp_path / "b", heads=4, grid=(1, 8, 8))
     manifest = json.loads((export(request, say=lambda _: None) / "manifest.json").read_text())
     assert manifest["parity"]["decoder_fp16"]["left_out"] is True
     assert "decoder_fp16" not in manifest["graphs"]
@@ -169,13 +170,13 @@ def vq16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_eight_images_of_384_px_stay_below_2_gb(tmp_path: Path, vq16: tuple[Path, Path], precision: str) -> None:
-    bundle = export(Request(*vq16, tmp_path / "b", precision, heads=2, grid=(1, 24, 24)), say=lambda _: None)
+    bundle = export(ExportRequest(*vq16, tmp_path / "b", precision, heads=2, grid=(1, 24, 24)), say=lambda _: None)
     assert peak_bytes(bundle) < 2e9
 
 
 @pytest.mark.slow
 def test_vq16_encoder_gives_the_golden_tokens(tmp_path: Path, vq16: tuple[Path, Path]) -> None:
-    request = Request(*vq16, tmp_path / "b", heads=2, grid=(1, 24, 24))
+    request = ExportRequest(*vq16, tmp_path / "b", heads=2, grid=(1, 24, 24))
     pipeline = Pipeline.load(export(request, say=lambda _: None), device="cpu", selftest=False)
     y, x = np.mgrid[0:384, 0:384].astype(np.float32) / 384
     image = np.stack([np.sin(9 * x + 3 * y), np.cos(7 * y - 2 * x), np.sin(20 * x * y)], -1)

@@ -21,19 +21,22 @@ import pytest
 
 from conftest import child
 from par_export.cli import build as build_cli
-from par_export.engines import network as engine_network
+from par_export.engines import builder
 from par_export.engines import report as engine_report
 from par_export.engines import weights as engine_weights
-from par_export.engines.build import Request, build
+from par_export.engines.build import BuildRequest, build
+from par_export.engines.builder import BuildOutcome, Target, build_plan
 from par_export.engines.cache import EngineCache
-from par_export.engines.network import Attention, BuildError, Built, MappedWeights, Target, build_plan
+from par_export.engines.network import ExpectedAttention
+from par_export.engines.weights import MappedWeights
+from par_export.errors import BuildError
 from par_export.graphs import step
 from par_export.graphs.step import Form, padded_head_dim, step_graph
-from par_export.graphs.writer import SCALE, Graph, Stored, WeightTable
+from par_export.graphs.writer import SCALE, Graph, WeightTable
 from par_model.config import PARConfig
 from par_runtime.backends.engines import Engine
 from par_runtime.backends.trt import module as trt_module
-from par_runtime.bundle import Bundle, seal
+from par_runtime.bundle import Bundle, Stored, seal
 from par_runtime.errors import EngineError
 
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'")
@@ -68,13 +71,13 @@ class Case:
         query: int = 4,
         form: Form | None = None,
         images: tuple[int, ...] = (1,),
-        attention: Attention | None = None,
-    ) -> tuple[Built, list[engine_report.Kernels], bytes]:
+        attention: ExpectedAttention | None = None,
+    ) -> tuple[BuildOutcome, list[engine_report.Kernels], bytes]:
         form = form or Form.of(query)
         graph = step_graph(
             self.config, self.table, name="step", compute=precision, query=query, sampling="topk", form=form
         )
-        wanted = attention or Attention(self.config.n_layers, form.lengths, decomposable=precision == "float32")
+        wanted = attention or ExpectedAttention(self.config.n_layers, form.lengths, decomposable=precision == "float32")
         data, pieces = MappedWeights(self.file), list[bytes]()
         try:
             built = build_plan(
@@ -127,10 +130,10 @@ def random_case(folder: Path, config: PARConfig = SMALL, dtype: str = "float16",
                 per_byte = 2 if quantised == "int4" else 1
                 add(name, rng.integers(0, 256, shape[0] * shape[1] // per_byte, np.uint8).tobytes(), quantised, shape)
                 scales = (shape[1],) if quantised == "int8" else (shape[0] // 64, shape[1])
-                add(name + SCALE, np.full(scales, 0.002, engine_weights.NUMPY_TYPE[dtype]).tobytes(), dtype, scales)
+                add(name + SCALE, np.full(scales, 0.002, engine_weights.NUMPY_DTYPE[dtype]).tobytes(), dtype, scales)
                 continue
             values = rng.random(shape, np.float32) * 0.04 - 0.02
-            add(name, values.astype(engine_weights.NUMPY_TYPE[dtype]).tobytes(), dtype, shape)
+            add(name, values.astype(engine_weights.NUMPY_DTYPE[dtype]).tobytes(), dtype, shape)
     return Case(config, WeightTable(entries), file)
 
 
@@ -214,7 +217,9 @@ def test_attention_without_visibility_is_refused(trt: trt_module.TensorRT, tmp_p
     case = random_case(tmp_path)
     with pytest.raises(BuildError, match=r"attention layer 'Attention:.*' has neither a mask nor lengths"):
         case.build(
-            trt, form=Form(grouped=True, lengths=True), attention=Attention(2, lengths=False, decomposable=False)
+            trt,
+            form=Form(grouped=True, lengths=True),
+            attention=ExpectedAttention(2, lengths=False, decomposable=False),
         )
 
 
@@ -252,21 +257,21 @@ def test_a_head_size_without_kernel_is_refused_by_name(
 def test_an_input_that_the_parser_ignores_is_refused(
     trt: trt_module.TensorRT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = engine_network.make_log
+    real = builder.make_logger
 
     def log(trt: trt_module.TensorRT) -> Any:
         made = real(trt)
         made.warnings.append("ModelImporter: Unused Input: group/mask")
         return made
 
-    monkeypatch.setattr(engine_network, "make_log", log)
+    monkeypatch.setattr(builder, "make_logger", log)
     with pytest.raises(BuildError, match=r"ignores an input of step: .*Unused Input: group/mask"):
         random_case(tmp_path).build(trt)
 
 
 def test_missing_attention_layers_are_refused(trt: trt_module.TensorRT, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="2 of 3 attention layers were recognised"):
-        random_case(tmp_path).build(trt, attention=Attention(3, lengths=True, decomposable=False))
+        random_case(tmp_path).build(trt, attention=ExpectedAttention(3, lengths=True, decomposable=False))
 
 
 # -- whole bundles ------------------------------------------------------------------------------------------------------
@@ -277,7 +282,7 @@ def test_a_bundle_becomes_an_engine(tiny_copy: Path, precision: str) -> None:
     said: list[str] = []
     steps: list[tuple[str, float]] = []
     folder = build(
-        Request(tiny_copy, "SM80", precision, images=(1, 2)), said.append, lambda *progress: steps.append(progress)
+        BuildRequest(tiny_copy, "SM80", precision, images=(1, 2)), said.append, lambda *progress: steps.append(progress)
     )
     opened = Engine.open(folder, Bundle.open(tiny_copy), verify="full")
     assert folder == tiny_copy / "engines" / f"tensorrt_rtx-{opened.version}-sm80-{precision}"
@@ -298,7 +303,7 @@ def test_a_bundle_becomes_an_engine(tiny_copy: Path, precision: str) -> None:
 
 
 def test_an_engine_per_phase(tiny_copy: Path) -> None:
-    folder = build(Request(tiny_copy, "SM80", images=(1,), mode="per-phase"), lambda _: None)
+    folder = build(BuildRequest(tiny_copy, "SM80", images=(1,), mode="per-phase"), lambda _: None)
     plans = Engine.open(folder, Bundle.open(tiny_copy)).plans
     assert {name: (plan.query, plan.phases) for name, plan in plans.items()} == {
         "prefill": (1, ("prefill", "sequential")),
@@ -312,15 +317,15 @@ def test_a_bundle_with_the_exact_tail_is_built_with_topk(tiny_copy: Path) -> Non
     manifest["graphs"]["group"]["sampling"] = "exact"
     del manifest["hash"]
     (tiny_copy / "manifest.json").write_text(json.dumps(seal(manifest)))
-    folder = build(Request(tiny_copy, "SM80", images=(1,)), lambda _: None)
+    folder = build(BuildRequest(tiny_copy, "SM80", images=(1,)), lambda _: None)
     assert Engine.open(folder, Bundle.open(tiny_copy)).sampling == "topk"
     with pytest.raises(BuildError, match="sampling 'exact'; plans are built with one of plain, topk"):
-        build(Request(tiny_copy, "SM80", sampling="exact"), lambda _: None)
+        build(BuildRequest(tiny_copy, "SM80", sampling="exact"), lambda _: None)
 
 
 def test_the_second_build_comes_from_the_cache(tiny_copy: Path) -> None:
     said: list[str] = []
-    request = Request(tiny_copy, "SM80", images=(1,))
+    request = BuildRequest(tiny_copy, "SM80", images=(1,))
     first = build(request, said.append)
     plan = (first / "step.plan").read_bytes()
     shutil.rmtree(first)
@@ -336,7 +341,7 @@ def test_the_second_build_comes_from_the_cache(tiny_copy: Path) -> None:
     Engine.open(whole, Bundle.open(tiny_copy), verify="full")  # not byte for byte the same: builds are not
     assert (whole / "step.plan").read_bytes()[:7] != b"damaged"
     said.clear()
-    build(Request(tiny_copy, "SM80", images=(1, 2)), said.append)  # another build: other profiles
+    build(BuildRequest(tiny_copy, "SM80", images=(1, 2)), said.append)  # another build: other profiles
     assert "taken from" not in said[0]
 
 
@@ -345,7 +350,7 @@ def test_two_builds_of_the_same_engine_wait_for_each_other(tiny_copy: Path, tmp_
     shutil.copytree(tiny_copy, other)
     said: list[str] = []
     threads = [
-        threading.Thread(target=lambda path=path: build(Request(path, "SM80", images=(1,)), said.append))
+        threading.Thread(target=lambda path=path: build(BuildRequest(path, "SM80", images=(1,)), said.append))
         for path in (tiny_copy, other)
     ]
     previous = signal.getsignal(signal.SIGTERM)
@@ -390,7 +395,7 @@ def test_a_weight_beyond_fp16_is_refused(tmp_path: Path) -> None:
     with engine_weights.weights_in(case.file, case.table, "bfloat16", tmp_path) as (table, data):
         assert table.entries["layers.1.w2"].dtype == "bfloat16"
         assert table.entries["cos"].dtype == "float32"
-        data.sweep()
+        data.release()
     assert not (tmp_path / ".weights").exists()
 
 
@@ -410,7 +415,7 @@ def changed(folder: Path) -> None:
     ("spoil", "message"), [(truncated, "step.plan: truncated"), (changed, "decoder.plan: its content was changed")]
 )
 def test_a_spoilt_plan_is_refused(tiny_copy: Path, spoil: Callable[[Path], None], message: str) -> None:
-    request = Request(tiny_copy, "SM80", images=(1,), use_cache=False)
+    request = BuildRequest(tiny_copy, "SM80", images=(1,), use_cache=False)
     folder = build(request, lambda _: None)
     spoil(folder)
     with pytest.raises(EngineError, match=message):
@@ -475,7 +480,7 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(tiny_copy: Path) -> None:
     """The signal comes from the builder's own progress, so it always falls into the build."""
     code = (
         "import os, signal, sys; from par_export.cli import build as build_cli\n"
-        "build_cli._Bar.__call__ = lambda self, *a: os.kill(os.getpid(), signal.SIGINT)\n"
+        "build_cli.PlanBar.__call__ = lambda self, *a: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(build_cli.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, str(tiny_copy), "--target", "SM80", "--no-cache"]

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from conftest import golden_weights
-from par_export.bundle import Request, export
-from par_export.weights import Weights, write_tokenizer_weights, write_weights
+from par_export.bundle import ExportRequest, export
+from par_export.weights import WeightsWriter, write_tokenizer_weights, write_weights
 from par_model.checkpoint.model import open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig
 from par_model.transformer import PAR
@@ -35,11 +35,11 @@ def script() -> ModuleType:
     return module
 
 
-def written(folder: Path, precision: str, encoder: bool) -> tuple[np.ndarray, Weights]:
+def written(folder: Path, precision: str, encoder: bool) -> tuple[np.ndarray, WeightsWriter]:
     """The weights file that an export of the restored checkpoints in ``folder`` writes."""
     model, tokenizer = open_checkpoint(folder / "model.pt"), open_checkpoint(folder / "tokenizer.pt")
     vq_config(tokenizer)  # every key is there
-    weights = Weights(folder / "weights.data")
+    weights = WeightsWriter(folder / "weights.data")
     write_weights(weights, par_config(model), model, DTYPE[precision])
     write_tokenizer_weights(weights, tokenizer, DTYPE[precision], encoder)
     weights.close()
@@ -74,7 +74,7 @@ def test_padded_heads_an_ablation_and_a_missing_encoder(
     model, tokenizer = golden_weights(PAR(config)), golden_weights(VQModel(vq))
     torch.save({"model": model.state_dict(), "config": asdict(config)}, tmp_path / "model.pt")
     torch.save({"model": tokenizer.state_dict(), "config": asdict(vq)}, tmp_path / "vq.pt")
-    request = Request(tmp_path / "model.pt", tmp_path / "vq.pt", tmp_path / "bundle", "bf16", encoder=False)
+    request = ExportRequest(tmp_path / "model.pt", tmp_path / "vq.pt", tmp_path / "bundle", "bf16", encoder=False)
     bundle = export(request, say=lambda _: None)
     assert script.main([str(bundle), "--out", str(tmp_path / "back")]) == 0
     assert "holds no encoder; that of tokenizer.pt is random" in capsys.readouterr().out

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from par_export.graphs.writer import WEIGHTS_FILE, WeightTable
+from par_export.graphs.writer import WeightTable
 from par_export.random_bundle import family, like, parameters, published
 from par_model.config import PARConfig, VQConfig, named
 from par_model.generate import generate
 from par_model.ordering import rotary_table
 from par_model.transformer import PAR
 from par_runtime import Bundle, BundleError, Pipeline
+from par_runtime.bundle import WEIGHTS
 
 SMALL = PARConfig(dim=64, n_layers=2, n_heads=4, vocab_size=256, n_classes=10, grid=(1, 8, 8))
 VQ = VQConfig(codebook_size=256, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
@@ -27,7 +28,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 def test_bundles_of_every_n_share_one_file(three: dict[int, Path]) -> None:
     assert {n: path.name for n, path in three.items()} == {1: "small-n1", 4: "small-n4", 16: "small-n16"}
-    assert len({os.stat(path / WEIGHTS_FILE).st_ino for path in three.values()}) == 1
+    assert len({os.stat(path / WEIGHTS).st_ino for path in three.values()}) == 1
     assert [name for name in os.listdir(three[1].parent) if name.startswith(".")] == []
 
 
@@ -48,7 +49,7 @@ def test_its_tokens_are_those_of_a_model_with_these_weights(three: dict[int, Pat
     import torch
 
     table = WeightTable.read(three[n] / "step.onnx").entries
-    raw = np.fromfile(three[n] / WEIGHTS_FILE, np.uint8)
+    raw = np.fromfile(three[n] / WEIGHTS, np.uint8)
 
     def tensor(name: str) -> torch.Tensor:
         at = table[name]
@@ -97,7 +98,7 @@ def test_it_does_not_pass_for_a_trained_model(three: dict[int, Path]) -> None:
 def test_layers_differ(three: dict[int, Path]) -> None:
     """TensorRT keeps equal weights once, so equal layers would make a plan too small and too fast."""
     table = WeightTable.read(three[4] / "step.onnx").entries
-    raw = (three[4] / WEIGHTS_FILE).read_bytes()
+    raw = (three[4] / WEIGHTS).read_bytes()
     parts = [
         raw[at.offset : at.offset + at.length]
         for name, at in table.items()

@@ -4,64 +4,55 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from par_export.bundle import ExportError, Request, export
-from par_export.gate.model import ParityError
-from par_export.staging import TargetError
+from par_export.bundle import ExportRequest, export
+from par_export.cli.common import guarded
+from par_export.errors import ExportError
 from par_model.checkpoint import hub
 from par_model.checkpoint.model import CheckpointError
+from par_runtime.cli.dispatch import Parser
+from par_runtime.dtypes import PRECISIONS
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``parvis export``; returns the exit code."""
+    args = parser().parse_args(argv)
+    advice = "give an --out in a folder you can write to"
+    return guarded(lambda: run(args), expected=(CheckpointError,), no_permission=advice, out=args.out)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, printing what is done. Raises what :func:`par_export.bundle.export` raises."""
 
     def say(line: str) -> None:
         print(line, flush=True)
 
-    try:
-        export(
-            Request(
-                checkpoint=hub.local(args.checkpoint, say),
-                tokenizer=None if args.tokenizer == "none" else hub.local(args.tokenizer, say),
-                out=args.out,
-                precision=args.precision,
-                heads=args.heads,
-                grid=args.grid,
-                sampling=args.sampling,
-                name=args.name,
-                class_names=None if args.class_names == Path("none") else _class_names(args.class_names),
-                imagenet_names=args.class_names is None,
-                encoder=not args.no_encoder,
-                defaults={
-                    k: v for k in ("guidance", "temperature", "top_k", "top_p") if (v := getattr(args, k)) is not None
-                },
-                force=args.force,
-            ),
-            say=say,
-        )
-    except (TargetError, CheckpointError, OSError) as error:
-        print(f"parvis: error: {_describe(error, args.out)}", file=sys.stderr)
-        return 2
-    except ParityError as error:
-        print(f"parvis: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("parvis: stopped; nothing was written", file=sys.stderr)
-        return 130
+    settings = {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+    export(
+        ExportRequest(
+            checkpoint=hub.local(args.checkpoint, say),
+            tokenizer=None if args.tokenizer == "none" else hub.local(args.tokenizer, say),
+            out=args.out,
+            precision=args.precision,
+            heads=args.heads,
+            grid=args.grid,
+            sampling=args.sampling,
+            name=args.name,
+            class_names=None if args.class_names == Path("none") else _class_names(args.class_names),
+            imagenet_names=args.class_names is None,
+            encoder=not args.no_encoder,
+            defaults={name: value for name, value in settings.items() if value is not None},
+            force=args.force,
+        ),
+        say=say,
+    )
     return 0
 
 
-def _describe(error: Exception, out: Path) -> str:
-    if isinstance(error, PermissionError):
-        return f"no permission to write {error.filename or out}; give an --out in a folder you can write to"
-    if isinstance(error, OSError) and error.errno == 28:
-        return f"no space left on the disk of {out}; free some or give another --out (nothing was left behind)"
-    return str(error)
-
-
 def _class_names(path: Path | None) -> list[str] | None:
+    """The names in the file at ``path``; None for None. Raises ExportError, OSError."""
     if path is None:
         return None
     try:
@@ -79,7 +70,7 @@ def _class_names(path: Path | None) -> list[str] | None:
 
 
 def grid(text: str) -> tuple[int, int, int]:
-    """``24`` is 24x24; ``16x32`` is height x width; ``5x16x16`` is frames x height x width."""
+    """A grid of tokens, for argparse: "24" is 24x24, "16x32" height x width, "5x16x16" frames x height x width."""
     try:
         sizes = [int(part) for part in text.split("x")]
     except ValueError:
@@ -91,8 +82,9 @@ def grid(text: str) -> tuple[int, int, int]:
     return (sizes[0], sizes[1], sizes[2]) if len(sizes) == 3 else (1, sizes[0], sizes[1])
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options of ``parvis export``."""
+    p = Parser(
         prog="parvis export",
         description="Turn a PAR or LlamaGen checkpoint into a bundle: ONNX graphs, weights and a manifest, "
         "checked against PyTorch before it is published.",
@@ -111,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="bundle folder to write; must not exist (or --force)")
     p.add_argument(
         "--precision",
-        choices=["fp32", "fp16", "bf16"],
+        choices=PRECISIONS,
         default="fp32",
         help="of the stored weights and the static graphs (default: fp32)",
     )

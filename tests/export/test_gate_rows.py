@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 
 from conftest import golden_config
-from par_export.gate.drive import Images
-from par_export.gate.model import run_step
+from par_export.gate.runner import GuidedRows, run_step
 
 
 def test_rows_of_guided_and_unguided_images() -> None:
-    who = Images(np.array([1.0, 2.0, 0.5, 3.0], np.float32))
-    assert who.of_row.tolist() == [0, 1, 2, 3, 1, 3]
-    assert who.uncond_row.tolist() == [0, 4, 2, 5]
-    assert who.labels(np.array([7, 8, 9, 6]), 10).tolist() == [7, 8, 9, 6, 10, 10]
+    batch = GuidedRows(np.array([1.0, 2.0, 0.5, 3.0], np.float32))
+    assert batch.of_row.tolist() == [0, 1, 2, 3, 1, 3]
+    assert batch.uncond_row.tolist() == [0, 4, 2, 5]
+    assert batch.labels(np.array([7, 8, 9, 6]), 10).tolist() == [7, 8, 9, 6, 10, 10]
     logits = np.random.default_rng(0).standard_normal((6, 3, 5)).astype(np.float32)
-    guided = who.guided(logits)
+    guided = batch.guided(logits)
     assert guided.shape == (4, 3, 5)
     assert (guided[[0, 2]] == logits[[0, 2]]).all()  # not guided: their own row, whatever the scale
     for image, without, scale in ((1, 4, 2.0), (3, 5, 3.0)):
@@ -29,12 +28,12 @@ def test_rows_of_guided_and_unguided_images() -> None:
 
 @pytest.mark.parametrize("guidance", [[1.0, 1.0], [2.0, 2.0]])
 def test_rows_of_like_images(guidance: list[float]) -> None:
-    who = Images(np.array(guidance, np.float32))
+    batch = GuidedRows(np.array(guidance, np.float32))
     some = [2, 3] if guidance[0] > 1 else []
-    assert who.of_row.tolist() == [0, 1, *([0, 1] if some else [])]
-    assert who.uncond_row.tolist() == (some or [0, 1])
-    logits = np.ones((len(who.of_row), 2, 3), np.float32)
-    assert (who.guided(logits) == logits[:2]).all()
+    assert batch.of_row.tolist() == [0, 1, *([0, 1] if some else [])]
+    assert batch.uncond_row.tolist() == (some or [0, 1])
+    logits = np.ones((len(batch.of_row), 2, 3), np.float32)
+    assert (batch.guided(logits) == logits[:2]).all()
 
 
 def test_an_image_does_not_depend_on_its_batch(golden: dict[str, dict[str, Any]], bundles: dict[str, Path]) -> None:
