@@ -1,4 +1,4 @@
-"""The exporter as a command: what it writes, what it refuses, what a kill leaves (nothing)."""
+"""``parvis export``: what it writes, what it refuses, and that a kill leaves nothing."""
 
 from __future__ import annotations
 
@@ -46,13 +46,15 @@ def good(checkpoints: dict[str, Path], tmp_path: Path) -> list[object]:
     ]
 
 
-def test_the_manifest_says_everything(good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_manifest_describes_the_whole_bundle(
+    good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"class {i}" for i in range(10)))
     assert run(*good, "--class-names", names, "--guidance", 2.5, "--name", "mine") == 0
-    said = capsys.readouterr().out
-    assert "n = 4, 19 calls per image" in said
-    assert "greedy tokens as in PyTorch" in said
+    output = capsys.readouterr().out
+    assert "n = 4, 19 calls per image" in output
+    assert "greedy tokens as in PyTorch" in output
     b = Bundle.open(tmp_path / "out", verify="full")
     assert (b.name, b.calls, b.group_size, b.grid, b.precision) == ("mine", 19, 4, (1, 8, 8), "fp32")
     assert b.class_names is not None
@@ -67,7 +69,7 @@ def test_the_manifest_says_everything(good: list[object], tmp_path: Path, capsys
     assert sorted(p.name for p in tmp_path.iterdir()) == ["names.txt", "out"]
 
 
-def test_an_existing_target_is_kept_unless_forced(
+def test_an_existing_folder_is_kept_unless_forced(
     good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*good) == 0
@@ -139,14 +141,14 @@ def sabotage_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def unrotated(config: PARConfig) -> tuple[np.ndarray, np.ndarray]:
         cos, sin = real(config)
-        cos[0] = 1  # the class token as if it had an angle of zero
+        cos[0] = 1  # an angle of zero for the class token, instead of no rotary row
         return cos, sin
 
     monkeypatch.setattr(weights, "rotary_table", unrotated)
 
 
 def sabotage_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learnable tokens swapped in the table."""
+    """Swap the learnable tokens in the embedding table."""
     real = weights.WeightsWriter.add
 
     def add(self: Any, name: str, parts: Any, dtype: str) -> None:
@@ -172,14 +174,14 @@ def test_the_gate_refuses_a_wrong_graph_and_publishes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_greedy_gate_names_the_first_other_token(
+def test_the_gate_names_the_first_greedy_token_that_differs(
     good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = runner.run_step
 
     def wrong(*arguments: Any, **more: Any) -> Any:
         tokens, logits = real(*arguments, **more)
-        if len(tokens) > 1:  # behind the image that is fed random tokens
+        if len(tokens) > 1:  # the first image is fed random tokens
             tokens[1, 17] = (tokens[1, 17] + 1) % 512
         return tokens, logits
 
@@ -201,7 +203,7 @@ def test_a_full_disk_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_permission(
+def test_a_folder_without_permission_is_one_line(
     good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(self: Path, *_: object, **__: object) -> None:

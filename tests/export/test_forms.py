@@ -75,7 +75,7 @@ def test_every_form_computes_the_same(bundles: dict[str, Path], tmp_path: Path, 
 
 
 def test_the_exponent_makes_overflow_impossible() -> None:
-    """As large as fp16 goes, and all in the direction of the longest column: the product still fits."""
+    """An input near fp16's largest number, in the direction of the longest column: the product still fits."""
     rng = np.random.default_rng(0)
     matrix, gain = rng.normal(size=(256, 64)).astype(np.float32), rng.uniform(0.5, 40, 256).astype(np.float32)
     inside, exponent = engine_weights.folded(matrix, gain, "float16")

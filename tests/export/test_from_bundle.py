@@ -1,4 +1,4 @@
-"""``models/recipe/from_bundle.py``: what an export stored comes back, and an export of that stores the same again."""
+"""``models/recipe/from_bundle.py``: it restores checkpoints from a bundle, and their export writes the same weights again."""
 
 from __future__ import annotations
 
@@ -46,12 +46,14 @@ def written(folder: Path, precision: str, encoder: bool) -> tuple[np.ndarray, We
     return np.fromfile(folder / "weights.data", np.uint8), weights
 
 
-def test_an_export_of_what_came_back_writes_the_same_file(tiny: Path, tmp_path: Path, script: ModuleType) -> None:
+def test_an_export_of_the_restored_checkpoints_writes_the_same_file(
+    tiny: Path, tmp_path: Path, script: ModuleType
+) -> None:
     assert script.main([str(tiny), "--out", str(tmp_path)]) == 0
     got, weights = written(tmp_path, "fp16", encoder=True)
     wanted = np.fromfile(tiny / "weights.data", np.uint8)
     assert got.size == wanted.size
-    for name in ("cos", "sin"):  # computed, not stored: another machine may round them otherwise
+    for name in ("cos", "sin"):  # computed, not stored: another machine may round them differently
         at = weights.entries[name]
         here = slice(at.offset, at.offset + at.length)
         np.testing.assert_allclose(got[here].view(np.float32), wanted[here].view(np.float32), atol=1e-6)
@@ -66,7 +68,7 @@ def test_an_export_of_what_came_back_writes_the_same_file(tiny: Path, tmp_path: 
 def test_padded_heads_an_ablation_and_a_missing_encoder(
     tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Head size 12 is stored as 16; the order is found by what it makes; of the encoder only its absence is told."""
+    """Head size 12 is stored as 16; the token order is recognised; a missing encoder is reported."""
     config = PARConfig(
         dim=24, n_layers=1, n_heads=2, vocab_size=16, n_classes=3, grid=(1, 4, 4), order="raster", sequential_initial=False
     )  # fmt: skip
@@ -93,10 +95,12 @@ def test_a_rounded_codebook_rounds_to_itself_again(script: ModuleType, dtype: to
     codes[0], codes[1] = 0.0, 0.0
     codes[0, 0], codes[1, 1] = 1.0, -1.0
     stored = codes.to(dtype)
-    assert (F.normalize(stored.float(), dim=-1).to(dtype) != stored).any()  # what it is for
-    found = script.before_rounding(stored)
-    assert torch.equal(F.normalize(found, dim=-1).to(dtype), stored)
-    assert (found - codes).abs().max() < 2 * torch.finfo(dtype).eps
+    assert (
+        F.normalize(stored.float(), dim=-1).to(dtype) != stored
+    ).any()  # a codebook that is rounded once more changes
+    unrounded = script.before_rounding(stored)
+    assert torch.equal(F.normalize(unrounded, dim=-1).to(dtype), stored)
+    assert (unrounded - codes).abs().max() < 2 * torch.finfo(dtype).eps
 
 
 def test_a_codebook_of_fp32_moves_by_a_last_bit_at_most(script: ModuleType) -> None:
@@ -104,11 +108,11 @@ def test_a_codebook_of_fp32_moves_by_a_last_bit_at_most(script: ModuleType) -> N
     assert (F.normalize(script.before_rounding(stored), dim=-1) - stored).abs().max() <= torch.finfo(torch.float32).eps
 
 
-def test_what_is_no_bundle_ends_in_one_line(
+def test_a_folder_without_a_bundle_is_one_line(
     tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert script.main([str(tmp_path), "--out", str(tmp_path / "back")]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("from_bundle.py: error: ")
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("from_bundle.py: error: ")
+    assert error.count("\n") == 1
     assert not (tmp_path / "back").exists()

@@ -1,4 +1,4 @@
-"""What the gate holds in memory: packed weights where they fit; the same logits either way."""
+"""What the gate holds in memory: packed weights where they fit, and the same logits with and without packing."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_available_memory_of_a_machine(tmp_path: Path) -> None:
 
 
 def test_available_memory_of_a_container_and_a_batch_job(tmp_path: Path) -> None:
-    """Files in the cache make room; the least of a job's own limit and those above it counts."""
+    """Cached files count as free; the lowest of a job's own limit and the limits above it counts."""
     proc, cgroup = machine(tmp_path, "0::/job/step")
     cached = f"anon {2 * GB}\ninactive_file {3 * GB}\nactive_file {1 * GB}"
     group(cgroup, memory__max=16 * GB, memory__current=10 * GB, memory__stat=cached)
@@ -152,7 +152,7 @@ def test_a_whole_export_of_a_large_model(
 
 
 @pytest.mark.usefixtures("large")
-def test_a_refusal_leaves_nothing(
+def test_a_failed_gate_leaves_nothing(
     good: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

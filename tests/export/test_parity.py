@@ -93,7 +93,7 @@ def test_sampled_tokens_are_the_oracles(golden: dict[str, dict[str, Any]], bundl
     ).mean() > 0.99
 
 
-def test_half_precision_says_what_rounding_costs(bundles: dict[str, Path]) -> None:
+def test_the_manifest_holds_the_rounding_error_of_half_precision(bundles: dict[str, Path]) -> None:
     for precision in ("fp16", "bf16"):
         parity = json.loads((bundles[precision] / "manifest.json").read_text())["parity"]
         assert 0 < parity["rounding"]["max_logit_error"] < 0.2
@@ -119,7 +119,7 @@ def test_static_graphs_share_the_weights_and_have_static_shapes(bundles: dict[st
         assert sum(n.op_type == "TensorScatter" for n in model.graph.node) == 6
 
 
-def test_decoder_with_the_tokens_unpermuted_inside(
+def test_the_decoder_brings_tokens_into_raster_order(
     bundles: dict[str, Path], small_vq: VQModel, golden: dict[str, dict[str, Any]]
 ) -> None:
     config = golden_config(golden["par_n4_grid8"])

@@ -1,4 +1,4 @@
-"""Bundles of random weights: the exact shapes, one weights file for several n, and nothing that passes for a trained model."""
+"""Bundles of random weights: exact shapes, one weights file for several n, and a mark that they are not trained."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_each_is_a_whole_bundle_that_runs(three: dict[int, Path], n: int) -> Non
 
 @pytest.mark.parametrize("n", [1, 4, 16])
 def test_its_tokens_are_those_of_a_model_with_these_weights(three: dict[int, Path], n: int) -> None:
-    """The shared file holds every n's rotary table where its graphs look for it: read back into the oracle."""
+    """The weights are read back into the oracle: the shared file holds every n's rotary table where its graphs refer to it."""
     import torch
 
     table = WeightTable.read(three[n] / "step.onnx").entries
@@ -89,7 +89,7 @@ def test_its_tokens_are_those_of_a_model_with_these_weights(three: dict[int, Pat
     assert (generate(model.eval(), [0, 5], guidance=2.0, greedy=True).numpy() == ours).all()
 
 
-def test_it_does_not_pass_for_a_trained_model(three: dict[int, Path]) -> None:
+def test_the_self_test_refuses_random_weights(three: dict[int, Path]) -> None:
     with pytest.raises(BundleError, match=r"holds random weights, for benchmarks, and no self-test; selftest=False"):
         Pipeline.load(three[4], device="cpu")
     assert Bundle.open(three[4]).parity == {"random_weights": True}
@@ -122,7 +122,7 @@ def test_a_bundle_like_another(precision: str, bundles: dict[str, Path], tmp_pat
     assert twin.model["parameters"] == given.model["parameters"] - 3 * given.model["dim"]
 
 
-def test_what_is_no_bundle_is_told(tmp_path: Path, tiny: Path) -> None:
+def test_a_folder_without_a_bundle_is_refused(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(BundleError, match="no bundle of random weights can be made like it"):
         like(tmp_path, 1, tmp_path / "out")
     with pytest.raises(BundleError, match="group_size=9"):
@@ -139,7 +139,7 @@ def test_what_is_no_bundle_is_told(tmp_path: Path, tiny: Path) -> None:
         ("3B", 4, 3_096_668_800),
     ],
 )
-def test_published_models_have_the_specifications_parameters(size: str, n: int, wanted: int) -> None:
+def test_published_models_have_the_published_number_of_parameters(size: str, n: int, wanted: int) -> None:
     assert parameters(named(size, group_size=n)) == wanted
 
 

@@ -92,7 +92,7 @@ def test_large_codebooks(vocab: int, ks: list[int], variant: SamplingVariant) ->
     for top_k in ks:
         for top_p in [0.5, 0.92, 1.0]:
             if variant == "topk" and top_k == 0 and top_p < 1:
-                continue  # beyond what this variant promises: see the next test
+                continue  # this variant does not support it; see the next test
             # Sums of 64,000 terms in another order: a draw may fall on the other side of a boundary.
             check(vocab, variant, logits, 1.0, top_k, top_p, allowed=0.25 if vocab == 64000 else 0.0)
 
