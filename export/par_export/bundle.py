@@ -44,7 +44,7 @@ SELFTEST_GUIDANCE = 1.5  #: guidance of the greedy images that the gate compares
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export. ``heads`` and ``grid`` are needed only where neither the checkpoint nor a named size fixes them."""
+    """What to export. ``heads`` and ``grid`` are needed where neither the checkpoint nor a named size fixes them."""
 
     checkpoint: Path
     tokenizer: Path | None  #: None: a bundle that ends at tokens
@@ -85,9 +85,11 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     parameters = parameter_count(checkpoint)
     t, h, w = config.grid
     say(
-        f"{request.checkpoint}: width {config.dim}, {config.n_layers} layers, {config.n_heads} heads of {config.head_dim} "
-        f"({inferred.heads_from}), {parameters:,} parameters, {config.n_classes} classes, {config.vocab_size} codes, "
-        f"grid {t}x{h}x{w} ({inferred.grid_from}), n = {config.group_size}, {sum(p.repeat for p in phases(config))} calls per image"
+        f"{request.checkpoint}: width {config.dim}, {config.n_layers} layers, {config.n_heads} heads of "
+        f"{config.head_dim} ({inferred.heads_from}), {parameters:,} parameters, {config.n_classes} classes, "
+        f"{config.vocab_size} codes, "
+        f"grid {t}x{h}x{w} ({inferred.grid_from}), n = {config.group_size}, "
+        f"{sum(p.repeat for p in phases(config))} calls per image"
     )
     with staging(request.out, request.force) as folder:
         weights = WeightsWriter(folder / WEIGHTS)
@@ -109,7 +111,8 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     size = sum(f.stat().st_size for f in request.out.iterdir())
     peak = (peak_bytes() or 0) / 1e6
     say(
-        f"{request.out}: {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s, peak memory {peak:.0f} MB; {_parity_line(checked['parity'])}"
+        f"{request.out}: {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s, peak memory {peak:.0f} MB; "
+        f"{_parity_line(checked['parity'])}"
     )
     return request.out
 
@@ -142,7 +145,8 @@ def _class_names(
     if names is None and request.imagenet_names and imagenet.fits(config):
         names, synsets = imagenet.classes()
         say(
-            f"{len(names)} classes and {config.vocab_size} codes: taken as ImageNet's, so classes have its names (--class-names none: no names)"
+            f"{len(names)} classes and {config.vocab_size} codes: taken as ImageNet's, so classes have its names "
+            "(--class-names none: no names)"
         )
     if names is not None and len(names) != config.n_classes:
         raise ExportError(f"{len(names)} class names for a model of {config.n_classes} classes; give one per class")
@@ -218,8 +222,8 @@ def check_downsampling(path: Path, vq: VQConfig, checkpoint: Checkpoint) -> None
     trained = downsampling(checkpoint.args)
     if trained is not None and trained != vq.downsampling:
         raise CheckpointError(
-            f"{path}: makes a token of {vq.downsampling}x{vq.downsampling} pixels, the model's args say downsample_size "
-            f"{trained}; give the tokenizer whose codes the model was trained on"
+            f"{path}: makes a token of {vq.downsampling}x{vq.downsampling} pixels, the model's args say "
+            f"downsample_size {trained}; give the tokenizer whose codes the model was trained on"
         )
 
 

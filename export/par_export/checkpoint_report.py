@@ -1,4 +1,4 @@
-"""What a checkpoint is, as far as its file shows; what its bundle will need, and the least time that a GPU allows it."""
+"""What a checkpoint is, as far as its file shows; what its bundle will need, and the least time a GPU allows it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _settled(inferred: Inferred) -> dict[str, Any]:
 
 
 def _needs(config: PARConfig) -> dict[str, Any]:
-    """What a bundle of the model needs: memory for guided batches; the least time of a guided image by memory bandwidth alone."""
+    """The memory for guided batches of the model, and the least time of a guided image by memory bandwidth alone."""
     head_dim = padded_head_dim(config)
     calls = phases_of(config.group_size, config.n_tokens)
     shape = Shape(config.dim, config.n_layers, config.n_heads, head_dim, config.ffn_dim, config.vocab_size, calls)

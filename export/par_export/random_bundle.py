@@ -37,9 +37,9 @@ DEFAULTS = {"guidance": 4.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 class RandomTensors(Mapping[str, Tensor]):
     """The state dict of a model that was never trained; each tensor is made when it is read.
 
-    Matrices, embeddings and the head are uniform with the standard deviation of an untrained model (with a head of zeros
-    all logits would be equal); gains are one, biases zero. Every read draws new numbers, also of a key that was read
-    before. Layers therefore differ, which they must: TensorRT stores equal weights once.
+    Matrices, embeddings and the head are uniform with the standard deviation of an untrained model (with a head of
+    zeros all logits would be equal); gains are one, biases zero. Every read draws new numbers, also of a key that was
+    read before. Layers therefore differ, which they must: TensorRT stores equal weights once.
     """
 
     def __init__(self, model: nn.Module, seed: int = 0) -> None:

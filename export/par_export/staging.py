@@ -19,8 +19,8 @@ from par_runtime.bundle import MANIFEST
 def staging(out: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
     """Yield a hidden folder beside ``out``, which is renamed to ``out`` at the end; on an error it is removed.
 
-    ``force`` replaces a folder at ``out`` if it holds the file ``marker``. Hidden folders of killed processes are removed.
-    Raises OutputError, OSError.
+    ``force`` replaces a folder at ``out`` if it holds the file ``marker``. Hidden folders of killed processes are
+    removed. Raises OutputError, OSError.
     """
     out = out.absolute()
     for old in _leftovers(out, "old"):

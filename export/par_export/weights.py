@@ -1,4 +1,4 @@
-"""The weights file of a bundle, streamed tensor by tensor from checkpoints: a 3B model is never in memory as a whole."""
+"""The weights file of a bundle, streamed tensor by tensor from checkpoints: a model is never in memory as a whole."""
 
 from __future__ import annotations
 

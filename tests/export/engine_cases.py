@@ -76,7 +76,7 @@ class Case:
 
 
 def random_case(folder: Path, config: PARConfig = SMALL, dtype: str = "float16", quantised: str | None = None) -> Case:
-    """Weights of the layout of ``par_export.weights``, written without torch; matrices ``quantised`` to int8 or int4."""
+    """Weights laid out as by ``par_export.weights``, without torch; matrices ``quantised`` to int8 or int4."""
     rng = np.random.default_rng(0)
     d, heads, size = config.dim, config.n_heads, padded_head_dim(config)
     wide = heads * size

@@ -249,7 +249,8 @@ def test_memory_stays_near_the_size_of_the_checkpoint(tmp_path: Path) -> None:
     assert size > 0.95e9
     for precision in ("fp32", "fp16", "bf16"):
         code = (
-            "import sys; from par_runtime import system; from par_export.cli import export as cli; code = cli.main(sys.argv[1:])\n"
+            "import sys; from par_runtime import system; from par_export.cli import export as cli; code = "
+            "cli.main(sys.argv[1:])\n"
             "print(system.peak_bytes()); sys.exit(code)"
         )
         arguments = [

@@ -1,4 +1,4 @@
-"""``models/recipe/from_bundle.py``: it restores checkpoints from a bundle, and their export writes the same weights again."""
+"""``models/recipe/from_bundle.py``: it restores checkpoints, whose export writes the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints made to do harm when they are unpickled: nothing in them is run; both verbs end in one line, exit code 2."""
+"""Checkpoints made to do harm when they are unpickled: nothing is run; both verbs end in one line, exit code 2."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_each_is_a_whole_bundle_that_runs(three: dict[int, Path], n: int) -> Non
 
 @pytest.mark.parametrize("n", [1, 4, 16])
 def test_its_tokens_are_those_of_a_model_with_these_weights(three: dict[int, Path], n: int) -> None:
-    """The weights are read back into the oracle: the shared file holds every n's rotary table where its graphs refer to it."""
+    """Read back into the oracle: the shared file holds every n's rotary table where its graphs refer to it."""
     import torch
 
     table = WeightTable.read(three[n] / "step.onnx").entries

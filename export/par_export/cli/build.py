@@ -183,7 +183,8 @@ def parser() -> argparse.ArgumentParser:
         "--norm",
         choices=["before", "after"],
         default="before",
-        help="apply a norm before the product that follows, or to it: one kernel less per layer, other rounding (default: before)",
+        help="apply a norm before the product that follows, or to it: one kernel less per layer, other rounding "
+        "(default: before)",
     )
     p.add_argument(
         "--decoder-precision",

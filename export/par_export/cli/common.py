@@ -40,9 +40,9 @@ def guarded(
 ) -> int:
     """Run ``work`` and return its exit code; errors that are expected become one line on stderr and an exit code.
 
-    2 for errors of :data:`EXPECTED` and ``expected``, 1 for a failed parity gate, 130 for Ctrl-C, after which ``stopped``
-    states what was written. ``no_permission`` is the advice where a file may not be written. ``out`` is the folder that the
-    verb writes, where it writes one.
+    2 for errors of :data:`EXPECTED` and ``expected``, 1 for a failed parity gate, 130 for Ctrl-C, after which
+    ``stopped`` states what was written. ``no_permission`` is the advice where a file may not be written. ``out`` is the
+    folder that the verb writes, where it writes one.
     """
     caught = (*EXPECTED, *expected)
     try:

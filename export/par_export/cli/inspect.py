@@ -14,7 +14,7 @@ from par_model.checkpoint.model import CheckpointError
 
 
 def show(path: str | Path, as_json: bool) -> int:
-    """Print what the checkpoint at ``path`` (or of that name on the hub) is; exit code 2 where it is none. Raises OSError."""
+    """Print what the checkpoint at ``path`` (or its name on the hub) is; exit code 2 if it is none. Raises OSError."""
     try:
         facts = describe(hub.local(path, lambda line: print(line, file=sys.stderr)))
     except CheckpointError as error:
@@ -28,7 +28,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
     total = sum(facts["files"].values())
     out = [
         f"{facts['path']}: {facts['kind']}, {facts['parameters']:,} parameters in {facts['tensors']} tensors "
-        f"({facts['dtypes']}), {total / 1e6:.1f} MB in {len(facts['files'])} file{'s' if len(facts['files']) > 1 else ''}"
+        f"({facts['dtypes']}), {total / 1e6:.1f} MB in {len(facts['files'])} "
+        f"file{'s' if len(facts['files']) > 1 else ''}"
     ]
     rows = dict(facts["config"])
     if "memory_bytes" in facts:

@@ -49,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``parvis tune``."""
     p = Parser(
         prog="parvis tune",
-        description="Build the engine of a bundle for this machine's GPU in every form, time whole images with each in every "
-        "capture mode, and keep the fastest. Needs the GPU.",
+        description="Build the engine of a bundle for this machine's GPU in every form, time whole images with each in "
+        "every capture mode, and keep the fastest. Needs the GPU.",
     )
     p.add_argument("bundle", type=Path, metavar="BUNDLE")
     p.add_argument("--images", type=count, default=1, help="batch size to be fastest at (default: 1)")

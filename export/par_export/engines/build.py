@@ -1,8 +1,8 @@
 """Bundle to engine: TensorRT plans of the step network and the decoder, with a report, in the bundle's folder.
 
-``shared`` (default): one plan of q = n serves every phase; sequential steps are padded, since a step of n positions costs
-a GPU the same as a step of one. ``per-phase``: a plan for each, which holds the weights three times.
-Needs onnx and TensorRT, but neither torch nor a GPU (with TensorRT-RTX). See ``docs/engines.md``.
+``shared`` (default): one plan of q = n serves every phase; sequential steps are padded, since a step of n positions
+costs a GPU the same as a step of one. ``per-phase``: a plan for each, which holds the weights three times. Needs onnx
+and TensorRT, but neither torch nor a GPU (with TensorRT-RTX). See ``docs/engines.md``.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def build(
 ) -> Path:
     """Build the engine of ``request``, or take it from the cache; returns its folder.
 
-    ``say`` receives lines of text for the user, ``on_step`` the builder's progress. ``trt`` is the TensorRT to build with
-    (default: the installed one). Raises BuildError, BuildCancelledError, OutputError, BundleError, TensorRTMissingError,
-    OSError.
+    ``say`` receives lines of text for the user, ``on_step`` the builder's progress. ``trt`` is the TensorRT to build
+    with (default: the installed one). Raises BuildError, BuildCancelledError, OutputError, BundleError,
+    TensorRTMissingError, OSError.
     """
     _check_request(request)
     if trt is None:  # only TensorRT-RTX builds for another GPU than this machine's
@@ -170,7 +170,16 @@ class _CheckedRequest:
         own = bundle.graphs["group"].sampling
         sampling = request.sampling or (own if own in SAMPLING else "topk")
         precision = request.precision or bundle.precision
-        return _CheckedRequest(request, bundle, trt, precision, target, device, sampling, queries)  # type: ignore[arg-type]
+        return _CheckedRequest(
+            request,
+            bundle,
+            trt,
+            precision,
+            target,
+            device,
+            sampling,
+            queries,  # type: ignore[arg-type]
+        )
 
     def form(self, query: int) -> Form:
         """The form of the graph of ``query`` positions. Raises BuildError where this TensorRT cannot run it."""
@@ -302,7 +311,8 @@ class _CheckedRequest:
             for profile in counted:
                 if profile.attention != layers:
                     raise BuildError(
-                        f"{name}: {profile.attention} of {layers} attention layers are fused at {profile.images} images; "
+                        f"{name}: {profile.attention} of {layers} attention layers are fused at {profile.images} "
+                        "images; "
                         f"{self.trt.name} {self.trt.version} has no kernel for head size {self.bundle.cache.head_dim}"
                     )
         return file, engine_report.plan_report(outcome, counted, layers, file.stat().st_size, weights_bytes)
@@ -328,7 +338,8 @@ def _local_gpu() -> tuple[str, str]:
 
     if cuda.device_count() == 0:
         raise BuildError(
-            f"target local: no GPU here ({cuda.why_no_device()}); name the GPU to build for, for instance --target SM80 "
+            f"target local: no GPU here ({cuda.why_no_device()}); name the GPU to build for, for instance --target "
+            "SM80 "
             "for an A100 (TensorRT-RTX builds without one)"
         )
     with cuda.Device.open(0) as device:

@@ -73,7 +73,7 @@ def make_logger(trt: TensorRT) -> Any:
 
 
 def make_monitor(trt: TensorRT, on_step: OnStep, stop: threading.Event) -> Any:
-    """A TensorRT progress monitor that calls ``on_step(phase, fraction of the whole)`` and cancels once ``stop`` is set."""
+    """A progress monitor that calls ``on_step(phase, fraction of the whole)`` and cancels once ``stop`` is set."""
 
     class Monitor(trt.module.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -178,7 +178,7 @@ def _set_target(trt: TensorRT, config: Any, target: Target) -> None:
 
 
 def _timing_cache(trt: TensorRT, config: Any, path: Path | None, reproducible: bool) -> Any:
-    """The timing cache at ``path``, set in ``config``; None where none is used. ``reproducible``: an unknown kernel fails."""
+    """The timing cache at ``path``, set in ``config``; None for none. ``reproducible``: an unknown kernel fails."""
     if trt.rtx or path is None:  # with one, TensorRT-RTX does not build without a GPU
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
@@ -261,7 +261,9 @@ def _explain(trt: TensorRT, network: Any, errors: list[str]) -> str:
             sizes[layer.name] = int(layer.get_input(0).shape[-1])
     name = named.group(1) if named else next(iter(sizes), "?")  # the message often names none
     return (
-        f"no fused attention kernel for layer {name!r} with head size {sizes.get(name, next(iter(sizes.values()), 0))} in "
-        f"{trt.name} {trt.version}: export again (head sizes are padded to a multiple of 8), or take another precision. "
+        f"no fused attention kernel for layer {name!r} with head size "
+        f"{sizes.get(name, next(iter(sizes.values()), 0))} in "
+        f"{trt.name} {trt.version}: export again (head sizes are padded to a multiple of 8), or take another "
+        "precision. "
         f"It says: {text}"
     )

@@ -1,7 +1,8 @@
 """Built engines, addressed by content, so that the same build is never made twice on a machine.
 
 An entry is a whole engine folder under the hash of everything that went into it. Entries appear by one rename. Of two
-processes that need the same build one waits for the other. The least recently used are removed when the cache is too large.
+processes that need the same build one waits for the other. The least recently used are removed when the cache is too
+large.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class EngineCache:
         self._shrink(keep=key)
 
     def _shrink(self, keep: str) -> None:
-        """Remove what killed builds left, then the least recently used entries until the others are within the limit."""
+        """Remove what killed builds left, then the least recently used entries until the limit is kept."""
         for part in self.folder.glob(".*.part-*"):
             if time.time() - part.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(part, ignore_errors=True)
@@ -97,7 +98,7 @@ def _size(folder: Path) -> int:
 
 
 def _copy(source: Path, out: Path) -> None:
-    """Copy a folder of files, by hard links where the file system has them: plans are gigabytes, and are never changed."""
+    """Copy a folder of files, by hard links where possible: plans are gigabytes, and are never changed."""
     out.mkdir(parents=True)
     for file in source.iterdir():
         if not file.is_file() or file.name.endswith(".runtime.cache"):  # the runtime writes these

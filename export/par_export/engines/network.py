@@ -1,7 +1,7 @@
 """A graph as a TensorRT network: parsed without copying its weights, and checked before it is built.
 
-What is checked here cannot be seen in the finished plan: that every attention layer can be fused and sees only what it may
-see, that every cache is updated in place, that the parser ignored nothing.
+What is checked here cannot be seen in the finished plan: that every attention layer can be fused and sees only what it
+may see, that every cache is updated in place, that the parser ignored nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def parse(trt: TensorRT, parser: Any, graph: Graph, data: MappedWeights, log: An
 
 
 def check_step(trt: TensorRT, network: Any, wanted: ExpectedAttention) -> None:
-    """Check the parsed step network and complete it: fused attention, visible keys, caches in place. Raises BuildError."""
+    """Check and complete the parsed step network: fused attention, visible keys, caches in place. Raises BuildError."""
     module = trt.module
     inputs = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
     attentions = 0

@@ -36,7 +36,7 @@ class Kernels:
 
 
 def kernels(log: Sequence[str], images: Sequence[int], layers: int) -> list[Kernels]:
-    """The kernels of every profile, from the builder's log of the finished plan; ``layers`` is the model's number of layers."""
+    """The kernels of every profile, from the builder's log of the finished plan of a model of ``layers`` layers."""
     by_profile: dict[int, list[tuple[str, str]]] = {}
     for message in log:
         for name, kind in _LAYER.findall(message):
@@ -60,7 +60,7 @@ def _summary(images: int, names: list[str], layers: int) -> Kernels:
 def plan_report(
     outcome: BuildOutcome, counted: list[Kernels], layers: int, plan_bytes: int, weights_bytes: int
 ) -> dict[str, Any]:
-    """The report of one plan, for ``engine.json``. ``weights_bytes`` are the bytes of the bundle's weights of this graph."""
+    """The report of one plan, for ``engine.json``. ``weights_bytes`` is the size of its weights in the bundle."""
     return {
         "seconds": round(outcome.seconds, 2),
         "plan_bytes": plan_bytes,
@@ -93,7 +93,8 @@ def table(report: Mapping[str, Any]) -> list[str]:
             rotary = f"{layers['ROTARY_EMBEDDING']}/{model}" if model else "-"
             sizes = (
                 f"{plan['plan_bytes'] / 1e6:8.1f} {plan['weights_bytes'] / 1e6:11.1f} "
-                f"{plan['weights_bytes'] / max(plan['bundle_weights_bytes'], 1):10.2f} {plan['activation_bytes'] / 1e6:10.1f}"
+                f"{plan['weights_bytes'] / max(plan['bundle_weights_bytes'], 1):10.2f} "
+                f"{plan['activation_bytes'] / 1e6:10.1f}"
             )
             lines.append(
                 f"{name if first else '':12} {profile['images']:6} {attention:>13} {caches:>9} {rotary:>7} "

@@ -1,7 +1,7 @@
 """Which form of attention and which way of launching is the fastest on this GPU.
 
-Each candidate is built and makes whole images in every capture mode; the fastest engine is kept, with what was measured.
-A GPU is needed: kernels can be counted without one, but not timed.
+Each candidate is built and makes whole images in every capture mode; the fastest engine is kept, with what was
+measured. A GPU is needed: kernels can be counted without one, but not timed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from par_runtime.pipeline import Pipeline
 from par_runtime.system import write_beside
 
 CAPTURES: tuple[Capture, ...] = ("image", "call", "none")
-#: (lengths, norm_after). A mask with the norm after the product is left out: lengths are at least as fast where both exist.
+#: (lengths, norm_after). A mask with the norm after the product is left out: lengths are at least as fast.
 _VISIBLE_AND_NORM = ((True, False), (True, True), (False, False))
 
 
@@ -57,9 +57,9 @@ def tune(
 ) -> Path:
     """Build and time every candidate on GPU ``index``; keep the fastest for batches of ``images``. Returns its folder.
 
-    Each of ``rounds`` times all candidates one after the other, with ``repeats`` batches, so that a GPU clock that drifts
-    favours none. ``say`` receives lines of text for the user. Raises BuildError, BuildCancelledError, OutputError,
-    BundleError, CudaError, TensorRTMissingError, OSError.
+    Each of ``rounds`` times all candidates one after the other, with ``repeats`` batches, so that a GPU clock that
+    drifts favours none. ``say`` receives lines of text for the user. Raises BuildError, BuildCancelledError,
+    OutputError, BundleError, CudaError, TensorRTMissingError, OSError.
     """
     if cuda.device_count() <= index:
         raise BuildError(f"tuning needs a GPU: {cuda.why_no_device() or f'there is no GPU {index}'}")
@@ -120,7 +120,8 @@ def option_words(form: Form) -> tuple[str, str, str]:
 def table(rows: Sequence[Timing], best: Timing) -> list[str]:
     """The measurements as lines of text, the chosen one marked."""
     lines = [
-        f"{'attention':10} {'visible':8} {'norm':7} {'capture':8} {'images':>6} {'ms per image':>13} {'min':>9} {'max':>9}"
+        f"{'attention':10} {'visible':8} {'norm':7} {'capture':8} {'images':>6} {'ms per image':>13} {'min':>9} "
+        f"{'max':>9}"
     ]
     for row in rows:
         attention, visible, norm = option_words(row.form)

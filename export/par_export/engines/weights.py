@@ -1,4 +1,4 @@
-"""The weights of a bundle as a build needs them: mapped, in its precision, with the gains of the norms folded in if asked for."""
+"""The weights of a bundle as a build needs them: mapped, in its precision, on request with the norms folded in."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def weights_in(
     """Yield the weights ``stored`` in ``file`` in the dtype ``compute``, mapped, with the table of where each lies.
 
     Where they are stored otherwise, they are converted into a temporary file in ``folder``. Rotary tables stay fp32.
-    ``fold`` multiplies the gains of the norms into the matrices that follow them (see :func:`folded`). Raises BuildError
-    where a value does not fit the precision, OSError.
+    ``fold`` multiplies the gains of the norms into the matrices that follow them (see :func:`folded`). Raises
+    BuildError where a value does not fit the precision, OSError.
     """
     converted_names = {name for name, e in stored.entries.items() if e.dtype in NUMPY_DTYPE and e.dtype != compute}
     converted_names -= {"cos", "sin"}
@@ -104,8 +104,8 @@ def gain_of(matrix: str) -> str:
 def folded(matrix: np.ndarray, gain: np.ndarray, compute: str) -> tuple[np.ndarray, int]:
     """``matrix`` (in, out) with its rows multiplied by ``gain`` and by 2**-exponent: in fp32, and the exponent.
 
-    For fp16 the exponent makes overflow impossible: no column is longer than 1/sqrt(in), so no entry of ``x W`` is larger
-    than the root mean square of x, which fits into fp16. bf16 and fp32 need no exponent.
+    For fp16 the exponent makes overflow impossible: no column is longer than 1/sqrt(in), so no entry of ``x W`` is
+    larger than the root mean square of x, which fits into fp16. bf16 and fp32 need no exponent.
     """
     wide = matrix.astype(np.float32) * gain.astype(np.float32)[:, None]
     if compute != "float16":

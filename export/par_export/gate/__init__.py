@@ -1,1 +1,1 @@
-"""The parity gate: the exported graphs on ONNX Runtime against the PyTorch oracle; an export that fails publishes nothing."""
+"""The parity gate: the exported graphs on ONNX Runtime must agree with the PyTorch oracle before a bundle is published."""

@@ -26,8 +26,9 @@ def compare_logits(name: str, got: np.ndarray, wanted: np.ndarray, scale: float,
     error = float(np.abs(got - wanted).max())
     if not error <= LOGIT_TOLERANCE[compute] * scale:
         raise ParityError(
-            f"{name}: logits differ from the oracle by {error:.3g}; at most {LOGIT_TOLERANCE[compute] * scale:.3g} is allowed "
-            f"({compute}, largest logit {scale:.3g}). Nothing was published; this is a bug in the export, please report it"
+            f"{name}: logits differ from the oracle by {error:.3g}; at most {LOGIT_TOLERANCE[compute] * scale:.3g} "
+            f"is allowed ({compute}, largest logit {scale:.3g}). Nothing was published; this is a bug in the export, "
+            "please report it"
         )
     return {"max_logit_error": error, "argmax_agreement": float((got.argmax(-1) == wanted.argmax(-1)).mean())}
 

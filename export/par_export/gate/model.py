@@ -1,9 +1,9 @@
 """The parity gate of the model: the step graphs on ONNX Runtime against the PyTorch oracle.
 
-Greedy parity costs one teacher-forced pass: generate greedily on the graph, then feed these tokens to the oracle. If the
-oracle's argmax is the same token at every position, it would have generated the same image, by induction. An image that
-is fed random tokens runs in the same batch: on a CPU a call costs what reading the weights costs, for the graph and for
-the oracle.
+Greedy parity costs one teacher-forced pass: generate greedily on the graph, then feed these tokens to the oracle. If
+the oracle's argmax is the same token at every position, it would have generated the same image, by induction. An image
+that is fed random tokens runs in the same batch: on a CPU a call costs what reading the weights costs, for the graph
+and for the oracle.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def gate(
 ) -> dict[str, Any]:
     """Compare every phase and a whole greedy image of the graphs in ``folder`` with the oracle.
 
-    Returns the manifest's ``parity`` and ``selftest`` entries. Raises ParityError beyond a tolerance, and CheckpointError
-    where the weights are not finite.
+    Returns the manifest's ``parity`` and ``selftest`` entries. Raises ParityError beyond a tolerance, and
+    CheckpointError where the weights are not finite.
     """
     dtype = weights.entries["embed"].dtype
     # ONNX Runtime has no bf16 kernels for CPUs: the static graphs of bf16 bundles run in fp32, over the bf16 weights.

@@ -32,7 +32,8 @@ def rounded(checkpoint: Checkpoint, prefix: str, keys: Iterable[str], dtype: str
         if not bool(out[key].sum().isfinite()) and not bool(out[key].isfinite().all()):
             largest = float(tensor.float().abs().max())
             raise CheckpointError(
-                f"{checkpoint.path}: {prefix}{key} holds {int((~tensor.float().isfinite()).sum())} numbers that are NaN "
+                f"{checkpoint.path}: {prefix}{key} holds {int((~tensor.float().isfinite()).sum())} numbers that "
+                "are NaN "
                 "or infinite; give a checkpoint of a training that did not diverge"
                 if not math.isfinite(largest)
                 else f"{checkpoint.path}: {prefix}{key} holds numbers up to {largest:.3g}, beyond what {dtype} can "
@@ -53,7 +54,8 @@ def oracle_logits(
 ) -> np.ndarray:
     """Logits [R,N,V] fp32 of the oracle, teacher-forced with ``tokens`` [R,N] and ``labels`` [R].
 
-    Weights are rounded to ``dtype``; one layer is in memory at a time. Raises CheckpointError where a weight is not finite.
+    Weights are rounded to ``dtype``; one layer is in memory at a time. Raises CheckpointError where a weight is not
+    finite.
     """
 
     def load(module: torch.nn.Module, prefix: str) -> None:
@@ -88,8 +90,8 @@ def rounding_error(
 ) -> dict[str, float]:
     """What rounding the weights to ``dtype`` changes, for the manifest.
 
-    ``rounded`` [1,N,V] are the oracle's logits for ``tokens`` [1,N] with rounded weights; they are compared with those of
-    the checkpoint's own weights.
+    ``rounded`` [1,N,V] are the oracle's logits for ``tokens`` [1,N] with rounded weights; they are compared with those
+    of the checkpoint's own weights.
     """
     if {tensor.dtype for tensor in checkpoint.tensors.values()} == {TORCH_DTYPE[dtype]}:
         return {"max_logit_error": 0.0, "argmax_agreement": 1.0}

@@ -1,7 +1,7 @@
 """How the parity gate runs graphs: sessions that hold the weights once, call after call, with a cache in place.
 
-It is deliberately independent of the runtime's own generation: the tokens that it makes become the self-test by which the
-runtime is judged.
+It is deliberately independent of the runtime's own generation: the tokens that it makes become the self-test by which
+the runtime is judged.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class StepRunner:
 
 
 def input_ids(config: PARConfig, labels: np.ndarray, tokens: np.ndarray, start: int, query: int) -> np.ndarray:
-    """Rows of the embedding table [R,q] for the input positions from ``start`` on, of ``labels`` [R] and ``tokens`` [R,N]."""
+    """Ids [R,q] of the embedding table at the input positions from ``start`` on; ``labels`` [R], ``tokens`` [R,N]."""
     kind, index = input_kinds(config)
     columns = []
     for p in range(start, start + query):
@@ -124,7 +124,7 @@ def input_ids(config: PARConfig, labels: np.ndarray, tokens: np.ndarray, start: 
 
 
 def session(path: Path, pack: bool = False) -> ort.InferenceSession:
-    """A CPU session of the graph at ``path``. Weights in fp32 are mapped; ``pack`` copies them into the layout of its products.
+    """A CPU session of the graph at ``path``. Weights in fp32 are mapped; ``pack`` copies them into packed matrices.
 
     Weights in half precision are held in fp32 in both cases: ONNX Runtime casts one after another when the session is
     made. (With the casts left in the graph it takes more memory, because it plans for all of their results at once.)
@@ -180,7 +180,7 @@ def runnable_opset() -> int:
 
 @dataclass(frozen=True)
 class StandIn:
-    """How to write the static graphs again over the same weights, where this ONNX Runtime cannot run the bundle's files."""
+    """How to write the static graphs again over the same weights, where ONNX Runtime cannot run the bundle's files."""
 
     weights: WeightTable
     compute: str

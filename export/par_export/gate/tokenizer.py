@@ -27,7 +27,7 @@ from par_runtime.metrics import finite, psnr_db
 PIXEL_TOLERANCE = 1  #: of the decoder, in grey levels of 255
 #: Codes whose products with a position differ by less than this may swap by rounding. The products lie in -1..1.
 TIE_TOLERANCE = 1e-4
-#: The decoder in fp16 is left out where its PSNR against the one in fp32 is lower. Measured: 50 to 60 dB; broken: below 30.
+#: The decoder in fp16 is left out where its PSNR against fp32 is lower. Measured: 50 to 60 dB; broken: below 30.
 HALF_MIN_PSNR_DB = 40.0
 
 
@@ -67,13 +67,14 @@ def _decoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoi
     worst = int(np.abs(got.astype(int) - wanted.astype(int)).max())
     if worst > PIXEL_TOLERANCE:
         raise ParityError(
-            f"decoder.onnx: pixels differ from the oracle by up to {worst} of 255; at most {PIXEL_TOLERANCE} is allowed. Nothing was published"
+            f"decoder.onnx: pixels differ from the oracle by up to {worst} of 255; at most {PIXEL_TOLERANCE} is "
+            "allowed. Nothing was published"
         )
     return {"max_pixel_error": worst, "equal_pixels": float((got == wanted).mean())}
 
 
 def _half_decoder(folder: Path, config: PARConfig) -> dict[str, Any]:
-    """Compare the decoder in fp16 with the one in fp32. A large difference is a property of the weights, not an error."""
+    """Compare the decoder in fp16 with fp32. A large difference is a property of the weights, not an error."""
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (1, config.n_tokens))
     exact, half = (
         session(folder / f"{name}.onnx").run(["images"], {"tokens": tokens})[0].astype(np.int64)
@@ -98,8 +99,10 @@ def _encoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoi
     if not bool((behind <= TIE_TOLERANCE).all()):
         place = int(behind.argmax())
         raise ParityError(
-            f"encoder.onnx: token {place} is code {got[0, place]}, which is {float(behind[place]):.3g} further than the "
-            f"oracle's {int(products[place].argmax())} (cosine; at most {TIE_TOLERANCE:g} is allowed). Nothing was published; this "
+            f"encoder.onnx: token {place} is code {got[0, place]}, which is {float(behind[place]):.3g} further "
+            "than the "
+            f"oracle's {int(products[place].argmax())} (cosine; at most {TIE_TOLERANCE:g} is allowed). Nothing was "
+            "published; this "
             "is a bug in the export, please report it"
         )
     report: dict[str, Any] = {"tokens": config.n_tokens, "ties": int((behind > 0).sum())}

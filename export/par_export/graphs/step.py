@@ -46,10 +46,10 @@ class Form:
     """How the attention of a static graph is written; the function is the same.
 
     ``grouped``: the q queries of a head are q query heads on one KV head with sequence length 1, which engines run
-    with their decode kernel. ``lengths``: the number of visible keys is given per row (opset 24's ``nonpad_kv_seqlen``),
-    so that a kernel reads only these; otherwise a mask is made once per step. ``norm_after``: a norm is applied to the
-    product that follows it, ``(x W) / rms(x)``, which needs its gain inside the matrix (``WeightTable.folded``); engines
-    then fuse it into kernels that they need anyway.
+    with their decode kernel. ``lengths``: the number of visible keys is given per row (opset 24's
+    ``nonpad_kv_seqlen``), so that a kernel reads only these; otherwise a mask is made once per step. ``norm_after``: a
+    norm is applied to the product that follows it, ``(x W) / rms(x)``, which needs its gain inside the matrix
+    (``WeightTable.folded``); engines then fuse it into kernels that they need anyway.
     """
 
     grouped: bool
@@ -176,10 +176,11 @@ def step_graph(
 
 
 def _normed_product(g: Graph, x: str, norm: str, matrix: str, compute: str, form: Form) -> tuple[str, str | None]:
-    """RMSNorm of ``x`` [R,q,d] times a matrix, and with ``norm_after`` the factor [R,q,1] fp32 that is still to be applied.
+    """RMSNorm of ``x`` [R,q,d] times a matrix; with ``norm_after`` also the factor [R,q,1] fp32 that is still to apply.
 
-    The caller applies it to the parts after the split: there an engine computes it inside the kernel that follows. Applied
-    to the product itself it would become a part of the product, with a kernel of its own for the sum of squares.
+    The caller applies it to the parts after the split: there an engine computes it inside the kernel that follows.
+    Applied to the product itself it would become a part of the product, with a kernel of its own for the sum of
+    squares.
     """
     if not form.norm_after:
         h = g.op("RMSNormalization", x, g.weight(norm, compute), axis=-1, epsilon=NORM_EPS)

@@ -123,7 +123,7 @@ class Graph:
         return self.op("Cast", name, to=ONNX_DTYPE[compute])
 
     def _dequantised(self, name: str, stored: Stored, compute: str) -> str:
-        """A quantised matrix (in, out) times its scales: one per column [out], or one per block of rows [blocks, out]."""
+        """A quantised matrix (in, out) times its scales: one per column [out] or per block of rows [blocks, out]."""
         assert self.weights is not None
         scale = self.weights.entries[name + SCALE]
         blocked: dict[str, Any] = {"axis": 1}
