@@ -118,8 +118,8 @@ def parser() -> argparse.ArgumentParser:
         choices=["plain", "topk", "exact"],
         default="topk",
         help="sampling tail of the static graphs: 'plain' draws from the whole codebook (or greedily); 'topk' adds "
-        "top-k up to 3840 and top-p within it (default); 'exact' has no limit and costs more, and plans are built with topk "
-        "instead. step.onnx is always exact",
+        "top-k up to 3840 and top-p within it (default); 'exact' has no limit and costs more, and plans are built with "
+        "topk instead. step.onnx is always exact",
     )
     p.add_argument("--name", help="name in the manifest (default: the folder's)")
     p.add_argument(

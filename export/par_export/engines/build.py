@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from par_export import engines, graphs
 from par_export.engines import report as engine_report
@@ -168,18 +168,9 @@ class _CheckedRequest:
                     queries[name] = (max(phases[phase] for phase in served), served)
         target, device = (request.target.upper(), None) if request.target != "local" else _local_gpu()
         own = bundle.graphs["group"].sampling
-        sampling = request.sampling or (own if own in SAMPLING else "topk")
+        sampling = request.sampling or cast(SamplingVariant, own if own in SAMPLING else "topk")
         precision = request.precision or bundle.precision
-        return _CheckedRequest(
-            request,
-            bundle,
-            trt,
-            precision,
-            target,
-            device,
-            sampling,
-            queries,  # type: ignore[arg-type]
-        )
+        return _CheckedRequest(request, bundle, trt, precision, target, device, sampling, queries)
 
     def form(self, query: int) -> Form:
         """The form of the graph of ``query`` positions. Raises BuildError where this TensorRT cannot run it."""

@@ -1,1 +1,1 @@
-"""The parity gate: the exported graphs on ONNX Runtime must agree with the PyTorch oracle before a bundle is published."""
+"""The parity gate: exported graphs on ONNX Runtime must agree with the PyTorch oracle before they are published."""
