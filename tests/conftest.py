@@ -124,17 +124,17 @@ def checkpoints(
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> dict[str, Path]:
     """Exported golden bundles: ``fp32``, ``fp16``, ``bf16`` (n=4, with decoder), ``n1`` and ``n16`` (end at tokens)."""
-    from par_export.bundle import Request, export
+    from par_export.bundle import ExportRequest, export
 
     folder = tmp_path_factory.mktemp("bundles")
     out = {}
     for precision in ("fp32", "fp16", "bf16"):
-        request = Request(
+        request = ExportRequest(
             checkpoints["par_n4_grid8"], checkpoints["vq"], folder / precision, precision, heads=4, grid=(1, 8, 8)
         )
         out[precision] = export(request, say=lambda _: None)
     for name, checkpoint in (("n1", "ar_n1_grid8"), ("n16", "par_n16_grid8")):
-        request = Request(checkpoints[checkpoint], None, folder / name, heads=4, grid=(1, 8, 8))
+        request = ExportRequest(checkpoints[checkpoint], None, folder / name, heads=4, grid=(1, 8, 8))
         out[name] = export(request, say=lambda _: None)
     return out
 

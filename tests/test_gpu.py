@@ -45,7 +45,7 @@ def gpu() -> Iterator[cuda.Device]:
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A copy of a bundle with an engine for this GPU, built once per combination."""
-    from par_export.engines.build import Request, build
+    from par_export.engines.build import BuildRequest, build
 
     made: dict[tuple[Any, ...], Path] = {}
     folder = tmp_path_factory.mktemp("engines")
@@ -56,7 +56,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             path = folder / f"{source.name}-{precision}-{mode}-{len(made)}"
             shutil.copytree(source, path, ignore=shutil.ignore_patterns("engines"))
             started = time.perf_counter()
-            out = build(Request(path, "local", precision, images, mode, cache_folder=folder / "cache"), lambda _: None)
+            out = build(
+                BuildRequest(path, "local", precision, images, mode, cache_folder=folder / "cache"), lambda _: None
+            )
             GPU_REPORT.append(f"built {out.name} of {source.name} in {time.perf_counter() - started:.1f} s")
             made[key] = path
         return made[key]
@@ -192,13 +194,13 @@ def test_stress_of_200_images_with_constant_memory(engines: Callable[..., Path],
 
 def test_a_named_target_runs_here(engines: Callable[..., Path], gpu: cuda.Device, tmp_path: Path) -> None:
     """What was built for a target by name, as on a machine without a GPU, runs on a GPU of that name."""
-    from par_export.engines.build import Request, build
+    from par_export.engines.build import BuildRequest, build
 
     pytest.importorskip("tensorrt_rtx", reason="only TensorRT-RTX builds for a named target")
     path = tmp_path / "demo"
     shutil.copytree(BUNDLE, path, ignore=shutil.ignore_patterns("engines"))
     target = f"SM{gpu.capability[0]}{gpu.capability[1]}"
-    build(Request(path, target, "fp16", (1,), use_cache=False), lambda _: None)
+    build(BuildRequest(path, target, "fp16", (1,), use_cache=False), lambda _: None)
     pipeline = load(path)  # the self-test compares tokens with those of the export
     started = time.perf_counter()
     again = load(path)
@@ -208,12 +210,12 @@ def test_a_named_target_runs_here(engines: Callable[..., Path], gpu: cuda.Device
 
 
 def test_tuning_keeps_an_engine(tmp_path: Path) -> None:
-    from par_export.cli import tune
-    from par_export.engines.build import Request
+    from par_export.engines import tune
+    from par_export.engines.build import BuildRequest
 
     path = tmp_path / "demo"
     shutil.copytree(BUNDLE, path, ignore=shutil.ignore_patterns("engines"))
-    request = Request(path, "local", images=(1,), cache_folder=tmp_path / "cache")
+    request = BuildRequest(path, "local", images=(1,), cache_folder=tmp_path / "cache")
     tune.tune(request, repeats=REPEATS, rounds=2, say=GPU_REPORT.append)
     pipeline = load(path)
     assert pipeline.generate([0], seed=1).images is not None

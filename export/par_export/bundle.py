@@ -1,4 +1,4 @@
-"""Checkpoint to bundle: weights streamed, graphs written, parity proven, then one rename.
+"""Checkpoint to bundle: weights are streamed, graphs written, the parity gate run, then the folder is renamed once.
 
 Everything is written into a hidden folder beside the target; a kill, a full disk or a failed parity gate leaves no
 bundle. A folder that a killed process left behind is removed by the next export to the same place.
@@ -19,53 +19,53 @@ import onnxruntime
 import torch
 
 from par_export import imagenet
-from par_export.gate import model as verify
-from par_export.gate import tokenizer as verify_tokenizer
-from par_export.graphs.decoder import decoder_graph
+from par_export.errors import ExportError
+from par_export.gate import model as model_gate
+from par_export.gate import tokenizer as tokenizer_gate
+from par_export.graphs.decoder import HALF_DECODER, decoder_graph
 from par_export.graphs.encoder import encoder_graph
-from par_export.graphs.sampling import Variant
-from par_export.graphs.step import io_table, padded_head_dim, step_graph
+from par_export.graphs.sampling import SamplingVariant
+from par_export.graphs.step import COMPATIBLE_STEP, io_table, padded_head_dim, step_graph
 from par_export.graphs.vq import PREFIX
-from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, Graph, WeightTable
-from par_export.staging import TargetError, staging
-from par_export.weights import Weights, write_tokenizer_weights, write_weights
+from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, Graph, WeightTable
+from par_export.staging import staging
+from par_export.weights import WeightsWriter, parameter_count, write_tokenizer_weights, write_weights
 from par_model.checkpoint import Checkpoint, CheckpointError, downsampling, infer, open_checkpoint, vq_config
 from par_model.config import PARConfig, VQConfig
-from par_model.ordering import CLASS, TOKEN, Phase, input_kinds, phases, token_order
+from par_model.manifest import phase_entries
+from par_model.ordering import phases, token_order
 from par_runtime import __version__
-from par_runtime.bundle import MANIFEST, SCHEMA, seal
+from par_runtime.bundle import MANIFEST, SCHEMA, WEIGHTS, seal
 from par_runtime.dtypes import DTYPE
 from par_runtime.system import peak_bytes, sha256
 
-SELFTEST_GUIDANCE = 1.5
-HALF_DECODER = verify_tokenizer.HALF_DECODER
-
-
-class ExportError(TargetError):
-    """An export that cannot be done as asked; the message says how to fix it."""
+SELFTEST_GUIDANCE = 1.5  #: guidance of the greedy images that the gate compares and the runtime's self-test repeats
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to export. ``heads`` and ``grid`` are needed only where shapes and named sizes leave them open."""
+class ExportRequest:
+    """What to export. ``heads`` and ``grid`` are needed where neither the checkpoint nor a named size fixes them."""
 
     checkpoint: Path
-    tokenizer: Path | None
+    tokenizer: Path | None  #: None: a bundle that ends at tokens
     out: Path
     precision: str = "fp32"
     heads: int | None = None
     grid: tuple[int, int, int] | None = None
-    sampling: Variant = "topk"
+    sampling: SamplingVariant = "topk"  #: of the static graphs
     name: str | None = None
     class_names: list[str] | None = None
-    encoder: bool = True  #: deploy the tokenizer's encoder too, which editing and reconstructing an image need
+    encoder: bool = True  #: write the tokenizer's encoder too, which editing and reconstructing an image need
     imagenet_names: bool = True  #: give a model of ImageNet's shape its class names
     defaults: dict[str, Any] | None = None
     force: bool = False
 
 
-def export(request: Request, say: Callable[[str], None] = print) -> Path:
-    """Write the bundle of ``request``; returns its path. Raises ExportError, CheckpointError, ParityError, OSError."""
+def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
+    """Write the bundle of ``request``; returns its path. ``say`` receives lines of text for the user.
+
+    Raises ExportError, OutputError, CheckpointError, ParityError, OSError.
+    """
     started = time.monotonic()
     if request.precision not in DTYPE:
         raise ExportError(f"precision {request.precision!r}; expected one of {', '.join(DTYPE)}")
@@ -80,59 +80,80 @@ def export(request: Request, say: Callable[[str], None] = print) -> Path:
             f"{request.checkpoint}: was trained with causal attention inside a group; the step graph shows every "
             "position of a call the same keys, so only par_model.generate can run this ablation"
         )
-    vq_file, vq = None, None
-    if request.tokenizer is not None:
-        vq_file = open_checkpoint(request.tokenizer)
-        vq = vq_config(vq_file)
-        if vq.codebook_size != config.vocab_size:
-            raise CheckpointError(
-                f"{request.tokenizer}: has {vq.codebook_size} codes, the model was trained on {config.vocab_size}; "
-                "give the tokenizer whose codes the model was trained on"
-            )
-        check_downsampling(request.tokenizer, vq, checkpoint)
-    if vq is not None and config.grid[0] != 1:
-        raise ExportError("a video grid takes no image tokenizer; give --tokenizer none")
-    names, synsets = request.class_names or checkpoint.class_names, None
-    if names is None and request.imagenet_names and imagenet.fits(config):
-        names, synsets = imagenet.classes()
-        say(
-            f"{len(names)} classes and {config.vocab_size} codes: taken as ImageNet's, so classes have its names (--class-names none: no names)"
-        )
-    if names is not None and len(names) != config.n_classes:
-        raise ExportError(f"{len(names)} class names for a model of {config.n_classes} classes; give one per class")
-    parameters = sum(t.numel() for t in checkpoint.tensors.values())
+    vq_file, vq = _open_tokenizer(request.tokenizer, config, checkpoint) or (None, None)
+    names, synsets = _class_names(request, config, checkpoint, say)
+    parameters = parameter_count(checkpoint)
     t, h, w = config.grid
     say(
-        f"{request.checkpoint}: width {config.dim}, {config.n_layers} layers, {config.n_heads} heads of {config.head_dim} "
-        f"({inferred.heads_from}), {parameters:,} parameters, {config.n_classes} classes, {config.vocab_size} codes, "
-        f"grid {t}x{h}x{w} ({inferred.grid_from}), n = {config.group_size}, {sum(p.repeat for p in phases(config))} calls per image"
+        f"{request.checkpoint}: width {config.dim}, {config.n_layers} layers, {config.n_heads} heads of "
+        f"{config.head_dim} ({inferred.heads_from}), {parameters:,} parameters, {config.n_classes} classes, "
+        f"{config.vocab_size} codes, "
+        f"grid {t}x{h}x{w} ({inferred.grid_from}), n = {config.group_size}, "
+        f"{sum(p.repeat for p in phases(config))} calls per image"
     )
     with staging(request.out, request.force) as folder:
-        weights = Weights(folder / WEIGHTS_FILE)
+        weights = WeightsWriter(folder / WEIGHTS)
         try:
             write_weights(weights, config, checkpoint, dtype)
             if vq_file is not None:
                 write_tokenizer_weights(weights, vq_file, dtype, request.encoder)
         finally:
             weights.close()
-        checkpoint.release()  # what was read stays mapped otherwise, beside the weights that are checked next
+        checkpoint.release()  # otherwise what was read stays mapped, and counts beside the memory that the gate needs
         graphs = write_graphs(folder, config, vq, weights, dtype, request.sampling, request.encoder)
         say(f"graphs and weights written after {time.monotonic() - started:.1f} s; checking them against PyTorch")
-        checked = verify.gate(folder, config, checkpoint, weights, guidance=SELFTEST_GUIDANCE)
+        checked = model_gate.gate(folder, config, checkpoint, weights, guidance=SELFTEST_GUIDANCE)
         if vq is not None and vq_file is not None:
-            checked["parity"] |= verify_tokenizer.gate(folder, config, vq, vq_file, dtype, graphs)
+            checked["parity"] |= tokenizer_gate.gate(folder, config, vq, vq_file, dtype, graphs)
         entries = {"name": request.name or request.out.name, "precision": request.precision, "defaults": defaults}
-        described = describe(config, vq, graphs, parameters, weights)
-        write_manifest(folder, entries | described | {"class_names": names, "class_synsets": synsets} | checked)
+        architecture = architecture_entries(config, vq, graphs, parameters, weights)
+        write_manifest(folder, entries | architecture | {"class_names": names, "class_synsets": synsets} | checked)
     size = sum(f.stat().st_size for f in request.out.iterdir())
     peak = (peak_bytes() or 0) / 1e6
     say(
-        f"{request.out}: {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s, peak memory {peak:.0f} MB; {_parity_line(checked['parity'])}"
+        f"{request.out}: {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s, peak memory {peak:.0f} MB; "
+        f"{_parity_line(checked['parity'])}"
     )
     return request.out
 
 
-def describe(
+def _open_tokenizer(path: Path | None, config: PARConfig, checkpoint: Checkpoint) -> tuple[Checkpoint, VQConfig] | None:
+    """The tokenizer at ``path``, checked against the model; None for None. Raises CheckpointError, ExportError."""
+    if path is None:
+        return None
+    file = open_checkpoint(path)
+    vq = vq_config(file)
+    if vq.codebook_size != config.vocab_size:
+        raise CheckpointError(
+            f"{path}: has {vq.codebook_size} codes, the model was trained on {config.vocab_size}; "
+            "give the tokenizer whose codes the model was trained on"
+        )
+    check_downsampling(path, vq, checkpoint)
+    if config.grid[0] != 1:
+        raise ExportError("a video grid takes no image tokenizer; give --tokenizer none")
+    return file, vq
+
+
+def _class_names(
+    request: ExportRequest, config: PARConfig, checkpoint: Checkpoint, say: Callable[[str], None]
+) -> tuple[list[str] | None, list[str] | None]:
+    """Class names and synsets: the request's names, else the checkpoint's, else ImageNet's for a model of its shape.
+
+    Raises ExportError where there is not one name per class.
+    """
+    names, synsets = request.class_names or checkpoint.class_names, None
+    if names is None and request.imagenet_names and imagenet.fits(config):
+        names, synsets = imagenet.classes()
+        say(
+            f"{len(names)} classes and {config.vocab_size} codes: taken as ImageNet's, so classes have its names "
+            "(--class-names none: no names)"
+        )
+    if names is not None and len(names) != config.n_classes:
+        raise ExportError(f"{len(names)} class names for a model of {config.n_classes} classes; give one per class")
+    return names, synsets
+
+
+def architecture_entries(
     config: PARConfig, vq: VQConfig | None, graphs: Mapping[str, Any], parameters: int, weights: WeightTable
 ) -> dict[str, Any]:
     """The manifest's entries that follow from the architecture and the graphs."""
@@ -143,7 +164,7 @@ def describe(
         "group_size": config.group_size,
         "n_tokens": config.n_tokens,
         "order": token_order(config).tolist(),
-        "phases": [_phase_entry(config, phase) for phase in phases(config) if phase.repeat],
+        "phases": phase_entries(config),
         "ids": {
             "class_base": config.vocab_size,
             "no_class": config.vocab_size + config.n_classes,
@@ -174,9 +195,10 @@ def describe(
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Any], hashes: dict[tuple[int, int], str] | None = None) -> None:
-    """Write ``manifest.json``, the last file of a bundle: ``entries``, what made it, and every file's size and hash.
+    """Write ``manifest.json``, the last file of a bundle: ``entries``, versions, and the size and hash of every file.
 
-    ``hashes`` by (device, inode) keeps those of files that several bundles link to.
+    ``hashes``, by (device, inode), is filled here; given again, it saves hashing a file that several bundles link to.
+    Raises OSError.
     """
     hashes = {} if hashes is None else hashes
     files = {}
@@ -196,12 +218,12 @@ def write_manifest(folder: Path, entries: Mapping[str, Any], hashes: dict[tuple[
 
 
 def check_downsampling(path: Path, vq: VQConfig, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if the model's training named another number of pixels per token than the tokenizer has."""
-    named = downsampling(checkpoint.args)
-    if named is not None and named != vq.downsampling:
+    """Raise CheckpointError if the model was trained with another number of pixels per token than the tokenizer's."""
+    trained = downsampling(checkpoint.args)
+    if trained is not None and trained != vq.downsampling:
         raise CheckpointError(
-            f"{path}: makes a token of {vq.downsampling}x{vq.downsampling} pixels, the model's args say downsample_size "
-            f"{named}; give the tokenizer whose codes the model was trained on"
+            f"{path}: makes a token of {vq.downsampling}x{vq.downsampling} pixels, the model's args say "
+            f"downsample_size {trained}; give the tokenizer whose codes the model was trained on"
         )
 
 
@@ -211,7 +233,7 @@ def write_graphs(
     vq: VQConfig | None,
     weights: WeightTable,
     dtype: str,
-    sampling: Variant,
+    sampling: SamplingVariant,
     encoder: bool = True,
 ) -> dict[str, Any]:
     """Write every graph of a bundle into ``folder``; returns the manifest's ``graphs`` entry."""
@@ -228,14 +250,14 @@ def write_graphs(
         }
 
     n = config.group_size
-    plan: list[tuple[str, int | None, str, Variant, int]] = [
+    step_graphs: list[tuple[str, int | None, str, SamplingVariant, int]] = [
         ("step", None, "float32", "dynamic", OPSET),
-        (verify.COMPATIBLE_STEP, None, "float32", "dynamic", COMPATIBLE_OPSET),
+        (COMPATIBLE_STEP, None, "float32", "dynamic", COMPATIBLE_OPSET),
         ("prefill", 1, dtype, sampling, OPSET),
         ("transition", n, dtype, sampling, OPSET),
         ("group", n, dtype, sampling, OPSET),
     ]
-    for name, query, compute, tail, opset in plan:
+    for name, query, compute, tail, opset in step_graphs:
         graph = step_graph(config, weights, name=name, compute=compute, query=query, sampling=tail, opset=opset)
         inputs, outputs = ([asdict(io) for io in table] for table in io_table(config, compute, query))
         add(name, graph, tail, inputs, outputs)
@@ -272,15 +294,6 @@ def _model_entry(config: PARConfig, parameters: int) -> dict[str, int]:
         "n_classes": config.n_classes,
         "parameters": parameters,
     }
-
-
-def _phase_entry(config: PARConfig, phase: Phase) -> dict[str, Any]:
-    """A phase with what each of its slots is fed: "class", "token", or the id of a learnable token."""
-    kind, index = input_kinds(config)
-    learnable = config.vocab_size + config.n_classes + 1
-    here = range(phase.start, phase.start + phase.query)
-    inputs = ["class" if kind[p] == CLASS else "token" if kind[p] == TOKEN else int(learnable + index[p]) for p in here]
-    return {"name": phase.name, "query": phase.query, "repeat": phase.repeat, "start": phase.start, "inputs": inputs}
 
 
 def _parity_line(parity: dict[str, Any]) -> str:

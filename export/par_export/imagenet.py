@@ -19,6 +19,6 @@ def fits(config: PARConfig) -> bool:
 
 
 def classes() -> tuple[list[str], list[str]]:
-    """Names (all that WordNet has for a class, after ", ") and synsets, by index."""
+    """Names and synsets by class index; a class with several names in WordNet has all of them, separated by ", "."""
     rows = [line.split("\t") for line in FILE.read_text(encoding="utf-8").splitlines()]
     return [name for _, name in rows], [synset for synset, _ in rows]

@@ -1,9 +1,9 @@
-"""Bundles with random weights, for benchmarks: speed depends on shapes, not on what the weights say.
+"""Bundles with random weights, for benchmarks: speed depends on the shapes of the weights, not on their values.
 
-``family`` writes one weights file for several n: all bundles of a model differ in their rotary tables and in how many
-rows of the embedding table are learnable tokens, so they link to one file. ``like`` writes a bundle of the architecture
-of another at another n. No checkpoint is needed, no parity gate is run (there is nothing to be equal to), and the bundles
-say so: their self-test is empty, so ``Pipeline.load`` refuses them unless told not to test.
+``family`` writes one weights file for several n. The bundles of a model differ only in their rotary tables and in how
+many rows of the embedding table are learnable tokens, so all of them link to this file. ``like`` writes a bundle of the
+architecture of another one at another n. No checkpoint is needed and no parity gate is run, since there is no model to
+compare with. The self-test in their manifests is empty: ``Pipeline.load`` refuses them unless its self-test is off.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from par_export.bundle import SELFTEST_GUIDANCE, describe, write_graphs, write_manifest
-from par_export.graphs.writer import WEIGHTS_FILE, WeightTable
-from par_export.weights import Weights, write_rotary, write_tokenizer_weights, write_weights
+from par_export.bundle import SELFTEST_GUIDANCE, architecture_entries, write_graphs, write_manifest
+from par_export.graphs.writer import WeightTable
+from par_export.weights import WeightsWriter, write_rotary, write_tokenizer_weights, write_weights
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig, VQConfig, named
 from par_model.manifest import config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.transformer import INIT_STD, PAR
 from par_model.vq import VQModel
+from par_runtime.bundle import WEIGHTS
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError
 
-#: What benchmarks draw with: everything of the published setting but a greedy choice costs the same.
+#: How benchmarks sample. Of the published settings only a greedy choice costs something else.
 DEFAULTS = {"guidance": 4.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 class RandomTensors(Mapping[str, Tensor]):
-    """The state dict of a model that was never trained, each tensor made when asked for.
+    """The state dict of a model that was never trained; each tensor is made when it is read.
 
-    Matrices and embeddings are uniform with the deviation that training begins with, the head too (with a head of zeros
-    all logits would tie); gains are one, biases zero. The same key gives other numbers each time it is asked for, as
-    nobody asks twice: TensorRT keeps equal weights once, so layers must differ.
+    Matrices, embeddings and the head are uniform with the standard deviation of an untrained model (with a head of
+    zeros all logits would be equal); gains are one, biases zero. Every read draws new numbers, also of a key that was
+    read before. Layers therefore differ, which they must: TensorRT stores equal weights once.
     """
 
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
@@ -60,7 +61,7 @@ class RandomTensors(Mapping[str, Tensor]):
 
 
 def parameters(config: PARConfig) -> int:
-    """How many numbers a model of ``config`` has."""
+    """How many parameters a model of ``config`` has."""
     with torch.device("meta"):
         return sum(tensor.numel() for tensor in PAR(config).parameters())
 
@@ -75,16 +76,16 @@ def family(
     vq: VQConfig | None = None,
     defaults: Mapping[str, Any] = DEFAULTS,
 ) -> dict[int, Path]:
-    """Write bundles ``{name}-n{n}`` into ``folder``: n -> its path.
+    """Write bundles ``{name}-n{n}`` into ``folder``; returns n -> path.
 
-    ``config.group_size`` does not matter; ``vq`` adds a decoder (no encoder). Raises ValueError for an n that the grid
-    does not take, OSError.
+    ``config.group_size`` is ignored; ``vq`` adds a decoder (no encoder). Raises ValueError for an n that does not fit
+    the grid, OSError.
     """
     configs = {n: replace(config, group_size=n) for n in group_sizes}
     dtype = DTYPE[precision]
     folder.mkdir(parents=True, exist_ok=True)
-    shared = folder / f".{name}-{WEIGHTS_FILE}"
-    weights = Weights(shared)
+    shared = folder / f".{name}-{WEIGHTS}"
+    weights = WeightsWriter(shared)
     widest = configs[max(configs)]
     try:
         with torch.device("meta"):
@@ -107,10 +108,10 @@ def family(
 
 
 def published(model: str, group_sizes: Sequence[int], folder: Path, *, precision: str = "fp32") -> dict[int, Path]:
-    """Bundles of a model of the paper, "PAR-L" to "PAR-3B" (384 px, with VQ-16's decoder) or "PAR-video": n -> its path.
+    """Write bundles of a model of the paper: "PAR-L" to "PAR-3B" (384 px, with VQ-16's decoder), or "PAR-video".
 
-    The video model is XL's blocks over 5x16x16 tokens of 64,000 codes and 101 classes, and ends at tokens; its widths are
-    not published **(ours)**. Raises ValueError for another name, OSError.
+    The video model has XL's blocks over 5x16x16 tokens of 64,000 codes, 101 classes and no decoder; its widths are not
+    published **(ours)**. Returns n -> path. Raises ValueError for another name, OSError.
     """
     if model == "PAR-video":
         config, vq = named("XL", vocab_size=64000, n_classes=101, grid=(5, 16, 16)), None
@@ -132,9 +133,9 @@ def _write(
     precision, defaults = settings
     folder.mkdir()
     try:
-        os.link(shared, folder / WEIGHTS_FILE)
+        os.link(shared, folder / WEIGHTS)
     except OSError:  # a file system without links
-        shutil.copyfile(shared, folder / WEIGHTS_FILE)
+        shutil.copyfile(shared, folder / WEIGHTS)
     graphs = write_graphs(folder, config, vq, table, DTYPE[precision], "topk", encoder=False)
     entries = {
         "name": folder.name,
@@ -145,7 +146,7 @@ def _write(
         "parity": {"random_weights": True},
         "selftest": {"labels": [], "guidance": SELFTEST_GUIDANCE, "tokens": []},
     }
-    write_manifest(folder, entries | describe(config, vq, graphs, parameters(config), table), hashes)
+    write_manifest(folder, entries | architecture_entries(config, vq, graphs, parameters(config), table), hashes)
 
 
 def like(path: str | Path, group_size: int, out: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: written beside its place under a hidden name, then renamed."""
+"""A folder that appears whole or not at all: it is written beside its place under a hidden name, then renamed."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-class TargetError(Exception):
-    """The place asked for cannot be written; the message says how to fix it."""
+from par_export.errors import OutputError
+from par_runtime.bundle import MANIFEST
 
 
 @contextmanager
-def staging(out: Path, force: bool, marker: str = "manifest.json") -> Iterator[Path]:
-    """A hidden folder beside ``out`` that becomes ``out`` at the end, or nothing at all.
+def staging(out: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
+    """Yield a hidden folder beside ``out``, which is renamed to ``out`` at the end; on an error it is removed.
 
-    ``force`` replaces what is there, if it holds ``marker``. Folders that killed processes left are removed.
-    Raises TargetError.
+    ``force`` replaces a folder at ``out`` if it holds the file ``marker``. Hidden folders of killed processes are
+    removed. Raises OutputError, OSError.
     """
     out = out.absolute()
     for old in _leftovers(out, "old"):
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
-        else:  # killed between the two renames below: what was to be replaced goes back
+        else:  # a process was killed between the two renames below: the folder that it was replacing goes back
             os.rename(old, out)
     if out.exists() and not force:
-        raise TargetError(f"{out} exists; give another --out, or --force to replace it")
+        raise OutputError(f"{out} exists; give another --out, or --force to replace it")
     if out.exists() and not (out / marker).is_file():
-        kind = "a bundle" if marker == "manifest.json" else "an engine"
-        raise TargetError(
+        kind = "a bundle" if marker == MANIFEST else "an engine"
+        raise OutputError(
             f"{out} exists and is not {kind} (it holds no {marker}); only such a folder is replaced; move it away"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +41,7 @@ def staging(out: Path, force: bool, marker: str = "manifest.json") -> Iterator[P
     part = out.parent / f".{out.name}.part-{os.getpid()}"
     part.mkdir()
     main = threading.current_thread() is threading.main_thread()  # only there may signals be handled
-    # So that the cleanup below runs.
+    # SIGTERM raises SystemExit, so that the cleanup below runs.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
     try:
         yield part
@@ -62,8 +61,8 @@ def staging(out: Path, force: bool, marker: str = "manifest.json") -> Iterator[P
 def _leftovers(out: Path, kind: str) -> list[Path]:
     """Folders ``.NAME.KIND-PID`` beside ``out`` whose process is gone."""
     prefix = f".{out.name}.{kind}-"
-    found = out.parent.iterdir() if out.parent.is_dir() else ()
-    pids = {path: path.name.removeprefix(prefix) for path in found if path.name.startswith(prefix)}
+    neighbours = out.parent.iterdir() if out.parent.is_dir() else ()
+    pids = {path: path.name.removeprefix(prefix) for path in neighbours if path.name.startswith(prefix)}
     return [path for path, pid in pids.items() if pid.isdecimal() and not _alive(int(pid))]
 
 

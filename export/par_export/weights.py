@@ -1,4 +1,4 @@
-"""The weights file of a bundle, streamed tensor by tensor from checkpoints: a 3B model is never in memory whole."""
+"""The weights file of a bundle, streamed tensor by tensor from checkpoints: a model is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from torch import Tensor
 
 from par_export.graphs.step import padded_head_dim
 from par_export.graphs.vq import PREFIX
-from par_export.graphs.writer import Stored, WeightTable
+from par_export.graphs.writer import WeightTable
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig
 from par_model.ordering import rotary_table
+from par_runtime.bundle import Stored
+from par_runtime.dtypes import STORAGE
 
 PAGE_BYTES = 4096  # large tensors start on a page, so that a runtime can map them in place
 LARGE_BYTES = 64 * 1024
 LINE_BYTES = 64  # small ones on a cache line
-TORCH_TYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+#: dtype -> torch's own; both use the same names.
+TORCH_DTYPE: dict[str, torch.dtype] = {dtype: getattr(torch, dtype) for dtype in STORAGE}
 
 
-class Weights(WeightTable):
-    """The weights file of a bundle, written tensor by tensor; ``entries`` says where each one lies."""
+class WeightsWriter(WeightTable):
+    """The weights file of a bundle, written tensor by tensor; ``entries`` holds where each one lies."""
 
     def __init__(self, path: Path) -> None:
         super().__init__({})
@@ -33,7 +36,10 @@ class Weights(WeightTable):
         self._file: BinaryIO = path.open("wb")
 
     def add(self, name: str, parts: Iterable[Tensor], dtype: str) -> None:
-        """Append ``parts``, concatenated along their first axis, as tensor ``name``; each part is freed when written."""
+        """Append ``parts``, concatenated along their first axis, as tensor ``name``; each part is freed when written.
+
+        Raises ValueError for a name that was written before, OSError.
+        """
         if name in self.entries:
             raise ValueError(f"weight {name!r} was already written")
         start, offset = self._file.tell(), -1
@@ -44,16 +50,22 @@ class Weights(WeightTable):
                 offset = -(-start // align) * align
                 self._file.write(b"\0" * (offset - start))
             # Contiguous bytes of any dtype, bf16 included, which numpy does not know.
-            part = part.detach().to(TORCH_TYPE[dtype]).contiguous()
+            part = part.detach().to(TORCH_DTYPE[dtype]).contiguous()
             self._file.write(part.view(-1).view(torch.uint8).numpy().data)
             shape = (part.shape[0] + (shape[0] if shape else 0), *part.shape[1:])
         self.entries[name] = Stored(dtype, shape, offset, self._file.tell() - offset)
 
     def close(self) -> None:
+        """Close the file; ``entries`` stay."""
         self._file.close()
 
 
-def write_weights(weights: Weights, config: PARConfig, checkpoint: Checkpoint, dtype: str) -> None:
+def parameter_count(checkpoint: Checkpoint) -> int:
+    """How many numbers the tensors of a checkpoint hold."""
+    return sum(tensor.numel() for tensor in checkpoint.tensors.values())
+
+
+def write_weights(weights: WeightsWriter, config: PARConfig, checkpoint: Checkpoint, dtype: str) -> None:
     """Stream the transformer into the weights file, one matrix at a time, in the layout the graphs read.
 
     ``embed`` [V + C + 1 + n - 1, d] is codes, classes, "no class", learnable tokens. Matrices are (in, out).
@@ -73,7 +85,7 @@ def write_weights(weights: Weights, config: PARConfig, checkpoint: Checkpoint, d
         w = w.view(-1, size, w.shape[1])
         return F.pad(w, (0, 0, 0, padded - size)).view(-1, w.shape[2])
 
-    store = TORCH_TYPE[dtype]
+    store = TORCH_DTYPE[dtype]
     for i in range(config.n_layers):
         layer = f"layers.{i}"
         for norm in ("attention_norm", "ffn_norm"):
@@ -92,15 +104,18 @@ def write_weights(weights: Weights, config: PARConfig, checkpoint: Checkpoint, d
     weights.add("output", [get("output.weight").to(store).T], dtype)
 
 
-def write_rotary(weights: Weights, config: PARConfig, suffix: str = "") -> None:
-    """The rotary table by input position, ``cos`` and ``sin`` [N,D'/2]; the one part of the weights that order and n decide."""
+def write_rotary(weights: WeightsWriter, config: PARConfig, suffix: str = "") -> None:
+    """Write the rotary table by input position, ``cos`` and ``sin`` [N,D'/2] fp32, under these names plus ``suffix``.
+
+    No other part of the weights depends on the order of the tokens.
+    """
     pad = ((0, 0), (0, (padded_head_dim(config) - config.head_dim) // 2))
     for name, table in zip(("cos", "sin"), rotary_table(config), strict=True):
         weights.add(name + suffix, [torch.from_numpy(np.pad(table, pad))], "float32")
 
 
-def write_tokenizer_weights(weights: Weights, checkpoint: Checkpoint, dtype: str, encoder: bool) -> None:
-    """Stream the tokenizer into the weights file: codebook and decoder, and the ``encoder`` if it is deployed."""
+def write_tokenizer_weights(weights: WeightsWriter, checkpoint: Checkpoint, dtype: str, encoder: bool) -> None:
+    """Stream the tokenizer into the weights file: codebook and decoder, and the encoder if ``encoder``."""
     codebook = F.normalize(checkpoint.tensor("quantize.embedding.weight").float(), dim=-1)
     weights.add(PREFIX + "codebook", [codebook], dtype)
     halves = ("decoder.", "post_quant_conv.", *(("encoder.", "quant_conv.") if encoder else ()))

@@ -27,14 +27,14 @@ from torch import Tensor
 
 from par_export.graphs.step import padded_head_dim
 from par_export.graphs.vq import PREFIX
-from par_export.graphs.writer import WEIGHTS_FILE, WeightTable
-from par_export.weights import TORCH_TYPE
+from par_export.graphs.writer import WeightTable
+from par_export.weights import TORCH_DTYPE
 from par_model.checkpoint import CheckpointError, check_keys
 from par_model.config import VQConfig
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.transformer import PAR
 from par_model.vq import VQModel
-from par_runtime.bundle import Bundle
+from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.errors import BundleError
 
 INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -76,13 +76,13 @@ def restore(path: Path, out: Path) -> None:
 
 def read_weights(bundle: Bundle) -> dict[str, Tensor]:
     """Name -> tensor of the weights file, for every tensor that a graph uses, in the dtype that it is stored in."""
-    data = np.memmap(bundle.path / WEIGHTS_FILE, np.uint8, "r")
+    data = np.memmap(bundle.path / WEIGHTS, np.uint8, "r")
     tensors = {}
     for graph in bundle.graphs.values():
         for name, at in WeightTable.read(bundle.path / graph.file).entries.items():
             if name not in tensors:
                 raw = torch.from_numpy(np.array(data[at.offset : at.offset + at.length]))
-                tensors[name] = raw.view(TORCH_TYPE[at.dtype]).reshape(at.shape)
+                tensors[name] = raw.view(TORCH_DTYPE[at.dtype]).reshape(at.shape)
     return tensors
 
 

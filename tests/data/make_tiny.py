@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from par_export.bundle import Request, export
+from par_export.bundle import ExportRequest, export
 from par_model.config import PARConfig, VQConfig
 from par_model.transformer import PAR
 from par_model.vq import VQModel
@@ -43,7 +43,7 @@ def main() -> None:
         torch.save({"model": weights(PAR(MODEL)), "config": asdict(MODEL), "class_names": NAMES}, model)
         torch.save({"model": weights(VQModel(TOKENIZER)), "config": asdict(TOKENIZER)}, tokenizer)
         defaults = {"guidance": 1.5, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        export(Request(model, tokenizer, HERE / "tiny", "fp16", defaults=defaults, force=True))
+        export(ExportRequest(model, tokenizer, HERE / "tiny", "fp16", defaults=defaults, force=True))
 
 
 if __name__ == "__main__":

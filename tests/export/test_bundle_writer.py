@@ -1,4 +1,4 @@
-"""The exporter as a command: what it writes, what it refuses, what a kill leaves (nothing)."""
+"""``parvis export``: what it writes, what it refuses, and that a kill leaves nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from conftest import child, golden_weights
 from par_export import bundle as writer
 from par_export import weights
 from par_export.cli import export as cli
-from par_export.gate import model as verify
+from par_export.gate import runner
 from par_export.graphs import step
 from par_model.config import PARConfig
 from par_model.transformer import PAR
@@ -46,13 +46,15 @@ def good(checkpoints: dict[str, Path], tmp_path: Path) -> list[object]:
     ]
 
 
-def test_the_manifest_says_everything(good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_manifest_describes_the_whole_bundle(
+    good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"class {i}" for i in range(10)))
     assert run(*good, "--class-names", names, "--guidance", 2.5, "--name", "mine") == 0
-    said = capsys.readouterr().out
-    assert "n = 4, 19 calls per image" in said
-    assert "greedy tokens as in PyTorch" in said
+    output = capsys.readouterr().out
+    assert "n = 4, 19 calls per image" in output
+    assert "greedy tokens as in PyTorch" in output
     b = Bundle.open(tmp_path / "out", verify="full")
     assert (b.name, b.calls, b.group_size, b.grid, b.precision) == ("mine", 19, 4, (1, 8, 8), "fp32")
     assert b.class_names is not None
@@ -67,7 +69,7 @@ def test_the_manifest_says_everything(good: list[object], tmp_path: Path, capsys
     assert sorted(p.name for p in tmp_path.iterdir()) == ["names.txt", "out"]
 
 
-def test_an_existing_target_is_kept_unless_forced(
+def test_an_existing_folder_is_kept_unless_forced(
     good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*good) == 0
@@ -139,15 +141,15 @@ def sabotage_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def unrotated(config: PARConfig) -> tuple[np.ndarray, np.ndarray]:
         cos, sin = real(config)
-        cos[0] = 1  # the class token as if it had an angle of zero
+        cos[0] = 1  # an angle of zero for the class token, instead of no rotary row
         return cos, sin
 
     monkeypatch.setattr(weights, "rotary_table", unrotated)
 
 
 def sabotage_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learnable tokens swapped in the table."""
-    real = weights.Weights.add
+    """Swap the learnable tokens in the embedding table."""
+    real = weights.WeightsWriter.add
 
     def add(self: Any, name: str, parts: Any, dtype: str) -> None:
         parts = list(parts)
@@ -155,7 +157,7 @@ def sabotage_order(monkeypatch: pytest.MonkeyPatch) -> None:
             parts[-1] = parts[-1].flip(0)
         real(self, name, parts, dtype)
 
-    monkeypatch.setattr(weights.Weights, "add", add)
+    monkeypatch.setattr(weights.WeightsWriter, "add", add)
 
 
 @pytest.mark.parametrize("sabotage", [sabotage_scale, sabotage_rotary, sabotage_order])
@@ -172,18 +174,18 @@ def test_the_gate_refuses_a_wrong_graph_and_publishes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_greedy_gate_names_the_first_other_token(
+def test_the_gate_names_the_first_greedy_token_that_differs(
     good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = verify.run_step
+    real = runner.run_step
 
     def wrong(*arguments: Any, **more: Any) -> Any:
         tokens, logits = real(*arguments, **more)
-        if len(tokens) > 1:  # behind the image that is fed random tokens
+        if len(tokens) > 1:  # the first image is fed random tokens
             tokens[1, 17] = (tokens[1, 17] + 1) % 512
         return tokens, logits
 
-    monkeypatch.setattr(verify, "run_step", wrong)
+    monkeypatch.setattr(runner, "run_step", wrong)
     assert run(*good) == 1
     assert "differ from the oracle first at image 0, position 17" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -201,7 +203,7 @@ def test_a_full_disk_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_permission(
+def test_a_folder_without_permission_is_one_line(
     good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(self: Path, *_: object, **__: object) -> None:
@@ -217,9 +219,9 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_cleans_up(
     good: list[object], tmp_path: Path, sig: signal.Signals
 ) -> None:
     hang = (
-        "import sys, time; from par_export.gate import model as verify; from par_export.cli import export as cli\n"
+        "import sys, time; from par_export.gate import model as model_gate; from par_export.cli import export as cli\n"
         "def wait(*a, **k): print('gate', flush=True); time.sleep(60)\n"
-        "verify.gate = wait; sys.exit(cli.main(sys.argv[1:]))"
+        "model_gate.gate = wait; sys.exit(cli.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", hang, *map(str, good)]
     with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -247,7 +249,8 @@ def test_memory_stays_near_the_size_of_the_checkpoint(tmp_path: Path) -> None:
     assert size > 0.95e9
     for precision in ("fp32", "fp16", "bf16"):
         code = (
-            "import sys; from par_runtime import system; from par_export.cli import export as cli; code = cli.main(sys.argv[1:])\n"
+            "import sys; from par_runtime import system; from par_export.cli import export as cli; code = "
+            "cli.main(sys.argv[1:])\n"
             "print(system.peak_bytes()); sys.exit(code)"
         )
         arguments = [

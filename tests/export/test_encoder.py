@@ -1,4 +1,4 @@
-"""The tokenizer's other half in a bundle: encoder, decoder in fp16, and the gate that publishes neither if they are wrong."""
+"""The encoder and the fp16 decoder of a bundle, and the parity gate of the tokenizer's graphs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import torch
 
 from conftest import GOLDEN, golden_weights
 from par_export import bundle
-from par_export.bundle import Request, export
+from par_export.bundle import ExportRequest, export
 from par_export.cli import export as cli
-from par_export.gate import tokenizer as verify_tokenizer
-from par_export.gate.model import ParityError, session
+from par_export.errors import ParityError
+from par_export.gate import tokenizer as tokenizer_gate
+from par_export.gate.runner import session
 from par_model.config import PARConfig, VQConfig
 from par_model.transformer import PAR
 from par_model.vq import VQModel
@@ -44,8 +45,8 @@ def test_the_encoder_gives_the_oracles_tokens_in_sequence_order(bundles: dict[st
     np.testing.assert_array_equal(pipeline.encode(images[1])[0], pipeline.encode(images)[1])
 
 
-def test_what_was_generated_and_what_is_encoded_go_the_same_way(bundles: dict[str, Path]) -> None:
-    """Decoding the tokens of an image and decoding the tokens of a batch with it agree: nothing is permuted twice."""
+def test_encoded_tokens_are_in_the_order_of_generated_ones(bundles: dict[str, Path]) -> None:
+    """An image that keeps all encoded tokens is the decoder's image of these tokens: nothing is permuted twice."""
     pipeline = Pipeline.load(bundles["fp32"], device="cpu", threads=1)
     tokens = pipeline.encode(smooth_images(2, 16, 5))
     again = pipeline.generate([0, 1], keep=np.ones((8, 8), bool), tokens=tokens)
@@ -54,7 +55,7 @@ def test_what_was_generated_and_what_is_encoded_go_the_same_way(bundles: dict[st
     assert again.kept.all()
 
 
-def test_every_precision_says_what_it_costs(bundles: dict[str, Path]) -> None:
+def test_the_manifest_holds_the_rounding_error_of_every_precision(bundles: dict[str, Path]) -> None:
     for precision in ("fp32", "fp16", "bf16"):
         manifest = json.loads((bundles[precision] / "manifest.json").read_text())
         parity = manifest["parity"]
@@ -72,7 +73,7 @@ def test_every_precision_says_what_it_costs(bundles: dict[str, Path]) -> None:
     assert np.abs(images[0].astype(int) - images[1]).max() <= 4
 
 
-def test_a_bundle_may_go_without_the_encoder(
+def test_a_bundle_without_an_encoder(
     checkpoints: dict[str, Path], bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--checkpoint", checkpoints["par_n4_grid8"], "--tokenizer", checkpoints["vq"], "--out", tmp_path / "b"]
@@ -90,7 +91,7 @@ def test_a_bundle_may_go_without_the_encoder(
     assert not (tmp_path / "y.png").exists()
 
 
-def test_the_gate_refuses_an_encoder_that_encodes_otherwise(
+def test_the_gate_refuses_an_encoder_with_another_token_order(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = bundle.encoder_graph
@@ -103,7 +104,7 @@ def test_the_gate_refuses_an_encoder_that_encodes_otherwise(
         return graph
 
     monkeypatch.setattr(bundle, "encoder_graph", upside_down)
-    request = Request(checkpoints["par_n4_grid8"], checkpoints["vq"], tmp_path / "b", heads=4, grid=(1, 8, 8))
+    request = ExportRequest(checkpoints["par_n4_grid8"], checkpoints["vq"], tmp_path / "b", heads=4, grid=(1, 8, 8))
     with pytest.raises(
         ParityError, match=r"encoder\.onnx: token \d+ is code \d+, which is .* further than the oracle's"
     ):
@@ -111,11 +112,11 @@ def test_the_gate_refuses_an_encoder_that_encodes_otherwise(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_decoder_that_half_precision_breaks_is_left_out_and_the_bundle_still_made(
+def test_an_inexact_fp16_decoder_is_left_out_and_the_bundle_is_still_written(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify_tokenizer, "HALF_FLOOR_DB", 1000.0)
-    request = Request(checkpoints["par_n4_grid8"], checkpoints["vq"], tmp_path / "b", heads=4, grid=(1, 8, 8))
+    monkeypatch.setattr(tokenizer_gate, "HALF_MIN_PSNR_DB", 1000.0)
+    request = ExportRequest(checkpoints["par_n4_grid8"], checkpoints["vq"], tmp_path / "b", heads=4, grid=(1, 8, 8))
     manifest = json.loads((export(request, say=lambda _: None) / "manifest.json").read_text())
     assert manifest["parity"]["decoder_fp16"]["left_out"] is True
     assert "decoder_fp16" not in manifest["graphs"]
@@ -125,7 +126,7 @@ def test_a_decoder_that_half_precision_breaks_is_left_out_and_the_bundle_still_m
 
 
 def test_a_rounded_codebook_is_normalised_again(bundles: dict[str, Path], tmp_path: Path) -> None:
-    """A code that is stored too long must not win more often: the product alone would favour it."""
+    """A stored code that is longer than 1 must not be chosen more often, though its products are larger."""
     shutil.copytree(bundles["fp32"], tmp_path / "b")
     model = onnx.load(tmp_path / "b" / "encoder.onnx", load_external_data=False)
     entry = next(t for t in model.graph.initializer if t.name == "vq.codebook")
@@ -140,15 +141,15 @@ def test_a_rounded_codebook_is_normalised_again(bundles: dict[str, Path], tmp_pa
 
 
 def peak_bytes(bundle: Path) -> int:
-    """Peak memory of a process that decodes and encodes 8 images of ``bundle``, both halves loaded."""
+    """Peak memory of a process that decodes and encodes 8 images of ``bundle``, encoder and decoder loaded."""
     code = (
         "import sys, numpy as np; from par_runtime.bundle import Bundle; from par_runtime.tokenizer import Tokenizer;"
         "t = Tokenizer(Bundle.open(sys.argv[1])); t.encode(t.decode(np.zeros((8, t.bundle.n_tokens), int)));"
-        # Not ru_maxrss, which counts what the parent held when it forked.
+        # Not ru_maxrss, which counts the memory of the parent at the fork.
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )
-    told = subprocess.run([sys.executable, "-c", code, bundle], capture_output=True, text=True, check=True)
-    return 1024 * int(told.stdout)
+    child = subprocess.run([sys.executable, "-c", code, bundle], capture_output=True, text=True, check=True)
+    return 1024 * int(child.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +170,13 @@ def vq16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_eight_images_of_384_px_stay_below_2_gb(tmp_path: Path, vq16: tuple[Path, Path], precision: str) -> None:
-    bundle = export(Request(*vq16, tmp_path / "b", precision, heads=2, grid=(1, 24, 24)), say=lambda _: None)
+    bundle = export(ExportRequest(*vq16, tmp_path / "b", precision, heads=2, grid=(1, 24, 24)), say=lambda _: None)
     assert peak_bytes(bundle) < 2e9
 
 
 @pytest.mark.slow
 def test_vq16_encoder_gives_the_golden_tokens(tmp_path: Path, vq16: tuple[Path, Path]) -> None:
-    request = Request(*vq16, tmp_path / "b", heads=2, grid=(1, 24, 24))
+    request = ExportRequest(*vq16, tmp_path / "b", heads=2, grid=(1, 24, 24))
     pipeline = Pipeline.load(export(request, say=lambda _: None), device="cpu", selftest=False)
     y, x = np.mgrid[0:384, 0:384].astype(np.float32) / 384
     image = np.stack([np.sin(9 * x + 3 * y), np.cos(7 * y - 2 * x), np.sin(20 * x * y)], -1)

@@ -9,13 +9,12 @@ import pytest
 
 from par_export.engines import weights as engine_weights
 from par_export.engines.build import step_config
-from par_export.gate.drive import Driver, input_ids, session
-from par_export.gate.model import run_step, runnable_opset
+from par_export.gate.runner import StepRunner, input_ids, run_step, runnable_opset, session
 from par_export.graphs.step import Form, step_graph
-from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WEIGHTS_FILE, WeightTable
+from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WeightTable
 from par_model.config import PARConfig
 from par_model.ordering import phases
-from par_runtime.bundle import Bundle
+from par_runtime.bundle import WEIGHTS, Bundle
 
 FORMS = [
     Form(grouped, lengths, after) for grouped in (True, False) for lengths in (True, False) for after in (True, False)
@@ -33,14 +32,14 @@ def logits_of(
     out = np.zeros((1, config.n_tokens, config.vocab_size), np.float32)
     labels = np.array([3])
     caches = None
-    with engine_weights.weights_in(bundle.path / WEIGHTS_FILE, stored, compute, tmp_path, fold=form.norm_after) as (
+    with engine_weights.weights_in(bundle.path / WEIGHTS, stored, compute, tmp_path, fold=form.norm_after) as (
         table,
         _,
     ):
         data = tmp_path / ".weights"
         if not data.exists():
-            data = bundle.path / WEIGHTS_FILE
-        (tmp_path / WEIGHTS_FILE).write_bytes(data.read_bytes())
+            data = bundle.path / WEIGHTS
+        (tmp_path / WEIGHTS).write_bytes(data.read_bytes())
         for phase in phases(config):
             graph = step_graph(
                 config,
@@ -53,13 +52,13 @@ def logits_of(
                 form=Form(form.grouped and phase.query > 1, form.lengths, form.norm_after),
             )
             graph.save(tmp_path / f"{phase.name}.onnx")
-            driver = Driver(session(tmp_path / f"{phase.name}.onnx"), config, 1)
-            driver.caches = caches or driver.caches
+            runner = StepRunner(session(tmp_path / f"{phase.name}.onnx"), config, 1)
+            runner.caches = caches or runner.caches
             for i in range(phase.repeat):
                 start = phase.start + i * phase.query
                 ids = input_ids(config, labels, teacher, start, phase.query)
-                out[:, start : start + phase.query] = driver(ids, start, 1, 1.0)[1]
-            caches = driver.caches
+                out[:, start : start + phase.query] = runner(ids, start, 1, 1.0)[1]
+            caches = runner.caches
     return out
 
 
@@ -76,7 +75,7 @@ def test_every_form_computes_the_same(bundles: dict[str, Path], tmp_path: Path, 
 
 
 def test_the_exponent_makes_overflow_impossible() -> None:
-    """As large as fp16 goes, and all in the direction of the longest column: the product still fits."""
+    """An input near fp16's largest number, in the direction of the longest column: the product still fits."""
     rng = np.random.default_rng(0)
     matrix, gain = rng.normal(size=(256, 64)).astype(np.float32), rng.uniform(0.5, 40, 256).astype(np.float32)
     inside, exponent = engine_weights.folded(matrix, gain, "float16")

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from conftest import golden_weights
-from par_export.bundle import Request, export
-from par_export.weights import Weights, write_tokenizer_weights, write_weights
+from par_export.bundle import ExportRequest, export
+from par_export.weights import WeightsWriter, write_tokenizer_weights, write_weights
 from par_model.checkpoint import open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig
 from par_model.transformer import PAR
@@ -35,23 +35,25 @@ def script() -> ModuleType:
     return module
 
 
-def written(folder: Path, precision: str, encoder: bool) -> tuple[np.ndarray, Weights]:
+def written(folder: Path, precision: str, encoder: bool) -> tuple[np.ndarray, WeightsWriter]:
     """The weights file that an export of the restored checkpoints in ``folder`` writes."""
     model, tokenizer = open_checkpoint(folder / "model.pt"), open_checkpoint(folder / "tokenizer.pt")
     vq_config(tokenizer)  # every key is there
-    weights = Weights(folder / "weights.data")
+    weights = WeightsWriter(folder / "weights.data")
     write_weights(weights, par_config(model), model, DTYPE[precision])
     write_tokenizer_weights(weights, tokenizer, DTYPE[precision], encoder)
     weights.close()
     return np.fromfile(folder / "weights.data", np.uint8), weights
 
 
-def test_an_export_of_what_came_back_writes_the_same_file(tiny: Path, tmp_path: Path, script: ModuleType) -> None:
+def test_an_export_of_the_restored_checkpoints_writes_the_same_file(
+    tiny: Path, tmp_path: Path, script: ModuleType
+) -> None:
     assert script.main([str(tiny), "--out", str(tmp_path)]) == 0
     got, weights = written(tmp_path, "fp16", encoder=True)
     wanted = np.fromfile(tiny / "weights.data", np.uint8)
     assert got.size == wanted.size
-    for name in ("cos", "sin"):  # computed, not stored: another machine may round them otherwise
+    for name in ("cos", "sin"):  # computed, not stored: another machine may round them differently
         at = weights.entries[name]
         here = slice(at.offset, at.offset + at.length)
         np.testing.assert_allclose(got[here].view(np.float32), wanted[here].view(np.float32), atol=1e-6)
@@ -74,7 +76,7 @@ def test_padded_heads_an_ablation_and_a_missing_encoder(
     model, tokenizer = golden_weights(PAR(config)), golden_weights(VQModel(vq))
     torch.save({"model": model.state_dict(), "config": asdict(config)}, tmp_path / "model.pt")
     torch.save({"model": tokenizer.state_dict(), "config": asdict(vq)}, tmp_path / "vq.pt")
-    request = Request(tmp_path / "model.pt", tmp_path / "vq.pt", tmp_path / "bundle", "bf16", encoder=False)
+    request = ExportRequest(tmp_path / "model.pt", tmp_path / "vq.pt", tmp_path / "bundle", "bf16", encoder=False)
     bundle = export(request, say=lambda _: None)
     assert script.main([str(bundle), "--out", str(tmp_path / "back")]) == 0
     assert "holds no encoder; that of tokenizer.pt is random" in capsys.readouterr().out
@@ -93,10 +95,12 @@ def test_a_rounded_codebook_rounds_to_itself_again(script: ModuleType, dtype: to
     codes[0], codes[1] = 0.0, 0.0
     codes[0, 0], codes[1, 1] = 1.0, -1.0
     stored = codes.to(dtype)
-    assert (F.normalize(stored.float(), dim=-1).to(dtype) != stored).any()  # what it is for
-    codes_back = script.before_rounding(stored)
-    assert torch.equal(F.normalize(codes_back, dim=-1).to(dtype), stored)
-    assert (codes_back - codes).abs().max() < 2 * torch.finfo(dtype).eps
+    assert (
+        F.normalize(stored.float(), dim=-1).to(dtype) != stored
+    ).any()  # a codebook that is rounded once more changes
+    unrounded = script.before_rounding(stored)
+    assert torch.equal(F.normalize(unrounded, dim=-1).to(dtype), stored)
+    assert (unrounded - codes).abs().max() < 2 * torch.finfo(dtype).eps
 
 
 def test_a_codebook_of_fp32_moves_by_a_last_bit_at_most(script: ModuleType) -> None:
@@ -104,7 +108,7 @@ def test_a_codebook_of_fp32_moves_by_a_last_bit_at_most(script: ModuleType) -> N
     assert (F.normalize(script.before_rounding(stored), dim=-1) - stored).abs().max() <= torch.finfo(torch.float32).eps
 
 
-def test_what_is_no_bundle_ends_in_one_line(
+def test_a_folder_without_a_bundle_is_one_line(
     tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert script.main([str(tmp_path), "--out", str(tmp_path / "back")]) == 2

@@ -1,4 +1,4 @@
-"""What the gate holds in memory: packed weights where they fit; the same logits either way."""
+"""What the gate holds in memory: packed weights where they fit, and the same logits with and without packing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 
 from conftest import golden_config
 from par_export.cli import export as cli
-from par_export.gate import model as verify
-from par_export.gate.model import COMPATIBLE_STEP, run_step
+from par_export.gate import model as model_gate
+from par_export.gate import runner
+from par_export.gate.runner import run_step
 from par_export.graphs import step
+from par_export.graphs.step import COMPATIBLE_STEP
 from par_export.graphs.writer import WeightTable
 from par_runtime import system
 
@@ -23,8 +25,8 @@ GB = 10**9
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every bundle counts as a large one, and this machine has much memory."""
-    monkeypatch.setattr(verify, "PACK_FROM_BYTES", 0)
-    monkeypatch.setattr(verify, "available_bytes", lambda: 100 * GB)
+    monkeypatch.setattr(model_gate, "PACK_FROM_BYTES", 0)
+    monkeypatch.setattr(model_gate, "available_bytes", lambda: 100 * GB)
 
 
 @pytest.mark.usefixtures("large")
@@ -43,12 +45,12 @@ def test_packed_weights_give_the_same_logits(
 
 def test_weights_fit_by_their_size_in_fp32(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     tables = {p: WeightTable.read(bundles[p] / "step.onnx") for p in ("fp32", "fp16", "bf16")}
-    needs = sum(stored.length for stored in tables["fp32"].entries.values()) + verify.MARGIN_BYTES
+    needs = sum(stored.length for stored in tables["fp32"].entries.values()) + model_gate.MARGIN_BYTES
     for table in tables.values():
-        monkeypatch.setattr(verify, "available_bytes", lambda: needs)
-        assert verify.fits(table)
-        monkeypatch.setattr(verify, "available_bytes", lambda: needs - 1)
-        assert not verify.fits(table)
+        monkeypatch.setattr(model_gate, "available_bytes", lambda: needs)
+        assert model_gate.fits(table)
+        monkeypatch.setattr(model_gate, "available_bytes", lambda: needs - 1)
+        assert not model_gate.fits(table)
 
 
 def group(folder: Path, **files: object) -> None:
@@ -84,7 +86,7 @@ def test_available_memory_of_a_machine(tmp_path: Path) -> None:
 
 
 def test_available_memory_of_a_container_and_a_batch_job(tmp_path: Path) -> None:
-    """Files in the cache make room; the least of a job's own limit and those above it counts."""
+    """Cached files count as free; the lowest of a job's own limit and the limits above it counts."""
     proc, cgroup = machine(tmp_path, "0::/job/step")
     cached = f"anon {2 * GB}\ninactive_file {3 * GB}\nactive_file {1 * GB}"
     group(cgroup, memory__max=16 * GB, memory__current=10 * GB, memory__stat=cached)
@@ -116,14 +118,14 @@ def good(checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Graphs of the sessions that packed their weights."""
     names: list[str] = []
-    real = verify.session
+    real = runner.session
 
     def spy(path: Path, pack: bool = False) -> Any:
         if pack:
             names.append(path.name)
         return real(path, pack)
 
-    monkeypatch.setattr(verify, "session", spy)
+    monkeypatch.setattr(runner, "session", spy)
     return names
 
 
@@ -139,9 +141,9 @@ def test_a_whole_export_of_a_large_model(
     packed: list[str],
 ) -> None:
     if not room:
-        monkeypatch.setattr(verify, "available_bytes", lambda: 0)
+        monkeypatch.setattr(model_gate, "available_bytes", lambda: 0)
     assert cli.main([*good, "--precision", precision]) == 0
-    newest = "step.onnx" if verify.runnable_opset() == 24 else "step_opset23.onnx"
+    newest = "step.onnx" if runner.runnable_opset() == 24 else "step_opset23.onnx"
     assert packed == ([newest] if room else [])
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     mine, usual = (json.loads((b / "manifest.json").read_text()) for b in (tmp_path / "out", bundles[precision]))
@@ -150,7 +152,7 @@ def test_a_whole_export_of_a_large_model(
 
 
 @pytest.mark.usefixtures("large")
-def test_a_refusal_leaves_nothing(
+def test_a_failed_gate_leaves_nothing(
     good: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -1,4 +1,4 @@
-"""The names of ImageNet's classes: three ways to ask for an otter, and two cranes."""
+"""The names of ImageNet's classes: labels by name, index and synset, and names of several classes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bundle(tiny: Path) -> Bundle:
 def test_the_table_is_whole() -> None:
     names, synsets = imagenet.classes()
     assert len(names) == len(synsets) == len(set(synsets)) == 1000
-    assert synsets == sorted(synsets)  # ImageNet numbers its classes so
+    assert synsets == sorted(synsets)  # ImageNet's order of its classes
     assert (names[0], synsets[0]) == ("tench, Tinca tinca", "n01440764")
     assert names[999].startswith("toilet tissue")
 
@@ -63,7 +63,9 @@ def test_names_of_several_classes_list_them(bundle: Bundle) -> None:
         class_index(bundle, "panda")
     with pytest.raises(RequestError, match=r"'maillot' names classes 638 \(maillot\) and 639 \(maillot, tank suit\)"):
         class_index(bundle, "maillot")
-    with pytest.raises(RequestError, match=r"did you mean crane, crate"):  # one crane, not two
+    with pytest.raises(
+        RequestError, match=r"did you mean crane, crate"
+    ):  # crane once, though two classes have the name
         class_index(bundle, "crane 134")
     with pytest.raises(RequestError, match="unknown label 'gold fish'; did you mean goldfish"):
         class_index(bundle, "gold fish")
@@ -72,7 +74,7 @@ def test_names_of_several_classes_list_them(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("label", ["", " ", "360.0", "²", "1e2", "9" * 5000, "n02444", "-", ","])
-def test_what_is_neither_name_nor_number_is_one_error(bundle: Bundle, label: str) -> None:
+def test_labels_that_are_neither_names_nor_numbers(bundle: Bundle, label: str) -> None:
     with pytest.raises(RequestError, match="unknown label"):
         class_index(bundle, label)
 

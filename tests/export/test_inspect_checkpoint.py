@@ -1,4 +1,4 @@
-"""``parvis inspect`` of a checkpoint: what it says of itself, and what its bundle will need and could reach."""
+"""``parvis inspect`` of a checkpoint: what it is, what its bundle will need, and the least time for an image."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from par_runtime.cost.data_sheets import DATA_SHEETS
 from par_runtime.cost.work import image_work
 
 
-def test_a_checkpoint_that_says_all_is_told_with_what_its_bundle_needs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_complete_checkpoint_and_the_needs_of_its_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with torch.device("meta"):
         state = PAR(named("B", n_classes=3, vocab_size=64)).state_dict()
     numbers = {key: torch.zeros(tensor.shape, dtype=torch.float16) for key, tensor in state.items()}
     torch.save({"model": numbers, "args": argparse.Namespace(image_size=256, downsample_size=16)}, tmp_path / "c.pt")
-    for where in (tmp_path / "c.pt", tmp_path):  # the folder that holds it too
+    for where in (tmp_path / "c.pt", tmp_path):  # and the folder that holds it
         assert cli.main(["inspect", str(where), "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
         assert facts["config"]["grid"] == "1x16x16 (the file's args: image_size 256 / 16)"

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from conftest import GOLDEN, golden_config, golden_weights
-from par_export.bundle import Request, export
-from par_export.gate import model as verify
-from par_export.gate.model import COMPATIBLE_STEP, run_step, session
-from par_export.graphs.step import padded_head_dim
+from par_export.bundle import ExportRequest, export
+from par_export.gate import runner
+from par_export.gate.runner import run_step, session
+from par_export.graphs.step import COMPATIBLE_STEP, padded_head_dim
 from par_model.config import PARConfig, VQConfig
 from par_model.generation import generate
 from par_model.ordering import token_order
@@ -68,7 +68,8 @@ def test_other_models_through_export_and_runtime(tmp_path: Path, name: str) -> N
     model = golden_weights(PAR(config))
     torch.save(model.state_dict(), tmp_path / "c.pt")
     out = export(
-        Request(tmp_path / "c.pt", None, tmp_path / "b", heads=config.n_heads, grid=config.grid), say=lambda _: None
+        ExportRequest(tmp_path / "c.pt", None, tmp_path / "b", heads=config.n_heads, grid=config.grid),
+        say=lambda _: None,
     )
     pipeline = Pipeline.load(out, threads=1)
     assert pipeline.bundle.cache.head_dim == padded_head_dim(config) == {100: 104}.get(config.head_dim, config.head_dim)
@@ -92,7 +93,7 @@ def test_sampled_tokens_are_the_oracles(golden: dict[str, dict[str, Any]], bundl
     ).mean() > 0.99
 
 
-def test_half_precision_says_what_rounding_costs(bundles: dict[str, Path]) -> None:
+def test_the_manifest_holds_the_rounding_error_of_half_precision(bundles: dict[str, Path]) -> None:
     for precision in ("fp16", "bf16"):
         parity = json.loads((bundles[precision] / "manifest.json").read_text())["parity"]
         assert 0 < parity["rounding"]["max_logit_error"] < 0.2
@@ -118,7 +119,7 @@ def test_static_graphs_share_the_weights_and_have_static_shapes(bundles: dict[st
         assert sum(n.op_type == "TensorScatter" for n in model.graph.node) == 6
 
 
-def test_decoder_with_the_tokens_unpermuted_inside(
+def test_the_decoder_brings_tokens_into_raster_order(
     bundles: dict[str, Path], small_vq: VQModel, golden: dict[str, dict[str, Any]]
 ) -> None:
     config = golden_config(golden["par_n4_grid8"])
@@ -138,7 +139,7 @@ def test_vq16_decoder_gives_the_golden_image(tmp_path: Path) -> None:
     config = PARConfig(dim=32, n_layers=1, n_heads=2, vocab_size=16384, n_classes=2, grid=(1, 24, 24), group_size=4)
     torch.save(golden_weights(PAR(config)).state_dict(), tmp_path / "c.pt")
     torch.save(golden_weights(VQModel(VQConfig())).state_dict(), tmp_path / "v.pt")
-    request = Request(tmp_path / "c.pt", tmp_path / "v.pt", tmp_path / "b", heads=2, grid=(1, 24, 24))
+    request = ExportRequest(tmp_path / "c.pt", tmp_path / "v.pt", tmp_path / "b", heads=2, grid=(1, 24, 24))
     out = export(request, say=lambda _: None)
     with np.load(GOLDEN / "vq16_grid24.npz") as g:
         tokens = g["tokens"][:1][:, token_order(config)]
@@ -151,9 +152,11 @@ def test_vq16_decoder_gives_the_golden_image(tmp_path: Path) -> None:
 def test_an_older_runtime_checks_the_same_graphs_in_opset_23(
     tmp_path: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "runnable_opset", lambda: 23)
+    monkeypatch.setattr(runner, "runnable_opset", lambda: 23)
     for precision in ("fp32", "fp16"):
-        request = Request(checkpoints["par_n4_grid8"], None, tmp_path / precision, precision, heads=4, grid=(1, 8, 8))
+        request = ExportRequest(
+            checkpoints["par_n4_grid8"], None, tmp_path / precision, precision, heads=4, grid=(1, 8, 8)
+        )
         manifest = json.loads((export(request, say=lambda _: None) / "manifest.json").read_text())
         assert manifest["parity"]["opset"] == 23
         assert manifest["parity"]["phases"]["group"]["static_argmax_agreement"] > 0.95

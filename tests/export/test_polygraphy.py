@@ -1,4 +1,4 @@
-"""NVIDIA's Polygraphy as another pair of eyes: it runs a bundle's files by itself, and our backend must agree.
+"""NVIDIA's Polygraphy as an independent judge: it runs a bundle's files itself, and our backend must agree.
 
 Of Polygraphy 0.53.6: ``CompareFunc.simple`` warns that it is deprecated, ``SimpleCompareFunc`` is its new name.
 """

@@ -56,7 +56,7 @@ def tokenizer() -> VQModel:
 
 
 def arguments(side: int, **more: Any) -> argparse.Namespace:
-    """As the published trainers' parsers give them, and what people put there."""
+    """Arguments as the published trainers' parsers make them, and ``more`` that users add."""
     return argparse.Namespace(
         code_path="/data/codes",
         no_local_save=False,
@@ -214,13 +214,13 @@ def test_greedy_tokens_and_images_are_the_oracles(
     bundle, tokens, image = tmp_path / "b", tmp_path / "x.npy", tmp_path / "x.png"
     given = ["--checkpoint", str(file), "--tokenizer", str(tmp_path / "vq.pt"), "--out", str(bundle), "--no-encoder"]
     assert cli.main(["export", *given, *options]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     if "--grid" not in options:
         leftover = form in ("bare, leftovers", "ddp")
         source = f"freqs_cis ({side**2 + 1}, 50, 2)" if leftover else f"args: image_size {16 * side} / 16"
-        assert f"grid 1x{side}x{side} (the file's {source})" in told
+        assert f"grid 1x{side}x{side} (the file's {source})" in output
     if "--heads" not in options:
-        assert f"2 heads of 100 (the file's freqs_cis ({side**2 + 1}, 50, 2))" in told
+        assert f"2 heads of 100 (the file's freqs_cis ({side**2 + 1}, 50, 2))" in output
     assert Bundle.open(bundle).calls == n + side**2 // n - 1
     labels = [part for label in LABELS for part in ("--label", str(label))]
     greedy = ["--greedy", "--guidance", "2", "--tokens", str(tokens), "--out", str(image), "--columns", "2", "--quiet"]

@@ -1,4 +1,4 @@
-"""Bundles of random weights: the exact shapes, one weights file for several n, never taken for a trained one."""
+"""Bundles of random weights: exact shapes, one weights file for several n, and a mark that they are not trained."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from par_export.graphs.writer import WEIGHTS_FILE, WeightTable
+from par_export.graphs.writer import WeightTable
 from par_export.random_bundle import family, like, parameters, published
 from par_model.config import PARConfig, VQConfig, named
 from par_model.generation import generate
 from par_model.ordering import rotary_table
 from par_model.transformer import PAR
 from par_runtime import Bundle, BundleError, Pipeline
+from par_runtime.bundle import WEIGHTS
 
 SMALL = PARConfig(dim=64, n_layers=2, n_heads=4, vocab_size=256, n_classes=10, grid=(1, 8, 8))
 VQ = VQConfig(codebook_size=256, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
@@ -28,7 +29,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 def test_bundles_of_every_n_share_one_file(three: dict[int, Path]) -> None:
     assert {n: path.name for n, path in three.items()} == {1: "small-n1", 4: "small-n4", 16: "small-n16"}
-    assert len({os.stat(path / WEIGHTS_FILE).st_ino for path in three.values()}) == 1
+    assert len({os.stat(path / WEIGHTS).st_ino for path in three.values()}) == 1
     assert [name for name in os.listdir(three[1].parent) if name.startswith(".")] == []
 
 
@@ -45,11 +46,11 @@ def test_each_is_a_whole_bundle_that_runs(three: dict[int, Path], n: int) -> Non
 
 @pytest.mark.parametrize("n", [1, 4, 16])
 def test_its_tokens_are_those_of_a_model_with_these_weights(three: dict[int, Path], n: int) -> None:
-    """The shared file holds every n's rotary table where its graphs look for it: read back into the oracle."""
+    """Read back into the oracle: the shared file holds every n's rotary table where its graphs refer to it."""
     import torch
 
     table = WeightTable.read(three[n] / "step.onnx").entries
-    raw = np.fromfile(three[n] / WEIGHTS_FILE, np.uint8)
+    raw = np.fromfile(three[n] / WEIGHTS, np.uint8)
 
     def tensor(name: str) -> torch.Tensor:
         at = table[name]
@@ -87,7 +88,7 @@ def test_its_tokens_are_those_of_a_model_with_these_weights(three: dict[int, Pat
     assert (generate(model.eval(), [0, 5], guidance=2.0, greedy=True).numpy() == ours).all()
 
 
-def test_it_does_not_pass_for_a_trained_model(three: dict[int, Path]) -> None:
+def test_the_self_test_refuses_random_weights(three: dict[int, Path]) -> None:
     with pytest.raises(BundleError, match=r"holds random weights, for benchmarks, and no self-test; selftest=False"):
         Pipeline.load(three[4], device="cpu")
     assert Bundle.open(three[4]).parity == {"random_weights": True}
@@ -96,7 +97,7 @@ def test_it_does_not_pass_for_a_trained_model(three: dict[int, Path]) -> None:
 def test_layers_differ(three: dict[int, Path]) -> None:
     """TensorRT keeps equal weights once, so equal layers would make a plan too small and too fast."""
     table = WeightTable.read(three[4] / "step.onnx").entries
-    raw = (three[4] / WEIGHTS_FILE).read_bytes()
+    raw = (three[4] / WEIGHTS).read_bytes()
     parts = [
         raw[at.offset : at.offset + at.length]
         for name, at in table.items()
@@ -131,7 +132,7 @@ def test_a_bundle_like_another_keeps_its_ablations(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_no_bundle_is_refused(tmp_path: Path, tiny: Path) -> None:
+def test_a_folder_without_a_bundle_is_refused(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(BundleError, match="no bundle of random weights can be made like it"):
         like(tmp_path, 1, tmp_path / "out")
     with pytest.raises(BundleError, match="group_size=9"):
@@ -148,7 +149,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path, tiny: Path) -> None:
         ("3B", 4, 3_096_668_800),
     ],
 )
-def test_published_models_have_the_specifications_parameters(size: str, n: int, wanted: int) -> None:
+def test_published_models_have_the_published_number_of_parameters(size: str, n: int, wanted: int) -> None:
     assert parameters(named(size, group_size=n)) == wanted
 
 

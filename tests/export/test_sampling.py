@@ -8,16 +8,16 @@ import pytest
 import torch
 from scipy import stats
 
-from par_export.gate.model import runnable_opset
-from par_export.graphs.sampling import TOPK_LIMIT, Variant, sample
+from par_export.gate.runner import runnable_opset
+from par_export.graphs.sampling import TOPK_LIMIT, SamplingVariant, sample
 from par_export.graphs.writer import Graph
 from par_model.generation import sample as oracle
 
-VARIANTS: list[Variant] = ["dynamic", "topk", "exact"]
+VARIANTS: list[SamplingVariant] = ["dynamic", "topk", "exact"]
 _sessions: dict[tuple[int, str], ort.InferenceSession] = {}
 
 
-def tail(vocab: int, variant: Variant) -> ort.InferenceSession:
+def tail(vocab: int, variant: SamplingVariant) -> ort.InferenceSession:
     if (vocab, variant) not in _sessions:
         g = Graph("tail", None, runnable_opset())
         logits = g.input("logits", "float32", ["B", "q", vocab])
@@ -34,7 +34,7 @@ def tail(vocab: int, variant: Variant) -> ort.InferenceSession:
 
 def draw(
     vocab: int,
-    variant: Variant,
+    variant: SamplingVariant,
     logits: np.ndarray,
     uniform: np.ndarray,
     temperature: object,
@@ -54,7 +54,13 @@ def draw(
 
 
 def check(
-    vocab: int, variant: Variant, logits: np.ndarray, temperature: float, top_k: int, top_p: float, allowed: float = 0.0
+    vocab: int,
+    variant: SamplingVariant,
+    logits: np.ndarray,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    allowed: float = 0.0,
 ) -> None:
     uniform = np.random.default_rng(top_k).random(logits.shape[:2], dtype=np.float32)
     got = draw(vocab, variant, logits, uniform, temperature, top_k, top_p)
@@ -64,7 +70,7 @@ def check(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("vocab", [7, 512])
-def test_every_top_k_and_top_p_small(vocab: int, variant: Variant) -> None:
+def test_every_top_k_and_top_p_small(vocab: int, variant: SamplingVariant) -> None:
     logits = np.random.default_rng(1).normal(size=(2, 40, vocab)).astype(np.float32) * 3
     for top_k in [0, 1, 2, 3, vocab // 2, vocab - 1, vocab, vocab + 5]:
         for top_p in [0.0, 1e-6, 0.3, 0.7, 0.95, 1.0]:
@@ -72,7 +78,7 @@ def test_every_top_k_and_top_p_small(vocab: int, variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ties_are_kept_as_the_oracle_keeps_them(variant: Variant) -> None:
+def test_ties_are_kept_as_the_oracle_keeps_them(variant: SamplingVariant) -> None:
     logits = np.random.default_rng(2).integers(-3, 3, (4, 30, 64)).astype(np.float32)
     for top_k in [1, 2, 5, 30, 63, 0]:
         for top_p in [0.23, 0.51, 0.93, 1.0]:  # no fraction that m of n equal codes could hit exactly
@@ -81,12 +87,12 @@ def test_ties_are_kept_as_the_oracle_keeps_them(variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("vocab", "ks"), [(16384, [0, 1, 50, 2000, 3840]), (64000, [0, 1, 500, 3840])])
-def test_large_codebooks(vocab: int, ks: list[int], variant: Variant) -> None:
+def test_large_codebooks(vocab: int, ks: list[int], variant: SamplingVariant) -> None:
     logits = np.random.default_rng(3).normal(size=(1, 4, vocab)).astype(np.float32) * 2
     for top_k in ks:
         for top_p in [0.5, 0.92, 1.0]:
             if variant == "topk" and top_k == 0 and top_p < 1:
-                continue  # beyond what this variant promises: see the next test
+                continue  # this variant does not support it; see the next test
             # Sums of 64,000 terms in another order: a draw may fall on the other side of a boundary.
             check(vocab, variant, logits, 1.0, top_k, top_p, allowed=0.25 if vocab == 64000 else 0.0)
 
@@ -94,14 +100,14 @@ def test_large_codebooks(vocab: int, ks: list[int], variant: Variant) -> None:
 @pytest.mark.parametrize(
     ("variant", "top_k"), [("dynamic", 8000), ("exact", 8000), ("exact", 16000), ("dynamic", 16383)]
 )
-def test_top_k_beyond_the_sort_limit(variant: Variant, top_k: int) -> None:
+def test_top_k_beyond_the_sort_limit(variant: SamplingVariant, top_k: int) -> None:
     assert top_k > TOPK_LIMIT
     logits = np.random.default_rng(4).normal(size=(1, 6, 16384)).astype(np.float32)
     check(16384, variant, logits, 1.0, top_k, 1.0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_images_of_one_batch_keep_their_own_settings(variant: Variant) -> None:
+def test_images_of_one_batch_keep_their_own_settings(variant: SamplingVariant) -> None:
     logits = np.random.default_rng(5).normal(size=(4, 9, 100)).astype(np.float32) * 2
     uniform = np.random.default_rng(6).random((4, 9), dtype=np.float32)
     ts, ks, ps = [1.0, 0.5, 2.0, 0.0], [0, 10, 1, 100], [0.5, 1.0, 1.0, 0.9]
@@ -124,14 +130,14 @@ def test_images_of_one_batch_keep_their_own_settings(variant: Variant) -> None:
         -np.arange(32.0) * 50,
     ],
 )
-def test_extreme_logits(variant: Variant, row: np.ndarray) -> None:
+def test_extreme_logits(variant: SamplingVariant, row: np.ndarray) -> None:
     logits = np.tile(row.astype(np.float32), (1, 50, 1))
     for top_k, top_p in [(0, 1.0), (5, 1.0), (0, 0.5), (31, 0.99), (1, 1.0), (3, 0.0)]:
         check(32, variant, logits, 1.0, top_k, top_p)
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "plain"])
-def test_greedy_is_the_lowest_of_the_largest(variant: Variant) -> None:
+def test_greedy_is_the_lowest_of_the_largest(variant: SamplingVariant) -> None:
     logits = np.random.default_rng(7).integers(0, 4, (3, 20, 50)).astype(np.float32)
     got = draw(50, variant, logits, np.zeros((3, 20), np.float32), 1.0, 1, 1.0)
     assert (got == logits.argmax(-1)).all()
@@ -144,7 +150,7 @@ def test_plain_draws_from_everything() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (6, 1.0), (0, 0.7), (8, 0.8)])
-def test_draws_follow_the_reference_distribution(variant: Variant, top_k: int, top_p: float) -> None:
+def test_draws_follow_the_reference_distribution(variant: SamplingVariant, top_k: int, top_p: float) -> None:
     rng = np.random.default_rng(9)
     row = rng.normal(size=24).astype(np.float32) * 1.5
     draws = 20000

@@ -1,4 +1,4 @@
-"""Scoring and editing: the same engine, its tokens given instead of drawn; the score against the oracle."""
+"""Scoring and editing: tokens are given instead of drawn; scores are compared with the oracle's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_score_is_the_oracles(bundles: dict[str, Path], golden: dict[str, di
     np.testing.assert_allclose(pipeline.score(tokens[1], 4), got[1:2], atol=1e-5)
 
 
-def test_known_tokens_stay_and_the_rest_is_drawn_given_them(pipeline: Pipeline) -> None:
+def test_kept_tokens_stay_and_the_others_depend_on_them(pipeline: Pipeline) -> None:
     first = pipeline.generate([2, 3], seed=1)
     keep = np.zeros((8, 8), bool)
     keep[:, :4] = True  # the left half
@@ -43,7 +43,7 @@ def test_known_tokens_stay_and_the_rest_is_drawn_given_them(pipeline: Pipeline) 
     again = pipeline.generate([4, 5], seed=9, keep=keep, tokens=first.tokens)
     np.testing.assert_array_equal(again.tokens[:, left], first.tokens[:, left])
     assert (again.tokens[:, ~left] != first.tokens[:, ~left]).any()
-    # What is drawn saw what is known: other tokens on the left give others on the right, with the same noise.
+    # Drawn tokens depend on kept ones: with the same noise, other tokens on the left give others on the right.
     other = pipeline.generate([4, 5], seed=9, keep=keep, tokens=first.tokens[::-1])
     assert (other.tokens[:, ~left] != again.tokens[:, ~left]).any()
     free = pipeline.generate([4, 5], seed=9, keep=~keep & keep, tokens=first.tokens)  # nothing kept
@@ -85,12 +85,12 @@ def test_a_mask_and_tokens_per_image_over_several_batches(pipeline: Pipeline) ->
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(pipeline: Pipeline, keep: Any, tokens: Any, message: str) -> None:
+def test_masks_and_tokens_that_do_not_fit_are_refused(pipeline: Pipeline, keep: Any, tokens: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         pipeline.generate([0], seed=1, keep=keep, tokens=tokens)
 
 
-def test_one_token_is_kept_and_is_seen_by_those_after_it_alone(pipeline: Pipeline) -> None:
+def test_one_kept_token_changes_only_later_tokens(pipeline: Pipeline) -> None:
     free = pipeline.generate([2], seed=4)
     order = np.array(pipeline.bundle.order)
     for place in (0, 27, 63):
@@ -104,14 +104,14 @@ def test_one_token_is_kept_and_is_seen_by_those_after_it_alone(pipeline: Pipelin
         assert edited.kept.sum() == 1
         assert edited.tokens[0, at] == tokens[0, at]
         np.testing.assert_array_equal(edited.tokens[0, :at], free.tokens[0, :at])
-    # Kept as it was drawn: nothing changes, guided and greedy too.
+    # A kept token that equals the drawn one changes nothing: guided, greedy or with top-k.
     for settings in ({"guidance": 3.0}, {"greedy": True}, {"top_k": 5}):
         drawn = pipeline.generate([2], seed=4, **settings)  # type: ignore[arg-type]
         again = pipeline.generate([2], seed=4, keep=np.eye(8, dtype=bool), tokens=drawn.tokens, **settings)  # type: ignore[arg-type]
         np.testing.assert_array_equal(again.tokens, drawn.tokens)
 
 
-def test_decode_takes_whole_numbers_in_sequence_order_alone(pipeline: Pipeline) -> None:
+def test_decode_refuses_other_arrays_than_integer_tokens(pipeline: Pipeline) -> None:
     for bad in (np.full((1, 64), 1.7), np.full((1, 64), np.nan), np.zeros(64, int), np.zeros((1, 63), int), [["x"]]):
         with pytest.raises(RequestError, match="tokens have shape"):
             pipeline.decode(bad)  # type: ignore[arg-type]

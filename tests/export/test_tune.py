@@ -10,9 +10,10 @@ import pytest
 from double import tensorrt
 from double.driver import Driver
 
-from par_export.cli import tune as tuning
-from par_export.engines.build import Request
-from par_export.engines.network import BuildError
+from par_export.cli import tune as tune_cli
+from par_export.engines import tune
+from par_export.engines.build import BuildRequest
+from par_export.errors import BuildError
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import ENGINES, Engine
 from par_runtime.backends.trt import module as trt_module
@@ -29,20 +30,20 @@ def bundle(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "bundle"
     shutil.copytree(tiny, path)
 
-    def build(request: Request, say: object) -> Path:
+    def build(request: BuildRequest, say: object) -> Path:
         if request.grouped and not request.lengths:
             raise BuildError("no fused attention kernel")
         slow = 0.0 if (request.grouped, request.lengths, request.norm_after) == (False, True, True) else 2e-3
         folder = tensorrt.write_engine(Bundle.open(request.bundle), request.images, request.mode, slow=slow)
         return folder.rename(folder.with_name(f"{folder.name}-{request.label}"))
 
-    monkeypatch.setattr(tuning, "build", build)
+    monkeypatch.setattr(tune, "build", build)
     return path
 
 
 def test_the_fastest_form_is_kept_and_loaded(bundle: Path) -> None:
-    said: list[str] = []
-    folder = tuning.tune(Request(bundle, "local", images=(1, 2)), images=2, repeats=1, rounds=2, say=said.append)
+    lines: list[str] = []
+    folder = tune.tune(BuildRequest(bundle, "local", images=(1, 2)), images=2, repeats=1, rounds=2, say=lines.append)
     assert [path.name for path in (bundle / ENGINES).iterdir()] == [folder.name]
     tuned = Engine.open(folder, Bundle.open(bundle)).tuned
     chosen = min((row for row in tuned["rows"] if row["images"] == 2), key=lambda row: row["ms_per_image"])
@@ -51,15 +52,15 @@ def test_the_fastest_form_is_kept_and_loaded(bundle: Path) -> None:
     assert tuned["capture"] == chosen["capture"]
     assert all(len(row["samples_ms"]) == 2 for row in tuned["rows"])
     assert {row["capture"] for row in tuned["rows"]} == {"image", "call", "none"}
-    assert any("grouped mask before: left out: no fused attention kernel" in line for line in said)
-    assert sum("<- chosen" in line for line in said) == 1
+    assert any("grouped mask before: left out: no fused attention kernel" in line for line in lines)
+    assert sum("<- chosen" in line for line in lines) == 1
     pipeline = Pipeline.load(bundle)
     assert pipeline.backend.capture == tuned["capture"]  # type: ignore[attr-defined]
     pipeline.close()
 
 
 def test_the_command_prints_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tuning.main([str(bundle), "--max-images", "1", "--repeats", "1", "--rounds", "1", "--json"]) == 0
+    assert tune_cli.main([str(bundle), "--max-images", "1", "--repeats", "1", "--rounds", "1", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["chosen"] is True
     assert Path(row["engine"]).is_dir()
@@ -67,11 +68,11 @@ def test_the_command_prints_json(bundle: Path, capsys: pytest.CaptureFixture[str
 
 def test_tuning_without_a_gpu_is_refused(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cuda.driver.devices = 0
-    assert tuning.main([str(bundle)]) == 2
+    assert tune_cli.main([str(bundle)]) == 2
     assert capsys.readouterr().err.startswith("parvis: error: tuning needs a GPU: the driver shows no GPU")
     assert not (bundle / ENGINES).exists()
 
 
 def test_a_batch_size_that_is_not_built_is_refused(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tuning.main([str(bundle), "--sizes", "1,2", "--images", "4"]) == 2
+    assert tune_cli.main([str(bundle), "--sizes", "1,2", "--images", "4"]) == 2
     assert "images 4: the engine is built for (1, 2)" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from par_export.bundle import describe
+from par_export.bundle import architecture_entries
 from par_model.config import ORDERS, PARConfig, VQConfig
 from par_model.manifest import (
     ManifestError,
@@ -42,7 +42,7 @@ class NoWeights:
 def manifest_of(config: PARConfig, vq: VQConfig | None = None) -> Manifest:
     """The entries that an export writes, as they come back from JSON."""
     graphs = {"step": {"inputs": [], "outputs": []}}
-    written: Manifest = json.loads(json.dumps(describe(config, vq, graphs, 0, NoWeights())))  # type: ignore[arg-type]
+    written: Manifest = json.loads(json.dumps(architecture_entries(config, vq, graphs, 0, NoWeights())))  # type: ignore[arg-type]
     return written
 
 

@@ -9,62 +9,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from par_export.engines.build import MODES, SAMPLING, Request, build
+from par_export.cli.common import count, counts, guarded
+from par_export.engines.build import MODES, SAMPLING, BuildRequest, build, sizes_up_to
 from par_export.engines.cache import DEFAULT_LIMIT_BYTES, default_folder
-from par_export.engines.network import BuildCancelledError, BuildError
-from par_export.staging import TargetError
+from par_export.errors import BuildError
 from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.cli.common import Parser
 from par_runtime.dtypes import PRECISIONS
-from par_runtime.errors import BundleError, TensorRTMissingError
+from par_runtime.system import write_beside
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    """Run ``parvis build``; returns the exit code."""
+    args = parser().parse_args(argv)
+    advice = "engines are put into their bundle: copy the bundle to a folder that you can write to"
+    return guarded(lambda: run(args), no_permission=advice)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build an engine per target and print the reports. Raises what :func:`par_export.engines.build.build` raises."""
     if args.list is not None and not args.list.parent.is_dir():
-        print(
-            f"parvis: error: --list {args.list}: no folder {args.list.parent}; give a file in one that exists",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        folders = []
-        for target in args.target:
-            with _Bar(args.quiet or args.json) as bar:
-                request = Request(
-                    bundle=args.bundle,
-                    target=target,
-                    precision=args.precision,
-                    images=args.images or sizes_up_to(args.max_images),
-                    mode=args.engines,
-                    sampling=args.sampling,
-                    grouped=None if args.attention is None else args.attention == "grouped",
-                    lengths=None if args.visible is None else args.visible == "lengths",
-                    norm_after=args.norm == "after",
-                    decoder_precision=args.decoder_precision,
-                    use_cache=not args.no_cache,
-                    cache_folder=args.cache_dir or default_folder(),
-                    cache_limit_bytes=int(args.cache_gb * 1e9),
-                    reproducible=args.reproducible,
-                )
-                folders.append(build(request, (lambda _: None) if args.json or args.quiet else bar.say, bar))
-    except PermissionError as error:
-        print(
-            f"parvis: error: no permission to write {error.filename}; engines are put into their bundle: copy the bundle to a "
-            "folder that you can write to",
-            file=sys.stderr,
-        )
-        return 2
-    except (BuildError, BundleError, TensorRTMissingError, TargetError, OSError) as error:
-        print(f"parvis: error: {error}", file=sys.stderr)
-        return 2
-    except (BuildCancelledError, KeyboardInterrupt):
-        print("\nparvis: stopped; nothing was written", file=sys.stderr)
-        return 130
+        raise BuildError(f"--list {args.list}: no folder {args.list.parent}; give a file in one that exists")
+    folders = []
+    for target in args.target:
+        with PlanBar(args.quiet or args.json) as bar:
+            request = _request(args, target)
+            folders.append(build(request, (lambda _: None) if args.json or args.quiet else bar.say, bar))
     if args.list is not None:
-        part = args.list.with_name(f".{args.list.name}.part")
-        part.write_text(json.dumps([str(folder) for folder in folders]))
-        part.replace(args.list)
+        write_beside(args.list, lambda part: part.write_text(json.dumps([str(folder) for folder in folders])))
     if args.json:
         for folder in folders:
             print(json.dumps({"engine": str(folder), **json.loads((folder / ENGINE_JSON).read_text())}))
@@ -74,14 +46,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def sizes_up_to(most: int) -> tuple[int, ...]:
-    """Batch sizes to build for: 1, 2, 4, ... and ``most`` itself. Other sizes run padded to the next."""
-    sizes = {most}
-    size = 1
-    while size < most:
-        sizes.add(size)
-        size *= 2
-    return tuple(sorted(sizes))
+def _request(args: argparse.Namespace, target: str) -> BuildRequest:
+    return BuildRequest(
+        bundle=args.bundle,
+        target=target,
+        precision=args.precision,
+        images=args.images or sizes_up_to(args.max_images),
+        mode=args.engines,
+        sampling=args.sampling,
+        grouped=None if args.attention is None else args.attention == "grouped",
+        lengths=None if args.visible is None else args.visible == "lengths",
+        norm_after=args.norm == "after",
+        decoder_precision=args.decoder_precision,
+        use_cache=not args.no_cache,
+        cache_folder=args.cache_dir or default_folder(),
+        cache_limit_bytes=int(args.cache_gb * 1e9),
+        reproducible=args.reproducible,
+    )
 
 
 def _print_kernels(entry: dict[str, Any]) -> None:
@@ -92,15 +73,15 @@ def _print_kernels(entry: dict[str, Any]) -> None:
                 print(f"  {i:4} {kernel}")
 
 
-class _Bar:
-    """The builder's progress on stderr, one bar per plan; silent when asked or not on a terminal."""
+class PlanBar:
+    """The builder's progress on stderr, one bar per plan; silent if ``silent``, or if stderr is no terminal."""
 
     def __init__(self, silent: bool) -> None:
         self._silent = silent or not sys.stderr.isatty()
         self._bar: Any = None
         self._plan = ""
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> PlanBar:
         return self
 
     def __call__(self, phase: str, fraction: float) -> None:
@@ -117,6 +98,7 @@ class _Bar:
         self._bar.update(100 * fraction - self._bar.n)
 
     def say(self, line: str) -> None:
+        """Print a line of text where the bar was."""
         self._close()
         print(line, flush=True)
 
@@ -129,23 +111,8 @@ class _Bar:
         self._close()
 
 
-def count(text: str) -> int:
-    """A number from 1 to 256, for argparse."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if not 1 <= value <= 256:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of images from 1 to 256")
-    return value
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """Such numbers with commas, ascending."""
-    return tuple(sorted({count(part) for part in text.split(",")}))
-
-
-def _gigabytes(text: str) -> float:
+def gigabytes(text: str) -> float:
+    """A number from 0 on, for argparse."""
     try:
         value = float(text)
     except ValueError:
@@ -155,7 +122,8 @@ def _gigabytes(text: str) -> float:
     return value
 
 
-def _targets(text: str) -> list[str]:
+def targets(text: str) -> list[str]:
+    """Names of GPUs to build for, separated by commas, for argparse: "SM80" and the like, or "local"."""
     names = [part.strip() for part in text.split(",") if part.strip()]
     for name in names:
         digits = name.upper().removeprefix("SM")
@@ -168,7 +136,8 @@ def _targets(text: str) -> list[str]:
     return list(dict.fromkeys(name if name == "local" else name.upper() for name in names))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of ``parvis build``."""
     p = Parser(
         prog="parvis build",
         description="Build TensorRT plans from a bundle, into its folder engines/. With TensorRT-RTX no GPU is needed: "
@@ -179,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--target",
-        type=_targets,
+        type=targets,
         required=True,
         help="SM80 (A100), SM89 (L4, RTX 4090), ... or several with commas; 'local' is this machine's GPU",
     )
@@ -214,7 +183,8 @@ def _parser() -> argparse.ArgumentParser:
         "--norm",
         choices=["before", "after"],
         default="before",
-        help="apply a norm before the product that follows, or to it: one kernel less per layer, other rounding (default: before)",
+        help="apply a norm before the product that follows, or to it: one kernel less per layer, other rounding "
+        "(default: before)",
     )
     p.add_argument(
         "--decoder-precision",
@@ -231,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--no-cache", action="store_true", help="neither take the engine from the cache nor keep it there")
     p.add_argument("--cache-dir", type=Path, help="default: PARVIS_CACHE, or parvis in the user's cache folder")
     p.add_argument(
-        "--cache-gb", type=_gigabytes, default=DEFAULT_LIMIT_BYTES / 1e9, help="bound of the cache (default: 40)"
+        "--cache-gb", type=gigabytes, default=DEFAULT_LIMIT_BYTES / 1e9, help="bound of the cache (default: 40)"
     )
     p.add_argument(
         "--reproducible",

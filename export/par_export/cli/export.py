@@ -4,63 +4,54 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from par_export.bundle import ExportError, Request, export
-from par_export.gate.model import ParityError
-from par_export.staging import TargetError
+from par_export.bundle import ExportRequest, export
+from par_export.cli.common import guarded
+from par_export.errors import ExportError
 from par_model.checkpoint import CheckpointError, hub
+from par_runtime.cli.common import Parser
+from par_runtime.dtypes import PRECISIONS
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``parvis export``; returns the exit code."""
+    args = parser().parse_args(argv)
+    advice = "give an --out in a folder you can write to"
+    return guarded(lambda: run(args), expected=(CheckpointError,), no_permission=advice, out=args.out)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, printing what is done. Raises what :func:`par_export.bundle.export` raises."""
 
     def say(line: str) -> None:
         print(line, flush=True)
 
-    try:
-        export(
-            Request(
-                checkpoint=hub.local(args.checkpoint, say),
-                tokenizer=None if args.tokenizer == "none" else hub.local(args.tokenizer, say),
-                out=args.out,
-                precision=args.precision,
-                heads=args.heads,
-                grid=args.grid,
-                sampling=args.sampling,
-                name=args.name,
-                class_names=None if args.class_names == Path("none") else _class_names(args.class_names),
-                imagenet_names=args.class_names is None,
-                encoder=not args.no_encoder,
-                defaults={
-                    k: v for k in ("guidance", "temperature", "top_k", "top_p") if (v := getattr(args, k)) is not None
-                },
-                force=args.force,
-            ),
-            say=say,
-        )
-    except (TargetError, CheckpointError, OSError) as error:
-        print(f"parvis: error: {_describe(error, args.out)}", file=sys.stderr)
-        return 2
-    except ParityError as error:
-        print(f"parvis: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("parvis: stopped; nothing was written", file=sys.stderr)
-        return 130
+    settings = {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+    export(
+        ExportRequest(
+            checkpoint=hub.local(args.checkpoint, say),
+            tokenizer=None if args.tokenizer == "none" else hub.local(args.tokenizer, say),
+            out=args.out,
+            precision=args.precision,
+            heads=args.heads,
+            grid=args.grid,
+            sampling=args.sampling,
+            name=args.name,
+            class_names=None if args.class_names == Path("none") else _class_names(args.class_names),
+            imagenet_names=args.class_names is None,
+            encoder=not args.no_encoder,
+            defaults={name: value for name, value in settings.items() if value is not None},
+            force=args.force,
+        ),
+        say=say,
+    )
     return 0
 
 
-def _describe(error: Exception, out: Path) -> str:
-    if isinstance(error, PermissionError):
-        return f"no permission to write {error.filename or out}; give an --out in a folder you can write to"
-    if isinstance(error, OSError) and error.errno == 28:
-        return f"no space left on the disk of {out}; free some or give another --out (nothing was left behind)"
-    return str(error)
-
-
 def _class_names(path: Path | None) -> list[str] | None:
+    """The names in the file at ``path``; None for None. Raises ExportError, OSError."""
     if path is None:
         return None
     try:
@@ -78,7 +69,7 @@ def _class_names(path: Path | None) -> list[str] | None:
 
 
 def grid(text: str) -> tuple[int, int, int]:
-    """``24`` is 24x24; ``16x32`` is height x width; ``5x16x16`` is frames x height x width."""
+    """A grid of tokens, for argparse: "24" is 24x24, "16x32" height x width, "5x16x16" frames x height x width."""
     try:
         sizes = [int(part) for part in text.split("x")]
     except ValueError:
@@ -90,8 +81,9 @@ def grid(text: str) -> tuple[int, int, int]:
     return (sizes[0], sizes[1], sizes[2]) if len(sizes) == 3 else (1, sizes[0], sizes[1])
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options of ``parvis export``."""
+    p = Parser(
         prog="parvis export",
         description="Turn a PAR or LlamaGen checkpoint into a bundle: ONNX graphs, weights and a manifest, "
         "checked against PyTorch before it is published.",
@@ -110,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="bundle folder to write; must not exist (or --force)")
     p.add_argument(
         "--precision",
-        choices=["fp32", "fp16", "bf16"],
+        choices=PRECISIONS,
         default="fp32",
         help="of the stored weights and the static graphs (default: fp32)",
     )
@@ -124,8 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         "--sampling",
         choices=["plain", "topk", "exact"],
         default="topk",
-        help="sampling tail of the static graphs: 'plain' draws from the whole codebook (or greedily); 'topk' adds top-k up to "
-        "3840 and top-p within it (default); 'exact' has no limit and costs more, and plans are built with topk instead. step.onnx is always exact",
+        help="sampling tail of the static graphs: 'plain' draws from the whole codebook (or greedily); 'topk' adds "
+        "top-k up to 3840 and top-p within it (default); 'exact' has no limit and costs more, and plans are built with "
+        "topk instead. step.onnx is always exact",
     )
     p.add_argument("--name", help="name in the manifest (default: the folder's)")
     p.add_argument(

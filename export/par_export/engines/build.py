@@ -1,8 +1,8 @@
 """Bundle to engine: TensorRT plans of the step network and the decoder, with a report, in the bundle's folder.
 
-``shared`` (default): one plan of q = n serves every phase; sequential steps run padded, since a step of n positions
-costs a GPU what a step of one costs. ``per-phase``: a plan for each, which holds the weights three times.
-Needs onnx and TensorRT, but neither torch nor a GPU (with TensorRT-RTX). See ``docs/engines.md``.
+``shared`` (default): one plan of q = n serves every phase; sequential steps are padded, since a step of n positions
+costs a GPU the same as a step of one. ``per-phase``: a plan for each, which holds the weights three times. Needs onnx
+and TensorRT, but neither torch nor a GPU (with TensorRT-RTX). See ``docs/engines.md``.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import par_model
 from par_export import engines, graphs
 from par_export.engines import report as engine_report
+from par_export.engines.builder import OnStep, Target, build_plan
 from par_export.engines.cache import DEFAULT_LIMIT_BYTES, EngineCache, default_folder, key_of
-from par_export.engines.network import Attention, BuildError, MappedWeights, OnStep, Target, build_plan
-from par_export.engines.weights import weights_in
+from par_export.engines.network import ExpectedAttention
+from par_export.engines.weights import MappedWeights, weights_in
+from par_export.errors import BuildError
 from par_export.graphs.decoder import decoder_graph
-from par_export.graphs.sampling import Variant
+from par_export.graphs.sampling import SamplingVariant
 from par_export.graphs.step import Form, step_graph
 from par_export.graphs.vq import PREFIX
-from par_export.graphs.writer import WEIGHTS_FILE, Graph, WeightTable
+from par_export.graphs.writer import Graph, WeightTable
 from par_export.staging import staging
 from par_model.config import PARConfig, VQConfig
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
@@ -34,7 +37,7 @@ from par_runtime import __version__
 from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, Engine
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.backends.trt.module import TensorRT
-from par_runtime.bundle import Bundle, seal
+from par_runtime.bundle import WEIGHTS, Bundle, seal
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError, EngineError
 from par_runtime.system import peak_bytes, sha256
@@ -45,15 +48,15 @@ SAMPLING = ("plain", "topk")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to build. None takes the bundle's, or what :class:`Form` gives for the query length."""
+class BuildRequest:
+    """What to build. None is the bundle's own setting, or that of :meth:`Form.of` for the query length."""
 
     bundle: Path
-    target: str
+    target: str  #: "SM80" and the like, or "local"
     precision: str | None = None
     images: tuple[int, ...] = (1, 2, 4, 8)
     mode: str = "shared"
-    sampling: Variant | None = None
+    sampling: SamplingVariant | None = None
     grouped: bool | None = None
     lengths: bool | None = None
     norm_after: bool = False
@@ -66,22 +69,30 @@ class Request:
 
 
 def build(
-    request: Request, say: Callable[[str], None] = print, on_step: OnStep = lambda *_: None, trt: TensorRT | None = None
+    request: BuildRequest,
+    say: Callable[[str], None] = print,
+    on_step: OnStep = lambda *_: None,
+    trt: TensorRT | None = None,
 ) -> Path:
-    """Build the engine of ``request``; returns its folder. Raises BuildError, BuildCancelledError, BundleError, TensorRTMissingError."""
-    _check(request)
-    if trt is None:  # only TensorRT-RTX builds for a target that is not here
+    """Build the engine of ``request``, or take it from the cache; returns its folder.
+
+    ``say`` receives lines of text for the user, ``on_step`` the builder's progress. ``trt`` is the TensorRT to build
+    with (default: the installed one). Raises BuildError, BuildCancelledError, OutputError, BundleError,
+    TensorRTMissingError, OSError.
+    """
+    _check_request(request)
+    if trt is None:  # only TensorRT-RTX builds for another GPU than this machine's
         trt = trt_module.load(None if request.target == "local" else trt_module.RTX)
     bundle = Bundle.open(request.bundle, verify="full")
-    plan = _Plan.of(bundle, request, trt)
-    name = f"{trt.name}-{trt.version}-{plan.target.lower()}-{plan.precision}" + (
+    checked = _CheckedRequest.of(bundle, request, trt)
+    name = f"{trt.name}-{trt.version}-{checked.target.lower()}-{checked.precision}" + (
         "" if request.mode == "shared" else f"-{request.mode}"
     )
     if request.label:
         name += f"-{request.label}"
     out = bundle.path / ENGINES / name
     cache = EngineCache(request.cache_folder, request.cache_limit_bytes)
-    key = key_of(plan.ingredients())
+    key = key_of(checked.ingredients())
     with (
         _no_empty_folder(out.parent),
         cache.locked(key) if request.use_cache else _unlocked(),
@@ -93,7 +104,7 @@ def build(
         else:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            plan.write(folder, say, on_step)
+            checked.write(folder, say, on_step)
             if request.use_cache:
                 try:
                     cache.put(key, folder)
@@ -106,7 +117,7 @@ def build(
 
 
 def _intact(folder: Path, bundle: Bundle) -> bool:
-    """Whether a cached engine is whole: its files may be one with those of an engine that was damaged."""
+    """Whether an engine from the cache is whole: its files may be hard links to those of an engine that was damaged."""
     try:
         Engine.open(folder, bundle, verify="full")
     except EngineError:
@@ -114,7 +125,12 @@ def _intact(folder: Path, bundle: Bundle) -> bool:
     return True
 
 
-def _check(request: Request) -> None:
+def sizes_up_to(most: int) -> tuple[int, ...]:
+    """Batch sizes to build for: 1, 2, 4, ... and ``most`` itself. Other sizes are padded to the next larger one."""
+    return tuple(sorted({most, *(2**i for i in range(most.bit_length()) if 2**i < most)}))
+
+
+def _check_request(request: BuildRequest) -> None:
     if request.precision is not None and request.precision not in DTYPE:
         raise BuildError(f"precision {request.precision!r}; expected one of {', '.join(DTYPE)}")
     if request.mode not in MODES:
@@ -126,20 +142,21 @@ def _check(request: Request) -> None:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """A checked request: everything that decides what the build gives."""
+class _CheckedRequest:
+    """A checked request with every default filled in: all that decides what the build makes."""
 
-    request: Request
+    request: BuildRequest
     bundle: Bundle
     trt: TensorRT
     precision: str
     target: str
     device: str | None
-    sampling: Variant
+    sampling: SamplingVariant
     queries: dict[str, tuple[int, tuple[str, ...]]]  #: plan name -> positions per call, phases it serves
 
     @staticmethod
-    def of(bundle: Bundle, request: Request, trt: TensorRT) -> _Plan:
+    def of(bundle: Bundle, request: BuildRequest, trt: TensorRT) -> _CheckedRequest:
+        """Fill in what the request leaves to the bundle. Raises BuildError."""
         phases = {phase.name: phase.query for phase in bundle.phases}
         n = bundle.group_size
         if request.mode == "shared":
@@ -148,18 +165,17 @@ class _Plan:
             serves = {"prefill": ("prefill", "sequential"), "transition": ("transition",), "group": ("group",)}
             queries = {}
             for name, wanted in serves.items():
-                here = tuple(phase for phase in wanted if phase in phases)
-                if here:
-                    queries[name] = (max(phases[phase] for phase in here), here)
-        target, device = request.target.upper() if request.target != "local" else "local", None
-        if target == "local":
-            target, device = _local(trt)
+                served = tuple(phase for phase in wanted if phase in phases)
+                if served:
+                    queries[name] = (max(phases[phase] for phase in served), served)
+        target, device = (request.target.upper(), None) if request.target != "local" else _local_gpu()
         own = bundle.graphs["group"].sampling
-        sampling = request.sampling or (own if own in SAMPLING else "topk")
+        sampling = request.sampling or cast(SamplingVariant, own if own in SAMPLING else "topk")
         precision = request.precision or bundle.precision
-        return _Plan(request, bundle, trt, precision, target, device, sampling, queries)  # type: ignore[arg-type]
+        return _CheckedRequest(request, bundle, trt, precision, target, device, sampling, queries)
 
     def form(self, query: int) -> Form:
+        """The form of the graph of ``query`` positions. Raises BuildError where this TensorRT cannot run it."""
         default = Form.of(query)
         has_lengths = hasattr(self.trt.module.IAttention, "key_value_lengths")
         lengths = self.request.lengths if self.request.lengths is not None else default.lengths and has_lengths
@@ -169,6 +185,7 @@ class _Plan:
         return Form(grouped, lengths, self.request.norm_after)
 
     def ingredients(self) -> dict[str, Any]:
+        """All that decides what the build makes, as plain values: the key of the engine cache."""
         r = self.request
         return {
             "bundle": self.bundle.hash,
@@ -191,20 +208,22 @@ class _Plan:
         plans: dict[str, Any] = {}
         reports: dict[str, Any] = {}
         fold = self.request.norm_after
-        with weights_in(self.bundle.path / WEIGHTS_FILE, stored, compute, folder, fold=fold) as (table, data):
+        with weights_in(self.bundle.path / WEIGHTS, stored, compute, folder, fold=fold) as (table, data):
             weights_bytes = sum(entry.length for entry in table.entries.values())
             for name, (query, phases) in self.queries.items():
                 form = self.form(query)
                 graph = step_graph(
                     config, table, name=name, compute=compute, query=query, sampling=self.sampling, form=form
                 )
-                attention = Attention(config.n_layers, form.lengths, decomposable=self.precision == "fp32")
-                file, report = self._one(folder, name, graph, data, attention, config.n_layers, weights_bytes, on_step)
+                attention = ExpectedAttention(config.n_layers, form.lengths, decomposable=self.precision == "fp32")
+                file, report = self._build_plan(
+                    folder, name, graph, data, attention, config.n_layers, weights_bytes, on_step
+                )
                 plans[name] = {"file": file.name, "bytes": file.stat().st_size, "query": query, "phases": list(phases)}
                 reports[name] = report | {"form": vars(form)}
         decoder = None
         if self.bundle.image_size is not None:
-            decoder = self._decoder(folder, reports, on_step)
+            decoder = self._build_decoder(folder, reports, on_step)
         for entry in [*plans.values(), *([decoder] if decoder else [])]:
             entry["sha256"] = sha256(folder / entry["file"])
         document = {
@@ -236,34 +255,36 @@ class _Plan:
             f"{(peak_bytes() or 0) / 1e6:.0f} MB"
         )
 
-    def _decoder(self, folder: Path, reports: dict[str, Any], on_step: OnStep) -> dict[str, Any]:
+    def _build_decoder(self, folder: Path, reports: dict[str, Any], on_step: OnStep) -> dict[str, Any]:
+        """Build the decoder's plan, put its report into ``reports``; returns its entry of ``engine.json``."""
         vq = tokenizer_config(self.bundle)
         compute = DTYPE[self.request.decoder_precision]
         stored = WeightTable.read(self.bundle.path / self.bundle.graphs["decoder"].file)
-        with weights_in(self.bundle.path / WEIGHTS_FILE, stored, compute, folder) as (table, data):
+        with weights_in(self.bundle.path / WEIGHTS, stored, compute, folder) as (table, data):
             graph = decoder_graph(step_config(self.bundle), vq, table, compute)
             size = sum(entry.length for key, entry in table.entries.items() if key.startswith(PREFIX))
-            file, reports["decoder"] = self._one(folder, "decoder", graph, data, None, 0, size, on_step)
+            file, reports["decoder"] = self._build_plan(folder, "decoder", graph, data, None, 0, size, on_step)
         return {"file": file.name, "bytes": file.stat().st_size, "query": 0, "phases": []}
 
-    def _one(
+    def _build_plan(
         self,
         folder: Path,
         name: str,
         graph: Graph,
         data: MappedWeights,
-        attention: Attention | None,
+        attention: ExpectedAttention | None,
         layers: int,
         weights_bytes: int,
         on_step: OnStep,
     ) -> tuple[Path, dict[str, Any]]:
+        """Build the plan ``name`` of ``graph`` into ``folder``; returns its file and its report."""
         file = folder / f"{name}.plan"
         cache = (
             self.request.cache_folder / f"timing-{self.trt.name}-{self.trt.version}-{self.device or self.target}.cache"
         )
         clock = time.monotonic()
         with file.open("wb") as out:
-            built = build_plan(
+            outcome = build_plan(
                 self.trt,
                 graph,
                 data,
@@ -276,16 +297,17 @@ class _Plan:
                 reproducible=self.request.reproducible,
                 on_step=lambda phase, fraction: on_step(f"{name}: {phase}", fraction),
             )
-        built.seconds = time.monotonic() - clock
-        counted = engine_report.kernels(built.log, self.request.images, layers)
+        outcome.seconds = time.monotonic() - clock
+        counted = engine_report.kernels(outcome.log, self.request.images, layers)
         if attention is not None and not attention.decomposable and self.trt.rtx:
             for profile in counted:
                 if profile.attention != layers:
                     raise BuildError(
-                        f"{name}: {profile.attention} of {layers} attention layers are fused at {profile.images} images; "
+                        f"{name}: {profile.attention} of {layers} attention layers are fused at {profile.images} "
+                        "images; "
                         f"{self.trt.name} {self.trt.version} has no kernel for head size {self.bundle.cache.head_dim}"
                     )
-        return file, engine_report.plan_report(built, counted, layers, file.stat().st_size, weights_bytes)
+        return file, engine_report.plan_report(outcome, counted, layers, file.stat().st_size, weights_bytes)
 
 
 def step_config(bundle: Bundle) -> PARConfig:
@@ -307,13 +329,14 @@ def tokenizer_config(bundle: Bundle) -> VQConfig:
     return vq
 
 
-def _local(trt: TensorRT) -> tuple[str, str]:
+def _local_gpu() -> tuple[str, str]:
     """Compute capability and name of this machine's GPU. Raises BuildError."""
     from par_runtime.backends import cuda
 
     if cuda.device_count() == 0:
         raise BuildError(
-            f"target local: no GPU here ({cuda.why_no_device()}); name the GPU to build for, for instance --target SM80 "
+            f"target local: no GPU here ({cuda.why_no_device()}); name the GPU to build for, for instance --target "
+            "SM80 "
             "for an A100 (TensorRT-RTX builds without one)"
         )
     with cuda.Device.open(0) as device:
@@ -321,9 +344,9 @@ def _local(trt: TensorRT) -> tuple[str, str]:
 
 
 def _source_hash() -> str:
-    """Hash of the packages that shape a plan, so that a cached engine never outlives a change of them."""
+    """Hash of the source code that a plan depends on: after a change of it no cached engine is used."""
     digest = hashlib.sha256()
-    for package in (graphs, engines):
+    for package in (graphs, engines, par_model):
         folder = Path(package.__path__[0])
         for file in sorted(folder.rglob("*.py")):
             digest.update(f"{package.__name__}/{file.relative_to(folder).as_posix()}\0".encode())
@@ -338,7 +361,7 @@ def _unlocked() -> Iterator[None]:
 
 @contextmanager
 def _no_empty_folder(path: Path) -> Iterator[None]:
-    """A failed first build leaves no empty ``engines``."""
+    """Remove the folder at the end if it is empty: a failed first build leaves no ``engines``."""
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
-"""Built engines, content-addressed, so that the same build is never made twice on a machine.
+"""Built engines, addressed by content, so that the same build is never made twice on a machine.
 
-An entry is a whole engine folder under the hash of everything that went into it. Entries appear by one rename; two
-processes that want the same build wait for each other; the least recently used go when the cache is over its size.
+An entry is a whole engine folder under the hash of everything that went into it. Entries appear by one rename. Of two
+processes that need the same build one waits for the other. The least recently used are removed when the cache is too
+large.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows: one build at a time is then up to the user
+except ImportError:  # Windows: there the user must not run the same build twice at a time
     fcntl = None  # type: ignore[assignment]
 
 DEFAULT_LIMIT_BYTES = 40 * 10**9
@@ -33,19 +34,19 @@ def default_folder() -> Path:
 
 
 def key_of(ingredients: Mapping[str, Any]) -> str:
-    """sha256 (hex) of everything that decides what a build gives."""
+    """sha256 (hex) of ``ingredients``, everything that decides what a build makes."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
 class EngineCache:
-    """The folder of built engines; ``limit_bytes`` bounds what stays in it."""
+    """The folder of built engines, kept below ``limit_bytes`` in sum."""
 
     def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         self.folder, self.limit_bytes = folder / "engines", limit_bytes
 
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:
-        """Only one process at a time works on ``key``; the others wait. A killed process releases its lock."""
+        """Hold the lock of ``key``; other processes wait for it. A killed process releases its lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{key}.lock").open("w") as file:
             if fcntl is not None:
@@ -53,7 +54,7 @@ class EngineCache:
             yield
 
     def get(self, key: str, out: Path) -> bool:
-        """Copy the entry to ``out``, which must not exist; False if there is none."""
+        """Copy the entry of ``key`` to ``out``, which must not exist; False if there is none."""
         entry = self.folder / key
         if not entry.is_dir():
             return False
@@ -62,7 +63,7 @@ class EngineCache:
         return True
 
     def put(self, key: str, built: Path) -> None:
-        """Keep a copy of the folder ``built``, unless it alone is over the limit."""
+        """Keep a copy of the folder ``built`` under ``key``, unless it alone is over the limit. Raises OSError."""
         if _size(built) > self.limit_bytes:
             return
         part = self.folder / f".{key}.part-{os.getpid()}"
@@ -76,7 +77,7 @@ class EngineCache:
         self._shrink(keep=key)
 
     def _shrink(self, keep: str) -> None:
-        """Remove what killed builds left, then the entries unused for longest until the rest is within the limit."""
+        """Remove what killed builds left, then the least recently used entries until the limit is kept."""
         for part in self.folder.glob(".*.part-*"):
             if time.time() - part.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(part, ignore_errors=True)
@@ -97,10 +98,10 @@ def _size(folder: Path) -> int:
 
 
 def _copy(source: Path, out: Path) -> None:
-    """Copy a folder of files; hard links where the file system allows, for plans are gigabytes and never changed."""
+    """Copy a folder of files, by hard links where possible: plans are gigabytes, and are never changed."""
     out.mkdir(parents=True)
     for file in source.iterdir():
-        if not file.is_file() or file.name.endswith(".runtime.cache"):  # that one is written at run time
+        if not file.is_file() or file.name.endswith(".runtime.cache"):  # the runtime writes these
             continue
         try:
             os.link(file, out / file.name)

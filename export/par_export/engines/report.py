@@ -1,7 +1,7 @@
-"""What a build settled on: fused layers against the model's, kernels per phase, bytes against the bundle's.
+"""The report of a build: fused layers against the model's, kernels per plan, bytes against the bundle's.
 
 Kernels are the launch cost of a step, and they can be counted without a GPU: with detailed profiling verbosity the
-builder names every fused layer of the finished engine.
+builder names every fused layer of the finished plan.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from par_export.engines.network import Built
+from par_export.engines.builder import BuildOutcome
 
-#: Entries of the builder's list that launch nothing: they order streams.
+#: Entries of the builder's list that launch no kernel: they synchronise streams.
 NOT_KERNELS = ("signal", "wait")
 _LAYER = re.compile(r"Name: ([^,]+), LayerType: ([^,]+),")
 _PLACE = re.compile(r"_myl(\d+)_(\d+)$")
@@ -25,54 +25,55 @@ class Kernels:
 
     images: int
     names: tuple[str, ...]
-    attention: int
+    attention: int  #: how many of them are fused attention
     per_layer: float | None
-    around: float | None  #: before the first and after the last decoder layer, together
+    around: float | None  #: before the first and after the last layer, in sum
 
     @property
     def total(self) -> int:
+        """How many kernels there are."""
         return len(self.names)
 
 
 def kernels(log: Sequence[str], images: Sequence[int], layers: int) -> list[Kernels]:
-    """The kernels of every profile, from the builder's log of the finished engine."""
-    found: dict[int, list[tuple[str, str]]] = {}
+    """The kernels of every profile, from the builder's log of the finished plan of a model of ``layers`` layers."""
+    by_profile: dict[int, list[tuple[str, str]]] = {}
     for message in log:
         for name, kind in _LAYER.findall(message):
             place = _PLACE.search(name)
             profile = int(place.group(1)) if place else 0
             if kind not in NOT_KERNELS:
-                found.setdefault(profile, []).append((name, kind))
-    return [_summary(size, [name for name, _ in found.get(i, [])], layers) for i, size in enumerate(images)]
+                by_profile.setdefault(profile, []).append((name, kind))
+    return [_summary(size, [name for name, _ in by_profile.get(i, [])], layers) for i, size in enumerate(images)]
 
 
 def _summary(images: int, names: list[str], layers: int) -> Kernels:
     attention = [i for i, name in enumerate(names) if "mha" in name]
     per_layer = around = None
     if len(attention) == layers > 1:
-        # From one attention to the next is one layer, whatever was fused across its border.
+        # From one attention to the next is one layer, even where kernels were fused across the border of layers.
         per_layer = (attention[-1] - attention[0]) / (layers - 1)
         around = len(names) - per_layer * layers
     return Kernels(images, tuple(names), len(attention), per_layer, around)
 
 
 def plan_report(
-    built: Built, counted: list[Kernels], layers: int, plan_bytes: int, weights_bytes: int
+    outcome: BuildOutcome, counted: list[Kernels], layers: int, plan_bytes: int, weights_bytes: int
 ) -> dict[str, Any]:
-    """The report of one plan, for ``engine.json``. ``weights_bytes``: what the bundle holds for this graph."""
+    """The report of one plan, for ``engine.json``. ``weights_bytes`` is the size of its weights in the bundle."""
     return {
-        "seconds": round(built.seconds, 2),
+        "seconds": round(outcome.seconds, 2),
         "plan_bytes": plan_bytes,
         "bundle_weights_bytes": weights_bytes,
-        **built.memory,
+        **outcome.memory,
         "layers": {
             "model": layers,
-            "ATTENTION": built.layers.get("ATTENTION_INPUT", 0),
-            "KV_CACHE_UPDATE": built.layers.get("KV_CACHE_UPDATE", 0),
-            "ROTARY_EMBEDDING": built.layers.get("ROTARY_EMBEDDING", 0),
+            "ATTENTION": outcome.layers.get("ATTENTION_INPUT", 0),
+            "KV_CACHE_UPDATE": outcome.layers.get("KV_CACHE_UPDATE", 0),
+            "ROTARY_EMBEDDING": outcome.layers.get("ROTARY_EMBEDDING", 0),
         },
         "profiles": [asdict(k) | {"total": k.total} for k in counted],
-        "warnings": [w for w in built.warnings if "Make sure" not in w],
+        "warnings": [w for w in outcome.warnings if "Make sure" not in w],
     }
 
 
@@ -92,7 +93,8 @@ def table(report: Mapping[str, Any]) -> list[str]:
             rotary = f"{layers['ROTARY_EMBEDDING']}/{model}" if model else "-"
             sizes = (
                 f"{plan['plan_bytes'] / 1e6:8.1f} {plan['weights_bytes'] / 1e6:11.1f} "
-                f"{plan['weights_bytes'] / max(plan['bundle_weights_bytes'], 1):10.2f} {plan['activation_bytes'] / 1e6:10.1f}"
+                f"{plan['weights_bytes'] / max(plan['bundle_weights_bytes'], 1):10.2f} "
+                f"{plan['activation_bytes'] / 1e6:10.1f}"
             )
             lines.append(
                 f"{name if first else '':12} {profile['images']:6} {attention:>13} {caches:>9} {rotary:>7} "

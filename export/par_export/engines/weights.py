@@ -1,7 +1,8 @@
-"""The weights of a bundle as a build wants them: in its precision, with the gains of the norms inside if asked for."""
+"""The weights of a bundle as a build needs them: mapped, in its precision, on request with the norms folded in."""
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,34 +10,55 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from par_export.engines.network import BuildError, MappedWeights
-from par_export.graphs.writer import Stored, WeightTable
+from par_export.errors import BuildError
+from par_export.graphs.writer import WeightTable
+from par_runtime.bundle import Stored
+from par_runtime.dtypes import STORAGE
 
-NUMPY_TYPE = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+#: dtype -> numpy's own; ml_dtypes has those that numpy lacks, under the same names.
+NUMPY_DTYPE: dict[str, np.dtype] = {dtype: np.dtype(getattr(ml_dtypes, dtype, dtype)) for dtype in STORAGE}
+
+
+class MappedWeights:
+    """A weights file mapped into memory at ``address``; its pages can be released while a build goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
+        self._array = np.frombuffer(self._map, np.uint8)  # for its address
+        self.address = int(self._array.ctypes.data)
+
+    def release(self) -> None:
+        """Release the pages that were read; they are read from the file again if needed."""
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Unmap the file."""
+        del self._array
+        self._map.close()
+        self._file.close()
 
 
 @contextmanager
 def weights_in(
     file: Path, stored: WeightTable, compute: str, folder: Path, fold: bool = False
 ) -> Iterator[tuple[WeightTable, MappedWeights]]:
-    """The weights ``stored`` in ``file``, mapped; converted to ``compute`` in a temporary file where they are not.
+    """Yield the weights ``stored`` in ``file`` in the dtype ``compute``, mapped, with the table of where each lies.
 
-    Tables of angles stay fp32. ``fold`` puts the gains of the norms into the matrices behind them (see ``folded``).
-    Raises BuildError where a value does not fit the precision.
+    Where they are stored otherwise, they are converted into a temporary file in ``folder``. Rotary tables stay fp32.
+    ``fold`` multiplies the gains of the norms into the matrices that follow them (see :func:`folded`). Raises
+    BuildError where a value does not fit the precision, OSError.
     """
-    other = {name for name, e in stored.entries.items() if e.dtype in NUMPY_TYPE and e.dtype != compute}
-    other -= {"cos", "sin"}
+    converted_names = {name for name, e in stored.entries.items() if e.dtype in NUMPY_DTYPE and e.dtype != compute}
+    converted_names -= {"cos", "sin"}
     gains = {name: gain_of(name) for name in stored.entries if gain_of(name) in stored.entries} if fold else {}
     for name in gains:
-        if stored.entries[name].dtype not in NUMPY_TYPE:
+        if stored.entries[name].dtype not in NUMPY_DTYPE:
             raise BuildError(
                 f"weight {name!r} is {stored.entries[name].dtype}: --norm after needs matrices that are not quantised"
             )
-    if not other and not gains:
+    if not converted_names and not gains:
         data = MappedWeights(file)
         try:
             yield stored, data
@@ -50,13 +72,13 @@ def weights_in(
         def read(name: str) -> np.ndarray:
             entry = stored.entries[name]
             source.seek(entry.offset)
-            return np.frombuffer(source.read(entry.length), NUMPY_TYPE[entry.dtype]).reshape(entry.shape)
+            return np.frombuffer(source.read(entry.length), NUMPY_DTYPE[entry.dtype]).reshape(entry.shape)
 
         for name, entry in stored.entries.items():
             if name in gains:
                 matrix, table.folded[name] = folded(read(name), read(gains[name]), compute)
                 raw, dtype = _convert(name, matrix, compute), compute
-            elif name in other:
+            elif name in converted_names:
                 raw, dtype = _convert(name, read(name), compute), compute
             else:
                 source.seek(entry.offset)
@@ -73,17 +95,17 @@ def weights_in(
 
 
 def gain_of(matrix: str) -> str:
-    """The norm before a matrix, by name; "" where there is none."""
+    """The name of the norm before the matrix of that name; "" where there is none."""
     layer, _, kind = matrix.rpartition(".")
     norm = {"wqkv": "attention_norm", "w13": "ffn_norm"}.get(kind)
     return f"{layer}.{norm}" if norm else ""
 
 
 def folded(matrix: np.ndarray, gain: np.ndarray, compute: str) -> tuple[np.ndarray, int]:
-    """``matrix`` (in, out) with its rows times ``gain`` and 2**-exponent: fp32, and the exponent.
+    """``matrix`` (in, out) with its rows multiplied by ``gain`` and by 2**-exponent: in fp32, and the exponent.
 
-    In fp16 the exponent makes overflow impossible: no column is longer than 1/sqrt(in), so no entry of ``x W`` is larger than
-    the root mean square of x, which is in fp16 itself. bf16 and fp32 need none.
+    For fp16 the exponent makes overflow impossible: no column is longer than 1/sqrt(in), so no entry of ``x W`` is
+    larger than the root mean square of x, which fits into fp16. bf16 and fp32 need no exponent.
     """
     wide = matrix.astype(np.float32) * gain.astype(np.float32)[:, None]
     if compute != "float16":
@@ -95,7 +117,7 @@ def folded(matrix: np.ndarray, gain: np.ndarray, compute: str) -> tuple[np.ndarr
 
 def _convert(name: str, values: np.ndarray, compute: str) -> bytes:
     with np.errstate(over="ignore"):
-        out = values.astype(np.float32).astype(NUMPY_TYPE[compute])
+        out = values.astype(np.float32).astype(NUMPY_DTYPE[compute])
     if not np.isfinite(out.astype(np.float32)).all():
         largest = np.abs(values.astype(np.float32)).max()
         raise BuildError(f"weight {name!r} reaches {largest:.3g}, beyond {compute}; give --precision bf16 or fp32")

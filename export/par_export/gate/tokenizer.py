@@ -1,6 +1,6 @@
 """The parity gate of the tokenizer's graphs: encoder and decoders on ONNX Runtime against the PyTorch oracle.
 
-The oracle's weights are rounded to the bundle's precision, so that what is compared is the graph (see ``verify.py``).
+The oracle's weights are rounded to the bundle's precision, so that the comparison tests the graph (see ``oracle.py``).
 """
 
 from __future__ import annotations
@@ -13,31 +13,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from par_export.gate.model import ParityError, gate_decoder, session
-from par_export.weights import TORCH_TYPE
+from par_export.errors import ParityError
+from par_export.gate.oracle import rounded
+from par_export.gate.runner import session
+from par_export.graphs.decoder import HALF_DECODER
+from par_export.weights import TORCH_DTYPE
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import token_order
 from par_model.vq import VQModel
 from par_runtime.metrics import finite, psnr_db
 
-HALF_DECODER = "decoder_fp16"
-#: Codes whose products with a position differ less than this may swap by rounding. The products lie in -1..1.
-NEAR = 1e-4
-#: Least PSNR (dB, of 255) of the decoder in fp16 against the one in fp32. Measured: 50 to 60; a broken one is below 30.
-HALF_FLOOR_DB = 40.0
+PIXEL_TOLERANCE = 1  #: of the decoder, in grey levels of 255
+#: Codes whose products with a position differ by less than this may swap by rounding. The products lie in -1..1.
+TIE_TOLERANCE = 1e-4
+#: The decoder in fp16 is left out where its PSNR against fp32 is lower. Measured: 50 to 60 dB; broken: below 30.
+HALF_MIN_PSNR_DB = 40.0
 
 
 @torch.no_grad()
 def gate(
     folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoint, dtype: str, graphs: dict[str, Any]
 ) -> dict[str, Any]:
-    """Compare every tokenizer graph in ``folder`` with the oracle; the manifest's entries, by graph.
+    """Compare every tokenizer graph in ``folder`` with the oracle; returns the manifest's entries, by graph.
 
-    The decoder in fp16 is dropped from ``folder`` and ``graphs`` where half precision is not enough for these weights.
-    Raises ParityError below the floors of the others.
+    The decoder in fp16 is removed from ``folder`` and ``graphs`` where half precision is not enough for these weights.
+    Raises ParityError where another graph is beyond its tolerance, CheckpointError where weights are not finite.
     """
-    report = {"decoder": gate_decoder(folder, config, vq, checkpoint, dtype, token_order(config))}
+    report = {"decoder": _decoder(folder, config, vq, checkpoint, dtype)}
     report[HALF_DECODER] = half = _half_decoder(folder, config)
     if half["left_out"]:
         (folder / graphs.pop(HALF_DECODER)["file"]).unlink()
@@ -46,8 +49,32 @@ def gate(
     return report
 
 
+def _decoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+    """Compare ``decoder.onnx`` with the oracle's decoder on random tokens."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, config.vocab_size, (1, config.n_tokens))
+    with torch.device("meta"):
+        model = VQModel(vq)
+    model.load_state_dict(rounded(checkpoint, "", model.state_dict(), dtype), assign=True)
+    # The graph stores the normalised codebook, rounded.
+    raster = np.empty_like(tokens)
+    raster[:, token_order(config)] = tokens
+    codebook = F.normalize(checkpoint.tensor("quantize.embedding.weight").float(), dim=-1)
+    codes = codebook.to(TORCH_DTYPE[dtype]).float()[torch.from_numpy(raster.reshape(-1, *config.grid[1:]))]
+    image = model.decode_codes(codes.permute(0, 3, 1, 2))
+    wanted = (127.5 * image + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    got = session(folder / "decoder.onnx").run(["images"], {"tokens": tokens})[0]
+    worst = int(np.abs(got.astype(int) - wanted.astype(int)).max())
+    if worst > PIXEL_TOLERANCE:
+        raise ParityError(
+            f"decoder.onnx: pixels differ from the oracle by up to {worst} of 255; at most {PIXEL_TOLERANCE} is "
+            "allowed. Nothing was published"
+        )
+    return {"max_pixel_error": worst, "equal_pixels": float((got == wanted).mean())}
+
+
 def _half_decoder(folder: Path, config: PARConfig) -> dict[str, Any]:
-    """The decoder in fp16 against the one in fp32: what rounding costs is a property of the weights, not an error."""
+    """Compare the decoder in fp16 with fp32. A large difference is a property of the weights, not an error."""
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (1, config.n_tokens))
     exact, half = (
         session(folder / f"{name}.onnx").run(["images"], {"tokens": tokens})[0].astype(np.int64)
@@ -55,11 +82,11 @@ def _half_decoder(folder: Path, config: PARConfig) -> dict[str, Any]:
     )
     error = np.abs(exact - half)
     psnr = psnr_db(half, exact)
-    return {"max_pixel_error": int(error.max()), "psnr_db": finite(psnr), "left_out": psnr < HALF_FLOOR_DB}
+    return {"max_pixel_error": int(error.max()), "psnr_db": finite(psnr), "left_out": psnr < HALF_MIN_PSNR_DB}
 
 
 def _encoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
-    """Tokens of a smooth random image; a token may differ where the oracle finds both codes equally near."""
+    """Compare the tokens of a smooth random image; one may differ where both codes are equally near to the oracle."""
     _, h, w = config.grid
     size = (h * vq.downsampling, w * vq.downsampling)
     coarse = torch.rand((1, 3, h, w), generator=torch.Generator().manual_seed(3))
@@ -69,11 +96,13 @@ def _encoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoi
     got = session(folder / "encoder.onnx").run(["tokens"], {"images": image.permute(0, 2, 3, 1).numpy()})[0]
     products = (z @ codebook.T)[token_order(config).tolist()]  # [N,V], sequence order
     behind = products.max(1).values - products[torch.arange(config.n_tokens), torch.from_numpy(got[0])]
-    if not bool((behind <= NEAR).all()):
+    if not bool((behind <= TIE_TOLERANCE).all()):
         place = int(behind.argmax())
         raise ParityError(
-            f"encoder.onnx: token {place} is code {got[0, place]}, which is {float(behind[place]):.3g} further than the "
-            f"oracle's {int(products[place].argmax())} (cosine; at most {NEAR:g} is allowed). Nothing was published; this "
+            f"encoder.onnx: token {place} is code {got[0, place]}, which is {float(behind[place]):.3g} further "
+            "than the "
+            f"oracle's {int(products[place].argmax())} (cosine; at most {TIE_TOLERANCE:g} is allowed). Nothing was "
+            "published; this "
             "is a bug in the export, please report it"
         )
     report: dict[str, Any] = {"tokens": config.n_tokens, "ties": int((behind > 0).sum())}
@@ -86,14 +115,13 @@ def _encoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoi
 
 
 def _features(image: Tensor, vq: VQConfig, checkpoint: Checkpoint, dtype: str) -> tuple[Tensor, Tensor]:
-    """The oracle's normalised features [N,c] of ``image`` [1,3,H,W] uint8, raster order, and its codebook [V,c]."""
+    """The oracle's normalised features [N,c] of ``image`` [1,3,H,W] uint8 in raster order, and its codebook [V,c]."""
     with torch.device("meta"):
         model = VQModel(vq)
     keys = [key for key in model.state_dict() if key.startswith(("encoder.", "quant_conv."))]
-    rounded = {key: checkpoint.tensor(key).to(TORCH_TYPE[dtype]).float() for key in keys}
-    model.load_state_dict(rounded, assign=True, strict=False)
+    model.load_state_dict(rounded(checkpoint, "", keys, dtype), assign=True, strict=False)
     z = model.quant_conv(model.encoder(image.float() / 127.5 - 1))
     z = F.normalize(z.permute(0, 2, 3, 1).reshape(-1, vq.codebook_dim), dim=-1)
     # The bundle stores the normalised codebook, rounded; the graph normalises it again.
     codebook = F.normalize(checkpoint.tensor("quantize.embedding.weight").float(), dim=-1)
-    return z, F.normalize(codebook.to(TORCH_TYPE[dtype]).float(), dim=-1)
+    return z, F.normalize(codebook.to(TORCH_DTYPE[dtype]).float(), dim=-1)

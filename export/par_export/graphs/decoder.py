@@ -9,9 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from par_export.graphs.vq import PREFIX, VQ_OPSET, Blocks
-from par_export.graphs.writer import ONNX_TYPE, Graph, WeightTable
+from par_export.graphs.writer import ONNX_DTYPE, Graph, WeightTable
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import token_order
+
+HALF_DECODER = "decoder_fp16"  #: the decoder graph that computes in fp16
 
 
 def decoder_graph(config: PARConfig, vq: VQConfig, weights: WeightTable, compute: str = "float32") -> Graph:
@@ -43,11 +45,11 @@ def decoder_graph(config: PARConfig, vq: VQConfig, weights: WeightTable, compute
             x = b.upsample(x, f"{name}.upsample.conv")
     x = b.conv(b.swish(b.norm(x, "decoder.norm_out")), "decoder.conv_out")
     if compute != "float32":
-        x = g.op("Cast", x, to=ONNX_TYPE["float32"])
+        x = g.op("Cast", x, to=ONNX_DTYPE["float32"])
     x = g.op("Add", g.op("Mul", x, g.const(127.5, "float32")), g.const(128.0, "float32"))
     x = g.op("Clip", x, g.const(0.0, "float32"), g.const(255.0, "float32"))
-    # Engines know uint8 at their borders only, so the cast comes last; floor says how it is to round.
+    # Engines have uint8 only as inputs and outputs, so the cast comes last; Floor fixes how it rounds.
     x = g.op("Transpose", g.op("Floor", x), perm=[0, 2, 3, 1])
-    g.op("Cast", x, to=ONNX_TYPE["uint8"], name="images")
+    g.op("Cast", x, to=ONNX_DTYPE["uint8"], name="images")
     g.output("images", "uint8", ["B", b.height, b.width, 3])
     return g

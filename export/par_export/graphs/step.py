@@ -1,8 +1,8 @@
 """The step network: q positions of R rows in, q tokens out, everything between in one graph.
 
-One network, written by :func:`step_graph`, is every phase of generation (design, "One step network"):
+One network, written by :func:`step_graph`, serves every phase of generation (``docs/design.md``, "One step network"):
 
-``step.onnx``        q and S symbolic, computes in fp32: ONNX Runtime on a CPU, any phase, a growing cache window
+``step.onnx``        q and S symbolic, computes in fp32: ONNX Runtime on a CPU, every phase, a growing cache window
 ``prefill.onnx``     q = 1        | S = N static, computes in the bundle's precision: what engines are built from,
 ``transition.onnx``  q = n        | in the :class:`Form` that needs the fewest kernels
 ``group.onnx``       q = n
@@ -17,12 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from par_export.graphs.sampling import Variant, sample
-from par_export.graphs.writer import ONNX_TYPE, OPSET, Graph, WeightTable
+from par_export.graphs.sampling import SamplingVariant, sample
+from par_export.graphs.writer import ONNX_DTYPE, OPSET, Graph, WeightTable
 from par_model.config import NORM_EPS, PARConfig
 
+#: The step graph for ONNX Runtime releases without opset 24; the same function as "step".
+COMPATIBLE_STEP = "step_opset23"
 HEAD_MULTIPLE = 8  # fused attention kernels want head sizes that are a multiple of 8
-GROUPED_UP_TO = 4  # beyond, the decode kernel may re-read K and V for each query head; only a GPU can say
+GROUPED_UP_TO = 4  # with more queries the decode kernel may read K and V again for each; `parvis tune` measures it
 
 
 def padded_head_dim(config: PARConfig) -> int:
@@ -43,11 +45,11 @@ class IO:
 class Form:
     """How the attention of a static graph is written; the function is the same.
 
-    ``grouped``: the q queries of a head as q query heads on one KV head with sequence length 1, which engines run
-    with their decode kernel. ``lengths``: what is visible is a count per row (opset 24's ``nonpad_kv_seqlen``),
-    so that a kernel need not read the rest; else a mask, made once per step. ``norm_after``: a norm is applied to the
-    product that follows it, ``(x W) / rms(x)``, which needs its gain inside the matrix (``WeightTable.folded``): engines
-    then put it into kernels that they need anyway.
+    ``grouped``: the q queries of a head are q query heads on one KV head with sequence length 1, which engines run
+    with their decode kernel. ``lengths``: the number of visible keys is given per row (opset 24's
+    ``nonpad_kv_seqlen``), so that a kernel reads only these; otherwise a mask is made once per step. ``norm_after``: a
+    norm is applied to the product that follows it, ``(x W) / rms(x)``, which needs its gain inside the matrix
+    (``WeightTable.folded``); engines then fuse it into kernels that they need anyway.
     """
 
     grouped: bool
@@ -56,7 +58,7 @@ class Form:
 
     @staticmethod
     def of(query: int, opset: int = OPSET) -> Form:
-        """What a static graph of ``query`` positions takes where nothing else is asked for."""
+        """The default form of a static graph of ``query`` positions."""
         return Form(grouped=1 < query <= GROUPED_UP_TO, lengths=opset >= OPSET)
 
 
@@ -98,7 +100,7 @@ def step_graph(
     name: str,
     compute: str,
     query: int | None,
-    sampling: Variant,
+    sampling: SamplingVariant,
     opset: int = OPSET,
     form: Form | None = None,
 ) -> Graph:
@@ -119,7 +121,9 @@ def step_graph(
     cos = g.op("Gather", g.weight("cos", compute), "positions")  # [R,q,D'/2]
     sin = g.op("Gather", g.weight("sin", compute), "positions")
     visible = (
-        ["", "", "", g.op("Cast", "length", to=ONNX_TYPE["int64"])] if form.lengths else [_mask(g, config, query, form)]
+        ["", "", "", g.op("Cast", "length", to=ONNX_DTYPE["int64"])]
+        if form.lengths
+        else [_mask(g, config, query, form)]
     )
     slot_index = None if opset >= OPSET else _slot_index(g, heads)
 
@@ -155,7 +159,7 @@ def step_graph(
     x = g.op("RMSNormalization", x, g.weight("norm", compute), axis=-1, epsilon=NORM_EPS)
     rows = g.op("MatMul", x, g.weight("output", compute))  # [R,q,V]
     if compute != "float32":
-        rows = g.op("Cast", rows, to=ONNX_TYPE["float32"])
+        rows = g.op("Cast", rows, to=ONNX_DTYPE["float32"])
     cond, uncond = g.op("Gather", rows, "cond_row"), g.op("Gather", rows, "uncond_row")  # [B,q,V]
     scale = g.op("Unsqueeze", "guidance", g.const([1, 2]))
     logits = g.op("Add", uncond, g.op("Mul", g.op("Sub", cond, uncond), scale), name="logits")
@@ -172,16 +176,17 @@ def step_graph(
 
 
 def _normed_product(g: Graph, x: str, norm: str, matrix: str, compute: str, form: Form) -> tuple[str, str | None]:
-    """RMSNorm of ``x`` [R,q,d] times a matrix; with ``norm_after`` the factor [R,q,1] fp32 is still to be applied.
+    """RMSNorm of ``x`` [R,q,d] times a matrix; with ``norm_after`` also the factor [R,q,1] fp32 that is still to apply.
 
-    It is applied to the parts after they are split: there an engine computes it inside the kernel that follows, while
-    on the product itself it would become a part of that, with a kernel of its own for the sum of squares.
+    The caller applies it to the parts after the split: there an engine computes it inside the kernel that follows.
+    Applied to the product itself it would become a part of the product, with a kernel of its own for the sum of
+    squares.
     """
     if not form.norm_after:
         h = g.op("RMSNormalization", x, g.weight(norm, compute), axis=-1, epsilon=NORM_EPS)
         return g.op("MatMul", h, g.weight(matrix, compute)), None
     assert g.weights is not None
-    wide = g.op("Cast", x, to=ONNX_TYPE["float32"])
+    wide = g.op("Cast", x, to=ONNX_DTYPE["float32"])
     square = g.op("ReduceMean", g.op("Mul", wide, wide), g.const([-1]), keepdims=1)
     rms = g.op("Sqrt", g.op("Add", square, g.const(NORM_EPS, "float32")))
     factor = g.op("Div", g.const(2.0 ** g.weights.folded[matrix], "float32"), rms)
@@ -192,7 +197,7 @@ def _scaled(g: Graph, part: str, factor: str | None, compute: str) -> str:
     """``part`` times ``factor`` in fp32, back in ``compute``."""
     if factor is None:
         return part
-    return g.op("Cast", g.op("Mul", g.op("Cast", part, to=ONNX_TYPE["float32"]), factor), to=ONNX_TYPE[compute])
+    return g.op("Cast", g.op("Mul", g.op("Cast", part, to=ONNX_DTYPE["float32"]), factor), to=ONNX_DTYPE[compute])
 
 
 def _mask(g: Graph, config: PARConfig, query: int | None, form: Form) -> str:

@@ -15,32 +15,25 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from par_runtime.bundle import WEIGHTS
-from par_runtime.bundle import Stored as Stored  # part of this module: the manifest and the graphs tell it alike
+from par_runtime.bundle import WEIGHTS, Stored
+from par_runtime.dtypes import STORAGE
 
 OPSET = 24
 COMPATIBLE_OPSET = 23  #: what ONNX Runtime 1.23 runs, the last release for Python 3.10
 IR_VERSION = 11
-WEIGHTS_FILE = WEIGHTS
 
-ONNX_TYPE = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "int64": TensorProto.INT64,
-    "int32": TensorProto.INT32,
-    "uint8": TensorProto.UINT8,
-    "bool": TensorProto.BOOL,
-    "int8": TensorProto.INT8,
-    "int4": TensorProto.INT4,
-}
-QUANTISED = ("int8", "int4")  #: weights stored so have their scales beside them, under their name + SCALE
+QUANTISED = ("int8", "int4")  #: dtypes of weights that have scales beside them, under their name + SCALE
 SCALE = ".scale"
+#: dtype -> ONNX's number of it. ONNX writes the names in capitals, and float32 as FLOAT.
+ONNX_DTYPE: dict[str, int] = {
+    dtype: TensorProto.DataType.Value("FLOAT" if dtype == "float32" else dtype.upper())
+    for dtype in (*STORAGE, *QUANTISED, "int64", "int32", "uint8", "bool")
+}
 
 
 @dataclass
 class WeightTable:
-    """Where each tensor of a weights file lies; written by ``weights.Weights``, or read back from a graph."""
+    """Where each tensor of a weights file lies; written by ``weights.WeightsWriter``, or read back from a graph."""
 
     entries: dict[str, Stored]
     #: Matrices whose rows hold the gain of the norm before them, times 2**-exponent: name -> exponent.
@@ -50,7 +43,7 @@ class WeightTable:
     def read(path: Path) -> WeightTable:
         """The tensors of the weights file that the graph at ``path`` refers to."""
         entries = {}
-        names = {code: name for name, code in ONNX_TYPE.items()}
+        names = {code: name for name, code in ONNX_DTYPE.items()}
         for tensor in onnx.load(path, load_external_data=False).graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
                 at = {item.key: int(item.value) for item in tensor.external_data if item.key != "location"}
@@ -71,28 +64,30 @@ class Graph:
         self._counter = 0
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
-        self.inputs.append(helper.make_tensor_value_info(name, ONNX_TYPE[dtype], list(shape)))
+        """Add an input of the graph; ``shape`` holds sizes, and letters for symbolic ones. Returns ``name``."""
+        self.inputs.append(helper.make_tensor_value_info(name, ONNX_DTYPE[dtype], list(shape)))
         return name
 
     def output(self, name: str, dtype: str, shape: Sequence[int | str]) -> None:
-        self.outputs.append(helper.make_tensor_value_info(name, ONNX_TYPE[dtype], list(shape)))
+        """Make the value ``name`` an output of the graph."""
+        self.outputs.append(helper.make_tensor_value_info(name, ONNX_DTYPE[dtype], list(shape)))
 
     def op(self, op_type: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
         """Add a node with one output, called ``name`` if given."""
-        return self.ops(op_type, *inputs, names=[name or self._fresh(op_type)], **attributes)[0]
+        return self.ops(op_type, *inputs, names=[name or self._new_name(op_type)], **attributes)[0]
 
     def ops(
         self, op_type: str, *inputs: str, names: Sequence[str] = (), count: int = 0, **attributes: Any
     ) -> list[str]:
-        """Add a node with several outputs: ``names``, or ``count`` fresh ones."""
-        outputs = list(names) or [self._fresh(op_type) for _ in range(count)]
+        """Add a node with several outputs: ``names``, or ``count`` new ones."""
+        outputs = list(names) or [self._new_name(op_type) for _ in range(count)]
         self.nodes.append(
             helper.make_node(op_type, list(inputs), outputs, name=f"{op_type}:{outputs[0]}", **attributes)
         )
         return outputs
 
     def const(self, value: Any, dtype: str = "int64") -> str:
-        """A small constant, stored once per value."""
+        """A constant of at most 8 numbers, stored once per value. Raises ValueError for more."""
         array = np.asarray(value, dtype=dtype)
         if array.size > 8:
             raise ValueError(f"a constant of {array.size} numbers belongs in the weights file or a table")
@@ -109,23 +104,26 @@ class Graph:
         return name
 
     def weight(self, name: str, compute: str) -> str:
-        """A tensor of the weights file, cast to ``compute`` where it is stored otherwise (folded at load)."""
+        """A tensor of the weights file, cast to the dtype ``compute`` where it is stored in another one.
+
+        A runtime does the cast once, when it loads the graph.
+        """
         assert self.weights is not None
         stored = self.weights.entries[name]
         if name not in self.initializers:
-            tensor = TensorProto(name=name, data_type=ONNX_TYPE[stored.dtype], dims=stored.shape)
+            tensor = TensorProto(name=name, data_type=ONNX_DTYPE[stored.dtype], dims=stored.shape)
             tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", WEIGHTS_FILE), ("offset", stored.offset), ("length", stored.length)):
+            for key, value in (("location", WEIGHTS), ("offset", stored.offset), ("length", stored.length)):
                 tensor.external_data.add(key=key, value=str(value))
             self.initializers[name] = tensor
         if stored.dtype == compute:
             return name
         if stored.dtype in QUANTISED:
             return self._dequantised(name, stored, compute)
-        return self.op("Cast", name, to=ONNX_TYPE[compute])
+        return self.op("Cast", name, to=ONNX_DTYPE[compute])
 
     def _dequantised(self, name: str, stored: Stored, compute: str) -> str:
-        """A weight-only quantised matrix (in, out) times its scales: per column [out], or per block of rows [blocks, out]."""
+        """A quantised matrix (in, out) times its scales: one per column [out] or per block of rows [blocks, out]."""
         assert self.weights is not None
         scale = self.weights.entries[name + SCALE]
         blocked: dict[str, Any] = {"axis": 1}
@@ -138,9 +136,11 @@ class Graph:
         return Graph(f"{self.name}.{name}", self.weights, self.opset)
 
     def proto(self) -> onnx.GraphProto:
+        """The graph as ONNX's own message; a branch body of an ``If`` is one."""
         return helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, list(self.initializers.values()))
 
     def model(self) -> onnx.ModelProto:
+        """The graph as a whole model, with its opset."""
         return helper.make_model(
             self.proto(),
             opset_imports=[helper.make_opsetid("", self.opset)],
@@ -149,8 +149,9 @@ class Graph:
         )
 
     def save(self, path: Path) -> None:
+        """Write the model to ``path``; its weights stay in the weights file. Raises OSError."""
         path.write_bytes(self.model().SerializeToString())
 
-    def _fresh(self, op_type: str) -> str:
+    def _new_name(self, op_type: str) -> str:
         self._counter += 1
         return f"{self.name}/{op_type}.{self._counter}"

@@ -9,9 +9,9 @@ import pytest
 
 from double import tensorrt
 from double.driver import Driver
-from par_export.cli import tune
 from par_export.engines import build as engine
-from par_export.engines.build import Request
+from par_export.engines import tune
+from par_export.engines.build import BuildRequest
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import ENGINES
 from par_runtime.backends.trt import module as trt_module
@@ -22,7 +22,7 @@ cuda.driver = stand_in
 trt_module.load = lambda name=None: tensorrt.make(stand_in)  # type: ignore[assignment]
 
 
-def build(request: Request, say: Callable[[str], None] = print) -> Path:
+def build(request: BuildRequest, say: Callable[[str], None] = print) -> Path:
     """A stand-in engine in the place of a built one."""
     bundle = Bundle.open(request.bundle)
     folder = tensorrt.write_engine(

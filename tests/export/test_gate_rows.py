@@ -1,4 +1,4 @@
-"""Rows of the gate's batches: images with and without guidance side by side."""
+"""Rows of the gate's batches: guided and unguided images in one batch."""
 
 from __future__ import annotations
 
@@ -9,36 +9,35 @@ import numpy as np
 import pytest
 
 from conftest import golden_config
-from par_export.gate.drive import Images
-from par_export.gate.model import run_step
+from par_export.gate.runner import GuidedRows, run_step
 
 
 def test_rows_of_guided_and_unguided_images() -> None:
-    who = Images(np.array([1.0, 2.0, 0.5, 3.0], np.float32))
-    assert who.of_row.tolist() == [0, 1, 2, 3, 1, 3]
-    assert who.uncond_row.tolist() == [0, 4, 2, 5]
-    assert who.labels(np.array([7, 8, 9, 6]), 10).tolist() == [7, 8, 9, 6, 10, 10]
+    batch = GuidedRows(np.array([1.0, 2.0, 0.5, 3.0], np.float32))
+    assert batch.of_row.tolist() == [0, 1, 2, 3, 1, 3]
+    assert batch.uncond_row.tolist() == [0, 4, 2, 5]
+    assert batch.labels(np.array([7, 8, 9, 6]), 10).tolist() == [7, 8, 9, 6, 10, 10]
     logits = np.random.default_rng(0).standard_normal((6, 3, 5)).astype(np.float32)
-    guided = who.guided(logits)
+    guided = batch.guided(logits)
     assert guided.shape == (4, 3, 5)
-    assert (guided[[0, 2]] == logits[[0, 2]]).all()  # not guided: their own row, whatever the scale
+    assert (guided[[0, 2]] == logits[[0, 2]]).all()  # not guided: their own row, for every scale up to 1
     for image, without, scale in ((1, 4, 2.0), (3, 5, 3.0)):
         wanted = logits[without] + scale * (logits[image] - logits[without])
         np.testing.assert_allclose(guided[image], wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("guidance", [[1.0, 1.0], [2.0, 2.0]])
-def test_rows_of_like_images(guidance: list[float]) -> None:
-    who = Images(np.array(guidance, np.float32))
+def test_rows_of_images_with_one_guidance(guidance: list[float]) -> None:
+    batch = GuidedRows(np.array(guidance, np.float32))
     some = [2, 3] if guidance[0] > 1 else []
-    assert who.of_row.tolist() == [0, 1, *([0, 1] if some else [])]
-    assert who.uncond_row.tolist() == (some or [0, 1])
-    logits = np.ones((len(who.of_row), 2, 3), np.float32)
-    assert (who.guided(logits) == logits[:2]).all()
+    assert batch.of_row.tolist() == [0, 1, *([0, 1] if some else [])]
+    assert batch.uncond_row.tolist() == (some or [0, 1])
+    logits = np.ones((len(batch.of_row), 2, 3), np.float32)
+    assert (batch.guided(logits) == logits[:2]).all()
 
 
 def test_an_image_does_not_depend_on_its_batch(golden: dict[str, dict[str, Any]], bundles: dict[str, Path]) -> None:
-    """Random tokens fed to one image, greedy ones drawn for the others, guided or not, as one by one."""
+    """One image is fed random tokens, the others are greedy, guided or not: each is as if it were generated alone."""
     config = golden_config(golden["par_n4_grid8"])
     labels, guidance = np.array([3, 1, 4, 1]), np.array([1.0, 2.0, 1.0, 1.5], np.float32)
     teacher = np.full((4, config.n_tokens), -1)

@@ -1,0 +1,78 @@
+"""What the verbs of ``par_export`` share: errors as one line and an exit code, and the types of their arguments."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from par_export.errors import BuildCancelledError, BuildError, ExportError, OutputError, ParityError
+from par_runtime.errors import BundleError, CudaError, TensorRTMissingError
+
+#: Errors that end a verb with one line and exit code 2.
+EXPECTED: tuple[type[Exception], ...] = (
+    BuildError,
+    BundleError,
+    CudaError,
+    ExportError,
+    OSError,
+    OutputError,
+    TensorRTMissingError,
+)
+MOST_IMAGES = 256  #: largest batch that an engine is built for
+
+
+def fail(error: object, code: int = 2) -> int:
+    """Print ``error`` as the one line of a verb that failed; returns ``code``."""
+    print(f"parvis: error: {error}", file=sys.stderr)
+    return code
+
+
+def guarded(
+    work: Callable[[], int],
+    *,
+    expected: tuple[type[Exception], ...] = (),
+    stopped: str = "nothing was written",
+    no_permission: str | None = None,
+    out: Path | None = None,
+) -> int:
+    """Run ``work`` and return its exit code; errors that are expected become one line on stderr and an exit code.
+
+    2 for errors of :data:`EXPECTED` and ``expected``, 1 for a failed parity gate, 130 for Ctrl-C, after which
+    ``stopped`` states what was written. ``no_permission`` is the advice where a file may not be written. ``out`` is the
+    folder that the verb writes, where it writes one.
+    """
+    caught = (*EXPECTED, *expected)
+    try:
+        return work()
+    except ParityError as error:
+        return fail(error, 1)
+    except caught as error:
+        if isinstance(error, PermissionError) and no_permission is not None:
+            return fail(f"no permission to write {error.filename or out}; {no_permission}")
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and out is not None:
+            return fail(
+                f"no space left on the disk of {out}; free some or give another --out (nothing was left behind)"
+            )
+        return fail(error)
+    except (BuildCancelledError, KeyboardInterrupt):
+        print(f"\nparvis: stopped; {stopped}", file=sys.stderr)
+        return 130
+
+
+def count(text: str) -> int:
+    """A number of images from 1 to 256, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value <= MOST_IMAGES:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of images from 1 to {MOST_IMAGES}")
+    return value
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Such numbers, separated by commas, in ascending order."""
+    return tuple(sorted({count(part) for part in text.split(",")}))
