@@ -49,7 +49,7 @@ def test_the_decoder_of_an_engine_un_permutes_as_the_bundles_decoder_does(
     for name, model in (("model.pt", PAR(config)), ("vq.pt", VQModel(VQ))):
         content = {"model": golden_weights(model).state_dict(), "config": asdict(model.config)}
         torch.save(content, tmp_path / name)
-    request = exporter.Request(tmp_path / "model.pt", tmp_path / "vq.pt", tmp_path / "bundle", encoder=False)
+    request = exporter.ExportRequest(tmp_path / "model.pt", tmp_path / "vq.pt", tmp_path / "bundle", encoder=False)
     path = exporter.export(request, say=lambda _: None)
     bundle = Bundle.open(path)
     assert step_config(bundle) == config
