@@ -141,7 +141,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Pat
 
 @contextmanager
 def child(command: list[str], **pipes: Any) -> Iterator[subprocess.Popen[str]]:
-    """A child process that hears Ctrl-C even where the tests run in the background, and that never outlives its test."""
+    """A child process that hears Ctrl-C even where the tests run in the background, and that never outlives its
+    test.
+    """
 
     def hear() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs inherit "ignore"

@@ -154,7 +154,9 @@ def test_throughput(engines: Callable[..., Path]) -> None:
 
 
 def test_the_benchmarks_rows(engines: Callable[..., Path], gpu: cuda.Device) -> None:
-    """Phases by events on the device, against the measured bandwidth; no figure is asserted, rows go into the report."""
+    """Phases by events on the device, against the measured bandwidth; no figure is asserted, rows go into the
+    report.
+    """
     from par_runtime.bench import gpu as bench_gpu
     from par_runtime.bench.bounds import with_bounds
     from par_runtime.bench.limits import Limits

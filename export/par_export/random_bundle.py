@@ -150,7 +150,8 @@ def _write(
 
 
 def like(path: str | Path, group_size: int, out: str | Path) -> Path:
-    """Write a bundle of the architecture, precision and settings of that at ``path`` with another n into the folder ``out``.
+    """Write a bundle of the architecture, precision and settings of that at ``path`` with another n into the folder
+    ``out``.
 
     Raises BundleError where the bundle at ``path`` cannot be read, or its grid does not take ``group_size``.
     """

@@ -72,7 +72,9 @@ def image_calls(phases: Sequence[Phase]) -> tuple[Call, ...]:
 
 @dataclass(frozen=True)
 class Cache:
-    """The KV cache of ``step.onnx``: a buffer [R, heads, S, head_dim] per name; ``outputs[i]`` updates ``inputs[i]``."""
+    """The KV cache of ``step.onnx``: a buffer [R, heads, S, head_dim] per name; ``outputs[i]`` updates
+    ``inputs[i]``.
+    """
 
     dtype: str
     inputs: tuple[str, ...]

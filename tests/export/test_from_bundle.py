@@ -70,9 +70,18 @@ def test_padded_heads_an_ablation_and_a_missing_encoder(
 ) -> None:
     """Head size 12 is stored as 16; the order is found in the manifest; a missing encoder is reported."""
     config = PARConfig(
-        dim=24, n_layers=1, n_heads=2, vocab_size=16, n_classes=3, grid=(1, 4, 4), order="raster", sequential_initial=False
+        dim=24, n_layers=1, n_heads=2, vocab_size=16, n_classes=3, grid=(1, 4, 4), order="raster",
+        sequential_initial=False,
     )  # fmt: skip
-    vq = VQConfig(codebook_size=16, codebook_dim=4, channels=8, channel_multipliers=(1,), res_blocks=1, z_channels=8, norm_groups=4)  # fmt: skip
+    vq = VQConfig(
+        codebook_size=16,
+        codebook_dim=4,
+        channels=8,
+        channel_multipliers=(1,),
+        res_blocks=1,
+        z_channels=8,
+        norm_groups=4,
+    )
     model, tokenizer = golden_weights(PAR(config)), golden_weights(VQModel(vq))
     torch.save({"model": model.state_dict(), "config": asdict(config)}, tmp_path / "model.pt")
     torch.save({"model": tokenizer.state_dict(), "config": asdict(vq)}, tmp_path / "vq.pt")

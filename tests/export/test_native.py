@@ -60,7 +60,8 @@ def compare(path: Path, images: int, guidance: float, threads: int = 2) -> float
 
 @needs_kernels
 @pytest.mark.parametrize(("name", "images", "guidance"), [
-    ("fp32", 1, 2.0), ("fp32", 3, 1.0), ("fp16", 2, 3.0), ("bf16", 1, 1.5), ("n1", 2, 2.0), ("n16", 1, 2.0), ("n16", 2, 1.0),
+    ("fp32", 1, 2.0), ("fp32", 3, 1.0), ("fp16", 2, 3.0), ("bf16", 1, 1.5), ("n1", 2, 2.0), ("n16", 1, 2.0),
+    ("n16", 2, 1.0),
 ])  # fmt: skip
 def test_logits_are_the_graphs(name: str, images: int, guidance: float, bundles: dict[str, Path]) -> None:
     assert compare(bundles[name], images, guidance) < 2e-5
@@ -138,7 +139,8 @@ def test_rows_at_different_positions_on_the_other_instruction_set(bundles: dict[
 
 @needs_kernels
 @pytest.mark.parametrize("options", [
-    {"greedy": True}, {}, {"top_k": 7}, {"top_p": 0.6, "temperature": 0.8}, {"top_k": 40, "top_p": 0.9, "guidance": 1.0},
+    {"greedy": True}, {}, {"top_k": 7}, {"top_p": 0.6, "temperature": 0.8},
+    {"top_k": 40, "top_p": 0.9, "guidance": 1.0},
     {"guidance": [1.0, 3.0, 1.0, 2.0], "top_k": [0, 5, 1, 0], "top_p": [1.0, 0.5, 1.0, 0.9]},
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["fp32", "fp16"])

@@ -107,7 +107,8 @@ def test_one_kept_token_changes_only_later_tokens(pipeline: Pipeline) -> None:
     # A kept token that equals the drawn one changes nothing: guided, greedy or with top-k.
     for settings in ({"guidance": 3.0}, {"greedy": True}, {"top_k": 5}):
         drawn = pipeline.generate([2], seed=4, **settings)  # type: ignore[arg-type]
-        again = pipeline.generate([2], seed=4, keep=np.eye(8, dtype=bool), tokens=drawn.tokens, **settings)  # type: ignore[arg-type]
+        keep = np.eye(8, dtype=bool)
+        again = pipeline.generate([2], seed=4, keep=keep, tokens=drawn.tokens, **settings)  # type: ignore[arg-type]
         np.testing.assert_array_equal(again.tokens, drawn.tokens)
 
 

@@ -42,7 +42,8 @@ class NoWeights:
 def manifest_of(config: PARConfig, vq: VQConfig | None = None) -> Manifest:
     """The entries that an export writes, as they come back from JSON."""
     graphs = {"step": {"inputs": [], "outputs": []}}
-    written: Manifest = json.loads(json.dumps(architecture_entries(config, vq, graphs, 0, NoWeights())))  # type: ignore[arg-type]
+    entries = architecture_entries(config, vq, graphs, 0, NoWeights())  # type: ignore[arg-type]
+    written: Manifest = json.loads(json.dumps(entries))
     return written
 
 

@@ -1,4 +1,6 @@
-"""Images in flight at different steps on one backend: what in-flight batching will do, checked against images made alone."""
+"""Images in flight at different steps on one backend: what in-flight batching will do, checked against images made
+alone.
+"""
 
 from __future__ import annotations
 

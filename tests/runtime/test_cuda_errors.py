@@ -1,4 +1,6 @@
-"""``cuda.py`` on the stub of libcuda: errors, and drivers that are missing or old. How it runs: ``stub_cuda/children.py``."""
+"""``cuda.py`` on the stub of libcuda: errors, and drivers that are missing or old. How it runs:
+``stub_cuda/children.py``.
+"""
 
 from __future__ import annotations
 

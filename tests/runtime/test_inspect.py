@@ -43,7 +43,9 @@ def test_the_bound_of_the_published_models(sizes: tuple[int, ...], millions: flo
 
 
 def test_the_memory_of_a_bundle_is_that_of_its_cache(tiny: Path) -> None:
-    """The architecture gives the size of the buffers that the manifest describes, and of the weights that a call reads."""
+    """The architecture gives the size of the buffers that the manifest describes, and of the weights that a call
+    reads.
+    """
     bundle = Bundle.open(tiny)
     cache = bundle.cache
     numbers = 2 * len(cache.inputs) * cache.heads * bundle.n_tokens * cache.head_dim  # two rows of a guided image

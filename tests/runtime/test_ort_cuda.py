@@ -142,10 +142,11 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(
     ("said", "kind", "told"),
     [
         (
-            'a.cc:63 FAIL : Parse Failed to parse provider option "device_id": b.cc:71 operator() Invalid device ID: 1, '
-            "must be between 0 (inclusive) and 1 (exclusive).\n",
+            'a.cc:63 FAIL : Parse Failed to parse provider option "device_id": b.cc:71 operator() Invalid device ID: '
+            "1, must be between 0 (inclusive) and 1 (exclusive).\n",
             RequestError,
-            r"device 'cuda-ort:0' cannot be used: Invalid device ID: 1, must be between .*; what does nvidia-smi say\?$",
+            r"device 'cuda-ort:0' cannot be used: Invalid device ID: 1, must be between .*; what does "
+            r"nvidia-smi say\?$",
         ),
         (
             "a.cc:63 FAIL : CUDA failure 100: no CUDA-capable device is detected ; GPU=0 ; hostname=vm ; file=b.cc",

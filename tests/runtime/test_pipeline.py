@@ -265,7 +265,8 @@ def test_importing_the_runtime_loads_neither_torch_nor_onnx(tiny: Path) -> None:
     code = (
         "import sys, par_runtime; from par_runtime import Pipeline;"
         f"Pipeline.load({str(tiny)!r}).generate(0, seed=1); import par_runtime.cli.generate;"
-        "bad = {'torch', 'onnx', 'par_model', 'par_export'} & {m.split('.')[0] for m in sys.modules}; assert not bad, bad"
+        "bad = {'torch', 'onnx', 'par_model', 'par_export'} & {m.split('.')[0] for m in sys.modules}; assert not bad, "
+        "bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -285,7 +286,8 @@ def test_the_cache_is_updated_in_place(tiny: Path) -> None:
         return  # the older graph writes with ScatterND, which copies in silence
     # The warning exists and would be seen: the same step, output bound to another buffer.
     copied = (
-        "import sys; from par_runtime import Pipeline; from par_runtime.backends.ort import cpu as ort; bind = ort._bind; others = []\n"
+        "import sys; from par_runtime import Pipeline; from par_runtime.backends.ort import cpu as ort; bind = "
+        "ort._bind; others = []\n"
         "def other(a): others.append(a.copy()); return others[-1]\n"
         "ort._bind = lambda b, n, a, output=False: bind(b, n, other(a) if n.startswith('present') else a, output)\n"
         "p = Pipeline.load(sys.argv[1], selftest=False); p.generate([0, 1], seed=1)"

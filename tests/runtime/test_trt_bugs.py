@@ -1,4 +1,6 @@
-"""Planted bugs of the TensorRT backend, each one that was made or nearly made: the stand-ins of ``double/`` catch all of them."""
+"""Planted bugs of the TensorRT backend, each one that was made or nearly made: the stand-ins of ``double/`` catch all
+of them.
+"""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def failed(r: Report) -> list[str]:
 
 UNEXPLAINED = ["tokens that rounding does not explain"]
 
-# -- sound backends -----------------------------------------------------------------------------------------------------
+# -- sound backends ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"guidance": 3.0, "top_p": 0.9, "top_k": 30}, {"greedy": True}])
@@ -135,7 +135,7 @@ def test_distance_is_from_the_candidates_token_in_the_references_cdf() -> None:
     assert distance_of(peaked, swapped, 2, 0.99, 1.0, 2, 1.0)[0] == 0
 
 
-# -- near-ties: other tokens, and no failure ----------------------------------------------------------------------------
+# -- near-ties: other tokens, and no failure --------------------------------------------------------------------------
 
 
 def noisy(size: float) -> type[Sabotaged]:
@@ -234,7 +234,7 @@ def test_a_draw_on_a_boundary_is_a_near_tie_and_beside_it_is_not(
     assert ("a near-tie" in table(r)) == tie
 
 
-# -- sabotage -----------------------------------------------------------------------------------------------------------
+# -- sabotage ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

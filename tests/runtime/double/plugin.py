@@ -1,4 +1,6 @@
-"""A pytest plugin that puts the stand-ins everywhere: ``pytest -m gpu -p double.plugin`` tests the GPU tests themselves."""
+"""A pytest plugin that puts the stand-ins everywhere: ``pytest -m gpu -p double.plugin`` tests the GPU tests
+themselves.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from par_runtime.backends import cuda
 from par_runtime.backends.cuda import CudaError, Device, OutOfMemory
 """
 
-# -- what the children use too ------------------------------------------------------------------------------------------
+# -- what the children use too ----------------------------------------------------------------------------------------
 
 
 def live() -> dict[str, int]:
@@ -65,7 +65,7 @@ def failing(rule: str) -> Iterator[None]:
         os.environ["STUB_CUDA_FAIL"] = ""
 
 
-# -- running them -------------------------------------------------------------------------------------------------------
+# -- running them -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

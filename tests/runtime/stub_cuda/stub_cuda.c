@@ -11,126 +11,8 @@
  * Environment, read at each call: STUB_CUDA_DEVICES (1), STUB_CUDA_MEMORY_BYTES per device (2^30),
  * STUB_CUDA_FAIL=name:code[,name:code] makes calls fail, STUB_CUDA_HIDE=name is what the driver is too old to know
  * (read once, at the first call of all). */
-#define _GNU_SOURCE
-#include <pthread.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
 
-enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101,
-       INVALID_CONTEXT = 201, INVALID_HANDLE = 400, ILLEGAL_STATE = 401, NOT_FOUND = 500, NOT_READY = 600,
-       ILLEGAL_ADDRESS = 700, CONTEXT_IS_DESTROYED = 709, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900,
-       CAPTURE_INVALIDATED = 901, CAPTURED_EVENT = 907, CAPTURE_WRONG_THREAD = 908 };
-enum { MEMORY_DEVICE = 2, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76, MAX_DEVICES = 8 };
-/* The numbers stub_live() takes; test_cuda.py has the same order. */
-enum kind { DEVICE, PINNED, STREAM, GRAPH, EXEC, EVENT };
-
-typedef unsigned long long address;
-struct node { enum { COPY, FILL, MARK } op; enum kind to, from; address dst, src; size_t dst_pitch, src_pitch, width, height; int value; };
-struct context { int refs, device; };
-struct object {
-    enum kind kind; struct object *next; struct context *owner;
-    char *memory; size_t size;                                 /* DEVICE, PINNED */
-    struct node *nodes; size_t n_nodes;                        /* GRAPH, EXEC, and STREAM while it is captured */
-    int capturing, broken, error; pthread_t thread;            /* STREAM */
-    int recorded, captured; double ms;                         /* EVENT */
-};
-struct memcpy_2d {  /* CUDA_MEMCPY2D */
-    size_t src_x, src_y; unsigned src_type; const void *src_host; address src_device; void *src_array; size_t src_pitch;
-    size_t dst_x, dst_y; unsigned dst_type; void *dst_host; address dst_device; void *dst_array; size_t dst_pitch;
-    size_t width, height;
-};
-
-static struct object *objects;
-static struct context contexts[MAX_DEVICES];
-static __thread struct context *current;
-static int initialised;
-
-static long long setting(const char *name, long long otherwise) {
-    const char *text = getenv(name);
-    return text && *text ? atoll(text) : otherwise;
-}
-
-static int forced(const char *name) {
-    size_t length = strlen(name);
-    for (const char *at = getenv("STUB_CUDA_FAIL"); at && *at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL)
-        if (!strncmp(at, name, length) && at[length] == ':') return atoi(at + length + 1);
-    return OK;
-}
-
-#define ENTER() do { int code_ = forced(__func__); if (code_) return code_; if (!initialised) return NOT_INITIALIZED; } while (0)
-#define ENTER_CONTEXT() do { ENTER(); if (!current) return INVALID_CONTEXT; if (!current->refs) return CONTEXT_IS_DESTROYED; } while (0)
-
-static struct object *find(enum kind kind, const void *handle) {
-    struct object *o = objects;
-    while (o && (o != handle || o->kind != kind)) o = o->next;
-    return o;
-}
-
-static struct object *make(enum kind kind) {
-    struct object *o = calloc(1, sizeof *o);
-    o->kind = kind; o->owner = current; o->next = objects;
-    return objects = o;
-}
-
-static void drop(struct object *o) {
-    struct object **at = &objects;
-    while (*at != o) at = &(*at)->next;
-    *at = o->next;
-    free(o->memory); free(o->nodes); free(o);
-}
-
-static int destroy(enum kind kind, void *handle) {
-    struct object *o = find(kind, handle);
-    if (!o) return INVALID_HANDLE;
-    drop(o);
-    return OK;
-}
-
-/* The live allocation that holds all of the span, or NULL. */
-static struct object *span(enum kind kind, address pointer, size_t size) {
-    for (struct object *o = objects; o; o = o->next) {
-        address start = (address)(uintptr_t)o->memory;
-        if (o->kind == kind && pointer >= start && size <= o->size && pointer - start <= o->size - size) return o;
-    }
-    return NULL;
-}
-
-static int reachable(const struct node *n) {
-    size_t rows = n->height ? n->height - 1 : 0;
-    if (n->op == MARK) return 1;
-    return span(n->to, n->dst, rows * n->dst_pitch + n->width) && (n->op == FILL || span(n->from, n->src, rows * n->src_pitch + n->width));
-}
-
-static void run(const struct node *n) {
-    for (size_t y = 0; n->op != MARK && y < n->height; y++) {
-        char *dst = (char *)(uintptr_t)n->dst + y * n->dst_pitch;
-        if (n->op == FILL) memset(dst, n->value, n->width);
-        else memcpy(dst, (char *)(uintptr_t)n->src + y * n->src_pitch, n->width);
-    }
-}
-
-static int submit(void *handle, struct node n) {
-    struct object *stream = find(STREAM, handle);
-    if (!stream) return INVALID_HANDLE;
-    if (stream->broken) return CAPTURE_INVALIDATED;
-    if (!reachable(&n)) return INVALID_VALUE;
-    if (!stream->capturing) { run(&n); return OK; }
-    stream->nodes = realloc(stream->nodes, (stream->n_nodes + 1) * sizeof n);
-    stream->nodes[stream->n_nodes++] = n;
-    return OK;
-}
-
-/* What may not happen in a thread while it captures breaks its captures. */
-static int unsafe(void) {
-    int found = 0;
-    for (struct object *o = objects; o; o = o->next)
-        if (o->kind == STREAM && o->capturing && pthread_equal(o->thread, pthread_self())) found = o->broken = 1;
-    return found ? CAPTURE_UNSUPPORTED : OK;
-}
+#include "stub_state.h"
 
 /* -- for tests ----------------------------------------------------------------------------------------------------- */
 
@@ -153,9 +35,16 @@ static int cuInit(unsigned flags) {
     return OK;
 }
 
-static int cuDriverGetVersion(int *version) { *version = 13010; return forced(__func__); }
+static int cuDriverGetVersion(int *version) {
+    *version = 13010;
+    return forced(__func__);
+}
 
-static int cuDeviceGetCount(int *count) { ENTER(); *count = (int)setting("STUB_CUDA_DEVICES", 1); return OK; }
+static int cuDeviceGetCount(int *count) {
+    ENTER();
+    *count = (int)setting("STUB_CUDA_DEVICES", 1);
+    return OK;
+}
 
 static int cuDeviceGet(int *device, int ordinal) {
     ENTER();
@@ -164,7 +53,11 @@ static int cuDeviceGet(int *device, int ordinal) {
     return OK;
 }
 
-static int cuDeviceGetName(char *name, int length, int device) { ENTER(); snprintf(name, (size_t)length, "Stub GPU %d", device); return OK; }
+static int cuDeviceGetName(char *name, int length, int device) {
+    ENTER();
+    snprintf(name, (size_t)length, "Stub GPU %d", device);
+    return OK;
+}
 
 static int cuDeviceGetAttribute(int *value, int attribute, int device) {
     ENTER();
@@ -173,11 +66,17 @@ static int cuDeviceGetAttribute(int *value, int attribute, int device) {
     return OK;
 }
 
-static int cuDeviceTotalMem(size_t *bytes, int device) { (void)device; ENTER(); *bytes = (size_t)setting("STUB_CUDA_MEMORY_BYTES", 1 << 30); return OK; }
+static int cuDeviceTotalMem(size_t *bytes, int device) {
+    (void)device;
+    ENTER();
+    *bytes = (size_t)setting("STUB_CUDA_MEMORY_BYTES", 1 << 30);
+    return OK;
+}
 
 static int cuDevicePrimaryCtxRetain(void **context, int device) {
     ENTER();
-    contexts[device].refs++; contexts[device].device = device;
+    contexts[device].refs++;
+    contexts[device].device = device;
     *context = &contexts[device];
     return OK;
 }
@@ -186,21 +85,26 @@ static int cuDevicePrimaryCtxRelease(int device) {
     ENTER();
     if (!contexts[device].refs) return INVALID_CONTEXT;
     if (--contexts[device].refs) return OK;
-    for (struct object *o = objects, *next; o; o = next) {  /* what the context owns goes with it */
+    for (struct object *o = objects, *next; o; o = next) { /* what the context owns goes with it */
         next = o->next;
         if (o->owner == &contexts[device]) drop(o);
     }
     return OK;
 }
 
-static int cuCtxSetCurrent(void *context) { ENTER(); current = context; return OK; }
+static int cuCtxSetCurrent(void *context) {
+    ENTER();
+    current = context;
+    return OK;
+}
 
 /* -- memory -------------------------------------------------------------------------------------------------------- */
 
 static int cuMemGetInfo(size_t *free_bytes, size_t *total) {
     ENTER_CONTEXT();
     size_t used = 0;
-    for (struct object *o = objects; o; o = o->next) if (o->kind == DEVICE && o->owner == current) used += o->size;
+    for (struct object *o = objects; o; o = o->next)
+        if (o->kind == DEVICE && o->owner == current) used += o->size;
     *total = (size_t)setting("STUB_CUDA_MEMORY_BYTES", 1 << 30);
     *free_bytes = used < *total ? *total - used : 0;
     return OK;
@@ -212,8 +116,9 @@ static int allocate(enum kind kind, void **memory, size_t size) {
     char *got = aligned_alloc(256, (size + 255) / 256 * 256);
     if (!got) return OUT_OF_MEMORY;
     struct object *o = make(kind);
-    o->memory = got; o->size = size;
-    memset(got, 0xAB, size);  /* so that what was never written is seen */
+    o->memory = got;
+    o->size = size;
+    memset(got, 0xAB, size); /* so that what was never written is seen */
     *memory = got;
     return OK;
 }
@@ -236,42 +141,81 @@ static int cuMemAlloc(address *pointer, size_t size) {
     return code;
 }
 
-static int cuMemFree(address pointer) { ENTER_CONTEXT(); return release(DEVICE, pointer); }
-static int cuMemHostAlloc(void **memory, size_t size, unsigned flags) { ENTER_CONTEXT(); return flags ? INVALID_VALUE : allocate(PINNED, memory, size); }
-static int cuMemFreeHost(void *memory) { ENTER_CONTEXT(); return release(PINNED, (address)(uintptr_t)memory); }
+static int cuMemFree(address pointer) {
+    ENTER_CONTEXT();
+    return release(DEVICE, pointer);
+}
+static int cuMemHostAlloc(void **memory, size_t size, unsigned flags) {
+    ENTER_CONTEXT();
+    return flags ? INVALID_VALUE : allocate(PINNED, memory, size);
+}
+static int cuMemFreeHost(void *memory) {
+    ENTER_CONTEXT();
+    return release(PINNED, (address)(uintptr_t)memory);
+}
 
 static int cuMemsetD8Async(address dst, unsigned char value, size_t size, void *stream) {
     ENTER_CONTEXT();
-    return submit(stream, (struct node){.op = FILL, .to = DEVICE, .dst = dst, .width = size, .height = 1, .value = value});
+    return submit(stream,
+                  (struct node){.op = FILL, .to = DEVICE, .dst = dst, .width = size, .height = 1, .value = value});
 }
 
 static int copy(enum kind to, address dst, enum kind from, address src, size_t size, void *stream) {
-    return submit(stream, (struct node){.op = COPY, .to = to, .from = from, .dst = dst, .src = src, .width = size, .height = 1});
+    return submit(
+        stream, (struct node){.op = COPY, .to = to, .from = from, .dst = dst, .src = src, .width = size, .height = 1});
 }
 
-static int cuMemcpyHtoDAsync(address dst, const void *src, size_t size, void *stream) { ENTER_CONTEXT(); return copy(DEVICE, dst, PINNED, (address)(uintptr_t)src, size, stream); }
-static int cuMemcpyDtoHAsync(void *dst, address src, size_t size, void *stream) { ENTER_CONTEXT(); return copy(PINNED, (address)(uintptr_t)dst, DEVICE, src, size, stream); }
-static int cuMemcpyDtoDAsync(address dst, address src, size_t size, void *stream) { ENTER_CONTEXT(); return copy(DEVICE, dst, DEVICE, src, size, stream); }
+static int cuMemcpyHtoDAsync(address dst, const void *src, size_t size, void *stream) {
+    ENTER_CONTEXT();
+    return copy(DEVICE, dst, PINNED, (address)(uintptr_t)src, size, stream);
+}
+static int cuMemcpyDtoHAsync(void *dst, address src, size_t size, void *stream) {
+    ENTER_CONTEXT();
+    return copy(PINNED, (address)(uintptr_t)dst, DEVICE, src, size, stream);
+}
+static int cuMemcpyDtoDAsync(address dst, address src, size_t size, void *stream) {
+    ENTER_CONTEXT();
+    return copy(DEVICE, dst, DEVICE, src, size, stream);
+}
 
 static int cuMemcpy2DAsync(const struct memcpy_2d *c, void *stream) {
     ENTER_CONTEXT();
-    if (c->src_type != MEMORY_DEVICE || c->dst_type != MEMORY_DEVICE || c->src_x || c->src_y || c->dst_x || c->dst_y) return INVALID_VALUE;
+    if (c->src_type != MEMORY_DEVICE || c->dst_type != MEMORY_DEVICE || c->src_x || c->src_y || c->dst_x || c->dst_y)
+        return INVALID_VALUE;
     if (c->src_pitch < c->width || c->dst_pitch < c->width) return INVALID_VALUE;
-    return submit(stream, (struct node){.op = COPY, .to = DEVICE, .from = DEVICE, .dst = c->dst_device, .src = c->src_device,
-        .dst_pitch = c->dst_pitch, .src_pitch = c->src_pitch, .width = c->width, .height = c->height});
+    return submit(stream, (struct node){.op = COPY,
+                                        .to = DEVICE,
+                                        .from = DEVICE,
+                                        .dst = c->dst_device,
+                                        .src = c->src_device,
+                                        .dst_pitch = c->dst_pitch,
+                                        .src_pitch = c->src_pitch,
+                                        .width = c->width,
+                                        .height = c->height});
 }
 
 /* -- streams ------------------------------------------------------------------------------------------------------- */
 
-static int cuStreamCreate(void **stream, unsigned flags) { ENTER_CONTEXT(); if (flags > 1) return INVALID_VALUE; *stream = make(STREAM); return OK; }
-static int cuStreamDestroy(void *stream) { ENTER_CONTEXT(); return destroy(STREAM, stream); }
+static int cuStreamCreate(void **stream, unsigned flags) {
+    ENTER_CONTEXT();
+    if (flags > 1) return INVALID_VALUE;
+    *stream = make(STREAM);
+    return OK;
+}
+static int cuStreamDestroy(void *stream) {
+    ENTER_CONTEXT();
+    return destroy(STREAM, stream);
+}
 
 static int cuStreamSynchronize(void *handle) {
     ENTER_CONTEXT();
     /* NULL is the default stream: always there, so a stream used after it was freed must not become NULL. */
     struct object *stream = find(STREAM, handle);
     if (!stream) return handle ? INVALID_HANDLE : OK;
-    if (stream->capturing) { stream->broken = 1; return CAPTURE_UNSUPPORTED; }
+    if (stream->capturing) {
+        stream->broken = 1;
+        return CAPTURE_UNSUPPORTED;
+    }
     int code = stream->error;
     stream->error = OK;
     return code;
@@ -290,8 +234,9 @@ static int cuStreamBeginCapture(void *handle, int mode) {
     struct object *stream = find(STREAM, handle);
     if (!stream) return handle ? INVALID_HANDLE : CAPTURE_UNSUPPORTED;
     if (stream->capturing) return ILLEGAL_STATE;
-    if (mode != 1) return INVALID_VALUE;  /* THREAD_LOCAL is what cuda.py promises */
-    stream->capturing = 1; stream->thread = pthread_self();
+    if (mode != 1) return INVALID_VALUE; /* THREAD_LOCAL is what cuda.py promises */
+    stream->capturing = 1;
+    stream->thread = pthread_self();
     return OK;
 }
 
@@ -306,9 +251,11 @@ static int cuStreamEndCapture(void *handle, void **graph) {
     stream->capturing = stream->broken = 0;
     if (!broken) {
         struct object *made = *graph = make(GRAPH);
-        made->nodes = stream->nodes; made->n_nodes = stream->n_nodes;
+        made->nodes = stream->nodes;
+        made->n_nodes = stream->n_nodes;
     } else free(stream->nodes);
-    stream->nodes = NULL; stream->n_nodes = 0;
+    stream->nodes = NULL;
+    stream->n_nodes = 0;
     return broken ? CAPTURE_INVALIDATED : OK;
 }
 
@@ -339,7 +286,7 @@ static int cuGraphLaunch(void *handle, void *on) {
     ENTER_CONTEXT();
     struct object *exec = find(EXEC, handle), *stream = find(STREAM, on);
     if (!exec || !stream) return INVALID_HANDLE;
-    if (stream->capturing) return NOT_SUPPORTED;  /* a child graph; the runtime makes none */
+    if (stream->capturing) return NOT_SUPPORTED; /* a child graph; the runtime makes none */
     for (size_t i = 0; i < exec->n_nodes && !stream->error; i++) {
         if (reachable(&exec->nodes[i])) run(&exec->nodes[i]);
         else stream->error = ILLEGAL_ADDRESS;
@@ -347,13 +294,27 @@ static int cuGraphLaunch(void *handle, void *on) {
     return OK;
 }
 
-static int cuGraphDestroy(void *graph) { ENTER_CONTEXT(); return destroy(GRAPH, graph); }
-static int cuGraphExecDestroy(void *exec) { ENTER_CONTEXT(); return destroy(EXEC, exec); }
+static int cuGraphDestroy(void *graph) {
+    ENTER_CONTEXT();
+    return destroy(GRAPH, graph);
+}
+static int cuGraphExecDestroy(void *exec) {
+    ENTER_CONTEXT();
+    return destroy(EXEC, exec);
+}
 
 /* -- events -------------------------------------------------------------------------------------------------------- */
 
-static int cuEventCreate(void **event, unsigned flags) { ENTER_CONTEXT(); if (flags) return INVALID_VALUE; *event = make(EVENT); return OK; }
-static int cuEventDestroy(void *event) { ENTER_CONTEXT(); return destroy(EVENT, event); }
+static int cuEventCreate(void **event, unsigned flags) {
+    ENTER_CONTEXT();
+    if (flags) return INVALID_VALUE;
+    *event = make(EVENT);
+    return OK;
+}
+static int cuEventDestroy(void *event) {
+    ENTER_CONTEXT();
+    return destroy(EVENT, event);
+}
 
 /* In a capture the event is recorded as a node that does nothing, and cannot be waited for or timed, as on a GPU. */
 static int cuEventRecord(void *handle, void *on) {
@@ -365,7 +326,8 @@ static int cuEventRecord(void *handle, void *on) {
     if (code) return code;
     clock_gettime(CLOCK_MONOTONIC, &now);
     event->ms = (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
-    event->recorded = 1; event->captured = stream->capturing;
+    event->recorded = 1;
+    event->captured = stream->capturing;
     return OK;
 }
 
@@ -390,31 +352,74 @@ static int cuEventElapsedTime(float *ms, void *start, void *end) {
 /* -- errors and symbols -------------------------------------------------------------------------------------------- */
 
 static int cuGetErrorString(int code, const char **text) {
-    static const struct { int code; const char *text; } known[] = {
-        {OK, "no error"}, {INVALID_VALUE, "invalid argument"}, {OUT_OF_MEMORY, "out of memory"},
-        {NO_DEVICE, "no CUDA-capable device is detected"}, {INVALID_DEVICE, "invalid device ordinal"},
-        {INVALID_CONTEXT, "invalid device context"}, {CONTEXT_IS_DESTROYED, "context is destroyed"},
-        {ILLEGAL_ADDRESS, "an illegal memory access was encountered"},
-        {CAPTURE_UNSUPPORTED, "operation not permitted when stream is capturing"},
-        {CAPTURE_INVALIDATED, "operation failed due to a previous error during capture"}};
+    static const struct {
+        int code;
+        const char *text;
+    } known[] = {{OK, "no error"},
+                 {INVALID_VALUE, "invalid argument"},
+                 {OUT_OF_MEMORY, "out of memory"},
+                 {NO_DEVICE, "no CUDA-capable device is detected"},
+                 {INVALID_DEVICE, "invalid device ordinal"},
+                 {INVALID_CONTEXT, "invalid device context"},
+                 {CONTEXT_IS_DESTROYED, "context is destroyed"},
+                 {ILLEGAL_ADDRESS, "an illegal memory access was encountered"},
+                 {CAPTURE_UNSUPPORTED, "operation not permitted when stream is capturing"},
+                 {CAPTURE_INVALIDATED, "operation failed due to a previous error during capture"}};
     int forced_code = forced(__func__);
     *text = NULL;
-    for (size_t i = 0; !forced_code && i < sizeof known / sizeof *known; i++) if (known[i].code == code) *text = known[i].text;
+    for (size_t i = 0; !forced_code && i < sizeof known / sizeof *known; i++)
+        if (known[i].code == code) *text = known[i].text;
     return forced_code ? forced_code : *text ? OK : INVALID_VALUE;
 }
 
 int cuGetProcAddress_v2(const char *name, void **function, int version, unsigned long long flags, int *status) {
-#define F(f) {#f, (void *)f}
-    static const struct { const char *name; void *function; } table[] = {
-        F(cuInit), F(cuDriverGetVersion), F(cuDeviceGetCount), F(cuDeviceGet), F(cuDeviceGetName), F(cuDeviceGetAttribute),
-        F(cuDeviceTotalMem), F(cuDevicePrimaryCtxRetain), F(cuDevicePrimaryCtxRelease), F(cuCtxSetCurrent), F(cuMemGetInfo),
-        F(cuMemAlloc), F(cuMemFree), F(cuMemHostAlloc), F(cuMemFreeHost), F(cuMemsetD8Async), F(cuMemcpyHtoDAsync),
-        F(cuMemcpyDtoHAsync), F(cuMemcpyDtoDAsync), F(cuMemcpy2DAsync), F(cuStreamCreate), F(cuStreamDestroy),
-        F(cuStreamSynchronize), F(cuStreamIsCapturing), F(cuStreamBeginCapture), F(cuStreamEndCapture), F(cuGraphGetNodes),
-        F(cuGraphInstantiateWithFlags), F(cuGraphLaunch), F(cuGraphDestroy), F(cuGraphExecDestroy), F(cuEventCreate),
-        F(cuEventDestroy), F(cuEventRecord), F(cuEventSynchronize), F(cuEventElapsedTime), F(cuGetErrorString)};
+#define F(f)          \
+    {                 \
+        #f, (void *)f \
+    }
+    static const struct {
+        const char *name;
+        void *function;
+    } table[] = {F(cuInit),
+                 F(cuDriverGetVersion),
+                 F(cuDeviceGetCount),
+                 F(cuDeviceGet),
+                 F(cuDeviceGetName),
+                 F(cuDeviceGetAttribute),
+                 F(cuDeviceTotalMem),
+                 F(cuDevicePrimaryCtxRetain),
+                 F(cuDevicePrimaryCtxRelease),
+                 F(cuCtxSetCurrent),
+                 F(cuMemGetInfo),
+                 F(cuMemAlloc),
+                 F(cuMemFree),
+                 F(cuMemHostAlloc),
+                 F(cuMemFreeHost),
+                 F(cuMemsetD8Async),
+                 F(cuMemcpyHtoDAsync),
+                 F(cuMemcpyDtoHAsync),
+                 F(cuMemcpyDtoDAsync),
+                 F(cuMemcpy2DAsync),
+                 F(cuStreamCreate),
+                 F(cuStreamDestroy),
+                 F(cuStreamSynchronize),
+                 F(cuStreamIsCapturing),
+                 F(cuStreamBeginCapture),
+                 F(cuStreamEndCapture),
+                 F(cuGraphGetNodes),
+                 F(cuGraphInstantiateWithFlags),
+                 F(cuGraphLaunch),
+                 F(cuGraphDestroy),
+                 F(cuGraphExecDestroy),
+                 F(cuEventCreate),
+                 F(cuEventDestroy),
+                 F(cuEventRecord),
+                 F(cuEventSynchronize),
+                 F(cuEventElapsedTime),
+                 F(cuGetErrorString)};
     const char *hidden = getenv("STUB_CUDA_HIDE");
-    (void)version; (void)flags;
+    (void)version;
+    (void)flags;
     *function = NULL;
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
         if (!strcmp(name, table[i].name) && !(hidden && !strcmp(name, hidden))) *function = table[i].function;
