@@ -1,7 +1,7 @@
-"""The bundle on disk and the owner of its schema. Everything the runtime knows of a model it reads here.
+"""Reading and checking a bundle on disk. This module defines the schema of its manifest.
 
 A bundle is a folder: ``manifest.json``, ONNX graphs, one ``weights.data`` that they share. The manifest fixes order,
-phases, ids, tensor names and hashes; the runtime derives none of them again.
+phases, ids, tensor names and hashes. The runtime takes them from there and derives none of them again.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from par_runtime.system import sha256
 SCHEMA = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.data"
-#: Files up to this size are always hashed at load; larger ones only with ``verify="full"``, since hashing a
-#: gigabyte costs about a second. Sizes are always checked.
+#: ``verify="auto"`` hashes only files up to this size, because hashing a gigabyte takes about a second.
 HASH_UP_TO_BYTES = 64 * 2**20
 
-#: How much of a file is checked when it is opened: sizes and hashes up to 64 MB, all hashes, or nothing.
+#: What is checked of the files of a bundle or an engine when it is opened. "auto": all sizes, and the hashes of files
+#: up to 64 MB; "full": all sizes and all hashes; "none": nothing.
 FileCheck = Literal["auto", "full", "none"]
 
 
@@ -31,8 +31,8 @@ FileCheck = Literal["auto", "full", "none"]
 class Phase:
     """``repeat`` calls of ``query`` input positions each, the first at position ``start``.
 
-    ``inputs[j]`` is what slot j is fed: "class", "token" (with m of them, the last m tokens sampled), or the id
-    of a learnable token.
+    ``inputs[j]`` is what slot j takes: "class", "token", or the id of a learnable token. If m slots take "token", they
+    get the last m tokens that were sampled.
     """
 
     name: str
@@ -44,24 +44,24 @@ class Phase:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an image: the input positions from ``write`` on, as many as its phase has; it gives their tokens."""
+    """One call of the step network for one image: q input positions, the first at ``write``. It gives their tokens."""
 
     phase: Phase
     write: int
 
     @property
     def query(self) -> int:
-        """q."""
+        """q, the number of positions."""
         return self.phase.query
 
     @property
-    def here(self) -> slice:
-        """The positions of the call, of tokens and of noise."""
+    def positions(self) -> slice:
+        """The positions of the call, to index arrays of tokens or noise [B,N]."""
         return slice(self.write, self.write + self.query)
 
     @property
-    def fed(self) -> list[int]:
-        """The slots of the call that are fed earlier tokens: the last ones, as many as there are slots."""
+    def token_slots(self) -> list[int]:
+        """The slots of the call that take earlier tokens. m slots take the last m tokens before the call."""
         return [slot for slot, entry in enumerate(self.phase.inputs) if entry == "token"]
 
 
@@ -72,8 +72,9 @@ def image_calls(phases: Sequence[Phase]) -> tuple[Call, ...]:
 
 @dataclass(frozen=True)
 class Cache:
-    """The KV cache of ``step.onnx``: a buffer [R, heads, S, head_dim] per name; ``outputs[i]`` updates
-    ``inputs[i]``.
+    """The key-value cache of ``step.onnx``: a buffer [R,heads,S,head_dim] per name.
+
+    ``outputs[i]`` updates ``inputs[i]``.
     """
 
     dtype: str
@@ -94,7 +95,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of ``weights.data``: where it lies, in bytes. Matrices are (in, out)."""
+    """One tensor of ``weights.data``; ``offset`` and ``length`` in bytes. The shape of a matrix is (in, out)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -104,7 +105,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Sampling settings that a request takes where it gives none."""
+    """The sampling settings of requests that give none."""
 
     guidance: float
     temperature: float
@@ -114,7 +115,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: checked, not loaded. Letters: N tokens, n tokens per group, V codes."""
+    """An opened bundle: its manifest is read and checked, its weights are not loaded."""
 
     path: Path
     name: str
@@ -137,14 +138,16 @@ class Bundle:
     selftest: Mapping[str, Any]
     parity: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
-    weights: Mapping[str, Stored]  #: of the step network, by name; empty in bundles from before it was written
+    weights: Mapping[str, Stored]  #: of the step network, by name; older bundles have no such table
 
     @property
     def vocab_size(self) -> int:
+        """V, the number of codes that a token can have."""
         return self.model["vocab_size"]
 
     @property
     def n_classes(self) -> int:
+        """The number of classes, without "no class"."""
         return self.model["n_classes"]
 
     @property
@@ -156,8 +159,7 @@ class Bundle:
     def open(path: str | Path, verify: FileCheck = "auto") -> Bundle:
         """Read and check the bundle at ``path``.
 
-        ``verify``: "auto" checks every size and hashes files up to 64 MB, "full" hashes all, "none" checks neither.
-        Raises BundleError.
+        ``verify``: how much of its files is checked, see :data:`FileCheck`. Raises BundleError.
         """
         path = Path(path)
         manifest = _read_manifest(path)
@@ -175,13 +177,13 @@ class Bundle:
 
 def canonical_hash(manifest: Mapping[str, Any]) -> str:
     """sha256 (hex) of the manifest without its own "hash", as JSON with sorted keys and no spaces."""
-    rest = {key: value for key, value in manifest.items() if key != "hash"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    hashed = {key: value for key, value in manifest.items() if key != "hash"}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest as it is written: with its hash. The exporter calls this last."""
-    # Through JSON, so that what is hashed is what a reader gets back (tuples are lists there).
+    """``manifest`` with its hash, ready to be written."""
+    # Through JSON, so that the hash is of what a reader will get: for instance, tuples become lists.
     plain: dict[str, Any] = json.loads(json.dumps(manifest))
     return plain | {"hash": canonical_hash(plain)}
 

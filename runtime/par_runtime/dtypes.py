@@ -1,4 +1,4 @@
-"""Numbers as they are stored and calculated with: the one table of precisions, and the types of arrays.
+"""The one table of precisions (of stored numbers and of arithmetic), and the types of arrays.
 
 A *precision* is what a user names ("fp16"); a *dtype* is what ONNX, numpy and the manifest name ("float16").
 """
@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 Int = NDArray[np.int64]
 Float = NDArray[np.float32]
 
-#: precision -> dtype of what can be exported, built and calculated in, the most exact first.
+#: precision -> dtype, of all precisions that a bundle, an engine or a backend can have; the most exact first.
 DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 PRECISIONS = tuple(DTYPE)
 #: precision -> bytes of one stored number; quantised weights too, without their scales.
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 #: dtype -> the numpy type that holds its bits; numpy itself has no bf16.
 STORAGE: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
-#: precision -> how far rounding alone may move a logit, relative to the largest |logit|; a broken engine is several
-#: times further off.
+#: precision -> how far rounding alone may move a logit, relative to the largest |logit|. The error of a broken engine
+#: is several times as large.
 LOGIT_ROUNDING = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
 
 
@@ -31,7 +31,10 @@ def dtype_bytes(dtype: str) -> int:
 
 
 def to_float32(array: NDArray[Any], dtype: str) -> Float:
-    """``array``, bits of ``dtype`` in the type of :data:`STORAGE`, as fp32; the array itself where it is that."""
+    """``array`` as fp32. Its numbers are of ``dtype``, held in the numpy type of :data:`STORAGE`.
+
+    An fp32 array is returned itself, not a copy of it.
+    """
     if dtype == "bfloat16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return np.asarray(array, np.float32)

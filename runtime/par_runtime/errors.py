@@ -1,4 +1,4 @@
-"""Every error that the runtime raises on purpose, in one place. The command line turns each into one line, exit code 2.
+"""All errors that the runtime raises on purpose. The command line prints each as one line and exits with code 2.
 
 A message says what was given, what is expected, and how to fix it.
 """
@@ -26,7 +26,7 @@ class CudaError(Exception):
         self.code = code
 
 
-class OutOfMemory(CudaError):  # noqa: N818, the field's own name
+class OutOfMemory(CudaError):  # noqa: N818, the usual name of this error
     """An allocation on a GPU did not fit. Sizes in bytes."""
 
     def __init__(self, message: str, requested_bytes: int, free_bytes: int, total_bytes: int) -> None:

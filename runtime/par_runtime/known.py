@@ -1,7 +1,7 @@
 """Tokens that are given instead of drawn: for inpainting, outpainting, and the likelihood of an image.
 
-A known token is fed where a drawn one would be; the calls are the same ones. What comes before it in the order did
-not see it: the order is fixed by the model, not by the mask.
+The calls are the same as without known tokens; a known token replaces the one that was drawn at its position. Tokens
+that come earlier in the order are drawn without seeing it, because the model fixes the order.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from par_runtime.request import array
 
 @dataclass(frozen=True)
 class Known:
-    """``keep`` [B,N]: positions whose token is ``tokens`` [B,N], both in sequence order."""
+    """``tokens`` [B,N] are known at the positions where ``keep`` [B,N] is true; both in sequence order."""
 
     keep: NDArray[np.bool_]
     tokens: Int
 
     def part(self, which: slice) -> Known:
+        """The known tokens of the images ``which``."""
         return Known(self.keep[which], self.tokens[which])
 
-    def put(self, tokens: Int, here: slice) -> None:
-        """Overwrite drawn ``tokens`` [B,N] at positions ``here`` where they are known."""
-        tokens[:, here] = np.where(self.keep[:, here], self.tokens[:, here], tokens[:, here])
+    def put(self, tokens: Int, positions: slice) -> None:
+        """Overwrite the drawn ``tokens`` [B,N] with the known ones, at those of ``positions`` that are known."""
+        keep, known = self.keep[:, positions], self.tokens[:, positions]
+        tokens[:, positions] = np.where(keep, known, tokens[:, positions])
 
 
 def known_tokens(bundle: Bundle, images: int, keep: ArrayLike | None, tokens: ArrayLike | None) -> Known | None:
@@ -40,7 +42,9 @@ def known_tokens(bundle: Bundle, images: int, keep: ArrayLike | None, tokens: Ar
     if keep is None and tokens is None:
         return None
     if keep is None or tokens is None:
-        raise RequestError("keep and tokens belong together: which places of the grid are known, and the tokens")
+        raise RequestError(
+            "keep and tokens belong together; give both (which places of the grid are known, and the tokens)"
+        )
     t, h, w = bundle.grid
     grid = (h, w) if t == 1 else (t, h, w)
     mask = array("keep", keep)

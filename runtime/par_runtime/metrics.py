@@ -14,7 +14,7 @@ from par_runtime.dtypes import Float, Int
 def psnr_db(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     """Peak signal-to-noise ratio of two uint8 images (or two batches, taken as one) of one shape, in dB.
 
-    Infinite where they are equal, which JSON has no number for: :func:`finite` makes it null.
+    Infinite where they are equal. JSON cannot hold that; :func:`finite` turns it into null.
     """
     squared = float(((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2).mean())
     return math.inf if squared == 0 else 10 * math.log10(255**2 / squared)
@@ -36,7 +36,7 @@ def log_likelihood(logits: Float, tokens: Int) -> Float:
 
 
 def finite(value: Any) -> Any:
-    """``value``, nested dicts and lists, with None for every float that JSON has no number for."""
+    """``value``, a tree of dicts and lists, with None in place of NaN and infinity, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):

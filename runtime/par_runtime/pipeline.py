@@ -1,6 +1,6 @@
-"""Labels in, images out: the phases of a bundle stitched together on a backend.
+"""Labels in, images out: a bundle on a backend.
 
-``Pipeline.load`` opens, checks and self-tests a bundle; ``Pipeline.generate`` makes images. Nothing here knows
+``Pipeline.load`` opens, checks and self-tests a bundle; ``Pipeline.generate`` makes images. Nothing here depends on
 which backend runs.
 
 Letters: B images, R rows (two for a guided image), N tokens, n tokens per group, q positions of one call.
@@ -24,15 +24,17 @@ from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.known import Known, given_tokens, known_tokens
 from par_runtime.metrics import log_likelihood
-from par_runtime.request import Settings, array, class_index, image_seeds, image_settings
+from par_runtime.request import Settings, array, check_threads, class_index, image_seeds, image_settings
 from par_runtime.schedule import Schedule
 from par_runtime.tokenizer import Tokenizer, chunk_images
 
 if TYPE_CHECKING:
     from par_runtime.backends.trt.backend import Capture
 
-CACHE_LIMIT_BYTES = 2 * 2**30  # default bound of one batch's cache; larger requests run in several batches
-SELFTEST_SECONDS = 5.0  # a large model on a slow machine compares the beginning of its test image
+#: The most that the cache of one batch takes by default; larger requests run in several batches.
+CACHE_LIMIT_BYTES = 2 * 2**30
+#: A self-test ends after this time, so a large model on a slow machine makes only the beginning of its test image.
+SELFTEST_SECONDS = 5.0
 
 OnStep = Callable[[int, int], None]
 OnPreview = Callable[[NDArray[np.uint8], int, int], None]
@@ -43,7 +45,8 @@ class Result:
     """What ``generate`` returns; the arrays belong to the caller.
 
     ``images`` uint8 [B,H,W,3], None where the bundle ends at tokens; ``tokens`` int64 [B,N] in sequence order.
-    ``timings``: milliseconds per phase (sum over its calls), of decoding, in total, and the number of calls.
+    ``timings``: milliseconds of each phase (summed over its calls), "decode" and "total"; "calls" is their number. A
+    backend that makes whole images gives "image" in place of the phases.
     """
 
     images: NDArray[np.uint8] | None
@@ -52,7 +55,9 @@ class Result:
     seeds: list[int]
     settings: list[Settings]
     timings: dict[str, float]
-    kept: NDArray[np.bool_] | None = None  #: [B,N], sequence order: the tokens that were given, where any were
+    kept: NDArray[np.bool_] | None = (
+        None  #: [B,N] in sequence order: which tokens were given; None where all were drawn
+    )
 
 
 @dataclass
@@ -61,8 +66,8 @@ class Pipeline:
 
     bundle: Bundle
     backend: Backend
-    note: str = ""  #: why it runs on the CPU, where a GPU was possible
-    threads: int | None = None  #: of the CPU, for what runs there on every backend
+    note: str = ""  #: why it runs on the CPU, where ``device`` allowed a GPU; else empty
+    threads: int | None = None  #: of the CPU, also for the encoder, which runs there on every backend
     _tokenizer: Tokenizer | None = None
 
     @staticmethod
@@ -77,28 +82,28 @@ class Pipeline:
     ) -> Pipeline:
         """Load the bundle at ``path``.
 
-        ``device``: "auto" takes a TensorRT plan of the bundle that fits the first GPU, else the CPU (``note`` says
-        why); "cpu"; "cuda" or "cuda:1" for TensorRT on that GPU; "cuda-ort" for ONNX Runtime on it.
-        ``threads``: of the CPU, default all cores. ``selftest``: make the bundle's greedy test image and compare its
-        tokens with those of the export; ``verify``: see :meth:`Bundle.open`; plans too. ``capture``: how a GPU is fed:
-        a graph launch per "image", per "call", or "none".
-        Raises BundleError (EngineError among them), RequestError, CudaError.
+        ``device``: "auto" takes an engine of the bundle that fits the first GPU, else the CPU (``note`` gives the
+        reason); "cpu"; "cpu-ort" for ONNX Runtime on the CPU; "cuda" or "cuda:1" for TensorRT on that GPU; "cuda-ort"
+        for ONNX Runtime on a GPU. ``threads``: of the CPU, default all cores. ``selftest``: run :meth:`selftest`.
+        ``verify``: how much of the files of the bundle and the engine is checked, see ``bundle.FileCheck``.
+        ``capture``, for TensorRT: one CUDA graph per "image", one per "call", or "none".
+
+        Raises BundleError (and its subclass EngineError), RequestError, CudaError.
         """
-        if threads is not None and threads < 1:
-            raise RequestError(f"threads {threads}: expected 1 or more")
+        check_threads(threads)
         bundle = Bundle.open(path, verify)
         backend, note = choose(bundle, device, threads=threads, verify=verify, capture=capture)
         pipeline = Pipeline(bundle, backend, note, threads)
         if selftest:
             try:
                 pipeline.selftest()
-            except BaseException:  # Ctrl-C too: nobody else will free a GPU's memory
+            except BaseException:  # Ctrl-C too: the caller has no pipeline to close, and a GPU's memory must be freed
                 pipeline.close()
                 raise
         return pipeline
 
     def close(self) -> None:
-        """Free what the backend holds (a GPU's memory, above all); the pipeline cannot be used afterwards."""
+        """Free what the backend holds, above all a GPU's memory. The pipeline cannot be used afterwards."""
         self.backend.close()
 
     def __enter__(self) -> Pipeline:
@@ -110,8 +115,9 @@ class Pipeline:
     def selftest(self, seconds: float = SELFTEST_SECONDS) -> None:
         """Make the bundle's greedy test image and compare its tokens with those of the export.
 
-        Stops after ``seconds``, but not before every phase ran once. Tokens may differ where two candidates tie up to
-        rounding; then the rest is checked with the export's tokens fed back. Raises BundleError.
+        It ends after ``seconds``, but not before every phase ran once. If tokens differ, the calls are made again with
+        the export's tokens as input: a token may differ only where two candidates tie up to rounding. Raises
+        BundleError.
         """
         test = self.bundle.selftest
         if not test["labels"]:
@@ -131,31 +137,31 @@ class Pipeline:
         for call, ids, write in schedule.walk(tokens):
             if time.perf_counter() > until and len(phases_run) == len(self.bundle.phases):
                 break
-            tokens[:, call.here] = self.backend.step(batch, ids, write, noise[:, call.here])
-            done = call.here.stop
+            tokens[:, call.positions] = self.backend.step(batch, ids, write, noise[:, call.positions])
+            done = call.positions.stop
             phases_run.add(call.phase.name)
         if (tokens[:, :done] == wanted[:, :done]).all():
             return
         self.backend.release()
         for call, ids, write in schedule.walk(wanted):  # teacher-forced: each call is fed the export's tokens
-            drawn = self.backend.step(batch, ids, write, noise[:, call.here])[0]
+            drawn = self.backend.step(batch, ids, write, noise[:, call.positions])[0]
             logits = self.backend.logits(batch, ids, write)[0]  # [q,V]
             slots, best = np.arange(call.query), logits.max(-1)
-            # Both the token drawn here and the export's must be the best up to rounding; not so where a logit is NaN.
-            behind = best - np.minimum(logits[slots, wanted[0, call.here]], logits[slots, drawn])
-            # A backend that computes nothing gives logits that all tie; no model does.
-            wrong = ~(behind <= self.backend.tie * np.abs(logits).max()) | (best <= logits.min(-1))
+            # The token drawn here and the export's must both have the largest logit, up to rounding. The comparison is
+            # ~(gap <= ...), because a NaN must count as wrong.
+            gap = best - np.minimum(logits[slots, wanted[0, call.positions]], logits[slots, drawn])
+            # Equal logits of all codes come from a backend that computes nothing, not from a model.
+            wrong = ~(gap <= self.backend.tie * np.abs(logits).max()) | (best <= logits.min(-1))
             if wrong.any():
                 slot = int(wrong.argmax())
                 position = call.write + slot
                 raise BundleError(
                     f"{self.bundle.path}: self-test failed on {self.backend.info.name}: label {label} gives token "
-                    f"{drawn[slot]} "
-                    f"at position {position}, at export it was {wanted[0, position]} (logits {behind[slot]:.3g} "
-                    "apart). "
-                    "Copy the bundle again or export it again; selftest=False (--no-selftest) loads it regardless"
+                    f"{drawn[slot]} at position {position}, at export it was {wanted[0, position]} (their logits "
+                    f"differ by {gap[slot]:.3g}). Copy the bundle again or export it again; selftest=False "
+                    "(--no-selftest) loads it regardless"
                 )
-            if call.here.stop >= done:
+            if call.positions.stop >= done:
                 break
 
     def generate(
@@ -180,22 +186,23 @@ class Pipeline:
     ) -> Result:
         """Generate one image per label (class index or name).
 
-        How images are sampled is given by ``settings`` (one :class:`Settings` for all, or one per image), or by the
-        keywords
-        ``guidance`` to ``greedy``, each a scalar or one value per image; None takes the bundle's default. Image i
-        draws with
-        ``seeds[i]``, or ``seed + i``; an image depends on its own seed, label and settings, not on its batch.
-        ``on_step(done, total)`` is called after every model call; every ``preview_every`` calls
-        ``on_preview(images [b,H,W,3], done, total)`` shows the images in flight as far as they are, unfilled places
-        taking the latest token of their region. ``max_batch`` bounds the images in flight (default: as many as a
-        cache of 2 GB serves); larger requests run as several batches. ``decode=False`` makes tokens only.
-        ``keep`` (bool, [H,W] or [B,H,W], true where the image is to stay) and ``tokens`` ([N] or [B,N], sequence order)
-        give tokens instead of drawing them: inpainting, outpainting, another class for the rest of an image.
-        Raises RequestError before any work on a bad value.
+        Sampling: ``settings`` is one :class:`Settings` for all images, or one per image. Instead of it, the keywords
+        ``guidance``, ``temperature``, ``top_k``, ``top_p`` and ``greedy`` are each a scalar or one value per image;
+        None takes the bundle's default. Image i draws with ``seeds[i]``, or with ``seed + i``. An image depends on its
+        own seed, label and settings, not on its batch.
+
+        Batches: at most ``max_batch`` images are in flight (default: as many as a cache of 2 GB serves); larger
+        requests run as several batches. ``decode=False`` makes tokens only.
+
+        Progress: ``on_step(done, total)`` is called after every call. After every ``preview_every`` calls,
+        ``on_preview(images [b,H,W,3], done, total)`` gets the unfinished images of the batch, see :meth:`preview`.
+
+        Known tokens: where ``keep`` (bool, [H,W] or [B,H,W] of the token grid) is true, ``tokens`` ([N] or [B,N] in
+        sequence order) are taken instead of drawn ones. This is inpainting, outpainting, or another class for a part.
+
+        Raises RequestError on a bad value, before any work.
         """
-        if isinstance(labels, str) or not isinstance(labels, Iterable):
-            labels = [labels]
-        classes = [class_index(self.bundle, label) for label in labels]
+        classes = self._classes(labels)
         if not classes:
             raise RequestError("no labels were given; give at least one class index or name")
         each = image_settings(
@@ -236,7 +243,7 @@ class Pipeline:
         ]
         drawn = np.concatenate([tokens for tokens, _ in made])
         images = None
-        if decode:  # decoded with the batch where the backend does that, else all at the end
+        if decode:  # a backend that makes whole images has decoded them already
             clock = time.perf_counter()
             done = [pixels for _, pixels in made if pixels is not None]
             images = np.concatenate(done) if len(done) == len(made) else self.decode(drawn)
@@ -245,15 +252,18 @@ class Pipeline:
         timings["calls"] = self.bundle.calls * len(parts)
         return Result(images, drawn, classes, seeds, each, timings, None if known is None else known.keep)
 
+    def _classes(self, labels: int | str | Sequence[int | str]) -> list[int]:
+        """The class of each label, or of the one. Raises RequestError."""
+        each = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else labels
+        return [class_index(self.bundle, label) for label in each]
+
     def score(self, tokens: ArrayLike, labels: int | str | Sequence[int | str]) -> Float:
         """Log-likelihood of ``tokens`` ([N] or [B,N], sequence order) for ``labels``: [B,N] fp32, natural logarithms.
 
-        Teacher-forced in the model's own calls, without guidance: entry k is log p(token k | what its call sees,
-        class). The sum over N is the image's. Raises RequestError.
+        Teacher-forced, in the same calls as generation, without guidance. Entry k is log p(token k | class, the tokens
+        that its call sees); their sum over N is the log-likelihood of the image. Raises RequestError.
         """
-        if isinstance(labels, str) or not isinstance(labels, Iterable):
-            labels = [labels]
-        classes = [class_index(self.bundle, label) for label in labels]
+        classes = self._classes(labels)
         given = given_tokens(self.bundle, len(classes), tokens)
         out = np.zeros(given.shape, np.float32)
         size = self.default_batch
@@ -264,13 +274,13 @@ class Pipeline:
             self.backend.release()
             for call, ids, write in schedule.walk(given[part]):
                 logits = self.backend.logits(schedule.batch, ids, write)
-                out[part, call.here] = log_likelihood(logits, given[part, call.here])
+                out[part, call.positions] = log_likelihood(logits, given[part, call.positions])
         return out
 
     def encode(self, images: ArrayLike) -> Int:
         """Tokens [B,N] in sequence order of ``images``, uint8 [B,H,W,3] or [H,W,3] of the bundle's size.
 
-        What ``generate(keep=, tokens=)`` and ``score`` take. Runs on the CPU, whatever the backend. Raises
+        ``score`` and ``generate(keep=, tokens=)`` take such tokens. It runs on the CPU, on every backend. Raises
         RequestError.
         """
         if self._tokenizer is None:
@@ -292,8 +302,9 @@ class Pipeline:
         return np.concatenate(chunks) if chunks else np.zeros((0, *self.bundle.image_size, 3), np.uint8)
 
     def grid_tokens(self, tokens: NDArray[Any]) -> NDArray[Any]:
-        """``tokens`` (or what else there is one of per token) [B,N] in sequence order, put in their places: [B,H,W]
-        ([B,T,H,W] for video).
+        """``tokens`` [B,N] in sequence order, placed on the grid: [B,H,W], or [B,T,H,W] for video.
+
+        Any other array with one entry per token can be given too.
         """
         raster = np.empty_like(tokens)
         raster[:, list(self.bundle.order)] = tokens
@@ -302,7 +313,7 @@ class Pipeline:
 
     @property
     def default_batch(self) -> int:
-        """Images in flight at once where ``max_batch`` does not say: as many as a cache of 2 GB serves, guided."""
+        """The default of ``max_batch``: as many guided images as a cache of :data:`CACHE_LIMIT_BYTES` serves."""
         cache, n = self.bundle.cache, self.bundle.n_tokens
         row_bytes = len(cache.inputs) * cache.heads * cache.head_dim * n * 4
         return min(max(1, CACHE_LIMIT_BYTES // (2 * row_bytes)), self.backend.max_images)
@@ -315,42 +326,43 @@ class Pipeline:
         decode: bool,
         known: Known | None = None,
     ) -> tuple[Int, NDArray[np.uint8] | None]:
-        """Tokens [B,N] of one batch, and its images where the backend makes them in one go."""
+        """Tokens [B,N] of one batch; and its images, if the backend makes all calls of a batch at once."""
         batch, backend = schedule.batch, self.backend
         clock = time.perf_counter()
         if isinstance(backend, MakesImages) and not progress.preview_every and known is None:
             made = backend.make_images(batch, schedule.class_ids, schedule.noise, decode)
             timings["image"] = timings.get("image", 0.0) + 1e3 * (time.perf_counter() - clock)
-            progress.all(self.bundle.calls)
+            progress.add(self.bundle.calls)
             return made
         tokens = np.zeros((batch.images, self.bundle.n_tokens), np.int64)
         backend.release()
         for call, ids, write in schedule.walk(tokens):
-            tokens[:, call.here] = backend.step(batch, ids, write, schedule.noise[:, call.here])
+            tokens[:, call.positions] = backend.step(batch, ids, write, schedule.noise[:, call.positions])
             if known is not None:
-                known.put(tokens, call.here)
+                known.put(tokens, call.positions)
             name = call.phase.name
             timings[name] = timings.get(name, 0.0) + 1e3 * (time.perf_counter() - clock)
-            progress.step(self, tokens, call.here.stop)
+            progress.step(self, tokens, call.positions.stop)
             clock = time.perf_counter()  # callbacks and previews are not counted
         return tokens, None
 
     def preview(self, tokens: Int, done: int) -> NDArray[np.uint8]:
-        """Images of the first ``done`` tokens of ``tokens`` [B,N]: each unfilled place repeats the latest token of its
-        region.
+        """Images [B,H,W,3] uint8 of the first ``done`` tokens of ``tokens`` [B,N].
+
+        Each place that has no token yet shows the latest token of its region.
         """
         n = self.bundle.group_size
         k = np.arange(self.bundle.n_tokens)
-        missing = np.maximum(-(-(k - done + 1) // n), 0)  # groups between k and the last known token of its slot
+        missing = np.maximum(-(-(k - done + 1) // n), 0)  # groups between k and the latest token of its region
         source = k - missing * n
-        # Before a region has its first token, the last known token of any region stands in.
+        # A region that has no token yet takes the latest token of any region.
         source = np.where(source < 0, done - 1, source)
         return self.decode(tokens[:, source])
 
 
 @dataclass
 class _Progress:
-    """Counts model calls over all batches and calls back."""
+    """Counts the calls of all batches, and calls ``on_step`` and ``on_preview``."""
 
     on_step: OnStep | None
     on_preview: OnPreview | None
@@ -358,15 +370,14 @@ class _Progress:
     total: int
     done: int = 0
 
-    def all(self, calls: int) -> None:
-        """A batch was made in one go."""
+    def add(self, calls: int) -> None:
+        """Count ``calls`` more."""
         self.done += calls
         if self.on_step is not None:
             self.on_step(self.done, self.total)
 
-    def step(self, pipeline: Pipeline, tokens: Int, known: int) -> None:
-        self.done += 1
-        if self.on_step is not None:
-            self.on_step(self.done, self.total)
+    def step(self, pipeline: Pipeline, tokens: Int, tokens_done: int) -> None:
+        """Count one call; ``tokens`` [B,N] of the batch, of which the first ``tokens_done`` are made."""
+        self.add(1)
         if self.preview_every and self.on_preview and self.done % self.preview_every == 0:
-            self.on_preview(pipeline.preview(tokens, known), self.done, self.total)
+            self.on_preview(pipeline.preview(tokens, tokens_done), self.done, self.total)

@@ -21,11 +21,10 @@ NAMES_SHOWN = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """How one image is sampled, complete; the defaults draw from the whole codebook, unguided.
+    """How one image is sampled. The defaults draw from the whole codebook, without guidance.
 
-    ``guidance`` above 1 runs the image with its class and without: ``uncond + (cond - uncond) * guidance``. ``top_k``
-    0 and
-    ``top_p`` 1 keep every code. ``greedy`` takes the most probable token at every position, whatever else is set.
+    ``guidance`` above 1 runs the image with its class and without: ``uncond + (cond - uncond) * guidance``. ``top_k`` 0
+    and ``top_p`` 1 keep every code. ``greedy`` takes the most probable token at every position, whatever else is set.
     """
 
     guidance: float = 1.0
@@ -41,11 +40,11 @@ class Settings:
 
 
 def array(name: str, value: ArrayLike) -> NDArray[Any]:
-    """``value`` as an array. Raises RequestError where it is none (rows of different lengths)."""
+    """``value`` as an array. Raises RequestError, with ``name``, if its rows have different lengths."""
     try:
         return np.asarray(value)
     except ValueError as error:
-        raise RequestError(f"{name}: no array, its rows have different lengths; give rows of one length") from error
+        raise RequestError(f"{name}: not an array, its rows have different lengths; give rows of one length") from error
 
 
 def class_index(bundle: Bundle, label: int | str) -> int:
@@ -88,14 +87,15 @@ def class_index(bundle: Bundle, label: int | str) -> int:
 
 
 def _distinct_name(bundle: Bundle, index: int) -> str:
-    """A class with what distinguishes it: all its names, or its synset where another class has the same."""
+    """The name of a class; with its synset where another class has the same name."""
     assert bundle.class_names is not None
     name = bundle.class_names[index]
-    alone = bundle.class_names.count(name) == 1
-    return name if alone or bundle.class_synsets is None else f"{name}, {bundle.class_synsets[index]}"
+    unique = bundle.class_names.count(name) == 1
+    return name if unique or bundle.class_synsets is None else f"{name}, {bundle.class_synsets[index]}"
 
 
 def _folded(name: str) -> str:
+    """``name`` without what does not matter: case, spaces, and the characters "-", "_", "." and "'"."""
     spaced = re.sub(r"[-_\s]+", " ", re.sub("[.'\u2019]", "", name)).strip()
     return re.sub(r" ?, ?", ", ", spaced).casefold()
 
@@ -111,9 +111,9 @@ def image_settings(
     top_p: float | Sequence[float] | None = None,
     greedy: bool | Sequence[bool] = False,
 ) -> list[Settings]:
-    """One checked Settings per image: ``settings`` as given (one serves all images), or made of the keywords.
+    """One checked Settings per image, from ``settings`` (one for all images, or one each) or from the keywords.
 
-    Of the keywords, a scalar serves all images, and None is the bundle's default. Raises RequestError.
+    A keyword is a scalar for all images, or one value per image; None takes the bundle's default. Raises RequestError.
     """
     if settings is not None:
         keywords = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -141,6 +141,7 @@ def image_settings(
 def _each(
     name: str, value: object, default: float, images: int, valid: Callable[[float], bool], expected: str
 ) -> list[float]:
+    """One number per image: ``value``, or ``default`` where it is None. Raises RequestError where not ``valid``."""
     given = default if value is None else value
     values: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given] * images
     if len(values) != images:
@@ -152,12 +153,20 @@ def _each(
     return [float(v) for v in values]
 
 
+def first_seed(seed: int | None) -> int:
+    """The seed of the first image: ``seed``, or a random one."""
+    return int(np.random.default_rng().integers(2**32)) if seed is None else seed
+
+
 def image_seeds(images: int, seed: int | None, seeds: Sequence[int] | None) -> list[int]:
-    """One seed per image: ``seeds`` as given, or ``seed``, ``seed + 1``, ..., or fresh ones. Raises RequestError."""
+    """One seed per image: ``seeds``, or ``seed``, ``seed + 1``, ...; a random first seed if neither is given.
+
+    Raises RequestError.
+    """
     if seed is not None and seeds is not None:
         raise RequestError("both seed and seeds were given; give one of them")
     if seeds is None:
-        first = int(np.random.default_rng().integers(2**32)) if seed is None else seed
+        first = first_seed(seed)
         _check_seed(first)
         seeds = [(first + i) % SEED_LIMIT for i in range(images)]
     if len(seeds) != images:
@@ -170,3 +179,9 @@ def image_seeds(images: int, seed: int | None, seeds: Sequence[int] | None) -> l
 def _check_seed(seed: int) -> None:
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < SEED_LIMIT:
         raise RequestError(f"seed {seed!r}: expected a whole number 0 .. 2**64-1")
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise RequestError where ``threads``, a number of CPU threads, is given and below 1."""
+    if threads is not None and threads < 1:
+        raise RequestError(f"threads {threads}: expected 1 or more")

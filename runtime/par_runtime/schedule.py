@@ -1,12 +1,11 @@
-"""Which calls an image is made of, what each is fed, and the noise its tokens are drawn with: the walk over an image.
+"""The walk over an image: which calls it is made of, the inputs of each call, and the noise of each token.
 
-Generation, self-test, likelihood, verification and benchmarks all make this walk; it is written once, here. The order,
-the phases and the ids come from the bundle's manifest.
+Generation, self-test, likelihood, ``verify`` and ``bench`` all walk an image with this class. The order, the phases and
+the ids come from the bundle's manifest.
 
     schedule = Schedule.of(bundle, classes, settings, seeds)
-    for call in schedule.calls:
-        ids, write = schedule.inputs(call, tokens)
-        tokens[:, call.here] = backend.step(schedule.batch, ids, write, schedule.noise[:, call.here])
+    for call, ids, write in schedule.walk(tokens):
+        tokens[:, call.positions] = backend.step(schedule.batch, ids, write, schedule.noise[:, call.positions])
 
 Letters: R rows (two for a guided image), B images, N tokens, q positions of one call.
 """
@@ -26,12 +25,12 @@ from par_runtime.request import Settings
 
 @dataclass(frozen=True)
 class Schedule:
-    """The calls of a batch of images, with everything that they are fed beside the tokens drawn so far."""
+    """The calls of a batch of images, and all their inputs except the tokens drawn so far."""
 
     calls: tuple[Call, ...]
     batch: Batch
     image_of_row: Int  #: [R]
-    class_ids: Int  #: [R], what the first call is fed
+    class_ids: Int  #: [R], the ids of the first call
     noise: Float  #: [B,N] in [0,1)
 
     @staticmethod
@@ -42,10 +41,10 @@ class Schedule:
         seeds: Sequence[int] | None = None,
         cache_row: Int | None = None,
     ) -> Schedule:
-        """For an image of each class, with its settings and seed.
+        """The schedule of one image for each of ``classes``, with its settings and its seed.
 
-        Without ``seeds`` the noise is zero, for walks that draw nothing, or greedily. ``cache_row`` [R]: where the
-        rows' keys lie, classes first (default: from 0 on).
+        Without ``seeds`` the noise is zero; walks that draw nothing, or draw greedily, need none. ``cache_row`` [R]:
+        the cache row of each row, first of those with a class, then of those without (default: 0, 1, ...).
         """
         images = len(classes)
         guided = [i for i, s in enumerate(settings) if s.guided]
@@ -70,9 +69,9 @@ class Schedule:
         )
 
     def inputs(self, at: Call | Sequence[Call], tokens: Int) -> tuple[Int, Int]:
-        """What a call is fed: ids [R,q], and the first position of each row [R], given ``tokens`` [B,N] so far.
+        """The inputs of a call: ids [R,q], and the first position of each row [R].
 
-        ``at``: one call for all images, or a call for each [B]; all of one query length.
+        ``at``: one call for all images, or one for each image, all with the same q. ``tokens`` [B,N]: those so far.
         """
         if isinstance(at, Call):
             return self._ids(at, slice(None), tokens), np.full(self.batch.rows, at.write)
@@ -84,21 +83,21 @@ class Schedule:
         return ids, write
 
     def _ids(self, call: Call, rows: slice | Int, tokens: Int) -> Int:
-        """Ids of these rows at ``call``: [rows, q]."""
+        """The ids [rows,q] of these rows at ``call``."""
         classes, images = self.class_ids[rows], self.image_of_row[rows]
         ids = np.empty((len(images), call.query), np.int64)
         for slot, entry in enumerate(call.phase.inputs):
             if entry != "token":
                 ids[:, slot] = classes if entry == "class" else entry
-        if call.fed:  # positions before the call's are done
-            ids[:, call.fed] = tokens[images, call.write - len(call.fed) : call.write]
+        if call.token_slots:  # the tokens before the call are known already
+            ids[:, call.token_slots] = tokens[images, call.write - len(call.token_slots) : call.write]
         return ids
 
     def walk(self, tokens: Int) -> Iterator[tuple[Call, Int, Int]]:
         """Every call with its inputs: (call, ids [R,q], write [R]).
 
-        Who iterates puts the call's tokens into ``tokens`` [B,N] (or had them there), where later calls take their ids
-        from.
+        Later calls read their ids from ``tokens`` [B,N]. So the loop must write the tokens of each call into it, unless
+        it holds them from the start.
         """
         for call in self.calls:
             yield call, *self.inputs(call, tokens)
@@ -107,8 +106,8 @@ class Schedule:
 def uniforms(seed: int, n_tokens: int) -> Float:
     """The noise of one image: [N] float32 in [0,1), the top 24 bits of Philox4x64-10 keyed by ``seed``.
 
-    Counter-based, so it depends on the seed and the position alone, not on batch, order or backend. The model's
-    reference generation makes the same numbers.
+    Philox counts instead of keeping a state, so a number depends only on the seed and the position, not on batch, order
+    or backend. The reference generation of ``par_model`` makes the same numbers.
     """
     raw = np.random.Philox(key=seed).random_raw(n_tokens)
     numbers: Float = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
@@ -118,7 +117,7 @@ def uniforms(seed: int, n_tokens: int) -> Float:
 def noise(settings: Sequence[Settings], seeds: Sequence[int] | None, n_tokens: int) -> Float:
     """The noise [B,N] of images with these settings and seeds; zero without seeds, and for greedy images.
 
-    Greedy is top-k 1; a draw of 0 then takes the lowest id where several are exactly equal.
+    Greedy is top-k 1; with noise 0, the draw takes the lowest id of several equal logits.
     """
     out = np.zeros((len(settings), n_tokens), np.float32)
     for image, (s, seed) in enumerate(zip(settings, seeds or (), strict=seeds is not None)):

@@ -32,8 +32,8 @@ def available_cores(cpu_max: Path = CGROUP / "cpu.max") -> int:
 # -- memory, in bytes -------------------------------------------------------------------------------------------------
 
 
-def memory_bytes(key: str, proc: Path = PROC) -> int | None:
-    """An entry of ``/proc/meminfo``, for instance "MemTotal"; None where the system has none."""
+def meminfo_bytes(key: str, proc: Path = PROC) -> int | None:
+    """An entry of ``/proc/meminfo``, for instance "MemTotal"; None where the system does not report it."""
     with suppress(OSError, ValueError, IndexError):
         for line in (proc / "meminfo").read_text().splitlines():
             if line.startswith(key + ":"):
@@ -44,8 +44,8 @@ def memory_bytes(key: str, proc: Path = PROC) -> int | None:
 def peak_bytes() -> int | None:
     """The most memory that this process has held; pages of mapped files count while they are mapped.
 
-    Not ``ru_maxrss`` where there is a choice: on Linux that includes what the parent held when it forked. None where
-    the system does not say.
+    On Linux it is read from ``/proc``, because ``ru_maxrss`` includes what the parent process held when it forked.
+    None where the system does not report it.
     """
     with suppress(OSError, IndexError, ValueError):
         return int((PROC / "self" / "status").read_text().split("VmHWM:")[1].split()[0]) * 1024
@@ -57,11 +57,11 @@ def peak_bytes() -> int | None:
 
 
 def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:
-    """Memory that this process may still take without anything being paged out; None where the system does not say.
+    """Memory that this process can still take without paging; None where the system does not report it.
 
-    The least of what is free on the machine and of what the container and the batch job around this process leave.
+    It is the smallest of three numbers: what is free on the machine, in the container, and in the batch job.
     """
-    free = memory_bytes("MemAvailable", proc)
+    free = meminfo_bytes("MemAvailable", proc)
     if free is None:
         return None
     groups = proc / "self" / "cgroup"
@@ -74,7 +74,7 @@ def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:
         else:
             continue
         own = top / path.strip("/")
-        # A container's limit stands in the topmost folder it sees, a batch job's in one of those above its own.
+        # A container's limit is in the topmost folder that it sees; a batch job's limit is in a folder above its own.
         for folder in (own, *own.parents):
             free = min(free, _room(folder, limit, used, prefix))
             if folder == top:
@@ -83,7 +83,10 @@ def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:
 
 
 def _room(folder: Path, limit: str, used: str, prefix: str) -> int:
-    """What a control group leaves; very much where it has no limit. Cached files count as used, and make room."""
+    """Bytes that a control group can still take; ``sys.maxsize`` where it has no limit.
+
+    The group counts cached files as used. They are added here, because the system drops them when memory is needed.
+    """
     try:
         room = int((folder / limit).read_text()) - int((folder / used).read_text())  # "max" is no limit
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
@@ -93,7 +96,10 @@ def _room(folder: Path, limit: str, used: str, prefix: str) -> int:
 
 
 def give_back() -> None:
-    """Return freed memory to the system where the C library can (glibc keeps half a gigabyte of layers otherwise)."""
+    """Return freed memory to the system, where the C library can do that.
+
+    Without it, glibc keeps half a gigabyte of the layers of a checkpoint that were freed.
+    """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -113,18 +119,24 @@ def sha256(path: Path) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of ``path`` and try a file in it, before any work is spent. Raises RequestError, OSError."""
+    """Make the folder of ``path`` and test that a file can be written there, before any work is done.
+
+    Raises RequestError, OSError.
+    """
     if path.is_dir():
         raise RequestError(f"{path} is a folder; give a file name")
     if path.exists() and not path.is_file():
         raise RequestError(
-            f"{path} is a device or a pipe; give the name of a file, which is written beside and renamed"
+            f"{path} is a device or a pipe; give the name of a file (it is written under another name and renamed)"
         )
     write_beside(path, Path.touch, rename=False)
 
 
 def write_beside(path: Path, write_to: Callable[[Path], object], rename: bool = True) -> None:
-    """Call ``write_to`` with a hidden neighbour of ``path`` and rename it; on any error ``path`` is as it was."""
+    """Call ``write_to`` with the path of a hidden file beside ``path``, then rename that file to ``path``.
+
+    On any error ``path`` stays as it was, and the hidden file is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _part(path)
     try:

@@ -1,7 +1,7 @@
 """Images to tokens and back, without the model: the bundle's image tokenizer on ONNX Runtime's CPU.
 
-Backends decode what they generate on their own device. Encoding runs here on whichever device images are made: once per
-image that a user gives, where generation runs tens or hundreds of calls.
+A backend decodes on its own device. Encoding always runs here, on the CPU: it is one call per image that a user gives,
+where generation takes tens or hundreds of calls, so it is not worth a plan for each GPU.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.known import given_tokens
-from par_runtime.request import array
+from par_runtime.request import array, check_threads
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-#: Pixels per call of encoder and decoder: bounds their memory. 32 images of 64x64, 2 of 256x256, 1 of 384x384.
+#: The most pixels per call of encoder and decoder, which bounds their memory: 32 images of 64x64, 2 of 256x256. One
+#: image is always taken, for instance of 384x384.
 CHUNK_PIXELS = 2**17
 
 
 def chunk_images(bundle: Bundle) -> int:
-    """How many images encoder and decoder take in one call."""
+    """How many images encoder and decoder take in one call; ``bundle`` has a tokenizer."""
     assert bundle.image_size is not None
     height, width = bundle.image_size
     return max(1, CHUNK_PIXELS // (height * width))
 
 
 class Tokenizer:
-    """Encoder and decoder of a bundle; each is loaded when it is first used.
+    """Encoder and decoder of a bundle; each is loaded when it is first used. ``threads`` of the CPU, default all cores.
 
     Raises RequestError where the bundle ends at tokens, or onnxruntime is missing.
     """
@@ -40,8 +41,7 @@ class Tokenizer:
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         if bundle.image_size is None:
             raise RequestError(f"{bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
-        if threads is not None and threads < 1:
-            raise RequestError(f"threads {threads}: expected 1 or more")
+        check_threads(threads)
         try:
             from par_runtime.backends.ort import sessions  # here, because importing onnxruntime takes a while
         except ModuleNotFoundError as error:
@@ -59,20 +59,20 @@ class Tokenizer:
     def encode(self, images: ArrayLike) -> Int:
         """Tokens [B,N] int64 in sequence order of ``images``, uint8 [B,H,W,3] or [H,W,3] of the bundle's size.
 
-        Raises RequestError where the bundle has no encoder, or for another shape.
+        Raises RequestError where the bundle has no encoder, or the images have another shape or type.
         """
         if "encoder" not in self.bundle.graphs:
             raise RequestError(
-                f"{self.bundle.path}: this bundle has no encoder, which turning an image into tokens needs; export it "
-                "again (without --no-encoder)"
+                f"{self.bundle.path}: this bundle has no encoder, so it cannot turn images into tokens; export it "
+                "again without --no-encoder"
             )
         assert self.bundle.image_size is not None
         given = array("images", images)
         shape = (*self.bundle.image_size, 3)
         if given.dtype != np.uint8 or given.ndim not in (3, 4) or given.shape[-3:] != shape:
             raise RequestError(
-                f"images have shape {given.shape} and type {given.dtype}; expected uint8 {list(shape)}, or a batch of "
-                "such"
+                f"images have shape {given.shape} and type {given.dtype}; expected uint8 {list(shape)}, or a "
+                "batch of such images"
             )
         batch = given.reshape(-1, *shape)
         return (

@@ -74,8 +74,8 @@ def test_a_mask_and_tokens_per_image_over_several_batches(pipeline: Pipeline) ->
         (np.zeros((8, 8), bool), np.zeros(63, int), r"tokens have shape \(63,\).*expected integers \[64\] or \[1,64\]"),
         (np.zeros((8, 8), bool), np.zeros(64), r"tokens have shape \(64,\) and type float64"),
         (np.zeros((8, 8), bool), np.full(64, 64), r"tokens lie in 64..64; expected 0..63"),
-        (np.zeros((8, 8), bool), [[1], [2, 3]], r"tokens: no array, its rows have different lengths"),
-        ([[True], [False, True]], np.zeros(64, int), r"keep: no array, its rows have different lengths"),
+        (np.zeros((8, 8), bool), [[1], [2, 3]], r"tokens: not an array, its rows have different lengths"),
+        ([[True], [False, True]], np.zeros(64, int), r"keep: not an array, its rows have different lengths"),
         (np.zeros((3, 8, 8), bool), np.zeros(64, int), r"keep has shape \(3, 8, 8\).*or \(1, 8, 8\)"),
         (np.zeros(64, bool), np.zeros(64, int), r"keep has shape \(64,\) and type bool"),
         (

@@ -63,7 +63,7 @@ def _step(pipeline: Pipeline, here: list[int], calls: list[Call], places: list[I
         cache_row,
     )
     ids, write = schedule.inputs(calls, tokens[here])
-    uniform = np.stack([schedule.noise[b, call.here] for b, call in enumerate(calls)])
+    uniform = np.stack([schedule.noise[b, call.positions] for b, call in enumerate(calls)])
     drawn = pipeline.backend.step(schedule.batch, ids, write, uniform)
     for b, (image, call) in enumerate(zip(here, calls, strict=True)):
-        tokens[image, call.here] = drawn[b]
+        tokens[image, call.positions] = drawn[b]

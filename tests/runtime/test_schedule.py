@@ -23,7 +23,7 @@ def test_the_calls_of_an_image_cover_every_position_once(tiny: Path) -> None:
     bundle = Bundle.open(tiny)
     calls = image_calls(bundle.phases)
     assert len(calls) == bundle.calls
-    positions = [p for call in calls for p in range(call.here.start, call.here.stop)]
+    positions = [p for call in calls for p in range(call.positions.start, call.positions.stop)]
     assert positions == list(range(bundle.n_tokens))
     assert [call.phase.name for call in calls[:5]] == [
         "prefill",
@@ -32,7 +32,7 @@ def test_the_calls_of_an_image_cover_every_position_once(tiny: Path) -> None:
         "sequential",
         "transition",
     ]
-    assert [len(call.fed) for call in calls[:6]] == [0, 1, 1, 1, 1, 4]
+    assert [len(call.token_slots) for call in calls[:6]] == [0, 1, 1, 1, 1, 4]
 
 
 def test_a_batch_of_guided_and_unguided_images(tiny: Path) -> None:

@@ -109,7 +109,7 @@ def test_the_numpy_sampler_draws_what_the_graphs_drew(pair: tuple[Pipeline, Pipe
     for call, ids, at in schedule.walk(tokens):
         write = call.write
         logits = reference.backend.logits(schedule.batch, ids, at)
-        tokens[:, call.here] = reference.backend.step(schedule.batch, ids, at, noise[:, call.here])
+        tokens[:, call.positions] = reference.backend.step(schedule.batch, ids, at, noise[:, call.positions])
         for b, s in enumerate(each):
             t, k, p = (1.0, 1, 1.0) if s.greedy else (s.temperature, s.top_k, s.top_p)
             for j in range(call.query):

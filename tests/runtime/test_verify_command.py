@@ -104,7 +104,7 @@ def test_json_contains_everything(tiny: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_backend_against_itself_is_noted(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(tiny, "--device", "cpu", "--against", "cpu", "--images", 1) == 0
-    assert "not that it is right; give another --against" in capsys.readouterr().out
+    assert "not that they are right; give another --against" in capsys.readouterr().out
 
 
 def test_a_bundle_without_decoder_skips_images(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from par_runtime import __version__
 from par_runtime.bench.gpu import Gpu, why_slower
-from par_runtime.system import available_cores, memory_bytes
+from par_runtime.system import available_cores, meminfo_bytes
 
 PROC = Path("/proc")
 CPUS = Path("/sys/devices/system/cpu")
@@ -52,7 +52,7 @@ def describe(gpu: Gpu | None = None) -> Machine:
         cpu=_cpu_name(),
         cores=available_cores(),
         cache_bytes=_largest_cache(),
-        memory_bytes=memory_bytes("MemTotal"),
+        memory_bytes=meminfo_bytes("MemTotal"),
         os=_os_name(),
         cpu_mhz=_mhz(),
         gpu=gpu.name if gpu else "",

@@ -18,7 +18,7 @@ from PIL import Image
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded
-from par_runtime.cli.inputs import MOST_IMAGES, first_seed, load_pipeline
+from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline
 from par_runtime.cli.outputs import check_outputs, write_tokens
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
@@ -33,7 +33,7 @@ from par_runtime.images.photo import (
     region_mask,
 )
 from par_runtime.pipeline import Pipeline, Result
-from par_runtime.request import class_index
+from par_runtime.request import class_index, first_seed
 from par_runtime.tokenizer import Tokenizer
 
 

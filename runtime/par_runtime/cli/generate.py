@@ -17,11 +17,12 @@ from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded
-from par_runtime.cli.inputs import MOST_IMAGES, class_indices, first_seed, load_pipeline
+from par_runtime.cli.inputs import MOST_IMAGES, class_indices, load_pipeline
 from par_runtime.cli.outputs import check_tokens_name, class_file_name, safe_name, sheet_columns, write_tokens
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.pipeline import Pipeline, Result
+from par_runtime.request import first_seed
 from par_runtime.system import check_writable
 
 

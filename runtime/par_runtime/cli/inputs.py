@@ -1,11 +1,9 @@
-"""What the arguments of several verbs mean: classes, seeds, and the bundle loaded on the device that they name."""
+"""What the arguments of several verbs mean: classes, and the bundle loaded on the device that they name."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-
-import numpy as np
 
 from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
@@ -19,11 +17,6 @@ def class_indices(bundle: Bundle, labels: Sequence[str]) -> list[int]:
     """Class indices of the command line's labels; "all" is every class. Raises RequestError."""
     each = [range(bundle.n_classes) if label == "all" else [class_index(bundle, label)] for label in labels]
     return [index for indices in each for index in indices]
-
-
-def first_seed(seed: int | None) -> int:
-    """The seed of the first image: ``seed``, or a new one."""
-    return int(np.random.default_rng().integers(2**32)) if seed is None else seed
 
 
 def load_pipeline(args: argparse.Namespace, bundle: Bundle, selftest: bool) -> Pipeline:

@@ -1,7 +1,7 @@
 """Two backends on one bundle, compared with each other.
 
-``compare.py`` measures, ``judge.py`` contains the floors and explains different tokens, ``report.py`` runs and prints a
-whole comparison, ``devices.py`` loads both sides.
+``devices.py`` loads both sides, ``compare.py`` measures their differences, ``judge.py`` has the floors and decides
+whether rounding explains a different token, ``report.py`` runs and prints the whole comparison.
 """
 
 from par_runtime.verify.compare import (

@@ -1,8 +1,8 @@
 """Compare the logits, the tokens and the images of two backends on one bundle.
 
-Two implementations never round alike, and one rounded bit can change a token, and then all tokens after it. So a
-different token is no failure by itself. Where the tokens of an image differ for the first time, both backends had the
-same inputs; the logits of both at that call show whether rounding explains the different draw (a near-tie) or not.
+Two implementations round differently. One rounded bit can change a token, and then all tokens after it, so a different
+token alone is no failure. At the first call where the tokens of an image differ, both backends had the same inputs. The
+logits of both at that call show whether rounding explains the different draw (a near-tie) or not.
 
 Letters: B images, q positions of one call, N tokens, V codes.
 """
@@ -25,7 +25,7 @@ from par_runtime.verify.judge import Floors, judge, relative_error
 
 @dataclass(frozen=True)
 class Trial:
-    """What both backends are given: a class, settings and a seed per image, ``batch`` images at once."""
+    """The request that both backends get: a class, settings and a seed per image; ``batch`` images at once."""
 
     classes: list[int]
     settings: list[Settings]
@@ -40,10 +40,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class PhaseLogits:
-    """Guided logits of one phase, with the same tokens given to both backends (teacher-forced).
+    """How the guided logits of one phase differ, with the same tokens given to both backends (teacher-forced).
 
-    ``max_error`` and ``scale`` (the largest |logit|) in logits, ``relative_error`` their ratio; ``argmax_agreement``:
-    the share of positions with the same most probable code; ``kl``: mean Kullback-Leibler divergence in nats.
+    ``max_error``: the largest difference of a logit. ``scale``: the reference's largest |logit|. ``relative_error``:
+    their ratio. ``argmax_agreement``: the share of positions with the same most probable code. ``kl``: mean
+    Kullback-Leibler divergence in nats.
     """
 
     phase: str
@@ -60,12 +61,13 @@ class PhaseLogits:
 class Divergence:
     """A token that differs although both backends had the same inputs.
 
-    It belongs to the first call of its image in which tokens differ; the inputs of later calls differ too.
-    ``logit_gap``: the reference's logit of its own token less that of the candidate's. ``logit_error``: the largest
-    difference of both backends' logits at this call, relative to the phase's largest |logit|. ``distance``: how far the
-    uniform number of the draw is from the candidate's token in the reference's CDF, as a probability; None where the
-    reference's filter leaves that token out. ``explained``: how far the difference of both backends' logits at this
-    position can move the CDF.
+    It belongs to the first call of its image in which tokens differ, because the inputs of later calls differ too.
+
+    ``logit_gap``: the reference's logit of its own token minus its logit of the candidate's token. ``logit_error``: the
+    largest difference of both backends' logits at this call, relative to the phase's largest |logit|. ``distance``: how
+    far the uniform number of the draw is from the candidate's token in the reference's CDF, as a probability; None
+    where the filter of neither backend keeps that token. ``explained``: how far the difference of both backends' logits
+    at this position can move the CDF.
     """
 
     image: int
@@ -96,9 +98,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Images:
-    """Images decoded from the same tokens. ``psnr``: of the worst image in dB, infinite where all are equal.
+    """How images differ that both backends decoded from the same tokens.
 
-    ``max_difference``: of a value, of 255.
+    ``psnr``: of the worst image, in dB; infinite where all are equal. ``max_difference``: the largest of all values,
+    which are 0..255.
     """
 
     images: int
@@ -119,7 +122,7 @@ def compare_logits(
 ) -> list[PhaseLogits]:
     """Compare the logits of every phase, with the same random tokens given to both backends.
 
-    Of the last phase, which is the longest, only the first ``groups`` calls (default: all). Raises BundleError.
+    ``groups``: how many calls of the last phase, which is the longest, are compared (default: all). Raises BundleError.
     """
     bundle = reference.bundle
     random = np.random.default_rng(trial.seeds[0]).integers(
@@ -137,7 +140,7 @@ def compare_logits(
             )
     result = []
     for name, calls in rows.items():
-        # numpy's max and sum, not Python's: a NaN must come through.
+        # numpy's max and sum give NaN for an array with a NaN; Python's max does not.
         error, scale, same, kl, positions = (np.array(column) for column in zip(*calls, strict=True))
         count, largest = float(positions.sum()), float(scale.max())
         result.append(
@@ -162,7 +165,7 @@ def _errors(candidate: Float, reference: Float) -> tuple[float, ...]:
             f"the candidate's logits have shape {candidate.shape}, the reference's {reference.shape}; build its engine "
             "again"
         )
-    with np.errstate(invalid="ignore", over="ignore"):  # a NaN is no warning here: it makes the check fail
+    with np.errstate(invalid="ignore", over="ignore"):  # a NaN needs no warning here, because it fails the check
         a, b = candidate.astype(np.float64), reference.astype(np.float64)
         log_a, log_b = log_softmax(candidate), log_softmax(reference)
         kl = (np.exp(log_b) * (log_b - log_a)).sum()
@@ -173,7 +176,7 @@ def _errors(candidate: Float, reference: Float) -> tuple[float, ...]:
 def compare_tokens(
     candidate: Pipeline, reference: Pipeline, trial: Trial, floors: Floors, logits: Sequence[PhaseLogits]
 ) -> tuple[Tokens, Int]:
-    """Compare the tokens that both draw with the same noise; returns the reference's tokens [B,N] too.
+    """Compare the tokens that both draw with the same noise. Returns also the reference's tokens [B,N].
 
     ``logits``: the result of :func:`compare_logits`, which gives each phase's scale.
     """
@@ -194,7 +197,7 @@ def compare_tokens(
 
 
 def _generate(pipeline: Pipeline, trial: Trial) -> Int:
-    """Tokens [B,N] as a user gets them: whole images in one launch where the backend makes them so."""
+    """Tokens [B,N] as a user gets them: with whole images in one launch, if the backend can do that."""
     return pipeline.generate(
         trial.classes, trial.settings, seeds=trial.seeds, max_batch=trial.batch, decode=False
     ).tokens
@@ -210,7 +213,7 @@ def _divergences(
     floors: Floors,
     scales: dict[str, float],
 ) -> list[Divergence]:
-    """Every token that differs in the first call of its image with a difference: until there the inputs are the same.
+    """Every token that differs at the first call where its image differs. Up to that call, the inputs are the same.
 
     ``drawn`` and ``wanted`` [B,N]: the tokens of candidate and reference for the images ``part``.
     """
@@ -222,14 +225,14 @@ def _divergences(
     classes, settings, seeds = trial.classes[part], trial.settings[part], trial.seeds[part]
     schedule = start_both(candidate, reference, trial, part)
     for call, ids, write in schedule.walk(wanted):
-        here = [b for b, position in first.items() if call.write <= position < call.here.stop]
-        if not here:  # this call only fills the cache
+        images = [b for b, position in first.items() if call.write <= position < call.positions.stop]
+        if not images:  # this call only fills the cache
             for pipeline in (candidate, reference):
-                pipeline.backend.step(schedule.batch, ids, write, schedule.noise[:, call.here])
+                pipeline.backend.step(schedule.batch, ids, write, schedule.noise[:, call.positions])
             continue
         logits = [p.backend.logits(schedule.batch, ids, write) for p in (candidate, reference)]
-        for b in here:
-            for position in (int(p) for p in call.write + np.flatnonzero(differs[b, call.here])):
+        for b in images:
+            for position in (int(p) for p in call.write + np.flatnonzero(differs[b, call.positions])):
                 candidate_token, reference_token = int(drawn[b, position]), int(wanted[b, position])
                 judgement = judge(
                     logits[0][b],
@@ -254,7 +257,7 @@ def _divergences(
                         **judgement._asdict(),
                     )
                 )
-        if call.here.stop > max(first.values()):
+        if call.positions.stop > max(first.values()):
             break
     return divergences
 
@@ -266,7 +269,9 @@ def compare_images(candidate: Pipeline, reference: Pipeline, tokens: Int) -> Ima
     """
     decoded, wanted = candidate.decode(tokens), reference.decode(tokens)
     if decoded.shape != wanted.shape:
-        raise BundleError(f"the candidate's images have shape {decoded.shape}, the reference's {wanted.shape}")
+        raise BundleError(
+            f"the candidate's images have shape {decoded.shape}, the reference's {wanted.shape}; build its engine again"
+        )
     difference = np.abs(decoded.astype(np.int64) - wanted).reshape(len(tokens), -1)
     return Images(
         images=len(tokens),

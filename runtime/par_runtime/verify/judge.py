@@ -1,4 +1,4 @@
-"""Whether rounding explains that two backends drew different tokens, and how far any number may be off.
+"""Whether rounding explains that two backends drew different tokens; and the floors of all numbers of a comparison.
 
 Letters: q positions of one call, V codes.
 """
@@ -18,12 +18,13 @@ from par_runtime.request import Settings
 
 @dataclass(frozen=True)
 class Floors:
-    """What a candidate must keep. A number beyond its floor means a defect: rounding alone stays several times below.
+    """The limits of a comparison. A number beyond its limit means a defect; rounding alone stays far below.
 
     ``logits``: largest error of a logit, relative to the phase's largest |logit|. ``argmax``: least share of positions
-    with the same most probable code, over all phases (a phase of one call has too few). ``kl``: largest mean
-    Kullback-Leibler divergence of a phase, in nats. ``tie``: largest distance of a draw, in probability, at which
-    another token may count as a near-tie. ``psnr``: least of any image, in dB; the decoder is fp32 in every bundle.
+    with the same most probable code, over all phases together (a phase of one call has too few positions). ``kl``:
+    largest mean Kullback-Leibler divergence of a phase, in nats. ``tie``: largest distance of a draw, in probability,
+    at which another token can count as a near-tie. ``psnr``: least PSNR of an image, in dB; the same for all
+    precisions, because the decoder of a bundle is fp32.
     """
 
     logits: float
@@ -33,8 +34,8 @@ class Floors:
     psnr: float
 
 
-#: By the precision that the less exact of both backends computes in. The best codes of an image model have nearly equal
-#: probabilities, so the argmax changes sooner than anything that can be seen.
+#: precision -> floors; the precision is that of the less exact backend of the two. The floors of the argmax are low,
+#: because the best codes of an image model have nearly equal probabilities.
 FLOORS = {
     "fp32": Floors(logits=LOGIT_ROUNDING["fp32"], argmax=0.99, kl=1e-5, tie=1e-3, psnr=40.0),
     "fp16": Floors(logits=LOGIT_ROUNDING["fp16"], argmax=0.90, kl=1e-2, tie=5e-2, psnr=40.0),
@@ -43,7 +44,7 @@ FLOORS = {
 
 
 class Judgement(NamedTuple):
-    """How two backends differ at one draw, and what that means. The fields are those of ``Divergence``."""
+    """How two backends differ at one draw, and the verdict. ``Divergence`` explains the fields."""
 
     logit_gap: float
     logit_error: float
@@ -66,13 +67,13 @@ def judge(
 ) -> Judgement:
     """Whether rounding explains that the candidate drew another token than the reference.
 
-    ``candidate`` and ``reference``: the logits [q,V] of both at this call, for one image; the draw is that of position
-    ``slot`` with the number ``uniform``. ``scale``: the largest |logit| of the phase.
+    ``candidate`` and ``reference``: the logits [q,V] of both at this call, for one image. The draw is that of slot
+    ``slot`` of the call, with the number ``uniform``. ``scale``: the largest |logit| of the phase.
     """
     codes = reference.shape[1]
     valid = 0 <= candidate_token < codes
     gap, distance, explained = math.nan, None, 0.0
-    with np.errstate(invalid="ignore", over="ignore"):  # a NaN is compared below, and passes nothing
+    with np.errstate(invalid="ignore", over="ignore"):  # a NaN needs no warning here, because it fails the checks below
         error = relative_error(float(np.abs(candidate.astype(np.float64) - reference).max()), scale)
         if valid:
             gap = float(reference[slot, reference_token]) - float(reference[slot, candidate_token])
@@ -83,11 +84,11 @@ def judge(
     elif not error <= floors.logits:
         reason = "the logits of this call differ by more than rounding"
     elif distance is None:
-        reason = "neither filter leaves this token"
+        reason = "the filter of neither backend keeps this token"
     elif not distance <= explained:
         reason = "the logits do not explain this draw"
     elif not distance <= floors.tie:
-        reason = "too far for rounding"
+        reason = "the distance is larger than rounding gives"
     else:
         return Judgement(gap, error, distance, explained, True, "a near-tie, decided by rounding")
     return Judgement(gap, error, distance, explained, False, f"a real disagreement: {reason}")

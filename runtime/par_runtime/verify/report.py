@@ -1,4 +1,4 @@
-"""A whole comparison of two backends: everything measured, every number against its floor, as text or JSON."""
+"""A whole comparison of two backends: measure everything, check every number against its floor, print the result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from par_runtime.verify.compare import (
 )
 from par_runtime.verify.judge import FLOORS, Floors
 
-DIVERGENCES_SHOWN = 12  # in the text; the JSON holds all
+DIVERGENCES_SHOWN = 12  #: in the text; the JSON lists all
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was measured. ``floors_of``: the precision that the default floors were taken from."""
+    """The result of a comparison. ``floors_of``: the precision whose default floors were taken."""
 
     bundle: Bundle
     candidate: Pipeline
@@ -81,7 +81,7 @@ def run(
     notes = [candidate.note] if candidate.note else []
     if candidate.backend.info.name == reference.backend.info.name:
         notes.append(
-            f"both are {reference.backend.info.name}: this shows that it repeats itself, not that it is right; "
+            f"both are {reference.backend.info.name}: this shows that its results repeat, not that they are right; "
             "give another --against"
         )
     images = None
@@ -106,22 +106,22 @@ def run(
 
 
 def checks(logits: Sequence[PhaseLogits], tokens: Tokens, images: Images | None, floors: Floors) -> list[Check]:
-    """Every number against its floor. A NaN passes no check."""
+    """Every number compared with its floor. A NaN passes no check."""
 
-    def most(name: str, value: float, floor: float) -> Check:
+    def at_most(name: str, value: float, floor: float) -> Check:
         return Check(name, value, floor, value <= floor, f"{name} {value:.3g}, allowed up to {floor:g}")
 
-    def least(name: str, value: float, floor: float, unit: str = "") -> Check:
+    def at_least(name: str, value: float, floor: float, unit: str = "") -> Check:
         return Check(name, value, floor, value >= floor, f"{name} {value:.5g}{unit}, expected {floor:g}{unit} or more")
 
-    rows = [most(f"relative logit error of {p.phase}", p.relative_error, floors.logits) for p in logits]
-    rows += [most(f"KL divergence of {p.phase} (nats)", p.kl, floors.kl) for p in logits]
+    rows = [at_most(f"relative logit error of {p.phase}", p.relative_error, floors.logits) for p in logits]
+    rows += [at_most(f"KL divergence of {p.phase} (nats)", p.kl, floors.kl) for p in logits]
     positions = sum(p.positions for p in logits)
     agreement = sum(p.argmax_agreement * p.positions for p in logits) / positions
-    rows.append(least("argmax agreement", agreement, floors.argmax))
-    rows.append(most("tokens that rounding does not explain", sum(not d.near_tie for d in tokens.divergences), 0))
+    rows.append(at_least("argmax agreement", agreement, floors.argmax))
+    rows.append(at_most("tokens that rounding does not explain", sum(not d.near_tie for d in tokens.divergences), 0))
     if images is not None:
-        rows.append(least("PSNR of the worst image", images.psnr, floors.psnr, " dB"))
+        rows.append(at_least("PSNR of the worst image", images.psnr, floors.psnr, " dB"))
     return rows
 
 
@@ -157,11 +157,11 @@ def table(r: Report) -> str:
         f"{t.identical_images} of {t.images} images identical",
     ]
     for d in t.divergences[:DIVERGENCES_SHOWN]:
-        away = "out of reach" if d.distance is None else f"{d.distance:.1e} away (explained: {d.explained:.1e})"
+        away = "impossible" if d.distance is None else f"{d.distance:.1e} away (explained: {d.explained:.1e})"
         lines.append(
-            f"  image {d.image} (label {d.label}, seed {d.seed}) parts at token {d.position} ({d.phase}): "
+            f"  image {d.image} (label {d.label}, seed {d.seed}) differs at token {d.position} ({d.phase}): "
             f"{d.reference_token} in the reference, {d.candidate_token} in the candidate; "
-            f"logits {d.logit_gap:.2g} apart, the draw {away}: {d.verdict}"
+            f"their logits differ by {d.logit_gap:.2g}, the draw is {away}: {d.verdict}"
         )
     if len(t.divergences) > DIVERGENCES_SHOWN:
         lines.append(f"  and {len(t.divergences) - DIVERGENCES_SHOWN} more (--json lists all)")
@@ -184,6 +184,7 @@ def table(r: Report) -> str:
 
 
 def _many(count: int, what: str) -> str:
+    """ "1 image", "2 images"."""
     return f"{count} {what}{'s' if count != 1 else ''}"
 
 

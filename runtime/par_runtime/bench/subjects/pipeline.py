@@ -139,7 +139,9 @@ class PipelineSubject:
         pipeline.backend.release()
         for index, (call, ids, write) in enumerate(schedule.walk(tokens)):
             if index in chosen:
-                tokens[:, call.here] = pipeline.backend.step(schedule.batch, ids, write, schedule.noise[:, call.here])
+                tokens[:, call.positions] = pipeline.backend.step(
+                    schedule.batch, ids, write, schedule.noise[:, call.positions]
+                )
         if bundle.image_size is not None:
             pipeline.decode(tokens)
 
