@@ -138,7 +138,7 @@ def test_the_score_is_the_oracles_for_other_groups(
 
 def test_a_score_of_tokens_that_do_not_fit_is_refused(pipeline: Pipeline) -> None:
     assert pipeline.score(np.zeros((0, 64), int), []).shape == (0, 64)
-    with pytest.raises(RequestError, match=r"tokens: no array"):
+    with pytest.raises(RequestError, match=r"tokens: not an array"):
         pipeline.score([[1, 2], [3]], [0, 1])
     with pytest.raises(RequestError, match=r"label 99: this model has classes 0\.\.5"):
         pipeline.score(np.zeros(64, int), 99)
