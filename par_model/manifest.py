@@ -130,8 +130,7 @@ def _config(manifest: Mapping[str, Any]) -> PARConfig:
             return config
     raise ManifestError(
         f"phases ({_calls(entries)}) are those of no model with {base.n_tokens} tokens and "
-        f"group_size={base.group_size}; "
-        f"expected {_calls(phase_entries(by_order[0]))}; export the bundle again"
+        f"group_size={base.group_size}; expected {_calls(phase_entries(by_order[0]))}; export the bundle again"
     )
 
 

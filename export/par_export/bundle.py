@@ -87,8 +87,7 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     say(
         f"{request.checkpoint}: width {config.dim}, {config.n_layers} layers, {config.n_heads} heads of "
         f"{config.head_dim} ({inferred.heads_from}), {parameters:,} parameters, {config.n_classes} classes, "
-        f"{config.vocab_size} codes, "
-        f"grid {t}x{h}x{w} ({inferred.grid_from}), n = {config.group_size}, "
+        f"{config.vocab_size} codes, grid {t}x{h}x{w} ({inferred.grid_from}), n = {config.group_size}, "
         f"{sum(p.repeat for p in phases(config))} calls per image"
     )
     with staging(request.out, request.force) as folder:

@@ -1,9 +1,10 @@
 """Bundles with random weights, for benchmarks: speed depends on the shapes of the weights, not on their values.
 
-``family`` writes one weights file for several n. The bundles of a model differ only in their rotary tables and in how
-many rows of the embedding table are learnable tokens, so all of them link to this file. ``like`` writes a bundle of the
-architecture of another one at another n. No checkpoint is needed and no parity gate is run, since there is no model to
-compare with. The self-test in their manifests is empty: ``Pipeline.load`` refuses them unless its self-test is off.
+``write_family`` writes one weights file for several n. The bundles of a model differ only in their rotary tables and in
+how many rows of the embedding table are learnable tokens, so all of them link to this file. ``write_like`` writes a
+bundle of the architecture of another one at another n. No checkpoint is needed and no parity gate is run, since there
+is no model to compare with. The self-test in their manifests is empty: ``Pipeline.load`` refuses them unless its
+self-test is off.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def parameters(config: PARConfig) -> int:
         return sum(tensor.numel() for tensor in PAR(config).parameters())
 
 
-def family(
+def write_family(
     config: PARConfig,
     group_sizes: Sequence[int],
     folder: Path,
@@ -107,7 +108,9 @@ def family(
     return out
 
 
-def published(model: str, group_sizes: Sequence[int], folder: Path, *, precision: str = "fp32") -> dict[int, Path]:
+def write_published(
+    model: str, group_sizes: Sequence[int], folder: Path, *, precision: str = "fp32"
+) -> dict[int, Path]:
     """Write bundles of a model of the paper: "PAR-L" to "PAR-3B" (384 px, with VQ-16's decoder), or "PAR-video".
 
     The video model has XL's blocks over 5x16x16 tokens of 64,000 codes, 101 classes and no decoder; its widths are not
@@ -115,8 +118,8 @@ def published(model: str, group_sizes: Sequence[int], folder: Path, *, precision
     """
     if model == "PAR-video":
         config, vq = named("XL", vocab_size=64000, n_classes=101, grid=(5, 16, 16)), None
-        return family(config, group_sizes, folder, name=model, precision=precision, vq=vq)
-    return family(
+        return write_family(config, group_sizes, folder, name=model, precision=precision, vq=vq)
+    return write_family(
         named(model.removeprefix("PAR-")), group_sizes, folder, name=model, precision=precision, vq=VQConfig()
     )
 
@@ -149,20 +152,22 @@ def _write(
     write_manifest(folder, entries | architecture_entries(config, vq, graphs, parameters(config), table), hashes)
 
 
-def like(path: str | Path, group_size: int, out: str | Path) -> Path:
-    """Write a bundle of the architecture, precision and settings of that at ``path`` with another n into the folder
-    ``out``.
+def write_like(path: str | Path, group_size: int, out: str | Path) -> Path:
+    """Write a bundle with random weights into the folder ``out``; returns its path.
 
+    It has the architecture, precision and settings of the bundle at ``path``, but ``group_size`` tokens per group.
     Raises BundleError where the bundle at ``path`` cannot be read, or its grid does not take ``group_size``.
     """
     try:
         manifest = read_manifest(path)
         config = replace(config_from_manifest(manifest), group_size=group_size)
         vq = tokenizer_from_manifest(manifest)
-        # Whatever a quantised bundle stores, its twin's full weights stand for: see the row's "precision".
+        # Random weights are not quantised, so a quantised bundle is replaced by one in fp16.
         precision = manifest["precision"] if manifest["precision"] in DTYPE else "fp16"
         defaults = manifest["defaults"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path}: no bundle of random weights can be made like it ({error})") from error
     name = str(manifest["name"])
-    return family(config, [group_size], Path(out), name=name, precision=precision, vq=vq, defaults=defaults)[group_size]
+    return write_family(config, [group_size], Path(out), name=name, precision=precision, vq=vq, defaults=defaults)[
+        group_size
+    ]

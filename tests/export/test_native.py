@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from par_export.random_bundle import family
+from par_export.random_bundle import write_family
 from par_model.config import PARConfig
 from par_runtime import Bundle, BundleError, Pipeline
 from par_runtime.backends.base import Batch
@@ -71,7 +71,7 @@ def test_logits_are_the_graphs(name: str, images: int, guidance: float, bundles:
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Head size 100, padded to 104, which is no multiple of a panel; a grid whose 144 tokens are none either."""
     config = PARConfig(dim=800, n_layers=2, n_heads=8, vocab_size=256, n_classes=10, grid=(1, 12, 12))
-    return family(config, (4,), tmp_path_factory.mktemp("odd"), name="odd")[4]
+    return write_family(config, (4,), tmp_path_factory.mktemp("odd"), name="odd")[4]
 
 
 @needs_kernels
@@ -209,7 +209,7 @@ def test_why_not_gives_the_reason(bundles: dict[str, Path], tiny: Path, monkeypa
     bundle = Bundle.open(bundles["fp32"])
     if library.library() is not None:
         assert why_not(bundle) is None
-        assert why_not(Bundle.open(tiny)) == "a width of the model is no multiple of 32"
+        assert why_not(Bundle.open(tiny)) == "a width of the model is not a multiple of 32"
         assert "no table of weights" in (why_not(replace(bundle, weights={})) or "")
         with pytest.raises(
             BundleError, match=r"cannot run on the C kernels: a width.*; --device cpu-ort takes ONNX Runtime"

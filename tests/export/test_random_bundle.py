@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from par_export.graphs.writer import WeightTable
-from par_export.random_bundle import family, like, parameters, published
+from par_export.random_bundle import parameters, write_family, write_like, write_published
 from par_model.config import PARConfig, VQConfig, named
 from par_model.generation import generate
 from par_model.ordering import rotary_table
@@ -24,7 +24,7 @@ VQ = VQConfig(codebook_size=256, channels=32, channel_multipliers=(1, 2), res_bl
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    return family(SMALL, (1, 4, 16), tmp_path_factory.mktemp("random"), name="small", vq=VQ)
+    return write_family(SMALL, (1, 4, 16), tmp_path_factory.mktemp("random"), name="small", vq=VQ)
 
 
 def test_bundles_of_every_n_share_one_file(three: dict[int, Path]) -> None:
@@ -109,7 +109,7 @@ def test_layers_differ(three: dict[int, Path]) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_bundle_like_another(precision: str, bundles: dict[str, Path], tmp_path: Path) -> None:
-    path = like(bundles[precision], 1, tmp_path)
+    path = write_like(bundles[precision], 1, tmp_path)
     twin, given = Bundle.open(path), Bundle.open(bundles[precision])
     assert (twin.group_size, twin.calls) == (1, 64)
     assert (twin.precision, twin.grid, twin.image_size, twin.defaults) == (
@@ -123,8 +123,8 @@ def test_a_bundle_like_another(precision: str, bundles: dict[str, Path], tmp_pat
 
 def test_a_bundle_like_another_keeps_its_ablations(tmp_path: Path) -> None:
     raster = replace(SMALL, group_size=4, order="raster", sequential_initial=False)
-    given = family(raster, (4,), tmp_path, name="raster", vq=VQ)[4]
-    twin = Bundle.open(like(given, 16, tmp_path / "out"))
+    given = write_family(raster, (4,), tmp_path, name="raster", vq=VQ)[4]
+    twin = Bundle.open(write_like(given, 16, tmp_path / "out"))
     assert list(twin.order) == list(range(64))
     assert [(phase.name, phase.query, phase.repeat) for phase in twin.phases] == [
         ("transition", 16, 1),
@@ -134,9 +134,9 @@ def test_a_bundle_like_another_keeps_its_ablations(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_bundle_is_refused(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(BundleError, match="no bundle of random weights can be made like it"):
-        like(tmp_path, 1, tmp_path / "out")
+        write_like(tmp_path, 1, tmp_path / "out")
     with pytest.raises(BundleError, match="group_size=9"):
-        like(tiny, 9, tmp_path / "out")
+        write_like(tiny, 9, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -158,11 +158,11 @@ def test_the_papers_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     asked = {}
     monkeypatch.setattr(
-        random_bundle, "family", lambda config, sizes, folder, **more: asked.update(config=config, **more) or {}
+        random_bundle, "write_family", lambda config, sizes, folder, **more: asked.update(config=config, **more) or {}
     )
-    published("PAR-XL", (1, 4), tmp_path)
+    write_published("PAR-XL", (1, 4), tmp_path)
     assert (asked["config"].dim, asked["config"].n_tokens, asked["vq"]) == (1280, 576, VQConfig())
-    published("PAR-video", (1, 4, 16), tmp_path)
+    write_published("PAR-video", (1, 4, 16), tmp_path)
     assert (asked["config"].n_tokens, asked["config"].vocab_size, asked["vq"]) == (1280, 64000, None)
     with pytest.raises(ValueError, match="unknown size 'XS'"):
-        published("PAR-XS", (1,), tmp_path)
+        write_published("PAR-XS", (1,), tmp_path)

@@ -43,7 +43,9 @@ def check_device() -> None:
     gpu, said = Device.open(0), []
 
     def elsewhere() -> None:
-        with refused(CudaError, "cuMemGetInfo", "CUDA_ERROR_INVALID_CONTEXT = 201", "load it there"):
+        with refused(
+            CudaError, "cuMemGetInfo", "CUDA_ERROR_INVALID_CONTEXT = 201", "load it in the process that uses it"
+        ):
             gpu.free_bytes()
         gpu.activate()
         said.append(gpu.free_bytes())

@@ -145,13 +145,13 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(
             'a.cc:63 FAIL : Parse Failed to parse provider option "device_id": b.cc:71 operator() Invalid device ID: '
             "1, must be between 0 (inclusive) and 1 (exclusive).\n",
             RequestError,
-            r"device 'cuda-ort:0' cannot be used: Invalid device ID: 1, must be between .*; what does "
-            r"nvidia-smi say\?$",
+            r"device 'cuda-ort:0' cannot be used: Invalid device ID: 1, must be between .*; "
+            r"give one that nvidia-smi lists$",
         ),
         (
             "a.cc:63 FAIL : CUDA failure 100: no CUDA-capable device is detected ; GPU=0 ; hostname=vm ; file=b.cc",
             RequestError,
-            r"cannot be used: CUDA failure 100: no CUDA-capable device is detected; what",
+            r"cannot be used: CUDA failure 100: no CUDA-capable device is detected; give one",
         ),
         (
             "a.cc:360 void* AllocateRawInternal() Failed to allocate memory for requested buffer of size 256\n",

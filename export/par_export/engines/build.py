@@ -304,8 +304,8 @@ class _CheckedRequest:
                 if profile.attention != layers:
                     raise BuildError(
                         f"{name}: {profile.attention} of {layers} attention layers are fused at {profile.images} "
-                        "images; "
-                        f"{self.trt.name} {self.trt.version} has no kernel for head size {self.bundle.cache.head_dim}"
+                        f"images; {self.trt.name} {self.trt.version} has no kernel for head size "
+                        f"{self.bundle.cache.head_dim}"
                     )
         return file, engine_report.plan_report(outcome, counted, layers, file.stat().st_size, weights_bytes)
 
@@ -336,8 +336,7 @@ def _local_gpu() -> tuple[str, str]:
     if cuda.device_count() == 0:
         raise BuildError(
             f"target local: no GPU here ({cuda.why_no_device()}); name the GPU to build for, for instance --target "
-            "SM80 "
-            "for an A100 (TensorRT-RTX builds without one)"
+            "SM80 for an A100 (TensorRT-RTX builds without one)"
         )
     with cuda.Device.open(0) as device:
         return f"SM{device.capability[0]}{device.capability[1]}", device.name

@@ -260,10 +260,8 @@ def _explain(trt: TensorRT, network: Any, errors: list[str]) -> str:
         if layer.type == trt.module.LayerType.ATTENTION_INPUT:
             sizes[layer.name] = int(layer.get_input(0).shape[-1])
     name = named.group(1) if named else next(iter(sizes), "?")  # the message often names none
+    size = sizes.get(name, next(iter(sizes.values()), 0))
     return (
-        f"no fused attention kernel for layer {name!r} with head size "
-        f"{sizes.get(name, next(iter(sizes.values()), 0))} in "
-        f"{trt.name} {trt.version}: export again (head sizes are padded to a multiple of 8), or take another "
-        "precision. "
-        f"It says: {text}"
+        f"no fused attention kernel for layer {name!r} with head size {size} in {trt.name} {trt.version}: export "
+        "again (head sizes are padded to a multiple of 8), or take another precision. TensorRT's message: " + text
     )

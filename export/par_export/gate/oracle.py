@@ -33,8 +33,7 @@ def rounded(checkpoint: Checkpoint, prefix: str, keys: Iterable[str], dtype: str
             largest = float(tensor.float().abs().max())
             raise CheckpointError(
                 f"{checkpoint.path}: {prefix}{key} holds {int((~tensor.float().isfinite()).sum())} numbers that "
-                "are NaN "
-                "or infinite; give a checkpoint of a training that did not diverge"
+                "are NaN or infinite; give a checkpoint of a training that did not diverge"
                 if not math.isfinite(largest)
                 else f"{checkpoint.path}: {prefix}{key} holds numbers up to {largest:.3g}, beyond what {dtype} can "
                 "store; give --precision bf16 or fp32"

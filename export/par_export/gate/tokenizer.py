@@ -100,10 +100,8 @@ def _encoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoi
         place = int(behind.argmax())
         raise ParityError(
             f"encoder.onnx: token {place} is code {got[0, place]}, which is {float(behind[place]):.3g} further "
-            "than the "
-            f"oracle's {int(products[place].argmax())} (cosine; at most {TIE_TOLERANCE:g} is allowed). Nothing was "
-            "published; this "
-            "is a bug in the export, please report it"
+            f"than the oracle's {int(products[place].argmax())} (cosine; at most {TIE_TOLERANCE:g} is allowed). "
+            "Nothing was published; this is a bug in the export, please report it"
         )
     report: dict[str, Any] = {"tokens": config.n_tokens, "ties": int((behind > 0).sum())}
     if dtype != "float32":

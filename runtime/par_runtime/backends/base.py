@@ -1,8 +1,8 @@
-"""What a backend must do. Everything above it speaks only to this; one package per kind of backend, all alike.
+"""What a backend must do. The pipeline and everything above it use only this protocol, whichever backend runs.
 
 A call of the step network is explicit: it names the batch (which rows, where their keys lie, how their tokens are
-drawn), where each row stands, and what it is fed. So rows of one call may stand at different steps, and images may
-come and go between two calls; what a backend remembers is its key-value cache alone.
+drawn), the position of each row, and the inputs. So rows of one call may be at different steps, and images may come and
+go between two calls. The only state of a backend is its key-value cache.
 
 Letters: R rows in flight (two for a guided image), B images, q positions of one call, N tokens, V codes.
 """
@@ -41,7 +41,7 @@ class Batch:
 
     @property
     def images(self) -> int:
-        """B."""
+        """B, the number of images."""
         return len(self.uncond_row)
 
     @property
@@ -50,7 +50,7 @@ class Batch:
         return int(self.cache_row.max()) + 1
 
     def per_image(self) -> dict[str, NDArray[np.generic]]:
-        """The inputs [B] of a step graph that say how each image's tokens are drawn, by name; rows are cache rows."""
+        """The inputs [B] of a step graph for drawing the tokens of each image, by name. Its rows are cache rows."""
         return {
             "cond_row": self.cache_row[: self.images],
             "uncond_row": self.cache_row[self.uncond_row],
@@ -61,7 +61,7 @@ class Batch:
         }
 
     def per_row(self, tokens: Int) -> Int:
-        """``tokens`` [B,q] of the images as those of the rows [R,q]: one token feeds both rows of a guided image."""
+        """``tokens`` [B,q] of the images, repeated for the rows: [R,q]. Both rows of a guided image get the same."""
         out = np.empty((self.rows, *tokens.shape[1:]), tokens.dtype)
         out[: self.images] = tokens
         out[self.uncond_row] = tokens
@@ -73,7 +73,7 @@ class BackendInfo:
     """What a backend is and works with, for reports and bounds."""
 
     runtime: str  #: "native-cpu", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt_rtx"
-    version: str  #: with what else distinguishes two of a kind: "0.1.0 (avx512)", "1.32.0 (step_opset23)"
+    version: str  #: and the variant, if there are several: "0.1.0 (avx512)", "1.32.0 (step_opset23)"
     device: str  #: "cpu", or the GPU's name
     computes: str  #: the precision it calculates in: "fp32", "fp16", "bf16"
     weight_bytes: float  #: of one parameter, as a call reads it
@@ -81,12 +81,12 @@ class BackendInfo:
 
     @property
     def name(self) -> str:
-        """For timings and metadata: what it is, with its version."""
+        """Runtime and version, for timings and metadata."""
         return f"{self.runtime} {self.version}"
 
 
 class Backend(Protocol):
-    """One loaded bundle on one device. One call at a time; arrays that it returns belong to the caller."""
+    """One loaded bundle on one device. It makes one call at a time. Arrays that it returns belong to the caller."""
 
     info: BackendInfo
     max_images: int  #: largest batch
@@ -101,7 +101,7 @@ class Backend(Protocol):
         ...
 
     def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
-        """The same call for its logits [B,q,V] (guided, before temperature); for checks, not for speed."""
+        """The logits [B,q,V] of the same call (guided, before temperature). For checks; it may be slow."""
         ...
 
     def release(self, cache_rows: Int | None = None) -> None:
@@ -124,8 +124,8 @@ class MakesImages(Protocol):
     def make_images(
         self, batch: Batch, class_ids: Int, noise: Float, decode: bool
     ) -> tuple[Int, NDArray[np.uint8] | None]:
-        """All calls of ``batch``, which begins: ``class_ids`` [R] of the first call, ``noise`` [B,N] in [0,1).
+        """All calls of ``batch``, from the first: its ids are ``class_ids`` [R]; ``noise`` [B,N] in [0,1).
 
-        Returns tokens [B,N], and images [B,H,W,3] or None without ``decode``. Cache rows of other images are lost.
+        Returns tokens [B,N], and images [B,H,W,3] or None without ``decode``. The keys of other images are lost.
         """
         ...

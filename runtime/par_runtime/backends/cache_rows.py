@@ -1,8 +1,8 @@
-"""Which rows of a cache hold keys that are still needed, and what a step network of fixed rows is fed for them.
+"""Which cache rows hold keys that are still needed, and the inputs of those rows in a graph with fixed rows.
 
 A graph computes all rows that it is bound to, one cache row each. Where a batch names only some of them, the others are
-idle: they compute something, and must not spoil their keys. So an idle row writes behind the keys that it holds, where
-its own next call will write first. (A row that holds all N keys has no next call; its last keys are overwritten.)
+idle: they compute something, and must not overwrite their keys. So an idle row writes behind the keys that it holds,
+where its own next call will write first. (A row that holds all N keys has no next call; its last keys are overwritten.)
 
 Letters: R rows of a batch, R' rows that are run, q positions of one call, N tokens.
 """

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from par_runtime.backends.trt.module import TensorRT
 
 EXPECTED = (
-    "expected auto, cpu, cuda, cuda:0 (TensorRT on that GPU), or cpu-ort, cuda-ort, cuda-ort:0 (ONNX Runtime, "
-    "whatever else "
-    "could run there)"
+    "expected auto, cpu, cuda, cuda:0 (TensorRT on that GPU), or cpu-ort, cuda-ort, cuda-ort:0 (ONNX Runtime, even "
+    "where another backend could run)"
 )
 CPUS = ("cpu", "cpu-ort")
 
@@ -31,11 +30,11 @@ def choose(
     verify: FileCheck = "auto",
     capture: Capture = "image",
 ) -> tuple[Backend, str]:
-    """The backend for ``device`` and one line that says why it is the CPU ("" where that was asked for).
+    """The backend for ``device``, and one line that states why it is the CPU ("" where ``device`` asks for the CPU).
 
     ``auto`` takes TensorRT if a plan of the bundle fits the first GPU, else the CPU. ``cpu`` takes the C kernels
-    (``native/``) where they were built and fit the bundle, else ONNX Runtime; ``cpu-ort`` always this. A named GPU
-    that cannot be used is an error. Raises RequestError, EngineError, BundleError, CudaError.
+    (``native/``) where they were built and fit the bundle, else ONNX Runtime; ``cpu-ort`` always takes ONNX Runtime.
+    A named GPU that cannot be used is an error. Raises RequestError, EngineError, BundleError, CudaError.
     """
     if device in CPUS:
         return _cpu(bundle, threads, native=device == "cpu"), ""
@@ -109,8 +108,8 @@ def _tensorrt(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -
     while fits:
         engine = best([engine for engine, _ in fits])
         try:
-            Engine.open(engine.path, bundle, verify)  # before now only its description was read
-        except EngineError as error:  # a damaged one; another may do
+            Engine.open(engine.path, bundle, verify)  # until now only its engine.json was read
+        except EngineError as error:  # it is damaged; try the next one
             reasons.append(str(error))
             fits = [fit for fit in fits if fit[0] is not engine]
             continue

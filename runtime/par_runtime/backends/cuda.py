@@ -1,7 +1,7 @@
-"""The CUDA driver, as much of it as the runtime needs. Only this file imports cuda-python.
+"""The part of the CUDA driver that the runtime needs. Only this file imports cuda-python.
 
 Everything that can fail raises :class:`CudaError` with the call, the driver's code and what to do about it. Memory,
-streams and graphs are objects that are freed once, however often they are asked to be.
+streams and graphs are objects with a method ``free``, which may be called more than once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ HINTS = {
     "CUDA_ERROR_NOT_INITIALIZED": (
         "the driver is shutting down or was not initialised in this process; do not fork after loading"
     ),
-    "CUDA_ERROR_INVALID_CONTEXT": "the pipeline was used after it was closed, or in a forked process; load it there",
+    "CUDA_ERROR_INVALID_CONTEXT": (
+        "the pipeline was used after it was closed, or in a forked process; load it in the process that uses it"
+    ),
     "CUDA_ERROR_ILLEGAL_ADDRESS": (
         "a kernel read or wrote out of bounds; the process must be restarted: please report it with 'parvis verify'"
     ),
@@ -57,7 +59,7 @@ def device_count() -> int:
 
 
 def why_no_device() -> str:
-    """One line that says why there is no GPU, or "" where there is one."""
+    """Why there is no GPU, as one line; "" where there is one."""
     try:
         _call("cuInit", 0)
         return "" if int(_call("cuDeviceGetCount")) else "the driver shows no GPU (CUDA_VISIBLE_DEVICES?)"
@@ -79,7 +81,10 @@ def _driver() -> Any:
 
 
 def _call(name: str, *arguments: Any, note: str = "") -> Any:
-    """Call the driver; returns what it gives after the code (one value, or a tuple). Raises CudaError."""
+    """Call the driver. Returns its results without the error code: one value, or a tuple. Raises CudaError.
+
+    ``note`` describes the arguments in errors.
+    """
     try:
         code, *values = getattr(_driver(), name)(*arguments)
     except RuntimeError as error:  # cuda-python's own: the library is missing, or too old to know the call
@@ -110,9 +115,10 @@ def _error(name: str, code: Any, note: str) -> CudaError:
 
 
 class _Owned:
-    """Something that is freed once, at the latest by ``with``."""
+    """A resource of the driver, which ``free`` or the end of a ``with`` block frees."""
 
     def free(self) -> None:
+        """Free it; a second call does nothing. Raises CudaError."""
         raise NotImplementedError
 
     def __enter__(self) -> Any:
@@ -156,7 +162,7 @@ class Device(_Owned):
         return Device(index)
 
     def activate(self) -> None:
-        """Make the context current in this thread; a pipeline may be used in another one than it was loaded in."""
+        """Make the context current in this thread, which may be another one than the pipeline was loaded in."""
         if self._context is None:
             raise CudaError(f"GPU {self.index} was closed; load the pipeline again", "CLOSED")
         _call("cuCtxSetCurrent", self._context)
@@ -229,7 +235,7 @@ class Pinned(_Owned):
 
 
 class Stream(_Owned):
-    """A stream; copies and launches on it run in the order in which they were given."""
+    """A stream: copies and launches on it run one after the other, in the order of their calls."""
 
     def __init__(self, raw: Any) -> None:
         self._stream: Any = raw
@@ -237,7 +243,7 @@ class Stream(_Owned):
 
     @property
     def _raw(self) -> Any:
-        if self._stream is None:  # the driver would take None for the default stream
+        if self._stream is None:  # the driver takes None as the default stream
             raise CudaError("the stream was freed; load the pipeline again", "CLOSED")
         return self._stream
 
@@ -278,13 +284,15 @@ class Stream(_Owned):
         _call("cuEventRecord", event.raw, self._raw)
 
     def capturing(self) -> bool:
-        """Whether what is given to the stream is being recorded instead of run."""
+        """Whether the stream is being captured: its work is recorded instead of run."""
         return int(_call("cuStreamIsCapturing", self._raw)) != 0
 
     @contextmanager
     def capture(self) -> Iterator[Captured]:
-        """Record what is given to the stream; afterwards ``captured.graph`` replays it. Raises CudaError where a
-        call cannot be recorded; the stream can be used again then."""
+        """Record the work of the stream; afterwards ``captured.graph`` replays it.
+
+        Raises CudaError where a call cannot be recorded; the stream can still be used then.
+        """
         captured = Captured()
         _call("cuStreamBeginCapture", self._raw, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:
@@ -302,7 +310,7 @@ class Stream(_Owned):
 
 
 class Captured:
-    """What a capture gives."""
+    """The result of a capture: its graph, once the capture has ended."""
 
     graph: Graph
 
@@ -318,7 +326,7 @@ class Graph(_Owned):
             _call("cuGraphDestroy", raw)
 
     def launch(self, stream: Stream) -> None:
-        """Run everything that was recorded, in its order."""
+        """Run everything that was recorded, in the same order."""
         _call("cuGraphLaunch", self._executable, stream._raw)
 
     def free(self) -> None:
@@ -334,11 +342,11 @@ class Event(_Owned):
         self.raw: Any = raw
 
     def synchronize(self) -> None:
-        """Wait until the stream gets there."""
+        """Wait until the stream reaches the event."""
         _call("cuEventSynchronize", self.raw)
 
     def elapsed_ms(self, since: Event) -> float:
-        """Milliseconds on the device between two recorded events."""
+        """Milliseconds on the device from the event ``since`` to this one; both are recorded."""
         return float(_call("cuEventElapsedTime", since.raw, self.raw))
 
     def free(self) -> None:
@@ -348,6 +356,7 @@ class Event(_Owned):
 
 
 def _inside(pinned: Pinned, offset: int, size: int) -> None:
+    """Raise ValueError unless ``size`` bytes from ``offset`` on lie inside ``pinned``."""
     if offset < 0 or size < 0 or offset + size > pinned.size:
         block = f"pinned block of {pinned.size} bytes" if pinned.pointer else "pinned block that was freed"
         raise ValueError(f"copy of {size} bytes at {offset} of a {block}")

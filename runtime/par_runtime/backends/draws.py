@@ -129,9 +129,12 @@ def distance_of(
     """How far ``uniform`` lies from ``token`` in the reference's CDF, and how far rounding may move that CDF.
 
     ``reference`` and ``candidate`` are both backends' logits [V] of one position. The distance is None where neither
-    backend's filters keep ``token``. Where rounding moved a code over the edge of top-k or top-p, the probabilities of
-    all other codes jump. So the reference's probabilities are taken twice: over the codes that its own logits keep, and
-    over those that the candidate's logits keep. The one that explains ``token`` better counts.
+    backend's filters keep ``token``.
+
+    If rounding moves a code over the edge of top-k or top-p, the probabilities of all other codes jump. So the
+    reference's probabilities are taken twice: over the codes that its own logits keep, and over those that the
+    candidate's logits keep. The one that explains ``token`` better counts.
+
     Logits that differ by at most h (up to a constant) have CDFs that differ by at most tanh(h/2). The worst case is
     half of the mass up by h, and half of it down.
     """

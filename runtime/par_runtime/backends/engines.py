@@ -1,8 +1,8 @@
 """Engines of a bundle: TensorRT plans in ``engines/<runtime>-<version>-<target>-<precision>/``, and which one fits.
 
 An engine folder holds ``engine.json``, the plans, and what TensorRT-RTX compiled for this GPU (``runtime.cache``,
-written at run time). ``engine.json`` names the bundle that it was built from by hash, so a plan can never serve
-another model; it is sealed like a manifest.
+written at run time). ``engine.json`` holds the hash of the bundle that it was built from, so a plan can never serve
+another model, and its own hash, as a manifest does.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Engine:
         )
 
     def plan_for(self, phase: str) -> tuple[str, Plan]:
-        """Name and plan of the step network that runs ``phase``."""
+        """The plan that runs ``phase``, with its name. Raises EngineError."""
         for name, plan in self.plans.items():
             if phase in plan.phases:
                 return name, plan
@@ -112,7 +112,7 @@ class Engine:
 
 
 def list_engines(bundle: Bundle, verify: FileCheck = "none") -> tuple[list[Engine], list[str]]:
-    """Every readable engine of ``bundle``, and one line for each folder that is not one."""
+    """The engines of ``bundle`` that can be read, and one line of text for each folder that cannot."""
     folder = bundle.path / ENGINES
     engines, bad = [], []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -126,7 +126,7 @@ def list_engines(bundle: Bundle, verify: FileCheck = "none") -> tuple[list[Engin
 
 
 def has_engines(bundle: Bundle) -> bool:
-    """Whether there is an engine folder at all, good or bad."""
+    """Whether the bundle has a folder of engines, usable or not."""
     return (bundle.path / ENGINES).is_dir()
 
 
@@ -150,7 +150,10 @@ def why_unfit(engine: Engine, runtime: str, version: str, capability: tuple[int,
 
 
 def best(engines: list[Engine]) -> Engine:
-    """Of several that fit: one that ``parvis tune`` chose, else the one for the most images, half precision first."""
+    """The engine to take, of several that fit.
+
+    First one that ``parvis tune`` chose, then one in half precision, then the one for the most images.
+    """
     order = {"fp16": 2, "bf16": 1, "fp32": 0}
     return max(engines, key=lambda e: (bool(e.tuned.get("chosen")), order.get(e.precision, 0), e.images[-1]))
 

@@ -1,6 +1,7 @@
-"""Rows against what the device allows: its limits are measured before and after the rows, and the better counts.
+"""The bound of each row: the least time that the limits of the device allow.
 
-Rows are made without a bound, and get it here when both measurements are there.
+The limits are measured before and after the rows, and the better measurement counts. So rows are made without a bound
+and get it here.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def with_bounds(rows: Iterable[Row], infos: Mapping[str, SubjectInfo], limits: M
 
 
 def measure_limits(infos: Sequence[SubjectInfo], setting: Setting, progress: Progress) -> dict[int, Limits]:
-    """What the device allows, by number of threads; :data:`GPU` for the GPU. Raises RequestError, CudaError."""
+    """The limits of the device, by number of threads; :data:`GPU` for the GPU. Raises RequestError, CudaError."""
     out: dict[int, Limits] = {}
     for threads in {info.threads for info in infos if info.threads is not None}:
         progress(f"this machine's limits with {threads} threads")
@@ -67,12 +68,12 @@ def measure_limits(infos: Sequence[SubjectInfo], setting: Setting, progress: Pro
 
 
 def cpu_limits(threads: int, working_bytes: Sequence[int]) -> Limits:
-    """What this CPU allows ``threads`` that read so many bytes again and again. Raises RequestError."""
+    """The limits of this CPU for ``threads`` that read ``working_bytes`` again and again. Raises RequestError."""
     return measure_cpu(threads, array_sizes(working_bytes, machine.describe().cache_bytes, available_bytes()))
 
 
 def device_limits(threads: int, gpu: Gpu | None) -> Limits:
-    """What the GPU allows, or without one this CPU, to models of more than a gigabyte.
+    """The limits of the GPU, or of this CPU without one, for models of more than a gigabyte.
 
     Raises RequestError, CudaError.
     """

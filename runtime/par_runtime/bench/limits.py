@@ -92,8 +92,7 @@ def measure_cpu(threads: int, array_bytes: Sequence[int], timeout_s: float = 120
     largest = reads[-1][0] / 1e6
     how = (
         f"measured: {threads} thread{'s' if threads != 1 else ''} read arrays up to {largest:.0f} MB "
-        "(numpy dot products); "
-        f"fp32 matrices of {MATRIX}x{MATRIX} multiplied by numpy's {measured['blas']}"
+        f"(numpy dot products); fp32 matrices of {MATRIX}x{MATRIX} multiplied by numpy's {measured['blas']}"
     )
     return Limits(reads, measured["matrix_tflop_s"], how)
 

@@ -1,4 +1,4 @@
-"""The machine that a row was measured on, and what disturbed it meanwhile.
+"""The machine that a row was measured on, and what disturbed the measurement.
 
 The values come from the operating system. A value that it does not report (in a container, or on a system other than
 Linux) stays empty and is never guessed. :class:`Watch` compares counters from before and after a measurement. A row
@@ -109,7 +109,7 @@ class Counters:
 
 
 def counters(children: tuple[int, ...] = ()) -> Counters | None:
-    """Now; None where the system does not report them. ``children``: process ids that count as ours too."""
+    """The counters now; None where the system does not report them. ``children``: ids of processes to add."""
     try:
         fields = [int(v) for v in (PROC / "stat").read_text().split("\n", 1)[0].split()[1:]]
     except (OSError, ValueError):
@@ -159,10 +159,10 @@ class Watch:
 
     def flags(self) -> tuple[str, ...]:
         """A flag for each disturbance since construction: "busy: ...", "throttled: ...", "debug: ..."."""
-        found = disturbances(self._before, counters(self._children))
+        flags = disturbances(self._before, counters(self._children))
         if self._gpu is not None:
-            found += [f"throttled: {reason}" for reason in why_slower(self._gpu.index)]
-        return (*found, *(f"debug: {reason}" for reason in debug_reasons()))
+            flags += [f"throttled: {reason}" for reason in why_slower(self._gpu.index)]
+        return (*flags, *(f"debug: {reason}" for reason in debug_reasons()))
 
 
 # -- what the system reports ------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES, Sample, Subjec
 from par_runtime.cost.work import Work, decoder_work, image_work, phase_work
 from par_runtime.tokenizer import CHUNK_PIXELS
 
-#: Is given each step of the work as a line of text.
+#: A function that gets each step of the work as a line of text.
 Progress = Callable[[str], None]
 MakeSample = Callable[[Any], Sample]
 
@@ -154,7 +154,7 @@ def image_ms(sample: Sample, info: SubjectInfo) -> float:
         return sample.image_ms
     total = 0.0
     for phase, times in sample.calls_ms.items():
-        if phase == "copy":  # it lies between any two calls
+        if phase == "copy":  # there is one after each call
             total += sum(times) * info.architecture.calls / model_calls(sample)
         else:
             total += sum(times) * phase_calls(info, phase, len(times)) / len(times)

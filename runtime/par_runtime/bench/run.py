@@ -1,4 +1,4 @@
-"""One command of ``parvis bench``: which subjects it opens, which suite measures them, and the limits around it.
+"""One command of ``parvis bench``: open the subjects, measure the limits of the device, run a suite.
 
 The command line is ``cli/bench.py``; what is printed and written is ``report/output.py``.
 """

@@ -1,4 +1,4 @@
-"""``parvis bench``: how fast a bundle is here, compared with what, and how far from what the hardware allows."""
+"""``parvis bench``: how fast a bundle is on this machine, compared with baselines and with the hardware's limits."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def parser() -> argparse.ArgumentParser:
         prog="parvis bench",
         description="Measure bundles: every phase of an image, throughput, latency under load, or the paper's tables; "
         "against PyTorch, against n = 1 on the same engine, against an earlier run, and against what this device's "
-        "memory and "
-        "arithmetic allow. Subjects run in processes of their own and take turns; every row keeps its raw samples.",
+        "memory and arithmetic allow. Subjects run in processes of their own and take turns; every row keeps its raw "
+        "samples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="suites:\n"
         "  phases   prefill, sequential, transition, group, decoder, copy, the whole image; loading; first preview "
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         "  decoder  the image decoder alone\n"
         "  serve    requests that arrive at random, batched as they wait: latency against load\n"
         "  paper    the rows of the paper's Tables 2 and 3 and of its supplement, within --minutes\n\n"
-        "docs/benchmarks.md tells how to read the numbers.",
+        "docs/benchmarks.md explains the numbers.",
     )
     p.add_argument(
         "bundles",
@@ -130,13 +130,13 @@ def parser() -> argparse.ArgumentParser:
         "--json", type=Path, metavar="FILE", help="JSON lines, a row each; '-' is standard output, and no table then"
     )
     p.add_argument("--csv", type=Path, metavar="FILE", help="the same rows for a spreadsheet")
-    p.add_argument("--html", type=Path, metavar="FILE", help="one page with plots, nothing else needed to show it")
+    p.add_argument("--html", type=Path, metavar="FILE", help="one page with plots, which needs no other file")
     p.add_argument("--compare", type=Path, metavar="OLD.jsonl", help="pair the rows with those of an earlier run")
     p.add_argument(
         "--fail-above",
         type=float,
         metavar="RATIO",
-        help="with --compare: exit code 1 where a row got slower than this for certain",
+        help="with --compare: exit code 1 where a row certainly got slower than this ratio",
     )
     p.add_argument(
         "--no-limits", action="store_true", help="do not measure this device's bandwidth and matrix peak: no bounds"

@@ -111,7 +111,7 @@ def _verb(arguments: list[str]) -> str:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="verbs:\n"
         + "\n".join(f"  {name:16} {verb.does}" for name, verb in VERBS.items())
-        + "\n\n'parvis VERB --help' lists the options of a verb. docs/install.md says which extras they need.",
+        + "\n\n'parvis VERB --help' lists the options of a verb. docs/install.md lists the extras that they need.",
     )
     parser.add_argument("--version", action="version", version=f"parvis {__version__}")
     parser.add_argument("verb", choices=list(VERBS), metavar="VERB", help="what to do, see below")
@@ -133,7 +133,7 @@ def _call(verb: str, arguments: list[str]) -> int:
             raise
         print(
             f"parvis: error: 'parvis {verb}' needs {missing}, which is not installed; pip install 'parvis[{extra}]' "
-            f"(in a clone: pip install '.[{extra}]'); docs/install.md says which to take",
+            f"(in a clone: pip install '.[{extra}]'); docs/install.md lists the extras",
             file=sys.stderr,
         )
         return 2

@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if recipe.tokens.shape != (len(recipe.labels), bundle.n_tokens):
         raise RequestError(
-            f"{args.image}: its 'parvis' entry is damaged: {recipe.tokens.shape[1]} tokens an image, "
-            f"the bundle makes {bundle.n_tokens}"
+            f"{args.image}: its 'parvis' entry is damaged: it has {recipe.tokens.shape[1]} tokens per image, the "
+            f"bundle makes {bundle.n_tokens}; give an undamaged copy"
         )
     if args.out is not None:
         check_writable(args.out)

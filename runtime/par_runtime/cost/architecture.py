@@ -1,4 +1,4 @@
-"""The sizes of a model that decide what a call of it costs: of a bundle, of a checkpoint, or of a published model."""
+"""The sizes of a model that decide what a call costs: of a bundle, a checkpoint, or a published model."""
 
 from __future__ import annotations
 

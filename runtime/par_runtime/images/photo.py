@@ -1,4 +1,4 @@
-"""Photos and other images from outside, made into what the model takes, and the tokens of them that stay."""
+"""Photos and other images as input of the model: opened, fitted to its size, and which of their tokens stay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PNG files that contain all that is needed to make them again.
+"""PNG files with everything that is needed to make them again.
 
 An iTXt chunk "parvis" is JSON: the version of parvis, the name and hash of the bundle, the columns of the sheet, and
 per image label, seed, settings and tokens (base64 of little-endian uint16, or uint32 for codebooks beyond 65,536;

@@ -195,9 +195,9 @@ def test_the_whole_suite_on_small_models(
     small = PARConfig(dim=64, n_layers=2, n_heads=4, vocab_size=256, n_classes=10, grid=(1, 8, 8))
 
     def publish(model: str, sizes: tuple[int, ...], folder: Path, *, precision: str) -> dict[int, Path]:
-        return random_bundle.family(small, sizes, folder, name=model, precision=precision)
+        return random_bundle.write_family(small, sizes, folder, name=model, precision=precision)
 
-    monkeypatch.setattr(random_bundle, "published", publish)
+    monkeypatch.setattr(random_bundle, "write_published", publish)
     monkeypatch.setattr(bounds, "measure_cpu", lambda *_: LIMITS)
     monkeypatch.setattr(paper, "name_of", lambda row: "PAR-L")
     monkeypatch.setattr(

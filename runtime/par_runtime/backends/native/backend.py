@@ -1,9 +1,9 @@
-"""The step network in C (``step.c``): what a CPU runs where weights are large, rows are few, and a compiler was there.
+"""The step network in C (``step.c``), for a CPU with few rows and large weights. It is built where a compiler exists.
 
 ONNX Runtime multiplies a few rows by a large matrix at half to two thirds of the memory bandwidth, and holds fp16 and
 bf16 weights in fp32. This backend packs each matrix once into the order in which it is read, prefetches it, converts it
-to fp32 in registers, and reads only the keys that a row attends to. Same network, same arithmetic (fp32), same noise;
-tokens are those of ``step.onnx`` up to rounding, which the self-test of every load checks. ONNX Runtime decodes images.
+to fp32 in registers, and reads only the keys that a row attends to. Network, arithmetic (fp32) and noise are the same,
+so tokens are those of ``step.onnx`` up to rounding, which the self-test of every load checks. ONNX Runtime decodes.
 
 Where it cannot run (no compiler at installation, an older CPU, sizes that it does not support), ``library.why_not``
 gives the reason, and ``choose.py`` takes ONNX Runtime.
@@ -63,7 +63,7 @@ class NativeBackend:
         self._pool: int | None = lib.parvis_open(self._threads)
         self._rows = 0  # R of _buffers
         self._holds_keys = False
-        # Keys of all layers, then values, each at least R*H*S*D' long. One allocation: numpy asks huge pages for it.
+        # Keys of all layers, then values, each at least R*H*S*D' long. numpy asks for huge pages for one large array.
         self._cache: Float = np.zeros((2 * bundle.model["n_layers"], 0), np.float32)
         self._buffers: dict[int, _StepBuffers] = {}  # by q, for the current number of rows
 
@@ -74,11 +74,11 @@ class NativeBackend:
         return self._guided(batch, ids, write).copy()
 
     def release(self, cache_rows: Int | None = None) -> None:
-        if cache_rows is None:  # of single rows nothing need be known: a row reads only slots that were written for it
+        if cache_rows is None:  # single rows need nothing: a row reads only slots that were written for it
             self._holds_keys = False
 
     def _reserve(self, batch: Batch) -> None:
-        """Make sure of a cache for the rows of ``batch``; keys that are still needed stay."""
+        """Allocate a cache for the rows of ``batch``, if needed; keys that are still needed stay."""
         m = self.bundle.model
         length = batch.cache_rows * m["n_heads"] * self._slots * m["head_dim_padded"]
         if batch.rows != self._rows:
@@ -111,8 +111,10 @@ class NativeBackend:
             self.close()
 
     def _guided(self, batch: Batch, ids: Int, write: Int) -> Float:
-        """Logits [B,q,V] of one call, with guidance; a view of a buffer that the next call of the same q overwrites."""
-        if write.min() < 0 or write.max() + ids.shape[1] > self.bundle.n_tokens:  # C would write beyond the cache
+        """Guided logits [B,q,V] of one call; a view of a buffer that the next call of the same q overwrites."""
+        if (
+            write.min() < 0 or write.max() + ids.shape[1] > self.bundle.n_tokens
+        ):  # otherwise the C code writes beyond the cache
             raise ValueError(f"positions {write} + {ids.shape[1]}; expected to lie in 0..{self.bundle.n_tokens}")
         self._reserve(batch)
         rows = self._run(ids, write, batch.cache_row)

@@ -19,7 +19,7 @@ Pointers = ctypes.POINTER(ctypes.c_void_p)
 
 
 class Model(ctypes.Structure):
-    """``Model`` of step.c: sizes and weights. Shapes stand there."""
+    """``Model`` of step.c: sizes and weights. step.c has the shapes."""
 
     _fields_ = (
         ("dim", ctypes.c_int64),
@@ -45,7 +45,7 @@ class Model(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """``Step`` of step.c: the buffers of one call. Shapes stand there."""
+    """``Step`` of step.c: the buffers of one call. step.c has the shapes."""
 
     _fields_ = (
         ("model", ctypes.POINTER(Model)),
@@ -115,6 +115,7 @@ def open_library(file: Path | None) -> ctypes.CDLL:
 
 @cache
 def _opened(file: Path | None) -> ctypes.CDLL | KernelError:
+    """:func:`open_library`, with its error as a result, so that both are kept."""
     try:
         return open_library(file)
     except KernelError as error:
@@ -128,14 +129,14 @@ def library() -> ctypes.CDLL | None:
 
 
 def why_not(bundle: Bundle) -> str | None:
-    """Why ``bundle`` cannot run on the C kernels here, or None where it can."""
+    """Why ``bundle`` cannot run on the C kernels on this machine, or None where it can."""
     lib = _opened(library_file())
     if isinstance(lib, KernelError):
         return str(lib)
     m, panel = bundle.model, lib.parvis_panel()
     inner = m["n_heads"] * m["head_dim_padded"]
     if any(size % panel for size in (m["dim"], inner, m["ffn_dim"], bundle.vocab_size)):
-        return f"a width of the model is no multiple of {panel}"
+        return f"a width of the model is not a multiple of {panel}"
     if not bundle.weights or bundle.weights["output"].dtype not in WEIGHT_DTYPES:
         return "the manifest has no table of weights in fp32, fp16 or bf16; export the bundle again"
     return None

@@ -1,9 +1,9 @@
 """ONNX Runtime on the CPU: one session for every phase, static buffers bound once, the cache updated in place.
 
 The cache window grows in buckets: a call attends over the whole window, so early calls should not pay for the
-full length. One allocation per layer and side holds the full length; a window is its beginning under another shape, and
-growing moves the heads apart in place. The allocations are kept, so their pages stay touched (first-touch page faults
-cost more than the attention they serve).
+full length. There is one allocation of the full length for the keys and one for the values of each layer. A window is
+the beginning of it, in another shape; when the window grows, the heads are moved in place. The allocations are kept,
+because the page faults of new memory cost more than the attention over it.
 
 Letters: R' rows that are run (those of the batch, where its cache rows are the first ones), B images, q positions of
 one call, S slots of the window, N tokens, H heads, D' padded head size.
@@ -34,8 +34,8 @@ from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError
 
-MOST_IMAGES = 4096  #: beyond, caches are tens of gigabytes for the smallest of models
-TIE = 1e-4  #: kernels of other CPUs round differently; the export's own measured errors are 50 times smaller
+MOST_IMAGES = 4096  #: the caches of more images take tens of gigabytes even for the smallest model
+TIE = 1e-4  #: other CPUs have kernels that round differently; the errors measured at export are 50 times smaller
 BUCKETS = 8  #: cache windows are multiples of N/8, measured best on 2 cores (docs/design.md)
 
 
@@ -61,11 +61,11 @@ class OrtBackend:
         self.max_images = MOST_IMAGES
         self.tie = TIE
         options = session_options(threads)
-        # Calls follow each other at once: worker threads that spin between operators are worth their heat.
+        # Worker threads spin between operators, because the next call follows at once.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         self._options = options
         self._step = self._session(graph or ("step" if version() >= OPSET24_SINCE else "step_opset23"))
-        use_huge_pages()  # every call reads all of what the session holds
+        use_huge_pages()  # every call reads all weights of the session
         self._decoder: ort.InferenceSession | None = None
         if bundle.cache.dtype != "float32":
             raise BundleError(
@@ -92,7 +92,7 @@ class OrtBackend:
         out = np.empty((batch.images, ids.shape[1], self.bundle.vocab_size), np.float32)
         _bind(bound.binding, "logits", out, output=True)
         _run(self._step, bound.binding)
-        self._bound.clear()  # the binding now writes logits that nobody owns
+        self._bound.clear()  # the bindings must not write into `out` again: it is the caller's
         return out
 
     def release(self, cache_rows: Int | None = None) -> None:
@@ -110,7 +110,7 @@ class OrtBackend:
         self._keys.release()
 
     def _prepare(self, batch: Batch, ids: Int, write: Int) -> _Bound:
-        """The bound buffers of this call, filled with its inputs but for the draws."""
+        """The bound buffers of this call, filled with all inputs except the noise."""
         query, run = ids.shape[1], batch.cache_rows
         self._reserve(run)
         held = self._keys.count
@@ -131,7 +131,7 @@ class OrtBackend:
         return bound
 
     def _reserve(self, rows: int) -> None:
-        """Caches of at least so many rows; the keys that are still needed stay."""
+        """Allocate caches of at least ``rows`` rows, if needed; the keys that are still needed stay."""
         layout = self.bundle.cache
         length = rows * layout.heads * self.bundle.n_tokens * layout.head_dim
         if self._caches and self._caches[0].size >= length:
@@ -139,7 +139,7 @@ class OrtBackend:
         self._bound.clear()
         kept = self._keys.count * layout.heads * self._slots * layout.head_dim
         if not kept:
-            self._caches.clear()  # before allocating, so that the old and the new are never held together
+            self._caches.clear()  # before allocating, so that memory never holds both
         # full(), not zeros(): it writes every page now instead of faulting inside the first calls.
         for i in range(len(layout.inputs)):
             new = np.full(length, 0, np.float32)
@@ -150,7 +150,7 @@ class OrtBackend:
                 self._caches.append(new)
 
     def _grow(self, slots: int, rows: int) -> None:
-        """A window of at least ``slots``; the first ``rows`` rows keep their keys. Without any it may shrink."""
+        """Make the window at least ``slots`` long. The first ``rows`` rows keep their keys; for 0 it may shrink."""
         head_dim, heads = self.bundle.cache.head_dim, self.bundle.cache.heads
         if slots > self._slots and rows:
             for flat in self._caches:
@@ -166,10 +166,11 @@ class OrtBackend:
 
 
 def spread(flat: Float, count: int, old: int, new: int) -> None:
-    """Move ``count`` pieces of length ``old``, which lie end to end in ``flat``, to starts ``new`` >= ``old`` apart.
+    """Move ``count`` pieces of length ``old``, which lie end to end in ``flat``, so that each starts ``new`` >= ``old``
+    numbers after the one before it.
 
     In place, from the end, in runs whose target lies beyond their source, so that nothing unread is overwritten.
-    What lies between the pieces afterwards is old content.
+    Between the pieces, old content remains.
     """
     source, target = flat[: count * old].reshape(count, old), flat[: count * new].reshape(count, new)
     end = count
@@ -213,7 +214,7 @@ class _Bound:
             _bind(self.binding, present, buffer, output=True)
 
     def set_batch(self, batch: Batch) -> None:
-        """Take over the settings of ``batch``, if they are not there already."""
+        """Copy the settings of ``batch`` into the buffers, unless they are there already."""
         if batch is not self._batch:
             self._batch = batch
             for name, values in batch.per_image().items():

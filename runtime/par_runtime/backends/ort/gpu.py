@@ -1,7 +1,7 @@
 """ONNX Runtime on a CUDA GPU: the same graphs as on a CPU, every buffer on the device and bound once.
 
 For machines with CUDA but no TensorRT. Calls are launched one by one by ONNX Runtime, in fp32, so this is the simple
-way to a GPU, not the fast one. Inputs of a call are copied into their device buffers, tokens come back after it.
+way to a GPU, not the fast one. The inputs of a call are copied to the device, and its tokens are copied back.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ except ModuleNotFoundError as error:
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 #: The first release whose CUDA provider takes all of ``step.onnx``: 1.25 and 1.26 leave Transpose, Reshape, Cast and
-#: ReduceMax of opset 24 on the CPU (and Attention of opset 23 in 1.24). How this was found: docs/install.md.
+#: ReduceMax of opset 24 on the CPU (and Attention of opset 23 in 1.24). docs/install.md describes how to see that.
 CUDA_SINCE = (1, 27)
-#: What ONNX Runtime leaves on the CPU on purpose: arithmetic on shapes, which are there already. Any other operator on
-#: the CPU would copy activations, or the cache, back and forth in every call.
+#: The operators that ONNX Runtime leaves on the CPU on purpose: they compute shapes, which are on the CPU already. Any
+#: other operator on the CPU would copy activations, or the cache, back and forth in every call.
 SHAPES = ("Concat", "Gather", "Shape", "Size", "Slice", "Squeeze", "Unsqueeze")
 ASSIGNMENT = "session.record_ep_graph_assignment_info"
 
@@ -84,10 +84,10 @@ class OrtCudaBackend:
             cache_bytes=4.0,
         )
         self.max_images = MOST_IMAGES
-        self.tie = 10 * TIE  # other orders of summation, and kernels that nobody here has measured
+        self.tie = 10 * TIE  # sums in another order, and kernels that were not measured
         self._options = ort.SessionOptions()
         self._options.intra_op_num_threads = threads or available_cores()
-        self._options.log_severity_level = 4  # what fails is raised; it warns of every shape that it leaves on the CPU
+        self._options.log_severity_level = 4  # failures are raised; its warnings list every shape operator on the CPU
         self._options.add_session_config_entry(ASSIGNMENT, "1")
         self._step = self._session("step")
         self._decoder: ort.InferenceSession | None = None
@@ -108,7 +108,7 @@ class OrtCudaBackend:
         out = self._value(np.zeros((*uniform.shape, self.bundle.vocab_size), np.float32))
         bound.binding.bind_ortvalue_output("logits", out)
         _run(self._step, bound.binding)
-        self._bound.clear()  # the binding now writes logits that nobody owns
+        self._bound.clear()  # this binding writes logits, which later calls do not need
         logits: Float = out.numpy().copy()  # a view of memory that goes with `out`
         return logits
 
@@ -145,28 +145,25 @@ class OrtCudaBackend:
                 raise MemoryError(reason) from error
             if reason.startswith(("Invalid device ID", "CUDA failure")):
                 raise RequestError(
-                    f"device 'cuda-ort:{self._index}' cannot be used: {reason}; what does nvidia-smi say?"
+                    f"device 'cuda-ort:{self._index}' cannot be used: {reason}; give one that nvidia-smi lists"
                 ) from error
             raise BundleError(f"{path}: onnxruntime {ort.__version__} cannot load it ({reason})") from error
         if session.get_providers()[0] != self._provider:
             raise BundleError(
                 f"{path}: ONNX Runtime fell back to {session.get_providers()[0]}: {why_not_cuda()}. onnxruntime-gpu "
-                f"{ort.__version__} "
-                f"needs a GPU with its driver, CUDA {getattr(ort, 'cuda_version', '') or '13'} and cuDNN 9: "
-                "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                f"{ort.__version__} needs a GPU with its driver, CUDA {getattr(ort, 'cuda_version', '') or '13'} and "
+                "cuDNN 9: pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
         misplaced = not_on_provider(session, self._provider)
         if misplaced and name == "step":
             raise BundleError(
                 f"{path}: onnxruntime {ort.__version__} runs {', '.join(misplaced)} on the CPU, which would copy in "
-                "every call: "
-                "install a newer onnxruntime-gpu, or use device 'cuda' (TensorRT) or 'cpu'"
+                "every call: install a newer onnxruntime-gpu, or use device 'cuda' (TensorRT) or 'cpu'"
             )
-        if misplaced:  # once per batch, so it is slower and no more
+        if misplaced:  # decoding runs once per batch, so it is only slower
             warnings.warn(
                 f"{path}: onnxruntime {ort.__version__} runs {', '.join(misplaced)} on the CPU; decoding copies the "
-                "image's "
-                "activations back and forth",
+                "image's activations back and forth",
                 stacklevel=2,
             )
         return session
@@ -194,14 +191,14 @@ class OrtCudaBackend:
         return bound
 
     def _reserve(self, rows: int, images: int) -> None:
-        """Caches of just so many rows; the keys that are still needed stay."""
+        """Caches of exactly ``rows`` rows; the keys that are still needed stay."""
         if (rows, images) == self._shape:
             return
         layout, held = self.bundle.cache, self._keys.count
         self._bound.clear()
         if rows != self._shape[0]:
             if not held:
-                self._caches.clear()  # before allocating, so that the old and the new are never held together
+                self._caches.clear()  # before allocating, so that memory never holds both
             for i in range(len(layout.inputs)):
                 # Zeros: what is masked must be finite. Keys of an earlier batch are, and are masked until written.
                 new = np.zeros((rows, layout.heads, self.bundle.n_tokens, layout.head_dim), np.float32)
@@ -246,7 +243,7 @@ class _Bound:
             self.binding.bind_ortvalue_output(present, cache)
 
     def set_batch(self, batch: Batch) -> None:
-        """Take over the settings of ``batch``, if they are not there already."""
+        """Copy the settings of ``batch`` to the device, unless they are there already."""
         if batch is not self._batch:
             self._batch = batch
             for name, values in batch.per_image().items():
@@ -258,7 +255,7 @@ class _Bound:
 
 
 def not_on_provider(session: ort.InferenceSession, provider: str) -> list[str]:
-    """The operators of a session that another provider than ``provider`` runs, but for arithmetic on shapes."""
+    """The operators of a session that another provider than ``provider`` runs, except those of :data:`SHAPES`."""
     return sorted(
         {
             node.op_type
@@ -271,7 +268,7 @@ def not_on_provider(session: ort.InferenceSession, provider: str) -> list[str]:
 
 
 def why_not_cuda() -> str:
-    """What the dynamic loader says of ONNX Runtime's CUDA provider; ONNX Runtime itself only logs it."""
+    """Why ONNX Runtime's CUDA provider cannot be loaded: the dynamic loader's error. ONNX Runtime only logs it."""
     folder = Path(ort.__file__).parent / "capi"
     try:
         for name in ("shared", "cuda"):
@@ -283,10 +280,10 @@ def why_not_cuda() -> str:
 
 @contextlib.contextmanager
 def _quiet(provider: str) -> Iterator[None]:
-    """Find CUDA's libraries in site-packages, as pip installs them, and keep the log to what the caller will raise.
+    """Load CUDA's libraries from site-packages, where pip installs them; and silence the log: failures are raised.
 
-    The provider is not linked to look there: without ``preload_dlls`` the wheels of ``onnxruntime-gpu[cuda,cudnn]`` are
-    found only if torch was imported before.
+    The provider itself does not look there: without ``preload_dlls`` it loads the wheels of
+    ``onnxruntime-gpu[cuda,cudnn]`` only if torch was imported before.
     """
     if provider != CUDA:
         yield
@@ -309,7 +306,7 @@ def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
 
 
 def _as_ours(error: Exception) -> Exception:
-    """A failure on the GPU as the error that every caller of a backend knows."""
+    """A failure on the GPU as MemoryError or CudaError, which callers of a backend handle."""
     reason = _reason(error)
     if isinstance(explained(error), MemoryError):
         return MemoryError(reason)

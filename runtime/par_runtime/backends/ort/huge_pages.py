@@ -1,12 +1,11 @@
-"""Weights on huge pages: what reads a gigabyte per call should not also look up a quarter of a million page addresses.
+"""Weights on huge pages, so that a call that reads a gigabyte does not translate a quarter of a million page addresses.
 
 A CPU step is bound by reading weights. In pages of 4 KB a core spends a good part of that time on translating
 addresses, above all in a virtual machine, where each translation is two; in pages of 2 MB it does not. Linux gives
-huge pages to a program that asks for them (numpy asks, ONNX Runtime does not), so after a session is made its memory
-is asked for here:
-``MADV_COLLAPSE`` (Linux 6.1) moves what lies in small pages into huge ones, at about a second per 2 GB, without taking
-more memory. It is advice: where the system does not follow it (another system, an older kernel, fragmented memory), all
-is as it was.
+huge pages to a program that asks for them. numpy asks, ONNX Runtime does not, so this module asks after a session is
+made: ``MADV_COLLAPSE`` (Linux 6.1) moves the content of small pages into huge ones, at about a second per 2 GB, without
+taking more memory. It is only advice: on another system, with an older kernel or with fragmented memory, nothing
+changes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 
 HUGE_BYTES = 2**21
 SMALLEST_BYTES = 2 * HUGE_BYTES  #: smaller mappings are not worth a system call
-PIECE_BYTES = 2**26  #: moved at a time, so that one piece that finds no room spoils no other
+PIECE_BYTES = 2**26  #: moved at a time; if there is no huge page for one piece, the others are still moved
 MADV_COLLAPSE = 25  #: Linux 6.1; Python has no name for it
 #: A private mapping of plain memory: readable, writable, of no file.
 PLAIN = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p 00000000 00:00 0\s*(?:\[heap\])?(?:\[anon:.*\])?$")

@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime on a CPU, and its errors as Python's: for the step, the decoder and the encoder."""
+"""Sessions of ONNX Runtime on a CPU, and its errors as errors of Python. For the step, the decoder and the encoder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def version() -> tuple[int, ...]:
 
 
 def session_options(threads: int | None) -> ort.SessionOptions:
-    """For ``threads`` of the CPU, default all cores this process may use."""
+    """Options of a session with ``threads`` of the CPU; default: all cores that this process may use."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = 2
@@ -58,7 +58,7 @@ def weight_bytes(bundle: Bundle) -> float:
 def run_decoder(
     session: ort.InferenceSession, tokens: Int, explain: Callable[[Exception], Exception]
 ) -> NDArray[np.uint8]:
-    """Images [B,H,W,3] of ``tokens`` [B,N]; what ONNX Runtime raises goes through ``explain``."""
+    """Images [B,H,W,3] of ``tokens`` [B,N]. ``explain`` turns an error of ONNX Runtime into the one that is raised."""
     try:
         images: NDArray[np.uint8] = session.run(["images"], {"tokens": np.ascontiguousarray(tokens)})[0]
     except Exception as error:
@@ -67,6 +67,6 @@ def run_decoder(
 
 
 def explained(error: Exception) -> Exception:
-    """ONNX Runtime's own error types as Python's, where a caller can do something about them."""
+    """``error`` of ONNX Runtime as MemoryError where memory is missing; else as it is."""
     text = str(error)
     return MemoryError(text) if any(words in text for words in NO_MEMORY) else error

@@ -2,9 +2,9 @@
 
 All memory is bound once per batch size: caches that are input and output, the tables of ``tables.py``, one
 block of scratch memory that every execution context shares. An image is then: one upload, the list of launches
-(each reading its own row of the tables and the previous launch's tokens), the decoder, one copy back. That list is
-captured once per batch size and replayed; where capture of the whole is refused each launch is captured alone, and
-``capture="none"`` enqueues everything as it is.
+(each reads its own row of the tables and the previous launch's tokens), the decoder, one copy back. That list is
+captured once per batch size and replayed. If the driver refuses to capture it as a whole, each launch is captured
+alone; ``capture="none"`` captures nothing.
 
 Letters: B images and R = 2B rows of a profile, q positions of one call, N tokens, V codes.
 """
@@ -52,7 +52,7 @@ class TrtBackend:
         )
         self.tie = LOGIT_ROUNDING[engine.precision]
         self.max_images = engine.images[-1]
-        self.capturing: Capture = capture  #: what is in use: the next best where the driver refuses
+        self.capturing: Capture = capture  #: the mode in use; another than ``capture`` if the driver refused that
         device.activate()
         self._log = make_log(trt)
         self._runtime = trt.module.Runtime(self._log)
@@ -61,7 +61,7 @@ class TrtBackend:
             name: LoadedPlan(bundle, engine, name, plan, trt, self._runtime, self._log) for name, plan in plans.items()
         }
         self._launches = image_launches(bundle, engine)
-        self._single = len(self._launches)  # the tables' row of a call on its own
+        self._single = len(self._launches)  # the tables' row of a single call
         self.stream = device.stream()
         self._graphs: OrderedDict[tuple[int, bool], list[cuda.Graph]] = OrderedDict()
         self._keys = CacheRows(bundle.n_tokens)
@@ -97,7 +97,7 @@ class TrtBackend:
             sequence[: len(tokens)] = tokens
             sequence[len(tokens) :] = tokens[:1]
             self.stream.upload(at.sequence.pointer, staging, staging.size)
-            self.stream.synchronize()  # before the staging memory goes
+            self.stream.synchronize()  # before the staging memory is freed
         self._enqueue_decoder(at)
         assert at.pixels is not None
         pixels = self._fetch(at.pixels.pointer, at.pixels.size).reshape(at.images, *self._image, 3)
@@ -139,9 +139,9 @@ class TrtBackend:
         return self._parts(at, decode)
 
     def _prepare(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> tuple[Buffers, bool]:
-        """Bound memory with the tables of ``batch`` in staging, warm; and whether images are decoded."""
+        """Bound and warmed-up memory, with the tables of ``batch`` in staging; and whether images are decoded."""
         self.device.activate()
-        self._keys.release()  # every launch writes into all rows
+        self._keys.release()  # every launch overwrites all rows
         at = self._memory.buffers(batch)
         at.tables.fill_batch(at.staging.array, batch)
         at.tables.fill_image(at.staging.array, batch, class_ids, noise)
@@ -255,7 +255,7 @@ class TrtBackend:
     # -- single calls ---------------------------------------------------------------------------------------------
 
     def _enqueue_single(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> tuple[Buffers, Launch]:
-        """One call on its own, through the tables' last row, on any plan of its q positions."""
+        """Enqueue one single call: it uses the last row of the tables, and a plan that serves q positions."""
         self.device.activate()
         at = self._memory.buffers(batch)
         here = [launch for launch in self._launches if launch.call.query == ids.shape[1]]
@@ -268,7 +268,7 @@ class TrtBackend:
         return at, launch
 
     def _fetch(self, pointer: int, size: int) -> NDArray[np.uint8]:
-        """A copy of ``size`` bytes of the device, waited for."""
+        """A copy of ``size`` bytes of the device; it waits for the stream."""
         with self.device.pinned(size) as pinned:
             self.stream.download(pinned, pointer, size)
             self.stream.synchronize()
@@ -276,7 +276,7 @@ class TrtBackend:
             return got
 
     def _warm(self, at: Buffers) -> None:
-        """One launch of every context outside capture: TensorRT finishes its own set-up in the first."""
+        """Launch every context once outside of capture, because TensorRT finishes its set-up in the first launch."""
         if at.warm:
             return
         self._upload(at)
@@ -294,7 +294,7 @@ class TrtBackend:
         at.warm = True
 
     def _drop_graphs(self) -> None:
-        """Captured graphs hold addresses: they go before what they point to."""
+        """Free the captured graphs. They hold addresses, so this happens before the memory there is freed."""
         for graphs in self._graphs.values():
             for graph in graphs:
                 graph.free()

@@ -21,7 +21,7 @@ from par_runtime.errors import EngineError, OutOfMemory
 
 @dataclass
 class Buffers:
-    """Everything bound for one batch size. Freed as a whole when a larger one needs the memory."""
+    """The memory that is bound for one batch size. It is freed as a whole when a larger one needs the memory."""
 
     index: int
     images: int
@@ -38,7 +38,7 @@ class Buffers:
 
 
 class Memory:
-    """Allocations for the plans of one engine. ``moved`` is called before anything that is bound goes away."""
+    """Allocations for the plans of one engine. ``moved`` is called before memory that is bound is freed."""
 
     def __init__(
         self,
@@ -132,14 +132,14 @@ class Memory:
             self._scratch.free()
             self._scratch = None
         if rows > self._cache_rows:
-            if not held:  # freed before anything is allocated, so that the old and the new are never held together
+            if not held:  # freed before anything is allocated, so that memory never holds both
                 self._free_caches()
             for name in self.bundle.cache.inputs:
                 new = self.device.allocate(row_bytes * rows, f"cache {name}")
-                # What is masked is multiplied by zero, so it must be finite; once, for later images overwrite it.
+                # Masked values are multiplied by zero, so they must be finite. Zeros once: later images overwrite them.
                 new.zero(self._stream)
                 old = self.caches.pop(name, None)
-                if old is not None:  # keys that are still needed move along, one tensor at a time
+                if old is not None:  # keys that are still needed are copied, one tensor at a time
                     self._stream.copy(new.pointer, old.pointer, row_bytes * held)
                     self._stream.synchronize()
                     old.free()
@@ -154,17 +154,21 @@ class Memory:
         return cache.heads * self.bundle.n_tokens * cache.head_dim * plan.element_bytes(cache.inputs[0])
 
     def _explained(self, error: OutOfMemory, images: int) -> MemoryError:
-        """How many images would fit, from what one row takes and what is free."""
+        """``error`` with the number of images that would fit. All memory is freed first."""
         self.free()
         free = self.device.free_bytes()
         fits = [size for i, size in enumerate(self.engine.images) if self._needs(i) < free]
-        fit = f"{fits[-1]} would fit: give max_batch={fits[-1]} (--batch {fits[-1]})" if fits else "not even one fits"
+        fit = (
+            f"{fits[-1]} would fit: give max_batch={fits[-1]} (--batch {fits[-1]})"
+            if fits
+            else "not even one fits: free GPU memory, or use another device"
+        )
         return MemoryError(
             f"{images} images do not fit on {self.device.name} ({free / 1e6:.0f} MB free); {fit}. {error}"
         )
 
     def _needs(self, index: int) -> int:
-        """Bytes that a batch of this profile takes in all."""
+        """All bytes that a batch of this profile takes."""
         images, cache = self.engine.images[index], self.bundle.cache
         tables = Tables(self._launches, images)
         own = tables.size + tables.token_pitch * (len(self._launches) + 1) + self._logits_bytes(tables)

@@ -1,7 +1,8 @@
-"""One plan loaded: checked against the bundle, with its execution contexts on memory that is ours.
+"""A loaded plan: checked against the bundle, with its execution contexts on memory that this package allocates.
 
-What a plan must be is written down once, in ``expected``; a plan that differs is refused here, not at the first
-launch. Contexts are made per profile and share one block of scratch memory: they run one after the other.
+``expected`` describes the tensors that a plan must have; a plan that differs is refused when it is loaded, not at the
+first launch. There is one context per profile. They share one block of scratch memory, because they run one after the
+other.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from par_runtime.errors import EngineError
 
 RUNTIME_CACHE = "runtime.cache"  #: kernels that TensorRT-RTX compiled for this GPU
 
-_BYTES = {"INT64": 8, "INT32": 4, "FLOAT": 4, "HALF": 2, "BF16": 2, "UINT8": 1}  #: of one number, by TensorRT's name
+_BYTES = {
+    "INT64": 8,
+    "INT32": 4,
+    "FLOAT": 4,
+    "HALF": 2,
+    "BF16": 2,
+    "UINT8": 1,
+}  #: of one number, by TensorRT's name of its dtype
 
 
 class LoadedPlan:
@@ -27,7 +35,7 @@ class LoadedPlan:
     ) -> None:
         self.name, self.plan, self.engine, self._trt, self._log = name, plan, engine, trt, log
         path = engine.path / plan.file
-        with path.open("rb") as file:  # mapped: gigabytes need not be in memory twice
+        with path.open("rb") as file:  # mapped, so that gigabytes are not in memory twice
             self._tensorrt = runtime.deserialize_cuda_engine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         if self._tensorrt is None:
             raise EngineError(
@@ -43,7 +51,7 @@ class LoadedPlan:
             self._config = self._tensorrt.create_runtime_config()
             self._config.set_execution_context_allocation_strategy(strategy)
             kinds = getattr(trt.module, "DynamicShapesKernelSpecializationStrategy", None)
-            if kinds is not None:  # lazily, a capture could freeze the general kernels that run until then
+            if kinds is not None:  # otherwise a capture could keep the general kernels, which run until others are made
                 self._config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
             self._rtx_cache = self._config.create_runtime_cache()
             stored = engine.path / f"{name}.{RUNTIME_CACHE}"
@@ -57,6 +65,7 @@ class LoadedPlan:
         return int(self._tensorrt.get_device_memory_size_for_profile_v2(profile))
 
     def element_bytes(self, tensor: str) -> int:
+        """Bytes of one number of ``tensor``."""
         return _BYTES[str(self._tensorrt.get_tensor_dtype(tensor)).rpartition(".")[2]]
 
     def profile_shape(self, tensor: str, profile: int) -> tuple[int, ...]:
@@ -98,6 +107,7 @@ class LoadedPlan:
             part.unlink(missing_ok=True)
 
     def close(self) -> None:
+        """Free the plan and its contexts."""
         self._contexts.clear()
         self._tensorrt = None
 
@@ -105,7 +115,7 @@ class LoadedPlan:
         return bool(self._tensorrt.get_tensor_mode(tensor) == self._trt.module.TensorIOMode.INPUT)
 
     def _check(self, bundle: Bundle) -> None:
-        """Refuse a plan whose tensors, profiles or aliases are not what the bundle and ``engine.json`` say."""
+        """Raise EngineError where tensors, profiles or aliases are not those of the bundle and ``engine.json``."""
         entry, path = self.engine, self.engine.path / self.plan.file
         again = f"rebuild with: {entry.rebuild}"
         wanted = expected(bundle, self.plan)
@@ -160,7 +170,7 @@ def expected(bundle: Bundle, plan: Plan) -> dict[str, tuple[Any, ...]]:
 
 
 def make_log(trt: TensorRT) -> Any:
-    """A logger that keeps the last error, to be quoted in ours."""
+    """A TensorRT logger that keeps the last error, for the messages of this package."""
 
     class Log(trt.module.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -172,7 +182,7 @@ def make_log(trt: TensorRT) -> Any:
                 self._last = message
 
         def last_error(self) -> str:
-            """The last error that TensorRT logged, once."""
+            """The last error that TensorRT logged; each is returned once."""
             last, self._last = self._last, ""
             return " ".join(last.split())[:400] or "it gave no reason"
 

@@ -1,8 +1,8 @@
-"""What a whole image needs on the device, laid out once: every call's inputs at fixed places of one block.
+"""The inputs of all calls of an image, at fixed places of one block of device memory.
 
-A CUDA graph replays launches with the addresses they were captured with. So each call reads its own row of tables
-that are uploaded in one copy, and the tokens of a call lie where the next call reads its ids: nothing in the loop
-waits for the host, and nothing in it depends on data.
+A CUDA graph replays launches with the addresses that they were captured with. So each call reads its own row of tables,
+which are uploaded in one copy, and the next call reads its ids where this call writes its tokens. Nothing in the loop
+waits for the host.
 
 Letters: B images and R = 2B rows of the engine's profile (a batch may fill less), q positions, N tokens.
 """
@@ -26,7 +26,7 @@ ALIGN = 256  #: TensorRT wants tensor addresses that are multiples of this
 
 @dataclass(frozen=True)
 class Field:
-    """One array of the block: where it lies and what it is."""
+    """One array of the block: its offset in bytes, dtype and shape."""
 
     offset: int
     dtype: np.dtype[np.generic]
@@ -43,10 +43,11 @@ class Field:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a plan for one call: ``query`` positions, of which the call's are real and the rest is padding.
+    """One launch of a plan for one call: ``query`` positions, first those of the call, then padding.
 
-    ``fed`` slots from ``first_fed`` on take the last tokens sampled. Where these are all that matters, the launch reads
-    the previous launch's tokens in place (``chained``); else they are copied into its row of the ids table.
+    ``fed`` slots from ``first_fed`` on take the last tokens that were sampled. If these are all inputs of the call,
+    the launch reads the previous launch's tokens in place (``chained``); else they are copied into its row of the ids
+    table.
     """
 
     call: Call
@@ -71,7 +72,7 @@ def image_launches(bundle: Bundle, engine: Engine) -> list[Launch]:
 
 
 class Tables:
-    """The layout of the block for ``images`` B: per-launch rows first, then what holds for the whole image."""
+    """The layout of the block for ``images`` B: first a row for each launch, then what is the same in all launches."""
 
     def __init__(self, launches: list[Launch], images: int) -> None:
         self.launches, self.images, self.rows = launches, images, 2 * images
@@ -89,7 +90,7 @@ class Tables:
             row[name] = Field(offset, np.dtype(dtype), shape)
             offset = aligned(offset + row[name].size)
         self.row, self.pitch = row, offset
-        offset = self.pitch * (len(launches) + 1)  # one row more: a call on its own (selftest, previews, logits)
+        offset = self.pitch * (len(launches) + 1)  # one row more, for single calls (self-test, previews, logits)
         self.whole: dict[str, Field] = {}
         for name, dtype in (
             ("image", np.int64),
@@ -106,11 +107,11 @@ class Tables:
         self.token_pitch = aligned(r * q * 8)  # bytes of one launch's tokens [R,q] int64
 
     def at(self, name: str, launch: int) -> int:
-        """Offset of ``name`` for the launch of that index (``len(launches)``: the call on its own)."""
+        """Offset of ``name`` for the launch of that index; ``len(launches)`` is the row of single calls."""
         return self.whole[name].offset if name in self.whole else self.row[name].offset + launch * self.pitch
 
     def fill_batch(self, block: NDArray[np.uint8], batch: Batch) -> None:
-        """Write what holds for the whole image. Unused images repeat the first one's settings, on rows of their own."""
+        """Write what is the same in all launches. Unused images take the first one's settings and free cache rows."""
         unused = np.arange(batch.images, self.images)
         free = np.setdiff1d(np.arange(self.rows), batch.cache_row)[: len(unused)]
         image = np.zeros(self.rows, np.int64)
@@ -125,7 +126,7 @@ class Tables:
                 field.of(block)[...] = np.concatenate([values[name], padding])
 
     def fill_launch(self, block: NDArray[np.uint8], index: int, launch: Launch) -> None:
-        """Write what never changes of a launch into row ``index``: its place, what it sees, its learnable tokens."""
+        """Write into row ``index`` what is the same for all images: positions, visible length, learnable tokens."""
         call, row = launch.call, self._row(block, index, launch.query)
         row["ids"][...] = 0
         for slot, entry in enumerate(call.phase.inputs):
@@ -137,7 +138,7 @@ class Tables:
     def fill_single(
         self, block: NDArray[np.uint8], index: int, query: int, batch: Batch, ids: Int, write: Int, uniform: Float
     ) -> None:
-        """Write a call on its own into row ``index``, for a plan of ``query`` positions.
+        """Write a single call into row ``index``, for a plan of ``query`` positions.
 
         ``ids`` [R,q'] and ``write`` [R] of all rows of the profile, ``uniform`` [B',q'] of the batch's images.
         """
@@ -149,7 +150,7 @@ class Tables:
         self._place(row, write, real)
 
     def _place(self, row: dict[str, NDArray[Any]], write: Int, real: int) -> None:
-        """Where each row stands: ``write`` [R], ``real`` positions; padding is written behind, and never seen."""
+        """Write where each row stands: ``write`` [R], ``real`` positions. Padding follows them and is masked."""
         row["write"][...] = write
         row["length"][...] = write + real
         row["positions"][...] = write[:, None] + np.arange(row["positions"].shape[1])
@@ -158,8 +159,10 @@ class Tables:
         return {name: self.view(block, name, index, query) for name in self.row}
 
     def fill_image(self, block: NDArray[np.uint8], batch: Batch, class_ids: Int, noise: Float) -> None:
-        """Write what an image differs in: ``class_ids`` [R'] and ``noise`` [B',N]. A phase at a time: this is on the
-        path of every image."""
+        """Write what differs between images: ``class_ids`` [R'] and ``noise`` [B',N].
+
+        It copies a whole phase at a time, because it runs for every batch.
+        """
         index = 0
         while index < len(self.launches):
             launch = self.launches[index]
@@ -188,4 +191,5 @@ class Tables:
 
 
 def aligned(offset: int) -> int:
+    """The next multiple of :data:`ALIGN`, in bytes."""
     return -(-offset // ALIGN) * ALIGN

@@ -1,7 +1,8 @@
 """A sentence about a subject's rows: which limit it runs into, and what would make it faster.
 
-This is a rule and no model of the machine. If a batch takes more than twice the bound, neither reading nor calculating
-explains the time, so launching (and small kernels that read little) does. Else the limit is what the bound is made of.
+This is a simple rule, not a model of the machine. If a batch takes more than twice the bound, neither reading nor
+calculating explains the time; the launches do, with small kernels that read little. Else the limit is that of the
+bound: bandwidth or arithmetic.
 """
 
 from __future__ import annotations
@@ -45,16 +46,14 @@ def advice(rows: Sequence[Row]) -> Advice | None:
             image.label,
             "decoder-bound",
             f"{image.label}: {decoder.median_ms / image.median_ms:.0%} of an image's time is its decoding, which a "
-            "larger n does not "
-            "shorten; decode in the background of the next batch, or take a smaller decoder",
+            "larger n does not shorten; decode in the background of the next batch, or take a smaller decoder",
         )
     if copy is not None and copy.median_ms > 0.25 * image.median_ms:
         return Advice(
             image.label,
             "launch-bound",
             f"{image.label}: {copy.median_ms / image.median_ms:.0%} of an image's time passes between calls, on the "
-            "host; a larger "
-            "batch or a larger n shares it among more tokens",
+            "host; a larger batch or a larger n shares it among more tokens",
         )
     if reached < NEAR:
         return Advice(

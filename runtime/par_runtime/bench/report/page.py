@@ -97,9 +97,7 @@ def _findings(rows: Sequence[Row]) -> list[str]:
     out = ["<ul>" + "".join(f"<li>{escape(text)}</li>" for text in findings) + "</ul>"] if findings else []
     if marks:
         items = "".join(f"<li>{escape(text)}</li>" for text in marks)
-        out.append(
-            f"<details><summary>What speaks against some rows ({len(marks)})</summary><ul>{items}</ul></details>"
-        )
+        out.append(f"<details><summary>Reasons to doubt some rows ({len(marks)})</summary><ul>{items}</ul></details>")
     return out
 
 
@@ -264,7 +262,7 @@ def _predicted(predictions: Sequence[Prediction], of_paper: bool) -> str:
     title, *rest = table.split("\n")
     return (
         f'<div class="predicted"><h2>Predicted, not measured</h2><p>{escape(title)} '
-        "A bound: nothing says that it can be reached.</p>"
+        "It is a lower bound, which may be out of reach.</p>"
         f'<pre class="scroll" style="white-space:pre">{escape(chr(10).join(rest))}</pre></div>'
     )
 

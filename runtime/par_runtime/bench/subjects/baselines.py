@@ -66,13 +66,13 @@ class EagerSubject:
 
 
 def write_n1_bundle(path: Path, folder: Path) -> Path:
-    """Write a bundle into ``folder`` that differs from that at ``path`` in n = 1 and in random weights.
+    """Write a bundle with n = 1 and random weights into ``folder``; everything else is as in the bundle at ``path``.
 
-    Random weights cost what trained ones cost; its self-test means nothing. Returns the bundle's path. Raises
+    Random weights take as long as trained ones. The bundle has no self-test. Returns the bundle's path. Raises
     RequestError where the 'export' extra is missing.
     """
-    like = optional("par_export.random_bundle", "the n1 baseline", "like")
-    return Path(like(path, group_size=1, out=folder))
+    write_like = optional("par_export.random_bundle", "the n1 baseline", "write_like")
+    return Path(write_like(path, group_size=1, out=folder))
 
 
 def optional(module: str, what: str, name: str) -> Any:

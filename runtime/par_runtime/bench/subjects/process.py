@@ -1,4 +1,4 @@
-"""Subjects in processes of their own: peak memory is exact, and the thread pools of two subjects do not meet.
+"""Subjects in processes of their own, so that peak memory is exact and thread pools do not disturb each other.
 
 ``open_bundle`` and ``open_eager`` start ``worker.py`` and exchange JSON lines with it; they return a ``Subject``.
 """

@@ -35,11 +35,11 @@ from par_runtime.errors import RequestError
 GROUP_SIZES = (1, 4, 16)
 FEWEST_CALLS = 8  #: of an image that is estimated
 LEAST_REPETITIONS = 3
-#: Careful guesses of what a model costs: seconds to write and to load a gigabyte, and the share of the bound that is
-#: reached.
+#: Cautious guesses of the time that a model takes: seconds to write and to load a gigabyte, and the share of the bound
+#: that is reached.
 WRITE_S_PER_GB, LOAD_S_PER_GB = 8.0, 2.5
 OURS_OF_BOUND, EAGER_OF_BOUND, DECODER_OF_BOUND = 0.5, 0.2, 0.4
-UNKNOWN_TFLOP_S = 20.0  #: assumed for a GPU without a data sheet here; only decides which models fit into the time
+UNKNOWN_TFLOP_S = 20.0  #: assumed for a GPU without a data sheet; it only decides which models fit into the time
 #: Memory of a process besides its weights.
 OVERHEAD_BYTES = 700 * 10**6
 MEMORY_SHARE = 0.85  #: of free memory, that the subjects of a group may take
@@ -91,7 +91,7 @@ def run(
 
     Raises RequestError without the 'export' extra.
     """
-    publish: Callable[..., dict[int, Path]] = optional("par_export.random_bundle", "the paper suite", "published")
+    publish: Callable[..., dict[int, Path]] = optional("par_export.random_bundle", "the paper suite", "write_published")
     until = time.monotonic() + 60 * options.minutes
     rows: list[Row] = []
     infos: dict[str, SubjectInfo] = {}
