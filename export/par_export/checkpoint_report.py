@@ -1,4 +1,4 @@
-"""What a checkpoint is, as far as its file shows; what its bundle will need, and the least time a GPU allows it."""
+"""The report of a checkpoint: its architecture as far as the file shows it, and what its bundle will need."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _sizes(config: PARConfig) -> dict[str, Any]:
+    """The sizes that the shapes of the weights show."""
     return {
         "width": config.dim,
         "layers": config.n_layers,
@@ -75,6 +76,7 @@ def _sizes(config: PARConfig) -> dict[str, Any]:
 
 
 def _settled(inferred: Inferred) -> dict[str, Any]:
+    """Heads, grid and calls, with the source of each."""
     config = inferred.config
     return {
         "heads": f"{config.n_heads} of {config.head_dim} ({inferred.heads_from})",

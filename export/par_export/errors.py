@@ -1,4 +1,4 @@
-"""Every error that the exporter and the builder raise on purpose, in one place. Needs neither torch nor onnx.
+"""All errors that the exporter and the builder raise on purpose. This module needs neither torch nor onnx.
 
 A message contains what was given, what is expected, and how to fix it. ``cli/common.py`` turns each into one line.
 """

@@ -31,7 +31,7 @@ from par_runtime.bundle import WEIGHTS
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError
 
-#: How benchmarks sample. Of the published settings only a greedy choice costs something else.
+#: The sampling settings of benchmarks. Other published settings take the same time, except for greedy ones.
 DEFAULTS = {"guidance": 4.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 

@@ -13,7 +13,6 @@ it with ``parvis train-tokenizer --encoder-for``), and the ring buffer of used c
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -36,6 +35,7 @@ from par_model.transformer import PAR
 from par_model.vq import VQModel
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.errors import BundleError
+from par_runtime.system import write_beside
 
 INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
@@ -179,9 +179,7 @@ def _fp32(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    torch.save(content, part)
-    os.replace(part, path)
+    write_beside(path, lambda part: torch.save(content, part))
     print(f"{path}: {sum(t.numel() for t in content['model'].values()):,} numbers")
 
 

@@ -132,7 +132,10 @@ def test_all_labels(tiny: Path, tmp_path: Path) -> None:
 
 
 ERRORS = [
-    (["generate", "BUNDLE"], "the following arguments are required: --label; see 'parvis generate --help'"),
+    (
+        ["generate", "BUNDLE"],
+        "the following arguments are required: --label; 'parvis generate --help' lists the options",
+    ),
     (["generate", "BUNDLE", "--label", "0", "--count", "x"], "argument --count: invalid int value: 'x'"),
     (["generate", "BUNDLE", "--label", "0", "--columns", "0", "--out", "TMP/a.png"], "--columns 0: expected 1 or more"),
     (["generate", "BUNDLE", "--label", "0", "--out", "/dev/null"], "ends in .png"),

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=PRECISIONS, help="default: the bundle's")
     p.add_argument("--engines", choices=MODES, default="shared")
     p.add_argument("--repeats", type=count, default=5, help="timed batches per candidate and round (default: 5)")
-    p.add_argument("--rounds", type=count, default=2, help="times every candidate comes up (default: 2)")
+    p.add_argument("--rounds", type=count, default=2, help="how often each candidate is timed (default: 2)")
     p.add_argument("--gpu", type=int, default=0, help="number of the GPU (default: 0)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return p

@@ -49,7 +49,7 @@ def parse(trt: TensorRT, parser: Any, graph: Graph, data: MappedWeights, log: An
     for warning in log.warnings:
         if "unused input" in warning.lower():
             raise BuildError(
-                f"{trt.name} {trt.version} ignores an input of {graph.name}: {warning}; it would compute garbage"
+                f"{trt.name} {trt.version} ignores an input of {graph.name}: {warning}; the results would be wrong"
             )
     return serialized
 

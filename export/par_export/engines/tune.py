@@ -82,7 +82,7 @@ def tune(
             except BuildError as error:  # this TensorRT or GPU has no kernel for it
                 say(f"{' '.join(option_words(form))}: left out: {error}")
         if not folders:
-            raise BuildError("no candidate could be built; the lines above say why")
+            raise BuildError("no candidate could be built; the lines above give the reasons")
         for turn in range(rounds):
             for form, folder in folders.items():
                 rows += _timings(bundle, form, folder, index, repeats)

@@ -1,4 +1,4 @@
-"""How far a graph may be from the oracle: the tolerances of the parity gate, and the comparisons that apply them."""
+"""The tolerances of the parity gate, and the comparisons of a graph with the oracle that apply them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """How the parity gate runs graphs: sessions that hold the weights once, call after call, with a cache in place.
 
-It is deliberately independent of the runtime's own generation: the tokens that it makes become the self-test by which
-the runtime is judged.
+It does not use the runtime's own generation, on purpose: the tokens that it makes become the self-test of the runtime.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from par_export.graphs.step import COMPATIBLE_STEP, padded_head_dim, step_graph
 from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WeightTable
 from par_model.config import PARConfig
 from par_model.ordering import LEARNABLE, TOKEN, Phase, input_kinds, phases
+from par_runtime.backends.ort.sessions import OPSET24_SINCE, version
 from par_runtime.system import give_back
 
-SOME_GROUPS = 3  #: group calls that are run of every graph but the main one, which makes whole images
+SOME_GROUPS = 3  #: group calls that each graph runs, except for the main one, which makes whole images
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,8 @@ def run_step(
 
 
 def runnable_opset() -> int:
-    """The higher of our two opsets that this ONNX Runtime runs: before 1.25 (Python 3.10) it has no opset 24."""
-    major, minor = ort.__version__.split(".")[:2]
-    return OPSET if (int(major), int(minor)) >= (1, 25) else COMPATIBLE_OPSET
+    """The opset of the step graph that this ONNX Runtime runs: 24, or 23 for older releases."""
+    return OPSET if version() >= OPSET24_SINCE else COMPATIBLE_OPSET
 
 
 @dataclass(frozen=True)

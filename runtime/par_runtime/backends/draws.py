@@ -19,7 +19,7 @@ Double = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 MIN_TEMPERATURE = np.float32(1e-5)  # as in the graphs
-#: Cumulative sums of V codes in fp32, in whatever order, differ by about this times sqrt(V).
+#: Cumulative sums of V codes in fp32 that are added in different orders differ by about this times sqrt(V).
 SUM_ROUNDING = 2.0**-22
 #: Logits that ``draw_all`` works on at a time: larger arrays do not fit into caches, and are allocated anew each time.
 BLOCK_NUMBERS = 2**15
@@ -61,7 +61,7 @@ def draw(logits: Float, uniform: float, temperature: float, top_k: int, top_p: f
 def draw_all(
     logits: Float, uniform: Float, temperature: Float, top_k: NDArray[np.int64], top_p: Float
 ) -> NDArray[np.int64]:
-    """The tokens [P] that ``uniform`` [P] draws from ``logits`` [P,V] with settings [P]; those of ``draw``."""
+    """The tokens [P] that ``uniform`` [P] draws from ``logits`` [P,V] with settings [P]; the same as ``draw`` gives."""
     count, vocab = logits.shape
     if (top_k == 1).all() and not uniform.any():  # greedy; ties go to the lowest id
         return np.asarray(logits.argmax(-1), np.int64)

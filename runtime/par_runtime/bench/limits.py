@@ -2,12 +2,12 @@
 
 On a CPU this runs in a process of its own (``python -m par_runtime.bench.limits``), whose environment switches off the
 threads of the matrix library. Each thread here reads, or multiplies, a part of its own, so the bench decides the
-number of threads and not the library. numpy releases the interpreter's lock meanwhile.
+number of threads and not the library. numpy releases the interpreter's lock while it computes.
 
 Reading: every thread takes the dot product of its part of an array with itself, so each byte is read once. An array
 that fits a cache is read faster than memory, and so are weights that fit a cache. So the bandwidth is measured at
 several sizes: that of what a call of the subject reads, and one four times as large as the largest cache. The fastest
-pass counts, because a bound is what is possible, whatever other processes take at the time.
+pass counts, because a bound is what is possible without other processes.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print ``message`` as one line and exit with code 2."""
-        self.exit(2, f"parvis: error: {message}; see '{self.prog} --help'\n")
+        self.exit(2, f"parvis: error: {message}; '{self.prog} --help' lists the options\n")
 
 
 def guarded(work: Callable[[], int]) -> int:

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     trial = _trial(args, bundle)
     with ExitStack() as loaded:
-        # The bundle's files were checked above; "auto" is for those of an engine.
+        # The bundle's files were checked above; "auto" checks those of an engine.
         candidate = verify.load(args.bundle, args.device, args.threads, "auto", args.capture)
         loaded.callback(candidate.backend.close)
         against = args.against or verify.default_reference(candidate)
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--against",
         help=f"the reference: a device as above, or {OPSET23} (the CPU on the bundle's other step graph; --device "
-        f"takes it too). Default: cpu-ort (ONNX Runtime), or {OPSET23} where the candidate is just that",
+        f"takes it too). Default: cpu-ort (ONNX Runtime), or {OPSET23} where the candidate is that",
     )
     p.add_argument("--images", type=int, help=f"how many (default: {IMAGES}, or one per label if those are more)")
     p.add_argument("--seed", type=int, default=0, help="of the first image and of the random tokens (default: 0)")

@@ -24,8 +24,8 @@
 
 #define PANEL 32   /* columns of a panel */
 #define K_BLOCK 64 /* rows of a panel that stay in the L1 cache while all rows of activations are multiplied */
-#define PREFETCH_L2_BYTES 3072 /* how far ahead weights are prefetched into L2, where each weight is read once, */
-#define PREFETCH_L1_BYTES 1024 /* and into L1 */
+#define PREFETCH_L2_BYTES 3072 /* in products of one pass: how far ahead weights are prefetched into L2, */
+#define PREFETCH_L1_BYTES 1024 /* and how far ahead into L1 */
 #define PREFETCH_SLOTS 12      /* how far ahead cached values are prefetched */
 #define NORM_COLUMNS 128       /* columns of one piece of an RMSNorm */
 #define RMS_EPSILON 1e-5f

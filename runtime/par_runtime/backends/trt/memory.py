@@ -121,7 +121,7 @@ class Memory:
 
     def _reserve(self, index: int, rows: int) -> None:
         """Caches for ``rows`` and scratch memory for the profile; all profiles share them, and they only grow."""
-        # Of all smaller profiles too: one that needed more would move the caches in the middle of an image.
+        # Also enough for all smaller profiles: one that needed more would move the caches in the middle of an image.
         scratch = max(1, *(plan.scratch_bytes(i) for plan in self._plans.values() for i in range(index + 1)))
         if rows <= self._cache_rows and self._scratch is not None and scratch <= self._scratch.size:
             return

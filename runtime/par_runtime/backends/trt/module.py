@@ -25,11 +25,12 @@ class TensorRT:
 
     @property
     def rtx(self) -> bool:
+        """Whether it is TensorRT-RTX."""
         return self.name == RTX
 
 
 def load(name: str | None = None) -> TensorRT:
-    """Import TensorRT ``name``, or whichever is installed, classic first. Raises TensorRTMissingError."""
+    """Import TensorRT ``name``; without a name, classic TensorRT or else TensorRT-RTX. Raises TensorRTMissingError."""
     reasons = []
     for candidate in (CLASSIC, RTX) if name is None else (name,):
         try:

@@ -34,6 +34,7 @@ class Field:
 
     @property
     def size(self) -> int:
+        """Bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def of(self, block: NDArray[np.uint8]) -> NDArray[np.generic]:

@@ -64,7 +64,7 @@ def key(row: Row) -> tuple[object, ...]:
 
 
 def by_key(rows: Sequence[Row]) -> dict[tuple[object, ...], Row]:
-    """Rows by key; of several with the same key the i-th is the i-th of the other file."""
+    """Rows by key and number: of several rows with the same key, the i-th is paired with the i-th of the other file."""
     out: dict[tuple[object, ...], Row] = {}
     for row in rows:
         count = 0
@@ -104,7 +104,7 @@ def describe(row: Row) -> str:
 
 
 def slower(comparison: Comparison, limit: float) -> list[str]:
-    """The pairs that got slower than the ratio ``limit`` for certain, as text."""
+    """The pairs whose whole interval is above the ratio ``limit``, as text."""
     return [f"{describe(p.new)}: {p.ratio:.3f}" for p in comparison.pairs if p.low > limit]
 
 
