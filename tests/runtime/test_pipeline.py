@@ -19,7 +19,6 @@ from par_runtime.backends.ort.cpu import OPSET24_SINCE, OrtBackend, spread, wind
 from par_runtime.dtypes import Float, Int
 from par_runtime.request import class_index
 from par_runtime.schedule import uniforms
-from par_runtime.system import available_cores
 
 
 @pytest.fixture(scope="module")
@@ -144,19 +143,6 @@ def test_the_cache_is_allocated_once_and_serves_smaller_batches(tiny: Path) -> N
     assert [buffer.ctypes.data for buffer in backend._caches] == held
     pipeline.generate([0] * 4, seed=9, guidance=2)
     assert (pipeline.generate([0, 1, 2], seed=4, guidance=2).tokens == first).all()
-
-
-def test_a_cpu_quota_limits_the_threads(tmp_path: Path) -> None:
-    quota = tmp_path / "cpu.max"
-    whole = available_cores(tmp_path / "none")
-    for text, cores in (
-        ("max 100000\n", whole),
-        ("50000 100000\n", 1),
-        (f"{10 * whole}00000 100000\n", whole),
-        ("?", whole),
-    ):
-        quota.write_text(text)
-        assert available_cores(quota) == cores
 
 
 def test_too_little_memory_is_a_memory_error(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
