@@ -1,4 +1,4 @@
-"""One PSNR, one softmax, one table of precisions: with the values that the four and the dozen before them disagreed on."""
+"""One PSNR, one softmax, one table of precisions, with the values that their several forerunners disagreed on."""
 
 from __future__ import annotations
 
