@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,11 @@ class Phase:
     start: int
     inputs: tuple[str | int, ...]
 
+    @cached_property
+    def fed(self) -> list[int]:
+        """The slots that are fed earlier tokens: the last ones drawn, as many as there are such slots."""
+        return [slot for slot, entry in enumerate(self.inputs) if entry == "token"]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -58,11 +64,6 @@ class Call:
     def here(self) -> slice:
         """The positions of the call, of tokens and of noise."""
         return slice(self.write, self.write + self.query)
-
-    @property
-    def fed(self) -> list[int]:
-        """The slots of the call that are fed earlier tokens: the last ones, as many as there are slots."""
-        return [slot for slot, entry in enumerate(self.phase.inputs) if entry == "token"]
 
 
 def image_calls(phases: Sequence[Phase]) -> tuple[Call, ...]:

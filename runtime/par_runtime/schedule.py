@@ -87,11 +87,13 @@ class Schedule:
         """Ids of these rows at ``call``: [rows, q]."""
         classes, images = self.class_ids[rows], self.image_of_row[rows]
         ids = np.empty((len(images), call.query), np.int64)
-        for slot, entry in enumerate(call.phase.inputs):
-            if entry != "token":
-                ids[:, slot] = classes if entry == "class" else entry
-        if call.fed:  # positions before the call's are done
-            ids[:, call.fed] = tokens[images, call.write - len(call.fed) : call.write]
+        if len(call.phase.fed) < call.query:
+            for slot, entry in enumerate(call.phase.inputs):
+                if entry != "token":
+                    ids[:, slot] = classes if entry == "class" else entry
+        fed = call.phase.fed
+        if fed:  # positions before the call's are done
+            ids[:, fed] = tokens[images, call.write - len(fed) : call.write]
         return ids
 
     def walk(self, tokens: Int) -> Iterator[tuple[Call, Int, Int]]:
