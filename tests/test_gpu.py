@@ -1,7 +1,7 @@
 """Everything that needs a GPU, on the real thing: ``make test-gpu`` (see ``docs/gpu.md``).
 
 Builds engines for this machine's GPU, runs the whole of the runtime on them, and prints a report for an issue. The
-same properties are tested on a stand-in in ``tests/runtime/test_trt.py``.
+same properties are tested on a stand-in in ``tests/runtime/backends/test_trt.py``.
 """
 
 from __future__ import annotations

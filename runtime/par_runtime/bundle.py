@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,11 @@ class Phase:
     start: int
     inputs: tuple[str | int, ...]
 
+    @cached_property
+    def token_slots(self) -> list[int]:
+        """The slots that take earlier tokens. m slots take the last m tokens before the call."""
+        return [slot for slot, entry in enumerate(self.inputs) if entry == "token"]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -58,11 +64,6 @@ class Call:
     def positions(self) -> slice:
         """The positions of the call, to index arrays of tokens or noise [B,N]."""
         return slice(self.write, self.write + self.query)
-
-    @property
-    def token_slots(self) -> list[int]:
-        """The slots of the call that take earlier tokens. m slots take the last m tokens before the call."""
-        return [slot for slot, entry in enumerate(self.phase.inputs) if entry == "token"]
 
 
 def image_calls(phases: Sequence[Phase]) -> tuple[Call, ...]:

@@ -125,6 +125,10 @@ def image_settings(
         each = [settings] * images if isinstance(settings, Settings) else settings
         if not isinstance(each, Sequence) or not all(isinstance(s, Settings) for s in each):
             raise RequestError(f"settings {settings!r}: expected a Settings, or a list of one Settings per image")
+        if len(each) != images:
+            raise RequestError(
+                f"{len(each)} settings for {images} images; give one Settings, or a list of one per image"
+            )
         guidance, temperature = [s.guidance for s in each], [s.temperature for s in each]
         top_k, top_p, greedy = [s.top_k for s in each], [s.top_p for s in each], [s.greedy for s in each]
     d = bundle.defaults

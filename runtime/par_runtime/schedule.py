@@ -86,11 +86,13 @@ class Schedule:
         """The ids [rows,q] of these rows at ``call``."""
         classes, images = self.class_ids[rows], self.image_of_row[rows]
         ids = np.empty((len(images), call.query), np.int64)
-        for slot, entry in enumerate(call.phase.inputs):
-            if entry != "token":
-                ids[:, slot] = classes if entry == "class" else entry
-        if call.token_slots:  # the tokens before the call are known already
-            ids[:, call.token_slots] = tokens[images, call.write - len(call.token_slots) : call.write]
+        token_slots = call.phase.token_slots
+        if len(token_slots) < call.query:
+            for slot, entry in enumerate(call.phase.inputs):
+                if entry != "token":
+                    ids[:, slot] = classes if entry == "class" else entry
+        if token_slots:  # the tokens before the call are known already
+            ids[:, token_slots] = tokens[images, call.write - len(token_slots) : call.write]
         return ids
 
     def walk(self, tokens: Int) -> Iterator[tuple[Call, Int, Int]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -17,9 +19,8 @@ from par_runtime import BundleError, Pipeline, RequestError
 from par_runtime.backends.base import Batch
 from par_runtime.backends.ort.cpu import OPSET24_SINCE, OrtBackend, spread, window
 from par_runtime.dtypes import Float, Int
-from par_runtime.request import class_index
+from par_runtime.request import Settings, class_index
 from par_runtime.schedule import uniforms
-from par_runtime.system import available_cores
 
 
 @pytest.fixture(scope="module")
@@ -146,19 +147,6 @@ def test_the_cache_is_allocated_once_and_serves_smaller_batches(tiny: Path) -> N
     assert (pipeline.generate([0, 1, 2], seed=4, guidance=2).tokens == first).all()
 
 
-def test_a_cpu_quota_limits_the_threads(tmp_path: Path) -> None:
-    quota = tmp_path / "cpu.max"
-    whole = available_cores(tmp_path / "none")
-    for text, cores in (
-        ("max 100000\n", whole),
-        ("50000 100000\n", 1),
-        (f"{10 * whole}00000 100000\n", whole),
-        ("?", whole),
-    ):
-        quota.write_text(text)
-        assert available_cores(quota) == cores
-
-
 def test_too_little_memory_is_a_memory_error(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def run_with_iobinding(self, _: object) -> None:
@@ -192,6 +180,41 @@ def test_logits_of_a_step_do_not_disturb_generation(pipeline: Pipeline) -> None:
     logits = pipeline.backend.logits(batch, np.array([[pipeline.bundle.class_base]]), np.zeros(1, np.int64))
     assert logits.shape == (1, 1, 64)
     assert (pipeline.generate(2, seed=1).tokens == before).all()
+
+
+def test_settings_are_the_keywords_in_one_value(pipeline: Pipeline) -> None:
+    one = Settings(guidance=2.0, top_k=20, top_p=0.9)
+    wanted = pipeline.generate([0, 3], guidance=2.0, temperature=1.0, top_k=20, top_p=0.9, seed=5)
+    assert wanted.settings == [one, one]
+    assert (pipeline.generate([0, 3], one, seed=5).tokens == wanted.tokens).all()
+    assert (pipeline.generate([0, 3], wanted.settings, seed=5).tokens == wanted.tokens).all()
+    mixed = [Settings(guidance=3.0), Settings(greedy=True)]
+    each = pipeline.generate([0, 3], mixed, seed=5)
+    assert each.settings == mixed
+    keywords = pipeline.generate(
+        [0, 3], guidance=[3.0, 1.0], greedy=[False, True], temperature=1.0, top_k=0, top_p=1.0, seed=5
+    )
+    assert (each.tokens == keywords.tokens).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "keywords", "message"),
+    [
+        (Settings(), {"guidance": 2.0}, "both settings and guidance were given; give one of them"),
+        (Settings(), {"greedy": True}, "both settings and greedy were given"),
+        ([Settings()], {}, "1 settings for 2 images; give one Settings, or a list of one per image"),
+        ([], {}, "0 settings for 2 images"),
+        ("warm", {}, "settings 'warm': expected a Settings, or a list of one Settings per image"),
+        ([Settings(), 1.5], {}, "expected a Settings, or a list"),
+        (1.5, {}, "settings 1.5: expected a Settings"),
+        (Settings(guidance=float("nan")), {}, "guidance nan: expected 0 or more"),
+        ([Settings(), Settings(top_p=1.5)], {}, "top_p 1.5: expected 0 to 1"),
+        (Settings(top_k=2.5), {}, "top_k 2.5: expected a whole number"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_settings_are_one_error(pipeline: Pipeline, settings: Any, keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        pipeline.generate([0, 1], settings, seed=1, **keywords)
 
 
 def test_noise_is_the_golden_noise() -> None:

@@ -32,7 +32,7 @@ def test_the_calls_of_an_image_cover_every_position_once(tiny: Path) -> None:
         "sequential",
         "transition",
     ]
-    assert [len(call.token_slots) for call in calls[:6]] == [0, 1, 1, 1, 1, 4]
+    assert [len(call.phase.token_slots) for call in calls[:6]] == [0, 1, 1, 1, 1, 4]
 
 
 def test_a_batch_of_guided_and_unguided_images(tiny: Path) -> None:

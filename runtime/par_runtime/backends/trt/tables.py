@@ -64,7 +64,7 @@ def image_launches(bundle: Bundle, engine: Engine) -> list[Launch]:
     launches: list[Launch] = []
     for call in image_calls(bundle.phases):
         name, plan = engine.plan_for(call.phase.name)
-        fed, previous = call.token_slots, launches[-1] if launches else None
+        fed, previous = call.phase.token_slots, launches[-1] if launches else None
         chained = (
             previous is not None and previous.query == plan.query and len(fed) == call.query == previous.call.query
         )

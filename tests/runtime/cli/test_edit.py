@@ -336,7 +336,7 @@ def test_the_demo_encodes_what_it_decodes() -> None:
 
     A broken encoder, or one in another order, gives 10 dB and one code in a thousand.
     """
-    pipeline = Pipeline.load(Path(__file__).parents[2] / "models" / "demo", device="cpu")
+    pipeline = Pipeline.load(Path(__file__).parents[3] / "models" / "demo", device="cpu")
     made = pipeline.generate(["lorelei", "micah"], seed=1)
     tokens = pipeline.encode(made.images)
     again = pipeline.decode(tokens)

@@ -17,7 +17,7 @@ from par_runtime.dtypes import Float, Int
 from par_runtime.pipeline import Pipeline
 from par_runtime.verify import load
 
-DEMO = Path(__file__).parents[2] / "models" / "demo"
+DEMO = Path(__file__).parents[3] / "models" / "demo"
 
 
 def command(*arguments: object) -> int:

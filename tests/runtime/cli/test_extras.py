@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 and newer read TOML")
-PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 
 
@@ -52,7 +52,7 @@ def test_the_extra_brings_an_onnxruntime_gpu_that_cuda_ort_takes() -> None:
 
 
 def test_every_extra_is_explained() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "install.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "install.md").read_text()
     for extra in EXTRAS:
         assert f"`{extra}`" in text, extra
 
