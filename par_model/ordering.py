@@ -130,5 +130,5 @@ def rotary_table(config: PARConfig, base: float = 10000.0) -> tuple[np.ndarray, 
         )
         angles.append(place[:, axis, None].astype(np.float32) * frequency[None])
     angle = np.concatenate(angles, axis=1)  # [N, D/2]
-    here = (kind == TOKEN)[:, None].astype(np.float32)
-    return np.cos(angle) * here, np.sin(angle) * here
+    is_token = (kind == TOKEN)[:, None].astype(np.float32)
+    return np.cos(angle) * is_token, np.sin(angle) * is_token

@@ -75,9 +75,9 @@ def gate(
     report: dict[str, Any] = {"logit_scale": scale, "static_compute": static_compute, "opset": opset, "phases": {}}
     for phase in phases(config):
         if phase.repeat:
-            here = slice(phase.start, phase.start + phase.query * phase.repeat)
+            positions = slice(phase.start, phase.start + phase.query * phase.repeat)
             report["phases"][phase.name] = compare_logits(
-                f"step network, {phase.name}", got[:1, here], wanted[:1, here], scale, "float32"
+                f"step network, {phase.name}", got[:1, positions], wanted[:1, positions], scale, "float32"
             )
     some = sum(
         phase.query * runner.calls_up_to(phase, runner.SOME_GROUPS) for phase in phases(config)
@@ -88,8 +88,10 @@ def gate(
     for phase in phases(config):
         if phase.repeat:
             part = static[phase.name]
-            here = slice(phase.start, phase.start + part.shape[1])
-            compared = compare_logits(f"{phase.name} (static graph)", part, wanted[:1, here], scale, static_compute)
+            positions = slice(phase.start, phase.start + part.shape[1])
+            compared = compare_logits(
+                f"{phase.name} (static graph)", part, wanted[:1, positions], scale, static_compute
+            )
             report["phases"][phase.name] |= {"static_" + key: value for key, value in compared.items()}
     margins, ties = compare_greedy(tokens[1:], wanted[1:])
     report["greedy"] = {"tokens": int(tokens[1:].size), "ties": ties, "smallest_margin": float(margins.min())}

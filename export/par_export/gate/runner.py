@@ -163,10 +163,10 @@ def run_step(
     for phase in phases(config):
         for i in range(calls_up_to(phase, groups)):
             start = phase.start + i * phase.query
-            here = slice(start, start + phase.query)
+            positions = slice(start, start + phase.query)
             ids = input_ids(config, rows, tokens, start, phase.query)
-            drawn, logits[:, here] = runner(ids, start, images, batch.guidance)
-            tokens[:, here] = np.where(fed[:, here] < 0, drawn, fed[:, here])
+            drawn, logits[:, positions] = runner(ids, start, images, batch.guidance)
+            tokens[:, positions] = np.where(fed[:, positions] < 0, drawn, fed[:, positions])
     del runner
     give_back()
     return tokens[:images], logits

@@ -112,9 +112,7 @@ class NativeBackend:
 
     def _guided(self, batch: Batch, ids: Int, write: Int) -> Float:
         """Guided logits [B,q,V] of one call; a view of a buffer that the next call of the same q overwrites."""
-        if (
-            write.min() < 0 or write.max() + ids.shape[1] > self.bundle.n_tokens
-        ):  # otherwise the C code writes beyond the cache
+        if write.min() < 0 or write.max() + ids.shape[1] > self.bundle.n_tokens:  # C writes without checks
             raise ValueError(f"positions {write} + {ids.shape[1]}; expected to lie in 0..{self.bundle.n_tokens}")
         self._reserve(batch)
         rows = self._run(ids, write, batch.cache_row)
