@@ -107,8 +107,10 @@ class OrtCudaBackend:
         bound = self._prepare(batch, ids, write, uniform)
         out = self._value(np.zeros((*uniform.shape, self.bundle.vocab_size), np.float32))
         bound.binding.bind_ortvalue_output("logits", out)
-        _run(self._step, bound.binding)
-        self._bound.clear()  # the binding now writes logits that nobody owns
+        try:
+            _run(self._step, bound.binding)
+        finally:
+            self._bound.clear()  # the binding now writes logits that nobody owns
         logits: Float = out.numpy().copy()  # a view of memory that goes with `out`
         return logits
 
@@ -199,17 +201,19 @@ class OrtCudaBackend:
             return
         layout, held = self.bundle.cache, self._keys.count
         self._bound.clear()
-        if rows != self._shape[0]:
-            if not held:
-                self._caches.clear()  # before allocating, so that the old and the new are never held together
-            for i in range(len(layout.inputs)):
-                # Zeros: what is masked must be finite. Keys of an earlier batch are, and are masked until written.
-                new = np.zeros((rows, layout.heads, self.bundle.n_tokens, layout.head_dim), np.float32)
-                if held:
-                    new[:held] = self._caches[i].numpy()[:held]
-                    self._caches[i] = self._value(new)
-                else:
-                    self._caches.append(self._value(new))
+        self._shape = (0, 0)  # until every cache is there: an allocation may fail
+        if not held and any(cache.shape()[0] != rows for cache in self._caches):
+            self._caches.clear()  # before allocating, so that the old and the new are never held together
+        for i in range(len(layout.inputs)):
+            if i < len(self._caches) and self._caches[i].shape()[0] == rows:
+                continue
+            # Zeros: what is masked must be finite. Keys of an earlier batch are, and are masked until written.
+            new = np.zeros((rows, layout.heads, self.bundle.n_tokens, layout.head_dim), np.float32)
+            if i < len(self._caches):
+                new[:held] = self._caches[i].numpy()[:held]
+                self._caches[i] = self._value(new)
+            else:
+                self._caches.append(self._value(new))
         self._shape = (rows, images)
 
 
