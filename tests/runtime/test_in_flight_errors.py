@@ -57,6 +57,16 @@ def test_after_a_memory_error_requests_of_any_size_are_served(
             assert (pipeline.generate([0, 3, 1, 2][:images], seed=5).tokens[:2] == wanted[:images]).all()
 
 
+def begin_another(pipeline: Pipeline, another: Schedule, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """The first call of ``another``, for which there is no memory."""
+    tokens = np.zeros((1, pipeline.bundle.n_tokens), np.int64)
+    ids, write = another.inputs(another.calls[0], tokens)
+    with monkeypatch.context() as patch:
+        run_out_of_memory(patch, pipeline, at)
+        with pytest.raises(MemoryError):
+            pipeline.backend.step(another.batch, ids, write, another.noise[:, :1])
+
+
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("backend", CPUS)
 def test_images_in_flight_go_on_when_there_is_no_memory_for_another(
@@ -72,11 +82,7 @@ def test_images_in_flight_go_on_when_there_is_no_memory_for_another(
         for index, (call, ids, write) in enumerate(first.walk(tokens)):
             tokens[:, call.here] = pipeline.backend.step(first.batch, ids, write, first.noise[:, call.here])
             if index == 9:
-                begin = another.calls[0]
-                ids, write = another.inputs(begin, tokens)
-                with monkeypatch.context() as patch, pytest.raises(MemoryError):
-                    run_out_of_memory(patch, pipeline, at if backend != "cpu" else 0)
-                    pipeline.backend.step(another.batch, ids, write, another.noise[:, begin.here])
+                begin_another(pipeline, another, monkeypatch, at if backend != "cpu" else 0)
         assert (tokens == wanted).all()
         ids, write = another.inputs(another.calls[0], tokens)
         pipeline.backend.step(another.batch, ids, write, another.noise[:, :1])  # now there is memory

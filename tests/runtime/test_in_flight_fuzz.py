@@ -1,8 +1,8 @@
 """Random schedules of images that come and go on one backend; each must get the tokens and logits that it gets alone.
 
 Seeded: every run makes the same schedule. In each round a random subset of the images makes its next call, in a random
-order, with its keys in random rows of the cache. Between the calls: logits of a next or an earlier call, images decoded,
-images given up, rows released, or reused without a release, whole requests when no image is in flight.
+order, with its keys in random rows of the cache. Between the calls: logits of a next or an earlier call, images are
+decoded or given up, rows are released, or used again without a release, whole requests when no image is in flight.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ KINDS = (
     (4, Settings(guidance=0.0, top_k=5), 6),
 )  #: (label, settings, seed)
 ROUNDS = 250
+GROW = 15  #: rounds after which more rows are used: twice as many, while images are in flight
 IMAGES, ROWS = 4, 8  #: most images in a call, and cache rows: what the stand-in engines have
 TOLERANCE = 1e-4  #: of logits, relative to the largest
 
@@ -81,13 +82,16 @@ class Fuzz:
     flying: list[Image] = field(default_factory=list)
     returned: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     finished: int = 0
+    rows: int = 2  #: cache rows that images may take
 
     def __post_init__(self) -> None:
         bundle = self.pipeline.bundle
         self.calls = Schedule.of(bundle, [0], [Settings()]).calls
 
     def run(self, rounds: int) -> None:
-        for _ in range(rounds):
+        for turn in range(rounds):
+            if turn in (GROW, 2 * GROW):
+                self.rows = min(2 * self.rows, ROWS)
             self.begin()
             here = self.subset()
             if not here:
@@ -113,7 +117,7 @@ class Fuzz:
         """Put new images into random free rows of the cache."""
         while self.chance(0.5 if self.flying else 1.0):
             taken = [row for image in self.flying for row in image.rows]
-            free = self.random.permutation(np.setdiff1d(np.arange(ROWS), taken))
+            free = self.random.permutation(np.setdiff1d(np.arange(self.rows), taken))
             kind = int(self.random.integers(len(KINDS)))
             need = 2 if KINDS[kind][1].guided else 1
             if len(free) < need or len(self.flying) == IMAGES:
@@ -165,7 +169,7 @@ class Fuzz:
             image.done = back + 1
 
     def decode(self) -> None:
-        kinds = self.random.integers(len(KINDS), size=int(self.random.integers(1, IMAGES + 1)))
+        kinds = self.random.integers(len(KINDS), size=int(self.random.integers(1, self.rows // 2 + 1)))
         pixels = self.pipeline.backend.decode(np.stack([self.alone[kind].tokens for kind in kinds]))
         np.testing.assert_array_equal(pixels, [self.alone[kind].pixels for kind in kinds])
         self.returned.append((pixels, pixels.copy()))
@@ -186,7 +190,7 @@ class Fuzz:
                 self.request()
 
     def request(self) -> None:
-        kinds = self.random.integers(len(KINDS), size=int(self.random.integers(1, IMAGES + 1)))
+        kinds = self.random.integers(len(KINDS), size=int(self.random.integers(1, self.rows // 2 + 1)))
         labels, settings, seeds = zip(*(KINDS[kind] for kind in kinds), strict=True)
         made = self.pipeline.generate(labels, settings, seeds=seeds)
         np.testing.assert_array_equal(made.tokens, np.stack([self.alone[kind].tokens for kind in kinds]))
