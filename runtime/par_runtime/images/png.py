@@ -119,7 +119,7 @@ def read_any(path: Path) -> tuple[Recipe | None, NDArray[np.uint8]]:
         return None, pixels
     try:
         return _recipe(json.loads(text)), pixels
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:  # JSON here knows Infinity
         raise RequestError(
             f"{path}: its 'parvis' entry cannot be read ({error}); it may come from another version"
         ) from error
