@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from par_runtime.backends.ort.cpu import OrtBackend
-from par_runtime.backends.trt.backend import Capture
 from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.errors import RequestError
 from par_runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from par_runtime.backends.trt.backend import Capture
 
 OPSET23 = "cpu-opset23"  #: a device beside those of ``Pipeline.load``: ONNX Runtime on the bundle's other step graph
 
@@ -22,6 +24,8 @@ def load(path: Path, device: str, threads: int | None, verify: FileCheck, captur
         return Pipeline.load(path, device, threads=threads, selftest=False, verify=verify, capture=capture)
     if threads is not None and threads < 1:
         raise RequestError(f"threads {threads}: expected 1 or more")
+    from par_runtime.backends.ort.cpu import OrtBackend  # here: comparing two GPUs' backends does not need it
+
     bundle = Bundle.open(path, verify)
     return Pipeline(bundle, OrtBackend(bundle, threads, "step_opset23"))
 

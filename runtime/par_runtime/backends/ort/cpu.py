@@ -90,11 +90,9 @@ class OrtBackend:
         bound = self._prepare(batch, ids, write)
         bound.uniform[:] = 0
         out = np.empty((batch.images, ids.shape[1], self.bundle.vocab_size), np.float32)
+        self._bound.clear()  # before binding: whatever interrupts this call, no later one writes into memory of `out`
         _bind(bound.binding, "logits", out, output=True)
-        try:
-            _run(self._step, bound.binding)
-        finally:
-            self._bound.clear()  # the binding now writes logits that nobody owns
+        _run(self._step, bound.binding)
         return out
 
     def release(self, cache_rows: Int | None = None) -> None:

@@ -106,11 +106,9 @@ class OrtCudaBackend:
         uniform = np.zeros((batch.images, ids.shape[1]), np.float32)
         bound = self._prepare(batch, ids, write, uniform)
         out = self._value(np.zeros((*uniform.shape, self.bundle.vocab_size), np.float32))
+        self._bound.clear()  # before binding: whatever interrupts this call, no later one writes into memory of `out`
         bound.binding.bind_ortvalue_output("logits", out)
-        try:
-            _run(self._step, bound.binding)
-        finally:
-            self._bound.clear()  # the binding now writes logits that nobody owns
+        _run(self._step, bound.binding)
         logits: Float = out.numpy().copy()  # a view of memory that goes with `out`
         return logits
 
