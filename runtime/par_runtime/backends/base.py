@@ -97,7 +97,8 @@ class Backend(Protocol):
 
         Row r sees keys 0 .. write[r] + q - 1 of its cache row: those that earlier calls wrote there, and its own. These
         are what the cache row holds afterwards: a call at an earlier position drops the keys behind it. Cache rows that
-        no row of ``batch`` names stay as they are. Returns tokens [B,q].
+        no row of ``batch`` names stay as they are. Returns tokens [B,q]. Raises MemoryError where the batch needs a
+        larger cache than there is memory for; TensorRT then frees everything, so that images in flight begin anew.
         """
         ...
 
