@@ -221,9 +221,9 @@ class Pipeline:
         if preview_every is not None and (on_preview is None or self.bundle.image_size is None):
             raise RequestError("preview_every needs an on_preview function and a bundle with a decoder")
         size = self.default_batch if max_batch is None else max_batch
-        if not 1 <= size <= self.backend.max_images:
+        if not isinstance(size, (int, np.integer)) or not 1 <= size <= self.backend.max_images:
             raise RequestError(
-                f"max_batch {max_batch}: expected 1 to {self.backend.max_images} on {self.backend.info.name}"
+                f"max_batch {max_batch!r}: expected 1 to {self.backend.max_images} on {self.backend.info.name}"
             )
         timings: dict[str, float] = {}
         started = time.perf_counter()

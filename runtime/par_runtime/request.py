@@ -17,6 +17,7 @@ from par_runtime.errors import RequestError
 
 SEED_LIMIT = 2**64
 NAMES_SHOWN = 8
+FLOAT32_MAX = float(np.finfo(np.float32).max)  #: guidance and temperature reach the graphs in fp32
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def image_settings(
             raise RequestError(f"both settings and {both[0]} were given; give one of them")
         each = [settings] * images if isinstance(settings, Settings) else settings
         if not isinstance(each, Sequence) or not all(isinstance(s, Settings) for s in each):
-            raise RequestError(f"settings {settings!r}: expected a Settings, or a list of one Settings per image")
+            shown = " ".join(repr(settings).split())
+            raise RequestError(f"settings {shown}: expected a Settings, or a list of one Settings per image")
         if len(each) != images:
             raise RequestError(
                 f"{len(each)} settings for {images} images; give one Settings, or a list of one per image"
@@ -132,8 +134,8 @@ def image_settings(
         guidance, temperature = [s.guidance for s in each], [s.temperature for s in each]
         top_k, top_p, greedy = [s.top_k for s in each], [s.top_p for s in each], [s.greedy for s in each]
     d = bundle.defaults
-    g = _each("guidance", guidance, d.guidance, images, lambda v: v >= 0, "0 or more (1 or less: unguided)")
-    t = _each("temperature", temperature, d.temperature, images, lambda v: v >= 0, "0 or more")
+    g = _each("guidance", guidance, d.guidance, images, _in_fp32, "0 or more (1 or less: unguided), within fp32")
+    t = _each("temperature", temperature, d.temperature, images, _in_fp32, "0 or more, within fp32")
     k = _each(
         "top_k", top_k, d.top_k, images, lambda v: v >= 0 and v == int(v), "a whole number, 0 (all codes) or more"
     )
@@ -145,16 +147,28 @@ def image_settings(
 def _each(
     name: str, value: object, default: float, images: int, valid: Callable[[float], bool], expected: str
 ) -> list[float]:
-    """One number per image: ``value``, or ``default`` where it is None. Raises RequestError where not ``valid``."""
-    given = default if value is None else value
+    given = default if value is None else value.tolist() if isinstance(value, np.ndarray) else value
     values: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given] * images
     if len(values) != images:
         raise RequestError(f"{name}: {len(values)} values for {images} images; give one number, or one per image")
     for v in values:
-        number = isinstance(v, (int, float, np.integer, np.floating, np.bool_)) and math.isfinite(v)
-        if not number or not valid(float(v)):
+        if not _is_number(v) or not valid(float(v)):
             raise RequestError(f"{name} {v!r}: expected {expected}")
     return [float(v) for v in values]
+
+
+def _in_fp32(value: float) -> bool:
+    return 0 <= value <= FLOAT32_MAX
+
+
+def _is_number(value: object) -> bool:
+    """Whether ``value`` is a finite real number."""
+    if not isinstance(value, (int, float, np.integer, np.floating, np.bool_)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond all floats
+        return False
 
 
 def first_seed(seed: int | None) -> int:
@@ -172,7 +186,10 @@ def image_seeds(images: int, seed: int | None, seeds: Sequence[int] | None) -> l
     if seeds is None:
         first = first_seed(seed)
         _check_seed(first)
-        seeds = [(first + i) % SEED_LIMIT for i in range(images)]
+        seeds = [(int(first) + i) % SEED_LIMIT for i in range(images)]
+    if not isinstance(seeds, Iterable):
+        raise RequestError(f"seeds {seeds!r}: expected one per image; seed= gives that of the first image")
+    seeds = list(seeds)
     if len(seeds) != images:
         raise RequestError(f"{len(seeds)} seeds for {images} images; give one per image, or seed= for the first")
     for value in seeds:

@@ -248,11 +248,35 @@ def test_noise_is_the_golden_noise() -> None:
         ({"labels": 0, "max_batch": 0}, "max_batch 0"),
         ({"labels": 0, "greedy": 2}, "greedy 2: expected True or False"),
         ({"labels": 0, "preview_every": 3}, "preview_every needs"),
+        ({"labels": 0, "guidance": 1e39}, "guidance 1e.39: expected 0 or more .*within fp32"),
+        ({"labels": 0, "top_k": 10**400}, "top_k 1000"),
+        ({"labels": 0, "seeds": 5}, "seeds 5: expected one per image"),
+        ({"labels": 0, "max_batch": 1.5}, "max_batch 1.5: expected 1 to"),
+        ({"labels": 0, "settings": 5}, "settings 5: expected a Settings, or a list"),
+        (
+            {"labels": 0, "settings": [Settings(), Settings()]},
+            "2 settings for 1 images; give one Settings",
+        ),
+        (
+            {"labels": 0, "settings": np.array([Settings()] * 2)},
+            r"settings array\(.* dtype=object\): expected a Settings",
+        ),
+        ({"labels": 0, "settings": Settings(), "top_k": 0}, "both settings and top_k were given"),
+        ({"labels": 0, "settings": Settings(temperature=float("nan"))}, "temperature nan: expected 0 or more"),
     ],
 )
 def test_bad_requests_are_refused_before_any_work(pipeline: Pipeline, kwargs: dict[str, object], text: str) -> None:
-    with pytest.raises((RequestError, TypeError), match=text):
+    with pytest.raises((RequestError, TypeError), match=text) as caught:
         pipeline.generate(on_step=lambda *_: pytest.fail("work was started"), **kwargs)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers(pipeline: Pipeline) -> None:
+    wanted = pipeline.generate([1, 2], guidance=2.0, top_k=5, seed=3, decode=False).tokens
+    given: dict[str, Any] = {"guidance": np.array(2.0), "top_k": np.array([5, 5]), "seed": np.uint64(3)}
+    assert (pipeline.generate([1, 2], **given, decode=False).tokens == wanted).all()
+    given = {"guidance": np.float32(2), "top_k": np.int8(5), "seeds": np.array([3, 4], np.uint64)}
+    assert (pipeline.generate([1, 2], **given, decode=False).tokens == wanted).all()
 
 
 def test_names_match_without_regard_to_case_and_spelling(pipeline: Pipeline) -> None:

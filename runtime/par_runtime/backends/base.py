@@ -95,8 +95,10 @@ class Backend(Protocol):
     def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
         """One call: ``ids`` [R,q] at input positions from ``write`` [R] on, drawn with ``uniform`` [B,q] in [0,1).
 
-        Row r sees keys 0 .. write[r] + q - 1 of its cache row: those that earlier calls wrote there, and its own. Cache
-        rows that no row of ``batch`` names stay as they are. Returns tokens [B,q].
+        Row r sees keys 0 .. write[r] + q - 1 of its cache row: those that earlier calls wrote there, and its own. These
+        are what the cache row holds afterwards: a call at an earlier position drops the keys behind it. Cache rows that
+        no row of ``batch`` names stay as they are. Returns tokens [B,q]. Raises MemoryError where the batch needs a
+        larger cache than there is memory for; TensorRT then frees everything, so that images in flight begin anew.
         """
         ...
 

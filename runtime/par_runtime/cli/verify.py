@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 
+import onnxruntime  # noqa: F401  # the reference runs on it; without it the verb is refused before any work
+
 from par_runtime import verify
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options

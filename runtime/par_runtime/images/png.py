@@ -119,7 +119,7 @@ def read_any(path: Path) -> tuple[Recipe | None, NDArray[np.uint8]]:
         return None, pixels
     try:
         return _recipe(json.loads(text)), pixels
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:  # JSON here knows Infinity
         raise RequestError(
             f"{path}: its 'parvis' entry cannot be read ({error}); it may come from another version"
         ) from error
@@ -169,8 +169,13 @@ def _recipe(entry: dict[str, Any]) -> Recipe:
 
 
 def _settings(entry: dict[str, Any]) -> Settings:
-    """The settings of one image. Raises KeyError where one is missing."""
-    return Settings(**{field.name: entry[field.name] for field in fields(Settings)})
+    """The settings of one image. Raises ValueError where one is missing, or one is there that this version does not
+    know.
+    """
+    names = {field.name for field in fields(Settings)}
+    if entry.keys() != names:
+        raise ValueError(f"settings {', '.join(sorted(entry))}; expected {', '.join(sorted(names))}")
+    return Settings(**entry)
 
 
 def _pack_bits(bits: NDArray[np.bool_]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from par_runtime.backends.ort.cpu import OrtBackend
-from par_runtime.backends.trt.backend import Capture
 from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import check_threads
+
+if TYPE_CHECKING:
+    from par_runtime.backends.trt.backend import Capture
 
 #: A device that only ``verify`` knows: ONNX Runtime on the CPU, with the step graph of opset 23.
 OPSET23 = "cpu-opset23"
@@ -22,6 +24,8 @@ def load(path: Path, device: str, threads: int | None, verify: FileCheck, captur
     if device != OPSET23:
         return Pipeline.load(path, device, threads=threads, selftest=False, verify=verify, capture=capture)
     check_threads(threads)
+    from par_runtime.backends.ort.cpu import OrtBackend  # here: comparing two GPUs' backends does not need it
+
     bundle = Bundle.open(path, verify)
     return Pipeline(bundle, OrtBackend(bundle, threads, "step_opset23"))
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from par_runtime import __version__
 from par_runtime.bundle import Bundle
@@ -190,6 +189,8 @@ def _many(count: int, what: str) -> str:
 
 def as_json(r: Report) -> dict[str, Any]:
     """The report as one JSON object; numbers that are not finite are null (an infinite PSNR too: see "identical")."""
+    import onnxruntime  # here: the comparison itself runs without it
+
     images = None
     if r.images is not None:
         images = asdict(r.images) | {"identical": r.images.identical_images == r.images.images}

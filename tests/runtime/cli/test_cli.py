@@ -164,6 +164,7 @@ ERRORS = [
     (["redo", "TMP/text.png", "--bundle", "BUNDLE"], "not a readable PNG"),
     (["redo", "TMP/cut.png", "--bundle", "BUNDLE"], "not a readable PNG"),
     (["redo", "TMP/damaged.png", "--bundle", "BUNDLE"], "its 'parvis' entry cannot be read"),
+    (["redo", "TMP/infinite.png", "--bundle", "BUNDLE"], "its 'parvis' entry cannot be read"),
 ]
 
 
@@ -174,9 +175,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
     Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:-30])
-    damaged = png.PngImagePlugin.PngInfo()
-    damaged.add_itxt("parvis", '{"images": []}')
-    Image.new("RGB", (4, 4)).save(tmp_path / "damaged.png", pnginfo=damaged)
+    infinite = '{"images": [], "bundle": {"name": "a", "hash": "b"}, "columns": Infinity}'
+    for name, entry in (("damaged", '{"images": []}'), ("infinite", infinite)):
+        damaged = png.PngImagePlugin.PngInfo()
+        damaged.add_itxt("parvis", entry)
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png", pnginfo=damaged)
     before = sorted(tmp_path.rglob("*"))
     filled = [a.replace("BUNDLE", str(tiny)).replace("TMP", str(tmp_path)) for a in arguments]
     assert run(*filled) == 2

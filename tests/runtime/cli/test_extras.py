@@ -90,3 +90,8 @@ def test_help_imports_no_other_package() -> None:
         "import par_runtime; from par_runtime.cli import main; sys.exit(main(['--help']))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_comparing_backends_needs_no_onnxruntime() -> None:
+    code = "import sys; sys.modules['onnxruntime'] = None; from par_runtime.verify import compare_logits"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

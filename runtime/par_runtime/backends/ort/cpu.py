@@ -90,9 +90,9 @@ class OrtBackend:
         bound = self._prepare(batch, ids, write)
         bound.uniform[:] = 0
         out = np.empty((batch.images, ids.shape[1], self.bundle.vocab_size), np.float32)
+        self._bound.clear()  # before binding: whatever interrupts this call, no later one writes into memory of `out`
         _bind(bound.binding, "logits", out, output=True)
         _run(self._step, bound.binding)
-        self._bound.clear()  # the bindings must not write into `out` again: it is the caller's
         return out
 
     def release(self, cache_rows: Int | None = None) -> None:
@@ -134,20 +134,20 @@ class OrtBackend:
         """Allocate caches of at least ``rows`` rows, if needed; the keys that are still needed stay."""
         layout = self.bundle.cache
         length = rows * layout.heads * self.bundle.n_tokens * layout.head_dim
-        if self._caches and self._caches[0].size >= length:
+        if self._caches and all(flat.size >= length for flat in self._caches):
             return
         self._bound.clear()
         kept = self._keys.count * layout.heads * self._slots * layout.head_dim
         if not kept:
-            self._caches.clear()  # before allocating, so that memory never holds both
-        # full(), not zeros(): it writes every page now instead of faulting inside the first calls.
+            self._caches = []  # before allocating, so that the old and the new are never held together
+            # full(), not zeros(): it writes every page now instead of faulting inside the first calls.
+            self._caches = [np.full(length, 0, np.float32) for _ in layout.inputs]
+            return
         for i in range(len(layout.inputs)):
-            new = np.full(length, 0, np.float32)
-            if kept:
+            if self._caches[i].size < length:  # some may be large enough: an earlier growth ran out of memory
+                new = np.full(length, 0, np.float32)
                 new[:kept] = self._caches[i][:kept]
                 self._caches[i] = new
-            else:
-                self._caches.append(new)
 
     def _grow(self, slots: int, rows: int) -> None:
         """Make the window at least ``slots`` long. The first ``rows`` rows keep their keys; for 0 it may shrink."""

@@ -106,9 +106,9 @@ class OrtCudaBackend:
         uniform = np.zeros((batch.images, ids.shape[1]), np.float32)
         bound = self._prepare(batch, ids, write, uniform)
         out = self._value(np.zeros((*uniform.shape, self.bundle.vocab_size), np.float32))
+        self._bound.clear()  # before binding: whatever interrupts this call, no later one writes into memory of `out`
         bound.binding.bind_ortvalue_output("logits", out)
         _run(self._step, bound.binding)
-        self._bound.clear()  # this binding writes logits, which later calls do not need
         logits: Float = out.numpy().copy()  # a view of memory that goes with `out`
         return logits
 
@@ -196,17 +196,19 @@ class OrtCudaBackend:
             return
         layout, held = self.bundle.cache, self._keys.count
         self._bound.clear()
-        if rows != self._shape[0]:
-            if not held:
-                self._caches.clear()  # before allocating, so that memory never holds both
-            for i in range(len(layout.inputs)):
-                # Zeros: what is masked must be finite. Keys of an earlier batch are, and are masked until written.
-                new = np.zeros((rows, layout.heads, self.bundle.n_tokens, layout.head_dim), np.float32)
-                if held:
-                    new[:held] = self._caches[i].numpy()[:held]
-                    self._caches[i] = self._value(new)
-                else:
-                    self._caches.append(self._value(new))
+        self._shape = (0, 0)  # until every cache is there: an allocation may fail
+        if not held and any(cache.shape()[0] != rows for cache in self._caches):
+            self._caches.clear()  # before allocating, so that the old and the new are never held together
+        for i in range(len(layout.inputs)):
+            if i < len(self._caches) and self._caches[i].shape()[0] == rows:
+                continue
+            # Zeros: what is masked must be finite. Keys of an earlier batch are, and are masked until written.
+            new = np.zeros((rows, layout.heads, self.bundle.n_tokens, layout.head_dim), np.float32)
+            if i < len(self._caches):
+                new[:held] = self._caches[i].numpy()[:held]
+                self._caches[i] = self._value(new)
+            else:
+                self._caches.append(self._value(new))
         self._shape = (rows, images)
 
 

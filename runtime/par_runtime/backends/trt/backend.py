@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -141,7 +142,8 @@ class TrtBackend:
     def _prepare(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> tuple[Buffers, bool]:
         """Bound and warmed-up memory, with the tables of ``batch`` in staging; and whether images are decoded."""
         self.device.activate()
-        self._keys.release()  # every launch overwrites all rows
+        self._keys.release()  # every launch writes into all rows, so the images may as well lie in the first ones,
+        batch = replace(batch, cache_row=np.arange(batch.rows))  # where the tokens are collected
         at = self._memory.buffers(batch)
         at.tables.fill_batch(at.staging.array, batch)
         at.tables.fill_image(at.staging.array, batch, class_ids, noise)
