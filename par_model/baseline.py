@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from par_model.checkpoint import check_keys, open_checkpoint
 from par_model.config import PARConfig, VQConfig
-from par_model.dtypes import TORCH_DTYPE
+from par_model.dtypes import PRECISION_DTYPE
 from par_model.generation import sample, uniforms
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.ordering import phases, token_order
@@ -123,7 +123,7 @@ class Baseline:
             raise BaselineError(f"{bundle}: {error}") from error
         self.device = _device(device)
         self.dtype = (
-            torch.float32 if self.device.type == "cpu" else TORCH_DTYPE.get(manifest["precision"], torch.float16)
+            torch.float32 if self.device.type == "cpu" else PRECISION_DTYPE.get(manifest["precision"], torch.float16)
         )
         self.name = "torch compiled" if compiled else "torch eager"
         self.version: str = torch.__version__

@@ -8,4 +8,4 @@ from __future__ import annotations
 import torch
 
 #: precision -> torch's dtype, the most exact first.
-TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISION_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

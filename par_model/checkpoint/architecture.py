@@ -19,7 +19,7 @@ from par_model.checkpoint import facts
 from par_model.checkpoint.errors import CheckpointError
 from par_model.checkpoint.load import Checkpoint
 from par_model.config import ORDERS, SIZES, PARConfig, VQConfig
-from par_model.dtypes import TORCH_DTYPE
+from par_model.dtypes import PRECISION_DTYPE
 from par_model.transformer import PAR
 from par_model.vq import VQModel
 
@@ -33,7 +33,7 @@ ABLATIONS: dict[str, tuple[Any, ...]] = {
 }
 MOST_TOKENS = 2**16  # tables are made for each token; the published grids have 576 and 1280
 #: Dtypes that weights may be stored in; fp64 is rounded to the dtype that the caller asks for.
-FLOATS = (*TORCH_DTYPE.values(), torch.float64)
+FLOATS = (*PRECISION_DTYPE.values(), torch.float64)
 
 
 @dataclass(frozen=True)

@@ -88,14 +88,7 @@ class Tokenizer:
         session = self._session(graph)
         size = chunk_images(self.bundle)
         starts = range(0, len(values), size)
-        return np.concatenate([self._run(session, name, values[i : i + size]) for i in starts])
-
-    def _run(self, session: InferenceSession, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        try:
-            out: NDArray[Any] = session.run(None, {name: np.ascontiguousarray(values)})[0]
-        except Exception as error:
-            raise self._ort.explained(error) from error
-        return out
+        return np.concatenate([self._ort.run(session, name, values[i : i + size]) for i in starts])
 
     def _session(self, graph: str) -> InferenceSession:
         if graph not in self._sessions:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from double.driver import Driver
 from double.fixtures import Make
 from test_schedule import BACKENDS
 
@@ -122,3 +123,26 @@ def test_whole_batches_give_the_same_images_in_any_cache_rows(load: Make, tiny: 
         tokens, images = backend.make_images(schedule.batch, schedule.class_ids, schedule.noise, True)
         np.testing.assert_array_equal(tokens, wanted.tokens)
         np.testing.assert_array_equal(images, wanted.images)
+
+
+def test_keys_that_a_gpu_lost_with_its_memory_are_not_taken_for_keys(load: Make, driver: Driver, tiny: Path) -> None:
+    """A batch that does not fit frees all memory of the engine; the images that were in flight must begin again."""
+    gpu_pipeline, cpu = load(images=(1, 2, 4)), Pipeline.load(tiny, device="cpu-ort", selftest=False)
+    wanted = cpu.generate([2], Settings(), seed=3, decode=False).tokens
+    backend, bundle = gpu_pipeline.backend, gpu_pipeline.bundle
+    schedule = Schedule.of(bundle, [2], [Settings()], [3])
+    tokens = np.zeros((1, bundle.n_tokens), np.int64)
+    walk = schedule.walk(tokens)
+    for _ in range(6):
+        call, ids, write = next(walk)
+        tokens[:, call.positions] = backend.step(schedule.batch, ids, write, schedule.noise[:, call.positions])
+    driver.memory_bytes = int(1.2 * sum(a.size for a in driver.device.values()))
+    with pytest.raises(MemoryError):
+        gpu_pipeline.generate([0] * 4, seed=1, decode=False)
+    driver.memory_bytes = 2**33
+    call, ids, write = next(walk)
+    with pytest.raises(ValueError, match=r"cache rows \[0\] do not hold the keys before positions \[12\]"):
+        backend.step(schedule.batch, ids, write, schedule.noise[:, call.positions])
+    for call, ids, write in schedule.walk(tokens):
+        tokens[:, call.positions] = backend.step(schedule.batch, ids, write, schedule.noise[:, call.positions])
+    assert (tokens == wanted).all()

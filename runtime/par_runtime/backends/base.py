@@ -17,6 +17,16 @@ from numpy.typing import NDArray
 
 from par_runtime.dtypes import Float, Int
 
+#: The inputs [B] of a step graph that say how each image's tokens are drawn; :meth:`Batch.per_image` gives values.
+IMAGE_INPUTS: dict[str, type[np.generic]] = {
+    "cond_row": np.int64,
+    "uncond_row": np.int64,
+    "guidance": np.float32,
+    "temperature": np.float32,
+    "top_k": np.int64,
+    "top_p": np.float32,
+}
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -97,8 +107,10 @@ class Backend(Protocol):
 
         Row r sees keys 0 .. write[r] + q - 1 of its cache row: those that earlier calls wrote there, and its own. These
         are what the cache row holds afterwards: a call at an earlier position drops the keys behind it. Cache rows that
-        no row of ``batch`` names stay as they are. Returns tokens [B,q]. Raises MemoryError where the batch needs a
-        larger cache than there is memory for; TensorRT then frees everything, so that images in flight begin anew.
+        no row of ``batch`` names stay as they are.
+
+        Returns tokens [B,q]. Raises MemoryError where the batch needs a larger cache than there is memory for. TensorRT
+        then frees everything, and refuses to continue the images that were in flight (ValueError).
         """
         ...
 

@@ -40,6 +40,12 @@ class CacheRows:
         else:
             self._lengths[rows[rows < self._lengths.size]] = 0
 
+    def without_keys(self, batch: Batch, write: Int) -> Int:
+        """The cache rows of ``batch`` that do not hold all keys before their first position ``write`` [R]."""
+        lengths = np.zeros(max(self._lengths.size, batch.cache_rows), np.int64)
+        lengths[: self._lengths.size] = self._lengths
+        return batch.cache_row[write > lengths[batch.cache_row]]
+
     def write(self, batch: Batch, ids: Int, write: Int, run: int, written: int | None = None) -> tuple[Int, Int]:
         """Note a call of ``batch`` and spread it over ``run`` rows: ids [R',q] and first positions [R'].
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from par_runtime import Pipeline
+from par_runtime.backends.ort import sessions
 from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
 from par_runtime.errors import RequestError
@@ -251,8 +252,8 @@ def test_more_images_than_one_call_takes(tiny: Path, monkeypatch: pytest.MonkeyP
     whole = tokenizer.encode(images)
     monkeypatch.setattr("par_runtime.tokenizer.CHUNK_PIXELS", 2 * 16 * 16)
     sizes = []
-    once = tokenizer._run
-    monkeypatch.setattr(tokenizer, "_run", lambda s, n, v: (sizes.append(len(v)), once(s, n, v))[1])
+    once = sessions.run
+    monkeypatch.setattr(sessions, "run", lambda s, n, v: (sizes.append(len(v)), once(s, n, v))[1])
     np.testing.assert_array_equal(tokenizer.encode(images), whole)
     assert sizes == [2, 2, 1]
 

@@ -24,8 +24,9 @@ from par_runtime.backends.base import BackendInfo, Batch
 from par_runtime.backends.draws import draw_all
 from par_runtime.backends.native.library import Step, library, why_not
 from par_runtime.backends.native.weights import Weights, pointers
+from par_runtime.backends.ort import sessions
 from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE
-from par_runtime.backends.ort.sessions import explained, open_session, run_decoder, session_options
+from par_runtime.backends.ort.sessions import open_session, session_options
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import BYTES, Float, Int
 from par_runtime.errors import BundleError
@@ -97,7 +98,7 @@ class NativeBackend:
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._decoder is None:
             self._decoder = open_session(self.bundle, "decoder", session_options(self._threads))
-        return run_decoder(self._decoder, tokens, explained)
+        return sessions.run(self._decoder, "tokens", tokens)
 
     def close(self) -> None:
         if self._pool is not None:

@@ -18,14 +18,14 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import BackendInfo, Batch
+from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch
 from par_runtime.backends.cache_rows import CacheRows
+from par_runtime.backends.ort import sessions
 from par_runtime.backends.ort.huge_pages import use_huge_pages
 from par_runtime.backends.ort.sessions import (
     OPSET24_SINCE,
     explained,
     open_session,
-    run_decoder,
     session_options,
     version,
     weight_bytes,
@@ -102,7 +102,7 @@ class OrtBackend:
         if self._decoder is None:
             self._decoder = self._session("decoder")
             use_huge_pages()
-        return run_decoder(self._decoder, tokens, explained)
+        return sessions.run(self._decoder, "tokens", tokens)
 
     def close(self) -> None:
         self._bound.clear()
@@ -194,14 +194,7 @@ class _Bound:
         self.uniform = np.zeros((images, query), np.float32)
         self.tokens = np.zeros((rows, query), np.int64)
         self._batch: Batch | None = None
-        self._settings: dict[str, NDArray[Any]] = {
-            "cond_row": np.zeros(images, np.int64),
-            "uncond_row": np.zeros(images, np.int64),
-            "guidance": np.zeros(images, np.float32),
-            "temperature": np.zeros(images, np.float32),
-            "top_k": np.zeros(images, np.int64),
-            "top_p": np.zeros(images, np.float32),
-        }
+        self._settings = {name: np.zeros(images, dtype) for name, dtype in IMAGE_INPUTS.items()}
         self.binding = session.io_binding()
         for name in ("ids", "positions", "write", "length", "uniform"):
             _bind(self.binding, name, getattr(self, name))

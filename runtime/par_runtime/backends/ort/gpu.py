@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import BackendInfo, Batch
+from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Float, Int
@@ -28,8 +28,9 @@ REPLACE = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'parvis[o
 try:
     import onnxruntime as ort
 
+    from par_runtime.backends.ort import sessions
     from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE
-    from par_runtime.backends.ort.sessions import OPSET24_SINCE, explained, run_decoder, version, weight_bytes
+    from par_runtime.backends.ort.sessions import OPSET24_SINCE, explained, version, weight_bytes
     from par_runtime.system import available_cores
 except ModuleNotFoundError as error:
     if error.name != "onnxruntime":
@@ -118,7 +119,7 @@ class OrtCudaBackend:
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._decoder is None:
             self._decoder = self._session("decoder")
-        return run_decoder(self._decoder, tokens, _as_ours)
+        return sessions.run(self._decoder, "tokens", tokens, _as_ours)
 
     def close(self) -> None:
         self._bound.clear()
@@ -225,12 +226,7 @@ class _Bound:
                 ("write", np.int64, (rows,)),
                 ("length", np.int64, (rows,)),
                 ("uniform", np.float32, (images, query)),
-                ("cond_row", np.int64, (images,)),
-                ("uncond_row", np.int64, (images,)),
-                ("guidance", np.float32, (images,)),
-                ("temperature", np.float32, (images,)),
-                ("top_k", np.int64, (images,)),
-                ("top_p", np.float32, (images,)),
+                *((name, dtype, (images,)) for name, dtype in IMAGE_INPUTS.items()),
             )
         }
         self.tokens = backend._value(np.zeros((rows, query), np.int64))

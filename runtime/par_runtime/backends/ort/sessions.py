@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from par_runtime.bundle import Bundle
-from par_runtime.dtypes import BYTES, Int
+from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
 from par_runtime.system import available_cores
 
@@ -55,15 +56,21 @@ def weight_bytes(bundle: Bundle) -> float:
     return stored if stored < 2 else 4.0
 
 
-def run_decoder(
-    session: ort.InferenceSession, tokens: Int, explain: Callable[[Exception], Exception]
-) -> NDArray[np.uint8]:
-    """Images [B,H,W,3] of ``tokens`` [B,N]. ``explain`` turns an error of ONNX Runtime into the one that is raised."""
+def run(
+    session: ort.InferenceSession,
+    name: str,
+    values: NDArray[Any],
+    explain: Callable[[Exception], Exception] | None = None,
+) -> NDArray[Any]:
+    """The only output of a decoder or encoder for its only input ``name``.
+
+    ``explain`` (default: :func:`explained`) turns an error of ONNX Runtime's into the one that is raised.
+    """
     try:
-        images: NDArray[np.uint8] = session.run(["images"], {"tokens": np.ascontiguousarray(tokens)})[0]
+        out: NDArray[Any] = session.run(None, {name: np.ascontiguousarray(values)})[0]
     except Exception as error:
-        raise explain(error) from error
-    return images
+        raise (explain or explained)(error) from error
+    return out
 
 
 def explained(error: Exception) -> Exception:

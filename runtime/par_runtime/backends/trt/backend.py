@@ -73,17 +73,18 @@ class TrtBackend:
     # -- the Backend protocol -------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
-        at, launch = self._enqueue_single(batch, ids, write, uniform)
-        got = self._fetch(at.tokens.pointer + self._single * at.tables.token_pitch, at.tables.rows * launch.query * 8)
+        buffers, launch = self._enqueue_single(batch, ids, write, uniform)
+        tables = buffers.tables
+        got = self._fetch(buffers.tokens.pointer + self._single * tables.token_pitch, tables.rows * launch.query * 8)
         tokens: Int = got.view(np.int64).reshape(-1, launch.query)
         return tokens[batch.cache_row[: batch.images], : ids.shape[1]]
 
     def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
         uniform = np.zeros((batch.images, ids.shape[1]), np.float32)
-        at, launch = self._enqueue_single(batch, ids, write, uniform)
-        size = at.images * launch.query * self.bundle.vocab_size * 4
-        got: Float = self._fetch(at.logits.pointer, size).view(np.float32)
-        return got.reshape(at.images, launch.query, -1)[: batch.images, : ids.shape[1]]
+        buffers, launch = self._enqueue_single(batch, ids, write, uniform)
+        size = buffers.images * launch.query * self.bundle.vocab_size * 4
+        got: Float = self._fetch(buffers.logits.pointer, size).view(np.float32)
+        return got.reshape(buffers.images, launch.query, -1)[: batch.images, : ids.shape[1]]
 
     def release(self, cache_rows: Int | None = None) -> None:
         self._keys.release(cache_rows)
@@ -92,16 +93,16 @@ class TrtBackend:
         if self.engine.decoder is None:
             raise EngineError(f"{self.engine.path}: was built without a decoder; rebuild with: {self.engine.rebuild}")
         self.device.activate()
-        at = self._memory.profile(len(tokens))
-        with self.device.pinned(at.sequence.size) as staging:
-            sequence = staging.array.view(np.int64).reshape(at.images, -1)
+        buffers = self._memory.profile(len(tokens))
+        with self.device.pinned(buffers.sequence.size) as staging:
+            sequence = staging.array.view(np.int64).reshape(buffers.images, -1)
             sequence[: len(tokens)] = tokens
             sequence[len(tokens) :] = tokens[:1]
-            self.stream.upload(at.sequence.pointer, staging, staging.size)
+            self.stream.upload(buffers.sequence.pointer, staging, staging.size)
             self.stream.synchronize()  # before the staging memory is freed
-        self._enqueue_decoder(at)
-        assert at.pixels is not None
-        pixels = self._fetch(at.pixels.pointer, at.pixels.size).reshape(at.images, *self._image, 3)
+        self._enqueue_decoder(buffers)
+        assert buffers.pixels is not None
+        pixels = self._fetch(buffers.pixels.pointer, buffers.pixels.size).reshape(buffers.images, *self._image, 3)
         return pixels[: len(tokens)]
 
     # -- whole images ---------------------------------------------------------------------------------------------
@@ -114,19 +115,19 @@ class TrtBackend:
         ``class_ids`` [R'] are the first call's ids of each row, ``noise`` [B,N] the draws. One synchronisation, at
         the end. Raises CudaError, OutOfMemory, EngineError.
         """
-        at, decode = self._prepare(batch, class_ids, noise, decode)
-        for graph in self._captured(at, decode):
+        buffers, decode = self._prepare(batch, class_ids, noise, decode)
+        for graph in self._captured(buffers, decode):
             graph.launch(self.stream)
         if self.capturing == "none":
-            for _, enqueue in self._parts(at, decode):
+            for _, enqueue in self._parts(buffers, decode):
                 enqueue()
         self.stream.synchronize()
-        n_bytes = at.images * self.bundle.n_tokens * 8
-        tokens: Int = at.out.array[:n_bytes].view(np.int64).reshape(at.images, -1)[: batch.images].copy()
+        n_bytes = buffers.images * self.bundle.n_tokens * 8
+        tokens: Int = buffers.out.array[:n_bytes].view(np.int64).reshape(buffers.images, -1)[: batch.images].copy()
         if not decode:
             return tokens, None
-        assert at.pixels is not None
-        pixels = at.out.array[n_bytes : n_bytes + at.pixels.size].reshape(at.images, *self._image, 3)
+        assert buffers.pixels is not None
+        pixels = buffers.out.array[n_bytes : n_bytes + buffers.pixels.size].reshape(buffers.images, *self._image, 3)
         return tokens, pixels[: batch.images].copy()
 
     def parts(self, batch: Batch, class_ids: Int, noise: Float) -> list[tuple[str, Callable[[], None]]]:
@@ -136,25 +137,25 @@ class TrtBackend:
         For benchmarks, which time the parts on :attr:`stream`. "copy" is the upload of the tables, the collection of
         the tokens, and the way back of tokens and pixels.
         """
-        at, decode = self._prepare(batch, class_ids, noise, True)
-        return self._parts(at, decode)
+        buffers, decode = self._prepare(batch, class_ids, noise, True)
+        return self._parts(buffers, decode)
 
     def _prepare(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> tuple[Buffers, bool]:
         """Bound and warmed-up memory, with the tables of ``batch`` in staging; and whether images are decoded."""
         self.device.activate()
         self._keys.release()  # every launch writes into all rows, so the images may as well lie in the first ones,
         batch = replace(batch, cache_row=np.arange(batch.rows))  # where the tokens are collected
-        at = self._memory.buffers(batch)
-        at.tables.fill_batch(at.staging.array, batch)
-        at.tables.fill_image(at.staging.array, batch, class_ids, noise)
-        self._warm(at)
-        return at, decode and self.engine.decoder is not None
+        buffers = self._memory.buffers(batch)
+        buffers.tables.fill_batch(buffers.staging.array, batch)
+        buffers.tables.fill_image(buffers.staging.array, batch, class_ids, noise)
+        self._warm(buffers)
+        return buffers, decode and self.engine.decoder is not None
 
-    def _captured(self, at: Buffers, decode: bool) -> list[cuda.Graph]:
+    def _captured(self, buffers: Buffers, decode: bool) -> list[cuda.Graph]:
         """The graphs that make an image, captured at the first use of a batch size; none where capture is off."""
         if self.capturing == "none":
             return []
-        key = (at.index, decode)
+        key = (buffers.index, decode)
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
@@ -162,11 +163,11 @@ class TrtBackend:
         try:
             if self.capturing == "image":
                 with self.stream.capture() as captured:
-                    for _, enqueue in self._parts(at, decode):
+                    for _, enqueue in self._parts(buffers, decode):
                         enqueue()
                 graphs = [captured.graph]
             else:
-                for _, enqueue in self._parts(at, decode):
+                for _, enqueue in self._parts(buffers, decode):
                     with self.stream.capture() as captured:
                         enqueue()
                     graphs.append(captured.graph)
@@ -174,32 +175,32 @@ class TrtBackend:
             for graph in graphs:
                 graph.free()
             self.capturing = "call" if self.capturing == "image" else "none"
-            return self._captured(at, decode)
+            return self._captured(buffers, decode)
         self._graphs[key] = graphs
         while len(self._graphs) > GRAPHS_KEPT:
             for graph in self._graphs.popitem(last=False)[1]:
                 graph.free()
         return graphs
 
-    def _parts(self, at: Buffers, decode: bool) -> list[tuple[str, Callable[[], None]]]:
+    def _parts(self, buffers: Buffers, decode: bool) -> list[tuple[str, Callable[[], None]]]:
         """What an image is made of, in order: (phase, a function that enqueues the part)."""
-        parts: list[tuple[str, Callable[[], None]]] = [("copy", partial(self._upload, at))]
+        parts: list[tuple[str, Callable[[], None]]] = [("copy", partial(self._upload, buffers))]
         for index, launch in enumerate(self._launches):
-            parts.append((launch.call.phase.name, partial(self._enqueue, at, index)))
-        parts.append(("copy", partial(self._collect, at)))
+            parts.append((launch.call.phase.name, partial(self._enqueue, buffers, index)))
+        parts.append(("copy", partial(self._collect, buffers)))
         if decode:
-            parts.append(("decoder", partial(self._enqueue_decoder, at)))
-        parts.append(("copy", partial(self._download, at, decode)))
+            parts.append(("decoder", partial(self._enqueue_decoder, buffers)))
+        parts.append(("copy", partial(self._download, buffers, decode)))
         return parts
 
-    def _upload(self, at: Buffers) -> None:
-        self.stream.upload(at.block.pointer, at.staging, at.tables.size)
+    def _upload(self, buffers: Buffers) -> None:
+        self.stream.upload(buffers.block.pointer, buffers.staging, buffers.tables.size)
 
-    def _enqueue(self, at: Buffers, index: int) -> None:
+    def _enqueue(self, buffers: Buffers, index: int) -> None:
         """Launch ``index`` of the image: its ids are the previous launch's tokens, or its row of the table."""
-        launch, tables = self._launches[index], at.tables
-        ids = at.block.pointer + tables.at("ids", index)
-        before = at.tokens.pointer + (index - 1) * tables.token_pitch
+        launch, tables = self._launches[index], buffers.tables
+        ids = buffers.block.pointer + tables.at("ids", index)
+        before = buffers.tokens.pointer + (index - 1) * tables.token_pitch
         if launch.chained:
             ids = before
         elif launch.fed:
@@ -210,13 +211,13 @@ class TrtBackend:
                 before + (previous.call.query - launch.fed) * 8,
                 previous.query * 8,
                 launch.fed * 8,
-                at.tables.rows,
+                buffers.tables.rows,
             )
-        self._run(at, launch, index, ids)
+        self._run(buffers, launch, index, ids)
 
-    def _run(self, at: Buffers, launch: Launch, index: int, ids: int) -> None:
-        context, tables, block = at.contexts[launch.plan], at.tables, at.block.pointer
-        addresses = {"ids": ids, "tokens": at.tokens.pointer + index * tables.token_pitch}
+    def _run(self, buffers: Buffers, launch: Launch, index: int, ids: int) -> None:
+        context, tables, block = buffers.contexts[launch.plan], buffers.tables, buffers.block.pointer
+        addresses = {"ids": ids, "tokens": buffers.tokens.pointer + index * tables.token_pitch}
         for name in ("positions", "write", "length", "uniform"):
             addresses[name] = block + tables.at(name, index)
         for name, address in addresses.items():
@@ -227,47 +228,54 @@ class TrtBackend:
                 f"{self._log.last_error()}"
             )
 
-    def _collect(self, at: Buffers) -> None:
+    def _collect(self, buffers: Buffers) -> None:
         """Put the tokens of all calls into sequence order [B,N]."""
-        n, pitch = self.bundle.n_tokens, at.tables.token_pitch
+        n, pitch = self.bundle.n_tokens, buffers.tables.token_pitch
         index = 0
         while index < len(self._launches):
             launch = self._launches[index]
             real, repeat = launch.call.query, launch.call.phase.repeat
-            for b in range(at.images):
+            for b in range(buffers.images):
                 self.stream.copy_2d(
-                    at.sequence.pointer + (b * n + launch.call.write) * 8,
+                    buffers.sequence.pointer + (b * n + launch.call.write) * 8,
                     real * 8,
-                    at.tokens.pointer + index * pitch + b * launch.query * 8,
+                    buffers.tokens.pointer + index * pitch + b * launch.query * 8,
                     pitch,
                     real * 8,
                     repeat,
                 )
             index += repeat
 
-    def _enqueue_decoder(self, at: Buffers) -> None:
-        if not at.contexts["decoder"].execute_async_v3(self.stream.handle):
+    def _enqueue_decoder(self, buffers: Buffers) -> None:
+        if not buffers.contexts["decoder"].execute_async_v3(self.stream.handle):
             raise EngineError(f"{self.engine.path}: the decoder failed: {self._log.last_error()}")
 
-    def _download(self, at: Buffers, decode: bool) -> None:
-        self.stream.download(at.out, at.sequence.pointer, at.sequence.size)
-        if decode and at.pixels is not None:
-            self.stream.download(at.out, at.pixels.pointer, at.pixels.size, at.sequence.size)
+    def _download(self, buffers: Buffers, decode: bool) -> None:
+        self.stream.download(buffers.out, buffers.sequence.pointer, buffers.sequence.size)
+        if decode and buffers.pixels is not None:
+            self.stream.download(buffers.out, buffers.pixels.pointer, buffers.pixels.size, buffers.sequence.size)
 
     # -- single calls ---------------------------------------------------------------------------------------------
 
     def _enqueue_single(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> tuple[Buffers, Launch]:
         """Enqueue one single call: it uses the last row of the tables, and a plan that serves q positions."""
         self.device.activate()
-        at = self._memory.buffers(batch)
+        buffers = self._memory.buffers(batch)
         here = [launch for launch in self._launches if launch.call.query == ids.shape[1]]
         launch = next((launch for launch in here if launch.call.write == write[0]), here[0])
-        at.tables.fill_batch(at.staging.array, batch)
-        ids, write = self._keys.write(batch, ids, write, at.tables.rows, launch.query)
-        at.tables.fill_single(at.staging.array, self._single, launch.query, batch, ids, write, uniform)
-        self._upload(at)
-        self._run(at, launch, self._single, at.block.pointer + at.tables.at("ids", self._single))
-        return at, launch
+        lost = self._keys.without_keys(batch, write)
+        if lost.size:
+            raise ValueError(
+                f"cache rows {lost.tolist()} do not hold the keys before positions {write.tolist()}: they were "
+                "released, or "
+                "lost when memory ran out; begin their images again from the first call"
+            )
+        buffers.tables.fill_batch(buffers.staging.array, batch)
+        ids, write = self._keys.write(batch, ids, write, buffers.tables.rows, launch.query)
+        buffers.tables.fill_single(buffers.staging.array, self._single, launch.query, batch, ids, write, uniform)
+        self._upload(buffers)
+        self._run(buffers, launch, self._single, buffers.block.pointer + buffers.tables.at("ids", self._single))
+        return buffers, launch
 
     def _fetch(self, pointer: int, size: int) -> NDArray[np.uint8]:
         """A copy of ``size`` bytes of the device; it waits for the stream."""
@@ -277,23 +285,23 @@ class TrtBackend:
             got: NDArray[np.uint8] = pinned.array.copy()
             return got
 
-    def _warm(self, at: Buffers) -> None:
+    def _warm(self, buffers: Buffers) -> None:
         """Launch every context once outside of capture, because TensorRT finishes its set-up in the first launch."""
-        if at.warm:
+        if buffers.warm:
             return
-        self._upload(at)
+        self._upload(buffers)
         seen = set()
         for index, launch in enumerate(self._launches):
             if launch.plan not in seen:
-                self._run(at, launch, index, at.block.pointer + at.tables.at("ids", index))
+                self._run(buffers, launch, index, buffers.block.pointer + buffers.tables.at("ids", index))
                 seen.add(launch.plan)
-        if "decoder" in at.contexts:
-            self.stream.fill(at.sequence.pointer, 0, at.sequence.size)
-            self._enqueue_decoder(at)
+        if "decoder" in buffers.contexts:
+            self.stream.fill(buffers.sequence.pointer, 0, buffers.sequence.size)
+            self._enqueue_decoder(buffers)
         self.stream.synchronize()
         for plan in self._plans.values():
             plan.save_runtime_cache()
-        at.warm = True
+        buffers.warm = True
 
     def _drop_graphs(self) -> None:
         """Free the captured graphs. They hold addresses, so this happens before the memory there is freed."""

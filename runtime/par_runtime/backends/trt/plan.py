@@ -8,12 +8,15 @@ other.
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import Any
 
+from par_runtime.backends.base import IMAGE_INPUTS
 from par_runtime.backends.engines import Engine, Plan
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.bundle import Bundle
 from par_runtime.errors import EngineError
+from par_runtime.system import write_beside
 
 RUNTIME_CACHE = "runtime.cache"  #: kernels that TensorRT-RTX compiled for this GPU
 
@@ -99,12 +102,8 @@ class LoadedPlan:
         blob = bytes(self._rtx_cache.serialize())
         if path.is_file() and path.stat().st_size == len(blob):
             return
-        part = path.with_name(f".{path.name}.part")
-        try:
-            part.write_bytes(blob)
-            part.replace(path)
-        except OSError:  # a bundle on a read-only disk: the kernels are compiled at each load
-            part.unlink(missing_ok=True)
+        with suppress(OSError):  # a bundle on a read-only disk: the kernels are compiled at each load
+            write_beside(path, lambda part: part.write_bytes(blob))
 
     def close(self) -> None:
         """Free the plan and its contexts."""
@@ -163,7 +162,7 @@ def expected(bundle: Bundle, plan: Plan) -> dict[str, tuple[Any, ...]]:
         return {"tokens": ("B", n), "images": ("B", height, width, 3)}
     out: dict[str, tuple[Any, ...]] = dict.fromkeys(("ids", "positions", "tokens"), ("R", q))
     out |= dict.fromkeys(("write", "length", "image"), ("R",))
-    out |= dict.fromkeys(("cond_row", "uncond_row", "guidance", "temperature", "top_k", "top_p"), ("B",))
+    out |= dict.fromkeys(IMAGE_INPUTS, ("B",))
     out |= {"uniform": ("B", q), "logits": ("B", q, bundle.vocab_size)}
     cache = ("R", bundle.cache.heads, n, bundle.cache.head_dim)
     return out | dict.fromkeys((*bundle.cache.inputs, *bundle.cache.outputs), cache)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import Batch
+from par_runtime.backends.base import IMAGE_INPUTS, Batch
 from par_runtime.backends.engines import Engine
 from par_runtime.bundle import Bundle, Call, image_calls
 from par_runtime.dtypes import Float, Int
@@ -93,16 +93,9 @@ class Tables:
         self.row, self.pitch = row, offset
         offset = self.pitch * (len(launches) + 1)  # one row more, for single calls (self-test, previews, logits)
         self.whole: dict[str, Field] = {}
-        for name, dtype in (
-            ("image", np.int64),
-            ("cond_row", np.int64),
-            ("uncond_row", np.int64),
-            ("guidance", np.float32),
-            ("temperature", np.float32),
-            ("top_k", np.int64),
-            ("top_p", np.float32),
-        ):
-            self.whole[name] = Field(offset, np.dtype(dtype), (r if name == "image" else b,))
+        for name in ("image", *IMAGE_INPUTS):
+            size = r if name == "image" else b
+            self.whole[name] = Field(offset, np.dtype(IMAGE_INPUTS.get(name, np.int64)), (size,))
             offset = aligned(offset + self.whole[name].size)
         self.size = offset
         self.token_pitch = aligned(r * q * 8)  # bytes of one launch's tokens [R,q] int64
