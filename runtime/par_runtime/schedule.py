@@ -83,16 +83,16 @@ class Schedule:
         return ids, write
 
     def _ids(self, call: Call, rows: slice | Int, tokens: Int) -> Int:
-        """The ids [rows,q] of these rows at ``call``."""
-        classes, images = self.class_ids[rows], self.image_of_row[rows]
+        """The ids [rows,q] that these rows are fed at ``call``."""
+        slots, images = call.phase.token_slots, self.image_of_row[rows]
+        fed: Int = tokens[images, call.write - len(slots) : call.write]  # positions before the call's are done
+        if len(slots) == call.query:
+            return fed
         ids = np.empty((len(images), call.query), np.int64)
-        token_slots = call.phase.token_slots
-        if len(token_slots) < call.query:
-            for slot, entry in enumerate(call.phase.inputs):
-                if entry != "token":
-                    ids[:, slot] = classes if entry == "class" else entry
-        if token_slots:  # the tokens before the call are known already
-            ids[:, token_slots] = tokens[images, call.write - len(token_slots) : call.write]
+        ids[:, slots] = fed
+        for slot, entry in enumerate(call.phase.inputs):
+            if entry != "token":
+                ids[:, slot] = self.class_ids[rows] if entry == "class" else entry
         return ids
 
     def walk(self, tokens: Int) -> Iterator[tuple[Call, Int, Int]]:
