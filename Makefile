@@ -39,6 +39,7 @@ format: $(DEV_ENV)/.installed
 $(RUN_ENV)/.installed: pyproject.toml $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(RUN_ENV)
+	rm -rf build/lib* build/bdist*  # pip builds in place: what was moved or deleted since would be installed too
 	$(RUN_ENV)/bin/python -m pip install --quiet --disable-pip-version-check '.[cpu]'
 	touch $@
 

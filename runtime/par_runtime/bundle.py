@@ -191,7 +191,8 @@ def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise BundleError(f"{path}: no such folder; give the path of a bundle, made by 'parvis export'")
+        what = "is a file, not a folder" if path.exists() else "no such folder"
+        raise BundleError(f"{path}: {what}; give the path of a bundle, made by 'parvis export'")
     file = path / MANIFEST
     if not file.is_file():
         raise BundleError(f"{path}: holds no {MANIFEST}, so it is not a bundle; make one with 'parvis export'")

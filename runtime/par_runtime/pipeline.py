@@ -9,7 +9,7 @@ Letters: B images, R rows (two for a guided image), N tokens, n tokens per group
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.backends.base import Backend, MakesImages
 from par_runtime.backends.choose import choose
-from par_runtime.bundle import Bundle, FileCheck
+from par_runtime.bundle import Bundle, Call, FileCheck
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.known import Known, given_tokens, known_tokens
@@ -133,8 +133,7 @@ class Pipeline:
         until = time.perf_counter() + seconds
         tokens, done = np.zeros_like(wanted), 0
         phases_run: set[str] = set()
-        self.backend.release()
-        for call, ids, write in schedule.walk(tokens):
+        for call, ids, write in self._walk(schedule, tokens):
             if time.perf_counter() > until and len(phases_run) == len(self.bundle.phases):
                 break
             tokens[:, call.positions] = self.backend.step(batch, ids, write, noise[:, call.positions])
@@ -142,8 +141,7 @@ class Pipeline:
             phases_run.add(call.phase.name)
         if (tokens[:, :done] == wanted[:, :done]).all():
             return
-        self.backend.release()
-        for call, ids, write in schedule.walk(wanted):  # teacher-forced: each call is fed the export's tokens
+        for call, ids, write in self._walk(schedule, wanted):  # teacher-forced: each call is fed the export's tokens
             drawn = self.backend.step(batch, ids, write, noise[:, call.positions])[0]
             logits = self.backend.logits(batch, ids, write)[0]  # [q,V]
             slots, best = np.arange(call.query), logits.max(-1)
@@ -271,8 +269,7 @@ class Pipeline:
             part = slice(first, first + size)
             each = image_settings(self.bundle, len(classes[part]), guidance=1.0)
             schedule = Schedule.of(self.bundle, classes[part], each)
-            self.backend.release()
-            for call, ids, write in schedule.walk(given[part]):
+            for call, ids, write in self._walk(schedule, given[part]):
                 logits = self.backend.logits(schedule.batch, ids, write)
                 out[part, call.positions] = log_likelihood(logits, given[part, call.positions])
         return out
@@ -335,8 +332,7 @@ class Pipeline:
             progress.add(self.bundle.calls)
             return made
         tokens = np.zeros((batch.images, self.bundle.n_tokens), np.int64)
-        backend.release()
-        for call, ids, write in schedule.walk(tokens):
+        for call, ids, write in self._walk(schedule, tokens):
             tokens[:, call.positions] = backend.step(batch, ids, write, schedule.noise[:, call.positions])
             if known is not None:
                 known.put(tokens, call.positions)
@@ -345,6 +341,15 @@ class Pipeline:
             progress.step(self, tokens, call.positions.stop)
             clock = time.perf_counter()  # callbacks and previews are not counted
         return tokens, None
+
+    def _walk(self, schedule: Schedule, tokens: Int) -> Iterator[tuple[Call, Int, Int]]:
+        """``schedule.walk(tokens)``, before and after which its cache rows are released; other rows keep their keys."""
+        rows = schedule.batch.cache_row
+        self.backend.release(rows)
+        try:
+            yield from schedule.walk(tokens)
+        finally:
+            self.backend.release(rows)
 
     def preview(self, tokens: Int, done: int) -> NDArray[np.uint8]:
         """Images [B,H,W,3] uint8 of the first ``done`` tokens of ``tokens`` [B,N].

@@ -75,6 +75,11 @@ class Schedule:
         """
         if isinstance(at, Call):
             return self._ids(at, slice(None), tokens), np.full(self.batch.rows, at.write)
+        if len(at) != self.batch.images or len({call.query for call in at}) != 1:
+            raise ValueError(
+                f"calls of {[call.query for call in at]} positions for {self.batch.images} images; expected a call "
+                "for each image, all of one query length: images at another one wait for a call of theirs"
+            )
         ids = np.empty((self.batch.rows, at[0].query), np.int64)
         write = np.array([at[image].write for image in self.image_of_row], np.int64)
         for call in dict.fromkeys(at):

@@ -81,6 +81,26 @@ def test_images_at_different_steps_are_fed_each_its_own(tiny: Path) -> None:
     assert schedule.batch.per_image()["uncond_row"].tolist() == [5, 2]
 
 
+def test_calls_of_different_lengths_cannot_share_a_step(tiny: Path) -> None:
+    bundle = Bundle.open(tiny)
+    schedule = Schedule.of(bundle, [2, 3], [Settings()] * 2)
+    tokens = np.zeros((2, bundle.n_tokens), np.int64)
+    for calls in (
+        [schedule.calls[0], schedule.calls[10]],
+        [schedule.calls[10], schedule.calls[0]],
+        [schedule.calls[0]],
+    ):
+        with pytest.raises(ValueError, match="for 2 images; expected a call for each image, all of one query length"):
+            schedule.inputs(calls, tokens)
+
+
+@pytest.mark.parametrize("cache_row", [[3, 3, 1], [0, 1], [0, -1, 2], [0, 1, 2, 3]])
+def test_cache_rows_are_different_and_one_for_each_row(tiny: Path, cache_row: list[int]) -> None:
+    settings = [Settings(guidance=2.0), Settings()]  # three rows
+    with pytest.raises(ValueError, match=r"cache rows \[.*\]; expected 3 different numbers from 0 on, one per row"):
+        Schedule.of(Bundle.open(tiny), [2, 3], settings, cache_row=np.array(cache_row))
+
+
 Open = Callable[[Path], Pipeline]
 
 
@@ -109,3 +129,32 @@ def test_rows_at_different_steps_give_the_tokens_of_images_made_alone(
         wanted = alone(pipeline)
         assert (staggered(pipeline) == wanted).all()
         assert (alone(pipeline) == wanted).all()  # and nothing of it remains
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_positions_beyond_the_last_are_refused(backend: str, bundles: dict[str, Path]) -> None:
+    if backend == "cuda-ort" and version() < OPSET24_SINCE:
+        pytest.skip(f"onnxruntime {ort.__version__} does not run step.onnx")
+    with BACKENDS[backend](bundles["fp32"]) as pipeline:
+        schedule = Schedule.of(pipeline.bundle, [0], [Settings()])
+        ids = np.zeros((1, 4), np.int64)
+        for first in (-1, pipeline.bundle.n_tokens - 3):
+            with pytest.raises(ValueError, match=r"a call of 4 positions from .* on; expected positions 0..63"):
+                pipeline.backend.step(schedule.batch, ids, np.array([first]), np.zeros((1, 4), np.float32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whole_images_between_two_calls_leave_other_cache_rows_alone(backend: str, bundles: dict[str, Path]) -> None:
+    if backend == "cuda-ort" and version() < OPSET24_SINCE:
+        pytest.skip(f"onnxruntime {ort.__version__} does not run step.onnx")
+    with BACKENDS[backend](bundles["fp32"]) as pipeline:
+        wanted = pipeline.generate([3], Settings(), seed=7, decode=False).tokens
+        schedule = Schedule.of(pipeline.bundle, [3], [Settings()], [7], cache_row=np.array([5]))
+        tokens = np.zeros_like(wanted)
+        for index, (call, ids, write) in enumerate(schedule.walk(tokens)):
+            if index == 9:
+                pipeline.generate([0, 1], Settings(guidance=2.0), seed=1, decode=False)  # cache rows 0 to 3
+                pipeline.score(wanted, [3])
+            noise = schedule.noise[:, call.positions]
+            tokens[:, call.positions] = pipeline.backend.step(schedule.batch, ids, write, noise)
+        assert (tokens == wanted).all()

@@ -35,6 +35,8 @@ class Batch:
     Row b < B is image b with its class; ``uncond_row`` [B] names the row without class of a guided image, or b itself.
     ``cache_row`` [R] is the row of the backend's cache where each row's keys lie (default: row r in cache row r). A
     cache row keeps its keys from call to call, until :meth:`Backend.release`.
+
+    Raises ValueError where two rows share a cache row, or one has none.
     """
 
     rows: int
@@ -48,6 +50,11 @@ class Batch:
     def __post_init__(self) -> None:
         if not self.cache_row.size:
             object.__setattr__(self, "cache_row", np.arange(self.rows))
+        given = self.cache_row
+        if given.shape != (self.rows,) or given.min() < 0 or len(set(given.tolist())) != self.rows:
+            raise ValueError(
+                f"cache rows {given.tolist()}; expected {self.rows} different numbers from 0 on, one per row"
+            )
 
     @property
     def images(self) -> int:
@@ -76,6 +83,14 @@ class Batch:
         out[: self.images] = tokens
         out[self.uncond_row] = tokens
         return out
+
+
+def check_positions(write: Int, query: int, n_tokens: int) -> None:
+    """Raise ValueError unless ``query`` positions from ``write`` [R] on lie in 0 .. N-1: beyond, a backend would write
+    outside its cache.
+    """
+    if write.min() < 0 or write.max() + query > n_tokens:
+        raise ValueError(f"a call of {query} positions from {write.tolist()} on; expected positions 0..{n_tokens - 1}")
 
 
 @dataclass(frozen=True)

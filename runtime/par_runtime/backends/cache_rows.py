@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from par_runtime.backends.base import Batch
+from par_runtime.backends.base import Batch, check_positions
 from par_runtime.dtypes import Int
 
 
@@ -57,6 +57,7 @@ class CacheRows:
                 [self._lengths, np.zeros(max(run, batch.cache_rows) - self._lengths.size, np.int64)]
             )
         query = ids.shape[1]
+        check_positions(write, query, self._n_tokens)
         all_ids = np.zeros((run, query), np.int64)
         all_write = np.minimum(self._lengths[:run], self._n_tokens - (written or query))
         all_ids[batch.cache_row] = ids

@@ -79,10 +79,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _exit_on_signals():
             return _call(_verb(arguments), arguments[1:])
     except KeyboardInterrupt:
-        print("\nparvis: stopped; nothing was half-written", file=sys.stderr)
-        return 130
+        return _stopped()
+    except ImportError as error:  # an extension module turns Ctrl-C during its import into this
+        if not _caused_by_interrupt(error):
+            raise
+        return _stopped()
     except BrokenPipeError:  # the reader of the output has stopped reading
         return 0
+
+
+def _stopped() -> int:
+    print("\nparvis: stopped; nothing was half-written", file=sys.stderr)
+    return 130
+
+
+def _caused_by_interrupt(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 @contextmanager

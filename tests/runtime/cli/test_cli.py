@@ -343,3 +343,24 @@ def test_ctrl_c_ends_quietly_and_writes_nothing(tiny: Path, tmp_path: Path, sent
     left = {p.name for p in tmp_path.iterdir()}
     assert not out.exists()
     assert all(name.startswith("a-") for name in left), left
+
+
+def test_ctrl_c_while_an_extension_module_is_imported_is_a_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Extension modules turn the KeyboardInterrupt of their import into an ImportError."""
+
+    def interrupted(cause: BaseException | None) -> None:
+        raise ImportError("initialization failed") from cause
+
+    monkeypatch.setattr(cli, "_call", lambda *_: interrupted(KeyboardInterrupt()))
+    assert cli.main(["generate", "x"]) == 130
+    assert capsys.readouterr().err.endswith("parvis: stopped; nothing was half-written\n")
+    monkeypatch.setattr(cli, "_call", lambda *_: interrupted(None))
+    with pytest.raises(ImportError, match="initialization failed"):
+        cli.main(["generate", "x"])
+
+
+def test_a_bundle_that_is_a_file_is_refused_as_one(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", str(tiny / "manifest.json"), "--label", "0"]) == 2
+    assert "manifest.json: is a file, not a folder; give the path of a bundle" in capsys.readouterr().err

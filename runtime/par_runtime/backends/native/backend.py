@@ -20,7 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from par_runtime import __version__
-from par_runtime.backends.base import BackendInfo, Batch
+from par_runtime.backends.base import BackendInfo, Batch, check_positions
 from par_runtime.backends.draws import draw_all
 from par_runtime.backends.native.library import Step, library, why_not
 from par_runtime.backends.native.weights import Weights, pointers
@@ -63,7 +63,8 @@ class NativeBackend:
         self._weights = Weights(bundle, lib, self._slots)
         self._pool: int | None = lib.parvis_open(self._threads)
         self._rows = 0  # R of _buffers
-        self._holds_keys = False
+        self._held: set[int] = set()  # cache rows whose keys are still needed
+        self._last: Batch | None = None  # its rows are among them
         # Keys of all layers, then values, each at least R*H*S*D' long. numpy asks for huge pages for one large array.
         self._cache: Float = np.zeros((2 * bundle.model["n_layers"], 0), np.float32)
         self._buffers: dict[int, _StepBuffers] = {}  # by q, for the current number of rows
@@ -75,8 +76,8 @@ class NativeBackend:
         return self._guided(batch, ids, write).copy()
 
     def release(self, cache_rows: Int | None = None) -> None:
-        if cache_rows is None:  # single rows need nothing: a row reads only slots that were written for it
-            self._holds_keys = False
+        self._held -= self._held.copy() if cache_rows is None else set(cache_rows.tolist())
+        self._last = None
 
     def _reserve(self, batch: Batch) -> None:
         """Allocate a cache for the rows of ``batch``, if needed; keys that are still needed stay."""
@@ -87,13 +88,16 @@ class NativeBackend:
             self._rows = batch.rows
         if self._cache.shape[1] < length:
             self._buffers.clear()
-            if not self._holds_keys:  # the old cache is freed first, so that both are never held at once
+            if not self._held:  # the old cache is freed first, so that both are never held at once
                 self._cache = self._cache[:, :0].copy()
             old = self._cache
-            # full(), not zeros(): it writes every page now instead of faulting inside the first calls.
-            self._cache = np.full((2 * m["n_layers"], length), 0, np.float32)
-            self._cache[:, : old.shape[1]] = old
-        self._holds_keys = True
+            self._cache = np.empty((2 * m["n_layers"], length), np.float32)
+            # Written now, so that the first calls do not fault; layer by layer, so that Ctrl-C is heard in between.
+            for layer, keys in zip(self._cache, old, strict=True):
+                layer[: len(keys)], layer[len(keys) :] = keys, 0
+        if batch is not self._last:
+            self._held.update(batch.cache_row.tolist())
+            self._last = batch
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._decoder is None:
@@ -113,8 +117,7 @@ class NativeBackend:
 
     def _guided(self, batch: Batch, ids: Int, write: Int) -> Float:
         """Guided logits [B,q,V] of one call; a view of a buffer that the next call of the same q overwrites."""
-        if write.min() < 0 or write.max() + ids.shape[1] > self.bundle.n_tokens:  # C writes without checks
-            raise ValueError(f"positions {write} + {ids.shape[1]}; expected to lie in 0..{self.bundle.n_tokens}")
+        check_positions(write, ids.shape[1], self.bundle.n_tokens)
         self._reserve(batch)
         rows = self._run(ids, write, batch.cache_row)
         cond = rows[: batch.images]

@@ -142,6 +142,7 @@ class PipelineSubject:
                 tokens[:, call.positions] = pipeline.backend.step(
                     schedule.batch, ids, write, schedule.noise[:, call.positions]
                 )
+        pipeline.backend.release()  # so that the next batch begins with a short window
         if bundle.image_size is not None:
             pipeline.decode(tokens)
 
