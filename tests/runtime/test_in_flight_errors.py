@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 from double.driver import Driver
 from double.fixtures import Make
-from test_schedule import BACKENDS
+from test_schedule import BACKENDS, needs_opset_24
 
 from par_runtime.backends.base import MakesImages
 from par_runtime.backends.native.backend import NativeBackend
 from par_runtime.backends.ort import gpu
-from par_runtime.backends.ort.sessions import OPSET24_SINCE, version
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import Settings
 from par_runtime.schedule import Schedule
 
-needs_opset_24 = pytest.mark.skipif(version() < OPSET24_SINCE, reason="this ONNX Runtime does not run step.onnx")
 CPUS = ["cpu", "cpu-ort", pytest.param("cuda-ort", marks=needs_opset_24)]
 
 

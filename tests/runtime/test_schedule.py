@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from in_flight import alone, staggered
 
@@ -116,25 +115,23 @@ BACKENDS: dict[str, Open] = {
     "opset 23": lambda path: Pipeline(Bundle.open(path), OrtBackend(Bundle.open(path), 2, "step_opset23")),
     "cuda-ort": on_device_code,
 }
+needs_opset_24 = pytest.mark.skipif(version() < OPSET24_SINCE, reason="this ONNX Runtime does not run step.onnx")
+EACH_BACKEND = [pytest.param(name, marks=needs_opset_24 if name == "cuda-ort" else ()) for name in BACKENDS]
 
 
 @pytest.mark.parametrize("name", ["fp32", "n1", "n16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_rows_at_different_steps_give_the_tokens_of_images_made_alone(
     backend: str, name: str, bundles: dict[str, Path]
 ) -> None:
-    if backend == "cuda-ort" and version() < OPSET24_SINCE:
-        pytest.skip(f"onnxruntime {ort.__version__} does not run step.onnx")
     with BACKENDS[backend](bundles[name]) as pipeline:
         wanted = alone(pipeline)
         assert (staggered(pipeline) == wanted).all()
         assert (alone(pipeline) == wanted).all()  # and nothing of it remains
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_positions_beyond_the_last_are_refused(backend: str, bundles: dict[str, Path]) -> None:
-    if backend == "cuda-ort" and version() < OPSET24_SINCE:
-        pytest.skip(f"onnxruntime {ort.__version__} does not run step.onnx")
     with BACKENDS[backend](bundles["fp32"]) as pipeline:
         schedule = Schedule.of(pipeline.bundle, [0], [Settings()])
         ids = np.zeros((1, 4), np.int64)
@@ -143,10 +140,8 @@ def test_positions_beyond_the_last_are_refused(backend: str, bundles: dict[str, 
                 pipeline.backend.step(schedule.batch, ids, np.array([first]), np.zeros((1, 4), np.float32))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_whole_images_between_two_calls_leave_other_cache_rows_alone(backend: str, bundles: dict[str, Path]) -> None:
-    if backend == "cuda-ort" and version() < OPSET24_SINCE:
-        pytest.skip(f"onnxruntime {ort.__version__} does not run step.onnx")
     with BACKENDS[backend](bundles["fp32"]) as pipeline:
         wanted = pipeline.generate([3], Settings(), seed=7, decode=False).tokens
         schedule = Schedule.of(pipeline.bundle, [3], [Settings()], [7], cache_row=np.array([5]))

@@ -42,9 +42,14 @@ class CacheRows:
 
     def without_keys(self, batch: Batch, write: Int) -> Int:
         """The cache rows of ``batch`` that do not hold all keys before their first position ``write`` [R]."""
-        lengths = np.zeros(max(self._lengths.size, batch.cache_rows), np.int64)
-        lengths[: self._lengths.size] = self._lengths
-        return batch.cache_row[write > lengths[batch.cache_row]]
+        self._extend(batch.cache_rows)
+        return batch.cache_row[write > self._lengths[batch.cache_row]]
+
+    def note(self, batch: Batch, write: Int, query: int) -> None:
+        """A call of ``query`` positions writes keys from ``write`` [R] on. Raises ValueError where they do not fit."""
+        check_positions(write, query, self._n_tokens)
+        self._extend(batch.cache_rows)
+        self._lengths[batch.cache_row] = write + query
 
     def write(self, batch: Batch, ids: Int, write: Int, run: int, written: int | None = None) -> tuple[Int, Int]:
         """Note a call of ``batch`` and spread it over ``run`` rows: ids [R',q] and first positions [R'].
@@ -52,15 +57,15 @@ class CacheRows:
         ``ids`` [R,q] and ``write`` [R] are those of the batch's rows; ``written``: positions that the network writes
         of each row (default: q), where it is padded to more than the call has.
         """
-        if self._lengths.size < max(run, batch.cache_rows):
-            self._lengths = np.concatenate(
-                [self._lengths, np.zeros(max(run, batch.cache_rows) - self._lengths.size, np.int64)]
-            )
         query = ids.shape[1]
-        check_positions(write, query, self._n_tokens)
+        self.note(batch, write, query)
+        self._extend(run)
         all_ids = np.zeros((run, query), np.int64)
         all_write = np.minimum(self._lengths[:run], self._n_tokens - (written or query))
         all_ids[batch.cache_row] = ids
         all_write[batch.cache_row] = write
-        self._lengths[batch.cache_row] = write + query
         return all_ids, all_write
+
+    def _extend(self, rows: int) -> None:
+        if self._lengths.size < rows:
+            self._lengths = np.concatenate([self._lengths, np.zeros(rows - self._lengths.size, np.int64)])

@@ -20,7 +20,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from par_runtime import __version__
-from par_runtime.backends.base import BackendInfo, Batch, check_positions
+from par_runtime.backends.base import BackendInfo, Batch
+from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.draws import draw_all
 from par_runtime.backends.native.library import Step, library, why_not
 from par_runtime.backends.native.weights import Weights, pointers
@@ -63,8 +64,7 @@ class NativeBackend:
         self._weights = Weights(bundle, lib, self._slots)
         self._pool: int | None = lib.parvis_open(self._threads)
         self._rows = 0  # R of _buffers
-        self._held: set[int] = set()  # cache rows whose keys are still needed
-        self._last: Batch | None = None  # its rows are among them
+        self._keys = CacheRows(bundle.n_tokens)
         # Keys of all layers, then values, each at least R*H*S*D' long. numpy asks for huge pages for one large array.
         self._cache: Float = np.zeros((2 * bundle.model["n_layers"], 0), np.float32)
         self._buffers: dict[int, _StepBuffers] = {}  # by q, for the current number of rows
@@ -76,8 +76,7 @@ class NativeBackend:
         return self._guided(batch, ids, write).copy()
 
     def release(self, cache_rows: Int | None = None) -> None:
-        self._held -= self._held.copy() if cache_rows is None else set(cache_rows.tolist())
-        self._last = None
+        self._keys.release(cache_rows)
 
     def _reserve(self, batch: Batch) -> None:
         """Allocate a cache for the rows of ``batch``, if needed; keys that are still needed stay."""
@@ -88,16 +87,13 @@ class NativeBackend:
             self._rows = batch.rows
         if self._cache.shape[1] < length:
             self._buffers.clear()
-            if not self._held:  # the old cache is freed first, so that both are never held at once
+            if not self._keys.count:  # the old cache is freed first, so that both are never held at once
                 self._cache = self._cache[:, :0].copy()
-            old = self._cache
-            self._cache = np.empty((2 * m["n_layers"], length), np.float32)
+            new = np.empty((2 * m["n_layers"], length), np.float32)
             # Written now, so that the first calls do not fault; layer by layer, so that Ctrl-C is heard in between.
-            for layer, keys in zip(self._cache, old, strict=True):
+            for layer, keys in zip(new, self._cache, strict=True):
                 layer[: len(keys)], layer[len(keys) :] = keys, 0
-        if batch is not self._last:
-            self._held.update(batch.cache_row.tolist())
-            self._last = batch
+            self._cache = new
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._decoder is None:
@@ -117,8 +113,8 @@ class NativeBackend:
 
     def _guided(self, batch: Batch, ids: Int, write: Int) -> Float:
         """Guided logits [B,q,V] of one call; a view of a buffer that the next call of the same q overwrites."""
-        check_positions(write, ids.shape[1], self.bundle.n_tokens)
         self._reserve(batch)
+        self._keys.note(batch, write, ids.shape[1])
         rows = self._run(ids, write, batch.cache_row)
         cond = rows[: batch.images]
         if batch.rows == batch.images:
