@@ -22,8 +22,9 @@ __all__ = [
 if TYPE_CHECKING:
     from par_runtime.bundle import Bundle
     from par_runtime.errors import BundleError, CudaError, EngineError, RequestError
-    from par_runtime.pipeline import Pipeline, Result
+    from par_runtime.pipeline import Pipeline
     from par_runtime.request import Settings
+    from par_runtime.result import Result
     from par_runtime.schedule import Schedule
 
 #: public name -> the module that defines it
@@ -34,7 +35,7 @@ _MODULES = {
     "EngineError": "errors",
     "Pipeline": "pipeline",
     "RequestError": "errors",
-    "Result": "pipeline",
+    "Result": "result",
     "Schedule": "schedule",
     "Settings": "request",
 }

@@ -36,3 +36,8 @@ class OutOfMemory(CudaError):  # noqa: N818, the usual name of this error
 
 class TensorRTMissingError(Exception):
     """No usable TensorRT is installed; the message says what to install."""
+
+
+def how_to_install(extra: str) -> str:
+    """The words that say how to install an extra of ``parvis``, for instance "cpu" or "cpu,export"."""
+    return f"pip install 'parvis[{extra}]' (in a clone: pip install '.[{extra}]')"

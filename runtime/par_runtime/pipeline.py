@@ -25,6 +25,7 @@ from par_runtime.errors import BundleError, RequestError
 from par_runtime.known import Known, given_tokens, known_tokens
 from par_runtime.metrics import log_likelihood
 from par_runtime.request import Settings, array, check_threads, class_index, image_seeds, image_settings
+from par_runtime.result import Result
 from par_runtime.schedule import Schedule
 from par_runtime.tokenizer import Tokenizer, chunk_images
 
@@ -38,26 +39,6 @@ SELFTEST_SECONDS = 5.0
 
 OnStep = Callable[[int, int], None]
 OnPreview = Callable[[NDArray[np.uint8], int, int], None]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What ``generate`` returns; the arrays belong to the caller.
-
-    ``images`` uint8 [B,H,W,3], None where the bundle ends at tokens; ``tokens`` int64 [B,N] in sequence order.
-    ``timings``: milliseconds of each phase (summed over its calls), "decode" and "total"; "calls" is their number. A
-    backend that makes whole images gives "image" in place of the phases.
-    """
-
-    images: NDArray[np.uint8] | None
-    tokens: Int
-    labels: list[int]
-    seeds: list[int]
-    settings: list[Settings]
-    timings: dict[str, float]
-    kept: NDArray[np.bool_] | None = (
-        None  #: [B,N] in sequence order: which tokens were given; None where all were drawn
-    )
 
 
 @dataclass
@@ -248,7 +229,8 @@ class Pipeline:
             timings["decode"] = 1e3 * (time.perf_counter() - clock)
         timings["total"] = 1e3 * (time.perf_counter() - started)
         timings["calls"] = self.bundle.calls * len(parts)
-        return Result(images, drawn, classes, seeds, each, timings, None if known is None else known.keep)
+        kept = None if known is None else known.keep
+        return Result(self.bundle, images, drawn, classes, seeds, each, timings, kept)
 
     def _classes(self, labels: int | str | Sequence[int | str]) -> list[int]:
         """The class of each label, or of the one. Raises RequestError."""

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import par_runtime
-from par_runtime import bundle, errors, pipeline, request, schedule
+from par_runtime import bundle, errors, pipeline, request, result, schedule
 
 PUBLIC = {
     "Bundle": bundle.Bundle,
@@ -17,7 +17,7 @@ PUBLIC = {
     "EngineError": errors.EngineError,
     "Pipeline": pipeline.Pipeline,
     "RequestError": errors.RequestError,
-    "Result": pipeline.Result,
+    "Result": result.Result,
     "Schedule": schedule.Schedule,
     "Settings": request.Settings,
 }

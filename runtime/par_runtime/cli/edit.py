@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -32,8 +31,9 @@ from par_runtime.images.photo import (
     place_image,
     region_mask,
 )
-from par_runtime.pipeline import Pipeline, Result
+from par_runtime.pipeline import Pipeline
 from par_runtime.request import class_index, first_seed
+from par_runtime.result import Result
 from par_runtime.tokenizer import Tokenizer
 
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.paste:
         result = paste(result, original)
-    png.write(out, bundle, result, math.ceil(math.sqrt(args.count)), pasted=args.paste)
+    result.save(out, pasted=args.paste)
     if args.tokens is not None:
         write_tokens(args.tokens, result.tokens)
     _report(args, pipeline, result, out, original, keep, time.perf_counter() - started)

@@ -21,8 +21,9 @@ from par_runtime.cli.inputs import MOST_IMAGES, class_indices, load_pipeline
 from par_runtime.cli.outputs import check_tokens_name, class_file_name, safe_name, sheet_columns, write_tokens
 from par_runtime.errors import RequestError
 from par_runtime.images import png
-from par_runtime.pipeline import Pipeline, Result
+from par_runtime.pipeline import Pipeline
 from par_runtime.request import first_seed
+from par_runtime.result import Result
 from par_runtime.system import check_writable
 
 
@@ -109,14 +110,14 @@ def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: in
     """Write all that was asked for; the names of the files."""
     written = []
     if args.out is not None:
-        png.write(args.out, bundle, result, columns)
+        result.save(args.out, columns)
         written.append(str(args.out))
     if args.out_dir is not None:
         several = len({s.guidance for s in result.settings}) > 1
         for i, label in enumerate(result.labels):
             scale = f"-g{result.settings[i].guidance:g}" if several else ""
             path = args.out_dir / f"{class_file_name(bundle, label)}-{result.seeds[i]}{scale}.png"
-            png.write(path, bundle, result, 1, [i])
+            result.save(path, 1, [i])
             written.append(str(path))
     if args.tokens is not None:
         write_tokens(args.tokens, result.tokens)

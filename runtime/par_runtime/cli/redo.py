@@ -15,7 +15,7 @@ from par_runtime.cli.common import Bar, Parser, guarded
 from par_runtime.cli.inputs import load_pipeline
 from par_runtime.errors import RequestError
 from par_runtime.images import png
-from par_runtime.pipeline import Result
+from par_runtime.result import Result
 from par_runtime.system import check_writable
 
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             tokens=None if recipe.kept is None else recipe.tokens,
         )
     if args.out is not None:
-        png.write(args.out, bundle, result, recipe.columns)
+        result.save(args.out, recipe.columns)
     identical, text = compare(recipe, pixels, result)
     print(f"{args.image}: {text}")
     return 0 if identical else 1

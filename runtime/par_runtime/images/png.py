@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import json
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from par_runtime import __version__
-from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
-from par_runtime.pipeline import Result
 from par_runtime.request import Settings
 from par_runtime.system import write_beside
 
@@ -39,6 +36,7 @@ class Recipe:
     bundle_hash: str
     columns: int
     labels: list[int]
+    names: list[str | None]  #: of the classes; None where the bundle has none
     seeds: list[int]
     settings: list[Settings]
     tokens: Int  #: [B,N] in sequence order
@@ -62,25 +60,12 @@ def sheet_image(pixels: NDArray[np.uint8], columns: int, count: int, index: int)
     return pixels[row * height : (row + 1) * height, column * width : (column + 1) * width]
 
 
-def write(
-    path: Path,
-    bundle: Bundle,
-    result: Result,
-    columns: int,
-    indices: Sequence[int] | None = None,
-    pasted: bool = False,
-) -> None:
-    """Write the images ``indices`` (default all) of ``result`` as one PNG with its recipe.
-
-    Raises OSError; RequestError for a bundle without a decoder.
-    """
-    if result.images is None:
-        raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; write them with --tokens")
-    pick = list(range(len(result.labels)) if indices is None else indices)
+def write(path: Path, recipe: Recipe, images: NDArray[np.uint8]) -> None:
+    """Write ``images`` [B,H,W,3] as one PNG with their recipe, in rows of its columns. Raises OSError."""
     chunk = PngImagePlugin.PngInfo()
     # Not compressed: Pillow refuses to read compressed text of more than 1 MB, which is 900 images of 576 tokens.
-    chunk.add_itxt(CHUNK, json.dumps(_entry(bundle, result, columns, pick, pasted)))
-    write_pixels(path, sheet(result.images[pick], columns), chunk)
+    chunk.add_itxt(CHUNK, json.dumps(_entry(recipe)))
+    write_pixels(path, sheet(images, recipe.columns), chunk)
 
 
 def write_pixels(path: Path, pixels: NDArray[np.uint8], chunk: PngImagePlugin.PngInfo | None = None) -> None:
@@ -128,26 +113,26 @@ def read_any(path: Path) -> tuple[Recipe | None, NDArray[np.uint8]]:
 # -- the entry --------------------------------------------------------------------------------------------------------
 
 
-def _entry(bundle: Bundle, result: Result, columns: int, pick: list[int], pasted: bool) -> dict[str, Any]:
-    """The chunk's JSON for the images ``pick`` of ``result``."""
-    token_type = "<u2" if bundle.vocab_size <= 65536 else "<u4"
+def _entry(recipe: Recipe) -> dict[str, Any]:
+    """The chunk's JSON."""
+    token_type = "<u2" if recipe.tokens.max(initial=0) < 65536 else "<u4"
     return {
         "parvis": __version__,
-        "bundle": {"name": bundle.name, "hash": bundle.hash},
-        "columns": columns,
+        "bundle": {"name": recipe.bundle_name, "hash": recipe.bundle_hash},
+        "columns": recipe.columns,
         "token_type": token_type,
         "images": [
             {
-                "label": result.labels[i],
-                "name": None if bundle.class_names is None else bundle.class_names[result.labels[i]],
-                "seed": result.seeds[i],
-                "settings": asdict(result.settings[i]),
-                "tokens": base64.b64encode(result.tokens[i].astype(token_type).tobytes()).decode(),
-                **({} if result.kept is None else {"kept": _pack_bits(result.kept[i])}),
+                "label": recipe.labels[i],
+                "name": recipe.names[i],
+                "seed": recipe.seeds[i],
+                "settings": asdict(recipe.settings[i]),
+                "tokens": base64.b64encode(recipe.tokens[i].astype(token_type).tobytes()).decode(),
+                **({} if recipe.kept is None else {"kept": _pack_bits(recipe.kept[i])}),
             }
-            for i in pick
+            for i in range(len(recipe.labels))
         ],
-        **({"pasted": True} if pasted else {}),
+        **({"pasted": True} if recipe.pasted else {}),
     }
 
 
@@ -160,6 +145,7 @@ def _recipe(entry: dict[str, Any]) -> Recipe:
         bundle_hash=str(entry["bundle"]["hash"]),
         columns=max(1, int(entry["columns"])),
         labels=[int(i["label"]) for i in images],
+        names=[i.get("name") for i in images],
         seeds=[int(i["seed"]) for i in images],
         settings=[_settings(i["settings"]) for i in images],
         tokens=np.stack(tokens),

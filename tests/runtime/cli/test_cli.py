@@ -272,6 +272,7 @@ def test_a_sheet_whose_entry_is_larger_than_a_megabyte_can_be_read(tiny: Path, t
     assert r.images is not None
     many = 4000
     big = Result(
+        pipeline.bundle,
         np.repeat(r.images, many, 0),
         np.repeat(r.tokens, many, 0),
         r.labels * many,
@@ -279,7 +280,7 @@ def test_a_sheet_whose_entry_is_larger_than_a_megabyte_can_be_read(tiny: Path, t
         r.settings * many,
         {},
     )
-    png.write(out, pipeline.bundle, big, 80)
+    big.save(out, 80)
     recipe, pixels = png.read(out)
     assert recipe.tokens.shape == (many, 64)
     assert (pixels == png.sheet(big.images, 80)).all()  # type: ignore[arg-type]
