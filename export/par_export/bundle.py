@@ -20,6 +20,7 @@ import torch
 
 from par_export import imagenet
 from par_export.errors import ExportError
+from par_export.fp16 import FP16_MAX, largest_in
 from par_export.gate import model as model_gate
 from par_export.gate import tokenizer as tokenizer_gate
 from par_export.graphs.decoder import HALF_DECODER, decoder_graph
@@ -104,6 +105,8 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
         checked = model_gate.gate(folder, config, checkpoint, weights, guidance=SELFTEST_GUIDANCE)
         if vq is not None and vq_file is not None:
             checked["parity"] |= tokenizer_gate.gate(folder, config, vq, vq_file, dtype, graphs)
+            if why := checked["parity"][HALF_DECODER].get("why"):
+                say(f"{HALF_DECODER}.onnx is left out, images are decoded in fp32: {why}")
         entries = {"name": request.name or request.out.name, "precision": request.precision, "defaults": defaults}
         architecture = architecture_entries(config, vq, graphs, parameters, weights)
         write_manifest(folder, entries | architecture | {"class_names": names, "class_synsets": synsets} | checked)
@@ -297,7 +300,9 @@ def _model_entry(config: PARConfig, parameters: int) -> dict[str, int]:
 
 def _parity_line(parity: dict[str, Any]) -> str:
     worst = max(phase["max_logit_error"] for phase in parity["phases"].values())
-    return (
+    line = (
         f"largest logit error {worst:.2g} of {parity['logit_scale']:.3g}, "
         f"{parity['greedy']['tokens']} greedy tokens as in PyTorch ({parity['greedy']['ties']} ties)"
     )
+    value, quantity, _ = largest_in(parity) or (0.0, "", 0)
+    return f"{line}; the largest number in the network is {value:.4g} ({quantity}), fp16 holds {FP16_MAX:.0f}"

@@ -25,6 +25,7 @@ from par_export.engines.cache import DEFAULT_LIMIT_BYTES, EngineCache, default_f
 from par_export.engines.network import ExpectedAttention
 from par_export.engines.weights import MappedWeights, weights_in
 from par_export.errors import BuildError
+from par_export.fp16 import check_build
 from par_export.graphs.decoder import decoder_graph
 from par_export.graphs.sampling import SamplingVariant
 from par_export.graphs.step import Form, step_graph
@@ -172,6 +173,7 @@ class _CheckedRequest:
         own = bundle.graphs["group"].sampling
         sampling = request.sampling or cast(SamplingVariant, own if own in SAMPLING else "topk")
         precision = request.precision or bundle.precision
+        check_build(bundle.parity, DTYPE[precision], DTYPE[request.decoder_precision])
         return _CheckedRequest(request, bundle, trt, precision, target, device, sampling, queries)
 
     def form(self, query: int) -> Form:

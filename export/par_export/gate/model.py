@@ -16,6 +16,7 @@ import numpy as np
 
 from par_export.gate import runner
 from par_export.gate.compare import compare_greedy, compare_logits
+from par_export.gate.magnitudes import Largest, check_range
 from par_export.gate.oracle import check_finite, oracle_logits, rounding_error
 from par_export.graphs.step import COMPATIBLE_STEP
 from par_export.graphs.writer import OPSET, WeightTable
@@ -38,8 +39,8 @@ def gate(
 ) -> dict[str, Any]:
     """Compare every phase and a whole greedy image of the graphs in ``folder`` with the oracle.
 
-    Returns the manifest's ``parity`` and ``selftest`` entries. Raises ParityError beyond a tolerance, and
-    CheckpointError where the weights are not finite.
+    Returns the manifest's ``parity`` and ``selftest`` entries. Raises ParityError beyond a tolerance or where numbers
+    come near to what fp16 holds, and CheckpointError where the weights are not finite.
     """
     dtype = weights.entries["embed"].dtype
     # ONNX Runtime has no bf16 kernels for CPUs: the static graphs of bf16 bundles run in fp32, over the bf16 weights.
@@ -59,10 +60,10 @@ def gate(
         tokens, got = runner.run_step(folder, config, labels, batch.guidance, teacher, pack=pack)
         all_finite = bool(np.isfinite(got).all())
     except Exception:  # a token drawn from NaN may be no code; the next call then fails with an error of ONNX Runtime
-        check_finite(checkpoint, dtype)
+        _explain(config, checkpoint, teacher[:1], labels[:1], dtype)
         raise
     if not all_finite:
-        check_finite(checkpoint, dtype)
+        _explain(config, checkpoint, teacher[:1], labels[:1], dtype)
     _, compatible = runner.run_step(folder, config, labels[:1], 1.0, teacher[:1], COMPATIBLE_STEP, runner.SOME_GROUPS)
     static = runner.run_static(folder, config, int(labels[0]), teacher[:1], stand_in)
     for path in folder.glob(".gate-*"):
@@ -70,7 +71,9 @@ def gate(
     give_back()
 
     rows = batch.labels(labels, config.n_classes)
-    wanted = batch.guided(oracle_logits(config, checkpoint, tokens[batch.of_row], rows, dtype))
+    largest = Largest()
+    wanted = batch.guided(oracle_logits(config, checkpoint, tokens[batch.of_row], rows, dtype, largest))
+    check_range(largest, dtype)
     scale = float(np.abs(wanted[0]).max()) or 1.0
     report: dict[str, Any] = {"logit_scale": scale, "static_compute": static_compute, "opset": opset, "phases": {}}
     for phase in phases(config):
@@ -94,11 +97,23 @@ def gate(
             )
             report["phases"][phase.name] |= {"static_" + key: value for key, value in compared.items()}
     margins, ties = compare_greedy(tokens[1:], wanted[1:])
+    report["largest"] = largest.report()
     report["greedy"] = {"tokens": int(tokens[1:].size), "ties": ties, "smallest_margin": float(margins.min())}
     if dtype != "float32":
         report["rounding"] = rounding_error(config, checkpoint, teacher[:1], labels[:1], wanted[:1], dtype)
     selftest = {"labels": greedy.tolist(), "guidance": guidance, "tokens": tokens[1:].tolist()}
     return {"parity": report, "selftest": selftest}
+
+
+def _explain(config: PARConfig, checkpoint: Checkpoint, tokens: np.ndarray, labels: np.ndarray, dtype: str) -> None:
+    """Raise the error that tells why logits are not finite: weights that are not, or numbers beyond the precision.
+
+    Raises CheckpointError, ParityError; returns where the oracle's numbers for ``tokens`` [R,N] are all in range.
+    """
+    check_finite(checkpoint, dtype)
+    largest = Largest()
+    oracle_logits(config, checkpoint, tokens, labels, dtype, largest)
+    check_range(largest, dtype)
 
 
 def fits(table: WeightTable) -> bool:

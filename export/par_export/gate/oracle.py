@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 
+from par_export.gate.magnitudes import Largest
 from par_export.weights import TORCH_DTYPE
 from par_model.checkpoint import Checkpoint, CheckpointError
 from par_model.config import PARConfig
-from par_model.transformer import PAR
+from par_model.transformer import PAR, Block
 from par_runtime.system import give_back
 
 
@@ -49,12 +51,17 @@ def check_finite(checkpoint: Checkpoint, dtype: str) -> None:
 
 @torch.no_grad()
 def oracle_logits(
-    config: PARConfig, checkpoint: Checkpoint, tokens: np.ndarray, labels: np.ndarray, dtype: str
+    config: PARConfig,
+    checkpoint: Checkpoint,
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    dtype: str,
+    largest: Largest | None = None,
 ) -> np.ndarray:
     """Logits [R,N,V] fp32 of the oracle, teacher-forced with ``tokens`` [R,N] and ``labels`` [R].
 
-    Weights are rounded to ``dtype``; one layer is in memory at a time. Raises CheckpointError where a weight is not
-    finite.
+    Weights are rounded to ``dtype``; one layer is in memory at a time. ``largest`` gets the largest numbers that the
+    network computes. Raises CheckpointError where a weight is not finite.
     """
 
     def load(module: torch.nn.Module, prefix: str) -> None:
@@ -71,13 +78,21 @@ def oracle_logits(
     positions = torch.arange(config.n_tokens)
     mask = positions[None, :] < model.visible[:, None]
     x = model.embed(torch.from_numpy(tokens), torch.from_numpy(labels), positions)
+    if largest is not None:
+        largest.add("residual", "embeddings", x)
     for i, layer in enumerate(model.layers):
         load(layer, f"layers.{i}.")
-        x = layer(x, model.cos, model.sin, mask, positions, None)
+        assert isinstance(layer, Block)
+        with nullcontext() if largest is None else largest.watching(layer, f"layer {i}", model.cos, model.sin, mask):
+            x = layer(x, model.cos, model.sin, mask, positions, None)
         layer.to("meta")
         if i % 4 == 3:
             give_back()
+    if largest is not None:
+        largest.add("norm", "last norm", model.norm(x))
     logits: np.ndarray = model.head(x).numpy()
+    if largest is not None:
+        largest.add("logits", "head", torch.from_numpy(logits))
     del model, x
     checkpoint.release()
     give_back()

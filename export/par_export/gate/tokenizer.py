@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from par_export.errors import ParityError
+from par_export.fp16 import FP16_ALLOWED, REASON
+from par_export.gate.magnitudes import Largest
 from par_export.gate.oracle import rounded
 from par_export.gate.runner import session
 from par_export.graphs.decoder import HALF_DECODER
@@ -38,10 +40,12 @@ def gate(
     """Compare every tokenizer graph in ``folder`` with the oracle; returns the manifest's entries, by graph.
 
     The decoder in fp16 is removed from ``folder`` and ``graphs`` where half precision is not enough for these weights.
-    Raises ParityError where another graph is beyond its tolerance, CheckpointError where weights are not finite.
+    ``why`` in its entry then tells the reason. Raises ParityError where another graph is beyond its tolerance,
+    CheckpointError where weights are not finite.
     """
-    report = {"decoder": _decoder(folder, config, vq, checkpoint, dtype)}
-    report[HALF_DECODER] = half = _half_decoder(folder, config)
+    largest = Largest()
+    report = {"decoder": _decoder(folder, config, vq, checkpoint, dtype, largest)}
+    report[HALF_DECODER] = half = _half_decoder(folder, config, largest)
     if half["left_out"]:
         (folder / graphs.pop(HALF_DECODER)["file"]).unlink()
     if "encoder" in graphs:
@@ -49,8 +53,10 @@ def gate(
     return report
 
 
-def _decoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
-    """Compare ``decoder.onnx`` with the oracle's decoder on random tokens."""
+def _decoder(
+    folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoint, dtype: str, largest: Largest
+) -> dict[str, Any]:
+    """Compare ``decoder.onnx`` with the oracle's decoder on random tokens; ``largest`` gets the oracle's numbers."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, config.vocab_size, (1, config.n_tokens))
     with torch.device("meta"):
@@ -61,7 +67,8 @@ def _decoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoi
     raster[:, token_order(config)] = tokens
     codebook = F.normalize(checkpoint.tensor("quantize.embedding.weight").float(), dim=-1)
     codes = codebook.to(TORCH_DTYPE[dtype]).float()[torch.from_numpy(raster.reshape(-1, *config.grid[1:]))]
-    image = model.decode_codes(codes.permute(0, 3, 1, 2))
+    with largest.watching_decoder({"post_quant_conv": model.post_quant_conv, "decoder": model.decoder}):
+        image = model.decode_codes(codes.permute(0, 3, 1, 2))
     wanted = (127.5 * image + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
     got = session(folder / "decoder.onnx").run(["images"], {"tokens": tokens})[0]
     worst = int(np.abs(got.astype(int) - wanted.astype(int)).max())
@@ -73,8 +80,12 @@ def _decoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoi
     return {"max_pixel_error": worst, "equal_pixels": float((got == wanted).mean())}
 
 
-def _half_decoder(folder: Path, config: PARConfig) -> dict[str, Any]:
-    """Compare the decoder in fp16 with fp32. A large difference is a property of the weights, not an error."""
+def _half_decoder(folder: Path, config: PARConfig, largest: Largest) -> dict[str, Any]:
+    """Compare the decoder in fp16 with fp32. A large difference is a property of the weights, not an error.
+
+    ``largest`` holds the largest numbers of the decoder in fp32: a CPU computes the graph in fp32 between its casts, so
+    that the pictures alone do not show that a GPU's numbers would be infinite.
+    """
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (1, config.n_tokens))
     exact, half = (
         session(folder / f"{name}.onnx").run(["images"], {"tokens": tokens})[0].astype(np.int64)
@@ -82,7 +93,14 @@ def _half_decoder(folder: Path, config: PARConfig) -> dict[str, Any]:
     )
     error = np.abs(exact - half)
     psnr = psnr_db(half, exact)
-    return {"max_pixel_error": int(error.max()), "psnr_db": finite(psnr), "left_out": psnr < HALF_MIN_PSNR_DB}
+    value, _, place = largest.worst()
+    why = None
+    if not value <= FP16_ALLOWED:
+        why = f"{place} computes numbers up to {value:.4g}; {REASON}"
+    elif not psnr >= HALF_MIN_PSNR_DB:
+        why = f"its images differ from fp32's: PSNR {psnr:.1f} dB, at least {HALF_MIN_PSNR_DB:.0f} dB is expected"
+    report = {"max_pixel_error": int(error.max()), "psnr_db": finite(psnr), "largest": float(f"{value:.4g}")}
+    return report | {"left_out": why is not None} | ({"why": why} if why else {})
 
 
 def _encoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
