@@ -5,6 +5,7 @@ The command line is ``cli/bench.py``; what is printed and written is ``report/ou
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -142,9 +143,10 @@ def _run_bundles(options: BenchOptions, progress: Progress, warn: Callable[[str]
     limits = {threads: measured.better(after[threads]) for threads, measured in before.items()}
     predicted: list[Prediction] = []
     if not options.no_limits:
-        by_bundle = {info.hash: info for info in infos.values() if not info.pytorch}
-        for info in by_bundle.values():
-            predicted += predictions(info.architecture, info.bundle, info.n, options.images, options.guided)
+        by_bundle = {info.hash: info for info in reversed(infos.values()) if not info.pytorch}
+        for info in reversed(by_bundle.values()):
+            name = info.bundle if len(options.bundles) == 1 else info.label
+            predicted += predictions(info.architecture, name, info.n, options.images, options.guided)
     return Outcome(with_bounds(made, infos, limits), predicted, [])
 
 
@@ -165,10 +167,10 @@ def _open_subjects(
     options: BenchOptions, opened: ExitStack, progress: Progress, warn: Callable[[str], None]
 ) -> Iterator[SubjectProcess]:
     """The bundles, then their baselines, each in a process that ``opened`` ends."""
-    labels = short_names(options.bundles)
-    for path, label in zip(options.bundles, labels, strict=True):
+    bundles = [Bundle.open(path) for path in options.bundles]
+    labels = short_names(options.bundles, bundles)
+    for path, label, bundle in zip(options.bundles, labels, bundles, strict=True):
         progress(f"{label}: loading")
-        bundle = Bundle.open(path)
         subject = open_bundle(
             path, label, device=options.device, threads=options.threads, selftest=has_selftest(bundle)
         )
@@ -205,14 +207,18 @@ def has_selftest(bundle: Bundle) -> bool:
     return bool(bundle.selftest["labels"])
 
 
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """A short name for each bundle: "parvis" for the only one, else its folder's name.
+def short_names(paths: Sequence[Path], bundles: Sequence[Bundle]) -> list[str]:
+    """A short name for each of ``bundles`` at ``paths``: "parvis" for the only one, else its folder's name.
 
-    Equal names get a number each.
+    Equal names are told apart by what differs: the precision, else the first digits of the hash. A bundle that is
+    given twice gets a number each time.
     """
     if len(paths) == 1:
         return ["parvis"]
-    names = [path.resolve().name for path in paths]
+    names = [Path(os.path.abspath(path)).name for path in paths]
+    for more in ([b.precision for b in bundles], [f"n={b.group_size}" for b in bundles], [b.hash[:8] for b in bundles]):
+        of_name = {name: {m for n, m in zip(names, more, strict=True) if n == name} for name in names}
+        names = [f"{name} {m}" if len(of_name[name]) > 1 else name for name, m in zip(names, more, strict=True)]
     return [
         name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)
     ]

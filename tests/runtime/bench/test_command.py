@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from bench.subjects import one_row
 
 from par_runtime.bench import bounds
 from par_runtime.bench.limits import Limits
+from par_runtime.bench.report.compare import compare
 from par_runtime.bench.rows import read, to_json
 from par_runtime.bench.run import short_names
 from par_runtime.bench.subjects.base import PHASES
+from par_runtime.bundle import Bundle
 from par_runtime.cli.dispatch import main
 
 
@@ -86,7 +90,39 @@ def test_two_bundles_have_different_labels(
     assert [(row["label"], row["images"], row["phase"]) for row in rows] == [
         (label, b, "throughput") for b in (1, 3) for label in ("fp16", "n1")
     ]
-    assert short_names([Path("a/x"), Path("b/x"), Path("y")]) == ["x (1)", "x (2)", "y"]
+
+
+def test_equal_names_are_told_apart_by_what_differs(bundles: dict[str, Path]) -> None:
+    opened = {name: Bundle.open(path, "none") for name, path in bundles.items()}
+    fp32, fp16, n1 = opened["fp32"], opened["fp16"], opened["n1"]
+    other = replace(fp16, hash="0123456789abcdef")
+    x, y = Path("a/x"), Path("y")
+    assert short_names([x], [fp32]) == ["parvis"]
+    assert short_names([x, x, y], [fp32, fp16, fp16]) == ["x fp32", "x fp16", "y"]
+    assert short_names([x, x], [fp32, n1]) == ["x n=4", "x n=1"]
+    assert short_names([x, x, x], [fp32, fp16, other]) == ["x fp32", f"x fp16 {fp16.hash[:8]}", "x fp16 01234567"]
+    assert short_names([x, x], [fp32, fp32]) == ["x (1)", "x (2)"]
+
+
+def test_two_bundles_of_one_name_are_told_apart_everywhere(bundles: dict[str, Path], tmp_path: Path) -> None:
+    for precision in ("fp32", "fp16"):
+        (tmp_path / precision).mkdir()
+        (tmp_path / precision / "demo").symlink_to(bundles[precision])
+    given = [str(tmp_path / "fp32" / "demo"), str(tmp_path / "fp16" / "demo")]
+    files = {name: tmp_path / f"rows.{name}" for name in ("json", "csv", "html")}
+    arguments = ["bench", *given, "--device", "cpu", "--repetitions", "1"]
+    assert main([*arguments, *(word for name, path in files.items() for word in (f"--{name}", str(path)))]) == 0
+    rows = read(files["json"])
+    assert {(row.label, row.precision) for row in rows} == {("demo fp32", "fp32"), ("demo fp16", "fp16")}
+    assert {line["label"] for line in csv.DictReader(files["csv"].read_text().splitlines())} == {
+        "demo fp32",
+        "demo fp16",
+    }
+    page = files["html"].read_text()
+    assert all(f"<td class=left>demo {p}</td><td class=left>image</td>" in page for p in ("fp32", "fp16"))
+    assert all(f'text-anchor="end">demo {p}</text>' in page for p in ("fp32", "fp16"))  # the bars
+    found = compare(rows, rows)
+    assert all(pair.old.label == pair.new.label and pair.ratio == 1 for pair in found.pairs)
 
 
 def test_serve_and_decoder_from_the_command_line(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +140,7 @@ def test_two_files_are_compared_without_measuring(tmp_path: Path, capsys: pytest
     assert main(["bench", "--compare", str(old), str(new)]) == 0
     assert "1.200" in capsys.readouterr().out
     assert main(["bench", "--compare", str(old), str(new), "--fail-above", "1.1"]) == 1
-    assert "slower than --fail-above 1.1: phases parvis image, 1 images, n = 4: 1.200" in capsys.readouterr().err
+    assert "slower than --fail-above 1.1: phases parvis image, 1 image, L-n4 fp32 n = 4, " in capsys.readouterr().err
     assert main(["bench", "--compare", str(old), str(new), "--fail-above", "1.5", "--quiet"]) == 0
     assert capsys.readouterr().out == ""
 

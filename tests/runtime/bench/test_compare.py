@@ -26,7 +26,8 @@ def test_a_change_is_reported(factor: float, verdict: str) -> None:
 
 def test_one_sample_proves_nothing_and_is_marked() -> None:
     (pair,) = compare([one_row([100.0])], [one_row([150.0])]).pairs
-    assert (pair.low, pair.high, pair.verdict) == (0.0, float("inf"), "same")
+    assert (pair.low, pair.high, pair.verdict) == (0.0, float("inf"), "too few samples")
+    assert pair.change == "too few samples"
     assert "few repetitions" in pair.marks
 
 
@@ -45,8 +46,29 @@ def test_rows_are_paired_by_what_they_measure_not_by_place_or_version() -> None:
     ]
     found = compare(old, new)
     assert [(p.new.phase, p.ratio) for p in found.pairs] == [("image", 1.5), ("group", 1.0)]
-    assert found.only_old == ("phases eager image, 1 images, n = 4",)
-    assert found.only_new == ("phases parvis image, 1 images, n = 16",)
+    assert found.only_old == ("phases eager image, 1 image, L-n4 fp32 n = 4, onnxruntime-cpu, 2 threads",)
+    assert found.only_new == ("phases parvis image, 1 image, L-n16 fp32 n = 16, onnxruntime-cpu, 2 threads",)
+
+
+def test_rows_of_two_precisions_are_no_pair_and_are_told_apart() -> None:
+    found = compare([one_row([1.0] * 5)], [one_row([1.0] * 5, precision="fp16")])
+    assert found.pairs == ()
+    assert ("L-n4 fp32" in found.only_old[0], "L-n4 fp16" in found.only_new[0]) == (True, True)
+
+
+def test_a_pair_of_other_content_or_machine_says_so() -> None:
+    old = replace(one_row([1.0] * 5, hash="ffff"), machine=replace(MACHINE, cores=64, gpu="a GPU"))
+    found = compare([old], [one_row([1.0] * 5)])
+    assert found.pairs[0].marks == ("other machine", "other bundle")
+    assert "the old rows are of another machine (a CPU, 64 cores, a GPU): a ratio is of machines" in text(found)
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"), [(1.25, "takes 1.25 times as long"), (0.8, "1.25 times as fast"), (1.0, "same")]
+)
+def test_a_change_is_worded_in_its_own_direction(factor: float, words: str) -> None:
+    (pair,) = compare([one_row([100.0] * 5)], [one_row([100.0 * factor] * 5)]).pairs
+    assert pair.change == words
 
 
 def test_loads_of_the_serve_suite_are_paired_by_place() -> None:
@@ -72,7 +94,7 @@ def test_a_pair_has_the_marks_of_both_sides() -> None:
 def test_the_text_names_both_commits() -> None:
     found = compare([replace(one_row([2.0] * 5), commit="aaa")], [replace(one_row([1.0] * 5), commit="bbb")])
     lines = text(found).splitlines()
-    assert lines[0] == "old is of commit aaa, new of bbb; below 1 is faster"
+    assert lines[0] == "old is of commit aaa, new of bbb; new/old below 1 is faster"
     assert "0.500" in lines[2]
-    assert "faster" in lines[2]
+    assert "2.00 times as fast" in lines[2]
     assert "no row of one file has its pair" in text(compare([one_row([1.0])], [one_row([1.0], n=1)]))

@@ -13,6 +13,7 @@ from bench.subjects import MACHINE, Scripted, one_row, rows_from, subject_info
 from par_runtime.bench.bounds import with_bounds
 from par_runtime.bench.limits import Limits
 from par_runtime.bench.report import page, text
+from par_runtime.bench.report import paper as paper_report
 from par_runtime.bench.report.advice import advice
 from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines, ticks
 from par_runtime.bench.rows import Row
@@ -81,6 +82,49 @@ def test_the_table_says_what_was_measured_on_what() -> None:
     assert "parvis is 3.00 times as fast as eager" in shown
     assert re.search(r"^parvis +group +1 +142 +11\.4 s +0 ms +80 ms", shown, re.MULTILINE)
     assert "bandwidth-bound" in shown
+
+
+@pytest.mark.parametrize(
+    ("ours_ms", "its_ms", "words"),
+    [
+        (100.0, 300.0, "is 3.00 times as fast as"),
+        (100.0, 55.0, "takes 1.82 times as long as"),
+        (100.0, 100.2, "is as fast as"),
+        (100.2, 100.0, "is as fast as"),
+    ],
+)
+def test_a_ratio_is_never_below_one(ours_ms: float, its_ms: float, words: str) -> None:
+    assert text.speed(ours_ms, its_ms) == words
+    rows = [one_row([ours_ms] * 5), one_row([its_ms] * 5, label="eager", pytorch=True, backend="torch eager")]
+    assert text.ratios(rows)[0].startswith(f"parvis {words} eager (")
+
+
+@pytest.mark.parametrize(("value", "shown"), [(2.961, "2.96 x"), (0.55, "1.82 x slower"), (1.0, "1.00 x"), (None, "")])
+def test_a_ratio_in_a_table_is_never_below_one(value: float | None, shown: str) -> None:
+    assert paper_report.times(value) == shown
+
+
+def test_bundles_are_compared_with_n1_of_their_own_precision() -> None:
+    rows = [
+        one_row(
+            [1000.0 * n1 + 100 * (4 if n1 else 1)] * 5, label=f"{p}{' n1' if n1 else ''}", n=1 if n1 else 4, precision=p
+        )
+        for n1 in (False, True)
+        for p in ("fp32", "fp16")
+    ]
+    assert text.ratios(rows) == [
+        "fp32 is 14.00 times as fast as fp32 n1 (100 ms against 1400 ms)",
+        "fp16 is 14.00 times as fast as fp16 n1 (100 ms against 1400 ms)",
+    ]
+    out = shown_page(rows)
+    assert out.count("PAR-L fp32, n = 4: fp32 is 14.00 times as fast as fp32 n1") == 1
+    assert out.count("PAR-L fp16, n = 4: fp16 is 14.00 times as fast as fp16 n1") == 1
+
+
+def test_a_doubt_names_its_phases_where_not_all_have_it() -> None:
+    rows = [one_row([1.0] * 5, phase="group"), replace(one_row([1.0] * 5), flags=("busy: x",))]
+    assert text.doubts(rows) == ["parvis (image): busy: x"]
+    assert text.doubts(rows[1:]) == ["parvis: busy: x"]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +205,7 @@ def test_the_page_has_every_plot_and_needs_nothing_else() -> None:
     ):
         assert f"<h2>{title}</h2>" in out
     assert out.count("<svg") == 5
-    assert "n = 16: 9.5" in out  # 576 calls of 81 ms against 51 of 96 ms, and half a millisecond of copying
+    assert "n = 16: L n=16 is 9.5" in out  # 576 calls of 81 ms against 51 of 96 ms, and half a millisecond of copying
     assert out.index("All measured rows") < out.index("Predicted, not measured")
 
 
@@ -172,8 +216,8 @@ def test_speed_ups_are_of_one_engine() -> None:
     ]
     rows += against(20, 10, 400, label="ort")
     out = shown_page(rows)
-    assert "n = 4: 3.4" in out  # 576 calls of 80 ms against 147 of 90
-    assert "n = 4: 0.7" not in out
+    assert "n = 4: ours is 3.4" in out  # 576 calls of 80 ms against 147 of 90
+    assert "ort takes" not in out
     assert "So many times fewer calls: PAR-L: 3.9 at n = 4." in out
 
 

@@ -33,14 +33,24 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """ "faster", "slower", or "same" where the interval holds 1."""
+        """ "faster", "slower", "same" where the interval holds 1, or "too few samples" for an interval."""
+        if not self.low and self.high == float("inf"):
+            return "too few samples"
         return "slower" if self.low > 1 else "faster" if self.high < 1 else "same"
 
     @property
+    def change(self) -> str:
+        """The ratio in words, never below one: "1.20 times as long", "1.20 times as fast"; "" for no certain change."""
+        if self.verdict == "slower":
+            return f"takes {self.ratio:.2f} times as long"
+        return f"{1 / self.ratio:.2f} times as fast" if self.verdict == "faster" else self.verdict
+
+    @property
     def marks(self) -> tuple[str, ...]:
-        """The marks of either row, and "other machine" if their CPUs differ."""
-        same = [] if self.old.machine.cpu == self.new.machine.cpu else ["other machine"]
-        return tuple(dict.fromkeys([*same, *self.old.marks, *self.new.marks]))
+        """The marks of either row, "other machine" if these differ, and "other bundle" if its content differs."""
+        marks = [] if same_machine(self.old, self.new) else ["other machine"]
+        marks += [] if self.old.hash == self.new.hash else ["other bundle"]
+        return tuple(dict.fromkeys([*marks, *self.old.marks, *self.new.marks]))
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,12 @@ class Comparison:
     pairs: tuple[Pair, ...]
     only_old: tuple[str, ...]
     only_new: tuple[str, ...]
+
+
+def same_machine(old: Row, new: Row) -> bool:
+    """Whether two rows were measured on machines of the same CPU, cores and GPU."""
+    a, b = old.machine, new.machine
+    return (a.cpu, a.cores, a.gpu) == (b.cpu, b.cores, b.gpu)
 
 
 def key(row: Row) -> tuple[object, ...]:
@@ -99,8 +115,12 @@ def pair(old: Row, new: Row, random: np.random.Generator) -> Pair:
 
 
 def describe(row: Row) -> str:
-    """A row in a few words."""
-    return f"{row.suite} {row.label} {row.phase}, {row.images} images, n = {row.n}"
+    """A row in a few words, with all that makes it another measurement than those beside it."""
+    threads = "" if row.threads is None else f", {row.threads} thread{'s' if row.threads > 1 else ''}"
+    return (
+        f"{row.suite} {row.label} {row.phase}, {row.images} image{'s' if row.images > 1 else ''}"
+        f"{'' if row.guided else ' unguided'}, {row.bundle} {row.precision} n = {row.n}, {row.backend}{threads}"
+    )
 
 
 def slower(comparison: Comparison, limit: float) -> list[str]:
@@ -120,7 +140,7 @@ def text(comparison: Comparison) -> str:
             ms(p.new.median_ms),
             f"{p.ratio:.3f}",
             f"{p.low:.3f} .. {p.high:.3f}",
-            p.verdict,
+            p.change,
             ", ".join(p.marks),
         )
         for p in comparison.pairs
@@ -128,7 +148,15 @@ def text(comparison: Comparison) -> str:
     lines = aligned(head, body) if body else ["no row of one file has its pair in the other"]
     if comparison.pairs:
         commits = (comparison.pairs[0].old.commit, comparison.pairs[0].new.commit)
-        lines = [f"old is of commit {commits[0]}, new of {commits[1]}; below 1 is faster", *lines]
+        lines = [f"old is of commit {commits[0]}, new of {commits[1]}; new/old below 1 is faster", *lines]
+        other = next((p for p in comparison.pairs if not same_machine(p.old, p.new)), None)
+        if other is not None:
+            lines.insert(
+                1,
+                f"the old rows are of another machine ({other.old.machine.cpu}, {other.old.machine.cores} cores"
+                f"{', ' + other.old.machine.gpu if other.old.machine.gpu else ''}): a ratio is of machines, not of "
+                "versions",
+            )
     lines += [f"only old  {name}" for name in comparison.only_old] + [
         f"only new  {name}" for name in comparison.only_new
     ]

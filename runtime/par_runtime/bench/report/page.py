@@ -59,7 +59,7 @@ def page(
     compared: compare.Comparison | None,
 ) -> str:
     """The page of one command: measured rows, predictions, rows of the paper, the comparison with an earlier run."""
-    names = list(dict.fromkeys(row.bundle for row in rows))
+    names = text.bundle_names(rows)
     title = "The paper's tables on this device" if paper_rows else f"parvis bench: {', '.join(names)}"
     parts = [f"<h1>{escape(title)}</h1>"]
     if rows:
@@ -93,7 +93,7 @@ def _of(rows: Sequence[Row], image: Row) -> dict[str, Row]:
 def _findings(rows: Sequence[Row]) -> list[str]:
     findings = [one.text for group in text.per_subject(rows) if (one := advice(group)) is not None]
     findings += text.ratios(rows)
-    marks = list(dict.fromkeys(f"{row.label}: {flag}" for row in rows for flag in row.flags))
+    marks = text.doubts(rows)
     out = ["<ul>" + "".join(f"<li>{escape(text)}</li>" for text in findings) + "</ul>"] if findings else []
     if marks:
         items = "".join(f"<li>{escape(text)}</li>" for text in marks)
@@ -197,21 +197,26 @@ def _speed_up(rows: Sequence[Row]) -> list[str]:
     ours = [row for row in _images(rows) if not row.pytorch]
     series = []
     notes = []
-    for i, (model, grid, backend) in enumerate(dict.fromkeys((row.model, row.grid, row.backend) for row in ours)):
-        by_n = {row.n: row for row in ours if (row.model, row.grid, row.backend) == (model, grid, backend)}
-        if 1 in by_n and len(by_n) > 1:
-            name = f"{model}, video" if grid[0] > 1 else model
-            points = tuple(
-                (
-                    float(n),
-                    by_n[1].median_ms / row.median_ms,
-                    f"{name}, n = {n}: {by_n[1].median_ms / row.median_ms:.2f} times as fast as n = 1",
-                )
-                for n, row in sorted(by_n.items())
+    by_engine: dict[tuple[object, ...], list[Row]] = {}
+    for row in sorted(ours, key=lambda row: row.n):
+        by_engine.setdefault(text.engine(row), []).append(row)
+    several = {key: mine for key, mine in by_engine.items() if mine[0].n == 1 < mine[-1].n}
+    for i, (engine, mine) in enumerate(several.items()):
+        n1 = mine[0]
+        like = [other for other in several if other[:2] == engine[:2]]
+        differs = [str(v) for place, v in enumerate(engine) if any(other[place] != v for other in like)]
+        name = " ".join([f"{n1.model}, video" if n1.grid[0] > 1 else n1.model, *differs])
+        points = tuple(
+            (
+                float(row.n),
+                n1.median_ms / row.median_ms,
+                f"{name}, n = {row.n}: {row.label} {text.speed(row.median_ms, n1.median_ms)} {n1.label}",
             )
-            series.append(Series(name, f"s{i % 6}", points))
-            calls = {n: (by_n[1].calls or 0) / (row.calls or 1) for n, row in sorted(by_n.items()) if n > 1}
-            notes.append(f"{name}: " + ", ".join(f"{ratio:.1f} at n = {n}" for n, ratio in calls.items()))
+            for row in mine
+        )
+        series.append(Series(name, f"s{i % 6}", points))
+        calls = {row.n: (n1.calls or 0) / (row.calls or 1) for row in mine if row.n > 1}
+        notes.append(f"{name}: " + ", ".join(f"{ratio:.1f} at n = {n}" for n, ratio in calls.items()))
     if not series:
         return []
     fewer = escape("; ".join(notes))
@@ -219,7 +224,7 @@ def _speed_up(rows: Sequence[Row]) -> list[str]:
     return [
         "<h2>Speed-up by parallel decoding</h2>",
         note,
-        lines(series, "n, tokens per call", "times as fast as n = 1"),
+        lines(series, "n, tokens per call", "speed, n = 1 is 1"),
     ]
 
 

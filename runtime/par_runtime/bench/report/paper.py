@@ -48,6 +48,8 @@ def notes(rows: Sequence[PaperRow]) -> list[str]:
         f"here is {rows[0].device}: seconds per guided image at batch 1, decoding included (video: to tokens).",
         "measured: whole images; estimated: from calls spread over an image; left out: not run, the last column says "
         "why.",
+        "over n=1, over eager: how many times as fast as n = 1 on the same backend, and as the same model in eager "
+        "PyTorch.",
         "bound: the least that reading weights and keys, or multiplying, takes on this device by its measured limits "
         "(of rows left out: without decoding).",
         "The paper's seconds are another machine's and are not compared with ours; its compiled rows are the same "
@@ -73,5 +75,7 @@ def seconds(value: float | None) -> str:
 
 
 def times(value: float | None) -> str:
-    """A ratio in two decimals; "" for None."""
-    return "" if value is None else f"{value:.2f} x"
+    """How many times as fast, in two decimals; turned round and said where it is slower; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.2f} x" if round(value, 2) >= 1 else f"{1 / value:.2f} x slower"

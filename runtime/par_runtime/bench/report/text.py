@@ -56,7 +56,7 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.images),
         "" if row.calls is None else str(row.calls),
         ms(row.median_ms),
-        ms(row.spread_ms),
+        ms(row.spread_ms) if len(row.samples_ms) > 1 else "",
         ms(row.p95_ms) if row.phase == "serve" else "",
         ms(row.call_ms),
         number(row.images_per_s),
@@ -76,6 +76,17 @@ def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(line[i].ljust(widths[i]) if i in left else line[i].rjust(widths[i]) for i in used).rstrip()
         for line in [head, *body]
     ]
+
+
+def speed(subject_ms: float, other_ms: float) -> str:
+    """How fast a subject is against another, in words that follow its name; never a ratio below one.
+
+    "is 2.00 times as fast as", "takes 2.00 times as long as" or "is as fast as".
+    """
+    ratio = other_ms / subject_ms
+    if f"{max(ratio, 1 / ratio):.2f}" == "1.00":
+        return "is as fast as"
+    return f"is {ratio:.2f} times as fast as" if ratio > 1 else f"takes {1 / ratio:.2f} times as long as"
 
 
 def about(rows: Sequence[Row]) -> list[str]:
@@ -113,10 +124,29 @@ def about(rows: Sequence[Row]) -> list[str]:
 def table(rows: Sequence[Row]) -> str:
     """The measured rows as text for a terminal: context, table, speed-ups, advice and flags."""
     body = [cells(row) for row in rows]
-    notes = list(dict.fromkeys(f"{row.label}: {flag}" for row in rows for flag in row.flags))
+    notes = doubts(rows)
     advised = [one.text for group in per_subject(rows) if (one := advice(group)) is not None]
     parts = [about(rows), aligned(HEAD, body), ratios(rows), advised, [f"marked    {note}" for note in notes]]
     return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def doubts(rows: Sequence[Row]) -> list[str]:
+    """Every reason to doubt rows once, after the subject and, where it is not of all its rows, the phases."""
+    out = []
+    for label, flag in dict.fromkeys((row.label, flag) for row in rows for flag in row.flags):
+        mine = [row for row in rows if row.label == label]
+        marked = list(dict.fromkeys(row.phase for row in mine if flag in row.flags))
+        of_batches = {row.phase for row in mine} - {"load", "first_preview"}
+        where = "" if of_batches and of_batches <= set(marked) else f" ({', '.join(marked)})"
+        out.append(f"{label}{where}: {flag}")
+    return out
+
+
+def bundle_names(rows: Sequence[Row]) -> list[str]:
+    """The name of each bundle once; with precision and hash where several have the same name."""
+    named = dict.fromkeys((row.bundle, row.precision, row.hash[:8]) for row in rows)
+    names = [name for name, _, _ in named]
+    return [name if names.count(name) == 1 else f"{name} {precision} {digits}" for name, precision, digits in named]
 
 
 def per_subject(rows: Sequence[Row]) -> list[list[Row]]:
@@ -129,7 +159,7 @@ def per_subject(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:
-    """How much faster an image is than its baselines: the same bundle in PyTorch, the same model at n = 1.
+    """How fast an image is against its baselines: the same bundle in PyTorch, the same model and precision at n = 1.
 
     Bundles without such a pair are compared with the first one. A line of text each.
     """
@@ -137,18 +167,21 @@ def ratios(rows: Sequence[Row]) -> list[str]:
     ours = [row for row in images if not row.pytorch]
     pairs = []
     for row in ours:
-        same = (row.model, row.grid, row.images)
-        pairs += [
-            (row, other) for other in ours if other.n == 1 < row.n and (other.model, other.grid, other.images) == same
-        ]
+        pairs += [(row, other) for other in ours if other.n == 1 < row.n and engine(other) == engine(row)]
         pairs += [(row, other) for other in images if other.hash == row.hash and _is_baseline(other, row)]
     alone = [row for row in ours[1:] if all(row not in pair for pair in pairs)]
     pairs += [(ours[0], row) for row in alone]
     return [
-        f"{a.label} is {b.median_ms / a.median_ms:.2f} times as fast as {b.label} ({ms(a.median_ms)} against "
-        f"{ms(b.median_ms)})"
+        f"{a.label} {speed(a.median_ms, b.median_ms)} {b.label} ({ms(a.median_ms)} against {ms(b.median_ms)})"
         for a, b in pairs
     ]
+
+
+def engine(row: Row) -> tuple[object, ...]:
+    """What two rows of different n must share for their ratio to be the gain of parallel decoding; first the model."""
+    images = f"{row.images} image{'s' if row.images > 1 else ''}"
+    guided = "guided" if row.guided else "unguided"
+    return row.model, row.grid, images, guided, row.precision, row.backend, row.device, f"{row.threads} threads"
 
 
 def _is_baseline(other: Row, row: Row) -> bool:

@@ -70,7 +70,7 @@ class PaperOptions:
 
 def given_bundles(paths: Sequence[Path]) -> dict[tuple[str, int], Path]:
     """(model, n) -> the bundle of ``paths`` that has it. Raises RequestError for one that is in no row of the paper."""
-    given = {}
+    given: dict[tuple[str, int], Path] = {}
     for path in paths:
         bundle = Bundle.open(path, "none")
         architecture = Architecture.of_model(bundle.model, bundle.phases)
@@ -79,6 +79,11 @@ def given_bundles(paths: Sequence[Path]) -> dict[tuple[str, int], Path]:
             raise RequestError(
                 f"{path}: {model}, n = {bundle.group_size}, is in no row of the paper's tables; expected one of "
                 f"{', '.join(SIZES)} with n = 1, 4 or 16; --suite phases measures any bundle"
+            )
+        if (model, bundle.group_size) in given:
+            raise RequestError(
+                f"{path} and {given[model, bundle.group_size]} are both {model}, n = {bundle.group_size}; the paper's "
+                "tables have one row for it: give one of them"
             )
         given[model, bundle.group_size] = path
     return given

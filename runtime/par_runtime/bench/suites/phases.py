@@ -10,8 +10,6 @@ from par_runtime.bench.measure import Progress, Setting, make_row, measure, proc
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.base import Subject
 
-PREVIEWS = 3  #: first previews that are timed
-
 
 def phases(subjects: Sequence[Subject], setting: Setting, progress: Progress) -> list[Row]:
     """Rows of every phase and of the image; of loading and of the first preview, for subjects that have these."""
@@ -26,6 +24,6 @@ def phases(subjects: Sequence[Subject], setting: Setting, progress: Progress) ->
         if preview is not None and not info.pytorch and info.image_size:
             progress(f"{info.label}: first preview")
             watch = Watch(process_ids(subject), setting.gpu)
-            times = [preview(setting.images, setting.guided) for _ in range(PREVIEWS)]
+            times = [preview(setting.images, setting.guided) for _ in range(setting.repetitions)]
             rows.append(make_row(info, setting, this_machine, "first_preview", times, summarize([watch.flags()])))
     return rows
