@@ -33,6 +33,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | Sequence[int] = 0,
     greedy: bool = False,
+    guidance_interval: int = -1,
 ) -> Tensor:
     """Generate tokens [B,N] int64, in sequence order, for ``labels`` [B].
 
@@ -40,6 +41,12 @@ def generate(
     keep the whole codebook. The seed of image i is ``seed + i``, or ``seed[i]``; its noise depends on
     that number alone. ``greedy`` takes the most probable token and ignores the sampling settings.
     Raises ValueError for a value out of range.
+
+    ``guidance_interval`` is ``cfg_interval`` of the published sampler: a call is guided while its index is at most
+    this number, and takes the logits of the class alone afterwards; -1 guides every call. The prefill has no index
+    and is always guided. The published sampler then has two loops, and each counts from 0: one over the sequential
+    calls, and one over the groups. The transition makes the first group, so it is call 0 of the second loop **(ours:
+    nothing public says where it counts; at n = 1, where no sequential calls are, it makes the indices LlamaGen's)**.
     """
     config = model.config
     device = model.tok_embeddings.weight.device
@@ -52,16 +59,21 @@ def generate(
         raise ValueError(f"{len(seeds)} seeds for {len(labels)} labels; give one seed per label, or one number")
     if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
         raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}; expected >= 0, >= 0 and 0..1")
+    if guidance_interval < -1:
+        raise ValueError(f"guidance_interval={guidance_interval}; expected -1 (every call is guided) or more")
     noise = (
         torch.from_numpy(np.stack([uniforms(s, config.n_tokens) for s in seeds])).to(device)
         if seeds
         else torch.zeros(0, config.n_tokens)
     )
 
+    index = -1  # of the next call: the prefill has none
+
     def choose(logits: Tensor, start: int) -> Tensor:
         if guidance > 1:
             cond, uncond = logits.chunk(2)
-            logits = uncond + (cond - uncond) * guidance
+            within = guidance_interval == -1 or index <= guidance_interval
+            logits = uncond + (cond - uncond) * guidance if within else cond
         if greedy:
             return logits.argmax(-1)
         return sample(logits, noise[:, start : start + logits.shape[1]], temperature, top_k, top_p)
@@ -70,8 +82,11 @@ def generate(
     state = State(model, rows, choose, len(labels))
     run = {"prefill": prefill, "sequential": sequential, "transition": transition, "group": group}
     for phase in phases(config):
+        if phase.name == "transition":
+            index = 0
         for i in range(phase.repeat):
             run[phase.name](state, phase.start + i * phase.query)
+            index += 1
     return state.tokens
 
 

@@ -73,6 +73,8 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     dtype = DTYPE[request.precision]
     defaults = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | (request.defaults or {})
     _check_defaults(defaults)
+    if defaults.get("guidance_interval") == -1:
+        del defaults["guidance_interval"]  # a manifest without it says the same, and older runtimes can read it
     checkpoint = open_checkpoint(request.checkpoint)
     inferred = infer(checkpoint, heads=request.heads, grid=request.grid)
     config = inferred.config
@@ -278,8 +280,12 @@ def write_graphs(
 def _check_defaults(defaults: dict[str, Any]) -> None:
     ranges = {"guidance": math.inf, "temperature": math.inf, "top_k": math.inf, "top_p": 1.0}
     for name, value in defaults.items():
+        if name == "guidance_interval":
+            if not (isinstance(value, int) and value >= -1):
+                raise ExportError(f"default {name} {value}; expected a whole number, -1 (every call is guided) or more")
+            continue
         if name not in ranges:
-            raise ExportError(f"default {name!r}; expected one of {', '.join(ranges)}")
+            raise ExportError(f"default {name!r}; expected one of {', '.join(ranges)}, guidance_interval")
         if not (0 <= value <= ranges[name] and math.isfinite(value)):
             raise ExportError(f"default {name} {value}; expected {'0 to 1' if name == 'top_p' else '0 or more'}")
 

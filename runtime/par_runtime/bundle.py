@@ -112,6 +112,7 @@ class Defaults:
     temperature: float
     top_k: int
     top_p: float
+    guidance_interval: int = -1  #: manifests hold it only where it is another
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.backends.base import Backend, MakesImages
+from par_runtime.backends.base import Backend, Batch, MakesImages
 from par_runtime.backends.choose import choose
 from par_runtime.bundle import Bundle, Call, FileCheck
 from par_runtime.dtypes import Float, Int
@@ -108,13 +108,13 @@ class Pipeline:
             )
         label, guidance = test["labels"][0], test["guidance"]
         wanted = np.array(test["tokens"][:1], np.int64)
-        greedy = image_settings(self.bundle, 1, guidance=guidance, greedy=True)
+        greedy = image_settings(self.bundle, 1, guidance=guidance, greedy=True, guidance_interval=-1)
         schedule = Schedule.of(self.bundle, [label], greedy)  # no seeds: the draws are zero
-        batch, noise = schedule.batch, schedule.noise
+        noise = schedule.noise
         until = time.perf_counter() + seconds
         tokens, done = np.zeros_like(wanted), 0
         phases_run: set[str] = set()
-        for call, ids, write in self._walk(schedule, tokens):
+        for call, batch, ids, write in self._walk(schedule, tokens):
             if time.perf_counter() > until and len(phases_run) == len(self.bundle.phases):
                 break
             tokens[:, call.positions] = self.backend.step(batch, ids, write, noise[:, call.positions])
@@ -122,7 +122,8 @@ class Pipeline:
             phases_run.add(call.phase.name)
         if (tokens[:, :done] == wanted[:, :done]).all():
             return
-        for call, ids, write in self._walk(schedule, wanted):  # teacher-forced: each call is fed the export's tokens
+        # Teacher-forced: each call is fed the export's tokens.
+        for call, batch, ids, write in self._walk(schedule, wanted):
             drawn = self.backend.step(batch, ids, write, noise[:, call.positions])[0]
             logits = self.backend.logits(batch, ids, write)[0]  # [q,V]
             slots, best = np.arange(call.query), logits.max(-1)
@@ -155,6 +156,7 @@ class Pipeline:
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         greedy: bool | Sequence[bool] = False,
+        guidance_interval: int | Sequence[int] | None = None,
         on_step: OnStep | None = None,
         preview_every: int | None = None,
         on_preview: OnPreview | None = None,
@@ -166,9 +168,9 @@ class Pipeline:
         """Generate one image per label (class index or name).
 
         Sampling: ``settings`` is one :class:`Settings` for all images, or one per image. Instead of it, the keywords
-        ``guidance``, ``temperature``, ``top_k``, ``top_p`` and ``greedy`` are each a scalar or one value per image;
-        None takes the bundle's default. Image i draws with ``seeds[i]``, or with ``seed + i``. An image depends on its
-        own seed, label and settings, not on its batch.
+        ``guidance``, ``temperature``, ``top_k``, ``top_p``, ``greedy`` and ``guidance_interval`` are each a scalar or
+        one value per image; None takes the bundle's default. Image i draws with ``seeds[i]``, or with ``seed + i``. An
+        image depends on its own seed, label and settings, not on its batch.
 
         Batches: at most ``max_batch`` images are in flight (default: as many as a cache of 2 GB serves); larger
         requests run as several batches. ``decode=False`` makes tokens only.
@@ -193,6 +195,7 @@ class Pipeline:
             top_k=top_k,
             top_p=top_p,
             greedy=greedy,
+            guidance_interval=guidance_interval,
         )
         seeds = image_seeds(len(classes), seed, seeds)
         if preview_every is not None and preview_every < 1:
@@ -251,8 +254,8 @@ class Pipeline:
             part = slice(first, first + size)
             each = image_settings(self.bundle, len(classes[part]), guidance=1.0)
             schedule = Schedule.of(self.bundle, classes[part], each)
-            for call, ids, write in self._walk(schedule, given[part]):
-                logits = self.backend.logits(schedule.batch, ids, write)
+            for call, batch, ids, write in self._walk(schedule, given[part]):
+                logits = self.backend.logits(batch, ids, write)
                 out[part, call.positions] = log_likelihood(logits, given[part, call.positions])
         return out
 
@@ -306,15 +309,16 @@ class Pipeline:
         known: Known | None = None,
     ) -> tuple[Int, NDArray[np.uint8] | None]:
         """Tokens [B,N] of one batch; and its images, if the backend makes all calls of a batch at once."""
-        batch, backend = schedule.batch, self.backend
+        backend = self.backend
         clock = time.perf_counter()
-        if isinstance(backend, MakesImages) and not progress.preview_every and known is None:
-            made = backend.make_images(batch, schedule.class_ids, schedule.noise, decode)
+        at_once = not progress.preview_every and known is None and not schedule.rows_change
+        if isinstance(backend, MakesImages) and at_once:
+            made = backend.make_images(schedule.batch, schedule.class_ids, schedule.noise, decode)
             timings["image"] = timings.get("image", 0.0) + 1e3 * (time.perf_counter() - clock)
             progress.add(self.bundle.calls)
             return made
-        tokens = np.zeros((batch.images, self.bundle.n_tokens), np.int64)
-        for call, ids, write in self._walk(schedule, tokens):
+        tokens = np.zeros((schedule.batch.images, self.bundle.n_tokens), np.int64)
+        for call, batch, ids, write in self._walk(schedule, tokens):
             tokens[:, call.positions] = backend.step(batch, ids, write, schedule.noise[:, call.positions])
             if known is not None:
                 known.put(tokens, call.positions)
@@ -324,7 +328,7 @@ class Pipeline:
             clock = time.perf_counter()  # callbacks and previews are not counted
         return tokens, None
 
-    def _walk(self, schedule: Schedule, tokens: Int) -> Iterator[tuple[Call, Int, Int]]:
+    def _walk(self, schedule: Schedule, tokens: Int) -> Iterator[tuple[Call, Batch, Int, Int]]:
         """``schedule.walk(tokens)``, before and after which its cache rows are released; other rows keep their keys."""
         rows = schedule.batch.cache_row
         self.backend.release(rows)

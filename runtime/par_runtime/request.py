@@ -26,6 +26,11 @@ class Settings:
 
     ``guidance`` above 1 runs the image with its class and without: ``uncond + (cond - uncond) * guidance``. ``top_k`` 0
     and ``top_p`` 1 keep every code. ``greedy`` takes the most probable token at every position, whatever else is set.
+
+    ``guidance_interval`` (``cfg_interval`` of the published sampler) ends the guidance early: a call is guided while
+    its index is at most this number; -1 guides every call. The index starts at 0 twice: with the first sequential
+    call, and with the first call that makes a group (the transition). The very first call is always guided. So 0
+    guides the first token and one call of each stage. Calls after the last guided one take half the work.
     """
 
     guidance: float = 1.0
@@ -33,10 +38,11 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     greedy: bool = False
+    guidance_interval: int = -1
 
     @property
     def guided(self) -> bool:
-        """Whether the image takes two rows."""
+        """Whether the image takes two rows, at least in its first calls."""
         return self.guidance > 1
 
 
@@ -111,13 +117,20 @@ def image_settings(
     top_k: int | Sequence[int] | None = None,
     top_p: float | Sequence[float] | None = None,
     greedy: bool | Sequence[bool] = False,
+    guidance_interval: int | Sequence[int] | None = None,
 ) -> list[Settings]:
     """One checked Settings per image, from ``settings`` (one for all images, or one each) or from the keywords.
 
     A keyword is a scalar for all images, or one value per image; None takes the bundle's default. Raises RequestError.
     """
     if settings is not None:
-        keywords = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        keywords = {
+            "guidance": guidance,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "guidance_interval": guidance_interval,
+        }
         both = [name for name, value in keywords.items() if value is not None] + (
             ["greedy"] if greedy is not False else []
         )
@@ -133,6 +146,7 @@ def image_settings(
             )
         guidance, temperature = [s.guidance for s in each], [s.temperature for s in each]
         top_k, top_p, greedy = [s.top_k for s in each], [s.top_p for s in each], [s.greedy for s in each]
+        guidance_interval = [s.guidance_interval for s in each]
     d = bundle.defaults
     g = _each("guidance", guidance, d.guidance, images, _in_fp32, "0 or more (1 or less: unguided), within fp32")
     t = _each("temperature", temperature, d.temperature, images, _in_fp32, "0 or more, within fp32")
@@ -141,7 +155,15 @@ def image_settings(
     )
     p = _each("top_p", top_p, d.top_p, images, lambda v: 0 <= v <= 1, "0 to 1")
     most_probable = _each("greedy", greedy, 0, images, lambda v: v in (0, 1), "True or False")
-    return [Settings(g[i], t[i], int(k[i]), p[i], bool(most_probable[i])) for i in range(images)]
+    interval = _each(
+        "guidance_interval",
+        guidance_interval,
+        d.guidance_interval,
+        images,
+        lambda v: v >= -1 and v == int(v),
+        "a whole number, -1 (every call is guided) or more",
+    )
+    return [Settings(g[i], t[i], int(k[i]), p[i], bool(most_probable[i]), int(interval[i])) for i in range(images)]
 
 
 def _each(

@@ -4,8 +4,8 @@ Generation, self-test, likelihood, ``verify`` and ``bench`` all walk an image wi
 the ids come from the bundle's manifest.
 
     schedule = Schedule.of(bundle, classes, settings, seeds)
-    for call, ids, write in schedule.walk(tokens):
-        tokens[:, call.positions] = backend.step(schedule.batch, ids, write, schedule.noise[:, call.positions])
+    for call, batch, ids, write in schedule.walk(tokens):
+        tokens[:, call.positions] = backend.step(batch, ids, write, schedule.noise[:, call.positions])
 
 Letters: R rows (two for a guided image), B images, N tokens, q positions of one call.
 """
@@ -13,25 +13,35 @@ Letters: R rows (two for a guided image), B images, N tokens, q positions of one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from par_runtime.backends.base import Batch
 from par_runtime.bundle import Bundle, Call, image_calls
 from par_runtime.dtypes import Float, Int
 from par_runtime.request import Settings
 
+Bool = NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """The calls of a batch of images, and all their inputs except the tokens drawn so far."""
+    """The calls of a batch of images, and all their inputs except the tokens drawn so far.
+
+    Where a guidance interval ends before an image does, the rows change from call to call: once no later call of the
+    image is guided, its row without class is left out. Between its two stages the row is there without being used,
+    because the second stage begins guided and needs its keys.
+    """
 
     calls: tuple[Call, ...]
-    batch: Batch
-    image_of_row: Int  #: [R]
+    batch: Batch  #: of the first call; of every call, unless the rows change
     class_ids: Int  #: [R], the ids of the first call
     noise: Float  #: [B,N] in [0,1)
+    limits: Int  #: [B], the largest index of a guided call; that of all calls where the guidance does not end
+    _known: dict[bytes, _Rows] = field(default_factory=dict, repr=False)  #: so that the same rows are the same object
 
     @staticmethod
     def of(
@@ -46,13 +56,19 @@ class Schedule:
         Without ``seeds`` the noise is zero; walks that draw nothing, or draw greedily, need none. ``cache_row`` [R]:
         the cache row of each row, first of those with a class, then of those without (default: 0, 1, ...).
         """
-        images = len(classes)
+        images, calls = len(classes), image_calls(bundle.phases)
         guided = [i for i, s in enumerate(settings) if s.guided]
         uncond_row = np.arange(images)
         uncond_row[guided] = images + np.arange(len(guided))
-        image_of_row = np.array([*range(images), *guided], np.int64)
+        last = max(guidance_index(calls).values())
+        ends = [s.guidance_interval if s.guided and 0 <= s.guidance_interval < last else last for s in settings]
+        limits = np.array(ends, np.int64)
+        if cache_row is None and (limits < last).any():
+            # Rows that are left out first come last, because a graph runs all rows up to the last that is named.
+            place = np.argsort(np.argsort(-limits[guided], kind="stable"), kind="stable")
+            cache_row = np.concatenate([np.arange(images), images + place])
         batch = Batch(
-            rows=len(image_of_row),
+            rows=images + len(guided),
             uncond_row=uncond_row,
             guidance=np.array([s.guidance if s.guided else 1.0 for s in settings], np.float32),
             temperature=np.array([1.0 if s.greedy else s.temperature for s in settings], np.float32),
@@ -61,35 +77,44 @@ class Schedule:
             **({} if cache_row is None else {"cache_row": np.asarray(cache_row, np.int64)}),
         )
         return Schedule(
-            calls=image_calls(bundle.phases),
+            calls=calls,
             batch=batch,
-            image_of_row=image_of_row,
             class_ids=np.array([bundle.class_base + c for c in classes] + [bundle.no_class] * len(guided), np.int64),
             noise=noise(settings, seeds, bundle.n_tokens),
+            limits=limits,
         )
 
-    def inputs(self, at: Call | Sequence[Call], tokens: Int) -> tuple[Int, Int]:
-        """The inputs of a call: ids [R,q], and the first position of each row [R].
+    @cached_property
+    def rows_change(self) -> bool:
+        """Whether the guidance of an image ends before its last call."""
+        return bool((self.limits < max(self._index.values())).any())
+
+    def inputs(self, at: Call | Sequence[Call], tokens: Int) -> tuple[Batch, Int, Int]:
+        """The inputs of a call: its rows, ids [R,q], and the first position of each row [R].
 
         ``at``: one call for all images, or one for each image, all with the same q. ``tokens`` [B,N]: those so far.
         """
         if isinstance(at, Call):
-            return self._ids(at, slice(None), tokens), np.full(self.batch.rows, at.write)
+            rows = self._rows(at)
+            ids = self._ids(at, rows.batch.image_of_row, rows.class_ids, tokens)
+            return rows.batch, ids, np.full(rows.batch.rows, at.write)
         if len(at) != self.batch.images or len({call.query for call in at}) != 1:
             raise ValueError(
                 f"calls of {[call.query for call in at]} positions for {self.batch.images} images; expected a call "
                 "for each image, all of one query length: images at another one wait for a call of theirs"
             )
-        ids = np.empty((self.batch.rows, at[0].query), np.int64)
-        write = np.array([at[image].write for image in self.image_of_row], np.int64)
+        rows = self._rows(at)
+        image_of_row = rows.batch.image_of_row
+        ids = np.empty((rows.batch.rows, at[0].query), np.int64)
+        write = np.array([at[image].write for image in image_of_row], np.int64)
         for call in dict.fromkeys(at):
-            rows = np.flatnonzero(write == call.write)
-            ids[rows] = self._ids(call, rows, tokens)
-        return ids, write
+            here = np.flatnonzero(write == call.write)
+            ids[here] = self._ids(call, image_of_row[here], rows.class_ids[here], tokens)
+        return rows.batch, ids, write
 
-    def _ids(self, call: Call, rows: slice | Int, tokens: Int) -> Int:
-        """The ids [rows,q] that these rows are fed at ``call``."""
-        slots, images = call.phase.token_slots, self.image_of_row[rows]
+    def _ids(self, call: Call, images: Int, class_ids: Int, tokens: Int) -> Int:
+        """The ids [R',q] of rows at ``call``. ``images`` [R']: those of the rows; ``class_ids`` [R'] of each row."""
+        slots = call.phase.token_slots
         fed: Int = tokens[images, call.write - len(slots) : call.write]  # positions before the call's are done
         if len(slots) == call.query:
             return fed
@@ -97,17 +122,85 @@ class Schedule:
         ids[:, slots] = fed
         for slot, entry in enumerate(call.phase.inputs):
             if entry != "token":
-                ids[:, slot] = self.class_ids[rows] if entry == "class" else entry
+                ids[:, slot] = class_ids if entry == "class" else entry
         return ids
 
-    def walk(self, tokens: Int) -> Iterator[tuple[Call, Int, Int]]:
-        """Every call with its inputs: (call, ids [R,q], write [R]).
+    def _rows(self, at: Call | Sequence[Call]) -> _Rows:
+        """The rows of a call; ``at`` as in :meth:`inputs`."""
+        if not self.rows_change:
+            return _Rows(self.batch, self.class_ids)
+        calls = [at] * self.batch.images if isinstance(at, Call) else at
+        # Of each image: whether it is guided now, and whether this call or a later one is guided.
+        guided = np.array([self._index[call] for call in calls]) <= self.limits
+        needed = np.array([call.write for call in calls]) <= self._last_guided
+        key = guided.tobytes() + needed.tobytes()
+        if key not in self._known:
+            self._known[key] = self._choose(guided, needed)
+        return self._known[key]
+
+    def _choose(self, guided: Bool, needed: Bool) -> _Rows:
+        """The rows of a call in which the images ``guided`` [B] use their row without class, and ``needed`` [B] keep
+        it.
+        """
+        full, images = self.batch, self.batch.images
+        kept = np.concatenate([np.arange(images), images + np.flatnonzero(needed[full.image_of_row[images:]])])
+        uncond_row = np.arange(images)
+        for row, image in enumerate(full.image_of_row[kept]):
+            if row >= images and guided[image]:
+                uncond_row[image] = row
+        if len(kept) == full.rows and (uncond_row == full.uncond_row).all():
+            return _Rows(full, self.class_ids)
+        batch = replace(
+            full,
+            rows=len(kept),
+            uncond_row=uncond_row,
+            guidance=np.where(uncond_row == np.arange(images), np.float32(1), full.guidance),
+            cache_row=full.cache_row[kept],
+            image_of_row=full.image_of_row[kept],
+        )
+        return _Rows(batch, self.class_ids[kept])
+
+    @cached_property
+    def _index(self) -> dict[Call, int]:
+        return guidance_index(self.calls)
+
+    @cached_property
+    def _last_guided(self) -> Int:
+        """The first position of the last guided call of each image: [B]."""
+        return np.array([max(c.write for c, i in self._index.items() if i <= limit) for limit in self.limits])
+
+    def walk(self, tokens: Int) -> Iterator[tuple[Call, Batch, Int, Int]]:
+        """Every call with its inputs: (call, batch, ids [R,q], write [R]).
 
         Later calls read their ids from ``tokens`` [B,N]. So the loop must write the tokens of each call into it, unless
         it holds them from the start.
         """
         for call in self.calls:
             yield call, *self.inputs(call, tokens)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a call, and the ids [R] of their classes."""
+
+    batch: Batch
+    class_ids: Int
+
+
+def guidance_index(calls: Sequence[Call]) -> dict[Call, int]:
+    """The index of each call that a guidance interval is compared with (``Settings.guidance_interval``).
+
+    The published sampler has no index in the prefill (here -1: always guided), and two loops that each count from 0:
+    over the sequential calls, and over the calls that make a group. The transition makes the first group, so it is call
+    0 of the second loop.
+    """
+    out: dict[Call, int] = {}
+    index = -1
+    for call in calls:
+        index = 0 if call.phase.name == "transition" else index
+        out[call] = index
+        index += 1
+    return out
 
 
 def uniforms(seed: int, n_tokens: int) -> Float:

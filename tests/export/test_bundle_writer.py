@@ -51,7 +51,7 @@ def test_the_manifest_describes_the_whole_bundle(
 ) -> None:
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"class {i}" for i in range(10)))
-    assert run(*good, "--class-names", names, "--guidance", 2.5, "--name", "mine") == 0
+    assert run(*good, "--class-names", names, "--guidance", 2.5, "--guidance-interval", 7, "--name", "mine") == 0
     output = capsys.readouterr().out
     assert "n = 4, 19 calls per image" in output
     assert "greedy tokens as in PyTorch" in output
@@ -59,7 +59,7 @@ def test_the_manifest_describes_the_whole_bundle(
     assert (b.name, b.calls, b.group_size, b.grid, b.precision) == ("mine", 19, 4, (1, 8, 8), "fp32")
     assert b.class_names is not None
     assert b.class_names[9] == "class 9"
-    assert b.defaults.guidance == 2.5
+    assert (b.defaults.guidance, b.defaults.guidance_interval) == (2.5, 7)
     assert [p.name for p in b.phases] == ["prefill", "sequential", "transition", "group"]
     assert b.phases[2].inputs == ("token", 523, 524, 525)
     assert set(b.files) == {f"{n}.onnx" for n in ("step", "step_opset23", "prefill", "transition", "group")} | {

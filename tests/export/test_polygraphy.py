@@ -85,7 +85,7 @@ def test_the_first_call_gives_the_logits_that_polygraphy_gets(tiny: Path, pipeli
     """The step graph with inputs written by hand: guided, of two images, on an empty cache of another length."""
     graph = pipeline.bundle.graphs["step_opset23"]  # every supported ONNX Runtime runs it
     schedule = Schedule.of(pipeline.bundle, [4, 1], image_settings(pipeline.bundle, 2, guidance=2.5))
-    _, ids, write = next(schedule.walk(np.zeros((2, pipeline.bundle.n_tokens), np.int64)))
+    _, batch, ids, write = next(schedule.walk(np.zeros((2, pipeline.bundle.n_tokens), np.int64)))
     layout = pipeline.bundle.cache
     feed = {
         "ids": ids,
@@ -103,7 +103,7 @@ def test_the_first_call_gives_the_logits_that_polygraphy_gets(tiny: Path, pipeli
     feed |= {name: np.zeros((4, layout.heads, 5, layout.head_dim), np.float32) for name in layout.inputs}
 
     def ours(factor: float) -> Callable[[Feed], np.ndarray]:
-        return lambda fed: pipeline.backend.logits(schedule.batch, fed["ids"], write) * np.float32(factor)
+        return lambda fed: pipeline.backend.logits(batch, fed["ids"], write) * np.float32(factor)
 
     assert agrees(tiny / graph.file, feed, "logits", ours(1.0), 1e-4)
     assert not agrees(tiny / graph.file, feed, "logits", ours(1.001), 1e-4)

@@ -53,6 +53,35 @@ def test_cached_generation_is_teacher_forcing_one_phase_at_a_time(name: str) -> 
     assert len(tokens.unique()) > 5  # a constant image would agree with anything
 
 
+@pytest.mark.parametrize(
+    ("name", "interval", "guided"),
+    [
+        ("n1", 0, {0, 1}),
+        ("n1", 2, {0, 1, 2, 3}),
+        ("n4", 0, {0, 1, 4, 5, 6, 7}),  # the prefill, the first sequential call, the transition
+        ("n4", 1, {0, 1, 2, *range(4, 12)}),
+        ("n4", 2, {0, 1, 2, 3, *range(4, 16)}),
+        ("n16", 1, {0, 1, 2, *range(16, 48)}),
+        ("parallel start", 1, set(range(8))),
+        ("n4", -1, set(range(48))),
+        ("n4", 10, set(range(48))),  # the index of the last call
+        ("n4", 9, set(range(44))),
+    ],
+)
+@torch.no_grad()
+def test_the_positions_that_a_guidance_interval_guides(name: str, interval: int, guided: set[int]) -> None:
+    config = CONFIGS[name]
+    model = golden_weights(PAR(config))
+    labels = torch.tensor([0, 4])
+    tokens = generate(model, labels, guidance=5.0, greedy=True, guidance_interval=interval)
+    cond, uncond = model(tokens, labels), model(tokens, torch.full_like(labels, config.n_classes))
+    inside = torch.tensor([position in guided for position in range(config.n_tokens)])[None, :, None]
+    both = uncond + (cond - uncond) * 5.0
+    assert (torch.where(inside, both, cond).argmax(-1) == tokens).all()
+    if len(guided) < config.n_tokens:
+        assert (both.argmax(-1) != tokens).any()
+
+
 @torch.no_grad()
 def test_an_image_depends_on_its_own_seed_only() -> None:
     model = golden_weights(PAR(CONFIGS["n4"]))
@@ -69,6 +98,7 @@ def test_generation_refuses_what_it_cannot_do() -> None:
         ({"labels": [0], "seed": [1, 2]}, "2 seeds for 1 labels"),
         ({"labels": [0], "top_p": 1.5}, "top_p=1.5"),
         ({"labels": [0], "seed": -1}, "seed=-1"),
+        ({"labels": [0], "guidance_interval": -2}, "guidance_interval=-2; expected -1"),
     ]:
         with pytest.raises(ValueError, match=text):
             generate(model, **bad)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from par_runtime.pipeline import Pipeline
 from par_runtime.request import Settings
 from par_runtime.schedule import Schedule
 
-SETTINGS = [Settings(guidance=1.5), Settings(top_p=0.9), Settings(guidance=3.0, top_k=20)]
+SETTINGS = [Settings(guidance=1.5), Settings(top_p=0.9), Settings(guidance=3.0, top_k=20, guidance_interval=3)]
 LABELS, SEEDS = [0, 3, 5], [11, 12, 13]
 
 
@@ -62,8 +62,8 @@ def _step(pipeline: Pipeline, here: list[int], calls: list[Call], places: list[I
         [SEEDS[i] for i in here],
         cache_row,
     )
-    ids, write = schedule.inputs(calls, tokens[here])
+    batch, ids, write = schedule.inputs(calls, tokens[here])
     uniform = np.stack([schedule.noise[b, call.positions] for b, call in enumerate(calls)])
-    drawn = pipeline.backend.step(schedule.batch, ids, write, uniform)
+    drawn = pipeline.backend.step(batch, ids, write, uniform)
     for b, (image, call) in enumerate(zip(here, calls, strict=True)):
         tokens[image, call.positions] = drawn[b]

@@ -69,11 +69,11 @@ def test_after_a_memory_error_requests_of_any_size_are_served(
 def begin_another(pipeline: Pipeline, another: Schedule, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """The first call of ``another``, for which there is no memory."""
     tokens = np.zeros((1, pipeline.bundle.n_tokens), np.int64)
-    ids, write = another.inputs(another.calls[0], tokens)
+    batch, ids, write = another.inputs(another.calls[0], tokens)
     with monkeypatch.context() as patch:
         run_out_of_memory(patch, pipeline, at)
         with pytest.raises(MemoryError):
-            pipeline.backend.step(another.batch, ids, write, another.noise[:, :1])
+            pipeline.backend.step(batch, ids, write, another.noise[:, :1])
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
@@ -88,25 +88,25 @@ def test_images_in_flight_go_on_when_there_is_no_memory_for_another(
         another = Schedule.of(bundle, [0], settings, [2], np.array([2, 5]))
         pipeline.backend.release()
         tokens = np.zeros_like(wanted)
-        for index, (call, ids, write) in enumerate(first.walk(tokens)):
-            tokens[:, call.positions] = pipeline.backend.step(first.batch, ids, write, first.noise[:, call.positions])
+        for index, (call, batch, ids, write) in enumerate(first.walk(tokens)):
+            tokens[:, call.positions] = pipeline.backend.step(batch, ids, write, first.noise[:, call.positions])
             if index == 9:
                 begin_another(pipeline, another, monkeypatch, at if backend != "cpu" else 0)
         assert (tokens == wanted).all()
-        ids, write = another.inputs(another.calls[0], tokens)
-        pipeline.backend.step(another.batch, ids, write, another.noise[:, :1])  # now there is memory
+        batch, ids, write = another.inputs(another.calls[0], tokens)
+        pipeline.backend.step(batch, ids, write, another.noise[:, :1])  # now there is memory
 
 
 def test_a_failed_call_for_logits_leaves_no_buffer_bound(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the next call would write its logits into memory that was freed."""
     with Pipeline.load(tiny, device="cpu-ort", threads=1, selftest=False) as pipeline:
         schedule = Schedule.of(pipeline.bundle, [0], [Settings()])
-        ids, write = schedule.inputs(schedule.calls[0], np.zeros((1, pipeline.bundle.n_tokens), np.int64))
+        batch, ids, write = schedule.inputs(schedule.calls[0], np.zeros((1, pipeline.bundle.n_tokens), np.int64))
         backend: Any = pipeline.backend
         with monkeypatch.context() as patch:
             patch.setattr(backend, "_step", FailingSession(backend._step))
             with pytest.raises(MemoryError):
-                backend.logits(schedule.batch, ids, write)
+                backend.logits(batch, ids, write)
         assert not backend._bound
 
 
@@ -142,15 +142,15 @@ def test_keys_that_a_gpu_lost_with_its_memory_are_not_taken_for_keys(load: Make,
     tokens = np.zeros((1, bundle.n_tokens), np.int64)
     walk = schedule.walk(tokens)
     for _ in range(6):
-        call, ids, write = next(walk)
-        tokens[:, call.positions] = backend.step(schedule.batch, ids, write, schedule.noise[:, call.positions])
+        call, batch, ids, write = next(walk)
+        tokens[:, call.positions] = backend.step(batch, ids, write, schedule.noise[:, call.positions])
     driver.memory_bytes = int(1.2 * sum(a.size for a in driver.device.values()))
     with pytest.raises(MemoryError):
         gpu_pipeline.generate([0] * 4, seed=1, decode=False)
     driver.memory_bytes = 2**33
-    call, ids, write = next(walk)
+    call, batch, ids, write = next(walk)
     with pytest.raises(ValueError, match=r"cache rows \[0\] do not hold the keys before positions \[12\]"):
-        backend.step(schedule.batch, ids, write, schedule.noise[:, call.positions])
-    for call, ids, write in schedule.walk(tokens):
-        tokens[:, call.positions] = backend.step(schedule.batch, ids, write, schedule.noise[:, call.positions])
+        backend.step(batch, ids, write, schedule.noise[:, call.positions])
+    for call, batch, ids, write in schedule.walk(tokens):
+        tokens[:, call.positions] = backend.step(batch, ids, write, schedule.noise[:, call.positions])
     assert (tokens == wanted).all()

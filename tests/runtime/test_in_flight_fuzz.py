@@ -18,6 +18,7 @@ import pytest
 from double.fixtures import Make
 from test_schedule import BACKENDS
 
+from par_runtime.backends.base import Batch
 from par_runtime.backends.ort.sessions import OPSET24_SINCE, version
 from par_runtime.bundle import Call
 from par_runtime.dtypes import Float, Int
@@ -32,6 +33,7 @@ KINDS = (
     (1, Settings(top_p=0.8, temperature=1.3), 4),
     (2, Settings(guidance=2.0, greedy=True), 5),
     (4, Settings(guidance=0.0, top_k=5), 6),
+    (0, Settings(guidance=2.5, guidance_interval=1), 7),
 )  #: (label, settings, seed)
 ROUNDS = 250
 GROW = 15  #: rounds after which more rows are used: twice as many, while images are in flight
@@ -57,7 +59,7 @@ def made_alone(path: Path) -> tuple[Alone, ...]:
             made = pipeline.generate([label], settings, seeds=[seed])
             schedule = Schedule.of(pipeline.bundle, [label], [settings])
             pipeline.backend.release()
-            logits = [pipeline.backend.logits(schedule.batch, i, w)[0] for _, i, w in schedule.walk(made.tokens)]
+            logits = [pipeline.backend.logits(batch, i, w)[0] for _, batch, i, w in schedule.walk(made.tokens)]
             pixels = None if made.images is None else made.images[0]
             out.append(Alone(made.tokens[0], tuple(logits), pixels))
     return tuple(out)
@@ -131,19 +133,19 @@ class Fuzz:
         count = int(self.random.integers(1, len(ready) + 1))
         return [ready[i] for i in self.random.permutation(len(ready))[:count]]
 
-    def inputs(self, here: list[Image], calls: list[Call]) -> tuple[Schedule, Int, Int, Float]:
+    def inputs(self, here: list[Image], calls: list[Call]) -> tuple[Batch, Int, Int, Float]:
         guided = [image for image in here if KINDS[image.kind][1].guided]
         labels, settings, seeds = zip(*(KINDS[image.kind] for image in here), strict=True)
         cache_row = np.array([image.rows[0] for image in here] + [image.rows[1] for image in guided])
         schedule = Schedule.of(self.pipeline.bundle, labels, settings, seeds, cache_row)
-        ids, write = schedule.inputs(calls, np.stack([self.alone[image.kind].tokens for image in here]))
+        batch, ids, write = schedule.inputs(calls, np.stack([self.alone[image.kind].tokens for image in here]))
         uniform = np.stack([schedule.noise[b, call.positions] for b, call in enumerate(calls)])
-        return schedule, ids, write, uniform
+        return batch, ids, write, uniform
 
     def step(self, here: list[Image], calls: list[Call]) -> None:
-        schedule, ids, write, uniform = self.inputs(here, calls)
+        batch, ids, write, uniform = self.inputs(here, calls)
         before = ids.copy(), write.copy(), uniform.copy()
-        tokens = self.pipeline.backend.step(schedule.batch, ids, write, uniform)
+        tokens = self.pipeline.backend.step(batch, ids, write, uniform)
         assert all((a == b).all() for a, b in zip((ids, write, uniform), before, strict=True))
         wanted = [self.alone[image.kind].tokens[call.positions] for image, call in zip(here, calls, strict=True)]
         np.testing.assert_array_equal(tokens, np.stack(wanted))
@@ -152,8 +154,8 @@ class Fuzz:
             image.done += 1
 
     def logits(self, here: list[Image], calls: list[Call]) -> None:
-        schedule, ids, write, _ = self.inputs(here, calls)
-        got = self.pipeline.backend.logits(schedule.batch, ids, write)
+        batch, ids, write, _ = self.inputs(here, calls)
+        got = self.pipeline.backend.logits(batch, ids, write)
         for b, (image, call) in enumerate(zip(here, calls, strict=True)):
             wanted = self.alone[image.kind].logits[self.calls.index(call)]
             np.testing.assert_allclose(got[b], wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max())

@@ -210,6 +210,8 @@ def test_settings_are_the_keywords_in_one_value(pipeline: Pipeline) -> None:
         (Settings(guidance=float("nan")), {}, "guidance nan: expected 0 or more"),
         ([Settings(), Settings(top_p=1.5)], {}, "top_p 1.5: expected 0 to 1"),
         (Settings(top_k=2.5), {}, "top_k 2.5: expected a whole number"),  # type: ignore[arg-type]
+        (Settings(guidance_interval=-2), {}, "guidance_interval -2: expected a whole number, -1 (every call"),
+        (Settings(), {"guidance_interval": -1}, "both settings and guidance_interval were given"),
     ],
 )
 def test_bad_settings_are_one_error(pipeline: Pipeline, settings: Any, keywords: dict[str, Any], message: str) -> None:
@@ -237,6 +239,11 @@ def test_noise_is_the_golden_noise() -> None:
         ({"labels": 0, "guidance": float("nan")}, "guidance nan"),
         ({"labels": [0, 1], "guidance": [1, 2, 3]}, "3 values for 2 images"),
         ({"labels": 0, "top_k": -1}, "top_k -1"),
+        ({"labels": 0, "guidance_interval": -2}, "guidance_interval -2: expected a whole number, -1 "),
+        ({"labels": 0, "guidance_interval": 0.5}, "guidance_interval 0.5: expected a whole number"),
+        ({"labels": 0, "guidance_interval": float("inf")}, "guidance_interval inf: expected a whole number"),
+        ({"labels": 0, "guidance_interval": "all"}, "guidance_interval 'all': expected a whole number"),
+        ({"labels": [0, 1], "guidance_interval": [1, 2, 3]}, "guidance_interval: 3 values for 2 images"),
         ({"labels": 0, "top_k": 2.5}, "whole number"),
         ({"labels": 0, "top_p": 1.1}, "top_p 1.1: expected 0 to 1"),
         ({"labels": 0, "temperature": "hot"}, "temperature"),

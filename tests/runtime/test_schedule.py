@@ -41,7 +41,7 @@ def test_a_batch_of_guided_and_unguided_images(tiny: Path) -> None:
     batch = schedule.batch
     assert (batch.rows, batch.images, batch.cache_rows) == (5, 3, 5)
     assert batch.uncond_row.tolist() == [3, 1, 4]
-    assert schedule.image_of_row.tolist() == [0, 1, 2, 0, 2]
+    assert batch.image_of_row.tolist() == [0, 1, 2, 0, 2]
     base, none = bundle.class_base, bundle.no_class
     assert schedule.class_ids.tolist() == [base + 4, base + 1, base, none, none]
     assert batch.guidance.tolist() == [2.0, 1.0, 3.0]
@@ -56,7 +56,7 @@ def test_every_call_is_fed_its_class_tokens_or_learnable_tokens(tiny: Path) -> N
     bundle = Bundle.open(tiny)
     schedule = Schedule.of(bundle, [2, 3], [Settings(guidance=2.0)] * 2)
     tokens = np.arange(2 * bundle.n_tokens).reshape(2, -1)
-    fed = {call.write: (ids, write) for call, ids, write in schedule.walk(tokens)}
+    fed = {call.write: (ids, write) for call, _, ids, write in schedule.walk(tokens)}
     assert fed[0][0][:, 0].tolist() == [bundle.class_base + 2, bundle.class_base + 3, bundle.no_class, bundle.no_class]
     assert fed[1][0][:, 0].tolist() == [0, 64, 0, 64]  # one token, to both rows of its image
     transition = bundle.phases[2].inputs
@@ -70,11 +70,12 @@ def test_images_at_different_steps_are_fed_each_its_own(tiny: Path) -> None:
     schedule = Schedule.of(bundle, [2, 3], [Settings(), Settings(guidance=2.0)], cache_row=np.array([5, 0, 2]))
     tokens = np.arange(2 * bundle.n_tokens).reshape(2, -1)
     calls = [schedule.calls[10], schedule.calls[6]]
-    ids, write = schedule.inputs(calls, tokens)
+    batch, ids, write = schedule.inputs(calls, tokens)
     assert write.tolist() == [calls[0].write, calls[1].write, calls[1].write]
     for row, image in enumerate((0, 1, 1)):
-        alone_ids, _ = schedule.inputs(calls[image], tokens)
+        _, alone_ids, _ = schedule.inputs(calls[image], tokens)
         assert (ids[row] == alone_ids[row]).all()
+    assert batch is schedule.batch
     assert schedule.batch.cache_rows == 6
     assert schedule.batch.per_image()["cond_row"].tolist() == [5, 0]
     assert schedule.batch.per_image()["uncond_row"].tolist() == [5, 2]
@@ -146,10 +147,10 @@ def test_whole_images_between_two_calls_leave_other_cache_rows_alone(backend: st
         wanted = pipeline.generate([3], Settings(), seed=7, decode=False).tokens
         schedule = Schedule.of(pipeline.bundle, [3], [Settings()], [7], cache_row=np.array([5]))
         tokens = np.zeros_like(wanted)
-        for index, (call, ids, write) in enumerate(schedule.walk(tokens)):
+        for index, (call, batch, ids, write) in enumerate(schedule.walk(tokens)):
             if index == 9:
                 pipeline.generate([0, 1], Settings(guidance=2.0), seed=1, decode=False)  # cache rows 0 to 3
                 pipeline.score(wanted, [3])
             noise = schedule.noise[:, call.positions]
-            tokens[:, call.positions] = pipeline.backend.step(schedule.batch, ids, write, noise)
+            tokens[:, call.positions] = pipeline.backend.step(batch, ids, write, noise)
         assert (tokens == wanted).all()

@@ -106,10 +106,10 @@ def test_the_numpy_sampler_draws_what_the_graphs_drew(pair: tuple[Pipeline, Pipe
     tokens = np.zeros((18, 64), np.int64)
     schedule = Schedule.of(reference.bundle, classes, each, range(18))
     noise = schedule.noise
-    for call, ids, at in schedule.walk(tokens):
+    for call, batch, ids, at in schedule.walk(tokens):
         write = call.write
-        logits = reference.backend.logits(schedule.batch, ids, at)
-        tokens[:, call.positions] = reference.backend.step(schedule.batch, ids, at, noise[:, call.positions])
+        logits = reference.backend.logits(batch, ids, at)
+        tokens[:, call.positions] = reference.backend.step(batch, ids, at, noise[:, call.positions])
         for b, s in enumerate(each):
             t, k, p = (1.0, 1, 1.0) if s.greedy else (s.temperature, s.top_k, s.top_p)
             for j in range(call.query):
@@ -211,8 +211,8 @@ def test_a_draw_on_a_boundary_is_a_near_tie_and_beside_it_is_not(
     _, reference = pair
     t = trial(reference, 2)
     schedule = Schedule.of(reference.bundle, t.classes, t.settings)
-    _, ids, write = next(schedule.walk(np.zeros((2, 64), np.int64)))
-    logits = reference.backend.logits(schedule.batch, ids, write)[1, 0].astype(np.float64)
+    _, batch, ids, write = next(schedule.walk(np.zeros((2, 64), np.int64)))
+    logits = reference.backend.logits(batch, ids, write)[1, 0].astype(np.float64)
     cdf = np.cumsum(np.exp(logits - logits.max()))
     cdf /= cdf[-1]
     token = int(np.diff(cdf).argmax())  # its right neighbour's share is the largest

@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    settings = {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p")}
+    names = ("guidance", "temperature", "top_k", "top_p", "guidance_interval")
+    settings = {name: getattr(args, name) for name in names}
     export(
         ExportRequest(
             checkpoint=hub.local(args.checkpoint, say),
@@ -136,6 +137,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, help="default temperature")
     p.add_argument("--top-k", type=int, help="default top-k")
     p.add_argument("--top-p", type=float, help="default top-p")
+    p.add_argument("--guidance-interval", type=int, help="default guidance interval, -1: none (see 'parvis generate')")
     p.add_argument("--force", action="store_true", help="replace the bundle at --out")
     return p
 

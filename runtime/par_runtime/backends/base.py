@@ -30,11 +30,13 @@ IMAGE_INPUTS: dict[str, type[np.generic]] = {
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of a call and the settings of their images; the same object serves all calls of the same images.
+    """The rows of a call and the settings of their images; the same object serves all calls of the same rows.
 
     Row b < B is image b with its class; ``uncond_row`` [B] names the row without class of a guided image, or b itself.
     ``cache_row`` [R] is the row of the backend's cache where each row's keys lie (default: row r in cache row r). A
-    cache row keeps its keys from call to call, until :meth:`Backend.release`.
+    cache row keeps its keys from call to call, until :meth:`Backend.release`. ``image_of_row`` [R] is the image of each
+    row. By default it follows from ``uncond_row``; it is given where an image that is not guided in this call has a row
+    without class all the same, whose keys a later call needs.
 
     Raises ValueError where two rows share a cache row, or one has none.
     """
@@ -46,8 +48,14 @@ class Batch:
     top_k: Int  #: [B], 0 keeps all
     top_p: Float  #: [B], 1 keeps all
     cache_row: Int = field(default_factory=lambda: np.zeros(0, np.int64))
+    image_of_row: Int = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
+        if not self.image_of_row.size:
+            image_of_row = np.zeros(self.rows, np.int64)
+            image_of_row[self.uncond_row] = np.arange(self.images)
+            image_of_row[: self.images] = np.arange(self.images)
+            object.__setattr__(self, "image_of_row", image_of_row)
         if not self.cache_row.size:
             object.__setattr__(self, "cache_row", np.arange(self.rows))
         given = self.cache_row
@@ -79,10 +87,8 @@ class Batch:
 
     def per_row(self, tokens: Int) -> Int:
         """``tokens`` [B,q] of the images, repeated for the rows: [R,q]. Both rows of a guided image get the same."""
-        out = np.empty((self.rows, *tokens.shape[1:]), tokens.dtype)
-        out[: self.images] = tokens
-        out[self.uncond_row] = tokens
-        return out
+        repeated: Int = tokens[self.image_of_row]
+        return repeated
 
 
 def check_positions(write: Int, query: int, n_tokens: int) -> None:
@@ -148,7 +154,10 @@ class Backend(Protocol):
 
 @runtime_checkable
 class MakesImages(Protocol):
-    """A backend that makes all calls of a batch at once, without the host between them."""
+    """A backend that makes all calls of a batch at once, without the host between them.
+
+    All calls have the same rows, so images with a guidance interval are made call by call instead.
+    """
 
     def make_images(
         self, batch: Batch, class_ids: Int, noise: Float, decode: bool

@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             top_p=args.top_p,
             seeds=[first + i for i in range(args.count)],
             greedy=args.greedy,
+            guidance_interval=args.guidance_interval,
             on_step=bar,
             keep=keep,
             tokens=tokens,

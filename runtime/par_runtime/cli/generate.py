@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             top_p=args.top_p,
             seeds=seeds * scales,
             greedy=args.greedy,
+            guidance_interval=args.guidance_interval,
             on_step=bar,
             preview_every=args.preview_every,
             on_preview=None if args.preview_every is None else write_preview,

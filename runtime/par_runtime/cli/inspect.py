@@ -99,7 +99,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         + (f" ({facts['class_names']} named)" if facts["class_names"] else ""),
         f"image     grid {t}x{h}x{w}, n = {m['group_size']}, {m['tokens']} tokens in {calls['total']} calls ({phases})"
         + (f", {size[1]}x{size[0]} pixels" if size else ", ends at tokens"),
-        f"defaults  {', '.join(f'{k} {v:g}' for k, v in facts['defaults'].items())}",
+        f"defaults  {', '.join(f'{k} {v:g}' for k, v in facts['defaults'].items() if v != -1)}",
         f"files     {', '.join(f'{name} {_mb(size)}' for name, size in facts['files'].items())}",
         "memory    of weights and cache, guided, on a CPU and a GPU: "
         + ", ".join(

@@ -89,6 +89,7 @@ def _trial(args: argparse.Namespace, bundle: Bundle) -> Trial:
         top_k=args.top_k,
         top_p=args.top_p,
         greedy=args.greedy,
+        guidance_interval=args.guidance_interval,
     )
     return Trial([labels[i % len(labels)] for i in range(count)], each, image_seeds(count, args.seed, None), count)
 

@@ -126,7 +126,7 @@ def _entry(recipe: Recipe) -> dict[str, Any]:
                 "label": recipe.labels[i],
                 "name": recipe.names[i],
                 "seed": recipe.seeds[i],
-                "settings": asdict(recipe.settings[i]),
+                "settings": _settings_entry(recipe.settings[i]),
                 "tokens": base64.b64encode(recipe.tokens[i].astype(token_type).tobytes()).decode(),
                 **({} if recipe.kept is None else {"kept": _pack_bits(recipe.kept[i])}),
             }
@@ -154,12 +154,18 @@ def _recipe(entry: dict[str, Any]) -> Recipe:
     )
 
 
+def _settings_entry(settings: Settings) -> dict[str, Any]:
+    """The settings of one image. The guidance interval is left out where there is none, as it was in older files."""
+    entry = asdict(settings)
+    return {name: value for name, value in entry.items() if name != "guidance_interval" or value != -1}
+
+
 def _settings(entry: dict[str, Any]) -> Settings:
     """The settings of one image. Raises ValueError where one is missing, or one is there that this version does not
     know.
     """
     names = {field.name for field in fields(Settings)}
-    if entry.keys() != names:
+    if entry.keys() | {"guidance_interval"} != names:
         raise ValueError(f"settings {', '.join(sorted(entry))}; expected {', '.join(sorted(names))}")
     return Settings(**entry)
 

@@ -132,11 +132,11 @@ def compare_logits(
     last = bundle.phases[-1]
     for part in trial.parts():
         schedule = start_both(candidate, reference, trial, part)
-        for call, ids, write in schedule.walk(random[part]):
+        for call, batch, ids, write in schedule.walk(random[part]):
             if groups is not None and call.phase == last and call.write >= last.start + groups * last.query:
                 break
             rows[call.phase.name].append(
-                _errors(*(p.backend.logits(schedule.batch, ids, write) for p in (candidate, reference)))
+                _errors(*(p.backend.logits(batch, ids, write) for p in (candidate, reference)))
             )
     result = []
     for name, calls in rows.items():
@@ -224,13 +224,13 @@ def _divergences(
     divergences = []
     classes, settings, seeds = trial.classes[part], trial.settings[part], trial.seeds[part]
     schedule = start_both(candidate, reference, trial, part)
-    for call, ids, write in schedule.walk(wanted):
+    for call, batch, ids, write in schedule.walk(wanted):
         images = [b for b, position in first.items() if call.write <= position < call.positions.stop]
         if not images:  # this call only fills the cache
             for pipeline in (candidate, reference):
-                pipeline.backend.step(schedule.batch, ids, write, schedule.noise[:, call.positions])
+                pipeline.backend.step(batch, ids, write, schedule.noise[:, call.positions])
             continue
-        logits = [p.backend.logits(schedule.batch, ids, write) for p in (candidate, reference)]
+        logits = [p.backend.logits(batch, ids, write) for p in (candidate, reference)]
         for b in images:
             for position in (int(p) for p in call.write + np.flatnonzero(differs[b, call.positions])):
                 candidate_token, reference_token = int(drawn[b, position]), int(wanted[b, position])

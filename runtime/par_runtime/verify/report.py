@@ -133,6 +133,8 @@ def table(r: Report) -> str:
     how = f"guidance {first.guidance:g}, " + (
         "greedy" if first.greedy else f"temperature {first.temperature:g}, top-k {first.top_k}, top-p {first.top_p:g}"
     )
+    if first.guidance_interval != -1:
+        how += f", guidance interval {first.guidance_interval}"
     lines = [
         f"bundle     {b.path} ({b.name}, {b.precision}, {b.n_tokens} tokens in {b.calls} calls, hash {b.hash[:12]})",
         f"candidate  {r.candidate.backend.info.name}",

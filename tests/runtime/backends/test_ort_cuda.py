@@ -70,7 +70,7 @@ def test_logits_and_steps_after_them(tiny: Path) -> None:
         tokens = np.array(test["tokens"][:1], np.int64)
         each = image_settings(pipeline.bundle, 1, guidance=1.5, greedy=True)
         schedule = Schedule.of(pipeline.bundle, [0], each)
-        got[name] = [pipeline.backend.logits(schedule.batch, ids, write) for _, ids, write in schedule.walk(tokens)]
+        got[name] = [pipeline.backend.logits(batch, ids, write) for _, batch, ids, write in schedule.walk(tokens)]
     for a, b in zip(got["device"], got["cpu"], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

@@ -97,7 +97,7 @@ def test_logits_are_those_of_the_cpu(load: Make, tiny: Path) -> None:
     got = {}
     for name, pipeline in (("gpu", gpu), ("cpu", cpu)):
         schedule = Schedule.of(pipeline.bundle, [0, 1, 2], [Settings(guidance=1.5)] * 3)
-        got[name] = [pipeline.backend.logits(schedule.batch, ids, write) for _, ids, write in schedule.walk(tokens)]
+        got[name] = [pipeline.backend.logits(batch, ids, write) for _, batch, ids, write in schedule.walk(tokens)]
     for a, b in zip(got["gpu"], got["cpu"], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

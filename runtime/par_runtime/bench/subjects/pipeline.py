@@ -131,17 +131,15 @@ class PipelineSubject:
     def _some_calls(self, pipeline: Pipeline, chosen: frozenset[int], images: int, guided: bool) -> None:
         """Make these calls of a batch, and decode it. Keys of the calls left out are zeros, which cost the same."""
         bundle = pipeline.bundle
-        each = image_settings(bundle, images, guidance=self._guidance(guided))
+        each = image_settings(bundle, images, guidance=self._guidance(guided), guidance_interval=-1)
         self._seed += 1
         seeds = [self._seed * images + i for i in range(images)]
         schedule = Schedule.of(bundle, self._labels(images), each, seeds)
         tokens = np.zeros((images, bundle.n_tokens), np.int64)
         pipeline.backend.release()
-        for index, (call, ids, write) in enumerate(schedule.walk(tokens)):
+        for index, (call, batch, ids, write) in enumerate(schedule.walk(tokens)):
             if index in chosen:
-                tokens[:, call.positions] = pipeline.backend.step(
-                    schedule.batch, ids, write, schedule.noise[:, call.positions]
-                )
+                tokens[:, call.positions] = pipeline.backend.step(batch, ids, write, schedule.noise[:, call.positions])
         pipeline.backend.release()  # so that the next batch begins with a short window
         if bundle.image_size is not None:
             pipeline.decode(tokens)
@@ -188,6 +186,7 @@ class PipelineSubject:
         pipeline.generate(
             self._labels(images),
             guidance=self._guidance(guided),
+            guidance_interval=-1,  # the bounds are those of images that are guided to the end
             seed=self._seed * images,
             max_batch=images,
             **options,  # type: ignore[arg-type]

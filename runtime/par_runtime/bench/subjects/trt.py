@@ -31,7 +31,8 @@ def phases_ms(pipeline: Pipeline, labels: list[int], guidance: float) -> dict[st
     backend: TrtBackend = pipeline.backend  # type: ignore[assignment]
     bundle, stream = pipeline.bundle, backend.stream
     seeds = list(range(len(labels)))
-    schedule = Schedule.of(bundle, labels, image_settings(bundle, len(labels), guidance=guidance), seeds)
+    each = image_settings(bundle, len(labels), guidance=guidance, guidance_interval=-1)
+    schedule = Schedule.of(bundle, labels, each, seeds)
     parts = backend.parts(schedule.batch, schedule.class_ids, schedule.noise)
     out: dict[str, list[float]] = {}
     with ExitStack() as held:
