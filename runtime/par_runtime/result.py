@@ -17,6 +17,11 @@ from par_runtime.images import png
 from par_runtime.request import Settings
 
 
+def default_columns(count: int) -> int:
+    """Images per row of a sheet that is about square."""
+    return max(1, math.ceil(math.sqrt(count)))
+
+
 @dataclass(frozen=True)
 class Result:
     """What ``generate`` returns; the arrays belong to the caller.
@@ -50,11 +55,13 @@ class Result:
                 f"{self.bundle.path}: this bundle ends at tokens and makes no images; write them with --tokens"
             )
         pick = list(range(len(self.labels)) if indices is None else indices)
+        columns = default_columns(len(pick)) if columns is None else columns
+        png.check_sheet(len(pick), columns, self.images.shape[1:3])
         names = self.bundle.class_names
         recipe = png.Recipe(
             bundle_name=self.bundle.name,
             bundle_hash=self.bundle.hash,
-            columns=columns or math.ceil(math.sqrt(len(pick))),
+            columns=int(columns),
             labels=[self.labels[i] for i in pick],
             names=[None if names is None else names[self.labels[i]] for i in pick],
             seeds=[self.seeds[i] for i in pick],

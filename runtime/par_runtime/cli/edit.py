@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from par_runtime.bundle import Bundle
+from par_runtime.checked import shown
 from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded
 from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline
@@ -22,29 +23,33 @@ from par_runtime.cli.outputs import check_outputs, write_tokens
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.images import png
-from par_runtime.images.photo import (
-    REGION,
-    fit_image,
-    kept_tokens,
-    open_image,
-    parse_box,
-    place_image,
-    region_mask,
-)
+from par_runtime.images.opening import open_image
+from par_runtime.images.photo import fit_image, place_image
+from par_runtime.images.recipe import check as recipe_check
+from par_runtime.images.recipe import pixel_hash
+from par_runtime.images.region import MASK_FROM, REGION, kept_tokens, parse_box, region
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import class_index, first_seed
-from par_runtime.result import Result
+from par_runtime.result import Result, default_columns
 from par_runtime.tokenizer import Tokenizer
+
+MOST_OFF = 32  #: of 255: a decoder in half precision differs less from one in fp32; what is painted differs more
 
 
 @dataclass(frozen=True)
 class Original:
-    """The image to edit: its pixels [H,W,3], which of them stay [H,W], its tokens [N] and class if they are known."""
+    """The image to edit: its pixels [H,W,3], which of them stay [H,W], and its class if it is known.
+
+    ``tokens`` [N] where it is edited from those that made it; else it is encoded, and ``why`` says for what reason.
+    ``mask_from``: what of a mask image was taken.
+    """
 
     pixels: NDArray[np.uint8]
     stays: NDArray[np.bool_]
-    tokens: Int | None = None
     label: int | None = None
+    tokens: Int | None = None
+    why: str = "it is no image of parvis"
+    mask_from: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,14 +66,16 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     if bundle.image_size is None:
         raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; export it with a tokenizer")
+    png.check_sheet(args.count, default_columns(args.count), bundle.image_size)
     original = read_original(args, bundle)
     keep = kept_tokens(original.stays, bundle.grid[1:])
     kept = int(keep.sum())
     if kept in (0, keep.size):
         side = bundle.image_size[0] // bundle.grid[1]
+        cropped = " (what --fit crop cuts off is no part of it)" if original.mask_from and args.fit == "crop" else ""
         raise RequestError(
             f"{'no token stays' if kept == 0 else f'all {kept} tokens stay'}, so there is nothing to edit; a token is "
-            f"{side}x{side} pixels, and stays where all of them do: give another region"
+            f"{side}x{side} pixels, and stays where all of them do: give another region{cropped}"
         )
     label = original.label if args.label is None else class_index(bundle, args.label)
     if label is None:
@@ -77,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"{args.image.stem}-edit-{first}.png")
     check_outputs(out, args.tokens)
     tokens = original.tokens
+    if not (args.quiet or args.json):
+        _say_what_was_taken(args, original)
     if tokens is None:  # before the model is loaded, which may take longer
         tokens = Tokenizer(bundle, args.threads).encode(original.pixels)[0]
     pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
@@ -113,30 +122,116 @@ def read_original(args: argparse.Namespace, bundle: Bundle) -> Original:
     if args.place is not None:
         box = parse_box(args.place, size)
         return Original(*place_image(open_image(args.image), size, box))
-    recipe, sheet = png.read_any(args.image)
-    named = region_mask(args.change if args.keep is None else args.keep, size, args.fit)
-    stays = ~named if args.keep is None else named
-    if recipe is None:
-        if args.which is not None:
-            raise RequestError(f"--which {args.which}: {args.image} is one image, not a sheet of 'parvis generate'")
-        return Original(fit_image(open_image(args.image), size, args.fit), stays)
-    count = len(recipe.labels)
+    recipe, image = png.read_any(args.image)
+    found = _without_recipe(args, image) if recipe is None else _of_recipe(args, bundle, recipe, image)
+    where = region(
+        args.change if args.keep is None else args.keep, size, args.fit, mask_from=args.mask_from, photo=found.image
+    )
+    return Original(
+        fit_image(found.image, size, args.fit),
+        ~where.pixels if args.keep is None else where.pixels,
+        found.label,
+        found.tokens,
+        found.why,
+        where.mask_from,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One image of a file, and what the file says about it; the names are those of :class:`Original`."""
+
+    image: Image.Image
+    label: int | None = None
+    tokens: Int | None = None
+    why: str = Original.why
+
+
+def _without_recipe(args: argparse.Namespace, image: Image.Image) -> _Found:
+    if args.which is not None:
+        raise RequestError(f"--which {args.which}: {args.image} is one image, not a sheet of 'parvis generate'")
+    return _Found(image)
+
+
+def _of_recipe(args: argparse.Namespace, bundle: Bundle, recipe: png.Recipe, image: Image.Image) -> _Found:
+    """The image that ``--which`` names, with the tokens that made it where they still belong to its pixels."""
+    count, pixels = len(recipe), np.asarray(image)
+    own = recipe.bundle_hash == bundle.hash
+    if own:
+        recipe_check(recipe, bundle, str(args.image))
+    # Another bundle's images may have another size; then the sheet is at least a whole number of images.
+    size = bundle.image_size if own else _cell(recipe, pixels)
+    if size is None or pixels.shape[:2] != png.sheet_size(count, recipe.columns, size):
+        return _of_another_size(args, recipe, pixels, image, own)
     which = 0 if args.which is None and count == 1 else args.which
     if which is None or not 0 <= which < count:
         raise RequestError(f"{args.image} holds {count} images; choose one with --which 0 .. {count - 1}")
-    pixels = png.sheet_image(sheet, recipe.columns, count, which)
-    if recipe.bundle_hash == bundle.hash and recipe.tokens.shape[1] == bundle.n_tokens:
-        return Original(pixels, stays, recipe.tokens[which], recipe.labels[which])
-    # Tokens of another bundle have no meaning for this one, so its pixels are encoded.
-    if not (args.quiet or args.json):
-        print(f"parvis: {args.image} was made by bundle {recipe.bundle_name!r}; encoding its pixels", file=sys.stderr)
-    return Original(fit_image(Image.fromarray(pixels), size, args.fit), stays)
+    one = png.sheet_image(pixels, recipe.columns, count, which)
+    found = _Found(Image.fromarray(one), recipe.labels[which] if own else None)
+    if not own:  # tokens of another bundle have no meaning for this one
+        return replace(found, why=f"{args.image} was made by bundle {shown(recipe.bundle_name)}")
+    if _as_written(args, bundle, recipe, which, one):
+        return replace(found, tokens=recipe.tokens[which])
+    return replace(found, why=f"the pixels of {args.image} were changed since parvis wrote it")
+
+
+def _cell(recipe: png.Recipe, pixels: NDArray[np.uint8]) -> tuple[int, int] | None:
+    """Height and width of one image of a sheet, None where its pixels are no whole number of images."""
+    rows, columns = -(-len(recipe) // recipe.columns), recipe.columns
+    height, width = pixels.shape[:2]
+    return None if height % rows or width % columns else (height // rows, width // columns)
+
+
+def _of_another_size(
+    args: argparse.Namespace, recipe: png.Recipe, pixels: NDArray[np.uint8], image: Image.Image, own: bool
+) -> _Found:
+    """A sheet that was cropped, resized or turned since: one picture, which may be exactly one of its images."""
+    changed = f"{args.image} has another size than parvis wrote"
+    if args.which is not None:
+        raise RequestError(
+            f"--which {args.which}: {changed}, so its images cannot be told apart; crop the one that you want, and "
+            "leave --which out"
+        )
+    hashes = recipe.pixel_hashes or []
+    if own and (digest := pixel_hash(pixels)) in hashes:
+        i = hashes.index(digest)
+        return _Found(image, recipe.labels[i], recipe.tokens[i])
+    labels = set(recipe.labels) if own else set()
+    return _Found(image, labels.pop() if len(labels) == 1 else None, why=changed)
+
+
+def _as_written(
+    args: argparse.Namespace, bundle: Bundle, recipe: png.Recipe, which: int, pixels: NDArray[np.uint8]
+) -> bool:
+    """Whether ``pixels`` [H,W,3] are those that the tokens of image ``which`` made."""
+    if recipe.pixel_hashes is not None:
+        return recipe.pixel_hashes[which] == pixel_hash(pixels)
+    # An older file. What another device decoded differs a little; pixels that were pasted over it differ for good.
+    tokens = recipe.tokens[which]
+    again = Tokenizer(bundle, args.threads).decode(tokens)[0]
+    off = np.abs(again.astype(np.int16) - pixels) > MOST_OFF
+    if recipe.pasted and recipe.kept is not None:
+        t, h, w = bundle.grid
+        kept = np.empty(t * h * w, bool)
+        kept[list(bundle.order)] = recipe.kept[which]
+        drawn = ~kept.reshape(h, w)
+        off &= np.kron(drawn, np.ones((pixels.shape[0] // h, pixels.shape[1] // w), bool))[..., None]
+    return not off.any()
 
 
 def paste(result: Result, original: Original) -> Result:
     """``result`` with the original's pixels where they stay, because decoding changes those of a photo a little."""
     assert result.images is not None
     return replace(result, images=np.where(original.stays[..., None], original.pixels, result.images))
+
+
+def _say_what_was_taken(args: argparse.Namespace, original: Original) -> None:
+    """Print what the user may not expect: that an image of parvis is encoded, and how a mask was read."""
+    if original.tokens is None and original.why != Original.why:
+        print(f"parvis: {original.why}; encoding its pixels", file=sys.stderr)
+    if original.mask_from in ("alpha", "inverse-alpha"):
+        part = "opaque" if original.mask_from == "alpha" else "transparent"
+        print(f"parvis: the {part} part of the mask is the region (--mask-from {original.mask_from})", file=sys.stderr)
 
 
 def _report(
@@ -160,6 +255,8 @@ def _report(
             "kept_tokens": kept,
             "tokens": keep.size,
             "encoded": original.tokens is None,
+            "encoded_because": original.why if original.tokens is None else None,
+            "mask_from": original.mask_from,
             "timings_ms": result.timings,
         }
         print(json.dumps(row))
@@ -190,6 +287,13 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--change", metavar="REGION", help="what is made anew; the rest stays")
     where.add_argument(
         "--place", metavar="X0,Y0,X1,Y1", help="shrink the image into this box and make what is around it"
+    )
+    p.add_argument(
+        "--mask-from",
+        choices=MASK_FROM,
+        default="auto",
+        help="what of a mask image marks the region: 'brightness' (white), 'alpha' (what is opaque: strokes on a "
+        "transparent layer), 'inverse-alpha' (what is transparent: a hole in the photo); default: the one that fits",
     )
     p.add_argument("--label", help="class of the result (default: the image's own, if 'parvis generate' made it)")
     p.add_argument("--which", type=int, metavar="I", help="the image of a sheet to edit, from 0, row by row")

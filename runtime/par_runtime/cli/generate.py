@@ -101,6 +101,9 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
         args.out = Path(f"{safe_name(bundle.name)}-{what}-{first}.png")
     if args.preview_every is not None and args.out is None:
         raise RequestError("--preview-every writes beside --out; give --out X.png")
+    if args.out is not None and bundle.image_size is not None:
+        columns = args.columns or sheet_columns(len(classes), args.count, len(args.guidance or [1]))
+        png.check_sheet(total, columns, bundle.image_size)
     for path in (args.out, args.out_dir and args.out_dir / "x.png", args.tokens):
         if path is not None:
             check_writable(path)

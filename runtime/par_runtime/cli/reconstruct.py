@@ -16,7 +16,8 @@ from par_runtime.cli import options
 from par_runtime.cli.common import Parser, guarded
 from par_runtime.cli.outputs import check_outputs, write_tokens
 from par_runtime.images import png
-from par_runtime.images.photo import fit_image, open_image
+from par_runtime.images.opening import open_image
+from par_runtime.images.photo import fit_image
 from par_runtime.metrics import finite, psnr_db
 from par_runtime.tokenizer import Tokenizer
 
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     size = bundle.image_size
     out = args.out or Path(f"{args.image[0].stem}-reconstruction.png")
     check_outputs(out, args.tokens)
+    columns = math.ceil(math.sqrt(len(args.image)))
+    png.check_sheet(len(args.image), columns, (size[0], size[1] * (2 if args.beside else 1)))
     originals = np.stack([fit_image(open_image(path), size, args.fit) for path in args.image])
     started = time.perf_counter()
     tokens = tokenizer.encode(originals)
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     images = tokenizer.decode(tokens)
     decoded = time.perf_counter()
     shown = np.concatenate([originals, images], axis=2) if args.beside else images
-    png.write_pixels(out, png.sheet(shown, math.ceil(math.sqrt(len(shown)))))
+    png.write_pixels(out, png.sheet(shown, columns))
     if args.tokens is not None:
         write_tokens(args.tokens, tokens)
     rows = [

@@ -15,6 +15,7 @@ from par_runtime.cli.common import Bar, Parser, guarded
 from par_runtime.cli.inputs import load_pipeline
 from par_runtime.errors import RequestError
 from par_runtime.images import png
+from par_runtime.images.recipe import check
 from par_runtime.result import Result
 from par_runtime.system import check_writable
 
@@ -34,10 +35,19 @@ def run(args: argparse.Namespace) -> int:
             f"{args.image} was made by bundle {recipe.bundle_name!r} with hash {recipe.bundle_hash[:12]}; "
             f"{args.bundle} has hash {bundle.hash[:12]}: give --bundle with the one that made it"
         )
-    if recipe.tokens.shape != (len(recipe.labels), bundle.n_tokens):
+    check(recipe, bundle, str(args.image))
+    if bundle.image_size is None:
+        raise RequestError(f"{bundle.path}: this bundle ends at tokens, so it has made no image; give another --bundle")
+    wanted = png.sheet_size(len(recipe), recipe.columns, bundle.image_size)
+    if pixels.shape[:2] != wanted:  # now, because making the images may take long
         raise RequestError(
-            f"{args.image}: its 'parvis' entry is damaged: it has {recipe.tokens.shape[1]} tokens per image, the "
-            f"bundle makes {bundle.n_tokens}; give an undamaged copy"
+            f"{args.image} has {pixels.shape[1]}x{pixels.shape[0]} pixels, its {len(recipe)} images had "
+            f"{wanted[1]}x{wanted[0]}: it was cropped, resized or turned since parvis wrote it; give an undamaged copy"
+        )
+    if recipe.given == recipe.tokens.size:
+        raise RequestError(
+            f"{args.image}: there is nothing to make again: all its {recipe.given} tokens were given, none was drawn; "
+            "give a PNG of 'parvis generate' or 'parvis edit'"
         )
     if args.out is not None:
         check_writable(args.out)
@@ -54,13 +64,16 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.out is not None:
         result.save(args.out, recipe.columns)
-    identical, text = compare(recipe, pixels, result)
+    identical, text = compare(recipe, pixels, result, bundle.image_size)
     print(f"{args.image}: {text}")
     return 0 if identical else 1
 
 
-def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result) -> tuple[bool, str]:
-    """Whether ``result`` is what a PNG with this recipe and these pixels [H,W,3] shows, and a sentence about it."""
+def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result, size: tuple[int, int]) -> tuple[bool, str]:
+    """Whether ``result`` is what a PNG with this recipe and these pixels [H,W,3] shows, and a sentence about it.
+
+    ``size`` (H, W) of one image; the pixels have the sheet's.
+    """
     differing = np.argwhere(result.tokens != recipe.tokens)
     if len(differing):
         image, position = differing[0]
@@ -69,21 +82,28 @@ def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result) -> tu
             f"at token {position}: {recipe.tokens[image, position]} then, {result.tokens[image, position]} now; "
             f"{len(differing)} of {result.tokens.size} tokens differ"
         )
-    identical = f"identical: {len(recipe.labels)} images, {result.tokens.size} tokens"
+    # A token that was given is the same without proving anything.
+    given = f" ({result.tokens.size - recipe.given} of them drawn, the others given)" if recipe.given else ""
+    identical = f"identical: {len(recipe)} images, {result.tokens.size} tokens{given}"
+    unchanged = png.same_pixels(recipe, pixels, size)
+    changed = ""
+    if unchanged is not None and not all(unchanged):
+        changed = f"{unchanged.count(False)} of {len(recipe)} images were changed since parvis wrote them"
     if recipe.pasted:
+        if changed:
+            return False, f"different: the tokens are the same, the pixels are not ({changed})"
+        since = "" if unchanged is None else ", and none was changed since"
         return True, (
             f"{identical}; the pixels were not compared, because those of the original were pasted over the kept ones"
+            f"{since}"
         )
     assert result.images is not None
     again = png.sheet(result.images, recipe.columns)
-    if again.shape != pixels.shape:
-        detail = f"size {pixels.shape[1]}x{pixels.shape[0]} then, {again.shape[1]}x{again.shape[0]} now"
-    elif (again != pixels).any():
-        most = int(np.abs(again.astype(int) - pixels).max())
-        detail = f"{int((again != pixels).any(-1).sum())} pixels, by up to {most} of 255"
-    else:
+    if (again == pixels).all():
         return True, f"{identical}, every pixel"
-    return False, f"different: the tokens are the same, the pixels are not ({detail})"
+    most = int(np.abs(again.astype(int) - pixels).max())
+    detail = f"{int((again != pixels).any(-1).sum())} pixels, by up to {most} of 255"
+    return False, f"different: the tokens are the same, the pixels are not ({detail}{'; ' if changed else ''}{changed})"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -161,8 +161,8 @@ ERRORS = [
     ),
     (["redo", "TMP/none.png", "--bundle", "BUNDLE"], "none.png: No such file"),
     (["redo", "TMP/plain.png", "--bundle", "BUNDLE"], "has no 'parvis' entry"),
-    (["redo", "TMP/text.png", "--bundle", "BUNDLE"], "not a readable PNG"),
-    (["redo", "TMP/cut.png", "--bundle", "BUNDLE"], "not a readable PNG"),
+    (["redo", "TMP/text.png", "--bundle", "BUNDLE"], "not an image that can be read"),
+    (["redo", "TMP/cut.png", "--bundle", "BUNDLE"], "not an image that can be read"),
     (["redo", "TMP/damaged.png", "--bundle", "BUNDLE"], "its 'parvis' entry cannot be read"),
     (["redo", "TMP/infinite.png", "--bundle", "BUNDLE"], "its 'parvis' entry cannot be read"),
 ]

@@ -14,7 +14,7 @@ from par_runtime.backends.ort import sessions
 from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
 from par_runtime.errors import RequestError
-from par_runtime.images import photo, png
+from par_runtime.images import opening, photo, png, region
 from par_runtime.tokenizer import Tokenizer
 
 SIZE = (16, 16)
@@ -25,6 +25,10 @@ def run(*arguments: object) -> int:
         return cli.main([str(a) for a in arguments])
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+def region_mask(named: str, size: tuple[int, int], fit: photo.Fit = "crop") -> np.ndarray:
+    return region.region(named, size, fit).pixels
 
 
 @pytest.fixture
@@ -124,9 +128,10 @@ def test_an_edit_can_be_redone_and_edited_again(
     )
     assert run("edit", first, "--bundle", tiny, "--keep", "0,0,16,8", "--seed", 2, "--out", second) == 0
     capsys.readouterr()
-    for path in (first, second):
+    for path, drawn in ((first, 16), (second, 32)):
         assert run("redo", path, "--bundle", tiny) == 0
-        assert "identical: 1 images, 64 tokens, every pixel" in capsys.readouterr().out
+        said = f"identical: 1 images, 64 tokens ({drawn} of them drawn, the others given), every pixel"
+        assert said in capsys.readouterr().out
     assert png.read(second)[0].labels == [3]
     # A redo that ignored what was kept would draw these tokens otherwise.
     free = Pipeline.load(tiny, device="cpu").generate(3, seed=1)
@@ -142,9 +147,9 @@ def test_a_photo_is_encoded_and_keeps_its_pixels_if_asked(
     row = json.loads(capsys.readouterr().out)
     assert row["encoded"] is True
     assert (row["kept_tokens"], row["tokens"]) == (32, 64)
-    pixels = photo.fit_image(photo.open_image(picture), SIZE)
+    pixels = photo.fit_image(opening.open_image(picture), SIZE)
     tokens = Tokenizer(Bundle.open(tiny)).encode(pixels)[0]
-    keep = photo.kept_tokens(photo.region_mask("top", SIZE), (8, 8)).reshape(-1)[list(Bundle.open(tiny).order)]
+    keep = region.kept_tokens(region_mask("top", SIZE), (8, 8)).reshape(-1)[list(Bundle.open(tiny).order)]
     assert (tokens_of(out)[0][keep] == tokens[keep]).all()
     assert (png.read(out)[1][:8] != pixels[:8]).any()  # decoded, so not the same
     assert run("edit", picture, *common, "--paste", "--quiet") == 0
@@ -162,9 +167,9 @@ def test_outpainting_shrinks_the_photo_into_a_box(tiny: Path, picture: Path, tmp
     kept = png.read(out)[0].kept
     assert kept is not None
     assert kept.sum() == 16
-    canvas, inside = photo.place_image(photo.open_image(picture), SIZE, (4, 4, 12, 12))
+    canvas, inside = photo.place_image(opening.open_image(picture), SIZE, (4, 4, 12, 12))
     assert inside.sum() == 64
-    np.testing.assert_array_equal(canvas[4:12, 4:12], photo.fit_image(photo.open_image(picture), (8, 8)))
+    np.testing.assert_array_equal(canvas[4:12, 4:12], photo.fit_image(opening.open_image(picture), (8, 8)))
     assert (canvas[0, 4:12] == canvas[4, 4:12]).all()
 
 
@@ -172,23 +177,23 @@ def test_a_mask_image_is_fitted_as_the_photo_is(picture: Path, tmp_path: Path) -
     mask = np.zeros((20, 40), np.uint8)
     mask[:, 20:] = 255  # the right half of the photo, and of its middle part
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    np.testing.assert_array_equal(photo.region_mask(str(tmp_path / "mask.png"), SIZE), photo.region_mask("right", SIZE))
+    np.testing.assert_array_equal(region_mask(str(tmp_path / "mask.png"), SIZE), region_mask("right", SIZE))
     mask[:] = 0
     mask[:, :10] = 255  # cropped away, but there when stretched
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    assert not photo.region_mask(str(tmp_path / "mask.png"), SIZE).any()
-    assert photo.region_mask(str(tmp_path / "mask.png"), SIZE, "stretch").sum() == 16 * 4
+    assert not region_mask(str(tmp_path / "mask.png"), SIZE).any()
+    assert region_mask(str(tmp_path / "mask.png"), SIZE, "stretch").sum() == 16 * 4
 
 
 def test_regions_and_the_tokens_that_stay() -> None:
-    halves = [photo.region_mask(side, SIZE) for side in ("left", "right", "top", "bottom")]
+    halves = [region_mask(side, SIZE) for side in ("left", "right", "top", "bottom")]
     assert [int(h.sum()) for h in halves] == [128] * 4
     assert (halves[0] ^ halves[1]).all()
     assert (halves[2] ^ halves[3]).all()
-    assert (photo.region_mask("center", SIZE) ^ photo.region_mask("border", SIZE)).all()
-    assert photo.region_mask("center", SIZE).sum() == 64
-    one_pixel = ~photo.region_mask("5,5,6,6", SIZE)  # one pixel changes, so its token does
-    kept = photo.kept_tokens(one_pixel, (8, 8))
+    assert (region_mask("center", SIZE) ^ region_mask("border", SIZE)).all()
+    assert region_mask("center", SIZE).sum() == 64
+    one_pixel = ~region_mask("5,5,6,6", SIZE)  # one pixel changes, so its token does
+    kept = region.kept_tokens(one_pixel, (8, 8))
     assert kept.sum() == 63
     assert not kept[2, 2]
 
@@ -198,16 +203,16 @@ def test_images_of_all_kinds_open_upright_and_opaque(tmp_path: Path) -> None:
     exif = upright.getexif()
     exif[0x0112] = 6  # turned by the camera
     upright.save(tmp_path / "turned.jpg", exif=exif)
-    assert photo.open_image(tmp_path / "turned.jpg").size == (10, 30)
+    assert opening.open_image(tmp_path / "turned.jpg").size == (10, 30)
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert photo.open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert opening.open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     Image.fromarray(np.full((4, 4), 32768, np.uint16)).save(tmp_path / "deep.png")
-    assert photo.open_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
+    assert opening.open_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
     Image.new("P", (4, 4)).save(tmp_path / "palette.gif")
     Image.new("CMYK", (4, 4)).save(tmp_path / "print.jpg")
     Image.new("1", (4, 4), 1).save(tmp_path / "bits.png")
     for name in ("palette.gif", "print.jpg", "bits.png"):
-        assert photo.fit_image(photo.open_image(tmp_path / name), SIZE).shape == (16, 16, 3)
+        assert photo.fit_image(opening.open_image(tmp_path / name), SIZE).shape == (16, 16, 3)
 
 
 def test_reconstruct_writes_a_sheet_and_tokens_and_reports_the_loss(
@@ -222,7 +227,7 @@ def test_reconstruct_writes_a_sheet_and_tokens_and_reports_the_loss(
     with Image.open(out) as image:
         pixels = np.asarray(image)
     assert pixels.shape == (16, 64, 3)  # two pairs side by side
-    original = photo.fit_image(photo.open_image(picture), SIZE)
+    original = photo.fit_image(opening.open_image(picture), SIZE)
     np.testing.assert_array_equal(pixels[:, :16], original)
     np.testing.assert_array_equal(pixels[:, 16:32], Pipeline.load(tiny, device="cpu").decode(saved)[0])
     assert run("reconstruct", picture, "--bundle", tiny, "--out", out, "--json") == 0
@@ -273,7 +278,7 @@ def test_more_images_than_one_call_takes(tiny: Path, monkeypatch: pytest.MonkeyP
         (["--keep", "left", "--count", "0"], "--count 0: expected 1 or more"),
         (["--keep", "left", "--count", "1000000"], "--count 1000000: expected 1 or more, at most 100000"),
         (["--keep", "left", "--threads", "0"], "threads 0: expected 1 or more"),
-        (["--change", "/"], "/: Is a directory"),
+        (["--change", "/"], "/: is a folder, not a file"),
         (["--keep", "left", "--out", "x.jpg"], "--out x.jpg: expected a name that ends in .png"),
         (["--keep", "left", "--tokens", "x.npz"], "expected a name that ends in .npy"),
         (["--keep", "left", "--guidance", "-1"], "guidance -1.0: expected 0 or more"),
@@ -304,11 +309,11 @@ def test_images_that_cannot_be_edited_end_in_one_line(
     keep = ("--keep", "left", "--label", "0", "--out", tmp_path / "e.png")
     for image, which, message in (
         (tmp_path / "none.png", [], "No such file"),
-        (tmp_path / "notes.png", [], "not a readable"),
+        (tmp_path / "notes.png", [], "not an image that can be read"),
         (cut, [], "truncated"),
         (sheet, [], "holds 6 images; choose one with --which 0 .. 5"),
         (sheet, ["--which", 6], "holds 6 images; choose one with --which 0 .. 5"),
-        (tmp_path, [], "Is a directory"),
+        (tmp_path, [], "is a folder, not a file"),
     ):
         assert run("edit", image, "--bundle", tiny, *keep, *which) == 2, image
         output = capsys.readouterr().err
