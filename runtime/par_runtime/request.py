@@ -30,7 +30,7 @@ class Settings:
     ``guidance_interval`` (``cfg_interval`` of the published sampler) ends the guidance early: a call is guided while
     its index is at most this number; -1 guides every call. The index starts at 0 twice: with the first sequential
     call, and with the first call that makes a group (the transition). The very first call is always guided. So 0
-    guides the first token and one call of each stage. Calls after the last guided one take half the work.
+    guides the first token and one call of each stage. Calls after the last guided one take half the rows.
     """
 
     guidance: float = 1.0

@@ -67,7 +67,7 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
         type=int,
         metavar="I",
         help="guide only the first call, and in each of the two stages (single tokens, groups) calls 0 to I; the later "
-        "calls take half the work; -1 guides every call (default: the bundle's)",
+        "calls take half the rows; -1 guides every call (default: the bundle's)",
     )
     p.add_argument("--temperature", type=float, help="default: the bundle's")
     p.add_argument("--top-k", type=int, help="keep the k most probable codes, 0 keeps all (default: the bundle's)")
