@@ -45,7 +45,8 @@ def gpu() -> Iterator[cuda.Device]:
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A copy of a bundle with an engine for this GPU, built once per combination."""
-    from par_export.engines.build import BuildRequest, build
+    from par_export.engines.build import build
+    from par_export.engines.request import BuildRequest
 
     made: dict[tuple[Any, ...], Path] = {}
     folder = tmp_path_factory.mktemp("engines")
@@ -196,7 +197,8 @@ def test_stress_of_200_images_with_constant_memory(engines: Callable[..., Path],
 
 def test_a_named_target_runs_here(engines: Callable[..., Path], gpu: cuda.Device, tmp_path: Path) -> None:
     """What was built for a target by name, as on a machine without a GPU, runs on a GPU of that name."""
-    from par_export.engines.build import BuildRequest, build
+    from par_export.engines.build import build
+    from par_export.engines.request import BuildRequest
 
     pytest.importorskip("tensorrt_rtx", reason="only TensorRT-RTX builds for a named target")
     path = tmp_path / "demo"
@@ -213,7 +215,7 @@ def test_a_named_target_runs_here(engines: Callable[..., Path], gpu: cuda.Device
 
 def test_tuning_keeps_an_engine(tmp_path: Path) -> None:
     from par_export.engines import tune
-    from par_export.engines.build import BuildRequest
+    from par_export.engines.request import BuildRequest
 
     path = tmp_path / "demo"
     shutil.copytree(BUNDLE, path, ignore=shutil.ignore_patterns("engines"))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from par_export.bundle import ExportRequest, export
-    from par_export.engines.build import BuildRequest, build
+    from par_export.engines.build import build
+    from par_export.engines.request import BuildRequest
     from par_export.engines.tune import tune
     from par_export.errors import BuildError, ExportError, OutputError, ParityError
 
@@ -29,7 +30,7 @@ __all__ = [
 _MODULES = {
     "ExportRequest": "bundle",
     "export": "bundle",
-    "BuildRequest": "engines.build",
+    "BuildRequest": "engines.request",
     "build": "engines.build",
     "tune": "engines.tune",
     **dict.fromkeys(("BuildError", "ExportError", "OutputError", "ParityError"), "errors"),

@@ -39,11 +39,11 @@ def staging(out: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
     for stale in _leftovers(out, "part"):
         shutil.rmtree(stale, ignore_errors=True)
     part = out.parent / f".{out.name}.part-{os.getpid()}"
-    part.mkdir()
     main = threading.current_thread() is threading.main_thread()  # only there may signals be handled
     # SIGTERM raises SystemExit, so that the cleanup below runs.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
     try:
+        part.mkdir()
         yield part
         if out.exists():
             old = out.parent / f".{out.name}.old-{os.getpid()}"
@@ -52,6 +52,10 @@ def staging(out: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.rename(part, out)
+    except OSError as error:  # the caller knows ``out``, not the hidden folder
+        if isinstance(error.filename, str) and error.filename.startswith(str(part)):
+            error.filename, error.filename2 = str(out) + error.filename.removeprefix(str(part)), None
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
         if main:

@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from par_model.training.run import ImageFolder, InputError, Parser, channels_last, guarded, load_tokenizer
+from par_model.training.run import ImageFolder, InputError, channels_last, load_tokenizer
 from par_model.vq import VQModel
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of ``parvis encode``."""
-    p = Parser(prog="parvis encode", description="Encode a folder of images to token ids (codes.npz).")
-    p.add_argument("--data", type=Path, required=True, help="folder with images.u8, labels.u8, meta.json")
-    p.add_argument("--tokenizer", type=Path, required=True, help="checkpoint.pt of parvis train-tokenizer")
-    p.add_argument("--out", type=Path, required=True, help="codes.npz to write")
-    p.add_argument("--batch", type=int, default=64)
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``parvis encode``; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,7 +34,3 @@ def encode(model: VQModel, data: ImageFolder, batch: int) -> np.ndarray:
             x = data.batch(np.arange(start, min(start + batch, len(data.images))))
             out.append(model.encode(x.to(memory_format=torch.channels_last)).numpy().astype(np.uint16))
     return np.concatenate(out)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,23 +8,21 @@ the kill: the batch of a step depends on the seed and the step alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from par_model.checkpoint import CheckpointError, open_checkpoint, vq_config
+from par_model.checkpoint import open_checkpoint, vq_config
 from par_model.vq import VQModel
 
 if TYPE_CHECKING:
@@ -113,25 +111,6 @@ def load_tokenizer(path: Path) -> VQModel:
     model = VQModel(vq_config(checkpoint))
     model.load_state_dict(dict(checkpoint.tensors))
     return model
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors as one line, as the other verbs of ``parvis`` print them."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print ``message`` as one line and exit with code 2."""
-        self.exit(2, f"parvis: error: {message}; '{self.prog} --help' lists the options\n")
-
-
-def guarded(work: Callable[[], None]) -> int:
-    """Run ``work`` of a verb; returns the exit code: 0, or 2 with one line on stderr for an expected error."""
-    try:
-        work()
-    except (InputError, CheckpointError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"parvis: error: {text}", file=sys.stderr)
-        return 2
-    return 0
 
 
 @dataclass

@@ -10,7 +10,6 @@ codes stay valid, which they would not with a new codebook.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,51 +25,16 @@ from par_model.training.run import (
     EMA,
     ImageFolder,
     InputError,
-    Parser,
     Run,
     batch_index,
     channels_last,
     cosine,
-    guarded,
 )
 from par_model.vq import VQModel
 
 COMMITMENT = 0.25  # weight of |z - stop(code)|^2 relative to |stop(z) - code|^2, the usual value
 RESTART_EVERY = 100  # steps between checks for unused codes
 ENCODER = ("encoder.", "quant_conv.")  # keys of the encoding half
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of ``parvis train-tokenizer``."""
-    p = Parser(prog="parvis train-tokenizer", description="Train a VQ tokenizer on a folder of images.")
-    p.add_argument("--data", type=Path, required=True, help="folder with images.u8, labels.u8, meta.json")
-    p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
-    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheet.png")
-    p.add_argument("--resume", action="store_true", help="continue the run in --run")
-    p.add_argument(
-        "--encoder-for",
-        type=Path,
-        metavar="TOKENIZER",
-        help="keep this tokenizer's codebook, decoder and sizes, and train an encoder for them from nothing",
-    )
-    p.add_argument("--steps", type=int, default=4000)
-    p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--lr", type=float, default=1e-3)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--report", type=int, default=250, help="steps between reports and checkpoints")
-    p.add_argument("--codes", type=int, default=1024, help="codebook size")
-    p.add_argument("--channels", type=int, default=32)
-    p.add_argument("--res-blocks", type=int, default=1, help="per encoder level; the decoder has one more")
-    p.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 3])
-    p.add_argument("--z-channels", type=int, default=64)
-    p.add_argument("--norm-groups", type=int, default=8)
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``parvis train-tokenizer``; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: train(args))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -228,7 +192,3 @@ def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, cou
     Image.fromarray(pixels).save(sheet)
     mse = squared / count / 4  # images span 2, so the peak squared is 4
     return {"psnr_db": float(-10 * np.log10(mse)), "codes_used": len(used) / config.codebook_size}
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import zipfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from par_model.config import SIZES, PARConfig
 from par_model.generation import generate
 from par_model.ordering import token_order
-from par_model.training.run import EMA, InputError, Parser, Run, batch_index, cosine, guarded, load_tokenizer
+from par_model.training.run import EMA, InputError, Run, batch_index, cosine, load_tokenizer
 from par_model.transformer import PAR
 
 CLASS_DROPOUT = 0.1  # share of the images that are trained without their class, for guidance
@@ -31,42 +30,6 @@ EVAL_IMAGES = 512  # held-out images of a report
 
 #: Code ids [M,h,w], labels [M] int64, class names.
 Codes = tuple[np.ndarray, np.ndarray, list[str]]
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of ``parvis train``."""
-    p = Parser(prog="parvis train", description="Train a PAR model on encoded images.")
-    p.add_argument("--codes", type=Path, required=True, help="codes.npz of parvis encode")
-    p.add_argument("--val", type=Path, required=True, help="held-out codes.npz")
-    p.add_argument("--vocab", type=int, required=True, help="codebook size of the tokenizer")
-    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheets")
-    p.add_argument("--resume", action="store_true", help="continue the run in --run")
-    p.add_argument("--tokenizer", type=Path, help="tokenizer checkpoint, for sample sheets")
-    p.add_argument("--size", choices=list(SIZES), default="tiny")
-    p.add_argument("--dim", type=int, help="width, with --layers and --heads instead of --size")
-    p.add_argument("--layers", type=int)
-    p.add_argument("--heads", type=int)
-    p.add_argument("--group-size", type=int, default=4, help="n, tokens per parallel step")
-    p.add_argument("--steps", type=int, default=10000)
-    p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
-    p.add_argument("--schedule", choices=["constant", "cosine"], default="constant")
-    p.add_argument("--lr", type=float, default=0.0, help="of AdamW (default: 1e-4 per 256 images of a batch)")
-    p.add_argument("--warmup", type=int, default=50)
-    p.add_argument("--dropout", type=float, default=0.1)
-    p.add_argument("--ema", type=float, default=0.999)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--report", type=int, default=100, help="steps between reports and checkpoints")
-    p.add_argument("--sheet", type=int, default=500, help="steps between sample sheets")
-    p.add_argument("--guidance", type=float, default=2.0, help="of the sample sheets")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``parvis train``; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(lambda: train(args))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -224,7 +187,3 @@ def sample_sheet(model: PAR, tokenizer: Path, path: Path, guidance: float, rows:
     side = images.shape[-1]
     grid = images.view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3)
     Image.fromarray(((grid + 1) * 127.5).to(torch.uint8).numpy()).save(path)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

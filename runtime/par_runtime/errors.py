@@ -5,6 +5,11 @@ A message says what was given, what is expected, and how to fix it.
 
 from __future__ import annotations
 
+import contextlib
+import re
+import sys
+from pathlib import Path
+
 
 class BundleError(Exception):
     """A bundle that cannot be used."""
@@ -16,6 +21,10 @@ class EngineError(BundleError):
 
 class RequestError(ValueError):
     """A request that cannot be served."""
+
+
+class OutputsError(Exception):
+    """Some of the files of a command were written and one could not be; the message counts them."""
 
 
 class CudaError(Exception):
@@ -38,6 +47,53 @@ class TensorRTMissingError(Exception):
     """No usable TensorRT is installed; the message says what to install."""
 
 
-def how_to_install(extra: str) -> str:
-    """The words that say how to install an extra of ``parvis``, for instance "cpu" or "cpu,export"."""
-    return f"pip install 'parvis[{extra}]' (in a clone: pip install '.[{extra}]')"
+def how_to_install(extra: str, only: str = "") -> str:
+    """The command that installs an extra of ``parvis``, for instance "cpu" or "cpu,export", as it can be typed.
+
+    It names the packages themselves, since parvis is on no package index. ``only``: one package of the extra.
+    """
+    import shlex  # here, as below, because only errors need them
+    import shutil
+
+    needed = [r for r in requirements(extra) if only in ("", _NAME.match(r.lower())[0])]  # type: ignore[index]
+    if not needed:  # not installed, but run from its folders
+        return f"pip install '.[{extra}]' in a clone of parvis"
+    python = Path(sys.executable)
+    pip = shutil.which("pip")
+    ours = pip is not None and Path(pip).parent == python.parent  # not so where the environment is not activated
+    start = "pip" if ours or not sys.executable else f"{shlex.quote(sys.executable)} -m pip"
+    return f"{start} install {' '.join(map(shlex.quote, needed))}"
+
+
+_NAME = re.compile(r"[a-z0-9._-]+")
+_MARKER = re.compile(r"""(python_version|extra)\s*(==|>=|<)\s*["']([^"']+)["']""")
+
+
+def requirements(extra: str) -> list[str]:
+    """What an extra of the installed parvis needs on this Python, for instance ["onnxruntime>=1.23"].
+
+    Empty where parvis is not installed. Where onnxruntime-gpu is, onnxruntime is left out: both own the same files.
+    """
+    from importlib import metadata
+
+    try:
+        all_of_them = metadata.requires("parvis") or []
+    except metadata.PackageNotFoundError:
+        return []
+    out = []
+    for name in extra.split(","):
+        for requirement, _, marker in (entry.partition(";") for entry in all_of_them):
+            tests = _MARKER.findall(marker)
+            if ("extra", "==", name) in tests and all(_holds(*test) for test in tests if test[0] != "extra"):
+                out.append(requirement.strip())
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        metadata.version("onnxruntime-gpu")
+        out = [requirement for requirement in out if _NAME.match(requirement)[0] != "onnxruntime"]  # type: ignore[index]
+    return list(dict.fromkeys(out))
+
+
+def _holds(_: str, operator: str, version: str) -> bool:
+    """Whether a marker of python_version holds."""
+    given = tuple(map(int, version.split(".")))
+    here = sys.version_info[: len(given)]
+    return {"==": here == given, ">=": here >= given, "<": here < given}[operator]

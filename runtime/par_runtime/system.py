@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from par_runtime.errors import RequestError
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
+_PARTS = itertools.count()  # numbers hidden files, so that threads never write to the same one
 
 
 # -- cores ------------------------------------------------------------------------------------------------------------
@@ -132,21 +135,75 @@ def check_writable(path: Path) -> None:
     write_beside(path, Path.touch, rename=False)
 
 
+def check_folder_writable(folder: Path) -> None:
+    """Make ``folder`` and test that a file can be written there. Raises RequestError, OSError."""
+    try:
+        check_writable(folder / "x")
+    except OSError as error:
+        if error.filename == str(folder / "x"):
+            error.filename = str(folder)
+        raise
+
+
 def write_beside(path: Path, write_to: Callable[[Path], object], rename: bool = True) -> None:
     """Call ``write_to`` with the path of a hidden file beside ``path``, then rename that file to ``path``.
 
-    On any error ``path`` stays as it was, and the hidden file is removed.
+    On any error ``path`` stays as it was, and the hidden file is removed. An OSError names ``path``, not the hidden
+    file; one that comes of a file in the place of a folder names that file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = _part(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_to(part)
         if rename:
             os.replace(part, path)
+    except OSError as error:
+        if error.filename in (None, str(part), part, str(path.parent), path.parent):
+            error.filename, error.filename2 = str(_file_above(path) or path), None
+        raise
     finally:
-        if part.is_file():
-            part.unlink()
+        with suppress(OSError):
+            if part.is_file():  # not a device, whatever it is a link to
+                part.unlink()
 
 
 def _part(path: Path) -> Path:
-    return path.parent / f".{path.name}.{os.getpid()}.part"
+    """A hidden name beside ``path``, short, so that it fits wherever the name of ``path`` does."""
+    name = path.name.encode("ascii", "ignore")[:40].decode()
+    return path.parent / f".{name}.{os.getpid()}-{next(_PARTS)}.part"
+
+
+def _file_above(path: Path) -> Path | None:
+    """The first of the folders of ``path``, from the top, that is no folder; None where all are, or are not there."""
+    # os.path, because the methods of Path raise where a folder may not be read
+    return next((f for f in reversed(path.parents) if os.path.exists(f) and not os.path.isdir(f)), None)
+
+
+HALF = "; nothing was half-written"
+#: errno -> what is wrong with the file or folder, and what to do.
+_EXPLAINED = {
+    errno.EACCES: "no permission for {}; choose another place or change its permissions",
+    errno.EPERM: "no permission for {}; choose another place or change its permissions",
+    errno.EROFS: "no permission for {}: it is on a read-only file system; choose another place",
+    errno.ENOSPC: "no space left on the disk of {}; free some or choose another place" + HALF,
+    errno.EFBIG: "{} is larger than this system or its limit (ulimit -f) allows; choose another place",
+    errno.EIO: "{}: the disk reports an error (EIO); check the disk, or choose another place",
+    errno.ENOTDIR: "{} is a file where a folder is expected; choose another place",
+    errno.EEXIST: "{} is a file where a folder is expected; choose another place",
+    errno.ENAMETOOLONG: "{}: the name is too long for this file system; give a shorter one",
+    errno.ELOOP: "{}: its links lead in a circle; choose another place",
+    errno.EMFILE: "too many open files, at {}; raise the limit (ulimit -n)",
+    errno.EDQUOT: "the disk quota is used up, at {}; free some space or choose another place",
+}
+
+
+def explain(error: OSError) -> str:
+    """What went wrong with which file and what to do, in one line, for an error of the operating system."""
+    if error.filename is None and error.errno != errno.ENOSPC:
+        return error.strerror or str(error)
+    where = "the output" if error.filename is None else os.fsdecode(error.filename)
+    if len(where) > 300:
+        where = f"{where[:140]}...{where[-140:]}"
+    if error.errno in _EXPLAINED:
+        return _EXPLAINED[error.errno].format(where)
+    return f"{where}: {error.strerror or ' '.join(map(str, error.args))}"

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
-from par_runtime.errors import RequestError
+from par_runtime.errors import RequestError, how_to_install
 from par_runtime.known import given_tokens
 from par_runtime.request import array, check_threads
 
@@ -48,8 +48,7 @@ class Tokenizer:
             if error.name != "onnxruntime":
                 raise
             raise RequestError(
-                "encoding an image needs onnxruntime, which is not installed; pip install 'parvis[cpu]' (in a clone: "
-                "pip install '.[cpu]')"
+                f"encoding an image needs onnxruntime, which is not installed; {how_to_install('cpu')}"
             ) from error
         self.bundle = bundle
         self._ort = sessions

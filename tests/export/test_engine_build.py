@@ -16,8 +16,9 @@ import pytest
 from engine_cases import random_case
 
 from par_export.engines import weights as engine_weights
-from par_export.engines.build import BuildRequest, build
+from par_export.engines.build import build
 from par_export.engines.cache import EngineCache
+from par_export.engines.request import BuildRequest
 from par_export.errors import BuildError
 from par_runtime.backends.engines import Engine
 from par_runtime.bundle import Bundle, seal

@@ -12,7 +12,7 @@ from double.driver import Driver
 
 from par_export.cli import tune as tune_cli
 from par_export.engines import tune
-from par_export.engines.build import BuildRequest
+from par_export.engines.request import BuildRequest
 from par_export.errors import BuildError
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import ENGINES, Engine

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from par_model.checkpoint import open_checkpoint, par_config, vq_config
-from par_model.training import encode as encode_codes
-from par_model.training import tokenizer as train_tokenizer
-from par_model.training import transformer as train
+from par_model.training import tokenizer as tokenizer_training
+from par_model.training import transformer as transformer_training
+from par_model.training.cli import encode as encode_codes
+from par_model.training.cli import tokenizer as train_tokenizer
+from par_model.training.cli import transformer as train
 from par_model.training.run import batch_index, cosine
 
 
@@ -59,13 +61,13 @@ def tokenizer(images: Path, run: Path, *more: str) -> dict[str, torch.Tensor]:
 def test_a_tokenizer_run_resumes_where_it_stopped(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_tokenizer, "validate", lambda *_: {})
+    monkeypatch.setattr("par_model.training.tokenizer.validate", lambda *_: {})
     whole = tokenizer(images, tmp_path / "a", "--steps", "4")
     # The stopped run has the same schedule; it stops after two steps.
-    stop_after(monkeypatch, train_tokenizer, 2)
+    stop_after(monkeypatch, tokenizer_training, 2)
     tokenizer(images, tmp_path / "b", "--steps", "4")
     monkeypatch.undo()
-    monkeypatch.setattr(train_tokenizer, "validate", lambda *_: {})
+    monkeypatch.setattr("par_model.training.tokenizer.validate", lambda *_: {})
     resumed = tokenizer(images, tmp_path / "b", "--steps", "4", "--resume")
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
@@ -114,7 +116,7 @@ def test_from_images_to_a_trained_model(images: Path, tmp_path: Path, monkeypatc
         assert train.main([*options, "--run", str(a)]) == 0
         assert (a / "sheet-000004.png").stat().st_size > 0
         with monkeypatch.context() as patch:
-            stop_after(patch, train, 2)
+            stop_after(patch, transformer_training, 2)
             train.main([*options, "--run", str(b)])
         train.main([*options, "--run", str(b), "--resume"])
         whole, resumed = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (a, b))
@@ -128,7 +130,7 @@ def test_from_images_to_a_trained_model(images: Path, tmp_path: Path, monkeypatc
 def test_a_run_is_not_overwritten_silently(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_tokenizer, "validate", lambda *_: {})
+    monkeypatch.setattr("par_model.training.tokenizer.validate", lambda *_: {})
     tokenizer(images, tmp_path, "--steps", "1")
     base = ["--data", str(images), "--val", str(images), "--run", str(tmp_path), *TOKENIZER]
     assert train_tokenizer.main([*base, "--steps", "1"]) == 2

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from par_export.cli.common import count, counts, guarded
-from par_export.engines.build import MODES, SAMPLING, BuildRequest, build, sizes_up_to
 from par_export.engines.cache import DEFAULT_LIMIT_BYTES, default_folder
+from par_export.engines.request import MODES, SAMPLING, BuildRequest, sizes_up_to
 from par_export.errors import BuildError
 from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.cli.common import Parser
@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Build an engine per target and print the reports. Raises what :func:`par_export.engines.build.build` raises."""
+    from par_export.engines.build import build
+
     if args.list is not None and not args.list.parent.is_dir():
         raise BuildError(f"--list {args.list}: no folder {args.list.parent}; give a file in one that exists")
     folders = []

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from par_export.errors import BuildCancelledError, BuildError, ExportError, OutputError, ParityError
+from par_runtime.cli.common import fail
 from par_runtime.errors import BundleError, CudaError, TensorRTMissingError
+from par_runtime.system import explain
 
 #: Errors that end a verb with one line and exit code 2.
 EXPECTED: tuple[type[Exception], ...] = (
@@ -22,12 +24,6 @@ EXPECTED: tuple[type[Exception], ...] = (
     TensorRTMissingError,
 )
 MOST_IMAGES = 256  #: largest batch that an engine is built for
-
-
-def fail(error: object, code: int = 2) -> int:
-    """Print ``error`` as the one line of a verb that failed; returns ``code``."""
-    print(f"parvis: error: {error}", file=sys.stderr)
-    return code
 
 
 def guarded(
@@ -50,13 +46,16 @@ def guarded(
     except ParityError as error:
         return fail(error, 1)
     except caught as error:
-        if isinstance(error, PermissionError) and no_permission is not None:
-            return fail(f"no permission to write {error.filename or out}; {no_permission}")
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and out is not None:
+        if not isinstance(error, OSError):
+            return fail(error)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and no_permission is not None:
+            return fail(f"no permission to write {error.filename or out} ({error.strerror}); {no_permission}")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and out is not None:
             return fail(
-                f"no space left on the disk of {out}; free some or give another --out (nothing was left behind)"
+                f"no space left on the disk of {out} ({error.strerror}); free some or give another --out (nothing was "
+                "left behind)"
             )
-        return fail(error)
+        return fail(explain(error))
     except (BuildCancelledError, KeyboardInterrupt):
         print(f"\nparvis: stopped; {stopped}", file=sys.stderr)
         return 130

@@ -7,10 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from par_export.bundle import ExportRequest, export
 from par_export.cli.common import guarded
 from par_export.errors import ExportError
-from par_model.checkpoint import CheckpointError, hub
 from par_runtime.cli.common import Parser
 from par_runtime.dtypes import PRECISIONS
 
@@ -18,12 +16,16 @@ from par_runtime.dtypes import PRECISIONS
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``parvis export``; returns the exit code."""
     args = parser().parse_args(argv)
+    from par_model.checkpoint import CheckpointError
+
     advice = "give an --out in a folder you can write to"
     return guarded(lambda: run(args), expected=(CheckpointError,), no_permission=advice, out=args.out)
 
 
 def run(args: argparse.Namespace) -> int:
     """Export, printing what is done. Raises what :func:`par_export.bundle.export` raises."""
+    from par_export.bundle import ExportRequest, export
+    from par_model.checkpoint import hub
 
     def say(line: str) -> None:
         print(line, flush=True)

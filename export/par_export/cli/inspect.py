@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from par_export.checkpoint_report import describe
-from par_export.cli.common import fail
 from par_model.checkpoint import CheckpointError, hub
+from par_runtime.cli.common import fail
 
 
 def show(path: str | Path, as_json: bool) -> int:

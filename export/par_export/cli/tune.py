@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from par_export.cli.common import count, counts, guarded
-from par_export.engines.build import MODES, BuildRequest, sizes_up_to
-from par_export.engines.tune import tune
+from par_export.engines.request import MODES, BuildRequest, sizes_up_to
 from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.cli.common import Parser
 from par_runtime.dtypes import PRECISIONS
@@ -23,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Tune, and print the measurements or one JSON object. Raises what :func:`par_export.engines.tune.tune` raises."""
+    from par_export.engines.tune import tune
+
     request = BuildRequest(
         args.bundle,
         "local",

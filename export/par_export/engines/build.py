@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +21,9 @@ import par_model
 from par_export import engines, graphs
 from par_export.engines import report as engine_report
 from par_export.engines.builder import OnStep, Target, build_plan
-from par_export.engines.cache import DEFAULT_LIMIT_BYTES, EngineCache, default_folder, key_of
+from par_export.engines.cache import EngineCache, key_of
 from par_export.engines.network import ExpectedAttention
+from par_export.engines.request import MODES, SAMPLING, BuildRequest
 from par_export.engines.weights import MappedWeights, weights_in
 from par_export.errors import BuildError
 from par_export.fp16 import check_build
@@ -42,31 +43,6 @@ from par_runtime.bundle import WEIGHTS, Bundle, seal
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError, EngineError
 from par_runtime.system import peak_bytes, sha256
-
-MODES = ("shared", "per-phase")
-#: Not "exact": its bisection is a chain of hundreds of reductions, which TensorRT-RTX did not finish in ten minutes.
-SAMPLING = ("plain", "topk")
-
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """What to build. None is the bundle's own setting, or that of :meth:`Form.of` for the query length."""
-
-    bundle: Path
-    target: str  #: "SM80" and the like, or "local"
-    precision: str | None = None
-    images: tuple[int, ...] = (1, 2, 4, 8)
-    mode: str = "shared"
-    sampling: SamplingVariant | None = None
-    grouped: bool | None = None
-    lengths: bool | None = None
-    norm_after: bool = False
-    decoder_precision: str = "fp32"
-    label: str = ""  #: further part of the folder's name, for engines side by side
-    use_cache: bool = True
-    cache_folder: Path = field(default_factory=default_folder)
-    cache_limit_bytes: int = DEFAULT_LIMIT_BYTES
-    reproducible: bool = False
 
 
 def build(
@@ -124,11 +100,6 @@ def _intact(folder: Path, bundle: Bundle) -> bool:
     except EngineError:
         return False
     return True
-
-
-def sizes_up_to(most: int) -> tuple[int, ...]:
-    """Batch sizes to build for: 1, 2, 4, ... and ``most`` itself. Other sizes are padded to the next larger one."""
-    return tuple(sorted({most, *(2**i for i in range(most.bit_length()) if 2**i < most)}))
 
 
 def _check_request(request: BuildRequest) -> None:

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from par_export.engines.build import BuildRequest, build
+from par_export.engines.build import build
+from par_export.engines.request import BuildRequest
 from par_export.errors import BuildError
 from par_export.graphs.step import Form
 from par_runtime.backends import cuda

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from par_runtime.backends.engines import Engine, best, list_engines, why_unfit
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, FileCheck
-from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError
+from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError, how_to_install
 
 if TYPE_CHECKING:
     from par_runtime.backends.base import Backend
@@ -67,8 +67,7 @@ def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
         if error.name != "onnxruntime":
             raise
         raise RequestError(
-            "running on the CPU needs onnxruntime, which is not installed; pip install 'parvis[cpu]' (in a clone: "
-            "pip install '.[cpu]')"
+            f"running on the CPU needs onnxruntime, which is not installed; {how_to_install('cpu')}"
         ) from error
     if native and why_not(bundle) is None:
         return NativeBackend(bundle, threads)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.errors import CudaError, OutOfMemory
+from par_runtime.errors import CudaError, OutOfMemory, how_to_install
 
 #: The module cuda.bindings.driver, imported at first use; tests put a stand-in here.
 driver: Any = None
@@ -74,7 +74,7 @@ def _driver() -> Any:
             from cuda.bindings import driver as loaded
         except ImportError as error:
             raise CudaError(
-                f"a GPU needs cuda-python ({error}); pip install 'parvis[tensorrt]' or 'parvis[tensorrt-rtx]'"
+                f"a GPU needs cuda-python ({error}); {how_to_install('tensorrt-rtx', 'cuda-python')}"
             ) from error
         driver = loaded
     return driver

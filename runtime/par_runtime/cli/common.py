@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from par_runtime.errors import BundleError, CudaError, RequestError
+from par_runtime.errors import BundleError, CudaError, OutputsError, RequestError
+from par_runtime.system import explain
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,31 +19,31 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print ``message`` as one line and exit with code 2."""
-        self.exit(2, f"parvis: error: {message}; '{self.prog} --help' lists the options\n")
+        raise SystemExit(fail(f"{message}; '{self.prog} --help' lists the options"))
+
+
+def fail(error: object, code: int = 2) -> int:
+    """Print ``error`` as the one line of a verb that failed; returns ``code``.
+
+    Characters that would begin another line, or that a terminal obeys, are escaped: names of files may have them.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+    print(f"parvis: error: {text}", file=sys.stderr)
+    return code
 
 
 def guarded(work: Callable[[], int]) -> int:
     """Run ``work`` and return its exit code; an expected failure is printed as one line, and gives exit code 2."""
     try:
         return work()
-    except (BundleError, RequestError, CudaError) as error:
-        message = str(error)
-    except PermissionError as error:
-        message = f"no permission for {error.filename}; choose another place or change its permissions"
-    except BrokenPipeError:  # the reader of the output has stopped: no error, see dispatch.main
+    except (BundleError, RequestError, CudaError, OutputsError) as error:
+        return fail(error)
+    except BrokenPipeError:  # of a pipe that a verb opened itself, see dispatch.main
         raise
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            where = f" of {error.filename}" if error.filename else ""
-            message = f"no space left on the disk{where}; nothing was half-written"
-        elif error.filename:
-            message = f"{error.filename}: {error.strerror}"
-        else:
-            message = str(error)
+        return fail(explain(error))
     except MemoryError as error:
-        message = f"not enough memory for this batch; give a smaller --batch{f' ({error})' if str(error) else ''}"
-    print(f"parvis: error: {message}", file=sys.stderr)
-    return 2
+        return fail(f"not enough memory for this batch; give a smaller --batch{f' ({error})' if str(error) else ''}")
 
 
 class Bar:

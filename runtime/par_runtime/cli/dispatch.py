@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from par_runtime import __version__
-from par_runtime.cli.common import Parser
+from par_runtime.cli.common import Parser, fail
+from par_runtime.cli.streams import steady
+from par_runtime.errors import how_to_install
 
 #: extras, as pip takes them -> the packages that they bring, of those that a verb can miss.
 EXTRAS: dict[str, tuple[str, ...]] = {
@@ -65,26 +67,40 @@ VERBS = {
         ("build,tensorrt-rtx", "cpu", "cpu,export"),
     ),
     "train-tokenizer": Verb(
-        "par_model.training.tokenizer", "train a VQ tokenizer on a folder of images", ("cpu", "cpu,export")
+        "par_model.training.cli.tokenizer", "train a VQ tokenizer on a folder of images", ("cpu", "cpu,export")
     ),
-    "encode": Verb("par_model.training.encode", "turn a folder of images into token ids", ("cpu", "cpu,export")),
-    "train": Verb("par_model.training.transformer", "train a PAR model on token ids", ("cpu", "cpu,export")),
+    "encode": Verb("par_model.training.cli.encode", "turn a folder of images into token ids", ("cpu", "cpu,export")),
+    "train": Verb("par_model.training.cli.transformer", "train a PAR model on token ids", ("cpu", "cpu,export")),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0 done, 1 compared and different, 2 bad input, 130 or 143 stopped."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Run one verb; returns the exit code.
+
+    0 done, 1 compared and different, 2 bad input or text that could not be printed, 130 or 143 stopped.
+    """
+    with steady() as lost:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        why = lost()
+        if why:
+            return fail(f"what was printed is not complete ({why} on standard output); files are not affected")
+        return code
+
+
+def _run(arguments: list[str]) -> int:
+    """Run one verb; every way in which it ends becomes an exit code."""
     try:
         with _exit_on_signals():
             return _call(_verb(arguments), arguments[1:])
+    except SystemExit as stop:  # of argparse, and of a signal
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         return _stopped()
     except ImportError as error:  # an extension module turns Ctrl-C during its import into this
         if not _caused_by_interrupt(error):
             raise
         return _stopped()
-    except BrokenPipeError:  # the reader of the output has stopped reading
+    except BrokenPipeError:  # of a pipe that a verb opened itself: its reader has stopped reading
         return 0
 
 
@@ -145,12 +161,7 @@ def _call(verb: str, arguments: list[str]) -> int:
         extra = next((extra for extra in VERBS[verb].extras if missing in EXTRAS[extra]), None)
         if extra is None:
             raise
-        print(
-            f"parvis: error: 'parvis {verb}' needs {missing}, which is not installed; pip install 'parvis[{extra}]' "
-            f"(in a clone: pip install '.[{extra}]'); docs/install.md lists the extras",
-            file=sys.stderr,
-        )
-        return 2
+        return fail(f"'parvis {verb}' needs {missing}, which is not installed; {how_to_install(extra)}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from par_runtime.checked import shown
 from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded
 from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline
-from par_runtime.cli.outputs import check_outputs, write_tokens
+from par_runtime.cli.outputs import check_outputs, write_all, write_tokens
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.images import png
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"{args.image} does not say its class; give one with --label")
     first = first_seed(args.seed)
     out = args.out or Path(f"{args.image.stem}-edit-{first}.png")
-    check_outputs(out, args.tokens)
+    check_outputs(out, args.tokens, [args.image])
     tokens = original.tokens
     if not (args.quiet or args.json):
         _say_what_was_taken(args, original)
@@ -105,9 +106,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.paste:
         result = paste(result, original)
-    result.save(out, pasted=args.paste)
+    files: list[tuple[Path, Callable[[], object]]] = [(out, partial(result.save, out, pasted=args.paste))]
     if args.tokens is not None:
-        write_tokens(args.tokens, result.tokens)
+        files.append((args.tokens, partial(write_tokens, args.tokens, result.tokens)))
+    write_all(files)
     _report(args, pipeline, result, out, original, keep, time.perf_counter() - started)
     return 0
 

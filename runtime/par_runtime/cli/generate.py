@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,20 @@ from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded
 from par_runtime.cli.inputs import MOST_IMAGES, class_indices, load_pipeline
-from par_runtime.cli.outputs import check_tokens_name, class_file_name, safe_name, sheet_columns, write_tokens
+from par_runtime.cli.outputs import (
+    check_tokens_name,
+    class_file_name,
+    safe_name,
+    sheet_columns,
+    write_all,
+    write_tokens,
+)
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import first_seed
 from par_runtime.result import Result
-from par_runtime.system import check_writable
+from par_runtime.system import check_folder_writable, check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,29 +112,28 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
     if args.out is not None and bundle.image_size is not None:
         columns = args.columns or sheet_columns(len(classes), args.count, len(args.guidance or [1]))
         png.check_sheet(total, columns, bundle.image_size)
-    for path in (args.out, args.out_dir and args.out_dir / "x.png", args.tokens):
+    for path in (args.out, args.tokens):
         if path is not None:
             check_writable(path)
+    if args.out_dir is not None:
+        check_folder_writable(args.out_dir)
     return bundle, classes, first
 
 
 def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: int) -> list[str]:
-    """Write all that was asked for; the names of the files."""
-    written = []
+    """Write all that was asked for; the names of the files. Raises OutputsError, OSError."""
+    files: list[tuple[Path, Callable[[], object]]] = []
     if args.out is not None:
-        result.save(args.out, columns)
-        written.append(str(args.out))
+        files.append((args.out, partial(result.save, args.out, columns)))
     if args.out_dir is not None:
         several = len({s.guidance for s in result.settings}) > 1
         for i, label in enumerate(result.labels):
             scale = f"-g{result.settings[i].guidance:g}" if several else ""
             path = args.out_dir / f"{class_file_name(bundle, label)}-{result.seeds[i]}{scale}.png"
-            result.save(path, 1, [i])
-            written.append(str(path))
+            files.append((path, partial(result.save, path, 1, [i])))
     if args.tokens is not None:
-        write_tokens(args.tokens, result.tokens)
-        written.append(str(args.tokens))
-    return written
+        files.append((args.tokens, partial(write_tokens, args.tokens, result.tokens)))
+    return write_all(files)
 
 
 def _report(

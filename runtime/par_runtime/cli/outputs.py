@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
-from par_runtime.errors import RequestError
-from par_runtime.system import check_writable, write_beside
+from par_runtime.errors import OutputsError, RequestError
+from par_runtime.system import HALF, check_writable, explain, write_beside
 
 
-def check_outputs(out: Path, tokens: Path | None) -> None:
-    """Check the names of a PNG and an array of tokens, and that both can be written. Raises RequestError, OSError."""
+def check_outputs(out: Path, tokens: Path | None, inputs: Sequence[Path] = ()) -> None:
+    """Check the names of a PNG and an array of tokens, and that both can be written.
+
+    ``inputs``: the files that the verb reads, which it must not replace. Raises RequestError, OSError.
+    """
     if out.suffix.lower() != ".png":
         raise RequestError(f"--out {out}: expected a name that ends in .png")
     check_tokens_name(tokens)
+    check_not_input(out, inputs)
     for path in (out, tokens):
         if path is not None:
             check_writable(path)
+
+
+def check_not_input(out: Path, inputs: Sequence[Path]) -> None:
+    """Raise RequestError where ``out`` is one of the files that the verb reads, by whatever name."""
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise RequestError(f"--out {out} is the file that is read; give another name, so that it is not lost")
+
+
+def write_all(files: Sequence[tuple[Path, Callable[[], object]]]) -> list[str]:
+    """Write ``files`` one after the other, each by its function; their names.
+
+    Raises OutputsError where some are written and the next one cannot be; OSError where the first one cannot be.
+    """
+    written: list[str] = []
+    for path, write in files:
+        try:
+            write()
+        except OSError as error:
+            if not written:
+                raise
+            raise OutputsError(
+                f"{explain(error).removesuffix(HALF)}; {len(written)} of {len(files)} files were written, the last is "
+                f"{written[-1]}"
+            ) from error
+        written.append(str(path))
+    return written
 
 
 def check_tokens_name(tokens: Path | None) -> None:
@@ -33,11 +67,9 @@ def check_tokens_name(tokens: Path | None) -> None:
 def write_tokens(path: Path, tokens: Int) -> None:
     """Write ``tokens`` [B,N] as .npy, beside ``path`` and renamed. Raises OSError."""
 
-    def save(part: Path) -> None:
-        with part.open("wb") as f:  # a file object, because np.save would add .npy to the name
-            np.save(f, tokens)
-
-    write_beside(path, save)
+    content = io.BytesIO()  # NumPy would hide why a file could not be written ("0 requested and 0 written")
+    np.save(content, tokens)
+    write_beside(path, lambda part: part.write_bytes(content.getbuffer()))
 
 
 def sheet_columns(classes: int, count: int, scales: int) -> int:
@@ -62,5 +94,6 @@ def class_file_name(bundle: Bundle, label: int) -> str:
 
 
 def safe_name(name: str) -> str:
-    """``name`` with only those characters that are allowed in the file names of every system."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    """``name`` with only those characters that are allowed in the file names of every system, at most 80 bytes."""
+    text = re.sub(r"[^\w.-]+", "-", name).strip("-.").encode()[:80].decode(errors="ignore")
+    return os.fsdecode(text.encode())  # the same bytes on a system that is not set to UTF-8

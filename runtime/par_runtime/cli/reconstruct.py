@@ -6,7 +6,8 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Parser, guarded
-from par_runtime.cli.outputs import check_outputs, write_tokens
+from par_runtime.cli.outputs import check_outputs, write_all, write_tokens
 from par_runtime.images import png
 from par_runtime.images.opening import open_image
 from par_runtime.images.photo import fit_image
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     assert bundle.image_size is not None
     size = bundle.image_size
     out = args.out or Path(f"{args.image[0].stem}-reconstruction.png")
-    check_outputs(out, args.tokens)
+    check_outputs(out, args.tokens, args.image)
     columns = math.ceil(math.sqrt(len(args.image)))
     png.check_sheet(len(args.image), columns, (size[0], size[1] * (2 if args.beside else 1)))
     originals = np.stack([fit_image(open_image(path), size, args.fit) for path in args.image])
@@ -45,9 +46,11 @@ def run(args: argparse.Namespace) -> int:
     images = tokenizer.decode(tokens)
     decoded = time.perf_counter()
     shown = np.concatenate([originals, images], axis=2) if args.beside else images
-    png.write_pixels(out, png.sheet(shown, columns))
+    sheet = png.sheet(shown, columns)
+    files: list[tuple[Path, Callable[[], object]]] = [(out, partial(png.write_pixels, out, sheet))]
     if args.tokens is not None:
-        write_tokens(args.tokens, tokens)
+        files.append((args.tokens, partial(write_tokens, args.tokens, tokens)))
+    write_all(files)
     rows = [
         {"image": str(path), "psnr_db": psnr_db(before, after), "codes": len(np.unique(row))}
         for path, before, after, row in zip(args.image, originals, images, tokens, strict=True)

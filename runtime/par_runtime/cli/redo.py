@@ -13,6 +13,7 @@ from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded
 from par_runtime.cli.inputs import load_pipeline
+from par_runtime.cli.outputs import check_not_input
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.images.recipe import check
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
             "give a PNG of 'parvis generate' or 'parvis edit'"
         )
     if args.out is not None:
+        check_not_input(args.out, [args.image])
         check_writable(args.out)
     # The comparison below is a stricter self-test than the bundle's own.
     pipeline = load_pipeline(args, bundle, selftest=False)

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 
-import onnxruntime  # noqa: F401  # the reference runs on it; without it the verb is refused before any work
-
 from par_runtime import verify
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
@@ -39,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Load both backends, compare them and print the report."""
+    import onnxruntime  # noqa: F401  # the reference runs on it; without it the verb is refused before any work
+
     options.check_counts(args, "images", "groups", "batch")
     overrides = _floors(args)
     bundle = Bundle.open(args.bundle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -84,8 +85,9 @@ def write(path: Path, recipe: Recipe, images: NDArray[np.uint8]) -> None:
 
 def write_pixels(path: Path, pixels: NDArray[np.uint8], chunk: PngImagePlugin.PngInfo | None = None) -> None:
     """Write ``pixels`` [H,W,3] as a PNG, beside ``path`` and renamed. Raises OSError."""
-    image = Image.fromarray(pixels)
-    write_beside(path, lambda part: image.save(part, format="PNG", pnginfo=chunk))
+    content = io.BytesIO()  # Pillow would hide why a file could not be written ("encoder error -2")
+    Image.fromarray(pixels).save(content, format="PNG", pnginfo=chunk)
+    write_beside(path, lambda part: part.write_bytes(content.getbuffer()))
 
 
 def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:

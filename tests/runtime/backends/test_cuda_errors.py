@@ -102,7 +102,7 @@ def check_no_library() -> None:
     sys.modules["cuda.bindings"] = None
     assert cuda.device_count() == 0
     assert "needs cuda-python" in cuda.why_no_device()
-    assert "pip install 'parvis[tensorrt]'" in cuda.why_no_device()
+    assert "pip install 'cuda-python>=13'" in cuda.why_no_device()
     with refused(CudaError, "needs cuda-python"):
         Device.open(0)
 

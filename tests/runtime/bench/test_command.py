@@ -229,6 +229,6 @@ def test_the_error_names_the_package_that_a_baseline_misses(
     monkeypatch.setattr(baselines.importlib, "import_module", missing)
     assert main(["bench", str(tiny), "--device", "cpu", "--against", "n1", "--quiet"]) == 2
     assert (
-        "the n1 baseline needs torch, which is not installed; pip install 'parvis[cpu,export]'"
+        "the n1 baseline needs torch, which is not installed; pip install 'onnxruntime>=1.23' 'torch>=2.9' "
         in capsys.readouterr().err
     )

@@ -6,9 +6,13 @@ import itertools
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from par_runtime.cli.dispatch import VERBS
+from par_runtime.errors import how_to_install, requirements
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 and newer read TOML")
 PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
@@ -58,17 +62,26 @@ def test_every_extra_is_explained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "arguments", "extra"),
+    ("missing", "arguments", "packages"),
     [
-        ("onnxruntime", ["generate", "BUNDLE", "--label", "0", "--out", "x.png"], "parvis[cpu]"),
-        ("onnxruntime", ["verify", "BUNDLE"], "parvis[cpu]"),
-        ("onnx", ["build", "BUNDLE", "--target", "SM80"], "parvis[build,tensorrt-rtx]"),
-        ("tensorrt_rtx", ["build", "BUNDLE", "--target", "SM80"], "parvis[tensorrt-rtx]"),
-        ("torch", ["export", "--help"], "parvis[cpu,export]"),
+        ("onnxruntime", ["generate", "BUNDLE", "--label", "0", "--out", "x.png"], "'onnxruntime>="),
+        ("onnxruntime", ["verify", "BUNDLE"], "'onnxruntime>="),
+        ("onnx", ["build", "BUNDLE", "--target", "SM80"], "'onnx>=1.20' 'ml_dtypes>=0.5' 'tensorrt-rtx>=1.7' "),
+        ("tensorrt_rtx", ["build", "BUNDLE", "--target", "SM80"], "'tensorrt-rtx>=1.7' 'cuda-python>=13'"),
+        (
+            "torch",
+            ["export", "--checkpoint", "x.pt", "--tokenizer", "none", "--out", "x"],
+            "'onnxruntime>=1.23' 'torch>=2.9' ",
+        ),
+        (
+            "torch",
+            ["encode", "--data", "x", "--tokenizer", "x.pt", "--out", "x.npz"],
+            "'onnxruntime>=1.23' 'torch>=2.9' ",
+        ),
     ],
 )
 def test_what_is_missing_is_named_with_its_extra(
-    tiny: Path, tmp_path: Path, missing: str, arguments: list[str], extra: str
+    tiny: Path, tmp_path: Path, missing: str, arguments: list[str], packages: str
 ) -> None:
     code = (
         f"import sys; sys.modules[{missing!r}] = None; from par_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -77,7 +90,7 @@ def test_what_is_missing_is_named_with_its_extra(
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("parvis: error: ")
-    assert f"pip install '{extra}'" in done.stderr
+    assert f"pip install {packages}" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -90,6 +103,63 @@ def test_help_imports_no_other_package() -> None:
         "import par_runtime; from par_runtime.cli import main; sys.exit(main(['--help']))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_options_of_a_verb_need_no_extra(verb: str) -> None:
+    """Neither to be shown, nor to be checked."""
+    code = (
+        "import sys\n"
+        "extras = 'onnxruntime onnx torch tensorrt tensorrt_rtx cuda ml_dtypes safetensors huggingface_hub'\n"
+        "for name in extras.split():\n"
+        "    sys.modules[name] = None\n"
+        "from par_runtime.cli import main\n"
+        f"sys.exit(main([{verb!r}, '--help']) + 10 * main([{verb!r}, '--no-such-option']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 20, done.stderr
+    assert f"usage: parvis {verb}" in done.stdout
+    assert done.stderr.startswith("parvis: error: ")
+    assert f"'parvis {verb} --help' lists the options" in done.stderr
+    assert "not installed" not in done.stderr
+
+
+def test_a_command_that_installs_an_extra_names_the_packages_of_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [
+        "numpy>=1.26",
+        'onnxruntime>=1.23; extra == "cpu"',
+        'onnxruntime-gpu>=1.27; python_version >= "3.11" and extra == "onnxruntime-gpu"',
+        'onnxruntime-gpu>=1.23; python_version < "3.11" and extra == "onnxruntime-gpu"',
+        "tensorrt-rtx>=1.7 ; extra == 'tensorrt-rtx'",
+        "cuda-python>=13 ; extra == 'tensorrt-rtx'",
+    ]
+    installed: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name in installed:
+            return installed[name]
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", lambda _: listed)
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 4))
+    assert requirements("onnxruntime-gpu") == ["onnxruntime-gpu>=1.23"]
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    assert requirements("onnxruntime-gpu") == ["onnxruntime-gpu>=1.27"]
+    assert requirements("cpu,tensorrt-rtx") == ["onnxruntime>=1.23", "tensorrt-rtx>=1.7", "cuda-python>=13"]
+    installed["onnxruntime-gpu"] = "1.27"  # its files and those of onnxruntime are the same ones
+    assert requirements("cpu,tensorrt-rtx") == ["tensorrt-rtx>=1.7", "cuda-python>=13"]
+    monkeypatch.setattr("shutil.which", lambda _: str(Path(sys.executable).parent / "pip"))
+    assert how_to_install("tensorrt-rtx", "cuda-python") == "pip install 'cuda-python>=13'"
+    monkeypatch.setattr("shutil.which", lambda _: "/elsewhere/bin/pip")  # an environment that is not activated
+    monkeypatch.setattr(sys, "executable", "/a place/bin/python")
+    assert how_to_install("tensorrt-rtx", "cuda-python") == "'/a place/bin/python' -m pip install 'cuda-python>=13'"
+
+    def none(_: str) -> list[str]:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "requires", none)
+    assert how_to_install("cpu") == "pip install '.[cpu]' in a clone of parvis"
 
 
 def test_comparing_backends_needs_no_onnxruntime() -> None:

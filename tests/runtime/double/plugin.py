@@ -13,7 +13,7 @@ from double import tensorrt
 from double.driver import Driver
 from par_export.engines import build as engine
 from par_export.engines import tune
-from par_export.engines.build import BuildRequest
+from par_export.engines.request import BuildRequest
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import ENGINES
 from par_runtime.backends.trt import module as trt_module

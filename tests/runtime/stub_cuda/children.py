@@ -19,7 +19,7 @@ from par_runtime.backends import cuda
 
 #: Every test on the stub has this mark: cuda-python is an extra.
 needs_cuda_python = pytest.mark.skipif(
-    importlib.util.find_spec("cuda") is None, reason="needs cuda-python: pip install 'parvis[tensorrt]'"
+    importlib.util.find_spec("cuda") is None, reason="needs cuda-python: pip install cuda-python"
 )
 STUB = Path(__file__).parent / "stub_cuda.c"
 KINDS = ("device", "pinned", "stream", "graph", "exec", "event")  # the order of the stub's enum kind

@@ -22,9 +22,9 @@ from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Float, Int
-from par_runtime.errors import BundleError, CudaError, RequestError
+from par_runtime.errors import BundleError, CudaError, RequestError, how_to_install
 
-REPLACE = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'parvis[onnxruntime-gpu]'"
+REPLACE = f"pip uninstall -y onnxruntime onnxruntime-gpu && {how_to_install('onnxruntime-gpu')}"
 try:
     import onnxruntime as ort
 
@@ -36,8 +36,7 @@ except ModuleNotFoundError as error:
     if error.name != "onnxruntime":
         raise
     raise RequestError(
-        "device 'cuda-ort' needs onnxruntime-gpu, which is not installed; pip install 'parvis[onnxruntime-gpu]' (in a "
-        "clone: pip install '.[onnxruntime-gpu]')"
+        f"device 'cuda-ort' needs onnxruntime-gpu, which is not installed; {how_to_install('onnxruntime-gpu')}"
     ) from error
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"

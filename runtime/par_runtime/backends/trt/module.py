@@ -10,7 +10,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from par_runtime.errors import TensorRTMissingError
+from par_runtime.errors import TensorRTMissingError, how_to_install
 
 CLASSIC, RTX = "tensorrt", "tensorrt_rtx"
 
@@ -44,6 +44,6 @@ def load(name: str | None = None) -> TensorRT:
     wanted = "TensorRT" if name is None else name
     extra = "tensorrt" if name == CLASSIC else "tensorrt-rtx"
     raise TensorRTMissingError(
-        f"{wanted} cannot be imported ({'; '.join(reasons)}); pip install 'parvis[{extra}]'"
-        + ("" if name else " (or 'parvis[tensorrt]' on a data-centre GPU)")
+        f"{wanted} cannot be imported ({'; '.join(reasons)}); {how_to_install(extra)}"
+        + ("" if name else f" (on a data-centre GPU: {how_to_install('tensorrt')})")
     )

@@ -17,7 +17,7 @@ from par_runtime.bench.subjects.pipeline import NOT_TIMED, bundle_info, guidance
 from par_runtime.bundle import Bundle
 from par_runtime.cost.architecture import Architecture
 from par_runtime.dtypes import BYTES
-from par_runtime.errors import RequestError
+from par_runtime.errors import RequestError, how_to_install
 from par_runtime.system import available_cores, peak_bytes
 
 
@@ -84,6 +84,5 @@ def optional(module: str, what: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         raise RequestError(
-            f"{what} needs {error.name}, which is not installed; pip install 'parvis[cpu,export]' (in a clone: "
-            "pip install '.[cpu,export]')"
+            f"{what} needs {error.name}, which is not installed; {how_to_install('cpu,export')}"
         ) from error

@@ -1,0 +1,42 @@
+"""What ``parvis build`` is asked for. Its options can be shown without onnx and TensorRT, so neither is needed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from par_export.engines.cache import DEFAULT_LIMIT_BYTES, default_folder
+
+if TYPE_CHECKING:
+    from par_export.graphs.sampling import SamplingVariant
+
+MODES = ("shared", "per-phase")
+#: Not "exact": its bisection is a chain of hundreds of reductions, which TensorRT-RTX did not finish in ten minutes.
+SAMPLING = ("plain", "topk")
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build. None is the bundle's own setting, or that of :meth:`Form.of` for the query length."""
+
+    bundle: Path
+    target: str  #: "SM80" and the like, or "local"
+    precision: str | None = None
+    images: tuple[int, ...] = (1, 2, 4, 8)
+    mode: str = "shared"
+    sampling: SamplingVariant | None = None
+    grouped: bool | None = None
+    lengths: bool | None = None
+    norm_after: bool = False
+    decoder_precision: str = "fp32"
+    label: str = ""  #: further part of the folder's name, for engines side by side
+    use_cache: bool = True
+    cache_folder: Path = field(default_factory=default_folder)
+    cache_limit_bytes: int = DEFAULT_LIMIT_BYTES
+    reproducible: bool = False
+
+
+def sizes_up_to(most: int) -> tuple[int, ...]:
+    """Batch sizes to build for: 1, 2, 4, ... and ``most`` itself. Other sizes are padded to the next larger one."""
+    return tuple(sorted({most, *(2**i for i in range(most.bit_length()) if 2**i < most)}))

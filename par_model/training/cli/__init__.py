@@ -1,0 +1,33 @@
+"""The verbs ``train-tokenizer``, ``encode`` and ``train`` of ``parvis``: their options, and errors as one line.
+
+PyTorch is imported when a verb runs, not for its ``--help``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as one line, as the other verbs of ``parvis`` print them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print ``message`` as one line and exit with code 2."""
+        self.exit(2, f"parvis: error: {message}; '{self.prog} --help' lists the options\n")
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Run ``work`` of a verb; returns the exit code: 0, or 2 with one line on stderr for an expected error."""
+    from par_model.checkpoint import CheckpointError
+    from par_model.training.run import InputError
+
+    try:
+        work()
+    except (InputError, CheckpointError, OSError) as error:
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"parvis: error: {text}", file=sys.stderr)
+        return 2
+    return 0

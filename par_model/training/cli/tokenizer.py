@@ -1,0 +1,52 @@
+"""``parvis train-tokenizer``: its options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from par_model.training.cli import Parser, guarded
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``parvis train-tokenizer``."""
+    p = Parser(prog="parvis train-tokenizer", description="Train a VQ tokenizer on a folder of images.")
+    p.add_argument("--data", type=Path, required=True, help="folder with images.u8, labels.u8, meta.json")
+    p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
+    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheet.png")
+    p.add_argument("--resume", action="store_true", help="continue the run in --run")
+    p.add_argument(
+        "--encoder-for",
+        type=Path,
+        metavar="TOKENIZER",
+        help="keep this tokenizer's codebook, decoder and sizes, and train an encoder for them from nothing",
+    )
+    p.add_argument("--steps", type=int, default=4000)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--report", type=int, default=250, help="steps between reports and checkpoints")
+    p.add_argument("--codes", type=int, default=1024, help="codebook size")
+    p.add_argument("--channels", type=int, default=32)
+    p.add_argument("--res-blocks", type=int, default=1, help="per encoder level; the decoder has one more")
+    p.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 3])
+    p.add_argument("--z-channels", type=int, default=64)
+    p.add_argument("--norm-groups", type=int, default=8)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``parvis train-tokenizer``; returns the exit code."""
+    args = parser().parse_args(argv)
+
+    def work() -> None:
+        from par_model.training.tokenizer import train
+
+        train(args)
+
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

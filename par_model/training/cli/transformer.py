@@ -1,0 +1,56 @@
+"""``parvis train``: its options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from par_model.config import SIZES
+from par_model.training.cli import Parser, guarded
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``parvis train``."""
+    p = Parser(prog="parvis train", description="Train a PAR model on encoded images.")
+    p.add_argument("--codes", type=Path, required=True, help="codes.npz of parvis encode")
+    p.add_argument("--val", type=Path, required=True, help="held-out codes.npz")
+    p.add_argument("--vocab", type=int, required=True, help="codebook size of the tokenizer")
+    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheets")
+    p.add_argument("--resume", action="store_true", help="continue the run in --run")
+    p.add_argument("--tokenizer", type=Path, help="tokenizer checkpoint, for sample sheets")
+    p.add_argument("--size", choices=list(SIZES), default="tiny")
+    p.add_argument("--dim", type=int, help="width, with --layers and --heads instead of --size")
+    p.add_argument("--layers", type=int)
+    p.add_argument("--heads", type=int)
+    p.add_argument("--group-size", type=int, default=4, help="n, tokens per parallel step")
+    p.add_argument("--steps", type=int, default=10000)
+    p.add_argument("--batch", type=int, default=32)
+    p.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
+    p.add_argument("--schedule", choices=["constant", "cosine"], default="constant")
+    p.add_argument("--lr", type=float, default=0.0, help="of AdamW (default: 1e-4 per 256 images of a batch)")
+    p.add_argument("--warmup", type=int, default=50)
+    p.add_argument("--dropout", type=float, default=0.1)
+    p.add_argument("--ema", type=float, default=0.999)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--report", type=int, default=100, help="steps between reports and checkpoints")
+    p.add_argument("--sheet", type=int, default=500, help="steps between sample sheets")
+    p.add_argument("--guidance", type=float, default=2.0, help="of the sample sheets")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``parvis train``; returns the exit code."""
+    args = parser().parse_args(argv)
+
+    def work() -> None:
+        from par_model.training.transformer import train
+
+        train(args)
+
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
