@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded
-from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline
+from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline, quiet_readers
 from par_runtime.cli.outputs import check_outputs, write_all, write_tokens
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     if bundle.image_size is None:
         raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; export it with a tokenizer")
     png.check_sheet(args.count, default_columns(args.count), bundle.image_size)
-    original = read_original(args, bundle)
+    with quiet_readers():
+        original = read_original(args, bundle)
     keep = kept_tokens(original.stays, bundle.grid[1:])
     kept = int(keep.sum())
     if kept in (0, keep.size):
@@ -83,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"{args.image} does not say its class; give one with --label")
     first = first_seed(args.seed)
     out = args.out or Path(f"{args.image.stem}-edit-{first}.png")
-    check_outputs(out, args.tokens, [args.image])
+    masks = [Path(named) for named in (args.keep, args.change) if named and os.path.exists(named)]
+    check_outputs(out, args.tokens, [args.image, *masks])
     tokens = original.tokens
     if not (args.quiet or args.json):
         _say_what_was_taken(args, original)

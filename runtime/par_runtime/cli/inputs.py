@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
@@ -17,6 +19,26 @@ def class_indices(bundle: Bundle, labels: Sequence[str]) -> list[int]:
     """Class indices of the command line's labels; "all" is every class. Raises RequestError."""
     each = [range(bundle.n_classes) if label == "all" else [class_index(bundle, label)] for label in labels]
     return [index for indices in each for index in indices]
+
+
+@contextmanager
+def quiet_readers() -> Iterator[None]:
+    """While pictures are read: the C libraries behind Pillow print lines of their own about a damaged file.
+
+    The one line that the verb prints says it all. Only for the command line, where no other thread writes.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def load_pipeline(args: argparse.Namespace, bundle: Bundle, selftest: bool) -> Pipeline:

@@ -15,6 +15,7 @@ import numpy as np
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Parser, guarded
+from par_runtime.cli.inputs import quiet_readers
 from par_runtime.cli.outputs import check_outputs, write_all, write_tokens
 from par_runtime.images import png
 from par_runtime.images.opening import open_image
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(out, args.tokens, args.image)
     columns = math.ceil(math.sqrt(len(args.image)))
     png.check_sheet(len(args.image), columns, (size[0], size[1] * (2 if args.beside else 1)))
-    originals = np.stack([fit_image(open_image(path), size, args.fit) for path in args.image])
+    with quiet_readers():
+        originals = np.stack([fit_image(open_image(path), size, args.fit) for path in args.image])
     started = time.perf_counter()
     tokens = tokenizer.encode(originals)
     encoded = time.perf_counter()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded
-from par_runtime.cli.inputs import load_pipeline
+from par_runtime.cli.inputs import load_pipeline, quiet_readers
 from par_runtime.cli.outputs import check_not_input
 from par_runtime.errors import RequestError
 from par_runtime.images import png
@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Make the images of the PNG again, write them if asked, and print how they compare."""
-    recipe, pixels = png.read(args.image)
+    with quiet_readers():
+        recipe, pixels = png.read(args.image)
     bundle = Bundle.open(args.bundle)
     if bundle.hash != recipe.bundle_hash:
         raise RequestError(

@@ -11,6 +11,7 @@ What a mask image means (``mask_from``):
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,13 +81,13 @@ def region(
         return Region(named)
     if isinstance(named, str):
         mask = _side(named, size)
-        if mask is None and named.count(",") == 3 and not Path(named).is_file():
+        if mask is None and named.count(",") == 3 and not os.path.isfile(named):
             mask = np.zeros(size, bool)
             x0, y0, x1, y1 = parse_box(named, size)
             mask[y0:y1, x0:x1] = True
         if mask is not None:
             return Region(mask)
-        if "\0" in named or len(named) > 4096 or not Path(named).exists():
+        if not os.path.exists(named):
             raise RequestError(f"region {shown(named)}: {REGION}")
     elif not isinstance(named, (Path, Image.Image)):
         raise RequestError(f"region {shown(named)}: {REGION}, a PIL image or a bool array [H,W]")

@@ -350,3 +350,21 @@ def test_the_demo_encodes_what_it_decodes() -> None:
     assert (10 * np.log10(255**2 / mse) > 27).all()
     assert (tokens == made.tokens).mean() > 0.2  # several codes decode to nearly the same pixels
     assert (pipeline.encode(again) == tokens).mean() > 0.6
+
+
+def test_a_damaged_tiff_ends_in_one_line_too(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """libtiff prints lines of its own, from C."""
+    path = tmp_path / "a.tif"
+    Image.effect_noise((40, 30), 80).save(path, compression="tiff_lzw")
+    data = bytearray(path.read_bytes())
+    data[12:300] = bytes(range(255, 111, -1)) * 2
+    path.write_bytes(data)
+    for arguments in (
+        ("edit", path, "--label", 0, "--keep", "left"),
+        ("reconstruct", path),
+        ("redo", path),
+    ):
+        assert run(*arguments, "--bundle", tiny) == 2
+        error = capfd.readouterr().err
+        assert "not an image that can be read" in error
+        assert error.count("\n") == 1
