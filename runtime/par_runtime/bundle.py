@@ -1,4 +1,4 @@
-"""Reading and checking a bundle on disk. This module defines the schema of its manifest.
+"""Reading and checking a bundle on disk. The schema of its manifest is in ``manifest.py``.
 
 A bundle is a folder: ``manifest.json``, ONNX graphs, one ``weights.data`` that they share. The manifest fixes order,
 phases, ids, tensor names and hashes. The runtime takes them from there and derives none of them again.
@@ -14,17 +14,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from par_runtime.checked import Mismatch, load_json, read_regular, shown, why_not_regular
 from par_runtime.errors import BundleError
+from par_runtime.manifest import MOST_BYTES, MOST_GRAPH_BYTES, check
+from par_runtime.manifest import WEIGHTS as WEIGHTS  # with the names of the other files
 from par_runtime.system import sha256
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-WEIGHTS = "weights.data"
 #: ``verify="auto"`` hashes only files up to this size, because hashing a gigabyte takes about a second.
 HASH_UP_TO_BYTES = 64 * 2**20
 
 #: What is checked of the files of a bundle or an engine when it is opened. "auto": all sizes, and the hashes of files
-#: up to 64 MB; "full": all sizes and all hashes; "none": nothing.
+#: up to 64 MB; "full": all sizes and all hashes; "none": only that they are files.
 FileCheck = Literal["auto", "full", "none"]
 
 
@@ -141,6 +143,7 @@ class Bundle:
     parity: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
     weights: Mapping[str, Stored]  #: of the step network, by name; older bundles have no such table
+    tokenizer: Mapping[str, Any] | None  #: the layers of the image tokenizer; None where the bundle ends at tokens
 
     @property
     def vocab_size(self) -> int:
@@ -166,14 +169,13 @@ class Bundle:
         path = Path(path)
         manifest = _read_manifest(path)
         try:
-            bundle = _parse(path, manifest)
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+            check(manifest)
+        except Mismatch as fault:
             raise BundleError(
-                f"{path / MANIFEST}: {reason}; the manifest is not one of schema {SCHEMA}; export the bundle again"
-            ) from error
-        if verify != "none":
-            _check_files(bundle, verify)
+                f"{path / MANIFEST}: {fault}; the manifest is not one of schema {SCHEMA}; export the bundle again"
+            ) from None
+        bundle = _parse(path, manifest)
+        _check_files(bundle, verify)
         return bundle
 
 
@@ -195,47 +197,41 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         what = "is a file, not a folder" if path.exists() else "no such folder"
         raise BundleError(f"{path}: {what}; give the path of a bundle, made by 'parvis export'")
     file = path / MANIFEST
-    if not file.is_file():
+    if why_not_regular(file) == "missing":
         raise BundleError(f"{path}: holds no {MANIFEST}, so it is not a bundle; make one with 'parvis export'")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BundleError(f"{file}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{file}: not valid JSON ({error}); copy the bundle again or export it again") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
+    again = "copy the bundle again or export it again"
+
+    def fault(message: str) -> BundleError:
+        return BundleError(f"{message}; {again}")
+
+    manifest = load_json(read_regular(file, MOST_BYTES, fault), str(file), fault)
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if type(schema) is not int:
         raise BundleError(
             f"{file}: has no schema number; expected a manifest of schema {SCHEMA}; export the bundle again"
         )
-    if manifest["schema"] > SCHEMA:
+    if schema > SCHEMA:
         raise BundleError(
-            f"{file}: schema {manifest['schema']} was made by a newer parvis; this one reads up to {SCHEMA}: "
+            f"{file}: schema {shown(schema)} was made by a newer parvis; this one reads up to {SCHEMA}: "
             "upgrade with pip install --upgrade parvis"
         )
-    if manifest["schema"] < SCHEMA:
-        raise BundleError(f"{file}: schema {manifest['schema']} is older than {SCHEMA}; export the bundle again")
-    if manifest.get("hash") != canonical_hash(manifest):
+    if schema < SCHEMA:
+        raise BundleError(f"{file}: schema {shown(schema)} is older than {SCHEMA}; export the bundle again")
+    given, own = manifest.get("hash"), canonical_hash(manifest)
+    if given != own:
         raise BundleError(
-            f"{file}: its hash is {str(manifest.get('hash'))[:12]}, its content gives {canonical_hash(manifest)[:12]}; "
-            "the manifest was changed after export: copy the bundle again or export it again"
+            f"{file}: its hash is {shown(given, 16)}, its content gives {own[:12]}; "
+            f"the manifest was changed after export: {again}"
         )
-    return manifest
+    checked: dict[str, Any] = manifest
+    return checked
 
 
 def _parse(path: Path, m: dict[str, Any]) -> Bundle:
+    """The bundle of a manifest that passed :func:`par_runtime.manifest.check`."""
     t, h, w = m["grid"]
     tokenizer = m["tokenizer"]
     cache = m["cache"]
-    for name in [*m["files"], *(g["file"] for g in m["graphs"].values())]:
-        if name not in m["files"] or Path(name).name != name:
-            raise ValueError(f"file {name!r} is not one of the bundle's own")
-    position = 0
-    for p in m["phases"]:
-        if p["start"] != position or len(p["inputs"]) != p["query"]:
-            raise ValueError(f"phase {p['name']!r} does not continue at position {position}")
-        position += p["query"] * p["repeat"]
-    if not position == m["n_tokens"] == t * h * w or sorted(m["order"]) != list(range(position)):
-        raise ValueError(f"order and phases do not cover the {t}x{h}x{w} tokens once")
     return Bundle(
         path=path,
         name=m["name"],
@@ -252,36 +248,49 @@ def _parse(path: Path, m: dict[str, Any]) -> Bundle:
         graphs={name: Graph(g["file"], g["opset"], g["sampling"]) for name, g in m["graphs"].items()},
         cache=Cache(cache["dtype"], tuple(cache["inputs"]), tuple(cache["outputs"]), cache["heads"], cache["head_dim"]),
         image_size=None if tokenizer is None else (tokenizer["image_size"][0], tokenizer["image_size"][1]),
-        class_names=None if m["class_names"] is None else tuple(m["class_names"]),
+        class_names=tuple(m["class_names"]) if m["class_names"] else None,
         class_synsets=tuple(m["class_synsets"]) if m.get("class_synsets") else None,
         defaults=Defaults(**m["defaults"]),
         selftest=m["selftest"],
         parity=m["parity"],
         files=m["files"],
-        weights={name: Stored(dtype, tuple(shape), *at) for name, (dtype, shape, *at) in m.get("weights", {}).items()},
+        weights={
+            name: Stored(dtype, tuple(shape), *at) for name, (dtype, shape, *at) in (m.get("weights") or {}).items()
+        },
+        tokenizer=None if tokenizer is None else tokenizer["config"],
     )
 
 
 def _check_files(bundle: Bundle, verify: FileCheck) -> None:
+    """Raise BundleError for a file that is not as the manifest says.
+
+    Even ``verify="none"`` refuses what is no file, or could not be opened without harm: whoever opens them later,
+    ONNX Runtime among them, does not look.
+    """
+    graphs = {graph.file for graph in bundle.graphs.values()}
     for name, entry in bundle.files.items():
-        why = file_fault(bundle.path / name, entry["bytes"], entry["sha256"], verify)
+        file = bundle.path / name
+        why = file_fault(file, entry["bytes"], entry["sha256"], verify)
+        if why is None and name in graphs and file.stat().st_size > MOST_GRAPH_BYTES:
+            why = f"{file.stat().st_size} bytes; expected at most {MOST_GRAPH_BYTES} of a graph"
         if why is not None:
-            raise BundleError(f"{bundle.path / name}: {why}; copy the bundle again or export it again")
+            raise BundleError(f"{file}: {why}; copy the bundle again or export it again")
 
 
 def file_fault(file: Path, size: int, digest: str, verify: FileCheck) -> str | None:
     """What is wrong with a file that was written with ``size`` bytes and sha256 ``digest``, or None.
 
-    "auto" hashes files up to 64 MB, "full" all.
+    "auto" hashes files up to 64 MB, "full" all; "none" only looks whether it is a file.
     """
-    if not file.is_file():
-        return "missing"
-    have = file.stat().st_size
-    if have != size:
-        return f"{'truncated' if have < size else 'too long'}: {have} bytes, expected {size}"
-    if verify != "full" and have > HASH_UP_TO_BYTES:
-        return None
+    why = why_not_regular(file)
+    if why is not None or verify == "none":
+        return why
     try:
+        have = file.stat().st_size
+        if have != size:
+            return f"{'truncated' if have < size else 'too long'}: {have} bytes, expected {size}"
+        if verify != "full" and have > HASH_UP_TO_BYTES:
+            return None
         content = sha256(file)
     except OSError as error:
         return f"cannot be read ({error.strerror})"

@@ -9,14 +9,19 @@ import errno
 import json
 import math
 import os
+import re
 import stat
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 #: Objects and lists inside each other: more than any file of parvis has, and far from Python's limit of recursion.
 MOST_NESTED = 32
 #: Digits of an integer. Python takes time that grows with the square of it.
 MOST_DIGITS = 100
+#: What a name may not hold: a terminal obeys it, or it cannot be printed, or it shows text in another order.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -47,7 +52,7 @@ def _text(value: object, limit: int, levels: int) -> str:
     return f"{brackets[0]}{text}{brackets[1]}"
 
 
-def load_json(text: str | bytes, what: str, error: type[Exception]) -> Any:
+def load_json(text: str | bytes, what: str, error: Callable[[str], Exception]) -> Any:
     """The value of a JSON text. ``what`` names the text in messages, for instance a path.
 
     Refused with ``error``, beside what is no JSON: numbers that are not finite (Python would read ``Infinity``, NaN and
@@ -133,7 +138,7 @@ def _why_not(mode: int) -> str | None:
     return f"is {next((kind for test, kind in kinds.items() if test(mode)), 'something else')}, not a file"
 
 
-def read_regular(path: Path, limit_bytes: int, error: type[Exception]) -> bytes:
+def read_regular(path: Path, limit_bytes: int, error: Callable[[str], Exception]) -> bytes:
     """The content of the file ``path``. Raises ``error`` where it is no regular file, or longer than ``limit_bytes``.
 
     A pipe, a device or a socket is refused before it is opened, so nothing waits; a too large file before it is read.
@@ -157,3 +162,115 @@ def read_regular(path: Path, limit_bytes: int, error: type[Exception]) -> bytes:
     if size > limit_bytes or len(content) > limit_bytes:
         raise error(f"{path}: {max(size, len(content))} bytes; expected at most {limit_bytes}")
     return content
+
+
+class Mismatch(ValueError):  # noqa: N818, it is no failure of the program
+    """A value of a file is not what the file's format says; the message has its place, itself and what is expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A value of a JSON file with its place in it, for instance "phases[2].query". Methods return it checked.
+
+    All raise :class:`Mismatch`.
+    """
+
+    value: Any
+    place: str = ""
+
+    def refuse(self, expected: str) -> NoReturn:
+        """Raise Mismatch: the value, and what is ``expected``."""
+        raise Mismatch(f"{self.place or 'the file'} is {shown(self.value)}; expected {expected}")
+
+    def integer(self, least: int = 0, most: int = 2**53) -> int:
+        """The value, if it is a whole number from ``least`` to ``most``; ``True`` is none."""
+        if type(self.value) is not int or not least <= self.value <= most:
+            self.refuse(f"{least}" if least == most else f"a whole number from {least} to {most}")
+        return self.value
+
+    def number(self, least: float, most: float) -> float:
+        """The value, if it is a number from ``least`` to ``most``."""
+        if type(self.value) not in (int, float) or not least <= self.value <= most:
+            self.refuse(f"a number from {least:.4g} to {most:.4g}")
+        return float(self.value)
+
+    def boolean(self) -> bool:
+        """The value, if it is true or false."""
+        if type(self.value) is not bool:
+            self.refuse("true or false")
+        return self.value
+
+    def text(self, most: int = 200) -> str:
+        """The value, if it is a text of 1 to ``most`` characters that can be printed."""
+        if not isinstance(self.value, str) or not 1 <= len(self.value) <= most or UNPRINTABLE.search(self.value):
+            self.refuse(f"a text of 1 to {most} printable characters")
+        return self.value
+
+    def match(self, pattern: str, expected: str) -> str:
+        """The value, if it is a text of the whole regular expression ``pattern``."""
+        if not isinstance(self.value, str) or len(self.value) > 1000 or not re.fullmatch(pattern, self.value):
+            self.refuse(expected)
+        return self.value
+
+    def one_of(self, choices: Collection[str]) -> str:
+        """The value, if it is one of ``choices``."""
+        if not isinstance(self.value, str) or self.value not in choices:
+            self.refuse(f"one of {', '.join(choices)}")
+        return self.value
+
+    def file_name(self, owner: str) -> str:
+        """The value, if it is the name of a file in the folder of its ``owner``: "bundle" or "engine"."""
+        name = self.value
+        if not isinstance(name, str) or not 1 <= len(name) <= 255 or UNPRINTABLE.search(name):
+            self.refuse("the name of a file")
+        if name in (".", "..") or "/" in name or "\\" in name or ":" in name:
+            raise Mismatch(f"file {shown(name)} is not one of the {owner}'s own")
+        return name
+
+    def entries(self, least: int = 0, most: int = 2**24) -> Iterator[Value]:
+        """The entries of the value, if it is a list of ``least`` to ``most`` of them."""
+        if not isinstance(self.value, list) or not least <= len(self.value) <= most:
+            count = f"{least}" if least == most else f"{least} to {most}"
+            self.refuse(f"a list of {count} entries" + self._length())
+        return (Value(entry, f"{self.place}[{i}]") for i, entry in enumerate(self.value))
+
+    def integers(self, least: int, most: int, count: int | None = None) -> list[int]:
+        """The value, if it is a list of whole numbers from ``least`` to ``most``, ``count`` of them if given.
+
+        For long lists: no object is made for each entry.
+        """
+        self.entries(*(() if count is None else (count, count)))
+        for i, entry in enumerate(self.value):
+            if type(entry) is not int or not least <= entry <= most:
+                Value(entry, f"{self.place}[{i}]").integer(least, most)
+        numbers: list[int] = self.value
+        return numbers
+
+    def object(self, most: int = 2**16) -> dict[str, Any]:
+        """The value, if it is an object of at most ``most`` entries."""
+        if not isinstance(self.value, dict) or len(self.value) > most:
+            self.refuse(f"an object of at most {most} entries" + self._length())
+        return self.value
+
+    def items(self, most: int = 2**16) -> Iterator[tuple[str, Value]]:
+        """The entries of the value by name, if it is an object of at most ``most`` of them with printable names."""
+        for name in self.object(most):
+            yield Value(name, f"a name in {self.place or 'the file'}").text(), self[name]
+
+    def __getitem__(self, name: str) -> Value:
+        """The entry ``name`` of the value, which must be an object that has it."""
+        if not isinstance(self.value, dict):
+            self.refuse("an object")
+        if name not in self.value:
+            raise Mismatch(f"no entry {shown(name)}" + (f" in {self.place}" if self.place else ""))
+        short = name if re.fullmatch("[A-Za-z0-9_.-]{1,60}", name) else shown(name, 60)
+        return Value(self.value[name], f"{self.place}.{short}" if self.place else short)
+
+    def get(self, name: str) -> Value | None:
+        """The entry ``name`` of the value; None where it is missing or null."""
+        if isinstance(self.value, dict) and self.value.get(name) is None:
+            return None
+        return self[name]
+
+    def _length(self) -> str:
+        return f" (it has {len(self.value)})" if isinstance(self.value, list | dict) else ""

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.bundle import Bundle
+from par_runtime.dtypes import FLOAT32_MAX
 from par_runtime.errors import RequestError
 
 SEED_LIMIT = 2**64
 NAMES_SHOWN = 8
-FLOAT32_MAX = float(np.finfo(np.float32).max)  #: guidance and temperature reach the graphs in fp32
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,7 @@ def _each(
 
 
 def _in_fp32(value: float) -> bool:
+    """Guidance and temperature reach the graphs in fp32."""
     return 0 <= value <= FLOAT32_MAX
 
 

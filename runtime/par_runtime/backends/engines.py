@@ -7,18 +7,23 @@ another model, and its own hash, as a manifest does.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from par_runtime.bundle import Bundle, FileCheck, canonical_hash, file_fault
+from par_runtime.checked import UNPRINTABLE, Mismatch, Value, load_json, read_regular, shown
+from par_runtime.dtypes import PRECISIONS
 from par_runtime.errors import EngineError
 
 ENGINES = "engines"
 ENGINE_JSON = "engine.json"
 ENGINE_SCHEMA = 1
+MOST_BYTES = 8 * 2**20  #: of an engine.json, which lists the kernels of its plans
+MOST_IMAGES = 4096  #: of a profile
+MOST_ENGINES = 64  #: folders that are looked at
+CAPTURES = ("image", "call", "none")
 
 
 @dataclass(frozen=True)
@@ -83,31 +88,34 @@ class Engine:
         """Read and check the engine at ``path``; with ``bundle``, that it was built from it. Raises EngineError."""
         file = path / ENGINE_JSON
         again = f"build it again with: parvis build {path.parent.parent}"
-        try:
-            entry = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise EngineError(f"{file}: cannot be read ({error}); {again}") from error
-        if not isinstance(entry, dict) or entry.get("schema") != ENGINE_SCHEMA:
-            schema = entry.get("schema") if isinstance(entry, dict) else type(entry).__name__
-            raise EngineError(f"{file}: schema {schema!r}, this parvis reads {ENGINE_SCHEMA}; {again}")
+
+        def fault(message: str) -> EngineError:
+            return EngineError(f"{message}; {again}")
+
+        entry = load_json(read_regular(file, MOST_BYTES, fault), str(file), fault)
+        schema = entry.get("schema") if isinstance(entry, dict) else entry
+        if type(schema) is not int or schema != ENGINE_SCHEMA:
+            raise fault(f"{file}: schema {shown(schema)}, this parvis reads {ENGINE_SCHEMA}")
         if entry.get("hash") != canonical_hash(entry):
             raise EngineError(
                 f"{file}: its content does not match its own hash; it was changed after the build: {again}"
             )
         try:
+            _check(Value(entry))
             engine = _parse(path, entry)
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineError(f"{file}: incomplete ({error!r}); {again}") from error
+            if bundle is not None and engine.bundle_hash == bundle.hash:
+                _check_plans(engine, bundle)
+        except Mismatch as mismatch:
+            raise fault(f"{file}: {mismatch}") from None
         if bundle is not None and engine.bundle_hash != bundle.hash:
             raise EngineError(
                 f"{path}: was built from a bundle with hash {engine.bundle_hash[:12]}, this one is "
                 f"{bundle.hash[:12]}; rebuild with: {engine.rebuild}"
             )
-        if verify != "none":
-            for plan in [*engine.plans.values(), *([engine.decoder] if engine.decoder else [])]:
-                why = file_fault(path / plan.file, plan.bytes, plan.sha256, verify)
-                if why is not None:
-                    raise EngineError(f"{path / plan.file}: {why}; rebuild with: {engine.rebuild}")
+        for plan in [*engine.plans.values(), *([engine.decoder] if engine.decoder else [])]:
+            why = file_fault(path / plan.file, plan.bytes, plan.sha256, verify)
+            if why is not None:
+                raise EngineError(f"{path / plan.file}: {why}; rebuild with: {engine.rebuild}")
         return engine
 
 
@@ -115,8 +123,11 @@ def list_engines(bundle: Bundle, verify: FileCheck = "none") -> tuple[list[Engin
     """The engines of ``bundle`` that can be read, and one line of text for each folder that cannot."""
     folder = bundle.path / ENGINES
     engines, bad = [], []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for path in sorted(folder.iterdir())[:MOST_ENGINES] if folder.is_dir() else []:
         if not path.is_dir() or path.name.startswith("."):
+            continue
+        if UNPRINTABLE.search(path.name):
+            bad.append(f"{folder}: the folder {shown(path.name)} has a name that cannot be printed; remove it")
             continue
         try:
             engines.append(Engine.open(path, bundle, verify))
@@ -158,15 +169,64 @@ def best(engines: list[Engine]) -> Engine:
     return max(engines, key=lambda e: (bool(e.tuned.get("chosen")), order.get(e.precision, 0), e.images[-1]))
 
 
+def _check(e: Value) -> None:
+    """Raise Mismatch for the first entry of an ``engine.json`` that is not of its form."""
+    e["bundle"].match("[0-9a-f]{64}", "64 hexadecimal digits")
+    e["runtime"].match("[a-z_]{1,32}", "the name of a TensorRT")
+    e["version"].match(r"[0-9A-Za-z.+_-]{1,64}", "a version")
+    e["target"].match("SM[0-9]{2,4}", "SM80 and the like")
+    e["device"]
+    if e.get("device") is not None:
+        e["device"].text()
+    e["precision"].one_of(PRECISIONS)
+    e["mode"].match("[a-z-]{1,32}", "shared or per-phase")
+    e["sampling"].match("[a-z]{1,32}", "a kind of sampling")
+    images = e["images"].integers(1, MOST_IMAGES)
+    if not 1 <= len(images) <= 64 or images != sorted(set(images)):
+        e["images"].refuse("1 to 64 numbers, ascending")
+    for name, plan in e["plans"].items(16):
+        Value(name, "a name in plans").match("[a-z_]{1,32}", "1 to 32 small letters")
+        _check_plan(plan, 1)
+    e["decoder"]
+    if e.get("decoder") is not None:
+        _check_plan(e["decoder"], 0)
+    e["report"].object()
+    tuned = e["tuned"]
+    tuned.object()
+    if tuned.get("chosen") is not None:
+        tuned["chosen"].boolean()
+    if tuned.get("capture") is not None:
+        tuned["capture"].one_of(CAPTURES)
+
+
+def _check_plan(plan: Value, least_query: int) -> None:
+    plan["file"].file_name("engine")
+    plan["bytes"].integer(0, 2**50)
+    plan["sha256"].match("[0-9a-f]{64}", "64 hexadecimal digits")
+    plan["query"].integer(least_query, 2**20 if least_query else 0)
+    for phase in plan["phases"].entries(0, 16):
+        phase.match("[a-z_]{1,32}", "1 to 32 small letters")
+
+
+def _check_plans(engine: Engine, bundle: Bundle) -> None:
+    """Raise Mismatch where the plans do not serve the phases of the bundle that they were built from."""
+    for phase in bundle.phases:
+        serving = [plan for plan in engine.plans.values() if phase.name in plan.phases]
+        if not serving or not phase.query <= serving[0].query <= bundle.group_size:
+            raise Mismatch(
+                f"plans have none for the phase {phase.name!r} of {phase.query} positions and at most "
+                f"{bundle.group_size}"
+            )
+    if engine.decoder is not None and bundle.image_size is None:
+        raise Mismatch("decoder is there; expected none, because the bundle ends at tokens")
+
+
 def _parse(path: Path, entry: dict[str, Any]) -> Engine:
+    """The engine of an ``engine.json`` that passed :func:`_check`."""
+
     def plan(item: dict[str, Any]) -> Plan:
-        if Path(item["file"]).name != item["file"]:
-            raise ValueError(f"file {item['file']!r} is not one of the engine's own")
         return Plan(item["file"], item["bytes"], item["sha256"], item["query"], tuple(item["phases"]))
 
-    images = tuple(entry["images"])
-    if not images or list(images) != sorted(set(images)):
-        raise ValueError(f"images {images} are not ascending")
     return Engine(
         path=path,
         bundle_hash=entry["bundle"],
@@ -176,7 +236,7 @@ def _parse(path: Path, entry: dict[str, Any]) -> Engine:
         device=entry["device"],
         precision=entry["precision"],
         mode=entry["mode"],
-        images=images,
+        images=tuple(entry["images"]),
         sampling=entry["sampling"],
         plans={name: plan(item) for name, item in entry["plans"].items()},
         decoder=None if entry["decoder"] is None else plan(entry["decoder"]),

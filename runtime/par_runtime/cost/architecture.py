@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from par_runtime.bundle import MANIFEST, Bundle, Phase
+from par_runtime.bundle import Bundle, Phase
 from par_runtime.cost.decoder import count_decoder
 
 #: name -> width, layers, heads, FFN width of the published models (V = 16384, 1000 classes).
@@ -62,11 +61,9 @@ class Architecture:
     def of(bundle: Bundle) -> Architecture:
         """The bundle's model and its decoder, where it has one."""
         architecture = Architecture.of_model(bundle.model, bundle.phases)
-        if bundle.image_size is None:
+        if bundle.tokenizer is None:
             return architecture
-        # Only this function needs the layers of the tokenizer, so ``Bundle`` does not hold them.
-        tokenizer = json.loads((bundle.path / MANIFEST).read_text(encoding="utf-8"))["tokenizer"]
-        parameters, operations = count_decoder(tokenizer["config"], bundle.grid)
+        parameters, operations = count_decoder(bundle.tokenizer, bundle.grid)
         return replace(architecture, decoder_parameters=parameters, decoder_operations=operations)
 
     @staticmethod

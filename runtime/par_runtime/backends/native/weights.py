@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,10 +15,10 @@ from par_runtime.backends.native.library import WEIGHT_DTYPES, Model
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
 from par_runtime.dtypes import STORAGE, Float, Int, dtype_bytes, to_float32
 from par_runtime.errors import BundleError
+from par_runtime.manifest import MATRICES, NORMS
+from par_runtime.system import available_bytes
 
 PAGE_BYTES = 4096
-MATRICES = ("wqkv", "wo", "w13", "w2")  #: of a layer
-NORMS = ("attention_norm", "ffn_norm")  #: of a layer
 
 
 class Weights:
@@ -27,7 +28,11 @@ class Weights:
     """
 
     def __init__(self, bundle: Bundle, lib: ctypes.CDLL, cache_slots: int) -> None:
-        """Read the weights file of ``bundle``. Raises BundleError where its matrices differ in precision, OSError."""
+        """Read the weights file of ``bundle``.
+
+        Raises BundleError where its matrices differ in precision or the file is shorter than its table, MemoryError
+        where there is no room for them, OSError.
+        """
         m, table = bundle.model, bundle.weights
         dtype = table["output"].dtype
         layers = range(m["n_layers"])
@@ -38,12 +43,22 @@ class Weights:
                     f"{bundle.path}: {name} is stored in another precision than the others; export it again"
                 )
         with (bundle.path / WEIGHTS).open("rb") as opened:
+            # Again, on the opened file: reading beyond its end would kill the process.
+            size, needed = os.fstat(opened.fileno()).st_size, max(at.offset + at.length for at in table.values())
+            if size < needed:
+                raise BundleError(
+                    f"{bundle.path / WEIGHTS}: truncated: {size} bytes, its tensors end at {needed}; copy the bundle "
+                    "again or export it again"
+                )
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         file = np.frombuffer(mapped, np.uint8)
         offsets, total = {}, 0
         for name in names:
             offsets[name] = total
             total += -(-table[name].length // PAGE_BYTES) * PAGE_BYTES
+        free = available_bytes()
+        if free is not None and total > free:  # Linux grants the memory, and kills the process when it is written
+            raise MemoryError(f"the weights of {bundle.path} take {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         self._packed = np.empty(total, np.uint8)  # numpy asks the system for huge pages
         address = {name: self._packed.ctypes.data + offset for name, offset in offsets.items()}
         for name in names:

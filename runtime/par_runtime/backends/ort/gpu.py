@@ -154,6 +154,7 @@ class OrtCudaBackend:
                 f"{ort.__version__} needs a GPU with its driver, CUDA {getattr(ort, 'cuda_version', '') or '13'} and "
                 "cuDNN 9: pip install 'onnxruntime-gpu[cuda,cudnn]'"
             )
+        sessions.check_interface(session, self.bundle, name)
         misplaced = not_on_provider(session, self._provider)
         if misplaced and name == "step":
             raise BundleError(
@@ -314,4 +315,4 @@ def _reason(error: Exception) -> str:
     """The part of ONNX Runtime's error that a user can act on, without the source lines and host names around it."""
     text = str(error).strip()
     reason = re.search(r"Invalid device ID[^.\n]*|CUDA failure [^;\n]*|Failed to allocate memory[^\n]*", text)
-    return reason.group().strip() if reason else (text.splitlines() or [type(error).__name__])[0]
+    return sessions.reason(Exception(reason.group().strip()) if reason else error)

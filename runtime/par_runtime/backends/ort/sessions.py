@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,20 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from par_runtime.backends.base import IMAGE_INPUTS
 from par_runtime.bundle import Bundle
+from par_runtime.checked import shown
 from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
 from par_runtime.system import available_cores
 
 #: The first release with every operator of opset 24 that ``step.onnx`` uses; before, ``step_opset23.onnx`` runs.
 OPSET24_SINCE = (1, 25)
+#: ONNX Runtime's log is silent: failures are raised, and the log would print them too, at any length. 2: warnings.
+LOG_SEVERITY = 4
+#: name -> (dtype, shape) of inputs or outputs; letters are sizes that change from call to call.
+Interface = dict[str, tuple[str, tuple[int | str, ...]]]
+QUOTES = "'\""
 #: How ONNX Runtime's allocators report that memory is missing (the last one: CUDA's).
 NO_MEMORY = ("allocate memory", "bad_alloc", "out of memory")
 
@@ -29,7 +37,7 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     """Options of a session with ``threads`` of the CPU; default: all cores that this process may use."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
-    options.log_severity_level = 2
+    options.log_severity_level = LOG_SEVERITY
     return options
 
 
@@ -42,12 +50,76 @@ def open_session(bundle: Bundle, name: str, options: ort.SessionOptions) -> ort.
         )
     path = bundle.path / graph.file
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        if isinstance(explained(error), MemoryError):
+            raise MemoryError(reason(error)) from error
         raise BundleError(
-            f"{path}: onnxruntime {ort.__version__} cannot load it ({reason}); export the bundle again"
+            f"{path}: onnxruntime {ort.__version__} cannot load it ({reason(error)}); export the bundle again"
         ) from error
+    check_interface(session, bundle, name)
+    return session
+
+
+def expected_interface(bundle: Bundle, name: str) -> tuple[Interface, Interface]:
+    """Inputs and outputs of the bundle's graph ``name``, as a session of it must have them: the dynamic step graphs,
+    decoders and the encoder.
+    """
+    image, tokens = ("B", *(bundle.image_size or (0, 0)), 3), ("B", bundle.n_tokens)
+    if name.startswith("decoder"):
+        return {"tokens": ("int64", tokens)}, {"images": ("uint8", image)}
+    if name == "encoder":
+        return {"images": ("uint8", image)}, {"tokens": ("int64", tokens)}
+    inputs: Interface = dict.fromkeys(("ids", "positions"), ("int64", ("R", "q")))
+    inputs |= dict.fromkeys(("write", "length"), ("int64", ("R",)))
+    inputs |= {key: (np.dtype(dtype).name, ("B",)) for key, dtype in IMAGE_INPUTS.items()}
+    inputs["uniform"] = ("float32", ("B", "q"))
+    layout = bundle.cache
+    cache = (layout.dtype, ("R", layout.heads, "S", layout.head_dim))
+    outputs: Interface = {"tokens": ("int64", ("R", "q")), "logits": ("float32", ("B", "q", bundle.vocab_size))}
+    return inputs | dict.fromkeys(layout.inputs, cache), outputs | dict.fromkeys(layout.outputs, cache)
+
+
+def check_interface(session: ort.InferenceSession, bundle: Bundle, name: str) -> None:
+    """Raise BundleError where the inputs and outputs of a session are not those that follow from the manifest.
+
+    Buffers are bound by address in these shapes, so a graph of another model must not get that far.
+    """
+    for side, wanted, given in zip(
+        ("input", "output"),
+        expected_interface(bundle, name),
+        (session.get_inputs(), session.get_outputs()),
+        strict=True,
+    ):
+        found = {tensor.name: (_dtype(tensor.type), tuple(tensor.shape)) for tensor in given}
+        for tensor in sorted(wanted.keys() | found.keys()):
+            have, want = found.get(tensor), wanted.get(tensor)
+            if have is None or want is None or not _agree(have, want):
+                raise BundleError(
+                    f"{bundle.path / bundle.graphs[name].file}: its {side} {shown(tensor)} is {_described(have)}; the "
+                    f"manifest's model needs {_described(want)}; export the bundle again"
+                )
+
+
+def _agree(have: tuple[str, tuple[Any, ...]], want: tuple[str, tuple[int | str, ...]]) -> bool:
+    """Whether dtype, rank and every fixed size are equal; letters stand for any size, and must stay symbolic."""
+    return (
+        have[0] == want[0]
+        and len(have[1]) == len(want[1])
+        and all(h == w if isinstance(w, int) else not isinstance(h, int) for h, w in zip(have[1], want[1], strict=True))
+    )
+
+
+def _described(tensor: tuple[str, tuple[Any, ...]] | None) -> str:
+    if tensor is None:
+        return "none"
+    return f"{shown(tensor[0])[1:-1]}[{','.join(shown(size, 20).strip(QUOTES) for size in tensor[1][:8])}]"
+
+
+def _dtype(text: str) -> str:
+    """ "float32" for ONNX Runtime's "tensor(float)"; also names of what is no tensor."""
+    inner = text.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(inner, inner)
 
 
 def weight_bytes(bundle: Bundle) -> float:
@@ -70,10 +142,28 @@ def run(
         out: NDArray[Any] = session.run(None, {name: np.ascontiguousarray(values)})[0]
     except Exception as error:
         raise (explain or explained)(error) from error
+    declared = session.get_outputs()[0]  # which check_interface has compared with the manifest
+    if out.shape != (len(values), *declared.shape[1:]):  # ONNX Runtime only warns
+        raise BundleError(
+            f"the graph's output {shown(declared.name)} has shape {shown(list(out.shape))}, expected "
+            f"{[len(values), *declared.shape[1:]]}; export the bundle again"
+        )
     return out
 
 
 def explained(error: Exception) -> Exception:
-    """``error`` of ONNX Runtime as MemoryError where memory is missing; else as it is."""
-    text = str(error)
-    return MemoryError(text) if any(words in text for words in NO_MEMORY) else error
+    """``error`` of ONNX Runtime as MemoryError where memory is missing; else as BundleError, since the inputs of a
+    call are checked before it.
+    """
+    if any(words in str(error) for words in NO_MEMORY):
+        return MemoryError(reason(error))
+    return BundleError(
+        f"onnxruntime {ort.__version__} cannot run a graph of the bundle ({reason(error)}); copy the bundle again or "
+        "export it again"
+    )
+
+
+def reason(error: Exception) -> str:
+    """What an error of ONNX Runtime says: the innermost of its messages, at most 300 characters that can be printed."""
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return shown(re.split(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", line)[-1], 300)[1:-1]

@@ -1,0 +1,382 @@
+"""Bundles as an enemy made them, their hash recomputed: whatever was changed, one clear line, or a bundle that works.
+
+The changes are drawn from a seed. A change that is refused must be refused before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hostile
+import pytest
+from double import tensorrt
+
+from par_runtime.backends.engines import ENGINE_JSON, Engine, list_engines
+from par_runtime.bundle import Bundle, seal
+from par_runtime.cli import dispatch as cli
+from par_runtime.errors import BundleError, EngineError, RequestError
+from par_runtime.pipeline import Pipeline
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+
+
+@pytest.fixture
+def bundle(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """A test that waits (for a pipe that nobody writes, say) fails instead."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("it waits")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def manifest_of(bundle: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
+    return manifest
+
+
+def check_line(error: Exception) -> None:
+    """One line of bounded length that a terminal prints as it is."""
+    text = str(error)
+    assert len(text) < 1000, text
+    assert text.isprintable(), text
+
+
+def test_every_entry_of_a_manifest(bundle: Path) -> None:
+    manifest = manifest_of(bundle)
+    refused, works = 0, 0
+    for what, changed in hostile.mutations(manifest, 2200, seed=1):
+        hostile.write(bundle, changed)
+        try:
+            Bundle.open(bundle, verify="none")  # files are hashed where the bundle is loaded
+        except BundleError as error:
+            check_line(error)
+            refused += 1
+            continue
+        except Exception as error:
+            raise AssertionError(what) from error
+        works += 1
+        if works % 12:
+            continue
+        try:
+            with Pipeline.load(bundle) as pipeline:
+                result = pipeline.generate([0], seed=1)
+        except (BundleError, RequestError) as error:  # the self-test, for instance: its tokens were changed
+            check_line(error)
+        except Exception as error:
+            raise AssertionError(what) from error
+        else:
+            assert result.images is not None
+            assert result.images.shape == (1, 16, 16, 3)
+    assert refused > 1000
+    assert works > 100
+
+
+CHILD = """
+import json, resource, sys
+from pathlib import Path
+import hostile
+from par_runtime.bundle import Bundle
+from par_runtime.errors import BundleError, RequestError
+from par_runtime.pipeline import Pipeline
+from par_runtime.system import peak_bytes
+bundle, count = Path(sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30))
+manifest = json.loads((bundle / "manifest.json").read_text())
+loaded = 0
+for what, changed in hostile.mutations(manifest, count, seed=3):
+    print(what, file=sys.stderr, flush=True)  # the last line is what killed it
+    if loaded % 2:  # an older bundle: the sizes of a model are checked against the file alone
+        changed = hostile.sealed({k: v for k, v in changed.items() if k != "weights"})
+    hostile.write(bundle, changed)
+    try:
+        Bundle.open(bundle, verify="none")
+        loaded += 1
+        if loaded % 8 < 2:
+            with Pipeline.load(bundle, threads=1, verify="none") as pipeline:
+                pipeline.generate([0, 1], seed=1)
+    except (BundleError, RequestError) as error:
+        assert len(str(error)) < 1000
+print(loaded, peak_bytes())
+"""
+
+
+@pytest.mark.parametrize(("name", "count"), [("tiny", 500), ("demo", 80)])
+def test_no_change_kills_the_process_or_takes_a_gigabyte(bundle: Path, tmp_path: Path, name: str, count: int) -> None:
+    path = bundle if name == "tiny" else Path(shutil.copytree(DEMO, tmp_path / "demo"))
+    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(path), str(count)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": here},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded, peak = map(int, done.stdout.split())
+    assert loaded > count // 10
+    assert peak < 2**30
+
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def put(path: str, value: Any) -> Change:
+    """A change of one entry, by its place."""
+
+    def change(manifest: Any) -> None:
+        *steps, last = [int(step) if step.isdigit() else step for step in path.split("/")]
+        for step in steps:
+            manifest = manifest[step]
+        manifest[last] = value
+
+    return change
+
+
+CASES: list[tuple[Change, str]] = [
+    (put("model/n_layers", 10**18), "model.n_layers is 1000000000000000000; expected a whole number from 1 to 16384"),
+    (put("model/n_layers", 3), "model needs at least 21248 bytes|no entry 'layers.2.attention_norm' in weights"),
+    (put("model/n_layers", True), "model.n_layers is True; expected a whole number"),
+    (put("model/dim", 10**99), "model.dim is an integer of about 100 digits; expected a whole number"),
+    (put("model/head_dim_padded", 16), r"weights.cos\[1\] is \[64, 4\]; expected \[64, 8\], which follows"),
+    (put("model/head_dim", 7), "model.dim is 16; expected n_heads times head_dim, 14"),
+    (put("model/vocab_size", 65), r"weights.output\[1\] is \[16, 64\]; expected \[16, 65\]"),
+    (put("model/n_classes", 8), r"weights.embed\[1\] is \[74, 16\]; expected \[73 or more, 16\]|class_names"),
+    (put("model/n_classes", 20), r"weights.embed\[1\] is \[74, 16\]; expected \[85 or more, 16\]"),
+    (put("weights/output/2", 10**12), r"weights.output\[2\] is 1000000000000; expected 2048 bytes inside weights.data"),
+    (put("weights/output/2", -2), r"weights.output\[2\] is -2; expected a whole number from 0"),
+    (put("weights/output/2", 0), "weights 'embed' and 'output' overlap|weights 'output' and 'embed' overlap"),
+    (put("weights/output/2", 159567), r"weights.output\[2\] is 159567; expected 2048 bytes inside weights.data"),
+    (put("weights/output/3", 10**9), r"weights.output\[3\] is 1000000000; expected 2048 bytes, as a float16 of shape"),
+    (put("weights/output/1", [16, -64]), r"weights.output\[1\]\[1\] is -64; expected a whole number"),
+    (put("weights/output/1", [2**32] * 8), r"weights.output\[3\] is 2048; expected \d+ bytes, as a float16"),
+    (put("weights/output/1", [64, 16]), r"weights.output\[1\] is \[64, 16\]; expected \[16, 64\]"),
+    (put("weights/output/0", "float64"), r"weights.output\[0\] is 'float64'; expected one of float32, float16"),
+    (put("weights/norm/0", "int8"), r"weights.norm\[3\] is 32; expected 16 bytes, as a int8"),
+    (put("weights/cos/2", 2369), r"weights.cos\[2\] is 2369; expected a multiple of 4"),
+    (put("weights/layers.1.w2", []), r"weights.layers.1.w2 is \[\]; expected a list of 4 entries \(it has 0\)"),
+    (put("weights", [1]), r"weights is \[1\]; expected an object"),
+    (put("files/weights.data/bytes", 10**18), "bytes is 1000000000000000000; expected a whole number"),
+    (put("files/weights.data/sha256", "../../x"), "sha256 is '../../x'; expected 64 hexadecimal digits"),
+    (put("files", {}), "no entry 'weights.data' in files"),
+    (put("graphs/step/file", "/etc/passwd"), "file '/etc/passwd' is not one of the bundle's own"),
+    (put("graphs/step/file", "a\nb"), r"holds the text 'a\\nb'"),
+    (put("graphs/step/file", "weights.data"), "file 'weights.data' is not one of the bundle's own"),
+    (lambda m: m["graphs"].pop("group"), "no entry 'group' in graphs"),
+    (lambda m: m["graphs"].pop("decoder"), "no entry 'decoder' in graphs"),
+    (put("phases/3/repeat", 10**18), "repeat is 1000000000000000000; expected a whole number"),
+    (put("phases/2/inputs/1", 74), r"phases\[2\].inputs\[1\] is 74; expected a whole number from 0 to 73"),
+    (put("phases/2/inputs/1", -1), r"phases\[2\].inputs\[1\] is -1"),
+    (put("phases/0/inputs/0", "token"), "expected a first phase that takes the class"),
+    (put("phases/1/name", "prefill"), "expected phases of different names"),
+    (put("group_size", 2), r"phases\[2\].query is 4; expected a whole number from 1 to 2"),
+    (put("ids/class_base", 69), "ids.class_base is 69; expected a whole number from 0 to 68"),
+    (put("ids/no_class", 74), "ids.no_class is 74; expected a whole number from 0 to 73"),
+    (put("order/5", "x"), r"order\[5\] is 'x'; expected a whole number"),
+    (put("grid", [1, 8]), r"grid is \[1, 8\]; expected a list of 2|expected a list of 3 entries"),
+    (put("cache/inputs/1", "past_k.0"), "expected names that differ"),
+    (lambda m: m["cache"]["outputs"].pop(), r"cache.outputs is .*; expected a list of 4 entries \(it has 3\)"),
+    (put("cache/heads", 4), "cache.heads is 4; expected 2"),
+    (put("cache/head_dim", 2**40), "cache.head_dim is 1099511627776; expected 8"),
+    (put("cache/dtype", "object"), "cache.dtype is 'object'; expected one of float32"),
+    (put("tokenizer/image_size", [10**6, 16]), r"tokenizer.image_size\[0\] is 1000000; expected"),
+    (put("tokenizer/image_size", [16, 32]), r"tokenizer.image_size is \[16, 32\]; expected \[16, 16\]: the grid times"),
+    (put("tokenizer/config/channels", 60_000), "tokenizer needs at least .* bytes of weights; weights.data has 159568"),
+    (put("class_names", ["x"] * 5), r"class_names is .*; expected a list of 6 entries \(it has 5\)"),
+    (put("class_names/2", "\x1b[2Jotter"), r"holds the text '\\x1b\[2Jotter'"),
+    (put("class_names/2", "\u202eretto"), r"holds the text '\\u202eretto'"),
+    (put("class_names/2", 7), r"class_names\[2\] is 7; expected a text of 1 to 1000"),
+    (put("name", "x" * 10**7), "10013236 bytes; expected at most 8388608"),
+    (put("name", "x" * 10**6), "holds the text 'xxx.*"),
+    (put("name", "\ud800"), "not valid JSON"),
+    (put("defaults/guidance", 1e300), "defaults.guidance is 1e\\+300; expected a number from 0 to 3.403e\\+38"),
+    (put("defaults/top_k", 2.5), "defaults.top_k is 2.5; expected a whole number from 0"),
+    (put("defaults/top_p", -1), "defaults.top_p is -1; expected a number from 0 to 1"),
+    (put("defaults/colour", 1), "defaults has 'colour', which this parvis does not know; upgrade it"),
+    (put("selftest/labels/0", 6), r"selftest.labels\[0\] is 6; expected a whole number from 0 to 5"),
+    (put("selftest/tokens/0/3", 64), r"selftest.tokens\[0\]\[3\] is 64; expected a whole number from 0 to 63"),
+    (put("selftest/tokens/0", [1]), r"selftest.tokens\[0\] is \[1\]; expected a list of 64 entries"),
+    (put("precision", "fp8"), "precision is 'fp8'; expected one of fp32"),
+    (put("parity", []), r"parity is \[\]; expected an object"),
+    (put("parity/x\x07", 1), r"holds the text 'x\\x07'"),
+    (put("schema", True), "has no schema number"),
+    (put("schema", 10**90), "schema an integer of about 91 digits was made by a newer parvis"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CASES, ids=range(len(CASES)))
+def test_what_a_changed_manifest_is_told(bundle: Path, change: Change, message: str) -> None:
+    manifest = manifest_of(bundle)
+    change(manifest)
+    hostile.write(bundle, seal(manifest))
+    with pytest.raises(BundleError, match=message) as caught:
+        Bundle.open(bundle)
+    check_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 10**6, "nested more than 32 levels deep"),
+        ('{"schema": ' + "9" * 10**5 + "}", "an integer of 100000 digits; expected at most 100"),
+        ('{"schema": 1, "x": Infinity}', "number Infinity; expected a finite one"),
+        ('{"schema": 1, "hash": "' + "\\u001b" * 10**6 + '"}', r"its hash is '\\x1b"),
+        (" " * (8 * 2**20 + 1), "8388609 bytes; expected at most 8388608"),
+        ("\x00", "not valid JSON"),
+        ("[1]", "has no schema number"),
+        ("null", "has no schema number"),
+    ],
+    ids=range(8),
+)
+def test_a_text_that_is_no_manifest(bundle: Path, text: str, message: str) -> None:
+    (bundle / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match=message) as caught:
+        Bundle.open(bundle)
+    check_line(caught.value)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def unix_socket(path: Path) -> None:
+    here = os.open(path.parent, os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"/proc/self/fd/{here}/{path.name}")
+    os.close(here)
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("make", [pipe, folder, device, unix_socket])
+@pytest.mark.parametrize("name", ["manifest.json", "weights.data", "step.onnx", "encoder.onnx"])
+def test_what_is_no_file_is_refused(bundle: Path, name: str, make: Callable[[Path], None]) -> None:
+    (bundle / name).unlink()
+    make(bundle / name)
+    for verify in ("auto", "none"):
+        with pytest.raises(BundleError, match=rf"{name}: is a \w+, not a file"):
+            Bundle.open(bundle, verify)  # type: ignore[arg-type]
+
+
+def test_a_link_is_followed_and_its_content_is_checked(bundle: Path, tiny: Path) -> None:
+    """Caches of downloads keep files elsewhere, and links to them in the folder."""
+    (bundle / "weights.data").unlink()
+    (bundle / "weights.data").symlink_to(tiny / "weights.data")
+    Bundle.open(bundle)
+    (bundle / "decoder.onnx").unlink()
+    (bundle / "decoder.onnx").symlink_to("/etc/passwd")
+    with pytest.raises(BundleError, match=r"decoder\.onnx: truncated"):
+        Bundle.open(bundle)
+
+
+def test_a_file_that_is_shorter_than_the_manifest_says_is_never_read_beyond_its_end(tmp_path: Path) -> None:
+    """Without checks of files too: the C kernels read where the table of weights says."""
+    demo = Path(shutil.copytree(DEMO, tmp_path / "demo"))
+    with (demo / "weights.data").open("r+b") as file:
+        file.truncate(10**6)
+    with pytest.raises(BundleError, match=r"truncated|out of bounds|cannot load it"):
+        Pipeline.load(demo, "cpu", verify="none")
+    manifest = manifest_of(demo)
+    manifest["files"]["weights.data"]["bytes"] = 10**6
+    hostile.write(demo, seal(manifest))
+    with pytest.raises(BundleError, match="needs at least 3538944 bytes of weights"):
+        Bundle.open(demo)
+
+
+def test_every_entry_of_an_engine(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    path = tensorrt.write_engine(opened)
+    entry = json.loads((path / ENGINE_JSON).read_text())
+    refused = 0
+    for what, changed in hostile.mutations(entry, 700, seed=2):
+        (path / ENGINE_JSON).write_text(json.dumps(changed))
+        try:
+            engine = Engine.open(path, opened)
+            _ = engine.capability, engine.rebuild, engine.plan_for("group")
+        except EngineError as error:
+            check_line(error)
+            refused += 1
+        except Exception as error:
+            raise AssertionError(what) from error
+    assert refused > 400
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("make", [pipe, folder, device, unix_socket])
+@pytest.mark.parametrize("name", [ENGINE_JSON, "step.plan"])
+def test_an_engine_of_what_is_no_file(bundle: Path, name: str, make: Callable[[Path], None]) -> None:
+    opened = Bundle.open(bundle)
+    path = tensorrt.write_engine(opened)
+    (path / name).unlink()
+    make(path / name)
+    with pytest.raises(EngineError, match=rf"{name}: is a \w+, not a file"):
+        Engine.open(path, opened, verify="none")
+
+
+def test_a_folder_of_engines_with_a_name_for_terminals(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    tensorrt.write_engine(opened)
+    (bundle / "engines" / "\x1b[2J").mkdir()
+    engines, bad = list_engines(opened)
+    assert len(engines) == 1
+    assert len(bad) == 1
+    assert bad[0].isprintable()
+
+
+VERBS = [
+    ["generate", "BUNDLE", "--label", "0", "--out", "OUT"],
+    ["inspect", "BUNDLE"],
+    ["verify", "BUNDLE"],
+    ["bench", "BUNDLE", "--minutes", "0.1"],
+    ["bench", "BUNDLE", "--against", "eager", "--minutes", "0.1"],
+    ["reconstruct", "PNG", "--bundle", "BUNDLE", "--out", "OUT"],
+    ["edit", "PNG", "--bundle", "BUNDLE", "--keep", "left", "--out", "OUT"],
+    ["redo", "PNG", "--bundle", "BUNDLE"],
+    ["build", "BUNDLE", "--target", "SM80"],
+    ["tune", "BUNDLE"],
+]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: "-".join(verb[:1] + verb[2:4]))
+def test_every_verb_says_it_in_one_line(
+    bundle: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: list[str]
+) -> None:
+    png = tmp_path / "a.png"
+    assert cli.main(["generate", str(tiny), "--label", "0", "--out", str(png), "--quiet"]) == 0
+    capsys.readouterr()
+    words = {"BUNDLE": str(bundle), "OUT": str(tmp_path / "out.png"), "PNG": str(png)}
+    for change in (put("model/n_layers", 10**18), put("class_names/0", "\x1b[2J"), put("weights/output/2", 10**12)):
+        manifest = manifest_of(tiny)
+        change(manifest)
+        hostile.write(bundle, seal(manifest))
+        assert cli.main([words.get(word, word) for word in verb]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1, err
+        assert err.startswith("parvis: error: ")
+        assert err[:-1].isprintable()
+        assert len(err) < 1000
