@@ -73,7 +73,9 @@ def check_defaults(d: Value) -> None:
     d["temperature"].number(0, FLOAT32_MAX)
     d["top_k"].integer()
     d["top_p"].number(0, 1)
-    unknown = sorted(d.value.keys() - {"guidance", "temperature", "top_k", "top_p"})
+    if "guidance_interval" in d.value:
+        d["guidance_interval"].integer(-1)
+    unknown = sorted(d.value.keys() - {"guidance", "temperature", "top_k", "top_p", "guidance_interval"})
     if unknown:
         raise Mismatch(f"defaults has {shown(unknown[0])}, which this parvis does not know; upgrade it")
 

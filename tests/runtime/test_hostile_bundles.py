@@ -210,6 +210,7 @@ CASES: list[tuple[Change, str]] = [
     (put("defaults/guidance", 1e300), "defaults.guidance is 1e\\+300; expected a number from 0 to 3.403e\\+38"),
     (put("defaults/top_k", 2.5), "defaults.top_k is 2.5; expected a whole number from 0"),
     (put("defaults/top_p", -1), "defaults.top_p is -1; expected a number from 0 to 1"),
+    (put("defaults/guidance_interval", -2), "defaults.guidance_interval is -2; expected a whole number from -1"),
     (put("defaults/colour", 1), "defaults has 'colour', which this parvis does not know; upgrade it"),
     (put("selftest/labels/0", 6), r"selftest.labels\[0\] is 6; expected a whole number from 0 to 5"),
     (put("selftest/tokens/0/3", 64), r"selftest.tokens\[0\]\[3\] is 64; expected a whole number from 0 to 63"),
