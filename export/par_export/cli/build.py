@@ -15,6 +15,7 @@ from par_export.engines.request import MODES, SAMPLING, BuildRequest, sizes_up_t
 from par_export.errors import BuildError
 from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.cli.common import Parser
+from par_runtime.cli.options import add_list
 from par_runtime.dtypes import PRECISIONS
 from par_runtime.system import write_beside
 
@@ -124,7 +125,7 @@ def gigabytes(text: str) -> float:
     return value
 
 
-def targets(text: str) -> list[str]:
+def targets(text: str) -> tuple[str, ...]:
     """Names of GPUs to build for, separated by commas, for argparse: "SM80" and the like, or "local"."""
     names = [part.strip() for part in text.split(",") if part.strip()]
     for name in names:
@@ -135,7 +136,7 @@ def targets(text: str) -> list[str]:
             )
     if not names:
         raise argparse.ArgumentTypeError("expected at least one target, for instance SM80")
-    return list(dict.fromkeys(name if name == "local" else name.upper() for name in names))
+    return tuple(dict.fromkeys(name if name == "local" else name.upper() for name in names))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -148,11 +149,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
     )
-    p.add_argument(
+    add_list(
+        p,
         "--target",
-        type=targets,
+        targets,
         required=True,
-        help="SM80 (A100), SM89 (L4, RTX 4090), ... or several with commas; 'local' is this machine's GPU",
+        metavar="TARGET",
+        help="SM80 (A100), SM89 (L4, RTX 4090), ... one or several; 'local' is this machine's GPU",
     )
     p.add_argument("--precision", choices=PRECISIONS, help="of the step network (default: the bundle's)")
     p.add_argument(
@@ -161,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
         default=8,
         help="largest batch; plans are built for 1, 2, 4, ... up to it (default: 8)",
     )
-    p.add_argument("--images", type=counts, help="batch sizes to build for, with commas, instead of --max-images")
+    add_list(p, "--images", counts, help="batch sizes to build for: 1 2 4, instead of --max-images")
     p.add_argument(
         "--engines",
         choices=MODES,

@@ -11,6 +11,7 @@ from par_export.cli.common import count, counts, guarded
 from par_export.engines.request import MODES, BuildRequest, sizes_up_to
 from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.cli.common import Parser
+from par_runtime.cli.options import add_list
 from par_runtime.dtypes import PRECISIONS
 
 
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("bundle", type=Path, metavar="BUNDLE")
     p.add_argument("--images", type=count, default=1, help="batch size to be fastest at (default: 1)")
     p.add_argument("--max-images", type=count, default=8, help="largest batch to build for (default: 8)")
-    p.add_argument("--sizes", type=counts, help="batch sizes to build for, with commas, instead of --max-images")
+    add_list(p, "--sizes", counts, help="batch sizes to build for: 1 2 4, instead of --max-images")
     p.add_argument("--precision", choices=PRECISIONS, help="default: the bundle's")
     p.add_argument("--engines", choices=MODES, default="shared")
     p.add_argument("--repeats", type=count, default=5, help="timed batches per candidate and round (default: 5)")

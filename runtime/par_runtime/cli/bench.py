@@ -13,6 +13,7 @@ from par_runtime.bench.report import compare, output
 from par_runtime.bench.run import BASELINES, SUITES, BenchOptions, run_bench
 from par_runtime.bench.suites.paper import SIZES
 from par_runtime.cli.common import Parser, guarded
+from par_runtime.cli.options import add_list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,31 +95,25 @@ def parser() -> argparse.ArgumentParser:
         help="bundles to compare with each other; with --compare, one file of rows instead: nothing is measured then",
     )
     p.add_argument("--suite", choices=SUITES, default="phases", help="what to measure, see below (default: phases)")
-    p.add_argument(
+    add_list(
+        p,
         "--against",
-        type=baselines,
+        baselines,
         default=(),
-        metavar="LIST",
-        help="baselines in the same run, by commas: 'eager' (PyTorch with a static cache, the published way), "
+        metavar="BASELINE",
+        help="baselines in the same run: 'eager' (PyTorch with a static cache, the published way), "
         "'compiled' (the same by torch.compile), 'n1' (the same engine, one token a call; random weights), 'ort' "
         "(the same bundle on ONNX Runtime, on the CPU)",
     )
     p.add_argument("--images", type=int, default=1, help="images in flight (default: 1)")
     p.add_argument("--unguided", action="store_true", help="one row per image instead of two")
     p.add_argument("--repetitions", type=int, default=5, help="counted ones, after one that is not (default: 5)")
-    p.add_argument(
-        "--batches",
-        type=counts,
-        metavar="LIST",
-        help="batch sizes of the batch and decoder suites: 1,2,4; largest of serve",
-    )
+    add_list(p, "--batches", counts, help="batch sizes of the batch and decoder suites: 1 2 4; largest of serve")
     p.add_argument("--requests", type=int, default=32, help="of each load of the serve suite (default: 32)")
     p.add_argument(
         "--minutes", type=float, default=10.0, help="time for --suite paper, and for each load of serve (default: 10)"
     )
-    p.add_argument(
-        "--sizes", type=models, metavar="LIST", help=f"models of --suite paper, by commas (default: {','.join(SIZES)})"
-    )
+    add_list(p, "--sizes", models, metavar="MODEL", help=f"models of --suite paper (default: {' '.join(SIZES)})")
     p.add_argument("--no-eager", action="store_true", help="--suite paper without PyTorch's side")
     p.add_argument(
         "--whole",

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from par_runtime.errors import BundleError, CudaError, OutputsError, RequestError
@@ -20,6 +22,88 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print ``message`` as one line and exit with code 2."""
         raise SystemExit(fail(f"{message}; '{self.prog} --help' lists the options"))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse does, but a list of values (``--label a b``) may stand before the positional arguments too."""
+        given = list(sys.argv[1:] if args is None else args)
+        return super().parse_args(_positionals_first(self, given), namespace)
+
+
+def _positionals_first(parser: argparse.ArgumentParser, arguments: list[str]) -> list[str]:
+    """``arguments`` with those positional ones in front that argparse would take for the end of a list of values.
+
+    A value that is not of the list's type, and is an existing file or folder, is positional: "--batches 1 2 demo".
+    So is one value of a list where positional arguments are required and there is no other: the last one that exists,
+    else the last one.
+    """
+    options = {name: action for action in parser._actions for name in action.option_strings}
+    lists: list[tuple[int, int]] = []  # where the values of a list begin and end
+    moved: list[int] = []
+    positionals, i = 0, 0
+    while i < len(arguments):
+        if arguments[i] == "--":
+            positionals += len(arguments) - i - 1
+            break
+        action = _option(options, arguments[i])
+        i += 1
+        if action is None:
+            positionals += 1
+        elif action.nargs == "+" and "=" not in arguments[i - 1]:
+            begin = i
+            while i < len(arguments) and not _is_option(options, arguments[i]):
+                if i > begin and not _is_of(action.type, arguments[i]) and os.path.exists(arguments[i]):
+                    break
+                i += 1
+            lists.append((begin, i))
+            while i < len(arguments) and not _is_option(options, arguments[i]):
+                moved.append(i)
+                i += 1
+        elif action.nargs is None and "=" not in arguments[i - 1]:
+            i += 1
+    required = any(not action.option_strings and action.nargs in (None, "+") for action in parser._actions)
+    values = [i for begin, end in lists if end - begin > 1 for i in range(begin, end)]
+    if required and positionals + len(moved) == 0 and values:
+        moved = [i for i in values if os.path.exists(arguments[i])][-1:] or values[-1:]
+    return [arguments[i] for i in moved] + [a for i, a in enumerate(arguments) if i not in moved]
+
+
+def _option(options: Mapping[str, argparse.Action], argument: str) -> argparse.Action | None:
+    """The option that ``argument`` names, also by the beginning of its name; None where it is no option."""
+    name = argument.partition("=")[0]
+    if name in options:
+        return options[name]
+    found = [action for option, action in options.items() if name.startswith("--") and option.startswith(name)]
+    return found[0] if found else None
+
+
+def _is_option(options: Mapping[str, argparse.Action], argument: str) -> bool:
+    return argument == "--" or argument.startswith("--") or _option(options, argument) is not None
+
+
+def _is_of(kind: Any, text: str) -> bool:
+    """Whether argparse would take ``text`` as a value of the type ``kind``."""
+    try:
+        kind(text)
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        return kind is None
+    return True
+
+
+def unknown_option(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> str:
+    """An error that names the first option that ``parser`` does not have, and a similar one; "" where it has all.
+
+    argparse would complain about what is missing first, which hides that an option was only misspelt.
+    """
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if argument == "--":
+            break
+        if name.startswith("--") and not any(option.startswith(name) for option in known):
+            close = difflib.get_close_matches(name, known, 1, 0.6)
+            mean = f"; did you mean {close[0]}?" if close else ""
+            return f"unknown option {name[:60]}{mean}; '{parser.prog} --help' lists the options"
+    return ""
 
 
 def fail(error: object, code: int = 2) -> int:

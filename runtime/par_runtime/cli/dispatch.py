@@ -6,6 +6,7 @@ Verbs that need torch or onnx lie in packages of their own, which the runtime ne
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import signal
 import sys
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from par_runtime import __version__
-from par_runtime.cli.common import Parser, fail
+from par_runtime.cli.common import Parser, fail, unknown_option
 from par_runtime.cli.streams import steady
 from par_runtime.errors import how_to_install
 
@@ -25,6 +26,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "cpu,export": ("torch", "onnx", "safetensors", "huggingface_hub", "par_export", "par_model"),
     "build,tensorrt-rtx": ("onnx", "ml_dtypes", "par_export"),
 }
+
+
+VERSION = f"parvis {__version__}"
 
 
 class Verb(NamedTuple):
@@ -52,6 +56,8 @@ VERBS = {
         "describe a bundle or checkpoint: what it is, needs, and could reach",
         ("cpu", "cpu,export"),
     ),
+    "labels": Verb("par_runtime.cli.labels", "list the classes of a bundle, or search them"),
+    "doctor": Verb("par_runtime.cli.doctor", "what runs on this machine, what does not, and what to install"),
     "verify": Verb("par_runtime.cli.verify", "compare two backends on a bundle: logits, tokens, images"),
     "export": Verb(
         "par_export.cli.export", "turn a checkpoint into a bundle, checked against PyTorch", ("cpu", "cpu,export")
@@ -91,7 +97,13 @@ def _run(arguments: list[str]) -> int:
     """Run one verb; every way in which it ends becomes an exit code."""
     try:
         with _exit_on_signals():
-            return _call(_verb(arguments), arguments[1:])
+            if arguments[:1] == ["help"]:  # 'parvis help' and 'parvis help VERB', as other programs have them
+                arguments = [*arguments[1:2], "--help"]
+            verb = _verb(arguments)
+            if "--version" in arguments:
+                print(VERSION)
+                return 0
+            return _call(verb, arguments[1:])
     except SystemExit as stop:  # of argparse, and of a signal
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
@@ -132,9 +144,11 @@ def _exit_on_signals() -> Iterator[None]:
 
 
 def _verb(arguments: list[str]) -> str:
-    """The verb, or an exit through argparse: help, version, or an error that lists the verbs."""
+    """The verb, or an exit: help, version, or an error that names a similar verb."""
     if arguments and arguments[0] in VERBS:
         return arguments[0]
+    if arguments and arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
+        raise SystemExit(fail(f"options come after the verb: parvis VERB {arguments[0][:40]} ...; see 'parvis --help'"))
     parser = Parser(
         prog="parvis",
         description="Run PAR models: parallelized autoregressive visual generation.",
@@ -143,19 +157,24 @@ def _verb(arguments: list[str]) -> str:
         + "\n".join(f"  {name:16} {verb.does}" for name, verb in VERBS.items())
         + "\n\n'parvis VERB --help' lists the options of a verb. docs/install.md lists the extras that they need.",
     )
-    parser.add_argument("--version", action="version", version=f"parvis {__version__}")
-    parser.add_argument("verb", choices=list(VERBS), metavar="VERB", help="what to do, see below")
+    parser.add_argument("--version", action="version", version=VERSION)
+    parser.add_argument("verb", metavar="VERB", help="what to do, see below")
     if not arguments:
         parser.print_help()
         raise SystemExit(2)
-    parser.parse_args(arguments[:1])
-    raise AssertionError("argparse accepts only the verbs")
+    word = parser.parse_args(arguments[:1]).verb
+    begin = [verb for verb in VERBS if word and verb.startswith(word)]
+    close = begin or difflib.get_close_matches(word, VERBS, 2, 0.5)
+    mean = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    raise SystemExit(fail(f"unknown verb {word[:40]!r}; {mean}'parvis --help' lists the verbs"))
 
 
 def _call(verb: str, arguments: list[str]) -> int:
-    """Run a verb; a package that is missing is reported as one line that names the extra with it."""
+    """Run a verb; a package that is missing is reported as one line with the command that installs it."""
     try:
-        return int(importlib.import_module(VERBS[verb].module).main(arguments))
+        module = importlib.import_module(VERBS[verb].module)
+        unknown = unknown_option(module.parser(), arguments)
+        return fail(unknown) if unknown else int(module.main(arguments))
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         extra = next((extra for extra in VERBS[verb].extras if missing in EXTRAS[extra]), None)

@@ -300,7 +300,11 @@ def parser() -> argparse.ArgumentParser:
         help="what of a mask image marks the region: 'brightness' (white), 'alpha' (what is opaque: strokes on a "
         "transparent layer), 'inverse-alpha' (what is transparent: a hole in the photo); default: the one that fits",
     )
-    p.add_argument("--label", help="class of the result (default: the image's own, if 'parvis generate' made it)")
+    p.add_argument(
+        "--label",
+        type=options.text,
+        help="class of the result (default: the image's own, if 'parvis generate' made it)",
+    )
     p.add_argument("--which", type=int, metavar="I", help="the image of a sheet to edit, from 0, row by row")
     p.add_argument("--count", type=int, default=1, help="variants to make (default: 1)")
     p.add_argument("--seed", type=int, help="of the first variant (default: a new one each time)")

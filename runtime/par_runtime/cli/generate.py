@@ -185,9 +185,7 @@ def parser() -> argparse.ArgumentParser:
         "settings give the same image, alone or in any batch.",
     )
     options.add_bundle(p)
-    p.add_argument(
-        "--label", action="append", required=True, help="class name or index; may be repeated; 'all' is every class"
-    )
+    options.add_labels(p, "classes, each by name, index or synset; 'all' is every class", required=True)
     p.add_argument("--count", type=int, default=1, help="images per label (default: 1)")
     p.add_argument("--seed", type=int, help="of the first image, 0 .. 2**64-1 (default: a new one each time)")
     options.add_out(
@@ -201,6 +199,7 @@ def parser() -> argparse.ArgumentParser:
         "--guidance",
         type=float,
         nargs="+",
+        action="extend",
         help="guidance scale; several make a row of images each, with the same seeds (default: the bundle's)",
     )
     options.add_sampling(p)

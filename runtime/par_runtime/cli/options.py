@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from par_runtime.errors import RequestError
 
@@ -34,6 +37,33 @@ def add_bundle_option(p: argparse.ArgumentParser, what: str) -> None:
 def add_out(p: argparse.ArgumentParser, what: str) -> None:
     """``--out``, a PNG. ``what``: the help text."""
     p.add_argument("--out", type=Path, help=what)
+
+
+def add_labels(p: argparse.ArgumentParser, what: str, required: bool = False) -> None:
+    """``--label``, one or more classes. ``what``: the help text."""
+    p.add_argument("--label", type=text, nargs="+", action="extend", required=required, help=what)
+
+
+def text(argument: str) -> str:
+    """A word of the command line, for argparse: UTF-8 also where the system is not set to it."""
+    return os.fsencode(argument).decode(errors="surrogateescape")
+
+
+class Extend(argparse.Action):
+    """Collects the values of a list option: each may be several by commas (a tuple, by its type); numbers ascending."""
+
+    def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: object = None) -> None:
+        before = getattr(namespace, self.dest)
+        merged = dict.fromkeys((*(() if before is self.default else before), *(v for value in values for v in value)))
+        setattr(namespace, self.dest, tuple(sorted(merged) if all(isinstance(v, int) for v in merged) else merged))
+
+
+def add_list(p: argparse.ArgumentParser, name: str, kind: Callable[[str], tuple[Any, ...]], **more: Any) -> None:
+    """An option that takes a list: ``--batches 1 2 4``, ``--batches 1,2,4``, or the option repeated.
+
+    ``kind``: the values of one word, as a tuple.
+    """
+    p.add_argument(name, type=kind, nargs="+", action=Extend, metavar=more.pop("metavar", "X"), **more)
 
 
 def add_tokens(p: argparse.ArgumentParser) -> None:

@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--images", type=int, help=f"how many (default: {IMAGES}, or one per label if those are more)")
     p.add_argument("--seed", type=int, default=0, help="of the first image and of the random tokens (default: 0)")
-    p.add_argument("--label", action="append", help="class name or index; may be repeated (default: spread over all)")
+    options.add_labels(p, "classes, each by name, index or synset; 'all' is every class (default: spread over all)")
     p.add_argument("--groups", type=int, help="compare logits of only this many calls of the last phase (default: all)")
     p.add_argument("--batch", type=int, help="most images in flight at once (default: what both backends take)")
     options.add_guidance(p)

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from conftest import child
-from par_runtime import Pipeline, Result, system
+from par_runtime import Pipeline, Result, __version__, system
+from par_runtime.cli import bench, generate, options
 from par_runtime.cli import dispatch as cli
 from par_runtime.images import png
 
@@ -304,9 +305,68 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n  {verb} " in text
     assert run() == 2
     assert run("frobnicate") == 2
-    assert "invalid choice: 'frobnicate'" in capsys.readouterr().err
-    assert run("--version") == 0
-    assert capsys.readouterr().out.startswith("parvis 0.")
+    assert "unknown verb 'frobnicate'; 'parvis --help' lists the verbs" in capsys.readouterr().err
+    for arguments in (("--version",), ("generate", "--version"), ("export", "--out", "x", "--version")):
+        assert run(*arguments) == 0
+        assert capsys.readouterr().out == f"parvis {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["genrate"], "unknown verb 'genrate'; did you mean 'generate'? "),
+        (["gen", "x"], "unknown verb 'gen'; did you mean 'generate'? "),
+        (["train-tokeniser"], "did you mean 'train-tokenizer'"),
+        (["generate", "x", "--lable", "0"], "unknown option --lable; did you mean --label?; 'parvis generate --help'"),
+        (["export", "--checkpont=x.pt"], "unknown option --checkpont; did you mean --checkpoint?"),
+        (["train", "--zzz"], "unknown option --zzz; 'parvis train --help' lists the options"),
+        (["--json", "inspect", "x"], "options come after the verb: parvis VERB --json"),
+    ],
+)
+def test_what_is_misspelt_is_named_with_what_was_meant(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_help_is_a_verb_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("help") == 0
+    assert "\nverbs:\n" in capsys.readouterr().out
+    assert run("help", "labels") == 0
+    assert "usage: parvis labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "labels", "scales"),
+    [
+        (["BUNDLE", "--label", "0", "3"], ["0", "3"], None),
+        (["BUNDLE", "--label", "0", "--label", "3", "red fox"], ["0", "3", "red fox"], None),
+        (["--label", "0", "3", "BUNDLE"], ["0", "3"], None),
+        (["--label", "0", "BUNDLE", "--label", "3", "1"], ["0", "3", "1"], None),
+        (["--label", "0", "--guidance", "1", "2", "BUNDLE"], ["0"], [1.0, 2.0]),
+        (["--guidance", "1", "2", "--guidance", "-3", "--label", "0", "BUNDLE", "--quiet"], ["0"], [1.0, 2.0, -3.0]),
+        (["--label", "0", "--", "BUNDLE"], ["0"], None),
+        (["--label=0", "--label=3", "BUNDLE"], ["0", "3"], None),
+        (["--lab", "0", "3", "BUNDLE"], ["0", "3"], None),
+    ],
+)
+def test_lists_are_given_in_one_way_wherever_the_bundle_stands(
+    tiny: Path, arguments: list[str], labels: list[str], scales: list[float] | None
+) -> None:
+    args = generate.parser().parse_args([str(tiny) if a == "BUNDLE" else a for a in arguments])
+    assert (args.bundle, args.label, args.guidance) == (tiny, labels, scales)
+
+
+def test_lists_of_numbers_and_names(tiny: Path) -> None:
+    for given in (["--batches", "1", "4", "2"], ["--batches", "1,4", "--batches", "2"], ["--batches", "4,2", "1"]):
+        for order in ([*given, str(tiny)], [str(tiny), *given]):
+            args = bench.parser().parse_args([*order, "--against", "eager", "n1", "--sizes", "L,XL"])
+            assert (args.batches, args.against, args.sizes) == ((1, 2, 4), ("eager", "n1"), ("PAR-L", "PAR-XL"))
+            assert args.bundles == [tiny]
+    assert bench.parser().parse_args([str(tiny)]).against == ()
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -358,3 +418,8 @@ def test_ctrl_c_while_an_extension_module_is_imported_is_a_stop(
 def test_a_bundle_that_is_a_file_is_refused_as_one(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", str(tiny / "manifest.json"), "--label", "0"]) == 2
     assert "manifest.json: is a file, not a folder; give the path of a bundle" in capsys.readouterr().err
+
+
+def test_a_label_is_the_same_where_the_system_is_not_set_to_utf_8() -> None:
+    assert options.text("füchse") == "füchse"
+    assert options.text("f\udcc3\udcbcchse") == "füchse"  # what Python gives under LC_ALL=C

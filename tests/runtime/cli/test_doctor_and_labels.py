@@ -1,0 +1,79 @@
+"""``parvis doctor`` and ``parvis labels``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from par_runtime import Bundle
+from par_runtime.cli import dispatch
+
+EXTRAS = "onnxruntime onnx torch tensorrt tensorrt_rtx cuda ml_dtypes safetensors huggingface_hub"
+
+
+def test_the_doctor_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch.main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    backends = {backend["name"]: backend for backend in facts["backends"]}
+    assert backends["onnxruntime-cpu"]["runs"]
+    assert facts["can_run"]
+    assert facts["packages"]["numpy"]
+    assert 1 <= facts["cpu"]["cores_to_use"] <= facts["cpu"]["cores"]
+    assert dispatch.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "runs  onnxruntime-cpu" in text
+    assert text.endswith("ready: parvis generate BUNDLE --label 0\n")
+
+
+def test_the_doctor_needs_nothing(tmp_path: Path) -> None:
+    code = (
+        f"import sys\nfor name in {EXTRAS.split()!r}: sys.modules[name] = None\n"
+        "from par_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor", "--json"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 1, done.stderr
+    facts = json.loads(done.stdout)
+    assert not facts["can_run"]
+    assert not facts["gpus"]["found"]
+    assert "a GPU needs cuda-python" in facts["gpus"]["why"]
+    for backend in facts["backends"]:
+        assert not backend["runs"]
+        assert "install" in backend["why"] or "not built" in backend["why"], backend
+    for verbs in facts["verbs"]:
+        assert verbs["missing"]
+        assert "pip install" in verbs["install"]
+
+
+def test_one_broken_part_does_not_hide_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("spoilt\nin two lines")
+
+    monkeypatch.setattr("par_runtime.backends.cuda.device_count", broken)
+    monkeypatch.setattr("par_runtime.backends.trt.module.load", broken)
+    assert dispatch.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "gpu       none: RuntimeError: spoilt\n" in text
+    assert "runs  onnxruntime-cpu" in text
+
+
+def test_labels_are_listed_and_searched(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = Bundle.open(tiny)
+    names = bundle.class_names
+    assert names is not None
+    assert dispatch.main(["labels", str(tiny)]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{i}\t{name}" for i, name in enumerate(names)]
+    assert dispatch.main(["labels", str(tiny), "OTTER", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["classes"]
+    assert found == [{"index": i, "name": name, "synset": None} for i, name in enumerate(names) if "otter" in name]
+    assert found
+    assert dispatch.main(["labels", str(tiny), "otter", "red"]) == 2
+    assert "no class of" in capsys.readouterr().err
+    assert dispatch.main(["labels", str(tmp_path)]) == 2
