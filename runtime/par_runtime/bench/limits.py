@@ -1,30 +1,22 @@
 """What the hardware allows, measured: how fast memory is read, and how fast matrices are multiplied.
 
-On a CPU this runs in a process of its own (``python -m par_runtime.bench.limits``), whose environment switches off the
-threads of the matrix library. Each thread here reads, or multiplies, a part of its own, so the bench decides the
-number of threads and not the library. numpy releases the interpreter's lock while it computes.
+One measurement is a :class:`Round`; ``probes.py``, a process of its own, makes it. A run makes several, before, between
+and after its subjects (``bounds.py``), because a neighbour on a shared machine comes and goes. Of all rounds the best
+counts, since a bound is what is possible without other processes. :func:`of_rounds` also says when even the best may
+be too low: no round was quiet, or quiet rounds differ.
 
-Reading: every thread takes the dot product of its part of an array with itself, so each byte is read once. An array
-that fits a cache is read faster than memory, and so are weights that fit a cache. So the bandwidth is measured at
-several sizes: that of what a call of the subject reads, and one four times as large as the largest cache. The fastest
-pass counts, because a bound is what is possible without other processes.
+An array that fits a cache is read faster than memory, and so are weights that fit a cache. So the bandwidth is measured
+at several sizes: that of what a call of the subject reads, and one four times as large as the largest cache.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from par_runtime.errors import RequestError
 
@@ -33,9 +25,25 @@ SINGLE_THREADED = dict.fromkeys(
 )
 SMALLEST_BYTES, LARGEST_BYTES = 2**22, 2**30
 CACHE_TIMES = 4  #: the array that must not fit a cache is this many times as large as the largest cache
-MATRIX = 1536  #: rows and columns; three of 9 MB, larger than what a core has for itself
-PASSES = 5
-SECONDS = 0.5  #: the passes at one size take at least this long
+#: Of two rounds in which nobody was seen to disturb, the slower one reaches this part of the faster one.
+STEADY = 0.9
+
+
+@dataclass(frozen=True)
+class Round:
+    """One measurement of the CPU. ``reads``: array size in bytes -> tool -> GB/s; ``peaks``: tool -> TFLOP/s.
+
+    ``flags``: what disturbed it, as ``machine.Watch`` says it.
+    """
+
+    reads: Mapping[int, Mapping[str, float]]
+    peaks: Mapping[str, float]
+    flags: tuple[str, ...] = ()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing was seen to disturb it."""
+        return not any(flag.startswith(("busy", "throttled")) for flag in self.flags)
 
 
 @dataclass(frozen=True)
@@ -43,24 +51,63 @@ class Limits:
     """Measured, or by data sheet, as ``how`` states. GB/s and TFLOP/s (1e9, 1e12).
 
     ``reads``: pairs of an array size in bytes and the bandwidth at it, ascending. ``matrix_tflop_s`` is None where it
-    is not known; bounds are then by bandwidth alone.
+    is not known; bounds are then by bandwidth alone. ``doubt``: why the device may do more than this, or "".
     """
 
     reads: tuple[tuple[int, float], ...]
     matrix_tflop_s: float | None
     how: str
+    doubt: str = ""
 
     def read_gb_s(self, size: float) -> float:
-        """Bandwidth for ``size`` bytes that are read again and again: that of the next larger array."""
-        return next((rate for limit, rate in self.reads if limit >= size), self.reads[-1][1])
+        """Bandwidth for ``size`` bytes that are read again and again: the best of arrays that are not smaller.
+
+        What is read of a larger array in a given time can be read of a smaller one.
+        """
+        return max((rate for limit, rate in self.reads if limit >= size), default=self.reads[-1][1])
 
     def better(self, other: Limits) -> Limits:
-        """The faster of two measurements at each size, and the higher peak: a bound is what is possible."""
+        """The faster of two measurements at each size, and the higher peak."""
         rates = dict(self.reads)
         for size, rate in other.reads:
             rates[size] = max(rate, rates.get(size, 0.0))
         peaks = [peak for peak in (self.matrix_tflop_s, other.matrix_tflop_s) if peak is not None]
-        return Limits(tuple(sorted(rates.items())), max(peaks, default=None), self.how)
+        return Limits(tuple(sorted(rates.items())), max(peaks, default=None), self.how, self.doubt)
+
+
+def of_rounds(rounds: Sequence[Round], threads: int) -> Limits:
+    """The best of ``rounds``, of which there is at least one, with the reason to doubt it, if any."""
+    reads = {
+        size: max(((rate, tool) for r in rounds for tool, rate in r.reads.get(size, {}).items()))
+        for size in sorted({size for r in rounds for size in r.reads})
+    }
+    peak, peak_tool = max((rate, tool) for r in rounds for tool, rate in r.peaks.items())
+    largest = max(reads)
+    often = "once" if len(rounds) == 1 else f"{len(rounds)} times over the run, the best counts"
+    how = (
+        f"measured {often}: {threads} thread{'s' if threads != 1 else ''} read arrays up to {largest / 1e6:.0f} MB "
+        f"({reads[largest][1]}), and multiply fp32 matrices ({peak_tool})"
+    )
+    return Limits(tuple((size, rate) for size, (rate, _) in reads.items()), peak, how, doubt_of(rounds))
+
+
+def doubt_of(rounds: Sequence[Round]) -> str:
+    """Why the best of ``rounds`` may be below what the machine can do, or ""."""
+    quiet = [r for r in rounds if r.quiet]
+    if not quiet:
+        worst = max((flag.partition(": ")[2] for r in rounds for flag in r.flags), key=len)
+        return f"measured while the machine was busy, in all of {len(rounds)} measurements: {worst}"
+    if len(quiet) == 1:
+        return ""  # it is better than those that were disturbed, or as good
+    largest = max(size for r in rounds for size in r.reads)
+    for what, values, unit in (
+        ("reading", [max(r.reads[largest].values()) for r in quiet], "GB/s"),
+        ("multiplying", [max(r.peaks.values()) for r in quiet], "TFLOP/s"),
+    ):
+        best, second = sorted(values, reverse=True)[:2]
+        if second < STEADY * best:
+            return f"{what} varied from {min(values):.3g} to {best:.3g} {unit}, though no other process was seen"
+    return ""
 
 
 def array_sizes(working_bytes: Sequence[int], cache_bytes: int | None, available_bytes: int | None) -> list[int]:
@@ -75,9 +122,9 @@ def array_sizes(working_bytes: Sequence[int], cache_bytes: int | None, available
     return sorted({size for size in own if size < largest} | {largest})
 
 
-def measure_cpu(threads: int, array_bytes: Sequence[int], timeout_s: float = 120) -> Limits:
+def measure_cpu(threads: int, array_bytes: Sequence[int], timeout_s: float = 120) -> Round:
     """Measure in a process of its own, at each size of ``array_bytes``. Raises RequestError if it fails."""
-    command = [sys.executable, "-m", "par_runtime.bench.limits", str(threads), *map(str, array_bytes)]
+    command = [sys.executable, "-m", "par_runtime.bench.probes", str(threads), *map(str, array_bytes)]
     environment = os.environ | SINGLE_THREADED | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=True)
@@ -88,80 +135,4 @@ def measure_cpu(threads: int, array_bytes: Sequence[int], timeout_s: float = 120
             f"this machine's limits could not be measured ({output[-1] if output else error}); --no-limits leaves "
             "them out"
         ) from error
-    reads = tuple((int(size), float(rate)) for size, rate in measured["reads"])
-    largest = reads[-1][0] / 1e6
-    how = (
-        f"measured: {threads} thread{'s' if threads != 1 else ''} read arrays up to {largest:.0f} MB "
-        f"(numpy dot products); fp32 matrices of {MATRIX}x{MATRIX} multiplied by numpy's {measured['blas']}"
-    )
-    return Limits(reads, measured["matrix_tflop_s"], how)
-
-
-def _seconds(threads: int, work: Callable[[int], Any]) -> float:
-    """Seconds from a common start until the last of ``threads`` has done ``work(index)``."""
-    start = threading.Barrier(threads + 1)
-    ends = [0.0] * threads
-
-    def run(index: int) -> None:
-        start.wait()
-        work(index)
-        ends[index] = time.perf_counter()
-
-    workers = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
-    for worker in workers:
-        worker.start()
-    start.wait()
-    began = time.perf_counter()
-    for worker in workers:
-        worker.join()
-    return max(ends) - began
-
-
-def _fastest(threads: int, work: Callable[[int], Any], seconds: float = SECONDS) -> float:
-    """The shortest of several passes, in seconds."""
-    took: list[float] = []
-    while len(took) < PASSES or sum(took) < seconds:
-        took.append(_seconds(threads, work))
-    return min(took)
-
-
-def read_gb_s(threads: int, size: int) -> float:
-    """GB/s at which ``threads`` read an array of ``size`` bytes, each a part of it."""
-    array = np.empty(size // 4, np.float32)
-    parts = np.array_split(array, threads)
-    _seconds(threads, lambda i: parts[i].fill(1e-3))  # each thread touches its own part first
-    return array.nbytes / _fastest(threads, lambda i: np.dot(parts[i], parts[i])) / 1e9
-
-
-def matrix_tflop_s(threads: int, side: int = MATRIX) -> float:
-    """TFLOP/s of ``threads`` that each multiply two fp32 matrices of ``side`` rows and columns."""
-    random = np.random.default_rng(0)
-    pairs: list[list[NDArray[np.float32]]] = [
-        [random.standard_normal((side, side), np.float32) for _ in range(3)] for _ in range(threads)
-    ]
-    fastest = _fastest(threads, lambda i: np.matmul(pairs[i][0], pairs[i][1], out=pairs[i][2]))
-    return threads * 2 * side**3 / fastest / 1e12
-
-
-def blas_name() -> str:
-    """The library that numpy multiplies with, and its version."""
-    try:
-        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-        return f"{blas['name']} {blas['version']}"
-    except (KeyError, TypeError):
-        return "BLAS"
-
-
-def main(argv: Sequence[str]) -> int:
-    """Measure and print one JSON object: the number of threads and the array sizes in bytes are the arguments."""
-    p = argparse.ArgumentParser(prog="python -m par_runtime.bench.limits", description=__doc__)
-    p.add_argument("threads", type=int)
-    p.add_argument("bytes", type=int, nargs="+")
-    args = p.parse_args(argv)
-    reads = [(size, read_gb_s(args.threads, size)) for size in args.bytes]
-    print(json.dumps({"reads": reads, "matrix_tflop_s": matrix_tflop_s(args.threads), "blas": blas_name()}))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    return Round({int(size): rates for size, rates in measured["reads"]}, measured["peaks"])

@@ -25,6 +25,8 @@ PROC = Path("/proc")
 CPUS = Path("/sys/devices/system/cpu")
 #: Shares of the machine's CPU time that others (or the hypervisor) may take before a row is called busy.
 BUSY_SHARE, STEAL_SHARE = 0.05, 0.02
+#: The system counts CPU time in steps of 10 ms: fewer than three of them prove nothing.
+LEAST_SECONDS = 0.03
 #: A mean clock below this part of the fastest seen is called throttled.
 SLOWER_CLOCK = 0.9
 
@@ -136,12 +138,13 @@ def disturbances(before: Counters | None, after: Counters | None) -> list[str]:
     flags = []
     span = after.all_s - before.all_s
     if span > 0:
-        others = (after.busy_s - before.busy_s - (after.ours_s - before.ours_s)) / span
-        stolen = (after.steal_s - before.steal_s) / span
+        others_s = after.busy_s - before.busy_s - (after.ours_s - before.ours_s)
+        stolen_s = after.steal_s - before.steal_s
+        others, stolen = others_s / span, stolen_s / span
         load = "" if after.load is None else f", load average {after.load:.1f}"
-        if others > BUSY_SHARE:
+        if others > BUSY_SHARE and others_s >= LEAST_SECONDS:
             flags.append(f"busy: other processes took {100 * others:.0f} % of the CPU time{load}")
-        if stolen > STEAL_SHARE:
+        if stolen > STEAL_SHARE and stolen_s >= LEAST_SECONDS:
             flags.append(f"busy: the hypervisor gave {100 * stolen:.0f} % of the CPU time to others")
     if after.throttles > before.throttles:
         flags.append(f"throttled: the CPU lowered its clock {after.throttles - before.throttles} times for heat")

@@ -34,11 +34,16 @@ def no_progress(_: str) -> None:
     """The :data:`Progress` of callers that report none."""
 
 
+def no_work() -> None:
+    """The ``between`` of a :class:`Setting` that has none."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What all rows of one measurement share.
 
     ``most_calls``: how many calls of an image a subject makes, by label; a subject without an entry makes all.
+    ``between`` is called between two turns, when no subject works.
     """
 
     suite: str
@@ -47,14 +52,25 @@ class Setting:
     repetitions: int = 5
     most_calls: Mapping[str, int] = field(default_factory=dict)
     gpu: Gpu | None = None
+    between: Callable[[], None] = no_work
 
 
 @dataclass
 class Repetitions:
-    """The samples of one subject, and the flags of each."""
+    """The samples of one subject, the flags of each, and those of the whole time in which they were made."""
 
     samples: list[Sample] = field(default_factory=list)
     flags: list[tuple[str, ...]] = field(default_factory=list)
+    over_all: tuple[str, ...] = ()
+
+    def summary(self) -> tuple[str, ...]:
+        """Each kind of flag once.
+
+        The system counts CPU time in steps of 10 ms, so what disturbs short repetitions shows only over all of them.
+        """
+        found = summarize(self.flags)
+        kinds = {flag.split(":")[0] for flag in found}
+        return (*found, *(flag for flag in self.over_all if flag.split(":")[0] not in kinds))
 
 
 def measure(subjects: Sequence[Subject], setting: Setting, progress: Progress = no_progress) -> list[Row]:
@@ -88,7 +104,10 @@ def take_turns(
 ) -> list[Repetitions]:
     """``setting.repetitions`` samples of each subject, in turns; ``make_sample`` makes one (default: its ``run``)."""
     measured = [Repetitions() for _ in subjects]
+    whole = Watch(tuple(pid for subject in subjects for pid in process_ids(subject)), setting.gpu)
     for repetition in range(setting.repetitions):
+        if repetition:
+            setting.between()
         for subject, own in zip(subjects, measured, strict=True):
             label = subject.info.label
             many = f"{setting.images} image{'s' if setting.images > 1 else ''}"
@@ -100,6 +119,9 @@ def take_turns(
                 sample = make_sample(subject)
             own.samples.append(sample)
             own.flags.append(watch.flags())
+    over_all = whole.flags()
+    for own in measured:
+        own.over_all = over_all
     return measured
 
 
@@ -118,7 +140,7 @@ def process_ids(subject: Subject) -> tuple[int, ...]:
 def phase_rows(subject: Subject, repetitions: Repetitions, setting: Setting, this_machine: Machine) -> list[Row]:
     """One row per phase that the subject has, and one of the whole batch."""
     info, samples = subject.info, repetitions.samples
-    flags = summarize(repetitions.flags)
+    flags = repetitions.summary()
     if any(sample.chosen for sample in samples):
         made = model_calls(samples[0])
         flags = (f"estimated: {made} of {info.architecture.calls} calls were made, spread over the image", *flags)

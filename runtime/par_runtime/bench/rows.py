@@ -21,6 +21,7 @@ from par_runtime.errors import RequestError
 
 SCHEMA = 1
 ENOUGH = 5  #: repetitions; a row with fewer is marked
+ABOVE_BOUND, LIMITS_IN_DOUBT = "above bound", "limits in doubt"  #: marks of a bound that cannot be trusted
 ONCE = "load"  #: the phase that is timed once in every run, while its subject starts
 
 
@@ -84,7 +85,10 @@ class Row:
 
     @property
     def marks(self) -> tuple[str, ...]:
-        """The kinds of its flags: "busy", "throttled", "debug", "few repetitions", "estimated"."""
+        """The kinds of its flags.
+
+        "busy", "throttled", "debug", "few repetitions", "estimated", "incomplete", "limits in doubt", "above bound".
+        """
         return tuple(flag.split(":")[0] for flag in self.flags)
 
 

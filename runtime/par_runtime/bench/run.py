@@ -15,7 +15,7 @@ from pathlib import Path
 from par_runtime.backends.choose import CPUS
 from par_runtime.backends.engines import has_engines
 from par_runtime.bench import machine, rows
-from par_runtime.bench.bounds import GPU, device_limits, measure_limits, with_bounds
+from par_runtime.bench.bounds import GPU, Gauge, with_bounds
 from par_runtime.bench.gpu import select
 from par_runtime.bench.measure import Progress, Setting, image_ms
 from par_runtime.bench.report import compare
@@ -134,13 +134,21 @@ def _run_bundles(options: BenchOptions, progress: Progress, warn: Callable[[str]
         infos = {subject.info.label: subject.info for subject in subjects}
         gpu = select(options.device)
         setting = Setting(options.suite, options.images, options.guided, options.repetitions, {}, gpu)
-        measured_infos = [] if options.no_limits else list(infos.values())
-        before = measure_limits(measured_infos, setting, progress)
+        gauge = Gauge.of(
+            [] if options.no_limits else list(infos.values()),
+            _batches(options),
+            options.guided,
+            gpu,
+            progress,
+            tuple(subject.pid for subject in subjects),
+        )
+        gauge.measure()
+        setting = replace(setting, between=gauge.between)
         if not options.whole:
             setting = replace(setting, most_calls=dict(_long_baselines(subjects, setting, progress)))
         made = _run_suite(options, subjects, setting, progress)
-        after = measure_limits(measured_infos, setting, progress)
-    limits = {threads: measured.better(after[threads]) for threads, measured in before.items()}
+        gauge.after()
+    limits = gauge.limits()
     predicted: list[Prediction] = []
     if not options.no_limits:
         by_bundle = {info.hash: info for info in reversed(infos.values()) if not info.pytorch}
@@ -148,6 +156,19 @@ def _run_bundles(options: BenchOptions, progress: Progress, warn: Callable[[str]
             name = info.bundle if len(options.bundles) == 1 else info.label
             predicted += predictions(info.architecture, name, info.n, options.images, options.guided)
     return Outcome(with_bounds(made, infos, limits), predicted, [])
+
+
+def _batches(options: BenchOptions) -> Sequence[int]:
+    """The batch sizes that the suite runs."""
+    if options.suite == "batch":
+        return options.batches or batch.BATCHES
+    if options.suite == "serve":
+        return range(1, _largest_batch(options) + 1)
+    return [options.images]
+
+
+def _largest_batch(options: BenchOptions) -> int:
+    return max(options.batches) if options.batches else serve.LARGEST_BATCH
 
 
 def _run_suite(
@@ -158,8 +179,7 @@ def _run_suite(
     if options.suite == "decoder":
         return decoder.decoder(subjects, setting, progress, options.batches)
     if options.suite == "serve":
-        largest = max(options.batches) if options.batches else serve.LARGEST_BATCH
-        return serve.serve(subjects, setting, progress, largest, options.requests, 60 * options.minutes)
+        return serve.serve(subjects, setting, progress, _largest_batch(options), options.requests, 60 * options.minutes)
     return phases.phases(subjects, setting, progress)
 
 
@@ -247,18 +267,18 @@ def _run_paper(options: BenchOptions, progress: Progress) -> Outcome:
     device = "cpu" if options.device == "auto" and gpu is None else options.device
     threads = options.threads or available_cores()
     with tempfile.TemporaryDirectory(dir=options.work, prefix="parvis-bench-") as work:
-        progress("this machine's limits")
-        limits = device_limits(threads, gpu)
-        setting = Setting("paper", 1, options.guided, options.repetitions, {}, gpu)
+        gauge = Gauge({threads: [10**9]} if gpu is None else {}, gpu, progress)
+        gauge.measure()
+        key = threads if gpu is None else GPU
+        setting = Setting("paper", 1, options.guided, options.repetitions, {}, gpu, gauge.between)
         sizes = options.sizes or paper.SIZES
         paper_options = paper_run.PaperOptions(
             options.minutes, sizes, Path(work), not options.no_eager, device, options.threads, given
         )
-        made, infos, left_out = paper_run.run(setting, limits, paper_options, progress)
-        if gpu is None:
-            progress("this machine's limits, once more")
-            limits = limits.better(device_limits(threads, gpu))
-    made = with_bounds(made, infos, {threads if gpu is None else GPU: limits})
+        made, infos, left_out = paper_run.run(setting, gauge.limits()[key], paper_options, progress)
+        gauge.after()
+    limits = gauge.limits()[key]
+    made = with_bounds(made, infos, {key: limits})
     this_machine = machine.describe(gpu)
     name = this_machine.gpu or f"{this_machine.cpu}, {threads} thread{'s' if threads > 1 else ''}"
     published = paper.paper_rows(made, left_out, limits, name, options.guided)

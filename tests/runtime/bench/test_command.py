@@ -12,7 +12,7 @@ import pytest
 from bench.subjects import one_row
 
 from par_runtime.bench import bounds
-from par_runtime.bench.limits import Limits
+from par_runtime.bench.limits import Round
 from par_runtime.bench.report.compare import compare
 from par_runtime.bench.rows import read, to_json
 from par_runtime.bench.run import short_names
@@ -25,8 +25,9 @@ from par_runtime.cli.dispatch import main
 def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's limits take seconds to measure; ``test_limits.py`` measures them."""
     monkeypatch.setattr(
-        bounds, "measure_cpu", lambda *_: Limits(((2**22, 50.0), (2**30, 20.0)), 0.1, "measured: by hand")
+        bounds, "measure_cpu", lambda *_: Round({2**22: {"by hand": 50.0}, 2**30: {"by hand": 20.0}}, {"by hand": 0.1})
     )
+    monkeypatch.setattr(bounds, "MORE_ROUNDS", 0)
 
 
 def lines(text: str) -> list[dict[str, Any]]:

@@ -28,6 +28,9 @@ def at(all_s: float, busy_s: float, ours_s: float, **more: object) -> Counters:
         (at(110, 50, 20, throttles=3), ["throttled: the CPU lowered its clock 3 times for heat"]),
         (at(110, 50, 20, mhz=1500.0), ["throttled: the CPU's clock fell from 3000 to 1500 MHz"]),
         (at(110, 50, 20, mhz=2900.0), []),
+        (at(100.1, 50.02, 20, mhz=3000.0), []),  # two ticks of the clock in a short time prove nothing
+        (at(100.1, 50.03, 20, mhz=3000.0), ["busy: other processes took 30 % of the CPU time"]),
+        (at(100.1, 50, 20, steal=0.02), []),
     ],
 )
 def test_what_happened_between_two_readings(after: Counters, flags: list[str]) -> None:

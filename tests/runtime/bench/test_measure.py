@@ -10,7 +10,7 @@ from bench.subjects import MACHINE, Scripted, one_row, rows_from, subject_info
 from par_runtime.bench import measure
 from par_runtime.bench.bounds import with_bounds
 from par_runtime.bench.limits import Limits
-from par_runtime.bench.measure import Setting, phase_rows, summarize, take_turns
+from par_runtime.bench.measure import Repetitions, Setting, phase_rows, summarize, take_turns
 from par_runtime.bench.subjects.base import spread_calls
 from par_runtime.cost.architecture import named_architecture, phases_of
 from par_runtime.cost.bound import bound
@@ -123,6 +123,14 @@ def test_a_flag_states_how_often_and_how_bad() -> None:
     ]
     assert summarize(flags) == ("busy: in 2 of 3, other processes took 31 % of the CPU time", "debug: a tracer")
     assert summarize([(), ()]) == ()
+
+
+def test_what_disturbs_short_repetitions_shows_over_all_of_them() -> None:
+    busy = "busy: other processes took 30 % of the CPU time"
+    assert Repetitions([], [(), ()], (busy, "debug: x")).summary() == (busy, "debug: x")
+    assert Repetitions([], [(busy,), ()], ("busy: other processes took 9 % of the CPU time",)).summary() == (
+        "busy: in 1 of 2, other processes took 30 % of the CPU time",
+    )
 
 
 def test_few_repetitions_are_marked() -> None:

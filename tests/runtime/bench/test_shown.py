@@ -10,12 +10,13 @@ from xml.etree import ElementTree
 import pytest
 from bench.subjects import MACHINE, Scripted, one_row, rows_from, subject_info
 
-from par_runtime.bench.bounds import with_bounds
+from par_runtime.bench.bounds import bound_flags, with_bounds
 from par_runtime.bench.limits import Limits
 from par_runtime.bench.report import page, text
 from par_runtime.bench.report import paper as paper_report
 from par_runtime.bench.report.advice import advice
 from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines, ticks
+from par_runtime.bench.report.words import speed
 from par_runtime.bench.rows import Row
 from par_runtime.bench.suites import paper
 from par_runtime.cost.data_sheets import predictions
@@ -23,11 +24,12 @@ from par_runtime.cost.data_sheets import predictions
 HOW = "measured: by hand"
 
 
-def against(gb_s: float, tflop_s: float, call_ms: float, **changes: object) -> list[Row]:
+def against(gb_s: float, tflop_s: float, call_ms: float, doubt: str = "", **changes: object) -> list[Row]:
     """PAR-L's rows where every call takes ``call_ms``, on a device of these limits."""
     its = subject_info(**changes)  # type: ignore[arg-type]
     subject = Scripted(its, dict.fromkeys(("prefill", "sequential", "transition", "group"), call_ms))
-    return with_bounds(rows_from(subject), {its.label: its}, {2: Limits(((2**30, gb_s),), tflop_s, HOW)})
+    limits = Limits(((2**30, gb_s),), tflop_s, HOW, doubt)
+    return with_bounds(rows_from(subject), {its.label: its}, {2: limits})
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,60 @@ def test_it_says_which_limit_it_is_and_what_would_help(rows: list[Row], kind: st
     assert found.kind == kind
     assert kind in found.text
     assert lever in found.text
+
+
+#: A call of PAR-L at n = 4 reads 1.4 GB on average and does 5.5 GFLOP: at 20 GB/s and 0.1 TFLOP/s 71 and 55 ms.
+UNSURE = "measured while the machine was busy, in all of 2 measurements: other processes took 40 % of the CPU time"
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "sentence"),
+    [
+        (against(20, 0.1, 80), "bandwidth-bound", "at 88% of the bound as measured: bandwidth-bound"),
+        (against(20, 0.1, 80, UNSURE), "near both limits", "The limits are in doubt, so either may be the nearer one."),
+        (
+            against(20, 0.079, 80),
+            "near both limits",
+            "call needs at least 70.8 ms for reading and 68.8 ms for multiplying. F",
+        ),
+        (against(20, 0.04, 160, UNSURE), "compute-bound", "compute-bound"),  # twice as long as reading
+        # Measured beside a neighbour that left half of the arithmetic: without it, the row is bandwidth-bound.
+        (against(20, 0.045, 94, UNSURE), "unknown", "at 127% of the bound as measured: above it"),
+        (against(10, 10, 80), "unknown", "no limit is named; run it again on a quiet machine"),
+    ],
+)
+def test_no_limit_is_named_that_the_measurements_do_not_carry(rows: list[Row], kind: str, sentence: str) -> None:
+    found = advice(rows)
+    assert found is not None
+    assert found.kind == kind
+    assert sentence in found.text
+    assert "compute-bound" not in found.text or kind == "compute-bound"
+
+
+@pytest.mark.parametrize(
+    ("doubt", "percent", "marks", "why"),
+    [
+        ("", 100.4, [], ""),
+        ("", 131.0, ["above bound"], "the limit was measured too low"),
+        (UNSURE, 80.0, ["limits in doubt"], ""),
+        (UNSURE, 131.0, ["limits in doubt", "above bound"], "the limit was measured while the machine was busy"),
+    ],
+)
+def test_a_bound_that_cannot_be_trusted_is_marked(doubt: str, percent: float, marks: list[str], why: str) -> None:
+    flags = bound_flags(percent, Limits(((1, 1.0),), 1.0, HOW, doubt))
+    assert [flag.split(":")[0] for flag in flags] == marks
+    assert not why or flags[-1] == f"above bound: above the bound as measured: {why}, so the row names no limit"
+
+
+def test_a_row_above_its_bound_says_so_wherever_it_is_shown() -> None:
+    rows = against(10, 10, 80)
+    shown = text.table(rows)
+    assert re.search(r"parvis +group .* above \(17\d %\) +above bound$", shown, re.MULTILINE)
+    assert shown.count("the limit was measured too low, so the row names no limit") == 1
+    out = shown_page(rows)
+    assert re.search(r"above \(17\d %\) of the bound as measured", out)
+    placed = paper.paper_rows(rows, {}, None, "a CPU")
+    assert any("above (17" in cell for line in paper_report.cells(placed) for cell in line)
 
 
 def test_an_image_that_is_mostly_decoding_says_so() -> None:
@@ -94,7 +150,7 @@ def test_the_table_says_what_was_measured_on_what() -> None:
     ],
 )
 def test_a_ratio_is_never_below_one(ours_ms: float, its_ms: float, words: str) -> None:
-    assert text.speed(ours_ms, its_ms) == words
+    assert speed(ours_ms, its_ms) == words
     rows = [one_row([ours_ms] * 5), one_row([its_ms] * 5, label="eager", pytorch=True, backend="torch eager")]
     assert text.ratios(rows)[0].startswith(f"parvis {words} eager (")
 

@@ -166,8 +166,8 @@ def test_waiting_requests_make_one_batch_and_none_is_lost() -> None:
 def test_a_load_is_bounded_in_time() -> None:
     subject = Waits(subject_info())
     latencies, took = serve_load(subject, True, [0.0, 0.05, 30.0], 4, 0.1)
-    assert len(latencies) <= 3
-    assert took < 31 or len(latencies) == 3
+    assert len(latencies) <= 2
+    assert took < 20  # it does not wait for the request that is due after its time
     started = time.perf_counter()
     latencies, _ = serve_load(subject, True, [0.0, *[0.12 + i / 100 for i in range(200)]], 1, 0.2)
     assert len(latencies) < 40

@@ -88,11 +88,11 @@ def open_library(file: Path | None) -> ctypes.CDLL:
     except OSError as error:
         raise KernelError(NOT_BUILT) from error
     try:
-        struct_sizes = lib.parvis_struct_sizes
-    except AttributeError as error:
+        _declare(lib)
+    except AttributeError as error:  # a function that is not there
         raise KernelError(OTHER_SOURCES) from error
     sizes = (ctypes.c_int64 * 4)()
-    struct_sizes(sizes)
+    lib.parvis_struct_sizes(sizes)
     expected = [
         ctypes.sizeof(Model),
         Model.output.offset,
@@ -101,16 +101,23 @@ def open_library(file: Path | None) -> ctypes.CDLL:
     ]
     if list(sizes) != expected:
         raise KernelError(OTHER_SOURCES)
-    lib.parvis_instructions.restype = ctypes.c_char_p
-    lib.parvis_open.restype = ctypes.c_void_p
-    lib.parvis_close.argtypes = (ctypes.c_void_p,)
-    lib.parvis_scratch.restype = ctypes.c_int64
-    lib.parvis_scratch.argtypes = (ctypes.POINTER(Model), ctypes.c_int64, ctypes.c_int64)
-    lib.parvis_step.argtypes = (ctypes.c_void_p, ctypes.POINTER(Step))
-    lib.parvis_pack.argtypes = (ctypes.c_void_p, *(ctypes.c_int64,) * 3, ctypes.c_int, ctypes.c_void_p)
     if not lib.parvis_instructions():
         raise KernelError(NOT_BUILT)
     return lib
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    """Declare the functions of ``step.c``. Raises AttributeError where one is missing."""
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    lib.parvis_struct_sizes.argtypes = (pointer,)
+    lib.parvis_instructions.restype = ctypes.c_char_p
+    lib.parvis_open.restype = pointer
+    lib.parvis_close.argtypes = (pointer,)
+    lib.parvis_scratch.restype = integer
+    lib.parvis_scratch.argtypes = (ctypes.POINTER(Model), integer, integer)
+    lib.parvis_step.argtypes = (pointer, ctypes.POINTER(Step))
+    lib.parvis_products.argtypes = (ctypes.c_int, pointer, integer, pointer, integer, integer, integer, pointer)
+    lib.parvis_pack.argtypes = (pointer, integer, integer, integer, ctypes.c_int, pointer)
 
 
 @cache

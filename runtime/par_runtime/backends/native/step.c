@@ -260,6 +260,17 @@ void parvis_close(void *pool) { pool_close(pool); }
 
 void parvis_step(void *pool, const Step *step) { pool_run(pool, step); }
 
+/* The product alone, to measure how fast this CPU reads and multiplies: x^T w for x [k][m] and each of `n_panels` panels
+   of w, `times` times. Every result overwrites the one before it. No pool: the calling thread does all of it. */
+void parvis_products(int weight_dtype, const float *x /* [k][m] */, int64_t m, const char *w /* [n_panels][k][PANEL] */,
+                     int64_t k, int64_t n_panels, int64_t times, float *tile /* [m][PANEL] */) {
+    const Kernels *kernels = select_kernels();
+    int64_t panel_bytes = PANEL * k * (weight_dtype == FP32 ? 4 : 2);
+    for (int64_t i = 0; i < times; i++)
+        for (int64_t p = 0; p < n_panels; p++)
+            kernels->panel_product(weight_dtype, x, m, w + p * panel_bytes, k, tile);
+}
+
 /* Packs w [k][n], of `bytes` per number, into panels: out [n/PANEL][k][PANEL]; n is a multiple of PANEL. With
    `interleave_halves`, a panel holds PANEL/2 columns of the first half of w, then PANEL/2 of the second half. */
 void parvis_pack(const char *w /* [k][n] */, int64_t k, int64_t n, int64_t bytes, int interleave_halves,

@@ -2,7 +2,8 @@
 
 This is a simple rule, not a model of the machine. If a batch takes more than twice the bound, neither reading nor
 calculating explains the time; the launches do, with small kernels that read little. Else the limit is that of the
-bound: bandwidth or arithmetic.
+bound: bandwidth or arithmetic, if one of them takes clearly longer. A subject that is faster than its bound shows that
+the limits were measured too low, so nothing is concluded from them.
 """
 
 from __future__ import annotations
@@ -10,16 +11,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from par_runtime.bench.rows import Row
+from par_runtime.bench.report.words import ms
+from par_runtime.bench.rows import ABOVE_BOUND, LIMITS_IN_DOUBT, Row
 from par_runtime.bench.subjects.base import MODEL_PHASES
 
+#: One limit is named where it takes this many times as long as the other; more where they are in doubt.
+APART, APART_IN_DOUBT = 1.1, 1.5
 #: Below this part of the bound a phase is called launch-bound.
 NEAR = 0.5
 
 
 @dataclass(frozen=True)
 class Advice:
-    """``kind``: "bandwidth-bound", "compute-bound", "launch-bound" or "decoder-bound"; ``text``: a sentence or two."""
+    """``text``: a sentence or two.
+
+    ``kind``: "bandwidth-bound", "compute-bound", "near both limits", "launch-bound", "decoder-bound", or "unknown" for
+    a subject that is faster than the limits that were measured.
+    """
 
     label: str
     kind: str
@@ -55,16 +63,47 @@ def advice(rows: Sequence[Row]) -> Advice | None:
             f"{image.label}: {copy.median_ms / image.median_ms:.0%} of an image's time passes between calls, on the "
             "host; a larger batch or a larger n shares it among more tokens",
         )
+    if ABOVE_BOUND in main.marks or reached > 1:
+        return Advice(
+            image.label,
+            "unknown",
+            f"{what}, at {reached:.0%} of the bound as measured: above it. The limit was measured too low, most likely "
+            "while other processes ran, so no limit is named; run it again on a quiet machine",
+        )
     if reached < NEAR:
+        held_up = ", unless other processes held it up" if "busy" in main.marks else ""
         return Advice(
             image.label,
             "launch-bound",
-            f"{what}, at {reached:.0%} of the bound: launch-bound, neither reading weights nor multiplying explains "
-            "the time. " + _launch_levers(image),
+            f"{what}, at {reached:.0%} of the bound as measured: launch-bound{held_up}; neither reading weights nor "
+            f"multiplying explains the time. {_launch_levers(image)}",
+        )
+    start = f"{what}, at {reached:.0%} of the bound as measured: "
+    read_ms, multiply_ms = times_by_limit(main)
+    if multiply_ms and max(read_ms, multiply_ms) < min(read_ms, multiply_ms) * _apart(main):
+        calls = main.calls or 1
+        doubt = " The limits are in doubt, so either may be the nearer one." if LIMITS_IN_DOUBT in main.marks else ""
+        return Advice(
+            image.label,
+            "near both limits",
+            f"{start}near both limits: a {main.phase} call needs at least {ms(read_ms / calls)} for "
+            f"reading and {ms(multiply_ms / calls)} for multiplying.{doubt} Fewer bytes alone, or fewer operations "
+            "alone, help little.",
         )
     kind = f"{main.bound_by}-bound"
     lever = _bandwidth_levers(image) if main.bound_by == "bandwidth" else _compute_levers(image)
-    return Advice(image.label, kind, f"{what}, at {reached:.0%} of the bound: {kind}. {lever}")
+    return Advice(image.label, kind, f"{start}{kind}. {lever}")
+
+
+def times_by_limit(row: Row) -> tuple[float, float]:
+    """The least time of a row by each of its limits, in ms: reading, and multiplying (0 where that peak is unknown)."""
+    read_ms = (row.bytes or 0) / row.read_gb_s / 1e6 if row.read_gb_s else 0.0
+    return read_ms, (row.operations or 0) / row.matrix_tflop_s / 1e9 if row.matrix_tflop_s else 0.0
+
+
+def _apart(row: Row) -> float:
+    """How many times the larger of two times must be the smaller one, for it to be the limit."""
+    return APART_IN_DOUBT if LIMITS_IN_DOUBT in row.marks else APART
 
 
 def _launch_levers(image: Row) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from par_runtime.bench.report.text import aligned, ms
+from par_runtime.bench.report.text import aligned
+from par_runtime.bench.report.words import ms
 from par_runtime.bench.rows import Row
 
 RESAMPLES = 2000

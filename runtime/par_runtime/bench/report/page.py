@@ -12,7 +12,8 @@ from html import escape
 from par_runtime.bench.report import compare, paper, text
 from par_runtime.bench.report.advice import advice
 from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines
-from par_runtime.bench.report.text import HEAD, cells, ms, number
+from par_runtime.bench.report.text import HEAD, cells
+from par_runtime.bench.report.words import ms, number, percent, speed
 from par_runtime.bench.rows import Row, to_json
 from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES
 from par_runtime.bench.suites.paper import PaperRow
@@ -150,7 +151,7 @@ def _bounds(rows: Sequence[Row]) -> list[str]:
         )
         least = (row.bound_ms or 0.0) / calls
         mark = f"at least {ms(least)}, by {row.bound_by}"
-        text = f"{ms(row.median_ms / calls)}, {row.percent_of_bound:.0f} % of the bound"
+        text = f"{ms(row.median_ms / calls)}, {percent(row.percent_of_bound)} of the bound as measured"
         part = Part(row.median_ms / calls, f"p{PHASES.index(row.phase)}", tip)
         charted.append(Bar(f"{row.label}, {row.phase}", (part,), text, least, mark))
     # A decoder takes seconds where a step takes milliseconds: one axis would show only one of them.
@@ -210,7 +211,7 @@ def _speed_up(rows: Sequence[Row]) -> list[str]:
             (
                 float(row.n),
                 n1.median_ms / row.median_ms,
-                f"{name}, n = {row.n}: {row.label} {text.speed(row.median_ms, n1.median_ms)} {n1.label}",
+                f"{name}, n = {row.n}: {row.label} {speed(row.median_ms, n1.median_ms)} {n1.label}",
             )
             for row in mine
         )

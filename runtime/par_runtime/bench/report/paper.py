@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from par_runtime.bench.report.text import aligned, ms
+from par_runtime.bench.report.text import aligned
+from par_runtime.bench.report.words import ms, percent
 from par_runtime.bench.suites.paper import PaperRow
 from par_runtime.cost.data_sheets import Prediction
 
@@ -30,7 +31,7 @@ def cells(rows: Sequence[PaperRow]) -> list[tuple[str, ...]]:
             seconds(row.eager_s) + (" est." if row.eager_status == "estimated" else ""),
             times(row.over_eager),
             seconds(row.bound_s),
-            "" if row.percent_of_bound is None else f"{row.percent_of_bound:.0f} %",
+            percent(row.percent_of_bound),
             row.why,
         )
         for row in rows

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from par_runtime.bench.report.advice import advice
+from par_runtime.bench.report.words import ms, number, percent, size, speed
 from par_runtime.bench.rows import Row, columns
 from par_runtime.cost.data_sheets import Prediction
 
@@ -29,25 +30,6 @@ HEAD = (
 )
 
 
-def ms(value: float | None) -> str:
-    """Milliseconds in three digits, as seconds from ten seconds on; "" for None."""
-    if value is None:
-        return ""
-    return f"{value / 1e3:.3g} s" if value >= 1e4 else f"{value:.3g} ms" if value < 1e3 else f"{value:.0f} ms"
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """``digits`` significant digits; "" for None."""
-    return "" if value is None else f"{value:.{digits}g}"
-
-
-def size(value: float | None) -> str:
-    """Bytes in three digits, as GB or MB; "" for None."""
-    if value is None:
-        return ""
-    return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
-
-
 def cells(row: Row) -> tuple[str, ...]:
     """One row of the table; ``HEAD`` names the columns."""
     return (
@@ -62,7 +44,7 @@ def cells(row: Row) -> tuple[str, ...]:
         number(row.images_per_s),
         number(row.gb_s),
         number(row.tflop_s),
-        "" if row.percent_of_bound is None else f"{row.percent_of_bound:.0f} %",
+        percent(row.percent_of_bound),
         ", ".join(row.marks),
     )
 
@@ -76,17 +58,6 @@ def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(line[i].ljust(widths[i]) if i in left else line[i].rjust(widths[i]) for i in used).rstrip()
         for line in [head, *body]
     ]
-
-
-def speed(subject_ms: float, other_ms: float) -> str:
-    """How fast a subject is against another, in words that follow its name; never a ratio below one.
-
-    "is 2.00 times as fast as", "takes 2.00 times as long as" or "is as fast as".
-    """
-    ratio = other_ms / subject_ms
-    if f"{max(ratio, 1 / ratio):.2f}" == "1.00":
-        return "is as fast as"
-    return f"is {ratio:.2f} times as fast as" if ratio > 1 else f"takes {1 / ratio:.2f} times as long as"
 
 
 def about(rows: Sequence[Row]) -> list[str]:
@@ -109,12 +80,12 @@ def about(rows: Sequence[Row]) -> list[str]:
             f"n = {row.n}, {row.precision} computed in {row.computes} by {row.backend} {row.version}{threads}"
             + (f", peak memory {size(peak)}" if peak else "")
         )
-    limits = dict.fromkeys(
+    bounded = [row for row in rows if row.read_gb_s is not None]
+    whole = [row for row in bounded if row.phase in ("image", "throughput")]
+    out += dict.fromkeys(
         f"limits    {row.read_gb_s:.3g} GB/s, {number(row.matrix_tflop_s) or 'unknown'} TFLOP/s ({row.limits_from})"
-        for row in rows
-        if row.read_gb_s is not None and row.phase == "image"
+        for row in whole or bounded
     )
-    out += limits
     guided = "guided, two rows an image" if first.guided else "unguided"
     excluded = sorted({text for row in rows for text in row.excluded})
     out.append(f"images    {guided}; {first.sampling}; not included: {', '.join(excluded)}")
@@ -136,7 +107,7 @@ def doubts(rows: Sequence[Row]) -> list[str]:
     for label, flag in dict.fromkeys((row.label, flag) for row in rows for flag in row.flags):
         mine = [row for row in rows if row.label == label]
         marked = list(dict.fromkeys(row.phase for row in mine if flag in row.flags))
-        of_batches = {row.phase for row in mine} - {"load", "first_preview"}
+        of_batches = {row.phase for row in mine} - {"load", "first_preview", "copy"}
         where = "" if of_batches and of_batches <= set(marked) else f" ({', '.join(marked)})"
         out.append(f"{label}{where}: {flag}")
     return out

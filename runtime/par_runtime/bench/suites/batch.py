@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from par_runtime import system
 from par_runtime.bench import machine
-from par_runtime.bench.measure import Progress, Setting, image_ms, make_row, summarize, take_turns
+from par_runtime.bench.measure import Progress, Setting, image_ms, make_row, take_turns
 from par_runtime.bench.rows import Row, median
 from par_runtime.bench.subjects.base import Subject, SubjectInfo
 from par_runtime.cost.memory import cache_bytes
@@ -53,7 +53,7 @@ def batch(
                     this_machine,
                     "throughput",
                     whole,
-                    summarize(repetitions.flags),
+                    repetitions.summary(),
                     repetitions.samples,
                     calls=info.architecture.calls,
                     images_per_s=per_s,

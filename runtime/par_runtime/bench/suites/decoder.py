@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from par_runtime.bench import machine
-from par_runtime.bench.measure import Progress, Setting, make_row, summarize, take_turns
+from par_runtime.bench.measure import Progress, Setting, make_row, take_turns
 from par_runtime.bench.rows import Row, median
 from par_runtime.bench.subjects.base import Sample, Subject
 from par_runtime.errors import RequestError
@@ -44,7 +44,7 @@ def decoder(
                     this_machine,
                     "decoder",
                     times,
-                    summarize(repetitions.flags),
+                    repetitions.summary(),
                     repetitions.samples,
                     calls=len(repetitions.samples[0].calls_ms["decoder"]),
                     images_per_s=1e3 * size / median(times),

@@ -22,6 +22,7 @@ def phases(subjects: Sequence[Subject], setting: Setting, progress: Progress) ->
             rows.append(make_row(info, setting, this_machine, "load", [load_ms]))
         preview = getattr(subject, "first_preview_ms", None)
         if preview is not None and not info.pytorch and info.image_size:
+            setting.between()
             progress(f"{info.label}: first preview")
             watch = Watch(process_ids(subject), setting.gpu)
             times = [preview(setting.images, setting.guided) for _ in range(setting.repetitions)]

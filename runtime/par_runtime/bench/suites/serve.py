@@ -53,6 +53,7 @@ def serve(
             subject.run(size, setting.guided, 24)
         full_s = subject.run(largest, setting.guided).image_ms / 1e3
         for share in SHARES:
+            setting.between()
             offered = share * largest / full_s
             progress(f"{label}: {offered:.3g} requests a second, {share:.0%} of the most")
             watch = Watch(process_ids(subject), setting.gpu)
@@ -83,11 +84,11 @@ def serve_load(
         while next_up < len(due) and due[next_up] <= now:
             waiting.append(due[next_up])
             next_up += 1
-        if now > seconds:
+        if now >= seconds:
             next_up = len(due)
         if not waiting:
             if next_up < len(due):
-                time.sleep(max(0.0, due[next_up] - (time.perf_counter() - began)))
+                time.sleep(max(0.0, min(due[next_up], seconds) - (time.perf_counter() - began)))
             continue
         taken, waiting = waiting[:largest], waiting[largest:]
         subject.run(len(taken), guided)

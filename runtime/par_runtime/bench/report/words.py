@@ -1,0 +1,40 @@
+"""Numbers and ratios as people read them."""
+
+from __future__ import annotations
+
+
+def ms(value: float | None) -> str:
+    """Milliseconds in three digits, as seconds from ten seconds on; "" for None."""
+    if value is None:
+        return ""
+    return f"{value / 1e3:.3g} s" if value >= 1e4 else f"{value:.3g} ms" if value < 1e3 else f"{value:.0f} ms"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``digits`` significant digits; "" for None."""
+    return "" if value is None else f"{value:.{digits}g}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in three digits, as GB or MB; "" for None."""
+    if value is None:
+        return ""
+    return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
+
+
+def speed(subject_ms: float, other_ms: float) -> str:
+    """How fast a subject is against another, in words that follow its name; never a ratio below one.
+
+    "is 2.00 times as fast as", "takes 2.00 times as long as" or "is as fast as".
+    """
+    ratio = other_ms / subject_ms
+    if f"{max(ratio, 1 / ratio):.2f}" == "1.00":
+        return "is as fast as"
+    return f"is {ratio:.2f} times as fast as" if ratio > 1 else f"takes {1 / ratio:.2f} times as long as"
+
+
+def percent(value: float | None) -> str:
+    """A share of the bound; "above" where it is more than the bound, which was then measured too low; "" for None."""
+    if value is None:
+        return ""
+    return f"above ({value:.0f} %)" if round(value) > 100 else f"{value:.0f} %"
