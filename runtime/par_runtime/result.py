@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from par_runtime.bundle import Bundle
+from par_runtime.checked import shown
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.request import Settings
+from par_runtime.system import check_writable
+
+NOTEBOOK_PIXELS = 2**22  #: a notebook shows no larger sheet by itself
 
 
 def default_columns(count: int) -> int:
@@ -22,16 +29,20 @@ def default_columns(count: int) -> int:
     return max(1, math.ceil(math.sqrt(count)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """What ``generate`` returns; the arrays belong to the caller.
 
     ``images`` uint8 [B,H,W,3], None where the bundle ends at tokens; ``tokens`` int64 [B,N] in sequence order.
     ``timings``: milliseconds of each phase (summed over its calls), "decode" and "total"; "calls" is their number. A
     backend that makes whole images gives "image" in place of the phases.
+
+    It is also a sequence: ``len(result)``, ``result[0]`` and ``result[2:]`` are results of fewer images, with the
+    timings of the whole request. Two results are equal where they were asked for and came out the same; how long that
+    took does not matter. A notebook shows the images.
     """
 
-    bundle: Bundle = field(repr=False)
+    bundle: Bundle
     images: NDArray[np.uint8] | None
     tokens: Int
     labels: list[int]
@@ -42,21 +53,79 @@ class Result:
         None  #: [B,N] in sequence order: which tokens were given; None where all were drawn
     )
 
-    def save(
-        self, path: str | Path, columns: int | None = None, indices: Sequence[int] | None = None, pasted: bool = False
-    ) -> None:
-        """Write the images ``indices`` (default: all) as one PNG, with what makes them again (``parvis redo``).
+    def __len__(self) -> int:
+        return len(self.labels)
 
-        ``columns``: images per row (default: about a square). ``pasted``: the kept pixels are those of an original.
-        Written beside ``path`` and renamed. Raises RequestError for a bundle without a decoder, OSError.
+    def __getitem__(self, index: int | slice) -> Result:
+        if not isinstance(index, slice):
+            i = range(len(self))[index]  # raises what a list would
+            index = slice(i, i + 1)
+        return replace(
+            self,
+            images=None if self.images is None else self.images[index],
+            tokens=self.tokens[index],
+            labels=self.labels[index],
+            seeds=self.seeds[index],
+            settings=self.settings[index],
+            kept=None if self.kept is None else self.kept[index],
+        )
+
+    def __iter__(self) -> Iterator[Result]:
+        return (self[i] for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Result):
+            return NotImplemented
+        same = all(getattr(self, name) == getattr(other, name) for name in ("labels", "seeds", "settings"))
+        return (
+            same
+            and self.bundle.hash == other.bundle.hash
+            and all(_equal(getattr(self, name), getattr(other, name)) for name in ("tokens", "images", "kept"))
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # its arrays may be changed
+
+    def __repr__(self) -> str:
+        several = "image" if len(self) == 1 else "images"
+        what = "tokens only" if self.images is None else f"{self.images.shape[2]}x{self.images.shape[1]}"
+        names = self.bundle.class_names
+        labels = [label if names is None else names[label] for label in self.labels[:4]]
+        more = len(self) > 4
+        return (
+            f"Result({len(self)} {several}, {what}, bundle {shown(self.bundle.name, 40)}, labels {shown(labels, 100)}"
+            f"{' ...' * more}, seeds {shown(self.seeds[:4], 100)}{' ...' * more})"
+        )
+
+    def pil(self) -> list[Image.Image]:
+        """The images as PIL images (RGB). Raises RequestError where the bundle ends at tokens."""
+        return [Image.fromarray(image) for image in self._pixels()]
+
+    def save(
+        self,
+        path: str | Path,
+        columns: int | None = None,
+        indices: int | Sequence[int] | None = None,
+        pasted: bool = False,
+    ) -> None:
+        """Write the images ``indices`` (one, several, by default all) as one PNG, with what makes them again.
+
+        ``parvis redo`` makes them from it, ``parvis edit`` changes them. ``columns``: images per row (default: about
+        a square). ``pasted``: the kept pixels are those of an original. The folder is made where it is missing, and
+        the file appears whole or not at all. Raises RequestError, OSError.
         """
-        if self.images is None:
+        images = self._pixels()
+        if not isinstance(path, (str, os.PathLike)):
+            raise RequestError(f"path {shown(path)}: expected the name of a file, as str or Path")
+        path = Path(path)
+        if path.suffix.lower() != ".png" and not path.is_dir():
             raise RequestError(
-                f"{self.bundle.path}: this bundle ends at tokens and makes no images; write them with --tokens"
+                f"{path}: expected a name that ends in .png (what makes an image again is kept in its metadata); for "
+                "other kinds of file, save one of pil()"
             )
-        pick = list(range(len(self.labels)) if indices is None else indices)
+        pick = self._pick(indices)
         columns = default_columns(len(pick)) if columns is None else columns
-        png.check_sheet(len(pick), columns, self.images.shape[1:3])
+        png.check_sheet(len(pick), columns, images.shape[1:3])
+        check_writable(path)
         names = self.bundle.class_names
         recipe = png.Recipe(
             bundle_name=self.bundle.name,
@@ -70,4 +139,43 @@ class Result:
             kept=None if self.kept is None else self.kept[pick],
             pasted=pasted,
         )
-        png.write(Path(path), recipe, self.images[pick])
+        png.write(path, recipe, images[pick])
+
+    def _pixels(self) -> NDArray[np.uint8]:
+        """The images. Raises RequestError where there are none."""
+        if self.images is None:
+            why = (
+                "this bundle ends at tokens and makes no images"
+                if self.bundle.image_size is None
+                else "these are tokens only (decode=False); pipeline.decode(result.tokens) makes their images"
+            )
+            raise RequestError(f"{self.bundle.path}: {why}; write tokens with --tokens, or np.save(x, result.tokens)")
+        return self.images
+
+    def _pick(self, indices: int | Sequence[int] | None) -> list[int]:
+        """The images that ``indices`` names. Raises RequestError."""
+        given = (
+            range(len(self)) if indices is None else [indices] if isinstance(indices, (int, np.integer)) else indices
+        )
+        try:
+            pick = [range(len(self))[i] for i in given]
+        except (IndexError, TypeError):
+            pick = []
+        if not pick:
+            raise RequestError(
+                f"indices {shown(indices)}: expected one or more whole numbers, each of the {len(self)} images "
+                f"(0..{len(self) - 1})"
+            )
+        return pick
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows: a sheet; nothing where there are no images, or too many."""
+        if self.images is None or not 0 < self.images[..., 0].size <= NOTEBOOK_PIXELS:
+            return None
+        out = io.BytesIO()
+        Image.fromarray(png.sheet(self.images, default_columns(len(self)))).save(out, format="PNG")
+        return out.getvalue()
+
+
+def _equal(one: NDArray | None, other: NDArray | None) -> bool:
+    return one is other if one is None or other is None else np.array_equal(one, other)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -55,12 +56,12 @@ class Opened:
         return out
 
 
-def open_image(source: str | Path | Image.Image) -> Image.Image:
+def open_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     """``source``, a path or a PIL image, as RGB: upright, white where transparent. Errors as :func:`opened`."""
     return opened(source).on_white()
 
 
-def opened(source: str | Path | Image.Image) -> Opened:
+def opened(source: str | os.PathLike[str] | Image.Image) -> Opened:
     """Open a path, or take a PIL image; of several frames the first (of a PIL image: the one that it shows).
 
     Upright by its EXIF entry, in sRGB where it has a usable colour profile. Raises RequestError; FileNotFoundError and

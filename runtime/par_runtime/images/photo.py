@@ -2,13 +2,79 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from par_runtime.checked import shown
+from par_runtime.errors import RequestError
+from par_runtime.images.opening import open_image
+
 Fit = Literal["crop", "stretch"]
+FITS = ("crop", "stretch")
+#: Pictures as callers have them: a path, a PIL image, uint8 [H,W,3], several of these, or uint8 [B,H,W,3].
+Pictures = Any
+
+
+def to_pixels(source: Pictures, size: tuple[int, int], fit: Fit = "crop") -> NDArray[np.uint8]:
+    """``source`` as uint8 [B,H,W,3] of ``size`` (H, W).
+
+    A path (str or Path), a PIL image, an array uint8 [H,W,3] or [B,H,W,3], or several of the first three. What has
+    another size is fitted as in :func:`fit_image`; photos are turned upright, and put on white where transparent.
+    Raises RequestError, OSError.
+    """
+    if fit not in FITS:
+        raise RequestError(f"fit {shown(fit)}: expected crop or stretch")
+    if _is_one(source):
+        return _one(source, size, fit)[None]
+    if not hasattr(source, "__array__"):
+        if not isinstance(source, Iterable):
+            raise _no_picture(shown(source), size)
+        each = list(source)
+        if all(_is_one(one) for one in each):
+            return np.stack([_one(one, size, fit) for one in each]) if each else np.zeros((0, *size, 3), np.uint8)
+        source = _as_array(each, size)
+    batch = _as_array(source, size)
+    if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
+        raise _no_picture(f"shape {batch.shape} and type {batch.dtype}", size)
+    if batch.shape[1:3] == size:
+        return batch
+    return np.stack([_one(one, size, fit) for one in batch]) if len(batch) else np.zeros((0, *size, 3), np.uint8)
+
+
+def _is_one(source: Pictures) -> bool:
+    """Whether ``source`` is one picture: a path, a PIL image, or an array of three axes."""
+    return isinstance(source, (str, os.PathLike, Image.Image)) or (
+        hasattr(source, "__array__") and getattr(source, "ndim", 0) == 3
+    )
+
+
+def _one(source: Pictures, size: tuple[int, int], fit: Fit) -> NDArray[np.uint8]:
+    """One picture as uint8 [H,W,3]."""
+    if isinstance(source, (str, os.PathLike, Image.Image)):
+        return fit_image(open_image(source), size, fit)
+    pixels = _as_array(source, size)
+    if pixels.dtype != np.uint8 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise _no_picture(f"shape {pixels.shape} and type {pixels.dtype}", size)
+    return pixels if pixels.shape[:2] == size else fit_image(Image.fromarray(pixels), size, fit)
+
+
+def _as_array(source: Pictures, size: tuple[int, int]) -> NDArray[Any]:
+    try:
+        return np.asarray(source)
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: tensors of a GPU
+        raise _no_picture(shown(str(error)), size) from error
+
+
+def _no_picture(given: str, size: tuple[int, int]) -> RequestError:
+    return RequestError(
+        f"images have {given}; expected uint8 [{size[0]}, {size[1]}, 3], or a batch of such images; or of any size: "
+        "paths, PIL images or arrays uint8 [H,W,3], one or a list"
+    )
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit = "crop") -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,11 @@ from PIL import Image
 
 from par_runtime.checked import shown
 from par_runtime.errors import RequestError
-from par_runtime.images.opening import Opened, extrema, opened
+from par_runtime.images.opening import Opened, extrema, open_image, opened
 from par_runtime.images.photo import Fit, fit_image
 
+#: What :func:`region` takes.
+Named: TypeAlias = str | Path | Image.Image | NDArray[np.bool_]
 MaskFrom = Literal["auto", "brightness", "alpha", "inverse-alpha"]
 MASK_FROM = ("auto", "brightness", "alpha", "inverse-alpha")
 SIDES = ("left", "right", "top", "bottom", "center", "border", "all", "none")
@@ -59,7 +61,7 @@ def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def region(
-    named: str | Path | Image.Image | NDArray[np.bool_],
+    named: Named,
     size: tuple[int, int],
     fit: Fit = "crop",
     *,
@@ -134,6 +136,29 @@ def kept_tokens(kept: NDArray[np.bool_], grid: tuple[int, int]) -> NDArray[np.bo
     height, width = kept.shape
     cells: NDArray[np.bool_] = np.asarray(kept.reshape(h, height // h, w, width // w).all((1, 3)))
     return cells
+
+
+def keep_mask(
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    *,
+    change: Named | None = None,
+    keep: Named | None = None,
+    fit: Fit = "crop",
+    mask_from: MaskFrom = "auto",
+    photo: str | Path | Image.Image | None = None,
+) -> NDArray[np.bool_]:
+    """Which tokens [h,w] of ``grid`` stay, where the region ``change`` is made anew, or the region ``keep`` stays.
+
+    One of the two is given, as in :func:`region`; ``size`` (H, W) in pixels. Raises RequestError, OSError.
+    """
+    if (change is None) == (keep is None):
+        raise RequestError("keep_mask: give one of change= (what is made anew) and keep= (what stays)")
+    beside = None if photo is None else open_image(photo)
+    named = keep if change is None else change
+    assert named is not None
+    pixels = region(named, size, fit, mask_from=mask_from, photo=beside).pixels
+    return kept_tokens(pixels if change is None else ~pixels, grid)
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------

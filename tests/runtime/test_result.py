@@ -1,0 +1,138 @@
+"""What a result can do: be counted, taken apart, compared, shown and saved."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from par_runtime import Pipeline, RequestError, Result, Settings
+from par_runtime.cli import dispatch as cli
+from par_runtime.images import png
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny: Path) -> Pipeline:
+    return Pipeline.load(tiny, "cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def three(pipeline: Pipeline) -> Result:
+    return pipeline.generate([0, 4, 2], guidance=[1, 2, 1.5], seed=5)
+
+
+def test_a_result_is_a_sequence_of_results(pipeline: Pipeline, three: Result) -> None:
+    assert len(three) == 3
+    assert three.images is not None
+    for i, one in enumerate(three):
+        assert (one.labels, one.seeds) == ([three.labels[i]], [three.seeds[i]])
+        assert one.settings == [three.settings[i]]
+        np.testing.assert_array_equal(one.tokens, three.tokens[i : i + 1])
+        np.testing.assert_array_equal(one.images, three.images[i : i + 1])
+    assert three[-1] == three[2] == pipeline.generate(2, guidance=1.5, seed=7)
+    assert three[1:].labels == [4, 2]
+    assert len(three[3:]) == 0
+    with pytest.raises(IndexError):
+        three[3]
+    kept = pipeline.generate([0, 4], seed=1, keep=np.ones((2, 8, 8), bool), tokens=three.tokens[:2])
+    assert kept[1].kept is not None
+    assert kept[1].kept.shape == (1, 64)
+
+
+def test_equal_results(pipeline: Pipeline, three: Result) -> None:
+    again = pipeline.generate([0, 4, 2], guidance=[1, 2, 1.5], seed=5)
+    assert again.timings != three.timings
+    assert three == again
+    other = three.tokens.copy()
+    other[1, 7] += 1
+    for changed in (
+        replace(three, tokens=other),
+        replace(three, images=None),
+        replace(three, labels=[0, 4, 3]),
+        replace(three, settings=[Settings()] * 3),
+        replace(three, kept=np.zeros((3, 64), bool)),
+        three[:2],
+    ):
+        assert three != changed
+        assert changed == replace(changed)
+    assert three != 3
+    assert three in [1, three]
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(three)
+
+
+def test_its_text_is_short(pipeline: Pipeline, three: Result) -> None:
+    assert repr(three) == (
+        "Result(3 images, 16x16, bundle 'tiny', labels ['sea otter', 'daisy', 'teapot'], seeds [5, 6, 7])"
+    ).replace("['sea otter', 'daisy', 'teapot']", str([pipeline.bundle.class_names[i] for i in (0, 4, 2)]))  # type: ignore[index]
+    many = pipeline.generate([0] * 50, seed=1, decode=False)
+    assert "50 images, tokens only" in repr(many)
+    assert "seeds [1, 2, 3, 4] ...)" in repr(many)
+    assert len(repr(many)) < 300
+
+
+def test_pil_images_and_a_notebook(three: Result) -> None:
+    images = three.pil()
+    assert [image.mode for image in images] == ["RGB"] * 3
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in images]), three.images)
+    shown = three._repr_png_()
+    assert shown is not None
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(shown))), png.sheet(three.images, 2))  # type: ignore[arg-type]
+    assert three[:0]._repr_png_() is None
+
+
+def test_saving(three: Result, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    three.save(tmp_path / "new" / "all.png")
+    three.save(str(tmp_path / "one.PNG"), indices=1)
+    three.save(tmp_path / "two.png", columns=2, indices=[-1, 0])
+    assert png.read(tmp_path / "one.PNG")[0].labels == [4]
+    recipe, pixels = png.read(tmp_path / "two.png")
+    assert (recipe.labels, recipe.seeds) == ([2, 0], [7, 5])
+    assert pixels.shape == (16, 32, 3)
+    for path in ("new/all.png", "one.PNG", "two.png"):
+        assert cli.main(["redo", str(tmp_path / path), "--bundle", str(tiny)]) == 0
+        assert "every pixel" in capsys.readouterr().out
+
+
+def test_saving_what_or_where_it_cannot_be(three: Result, tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path / "x.jpg", r"x\.jpg: expected a name that ends in \.png"),
+        (tmp_path / "x", "expected a name that ends in"),
+        (tmp_path, "is a folder; give a file name"),
+        ("/dev/null", "expected a name that ends in"),
+        (None, "path None: expected the name of a file"),
+        (io.BytesIO(), "path <_io.BytesIO"),
+        (5, "path 5: expected the name of a file"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            three.save(path)  # type: ignore[arg-type]
+    for indices in (3, -4, [0, 9], [], ["a"], "01", 1.5, [[0]]):
+        with pytest.raises(
+            RequestError, match=r"^indices .*: expected one or more whole numbers, each of the 3 images"
+        ):
+            three.save(tmp_path / "x.png", indices=indices)  # type: ignore[arg-type]
+    for columns in (0, -1, 1.5, "2", True, 10**6):
+        with pytest.raises(RequestError, match="columns"):
+            three.save(tmp_path / "x.png", columns=columns)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_without_images_says_how_to_get_them(pipeline: Pipeline, tmp_path: Path) -> None:
+    tokens_only = pipeline.generate(0, seed=1, decode=False)
+    for work in (tokens_only.pil, lambda: tokens_only.save(tmp_path / "x.png")):
+        with pytest.raises(RequestError, match=r"these are tokens only \(decode=False\); pipeline.decode"):
+            work()
+    assert tokens_only._repr_png_() is None
+
+
+def test_equal_recipes(three: Result, tmp_path: Path) -> None:
+    three.save(tmp_path / "a.png")
+    three.save(tmp_path / "b.png", columns=3)
+    a, b = (png.read(tmp_path / name)[0] for name in ("a.png", "b.png"))
+    assert a == png.read(tmp_path / "a.png")[0]
+    assert a != b
+    assert a != 5
