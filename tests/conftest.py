@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-#: Fixtures of the stand-in GPU and of the stub of its driver, for tests in several files.
-pytest_plugins = ["double.fixtures", "stub_cuda.children"]
+#: Fixtures of the stand-in GPU, of the stub of its driver, and of shared pipelines, for tests in several files.
+pytest_plugins = ["double.fixtures", "sharing", "stub_cuda.children"]
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"

@@ -1,7 +1,7 @@
 """Labels in, images out: a bundle on a backend.
 
 ``Pipeline.load`` opens, checks and self-tests a bundle; ``Pipeline.generate`` makes images. Nothing here depends on
-which backend runs.
+which backend runs. Methods take turns (``turns.py``), so threads may share a pipeline.
 
 Letters: B images, R rows (two for a guided image), N tokens, n tokens per group, q positions of one call.
 """
@@ -9,47 +9,63 @@ Letters: B images, R rows (two for a guided image), N tokens, n tokens per group
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.backends.base import Backend, Batch, MakesImages
+from par_runtime.backends.base import Backend, MakesImages
 from par_runtime.backends.choose import choose
-from par_runtime.bundle import Bundle, Call, FileCheck
+from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.dtypes import Float, Int
-from par_runtime.errors import BundleError, RequestError
+from par_runtime.errors import RequestError
+from par_runtime.forks import tell_of_forks
 from par_runtime.known import Known, given_tokens, known_tokens
 from par_runtime.metrics import log_likelihood
+from par_runtime.progress import OnPreview, OnStep, Progress, latest_tokens
 from par_runtime.request import Settings, array, check_threads, class_index, image_seeds, image_settings
 from par_runtime.result import Result
-from par_runtime.schedule import Schedule
+from par_runtime.schedule import Schedule, rows_of
+from par_runtime.selftest import SELFTEST_SECONDS, check_selftest
 from par_runtime.tokenizer import Tokenizer, chunk_images
+from par_runtime.turns import Turn, also_inside, one_at_a_time
 
 if TYPE_CHECKING:
     from par_runtime.backends.trt.backend import Capture
 
 #: The most that the cache of one batch takes by default; larger requests run in several batches.
 CACHE_LIMIT_BYTES = 2 * 2**30
-#: A self-test ends after this time, so a large model on a slow machine makes only the beginning of its test image.
-SELFTEST_SECONDS = 5.0
-
-OnStep = Callable[[int, int], None]
-OnPreview = Callable[[NDArray[np.uint8], int, int], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Pipeline:
-    """A loaded bundle, ready to generate. Not thread-safe: buffers are shared between calls."""
+    """A loaded bundle, ready to generate.
+
+    Any number of threads may share it: one call runs at a time, the others wait. In a callback (``on_step``,
+    ``on_preview``) of a call, the same thread may call ``decode``, ``preview`` and ``encode``; the other methods raise
+    RequestError there. After :meth:`close`, every method raises RequestError.
+
+    A process that is forked after loading may use its copy on a CPU: it starts threads of its own. On a GPU it gets
+    CudaError, because CUDA cannot be used after a fork; load the pipeline there. What was loaded stays loaded: the
+    bundle's folder may be renamed, removed or replaced, but writing into its weights file is an error at the next call.
+    """
 
     bundle: Bundle
     backend: Backend
     note: str = ""  #: why it runs on the CPU, where ``device`` allowed a GPU; else empty
     threads: int | None = None  #: of the CPU, also for the encoder, which runs there on every backend
-    _tokenizer: Tokenizer | None = None
+    _turn: Turn = field(default=None, repr=False)  # type: ignore[assignment]  # a copy shares it with the original
+    _tokenizer: Tokenizer | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self._turn is None:
+            self._turn = Turn(f"the pipeline of {self.bundle.path}")
+        if self._tokenizer is None and self.bundle.image_size is not None:
+            self._tokenizer = Tokenizer(self.bundle, self.threads)
+        tell_of_forks(self)
 
     @staticmethod
     def load(
@@ -84,66 +100,47 @@ class Pipeline:
         return pipeline
 
     def close(self) -> None:
-        """Free what the backend holds, above all a GPU's memory. The pipeline cannot be used afterwards."""
+        """Free what the backend holds, above all a GPU's memory. The pipeline cannot be used afterwards.
+
+        It waits for a call that another thread is making. A second ``close`` does nothing. Raises RequestError inside
+        a callback.
+        """
+        self._turn.close(self._free)
+
+    def _free(self) -> None:
+        if self._tokenizer is not None:
+            self._tokenizer.close()
         self.backend.close()
 
     def __enter__(self) -> Pipeline:
+        self._turn.check_open("with")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        """Raise RequestError: neither pickle nor copy can take threads, or a GPU's memory, along."""
+        raise RequestError(
+            f"the pipeline of {self.bundle.path} cannot be copied or sent to another process; call Pipeline.load there"
+        )
+
+    def after_fork(self) -> None:
+        """Called in a forked process: a call that another thread was making does not go on there."""
+        if not self._turn.mine:
+            self.backend.release()
+
+    @one_at_a_time
     def selftest(self, seconds: float = SELFTEST_SECONDS) -> None:
         """Make the bundle's greedy test image and compare its tokens with those of the export.
 
         It ends after ``seconds``, but not before every phase ran once. If tokens differ, the calls are made again with
         the export's tokens as input: a token may differ only where two candidates tie up to rounding. Raises
-        BundleError.
+        BundleError, RequestError.
         """
-        test = self.bundle.selftest
-        if not test["labels"]:
-            raise BundleError(
-                f"{self.bundle.path}: holds random weights, for benchmarks, and no self-test; selftest=False "
-                "(--no-selftest) loads it"
-            )
-        label, guidance = test["labels"][0], test["guidance"]
-        wanted = np.array(test["tokens"][:1], np.int64)
-        greedy = image_settings(self.bundle, 1, guidance=guidance, greedy=True, guidance_interval=-1)
-        schedule = Schedule.of(self.bundle, [label], greedy)  # no seeds: the draws are zero
-        noise = schedule.noise
-        until = time.perf_counter() + seconds
-        tokens, done = np.zeros_like(wanted), 0
-        phases_run: set[str] = set()
-        for call, batch, ids, write in self._walk(schedule, tokens):
-            if time.perf_counter() > until and len(phases_run) == len(self.bundle.phases):
-                break
-            tokens[:, call.positions] = self.backend.step(batch, ids, write, noise[:, call.positions])
-            done = call.positions.stop
-            phases_run.add(call.phase.name)
-        if (tokens[:, :done] == wanted[:, :done]).all():
-            return
-        # Teacher-forced: each call is fed the export's tokens.
-        for call, batch, ids, write in self._walk(schedule, wanted):
-            drawn = self.backend.step(batch, ids, write, noise[:, call.positions])[0]
-            logits = self.backend.logits(batch, ids, write)[0]  # [q,V]
-            slots, best = np.arange(call.query), logits.max(-1)
-            # The token drawn here and the export's must both have the largest logit, up to rounding. The comparison is
-            # ~(gap <= ...), because a NaN must count as wrong.
-            gap = best - np.minimum(logits[slots, wanted[0, call.positions]], logits[slots, drawn])
-            # Equal logits of all codes come from a backend that computes nothing, not from a model.
-            wrong = ~(gap <= self.backend.tie * np.abs(logits).max()) | (best <= logits.min(-1))
-            if wrong.any():
-                slot = int(wrong.argmax())
-                position = call.write + slot
-                raise BundleError(
-                    f"{self.bundle.path}: self-test failed on {self.backend.info.name}: label {label} gives token "
-                    f"{drawn[slot]} at position {position}, at export it was {wanted[0, position]} (their logits "
-                    f"differ by {gap[slot]:.3g}). Copy the bundle again or export it again; selftest=False "
-                    "(--no-selftest) loads it regardless"
-                )
-            if call.positions.stop >= done:
-                break
+        check_selftest(self.bundle, self.backend, seconds)
 
+    @one_at_a_time
     def generate(
         self,
         labels: int | str | Sequence[int | str],
@@ -210,7 +207,7 @@ class Pipeline:
         timings: dict[str, float] = {}
         started = time.perf_counter()
         parts = [slice(i, i + size) for i in range(0, len(classes), size)]
-        progress = _Progress(on_step, on_preview, preview_every, self.bundle.calls * len(parts))
+        progress = Progress(on_step, on_preview, preview_every, self.bundle.calls * len(parts))
         decode = decode and self.bundle.image_size is not None
         known = known_tokens(self.bundle, len(classes), keep, tokens)
         made = [
@@ -240,6 +237,7 @@ class Pipeline:
         each = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else labels
         return [class_index(self.bundle, label) for label in each]
 
+    @one_at_a_time
     def score(self, tokens: ArrayLike, labels: int | str | Sequence[int | str]) -> Float:
         """Log-likelihood of ``tokens`` ([N] or [B,N], sequence order) for ``labels``: [B,N] fp32, natural logarithms.
 
@@ -254,11 +252,14 @@ class Pipeline:
             part = slice(first, first + size)
             each = image_settings(self.bundle, len(classes[part]), guidance=1.0)
             schedule = Schedule.of(self.bundle, classes[part], each)
-            for call, batch, ids, write in self._walk(schedule, given[part]):
-                logits = self.backend.logits(batch, ids, write)
-                out[part, call.positions] = log_likelihood(logits, given[part, call.positions])
+            with rows_of(self.backend, schedule):
+                for call, batch, ids, write in schedule.walk(given[part]):
+                    self._turn.go_on()
+                    logits = self.backend.logits(batch, ids, write)
+                    out[part, call.positions] = log_likelihood(logits, given[part, call.positions])
         return out
 
+    @also_inside
     def encode(self, images: ArrayLike) -> Int:
         """Tokens [B,N] in sequence order of ``images``, uint8 [B,H,W,3] or [H,W,3] of the bundle's size.
 
@@ -266,9 +267,10 @@ class Pipeline:
         RequestError.
         """
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self.bundle, self.threads)
+            raise RequestError(f"{self.bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
         return self._tokenizer.encode(images)
 
+    @also_inside
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         """Images [B,H,W,3] uint8 of ``tokens`` [B,N] in sequence order. Raises RequestError on another shape or id."""
         if self.bundle.image_size is None:
@@ -303,7 +305,7 @@ class Pipeline:
     def _batch(
         self,
         schedule: Schedule,
-        progress: _Progress,
+        progress: Progress,
         timings: dict[str, float],
         decode: bool,
         known: Known | None = None,
@@ -318,57 +320,22 @@ class Pipeline:
             progress.add(self.bundle.calls)
             return made
         tokens = np.zeros((schedule.batch.images, self.bundle.n_tokens), np.int64)
-        for call, batch, ids, write in self._walk(schedule, tokens):
-            tokens[:, call.positions] = backend.step(batch, ids, write, schedule.noise[:, call.positions])
-            if known is not None:
-                known.put(tokens, call.positions)
-            name = call.phase.name
-            timings[name] = timings.get(name, 0.0) + 1e3 * (time.perf_counter() - clock)
-            progress.step(self, tokens, call.positions.stop)
-            clock = time.perf_counter()  # callbacks and previews are not counted
+        with rows_of(backend, schedule):
+            for call, batch, ids, write in schedule.walk(tokens):
+                self._turn.go_on()
+                tokens[:, call.positions] = backend.step(batch, ids, write, schedule.noise[:, call.positions])
+                if known is not None:
+                    known.put(tokens, call.positions)
+                name = call.phase.name
+                timings[name] = timings.get(name, 0.0) + 1e3 * (time.perf_counter() - clock)
+                progress.step(self.preview, tokens, call.positions.stop)
+                clock = time.perf_counter()  # callbacks and previews are not counted
         return tokens, None
 
-    def _walk(self, schedule: Schedule, tokens: Int) -> Iterator[tuple[Call, Batch, Int, Int]]:
-        """``schedule.walk(tokens)``, before and after which its cache rows are released; other rows keep their keys."""
-        rows = schedule.batch.cache_row
-        self.backend.release(rows)
-        try:
-            yield from schedule.walk(tokens)
-        finally:
-            self.backend.release(rows)
-
+    @also_inside
     def preview(self, tokens: Int, done: int) -> NDArray[np.uint8]:
         """Images [B,H,W,3] uint8 of the first ``done`` tokens of ``tokens`` [B,N].
 
         Each place that has no token yet shows the latest token of its region.
         """
-        n = self.bundle.group_size
-        k = np.arange(self.bundle.n_tokens)
-        missing = np.maximum(-(-(k - done + 1) // n), 0)  # groups between k and the latest token of its region
-        source = k - missing * n
-        # A region that has no token yet takes the latest token of any region.
-        source = np.where(source < 0, done - 1, source)
-        return self.decode(tokens[:, source])
-
-
-@dataclass
-class _Progress:
-    """Counts the calls of all batches, and calls ``on_step`` and ``on_preview``."""
-
-    on_step: OnStep | None
-    on_preview: OnPreview | None
-    preview_every: int | None
-    total: int
-    done: int = 0
-
-    def add(self, calls: int) -> None:
-        """Count ``calls`` more."""
-        self.done += calls
-        if self.on_step is not None:
-            self.on_step(self.done, self.total)
-
-    def step(self, pipeline: Pipeline, tokens: Int, tokens_done: int) -> None:
-        """Count one call; ``tokens`` [B,N] of the batch, of which the first ``tokens_done`` are made."""
-        self.add(1)
-        if self.preview_every and self.on_preview and self.done % self.preview_every == 0:
-            self.on_preview(pipeline.preview(tokens, tokens_done), self.done, self.total)
+        return self.decode(latest_tokens(self.bundle, tokens, done))

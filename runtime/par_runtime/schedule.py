@@ -13,13 +13,14 @@ Letters: R rows (two for a guided image), B images, N tokens, q positions of one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import Batch
+from par_runtime.backends.base import Backend, Batch
 from par_runtime.bundle import Bundle, Call, image_calls
 from par_runtime.dtypes import Float, Int
 from par_runtime.request import Settings
@@ -203,13 +204,28 @@ def guidance_index(calls: Sequence[Call]) -> dict[Call, int]:
     return out
 
 
+@contextmanager
+def rows_of(backend: Backend, schedule: Schedule) -> Iterator[None]:
+    """The cache rows of ``schedule``, empty at the beginning and released at the end; other rows keep their keys.
+
+    Not a part of ``walk``: a generator that an error left behind ends when the error's traceback is freed, which may be
+    in the middle of another image.
+    """
+    rows = schedule.batch.cache_row
+    backend.release(rows)
+    try:
+        yield
+    finally:
+        backend.release(rows)
+
+
 def uniforms(seed: int, n_tokens: int) -> Float:
     """The noise of one image: [N] float32 in [0,1), the top 24 bits of Philox4x64-10 keyed by ``seed``.
 
     Philox counts instead of keeping a state, so a number depends only on the seed and the position, not on batch, order
     or backend. The reference generation of ``par_model`` makes the same numbers.
     """
-    raw = np.random.Philox(key=seed).random_raw(n_tokens)
+    raw = np.random.Philox(key=int(seed)).random_raw(n_tokens)
     numbers: Float = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
     return numbers
 

@@ -6,6 +6,7 @@ where generation takes tens or hundreds of calls, so it is not worth a plan for 
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from numpy.typing import ArrayLike, NDArray
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError, how_to_install
+from par_runtime.forks import tell_of_forks
 from par_runtime.known import given_tokens
+from par_runtime.loaded import LoadedFiles
 from par_runtime.request import array, check_threads
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from par_runtime.backends.ort.sessions import LazySession
 
 #: The most pixels per call of encoder and decoder, which bounds their memory: 32 images of 64x64, 2 of 256x256. One
 #: image is always taken, for instance of 384x384.
@@ -33,27 +36,32 @@ def chunk_images(bundle: Bundle) -> int:
 
 
 class Tokenizer:
-    """Encoder and decoder of a bundle; each is loaded when it is first used. ``threads`` of the CPU, default all cores.
+    """Encoder and decoder of a bundle, as they are now; each is loaded when it is first used.
 
-    Raises RequestError where the bundle ends at tokens, or onnxruntime is missing.
+    ``threads`` of the CPU, default all cores. Several threads may use it at a time. Raises RequestError where the
+    bundle ends at tokens, BundleError where it cannot be read.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         if bundle.image_size is None:
             raise RequestError(f"{bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
         check_threads(threads)
-        try:
-            from par_runtime.backends.ort import sessions  # here, because importing onnxruntime takes a while
-        except ModuleNotFoundError as error:
-            if error.name != "onnxruntime":
-                raise
-            raise RequestError(
-                f"encoding an image needs onnxruntime, which is not installed; {how_to_install('cpu')}"
-            ) from error
         self.bundle = bundle
-        self._ort = sessions
+        self._files = LoadedFiles(bundle)
         self._threads = threads
-        self._sessions: dict[str, InferenceSession] = {}
+        self._sessions: dict[str, LazySession] = {}
+        self._lock = threading.Lock()  #: of _sessions
+        self._closed = False
+        tell_of_forks(self)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()  # another thread may have held it
+
+    def close(self) -> None:
+        """Free encoder and decoder; the tokenizer cannot be used afterwards."""
+        self._closed = True
+        self._sessions.clear()
+        self._files.close()
 
     def encode(self, images: ArrayLike) -> Int:
         """Tokens [B,N] int64 in sequence order of ``images``, uint8 [B,H,W,3] or [H,W,3] of the bundle's size.
@@ -86,10 +94,22 @@ class Tokenizer:
     def _chunked(self, graph: str, name: str, values: NDArray[Any]) -> NDArray[Any]:
         session = self._session(graph)
         size = chunk_images(self.bundle)
-        starts = range(0, len(values), size)
-        return np.concatenate([self._ort.run(session, name, values[i : i + size]) for i in starts])
+        return np.concatenate([session.run(name, values[i : i + size]) for i in range(0, len(values), size)])
 
-    def _session(self, graph: str) -> InferenceSession:
-        if graph not in self._sessions:
-            self._sessions[graph] = self._ort.open_session(self.bundle, graph, self._ort.session_options(self._threads))
-        return self._sessions[graph]
+    def _session(self, graph: str) -> LazySession:
+        """Raises RequestError where onnxruntime is missing, or the tokenizer was closed."""
+        if self._closed:
+            raise RequestError(f"{self.bundle.path}: the tokenizer was closed; load it again")
+        try:
+            from par_runtime.backends.ort import sessions  # here, because importing onnxruntime takes a while
+        except ModuleNotFoundError as error:
+            if error.name != "onnxruntime":
+                raise
+            raise RequestError(
+                f"encoding an image needs onnxruntime, which is not installed; {how_to_install('cpu')}"
+            ) from error
+        with self._lock:
+            if graph not in self._sessions:
+                options = sessions.session_options(self._threads)
+                self._sessions[graph] = sessions.LazySession(self._files, graph, options)
+            return self._sessions[graph]

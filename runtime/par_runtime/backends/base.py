@@ -15,7 +15,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Float, Int
+from par_runtime.errors import RequestError
 
 #: The inputs [B] of a step graph that say how each image's tokens are drawn; :meth:`Batch.per_image` gives values.
 IMAGE_INPUTS: dict[str, type[np.generic]] = {
@@ -116,8 +118,19 @@ class BackendInfo:
         return f"{self.runtime} {self.version}"
 
 
+def closed_error(bundle: Bundle) -> RequestError:
+    """The error of a backend that is used after ``close``."""
+    return RequestError(f"{bundle.path}: the pipeline was closed; load it again with Pipeline.load")
+
+
 class Backend(Protocol):
-    """One loaded bundle on one device. It makes one call at a time. Arrays that it returns belong to the caller."""
+    """One loaded bundle on one device. Arrays that it returns belong to the caller.
+
+    It makes one call at a time, and takes no lock: whoever calls it from several threads sees to that, as ``Pipeline``
+    does. Any thread may make the next call. Between two calls ``decode`` may be called. After ``close``, all methods
+    but ``close`` and ``release`` raise RequestError or CudaError. In a forked process, a backend on the CPU goes on (it
+    starts threads of its own), and one on a GPU raises CudaError, without a call of the driver.
+    """
 
     info: BackendInfo
     max_images: int  #: largest batch

@@ -7,6 +7,7 @@ streams and graphs are objects with a method ``free``, which may be called more 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,6 +19,8 @@ from par_runtime.errors import CudaError, OutOfMemory, how_to_install
 
 #: The module cuda.bindings.driver, imported at first use; tests put a stand-in here.
 driver: Any = None
+#: The process that initialised the driver. CUDA cannot be used in a process that is forked from it.
+_process: int | None = None
 
 HINTS = {
     "CUDA_ERROR_NO_DEVICE": "no NVIDIA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES",
@@ -85,6 +88,13 @@ def _call(name: str, *arguments: Any, note: str = "") -> Any:
 
     ``note`` describes the arguments in errors.
     """
+    global _process
+    if forked():
+        raise CudaError(
+            f"CUDA was initialised in process {_process}, from which this one was forked; it cannot be used here: load "
+            "the pipeline in the process that uses it (multiprocessing: start method 'spawn')",
+            "FORKED",
+        )
     try:
         code, *values = getattr(_driver(), name)(*arguments)
     except RuntimeError as error:  # cuda-python's own: the library is missing, or too old to know the call
@@ -101,7 +111,14 @@ def _call(name: str, *arguments: Any, note: str = "") -> Any:
         raise CudaError(f"{name} failed: {error}; the driver is too new: update cuda-python", "UNKNOWN") from error
     if int(code) != 0:
         raise _error(name, code, note)
+    if name == "cuInit":
+        _process = os.getpid()
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def forked() -> bool:
+    """Whether the driver was initialised in a process from which this one was forked. Every call is an error then."""
+    return _process not in (None, os.getpid())
 
 
 def _error(name: str, code: Any, note: str) -> CudaError:

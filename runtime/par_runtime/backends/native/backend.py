@@ -16,21 +16,20 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from par_runtime import __version__
-from par_runtime.backends.base import BackendInfo, Batch
+from par_runtime.backends.base import BackendInfo, Batch, closed_error
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.draws import draw_all
 from par_runtime.backends.native.library import Step, library, why_not
 from par_runtime.backends.native.weights import Weights, pointers
-from par_runtime.backends.ort import sessions
 from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE
-from par_runtime.backends.ort.sessions import open_session, session_options
+from par_runtime.backends.ort.sessions import LazySession, session_options
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import BYTES, Float, Int
 from par_runtime.errors import BundleError
+from par_runtime.loaded import LoadedFiles
 from par_runtime.system import available_cores
 
 
@@ -59,10 +58,13 @@ class NativeBackend:
         )
         self.max_images, self.tie = MOST_IMAGES, TIE
         self._threads = threads or available_cores()
-        self._decoder: ort.InferenceSession | None = None
+        self._files = LoadedFiles(bundle)
+        self._decoder = LazySession(self._files, "decoder", session_options(self._threads))
         self._slots = -(-bundle.n_tokens // lib.parvis_panel()) * lib.parvis_panel()
         self._weights = Weights(bundle, lib, self._slots)
         self._pool: int | None = lib.parvis_open(self._threads)
+        if self._pool is None:
+            raise MemoryError(f"{self._threads} threads: no memory for their pool")
         self._rows = 0  # R of _buffers
         self._keys = CacheRows(bundle.n_tokens)
         # Keys of all layers, then values, each at least R*H*S*D' long. numpy asks for huge pages for one large array.
@@ -96,14 +98,16 @@ class NativeBackend:
             self._cache = new
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
-        if self._decoder is None:
-            self._decoder = open_session(self.bundle, "decoder", session_options(self._threads))
-        return sessions.run(self._decoder, "tokens", tokens)
+        if self._pool is None:
+            raise closed_error(self.bundle)
+        return self._decoder.run("tokens", tokens)
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._lib.parvis_close(self._pool)
-        self._pool = None
+        pool, self._pool = self._pool, None  # first, so that whatever interrupts this, no pool is freed twice
+        if pool is not None:
+            self._lib.parvis_close(pool)
+        self._decoder.close()
+        self._files.close()
         self._buffers.clear()
         self._cache = self._cache[:, :0].copy()
 
@@ -113,6 +117,8 @@ class NativeBackend:
 
     def _guided(self, batch: Batch, ids: Int, write: Int) -> Float:
         """Guided logits [B,q,V] of one call; a view of a buffer that the next call of the same q overwrites."""
+        if self._pool is None:
+            raise closed_error(self.bundle)
         self._reserve(batch)
         self._keys.note(batch, write, ids.shape[1])
         rows = self._run(ids, write, batch.cache_row)

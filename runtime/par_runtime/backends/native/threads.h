@@ -4,13 +4,17 @@
    example the panels of its matrix). All threads run the same code and share the pieces of a phase by next_piece() or
    next_panel(), so a thread on a slow core does fewer. barrier() ends a phase. The caller of pool_run() is thread 0.
    The other threads sleep between tasks. Inside a task they do not: it has hundreds of phases, and waking a thread
-   takes longer than a phase. */
+   takes longer than a phase.
+
+   fork() copies the pool into the new process, but none of its threads. There, the next pool_run() starts new ones, and
+   pool_close() waits for none. */
 
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #define CHUNKS_PER_THREAD 4     /* of one product, where no thread is slowed down */
 #define SPINS_BEFORE_YIELD 4000 /* after so many looks at a counter, a waiting thread lets other threads run */
@@ -20,8 +24,10 @@ typedef void Task(Pool *pool, const void *argument, int thread);
 
 struct Pool {
     int n_threads;
+    int most_threads; /* that were asked for */
+    pid_t process;    /* the process that has the threads */
     Task *task;
-    pthread_t *threads; /* [n_threads]; entry 0 is the caller and is not used */
+    pthread_t *threads; /* [most_threads]; entry 0 is the caller and is not used */
     pthread_mutex_t lock;
     pthread_cond_t wake;
     /* Guarded by lock: */
@@ -93,16 +99,18 @@ static void *worker_main(void *argument) {
     }
 }
 
-/* A pool of up to n_threads threads; fewer where the system refuses to start more. NULL where memory is exhausted. */
-static Pool *pool_open(int n_threads, Task *task) {
-    Pool *pool = calloc(1, sizeof(Pool));
-    if (!pool) return NULL;
-    pool->task = task;
-    pool->threads = calloc((size_t)n_threads, sizeof(pthread_t));
+/* Starts the threads, in this process: most_threads, or fewer where the system refuses to start more. */
+static void pool_start(Pool *pool) {
+    pool->process = getpid();
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->wake, NULL);
+    pool->task_number = 0; /* as new threads expect it */
+    pool->closing = 0;
+    atomic_store(&pool->next, 0);
+    atomic_store(&pool->arrived, 0);
+    atomic_store(&pool->phase, 0);
     pool->n_threads = 1;
-    for (int i = 1; pool->threads && i < n_threads; i++) {
+    for (int i = 1; pool->threads && i < pool->most_threads; i++) {
         Worker *worker = malloc(sizeof(Worker));
         if (!worker) break;
         worker->pool = pool, worker->thread = i;
@@ -112,11 +120,22 @@ static Pool *pool_open(int n_threads, Task *task) {
         }
         pool->n_threads++;
     }
+}
+
+/* A pool of up to n_threads threads. NULL where memory is exhausted. */
+static Pool *pool_open(int n_threads, Task *task) {
+    Pool *pool = calloc(1, sizeof(Pool));
+    if (!pool) return NULL;
+    pool->task = task;
+    pool->most_threads = n_threads;
+    pool->threads = calloc((size_t)n_threads, sizeof(pthread_t));
+    pool_start(pool);
     return pool;
 }
 
 /* Runs the task on all threads. The last phase ends with a barrier too, so all work is done when this returns. */
 static void pool_run(Pool *pool, const void *argument) {
+    if (pool->process != getpid()) pool_start(pool);
     atomic_store(&pool->next, 0);
     pthread_mutex_lock(&pool->lock);
     pool->argument = argument;
@@ -127,13 +146,15 @@ static void pool_run(Pool *pool, const void *argument) {
 }
 
 static void pool_close(Pool *pool) {
-    pthread_mutex_lock(&pool->lock);
-    pool->closing = 1;
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->lock);
-    for (int i = 1; i < pool->n_threads; i++) pthread_join(pool->threads[i], NULL);
-    pthread_mutex_destroy(&pool->lock);
-    pthread_cond_destroy(&pool->wake);
+    if (pool->process == getpid()) {
+        pthread_mutex_lock(&pool->lock);
+        pool->closing = 1;
+        pthread_cond_broadcast(&pool->wake);
+        pthread_mutex_unlock(&pool->lock);
+        for (int i = 1; i < pool->n_threads; i++) pthread_join(pool->threads[i], NULL);
+        pthread_mutex_destroy(&pool->lock);
+        pthread_cond_destroy(&pool->wake);
+    } /* else the threads are another process's: joining them, or destroying what they wait for, would wait for ever */
     free(pool->threads);
     free(pool);
 }

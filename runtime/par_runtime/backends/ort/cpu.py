@@ -18,14 +18,16 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch
+from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, closed_error
 from par_runtime.backends.cache_rows import CacheRows
-from par_runtime.backends.ort import sessions
 from par_runtime.backends.ort.huge_pages import use_huge_pages
 from par_runtime.backends.ort.sessions import (
     OPSET24_SINCE,
+    SPINNING,
+    LazySession,
     explained,
-    open_session,
+    lost_in_fork,
+    open_cpu_session,
     session_options,
     version,
     weight_bytes,
@@ -33,6 +35,8 @@ from par_runtime.backends.ort.sessions import (
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError
+from par_runtime.forks import keep_forever, tell_of_forks
+from par_runtime.loaded import LoadedFiles
 
 MOST_IMAGES = 4096  #: the caches of more images take tens of gigabytes even for the smallest model
 TIE = 1e-4  #: other CPUs have kernels that round differently; the errors measured at export are 50 times smaller
@@ -62,11 +66,14 @@ class OrtBackend:
         self.tie = TIE
         options = session_options(threads)
         # Worker threads spin between operators, because the next call follows at once.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        options.add_session_config_entry(SPINNING, "1")
         self._options = options
-        self._step = self._session(graph or ("step" if version() >= OPSET24_SINCE else "step_opset23"))
-        use_huge_pages()  # every call reads all weights of the session
-        self._decoder: ort.InferenceSession | None = None
+        self._files = LoadedFiles(bundle)
+        self._graph = graph or ("step" if version() >= OPSET24_SINCE else "step_opset23")
+        self._closed = False
+        self._step: ort.InferenceSession | None = None  # None in a forked process, until it is opened again
+        self._open_step()
+        self._decoder = LazySession(self._files, "decoder", options, huge_pages=True)
         if bundle.cache.dtype != "float32":
             raise BundleError(
                 f"{bundle.path}: cache of dtype {bundle.cache.dtype!r}; the CPU needs float32; export the bundle again"
@@ -76,41 +83,60 @@ class OrtBackend:
         self._caches: list[Float] = []  # flat, in the order of bundle.cache.inputs; at least R'*H*N*D' long
         self._bound: dict[tuple[int, int], _Bound] = {}  # by (q, S), of the current number of rows and images
         self._shape = (0, 0)  # that number
+        tell_of_forks(self)
 
-    def _session(self, name: str) -> ort.InferenceSession:
-        return open_session(self.bundle, name, self._options)
+    def _open_step(self) -> ort.InferenceSession:
+        """The session of the step, opened where there is none."""
+        if self._closed:
+            raise closed_error(self.bundle)
+        if self._step is None:
+            self._step = open_cpu_session(self._files, self._graph, self._options)
+            use_huge_pages()  # every call reads all weights of the session
+        return self._step
+
+    def after_fork(self) -> None:
+        if self._step is not None and lost_in_fork(self._options):
+            keep_forever(self._step, *self._bound.values())
+            self._step = None
+            self._bound.clear()
 
     def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
-        bound = self._prepare(batch, ids, write)
+        session = self._open_step()
+        bound = self._prepare(session, batch, ids, write)
         bound.uniform[:] = uniform
-        _run(self._step, bound.binding)
+        _run(session, bound.binding)
         return bound.tokens[batch.cache_row[: batch.images]]
 
     def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
-        bound = self._prepare(batch, ids, write)
+        session = self._open_step()
+        bound = self._prepare(session, batch, ids, write)
         bound.uniform[:] = 0
         out = np.empty((batch.images, ids.shape[1], self.bundle.vocab_size), np.float32)
         self._bound.clear()  # before binding: whatever interrupts this call, no later one writes into memory of `out`
         _bind(bound.binding, "logits", out, output=True)
-        _run(self._step, bound.binding)
+        _run(session, bound.binding)
         return out
 
     def release(self, cache_rows: Int | None = None) -> None:
         self._keys.release(cache_rows)
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
-        if self._decoder is None:
-            self._decoder = self._session("decoder")
-            use_huge_pages()
-        return sessions.run(self._decoder, "tokens", tokens)
+        if self._closed:
+            raise closed_error(self.bundle)
+        return self._decoder.run("tokens", tokens)
 
     def close(self) -> None:
+        self._closed = True
         self._bound.clear()
+        self._step = None
+        self._decoder.close()
+        self._files.close()
         self._caches.clear()
         self._keys.release()
 
-    def _prepare(self, batch: Batch, ids: Int, write: Int) -> _Bound:
+    def _prepare(self, session: ort.InferenceSession, batch: Batch, ids: Int, write: Int) -> _Bound:
         """The bound buffers of this call, filled with all inputs except the noise."""
+        self._files.check()
         query, run = ids.shape[1], batch.cache_rows
         self._reserve(run)
         held = self._keys.count
@@ -122,7 +148,7 @@ class OrtBackend:
         key = (query, self._slots)
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._bound[key] = _Bound(self._step, self.bundle, batch, query, self._window(run))
+            bound = self._bound[key] = _Bound(session, self.bundle, batch, query, self._window(run))
         bound.set_batch(batch)
         bound.ids[:] = ids
         bound.positions[:] = write[:, None] + np.arange(query)

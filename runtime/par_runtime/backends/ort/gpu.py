@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch
+from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, closed_error
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError, CudaError, RequestError, how_to_install
+from par_runtime.forks import keep_forever, tell_of_forks
+from par_runtime.loaded import LoadedFiles
 
 REPLACE = f"pip uninstall -y onnxruntime onnxruntime-gpu && {how_to_install('onnxruntime-gpu')}"
 try:
@@ -30,7 +32,14 @@ try:
 
     from par_runtime.backends.ort import sessions
     from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE
-    from par_runtime.backends.ort.sessions import OPSET24_SINCE, explained, version, weight_bytes
+    from par_runtime.backends.ort.sessions import (
+        ASSIGNMENT,
+        OPSET24_SINCE,
+        explained,
+        open_session,
+        version,
+        weight_bytes,
+    )
     from par_runtime.system import available_cores
 except ModuleNotFoundError as error:
     if error.name != "onnxruntime":
@@ -46,7 +55,6 @@ CUDA_SINCE = (1, 27)
 #: The operators that ONNX Runtime leaves on the CPU on purpose: they compute shapes, which are on the CPU already. Any
 #: other operator on the CPU would copy activations, or the cache, back and forth in every call.
 SHAPES = ("Concat", "Gather", "Shape", "Size", "Slice", "Squeeze", "Unsqueeze")
-ASSIGNMENT = "session.record_ep_graph_assignment_info"
 
 
 class OrtCudaBackend:
@@ -89,12 +97,30 @@ class OrtCudaBackend:
         self._options.intra_op_num_threads = threads or available_cores()
         self._options.log_severity_level = 4  # failures are raised; its warnings list every shape operator on the CPU
         self._options.add_session_config_entry(ASSIGNMENT, "1")
-        self._step = self._session("step")
+        self._files = LoadedFiles(bundle)
+        self._closed = self._forked = False
+        self._step: ort.InferenceSession | None = self._session("step")
         self._decoder: ort.InferenceSession | None = None
         self._keys = CacheRows(bundle.n_tokens)
         self._caches: list[ort.OrtValue] = []  # [R',H,N,D'] each, in the order of bundle.cache.inputs
         self._bound: dict[int, _Bound] = {}  # by q, of the current number of rows and images
         self._shape = (0, 0)  # that number
+        tell_of_forks(self)
+
+    def after_fork(self) -> None:
+        keep_forever(self._step, self._decoder, list(self._caches), dict(self._bound))
+        self._forked = True
+        self.close()
+
+    def _check_usable(self) -> None:
+        if self._forked:
+            raise CudaError(
+                f"{self.bundle.path}: was loaded on a GPU by another process than this one, which was forked from it; "
+                "load the pipeline in the process that uses it",
+                "FORKED",
+            )
+        if self._closed:
+            raise closed_error(self.bundle)
 
     def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
         bound = self._prepare(batch, ids, write, uniform)
@@ -116,11 +142,15 @@ class OrtCudaBackend:
         self._keys.release(cache_rows)
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
+        self._check_usable()
         if self._decoder is None:
             self._decoder = self._session("decoder")
         return sessions.run(self._decoder, "tokens", tokens, _as_ours)
 
     def close(self) -> None:
+        self._closed = True
+        self._step = self._decoder = None
+        self._files.close()
         self._bound.clear()
         self._caches.clear()
         self._keys.release()
@@ -138,7 +168,9 @@ class OrtCudaBackend:
         try:
             # Without enable_fallback=0, a failure of the GPU, also in a later run(), is printed and ends on the CPU.
             with _quiet(self._provider):
-                session = ort.InferenceSession(str(path), self._options, providers=providers, enable_fallback=0)
+                session = open_session(self._files, name, self._options, providers=providers, enable_fallback=0)
+        except BundleError:
+            raise
         except Exception as error:
             reason = _reason(error)
             if isinstance(explained(error), MemoryError):
@@ -177,6 +209,7 @@ class OrtCudaBackend:
 
     def _prepare(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> _Bound:
         """The bound buffers of this call, filled with its inputs."""
+        self._check_usable()
         query, run = ids.shape[1], max(batch.cache_rows, self._keys.count)
         self._reserve(run, batch.images)
         ids, write = self._keys.write(batch, ids, write, run)
@@ -231,6 +264,7 @@ class _Bound:
         }
         self.tokens = backend._value(np.zeros((rows, query), np.int64))
         self._batch: Batch | None = None
+        assert backend._step is not None
         self.binding = backend._step.io_binding()
         for name, value in self._values.items():
             self.binding.bind_ortvalue_input(name, value)
@@ -296,7 +330,8 @@ def _quiet(provider: str) -> Iterator[None]:
         ort.set_default_logger_severity(2)
 
 
-def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+def _run(session: ort.InferenceSession | None, binding: ort.IOBinding) -> None:
+    assert session is not None
     try:
         session.run_with_iobinding(binding)
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from par_runtime.backends.base import IMAGE_INPUTS
-from par_runtime.bundle import Bundle
+from par_runtime.backends.ort.huge_pages import use_huge_pages
+from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.checked import shown
 from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
+from par_runtime.forks import keep_forever, tell_of_forks
+from par_runtime.loaded import LoadedFiles
 from par_runtime.system import available_cores
 
 #: The first release with every operator of opset 24 that ``step.onnx`` uses; before, ``step_opset23.onnx`` runs.
@@ -24,6 +28,8 @@ LOG_SEVERITY = 4
 #: name -> (dtype, shape) of inputs or outputs; letters are sizes that change from call to call.
 Interface = dict[str, tuple[str, tuple[int | str, ...]]]
 QUOTES = "'\""
+SPINNING = "session.intra_op.allow_spinning"
+ASSIGNMENT = "session.record_ep_graph_assignment_info"
 #: How ONNX Runtime's allocators report that memory is missing (the last one: CUDA's).
 NO_MEMORY = ("allocate memory", "bad_alloc", "out of memory")
 
@@ -41,23 +47,61 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     return options
 
 
-def open_session(bundle: Bundle, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
-    """A session of the bundle's graph ``name`` on the CPU. Raises BundleError."""
-    graph = bundle.graphs.get(name)
-    if graph is None:
+def open_session(files: LoadedFiles, name: str, options: ort.SessionOptions, **how: Any) -> ort.InferenceSession:
+    """A session of the graph ``name``, as it was when the bundle was loaded. ``how``: as InferenceSession takes it.
+
+    Raises BundleError where there is no such graph, or its weights were overwritten; what ONNX Runtime raises.
+    """
+    bundle, content = files.bundle, files.graph(name)
+    if name not in bundle.graphs:
         raise BundleError(
             f"{bundle.path}: has no graph {name!r}, which onnxruntime {ort.__version__} needs; export the bundle again"
         )
-    path = bundle.path / graph.file
+    at = bundle.path / bundle.graphs[name].file
+    if content is None:
+        raise BundleError(f"{at}: missing; copy the bundle again or export it again")
+    path = files.path(name)
+    if path is not None:
+        return ort.InferenceSession(str(path), options, **how)
+    if not hasattr(options, "add_external_initializers_from_files_in_memory"):
+        raise BundleError(
+            f"{at}: was moved or replaced after it was loaded, and onnxruntime {ort.__version__} opens files only by "
+            "name; load the bundle again, or upgrade onnxruntime"
+        )
+    # Rare, because it takes more memory than a path: ONNX Runtime copies all weights of the graph.
+    with files.weights() as weights:
+        own = _copied(options)
+        own.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
+        session = ort.InferenceSession(content, own, **how)
+        del own  # it points into the mapping
+    return session
+
+
+def _copied(options: ort.SessionOptions) -> ort.SessionOptions:
+    """The same options, for one session."""
+    own = ort.SessionOptions()
+    own.intra_op_num_threads = options.intra_op_num_threads
+    own.log_severity_level = options.log_severity_level
+    for entry in (SPINNING, ASSIGNMENT):
+        with suppress(RuntimeError):  # an entry that is not set
+            own.add_session_config_entry(entry, options.get_session_config_entry(entry))
+    return own
+
+
+def open_cpu_session(files: LoadedFiles, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    """:func:`open_session` on the CPU; every error of ONNX Runtime's is a BundleError."""
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_session(files, name, options, providers=["CPUExecutionProvider"])
+    except BundleError:
+        raise
     except Exception as error:
         if isinstance(explained(error), MemoryError):
             raise MemoryError(reason(error)) from error
         raise BundleError(
-            f"{path}: onnxruntime {ort.__version__} cannot load it ({reason(error)}); export the bundle again"
+            f"{files.bundle.path / files.bundle.graphs[name].file}: onnxruntime {ort.__version__} cannot load it "
+            f"({reason(error)}); export the bundle again"
         ) from error
-    check_interface(session, bundle, name)
+    check_interface(session, files.bundle, name)
     return session
 
 
@@ -120,6 +164,38 @@ def _dtype(text: str) -> str:
     """ "float32" for ONNX Runtime's "tensor(float)"; also names of what is no tensor."""
     inner = text.removeprefix("tensor(").removesuffix(")")
     return {"float": "float32", "double": "float64"}.get(inner, inner)
+
+
+def lost_in_fork(options: ort.SessionOptions) -> bool:
+    """Whether sessions with these options have threads, which do not exist in a forked process."""
+    return int(options.intra_op_num_threads) != 1
+
+
+class LazySession:
+    """The session of a decoder or encoder on the CPU: opened at its first use, and once more in a forked process."""
+
+    def __init__(self, files: LoadedFiles, name: str, options: ort.SessionOptions, huge_pages: bool = False) -> None:
+        self._files, self._name, self._options, self._huge_pages = files, name, options, huge_pages
+        self._session: ort.InferenceSession | None = None
+        tell_of_forks(self)
+
+    def run(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
+        """The only output for the only input ``name``. Raises BundleError, MemoryError."""
+        if self._session is None:
+            self._session = open_cpu_session(self._files, self._name, self._options)
+            if self._huge_pages:
+                use_huge_pages()
+        self._files.check()
+        return run(self._session, name, values)
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+    def after_fork(self) -> None:
+        if self._session is not None and lost_in_fork(self._options):
+            keep_forever(self._session)
+            self._session = None
 
 
 def weight_bytes(bundle: Bundle) -> float:

@@ -31,6 +31,7 @@ from par_runtime.backends.trt.tables import Launch, image_launches
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import BYTES, LOGIT_ROUNDING, Float, Int
 from par_runtime.errors import CudaError, EngineError
+from par_runtime.forks import keep_forever, tell_of_forks
 
 Capture = Literal["image", "call", "none"]
 GRAPHS_KEPT = 4  #: captured batch sizes; a graph of a large model holds tens of megabytes
@@ -54,6 +55,7 @@ class TrtBackend:
         self.tie = LOGIT_ROUNDING[engine.precision]
         self.max_images = engine.images[-1]
         self.capturing: Capture = capture  #: the mode in use; another than ``capture`` if the driver refused that
+        self._closed = False
         device.activate()
         self._log = make_log(trt)
         self._runtime = trt.module.Runtime(self._log)
@@ -69,6 +71,11 @@ class TrtBackend:
         self._memory = Memory(
             bundle, engine, device, self._plans, self._launches, self.stream, self._keys, self._drop_graphs
         )
+        tell_of_forks(self)
+
+    def after_fork(self) -> None:
+        # Their destructors call the driver, which cannot be used in a forked process; our own calls raise CudaError.
+        keep_forever(self._log, self._runtime, self._plans)
 
     # -- the Backend protocol -------------------------------------------------------------------------------------
 
@@ -315,7 +322,12 @@ class TrtBackend:
         return self.bundle.image_size or (0, 0)
 
     def close(self) -> None:
-        """Free everything on the device."""
+        """Free everything on the device. A second call does nothing, and so does one in a forked process."""
+        if self._closed:
+            return
+        self._closed = True
+        if cuda.forked():  # the memory is the other process's
+            return
         self.device.activate()
         self._memory.free()
         for plan in self._plans.values():

@@ -38,6 +38,7 @@ class LoadedPlan:
     ) -> None:
         self.name, self.plan, self.engine, self._trt, self._log = name, plan, engine, trt, log
         path = engine.path / plan.file
+        self._folder = engine.path.resolve()  # the runtime cache is written later, maybe from another directory
         with path.open("rb") as file:  # mapped, so that gigabytes are not in memory twice
             self._tensorrt = runtime.deserialize_cuda_engine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         if self._tensorrt is None:
@@ -98,7 +99,9 @@ class LoadedPlan:
         """Keep what TensorRT-RTX compiled, so that the next load does not compile it again."""
         if self._rtx_cache is None:
             return
-        path = self.engine.path / f"{self.name}.{RUNTIME_CACHE}"
+        path = self._folder / f"{self.name}.{RUNTIME_CACHE}"
+        if not self._folder.is_dir():  # removed or renamed since
+            return
         blob = bytes(self._rtx_cache.serialize())
         if path.is_file() and path.stat().st_size == len(blob):
             return

@@ -1,0 +1,102 @@
+"""The files of a bundle that are read after it was loaded, as they were when it was loaded.
+
+ONNX Runtime opens decoder and encoder at their first use, and everything once more in a forked process. By then, the
+bundle may have been renamed or removed, a symbolic link may lead to its next version, or the working directory may be
+another one. So the graphs are read at once (they are small), and the weights file is kept open: an open file stays what
+it is, whatever happens to its name. Only its content can still be changed, by writing into it; that is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import weakref
+from pathlib import Path
+
+from par_runtime.bundle import WEIGHTS, Bundle
+from par_runtime.errors import BundleError
+
+READ_LATER = ("step", "step_opset23", "decoder", "encoder")  #: graphs that ONNX Runtime opens
+BLOCK_BYTES = 2**20
+
+
+class LoadedFiles:
+    """Graphs and weights of an opened bundle. Raises BundleError where the weights cannot be read."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self._folder = bundle.path.resolve()
+        self._graphs: dict[str, bytes] = {}
+        file = bundle.path / WEIGHTS
+        try:
+            for name in READ_LATER:
+                path = self._folder / bundle.graphs[name].file if name in bundle.graphs else None
+                if path is not None and path.is_file():
+                    self._graphs[name] = path.read_bytes()
+            self._weights = os.open(self._folder / WEIGHTS, os.O_RDONLY)
+        except OSError as error:
+            raise BundleError(
+                f"{error.filename or file}: cannot be read ({error.strerror}); copy the bundle again or export it again"
+            ) from error
+        self._close = weakref.finalize(self, os.close, self._weights)
+        self._close.atexit = False  # a daemon thread may still be in a call
+        self._known = _content(os.fstat(self._weights))
+        self._changed = False
+
+    def graph(self, name: str) -> bytes | None:
+        """The ONNX file of a graph; None where there was none."""
+        return self._graphs.get(name)
+
+    def path(self, name: str) -> Path | None:
+        """The path of a graph, absolute; None where graph or weights at that path are no longer those that were loaded.
+
+        Raises BundleError where the graph is missing, or the weights were changed.
+        """
+        self.check()
+        path = self._folder / self.bundle.graphs[name].file
+        try:
+            at_path, held = os.stat(self._folder / WEIGHTS), os.fstat(self._weights)
+            same = (at_path.st_dev, at_path.st_ino) == (held.st_dev, held.st_ino)
+            return path if same and path.read_bytes() == self._graphs.get(name) else None
+        except OSError:
+            return None
+
+    def weights(self) -> mmap.mmap:
+        """The weights file, mapped. Raises BundleError where it was changed."""
+        self.check()
+        return mmap.mmap(self._weights, 0, access=mmap.ACCESS_READ)
+
+    def check(self) -> None:
+        """Raise BundleError where something wrote into the weights file. It takes a microsecond, so every call checks.
+
+        ONNX Runtime maps a part of the weights, so what is written there would change later images.
+        """
+        if not self._close.alive:
+            raise BundleError(f"{self.bundle.path}: was closed; load it again")
+        now = _content(os.fstat(self._weights))
+        if now == self._known and not self._changed:
+            return
+        entry = self.bundle.files[WEIGHTS]
+        if self._changed or now[0] != entry["bytes"] or self._hash(now[0]) != entry["sha256"]:
+            self._changed = True
+            raise BundleError(
+                f"{self.bundle.path / WEIGHTS}: was overwritten after it was loaded; load the bundle again. Put a new "
+                "version beside the old one and rename it: then what was loaded stays as it is"
+            )
+        self._known = now  # only its time was changed
+
+    def close(self) -> None:
+        """Close the weights file; a second call does nothing."""
+        self._close()
+
+    def _hash(self, size: int) -> str:
+        digest = hashlib.sha256()
+        for offset in range(0, size, BLOCK_BYTES):
+            digest.update(os.pread(self._weights, BLOCK_BYTES, offset))
+        return digest.hexdigest()
+
+
+def _content(status: os.stat_result) -> tuple[int, int]:
+    """Size in bytes and time of the last change: another content has another pair."""
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,50 @@
+"""What a caller sees while images are made: counted calls, and previews of unfinished images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_runtime.bundle import Bundle
+from par_runtime.dtypes import Int
+
+OnStep = Callable[[int, int], None]
+OnPreview = Callable[[NDArray[np.uint8], int, int], None]
+
+
+def latest_tokens(bundle: Bundle, tokens: Int, done: int) -> Int:
+    """``tokens`` [B,N], of which the first ``done`` are made, with each missing one replaced by the latest token of its
+    region."""
+    n = bundle.group_size
+    k = np.arange(bundle.n_tokens)
+    missing = np.maximum(-(-(k - done + 1) // n), 0)  # groups between k and the latest token of its region
+    source = k - missing * n
+    # A region that has no token yet takes the latest token of any region.
+    latest: Int = tokens[:, np.where(source < 0, done - 1, source)]
+    return latest
+
+
+@dataclass
+class Progress:
+    """Counts the calls of all batches, and calls ``on_step`` and ``on_preview``."""
+
+    on_step: OnStep | None
+    on_preview: OnPreview | None
+    preview_every: int | None
+    total: int
+    done: int = 0
+
+    def add(self, calls: int) -> None:
+        """Count ``calls`` more."""
+        self.done += calls
+        if self.on_step is not None:
+            self.on_step(self.done, self.total)
+
+    def step(self, preview: Callable[[Int, int], NDArray[np.uint8]], tokens: Int, tokens_done: int) -> None:
+        """Count one call; ``tokens`` [B,N] of the batch, of which the first ``tokens_done`` are made."""
+        self.add(1)
+        if self.preview_every and self.on_preview and self.done % self.preview_every == 0:
+            self.on_preview(preview(tokens, tokens_done), self.done, self.total)

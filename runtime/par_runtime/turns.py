@@ -1,0 +1,140 @@
+"""One call at a time: for an object that several threads share, and whose methods use the same buffers."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from par_runtime.errors import RequestError
+from par_runtime.forks import tell_of_forks
+
+#: How long Python waits at its end for a call that a daemon thread is making. Such a call ends before its next step.
+END_SECONDS = 30.0
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Turn:
+    """Whose turn it is: the lock of an object, the thread that has it, and whether the object was closed."""
+
+    def __init__(self, what: str) -> None:
+        """``what``: names the object in errors, for instance "the pipeline of models/demo"."""
+        self._what = what
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._doing = ""
+        self._closed = False
+        self._ending = False  # so is Python
+        tell_of_forks(self)
+        _turns.add(self)
+
+    def run(self, name: str, work: Callable[[], T], *, inside: bool) -> T:
+        """Call ``work``, the method ``name``, when no other thread is in a method; returns its result.
+
+        The thread whose turn it is already, so one that is in a callback, goes on at once where the method may run
+        ``inside`` another. Raises RequestError where it may not, or where the object was closed.
+        """
+        lock = self._lock
+        if self._owner == threading.get_ident() and lock.locked():
+            if not inside:
+                raise RequestError(
+                    f"{name}() was called inside a callback of {self._doing}(), on the same pipeline, whose buffers "
+                    f"are in use. Call it after {self._doing}() has returned, or load a second pipeline"
+                )
+            return work()
+        with lock:  # not acquire(): between that and a try, Ctrl-C would leave it locked
+            try:
+                self._owner, self._doing = threading.get_ident(), name
+                if self._closed:
+                    raise RequestError(f"{name}(): {self._what} was closed; load it again with Pipeline.load")
+                self.go_on()
+                return work()
+            finally:
+                self._owner = None
+
+    def close(self, free: Callable[[], None]) -> None:
+        """Call ``free``, once, when no thread is in a method. Later calls do nothing."""
+        if self._closed:
+            return
+
+        def last() -> None:
+            self._closed = True
+            free()
+
+        try:
+            self.run("close", last, inside=False)
+        except RequestError:
+            if self._owner == threading.get_ident():  # in a callback
+                raise  # else another thread closed it meanwhile
+
+    def go_on(self) -> None:
+        """Raise SystemExit where Python is ending: between two steps of a long method, which a daemon thread runs.
+
+        Python ends such a thread wherever it is, and where that is inside of ONNX Runtime, the process is aborted.
+        """
+        if self._ending:
+            raise SystemExit("Python is ending")
+
+    def end(self) -> None:
+        """Wait for the thread in a method, which stops at its next step."""
+        self._ending = True
+        if not self.mine and self._lock.acquire(timeout=END_SECONDS):
+            self._lock.release()
+
+    def check_open(self, name: str) -> None:
+        """Raise RequestError where the object was closed."""
+        if self._closed:
+            raise RequestError(f"{name}: {self._what} was closed; load it again with Pipeline.load")
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread is in a method."""
+        return self._owner == threading.get_ident()
+
+    def after_fork(self) -> None:
+        """A lock that another thread held would stay locked in this process, where that thread does not exist."""
+        if not self.mine:
+            self._lock, self._owner = threading.Lock(), None
+
+
+_turns: weakref.WeakSet[Turn] = weakref.WeakSet()
+
+
+@atexit.register
+def _end() -> None:
+    for turn in list(_turns):
+        turn.end()
+
+
+class HasTurn(Protocol):
+    """An object whose methods take turns."""
+
+    _turn: Turn
+
+
+S = TypeVar("S", bound=HasTurn)
+
+
+def one_at_a_time(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """A method that waits until no other thread is in a method of the object. Not inside a callback: RequestError."""
+
+    @wraps(method)
+    def alone(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._turn.run(method.__name__, lambda: method(self, *args, **kwargs), inside=False)
+
+    return alone
+
+
+def also_inside(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """As :func:`one_at_a_time`, for a method that may also be called inside a callback of another one."""
+
+    @wraps(method)
+    def alone(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._turn.run(method.__name__, lambda: method(self, *args, **kwargs), inside=True)
+
+    return alone

@@ -1,0 +1,78 @@
+"""After ``close``: one error from every method, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from double.fixtures import Make
+from sharing import KINDS, TINY, params
+
+from par_runtime import Bundle, Pipeline, RequestError
+from par_runtime.errors import CudaError
+from par_runtime.request import Settings
+from par_runtime.schedule import Schedule
+from par_runtime.tokenizer import Tokenizer
+
+
+def check_closed(pipeline: Pipeline) -> None:
+    made = pipeline.generate([1], seed=1)
+    pipeline.encode(made.images)
+    pipeline.close()
+    pipeline.close()  # twice is once
+    calls: dict[str, Callable[[], Any]] = {
+        "generate": lambda: pipeline.generate([1], seed=1),
+        "score": lambda: pipeline.score(made.tokens, [1]),
+        "decode": lambda: pipeline.decode(made.tokens),
+        "preview": lambda: pipeline.preview(made.tokens, 5),
+        "encode": lambda: pipeline.encode(made.images),
+        "selftest": pipeline.selftest,
+        "with": pipeline.__enter__,
+    }
+    for name, call in calls.items():
+        with pytest.raises(RequestError, match=rf"^{name}.* was closed; load it again with Pipeline\.load$"):
+            call()
+    # The backend itself, which benchmarks call: an error, no crash.
+    schedule = Schedule.of(pipeline.bundle, [1], [Settings()], [1])
+    tokens = made.tokens.copy()
+    call, batch, ids, write = next(iter(schedule.walk(tokens)))
+    for use in (
+        lambda: pipeline.backend.step(batch, ids, write, schedule.noise[:, call.positions]),
+        lambda: pipeline.backend.logits(batch, ids, write),
+        lambda: pipeline.backend.decode(tokens),
+    ):
+        with pytest.raises((RequestError, CudaError), match="was closed; load"):
+            use()
+    pipeline.backend.release()
+    pipeline.backend.close()
+
+
+@pytest.mark.parametrize("kind", params("C step", "ONNX Runtime", "ONNX Runtime, GPU"))
+def test_everything_is_one_error_after_close(kind: str) -> None:
+    path, load = KINDS[kind]
+    check_closed(load(path))
+
+
+@pytest.mark.parametrize("capture", ["image", "none"])
+def test_everything_is_one_error_after_close_of_a_gpu(capture: str, load: Make) -> None:
+    check_closed(load(capture=capture))
+
+
+def test_with_closes_also_after_an_error_and_cannot_be_entered_again() -> None:
+    pipeline = Pipeline.load(TINY, device="cpu")
+    with pytest.raises(ZeroDivisionError), pipeline:
+        pipeline.generate(0, on_step=lambda *_: 1 // 0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(RequestError, match="was closed"), pipeline:
+        pass
+
+
+def test_a_tokenizer_that_was_closed() -> None:
+    tokenizer = Tokenizer(Bundle.open(TINY))
+    tokens = tokenizer.encode(np.zeros((16, 16, 3), np.uint8))
+    tokenizer.close()
+    tokenizer.close()
+    for use in (lambda: tokenizer.decode(tokens), lambda: tokenizer.encode(np.zeros((16, 16, 3), np.uint8))):
+        with pytest.raises(RequestError, match="the tokenizer was closed; load it again"):
+            use()

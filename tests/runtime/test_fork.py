@@ -1,0 +1,208 @@
+"""Load, then fork: the copy works on a CPU, says so on a GPU, and always ends.
+
+Each test forks in a process of its own, with a time limit, so that a child that hangs fails the test.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sharing import KINDS, ON_A_CPU, TINY, params
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+
+PRELUDE = """
+import gc, os, sys, threading, warnings
+import numpy as np
+warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork.*", category=DeprecationWarning)
+from sharing import KINDS
+kind = sys.argv[1]
+path, load = KINDS[kind]
+
+def made(pipeline, **how):
+    r = pipeline.generate([0, 1] if kind == "ONNX Runtime" else [0], seed=1, **how)
+    return r.tokens.tolist(), pipeline.encode(r.images).tolist()
+
+def same(pipeline):
+    assert made(pipeline) == wanted
+
+def in_child(work, leave=sys.exit):
+    pid = os.fork()
+    if pid:
+        status = os.waitpid(pid, 0)[1]
+        assert os.waitstatus_to_exitcode(status) == 0, status
+        return
+    try:
+        work()
+    except Exception:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+    leave(0)
+
+pipeline = load(path)
+"""
+
+
+def run(kind: str, code: str) -> None:
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path])}
+    command = [sys.executable, "-c", PRELUDE + code, kind]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("kind", params(*ON_A_CPU))
+def test_a_forked_process_makes_the_same_images_and_ends(kind: str) -> None:
+    run(
+        kind,
+        """
+wanted = made(pipeline)
+in_child(lambda: None)  # only ends
+in_child(lambda: same(pipeline))
+
+def closes():
+    pipeline.close()
+    gc.collect()
+in_child(closes)
+
+def grandchild():
+    same(pipeline)
+    in_child(lambda: same(pipeline))
+in_child(grandchild)
+same(pipeline)
+""",
+    )
+
+
+@pytest.mark.parametrize("kind", params(*ON_A_CPU))
+def test_a_fork_while_other_threads_generate(kind: str) -> None:
+    run(
+        kind,
+        """
+wanted, stop, began = made(pipeline), threading.Event(), threading.Event()
+def work():
+    while not stop.is_set():
+        pipeline.generate([0, 1], seed=5, on_step=lambda *_: began.set())
+threads = [threading.Thread(target=work) for _ in range(2)]
+for each in threads: each.start()
+began.wait()
+for _ in range(2):
+    in_child(lambda: same(pipeline), os._exit)
+stop.set()
+for each in threads: each.join()
+assert made(pipeline) == wanted
+""",
+    )
+
+
+@pytest.mark.parametrize("kind", params(*ON_A_CPU))
+def test_a_fork_inside_a_callback_goes_on_in_both_processes(kind: str) -> None:
+    run(
+        kind,
+        """
+wanted, child = made(pipeline), []
+def fork(done, total):
+    if done == 9:
+        child.append(os.fork())
+same = made(pipeline, on_step=fork) == wanted
+if child[0] == 0:
+    os._exit(0 if same else 1)
+assert same
+assert os.waitstatus_to_exitcode(os.waitpid(child[0], 0)[1]) == 0
+""",
+    )
+
+
+def test_workers_of_multiprocessing() -> None:
+    run(
+        "ONNX Runtime",
+        """
+import multiprocessing
+wanted = made(pipeline)
+def work(_):
+    return made(pipeline)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map(work, range(2)) == [wanted] * 2
+""",
+    )
+
+
+def test_a_forked_process_after_the_bundle_was_replaced(tmp_path: Path) -> None:
+    """Sessions are made again, of what was loaded."""
+    run(
+        "ONNX Runtime",
+        f"""
+import shutil
+from pathlib import Path
+copy = Path({str(tmp_path)!r}) / "bundle"
+shutil.copytree(path, copy)
+pipeline = load(copy)
+wanted = made(pipeline)
+shutil.rmtree(copy)
+in_child(lambda: same(pipeline))
+""",
+    )
+
+
+GPU_CHILD = """
+from par_runtime import CudaError
+wanted = pipeline.generate([0, 1], seed=1)
+calls = getattr(driver, "counts", {}).copy() if kind == "TensorRT" else None
+def child():
+    for use in (lambda: pipeline.generate([0, 1], seed=1), lambda: pipeline.score(wanted.tokens, [0, 1]),
+                lambda: pipeline.decode(wanted.tokens), pipeline.selftest):
+        try:
+            use()
+        except CudaError as error:
+            assert "forked" in str(error) and "load the pipeline in the process that uses it" in str(error), error
+        else:
+            raise AssertionError("no error")
+    pipeline.close()
+    pipeline.close()
+    if kind == "TensorRT":
+        assert driver.counts == calls, "the driver was called in the child"
+in_child(child)
+in_child(lambda: None)
+assert (pipeline.generate([0, 1], seed=1).tokens == wanted.tokens).all()
+pipeline.close()
+"""
+
+
+def test_onnx_runtime_on_a_gpu_says_that_it_cannot_be_forked() -> None:
+    run("ONNX Runtime, GPU", GPU_CHILD)
+
+
+def test_tensorrt_says_that_it_cannot_be_forked_without_a_call_of_the_driver(tmp_path: Path) -> None:
+    stand_in = f"""
+import shutil
+from pathlib import Path
+from double import tensorrt
+from double.driver import Driver
+from par_runtime import Bundle
+from par_runtime.backends import cuda
+from par_runtime.backends.trt import module as trt_module
+driver = cuda.driver = Driver()
+trt_module.load = lambda name=None: tensorrt.make(driver)
+copy = Path({str(tmp_path)!r}) / "bundle"
+shutil.copytree({str(TINY)!r}, copy)
+tensorrt.write_engine(Bundle.open(copy), (1, 2), "shared")
+"""
+    head, last = PRELUDE.rsplit("pipeline = load(path)", 1)
+    assert last.strip() == ""
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path])}
+    code = head + stand_in + "pipeline = load(copy)\n" + GPU_CHILD
+    done = subprocess.run(
+        [sys.executable, "-c", code, "TensorRT"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_kind_is_forked() -> None:
+    assert set(KINDS) == {*ON_A_CPU, "ONNX Runtime, GPU", "TensorRT"}
