@@ -9,7 +9,8 @@ bundle is exported with it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from par_model.config import ORDERS, PARConfig, VQConfig
 from par_model.ordering import CLASS, TOKEN, input_kinds, phases, token_order
 
 MANIFEST = "manifest.json"
+MOST_BYTES = 8 * 2**20  #: of a manifest
+MOST = 2**24  #: of any size in it; a table of that many rows can still be made
 
 
 class ManifestError(ValueError):
@@ -29,13 +32,21 @@ class ManifestError(ValueError):
 
 def read_manifest(bundle: str | Path) -> dict[str, Any]:
     """The manifest of the bundle folder ``bundle``, parsed; its hash is not checked. Raises ManifestError."""
+    path = Path(bundle) / MANIFEST
     try:
-        manifest = json.loads((Path(bundle) / MANIFEST).read_text(encoding="utf-8"))
+        status = path.stat()  # before opening it: a pipe would be waited for
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+            raise ValueError(f"it is no file of at most {MOST_BYTES} bytes")
+        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
-        raise ManifestError(f"no {MANIFEST} that can be read ({error}); give the folder of a bundle") from error
+        raise ManifestError(f"no {MANIFEST} that can be read ({_short(error)}); give the folder of a bundle") from error
     if not isinstance(manifest, dict):
         raise ManifestError(f"{MANIFEST} holds no JSON object; give the folder of a bundle")
     return manifest
+
+
+def _refuse(text: str) -> float:
+    raise ValueError(f"number {text}; expected a finite one")
 
 
 def config_from_manifest(manifest: Mapping[str, Any]) -> PARConfig:
@@ -57,7 +68,12 @@ def tokenizer_from_manifest(manifest: Mapping[str, Any]) -> VQConfig | None:
     """The configuration of the image tokenizer; None for a bundle that ends at tokens. Raises ManifestError."""
     try:
         entry = manifest["tokenizer"]
-        return None if entry is None else VQConfig(**entry["config"])
+        if entry is None:
+            return None
+        config = entry["config"]
+        _check_sizes([value for name, value in config.items() if name != "channel_multipliers"])
+        _check_sizes(config.get("channel_multipliers", ()))
+        return VQConfig(**config)
     except (KeyError, TypeError) as error:
         raise ManifestError(_malformed(error)) from error
     except ValueError as error:  # of VQConfig
@@ -94,6 +110,10 @@ def phase_entries(config: PARConfig) -> list[dict[str, Any]]:
 
 def _config(manifest: Mapping[str, Any]) -> PARConfig:
     model, order, entries = manifest["model"], list(manifest["order"]), list(manifest["phases"])
+    _check_sizes([model[name] for name in ("dim", "n_layers", "n_heads", "vocab_size", "n_classes", "ffn_dim")])
+    _check_sizes([*manifest["grid"], manifest["group_size"]])
+    if len(manifest["grid"]) != 3:
+        raise TypeError(f"a grid of {len(manifest['grid'])} numbers")
     base = PARConfig(
         dim=model["dim"],
         n_layers=model["n_layers"],
@@ -134,10 +154,25 @@ def _config(manifest: Mapping[str, Any]) -> PARConfig:
     )
 
 
+def _check_sizes(sizes: Iterable[object]) -> None:
+    for size in sizes:
+        if type(size) is not int or not 1 <= size <= MOST:
+            raise TypeError(f"{_short(size)} where a whole number from 1 to {MOST} is expected")
+
+
 def _calls(entries: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{e['name']} {e['repeat']}x{e['query']} from {e['start']}" for e in entries) or "none"
+    calls = (f"{e['name']} {e['repeat']}x{e['query']} from {e['start']}" for e in entries[:8])
+    return _short(", ".join(calls) or "none")
+
+
+def _short(value: object) -> str:
+    """``value`` for a message: at most 200 characters, those that a terminal obeys escaped."""
+    text = str(value)[:201]
+    if not text.isprintable():
+        text = repr(text)[1:-1]
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _malformed(error: Exception) -> str:
-    missing = f"no entry {error}" if isinstance(error, KeyError) else f"an entry of another form ({error})"
+    missing = f"no entry {error}" if isinstance(error, KeyError) else f"an entry of another form ({_short(error)})"
     return f"{MANIFEST} has {missing}; export the bundle again"

@@ -37,7 +37,9 @@ from par_model.manifest import phase_entries
 from par_model.ordering import phases, token_order
 from par_runtime import __version__
 from par_runtime.bundle import MANIFEST, SCHEMA, WEIGHTS, seal
-from par_runtime.dtypes import DTYPE
+from par_runtime.checked import Mismatch, Value
+from par_runtime.dtypes import DTYPE, FLOAT32_MAX
+from par_runtime.manifest import MOST_CLASS_NAME, MOST_NAME, check
 from par_runtime.system import peak_bytes, sha256
 
 SELFTEST_GUIDANCE = 1.5  #: guidance of the greedy images that the gate compares and the runtime's self-test repeats
@@ -73,6 +75,7 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     dtype = DTYPE[request.precision]
     defaults = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | (request.defaults or {})
     _check_defaults(defaults)
+    _check_text("name", request.name or request.out.name, MOST_NAME)
     if defaults.get("guidance_interval") == -1:
         del defaults["guidance_interval"]  # a manifest without it says the same, and older runtimes can read it
     checkpoint = open_checkpoint(request.checkpoint)
@@ -154,7 +157,17 @@ def _class_names(
         )
     if names is not None and len(names) != config.n_classes:
         raise ExportError(f"{len(names)} class names for a model of {config.n_classes} classes; give one per class")
+    for name in names or ():
+        _check_text("class name", name, MOST_CLASS_NAME)
     return names, synsets
+
+
+def _check_text(what: str, text: str, most: int) -> None:
+    """Raise ExportError for a text that the manifest may not hold."""
+    try:
+        Value(text, what).text(most)
+    except Mismatch as error:
+        raise ExportError(str(error)) from error
 
 
 def architecture_entries(
@@ -202,7 +215,7 @@ def write_manifest(folder: Path, entries: Mapping[str, Any], hashes: dict[tuple[
     """Write ``manifest.json``, the last file of a bundle: ``entries``, versions, and the size and hash of every file.
 
     ``hashes``, by (device, inode), is filled here; given again, it saves hashing a file that several bundles link to.
-    Raises OSError.
+    Raises ExportError for entries that no runtime would read again, OSError.
     """
     hashes = {} if hashes is None else hashes
     files = {}
@@ -217,8 +230,12 @@ def write_manifest(folder: Path, entries: Mapping[str, Any], hashes: dict[tuple[
         "onnx": onnx.__version__,
         "onnxruntime": onnxruntime.__version__,
     }
-    manifest = {"schema": SCHEMA, "created": created, **entries, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(seal(manifest), indent=1))
+    manifest = seal({"schema": SCHEMA, "created": created, **entries, "files": files})
+    try:
+        check(manifest)
+    except Mismatch as error:
+        raise ExportError(f"{MANIFEST} would not be readable: {error}") from error
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def check_downsampling(path: Path, vq: VQConfig, checkpoint: Checkpoint) -> None:
@@ -278,7 +295,7 @@ def write_graphs(
 
 
 def _check_defaults(defaults: dict[str, Any]) -> None:
-    ranges = {"guidance": math.inf, "temperature": math.inf, "top_k": math.inf, "top_p": 1.0}
+    ranges = {"guidance": FLOAT32_MAX, "temperature": FLOAT32_MAX, "top_k": 2.0**53, "top_p": 1.0}
     for name, value in defaults.items():
         if name == "guidance_interval":
             if not (isinstance(value, int) and value >= -1):
@@ -288,6 +305,8 @@ def _check_defaults(defaults: dict[str, Any]) -> None:
             raise ExportError(f"default {name!r}; expected one of {', '.join(ranges)}, guidance_interval")
         if not (0 <= value <= ranges[name] and math.isfinite(value)):
             raise ExportError(f"default {name} {value}; expected {'0 to 1' if name == 'top_p' else '0 or more'}")
+        if name == "top_k" and not isinstance(value, int):
+            raise ExportError(f"default {name} {value}; expected a whole number")
 
 
 def _model_entry(config: PARConfig, parameters: int) -> dict[str, int]:

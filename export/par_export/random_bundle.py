@@ -10,6 +10,7 @@ self-test is off.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from par_model.config import PARConfig, VQConfig, named
 from par_model.manifest import config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.transformer import INIT_STD, PAR
 from par_model.vq import VQModel
-from par_runtime.bundle import WEIGHTS
+from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError
 
@@ -158,16 +159,17 @@ def write_like(path: str | Path, group_size: int, out: str | Path) -> Path:
     It has the architecture, precision and settings of the bundle at ``path``, but ``group_size`` tokens per group.
     Raises BundleError where the bundle at ``path`` cannot be read, or its grid does not take ``group_size``.
     """
+    bundle = Bundle.open(path, verify="none")
     try:
         manifest = read_manifest(path)
         config = replace(config_from_manifest(manifest), group_size=group_size)
         vq = tokenizer_from_manifest(manifest)
-        # Random weights are not quantised, so a quantised bundle is replaced by one in fp16.
-        precision = manifest["precision"] if manifest["precision"] in DTYPE else "fp16"
-        defaults = manifest["defaults"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise BundleError(f"{path}: no bundle of random weights can be made like it ({error})") from error
-    name = str(manifest["name"])
+    # Random weights are not quantised, so a quantised bundle is replaced by one in fp16.
+    precision = bundle.precision if bundle.precision in DTYPE else "fp16"
+    defaults = manifest["defaults"]
+    name = re.sub(r"[^\w.-]", "_", bundle.name)  # it becomes the name of a folder
     return write_family(config, [group_size], Path(out), name=name, precision=precision, vq=vq, defaults=defaults)[
         group_size
     ]

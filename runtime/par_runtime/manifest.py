@@ -30,7 +30,7 @@ WEIGHTS = "weights.data"
 #: ONNX files hold no weights; that many bytes are always hashed.
 MOST_GRAPH_BYTES = 64 * 2**20
 MOST_FILES = 32  #: hashed together in a few seconds
-MOST_TEXT = 4096  #: characters of any text
+MOST_TEXT, MOST_NAME, MOST_CLASS_NAME = 4096, 200, 1000  #: characters of any text, of a name, of a class's names
 GRAPHS = ("step", "group")  #: that every bundle has; others are asked for by whoever needs them
 MATRICES = ("wqkv", "wo", "w13", "w2")  #: of a layer
 NORMS = ("attention_norm", "ffn_norm")  #: of a layer
@@ -47,7 +47,7 @@ def check(manifest: Any) -> None:
     """Raise Mismatch for the first entry of a manifest of the current schema that is not as this module says."""
     m = Value(manifest)
     check_texts(manifest)
-    m["name"].text()
+    m["name"].text(MOST_NAME)
     m["hash"].match("[0-9a-f]{64}", "64 hexadecimal digits")
     m["precision"].one_of(BYTES)
     sizes = _check_model(m["model"])
@@ -196,8 +196,11 @@ def _check_files(files: Value, graphs: Value) -> Mapping[str, int]:
     return sizes
 
 
-def _shapes(s: Mapping[str, int], n_tokens: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of the step network except the embedding table, whose rows are only bounded."""
+def step_shapes(s: Mapping[str, int], n_tokens: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of the step network of a ``model`` of these sizes.
+
+    The embedding table is left out: bundles may share one with more rows than they need.
+    """
     dim, inner, ffn = s["dim"], s["n_heads"] * s["head_dim_padded"], s["ffn_dim"]
     shapes: dict[str, tuple[int, ...]] = {
         "cos": (n_tokens, s["head_dim_padded"] // 2),
@@ -227,7 +230,7 @@ def _check_weights(m: Value, s: Mapping[str, int], n_tokens: int, files: Mapping
     if m.get("weights") is None or not m.value["weights"]:  # an older bundle; only ONNX Runtime can run it
         return least + m["group_size"].integer(1, n_tokens) - 1
     places = []
-    shapes = _shapes(s, n_tokens)
+    shapes = step_shapes(s, n_tokens)
     for name, entry in m["weights"].items(2**18):
         dtype, shape, offset, length = entry.entries(4, 4)
         item = STORED_BYTES[dtype.one_of(STORED_BYTES)]
@@ -307,7 +310,7 @@ def _check_tokenizer(m: Value, vocab_size: int, files: Mapping[str, int]) -> Non
 
 def _check_class_names(names: Value, n_classes: int) -> None:
     for entry in names.entries(n_classes, n_classes):
-        entry.text(1000)
+        entry.text(MOST_CLASS_NAME)
 
 
 def _check_selftest(selftest: Value, s: Mapping[str, int], n_tokens: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import product
@@ -213,7 +214,42 @@ def test_a_wrong_tokenizer_is_refused() -> None:
 def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"no manifest.json that can be read \(.*\); give the folder of a bundle"):
         read_manifest(tmp_path)
-    for text, message in (("{", "that can be read"), ("[1]", "holds no JSON object")):
+    for text, message in (
+        ("{", "that can be read"),
+        ("[1]", "holds no JSON object"),
+        ("[" * 10**6, "that can be read"),
+        ('{"a": ' + "1" * 10**5 + "}", "that can be read"),
+        ('{"a": NaN}', r"number NaN; expected a finite one"),
+        (" " * (8 * 2**20 + 1), "no file of at most 8388608 bytes"),
+    ):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(ManifestError, match=message):
             read_manifest(tmp_path)
+
+
+def test_a_pipe_in_place_of_a_manifest_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(ManifestError, match="no file of at most"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("value", [10**18, 10**4000, -1, 0, True, 4.0, "x" * 10**6, "\x1b[2J", None, [1] * 10**5])
+@pytest.mark.parametrize("name", ["dim", "n_layers", "vocab_size", "group_size", "grid", "order", "name of a phase"])
+def test_any_value_is_one_short_line(name: str, value: Any) -> None:
+    manifest = manifest_of(config_of(4))
+    holder = manifest["phases"][0] if "phase" in name else manifest if name in manifest else manifest["model"]
+    holder["name" if "phase" in name else name] = value
+    with pytest.raises(ManifestError) as raised:
+        config_from_manifest(manifest)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("value", [10**18, -1, True, "x" * 10**6, None, [10**18], [1.5], [None] * 10**5])
+@pytest.mark.parametrize("name", ["channels", "channel_multipliers", "res_blocks"])
+def test_any_value_of_a_tokenizer_is_one_short_line(name: str, value: Any) -> None:
+    manifest = manifest_of(config_of(4), VQConfig())
+    manifest["tokenizer"]["config"][name] = value
+    with pytest.raises(ManifestError) as raised:
+        tokenizer_from_manifest(manifest)
+    assert len(str(raised.value)) < 500

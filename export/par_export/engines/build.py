@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +40,10 @@ from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, En
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.bundle import WEIGHTS, Bundle, seal
+from par_runtime.checked import shown
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError, EngineError
+from par_runtime.manifest import step_shapes
 from par_runtime.system import peak_bytes, sha256
 
 
@@ -176,7 +178,7 @@ class _CheckedRequest:
         """Build every plan into ``folder`` and describe them in ``engine.json``."""
         started = time.monotonic()
         config = step_config(self.bundle)
-        stored = WeightTable.read(self.bundle.path / self.bundle.graphs["group"].file)
+        stored = _step_weights(self.bundle)
         compute = DTYPE[self.precision]
         plans: dict[str, Any] = {}
         reports: dict[str, Any] = {}
@@ -232,7 +234,7 @@ class _CheckedRequest:
         """Build the decoder's plan, put its report into ``reports``; returns its entry of ``engine.json``."""
         vq = tokenizer_config(self.bundle)
         compute = DTYPE[self.request.decoder_precision]
-        stored = WeightTable.read(self.bundle.path / self.bundle.graphs["decoder"].file)
+        stored = _decoder_weights(self.bundle, vq)
         with weights_in(self.bundle.path / WEIGHTS, stored, compute, folder) as (table, data):
             graph = decoder_graph(step_config(self.bundle), vq, table, compute)
             size = sum(entry.length for key, entry in table.entries.items() if key.startswith(PREFIX))
@@ -281,6 +283,35 @@ class _CheckedRequest:
                         f"{self.bundle.cache.head_dim}"
                     )
         return file, engine_report.plan_report(outcome, counted, layers, file.stat().st_size, weights_bytes)
+
+
+def _step_weights(bundle: Bundle) -> WeightTable:
+    """Where the weights of the step network lie. Raises BundleError where one is missing or of another shape."""
+    table = WeightTable.read(bundle.path / bundle.graphs["group"].file)
+    embed = table.entries.get("embed")
+    rows = embed.shape[0] if embed is not None and len(embed.shape) == 2 else 0
+    ids = [entry for phase in bundle.phases for entry in phase.inputs if isinstance(entry, int)]
+    if rows <= max(bundle.vocab_size - 1, bundle.no_class, bundle.class_base + bundle.n_classes - 1, *ids):
+        raise BundleError(f"{bundle.path}: its graphs have {rows} embeddings, too few; export the bundle again")
+    _check_shapes(bundle, table, {**step_shapes(bundle.model, bundle.n_tokens), "embed": (rows, bundle.model["dim"])})
+    return table
+
+
+def _decoder_weights(bundle: Bundle, vq: VQConfig) -> WeightTable:
+    """Where the weights of the decoder lie. Raises BundleError where its codebook is another."""
+    table = WeightTable.read(bundle.path / bundle.graphs["decoder"].file)
+    _check_shapes(bundle, table, {PREFIX + "codebook": (bundle.vocab_size, vq.codebook_dim)})
+    return table
+
+
+def _check_shapes(bundle: Bundle, table: WeightTable, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        stored = table.entries.get(name)
+        if stored is None or stored.shape != shape:
+            raise BundleError(
+                f"{bundle.path}: {name} has shape {shown(None if stored is None else stored.shape)} in its graphs, "
+                f"expected {shape}; export the bundle again"
+            )
 
 
 def step_config(bundle: Bundle) -> PARConfig:

@@ -6,6 +6,8 @@ cache, ``RotaryEmbedding``) in exactly the form that engines fuse, and a 3B mode
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +15,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper
 
 from par_runtime.bundle import WEIGHTS, Stored
+from par_runtime.checked import shown
 from par_runtime.dtypes import STORAGE
+from par_runtime.errors import BundleError
+from par_runtime.manifest import STORED_BYTES
 
 OPSET = 24
 COMPATIBLE_OPSET = 23  #: what ONNX Runtime 1.23 runs, the last release for Python 3.10
@@ -41,15 +47,39 @@ class WeightTable:
 
     @staticmethod
     def read(path: Path) -> WeightTable:
-        """The tensors of the weights file that the graph at ``path`` refers to."""
-        entries = {}
-        names = {code: name for name, code in ONNX_DTYPE.items()}
-        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
-            if tensor.data_location == TensorProto.EXTERNAL:
-                at = {item.key: int(item.value) for item in tensor.external_data if item.key != "location"}
-                shape = tuple(tensor.dims)
-                entries[tensor.name] = Stored(names[tensor.data_type], shape, at["offset"], at["length"])
+        """The tensors of the weights file that the graph at ``path`` refers to, each inside the file beside it.
+
+        Raises BundleError where the graph cannot be read or refers to anything else: builders map these places.
+        """
+        try:
+            graph = onnx.load(path, load_external_data=False).graph
+            size = (path.parent / WEIGHTS).stat().st_size
+            entries = {
+                tensor.name: _stored(tensor, size)
+                for tensor in graph.initializer
+                if tensor.data_location == TensorProto.EXTERNAL
+            }
+        except (DecodeError, ValueError, KeyError, OSError) as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise BundleError(f"{path}: {shown(lines[0], 300)[1:-1]}; export the bundle again") from error
         return WeightTable(entries)
+
+
+def _stored(tensor: TensorProto, size: int) -> Stored:
+    """Where a tensor lies in a weights file of ``size`` bytes. Raises ValueError where it is not inside, KeyError."""
+    at = {item.key: item.value for item in tensor.external_data}
+    dtype = {code: name for name, code in ONNX_DTYPE.items()}.get(tensor.data_type, "")
+    shape, name = tuple(tensor.dims), shown(tensor.name, 60)
+    if at.get("location") != WEIGHTS or dtype not in STORED_BYTES or any(side < 1 for side in shape):
+        raise ValueError(f"tensor {name} is in {shown(at.get('location'))}, or of a dtype or shape that none has")
+    if not all(re.fullmatch("[0-9]{1,18}", at.get(key, "")) for key in ("offset", "length")):
+        raise ValueError(f"tensor {name} has no place in {WEIGHTS}")
+    offset, length = int(at["offset"]), int(at["length"])
+    if length != math.ceil(math.prod(shape) * STORED_BYTES[dtype]) or offset + length > size:
+        raise ValueError(
+            f"tensor {name} of {length} bytes at {offset} does not fit its shape, or {WEIGHTS} ({size} bytes)"
+        )
+    return Stored(dtype, shape, offset, length)
 
 
 class Graph:
