@@ -121,6 +121,17 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def cache_folder() -> Path | None:
+    """``PARVIS_CACHE``, or ``parvis`` in the user's cache folder; None for a user without a home."""
+    if os.environ.get("PARVIS_CACHE"):
+        return Path(os.environ["PARVIS_CACHE"])
+    if os.path.isabs(os.environ.get("XDG_CACHE_HOME", "")):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "parvis"
+    with suppress(RuntimeError):  # a container that runs as a user whom nobody has named
+        return Path.home() / ".cache" / "parvis"
+    return None
+
+
 def check_writable(path: Path) -> None:
     """Make the folder of ``path`` and test that a file can be written there, before any work is done.
 

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from par_export.cli.common import count, counts, guarded
-from par_export.engines.cache import DEFAULT_LIMIT_BYTES, default_folder
+from par_export.engines.cache import DEFAULT_LIMIT_BYTES
 from par_export.engines.request import MODES, SAMPLING, BuildRequest, sizes_up_to
 from par_export.errors import BuildError
 from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.cli.common import Parser
 from par_runtime.cli.options import add_list
 from par_runtime.dtypes import PRECISIONS
-from par_runtime.system import write_beside
+from par_runtime.system import cache_folder, check_writable, write_beside
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``parvis build``; returns the exit code."""
     args = parser().parse_args(argv)
-    advice = "engines are put into their bundle: copy the bundle to a folder that you can write to"
+    advice = "give another place with --out DIR or PARVIS_ENGINE_DIR"
     return guarded(lambda: run(args), no_permission=advice)
 
 
@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.list is not None and not args.list.parent.is_dir():
         raise BuildError(f"--list {args.list}: no folder {args.list.parent}; give a file in one that exists")
+    if args.list is not None:
+        check_writable(args.list)
     folders = []
     for target in args.target:
         with PlanBar(args.quiet or args.json) as bar:
@@ -62,7 +64,8 @@ def _request(args: argparse.Namespace, target: str) -> BuildRequest:
         norm_after=args.norm == "after",
         decoder_precision=args.decoder_precision,
         use_cache=not args.no_cache,
-        cache_folder=args.cache_dir or default_folder(),
+        cache_folder=args.cache_dir or cache_folder(),
+        out=args.out,
         cache_limit_bytes=int(args.cache_gb * 1e9),
         reproducible=args.reproducible,
     )
@@ -143,8 +146,9 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``parvis build``."""
     p = Parser(
         prog="parvis build",
-        description="Build TensorRT plans from a bundle, into its folder engines/. With TensorRT-RTX no GPU is needed: "
-        "name the GPU to build for. Ends with a report: fused layers, kernels per step, bytes.",
+        description="Build TensorRT plans from a bundle, into its folder engines/ if it can be written. With "
+        "TensorRT-RTX no GPU is needed: name the GPU to build for. Ends with a report: fused layers, kernels per step, "
+        "bytes.",
     )
     p.add_argument(
         "bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
@@ -203,6 +207,13 @@ def parser() -> argparse.ArgumentParser:
         "--list", type=Path, metavar="FILE", help="also write the engines' folders there, as JSON, at the end"
     )
     p.add_argument("--quiet", action="store_true", help="no progress, no text")
+    p.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="put the engine there, not into the bundle; PARVIS_ENGINE_DIR=DIR then finds it (default: that variable's "
+        "folder, else the bundle, else the user's cache folder, where engines are always found)",
+    )
     p.add_argument("--no-cache", action="store_true", help="neither take the engine from the cache nor keep it there")
     p.add_argument("--cache-dir", type=Path, help="default: PARVIS_CACHE, or parvis in the user's cache folder")
     p.add_argument(

@@ -14,11 +14,13 @@ from par_runtime.cli.common import Parser
 from par_runtime.cli.options import add_list
 from par_runtime.dtypes import PRECISIONS
 
+ADVICE = "give another place with --out DIR or PARVIS_ENGINE_DIR"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``parvis tune``; returns the exit code."""
     args = parser().parse_args(argv)
-    return guarded(lambda: run(args), stopped="the bundle's engines are as they were")
+    return guarded(lambda: run(args), stopped="the bundle's engines are as they were", no_permission=ADVICE)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         images=args.sizes or sizes_up_to(args.max_images),
         mode=args.engines,
+        out=args.out,
     )
     folder = tune(
         request,
@@ -63,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=count, default=5, help="timed batches per candidate and round (default: 5)")
     p.add_argument("--rounds", type=count, default=2, help="how often each candidate is timed (default: 2)")
     p.add_argument("--gpu", type=int, default=0, help="number of the GPU (default: 0)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="put the engine there, as in 'parvis build'")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return p
 

@@ -7,13 +7,15 @@ and TensorRT, but neither torch nor a GPU (with TensorRT-RTX). See ``docs/engine
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +38,15 @@ from par_export.staging import staging
 from par_model.config import PARConfig, VQConfig
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_runtime import __version__
-from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, Engine
+from par_runtime.backends.engines import (
+    ENGINE_DIR,
+    ENGINE_JSON,
+    ENGINE_SCHEMA,
+    ENGINES,
+    Engine,
+    cached_engine_folder,
+    engine_folder,
+)
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.bundle import WEIGHTS, Bundle, seal
@@ -44,7 +54,7 @@ from par_runtime.checked import shown
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError, EngineError
 from par_runtime.manifest import step_shapes
-from par_runtime.system import peak_bytes, sha256
+from par_runtime.system import check_folder_writable, peak_bytes, sha256
 
 
 def build(
@@ -63,28 +73,34 @@ def build(
     if trt is None:  # only TensorRT-RTX builds for another GPU than this machine's
         trt = trt_module.load(None if request.target == "local" else trt_module.RTX)
     bundle = Bundle.open(request.bundle, verify="full")
+    folder_of_engines = place(bundle, request.out, say)
+    cache = None if request.cache_folder is None else EngineCache(request.cache_folder, request.cache_limit_bytes)
+    if request.use_cache:
+        why = "this user has no home folder; PARVIS_CACHE names another" if cache is None else cache.why_unusable()
+        if why:
+            say(f"the engine cache is not used: {why}")
+            request = replace(request, use_cache=False)
     checked = _CheckedRequest.of(bundle, request, trt)
     name = f"{trt.name}-{trt.version}-{checked.target.lower()}-{checked.precision}" + (
         "" if request.mode == "shared" else f"-{request.mode}"
     )
     if request.label:
         name += f"-{request.label}"
-    out = bundle.path / ENGINES / name
-    cache = EngineCache(request.cache_folder, request.cache_limit_bytes)
+    out = folder_of_engines / name
     key = key_of(checked.ingredients())
     with (
         _no_empty_folder(out.parent),
-        cache.locked(key) if request.use_cache else _unlocked(),
+        cache.locked(key) if cache is not None and request.use_cache else _unlocked(),
         staging(out, force=True, marker=ENGINE_JSON) as folder,
     ):
         shutil.rmtree(folder)
-        if request.use_cache and cache.get(key, folder) and _intact(folder, bundle):
+        if cache is not None and request.use_cache and cache.get(key, folder) and _intact(folder, bundle):
             say(f"{out}: taken from the engine cache ({key[:12]})")
         else:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             checked.write(folder, say, on_step)
-            if request.use_cache:
+            if cache is not None and request.use_cache:
                 try:
                     cache.put(key, folder)
                 except OSError as error:  # the engine is built: a full cache must not lose it
@@ -93,6 +109,32 @@ def build(
     for line in engine_report.table(report):
         say(line)
     return out
+
+
+def place(bundle: Bundle, out: Path | None, say: Callable[[str], None]) -> Path:
+    """The folder for the engines of ``bundle``: below ``out`` or ``PARVIS_ENGINE_DIR`` where one of them is given.
+
+    Otherwise it is in the bundle or, where the bundle cannot be written, in the user's cache folder; ``say`` says so.
+    Whatever loads the bundle looks in all of them but ``out``. Raises OSError where none can be
+    written.
+    """
+    if out is not None:
+        return engine_folder(bundle, out)
+    if os.environ.get(ENGINE_DIR):
+        return engine_folder(bundle, Path(os.environ[ENGINE_DIR]))
+    inside = bundle.path / ENGINES
+    try:
+        with _no_empty_folder(inside):
+            check_folder_writable(inside)
+    except OSError as error:
+        cached = cached_engine_folder(bundle)
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or cached is None:
+            raise
+        with _no_empty_folder(cached):
+            check_folder_writable(cached)
+        say(f"{bundle.path} cannot be written ({error.strerror}); the engine goes to {cached}, where it is found")
+        return cached
+    return inside
 
 
 def _intact(folder: Path, bundle: Bundle) -> bool:
@@ -254,9 +296,10 @@ class _CheckedRequest:
     ) -> tuple[Path, dict[str, Any]]:
         """Build the plan ``name`` of ``graph`` into ``folder``; returns its file and its report."""
         file = folder / f"{name}.plan"
-        cache = (
-            self.request.cache_folder / f"timing-{self.trt.name}-{self.trt.version}-{self.device or self.target}.cache"
-        )
+        timing = None
+        if self.request.use_cache and self.request.cache_folder is not None:
+            name_of_cache = f"timing-{self.trt.name}-{self.trt.version}-{self.device or self.target}.cache"
+            timing = self.request.cache_folder / name_of_cache
         clock = time.monotonic()
         with file.open("wb") as out:
             outcome = build_plan(
@@ -268,7 +311,7 @@ class _CheckedRequest:
                 lambda piece: out.write(piece),
                 attention=attention,
                 allow_tf32=attention is None,
-                timing_cache=cache if self.request.use_cache else None,
+                timing_cache=timing,
                 reproducible=self.request.reproducible,
                 on_step=lambda phase, fraction: on_step(f"{name}: {phase}", fraction),
             )

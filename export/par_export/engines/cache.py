@@ -17,6 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from par_runtime.errors import RequestError
+from par_runtime.system import check_folder_writable, explain
+
 try:
     import fcntl
 except ImportError:  # Windows: there the user must not run the same build twice at a time
@@ -24,13 +27,6 @@ except ImportError:  # Windows: there the user must not run the same build twice
 
 DEFAULT_LIMIT_BYTES = 40 * 10**9
 STALE_SECONDS = 24 * 3600
-
-
-def default_folder() -> Path:
-    """``PARVIS_CACHE``, or ``parvis`` in the user's cache folder."""
-    if os.environ.get("PARVIS_CACHE"):
-        return Path(os.environ["PARVIS_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))) / "parvis"
 
 
 def key_of(ingredients: Mapping[str, Any]) -> str:
@@ -43,6 +39,14 @@ class EngineCache:
 
     def __init__(self, folder: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         self.folder, self.limit_bytes = folder / "engines", limit_bytes
+
+    def why_unusable(self) -> str:
+        """Why nothing can be kept here; "" where it can."""
+        try:
+            check_folder_writable(self.folder)
+        except (OSError, RequestError) as error:
+            return explain(error) if isinstance(error, OSError) else str(error)
+        return ""
 
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from par_export.engines.cache import DEFAULT_LIMIT_BYTES, default_folder
+from par_export.engines.cache import DEFAULT_LIMIT_BYTES
+from par_runtime.system import cache_folder
 
 if TYPE_CHECKING:
     from par_export.graphs.sampling import SamplingVariant
@@ -30,9 +31,10 @@ class BuildRequest:
     lengths: bool | None = None
     norm_after: bool = False
     decoder_precision: str = "fp32"
+    out: Path | None = None  #: where engines are put, one folder per bundle; None: see :func:`place`
     label: str = ""  #: further part of the folder's name, for engines side by side
     use_cache: bool = True
-    cache_folder: Path = field(default_factory=default_folder)
+    cache_folder: Path | None = field(default_factory=cache_folder)  #: None: a user without a home; no cache then
     cache_limit_bytes: int = DEFAULT_LIMIT_BYTES
     reproducible: bool = False
 

@@ -7,6 +7,7 @@ another model, and its own hash, as a manifest does.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from par_runtime.bundle import Bundle, FileCheck, canonical_hash, file_fault
 from par_runtime.checked import UNPRINTABLE, Mismatch, Value, load_json, read_regular, shown
 from par_runtime.dtypes import PRECISIONS
 from par_runtime.errors import EngineError
+from par_runtime.system import cache_folder
 
 ENGINES = "engines"
+ENGINE_DIR = "PARVIS_ENGINE_DIR"  #: environment variable: engines that do not lie in their bundles
 ENGINE_JSON = "engine.json"
 ENGINE_SCHEMA = 1
 MOST_BYTES = 8 * 2**20  #: of an engine.json, which lists the kernels of its plans
@@ -46,6 +49,7 @@ class Engine:
     """
 
     path: Path
+    bundle_path: Path
     bundle_hash: str
     runtime: str
     version: str
@@ -69,7 +73,7 @@ class Engine:
     @property
     def rebuild(self) -> str:
         """The command that builds it again."""
-        bundle = self.path.parent.parent
+        bundle = self.bundle_path
         target = self.target if self.runtime == "tensorrt_rtx" else "local"
         mode = "" if self.mode == "shared" else f" --engines {self.mode}"
         return (
@@ -87,7 +91,8 @@ class Engine:
     def open(path: Path, bundle: Bundle | None = None, verify: FileCheck = "auto") -> Engine:
         """Read and check the engine at ``path``; with ``bundle``, that it was built from it. Raises EngineError."""
         file = path / ENGINE_JSON
-        again = f"build it again with: parvis build {path.parent.parent}"
+        of = path.parent.parent if bundle is None else bundle.path
+        again = f"build it again with: parvis build {of}"
 
         def fault(message: str) -> EngineError:
             return EngineError(f"{message}; {again}")
@@ -102,7 +107,7 @@ class Engine:
             )
         try:
             _check(Value(entry))
-            engine = _parse(path, entry)
+            engine = _parse(path, of, entry)
             if bundle is not None and engine.bundle_hash == bundle.hash:
                 _check_plans(engine, bundle)
         except Mismatch as mismatch:
@@ -121,13 +126,12 @@ class Engine:
 
 def list_engines(bundle: Bundle, verify: FileCheck = "none") -> tuple[list[Engine], list[str]]:
     """The engines of ``bundle`` that can be read, and one line of text for each folder that cannot."""
-    folder = bundle.path / ENGINES
     engines, bad = [], []
-    for path in sorted(folder.iterdir())[:MOST_ENGINES] if folder.is_dir() else []:
+    for path in (path for folder in engine_folders(bundle) for path in sorted(folder.iterdir())[:MOST_ENGINES]):
         if not path.is_dir() or path.name.startswith("."):
             continue
         if UNPRINTABLE.search(path.name):
-            bad.append(f"{folder}: the folder {shown(path.name)} has a name that cannot be printed; remove it")
+            bad.append(f"{path.parent}: the folder {shown(path.name)} has a name that cannot be printed; remove it")
             continue
         try:
             engines.append(Engine.open(path, bundle, verify))
@@ -138,7 +142,29 @@ def list_engines(bundle: Bundle, verify: FileCheck = "none") -> tuple[list[Engin
 
 def has_engines(bundle: Bundle) -> bool:
     """Whether the bundle has a folder of engines, usable or not."""
-    return (bundle.path / ENGINES).is_dir()
+    return bool(engine_folders(bundle))
+
+
+def engine_folders(bundle: Bundle) -> list[Path]:
+    """The folders that hold engines of ``bundle``: its own, that of ``PARVIS_ENGINE_DIR``, and the user's cache."""
+    elsewhere = os.environ.get(ENGINE_DIR)
+    folders = [
+        bundle.path / ENGINES,
+        engine_folder(bundle, Path(elsewhere)) if elsewhere else None,
+        cached_engine_folder(bundle),
+    ]
+    return [folder for folder in folders if folder is not None and os.path.isdir(folder) and os.access(folder, os.R_OK)]
+
+
+def engine_folder(bundle: Bundle, root: Path) -> Path:
+    """The folder for engines of ``bundle`` below ``root``, which may hold those of many bundles."""
+    return root / bundle.hash[:32]
+
+
+def cached_engine_folder(bundle: Bundle) -> Path | None:
+    """The folder for engines of a bundle that cannot be written, in the user's cache; None where there is no home."""
+    cache = cache_folder()
+    return None if cache is None else engine_folder(bundle, cache / "bundles")
 
 
 def why_unfit(engine: Engine, runtime: str, version: str, capability: tuple[int, int], device: str) -> str | None:
@@ -153,7 +179,7 @@ def why_unfit(engine: Engine, runtime: str, version: str, capability: tuple[int,
         target = here if runtime == "tensorrt_rtx" else "local"
         return (
             f"{engine.path.name} was built for {engine.target}, this GPU ({device}) is {here}; "
-            f"build with: parvis build {engine.path.parent.parent} --target {target} --precision {engine.precision}"
+            f"build with: parvis build {engine.bundle_path} --target {target} --precision {engine.precision}"
         )
     if engine.device is not None and engine.device != device:
         return f"{engine.path.name} was tuned on {engine.device}, this GPU is {device}; rebuild with: {engine.rebuild}"
@@ -221,7 +247,7 @@ def _check_plans(engine: Engine, bundle: Bundle) -> None:
         raise Mismatch("decoder is there; expected none, because the bundle ends at tokens")
 
 
-def _parse(path: Path, entry: dict[str, Any]) -> Engine:
+def _parse(path: Path, bundle_path: Path, entry: dict[str, Any]) -> Engine:
     """The engine of an ``engine.json`` that passed :func:`_check`."""
 
     def plan(item: dict[str, Any]) -> Plan:
@@ -229,6 +255,7 @@ def _parse(path: Path, entry: dict[str, Any]) -> Engine:
 
     return Engine(
         path=path,
+        bundle_path=bundle_path,
         bundle_hash=entry["bundle"],
         runtime=entry["runtime"],
         version=entry["version"],

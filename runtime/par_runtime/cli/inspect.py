@@ -68,7 +68,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "files": {name: entry["bytes"] for name, entry in bundle.files.items()},
         "engines": [
             {
-                "folder": engine.path.name,
+                "folder": engine.path.name if engine.path.is_relative_to(bundle.path) else str(engine.path),
                 "target": engine.target,
                 "precision": engine.precision,
                 "mode": engine.mode,
