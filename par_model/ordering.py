@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from par_model.config import PARConfig
+from par_model.config import ROPE_BASE, PARConfig
 
 PhaseName = Literal["prefill", "sequential", "transition", "group"]
 
@@ -106,7 +106,7 @@ def call_count(config: PARConfig) -> int:
     return sum(phase.repeat for phase in phases(config))
 
 
-def rotary_table(config: PARConfig, base: float = 10000.0) -> tuple[np.ndarray, np.ndarray]:
+def rotary_table(config: PARConfig, base: float = ROPE_BASE) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin [N, D/2] float32 by input position; zero rows for class and learnable tokens.
 
     Images: the first D/4 pairs are rotated by the row, the others by the column, with frequencies base^(-2i/(D/2)).

@@ -31,7 +31,7 @@ from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, Graph, WeightTable
 from par_export.staging import staging
 from par_export.weights import WeightsWriter, parameter_count, write_tokenizer_weights, write_weights
-from par_model.checkpoint import Checkpoint, CheckpointError, downsampling, infer, open_checkpoint, vq_config
+from par_model.checkpoint import Checkpoint, CheckpointError, Kind, downsampling, infer, open_checkpoint, vq_config
 from par_model.config import PARConfig, VQConfig
 from par_model.manifest import phase_entries
 from par_model.ordering import phases, token_order
@@ -62,6 +62,7 @@ class ExportRequest:
     imagenet_names: bool = True  #: give a model of ImageNet's shape its class names
     defaults: dict[str, Any] | None = None
     force: bool = False
+    weights: Kind | None = None  #: of files that hold trained and averaged ones; None: as the published code takes them
 
 
 def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
@@ -78,23 +79,33 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     _check_text("name", request.name or request.out.name, MOST_NAME)
     if defaults.get("guidance_interval") == -1:
         del defaults["guidance_interval"]  # a manifest without it says the same, and older runtimes can read it
-    checkpoint = open_checkpoint(request.checkpoint)
-    inferred = infer(checkpoint, heads=request.heads, grid=request.grid)
+    checkpoint = open_checkpoint(request.checkpoint, request.weights)
+    opened = None if request.tokenizer is None else _open_tokenizer(request.tokenizer, request.weights)
+    vq_file, vq = opened or (None, None)
+    inferred = infer(
+        checkpoint, heads=request.heads, grid=request.grid, pixels_per_token=None if vq is None else vq.downsampling
+    )
     config = inferred.config
+    for file in [checkpoint] if vq_file is None else [checkpoint, vq_file]:
+        for note in file.notes:
+            say(f"{file.path}: {note}")
+    for warning in inferred.warnings:
+        say(f"warning: {request.checkpoint}: {warning}")
     if config.causal_groups:
         raise ExportError(
             f"{request.checkpoint}: was trained with causal attention inside a group; the step graph shows every "
             "position of a call the same keys, so only par_model.generate can run this ablation"
         )
-    vq_file, vq = _open_tokenizer(request.tokenizer, config, checkpoint) or (None, None)
+    if vq_file is not None and vq is not None:
+        _check_tokenizer(vq_file.path, vq, config, checkpoint)
     names, synsets = _class_names(request, config, checkpoint, say)
     parameters = parameter_count(checkpoint)
     t, h, w = config.grid
     say(
         f"{request.checkpoint}: width {config.dim}, {config.n_layers} layers, {config.n_heads} heads of "
         f"{config.head_dim} ({inferred.heads_from}), {parameters:,} parameters, {config.n_classes} classes, "
-        f"{config.vocab_size} codes, grid {t}x{h}x{w} ({inferred.grid_from}), n = {config.group_size}, "
-        f"{sum(p.repeat for p in phases(config))} calls per image"
+        f"{config.vocab_size} codes, grid {t}x{h}x{w} ({inferred.grid_from}){_pixels(config, vq)}, "
+        f"n = {config.group_size}, {sum(p.repeat for p in phases(config))} calls per image"
     )
     with staging(request.out, request.force) as folder:
         weights = WeightsWriter(folder / WEIGHTS)
@@ -108,6 +119,8 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
         graphs = write_graphs(folder, config, vq, weights, dtype, request.sampling, request.encoder)
         say(f"graphs and weights written after {time.monotonic() - started:.1f} s; checking them against PyTorch")
         checked = model_gate.gate(folder, config, checkpoint, weights, guidance=SELFTEST_GUIDANCE)
+        if not any(checked["parity"]["largest"]["logits"]):
+            say(f"warning: {request.checkpoint}: every logit is 0, as before a training: images will be noise")
         if vq is not None and vq_file is not None:
             checked["parity"] |= tokenizer_gate.gate(folder, config, vq, vq_file, dtype, graphs)
             if why := checked["parity"][HALF_DECODER].get("why"):
@@ -124,12 +137,22 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     return request.out
 
 
-def _open_tokenizer(path: Path | None, config: PARConfig, checkpoint: Checkpoint) -> tuple[Checkpoint, VQConfig] | None:
-    """The tokenizer at ``path``, checked against the model; None for None. Raises CheckpointError, ExportError."""
-    if path is None:
-        return None
-    file = open_checkpoint(path)
-    vq = vq_config(file)
+def _open_tokenizer(path: Path, weights: Kind | None) -> tuple[Checkpoint, VQConfig]:
+    """The tokenizer at ``path``. A file with one set of weights has it taken, whatever the transformer's file holds.
+
+    Raises CheckpointError.
+    """
+    try:
+        file = open_checkpoint(path, weights)
+    except CheckpointError:
+        file = open_checkpoint(path)
+        if len(file.kinds) > 1:
+            raise
+    return file, vq_config(file)
+
+
+def _check_tokenizer(path: Path, vq: VQConfig, config: PARConfig, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError or ExportError where the tokenizer at ``path`` is not the one of the model."""
     if vq.codebook_size != config.vocab_size:
         raise CheckpointError(
             f"{path}: has {vq.codebook_size} codes, the model was trained on {config.vocab_size}; "
@@ -138,7 +161,14 @@ def _open_tokenizer(path: Path | None, config: PARConfig, checkpoint: Checkpoint
     check_downsampling(path, vq, checkpoint)
     if config.grid[0] != 1:
         raise ExportError("a video grid takes no image tokenizer; give --tokenizer none")
-    return file, vq
+
+
+def _pixels(config: PARConfig, vq: VQConfig | None) -> str:
+    """The image's size in words, where a tokenizer says it."""
+    if vq is None:
+        return ""
+    _, h, w = config.grid
+    return f", images of {w * vq.downsampling}x{h * vq.downsampling} pixels"
 
 
 def _class_names(

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from par_export.graphs.step import padded_head_dim
-from par_model.checkpoint import INDEX, UNUSED, Checkpoint, CheckpointError, Inferred, infer, open_checkpoint, vq_config
+from par_model.checkpoint import (
+    INDEXES,
+    UNUSED,
+    Checkpoint,
+    CheckpointError,
+    Inferred,
+    Kind,
+    infer,
+    open_checkpoint,
+    some,
+    vq_config,
+)
 from par_model.config import PARConfig
 from par_model.ordering import phases
 from par_runtime.cost.architecture import Architecture, phases_of
@@ -14,15 +25,16 @@ from par_runtime.cost.data_sheets import bandwidth_bounds_ms
 from par_runtime.cost.memory import memory_table
 from par_runtime.dtypes import BYTES
 
+READ_UP_TO_BYTES = 2 * 10**9  #: larger files are described by their keys and shapes alone
 MEMORY_PRECISIONS = ("fp32", "fp16")  #: what a CPU computes in, and a usual precision of GPUs
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path, weights: Kind | None = None) -> dict[str, Any]:
     """Kind, sizes, and what the file leaves open, as plain values. Sizes in bytes, times in milliseconds.
 
     Raises CheckpointError.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, weights)
     tensors = checkpoint.tensors
     out: dict[str, Any] = {
         "path": str(path),
@@ -31,6 +43,8 @@ def describe(path: Path) -> dict[str, Any]:
         "dtypes": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
         "files": {file.name: file.stat().st_size for file in _files(path)},
         "open": "",
+        "notes": list(checkpoint.notes),
+        "warnings": _not_finite(checkpoint),
     }
     if "quantize.embedding.weight" in tensors:
         vq = vq_config(checkpoint)
@@ -46,7 +60,17 @@ def describe(path: Path) -> dict[str, Any]:
             "open": str(error).removeprefix(f"{checkpoint.path}: "),
         }
     kind = "PAR model" if inferred.config.group_size > 1 else "AR model (LlamaGen)"
+    out["warnings"] += inferred.warnings
     return out | {"kind": kind, "config": _sizes(inferred.config) | _settled(inferred)} | _needs(inferred.config)
+
+
+def _not_finite(checkpoint: Checkpoint) -> list[str]:
+    """A line for weights that are NaN or infinite, which an export refuses; a large file is not read for it."""
+    tensors = checkpoint.tensors
+    if sum(t.numel() * t.element_size() for t in tensors.values()) > READ_UP_TO_BYTES:
+        return []
+    wrong = [k for k, t in tensors.items() if t.is_floating_point() and not bool(t.double().sum().isfinite())]
+    return [f"NaN or infinite numbers in {some(wrong)} ({len(wrong)} of {len(tensors)} tensors)"] if wrong else []
 
 
 def _any_config(checkpoint: Checkpoint) -> PARConfig:
@@ -60,7 +84,7 @@ def _files(path: Path) -> list[Path]:
     """The files that the checkpoint at ``path`` may consist of."""
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file())
-    return sorted({path, *path.parent.glob("*.safetensors")}) if path.name.endswith(INDEX) else [path]
+    return sorted({path, *path.parent.glob("*.safetensors")}) if path.name.endswith(INDEXES) else [path]
 
 
 def _sizes(config: PARConfig) -> dict[str, Any]:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from par_model.checkpoint import facts
-from par_model.checkpoint.errors import CheckpointError
+from par_model.checkpoint.beside import read_beside
+from par_model.checkpoint.errors import CheckpointError, shown, some
 from par_model.checkpoint.load import Checkpoint
+from par_model.checkpoint.recognise import architecture_problem, keys_problem
 from par_model.config import ORDERS, SIZES, PARConfig, VQConfig
 from par_model.dtypes import PRECISION_DTYPE
 from par_model.transformer import PAR
@@ -43,6 +45,7 @@ class Inferred:
     config: PARConfig
     heads_from: str
     grid_from: str
+    warnings: tuple[str, ...] = ()  #: sources that disagree with what is used, one line each
 
 
 def par_config(checkpoint: Checkpoint, *, heads: int | None = None, grid: facts.Grid | None = None) -> PARConfig:
@@ -50,28 +53,34 @@ def par_config(checkpoint: Checkpoint, *, heads: int | None = None, grid: facts.
     return infer(checkpoint, heads=heads, grid=grid).config
 
 
-def infer(checkpoint: Checkpoint, *, heads: int | None = None, grid: facts.Grid | None = None) -> Inferred:
+def infer(
+    checkpoint: Checkpoint,
+    *,
+    heads: int | None = None,
+    grid: facts.Grid | None = None,
+    pixels_per_token: int | None = None,
+) -> Inferred:
     """The configuration of a PAR checkpoint.
 
-    Sizes and n follow from the shapes, heads and grid from the other contents of the file.
-    ``heads`` and ``grid`` (T, H, W) override the file. Raises CheckpointError if they are needed and not given, if the
+    Sizes and n follow from the shapes, heads and grid from what else is known (``facts.py`` has the order of trust).
+    ``heads`` and ``grid`` (T, H, W) override the rest. ``pixels_per_token`` is the tokenizer's downsampling, for
+    sources that name a number of pixels. Raises CheckpointError if heads and grid are needed and not given, if the
     file contradicts itself, or if keys or shapes do not fit.
     """
     path, saved = checkpoint.path, checkpoint.config
     sizes = _sizes(checkpoint)
-    contents = (path, sizes, saved, checkpoint.args, checkpoint.left)
-    facts.check_args(path, sizes, checkpoint.args)
-    heads_fact = facts.heads(*contents) if heads is None else facts.Fact(heads, "--heads")
+    known = facts.Evidence(path, sizes, saved, checkpoint.args, checkpoint.left, read_beside(path), pixels_per_token)
+    facts.check_said(known, used=grid is None or (heads is None and sizes.name is None))
+    heads_fact, grid_fact = facts.heads(known, heads), facts.grid(known, grid)
+    grids = f"--grid ({_grids(known.pixels_per_token)})"
     if heads_fact is None:
         raise CheckpointError(
             f"{path}: width {sizes.dim} with {sizes.n_layers} layers is none of the named sizes ({', '.join(SIZES)}), "
             "and the number of attention heads cannot be read from shapes; give --heads"
+            + (f", and {grids}: the token grid cannot be read either" if grid_fact is None else "")
         )
-    grid_fact = facts.grid(*contents) if grid is None else facts.Fact(grid, "--grid")
     if grid_fact is None:
-        raise CheckpointError(
-            f"{path}: the token grid cannot be read from shapes; give --grid (24 for 384 px, 16 for 256 px)"
-        )
+        raise CheckpointError(f"{path}: the token grid cannot be read from shapes; give {grids}")
     if math.prod(grid_fact.value) > MOST_TOKENS:
         raise CheckpointError(
             f"{path}: a grid of {facts.grid_text(grid_fact.value)} ({grid_fact.source}) has more than {MOST_TOKENS} "
@@ -80,7 +89,7 @@ def infer(checkpoint: Checkpoint, *, heads: int | None = None, grid: facts.Grid 
     ablations = {name: saved[name] for name in ABLATIONS if name in saved}
     for name, value in ablations.items():
         if value not in ABLATIONS[name] or type(value) is not type(ABLATIONS[name][0]):
-            raise CheckpointError(f"{path}: its config says {name}={value!r}; expected one of {ABLATIONS[name]}")
+            raise CheckpointError(f"{path}: its config says {name}={shown(value)}; expected one of {ABLATIONS[name]}")
     try:
         config = PARConfig(
             dim=sizes.dim,
@@ -97,18 +106,23 @@ def infer(checkpoint: Checkpoint, *, heads: int | None = None, grid: facts.Grid 
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     check_keys(path, checkpoint.tensors, expected)
-    return Inferred(config, heads_fact.source, grid_fact.source)
+    return Inferred(config, heads_fact.source, grid_fact.source, tuple(known.warnings))
+
+
+def _grids(down: int) -> str:
+    """The grids of the two usual image sizes, for a message."""
+    fitting = [(pixels // down, pixels) for pixels in (384, 256) if pixels % down == 0]
+    return ", ".join(f"{side} for {pixels} px" for side, pixels in fitting) or f"{down} pixels per token"
 
 
 def _sizes(checkpoint: Checkpoint) -> facts.Sizes:
     """The sizes that the shapes show. Raises CheckpointError where the file is not that of a PAR model."""
     path, have = checkpoint.path, checkpoint.tensors
+    if (why := keys_problem(have)) is not None:
+        raise CheckpointError(f"{path}: {why}")
     for key in ("tok_embeddings.weight", "cls_embedding.embedding_table.weight"):
         if key not in have:
-            hint = (
-                " (this is an image tokenizer: give it as --tokenizer)" if "quantize.embedding.weight" in have else ""
-            )
-            raise CheckpointError(f"{path}: no key {key!r}; expected a PAR or LlamaGen state dict{hint}")
+            raise _missing(path, have, key, "a PAR or LlamaGen state dict", _TOKENIZER)
     vocab, dim = _shape(path, have, "tok_embeddings.weight", 2)
     rows, _ = _shape(path, have, "cls_embedding.embedding_table.weight", 2)
     special = "spe_tok_embeddings.special_embeddings.weight"
@@ -116,21 +130,38 @@ def _sizes(checkpoint: Checkpoint) -> facts.Sizes:
     n_layers = max(layers) + 1 if layers else 0
     if n_layers != len(layers) or not layers:  # before a model with so many layers is made
         raise CheckpointError(
-            f"{path}: holds layers {_some([str(i) for i in sorted(layers)]) or 'none'}; expected layers.0 and on "
+            f"{path}: holds layers {some([str(i) for i in sorted(layers)]) or 'none'}; expected layers.0 and on "
             "without a gap"
         )
     n = _shape(path, have, special, 2)[0] + 1 if special in have else 1
     return facts.Sizes(dim, n_layers, vocab, rows - 1, n)
 
 
+#: A key of the other kind of file -> what the user should do.
+_TOKENIZER = ("encoder.conv_blocks.0.res.0.conv2.weight", "this is an image tokenizer: give it as --tokenizer")
+_MODEL = ("tok_embeddings.weight", "this is a PAR model: give it as --checkpoint")
+
+
+def _missing(
+    path: Path, have: Mapping[str, Tensor], key: str, expected: str, other: tuple[str, str]
+) -> CheckpointError:
+    """The error of a file that holds other weights than the ``expected`` ones: what they are, or how they begin."""
+    if other[0] in have:
+        return CheckpointError(f"{path}: no key {key!r}; expected {expected} ({other[1]})")
+    if (why := architecture_problem(list(have))) is not None:
+        return CheckpointError(f"{path}: no key {key!r}; expected {expected}; this {why}")
+    return CheckpointError(f"{path}: no key {key!r} among its {len(have)} ({some(have)}); expected {expected}")
+
+
 def vq_config(checkpoint: Checkpoint) -> VQConfig:
     """The configuration of a tokenizer checkpoint, from its shapes. Raises CheckpointError if they do not fit."""
     path, have = checkpoint.path, checkpoint.tensors
     first = "encoder.conv_blocks.0.res.0.conv2.weight"
+    if (why := keys_problem(have)) is not None:
+        raise CheckpointError(f"{path}: {why}")
     for key in ("quantize.embedding.weight", "encoder.conv_in.weight", "post_quant_conv.weight", first):
         if key not in have:
-            hint = " (this is a PAR model: give it as --checkpoint)" if "tok_embeddings.weight" in have else ""
-            raise CheckpointError(f"{path}: no key {key!r}; expected a VQ tokenizer state dict{hint}")
+            raise _missing(path, have, key, "a VQ tokenizer state dict", _MODEL)
     channels = _shape(path, have, "encoder.conv_in.weight", 4)[0]
     widths: list[int] = []
     while (key := f"encoder.conv_blocks.{len(widths)}.res.0.conv2.weight") in have:
@@ -139,7 +170,7 @@ def vq_config(checkpoint: Checkpoint) -> VQConfig:
     size, dim = _shape(path, have, "quantize.embedding.weight", 2)
     groups = checkpoint.config.get("norm_groups", 32)
     if facts.whole(groups) is None:
-        raise CheckpointError(f"{path}: its config says norm_groups={groups!r}; expected a whole number")
+        raise CheckpointError(f"{path}: its config says norm_groups={shown(groups)}; expected a whole number")
     try:
         config = VQConfig(
             codebook_size=size,
@@ -172,7 +203,7 @@ def check_keys(path: Path, have: Mapping[str, Tensor], expected: Mapping[str, Te
     extra = [key for key in have if key not in expected]
     if missing or extra:
         parts = [
-            f"{len(keys)} {what} ({_some(keys)})" for what, keys in (("missing", missing), ("unknown", extra)) if keys
+            f"{len(keys)} {what} ({some(keys)})" for what, keys in (("missing", missing), ("unknown", extra)) if keys
         ]
         raise CheckpointError(
             f"{path}: keys do not fit: {', '.join(parts)}; expected exactly the {len(expected)} keys of the "
@@ -186,7 +217,3 @@ def check_keys(path: Path, have: Mapping[str, Tensor], expected: Mapping[str, Te
                 f"{path}: {key} is stored as {str(have[key].dtype).removeprefix('torch.')}; expected float32, "
                 "bfloat16 or float16: quantized weights need scales that no key of the architecture holds"
             )
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(key[:80] for key in keys[:3]) + (", ..." if len(keys) > 3 else "")

@@ -1,6 +1,8 @@
-"""The error of everything that reads a checkpoint."""
+"""The error of everything that reads a checkpoint, and how its message shows what a file holds."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 LONGEST_MESSAGE = 1000  # characters
 
@@ -12,5 +14,21 @@ class CheckpointError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}...")
+        # The beginning says what was given, the end how to fix it, so what is too long loses its middle.
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+
+
+def some(names: Iterable[object], count: int = 3) -> str:
+    """The first ``count`` of ``names`` for a message, each cut to 80 characters."""
+    names = list(names)
+    return ", ".join(str(name)[:80] for name in names[:count]) + (", ..." if len(names) > count else "")
+
+
+def shown(value: object) -> str:
+    """``value`` for a message, as Python writes it, at most 80 characters."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a very large integer"
+    text = repr(value[:100] if isinstance(value, (str, bytes, list, tuple)) else value)
+    return text if len(text) <= 80 else text[:77] + "..."

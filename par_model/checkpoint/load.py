@@ -1,9 +1,7 @@
 """A checkpoint file to its tensors, by the key names of the model. Nothing in a file is ever run.
 
-The weights are the whole file (a bare dict) or lie under ``model``, ``module`` or ``state_dict``, in that order, and
-never under ``ema``; the published code reads its files in the same way. Parts of keys that wrappers added (DDP, FSDP,
-torch.compile) are removed. Files are mapped into memory: a tensor takes memory when it is read. ``file.py`` finds the
-file and its format.
+Files are mapped into memory: a tensor takes memory when it is read. ``file.py`` finds the file and its format,
+``weights.py`` the weights in it.
 """
 
 from __future__ import annotations
@@ -20,12 +18,10 @@ from torch import Tensor
 from par_model.checkpoint.errors import CheckpointError
 from par_model.checkpoint.file import read
 from par_model.checkpoint.pickle import Arguments, plain
+from par_model.checkpoint.weights import Kind, choose, named
 
 #: Buffers that old files hold and this package computes. Any other extra key is refused.
 DROPPED = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")
-NESTED_UNDER = ("model", "module", "state_dict")
-#: Parts of keys that wrappers of a model add: DDP in front; torch.compile, FSDP and activation checkpointing anywhere.
-WRAPPERS = re.compile(r"^module\.|(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,8 @@ class Checkpoint:
     left: dict[str, tuple[int, ...]] = field(
         default_factory=dict
     )  #: key -> shape of the tensors that :data:`DROPPED` drops
+    kinds: tuple[Kind, ...] = ("model",)  #: which weights the file holds; the first are these
+    notes: tuple[str, ...] = ()  #: which weights of the file these are, in words, where it is not obvious
 
     def tensor(self, key: str) -> Tensor:
         """The tensor of ``key``, mapped from the file, in the file's dtype."""
@@ -75,24 +73,34 @@ class _MappedTensors(Mapping[str, Tensor]):
         self._mapped = None
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Map the checkpoint at ``path``. Raises CheckpointError if it is none, OSError if it cannot be read."""
+def open_checkpoint(path: str | Path, weights: Kind | None = None) -> Checkpoint:
+    """Map the checkpoint at ``path``. Raises CheckpointError if it is none, OSError if it cannot be read.
+
+    ``weights``: the trained ones ("model") or their average ("ema"), where the file holds both; None: those that the
+    published code takes (see ``weights.py``).
+    """
     path = Path(path)
     content = read(path)
-    weights = _weights(path, content)
-    nested = any(isinstance(content.get(key), dict) for key in NESTED_UNDER)  # else the weights are the whole file
-    config, names, args = (content.get(key) if nested else None for key in ("config", "class_names", "args"))
+    chosen, others, notes = choose(path, content, weights)
+    beside = content if named(content) else {}  # else the weights are the whole file
+    config, names, args = (beside.get(key) for key in ("config", "class_names", "args"))
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise CheckpointError(f"{path}: its class_names are not a list of names; give it without them")
-    keys = plain_keys(path, weights)
-    for key, value in weights.items():
+    if (parts := content.get("mp_world_size")) not in (None, 1) and isinstance(parts, int):
+        raise CheckpointError(
+            f"{path}: is one of {parts} parts of a model that DeepSpeed split (mp_world_size {parts}); save the whole "
+            "state dict in one file"
+        )
+    for key, value in chosen.tensors.items():
         _check_tensor(path, key, value)
-    left = {keys[key]: tuple(value.shape) for key, value in weights.items() if DROPPED.fullmatch(keys[key])}
+    left = {key: tuple(value.shape) for key, value in chosen.tensors.items() if DROPPED.fullmatch(key)}
+    kind = chosen.kind
 
     def tensors() -> dict[str, Tensor]:
-        return {keys[k]: v for k, v in _weights(path, read(path)).items() if not DROPPED.fullmatch(keys[k])}
+        taken, *_ = choose(path, read(path), kind)
+        return {key: value for key, value in taken.tensors.items() if not DROPPED.fullmatch(key)}
 
-    del content, weights
+    del content, chosen, beside
     return Checkpoint(
         path,
         _MappedTensors(tensors),
@@ -100,37 +108,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         names or None,
         dict(args.values) if isinstance(args, Arguments) else plain(args),
         left,
+        (kind, *others),
+        tuple(notes),
     )
-
-
-def plain_keys(path: Path, weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Key of the file -> key of the model. Raises CheckpointError where two keys become the same one."""
-    keys = {key: WRAPPERS.sub("", WRAPPERS.sub("", key)) for key in weights}
-    taken: dict[str, str] = {}
-    for key, short in keys.items():
-        if short in taken:
-            raise CheckpointError(
-                f"{path}: keys {taken[short]!r} and {key!r} are both {short!r} without what wrappers added; save the "
-                "state dict of one model"
-            )
-        taken[short] = key
-    return keys
-
-
-def _weights(path: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors by key: those under the first of :data:`NESTED_UNDER`, else the whole file. Raises CheckpointError.
-
-    Each is a view, without the attributes that a pickle may have set on its tensor.
-    """
-    weights = next((plain(content[k]) for k in NESTED_UNDER if isinstance(content.get(k), dict)), plain(content))
-    wrong = [key for key, value in weights.items() if not isinstance(value, Tensor) or not isinstance(key, str)]
-    if wrong or not weights:
-        named = ", ".join(key if isinstance(key, str) else f"a key of type {type(key).__name__}" for key in wrong[:5])
-        raise CheckpointError(
-            f"{path}: expected tensors by name, at the top or under {', '.join(NESTED_UNDER)}; found "
-            f"{named or 'nothing'}"
-        )
-    return {key: Tensor.detach(value) for key, value in weights.items()}
 
 
 def _check_tensor(path: Path, key: str, tensor: Tensor) -> None:

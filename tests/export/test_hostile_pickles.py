@@ -144,7 +144,7 @@ def test_archives_that_torch_did_not_write(tmp_path: Path, refused: Callable[...
             entry = tarfile.TarInfo(name)
             entry.size = len(evil)
             file.addfile(entry, io.BytesIO(evil))
-    refused(tmp_path / "c.pt", "not a readable PyTorch checkpoint")
+    refused(tmp_path / "c.pt", "is a tar archive: unpack it and give the checkpoint in it")
     (tmp_path / "c.pt").write_bytes(pickled({"model": StorageId("evil", "x")}))
     refused(tmp_path / "c.pt", "not a readable PyTorch checkpoint")
     (tmp_path / "c.pt").write_bytes(pickle.dumps(Reduced(os.mkdir, (VICTIM,))))

@@ -53,7 +53,8 @@ def test_damaged_files_are_one_line(
         ({("a",): torch.zeros(1)}, "found a key of type tuple"),
         ({b"a": torch.zeros(1)}, "found a key of type bytes"),
         ({"model": {"model": {"a": torch.zeros(1)}}}, "expected tensors by name"),
-        ({"ema": {"a": torch.zeros(1)}}, "found ema"),
+        ({"ema": {"a": torch.zeros(1)}}, "no key 'tok_embeddings.weight'"),
+        ({"ema": {"shadow_params": [torch.zeros(1)]}}, "found shadow_params"),
         ({"a": None}, "expected tensors by name"),
         ({"a\n\x1b[31mb": torch.zeros(1)}, "no key 'tok_embeddings.weight'"),
         (argparse.Namespace(a=1), "holds a Namespace"),
@@ -121,7 +122,8 @@ def test_safetensors_with_bad_headers(tmp_path: Path, state: State, refused: Cal
     whole = (tmp_path / "c.safetensors").read_bytes()
     for length in (0, 4, 8, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "c.safetensors").write_bytes(whole[:length])
-        refused(tmp_path / "c.safetensors", "not a readable safetensors file")
+        message = "not a readable safetensors file" if length else "is empty; copy or download it again"
+        refused(tmp_path / "c.safetensors", message)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_safetensors_with_bad_headers(tmp_path: Path, state: State, refused: Cal
         (b'{"weight_map": {"a": "/etc/passwd"}}', "names files outside its folder ('/etc/passwd')"),
         (b'{"weight_map": {"a": ".."}}', "names files outside its folder ('..')"),
         (b'{"weight_map": {"a": "s\\u0000"}}', "names files outside its folder"),
-        (b'{"weight_map": {"a": "model.safetensors.index.json"}}', "not a readable safetensors file"),
+        (b'{"weight_map": {"a": "model.safetensors.index.json"}}', "is JSON, not a checkpoint"),
     ],
 )
 def test_indexes_of_shards(tmp_path: Path, refused: Callable[..., None], text: bytes, message: str) -> None:

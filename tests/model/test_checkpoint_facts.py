@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,160 @@ def test_the_config_of_a_run_is_checked(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "c.pt")
     torch.save({"model": weights, "config": good, "rng": torch.get_rng_state()}, tmp_path / "c.pt")
     assert infer(open_checkpoint(tmp_path / "c.pt")).config.order == "raster"
+
+
+# --- what no shape shows: the arguments against the weights ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            {"spe_token_num": 3, "ar_token_num": 16},
+            r"spe_token_num 3 and ar_token_num 16, which contradict each other: .*: train with --spe-token-num 15 or "
+            r"--ar-token-num 4",
+        ),
+        ({"spe_token_num": 15, "ar_token_num": 16}, "spe_token_num 15, the weights hold 3 learnable tokens, so "),
+        ({"ar_token_num": 16}, "ar_token_num 16, the weights hold 3 learnable tokens, so ar_token_num 4"),
+        ({"spe_token_num": 0, "ar_token_num": 1}, "spe_token_num 0, the weights hold 3 learnable tokens"),
+        ({"gpt_type": "t2i"}, "a text-to-image model"),
+        ({"cls_token_num": 120}, "cls_token_num 120; parvis runs models with cls_token_num 1 only"),
+        ({"rope_base": 500000}, "rope_base 500000; parvis runs models with rope_base 10000 only"),
+        ({"norm_eps": 1e-6}, "norm_eps 1e-06; parvis runs models with norm_eps 1e-05 only"),
+        ({"num_classes": 4}, "a training without class dropout .* has no such row"),
+    ],
+)
+def test_forms_that_are_not_run_are_refused_whatever_the_options(
+    tmp_path: Path, args: dict[str, Any], message: str
+) -> None:
+    config = config_of(4, 8)
+    with pytest.raises(CheckpointError, match=message):
+        infer(of(config, args=args), heads=2, grid=(1, 8, 8))
+    (tmp_path / "config.json").write_text(json.dumps(args))  # and where config.json says so
+    with pytest.raises(CheckpointError, match=message):
+        infer(Checkpoint(tmp_path / "c.pt", state_of(config)), heads=2, grid=(1, 8, 8))
+    good = {"spe_token_num": 3, "ar_token_num": 4, "gpt_type": "c2i", "cls_token_num": 1, "rope_base": 10000}
+    assert infer(of(config, args=good), heads=2, grid=(1, 8, 8)).warnings == ()
+
+
+def test_the_callers_options_win_over_arguments_with_a_warning() -> None:
+    config = config_of(4, 8)
+    args = {"gpt_model": "GPT-L", "vocab_size": 16384, "image_size": 256, "downsample_size": 16}
+    with pytest.raises(CheckpointError, match=r"gpt_model GPT-L .* or --heads and --grid, which then count instead"):
+        infer(of(config, args=args), heads=2)
+    inferred = infer(of(config, args=args), heads=2, grid=(1, 8, 8))
+    assert inferred.config == config
+    first, second = inferred.warnings
+    assert first.startswith("its args say gpt_model GPT-L (width 1024, 24 layers), the weights have width 32 and 2")
+    assert second == "grid 1x8x8 by --grid, which is used, but 1x16x16 by the file's args: image_size 256 / 16"
+    wrong = {"freqs_cis": (65, 9, 2)}
+    (warning,) = infer(of(config, left=wrong), heads=2, grid=(1, 8, 8)).warnings
+    assert warning.startswith("--heads is used although its freqs_cis (65, 9, 2) is for heads of 18")
+
+
+# --- config.json beside the file, and the file's name -------------------------------------------------------------
+
+
+def beside(folder: Path, values: Any, name: str = "c.pt", config: PARConfig | None = None, **more: Any) -> Checkpoint:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(values if isinstance(values, str) else json.dumps(values))
+    return Checkpoint(folder / name, state_of(config or named("B", vocab_size=20, n_classes=3, group_size=1)), **more)
+
+
+def test_config_json_beside_the_file(tmp_path: Path) -> None:
+    published = {"dim": 768, "n_layer": 12, "n_head": 12, "block_size": 256, "vocab_size": 20, "num_classes": 3}
+    for values in (published, {"config": published}, {"num_attention_heads": 12, "image_size": 256}):
+        inferred = infer(beside(tmp_path, values))
+        assert inferred.config.grid == (1, 16, 16)
+        assert inferred.heads_from == "config.json beside the file"
+        assert inferred.grid_from.startswith("config.json beside the file: ")
+        assert inferred.warnings == ()
+    assert infer(beside(tmp_path, {"grid": [8, 4]})).config.grid == (1, 8, 4)
+    assert infer(beside(tmp_path, {"n_head": 6})).config.n_heads == 6
+    assert infer(beside(tmp_path, {"image_size": 256}), pixels_per_token=8).config.grid == (1, 32, 32)
+    # A PAR model's block may count its learnable tokens.
+    sixteen = named("B", vocab_size=20, n_classes=3, group_size=16)
+    assert infer(beside(tmp_path, {"block_size": 256 + 15}, config=sixteen)).config.grid == (1, 16, 16)
+
+
+def test_the_order_of_trust(tmp_path: Path) -> None:
+    """Options, then the file, then config.json, then the file's name, then what is assumed."""
+    values = {"block_size": 256, "n_head": 6}
+    inferred = infer(beside(tmp_path, values, "c2i_B_384.pt"))
+    assert (inferred.config.grid, inferred.config.n_heads) == ((1, 16, 16), 6)
+    assert inferred.warnings == (
+        "grid 1x16x16 by config.json beside the file: block_size 256, which is used, but 1x24x24 by the name "
+        "c2i_B_384.pt: 384 px / 16",
+    )
+    strong = {"freqs_cis": (145, 32, 2)}
+    inferred = infer(beside(tmp_path, values, "c2i_B_384.pt", left=strong))
+    assert (inferred.config.grid, inferred.config.n_heads) == ((1, 12, 12), 12)
+    assert [warning.split(" by ")[0] for warning in inferred.warnings] == ["heads 12", "grid 1x12x12"]
+    inferred = infer(beside(tmp_path, values, "c2i_B_384.pt", left=strong), grid=(1, 8, 8), heads=3)
+    assert (inferred.config.grid, inferred.config.n_heads) == ((1, 8, 8), 3)
+    other = infer(beside(tmp_path, {"dim": 1024, "n_head": 16, "block_size": 256}))
+    assert other.config.grid == (1, 24, 24)  # a config.json of another model is not used
+    assert other.warnings == (
+        "config.json beside the file is of another model, and not used: dim 1024, the weights have 768 as width",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "down", "side"),
+    [
+        ("c2i_B_256.pt", 16, 16),
+        ("c2i_B_256.pt", 8, 32),
+        ("c2i_B_384.safetensors", 16, 24),
+        ("PAR-B-4x-512px.pt", 16, 32),
+        ("par_256x256.pt", None, 16),
+        ("c2i_B_256/model.safetensors", 16, 16),
+        ("c2i_B_256/c.pt", 16, 24),
+        ("B_256_384.pt", 16, 24),
+        ("0000256.pt", 16, 24),
+        ("epoch_256.pt", 16, 24),
+        ("PAR-B-4x.pt", 16, 24),
+    ],
+)
+def test_pixels_in_the_name_of_the_file(name: str, down: int | None, side: int) -> None:
+    checkpoint = Checkpoint(Path(name), state_of(named("B", vocab_size=20, n_classes=3, group_size=1)))
+    inferred = infer(checkpoint, pixels_per_token=down)
+    assert inferred.config.grid == (1, side, side)
+    assert ("assumed: 384 px" in inferred.grid_from) == ((side == 24 and "384" not in name) or name == "B_256_384.pt")
+
+
+def test_nothing_is_assumed_of_another_tokenizer() -> None:
+    """384 px are 24x24 tokens of the published tokenizer; of one with 8 pixels per token they would be 48x48."""
+    checkpoint = Checkpoint(Path("PAR-B-4x.pt"), state_of(named("B", vocab_size=20, n_classes=3)))
+    with pytest.raises(CheckpointError, match=r"give --grid \(48 for 384 px, 32 for 256 px\)"):
+        infer(checkpoint, pixels_per_token=8)
+    assert infer(checkpoint, pixels_per_token=16).config.grid == (1, 24, 24)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"a": ' * 5000,
+        "[1]",
+        '{"n_head": 1' + "0" * 5000 + "}",
+        "\x00",
+        "{'n_head': 4}",
+        "version https",
+    ],
+)
+def test_a_config_json_that_is_none(tmp_path: Path, text: str) -> None:
+    with pytest.raises(CheckpointError, match=r"config.json: .*expected a JSON object .*; mend it or move") as error:
+        infer(beside(tmp_path, text))
+    assert len(str(error.value)) < 600
+
+
+def test_values_of_config_json_that_are_no_numbers(tmp_path: Path) -> None:
+    for values in (
+        {"n_head": "12", "block_size": [256], "grid": "16", "image_size": -1, "dim": None, "rope_base": {}},
+        {"n_head": True, "grid": [16, 16, 16, 16], "block_size": 2.5, "ar_token_num": "4"},
+    ):
+        assert infer(beside(tmp_path, values)).config == named("B", vocab_size=20, n_classes=3, group_size=1)
+    inferred = infer(beside(tmp_path, {"block_size": 300}))
+    assert inferred.warnings == (
+        "config.json beside the file: block_size 300 is no square grid for n = 1; it is not used",
+    )

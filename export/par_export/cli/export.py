@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
             encoder=not args.no_encoder,
             defaults={name: value for name, value in settings.items() if value is not None},
             force=args.force,
+            weights=args.weights,
         ),
         say=say,
     )
@@ -94,8 +95,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--checkpoint",
         required=True,
-        help="PAR or LlamaGen weights: .pt, .safetensors, an index of shards or the folder that holds it, or "
-        "hf://OWNER/REPOSITORY/FILE@REVISION",
+        help="PAR or LlamaGen weights: a file of torch.save (.pt, .pth, .bin, .ckpt), .safetensors, an index of shards "
+        "of either, the folder that holds one of these, or hf://OWNER/REPOSITORY/FILE@REVISION",
     )
     p.add_argument(
         "--tokenizer",
@@ -109,11 +110,23 @@ def parser() -> argparse.ArgumentParser:
         default="fp32",
         help="of the stored weights and the static graphs (default: fp32)",
     )
-    p.add_argument("--heads", type=int, help="attention heads (default: what the file says, or the named size's)")
+    p.add_argument(
+        "--weights",
+        choices=["model", "ema"],
+        help="which weights of files that hold both: 'model', those that were trained, or 'ema', their average, of "
+        "checkpoint and tokenizer (default, as the published code: 'model' of the checkpoint, 'ema' of the tokenizer; "
+        "the export says which)",
+    )
+    p.add_argument(
+        "--heads",
+        type=int,
+        help="attention heads (default: what the file says, config.json beside it, or the named size)",
+    )
     p.add_argument(
         "--grid",
         type=grid,
-        help="tokens: L, HxW or TxHxW (default: what the file says, or 24, which is 384 px, for the named sizes)",
+        help="tokens: L, HxW or TxHxW (default: what the file says, config.json beside it, pixels in the file's name "
+        "as in c2i_B_256.pt, or 24, which is 384 px, for the named sizes)",
     )
     p.add_argument(
         "--sampling",

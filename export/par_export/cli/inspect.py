@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from par_export.checkpoint_report import describe
-from par_model.checkpoint import CheckpointError, hub
+from par_model.checkpoint import CheckpointError, Kind, hub
 from par_runtime.cli.common import fail
 
 
-def show(path: str | Path, as_json: bool) -> int:
-    """Print what the checkpoint at ``path`` (or its name on the hub) is; exit code 2 if it is none. Raises OSError."""
+def show(path: str | Path, as_json: bool, weights: Kind | None = None) -> int:
+    """Print what the checkpoint at ``path`` (or its name on the hub) is; exit code 2 if it is none. Raises OSError.
+
+    ``weights``: the trained ones or their average, of a file that holds both.
+    """
     try:
-        facts = describe(hub.local(path, lambda line: print(line, file=sys.stderr)))
+        facts = describe(hub.local(path, lambda line: print(line, file=sys.stderr)), weights)
     except CheckpointError as error:
         return fail(error)
     print(json.dumps(facts) if as_json else "\n".join(lines(facts)))
@@ -39,4 +42,5 @@ def lines(facts: dict[str, Any]) -> list[str]:
         bounds = ", ".join(f"{gpu} {ms:.3g}" for gpu, ms in facts["bound_ms"].items())
         rows["bound"] = f"at least, in fp16 by memory bandwidth, for one guided image without decoding, in ms: {bounds}"
     out += [f"  {name:20} {value}" for name, value in rows.items()]
+    out += [f"  {name:20} {line}" for name in ("note", "warning") for line in facts[f"{name}s"]]
     return out + ([f"  open: {facts['open']}"] if facts["open"] else [])

@@ -30,10 +30,10 @@ class Largest:
     def add(self, quantity: str, place: str, x: Tensor) -> None:
         """Take the numbers of ``x`` into account."""
         low, high = (float(value) for value in torch.aminmax(x))
+        largest = max(-low, high) if low <= high else math.nan  # no comparison with NaN is true
         here = self.values.setdefault(quantity, {})
-        # Written so that NaN stays: no comparison with it is true.
-        largest = max(-low, high) if low <= high else math.nan
-        here[place] = largest if not here.get(place, 0.0) >= largest else here[place]
+        so_far = here.get(place, 0.0)
+        here[place] = so_far if so_far >= largest or math.isnan(so_far) else largest
 
     @contextmanager
     def watching(self, layer: Block, place: str, cos: Tensor, sin: Tensor, mask: Tensor) -> Iterator[None]:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.path)
     if _is_checkpoint(args.path):
         # Reading a checkpoint needs torch; the runtime never imports it itself.
-        return int(importlib.import_module("par_export.cli.inspect").show(args.path, args.json))
+        return int(importlib.import_module("par_export.cli.inspect").show(args.path, args.json, args.weights))
     bundle = Bundle.open(path, verify="full" if args.full else "auto")
     facts = describe(bundle)
     if args.selftest:
@@ -45,8 +45,10 @@ def run(args: argparse.Namespace) -> int:
 def _is_checkpoint(text: str) -> bool:
     """Whether the argument is a checkpoint: on the hub, a file, or a folder that contains one and is no bundle."""
     path = Path(text)
-    kinds = ("*.safetensors*", "*.pt", "*.pth")
-    holds = path.is_file() or (path.is_dir() and any(file for kind in kinds for file in path.glob(kind)))
+    kinds = [
+        f"{where}*.{end}*" for where in ("", "*/", "*/*/") for end in ("safetensors", "pt", "bin", "ckpt", "distcp")
+    ]
+    holds = any(file for kind in kinds for file in path.glob(kind)) if path.is_dir() else path.exists()
     return text.startswith("hf://") or (holds and not (path / MANIFEST).is_file())
 
 
@@ -134,6 +136,7 @@ def parser() -> argparse.ArgumentParser:
         "time that the memory bandwidth of known GPUs allows (by data sheet; not measured).",
     )
     p.add_argument("path", metavar="BUNDLE|CHECKPOINT", help="a folder or file, or hf://OWNER/REPOSITORY/FILE@REVISION")
+    p.add_argument("--weights", choices=["model", "ema"], help="of a checkpoint that holds both (as of parvis export)")
     p.add_argument("--full", action="store_true", help="hash every file, however large")
     p.add_argument("--selftest", action="store_true", help="run the bundle's self-test on the CPU")
     options.add_json(p)
