@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL.Image import Image
 
 from par_runtime.backends.base import Backend, MakesImages
 from par_runtime.backends.choose import choose
@@ -23,6 +24,8 @@ from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import RequestError
 from par_runtime.forks import tell_of_forks
+from par_runtime.images.photo import Fit, Pictures
+from par_runtime.images.region import MaskFrom, Named, keep_mask
 from par_runtime.known import Known, given_tokens, known_tokens
 from par_runtime.metrics import log_likelihood
 from par_runtime.progress import OnPreview, OnStep, Progress, latest_tokens
@@ -260,15 +263,16 @@ class Pipeline:
         return out
 
     @also_inside
-    def encode(self, images: ArrayLike) -> Int:
-        """Tokens [B,N] in sequence order of ``images``, uint8 [B,H,W,3] or [H,W,3] of the bundle's size.
+    def encode(self, images: Pictures, fit: Fit = "crop") -> Int:
+        """Tokens [B,N] in sequence order of ``images``: a path, a PIL image, uint8 [H,W,3], a list of these, or uint8
+        [B,H,W,3]. What has another size than the bundle's images is cropped, or squeezed (``fit="stretch"``).
 
         ``score`` and ``generate(keep=, tokens=)`` take such tokens. It runs on the CPU, on every backend. Raises
-        RequestError.
+        RequestError, OSError.
         """
         if self._tokenizer is None:
             raise RequestError(f"{self.bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
-        return self._tokenizer.encode(images)
+        return self._tokenizer.encode(images, fit)
 
     @also_inside
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
@@ -284,6 +288,30 @@ class Pipeline:
         size = min(self.backend.max_images, chunk_images(self.bundle))
         chunks = [self.backend.decode(tokens[i : i + size]) for i in range(0, len(tokens), size)]
         return np.concatenate(chunks) if chunks else np.zeros((0, *self.bundle.image_size, 3), np.uint8)
+
+    def keep_mask(
+        self,
+        *,
+        change: Named | None = None,
+        keep: Named | None = None,
+        fit: Fit = "crop",
+        mask_from: MaskFrom = "auto",
+        photo: str | Path | Image | None = None,
+    ) -> NDArray[np.bool_]:
+        """Which tokens stay, bool [h,w] of the token grid, for ``generate(keep=)``: all but those of ``change``, or
+        those of ``keep``. A token stays where all of its pixels do.
+
+        Such a region is "left", "right", "top", "bottom", "center" or "border"; a box "X0,Y0,X1,Y1" in pixels of the
+        model's images; a mask image (path or PIL image; white is the region, ``mask_from`` says what a mask with
+        transparency means); or bool [H,W], one for each pixel. ``photo``: the picture that a mask image was drawn
+        over, to check that it has its shape. Raises RequestError, OSError.
+        """
+        if self.bundle.image_size is None:
+            raise RequestError(f"{self.bundle.path}: this bundle ends at tokens and has no pixels; make keep= by hand")
+        grid = self.bundle.grid[1:]
+        return keep_mask(
+            self.bundle.image_size, grid, change=change, keep=keep, fit=fit, mask_from=mask_from, photo=photo
+        )
 
     def grid_tokens(self, tokens: NDArray[Any]) -> NDArray[Any]:
         """``tokens`` [B,N] in sequence order, placed on the grid: [B,H,W], or [B,T,H,W] for video.

@@ -16,6 +16,7 @@ from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError, how_to_install
 from par_runtime.forks import tell_of_forks
+from par_runtime.images.photo import Fit, Pictures, to_pixels
 from par_runtime.known import given_tokens
 from par_runtime.loaded import LoadedFiles
 from par_runtime.request import array, check_threads
@@ -63,10 +64,12 @@ class Tokenizer:
         self._sessions.clear()
         self._files.close()
 
-    def encode(self, images: ArrayLike) -> Int:
-        """Tokens [B,N] int64 in sequence order of ``images``, uint8 [B,H,W,3] or [H,W,3] of the bundle's size.
+    def encode(self, images: Pictures, fit: Fit = "crop") -> Int:
+        """Tokens [B,N] int64 in sequence order of ``images``: a path, a PIL image, uint8 [H,W,3], a list of these, or
+        uint8 [B,H,W,3].
 
-        Raises RequestError where the bundle has no encoder, or the images have another shape or type.
+        What has another size than the bundle's images is fitted: by its largest middle part ("crop"), or stretched.
+        Raises RequestError where the bundle has no encoder, or something is no picture; OSError.
         """
         if "encoder" not in self.bundle.graphs:
             raise RequestError(
@@ -74,14 +77,7 @@ class Tokenizer:
                 "again without --no-encoder"
             )
         assert self.bundle.image_size is not None
-        given = array("images", images)
-        shape = (*self.bundle.image_size, 3)
-        if given.dtype != np.uint8 or given.ndim not in (3, 4) or given.shape[-3:] != shape:
-            raise RequestError(
-                f"images have shape {given.shape} and type {given.dtype}; expected uint8 {list(shape)}, or a "
-                "batch of such images"
-            )
-        batch = given.reshape(-1, *shape)
+        batch = to_pixels(images, self.bundle.image_size, fit)
         return (
             self._chunked("encoder", "images", batch) if len(batch) else np.zeros((0, self.bundle.n_tokens), np.int64)
         )

@@ -244,7 +244,7 @@ def test_the_tokenizer_alone_is_the_pipelines(tiny: Path) -> None:
     np.testing.assert_array_equal(images, pipeline.decode(tokens))
     np.testing.assert_array_equal(tokenizer.encode(images), pipeline.encode(images))
     assert tokenizer.encode(np.zeros((0, 16, 16, 3), np.uint8)).shape == (0, 64)
-    for bad in (images.astype(np.float32), images[:, :8], images[0, 0]):
+    for bad in (images.astype(np.float32), images[..., :2], images[0, 0]):
         with pytest.raises(
             RequestError, match=r"images have shape .*; expected uint8 \[16, 16, 3\], or a batch of such"
         ):

@@ -209,7 +209,7 @@ def test_the_commands_end_in_one_line(
     """The same through ``redo`` and ``edit``, for some: exit code 2, or what the file says was made."""
     entry, image = parts(good)
     rng, path, out = random.Random(2), tmp_path / "a.png", tmp_path / "out.png"
-    for i in range(100):
+    for i in range(50):
         try:
             write(path, image, json.dumps(mutated(entry, rng), ensure_ascii=i % 2 == 0))
         except UnicodeEncodeError:  # half a pair of surrogates cannot be written so
