@@ -1,4 +1,4 @@
-# Two commands: `make demo` makes images with the runtime alone, `make test` does everything else.
+# Two commands: `make demo` makes images with the runtime alone, `make test` does everything else. `make help` lists all.
 PYTHON ?= python3
 LABELS ?= all
 COUNT ?= 2
@@ -12,27 +12,31 @@ GPU_BUNDLE ?= models/demo
 KERNELS := $(wildcard runtime/par_runtime/backends/native/*)
 SOURCES := $(shell find runtime export par_model -name '*.py') $(KERNELS)
 
-.PHONY: demo test test-all test-gpu lint format clean
+.PHONY: help demo test test-all test-gpu lint format clean
 
-demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the runtime's dependencies only, no torch
+demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the runtime alone into .venv (0.2 GB, a minute)
 	$(RUN_ENV)/bin/parvis generate models/demo --label $(LABELS) --count $(COUNT) --seed $(SEED) --columns 8 --out $(OUT)
 
-test: lint  ## lint, types, who imports whom, and the test suite
+help:  ## this list
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+test: lint  ## lint, types and tests: 5 minutes on 2 cores; the first time installs .venv-dev (1.8 GB, with CUDA more)
 	$(DEV_ENV)/bin/python -m pytest
 
-test-all: lint  ## the slow tests too
+test-all: lint  ## the slow tests too: about 15 minutes
 	$(DEV_ENV)/bin/python -m pytest -m "not gpu"
 
-test-gpu: $(DEV_ENV)/.installed  ## everything that needs a GPU, with a report for an issue (docs/gpu.md)
+test-gpu: $(DEV_ENV)/.installed  ## all that needs a GPU: 10 minutes, a report for an issue (docs/gpu.md); fails where there is no GPU
+	@$(DEV_ENV)/bin/python -c 'import sys; from par_runtime.backends import cuda; why = cuda.why_no_device(); sys.exit(f"make test-gpu: nothing was tested, because there is no GPU: {why}" if why else 0)'
 	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,$(GPU_EXTRA)]'
 	PARVIS_GPU_BUNDLE=$(abspath $(GPU_BUNDLE)) $(DEV_ENV)/bin/python -m pytest -m gpu -rs
 
-lint: $(DEV_ENV)/.installed
+lint: $(DEV_ENV)/.installed  ## ruff, mypy, import-linter: half a minute
 	$(DEV_ENV)/bin/ruff check .
 	$(DEV_ENV)/bin/mypy
 	$(DEV_ENV)/bin/lint-imports --no-cache --no-logo
 
-format: $(DEV_ENV)/.installed
+format: $(DEV_ENV)/.installed  ## ruff's formatter and its safe fixes
 	$(DEV_ENV)/bin/ruff check --fix .
 	$(DEV_ENV)/bin/ruff format .
 
@@ -45,9 +49,10 @@ $(RUN_ENV)/.installed: pyproject.toml $(SOURCES)
 
 $(DEV_ENV)/.installed: pyproject.toml constraints.txt $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
+	@echo "Installing PyTorch, ONNX, TensorRT-RTX and the tools into $(DEV_ENV): 1.8 GB (several GB more where pip's PyTorch brings CUDA)."
 	$(PYTHON) -m venv $(DEV_ENV)
 	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-clean:
+clean:  ## remove both environments and what was made in them
 	rm -rf $(RUN_ENV) $(DEV_ENV) build out *.egg-info

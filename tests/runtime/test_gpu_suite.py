@@ -24,3 +24,13 @@ def test_the_gpu_tests_pass_on_the_stand_in(tiny: Path) -> None:
     assert "skipped" not in run.stdout, run.stdout[-3000:]
     assert "GPU report" in run.stdout
     assert "median" in run.stdout
+
+
+def test_without_a_gpu_the_gpu_tests_do_not_pass() -> None:
+    tests = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", str(tests / "test_gpu.py")]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tests.parent, env=env)
+    assert run.returncode == 1, run.stdout[-3000:]
+    assert "no GPU: " in run.stdout
+    assert "passed" not in run.stdout

@@ -7,10 +7,8 @@ and TensorRT, but neither torch nor a GPU (with TensorRT-RTX). See ``docs/engine
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +23,7 @@ from par_export.engines import report as engine_report
 from par_export.engines.builder import OnStep, Target, build_plan
 from par_export.engines.cache import EngineCache, key_of
 from par_export.engines.network import ExpectedAttention
+from par_export.engines.place import no_empty_folder, place
 from par_export.engines.request import MODES, SAMPLING, BuildRequest
 from par_export.engines.weights import MappedWeights, weights_in
 from par_export.errors import BuildError
@@ -38,15 +37,7 @@ from par_export.staging import staging
 from par_model.config import PARConfig, VQConfig
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_runtime import __version__
-from par_runtime.backends.engines import (
-    ENGINE_DIR,
-    ENGINE_JSON,
-    ENGINE_SCHEMA,
-    ENGINES,
-    Engine,
-    cached_engine_folder,
-    engine_folder,
-)
+from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, Engine
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.bundle import WEIGHTS, Bundle, seal
@@ -54,7 +45,7 @@ from par_runtime.checked import shown
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError, EngineError
 from par_runtime.manifest import step_shapes
-from par_runtime.system import check_folder_writable, peak_bytes, sha256
+from par_runtime.system import peak_bytes, sha256
 
 
 def build(
@@ -89,7 +80,7 @@ def build(
     out = folder_of_engines / name
     key = key_of(checked.ingredients())
     with (
-        _no_empty_folder(out.parent),
+        no_empty_folder(out.parent),
         cache.locked(key) if cache is not None and request.use_cache else _unlocked(),
         staging(out, force=True, marker=ENGINE_JSON) as folder,
     ):
@@ -109,32 +100,6 @@ def build(
     for line in engine_report.table(report):
         say(line)
     return out
-
-
-def place(bundle: Bundle, out: Path | None, say: Callable[[str], None]) -> Path:
-    """The folder for the engines of ``bundle``: below ``out`` or ``PARVIS_ENGINE_DIR`` where one of them is given.
-
-    Otherwise it is in the bundle or, where the bundle cannot be written, in the user's cache folder; ``say`` says so.
-    Whatever loads the bundle looks in all of them but ``out``. Raises OSError where none can be
-    written.
-    """
-    if out is not None:
-        return engine_folder(bundle, out)
-    if os.environ.get(ENGINE_DIR):
-        return engine_folder(bundle, Path(os.environ[ENGINE_DIR]))
-    inside = bundle.path / ENGINES
-    try:
-        with _no_empty_folder(inside):
-            check_folder_writable(inside)
-    except OSError as error:
-        cached = cached_engine_folder(bundle)
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or cached is None:
-            raise
-        with _no_empty_folder(cached):
-            check_folder_writable(cached)
-        say(f"{bundle.path} cannot be written ({error.strerror}); the engine goes to {cached}, where it is found")
-        return cached
-    return inside
 
 
 def _intact(folder: Path, bundle: Bundle) -> bool:
@@ -403,13 +368,3 @@ def _source_hash() -> str:
 @contextmanager
 def _unlocked() -> Iterator[None]:
     yield
-
-
-@contextmanager
-def _no_empty_folder(path: Path) -> Iterator[None]:
-    """Remove the folder at the end if it is empty: a failed first build leaves no ``engines``."""
-    try:
-        yield
-    finally:
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
