@@ -74,12 +74,10 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     if request.precision not in DTYPE:
         raise ExportError(f"precision {request.precision!r}; expected one of {', '.join(DTYPE)}")
     dtype = DTYPE[request.precision]
-    defaults = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | (request.defaults or {})
-    _check_defaults(defaults)
+    _check_defaults(request.defaults or {}, "")
     _check_text("name", request.name or request.out.name, MOST_NAME)
-    if defaults.get("guidance_interval") == -1:
-        del defaults["guidance_interval"]  # a manifest without it says the same, and older runtimes can read it
     checkpoint = open_checkpoint(request.checkpoint, request.weights)
+    name, defaults = _name_and_defaults(request, checkpoint, say)
     opened = None if request.tokenizer is None else _open_tokenizer(request.tokenizer, request.weights)
     vq_file, vq = opened or (None, None)
     inferred = infer(
@@ -125,7 +123,7 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
             checked["parity"] |= tokenizer_gate.gate(folder, config, vq, vq_file, dtype, graphs)
             if why := checked["parity"][HALF_DECODER].get("why"):
                 say(f"{HALF_DECODER}.onnx is left out, images are decoded in fp32: {why}")
-        entries = {"name": request.name or request.out.name, "precision": request.precision, "defaults": defaults}
+        entries = {"name": name, "precision": request.precision, "defaults": defaults}
         architecture = architecture_entries(config, vq, graphs, parameters, weights)
         write_manifest(folder, entries | architecture | {"class_names": names, "class_synsets": synsets} | checked)
     size = sum(f.stat().st_size for f in request.out.iterdir())
@@ -169,6 +167,29 @@ def _pixels(config: PARConfig, vq: VQConfig | None) -> str:
         return ""
     _, h, w = config.grid
     return f", images of {w * vq.downsampling}x{h * vq.downsampling} pixels"
+
+
+def _name_and_defaults(
+    request: ExportRequest, checkpoint: Checkpoint, say: Callable[[str], None]
+) -> tuple[str, dict[str, Any]]:
+    """The bundle's name and sampling settings: the request's, else those of the bundle the checkpoint was read from.
+
+    Raises ExportError where these are no settings.
+    """
+    given = request.defaults or {}
+    kept = {key: value for key, value in checkpoint.defaults.items() if key not in given}
+    _check_defaults(kept, f"{checkpoint.path}: ")
+    name = request.name or checkpoint.name or request.out.name
+    _check_text("name", name, MOST_NAME)
+    parts = [f"{key} {value:g}" for key, value in kept.items()]
+    if request.name is None and checkpoint.name is not None:
+        parts.append(f"name {name!r}")
+    if parts:
+        say(f"{checkpoint.path}: {', '.join(parts)}: of the bundle that it was read from (options change them)")
+    defaults = {"guidance": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | kept | given
+    if defaults.get("guidance_interval") == -1:
+        del defaults["guidance_interval"]  # a manifest without it says the same, and older runtimes can read it
+    return name, defaults
 
 
 def _class_names(
@@ -324,19 +345,27 @@ def write_graphs(
     return entries
 
 
-def _check_defaults(defaults: dict[str, Any]) -> None:
+def _check_defaults(defaults: Mapping[Any, Any], where: str) -> None:
+    """Raise ExportError for what are no sampling settings; ``where`` begins the message."""
     ranges = {"guidance": FLOAT32_MAX, "temperature": FLOAT32_MAX, "top_k": 2.0**53, "top_p": 1.0}
     for name, value in defaults.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ExportError(f"{where}default {str(name)[:80]!r} is a {type(value).__name__}; expected a number")
         if name == "guidance_interval":
-            if not (isinstance(value, int) and value >= -1):
-                raise ExportError(f"default {name} {value}; expected a whole number, -1 (every call is guided) or more")
+            if not (isinstance(value, int) and -1 <= value <= 2**53):
+                raise ExportError(
+                    f"{where}default {name} {shown(value)}; expected a whole number, -1 (every call is guided) or more"
+                )
             continue
         if name not in ranges:
-            raise ExportError(f"default {name!r}; expected one of {', '.join(ranges)}, guidance_interval")
+            raise ExportError(
+                f"{where}default {str(name)[:80]!r}; expected one of {', '.join(ranges)}, guidance_interval"
+            )
         if not (0 <= value <= ranges[name] and math.isfinite(value)):
-            raise ExportError(f"default {name} {value}; expected {'0 to 1' if name == 'top_p' else '0 or more'}")
+            expected = "0 to 1" if name == "top_p" else "0 or more"
+            raise ExportError(f"{where}default {name} {shown(value)}; expected {expected}")
         if name == "top_k" and not isinstance(value, int):
-            raise ExportError(f"default {name} {value}; expected a whole number")
+            raise ExportError(f"{where}default {name} {shown(value)}; expected a whole number")
 
 
 def _model_entry(config: PARConfig, parameters: int) -> dict[str, int]:

@@ -3,7 +3,8 @@
     python from_bundle.py ../demo --out ../../build/demo/restored
 
 Writes OUT/model.pt and OUT/tokenizer.pt, as ``parvis train`` and ``parvis train-tokenizer`` save them: the numbers of
-the bundle in fp32. Exporting them in the bundle's precision stores the same numbers again. The script exists because
+the bundle in fp32, with its class names, its name and its sampling settings, which an export takes. Exporting them in
+the bundle's precision stores the same numbers again (the script prints the command). The script exists because
 the demo's checkpoints were not kept, and training an encoder for its codebook needs the tokenizer's checkpoint.
 
 Weights that a bundle does not hold are initialised anew: the encoder where the bundle was exported without one (train
@@ -70,8 +71,13 @@ def restore(path: Path, out: Path) -> None:
     vq = tokenizer_from_manifest(read_manifest(path))
     if vq is None:
         print(f"{path}: ends at tokens, so there is no tokenizer to restore")
-        return
-    _save(out / "tokenizer.pt", tokenizer_checkpoint(path, vq, stored))
+    else:
+        _save(out / "tokenizer.pt", tokenizer_checkpoint(path, vq, stored))
+    tokenizer = "none" if vq is None else out / "tokenizer.pt"
+    print(
+        f"the same bundle again: parvis export --checkpoint {out / 'model.pt'} --tokenizer {tokenizer} --precision "
+        f"{bundle.precision} --out NEW_FOLDER"
+    )
 
 
 def read_weights(bundle: Bundle) -> dict[str, Tensor]:
@@ -113,6 +119,7 @@ def model_checkpoint(bundle: Bundle, stored: dict[str, Tensor]) -> dict[str, Any
         expected = PAR(config).state_dict()
     check_keys(bundle.path, state, expected)
     content: dict[str, Any] = {"model": _fp32(state, expected), "config": asdict(config) | {"kind": "par"}}
+    content["bundle"] = {"name": bundle.name, "defaults": asdict(bundle.defaults)}  # an export takes them
     if bundle.class_names is not None and bundle.class_synsets is None:  # an export adds ImageNet's names itself
         content["class_names"] = list(bundle.class_names)
     return content

@@ -36,6 +36,8 @@ class Checkpoint:
     left: dict[str, tuple[int, ...]] = field(
         default_factory=dict
     )  #: key -> shape of the tensors that :data:`DROPPED` drops
+    name: str | None = None  #: of the bundle that the weights were read from; only in such files
+    defaults: dict[str, Any] = field(default_factory=dict)  #: sampling settings of that bundle, not checked
     kinds: tuple[Kind, ...] = ("model",)  #: which weights the file holds; the first are these
     notes: tuple[str, ...] = ()  #: which weights of the file these are, in words, where it is not obvious
 
@@ -100,6 +102,8 @@ def open_checkpoint(path: str | Path, weights: Kind | None = None) -> Checkpoint
         taken, *_ = choose(path, read(path), kind)
         return {key: value for key, value in taken.tensors.items() if not DROPPED.fullmatch(key)}
 
+    bundle = plain(beside.get("bundle"))
+    name, defaults = bundle.get("name"), plain(bundle.get("defaults"))
     del content, chosen, beside
     return Checkpoint(
         path,
@@ -108,8 +112,10 @@ def open_checkpoint(path: str | Path, weights: Kind | None = None) -> Checkpoint
         names or None,
         dict(args.values) if isinstance(args, Arguments) else plain(args),
         left,
-        (kind, *others),
-        tuple(notes),
+        name=name if isinstance(name, str) else None,
+        defaults=defaults,
+        kinds=(kind, *others),
+        notes=tuple(notes),
     )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +18,14 @@ import torch.nn.functional as F
 
 from conftest import golden_weights
 from par_export.bundle import ExportRequest, export
+from par_export.errors import ExportError
 from par_export.weights import WeightsWriter, write_tokenizer_weights, write_weights
 from par_model.checkpoint import open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig
 from par_model.transformer import PAR
 from par_model.vq import VQModel
-from par_runtime.bundle import Bundle
+from par_runtime.bundle import Bundle, seal
+from par_runtime.cli import dispatch as cli
 from par_runtime.dtypes import DTYPE
 
 SCRIPT = Path(__file__).parents[2] / "models" / "recipe" / "from_bundle.py"
@@ -95,6 +101,55 @@ def test_padded_heads_an_ablation_and_a_missing_encoder(
     assert par_config(back) == config
     for key, tensor in model.state_dict().items():
         assert torch.equal(back.tensor(key), tensor.bfloat16().float()), key
+
+
+def test_a_bundle_that_is_exported_again_keeps_what_it_says(
+    tiny: Path, tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sampling settings, class names, name and tokens, by the command that the script prints."""
+    changed = tmp_path / "tiny"  # the bundle with settings that are all unlike those of an export
+    shutil.copytree(tiny, changed)
+    manifest = json.loads((changed / "manifest.json").read_text())
+    settings = {"guidance": 2.5, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "guidance_interval": 5}
+    (changed / "manifest.json").write_text(json.dumps(seal(manifest | {"defaults": settings, "name": "tiny again"})))
+    assert script.main([str(changed), "--out", str(tmp_path / "back")]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("the same bundle again: parvis export ")
+    command = said.removeprefix("the same bundle again: parvis ").split()
+    assert cli.main([*command[:-1], str(tmp_path / "one")]) == 0
+    line = "guidance 2.5, temperature 0.9, top_k 40, top_p 0.95, guidance_interval 5, name 'tiny again': of the bundle"
+    assert line in capsys.readouterr().out
+    old, new = (json.loads((folder / "manifest.json").read_text()) for folder in (changed, tmp_path / "one"))
+    for entry in ("defaults", "name", "class_names", "precision", "selftest", "model", "tokenizer", "order", "phases"):
+        assert new[entry] == old[entry], entry
+    given = ["--guidance", "1", "--guidance-interval", "-1", "--name", "other"]  # options win
+    assert cli.main([*command[:-1], str(tmp_path / "two"), *given]) == 0
+    other = json.loads((tmp_path / "two" / "manifest.json").read_text())
+    assert (other["name"], other["defaults"]) == (
+        "other",
+        {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "guidance": 1},
+    )
+
+
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        ({"guidance": "4"}, "c.pt: default 'guidance' is a str; expected a number"),
+        ({"top_p": 2.0}, "c.pt: default top_p 2.0; expected 0 to 1"),
+        ({"top_k": True}, "c.pt: default 'top_k' is a bool"),
+        ({"speed": 1}, "c.pt: default 'speed'; expected one of guidance,"),
+        ({5: 1}, "c.pt: default '5'; expected one of guidance,"),
+        ({"top_k": 10**5000}, "c.pt: default top_k an integer of about 5001 digits; expected 0 or more"),
+        ({"guidance_interval": 10**5000}, "c.pt: default guidance_interval an integer of about 5001 digits"),
+        ({"guidance": float("nan")}, "c.pt: default guidance nan; expected 0 or more"),
+    ],
+)
+def test_settings_in_a_file_are_checked(tmp_path: Path, defaults: dict[Any, Any], message: str) -> None:
+    config = PARConfig(dim=16, n_layers=1, n_heads=2, vocab_size=16, n_classes=3, grid=(1, 4, 4))
+    content = {"model": PAR(config).state_dict(), "config": asdict(config), "bundle": {"defaults": defaults}}
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(ExportError, match=re.escape(message)):
+        export(ExportRequest(tmp_path / "c.pt", None, tmp_path / "b"), say=lambda _: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

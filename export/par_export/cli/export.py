@@ -136,7 +136,10 @@ def parser() -> argparse.ArgumentParser:
         "top-k up to 3840 and top-p within it (default); 'exact' has no limit and costs more, and plans are built with "
         "topk instead. step.onnx is always exact",
     )
-    p.add_argument("--name", help="name in the manifest (default: the folder's)")
+    p.add_argument(
+        "--name",
+        help="name in the manifest (default: that of the bundle that the checkpoint was read from, or the folder's)",
+    )
     p.add_argument(
         "--class-names",
         type=Path,
