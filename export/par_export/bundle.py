@@ -37,7 +37,7 @@ from par_model.manifest import phase_entries
 from par_model.ordering import phases, token_order
 from par_runtime import __version__
 from par_runtime.bundle import MANIFEST, SCHEMA, WEIGHTS, seal
-from par_runtime.checked import Mismatch, Value
+from par_runtime.checked import Mismatch, Value, shown
 from par_runtime.dtypes import DTYPE, FLOAT32_MAX
 from par_runtime.manifest import MOST_CLASS_NAME, MOST_NAME, check
 from par_runtime.system import peak_bytes, sha256
