@@ -29,7 +29,7 @@ from par_runtime.images.opening import open_image
 from par_runtime.images.photo import fit_image, place_image
 from par_runtime.images.recipe import check as recipe_check
 from par_runtime.images.recipe import pixel_hash
-from par_runtime.images.region import MASK_FROM, REGION, kept_tokens, parse_box, region
+from par_runtime.images.region import MASK_FROM, REGION, Beside, kept_tokens, parse_box, region
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import class_index, first_seed
 from par_runtime.result import Result, default_columns
@@ -127,19 +127,19 @@ def read_original(args: argparse.Namespace, bundle: Bundle) -> Original:
     if args.place is not None:
         box = parse_box(args.place, size)
         return Original(*place_image(open_image(args.image), size, box))
+    original, beside = _without_region(args, bundle, size)
+    named = args.change if args.keep is None else args.keep
+    where = region(named, size, args.fit, mask_from=args.mask_from, photo=beside)
+    stays = ~where.pixels if args.keep is None else where.pixels
+    return replace(original, stays=stays, mask_from=where.mask_from)
+
+
+def _without_region(args: argparse.Namespace, bundle: Bundle, size: tuple[int, int]) -> tuple[Original, Beside]:
+    """The image, of which nothing stays yet, and what a mask is compared with. The file's pixels are not kept."""
     recipe, image = png.read_any(args.image)
     found = _without_recipe(args, image) if recipe is None else _of_recipe(args, bundle, recipe, image)
-    where = region(
-        args.change if args.keep is None else args.keep, size, args.fit, mask_from=args.mask_from, photo=found.image
-    )
-    return Original(
-        fit_image(found.image, size, args.fit),
-        ~where.pixels if args.keep is None else where.pixels,
-        found.label,
-        found.tokens,
-        found.why,
-        where.mask_from,
-    )
+    pixels = fit_image(found.image, size, args.fit)
+    return Original(pixels, np.zeros(size, bool), found.label, found.tokens, found.why), Beside.of(found.image)
 
 
 @dataclass(frozen=True)

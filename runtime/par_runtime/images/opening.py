@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from par_runtime.checked import shown, why_not_regular
@@ -46,9 +45,7 @@ class Opened:
         if self.alpha is None:
             return self.color
         out = Image.new("RGB", self.color.size)
-        step = max(1, 2**20 // out.width)  # rows at a time, because three pictures with alpha take much memory
-        for top in range(0, out.height, step):
-            box = (0, top, out.width, min(top + step, out.height))
+        for box in _strips(out):
             part = self.color.crop(box)
             part.putalpha(self.alpha.crop(box))
             white = Image.new("RGBA", part.size, "white")
@@ -180,13 +177,13 @@ def _tiff_bits(image: Image.Image) -> int | None:
 
 def _eight_bits(name: str, image: Image.Image, bits: int | None, is_png: bool) -> Image.Image:
     """A grey image of 16 or 32 bits, or of floats, in eight (L). Raises RequestError where its white is unknown."""
-    values = np.asarray(image)
-    low, high = float(values.min()), float(values.max())
+    ends = [(part.min(), part.max()) for part in (np.asarray(image.crop(box)) for box in _strips(image))]
+    low, high = float(np.min(ends)), float(np.max(ends))  # NaN where one value is
     fix = "convert it to 8 bits per channel"
     if not (math.isfinite(low) and math.isfinite(high)):
         raise RequestError(f"{name}: holds values that are not finite (NaN or infinity); {fix}")
     if bits is not None and 8 < bits < 16 and low >= 0 and high < 2**bits:  # for instance 12 bits of a camera
-        return _scaled(values, 2**bits - 1)
+        return _scaled(image, 2**bits - 1)
     # What other programs write into wide types is 0..1, 0..255 or 0..65535; a sharpened picture goes a little beyond.
     # Where the picture would be nearly black, its white is taken to be unknown. A PNG says what its white is.
     if image.mode == "F":
@@ -195,18 +192,30 @@ def _eight_bits(name: str, image: Image.Image, bits: int | None, is_png: bool) -
         room, scales = 0.0, [(255.0, 0.0), (65535.0, 256.0 if is_png else 4096.0)]
     for white, darkest in scales:
         if -room * white <= low and darkest <= high <= white + room * white:
-            return _scaled(values, white)
+            return _scaled(image, white)
     expected = "0..1, 0..255 or 0..65535" if image.mode == "F" else "0..255 or 0..65535"
     raise RequestError(
         f"{name}: its values lie in {low:g}..{high:g}, so what is white is not known; expected {expected}: {fix}"
     )
 
 
-def _scaled(values: NDArray[Any], white: float) -> Image.Image:
-    """``values`` [H,W] as an image (L) in which ``white`` is 255."""
-    if white == 65535 and values.dtype.kind in "iu":
-        return Image.fromarray((values.astype(np.int64) >> 8).astype(np.uint8))
-    return Image.fromarray(np.rint(values.astype(np.float32) * np.float32(255 / white)).clip(0, 255).astype(np.uint8))
+def _scaled(image: Image.Image, white: float) -> Image.Image:
+    """A grey ``image`` of wide values in eight bits (L), with ``white`` as 255."""
+    out = Image.new("L", image.size)
+    for box in _strips(image):
+        values = np.asarray(image.crop(box))
+        if white == 65535 and values.dtype.kind in "iu":
+            scaled = values.astype(np.int64) >> 8
+        else:
+            scaled = np.rint(values.astype(np.float32) * np.float32(255 / white)).clip(0, 255)
+        out.paste(Image.fromarray(scaled.astype(np.uint8)), box)
+    return out
+
+
+def _strips(image: Image.Image) -> list[tuple[int, int, int, int]]:
+    """Boxes of a million pixels that cover ``image``: all of a large picture in wide types takes much memory."""
+    step = max(1, 2**20 // image.width)
+    return [(0, top, image.width, min(top + step, image.height)) for top in range(0, image.height, step)]
 
 
 # -- colours ----------------------------------------------------------------------------------------------------------

@@ -45,6 +45,19 @@ class Region:
     mask_from: str | None = None
 
 
+@dataclass(frozen=True)
+class Beside:
+    """The photo that a mask was drawn over: its size (width, height), and enough of its pixels to know it by."""
+
+    size: tuple[int, int]
+    small: Image.Image
+
+    @staticmethod
+    def of(photo: Image.Image) -> Beside:
+        """What is needed of ``photo``, which may be large: then it need not stay in memory beside a large mask."""
+        return Beside(photo.size, _small(photo))
+
+
 def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """``X0,Y0,X1,Y1`` in pixels, checked against ``size`` (H, W). Raises RequestError."""
     height, width = size
@@ -66,7 +79,7 @@ def region(
     fit: Fit = "crop",
     *,
     mask_from: MaskFrom = "auto",
-    photo: Image.Image | None = None,
+    photo: Beside | None = None,
 ) -> Region:
     """The pixels [H,W] of ``size`` that ``named`` means.
 
@@ -154,7 +167,7 @@ def keep_mask(
     """
     if (change is None) == (keep is None):
         raise RequestError("keep_mask: give one of change= (what is made anew) and keep= (what stays)")
-    beside = None if photo is None else open_image(photo)
+    beside = None if photo is None else Beside.of(open_image(photo))
     named = keep if change is None else change
     assert named is not None
     pixels = region(named, size, fit, mask_from=mask_from, photo=beside).pixels
@@ -175,7 +188,7 @@ def _check_shape(name: str, mask: tuple[int, int], photo: tuple[int, int], size:
         )
 
 
-def _drawn(name: str, mask: Opened, mask_from: MaskFrom, photo: Image.Image | None) -> tuple[Image.Image, str]:
+def _drawn(name: str, mask: Opened, mask_from: MaskFrom, photo: Beside | None) -> tuple[Image.Image, str]:
     """The region of a mask as an image (L) in which it is 128 or more, and what of the mask was taken."""
     if mask_from not in MASK_FROM:
         raise RequestError(f"mask_from {shown(mask_from)}: expected one of {', '.join(MASK_FROM)}")
@@ -195,7 +208,7 @@ def _drawn(name: str, mask: Opened, mask_from: MaskFrom, photo: Image.Image | No
     return mask.alpha if mask_from == "alpha" else mask.alpha.point([255 - v for v in range(256)]), mask_from
 
 
-def _meaning(name: str, color: Image.Image, alpha: Image.Image, photo: Image.Image | None) -> MaskFrom:
+def _meaning(name: str, color: Image.Image, alpha: Image.Image, photo: Beside | None) -> MaskFrom:
     """What a mask with a transparent part means. Raises RequestError where it could mean two things."""
     same = photo is not None and photo.size == color.size
     color, alpha = _small(color), _small(alpha)
@@ -206,7 +219,7 @@ def _meaning(name: str, color: Image.Image, alpha: Image.Image, photo: Image.Ima
         return "brightness"
     painted = np.asarray(color)[opaque]
     white = (painted.min(1) < WHITE).mean() <= SPECKS
-    if photo is not None and same and _alike(painted, np.asarray(_small(photo))[opaque]):
+    if photo is not None and same and _alike(painted, np.asarray(photo.small)[opaque]):
         if not white:
             return "inverse-alpha"  # the photo itself with a hole
     elif white:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from par_runtime.errors import RequestError
-from par_runtime.images.region import Region, region
+from par_runtime.images.region import Beside, Region, region
 
 SIZE = (16, 16)
 WANTED = np.zeros(SIZE, bool)
@@ -62,7 +62,7 @@ def taken(mask: Image.Image, tmp_path: Path, **options: object) -> Region:
 )
 @pytest.mark.parametrize("beside", [None, photo()])
 def test_what_people_draw(mask: Image.Image, meaning: str, beside: Image.Image | None, tmp_path: Path) -> None:
-    found = taken(mask, tmp_path, photo=beside)
+    found = taken(mask, tmp_path, photo=beside and Beside.of(beside))
     np.testing.assert_array_equal(found.pixels, WANTED)
     assert found.mask_from == meaning
 
@@ -71,11 +71,11 @@ def test_a_flat_drawing_with_a_hole_is_known_by_the_drawing(tmp_path: Path) -> N
     flat = half((0, 0, 200), (200, 0, 0), "RGB")
     with pytest.raises(RequestError, match="give --mask-from alpha"):
         taken(with_hole(flat), tmp_path)
-    assert taken(with_hole(flat), tmp_path, photo=flat).mask_from == "inverse-alpha"
-    np.testing.assert_array_equal(taken(with_hole(flat), tmp_path, photo=flat).pixels, WANTED)
+    assert taken(with_hole(flat), tmp_path, photo=Beside.of(flat)).mask_from == "inverse-alpha"
+    np.testing.assert_array_equal(taken(with_hole(flat), tmp_path, photo=Beside.of(flat)).pixels, WANTED)
     white = Image.new("RGB", (32, 32), "white")  # strokes on a white picture, or a white picture with a hole?
     with pytest.raises(RequestError, match="it is not known whether its opaque or its transparent part"):
-        taken(with_hole(white), tmp_path, photo=white)
+        taken(with_hole(white), tmp_path, photo=Beside.of(white))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_flat_drawing_with_a_hole_is_known_by_the_drawing(tmp_path: Path) -> N
 )
 def test_masks_that_could_mean_two_things_or_nothing(mask: Image.Image, message: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=message) as caught:
-        taken(mask, tmp_path, photo=photo())
+        taken(mask, tmp_path, photo=Beside.of(photo()))
     assert len(str(caught.value)) < len(str(tmp_path)) + 300
 
 
@@ -125,7 +125,7 @@ def test_a_mask_may_be_smaller_than_the_photo_or_of_the_models_size() -> None:
     wide = photo().resize((64, 32))
     for size in ((32, 16), (64, 32), (63, 32), (16, 16)):
         mask = half((255,), (0,), "L", size)
-        np.testing.assert_array_equal(region(mask, SIZE, photo=wide).pixels, WANTED)
+        np.testing.assert_array_equal(region(mask, SIZE, photo=Beside.of(wide)).pixels, WANTED)
 
 
 def test_a_region_in_python() -> None:
