@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from par_runtime import Pipeline
@@ -43,6 +46,42 @@ def stamps(bundle: str, *targets: str) -> None:
     for folder in (path / ENGINES).glob("[!.]*"):
         if folder.is_dir() and folder not in kept:
             shutil.rmtree(folder)
+
+
+def packages(source: str, readme: str, out: str) -> None:
+    """Build parvis into the folder ``out``: a wheel for this Python, the sources, and a README that names them."""
+    folder = Path(out)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    build = (
+        "import sys; out = sys.argv[1]; import setuptools.build_meta as b; "  # which changes sys.argv
+        "open(out + '/names', 'w').write(b.build_wheel(out) + ' ' + b.build_sdist(out))"
+    )
+    with tempfile.TemporaryDirectory() as copied:  # setuptools builds in place, with what it built before
+        for name in ("par_model", "export", "runtime"):
+            ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+            shutil.copytree(Path(source) / name, Path(copied) / name, ignore=ignored)
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(Path(source) / name, copied)
+        done = subprocess.run(
+            [sys.executable, "-c", build, str(folder.absolute())],
+            cwd=copied,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
+        sys.exit(
+            f"parvis: error: parvis could not be packed ({last}); this needs setuptools 77 or newer: "
+            f"{sys.executable} -m pip install 'setuptools>=77'"
+        )
+    names = folder / "names"
+    wheel, sources = names.read_text().split()
+    names.unlink()
+    machine = f"Python {sys.version_info.major}.{sys.version_info.minor} on {platform.system()} {platform.machine()}"
+    text = Path(readme).read_text(encoding="utf-8").format(wheel=wheel, sources=sources, machine=machine)
+    (folder / "README.txt").write_text(text, encoding="utf-8")
 
 
 def _built(stamp: Path) -> None:
@@ -93,7 +132,7 @@ def engine(stamp: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    steps = {f.__name__: f for f in (copy, stamps, bundle, selftest, engine)}
+    steps = {f.__name__: f for f in (copy, stamps, packages, bundle, selftest, engine)}
     try:
         steps[sys.argv[1]](*sys.argv[2:])
     except BundleError as error:

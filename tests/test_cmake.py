@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,8 +87,18 @@ def test_bundle_plans_tests_and_archive_and_nothing_twice(run: Run, tiny: Path, 
         assert len([name for name in archive.getnames() if name.endswith("engine.json")]) == 2
         archive.extractall(tmp_path / "unpacked", filter="data")
     top = tmp_path / "unpacked" / "parvis-tiny"
-    assert {path.name for path in top.iterdir()} == {"LICENSE", "README.txt", "tiny"}
-    assert "parvis generate tiny" in (top / "README.txt").read_text()
+    (wheel,), (sources,) = top.glob("parvis-*.whl"), top.glob("parvis-*.tar.gz")
+    assert {path.name for path in top.iterdir()} == {"LICENSE", "README.txt", "tiny", wheel.name, sources.name}
+    readme = (top / "README.txt").read_text()
+    assert f"pip install './{wheel.name}[cpu]'\n    parvis generate tiny" in readme
+    assert f"pip install './{sources.name}[cpu]'" in readme
+    with zipfile.ZipFile(wheel) as archive_of_wheel:
+        packed_files = archive_of_wheel.namelist()
+    assert {"par_runtime/cli/dispatch.py", "par_export/imagenet_classes.tsv", "par_model/config.py"} <= set(
+        packed_files
+    )
+    if shutil.which("cc"):
+        assert any(name.startswith("par_runtime/backends/native/_step") for name in packed_files)
     image = [sys.executable, "-m", "par_runtime", "generate", str(top / "tiny"), "--label", "0"]
     image += ["--out", str(tmp_path / "x.png")]
     subprocess.run(image, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})

@@ -1,0 +1,65 @@
+"""The commands that the documents show: they can be typed as they stand."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from par_runtime.cli import dispatch
+from par_runtime.cli.common import unknown_option
+
+ROOT = Path(__file__).parents[3]
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "models").rglob("*.md")]
+
+
+def commands(document: Path, section: str = "") -> list[list[str]]:
+    """The commands of ``parvis`` in the fenced blocks of a document, or of one of its sections: verb and arguments."""
+    text = document.read_text(encoding="utf-8")
+    if section:
+        text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    lines = [line for block in re.findall(r"```\n(.*?)```", text, re.S) for line in block.splitlines()]
+    found = [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"(\S*/)?parvis ", line)]
+    return [command for command in found if not any(word in ("...", "VERB") for word in command)]
+
+
+def test_documents_have_commands() -> None:
+    assert len([command for document in DOCUMENTS for command in commands(document)]) > 20
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_has_the_options_that_it_names(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, *arguments in commands(document):
+        parser = importlib.import_module(dispatch.VERBS[verb].module).parser()
+        assert unknown_option(parser, arguments) == "", (verb, arguments)
+        try:
+            parser.parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"parvis {verb} {shlex.join(arguments)}: {capsys.readouterr().err}")
+
+
+def test_the_commands_for_trying_it_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("models", "docs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    tried = commands(ROOT / "README.md", "Try it")
+    assert {"generate", "redo", "edit", "reconstruct", "doctor", "labels"} <= {command[0] for command in tried}
+    for command in tried:
+        assert dispatch.main(command) == 0, (command, capsys.readouterr().err)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "lorelei.png",
+        "guidance.png",
+        "edit.png",
+        "photo.png",
+    }
+
+
+def test_the_documents_name_no_package_that_is_on_no_index() -> None:
+    for document in [*DOCUMENTS, *(ROOT / "cmake").iterdir()]:
+        text = document.read_text(encoding="utf-8")
+        assert not re.search(r"pip install '?parvis", text), document
