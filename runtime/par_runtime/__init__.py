@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,10 @@ _MODULES = {
 }
 
 
+# Nothing is printed unless the program sets up logging: loggers are "par_runtime" and its modules.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
 def __getattr__(name: str) -> Any:
     # Imported at the first use, so that `parvis --help` and error messages do not wait for numpy and onnxruntime.
     if name not in _MODULES:
@@ -49,4 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from par_runtime.arguments import choice, folder
 from par_runtime.checked import Mismatch, load_json, read_regular, shown, why_not_regular
 from par_runtime.errors import BundleError
 from par_runtime.manifest import MOST_BYTES, MOST_GRAPH_BYTES, check
@@ -164,9 +165,10 @@ class Bundle:
     def open(path: str | Path, verify: FileCheck = "auto") -> Bundle:
         """Read and check the bundle at ``path``.
 
-        ``verify``: how much of its files is checked, see :data:`FileCheck`. Raises BundleError.
+        ``verify``: how much of its files is checked, see :data:`FileCheck`. Raises BundleError, RequestError.
         """
-        path = Path(path)
+        path = folder("path", path)
+        choice("verify", verify, get_args(FileCheck))
         manifest = _read_manifest(path)
         try:
             check(manifest)

@@ -7,6 +7,7 @@ that come earlier in the order are drawn without seeing it, because the model fi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,7 +18,7 @@ from par_runtime.errors import RequestError
 from par_runtime.request import array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Known:
     """``tokens`` [B,N] are known at the positions where ``keep`` [B,N] is true; both in sequence order."""
 
@@ -55,6 +56,20 @@ def known_tokens(bundle: Bundle, images: int, keep: ArrayLike | None, tokens: Ar
         )
     places = np.broadcast_to(mask, (images, *grid)).reshape(images, -1)[:, list(bundle.order)]
     return Known(places, given_tokens(bundle, images, tokens))
+
+
+def sequence_array(bundle: Bundle, values: ArrayLike) -> NDArray[Any]:
+    """``values`` as an array [B,N] with an entry per token. Raises RequestError."""
+    out = array("tokens", values)
+    if out.ndim != 2 or out.shape[1] != bundle.n_tokens:
+        raise RequestError(f"tokens have shape {out.shape}; expected [B,{bundle.n_tokens}] in sequence order")
+    return out
+
+
+def sequence_tokens(bundle: Bundle, tokens: ArrayLike) -> Int:
+    """``tokens`` [B,N] as int64. Raises RequestError."""
+    out = sequence_array(bundle, tokens)
+    return given_tokens(bundle, len(out), out)
 
 
 def given_tokens(bundle: Bundle, images: int, tokens: ArrayLike) -> Int:

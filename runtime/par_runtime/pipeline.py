@@ -8,28 +8,31 @@ Letters: B images, R rows (two for a guided image), N tokens, n tokens per group
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL.Image import Image
 
+from par_runtime.arguments import choice, cpu_threads, folder, function, number, truth, whole
 from par_runtime.backends.base import Backend, MakesImages
-from par_runtime.backends.choose import choose
+from par_runtime.backends.choose import CAPTURES, check_device, choose
 from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import RequestError
 from par_runtime.forks import tell_of_forks
 from par_runtime.images.photo import Fit, Pictures
 from par_runtime.images.region import MaskFrom, Named, keep_mask
-from par_runtime.known import Known, given_tokens, known_tokens
+from par_runtime.known import Known, given_tokens, known_tokens, sequence_array, sequence_tokens
 from par_runtime.metrics import log_likelihood
 from par_runtime.progress import OnPreview, OnStep, Progress, latest_tokens
-from par_runtime.request import Settings, array, check_threads, class_index, image_seeds, image_settings
+from par_runtime.request import MOST_IMAGES, Settings, class_indices, image_seeds, image_settings
 from par_runtime.result import Result
 from par_runtime.schedule import Schedule, rows_of
 from par_runtime.selftest import SELFTEST_SECONDS, check_selftest
@@ -39,11 +42,13 @@ from par_runtime.turns import Turn, also_inside, one_at_a_time
 if TYPE_CHECKING:
     from par_runtime.backends.trt.backend import Capture
 
+log = logging.getLogger(__name__)
+
 #: The most that the cache of one batch takes by default; larger requests run in several batches.
 CACHE_LIMIT_BYTES = 2 * 2**30
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Pipeline:
     """A loaded bundle, ready to generate.
 
@@ -60,8 +65,8 @@ class Pipeline:
     backend: Backend
     note: str = ""  #: why it runs on the CPU, where ``device`` allowed a GPU; else empty
     threads: int | None = None  #: of the CPU, also for the encoder, which runs there on every backend
-    _turn: Turn = field(default=None, repr=False)  # type: ignore[assignment]  # a copy shares it with the original
-    _tokenizer: Tokenizer | None = field(default=None, repr=False)
+    _turn: Turn = field(default=None)  # type: ignore[assignment]  # a copy shares it with the original
+    _tokenizer: Tokenizer | None = field(default=None)
 
     def __post_init__(self) -> None:
         if self._turn is None:
@@ -84,16 +89,24 @@ class Pipeline:
 
         ``device``: "auto" takes an engine of the bundle that fits the first GPU, else the CPU (``note`` gives the
         reason); "cpu"; "cpu-ort" for ONNX Runtime on the CPU; "cuda" or "cuda:1" for TensorRT on that GPU; "cuda-ort"
-        for ONNX Runtime on a GPU. ``threads``: of the CPU, default all cores. ``selftest``: run :meth:`selftest`.
+        for ONNX Runtime on a GPU. ``threads``: of the CPU, default all cores; more are reduced to these, with a
+        warning. ``selftest``: run :meth:`selftest`.
         ``verify``: how much of the files of the bundle and the engine is checked, see ``bundle.FileCheck``.
         ``capture``, for TensorRT: one CUDA graph per "image", one per "call", or "none".
 
         Raises BundleError (and its subclass EngineError), RequestError, CudaError.
         """
-        check_threads(threads)
+        path, threads, selftest = folder("path", path), cpu_threads(threads), truth("selftest", selftest)
+        choice("verify", verify, get_args(FileCheck))
+        choice("capture", capture, CAPTURES)
+        check_device(device)
+        began = time.perf_counter()
         bundle = Bundle.open(path, verify)
         backend, note = choose(bundle, device, threads=threads, verify=verify, capture=capture)
         pipeline = Pipeline(bundle, backend, note, threads)
+        log.info("%s: loaded on %s in %.2f s", path, backend.info.name, time.perf_counter() - began)
+        if note:
+            log.info("%s: %s", path, note)
         if selftest:
             try:
                 pipeline.selftest()
@@ -128,6 +141,10 @@ class Pipeline:
             f"the pipeline of {self.bundle.path} cannot be copied or sent to another process; call Pipeline.load there"
         )
 
+    def __repr__(self) -> str:
+        """For instance ``Pipeline(models/demo, native-cpu 0.1.0 (avx512))``."""
+        return f"Pipeline({self.bundle.path}, {self.backend.info.name}{', closed' if self._turn.closed else ''})"
+
     def after_fork(self) -> None:
         """Called in a forked process: a call that another thread was making does not go on there."""
         if not self._turn.mine:
@@ -141,7 +158,10 @@ class Pipeline:
         the export's tokens as input: a token may differ only where two candidates tie up to rounding. Raises
         BundleError, RequestError.
         """
+        seconds = number("seconds", seconds, 0, math.inf, "a number of seconds, 0 or more")
+        began = time.perf_counter()
         check_selftest(self.bundle, self.backend, seconds)
+        log.debug("%s: self-test passed in %.2f s", self.bundle.path, time.perf_counter() - began)
 
     @one_at_a_time
     def generate(
@@ -157,6 +177,7 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         greedy: bool | Sequence[bool] = False,
         guidance_interval: int | Sequence[int] | None = None,
+        images_per_label: int = 1,
         on_step: OnStep | None = None,
         preview_every: int | None = None,
         on_preview: OnPreview | None = None,
@@ -165,7 +186,10 @@ class Pipeline:
         keep: ArrayLike | None = None,
         tokens: ArrayLike | None = None,
     ) -> Result:
-        """Generate one image per label (class index or name).
+        """Generate one image per label (class index or name), or ``images_per_label`` of each.
+
+        With ``images_per_label``, all images of the first label come first, then those of the next; "per image" below
+        counts all of them.
 
         Sampling: ``settings`` is one :class:`Settings` for all images, or one per image. Instead of it, the keywords
         ``guidance``, ``temperature``, ``top_k``, ``top_p``, ``greedy`` and ``guidance_interval`` are each a scalar or
@@ -183,9 +207,10 @@ class Pipeline:
 
         Raises RequestError on a bad value, before any work.
         """
-        classes = self._classes(labels)
-        if not classes:
-            raise RequestError("no labels were given; give at least one class index or name")
+        classes = class_indices(self.bundle, labels)
+        most = MOST_IMAGES // len(classes)
+        repeat = whole("images_per_label", images_per_label, 1, most, f" for {MOST_IMAGES} images")
+        classes = [index for index in classes for _ in range(repeat)]
         each = image_settings(
             self.bundle,
             len(classes),
@@ -198,20 +223,19 @@ class Pipeline:
             guidance_interval=guidance_interval,
         )
         seeds = image_seeds(len(classes), seed, seeds)
-        if preview_every is not None and preview_every < 1:
-            raise RequestError(f"preview_every {preview_every}: expected a number of calls, 1 or more")
-        if preview_every is not None and (on_preview is None or self.bundle.image_size is None):
-            raise RequestError("preview_every needs an on_preview function and a bundle with a decoder")
-        size = self.default_batch if max_batch is None else max_batch
-        if not isinstance(size, (int, np.integer)) or not 1 <= size <= self.backend.max_images:
-            raise RequestError(
-                f"max_batch {max_batch!r}: expected 1 to {self.backend.max_images} on {self.backend.info.name}"
-            )
+        function("on_step", on_step)
+        function("on_preview", on_preview)
+        if preview_every is not None:
+            preview_every = whole("preview_every", preview_every, 1, None, ", a number of calls")
+            if on_preview is None or self.bundle.image_size is None:
+                raise RequestError("preview_every needs an on_preview function and a bundle with a decoder")
+        most, where = self.backend.max_images, f" on {self.backend.info.name}"
+        size = self.default_batch if max_batch is None else whole("max_batch", max_batch, 1, most, where)
+        decode = truth("decode", decode) and self.bundle.image_size is not None
         timings: dict[str, float] = {}
         started = time.perf_counter()
         parts = [slice(i, i + size) for i in range(0, len(classes), size)]
         progress = Progress(on_step, on_preview, preview_every, self.bundle.calls * len(parts))
-        decode = decode and self.bundle.image_size is not None
         known = known_tokens(self.bundle, len(classes), keep, tokens)
         made = [
             self._batch(
@@ -235,11 +259,6 @@ class Pipeline:
         kept = None if known is None else known.keep
         return Result(self.bundle, images, drawn, classes, seeds, each, timings, kept)
 
-    def _classes(self, labels: int | str | Sequence[int | str]) -> list[int]:
-        """The class of each label, or of the one. Raises RequestError."""
-        each = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else labels
-        return [class_index(self.bundle, label) for label in each]
-
     @one_at_a_time
     def score(self, tokens: ArrayLike, labels: int | str | Sequence[int | str]) -> Float:
         """Log-likelihood of ``tokens`` ([N] or [B,N], sequence order) for ``labels``: [B,N] fp32, natural logarithms.
@@ -247,7 +266,7 @@ class Pipeline:
         Teacher-forced, in the same calls as generation, without guidance. Entry k is log p(token k | class, the tokens
         that its call sees); their sum over N is the log-likelihood of the image. Raises RequestError.
         """
-        classes = self._classes(labels)
+        classes = class_indices(self.bundle, labels)
         given = given_tokens(self.bundle, len(classes), tokens)
         out = np.zeros(given.shape, np.float32)
         size = self.default_batch
@@ -279,12 +298,7 @@ class Pipeline:
         """Images [B,H,W,3] uint8 of ``tokens`` [B,N] in sequence order. Raises RequestError on another shape or id."""
         if self.bundle.image_size is None:
             raise RequestError(f"{self.bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
-        tokens = array("tokens", tokens)
-        if tokens.ndim != 2 or tokens.shape[1] != self.bundle.n_tokens:
-            raise RequestError(
-                f"tokens have shape {tokens.shape}; expected [B,{self.bundle.n_tokens}] in sequence order"
-            )
-        tokens = given_tokens(self.bundle, len(tokens), tokens)
+        tokens = sequence_tokens(self.bundle, tokens)
         size = min(self.backend.max_images, chunk_images(self.bundle))
         chunks = [self.backend.decode(tokens[i : i + size]) for i in range(0, len(tokens), size)]
         return np.concatenate(chunks) if chunks else np.zeros((0, *self.bundle.image_size, 3), np.uint8)
@@ -316,8 +330,9 @@ class Pipeline:
     def grid_tokens(self, tokens: NDArray[Any]) -> NDArray[Any]:
         """``tokens`` [B,N] in sequence order, placed on the grid: [B,H,W], or [B,T,H,W] for video.
 
-        Any other array with one entry per token can be given too.
+        Any other array with one entry per token can be given too. Raises RequestError.
         """
+        tokens = sequence_array(self.bundle, tokens)
         raster = np.empty_like(tokens)
         raster[:, list(self.bundle.order)] = tokens
         t, h, w = self.bundle.grid
@@ -364,6 +379,8 @@ class Pipeline:
     def preview(self, tokens: Int, done: int) -> NDArray[np.uint8]:
         """Images [B,H,W,3] uint8 of the first ``done`` tokens of ``tokens`` [B,N].
 
-        Each place that has no token yet shows the latest token of its region.
+        Each place that has no token yet shows the latest token of its region. Raises RequestError.
         """
+        tokens = sequence_tokens(self.bundle, tokens)
+        done = whole("done", done, 1, self.bundle.n_tokens, ", the number of tokens")
         return self.decode(latest_tokens(self.bundle, tokens, done))

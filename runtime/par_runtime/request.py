@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from par_runtime.arguments import given, is_truth, number, truth, whole
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import FLOAT32_MAX
 from par_runtime.errors import RequestError
 
 SEED_LIMIT = 2**64
 NAMES_SHOWN = 8
+#: Beyond, ``(cond - uncond) * guidance / temperature`` could leave fp32. Far below, the guided logits are only the
+#: difference, so a larger scale would change nothing.
+MOST_GUIDANCE = 1e20
+MOST_CODES = 2**63 - 1  #: top_k reaches the graphs as int64
+MOST_IMAGES = 2**20  #: of one request
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,47 @@ class Settings:
 
 
 def array(name: str, value: ArrayLike) -> NDArray[Any]:
-    """``value`` as an array. Raises RequestError, with ``name``, if its rows have different lengths."""
+    """``value`` as an array. Raises RequestError, with ``name``, where it is none: rows of different lengths, or an
+    object that numpy cannot read.
+    """
     try:
         return np.asarray(value)
     except ValueError as error:
         raise RequestError(f"{name}: not an array, its rows have different lengths; give rows of one length") from error
+    except (TypeError, OverflowError, RuntimeError) as error:
+        raise RequestError(f"{name}: cannot be read as an array ({' '.join(str(error).split())[:200]})") from error
+
+
+def several(name: str, value: object, most: int = MOST_IMAGES) -> list[Any] | None:
+    """The entries of a list, an array or any other series of values; None where ``value`` is a single one.
+
+    Raises RequestError where there are more than ``most``, or where they have no order (a set, a mapping).
+    """
+    if isinstance(value, (Mapping, Set)):
+        raise RequestError(f"{name} {given(value)}: expected a list, not a {type(value).__name__}: it has no order")
+    if isinstance(value, (str, bytes, bytearray)):
+        return None
+    value = _plain(value)
+    if not isinstance(value, Iterable):
+        return None
+    entries = list(islice(value, most + 1))
+    if len(entries) > most:
+        raise RequestError(f"{name}: more than {most} values; expected at most one for each image, and {most} images")
+    return entries
+
+
+def _plain(value: Any) -> Any:
+    """``value``; what is an array, of numpy or of another library, as a list, or as a number."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def class_indices(bundle: Bundle, labels: Any) -> list[int]:
+    """The classes of ``labels``, which is one label or a list of one per image. Raises RequestError."""
+    entries = several("labels", labels)
+    classes = [class_index(bundle, label) for label in ([_plain(labels)] if entries is None else entries)]
+    if not classes:
+        raise RequestError("no labels were given; give at least one class index or name")
+    return classes
 
 
 def class_index(bundle: Bundle, label: int | str) -> int:
@@ -60,12 +102,12 @@ def class_index(bundle: Bundle, label: int | str) -> int:
     count, names = bundle.n_classes, bundle.class_names
     if isinstance(label, str) and bundle.class_synsets is not None and label.strip().lower() in bundle.class_synsets:
         return bundle.class_synsets.index(label.strip().lower())
-    if isinstance(label, (int, np.integer)) and not isinstance(label, bool):
+    if isinstance(label, (int, np.integer)) and not is_truth(label):
         if not 0 <= label < count:
-            raise RequestError(f"label {label}: this model has classes 0..{count - 1}")
+            raise RequestError(f"label {given(label)}: this model has classes 0..{count - 1}")
         return int(label)
     if not isinstance(label, str):
-        raise RequestError(f"label {label!r}: expected a class index or name, not a {type(label).__name__}")
+        raise RequestError(f"label {given(label)}: expected a class index or name, not a {type(label).__name__}")
     if names is not None:
         wanted = _folded(label)
         known = [
@@ -124,7 +166,7 @@ def image_settings(
     A keyword is a scalar for all images, or one value per image; None takes the bundle's default. Raises RequestError.
     """
     if settings is not None:
-        keywords = {
+        keywords: dict[str, object] = {
             "guidance": guidance,
             "temperature": temperature,
             "top_k": top_k,
@@ -138,8 +180,7 @@ def image_settings(
             raise RequestError(f"both settings and {both[0]} were given; give one of them")
         each = [settings] * images if isinstance(settings, Settings) else settings
         if not isinstance(each, Sequence) or not all(isinstance(s, Settings) for s in each):
-            shown = " ".join(repr(settings).split())
-            raise RequestError(f"settings {shown}: expected a Settings, or a list of one Settings per image")
+            raise RequestError(f"settings {given(settings)}: expected a Settings, or a list of one Settings per image")
         if len(each) != images:
             raise RequestError(
                 f"{len(each)} settings for {images} images; give one Settings, or a list of one per image"
@@ -148,50 +189,52 @@ def image_settings(
         top_k, top_p, greedy = [s.top_k for s in each], [s.top_p for s in each], [s.greedy for s in each]
         guidance_interval = [s.guidance_interval for s in each]
     d = bundle.defaults
-    g = _each("guidance", guidance, d.guidance, images, _in_fp32, "0 or more (1 or less: unguided), within fp32")
-    t = _each("temperature", temperature, d.temperature, images, _in_fp32, "0 or more, within fp32")
-    k = _each(
-        "top_k", top_k, d.top_k, images, lambda v: v >= 0 and v == int(v), "a whole number, 0 (all codes) or more"
-    )
-    p = _each("top_p", top_p, d.top_p, images, lambda v: 0 <= v <= 1, "0 to 1")
-    most_probable = _each("greedy", greedy, 0, images, lambda v: v in (0, 1), "True or False")
-    interval = _each(
-        "guidance_interval",
-        guidance_interval,
-        d.guidance_interval,
-        images,
-        lambda v: v >= -1 and v == int(v),
-        "a whole number, -1 (every call is guided) or more",
-    )
-    return [Settings(g[i], t[i], int(k[i]), p[i], bool(most_probable[i]), int(interval[i])) for i in range(images)]
+    g = _each("guidance", guidance, d.guidance, images, _guidance)
+    t = _each("temperature", temperature, d.temperature, images, _temperature)
+    k = _each("top_k", top_k, d.top_k, images, _top_k)
+    p = _each("top_p", top_p, d.top_p, images, lambda name, v: number(name, v, 0, 1, "0 to 1"))
+    most_probable = _each("greedy", greedy, False, images, truth)
+    interval = _each("guidance_interval", guidance_interval, d.guidance_interval, images, _interval)
+    return [Settings(*each) for each in zip(g, t, k, p, most_probable, interval, strict=True)]
 
 
-def _each(
-    name: str, value: object, default: float, images: int, valid: Callable[[float], bool], expected: str
-) -> list[float]:
-    given = default if value is None else value.tolist() if isinstance(value, np.ndarray) else value
-    values: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given] * images
+def _each(name: str, value: object, default: object, images: int, checked: Callable[[str, Any], Any]) -> list[Any]:
+    """One value per image, each as ``checked(name, value)`` returns it."""
+    value = _plain(default if value is None else value)
+    values = several(name, value)
+    if values is None:
+        return [checked(name, value)] * images
     if len(values) != images:
         raise RequestError(f"{name}: {len(values)} values for {images} images; give one number, or one per image")
-    for v in values:
-        if not _is_number(v) or not valid(float(v)):
-            raise RequestError(f"{name} {v!r}: expected {expected}")
-    return [float(v) for v in values]
+    return [checked(name, each) for each in values]
 
 
-def _in_fp32(value: float) -> bool:
-    """Guidance and temperature reach the graphs in fp32."""
-    return 0 <= value <= FLOAT32_MAX
+def _guidance(name: str, value: Any) -> float:
+    return number(name, value, 0, MOST_GUIDANCE, f"0 or more (1 or less: unguided), up to {MOST_GUIDANCE:g}")
 
 
-def _is_number(value: object) -> bool:
-    """Whether ``value`` is a finite real number."""
-    if not isinstance(value, (int, float, np.integer, np.floating, np.bool_)):
-        return False
+def _temperature(name: str, value: Any) -> float:
+    return number(name, value, 0, FLOAT32_MAX, "0 or more, within fp32")
+
+
+def _top_k(name: str, value: Any) -> int:
+    return _integral(name, value, 0, MOST_CODES, f"a whole number, 0 (all codes) or more, up to {MOST_CODES}")
+
+
+def _interval(name: str, value: Any) -> int:
+    return _integral(name, value, -1, MOST_CODES, "a whole number, -1 (every call is guided) or more")
+
+
+def _integral(name: str, value: Any, least: int, most: int, expected: str) -> int:
+    """A whole number, which may also be given as a float."""
+    shown_value = value
+    if not hasattr(type(value), "__index__"):
+        as_float = number(name, value, least, most, expected)
+        value = int(as_float) if as_float.is_integer() else None
     try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond all floats
-        return False
+        return whole(name, value, least, most)
+    except RequestError:
+        raise RequestError(f"{name} {given(shown_value)}: expected {expected}") from None
 
 
 def first_seed(seed: int | None) -> int:
@@ -207,25 +250,18 @@ def image_seeds(images: int, seed: int | None, seeds: Sequence[int] | None) -> l
     if seed is not None and seeds is not None:
         raise RequestError("both seed and seeds were given; give one of them")
     if seeds is None:
-        first = first_seed(seed)
-        _check_seed(first)
-        seeds = [(int(first) + i) % SEED_LIMIT for i in range(images)]
-    if not isinstance(seeds, Iterable):
-        raise RequestError(f"seeds {seeds!r}: expected one per image; seed= gives that of the first image")
-    seeds = list(seeds)
-    if len(seeds) != images:
-        raise RequestError(f"{len(seeds)} seeds for {images} images; give one per image, or seed= for the first")
-    for value in seeds:
-        _check_seed(value)
-    return [int(value) for value in seeds]
+        first = _seed(first_seed(seed))
+        return [(first + i) % SEED_LIMIT for i in range(images)]
+    entries = several("seeds", seeds)
+    if entries is None:
+        raise RequestError(f"seeds {given(seeds)}: expected one per image; seed= gives that of the first image")
+    if len(entries) != images:
+        raise RequestError(f"{len(entries)} seeds for {images} images; give one per image, or seed= for the first")
+    return [_seed(value) for value in entries]
 
 
-def _check_seed(seed: int) -> None:
-    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < SEED_LIMIT:
-        raise RequestError(f"seed {seed!r}: expected a whole number 0 .. 2**64-1")
-
-
-def check_threads(threads: int | None) -> None:
-    """Raise RequestError where ``threads``, a number of CPU threads, is given and below 1."""
-    if threads is not None and threads < 1:
-        raise RequestError(f"threads {threads}: expected 1 or more")
+def _seed(seed: Any) -> int:
+    try:
+        return whole("seed", seed, 0, SEED_LIMIT - 1)
+    except RequestError:
+        raise RequestError(f"seed {given(seed)}: expected a whole number 0 .. 2**64-1") from None

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from par_runtime.backends.base import Backend, Batch
 from par_runtime.bundle import Bundle, Call, image_calls
 from par_runtime.dtypes import Float, Int
-from par_runtime.request import Settings
+from par_runtime.request import Settings, class_index, image_seeds, image_settings
 
 Bool = NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Schedule:
     """The calls of a batch of images, and all their inputs except the tokens drawn so far.
 
@@ -57,7 +57,10 @@ class Schedule:
         Without ``seeds`` the noise is zero; walks that draw nothing, or draw greedily, need none. ``cache_row`` [R]:
         the cache row of each row, first of those with a class, then of those without (default: 0, 1, ...).
         """
+        classes = [class_index(bundle, label) for label in classes]
         images, calls = len(classes), image_calls(bundle.phases)
+        settings = image_settings(bundle, images, list(settings))
+        seeds = None if seeds is None else image_seeds(images, None, seeds)
         guided = [i for i, s in enumerate(settings) if s.guided]
         uncond_row = np.arange(images)
         uncond_row[guided] = images + np.arange(len(guided))
@@ -84,6 +87,9 @@ class Schedule:
             noise=noise(settings, seeds, bundle.n_tokens),
             limits=limits,
         )
+
+    def __repr__(self) -> str:
+        return f"Schedule({len(self.calls)} calls, {self.batch!r})"
 
     @cached_property
     def rows_change(self) -> bool:
@@ -180,7 +186,7 @@ class Schedule:
             yield call, *self.inputs(call, tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Rows:
     """The rows of a call, and the ids [R] of their classes."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from par_runtime.arguments import cpu_threads
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError, how_to_install
@@ -19,7 +20,7 @@ from par_runtime.forks import tell_of_forks
 from par_runtime.images.photo import Fit, Pictures, to_pixels
 from par_runtime.known import given_tokens
 from par_runtime.loaded import LoadedFiles
-from par_runtime.request import array, check_threads
+from par_runtime.request import array
 
 if TYPE_CHECKING:
     from par_runtime.backends.ort.sessions import LazySession
@@ -46,10 +47,9 @@ class Tokenizer:
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         if bundle.image_size is None:
             raise RequestError(f"{bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
-        check_threads(threads)
+        self._threads = cpu_threads(threads)
         self.bundle = bundle
         self._files = LoadedFiles(bundle)
-        self._threads = threads
         self._sessions: dict[str, LazySession] = {}
         self._lock = threading.Lock()  #: of _sessions
         self._closed = False

@@ -28,7 +28,7 @@ class Turn:
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._doing = ""
-        self._closed = False
+        self.closed = False
         self._ending = False  # so is Python
         tell_of_forks(self)
         _turns.add(self)
@@ -50,7 +50,7 @@ class Turn:
         with lock:  # not acquire(): between that and a try, Ctrl-C would leave it locked
             try:
                 self._owner, self._doing = threading.get_ident(), name
-                if self._closed:
+                if self.closed:
                     raise RequestError(f"{name}(): {self._what} was closed; load it again with Pipeline.load")
                 self.go_on()
                 return work()
@@ -59,11 +59,11 @@ class Turn:
 
     def close(self, free: Callable[[], None]) -> None:
         """Call ``free``, once, when no thread is in a method. Later calls do nothing."""
-        if self._closed:
+        if self.closed:
             return
 
         def last() -> None:
-            self._closed = True
+            self.closed = True
             free()
 
         try:
@@ -88,7 +88,7 @@ class Turn:
 
     def check_open(self, name: str) -> None:
         """Raise RequestError where the object was closed."""
-        if self._closed:
+        if self.closed:
             raise RequestError(f"{name}: {self._what} was closed; load it again with Pipeline.load")
 
     @property

@@ -30,7 +30,7 @@ IMAGE_INPUTS: dict[str, type[np.generic]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Batch:
     """The rows of a call and the settings of their images; the same object serves all calls of the same rows.
 
@@ -65,6 +65,9 @@ class Batch:
             raise ValueError(
                 f"cache rows {given.tolist()}; expected {self.rows} different numbers from 0 on, one per row"
             )
+
+    def __repr__(self) -> str:
+        return f"Batch({self.images} images, {self.rows} rows)"
 
     @property
     def images(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING
 
+from par_runtime.arguments import given
 from par_runtime.backends.engines import Engine, best, list_engines, why_unfit
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, FileCheck
@@ -20,6 +22,17 @@ EXPECTED = (
     "where another backend could run)"
 )
 CPUS = ("cpu", "cpu-ort")
+DEVICE = re.compile(r"(cuda|cuda-ort)(?::(\d{1,9}))?")
+#: As ``backends.trt.backend.Capture``, which is imported only where a GPU is used.
+CAPTURES = ("image", "call", "none")
+
+log = logging.getLogger(__name__)
+
+
+def check_device(device: object) -> None:
+    """Raise RequestError unless ``device`` is a name that :func:`choose` knows."""
+    if not isinstance(device, str) or not (device in ("auto", *CPUS) or DEVICE.fullmatch(device)):
+        raise RequestError(f"device {given(device)}: {EXPECTED}")
 
 
 def choose(
@@ -36,6 +49,7 @@ def choose(
     (``native/``) where they were built and fit the bundle, else ONNX Runtime; ``cpu-ort`` always takes ONNX Runtime.
     A named GPU that cannot be used is an error. Raises RequestError, EngineError, BundleError, CudaError.
     """
+    check_device(device)
     if device in CPUS:
         return _cpu(bundle, threads, native=device == "cpu"), ""
     if device == "auto":
@@ -44,9 +58,8 @@ def choose(
         except (EngineError, CudaError) as error:
             backend, why = None, str(error)
         return (backend, "") if backend is not None else (_cpu(bundle, threads), f"running on the CPU: {why}")
-    match = re.fullmatch(r"(cuda|cuda-ort)(?::(\d+))?", device)
-    if match is None:
-        raise RequestError(f"device {device!r}: {EXPECTED}")
+    match = DEVICE.fullmatch(device)
+    assert match is not None
     index = int(match.group(2) or 0)
     if match.group(1) == "cuda-ort":
         from par_runtime.backends.ort import gpu as ort_cuda
@@ -69,8 +82,10 @@ def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
         raise RequestError(
             f"running on the CPU needs onnxruntime, which is not installed; {how_to_install('cpu')}"
         ) from error
-    if native and why_not(bundle) is None:
+    why = why_not(bundle) if native else "ONNX Runtime was asked for"
+    if why is None:
         return NativeBackend(bundle, threads)
+    log.debug("%s: no C step: %s", bundle.path, why)
     return ort.OrtBackend(bundle, threads)
 
 
@@ -102,6 +117,8 @@ def _tensorrt(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -
                 fits.append((engine, trt))
             else:
                 reasons.append(why)
+    for reason in reasons:
+        log.debug("%s", reason)
     from par_runtime.backends.trt.backend import TrtBackend
 
     while fits:

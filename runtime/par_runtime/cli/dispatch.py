@@ -11,6 +11,7 @@ import importlib
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 done, 1 compared and different, 2 bad input or text that could not be printed, 130 or 143 stopped.
     """
-    with steady() as lost:
+    with steady() as lost, _warnings_on_one_line():
         code = _run(list(sys.argv[1:] if argv is None else argv))
         why = lost()
         if why:
@@ -114,6 +115,22 @@ def _run(arguments: list[str]) -> int:
         return _stopped()
     except BrokenPipeError:  # of a pipe that a verb opened itself: its reader has stopped reading
         return 0
+
+
+@contextmanager
+def _warnings_on_one_line() -> Iterator[None]:
+    """Print a warning of a library as the errors are: one line, without the place in its sources, each once."""
+    printed: set[str] = set()
+
+    def show(message: Warning | str, *_: object) -> None:
+        line = f"parvis: warning: {' '.join(str(message).split())}"
+        if line not in printed:
+            printed.add(line)
+            print(line, file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _stopped() -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from par_runtime.arguments import cpu_threads
 from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import check_threads
 
 if TYPE_CHECKING:
     from par_runtime.backends.trt.backend import Capture
@@ -23,7 +23,7 @@ def load(path: Path, device: str, threads: int | None, verify: FileCheck, captur
     """
     if device != OPSET23:
         return Pipeline.load(path, device, threads=threads, selftest=False, verify=verify, capture=capture)
-    check_threads(threads)
+    threads = cpu_threads(threads)
     from par_runtime.backends.ort.cpu import OrtBackend  # here: comparing two GPUs' backends does not need it
 
     bundle = Bundle.open(path, verify)
