@@ -119,7 +119,10 @@ def model_checkpoint(bundle: Bundle, stored: dict[str, Tensor]) -> dict[str, Any
         expected = PAR(config).state_dict()
     check_keys(bundle.path, state, expected)
     content: dict[str, Any] = {"model": _fp32(state, expected), "config": asdict(config) | {"kind": "par"}}
-    content["bundle"] = {"name": bundle.name, "defaults": asdict(bundle.defaults)}  # an export takes them
+    defaults = asdict(bundle.defaults)
+    if defaults["guidance_interval"] == -1:  # as in a manifest
+        del defaults["guidance_interval"]
+    content["bundle"] = {"name": bundle.name, "defaults": defaults}  # an export takes them
     if bundle.class_names is not None and bundle.class_synsets is None:  # an export adds ImageNet's names itself
         content["class_names"] = list(bundle.class_names)
     return content

@@ -162,12 +162,24 @@ def vq_config(checkpoint: Checkpoint) -> VQConfig:
     for key in ("quantize.embedding.weight", "encoder.conv_in.weight", "post_quant_conv.weight", first):
         if key not in have:
             raise _missing(path, have, key, "a VQ tokenizer state dict", _MODEL)
+    for said, source in ((checkpoint.args, "its args say"), (checkpoint.config, "its config says")):
+        if said.get("codebook_l2_norm") is False:
+            raise CheckpointError(
+                f"{path}: {source} codebook_l2_norm False; parvis runs tokenizers with normalised codes only, as the "
+                "published ones have them"
+            )
     channels = _shape(path, have, "encoder.conv_in.weight", 4)[0]
     widths: list[int] = []
     while (key := f"encoder.conv_blocks.{len(widths)}.res.0.conv2.weight") in have:
         widths.append(_shape(path, have, key, 4)[0])
     blocks = len({key.split(".")[4] for key in have if key.startswith("encoder.conv_blocks.0.res.")})
     size, dim = _shape(path, have, "quantize.embedding.weight", 2)
+    for key, shape in (("codebook_size", size), ("codebook_embed_dim", dim)):
+        if (value := facts.whole(checkpoint.args.get(key))) and value != shape:
+            raise CheckpointError(
+                f"{path}: its args say {key} {shown(value)}, the weights have {shape}; give the file of one training, "
+                "or the state dict alone"
+            )
     groups = checkpoint.config.get("norm_groups", 32)
     if facts.whole(groups) is None:
         raise CheckpointError(f"{path}: its config says norm_groups={shown(groups)}; expected a whole number")

@@ -29,6 +29,8 @@ PUBLISHED_PIXELS = 384
 PUBLISHED_GRID: Grid = (1, 24, 24)
 DOWNSAMPLING = 16  #: of the published tokenizer, for sources that name a number of pixels only
 GPT = "GPT-"  #: begins the published code's name of a size: "GPT-XL"
+#: Further sizes of the published code, for a training's ``gpt_model``: name -> (d, layers, heads).
+PUBLISHED_SIZES = SIZES | {"1B": (2048, 22, 32), "XXXL": (2560, 48, 40), "7B": (4096, 32, 32)}
 NAMED_PIXELS = (256, 384, 512)  #: that a file's name may have
 #: Names of files that do not name the model; their folder may.
 PLAIN_NAMES = ("model", "pytorch_model", "consolidated", "checkpoint")
@@ -123,8 +125,9 @@ def _heads_of_file(known: Evidence) -> list[Fact]:
     caches = sorted(key for key, shape in known.left.items() if key.endswith("k_cache") and len(shape) == 4)
     if caches and (count := whole(known.left[caches[0]][1])):
         facts.append(Fact(count, f"the file's {caches[0]} {known.left[caches[0]]}"))
-    if sizes.name and _gpt_name(known.args) == sizes.name:
-        facts.append(Fact(SIZES[sizes.name][2], f"the file's args: gpt_model {known.args['gpt_model']}"))
+    name = _gpt_name(known.args)
+    if name in PUBLISHED_SIZES and PUBLISHED_SIZES[name][:2] == (sizes.dim, sizes.n_layers):
+        facts.append(Fact(PUBLISHED_SIZES[name][2], f"the file's args: gpt_model {known.args['gpt_model']}"))
     elif count := whole(known.args.get("n_head")):
         facts.append(Fact(count, "the file's args: n_head"))
     return facts
@@ -257,10 +260,11 @@ def _other_sizes(sizes: Sizes, said: Mapping[str, Any]) -> list[str]:
     """What ``said`` says about sizes that the weights do not have."""
     wrong = []
     name = _gpt_name(said)
-    if name in SIZES and SIZES[name][:2] != (sizes.dim, sizes.n_layers):
+    if name in PUBLISHED_SIZES and PUBLISHED_SIZES[name][:2] != (sizes.dim, sizes.n_layers):
+        dim, layers, _ = PUBLISHED_SIZES[name]
         wrong.append(
-            f"gpt_model {said['gpt_model']} (width {SIZES[name][0]}, {SIZES[name][1]} layers), the weights have width "
-            f"{sizes.dim} and {sizes.n_layers} layers"
+            f"gpt_model {said['gpt_model']} (width {dim}, {layers} layers), the weights have width {sizes.dim} and "
+            f"{sizes.n_layers} layers"
         )
     for key, have, what in (
         ("dim", sizes.dim, "as width"),

@@ -37,8 +37,13 @@ def read(path: Path) -> dict[Any, Any]:
     files (``model.safetensors.index.json``, ``pytorch_model.bin.index.json``), or the folder that holds one of these.
     Raises CheckpointError, OSError.
     """
-    path = find(path)
-    return _read_sharded(path) if path.name.endswith(INDEXES) else _read_one(path)
+    try:
+        path = find(path)
+        return _read_sharded(path) if path.name.endswith(INDEXES) else _read_one(path)
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{error.filename or path}: no permission to read it; change its permissions, or copy it"
+        ) from error
 
 
 def find(path: Path) -> Path:

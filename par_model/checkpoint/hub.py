@@ -27,9 +27,11 @@ class HubFile:
     @staticmethod
     def parse(name: str) -> HubFile:
         """The file that ``name`` names. Raises CheckpointError."""
-        match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@]+)(?:@([\w./-]+))?", name)
-        if match is None or ".." in match.group(2).split("/"):
-            raise CheckpointError(f"{name}: {EXPECTED}")
+        match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^@\\]+)(?:@([\w./-]+))?", name)
+        parts = "/".join(part for part in match.groups() if part is not None).split("/") if match else []
+        odd = [part for part in parts if part in ("", ".", "..") or not part.isprintable() or len(part) > 255]
+        if match is None or odd:
+            raise CheckpointError(f"{name[:200]}: {EXPECTED}")
         return HubFile(*match.groups())
 
     @property
@@ -47,7 +49,7 @@ def local(name: str | Path, say: Callable[[str], None] = print) -> Path:
     """
     text = str(name)
     if not text.startswith(PREFIX):
-        return Path(name)
+        return _local_path(name)
     wanted = HubFile.parse(text)
     by_hand = (
         f"on a machine that reaches it download {wanted.address}, copy the file here and give its path "
@@ -82,7 +84,7 @@ def local(name: str | Path, say: Callable[[str], None] = print) -> Path:
         if "LocalEntryNotFound" in type(error).__name__:
             raise CheckpointError(f"{text}: the hub cannot be reached; {by_hand}") from error
         raise CheckpointError(f"{text}: {wanted.repository} has no file {wanted.file!r}") from error
-    except HFValidationError as error:
+    except (HFValidationError, ValueError) as error:  # the second: names of files that no system takes
         raise CheckpointError(f"{text}: {EXPECTED}") from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{text}: the hub cannot be reached ({type(error).__name__}); {by_hand}") from error
@@ -93,6 +95,24 @@ def local(name: str | Path, say: Callable[[str], None] = print) -> Path:
             "file"
         )
     return file
+
+
+def _local_path(name: str | Path) -> Path:
+    """The path ``name``. Raises CheckpointError for addresses, which look like paths that are not there."""
+    text = str(name)
+    if not text:
+        raise CheckpointError("the name of a checkpoint is empty; give a file, a folder or an hf:// name")
+    if isinstance(name, Path) or not re.match(r"(?i)[a-z0-9]+:/|(www\.)?(huggingface\.co|hf\.co)/", text):
+        return Path(name)
+    on_hub = re.fullmatch(
+        r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)/(?:resolve|blob|raw)/([\w.-]+)/([^?#]+).*",
+        text,
+    )
+    if on_hub is not None:
+        repository, revision, file = on_hub.groups()
+        at = "" if revision == "main" else f"@{revision}"
+        raise CheckpointError(f"{text[:200]}: is an address; give {PREFIX}{repository}/{file}{at} in its place")
+    raise CheckpointError(f"{text[:200]}: is an address, which is not read; {EXPECTED}, or a file that is here")
 
 
 def _commit(file: Path) -> str | None:

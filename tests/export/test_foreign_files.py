@@ -97,6 +97,13 @@ def test_what_is_no_file(tmp_path: Path, refused: Callable[..., None], capfd: py
         assert "give a checkpoint: .pt, .safetensors or an index of shards" in error
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read(tmp_path: Path, state: State, refused: Callable[..., None]) -> None:
+    path = saved(tmp_path, state)
+    path.chmod(0)
+    refused(path, "no permission to read it")
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -120,6 +120,24 @@ def test_tokenizer_config_is_read_from_shapes(tmp_path: Path, config: VQConfig) 
     assert vq_config(open_checkpoint(save(tmp_path, VQModel(config).state_dict()))) == config
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"codebook_l2_norm": False}, "codebook_l2_norm False; parvis runs tokenizers with normalised codes only"),
+        ({"codebook_size": 16384}, "its args say codebook_size 16384, the weights have 16"),
+        ({"codebook_embed_dim": 256}, "its args say codebook_embed_dim 256, the weights have 8"),
+    ],
+)
+def test_arguments_of_another_tokenizer_are_refused(tmp_path: Path, args: dict[str, Any], message: str) -> None:
+    config = VQConfig(codebook_size=16, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
+    good = {"codebook_size": 16, "codebook_embed_dim": 8, "codebook_l2_norm": True, "vq_model": "VQ-16"}
+    content = {"model": VQModel(config).state_dict(), "args": argparse.Namespace(**good)}
+    assert vq_config(open_checkpoint(save(tmp_path, content))) == config
+    content["args"] = argparse.Namespace(**(good | args))
+    with pytest.raises(CheckpointError, match=message):
+        vq_config(open_checkpoint(save(tmp_path, content)))
+
+
 class Evil:
     """An object whose unpickling would create a file."""
 

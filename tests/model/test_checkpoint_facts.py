@@ -61,6 +61,17 @@ def test_other_sizes_follow_from_tables_and_caches() -> None:
     assert inferred.grid_from == "the file's args: image_size 128 / 16"
 
 
+def test_sizes_of_the_published_code_that_have_no_name_here() -> None:
+    config = PARConfig(dim=2560, n_layers=48, n_heads=40, vocab_size=20, n_classes=3, grid=(1, 24, 24))
+    inferred = infer(of(config, args={"gpt_model": "GPT-XXXL", "image_size": 384}))
+    assert inferred.config == config
+    assert inferred.heads_from == "the file's args: gpt_model GPT-XXXL"
+    with pytest.raises(
+        CheckpointError, match=r"gpt_model GPT-1B \(width 2048, 22 layers\), the weights have width 2560"
+    ):
+        infer(of(config, args={"gpt_model": "GPT-1B"}), heads=40)
+
+
 def test_options_override_the_file() -> None:
     small = config_of(4, 8)
     checkpoint = of(small, args={"image_size": 256}, left={"freqs_cis": (65, 8, 2)})

@@ -125,9 +125,25 @@ def test_hub_names() -> None:
     assert hub.local("models/x.pt") == Path("models/x.pt")
     assert hub.HubFile.parse("hf://a/b/c/d.pt@v1") == hub.HubFile("a/b", "c/d.pt", "v1")
     assert hub.HubFile.parse("hf://Epiphqny/PAR/PAR-XL-4x.pt").revision is None
-    for wrong in ("hf://a", "hf://a/b", "hf://a/b/", "hf://a/b/../../c", "hf://a b/c/d"):
-        with pytest.raises(CheckpointError, match="expected hf://OWNER/REPOSITORY/FILE"):
+    for wrong in (
+        *("hf://", "hf://a", "hf://a/b", "hf://a/b/", "hf://a/b/../../c", "hf://a b/c/d", "hf://a/b//etc/passwd"),
+        *("hf://a/b/c\\..\\d", "hf://a/b/c\0", "hf://a/b/./c", "hf://a/b/c@", "hf://a/b/c@../../d", "hf://../../c"),
+        *("HF://a/b/c", "hf:/a/b/c", "s3://a/b.pt", "https://example.org/c.pt", f"hf://{'a' * 9999}/b/c"),
+    ):
+        with pytest.raises(CheckpointError, match="expected hf://OWNER/REPOSITORY/FILE") as error:
             hub.local(wrong)
+        assert len(str(error.value)) < 400
+    with pytest.raises(CheckpointError, match="the name of a checkpoint is empty"):
+        hub.local("")
+
+
+@pytest.mark.parametrize("host", ["https://huggingface.co", "huggingface.co", "https://www.hf.co"])
+@pytest.mark.parametrize("page", ["blob", "resolve"])
+def test_an_address_of_the_hub_is_given_back_as_its_name(host: str, page: str) -> None:
+    with pytest.raises(CheckpointError, match=r"is an address; give hf://a/b/d/c.pt in its place"):
+        hub.local(f"{host}/a/b/{page}/main/d/c.pt?download=true")
+    with pytest.raises(CheckpointError, match=r"give hf://a/b/c.pt@v1 in its place"):
+        hub.local(f"{host}/a/b/{page}/v1/c.pt")
 
 
 def test_a_hub_file_is_downloaded_at_its_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

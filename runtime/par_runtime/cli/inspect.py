@@ -49,7 +49,7 @@ def _is_checkpoint(text: str) -> bool:
         f"{where}*.{end}*" for where in ("", "*/", "*/*/") for end in ("safetensors", "pt", "bin", "ckpt", "distcp")
     ]
     holds = any(file for kind in kinds for file in path.glob(kind)) if path.is_dir() else path.exists()
-    return text.startswith("hf://") or (holds and not (path / MANIFEST).is_file())
+    return "://" in text or (holds and not (path / MANIFEST).is_file())
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
