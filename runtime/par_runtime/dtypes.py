@@ -1,10 +1,11 @@
-"""The one table of precisions (of stored numbers and of arithmetic), and the types of arrays.
+"""The one table of precisions (of stored numbers and of arithmetic), the types of arrays, and equality with arrays.
 
 A *precision* is what a user names ("fp16"); a *dtype* is what ONNX, numpy and the manifest name ("float16").
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -44,3 +45,29 @@ def to_float32(array: NDArray[Any], dtype: str) -> Float:
 def least_exact(*precisions: str) -> str:
     """The least exact of several precisions of :data:`PRECISIONS`: what a comparison between them can promise."""
     return max(precisions, key=PRECISIONS.index)
+
+
+class ByValue:
+    """Equality of a dataclass (with ``eq=False``) whose fields may be arrays, where Python's own raises ValueError.
+
+    It can be hashed where all of its fields can.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(same_value(getattr(self, name), getattr(other, name)) for name in self._names())
+
+    def __hash__(self) -> int:
+        return hash(tuple(getattr(self, name) for name in self._names()))
+
+    def _names(self) -> list[str]:
+        owner: Any = self
+        return [field.name for field in fields(owner) if field.compare]
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values are equal; arrays where all their numbers are."""
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return type(one) is type(other) and np.array_equal(one, other)
+    return bool(one == other)

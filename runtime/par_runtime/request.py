@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.arguments import given, is_truth, number, truth, whole
 from par_runtime.bundle import Bundle
-from par_runtime.dtypes import FLOAT32_MAX
+from par_runtime.dtypes import FLOAT32_MAX, ByValue
 from par_runtime.errors import RequestError
 
 SEED_LIMIT = 2**64
@@ -26,8 +26,8 @@ MOST_CODES = 2**63 - 1  #: top_k reaches the graphs as int64
 MOST_IMAGES = 2**20  #: of one request
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, eq=False)
+class Settings(ByValue):
     """How one image is sampled. The defaults draw from the whole codebook, without guidance.
 
     ``guidance`` above 1 runs the image with its class and without: ``uncond + (cond - uncond) * guidance``. ``top_k`` 0

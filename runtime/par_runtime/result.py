@@ -15,7 +15,7 @@ from PIL import Image
 
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
-from par_runtime.dtypes import Int
+from par_runtime.dtypes import Int, same_value
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.request import Settings
@@ -76,12 +76,9 @@ class Result:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Result):
             return NotImplemented
-        same = all(getattr(self, name) == getattr(other, name) for name in ("labels", "seeds", "settings"))
-        return (
-            same
-            and self.bundle.hash == other.bundle.hash
-            and all(_equal(getattr(self, name), getattr(other, name)) for name in ("tokens", "images", "kept"))
-        )
+        names = ("labels", "seeds", "settings", "tokens", "images", "kept")
+        same = all(same_value(getattr(self, name), getattr(other, name)) for name in names)
+        return same and self.bundle.hash == other.bundle.hash
 
     __hash__ = None  # type: ignore[assignment]  # its arrays may be changed
 
@@ -175,7 +172,3 @@ class Result:
         out = io.BytesIO()
         Image.fromarray(png.sheet(self.images, default_columns(len(self)))).save(out, format="PNG")
         return out.getvalue()
-
-
-def _equal(one: NDArray | None, other: NDArray | None) -> bool:
-    return one is other if one is None or other is None else np.array_equal(one, other)

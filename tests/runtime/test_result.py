@@ -136,3 +136,12 @@ def test_equal_recipes(three: Result, tmp_path: Path) -> None:
     assert a == png.read(tmp_path / "a.png")[0]
     assert a != b
     assert a != 5
+
+
+def test_settings_with_arrays_can_be_compared() -> None:
+    """Python's own equality of a dataclass raises for arrays of more than one number."""
+    several = np.array([1.0, 2.0])
+    assert Settings(guidance=several) == Settings(guidance=several.copy())  # type: ignore[arg-type]
+    assert Settings(guidance=several) != Settings()  # type: ignore[arg-type]
+    assert len({Settings(), Settings(), Settings(top_k=5)}) == 2
+    assert Settings() != "Settings()"

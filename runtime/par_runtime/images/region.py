@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from par_runtime.checked import shown
+from par_runtime.dtypes import ByValue
 from par_runtime.errors import RequestError
 from par_runtime.images.opening import Opened, extrema, open_image, opened
 from par_runtime.images.photo import Fit, fit_image
@@ -37,8 +38,8 @@ WHITE = 200  #: what counts as painted white
 FLAT = 16  #: a picture has more colours than this (of 32 levels each); what is painted with a few brushes has fewer
 
 
-@dataclass(frozen=True)
-class Region:
+@dataclass(frozen=True, eq=False)
+class Region(ByValue):
     """The pixels [H,W] of a region, and for a mask image what of it was taken."""
 
     pixels: NDArray[np.bool_]
