@@ -19,6 +19,7 @@ from par_runtime.bench.rows import ABOVE_BOUND, LIMITS_IN_DOUBT, Row
 from par_runtime.bench.subjects.base import SubjectInfo
 from par_runtime.cost.bound import bound
 from par_runtime.cost.work import largest_read_bytes
+from par_runtime.errors import CudaError, RequestError
 from par_runtime.system import available_bytes
 
 #: In a table of limits by number of threads, the key of the GPU.
@@ -133,22 +134,26 @@ class Gauge:
         self._took_s = self._last - began
 
     def between(self) -> None:
-        """A measurement between two repetitions, unless the last one was a short time ago.
-
-        Raises RequestError, CudaError.
-        """
+        """A measurement between two repetitions, unless the last one was a short time ago."""
         if time.monotonic() - self._last > BETWEEN_TIMES * self._took_s:
-            self.measure()
+            self._measure_if_possible()
 
     def after(self) -> None:
-        """The last measurement, and more while the limits are in doubt. Raises RequestError, CudaError."""
-        self.measure()
+        """The last measurement, and more while the limits are in doubt."""
+        self._measure_if_possible()
         for _ in range(MORE_ROUNDS):
             if not any(limits.doubt for limits in self.limits().values()):
                 return
             self._progress("this machine's limits once more: the machine is busy, or was")
             time.sleep(WAIT_S)
+            self._measure_if_possible()
+
+    def _measure_if_possible(self) -> None:
+        """A measurement that may fail: there is an earlier one, and rows that would be lost."""
+        try:
             self.measure()
+        except (RequestError, CudaError) as error:
+            self._progress(str(error))
 
     def limits(self) -> dict[int, Limits]:
         """The limits by what was measured so far: by number of threads, :data:`GPU` for the GPU."""

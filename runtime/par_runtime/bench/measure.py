@@ -12,15 +12,16 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from par_runtime import __version__
 from par_runtime.bench import machine
 from par_runtime.bench.gpu import Gpu
 from par_runtime.bench.machine import Machine, Watch
-from par_runtime.bench.rows import Row, few_repetitions, median, quantile, spread
+from par_runtime.bench.rows import INCOMPLETE, Row, few_repetitions, median, quantile, spread
 from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES, Sample, Subject, SubjectInfo
 from par_runtime.cost.work import Work, decoder_work, image_work, phase_work
 from par_runtime.tokenizer import CHUNK_PIXELS
@@ -28,6 +29,9 @@ from par_runtime.tokenizer import CHUNK_PIXELS
 #: A function that gets each step of the work as a line of text.
 Progress = Callable[[str], None]
 MakeSample = Callable[[Any], Sample]
+#: Makes rows of a subject, its samples and the setting.
+MakeRows = Callable[[Any, "Repetitions", "Setting"], list[Row]]
+T = TypeVar("T")
 
 
 def no_progress(_: str) -> None:
@@ -38,12 +42,18 @@ def no_work() -> None:
     """The ``between`` of a :class:`Setting` that has none."""
 
 
+def keep_nothing(_: object, __: Callable[[], Sequence[Row]]) -> None:
+    """The ``keep`` of a :class:`Setting` that has none."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What all rows of one measurement share.
 
     ``most_calls``: how many calls of an image a subject makes, by label; a subject without an entry makes all.
-    ``between`` is called between two turns, when no subject works.
+    ``between`` is called between two turns, when no subject works. ``keep`` takes, while rows are measured, a key and a
+    function that makes the rows of what is measured so far (``journal.Journal``). ``failed``: subjects that failed
+    while others could go on, by label, with the error.
     """
 
     suite: str
@@ -53,6 +63,8 @@ class Setting:
     most_calls: Mapping[str, int] = field(default_factory=dict)
     gpu: Gpu | None = None
     between: Callable[[], None] = no_work
+    keep: Callable[[object, Callable[[], Sequence[Row]]], None] = keep_nothing
+    failed: dict[str, Exception] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,12 +75,14 @@ class Repetitions:
     flags: list[tuple[str, ...]] = field(default_factory=list)
     over_all: tuple[str, ...] = ()
 
-    def summary(self) -> tuple[str, ...]:
-        """Each kind of flag once.
+    def summary(self, wanted: int) -> tuple[str, ...]:
+        """Each kind of flag once, and "incomplete" where fewer samples than ``wanted`` were made.
 
         The system counts CPU time in steps of 10 ms, so what disturbs short repetitions shows only over all of them.
         """
         found = summarize(self.flags)
+        if len(self.samples) < wanted:
+            found = (f"{INCOMPLETE}: {len(self.samples)} of {wanted} repetitions were made before it ended", *found)
         kinds = {flag.split(":")[0] for flag in found}
         return (*found, *(flag for flag in self.over_all if flag.split(":")[0] not in kinds))
 
@@ -76,53 +90,83 @@ class Repetitions:
 def measure(subjects: Sequence[Subject], setting: Setting, progress: Progress = no_progress) -> list[Row]:
     """Rows of every phase and of the whole batch of every subject, in the order of ``subjects``.
 
-    Each subject makes one batch that is not counted, then all make ``repetitions`` in turns. Raises what a subject's
-    ``run`` raises.
+    Each subject makes one batch that is not counted, then all make ``repetitions`` in turns. A subject that fails is
+    left out while another one works; raises what the last one's ``run`` raises.
     """
     for subject in subjects:
         progress(f"{subject.info.label}: warming up")
-        subject.run(setting.images, setting.guided, warm_up_calls(subject.info, setting))
+        attempt(subject, subjects, setting, partial(warm_up, subject, setting))
     return rows_in_turns(subjects, setting, progress)
+
+
+def warm_up(subject: Subject, setting: Setting) -> None:
+    """A batch that is not counted."""
+    subject.run(setting.images, setting.guided, warm_up_calls(subject.info, setting))
 
 
 def rows_in_turns(subjects: Sequence[Subject], setting: Setting, progress: Progress) -> list[Row]:
     """:func:`measure` without the batch that is not counted."""
-    measured = take_turns(subjects, setting, progress)
-    this_machine = machine.describe(setting.gpu)
-    return [
-        row
-        for subject, repetitions in zip(subjects, measured, strict=True)
-        for row in phase_rows(subject, repetitions, setting, this_machine)
-    ]
+    return take_turns(subjects, setting, partial(phase_rows, this_machine=machine.describe(setting.gpu)), progress)
 
 
 def take_turns(
-    subjects: Sequence[Subject],
+    subjects: Sequence[Any],
     setting: Setting,
+    make_rows: MakeRows,
     progress: Progress = no_progress,
     make_sample: MakeSample | None = None,
-) -> list[Repetitions]:
-    """``setting.repetitions`` samples of each subject, in turns; ``make_sample`` makes one (default: its ``run``)."""
+) -> list[Row]:
+    """The rows of ``setting.repetitions`` samples of each subject that has not failed, in turns.
+
+    ``make_rows`` makes the rows of a subject, of its samples and the setting. ``make_sample`` makes a sample (default:
+    the subject's ``run``).
+    """
     measured = [Repetitions() for _ in subjects]
     whole = Watch(tuple(pid for subject in subjects for pid in process_ids(subject)), setting.gpu)
+    key = object()
+
+    def rows() -> list[Row]:
+        over_all = whole.flags()
+        both = [(s, replace(own, over_all=over_all)) for s, own in zip(subjects, measured, strict=True) if own.samples]
+        return [row for subject, own in both for row in make_rows(subject, own, setting)]
+
+    def sample_of(subject: Any) -> Sample:
+        return subject.run(setting.images, setting.guided, setting.most_calls.get(subject.info.label))  # type: ignore
+
+    setting.keep(key, rows)
     for repetition in range(setting.repetitions):
         if repetition:
             setting.between()
         for subject, own in zip(subjects, measured, strict=True):
             label = subject.info.label
+            if label in setting.failed:
+                continue
             many = f"{setting.images} image{'s' if setting.images > 1 else ''}"
             progress(f"{label}: {many}, repetition {repetition + 1} of {setting.repetitions}")
             watch = Watch(process_ids(subject), setting.gpu)
-            if make_sample is None:
-                sample = subject.run(setting.images, setting.guided, setting.most_calls.get(label))
-            else:
-                sample = make_sample(subject)
-            own.samples.append(sample)
-            own.flags.append(watch.flags())
-    over_all = whole.flags()
-    for own in measured:
-        own.over_all = over_all
-    return measured
+            sample = attempt(subject, subjects, setting, partial(make_sample or sample_of, subject))
+            if sample is not None:
+                own.samples.append(sample)
+                own.flags.append(watch.flags())
+        setting.keep(key, rows)
+    return rows()
+
+
+def attempt(subject: Subject, others: Sequence[Subject], setting: Setting, work: Callable[[], T]) -> T | None:
+    """The result of ``work`` with ``subject``; None if it fails, or has failed before, and one of ``others`` has not.
+
+    Raises what ``work`` raises where there is no other.
+    """
+    label = subject.info.label
+    if label in setting.failed:
+        return None
+    try:
+        return work()
+    except Exception as error:
+        setting.failed[label] = error
+        if all(other.info.label in setting.failed for other in others):
+            raise
+        return None
 
 
 def warm_up_calls(info: SubjectInfo, setting: Setting) -> int | None:
@@ -140,7 +184,7 @@ def process_ids(subject: Subject) -> tuple[int, ...]:
 def phase_rows(subject: Subject, repetitions: Repetitions, setting: Setting, this_machine: Machine) -> list[Row]:
     """One row per phase that the subject has, and one of the whole batch."""
     info, samples = subject.info, repetitions.samples
-    flags = repetitions.summary()
+    flags = repetitions.summary(setting.repetitions)
     if any(sample.chosen for sample in samples):
         made = model_calls(samples[0])
         flags = (f"estimated: {made} of {info.architecture.calls} calls were made, spread over the image", *flags)

@@ -22,6 +22,7 @@ from par_runtime.errors import RequestError
 SCHEMA = 1
 ENOUGH = 5  #: repetitions; a row with fewer is marked
 ABOVE_BOUND, LIMITS_IN_DOUBT = "above bound", "limits in doubt"  #: marks of a bound that cannot be trusted
+INCOMPLETE = "incomplete"  #: the mark of a row that has fewer repetitions than were asked for
 ONCE = "load"  #: the phase that is timed once in every run, while its subject starts
 
 

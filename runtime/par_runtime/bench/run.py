@@ -17,10 +17,12 @@ from par_runtime.backends.engines import has_engines
 from par_runtime.bench import machine, rows
 from par_runtime.bench.bounds import GPU, Gauge, with_bounds
 from par_runtime.bench.gpu import select
+from par_runtime.bench.journal import Journal
 from par_runtime.bench.measure import Progress, Setting, image_ms
 from par_runtime.bench.report import compare
 from par_runtime.bench.report.output import STANDARD_OUTPUT, Outcome
 from par_runtime.bench.rows import Row
+from par_runtime.bench.subjects.base import SubjectInfo
 from par_runtime.bench.subjects.baselines import write_n1_bundle
 from par_runtime.bench.subjects.process import SubjectProcess, open_bundle, open_eager
 from par_runtime.bench.suites import batch, decoder, paper, paper_run, phases, serve
@@ -107,33 +109,46 @@ class BenchOptions:
         return options
 
 
-def run_bench(options: BenchOptions, progress: Progress, warn: Callable[[str], None]) -> Outcome:
+def run_bench(options: BenchOptions, progress: Progress, warn: Callable[[str], None], journal: Journal) -> Outcome:
     """Measure what checked ``options`` ask for, or read their file of rows, and compare with the earlier run, if any.
 
-    ``warn`` is given each warning as a line. Raises BundleError, RequestError, CudaError, OSError, MemoryError.
+    ``warn`` is given each warning as a line; ``journal`` keeps the rows meanwhile, and has what was measured if this
+    raises, and the subjects that failed while others went on. Raises BundleError, RequestError, CudaError, OSError,
+    MemoryError.
     """
     old = None if options.compare is None else rows.read(options.compare)
+
+    def with_comparison(outcome: Outcome) -> Outcome:
+        outcome.compared = None if old is None else compare.compare(old, outcome.rows)
+        return outcome
+
     if options.new is not None:
-        outcome = Outcome(rows.read(options.new), [], [], measured=False)
-    elif options.suite == "paper":
-        outcome = _run_paper(options, progress)
+        return with_comparison(Outcome(rows.read(options.new), [], [], measured=False))
+    if options.suite == "paper":
+        made = _run_paper(options, progress, journal, with_comparison)
     else:
-        outcome = _run_bundles(options, progress, warn)
-    if old is not None:
-        outcome.compared = compare.compare(old, outcome.rows)
+        made = _run_bundles(options, progress, warn, journal, with_comparison)
+    outcome = journal.finish(made)
+    if journal.failed:
+        outcome.stopped = f"{', '.join(journal.failed)} failed"
     return outcome
 
 
 # -- given bundles ----------------------------------------------------------------------------------------------------
 
 
-def _run_bundles(options: BenchOptions, progress: Progress, warn: Callable[[str], None]) -> Outcome:
+def _run_bundles(
+    options: BenchOptions,
+    progress: Progress,
+    warn: Callable[[str], None],
+    journal: Journal,
+    with_comparison: Callable[[Outcome], Outcome],
+) -> list[Row]:
     """The suite on the given bundles and on their baselines."""
     with ExitStack() as opened:
         subjects = list(_open_subjects(options, opened, progress, warn))
         infos = {subject.info.label: subject.info for subject in subjects}
         gpu = select(options.device)
-        setting = Setting(options.suite, options.images, options.guided, options.repetitions, {}, gpu)
         gauge = Gauge.of(
             [] if options.no_limits else list(infos.values()),
             _batches(options),
@@ -142,20 +157,34 @@ def _run_bundles(options: BenchOptions, progress: Progress, warn: Callable[[str]
             progress,
             tuple(subject.pid for subject in subjects),
         )
+        predicted = [] if options.no_limits else _predictions(options, list(infos.values()))
+        journal.finish = lambda made: with_comparison(Outcome(with_bounds(made, infos, gauge.limits()), predicted, []))
         gauge.measure()
-        setting = replace(setting, between=gauge.between)
+        setting = Setting(
+            options.suite,
+            options.images,
+            options.guided,
+            options.repetitions,
+            gpu=gpu,
+            between=gauge.between,
+            keep=journal.keep,
+            failed=journal.failed,
+        )
         if not options.whole:
             setting = replace(setting, most_calls=dict(_long_baselines(subjects, setting, progress)))
         made = _run_suite(options, subjects, setting, progress)
         gauge.after()
-    limits = gauge.limits()
-    predicted: list[Prediction] = []
-    if not options.no_limits:
-        by_bundle = {info.hash: info for info in reversed(infos.values()) if not info.pytorch}
-        for info in reversed(by_bundle.values()):
-            name = info.bundle if len(options.bundles) == 1 else info.label
-            predicted += predictions(info.architecture, name, info.n, options.images, options.guided)
-    return Outcome(with_bounds(made, infos, limits), predicted, [])
+    return made
+
+
+def _predictions(options: BenchOptions, infos: Sequence[SubjectInfo]) -> list[Prediction]:
+    """What other GPUs allow each bundle, once."""
+    by_bundle = {info.hash: info for info in reversed(infos) if not info.pytorch}
+    out: list[Prediction] = []
+    for info in reversed(by_bundle.values()):
+        name = info.bundle if len(options.bundles) == 1 else info.label
+        out += predictions(info.architecture, name, info.n, options.images, options.guided)
+    return out
 
 
 def _batches(options: BenchOptions) -> Sequence[int]:
@@ -260,26 +289,48 @@ def _long_baselines(
 # -- the paper's tables -----------------------------------------------------------------------------------------------
 
 
-def _run_paper(options: BenchOptions, progress: Progress) -> Outcome:
+def _run_paper(
+    options: BenchOptions,
+    progress: Progress,
+    journal: Journal,
+    with_comparison: Callable[[Outcome], Outcome],
+) -> list[Row]:
     """The paper's rows, with the given bundles in the places of their models."""
     given = paper_run.given_bundles(options.bundles)
     gpu = select(options.device)
     device = "cpu" if options.device == "auto" and gpu is None else options.device
     threads = options.threads or available_cores()
+    key = threads if gpu is None else GPU
+    infos: dict[str, SubjectInfo] = {}
+    left_out: dict[str, str] = {}
+    this_machine = machine.describe(gpu)
+    name = this_machine.gpu or f"{this_machine.cpu}, {threads} thread{'s' if threads > 1 else ''}"
+    predicted = paper.predicted(options.guided)
+    gauge = Gauge({threads: [10**9]} if gpu is None else {}, gpu, progress)
+
+    def finish(made: Sequence[Row]) -> Outcome:
+        limits = gauge.limits()
+        bounded = with_bounds(made, infos, limits)
+        placed = paper.paper_rows(bounded, left_out, limits.get(key), name, options.guided)
+        return with_comparison(Outcome(bounded, predicted, placed))
+
+    journal.finish = finish
     with tempfile.TemporaryDirectory(dir=options.work, prefix="parvis-bench-") as work:
-        gauge = Gauge({threads: [10**9]} if gpu is None else {}, gpu, progress)
         gauge.measure()
-        key = threads if gpu is None else GPU
-        setting = Setting("paper", 1, options.guided, options.repetitions, {}, gpu, gauge.between)
+        setting = Setting(
+            "paper",
+            1,
+            options.guided,
+            options.repetitions,
+            gpu=gpu,
+            between=gauge.between,
+            keep=journal.keep,
+            failed=journal.failed,
+        )
         sizes = options.sizes or paper.SIZES
         paper_options = paper_run.PaperOptions(
             options.minutes, sizes, Path(work), not options.no_eager, device, options.threads, given
         )
-        made, infos, left_out = paper_run.run(setting, gauge.limits()[key], paper_options, progress)
+        made = paper_run.run(setting, gauge.limits()[key], paper_options, progress, infos, left_out)
         gauge.after()
-    limits = gauge.limits()[key]
-    made = with_bounds(made, infos, {key: limits})
-    this_machine = machine.describe(gpu)
-    name = this_machine.gpu or f"{this_machine.cpu}, {threads} thread{'s' if threads > 1 else ''}"
-    published = paper.paper_rows(made, left_out, limits, name, options.guided)
-    return Outcome(made, paper.predicted(options.guided), published)
+    return made

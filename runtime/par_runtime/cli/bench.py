@@ -8,12 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from par_runtime.bench.journal import Journal, part_of
 from par_runtime.bench.measure import Progress, no_progress
 from par_runtime.bench.report import compare, output
 from par_runtime.bench.run import BASELINES, SUITES, BenchOptions, run_bench
 from par_runtime.bench.suites.paper import SIZES
-from par_runtime.cli.common import Parser, guarded
+from par_runtime.cli.common import Parser, fail, guarded
 from par_runtime.cli.options import add_list
+from par_runtime.errors import OutputsError
+from par_runtime.system import explain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,12 +33,64 @@ def run(args: argparse.Namespace) -> int:
         if not options.quiet:
             print(f"parvis: {text}", file=sys.stderr)
 
-    with progress_line(options.quiet) as progress:
-        outcome = run_bench(options, progress, warn)
-    output.write(outcome, json=options.json, csv=options.csv, html=options.html, quiet=options.quiet)
+    journal = Journal(None if options.json == output.STANDARD_OUTPUT else options.json, warn)
+    try:
+        with progress_line(options.quiet) as progress:
+            outcome = run_bench(options, progress, warn, journal)
+    except BaseException as error:  # Ctrl-C and signals too
+        save(options, journal, error)
+        raise
+    try:
+        output.write(outcome, json=options.json, csv=options.csv, html=options.html, quiet=options.quiet)
+    except (OSError, OutputsError):
+        if journal.part is not None and journal.part.exists():
+            print(f"parvis: rows that were written before are in {journal.part}", file=sys.stderr)
+        raise
+    journal.remove()
+    if report_failed(journal):
+        return 2
     if outcome.compared is None or options.fail_above is None:
         return 0
     return report_slower(outcome.compared, options.fail_above)
+
+
+def report_failed(journal: Journal) -> bool:
+    """Print the error of each subject that failed while others went on; whether there is one."""
+    for label, failure in journal.failed.items():
+        fail(f"{label}: {str(failure) or type(failure).__name__}")
+    return bool(journal.failed)
+
+
+def save(options: BenchOptions, journal: Journal, error: BaseException) -> None:
+    """Write and print what was measured before ``error`` ended the run, if anything was.
+
+    A file of an earlier run stays as it is; the rows are then in a file beside it.
+    """
+    outcome = journal.outcome(why_ended(error))
+    if not outcome.rows:
+        return
+    paths: dict[str, Path | None] = {"json": options.json, "csv": options.csv, "html": options.html}
+    for name, path in paths.items():
+        if path is not None and path != output.STANDARD_OUTPUT and path.exists():
+            paths[name] = part_of(path)
+    try:
+        output.write(outcome, quiet=options.quiet, **paths)
+    except (OSError, OutputsError) as failed:
+        fail(explain(failed) if isinstance(failed, OSError) else failed)
+    if paths["json"] is not None and paths["json"] == options.json and options.json.exists():
+        journal.remove()
+    files = [str(path) for path in paths.values() if path is not None and path.exists()]
+    where = f"; they are in {', '.join(files)}" if files else ""
+    if len(journal.failed) > 1 or isinstance(error, (KeyboardInterrupt, SystemExit)):
+        report_failed(journal)
+    print(f"parvis: {len(outcome.rows)} rows were measured before the run ended{where}", file=sys.stderr)
+
+
+def why_ended(error: BaseException) -> str:
+    """Why a run ended before its time, in a few words."""
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return "the run was stopped"
+    return f"the run failed: {error}" if str(error) else "the run failed"
 
 
 def report_slower(comparison: compare.Comparison, limit: float) -> int:

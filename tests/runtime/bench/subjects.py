@@ -74,7 +74,7 @@ class Scripted:
 def rows_from(subject: Scripted, repetitions: int = 5, suite: str = "phases", **setting: Any) -> list[Row]:
     """Rows of a scripted subject."""
     repetitions_ = Repetitions([subject.run(1, True) for _ in range(repetitions)], [()] * repetitions)
-    return phase_rows(subject, repetitions_, Setting(suite, **setting), MACHINE)
+    return phase_rows(subject, repetitions_, Setting(suite, repetitions=repetitions, **setting), MACHINE)
 
 
 def one_row(samples_ms: Sequence[float], label: str = "parvis", phase: str = "image", **changes: Any) -> Row:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from bench.subjects import MACHINE, Scripted, one_row, rows_from, subject_info
@@ -11,10 +13,12 @@ from par_runtime.bench import measure
 from par_runtime.bench.bounds import with_bounds
 from par_runtime.bench.limits import Limits
 from par_runtime.bench.measure import Repetitions, Setting, phase_rows, summarize, take_turns
-from par_runtime.bench.subjects.base import spread_calls
+from par_runtime.bench.rows import Row
+from par_runtime.bench.subjects.base import Sample, spread_calls
 from par_runtime.cost.architecture import named_architecture, phases_of
 from par_runtime.cost.bound import bound
 from par_runtime.cost.work import image_work
+from par_runtime.errors import RequestError
 
 LIMITS = Limits(((2**20, 100.0), (2**30, 20.0)), 0.1, "measured: by hand")
 
@@ -61,7 +65,7 @@ def test_some_calls_stand_for_all(n: int) -> None:
     subject = Scripted(subject_info(n=n), call_ms={"prefill": 5.0, "sequential": 3.0, "transition": 4.0, "group": 2.0})
     whole = rows_from(subject, 1)
     setting = Setting("phases", repetitions=1, most_calls={"parvis": 20})
-    some = phase_rows(subject, take_turns([subject], setting)[0], setting, MACHINE)
+    some = take_turns([subject], setting, partial(phase_rows, this_machine=MACHINE))
     assert [row.median_ms for row in some if row.phase != "copy"] == pytest.approx(
         [row.median_ms for row in whole if row.phase != "copy"], rel=0.02
     )
@@ -127,10 +131,54 @@ def test_a_flag_states_how_often_and_how_bad() -> None:
 
 def test_what_disturbs_short_repetitions_shows_over_all_of_them() -> None:
     busy = "busy: other processes took 30 % of the CPU time"
-    assert Repetitions([], [(), ()], (busy, "debug: x")).summary() == (busy, "debug: x")
-    assert Repetitions([], [(busy,), ()], ("busy: other processes took 9 % of the CPU time",)).summary() == (
+    assert Repetitions([], [(), ()], (busy, "debug: x")).summary(0) == (busy, "debug: x")
+    assert Repetitions([], [(busy,), ()], ("busy: other processes took 9 % of the CPU time",)).summary(0) == (
         "busy: in 1 of 2, other processes took 30 % of the CPU time",
     )
+
+
+class Fails(Scripted):
+    """Fails at its fourth batch, the third repetition."""
+
+    def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
+        if len(self.made) == 3:
+            raise RequestError("the process of b ended by itself")
+        return super().run(images, guided, most_calls)
+
+
+def test_a_subject_that_fails_leaves_the_others_and_its_own_samples() -> None:
+    setting = Setting("phases", repetitions=5)
+    rows = measure.measure([Scripted(subject_info("a")), Fails(subject_info("b"))], setting)
+    images = {row.label: row for row in rows if row.phase == "image"}
+    assert {label: len(row.samples_ms) for label, row in images.items()} == {"a": 5, "b": 2}
+    assert "incomplete: 2 of 5 repetitions were made before it ended" in images["b"].flags
+    assert "incomplete" not in images["a"].marks
+    assert {label: str(error) for label, error in setting.failed.items()} == {"b": "the process of b ended by itself"}
+
+
+def test_the_last_subject_that_fails_ends_the_run() -> None:
+    with pytest.raises(RequestError, match="ended by itself"):
+        measure.measure([Fails(subject_info("b")), Fails(subject_info("c"))], Setting("phases", repetitions=5))
+
+
+def test_rows_can_be_made_at_any_time() -> None:
+    """What is kept gives the rows of all samples so far, from the first one on."""
+    kept: dict[object, Callable[[], Sequence[Row]]] = {}
+    seen: list[int] = []
+
+    class Looks(Scripted):
+        def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
+            seen.extend(len(row.samples_ms) for make in kept.values() for row in make() if row.phase == "image")
+            return super().run(images, guided, most_calls)
+
+    subjects = [Scripted(subject_info("a")), Looks(subject_info("b"))]
+    setting = Setting("phases", repetitions=3, keep=kept.__setitem__)
+    rows = measure.rows_in_turns(subjects, setting, lambda _: None)
+    assert seen == [1, 2, 1, 3, 2]  # a, then a and b
+    (again,) = (make() for make in kept.values())
+    assert [(row.label, row.phase, row.samples_ms) for row in again] == [
+        (row.label, row.phase, row.samples_ms) for row in rows
+    ]
 
 
 def test_few_repetitions_are_marked() -> None:

@@ -163,7 +163,7 @@ def test_subjects_are_grouped_as_memory_allows() -> None:
 def test_models_are_tried_in_order_and_each_leaves_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[str, float]] = []
 
-    def one(model, publish, folder, setting, options, infos, progress):  # type: ignore[no-untyped-def]
+    def one(model, publish, folder, setting, options, infos, left_out, progress):  # type: ignore[no-untyped-def]
         tried.append((model, options.minutes))
         folder.mkdir()
         if model == "PAR-XL":
@@ -175,9 +175,9 @@ def test_models_are_tried_in_order_and_each_leaves_its_reason(tmp_path: Path, mo
     monkeypatch.setattr(
         paper_run, "reason_to_leave_out", lambda model, *_: "time: too long" if model == "PAR-3B" else None
     )
-    rows, _, left_out = paper_run.run(
-        Setting("paper"), LIMITS, options(tmp_path, sizes=("PAR-L", "PAR-XL", "PAR-3B")), lambda _: None
-    )
+    left_out: dict[str, str] = {}
+    sizes = ("PAR-L", "PAR-XL", "PAR-3B")
+    rows = paper_run.run(Setting("paper"), LIMITS, options(tmp_path, sizes=sizes), lambda _: None, {}, left_out)
     assert [model for model, _ in tried] == ["PAR-L", "PAR-XL"]
     assert tried[0][1] == pytest.approx(5.0, rel=0.01)
     assert [row.label for row in rows] == ["PAR-L"]

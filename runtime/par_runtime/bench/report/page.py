@@ -58,11 +58,17 @@ def page(
     predictions: Sequence[Prediction],
     paper_rows: Sequence[PaperRow],
     compared: compare.Comparison | None,
+    stopped: str = "",
 ) -> str:
-    """The page of one command: measured rows, predictions, rows of the paper, the comparison with an earlier run."""
+    """The page of one command: measured rows, predictions, rows of the paper, the comparison with an earlier run.
+
+    ``stopped``: why rows are missing, or "".
+    """
     names = text.bundle_names(rows)
     title = "The paper's tables on this device" if paper_rows else f"parvis bench: {', '.join(names)}"
     parts = [f"<h1>{escape(title)}</h1>"]
+    if stopped:
+        parts.append(f"<p><strong>Not complete: {escape(stopped)}.</strong></p>")
     if rows:
         parts.append(f"<pre>{escape(chr(10).join(text.about(rows)))}</pre>")
     parts += _paper(paper_rows)

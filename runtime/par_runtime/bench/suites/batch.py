@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from par_runtime import system
 from par_runtime.bench import machine
-from par_runtime.bench.measure import Progress, Setting, image_ms, make_row, take_turns
+from par_runtime.bench.machine import Machine
+from par_runtime.bench.measure import Progress, Repetitions, Setting, image_ms, make_row, take_turns
 from par_runtime.bench.rows import Row, median
 from par_runtime.bench.subjects.base import Subject, SubjectInfo
 from par_runtime.cost.memory import cache_bytes
@@ -25,7 +27,7 @@ def batch(
 
     If ``sizes`` are given, all of them are measured, whatever the plateau.
     """
-    this_machine = machine.describe(setting.gpu)
+    make_rows = partial(throughput_rows, this_machine=machine.describe(setting.gpu))
     rows: list[Row] = []
     going, best = list(subjects), dict[str, float]()
     for size in sizes or BATCHES:
@@ -40,34 +42,41 @@ def batch(
                 progress(f"{subject.info.label}: {size} images do not fit ({error})")
         if not able:
             break
-        measured = take_turns(able, sized, progress)
+        measured = take_turns(able, sized, make_rows, progress)
+        rows += measured
         going = []
-        for subject, repetitions in zip(able, measured, strict=True):
-            info = subject.info
-            whole = [image_ms(sample, info) for sample in repetitions.samples]
-            per_s = 1e3 * size / median(whole)
-            rows.append(
-                make_row(
-                    info,
-                    sized,
-                    this_machine,
-                    "throughput",
-                    whole,
-                    repetitions.summary(),
-                    repetitions.samples,
-                    calls=info.architecture.calls,
-                    images_per_s=per_s,
-                )
-            )
-            if sizes is not None or per_s > PLATEAU * best.get(info.label, 0.0):
+        per_s = {row.label: row.images_per_s or 0.0 for row in measured}
+        for subject in able:
+            label = subject.info.label
+            if label in setting.failed:
+                continue
+            if sizes is not None or per_s[label] > PLATEAU * best.get(label, 0.0):
                 going.append(subject)
             else:
                 progress(
-                    f"{info.label}: {size} images give {per_s:.3g} a second, as a smaller batch does; no larger one "
+                    f"{label}: {size} images give {per_s[label]:.3g} a second, as a smaller batch does; no larger one "
                     "is tried"
                 )
-            best[info.label] = max(best.get(info.label, 0.0), per_s)
+            best[label] = max(best.get(label, 0.0), per_s[label])
     return rows
+
+
+def throughput_rows(subject: Subject, repetitions: Repetitions, setting: Setting, this_machine: Machine) -> list[Row]:
+    """The row of the batches of one size."""
+    info = subject.info
+    whole = [image_ms(sample, info) for sample in repetitions.samples]
+    row = make_row(
+        info,
+        setting,
+        this_machine,
+        "throughput",
+        whole,
+        repetitions.summary(setting.repetitions),
+        repetitions.samples,
+        calls=info.architecture.calls,
+        images_per_s=1e3 * setting.images / median(whole),
+    )
+    return [row]
 
 
 def fits(info: SubjectInfo, setting: Setting, progress: Progress) -> bool:

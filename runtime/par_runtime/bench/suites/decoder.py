@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from par_runtime.bench import machine
-from par_runtime.bench.measure import Progress, Setting, make_row, take_turns
+from par_runtime.bench.machine import Machine
+from par_runtime.bench.measure import Progress, Repetitions, Setting, attempt, make_row, take_turns
 from par_runtime.bench.rows import Row, median
 from par_runtime.bench.subjects.base import Sample, Subject
 from par_runtime.errors import RequestError
@@ -28,26 +29,28 @@ def decoder(
     able: list[Any] = [s for s in subjects if s.info.image_size is not None and hasattr(s, "decode")]
     if not able:
         raise RequestError("--suite decoder: no bundle here has a decoder; export one with a tokenizer")
-    this_machine = machine.describe(setting.gpu)
+    make_rows = partial(decoder_rows, this_machine=machine.describe(setting.gpu))
     rows = []
     for size in sizes or BATCHES:
         sized = replace(setting, images=size)
         for subject in able:
-            subject.decode(size)
-        measured = take_turns(able, sized, progress, partial(_decode, images=size))
-        for subject, repetitions in zip(able, measured, strict=True):
-            times = [sum(sample.calls_ms["decoder"]) for sample in repetitions.samples]
-            rows.append(
-                make_row(
-                    subject.info,
-                    sized,
-                    this_machine,
-                    "decoder",
-                    times,
-                    repetitions.summary(),
-                    repetitions.samples,
-                    calls=len(repetitions.samples[0].calls_ms["decoder"]),
-                    images_per_s=1e3 * size / median(times),
-                )
-            )
+            attempt(subject, able, sized, partial(_decode, subject, size))
+        rows += take_turns(able, sized, make_rows, progress, partial(_decode, images=size))
     return rows
+
+
+def decoder_rows(subject: Subject, repetitions: Repetitions, setting: Setting, this_machine: Machine) -> list[Row]:
+    """The row of decoding batches of one size."""
+    times = [sum(sample.calls_ms["decoder"]) for sample in repetitions.samples]
+    row = make_row(
+        subject.info,
+        setting,
+        this_machine,
+        "decoder",
+        times,
+        repetitions.summary(setting.repetitions),
+        repetitions.samples,
+        calls=len(repetitions.samples[0].calls_ms["decoder"]),
+        images_per_s=1e3 * setting.images / median(times),
+    )
+    return [row]

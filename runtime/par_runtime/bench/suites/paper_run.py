@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from par_runtime import system
 from par_runtime.backends.choose import CPUS
 from par_runtime.bench.limits import Limits
-from par_runtime.bench.measure import Progress, Setting, image_ms, rows_in_turns
+from par_runtime.bench.measure import Progress, Setting, attempt, image_ms, rows_in_turns
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.base import SubjectInfo
 from par_runtime.bench.subjects.baselines import optional
@@ -90,17 +91,22 @@ def given_bundles(paths: Sequence[Path]) -> dict[tuple[str, int], Path]:
 
 
 def run(
-    setting: Setting, limits: Limits, options: PaperOptions, progress: Progress
-) -> tuple[list[Row], dict[str, SubjectInfo], dict[str, str]]:
-    """The rows of all models that fit, info by label, and model -> reason for those that do not.
+    setting: Setting,
+    limits: Limits,
+    options: PaperOptions,
+    progress: Progress,
+    infos: dict[str, SubjectInfo],
+    left_out: dict[str, str],
+) -> list[Row]:
+    """The rows of all models that fit.
 
-    Raises RequestError without the 'export' extra.
+    ``infos`` gets the info of each subject by label, ``left_out`` the reason of each model, or "model n=N", that was
+    not measured. Raises RequestError without the 'export' extra.
     """
     publish: Callable[..., dict[int, Path]] = optional("par_export.random_bundle", "the paper suite", "write_published")
     until = time.monotonic() + 60 * options.minutes
     rows: list[Row] = []
-    infos: dict[str, SubjectInfo] = {}
-    left_out: dict[str, str] = {}
+    left_out |= dict.fromkeys(options.sizes, "the run was stopped before it")
     for place, model in enumerate(options.sizes):
         left = until - time.monotonic()
         why = reason_to_leave_out(model, left, limits, options)
@@ -114,13 +120,14 @@ def run(
         folder = options.work / model
         try:
             rows += measure_model(
-                model, publish, folder, setting, replace(options, minutes=share / 60), infos, progress
+                model, publish, folder, setting, replace(options, minutes=share / 60), infos, left_out, progress
             )
+            del left_out[model]
         except MemoryError as error:
             left_out[model] = f"memory: {error}"
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    return rows, infos, left_out
+    return rows
 
 
 def measure_model(
@@ -130,9 +137,10 @@ def measure_model(
     setting: Setting,
     options: PaperOptions,
     infos: dict[str, SubjectInfo],
+    left_out: dict[str, str],
     progress: Progress,
 ) -> list[Row]:
-    """The rows of one model at every n, ours and eager. The info of each subject is put into ``infos``, by label."""
+    """The rows of one model at every n, ours and eager; ``infos`` and ``left_out`` as in :func:`run`."""
     until = time.monotonic() + 60 * options.minutes
     given = options.given or {}
     missing = [n for n in GROUP_SIZES if (model, n) not in given]
@@ -168,6 +176,9 @@ def measure_model(
                 infos[subjects[-1].info.label] = subjects[-1].info
             left = (until - time.monotonic()) * len(group) / (len(variants) - done)
             group_rows = measure_within(subjects, setting, left, progress)
+            for (n, eager), subject in zip(group, subjects, strict=True):
+                if not eager and subject.info.label in setting.failed:
+                    left_out[f"{model} n={n}"] = f"failed: {setting.failed[subject.info.label]}"
         done += len(group)
         if len(groups) > 1:
             note = f"not in turns: memory holds {len(group)} of the model's {len(variants)} subjects at a time"
@@ -203,8 +214,12 @@ def measure_within(
     first = {}
     for subject in subjects:
         progress(f"{subject.info.label}: warming up")
-        subject.run(setting.images, setting.guided, FEWEST_CALLS)  # the very first calls are several times as slow
-        first[subject.info.label] = subject.run(setting.images, setting.guided, FEWEST_CALLS)
+        short = partial(subject.run, setting.images, setting.guided, FEWEST_CALLS)
+        attempt(subject, subjects, setting, short)  # the very first calls are several times as slow
+        sample = attempt(subject, subjects, setting, short)
+        if sample is not None:
+            first[subject.info.label] = sample
+    subjects = [subject for subject in subjects if subject.info.label in first]
     left = seconds - (time.monotonic() - began)
     whole = {s.info.label: image_ms(first[s.info.label], s.info) / 1e3 for s in subjects}
     least = {label: sample.image_ms / 1e3 for label, sample in first.items()}

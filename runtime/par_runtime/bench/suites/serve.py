@@ -13,12 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from par_runtime.bench import machine
 from par_runtime.bench.machine import Watch
-from par_runtime.bench.measure import Progress, Setting, make_row, process_ids, summarize
+from par_runtime.bench.measure import Progress, Setting, attempt, make_row, process_ids, summarize
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.base import Subject
 
@@ -43,21 +44,23 @@ def serve(
     seconds: float = SECONDS,
 ) -> list[Row]:
     """A row per subject and load: the latencies of all requests, and the throughput that was reached."""
-    rows = []
+    rows: list[Row] = []
     this_machine = machine.describe(setting.gpu)
     sized = replace(setting, images=largest)
     for subject in subjects:
         label = subject.info.label
         progress(f"{label}: what a batch of {largest} takes")
-        for size in range(1, largest + 1):  # buffers of every size are made before anything is timed
-            subject.run(size, setting.guided, 24)
-        full_s = subject.run(largest, setting.guided).image_ms / 1e3
-        for share in SHARES:
+        full_s = attempt(subject, subjects, setting, partial(full_batch_s, subject, setting, largest))
+        for share in SHARES if full_s else ():
             setting.between()
-            offered = share * largest / full_s
+            offered = share * largest / (full_s or 1.0)
             progress(f"{label}: {offered:.3g} requests a second, {share:.0%} of the most")
             watch = Watch(process_ids(subject), setting.gpu)
-            latencies, took_s = serve_load(subject, setting.guided, arrivals(requests, offered), largest, seconds)
+            load = partial(serve_load, subject, setting.guided, arrivals(requests, offered), largest, seconds)
+            served = attempt(subject, subjects, setting, load)
+            if served is None:
+                break
+            latencies, took_s = served
             rows.append(
                 make_row(
                     subject.info,
@@ -70,7 +73,15 @@ def serve(
                     offered_per_s=offered,
                 )
             )
+            setting.keep("serve", lambda: rows)
     return rows
+
+
+def full_batch_s(subject: Subject, setting: Setting, largest: int) -> float:
+    """Seconds of a batch of the ``largest`` size, after buffers of every size were made."""
+    for size in range(1, largest + 1):
+        subject.run(size, setting.guided, 24)
+    return subject.run(largest, setting.guided).image_ms / 1e3
 
 
 def serve_load(

@@ -1,0 +1,77 @@
+"""Rows that survive: what a run has measured so far, written while it runs and when it ends before its time.
+
+A run may end in the middle: Ctrl-C, ``timeout``, a terminal that closes, a subject that fails, a disk that is full. So
+every suite tells a :class:`Journal` how to make the rows of what it has measured, and the journal keeps these rows in
+``FILE.part`` beside the ``FILE`` of --json. That file is written beside its place and renamed, so a reader never sees
+half a line, and it is there even after the process was killed. A run that ends removes it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from par_runtime.bench.report.output import Outcome, json_lines, write_text
+from par_runtime.bench.rows import Row
+from par_runtime.system import explain, write_beside
+
+#: Seconds between two times that the file is written.
+EVERY_S = 2.0
+NOT_ENDED = "the run had not ended when this was written"
+
+MakeRows = Callable[[], Sequence[Row]]
+
+
+class Journal:
+    """The rows of a run so far. ``path``: the file of --json, or None; ``warn`` is given a warning as a line.
+
+    ``finish`` makes an outcome of rows (bounds, predictions); whoever runs the suite sets it. ``failed``: subjects that
+    failed while others went on, by label.
+    """
+
+    def __init__(self, path: Path | None, warn: Callable[[str], None]) -> None:
+        self.part = None if path is None else part_of(path)
+        self.finish: Callable[[Sequence[Row]], Outcome] = lambda rows: Outcome(list(rows), [], [])
+        self.failed: dict[str, Exception] = {}
+        self._warn: Callable[[str], None] | None = warn
+        self._makers: dict[object, MakeRows] = {}
+        self._last = time.monotonic()
+
+    def keep(self, key: object, make: MakeRows) -> None:
+        """Take ``make`` for the rows that belong to ``key``, in place of an earlier one; write them if it is time."""
+        self._makers[key] = make
+        if self.part is not None and time.monotonic() - self._last >= EVERY_S:
+            self.write(self.part)
+            self._last = time.monotonic()
+
+    def outcome(self, why: str) -> Outcome:
+        """What was measured so far; ``why``: the reason that it is not all."""
+        outcome = self.finish([row for make in self._makers.values() for row in make()])
+        outcome.stopped = why
+        return outcome
+
+    def write(self, part: Path) -> None:
+        """Write the rows so far to ``part``. A file that cannot be written is warned of once; the run goes on."""
+        outcome = self.outcome(NOT_ENDED)
+        if not outcome.rows:
+            return
+        try:
+            write_beside(part, partial(write_text, json_lines(outcome)))
+        except OSError as error:
+            if self._warn is not None:
+                self._warn(f"rows cannot be kept while they are measured: {explain(error)}")
+            self._warn = None
+
+    def remove(self) -> None:
+        """Remove the file: the rows are where they belong."""
+        if self.part is not None:
+            with suppress(OSError):
+                self.part.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """The file in which the rows for ``path`` are kept until the run ends."""
+    return path.with_name(path.name + ".part")
