@@ -4,22 +4,51 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from par_model.training.run import ImageFolder, InputError, channels_last, load_tokenizer
+from par_model.training.data import ImageFolder
+from par_model.training.run import InputError, channels_last, load_tokenizer
 from par_model.vq import VQModel
+
+GRID = 24  #: codes of a side that pictures are fitted to by default: 384 pixels with VQ-16, as the published models
 
 
 def run(args: argparse.Namespace) -> None:
     """Write ``args.out``. Raises InputError, CheckpointError, OSError."""
-    data = ImageFolder.open(args.data)
-    codes = encode(load_tokenizer(args.tokenizer), data, args.batch)
-    part = args.out.with_suffix(".part.npz")
-    np.savez(part, codes=codes, labels=data.labels, class_names=np.array(data.class_names))
-    os.replace(part, args.out)
-    print(f"{args.out}: {len(codes)} images of {codes.shape[1]}x{codes.shape[2]} codes")
+    if args.batch < 1:
+        raise InputError(f"--batch {args.batch}: expected 1 or more")
+    if args.out.is_dir():
+        raise InputError(f"--out {args.out} is a folder; give the name of a file, for instance codes.npz")
+    model = load_tokenizer(args.tokenizer)
+    pixels = model.config.downsampling
+    raw = (args.data / "meta.json").is_file()
+    size = args.size if raw or args.size is not None else GRID * pixels
+    if size is not None and (size < 1 or size % pixels):
+        raise InputError(f"--size {size}: expected a multiple of {pixels}, the pixels of a code of this tokenizer")
+    data = ImageFolder.open(args.data, size)
+    if data.size % pixels:
+        raise InputError(f"{args.data}: {data.size} pixels a side are no multiple of {pixels}, the pixels of a code")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(args.out.parent, f".{args.out.name[:40]}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:  # before the work, which may take hours
+            codes = encode(model, data, args.batch)
+            labels = data.labels.astype(np.uint8 if len(data.class_names) <= 256 else np.uint16)
+            np.savez(file, codes=codes, labels=labels, class_names=np.array(data.class_names))
+        os.replace(part, args.out)
+    except OSError as error:
+        if error.filename in (None, str(part), part):
+            error.filename, error.filename2 = str(args.out), None
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+    print(
+        f"{args.out}: {len(codes)} images of {codes.shape[1]}x{codes.shape[2]} codes, {len(data.class_names)} "
+        f"class{'es' if len(data.class_names) > 1 else ''}"
+    )
 
 
 @torch.no_grad()
@@ -30,7 +59,7 @@ def encode(model: VQModel, data: ImageFolder, batch: int) -> np.ndarray:
     channels_last(model).eval()
     out = []
     with torch.autocast("cpu", torch.bfloat16):
-        for start in range(0, len(data.images), batch):
-            x = data.batch(np.arange(start, min(start + batch, len(data.images))))
+        for start in range(0, len(data), batch):
+            x = data.batch(np.arange(start, min(start + batch, len(data))))
             out.append(model.encode(x.to(memory_format=torch.channels_last)).numpy().astype(np.uint16))
     return np.concatenate(out)

@@ -1,4 +1,4 @@
-"""What the trainers share: the data folder, the run folder (log, checkpoints, resuming), EMA, schedule, errors.
+"""What the trainers share: the run folder (log, checkpoints, resuming), EMA, schedule, errors.
 
 A run folder holds ``log.jsonl`` (one line per report), ``checkpoint.pt`` (everything that resuming needs), sheets of
 samples and, at the end, ``model.pt`` (the averaged weights and their configuration; this file is exported). A run that
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from par_model.checkpoint import open_checkpoint, vq_config
 from par_model.vq import VQModel
@@ -33,34 +33,6 @@ Module = TypeVar("Module", bound=nn.Module)
 
 class InputError(Exception):
     """An input that a trainer cannot use; the message states what is expected and how to fix it."""
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """Raw images: ``images.u8`` uint8 [count, size, size, 3], ``labels.u8`` uint8 [count], ``meta.json``."""
-
-    images: np.ndarray  #: [count, size, size, 3] uint8, memory-mapped
-    labels: np.ndarray  #: [count] uint8
-    class_names: list[str]
-
-    @staticmethod
-    def open(path: Path) -> ImageFolder:
-        """Map the folder that ``models/recipe/render.mjs`` writes. Raises InputError, OSError."""
-        meta_path = path / "meta.json"
-        if not meta_path.is_file():
-            raise InputError(f"{path} holds no meta.json; expected the folder that models/recipe/render.mjs writes")
-        meta = json.loads(meta_path.read_text())
-        shape = (meta["count"], meta["size"], meta["size"], 3)
-        images = np.memmap(path / "images.u8", dtype=np.uint8, mode="r", shape=shape)
-        labels = np.fromfile(path / "labels.u8", dtype=np.uint8)
-        if len(labels) != len(images):
-            raise InputError(f"{path} has {len(images)} images and {len(labels)} labels; render it again")
-        return ImageFolder(images, labels, list(meta["styles"]))
-
-    def batch(self, index: np.ndarray) -> Tensor:
-        """The images at ``index`` [B]: [B,3,H,W] float32 in [-1,1]."""
-        x = torch.from_numpy(np.ascontiguousarray(self.images[index]))
-        return x.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def batch_index(seed: int, step: int, batch: int, count: int) -> np.ndarray:

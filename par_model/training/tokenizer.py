@@ -21,9 +21,9 @@ from torch import Tensor
 
 from par_model.checkpoint import open_checkpoint, vq_config
 from par_model.config import VQConfig
+from par_model.training.data import ImageFolder
 from par_model.training.run import (
     EMA,
-    ImageFolder,
     InputError,
     Run,
     batch_index,
@@ -42,10 +42,11 @@ def train(args: argparse.Namespace) -> None:
 
     Raises InputError, CheckpointError, OSError.
     """
-    data, held_out = ImageFolder.open(args.data), ImageFolder.open(args.val)
+    data, held_out = ImageFolder.open(args.data, args.size), ImageFolder.open(args.val, args.size)
     if args.encoder_for is not None:
         given = open_checkpoint(args.encoder_for)
         config = vq_config(given)
+        _check_size(config, data, held_out)
         with Run(args.run) as run:
             _train(args, config, run, data, held_out, dict(given.tensors))
         return
@@ -60,8 +61,18 @@ def train(args: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise InputError(str(error)) from error
+    _check_size(config, data, held_out)
     with Run(args.run) as run:
         _train(args, config, run, data, held_out)
+
+
+def _check_size(config: VQConfig, *folders: ImageFolder) -> None:
+    for folder in folders:
+        if folder.size % config.downsampling:
+            raise InputError(
+                f"images of {folder.size} pixels a side; expected a multiple of {config.downsampling}, the pixels of a "
+                "code"
+            )
 
 
 def _train(
@@ -105,7 +116,7 @@ def _train(
     while step < args.steps and not run.should_stop:
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, args.steps, args.lr, warmup=100)
-        index = batch_index(args.seed, step, args.batch, len(data.images))
+        index = batch_index(args.seed, step, args.batch, len(data))
         x = data.batch(index).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             loss, parts, z, ids = reconstruct(model, x)
@@ -176,7 +187,7 @@ def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, cou
     model = VQModel(config)
     model.load_state_dict(ema.shadow)
     channels_last(model).eval()
-    count = min(count, len(held_out.images))
+    count = min(count, len(held_out))
     squared, used, rows = 0.0, set(), []
     with torch.autocast("cpu", torch.bfloat16):
         for start in range(0, count, 64):
@@ -187,7 +198,9 @@ def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, cou
             used.update(ids.flatten().tolist())
             if start == 0:
                 pairs = torch.stack([x[:24], y[:24]], 1)  # [24, 2, 3, H, W]: original above, reconstruction below
-                rows = [pairs[i : i + 12].permute(1, 3, 0, 4, 2).flatten(0, 1).flatten(1, 2) for i in (0, 12)]
+                wide = min(12, len(pairs))
+                starts = range(0, len(pairs) - wide + 1, wide)
+                rows = [pairs[i : i + wide].permute(1, 3, 0, 4, 2).flatten(0, 1).flatten(1, 2) for i in starts]
     pixels = ((torch.cat(rows).clamp(-1, 1) + 1) * 127.5).to(torch.uint8).numpy()
     Image.fromarray(pixels).save(sheet)
     mse = squared / count / 4  # images span 2, so the peak squared is 4

@@ -159,7 +159,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (tmp_path / "text.npz").write_text("hello")
     run = ["--run", str(tmp_path / "run")]
     for module, arguments, text in [
-        (train_tokenizer, ["--data", str(tmp_path), "--val", str(images), *run], "holds no meta.json"),
+        (
+            train_tokenizer,
+            ["--data", str(tmp_path), "--val", str(images), *run],
+            "holds no pictures; expected a folder",
+        ),
         (train_tokenizer, ["--data", str(images), "--val", str(images), *run, "--channels", "5"], "norm_groups=8"),
         (train, ["--codes", "none.npz", "--val", str(codes), "--vocab", "16", *run], "none.npz: No such file"),
         (

@@ -11,11 +11,25 @@ from par_model.training.cli import Parser, guarded
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``parvis encode``."""
-    p = Parser(prog="parvis encode", description="Encode a folder of images to token ids (codes.npz).")
-    p.add_argument("--data", type=Path, required=True, help="folder with images.u8, labels.u8, meta.json")
-    p.add_argument("--tokenizer", type=Path, required=True, help="checkpoint.pt of parvis train-tokenizer")
+    p = Parser(
+        prog="parvis encode",
+        description="Encode a folder of images to token ids (codes.npz), which 'parvis train' takes. Pictures of any "
+        "format and size are turned upright, put on white where transparent, cropped to their largest middle square "
+        "and scaled.",
+    )
+    p.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="a folder with a folder of pictures (PNG, JPEG, WebP, ...) for each class, or with the "
+        "pictures themselves; or the raw form: images.u8, labels.u8, meta.json",
+    )
+    p.add_argument("--tokenizer", type=Path, required=True, help="its weights: of parvis train-tokenizer, or published")
     p.add_argument("--out", type=Path, required=True, help="codes.npz to write")
-    p.add_argument("--batch", type=int, default=64)
+    p.add_argument(
+        "--size", type=int, help="pixels of a side that pictures are scaled to (default: 24 codes; 384 with VQ-16)"
+    )
+    p.add_argument("--batch", type=int, default=64, help="images encoded at once (default: 64)")
     return p
 
 

@@ -12,8 +12,15 @@ from par_model.training.cli import Parser, guarded
 def parser() -> argparse.ArgumentParser:
     """The command line of ``parvis train-tokenizer``."""
     p = Parser(prog="parvis train-tokenizer", description="Train a VQ tokenizer on a folder of images.")
-    p.add_argument("--data", type=Path, required=True, help="folder with images.u8, labels.u8, meta.json")
+    p.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="a folder with a folder of pictures (PNG, JPEG, WebP, ...) for each class, or with the "
+        "pictures themselves; or the raw form: images.u8, labels.u8, meta.json",
+    )
     p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
+    p.add_argument("--size", type=int, help="pixels of a side that pictures are scaled to; needed for pictures")
     p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheet.png")
     p.add_argument("--resume", action="store_true", help="continue the run in --run")
     p.add_argument(

@@ -1,0 +1,134 @@
+"""The images that a tokenizer is trained on, or that are encoded: a folder of pictures, or one file of raw pixels."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from par_model.training.run import InputError
+
+RAW = ("images.u8", "labels.u8", "meta.json")
+EXPECTED = (
+    "expected a folder with a folder of pictures for each class (or with the pictures themselves, of one class), or "
+    f"the raw form: {', '.join(RAW)}"
+)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images of one size with their classes.
+
+    ``images`` is uint8 [count, size, size, 3], memory-mapped (the raw form), or the files of pictures, which are read
+    when a batch needs them.
+    """
+
+    images: np.ndarray | list[Path]
+    labels: np.ndarray  #: [count] int
+    class_names: list[str]
+    size: int  #: pixels of a side
+
+    @staticmethod
+    def open(path: Path, size: int | None = None) -> ImageFolder:
+        """Find the images in the folder ``path``. Pictures are fitted to ``size``. Raises InputError, OSError."""
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder; {EXPECTED}")
+        if (path / "meta.json").is_file():
+            raw = _raw(path)
+            if size not in (None, raw.size):
+                raise InputError(f"--size {size}: the raw images in {path} have {raw.size} pixels a side")
+            return raw
+        return _pictures(path, size)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, index: np.ndarray) -> Tensor:
+        """The images at ``index`` [B]: [B,3,H,W] float32 in [-1,1]. Raises InputError for a picture that is damaged."""
+        if isinstance(self.images, list):
+            pixels = np.stack([picture(self.images[i], self.size) for i in index])
+        else:
+            pixels = np.ascontiguousarray(self.images[index])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+def _raw(path: Path) -> ImageFolder:
+    """The form that ``models/recipe/render.mjs`` writes."""
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        size, names = int(meta["size"]), [str(name) for name in meta["styles"]]
+        images = np.memmap(
+            path / "images.u8", dtype=np.uint8, mode="r", shape=(int(meta["count"]), size, size, 3)
+        )  # ValueError where the file is shorter
+        labels = np.fromfile(path / "labels.u8", dtype=np.uint8)
+    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        raise InputError(f"{path}: not the raw form of images ({error}); {EXPECTED}") from error
+    if len(labels) != len(images):
+        raise InputError(f"{path} has {len(images)} images and {len(labels)} labels; render it again")
+    if labels.max(initial=0) >= len(names):
+        raise InputError(f"{path} has label {labels.max()} and {len(names)} class names; render it again")
+    return ImageFolder(images, labels, names, size)
+
+
+def _pictures(path: Path, size: int | None) -> ImageFolder:
+    """A folder of pictures, in a folder for each class or of one class. Every file is identified, none is decoded."""
+    known = Image.registered_extensions()
+    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    loose = _files(path, known, deep=False)
+    if loose and any(_files(folder, known) for folder in folders):
+        raise InputError(
+            f"{path} holds {len(loose)} pictures beside the folders of classes; put each into one of these"
+        )
+    classes = [(path.resolve().name, loose)] if loose else [(folder.name, _files(folder, known)) for folder in folders]
+    classes = [(name, files) for name, files in classes if files]
+    if not classes:
+        raise InputError(f"{path} holds no pictures; {EXPECTED}")
+    if size is None:
+        raise InputError(f"{path} holds pictures; give --size, the pixels of a side that they are fitted to")
+    files = [file for _, each in classes for file in each]
+    for file in files:
+        _opened(file).close()
+    labels = np.repeat(np.arange(len(classes)), [len(each) for _, each in classes])
+    return ImageFolder(files, labels, [name for name, _ in classes], size)
+
+
+def _files(folder: Path, known: dict[str, str], deep: bool = True) -> list[Path]:
+    """The files in ``folder`` whose names end like a picture's, by name."""
+    found = folder.rglob("*") if deep else folder.iterdir()
+    return sorted(f for f in found if f.suffix.lower() in known and not f.name.startswith(".") and f.is_file())
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(file)
+    except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{file}: no picture that can be read ({error}); mend it or take it away") from error
+
+
+def picture(file: Path, size: int) -> np.ndarray:
+    """A picture as uint8 [size, size, 3]: upright, on white where transparent, its largest middle square.
+
+    Raises InputError for a damaged one, and for one of wide grey values, whose white is unknown.
+    """
+    with _opened(file) as image:
+        try:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith(("I", "F")):
+                raise InputError(f"{file}: grey values of more than 8 bits; save it with 8 bits")
+            if "A" in upright.mode or "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+            side = min(upright.size)
+            left, top = (upright.width - side) // 2, (upright.height - side) // 2
+            square = upright.convert("RGB").crop((left, top, left + side, top + side))
+            return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise InputError(f"{file}: cannot be decoded ({error}); mend it or take it away") from error
