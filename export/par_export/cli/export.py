@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from par_export.cli.common import guarded
 from par_export.errors import ExportError
+from par_runtime.checked import load_json
 from par_runtime.cli.common import Parser
 from par_runtime.dtypes import PRECISIONS
 
@@ -58,15 +58,18 @@ def _class_names(path: Path | None) -> list[str] | None:
     """The names in the file at ``path``; None for None. Raises ExportError, OSError."""
     if path is None:
         return None
-    try:
-        text = path.read_text(encoding="utf-8")
-        names = (
-            json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
-        )
-    except ValueError as error:
-        raise ExportError(
-            f"{path}: cannot be read ({error}); expected UTF-8, a JSON list or one name per line"
-        ) from error
+
+    def fault(message: str) -> ExportError:
+        return ExportError(f"{message}; expected UTF-8, a JSON list or one name per line")
+
+    content = path.read_bytes()  # not only of a file: a shell can give a pipe
+    if path.suffix == ".json":
+        names = load_json(content, str(path), fault)
+    else:
+        try:
+            names = [line.strip() for line in content.decode("utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise fault(f"{path}: cannot be read ({error.reason})") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ExportError(f"{path}: expected a JSON list of names, or one name per line")
     return names

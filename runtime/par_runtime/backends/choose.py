@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from par_runtime.arguments import given
-from par_runtime.backends.engines import Engine, best, list_engines, why_unfit
+from par_runtime.backends.engines import Engine, best, joined, list_engines, why_unfit
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError, how_to_install
@@ -94,7 +94,7 @@ def _tensorrt(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -
     engines, bad = list_engines(bundle)
     if not engines:
         build = f"parvis build {bundle.path} --target local"
-        return None, f"{'; '.join(bad)}" if bad else f"{bundle.path} holds no engines; build them with: {build}"
+        return None, joined(bad) if bad else f"{bundle.path} holds no engines; build them with: {build}"
     from par_runtime.backends import cuda
 
     count = cuda.device_count()
@@ -134,4 +134,4 @@ def _tensorrt(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -
         )  # what the caller asks for wins
         trt = next(t for e, t in fits if e is engine)
         return TrtBackend(bundle, engine, cuda.Device.open(index), trt, chosen), ""
-    return None, "; ".join(reasons)
+    return None, joined(reasons)

@@ -23,7 +23,8 @@ ENGINES = "engines"
 ENGINE_DIR = "PARVIS_ENGINE_DIR"  #: environment variable: engines that do not lie in their bundles
 ENGINE_JSON = "engine.json"
 ENGINE_SCHEMA = 1
-MOST_BYTES = 8 * 2**20  #: of an engine.json, which lists the kernels of its plans
+MOST_BYTES = 4 * 2**20  #: of an engine.json, which lists the kernels of its plans
+MOST_BYTES_LISTED = 16 * 2**20  #: of all that are looked at for one bundle: some seconds
 MOST_IMAGES = 4096  #: of a profile
 MOST_ENGINES = 64  #: folders that are looked at
 CAPTURES = ("image", "call", "none")
@@ -126,18 +127,32 @@ class Engine:
 
 def list_engines(bundle: Bundle, verify: FileCheck = "none") -> tuple[list[Engine], list[str]]:
     """The engines of ``bundle`` that can be read, and one line of text for each folder that cannot."""
-    engines, bad = [], []
-    for path in (path for folder in engine_folders(bundle) for path in sorted(folder.iterdir())[:MOST_ENGINES]):
-        if not path.is_dir() or path.name.startswith("."):
-            continue
-        if UNPRINTABLE.search(path.name):
-            bad.append(f"{path.parent}: the folder {shown(path.name)} has a name that cannot be printed; remove it")
-            continue
-        try:
-            engines.append(Engine.open(path, bundle, verify))
-        except EngineError as error:
-            bad.append(str(error))
+    engines: list[Engine] = []
+    bad: list[str] = []
+    for folder in engine_folders(bundle):
+        read = 0
+        for path in sorted(folder.iterdir())[:MOST_ENGINES]:
+            if not path.is_dir() or path.name.startswith("."):
+                continue
+            if UNPRINTABLE.search(path.name):
+                bad.append(f"{folder}: the folder {shown(path.name)} has a name that cannot be printed; remove it")
+                continue
+            file = path / ENGINE_JSON
+            read += file.stat().st_size if file.is_file() else 0
+            if read > MOST_BYTES_LISTED:
+                bad.append(f"{folder}: more than {MOST_BYTES_LISTED} bytes of {ENGINE_JSON}; remove engines")
+                break
+            try:
+                engines.append(Engine.open(path, bundle, verify))
+            except EngineError as error:
+                bad.append(str(error))
     return engines, bad
+
+
+def joined(reasons: list[str], most: int = 4) -> str:
+    """The first of ``reasons`` why engines cannot be used, as one text, and how many more there are."""
+    more = f"; and {len(reasons) - most} more" if len(reasons) > most else ""
+    return "; ".join(reasons[:most]) + more
 
 
 def has_engines(bundle: Bundle) -> bool:

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.backends.native.library import WEIGHT_DTYPES, Model
+from par_runtime.backends.ort.sessions import check_memory
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
 from par_runtime.dtypes import STORAGE, Float, Int, dtype_bytes, to_float32
 from par_runtime.errors import BundleError
 from par_runtime.manifest import MATRICES, NORMS
-from par_runtime.system import available_bytes
 
 PAGE_BYTES = 4096
 
@@ -30,8 +30,8 @@ class Weights:
     def __init__(self, bundle: Bundle, lib: ctypes.CDLL, cache_slots: int) -> None:
         """Read the weights file of ``bundle``.
 
-        Raises BundleError where its matrices differ in precision or the file is shorter than its table, MemoryError
-        where there is no room for them, OSError.
+        Raises BundleError where its matrices differ in precision, the file is shorter than its table, or there is less
+        memory than they take; OSError.
         """
         m, table = bundle.model, bundle.weights
         dtype = table["output"].dtype
@@ -56,9 +56,7 @@ class Weights:
         for name in names:
             offsets[name] = total
             total += -(-table[name].length // PAGE_BYTES) * PAGE_BYTES
-        free = available_bytes()
-        if free is not None and total > free:  # Linux grants the memory, and kills the process when it is written
-            raise MemoryError(f"the weights of {bundle.path} take {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        check_memory(bundle, total)
         self._packed = np.empty(total, np.uint8)  # numpy asks the system for huge pages
         address = {name: self._packed.ctypes.data + offset for name, offset in offsets.items()}
         for name in names:
@@ -66,7 +64,8 @@ class Weights:
             source = file.ctypes.data + stored.offset
             lib.parvis_pack(source, *stored.shape, dtype_bytes(dtype), int(name.endswith("w13")), address[name])
             _drop_pages(mapped, stored)
-        self._norms = {name: _float32(file, table[name]) for name in table if name.endswith(NORMS) or name == "norm"}
+        gains = ["norm", *(f"layers.{i}.{norm}" for norm in NORMS for i in layers)]
+        self._norms = {name: _float32(file, table[name]) for name in gains}
         self._embed_dtype = table["embed"].dtype
         self._embed = _view(file, table["embed"]).copy()
         self._cosine, self._sine = (_float32(file, table[name]) for name in ("cos", "sin"))

@@ -19,7 +19,7 @@ from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
 from par_runtime.forks import keep_forever, tell_of_forks
 from par_runtime.loaded import LoadedFiles
-from par_runtime.system import available_cores
+from par_runtime.system import available_bytes, available_cores
 
 #: The first release with every operator of opset 24 that ``step.onnx`` uses; before, ``step_opset23.onnx`` runs.
 OPSET24_SINCE = (1, 25)
@@ -60,6 +60,8 @@ def open_session(files: LoadedFiles, name: str, options: ort.SessionOptions, **h
     at = bundle.path / bundle.graphs[name].file
     if content is None:
         raise BundleError(f"{at}: missing; copy the bundle again or export it again")
+    if name.startswith("step"):
+        check_memory(bundle, bundle.files[WEIGHTS]["bytes"])
     path = files.path(name)
     if path is not None:
         return ort.InferenceSession(str(path), options, **how)
@@ -103,6 +105,20 @@ def open_cpu_session(files: LoadedFiles, name: str, options: ort.SessionOptions)
         ) from error
     check_interface(session, files.bundle, name)
     return session
+
+
+def check_memory(bundle: Bundle, weights_bytes: int) -> None:
+    """Raise BundleError where the weights take more memory than is free.
+
+    Linux grants such memory, and kills the process when it is written. A file of weights may claim any size: a sparse
+    one takes no disk.
+    """
+    free = available_bytes()
+    if free is not None and weights_bytes > free:
+        raise BundleError(
+            f"{bundle.path}: its weights take {weights_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB of memory are free; "
+            "run it where there is more"
+        )
 
 
 def expected_interface(bundle: Bundle, name: str) -> tuple[Interface, Interface]:
