@@ -167,3 +167,17 @@ def child(command: list[str], **pipes: Any) -> Iterator[subprocess.Popen[str]]:
 def tiny() -> Path:
     """The committed bundle of a few hundred kB; needs no torch."""
     return TESTS / "data" / "tiny"
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """A test that waits (for a pipe that nobody writes, say) fails instead."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("it waits")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

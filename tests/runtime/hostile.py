@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,3 +169,35 @@ def mutations(manifest: dict[str, Any], count: int, seed: int) -> Iterator[tuple
 
 def write(bundle: Path, manifest: dict[str, Any]) -> None:
     (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def check_line(error: Exception) -> None:
+    """One line of bounded length that a terminal prints as it is."""
+    text = str(error)
+    assert len(text) < 1000, text
+    assert text.isprintable(), text
+
+
+# -- what is no file --------------------------------------------------------------------------------------------------
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def unix_socket(path: Path) -> None:
+    here = os.open(path.parent, os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"/proc/self/fd/{here}/{path.name}")
+    os.close(here)
+
+
+NO_FILES = [pipe, folder, device, unix_socket]

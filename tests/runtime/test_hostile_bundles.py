@@ -8,25 +8,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hostile
 import pytest
-from double import tensorrt
 
-from par_runtime.backends.engines import ENGINE_JSON, Engine, list_engines
 from par_runtime.backends.ort import sessions
 from par_runtime.bundle import Bundle, seal
 from par_runtime.cli import dispatch as cli
 from par_runtime.cli import inspect
 from par_runtime.cost.architecture import Architecture
-from par_runtime.errors import BundleError, EngineError, RequestError
+from par_runtime.errors import BundleError, RequestError
 from par_runtime.pipeline import Pipeline
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
@@ -37,30 +33,9 @@ def bundle(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "bundle"))
 
 
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """A test that waits (for a pipe that nobody writes, say) fails instead."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError("it waits")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
 def manifest_of(bundle: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
     return manifest
-
-
-def check_line(error: Exception) -> None:
-    """One line of bounded length that a terminal prints as it is."""
-    text = str(error)
-    assert len(text) < 1000, text
-    assert text.isprintable(), text
 
 
 def test_every_entry_of_a_manifest(bundle: Path) -> None:
@@ -71,7 +46,7 @@ def test_every_entry_of_a_manifest(bundle: Path) -> None:
         try:
             opened = Bundle.open(bundle, verify="none")  # files are hashed where the bundle is loaded
         except BundleError as error:
-            check_line(error)
+            hostile.check_line(error)
             refused += 1
             continue
         except Exception as error:
@@ -85,7 +60,7 @@ def test_every_entry_of_a_manifest(bundle: Path) -> None:
             with Pipeline.load(bundle) as pipeline:
                 result = pipeline.generate([0], seed=1)
         except (BundleError, RequestError) as error:  # the self-test, for instance: its tokens were changed
-            check_line(error)
+            hostile.check_line(error)
         except Exception as error:
             raise AssertionError(what) from error
         else:
@@ -235,7 +210,7 @@ def test_what_a_changed_manifest_is_told(bundle: Path, change: Change, message: 
     hostile.write(bundle, seal(manifest))
     with pytest.raises(BundleError, match=message) as caught:
         Bundle.open(bundle)
-    check_line(caught.value)
+    hostile.check_line(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -256,30 +231,11 @@ def test_a_text_that_is_no_manifest(bundle: Path, text: str, message: str) -> No
     (bundle / "manifest.json").write_text(text)
     with pytest.raises(BundleError, match=message) as caught:
         Bundle.open(bundle)
-    check_line(caught.value)
-
-
-def pipe(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def folder(path: Path) -> None:
-    path.mkdir()
-
-
-def device(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def unix_socket(path: Path) -> None:
-    here = os.open(path.parent, os.O_RDONLY)
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(f"/proc/self/fd/{here}/{path.name}")
-    os.close(here)
+    hostile.check_line(caught.value)
 
 
 @pytest.mark.usefixtures("no_waiting")
-@pytest.mark.parametrize("make", [pipe, folder, device, unix_socket])
+@pytest.mark.parametrize("make", hostile.NO_FILES)
 @pytest.mark.parametrize("name", ["manifest.json", "weights.data", "step.onnx", "encoder.onnx"])
 def test_what_is_no_file_is_refused(bundle: Path, name: str, make: Callable[[Path], None]) -> None:
     (bundle / name).unlink()
@@ -320,64 +276,6 @@ def test_weights_that_memory_does_not_hold(device: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(sessions, "available_bytes", lambda: 10**7)
     with pytest.raises(BundleError, match=r"demo: its weights take 0\.0[12] GB, 0\.01 GB of memory are free"):
         Pipeline.load(DEMO, device)
-
-
-def test_every_entry_of_an_engine(bundle: Path) -> None:
-    opened = Bundle.open(bundle)
-    path = tensorrt.write_engine(opened)
-    entry = json.loads((path / ENGINE_JSON).read_text())
-    refused = 0
-    for what, changed in hostile.mutations(entry, 700, seed=2):
-        (path / ENGINE_JSON).write_text(json.dumps(changed))
-        try:
-            engine = Engine.open(path, opened)
-            _ = engine.capability, engine.rebuild, engine.plan_for("group")
-        except EngineError as error:
-            check_line(error)
-            refused += 1
-        except Exception as error:
-            raise AssertionError(what) from error
-    assert refused > 400
-
-
-@pytest.mark.usefixtures("no_waiting")
-@pytest.mark.parametrize("make", [pipe, folder, device, unix_socket])
-@pytest.mark.parametrize("name", [ENGINE_JSON, "step.plan"])
-def test_an_engine_of_what_is_no_file(bundle: Path, name: str, make: Callable[[Path], None]) -> None:
-    opened = Bundle.open(bundle)
-    path = tensorrt.write_engine(opened)
-    (path / name).unlink()
-    make(path / name)
-    with pytest.raises(EngineError, match=rf"{name}: is a \w+, not a file"):
-        Engine.open(path, opened, verify="none")
-
-
-def test_a_folder_of_engines_with_a_name_for_terminals(bundle: Path) -> None:
-    opened = Bundle.open(bundle)
-    tensorrt.write_engine(opened)
-    (bundle / "engines" / "\x1b[2J").mkdir()
-    engines, bad = list_engines(opened)
-    assert len(engines) == 1
-    assert len(bad) == 1
-    assert bad[0].isprintable()
-
-
-def test_many_bad_engines_are_a_short_line(bundle: Path) -> None:
-    for i in range(100):
-        (bundle / "engines" / f"{i:03}").mkdir(parents=True)
-        (bundle / "engines" / f"{i:03}" / ENGINE_JSON).write_text("[" * 10_000)
-    with Pipeline.load(bundle, "auto") as pipeline:
-        assert pipeline.note.endswith("and 60 more")
-        assert len(pipeline.note) < 2000
-
-
-def test_engines_that_take_long_to_read_are_not_all_read(bundle: Path) -> None:
-    for i in range(8):
-        (bundle / "engines" / f"{i:03}").mkdir(parents=True)
-        (bundle / "engines" / f"{i:03}" / ENGINE_JSON).write_text(" " * 3_900_000 + "[]")
-    _, bad = list_engines(Bundle.open(bundle))
-    assert len(bad) == 5
-    assert "more than 16777216 bytes of engine.json; remove engines" in bad[-1]
 
 
 VERBS = [
