@@ -103,11 +103,13 @@ class Result:
         columns: int | None = None,
         indices: int | Sequence[int] | None = None,
         pasted: bool = False,
+        scale: int = 1,
     ) -> None:
         """Write the images ``indices`` (one, several, by default all) as one PNG, with what makes them again.
 
         ``parvis redo`` makes them from it, ``parvis edit`` changes them. ``columns``: images per row (default: about
-        a square). ``pasted``: the kept pixels are those of an original. The folder is made where it is missing, and
+        a square). ``pasted``: the kept pixels are those of an original. ``scale``: each pixel becomes a square of so
+        many a side, to look at small images; ``redo`` and ``edit`` undo it. The folder is made where it is missing, and
         the file appears whole or not at all. Raises RequestError, OSError.
         """
         images = self._pixels()
@@ -121,7 +123,8 @@ class Result:
             )
         pick = self._pick(indices)
         columns = default_columns(len(pick)) if columns is None else columns
-        png.check_sheet(len(pick), columns, images.shape[1:3])
+        png.check_scale(scale)
+        png.check_sheet(len(pick), columns, (images.shape[1] * scale, images.shape[2] * scale))
         check_writable(path)
         names = self.bundle.class_names
         recipe = png.Recipe(
@@ -135,6 +138,7 @@ class Result:
             tokens=self.tokens[pick],
             kept=None if self.kept is None else self.kept[pick],
             pasted=pasted,
+            scale=int(scale),
         )
         png.write(path, recipe, images[pick])
 

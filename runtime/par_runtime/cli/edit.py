@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     if bundle.image_size is None:
         raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; export it with a tokenizer")
-    png.check_sheet(args.count, default_columns(args.count), bundle.image_size)
+    png.check_scale(args.scale)
+    height, width = bundle.image_size
+    png.check_sheet(args.count, default_columns(args.count), (height * args.scale, width * args.scale))
     with quiet_readers():
         original = read_original(args, bundle)
     keep = kept_tokens(original.stays, bundle.grid[1:])
@@ -109,7 +111,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.paste:
         result = paste(result, original)
-    files: list[tuple[Path, Callable[[], object]]] = [(out, partial(result.save, out, pasted=args.paste))]
+    files: list[tuple[Path, Callable[[], object]]] = [
+        (out, partial(result.save, out, pasted=args.paste, scale=args.scale))
+    ]
     if args.tokens is not None:
         files.append((args.tokens, partial(write_tokens, args.tokens, result.tokens)))
     write_all(files)
@@ -309,6 +313,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--count", type=int, default=1, help="variants to make (default: 1)")
     p.add_argument("--seed", type=int, help="of the first variant (default: a new one each time)")
     options.add_out(p, "PNG to write (default: named after the image and the seed)")
+    options.add_scale(p)
     options.add_tokens(p)
     p.add_argument(
         "--paste", action="store_true", help="put the original's own pixels back where they stay, over the decoded ones"

@@ -57,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
     columns = args.columns or sheet_columns(len(classes), args.count, scales)
 
     def write_preview(images: NDArray[np.uint8], done: int, total: int) -> None:
-        png.write_pixels(args.out.with_name(f"{args.out.stem}-{done:04d}.png"), png.sheet(images, columns))
+        png.write_pixels(
+            args.out.with_name(f"{args.out.stem}-{done:04d}.png"), png.enlarged(png.sheet(images, columns), args.scale)
+        )
 
     with Bar(args.quiet or args.json) as bar:
         result = pipeline.generate(
@@ -86,6 +88,7 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
     ``args.out`` is set where no output was given. Raises RequestError, BundleError, OSError.
     """
     options.check_counts(args, "count", "columns", "batch")
+    png.check_scale(args.scale)
     if args.out is not None and args.out.suffix.lower() != ".png" and not args.out.is_dir():
         raise RequestError(
             f"--out {args.out}: expected a name that ends in .png (what makes an image again is kept in its metadata)"
@@ -109,9 +112,12 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
         args.out = Path(f"{safe_name(bundle.name)}-{what}-{first}.png")
     if args.preview_every is not None and args.out is None:
         raise RequestError("--preview-every writes beside --out; give --out X.png")
+    if args.out_dir is not None and bundle.image_size is not None:
+        png.check_sheet(1, 1, (bundle.image_size[0] * args.scale, bundle.image_size[1] * args.scale))
     if args.out is not None and bundle.image_size is not None:
         columns = args.columns or sheet_columns(len(classes), args.count, len(args.guidance or [1]))
-        png.check_sheet(total, columns, bundle.image_size)
+        height, width = bundle.image_size
+        png.check_sheet(total, columns, (height * args.scale, width * args.scale))
     for path in (args.out, args.tokens):
         if path is not None:
             check_writable(path)
@@ -124,13 +130,13 @@ def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: in
     """Write all that was asked for; the names of the files. Raises OutputsError, OSError."""
     files: list[tuple[Path, Callable[[], object]]] = []
     if args.out is not None:
-        files.append((args.out, partial(result.save, args.out, columns)))
+        files.append((args.out, partial(result.save, args.out, columns, scale=args.scale)))
     if args.out_dir is not None:
         several = len({s.guidance for s in result.settings}) > 1
         for i, label in enumerate(result.labels):
             scale = f"-g{result.settings[i].guidance:g}" if several else ""
             path = args.out_dir / f"{class_file_name(bundle, label)}-{result.seeds[i]}{scale}.png"
-            files.append((path, partial(result.save, path, 1, [i])))
+            files.append((path, partial(result.save, path, 1, [i], scale=args.scale)))
     if args.tokens is not None:
         files.append((args.tokens, partial(write_tokens, args.tokens, result.tokens)))
     return write_all(files)
@@ -193,6 +199,7 @@ def parser() -> argparse.ArgumentParser:
         "PNG to write: all images in one sheet, with what is needed to make it again (default: named after bundle, "
         "class and seed)",
     )
+    options.add_scale(p)
     p.add_argument("--out-dir", type=Path, help="folder for one PNG per image")
     options.add_tokens(p)
     p.add_argument(

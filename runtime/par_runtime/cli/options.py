@@ -66,6 +66,17 @@ def add_list(p: argparse.ArgumentParser, name: str, kind: Callable[[str], tuple[
     p.add_argument(name, type=kind, nargs="+", action=Extend, metavar=more.pop("metavar", "X"), **more)
 
 
+def add_scale(p: argparse.ArgumentParser) -> None:
+    """``--scale``, for small images."""
+    p.add_argument(
+        "--scale",
+        type=int,
+        default=1,
+        metavar="N",
+        help="write each pixel as a square of N a side, for small images; 'redo' and 'edit' undo it (default: 1)",
+    )
+
+
 def add_tokens(p: argparse.ArgumentParser) -> None:
     """``--tokens``, an array to write."""
     p.add_argument("--tokens", type=Path, help=".npy to write: tokens [B,N] int64 in sequence order")

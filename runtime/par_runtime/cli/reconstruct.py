@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"{args.image[0].stem}-reconstruction.png")
     check_outputs(out, args.tokens, args.image)
     columns = math.ceil(math.sqrt(len(args.image)))
-    png.check_sheet(len(args.image), columns, (size[0], size[1] * (2 if args.beside else 1)))
+    png.check_scale(args.scale)
+    width = size[1] * (2 if args.beside else 1)
+    png.check_sheet(len(args.image), columns, (size[0] * args.scale, width * args.scale))
     with quiet_readers():
         originals = np.stack([fit_image(open_image(path), size, args.fit) for path in args.image])
     started = time.perf_counter()
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     images = tokenizer.decode(tokens)
     decoded = time.perf_counter()
     shown = np.concatenate([originals, images], axis=2) if args.beside else images
-    sheet = png.sheet(shown, columns)
+    sheet = png.enlarged(png.sheet(shown, columns), args.scale)
     files: list[tuple[Path, Callable[[], object]]] = [(out, partial(png.write_pixels, out, sheet))]
     if args.tokens is not None:
         files.append((args.tokens, partial(write_tokens, args.tokens, tokens)))
@@ -81,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_bundle_option(p, "a bundle with an encoder")
     options.add_out(p, "PNG to write (default: named after the first image)")
     p.add_argument("--beside", action="store_true", help="show each original left of its reconstruction")
+    options.add_scale(p)
     options.add_tokens(p)
     options.add_fit(p)
     options.add_threads(p)

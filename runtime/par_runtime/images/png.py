@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,23 @@ from PIL import Image, PngImagePlugin
 from par_runtime.checked import shown
 from par_runtime.errors import RequestError
 from par_runtime.images.opening import MOST_PIXELS, opened
-from par_runtime.images.recipe import Recipe, entry, parse, pixel_hash
+from par_runtime.images.recipe import MOST_SCALE, Recipe, entry, parse, pixel_hash
 from par_runtime.system import write_beside
 
-__all__ = ["Recipe", "check_sheet", "read", "read_any", "same_pixels", "sheet", "sheet_image", "sheet_size", "write"]
+__all__ = [
+    "Recipe",
+    "check_scale",
+    "check_sheet",
+    "enlarged",
+    "read",
+    "read_any",
+    "same_pixels",
+    "sheet",
+    "sheet_image",
+    "sheet_size",
+    "write",
+    "write_pixels",
+]
 
 CHUNK = "parvis"
 MOST_SIDE = 65535  #: pixels; other programs open no wider or higher images
@@ -55,7 +69,40 @@ def sheet(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     return canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
-def sheet_image(pixels: NDArray[np.uint8], columns: int, count: int, index: int) -> NDArray[np.uint8]:
+def check_scale(scale: int) -> None:
+    """Raise RequestError where ``scale``, by which a sheet is enlarged, is no whole number from 1 to 64."""
+    if not isinstance(scale, (int, np.integer)) or isinstance(scale, bool) or not 1 <= scale <= MOST_SCALE:
+        raise RequestError(f"scale {shown(scale)}: expected a whole number from 1 to {MOST_SCALE}")
+
+
+def enlarged(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+    """``pixels`` [H,W,3] with each as a square of ``scale`` pixels a side: [H*scale, W*scale, 3]."""
+    return pixels.repeat(scale, 0).repeat(scale, 1)
+
+
+def _reduced(recipe: Recipe, image: Image.Image) -> tuple[Recipe, Image.Image]:
+    """The recipe and the sheet without its enlargement.
+
+    Where a square is not of one colour, somebody changed it: it becomes its mean, and the recipe loses the hash of its
+    image. An image whose size is no multiple of the scale was resized, and stays as it is.
+    """
+    scale, count = recipe.scale, len(recipe)
+    height, width = image.height // scale, image.width // scale
+    if scale == 1 or (width * scale, height * scale) != image.size:
+        return recipe, image
+    pixels = np.asarray(image)
+    small = pixels[::scale, ::scale]
+    of_one_colour = (enlarged(small, scale) == pixels).reshape(height, scale, width, scale, 3).all((1, 3, 4))
+    if of_one_colour.all():
+        return recipe, Image.fromarray(np.ascontiguousarray(small))
+    if recipe.pixel_hashes is not None and height >= -(-count // recipe.columns) and width >= recipe.columns:
+        whole = [sheet_image(of_one_colour, recipe.columns, count, i).all() for i in range(count)]
+        hashes = [known if same else "" for known, same in zip(recipe.pixel_hashes, whole, strict=True)]
+        recipe = replace(recipe, pixel_hashes=hashes)
+    return recipe, image.reduce(scale)
+
+
+def sheet_image(pixels: NDArray[Any], columns: int, count: int, index: int) -> NDArray[Any]:
     """Image ``index`` [H,W,3] of a sheet's ``pixels``, which holds ``count`` images in rows of ``columns``."""
     row, column = divmod(index, columns)
     height, width = pixels.shape[0] // -(-count // columns), pixels.shape[1] // columns
@@ -75,12 +122,12 @@ def same_pixels(recipe: Recipe, pixels: NDArray[np.uint8], size: tuple[int, int]
 
 def write(path: Path, recipe: Recipe, images: NDArray[np.uint8]) -> None:
     """Write ``images`` [B,H,W,3] as one PNG with their recipe, in rows of its columns. Raises RequestError, OSError."""
-    check_sheet(len(images), recipe.columns, images.shape[1:3])
+    check_sheet(len(images), recipe.columns, (images.shape[1] * recipe.scale, images.shape[2] * recipe.scale))
     recipe = replace(recipe, pixel_hashes=[pixel_hash(image) for image in images])
     chunk = PngImagePlugin.PngInfo()
     # Not compressed: Pillow refuses to read compressed text of more than 1 MB, which is 900 images of 576 tokens.
     chunk.add_itxt(CHUNK, json.dumps(entry(recipe)))
-    write_pixels(path, sheet(images, recipe.columns), chunk)
+    write_pixels(path, enlarged(sheet(images, recipe.columns), recipe.scale), chunk)
 
 
 def write_pixels(path: Path, pixels: NDArray[np.uint8], chunk: PngImagePlugin.PngInfo | None = None) -> None:
@@ -104,8 +151,10 @@ def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:
 def read_any(path: Path) -> tuple[Recipe | None, Image.Image]:
     """Any image (RGB, upright, white where transparent), and its recipe if parvis wrote it.
 
-    Raises RequestError, OSError.
+    A sheet that was written enlarged has its own size again. Raises RequestError, OSError.
     """
     picture = opened(path)
     text = picture.text.get(CHUNK)
-    return (None if text is None else parse(str(text), str(path))), picture.on_white()
+    if text is None:
+        return None, picture.on_white()
+    return _reduced(parse(str(text), str(path)), picture.on_white())

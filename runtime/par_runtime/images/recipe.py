@@ -3,7 +3,8 @@
 The entry is JSON: the version of parvis, the name and hash of the bundle, the columns of the sheet, and per image
 label, seed, settings, tokens (base64 of little-endian uint16, or uint32 for codebooks beyond 65,536; sequence order)
 and the hash of its pixels. For an edited image also which tokens were given ("kept": base64 of packed bits), and
-whether the kept pixels of the sheet are the original's ("pasted"). It may come from anybody, so nothing in it is
+whether the kept pixels of the sheet are the original's ("pasted"); "scale" where the sheet was enlarged.
+It may come from anybody, so nothing in it is
 believed.
 """
 
@@ -31,6 +32,7 @@ MOST_TEXT_BYTES = 64 * 2**20
 MOST_VALUES = 3_000_000  #: in the whole entry; an image has about 12
 MOST_TOKENS = 2**24  #: of one image
 MOST_COLUMNS = 2**16
+MOST_SCALE = 64  #: of a sheet that is enlarged
 #: Settings of the first version. Later ones are written only where they differ from their default, so that older and
 #: newer files of the same request are the same.
 FIRST_SETTINGS = ("guidance", "temperature", "top_k", "top_p", "greedy")
@@ -51,6 +53,8 @@ class Recipe(ByValue):
     kept: NDArray[np.bool_] | None = None  #: [B,N]: tokens that were given, not drawn
     pasted: bool = False  #: kept pixels are those of the original, not decoded ones
     pixel_hashes: list[str] | None = None  #: of the images' pixels as they were written; None in older files
+
+    scale: int = 1  #: by which the sheet was enlarged when it was written, each pixel as a square
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,6 +92,7 @@ def entry(recipe: Recipe) -> dict[str, Any]:
             for i in range(len(recipe))
         ],
         **({"pasted": True} if recipe.pasted else {}),
+        **({"scale": recipe.scale} if recipe.scale != 1 else {}),
     }
 
 
@@ -165,6 +170,7 @@ def _recipe(value: Any) -> Recipe:
         tokens=np.stack([each["tokens"] for each in made]).astype(np.int64),
         kept=None if made[0]["kept"] is None else np.stack([_unpack_bits(each["kept"], n) for each in made]),
         pasted=_truth(top.get("pasted", False), "pasted"),
+        scale=_whole(top.get("scale", 1), "scale", 1, MOST_SCALE),
         pixel_hashes=None if made[0]["pixels"] is None else [each["pixels"] for each in made],
     )
 
