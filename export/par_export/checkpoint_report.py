@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from par_export.graphs.step import padded_head_dim
 from par_model.checkpoint import (
     INDEXES,
@@ -18,6 +20,7 @@ from par_model.checkpoint import (
     some,
     vq_config,
 )
+from par_model.checkpoint.architecture import FLOATS
 from par_model.config import PARConfig
 from par_model.ordering import phases
 from par_runtime.cost.architecture import Architecture, phases_of
@@ -69,7 +72,7 @@ def _not_finite(checkpoint: Checkpoint) -> list[str]:
     tensors = checkpoint.tensors
     if sum(t.numel() * t.element_size() for t in tensors.values()) > READ_UP_TO_BYTES:
         return []
-    wrong = [k for k, t in tensors.items() if t.is_floating_point() and not bool(t.double().sum().isfinite())]
+    wrong = [k for k, t in tensors.items() if t.dtype in FLOATS and not bool(t.sum(dtype=torch.float64).isfinite())]
     return [f"NaN or infinite numbers in {some(wrong)} ({len(wrong)} of {len(tensors)} tensors)"] if wrong else []
 
 

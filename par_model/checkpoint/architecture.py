@@ -69,7 +69,16 @@ def infer(
     """
     path, saved = checkpoint.path, checkpoint.config
     sizes = _sizes(checkpoint)
-    known = facts.Evidence(path, sizes, saved, checkpoint.args, checkpoint.left, read_beside(path), pixels_per_token)
+    known = facts.Evidence(
+        path,
+        sizes,
+        saved,
+        checkpoint.args,
+        checkpoint.args_under,
+        checkpoint.left,
+        read_beside(path),
+        pixels_per_token,
+    )
     facts.check_said(known, used=grid is None or (heads is None and sizes.name is None))
     heads_fact, grid_fact = facts.heads(known, heads), facts.grid(known, grid)
     grids = f"--grid ({_grids(known.pixels_per_token)})"

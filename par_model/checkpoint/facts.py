@@ -68,6 +68,7 @@ class Evidence:
     sizes: Sizes
     saved: Mapping[str, Any]  #: the config of ``parvis train``
     args: Mapping[str, Any]  #: the arguments of a training
+    args_under: str  #: the name under which the file holds them
     left: Mapping[str, tuple[int, ...]]  #: key -> shape of the buffers that the published code saves with its weights
     beside: Mapping[str, Any]  #: the values of ``config.json``, by the published code's names
     downsampling: int | None = None  #: pixels per token of the tokenizer, where it is known
@@ -127,9 +128,11 @@ def _heads_of_file(known: Evidence) -> list[Fact]:
         facts.append(Fact(count, f"the file's {caches[0]} {known.left[caches[0]]}"))
     name = _gpt_name(known.args)
     if name in PUBLISHED_SIZES and PUBLISHED_SIZES[name][:2] == (sizes.dim, sizes.n_layers):
-        facts.append(Fact(PUBLISHED_SIZES[name][2], f"the file's args: gpt_model {known.args['gpt_model']}"))
+        facts.append(
+            Fact(PUBLISHED_SIZES[name][2], f"the file's {known.args_under}: gpt_model {known.args['gpt_model']}")
+        )
     elif count := whole(known.args.get("n_head")):
-        facts.append(Fact(count, "the file's args: n_head"))
+        facts.append(Fact(count, f"the file's {known.args_under}: n_head"))
     return facts
 
 
@@ -146,9 +149,9 @@ def _grid_of_file(known: Evidence) -> list[Fact]:
     n = known.sizes.group_size
     if (table := _rotary(known.left)) is not None and (side := _side(table[0], n, (1, n))):
         facts.append(Fact((1, side, side), f"the file's freqs_cis {table}"))
-    facts += _grid_of_pixels(known.args, known.pixels_per_token, "the file's args")
+    facts += _grid_of_pixels(known.args, known.pixels_per_token, f"the file's {known.args_under}")
     if (tokens := whole(known.args.get("block_size"))) and (side := _side(tokens, n, (0, n - 1))):
-        facts.append(Fact((1, side, side), f"the file's args: block_size {tokens}"))
+        facts.append(Fact((1, side, side), f"the file's {known.args_under}: block_size {tokens}"))
     return facts
 
 
@@ -240,9 +243,9 @@ def check_said(known: Evidence, *, used: bool) -> None:
     that do not fit are a warning. A ``config.json`` of other sizes belongs to another model: it is not used.
     """
     path = known.path
-    _refuse_unknown_forms(path, known.sizes, known.args, "its args say")
+    _refuse_unknown_forms(path, known.sizes, known.args, f"its {known.args_under} say")
     if wrong := _other_sizes(known.sizes, known.args):
-        text = f"its args say {' and '.join(wrong)}"
+        text = f"its {known.args_under} say {' and '.join(wrong)}"
         if used:
             raise CheckpointError(
                 f"{path}: {text}; give the file of one training, or the state dict alone, or --heads and --grid, which "

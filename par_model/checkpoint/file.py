@@ -6,6 +6,7 @@ This module does not look at the tensors. Nothing in a pickle is ever run.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ WHOLE = ("model.safetensors", "pytorch_model.bin")
 ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 #: What trainers save beside the weights, in files with the same endings.
 BESIDE = ("optimizer", "scheduler", "scaler", "rng_state", "random_states", "training_args", "trainer_state")
+#: End of the name of one shard of several.
+SHARD = re.compile(r"-\d{1,5}-of-(\d{1,5})\.\w+$")
+#: What ``parvis train`` saves in the folder of a run: the second is the result, the first only to resume from.
+RUN = ["checkpoint.pt", "model.pt"]
 MOST_JSON_BYTES = 64 * 2**20
 MOST_HEADER_BYTES = 100 * 2**20  # of safetensors; its own reader allows no more either
 
@@ -39,7 +44,14 @@ def read(path: Path) -> dict[Any, Any]:
     """
     try:
         path = find(path)
-        return _read_sharded(path) if path.name.endswith(INDEXES) else _read_one(path)
+        if path.name.endswith(INDEXES):
+            return _read_sharded(path)
+        if (shard := SHARD.search(path.name)) is not None and int(shard.group(1)) > 1:
+            raise CheckpointError(
+                f"{path}: is one of {int(shard.group(1))} shards; give the folder that holds all of them and their "
+                f"index (...{INDEX} or ...{PICKLED_INDEX})"
+            )
+        return _read_one(path)
     except PermissionError as error:
         raise CheckpointError(
             f"{error.filename or path}: no permission to read it; change its permissions, or copy it"
@@ -80,12 +92,18 @@ def _in_folder(folder: Path) -> Path:
         [name for name in names if name.endswith(PICKLED_INDEX)],
         [name for name in names if name in (CONSOLIDATED, DEEPSPEED)],
         [name for name in WHOLE if name in ours][: 1 if set(ours) <= set(WHOLE) else None],
+        RUN[1:] if ours == RUN else [],
         ours,
     ):
         if len(choice) == 1:
             return folder / choice[0]
     if (why := folder_problem(folder)) is not None:
         raise CheckpointError(f"{folder}: {why}")
+    if ours and all(SHARD.search(name) for name in ours):
+        raise CheckpointError(
+            f"{folder}: holds shards ({some(ours)}) without their index; copy the file ...{INDEX} or "
+            f"...{PICKLED_INDEX} there too"
+        )
     if ours:
         raise CheckpointError(
             f"{folder}: expected a folder with one checkpoint, found {some(ours, 4)}; give the file itself"

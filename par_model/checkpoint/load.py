@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from par_model.checkpoint.beside import by_published_names
 from par_model.checkpoint.errors import CheckpointError
 from par_model.checkpoint.file import read
 from par_model.checkpoint.pickle import Arguments, plain
@@ -22,6 +23,8 @@ from par_model.checkpoint.weights import Kind, choose, named
 
 #: Buffers that old files hold and this package computes. Any other extra key is refused.
 DROPPED = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\..*")
+#: Names under which trainers save the numbers of the model, where they do not save ``args``.
+OTHER_ARGUMENTS = ("model_args", "model_config", "config", "hyper_parameters", "hparams", "cfg")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Checkpoint:
     left: dict[str, tuple[int, ...]] = field(
         default_factory=dict
     )  #: key -> shape of the tensors that :data:`DROPPED` drops
+    args_under: str = "args"  #: the name under which the file holds the arguments
     name: str | None = None  #: of the bundle that the weights were read from; only in such files
     defaults: dict[str, Any] = field(default_factory=dict)  #: sampling settings of that bundle, not checked
     kinds: tuple[Kind, ...] = ("model",)  #: which weights the file holds; the first are these
@@ -85,7 +89,8 @@ def open_checkpoint(path: str | Path, weights: Kind | None = None) -> Checkpoint
     content = read(path)
     chosen, others, notes = choose(path, content, weights)
     beside = content if named(content) else {}  # else the weights are the whole file
-    config, names, args = (beside.get(key) for key in ("config", "class_names", "args"))
+    config, names = plain(beside.get("config")), beside.get("class_names")
+    args_under, args = _arguments(beside)
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise CheckpointError(f"{path}: its class_names are not a list of names; give it without them")
     if (parts := content.get("mp_world_size")) not in (None, 1) and isinstance(parts, int):
@@ -108,15 +113,33 @@ def open_checkpoint(path: str | Path, weights: Kind | None = None) -> Checkpoint
     return Checkpoint(
         path,
         _MappedTensors(tensors),
-        plain(config),
+        config,
         names or None,
-        dict(args.values) if isinstance(args, Arguments) else plain(args),
+        args,
         left,
+        args_under=args_under,
         name=name if isinstance(name, str) else None,
         defaults=defaults,
         kinds=(kind, *others),
         notes=tuple(notes),
     )
+
+
+def _arguments(content: Mapping[Any, Any]) -> tuple[str, dict[str, Any]]:
+    """The arguments of a training, and the name under which a file holds them.
+
+    The published trainers save ``args``; others save the numbers of the model under a name of their own, and with
+    other names for some of them. The ``config`` of ``parvis train`` has a ``kind`` and is read as it is.
+    """
+    args = content.get("args")
+    if values := dict(args.values) if isinstance(args, Arguments) else plain(args):
+        return "args", values
+    for name in OTHER_ARGUMENTS:
+        found = content.get(name)
+        values = dict(found.values) if isinstance(found, Arguments) else plain(found)
+        if "kind" not in values and (values := by_published_names(values)):
+            return name, values
+    return "args", {}
 
 
 def _check_tensor(path: Path, key: str, tensor: Tensor) -> None:

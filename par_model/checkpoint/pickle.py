@@ -155,9 +155,19 @@ def _check_container(file: Path) -> None:
         )
 
 
+def in_parts(kind: str) -> str:
+    """What a file is whose tensors are of the class ``kind`` of torch.distributed, and what to do."""
+    return (
+        f"holds tensors in parts for several processes ({kind}); save the whole state dict in one file, with "
+        "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
+    )
+
+
 def _reason(file: Path, text: str) -> str:
     """The message of an error: torch's ``text`` in one line, with what to do."""
     name = re.search(r"unsupported global:? (?:GLOBAL )?([\w.<>-]+)", text, re.IGNORECASE)
+    if "DTensor" in text or (name and name.group(1).startswith("torch.distributed")):
+        return f"{file}: {in_parts(name.group(1) if name else 'DTensor')}"
     if name:
         return (
             f"{file}: holds something other than tensors and plain values ({name.group(1)}); it was not run; save the "

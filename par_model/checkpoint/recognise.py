@@ -41,6 +41,8 @@ MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"\x89PNG", "is a picture, not a checkpoint: give the .pt or .safetensors of the weights"),
     (b"\xff\xd8\xff", "is a picture, not a checkpoint: give the .pt or .safetensors of the weights"),
     (b"%PDF", "is a PDF document, not a checkpoint: give the .pt or .safetensors of the weights"),
+    (b"tjgg", f"is a GGML file of llama.cpp: {STATE_DICT} from the training's own checkpoint"),
+    (b"lmgg", f"is a GGML file of llama.cpp: {STATE_DICT} from the training's own checkpoint"),
     (b"ftrt", "is a plan of TensorRT: give the checkpoint that it was made from"),
     (b"ptrt", "is a plan of TensorRT: give the checkpoint that it was made from"),
 )
@@ -48,6 +50,8 @@ MAGIC: tuple[tuple[bytes, str], ...] = (
 ENDINGS: tuple[tuple[str, str], ...] = (
     (".onnx", "is an ONNX graph: give the PyTorch checkpoint that it was made from"),
     (".pb", "is a graph of TensorFlow, which holds no PAR model of PyTorch: give the .pt of the training"),
+    (".ckpt.index", "is a part of a checkpoint of TensorFlow: give the .pt of a training in PyTorch"),
+    (".ckpt.meta", "is a part of a checkpoint of TensorFlow: give the .pt of a training in PyTorch"),
     (".tflite", "is a model of TensorFlow Lite: give the .pt of the training"),
     (".msgpack", "is a checkpoint of Flax, which holds no PAR model of PyTorch: give the .pt of the training"),
     (".distcp", "is one rank's part of a checkpoint of torch.distributed: give its folder"),

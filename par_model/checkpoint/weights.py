@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from par_model.checkpoint.errors import CheckpointError, some
-from par_model.checkpoint.pickle import plain
+from par_model.checkpoint.pickle import in_parts, plain
 from par_model.checkpoint.recognise import content_problem
 
 Kind = Literal["model", "ema"]
@@ -118,6 +119,12 @@ def _by_module(path: Path, kind: Kind, under: str, weights: Mapping[str, Tensor]
     Lightning saves the state dict of a module that holds the model as an attribute, so all keys begin with its name.
     """
     keys = _plain_keys(path, {key: value for key, value in weights.items() if key != COUNTER})
+    for key in keys:
+        if type(weights[key]) not in (
+            Tensor,
+            Parameter,
+        ):  # a class of its own: its numbers are elsewhere
+            raise CheckpointError(f"{path}: {in_parts(type(weights[key]).__name__)} ({key[:80]})")
     # A view of each tensor, without the attributes that a pickle may have set on it.
     tensors = {short: Tensor.detach(weights[key]) for key, short in keys.items()}
     prefixes = sorted({key.removesuffix(a) for key in tensors for a in ANCHORS if key == a or key.endswith(f".{a}")})

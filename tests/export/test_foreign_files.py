@@ -149,6 +149,7 @@ def folder_of(folder: Path, names: list[str]) -> Path:
         (["adapter_model.safetensors", "adapter_model.bin"], "holds an adapter (LoRA), not a model"),
         (["0005000/consolidated.pth"], "holds no checkpoint itself, but {folder}/0005000 does; give that folder"),
         (["snapshots/0123/c2i_B_384.pt"], "holds no checkpoint itself, but {folder}/snapshots/0123 does"),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "without their index; copy"),
         (["a.pt", "b.safetensors"], "found a.pt, b.safetensors; give the file itself"),
         (["optimizer.pt", "rng_state_0.pth", "training_args.bin"], "found no .pt, .safetensors or index of shards"),
     ],
@@ -156,6 +157,17 @@ def folder_of(folder: Path, names: list[str]) -> Path:
 def test_folders(tmp_path: Path, refused: Callable[..., None], names: list[str], message: str) -> None:
     folder = folder_of(tmp_path / "f", names)
     refused(folder, message.replace("{folder}", str(folder)))
+
+
+def test_one_shard_of_several(tmp_path: Path, state: State, refused: Callable[..., None]) -> None:
+    save_file(state, str(tmp_path / "model-00001-of-00004.safetensors"))
+    refused(tmp_path / "model-00001-of-00004.safetensors", "is one of 4 shards; give the folder that holds all of them")
+
+
+def test_the_folder_of_a_run(tmp_path: Path, state: State, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"model": state, "config": CONFIG}, tmp_path / "model.pt")
+    torch.save({"model": state, "step": 3}, tmp_path / "checkpoint.pt")
+    assert inspected(tmp_path, capsys)["config"]["heads"] == "2 of 16 (the file's config)"
 
 
 def test_a_bundle_given_as_a_checkpoint(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

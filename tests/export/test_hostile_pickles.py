@@ -104,6 +104,14 @@ def archive(folder: Path, data: bytes, top: str = "a", method: int = zipfile.ZIP
     return folder / "c.pt"
 
 
+def test_tensors_in_parts(tmp_path: Path, refused: Callable[..., None]) -> None:
+    """Of FSDP's sharded state dicts; whether torch.distributed is imported or not."""
+    for name in ("torch.distributed._shard.sharded_tensor.api ShardedTensor", "torch.distributed.tensor DTensor"):
+        module, kind = name.split()
+        path = archive(tmp_path, f"\x80\x02c{module}\n{kind}\n)\x81.".encode("latin-1"))
+        refused(path, "in parts for several processes" if "Sharded" in name else "c.pt: ")
+
+
 def tensor(size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, key: str = "0", count: int = 4) -> Reduced:
     storage = StorageId("storage", torch.FloatStorage, key, "cpu", count)
     return Reduced(torch._utils._rebuild_tensor_v2, (storage, offset, size, stride, False, collections.OrderedDict()))

@@ -143,6 +143,21 @@ def test_arguments_are_read_from_the_file(tmp_path: Path, kind: type) -> None:
     assert infer(checkpoint).config == config
 
 
+@pytest.mark.parametrize("under", ["model_args", "config", "hyper_parameters"])
+def test_the_numbers_of_a_model_under_other_names(tmp_path: Path, under: str) -> None:
+    config = config_of(4, 8)
+    weights = {key: torch.zeros(tensor.shape) for key, tensor in state_of(config).items()}
+    numbers = {"hidden_size": 32, "num_attention_heads": 2, "block_size": 64, "lr": 1e-4, "grid": "8x8"}
+    numbers |= {} if under != "config" else {"grid": [1, 8, 8]}
+    torch.save({"state_dict": weights, under: numbers}, tmp_path / "c.pt")
+    inferred = infer(open_checkpoint(tmp_path / "c.pt"))
+    assert inferred.config == config
+    assert inferred.heads_from == f"the file's {under}: n_head"
+    torch.save({"state_dict": weights, under: numbers | {"hidden_size": 64}}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match=f"its {under} say dim 64, the weights have 32 as width"):
+        infer(open_checkpoint(tmp_path / "c.pt"))
+
+
 def test_the_config_of_a_run_is_checked(tmp_path: Path) -> None:
     weights = {key: torch.zeros(tensor.shape) for key, tensor in state_of(config_of(4, 8)).items()}
     good = {"n_heads": 2, "grid": (1, 8, 8), "order": "raster"}
