@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from par_runtime.bench.machine import Machine
+from par_runtime.checked import UNPRINTABLE, Mismatch, Value, load_json, read_regular, shown
 from par_runtime.errors import RequestError
 
 SCHEMA = 1
+#: Of a file of rows: bytes, samples of a row, characters of a text, and the largest number.
+LARGEST_FILE, MOST_SAMPLES, LONGEST_TEXT, LARGEST = 2**27, 10**6, 4000, 1e18
 ENOUGH = 5  #: repetitions; a row with fewer is marked
 ABOVE_BOUND, LIMITS_IN_DOUBT = "above bound", "limits in doubt"  #: marks of a bound that cannot be trusted
 INCOMPLETE = "incomplete"  #: the mark of a row that has fewer repetitions than were asked for
@@ -123,56 +126,101 @@ def to_json(row: Row) -> str:
     return json.dumps({"kind": "measured"} | asdict(row), allow_nan=False)
 
 
-def from_plain(plain: Mapping[str, Any]) -> Row:
-    """The row of a line's JSON object. Raises KeyError, TypeError, ValueError.
+def from_plain(plain: Any) -> Row:
+    """The row of a line's JSON value. Raises Mismatch, which names the column.
 
     Columns of a newer version are dropped; those that an older version did not have get their defaults.
     """
-    known = {field.name: plain[field.name] for field in fields(Row) if field.name in plain}
-    missing = [field.name for field in fields(Row) if field.name not in plain and field.default is MISSING]
-    if missing:
-        raise KeyError(missing[0])
-    if known.get("schema", SCHEMA) > SCHEMA:
-        raise ValueError(f"schema {known['schema']} is newer than {SCHEMA}; upgrade parvis")
-    for name in ("samples_ms", "grid", "excluded", "flags"):
-        known[name] = tuple(known[name])
-    if not known["samples_ms"] or not all(isinstance(v, (int, float)) for v in known["samples_ms"]):
-        raise ValueError("samples_ms is not a list of numbers")
+    if not isinstance(plain, dict):
+        raise Mismatch(f"{shown(plain)} is no object")
+    given = Value(plain)
+    schema = given.get("schema")
+    if schema is not None and schema.integer() > SCHEMA:
+        raise Mismatch(f"schema {shown(schema.value)} is newer than {SCHEMA}; upgrade parvis")
+    hints = get_type_hints(Row)
+    known: dict[str, Any] = {}
+    for field in fields(Row):
+        if field.name == "machine":
+            known["machine"] = _machine(given["machine"])
+        elif field.default is MISSING or field.name in given.object():
+            known[field.name] = _column(given[field.name], hints[field.name])
     if "pytorch" not in known:  # written before the column was: the backend is named "torch eager" or "torch compiled"
         known["pytorch"] = "torch" in known["backend"]
-    known["machine"] = Machine(**{f.name: known["machine"].get(f.name) for f in fields(Machine)})
-    return Row(**known)
+    row = Row(**known)
+    if len(row.grid) != 3:
+        given["grid"].refuse("three numbers")
+    if not row.samples_ms or not min(row.median_ms, *row.samples_ms) > 0:
+        given["samples_ms" if row.median_ms > 0 else "median_ms"].refuse("milliseconds above 0")
+    return row
+
+
+def _machine(given: Value) -> Machine:
+    """The machine of a row; what an older version did not have stays empty."""
+    given.object()
+    columns: dict[str, Any] = {}
+    for name, hint in get_type_hints(Machine).items():
+        value = given.get(name)
+        columns[name] = _column(value, hint) if value is not None else "" if hint is str else None
+    if columns["cores"] is None:
+        given["cores"].integer(1)
+    return Machine(**columns)
+
+
+def _column(given: Value, hint: Any) -> Any:
+    """``given``, checked against the type of its column. Raises Mismatch."""
+    kinds = get_args(hint) or (hint,)
+    if given.value is None and type(None) in kinds:
+        return None
+    if get_origin(hint) is tuple:
+        return tuple(_column(entry, kinds[0]) for entry in given.entries(0, MOST_SAMPLES))
+    if bool in kinds:
+        return given.boolean()
+    if float in kinds:
+        return given.number(0.0, LARGEST)
+    if int in kinds:
+        return given.integer(0, int(LARGEST))
+    text = given.value
+    if not isinstance(text, str) or len(text) > LONGEST_TEXT or UNPRINTABLE.search(text):
+        given.refuse(f"a text of at most {LONGEST_TEXT} printable characters")
+    return text
 
 
 def read(path: Path) -> list[Row]:
-    """The measured rows of a JSON lines file. Raises RequestError with the line's number, OSError."""
-    rows = []
+    """The measured rows of a JSON lines file. Raises RequestError, with the line's number where it is one line's fault.
+
+    Lines of another kind (predictions, the paper's rows) are passed over.
+    """
+    expected = "expected JSON lines, as 'parvis bench --json FILE' writes them"
+
+    def wrong(message: str) -> RequestError:
+        return RequestError(f"{message}; {expected}")
+
+    content = read_regular(path, LARGEST_FILE, wrong)
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path}: not text; expected JSON lines, as 'parvis bench --json FILE' writes them"
-        ) from error
-    for number, line in enumerate(text.splitlines(), 1):
+        raise wrong(f"{path}: not text") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        place = f"{path}, line {number}"
         try:
-            plain = json.loads(line)
-            if not isinstance(plain, dict):
-                raise ValueError(f"a {type(plain).__name__}, not an object")
-            if plain.get("kind", "measured") != "measured":
-                continue
-            rows.append(from_plain(plain))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = f"no column {error}" if isinstance(error, KeyError) else str(error)
-            raise RequestError(
-                f"{path}, line {number}: not a row of 'parvis bench' ({reason}); expected JSON lines, as --json FILE "
-                "writes them"
-            ) from error
+            plain = load_json(line, place, wrong)
+        except RequestError as error:
+            if number == len(lines):  # every line that is written whole ends with a line feed
+                raise wrong(
+                    f"{place}: the file ends in the middle of this line; remove it, or measure again"
+                ) from error
+            raise
+        try:
+            kind = Value(plain).get("kind")
+            if kind is None or kind.text() == "measured":
+                rows.append(from_plain(plain))
+        except Mismatch as error:
+            raise wrong(f"{place}: not a row of 'parvis bench' ({error})") from error
     if not rows:
-        raise RequestError(
-            f"{path}: holds no measured rows; expected JSON lines, as 'parvis bench --json FILE' writes them"
-        )
+        raise wrong(f"{path}: holds no measured rows")
     return rows
 
 

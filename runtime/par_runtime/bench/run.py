@@ -77,7 +77,7 @@ class BenchOptions:
     def checked(self) -> BenchOptions:
         """The options after every check that is possible before work begins. Raises RequestError, OSError."""
         options = self
-        if self.compare is not None and self.suite != "paper" and len(self.bundles) == 1 and self.bundles[0].is_file():
+        if self.compare is not None and len(self.bundles) == 1 and _is_of_rows(self.bundles[0]):
             options = replace(self, new=self.bundles[0], bundles=())
         elif not self.bundles and self.suite != "paper":
             raise RequestError(
@@ -107,6 +107,11 @@ class BenchOptions:
             if path != STANDARD_OUTPUT:
                 check_writable(path)
         return options
+
+
+def _is_of_rows(path: Path) -> bool:
+    """Whether a path that is given for a bundle is meant as a file of rows: no folder, but there, or named like one."""
+    return not path.is_dir() and (path.exists() or path.suffix in (".jsonl", ".json"))
 
 
 def run_bench(options: BenchOptions, progress: Progress, warn: Callable[[str], None], journal: Journal) -> Outcome:
