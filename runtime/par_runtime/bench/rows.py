@@ -131,8 +131,6 @@ def from_plain(plain: Any) -> Row:
 
     Columns of a newer version are dropped; those that an older version did not have get their defaults.
     """
-    if not isinstance(plain, dict):
-        raise Mismatch(f"{shown(plain)} is no object")
     given = Value(plain)
     schema = given.get("schema")
     if schema is not None and schema.integer() > SCHEMA:
@@ -214,6 +212,8 @@ def read(path: Path) -> list[Row]:
                 ) from error
             raise
         try:
+            if not isinstance(plain, dict):
+                raise Mismatch(f"{shown(plain)} is no object")
             kind = Value(plain).get("kind")
             if kind is None or kind.text() == "measured":
                 rows.append(from_plain(plain))
