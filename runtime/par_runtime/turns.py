@@ -77,7 +77,7 @@ class Turn:
 
         Python ends such a thread wherever it is, and where that is inside of ONNX Runtime, the process is aborted.
         """
-        if self._ending:
+        if self._ending and threading.current_thread() is not threading.main_thread():
             raise SystemExit("Python is ending")
 
     def end(self) -> None:

@@ -133,6 +133,33 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
     )
 
 
+def test_a_session_with_one_thread_is_shared_with_the_forked_process() -> None:
+    run(
+        "ONNX Runtime",
+        """
+from par_runtime import Pipeline
+pipeline = Pipeline.load(path, "cpu-ort", threads=1)
+wanted, session = made(pipeline), pipeline.backend._step
+def child():
+    same(pipeline)
+    assert pipeline.backend._step is session
+in_child(child)
+""",
+    )
+
+
+def test_a_decoder_that_was_not_used_before_the_fork() -> None:
+    run(
+        "ONNX Runtime",
+        """
+wanted = made(pipeline)
+other = load(path)
+other.generate(0, seed=1, decode=False)
+in_child(lambda: same(other))
+""",
+    )
+
+
 def test_a_forked_process_after_the_bundle_was_replaced(tmp_path: Path) -> None:
     """Sessions are made again, of what was loaded."""
     run(

@@ -204,3 +204,14 @@ def test_a_daemon_thread_that_generates_does_not_disturb_the_end_of_python() -> 
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", code, str(TINY)], capture_output=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_handler_at_the_end_of_python_may_still_generate_and_close() -> None:
+    code = (
+        "import atexit, sys\n"
+        "def last():\n    print(p.generate(0, seed=1).tokens.shape); p.close()\n"
+        "atexit.register(last)\n"
+        "from par_runtime import Pipeline; p = Pipeline.load(sys.argv[1], 'cpu')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(TINY)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 64)\n", "")
