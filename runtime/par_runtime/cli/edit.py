@@ -143,7 +143,9 @@ def _without_region(args: argparse.Namespace, bundle: Bundle, size: tuple[int, i
     recipe, image = png.read_any(args.image)
     found = _without_recipe(args, image) if recipe is None else _of_recipe(args, bundle, recipe, image)
     pixels = fit_image(found.image, size, args.fit)
-    return Original(pixels, np.zeros(size, bool), found.label, found.tokens, found.why), Beside.of(found.image)
+    return Original(pixels, np.zeros(size, bool), found.label, found.tokens, found.why), Beside.of(
+        found.image, image.size
+    )
 
 
 @dataclass(frozen=True)

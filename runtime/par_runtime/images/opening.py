@@ -29,6 +29,7 @@ MOST_FILE_BYTES = 2**30
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "TGA")
 EXPECTED = "expected PNG, JPEG, WebP, TIFF or the like"
 TIFF_BITS_PER_SAMPLE = 258
+BLACK_POINT_COMPENSATION = 0x2000  #: of LittleCMS; ImageCms has a name for it from Pillow 10.3 on
 SRGB_GAMMA = 0.45455  #: the gAMA entry of a PNG whose values are those of a screen
 
 
@@ -119,9 +120,13 @@ def _layers(name: str, image: Image.Image, own: bool = False) -> Opened:
     image.load()
     info, text = dict(image.info), dict(getattr(image, "text", {}))
     bits, is_png = _tiff_bits(image), image.format == "PNG"
-    with suppress(Exception):  # a broken EXIF entry says nothing about the picture
-        # Phones store the camera's angle beside the pixels.
-        image = (ImageOps.exif_transpose(image, in_place=True) or image) if own else ImageOps.exif_transpose(image)
+    if image.format != "TIFF":  # these are turned by loading them; older versions of Pillow would turn them twice
+        with suppress(Exception):  # a broken EXIF entry says nothing about the picture
+            # Phones store the camera's angle beside the pixels.
+            if own:
+                ImageOps.exif_transpose(image, in_place=True)
+            else:
+                image = ImageOps.exif_transpose(image)
     alpha = _alpha(image, info)
     if image.mode[:1] in ("I", "F"):
         image = _eight_bits(name, image, bits, is_png)
@@ -236,7 +241,7 @@ def _in_srgb(image: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
                     ImageCms.createProfile("sRGB"),
                     renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
                     outputMode="RGB",
-                    flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+                    flags=BLACK_POINT_COMPENSATION,  # type: ignore[arg-type]
                 )
                 assert converted is not None  # as it is not done in place
                 return converted

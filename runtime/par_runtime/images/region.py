@@ -52,11 +52,12 @@ class Beside:
 
     size: tuple[int, int]
     small: Image.Image
+    sheet: tuple[int, int] | None = None  #: the size of the whole sheet, where the photo is one of several images
 
     @staticmethod
-    def of(photo: Image.Image) -> Beside:
+    def of(photo: Image.Image, sheet: tuple[int, int] | None = None) -> Beside:
         """What is needed of ``photo``, which may be large: then it need not stay in memory beside a large mask."""
-        return Beside(photo.size, _small(photo))
+        return Beside(photo.size, _small(photo), sheet)
 
 
 def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -110,7 +111,7 @@ def region(
     name = "mask" if isinstance(named, Image.Image) else f"mask {named}"
     mask_image = opened(named)
     if photo is not None:
-        _check_shape(name, mask_image.color.size, photo.size, size)
+        _check_shape(name, mask_image.color.size, photo, size)
     drawn, taken = _drawn(name, mask_image, mask_from, photo)
     if extrema(drawn)[1] < 128:
         raise RequestError(
@@ -178,8 +179,14 @@ def keep_mask(
 # -- masks ------------------------------------------------------------------------------------------------------------
 
 
-def _check_shape(name: str, mask: tuple[int, int], photo: tuple[int, int], size: tuple[int, int]) -> None:
+def _check_shape(name: str, mask: tuple[int, int], beside: Beside, size: tuple[int, int]) -> None:
     """Raise RequestError where a mask (width, height) would not lie on the photo as it was drawn."""
+    photo = beside.size
+    if mask == beside.sheet != photo:
+        raise RequestError(
+            f"{name} is {mask[0]}x{mask[1]} pixels, as the whole sheet; the image is {photo[0]}x{photo[1]}: draw the "
+            "mask over that image alone"
+        )
     skew = mask[0] * photo[1] / (mask[1] * photo[0])
     # One pixel more or less comes from rounding, in a smaller copy of the photo.
     if abs(skew - 1) > 0.01 + 1 / min(mask) and mask != (size[1], size[0]):

@@ -158,6 +158,18 @@ def test_one_image_cut_out_of_a_sheet_has_its_tokens(
     assert "its images cannot be told apart; crop the one that you want" in capsys.readouterr().err
 
 
+def test_a_mask_over_the_whole_sheet_is_no_mask_of_one_image(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four images in a square have the shape of one."""
+    sheet, mask = tmp_path / "sheet.png", tmp_path / "mask.png"
+    assert run("generate", tiny, "--label", 0, "--count", 4, "--seed", 7, "--out", sheet, "--quiet") == 0
+    Image.new("L", (32, 32), 255).save(mask)
+    edit = ("edit", sheet, "--which", 1, "--bundle", tiny, "--change", mask, "--out", tmp_path / "e.png")
+    assert run(*edit) == 2
+    assert "as the whole sheet; the image is 16x16: draw the mask over that image alone" in capsys.readouterr().err
+
+
 def test_redo_says_that_pasted_pixels_were_changed(
     tiny: Path, one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

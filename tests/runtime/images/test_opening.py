@@ -84,10 +84,12 @@ def test_palettes_with_transparency(tmp_path: Path) -> None:
 
 
 def test_one_transparent_grey_of_a_png_with_16_bits(tmp_path: Path) -> None:
-    image = Image.fromarray(np.array([[0, 40000]], np.uint16))
-    values = through(image, tmp_path / "a.png", transparency=40000)
-    np.testing.assert_array_equal(values[0, :, 0], [0, 255])
-    np.testing.assert_array_equal(np.asarray(opened(tmp_path / "a.png").alpha), [[255, 0]])
+    path = tmp_path / "a.png"
+    data = png16(0, [struct.pack(">2H", 0, 40000)], 2)
+    at = data.index(b"IDAT") - 4
+    path.write_bytes(data[:at] + chunk(b"tRNS", struct.pack(">H", 40000)) + data[at:])
+    np.testing.assert_array_equal(array(open_image(path))[0, :, 0], [0, 255])
+    np.testing.assert_array_equal(np.asarray(opened(path).alpha), [[255, 0]])
 
 
 @pytest.mark.parametrize(
@@ -128,10 +130,11 @@ def test_a_dark_png_of_16_bits_is_dark(tmp_path: Path) -> None:
     np.testing.assert_array_equal(values[0, :, 0], [0, 3])
 
 
-def png16(color_type: int, rows: list[bytes], width: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
+
+def png16(color_type: int, rows: list[bytes], width: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, len(rows), 16, color_type, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -158,6 +161,20 @@ def test_the_first_of_several_frames(tmp_path: Path) -> None:
         options = {"lossless": True} if name.endswith("webp") else {}
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
         np.testing.assert_array_equal(array(open_image(tmp_path / name))[0, 0], [255, 0, 0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_in_every_format(tmp_path: Path, orientation: int) -> None:
+    image = Image.effect_noise((32, 16), 90).convert("RGB")
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    image.save(tmp_path / "a.tif", exif=exif)
+    wanted = array(open_image(tmp_path / "a.png"))
+    assert wanted.shape[:2] == ((16, 32) if orientation < 5 else (32, 16))
+    with Image.open(tmp_path / "a.png") as png, Image.open(tmp_path / "a.tif") as tif:
+        for source in (tmp_path / "a.tif", png, tif):
+            np.testing.assert_array_equal(array(open_image(source)), wanted)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
