@@ -38,7 +38,7 @@ from par_model.ordering import phases, token_order
 from par_runtime import __version__
 from par_runtime.bundle import MANIFEST, SCHEMA, WEIGHTS, seal
 from par_runtime.checked import Mismatch, Value, shown
-from par_runtime.dtypes import DTYPE, FLOAT32_MAX
+from par_runtime.dtypes import DTYPE, FLOAT32_MAX, MOST_GUIDANCE
 from par_runtime.manifest import MOST_CLASS_NAME, MOST_NAME, check
 from par_runtime.system import peak_bytes, sha256
 
@@ -347,7 +347,7 @@ def write_graphs(
 
 def _check_defaults(defaults: Mapping[Any, Any], where: str) -> None:
     """Raise ExportError for what are no sampling settings; ``where`` begins the message."""
-    ranges = {"guidance": FLOAT32_MAX, "temperature": FLOAT32_MAX, "top_k": 2.0**53, "top_p": 1.0}
+    ranges = {"guidance": MOST_GUIDANCE, "temperature": FLOAT32_MAX, "top_k": 2.0**53, "top_p": 1.0}
     for name, value in defaults.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ExportError(f"{where}default {str(name)[:80]!r} is a {type(value).__name__}; expected a number")

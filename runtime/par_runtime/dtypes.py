@@ -22,6 +22,9 @@ BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 #: dtype -> the numpy type that holds its bits; numpy itself has no bf16.
 STORAGE: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+#: Beyond, ``(cond - uncond) * guidance / temperature`` could leave fp32. Far below, the guided logits are only the
+#: difference, so a larger scale would change nothing.
+MOST_GUIDANCE = 1e20
 #: precision -> how far rounding alone may move a logit, relative to the largest |logit|. The error of a broken engine
 #: is several times as large.
 LOGIT_ROUNDING = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}

@@ -22,7 +22,7 @@ from itertools import pairwise
 from typing import Any
 
 from par_runtime.checked import MOST_NESTED, UNPRINTABLE, Mismatch, Value, shown
-from par_runtime.dtypes import BYTES, FLOAT32_MAX, STORAGE, dtype_bytes
+from par_runtime.dtypes import BYTES, FLOAT32_MAX, MOST_GUIDANCE, STORAGE, dtype_bytes
 
 #: What is read of a manifest at most: fifty times the largest that is written (3B, 144 calls).
 MOST_BYTES = 8 * 2**20
@@ -31,6 +31,7 @@ WEIGHTS = "weights.data"
 MOST_GRAPH_BYTES = 64 * 2**20
 MOST_FILES = 32  #: hashed together in a few seconds
 MOST_TEXT, MOST_NAME, MOST_CLASS_NAME = 4096, 200, 1000  #: characters of any text, of a name, of a class's names
+MOST_CLASS_NAMES = 2**20  #: characters of all; a label is compared with each name
 GRAPHS = ("step", "group")  #: that every bundle has; others are asked for by whoever needs them
 MATRICES = ("wqkv", "wo", "w13", "w2")  #: of a layer
 NORMS = ("attention_norm", "ffn_norm")  #: of a layer
@@ -69,7 +70,7 @@ def check(manifest: Any) -> None:
 
 def check_defaults(d: Value) -> None:
     """The sampling settings of requests that give none: the ranges that ``request.py`` accepts."""
-    d["guidance"].number(0, FLOAT32_MAX)
+    d["guidance"].number(0, MOST_GUIDANCE)
     d["temperature"].number(0, FLOAT32_MAX)
     d["top_k"].integer()
     d["top_p"].number(0, 1)
@@ -309,13 +310,14 @@ def _check_tokenizer(m: Value, vocab_size: int, files: Mapping[str, int]) -> Non
 
 
 def _check_class_names(names: Value, n_classes: int) -> None:
-    for entry in names.entries(n_classes, n_classes):
-        entry.text(MOST_CLASS_NAME)
+    total = sum(len(entry.text(MOST_CLASS_NAME)) for entry in names.entries(n_classes, n_classes))
+    if total > MOST_CLASS_NAMES:
+        names.refuse(f"at most {MOST_CLASS_NAMES} characters (it has {total})")
 
 
 def _check_selftest(selftest: Value, s: Mapping[str, int], n_tokens: int) -> None:
     """Labels and the tokens of their greedy images; empty in bundles of random weights."""
     labels = selftest["labels"].integers(0, s["n_classes"] - 1)
-    selftest["guidance"].number(0, FLOAT32_MAX)
+    selftest["guidance"].number(0, MOST_GUIDANCE)
     for image in selftest["tokens"].entries(len(labels), len(labels)):
         image.integers(0, s["vocab_size"] - 1, n_tokens)

@@ -14,14 +14,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.arguments import given, is_truth, number, truth, whole
 from par_runtime.bundle import Bundle
-from par_runtime.dtypes import FLOAT32_MAX, ByValue
+from par_runtime.dtypes import FLOAT32_MAX, MOST_GUIDANCE, ByValue
 from par_runtime.errors import RequestError
 
 SEED_LIMIT = 2**64
-NAMES_SHOWN = 8
-#: Beyond, ``(cond - uncond) * guidance / temperature`` could leave fp32. Far below, the guided logits are only the
-#: difference, so a larger scale would change nothing.
-MOST_GUIDANCE = 1e20
+NAMES_SHOWN, NAME_SHOWN = 8, 100  #: of classes in a message, and characters of each
+NAMES_COMPARED = 50_000  #: with an unknown label, which takes a second
 MOST_CODES = 2**63 - 1  #: top_k reaches the graphs as int64
 MOST_IMAGES = 2**20  #: of one request
 
@@ -116,7 +114,8 @@ def class_index(bundle: Bundle, label: int | str) -> int:
         folded = [_folded(name) for name, _ in known]
         matching = sorted({i for name, (_, i) in zip(folded, known, strict=True) if name == wanted})
         if len(matching) > 1:  # ImageNet has two cranes
-            each = " and ".join(f"{i} ({_distinct_name(bundle, i)})" for i in matching)
+            more = f" and {len(matching) - NAMES_SHOWN} more" if len(matching) > NAMES_SHOWN else ""
+            each = " and ".join(f"{i} ({_distinct_name(bundle, i)})" for i in matching[:NAMES_SHOWN]) + more
             or_synset = "" if bundle.class_synsets is None else " or the synset"
             raise RequestError(f"label {label!r} names classes {each}; give the index{or_synset}")
         if matching:
@@ -125,13 +124,12 @@ def class_index(bundle: Bundle, label: int | str) -> int:
         return class_index(bundle, int(label))
     if names is None:
         raise RequestError(f"label {label!r}: this bundle has no class names; give an index 0..{count - 1}")
-    matches = difflib.get_close_matches(wanted, dict.fromkeys(folded), 4, 0.5)  # each once: ImageNet has two cranes
-    close = [known[folded.index(match)][0] for match in matches]
+    several = dict.fromkeys(folded[:NAMES_COMPARED])  # each once: ImageNet has two cranes
+    close = [_cut(known[folded.index(match)][0]) for match in difflib.get_close_matches(wanted, several, 4, 0.5)]
     if close:
         raise RequestError(f"unknown label {label!r}; did you mean {', '.join(close)}? (or an index 0..{count - 1})")
-    shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if count > NAMES_SHOWN else "")
-    if count <= 2 * NAMES_SHOWN:
-        shown = ", ".join(names)
+    most = count if count <= 2 * NAMES_SHOWN else NAMES_SHOWN
+    shown = ", ".join(map(_cut, names[:most])) + (", ..." if count > most else "")
     raise RequestError(f"unknown label {label!r}; this model has {count} classes: {shown} (or an index 0..{count - 1})")
 
 
@@ -140,7 +138,12 @@ def _distinct_name(bundle: Bundle, index: int) -> str:
     assert bundle.class_names is not None
     name = bundle.class_names[index]
     unique = bundle.class_names.count(name) == 1
-    return name if unique or bundle.class_synsets is None else f"{name}, {bundle.class_synsets[index]}"
+    return _cut(name) if unique or bundle.class_synsets is None else f"{_cut(name)}, {bundle.class_synsets[index]}"
+
+
+def _cut(name: str) -> str:
+    """The name of a class for a message."""
+    return name if len(name) <= NAME_SHOWN else name[: NAME_SHOWN - 3] + "..."
 
 
 def _folded(name: str) -> str:

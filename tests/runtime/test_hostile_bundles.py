@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from par_runtime.cli import inspect
 from par_runtime.cost.architecture import Architecture
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.pipeline import Pipeline
+from par_runtime.request import class_index
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 
@@ -187,7 +189,7 @@ CASES: list[tuple[Change, str]] = [
     (put("name", "x" * 10**7), "10013236 bytes; expected at most 8388608"),
     (put("name", "x" * 10**6), "holds the text 'xxx.*"),
     (put("name", "\ud800"), "not valid JSON"),
-    (put("defaults/guidance", 1e300), "defaults.guidance is 1e\\+300; expected a number from 0 to 3.403e\\+38"),
+    (put("defaults/guidance", 1e300), "defaults.guidance is 1e\\+300; expected a number from 0 to 1e\\+20"),
     (put("defaults/top_k", 2.5), "defaults.top_k is 2.5; expected a whole number from 0"),
     (put("defaults/top_p", -1), "defaults.top_p is -1; expected a number from 0 to 1"),
     (put("defaults/guidance_interval", -2), "defaults.guidance_interval is -2; expected a whole number from -1"),
@@ -276,6 +278,23 @@ def test_weights_that_memory_does_not_hold(device: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(sessions, "available_bytes", lambda: 10**7)
     with pytest.raises(BundleError, match=r"demo: its weights take 0\.0[12] GB, 0\.01 GB of memory are free"):
         Pipeline.load(DEMO, device)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["otter"] * 50_000, r"names classes 0 \(otter\) and .* and 49992 more; give the index"),
+        (["x" * 1000] * 10, r"this model has 10 classes: x{97}\.\.\., x"),
+        ([f"otter {'y' * 900}"] * 10, r"this model has 10 classes: otter y+\.\.\., otter"),
+    ],
+    ids=range(3),
+)
+def test_a_label_among_names_made_to_fill_the_screen(tiny: Path, names: list[str], message: str) -> None:
+    bundle = Bundle.open(tiny)
+    many = replace(bundle, class_names=tuple(names), model=dict(bundle.model) | {"n_classes": len(names)})
+    with pytest.raises(RequestError, match=message) as caught:
+        class_index(many, "otter")
+    assert len(str(caught.value)) < 2000
 
 
 VERBS = [
