@@ -25,6 +25,7 @@ from par_runtime.errors import how_to_install
 EXTRAS: dict[str, tuple[str, ...]] = {
     "cpu": ("onnxruntime",),
     "cpu,export": ("torch", "onnx", "safetensors", "huggingface_hub", "par_export", "par_model"),
+    "completion": ("shtab",),
     "build,tensorrt-rtx": ("onnx", "ml_dtypes", "par_export"),
 }
 
@@ -59,6 +60,9 @@ VERBS = {
     ),
     "labels": Verb("par_runtime.cli.labels", "list the classes of a bundle, or search them"),
     "doctor": Verb("par_runtime.cli.doctor", "what runs on this machine, what does not, and what to install"),
+    "completion": Verb(
+        "par_runtime.cli.completion", "a script for your shell, which completes all this", ("completion",)
+    ),
     "verify": Verb("par_runtime.cli.verify", "compare two backends on a bundle: logits, tokens, images"),
     "export": Verb(
         "par_export.cli.export", "turn a checkpoint into a bundle, checked against PyTorch", ("cpu", "cpu,export")

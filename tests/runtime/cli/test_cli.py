@@ -332,6 +332,30 @@ def test_what_is_misspelt_is_named_with_what_was_meant(
     assert error.count("\n") == 1
 
 
+def test_the_shells_know_every_verb_and_option(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="needs shtab: pip install '.[completion]'")
+    for shell in ("bash", "zsh"):
+        assert run("completion", shell) == 0
+        script = capsys.readouterr().out
+        for word in (*cli.VERBS, "--guidance-interval", "--encoder-for", "--cache-gb"):
+            assert word in script, (shell, word)
+    assert run("completion", "fish") == 2
+    assert "invalid choice: 'fish'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="needs shtab: pip install '.[completion]'")
+    run("completion", "bash")
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    line = (
+        "source ./script; COMP_WORDS=(parvis generate demo --guid); COMP_CWORD=3; _shtab_parvis parvis --guid demo; "
+        'echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["--guidance", "--guidance-interval"]
+
+
 def test_help_is_a_verb_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("help") == 0
     assert "\nverbs:\n" in capsys.readouterr().out
