@@ -225,6 +225,8 @@ class Pipeline:
         seeds = image_seeds(len(classes), seed, seeds)
         function("on_step", on_step)
         function("on_preview", on_preview)
+        if preview_every is None and on_preview is not None:
+            raise RequestError("on_preview needs preview_every, the number of calls between two previews")
         if preview_every is not None:
             preview_every = whole("preview_every", preview_every, 1, None, ", a number of calls")
             if on_preview is None or self.bundle.image_size is None:

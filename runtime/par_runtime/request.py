@@ -241,19 +241,19 @@ def _integral(name: str, value: Any, least: int, most: int, expected: str) -> in
 
 
 def first_seed(seed: int | None) -> int:
-    """The seed of the first image: ``seed``, or a random one."""
-    return int(np.random.default_rng().integers(2**32)) if seed is None else seed
+    """The seed of the first image: ``seed``, or a random one. Raises RequestError."""
+    return int(np.random.default_rng().integers(2**32)) if seed is None else _seed(seed)
 
 
 def image_seeds(images: int, seed: int | None, seeds: Sequence[int] | None) -> list[int]:
-    """One seed per image: ``seeds``, or ``seed``, ``seed + 1``, ...; a random first seed if neither is given.
+    """One seed per image: ``seeds``, or ``seed``, ``seed + 1``, ... (0 follows the largest, 2**64-1).
 
-    Raises RequestError.
+    If neither is given, the first one is random. Raises RequestError.
     """
     if seed is not None and seeds is not None:
         raise RequestError("both seed and seeds were given; give one of them")
     if seeds is None:
-        first = _seed(first_seed(seed))
+        first = first_seed(seed)
         return [(first + i) % SEED_LIMIT for i in range(images)]
     entries = several("seeds", seeds)
     if entries is None:

@@ -149,6 +149,7 @@ def test_load_takes_what_is_a_path_a_number_or_a_truth() -> None:
         ({"preview_every": 2.5, "on_preview": print}, r"^preview_every 2\.5: expected 1 or more, a number of calls"),
         ({"preview_every": 0, "on_preview": print}, "^preview_every 0: expected 1 or more"),
         ({"preview_every": 2, "on_preview": "show"}, "^on_preview 'show': expected a function, not a str$"),
+        ({"on_preview": print}, "^on_preview needs preview_every, the number of calls"),
         ({"on_step": 5}, "^on_step 5: expected a function, not a int$"),
         ({"decode": "yes"}, "^decode 'yes': expected True or False$"),
         ({"decode": None}, "^decode None: expected"),
@@ -282,6 +283,15 @@ def test_images_per_label(pipeline: Pipeline) -> None:
     assert (made.tokens == wanted.tokens).all()
     assert (pipeline.generate("otter", images_per_label=3, seed=5, guidance=[1, 2, 3]).tokens == made.tokens[:3]).all()
     refuses("^2 seeds for 6 images", lambda: pipeline.generate(["otter", 0], images_per_label=3, seeds=[1, 2]))
+
+
+def test_the_seed_after_the_largest_is_zero(pipeline: Pipeline, tmp_path: Path) -> None:
+    wanted = pipeline.generate([0, 0], seeds=[2**64 - 1, 0])
+    assert (pipeline.generate([0, 0], seed=2**64 - 1).tokens == wanted.tokens).all()
+    saved = tmp_path / "tokens.npy"
+    options = ["--label", "0", "--count", "2", "--seed", str(2**64 - 1), "--tokens", str(saved), "--quiet"]
+    assert main(["generate", str(TINY), *options, "--out", str(tmp_path / "out.png")]) == 0
+    assert (np.load(saved) == wanted.tokens).all()
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from par_runtime.images.recipe import check as recipe_check
 from par_runtime.images.recipe import pixel_hash
 from par_runtime.images.region import MASK_FROM, REGION, Beside, kept_tokens, parse_box, region
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import class_index, first_seed
+from par_runtime.request import class_index, first_seed, image_seeds
 from par_runtime.result import Result, default_columns
 from par_runtime.tokenizer import Tokenizer
 
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
-            seeds=[first + i for i in range(args.count)],
+            seeds=image_seeds(args.count, first, None),
             greedy=args.greedy,
             guidance_interval=args.guidance_interval,
             on_step=bar,

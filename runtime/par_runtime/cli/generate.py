@@ -30,7 +30,7 @@ from par_runtime.cli.outputs import (
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import first_seed
+from par_runtime.request import first_seed, image_seeds
 from par_runtime.result import Result
 from par_runtime.system import check_folder_writable, check_writable
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     # Images run label by label; several guidance scales repeat all of them, with the same seeds.
     scales = len(args.guidance or [None])
     labels = [c for c in classes for _ in range(args.count)]
-    seeds = [first + i for i in range(len(labels))]
+    seeds = image_seeds(len(labels), first, None)
     guidance = None if args.guidance is None else [s for s in args.guidance for _ in labels]
     columns = args.columns or sheet_columns(len(classes), args.count, scales)
 
