@@ -21,6 +21,8 @@ from par_runtime.checked import UNPRINTABLE, Mismatch, Value, load_json, read_re
 from par_runtime.errors import RequestError
 
 SCHEMA = 1
+#: Of an interval of a ratio: how often samples are drawn again, its part of the results, the samples that it needs.
+RESAMPLES, MIDDLE, FEWEST = 2000, 0.95, 3
 #: Of a file of rows: bytes, samples of a row, characters of a text, and the largest number.
 LARGEST_FILE, MOST_SAMPLES, LONGEST_TEXT, LARGEST = 2**27, 10**6, 4000, 1e18
 ENOUGH = 5  #: repetitions; a row with fewer is marked
@@ -109,6 +111,21 @@ def quantile(values: Sequence[float], q: float) -> float:
 def spread(values: Sequence[float]) -> float:
     """The interquartile range."""
     return quantile(values, 0.75) - quantile(values, 0.25)
+
+
+def ratio_interval(old: Sequence[float], new: Sequence[float], random: np.random.Generator) -> tuple[float, float]:
+    """Between which values the ratio of medians, new over old, lies: the middle 95 % of what resampling gives.
+
+    0 and infinity where one of them has fewer than :data:`FEWEST` samples.
+    """
+    if min(len(old), len(new)) < FEWEST:
+        return 0.0, math.inf
+    middles = []
+    for values in (old, new):
+        samples = np.asarray(values)
+        middles.append(np.median(samples[random.integers(0, len(samples), (RESAMPLES, len(samples)))], axis=1))
+    low, high = np.quantile(middles[1] / middles[0], [(1 - MIDDLE) / 2, (1 + MIDDLE) / 2])
+    return float(low), float(high)
 
 
 def few_repetitions(samples: Sequence[float], phase: str) -> tuple[str, ...]:

@@ -88,10 +88,8 @@ class BenchOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name} {value}: expected 1 or more")
-        if self.threads is not None and self.threads > available_cores():
-            raise RequestError(
-                f"--threads {self.threads}: this process may use {available_cores()} cores; expected no more than these"
-            )
+        if self.threads is not None and self.threads > available_cores():  # they would wait for each other
+            options = replace(options, threads=available_cores())
         if not self.minutes > 0:
             raise RequestError(f"--minutes {self.minutes:g}: expected more than 0")
         if self.fail_above is not None and (self.compare is None or not self.fail_above > 0):

@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
         if not options.quiet:
             print(f"parvis: {text}", file=sys.stderr)
 
+    if options.threads != args.threads:
+        warn(f"--threads {args.threads}: reduced to {options.threads}, the cores that this process may use")
     journal = Journal(None if options.json == output.STANDARD_OUTPUT else options.json, warn)
     try:
         with progress_line(options.quiet) as progress:

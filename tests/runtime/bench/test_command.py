@@ -19,6 +19,7 @@ from par_runtime.bench.run import short_names
 from par_runtime.bench.subjects.base import PHASES
 from par_runtime.bundle import Bundle
 from par_runtime.cli.dispatch import main
+from par_runtime.system import available_cores
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +171,6 @@ def test_fail_above_passes_a_row_of_one_sample(tmp_path: Path) -> None:
         (["TINY", "--repetitions", "0"], "--repetitions 0: expected 1 or more"),
         (["TINY", "--minutes", "0"], "--minutes 0: expected more than 0"),
         (["TINY", "--threads", "-1"], "--threads -1: expected 1 or more"),
-        (["TINY", "--threads", "100000"], "--threads 100000: this process may use"),
         (["TINY", "--json", "a.txt", "--csv", "a.txt"], "--json, --csv and --html name one file twice"),
         (["TINY", "--suite", "fast"], "argument --suite: invalid choice: 'fast'"),
         (
@@ -207,6 +207,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in printed
     assert printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_threads_than_cores_are_reduced_with_a_warning(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", str(tiny), "--threads", "100000", "--repetitions", "1", "--json", "-", "--device", "cpu"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert {row["threads"] for row in lines(printed.out)} == {available_cores()}
+    assert printed.err == (
+        f"parvis: --threads 100000: reduced to {available_cores()}, the cores that this process may use\n"
+    )
 
 
 def test_a_path_that_cannot_be_written_is_an_error_before_anything_is_measured(

@@ -14,7 +14,7 @@ from par_runtime.bench.bounds import bound_flags, with_bounds
 from par_runtime.bench.limits import Limits
 from par_runtime.bench.report import page, text
 from par_runtime.bench.report import paper as paper_report
-from par_runtime.bench.report.advice import advice
+from par_runtime.bench.report.advice import advice, part_of
 from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines, ticks
 from par_runtime.bench.report.words import speed
 from par_runtime.bench.rows import Row
@@ -56,7 +56,7 @@ UNSURE = "measured while the machine was busy, in all of 2 measurements: other p
 @pytest.mark.parametrize(
     ("rows", "kind", "sentence"),
     [
-        (against(20, 0.1, 80), "bandwidth-bound", "at 88% of the bound as measured: bandwidth-bound"),
+        (against(20, 0.1, 80), "bandwidth-bound", "at 88 % of the bound as measured: bandwidth-bound"),
         (against(20, 0.1, 80, UNSURE), "near both limits", "The limits are in doubt, so either may be the nearer one."),
         (
             against(20, 0.079, 80),
@@ -65,7 +65,7 @@ UNSURE = "measured while the machine was busy, in all of 2 measurements: other p
         ),
         (against(20, 0.04, 160, UNSURE), "compute-bound", "compute-bound"),  # twice as long as reading
         # Measured beside a neighbour that left half of the arithmetic: without it, the row is bandwidth-bound.
-        (against(20, 0.045, 94, UNSURE), "unknown", "at 127% of the bound as measured: above it"),
+        (against(20, 0.045, 94, UNSURE), "unknown", "at 127 % of the bound as measured: above it"),
         (against(10, 10, 80), "unknown", "no limit is named; run it again on a quiet machine"),
     ],
 )
@@ -106,11 +106,11 @@ def test_a_row_above_its_bound_says_so_wherever_it_is_shown() -> None:
 def test_an_image_that_is_mostly_decoding_says_so() -> None:
     rows = against(20, 10, 80)
     image = rows[-1]
-    decoder = replace(image, phase="decoder", median_ms=20_000.0)
-    found = advice([*rows[:-1], decoder, replace(image, median_ms=32_000.0)])
+    decoder = replace(image, phase="decoder", median_ms=20_000.0, samples_ms=(20_000.0,) * 5)
+    found = advice([*rows[:-1], decoder, replace(image, median_ms=32_000.0, samples_ms=(32_000.0,) * 5)])
     assert found is not None
     assert found.kind == "decoder-bound"
-    assert "62% of an image's time is its decoding" in found.text
+    assert "62 % of an image's time is its decoding" in found.text
 
 
 def test_a_host_that_is_slow_says_so() -> None:
@@ -177,10 +177,31 @@ def test_bundles_are_compared_with_n1_of_their_own_precision() -> None:
     assert out.count("PAR-L fp16, n = 4: fp16 is 14.00 times as fast as fp16 n1") == 1
 
 
+def test_parts_of_an_image_are_of_the_same_repetition() -> None:
+    """Medians of parts can add up to more than the median of the whole."""
+    image = one_row([10.0, 10.0, 10.0])
+    steps = [one_row([9.0, 1.0, 9.0], phase="group"), one_row([1.0, 9.0, 0.5], phase="transition")]
+    assert part_of(steps, image) == pytest.approx(1.0)
+    assert part_of([one_row([5.0], phase="group")], image) == pytest.approx(0.5)
+
+
+def test_a_ratio_that_the_samples_do_not_show_says_so() -> None:
+    noisy = one_row([60.0, 90.0, 100.0, 140.0, 200.0])
+    eager = one_row([70.0, 95.0, 104.0, 120.0, 190.0], label="eager", pytorch=True, backend="torch eager")
+    (line,) = text.ratios([noisy, eager])
+    assert line == ("parvis is 1.04 times as fast as eager (100 ms against 104 ms; the samples do not tell them apart)")
+
+
+def test_subjects_whose_calls_read_from_different_caches_have_their_own_bandwidth() -> None:
+    rows = [*against(20, 10, 80), *against(20, 10, 90, label="b"), *against(30, 10, 80, label="c")]
+    assert "limits    20 GB/s (parvis, b), 30 GB/s (c), 10 TFLOP/s (measured: by hand)" in text.about(rows)
+
+
 def test_a_doubt_names_its_phases_where_not_all_have_it() -> None:
     rows = [one_row([1.0] * 5, phase="group"), replace(one_row([1.0] * 5), flags=("busy: x",))]
     assert text.doubts(rows) == ["parvis (image): busy: x"]
     assert text.doubts(rows[1:]) == ["parvis: busy: x"]
+    assert text.doubts([*rows[1:], replace(rows[1], label="b")]) == ["parvis, b: busy: x"]
 
 
 @pytest.mark.parametrize(

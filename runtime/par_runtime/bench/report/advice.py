@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from par_runtime.bench.report.words import ms
-from par_runtime.bench.rows import ABOVE_BOUND, LIMITS_IN_DOUBT, Row
+from par_runtime.bench.report.words import ms, share
+from par_runtime.bench.rows import ABOVE_BOUND, LIMITS_IN_DOUBT, Row, median
 from par_runtime.bench.subjects.base import MODEL_PHASES
 
 #: One limit is named where it takes this many times as long as the other; more where they are in doubt.
@@ -46,39 +46,39 @@ def advice(rows: Sequence[Row]) -> Advice | None:
     reached = sum(row.bound_ms or 0.0 for row in steps) / took
     decoder, copy = by.get("decoder"), by.get("copy")
     what = (
-        f"{image.label}: {took / image.median_ms:.0%} of an image's time is the model's {image.calls} calls, "
+        f"{image.label}: {share(part_of(steps, image))} of an image's time is the model's {image.calls} calls, "
         f"most of it {main.phase}"
     )
     if decoder is not None and decoder.median_ms > took:
         return Advice(
             image.label,
             "decoder-bound",
-            f"{image.label}: {decoder.median_ms / image.median_ms:.0%} of an image's time is its decoding, which a "
+            f"{image.label}: {share(part_of([decoder], image))} of an image's time is its decoding, which a "
             "larger n does not shorten; decode in the background of the next batch, or take a smaller decoder",
         )
     if copy is not None and copy.median_ms > 0.25 * image.median_ms:
         return Advice(
             image.label,
             "launch-bound",
-            f"{image.label}: {copy.median_ms / image.median_ms:.0%} of an image's time passes between calls, on the "
+            f"{image.label}: {share(part_of([copy], image))} of an image's time passes between calls, on the "
             "host; a larger batch or a larger n shares it among more tokens",
         )
     if ABOVE_BOUND in main.marks or reached > 1:
         return Advice(
             image.label,
             "unknown",
-            f"{what}, at {reached:.0%} of the bound as measured: above it. The limit was measured too low, most likely "
-            "while other processes ran, so no limit is named; run it again on a quiet machine",
+            f"{what}, at {share(reached)} of the bound as measured: above it. The limit was measured too "
+            "low, most likely while other processes ran, so no limit is named; run it again on a quiet machine",
         )
     if reached < NEAR:
         held_up = ", unless other processes held it up" if "busy" in main.marks else ""
         return Advice(
             image.label,
             "launch-bound",
-            f"{what}, at {reached:.0%} of the bound as measured: launch-bound{held_up}; neither reading weights nor "
+            f"{what}, at {share(reached)} of the bound as measured: launch-bound{held_up}; neither reading weights nor "
             f"multiplying explains the time. {_launch_levers(image)}",
         )
-    start = f"{what}, at {reached:.0%} of the bound as measured: "
+    start = f"{what}, at {share(reached)} of the bound as measured: "
     read_ms, multiply_ms = times_by_limit(main)
     if multiply_ms and max(read_ms, multiply_ms) < min(read_ms, multiply_ms) * _apart(main):
         calls = main.calls or 1
@@ -93,6 +93,14 @@ def advice(rows: Sequence[Row]) -> Advice | None:
     kind = f"{main.bound_by}-bound"
     lever = _bandwidth_levers(image) if main.bound_by == "bandwidth" else _compute_levers(image)
     return Advice(image.label, kind, f"{start}{kind}. {lever}")
+
+
+def part_of(rows: Sequence[Row], image: Row) -> float:
+    """The part of an image's time that ``rows`` take: the median over repetitions, since medians do not add up."""
+    if any(len(row.samples_ms) != len(image.samples_ms) for row in rows):
+        return sum(row.median_ms for row in rows) / image.median_ms
+    parts = [sum(times) for times in zip(*(row.samples_ms for row in rows), strict=True)]
+    return median([part / whole for part, whole in zip(parts, image.samples_ms, strict=True)])
 
 
 def times_by_limit(row: Row) -> tuple[float, float]:

@@ -15,11 +15,7 @@ import numpy as np
 
 from par_runtime.bench.report.text import aligned
 from par_runtime.bench.report.words import ms
-from par_runtime.bench.rows import Row
-
-RESAMPLES = 2000
-MIDDLE = 0.95
-FEWEST = 3  #: samples that an interval needs; with fewer it is 0 to infinity
+from par_runtime.bench.rows import Row, ratio_interval
 
 
 @dataclass(frozen=True)
@@ -105,14 +101,7 @@ def compare(old: Sequence[Row], new: Sequence[Row], seed: int = 0) -> Comparison
 
 def pair(old: Row, new: Row, random: np.random.Generator) -> Pair:
     """The ratio of two rows and its interval."""
-    if min(len(old.samples_ms), len(new.samples_ms)) < FEWEST:
-        return Pair(old, new, new.median_ms / old.median_ms, 0.0, float("inf"))
-    middles = []
-    for row in (old, new):
-        samples = np.asarray(row.samples_ms)
-        middles.append(np.median(samples[random.integers(0, len(samples), (RESAMPLES, len(samples)))], axis=1))
-    low, high = np.quantile(middles[1] / middles[0], [(1 - MIDDLE) / 2, (1 + MIDDLE) / 2])
-    return Pair(old, new, new.median_ms / old.median_ms, float(low), float(high))
+    return Pair(old, new, new.median_ms / old.median_ms, *ratio_interval(old.samples_ms, new.samples_ms, random))
 
 
 def describe(row: Row) -> str:

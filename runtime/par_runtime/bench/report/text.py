@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+
 from par_runtime.bench.report.advice import advice
 from par_runtime.bench.report.words import ms, number, percent, size, speed
-from par_runtime.bench.rows import Row, columns
+from par_runtime.bench.rows import Row, columns, ratio_interval
 from par_runtime.cost.data_sheets import Prediction
 
 HEAD = (
@@ -82,10 +84,15 @@ def about(rows: Sequence[Row]) -> list[str]:
         )
     bounded = [row for row in rows if row.read_gb_s is not None]
     whole = [row for row in bounded if row.phase in ("image", "throughput")]
-    out += dict.fromkeys(
-        f"limits    {row.read_gb_s:.3g} GB/s, {number(row.matrix_tflop_s) or 'unknown'} TFLOP/s ({row.limits_from})"
-        for row in whole or bounded
-    )
+    limits: dict[tuple[float | None, str], dict[str, list[str]]] = {}
+    for row in whole or bounded:  # what a call reads may fit a cache for one subject, and not for another
+        labels = limits.setdefault((row.matrix_tflop_s, row.limits_from), {}).setdefault(
+            f"{row.read_gb_s:.3g} GB/s", []
+        )
+        labels += [row.label] if row.label not in labels else []
+    for (tflop_s, how), rates in limits.items():
+        read = ", ".join(r if len(rates) == 1 else f"{r} ({', '.join(labels)})" for r, labels in rates.items())
+        out.append(f"limits    {read}, {number(tflop_s) or 'unknown'} TFLOP/s ({how})")
     guided = "guided, two rows an image" if first.guided else "unguided"
     excluded = sorted({text for row in rows for text in row.excluded})
     out.append(f"images    {guided}; {first.sampling}; not included: {', '.join(excluded)}")
@@ -102,15 +109,15 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def doubts(rows: Sequence[Row]) -> list[str]:
-    """Every reason to doubt rows once, after the subject and, where it is not of all its rows, the phases."""
-    out = []
+    """Every reason to doubt rows once, after its subjects and, where it is not of all their rows, the phases."""
+    out: dict[str, list[str]] = {}
     for label, flag in dict.fromkeys((row.label, flag) for row in rows for flag in row.flags):
         mine = [row for row in rows if row.label == label]
         marked = list(dict.fromkeys(row.phase for row in mine if flag in row.flags))
         of_batches = {row.phase for row in mine} - {"load", "first_preview", "copy"}
         where = "" if of_batches and of_batches <= set(marked) else f" ({', '.join(marked)})"
-        out.append(f"{label}{where}: {flag}")
-    return out
+        out.setdefault(flag, []).append(f"{label}{where}")
+    return [f"{', '.join(subjects)}: {flag}" for flag, subjects in out.items()]
 
 
 def bundle_names(rows: Sequence[Row]) -> list[str]:
@@ -142,10 +149,14 @@ def ratios(rows: Sequence[Row]) -> list[str]:
         pairs += [(row, other) for other in images if other.hash == row.hash and _is_baseline(other, row)]
     alone = [row for row in ours[1:] if all(row not in pair for pair in pairs)]
     pairs += [(ours[0], row) for row in alone]
-    return [
-        f"{a.label} {speed(a.median_ms, b.median_ms)} {b.label} ({ms(a.median_ms)} against {ms(b.median_ms)})"
-        for a, b in pairs
-    ]
+    random = np.random.default_rng(0)
+    out = []
+    for a, b in pairs:
+        low, high = ratio_interval(b.samples_ms, a.samples_ms, random)
+        unsure = "; the samples do not tell them apart" if 0 < low <= 1 <= high else ""
+        times = f"{ms(a.median_ms)} against {ms(b.median_ms)}"
+        out.append(f"{a.label} {speed(a.median_ms, b.median_ms)} {b.label} ({times}{unsure})")
+    return out
 
 
 def engine(row: Row) -> tuple[object, ...]:

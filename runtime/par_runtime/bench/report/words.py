@@ -38,3 +38,8 @@ def percent(value: float | None) -> str:
     if value is None:
         return ""
     return f"above ({value:.0f} %)" if round(value) > 100 else f"{value:.0f} %"
+
+
+def share(part: float) -> str:
+    """A part of a whole in percent."""
+    return f"{100 * part:.0f} %"
