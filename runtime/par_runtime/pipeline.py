@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL.Image import Image
 
 from par_runtime.arguments import choice, cpu_threads, folder, function, number, truth, whole
 from par_runtime.backends.base import Backend, MakesImages
@@ -27,6 +26,7 @@ from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import RequestError
 from par_runtime.forks import tell_of_forks
+from par_runtime.images.opening import Picture
 from par_runtime.images.photo import Fit, Pictures
 from par_runtime.images.region import MaskFrom, Named, keep_mask
 from par_runtime.known import Known, given_tokens, known_tokens, sequence_array, sequence_tokens
@@ -312,7 +312,7 @@ class Pipeline:
         keep: Named | None = None,
         fit: Fit = "crop",
         mask_from: MaskFrom = "auto",
-        photo: str | Path | Image | None = None,
+        photo: Picture | None = None,
     ) -> NDArray[np.bool_]:
         """Which tokens stay, bool [h,w] of the token grid, for ``generate(keep=)``: all but those of ``change``, or
         those of ``keep``. A token stays where all of its pixels do.

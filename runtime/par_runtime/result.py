@@ -113,7 +113,7 @@ class Result:
         the file appears whole or not at all. Raises RequestError, OSError.
         """
         images = self._pixels()
-        if not isinstance(path, (str, os.PathLike)):
+        if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
             raise RequestError(f"path {shown(path)}: expected the name of a file, as str or Path")
         path = Path(path)
         if path.suffix.lower() != ".png" and not path.is_dir():

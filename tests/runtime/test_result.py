@@ -107,6 +107,7 @@ def test_saving_what_or_where_it_cannot_be(three: Result, tmp_path: Path) -> Non
         (None, "path None: expected the name of a file"),
         (io.BytesIO(), "path <_io.BytesIO"),
         (5, "path 5: expected the name of a file"),
+        ("a\0.png", "path 'a.x00.png': expected the name of a file"),
     ):
         with pytest.raises(RequestError, match=message):
             three.save(path)  # type: ignore[arg-type]

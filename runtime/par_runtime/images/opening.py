@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from par_runtime.checked import shown, why_not_regular
@@ -24,6 +25,8 @@ from par_runtime.errors import RequestError
 
 #: The most pixels of a picture that is read or written: what Pillow opens without a warning. Takes up to 0.7 GB.
 MOST_PIXELS = 89_478_485
+#: A picture as a caller has it: a path, a PIL image, or an array uint8 [H,W,3].
+Picture: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 MOST_FILE_BYTES = 2**30
 #: Readers that are kept well, and run nothing (Pillow gives EPS files to Ghostscript).
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "TGA")
@@ -54,23 +57,31 @@ class Opened:
         return out
 
 
-def open_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
-    """``source``, a path or a PIL image, as RGB: upright, white where transparent. Errors as :func:`opened`."""
+def open_image(source: Picture) -> Image.Image:
+    """``source`` as RGB: upright, white where transparent. Errors as :func:`opened`."""
     return opened(source).on_white()
 
 
-def opened(source: str | os.PathLike[str] | Image.Image) -> Opened:
-    """Open a path, or take a PIL image; of several frames the first (of a PIL image: the one that it shows).
+def opened(source: Picture) -> Opened:
+    """Open a path, or take a PIL image or uint8 [H,W,3]; of several frames the first (of a PIL image: its current).
 
     Upright by its EXIF entry, in sRGB where it has a usable colour profile. Raises RequestError; FileNotFoundError and
     other OSErrors of the path itself.
     """
     if isinstance(source, Image.Image):
         return _guarded("the PIL image", source, own=False)
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,):
+        return _guarded("the array", Image.fromarray(source), own=False)
+    if not isinstance(source, (str, os.PathLike)):
+        raise RequestError(
+            f"picture {shown(source)}: expected a path, a PIL image (of bytes: PIL.Image.open(io.BytesIO(data))), or "
+            "an array uint8 [H,W,3]"
+        )
     path = Path(source)
     why = why_not_regular(path)
     if why is not None and why != "missing":
-        raise RequestError(f"{path}: {why}; give the path of a picture, {EXPECTED}")
+        name = str(path) if len(str(path)) <= 1000 and str(path).isprintable() else shown(str(path))
+        raise RequestError(f"{name}: {why}; give the path of a picture, {EXPECTED}")
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)

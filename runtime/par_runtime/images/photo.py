@@ -27,12 +27,11 @@ def to_pixels(source: Pictures, size: tuple[int, int], fit: Fit = "crop") -> NDA
     another size is fitted as in :func:`fit_image`; photos are turned upright, and put on white where transparent.
     Raises RequestError, OSError.
     """
-    if fit not in FITS:
-        raise RequestError(f"fit {shown(fit)}: expected crop or stretch")
+    check_fit(fit)
     if _is_one(source):
         return _one(source, size, fit)[None]
     if not hasattr(source, "__array__"):
-        if not isinstance(source, Iterable):
+        if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, dict)) or hasattr(source, "read"):
             raise _no_picture(shown(source), size)
         each = list(source)
         if all(_is_one(one) for one in each):
@@ -44,6 +43,12 @@ def to_pixels(source: Pictures, size: tuple[int, int], fit: Fit = "crop") -> NDA
     if batch.shape[1:3] == size:
         return batch
     return np.stack([_one(one, size, fit) for one in batch]) if len(batch) else np.zeros((0, *size, 3), np.uint8)
+
+
+def check_fit(fit: object) -> None:
+    """Raise RequestError where ``fit`` is none of :data:`FITS`."""
+    if fit not in FITS:
+        raise RequestError(f"fit {shown(fit)}: expected {' or '.join(FITS)}")
 
 
 def _is_one(source: Pictures) -> bool:
@@ -73,7 +78,7 @@ def _as_array(source: Pictures, size: tuple[int, int]) -> NDArray[Any]:
 def _no_picture(given: str, size: tuple[int, int]) -> RequestError:
     return RequestError(
         f"images have {given}; expected uint8 [{size[0]}, {size[1]}, 3], or a batch of such images; or of any size: "
-        "paths, PIL images or arrays uint8 [H,W,3], one or a list"
+        "paths, PIL images (of bytes: PIL.Image.open(io.BytesIO(data))) or arrays uint8 [H,W,3], one or a list"
     )
 
 

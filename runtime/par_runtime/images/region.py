@@ -23,8 +23,8 @@ from PIL import Image
 from par_runtime.checked import shown
 from par_runtime.dtypes import ByValue
 from par_runtime.errors import RequestError
-from par_runtime.images.opening import Opened, extrema, open_image, opened
-from par_runtime.images.photo import Fit, fit_image
+from par_runtime.images.opening import Opened, Picture, extrema, open_image, opened
+from par_runtime.images.photo import Fit, check_fit, fit_image
 
 #: What :func:`region` takes.
 Named: TypeAlias = str | Path | Image.Image | NDArray[np.bool_]
@@ -89,6 +89,7 @@ def region(
     or bool [H,W]. A mask image is fitted as the ``photo`` is, so that a mask drawn over the photo marks the same part
     of it; it has the photo's shape, or ``size``. Raises RequestError, OSError.
     """
+    check_fit(fit)
     if isinstance(named, np.ndarray):
         if named.dtype != np.bool_ or named.shape != size:
             raise RequestError(
@@ -161,7 +162,7 @@ def keep_mask(
     keep: Named | None = None,
     fit: Fit = "crop",
     mask_from: MaskFrom = "auto",
-    photo: str | Path | Image.Image | None = None,
+    photo: Picture | None = None,
 ) -> NDArray[np.bool_]:
     """Which tokens [h,w] of ``grid`` stay, where the region ``change`` is made anew, or the region ``keep`` stays.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,10 @@ def test_every_form_gives_the_same_pixels(path: Path) -> None:
         [[WIDE], [WIDE, WIDE]],
         [WIDE, WIDE.astype(int)],
         [1, 2],
+        b"\x89PNG",
+        io.BytesIO(b"\x89PNG"),
+        {"a.png": 1},
+        [b"\x89PNG"],
     ],
     ids=lambda bad: str(getattr(bad, "shape", bad))[:20],
 )
@@ -76,6 +81,14 @@ def test_which_tokens_stay(tmp_path: Path) -> None:
     for named in ("right", "8,0,16,16", pixels, tmp_path / "mask.png", Image.open(tmp_path / "mask.png")):
         np.testing.assert_array_equal(keep_mask(SIZE, (8, 8), keep=named), right)
         np.testing.assert_array_equal(keep_mask(SIZE, (8, 8), change=named), ~right)
+    for beside in (tmp_path / "mask.png", Image.new("RGB", (16, 16)), np.zeros((32, 32, 3), np.uint8)):
+        assert keep_mask(SIZE, (8, 8), keep=tmp_path / "mask.png", photo=beside).sum() == 32
+    for bad in (5, np.zeros((16, 16), np.uint8), b"x", "a\0b", "x" * 10_000):
+        with pytest.raises(RequestError) as caught:
+            keep_mask(SIZE, (8, 8), keep="left", photo=bad)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 300
+    with pytest.raises(RequestError, match="fit 'pad': expected crop or stretch"):
+        keep_mask(SIZE, (8, 8), keep="left", fit="pad")  # type: ignore[arg-type]
     for both in ({}, {"keep": "left", "change": "left"}):
         with pytest.raises(RequestError, match="give one of change="):
             keep_mask(SIZE, (8, 8), **both)  # type: ignore[arg-type]
