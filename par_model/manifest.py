@@ -74,7 +74,7 @@ def tokenizer_from_manifest(manifest: Mapping[str, Any]) -> VQConfig | None:
         _check_sizes([value for name, value in config.items() if name != "channel_multipliers"])
         _check_sizes(config.get("channel_multipliers", ()))
         return VQConfig(**config)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ManifestError(_malformed(error)) from error
     except ValueError as error:  # of VQConfig
         raise ManifestError(f"{error}; export the bundle again") from error

@@ -24,7 +24,7 @@ from typing import Any
 from par_runtime.checked import MOST_NESTED, UNPRINTABLE, Mismatch, Value, shown
 from par_runtime.dtypes import BYTES, FLOAT32_MAX, MOST_GUIDANCE, STORAGE, dtype_bytes
 
-#: What is read of a manifest at most: fifty times the largest that is written (3B, 144 calls).
+#: What is read of a manifest at most. Those that are written have tens of kilobytes, with 48 layers some hundreds.
 MOST_BYTES = 8 * 2**20
 WEIGHTS = "weights.data"
 #: ONNX files hold no weights; that many bytes are always hashed.

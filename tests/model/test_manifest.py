@@ -246,10 +246,11 @@ def test_any_value_is_one_short_line(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [10**18, -1, True, "x" * 10**6, None, [10**18], [1.5], [None] * 10**5])
-@pytest.mark.parametrize("name", ["channels", "channel_multipliers", "res_blocks"])
+@pytest.mark.parametrize("name", ["channels", "channel_multipliers", "res_blocks", "config"])
 def test_any_value_of_a_tokenizer_is_one_short_line(name: str, value: Any) -> None:
     manifest = manifest_of(config_of(4), VQConfig())
-    manifest["tokenizer"]["config"][name] = value
+    tokenizer = manifest["tokenizer"]
+    (tokenizer if name == "config" else tokenizer["config"])[name] = value
     with pytest.raises(ManifestError) as raised:
         tokenizer_from_manifest(manifest)
     assert len(str(raised.value)) < 500
