@@ -78,7 +78,7 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     _check_text("name", request.name or request.out.name, MOST_NAME)
     checkpoint = open_checkpoint(request.checkpoint, request.weights)
     name, defaults = _name_and_defaults(request, checkpoint, say)
-    opened = None if request.tokenizer is None else _open_tokenizer(request.tokenizer, request.weights)
+    opened = None if request.tokenizer is None else _open_tokenizer(request, request.tokenizer, checkpoint)
     vq_file, vq = opened or (None, None)
     inferred = infer(
         checkpoint, heads=request.heads, grid=request.grid, pixels_per_token=None if vq is None else vq.downsampling
@@ -135,17 +135,22 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     return request.out
 
 
-def _open_tokenizer(path: Path, weights: Kind | None) -> tuple[Checkpoint, VQConfig]:
+def _open_tokenizer(request: ExportRequest, path: Path, checkpoint: Checkpoint) -> tuple[Checkpoint, VQConfig]:
     """The tokenizer at ``path``. A file with one set of weights has it taken, whatever the transformer's file holds.
 
     Raises CheckpointError.
     """
     try:
-        file = open_checkpoint(path, weights)
+        file = open_checkpoint(path, request.weights)
     except CheckpointError:
         file = open_checkpoint(path)
         if len(file.kinds) > 1:
             raise
+    if "tok_embeddings.weight" in file.tensors and "quantize.embedding.weight" in checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.path} is a tokenizer and {path} is a model; swap them: --checkpoint {path} --tokenizer "
+            f"{checkpoint.path}"
+        )
     return file, vq_config(file)
 
 

@@ -194,6 +194,7 @@ def test_tokenizers_that_do_not_belong_to_the_model(
     torch.save(wide, tmp_path / "v.pt")
     for checkpoint, tokenizer, message in (
         (vq, vq, "this is an image tokenizer: give it as --tokenizer"),
+        (vq, model, f"{vq} is a tokenizer and {model} is a model; swap them: --checkpoint {model} --tokenizer {vq}"),
         (model, model, "this is a PAR model: give it as --checkpoint"),
         (tmp_path / "c.pt", vq, "makes a token of 2x2 pixels, the model's args say downsample_size 16"),
         (model, tmp_path / "v.pt", "decoder.conv_out.weight has shape (3, 32, 5, 5); expected (3, 32, 3, 3)"),

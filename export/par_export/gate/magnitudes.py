@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from par_export.errors import ParityError
 from par_export.fp16 import FP16_ALLOWED, QUANTITIES, REASON
-from par_model.transformer import Block, rotate
+from par_model.transformer import Block
 from par_model.vq import AttnBlock, ResBlock
 
 
@@ -29,7 +29,7 @@ class Largest:
 
     def add(self, quantity: str, place: str, x: Tensor) -> None:
         """Take the numbers of ``x`` into account."""
-        low, high = (float(value) for value in torch.aminmax(x))
+        low, high = float(x.amin()), float(x.amax())  # many times faster than torch.aminmax
         largest = max(-low, high) if low <= high else math.nan  # no comparison with NaN is true
         here = self.values.setdefault(quantity, {})
         so_far = here.get(place, 0.0)
@@ -42,17 +42,25 @@ class Largest:
         def seen(quantity: str) -> Callable[..., None]:
             return lambda _module, _inputs, output: self.add(quantity, place, output)
 
-        def qkv(module: nn.Module, _inputs: object, output: Tensor) -> None:
+        turn = torch.complex(cos, sin)[:, None]  # [N,1,D/2], over [N,H,D/2]
+        visible = mask.float()
+
+        def turned(part: Tensor) -> Tensor:  # the rotary embedding of [N,H,D], as [H,N,D]
+            pairs = torch.view_as_complex(part.unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * turn).flatten(-2).transpose(0, 1)
+
+        def qkv(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             attention = layer.attention
-            parts = output.unflatten(-1, (3, attention.n_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
-            for name, part in zip("qkv", parts, strict=True):
+            columns = torch.stack((output.flatten(0, 1).amin(0), output.flatten(0, 1).amax(0)))  # [2,3d]
+            for name, part in zip("qkv", columns.chunk(3, -1), strict=True):
                 self.add(name, place, part)
-            for q, k in zip(parts[0], parts[1], strict=True):  # one row at a time: scores are [H,q,keys]
-                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            for row in output:  # one at a time: scores are [H,N,N]
+                q, k, _ = row.unflatten(-1, (3, attention.n_heads, attention.head_dim)).unbind(1)
+                q, k = turned(q), turned(k)
                 self.add("q", place, q)
                 self.add("k", place, k)
                 scores = (q * attention.head_dim**-0.5) @ k.transpose(-1, -2)
-                self.add("scores", place, scores.masked_fill_(~mask, 0.0))
+                self.add("scores", place, scores.mul_(visible))
 
         hooks = [
             layer.attention_norm.register_forward_hook(seen("norm")),
