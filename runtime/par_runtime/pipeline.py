@@ -208,6 +208,8 @@ class Pipeline:
         Raises RequestError on a bad value, before any work.
         """
         classes = class_indices(self.bundle, labels)
+        if not classes:
+            raise RequestError("no labels were given; give at least one class index or name")
         most = MOST_IMAGES // len(classes)
         repeat = whole("images_per_label", images_per_label, 1, most, f" for {MOST_IMAGES} images")
         classes = [index for index in classes for _ in range(repeat)]

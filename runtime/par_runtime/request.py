@@ -88,10 +88,7 @@ def _plain(value: Any) -> Any:
 def class_indices(bundle: Bundle, labels: Any) -> list[int]:
     """The classes of ``labels``, which is one label or a list of one per image. Raises RequestError."""
     entries = several("labels", labels)
-    classes = [class_index(bundle, label) for label in ([_plain(labels)] if entries is None else entries)]
-    if not classes:
-        raise RequestError("no labels were given; give at least one class index or name")
-    return classes
+    return [class_index(bundle, label) for label in ([_plain(labels)] if entries is None else entries)]
 
 
 def class_index(bundle: Bundle, label: int | str) -> int:

@@ -186,7 +186,8 @@ def test_bad_arguments_of_the_other_methods(pipeline: Pipeline) -> None:
             pipeline.encode(bad)
         with pytest.raises(RequestError):
             pipeline.score(bad, 0)
-    refuses("^no labels were given", lambda: pipeline.score(tokens, []))
+    refuses("^tokens have shape", lambda: pipeline.score(tokens, []))
+    assert pipeline.score(tokens[:0], []).shape == (0, 64)
     refuses("^label None", lambda: pipeline.score(tokens, None))  # type: ignore[arg-type]
     for seconds in ("a", None, -1, float("nan"), True):
         refuses("^seconds .*: expected a number of seconds, 0 or more", lambda s=seconds: pipeline.selftest(s))
