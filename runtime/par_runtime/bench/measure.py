@@ -21,7 +21,7 @@ from par_runtime import __version__
 from par_runtime.bench import machine
 from par_runtime.bench.gpu import Gpu
 from par_runtime.bench.machine import Machine, Watch
-from par_runtime.bench.rows import INCOMPLETE, Row, few_repetitions, median, quantile, spread
+from par_runtime.bench.rows import INCOMPLETE, Row, few_repetitions, median, percent_in, quantile, spread
 from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES, Sample, Subject, SubjectInfo
 from par_runtime.cost.work import Work, decoder_work, image_work, phase_work
 from par_runtime.tokenizer import CHUNK_PIXELS
@@ -236,20 +236,12 @@ def summarize(flags: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     count = Counter(kind for each in flags for kind in {flag.split(":")[0] for flag in each})
     for flag in (flag for each in flags for flag in each):
         kind, _, text = flag.partition(": ")
-        worst[kind] = max(worst.get(kind, ""), text, key=lambda t: (_percent(t), len(t)))
+        worst[kind] = max(worst.get(kind, ""), text, key=lambda t: (percent_in(t), len(t)))
     of = len(flags)
     return tuple(
         f"{kind}: {text}" if kind == "debug" else f"{kind}: in {count[kind]} of {of}, {text}"
         for kind, text in worst.items()
     )
-
-
-def _percent(text: str) -> float:
-    before = text.partition(" %")[0].split()
-    try:
-        return float(before[-1])
-    except (IndexError, ValueError):
-        return 0.0
 
 
 def make_row(

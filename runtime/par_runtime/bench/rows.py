@@ -128,6 +128,15 @@ def ratio_interval(old: Sequence[float], new: Sequence[float], random: np.random
     return float(low), float(high)
 
 
+def percent_in(text: str) -> float:
+    """The first percentage in a flag; 0 where it has none."""
+    before = text.partition(" %")[0].split()
+    try:
+        return float(before[-1])
+    except (IndexError, ValueError):
+        return 0.0
+
+
 def few_repetitions(samples: Sequence[float], phase: str) -> tuple[str, ...]:
     """The flag of a row with fewer than :data:`ENOUGH` repetitions; a bundle is loaded once, whatever was asked for."""
     if phase == ONCE or len(samples) >= ENOUGH:

@@ -84,6 +84,14 @@ class BenchOptions:
                 "no bundle was given; expected one or more folders made by 'parvis export', --suite paper (which "
                 "needs none), or --compare OLD.jsonl NEW.jsonl"
             )
+        for option, given, suites in (
+            ("--batches", self.batches, ("batch", "decoder", "serve")),
+            ("--sizes", self.sizes, ("paper",)),
+            ("--no-eager", self.no_eager, ("paper",)),
+            ("--against", self.against, tuple(suite for suite in SUITES if suite != "paper")),
+        ):
+            if given and self.suite not in suites:
+                raise RequestError(f"{option} is for --suite {' or '.join(suites)}, and means nothing to {self.suite}")
         for name in ("images", "repetitions", "threads", "requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -314,7 +322,9 @@ def _run_paper(
     def finish(made: Sequence[Row]) -> Outcome:
         limits = gauge.limits()
         bounded = with_bounds(made, infos, limits)
-        placed = paper.paper_rows(bounded, left_out, limits.get(key), name, options.guided)
+        allowed = limits.get(key)
+        device = f"{name} (limits in doubt: {allowed.doubt})" if allowed is not None and allowed.doubt else name
+        placed = paper.paper_rows(bounded, left_out, allowed, device, options.guided)
         return with_comparison(Outcome(bounded, predicted, placed))
 
     journal.finish = finish

@@ -16,7 +16,7 @@ from par_runtime.bench.report import page, text
 from par_runtime.bench.report import paper as paper_report
 from par_runtime.bench.report.advice import advice, part_of
 from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines, ticks
-from par_runtime.bench.report.words import speed
+from par_runtime.bench.report.words import number, speed
 from par_runtime.bench.rows import Row
 from par_runtime.bench.suites import paper
 from par_runtime.cost.data_sheets import predictions
@@ -195,6 +195,19 @@ def test_a_ratio_that_the_samples_do_not_show_says_so() -> None:
 def test_subjects_whose_calls_read_from_different_caches_have_their_own_bandwidth() -> None:
     rows = [*against(20, 10, 80), *against(20, 10, 90, label="b"), *against(30, 10, 80, label="c")]
     assert "limits    20 GB/s (parvis, b), 30 GB/s (c), 10 TFLOP/s (measured: by hand)" in text.about(rows)
+
+
+def test_the_worst_of_several_disturbances_is_said() -> None:
+    flags = [f"busy: in 1 of 1, other processes took {share} % of the CPU time" for share in (9, 70, 30)]
+    loads = [replace(one_row([1.0] * 5, phase="serve"), flags=(flag,)) for flag in flags]
+    assert text.doubts(loads) == ["parvis: busy: in 1 of 1, other processes took 70 % of the CPU time"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(1580.0, "1580"), (41.27, "41.3"), (0.00123, "0.00123"), (2e-5, "<0.001"), (0.0, "0")]
+)
+def test_numbers_have_no_exponent(value: float, shown: str) -> None:
+    assert number(value) == shown
 
 
 def test_a_doubt_names_its_phases_where_not_all_have_it() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from par_runtime.bench.report.advice import advice
 from par_runtime.bench.report.words import ms, number, percent, size, speed
-from par_runtime.bench.rows import Row, columns, ratio_interval
+from par_runtime.bench.rows import Row, columns, percent_in, ratio_interval
 from par_runtime.cost.data_sheets import Prediction
 
 HEAD = (
@@ -109,14 +109,23 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def doubts(rows: Sequence[Row]) -> list[str]:
-    """Every reason to doubt rows once, after its subjects and, where it is not of all their rows, the phases."""
+    """Every reason to doubt rows once, after its subjects and, where it is not of all their rows, the phases.
+
+    Of what disturbed a subject's rows to different degrees, the worst.
+    """
     out: dict[str, list[str]] = {}
-    for label, flag in dict.fromkeys((row.label, flag) for row in rows for flag in row.flags):
+    for label in dict.fromkeys(row.label for row in rows):
         mine = [row for row in rows if row.label == label]
-        marked = list(dict.fromkeys(row.phase for row in mine if flag in row.flags))
-        of_batches = {row.phase for row in mine} - {"load", "first_preview", "copy"}
-        where = "" if of_batches and of_batches <= set(marked) else f" ({', '.join(marked)})"
-        out.setdefault(flag, []).append(f"{label}{where}")
+        flags = list(dict.fromkeys(flag for row in mine for flag in row.flags))
+        for kind in dict.fromkeys(flag.split(":")[0] for flag in flags):
+            of_kind = [flag for flag in flags if flag.split(":")[0] == kind]
+            worst = [max(of_kind, key=percent_in)] if kind in ("busy", "throttled") else of_kind
+            for flag in worst:
+                same = of_kind if len(worst) < len(of_kind) else [flag]
+                marked = list(dict.fromkeys(row.phase for row in mine if set(same) & set(row.flags)))
+                of_batches = {row.phase for row in mine} - {"load", "first_preview", "copy"}
+                where = "" if of_batches and of_batches <= set(marked) else f" ({', '.join(marked)})"
+                out.setdefault(flag, []).append(f"{label}{where}")
     return [f"{', '.join(subjects)}: {flag}" for flag, subjects in out.items()]
 
 

@@ -11,8 +11,10 @@ def ms(value: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """``digits`` significant digits; "" for None."""
-    return "" if value is None else f"{value:.{digits}g}"
+    """``digits`` significant digits, all those before the point, and "<0.001" below that; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.{digits}g}" if value >= 0.001 or not value else "<0.001"
 
 
 def size(value: float | None) -> str:
