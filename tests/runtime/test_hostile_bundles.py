@@ -157,6 +157,7 @@ CASES: list[tuple[Change, str]] = [
     (put("weights/layers.1.w2", []), r"weights.layers.1.w2 is \[\]; expected a list of 4 entries \(it has 0\)"),
     (put("weights", [1]), r"weights is \[1\]; expected an object"),
     (put("files/weights.data/bytes", 10**18), "bytes is 1000000000000000000; expected a whole number"),
+    (put("files/step.onnx/bytes", 2**23), "bytes is 8388608; expected at most 4194304 bytes of a graph"),
     (put("files/weights.data/sha256", "../../x"), "sha256 is '../../x'; expected 64 hexadecimal digits"),
     (put("files", {}), "no entry 'weights.data' in files"),
     (put("graphs/step/file", "/etc/passwd"), "file '/etc/passwd' is not one of the bundle's own"),
