@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from par_model.training.data import ImageFolder
-from par_model.training.run import InputError, channels_last, load_tokenizer
+from par_model.training.run import InputError, channels_last, load_tokenizer, written_beside
 from par_model.vq import VQModel
 
 GRID = 24  #: codes of a side that pictures are fitted to by default: 384 pixels with VQ-16, as the published models
@@ -31,20 +29,11 @@ def run(args: argparse.Namespace) -> None:
     data = ImageFolder.open(args.data, size)
     if data.size % pixels:
         raise InputError(f"{args.data}: {data.size} pixels a side are no multiple of {pixels}, the pixels of a code")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(args.out.parent, f".{args.out.name[:40]}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:  # before the work, which may take hours
-            codes = encode(model, data, args.batch)
-            labels = data.labels.astype(np.uint8 if len(data.class_names) <= 256 else np.uint16)
-            np.savez(file, codes=codes, labels=labels, class_names=np.array(data.class_names))
-        os.replace(part, args.out)
-    except OSError as error:
-        if error.filename in (None, str(part), part):
-            error.filename, error.filename2 = str(args.out), None
-        raise
-    finally:
-        part.unlink(missing_ok=True)
+    # Opened before the work, which may take hours.
+    with written_beside(args.out) as part, part.open("wb") as file:
+        codes = encode(model, data, args.batch)
+        labels = data.labels.astype(np.uint8 if len(data.class_names) <= 256 else np.uint16)
+        np.savez(file, codes=codes, labels=labels, class_names=np.array(data.class_names))
     print(
         f"{args.out}: {len(codes)} images of {codes.shape[1]}x{codes.shape[2]} codes, {len(data.class_names)} "
         f"class{'es' if len(data.class_names) > 1 else ''}"

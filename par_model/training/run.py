@@ -8,12 +8,15 @@ the kill: the batch of a step depends on the seed and the step alone.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -85,6 +88,25 @@ def load_tokenizer(path: Path) -> VQModel:
     return model
 
 
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """The path of a hidden file beside ``path``, which is renamed to it at the end.
+
+    On an error ``path`` stays as it was, the hidden file is removed, and an OSError names ``path``.
+    """
+    part = path.parent / f".{path.name[:40]}.{os.getpid()}.part"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        if error.filename in (None, str(part), part):
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
 @dataclass
 class Run:
     """A run folder, used as a context. ``should_stop`` becomes true on Ctrl-C or SIGTERM; the trainer then writes a
@@ -123,9 +145,10 @@ class Run:
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write ``state`` to another file and rename it, so that a kill leaves the previous file ``name`` whole."""
-        part = self.path / f".{name}.part"
-        torch.save(state | {"seconds": self.seconds}, part)
-        os.replace(part, self.path / name)
+        content = io.BytesIO()  # torch.save would hide why a file could not be written
+        torch.save(state | {"seconds": self.seconds}, content)
+        with written_beside(self.path / name) as part:
+            part.write_bytes(content.getbuffer())
 
     def resume(self, wanted: bool) -> dict[str, Any] | None:
         """The last checkpoint; None for a new run.

@@ -52,17 +52,22 @@ def how_to_install(extra: str, only: str = "") -> str:
 
     It names the packages themselves, since parvis is on no package index. ``only``: one package of the extra.
     """
-    import shlex  # here, as below, because only errors need them
-    import shutil
+    import shlex  # here, as below, because only errors need it
 
     needed = [r for r in requirements(extra) if only in ("", _NAME.match(r.lower())[0])]  # type: ignore[index]
     if not needed:  # not installed, but run from its folders
         return f"pip install '.[{extra}]' in a clone of parvis"
-    python = Path(sys.executable)
+    return f"{pip_command()} install {' '.join(map(shlex.quote, needed))}"
+
+
+def pip_command() -> str:
+    """How to call the pip of this Python: "pip", or with the path of Python where its environment is not activated."""
+    import shlex
+    import shutil
+
     pip = shutil.which("pip")
-    ours = pip is not None and Path(pip).parent == python.parent  # not so where the environment is not activated
-    start = "pip" if ours or not sys.executable else f"{shlex.quote(sys.executable)} -m pip"
-    return f"{start} install {' '.join(map(shlex.quote, needed))}"
+    ours = pip is not None and Path(pip).parent == Path(sys.executable).parent
+    return "pip" if ours or not sys.executable else f"{shlex.quote(sys.executable)} -m pip"
 
 
 _NAME = re.compile(r"[a-z0-9._-]+")

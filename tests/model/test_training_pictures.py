@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from par_model.config import VQConfig
 from par_model.training.cli import encode, tokenizer
 from par_model.training.data import ImageFolder, picture
-from par_model.training.run import InputError
+from par_model.training.run import InputError, Run
 from par_model.vq import VQModel
 
 
@@ -153,3 +155,19 @@ def test_what_cannot_be_encoded_is_one_line_and_leaves_nothing(
     (raw / "labels.u8").write_bytes(bytes([0, 1, 0]))
     refused("has label 1 and 1 class names", "--data", raw)
     assert len(ImageFolder.open(pictures / "füchse", 8)) == 4
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path)
+    run.save("checkpoint.pt", {"a": 1})
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        run.save("checkpoint.pt", {"a": 2})
+    assert caught.value.filename == str(tmp_path / "checkpoint.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before

@@ -48,9 +48,10 @@ def guarded(
     except caught as error:
         if not isinstance(error, OSError):
             return fail(error)
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and no_permission is not None:
+        elsewhere = out is not None and error.filename and not _is_at(str(error.filename), out)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and no_permission is not None and not elsewhere:
             return fail(f"no permission to write {error.filename or out} ({error.strerror}); {no_permission}")
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and out is not None:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and out is not None and not elsewhere:
             return fail(
                 f"no space left on the disk of {out} ({error.strerror}); free some or give another --out (nothing was "
                 "left behind)"
@@ -59,6 +60,12 @@ def guarded(
     except (BuildCancelledError, KeyboardInterrupt):
         print(f"\nparvis: stopped; {stopped}", file=sys.stderr)
         return 130
+
+
+def _is_at(file: str, out: Path) -> bool:
+    """Whether ``file`` is ``out``, in it, or a folder above it; a checkpoint or a cache is elsewhere."""
+    path, wanted = Path(file).absolute(), out.absolute()
+    return path.is_relative_to(wanted.parent) or wanted.is_relative_to(path)
 
 
 def count(text: str) -> int:

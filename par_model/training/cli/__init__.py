@@ -28,6 +28,7 @@ def guarded(work: Callable[[], None]) -> int:
         work()
     except (InputError, CheckpointError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)  # names of files
         print(f"parvis: error: {text}", file=sys.stderr)
         return 2
     return 0

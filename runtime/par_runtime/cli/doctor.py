@@ -18,7 +18,7 @@ from typing import Any
 from par_runtime import __version__
 from par_runtime.cli import options
 from par_runtime.cli.common import Parser, guarded
-from par_runtime.errors import how_to_install
+from par_runtime.errors import how_to_install, pip_command
 from par_runtime.system import available_bytes, available_cores, meminfo_bytes
 
 #: Packages whose versions are printed, as package indexes name them.
@@ -172,7 +172,8 @@ def _ort_cuda() -> tuple[bool, str]:
     if version() < CUDA_SINCE:
         return (
             False,
-            f"{why}; expected {'.'.join(map(str, CUDA_SINCE))} or newer: pip install --upgrade onnxruntime-gpu",
+            f"{why}; expected {'.'.join(map(str, CUDA_SINCE))} or newer: {pip_command()} install --upgrade "
+            "onnxruntime-gpu",
         )
     gpus = _gpus()
     return bool(gpus["found"]), gpus["why"] or why

@@ -22,11 +22,11 @@ from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, closed_e
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Float, Int
-from par_runtime.errors import BundleError, CudaError, RequestError, how_to_install
+from par_runtime.errors import BundleError, CudaError, RequestError, how_to_install, pip_command
 from par_runtime.forks import keep_forever, tell_of_forks
 from par_runtime.loaded import LoadedFiles
 
-REPLACE = f"pip uninstall -y onnxruntime onnxruntime-gpu && {how_to_install('onnxruntime-gpu')}"
+REPLACE = f"{pip_command()} uninstall -y onnxruntime onnxruntime-gpu && {how_to_install('onnxruntime-gpu')}"
 try:
     import onnxruntime as ort
 
@@ -75,7 +75,8 @@ class OrtCudaBackend:
         if version() < since:
             raise RequestError(
                 f"device 'cuda-ort' needs onnxruntime-gpu {'.'.join(map(str, since))} or newer (it needs Python 3.11 "
-                f"or newer), installed is {ort.__version__}: pip install --upgrade onnxruntime-gpu, or use device 'cpu'"
+                f"or newer), installed is {ort.__version__}: {pip_command()} install --upgrade onnxruntime-gpu, "
+                "or use device 'cpu'"
             )
         if bundle.cache.dtype != "float32":
             raise BundleError(
