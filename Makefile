@@ -21,6 +21,7 @@ help:  ## this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: lint  ## lint, types and tests: 5 minutes on 2 cores; the first time installs .venv-dev (1.8 GB, with CUDA more)
+	@echo "Now the tests: about 4 minutes on 2 cores."
 	$(DEV_ENV)/bin/python -m pytest
 
 test-all: lint  ## the slow tests too: about 15 minutes

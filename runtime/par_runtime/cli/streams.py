@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -64,9 +65,11 @@ class _Lenient(io.RawIOBase):
         return os.isatty(self._descriptor)
 
     def write(self, data: Any) -> int:
-        if self.error is None:
+        while self.error is None:
             try:
                 return os.write(self._descriptor, data)
+            except BlockingIOError:  # a terminal or a pipe that another program set so; its reader is slow
+                select.select([], [self._descriptor], [])
             except OSError as error:
                 self.error = error
         return len(data)

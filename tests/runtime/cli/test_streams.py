@@ -59,6 +59,22 @@ def test_a_reader_that_stops_is_no_error_and_work_goes_on(tiny: Path, tmp_path: 
     assert (tmp_path / "a.png").is_file()
 
 
+def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_all(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    code = (
+        "from par_runtime.cli.streams import steady\n"
+        "with steady() as lost:\n"
+        "    print('x' * 300_000)\n"
+        "    assert lost() == ''"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=write) as process:
+        os.close(write)
+        with open(read, "rb") as reader:
+            assert reader.read() == b"x" * 300_000 + b"\n"
+        assert process.wait() == 0
+
+
 @pytest.mark.parametrize(
     "environment",
     [
