@@ -25,7 +25,6 @@ from par_runtime.cli.outputs import check_outputs, write_all, write_tokens
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.images import png
-from par_runtime.images.opening import open_image
 from par_runtime.images.photo import fit_image, place_image
 from par_runtime.images.recipe import check as recipe_check
 from par_runtime.images.recipe import pixel_hash
@@ -130,7 +129,8 @@ def read_original(args: argparse.Namespace, bundle: Bundle) -> Original:
     size = bundle.image_size
     if args.place is not None:
         box = parse_box(args.place, size)
-        return Original(*place_image(open_image(args.image), size, box))
+        found, _ = _find(args, bundle)
+        return Original(*place_image(found.image, size, box), found.label)  # its tokens are those of its whole size
     original, beside = _without_region(args, bundle, size)
     named = args.change if args.keep is None else args.keep
     where = region(named, size, args.fit, mask_from=args.mask_from, photo=beside)
@@ -140,12 +140,16 @@ def read_original(args: argparse.Namespace, bundle: Bundle) -> Original:
 
 def _without_region(args: argparse.Namespace, bundle: Bundle, size: tuple[int, int]) -> tuple[Original, Beside]:
     """The image, of which nothing stays yet, and what a mask is compared with. The file's pixels are not kept."""
+    found, sheet = _find(args, bundle)
+    pixels = fit_image(found.image, size, args.fit)
+    return Original(pixels, np.zeros(size, bool), found.label, found.tokens, found.why), Beside.of(found.image, sheet)
+
+
+def _find(args: argparse.Namespace, bundle: Bundle) -> tuple[_Found, tuple[int, int]]:
+    """The image that the command line names, and the size (width, height) of the whole file."""
     recipe, image = png.read_any(args.image)
     found = _without_recipe(args, image) if recipe is None else _of_recipe(args, bundle, recipe, image)
-    pixels = fit_image(found.image, size, args.fit)
-    return Original(pixels, np.zeros(size, bool), found.label, found.tokens, found.why), Beside.of(
-        found.image, image.size
-    )
+    return found, image.size
 
 
 @dataclass(frozen=True)

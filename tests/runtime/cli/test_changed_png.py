@@ -158,6 +158,32 @@ def test_one_image_cut_out_of_a_sheet_has_its_tokens(
     assert "its images cannot be told apart; crop the one that you want" in capsys.readouterr().err
 
 
+def test_outpainting_one_image_of_a_sheet(
+    tiny: Path, sheet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = (
+        "edit",
+        sheet,
+        "--bundle",
+        tiny,
+        "--place",
+        "4,4,12,12",
+        "--seed",
+        1,
+        "--paste",
+        "--out",
+        tmp_path / "e.png",
+    )
+    assert run(*place, "--which", 4) == 0
+    recipe, made = png.read(tmp_path / "e.png")
+    assert recipe.labels == [4]
+    image = png.sheet_image(png.read(sheet)[1], 3, 6, 4)
+    np.testing.assert_array_equal(made[4:12, 4:12], photo.fit_image(Image.fromarray(image), (8, 8)))
+    capsys.readouterr()
+    assert run(*place) == 2
+    assert "holds 6 images; choose one with --which 0 .. 5" in capsys.readouterr().err
+
+
 def test_a_mask_over_the_whole_sheet_is_no_mask_of_one_image(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
