@@ -16,7 +16,7 @@ from par_runtime.bench.report import page, text
 from par_runtime.bench.report import paper as paper_report
 from par_runtime.bench.report.advice import advice, part_of
 from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines, ticks
-from par_runtime.bench.report.words import number, speed
+from par_runtime.bench.report.words import number, percent, speed
 from par_runtime.bench.rows import Row
 from par_runtime.bench.suites import paper
 from par_runtime.cost.data_sheets import predictions
@@ -208,6 +208,14 @@ def test_the_worst_of_several_disturbances_is_said() -> None:
 )
 def test_numbers_have_no_exponent(value: float, shown: str) -> None:
     assert number(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(131.4, "above (131 %)"), (100.4, "100 %"), (62.3, "62 %"), (0.3, "<1 %"), (0.0, "0 %"), (None, "")],
+)
+def test_shares_of_the_bound(value: float | None, shown: str) -> None:
+    assert percent(value) == shown
 
 
 def test_a_doubt_names_its_phases_where_not_all_have_it() -> None:

@@ -104,7 +104,9 @@ def _findings(rows: Sequence[Row]) -> list[str]:
     out = ["<ul>" + "".join(f"<li>{escape(text)}</li>" for text in findings) + "</ul>"] if findings else []
     if marks:
         items = "".join(f"<li>{escape(text)}</li>" for text in marks)
-        out.append(f"<details><summary>Reasons to doubt some rows ({len(marks)})</summary><ul>{items}</ul></details>")
+        out.append(
+            f"<details open><summary>Reasons to doubt some rows ({len(marks)})</summary><ul>{items}</ul></details>"
+        )
     return out
 
 
@@ -120,7 +122,8 @@ def _phases(rows: Sequence[Row]) -> list[str]:
             Part(
                 unit * by[p].median_ms,
                 f"p{i}",
-                f"{image.label}, {p}: {ms(by[p].median_ms)}, {by[p].calls or 0} calls, spread {ms(by[p].spread_ms)}",
+                f"{image.label}, {p}: {ms(by[p].median_ms)}, {by[p].calls or 0} "
+                f"call{'' if by[p].calls == 1 else 's'}, spread {ms(by[p].spread_ms)}",
             )
             for i, p in enumerate(PHASES)
             if p in by
@@ -217,7 +220,8 @@ def _speed_up(rows: Sequence[Row]) -> list[str]:
             (
                 float(row.n),
                 n1.median_ms / row.median_ms,
-                f"{name}, n = {row.n}: {row.label} {speed(row.median_ms, n1.median_ms)} {n1.label}",
+                f"{name}, n = {row.n}: {row.label} "
+                + (ms(row.median_ms) if row is n1 else f"{speed(row.median_ms, n1.median_ms)} {n1.label}"),
             )
             for row in mine
         )

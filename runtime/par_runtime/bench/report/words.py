@@ -39,9 +39,9 @@ def percent(value: float | None) -> str:
     """A share of the bound; "above" where it is more than the bound, which was then measured too low; "" for None."""
     if value is None:
         return ""
-    return f"above ({value:.0f} %)" if round(value) > 100 else f"{value:.0f} %"
+    return f"above ({value:.0f} %)" if round(value) > 100 else share(value / 100)
 
 
 def share(part: float) -> str:
-    """A part of a whole in percent."""
-    return f"{100 * part:.0f} %"
+    """A part of a whole in percent; "<1 %" for less than half of one."""
+    return "<1 %" if 0 < part < 0.005 else f"{100 * part:.0f} %"
