@@ -179,7 +179,11 @@ def parser() -> argparse.ArgumentParser:
         "from calls spread over it, and marked",
     )
     p.add_argument(
-        "--json", type=Path, metavar="FILE", help="JSON lines, a row each; '-' is standard output, and no table then"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines, a row each, which lie in FILE.part while they are measured; '-' is standard output, and no "
+        "table then",
     )
     p.add_argument("--csv", type=Path, metavar="FILE", help="the same rows for a spreadsheet")
     p.add_argument("--html", type=Path, metavar="FILE", help="one page with plots, which needs no other file")
