@@ -46,13 +46,19 @@ def test_the_command_prints_the_report_or_json(tiny_copy: Path, capsys: pytest.C
         (["--target", "SM80", "--precision", "int3"], "invalid choice: 'int3'"),
         (["--target", "SM80", "--sampling", "exact"], "invalid choice: 'exact'"),
         (["--target", "SM80", "--cache-gb", "inf"], "'inf': expected gigabytes, 0 or more"),
-        (["--target", "SM80", "--list", "/nonexistent/x.json"], "--list /nonexistent/x.json: no folder /nonexistent"),
+        (["--target", "SM80", "--list", "NONE/x.json"], "--list NONE/x.json: no folder NONE; give a file in one"),
         ([], "required: --target"),
     ],
 )
 def test_bad_requests_are_one_line_and_exit_code_2(
-    tiny_copy: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    tiny_copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     try:
         code = build_cli.main([str(tiny_copy), *arguments])
     except SystemExit as stopped:
