@@ -6,6 +6,7 @@ everywhere; True and False never do.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import operator
@@ -27,7 +28,12 @@ def given(value: object) -> str:
     """``value`` for a message: on one line, of bounded length; a number of numpy as the number that it is."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
-    return " ".join(shown(value).split())
+    return shown(value)
+
+
+def plain(value: Any) -> Any:
+    """``value``; what is an array, of numpy or of another library, as a list, or as a number."""
+    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, type) else value
 
 
 def is_truth(value: object) -> bool:
@@ -35,14 +41,19 @@ def is_truth(value: object) -> bool:
     return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
 
 
+def as_index(value: Any) -> int | None:
+    """``value`` as an int, if it is a whole number of Python, numpy or another library; else None. True is none."""
+    if is_truth(value) or not hasattr(type(value), "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except Exception:  # an array of several numbers, a time of numpy
+        return None
+
+
 def whole(name: str, value: Any, least: int, most: int | None = None, where: str = "") -> int:
     """``value`` as an int, ``least`` .. ``most``; ``where``: what sets the largest value. Raises RequestError."""
-    number = None
-    if not is_truth(value) and hasattr(type(value), "__index__"):
-        try:
-            number = operator.index(value)
-        except TypeError:  # an array of several numbers
-            number = None
+    number = as_index(value)
     if number is None or number < least or (most is not None and number > most):
         limits = f"{least} or more" if most is None else f"{least} to {most}"
         raise RequestError(f"{name} {given(value)}: expected {limits}{where}, a whole number")
@@ -51,12 +62,15 @@ def whole(name: str, value: Any, least: int, most: int | None = None, where: str
 
 def number(name: str, value: Any, least: float, most: float, expected: str) -> float:
     """``value`` as a float, ``least`` .. ``most``; -0.0 becomes 0.0. ``expected``: for the RequestError."""
-    if is_truth(value) or not isinstance(value, Real):
-        raise RequestError(f"{name} {given(value)}: expected {expected}; not a {type(value).__name__}")
+    value = plain(value)
     try:
-        as_float = float(value)
+        as_float = None if is_truth(value) or not isinstance(value, Real) else float(value)
     except OverflowError:  # an int beyond all floats
         as_float = math.inf
+    except Exception:  # of a class that only says it is a number
+        as_float = None
+    if as_float is None:
+        raise RequestError(f"{name} {given(value)}: expected {expected}; not a {type(value).__name__}")
     if not (math.isfinite(as_float) and least <= as_float <= most):
         raise RequestError(f"{name} {given(value)}: expected {expected}")
     return as_float + 0.0
@@ -64,6 +78,7 @@ def number(name: str, value: Any, least: float, most: float, expected: str) -> f
 
 def truth(name: str, value: Any) -> bool:
     """``value`` as a bool: True, False, 1 or 0. Raises RequestError."""
+    value = plain(value)
     if is_truth(value) or (isinstance(value, Real) and value in (0, 1)):
         return bool(value)
     raise RequestError(f"{name} {given(value)}: expected True or False")
@@ -76,7 +91,12 @@ def choice(name: str, value: Any, options: Sequence[str]) -> None:
 
 
 def function(name: str, value: Any) -> None:
-    """Raise RequestError unless ``value`` can be called, or is None."""
+    """Raise RequestError unless ``value`` can be called, or is None. Nobody would await what an async one returns."""
+    if callable(value) and any(map(inspect.iscoroutinefunction, (value, type(value).__call__))):
+        raise RequestError(
+            f"{name} {given(value)}: expected a plain function, not an async one, which would never run; hand over to "
+            "an event loop with asyncio.run_coroutine_threadsafe"
+        )
     if value is not None and not callable(value):
         raise RequestError(f"{name} {given(value)}: expected a function, not a {type(value).__name__}")
 

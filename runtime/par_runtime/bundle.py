@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from par_runtime.arguments import choice, folder
-from par_runtime.checked import Mismatch, load_json, read_regular, shown, why_not_regular
+from par_runtime.checked import Mismatch, load_json, read_regular, shown, shown_path, why_not_regular
 from par_runtime.errors import BundleError
 from par_runtime.manifest import MOST_BYTES, MOST_GRAPH_BYTES, check
 from par_runtime.manifest import WEIGHTS as WEIGHTS  # with the names of the other files
@@ -195,9 +195,12 @@ def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        what = "is a file, not a folder" if path.exists() else "no such folder"
-        raise BundleError(f"{path}: {what}; give the path of a bundle, made by 'parvis export'")
+    try:
+        what = "" if path.is_dir() else "is a file, not a folder" if path.exists() else "no such folder"
+    except OSError as error:  # a name that is too long, or a folder above that may not be entered
+        what = f"cannot be read ({error.strerror})"
+    if what:
+        raise BundleError(f"{shown_path(path)}: {what}; give the path of a bundle, made by 'parvis export'")
     file = path / MANIFEST
     if why_not_regular(file) == "missing":
         raise BundleError(f"{path}: holds no {MANIFEST}, so it is not a bundle; make one with 'parvis export'")

@@ -37,11 +37,13 @@ def _text(value: object, limit: int, levels: int) -> str:
     """At least the first ``limit`` characters of ``value``; its entries are followed ``levels`` deep."""
     if isinstance(value, str):
         return repr(value[: limit + 1])
+    if isinstance(value, bytes | bytearray):
+        return repr(value[: limit + 1])
     if isinstance(value, int) and value.bit_length() > 100:
         return f"an integer of about {int(value.bit_length() * math.log10(2)) + 1} digits"
-    if not isinstance(value, dict | list | tuple):
-        return repr(value)
-    text, brackets = "", "{}" if isinstance(value, dict) else "[]" if isinstance(value, list) else "()"
+    if not isinstance(value, dict | list | tuple | set):
+        return _on_one_line(value)
+    text, brackets = "", "{}" if isinstance(value, dict | set) else "[]" if isinstance(value, list) else "()"
     for entry in value:
         if levels == 0 or len(text) > limit:
             text += "..."
@@ -50,6 +52,21 @@ def _text(value: object, limit: int, levels: int) -> str:
         text += (", " if text else "") + key
         text += _text(value[entry] if isinstance(value, dict) else entry, limit, levels - 1)
     return f"{brackets[0]}{text}{brackets[1]}"
+
+
+def _on_one_line(value: object) -> str:
+    """``repr(value)``, which may be of many lines (arrays), hold anything, or fail, for what others have written."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], " ".join(text.split()))
+
+
+def shown_path(path: object) -> str:
+    """A path for a message: as it is, unless it is longer than a system's paths, or a terminal would obey it."""
+    text = str(path)
+    return text if len(text) <= 1000 and not UNPRINTABLE.search(text) else shown(text)
 
 
 def load_json(text: str | bytes, what: str, error: Callable[[str], Exception]) -> Any:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.arguments import given, is_truth, number, truth, whole
+from par_runtime.arguments import as_index, given, number, plain, truth, whole
 from par_runtime.bundle import Bundle
+from par_runtime.checked import shown
 from par_runtime.dtypes import FLOAT32_MAX, MOST_GUIDANCE, ByValue
 from par_runtime.errors import RequestError
 
@@ -52,14 +53,17 @@ class Settings(ByValue):
 
 def array(name: str, value: ArrayLike) -> NDArray[Any]:
     """``value`` as an array. Raises RequestError, with ``name``, where it is none: rows of different lengths, or an
-    object that numpy cannot read.
+    object that numpy cannot read. A series that is longer than any request is not read: a range takes no memory, its
+    numbers do.
     """
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > MOST_IMAGES:
+        raise RequestError(f"{name}: {len(value)} entries; expected at most {MOST_IMAGES}")
     try:
         return np.asarray(value)
     except ValueError as error:
         raise RequestError(f"{name}: not an array, its rows have different lengths; give rows of one length") from error
     except (TypeError, OverflowError, RuntimeError) as error:
-        raise RequestError(f"{name}: cannot be read as an array ({' '.join(str(error).split())[:200]})") from error
+        raise RequestError(f"{name}: cannot be read as an array ({shown(str(error), 200)[1:-1]})") from error
 
 
 def several(name: str, value: object, most: int = MOST_IMAGES) -> list[Any] | None:
@@ -71,7 +75,7 @@ def several(name: str, value: object, most: int = MOST_IMAGES) -> list[Any] | No
         raise RequestError(f"{name} {given(value)}: expected a list, not a {type(value).__name__}: it has no order")
     if isinstance(value, (str, bytes, bytearray)):
         return None
-    value = _plain(value)
+    value = plain(value)
     if not isinstance(value, Iterable):
         return None
     entries = list(islice(value, most + 1))
@@ -80,15 +84,10 @@ def several(name: str, value: object, most: int = MOST_IMAGES) -> list[Any] | No
     return entries
 
 
-def _plain(value: Any) -> Any:
-    """``value``; what is an array, of numpy or of another library, as a list, or as a number."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def class_indices(bundle: Bundle, labels: Any) -> list[int]:
     """The classes of ``labels``, which is one label or a list of one per image. Raises RequestError."""
     entries = several("labels", labels)
-    return [class_index(bundle, label) for label in ([_plain(labels)] if entries is None else entries)]
+    return [class_index(bundle, label) for label in ([plain(labels)] if entries is None else entries)]
 
 
 def class_index(bundle: Bundle, label: int | str) -> int:
@@ -97,10 +96,11 @@ def class_index(bundle: Bundle, label: int | str) -> int:
     count, names = bundle.n_classes, bundle.class_names
     if isinstance(label, str) and bundle.class_synsets is not None and label.strip().lower() in bundle.class_synsets:
         return bundle.class_synsets.index(label.strip().lower())
-    if isinstance(label, (int, np.integer)) and not is_truth(label):
-        if not 0 <= label < count:
+    index = as_index(label)
+    if index is not None:
+        if not 0 <= index < count:
             raise RequestError(f"label {given(label)}: this model has classes 0..{count - 1}")
-        return int(label)
+        return index
     if not isinstance(label, str):
         raise RequestError(f"label {given(label)}: expected a class index or name, not a {type(label).__name__}")
     if names is not None:
@@ -114,20 +114,24 @@ def class_index(bundle: Bundle, label: int | str) -> int:
             more = f" and {len(matching) - NAMES_SHOWN} more" if len(matching) > NAMES_SHOWN else ""
             each = " and ".join(f"{i} ({_distinct_name(bundle, i)})" for i in matching[:NAMES_SHOWN]) + more
             or_synset = "" if bundle.class_synsets is None else " or the synset"
-            raise RequestError(f"label {label!r} names classes {each}; give the index{or_synset}")
+            raise RequestError(f"label {given(label)} names classes {each}; give the index{or_synset}")
         if matching:
             return matching[0]
     if re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", label):
         return class_index(bundle, int(label))
     if names is None:
-        raise RequestError(f"label {label!r}: this bundle has no class names; give an index 0..{count - 1}")
+        raise RequestError(f"label {given(label)}: this bundle has no class names; give an index 0..{count - 1}")
     several = dict.fromkeys(folded[:NAMES_COMPARED])  # each once: ImageNet has two cranes
     close = [_cut(known[folded.index(match)][0]) for match in difflib.get_close_matches(wanted, several, 4, 0.5)]
     if close:
-        raise RequestError(f"unknown label {label!r}; did you mean {', '.join(close)}? (or an index 0..{count - 1})")
+        raise RequestError(
+            f"unknown label {given(label)}; did you mean {', '.join(close)}? (or an index 0..{count - 1})"
+        )
     most = count if count <= 2 * NAMES_SHOWN else NAMES_SHOWN
-    shown = ", ".join(map(_cut, names[:most])) + (", ..." if count > most else "")
-    raise RequestError(f"unknown label {label!r}; this model has {count} classes: {shown} (or an index 0..{count - 1})")
+    first = ", ".join(map(_cut, names[:most])) + (", ..." if count > most else "")
+    raise RequestError(
+        f"unknown label {given(label)}; this model has {count} classes: {first} (or an index 0..{count - 1})"
+    )
 
 
 def _distinct_name(bundle: Bundle, index: int) -> str:
@@ -178,8 +182,8 @@ def image_settings(
         )
         if both:
             raise RequestError(f"both settings and {both[0]} were given; give one of them")
-        each = [settings] * images if isinstance(settings, Settings) else settings
-        if not isinstance(each, Sequence) or not all(isinstance(s, Settings) for s in each):
+        each = [settings] * images if isinstance(settings, Settings) else several("settings", settings)
+        if each is None or not all(isinstance(s, Settings) for s in each):
             raise RequestError(f"settings {given(settings)}: expected a Settings, or a list of one Settings per image")
         if len(each) != images:
             raise RequestError(
@@ -200,7 +204,7 @@ def image_settings(
 
 def _each(name: str, value: object, default: object, images: int, checked: Callable[[str, Any], Any]) -> list[Any]:
     """One value per image, each as ``checked(name, value)`` returns it."""
-    value = _plain(default if value is None else value)
+    value = plain(default if value is None else value)
     values = several(name, value)
     if values is None:
         return [checked(name, value)] * images

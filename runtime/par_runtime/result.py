@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from par_runtime.arguments import as_index, given, plain, truth
 from par_runtime.bundle import Bundle
-from par_runtime.checked import shown
+from par_runtime.checked import shown, shown_path
 from par_runtime.dtypes import Int, same_value
 from par_runtime.errors import RequestError
 from par_runtime.images import png
-from par_runtime.request import Settings
+from par_runtime.request import Settings, several
 from par_runtime.system import check_writable
 
 NOTEBOOK_PIXELS = 2**22  #: a notebook shows no larger sheet by itself
@@ -118,19 +120,20 @@ class Result:
         path = Path(path)
         if path.suffix.lower() != ".png" and not path.is_dir():
             raise RequestError(
-                f"{path}: expected a name that ends in .png (what makes an image again is kept in its metadata); for "
-                "other kinds of file, save one of pil()"
+                f"{shown_path(path)}: expected a name that ends in .png (what makes an image again is kept in its "
+                "metadata); for other kinds of file, save one of pil()"
             )
         pick = self._pick(indices)
         columns = default_columns(len(pick)) if columns is None else columns
         png.check_scale(scale)
+        pasted, scale = truth("pasted", pasted), operator.index(scale)
         png.check_sheet(len(pick), columns, (images.shape[1] * scale, images.shape[2] * scale))
         check_writable(path)
         names = self.bundle.class_names
         recipe = png.Recipe(
             bundle_name=self.bundle.name,
             bundle_hash=self.bundle.hash,
-            columns=int(columns),
+            columns=operator.index(columns),
             labels=[self.labels[i] for i in pick],
             names=[None if names is None else names[self.labels[i]] for i in pick],
             seeds=[self.seeds[i] for i in pick],
@@ -138,7 +141,7 @@ class Result:
             tokens=self.tokens[pick],
             kept=None if self.kept is None else self.kept[pick],
             pasted=pasted,
-            scale=int(scale),
+            scale=scale,
         )
         png.write(path, recipe, images[pick])
 
@@ -155,16 +158,15 @@ class Result:
 
     def _pick(self, indices: int | Sequence[int] | None) -> list[int]:
         """The images that ``indices`` names. Raises RequestError."""
-        given = (
-            range(len(self)) if indices is None else [indices] if isinstance(indices, (int, np.integer)) else indices
-        )
+        entries = several("indices", range(len(self)) if indices is None else indices)
+        places = [as_index(i) for i in ([plain(indices)] if entries is None else entries)]
         try:
-            pick = [range(len(self))[i] for i in given]
+            pick = [range(len(self))[i] for i in places]  # type: ignore[index]
         except (IndexError, TypeError):
             pick = []
         if not pick:
             raise RequestError(
-                f"indices {shown(indices)}: expected one or more whole numbers, each of the {len(self)} images "
+                f"indices {given(indices)}: expected one or more whole numbers, each of the {len(self)} images "
                 f"(0..{len(self) - 1})"
             )
         return pick

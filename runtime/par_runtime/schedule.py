@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from par_runtime.backends.base import Backend, Batch
 from par_runtime.bundle import Bundle, Call, image_calls
 from par_runtime.dtypes import Float, Int
-from par_runtime.request import Settings, class_index, image_seeds, image_settings
+from par_runtime.request import Settings, class_indices, image_seeds, image_settings
 
 Bool = NDArray[np.bool_]
 
@@ -57,9 +57,9 @@ class Schedule:
         Without ``seeds`` the noise is zero; walks that draw nothing, or draw greedily, need none. ``cache_row`` [R]:
         the cache row of each row, first of those with a class, then of those without (default: 0, 1, ...).
         """
-        classes = [class_index(bundle, label) for label in classes]
+        classes = class_indices(bundle, classes)
         images, calls = len(classes), image_calls(bundle.phases)
-        settings = image_settings(bundle, images, list(settings))
+        settings = image_settings(bundle, images, settings)
         seeds = None if seeds is None else image_seeds(images, None, seeds)
         guided = [i for i, s in enumerate(settings) if s.guided]
         uncond_row = np.arange(images)

@@ -46,6 +46,22 @@ class Huge:
         return "x" * 10**6 + "\n"
 
 
+class Broken:
+    """A class of somebody else that fails wherever it is looked at."""
+
+    def fails(self, *_: object) -> Any:
+        raise ZeroDivisionError
+
+    __repr__ = __index__ = __float__ = __len__ = fails
+
+
+async def nobody_awaits(*_: object) -> None: ...
+
+
+class Awaited:
+    async def __call__(self, *_: object) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -74,6 +90,9 @@ class Huge:
         ({"selftest": "no"}, "^selftest 'no': expected True or False$"),
         ({"selftest": None}, "^selftest None: expected True or False$"),
         ({"selftest": 2}, "^selftest 2: expected True or False$"),
+        ({"threads": Broken()}, "^threads a Broken: expected 1 or more, a whole number$"),
+        ({"threads": np.timedelta64(1, "s")}, "^threads .*: expected 1 or more, a whole number$"),
+        ({"path": Broken()}, "^path a Broken: expected the path"),
     ],
 )
 def test_bad_arguments_of_load(arguments: dict[str, Any], text: str) -> None:
@@ -111,6 +130,16 @@ def test_load_takes_what_is_a_path_a_number_or_a_truth() -> None:
         ({"labels": itertools.repeat(0)}, "^labels: more than 1048576 values"),
         ({"labels": 10**30}, "^label .*: this model has classes"),
         ({"labels": Huge()}, r"^label x+\.\.\.: expected"),
+        ({"labels": np.float32}, "^label <class 'numpy.float32'>: expected a class index or name, not a type$"),
+        ({"labels": [np.timedelta64(1, "s")]}, "^label .*: expected a class index or name, not a timedelta64$"),
+        ({"labels": Broken()}, "^label a Broken: expected a class index"),
+        ({"labels": "x" * 10**6}, r"^unknown label 'x+\.\.\.; this model has 6 classes"),
+        ({"labels": "a\n\x1b[2J"}, r"^unknown label 'a\\n\\x1b\[2J'; this model"),
+        ({"guidance": np.float32}, "^guidance <class 'numpy.float32'>: expected 0 or more .*; not a type$"),
+        ({"guidance": Broken()}, "^guidance a Broken: expected 0 or more"),
+        ({"guidance": np.timedelta64(2, "s")}, "^guidance .*: expected 0 or more"),
+        ({"guidance": [np.timedelta64(2, "s")]}, "^guidance .*: expected 0 or more .*; not a timedelta$"),
+        ({"guidance": np.ma.array([1.0], mask=[True])}, "^guidance None: expected"),
         ({"guidance": Decimal("1.5")}, r"^guidance Decimal\('1\.5'\): expected 0 or more .*; not a Decimal$"),
         ({"guidance": "2"}, "^guidance '2': expected 0 or more"),
         ({"guidance": True}, "^guidance True: expected 0 or more .*; not a bool$"),
@@ -151,6 +180,9 @@ def test_load_takes_what_is_a_path_a_number_or_a_truth() -> None:
         ({"preview_every": 2, "on_preview": "show"}, "^on_preview 'show': expected a function, not a str$"),
         ({"on_preview": print}, "^on_preview needs preview_every, the number of calls"),
         ({"on_step": 5}, "^on_step 5: expected a function, not a int$"),
+        ({"on_step": nobody_awaits}, "^on_step <function nobody_awaits.*: expected a plain function, not an async one"),
+        ({"on_step": Awaited()}, "^on_step .*: expected a plain function, not an async one"),
+        ({"on_preview": nobody_awaits, "preview_every": 1}, "^on_preview .*: expected a plain function, not an async"),
         ({"decode": "yes"}, "^decode 'yes': expected True or False$"),
         ({"decode": None}, "^decode None: expected"),
         ({"images_per_label": 0}, "^images_per_label 0: expected 1 to 1048576"),
@@ -161,6 +193,13 @@ def test_load_takes_what_is_a_path_a_number_or_a_truth() -> None:
         ),
         ({"keep": 5, "tokens": 5}, r"^keep has shape \(\) and type int64; expected bool"),
         ({"keep": object(), "tokens": [0]}, "^keep has shape"),
+        ({"keep": range(10**11), "tokens": [0]}, "^keep: 100000000000 entries; expected at most 1048576$"),
+        ({"keep": np.ones((8, 8), bool), "tokens": range(10**11)}, "^tokens: 100000000000 entries"),
+        ({"settings": {Settings()}}, "^settings .*: expected a list, not a set"),
+        (
+            {"settings": np.zeros((9, 9))},
+            r"^settings array.*: expected a Settings, or a list of one Settings per image$",
+        ),
         ({"keep": np.ones((8, 8), bool)}, "^keep and tokens belong together"),
         ({"keep": np.ones((8, 8), bool), "tokens": "abc"}, "^tokens have shape"),
         ({"keep": np.ones((8, 8), bool), "tokens": [[0], [0, 1]]}, "^tokens: not an array, its rows have different"),
@@ -189,8 +228,15 @@ def test_bad_arguments_of_the_other_methods(pipeline: Pipeline) -> None:
     refuses("^tokens have shape", lambda: pipeline.score(tokens, []))
     assert pipeline.score(tokens[:0], []).shape == (0, 64)
     refuses("^label None", lambda: pipeline.score(tokens, None))  # type: ignore[arg-type]
-    for seconds in ("a", None, -1, float("nan"), True):
+    refuses("^more than 1048576 pictures", lambda: pipeline.encode(itertools.repeat(np.zeros((16, 16, 3), np.uint8))))
+    for bad in (None, 5, "nope", np.array(["crop", "stretch"]), np.ma.array([1], mask=[True])):
+        refuses("^fit .*: expected crop or stretch$", lambda b=bad: pipeline.encode(np.zeros((16, 16, 3), np.uint8), b))
+        refuses("^fit .*: expected crop or", lambda b=bad: pipeline.keep_mask(keep="left", fit=b))
+        refuses("^mask_from .*: expected one of auto", lambda b=bad: pipeline.keep_mask(keep="left", mask_from=b))
+    refuses("^picture masked_array", lambda: pipeline.keep_mask(keep="left", photo=np.ma.array([1], mask=[True])))
+    for seconds in ("a", None, -1, float("nan"), True, np.timedelta64(5, "D"), Broken()):
         refuses("^seconds .*: expected a number of seconds, 0 or more", lambda s=seconds: pipeline.selftest(s))
+    pipeline.selftest(np.array(0))  # type: ignore[arg-type]
     assert (pipeline.decode(tokens.tolist()) == pipeline.decode(tokens)).all()
     assert (pipeline.preview(tokens.tolist(), np.int64(64)) == pipeline.decode(tokens)).all()
     assert pipeline.decode(tokens[:0]).shape == (0, 16, 16, 3)
@@ -271,6 +317,12 @@ def test_a_schedule_checks_what_it_is_given() -> None:
     refuses("^label 9: this model has classes", lambda: Schedule.of(bundle, [9], [Settings()]))
     refuses("^seed -1", lambda: Schedule.of(bundle, [0], [Settings()], [-1]))
     refuses("^1 settings for 2 images", lambda: Schedule.of(bundle, [0, 1], [Settings()]))
+    refuses("^settings 5: expected a Settings", lambda: Schedule.of(bundle, [0], 5))  # type: ignore[arg-type]
+    refuses("^label None: expected", lambda: Schedule.of(bundle, None, [Settings()]))  # type: ignore[arg-type]
+    assert Schedule.of(bundle, ["otter", 0], [Settings()] * 2).class_ids.tolist() == [
+        bundle.class_base + 2,
+        bundle.class_base,
+    ]
 
 
 def test_images_per_label(pipeline: Pipeline) -> None:
@@ -390,5 +442,10 @@ def test_dir_and_help_show_what_there_is() -> None:
 
 def test_given_is_bounded() -> None:
     assert given("a\nb") == r"'a\nb'"
+    assert given(np.zeros((2, 2))) == "array([[0., 0.], [0., 0.]])"
+    assert given(Broken()) == "a Broken"
+    assert given(type("Colour", (), {"__repr__": lambda _: "\x1b[2J\u202e"})()) == r"\x1b[2J\u202e"
+    assert len(given(b"x" * 10**7)) <= 80
+    assert len(given(set(range(10**5)))) <= 80
     assert len(given(Huge())) <= 80
     assert len(given(np.zeros((100, 100)))) <= 80

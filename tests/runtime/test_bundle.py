@@ -41,6 +41,12 @@ def test_the_manifest_hash_covers_everything_but_itself(tiny: Path) -> None:
 
 
 def test_missing_folder_and_missing_manifest(tmp_path: Path) -> None:
+    with pytest.raises(
+        BundleError, match=r"^'x+\.\.\.: cannot be read \(File name too long\); give the path of a bundle"
+    ):
+        Bundle.open("x" * 10**6)
+    with pytest.raises(BundleError, match=r"^'\\n\\x1b\[2J': no such folder"):
+        Bundle.open("\n\x1b[2J")
     with pytest.raises(BundleError, match="no such folder"):
         Bundle.open(tmp_path / "none")
     with pytest.raises(BundleError, match=r"holds no manifest\.json"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,39 @@ def test_saving_what_or_where_it_cannot_be(three: Result, tmp_path: Path) -> Non
     for columns in (0, -1, 1.5, "2", True, 10**6):
         with pytest.raises(RequestError, match="columns"):
             three.save(tmp_path / "x.png", columns=columns)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64])
+def test_integers_of_numpy_are_integers_here_too(three: Result, tmp_path: Path, kind: type[np.integer]) -> None:
+    three.save(tmp_path / "int.png", columns=2, indices=1, scale=16)
+    three.save(tmp_path / "numpy.png", columns=kind(2), indices=kind(1), scale=kind(16), pasted=np.False_)
+    assert (tmp_path / "numpy.png").read_bytes() == (tmp_path / "int.png").read_bytes()
+    three.save(tmp_path / "numpy.png", columns=kind(2), indices=np.array(1, kind), scale=np.array(16, kind))
+    assert (tmp_path / "numpy.png").read_bytes() == (tmp_path / "int.png").read_bytes()
+    three.save(tmp_path / "int.png", indices=[2, 0])
+    three.save(tmp_path / "numpy.png", indices=np.array([2, 0], kind))
+    assert (tmp_path / "numpy.png").read_bytes() == (tmp_path / "int.png").read_bytes()
+
+
+def test_bad_arguments_of_save(three: Result, tmp_path: Path) -> None:
+    second = np.timedelta64(1, "s")
+    for bad in (None, "2", 1.0, True, 0, -1, second, np.array([1, 2]), np.float32):
+        if bad is not None:
+            with pytest.raises(RequestError, match=r"^columns .*: expected a whole number, 1 or more$"):
+                three.save(tmp_path / "a.png", columns=bad)
+        with pytest.raises(RequestError, match=r"^scale .*: expected a whole number from 1 to 64$"):
+            three.save(tmp_path / "a.png", scale=bad)
+    for bad in (True, [True], 1.0, [1.0], {1}, {1: 1}, "1", b"1", second, [second], 3, [0, 3], [], np.float32):
+        with pytest.raises(RequestError, match=r"^indices .*: expected "):
+            three.save(tmp_path / "a.png", indices=bad)
+    with pytest.raises(RequestError, match=r"^indices: more than 1048576 values"):
+        three.save(tmp_path / "a.png", indices=itertools.repeat(0))
+    for bad in (None, "no", 2, np.array([1, 2])):
+        with pytest.raises(RequestError, match=r"^pasted .*: expected True or False$"):
+            three.save(tmp_path / "a.png", pasted=bad)
+    with pytest.raises(RequestError, match=r"^'\\n\\x1b\[2J': expected a name that ends in \.png"):
+        three.save("\n\x1b[2J")
     assert list(tmp_path.iterdir()) == []
 
 

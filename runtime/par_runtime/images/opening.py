@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from par_runtime.checked import shown, why_not_regular
+from par_runtime.checked import shown, shown_path, why_not_regular
 from par_runtime.errors import RequestError
 
 #: The most pixels of a picture that is read or written: what Pillow opens without a warning. Takes up to 0.7 GB.
@@ -80,8 +80,7 @@ def opened(source: Picture) -> Opened:
     path = Path(source)
     why = why_not_regular(path)
     if why is not None and why != "missing":
-        name = str(path) if len(str(path)) <= 1000 and str(path).isprintable() else shown(str(path))
-        raise RequestError(f"{name}: {why}; give the path of a picture, {EXPECTED}")
+        raise RequestError(f"{shown_path(path)}: {why}; give the path of a picture, {EXPECTED}")
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)

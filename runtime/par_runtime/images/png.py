@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from par_runtime.arguments import as_index, given
 from par_runtime.checked import shown
 from par_runtime.errors import RequestError
 from par_runtime.images.opening import MOST_PIXELS, opened
@@ -42,14 +43,15 @@ def check_sheet(count: int, columns: int, size: tuple[int, int]) -> None:
 
     To be called before any image is made.
     """
-    if not isinstance(columns, (int, np.integer)) or isinstance(columns, bool) or columns < 1:
-        raise RequestError(f"columns {shown(columns)}: expected a whole number, 1 or more")
-    height, width = sheet_size(count, int(columns), size)
+    index = as_index(columns)
+    if index is None or index < 1:
+        raise RequestError(f"columns {given(columns)}: expected a whole number, 1 or more")
+    height, width = sheet_size(count, index, size)
     if max(height, width) > MOST_SIDE or height * width > MOST_PIXELS:
         each = size[0] * size[1]
         fits = min(MOST_PIXELS // each, (MOST_SIDE // size[0]) * (MOST_SIDE // size[1]))
         raise RequestError(
-            f"a sheet of {count} images in {shown(int(columns))} columns has {shown(width)}x{shown(height)} pixels; "
+            f"a sheet of {count} images in {shown(index)} columns has {shown(width)}x{shown(height)} pixels; "
             f"expected at most {MOST_SIDE} on a side and {MOST_PIXELS} in all, which other programs can open (about "
             f"{fits} images): give other columns, fewer images, or one file each (--out-dir)"
         )
@@ -71,8 +73,9 @@ def sheet(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
 
 def check_scale(scale: int) -> None:
     """Raise RequestError where ``scale``, by which a sheet is enlarged, is no whole number from 1 to 64."""
-    if not isinstance(scale, (int, np.integer)) or isinstance(scale, bool) or not 1 <= scale <= MOST_SCALE:
-        raise RequestError(f"scale {shown(scale)}: expected a whole number from 1 to {MOST_SCALE}")
+    index = as_index(scale)
+    if index is None or not 1 <= index <= MOST_SCALE:
+        raise RequestError(f"scale {given(scale)}: expected a whole number from 1 to {MOST_SCALE}")
 
 
 def enlarged(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:

@@ -90,6 +90,8 @@ def region(
     of it; it has the photo's shape, or ``size``. Raises RequestError, OSError.
     """
     check_fit(fit)
+    if not isinstance(mask_from, str) or mask_from not in MASK_FROM:
+        raise RequestError(f"mask_from {shown(mask_from)}: expected one of {', '.join(MASK_FROM)}")
     if isinstance(named, np.ndarray):
         if named.dtype != np.bool_ or named.shape != size:
             raise RequestError(
@@ -199,8 +201,6 @@ def _check_shape(name: str, mask: tuple[int, int], beside: Beside, size: tuple[i
 
 def _drawn(name: str, mask: Opened, mask_from: MaskFrom, photo: Beside | None) -> tuple[Image.Image, str]:
     """The region of a mask as an image (L) in which it is 128 or more, and what of the mask was taken."""
-    if mask_from not in MASK_FROM:
-        raise RequestError(f"mask_from {shown(mask_from)}: expected one of {', '.join(MASK_FROM)}")
     if mask_from == "auto":
         mask_from = "brightness" if mask.alpha is None else _meaning(name, mask.color, mask.alpha, photo)
         if mask_from == "brightness":
