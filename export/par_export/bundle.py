@@ -40,7 +40,7 @@ from par_runtime.bundle import MANIFEST, SCHEMA, WEIGHTS, seal
 from par_runtime.checked import Mismatch, Value, shown
 from par_runtime.dtypes import DTYPE, FLOAT32_MAX, MOST_GUIDANCE
 from par_runtime.manifest import MOST_CLASS_NAME, MOST_NAME, check
-from par_runtime.system import peak_bytes, sha256
+from par_runtime.system import peak_bytes, sha256, utf8_name
 
 SELFTEST_GUIDANCE = 1.5  #: guidance of the greedy images that the gate compares and the runtime's self-test repeats
 
@@ -75,7 +75,12 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
         raise ExportError(f"precision {request.precision!r}; expected one of {', '.join(DTYPE)}")
     dtype = DTYPE[request.precision]
     _check_defaults(request.defaults or {}, "")
-    _check_text("name", request.name or request.out.name, MOST_NAME)
+    folder_name = utf8_name(request.out.absolute())
+    if folder_name is None:
+        raise ExportError(
+            f"--out {request.out}: its path is not UTF-8, and ONNX Runtime opens no other files; give another --out"
+        )
+    _check_text("name", request.name or Path(folder_name).name, MOST_NAME)
     checkpoint = open_checkpoint(request.checkpoint, request.weights)
     name, defaults = _name_and_defaults(request, checkpoint, say)
     opened = None if request.tokenizer is None else _open_tokenizer(request, request.tokenizer, checkpoint)
@@ -184,7 +189,7 @@ def _name_and_defaults(
     given = request.defaults or {}
     kept = {key: value for key, value in checkpoint.defaults.items() if key not in given}
     _check_defaults(kept, f"{checkpoint.path}: ")
-    name = request.name or checkpoint.name or request.out.name
+    name = request.name or checkpoint.name or Path(utf8_name(request.out) or "").name
     _check_text("name", name, MOST_NAME)
     parts = [f"{key} {value:g}" for key, value in kept.items()]
     if request.name is None and checkpoint.name is not None:

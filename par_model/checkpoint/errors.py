@@ -1,8 +1,10 @@
-"""The error of everything that reads a checkpoint, and how its message shows what a file holds."""
+"""The error of everything that reads a checkpoint, what its message shows of a file, and names for libraries."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 LONGEST_MESSAGE = 1000  # characters
 
@@ -32,3 +34,11 @@ def shown(value: object) -> str:
         return "a very large integer"
     text = repr(value[:100] if isinstance(value, (str, bytes, list, tuple)) else value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def utf8_name(path: Path) -> str | None:
+    """The name of ``path`` for a library that takes names in UTF-8 and no others; None where the name is not UTF-8."""
+    try:
+        return str(path) if os.name == "nt" else os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return None

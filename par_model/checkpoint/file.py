@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from par_model.checkpoint.errors import CheckpointError, shown, some
+from par_model.checkpoint.errors import CheckpointError, shown, some, utf8_name
 from par_model.checkpoint.pickle import read_pickle
 from par_model.checkpoint.recognise import file_problem, folder_problem, not_a_file
 
@@ -184,10 +184,14 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load
     except ModuleNotFoundError as error:
         raise CheckpointError(f"{path}: reading it needs the package safetensors: pip install safetensors") from error
     try:
-        with safe_open(str(path), framework="pt") as file:  # maps the file; a tensor is a view of the mapping
+        name = utf8_name(path)
+        if name is None:  # safetensors opens no such file, and takes its content instead
+            return dict(load(path.read_bytes()))
+        with safe_open(name, framework="pt") as file:  # maps the file; a tensor is a view of the mapping
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from par_model.checkpoint.errors import CheckpointError
+from par_model.checkpoint.errors import CheckpointError, utf8_name
 
 
 class Inert:
@@ -116,12 +116,17 @@ def read_pickle(file: Path) -> dict[Any, Any]:
             warnings.simplefilter(
                 "ignore"
             )  # about pickle protocols and old storages; where it matters an error follows
+            name = utf8_name(file)
             try:
-                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                if name is not None:
+                    content = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:
                 if "mmap" not in str(error):
                     raise
-                content = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
+                name = None
+            if name is None:  # the format before torch 1.6, or a name that torch cannot map
+                with file.open("rb") as opened:
+                    content = torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch puts advice to load unsafely around the reason, which no user must see. The reason is the context.
         inner = error.__context__ if isinstance(error.__context__, Exception) else error

@@ -160,6 +160,7 @@ class Run:
             return None
         if not wanted:
             raise InputError(f"{path} exists; give --resume to continue that run, or another --run folder")
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # torch opens no name that is not UTF-8
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         self.seconds_before = float(state["seconds"])
         return state

@@ -19,6 +19,15 @@ CGROUP = Path("/sys/fs/cgroup")
 _PARTS = itertools.count()  # numbers hidden files, so that threads never write to the same one
 
 
+def system_text(path: Path) -> str:
+    """What a file of the system's own (in ``/proc`` or ``/sys``) says. Raises OSError.
+
+    It may hold names of files, programs and groups, which are in any encoding, so bytes that are not of this process's
+    are kept as in a path.
+    """
+    return os.fsdecode(path.read_bytes())
+
+
 # -- cores ------------------------------------------------------------------------------------------------------------
 
 
@@ -26,7 +35,7 @@ def available_cores(cpu_max: Path = CGROUP / "cpu.max") -> int:
     """Cores this process may use; containers often allow fewer than the machine has (affinity, or a CPU quota)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = cpu_max.read_text().split()
+        quota, period = system_text(cpu_max).split()
         return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))
     except (OSError, ValueError):
         return cores
@@ -38,7 +47,7 @@ def available_cores(cpu_max: Path = CGROUP / "cpu.max") -> int:
 def meminfo_bytes(key: str, proc: Path = PROC) -> int | None:
     """An entry of ``/proc/meminfo``, for instance "MemTotal"; None where the system does not report it."""
     with suppress(OSError, ValueError, IndexError):
-        for line in (proc / "meminfo").read_text().splitlines():
+        for line in system_text(proc / "meminfo").splitlines():
             if line.startswith(key + ":"):
                 return int(line.split()[1]) * 1024
     return None
@@ -51,7 +60,7 @@ def peak_bytes() -> int | None:
     None where the system does not report it.
     """
     with suppress(OSError, IndexError, ValueError):
-        return int((PROC / "self" / "status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+        return int(system_text(PROC / "self" / "status").split("VmHWM:")[1].split()[0]) * 1024
     with suppress(ImportError):
         import resource
 
@@ -68,7 +77,7 @@ def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:
     if free is None:
         return None
     groups = proc / "self" / "cgroup"
-    lines = groups.read_text().splitlines() if groups.is_file() else []
+    lines = system_text(groups).splitlines() if groups.is_file() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers == "":
             top, limit, used, prefix = cgroup, "memory.max", "memory.current", ""
@@ -91,8 +100,8 @@ def _room(folder: Path, limit: str, used: str, prefix: str) -> int:
     The group counts cached files as used. They are added here, because the system drops them when memory is needed.
     """
     try:
-        room = int((folder / limit).read_text()) - int((folder / used).read_text())  # "max" is no limit
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        room = int(system_text(folder / limit)) - int(system_text(folder / used))  # "max" is no limit
+        stat = dict(line.split() for line in system_text(folder / "memory.stat").splitlines())
         return room + sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
     except (OSError, ValueError):
         return sys.maxsize
@@ -110,6 +119,17 @@ def give_back() -> None:
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
+
+
+def utf8_name(path: Path) -> str | None:
+    """The name of ``path`` for a library that takes names in UTF-8 and no others; None where the name is not UTF-8.
+
+    Where the system is not set to UTF-8 (LC_ALL=C), Python holds such a name as escaped bytes, which is another text.
+    """
+    try:
+        return str(path) if os.name == "nt" else os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def sha256(path: Path) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import par_export
+from par_runtime.cli import dispatch
 
 
 def test_importing_the_package_loads_neither_torch_nor_onnx() -> None:
@@ -38,3 +41,13 @@ def test_verbs_have_one_convention(verb: str, capsys: pytest.CaptureFixture[str]
     error = capsys.readouterr().err
     assert error.startswith("parvis: error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files that are no text")
+def test_a_bundle_is_not_written_where_it_could_not_be_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / os.fsdecode(b"m\xfcller")
+    assert dispatch.main(["export", "--checkpoint", "no.pt", "--tokenizer", "none", "--out", str(out)]) == 2
+    assert "its path is not UTF-8, and ONNX Runtime opens no other files; give another --out" in capsys.readouterr().err
+    assert not out.exists()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from conftest import golden_weights
 from par_model.checkpoint import CheckpointError, hub, open_checkpoint, par_config
@@ -50,6 +53,19 @@ def test_safetensors_one_file_shards_and_folders(tmp_path: Path, state: State) -
     index = sharded(tmp_path / "shards", state)
     assert same(index, state)
     assert same(index.parent, state)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files that are no text")
+def test_names_that_are_not_utf8(tmp_path: Path, state: State) -> None:
+    folder = tmp_path / os.fsdecode(b"m\xfcller")
+    folder.mkdir()
+    (tmp_path / "one.safetensors").write_bytes(save(state))
+    shutil.copy(tmp_path / "one.safetensors", folder)
+    assert same(folder / "one.safetensors", state)
+    for zipped in (True, False):  # False: the format before torch 1.6
+        torch.save(state, tmp_path / "one.pt", _use_new_zipfile_serialization=zipped)
+        shutil.copy(tmp_path / "one.pt", folder)
+        assert same(folder / "one.pt", state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

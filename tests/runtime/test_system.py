@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,18 @@ def gigabytes(proc: Path, cgroup: Path) -> float:
     free = system.available_bytes(proc, cgroup)
     assert free is not None
     return round(free / GB, 3)
+
+
+def test_a_control_group_may_have_any_name(tmp_path: Path) -> None:
+    proc, cgroup = machine(tmp_path, "")
+    (proc / "self" / "cgroup").write_bytes(b"0::/m\xfcller\n")
+    group(cgroup / os.fsdecode(b"m\xfcller"), memory__max=5 * GB, memory__current=3 * GB, memory__stat="anon 5")
+    assert gigabytes(proc, cgroup) == 2
+
+
+@pytest.mark.parametrize(("name", "utf8"), [("bünd", "bünd"), (os.fsdecode(b"b\xff"), None)])
+def test_names_for_libraries_that_take_utf8(name: str, utf8: str | None) -> None:
+    assert system.utf8_name(Path(name)) == utf8
 
 
 def test_available_memory_of_a_machine(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from par_export.cli.common import guarded
 from par_export.errors import ExportError
 from par_runtime.checked import load_json
+from par_runtime.cli import options
 from par_runtime.cli.common import Parser
 from par_runtime.dtypes import PRECISIONS
 
@@ -141,6 +142,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--name",
+        type=options.text,
         help="name in the manifest (default: that of the bundle that the checkpoint was read from, or the folder's)",
     )
     p.add_argument(

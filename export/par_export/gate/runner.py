@@ -16,7 +16,7 @@ from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WeightTable
 from par_model.config import PARConfig
 from par_model.ordering import LEARNABLE, TOKEN, Phase, input_kinds, phases
 from par_runtime.backends.ort.sessions import OPSET24_SINCE, version
-from par_runtime.system import give_back
+from par_runtime.system import give_back, utf8_name
 
 SOME_GROUPS = 3  #: group calls that each graph runs, except for the main one, which makes whole images
 
@@ -133,7 +133,7 @@ def session(path: Path, pack: bool = False) -> ort.InferenceSession:
     options.log_severity_level = 3
     if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(utf8_name(path) or path, options, providers=["CPUExecutionProvider"])
 
 
 def run_step(

@@ -119,7 +119,7 @@ def _smi(index: int, query: str) -> list[str] | None:
         return None
     command = [program, f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={index}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return [field.strip() for field in done.stdout.strip().split(",")]

@@ -127,7 +127,9 @@ def measure_cpu(threads: int, array_bytes: Sequence[int], timeout_s: float = 120
     command = [sys.executable, "-m", "par_runtime.bench.probes", str(threads), *map(str, array_bytes)]
     environment = os.environ | SINGLE_THREADED | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout_s, env=environment, check=True
+        )
         measured = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from par_runtime import __version__
 from par_runtime.bench.gpu import Gpu, why_slower
-from par_runtime.system import available_cores, meminfo_bytes
+from par_runtime.system import available_cores, meminfo_bytes, system_text
 
 PROC = Path("/proc")
 CPUS = Path("/sys/devices/system/cpu")
@@ -72,7 +72,9 @@ def commit() -> str:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=10, check=True
+        ).stdout.strip()
 
     with suppress(OSError, subprocess.SubprocessError):
         # The repository must hold this file: an installed package may lie in a folder of some other repository.
@@ -113,7 +115,7 @@ class Counters:
 def counters(children: tuple[int, ...] = ()) -> Counters | None:
     """The counters now; None where the system does not report them. ``children``: ids of processes to add."""
     try:
-        fields = [int(v) for v in (PROC / "stat").read_text().split("\n", 1)[0].split()[1:]]
+        fields = [int(v) for v in system_text(PROC / "stat").split("\n", 1)[0].split()[1:]]
     except (OSError, ValueError):
         return None
     tick = float(os.sysconf("SC_CLK_TCK"))
@@ -174,7 +176,7 @@ class Watch:
 @cache
 def _cpu_name() -> str:
     with suppress(OSError):
-        for line in (PROC / "cpuinfo").read_text().splitlines():
+        for line in system_text(PROC / "cpuinfo").splitlines():
             if line.lower().startswith(("model name", "hardware")):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -191,7 +193,7 @@ def _largest_cache() -> int | None:
     sizes = []
     for file in CPUS.glob("cpu0/cache/index*/size"):
         with suppress(OSError, ValueError, KeyError):
-            text = file.read_text().strip()
+            text = system_text(file).strip()
             sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]])
     return max(sizes, default=None)
 
@@ -201,10 +203,10 @@ def _mhz() -> float | None:
     clocks = []
     for file in CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"):
         with suppress(OSError, ValueError):
-            clocks.append(int(file.read_text()) / 1000)
+            clocks.append(int(system_text(file)) / 1000)
     if not clocks:
         with suppress(OSError, ValueError):
-            lines = (PROC / "cpuinfo").read_text().splitlines()
+            lines = system_text(PROC / "cpuinfo").splitlines()
             clocks = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
     return round(sum(clocks) / len(clocks), 1) if clocks else None
 
@@ -214,13 +216,13 @@ def _throttles() -> int:
     total = 0
     for file in CPUS.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
         with suppress(OSError, ValueError):
-            total += int(file.read_text())
+            total += int(system_text(file))
     return total
 
 
 def _process_s(pid: int, tick: float) -> float:
     """CPU seconds of a process and of the children it has waited for."""
     with suppress(OSError, ValueError, IndexError):
-        after_name = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        after_name = system_text(PROC / str(pid) / "stat").rpartition(")")[2].split()
         return sum(int(v) for v in after_name[11:15]) / tick
     return 0.0

@@ -71,3 +71,9 @@ def test_a_system_that_refuses_changes_nothing(monkeypatch: pytest.MonkeyPatch, 
     assert use_huge_pages(tmp_path / "no-such-maps") == 0
     monkeypatch.setattr(huge_pages.sys, "platform", "darwin")
     assert use_huge_pages() == 0
+
+
+def test_mapped_files_may_have_any_name(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.write_bytes(b"7f0000000000-7f0000001000 r--p 00000000 08:01 12  /home/m\xfcller/b\xc3\xbc.so\n")
+    assert use_huge_pages(maps) == 0

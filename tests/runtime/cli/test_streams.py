@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -208,3 +209,21 @@ def test_an_output_never_replaces_the_input(tiny: Path, tmp_path: Path, capsys: 
             assert dispatch.main([*verb, "--bundle", str(tiny), "--out", str(out)]) == 2, verb
             assert f"--out {out} is the file that is read; give another name" in capsys.readouterr().err
     assert image.read_bytes() == content
+
+
+LATIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  #: names of files are ASCII, others are escaped
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files that are no text")
+@pytest.mark.parametrize(("name", "environment"), [(b"b\xff", {}), ("bünd😀le".encode(), LATIN)])
+def test_a_bundle_in_a_folder_whose_name_is_not_of_this_system(
+    tiny: Path, tmp_path: Path, name: bytes, environment: dict[str, str]
+) -> None:
+    folder = os.path.join(os.fsencode(tmp_path), name)
+    shutil.copytree(os.fsencode(tiny), folder)
+    for device in ("cpu", "cpu-ort"):  # the weights are mapped, so /proc/self/maps has the name too
+        line = f"parvis generate {os.fsdecode(folder)} --label 0 --seed 1 --device {device} --out {device}.png --quiet"
+        done = shell(line, tmp_path, **environment)
+        assert (done.returncode, done.stderr) == (0, b"")
+    assert shell(f"parvis generate {tiny} --label 0 --seed 1 --out plain.png --quiet", tmp_path).returncode == 0
+    assert len({(tmp_path / f"{each}.png").read_bytes() for each in ("cpu", "cpu-ort", "plain")}) == 1

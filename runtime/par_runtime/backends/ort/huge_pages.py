@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from par_runtime.system import system_text
+
 HUGE_BYTES = 2**21
 SMALLEST_BYTES = 2 * HUGE_BYTES  #: smaller mappings are not worth a system call
 PIECE_BYTES = 2**26  #: moved at a time; if there is no huge page for one piece, the others are still moved
@@ -37,7 +39,7 @@ def use_huge_pages(maps: Path = Path("/proc/self/maps")) -> int:
     with suppress(OSError, AttributeError):
         madvise = ctypes.CDLL(None, use_errno=True).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        for start, size in plain_mappings(maps.read_text()):
+        for start, size in plain_mappings(system_text(maps)):
             madvise(start, size, mmap.MADV_HUGEPAGE)
             for offset in range(0, size, PIECE_BYTES):
                 piece = min(PIECE_BYTES, size - offset)

@@ -19,7 +19,7 @@ from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
 from par_runtime.forks import keep_forever, tell_of_forks
 from par_runtime.loaded import LoadedFiles
-from par_runtime.system import available_bytes, available_cores
+from par_runtime.system import available_bytes, available_cores, utf8_name
 
 #: The first release with every operator of opset 24 that ``step.onnx`` uses; before, ``step_opset23.onnx`` runs.
 OPSET24_SINCE = (1, 25)
@@ -63,12 +63,15 @@ def open_session(files: LoadedFiles, name: str, options: ort.SessionOptions, **h
     if name.startswith("step"):
         check_memory(bundle, bundle.files[WEIGHTS]["bytes"])
     path = files.path(name)
-    if path is not None:
-        return ort.InferenceSession(str(path), options, **how)
+    in_utf8 = None if path is None else utf8_name(path)
+    if in_utf8 is not None:
+        return ort.InferenceSession(in_utf8, options, **how)
     if not hasattr(options, "add_external_initializers_from_files_in_memory"):
+        why, fix = "was moved or replaced after it was loaded", "load the bundle again"
+        if path is not None:
+            why, fix = "has a name that is not UTF-8", "rename its folder"
         raise BundleError(
-            f"{at}: was moved or replaced after it was loaded, and onnxruntime {ort.__version__} opens files only by "
-            "name; load the bundle again, or upgrade onnxruntime"
+            f"{at}: {why}, and onnxruntime {ort.__version__} opens files only by name; {fix}, or upgrade onnxruntime"
         )
     # Rare, because it takes more memory than a path: ONNX Runtime copies all weights of the graph.
     with files.weights() as weights:
