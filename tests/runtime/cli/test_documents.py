@@ -21,7 +21,8 @@ def commands(document: Path, section: str = "") -> list[list[str]]:
     text = document.read_text(encoding="utf-8")
     if section:
         text = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    lines = [line for block in re.findall(r"```\n(.*?)```", text, re.S) for line in block.splitlines()]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)  # in pairs: a fence that ends a block starts none
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
     found = [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"(\S*/)?parvis ", line)]
     return [command for command in found if not any(word in ("...", "VERB") for word in command)]
 

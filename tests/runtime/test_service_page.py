@@ -1,0 +1,90 @@
+"""README's Python, and the server of docs/service.md, run as they are written there."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from par_runtime import Pipeline
+
+ROOT = Path(__file__).parents[2]
+
+
+def fetch(url: str, until: float) -> bytes:
+    """The content at ``url``; a server that is still starting is waited for."""
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                return bytes(answer.read())
+        except urllib.error.HTTPError:
+            raise
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+
+
+def test_eight_threads_get_the_images_of_their_requests() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "service.md").read_text(encoding="utf-8"), re.S)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert "8000" in code
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    server = subprocess.Popen(
+        [sys.executable, "-c", code.replace("8000", str(port))],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url, until = f"http://127.0.0.1:{port}/", time.monotonic() + 60
+        fetch(f"{url}?label=micah", until)
+        asked = [("micah", 1), ("lorelei", 2), ("3", 3), ("micah", 4)] * 2
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda of: fetch(f"{url}?label={of[0]}&seed={of[1]}", until), asked))
+        for query, expected in (
+            ("?label=nobody", "unknown label"),
+            ("", "no label was given"),
+            ("?label=3&seed=x", "x"),
+        ):
+            with pytest.raises(urllib.error.HTTPError) as error:
+                fetch(url + query, until)
+            with error.value:
+                assert error.value.code == 400
+                assert expected in error.value.read().decode()
+    finally:
+        server.kill()
+        server.wait()
+    with Pipeline.load(ROOT / "models" / "demo", threads=1) as pipeline:
+        for (label, seed), answer in zip(asked, answers, strict=True):
+            wanted = pipeline.generate(label, seed=seed).images
+            assert wanted is not None
+            assert (np.asarray(Image.open(io.BytesIO(answer))) == wanted[0]).all()
+
+
+def test_the_python_of_the_readme_runs_block_after_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "out" / "three.png").is_file()
+    for seed, result in enumerate(names["results"]):
+        assert (result.images == names["pipeline"].generate("micah", seed=seed).images).all()
