@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import par_runtime as _par_runtime  # noqa: F401, before onnxruntime, whose usage data it switches off
+
 if TYPE_CHECKING:
     from par_export.bundle import ExportRequest, export
     from par_export.engines.build import build

@@ -86,6 +86,10 @@ def local(name: str | Path, say: Callable[[str], None] = print) -> Path:
         raise CheckpointError(f"{text}: {wanted.repository} has no file {wanted.file!r}") from error
     except (HFValidationError, ValueError) as error:  # the second: names of files that no system takes
         raise CheckpointError(f"{text}: {EXPECTED}") from error
+    except RuntimeError as error:  # of pathlib: a user whom nobody has named, as in a container, has no home folder
+        raise CheckpointError(
+            f"{text}: there is no place to download it to ({error}); set HF_HOME to a folder, or {by_hand}"
+        ) from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{text}: the hub cannot be reached ({type(error).__name__}); {by_hand}") from error
     commit = _commit(file)

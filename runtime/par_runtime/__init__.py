@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,10 @@ _MODULES = {
     "Settings": "request",
 }
 
+
+# ONNX Runtime 1.32 sends usage data to its makers, keeps an id of the machine in the user's cache folder, and prints a
+# line of its own where it cannot. It reads this when it is imported; whoever wants it sets it to 0 before.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Nothing is printed unless the program sets up logging: loggers are "par_runtime" and its modules.
 logging.getLogger(__name__).addHandler(logging.NullHandler())

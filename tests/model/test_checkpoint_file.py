@@ -202,3 +202,12 @@ def test_without_the_hub_the_error_names_what_to_download(monkeypatch: pytest.Mo
         match=r"cannot be reached; .* download https://.*/a/b/resolve/main/d/c.pt, copy .* give its path \(c.pt\)",
     ):
         hub.local("hf://a/b/d/c.pt")
+
+
+def test_a_user_without_a_home_is_told_where_downloads_would_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)  # as for a user id that has no entry in the list of users
+    with pytest.raises(CheckpointError, match=r"no place to download it to \(Could not .*\); set HF_HOME to a folder, or"):
+        hub.local("hf://a/b/c.pt")

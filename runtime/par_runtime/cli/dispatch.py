@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -190,8 +191,19 @@ def _verb(arguments: list[str]) -> str:
     raise SystemExit(fail(f"unknown verb {word[:40]!r}; {mean}'parvis --help' lists the verbs"))
 
 
+def _folder_is_gone() -> bool:
+    """Whether there is no current folder. Python cannot start another process there, and torch ends this one."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def _call(verb: str, arguments: list[str]) -> int:
     """Run a verb; a package that is missing is reported as one line with the command that installs it."""
+    if "cpu,export" in VERBS[verb].extras and _folder_is_gone():
+        return fail(f"the current folder was removed, where 'parvis {verb}' cannot run; change to another one (cd)")
     try:
         module = importlib.import_module(VERBS[verb].module)
         unknown = unknown_option(module.parser(), arguments)
