@@ -209,5 +209,5 @@ def test_a_user_without_a_home_is_told_where_downloads_would_go(monkeypatch: pyt
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", homeless)  # as for a user id that has no entry in the list of users
-    with pytest.raises(CheckpointError, match=r"no place to download it to \(Could not .*\); set HF_HOME to a folder, or"):
+    with pytest.raises(CheckpointError, match=r"download it to \(Could not .*\); set HF_HOME to a folder, or"):
         hub.local("hf://a/b/c.pt")
