@@ -13,6 +13,7 @@ from pathlib import Path
 
 from par_export.errors import OutputError
 from par_runtime.bundle import MANIFEST
+from par_runtime.system import NO_ROOM
 
 
 @contextmanager
@@ -55,6 +56,8 @@ def staging(out: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
     except OSError as error:  # the caller knows ``out``, not the hidden folder
         if isinstance(error.filename, str) and error.filename.startswith(str(part)):
             error.filename, error.filename2 = str(out) + error.filename.removeprefix(str(part)), None
+        elif error.filename is None and error.errno in NO_ROOM:
+            error.filename = str(out)
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -228,9 +228,13 @@ _EXPLAINED = {
 }
 
 
+#: What only writing can meet; writing to an open file does not say to which.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def explain(error: OSError) -> str:
     """What went wrong with which file and what to do, in one line, for an error of the operating system."""
-    if error.filename is None and error.errno != errno.ENOSPC:
+    if error.filename is None and error.errno not in NO_ROOM:
         return error.strerror or str(error)
     where = "the output" if error.filename is None else os.fsdecode(error.filename)
     if len(where) > 300:

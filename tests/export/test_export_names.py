@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import par_export
+from par_export.staging import staging
 from par_runtime.cli import dispatch
 
 
@@ -51,3 +53,10 @@ def test_a_bundle_is_not_written_where_it_could_not_be_checked(
     assert dispatch.main(["export", "--checkpoint", "no.pt", "--tokenizer", "none", "--out", str(out)]) == 2
     assert "its path is not UTF-8, and ONNX Runtime opens no other files; give another --out" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_write_that_finds_no_room_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="too large") as caught, staging(tmp_path / "out", force=False):
+        raise OSError(errno.EFBIG, "File too large")  # as of an open file
+    assert caught.value.filename == str(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -147,6 +147,18 @@ def test_an_error_names_the_file_that_was_asked_for(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (errno.EFBIG, "the output is larger than this system or its limit (ulimit -f) allows; choose another place"),
+        (errno.EDQUOT, "the disk quota is used up, at the output; free some space or choose another place"),
+        (errno.EBADF, "Bad file descriptor"),
+    ],
+)
+def test_an_error_of_an_open_file_without_its_name(number: int, text: str) -> None:
+    assert explain(OSError(number, os.strerror(number))) == text
+
+
 def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
     path = tmp_path / ("ü" * 125 + ".png")  # 254 bytes
     write_beside(path, lambda part: part.write_bytes(b"1"))
