@@ -108,7 +108,7 @@ def _stand_ins() -> dict[str, Callable[..., object]]:
 
 
 def read_pickle(file: Path) -> dict[Any, Any]:
-    """The content of a file of ``torch.save``, its tensors mapped from it. Raises CheckpointError."""
+    """The content of a file of ``torch.save``, its tensors mapped from it. Raises CheckpointError, MemoryError."""
     _check_container(file)
     allowed: list[Any] = [(stand_in, name) for name, stand_in in _stand_ins().items()]
     try:
@@ -130,6 +130,8 @@ def read_pickle(file: Path) -> dict[Any, Any]:
     except Exception as error:
         # torch puts advice to load unsafely around the reason, which no user must see. The reason is the context.
         inner = error.__context__ if isinstance(error.__context__, Exception) else error
+        if "allocate memory" in f"{inner}{error}":
+            raise MemoryError(str(inner)) from error
         raise CheckpointError(_reason(file, f"{inner}\n{error}")) from error
     if not isinstance(content, dict):
         kind = "Namespace" if isinstance(content, Arguments) else type(content).__name__

@@ -6,13 +6,17 @@ import argparse
 import errno
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import par_export
+from par_export.cli import common
 from par_export.staging import staging
 from par_runtime.cli import dispatch
 
@@ -60,3 +64,18 @@ def test_a_write_that_finds_no_room_names_the_folder(tmp_path: Path) -> None:
         raise OSError(errno.EFBIG, "File too large")  # as of an open file
     assert caught.value.filename == str(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_is_missing_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def of_torch() -> int:
+        return len(torch.empty(2**50, dtype=torch.uint8))
+
+    def of_numpy() -> int:
+        return len(np.empty(2**50, np.uint8))
+
+    for work in (of_torch, of_numpy):
+        assert common.guarded(work) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"parvis: error: not enough memory \(.+\); free some, or run it where .+\n", error)
+    with pytest.raises(RuntimeError, match="another"):
+        common.guarded(lambda: (_ for _ in ()).throw(RuntimeError("another")))

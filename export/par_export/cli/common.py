@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from par_export.errors import BuildCancelledError, BuildError, ExportError, OutputError, ParityError
-from par_runtime.cli.common import fail
+from par_runtime.cli.common import fail, out_of_memory
 from par_runtime.errors import BundleError, CudaError, TensorRTMissingError
 from par_runtime.system import explain
 
@@ -57,6 +57,10 @@ def guarded(
                 "left behind)"
             )
         return fail(explain(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch has no class for it
+            raise
+        return fail(out_of_memory(error, "run it where there is more (nothing was written)"))
     except (BuildCancelledError, KeyboardInterrupt):
         print(f"\nparvis: stopped; {stopped}", file=sys.stderr)
         return 130

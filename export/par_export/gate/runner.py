@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from par_export.errors import ExportError
 from par_export.graphs.step import COMPATIBLE_STEP, padded_head_dim, step_graph
 from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WeightTable
 from par_model.config import PARConfig
 from par_model.ordering import LEARNABLE, TOKEN, Phase, input_kinds, phases
-from par_runtime.backends.ort.sessions import OPSET24_SINCE, version
+from par_runtime.backends.ort.sessions import LOG_SEVERITY, OPSET24_SINCE, explained, reason, version
 from par_runtime.system import give_back, utf8_name
 
 SOME_GROUPS = 3  #: group calls that each graph runs, except for the main one, which makes whole images
@@ -128,12 +129,24 @@ def session(path: Path, pack: bool = False) -> ort.InferenceSession:
 
     Weights in half precision are held in fp32 in both cases: ONNX Runtime casts one after another when the session is
     made. (With the casts left in the graph it takes more memory, because it plans for all of their results at once.)
+    Raises ExportError where ONNX Runtime cannot load it.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = LOG_SEVERITY
     if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(utf8_name(path) or path, options, providers=["CPUExecutionProvider"])
+    try:
+        # Without its fallback, which prints and tries the same again.
+        return ort.InferenceSession(
+            utf8_name(path) or path, options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
+    except Exception as error:
+        if isinstance(explained(error), MemoryError):
+            raise MemoryError(reason(error)) from error
+        raise ExportError(
+            f"the bundle cannot be checked, so nothing was written: onnxruntime {ort.__version__} cannot load its "
+            f"{path.name} ({reason(error)})"
+        ) from error
 
 
 def run_step(

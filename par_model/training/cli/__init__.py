@@ -31,4 +31,9 @@ def guarded(work: Callable[[], None]) -> int:
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)  # names of files
         print(f"parvis: error: {text}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch has no class for it
+            raise
+        print("parvis: error: not enough memory; free some, or give a smaller --batch", file=sys.stderr)
+        return 2
     return 0

@@ -116,6 +116,12 @@ def fail(error: object, code: int = 2) -> int:
     return code
 
 
+def out_of_memory(error: BaseException, advice: str = "give less at once (fewer images, --batch)") -> str:
+    """What a verb prints where memory ran out; ``advice``: what helps, beside memory."""
+    why = " ".join(str(error).split())[:200]
+    return f"not enough memory{f' ({why})' if why else ''}; free some, or {advice}"
+
+
 def guarded(work: Callable[[], int]) -> int:
     """Run ``work`` and return its exit code; an expected failure is printed as one line, and gives exit code 2."""
     try:
@@ -127,7 +133,7 @@ def guarded(work: Callable[[], int]) -> int:
     except OSError as error:
         return fail(explain(error))
     except MemoryError as error:
-        return fail(f"not enough memory for this batch; give a smaller --batch{f' ({error})' if str(error) else ''}")
+        return fail(out_of_memory(error))
 
 
 class Bar:

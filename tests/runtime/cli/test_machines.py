@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from par_runtime.backends.ort import sessions
+from par_runtime.pipeline import Pipeline
+
+copied = sessions._copied
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("HOME", "ORT_DISABLE_TELEMETRY")}
 
 
@@ -41,3 +45,18 @@ def test_the_current_folder_was_removed(tiny: Path, tmp_path: Path) -> None:
         done = subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, check=False)
         assert done.returncode == code
         assert done.stderr == (f"{error}change to another one (cd)\n" if error else "")
+
+
+def test_a_system_without_proc_loads_the_same(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime 1.32 opens no weights by name where /proc is missing; it is given their content."""
+    options = sessions.session_options(1)
+    if not hasattr(options, "add_external_initializers_from_files_in_memory"):
+        pytest.skip("this ONNX Runtime opens files only by name")
+    with Pipeline.load(tiny, "cpu-ort") as pipeline:
+        wanted = pipeline.generate([0], seed=1)
+    monkeypatch.setattr(sessions, "OPEN_FILES", tmp_path / "proc")
+    opened = []
+    monkeypatch.setattr(sessions, "_copied", lambda given: opened.append(given) or copied(given))
+    with Pipeline.load(tiny, "cpu-ort") as pipeline:
+        assert pipeline.generate([0], seed=1) == wanted
+    assert len(opened) == 2  # step and decoder

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ OPSET24_SINCE = (1, 25)
 LOG_SEVERITY = 4
 #: name -> (dtype, shape) of inputs or outputs; letters are sizes that change from call to call.
 Interface = dict[str, tuple[str, tuple[int | str, ...]]]
+OPEN_FILES = Path("/proc/self/fd")
 QUOTES = "'\""
 SPINNING = "session.intra_op.allow_spinning"
 ASSIGNMENT = "session.record_ep_graph_assignment_info"
@@ -64,9 +67,11 @@ def open_session(files: LoadedFiles, name: str, options: ort.SessionOptions, **h
         check_memory(bundle, bundle.files[WEIGHTS]["bytes"])
     path = files.path(name)
     in_utf8 = None if path is None else utf8_name(path)
-    if in_utf8 is not None:
+    takes_content = hasattr(options, "add_external_initializers_from_files_in_memory")
+    # ONNX Runtime 1.32 asks /proc on Linux where a file of weights really lies; a chroot may have none.
+    if in_utf8 is not None and (not takes_content or sys.platform != "linux" or OPEN_FILES.is_dir()):
         return ort.InferenceSession(in_utf8, options, **how)
-    if not hasattr(options, "add_external_initializers_from_files_in_memory"):
+    if not takes_content:
         why, fix = "was moved or replaced after it was loaded", "load the bundle again"
         if path is not None:
             why, fix = "has a name that is not UTF-8", "rename its folder"
@@ -96,7 +101,7 @@ def _copied(options: ort.SessionOptions) -> ort.SessionOptions:
 def open_cpu_session(files: LoadedFiles, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
     """:func:`open_session` on the CPU; every error of ONNX Runtime's is a BundleError."""
     try:
-        session = open_session(files, name, options, providers=["CPUExecutionProvider"])
+        session = open_session(files, name, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except BundleError:
         raise
     except Exception as error:
