@@ -10,9 +10,14 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
+
+#: How long a fork waits for other threads in :func:`no_fork`.
+FORK_SECONDS = 60.0
 
 
 class Forkable(Protocol):
@@ -32,7 +37,65 @@ def tell_of_forks(instance: Forkable) -> None:
     _told[id(instance)] = instance
 
 
+@contextmanager
+def no_fork() -> Iterator[None]:
+    """While a thread is in here, ``os.fork()`` of another thread waits.
+
+    For what holds locks that cannot be made anew in the forked process, where they would stay locked: importing a
+    module, opening a session of ONNX Runtime. Several threads may be in here at a time.
+    """
+    me = threading.get_ident()
+    with _gate:
+        _inside[me] = _inside.get(me, 0) + 1
+    try:
+        yield
+    finally:
+        with _gate:
+            _inside[me] -= 1
+            if not _inside[me]:
+                del _inside[me]
+            _gate.notify_all()
+
+
+_gate = threading.Condition()  #: of _inside; held during a fork
+_inside: dict[int, int] = {}  #: thread -> how many times it is in no_fork
+
+
+def _wait() -> None:
+    _gate.acquire()
+    me = threading.get_ident()  # a handler of a signal may fork in the middle of anything
+    _gate.wait_for(lambda: not _inside.keys() - {me}, FORK_SECONDS)
+
+
+def _go_on() -> None:
+    with suppress(RuntimeError):  # Ctrl-C came before it was held
+        _gate.release()
+
+
+class Calls:
+    """Threads that are in a call of a library, whose locks they hold. ``with calls:`` around each such call."""
+
+    def __init__(self) -> None:
+        self._threads: set[int] = set()
+
+    def __enter__(self) -> None:
+        self._threads.add(threading.get_ident())
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.discard(threading.get_ident())
+
+    def lost_in_fork(self) -> bool:
+        """In a forked process: whether another thread was in a call, which will never end here."""
+        lost = bool(self._threads - {threading.get_ident()})
+        self._threads &= {threading.get_ident()}
+        return lost
+
+
 def _tell() -> None:
+    global _gate
+    _gate = threading.Condition()
+    for thread in _inside.keys() - {threading.get_ident()}:
+        del _inside[thread]
     _end_at_once()
     for instance in list(_told.values()):
         instance.after_fork()
@@ -60,4 +123,4 @@ def keep_forever(*objects: object) -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_tell)
+    os.register_at_fork(before=_wait, after_in_parent=_go_on, after_in_child=_tell)

@@ -16,7 +16,7 @@ from par_runtime.arguments import cpu_threads
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError, how_to_install
-from par_runtime.forks import tell_of_forks
+from par_runtime.forks import no_fork, tell_of_forks
 from par_runtime.images.photo import Fit, Pictures, to_pixels
 from par_runtime.known import given_tokens
 from par_runtime.loaded import LoadedFiles
@@ -97,7 +97,8 @@ class Tokenizer:
         if self._closed:
             raise RequestError(f"{self.bundle.path}: the tokenizer was closed; load it again")
         try:
-            from par_runtime.backends.ort import sessions  # here, because importing onnxruntime takes a while
+            with no_fork():  # the lock of a module would stay locked in the forked process
+                from par_runtime.backends.ort import sessions  # here, because importing onnxruntime takes a while
         except ModuleNotFoundError as error:
             if error.name != "onnxruntime":
                 raise

@@ -148,6 +148,79 @@ in_child(child)
     )
 
 
+def test_a_session_with_one_thread_in_which_another_thread_was_is_opened_again() -> None:
+    """It may hold locks of the session, which stay locked in the forked process."""
+    run(
+        "ONNX Runtime",
+        """
+from par_runtime import Pipeline
+pipeline = Pipeline.load(path, "cpu-ort", threads=1)
+wanted = made(pipeline)
+inside, go_on = threading.Event(), threading.Event()
+class Waits:
+    def __init__(self, session): self.session = session
+    def __getattr__(self, name): return getattr(self.session, name)
+    def run_with_iobinding(self, binding):
+        inside.set()
+        go_on.wait()
+        self.session.run_with_iobinding(binding)
+    def run(self, *arguments):
+        inside.set()
+        go_on.wait()
+        return self.session.run(*arguments)
+backend = pipeline.backend
+for holder, name, call in ((backend, "_step", lambda: pipeline.generate([0, 1], seed=1)),
+                           (backend._decoder, "_session", lambda: pipeline.decode(np.zeros((1, 64), int)))):
+    session = getattr(holder, name)
+    setattr(holder, name, Waits(session))
+    thread = threading.Thread(target=call)
+    thread.start()
+    inside.wait()
+    def child():
+        same(pipeline)
+        assert type(getattr(holder, name)) is type(session)
+    in_child(child)
+    go_on.set()
+    thread.join()
+    setattr(holder, name, session)
+    in_child(lambda: same(pipeline))
+    inside.clear()
+    go_on.clear()
+""",
+    )
+
+
+def test_a_fork_waits_until_another_thread_has_opened_its_session() -> None:
+    """ONNX Runtime holds a lock of its own meanwhile, for which the forked process would wait for ever."""
+    run(
+        "ONNX Runtime",
+        """
+from par_runtime.backends.ort import sessions
+from par_runtime.forks import no_fork
+wanted, opening, opened = made(pipeline), threading.Event(), []
+class Slow(sessions.ort.InferenceSession):
+    def __init__(self, *arguments, **how):
+        opening.set()
+        stop.wait(0.3)
+        super().__init__(*arguments, **how)
+        opened.append(True)
+sessions.ort.InferenceSession, fast, stop = Slow, sessions.ort.InferenceSession, threading.Event()
+thread = threading.Thread(target=load, args=(path,))
+thread.start()
+opening.wait()
+def child():
+    sessions.ort.InferenceSession = fast
+    assert opened
+    same(pipeline)
+    same(load(path))
+in_child(child)
+thread.join()
+with no_fork():  # a handler of a signal may fork anywhere
+    in_child(lambda: same(pipeline))
+""",
+    )
+
+
 def test_a_decoder_that_was_not_used_before_the_fork() -> None:
     run(
         "ONNX Runtime",

@@ -11,6 +11,7 @@ from par_runtime.backends.engines import Engine, best, joined, list_engines, why
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError, how_to_install
+from par_runtime.forks import no_fork
 
 if TYPE_CHECKING:
     from par_runtime.backends.base import Backend
@@ -73,9 +74,10 @@ def choose(
 
 def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
     try:
-        from par_runtime.backends.native.backend import NativeBackend
-        from par_runtime.backends.native.library import why_not
-        from par_runtime.backends.ort import cpu as ort  # here, because importing onnxruntime takes a while
+        with no_fork():  # the lock of a module would stay locked in the forked process
+            from par_runtime.backends.native.backend import NativeBackend
+            from par_runtime.backends.native.library import why_not
+            from par_runtime.backends.ort import cpu as ort  # here, because importing onnxruntime takes a while
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise

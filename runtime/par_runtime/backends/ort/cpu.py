@@ -35,7 +35,7 @@ from par_runtime.backends.ort.sessions import (
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError
-from par_runtime.forks import keep_forever, tell_of_forks
+from par_runtime.forks import Calls, keep_forever, tell_of_forks
 from par_runtime.loaded import LoadedFiles
 
 MOST_IMAGES = 4096  #: the caches of more images take tens of gigabytes even for the smallest model
@@ -71,6 +71,7 @@ class OrtBackend:
         self._files = LoadedFiles(bundle)
         self._graph = graph or ("step" if version() >= OPSET24_SINCE else "step_opset23")
         self._closed = False
+        self._calls = Calls()
         self._step: ort.InferenceSession | None = None  # None in a forked process, until it is opened again
         self._open_step()
         self._decoder = LazySession(self._files, "decoder", options, huge_pages=True)
@@ -95,7 +96,7 @@ class OrtBackend:
         return self._step
 
     def after_fork(self) -> None:
-        if self._step is not None and lost_in_fork(self._options):
+        if (self._calls.lost_in_fork() or lost_in_fork(self._options)) and self._step is not None:
             keep_forever(self._step, *self._bound.values())
             self._step = None
             self._bound.clear()
@@ -104,7 +105,8 @@ class OrtBackend:
         session = self._open_step()
         bound = self._prepare(session, batch, ids, write)
         bound.uniform[:] = uniform
-        _run(session, bound.binding)
+        with self._calls:
+            _run(session, bound.binding)
         return bound.tokens[batch.cache_row[: batch.images]]
 
     def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
@@ -114,7 +116,8 @@ class OrtBackend:
         out = np.empty((batch.images, ids.shape[1], self.bundle.vocab_size), np.float32)
         self._bound.clear()  # before binding: whatever interrupts this call, no later one writes into memory of `out`
         _bind(bound.binding, "logits", out, output=True)
-        _run(session, bound.binding)
+        with self._calls:
+            _run(session, bound.binding)
         return out
 
     def release(self, cache_rows: Int | None = None) -> None:

@@ -19,7 +19,7 @@ from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.checked import shown
 from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
-from par_runtime.forks import keep_forever, tell_of_forks
+from par_runtime.forks import Calls, keep_forever, no_fork, tell_of_forks
 from par_runtime.loaded import LoadedFiles
 from par_runtime.system import available_bytes, available_cores, utf8_name
 
@@ -101,7 +101,8 @@ def _copied(options: ort.SessionOptions) -> ort.SessionOptions:
 def open_cpu_session(files: LoadedFiles, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
     """:func:`open_session` on the CPU; every error of ONNX Runtime's is a BundleError."""
     try:
-        session = open_session(files, name, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        with no_fork():
+            session = open_session(files, name, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except BundleError:
         raise
     except Exception as error:
@@ -201,6 +202,7 @@ class LazySession:
     def __init__(self, files: LoadedFiles, name: str, options: ort.SessionOptions, huge_pages: bool = False) -> None:
         self._files, self._name, self._options, self._huge_pages = files, name, options, huge_pages
         self._session: ort.InferenceSession | None = None
+        self._calls = Calls()
         tell_of_forks(self)
 
     def run(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
@@ -210,14 +212,15 @@ class LazySession:
             if self._huge_pages:
                 use_huge_pages()
         self._files.check()
-        return run(self._session, name, values)
+        with self._calls:
+            return run(self._session, name, values)
 
     def close(self) -> None:
         """Free the session."""
         self._session = None
 
     def after_fork(self) -> None:
-        if self._session is not None and lost_in_fork(self._options):
+        if (self._calls.lost_in_fork() or lost_in_fork(self._options)) and self._session is not None:
             keep_forever(self._session)
             self._session = None
 
