@@ -7,10 +7,12 @@ after loading (gunicorn with ``preload_app``), and so does ``multiprocessing`` w
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,8 @@ from typing import Protocol
 
 #: How long a fork waits for other threads in :func:`no_fork`.
 FORK_SECONDS = 60.0
+#: How long Python waits at its end for daemon threads in :func:`no_fork` or in :class:`Calls`.
+END_SECONDS = 30.0
 
 
 class Forkable(Protocol):
@@ -39,7 +43,7 @@ def tell_of_forks(instance: Forkable) -> None:
 
 @contextmanager
 def no_fork() -> Iterator[None]:
-    """While a thread is in here, ``os.fork()`` of another thread waits.
+    """While a thread is in here, ``os.fork()`` of another thread waits, and so does the end of Python.
 
     For what holds locks that cannot be made anew in the forked process, where they would stay locked: importing a
     module, opening a session of ONNX Runtime. Several threads may be in here at a time.
@@ -48,6 +52,7 @@ def no_fork() -> Iterator[None]:
     with _gate:
         _inside[me] = _inside.get(me, 0) + 1
     try:
+        _stop_at_the_end()
         yield
     finally:
         with _gate:
@@ -73,22 +78,54 @@ def _go_on() -> None:
 
 
 class Calls:
-    """Threads that are in a call of a library, whose locks they hold. ``with calls:`` around each such call."""
+    """Threads that are in a call of a library, whose locks they hold. ``with calls:`` around each such call.
+
+    Python waits at its end for those of daemon threads: it ends such threads wherever they are, and where that is in
+    the C++ of ONNX Runtime, the process is aborted.
+    """
 
     def __init__(self) -> None:
         self._threads: set[int] = set()
+        _all_calls.add(self)
 
     def __enter__(self) -> None:
         self._threads.add(threading.get_ident())
+        try:
+            _stop_at_the_end()
+        except SystemExit:
+            self._threads.discard(threading.get_ident())
+            raise
 
     def __exit__(self, *_: object) -> None:
         self._threads.discard(threading.get_ident())
 
+    def of_others(self) -> bool:
+        """Whether another thread is in a call."""
+        return bool(self._threads - {threading.get_ident()})
+
     def lost_in_fork(self) -> bool:
         """In a forked process: whether another thread was in a call, which will never end here."""
-        lost = bool(self._threads - {threading.get_ident()})
+        lost = self.of_others()
         self._threads &= {threading.get_ident()}
         return lost
+
+
+_all_calls: weakref.WeakSet[Calls] = weakref.WeakSet()
+_ending = False  #: Python is
+
+
+def _stop_at_the_end() -> None:
+    """End this thread where Python is ending, so that it cannot go into a library again."""
+    if _ending and threading.current_thread() is not threading.main_thread():
+        raise SystemExit("Python is ending")
+
+
+@atexit.register
+def _end() -> None:
+    global _ending
+    _ending, until, me = True, time.monotonic() + END_SECONDS, threading.get_ident()
+    while time.monotonic() < until and (_inside.keys() - {me} or any(calls.of_others() for calls in list(_all_calls))):
+        time.sleep(0.005)
 
 
 def _tell() -> None:

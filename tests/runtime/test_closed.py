@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from double.fixtures import Make
+from PIL import Image
 from sharing import KINDS, TINY, params
 
-from par_runtime import Bundle, Pipeline, RequestError
+from par_runtime import Bundle, BundleError, Pipeline, RequestError
+from par_runtime.backends.ort import sessions
 from par_runtime.errors import CudaError
 from par_runtime.request import Settings
 from par_runtime.schedule import Schedule
@@ -76,3 +81,48 @@ def test_a_tokenizer_that_was_closed() -> None:
     for use in (lambda: tokenizer.decode(tokens), lambda: tokenizer.encode(np.zeros((16, 16, 3), np.uint8))):
         with pytest.raises(RequestError, match="the tokenizer was closed; load it again"):
             use()
+
+
+def test_too_many_open_files_and_threads_are_named_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits of a system are no fault of the bundle, nor of a picture."""
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (16, 16)).save(photo)
+    code = """
+import errno, os, resource, sys
+from par_runtime import BundleError, Pipeline
+pipeline = Pipeline.load(sys.argv[1], "cpu-ort", threads=1, selftest=False)
+wanted = pipeline.generate(0, seed=1)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+held = []
+try:
+    while True:
+        held.append(os.dup(0))
+except OSError:
+    os.close(held.pop())
+try:
+    Pipeline.load(sys.argv[1], "cpu-ort", threads=1, selftest=False)
+except BundleError as error:
+    print(error)
+try:
+    pipeline.encode(sys.argv[2])
+except OSError as error:
+    print(error.errno == errno.EMFILE)
+assert pipeline.generate(0, seed=1) == wanted
+for each in held[-9:]:
+    os.close(each)
+Pipeline.load(sys.argv[1], "cpu-ort", threads=1).encode(sys.argv[2])
+"""
+    if sys.platform == "linux":
+        command = [sys.executable, "-c", code, str(TINY), str(photo)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.endswith("Too many open files); raise the limit of open files (ulimit -n)\nTrue\n")
+
+    def no_threads(*_: object, **__: object) -> None:
+        raise RuntimeError("env.cc:327 PosixThread pthread_create failed, error code: 11")  # as 1.32 says it
+
+    monkeypatch.setattr(sessions.ort, "InferenceSession", no_threads)
+    with pytest.raises(
+        BundleError, match=r"pthread_create failed.*; no more threads may be started: raise their limit"
+    ):
+        Pipeline.load(TINY, "cpu-ort")

@@ -194,16 +194,27 @@ def test_a_pipeline_that_nobody_holds_is_freed_while_another_runs(shared_pipelin
     assert made(pipeline, REQUESTS[1] | {"on_step": drop}) == wanted
 
 
-def test_a_daemon_thread_that_generates_does_not_disturb_the_end_of_python() -> None:
+DAEMONS = {
+    "generates": "p = Pipeline.load(sys.argv[1], 'cpu-ort', threads=1)\n"
+    "def work():\n    while True: p.generate([0, 1], seed=1, on_step=lambda *_: began.set())",
+    "encodes": "t, images = Tokenizer(Bundle.open(sys.argv[1]), 1), np.zeros((1000, 16, 16, 3), np.uint8)\n"
+    "def work():\n    while True: t.encode(images); began.set()",
+    "loads": "def work():\n"
+    "    with no_fork():\n        began.set(); time.sleep(0.3); print('left')\n"
+    "    Pipeline.load(sys.argv[1], 'cpu-ort'); print('not reached')",
+}
+
+
+@pytest.mark.parametrize("what", DAEMONS)
+def test_a_daemon_thread_does_not_disturb_the_end_of_python(what: str) -> None:
     code = (
-        "import sys, threading; from par_runtime import Pipeline; p = Pipeline.load(sys.argv[1], 'cpu-ort')\n"
-        "began = threading.Event()\n"
-        "def work():\n    while True: p.generate([0, 1], seed=1, on_step=lambda *_: began.set())\n"
+        "import sys, threading, time; import numpy as np; from par_runtime import Bundle, Pipeline\n"
+        "from par_runtime.forks import no_fork; from par_runtime.tokenizer import Tokenizer\n"
+        f"began = threading.Event()\n{DAEMONS[what]}\n"
         "threading.Thread(target=work, daemon=True).start(); began.wait()"
     )
-    for _ in range(2):
-        done = subprocess.run([sys.executable, "-c", code, str(TINY)], capture_output=True, timeout=60)
-        assert (done.returncode, done.stderr) == (0, b"")
+    done = subprocess.run([sys.executable, "-c", code, str(TINY)], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr, done.stdout) == (0, b"", b"left\n" if what == "loads" else b"")
 
 
 def test_a_handler_at_the_end_of_python_may_still_generate_and_close() -> None:

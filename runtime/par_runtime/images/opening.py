@@ -6,6 +6,7 @@ another picture, in silence: values whose meaning is unknown are refused.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -110,6 +111,8 @@ def _guarded(name: str, source: Any, own: bool) -> Opened:
     except MemoryError as error:
         raise RequestError(f"{name}: not enough memory for this image; give a smaller one") from error
     except Exception as error:  # readers of broken files raise nearly anything
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # too many open files: Pillow opens those of its readers
         why = shown(str(error), 120).strip("'\"") or type(error).__name__
         raise RequestError(f"{name}: not an image that can be read ({why}); it may be truncated or damaged") from error
 

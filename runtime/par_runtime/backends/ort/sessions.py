@@ -33,6 +33,11 @@ OPEN_FILES = Path("/proc/self/fd")
 QUOTES = "'\""
 SPINNING = "session.intra_op.allow_spinning"
 ASSIGNMENT = "session.record_ep_graph_assignment_info"
+#: What ONNX Runtime says of a limit of the system -> what to do.
+LIMITS = {
+    "Too many open files": "raise the limit of open files (ulimit -n)",
+    "pthread_create failed": "no more threads may be started: raise their limit (ulimit -u), or take one thread",
+}
 #: How ONNX Runtime's allocators report that memory is missing (the last one: CUDA's).
 NO_MEMORY = ("allocate memory", "bad_alloc", "out of memory")
 
@@ -108,9 +113,10 @@ def open_cpu_session(files: LoadedFiles, name: str, options: ort.SessionOptions)
     except Exception as error:
         if isinstance(explained(error), MemoryError):
             raise MemoryError(reason(error)) from error
+        limit = next((fix for words, fix in LIMITS.items() if words in str(error)), "")
         raise BundleError(
             f"{files.bundle.path / files.bundle.graphs[name].file}: onnxruntime {ort.__version__} cannot load it "
-            f"({reason(error)}); export the bundle again"
+            f"({reason(error)}); {limit or 'export the bundle again'}"
         ) from error
     check_interface(session, files.bundle, name)
     return session
