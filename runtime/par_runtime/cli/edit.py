@@ -128,12 +128,16 @@ def read_original(args: argparse.Namespace, bundle: Bundle) -> Original:
     assert bundle.image_size is not None
     size = bundle.image_size
     if args.place is not None:
+        if args.mask_from != "auto":
+            raise RequestError(f"--mask-from {args.mask_from}: is for a mask image, --place takes none; leave it out")
         box = parse_box(args.place, size)
         found, _ = _find(args, bundle)
         return Original(*place_image(found.image, size, box), found.label)  # its tokens are those of its whole size
     original, beside = _without_region(args, bundle, size)
     named = args.change if args.keep is None else args.keep
     where = region(named, size, args.fit, mask_from=args.mask_from, photo=beside)
+    if args.mask_from != "auto" and where.mask_from is None:
+        raise RequestError(f"--mask-from {args.mask_from}: is for a mask image, {shown(named)} is none; leave it out")
     stays = ~where.pixels if args.keep is None else where.pixels
     return replace(original, stays=stays, mask_from=where.mask_from)
 

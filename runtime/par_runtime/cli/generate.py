@@ -20,8 +20,10 @@ from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded
 from par_runtime.cli.inputs import MOST_IMAGES, class_indices, load_pipeline
 from par_runtime.cli.outputs import (
+    check_different,
     check_tokens_name,
     class_file_name,
+    image_file_names,
     safe_name,
     sheet_columns,
     write_all,
@@ -122,7 +124,14 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
         if path is not None:
             check_writable(path)
     if args.out_dir is not None:
+        if len(set(args.guidance or ())) < len(args.guidance or ()):
+            raise RequestError("--guidance: one scale is given twice, which makes the same files; give each once")
         check_folder_writable(args.out_dir)
+        labels = [c for c in classes for _ in range(args.count)]
+        scales = [s for s in args.guidance or [bundle.defaults.guidance] for _ in labels]
+        repeats = len(scales) // len(labels)
+        names = image_file_names(bundle, labels * repeats, image_seeds(len(labels), first, None) * repeats, scales)
+        check_different([*([args.out] if args.out else []), *(args.out_dir / name for name in names)])
     return bundle, classes, first
 
 
@@ -132,10 +141,9 @@ def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: in
     if args.out is not None:
         files.append((args.out, partial(result.save, args.out, columns, scale=args.scale)))
     if args.out_dir is not None:
-        several = len({s.guidance for s in result.settings}) > 1
-        for i, label in enumerate(result.labels):
-            scale = f"-g{result.settings[i].guidance:g}" if several else ""
-            path = args.out_dir / f"{class_file_name(bundle, label)}-{result.seeds[i]}{scale}.png"
+        names = image_file_names(bundle, result.labels, result.seeds, [s.guidance for s in result.settings])
+        for i, name in enumerate(names):
+            path = args.out_dir / name
             files.append((path, partial(result.save, path, 1, [i], scale=args.scale)))
     if args.tokens is not None:
         files.append((args.tokens, partial(write_tokens, args.tokens, result.tokens)))

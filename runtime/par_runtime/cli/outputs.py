@@ -93,6 +93,30 @@ def class_file_name(bundle: Bundle, label: int) -> str:
     return name or str(label)
 
 
+def image_file_names(
+    bundle: Bundle, labels: Sequence[int], seeds: Sequence[int], guidance: Sequence[float] | None
+) -> list[str]:
+    """A file name for each image; ``guidance`` [B] is a part of it where images have several scales."""
+    scales = set(guidance or ())
+    short = len({f"{scale:g}" for scale in scales}) == len(scales)
+    names = []
+    for i, (label, seed) in enumerate(zip(labels, seeds, strict=True)):
+        scale = "" if guidance is None or len(scales) < 2 else f"-g{guidance[i]:g}" if short else f"-g{guidance[i]!r}"
+        names.append(f"{class_file_name(bundle, label)}-{seed}{scale}.png")
+    return names
+
+
+def check_different(files: Sequence[Path]) -> None:
+    """Raise RequestError where two of the ``files`` to be written are one: the first would be lost."""
+    folders = {folder: os.path.realpath(folder) for folder in {file.parent for file in files}}
+    seen: set[tuple[str, str]] = set()
+    for file in files:
+        place = (folders[file.parent], file.name)
+        if place in seen:
+            raise RequestError(f"{file}: two outputs of this command have this name, so one would be lost; change one")
+        seen.add(place)
+
+
 def safe_name(name: str) -> str:
     """``name`` with only those characters that are allowed in the file names of every system, at most 80 bytes."""
     text = re.sub(r"[^\w.-]+", "-", name).strip("-.").encode()[:80].decode(errors="ignore")

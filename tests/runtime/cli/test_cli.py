@@ -122,6 +122,23 @@ def test_one_file_per_image_and_json(tiny: Path, tmp_path: Path, capsys: pytest.
         assert run("redo", path, "--bundle", tiny, "--quiet") == 0
 
 
+def test_scales_that_are_nearly_the_same_have_files_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    assert (
+        run("generate", tiny, "--label", 0, "--seed", 1, "--guidance", 1.5, 1.50000001, 2, "--out-dir", tmp_path) == 0
+    )
+    names = ["red-fox-1-g1.5.png", "red-fox-1-g1.50000001.png", "red-fox-1-g2.0.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_outputs_that_would_replace_each_other(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask = ["generate", tiny, "--label", 0, "--seed", 1, "--out-dir", tmp_path]
+    assert run(*ask, "--guidance", 2, 1, 2) == 2
+    assert "--guidance: one scale is given twice, which makes the same files; give each once" in capsys.readouterr().err
+    assert run(*ask, "--out", tmp_path / ".." / tmp_path.name / "red-fox-1.png") == 2
+    assert "red-fox-1.png: two outputs of this command have this name, so one would be lost" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_previews_fill_towards_the_image(tiny: Path, tmp_path: Path) -> None:
     run("generate", tiny, "--label", 0, "--seed", 1, "--preview-every", 6, "--out", tmp_path / "x.png")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x-0006.png", "x-0012.png", "x-0018.png", "x.png"]

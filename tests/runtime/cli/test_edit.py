@@ -368,3 +368,18 @@ def test_a_damaged_tiff_ends_in_one_line_too(tiny: Path, tmp_path: Path, capfd: 
         error = capfd.readouterr().err
         assert "not an image that can be read" in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        (["--keep", "left"], "is for a mask image, 'left' is none; leave it out"),
+        (["--change", "0,0,8,8"], "is for a mask image, '0,0,8,8' is none; leave it out"),
+        (["--place", "0,0,8,8"], "is for a mask image, --place takes none; leave it out"),
+    ],
+)
+def test_a_way_to_read_a_mask_without_a_mask(
+    tiny: Path, sheet: Path, where: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("edit", sheet, "--bundle", tiny, "--which", 0, *where, "--mask-from", "alpha") == 2
+    assert capsys.readouterr().err == f"parvis: error: --mask-from alpha: {error}\n"
