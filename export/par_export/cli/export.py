@@ -10,7 +10,7 @@ from par_export.cli.common import guarded
 from par_export.errors import ExportError
 from par_runtime.checked import load_json
 from par_runtime.cli import options
-from par_runtime.cli.common import Parser
+from par_runtime.cli.common import Parser, printable
 from par_runtime.dtypes import PRECISIONS
 
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from par_model.checkpoint import hub
 
     def say(line: str) -> None:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
     names = ("guidance", "temperature", "top_k", "top_p", "guidance_interval")
     settings = {name: getattr(args, name) for name in names}

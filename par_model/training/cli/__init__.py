@@ -10,13 +10,23 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+LONGEST_ERROR = 2000  # characters
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as one line, as the other verbs of ``parvis`` print them."""
 
     def error(self, message: str) -> NoReturn:
         """Print ``message`` as one line and exit with code 2."""
+        if len(message) > LONGEST_ERROR:  # argparse repeats an argument of any length
+            message = f"{message[: LONGEST_ERROR // 2]} ... {message[-LONGEST_ERROR // 2 :]}"
+        message = printable(message)
         self.exit(2, f"parvis: error: {message}; '{self.prog} --help' lists the options\n")
+
+
+def printable(text: str) -> str:
+    """``text`` with what begins another line, or what a terminal obeys, escaped: names of files come from anybody."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -28,8 +38,7 @@ def guarded(work: Callable[[], None]) -> int:
         work()
     except (InputError, CheckpointError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)  # names of files
-        print(f"parvis: error: {text}", file=sys.stderr)
+        print(f"parvis: error: {printable(text)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch has no class for it

@@ -13,7 +13,7 @@ from par_runtime.bench.measure import Progress, no_progress
 from par_runtime.bench.report import compare, output
 from par_runtime.bench.run import BASELINES, SUITES, BenchOptions, run_bench
 from par_runtime.bench.suites.paper import SIZES
-from par_runtime.cli.common import Parser, fail, guarded
+from par_runtime.cli.common import Parser, fail, guarded, printable
 from par_runtime.cli.options import add_list
 from par_runtime.errors import OutputsError
 from par_runtime.system import explain
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     def warn(text: str) -> None:
         if not options.quiet:
-            print(f"parvis: {text}", file=sys.stderr)
+            print(printable(f"parvis: {text}"), file=sys.stderr)
 
     if options.threads != args.threads:
         warn(f"--threads {args.threads}: reduced to {options.threads}, the cores that this process may use")
@@ -85,7 +85,8 @@ def save(options: BenchOptions, journal: Journal, error: BaseException) -> None:
     where = f"; they are in {', '.join(files)}" if files else ""
     if len(journal.failed) > 1 or isinstance(error, (KeyboardInterrupt, SystemExit)):
         report_failed(journal)
-    print(f"parvis: {len(outcome.rows)} rows were measured before the run ended{where}", file=sys.stderr)
+    text = f"parvis: {len(outcome.rows)} rows were measured before the run ended{where}"
+    print(printable(text), file=sys.stderr)
 
 
 def why_ended(error: BaseException) -> str:

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 from par_runtime.errors import BundleError, CudaError, OutputsError, RequestError
 from par_runtime.system import explain
 
+LONGEST_ERROR = 2000  #: characters; argparse repeats an argument of any length
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors printed as one line, like every other error of ``parvis``."""
@@ -109,11 +111,18 @@ def unknown_option(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
 def fail(error: object, code: int = 2) -> int:
     """Print ``error`` as the one line of a verb that failed; returns ``code``.
 
-    Characters that would begin another line, or that a terminal obeys, are escaped: names of files may have them.
+    What is too long loses its middle: the beginning says what was given, the end how to fix it.
     """
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
-    print(f"parvis: error: {text}", file=sys.stderr)
+    text = str(error)
+    if len(text) > LONGEST_ERROR:
+        text = f"{text[: LONGEST_ERROR // 2]} ... {text[-LONGEST_ERROR // 2 :]}"
+    print(f"parvis: error: {printable(text)}", file=sys.stderr)
     return code
+
+
+def printable(text: str) -> str:
+    """``text`` with what begins another line, or what a terminal obeys, escaped: names of files come from anybody."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def out_of_memory(error: BaseException, advice: str = "give less at once (fewer images, --batch)") -> str:

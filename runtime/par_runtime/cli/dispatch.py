@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from par_runtime import __version__
-from par_runtime.cli.common import Parser, fail, unknown_option
+from par_runtime.cli.common import Parser, fail, printable, unknown_option
 from par_runtime.cli.streams import steady
 from par_runtime.errors import how_to_install
 
@@ -128,7 +128,7 @@ def _warnings_on_one_line() -> Iterator[None]:
     printed: set[str] = set()
 
     def show(message: Warning | str, *_: object) -> None:
-        line = f"parvis: warning: {' '.join(str(message).split())}"
+        line = f"parvis: warning: {printable(' '.join(str(message).split()))}"
         if line not in printed:
             printed.add(line)
             print(line, file=sys.stderr)

@@ -19,7 +19,7 @@ from PIL import Image
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.cli import options
-from par_runtime.cli.common import Bar, Parser, guarded
+from par_runtime.cli.common import Bar, Parser, guarded, printable
 from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline, quiet_readers
 from par_runtime.cli.outputs import check_outputs, write_all, write_tokens
 from par_runtime.dtypes import Int
@@ -247,7 +247,7 @@ def paste(result: Result, original: Original) -> Result:
 def _say_what_was_taken(args: argparse.Namespace, original: Original) -> None:
     """Print what the user may not expect: that an image of parvis is encoded, and how a mask was read."""
     if original.tokens is None and original.why != Original.why:
-        print(f"parvis: {original.why}; encoding its pixels", file=sys.stderr)
+        print(printable(f"parvis: {original.why}; encoding its pixels"), file=sys.stderr)
     if original.mask_from in ("alpha", "inverse-alpha"):
         part = "opaque" if original.mask_from == "alpha" else "transparent"
         print(f"parvis: the {part} part of the mask is the region (--mask-from {original.mask_from})", file=sys.stderr)
@@ -284,7 +284,7 @@ def _report(
         images, on = ("images", " and on") if args.count > 1 else ("image", "")
         how = "" if original.tokens is None else " as they were generated"
         print(
-            f"{out}: {args.count} {images} of {name}, seed {result.seeds[0]}{on}, "
+            f"{printable(str(out))}: {args.count} {images} of {name}, seed {result.seeds[0]}{on}, "
             f"{kept} of {keep.size} tokens kept{how}, in {seconds:.1f} s"
         )
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
-from par_runtime.cli.common import Bar, Parser, guarded
+from par_runtime.cli.common import Bar, Parser, guarded, printable
 from par_runtime.cli.inputs import MOST_IMAGES, class_indices, load_pipeline
 from par_runtime.cli.outputs import (
     check_different,
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
     loaded = time.perf_counter()
     if pipeline.note and has_engines(bundle) and not (args.quiet or args.json):
-        print(f"parvis: {pipeline.note}", file=sys.stderr)
+        print(printable(f"parvis: {pipeline.note}"), file=sys.stderr)
     # Images run label by label; several guidance scales repeat all of them, with the same seeds.
     scales = len(args.guidance or [None])
     labels = [c for c in classes for _ in range(args.count)]
@@ -186,7 +186,7 @@ def _report(
     low, high = min(result.seeds), max(result.seeds)
     seeds = f"seeds {low}..{high}" if high > low else f"seed {low}"
     print(
-        f"{where}: {count} image{'s' if count > 1 else ''}, {seeds}, in {total_s:.1f} s "
+        f"{printable(where)}: {count} image{'s' if count > 1 else ''}, {seeds}, in {total_s:.1f} s "
         f"({load_s:.1f} s to load, {ms:.0f} ms per image, {bundle.calls} calls, {pipeline.backend.info.name})"
     )
 

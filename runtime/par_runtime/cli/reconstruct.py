@@ -14,7 +14,7 @@ import numpy as np
 
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
-from par_runtime.cli.common import Parser, guarded
+from par_runtime.cli.common import Parser, guarded, printable
 from par_runtime.cli.inputs import quiet_readers
 from par_runtime.cli.outputs import check_outputs, write_all, write_tokens
 from par_runtime.images import png
@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
     elif not args.quiet:
         for row in rows:
             print(
-                f"{row['image']}: {size[1]}x{size[0]} pixels in {bundle.n_tokens} tokens, "
+                f"{printable(str(row['image']))}: {size[1]}x{size[0]} pixels in {bundle.n_tokens} tokens, "
                 f"{row['codes']} different codes, PSNR {row['psnr_db']:.1f} dB"
             )
-        print(f"{out}: encoded in {encoded - started:.2f} s, decoded in {decoded - encoded:.2f} s")
+        print(f"{printable(str(out))}: encoded in {encoded - started:.2f} s, decoded in {decoded - encoded:.2f} s")
     return 0
 
 

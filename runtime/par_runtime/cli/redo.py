@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
-from par_runtime.cli.common import Bar, Parser, guarded
+from par_runtime.cli.common import Bar, Parser, guarded, printable
 from par_runtime.cli.inputs import load_pipeline, quiet_readers
 from par_runtime.cli.outputs import check_not_input
 from par_runtime.errors import RequestError
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         result.save(args.out, recipe.columns, scale=recipe.scale)
     identical, text = compare(recipe, pixels, result, bundle.image_size)
-    print(f"{args.image}: {text}")
+    print(printable(f"{args.image}: {text}"))
     return 0 if identical else 1
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from par_runtime.cli import dispatch
 from par_runtime.system import HALF, explain, write_beside
@@ -239,3 +239,40 @@ def test_a_bundle_in_a_folder_whose_name_is_not_of_this_system(
         assert (done.returncode, done.stderr) == (0, b"")
     assert shell(f"parvis generate {tiny} --label 0 --seed 1 --out plain.png --quiet", tmp_path).returncode == 0
     assert len({(tmp_path / f"{each}.png").read_bytes() for each in ("cpu", "cpu-ort", "plain")}) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names that Windows does not allow")
+def test_names_of_files_do_not_reach_the_terminal_as_they_are(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, bundle = "\x1b]0;owned\x07\n\u202egnp.png", ["--bundle", str(tiny)]
+    shown = "\\x1b]0;owned\\x07\\n\\u202egnp.png"
+    assert dispatch.main(["generate", str(tiny), "--label", "0", "--seed", "1", "--out", name]) == 0
+    assert capsys.readouterr().out.startswith(f"{shown}: 1 image")
+    assert dispatch.main(["redo", name, *bundle]) == 0
+    assert capsys.readouterr().out.startswith(f"{shown}: identical")
+    assert dispatch.main(["reconstruct", name, *bundle, "--out", f"r{name}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [shown, f"r{shown}"]
+    with Image.open(name) as image:
+        image.load()
+    image.putpixel((0, 0), (1, 2, 3))
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parvis", image.text["parvis"])  # type: ignore[attr-defined]
+    image.save(name, pnginfo=info)
+    assert dispatch.main(["edit", name, *bundle, "--keep", "left", "--out", f"e{name}"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"e{shown}: 1 image of red fox")
+    assert printed.err == f"parvis: the pixels of {shown} were changed since parvis wrote it; encoding its pixels\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["labels", "x" * 10**5], ["train", "--vocab", "x" * 10**5], ["doctor", "x" * 10**5]]
+)
+def test_an_error_is_not_longer_than_a_reader_reads(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("parvis: error: ")
+    assert len(error) < 2200
+    assert error.count("\n") == 1
