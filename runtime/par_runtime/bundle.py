@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -145,6 +147,8 @@ class Bundle:
     files: Mapping[str, Mapping[str, Any]]
     weights: Mapping[str, Stored]  #: of the step network, by name; older bundles have no such table
     tokenizer: Mapping[str, Any] | None  #: the layers of the image tokenizer; None where the bundle ends at tokens
+    #: file -> its state when it was checked: what is loaded later must be that file, not one of the next version
+    checked: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def vocab_size(self) -> int:
@@ -275,11 +279,18 @@ def _check_files(bundle: Bundle, verify: FileCheck) -> None:
     graphs = {graph.file for graph in bundle.graphs.values()}
     for name, entry in bundle.files.items():
         file = bundle.path / name
+        with suppress(OSError, ValueError):
+            bundle.checked[name] = state(file.stat())  # before it is read
         why = file_fault(file, entry["bytes"], entry["sha256"], verify)
         if why is None and name in graphs and file.stat().st_size > MOST_GRAPH_BYTES:
             why = f"{file.stat().st_size} bytes; expected at most {MOST_GRAPH_BYTES} of a graph"
         if why is not None:
             raise BundleError(f"{file}: {why}; copy the bundle again or export it again")
+
+
+def state(status: os.stat_result) -> tuple[int, int]:
+    """Size in bytes and time of the last change of a file: another content has another pair."""
+    return status.st_size, status.st_mtime_ns
 
 
 def file_fault(file: Path, size: int, digest: str, verify: FileCheck) -> str | None:

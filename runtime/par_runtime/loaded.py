@@ -12,9 +12,10 @@ import hashlib
 import mmap
 import os
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
-from par_runtime.bundle import WEIGHTS, Bundle
+from par_runtime.bundle import WEIGHTS, Bundle, state
 from par_runtime.errors import BundleError
 
 READ_LATER = ("step", "step_opset23", "decoder", "encoder")  #: graphs that ONNX Runtime opens
@@ -41,8 +42,23 @@ class LoadedFiles:
             ) from error
         self._close = weakref.finalize(self, os.close, self._weights)
         self._close.atexit = False  # a daemon thread may still be in a call
-        self._known = _content(os.fstat(self._weights))
+        self._known = state(os.fstat(self._weights))
         self._changed = False
+        self._check_versions()
+
+    def _check_versions(self) -> None:
+        """Raise BundleError where a file was replaced since it was checked: manifest and weights of two versions."""
+        files = [self.bundle.graphs[name].file for name in self._graphs]
+        now: dict[str, tuple[int, int] | None] = {WEIGHTS: self._known} | dict.fromkeys(files)
+        for name in files:
+            with suppress(OSError):  # it was removed meanwhile
+                now[name] = state(os.stat(self._folder / name))
+        for name, found in now.items():
+            if self.bundle.checked.get(name, found) != found:
+                self.close()
+                raise BundleError(
+                    f"{self.bundle.path / name}: was replaced after its manifest was read; load the bundle again"
+                )
 
     def graph(self, name: str) -> bytes | None:
         """The ONNX file of a graph; None where there was none."""
@@ -74,7 +90,7 @@ class LoadedFiles:
         """
         if not self._close.alive:
             raise BundleError(f"{self.bundle.path}: was closed; load it again")
-        now = _content(os.fstat(self._weights))
+        now = state(os.fstat(self._weights))
         if now == self._known and not self._changed:
             return
         entry = self.bundle.files[WEIGHTS]
@@ -95,8 +111,3 @@ class LoadedFiles:
         for offset in range(0, size, BLOCK_BYTES):
             digest.update(os.pread(self._weights, BLOCK_BYTES, offset))
         return digest.hexdigest()
-
-
-def _content(status: os.stat_result) -> tuple[int, int]:
-    """Size in bytes and time of the last change: another content has another pair."""
-    return status.st_size, status.st_mtime_ns

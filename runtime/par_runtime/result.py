@@ -164,6 +164,8 @@ class Result:
             pick = [range(len(self))[i] for i in places]  # type: ignore[index]
         except (IndexError, TypeError):
             pick = []
+        if not len(self):
+            raise RequestError("this result holds no images, so there is nothing to save")
         if not pick:
             raise RequestError(
                 f"indices {given(indices)}: expected one or more whole numbers, each of the {len(self)} images "

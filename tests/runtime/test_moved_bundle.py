@@ -168,3 +168,28 @@ def test_files_that_cannot_be_read_are_one_error(copy_of: Callable[[Path], Path]
         LoadedFiles(bundle)
     with pytest.raises(BundleError, match=r"weights\.data"):
         Pipeline.load(link, device="cpu", verify="none")
+
+
+@pytest.mark.parametrize("name", ["weights.data", "step.onnx", "encoder.onnx"])
+@pytest.mark.parametrize("verify", ["auto", "none"])
+def test_files_of_two_versions_are_never_loaded_together(
+    name: str, verify: Any, copy_of: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that was replaced by the next version's between the check and the load: a manifest of another bundle."""
+    link = copy_of(TINY)
+    opened = Bundle.open
+
+    def open_then_replace(path: Path, verify: Any) -> Bundle:
+        bundle = opened(path, verify)
+        (link / "new").write_bytes((link / name).read_bytes())  # as large, and for ONNX Runtime as good
+        os.utime(link / "new", ns=(0, 1))
+        (link / "new").rename(link / name)
+        return bundle
+
+    monkeypatch.setattr(Bundle, "open", staticmethod(open_then_replace))
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 0
+    with pytest.raises(BundleError, match=rf"{name}: was replaced after its manifest was read; load the bundle again"):
+        Pipeline.load(link, "cpu-ort", threads=1, verify=verify)
+    assert before == (len(os.listdir("/proc/self/fd")) if before else 0)
+    monkeypatch.undo()
+    assert Pipeline.load(link, "cpu-ort", threads=1).generate(0, seed=1).tokens.shape == (1, 64)

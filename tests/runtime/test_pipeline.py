@@ -266,7 +266,7 @@ def test_noise_is_the_golden_noise() -> None:
         ),
         (
             {"labels": 0, "settings": np.array([Settings()] * 2)},
-            r"settings array\(\[Settings.*\.\.\.: expected a Settings",
+            "^2 settings for 1 images; give one Settings",
         ),
         ({"labels": 0, "settings": Settings(), "top_k": 0}, "both settings and top_k were given"),
         ({"labels": 0, "settings": Settings(temperature=float("nan"))}, "temperature nan: expected 0 or more"),

@@ -153,6 +153,8 @@ def test_bad_arguments_of_save(three: Result, tmp_path: Path) -> None:
             three.save(tmp_path / "a.png", pasted=bad)
     with pytest.raises(RequestError, match=r"^'\\n\\x1b\[2J': expected a name that ends in \.png"):
         three.save("\n\x1b[2J")
+    with pytest.raises(RequestError, match=r"^this result holds no images"):
+        three[3:].save(tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
 
 

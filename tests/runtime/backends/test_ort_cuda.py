@@ -240,8 +240,8 @@ def test_a_graph_that_cannot_be_loaded_is_named(tiny: Path, tmp_path: Path) -> N
     if not NEW_ENOUGH:
         pytest.skip("ONNX Runtime before 1.25 does not run step.onnx")
     shutil.copytree(tiny, tmp_path / "b")
-    bundle = Bundle.open(tmp_path / "b")
     (tmp_path / "b" / "step.onnx").write_bytes(b"no graph")
+    bundle = Bundle.open(tmp_path / "b", "none")
     with pytest.raises(BundleError, match=r"step.onnx: onnxruntime .* cannot load it"):
         ort_cuda.OrtCudaBackend(bundle, **CPU)
 
