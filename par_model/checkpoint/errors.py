@@ -19,7 +19,12 @@ class CheckpointError(Exception):
         # The beginning says what was given, the end how to fix it, so what is too long loses its middle.
         if len(message) > LONGEST_MESSAGE:
             message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """``text`` with what begins another line, or what a terminal obeys, escaped: names of files come from anybody."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def some(names: Iterable[object], count: int = 3) -> str:

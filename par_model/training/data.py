@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from par_model.checkpoint.errors import printable
 from par_model.training.run import InputError
 
 RAW = ("images.u8", "labels.u8", "meta.json")
@@ -95,7 +97,12 @@ def _pictures(path: Path, size: int | None) -> ImageFolder:
     for file in files:
         _opened(file).close()
     labels = np.repeat(np.arange(len(classes)), [len(each) for _, each in classes])
-    return ImageFolder(files, labels, [name for name, _ in classes], size)
+    return ImageFolder(files, labels, [_class_name(name) for name, _ in classes], size)
+
+
+def _class_name(folder: str) -> str:
+    """The name of a class whose pictures lie in a folder of this name, as a bundle may have it: UTF-8, printable."""
+    return printable(os.fsencode(folder).decode("utf-8", errors="backslashreplace"))
 
 
 def _files(folder: Path, known: dict[str, str], deep: bool = True) -> list[Path]:

@@ -7,6 +7,7 @@ import argparse
 import numpy as np
 import torch
 
+from par_model.checkpoint.errors import printable
 from par_model.training.data import ImageFolder
 from par_model.training.run import InputError, channels_last, load_tokenizer, written_beside
 from par_model.vq import VQModel
@@ -35,8 +36,8 @@ def run(args: argparse.Namespace) -> None:
         labels = data.labels.astype(np.uint8 if len(data.class_names) <= 256 else np.uint16)
         np.savez(file, codes=codes, labels=labels, class_names=np.array(data.class_names))
     print(
-        f"{args.out}: {len(codes)} images of {codes.shape[1]}x{codes.shape[2]} codes, {len(data.class_names)} "
-        f"class{'es' if len(data.class_names) > 1 else ''}"
+        f"{printable(str(args.out))}: {len(codes)} images of {codes.shape[1]}x{codes.shape[2]} codes, "
+        f"{len(data.class_names)} class{'es' if len(data.class_names) > 1 else ''}"
     )
 
 

@@ -84,6 +84,22 @@ def test_a_folder_of_pictures_becomes_codes(
     assert [path.name for path in out.parent.iterdir()] == ["codes.npz"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names that Windows does not allow")
+def test_names_of_folders_become_names_that_a_bundle_may_have(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (b"b\xff", b"f\x1b[2J", "füchse".encode()):
+        folder = Path("pictures") / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(folder / "a.png")
+    data = ["--data", "pictures", "--size", "16", "--tokenizer", str(weights)]
+    assert encode.main([*data, "--out", "c\x1b[2J.npz"]) == 0
+    assert capsys.readouterr().out == "c\\x1b[2J.npz: 3 images of 8x8 codes, 3 classes\n"
+    with np.load("c\x1b[2J.npz") as file:
+        assert file["class_names"].tolist() == ["b\\xff", "f\\x1b[2J", "füchse"]
+
+
 def test_pictures_are_fitted(tmp_path: Path) -> None:
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, 10:30] = (200, 100, 50)  # the middle square

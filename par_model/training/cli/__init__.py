@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"parvis: error: {message}; '{self.prog} --help' lists the options\n")
 
 
-def printable(text: str) -> str:
+def printable(text: str) -> str:  # as in par_model.checkpoint, which would import torch
     """``text`` with what begins another line, or what a terminal obeys, escaped: names of files come from anybody."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
