@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,11 @@ TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 #: Lines of ``tests/test_gpu.py`` for an issue; printed at the end of ``pytest -m gpu``.
 GPU_REPORT: list[str] = []
+
+
+def pytest_configure() -> None:
+    """As in an activated environment: what tests run is found there, and errors name ``pip`` without a path."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
