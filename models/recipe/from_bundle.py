@@ -75,8 +75,8 @@ def restore(path: Path, out: Path) -> None:
         _save(out / "tokenizer.pt", tokenizer_checkpoint(path, vq, stored))
     tokenizer = "none" if vq is None else out / "tokenizer.pt"
     print(
-        f"the same bundle again: parvis export --checkpoint {out / 'model.pt'} --tokenizer {tokenizer} --precision "
-        f"{bundle.precision} --out NEW_FOLDER"
+        f"a bundle of the same images: parvis export --checkpoint {out / 'model.pt'} --tokenizer {tokenizer} "
+        f"--precision {bundle.precision} --out NEW_FOLDER"
     )
 
 

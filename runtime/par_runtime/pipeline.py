@@ -24,7 +24,7 @@ from par_runtime.backends.base import Backend, MakesImages
 from par_runtime.backends.choose import CAPTURES, check_device, choose
 from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.dtypes import Float, Int
-from par_runtime.errors import RequestError
+from par_runtime.errors import BundleError, RequestError
 from par_runtime.forks import tell_of_forks
 from par_runtime.images.opening import Picture
 from par_runtime.images.photo import Fit, Pictures
@@ -110,8 +110,10 @@ class Pipeline:
         if selftest:
             try:
                 pipeline.selftest()
-            except BaseException:  # Ctrl-C too: the caller has no pipeline to close, and a GPU's memory must be freed
+            except BaseException as error:  # Ctrl-C too: the caller cannot close it, and a GPU's memory must be freed
                 pipeline.close()
+                if type(error) is BundleError:
+                    raise BundleError(f"{error}; selftest=False (--no-selftest) loads it regardless") from error
                 raise
         return pipeline
 
@@ -320,9 +322,10 @@ class Pipeline:
         those of ``keep``. A token stays where all of its pixels do.
 
         Such a region is "left", "right", "top", "bottom", "center" or "border"; a box "X0,Y0,X1,Y1" in pixels of the
-        model's images; a mask image (path or PIL image; white is the region, ``mask_from`` says what a mask with
-        transparency means); or bool [H,W], one for each pixel. ``photo``: the picture that a mask image was drawn
-        over, to check that it has its shape. Raises RequestError, OSError.
+        model's images, which is what the photo becomes by ``fit``; a mask image (path or PIL image; white is the
+        region, ``mask_from`` says what a mask with transparency means); or bool [H,W], one for each pixel. ``photo``:
+        the picture that is edited. A mask image must have its shape, and for a box in its pixels the error names the
+        box to give. Raises RequestError, also for a missing file; OSError.
         """
         if self.bundle.image_size is None:
             raise RequestError(f"{self.bundle.path}: this bundle ends at tokens and has no pixels; make keep= by hand")

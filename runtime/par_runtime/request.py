@@ -21,6 +21,7 @@ from par_runtime.errors import RequestError
 SEED_LIMIT = 2**64
 NAMES_SHOWN, NAME_SHOWN = 8, 100  #: of classes in a message, and characters of each
 NAMES_COMPARED = 50_000  #: with an unknown label, which takes a second
+CLOSE = 0.7  #: difflib's ratio of two names from which on one may be a misspelling of the other: oter and otter
 MOST_CODES = 2**63 - 1  #: top_k reaches the graphs as int64
 MOST_IMAGES = 2**20  #: of one request
 
@@ -122,7 +123,7 @@ def class_index(bundle: Bundle, label: int | str) -> int:
     if names is None:
         raise RequestError(f"label {given(label)}: this bundle has no class names; give an index 0..{count - 1}")
     several = dict.fromkeys(folded[:NAMES_COMPARED])  # each once: ImageNet has two cranes
-    close = [_cut(known[folded.index(match)][0]) for match in difflib.get_close_matches(wanted, several, 4, 0.5)]
+    close = [_cut(known[folded.index(match)][0]) for match in difflib.get_close_matches(wanted, several, 4, CLOSE)]
     if close:
         raise RequestError(
             f"unknown label {given(label)}; did you mean {', '.join(close)}? (or an index 0..{count - 1})"

@@ -20,10 +20,7 @@ def check_selftest(bundle: Bundle, backend: Backend, seconds: float) -> None:
     """See ``Pipeline.selftest``. Raises BundleError."""
     test = bundle.selftest
     if not test["labels"]:
-        raise BundleError(
-            f"{bundle.path}: holds random weights, for benchmarks, and no self-test; selftest=False "
-            "(--no-selftest) loads it"
-        )
+        raise BundleError(f"{bundle.path}: holds random weights, for benchmarks, and no self-test")
     label, guidance = test["labels"][0], test["guidance"]
     wanted = np.array(test["tokens"][:1], np.int64)
     greedy = image_settings(bundle, 1, guidance=guidance, greedy=True, guidance_interval=-1)
@@ -58,8 +55,7 @@ def check_selftest(bundle: Bundle, backend: Backend, seconds: float) -> None:
                 raise BundleError(
                     f"{bundle.path}: self-test failed on {backend.info.name}: label {label} gives token "
                     f"{drawn[slot]} at position {position}, at export it was {wanted[0, position]} (their logits "
-                    f"differ by {gap[slot]:.3g}). Copy the bundle again or export it again; selftest=False "
-                    "(--no-selftest) loads it regardless"
+                    f"differ by {gap[slot]:.3g}). Copy the bundle again or export it again"
                 )
             if call.positions.stop >= done:
                 break

@@ -37,6 +37,13 @@ def chunk_images(bundle: Bundle) -> int:
     return max(1, CHUNK_PIXELS // (height * width))
 
 
+def _with_encoder(bundle: Bundle) -> str:
+    """How to come to a bundle with an encoder."""
+    if not bundle.selftest["labels"]:  # made by 'parvis bench', not by an export
+        return "it holds random weights, for benchmarks: take a bundle that 'parvis export' made of a checkpoint"
+    return "'parvis export' of its checkpoint makes one (without the option --no-encoder)"
+
+
 class Tokenizer:
     """Encoder and decoder of a bundle, as they are now; each is loaded when it is first used.
 
@@ -73,8 +80,8 @@ class Tokenizer:
         """
         if "encoder" not in self.bundle.graphs:
             raise RequestError(
-                f"{self.bundle.path}: this bundle has no encoder, so it cannot turn images into tokens; export it "
-                "again without --no-encoder"
+                f"{self.bundle.path}: this bundle has no encoder, so it cannot turn images into tokens; "
+                f"{_with_encoder(self.bundle)}"
             )
         assert self.bundle.image_size is not None
         batch = to_pixels(images, self.bundle.image_size, fit)

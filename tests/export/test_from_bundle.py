@@ -114,8 +114,8 @@ def test_a_bundle_that_is_exported_again_keeps_what_it_says(
     (changed / "manifest.json").write_text(json.dumps(seal(manifest | {"defaults": settings, "name": "tiny again"})))
     assert script.main([str(changed), "--out", str(tmp_path / "back")]) == 0
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("the same bundle again: parvis export ")
-    command = said.removeprefix("the same bundle again: parvis ").split()
+    assert said.startswith("a bundle of the same images: parvis export ")
+    command = said.removeprefix("a bundle of the same images: parvis ").split()
     assert cli.main([*command[:-1], str(tmp_path / "one")]) == 0
     line = "guidance 2.5, temperature 0.9, top_k 40, top_p 0.95, guidance_interval 5, name 'tiny again': of the bundle"
     assert line in capsys.readouterr().out

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from par_export.graphs.writer import WeightTable
 from par_export.random_bundle import parameters, write_family, write_like, write_published
@@ -17,6 +18,7 @@ from par_model.ordering import rotary_table
 from par_model.transformer import PAR
 from par_runtime import Bundle, BundleError, Pipeline
 from par_runtime.bundle import WEIGHTS
+from par_runtime.cli import dispatch as cli
 
 SMALL = PARConfig(dim=64, n_layers=2, n_heads=4, vocab_size=256, n_classes=10, grid=(1, 8, 8))
 VQ = VQConfig(codebook_size=256, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
@@ -88,9 +90,17 @@ def test_its_tokens_are_those_of_a_model_with_these_weights(three: dict[int, Pat
     assert (generate(model.eval(), [0, 5], guidance=2.0, greedy=True).numpy() == ours).all()
 
 
-def test_the_self_test_refuses_random_weights(three: dict[int, Path]) -> None:
+def test_random_weights_have_no_self_test_and_no_encoder(
+    three: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(BundleError, match=r"holds random weights, for benchmarks, and no self-test; selftest=False"):
         Pipeline.load(three[4], device="cpu")
+    assert cli.main(["inspect", str(three[4]), "--selftest"]) == 2  # which has no option --no-selftest
+    assert capsys.readouterr().err.endswith("holds random weights, for benchmarks, and no self-test\n")
+    Image.new("RGB", (80, 60)).save(photo := tmp_path / "photo.png")
+    assert cli.main(["reconstruct", str(photo), "--bundle", str(three[4]), "--out", str(tmp_path / "a.png")]) == 2
+    said = "no encoder, so it cannot turn images into tokens; it holds random weights, for benchmarks: take a bundle"
+    assert said in capsys.readouterr().err
     assert Bundle.open(three[4]).parity == {"random_weights": True}
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from par_runtime import Pipeline, RequestError
+from par_runtime.cli import dispatch as cli
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8")
@@ -19,17 +21,12 @@ EDITING = (ROOT / "docs" / "editing.md").read_text(encoding="utf-8")
 def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
-    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3)).astype(np.uint8)
-    Image.fromarray(noise).save("photo.jpg")
-    mask = np.zeros((60, 80), np.uint8)
-    mask[15:45, 20:60] = 255
-    Image.fromarray(mask).save("mask.png")
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     assert len(blocks) == 4
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "docs/diffusers.md", "exec"), names)
-    assert {p.name for p in tmp_path.iterdir()} == {"models", "photo.jpg", "mask.png", "lorelei.png", "both.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"models", "lorelei.png", "both.png"}
     assert len(names["variants"]) == 2  # type: ignore[arg-type]
     assert "badger" in names["answer"]["error"]  # type: ignore[index]
     # The right column of the table: whatever is not a command of the shell.
@@ -38,11 +35,31 @@ def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(code) >= 18
     for line in code:
         exec(compile(line, "docs/diffusers.md", "exec"), names)
-    for block in re.findall(r"```python\n(.*?)```", EDITING, re.S):
-        exec(compile(block, "docs/editing.md", "exec"), names)
-    assert (tmp_path / "edit.png").is_file()
     assert isinstance(names["pipeline"], Pipeline)
     assert issubclass(names["RequestError"], RequestError)  # type: ignore[arg-type]
+
+
+def test_the_page_on_editing_runs_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", EDITING, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/editing.md", "exec"), names)
+    assert {p.name for p in tmp_path.iterdir()} == {"models", "edit.png", "pasted.png", "placed.png"}
+    edit, pasted = (np.asarray(Image.open(f"{name}.png")) for name in ("edit", "pasted"))
+    assert (pasted[16:48, 16:48] == edit[16:48, 16:48]).all()  # made anew
+    around = np.ones((64, 64), bool)
+    around[16:48, 16:48] = False
+    assert (pasted[around] == np.asarray(names["fitted"])[around]).all()  # the photo's own
+    assert (pasted[around] != edit[around]).any()
+    assert (names["inside"].sum(), names["keep"].sum()) == (64, 192)
+    for name in ("edit", "pasted", "placed"):
+        assert cli.main(["redo", f"{name}.png", "--bundle", "models/demo", "--quiet"]) == 0
+        assert "identical: 1 image, " in capsys.readouterr().out
 
 
 def test_its_links_lead_to_pages() -> None:

@@ -22,6 +22,11 @@ def run(args: argparse.Namespace) -> int:
     """Print the classes, one a line: index, name and synset, with tabs between; or JSON."""
     bundle = Bundle.open(args.bundle, verify="none")
     rows = [row for row in classes(bundle) if all(_has(row, word) for word in args.word)]
+    if not rows and bundle.class_names is None:
+        raise RequestError(
+            f"{bundle.path}: this bundle has no class names to search, only indices 0..{bundle.n_classes - 1}; "
+            "'parvis export --class-names FILE' gives names to a bundle"
+        )
     if not rows:
         raise RequestError(
             f"no class of {bundle.path} has {' and '.join(map(repr, args.word))} in its name; 'parvis labels "
@@ -60,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
         description="List the classes of a bundle, as --label takes them: index, name and, for ImageNet, synset.",
     )
     options.add_bundle(p)
-    p.add_argument("word", nargs="*", metavar="WORD", help="only classes with all these words in their names")
+    p.add_argument(
+        "word", nargs="*", default=[], metavar="WORD", help="only classes with all these words in their names"
+    )
     options.add_json(p)
     return p

@@ -87,7 +87,7 @@ def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result, size:
         )
     # A token that was given is the same without proving anything.
     given = f" ({result.tokens.size - recipe.given} of them drawn, the others given)" if recipe.given else ""
-    identical = f"identical: {len(recipe)} images, {result.tokens.size} tokens{given}"
+    identical = f"identical: {len(recipe)} image{'s' if len(recipe) > 1 else ''}, {result.tokens.size} tokens{given}"
     unchanged = png.same_pixels(recipe, pixels, size)
     changed = ""
     if unchanged is not None and not all(unchanged):

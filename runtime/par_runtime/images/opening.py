@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,15 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from par_runtime.checked import shown, shown_path, why_not_regular
 from par_runtime.errors import RequestError
+from par_runtime.system import explain
 
 #: The most pixels of a picture that is read or written: what Pillow opens without a warning. Takes up to 0.7 GB.
 MOST_PIXELS = 89_478_485
 #: A picture as a caller has it: a path, a PIL image, or an array uint8 [H,W,3].
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 MOST_FILE_BYTES = 2**30
+#: What says that a path was wrong, not that the machine is.
+WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 #: Readers that are kept well, and run nothing (Pillow gives EPS files to Ghostscript).
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "TGA")
 EXPECTED = "expected PNG, JPEG, WebP, TIFF or the like"
@@ -66,8 +69,8 @@ def open_image(source: Picture) -> Image.Image:
 def opened(source: Picture) -> Opened:
     """Open a path, or take a PIL image or uint8 [H,W,3]; of several frames the first (of a PIL image: its current).
 
-    Upright by its EXIF entry, in sRGB where it has a usable colour profile. Raises RequestError; FileNotFoundError and
-    other OSErrors of the path itself.
+    Upright by its EXIF entry, in sRGB where it has a usable colour profile. Raises RequestError, also where there is no
+    such file or it may not be read; OSError where the system cannot read (a broken disk, too many open files).
     """
     if isinstance(source, Image.Image):
         return _guarded("the PIL image", source, own=False)
@@ -82,7 +85,7 @@ def opened(source: Picture) -> Opened:
     why = why_not_regular(path)
     if why is not None and why != "missing":
         raise RequestError(f"{shown_path(path)}: {why}; give the path of a picture, {EXPECTED}")
-    with path.open("rb") as file:
+    with _readable(path) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         if size == 0:
@@ -90,6 +93,16 @@ def opened(source: Picture) -> Opened:
         if size > MOST_FILE_BYTES:
             raise RequestError(f"{path}: {size} bytes; expected a picture of at most {MOST_FILE_BYTES}")
         return _guarded(str(path), file, own=True)
+
+
+def _readable(path: Path) -> BinaryIO:
+    """``path``, opened. A path that cannot be right is a bad request, as every other argument."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        if error.errno not in WRONG_PATH:
+            raise
+        raise RequestError(explain(error)) from error
 
 
 def _guarded(name: str, source: Any, own: bool) -> Opened:

@@ -99,6 +99,27 @@ def fit_image(image: Image.Image, size: tuple[int, int], fit: Fit = "crop") -> N
     return np.array(ImageOps.fit(image, (width, height), how) if fit == "crop" else image.resize((width, height), how))
 
 
+def fitted_box(
+    box: tuple[int, int, int, int], photo: tuple[int, int], size: tuple[int, int], fit: Fit = "crop"
+) -> tuple[int, int, int, int] | None:
+    """Where a ``box`` (x0, y0, x1, y1) of a photo (width, height) lies after :func:`fit_image` to ``size`` (H, W).
+
+    Rounded outwards, and clipped to what is left of the photo; None where nothing of the box is left.
+    """
+    out: list[int] = []
+    for axis in (0, 1):
+        length, pixels = photo[axis], (size[1], size[0])[axis]
+        other, other_pixels = photo[1 - axis], (size[1], size[0])[1 - axis]
+        # Whole numbers: what stays in pixels of the photo, times other_pixels; and twice what is cut off on one side.
+        whole = length * other_pixels
+        part = min(whole, other * pixels) if fit == "crop" else whole
+        offset = whole - part
+        low, high = ((2 * edge * other_pixels - offset) * pixels for edge in (box[axis], box[axis + 2]))
+        out += [max(0, low // (2 * part)), min(pixels, -(-high // (2 * part)))]
+    x0, x1, y0, y1 = out
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+
 def place_image(
     image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:

@@ -24,7 +24,7 @@ from par_runtime.checked import shown
 from par_runtime.dtypes import ByValue
 from par_runtime.errors import RequestError
 from par_runtime.images.opening import Opened, Picture, extrema, open_image, opened
-from par_runtime.images.photo import Fit, check_fit, fit_image
+from par_runtime.images.photo import Fit, check_fit, fit_image, fitted_box
 
 #: What :func:`region` takes.
 Named: TypeAlias = str | Path | Image.Image | NDArray[np.bool_]
@@ -32,7 +32,7 @@ MaskFrom = Literal["auto", "brightness", "alpha", "inverse-alpha"]
 MASK_FROM = ("auto", "brightness", "alpha", "inverse-alpha")
 SIDES = ("left", "right", "top", "bottom", "center", "border", "all", "none")
 REGION = f"expected one of {', '.join(SIDES)}, a box X0,Y0,X1,Y1 in pixels, or a mask image (white is the region)"
-GIVE = "give --mask-from brightness, alpha or inverse-alpha"
+GIVE = "give mask_from= (--mask-from) brightness, alpha or inverse-alpha"
 SPECKS = 0.001  #: the part of a mask's pixels that may be odd: what JPEG leaves at edges
 WHITE = 200  #: what counts as painted white
 FLAT = 16  #: a picture has more colours than this (of 32 levels each); what is painted with a few brushes has fewer
@@ -60,8 +60,14 @@ class Beside:
         return Beside(photo.size, _small(photo), sheet)
 
 
-def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """``X0,Y0,X1,Y1`` in pixels, checked against ``size`` (H, W). Raises RequestError."""
+def parse_box(
+    text: str, size: tuple[int, int], photo: tuple[int, int] | None = None, fit: Fit = "crop"
+) -> tuple[int, int, int, int]:
+    """``X0,Y0,X1,Y1`` in pixels, checked against ``size`` (H, W).
+
+    ``photo`` (width, height) and ``fit``: of the picture that the box is a part of; for a box in its pixels, the error
+    names the same part in those of the model. Raises RequestError.
+    """
     height, width = size
     try:
         x0, y0, x1, y1 = (int(part) for part in text.split(","))
@@ -70,9 +76,25 @@ def parse_box(text: str, size: tuple[int, int]) -> tuple[int, int, int, int]:
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise RequestError(
             f"box {shown(text)}: expected 0 <= X0 < X1 <= {width} and 0 <= Y0 < Y1 <= {height}, the pixels of this "
-            "model's images"
+            f"model's images{_in_photo((x0, y0, x1, y1), size, photo, fit)}"
         )
     return x0, y0, x1, y1
+
+
+def _in_photo(box: tuple[int, int, int, int], size: tuple[int, int], photo: tuple[int, int] | None, fit: Fit) -> str:
+    """The end of an error: that a photo (width, height) is fitted first, and where ``box`` of it lies then."""
+    height, width = size
+    if photo is None or photo == (width, height):
+        return ""
+    x0, y0, x1, y1 = box
+    said = f"; the photo of {photo[0]}x{photo[1]} is fitted to {width}x{height} first (fit {fit})"
+    if not (0 <= x0 < x1 <= photo[0] and 0 <= y0 < y1 <= photo[1]):
+        return said
+    same = fitted_box(box, photo, size, fit)
+    if same is not None:
+        return f"{said}, where this part of it is {','.join(map(str, same))}: give that"
+    whole = ",".join(map(str, fitted_box(box, photo, size, "stretch") or ()))
+    return f"{said}, which cuts this part of it off; with fit='stretch' (--fit stretch) it is {whole}"
 
 
 def region(
@@ -103,7 +125,7 @@ def region(
         mask = _side(named, size)
         if mask is None and named.count(",") == 3 and not os.path.isfile(named):
             mask = np.zeros(size, bool)
-            x0, y0, x1, y1 = parse_box(named, size)
+            x0, y0, x1, y1 = parse_box(named, size, None if photo is None else photo.size, fit)
             mask[y0:y1, x0:x1] = True
         if mask is not None:
             return Region(mask)
@@ -213,7 +235,7 @@ def _drawn(name: str, mask: Opened, mask_from: MaskFrom, photo: Beside | None) -
             grey = black
         return grey, mask_from
     if mask.alpha is None:
-        raise RequestError(f"{name}: has no transparent part, so --mask-from {mask_from} marks all or nothing of it")
+        raise RequestError(f"{name}: has no transparent part, so mask_from {mask_from!r} marks all or nothing of it")
     return mask.alpha if mask_from == "alpha" else mask.alpha.point([255 - v for v in range(256)]), mask_from
 
 
@@ -237,8 +259,8 @@ def _meaning(name: str, color: Image.Image, alpha: Image.Image, photo: Beside | 
         return "inverse-alpha"
     raise RequestError(
         f"{name}: it is not known whether its opaque or its transparent part is the region, as it is neither white "
-        "strokes on a transparent layer nor a picture with a hole; give --mask-from alpha (what is opaque) or "
-        "inverse-alpha (what is transparent)"
+        "strokes on a transparent layer nor a picture with a hole; give mask_from= (--mask-from) alpha (what is "
+        "opaque) or inverse-alpha (what is transparent)"
     )
 
 
@@ -255,7 +277,7 @@ def _check_grey(name: str, color: Image.Image) -> None:
         x, y = int(x * scale), int(y * scale)
         raise RequestError(
             f"{name}: has colours that are neither white nor black (#{r:02x}{g:02x}{b:02x} at {x},{y}); paint the "
-            "region white and the rest black, or give --mask-from brightness"
+            "region white and the rest black, or give mask_from= (--mask-from) brightness"
         )
 
 

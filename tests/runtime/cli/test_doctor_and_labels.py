@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from par_runtime import Bundle
+from par_runtime.bundle import seal
 from par_runtime.cli import dispatch
 
 EXTRAS = "onnxruntime onnx torch tensorrt tensorrt_rtx cuda ml_dtypes safetensors huggingface_hub"
@@ -76,4 +78,15 @@ def test_labels_are_listed_and_searched(tiny: Path, tmp_path: Path, capsys: pyte
     assert found
     assert dispatch.main(["labels", str(tiny), "otter", "red"]) == 2
     assert "no class of" in capsys.readouterr().err
+    assert dispatch.main(["labels"]) == 2
+    assert "the following arguments are required: BUNDLE; 'parvis labels --help'" in capsys.readouterr().err
+    shutil.copytree(tiny, nameless := tmp_path / "nameless")
+    manifest = json.loads((tiny / "manifest.json").read_text())
+    manifest["class_names"] = None
+    (nameless / "manifest.json").write_text(json.dumps(seal(manifest)))
+    assert dispatch.main(["labels", str(nameless), "4"]) == 0
+    assert capsys.readouterr().out == "4\n"
+    assert dispatch.main(["labels", str(nameless), "otter"]) == 2
+    said = "this bundle has no class names to search, only indices 0..5; 'parvis export --class-names FILE' gives"
+    assert said in capsys.readouterr().err
     assert dispatch.main(["labels", str(tmp_path)]) == 2

@@ -130,7 +130,7 @@ def test_an_edit_can_be_redone_and_edited_again(
     capsys.readouterr()
     for path, drawn in ((first, 16), (second, 32)):
         assert run("redo", path, "--bundle", tiny) == 0
-        said = f"identical: 1 images, 64 tokens ({drawn} of them drawn, the others given), every pixel"
+        said = f"identical: 1 image, 64 tokens ({drawn} of them drawn, the others given), every pixel"
         assert said in capsys.readouterr().out
     assert png.read(second)[0].labels == [3]
     # A redo that ignored what was kept would draw these tokens otherwise.
@@ -269,6 +269,11 @@ def test_more_images_than_one_call_takes(tiny: Path, monkeypatch: pytest.MonkeyP
         (["--keep", "north"], "region 'north': expected one of left, right, top"),
         (["--keep", "1,2,3"], "region '1,2,3': expected one of"),
         (["--keep", "0,0,99,16"], "expected 0 <= X0 < X1 <= 16"),
+        (
+            ["--change", "14,4,26,20"],
+            "fitted to 16x16 first (fit crop), where this part of it is 3,3,13,16: give",
+        ),
+        (["--change", "4,0,40,20", "--fit", "stretch"], "(fit stretch), where this part of it is 1,0,16,16: give that"),
         (["--keep", "0,a,9,16"], "expected four whole numbers X0,Y0,X1,Y1"),
         (["--place", "8,8,8,16"], "expected 0 <= X0 < X1 <= 16"),
         (["--keep", "0,0,1,1"], "no token stays, so there is nothing to edit; a token is 2x2 pixels"),

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from par_runtime.errors import RequestError
+from par_runtime.images.photo import Fit, fit_image, fitted_box
 from par_runtime.images.region import Beside, Region, region
 
 SIZE = (16, 16)
@@ -69,7 +70,7 @@ def test_what_people_draw(mask: Image.Image, meaning: str, beside: Image.Image |
 
 def test_a_flat_drawing_with_a_hole_is_known_by_the_drawing(tmp_path: Path) -> None:
     flat = half((0, 0, 200), (200, 0, 0), "RGB")
-    with pytest.raises(RequestError, match="give --mask-from alpha"):
+    with pytest.raises(RequestError, match=r"give mask_from= \(--mask-from\) alpha"):
         taken(with_hole(flat), tmp_path)
     assert taken(with_hole(flat), tmp_path, photo=Beside.of(flat)).mask_from == "inverse-alpha"
     np.testing.assert_array_equal(taken(with_hole(flat), tmp_path, photo=Beside.of(flat)).pixels, WANTED)
@@ -138,6 +139,76 @@ def test_a_region_in_python() -> None:
             region(name, SIZE)
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("photo_size", "size", "fit", "box", "wanted"),
+    [
+        ((800, 600), (64, 64), "crop", (300, 180, 500, 300), (21, 19, 43, 32)),  # (300-100)*64/600 = 21.3, ...
+        ((800, 600), (64, 64), "stretch", (300, 180, 500, 300), (24, 19, 40, 32)),
+        ((600, 800), (64, 64), "crop", (180, 300, 300, 500), (19, 21, 32, 43)),
+        ((800, 600), (64, 64), "crop", (0, 0, 800, 600), (0, 0, 64, 64)),
+        ((800, 600), (64, 64), "crop", (100, 0, 101, 1), (0, 0, 1, 1)),
+        ((800, 600), (64, 64), "crop", (0, 0, 101, 600), (0, 0, 1, 64)),
+        ((800, 600), (64, 64), "crop", (0, 0, 100, 600), None),
+        ((800, 600), (64, 64), "crop", (700, 0, 800, 600), None),
+        ((800, 600), (384, 384), "crop", (300, 180, 500, 300), (128, 115, 256, 192)),
+        ((7, 5), (16, 32), "crop", (0, 1, 7, 3), (0, 1, 32, 11)),  # of 5 rows the middle 3.5 stay: (1-0.75)*16/3.5
+        ((30, 20), (16, 16), "crop", (5, 0, 25, 20), (0, 0, 16, 16)),
+    ],
+)
+def test_a_box_of_a_photo_in_the_pixels_of_the_model(
+    photo_size: tuple[int, int],
+    size: tuple[int, int],
+    fit: Fit,
+    box: tuple[int, int, int, int],
+    wanted: tuple[int, int, int, int] | None,
+) -> None:
+    assert fitted_box(box, photo_size, size, fit) == wanted
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+def test_the_box_covers_what_fitting_makes_of_that_part(fit: Fit) -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        width, height = rng.integers(20, 200, 2)
+        (x0, x1), (y0, y1) = (sorted(rng.choice(n, 2, replace=False)) for n in (width, height))
+        drawn = np.zeros((height, width), np.uint8)
+        drawn[y0:y1, x0:x1] = 255
+        pixels = fit_image(Image.fromarray(drawn), (16, 24), fit) > 0
+        found = fitted_box((x0, y0, x1, y1), (width, height), (16, 24), fit)
+        box = np.zeros((16, 24), bool)
+        if found is not None:
+            box[found[1] : found[3], found[0] : found[2]] = True
+        assert not (pixels & ~box).any()
+        # A mask is sampled in the middle of each pixel, so it may miss the outermost ones.
+        if found is not None and found[2] - found[0] > 2 and found[3] - found[1] > 2:
+            assert pixels[found[1] + 1 : found[3] - 1, found[0] + 1 : found[2] - 1].all()
+
+
+def test_a_box_outside_names_the_box_to_give() -> None:
+    where = "expected 0 <= X0 < X1 <= 16 and 0 <= Y0 < Y1 <= 16, the pixels of this model's images"
+    beside = Beside.of(Image.new("RGB", (800, 600)))
+    fitted = "; the photo of 800x600 is fitted to 16x16 first"
+    for named, fit, end in (
+        ("300,180,500,300", "crop", f"{fitted} (fit crop), where this part of it is 5,4,11,8: give that"),
+        ("300,180,500,300", "stretch", f"{fitted} (fit stretch), where this part of it is 6,4,10,8: give that"),
+        (
+            "0,0,90,600",
+            "crop",
+            f"{fitted} (fit crop), which cuts this part of it off; with fit='stretch' (--fit stretch) it is 0,0,2,16",
+        ),
+        ("0,0,801,600", "crop", f"{fitted} (fit crop)"),
+        ("9,9,3,3", "crop", f"{fitted} (fit crop)"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            region(named, SIZE, fit, photo=beside)  # type: ignore[arg-type]
+        assert str(caught.value) == f"box {named!r}: {where}{end}"
+    for without in (None, Beside.of(Image.new("RGB", (16, 16)))):
+        with pytest.raises(RequestError) as caught:
+            region("0,0,17,16", SIZE, photo=without)
+        assert str(caught.value) == f"box '0,0,17,16': {where}"
+    assert region("5,4,11,8", SIZE, photo=beside).pixels.sum() == 24
 
 
 def test_a_large_mask_is_judged_by_a_part_of_its_pixels() -> None:
