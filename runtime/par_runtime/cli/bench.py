@@ -13,7 +13,7 @@ from par_runtime.bench.measure import Progress, no_progress
 from par_runtime.bench.report import compare, output
 from par_runtime.bench.run import BASELINES, SUITES, BenchOptions, run_bench
 from par_runtime.bench.suites.paper import SIZES
-from par_runtime.cli.common import Parser, fail, guarded, printable
+from par_runtime.cli.common import Help, Parser, fail, guarded, printable
 from par_runtime.cli.options import add_list
 from par_runtime.errors import OutputsError
 from par_runtime.system import explain
@@ -101,6 +101,9 @@ def report_slower(comparison: compare.Comparison, limit: float) -> int:
     if not comparison.pairs:
         print("parvis: --fail-above: no row has its pair in the other file, so nothing was compared", file=sys.stderr)
         return 1
+    withheld = compare.without_verdict(comparison)
+    if withheld:
+        print(f"parvis: --fail-above: {withheld}", file=sys.stderr)
     slower = compare.slower(comparison, limit)
     for row in slower:
         print(f"parvis: slower than --fail-above {limit:g}: {row}", file=sys.stderr)
@@ -135,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
         "against PyTorch, against n = 1 on the same engine, against an earlier run, and against what this device's "
         "memory and arithmetic allow. Subjects run in processes of their own and take turns; every row keeps its raw "
         "samples.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         epilog="suites:\n"
         "  phases   prefill, sequential, transition, group, decoder, copy, the whole image; loading; first preview "
         "(default)\n"
@@ -228,9 +231,7 @@ def _chosen(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     wrong = [name for name in names if name not in known]
     if wrong or not names:
-        raise argparse.ArgumentTypeError(
-            f"{wrong[0] if wrong else text!r}: expected one or more of {', '.join(known)}, by commas"
-        )
+        raise argparse.ArgumentTypeError(f"{wrong[0] if wrong else text!r}: expected one or more of {', '.join(known)}")
     return names
 
 
@@ -241,5 +242,5 @@ def counts(text: str) -> tuple[int, ...]:
     except ValueError:
         numbers = [0]
     if numbers[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of images from 1 on, by commas: 1,2,4")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of images from 1 on: 1 2 4")
     return tuple(numbers)

@@ -18,6 +18,15 @@ from par_runtime.system import explain
 LONGEST_ERROR = 2000  #: characters; argparse repeats an argument of any length
 
 
+class Help(argparse.HelpFormatter):
+    """argparse's help, where a text of several lines (an epilog's table) keeps them; any other is wrapped."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" not in text:
+            return super()._fill_text(text, width, indent)
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors printed as one line, like every other error of ``parvis``."""
 

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from par_runtime.cli.common import Parser, guarded
+from par_runtime.cli.common import Help, Parser, guarded
 
 SHELLS = ("bash", "zsh")
 
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="parvis completion",
         description="Print a script that lets a shell complete the verbs and options of parvis, and file names.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         epilog="bash:  parvis completion bash > ~/.local/share/bash-completion/completions/parvis\n"
         "zsh:   parvis completion zsh > FOLDER/_parvis, where FOLDER is one of $fpath",
     )

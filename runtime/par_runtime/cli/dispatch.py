@@ -5,7 +5,6 @@ Verbs that need torch or onnx lie in packages of their own, which the runtime ne
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import os
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from par_runtime import __version__
-from par_runtime.cli.common import Parser, fail, printable, unknown_option
+from par_runtime.cli.common import Help, Parser, fail, printable, unknown_option
 from par_runtime.cli.streams import steady
 from par_runtime.errors import how_to_install
 
@@ -174,7 +173,7 @@ def _verb(arguments: list[str]) -> str:
     parser = Parser(
         prog="parvis",
         description="Run PAR models: parallelized autoregressive visual generation.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
         epilog="verbs:\n"
         + "\n".join(f"  {name:16} {verb.does}" for name, verb in VERBS.items())
         + "\n\n'parvis VERB --help' lists the options of a verb. docs/install.md lists the extras that they need.",

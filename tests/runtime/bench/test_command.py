@@ -162,6 +162,16 @@ def test_fail_above_passes_a_row_of_one_sample(tmp_path: Path) -> None:
     assert main(["bench", "--compare", str(old), str(new), "--fail-above", "1.1"]) == 0
 
 
+def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    quiet = one_row([100.0] * 5, phase="group")
+    old.write_text(to_json(one_row([100.0] * 5)) + "\n" + to_json(quiet) + "\n")
+    busy = replace(one_row([935.0] * 5), flags=("busy: in 5 of 5, other processes took 40 % of the CPU time",))
+    new.write_text(to_json(busy) + "\n" + to_json(quiet) + "\n")
+    assert main(["bench", "--compare", str(old), str(new), "--fail-above", "1.1"]) == 0
+    assert "--fail-above: no verdict on 1 of 2 rows (busy); measure both sides again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -175,7 +185,7 @@ def test_fail_above_passes_a_row_of_one_sample(tmp_path: Path) -> None:
         (["TINY", "--suite", "fast"], "argument --suite: invalid choice: 'fast'"),
         (
             ["TINY", "--against", "eager,vllm"],
-            "argument --against: 'vllm': expected one or more of eager, compiled, n1, ort, by commas",
+            "argument --against: 'vllm': expected one or more of eager, compiled, n1, ort",
         ),
         (["TINY", "--batches", "1,x"], "argument --batches: '1,x': expected numbers of images from 1 on"),
         (["--suite", "paper", "--sizes", "L,XS"], "'PAR-XS': expected one or more of PAR-L, PAR-XL"),

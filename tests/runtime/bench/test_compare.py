@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bench.subjects import MACHINE, one_row
 
-from par_runtime.bench.report.compare import compare, text
+from par_runtime.bench.report.compare import compare, slower, text
 from par_runtime.bench.rows import Row
 
 
@@ -98,3 +98,35 @@ def test_the_text_names_both_commits() -> None:
     assert "0.500" in lines[2]
     assert "2.00 times as fast" in lines[2]
     assert "no row of one file has its pair" in text(compare([one_row([1.0])], [one_row([1.0], n=1)]))
+
+
+BUSY = ("busy: in 5 of 5, other processes took 40 % of the CPU time",)
+
+
+@pytest.mark.parametrize("flags", [BUSY, ("throttled: in 1 of 5, the CPU lowered its clock 2 times for heat",)])
+@pytest.mark.parametrize("side", ["old", "new", "both"])
+def test_a_disturbed_side_carries_no_verdict(flags: tuple[str, ...], side: str) -> None:
+    """Identical code came out 9.35 times as fast: samples of one run that agree were disturbed alike."""
+    old, new = one_row([935.0] * 5, phase="first_preview"), one_row([100.0] * 5, phase="first_preview")
+    old = replace(old, flags=flags) if side != "new" else old
+    new = replace(new, flags=flags) if side != "old" else new
+    found = compare([old], [new])
+    kind = flags[0].split(":")[0]
+    assert (found.pairs[0].verdict, found.pairs[0].change) == ("no verdict", f"{kind}: no verdict")
+    shown = text(found)
+    assert "times as fast" not in shown
+    assert f"no verdict on 1 of 1 rows ({kind}); measure both sides again on a quiet machine" in shown
+    assert slower(compare([new], [old]), 1.05) == []
+
+
+@pytest.mark.parametrize(
+    ("new", "change"),
+    [
+        ([80.0, 81.0, 95.5], "few repetitions: no verdict"),
+        ([80.0, 81.0, 82.0], "1.23 times as fast"),
+        ([120.0, 121.0, 122.0], "takes 1.21 times as long"),
+    ],
+)
+def test_few_repetitions_carry_a_verdict_only_where_they_do_not_overlap(new: list[float], change: str) -> None:
+    (pair,) = compare([one_row([95.0, 100.0, 101.0])], [one_row(new)]).pairs
+    assert pair.change == change

@@ -12,7 +12,7 @@ from bench.subjects import MACHINE, Scripted, one_row, rows_from, subject_info
 
 from par_runtime.bench.bounds import bound_flags, with_bounds
 from par_runtime.bench.limits import Limits
-from par_runtime.bench.report import page, text
+from par_runtime.bench.report import page, text, words
 from par_runtime.bench.report import paper as paper_report
 from par_runtime.bench.report.advice import advice, part_of
 from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines, ticks
@@ -362,3 +362,48 @@ def test_ticks_are_round() -> None:
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert ticks(0, 0.7) == [0, 0.2, 0.4, 0.6]
     assert ticks(0, 4200) == [0, 1000, 2000, 3000, 4000]
+
+
+def test_two_bandwidths_of_one_subject_say_what_they_belong_to() -> None:
+    def row(images: int, read: float, label: str = "parvis") -> Row:
+        return replace(one_row([9.0] * 5, label, "throughput"), images=images, read_gb_s=read, matrix_tflop_s=0.5)
+
+    (line,) = (line for line in text.about([row(1, 124.0), row(2, 124.0), row(4, 79.1)]) if line.startswith("limits"))
+    assert "124 GB/s (parvis 1 image, parvis 2 images), 79.1 GB/s (parvis 4 images), 0.5 TFLOP/s" in line
+    (line,) = (line for line in text.about([row(1, 124.0), row(1, 79.1, "b")]) if line.startswith("limits"))
+    assert "124 GB/s (parvis), 79.1 GB/s (b), 0.5 TFLOP/s" in line
+
+
+@pytest.mark.parametrize(
+    ("threads", "device", "flags", "said"),
+    [
+        (2, "cpu", ("busy: x",), True),
+        (1, "cpu", ("busy: x",), False),
+        (2, "cpu", (), False),
+        (None, "cuda", ("busy: x",), False),
+    ],
+)
+def test_busy_rows_of_several_threads_are_advised_to_take_fewer(
+    threads: int | None, device: str, flags: tuple[str, ...], said: bool
+) -> None:
+    rows = [replace(row, threads=threads, device=device, flags=flags) for row in against(20, 10, 80)]
+    found = advice(rows)
+    assert found is not None
+    assert ("fewer threads than the free cores (--threads 1) may be faster then" in found.text) is said
+
+
+@pytest.mark.parametrize(
+    ("shown", "wanted"),
+    [
+        (words.ms(1_600_000.0), "1600 s"),
+        (words.ms(999.7), "1000 ms"),
+        (words.ms(9999.7), "10000 ms"),
+        (words.ms(12_345.0), "12.3 s"),
+        (words.number(999.6), "1000"),
+        (words.number(99.96), "100"),
+        (words.size(1.6e12), "1600 GB"),
+        (words.size(999.9e6), "1000 MB"),
+    ],
+)
+def test_no_number_is_shown_with_an_exponent(shown: str, wanted: str) -> None:
+    assert shown == wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -371,6 +372,16 @@ def test_bash_completes_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["--guidance", "--guidance-interval"]
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_the_description_of_a_verb_is_wrapped(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("help", verb) == 0
+    before_options = re.split(r"\n(positional arguments|options):\n", capsys.readouterr().out)[0]
+    assert max(map(len, before_options.splitlines())) <= 80
 
 
 def test_help_is_a_verb_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ the limits were measured too low, so nothing is concluded from them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from par_runtime.bench.report.words import ms, share
 from par_runtime.bench.rows import ABOVE_BOUND, LIMITS_IN_DOUBT, Row, median
@@ -19,6 +19,11 @@ from par_runtime.bench.subjects.base import MODEL_PHASES
 APART, APART_IN_DOUBT = 1.1, 1.5
 #: Below this part of the bound a phase is called launch-bound.
 NEAR = 0.5
+#: For a CPU with several threads whose rows are marked busy.
+FEWER_THREADS = (
+    "Rows are marked busy: fewer threads than the free cores (--threads 1) may be faster then, because threads wait "
+    "for each other in every phase."
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,12 @@ class Advice:
 
 def advice(rows: Sequence[Row]) -> Advice | None:
     """The advice for the rows of one subject at one batch size; None without an image row, or without bounds."""
+    found = _by_limit(rows)
+    several = any("busy" in row.marks and row.device == "cpu" and (row.threads or 1) > 1 for row in rows)
+    return replace(found, text=f"{found.text} {FEWER_THREADS}") if found is not None and several else found
+
+
+def _by_limit(rows: Sequence[Row]) -> Advice | None:
     by = {row.phase: row for row in rows}
     image = by.get("image")
     steps = [by[name] for name in MODEL_PHASES if name in by and by[name].bound_ms]

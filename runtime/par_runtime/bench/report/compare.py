@@ -2,8 +2,10 @@
 
 A pair is the same measurement on the same kind of machine; commit, versions and dates may differ. The ratio is new
 over old of the medians. Its interval is the middle 95 % of what resampling both sets of samples gives (bootstrap),
-which is wide for five samples. A change is reported only if the interval does not contain 1. If either row is marked
-(busy, throttled, debug, few repetitions, estimated), the pair carries the mark.
+which is wide for five samples. A change is reported only if the interval does not contain 1. There is no verdict where
+either side was measured on a busy or throttled machine: samples of one run that agree were then disturbed alike, and
+identical code came out 9 times as fast. With few repetitions there is one only where the samples of the two sides do
+not overlap. If either row is marked (busy, throttled, debug, few repetitions, estimated), the pair carries the mark.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import numpy as np
 from par_runtime.bench.report.text import aligned
 from par_runtime.bench.report.words import ms
 from par_runtime.bench.rows import Row, ratio_interval
+
+DISTURBED = ("busy", "throttled")  #: marks of rows that say nothing about the code
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,26 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """ "faster", "slower", "same" where the interval holds 1, or "too few samples" for an interval."""
+        """ "faster", "slower", "same" where the interval holds 1, "too few samples" for one, or "no verdict"."""
         if not self.low and self.high == float("inf"):
             return "too few samples"
+        if self.why_none:
+            return "no verdict"
         return "slower" if self.low > 1 else "faster" if self.high < 1 else "same"
 
     @property
+    def why_none(self) -> str:
+        """Why the samples carry no verdict: the mark that forbids one, or "" where they do."""
+        marks = (*self.old.marks, *self.new.marks)
+        disturbed = next((mark for mark in DISTURBED if mark in marks), "")
+        few = "few repetitions" in marks and ranges_overlap(self.old.samples_ms, self.new.samples_ms)
+        return disturbed or ("few repetitions" if few else "")
+
+    @property
     def change(self) -> str:
-        """The ratio in words, never below one: "1.20 times as long", "1.20 times as fast"; "" for no certain change."""
+        """The verdict in words, its ratio never below one: "takes 1.20 times as long", "busy: no verdict", "same"."""
+        if self.verdict == "no verdict":
+            return f"{self.why_none}: no verdict"
         if self.verdict == "slower":
             return f"takes {self.ratio:.2f} times as long"
         return f"{1 / self.ratio:.2f} times as fast" if self.verdict == "faster" else self.verdict
@@ -57,6 +73,11 @@ class Comparison:
     pairs: tuple[Pair, ...]
     only_old: tuple[str, ...]
     only_new: tuple[str, ...]
+
+
+def ranges_overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether some sample of one side lies within the range of the other."""
+    return min(a) <= max(b) and min(b) <= max(a)
 
 
 def same_machine(old: Row, new: Row) -> bool:
@@ -114,8 +135,20 @@ def describe(row: Row) -> str:
 
 
 def slower(comparison: Comparison, limit: float) -> list[str]:
-    """The pairs whose whole interval is above the ratio ``limit``, as text."""
-    return [f"{describe(p.new)}: {p.ratio:.3f}" for p in comparison.pairs if p.low > limit]
+    """The pairs with a verdict whose whole interval is above the ratio ``limit``, as text."""
+    return [f"{describe(p.new)}: {p.ratio:.3f}" for p in comparison.pairs if not p.why_none and p.low > limit]
+
+
+def without_verdict(comparison: Comparison) -> str:
+    """How many pairs have no verdict because of how they were measured, and why; "" for none."""
+    reasons = [p.why_none for p in comparison.pairs if p.verdict == "no verdict"]
+    if not reasons:
+        return ""
+    why = ", ".join(dict.fromkeys(reasons))
+    return (
+        f"no verdict on {len(reasons)} of {len(comparison.pairs)} rows ({why}); measure both sides again on a quiet "
+        "machine, with --repetitions 5 or more"
+    )
 
 
 def text(comparison: Comparison) -> str:
@@ -147,6 +180,8 @@ def text(comparison: Comparison) -> str:
                 f"{', ' + other.old.machine.gpu if other.old.machine.gpu else ''}): a ratio is of machines, not of "
                 "versions",
             )
+    withheld = without_verdict(comparison)
+    lines += [withheld] if withheld else []
     lines += [f"only old  {name}" for name in comparison.only_old] + [
         f"only new  {name}" for name in comparison.only_new
     ]

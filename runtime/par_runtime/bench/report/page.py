@@ -189,7 +189,7 @@ def _throughput(rows: Sequence[Row]) -> list[str]:
                 what = (
                     f"{r.images} images"
                     if r.offered_per_s is None
-                    else f"{r.offered_per_s:.3g} requests a second offered"
+                    else f"{number(r.offered_per_s)} requests a second offered"
                 )
                 points.append(
                     (x, r.images_per_s or 0.0, f"{label}, {what}: {ms(x)}, {number(r.images_per_s)} a second")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from par_runtime.bench.report.text import aligned
-from par_runtime.bench.report.words import ms, percent
+from par_runtime.bench.report.words import ms, number, percent
 from par_runtime.bench.suites.paper import PaperRow
 from par_runtime.cost.data_sheets import Prediction
 
@@ -72,7 +72,7 @@ def predicted_table(predictions: Sequence[Prediction]) -> str:
 
 def seconds(value: float | None) -> str:
     """Seconds in three digits; "" for None."""
-    return "" if value is None else f"{value:.3g} s"
+    return "" if value is None else f"{number(value)} s"
 
 
 def times(value: float | None) -> str:

@@ -36,7 +36,7 @@ def cells(row: Row) -> tuple[str, ...]:
     """One row of the table; ``HEAD`` names the columns."""
     return (
         row.label,
-        row.phase if row.offered_per_s is None else f"{row.phase} at {row.offered_per_s:.3g}/s",
+        row.phase if row.offered_per_s is None else f"{row.phase} at {number(row.offered_per_s)}/s",
         str(row.images),
         "" if row.calls is None else str(row.calls),
         ms(row.median_ms),
@@ -87,9 +87,10 @@ def about(rows: Sequence[Row]) -> list[str]:
     limits: dict[tuple[float | None, str], dict[str, list[str]]] = {}
     for row in whole or bounded:  # what a call reads may fit a cache for one subject, and not for another
         labels = limits.setdefault((row.matrix_tflop_s, row.limits_from), {}).setdefault(
-            f"{row.read_gb_s:.3g} GB/s", []
+            f"{number(row.read_gb_s)} GB/s", []
         )
-        labels += [row.label] if row.label not in labels else []
+        name = own_name(row, whole or bounded)
+        labels += [name] if name not in labels else []
     for (tflop_s, how), rates in limits.items():
         read = ", ".join(r if len(rates) == 1 else f"{r} ({', '.join(labels)})" for r, labels in rates.items())
         out.append(f"limits    {read}, {number(tflop_s) or 'unknown'} TFLOP/s ({how})")
@@ -97,6 +98,15 @@ def about(rows: Sequence[Row]) -> list[str]:
     excluded = sorted({text for row in rows for text in row.excluded})
     out.append(f"images    {guided}; {first.sampling}; not included: {', '.join(excluded)}")
     return out
+
+
+def own_name(row: Row, others: Sequence[Row]) -> str:
+    """A row's label, with what tells it from rows of this label whose bandwidth is another: images, phase."""
+    mine = [other for other in others if other.label == row.label]
+    if len({other.read_gb_s for other in mine}) == 1:
+        return row.label
+    images = f" {row.images} image{'s' if row.images > 1 else ''}" if len({r.images for r in mine}) > 1 else ""
+    return row.label + images + (f" {row.phase}" if len({r.phase for r in mine}) > 1 else "")
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -7,21 +7,23 @@ def ms(value: float | None) -> str:
     """Milliseconds in three digits, as seconds from ten seconds on; "" for None."""
     if value is None:
         return ""
-    return f"{value / 1e3:.3g} s" if value >= 1e4 else f"{value:.3g} ms" if value < 1e3 else f"{value:.0f} ms"
+    return f"{number(value / 1e3)} s" if value >= 1e4 else f"{number(value)} ms"
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """``digits`` significant digits, all those before the point, and "<0.001" below that; "" for None."""
     if value is None:
         return ""
-    return f"{value:.0f}" if value >= 1000 else f"{value:.{digits}g}" if value >= 0.001 or not value else "<0.001"
+    if value >= 10**digits - 0.5:  # from here on ``g`` writes an exponent
+        return f"{value:.0f}"
+    return f"{value:.{digits}g}" if value >= 0.001 or not value else "<0.001"
 
 
 def size(value: float | None) -> str:
     """Bytes in three digits, as GB or MB; "" for None."""
     if value is None:
         return ""
-    return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
+    return f"{number(value / 1e9)} GB" if value >= 1e9 else f"{number(value / 1e6)} MB"
 
 
 def speed(subject_ms: float, other_ms: float) -> str:
