@@ -164,11 +164,11 @@ def _ort_cuda() -> tuple[bool, str]:
         return False, f"needs onnxruntime-gpu, which is not installed; {how_to_install('onnxruntime-gpu')}"
     import onnxruntime
 
-    from par_runtime.backends.ort.gpu import CUDA, CUDA_SINCE, REPLACE
+    from par_runtime.backends.ort.gpu import CUDA, CUDA_SINCE, how_to_replace
     from par_runtime.backends.ort.sessions import version
 
     if CUDA not in onnxruntime.get_available_providers():
-        return False, f"{why} has no CUDA; {REPLACE}"
+        return False, f"{why} has no CUDA; {how_to_replace()}"
     if version() < CUDA_SINCE:
         return (
             False,

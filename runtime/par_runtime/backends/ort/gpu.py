@@ -26,7 +26,6 @@ from par_runtime.errors import BundleError, CudaError, RequestError, how_to_inst
 from par_runtime.forks import keep_forever, tell_of_forks
 from par_runtime.loaded import LoadedFiles
 
-REPLACE = f"{pip_command()} uninstall -y onnxruntime onnxruntime-gpu && {how_to_install('onnxruntime-gpu')}"
 try:
     import onnxruntime as ort
 
@@ -57,6 +56,11 @@ CUDA_SINCE = (1, 27)
 SHAPES = ("Concat", "Gather", "Shape", "Size", "Slice", "Squeeze", "Unsqueeze")
 
 
+def how_to_replace() -> str:
+    """The command that puts ONNX Runtime with CUDA in the place of the one without: both wheels own the same files."""
+    return f"{pip_command()} uninstall -y onnxruntime onnxruntime-gpu && {how_to_install('onnxruntime-gpu')}"
+
+
 class OrtCudaBackend:
     """A bundle on ONNX Runtime's CUDA provider. See ``base.Backend`` for the calls.
 
@@ -70,7 +74,7 @@ class OrtCudaBackend:
         if provider not in ort.get_available_providers():
             raise RequestError(
                 f"device 'cuda-ort' needs ONNX Runtime with CUDA, installed is onnxruntime {ort.__version__} with "
-                f"{', '.join(ort.get_available_providers())}: {REPLACE}"
+                f"{', '.join(ort.get_available_providers())}: {how_to_replace()}"
             )
         if version() < since:
             raise RequestError(
