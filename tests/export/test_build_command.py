@@ -41,7 +41,15 @@ def test_the_command_prints_the_report_or_json(tiny_copy: Path, capsys: pytest.C
     [
         (["--target", "A100"], "'A100': expected SM and a compute capability"),
         (["--target", "SM70"], "target 'SM70': tensorrt_rtx .* builds for SM75, SM80, .* or local"),
-        (["--target", "local"], r"no GPU here|NVIDIA driver|cannot be imported"),
+        (["--target", "local"], r"target local needs a GPU: .*; name the GPU to build for, for instance --target SM80"),
+        (
+            ["--target", "SM75", "--max-images", "1", "--no-cache"],
+            r"no fp32 matrix products for Turing \(SM75\) \(layer decoder/.*\): add --decoder-precision fp16$",
+        ),
+        (
+            ["--target", "SM75", "--max-images", "1", "--no-cache", "--precision", "fp32"],
+            r"for Turing \(SM75\) \(layer step/.*\): add --precision fp16 --decoder-precision fp16$",
+        ),
         (["--target", "SM80", "--max-images", "0"], "'0': expected a number of images from 1 to 256"),
         (["--target", "SM80", "--precision", "int3"], "invalid choice: 'int3'"),
         (["--target", "SM80", "--sampling", "exact"], "invalid choice: 'exact'"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from par_export.cli.common import count, counts, guarded
 from par_export.engines.cache import DEFAULT_LIMIT_BYTES
-from par_export.engines.request import MODES, SAMPLING, BuildRequest, sizes_up_to
+from par_export.engines.request import MODES, NAME_A_TARGET, SAMPLING, BuildRequest, check_local_gpu, sizes_up_to
 from par_export.errors import BuildError
 from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.cli.common import Parser
@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Build an engine per target and print the reports. Raises what :func:`par_export.engines.build.build` raises."""
+    if "local" in args.target:  # before the import, which may ask to install TensorRT
+        check_local_gpu(otherwise=NAME_A_TARGET)
     from par_export.engines.build import build
 
     if args.list is not None and not args.list.parent.is_dir():

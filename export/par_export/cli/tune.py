@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from par_export.cli.common import count, counts, guarded
-from par_export.engines.request import MODES, BuildRequest, sizes_up_to
+from par_export.engines.request import MODES, BuildRequest, check_local_gpu, sizes_up_to
 from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.cli.common import Parser
 from par_runtime.cli.options import add_list
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Tune, and print the measurements or one JSON object. Raises what :func:`par_export.engines.tune.tune` raises."""
+    check_local_gpu(args.gpu, "tuning")  # before the import, which may ask to install TensorRT
     from par_export.engines.tune import tune
 
     request = BuildRequest(

@@ -24,7 +24,7 @@ from par_export.engines.builder import OnStep, Target, build_plan
 from par_export.engines.cache import EngineCache, key_of
 from par_export.engines.network import ExpectedAttention
 from par_export.engines.place import no_empty_folder, place
-from par_export.engines.request import MODES, SAMPLING, BuildRequest
+from par_export.engines.request import MODES, NAME_A_TARGET, SAMPLING, BuildRequest, check_local_gpu
 from par_export.engines.weights import MappedWeights, weights_in
 from par_export.errors import BuildError
 from par_export.fp16 import check_build
@@ -345,11 +345,7 @@ def _local_gpu() -> tuple[str, str]:
     """Compute capability and name of this machine's GPU. Raises BuildError."""
     from par_runtime.backends import cuda
 
-    if cuda.device_count() == 0:
-        raise BuildError(
-            f"target local: no GPU here ({cuda.why_no_device()}); name the GPU to build for, for instance --target "
-            "SM80 for an A100 (TensorRT-RTX builds without one)"
-        )
+    check_local_gpu(otherwise=NAME_A_TARGET)
     with cuda.Device.open(0) as device:
         return f"SM{device.capability[0]}{device.capability[1]}", device.name
 

@@ -248,9 +248,20 @@ def _run(
         raise BuildError(_explain(trt, network, log.errors))
 
 
+#: What TensorRT-RTX says of Turing (SM75), whose tensor cores take half precision only: the layer, the GPU.
+_NO_FP32 = re.compile(r"Cannot compile operation '(?:\w+:)?([^']{1,80})' for (.{1,40}?): FP32 GEMM is not supported")
+
+
 def _explain(trt: TensorRT, network: Any, errors: list[str]) -> str:
     """The builder's own error; where attention is the reason, with the layer and its head size."""
     text = first_lines(errors)
+    if no_fp32 := _NO_FP32.search(text):
+        layer, gpu = no_fp32.groups()
+        step = "" if layer.startswith("decoder/") else "--precision fp16 "
+        return (
+            f"{trt.name} {trt.version} has no fp32 matrix products for {gpu} (layer {layer}): add {step}"
+            "--decoder-precision fp16"
+        )
     if "ttention" not in text:
         return f"{trt.name} {trt.version} cannot build this network: {text}"
     named = re.search(r'attention operation "([^"]+)"', text)

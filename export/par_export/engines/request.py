@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from par_export.engines.cache import DEFAULT_LIMIT_BYTES
+from par_export.errors import BuildError
 from par_runtime.system import cache_folder
 
 if TYPE_CHECKING:
     from par_export.graphs.sampling import SamplingVariant
 
+#: What to do where there is no GPU to build for.
+NAME_A_TARGET = "; name the GPU to build for, for instance --target SM80 for an A100 (TensorRT-RTX builds without one)"
 MODES = ("shared", "per-phase")
 #: Not "exact": its bisection is a chain of hundreds of reductions, which TensorRT-RTX did not finish in ten minutes.
 SAMPLING = ("plain", "topk")
@@ -37,6 +40,16 @@ class BuildRequest:
     cache_folder: Path | None = field(default_factory=cache_folder)  #: None: a user without a home; no cache then
     cache_limit_bytes: int = DEFAULT_LIMIT_BYTES
     reproducible: bool = False
+
+
+def check_local_gpu(index: int = 0, what: str = "target local", otherwise: str = "") -> None:
+    """Raise BuildError where this machine has no GPU ``index``: before anything else is found missing, since installing
+    that would not help. ``what`` needs the GPU; ``otherwise``: what to do without one."""
+    from par_runtime.backends import cuda  # as late as its numpy
+
+    if not 0 <= index < cuda.device_count():
+        why = cuda.why_no_device() or f"there is no GPU {index}"
+        raise BuildError(f"{what} needs a GPU: {why}{otherwise}")
 
 
 def sizes_up_to(most: int) -> tuple[int, ...]:

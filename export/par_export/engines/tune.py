@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from par_export.engines.build import build
-from par_export.engines.request import BuildRequest
+from par_export.engines.request import BuildRequest, check_local_gpu
 from par_export.errors import BuildError
 from par_export.graphs.step import Form
 from par_runtime.backends import cuda
@@ -62,8 +62,7 @@ def tune(
     drifts favours none. ``say`` receives lines of text for the user. Raises BuildError, BuildCancelledError,
     OutputError, BundleError, CudaError, TensorRTMissingError, OSError.
     """
-    if cuda.device_count() <= index:
-        raise BuildError(f"tuning needs a GPU: {cuda.why_no_device() or f'there is no GPU {index}'}")
+    check_local_gpu(index, "tuning")
     if images not in request.images:
         raise BuildError(f"images {images}: the engine is built for {request.images}; give one of these")
     bundle = Bundle.open(request.bundle)

@@ -22,6 +22,7 @@ driver: Any = None
 #: The process that initialised the driver. CUDA cannot be used in a process that is forked from it.
 _process: int | None = None
 
+NO_DRIVER = "no NVIDIA driver here (libcuda was not found); nvidia-smi must work"
 HINTS = {
     "CUDA_ERROR_NO_DEVICE": "no NVIDIA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES",
     "CUDA_ERROR_INVALID_DEVICE": "there is no GPU of that number; nvidia-smi lists them",
@@ -70,12 +71,23 @@ def why_no_device() -> str:
         return str(error)
 
 
+def _has_driver() -> bool:
+    """Whether the driver's library is there; nothing of it is called."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def _driver() -> Any:
     global driver
     if driver is None:
         try:
             from cuda.bindings import driver as loaded
         except ImportError as error:
+            if not _has_driver():  # then cuda-python would not help
+                raise CudaError(NO_DRIVER, "NO_DRIVER") from error
             raise CudaError(
                 f"a GPU needs cuda-python ({error}); {how_to_install('tensorrt-rtx', 'cuda-python')}"
             ) from error
@@ -99,7 +111,7 @@ def _call(name: str, *arguments: Any, note: str = "") -> Any:
         code, *values = getattr(_driver(), name)(*arguments)
     except RuntimeError as error:  # cuda-python's own: the library is missing, or too old to know the call
         if type(error).__name__ == "DynamicLibNotFoundError":
-            message = "no NVIDIA driver here (libcuda was not found); nvidia-smi must work"
+            message = NO_DRIVER
         else:
             message = (
                 f"{name}: {str(error).splitlines()[0]}; is an NVIDIA driver installed (nvidia-smi), and new enough?"

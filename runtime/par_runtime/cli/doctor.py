@@ -43,8 +43,10 @@ NEEDS = {
         "cpu,export",
         ("onnxruntime", "torch", "onnx", "safetensors", "huggingface_hub"),
     ),
-    "parvis build, tune": ("build,tensorrt-rtx", ("onnx", "ml_dtypes", ("tensorrt_rtx", "tensorrt"))),
+    "parvis build": ("build,tensorrt-rtx", ("onnx", "ml_dtypes", ("tensorrt_rtx", "tensorrt"))),
+    "parvis tune": ("build,tensorrt-rtx", ("onnx", "ml_dtypes", ("tensorrt_rtx", "tensorrt"))),
 }
+NEED_A_GPU = ("parvis tune",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,8 +70,14 @@ def examine() -> dict[str, Any]:
         _tried("onnxruntime-cuda", "--device cuda-ort", _ort_cuda),
         _tried("tensorrt", "--device cuda", _tensorrt),
     ]
+    gpus = _gpus()
     verbs = [
-        {"verbs": verbs, "missing": missing, "install": how_to_install(extra) if missing else ""}
+        {
+            "verbs": verbs,
+            "missing": missing,
+            "install": how_to_install(extra) if missing else "",
+            "why": gpus["why"] if verbs in NEED_A_GPU else "",
+        }
         for verbs, (extra, modules) in NEEDS.items()
         for missing in [_missing(modules)]
     ]
@@ -86,7 +94,7 @@ def examine() -> dict[str, Any]:
         },
         "memory_bytes": {"total": meminfo_bytes("MemTotal"), "available": available_bytes()},
         "compiler": next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None),
-        "gpus": _gpus(),
+        "gpus": gpus,
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "backends": backends,
         "verbs": verbs,
@@ -117,8 +125,12 @@ def lines(facts: dict[str, Any]) -> list[str]:
         mark = "runs" if backend["runs"] else "no"
         out.append(f"{mark:5} {backend['name']:17} {backend['option']:18} {backend['why']}")
     for verbs in facts["verbs"]:
-        state = f"no    {verbs['verbs']}: needs {', '.join(verbs['missing'])}; {verbs['install']}"
-        out.append(state if verbs["missing"] else f"runs  {verbs['verbs']}")
+        if verbs["why"]:  # what is missing would not help
+            out.append(f"no    {verbs['verbs']}: needs a GPU: {verbs['why']}")
+        elif verbs["missing"]:
+            out.append(f"no    {verbs['verbs']}: needs {', '.join(verbs['missing'])}; {verbs['install']}")
+        else:
+            out.append(f"runs  {verbs['verbs']}")
     if facts["can_run"]:
         return [*out, "", "ready: parvis generate BUNDLE --label 0"]
     return [*out, "", f"nothing runs here yet; {how_to_install('cpu')}"]

@@ -50,6 +50,12 @@ def run(args: argparse.Namespace) -> int:
         against = args.against or verify.default_reference(candidate)
         reference = verify.load(args.bundle, against, args.threads, "none")
         loaded.callback(reference.backend.close)
+        name = reference.backend.info.name
+        if candidate.backend.info.name == name:
+            raise RequestError(
+                f"--against {against}: candidate and reference are both {name}, and agree even where it is wrong; "
+                f"give --against {verify.default_reference(candidate)}"
+            )
         limit = min(candidate.backend.max_images, reference.backend.max_images)
         if args.batch is not None and args.batch > limit:
             raise RequestError(f"--batch {args.batch}: expected 1 to {limit}, the most that both backends take")

@@ -78,11 +78,6 @@ def run(
     logits = compare_logits(candidate, reference, trial, groups)
     tokens, wanted = compare_tokens(candidate, reference, trial, floors, logits)
     notes = [candidate.note] if candidate.note else []
-    if candidate.backend.info.name == reference.backend.info.name:
-        notes.append(
-            f"both are {reference.backend.info.name}: this shows that its results repeat, not that they are right; "
-            "give another --against"
-        )
     images = None
     if reference.bundle.image_size is None:
         notes.append("the bundle ends at tokens: no images were compared")

@@ -97,8 +97,14 @@ def check_no_library() -> None:
     assert "\n" not in said
     with refused(CudaError, "no NVIDIA driver here"):
         Device.open(0)
-    # Without cuda-python it is that which is named, and what installs it.
+    # cuda-python would not help.
     cuda.driver = None
+    sys.modules["cuda.bindings"] = None
+    assert cuda.device_count() == 0
+    assert cuda.why_no_device() == said
+
+
+def check_no_cuda_python() -> None:
     sys.modules["cuda.bindings"] = None
     assert cuda.device_count() == 0
     assert "needs cuda-python" in cuda.why_no_device()
@@ -126,13 +132,17 @@ def test_no_device_is_a_count_of_zero_with_a_reason(stub: Path, run: Callable[..
     run(check_no_device, stub, STUB_CUDA_DEVICES="0")
 
 
-def test_no_driver_and_no_cuda_python(run: Callable[..., None]) -> None:
+def test_no_driver(run: Callable[..., None]) -> None:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
         run(check_no_library, None)
     else:
         pytest.skip("this machine has a CUDA driver")
+
+
+def test_a_driver_without_cuda_python(stub: Path, run: Callable[..., None]) -> None:
+    run(check_no_cuda_python, stub)
 
 
 def test_a_driver_that_lacks_a_call(stub: Path, run: Callable[..., None]) -> None:

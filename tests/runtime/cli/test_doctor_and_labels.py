@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -43,13 +45,57 @@ def test_the_doctor_needs_nothing(tmp_path: Path) -> None:
     facts = json.loads(done.stdout)
     assert not facts["can_run"]
     assert not facts["gpus"]["found"]
-    assert "a GPU needs cuda-python" in facts["gpus"]["why"]
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        assert facts["gpus"]["why"] == "no NVIDIA driver here (libcuda was not found); nvidia-smi must work"
+    else:
+        assert "a GPU needs cuda-python" in facts["gpus"]["why"]
     for backend in facts["backends"]:
         assert not backend["runs"]
         assert "install" in backend["why"] or "not built" in backend["why"], backend
     for verbs in facts["verbs"]:
         assert verbs["missing"]
         assert "pip install" in verbs["install"]
+
+
+def test_tuning_needs_a_gpu_and_building_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("par_runtime.cli.doctor._missing", lambda _: [])
+    for found, why, line in (
+        ([], "no driver", "no    parvis tune: needs a GPU: no driver"),
+        (["0: NVIDIA A100, SM80"], "", "runs  parvis tune"),
+    ):
+        monkeypatch.setattr("par_runtime.cli.doctor._gpus", lambda f=found, w=why: {"found": f, "why": w})
+        assert dispatch.main(["doctor"]) == 0
+        text = capsys.readouterr().out
+        assert f"\nruns  parvis build\n{line}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["tune", "DEMO"], "tuning needs a GPU: "),
+        (["build", "DEMO", "--target", "local"], "target local needs a GPU: "),
+        (["build", "DEMO", "--target", "SM80"], "'parvis build' needs onnx, which is not installed; "),
+    ],
+)
+def test_a_gpu_is_missed_before_packages_for_it(arguments: list[str], error: str, tmp_path: Path) -> None:
+    """An installation without TensorRT, on a machine without a GPU."""
+    code = (
+        f"import sys\nfor name in {EXTRAS.split()[1:]!r}: sys.modules[name] = None\n"
+        "from par_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    demo = str(Path(__file__).parents[3] / "models" / "demo")
+    given = [demo if a == "DEMO" else a for a in arguments]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *given], capture_output=True, text=True, check=False, cwd=tmp_path, env=env
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"parvis: error: {error}")
+    assert done.stderr.count("\n") == 1
 
 
 def test_one_broken_part_does_not_hide_the_others(
