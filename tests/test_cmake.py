@@ -92,6 +92,7 @@ def test_bundle_plans_tests_and_archive_and_nothing_twice(run: Run, tiny: Path, 
     readme = (top / "README.txt").read_text()
     assert f"pip install './{wheel.name}[cpu]'\n    parvis generate tiny" in readme
     assert f"pip install './{sources.name}[cpu]'" in readme
+    assert "\nThe folder tiny is the bundle. Its folder engines holds plans for SM80, SM89; any other" in readme
     with zipfile.ZipFile(wheel) as archive_of_wheel:
         packed_files = archive_of_wheel.namelist()
     assert {"par_runtime/cli/dispatch.py", "par_export/imagenet_classes.tsv", "par_model/config.py"} <= set(

@@ -16,6 +16,8 @@ from torch import Tensor
 from par_model.checkpoint.errors import printable
 from par_model.training.run import InputError
 
+#: Readers that run nothing, as of the runtime (Pillow gives EPS files to Ghostscript).
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "TGA")
 RAW = ("images.u8", "labels.u8", "meta.json")
 EXPECTED = (
     "expected a folder with a folder of pictures for each class (or with the pictures themselves, of one class), or "
@@ -85,7 +87,8 @@ def _pictures(path: Path, size: int | None) -> ImageFolder:
     loose = _files(path, known, deep=False)
     if loose and any(_files(folder, known) for folder in folders):
         raise InputError(
-            f"{path} holds {len(loose)} pictures beside the folders of classes; put each into one of these"
+            f"{path} holds {len(loose)} picture{'s' if len(loose) > 1 else ''} beside the folders of classes; put each "
+            "into one of these"
         )
     classes = [(path.resolve().name, loose)] if loose else [(folder.name, _files(folder, known)) for folder in folders]
     classes = [(name, files) for name, files in classes if files]
@@ -115,8 +118,13 @@ def _opened(file: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(file)
-    except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            Image.init()
+            return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{file}: no picture that can be read; expected PNG, JPEG, WebP, TIFF or the like: take it away"
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{file}: no picture that can be read ({error}); mend it or take it away") from error
 
 

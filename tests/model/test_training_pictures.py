@@ -153,13 +153,21 @@ def test_what_cannot_be_encoded_is_one_line_and_leaves_nothing(
     (empty / "class").mkdir(parents=True)
     refused("holds no pictures", "--data", empty)
     (pictures / "loose.png").write_bytes((pictures / "boote" / "a.png").read_bytes())
-    refused("1 pictures beside the folders of classes", "--data", pictures)
+    refused("1 picture beside the folders of classes", "--data", pictures)
     (pictures / "loose.png").unlink()
     cut = pictures / "boote" / "a.png"
     cut.write_bytes(cut.read_bytes()[:500])
     refused("a.png: cannot be decoded (", "--data", pictures, "--size", 8)
     cut.write_text("text")
     refused("a.png: no picture that can be read", "--data", pictures, "--size", 8)
+    cut.unlink()
+    for name in ("page.eps", "page.ps", "a.png"):  # Pillow would give the page to Ghostscript
+        file = pictures / "boote" / name
+        Image.new("RGB", (16, 16)).save(file, format="EPS")
+        refused(f"{name}: no picture that can be read; expected PNG, JPEG,", "--data", pictures, "--size", 8)
+        with pytest.raises(InputError, match="no picture that can be read"):
+            picture(file, 8)
+        file.unlink()
     raw = tmp_path / "raw"
     raw.mkdir()
     for text in ("{", "[]", '{"count": 3}', '{"count": 3, "size": 8, "styles": ["a"]}'):

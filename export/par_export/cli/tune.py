@@ -58,12 +58,12 @@ def parser() -> argparse.ArgumentParser:
         description="Build the engine of a bundle for this machine's GPU in every form, time whole images with each in "
         "every capture mode, and keep the fastest. Needs the GPU.",
     )
-    p.add_argument("bundle", type=Path, metavar="BUNDLE")
+    p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export'")
     p.add_argument("--images", type=count, default=1, help="batch size to be fastest at (default: 1)")
     p.add_argument("--max-images", type=count, default=8, help="largest batch to build for (default: 8)")
     add_list(p, "--sizes", counts, help="batch sizes to build for: 1 2 4, instead of --max-images")
     p.add_argument("--precision", choices=PRECISIONS, help="default: the bundle's")
-    p.add_argument("--engines", choices=MODES, default="shared")
+    p.add_argument("--engines", choices=MODES, default="shared", help="as in 'parvis build' (default: shared)")
     p.add_argument("--repeats", type=count, default=5, help="timed batches per candidate and round (default: 5)")
     p.add_argument("--rounds", type=count, default=2, help="how often each candidate is timed (default: 2)")
     p.add_argument("--gpu", type=int, default=0, help="number of the GPU (default: 0)")

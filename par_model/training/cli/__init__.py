@@ -8,13 +8,27 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 LONGEST_ERROR = 2000  # characters
 
 
+class Help(argparse.HelpFormatter):
+    """argparse's help, which ends with the default of an option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        none = default is None or default is False or default == argparse.SUPPRESS
+        if not text or none or action.required or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with errors as one line, as the other verbs of ``parvis`` print them."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": Help} | settings)
 
     def error(self, message: str) -> NoReturn:
         """Print ``message`` as one line and exit with code 2."""

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--size", type=int, help="pixels of a side that pictures are scaled to (default: 24 codes; 384 with VQ-16)"
     )
-    p.add_argument("--batch", type=int, default=64, help="images encoded at once (default: 64)")
+    p.add_argument("--batch", type=int, default=64, help="images encoded at once")
     return p
 
 

@@ -29,17 +29,23 @@ def parser() -> argparse.ArgumentParser:
         metavar="TOKENIZER",
         help="keep this tokenizer's codebook, decoder and sizes, and train an encoder for them from nothing",
     )
-    p.add_argument("--steps", type=int, default=4000)
-    p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--lr", type=float, default=1e-3)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=int, default=4000, help="updates of the weights")
+    p.add_argument("--batch", type=int, default=32, help="images of a step")
+    p.add_argument("--lr", type=float, default=1e-3, help="learning rate")
+    p.add_argument("--seed", type=int, default=0, help="of the initial weights and of the order of images")
     p.add_argument("--report", type=int, default=250, help="steps between reports and checkpoints")
     p.add_argument("--codes", type=int, default=1024, help="codebook size")
-    p.add_argument("--channels", type=int, default=32)
+    p.add_argument("--channels", type=int, default=32, help="at full resolution")
     p.add_argument("--res-blocks", type=int, default=1, help="per encoder level; the decoder has one more")
-    p.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 3])
-    p.add_argument("--z-channels", type=int, default=64)
-    p.add_argument("--norm-groups", type=int, default=8)
+    p.add_argument(
+        "--multipliers",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        help="channels of each level; every level after the first halves the size (default: 1 2 3)",
+    )
+    p.add_argument("--z-channels", type=int, default=64, help="of the encoder's output")
+    p.add_argument("--norm-groups", type=int, default=8, help="of the group norms; a divisor of all channels")
     return p
 
 

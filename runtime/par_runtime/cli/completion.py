@@ -51,5 +51,5 @@ def parser() -> argparse.ArgumentParser:
         epilog="bash:  parvis completion bash > ~/.local/share/bash-completion/completions/parvis\n"
         "zsh:   parvis completion zsh > FOLDER/_parvis, where FOLDER is one of $fpath",
     )
-    p.add_argument("shell", choices=SHELLS)
+    p.add_argument("shell", choices=SHELLS, help="the shell that the script is for")
     return p

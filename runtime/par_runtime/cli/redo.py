@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
         description="Make a PNG of 'parvis generate' again from its own metadata and compare pixels and tokens. "
         "Exit code 0: identical; 1: different; 2: cannot be tried.",
     )
-    p.add_argument("image", type=Path, metavar="IMAGE.png")
+    p.add_argument("image", type=Path, metavar="IMAGE.png", help="a PNG that parvis wrote")
     options.add_bundle_option(p, "the bundle that made it")
     options.add_out(p, "also write the new PNG here")
     options.add_common(p)

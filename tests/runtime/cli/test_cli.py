@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -29,6 +30,17 @@ def run(*arguments: object) -> int:
         return cli.main([str(a) for a in arguments])
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_option_is_described_with_its_default(verb: str) -> None:
+    parser = importlib.import_module(cli.VERBS[verb].module).parser()
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        assert action.help, action
+        has_default = action.default not in (None, [], (), argparse.SUPPRESS) and action.default is not False
+        if action.option_strings and has_default and not action.required:
+            assert "default" in formatter._format_action(action), action
 
 
 def test_generate_writes_a_sheet_and_tokens(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
