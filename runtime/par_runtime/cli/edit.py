@@ -131,7 +131,7 @@ def read_original(args: argparse.Namespace, bundle: Bundle) -> Original:
         if args.mask_from != "auto":
             raise RequestError(f"--mask-from {args.mask_from}: is for a mask image, --place takes none; leave it out")
         box = parse_box(args.place, size)
-        found, _ = _find(args, bundle)
+        found, *_ = _find(args, bundle)
         return Original(*place_image(found.image, size, box), found.label)  # its tokens are those of its whole size
     original, beside = _without_region(args, bundle, size)
     named = args.change if args.keep is None else args.keep
@@ -144,16 +144,18 @@ def read_original(args: argparse.Namespace, bundle: Bundle) -> Original:
 
 def _without_region(args: argparse.Namespace, bundle: Bundle, size: tuple[int, int]) -> tuple[Original, Beside]:
     """The image, of which nothing stays yet, and what a mask is compared with. The file's pixels are not kept."""
-    found, sheet = _find(args, bundle)
+    found, sheet, scale = _find(args, bundle)
     pixels = fit_image(found.image, size, args.fit)
-    return Original(pixels, np.zeros(size, bool), found.label, found.tokens, found.why), Beside.of(found.image, sheet)
+    return Original(pixels, np.zeros(size, bool), found.label, found.tokens, found.why), Beside.of(
+        found.image, sheet, scale
+    )
 
 
-def _find(args: argparse.Namespace, bundle: Bundle) -> tuple[_Found, tuple[int, int]]:
-    """The image that the command line names, and the size (width, height) of the whole file."""
+def _find(args: argparse.Namespace, bundle: Bundle) -> tuple[_Found, tuple[int, int], int]:
+    """The image that the command line names, the size (width, height) of the whole sheet, and how enlarged it was."""
     recipe, image = png.read_any(args.image)
     found = _without_recipe(args, image) if recipe is None else _of_recipe(args, bundle, recipe, image)
-    return found, image.size
+    return found, image.size, 1 if recipe is None else recipe.scale
 
 
 @dataclass(frozen=True)

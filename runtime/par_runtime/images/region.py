@@ -53,11 +53,17 @@ class Beside:
     size: tuple[int, int]
     small: Image.Image
     sheet: tuple[int, int] | None = None  #: the size of the whole sheet, where the photo is one of several images
+    scale: int = 1  #: how many times larger its file shows it, where parvis wrote that enlarged
 
     @staticmethod
-    def of(photo: Image.Image, sheet: tuple[int, int] | None = None) -> Beside:
+    def of(photo: Image.Image, sheet: tuple[int, int] | None = None, scale: int = 1) -> Beside:
         """What is needed of ``photo``, which may be large: then it need not stay in memory beside a large mask."""
-        return Beside(photo.size, _small(photo), sheet)
+        return Beside(photo.size, _small(photo), sheet, scale)
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """Width and height as other programs show it, in whose pixels a user may give a box."""
+        return self.size[0] * self.scale, self.size[1] * self.scale
 
 
 def parse_box(
@@ -125,12 +131,13 @@ def region(
         mask = _side(named, size)
         if mask is None and named.count(",") == 3 and not os.path.isfile(named):
             mask = np.zeros(size, bool)
-            x0, y0, x1, y1 = parse_box(named, size, None if photo is None else photo.size, fit)
+            x0, y0, x1, y1 = parse_box(named, size, None if photo is None else photo.shown_size, fit)
             mask[y0:y1, x0:x1] = True
         if mask is not None:
             return Region(mask)
         if not os.path.exists(named):
-            raise RequestError(f"region {shown(named)}: {REGION}")
+            no_file = "no such file; " if os.path.splitext(named)[1] or os.sep in named else ""
+            raise RequestError(f"region {shown(named)}: {no_file}{REGION}")
     elif not isinstance(named, (Path, Image.Image)):
         raise RequestError(f"region {shown(named)}: {REGION}, a PIL image or a bool array [H,W]")
     name = "mask" if isinstance(named, Image.Image) else f"mask {named}"

@@ -268,6 +268,7 @@ def test_more_images_than_one_call_takes(tiny: Path, monkeypatch: pytest.MonkeyP
     [
         (["--keep", "north"], "region 'north': expected one of left, right, top"),
         (["--keep", "1,2,3"], "region '1,2,3': expected one of"),
+        (["--keep", "none.png"], "region 'none.png': no such file; expected one of"),
         (["--keep", "0,0,99,16"], "expected 0 <= X0 < X1 <= 16"),
         (
             ["--change", "14,4,26,20"],
@@ -388,3 +389,15 @@ def test_a_way_to_read_a_mask_without_a_mask(
 ) -> None:
     assert run("edit", sheet, "--bundle", tiny, "--which", 0, *where, "--mask-from", "alpha") == 2
     assert capsys.readouterr().err == f"parvis: error: --mask-from alpha: {error}\n"
+
+
+def test_a_box_in_the_pixels_of_an_enlarged_png(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.png"
+    assert run("generate", tiny, "--label", 1, "--count", 2, "--scale", 4, "--seed", 1, "--out", out, "--quiet") == 0
+    edit = ("edit", out, "--bundle", tiny, "--which", 1, "--out", tmp_path / "b.png", "--change")
+    assert run(*edit, "16,30,48,64") == 2
+    error = capsys.readouterr().err
+    assert error.endswith(
+        "the photo of 64x64 is fitted to 16x16 first (fit crop), where this part of it is 4,7,12,16: give that\n"
+    )
+    assert run(*edit, "4,7,12,16") == 0
