@@ -6,6 +6,7 @@ without a bound and get it here, with a mark where the bound cannot be trusted.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -78,7 +79,8 @@ class Gauge:
     """Measures the limits of one device over a run: :meth:`before`, :meth:`between`, :meth:`after`, then ``limits``.
 
     ``working_bytes``: number of threads -> the sizes of what calls read; ``gpu``: measured too where it is given.
-    ``children``: ids of processes of ours.
+    ``children``: ids of processes of ours. ``until``: no measurement but the first is begun that would end after it, by
+    ``time.monotonic``, if it took as long as the last one.
     """
 
     def __init__(
@@ -87,13 +89,15 @@ class Gauge:
         gpu: Gpu | None,
         progress: Progress,
         children: tuple[int, ...] = (),
+        until: float = math.inf,
     ) -> None:
+        self._until = until
         self._working_bytes, self._gpu, self._progress = working_bytes, gpu, progress
         self._children = children
         self._rounds: dict[int, list[Round]] = {threads: [] for threads in working_bytes}
         self._on_gpu: Limits | None = None
         self._sizes: dict[int, list[int]] = {}
-        self._took_s, self._last = 0.0, 0.0
+        self.took_s, self._last = 0.0, 0.0
 
     @staticmethod
     def of(
@@ -131,11 +135,11 @@ class Gauge:
             on_gpu = gpu_limits(self._gpu)
             self._on_gpu = on_gpu if self._on_gpu is None else self._on_gpu.better(on_gpu)
         self._last = time.monotonic()
-        self._took_s = self._last - began
+        self.took_s = self._last - began
 
     def between(self) -> None:
         """A measurement between two repetitions, unless the last one was a short time ago."""
-        if time.monotonic() - self._last > BETWEEN_TIMES * self._took_s:
+        if time.monotonic() - self._last > BETWEEN_TIMES * self.took_s:
             self._measure_if_possible()
 
     def after(self) -> None:
@@ -144,12 +148,16 @@ class Gauge:
         for _ in range(MORE_ROUNDS):
             if not any(limits.doubt for limits in self.limits().values()):
                 return
+            if time.monotonic() + WAIT_S + self.took_s > self._until:
+                return
             self._progress("this machine's limits once more: the machine is busy, or was")
             time.sleep(WAIT_S)
             self._measure_if_possible()
 
     def _measure_if_possible(self) -> None:
-        """A measurement that may fail: there is an earlier one, and rows that would be lost."""
+        """A measurement that may fail: there is an earlier one, and rows that would be lost. None where time is up."""
+        if time.monotonic() + self.took_s > self._until:
+            return
         try:
             self.measure()
         except (RequestError, CudaError) as error:

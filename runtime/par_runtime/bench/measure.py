@@ -9,7 +9,9 @@ Letters: B images, N tokens, n tokens per group, q positions of one call.
 
 from __future__ import annotations
 
+import math
 import platform
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +24,7 @@ from par_runtime.bench import machine
 from par_runtime.bench.gpu import Gpu
 from par_runtime.bench.machine import Machine, Watch
 from par_runtime.bench.rows import INCOMPLETE, Row, few_repetitions, median, percent_in, quantile, spread
-from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES, Sample, Subject, SubjectInfo
+from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES, OutOfTimeError, Sample, Subject, SubjectInfo
 from par_runtime.cost.work import Work, decoder_work, image_work, phase_work
 from par_runtime.tokenizer import CHUNK_PIXELS
 
@@ -53,7 +55,8 @@ class Setting:
     ``most_calls``: how many calls of an image a subject makes, by label; a subject without an entry makes all.
     ``between`` is called between two turns, when no subject works. ``keep`` takes, while rows are measured, a key and a
     function that makes the rows of what is measured so far (``journal.Journal``). ``failed``: subjects that failed
-    while others could go on, by label, with the error.
+    while others could go on, by label, with the error. ``until``: no sample is begun, by ``time.monotonic``, that would
+    end later if it took as long as the longest of its subject so far.
     """
 
     suite: str
@@ -65,6 +68,7 @@ class Setting:
     between: Callable[[], None] = no_work
     keep: Callable[[object, Callable[[], Sequence[Row]]], None] = keep_nothing
     failed: dict[str, Exception] = field(default_factory=dict)
+    until: float = math.inf
 
 
 @dataclass
@@ -119,7 +123,7 @@ def take_turns(
     """The rows of ``setting.repetitions`` samples of each subject that has not failed, in turns.
 
     ``make_rows`` makes the rows of a subject, of its samples and the setting. ``make_sample`` makes a sample (default:
-    the subject's ``run``).
+    the subject's ``run``). Fewer samples are made where they would end after ``setting.until``.
     """
     measured = [Repetitions() for _ in subjects]
     whole = Watch(tuple(pid for subject in subjects for pid in process_ids(subject)), setting.gpu)
@@ -134,17 +138,26 @@ def take_turns(
         return subject.run(setting.images, setting.guided, setting.most_calls.get(subject.info.label))  # type: ignore
 
     setting.keep(key, rows)
+    longest = {subject.info.label: 0.0 for subject in subjects}
     for repetition in range(setting.repetitions):
         if repetition:
             setting.between()
+        going = {label: seconds for label, seconds in longest.items() if label not in setting.failed}
+        if time.monotonic() + sum(going.values()) > setting.until:
+            break  # the turn of all, so that each has as many samples
         for subject, own in zip(subjects, measured, strict=True):
             label = subject.info.label
-            if label in setting.failed:
+            began = time.monotonic()
+            if label in setting.failed or began + longest[label] > setting.until:
                 continue
             many = f"{setting.images} image{'s' if setting.images > 1 else ''}"
             progress(f"{label}: {many}, repetition {repetition + 1} of {setting.repetitions}")
             watch = Watch(process_ids(subject), setting.gpu)
-            sample = attempt(subject, subjects, setting, partial(make_sample or sample_of, subject))
+            try:
+                sample = attempt(subject, subjects, setting, partial(make_sample or sample_of, subject))
+            except OutOfTimeError:
+                return rows()
+            longest[label] = max(longest[label], time.monotonic() - began)
             if sample is not None:
                 own.samples.append(sample)
                 own.flags.append(watch.flags())
@@ -155,13 +168,15 @@ def take_turns(
 def attempt(subject: Subject, others: Sequence[Subject], setting: Setting, work: Callable[[], T]) -> T | None:
     """The result of ``work`` with ``subject``; None if it fails, or has failed before, and one of ``others`` has not.
 
-    Raises what ``work`` raises where there is no other.
+    Raises what ``work`` raises where there is no other, and OutOfTimeError, which is no fault of the subject.
     """
     label = subject.info.label
     if label in setting.failed:
         return None
     try:
         return work()
+    except OutOfTimeError:
+        raise
     except Exception as error:
         setting.failed[label] = error
         if all(other.info.label in setting.failed for other in others):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -307,6 +308,7 @@ def _run_paper(
     with_comparison: Callable[[Outcome], Outcome],
 ) -> list[Row]:
     """The paper's rows, with the given bundles in the places of their models."""
+    end = time.monotonic() + 60 * options.minutes
     given = paper_run.given_bundles(options.bundles)
     gpu = select(options.device)
     device = "cpu" if options.device == "auto" and gpu is None else options.device
@@ -317,7 +319,7 @@ def _run_paper(
     this_machine = machine.describe(gpu)
     name = this_machine.gpu or f"{this_machine.cpu}, {threads} thread{'s' if threads > 1 else ''}"
     predicted = paper.predicted(options.guided)
-    gauge = Gauge({threads: [10**9]} if gpu is None else {}, gpu, progress)
+    gauge = Gauge({threads: [10**9]} if gpu is None else {}, gpu, progress, until=end)
 
     def finish(made: Sequence[Row]) -> Outcome:
         limits = gauge.limits()
@@ -341,8 +343,9 @@ def _run_paper(
             failed=journal.failed,
         )
         sizes = options.sizes or paper.SIZES
+        left = max(0.0, end - gauge.took_s - time.monotonic())  # one more measurement of the limits follows
         paper_options = paper_run.PaperOptions(
-            options.minutes, sizes, Path(work), not options.no_eager, device, options.threads, given
+            left / 60, sizes, Path(work), not options.no_eager, device, options.threads, given, end
         )
         made = paper_run.run(setting, gauge.limits()[key], paper_options, progress, infos, left_out)
         gauge.after()

@@ -79,6 +79,7 @@ def tables(outcome: Outcome) -> str:
     if outcome.paper:
         parts += ["\n".join(paper.notes(outcome.paper)), paper.paper_table(outcome.paper)]
         parts += ["\n".join(text.about(outcome.rows))] if outcome.rows else []
+        parts += ["\n".join(f"marked    {note}" for note in text.doubts(outcome.rows))] if outcome.rows else []
         parts += [paper.predicted_table(outcome.predictions)]
     elif outcome.measured:
         parts += [text.table(outcome.rows)]

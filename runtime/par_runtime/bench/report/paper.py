@@ -11,7 +11,7 @@ from par_runtime.cost.data_sheets import Prediction
 
 HEAD = (
     "table", "model", "n", "steps", "paper, A100", "here", "", "spread", "over n=1", "eager", "over eager", "bound",
-    "of bound", "why left out",
+    "of bound", "marks", "why left out",
 )  # fmt: skip
 
 
@@ -27,12 +27,13 @@ def cells(rows: Sequence[PaperRow]) -> list[tuple[str, ...]]:
             seconds(row.seconds),
             row.status,
             seconds(row.spread_s),
-            times(row.over_n1),
+            times(row.over_n1) or doubt(row.over_n1_doubt),
             seconds(row.eager_s) + (" est." if row.eager_status == "estimated" else ""),
-            times(row.over_eager),
+            times(row.over_eager) or doubt(row.over_eager_doubt),
             seconds(row.bound_s),
             percent(row.percent_of_bound),
-            row.why,
+            ", ".join(row.marks),
+            row.why if row.status == "left out" or not row.why else f"eager: {row.why}",
         )
         for row in rows
     ]
@@ -50,7 +51,8 @@ def notes(rows: Sequence[PaperRow]) -> list[str]:
         "measured: whole images; estimated: from calls spread over an image; left out: not run, the last column says "
         "why.",
         "over n=1, over eager: how many times as fast as n = 1 on the same backend, and as the same model in eager "
-        "PyTorch.",
+        "PyTorch. 'in doubt': no ratio, because a side is estimated from samples of a busy or throttled machine, or "
+        "because the spread is larger than the difference or than half of a side.",
         "bound: the least that reading weights and keys, or multiplying, takes on this device by its measured limits "
         "(of rows left out: without decoding).",
         "The paper's seconds are another machine's and are not compared with ours; its compiled rows are the same "
@@ -73,6 +75,11 @@ def predicted_table(predictions: Sequence[Prediction]) -> str:
 def seconds(value: float | None) -> str:
     """Seconds in three digits; "" for None."""
     return "" if value is None else f"{number(value)} s"
+
+
+def doubt(why: str) -> str:
+    """The cell of a ratio that is not printed; "" for no reason."""
+    return f"in doubt: {why}" if why else ""
 
 
 def times(value: float | None) -> str:

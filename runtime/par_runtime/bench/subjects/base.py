@@ -24,6 +24,10 @@ MODEL_PHASES = ("prefill", "sequential", "transition", "group")
 PHASES = (*MODEL_PHASES, "decoder", "copy")
 
 
+class OutOfTimeError(Exception):
+    """A subject was still at work when the time of the whole run had passed, and was ended."""
+
+
 @dataclass(frozen=True)
 class SubjectInfo:
     """What does not change between two batches of a subject.

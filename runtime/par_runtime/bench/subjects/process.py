@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bench.subjects.base import Sample, SubjectInfo, info_from_json
+from par_runtime.bench.subjects.base import OutOfTimeError, Sample, SubjectInfo, info_from_json
 from par_runtime.bench.subjects.worker import ERRORS
 from par_runtime.errors import RequestError
 
@@ -29,8 +32,12 @@ def open_bundle(
     device: str = "cpu",
     threads: int | None = None,
     selftest: bool = True,
+    end: float = math.inf,
 ) -> SubjectProcess:
-    """The bundle at ``path`` on ``device`` (as ``Pipeline.load`` takes it). Raises what ``Pipeline.load`` raises."""
+    """The bundle at ``path`` on ``device`` (as ``Pipeline.load`` takes it). Raises what ``Pipeline.load`` raises.
+
+    ``end``: as in :class:`SubjectProcess`.
+    """
     return SubjectProcess(
         {
             "kind": "bundle",
@@ -39,33 +46,42 @@ def open_bundle(
             "device": device,
             "threads": threads,
             "selftest": selftest,
-        }
+        },
+        end,
     )
 
 
 def open_eager(
-    path: str | Path, label: str = "eager", *, threads: int | None = None, compiled: bool = False, device: str = "cpu"
+    path: str | Path,
+    label: str = "eager",
+    *,
+    threads: int | None = None,
+    compiled: bool = False,
+    device: str = "cpu",
+    end: float = math.inf,
 ) -> SubjectProcess:
     """A model of the bundle's architecture in PyTorch, with random weights, on "cpu" or "cuda".
 
     Raises RequestError where the 'export' extra is missing, BundleError.
     """
     kind = "compiled" if compiled else "eager"
-    return SubjectProcess({"kind": kind, "path": str(path), "label": label, "threads": threads, "device": device})
+    return SubjectProcess({"kind": kind, "path": str(path), "label": label, "threads": threads, "device": device}, end)
 
 
 class SubjectProcess:
     """A subject in a process of its own, ``pid``.
 
-    ``note``: why it runs on the CPU although a GPU was asked for, or "".
+    ``note``: why it runs on the CPU although a GPU was asked for, or "". ``end``: when it is killed whatever it does,
+    by ``time.monotonic``; the call that waits for it then raises OutOfTimeError.
     """
 
     info: SubjectInfo
     load_ms: float
     note: str
 
-    def __init__(self, spec: Mapping[str, Any]) -> None:
+    def __init__(self, spec: Mapping[str, Any], end: float = math.inf) -> None:
         self._spec = spec
+        self._end, self._late = end, False
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "par_runtime.bench.subjects.worker", json.dumps(spec)],
@@ -119,7 +135,13 @@ class SubjectProcess:
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        timer = threading.Timer(max(0.0, min(self._end - time.monotonic(), threading.TIMEOUT_MAX)), self._kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
         if not line:
             raise self._ended()
         answer = json.loads(line)
@@ -127,10 +149,16 @@ class SubjectProcess:
             raise ERRORS.get(answer["error"], RuntimeError)(answer["text"])
         return answer
 
+    def _kill(self) -> None:
+        self._late = True
+        self._process.kill()
+
     def _ended(self) -> Exception:
         """The error that explains why the process ended by itself."""
         code = self._process.wait()
         what = f"{self._spec['path']} ({self._spec['label']})"
+        if self._late:
+            return OutOfTimeError(f"{self._spec['label']} was still at work when the time had passed")
         if code == -signal.SIGKILL:  # what Linux does to the largest process when memory runs out
             return MemoryError(f"the process of {what} was killed; most likely the machine ran out of memory")
         return RequestError(f"the process of {what} ended by itself with code {code}; its output is above")

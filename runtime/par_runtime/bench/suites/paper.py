@@ -25,8 +25,8 @@ from par_runtime.cost.work import image_work
 VIDEO = "PAR-video"
 IMAGE_GRID, VIDEO_GRID = (1, 24, 24), (5, 16, 16)
 VIDEO_CODES, VIDEO_CLASSES = 64000, 101
-#: In the order in which they are tried, the smallest first.
-SIZES = ("PAR-L", "PAR-XL", VIDEO, "PAR-XXL", "PAR-3B")
+#: In the order in which they are tried: images before video, the smallest first.
+SIZES = ("PAR-L", "PAR-XL", "PAR-XXL", "PAR-3B", VIDEO)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ class PaperRow:
     """A published row with the times of this device. ``status``: "measured", "estimated" or "left out".
 
     Seconds per image, or None. ``bound_s``: this device's bound, without decoding where the bundle has no decoder.
-    ``why``: the reason of a row that was left out.
+    ``why``: the reason of a row that was left out, or of an eager side that was. ``over_n1_doubt`` and
+    ``over_eager_doubt``: why there is no such ratio although both sides were measured, or "". ``marks``: those of the
+    row, and those of its eager side after "eager".
     """
 
     published: Published
@@ -90,6 +92,9 @@ class PaperRow:
     percent_of_bound: float | None
     device: str
     why: str = ""
+    over_n1_doubt: str = ""
+    over_eager_doubt: str = ""
+    marks: tuple[str, ...] = ()
 
 
 def video_architecture(n: int) -> Architecture:
@@ -125,6 +130,8 @@ def paper_rows(
             work = image_work(architecture_of(p), 1, guided, 4.0, 4.0)
             read = limits.read_gb_s(max(call.bytes for call in work))
             bound_s = bound(work, read, limits.matrix_tflop_s).ms / 1e3
+        over_n1, over_n1_doubt = times_as_fast(row, None if p.n == 1 else n1)
+        over_eager, over_eager_doubt = times_as_fast(row, in_pytorch)
         why = left_out.get(f"{p.model} n={p.n}") or left_out.get(p.model) or "not asked for"
         seconds = None if row is None else row.median_ms / 1e3
         out.append(
@@ -135,15 +142,43 @@ def paper_rows(
                 spread_s=None if row is None else row.spread_ms / 1e3,
                 eager_s=None if in_pytorch is None else in_pytorch.median_ms / 1e3,
                 eager_status="" if in_pytorch is None else status(in_pytorch),
-                over_n1=None if row is None or n1 is None or p.n == 1 else n1.median_ms / row.median_ms,
-                over_eager=None if row is None or in_pytorch is None else in_pytorch.median_ms / row.median_ms,
+                over_n1=over_n1,
+                over_eager=over_eager,
                 bound_s=bound_s,
                 percent_of_bound=None if row is None else row.percent_of_bound,
                 device=device,
-                why=why if row is None else "",
+                why=why if row is None else left_out.get(f"{p.model} n={p.n} eager", ""),
+                over_n1_doubt=over_n1_doubt,
+                over_eager_doubt=over_eager_doubt,
+                marks=marks_of(row, in_pytorch),
             )
         )
     return out
+
+
+def times_as_fast(row: Row | None, other: Row | None) -> tuple[float | None, str]:
+    """How many times as fast ``row`` is as ``other``, or None and why the two do not tell it.
+
+    An image that is estimated from disturbed samples is wrong by the whole disturbance times the calls that were not
+    made. A spread above the difference, or above half of a side's own time, leaves the ratio open too.
+    """
+    if row is None or other is None:
+        return None, ""
+    for side in (row, other):
+        disturbed = [mark for mark in ("busy", "throttled") if mark in side.marks]
+        if disturbed and "estimated" in side.marks:
+            return None, disturbed[0]
+    widest = max(row.spread_ms, other.spread_ms)
+    if widest > abs(row.median_ms - other.median_ms) or any(s.spread_ms > s.median_ms / 2 for s in (row, other)):
+        return None, "spread"
+    return other.median_ms / row.median_ms, ""
+
+
+def marks_of(row: Row | None, eager: Row | None) -> tuple[str, ...]:
+    """The marks of a row, each once, and those of its eager side; "estimated" has a place of its own."""
+    ours = () if row is None else tuple(row.marks)
+    theirs = () if eager is None else tuple(f"eager {mark}" for mark in eager.marks)
+    return tuple(dict.fromkeys(mark for mark in (*ours, *theirs) if not mark.endswith("estimated")))
 
 
 def name_of(row: Row) -> str:
