@@ -220,13 +220,26 @@ def test_between_repetitions_the_limits_take_a_small_part_of_the_time(monkeypatc
     monkeypatch.setattr(bounds.time, "monotonic", lambda: now[0])
     gauge = Gauge({2: [10**7]}, None, lambda _: None)
     gauge.measure()
-    gauge._took_s = 2.0
+    gauge.took_s = 2.0
     for now[0] in (1.0, 5.0, 11.0):
         gauge.between()
     assert len(machine.measured) == 1
     now[0] = 12.5
     gauge.between()
     assert len(machine.measured) == 2
+
+
+def test_no_measurement_of_limits_is_begun_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine([True] * 5, monkeypatch)
+    now = [0.0]
+    monkeypatch.setattr(bounds.time, "monotonic", lambda: now[0])
+    gauge = Gauge({2: [10**7]}, None, lambda _: None, until=20.0)
+    gauge.measure()
+    gauge.took_s = 2.0
+    now[0] = 18.5
+    gauge.between()
+    gauge.after()
+    assert len(machine.measured) == 1
 
 
 def test_each_number_of_threads_has_its_own_limits(monkeypatch: pytest.MonkeyPatch) -> None:
