@@ -212,7 +212,7 @@ def test_why_not_gives_the_reason(bundles: dict[str, Path], tiny: Path, monkeypa
         assert why_not(Bundle.open(tiny)) == "a width of the model is not a multiple of 32"
         assert "no table of weights" in (why_not(replace(bundle, weights={})) or "")
         with pytest.raises(
-            BundleError, match=r"cannot run on the C kernels: a width.*; --device cpu-ort takes ONNX Runtime"
+            BundleError, match=r"cannot run on the C kernels: a width.*; device \(--device\) cpu-ort takes ONNX Runtime"
         ):
             NativeBackend(Bundle.open(tiny))
     monkeypatch.setattr(library, "library_file", lambda: None)

@@ -45,7 +45,7 @@ class NativeBackend:
         reason = why_not(bundle)
         if lib is None or reason is not None:
             raise BundleError(
-                f"{bundle.path}: cannot run on the C kernels: {reason}; device cpu-ort takes ONNX Runtime"
+                f"{bundle.path}: cannot run on the C kernels: {reason}; device (--device) cpu-ort takes ONNX Runtime"
             )
         self.bundle, self._lib = bundle, lib
         self.info = BackendInfo(
