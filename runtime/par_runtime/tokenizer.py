@@ -41,7 +41,7 @@ def _with_encoder(bundle: Bundle) -> str:
     """How to come to a bundle with an encoder."""
     if not bundle.selftest["labels"]:  # made by 'parvis bench', not by an export
         return "it holds random weights, for benchmarks: take a bundle that 'parvis export' made of a checkpoint"
-    return "'parvis export' of its checkpoint makes one (without the option --no-encoder)"
+    return "export it again without --no-encoder"
 
 
 class Tokenizer:
