@@ -35,7 +35,7 @@ from par_runtime.progress import OnPreview, OnStep, Progress, latest_tokens
 from par_runtime.request import MOST_IMAGES, Settings, class_indices, image_seeds, image_settings
 from par_runtime.result import Result
 from par_runtime.schedule import Schedule, rows_of
-from par_runtime.selftest import SELFTEST_SECONDS, check_selftest
+from par_runtime.selftest import SELFTEST_SECONDS, SelftestError, check_selftest
 from par_runtime.tokenizer import Tokenizer, chunk_images
 from par_runtime.turns import Turn, also_inside, one_at_a_time
 
@@ -112,7 +112,7 @@ class Pipeline:
                 pipeline.selftest()
             except BaseException as error:  # Ctrl-C too: the caller cannot close it, and a GPU's memory must be freed
                 pipeline.close()
-                if type(error) is BundleError:
+                if isinstance(error, SelftestError):  # only then would leaving it out help
                     raise BundleError(f"{error}; selftest=False (--no-selftest) loads it regardless") from error
                 raise
         return pipeline

@@ -16,11 +16,15 @@ from par_runtime.schedule import Schedule, rows_of
 SELFTEST_SECONDS = 5.0
 
 
+class SelftestError(BundleError):
+    """The self-test could not pass; what a backend raises while it runs is none."""
+
+
 def check_selftest(bundle: Bundle, backend: Backend, seconds: float) -> None:
     """See ``Pipeline.selftest``. Raises BundleError."""
     test = bundle.selftest
     if not test["labels"]:
-        raise BundleError(f"{bundle.path}: holds random weights, for benchmarks, and no self-test")
+        raise SelftestError(f"{bundle.path}: holds random weights, for benchmarks, and no self-test")
     label, guidance = test["labels"][0], test["guidance"]
     wanted = np.array(test["tokens"][:1], np.int64)
     greedy = image_settings(bundle, 1, guidance=guidance, greedy=True, guidance_interval=-1)
@@ -52,7 +56,7 @@ def check_selftest(bundle: Bundle, backend: Backend, seconds: float) -> None:
             if wrong.any():
                 slot = int(wrong.argmax())
                 position = call.write + slot
-                raise BundleError(
+                raise SelftestError(
                     f"{bundle.path}: self-test failed on {backend.info.name}: label {label} gives token "
                     f"{drawn[slot]} at position {position}, at export it was {wanted[0, position]} (their logits "
                     f"differ by {gap[slot]:.3g}). Copy the bundle again or export it again"

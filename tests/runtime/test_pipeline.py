@@ -21,6 +21,7 @@ from par_runtime.backends.ort.cpu import OPSET24_SINCE, OrtBackend, spread, wind
 from par_runtime.dtypes import Float, Int
 from par_runtime.request import Settings, class_index
 from par_runtime.schedule import uniforms
+from par_runtime.selftest import SelftestError
 
 
 @pytest.fixture(scope="module")
@@ -390,3 +391,26 @@ def test_the_selftest_refuses_a_backend_that_computes_nothing(tiny: Path, monkey
     monkeypatch.setattr(pipeline.backend, "logits", lambda *a: np.zeros_like(logits(*a)))
     with pytest.raises(BundleError, match=r"self-test failed"):
         pipeline.selftest()
+
+
+@pytest.mark.parametrize(
+    ("raised", "end"),
+    [
+        (
+            SelftestError("a: self-test failed"),
+            "a: self-test failed; selftest=False (--no-selftest) loads it regardless",
+        ),
+        (BundleError("a: cannot be read"), "a: cannot be read"),  # which leaving the self-test out would not change
+    ],
+)
+def test_only_a_self_test_that_fails_can_be_left_out(
+    raised: BundleError, end: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("par_runtime.pipeline.check_selftest", check)
+    with pytest.raises(BundleError) as caught:
+        Pipeline.load(tiny, device="cpu-ort")
+    assert str(caught.value) == end
+    Pipeline.load(tiny, device="cpu-ort", selftest=False).close()
