@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from par_model.words import one_line
+
 LONGEST_MESSAGE = 1000  # characters
 
 
@@ -16,15 +18,7 @@ class CheckpointError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        # The beginning says what was given, the end how to fix it, so what is too long loses its middle.
-        if len(message) > LONGEST_MESSAGE:
-            message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
-        super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """``text`` with what begins another line, or what a terminal obeys, escaped: names of files come from anybody."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        super().__init__(one_line(message, LONGEST_MESSAGE))
 
 
 def some(names: Iterable[object], count: int = 3) -> str:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from par_model.checkpoint.errors import printable
 from par_model.training.run import InputError
+from par_model.words import printable
 
 #: Readers that run nothing, as of the runtime (Pillow gives EPS files to Ghostscript).
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "TGA")

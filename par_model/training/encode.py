@@ -7,10 +7,10 @@ import argparse
 import numpy as np
 import torch
 
-from par_model.checkpoint.errors import printable
 from par_model.training.data import ImageFolder
 from par_model.training.run import InputError, channels_last, load_tokenizer, written_beside
 from par_model.vq import VQModel
+from par_model.words import printable
 
 GRID = 24  #: codes of a side that pictures are fitted to by default: 384 pixels with VQ-16, as the published models
 

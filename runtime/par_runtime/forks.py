@@ -1,4 +1,5 @@
-"""What a process made by fork() must know: which objects were made by the process that it was copied from.
+"""What a process made by fork() must know: which objects were made by the process that it was copied from. And what
+the end of Python must wait for, since it ends daemon threads as fork() does: wherever they are.
 
 fork() copies memory, but only one thread. A pool of threads is empty in the new process, a lock that another thread
 held stays locked there, and a GPU cannot be used at all. So objects that hold such things are told. Web servers fork
@@ -52,7 +53,7 @@ def no_fork() -> Iterator[None]:
     with _gate:
         _inside[me] = _inside.get(me, 0) + 1
     try:
-        _stop_at_the_end()
+        stop_at_the_end()
         yield
     finally:
         with _gate:
@@ -91,7 +92,7 @@ class Calls:
     def __enter__(self) -> None:
         self._threads.add(threading.get_ident())
         try:
-            _stop_at_the_end()
+            stop_at_the_end()
         except SystemExit:
             self._threads.discard(threading.get_ident())
             raise
@@ -114,8 +115,11 @@ _all_calls: weakref.WeakSet[Calls] = weakref.WeakSet()
 _ending = False  #: Python is
 
 
-def _stop_at_the_end() -> None:
-    """End this thread where Python is ending, so that it cannot go into a library again."""
+def stop_at_the_end() -> None:
+    """Raise SystemExit where Python is ending, except in the main thread: before a thread goes into a library again.
+
+    Long methods call it between two steps.
+    """
     if _ending and threading.current_thread() is not threading.main_thread():
         raise SystemExit("Python is ending")
 

@@ -25,7 +25,7 @@ from par_runtime.backends.choose import CAPTURES, check_device, choose
 from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError, RequestError
-from par_runtime.forks import tell_of_forks
+from par_runtime.forks import stop_at_the_end, tell_of_forks
 from par_runtime.images.opening import Picture
 from par_runtime.images.photo import Fit, Pictures
 from par_runtime.images.region import MaskFrom, Named, keep_mask
@@ -36,7 +36,7 @@ from par_runtime.request import MOST_IMAGES, Settings, class_indices, image_seed
 from par_runtime.result import Result
 from par_runtime.schedule import Schedule, rows_of
 from par_runtime.selftest import SELFTEST_SECONDS, SelftestError, check_selftest
-from par_runtime.tokenizer import Tokenizer, chunk_images
+from par_runtime.tokenizer import Tokenizer, chunk_images, pixels
 from par_runtime.turns import Turn, also_inside, one_at_a_time
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ class Pipeline:
             schedule = Schedule.of(self.bundle, classes[part], each)
             with rows_of(self.backend, schedule):
                 for call, batch, ids, write in schedule.walk(given[part]):
-                    self._turn.go_on()
+                    stop_at_the_end()
                     logits = self.backend.logits(batch, ids, write)
                     out[part, call.positions] = log_likelihood(logits, given[part, call.positions])
         return out
@@ -295,19 +295,18 @@ class Pipeline:
         ``score`` and ``generate(keep=, tokens=)`` take such tokens. It runs on the CPU, on every backend. Raises
         RequestError, OSError.
         """
-        if self._tokenizer is None:
-            raise RequestError(f"{self.bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
+        pixels(self.bundle)
+        assert self._tokenizer is not None
         return self._tokenizer.encode(images, fit)
 
     @also_inside
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         """Images [B,H,W,3] uint8 of ``tokens`` [B,N] in sequence order. Raises RequestError on another shape or id."""
-        if self.bundle.image_size is None:
-            raise RequestError(f"{self.bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
+        image_size = pixels(self.bundle)
         tokens = sequence_tokens(self.bundle, tokens)
         size = min(self.backend.max_images, chunk_images(self.bundle))
         chunks = [self.backend.decode(tokens[i : i + size]) for i in range(0, len(tokens), size)]
-        return np.concatenate(chunks) if chunks else np.zeros((0, *self.bundle.image_size, 3), np.uint8)
+        return np.concatenate(chunks) if chunks else np.zeros((0, *image_size, 3), np.uint8)
 
     def keep_mask(
         self,
@@ -372,7 +371,7 @@ class Pipeline:
         tokens = np.zeros((schedule.batch.images, self.bundle.n_tokens), np.int64)
         with rows_of(backend, schedule):
             for call, batch, ids, write in schedule.walk(tokens):
-                self._turn.go_on()
+                stop_at_the_end()
                 tokens[:, call.positions] = backend.step(batch, ids, write, schedule.noise[:, call.positions])
                 if known is not None:
                     known.put(tokens, call.positions)

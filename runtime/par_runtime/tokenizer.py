@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.arguments import cpu_threads
+from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
-from par_runtime.errors import RequestError, how_to_install
-from par_runtime.forks import no_fork, tell_of_forks
+from par_runtime.errors import RequestError
+from par_runtime.forks import tell_of_forks
 from par_runtime.images.photo import Fit, Pictures, to_pixels
 from par_runtime.known import given_tokens
 from par_runtime.loaded import LoadedFiles
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 #: The most pixels per call of encoder and decoder, which bounds their memory: 32 images of 64x64, 2 of 256x256. One
 #: image is always taken, for instance of 384x384.
 CHUNK_PIXELS = 2**17
+
+
+def pixels(bundle: Bundle) -> tuple[int, int]:
+    """(H, W) of the bundle's images. Raises RequestError where it ends at tokens."""
+    if bundle.image_size is None:
+        raise RequestError(f"{bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
+    return bundle.image_size
 
 
 def chunk_images(bundle: Bundle) -> int:
@@ -52,8 +60,7 @@ class Tokenizer:
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        if bundle.image_size is None:
-            raise RequestError(f"{bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
+        self._size = pixels(bundle)
         self._threads = cpu_threads(threads)
         self.bundle = bundle
         self._files = LoadedFiles(bundle)
@@ -83,8 +90,7 @@ class Tokenizer:
                 f"{self.bundle.path}: this bundle has no encoder, so it cannot turn images into tokens; "
                 f"{_with_encoder(self.bundle)}"
             )
-        assert self.bundle.image_size is not None
-        batch = to_pixels(images, self.bundle.image_size, fit)
+        batch = to_pixels(images, self._size, fit)
         return (
             self._chunked("encoder", "images", batch) if len(batch) else np.zeros((0, self.bundle.n_tokens), np.int64)
         )
@@ -103,15 +109,8 @@ class Tokenizer:
         """Raises RequestError where onnxruntime is missing, or the tokenizer was closed."""
         if self._closed:
             raise RequestError(f"{self.bundle.path}: the tokenizer was closed; load it again")
-        try:
-            with no_fork():  # the lock of a module would stay locked in the forked process
-                from par_runtime.backends.ort import sessions  # here, because importing onnxruntime takes a while
-        except ModuleNotFoundError as error:
-            if error.name != "onnxruntime":
-                raise
-            raise RequestError(
-                f"encoding an image needs onnxruntime, which is not installed; {how_to_install('cpu')}"
-            ) from error
+        with importing("encoding an image"):
+            from par_runtime.backends.ort import sessions
         with self._lock:
             if graph not in self._sessions:
                 options = sessions.session_options(self._threads)

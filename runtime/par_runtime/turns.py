@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
-import weakref
 from collections.abc import Callable
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from par_runtime.errors import RequestError
-from par_runtime.forks import tell_of_forks
-
-#: How long Python waits at its end for a call that a daemon thread is making. Such a call ends before its next step.
-END_SECONDS = 30.0
+from par_runtime.forks import Calls, tell_of_forks
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,9 +24,8 @@ class Turn:
         self._owner: int | None = None
         self._doing = ""
         self.closed = False
-        self._ending = False  # so is Python
+        self._calls = Calls()  # the end of Python waits for the thread in a method
         tell_of_forks(self)
-        _turns.add(self)
 
     def run(self, name: str, work: Callable[[], T], *, inside: bool) -> T:
         """Call ``work``, the method ``name``, when no other thread is in a method; returns its result.
@@ -52,8 +46,8 @@ class Turn:
                 self._owner, self._doing = threading.get_ident(), name
                 if self.closed:
                     raise RequestError(f"{name}(): {self._what} was closed; load it again with Pipeline.load")
-                self.go_on()
-                return work()
+                with self._calls:
+                    return work()
             finally:
                 self._owner = None
 
@@ -72,20 +66,6 @@ class Turn:
             if self._owner == threading.get_ident():  # in a callback
                 raise  # else another thread closed it meanwhile
 
-    def go_on(self) -> None:
-        """Raise SystemExit where Python is ending: between two steps of a long method, which a daemon thread runs.
-
-        Python ends such a thread wherever it is, and where that is inside of ONNX Runtime, the process is aborted.
-        """
-        if self._ending and threading.current_thread() is not threading.main_thread():
-            raise SystemExit("Python is ending")
-
-    def end(self) -> None:
-        """Wait for the thread in a method, which stops at its next step."""
-        self._ending = True
-        if not self.mine and self._lock.acquire(timeout=END_SECONDS):
-            self._lock.release()
-
     def check_open(self, name: str) -> None:
         """Raise RequestError where the object was closed."""
         if self.closed:
@@ -98,17 +78,9 @@ class Turn:
 
     def after_fork(self) -> None:
         """A lock that another thread held would stay locked in this process, where that thread does not exist."""
+        self._calls.lost_in_fork()
         if not self.mine:
             self._lock, self._owner = threading.Lock(), None
-
-
-_turns: weakref.WeakSet[Turn] = weakref.WeakSet()
-
-
-@atexit.register
-def _end() -> None:
-    for turn in list(_turns):
-        turn.end()
 
 
 class HasTurn(Protocol):

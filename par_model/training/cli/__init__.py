@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from par_model.words import one_line, printable
+
 LONGEST_ERROR = 2000  # characters
 
 
@@ -32,15 +34,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print ``message`` as one line and exit with code 2."""
-        if len(message) > LONGEST_ERROR:  # argparse repeats an argument of any length
-            message = f"{message[: LONGEST_ERROR // 2]} ... {message[-LONGEST_ERROR // 2 :]}"
-        message = printable(message)
+        message = one_line(message, LONGEST_ERROR)  # argparse repeats an argument of any length
         self.exit(2, f"parvis: error: {message}; '{self.prog} --help' lists the options\n")
-
-
-def printable(text: str) -> str:  # as in par_model.checkpoint, which would import torch
-    """``text`` with what begins another line, or what a terminal obeys, escaped: names of files come from anybody."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def guarded(work: Callable[[], None]) -> int:

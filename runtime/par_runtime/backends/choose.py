@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from par_runtime.arguments import given
 from par_runtime.backends.engines import Engine, best, joined, list_engines, why_unfit
+from par_runtime.backends.ort import importing
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, FileCheck
-from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError, how_to_install
-from par_runtime.forks import no_fork
+from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError
 
 if TYPE_CHECKING:
     from par_runtime.backends.base import Backend
@@ -73,17 +73,10 @@ def choose(
 
 
 def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
-    try:
-        with no_fork():  # the lock of a module would stay locked in the forked process
-            from par_runtime.backends.native.backend import NativeBackend
-            from par_runtime.backends.native.library import why_not
-            from par_runtime.backends.ort import cpu as ort  # here, because importing onnxruntime takes a while
-    except ModuleNotFoundError as error:
-        if error.name != "onnxruntime":
-            raise
-        raise RequestError(
-            f"running on the CPU needs onnxruntime, which is not installed; {how_to_install('cpu')}"
-        ) from error
+    with importing("running on the CPU"):
+        from par_runtime.backends.native.backend import NativeBackend
+        from par_runtime.backends.native.library import why_not
+        from par_runtime.backends.ort import cpu as ort
     why = why_not(bundle) if native else "ONNX Runtime was asked for"
     if why is None:
         return NativeBackend(bundle, threads)

@@ -14,6 +14,7 @@ import numpy as np
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import OutputsError, RequestError
+from par_runtime.result import default_columns
 from par_runtime.system import HALF, check_writable, explain, write_beside
 
 
@@ -81,7 +82,7 @@ def sheet_columns(classes: int, count: int, scales: int) -> int:
     if scales > 1:
         return classes * count
     if classes == 1:
-        return math.ceil(math.sqrt(count))
+        return default_columns(count)
     # Classes in rows of `count` each would be tall and thin.
     per_row = max(1, round(math.sqrt(classes * count) / count))
     return count * min(per_row, classes)

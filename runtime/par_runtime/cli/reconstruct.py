@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ from par_runtime.images import png
 from par_runtime.images.opening import open_image
 from par_runtime.images.photo import fit_image
 from par_runtime.metrics import finite, psnr_db
+from par_runtime.result import default_columns
 from par_runtime.tokenizer import Tokenizer
 
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     size = bundle.image_size
     out = args.out or Path(f"{args.image[0].stem}-reconstruction.png")
     check_outputs(out, args.tokens, args.image)
-    columns = math.ceil(math.sqrt(len(args.image)))
+    columns = default_columns(len(args.image))
     png.check_scale(args.scale)
     width = size[1] * (2 if args.beside else 1)
     png.check_sheet(len(args.image), columns, (size[0] * args.scale, width * args.scale))

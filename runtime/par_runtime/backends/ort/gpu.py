@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, closed_error
 from par_runtime.backends.cache_rows import CacheRows
+from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError, CudaError, RequestError, how_to_install, pip_command
 from par_runtime.forks import keep_forever, tell_of_forks
 from par_runtime.loaded import LoadedFiles
 
-try:
+with importing("device 'cuda-ort'", "onnxruntime-gpu", "onnxruntime-gpu"):
     import onnxruntime as ort
 
     from par_runtime.backends.ort import sessions
@@ -40,12 +41,6 @@ try:
         weight_bytes,
     )
     from par_runtime.system import available_cores
-except ModuleNotFoundError as error:
-    if error.name != "onnxruntime":
-        raise
-    raise RequestError(
-        f"device 'cuda-ort' needs onnxruntime-gpu, which is not installed; {how_to_install('onnxruntime-gpu')}"
-    ) from error
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 #: The first release whose CUDA provider takes all of ``step.onnx``: 1.25 and 1.26 leave Transpose, Reshape, Cast and
