@@ -17,6 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+# Kernels run in Triton's interpreter in this process, which it decides when they are imported. (A build compiles in
+# processes of its own, without this.)
+os.environ["TRITON_INTERPRET"] = "1"
+
 #: Fixtures of the stand-in GPU, of the stub of its driver, and of shared pipelines, for tests in several files.
 pytest_plugins = ["double.fixtures", "sharing", "stub_cuda.children"]
 

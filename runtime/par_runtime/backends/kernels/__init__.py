@@ -1,0 +1,1 @@
+"""Engines of our own kernels: cubins that need nothing but the driver."""
