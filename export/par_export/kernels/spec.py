@@ -16,8 +16,8 @@ Constant = int | float | bool | str
 class Spec:
     """One kernel to compile: ``source`` is "step.qkv", a file and a function of ``kernels/sources``.
 
-    ``constants`` are its compile-time arguments, ``parameters`` (name, type) its run-time arguments in order: types as in
-    ``program.POINTERS`` and ``program.NUMBERS``. Every pointer is a multiple of 16 bytes; so is each parameter in
+    ``constants`` are its compile-time arguments, ``parameters`` (name, type) its run-time arguments in order: types as
+    in ``program.POINTERS`` and ``program.NUMBERS``. Every pointer is a multiple of 16 bytes; so is each parameter in
     ``aligned`` (numbers of elements, for instance strides). ``dependent``: it waits by itself for the kernel before it
     (from SM90 on), which its constants say too.
     """
@@ -41,8 +41,8 @@ class Spec:
 class Planned:
     """Kernels, programs and weights of an engine, or of a part of one.
 
-    ``constants``: name -> bytes of a weight that comes from no stored tensor; the entry of ``weights`` of that name gets
-    its offset when the file is written.
+    ``constants``: name -> bytes of a weight that comes from no stored tensor; the entry of ``weights`` of that name
+    gets its offset when the file is written.
     """
 
     specs: dict[str, Spec] = field(default_factory=dict)
