@@ -1,0 +1,72 @@
+"""The GPUs that kernels are built for: what the planner of tiles and the compiler must know about each.
+
+A target is a compute capability; its figures are those of the card that it stands for, by its data sheet. Another card
+of the same capability runs the same kernels; ``parvis tune`` finds out what suits it better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from par_export.errors import BuildError
+from par_runtime.checked import shown
+from par_runtime.cost.data_sheets import DATA_SHEETS, DataSheet
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """A compute capability (90 for SM90) and the card that it stands for.
+
+    ``processors``: multiprocessors of the card. Shared memory in bytes: the most that a block may use, and what a
+    processor has, of which each block takes 1 KiB more than it asks for. ``registers``: 32-bit registers of a
+    processor. ``sheet``: bandwidth and matrix rate.
+    """
+
+    capability: int
+    card: str
+    processors: int
+    shared_block: int
+    shared_processor: int
+    sheet: DataSheet
+    registers: int = 65536
+
+    @property
+    def name(self) -> str:
+        """ "SM90" and the like."""
+        return f"SM{self.capability}"
+
+    @property
+    def dependent(self) -> bool:
+        """Whether a kernel may be launched before the one ahead of it has ended, and wait for it by itself."""
+        return self.capability >= 90
+
+
+#: The matrix rates of RTX cards are those with sums in fp32.
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(80, "A100", 108, 163 * KIB, 164 * KIB, DATA_SHEETS["A100-80"]),
+        Target(86, "A10", 72, 99 * KIB, 100 * KIB, DataSheet(600, 125)),
+        Target(89, "RTX 4090", 128, 99 * KIB, 100 * KIB, DATA_SHEETS["RTX 4090"]),
+        Target(90, "H100", 132, 227 * KIB, 228 * KIB, DATA_SHEETS["H100"]),
+        Target(100, "B200", 148, 227 * KIB, 228 * KIB, DataSheet(8000, 2250)),
+        Target(120, "RTX 5090", 170, 99 * KIB, 100 * KIB, DataSheet(1792, 209)),
+    )
+}
+OLDEST = 80
+
+
+def target_of(name: str) -> Target:
+    """The target of that name, "SM90" or "sm90". Raises BuildError for one that no kernels are built for."""
+    target = TARGETS.get(name.upper())
+    if target is not None:
+        return target
+    digits = name.upper().removeprefix("SM")
+    why = ""
+    if digits.isdecimal() and int(digits[:9]) < OLDEST:
+        why = f"; before SM{OLDEST} GPUs lack the copies that the kernels need: --engine tensorrt builds for SM75"
+    elif digits.isdecimal():
+        why = "; --engine tensorrt may build for it"
+    raise BuildError(f"target {shown(name)}: engines of kernels are built for {', '.join(TARGETS)}, or local{why}")

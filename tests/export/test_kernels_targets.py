@@ -1,0 +1,41 @@
+"""GPUs that kernels are built for: what is known about each, and what is said about others."""
+
+from __future__ import annotations
+
+import pytest
+
+from par_export.errors import BuildError
+from par_export.kernels.targets import TARGETS, target_of
+from par_runtime.cost.data_sheets import DATA_SHEETS
+
+
+def test_targets_are_the_documented_ones_with_the_limits_of_their_capability() -> None:
+    assert list(TARGETS) == ["SM80", "SM86", "SM89", "SM90", "SM100", "SM120"]
+    assert {name: t.shared_block // 1024 for name, t in TARGETS.items()} == {
+        "SM80": 163,
+        "SM86": 99,
+        "SM89": 99,
+        "SM90": 227,
+        "SM100": 227,
+        "SM120": 99,
+    }
+    assert all(t.shared_processor == t.shared_block + 1024 for t in TARGETS.values())
+    assert [name for name, t in TARGETS.items() if t.dependent] == ["SM90", "SM100", "SM120"]
+    assert target_of("sm90").processors == 132
+    assert target_of("SM80").sheet == DATA_SHEETS["A100-80"]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("SM75", "before SM80 GPUs lack the copies that the kernels need: --engine tensorrt builds for SM75"),
+        ("SM70", "--engine tensorrt builds for SM75"),
+        ("SM87", "--engine tensorrt may build for it"),
+        ("SM121", "--engine tensorrt may build for it"),
+        ("SM" + "9" * 10000, "may build for it"),
+    ],
+)
+def test_another_target_is_refused_with_those_that_there_are(name: str, why: str) -> None:
+    with pytest.raises(BuildError, match=rf"^target 'SM.*: engines of kernels are built for SM80, .*{why}$") as error:
+        target_of(name)
+    assert len(str(error.value)) < 400
