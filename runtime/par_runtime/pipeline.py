@@ -40,7 +40,7 @@ from par_runtime.tokenizer import Tokenizer, chunk_images, pixels
 from par_runtime.turns import Turn, also_inside, one_at_a_time
 
 if TYPE_CHECKING:
-    from par_runtime.backends.trt.backend import Capture
+    from par_runtime.backends.gpu.backend import Capture
 
 log = logging.getLogger(__name__)
 

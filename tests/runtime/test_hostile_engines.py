@@ -31,7 +31,7 @@ def test_every_entry_of_an_engine(bundle: Path) -> None:
         (path / ENGINE_JSON).write_text(json.dumps(changed))
         try:
             engine = Engine.open(path, opened)
-            _ = engine.capability, engine.rebuild, engine.plan_for("group")
+            _ = engine.capability, engine.rebuild, engine.serving("group")
         except EngineError as error:
             hostile.check_line(error)
             refused += 1

@@ -21,8 +21,9 @@ from par_export.errors import BuildError
 from par_export.graphs.step import Form
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import ENGINE_JSON, Engine
+from par_runtime.backends.gpu.backend import Capture
+from par_runtime.backends.trt import backend as trt_backend
 from par_runtime.backends.trt import module as trt_module
-from par_runtime.backends.trt.backend import Capture, TrtBackend
 from par_runtime.bundle import Bundle, seal
 from par_runtime.pipeline import Pipeline
 from par_runtime.system import write_beside
@@ -139,7 +140,7 @@ def _timings(bundle: Bundle, form: Form, folder: Path, index: int, repeats: int)
     trt = trt_module.load(engine.runtime)
     out: list[Timing] = []
     for capture in CAPTURES:
-        backend = TrtBackend(bundle, engine, cuda.Device.open(index), trt, capture)
+        backend = trt_backend.load(bundle, engine, cuda.Device.open(index), trt, capture)
         try:
             pipeline = Pipeline(bundle, backend)
             pipeline.selftest()

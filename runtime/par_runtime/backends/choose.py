@@ -15,7 +15,7 @@ from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMis
 
 if TYPE_CHECKING:
     from par_runtime.backends.base import Backend
-    from par_runtime.backends.trt.backend import Capture
+    from par_runtime.backends.gpu.backend import Capture
     from par_runtime.backends.trt.module import TensorRT
 
 EXPECTED = (
@@ -24,7 +24,7 @@ EXPECTED = (
 )
 CPUS = ("cpu", "cpu-ort")
 DEVICE = re.compile(r"(cuda|cuda-ort)(?::(\d{1,9}))?")
-#: As ``backends.trt.backend.Capture``, which is imported only where a GPU is used.
+#: As ``backends.gpu.backend.Capture``, which is imported only where a GPU is used.
 CAPTURES = ("image", "call", "none")
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def _tensorrt(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -
                 reasons.append(why)
     for reason in reasons:
         log.debug("%s", reason)
-    from par_runtime.backends.trt.backend import TrtBackend
+    from par_runtime.backends.trt import backend as trt_backend
 
     while fits:
         engine = best([engine for engine, _ in fits])
@@ -128,5 +128,5 @@ def _tensorrt(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -
             engine.tuned.get("capture", capture) if capture == "image" else capture
         )  # what the caller asks for wins
         trt = next(t for e, t in fits if e is engine)
-        return TrtBackend(bundle, engine, cuda.Device.open(index), trt, chosen), ""
+        return trt_backend.load(bundle, engine, cuda.Device.open(index), trt, chosen), ""
     return None, joined(reasons)

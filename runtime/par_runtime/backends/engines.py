@@ -81,11 +81,16 @@ class Engine:
             f"parvis build {bundle} --target {target} --precision {self.precision} --max-images {self.images[-1]}{mode}"
         )
 
-    def plan_for(self, phase: str) -> tuple[str, Plan]:
-        """The plan that runs ``phase``, with its name. Raises EngineError."""
+    @property
+    def decodes(self) -> bool:
+        """Whether it makes images, and not tokens alone."""
+        return self.decoder is not None
+
+    def serving(self, phase: str) -> tuple[str, int]:
+        """The name of what runs ``phase``, and q, its positions per call. Raises EngineError."""
         for name, plan in self.plans.items():
             if phase in plan.phases:
-                return name, plan
+                return name, plan.query
         raise EngineError(f"{self.path}: no plan serves the phase {phase!r}; rebuild with: {self.rebuild}")
 
     @staticmethod

@@ -1,6 +1,6 @@
 """The TensorRT backend on a stand-in GPU: tokens as on the CPU, and every rule of the hardware kept.
 
-The stand-ins are in ``double/``: what runs here is all of ``backends/trt`` and
+The stand-ins are in ``double/``: what runs here is all of ``backends/trt``, ``backends/gpu`` and
 ``cuda.py``; only the driver and TensorRT's runtime are not the real ones.
 """
 
@@ -16,8 +16,8 @@ from double.fixtures import SETTINGS, Make
 from in_flight import alone, staggered
 
 from par_runtime.backends.engines import Engine
-from par_runtime.backends.trt.backend import Capture
-from par_runtime.backends.trt.tables import Tables
+from par_runtime.backends.gpu.backend import Capture
+from par_runtime.backends.gpu.tables import Tables
 from par_runtime.errors import RequestError
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import Settings

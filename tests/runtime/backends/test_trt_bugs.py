@@ -13,11 +13,9 @@ from double.driver import ViolationError
 from double.fixtures import SETTINGS, Make
 
 from par_runtime.backends import cuda
-from par_runtime.backends.trt import memory as trt_memory
-from par_runtime.backends.trt.backend import TrtBackend
-from par_runtime.backends.trt.memory import bind
-from par_runtime.backends.trt.plan import LoadedPlan
-from par_runtime.backends.trt.tables import Tables
+from par_runtime.backends.gpu.backend import GpuBackend
+from par_runtime.backends.gpu.tables import Tables
+from par_runtime.backends.trt.plan import LoadedPlan, PlanContext
 from par_runtime.errors import EngineError
 from par_runtime.pipeline import Pipeline
 
@@ -29,17 +27,17 @@ def wrong_profile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def swapped_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """K and V of one layer bound to each other's buffers, in and out alike, at the second call."""
-    real = TrtBackend._run
+    real = GpuBackend._run
 
-    def run(self: TrtBackend, at: Any, launch: Any, index: int, ids: int) -> None:
+    def run(self: GpuBackend, at: Any, launch: Any, index: int, ids: int) -> None:
         if index == 1:
             k, v = (self._memory.caches[f"past_{kind}.0"].pointer for kind in "kv")
             for name in ("past", "present"):
-                bind(self.engine, at.contexts[launch.plan], f"{name}_k.0", v)
-                bind(self.engine, at.contexts[launch.plan], f"{name}_v.0", k)
+                at.contexts[launch.program].bind(f"{name}_k.0", v)
+                at.contexts[launch.program].bind(f"{name}_v.0", k)
         real(self, at, launch, index, ids)
 
-    monkeypatch.setattr(TrtBackend, "_run", run)
+    monkeypatch.setattr(GpuBackend, "_run", run)
 
 
 def write_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,41 +56,41 @@ def missing_alias(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_wait_before_the_copy_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = TrtBackend.make_images
+    real = GpuBackend.make_images
 
-    def make_images(self: TrtBackend, *arguments: Any) -> Any:
+    def make_images(self: GpuBackend, *arguments: Any) -> Any:
         with pytest.MonkeyPatch.context() as inner:
             if any(held.warm for held in self._memory._buffers.values()):
                 inner.setattr(cuda.Stream, "synchronize", lambda self: None)
             return real(self, *arguments)
 
-    monkeypatch.setattr(TrtBackend, "make_images", make_images)
+    monkeypatch.setattr(GpuBackend, "make_images", make_images)
 
 
 def staging_reused_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next image's inputs written while the upload of this one still waits."""
-    real = TrtBackend._captured
+    real = GpuBackend._captured
 
-    def captured(self: TrtBackend, at: Any, decode: bool) -> Any:
+    def captured(self: GpuBackend, at: Any, decode: bool) -> Any:
         graphs = real(self, at, decode)
         for graph in graphs:
             graph.launch(self.stream)
         at.staging.array[:] = 0
         return []
 
-    monkeypatch.setattr(TrtBackend, "_captured", captured)
+    monkeypatch.setattr(GpuBackend, "_captured", captured)
 
 
 def separate_present_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = trt_memory.bind
+    real = PlanContext.bind
 
     given: dict[str, int] = {}
 
-    def other(engine: Any, context: Any, name: str, address: int) -> None:
+    def other(self: PlanContext, name: str, address: int) -> None:
         given[name] = address
-        real(engine, context, name, given["past_k.0"] if name == "present_v.0" else address)
+        real(self, name, given["past_k.0"] if name == "present_v.0" else address)
 
-    monkeypatch.setattr(trt_memory, "bind", other)
+    monkeypatch.setattr(PlanContext, "bind", other)
 
 
 def length_counts_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,17 +104,17 @@ def length_counts_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def capture_without_a_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TrtBackend, "_warm", lambda self, at: None)
+    monkeypatch.setattr(GpuBackend, "_warm", lambda self, at: None)
 
 
 def sync_inside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = TrtBackend._enqueue
+    real = GpuBackend._enqueue
 
-    def enqueue(self: TrtBackend, at: Any, index: int) -> None:
+    def enqueue(self: GpuBackend, at: Any, index: int) -> None:
         real(self, at, index)
         self.stream.synchronize()
 
-    monkeypatch.setattr(TrtBackend, "_enqueue", enqueue)
+    monkeypatch.setattr(GpuBackend, "_enqueue", enqueue)
 
 
 def unzeroed_cache(monkeypatch: pytest.MonkeyPatch) -> None:

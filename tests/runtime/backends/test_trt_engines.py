@@ -14,7 +14,7 @@ from double import tensorrt
 from double.driver import Driver
 
 from par_runtime.backends.engines import ENGINE_JSON
-from par_runtime.backends.trt.backend import TrtBackend
+from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.bundle import Bundle, seal
 from par_runtime.cli import dispatch as cli
 from par_runtime.errors import BundleError, EngineError
@@ -108,11 +108,11 @@ def test_a_damaged_engine_leaves_the_place_to_the_next_best(driver: Driver, tmp_
     shutil.copytree(good, better)
     change(better, tuned={"chosen": True, "capture": "call"})
     with Pipeline.load(path, device="auto") as pipeline:
-        assert isinstance(pipeline.backend, TrtBackend)
+        assert isinstance(pipeline.backend, GpuBackend)
         assert pipeline.backend.engine.path == better
     truncated(better)
     with Pipeline.load(path, device="auto") as pipeline:
-        assert isinstance(pipeline.backend, TrtBackend)
+        assert isinstance(pipeline.backend, GpuBackend)
         assert pipeline.backend.engine.path == good
         assert pipeline.note == ""
 
@@ -123,9 +123,9 @@ def test_a_failed_self_test_frees_the_gpu(
     path = tmp_path / "bundle"
     shutil.copytree(tiny, path)
     tensorrt.write_engine(Bundle.open(path))
-    monkeypatch.setattr(TrtBackend, "step", lambda self, batch, ids, write, uniform: np.zeros_like(ids[:1]))
+    monkeypatch.setattr(GpuBackend, "step", lambda self, batch, ids, write, uniform: np.zeros_like(ids[:1]))
     monkeypatch.setattr(
-        TrtBackend, "logits", lambda self, batch, ids, write: np.zeros((1, ids.shape[1], 64), np.float32)
+        GpuBackend, "logits", lambda self, batch, ids, write: np.zeros((1, ids.shape[1], 64), np.float32)
     )
     with pytest.raises(BundleError, match="self-test failed on"):
         Pipeline.load(path, device="cuda")

@@ -11,6 +11,7 @@ import mmap
 from contextlib import suppress
 from typing import Any
 
+from par_runtime.backends import cuda
 from par_runtime.backends.base import IMAGE_INPUTS
 from par_runtime.backends.engines import Engine, Plan
 from par_runtime.backends.trt.module import TensorRT
@@ -37,6 +38,7 @@ class LoadedPlan:
         self, bundle: Bundle, engine: Engine, name: str, plan: Plan, trt: TensorRT, runtime: Any, log: Any
     ) -> None:
         self.name, self.plan, self.engine, self._trt, self._log = name, plan, engine, trt, log
+        self._runtime = runtime  # it must live as long as what it deserialized
         path = engine.path / plan.file
         self._folder = engine.path.resolve()  # the runtime cache is written later, maybe from another directory
         with path.open("rb") as file:  # mapped, so that gigabytes are not in memory twice
@@ -49,7 +51,7 @@ class LoadedPlan:
         self._check(bundle)
         self._config: Any = None
         self._rtx_cache: Any = None
-        self._contexts: dict[int, Any] = {}
+        self._contexts: dict[int, PlanContext] = {}
         strategy = trt.module.ExecutionContextAllocationStrategy.USER_MANAGED
         if trt.rtx:
             self._config = self._tensorrt.create_runtime_config()
@@ -77,25 +79,25 @@ class LoadedPlan:
         shapes = self._tensorrt.get_tensor_profile_shape(tensor, profile)
         return tuple(shapes[-1])
 
-    def context(self, profile: int, scratch: int, scratch_bytes: int, stream: int) -> Any:
+    def context(self, profile: int, scratch: int, scratch_bytes: int, stream: cuda.Stream) -> PlanContext:
         """The context of ``profile``, on scratch memory at ``scratch``; shapes are set, addresses are not."""
         context = self._contexts.get(profile)
         if context is None:
-            context = self._tensorrt.create_execution_context(self._config if self._trt.rtx else self._strategy)
-            if context is None or not context.set_optimization_profile_async(profile, stream):
+            made = self._tensorrt.create_execution_context(self._config if self._trt.rtx else self._strategy)
+            if made is None or not made.set_optimization_profile_async(profile, stream.handle):
                 raise EngineError(
                     f"{self.engine.path}: no context for profile {profile} of {self.name}: {self._log.last_error()}"
                 )
             for tensor in self.tensors:
-                if self._is_input(tensor) and not context.set_input_shape(tensor, self.profile_shape(tensor, profile)):
+                if self._is_input(tensor) and not made.set_input_shape(tensor, self.profile_shape(tensor, profile)):
                     raise EngineError(
                         f"{self.engine.path}: {self.name} refuses its own shape of {tensor!r}: {self._log.last_error()}"
                     )
-            self._contexts[profile] = context
-        context.set_device_memory(scratch, scratch_bytes)
+            context = self._contexts[profile] = PlanContext(self.engine, made, self._log)
+        context.raw.set_device_memory(scratch, scratch_bytes)
         return context
 
-    def save_runtime_cache(self) -> None:
+    def launched(self) -> None:
         """Keep what TensorRT-RTX compiled, so that the next load does not compile it again."""
         if self._rtx_cache is None:
             return
@@ -155,6 +157,25 @@ class LoadedPlan:
                     f"{path}: cache output {present!r} is aliased with {aliased!r}, expected {past!r}: it would be "
                     f"copied or lost; {again}"
                 )
+
+
+class PlanContext:
+    """An execution context; see ``gpu.loaded.Context``."""
+
+    def __init__(self, engine: Engine, raw: Any, log: Any) -> None:
+        self.engine, self.raw, self._log = engine, raw, log
+
+    def bind(self, name: str, address: int) -> None:
+        """Later launches find the tensor ``name`` at ``address``. Raises EngineError."""
+        if not self.raw.set_tensor_address(name, address):
+            raise EngineError(
+                f"{self.engine.path}: refuses the address {address:#x} of {name!r}; rebuild with: {self.engine.rebuild}"
+            )
+
+    def enqueue(self, stream: cuda.Stream, what: str) -> None:
+        """Launch it. Raises EngineError, which names ``what``."""
+        if not self.raw.execute_async_v3(stream.handle):
+            raise EngineError(f"{self.engine.path}: {what} failed: {self._log.last_error()}")
 
 
 def expected(bundle: Bundle, plan: Plan) -> dict[str, tuple[Any, ...]]:

@@ -110,7 +110,7 @@ class PipelineSubject:
     def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
         """Make one batch, or some of its calls; see ``Subject.run``."""
         if self.info.clock != "perf_counter":
-            from par_runtime.bench.subjects.trt import phases_ms
+            from par_runtime.bench.subjects.engine import phases_ms
 
             calls_ms = phases_ms(self.pipeline, self._labels(images), self._guidance(guided))
             began = time.perf_counter()

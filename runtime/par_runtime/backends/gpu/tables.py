@@ -21,7 +21,7 @@ from par_runtime.backends.engines import Engine
 from par_runtime.bundle import Bundle, Call, image_calls
 from par_runtime.dtypes import Float, Int
 
-ALIGN = 256  #: TensorRT wants tensor addresses that are multiples of this
+ALIGN = 256  #: of the address of every tensor: TensorRT wants that
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a plan for one call: ``query`` positions, first those of the call, then padding.
+    """One launch of a program for one call: ``query`` positions, first those of the call, then padding.
 
     ``fed`` slots from ``first_fed`` on take the last tokens that were sampled. If these are all inputs of the call,
     the launch reads the previous launch's tokens in place (``chained``); else they are copied into its row of the ids
@@ -52,7 +52,7 @@ class Launch:
     """
 
     call: Call
-    plan: str
+    program: str
     query: int
     fed: int
     first_fed: int
@@ -63,12 +63,12 @@ def image_launches(bundle: Bundle, engine: Engine) -> list[Launch]:
     """Every launch of an image, in order."""
     launches: list[Launch] = []
     for call in image_calls(bundle.phases):
-        name, plan = engine.plan_for(call.phase.name)
+        name, query = engine.serving(call.phase.name)
         fed, previous = call.phase.token_slots, launches[-1] if launches else None
         chained = (
-            previous is not None and previous.query == plan.query and len(fed) == call.query == previous.call.query
+            previous is not None and previous.query == query and len(fed) == call.query == previous.call.query
         )
-        launches.append(Launch(call, name, plan.query, len(fed), fed[0] if fed else 0, chained))
+        launches.append(Launch(call, name, query, len(fed), fed[0] if fed else 0, chained))
     return launches
 
 
@@ -132,7 +132,7 @@ class Tables:
     def fill_single(
         self, block: NDArray[np.uint8], index: int, query: int, batch: Batch, ids: Int, write: Int, uniform: Float
     ) -> None:
-        """Write a single call into row ``index``, for a plan of ``query`` positions.
+        """Write a single call into row ``index``, for a program of ``query`` positions.
 
         ``ids`` [R,q'] and ``write`` [R] of all rows of the profile, ``uniform`` [B',q'] of the batch's images.
         """
@@ -178,7 +178,7 @@ class Tables:
         return np.ndarray(shape, field.dtype, block.data, field.offset + index * self.pitch, strides)
 
     def view(self, block: NDArray[np.uint8], name: str, index: int, query: int) -> NDArray[np.generic]:
-        """The array ``name`` of row ``index`` in ``block``, packed for a plan of ``query`` positions."""
+        """The array ``name`` of row ``index`` in ``block``, packed for a program of ``query`` positions."""
         field = self.row[name]
         shape = (field.shape[0], query) if len(field.shape) == 2 else field.shape
         return np.ndarray(shape, field.dtype, block.data, field.offset + index * self.pitch)

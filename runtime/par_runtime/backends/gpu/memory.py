@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from par_runtime.backends import cuda
 from par_runtime.backends.base import Batch
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.engines import Engine
-from par_runtime.backends.trt.plan import LoadedPlan
-from par_runtime.backends.trt.tables import Launch, Tables
+from par_runtime.backends.gpu.loaded import Context, LoadedProgram
+from par_runtime.backends.gpu.tables import Launch, Tables
 from par_runtime.bundle import Bundle
 from par_runtime.errors import EngineError, OutOfMemory
 
@@ -33,26 +32,26 @@ class Buffers:
     logits: cuda.Buffer
     pixels: cuda.Buffer | None
     out: cuda.Pinned  #: tokens [B,N], then pixels
-    contexts: dict[str, Any] = field(default_factory=dict)
+    contexts: dict[str, Context] = field(default_factory=dict)
     warm: bool = False
 
 
 class Memory:
-    """Allocations for the plans of one engine. ``moved`` is called before memory that is bound is freed."""
+    """Allocations for the programs of one engine. ``moved`` is called before memory that is bound is freed."""
 
     def __init__(
         self,
         bundle: Bundle,
         engine: Engine,
         device: cuda.Device,
-        plans: dict[str, LoadedPlan],
+        programs: dict[str, LoadedProgram],
         launches: list[Launch],
         stream: cuda.Stream,
         keys: CacheRows,
         moved: Callable[[], None],
     ) -> None:
         self.bundle, self.engine, self.device, self._moved = bundle, engine, device, moved
-        self._plans, self._launches, self._stream, self._keys = plans, launches, stream, keys
+        self._programs, self._launches, self._stream, self._keys = programs, launches, stream, keys
         self.caches: dict[str, cuda.Buffer] = {}
         self._buffers: dict[int, Buffers] = {}
         self._cache_rows = 0
@@ -83,7 +82,7 @@ class Memory:
         images, n = self.engine.images[index], self.bundle.n_tokens
         tables = Tables(self._launches, images)
         self._reserve(index, tables.rows)
-        pixels = images * self._image[0] * self._image[1] * 3 if self.engine.decoder else 0
+        pixels = images * self._image[0] * self._image[1] * 3 if self.engine.decodes else 0
         allocate = self.device.allocate
         made = Buffers(
             index,
@@ -101,28 +100,28 @@ class Memory:
         for i, launch in enumerate(self._launches):
             tables.fill_launch(made.staging.array, i, launch)
         assert self._scratch is not None
-        for name, plan in self._plans.items():
-            context = plan.context(index, self._scratch.pointer, self._scratch.size, self._stream.handle)
+        for name, program in self._programs.items():
+            context = program.context(index, self._scratch.pointer, self._scratch.size, self._stream)
             made.contexts[name] = context
             if name == "decoder":
                 assert made.pixels is not None
-                bind(self.engine, context, "tokens", made.sequence.pointer)
-                bind(self.engine, context, "images", made.pixels.pointer)
+                context.bind("tokens", made.sequence.pointer)
+                context.bind("images", made.pixels.pointer)
                 continue
             for past, present in zip(self.bundle.cache.inputs, self.bundle.cache.outputs, strict=True):
                 pointer = self.caches[past].pointer
-                bind(self.engine, context, past, pointer)
-                bind(self.engine, context, present, pointer)  # one buffer is input and output
+                context.bind(past, pointer)
+                context.bind(present, pointer)  # one buffer is input and output
             for field_name in tables.whole:
-                bind(self.engine, context, field_name, made.block.pointer + tables.at(field_name, 0))
-            bind(self.engine, context, "logits", made.logits.pointer)
+                context.bind(field_name, made.block.pointer + tables.at(field_name, 0))
+            context.bind("logits", made.logits.pointer)
         self._stream.synchronize()  # profiles are switched on the stream
         return made
 
     def _reserve(self, index: int, rows: int) -> None:
         """Caches for ``rows`` and scratch memory for the profile; all profiles share them, and they only grow."""
         # Also enough for all smaller profiles: one that needed more would move the caches in the middle of an image.
-        scratch = max(1, *(plan.scratch_bytes(i) for plan in self._plans.values() for i in range(index + 1)))
+        scratch = max(1, *(program.scratch_bytes(i) for program in self._programs.values() for i in range(index + 1)))
         if rows <= self._cache_rows and self._scratch is not None and scratch <= self._scratch.size:
             return
         self._release_buffers()  # they are bound to the old addresses
@@ -150,8 +149,8 @@ class Memory:
     def _row_bytes(self) -> int:
         """Bytes of one row of one cache tensor."""
         cache = self.bundle.cache
-        plan = next(iter(self._plans.values()))
-        return cache.heads * self.bundle.n_tokens * cache.head_dim * plan.element_bytes(cache.inputs[0])
+        step = next(program for name, program in self._programs.items() if name != "decoder")
+        return cache.heads * self.bundle.n_tokens * cache.head_dim * step.element_bytes(cache.inputs[0])
 
     def _explained(self, error: OutOfMemory, images: int) -> MemoryError:
         """``error`` with the number of images that would fit. All memory is freed first."""
@@ -173,7 +172,7 @@ class Memory:
         tables = Tables(self._launches, images)
         own = tables.size + tables.token_pitch * (len(self._launches) + 1) + self._logits_bytes(tables)
         pixels = images * (self.bundle.n_tokens * 8 + self._image[0] * self._image[1] * 3)
-        scratch = max(plan.scratch_bytes(index) for plan in self._plans.values())
+        scratch = max(program.scratch_bytes(index) for program in self._programs.values())
         return own + pixels + scratch + tables.rows * self._row_bytes() * len(cache.inputs)
 
     def _logits_bytes(self, tables: Tables) -> int:
@@ -200,11 +199,3 @@ class Memory:
         if self._scratch is not None:
             self._scratch.free()
             self._scratch = None
-
-
-def bind(engine: Engine, context: Any, name: str, address: int) -> None:
-    """Give a context the address of a tensor. Raises EngineError."""
-    if not context.set_tensor_address(name, address):
-        raise EngineError(
-            f"{engine.path}: refuses the address {address:#x} of {name!r}; rebuild with: {engine.rebuild}"
-        )

@@ -1,4 +1,4 @@
-"""The phases of an image on TensorRT, each timed on the device.
+"""The phases of an image of an engine on a GPU, each timed on the device.
 
 In production an image is one graph launch, whose parts cannot be timed from outside. Here every part is a graph of its
 own. They are launched one after the other without waiting, with an event between any two. The host runs ahead of the
@@ -19,16 +19,16 @@ from par_runtime.request import image_settings
 from par_runtime.schedule import Schedule
 
 if TYPE_CHECKING:
-    from par_runtime.backends.trt.backend import TrtBackend
+    from par_runtime.backends.gpu.backend import GpuBackend
 
 
 def phases_ms(pipeline: Pipeline, labels: list[int], guidance: float) -> dict[str, list[float]]:
-    """Milliseconds of each call of one batch, by phase; the pipeline's backend is a ``TrtBackend``.
+    """Milliseconds of each call of one batch, by phase; the pipeline's backend is a ``GpuBackend``.
 
     "copy" is the upload of the tables, the collection of the tokens, and the way back of tokens and pixels.
     Raises CudaError, EngineError, MemoryError.
     """
-    backend: TrtBackend = pipeline.backend  # type: ignore[assignment]
+    backend: GpuBackend = pipeline.backend  # type: ignore[assignment]
     bundle, stream = pipeline.bundle, backend.stream
     seeds = list(range(len(labels)))
     each = image_settings(bundle, len(labels), guidance=guidance, guidance_interval=-1)

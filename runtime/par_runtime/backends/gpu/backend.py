@@ -1,0 +1,337 @@
+"""An engine on a GPU: a whole image is one CUDA graph launch.
+
+All memory is bound once per batch size: caches that are input and output, the tables of ``tables.py``, one
+block of scratch memory that every context shares. An image is then: one upload, the list of launches
+(each reads its own row of the tables and the previous launch's tokens), the decoder, one copy back. That list is
+captured once per batch size and replayed. If the driver refuses to capture it as a whole, each launch is captured
+alone; ``capture="none"`` captures nothing.
+
+Letters: B images and R = 2B rows of a profile, q positions of one call, N tokens, V codes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_runtime.backends import cuda
+from par_runtime.backends.base import BackendInfo, Batch
+from par_runtime.backends.cache_rows import CacheRows
+from par_runtime.backends.engines import Engine
+from par_runtime.backends.gpu.loaded import LoadedProgram
+from par_runtime.backends.gpu.memory import Buffers, Memory
+from par_runtime.backends.gpu.tables import Launch, image_launches
+from par_runtime.bundle import Bundle
+from par_runtime.dtypes import BYTES, LOGIT_ROUNDING, Float, Int
+from par_runtime.errors import CudaError, EngineError
+from par_runtime.forks import keep_forever, tell_of_forks
+
+Capture = Literal["image", "call", "none"]
+GRAPHS_KEPT = 4  #: captured batch sizes; a graph of a large model holds tens of megabytes
+
+
+class GpuBackend:
+    """One engine of a bundle on one GPU. See ``base.Backend``; ``make_images`` makes whole batches without the host.
+
+    ``runtime`` and ``version`` say what loaded the engine. The backend owns ``device``, ``stream`` and ``programs``
+    (name -> loaded program, "decoder" among them where the engine decodes), and frees them when it is closed.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        device: cuda.Device,
+        stream: cuda.Stream,
+        programs: Mapping[str, LoadedProgram],
+        *,
+        runtime: str,
+        version: str,
+        capture: Capture = "image",
+    ) -> None:
+        self.bundle, self.engine, self.device, self.stream, self.capture = bundle, engine, device, stream, capture
+        self.info = BackendInfo(
+            runtime=runtime,
+            version=f"{version} {engine.precision} on {device.name}",
+            device=device.name,
+            computes=engine.precision,
+            weight_bytes=BYTES[engine.precision],
+            cache_bytes=BYTES[engine.precision],
+        )
+        self.tie = LOGIT_ROUNDING[engine.precision]
+        self.max_images = engine.images[-1]
+        self.capturing: Capture = capture  #: the mode in use; another than ``capture`` if the driver refused that
+        self._closed = False
+        self._programs = dict(programs)
+        self._launches = image_launches(bundle, engine)
+        self._single = len(self._launches)  # the tables' row of a single call
+        self._graphs: OrderedDict[tuple[int, bool], list[cuda.Graph]] = OrderedDict()
+        self._keys = CacheRows(bundle.n_tokens)
+        self._memory = Memory(
+            bundle, engine, device, self._programs, self._launches, stream, self._keys, self._drop_graphs
+        )
+        tell_of_forks(self)
+
+    def after_fork(self) -> None:
+        # Their destructors call the driver, which cannot be used in a forked process; our own calls raise CudaError.
+        keep_forever(self._programs)
+
+    # -- the Backend protocol -------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
+        buffers, launch = self._enqueue_single(batch, ids, write, uniform)
+        tables = buffers.tables
+        got = self._fetch(buffers.tokens.pointer + self._single * tables.token_pitch, tables.rows * launch.query * 8)
+        tokens: Int = got.view(np.int64).reshape(-1, launch.query)
+        return tokens[batch.cache_row[: batch.images], : ids.shape[1]]
+
+    def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
+        uniform = np.zeros((batch.images, ids.shape[1]), np.float32)
+        buffers, launch = self._enqueue_single(batch, ids, write, uniform)
+        size = buffers.images * launch.query * self.bundle.vocab_size * 4
+        got: Float = self._fetch(buffers.logits.pointer, size).view(np.float32)
+        return got.reshape(buffers.images, launch.query, -1)[: batch.images, : ids.shape[1]]
+
+    def release(self, cache_rows: Int | None = None) -> None:
+        self._keys.release(cache_rows)
+
+    def decode(self, tokens: Int) -> NDArray[np.uint8]:
+        if not self.engine.decodes:
+            raise EngineError(f"{self.engine.path}: was built without a decoder; rebuild with: {self.engine.rebuild}")
+        self.device.activate()
+        buffers = self._memory.profile(len(tokens))
+        with self.device.pinned(buffers.sequence.size) as staging:
+            sequence = staging.array.view(np.int64).reshape(buffers.images, -1)
+            sequence[: len(tokens)] = tokens
+            sequence[len(tokens) :] = tokens[:1]
+            self.stream.upload(buffers.sequence.pointer, staging, staging.size)
+            self.stream.synchronize()  # before the staging memory is freed
+        self._enqueue_decoder(buffers)
+        assert buffers.pixels is not None
+        pixels = self._fetch(buffers.pixels.pointer, buffers.pixels.size).reshape(buffers.images, *self._image, 3)
+        return pixels[: len(tokens)]
+
+    # -- whole images ---------------------------------------------------------------------------------------------
+
+    def make_images(
+        self, batch: Batch, class_ids: Int, noise: Float, decode: bool
+    ) -> tuple[Int, NDArray[np.uint8] | None]:
+        """Tokens [B,N] and images [B,H,W,3] (None without ``decode``) of ``batch`` in one launch.
+
+        ``class_ids`` [R'] are the first call's ids of each row, ``noise`` [B,N] the draws. One synchronisation, at
+        the end. Raises CudaError, OutOfMemory, EngineError.
+        """
+        buffers, decode = self._prepare(batch, class_ids, noise, decode)
+        for graph in self._captured(buffers, decode):
+            graph.launch(self.stream)
+        if self.capturing == "none":
+            for _, enqueue in self._parts(buffers, decode):
+                enqueue()
+        self.stream.synchronize()
+        n_bytes = buffers.images * self.bundle.n_tokens * 8
+        tokens: Int = buffers.out.array[:n_bytes].view(np.int64).reshape(buffers.images, -1)[: batch.images].copy()
+        if not decode:
+            return tokens, None
+        assert buffers.pixels is not None
+        pixels = buffers.out.array[n_bytes : n_bytes + buffers.pixels.size].reshape(buffers.images, *self._image, 3)
+        return tokens, pixels[: batch.images].copy()
+
+    def parts(self, batch: Batch, class_ids: Int, noise: Float) -> list[tuple[str, Callable[[], None]]]:
+        """What ``make_images`` enqueues for ``batch``, part by part, decoder included: (phase, a function that
+        enqueues it).
+
+        For benchmarks, which time the parts on :attr:`stream`. "copy" is the upload of the tables, the collection of
+        the tokens, and the way back of tokens and pixels.
+        """
+        buffers, decode = self._prepare(batch, class_ids, noise, True)
+        return self._parts(buffers, decode)
+
+    def _prepare(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> tuple[Buffers, bool]:
+        """Bound and warmed-up memory, with the tables of ``batch`` in staging; and whether images are decoded."""
+        self.device.activate()
+        self._keys.release()  # every launch writes into all rows, so the images may as well lie in the first ones,
+        batch = replace(batch, cache_row=np.arange(batch.rows))  # where the tokens are collected
+        buffers = self._memory.buffers(batch)
+        buffers.tables.fill_batch(buffers.staging.array, batch)
+        buffers.tables.fill_image(buffers.staging.array, batch, class_ids, noise)
+        self._warm(buffers)
+        return buffers, decode and self.engine.decodes
+
+    def _captured(self, buffers: Buffers, decode: bool) -> list[cuda.Graph]:
+        """The graphs that make an image, captured at the first use of a batch size; none where capture is off."""
+        if self.capturing == "none":
+            return []
+        key = (buffers.index, decode)
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        graphs: list[cuda.Graph] = []
+        try:
+            if self.capturing == "image":
+                with self.stream.capture() as captured:
+                    for _, enqueue in self._parts(buffers, decode):
+                        enqueue()
+                graphs = [captured.graph]
+            else:
+                for _, enqueue in self._parts(buffers, decode):
+                    with self.stream.capture() as captured:
+                        enqueue()
+                    graphs.append(captured.graph)
+        except (CudaError, EngineError):
+            for graph in graphs:
+                graph.free()
+            self.capturing = "call" if self.capturing == "image" else "none"
+            return self._captured(buffers, decode)
+        self._graphs[key] = graphs
+        while len(self._graphs) > GRAPHS_KEPT:
+            for graph in self._graphs.popitem(last=False)[1]:
+                graph.free()
+        return graphs
+
+    def _parts(self, buffers: Buffers, decode: bool) -> list[tuple[str, Callable[[], None]]]:
+        """What an image is made of, in order: (phase, a function that enqueues the part)."""
+        parts: list[tuple[str, Callable[[], None]]] = [("copy", partial(self._upload, buffers))]
+        for index, launch in enumerate(self._launches):
+            parts.append((launch.call.phase.name, partial(self._enqueue, buffers, index)))
+        parts.append(("copy", partial(self._collect, buffers)))
+        if decode:
+            parts.append(("decoder", partial(self._enqueue_decoder, buffers)))
+        parts.append(("copy", partial(self._download, buffers, decode)))
+        return parts
+
+    def _upload(self, buffers: Buffers) -> None:
+        self.stream.upload(buffers.block.pointer, buffers.staging, buffers.tables.size)
+
+    def _enqueue(self, buffers: Buffers, index: int) -> None:
+        """Launch ``index`` of the image: its ids are the previous launch's tokens, or its row of the table."""
+        launch, tables = self._launches[index], buffers.tables
+        ids = buffers.block.pointer + tables.at("ids", index)
+        before = buffers.tokens.pointer + (index - 1) * tables.token_pitch
+        if launch.chained:
+            ids = before
+        elif launch.fed:
+            previous = self._launches[index - 1]
+            self.stream.copy_2d(
+                ids + launch.first_fed * 8,
+                launch.query * 8,
+                before + (previous.call.query - launch.fed) * 8,
+                previous.query * 8,
+                launch.fed * 8,
+                buffers.tables.rows,
+            )
+        self._run(buffers, launch, index, ids)
+
+    def _run(self, buffers: Buffers, launch: Launch, index: int, ids: int) -> None:
+        context, tables, block = buffers.contexts[launch.program], buffers.tables, buffers.block.pointer
+        addresses = {"ids": ids, "tokens": buffers.tokens.pointer + index * tables.token_pitch}
+        for name in ("positions", "write", "length", "uniform"):
+            addresses[name] = block + tables.at(name, index)
+        for name, address in addresses.items():
+            context.bind(name, address)
+        context.enqueue(self.stream, f"{launch.program} call at position {launch.call.write}")
+
+    def _collect(self, buffers: Buffers) -> None:
+        """Put the tokens of all calls into sequence order [B,N]."""
+        n, pitch = self.bundle.n_tokens, buffers.tables.token_pitch
+        index = 0
+        while index < len(self._launches):
+            launch = self._launches[index]
+            real, repeat = launch.call.query, launch.call.phase.repeat
+            for b in range(buffers.images):
+                self.stream.copy_2d(
+                    buffers.sequence.pointer + (b * n + launch.call.write) * 8,
+                    real * 8,
+                    buffers.tokens.pointer + index * pitch + b * launch.query * 8,
+                    pitch,
+                    real * 8,
+                    repeat,
+                )
+            index += repeat
+
+    def _enqueue_decoder(self, buffers: Buffers) -> None:
+        buffers.contexts["decoder"].enqueue(self.stream, "the decoder")
+
+    def _download(self, buffers: Buffers, decode: bool) -> None:
+        self.stream.download(buffers.out, buffers.sequence.pointer, buffers.sequence.size)
+        if decode and buffers.pixels is not None:
+            self.stream.download(buffers.out, buffers.pixels.pointer, buffers.pixels.size, buffers.sequence.size)
+
+    # -- single calls ---------------------------------------------------------------------------------------------
+
+    def _enqueue_single(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> tuple[Buffers, Launch]:
+        """Enqueue one single call: it uses the last row of the tables, and a program that serves q positions."""
+        self.device.activate()
+        buffers = self._memory.buffers(batch)
+        here = [launch for launch in self._launches if launch.call.query == ids.shape[1]]
+        launch = next((launch for launch in here if launch.call.write == write[0]), here[0])
+        lost = self._keys.without_keys(batch, write)
+        if lost.size:
+            raise ValueError(
+                f"cache rows {lost.tolist()} do not hold the keys before positions {write.tolist()}: they were "
+                "released, or "
+                "lost when memory ran out; begin their images again from the first call"
+            )
+        buffers.tables.fill_batch(buffers.staging.array, batch)
+        ids, write = self._keys.write(batch, ids, write, buffers.tables.rows, launch.query)
+        buffers.tables.fill_single(buffers.staging.array, self._single, launch.query, batch, ids, write, uniform)
+        self._upload(buffers)
+        self._run(buffers, launch, self._single, buffers.block.pointer + buffers.tables.at("ids", self._single))
+        return buffers, launch
+
+    def _fetch(self, pointer: int, size: int) -> NDArray[np.uint8]:
+        """A copy of ``size`` bytes of the device; it waits for the stream."""
+        with self.device.pinned(size) as pinned:
+            self.stream.download(pinned, pointer, size)
+            self.stream.synchronize()
+            got: NDArray[np.uint8] = pinned.array.copy()
+            return got
+
+    def _warm(self, buffers: Buffers) -> None:
+        """Launch every context once outside of capture: the first launch finishes what is set up (by TensorRT), or
+        loaded (by the driver), late."""
+        if buffers.warm:
+            return
+        self._upload(buffers)
+        seen = set()
+        for index, launch in enumerate(self._launches):
+            if launch.program not in seen:
+                self._run(buffers, launch, index, buffers.block.pointer + buffers.tables.at("ids", index))
+                seen.add(launch.program)
+        if "decoder" in buffers.contexts:
+            self.stream.fill(buffers.sequence.pointer, 0, buffers.sequence.size)
+            self._enqueue_decoder(buffers)
+        self.stream.synchronize()
+        for program in self._programs.values():
+            program.launched()
+        buffers.warm = True
+
+    def _drop_graphs(self) -> None:
+        """Free the captured graphs. They hold addresses, so this happens before the memory there is freed."""
+        for graphs in self._graphs.values():
+            for graph in graphs:
+                graph.free()
+        self._graphs.clear()
+
+    @property
+    def _image(self) -> tuple[int, int]:
+        return self.bundle.image_size or (0, 0)
+
+    def close(self) -> None:
+        """Free everything on the device. A second call does nothing, and so does one in a forked process."""
+        if self._closed:
+            return
+        self._closed = True
+        if cuda.forked():  # the memory is the other process's
+            return
+        self.device.activate()
+        self._memory.free()
+        for program in self._programs.values():
+            program.close()
+        self.stream.free()
+        self.device.close()
