@@ -65,9 +65,7 @@ def image_launches(bundle: Bundle, engine: Engine) -> list[Launch]:
     for call in image_calls(bundle.phases):
         name, query = engine.serving(call.phase.name)
         fed, previous = call.phase.token_slots, launches[-1] if launches else None
-        chained = (
-            previous is not None and previous.query == query and len(fed) == call.query == previous.call.query
-        )
+        chained = previous is not None and previous.query == query and len(fed) == call.query == previous.call.query
         launches.append(Launch(call, name, query, len(fed), fed[0] if fed else 0, chained))
     return launches
 
