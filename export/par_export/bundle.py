@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import torch
 
 from par_export import imagenet
 from par_export.errors import ExportError
 from par_export.fp16 import FP16_MAX, largest_in
-from par_export.gate import model as model_gate
-from par_export.gate import tokenizer as tokenizer_gate
 from par_export.graphs.decoder import HALF_DECODER, decoder_graph
 from par_export.graphs.encoder import encoder_graph
 from par_export.graphs.sampling import SamplingVariant
@@ -70,6 +68,10 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
 
     Raises ExportError, OutputError, CheckpointError, ParityError, OSError.
     """
+    # Here: a bundle of random weights, which has no gate, is written without ONNX Runtime.
+    from par_export.gate import model as model_gate
+    from par_export.gate import tokenizer as tokenizer_gate
+
     started = time.monotonic()
     if request.precision not in DTYPE:
         raise ExportError(f"precision {request.precision!r}; expected one of {', '.join(DTYPE)}")
@@ -285,12 +287,9 @@ def write_manifest(folder: Path, entries: Mapping[str, Any], hashes: dict[tuple[
         key = (stat.st_dev, stat.st_ino)
         hashes[key] = hashes.get(key) or sha256(file)
         files[file.name] = {"bytes": stat.st_size, "sha256": hashes[key]}
-    created = {
-        "parvis": __version__,
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
+    created = {"parvis": __version__, "torch": torch.__version__, "onnx": onnx.__version__}
+    if "onnxruntime" in sys.modules:  # it was the gate's
+        created["onnxruntime"] = sys.modules["onnxruntime"].__version__
     manifest = seal({"schema": SCHEMA, "created": created, **entries, "files": files})
     try:
         check(manifest)

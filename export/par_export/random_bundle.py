@@ -62,6 +62,19 @@ class RandomTensors(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
+class NoTensors(RandomTensors):
+    """As :class:`RandomTensors`, but matrices have no numbers (device "meta"): a weights file of them is full of holes.
+
+    Whoever loads such a bundle fills them in its own memory; reading 6 GB of random numbers takes longer than that.
+    """
+
+    def __getitem__(self, key: str) -> Tensor:
+        shape, dtype = self._shapes[key]
+        if dtype.is_floating_point and len(shape) > 1:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return super().__getitem__(key)
+
+
 def parameters(config: PARConfig) -> int:
     """How many parameters a model of ``config`` has."""
     with torch.device("meta"):
@@ -77,12 +90,14 @@ def write_family(
     precision: str = "fp32",
     vq: VQConfig | None = None,
     defaults: Mapping[str, Any] = DEFAULTS,
+    hollow: bool = False,
 ) -> dict[int, Path]:
     """Write bundles ``{name}-n{n}`` into ``folder``; returns n -> path.
 
-    ``config.group_size`` is ignored; ``vq`` adds a decoder (no encoder). Raises ValueError for an n that does not fit
-    the grid, OSError.
+    ``config.group_size`` is ignored; ``vq`` adds a decoder (no encoder). ``hollow``: matrices are holes in the weights
+    file (:class:`NoTensors`). Raises ValueError for an n that does not fit the grid, OSError.
     """
+    tensors = NoTensors if hollow else RandomTensors
     configs = {n: replace(config, group_size=n) for n in group_sizes}
     dtype = DTYPE[precision]
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,11 +107,11 @@ def write_family(
     try:
         with torch.device("meta"):
             model, tokenizer = PAR(widest), None if vq is None else VQModel(vq)
-        write_weights(weights, widest, Checkpoint(shared, RandomTensors(model)), dtype)
+        write_weights(weights, widest, Checkpoint(shared, tensors(model)), dtype)
         for n, each in configs.items():
             write_rotary(weights, each, f".{n}")
         if tokenizer is not None:
-            write_tokenizer_weights(weights, Checkpoint(shared, RandomTensors(tokenizer)), dtype, encoder=False)
+            write_tokenizer_weights(weights, Checkpoint(shared, tensors(tokenizer)), dtype, encoder=False)
     finally:
         weights.close()
     hashes: dict[tuple[int, int], str] = {}
@@ -110,19 +125,23 @@ def write_family(
 
 
 def write_published(
-    model: str, group_sizes: Sequence[int], folder: Path, *, precision: str = "fp32"
+    model: str, group_sizes: Sequence[int], folder: Path, *, precision: str = "fp32", hollow: bool = False
 ) -> dict[int, Path]:
-    """Write bundles of a model of the paper: "PAR-L" to "PAR-3B" (384 px, with VQ-16's decoder), or "PAR-video".
+    """Write bundles of a model of the paper: "PAR-L" to "PAR-3B", or "PAR-video".
 
-    The video model has XL's blocks over 5x16x16 tokens of 64,000 codes, 101 classes and no decoder; its widths are not
-    published **(ours)**. Returns n -> path. Raises ValueError for another name, OSError.
+    They make images of 384 px with VQ-16's decoder; "PAR-L-256" those of 256 px. The video model has XL's blocks over
+    5x16x16 tokens of 64,000 codes, 101 classes and no decoder; its widths are not published **(ours)**. ``hollow``: as
+    in :func:`write_family`. Returns n -> path. Raises ValueError for another name, OSError.
     """
+    vq: VQConfig | None = VQConfig()
     if model == "PAR-video":
         config, vq = named("XL", vocab_size=64000, n_classes=101, grid=(5, 16, 16)), None
-        return write_family(config, group_sizes, folder, name=model, precision=precision, vq=vq)
-    return write_family(
-        named(model.removeprefix("PAR-")), group_sizes, folder, name=model, precision=precision, vq=VQConfig()
-    )
+    else:
+        size, _, pixels = model.removeprefix("PAR-").partition("-")
+        if pixels not in ("", "256", "384"):
+            raise ValueError(f"{model!r}: expected 256 or 384 pixels")
+        config = named(size, grid=(1, 16, 16) if pixels == "256" else (1, 24, 24))
+    return write_family(config, group_sizes, folder, name=model, precision=precision, vq=vq, hollow=hollow)
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -38,6 +39,7 @@ class WeightsWriter(WeightTable):
     def add(self, name: str, parts: Iterable[Tensor], dtype: str) -> None:
         """Append ``parts``, concatenated along their first axis, as tensor ``name``; each part is freed when written.
 
+        A part on the device "meta" has no numbers, and becomes a hole: zeros that take no space on most file systems.
         Raises ValueError for a name that was written before, OSError.
         """
         if name in self.entries:
@@ -51,12 +53,16 @@ class WeightsWriter(WeightTable):
                 self._file.write(b"\0" * (offset - start))
             # Contiguous bytes of any dtype, bf16 included, which numpy does not know.
             part = part.detach().to(TORCH_DTYPE[dtype]).contiguous()
-            self._file.write(part.view(-1).view(torch.uint8).numpy().data)
+            if part.is_meta:
+                self._file.seek(part.numel() * part.element_size(), os.SEEK_CUR)
+            else:
+                self._file.write(part.view(-1).view(torch.uint8).numpy().data)
             shape = (part.shape[0] + (shape[0] if shape else 0), *part.shape[1:])
         self.entries[name] = Stored(dtype, shape, offset, self._file.tell() - offset)
 
     def close(self) -> None:
         """Close the file; ``entries`` stay."""
+        self._file.truncate()  # a hole at the end belongs to it
         self._file.close()
 
 

@@ -20,21 +20,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from par_export.graphs.step import padded_head_dim
 from par_export.graphs.vq import PREFIX
-from par_export.graphs.writer import WeightTable
-from par_export.weights import TORCH_DTYPE
+from par_export.restored import model_state, read_weights
 from par_model.checkpoint import CheckpointError, check_keys
 from par_model.config import VQConfig
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.transformer import PAR
 from par_model.vq import VQModel
-from par_runtime.bundle import WEIGHTS, Bundle
+from par_runtime.bundle import Bundle
 from par_runtime.errors import BundleError
 from par_runtime.system import write_beside
 
@@ -80,41 +77,11 @@ def restore(path: Path, out: Path) -> None:
     )
 
 
-def read_weights(bundle: Bundle) -> dict[str, Tensor]:
-    """Name -> tensor of the weights file, for every tensor that a graph uses, in the dtype that it is stored in."""
-    data = np.memmap(bundle.path / WEIGHTS, np.uint8, "r")
-    tensors = {}
-    for graph in bundle.graphs.values():
-        for name, at in WeightTable.read(bundle.path / graph.file).entries.items():
-            if name not in tensors:
-                raw = torch.from_numpy(np.array(data[at.offset : at.offset + at.length]))
-                tensors[name] = raw.view(TORCH_DTYPE[at.dtype]).reshape(at.shape)
-    return tensors
-
-
 def model_checkpoint(bundle: Bundle, stored: dict[str, Tensor]) -> dict[str, Any]:
     """The checkpoint that ``parvis train`` would save of the bundle's transformer: the inverse of
     ``par_export.weights.write_weights``. Raises ManifestError, CheckpointError."""
     config = config_from_manifest(read_manifest(bundle.path))
-    size, padded = config.head_dim, padded_head_dim(config)
-
-    def heads(w: Tensor) -> Tensor:  # [k*H*D', d] -> [k*H*D, d]: removes the padding
-        return w.reshape(-1, padded, w.shape[1])[:, :size].reshape(-1, w.shape[1])
-
-    tables = {"tok_embeddings.weight": config.vocab_size, "cls_embedding.embedding_table.weight": config.n_classes + 1}
-    if config.group_size > 1:
-        tables["spe_tok_embeddings.special_embeddings.weight"] = config.group_size - 1
-    state = dict(zip(tables, torch.split(stored["embed"], list(tables.values())), strict=True))
-    for i in range(config.n_layers):
-        layer = f"layers.{i}"
-        for norm in ("attention_norm", "ffn_norm"):
-            state[f"{layer}.{norm}.weight"] = stored[f"{layer}.{norm}"]
-        state[f"{layer}.attention.wqkv.weight"] = heads(stored[f"{layer}.wqkv"].T)
-        state[f"{layer}.attention.wo.weight"] = heads(stored[f"{layer}.wo"]).T
-        gates = stored[f"{layer}.w13"].T.chunk(2)
-        for name, matrix in zip(("w1", "w3", "w2"), (*gates, stored[f"{layer}.w2"].T), strict=True):
-            state[f"{layer}.feed_forward.{name}.weight"] = matrix
-    state |= {"norm.weight": stored["norm"], "output.weight": stored["output"].T}
+    state = model_state(config, stored)
     with torch.device("meta"):
         expected = PAR(config).state_dict()
     check_keys(bundle.path, state, expected)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,3 +178,35 @@ def test_the_papers_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (asked["config"].n_tokens, asked["config"].vocab_size, asked["vq"]) == (1280, 64000, None)
     with pytest.raises(ValueError, match="unknown size 'XS'"):
         write_published("PAR-XS", (1,), tmp_path)
+
+
+def test_a_hollow_bundle_has_holes_for_matrices_and_the_same_places(tmp_path: Path) -> None:
+    config = replace(SMALL, dim=400)  # heads of 100
+    made = {
+        hollow: write_family(config, [1, 4], tmp_path / str(hollow), name="x", precision="fp16", vq=VQ, hollow=hollow)
+        for hollow in (False, True)
+    }
+    full, hollow = (Bundle.open(made[h][4], verify="full") for h in (False, True))
+    assert full.weights == hollow.weights
+    file, other = (b.path / WEIGHTS for b in (full, hollow))
+    assert file.stat().st_size == other.stat().st_size
+    assert file.stat().st_blocks > 2 * other.stat().st_blocks
+    data, numbers = (np.fromfile(f, np.uint8) for f in (other, file))
+    for name, at in hollow.weights.items():
+        part = data[at.offset : at.offset + at.length]
+        if name in ("cos", "sin", "norm") or name.endswith("_norm"):
+            assert (part == numbers[at.offset : at.offset + at.length]).all()
+            assert part.any()
+        else:
+            assert not part.any(), name
+
+
+def test_bundles_of_random_weights_are_written_without_onnxruntime() -> None:
+    script = "import sys; sys.modules['onnxruntime'] = None; import par_export.random_bundle, par_export.card.reference"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("name", ["PAR-L-512", "PAR-M"])
+def test_a_model_that_was_never_published_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        write_published(name, [4], tmp_path)
