@@ -16,7 +16,7 @@ from onnx import TensorProto, numpy_helper
 
 from conftest import golden_weights
 from par_export import bundle as exporter
-from par_export.engines.build import step_config, tokenizer_config
+from par_export.engines.contents import step_config, tokenizer_config
 from par_export.graphs.decoder import decoder_graph
 from par_export.graphs.writer import WeightTable
 from par_model import PAR, PARConfig, VQConfig, VQModel

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from par_export.engines import weights as engine_weights
-from par_export.engines.build import step_config
+from par_export.engines.contents import step_config
 from par_export.gate.runner import StepRunner, input_ids, run_step, runnable_opset, session
 from par_export.graphs.step import Form, step_graph
 from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WeightTable

@@ -7,12 +7,9 @@ and TensorRT, but neither torch nor a GPU (with TensorRT-RTX). See ``docs/engine
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,10 +18,11 @@ import par_model
 from par_export import engines, graphs
 from par_export.engines import report as engine_report
 from par_export.engines.builder import OnStep, Target, build_plan
-from par_export.engines.cache import EngineCache, key_of
+from par_export.engines.contents import decoder_weights, step_config, step_weights, tokenizer_config
 from par_export.engines.network import ExpectedAttention
-from par_export.engines.place import no_empty_folder, place
-from par_export.engines.request import MODES, NAME_A_TARGET, SAMPLING, BuildRequest, check_local_gpu
+from par_export.engines.place import place
+from par_export.engines.publish import cache_of, check_images, publish, source_hash
+from par_export.engines.request import MODES, SAMPLING, BuildRequest, local_gpu
 from par_export.engines.weights import MappedWeights, weights_in
 from par_export.errors import BuildError
 from par_export.fp16 import check_build
@@ -32,19 +30,13 @@ from par_export.graphs.decoder import decoder_graph
 from par_export.graphs.sampling import SamplingVariant
 from par_export.graphs.step import Form, step_graph
 from par_export.graphs.vq import PREFIX
-from par_export.graphs.writer import Graph, WeightTable
-from par_export.staging import staging
-from par_model.config import PARConfig, VQConfig
-from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
+from par_export.graphs.writer import Graph
 from par_runtime import __version__
-from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, Engine
+from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.bundle import WEIGHTS, Bundle, seal
-from par_runtime.checked import shown
 from par_runtime.dtypes import DTYPE
-from par_runtime.errors import BundleError, EngineError
-from par_runtime.manifest import step_shapes
 from par_runtime.system import peak_bytes, sha256
 
 
@@ -65,12 +57,8 @@ def build(
         trt = trt_module.load(None if request.target == "local" else trt_module.RTX)
     bundle = Bundle.open(request.bundle, verify="full")
     folder_of_engines = place(bundle, request.out, say)
-    cache = None if request.cache_folder is None else EngineCache(request.cache_folder, request.cache_limit_bytes)
-    if request.use_cache:
-        why = "this user has no home folder; PARVIS_CACHE names another" if cache is None else cache.why_unusable()
-        if why:
-            say(f"the engine cache is not used: {why}")
-            request = replace(request, use_cache=False)
+    cache = cache_of(request, say)
+    request = replace(request, use_cache=cache is not None)
     checked = _CheckedRequest.of(bundle, request, trt)
     name = f"{trt.name}-{trt.version}-{checked.target.lower()}-{checked.precision}" + (
         "" if request.mode == "shared" else f"-{request.mode}"
@@ -78,37 +66,11 @@ def build(
     if request.label:
         name += f"-{request.label}"
     out = folder_of_engines / name
-    key = key_of(checked.ingredients())
-    with (
-        no_empty_folder(out.parent),
-        cache.locked(key) if cache is not None and request.use_cache else _unlocked(),
-        staging(out, force=True, marker=ENGINE_JSON) as folder,
-    ):
-        shutil.rmtree(folder)
-        if cache is not None and request.use_cache and cache.get(key, folder) and _intact(folder, bundle):
-            say(f"{out}: taken from the engine cache ({key[:12]})")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            checked.write(folder, say, on_step)
-            if cache is not None and request.use_cache:
-                try:
-                    cache.put(key, folder)
-                except OSError as error:  # the engine is built: a full cache must not lose it
-                    say(f"not kept in the engine cache: {error}")
+    publish(out, bundle, cache, checked.ingredients(), lambda folder: checked.write(folder, say, on_step), say)
     report = json.loads((out / ENGINE_JSON).read_text())["report"]
     for line in engine_report.table(report):
         say(line)
     return out
-
-
-def _intact(folder: Path, bundle: Bundle) -> bool:
-    """Whether an engine from the cache is whole: its files may be hard links to those of an engine that was damaged."""
-    try:
-        Engine.open(folder, bundle, verify="full")
-    except EngineError:
-        return False
-    return True
 
 
 def _check_request(request: BuildRequest) -> None:
@@ -118,8 +80,7 @@ def _check_request(request: BuildRequest) -> None:
         raise BuildError(f"engines {request.mode!r}; expected one of {', '.join(MODES)}")
     if request.sampling is not None and request.sampling not in SAMPLING:
         raise BuildError(f"sampling {request.sampling!r}; plans are built with one of {', '.join(SAMPLING)}")
-    if not request.images or min(request.images) < 1 or list(request.images) != sorted(set(request.images)):
-        raise BuildError(f"images {request.images}; expected ascending numbers from 1")
+    check_images(request.images)
 
 
 @dataclass(frozen=True)
@@ -149,7 +110,7 @@ class _CheckedRequest:
                 served = tuple(phase for phase in wanted if phase in phases)
                 if served:
                     queries[name] = (max(phases[phase] for phase in served), served)
-        target, device = (request.target.upper(), None) if request.target != "local" else _local_gpu()
+        target, device = (request.target.upper(), None) if request.target != "local" else local_gpu()
         own = bundle.graphs["group"].sampling
         sampling = request.sampling or cast(SamplingVariant, own if own in SAMPLING else "topk")
         precision = request.precision or bundle.precision
@@ -178,14 +139,14 @@ class _CheckedRequest:
             "images": list(r.images),
             "plans": {name: [q, list(p), *vars(self.form(q)).items()] for name, (q, p) in self.queries.items()},
             "sampling": self.sampling,
-            "graphs": _source_hash(),
+            "graphs": source_hash((graphs, engines, par_model)),
         }
 
     def write(self, folder: Path, say: Callable[[str], None], on_step: OnStep) -> None:
         """Build every plan into ``folder`` and describe them in ``engine.json``."""
         started = time.monotonic()
         config = step_config(self.bundle)
-        stored = _step_weights(self.bundle)
+        stored = step_weights(self.bundle)
         compute = DTYPE[self.precision]
         plans: dict[str, Any] = {}
         reports: dict[str, Any] = {}
@@ -241,7 +202,7 @@ class _CheckedRequest:
         """Build the decoder's plan, put its report into ``reports``; returns its entry of ``engine.json``."""
         vq = tokenizer_config(self.bundle)
         compute = DTYPE[self.request.decoder_precision]
-        stored = _decoder_weights(self.bundle, vq)
+        stored = decoder_weights(self.bundle, vq)
         with weights_in(self.bundle.path / WEIGHTS, stored, compute, folder) as (table, data):
             graph = decoder_graph(step_config(self.bundle), vq, table, compute)
             size = sum(entry.length for key, entry in table.entries.items() if key.startswith(PREFIX))
@@ -291,76 +252,3 @@ class _CheckedRequest:
                         f"{self.bundle.cache.head_dim}"
                     )
         return file, engine_report.plan_report(outcome, counted, layers, file.stat().st_size, weights_bytes)
-
-
-def _step_weights(bundle: Bundle) -> WeightTable:
-    """Where the weights of the step network lie. Raises BundleError where one is missing or of another shape."""
-    table = WeightTable.read(bundle.path / bundle.graphs["group"].file)
-    embed = table.entries.get("embed")
-    rows = embed.shape[0] if embed is not None and len(embed.shape) == 2 else 0
-    ids = [entry for phase in bundle.phases for entry in phase.inputs if isinstance(entry, int)]
-    if rows <= max(bundle.vocab_size - 1, bundle.no_class, bundle.class_base + bundle.n_classes - 1, *ids):
-        raise BundleError(f"{bundle.path}: its graphs have {rows} embeddings, too few; export the bundle again")
-    _check_shapes(bundle, table, {**step_shapes(bundle.model, bundle.n_tokens), "embed": (rows, bundle.model["dim"])})
-    return table
-
-
-def _decoder_weights(bundle: Bundle, vq: VQConfig) -> WeightTable:
-    """Where the weights of the decoder lie. Raises BundleError where its codebook is another."""
-    table = WeightTable.read(bundle.path / bundle.graphs["decoder"].file)
-    _check_shapes(bundle, table, {PREFIX + "codebook": (bundle.vocab_size, vq.codebook_dim)})
-    return table
-
-
-def _check_shapes(bundle: Bundle, table: WeightTable, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for name, shape in shapes.items():
-        stored = table.entries.get(name)
-        if stored is None or stored.shape != shape:
-            raise BundleError(
-                f"{bundle.path}: {name} has shape {shown(None if stored is None else stored.shape)} in its graphs, "
-                f"expected {shape}; export the bundle again"
-            )
-
-
-def step_config(bundle: Bundle) -> PARConfig:
-    """The configuration of the step network and of the order of its tokens, from the manifest. Raises BundleError."""
-    try:
-        return config_from_manifest(read_manifest(bundle.path))
-    except ManifestError as error:
-        raise BundleError(f"{bundle.path}: {error}") from error
-
-
-def tokenizer_config(bundle: Bundle) -> VQConfig:
-    """The configuration of the tokenizer, from the manifest. Raises BundleError where the bundle has none."""
-    try:
-        vq = tokenizer_from_manifest(read_manifest(bundle.path))
-    except ManifestError as error:
-        raise BundleError(f"{bundle.path}: {error}") from error
-    if vq is None:
-        raise BundleError(f"{bundle.path}: its manifest names no tokenizer; export the bundle again")
-    return vq
-
-
-def _local_gpu() -> tuple[str, str]:
-    """Compute capability and name of this machine's GPU. Raises BuildError."""
-    from par_runtime.backends import cuda
-
-    check_local_gpu(otherwise=NAME_A_TARGET)
-    with cuda.Device.open(0) as device:
-        return f"SM{device.capability[0]}{device.capability[1]}", device.name
-
-
-def _source_hash() -> str:
-    """Hash of the source code that a plan depends on: after a change of it no cached engine is used."""
-    digest = hashlib.sha256()
-    for package in (graphs, engines, par_model):
-        folder = Path(package.__path__[0])
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(f"{package.__name__}/{file.relative_to(folder).as_posix()}\0".encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-@contextmanager
-def _unlocked() -> Iterator[None]:
-    yield

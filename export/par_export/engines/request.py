@@ -52,6 +52,15 @@ def check_local_gpu(index: int = 0, what: str = "target local", otherwise: str =
         raise BuildError(f"{what} needs a GPU: {why}{otherwise}")
 
 
+def local_gpu(index: int = 0) -> tuple[str, str]:
+    """Compute capability ("SM80") and name of this machine's GPU. Raises BuildError."""
+    from par_runtime.backends import cuda
+
+    check_local_gpu(index, otherwise=NAME_A_TARGET)
+    with cuda.Device.open(index) as device:
+        return f"SM{device.capability[0]}{device.capability[1]}", device.name
+
+
 def sizes_up_to(most: int) -> tuple[int, ...]:
     """Batch sizes to build for: 1, 2, 4, ... and ``most`` itself. Other sizes are padded to the next larger one."""
     return tuple(sorted({most, *(2**i for i in range(most.bit_length()) if 2**i < most)}))

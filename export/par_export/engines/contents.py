@@ -1,0 +1,62 @@
+"""What a builder must know of a bundle: the configurations in its manifest, and where the weights of its graphs lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from par_export.graphs.vq import PREFIX
+from par_export.graphs.writer import WeightTable
+from par_model.config import PARConfig, VQConfig
+from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
+from par_runtime.bundle import Bundle
+from par_runtime.checked import shown
+from par_runtime.errors import BundleError
+from par_runtime.manifest import step_shapes
+
+
+def step_weights(bundle: Bundle) -> WeightTable:
+    """Where the weights of the step network lie. Raises BundleError where one is missing or of another shape."""
+    table = WeightTable.read(bundle.path / bundle.graphs["group"].file)
+    embed = table.entries.get("embed")
+    rows = embed.shape[0] if embed is not None and len(embed.shape) == 2 else 0
+    ids = [entry for phase in bundle.phases for entry in phase.inputs if isinstance(entry, int)]
+    if rows <= max(bundle.vocab_size - 1, bundle.no_class, bundle.class_base + bundle.n_classes - 1, *ids):
+        raise BundleError(f"{bundle.path}: its graphs have {rows} embeddings, too few; export the bundle again")
+    _check_shapes(bundle, table, {**step_shapes(bundle.model, bundle.n_tokens), "embed": (rows, bundle.model["dim"])})
+    return table
+
+
+def decoder_weights(bundle: Bundle, vq: VQConfig) -> WeightTable:
+    """Where the weights of the decoder lie. Raises BundleError where its codebook is another."""
+    table = WeightTable.read(bundle.path / bundle.graphs["decoder"].file)
+    _check_shapes(bundle, table, {PREFIX + "codebook": (bundle.vocab_size, vq.codebook_dim)})
+    return table
+
+
+def _check_shapes(bundle: Bundle, table: WeightTable, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        stored = table.entries.get(name)
+        if stored is None or stored.shape != shape:
+            raise BundleError(
+                f"{bundle.path}: {name} has shape {shown(None if stored is None else stored.shape)} in its graphs, "
+                f"expected {shape}; export the bundle again"
+            )
+
+
+def step_config(bundle: Bundle) -> PARConfig:
+    """The configuration of the step network and of the order of its tokens, from the manifest. Raises BundleError."""
+    try:
+        return config_from_manifest(read_manifest(bundle.path))
+    except ManifestError as error:
+        raise BundleError(f"{bundle.path}: {error}") from error
+
+
+def tokenizer_config(bundle: Bundle) -> VQConfig:
+    """The configuration of the tokenizer, from the manifest. Raises BundleError where the bundle has none."""
+    try:
+        vq = tokenizer_from_manifest(read_manifest(bundle.path))
+    except ManifestError as error:
+        raise BundleError(f"{bundle.path}: {error}") from error
+    if vq is None:
+        raise BundleError(f"{bundle.path}: its manifest names no tokenizer; export the bundle again")
+    return vq
