@@ -1,0 +1,64 @@
+"""Packing of matrices into panels: every number at its place, nothing else but zeros."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from kernel_arrays import KIND, empty, launch, stored, wide
+
+
+def packed(raw: np.ndarray, kinds: tuple[str, str], **constants: object) -> np.ndarray:
+    """``raw`` in panels, by the kernel: [tiles, blocks, BN, BK]."""
+    c: dict[str, object] = {"ORDER": "plain", "HEAD": 1, "PADDED": 1, "DROP_ROWS": False} | constants
+    tiles, blocks = -(-int(c["N"]) // int(c["BN"])), -(-int(c["K"]) // int(c["BK"]))  # type: ignore[call-overload]
+    out = empty((tiles, blocks, int(c["BN"]), int(c["BK"])), kinds[1])  # type: ignore[call-overload]
+    arguments = {"raw": (KIND[kinds[0]], raw), "packed": (KIND[kinds[1]], out)}
+    launch("pack.panels", c | {"WIDTH": raw.shape[1]}, (tiles, blocks), arguments)
+    return out
+
+
+def columns(panels: np.ndarray) -> np.ndarray:
+    """The panels [tiles, blocks, BN, BK] as one matrix [K', N'], in packed order."""
+    tiles, blocks, bn, bk = panels.shape
+    return wide(panels).transpose(1, 3, 0, 2).reshape(blocks * bk, tiles * bn)
+
+
+@pytest.mark.parametrize("kinds", [("fp32", "fp16"), ("fp16", "fp16"), ("bf16", "bf16"), ("fp16", "bf16")])
+def test_plain(kinds: tuple[str, str]) -> None:
+    raw = stored(np.random.default_rng(0).normal(size=(40, 50)), kinds[0])
+    got = columns(packed(raw, kinds, K=40, N=50, BN=32, BK=16))
+    wanted = wide(stored(wide(raw), kinds[1]))
+    assert (got[:40, :50] == wanted).all()
+    assert (got[40:] == 0).all()
+    assert (got[:, 50:] == 0).all()
+
+
+@pytest.mark.parametrize(("heads", "size", "padded"), [(2, 8, 8), (3, 20, 24), (2, 100, 104), (1, 4, 8)])
+def test_pairs_of_heads_meet_eight_apart(heads: int, size: int, padded: int) -> None:
+    raw = np.zeros((16, 3 * heads, padded), np.float32)
+    raw[..., :size] = np.random.default_rng(0).normal(size=(16, 3 * heads, size))
+    inner = 3 * heads * size
+    flat = stored(raw.reshape(16, -1), "fp16")
+    got = columns(packed(flat, ("fp16", "fp16"), K=16, N=inner, BN=32, BK=16, ORDER="pairs", HEAD=size, PADDED=padded))
+    groups = got.reshape(16, -1, 2, 8)  # of 16 columns the first 8 are even ones, the last 8 their odd partners
+    pairs = groups.transpose(0, 1, 3, 2).reshape(16, -1)
+    wanted = wide(stored(raw[..., :size].reshape(16, -1), "fp16"))
+    assert (pairs[:, :inner] == wanted).all()
+    assert (pairs[:, inner:] == 0).all()
+
+
+def test_halves_meet_eight_apart() -> None:
+    raw = np.random.default_rng(0).normal(size=(16, 2 * 24)).astype(np.float16)
+    got = columns(packed(raw, ("fp16", "fp16"), K=16, N=48, BN=32, BK=16, ORDER="halves")).reshape(16, -1, 2, 8)
+    for half in range(2):
+        units = got[:, :, half].reshape(16, -1)
+        assert (units[:, :24] == raw[:, half * 24 : half * 24 + 24]).all()
+        assert (units[:, 24:] == 0).all()
+
+
+def test_rows_of_padding_are_dropped() -> None:
+    raw = np.random.default_rng(0).normal(size=(2 * 104, 16)).astype(np.float16)
+    raw.reshape(2, 104, 16)[:, 100:] = np.nan  # never read
+    got = columns(packed(raw, ("fp16", "fp16"), K=200, N=16, BN=16, BK=64, HEAD=100, PADDED=104, DROP_ROWS=True))
+    assert (got[:200] == raw.reshape(2, 104, 16)[:, :100].reshape(200, 16)).all()
+    assert (got[200:] == 0).all()
