@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,14 @@ def child(command: list[str], **pipes: Any) -> Iterator[subprocess.Popen[str]]:
 def tiny() -> Path:
     """The committed bundle of a few hundred kB; needs no torch."""
     return TESTS / "data" / "tiny"
+
+
+@pytest.fixture
+def tiny_copy(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to build engines in, with an engine cache of its own."""
+    monkeypatch.setenv("PARVIS_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(tiny, tmp_path / "tiny")
+    return tmp_path / "tiny"
 
 
 @pytest.fixture

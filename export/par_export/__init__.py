@@ -1,6 +1,7 @@
-"""Turn checkpoints into bundles and bundles into engines: ``export(ExportRequest(...))``, ``build(BuildRequest(...))``.
+"""Turn checkpoints into bundles and bundles into engines: ``export(ExportRequest(...))``, ``build(BuildRequest(...))``
+for TensorRT, ``build_kernels(KernelsRequest(...))`` for kernels of our own.
 
-See ``docs/design.md`` and ``docs/engines.md``.
+See ``docs/design.md``, ``docs/engines.md`` and ``docs/kernels.md``.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ if TYPE_CHECKING:
     from par_export.engines.request import BuildRequest
     from par_export.engines.tune import tune
     from par_export.errors import BuildError, ExportError, OutputError, ParityError
+    from par_export.kernels.build import build_kernels
+    from par_export.kernels.request import KernelsRequest
 
 __all__ = [
     "BuildError",
     "BuildRequest",
     "ExportError",
     "ExportRequest",
+    "KernelsRequest",
     "OutputError",
     "ParityError",
     "build",
+    "build_kernels",
     "export",
     "tune",
 ]
@@ -35,6 +40,8 @@ _MODULES = {
     "BuildRequest": "engines.request",
     "build": "engines.build",
     "tune": "engines.tune",
+    "KernelsRequest": "kernels.request",
+    "build_kernels": "kernels.build",
     **dict.fromkeys(("BuildError", "ExportError", "OutputError", "ParityError"), "errors"),
 }
 

@@ -46,16 +46,17 @@ def largest_in(parity: Mapping[str, Any]) -> tuple[float, str, int] | None:
     return max(found, default=None)
 
 
-def check_build(parity: Mapping[str, Any], step: str, decoder: str) -> None:
-    """Raise BuildError where the numbers of the model do not fit the dtypes ``step`` and ``decoder`` of its plans.
+def check_build(parity: Mapping[str, Any], step: str, decoder: str, others: str = "--precision bf16, or fp32") -> None:
+    """Raise BuildError where the numbers of the model do not fit the dtypes ``step`` and ``decoder`` of its engine.
 
     ``parity`` is the manifest's entry. A bundle in fp32 or bf16 may be built in fp16, which its export did not check.
+    ``others``: the options that the message proposes.
     """
     largest = largest_in(parity)
     if step == "float16" and largest is not None and largest[0] > FP16_ALLOWED:
         value, quantity, _ = largest
         what = f"{QUANTITIES.get(quantity, quantity)} reaches {value:.4g}"
-        raise BuildError(f"precision fp16: {what} in this model; {REASON}; give --precision bf16, or fp32")
+        raise BuildError(f"precision fp16: {what} in this model; {REASON}; give {others}")
     half = parity.get("decoder_fp16")
     if decoder == "float16" and isinstance(half, Mapping) and half.get("left_out"):
         why = half.get("why", "its images differ too much from those in fp32")

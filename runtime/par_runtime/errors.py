@@ -47,14 +47,14 @@ class TensorRTMissingError(Exception):
     """No usable TensorRT is installed; the message says what to install."""
 
 
-def how_to_install(extra: str, only: str = "") -> str:
+def how_to_install(extra: str) -> str:
     """The command that installs an extra of ``parvis``, for instance "cpu" or "cpu,export", as it can be typed.
 
-    It names the packages themselves, since parvis is on no package index. ``only``: one package of the extra.
+    It names the packages themselves, since parvis is on no package index.
     """
     import shlex  # here, as below, because only errors need it
 
-    needed = [r for r in requirements(extra) if only in ("", _NAME.match(r.lower())[0])]  # type: ignore[index]
+    needed = requirements(extra)
     if not needed:  # not installed, but run from its folders
         return f"pip install '.[{extra}]' in a clone of parvis"
     return f"{pip_command()} install {' '.join(map(shlex.quote, needed))}"
@@ -71,6 +71,7 @@ def pip_command() -> str:
 
 
 _NAME = re.compile(r"[a-z0-9._-]+")
+_EXTRA_OF_OURS = re.compile(r"parvis\[([a-z0-9,-]+)\]")
 _MARKER = re.compile(r"""(python_version|extra)\s*(==|>=|<)\s*["']([^"']+)["']""")
 
 
@@ -90,7 +91,8 @@ def requirements(extra: str) -> list[str]:
         for requirement, _, marker in (entry.partition(";") for entry in all_of_them):
             tests = _MARKER.findall(marker)
             if ("extra", "==", name) in tests and all(_holds(*test) for test in tests if test[0] != "extra"):
-                out.append(requirement.strip())
+                ours = _EXTRA_OF_OURS.fullmatch(requirement.strip())
+                out += requirements(ours[1]) if ours else [requirement.strip()]
     with contextlib.suppress(metadata.PackageNotFoundError):
         metadata.version("onnxruntime-gpu")
         out = [requirement for requirement in out if _NAME.match(requirement)[0] != "onnxruntime"]  # type: ignore[index]

@@ -83,6 +83,27 @@ class LoadedFiles:
         self.check()
         return mmap.mmap(self._weights, 0, access=mmap.ACCESS_READ)
 
+    def read(self, into: memoryview, offset: int) -> None:
+        """Fill ``into`` with the bytes of the weights file from ``offset`` on. Raises BundleError.
+
+        Several threads may read at a time. It does not look whether the file was changed: :meth:`check` does.
+        """
+        done = 0
+        try:
+            while done < len(into):
+                got = os.preadv(self._weights, [into[done:]], offset + done)
+                if not got:
+                    raise BundleError(
+                        f"{self.bundle.path / WEIGHTS}: ends before byte {offset + len(into)}; copy the bundle again "
+                        "or export it again"
+                    )
+                done += got
+        except OSError as error:
+            raise BundleError(
+                f"{self.bundle.path / WEIGHTS}: cannot be read ({error.strerror}); copy the bundle again or export it "
+                "again"
+            ) from error
+
     def check(self) -> None:
         """Raise BundleError where something wrote into the weights file. It takes a microsecond, so every call checks.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +26,6 @@ SMALL = PARConfig(dim=128, n_layers=2, n_heads=2, vocab_size=256, n_classes=10, 
 @pytest.fixture(scope="module")
 def trt() -> trt_module.TensorRT:
     return trt_module.load(trt_module.RTX)
-
-
-@pytest.fixture
-def tiny_copy(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PARVIS_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(tiny, tmp_path / "tiny")
-    return tmp_path / "tiny"
 
 
 @dataclass

@@ -9,13 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import engine_cases
 import pytest
 
 from conftest import child
 from par_export.cli import build as build_cli
 
-tiny_copy = engine_cases.tiny_copy  # a fixture
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'")
 
 

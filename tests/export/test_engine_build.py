@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import engine_cases
 import numpy as np
 import pytest
 from engine_cases import random_case
@@ -24,7 +23,6 @@ from par_runtime.backends.engines import Engine
 from par_runtime.bundle import Bundle, seal
 from par_runtime.errors import EngineError
 
-tiny_copy = engine_cases.tiny_copy  # a fixture
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'")
 
 

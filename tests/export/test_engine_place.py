@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import engine_cases
 import pytest
 
 from par_export.cli import build as build_cli
@@ -17,7 +16,6 @@ from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch
 from par_runtime.system import cache_folder
 
-tiny_copy = engine_cases.tiny_copy  # a fixture, with an engine cache of its own
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'")
 BUILD = ["--target", "SM80", "--images", "1"]
 

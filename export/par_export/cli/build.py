@@ -1,4 +1,4 @@
-"""``parvis build``: a bundle becomes TensorRT plans."""
+"""``parvis build``: a bundle becomes TensorRT plans, or an engine of kernels."""
 
 from __future__ import annotations
 
@@ -13,11 +13,23 @@ from par_export.cli.common import count, counts, guarded
 from par_export.engines.cache import DEFAULT_LIMIT_BYTES
 from par_export.engines.request import MODES, NAME_A_TARGET, SAMPLING, BuildRequest, check_local_gpu, sizes_up_to
 from par_export.errors import BuildError
+from par_export.kernels import request as kernels
 from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.cli.common import Parser
 from par_runtime.cli.options import add_list
 from par_runtime.dtypes import PRECISIONS
+from par_runtime.errors import how_to_install
 from par_runtime.system import cache_folder, check_writable, write_beside
+
+#: option -> why an engine of kernels does not have it.
+PLANS_ONLY = {
+    "--engines": "an engine of kernels is always shared, one list of launches for every phase",
+    "--sampling": "kernels sample exactly, with every top-k and top-p",
+    "--attention": "kernels have one form of attention",
+    "--visible": "kernels read as many keys as each row has",
+    "--norm": "kernels always apply a norm to the product behind it",
+    "--reproducible": "kernels are compiled without timing anything, so the same build is always the same",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,20 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build an engine per target and print the reports. Raises what :func:`par_export.engines.build.build` raises."""
-    if "local" in args.target:  # before the import, which may ask to install TensorRT
-        check_local_gpu(otherwise=NAME_A_TARGET)
-    from par_export.engines.build import build
+    """Build an engine per target and print the reports.
 
+    Raises what :func:`par_export.engines.build.build` and :func:`par_export.kernels.build.build_kernels` raise.
+    """
+    if args.engine == "kernels":
+        _check_kernels(args)
+    if "local" in args.target:  # before the import, which may ask to install TensorRT
+        check_local_gpu(otherwise=kernels.NAME_A_TARGET if args.engine == "kernels" else NAME_A_TARGET)
     if args.list is not None and not args.list.parent.is_dir():
         raise BuildError(f"--list {args.list}: no folder {args.list.parent}; give a file in one that exists")
     if args.list is not None:
         check_writable(args.list)
-    folders = []
-    for target in args.target:
-        with PlanBar(args.quiet or args.json) as bar:
-            request = _request(args, target)
-            folders.append(build(request, (lambda _: None) if args.json or args.quiet else bar.say, bar))
+    folders = _kernels(args) if args.engine == "kernels" else _plans(args)
     if args.list is not None:
         write_beside(args.list, lambda part: part.write_text(json.dumps([str(folder) for folder in folders])))
     if args.json:
@@ -53,18 +64,57 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plans(args: argparse.Namespace) -> list[Path]:
+    from par_export.engines.build import build
+
+    folders = []
+    for target in args.target:
+        with PlanBar(args.quiet or args.json) as bar:
+            folders.append(build(_request(args, target), (lambda _: None) if args.json or args.quiet else bar.say, bar))
+    return folders
+
+
+def _kernels(args: argparse.Namespace) -> list[Path]:
+    try:
+        from par_export.kernels.build import build_kernels
+    except ModuleNotFoundError as error:  # what plans are built with may be missing here, and other way round
+        install = how_to_install("kernels-build")
+        raise BuildError(f"--engine kernels needs {error.name}, which is not installed; {install}") from None
+
+    request = kernels.KernelsRequest(
+        bundle=args.bundle,
+        targets=args.target,
+        precision=args.precision,
+        images=args.images or sizes_up_to(args.max_images),
+        decoder_precision=args.decoder_precision,
+        out=args.out,
+        use_cache=not args.no_cache,
+        cache_folder=args.cache_dir or cache_folder(),
+        cache_limit_bytes=int(args.cache_gb * 1e9),
+    )
+    with PlanBar(args.quiet or args.json) as bar:
+        return build_kernels(request, (lambda _: None) if args.json or args.quiet else bar.say, bar)
+
+
+def _check_kernels(args: argparse.Namespace) -> None:
+    """Raise BuildError where an option was given that only plans of TensorRT have."""
+    for option, why in PLANS_ONLY.items():
+        if getattr(args, option.strip("-")):
+            raise BuildError(f"{option}: {why}; leave it out, or give --engine tensorrt")
+
+
 def _request(args: argparse.Namespace, target: str) -> BuildRequest:
     return BuildRequest(
         bundle=args.bundle,
         target=target,
         precision=args.precision,
         images=args.images or sizes_up_to(args.max_images),
-        mode=args.engines,
+        mode=args.engines or MODES[0],
         sampling=args.sampling,
         grouped=None if args.attention is None else args.attention == "grouped",
         lengths=None if args.visible is None else args.visible == "lengths",
         norm_after=args.norm == "after",
-        decoder_precision=args.decoder_precision,
+        decoder_precision=args.decoder_precision or "fp32",
         use_cache=not args.no_cache,
         cache_folder=args.cache_dir or cache_folder(),
         out=args.out,
@@ -74,6 +124,11 @@ def _request(args: argparse.Namespace, target: str) -> BuildRequest:
 
 
 def _print_kernels(entry: dict[str, Any]) -> None:
+    if "kernels" in entry:
+        from par_export.kernels.report import listing
+
+        print("\n".join(listing(entry)))
+        return
     for name, plan in entry["report"]["plans"].items():
         for profile in plan["profiles"][:1]:
             print(f"\n{name}, {profile['images']} images: {profile['total']} kernels")
@@ -148,12 +203,19 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``parvis build``."""
     p = Parser(
         prog="parvis build",
-        description="Build TensorRT plans from a bundle, into its folder engines/ if it can be written. With "
-        "TensorRT-RTX no GPU is needed: name the GPU to build for. Ends with a report: fused layers, kernels per step, "
-        "bytes.",
+        description="Build engines from a bundle, into its folder engines/ if it can be written: plans of TensorRT, or "
+        "kernels of our own, which need nothing but the driver to run. Kernels and the plans of TensorRT-RTX need no "
+        "GPU to be built: name the GPU to build for. Ends with a report: launches per step, bytes, what was fused.",
     )
     p.add_argument(
         "bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
+    )
+    p.add_argument(
+        "--engine",
+        choices=["tensorrt", "kernels"],
+        default="tensorrt",
+        help="'tensorrt': plans (default); 'kernels': our own, for SM80, SM86, SM89, SM90, SM100, SM120, compiled by "
+        "Triton: docs/kernels.md",
     )
     add_list(
         p,
@@ -161,49 +223,49 @@ def parser() -> argparse.ArgumentParser:
         targets,
         required=True,
         metavar="TARGET",
-        help="SM80 (A100), SM89 (L4, RTX 4090), ... one or several; 'local' is this machine's GPU",
+        help="SM80 (A100), SM89 (L4, RTX 4090), SM90 (H100), ... one or several; 'local' is this machine's GPU",
     )
-    p.add_argument("--precision", choices=PRECISIONS, help="of the step network (default: the bundle's)")
+    p.add_argument(
+        "--precision", choices=PRECISIONS, help="of the step network (default: the bundle's); kernels: fp16 or bf16"
+    )
     p.add_argument(
         "--max-images",
         type=count,
         default=8,
-        help="largest batch; plans are built for 1, 2, 4, ... up to it (default: 8)",
+        help="largest batch; engines are built for 1, 2, 4, ... up to it (default: 8)",
     )
     add_list(p, "--images", counts, help="batch sizes to build for: 1 2 4, instead of --max-images")
     p.add_argument(
         "--engines",
         choices=MODES,
-        default="shared",
-        help="'shared': one plan serves every phase, weights once (default); 'per-phase': a plan for each",
+        help="plans: 'shared': one serves every phase, weights once (default); 'per-phase': a plan for each",
     )
     p.add_argument(
-        "--sampling", choices=SAMPLING, help="sampling tail (default: the bundle's; topk where that is exact)"
+        "--sampling", choices=SAMPLING, help="plans: sampling tail (default: the bundle's; topk where that is exact)"
     )
     p.add_argument(
         "--attention",
         choices=["grouped", "plain"],
-        help="the queries of a group as query heads, or as a sequence (default: grouped up to n = 4)",
+        help="plans: the queries of a group as query heads, or as a sequence (default: grouped up to n = 4)",
     )
     p.add_argument(
         "--visible",
         choices=["lengths", "mask"],
-        help="what attention sees: a count per row, or a mask (default: lengths where TensorRT has them)",
+        help="plans: what attention sees: a count per row, or a mask (default: lengths where TensorRT has them)",
     )
     p.add_argument(
         "--norm",
         choices=["before", "after"],
-        default="before",
-        help="apply a norm before the product that follows, or to it: one kernel less per layer, other rounding "
+        help="plans: apply a norm before the product that follows, or to it: one kernel less per layer, other rounding "
         "(default: before)",
     )
     p.add_argument(
         "--decoder-precision",
         choices=PRECISIONS,
-        default="fp32",
-        help="default: fp32, which uses TF32 where faster",
+        help="default for plans: fp32, which uses TF32 where faster; for kernels: fp16 where the export checked it, "
+        "else fp32 with TF32",
     )
-    p.add_argument("--kernels", action="store_true", help="also list every kernel of a step")
+    p.add_argument("--kernels", action="store_true", help="also list every kernel or launch of a step")
     p.add_argument("--json", action="store_true", help="print engine.json instead of text")
     p.add_argument(
         "--list", type=Path, metavar="FILE", help="also write the engines' folders there, as JSON, at the end"

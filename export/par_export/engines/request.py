@@ -52,11 +52,11 @@ def check_local_gpu(index: int = 0, what: str = "target local", otherwise: str =
         raise BuildError(f"{what} needs a GPU: {why}{otherwise}")
 
 
-def local_gpu(index: int = 0) -> tuple[str, str]:
-    """Compute capability ("SM80") and name of this machine's GPU. Raises BuildError."""
+def local_gpu(index: int = 0, otherwise: str = NAME_A_TARGET) -> tuple[str, str]:
+    """Compute capability ("SM80") and name of GPU ``index`` of this machine. Raises BuildError."""
     from par_runtime.backends import cuda
 
-    check_local_gpu(index, otherwise=NAME_A_TARGET)
+    check_local_gpu(index, otherwise=otherwise)
     with cuda.Device.open(index) as device:
         return f"SM{device.capability[0]}{device.capability[1]}", device.name
 

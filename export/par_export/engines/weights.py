@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from par_runtime.dtypes import STORAGE
 
 #: dtype -> numpy's own; ml_dtypes has those that numpy lacks, under the same names.
 NUMPY_DTYPE: dict[str, np.dtype] = {dtype: np.dtype(getattr(ml_dtypes, dtype, dtype)) for dtype in STORAGE}
+
+_BLOCK_BYTES = 16 * 2**20  #: read at a time
 
 
 class MappedWeights:
@@ -115,10 +117,30 @@ def folded(matrix: np.ndarray, gain: np.ndarray, compute: str) -> tuple[np.ndarr
     return wide * np.float32(2.0**-exponent), exponent
 
 
-def _convert(name: str, values: np.ndarray, compute: str) -> bytes:
+def check_range(file: Path, stored: Mapping[str, Stored], compute: str, cure: str) -> None:
+    """Raise BuildError where a number of the tensors ``stored`` in ``file`` does not fit the dtype ``compute``.
+
+    Tensors of that dtype are not read. ``cure``: what the message says to give. Raises OSError.
+    """
+    with file.open("rb") as source:
+        for name, entry in stored.items():
+            if entry.dtype == compute or entry.dtype not in NUMPY_DTYPE:
+                continue
+            # Without its sign a number's bits grow with it, infinities and NaN last, so only the largest is converted.
+            dtype = NUMPY_DTYPE[entry.dtype]
+            bits = np.dtype(f"u{dtype.itemsize}")
+            unsigned, largest = bits.type(2 ** (8 * dtype.itemsize - 1) - 1), bits.type(0)
+            source.seek(entry.offset)
+            for start in range(0, entry.length, _BLOCK_BYTES):
+                block = np.frombuffer(source.read(min(_BLOCK_BYTES, entry.length - start)), bits)
+                largest = max(largest, (block & unsigned).max())
+            _convert(name, np.array([largest]).view(dtype), compute, cure)
+
+
+def _convert(name: str, values: np.ndarray, compute: str, cure: str = "--precision bf16 or fp32") -> bytes:
     with np.errstate(over="ignore"):
         out = values.astype(np.float32).astype(NUMPY_DTYPE[compute])
     if not np.isfinite(out.astype(np.float32)).all():
         largest = np.abs(values.astype(np.float32)).max()
-        raise BuildError(f"weight {name!r} reaches {largest:.3g}, beyond {compute}; give --precision bf16 or fp32")
+        raise BuildError(f"weight {name!r} reaches {largest:.3g}, beyond {compute}; give {cure}")
     return out.tobytes()

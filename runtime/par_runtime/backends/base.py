@@ -10,7 +10,7 @@ Letters: R rows in flight (two for a guided image), B images, q positions of one
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,6 +96,24 @@ class Batch:
         return repeated
 
 
+def tensors(bundle: Bundle, query: int) -> dict[str, tuple[Any, ...]]:
+    """Every tensor that a program of an engine is bound to, with its shape; the first entry is "R" (rows) or "B"
+    (images).
+
+    ``query``: positions of a call, or 0 for the decoder.
+    """
+    n, q = bundle.n_tokens, query
+    if q == 0:
+        height, width = bundle.image_size or (0, 0)
+        return {"tokens": ("B", n), "images": ("B", height, width, 3)}
+    out: dict[str, tuple[Any, ...]] = dict.fromkeys(("ids", "positions", "tokens"), ("R", q))
+    out |= dict.fromkeys(("write", "length", "image"), ("R",))
+    out |= dict.fromkeys(IMAGE_INPUTS, ("B",))
+    out |= {"uniform": ("B", q), "logits": ("B", q, bundle.vocab_size)}
+    cache = ("R", bundle.cache.heads, n, bundle.cache.head_dim)
+    return out | dict.fromkeys((*bundle.cache.inputs, *bundle.cache.outputs), cache)
+
+
 def check_positions(write: Int, query: int, n_tokens: int) -> None:
     """Raise ValueError unless ``query`` positions from ``write`` [R] on lie in 0 .. N-1: beyond, a backend would write
     outside its cache.
@@ -108,7 +126,7 @@ def check_positions(write: Int, query: int, n_tokens: int) -> None:
 class BackendInfo:
     """What a backend is and works with, for reports and bounds."""
 
-    runtime: str  #: "native-cpu", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt_rtx"
+    runtime: str  #: "native-cpu", "onnxruntime-cpu", "onnxruntime-cuda", "kernels", "tensorrt", "tensorrt_rtx"
     version: str  #: and the variant, if there are several: "0.1.0 (avx512)", "1.32.0 (step_opset23)"
     device: str  #: "cpu", or the GPU's name
     computes: str  #: the precision it calculates in: "fp32", "fp16", "bf16"

@@ -1,4 +1,4 @@
-"""Which backend runs a bundle: a plan that fits this GPU, ONNX Runtime on CUDA where asked for, else the CPU."""
+"""Which backend runs a bundle: an engine that fits this GPU, ONNX Runtime on CUDA where asked for, else the CPU."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import re
 from typing import TYPE_CHECKING
 
 from par_runtime.arguments import given
-from par_runtime.backends.engines import Engine, best, joined, list_engines, why_unfit
+from par_runtime.backends.engines import KERNELS, Engine, best, joined, list_engines, why_unfit
 from par_runtime.backends.ort import importing
+from par_runtime.backends.program import VERSION
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from par_runtime.backends.trt.module import TensorRT
 
 EXPECTED = (
-    "expected auto, cpu, cuda, cuda:0 (TensorRT on that GPU), or cpu-ort, cuda-ort, cuda-ort:0 (ONNX Runtime, even "
+    "expected auto, cpu, cuda, cuda:0 (an engine on that GPU), or cpu-ort, cuda-ort, cuda-ort:0 (ONNX Runtime, even "
     "where another backend could run)"
 )
 CPUS = ("cpu", "cpu-ort")
@@ -46,16 +47,17 @@ def choose(
 ) -> tuple[Backend, str]:
     """The backend for ``device``, and one line that states why it is the CPU ("" where ``device`` asks for the CPU).
 
-    ``auto`` takes TensorRT if a plan of the bundle fits the first GPU, else the CPU. ``cpu`` takes the C kernels
-    (``native/``) where they were built and fit the bundle, else ONNX Runtime; ``cpu-ort`` always takes ONNX Runtime.
-    A named GPU that cannot be used is an error. Raises RequestError, EngineError, BundleError, CudaError.
+    ``auto`` takes the best engine of the bundle that fits the first GPU (``engines.best``), else the CPU. ``cpu``
+    takes the C kernels (``native/``) where they were built and fit the bundle, else ONNX Runtime; ``cpu-ort`` always
+    takes ONNX Runtime. A named GPU that cannot be used is an error. Raises RequestError, EngineError, BundleError,
+    CudaError.
     """
     check_device(device)
     if device in CPUS:
         return _cpu(bundle, threads, native=device == "cpu"), ""
     if device == "auto":
         try:
-            backend, why = _tensorrt(bundle, 0, verify, capture)
+            backend, why = _engine(bundle, 0, verify, capture)
         except (EngineError, CudaError) as error:
             backend, why = None, str(error)
         return (backend, "") if backend is not None else (_cpu(bundle, threads), f"running on the CPU: {why}")
@@ -66,7 +68,7 @@ def choose(
         from par_runtime.backends.ort import gpu as ort_cuda
 
         return ort_cuda.OrtCudaBackend(bundle, index, threads), ""
-    backend, why = _tensorrt(bundle, index, verify, capture)
+    backend, why = _engine(bundle, index, verify, capture)
     if backend is None:
         raise EngineError(f"device {device!r} cannot run {bundle.path}: {why}")
     return backend, ""
@@ -84,7 +86,7 @@ def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
     return ort.OrtBackend(bundle, threads)
 
 
-def _tensorrt(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -> tuple[Backend | None, str]:
+def _engine(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -> tuple[Backend | None, str]:
     """A loaded engine on GPU ``index``, or None and the reason."""
     engines, bad = list_engines(bundle)
     if not engines:
@@ -97,25 +99,26 @@ def _tensorrt(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -
         return None, cuda.why_no_device() if count == 0 else f"there is no GPU {index}, only {count}"
     with cuda.Device.open(index) as gpu:
         capability, name = gpu.capability, gpu.name
-    fits: list[tuple[Engine, TensorRT]] = []
+    fits: list[tuple[Engine, TensorRT | None]] = []
     reasons = list(bad)
     for runtime in dict.fromkeys(engine.runtime for engine in engines):
-        of_it = [engine for engine in engines if engine.runtime == runtime]
-        try:
-            trt = trt_module.load(runtime)
-        except TensorRTMissingError as error:
-            reasons.append(str(error))
-            continue
-        for engine in of_it:
-            why = why_unfit(engine, trt.name, trt.version, capability, name)
-            if why is None:
-                fits.append((engine, trt))
-            else:
-                reasons.append(why)
+        trt, version = None, VERSION
+        if runtime != KERNELS:
+            try:
+                trt = trt_module.load(runtime)
+            except TensorRTMissingError as error:
+                reasons.append(str(error))
+                continue
+            version = trt.version
+        for engine in engines:
+            if engine.runtime == runtime:
+                why = why_unfit(engine, runtime, version, capability, name)
+                if why is None:
+                    fits.append((engine, trt))
+                else:
+                    reasons.append(why)
     for reason in reasons:
         log.debug("%s", reason)
-    from par_runtime.backends.trt import backend as trt_backend
-
     while fits:
         engine = best([engine for engine, _ in fits])
         try:
@@ -128,5 +131,11 @@ def _tensorrt(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -
             engine.tuned.get("capture", capture) if capture == "image" else capture
         )  # what the caller asks for wins
         trt = next(t for e, t in fits if e is engine)
+        if trt is None:
+            from par_runtime.backends.kernels import backend as kernels_backend
+
+            return kernels_backend.load(bundle, engine, cuda.Device.open(index), chosen), ""
+        from par_runtime.backends.trt import backend as trt_backend
+
         return trt_backend.load(bundle, engine, cuda.Device.open(index), trt, chosen), ""
     return None, joined(reasons)

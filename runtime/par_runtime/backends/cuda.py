@@ -51,22 +51,37 @@ HINTS = {
     "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": (
         "the capture was broken by an earlier call; load with capture='call' or 'none'"
     ),
-    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": "the driver is older than the compiler that made the plan; update the driver",
-    "CUDA_ERROR_NO_BINARY_FOR_GPU": "the plan holds no kernels for this GPU; build it again for this target",
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": (
+        "the driver is older than the compiler that made the engine; update the driver"
+    ),
+    "CUDA_ERROR_NO_BINARY_FOR_GPU": "the engine holds no kernels for this GPU; build it again for this target",
+    "CUDA_ERROR_INVALID_IMAGE": "a file of the engine is no cubin that this driver reads; build the engine again",
+    "CUDA_ERROR_INVALID_PTX": "a file of the engine is no cubin that this driver reads; build the engine again",
+    "CUDA_ERROR_NOT_FOUND": "the engine's file holds no such function; build the engine again",
+    "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES": (
+        "a kernel takes more registers or threads than this GPU has; build the engine again for this target"
+    ),
+    "CUDA_ERROR_MISALIGNED_ADDRESS": (
+        "a kernel was given an address that it cannot use; the process must be restarted: please report it with "
+        "'parvis verify'"
+    ),
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION": (
+        "a kernel was compiled for another GPU; the process must be restarted. Build the engine again for this target"
+    ),
     "CUDA_ERROR_INVALID_VALUE": "an address or size is wrong; please report it with 'parvis verify'",
 }
 
 
 def device_count() -> int:
     """GPUs that the driver shows; 0 where there is none, no driver or no cuda-python."""
-    return 0 if why_no_device() else int(_call("cuDeviceGetCount"))
+    return 0 if why_no_device() else int(call("cuDeviceGetCount"))
 
 
 def why_no_device() -> str:
     """Why there is no GPU, as one line; "" where there is one."""
     try:
-        _call("cuInit", 0)
-        return "" if int(_call("cuDeviceGetCount")) else "the driver shows no GPU (CUDA_VISIBLE_DEVICES?)"
+        call("cuInit", 0)
+        return "" if int(call("cuDeviceGetCount")) else "the driver shows no GPU (CUDA_VISIBLE_DEVICES?)"
     except CudaError as error:
         return str(error)
 
@@ -80,7 +95,8 @@ def _has_driver() -> bool:
     return True
 
 
-def _driver() -> Any:
+def library() -> Any:
+    """The module cuda.bindings.driver, or what stands in for it. Raises CudaError where it is missing."""
     global driver
     if driver is None:
         try:
@@ -88,17 +104,15 @@ def _driver() -> Any:
         except ImportError as error:
             if not _has_driver():  # then cuda-python would not help
                 raise CudaError(NO_DRIVER, "NO_DRIVER") from error
-            raise CudaError(
-                f"a GPU needs cuda-python ({error}); {how_to_install('tensorrt-rtx', 'cuda-python')}"
-            ) from error
+            raise CudaError(f"a GPU needs cuda-python ({error}); {how_to_install('kernels')}") from error
         driver = loaded
     return driver
 
 
-def _call(name: str, *arguments: Any, note: str = "") -> Any:
-    """Call the driver. Returns its results without the error code: one value, or a tuple. Raises CudaError.
+def call(name: str, *arguments: Any, note: str = "") -> Any:
+    """Call a function of the driver. Returns its results without the error code: one value, or a tuple.
 
-    ``note`` describes the arguments in errors.
+    Raises CudaError. ``note`` describes the arguments in errors.
     """
     global _process
     if forked():
@@ -108,7 +122,7 @@ def _call(name: str, *arguments: Any, note: str = "") -> Any:
             "FORKED",
         )
     try:
-        code, *values = getattr(_driver(), name)(*arguments)
+        code, *values = getattr(library(), name)(*arguments)
     except RuntimeError as error:  # cuda-python's own: the library is missing, or too old to know the call
         if type(error).__name__ == "DynamicLibNotFoundError":
             message = NO_DRIVER
@@ -137,13 +151,13 @@ def _error(name: str, code: Any, note: str) -> CudaError:
     label = getattr(code, "name", str(code))
     text = ""
     with suppress(Exception):  # an error while describing an error must not hide it
-        status, raw = _driver().cuGetErrorString(code)
+        status, raw = library().cuGetErrorString(code)
         text = f" ({raw.decode()})" if int(status) == 0 and raw else ""
     hint = HINTS.get(label, "see the CUDA driver API's list of error codes")
     return CudaError(f"{name}{f' of {note}' if note else ''} failed: {label} = {int(code)}{text}; {hint}", label)
 
 
-class _Owned:
+class Owned:
     """A resource of the driver, which ``free`` or the end of a ``with`` block frees."""
 
     def free(self) -> None:
@@ -157,14 +171,14 @@ class _Owned:
         self.free()
 
 
-class Device(_Owned):
+class Device(Owned):
     """One GPU and its primary context. ``capability`` is (8, 0) for an A100."""
 
     def __init__(self, index: int) -> None:
-        _call("cuInit", 0)
+        call("cuInit", 0)
         self.index = index
-        self._device = _call("cuDeviceGet", index, note=f"GPU {index}")
-        self._context: Any = _call("cuDevicePrimaryCtxRetain", self._device, note=f"GPU {index}")
+        self._device = call("cuDeviceGet", index, note=f"GPU {index}")
+        self._context: Any = call("cuDevicePrimaryCtxRetain", self._device, note=f"GPU {index}")
         try:
             self._describe()
         except BaseException:
@@ -174,16 +188,16 @@ class Device(_Owned):
 
     def _describe(self) -> None:
         self.activate()
-        raw = _call("cuDeviceGetName", 256, self._device)
+        raw = call("cuDeviceGetName", 256, self._device)
         self.name = bytes(raw).split(b"\0")[0].decode()
         self.capability = (self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR"))
-        self.total_bytes = int(_call("cuDeviceTotalMem", self._device))
-        version = int(_call("cuDriverGetVersion"))
+        self.total_bytes = int(call("cuDeviceTotalMem", self._device))
+        version = int(call("cuDriverGetVersion"))
         self.driver_version = f"{version // 1000}.{version % 1000 // 10}"
 
     def _attribute(self, name: str) -> int:
-        kind = getattr(_driver().CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-        return int(_call("cuDeviceGetAttribute", kind, self._device))
+        kind = getattr(library().CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(call("cuDeviceGetAttribute", kind, self._device))
 
     @staticmethod
     def open(index: int) -> Device:
@@ -194,16 +208,16 @@ class Device(_Owned):
         """Make the context current in this thread, which may be another one than the pipeline was loaded in."""
         if self._context is None:
             raise CudaError(f"GPU {self.index} was closed; load the pipeline again", "CLOSED")
-        _call("cuCtxSetCurrent", self._context)
+        call("cuCtxSetCurrent", self._context)
 
     def free_bytes(self) -> int:
         """Memory that is free now."""
-        return int(_call("cuMemGetInfo")[0])
+        return int(call("cuMemGetInfo")[0])
 
     def allocate(self, size: int, what: str) -> Buffer:
         """``size`` bytes of device memory; ``what`` names it in errors. Raises OutOfMemory."""
         try:
-            pointer = int(_call("cuMemAlloc", size, note=f"{size} bytes for {what}"))
+            pointer = int(call("cuMemAlloc", size, note=f"{size} bytes for {what}"))
         except CudaError as error:
             if error.code != "CUDA_ERROR_OUT_OF_MEMORY":
                 raise
@@ -214,26 +228,26 @@ class Device(_Owned):
 
     def pinned(self, size: int) -> Pinned:
         """``size`` bytes of host memory that the GPU copies to and from asynchronously."""
-        return Pinned(int(_call("cuMemHostAlloc", size, 0, note=f"{size} bytes of pinned memory")), size)
+        return Pinned(int(call("cuMemHostAlloc", size, 0, note=f"{size} bytes of pinned memory")), size)
 
     def stream(self) -> Stream:
         """A new stream that does not wait for the default one."""
-        return Stream(_call("cuStreamCreate", 1))
+        return Stream(call("cuStreamCreate", 1))
 
     def event(self) -> Event:
         """A new event with timing."""
-        return Event(_call("cuEventCreate", 0))
+        return Event(call("cuEventCreate", 0))
 
     def close(self) -> None:
         """Release the context. What was allocated on it must be freed before."""
         if self._context is not None:
             self._context = None
-            _call("cuDevicePrimaryCtxRelease", self._device)
+            call("cuDevicePrimaryCtxRelease", self._device)
 
     free = close
 
 
-class Buffer(_Owned):
+class Buffer(Owned):
     """Device memory."""
 
     def __init__(self, pointer: int, size: int) -> None:
@@ -246,10 +260,10 @@ class Buffer(_Owned):
     def free(self) -> None:
         if self.pointer:
             pointer, self.pointer = self.pointer, 0
-            _call("cuMemFree", pointer)
+            call("cuMemFree", pointer)
 
 
-class Pinned(_Owned):
+class Pinned(Owned):
     """Pinned host memory; ``array`` [size] uint8 is empty after ``free``."""
 
     def __init__(self, pointer: int, size: int) -> None:
@@ -260,10 +274,10 @@ class Pinned(_Owned):
         if self.pointer:
             pointer, self.pointer = self.pointer, 0
             self.array, self.size = np.empty(0, np.uint8), 0
-            _call("cuMemFreeHost", pointer)
+            call("cuMemFreeHost", pointer)
 
 
-class Stream(_Owned):
+class Stream(Owned):
     """A stream: copies and launches on it run one after the other, in the order of their calls."""
 
     def __init__(self, raw: Any) -> None:
@@ -271,50 +285,50 @@ class Stream(_Owned):
         self.handle = int(raw)
 
     @property
-    def _raw(self) -> Any:
+    def raw(self) -> Any:
         if self._stream is None:  # the driver takes None as the default stream
             raise CudaError("the stream was freed; load the pipeline again", "CLOSED")
         return self._stream
 
     def synchronize(self) -> None:
         """Wait for everything on the stream. Raises CudaError, also for what failed earlier on it."""
-        _call("cuStreamSynchronize", self._raw)
+        call("cuStreamSynchronize", self.raw)
 
     def upload(self, dst: int, src: Pinned, size: int, src_offset: int = 0) -> None:
         """Copy ``size`` bytes of pinned memory to the device. They are read when the copy runs."""
         _inside(src, src_offset, size)
-        _call("cuMemcpyHtoDAsync", dst, src.pointer + src_offset, size, self._raw, note=f"{size} bytes")
+        call("cuMemcpyHtoDAsync", dst, src.pointer + src_offset, size, self.raw, note=f"{size} bytes")
 
     def download(self, dst: Pinned, src: int, size: int, dst_offset: int = 0) -> None:
         """Copy ``size`` bytes of the device to pinned memory; they are there after ``synchronize``."""
         _inside(dst, dst_offset, size)
-        _call("cuMemcpyDtoHAsync", dst.pointer + dst_offset, src, size, self._raw, note=f"{size} bytes")
+        call("cuMemcpyDtoHAsync", dst.pointer + dst_offset, src, size, self.raw, note=f"{size} bytes")
 
     def copy(self, dst: int, src: int, size: int) -> None:
         """Copy ``size`` bytes on the device."""
-        _call("cuMemcpyDtoDAsync", dst, src, size, self._raw, note=f"{size} bytes")
+        call("cuMemcpyDtoDAsync", dst, src, size, self.raw, note=f"{size} bytes")
 
     def copy_2d(self, dst: int, dst_pitch: int, src: int, src_pitch: int, width: int, height: int) -> None:
         """Copy ``height`` rows of ``width`` bytes on the device, rows ``pitch`` bytes apart."""
-        module = _driver()
+        module = library()
         copy = module.CUDA_MEMCPY2D()
         copy.srcMemoryType = copy.dstMemoryType = module.CUmemorytype.CU_MEMORYTYPE_DEVICE
         copy.srcDevice, copy.srcPitch = src, src_pitch
         copy.dstDevice, copy.dstPitch = dst, dst_pitch
         copy.WidthInBytes, copy.Height = width, height
-        _call("cuMemcpy2DAsync", copy, self._raw, note=f"{height} rows of {width} bytes")
+        call("cuMemcpy2DAsync", copy, self.raw, note=f"{height} rows of {width} bytes")
 
     def fill(self, dst: int, value: int, size: int) -> None:
         """Set ``size`` bytes on the device."""
-        _call("cuMemsetD8Async", dst, value, size, self._raw, note=f"{size} bytes")
+        call("cuMemsetD8Async", dst, value, size, self.raw, note=f"{size} bytes")
 
     def record(self, event: Event) -> None:
         """Mark this place of the stream."""
-        _call("cuEventRecord", event.raw, self._raw)
+        call("cuEventRecord", event.raw, self.raw)
 
     def capturing(self) -> bool:
         """Whether the stream is being captured: its work is recorded instead of run."""
-        return int(_call("cuStreamIsCapturing", self._raw)) != 0
+        return int(call("cuStreamIsCapturing", self.raw)) != 0
 
     @contextmanager
     def capture(self) -> Iterator[Captured]:
@@ -323,19 +337,19 @@ class Stream(_Owned):
         Raises CudaError where a call cannot be recorded; the stream can still be used then.
         """
         captured = Captured()
-        _call("cuStreamBeginCapture", self._raw, _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        call("cuStreamBeginCapture", self.raw, library().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:
             yield captured
         except BaseException:
             with suppress(CudaError):  # ends the capture; the error that matters is the first one
-                _call("cuGraphDestroy", _call("cuStreamEndCapture", self._raw))
+                call("cuGraphDestroy", call("cuStreamEndCapture", self.raw))
             raise
-        captured.graph = Graph(_call("cuStreamEndCapture", self._raw))
+        captured.graph = Graph(call("cuStreamEndCapture", self.raw))
 
     def free(self) -> None:
         if self._stream is not None:
             raw, self._stream = self._stream, None
-            _call("cuStreamDestroy", raw)
+            call("cuStreamDestroy", raw)
 
 
 class Captured:
@@ -344,27 +358,27 @@ class Captured:
     graph: Graph
 
 
-class Graph(_Owned):
+class Graph(Owned):
     """An instantiated CUDA graph."""
 
     def __init__(self, raw: Any) -> None:
         try:
-            self.nodes = int(_call("cuGraphGetNodes", raw)[1])
-            self._executable: Any = _call("cuGraphInstantiate", raw, 0, note=f"{self.nodes} nodes")
+            self.nodes = int(call("cuGraphGetNodes", raw)[1])
+            self._executable: Any = call("cuGraphInstantiate", raw, 0, note=f"{self.nodes} nodes")
         finally:
-            _call("cuGraphDestroy", raw)
+            call("cuGraphDestroy", raw)
 
     def launch(self, stream: Stream) -> None:
         """Run everything that was recorded, in the same order."""
-        _call("cuGraphLaunch", self._executable, stream._raw)
+        call("cuGraphLaunch", self._executable, stream.raw)
 
     def free(self) -> None:
         if self._executable is not None:
             executable, self._executable = self._executable, None
-            _call("cuGraphExecDestroy", executable)
+            call("cuGraphExecDestroy", executable)
 
 
-class Event(_Owned):
+class Event(Owned):
     """A place in a stream, with its time."""
 
     def __init__(self, raw: Any) -> None:
@@ -372,16 +386,16 @@ class Event(_Owned):
 
     def synchronize(self) -> None:
         """Wait until the stream reaches the event."""
-        _call("cuEventSynchronize", self.raw)
+        call("cuEventSynchronize", self.raw)
 
     def elapsed_ms(self, since: Event) -> float:
         """Milliseconds on the device from the event ``since`` to this one; both are recorded."""
-        return float(_call("cuEventElapsedTime", since.raw, self.raw))
+        return float(call("cuEventElapsedTime", since.raw, self.raw))
 
     def free(self) -> None:
         if self.raw is not None:
             raw, self.raw = self.raw, None
-            _call("cuEventDestroy", raw)
+            call("cuEventDestroy", raw)
 
 
 def _inside(pinned: Pinned, offset: int, size: int) -> None:

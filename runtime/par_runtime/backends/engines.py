@@ -1,25 +1,31 @@
-"""Engines of a bundle: TensorRT plans in ``engines/<runtime>-<version>-<target>-<precision>/``, and which one fits.
+"""Engines of a bundle in ``engines/<runtime>-<version>-<target>-<precision>/``, and which one fits.
 
-An engine folder holds ``engine.json``, the plans, and what TensorRT-RTX compiled for this GPU (``runtime.cache``,
-written at run time). ``engine.json`` holds the hash of the bundle that it was built from, so a plan can never serve
-another model, and its own hash, as a manifest does.
+There are two kinds: TensorRT plans, and our own kernels (``program.py``). An engine folder holds ``engine.json``; the
+plans, and what TensorRT-RTX compiled for this GPU (``runtime.cache``, written at run time), or the cubins. It holds the
+hash of the bundle that it was built from, so an engine can never serve another model, and its own hash, as a manifest
+does.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bundle import Bundle, FileCheck, canonical_hash, file_fault
+from par_runtime.backends.base import tensors
+from par_runtime.backends.program import CONSTANTS, Kernels, Launch, Pointer, Program, from_json
+from par_runtime.bundle import WEIGHTS, Bundle, FileCheck, Stored, canonical_hash, file_fault
 from par_runtime.checked import UNPRINTABLE, Mismatch, Value, load_json, read_regular, shown
-from par_runtime.dtypes import PRECISIONS
+from par_runtime.dtypes import BYTES, PRECISIONS
 from par_runtime.errors import EngineError
 from par_runtime.system import cache_folder
 
 ENGINES = "engines"
+KERNELS = "kernels"  #: the ``runtime`` of engines of our own kernels
+POINTER_ALIGN = 16  #: bytes: what kernels were compiled to expect of every address
 ENGINE_DIR = "PARVIS_ENGINE_DIR"  #: environment variable: engines that do not lie in their bundles
 ENGINE_JSON = "engine.json"
 ENGINE_SCHEMA = 1
@@ -45,8 +51,9 @@ class Plan:
 class Engine:
     """An opened engine folder: checked, not loaded.
 
-    ``target`` is "SM80" and the like for TensorRT-RTX; classic TensorRT plans also name the ``device`` they were
-    tuned on. ``images`` are the batch sizes it has profiles for, ascending; rows are twice as many.
+    It has either ``plans`` and perhaps a ``decoder``, or ``kernels``.
+    ``target`` is "SM80" and the like, for which it was compiled; classic TensorRT plans also name the ``device`` they
+    were tuned on. ``images`` are the batch sizes it has profiles for, ascending; rows are twice as many.
     """
 
     path: Path
@@ -64,6 +71,7 @@ class Engine:
     decoder: Plan | None
     tuned: Mapping[str, Any]
     report: Mapping[str, Any]
+    kernels: Kernels | None = None
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -72,25 +80,45 @@ class Engine:
         return int(digits[:-1]), int(digits[-1])
 
     @property
+    def measured_ms(self) -> float:
+        """Milliseconds per image that ``parvis tune`` measured, of the batch size it tuned for; infinite without."""
+        rows = self.tuned.get("rows") or ()
+        return min((row["ms_per_image"] for row in rows if row["images"] == self.tuned.get("images")), default=math.inf)
+
+    @property
     def rebuild(self) -> str:
         """The command that builds it again."""
-        bundle = self.bundle_path
-        target = self.target if self.runtime == "tensorrt_rtx" else "local"
+        kind = " --engine kernels" if self.runtime == KERNELS else ""
+        target = "local" if self.runtime == "tensorrt" else self.target
         mode = "" if self.mode == "shared" else f" --engines {self.mode}"
         return (
-            f"parvis build {bundle} --target {target} --precision {self.precision} --max-images {self.images[-1]}{mode}"
+            f"parvis build {self.bundle_path}{kind} --target {target} --precision {self.precision} "
+            f"--max-images {self.images[-1]}{mode}"
         )
 
     @property
     def decodes(self) -> bool:
         """Whether it makes images, and not tokens alone."""
-        return self.decoder is not None
+        return self.decoder is not None if self.kernels is None else "decoder" in self.kernels.programs
+
+    @property
+    def files(self) -> list[tuple[str, int, str]]:
+        """Name, bytes and sha256 of each of its files, beside ``engine.json``."""
+        plans = [*self.plans.values(), *([self.decoder] if self.decoder else [])]
+        out = [(plan.file, plan.bytes, plan.sha256) for plan in plans]
+        if self.kernels is not None:
+            out += dict.fromkeys((k.file, k.bytes, k.sha256) for k in self.kernels.kernels.values())
+            out.append((CONSTANTS, self.kernels.constants_bytes, self.kernels.constants_sha256))
+        return out
 
     def serving(self, phase: str) -> tuple[str, int]:
         """The name of what runs ``phase``, and q, its positions per call. Raises EngineError."""
         for name, plan in self.plans.items():
             if phase in plan.phases:
                 return name, plan.query
+        for name, program in self.kernels.programs.items() if self.kernels else ():
+            if phase in program.phases:
+                return name, program.query
         raise EngineError(f"{self.path}: no plan serves the phase {phase!r}; rebuild with: {self.rebuild}")
 
     @staticmethod
@@ -116,6 +144,8 @@ class Engine:
             engine = _parse(path, of, entry)
             if bundle is not None and engine.bundle_hash == bundle.hash:
                 _check_plans(engine, bundle)
+                if engine.kernels is not None:
+                    _check_kernels(engine, engine.kernels, bundle)
         except Mismatch as mismatch:
             raise fault(f"{file}: {mismatch}") from None
         if bundle is not None and engine.bundle_hash != bundle.hash:
@@ -123,10 +153,10 @@ class Engine:
                 f"{path}: was built from a bundle with hash {engine.bundle_hash[:12]}, this one is "
                 f"{bundle.hash[:12]}; rebuild with: {engine.rebuild}"
             )
-        for plan in [*engine.plans.values(), *([engine.decoder] if engine.decoder else [])]:
-            why = file_fault(path / plan.file, plan.bytes, plan.sha256, verify)
+        for name, size, digest in engine.files:
+            why = file_fault(path / name, size, digest, verify)
             if why is not None:
-                raise EngineError(f"{path / plan.file}: {why}; rebuild with: {engine.rebuild}")
+                raise EngineError(f"{path / name}: {why}; rebuild with: {engine.rebuild}")
         return engine
 
 
@@ -188,18 +218,30 @@ def cached_engine_folder(bundle: Bundle) -> Path | None:
 
 
 def why_unfit(engine: Engine, runtime: str, version: str, capability: tuple[int, int], device: str) -> str | None:
-    """Why ``engine`` cannot run on this GPU with this TensorRT, or None if it can."""
+    """Why ``engine`` cannot run on this GPU with this runtime, or None if it can.
+
+    ``runtime`` and ``version``: of the TensorRT that is installed, or "kernels" and the version that is read here.
+    """
+    if engine.runtime == KERNELS and engine.version != version:
+        return (
+            f"{engine.path.name} is of version {engine.version} of kernels, this parvis runs {version}; rebuild with: "
+            f"{engine.rebuild}"
+        )
     if engine.runtime != runtime or engine.version != version:
         return (
             f"{engine.path.name} was built by {engine.runtime} {engine.version}, installed is {runtime} {version}; "
             f"rebuild with: {engine.rebuild}"
         )
-    if engine.capability != capability:
+    # What was compiled for a GPU of compute capability 8.x runs on later ones of 8.x too; from 9.0 on it uses what only
+    # that one GPU has.
+    (major, minor), runs_on_later = engine.capability, runtime == KERNELS and engine.capability < (9, 0)
+    if major != capability[0] or not (minor == capability[1] or (runs_on_later and minor < capability[1])):
         here = f"SM{capability[0]}{capability[1]}"
-        target = here if runtime == "tensorrt_rtx" else "local"
+        kind = " --engine kernels" if runtime == KERNELS else ""
+        target = "local" if runtime == "tensorrt" else here
         return (
             f"{engine.path.name} was built for {engine.target}, this GPU ({device}) is {here}; "
-            f"build with: parvis build {engine.bundle_path} --target {target} --precision {engine.precision}"
+            f"build with: parvis build {engine.bundle_path}{kind} --target {target} --precision {engine.precision}"
         )
     if engine.device is not None and engine.device != device:
         return f"{engine.path.name} was tuned on {engine.device}, this GPU is {device}; rebuild with: {engine.rebuild}"
@@ -209,16 +251,22 @@ def why_unfit(engine: Engine, runtime: str, version: str, capability: tuple[int,
 def best(engines: list[Engine]) -> Engine:
     """The engine to take, of several that fit.
 
-    First one that ``parvis tune`` chose, then one in half precision, then the one for the most images.
+    First one that ``parvis tune`` chose, of several the fastest. Then our own kernels, half precision, the GPU that it
+    was compiled for (the latest of those that fit), the most images.
     """
     order = {"fp16": 2, "bf16": 1, "fp32": 0}
-    return max(engines, key=lambda e: (bool(e.tuned.get("chosen")), order.get(e.precision, 0), e.images[-1]))
+
+    def worth(e: Engine) -> tuple[object, ...]:
+        kernels = e.runtime == KERNELS
+        return bool(e.tuned.get("chosen")), -e.measured_ms, kernels, order[e.precision], e.capability, e.images[-1]
+
+    return max(engines, key=worth)
 
 
 def _check(e: Value) -> None:
     """Raise Mismatch for the first entry of an ``engine.json`` that is not of its form."""
     e["bundle"].match("[0-9a-f]{64}", "64 hexadecimal digits")
-    e["runtime"].match("[a-z_]{1,32}", "the name of a TensorRT")
+    e["runtime"].match("[a-z_]{1,32}", "kernels, or the name of a TensorRT")
     e["version"].match(r"[0-9A-Za-z.+_-]{1,64}", "a version")
     e["target"].match("SM[0-9]{2,4}", "SM80 and the like")
     e["device"]
@@ -230,6 +278,10 @@ def _check(e: Value) -> None:
     images = e["images"].integers(1, MOST_IMAGES)
     if not 1 <= len(images) <= 64 or images != sorted(set(images)):
         e["images"].refuse("1 to 64 numbers, ascending")
+    if (e["runtime"].value == KERNELS) != (e.get("kernels") is not None):
+        e["runtime"].refuse("kernels where there is an entry kernels, and only there")
+    if e.get("kernels") is not None and (e["plans"].object() or e.get("decoder") is not None):
+        e["plans"].refuse("none, and no decoder, in an engine of kernels")
     for name, plan in e["plans"].items(16):
         Value(name, "a name in plans").match("[a-z_]{1,32}", "1 to 32 small letters")
         _check_plan(plan, 1)
@@ -243,6 +295,10 @@ def _check(e: Value) -> None:
         tuned["chosen"].boolean()
     if tuned.get("capture") is not None:
         tuned["capture"].one_of(CAPTURES)
+    if tuned.get("rows") is not None:
+        for row in tuned["rows"].entries(0, 2**12):
+            row["images"].integer(1, MOST_IMAGES)
+            row["ms_per_image"].number(0, 1e12)
 
 
 def _check_plan(plan: Value, least_query: int) -> None:
@@ -256,15 +312,76 @@ def _check_plan(plan: Value, least_query: int) -> None:
 
 def _check_plans(engine: Engine, bundle: Bundle) -> None:
     """Raise Mismatch where the plans do not serve the phases of the bundle that they were built from."""
+    what = "programs" if engine.kernels else "plans"
+    calls = [p for p in engine.kernels.programs.values() if p.query] if engine.kernels else engine.plans.values()
     for phase in bundle.phases:
-        serving = [plan for plan in engine.plans.values() if phase.name in plan.phases]
+        serving = [each for each in calls if phase.name in each.phases]
         if not serving or not phase.query <= serving[0].query <= bundle.group_size:
             raise Mismatch(
-                f"plans have none for the phase {phase.name!r} of {phase.query} positions and at most "
+                f"{what} have none for the phase {phase.name!r} of {phase.query} positions and at most "
                 f"{bundle.group_size}"
             )
-    if engine.decoder is not None and bundle.image_size is None:
+    if engine.decodes and bundle.image_size is None:
         raise Mismatch("decoder is there; expected none, because the bundle ends at tokens")
+
+
+def _check_kernels(engine: Engine, kernels: Kernels, bundle: Bundle) -> None:
+    """Raise Mismatch where launches name what is not there, or an address that is not inside of what they name."""
+    stored_bytes = bundle.files[WEIGHTS]["bytes"]
+    weights = {name: weight.bytes for name, weight in kernels.weights.items()}
+    for name, weight in kernels.weights.items():
+        place, size = (weight.offset, weight.bytes) if weight.stored is None else _range(weight.stored)
+        end = kernels.constants_bytes if weight.stored is None else stored_bytes
+        if place + size > end:
+            file = CONSTANTS if weight.stored is None else WEIGHTS
+            raise Mismatch(f"kernels.weights.{name} is {size} bytes at {place} of {file}, which has {end}")
+        if weight.stored is not None and weight.pack is not None:
+            _check_launch(f"kernels.weights.{name}.pack", weight.pack, 0, {"raw": size, "packed": weight.bytes})
+    for name, program in kernels.programs.items():
+        where = f"kernels.programs.{name}"
+        if (program.query == 0) != (name == "decoder"):
+            raise Mismatch(f"{where}.query is {program.query}; expected 0 for the decoder and only there")
+        if tuple(sorted(program.profiles)) != engine.images:
+            raise Mismatch(f"{where}.profiles are {sorted(program.profiles)}; expected {list(engine.images)}")
+        for images, profile in program.profiles.items():
+            known = [
+                weights,
+                _tensor_bytes(engine, bundle, program, images),
+                {key: size for key, (_, size) in profile.scratch.items()},
+                {key: size for key, (_, size) in program.state.items()},
+            ]
+            sizes = {key: size for each in known for key, size in each.items()}
+            if len(sizes) != sum(map(len, known)):
+                raise Mismatch(f"{where}: a tensor, a weight, scratch and state have different names")
+            for launch, layer in program.launches(images):
+                _check_launch(f"{where}.profiles.{images}", launch, layer, sizes)
+
+
+def _check_launch(where: str, launch: Launch, layer: int, sizes: Mapping[str, int]) -> None:
+    for argument in launch.arguments:
+        if isinstance(argument, Pointer):
+            name, offset = argument.of_layer(layer)
+            if name not in sizes:
+                raise Mismatch(f"{where}: {launch.kernel} takes {shown(name)}, which is no tensor, weight or buffer")
+            if offset >= sizes[name] or offset % POINTER_ALIGN:
+                raise Mismatch(
+                    f"{where}: {launch.kernel} takes byte {offset} of {shown(name)}; expected a multiple of "
+                    f"{POINTER_ALIGN} below {sizes[name]}"
+                )
+
+
+def _tensor_bytes(engine: Engine, bundle: Bundle, program: Program, images: int) -> dict[str, int]:
+    """Bytes of each tensor that ``program`` is bound to at a batch size."""
+    number = dict.fromkeys((*bundle.cache.inputs, *bundle.cache.outputs), int(BYTES[engine.precision]))
+    number |= dict.fromkeys(("length", "uniform", "guidance", "temperature", "top_p", "logits"), 4) | {"images": 1}
+    return {
+        name: math.prod(shape) * images * (2 if letter == "R" else 1) * number.get(name, 8)
+        for name, (letter, *shape) in tensors(bundle, program.query).items()
+    }
+
+
+def _range(stored: Stored) -> tuple[int, int]:
+    return stored.offset, stored.length
 
 
 def _parse(path: Path, bundle_path: Path, entry: dict[str, Any]) -> Engine:
@@ -289,4 +406,5 @@ def _parse(path: Path, bundle_path: Path, entry: dict[str, Any]) -> Engine:
         decoder=None if entry["decoder"] is None else plan(entry["decoder"]),
         tuned=entry["tuned"],
         report=entry["report"],
+        kernels=from_json(Value(entry)["kernels"]) if entry.get("kernels") is not None else None,
     )

@@ -25,6 +25,7 @@ from par_runtime.bundle import Stored
 from par_runtime.checked import Mismatch, Value, shown
 from par_runtime.manifest import STORED_BYTES
 
+VERSION = "1"  #: of this form; a runtime reads no other
 CONSTANTS = "constants.data"  #: numbers that the build computed, beside the cubins
 ALIGN = 256  #: of every buffer's offset, in bytes
 #: Types of parameters: addresses of numbers, and numbers.
@@ -34,6 +35,7 @@ MOST_GRID = (2**31 - 1, 65535, 65535)
 MOST_LAUNCHES = 4096  #: of a list
 MOST_KERNELS = 512
 MOST_LAYERS = 4096
+MOST_OF_LAYERS = 2**14  #: launches in all layers of a list
 
 
 @dataclass(frozen=True)
@@ -265,10 +267,14 @@ def _program(entry: Value, kernels: Mapping[str, Kernel]) -> Program:
         size = value["scratch_bytes"].integer(0, 2**40)
         profiles[int(images)] = Profile(**lists, scratch=_places(value["scratch"], size), scratch_bytes=size)
     size = entry["state_bytes"].integer(0, 2**40)
+    layers = entry["layers"].integer(0, MOST_LAYERS)
+    longest = max((len(profile.layer) for profile in profiles.values()), default=0)
+    if layers * longest > MOST_OF_LAYERS:
+        entry["layers"].refuse(f"at most {MOST_OF_LAYERS // longest} layers of {longest} launches")
     return Program(
         query=entry["query"].integer(0, 2**20),
         phases=tuple(phase.match("[a-z_]{1,32}", "1 to 32 small letters") for phase in entry["phases"].entries(0, 16)),
-        layers=entry["layers"].integer(0, MOST_LAYERS),
+        layers=layers,
         profiles=profiles,
         state=_places(entry["state"], size),
         state_bytes=size,
@@ -326,4 +332,6 @@ def _weight(entry: Value, kernels: Mapping[str, Kernel]) -> Weight:
         tensor = Stored(dtype, shape, stored["offset"].integer(0, 2**50), length)
         if pack is None and length != size:
             entry["bytes"].refuse(f"{length}, the bytes of the stored tensor, which is not packed")
+    elif pack is not None:
+        pack.refuse("null, because the tensor is not one of the bundle")
     return Weight(size, tensor, entry["offset"].integer(0, 2**40), None if pack is None else _launch(pack, kernels))

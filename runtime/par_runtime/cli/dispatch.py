@@ -69,7 +69,7 @@ VERBS = {
     ),
     "build": Verb(
         "par_export.cli.build",
-        "build TensorRT plans from a bundle, with or without a GPU",
+        "build engines from a bundle, TensorRT plans or kernels, with or without a GPU",
         ("build,tensorrt-rtx", "cpu", "cpu,export"),
     ),
     "tune": Verb(

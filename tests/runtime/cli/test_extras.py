@@ -135,6 +135,10 @@ def test_a_command_that_installs_an_extra_names_the_packages_of_this_python(monk
         'onnxruntime-gpu>=1.23; python_version < "3.11" and extra == "onnxruntime-gpu"',
         "tensorrt-rtx>=1.7 ; extra == 'tensorrt-rtx'",
         "cuda-python>=13 ; extra == 'tensorrt-rtx'",
+        "onnx>=1.20; extra == 'build'",
+        "parvis[build]; extra == 'kernels-build'",
+        "triton>=3.6; sys_platform == 'linux' and extra == 'kernels-build'",
+        "cuda-python>=13; extra == 'kernels'",
     ]
     installed: dict[str, str] = {}
 
@@ -149,14 +153,15 @@ def test_a_command_that_installs_an_extra_names_the_packages_of_this_python(monk
     assert requirements("onnxruntime-gpu") == ["onnxruntime-gpu>=1.23"]
     monkeypatch.setattr(sys, "version_info", (3, 13, 0))
     assert requirements("onnxruntime-gpu") == ["onnxruntime-gpu>=1.27"]
+    assert requirements("kernels-build") == ["onnx>=1.20", "triton>=3.6"]  # parvis is on no package index
     assert requirements("cpu,tensorrt-rtx") == ["onnxruntime>=1.23", "tensorrt-rtx>=1.7", "cuda-python>=13"]
     installed["onnxruntime-gpu"] = "1.27"  # its files and those of onnxruntime are the same ones
     assert requirements("cpu,tensorrt-rtx") == ["tensorrt-rtx>=1.7", "cuda-python>=13"]
     monkeypatch.setattr("shutil.which", lambda _: str(Path(sys.executable).parent / "pip"))
-    assert how_to_install("tensorrt-rtx", "cuda-python") == "pip install 'cuda-python>=13'"
+    assert how_to_install("kernels") == "pip install 'cuda-python>=13'"
     monkeypatch.setattr("shutil.which", lambda _: "/elsewhere/bin/pip")  # an environment that is not activated
     monkeypatch.setattr(sys, "executable", "/a place/bin/python")
-    assert how_to_install("tensorrt-rtx", "cuda-python") == "'/a place/bin/python' -m pip install 'cuda-python>=13'"
+    assert how_to_install("kernels") == "'/a place/bin/python' -m pip install 'cuda-python>=13'"
 
     def none(_: str) -> list[str]:
         raise metadata.PackageNotFoundError

@@ -63,7 +63,7 @@ def run_launch(
     blocks = [(x, y, z) for z, y, x in itertools.product(range(grid[2]), range(grid[1]), range(grid[0]))]
     if shuffle is not None:
         np.random.default_rng(shuffle).shuffle(blocks)
-    with _patched(function.fn), np.errstate(all="ignore"):
+    with _patched(), np.errstate(all="ignore"):
         interpreter.interpreter_builder.set_grid_dim(*grid)
         for x, y, z in blocks:
             interpreter.interpreter_builder.set_grid_idx(int(x), int(y), int(z))
@@ -90,11 +90,13 @@ def _argument(kind: str, value: int | float) -> Any:
 
 
 @contextmanager
-def _patched(function: Any) -> Iterator[None]:
-    """The language's functions are the interpreter's, with our bf16; nested kernels are not patched again each time."""
+def _patched() -> Iterator[None]:
+    """The language's functions are the interpreter's, with our bf16; nested functions do not patch it again each time,
+    which takes longer than what they do.
+    """
     builder: Any = interpreter.interpreter_builder
-    # Two modules of the language: the one that kernels see, and the one that its own functions in Triton see.
-    scopes = [interpreter._patch_lang(function), interpreter._patch_lang(tl.zeros.fn)]
+    # It looks for the language's modules in what a function sees; Triton's own functions see ``core``.
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     again = interpreter._patch_lang
     interpreter._patch_lang = lambda _: SimpleNamespace(restore=lambda: None)
     builder.cast_impl = functools.partial(_cast, builder)
@@ -106,8 +108,7 @@ def _patched(function: Any) -> Iterator[None]:
         for name in ("cast_impl", "create_fp_to_fp", "create_dot"):
             delattr(builder, name)
         interpreter._patch_lang = again
-        for scope in reversed(scopes):
-            scope.restore()
+        scope.restore()
 
 
 def _cast(builder: Any, handle: Any, kind: Any) -> Any:

@@ -19,10 +19,10 @@ import numpy as np
 import onnxruntime as ort
 
 from double.driver import Driver, ViolationError
-from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, Plan
+from par_runtime.backends.base import tensors
+from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES
 from par_runtime.backends.ort.cpu import OPSET24_SINCE
 from par_runtime.backends.trt.module import TensorRT
-from par_runtime.backends.trt.plan import expected
 from par_runtime.bundle import Bundle, seal
 from par_runtime.system import sha256
 
@@ -132,7 +132,7 @@ class Engine:
         self.driver, self.query, self.images = driver, plan["query"], plan["images"]
         self.slow = plan["slow"]
         self.bundle = Bundle.open(plan["bundle"])
-        self.tensors = expected(self.bundle, Plan("", 0, "", self.query, ()))
+        self.tensors = tensors(self.bundle, self.query)
         newest = tuple(int(part) for part in ort.__version__.split(".")[:2]) >= OPSET24_SINCE
         graph = "decoder" if self.query == 0 else "step" if newest else "step_opset23"
         options = ort.SessionOptions()

@@ -1,8 +1,8 @@
 """A loaded plan: checked against the bundle, with its execution contexts on memory that this package allocates.
 
-``expected`` describes the tensors that a plan must have; a plan that differs is refused when it is loaded, not at the
-first launch. There is one context per profile. They share one block of scratch memory, because they run one after the
-other.
+``base.tensors`` describes the tensors that a plan must have; a plan that differs is refused when it is loaded, not at
+the first launch. There is one context per profile. They share one block of scratch memory, because they run one after
+the other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from par_runtime.backends import cuda
-from par_runtime.backends.base import IMAGE_INPUTS
+from par_runtime.backends.base import tensors
 from par_runtime.backends.engines import Engine, Plan
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.bundle import Bundle
@@ -122,7 +122,7 @@ class LoadedPlan:
         """Raise EngineError where tensors, profiles or aliases are not those of the bundle and ``engine.json``."""
         entry, path = self.engine, self.engine.path / self.plan.file
         again = f"rebuild with: {entry.rebuild}"
-        wanted = expected(bundle, self.plan)
+        wanted = tensors(bundle, self.plan.query)
         missing = sorted(wanted.keys() - self.tensors.keys())
         extra = sorted(self.tensors.keys() - wanted.keys())
         if missing or extra:
@@ -176,20 +176,6 @@ class PlanContext:
         """Launch it. Raises EngineError, which names ``what``."""
         if not self.raw.execute_async_v3(stream.handle):
             raise EngineError(f"{self.engine.path}: {what} failed: {self._log.last_error()}")
-
-
-def expected(bundle: Bundle, plan: Plan) -> dict[str, tuple[Any, ...]]:
-    """Every tensor of a plan with its shape; the first entry is "R" (rows) or "B" (images)."""
-    n, q = bundle.n_tokens, plan.query
-    if q == 0:
-        height, width = bundle.image_size or (0, 0)
-        return {"tokens": ("B", n), "images": ("B", height, width, 3)}
-    out: dict[str, tuple[Any, ...]] = dict.fromkeys(("ids", "positions", "tokens"), ("R", q))
-    out |= dict.fromkeys(("write", "length", "image"), ("R",))
-    out |= dict.fromkeys(IMAGE_INPUTS, ("B",))
-    out |= {"uniform": ("B", q), "logits": ("B", q, bundle.vocab_size)}
-    cache = ("R", bundle.cache.heads, n, bundle.cache.head_dim)
-    return out | dict.fromkeys((*bundle.cache.inputs, *bundle.cache.outputs), cache)
 
 
 def make_log(trt: TensorRT) -> Any:

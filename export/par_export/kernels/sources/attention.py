@@ -1,0 +1,119 @@
+"""Attention of the q new positions of each row over the keys that the row sees.
+
+Keys are read once for all q queries of a head: they are the large operand, the queries the narrow one. Only keys
+before ``length`` are read, and only those were ever written: what lies behind may be NaN.
+
+A head's keys are cut into SPLITS spans of SPAN keys, so that there are enough blocks of threads for all processors
+where heads and rows are few. Spans begin at multiples of SPAN whatever the batch, so a row's result does not depend on
+it. Each block leaves its largest score, its sum and its weighted values; the one that arrives last joins them in the
+order of the spans.
+"""
+
+import triton
+import triton.language as tl
+
+from par_export.kernels.sources.step import begin
+
+
+@triton.jit
+def fetch_lines(address, count, BYTES: tl.constexpr, MOST: tl.constexpr):
+    """Ask for ``count`` (at most MOST) lines of BYTES from ``address`` on to be brought into the L2 cache."""
+    line = tl.minimum(tl.arange(0, MOST), count - 1)
+    first = address.to(tl.pointer_type(tl.uint8)) + line * BYTES
+    size = tl.full((MOST,), BYTES, tl.int32)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [first, size], tl.int32, False, 1
+    )
+
+
+@triton.jit
+def attend(
+    q,  # [M, H, D'] T, times D^-0.5 and log2(e)
+    past_k,  # [R, H, SLOTS, D'] T
+    past_v,
+    length,  # [R] i32
+    y,  # [M, STRIDE] T: H heads of D numbers
+    partial,  # [R * H, SPLITS, BQ, WIDE] fp32
+    peaks,  # [R * H, SPLITS, 2, BQ] fp32: the largest score, the sum
+    counters,  # [R * H] i32, zero before and after
+    QUERY: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD: tl.constexpr,
+    PADDED: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPAN: tl.constexpr,
+    CHUNK: tl.constexpr,  # keys at a time
+    WIDE: tl.constexpr,  # D' rounded up to a power of 2, at least 16
+    BQ: tl.constexpr,  # QUERY rounded up to a power of 2, at least 8
+    DEPENDENT: tl.constexpr,
+):
+    """Grid: SPLITS, R * H."""
+    split, of_row = tl.program_id(0), tl.program_id(1)
+    row, head = of_row // HEADS, of_row % HEADS
+    visible = tl.minimum(tl.load(length + row), SLOTS)
+    start = split * SPAN
+    end = tl.minimum(start + SPAN, visible)
+    lines = of_row.to(tl.int64) * (SLOTS * PADDED)
+    if DEPENDENT:  # earlier calls wrote most of these keys; those of this call are in the cache anyway
+        if start < end:
+            fetch_lines(past_k + lines + start * PADDED, end - start, PADDED * 2, SPAN)
+            fetch_lines(past_v + lines + start * PADDED, end - start, PADDED * 2, SPAN)
+    begin(DEPENDENT)
+    if start < end:
+        i, d = tl.arange(0, BQ), tl.arange(0, WIDE)
+        of_query = ((row * QUERY + i).to(tl.int64) * HEADS + head) * PADDED
+        query = tl.load(q + of_query[None, :] + d[:, None], mask=(i < QUERY)[None, :] & (d < HEAD)[:, None], other=0.0)
+        peak = tl.full((BQ,), float("-inf"), tl.float32)
+        total = tl.zeros((BQ,), tl.float32)
+        acc = tl.zeros((WIDE, BQ), tl.float32)
+        for at in tl.range(start, end, CHUNK):
+            key = at + tl.arange(0, CHUNK)
+            seen = key < end
+            place = lines + key[:, None] * PADDED + d[None, :]
+            mask = seen[:, None] & (d < PADDED)[None, :]
+            k = tl.load(past_k + place, mask=mask, other=0.0)
+            v = tl.load(past_v + place, mask=mask, other=0.0)
+            score = tl.where(seen[:, None], tl.dot(k, query), float("-inf"))
+            top = tl.maximum(peak, tl.max(score, 0))
+            weight = tl.exp2(score - top[None, :])
+            shrink = tl.exp2(peak - top)
+            total = total * shrink + tl.sum(weight, 0)
+            acc = tl.dot(tl.trans(v), weight.to(v.dtype), acc * shrink[None, :])
+            peak = top
+        to_y = y + (row * QUERY + i).to(tl.int64)[None, :] * STRIDE + head * HEAD + d[:, None]
+        mask_y = (i < QUERY)[None, :] & (d < HEAD)[:, None]
+        spans = (visible + SPAN - 1) // SPAN
+        if spans == 1:
+            tl.store(to_y, (acc / total[None, :]).to(y.dtype.element_ty), mask=mask_y)
+        else:
+            mine = partial + of_row.to(tl.int64) * (SPLITS * WIDE * BQ) + i[None, :] * WIDE + d[:, None]
+            line = peaks + of_row.to(tl.int64) * (SPLITS * 2 * BQ) + i
+            tl.store(mine + split * (WIDE * BQ), acc)
+            tl.store(line + split * (2 * BQ), peak)
+            tl.store(line + split * (2 * BQ) + BQ, total)
+            tl.debug_barrier()  # the stores of all threads come before the count, which one thread does
+            arrived = tl.atomic_add(counters + of_row, 1, sem="acq_rel", scope="gpu")
+            if arrived == spans - 1:
+                tl.store(counters + of_row, 0)
+                part = tl.arange(0, triton.next_power_of_2(SPLITS))
+                there = (part < spans)[:, None]
+                all_peaks = tl.load(
+                    line[None, :] + part[:, None] * (2 * BQ), mask=there, other=float("-inf"), cache_modifier=".cg"
+                )
+                totals = tl.load(
+                    line[None, :] + part[:, None] * (2 * BQ) + BQ, mask=there, other=0.0, cache_modifier=".cg"
+                )
+                top = tl.max(all_peaks, 0)
+                total = tl.sum(totals * tl.exp2(all_peaks - top[None, :]), 0)
+                acc = tl.zeros((WIDE, BQ), tl.float32)
+                for s in tl.static_range(SPLITS):
+                    peak = tl.load(
+                        line + s * (2 * BQ), mask=i * 0 + s < spans, other=float("-inf"), cache_modifier=".cg"
+                    )
+                    values = tl.load(
+                        mine + s * (WIDE * BQ), mask=(d * 0 + s < spans)[:, None], other=0.0, cache_modifier=".cg"
+                    )
+                    acc += values * tl.exp2(peak - top)[None, :]
+                tl.store(to_y, (acc / total[None, :]).to(y.dtype.element_ty), mask=mask_y)

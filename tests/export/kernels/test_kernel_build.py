@@ -1,0 +1,194 @@
+"""What happens to any engine of kernels: its folder, the cache, the precisions, kernels that cannot run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trial_plan import panels, trial_plan
+
+from par_export.errors import BuildError
+from par_export.kernels.build import build_kernels
+from par_export.kernels.contents import Contents
+from par_export.kernels.request import KernelsRequest
+from par_export.kernels.spec import Planned
+from par_export.kernels.targets import Target
+from par_runtime.backends.engines import Engine
+from par_runtime.backends.program import CONSTANTS
+from par_runtime.bundle import Bundle, seal
+from par_runtime.errors import BundleError
+
+pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build]'")
+
+
+def build(folder: Path, *targets: str, lines: list[str] | None = None, **fields: object) -> list[Path]:
+    request = KernelsRequest(folder, targets or ("SM80",), images=(1, 2), **fields)  # type: ignore[arg-type]
+    return build_kernels(request, (lambda _: None) if lines is None else lines.append, planner=trial_plan)
+
+
+def change_manifest(folder: Path, **entries: object) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text()) | entries
+    del manifest["hash"]
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
+
+
+def test_a_bundle_becomes_an_engine_for_each_target(tiny_copy: Path) -> None:
+    lines: list[str] = []
+    steps: list[tuple[str, float]] = []
+    request = KernelsRequest(tiny_copy, ("SM80", "SM90"), images=(1, 2))
+    folders = build_kernels(request, lines.append, lambda *step: steps.append(step), trial_plan)
+    assert folders == [tiny_copy / "engines" / f"kernels-1-{target}-fp16" for target in ("sm80", "sm90")]
+    bundle = Bundle.open(tiny_copy)
+    for folder, capability in zip(folders, ((8, 0), (9, 0)), strict=True):
+        engine = Engine.open(folder, bundle, verify="full")
+        assert engine.capability == capability
+        assert engine.images == (1, 2)
+        assert engine.precision == "fp16"
+        assert engine.kernels is not None
+        assert engine.kernels.compiler.startswith("triton 3.")
+        assert engine.kernels.decoder_precision == "fp16"  # since the bundle has decoder_fp16.onnx
+        names = {kernel.file for kernel in engine.kernels.kernels.values()}
+        assert {file.name for file in folder.iterdir()} == {*names, CONSTANTS, "engine.json"}
+        for name, kernel in engine.kernels.kernels.items():
+            assert kernel.file == f"{name}.cubin"
+            assert (folder / kernel.file).read_bytes().startswith(b"\x7fELF")
+            assert kernel.source == "pack.panels"
+            assert kernel.constants["BK"] == 32
+            assert kernel.spills == 0
+        assert engine.rebuild == (
+            f"parvis build {tiny_copy} --engine kernels --target SM{capability[0]}0 --precision fp16 --max-images 2"
+        )
+        assert "kernels" in engine.report
+    assert steps[-1] == ("SM90: kernel 2 of 2", 1.0)
+    assert any(line.startswith("tiny: step for SM80, 2 kernels by triton 3.") for line in lines)
+    assert any(line.split()[:6] == ["step", "1", "3", "1", "1", "2"] for line in lines)
+    assert not [path for path in folders[0].parent.iterdir() if path not in folders]
+
+
+def test_constants_lie_where_their_weights_say(tiny_copy: Path) -> None:
+    (folder,) = build(tiny_copy)
+    bundle = Bundle.open(tiny_copy)
+    kernels = Engine.open(folder, bundle).kernels
+    assert kernels is not None
+    data = (folder / CONSTANTS).read_bytes()
+    contents = Contents(bundle, "fp16", "fp16")
+    for i in range(2):
+        weight = kernels.weights[f"gain.{i}"]
+        assert weight.offset == 256 * i
+        gain = np.frombuffer(data, np.float32, weight.bytes // 4, weight.offset)
+        assert np.array_equal(gain, contents.read(bundle.weights[f"layers.{i}.ffn_norm"]))
+
+
+def test_the_second_build_comes_from_the_cache_and_equals_the_first(
+    tiny_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    (first,) = build(tiny_copy, lines=lines)
+    files = {file.name: file.read_bytes() for file in first.iterdir()}
+    assert not any("taken from" in line for line in lines)
+    shutil.rmtree(first)
+    lines.clear()
+    (again,) = build(tiny_copy, lines=lines)
+    assert "taken from the engine cache" in lines[0]
+    assert {file.name: file.read_bytes() for file in again.iterdir()} == files
+    damaged = next(again.glob("*.cubin"))
+    with damaged.open("r+b") as file:  # in place: it is a hard link to the cache's
+        file.write(b"damaged")
+    lines.clear()
+    build(tiny_copy, lines=lines)
+    assert not any("taken from" in line for line in lines)
+    assert damaged.read_bytes() == files[damaged.name]  # byte for byte: nothing is timed, nothing is named by its place
+    for other in ({"precision": "bf16"}, {"decoder_precision": "fp32"}):
+        lines.clear()
+        build(tiny_copy, lines=lines, **other)
+        assert not any("taken from" in line for line in lines), other
+
+
+def test_a_failed_build_leaves_nothing_and_a_good_engine_stays(tiny_copy: Path) -> None:
+    def failing(contents: Contents, images: Sequence[int], target: Target) -> Planned:
+        planned = trial_plan(contents, images, target)
+        planned.add(replace(panels(contents.step["output"], "fp16"), source="pack.nothing"))
+        return planned
+
+    request = KernelsRequest(tiny_copy, ("SM80",), images=(1,))
+    with pytest.raises(BuildError, match=r"kernel pack\.nothing for SM80"):
+        build_kernels(request, lambda _: None, planner=failing)
+    assert not (tiny_copy / "engines").exists()
+    (good,) = build(tiny_copy)
+    before = (good / "engine.json").read_bytes()
+    with pytest.raises(BuildError, match=r"kernel pack\.nothing for SM80"):
+        build_kernels(request, lambda _: None, planner=failing)
+    assert [path.name for path in good.parent.iterdir()] == [good.name]
+    assert (good / "engine.json").read_bytes() == before
+
+
+def test_a_kernel_that_needs_too_much_is_refused_by_name(tiny_copy: Path) -> None:
+    def spilling(contents: Contents, images: Sequence[int], target: Target) -> Planned:
+        planned = trial_plan(contents, images, target)
+        planned.add(replace(panels(contents.step["output"], "fp16", BN=256, BK=128), warps=1))
+        return planned
+
+    with pytest.raises(BuildError, match=r"kernel pack\.panels for SM80 by triton .* keeps .* bytes of registers in"):
+        build_kernels(KernelsRequest(tiny_copy, ("SM80",)), lambda _: None, planner=spilling)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"precision": "fp32"}, r"^precision fp32: kernels compute in fp16 or bf16; give one of these$"),
+        ({"decoder_precision": "bf16"}, r"^decoder precision bf16: .* compute in fp16 or fp32; give one of these$"),
+        ({"targets": ("SM90", "SM75")}, "^target 'SM75': engines of kernels are built for SM80"),
+        ({"targets": ("local",)}, "^target local needs a GPU: .*; name the GPU .* --target SM90 for an H100"),
+        ({"images": (2, 1)}, r"^images \(2, 1\); expected ascending numbers from 1$"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_one_line(
+    tiny_copy: Path, fields: dict[str, tuple[str, ...]], message: str
+) -> None:
+    with pytest.raises(BuildError, match=message):
+        build_kernels(replace(KernelsRequest(tiny_copy, ("SM80",)), **fields), lambda _: None, planner=trial_plan)
+    assert not (tiny_copy / "engines").exists()
+
+
+def test_a_bundle_in_fp32_needs_a_precision(bundles: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"in fp32, kernels compute in fp16 or bf16; give --precision fp16 or --prec"):
+        build(bundles["fp32"], out=tmp_path, use_cache=False)
+    (folder,) = build(bundles["fp32"], out=tmp_path, use_cache=False, precision="bf16")
+    assert folder.name == "kernels-1-sm80-bf16"
+
+
+def test_quantised_weights_are_refused(tiny_copy: Path) -> None:
+    manifest = json.loads((tiny_copy / "manifest.json").read_text())
+    _, shape, offset, length = manifest["weights"]["layers.0.wo"]
+    manifest["weights"]["layers.0.wo"] = ["int8", shape, offset, length // 2]
+    manifest["weights"]["layers.0.wo.scale"] = ["float16", [shape[1]], offset + length // 2, 2 * shape[1]]
+    change_manifest(tiny_copy, weights=manifest["weights"])
+    with pytest.raises(BuildError, match="quantised to int8; kernels read fp32, fp16 and bf16: give --engine tensorrt"):
+        build(tiny_copy)
+
+
+def test_numbers_beyond_fp16_are_refused(tiny_copy: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    manifest = json.loads((tiny_copy / "manifest.json").read_text())
+    change_manifest(tiny_copy, parity=manifest["parity"] | {"largest": {"gate": [10.0, 90000.0]}})
+    with pytest.raises(BuildError, match=r"^precision fp16: the gate w1 x reaches 9e\+04 .*; give --precision bf16$"):
+        build(tiny_copy)
+    build(tiny_copy, precision="bf16")
+    copied = tmp_path / "fp32"
+    shutil.copytree(bundles["fp32"], copied)
+    stored = Bundle.open(copied).weights["layers.1.w2"]
+    with (copied / "weights.data").open("r+b") as file:
+        file.seek(stored.offset + stored.length - 4)  # the last number
+        file.write(struct.pack("<f", -70000.0))
+    with pytest.raises(BundleError, match="its content was changed"):
+        build(copied, precision="fp16", use_cache=False)
+    with pytest.raises(
+        BuildError, match=r"weight 'layers.1.w2' reaches 7e\+04, beyond float16; give --precision bf16$"
+    ):
+        Contents(Bundle.open(copied, verify="none"), "fp16", "fp32").check_range()
+    Contents(Bundle.open(copied, verify="none"), "bf16", "fp32").check_range()

@@ -1,0 +1,240 @@
+"""The products of a step in the interpreter against numpy in float64: shapes, precisions, ragged tails, idle rows.
+
+Memory that nobody wrote is NaN, and so is everything behind the sizes: whatever leaks shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_arrays import KIND, ROUNDING, empty, launch, stored, wide
+from test_pack_kernels import packed
+
+GAIN = 3  # exponent of the power of two of the gains
+SIZES = [
+    # d, H, D, D', F, V
+    (16, 2, 8, 8, 48, 40),
+    (40, 2, 20, 24, 256, 64),
+    (64, 1, 64, 64, 96, 130),
+]
+TILES = [(32, 16, 8), (16, 64, 16), (64, 32, 32)]  # BN, BK, BM
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class Case:
+    """Random x with its h and sums of squares, as an earlier kernel leaves them, for ``m`` rows of width ``d``."""
+
+    def __init__(self, m: int, d: int, tiles: int, bm: int, precision: str, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.precision, self.m, self.d = precision, m, d
+        self.stride, self.power = round_up(d, 64), round_up(d, 4)
+        rows = round_up(m, bm)
+        self.x = np.full((rows, self.stride), np.nan, np.float32)
+        self.x[:m, :d] = self.rng.normal(size=(m, d)) * 3
+        gains = self.rng.uniform(0.1, 1, d)
+        self.gains = np.full(self.power + 4, np.nan, np.float32)
+        self.gains[:d], self.gains[self.power] = gains, 2.0**GAIN
+        self.h = empty((rows, self.stride), precision)
+        self.h[:m, :d] = stored(self.x[:m, :d] * self.gains[:d], precision)
+        self.ss = np.full((rows, tiles), np.nan, np.float32)
+        parts = np.array_split(np.square(self.x[:m, :d].astype(np.float64)), tiles, axis=1)
+        self.ss[:m] = np.stack([part.sum(1) for part in parts], 1)
+
+    def normed(self) -> np.ndarray:
+        """What the product should see: [m, d]."""
+        square = np.square(self.x[: self.m, : self.d].astype(np.float64)).mean(1, keepdims=True)
+        return wide(self.h)[: self.m, : self.d] * 2.0**GAIN / np.sqrt(square + 1e-5)
+
+    def matrix(self, k: int, n: int) -> np.ndarray:
+        return stored(self.rng.normal(size=(k, n)) / np.sqrt(k), self.precision)
+
+    def pack(self, raw: np.ndarray, **constants: Any) -> np.ndarray:
+        return packed(raw, (self.precision, self.precision), **constants)
+
+    def sizes(self, tiles: int, bn: int, bk: int, bm: int) -> dict[str, Any]:
+        return {
+            "D_MODEL": self.d, "STRIDE": self.stride, "TILES": tiles, "POWER": self.power, "BN": bn, "BK": bk,
+            "BM": bm, "AHEAD": 0, "DEPENDENT": True,
+        }  # fmt: skip
+
+    @property
+    def kind(self) -> str:
+        return KIND[self.precision]
+
+    def close(self, got: np.ndarray, wanted: np.ndarray, scale: float = 1.0) -> None:
+        """Equal up to the rounding of the stored numbers and of sums in fp32."""
+        assert np.isfinite(got).all()
+        allowed = ROUNDING[self.precision] * np.abs(wanted) + 4e-6 * scale + (1e-7 if self.precision == "fp16" else 0)
+        assert (np.abs(got - wanted) <= allowed).all(), np.abs(got - wanted).max()
+
+
+def cases() -> list[Any]:
+    out = []
+    for at, (size, tile) in enumerate(zip(SIZES, TILES, strict=True)):
+        for precision in ("fp16", "bf16"):
+            out.append(pytest.param(size, tile, precision, (2, 4, 5)[at], (4, 1, 9)[at], id=f"{size}-{precision}"))
+    return out
+
+
+@pytest.mark.parametrize(("size", "tile", "precision", "rows", "query"), cases())
+def test_qkv(size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int) -> None:
+    (d, heads, head, padded, _, _), (bn, bk, bm), m, slots = size, tile, rows * query, 24
+    case = Case(m, d, 3, bm, precision)
+    inner = heads * head
+    raw = np.zeros((d, 3 * heads, padded), np.float32)
+    raw[..., :head] = case.rng.normal(size=(d, 3 * heads, head)) / np.sqrt(d)
+    raw = stored(raw.reshape(d, -1), precision)
+    weights = case.pack(raw, K=d, N=3 * inner, BN=bn, BK=bk, ORDER="pairs", HEAD=head, PADDED=padded)
+    angles = case.rng.uniform(0, 6, (slots, padded // 2)).astype(np.float32)
+    cos, sin = np.cos(angles), np.sin(angles)
+    write = case.rng.integers(0, slots - query, rows)
+    write[0] = slots - 1  # its padded positions lie behind the last slot: dropped
+    positions = write[:, None] + np.arange(query)
+    q = empty((m, heads, padded), precision)
+    past = [empty((rows, heads, slots, padded), precision) for _ in range(2)]
+    constants = case.sizes(3, bn, bk, bm) | {
+        "QUERY": query, "HEADS": heads, "HEAD": head, "PADDED": padded, "ANGLES": slots, "SLOTS": slots, "SCALE": 0.25,
+    }  # fmt: skip
+    arguments = {
+        "h": (case.kind, case.h), "ss": ("*fp32", case.ss), "weights": (case.kind, weights),
+        "gains": ("*fp32", case.gains), "cos": ("*fp32", cos), "sin": ("*fp32", sin),
+        "positions": ("*i64", positions), "write": ("*i64", write), "q": (case.kind, q),
+        "past_k": (case.kind, past[0]), "past_v": (case.kind, past[1]), "M": ("i32", m),
+    }  # fmt: skip
+    launch("step.qkv", constants, (-(-m // bm), weights.shape[0]), arguments, shuffle=1)
+
+    product = (case.normed() @ wide(raw)).reshape(rows, query, 3, heads, padded)
+    at = np.minimum(positions, slots - 1)
+    c, s = (table[at][:, :, None, None, :].astype(np.float64) for table in (cos, sin))
+    turned = product[:, :, :2]
+    even, odd = turned[..., 0::2], turned[..., 1::2]
+    turned = np.stack([even * c - odd * s, odd * c + even * s], -1).reshape(turned.shape)
+    case.close(wide(q).reshape(rows, query, heads, padded)[..., :head], 0.25 * turned[:, :, 0, :, :head])
+    for kept, wanted in zip(past, (turned[:, :, 1], product[:, :, 2]), strict=True):
+        got = wide(kept)
+        for row in range(rows):
+            written = range(int(write[row]), min(int(write[row]) + query, slots))
+            case.close(got[row][:, list(written)], wanted[row, : len(written)].transpose(1, 0, 2))
+            assert np.isnan(np.delete(got[row], list(written), axis=1)).all()  # nothing else is touched
+            assert (got[row][:, list(written), head:] == 0).all()
+
+
+@pytest.mark.parametrize("split", [1, 2, 3])
+@pytest.mark.parametrize(("size", "tile", "precision", "rows", "query"), cases())
+def test_residual(
+    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, split: int
+) -> None:
+    (d, _, _, _, k, _), (bn, bk, bm), m = size, tile, rows * query
+    case, tiles = Case(m, d, 1, bm, precision), -(-d // bn)
+    split = min(split, -(-k // bk))
+    raw = case.matrix(k, d)
+    weights = case.pack(raw, K=k, N=d, BN=bn, BK=bk)
+    stride = round_up(k, 64)
+    inputs = empty((round_up(m, bm), stride), precision)
+    inputs[:m, :k] = stored(case.rng.normal(size=(m, k)), precision)
+    blocks = -(-m // bm)
+    counters = np.zeros((blocks, tiles), np.int32)
+    before, results = case.x.copy(), []
+    for shuffle in (None, 1, 2):
+        x, h = before.copy(), empty(case.h.shape, precision)
+        ss = np.full((round_up(m, bm), tiles), np.nan, np.float32)
+        partial = np.full((blocks, tiles, split, bm, bn), np.nan, np.float32)
+        arguments = {
+            "inputs": (case.kind, inputs), "weights": (case.kind, weights), "gains": ("*fp32", case.gains),
+            "x": ("*fp32", x), "h": (case.kind, h), "ss": ("*fp32", ss), "partial": ("*fp32", partial),
+            "counters": ("*i32", counters), "M": ("i32", m),
+        }  # fmt: skip
+        constants = {key: v for key, v in case.sizes(1, bn, bk, bm).items() if key not in ("TILES", "POWER")}
+        constants |= {"K": k, "K_STRIDE": stride, "SPLIT": split}
+        launch("step.residual", constants, (blocks, tiles, split), arguments, shuffle=shuffle)
+        assert (counters == 0).all()
+        results.append((x, h, ss))
+    for other in results[1:]:  # whichever block arrives last
+        for one, two in zip(results[0], other, strict=True):
+            assert one.tobytes() == two.tobytes()
+    x, h, ss = results[0]
+    wanted = before[:m, :d].astype(np.float64) + wide(inputs)[:m, :k] @ wide(raw)
+    assert np.abs(x[:m, :d] - wanted).max() < 1e-5
+    case.close(wide(h)[:m, :d], x[:m, :d].astype(np.float64) * case.gains[:d])
+    assert np.allclose(ss[:m].sum(1), np.square(x[:m, :d].astype(np.float64)).sum(1), rtol=1e-5)
+    assert np.isnan(x[m:]).all()
+    assert np.isnan(ss[m:]).all()
+
+
+@pytest.mark.parametrize(("size", "tile", "precision", "rows", "query"), cases())
+def test_gates(size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int) -> None:
+    (d, _, _, _, f, _), (bn, bk, bm), m = size, tile, rows * query
+    case = Case(m, d, 2, bm, precision)
+    raw = case.matrix(d, 2 * f)
+    weights = case.pack(raw, K=d, N=2 * f, BN=bn, BK=bk, ORDER="halves")
+    stride = round_up(f, 64)
+    g = empty((round_up(m, bm), stride), precision)
+    arguments = {
+        "h": (case.kind, case.h), "ss": ("*fp32", case.ss), "weights": (case.kind, weights),
+        "gains": ("*fp32", case.gains), "g": (case.kind, g), "M": ("i32", m),
+    }  # fmt: skip
+    constants = case.sizes(2, bn, bk, bm) | {"F": f, "F_STRIDE": stride}
+    launch("step.gates", constants, (-(-m // bm), weights.shape[0]), arguments)
+    gate, up = np.split(case.normed() @ wide(raw), 2, axis=1)
+    case.close(wide(g)[:m, :f], gate / (1 + np.exp(-gate)) * up, scale=8)
+    assert np.isnan(wide(g)[m:]).all()
+    assert np.isnan(wide(g)[:, f:]).all()
+
+
+@pytest.mark.parametrize(("size", "tile", "precision", "images", "query"), cases())
+def test_head(size: tuple[int, ...], tile: tuple[int, int, int], precision: str, images: int, query: int) -> None:
+    (d, _, _, _, _, v), (bn, bk, bm) = size, tile
+    rows, count = 2 * images, images * query
+    case = Case(rows * query, d, 2, bm, precision)
+    raw = case.matrix(d, v)
+    weights = case.pack(raw, K=d, N=v, BN=bn, BK=bk)
+    cond = case.rng.permutation(rows)[:images].astype(np.int64)
+    uncond = case.rng.permutation(rows)[:images].astype(np.int64)
+    uncond[0] = cond[0]  # not guided
+    guidance = case.rng.uniform(1, 4, images).astype(np.float32)
+    logits = np.full((images, query, v), np.nan, np.float32)
+    arguments = {
+        "h": (case.kind, case.h), "ss": ("*fp32", case.ss), "weights": (case.kind, weights),
+        "gains": ("*fp32", case.gains), "cond_row": ("*i64", cond), "uncond_row": ("*i64", uncond),
+        "guidance": ("*fp32", guidance), "logits": ("*fp32", logits), "COUNT": ("i32", count),
+    }  # fmt: skip
+    constants = case.sizes(2, bn, bk, bm) | {"QUERY": query, "V": v}
+    launch("step.head", constants, (-(-2 * count // bm), weights.shape[0]), arguments)
+    product = (case.normed() @ wide(raw)).reshape(rows, query, v)
+    c, u = product[cond], product[uncond]
+    assert np.abs(logits - (u + (c - u) * guidance[:, None, None])).max() < 1e-4
+    guidance[0] = 1e20  # times a difference of exactly nothing
+    before = logits[0].copy()
+    launch("step.head", constants, (-(-2 * count // bm), weights.shape[0]), arguments)
+    assert (logits[0] == before).all()
+
+
+@pytest.mark.parametrize(("size", "tile", "precision", "rows", "query"), cases())
+@pytest.mark.parametrize("table", ["fp32", "fp16"])
+def test_embed(
+    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, table: str
+) -> None:
+    d, bn, m = size[0], tile[0], rows * query
+    tiles = -(-d // bn)
+    case = Case(m, d, tiles, 8, precision)
+    entries = stored(case.rng.normal(size=(10, d)), table)
+    ids = case.rng.integers(0, 10, (rows, query))
+    x, h = np.full(case.x.shape, np.nan, np.float32), empty(case.h.shape, precision)
+    ss = np.full((m, tiles), np.nan, np.float32)
+    arguments = {
+        "ids": ("*i64", ids), "table": (KIND[table], entries), "gains": ("*fp32", case.gains), "x": ("*fp32", x),
+        "h": (case.kind, h), "ss": ("*fp32", ss),
+    }  # fmt: skip
+    constants = {
+        "ROWS": 10, "D_MODEL": d, "STRIDE": case.stride, "TILES": tiles, "BN": bn, "TOGETHER": 2, "DEPENDENT": True
+    }  # fmt: skip
+    launch("step.embed", constants, (m, -(-tiles // 2)), arguments)
+    wanted = wide(entries)[ids.reshape(-1)]
+    assert (x[:m, :d] == wanted).all()
+    case.close(wide(h)[:m, :d], wanted * case.gains[:d])
+    assert np.allclose(ss.sum(1), np.square(wanted).sum(1), rtol=1e-5)
