@@ -147,6 +147,8 @@ class Baseline:
         self._step: Callable[..., None] = (
             torch.compile(step, dynamic=False, fullgraph=True, mode=mode) if compiled else step
         )
+        #: Why the times are not those of what ``name`` says, as lines; known after the first batch.
+        self.doubts: tuple[str, ...] = ()
         self._state: State | None = None
         self._warm: set[tuple[int, bool, Sampling]] = set()
 
@@ -281,6 +283,10 @@ class Baseline:
                     ) from error
         if decoder and self._vq is not None:
             decode(self._vq, state.tokens, self._place, self.config.grid[1:])
+        if self.compiled and self.device.type == "cuda":
+            skipped = int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
+            if skipped:
+                self.doubts = (f"no graphs: PyTorch used no CUDA graph for {skipped} of its compiled functions",)
         self._warm.add(key)
 
 

@@ -160,7 +160,7 @@ def take_turns(
             longest[label] = max(longest[label], time.monotonic() - began)
             if sample is not None:
                 own.samples.append(sample)
-                own.flags.append(watch.flags())
+                own.flags.append((*watch.flags(), *sample.flags))
         setting.keep(key, rows)
     return rows()
 

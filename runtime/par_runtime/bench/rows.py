@@ -93,7 +93,8 @@ class Row:
     def marks(self) -> tuple[str, ...]:
         """The kinds of its flags.
 
-        "busy", "throttled", "debug", "few repetitions", "estimated", "incomplete", "limits in doubt", "above bound".
+        "busy", "throttled", "debug", "few repetitions", "estimated", "incomplete", "limits in doubt", "above bound",
+        "no graphs".
         """
         return tuple(flag.split(":")[0] for flag in self.flags)
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from double import tensorrt
 from double.driver import Driver
@@ -16,6 +17,7 @@ from par_runtime.backends.trt import module as trt_module
 from par_runtime.bench import gpu
 from par_runtime.bench.bounds import with_bounds
 from par_runtime.bench.measure import Setting, measure
+from par_runtime.bench.pool import Pool
 from par_runtime.bench.subjects.base import info_from_json
 from par_runtime.bench.subjects.pipeline import PipelineSubject
 from par_runtime.bundle import Bundle
@@ -97,3 +99,31 @@ def test_a_subjects_info_survives_json(subject: PipelineSubject) -> None:
     from dataclasses import asdict
 
     assert info_from_json(json.loads(json.dumps(asdict(subject.info)))) == subject.info
+
+
+def test_a_pool_fills_every_byte_from_another_place_each_time(driver: Driver) -> None:
+    numbers = np.random.default_rng(1).integers(1, 250, 1024, np.uint8)  # neither 0 nor what the stand-in fills with
+    with cuda.Device.open(0) as device, device.stream() as stream, device.allocate(5000, "x") as memory:
+        filled = []
+        with Pool(device, stream, numbers) as pool:
+            for _ in range(2):
+                pool.fill(memory.pointer, 4990)
+                stream.synchronize()
+                filled.append(driver.span(memory.pointer, 5000, "test").copy())
+        with pytest.raises(ValueError, match="100 bytes"):
+            Pool(device, stream, numbers[:100])
+    assert (filled[0][4990:] == 0xFB).all()
+    assert (filled[0][:1024] == numbers).all()
+    for one in filled:
+        assert (one[:4990] != 0xFB).all()
+        assert not (one[:1024] == one[256:1280]).all()
+    assert (filled[0][:4990] != filled[1][:4990]).mean() > 0.9
+
+
+def test_calls_of_a_phase_share_its_time(subject: PipelineSubject) -> None:
+    """They are one graph, as in production."""
+    calls_ms = subject.run(1, True).calls_ms
+    for phase in subject.info.architecture.phases:
+        assert len(calls_ms[phase.name]) == phase.repeat
+        assert len(set(calls_ms[phase.name])) == 1
+    assert len(calls_ms["copy"]) == 3

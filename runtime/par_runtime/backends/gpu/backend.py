@@ -24,7 +24,7 @@ from par_runtime.backends import cuda
 from par_runtime.backends.base import BackendInfo, Batch
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.engines import Engine
-from par_runtime.backends.gpu.loaded import LoadedProgram
+from par_runtime.backends.gpu.loaded import Context, LoadedProgram
 from par_runtime.backends.gpu.memory import Buffers, Memory
 from par_runtime.backends.gpu.tables import Launch, image_launches
 from par_runtime.bundle import Bundle
@@ -77,6 +77,11 @@ class GpuBackend:
             bundle, engine, device, self._programs, self._launches, stream, self._keys, self._drop_graphs
         )
         tell_of_forks(self)
+
+    @property
+    def programs(self) -> Mapping[str, LoadedProgram]:
+        """Its programs by name, for benchmarks."""
+        return self._programs
 
     def after_fork(self) -> None:
         # Their destructors call the driver, which cannot be used in a forked process; our own calls raise CudaError.
@@ -151,6 +156,20 @@ class GpuBackend:
         """
         buffers, decode = self._prepare(batch, class_ids, noise, True)
         return self._parts(buffers, decode)
+
+    def at_call(self, batch: Batch, class_ids: Int, noise: Float, call: int) -> Mapping[str, Context]:
+        """The contexts by program, with the addresses of call ``call`` of the image that ``make_images`` made last.
+
+        For benchmarks, which launch parts of a call again; the arguments are those of ``make_images``.
+        """
+        buffers, _ = self._prepare(batch, class_ids, noise, True)
+        self._upload(buffers)
+        launch, tables = self._launches[call], buffers.tables
+        before = buffers.tokens.pointer + (call - 1) * tables.token_pitch
+        ids = before if launch.chained else buffers.block.pointer + tables.at("ids", call)
+        self._bind(buffers, launch, call, ids)
+        self.stream.synchronize()
+        return buffers.contexts
 
     def _prepare(self, batch: Batch, class_ids: Int, noise: Float, decode: bool) -> tuple[Buffers, bool]:
         """Bound and warmed-up memory, with the tables of ``batch`` in staging; and whether images are decoded."""
@@ -228,13 +247,18 @@ class GpuBackend:
         self._run(buffers, launch, index, ids)
 
     def _run(self, buffers: Buffers, launch: Launch, index: int, ids: int) -> None:
+        context = self._bind(buffers, launch, index, ids)
+        context.enqueue(self.stream, f"{launch.program} call at position {launch.call.write}")
+
+    def _bind(self, buffers: Buffers, launch: Launch, index: int, ids: int) -> Context:
+        """The context of ``launch``, which finds its ids at ``ids`` and the rest in row ``index`` of the tables."""
         context, tables, block = buffers.contexts[launch.program], buffers.tables, buffers.block.pointer
         addresses = {"ids": ids, "tokens": buffers.tokens.pointer + index * tables.token_pitch}
         for name in ("positions", "write", "length", "uniform"):
             addresses[name] = block + tables.at(name, index)
         for name, address in addresses.items():
             context.bind(name, address)
-        context.enqueue(self.stream, f"{launch.program} call at position {launch.call.write}")
+        return context
 
     def _collect(self, buffers: Buffers) -> None:
         """Put the tokens of all calls into sequence order [B,N]."""

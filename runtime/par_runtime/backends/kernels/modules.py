@@ -101,12 +101,17 @@ class Prepared:
             self._values[slots] = offsets + np.uint64(address)
             self.unset.discard(name)
 
-    def enqueue(self) -> None:
-        """Launch all of them. Raises CudaError, which names the kernel."""
+    def address(self, name: str) -> int:
+        """Where launches find ``name`` now. Raises KeyError for a name that no launch takes."""
+        slots, offsets = self._places[name]
+        return int(self._values[slots[0]] - offsets[0])
+
+    def enqueue(self, which: Iterable[int] | None = None) -> None:
+        """Launch all of them, or only those with the numbers ``which``. Raises CudaError, which names the kernel."""
         if self.unset:
             raise ValueError(f"no address for {', '.join(sorted(self.unset))}")
         call = cuda.call
-        for config, function, arguments, note in self._calls:
+        for config, function, arguments, note in self._calls if which is None else [self._calls[i] for i in which]:
             call("cuLaunchKernelEx", config, function, arguments, 0, note=note)
 
 

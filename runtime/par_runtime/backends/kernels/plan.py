@@ -18,16 +18,16 @@ from par_runtime.errors import EngineError
 
 
 class KernelProgram:
-    """The step, or the decoder."""
+    """The step, or the decoder. ``program``: its launches; ``shared``: what all programs of the engine share."""
 
     def __init__(self, bundle: Bundle, engine: Engine, name: str, program: Program, shared: Shared) -> None:
-        self.name, self._engine, self._program, self._shared = name, engine, program, shared
+        self.name, self._engine, self.program, self.shared = name, engine, program, shared
         self._tensors = frozenset(tensors(bundle, program.query))
         self._contexts: dict[int, KernelContext] = {}
 
     def scratch_bytes(self, profile: int) -> int:
         """Scratch memory that a context of this profile needs."""
-        return self._program.profiles[self._engine.images[profile]].scratch_bytes
+        return self.program.profiles[self._engine.images[profile]].scratch_bytes
 
     def element_bytes(self, tensor: str) -> int:
         """Bytes of one number of a cache."""
@@ -38,12 +38,12 @@ class KernelProgram:
         images = self._engine.images[profile]
         context = self._contexts.get(profile)
         if context is None:
-            fixed = self._shared.addresses | {
-                name: self._shared.states[self.name] + offset for name, (offset, _) in self._program.state.items()
+            fixed = self.shared.addresses | {
+                name: self.shared.states[self.name] + offset for name, (offset, _) in self.program.state.items()
             }
-            launches = Prepared(self._shared.modules, self._program.launches(images), fixed, stream)
+            launches = Prepared(self.shared.modules, self.program.launches(images), fixed, stream)
             context = self._contexts[profile] = KernelContext(self._engine, self._tensors, launches)
-        for name, (offset, _) in self._program.profiles[images].scratch.items():
+        for name, (offset, _) in self.program.profiles[images].scratch.items():
             context.launches.set(name, scratch + offset)
         return context
 
@@ -53,7 +53,7 @@ class KernelProgram:
     def close(self) -> None:
         """Free what all programs of the engine share: they are closed together."""
         self._contexts.clear()
-        self._shared.free()
+        self.shared.free()
 
 
 class KernelContext:

@@ -66,13 +66,14 @@ class Sample:
     ``calls_ms``: milliseconds of each call, by phase, for those of :data:`PHASES` that the subject has; ``image_ms``:
     the whole batch by a clock of its own, from labels to pixels. ``peak_bytes``: the most memory that the subject's
     process has held so far, where it has a process of its own. ``chosen``: only some of the model's calls were made,
-    and ``image_ms`` is the time of these.
+    and ``image_ms`` is the time of these. ``flags``: why the subject itself doubts the times, as in a row.
     """
 
     calls_ms: Mapping[str, Sequence[float]]
     image_ms: float
     peak_bytes: int | None = None
     chosen: bool = False
+    flags: Sequence[str] = ()
 
 
 class Subject(Protocol):

@@ -58,7 +58,7 @@ class EagerSubject:
         """Make one batch, or some of its calls; see ``Subject.run``."""
         chosen = spread_calls(self.info.architecture.phases, most_calls)
         calls_ms, image_ms = self._eager.run(images, self._guidance if guided else 1.0, calls=chosen)
-        return Sample(calls_ms, image_ms, peak_bytes(), chosen is not None)
+        return Sample(calls_ms, image_ms, peak_bytes(), chosen is not None, self._eager.doubts)
 
     def close(self) -> None:
         """Free the model."""

@@ -1,16 +1,17 @@
 """The phases of an image of an engine on a GPU, each timed on the device.
 
-In production an image is one graph launch, whose parts cannot be timed from outside. Here every part is a graph of its
-own. They are launched one after the other without waiting, with an event between any two. The host runs ahead of the
-GPU, so an interval is the time that the GPU took for the part. If launching is slower than the part, it is the
-launching time.
+In production an image is one graph launch, whose parts cannot be timed from outside. Here all calls of a phase are a
+graph of their own, and so is every other part. They are launched one after the other without waiting, with an event
+between any two. The host runs ahead of the GPU, so an interval is the time that the GPU took for the part. If launching
+is slower than the part, it is the launching time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 from par_runtime.errors import CudaError, EngineError
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 def phases_ms(pipeline: Pipeline, labels: list[int], guidance: float) -> dict[str, list[float]]:
     """Milliseconds of each call of one batch, by phase; the pipeline's backend is a ``GpuBackend``.
 
-    "copy" is the upload of the tables, the collection of the tokens, and the way back of tokens and pixels.
+    The calls of a phase follow each other as in production, so each is given an equal part of their time. "copy" is
+    the upload of the tables, the collection of the tokens, and the way back of tokens and pixels.
     Raises CudaError, EngineError, MemoryError.
     """
     backend: GpuBackend = pipeline.backend  # type: ignore[assignment]
@@ -34,23 +36,30 @@ def phases_ms(pipeline: Pipeline, labels: list[int], guidance: float) -> dict[st
     each = image_settings(bundle, len(labels), guidance=guidance, guidance_interval=-1)
     schedule = Schedule.of(bundle, labels, each, seeds)
     parts = backend.parts(schedule.batch, schedule.class_ids, schedule.noise)
+    phases = [(name, [enqueue for _, enqueue in calls]) for name, calls in groupby(parts, key=lambda part: part[0])]
     out: dict[str, list[float]] = {}
     with ExitStack() as held:
-        launches = [enqueue for _, enqueue in parts]
+        launches = [partial(_each, calls) for _, calls in phases]
         if backend.capturing != "none":
             with suppress(CudaError, EngineError):  # capture is refused: plain launches, as in the backend
                 graphs = []
-                for _, enqueue in parts:
+                for launch in launches:
                     with stream.capture() as captured:
-                        enqueue()
+                        launch()
                     graphs.append(held.enter_context(captured.graph))
                 launches = [partial(graph.launch, stream) for graph in graphs]
-        events = [held.enter_context(backend.device.event()) for _ in range(len(parts) + 1)]
+        events = [held.enter_context(backend.device.event()) for _ in range(len(phases) + 1)]
         stream.record(events[0])
         for launch, event in zip(launches, events[1:], strict=True):
             launch()
             stream.record(event)
         stream.synchronize()
-        for (name, _), (before, after) in zip(parts, pairwise(events), strict=True):
-            out.setdefault(name, []).append(after.elapsed_ms(before))
+        for (name, calls), (before, after) in zip(phases, pairwise(events), strict=True):
+            took = after.elapsed_ms(before)
+            out.setdefault(name, []).extend([took / len(calls)] * len(calls))
     return out
+
+
+def _each(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()

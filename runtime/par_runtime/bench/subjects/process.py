@@ -68,6 +68,14 @@ def open_eager(
     return SubjectProcess({"kind": kind, "path": str(path), "label": label, "threads": threads, "device": device}, end)
 
 
+def open_random(path: str | Path, label: str, *, device: str = "cuda", end: float = math.inf) -> SubjectProcess:
+    """The bundle at ``path`` on its engine of kernels on ``device``, with random weights that are made there.
+
+    Raises RequestError where the 'export' extra is missing, what ``Pipeline.load`` raises, EngineError, CudaError.
+    """
+    return SubjectProcess({"kind": "random", "path": str(path), "label": label, "threads": None, "device": device}, end)
+
+
 class SubjectProcess:
     """A subject in a process of its own, ``pid``.
 
@@ -110,6 +118,11 @@ class SubjectProcess:
     def first_preview_ms(self, images: int, guided: bool) -> float:
         """Milliseconds until the first picture that shows something of every region."""
         return float(self._ask(do="preview", images=images, guided=guided))
+
+    def kernels(self, images: int, guided: bool) -> list[dict[str, Any]]:
+        """What each kernel of a call takes, where the subject is one of :func:`open_random`."""
+        timed: list[dict[str, Any]] = self._ask(do="kernels", images=images, guided=guided)
+        return timed
 
     def close(self) -> None:
         """End the process; kill it where it does not end in time."""

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from par_runtime.bench.subjects.baselines import EagerSubject
+from par_runtime.bench.subjects.baselines import EagerSubject, optional
 from par_runtime.bench.subjects.pipeline import PipelineSubject
 from par_runtime.errors import BundleError, CudaError, EngineError, RequestError
 
@@ -34,7 +34,12 @@ ERRORS: dict[str, type[Exception]] = {
 
 
 def open_subject(spec: Mapping[str, Any]) -> PipelineSubject | EagerSubject:
-    """The subject that ``spec`` describes: "kind" is "bundle", "eager" or "compiled"."""
+    """The subject that ``spec`` describes: "kind" is "bundle", "random" (weights made on the GPU), "eager" or
+    "compiled".
+    """
+    if spec["kind"] == "random":
+        subject: PipelineSubject = optional("par_export.card.subject", "the GPU's report", "open_subject")(spec)
+        return subject
     path, label, threads = Path(spec["path"]), spec["label"], spec["threads"]
     if spec["kind"] == "bundle":
         return PipelineSubject.load(path, label, device=spec["device"], threads=threads, selftest=spec["selftest"])
@@ -76,6 +81,8 @@ def _do(subject: Any, request: Mapping[str, Any]) -> Any:
     images = request["images"]
     if request["do"] == "run":
         return asdict(subject.run(images, request["guided"], request["most_calls"]))
+    if request["do"] == "kernels":
+        return subject.kernels(images, request["guided"])
     if request["do"] == "decode":
         return asdict(subject.decode(images))
     return subject.first_preview_ms(images, request["guided"])

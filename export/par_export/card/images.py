@@ -1,0 +1,144 @@
+"""Whole images of a bundle on the GPU: the tokens of the CPU, whichever way they are launched, in memory that stays.
+
+What they are compared with: the tokens that the export made on a CPU, which the manifest keeps (the self-test); the
+same network in PyTorch on the CPU in fp32 (``reference.py``), through ``verify``, with the floors that it has; and the
+engine itself, launched in other ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from par_export.card.reference import reference
+from par_export.card.timing import Emit
+from par_runtime import verify
+from par_runtime.backends.gpu.backend import Capture
+from par_runtime.errors import BundleError
+from par_runtime.pipeline import Pipeline
+from par_runtime.request import Settings
+
+CAPTURES: tuple[Capture, ...] = ("image", "call", "none")
+LEAK_BYTES = 16 * 10**6  #: by which free memory may change: the driver's own
+STRESS_BATCH = 4
+#: Settings that go through every part of the sampling tail.
+SETTINGS = (
+    Settings(guidance=2.0),
+    Settings(guidance=1.0, top_k=20),
+    Settings(guidance=3.0, top_p=0.9, temperature=0.8),
+    Settings(guidance=1.5, greedy=True),
+)
+
+
+def check_images(spec: Mapping[str, Any], emit: Emit) -> None:
+    """All checks of the bundle ``path`` on ``device``; ``name`` begins their names.
+
+    ``groups``: how many calls of the last phase ``verify`` compares (None: all); ``seed``: of all images.
+    """
+    path, name, seed = Path(spec["path"]), spec["name"], spec["seed"]
+
+    def check(what: str, passed: bool, text: str) -> None:
+        emit("check", name=f"{name}: {what}", passed=bool(passed), text=text)
+
+    def begin(what: str) -> None:
+        emit("begin", name=f"{name}: {what}")
+
+    begin("loads")
+    pipelines = {}
+    for capture in CAPTURES:
+        pipelines[capture] = Pipeline.load(path, spec["device"], capture=capture, selftest=False)
+    first = pipelines["image"]
+    check("loads", True, first.backend.info.name)
+    bundle = first.bundle
+    begin("self-test")
+    if bundle.selftest["labels"]:
+        try:
+            first.selftest()
+            check("self-test", True, "the tokens of the export, up to near-ties")
+        except BundleError as error:
+            check("self-test", False, str(error))
+    most = min(first.backend.max_images, 3)
+    made = {}
+    for capture, pipeline in pipelines.items():
+        begin(f"launched by {capture}")
+        for count in (1, most):
+            labels = [(seed + i) % bundle.n_classes for i in range(count)]
+            made[capture, count] = pipeline.generate(labels, seed=seed, guidance=1.5)
+        used = getattr(pipeline.backend, "capturing", "")
+        same = all(_same(made[capture, count], made["image", count]) for count in (1, most))
+        text = "the same images" if same else "other images than launched as a whole"
+        if used != capture:
+            text = f"the driver refused it, and {used} is in use; {text}"
+        check(f"launched by {capture}", same and used == capture, text)
+    begin("alone as in a batch")
+    alone, beside = made["image", 1], made["image", most]
+    same = bool((alone.tokens[0] == beside.tokens[0]).all())
+    check("alone as in a batch", same, f"{_equal(alone.tokens[0], beside.tokens[0])} tokens equal")
+    begin("the same again")
+    again = first.generate([seed % bundle.n_classes], seed=seed, guidance=1.5)
+    check("the same again", _same(again, alone), f"{_equal(again.tokens, alone.tokens)} tokens equal")
+    begin("call by call")
+    with_previews = first.generate(
+        [seed % bundle.n_classes], seed=seed, guidance=1.5, preview_every=bundle.calls, on_preview=lambda *_: None
+    )
+    check("call by call", _same(with_previews, alone), f"{_equal(with_previews.tokens, alone.tokens)} tokens equal")
+    begin("verify")
+    against = reference(bundle, spec["reference"])
+    images = min(first.backend.max_images, len(SETTINGS))
+    trial = verify.Trial(
+        [(seed + i) % bundle.n_classes for i in range(len(SETTINGS))],
+        list(SETTINGS),
+        [seed + i for i in range(len(SETTINGS))],
+        images,
+    )
+    report = verify.run(first, against, trial, spec["groups"])
+    for each in report.checks:
+        check(each.name, each.passed, each.text)
+    against.close()
+    for pipeline in pipelines.values():
+        pipeline.close()
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two results have the same tokens and images."""
+    images = (a.images is None) == (b.images is None) and (a.images is None or np.array_equal(a.images, b.images))
+    return bool(images and np.array_equal(a.tokens, b.tokens))
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> str:
+    return f"{int((a == b).sum())} of {a.size}"
+
+
+def check_memory(spec: Mapping[str, Any], emit: Emit) -> None:
+    """Memory of the device before and after ``images`` images of the bundle ``path``, in batches of several sizes."""
+    pipeline = Pipeline.load(Path(spec["path"]), spec["device"], selftest=False)
+    backend: Any = pipeline.backend
+    largest = min(STRESS_BATCH, backend.max_images)
+    emit("begin", name=f"{spec['name']}: memory")
+    for count in range(1, largest + 1):  # every batch size has memory of its own
+        pipeline.generate([0] * count, seed=0)
+    backend.device.activate()
+    before, done, turn = backend.device.free_bytes(), 0, 0
+    while done < spec["images"]:
+        count = 1 + turn % largest
+        pipeline.generate([turn % pipeline.bundle.n_classes] * count, seed=turn)
+        done, turn = done + count, turn + 1
+    backend.device.activate()
+    after = backend.device.free_bytes()
+    emit(
+        "check",
+        name=f"{spec['name']}: memory",
+        passed=bool(before - after < LEAK_BYTES),
+        text=f"{done} images: {before / 1e6:.0f} MB free before, {after / 1e6:.0f} MB after",
+    )
+    pipeline.close()
+
+
+def make_one(spec: Mapping[str, Any], emit: Emit) -> None:
+    """One image of the bundle ``path``, kernel by kernel, with nothing that takes long."""
+    pipeline = Pipeline.load(Path(spec["path"]), spec["device"], capture="none", selftest=False)
+    pipeline.generate([0], seed=1, guidance=1.5)
+    pipeline.close()

@@ -1,0 +1,90 @@
+"""The stages of a GPU's report, each a process of its own: ``python -m par_export.card.stages NAME SPEC``.
+
+A kernel that reads where it must not, or never ends, takes its process with it. What that process had said before is
+kept; the report goes on with the next stage. A stage writes JSON lines: ``check``, ``limit``, ``kernel`` and ``note``,
+and ``begin`` before each check that could end it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from par_export.card.timing import Emit
+from par_runtime.errors import CudaError
+
+Spec = Mapping[str, Any]
+#: name -> function of a spec that emits lines.
+Stage = Callable[[Spec, Emit], None]
+
+
+def limits_stage(spec: Spec, emit: Emit) -> None:
+    """The card's own limits; ``device``: "cuda:0", or "cpu" for a rehearsal of what needs no GPU."""
+    import torch
+
+    from par_export.card import limits
+
+    device = torch.device(spec["device"])
+    if device.type == "cpu":
+        limits.matrices(device, emit, spec["side"])
+        return
+    limits.copies(device.index or 0, emit)
+    limits.matrices(device, emit)
+
+
+def images_stage(spec: Spec, emit: Emit) -> None:
+    """Whole images of the bundle ``path``, which has an engine; see ``card/images.py``."""
+    from par_export.card.images import check_images
+
+    check_images(spec, emit)
+
+
+def memory_stage(spec: Spec, emit: Emit) -> None:
+    """The memory of the device over many images."""
+    from par_export.card.images import check_memory
+
+    check_memory(spec, emit)
+
+
+def one_image_stage(spec: Spec, emit: Emit) -> None:
+    """One image, launched kernel by kernel: what ``compute-sanitizer`` watches."""
+    from par_export.card.images import make_one
+
+    make_one(spec, emit)
+
+
+STAGES: dict[str, Stage] = {
+    "limits": limits_stage,
+    "images": images_stage,
+    "memory": memory_stage,
+    "one_image": one_image_stage,
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the stage ``argv[0]`` with the JSON object ``argv[1]``; its lines go to standard output, all else aside."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the report ends this
+    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def emit(kind: str, **fields: Any) -> None:
+        print(json.dumps({"kind": kind} | fields), file=lines, flush=True)
+
+    try:
+        STAGES[argv[0]](json.loads(argv[1]), emit)
+    except Exception as error:
+        if not isinstance(error, CudaError):
+            traceback.print_exc()
+        emit("failed", text=f"{type(error).__name__}: {str(error) or 'without a message'}"[:2000])
+        return 1
+    emit("done")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,192 @@
+"""An engine of kernels with random weights as a subject of a benchmark, and the time of each of its kernels.
+
+The bundle's weights file may be full of holes (``random_bundle``, ``hollow``): after loading, every matrix is filled
+with random numbers on the device, in the form in which kernels read it. Loading is timed as it is: it reads the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_model.transformer import INIT_STD
+from par_runtime.backends import cuda
+from par_runtime.backends.gpu.backend import GpuBackend
+from par_runtime.backends.kernels.modules import Prepared
+from par_runtime.backends.kernels.plan import KernelContext, KernelProgram
+from par_runtime.backends.program import Kernels, Launch, Pointer, Weight
+from par_runtime.bench.pool import Pool
+from par_runtime.bench.subjects.pipeline import PipelineSubject
+from par_runtime.errors import EngineError
+from par_runtime.pipeline import Pipeline
+from par_runtime.request import image_settings
+from par_runtime.schedule import Schedule
+
+POOL_NUMBERS = 2**24  #: random numbers that all matrices are filled with
+REPEATS = 5
+FLUSH_BYTES = 2**28  #: written between two timings: more than any cache holds
+TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+TABLES = ("cos", "sin")  #: two-dimensional, but no weights
+
+
+class EngineSubject(PipelineSubject):
+    """A bundle on its engine of kernels on ``device``. Raises what ``Pipeline.load`` raises, EngineError."""
+
+    def __init__(self, path: Path, label: str, device: str) -> None:
+        began = time.perf_counter()
+        pipeline = Pipeline.load(path, device, selftest=False)
+        load_ms = 1e3 * (time.perf_counter() - began)
+        super().__init__(pipeline, label, load_ms)
+        fill(pipeline)
+        # Matrices are read without the padding of heads; the bound must not be easier for it.
+        architecture = replace(self.info.architecture, head_dim=pipeline.bundle.model["head_dim"])
+        self.info = replace(self.info, architecture=architecture)
+
+    def kernels(self, images: int, guided: bool = True) -> list[dict[str, Any]]:
+        """What each kernel takes in a call in the middle of an image, and in the decoder.
+
+        The launches of a kernel in all layers run one after the other in a graph. ``count``: how many these are;
+        ``samples_us``: microseconds of one of them; ``bytes`` of weights that one of them reads.
+        """
+        backend = gpu_backend(self.pipeline)
+        contexts = self._in_the_middle(images, guided)
+        profile = next(size for size in backend.engine.images if size >= images)
+        out = []
+        with backend.device.allocate(FLUSH_BYTES, "what empties the caches") as flush:
+            for name, program in programs(self.pipeline).items():
+                launches = list(program.program.launches(profile))
+                for kernel, which in by_kernel(launches).items():
+                    out.append(
+                        {
+                            "program": name,
+                            "kernel": kernel,
+                            "source": program.shared.modules[kernel].kernel.source,
+                            "grid": list(launches[which[0]][0].grid),
+                            "count": len(which),
+                            "samples_us": self._time(contexts[name].launches, which, flush),
+                            "bytes": weight_bytes(launches[which[0]], kernels_of(self.pipeline)),
+                        }
+                    )
+        return out
+
+    def _in_the_middle(self, images: int, guided: bool) -> Mapping[str, KernelContext]:
+        """The contexts at a call in the middle of the last phase, on the tokens of an image that was just made."""
+        bundle = self.pipeline.bundle
+        self._generate(self.pipeline, images, guided)
+        settings = image_settings(bundle, images, guidance=self._guidance(guided), guidance_interval=-1)
+        schedule = Schedule.of(bundle, self._labels(images), settings, list(range(images)))
+        call = bundle.calls - 1 - bundle.phases[-1].repeat // 2
+        contexts: Any = gpu_backend(self.pipeline).at_call(schedule.batch, schedule.class_ids, schedule.noise, call)
+        return contexts
+
+    def _time(self, prepared: Prepared, which: Sequence[int], flush: cuda.Buffer) -> list[float]:
+        """Microseconds of one of the launches ``which``, for each of :data:`REPEATS` graphs of all of them."""
+        backend = gpu_backend(self.pipeline)
+        stream = backend.stream
+        with stream.capture() as captured:
+            prepared.enqueue(which)
+        with captured.graph as graph, backend.device.event() as before, backend.device.event() as after:
+            graph.launch(stream)  # not counted
+            out = []
+            for _ in range(REPEATS):
+                flush.zero(stream)  # meanwhile the host enqueues the rest
+                stream.record(before)
+                graph.launch(stream)
+                stream.record(after)
+                after.synchronize()
+                out.append(1e3 * after.elapsed_ms(before) / len(which))
+        return out
+
+
+def gpu_backend(pipeline: Pipeline) -> GpuBackend:
+    """The pipeline's backend. Raises EngineError where it is none of our kernels."""
+    backend = pipeline.backend
+    if not isinstance(backend, GpuBackend) or backend.engine.kernels is None:
+        raise EngineError(f"{pipeline.bundle.path}: runs on {backend.info.name}, not on an engine of kernels")
+    return backend
+
+
+def kernels_of(pipeline: Pipeline) -> Kernels:
+    """The pipeline's engine of kernels. Raises EngineError."""
+    kernels = gpu_backend(pipeline).engine.kernels
+    assert kernels is not None
+    return kernels
+
+
+def programs(pipeline: Pipeline) -> Mapping[str, KernelProgram]:
+    """Its programs by name. Raises EngineError."""
+    return gpu_backend(pipeline).programs  # type: ignore[return-value]
+
+
+def by_kernel(launches: Sequence[tuple[Launch, int]]) -> dict[str, list[int]]:
+    """kernel -> the numbers of its launches, in the order in which kernels come first."""
+    out: dict[str, list[int]] = {}
+    for i, (launch, _) in enumerate(launches):
+        out.setdefault(launch.kernel, []).append(i)
+    return out
+
+
+def weight_bytes(launch: tuple[Launch, int], kernels: Kernels) -> int:
+    """Bytes of all weights that a launch in its layer is given."""
+    one, layer = launch
+    names = {a.of_layer(layer)[0] for a in one.arguments if isinstance(a, Pointer)}
+    return sum(kernels.weights[name].bytes for name in names & kernels.weights.keys())
+
+
+def fill(pipeline: Pipeline, numbers: int = POOL_NUMBERS) -> int:
+    """Fill every matrix of the engine with random numbers; returns how many bytes. Raises EngineError, CudaError.
+
+    They are uniform, with the standard deviation of an untrained model.
+    """
+    backend, kernels = gpu_backend(pipeline), kernels_of(pipeline)
+    addresses = programs(pipeline)["step"].shared.addresses
+    kinds: dict[str, list[str]] = {}
+    for name, weight in kernels.weights.items():
+        kind = matrix_type(name, weight, kernels)
+        if kind is not None:
+            kinds.setdefault(kind, []).append(name)
+    random, bound = np.random.default_rng(0), 3**0.5 * INIT_STD
+    uniform = random.uniform(-bound, bound, numbers).astype(np.float32)
+    backend.device.activate()
+    done = 0
+    for kind, names in kinds.items():
+        with Pool(backend.device, backend.stream, as_type(uniform, kind)) as pool:
+            for name in names:
+                pool.fill(addresses[name], kernels.weights[name].bytes)
+                done += kernels.weights[name].bytes
+    return done
+
+
+def matrix_type(name: str, weight: Weight, kernels: Kernels) -> str | None:
+    """The type of the numbers of a matrix in device memory, "*fp16"; None where ``weight`` is something else."""
+    stored = weight.stored
+    if stored is None or name in TABLES or math.prod(stored.shape) == max(stored.shape):
+        return None
+    if weight.pack is None:
+        return TYPES[stored.dtype]
+    parameters = kernels.kernels[weight.pack.kernel].parameters
+    return next(
+        kind
+        for (_, kind), argument in zip(parameters, weight.pack.arguments, strict=True)
+        if isinstance(argument, Pointer) and argument.name == "packed"
+    )
+
+
+def as_type(numbers: NDArray[np.float32], kind: str) -> NDArray[Any]:
+    """``numbers`` as kernels of that type of parameter read them."""
+    if kind == "*bf16":
+        return (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    return numbers.astype(np.float16 if kind == "*fp16" else np.float32)
+
+
+def open_subject(spec: Mapping[str, Any]) -> EngineSubject:
+    """The subject that the specification of a worker describes; see ``bench/subjects/worker.py``."""
+    return EngineSubject(Path(spec["path"]), spec["label"], spec["device"])

@@ -1,0 +1,170 @@
+"""Stages of a GPU's report: whole images on the stand-in, limits on the CPU, and processes that end in every way."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from double import tensorrt
+from double.driver import Driver
+
+from par_export.card import images, processes
+from par_export.card.processes import run_stage
+from par_runtime.backends.gpu.backend import GpuBackend
+from par_runtime.bundle import Bundle
+
+
+class Lines(list[dict[str, Any]]):
+    """What a stage emits."""
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        self.append({"kind": kind} | fields)
+
+    def checks(self) -> dict[str, bool]:
+        return {line["name"]: line["passed"] for line in self if line["kind"] == "check"}
+
+
+@pytest.fixture
+def on_gpu(driver: Driver, tiny: Path, tmp_path: Path) -> Path:
+    """The tiny bundle with an engine on the stand-in."""
+    path = tmp_path / "tiny"
+    shutil.copytree(tiny, path)
+    tensorrt.write_engine(Bundle.open(path), (1, 2, 4))
+    return path
+
+
+def images_of(path: Path, **changes: Any) -> Lines:
+    lines = Lines()
+    spec = {"path": str(path), "name": "t", "device": "cuda:0", "reference": "cpu", "groups": 2, "seed": 5}
+    images.check_images(spec | changes, lines)
+    return lines
+
+
+def test_every_check_of_whole_images_passes_on_a_right_backend(on_gpu: Path, driver: Driver) -> None:
+    lines = images_of(on_gpu)
+    checks = lines.checks()
+    assert all(checks.values()), lines
+    wanted = ("loads", "self-test", "launched by image", "launched by none", "alone as in a batch", "the same again")
+    assert {f"t: {name}" for name in wanted} < set(checks)
+    assert "t: tokens that rounding does not explain" in checks
+    assert "t: PSNR of the worst image" in checks
+    begun = [line["name"] for line in lines if line["kind"] == "begin"]
+    assert begun[0] == "t: loads"
+    assert begun[-1] == "t: verify"
+    assert not driver.device
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[..., Any]) -> None:
+    """What ``GpuBackend.name`` returns is given to ``change``, with the backend."""
+    right = getattr(GpuBackend, name)
+
+    def wrong(self: GpuBackend, *arguments: Any, **options: Any) -> Any:
+        return change(self, right(self, *arguments, **options))
+
+    monkeypatch.setattr(GpuBackend, name, wrong)
+
+
+def test_images_that_depend_on_the_way_of_launching_are_seen(on_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_if_not_captured(self: GpuBackend, made: Any) -> Any:
+        return (made[0] ^ 1 if self.capture == "none" else made[0], made[1])
+
+    planted(monkeypatch, "make_images", other_if_not_captured)
+    failed = [name for name, passed in images_of(on_gpu).checks().items() if not passed]
+    assert failed == ["t: launched by none"]
+
+
+def test_a_driver_that_refuses_capture_is_no_pass(on_gpu: Path, driver: Driver) -> None:
+    driver.refuse_capture_over = 0
+    lines = images_of(on_gpu)
+    text = next(line["text"] for line in lines if line["name"] == "t: launched by image" and line["kind"] == "check")
+    assert text.startswith("the driver refused it, and none is in use")
+    assert not lines.checks()["t: launched by image"]
+    assert lines.checks()["t: launched by none"]
+
+
+def test_wrong_numbers_are_seen_by_verify_and_the_selftest(on_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, "logits", lambda self, logits: -logits)
+    planted(monkeypatch, "step", lambda self, tokens: tokens * 0)
+    failed = {name for name, passed in images_of(on_gpu).checks().items() if not passed}
+    assert {"t: self-test", "t: argmax agreement", "t: relative logit error of group"} <= failed
+
+
+def test_a_nan_in_the_logits_passes_nothing(on_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, "logits", lambda self, logits: logits * np.float32(np.nan))
+    failed = {name for name, passed in images_of(on_gpu).checks().items() if not passed}
+    assert {"t: KL divergence of group (nats)", "t: relative logit error of group"} <= failed
+
+
+def test_memory_that_grows_is_seen(on_gpu: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = Lines()
+    spec = {"path": str(on_gpu), "name": "t", "device": "cuda:0", "images": 9}
+    images.check_memory(spec, lines)
+    assert lines.checks() == {"t: memory": True}
+    assert "10 images:" in lines[-1]["text"]  # batches of 1, 2, 3 and 4
+
+    def leak(self: GpuBackend, made: Any) -> Any:
+        self.device.allocate(2**23, "nobody")
+        return made
+
+    planted(monkeypatch, "make_images", leak)
+    images.check_memory(spec, lines)
+    assert lines.checks() == {"t: memory": False}
+    images.make_one(spec, lines)
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def soon() -> float:
+    return time.monotonic() + 60
+
+
+def test_limits_of_what_pytorch_can_measure_on_a_cpu() -> None:
+    ended = run_stage("limits", {"device": "cpu", "side": 64}, soon())
+    assert (ended.why, ended.during) == ("", "")
+    (line,) = ended.lines
+    assert (line["kind"], line["unit"], len(line["samples"])) == ("limit", "TFLOP/s", 20)
+    assert line["value"] == pytest.approx(np.median(line["samples"]))
+
+
+def test_an_error_of_a_stage_is_kept_in_its_words() -> None:
+    ended = run_stage("memory", {"path": "/nowhere", "name": "x", "device": "cuda:0", "images": 1}, soon())
+    assert ended.why.startswith("BundleError: ")
+    assert "/nowhere" in ended.why
+    assert ended.lines == []
+
+
+def test_a_stage_that_does_not_end_is_killed() -> None:
+    began = time.monotonic()
+    ended = run_stage("limits", {}, began + 0.3, before=["sh", "-c", "sleep 50; exec true"])
+    assert ended.why == "it had not ended when its time was over"
+    assert time.monotonic() - began < 20
+
+
+def test_a_process_that_a_kernel_takes_with_it_says_what_it_had_begun() -> None:
+    script = (
+        'echo \'{"kind": "check", "name": "a", "passed": true}\'; echo \'{"kind": "begin", "name": "b"}\';'
+        "echo noise; echo last words >&2; kill -9 $$"
+    )
+    ended = run_stage("limits", {}, soon(), before=["sh", "-c", script])
+    assert [line["name"] for line in ended.lines] == ["a"]
+    assert ended.during == "b"
+    assert ended.why == "its process was ended by SIGKILL: last words"
+
+
+def test_lines_come_from_standard_output_alone(tmp_path: Path) -> None:
+    """A library that prints does not break the lines."""
+    (tmp_path / "sitecustomize.py").write_text("print('loud')")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        ended = run_stage("limits", {"device": "cpu", "side": 16}, soon())
+    finally:
+        sys.path.pop(0)
+    assert [line["kind"] for line in ended.lines] == ["limit"]
+    assert processes.Ended().lines == []
