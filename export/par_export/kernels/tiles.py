@@ -1,0 +1,225 @@
+"""The shapes of tiles in which the step's kernels work, chosen by a model of the GPU until ``parvis tune`` measures.
+
+A step is a stream of weights, so a good shape keeps enough of them on their way to every processor, and ends on all
+processors at about the same time. What a batch must not change is the result of a row: the order of the weights, the
+parts of a sum and the spans of keys are therefore the same for all batch sizes of an engine. Stages may differ.
+
+The model is a roofline with four limits for each kernel; none of its constants was measured, and only the order of
+candidates matters. Times in microseconds, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from par_export.kernels.targets import Target
+from par_model.config import PARConfig
+
+BYTES = 2  #: of a weight, an activation and a key: fp16 and bf16
+#: From asking for a line of memory until it is there, on a busy GPU.
+LATENCY_US = 0.8
+#: What one turn of the loop over K costs a block beside reading: a barrier, and a little for each 16 of K.
+TURN_US, TURN_OF_16_US = 0.10, 0.012
+#: A processor can draw more than its share of the bandwidth while others have nothing to do, but not much more.
+MOST_SHARE = 1.3
+#: Bandwidth of the L2 cache, in bandwidths of the memory.
+L2 = 1.7
+#: What it costs to leave partial sums, count the blocks and add: two ways to memory one after the other.
+JOIN_US = 2 * LATENCY_US
+#: Fetched ahead while the kernel before drains (from SM90 on), all blocks together: a few microseconds of bandwidth,
+#: and less than half of the L2 cache.
+AHEAD_US, AHEAD_BYTES = 4.0, 16 * 2**20
+PIECE = 2048  #: bytes that are fetched ahead at a time
+MOST_SHARED = 0.9  #: of a block's limit: the compiler adds to what the stages take
+MOST_SUMS = 8192  #: of squares that a consumer of x adds up in registers: tiles (a power of 2) times rows
+MOST_ROWS = 64  #: of one block
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """A product in blocks of threads: each reads panels of ``BN`` columns by ``BK`` rows of weights, K in ``split``
+    parts. ``stages`` panels are in shared memory at a time, ``ahead`` bytes of weights are fetched before the kernel
+    ahead has ended.
+    """
+
+    BN: int
+    BK: int
+    split: int
+    warps: int
+    stages: int
+    ahead: int
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Attention in blocks of threads: each reads ``span`` keys, ``chunk`` at a time."""
+
+    span: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The shapes of a step for one batch size: of its five products, and of attention."""
+
+    qkv: ProductTile
+    wo: ProductTile
+    gates: ProductTile
+    w2: ProductTile
+    head: ProductTile
+    attention: AttentionTile
+
+
+def rows_of(positions: int) -> int:
+    """How many of ``positions`` rows a block takes: a power of 2 from 8, what the matrix units take at least."""
+    return min(MOST_ROWS, max(8, _power(positions)))
+
+
+def choose(config: PARConfig, images: Sequence[int], target: Target) -> dict[int, Tiles]:
+    """The shapes that the model finds fastest for ``config``, for guided batches of each of the sizes ``images``."""
+    d = config.dim
+    products = {
+        "qkv": product(3 * d, d, config.group_size, images, target),
+        "wo": product(d, d, config.group_size, images, target, residual=True),
+        "gates": product(2 * config.ffn_dim, d, config.group_size, images, target),
+        "w2": product(d, config.ffn_dim, config.group_size, images, target, residual=True),
+        "head": product(config.vocab_size, d, config.group_size, images, target),
+    }
+    keys = attention(config, images, target)
+    return {
+        batch: Tiles(**{name: tiles[batch] for name, tiles in products.items()}, attention=keys) for batch in images
+    }
+
+
+def product(
+    columns: int, depth: int, query: int, images: Sequence[int], target: Target, residual: bool = False
+) -> dict[int, ProductTile]:
+    """The shape for weights of ``depth`` rows and ``columns`` columns, for each batch of ``query`` positions a row.
+
+    ``residual``: K may be split, and the tiles leave sums of squares for the kernels that follow.
+    """
+    best: dict[int, ProductTile] = {}
+    least = math.inf
+    for BN, BK, split in _layouts(columns, depth, 2 * query * max(images), residual):
+        tiles, cost = {}, 0.0
+        for batch in images:
+            positions = 2 * query * batch
+            staged = _staged(BN, BK, split, columns, depth, rows_of(positions), target)
+            times = [(product_us(tile, columns, depth, positions, target), tile) for tile in staged]
+            if not times:
+                break
+            time, tiles[batch] = min(times, key=lambda pair: pair[0])  # of equals the first, with most stages
+            cost += time / batch  # per image: what counts most is how long one waits for a single one
+        if len(tiles) == len(images) and cost < least:  # of equals the first, with the largest panels
+            best, least = tiles, cost
+    return best
+
+
+def _layouts(columns: int, depth: int, positions: int, residual: bool) -> Iterator[tuple[int, int, int]]:
+    """Panels, and parts of K, that can be chosen: what must be the same for every batch. ``positions``: the most."""
+    for BN in (128, 64, 32, 16):
+        if max(16, _power(columns)) < BN:
+            continue
+        if residual and BN < 128 and _power(-(-columns // BN)) * rows_of(positions) > MOST_SUMS:
+            continue
+        for BK in (256, 128, 64, 32, 16):
+            if max(16, _power(depth)) < BK:
+                continue
+            for split in (1, 2, 4, 8) if residual else (1,):
+                if split <= -(-depth // BK):
+                    yield BN, BK, split
+
+
+def _staged(bn: int, bk: int, split: int, columns: int, depth: int, rows: int, target: Target) -> Iterator[ProductTile]:
+    """The panels with every number of stages that makes sense and fits; two always do."""
+    turns = -(-depth // bk) // split
+    for stages in (6, 5, 4, 3, 2):
+        fits = shared_bytes(bn, bk, rows, stages) <= MOST_SHARED * target.shared_block
+        if fits and stages <= max(2, turns):
+            yield _with_ahead(ProductTile(bn, bk, split, 8 if bn == 128 else 4, stages, 0), columns, depth, target)
+
+
+def shared_bytes(bn: int, bk: int, rows: int, stages: int) -> int:
+    """Shared memory of a product: panels of weights and the rows that they are multiplied with, of each stage."""
+    return stages * (bn + rows) * bk * BYTES
+
+
+def product_us(tile: ProductTile, columns: int, depth: int, positions: int, target: Target) -> float:
+    """What the model thinks that a product of ``positions`` rows takes."""
+    rows = rows_of(positions)
+    groups = -(-positions // rows)
+    turns = -(-depth // tile.BK)
+    blocks = -(-columns // tile.BN) * tile.split
+    panel = tile.BN * tile.BK * BYTES
+    weights = -(-columns // tile.BN) * turns * panel
+    # How many blocks a processor has at a time: shared memory, threads (64 warps; 48 on RTX cards), and about 96
+    # registers a thread.
+    shared = shared_bytes(tile.BN, tile.BK, rows, tile.stages) + 1024
+    room = min(
+        target.shared_processor // shared,
+        (64 if target.shared_processor > 128 * 1024 else 48) // tile.warps,
+        target.registers // (96 * 32 * tile.warps),
+    )
+    busiest = -(-blocks * groups // target.processors)
+    at_once = max(1, min(room, busiest))
+    # One processor: what it has on its way, what its blocks can take in, and its share of the bandwidth.
+    share = MOST_SHARE * _per_us(target) / target.processors
+    turn = TURN_US + TURN_OF_16_US * tile.BK / 16
+    processor = min(at_once * (tile.stages - 1) * panel / LATENCY_US, at_once * panel / turn, share)
+    own = busiest * -(-turns // tile.split) * panel / processor
+    # All of them: weights from memory once, activations and weights for further rows from L2, matrix units.
+    activations = blocks * groups * -(-turns // tile.split) * tile.BK * rows * BYTES
+    partial = 2 * tile.split * positions * columns * 4 if tile.split > 1 else 0
+    memory = weights / _per_us(target)
+    cache = (weights * groups + activations + partial) / (L2 * _per_us(target))
+    matrix = 2 * columns * depth * groups * rows / (target.sheet.tflop_s * 1e6)
+    return max(own, memory, cache, matrix) + 2 * LATENCY_US + (JOIN_US if tile.split > 1 else 0)
+
+
+def _with_ahead(tile: ProductTile, columns: int, depth: int, target: Target) -> ProductTile:
+    """``tile`` with what each of its blocks fetches ahead: whole pieces, at least one, at most all that it reads."""
+    blocks = -(-columns // tile.BN) * tile.split
+    slab = -(-depth // tile.BK) // tile.split * tile.BN * tile.BK * BYTES
+    budget = min(AHEAD_BYTES, int(AHEAD_US * _per_us(target))) // blocks
+    ahead = max(PIECE, min(slab, budget)) // PIECE * PIECE if target.dependent else 0
+    return ProductTile(tile.BN, tile.BK, tile.split, tile.warps, tile.stages, min(ahead, slab // PIECE * PIECE))
+
+
+def attention(config: PARConfig, images: Sequence[int], target: Target) -> AttentionTile:
+    """The shape of attention, for all batches and all slots of the cache."""
+    line = 2 * -(-config.head_dim // 8) * 8 * BYTES  # a key and its value
+
+    def cost(tile: AttentionTile) -> float:
+        heads = {batch: 2 * batch * config.n_heads for batch in images}
+        return sum(attention_us(tile, n, config.n_tokens, line, target) / batch for batch, n in heads.items())
+
+    spans = [span for span in (512, 256, 128, 64, 32) if span <= max(32, _power(config.n_tokens))]
+    # Few stages: spans are short, and keys of whole spans are fetched ahead where the GPU can.
+    tiles = [AttentionTile(s, c, 4, 2) for s in spans for c in (128, 64, 32) if c <= s and c * line * 2 <= 64 * 1024]
+    return min(tiles or [AttentionTile(32, 32, 4, 2)], key=cost)
+
+
+def attention_us(tile: AttentionTile, heads: int, keys: int, line: int, target: Target) -> float:
+    """What the model thinks that attention over ``keys`` keys of ``heads`` heads (of all rows) takes."""
+    spans = -(-keys // tile.span)
+    busiest = -(-heads * spans // target.processors)
+    share = MOST_SHARE * _per_us(target) / target.processors
+    # A turn reads keys and values, has two products and a maximum between them, and waits for each.
+    turns = -(-min(tile.span, keys) // tile.chunk)
+    own = max(busiest * min(tile.span, keys) * line / share, -(-busiest // 4) * turns * LATENCY_US)
+    memory = heads * keys * line / _per_us(target)
+    return max(own, memory) + 3 * LATENCY_US + (JOIN_US if spans > 1 else 0)
+
+
+def _per_us(target: Target) -> float:
+    """Bytes of memory in a microsecond."""
+    return target.sheet.gb_s * 1e3
+
+
+def _power(number: int) -> int:
+    """The next power of 2."""
+    return 1 << max(0, math.ceil(math.log2(max(1, number))))

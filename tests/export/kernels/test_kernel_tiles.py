@@ -1,0 +1,54 @@
+"""The model that chooses the shapes of tiles: what it must never choose, and what it must know."""
+
+from __future__ import annotations
+
+import pytest
+
+from par_export.kernels import tiles
+from par_export.kernels.targets import TARGETS
+from par_model.config import PARConfig, named
+
+IMAGES = (1, 2, 4, 8)
+TINY = PARConfig(dim=16, n_layers=2, n_heads=2, vocab_size=64, n_classes=6, grid=(1, 8, 8), group_size=4)
+CONFIGS = {name: named(name) for name in ("L", "XL", "3B")} | {"tiny": TINY, "3B n = 16": named("3B", group_size=16)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_shapes_fit_the_target_and_do_not_make_a_row_depend_on_its_batch(name: str, target: str) -> None:
+    config, card = CONFIGS[name], TARGETS[target]
+    chosen = tiles.choose(config, IMAGES, card)
+    assert list(chosen) == list(IMAGES)
+    depth = {"w2": config.ffn_dim}
+    for kind in ("qkv", "wo", "gates", "w2", "head"):
+        of_batch = [getattr(chosen[batch], kind) for batch in IMAGES]
+        assert len({(tile.BN, tile.BK, tile.split) for tile in of_batch}) == 1  # weights are put in order once
+        for batch, tile in zip(IMAGES, of_batch, strict=True):
+            rows = tiles.rows_of(2 * config.group_size * batch)
+            assert tiles.shared_bytes(tile.BN, tile.BK, rows, tile.stages) < card.shared_block
+            assert tile.stages >= 2
+            assert tile.split == 1 or kind in ("wo", "w2")
+            turns = -(-depth.get(kind, config.dim) // tile.BK)
+            assert tile.split <= turns
+            slab = turns // tile.split * tile.BN * tile.BK * 2
+            assert tile.ahead % 2048 == 0
+            assert 0 <= tile.ahead <= slab
+            assert card.dependent or tile.ahead == 0
+    assert len({chosen[batch].attention for batch in IMAGES}) == 1
+
+
+def test_more_blocks_are_made_where_a_card_has_more_processors_than_tiles() -> None:
+    """PAR-L's down product has 1024 columns: 16 tiles of 64 for 132 processors: smaller tiles, or K in parts."""
+    w2 = tiles.choose(named("L"), (1,), TARGETS["SM90"])[1].w2
+    assert -(-1024 // w2.BN) * w2.split >= 60
+
+
+@pytest.mark.parametrize("name", ["L", "3B"])
+def test_no_choice_is_slower_by_the_model_than_one_plain_shape(name: str) -> None:
+    config, card = named(name), TARGETS["SM90"]
+    plain = tiles.ProductTile(64, 64, 1, 4, 4, 0)
+    chosen = tiles.choose(config, (1,), card)[1]
+    for tile, columns in ((chosen.qkv, 3 * config.dim), (chosen.gates, 2 * config.ffn_dim)):
+        time = tiles.product_us(tile, columns, config.dim, 8, card)
+        assert time <= tiles.product_us(plain, columns, config.dim, 8, card)
+        assert time >= columns * config.dim * 2 / 3.35e6  # never faster than the memory
