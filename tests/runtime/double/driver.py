@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver as real
 
+from double.modules import Modules, ViolationError
+
+__all__ = ["Driver", "ViolationError"]
 OK = real.CUresult.CUDA_SUCCESS
 INVALID = real.CUresult.CUDA_ERROR_INVALID_VALUE
-
-
-class ViolationError(AssertionError):
-    """Something that is undefined behaviour on a GPU."""
 
 
 @dataclass
@@ -29,10 +28,14 @@ class _Graph:
     valid: bool = True
 
 
-class Driver:
+class Driver(Modules):
     """One device. Names that are not defined here (enums, structs) are the real module's."""
 
+    #: What fresh memory is full of: no token, no number and no address, so what is not written is seen.
+    fill = 0xFB
+
     def __init__(self, memory_bytes: int = 2**33, capability: tuple[int, int] = (8, 0), devices: int = 1) -> None:
+        super().__init__()
         self.memory_bytes, self.capability, self.devices = memory_bytes, capability, devices
         self.device: dict[int, np.ndarray] = {}
         self.pinned: dict[int, np.ndarray] = {}
@@ -72,6 +75,12 @@ class Driver:
         else:
             self.queues[handle].append(work)
         return OK
+
+    def launched_last(self, stream: Any) -> bool:
+        """Whether the last work of the stream, or of what is captured of it, is a kernel."""
+        handle = int(stream)
+        work = self.captures[handle].work if handle in self.captures else self.queues[handle]
+        return bool(work) and getattr(work[-1], "is_kernel", False)
 
     def capturing(self, stream: Any) -> bool:
         return int(stream) in self.captures
@@ -122,8 +131,7 @@ class Driver:
             return INVALID, None
         if size > self.cuMemGetInfo()[1]:
             return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None
-        # Full of a value that is no token, no number and no address: what is not written is seen.
-        array = np.full(size, 0xFB, np.uint8)
+        array = np.full(size, self.fill, np.uint8)
         pointer = self._fresh(size)
         self.device[pointer] = array
         return OK, real.CUdeviceptr(pointer)
@@ -134,7 +142,7 @@ class Driver:
         return (OK,) if self.device.pop(int(pointer), None) is not None else (INVALID,)
 
     def cuMemHostAlloc(self, size: int, flags: int) -> tuple[Any, int]:  # noqa: N802
-        array = np.full(size, 0xFB, np.uint8)
+        array = np.full(size, self.fill, np.uint8)
         pointer = int(array.ctypes.data)
         self.pinned[pointer] = array
         return OK, pointer
@@ -290,8 +298,12 @@ class Driver:
 
     def _flush(self, handle: int) -> None:
         work, self.queues[handle] = self.queues[handle], []
-        for item in work:
-            item()
+        try:
+            for item in work:
+                item()
+        finally:
+            if self.twin is not None:
+                self.twin.done()
 
     def _flush_all(self) -> None:
         for handle in self.queues:

@@ -1,0 +1,349 @@
+"""Engines of kernels are loaded on the stand-in GPU: weights, modules, prepared launches, and what is refused.
+
+Their kernels are real ones, in programs that compute nothing of use: what is tested is how they are run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from double import bare, kernels
+from double.driver import Driver, ViolationError
+from double.twins import Twins
+
+from par_export.kernels.spec import Planned, Spec
+from par_runtime.backends import choose, cuda
+from par_runtime.backends.engines import ENGINE_JSON, Engine
+from par_runtime.backends.gpu.backend import GpuBackend
+from par_runtime.backends.kernels import backend as kernels_backend
+from par_runtime.backends.program import Pointer, Profile, Program, Weight
+from par_runtime.bundle import Bundle, seal
+from par_runtime.errors import CudaError, EngineError, OutOfMemory
+from par_runtime.pipeline import Pipeline
+
+BN, BK = 16, 16
+
+
+@pytest.fixture
+def bundle(tiny: Path, tmp_path: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(tiny, tmp_path / "bundle"))
+
+
+def panels(k: int, n: int, kind: str, dependent: bool = False) -> Spec:
+    """Packs a matrix [k, n]."""
+    constants = {"K": k, "N": n, "WIDTH": n, "ORDER": "plain", "HEAD": 8, "PADDED": 8, "DROP_ROWS": False}
+    constants |= {"BN": BN, "BK": BK}
+    return Spec("pack.panels", tuple(constants.items()), (("raw", "*fp16"), ("packed", kind)), 4, 1, (), dependent)
+
+
+def hand_made(bundle: Bundle, images: tuple[int, ...] = (1, 2), dependent: bool = False) -> Planned:
+    """Packs every matrix of the first layer when it is loaded, and one of them again in each layer of a call."""
+    plan = Planned()
+    matrices = {name: at for name, at in bundle.weights.items() if len(at.shape) == 2 and ".0." in name}
+    for name, at in matrices.items():
+        k, n = at.shape
+        spec = panels(k, n, "*fp32")
+        blocks = (-(-n // BN), -(-k // BK), 1)
+        pack = plan.launch(spec, blocks, {"raw": Pointer("raw"), "packed": Pointer("packed")})
+        plan.weights[name] = Weight(blocks[0] * blocks[1] * BN * BK * 4, at, 0, pack)
+    largest = max(bundle.weights.values(), key=lambda at: at.length)
+    plan.weights["table"] = Weight(largest.length, largest, 0, None)
+    plan.constants["ones"] = np.ones(64, np.float16).tobytes()
+    plan.weights["ones"] = Weight(128, None, 0, None)
+    spec = panels(8, 8, "*fp32", dependent)
+    launch = plan.launch(spec, (1, 1, 1), {"raw": Pointer("ones"), "packed": Pointer("out.a")})
+    other = plan.launch(spec, (1, 1, 1), {"raw": Pointer("ones"), "packed": Pointer("past_k.{i}")})
+    counters = plan.launch(spec, (1, 1, 1), {"raw": Pointer("ones"), "packed": Pointer("counters", 0, 1024)})
+    profiles = {b: Profile((launch,), (other, counters), (launch,), {"out.a": (256, 4096)}, 4096 + 256) for b in images}
+    phases = tuple(phase.name for phase in bundle.phases)
+    plan.programs["step"] = Program(bundle.group_size, phases, 2, profiles, {"counters": (0, 2048)}, 2048)
+    return plan
+
+
+Load = Callable[..., GpuBackend]
+
+
+@pytest.fixture
+def load(driver: Driver, bundle: Bundle) -> Load:
+    def make(plan: Planned | None = None, target: str = "SM80", **how: Any) -> GpuBackend:
+        driver.twin = Twins(driver)
+        folder = kernels.write_engine(bundle, plan or hand_made(bundle), target=target)
+        bare.register(driver, folder)
+        return kernels_backend.load(bundle, Engine.open(folder, bundle), cuda.Device.open(0), **how)
+
+    return make
+
+
+def packed(matrix: np.ndarray) -> np.ndarray:
+    k, n = matrix.shape
+    padded = np.zeros((-(-k // BK) * BK, -(-n // BN) * BN), np.float32)
+    padded[:k, :n] = matrix
+    return padded.reshape(padded.shape[0] // BK, BK, -1, BN).transpose(2, 0, 3, 1)
+
+
+@pytest.mark.parametrize("block", [2**25, 1000])
+def test_weights_are_packed_and_nothing_else_stays(
+    load: Load, driver: Driver, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Also through blocks that are much smaller than a tensor, and filled by several threads."""
+    monkeypatch.setattr("par_runtime.backends.kernels.upload.BLOCK_BYTES", block)
+    monkeypatch.setattr("par_runtime.backends.kernels.upload.PIECE_BYTES", 300)
+    seen: list[tuple[int, int]] = []
+    plan = hand_made(bundle)
+    backend = load(plan, on_load=lambda done, total: seen.append((done, total)))
+    shared = backend._programs["step"]._shared  # type: ignore[attr-defined]
+    raw = (bundle.path / "weights.data").read_bytes()
+    for name, weight in plan.weights.items():
+        got = driver.span(shared.addresses[name], weight.bytes, name)
+        if weight.stored is None:
+            wanted = plan.constants[name]
+        else:
+            wanted = raw[weight.stored.offset : weight.stored.offset + weight.stored.length]
+            if weight.pack is not None:
+                wanted = packed(np.frombuffer(wanted, np.float16).reshape(weight.stored.shape)).tobytes()
+        assert got.tobytes() == wanted, name
+    read = sum(w.bytes if w.stored is None else w.stored.length for w in plan.weights.values())
+    assert seen[-1] == (read, read)
+    assert seen == sorted(set(seen))
+    assert len(driver.device) == 2  # all weights, and the counters
+    assert not driver.pinned
+    assert (driver.span(shared.states["step"], 2048, "counters") == 0).all()
+    backend.close()
+    backend.close()
+    assert not driver.device
+    assert not driver.modules
+
+
+@pytest.mark.parametrize(("target", "dependent"), [("SM80", False), ("SM90", True)])
+def test_launches_in_order_with_the_addresses_of_now(
+    load: Load, driver: Driver, bundle: Bundle, target: str, dependent: bool
+) -> None:
+    driver.capability = (int(target[2]), int(target[3]))
+    backend = load(hand_made(bundle, dependent=dependent), target)
+    driver.launches.clear()
+    stream = backend.stream
+    program = backend._programs["step"]
+    with backend.device.allocate(program.scratch_bytes(1), "scratch") as scratch:
+        context = program.context(1, scratch.pointer, scratch.size, stream)
+        with pytest.raises(EngineError, match=r"step call: no address for past_k.0, past_k.1; please report"):
+            context.enqueue(stream, "step call")
+        with backend.device.allocate(4096, "keys") as keys, backend.device.allocate(4096, "others") as others:
+            for buffer in (keys, others):
+                buffer.zero(stream)
+                for i in range(2):
+                    context.bind(f"past_k.{i}", buffer.pointer + 1024 * i)
+                context.enqueue(stream, "step call")  # the arguments of the first are copied, so they may change now
+            stream.synchronize()
+            one = np.zeros((BN, BK), np.float32)
+            one[:8, :8] = 1
+            for buffer in (keys, others):
+                got = driver.span(buffer.pointer, 4096, "keys").view(np.float32).reshape(4, BN, BK)
+                np.testing.assert_array_equal(got, [one, one, one * 0, one * 0])
+            out = driver.span(scratch.pointer + 256, 1024, "scratch").view(np.float32).reshape(BN, BK)
+            np.testing.assert_array_equal(out, one)
+            with pytest.raises(EngineError, match=r"address 0x[0-9a-f]+ of 'past_k.0'; expected a multiple of 16"):
+                context.bind("past_k.0", keys.pointer + 8)
+            with pytest.raises(EngineError, match=r"no tensor 'past_q.0'"):
+                context.bind("past_q.0", keys.pointer)
+    assert [waits for _, waits in driver.launches] == ([False] + 5 * [dependent]) * 2
+    assert {name for name, _ in driver.launches} == {"pack.panels"}
+    backend.close()
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change ``engine.json`` and seal it again."""
+    entry = json.loads((folder / ENGINE_JSON).read_text())
+    del entry["hash"]
+    change(entry)
+    (folder / ENGINE_JSON).write_text(json.dumps(seal(entry)))
+
+
+def unknown_tensor(e: dict[str, Any]) -> None:
+    e["kernels"]["programs"]["step"]["profiles"]["2"]["layer"][0][2][1][0] = "past_v.{i}x"
+
+
+def layer_too_many(e: dict[str, Any]) -> None:
+    e["kernels"]["programs"]["step"]["layers"] = 3
+
+
+def beyond_scratch(e: dict[str, Any]) -> None:
+    e["kernels"]["programs"]["step"]["profiles"]["1"]["after"][0][2][1][1] = 4096
+
+
+def crooked(e: dict[str, Any]) -> None:
+    e["kernels"]["programs"]["step"]["profiles"]["1"]["after"][0][2][1][1] = 8
+
+
+def beyond_weights(e: dict[str, Any]) -> None:
+    stored = e["kernels"]["weights"]["table"]["stored"]
+    stored["offset"] = 2**30
+
+
+def beyond_constants(e: dict[str, Any]) -> None:
+    e["kernels"]["weights"]["ones"]["offset"] = 256
+
+
+def phase_missing(e: dict[str, Any]) -> None:
+    e["kernels"]["programs"]["step"]["phases"].remove("group")
+
+
+def profile_missing(e: dict[str, Any]) -> None:
+    del e["kernels"]["programs"]["step"]["profiles"]["2"]
+
+
+def two_of_a_name(e: dict[str, Any]) -> None:
+    e["kernels"]["programs"]["step"]["profiles"]["1"]["scratch"]["ids"] = [0, 16]
+
+
+def plans_too(e: dict[str, Any]) -> None:
+    e["plans"] = {"step": {"file": "x", "bytes": 1, "sha256": "0" * 64, "query": 4, "phases": []}}
+
+
+def no_kernels(e: dict[str, Any]) -> None:
+    del e["kernels"]
+
+
+def pack_of_a_constant(e: dict[str, Any]) -> None:
+    e["kernels"]["weights"]["ones"]["pack"] = e["kernels"]["programs"]["step"]["profiles"]["1"]["after"][0]
+
+
+def pack_from_elsewhere(e: dict[str, Any]) -> None:
+    weight = next(w for w in e["kernels"]["weights"].values() if w["pack"])
+    weight["pack"][2][0][0] = "table"
+
+
+REFUSED = [
+    (unknown_tensor, r"programs.step.profiles.2: panels-\w+ takes 'past_v.0x', which is no tensor, weight or buffer"),
+    (layer_too_many, r"takes 'past_k.2', which is no tensor"),
+    (beyond_scratch, r"takes byte 4096 of 'out.a'; expected a multiple of 16 below 4096"),
+    (crooked, r"takes byte 8 of 'out.a'; expected a multiple of 16"),
+    (beyond_weights, r"kernels.weights.table is \d+ bytes at 1073741824 of weights.data, which has 159568"),
+    (beyond_constants, r"kernels.weights.ones is 128 bytes at 256 of constants.data, which has 256"),
+    (phase_missing, r"programs have none for the phase 'group' of 4 positions"),
+    (profile_missing, r"kernels.programs.step.profiles are \[1\]; expected \[1, 2\]"),
+    (two_of_a_name, r"a tensor, a weight, scratch and state have different names"),
+    (plans_too, r"plans is .*; expected none, and no decoder, in an engine of kernels"),
+    (no_kernels, r"runtime is 'kernels'; expected kernels where there is an entry kernels"),
+    (pack_of_a_constant, r"kernels.weights.ones.pack is .*; expected null"),
+    (pack_from_elsewhere, r"takes 'table', which is no tensor, weight or buffer"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=[f.__name__ for f, _ in REFUSED])
+def test_lists_that_cannot_be_run_are_refused(
+    bundle: Bundle, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    folder = kernels.write_engine(bundle, hand_made(bundle))
+    Engine.open(folder, bundle)
+    edited(folder, change)
+    with pytest.raises(EngineError, match=f"{message}.*; build it again with: parvis build"):
+        Engine.open(folder, bundle)
+
+
+@pytest.mark.parametrize("name", ["constants.data", "cubin"])
+@pytest.mark.parametrize("verify", ["auto", "none"])
+def test_damaged_files_are_refused_whatever_is_checked(driver: Driver, bundle: Bundle, name: str, verify: Any) -> None:
+    folder = kernels.write_engine(bundle, hand_made(bundle))
+    bare.register(driver, folder)
+    file = next(f for f in folder.iterdir() if f.name.endswith(name))
+    file.write_bytes(b"!" + file.read_bytes()[1:])
+    with pytest.raises(
+        EngineError,
+        match=rf"{file.name}: its content was changed.*; rebuild with: parvis build .* "
+        "--engine kernels --target SM80 --precision fp32 --max-images 2",
+    ):
+        Pipeline.load(bundle.path, "cuda", verify=verify, selftest=False)
+    assert not driver.device
+    assert not driver.modules
+
+
+def test_weights_that_do_not_fit(load: Load, driver: Driver) -> None:
+    driver.memory_bytes = 50_000
+    with pytest.raises(
+        OutOfMemory,
+        match=r"its weights need 0 MB of GPU memory and 0 MB more while they are loaded, of 0 MB on Stand-in GPU 0 MB "
+        "are free: not even one image fits",
+    ):
+        load()
+    assert not driver.device
+
+
+def test_a_kernel_that_reads_out_of_bounds_is_caught(load: Load, driver: Driver, bundle: Bundle) -> None:
+    plan = hand_made(bundle)
+    name = next(name for name, weight in plan.weights.items() if weight.pack)
+    pack = plan.weights[name].pack
+    assert pack is not None
+    plan.weights[name] = replace(plan.weights[name], pack=replace(pack, grid=(pack.grid[0] * 64, *pack.grid[1:])))
+    with pytest.raises(
+        ViolationError, match=r"pack.panels writes at 0x[0-9a-f]+, which is outside of every allocation"
+    ):
+        load(plan)
+
+
+def test_what_the_driver_refuses_names_the_kernel(load: Load, driver: Driver, bundle: Bundle) -> None:
+    with pytest.raises(
+        CudaError,
+        match=r"cuModuleLoadData of pack.panels \(panels-\w+.cubin\) failed: "
+        "CUDA_ERROR_NO_BINARY_FOR_GPU.*the engine holds no kernels for this GPU",
+    ):
+        load(target="SM86")
+    assert not driver.device
+
+
+def test_which_gpus_an_engine_fits(driver: Driver, bundle: Bundle) -> None:
+    """Below SM90 an engine runs on later GPUs of its generation; from there on only where it was built for."""
+    for target in ("SM80", "SM86", "SM90"):
+        folder = kernels.write_engine(bundle, hand_made(bundle), target=target)
+        bare.register(driver, folder)
+    for capability, wanted in (((8, 0), "SM80"), ((8, 6), "SM86"), ((8, 9), "SM86"), ((9, 0), "SM90")):
+        driver.capability = capability
+        backend, note = choose.choose(bundle, "auto")
+        assert isinstance(backend, GpuBackend)
+        assert (backend.engine.target, note) == (wanted, "")
+        assert backend.info.name == "kernels 1 fp32 on Stand-in GPU"
+        backend.close()
+    driver.capability = (12, 0)
+    with pytest.raises(
+        EngineError,
+        match=r"was built for SM80, this GPU \(Stand-in GPU\) is SM120; build with: parvis "
+        r"build .* --engine kernels --target SM120 --precision fp32",
+    ):
+        choose.choose(bundle, "cuda")
+    edited(folder, lambda entry: entry.update(version="0.9"))
+    with pytest.raises(EngineError, match=r"is of version 0.9 of kernels, this parvis runs 1; rebuild with"):
+        choose.choose(bundle, "cuda")
+
+
+def test_a_fresh_interpreter_loads_it_with_the_driver_alone(bundle: Bundle) -> None:
+    kernels.write_engine(bundle, hand_made(bundle))
+    code = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("triton", "torch", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx"):
+            raise ImportError(name + " is not here")
+sys.meta_path.insert(0, Missing())
+import json
+from pathlib import Path
+from par_runtime import Pipeline
+from par_runtime.backends import cuda
+from double.bare import driver_for
+cuda.driver = driver_for(Path({str(bundle.path)!r}))
+with Pipeline.load({str(bundle.path)!r}, "cuda", selftest=False) as pipeline:
+    print(pipeline.backend.info.name)
+assert not cuda.driver.device
+"""
+    here = Path(__file__).parents[1]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "kernels 1 fp32 on Stand-in GPU\n"), done.stderr
