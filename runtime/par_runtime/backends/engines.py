@@ -142,6 +142,7 @@ class Engine:
         try:
             _check(Value(entry))
             engine = _parse(path, of, entry)
+            again = f"rebuild with: {engine.rebuild}"
             if bundle is not None and engine.bundle_hash == bundle.hash:
                 _check_plans(engine, bundle)
                 if engine.kernels is not None:

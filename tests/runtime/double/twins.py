@@ -43,7 +43,7 @@ class Twins:
     def __call__(self, kernel: Kernel, grid: tuple[int, int, int], arguments: list[int | float]) -> None:
         function = sources._function(kernel.source)
         if self._patched is None:
-            self._begin(function)
+            self._begin()
         self._refresh()
         self._kernel = kernel.source
         values = {
@@ -74,9 +74,9 @@ class Twins:
 
     # -- private --------------------------------------------------------------------------------------------------
 
-    def _begin(self, function: Any) -> None:
+    def _begin(self) -> None:
         self._patched = ExitStack()
-        self._patched.enter_context(sources._patched(function.fn))
+        self._patched.enter_context(sources._patched())
         self._set("create_masked_load", self._load)
         self._set("create_masked_store", self._store)
         for name in ("create_atomic_rmw", "create_atomic_cas"):
