@@ -101,7 +101,7 @@ def test_weights_are_packed_and_nothing_else_stays(
     seen: list[tuple[int, int]] = []
     plan = hand_made(bundle)
     backend = load(plan, on_load=lambda done, total: seen.append((done, total)))
-    shared = backend._programs["step"]._shared  # type: ignore[attr-defined]
+    shared = backend.programs["step"].shared  # type: ignore[attr-defined]
     raw = (bundle.path / "weights.data").read_bytes()
     for name, weight in plan.weights.items():
         got = driver.span(shared.addresses[name], weight.bytes, name)
@@ -132,7 +132,7 @@ def test_launches_in_order_with_the_addresses_of_now(
     backend = load(hand_made(bundle, dependent=dependent), target)
     driver.launches.clear()
     stream = backend.stream
-    program = backend._programs["step"]
+    program = backend.programs["step"]
     with backend.device.allocate(program.scratch_bytes(1), "scratch") as scratch:
         context = program.context(1, scratch.pointer, scratch.size, stream)
         with pytest.raises(EngineError, match=r"step call: no address for past_k.0, past_k.1; please report"):
