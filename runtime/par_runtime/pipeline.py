@@ -41,6 +41,7 @@ from par_runtime.turns import Turn, also_inside, one_at_a_time
 
 if TYPE_CHECKING:
     from par_runtime.backends.gpu.backend import Capture
+    from par_runtime.backends.kernels.upload import OnBytes
 
 log = logging.getLogger(__name__)
 
@@ -84,15 +85,18 @@ class Pipeline:
         selftest: bool = True,
         verify: FileCheck = "auto",
         capture: Capture = "image",
+        on_load: OnBytes | None = None,
     ) -> Pipeline:
         """Load the bundle at ``path``.
 
         ``device``: "auto" takes an engine of the bundle that fits the first GPU, else the CPU (``note`` gives the
-        reason); "cpu"; "cpu-ort" for ONNX Runtime on the CPU; "cuda" or "cuda:1" for TensorRT on that GPU; "cuda-ort"
+        reason); "cpu"; "cpu-ort" for ONNX Runtime on the CPU; "cuda" or "cuda:1" for an engine on that GPU; "cuda-ort"
         for ONNX Runtime on a GPU. ``threads``: of the CPU, default all cores; more are reduced to these, with a
         warning. ``selftest``: run :meth:`selftest`.
         ``verify``: how much of the files of the bundle and the engine is checked, see ``bundle.FileCheck``.
-        ``capture``, for TensorRT: one CUDA graph per "image", one per "call", or "none".
+        ``capture``, of an engine: one CUDA graph per "image", one per "call", or "none".
+        ``on_load``: called while the weights of an engine of our own kernels come to the GPU, with the bytes that are
+        read and how many there are. (Other backends load in one call of a library.)
 
         Raises BundleError (and its subclass EngineError), RequestError, CudaError.
         """
@@ -100,9 +104,10 @@ class Pipeline:
         choice("verify", verify, get_args(FileCheck))
         choice("capture", capture, CAPTURES)
         check_device(device)
+        function("on_load", on_load)
         began = time.perf_counter()
         bundle = Bundle.open(path, verify)
-        backend, note = choose(bundle, device, threads=threads, verify=verify, capture=capture)
+        backend, note = choose(bundle, device, threads=threads, verify=verify, capture=capture, on_load=on_load)
         pipeline = Pipeline(bundle, backend, note, threads)
         log.info("%s: loaded on %s in %.2f s", path, backend.info.name, time.perf_counter() - began)
         if note:

@@ -17,6 +17,7 @@ from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMis
 if TYPE_CHECKING:
     from par_runtime.backends.base import Backend
     from par_runtime.backends.gpu.backend import Capture
+    from par_runtime.backends.kernels.upload import OnBytes
     from par_runtime.backends.trt.module import TensorRT
 
 EXPECTED = (
@@ -44,6 +45,7 @@ def choose(
     threads: int | None = None,
     verify: FileCheck = "auto",
     capture: Capture = "image",
+    on_load: OnBytes | None = None,
 ) -> tuple[Backend, str]:
     """The backend for ``device``, and one line that states why it is the CPU ("" where ``device`` asks for the CPU).
 
@@ -57,7 +59,7 @@ def choose(
         return _cpu(bundle, threads, native=device == "cpu"), ""
     if device == "auto":
         try:
-            backend, why = _engine(bundle, 0, verify, capture)
+            backend, why = _engine(bundle, 0, verify, capture, on_load)
         except (EngineError, CudaError) as error:
             backend, why = None, str(error)
         return (backend, "") if backend is not None else (_cpu(bundle, threads), f"running on the CPU: {why}")
@@ -68,7 +70,7 @@ def choose(
         from par_runtime.backends.ort import gpu as ort_cuda
 
         return ort_cuda.OrtCudaBackend(bundle, index, threads), ""
-    backend, why = _engine(bundle, index, verify, capture)
+    backend, why = _engine(bundle, index, verify, capture, on_load)
     if backend is None:
         raise EngineError(f"device {device!r} cannot run {bundle.path}: {why}")
     return backend, ""
@@ -86,7 +88,9 @@ def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
     return ort.OrtBackend(bundle, threads)
 
 
-def _engine(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -> tuple[Backend | None, str]:
+def _engine(
+    bundle: Bundle, index: int, verify: FileCheck, capture: Capture, on_load: OnBytes | None
+) -> tuple[Backend | None, str]:
     """A loaded engine on GPU ``index``, or None and the reason."""
     engines, bad = list_engines(bundle)
     if not engines:
@@ -134,7 +138,7 @@ def _engine(bundle: Bundle, index: int, verify: FileCheck, capture: Capture) -> 
         if trt is None:
             from par_runtime.backends.kernels import backend as kernels_backend
 
-            return kernels_backend.load(bundle, engine, cuda.Device.open(index), chosen), ""
+            return kernels_backend.load(bundle, engine, cuda.Device.open(index), chosen, on_load), ""
         from par_runtime.backends.trt import backend as trt_backend
 
         return trt_backend.load(bundle, engine, cuda.Device.open(index), trt, chosen), ""

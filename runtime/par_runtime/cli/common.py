@@ -155,26 +155,28 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 class Bar:
-    """A progress bar over model calls, on stderr. Nothing is shown where ``silent``, or where stderr is no terminal.
+    """A progress bar on stderr. Nothing is shown where ``silent``, or where stderr is no terminal.
 
-    An instance is the ``on_step`` callback of :meth:`par_runtime.Pipeline.generate`.
+    An instance is the ``on_step`` callback of :meth:`par_runtime.Pipeline.generate`, or, with ``of_bytes``, ``on_load``
+    of :meth:`par_runtime.Pipeline.load`.
     """
 
-    def __init__(self, silent: bool) -> None:
+    def __init__(self, silent: bool, of_bytes: bool = False) -> None:
         self._bar: Any = None
+        self._unit = {"unit": "B", "unit_scale": True, "desc": "weights"} if of_bytes else {"unit": "call"}
         self._silent = silent or not sys.stderr.isatty()
 
     def __enter__(self) -> Bar:
         return self
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` calls are made."""
+        """Show that ``done`` of ``total`` calls are made, or bytes read."""
         if self._silent:
             return
         if self._bar is None:
             from tqdm import tqdm  # its import takes 20 ms, so only a terminal pays for it
 
-            self._bar = tqdm(total=total, unit="call", leave=False)
+            self._bar = tqdm(total=total, leave=False, **self._unit)
         self._bar.update(done - self._bar.n)
 
     def __exit__(self, *_: object) -> None:

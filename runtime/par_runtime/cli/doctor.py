@@ -31,6 +31,7 @@ PACKAGES = (
     "tensorrt",
     "tensorrt-rtx",
     "cuda-python",
+    "triton",
     "onnx",
     "ml_dtypes",
     "torch",
@@ -44,6 +45,7 @@ NEEDS = {
         ("onnxruntime", "torch", "onnx", "safetensors", "huggingface_hub"),
     ),
     "parvis build": ("build,tensorrt-rtx", ("onnx", "ml_dtypes", ("tensorrt_rtx", "tensorrt"))),
+    "parvis build --engine kernels": ("kernels-build", ("onnx", "ml_dtypes", "triton")),
     "parvis tune": ("build,tensorrt-rtx", ("onnx", "ml_dtypes", ("tensorrt_rtx", "tensorrt"))),
 }
 NEED_A_GPU = ("parvis tune",)
@@ -68,6 +70,7 @@ def examine() -> dict[str, Any]:
         _tried("native-cpu", "--device cpu", _native),
         _tried("onnxruntime-cpu", "--device cpu-ort", _ort),
         _tried("onnxruntime-cuda", "--device cuda-ort", _ort_cuda),
+        _tried("kernels", "--device cuda", _kernels),
         _tried("tensorrt", "--device cuda", _tensorrt),
     ]
     gpus = _gpus()
@@ -189,6 +192,16 @@ def _ort_cuda() -> tuple[bool, str]:
         )
     gpus = _gpus()
     return bool(gpus["found"]), gpus["why"] or why
+
+
+def _kernels() -> tuple[bool, str]:
+    if _missing(("cuda",)):
+        return False, f"needs cuda-python, which is not installed; {how_to_install('kernels')}"
+    gpus = _gpus()
+    if gpus["why"]:
+        return False, gpus["why"]
+    able = any(int(gpu.rpartition("SM")[2]) >= 80 for gpu in gpus["found"])
+    return able, "engines of a bundle: parvis build --engine kernels" if able else "needs a GPU of SM80 or newer"
 
 
 def _tensorrt() -> tuple[bool, str]:

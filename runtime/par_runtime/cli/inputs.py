@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
+from par_runtime.cli.common import Bar
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import class_index
 
@@ -43,12 +44,14 @@ def quiet_readers() -> Iterator[None]:
 
 def load_pipeline(args: argparse.Namespace, bundle: Bundle, selftest: bool) -> Pipeline:
     """Load ``bundle``, which is opened already, with the options of ``add_common``. Errors as in ``Pipeline.load``."""
-    return Pipeline.load(
-        args.bundle,
-        args.device,
-        threads=args.threads,
-        selftest=selftest,
-        # Opening the bundle hashed its own files, but not the plans of its engines.
-        verify="auto" if has_engines(bundle) else "none",
-        capture=args.capture,
-    )
+    with Bar(args.quiet or getattr(args, "json", False), of_bytes=True) as bar:
+        return Pipeline.load(
+            args.bundle,
+            args.device,
+            threads=args.threads,
+            selftest=selftest,
+            # Opening the bundle hashed its own files, but not those of its engines.
+            verify="auto" if has_engines(bundle) else "none",
+            capture=args.capture,
+            on_load=bar,
+        )

@@ -76,7 +76,8 @@ def describe(bundle: Bundle) -> dict[str, Any]:
                 "precision": engine.precision,
                 "mode": engine.mode,
                 "images": list(engine.images),
-                "bytes": sum(p.bytes for p in engine.plans.values()) + (engine.decoder.bytes if engine.decoder else 0),
+                "runtime": engine.runtime,
+                "bytes": sum(size for _, size, _ in engine.files),
             }
             for engine in engines
         ],

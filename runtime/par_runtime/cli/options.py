@@ -126,9 +126,9 @@ def add_common(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--device",
         default="auto",
-        help="'auto': TensorRT if the bundle holds an engine for this GPU, else the CPU (default); 'cpu'; 'cpu-ort': "
-        "ONNX Runtime there even where the C kernels could run; 'cuda' or 'cuda:1': "
-        "TensorRT on that GPU; 'cuda-ort': ONNX Runtime on it",
+        help="'auto': the bundle's best engine for this GPU (our kernels, or TensorRT), else the CPU (default); 'cpu'; "
+        "'cpu-ort': ONNX Runtime there even where the C kernels could run; 'cuda' or 'cuda:1': the best engine for "
+        "that GPU; 'cuda-ort': ONNX Runtime on it",
     )
     p.add_argument(
         "--capture",

@@ -5,6 +5,7 @@ Their kernels are real ones, in programs that compute nothing of use: what is te
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from double import bare, kernels
+from double import bare, kernels, tensorrt
 from double.driver import Driver, ViolationError
 from double.twins import Twins
 
@@ -27,8 +28,11 @@ from par_runtime.backends.engines import ENGINE_JSON, Engine
 from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.kernels import backend as kernels_backend
 from par_runtime.backends.program import Pointer, Profile, Program, Weight
+from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, seal
-from par_runtime.errors import CudaError, EngineError, OutOfMemory
+from par_runtime.cli import dispatch as cli
+from par_runtime.cli.inputs import load_pipeline
+from par_runtime.errors import CudaError, EngineError, OutOfMemory, RequestError
 from par_runtime.pipeline import Pipeline
 
 BN, BK = 16, 16
@@ -348,3 +352,82 @@ assert not cuda.driver.device
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "kernels 1 fp32 on Stand-in GPU\n"), done.stderr
+
+
+def test_the_fastest_engine_is_taken(
+    driver: Driver, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours before TensorRT's; what was measured before what was not; of two that were, the faster; none that is
+    damaged."""
+
+    def taken() -> tuple[str, str]:
+        backend, note = choose.choose(bundle, "auto")
+        backend.close()
+        return backend.info.runtime, note
+
+    ours = kernels.write_engine(bundle, hand_made(bundle))
+    bare.register(driver, ours)
+    imported: list[str] = []
+    load_tensorrt = trt_module.load
+    monkeypatch.setattr(trt_module, "load", lambda name: (imported.append(name), load_tensorrt(name))[1])
+    assert taken() == ("kernels", "")
+    assert not imported  # nothing of TensorRT is needed
+    plans = tensorrt.write_engine(bundle, images=(1, 2, 4))
+    assert taken() == ("kernels", "")
+    for_tuned = {"chosen": True, "capture": "image", "images": 1}
+    edited(plans, lambda e: e.update(tuned=for_tuned | {"rows": [{"images": 1, "ms_per_image": 12.5}]}))
+    assert taken()[0] == "tensorrt_rtx"
+    rows = [{"images": 1, "ms_per_image": 12.25}, {"images": 2, "ms_per_image": 30}]
+    edited(ours, lambda e: e.update(tuned=for_tuned | {"rows": rows}))
+    assert taken()[0] == "kernels"
+    edited(ours, lambda e: e.update(tuned=for_tuned | {"rows": [*rows[1:], {"images": 1, "ms_per_image": 12.75}]}))
+    assert taken()[0] == "tensorrt_rtx"
+    edited(ours, lambda e: e.update(tuned=for_tuned | {"rows": [{"images": 1, "ms_per_image": "fast"}]}))
+    with pytest.raises(EngineError, match=r"tuned.rows\[0\].ms_per_image is 'fast'; expected a number"):
+        Engine.open(ours, bundle)
+    edited(ours, lambda e: e.update(tuned={}))
+    edited(plans, lambda e: e.update(tuned={}))
+    next(ours.glob("*.cubin")).write_bytes(b"")
+    assert taken() == ("tensorrt_rtx", "")
+    next(plans.glob("*.plan")).write_bytes(b"")
+    runtime, note = taken()
+    assert runtime in ("onnxruntime-cpu", "native-cpu")
+    assert ".cubin: truncated: 0 bytes" in note
+    assert "step.plan: truncated" in note or "decoder.plan: truncated" in note
+
+
+def test_commands_show_it(driver: Driver, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = kernels.write_engine(bundle, hand_made(bundle))
+    assert cli.main(["inspect", str(bundle.path)]) == 0
+    assert f"engine    {folder.name}: SM80, fp32, shared, batches of 1, 2, 0.0 MB" in capsys.readouterr().out
+    assert cli.main(["inspect", str(bundle.path), "--json"]) == 0
+    (engine,) = json.loads(capsys.readouterr().out)["engines"]
+    files = sum(file.stat().st_size for file in folder.iterdir() if file.name != ENGINE_JSON)
+    assert (engine["runtime"], engine["bytes"]) == ("kernels", files)
+    for capability, wanted in (((8, 0), "runs  kernels "), ((7, 5), "no    kernels ")):
+        driver.capability = capability
+        assert cli.main(["doctor"]) == 0
+        assert wanted in capsys.readouterr().out
+
+
+def test_a_bar_is_shown_while_weights_are_loaded(
+    driver: Driver, bundle: Bundle, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare.register(driver, kernels.write_engine(bundle, hand_made(bundle)))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    arguments = argparse.Namespace(bundle=bundle.path, device="cuda", threads=None, capture="none", quiet=False)
+    load_pipeline(arguments, bundle, selftest=False).close()
+    assert "weights:" in capsys.readouterr().err
+    arguments.quiet = True
+    load_pipeline(arguments, bundle, selftest=False).close()
+    assert capsys.readouterr().err == ""
+    with pytest.raises(RequestError, match="on_load 'yes': expected a function"):
+        Pipeline.load(bundle.path, "cuda", on_load="yes")  # type: ignore[arg-type]
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline.load(bundle.path, "cuda", on_load=stop)
+    assert not driver.device
+    assert not driver.pinned

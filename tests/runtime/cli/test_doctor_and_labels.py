@@ -70,7 +70,7 @@ def test_tuning_needs_a_gpu_and_building_none(
         monkeypatch.setattr("par_runtime.cli.doctor._gpus", lambda f=found, w=why: {"found": f, "why": w})
         assert dispatch.main(["doctor"]) == 0
         text = capsys.readouterr().out
-        assert f"\nruns  parvis build\n{line}\n" in text
+        assert f"\nruns  parvis build\nruns  parvis build --engine kernels\n{line}\n" in text
 
 
 @pytest.mark.parametrize(
