@@ -289,9 +289,7 @@ def test_a_kernel_that_reads_out_of_bounds_is_caught(load: Load, driver: Driver,
     pack = plan.weights[name].pack
     assert pack is not None
     plan.weights[name] = replace(plan.weights[name], pack=replace(pack, grid=(pack.grid[0] * 512, *pack.grid[1:])))
-    with pytest.raises(
-        ViolationError, match=r"pack.panels writes at 0x[0-9a-f]+ in block .*, which is outside of every allocation"
-    ):
+    with pytest.raises(ViolationError, match=r"pack.panels writes number \d+ of packed, which has \d+"):
         load(plan)
 
 

@@ -1,9 +1,6 @@
-"""A launch's twin: the kernel's own source, run by Triton's interpreter on the stand-in's memory, every access checked.
+"""A launch's twin: the kernel's own source, run on the stand-in's memory, every access checked.
 
-An address must lie in a live allocation, and be a multiple of its number's size. Where many are read at once, they lie
-in one allocation: kernels do not read two tensors with one load.
-
-Triton's interpreter prepares itself anew for each launch. Here that is done once for all launches that are waiting.
+It runs in ``language.py``; or, to compare, in Triton's interpreter as well.
 """
 
 from __future__ import annotations
@@ -12,146 +9,126 @@ import inspect
 import itertools
 from bisect import bisect_right
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-import triton.language as tl
-from triton.runtime import interpreter
 
-from double import interpreter as sources
+from double import interpreter, language
 from double.driver import Driver, ViolationError
-from par_runtime.backends.program import Kernel
+from par_runtime.backends.program import POINTERS, Kernel
 
-BUILDER = interpreter.interpreter_builder
+POINTED = {
+    "*fp16": np.float16,
+    "*bf16": ml_dtypes.bfloat16,
+    "*fp32": np.float32,
+    "*i64": np.int64,
+    "*i32": np.int32,
+    "*u8": np.uint8,
+}
+NUMBERS = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 
 
 class Twins:
-    """Computes launches on the memory of ``driver``; blocks run in a random order, since a GPU promises none."""
+    """Computes launches on the memory of ``driver``; blocks run in a random order, since a GPU promises none.
 
-    def __init__(self, driver: Driver, seed: int = 0) -> None:
-        self._driver = driver
-        self._random = np.random.default_rng(seed)
-        self._patched: ExitStack | None = None
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        self._arrays: list[np.ndarray] = []
+    ``parts``: places (address, bytes) inside of allocations that are buffers of their own, as far as they are known.
+    """
+
+    def __init__(self, driver: Driver, compare: bool = False) -> None:
+        self._driver, self._compare = driver, compare
+        self._random = np.random.default_rng(0)
+        self.parts: Callable[[], list[tuple[int, int]]] = list
+        self._buffers: list[tuple[int, np.ndarray]] = []
         self._known: tuple[int, ...] = ()
-        self._kernel = ""
-        self.blocks: dict[str, int] = {}  #: that were run, by source
+        self.compared: dict[str, int] = {}  #: launches by source
 
     def __call__(self, kernel: Kernel, grid: tuple[int, int, int], arguments: list[int | float]) -> None:
-        function = sources._function(kernel.source)
-        if self._patched is None:
-            self._begin()
-        self._refresh()
-        self._kernel = kernel.source
-        values = {
-            name: sources._argument(kind, value)
-            for (name, kind), value in zip(kernel.parameters, arguments, strict=True)
-        }
-        values |= kernel.constants
-        if "DEPENDENT" in values:  # nothing to wait for here
-            values["DEPENDENT"] = False
+        function = interpreter._function(kernel.source)
+        constants = dict(kernel.constants)
+        if "DEPENDENT" in constants:  # nothing to wait for here
+            constants["DEPENDENT"] = False
+        given = {name for name, _ in kernel.parameters} | set(constants)
         wanted = set(inspect.signature(function.fn).parameters)
-        if wanted != set(values):
-            raise ViolationError(f"{kernel.source} takes {sorted(wanted)}; it is given {sorted(values)}")
-        body = function.rewrite()
+        if wanted != given:
+            raise ViolationError(f"{kernel.source} takes {sorted(wanted)}; it is given {sorted(given)}")
+        self._refresh()
+        values: dict[str, Any] = dict(constants)
+        for (name, kind), value in zip(kernel.parameters, arguments, strict=True):
+            if kind in POINTERS:
+                values[name] = self._address(kernel, name, np.dtype(POINTED[kind]), int(value))
+            else:
+                values[name] = language._array(NUMBERS[kind](value))
         blocks = list(itertools.product(*map(range, grid)))
         self._random.shuffle(blocks)
-        BUILDER.set_grid_dim(*grid)
-        with np.errstate(all="ignore"):  # as on a GPU
-            for block in blocks:
-                BUILDER.grid_idx = block
-                body(**values)
-        self.blocks[kernel.source] = self.blocks.get(kernel.source, 0) + len(blocks)
+        before = {start: array.copy() for start, array in self._driver.device.items()} if self._compare else {}
+        try:
+            language.run(function, grid, blocks, values)
+        except language.OutsideError as error:
+            raise ViolationError(f"{kernel.source} {error}") from error
+        if self._compare:
+            self._check(kernel, grid, arguments, before)
 
     def done(self) -> None:
-        """Leave Triton as it was."""
-        if self._patched is not None:
-            patched, self._patched = self._patched, None
-            patched.close()
+        """The stream is empty: what is allocated, and what of it is known, may be another next time."""
+        self._known = ()
 
     # -- private --------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        self._patched = ExitStack()
-        self._patched.enter_context(sources._patched())
-        self._set("create_masked_load", self._load)
-        self._set("create_masked_store", self._store)
-        for name in ("create_atomic_rmw", "create_atomic_cas"):
-            self._set(name, self._atomic(getattr(BUILDER, name)))
-
-    def _set(self, name: str, value: Any) -> None:
-        assert self._patched is not None
-        setattr(BUILDER, name, value)
-        self._patched.callback(delattr, BUILDER, name)
-
     def _refresh(self) -> None:
-        """The live allocations of now."""
-        device = self._driver.device
-        known = tuple(device)
-        if known != self._known:
-            self._known = known
-            self._starts = sorted(device)
-            self._arrays = [device[start] for start in self._starts]
-            self._ends = [start + device[start].size for start in self._starts]
+        """The buffers of now: the live allocations, and the parts of them that are known."""
+        known = tuple(self._driver.device)
+        if known == self._known:
+            return
+        self._known = known
+        buffers = dict(self._driver.device)
+        for address, size in self.parts():
+            buffers[address] = self._driver.span(address, size, "part")
+        self._buffers = sorted(buffers.items(), key=lambda item: item[0])
 
-    def _place(self, pointers: np.ndarray, size: int, what: str) -> tuple[int, np.ndarray]:
-        """The allocation that holds ``size`` bytes at each of ``pointers``: its start and its bytes."""
-        low, high = int(pointers.min()), int(pointers.max()) + size
-        index = bisect_right(self._starts, low) - 1
-        if index < 0 or high > self._ends[index]:
-            outside = high if index >= 0 and low < self._ends[index] else low
-            where = f"{outside:#x} in block {BUILDER.grid_idx}"
-            raise ViolationError(f"{self._kernel} {what} at {where}, which is outside of every allocation")
-        if size > 1 and int(np.bitwise_or.reduce(pointers, axis=None)) & (size - 1):
-            raise ViolationError(f"{self._kernel} {what} numbers of {size} bytes at {low:#x}, which are not aligned")
-        return self._starts[index], self._arrays[index]
+    def _address(self, kernel: Kernel, name: str, dtype: np.dtype[Any], address: int) -> language.Address:
+        """An address argument as a place in the buffer that holds it."""
+        index = bisect_right(self._buffers, address, key=lambda buffer: buffer[0]) - 1
+        start, memory = self._buffers[index]
+        if index < 0 or address >= start + memory.size:
+            raise ViolationError(f"{kernel.source}: {name} is at {address:#x}, outside of every allocation")
+        offset = (address - start) // dtype.itemsize
+        whole = memory[: memory.size // dtype.itemsize * dtype.itemsize].view(dtype)
+        return language.Address(whole, np.asarray(offset, np.int64).view(language.Array), name)
 
-    def _load(self, pointers: Any, mask: Any, other: Any, cache_policy: Any, is_volatile: bool) -> Any:
-        kind = pointers.get_element_ty()
-        dtype = interpreter._get_np_dtype(kind)
-        data, chosen = pointers.data, mask.data
-        whole = bool(chosen.all())
-        if not whole:
-            data = np.broadcast_to(data, np.broadcast_shapes(data.shape, chosen.shape))
-            chosen = np.broadcast_to(chosen, data.shape)
-        wanted = data if whole else data[chosen]
-        if not wanted.size:
-            out = (
-                np.zeros(data.shape, dtype) if other is None else np.broadcast_to(other.data, data.shape).astype(dtype)
-            )
-            return interpreter.TensorHandle(out, kind)
-        start, memory = self._place(wanted, dtype.itemsize, "reads")
-        numbers = memory[: memory.size // dtype.itemsize * dtype.itemsize].view(dtype)
-        index = ((wanted - np.uint64(start)) // np.uint64(dtype.itemsize)).astype(np.intp)
-        if whole:
-            return interpreter.TensorHandle(numbers[index], kind)
-        out = np.zeros(data.shape, dtype) if other is None else np.broadcast_to(other.data, data.shape).astype(dtype)
-        out[chosen] = numbers[index]
-        return interpreter.TensorHandle(out, kind)
+    def _check(
+        self, kernel: Kernel, grid: tuple[int, int, int], arguments: list[int | float], before: dict[int, np.ndarray]
+    ) -> None:
+        """Run the launch in Triton's interpreter too, from the same memory: its numbers must be the same, almost."""
+        after = {start: array.copy() for start, array in self._driver.device.items()}
+        for start, array in self._driver.device.items():
+            array[:] = before[start]
+        moved = []
+        for (_, kind), value in zip(kernel.parameters, arguments, strict=True):
+            if kind in POINTERS:
+                start = next(s for s, array in before.items() if s <= value < s + array.size)
+                value += self._driver.device[start].ctypes.data - start
+            moved.append(value)
+        interpreter.run_launch(kernel.source, kernel.constants, kernel.parameters, grid, moved)
+        for start, array in self._driver.device.items():
+            changed = np.flatnonzero((array != before[start]) | (after[start] != before[start]))
+            if changed.size:
+                self._same(kernel, arguments, start, array, after[start])
+        self.compared[kernel.source] = self.compared.get(kernel.source, 0) + 1
 
-    def _store(self, pointers: Any, value: Any, mask: Any, cache_policy: Any) -> None:
-        dtype = interpreter._get_np_dtype(pointers.get_element_ty())
-        data, chosen = pointers.data, mask.data
-        given = np.broadcast_to(value.data, data.shape)
-        if not chosen.all():
-            chosen = np.broadcast_to(chosen, data.shape)
-            data, given = data[chosen], given[chosen]
-        if data.size:
-            start, memory = self._place(data, dtype.itemsize, "writes")
-            numbers = memory[: memory.size // dtype.itemsize * dtype.itemsize].view(dtype)
-            numbers[((data - np.uint64(start)) // np.uint64(dtype.itemsize)).astype(np.intp)] = given
-
-    def _atomic(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def checked(*arguments: Any) -> Any:
-            at = next(i for i, a in enumerate(arguments) if isinstance(getattr(a, "dtype", None), tl.pointer_type))
-            pointers = arguments[at]
-            size = interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
-            start, memory = self._place(pointers.data, size, "counts")
-            moved = pointers.data - np.uint64(start) + np.uint64(memory.ctypes.data)
-            here = interpreter.TensorHandle(moved, pointers.dtype)
-            return real(*arguments[:at], here, *arguments[at + 1 :])
-
-        return checked
+    def _same(
+        self, kernel: Kernel, arguments: list[int | float], start: int, one: np.ndarray, other: np.ndarray
+    ) -> None:
+        """Raise AssertionError unless the bytes ``one`` and ``other`` of the allocation at ``start`` agree, read as the
+        types of the addresses that the kernel was given there."""
+        places = sorted(
+            (int(value) - start, np.dtype(POINTED[kind]))
+            for (_, kind), value in zip(kernel.parameters, arguments, strict=True)
+            if kind in POINTERS and start <= value < start + one.size
+        )
+        ends = [offset for offset, _ in places[1:]] + [one.size]
+        for (offset, dtype), end in zip(places, ends, strict=True):
+            size = (end - offset) // dtype.itemsize * dtype.itemsize
+            a, b = (each[offset : offset + size].view(dtype).astype(np.float64) for each in (one, other))
+            far = 2e-3 if dtype.itemsize == 2 else 1e-5
+            np.testing.assert_allclose(b, a, rtol=far, atol=far, equal_nan=True, err_msg=kernel.source)
