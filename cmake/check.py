@@ -12,9 +12,12 @@ from pathlib import Path
 
 from par_runtime import Pipeline
 from par_runtime.backends.engines import ENGINE_JSON, ENGINES, Engine
+from par_runtime.backends.program import Kernels
 from par_runtime.backends.trt.module import RTX
 from par_runtime.bundle import MANIFEST, Bundle
 from par_runtime.errors import BundleError
+
+MOST_PER_LAYER, MOST_AROUND = 5, 6  #: launches of a step of an engine of kernels
 
 
 def copy(source: str, out: str) -> None:
@@ -109,12 +112,26 @@ def selftest(path: str) -> None:
         print(f"{path}: self-test passed on {pipeline.backend.info.name}")
 
 
+def _kernels(found: Engine, kernels: Kernels) -> None:
+    """An engine of kernels keeps no registers in memory, and launches at most what docs/kernels.md says."""
+    spilling = [name for name, kernel in kernels.kernels.items() if kernel.spills]
+    step = found.report["programs"]["step"]["profiles"]
+    long = [profile for profile in step if profile["per_layer"] > MOST_PER_LAYER or profile["around"] > MOST_AROUND]
+    if spilling or long:
+        sys.exit(f"{found.path.name}: spills in {spilling}; more launches than expected in {long}")
+    images = ", ".join(map(str, found.images))
+    print(f"{found.path.name}: {len(kernels.kernels)} kernels for batches of {images} images")
+
+
 def engine(stamp: str, path: str) -> None:
-    """Every plan is whole, belongs to the bundle, and was built with all attention fused and caches in place."""
+    """Every engine is whole and of the bundle; plans have all attention fused and caches in place, kernels no spills."""
     folders = _engines(Path(stamp), Path(path))
     opened = Bundle.open(path)
     for folder in folders:
         found = Engine.open(folder, opened, verify="full")
+        if found.kernels is not None:
+            _kernels(found, found.kernels)
+            continue
         # Where parvis build checks it too; fp32 may be decomposed, classic TensorRT refuses by itself.
         countable = found.precision != "fp32" and found.runtime == RTX
         for plan in found.plans:
