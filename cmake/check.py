@@ -124,7 +124,7 @@ def _kernels(found: Engine, kernels: Kernels) -> None:
 
 
 def engine(stamp: str, path: str) -> None:
-    """Every engine is whole and of the bundle; plans have all attention fused and caches in place, kernels no spills."""
+    """Every engine is whole and of the bundle; plans have all attention fused, caches in place; kernels no spills."""
     folders = _engines(Path(stamp), Path(path))
     opened = Bundle.open(path)
     for folder in folders:

@@ -33,8 +33,11 @@ JOIN_US = 2 * LATENCY_US
 AHEAD_US, AHEAD_BYTES = 4.0, 16 * 2**20
 PIECE = 2048  #: bytes that are fetched ahead at a time
 MOST_SHARED = 0.9  #: of a block's limit: the compiler adds to what the stages take
-MOST_SUMS = 8192  #: of squares that a consumer of x adds up in registers: tiles (a power of 2) times rows
+MOST_SUMS = 4096  #: of squares that a consumer of x adds up in registers: tiles (a power of 2) times rows
 MOST_ROWS = 64  #: of one block
+MOST_INPUTS = 8192  #: numbers of activations that a block loads at a time: with more, registers do not suffice
+#: (BN, BK, rows) of products that the compiler found no registers for.
+Refused = frozenset[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,15 @@ def rows_of(positions: int) -> int:
     return min(MOST_ROWS, max(8, _power(positions)))
 
 
-def choose(config: PARConfig, images: Sequence[int], target: Target) -> dict[int, Tiles]:
+def choose(
+    config: PARConfig, images: Sequence[int], target: Target, refused: Refused = frozenset()
+) -> dict[int, Tiles]:
     """The shapes that the model finds fastest for ``config``, for guided batches of each of the sizes ``images``."""
-    d = config.dim
+    d, F = config.dim, config.ffn_dim
+    sizes = {"qkv": (3 * d, d), "wo": (d, d), "gates": (2 * F, d), "w2": (d, F), "head": (config.vocab_size, d)}
     products = {
-        "qkv": product(3 * d, d, config.group_size, images, target),
-        "wo": product(d, d, config.group_size, images, target, residual=True),
-        "gates": product(2 * config.ffn_dim, d, config.group_size, images, target),
-        "w2": product(d, config.ffn_dim, config.group_size, images, target, residual=True),
-        "head": product(config.vocab_size, d, config.group_size, images, target),
+        name: product(columns, depth, config.group_size, images, target, name in ("wo", "w2"), refused)
+        for name, (columns, depth) in sizes.items()
     }
     keys = attention(config, images, target)
     return {
@@ -96,7 +99,13 @@ def choose(config: PARConfig, images: Sequence[int], target: Target) -> dict[int
 
 
 def product(
-    columns: int, depth: int, query: int, images: Sequence[int], target: Target, residual: bool = False
+    columns: int,
+    depth: int,
+    query: int,
+    images: Sequence[int],
+    target: Target,
+    residual: bool = False,
+    refused: Refused = frozenset(),
 ) -> dict[int, ProductTile]:
     """The shape for weights of ``depth`` rows and ``columns`` columns, for each batch of ``query`` positions a row.
 
@@ -108,6 +117,8 @@ def product(
         tiles, cost = {}, 0.0
         for batch in images:
             positions = 2 * query * batch
+            if (BN, BK, rows_of(positions)) in refused:
+                break
             staged = _staged(BN, BK, split, columns, depth, rows_of(positions), target)
             times = [(product_us(tile, columns, depth, positions, target), tile) for tile in staged]
             if not times:
@@ -127,7 +138,7 @@ def _layouts(columns: int, depth: int, positions: int, residual: bool) -> Iterat
         if residual and BN < 128 and _power(-(-columns // BN)) * rows_of(positions) > MOST_SUMS:
             continue
         for BK in (256, 128, 64, 32, 16):
-            if max(16, _power(depth)) < BK:
+            if max(16, _power(depth)) < BK or rows_of(positions) * BK > MOST_INPUTS:
                 continue
             for split in (1, 2, 4, 8) if residual else (1,):
                 if split <= -(-depth // BK):

@@ -52,3 +52,11 @@ def test_no_choice_is_slower_by_the_model_than_one_plain_shape(name: str) -> Non
         time = tiles.product_us(tile, columns, config.dim, 8, card)
         assert time <= tiles.product_us(plain, columns, config.dim, 8, card)
         assert time >= columns * config.dim * 2 / 3.35e6  # never faster than the memory
+
+
+def test_a_shape_that_was_refused_is_not_chosen_again() -> None:
+    config, card = named("L"), TARGETS["SM90"]
+    first = tiles.choose(config, IMAGES, card)[8].gates
+    refused = frozenset({(first.BN, first.BK, tiles.rows_of(2 * 4 * 8))})
+    second = tiles.choose(config, IMAGES, card, refused)
+    assert {(second[batch].gates.BN, second[batch].gates.BK) for batch in IMAGES} != {(first.BN, first.BK)}
