@@ -22,7 +22,7 @@ needs_cuda_python = pytest.mark.skipif(
     importlib.util.find_spec("cuda") is None, reason="needs cuda-python: pip install cuda-python"
 )
 STUB = Path(__file__).parent / "stub_cuda.c"
-KINDS = ("device", "pinned", "stream", "graph", "exec", "event")  # the order of the stub's enum kind
+KINDS = ("device", "pinned", "stream", "graph", "exec", "event", "module")  # the order of the stub's enum kind
 PRELUDE = """
 from __future__ import annotations
 import ctypes, os, sys, threading

@@ -12,6 +12,7 @@
  * STUB_CUDA_FAIL=name:code[,name:code] makes calls fail, STUB_CUDA_HIDE=name is what the driver is too old to know
  * (read once, at the first call of all). */
 
+#include "stub_modules.h"
 #include "stub_state.h"
 
 /* -- for tests ----------------------------------------------------------------------------------------------------- */
@@ -411,6 +412,11 @@ int cuGetProcAddress_v2(const char *name, void **function, int version, unsigned
                  F(cuGraphLaunch),
                  F(cuGraphDestroy),
                  F(cuGraphExecDestroy),
+                 F(cuModuleLoadData),
+                 F(cuModuleUnload),
+                 F(cuModuleGetFunction),
+                 F(cuFuncSetAttribute),
+                 F(cuLaunchKernelEx),
                  F(cuEventCreate),
                  F(cuEventDestroy),
                  F(cuEventRecord),

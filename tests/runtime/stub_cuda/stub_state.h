@@ -1,5 +1,7 @@
 /* What the stub of libcuda keeps: live allocations, captures, and the rules by which calls fail. */
 
+#ifndef STUB_STATE_H
+#define STUB_STATE_H
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stddef.h>
@@ -16,6 +18,7 @@ enum {
     NOT_INITIALIZED = 3,
     NO_DEVICE = 100,
     INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201,
     INVALID_HANDLE = 400,
     ILLEGAL_STATE = 401,
@@ -31,15 +34,16 @@ enum {
 };
 enum { MEMORY_DEVICE = 2, CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76, MAX_DEVICES = 8 };
 /* The numbers stub_live() takes; test_cuda.py has the same order. */
-enum kind { DEVICE, PINNED, STREAM, GRAPH, EXEC, EVENT };
+enum kind { DEVICE, PINNED, STREAM, GRAPH, EXEC, EVENT, MODULE };
 
 typedef unsigned long long address;
 struct node {
-    enum { COPY, FILL, MARK } op;
+    enum { COPY, FILL, MARK, LAUNCH } op;
     enum kind to, from;
     address dst, src;
     size_t dst_pitch, src_pitch, width, height;
     int value;
+    address words[24]; /* LAUNCH: what it writes */
 };
 struct context {
     int refs, device;
@@ -146,13 +150,14 @@ static int reachable(const struct node *n) {
     size_t rows = n->height ? n->height - 1 : 0;
     if (n->op == MARK) return 1;
     return span(n->to, n->dst, rows * n->dst_pitch + n->width) &&
-           (n->op == FILL || span(n->from, n->src, rows * n->src_pitch + n->width));
+           (n->op == FILL || n->op == LAUNCH || span(n->from, n->src, rows * n->src_pitch + n->width));
 }
 
 static void run(const struct node *n) {
     for (size_t y = 0; n->op != MARK && y < n->height; y++) {
         char *dst = (char *)(uintptr_t)n->dst + y * n->dst_pitch;
         if (n->op == FILL) memset(dst, n->value, n->width);
+        else if (n->op == LAUNCH) memcpy(dst, n->words, n->width);
         else memcpy(dst, (char *)(uintptr_t)n->src + y * n->src_pitch, n->width);
     }
 }
@@ -178,3 +183,5 @@ static int unsafe(void) {
         if (o->kind == STREAM && o->capturing && pthread_equal(o->thread, pthread_self())) found = o->broken = 1;
     return found ? CAPTURE_UNSUPPORTED : OK;
 }
+
+#endif
