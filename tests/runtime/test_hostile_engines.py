@@ -9,7 +9,8 @@ from pathlib import Path
 
 import hostile
 import pytest
-from double import tensorrt
+from double import kernels, tensorrt
+from double.hand_made import hand_made
 
 from par_runtime.backends.engines import ENGINE_JSON, Engine, list_engines
 from par_runtime.bundle import Bundle
@@ -22,16 +23,17 @@ def bundle(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "bundle"))
 
 
-def test_every_entry_of_an_engine(bundle: Path) -> None:
+@pytest.mark.parametrize("kind", ["plans", "kernels"])
+def test_every_entry_of_an_engine(bundle: Path, kind: str) -> None:
     opened = Bundle.open(bundle)
-    path = tensorrt.write_engine(opened)
+    path = tensorrt.write_engine(opened) if kind == "plans" else kernels.write_engine(opened, hand_made(opened))
     entry = json.loads((path / ENGINE_JSON).read_text())
     refused = 0
     for what, changed in hostile.mutations(entry, 700, seed=2):
         (path / ENGINE_JSON).write_text(json.dumps(changed))
         try:
             engine = Engine.open(path, opened)
-            _ = engine.capability, engine.rebuild, engine.serving("group")
+            _ = engine.capability, engine.rebuild, engine.serving("group"), engine.files, engine.measured_ms
         except EngineError as error:
             hostile.check_line(error)
             refused += 1

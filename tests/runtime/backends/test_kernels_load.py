@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 from double import bare, kernels, tensorrt
 from double.driver import Driver, ViolationError
+from double.hand_made import BK, BN, hand_made
 from double.twins import Twins
 
-from par_export.kernels.spec import Planned, Spec
+from par_export.kernels.spec import Planned
 from par_runtime.backends import choose, cuda
 from par_runtime.backends.engines import ENGINE_JSON, Engine
 from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.kernels import backend as kernels_backend
-from par_runtime.backends.program import Pointer, Profile, Program, Weight
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, seal
 from par_runtime.cli import dispatch as cli
@@ -35,43 +35,10 @@ from par_runtime.cli.inputs import load_pipeline
 from par_runtime.errors import CudaError, EngineError, OutOfMemory, RequestError
 from par_runtime.pipeline import Pipeline
 
-BN, BK = 16, 16
-
 
 @pytest.fixture
 def bundle(tiny: Path, tmp_path: Path) -> Bundle:
     return Bundle.open(shutil.copytree(tiny, tmp_path / "bundle"))
-
-
-def panels(k: int, n: int, kind: str, dependent: bool = False) -> Spec:
-    """Packs a matrix [k, n]."""
-    constants = {"K": k, "N": n, "WIDTH": n, "ORDER": "plain", "HEAD": 8, "PADDED": 8, "DROP_ROWS": False}
-    constants |= {"BN": BN, "BK": BK}
-    return Spec("pack.panels", tuple(constants.items()), (("raw", "*fp16"), ("packed", kind)), 4, 1, (), dependent)
-
-
-def hand_made(bundle: Bundle, images: tuple[int, ...] = (1, 2), dependent: bool = False) -> Planned:
-    """Packs every matrix of the first layer when it is loaded, and one of them again in each layer of a call."""
-    plan = Planned()
-    matrices = {name: at for name, at in bundle.weights.items() if len(at.shape) == 2 and ".0." in name}
-    for name, at in matrices.items():
-        k, n = at.shape
-        spec = panels(k, n, "*fp32")
-        blocks = (-(-n // BN), -(-k // BK), 1)
-        pack = plan.launch(spec, blocks, {"raw": Pointer("raw"), "packed": Pointer("packed")})
-        plan.weights[name] = Weight(blocks[0] * blocks[1] * BN * BK * 4, at, 0, pack)
-    largest = max(bundle.weights.values(), key=lambda at: at.length)
-    plan.weights["table"] = Weight(largest.length, largest, 0, None)
-    plan.constants["ones"] = np.ones(64, np.float16).tobytes()
-    plan.weights["ones"] = Weight(128, None, 0, None)
-    spec = panels(8, 8, "*fp32", dependent)
-    launch = plan.launch(spec, (1, 1, 1), {"raw": Pointer("ones"), "packed": Pointer("out.a")})
-    other = plan.launch(spec, (1, 1, 1), {"raw": Pointer("ones"), "packed": Pointer("past_k.{i}")})
-    counters = plan.launch(spec, (1, 1, 1), {"raw": Pointer("ones"), "packed": Pointer("counters", 0, 1024)})
-    profiles = {b: Profile((launch,), (other, counters), (launch,), {"out.a": (256, 4096)}, 4096 + 256) for b in images}
-    phases = tuple(phase.name for phase in bundle.phases)
-    plan.programs["step"] = Program(bundle.group_size, phases, 2, profiles, {"counters": (0, 2048)}, 2048)
-    return plan
 
 
 Load = Callable[..., GpuBackend]
