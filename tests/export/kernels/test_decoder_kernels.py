@@ -40,7 +40,7 @@ def packed(raw: Array, kind: str, precision: str, side: int, bk: int, up: bool =
     out = empty((4 if up else 1, out_channels, side, blocks, side, bk), precision)
     constants = {"C": channels, "O": out_channels, "SIDE": side, "BK": bk, "UP": up, "BLOCK": 256}
     grid = (-(-(out[0].size) // 256), len(out), 1)
-    launch("decoder.pack_conv", constants, grid, {"raw": (KIND[kind], raw), "packed": (KIND[precision], out)})
+    launch("decoder_pack.pack_conv", constants, grid, {"raw": (KIND[kind], raw), "packed": (KIND[precision], out)})
     return out
 
 
@@ -57,7 +57,7 @@ def test_weights_are_packed_in_the_order_of_the_product(kind: str) -> None:
 def test_a_vector_changes_its_dtype(kind: str) -> None:
     raw, out = random((300,), kind), empty((300,), "fp32")
     arguments = {"raw": (KIND[kind], raw), "packed": ("*fp32", out)}
-    launch("decoder.pack_vector", {"COUNT": 300, "BLOCK": 128}, (3,), arguments)
+    launch("decoder_pack.pack_vector", {"COUNT": 300, "BLOCK": 128}, (3,), arguments)
     assert (out == wide(raw)).all()
 
 
@@ -256,13 +256,13 @@ def test_attention(channels: int, precision: str) -> None:
     arguments = {"x": (kind, x)}
     arguments |= {f"w_{n}": (kind, packed(w, precision, precision, 1, 16)) for n, w in zip("qkv", raws, strict=True)}
     arguments |= {f"bias_{n}": ("*fp32", b) for n, b in zip("qkv", biases, strict=True)}
-    launch("decoder.qkv", c, (4 * -(-channels // 16), 3, images), arguments | {"out": (kind, three)})
+    launch("decoder_attention.qkv", c, (4 * -(-channels // 16), 3, images), arguments | {"out": (kind, three)})
     parts = [wide(x) @ wide(w)[:, :, 0, 0].T + b for w, b in zip(raws, biases, strict=True)]
     close(three, np.concatenate(parts, 2), precision)
     out = empty((images, m, channels), precision)
     c = {"M": m, "C": channels, "SCALE": channels**-0.5 * math.log2(math.e), "BM": 16, "BN": 16, "DEPENDENT": False}
     launch(
-        "decoder.attention",
+        "decoder_attention.attention",
         c | {"BC": 32 if channels == 24 else 16},
         (4, images),
         {"x": (kind, three), "out": (kind, out)},

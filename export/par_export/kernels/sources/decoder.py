@@ -14,65 +14,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _start(DEPENDENT: tl.constexpr):
+def start(DEPENDENT: tl.constexpr):
     """Let the next kernel come up, and wait for the one before."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def pack_vector(raw, packed, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """COUNT numbers in another dtype."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(raw + i, mask=i < COUNT, other=0.0)
-    tl.store(packed + i, value.to(tl.float32).to(packed.dtype.element_ty), mask=i < COUNT)
-
-
-@triton.jit
-def pack_conv(
-    raw,  # [O,C,R,R]
-    packed,  # [parities,O,SIDE,blocks of channels,SIDE,BK]
-    C: tl.constexpr,
-    O: tl.constexpr,  # noqa: E741
-    SIDE: tl.constexpr,
-    BK: tl.constexpr,
-    UP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A convolution's weights in the order in which ``conv`` reads them; channels behind C are zeros.
-
-    UP: SIDE is 2, R is 3, and there are four sets, one for each place of a pixel among the four that come from one: of
-    the three rows (columns) that a pixel sees, two are copies of the same one, so their weights are added up.
-    """
-    KB: tl.constexpr = (C + BK - 1) // BK
-    R: tl.constexpr = 3 if UP else SIDE
-    LENGTH: tl.constexpr = SIDE * SIDE * KB * BK
-    COUNT: tl.constexpr = O * LENGTH
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    parity = tl.program_id(1)
-    o = i // LENGTH
-    k = i % LENGTH
-    step = k // BK
-    dx = step % SIDE
-    dy = step // (SIDE * KB)
-    c = step // SIDE % KB * BK + k % BK
-    inside = (i < COUNT) & (c < C)
-    first = raw + (o * C + c) * (R * R)
-    total = tl.zeros((BLOCK,), tl.float32)
-    if UP:
-        # Rows of weights behind row dy of the two: 0 | 1, 2 where the pixel is the upper one, else 0, 1 | 2.
-        upper = parity // 2 == 0
-        left = parity % 2 == 0
-        for ry in tl.static_range(3):
-            row = tl.where(upper, ry > 0, ry > 1).to(tl.int32)
-            for rx in tl.static_range(3):
-                column = tl.where(left, rx > 0, rx > 1).to(tl.int32)
-                wanted = inside & (dy == row) & (dx == column)
-                total += tl.load(first + ry * R + rx, mask=wanted, other=0.0).to(tl.float32)
-    else:
-        total += tl.load(first + dy * R + dx, mask=inside, other=0.0).to(tl.float32)
-    tl.store(packed + parity.to(tl.int64) * COUNT + i, total.to(packed.dtype.element_ty), mask=i < COUNT)
 
 
 @triton.jit
@@ -93,7 +39,7 @@ def lookup(
     DEPENDENT: tl.constexpr,
 ):
     """Tokens in raster order, their codes, and the 1x1 convolution behind them."""
-    _start(DEPENDENT)
+    start(DEPENDENT)
     PITCH: tl.constexpr = W + 2
     PADDED: tl.constexpr = (H + 2) * PITCH
     p = tl.program_id(0) * BP + tl.arange(0, BP)
@@ -117,7 +63,7 @@ def lookup(
 @triton.jit
 def conv(
     x,  # [B,H,W,C], or [B,H+2,W+2,C] with a border of zeros where SIDE is 3
-    w,  # packed by pack_conv
+    w,  # packed by decoder_pack.pack_conv
     bias,  # [O], fp32
     residual,  # [B,M,O], added where RESIDUAL
     other_x,  # [B,M,OTHER]: a 1x1 convolution of it is added where OTHER is not 0
@@ -145,7 +91,7 @@ def conv(
 
     Channels are the inner part of K, and the columns of the filter come before the next block of channels: three steps
     read nearly the same pixels, from the L1 cache. UP: ``x`` is read as if every pixel were there twice in both
-    directions; H and W are its own, SIDE is 2 (see ``pack_conv``), and program 1 is the place among four pixels.
+    directions; H and W are its own, SIDE is 2 (see ``decoder_pack.pack_conv``), and program 1 is the place among four.
     PIXELS: ``out`` is uint8, ``trunc(clamp(127.5 x + 128, 0, 255))``.
     """
     M: tl.constexpr = H * W
@@ -155,7 +101,7 @@ def conv(
     STEPS: tl.constexpr = SIDE * SIDE * KB
     BORDER: tl.constexpr = 2 if SIDE == 3 else 0
     PITCH: tl.constexpr = W + BORDER
-    _start(DEPENDENT)
+    start(DEPENDENT)
     m_tile = tl.program_id(0) // TN
     n_tile = tl.program_id(0) % TN
     parity = tl.program_id(1)
@@ -173,7 +119,17 @@ def conv(
         column += parity % 2 - 1
     a = x + image * ((H + BORDER) * PITCH * C) + ((row * PITCH + column) * C)[:, None] + k[None, :]
     b = w + ((parity * O + n) * (STEPS * BK))[None, :] + k[:, None]
-    sums = tl.zeros((BM, BN), tl.float32)
+    kept = (rows < M)[:, None] & (columns < O)[None, :]
+    if UP:
+        pixel = (2 * (m // W) + parity // 2) * (2 * W) + 2 * (m % W) + parity % 2
+        target = image * (4 * M * O) + (pixel * O)[:, None] + columns[None, :]
+    else:
+        target = image * (M * O) + (m * O)[:, None] + columns[None, :]
+    if RESIDUAL:
+        # First, not last: behind the loop both it and the sums would need registers.
+        value = tl.load(residual + target, mask=kept, other=0.0).to(tl.float32)
+    else:
+        value = tl.zeros((BM, BN), tl.float32)
     for i in range(STEPS):
         dx = i % SIDE
         dy = i // (SIDE * KB)
@@ -189,8 +145,7 @@ def conv(
             pixels = tl.load(at, cache_modifier=".ca")
         else:
             pixels = tl.load(at, mask=(k < C - first)[None, :], other=0.0, cache_modifier=".ca")
-        sums = tl.dot(pixels, tl.load(b + i * BK), sums, input_precision="tf32")
-    value = sums
+        value = tl.dot(pixels, tl.load(b + i * BK), value, input_precision="tf32")
     if OTHER:
         OTHER_KB: tl.constexpr = (OTHER + OTHER_BK - 1) // OTHER_BK
         other_k = tl.arange(0, OTHER_BK)
@@ -204,24 +159,16 @@ def conv(
             value = tl.dot(pixels, tl.load(other_b + i * OTHER_BK), value, input_precision="tf32")
         value += tl.load(other_bias + n)[None, :]
     value += tl.load(bias + n)[None, :]
-    kept = (rows < M)[:, None] & (columns < O)[None, :]
-    if UP:
-        pixel = (2 * (m // W) + parity // 2) * (2 * W) + 2 * (m % W) + parity % 2
-        at = image * (4 * M * O) + (pixel * O)[:, None] + columns[None, :]
-    else:
-        at = image * (M * O) + (m * O)[:, None] + columns[None, :]
-    if RESIDUAL:
-        value += tl.load(residual + at, mask=kept, other=0.0).to(tl.float32)
-    elif UNIT:
+    if UNIT:
         # Never read. With it the sums below are laid out as the store is, which needs a tenth of the exchange
         # between threads that the layout of the product needs.
-        value += tl.load(out + at, mask=tl.program_id(2) < tl.zeros((BM, 1), tl.int32), other=0.0).to(tl.float32)
+        value += tl.load(out + target, mask=tl.program_id(2) < tl.zeros((BM, 1), tl.int32), other=0.0).to(tl.float32)
     if PIXELS:
         grey = tl.minimum(tl.maximum(value * 127.5 + 128.0, 0.0), 255.0)
-        tl.store(out + at, grey.to(tl.int32).to(tl.uint8), mask=kept)
+        tl.store(out + target, grey.to(tl.int32).to(tl.uint8), mask=kept)
     else:
         value = value.to(out.dtype.element_ty)
-        tl.store(out + at, value, mask=kept)
+        tl.store(out + target, value, mask=kept)
     if UNIT:
         _statistics(value, rows, partial, image, m_tile, n_tile, parity, M, O, UNIT, TM, UP, BM, BN)
 
@@ -280,7 +227,7 @@ def moments(
     DEPENDENT: tl.constexpr,
 ):
     """Group norm of one group of one image as a scale and a shift, out of the sums of tiles of BM pixels of M."""
-    _start(DEPENDENT)
+    start(DEPENDENT)
     TM: tl.constexpr = (M + BM - 1) // BM
     TILES: tl.constexpr = PARITIES * TM
     WIDTH: tl.constexpr = C // GROUPS
@@ -332,7 +279,7 @@ def normalise(
     a cycle) for each number of a tile of 256 x 64 take twice as long as the tile's product; and numbers that pass
     through registers could not be copied ahead of their use. The border spares the convolution all its masks.
     """
-    _start(DEPENDENT)
+    start(DEPENDENT)
     PITCH: tl.constexpr = W + BORDER
     PADDED: tl.constexpr = (H + BORDER) * PITCH
     p = tl.program_id(0) * BP + tl.arange(0, BP)
@@ -354,108 +301,3 @@ def normalise(
         value = value * tl.sigmoid(value)
     value = tl.where(inside, value, 0.0).to(out.dtype.element_ty)
     tl.store(out + image * (PADDED * C) + (p * C)[:, None] + c[None, :], value, mask=kept)
-
-
-@triton.jit
-def qkv(
-    x,  # [B,M,C]
-    w_q,  # [C,blocks*BK] each, packed by pack_conv
-    w_k,
-    w_v,
-    bias_q,  # [C] each, fp32
-    bias_k,
-    bias_v,
-    out,  # [B,M,3C]
-    M: tl.constexpr,
-    C: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """Queries, keys and values of all pixels."""
-    _start(DEPENDENT)
-    TN: tl.constexpr = (C + BN - 1) // BN
-    KB: tl.constexpr = (C + BK - 1) // BK
-    m_tile = tl.program_id(0) // TN
-    n_tile = tl.program_id(0) % TN
-    part = tl.program_id(1)
-    image = tl.program_id(2).to(tl.int64)
-    w = w_q
-    bias = bias_q
-    if part == 1:
-        w = w_k
-        bias = bias_k
-    if part == 2:
-        w = w_v
-        bias = bias_v
-    w = tl.multiple_of(w, 16)
-    rows = m_tile * BM + tl.arange(0, BM)
-    m = tl.minimum(rows, M - 1)
-    columns = n_tile * BN + tl.arange(0, BN)
-    n = tl.minimum(columns, C - 1)
-    k = tl.arange(0, BK)
-    a = x + image * (M * C) + (m * C)[:, None] + k[None, :]
-    b = w + (n * (KB * BK))[None, :] + k[:, None]
-    value = tl.zeros((BM, BN), tl.float32)
-    for i in range(KB):
-        at = a + i * BK
-        pixels = tl.load(at) if C % BK == 0 else tl.load(at, mask=(k < C - i * BK)[None, :], other=0.0)
-        value = tl.dot(pixels, tl.load(b + i * BK), value, input_precision="tf32")
-    value += tl.load(bias + n)[None, :]
-    kept = (rows < M)[:, None] & (columns < C)[None, :]
-    target = out + image * (3 * M * C) + part * C + (m * (3 * C))[:, None] + columns[None, :]
-    tl.store(target, value.to(out.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def attention(
-    x,  # [B,M,3C]: queries, keys, values
-    out,  # [B,M,C]
-    M: tl.constexpr,
-    C: tl.constexpr,
-    SCALE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BC: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """Attention of BM pixels over all M, one head of C channels, with a running maximum. SCALE: C^-0.5 * log2(e)."""
-    _start(DEPENDENT)
-    image = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    m = tl.minimum(rows, M - 1)
-    n = tl.arange(0, BN)
-    c = tl.arange(0, BC)
-    base = x + image * (3 * M * C)
-    if C == BC:
-        query = tl.load(base + (m * (3 * C))[:, None] + c[None, :])
-    else:
-        query = tl.load(base + (m * (3 * C))[:, None] + c[None, :], mask=(c < C)[None, :], other=0.0)
-    best = tl.full((BM,), float("-inf"), tl.float32)
-    weight = tl.zeros((BM,), tl.float32)
-    total = tl.zeros((BM, BC), tl.float32)
-    for first in range(0, M, BN):
-        at = tl.minimum(first + n, M - 1) * (3 * C)
-        keys = base + C + at[None, :] + c[:, None]
-        values = base + 2 * C + at[:, None] + c[None, :]
-        if C == BC:
-            key = tl.load(keys)
-            value = tl.load(values)
-        else:
-            key = tl.load(keys, mask=(c < C)[:, None], other=0.0)
-            value = tl.load(values, mask=(c < C)[None, :], other=0.0)
-        score = tl.dot(query, key, input_precision="tf32") * SCALE
-        if M % BN:
-            score = tl.where((first + n < M)[None, :], score, float("-inf"))
-        new = tl.maximum(best, tl.max(score, 1))
-        share = tl.exp2(score - new[:, None])
-        keep = tl.exp2(best - new)
-        weight = weight * keep + tl.sum(share, 1)
-        total = tl.dot(share.to(value.dtype), value, total * keep[:, None], input_precision="tf32")
-        best = new
-    total = total / weight[:, None]
-    kept = (rows < M)[:, None]
-    if C != BC:
-        kept = kept & (c < C)[None, :]
-    tl.store(out + image * (M * C) + (m * C)[:, None] + c[None, :], total.to(out.dtype.element_ty), mask=kept)

@@ -1,0 +1,163 @@
+"""Which tiles the decoder's kernels run in, by a model of the card: until a card has been measured, the best guess.
+
+The model knows a target's processors, registers, shared memory and matrix rate, and how long a step of a block takes
+that waits for its copies. What it weighs: large tiles read less from the L2 cache for each product; small ones give all
+processors work; two blocks on a processor hide each other's beginning and end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from par_export.kernels.targets import Target
+
+#: Bytes of one number of a feature map.
+NUMBER_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+#: Bytes that one processor reads from the L2 cache in a second: H100, A100 and RTX 4090 differ little here.
+L2_RATE = 40e9
+SHARED_RATE = 200e9  #: and from its shared memory
+COPY_SECONDS = 0.7e-6  #: from the issue of a copy to its arrival, in a busy card
+STEP_SECONDS = 0.08e-6  #: of the shortest step of a block: barriers and addresses
+BLOCK_SECONDS = 2e-6  #: first copies and last stores of a block, where no other block hides them
+#: Share of the matrix rate on the data sheet that products of Triton reach with operands at hand.
+MATRIX_SHARE = 0.75
+#: (BM, BN, warps) by the numbers of a tile that each thread sums up: 32, 64, and 128 where products read shared memory.
+TILES = (
+    (64, 16, 4),
+    (64, 32, 4),
+    (128, 16, 4),
+    (128, 32, 4),
+    (64, 64, 4),
+    (64, 128, 4),
+    (128, 64, 4),
+    (128, 128, 8),
+    (256, 64, 8),
+)
+WIDE_TILES = ((256, 128, 8),)  #: a step takes so long that two copies ahead suffice; a third costs registers
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BM pixels x BN channels of a product, summed up in steps of some channels, ``stages`` of them copied ahead."""
+
+    pixels: int
+    channels: int
+    warps: int
+    stages: int
+
+
+def power(number: int) -> int:
+    """The least power of two that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest power of two that divides ``number``, at most ``most``."""
+    return min(number & -number, most)
+
+
+def step_channels(channels: int, precision: str) -> int:
+    """BK, the channels of a step: 128 bytes of a pixel where its channels divide so."""
+    widest = 128 // NUMBER_BYTES[precision]
+    if channels < 16:
+        return 16
+    even = divisor(channels, widest)
+    return even if even >= 16 else min(power(channels), 32)
+
+
+def conv_tile(
+    target: Target, precision: str, pixels: int, maps: int, channels: int, steps: int, step: int, side: int
+) -> Tile:
+    """The tile for ``maps`` products of ``pixels`` and ``channels`` each, in ``steps`` steps of ``step`` channels.
+
+    ``side``: columns of the filter. As many steps in a row read nearly the same pixels.
+    """
+    work = (pixels, maps, channels, steps, step, side)
+    return min(_tiles(target, channels, precision), key=lambda tile: _seconds(target, precision, tile, *work))
+
+
+def _tiles(target: Target, channels: int, precision: str) -> Iterator[Tile]:
+    """All tiles that could be right for as many channels, narrow ones last."""
+    wide = WIDE_TILES if target.capability == 90 and precision != "fp32" else ()
+    for pixels, width, warps in (*wide, *reversed(TILES)):
+        if width <= max(power(channels), 16):
+            for stages in (3,) if (pixels, width, warps) in WIDE_TILES else (4, 3):
+                yield Tile(pixels, width, warps, stages)
+
+
+def _seconds(
+    target: Target, precision: str, tile: Tile, pixels: int, maps: int, channels: int, steps: int, step: int, side: int
+) -> float:
+    """How long the product takes with ``tile``; infinite where it does not fit."""
+    size = NUMBER_BYTES[precision]
+    shared = shared_bytes(tile, step, size)
+    sums = tile.pixels * tile.channels // (32 * tile.warps)
+    registers = min(255, 48 + sums * 3 // 2 if target.capability >= 90 else 80 + sums * 3 // 2)
+    together = min(
+        target.shared_processor // (shared + 1024),
+        target.registers // (-(-registers // 8) * 8 * 32 * tile.warps),
+        2048 // (32 * tile.warps) if target.capability in (80, 90, 100) else 1536 // (32 * tile.warps),
+    )
+    if shared > target.shared_block or not together:
+        return math.inf
+    blocks = -(-pixels // tile.pixels) * -(-channels // tile.channels) * maps
+    waves = -(-blocks // (target.processors * together))
+    together = min(together, -(-blocks // target.processors))
+    rate = target.sheet.tflop_s * 1e12 / 2 / target.processors * MATRIX_SHARE / (2 if precision == "fp32" else 1)
+    product = tile.pixels * tile.channels * step / rate
+    copied = (tile.pixels / (side if side == 3 else 1) + tile.channels) * step * size / L2_RATE
+    # A warp group reads 64 pixels and all channels from shared memory for a product of them; before SM90 a warp reads
+    # for its share of the tile, about a square.
+    groups, square = tile.pixels // 64, math.isqrt(tile.pixels * tile.channels // tile.warps)
+    read = groups * (64 + tile.channels) if target.capability in (90, 100) else tile.warps * 2 * square
+    operands = read * step * size / SHARED_RATE
+    each = max(together * max(product, copied, operands), COPY_SECONDS / (tile.stages - 1), STEP_SECONDS)
+    stored = 2 * tile.pixels * tile.channels * size / L2_RATE
+    ends = (BLOCK_SECONDS + stored) / (1 if together == 1 else 2)
+    return waves * (steps * each + ends)
+
+
+def shared_bytes(tile: Tile, step: int, size: int) -> int:
+    """Shared memory of a block, at least: its copies, and the tile on its way from products to stores."""
+    return max(tile.stages * (tile.pixels + tile.channels) * step * size, tile.pixels * tile.channels * size)
+
+
+def attention_tile(target: Target, precision: str, pixels: int, maps: int, channels: int) -> Tile:
+    """BM queries and BN keys of attention with ``channels`` numbers each. ValueError where none fits."""
+    size, width = NUMBER_BYTES[precision], power(max(channels, 16))
+    best, least = None, math.inf
+    for queries, keys, warps, stages in (
+        (128, 64, 8, 2),
+        (64, 64, 4, 2),
+        (64, 32, 8, 2),
+        (32, 32, 8, 2),
+        (32, 32, 4, 2),
+        (16, 32, 8, 2),
+        (16, 32, 4, 2),
+        (16, 16, 4, 1),
+    ):
+        shared = (queries + 2 * stages * keys) * width * size + (8192 if stages > 1 else 0)
+        sums = queries * width // (32 * warps)
+        if shared > target.shared_block or sums > 128 or (precision == "fp32" and queries > 16):
+            continue
+        blocks = -(-pixels // queries) * maps
+        rate = target.sheet.tflop_s * 1e12 / 2 / target.processors / (2 if queries >= 64 else 4)
+        each = max(2 * queries * keys * width / rate, 2 * keys * width * size / L2_RATE, COPY_SECONDS / stages)
+        seconds = -(-blocks // target.processors) * -(-pixels // keys) * each
+        if seconds < least:
+            best, least = Tile(queries, keys, warps, stages), seconds
+    if best is None:
+        raise ValueError(f"attention over {channels} channels in {precision} does not fit {target.name}")
+    return best
+
+
+def pass_tile(target: Target, pixels: int, maps: int, channels: int) -> tuple[int, int]:
+    """Pixels and channels of a block that reads and writes a map once: many bytes a block, but work for all."""
+    width = divisor(channels, 256)
+    if width < 32:
+        width = min(power(channels), 256)
+    numbers = pixels * maps * channels // (8 * target.processors)
+    numbers = max(1024, min(8192, power(numbers + 1) // 2))
+    return max(1, numbers // width), width

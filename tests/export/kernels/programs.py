@@ -1,0 +1,62 @@
+"""A planned program on host memory: weights packed by its kernels, buffers full of NaN, launches one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from double.interpreter import run_launch
+
+from par_export.kernels.spec import Planned
+from par_runtime.backends.program import Launch, Pointer
+from par_runtime.bundle import WEIGHTS
+
+
+def memory(size: int) -> np.ndarray:
+    """``size`` bytes at a multiple of 256 that are NaN in every floating-point type, and 0xFFFF... as integers."""
+    block = np.full(size + 256, 0xFF, np.uint8)
+    start = -block.ctypes.data % 256
+    return block[start : start + size]
+
+
+class Host:
+    """``planned`` with the weights of the bundle at ``bundle``; constants come from the plan."""
+
+    def __init__(self, planned: Planned, bundle: Path) -> None:
+        self.planned = planned
+        data = np.memmap(bundle / WEIGHTS, mode="r")
+        self.weights = {name: memory(weight.bytes) for name, weight in planned.weights.items()}
+        for name, weight in planned.weights.items():
+            if weight.stored is None:
+                raw = np.frombuffer(planned.constants[name], np.uint8)
+            else:
+                raw = np.array(data[weight.stored.offset : weight.stored.offset + weight.stored.length])
+            if weight.pack is None:
+                self.weights[name][:] = raw
+            else:
+                self._launch(weight.pack, {"raw": raw, "packed": self.weights[name]}, 0, None)
+
+    def run(self, program: str, images: int, bound: Mapping[str, np.ndarray], shuffle: int | None = None) -> None:
+        """One run of ``program`` on the tensors ``bound``; scratch memory holds NaN before it."""
+        planned = self.planned.programs[program]
+        profile = planned.profiles[images]
+        scratch = memory(profile.scratch_bytes)
+        tensors = dict(bound) | self.weights
+        for name, (offset, size) in profile.scratch.items():
+            assert name not in tensors
+            tensors[name] = scratch[offset : offset + size]
+        for launch, layer in planned.launches(images):
+            self._launch(launch, tensors, layer, shuffle)
+
+    def _launch(self, launch: Launch, tensors: Mapping[str, np.ndarray], layer: int, shuffle: int | None) -> None:
+        spec = self.planned.specs[launch.kernel]
+        values: list[int | float] = []
+        for argument in launch.arguments:
+            if isinstance(argument, Pointer):
+                name, offset = argument.of_layer(layer)
+                assert 0 <= offset < tensors[name].nbytes
+                values.append(tensors[name].ctypes.data + offset)
+            else:
+                values.append(argument)
+        run_launch(spec.source, dict(spec.constants), spec.parameters, launch.grid, values, shuffle)
