@@ -11,9 +11,11 @@ candidates matters. Times in microseconds, sizes in bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
+from par_export.errors import BuildError
 from par_export.kernels.targets import Target
 from par_model.config import PARConfig
 
@@ -36,6 +38,7 @@ MOST_SHARED = 0.9  #: of a block's limit: the compiler adds to what the stages t
 MOST_SUMS = 4096  #: of squares that a consumer of x adds up in registers: tiles (a power of 2) times rows
 MOST_ROWS = 64  #: of one block
 MOST_INPUTS = 8192  #: numbers of activations that a block loads at a time: with more, registers do not suffice
+KINDS = ("qkv", "wo", "gates", "w2", "head", "attention")
 #: (BN, BK, rows) of products that the compiler found no registers for.
 Refused = frozenset[tuple[int, int, int]]
 
@@ -83,55 +86,84 @@ def rows_of(positions: int) -> int:
 
 
 def choose(
-    config: PARConfig, images: Sequence[int], target: Target, refused: Refused = frozenset()
-) -> dict[int, Tiles]:
-    """The shapes that the model finds fastest for ``config``, for guided batches of each of the sizes ``images``."""
-    d, F = config.dim, config.ffn_dim
-    sizes = {"qkv": (3 * d, d), "wo": (d, d), "gates": (2 * F, d), "w2": (d, F), "head": (config.vocab_size, d)}
-    products = {
-        name: product(columns, depth, config.group_size, images, target, name in ("wo", "w2"), refused)
-        for name, (columns, depth) in sizes.items()
-    }
-    keys = attention(config, images, target)
-    return {
-        batch: Tiles(**{name: tiles[batch] for name, tiles in products.items()}, attention=keys) for batch in images
-    }
-
-
-def product(
-    columns: int,
-    depth: int,
-    query: int,
+    config: PARConfig,
     images: Sequence[int],
     target: Target,
-    residual: bool = False,
     refused: Refused = frozenset(),
-) -> dict[int, ProductTile]:
-    """The shape for weights of ``depth`` rows and ``columns`` columns, for each batch of ``query`` positions a row.
+    given: Mapping[str, ProductTile | AttentionTile] = MappingProxyType({}),
+) -> dict[int, Tiles]:
+    """The shapes that the model finds fastest for ``config``, for guided batches of each of the sizes ``images``.
 
-    ``residual``: K may be split, and the tiles leave sums of squares for the kernels that follow.
+    ``given``: shapes of some kinds ("qkv", "attention"), as measured at one batch size; for the others they keep their
+    panels and take as many of their stages as fit. Raises BuildError where ``refused`` leaves no shape.
     """
-    best: dict[int, ProductTile] = {}
-    least = math.inf
-    for BN, BK, split in _layouts(columns, depth, 2 * query * max(images), residual):
+    out: dict[int, dict[str, ProductTile | AttentionTile]] = {batch: {} for batch in images}
+    for kind in KINDS:
+        tile = given.get(kind)
+        if kind == "attention":
+            for batch in images:
+                out[batch][kind] = tile or attentions(config, images, target)[0]
+            continue
+        shapes = products(config, kind, images, target, refused, tile if isinstance(tile, ProductTile) else None)
+        if not shapes:
+            raise BuildError(
+                f"no shape of the product {kind} of {config.dim} wide models fits {target.name} at {max(images)} "
+                "images; give fewer with --max-images"
+            )
+        for batch in images:
+            out[batch][kind] = shapes[0][batch]
+    return {batch: Tiles(**tiles) for batch, tiles in out.items()}  # type: ignore[arg-type]
+
+
+def products(
+    config: PARConfig,
+    kind: str,
+    images: Sequence[int],
+    target: Target,
+    refused: Refused = frozenset(),
+    given: ProductTile | None = None,
+) -> list[dict[int, ProductTile]]:
+    """Shapes of a kind of product for each batch size; what the model finds fastest comes first.
+
+    ``given``: with these panels, parts and warps alone, and with at most its stages.
+    """
+    d, F = config.dim, config.ffn_dim
+    columns, depth = {
+        "qkv": (3 * d, d),
+        "wo": (d, d),
+        "gates": (2 * F, d),
+        "w2": (d, F),
+        "head": (config.vocab_size, d),
+    }[kind]
+    most = 2 * config.group_size * max(images)
+    layouts = (
+        _layouts(columns, depth, most, residual=kind in ("wo", "w2"))
+        if given is None
+        else [(given.BN, given.BK, given.split, given.warps)]
+    )
+    ranked: list[tuple[float, dict[int, ProductTile]]] = []
+    for layout in layouts:
         tiles, cost = {}, 0.0
         for batch in images:
-            positions = 2 * query * batch
-            if (BN, BK, rows_of(positions)) in refused:
+            positions = 2 * config.group_size * batch
+            if (*layout[:2], rows_of(positions)) in refused:
                 break
-            staged = _staged(BN, BK, split, columns, depth, rows_of(positions), target)
+            staged = _staged(layout, columns, depth, rows_of(positions), target, 6 if given is None else given.stages)
             times = [(product_us(tile, columns, depth, positions, target), tile) for tile in staged]
             if not times:
                 break
             time, tiles[batch] = min(times, key=lambda pair: pair[0])  # of equals the first, with most stages
             cost += time / batch  # per image: what counts most is how long one waits for a single one
-        if len(tiles) == len(images) and cost < least:  # of equals the first, with the largest panels
-            best, least = tiles, cost
-    return best
+        if len(tiles) == len(images):
+            ranked.append((cost, tiles))
+    return [tiles for _, tiles in sorted(ranked, key=lambda pair: pair[0])]  # of equals the one with larger panels
 
 
-def _layouts(columns: int, depth: int, positions: int, residual: bool) -> Iterator[tuple[int, int, int]]:
-    """Panels, and parts of K, that can be chosen: what must be the same for every batch. ``positions``: the most."""
+def _layouts(columns: int, depth: int, positions: int, residual: bool) -> Iterator[tuple[int, int, int, int]]:
+    """BN, BK, parts of K, and warps that can be chosen, the same for every batch. ``positions``: the most.
+
+    ``residual``: K may be split, and the tiles leave sums of squares for the kernels that follow.
+    """
     for BN in (128, 64, 32, 16):
         if max(16, _power(columns)) < BN:
             continue
@@ -142,16 +174,19 @@ def _layouts(columns: int, depth: int, positions: int, residual: bool) -> Iterat
                 continue
             for split in (1, 2, 4, 8) if residual else (1,):
                 if split <= -(-depth // BK):
-                    yield BN, BK, split
+                    yield BN, BK, split, 8 if BN == 128 else 4
 
 
-def _staged(bn: int, bk: int, split: int, columns: int, depth: int, rows: int, target: Target) -> Iterator[ProductTile]:
-    """The panels with every number of stages that makes sense and fits; two always do."""
+def _staged(
+    layout: tuple[int, int, int, int], columns: int, depth: int, rows: int, target: Target, most: int
+) -> Iterator[ProductTile]:
+    """A layout with every number of stages up to ``most`` that makes sense and fits."""
+    bn, bk, split, warps = layout
     turns = -(-depth // bk) // split
-    for stages in (6, 5, 4, 3, 2):
+    for stages in range(most, 1, -1):
         fits = shared_bytes(bn, bk, rows, stages) <= MOST_SHARED * target.shared_block
         if fits and stages <= max(2, turns):
-            yield _with_ahead(ProductTile(bn, bk, split, 8 if bn == 128 else 4, stages, 0), columns, depth, target)
+            yield _with_ahead(ProductTile(bn, bk, split, warps, stages, 0), columns, depth, target)
 
 
 def shared_bytes(bn: int, bk: int, rows: int, stages: int) -> int:
@@ -200,8 +235,8 @@ def _with_ahead(tile: ProductTile, columns: int, depth: int, target: Target) -> 
     return ProductTile(tile.BN, tile.BK, tile.split, tile.warps, tile.stages, min(ahead, slab // PIECE * PIECE))
 
 
-def attention(config: PARConfig, images: Sequence[int], target: Target) -> AttentionTile:
-    """The shape of attention, for all batches and all slots of the cache."""
+def attentions(config: PARConfig, images: Sequence[int], target: Target) -> list[AttentionTile]:
+    """Shapes of attention, for all batches and all slots of the cache; what the model finds fastest comes first."""
     line = 2 * -(-config.head_dim // 8) * 8 * BYTES  # a key and its value
 
     def cost(tile: AttentionTile) -> float:
@@ -211,7 +246,7 @@ def attention(config: PARConfig, images: Sequence[int], target: Target) -> Atten
     spans = [span for span in (512, 256, 128, 64, 32) if span <= max(32, _power(config.n_tokens))]
     # Few stages: spans are short, and keys of whole spans are fetched ahead where the GPU can.
     tiles = [AttentionTile(s, c, 4, 2) for s in spans for c in (128, 64, 32) if c <= s and c * line * 2 <= 64 * 1024]
-    return min(tiles or [AttentionTile(32, 32, 4, 2)], key=cost)
+    return sorted(tiles or [AttentionTile(32, 32, 4, 2)], key=cost)
 
 
 def attention_us(tile: AttentionTile, heads: int, keys: int, line: int, target: Target) -> float:

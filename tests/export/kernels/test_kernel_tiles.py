@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from par_export.errors import BuildError
 from par_export.kernels import tiles
 from par_export.kernels.targets import TARGETS
 from par_model.config import PARConfig, named
@@ -60,3 +61,20 @@ def test_a_shape_that_was_refused_is_not_chosen_again() -> None:
     refused = frozenset({(first.BN, first.BK, tiles.rows_of(2 * 4 * 8))})
     second = tiles.choose(config, IMAGES, card, refused)
     assert {(second[batch].gates.BN, second[batch].gates.BK) for batch in IMAGES} != {(first.BN, first.BK)}
+
+
+def test_measured_shapes_are_kept_as_far_as_they_fit() -> None:
+    config, card = named("3B"), TARGETS["SM86"]
+    given = tiles.ProductTile(BN=64, BK=128, split=1, warps=8, stages=5, ahead=0)
+    keys = tiles.AttentionTile(span=32, chunk=32, warps=2, stages=3)
+    chosen = tiles.choose(config, IMAGES, card, given={"gates": given, "attention": keys})
+    assert [(t.gates.BN, t.gates.BK, t.gates.split, t.gates.warps) for t in chosen.values()] == [(64, 128, 1, 8)] * 4
+    assert [t.gates.stages for t in chosen.values()] == [4, 4, 3, 2]  # 99 KiB, less what the compiler adds
+    assert {t.attention for t in chosen.values()} == {keys}
+    assert {b: t.qkv for b, t in chosen.items()} == {b: t.qkv for b, t in tiles.choose(config, IMAGES, card).items()}
+
+
+def test_without_any_shape_one_line_says_what_to_do() -> None:
+    everything = frozenset((bn, bk, 8) for bn in (16, 32, 64, 128) for bk in (16, 32, 64, 128, 256))
+    with pytest.raises(BuildError, match=r"no shape of the product qkv .* fits SM90 at 1 images; give fewer with --m"):
+        tiles.choose(named("L"), (1,), TARGETS["SM90"], everything)
