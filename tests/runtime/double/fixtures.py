@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from double import tensorrt
+from double import bare, tensorrt
 from double.driver import Driver
 from par_runtime.backends import cuda
 from par_runtime.backends.gpu.backend import Capture
@@ -50,6 +50,53 @@ def load(driver: Driver, tmp_path: Path, tiny: Path) -> Iterator[Make]:
         return pipeline
 
     yield make
+    _close(driver, opened)
+
+
+@pytest.fixture
+def load_kernels(driver: Driver, tmp_path: Path, tiny: Path) -> Iterator[Make]:
+    """Load a copy of a bundle with an engine of kernels on the stand-in GPU, which computes them.
+
+    Fresh memory is NaN there. ``target`` is the GPU; the step computes in ``precision``, the decoder in ``decoder``.
+    ``change`` is given what was planned before it is written, ``compare`` runs launches in Triton's interpreter too.
+    """
+    from double import kernels  # these import Triton, which only some tests need
+    from double.twins import Twins
+
+    opened: list[Pipeline] = []
+    driver.fill = 0xFF
+
+    def make(
+        source: Path = tiny,
+        images: tuple[int, ...] = (1, 2, 4),
+        target: str = "SM90",
+        precision: str = "fp32",
+        decoder: str = "fp32",
+        capture: Capture = "image",
+        selftest: bool = False,
+        change: Callable[[Any], None] = lambda planned: None,
+        compare: bool = False,
+    ) -> Pipeline:
+        path = tmp_path / f"bundle{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(source, path)
+        planned = kernels.planned(Bundle.open(path), images, target, precision, decoder)
+        change(planned)
+        bare.register(driver, kernels.write_engine(Bundle.open(path), planned, precision, decoder, target))
+        driver.capability = (int(target[2:-1]), int(target[-1]))
+        twins = driver.twin = Twins(driver, compare)
+        pipeline = Pipeline.load(path, device="cuda:0", capture=capture, selftest=False)
+        twins.parts = lambda: kernels.parts(pipeline.backend)
+        opened.append(pipeline)
+        if selftest:
+            pipeline.selftest()
+        return pipeline
+
+    yield make
+    _close(driver, opened)
+    assert not driver.modules, "modules were never unloaded"
+
+
+def _close(driver: Driver, opened: list[Pipeline]) -> None:
     for pipeline in opened:
         pipeline.close()
     assert not driver.device, f"{len(driver.device)} device allocations were never freed"

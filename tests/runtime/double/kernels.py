@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from par_export.kernels.build import _written
 from par_export.kernels.compiler import Compiled
+from par_export.kernels.contents import Contents
+from par_export.kernels.plan import plan
 from par_export.kernels.spec import Planned
+from par_export.kernels.targets import TARGETS
 from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, KERNELS
 from par_runtime.backends.program import VERSION, to_json
 from par_runtime.bundle import Bundle, seal
@@ -68,3 +72,23 @@ def write_engine(
     }
     (folder / ENGINE_JSON).write_text(json.dumps(seal(document | changes)))
     return folder
+
+
+def planned(bundle: Bundle, images: tuple[int, ...], target: str, precision: str, decoder: str) -> Planned:
+    """What a build plans for ``bundle``, also in fp32."""
+    return plan(Contents(bundle, precision, decoder), images, TARGETS[target])
+
+
+def parts(backend: Any) -> list[tuple[int, int]]:
+    """The buffers that lie in one allocation: address and bytes of weights, counters and scratch of ``backend``."""
+    out = []
+    for program in backend.programs.values():
+        shared, described = program.shared, backend.engine.kernels
+        out += [(shared.addresses[name], weight.bytes) for name, weight in described.weights.items()]
+        state = shared.states[program.name]
+        out += [(state + offset, size) for offset, size in program.program.state.values()]
+        for profile, context in program._contexts.items():
+            for name, (_, size) in program.program.profiles[backend.engine.images[profile]].scratch.items():
+                with suppress(KeyError):  # no launch takes it
+                    out.append((context.launches.address(name), size))
+    return out
