@@ -56,7 +56,7 @@ class Journal:
     def write(self, part: Path) -> None:
         """Write the rows so far to ``part``. A file that cannot be written is warned of once; the run goes on."""
         outcome = self.outcome(NOT_ENDED)
-        if not outcome.rows:
+        if not outcome.rows and not outcome.others:
             return
         try:
             write_beside(part, partial(write_text, json_lines(outcome)))

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from par_runtime.backends import cuda
 from par_runtime.backends.choose import CPUS
 from par_runtime.backends.engines import has_engines
 from par_runtime.bench import machine, rows
@@ -24,7 +25,7 @@ from par_runtime.bench.report import compare
 from par_runtime.bench.report.output import STANDARD_OUTPUT, Outcome
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.base import SubjectInfo
-from par_runtime.bench.subjects.baselines import write_n1_bundle
+from par_runtime.bench.subjects.baselines import optional, write_n1_bundle
 from par_runtime.bench.subjects.process import SubjectProcess, open_bundle, open_eager
 from par_runtime.bench.suites import batch, decoder, paper, paper_run, phases, serve
 from par_runtime.bundle import Bundle
@@ -32,7 +33,10 @@ from par_runtime.cost.data_sheets import Prediction, predictions
 from par_runtime.errors import RequestError
 from par_runtime.system import available_cores, check_writable
 
-SUITES = ("phases", "batch", "decoder", "serve", "paper")
+SUITES = ("phases", "batch", "decoder", "serve", "paper", "gpu")
+OF_THEIR_OWN = ("paper", "gpu")  #: suites that bring their models and baselines
+#: The time of a suite that has one, where --minutes is not given.
+MINUTES, GPU_MINUTES = 10.0, 8.0
 BASELINES = ("eager", "compiled", "n1", "ort")
 #: A baseline in PyTorch whose image takes longer is estimated from some of its calls, unless ``whole``.
 LONG_SECONDS = 20.0
@@ -54,7 +58,7 @@ class BenchOptions:
     repetitions: int
     batches: Sequence[int] | None
     requests: int
-    minutes: float
+    minutes: float | None
     sizes: Sequence[str] | None
     no_eager: bool
     whole: bool
@@ -68,6 +72,7 @@ class BenchOptions:
     threads: int | None
     work: Path | None
     quiet: bool
+    engines: Path | None = None
     new: Path | None = None
 
     @property
@@ -75,21 +80,28 @@ class BenchOptions:
         """Two rows per image instead of one."""
         return not self.unguided
 
+    @property
+    def seconds(self) -> float:
+        """The time of a suite that has one."""
+        default = GPU_MINUTES if self.suite == "gpu" else MINUTES
+        return 60 * (default if self.minutes is None else self.minutes)
+
     def checked(self) -> BenchOptions:
         """The options after every check that is possible before work begins. Raises RequestError, OSError."""
         options = self
         if self.compare is not None and len(self.bundles) == 1 and _is_of_rows(self.bundles[0]):
             options = replace(self, new=self.bundles[0], bundles=())
-        elif not self.bundles and self.suite != "paper":
+        elif not self.bundles and self.suite not in OF_THEIR_OWN:
             raise RequestError(
-                "no bundle was given; expected one or more folders made by 'parvis export', --suite paper (which "
-                "needs none), or --compare OLD.jsonl NEW.jsonl"
+                "no bundle was given; expected one or more folders made by 'parvis export', --suite paper or gpu "
+                "(which need none), or --compare OLD.jsonl NEW.jsonl"
             )
         for option, given, suites in (
             ("--batches", self.batches, ("batch", "decoder", "serve")),
-            ("--sizes", self.sizes, ("paper",)),
-            ("--no-eager", self.no_eager, ("paper",)),
-            ("--against", self.against, tuple(suite for suite in SUITES if suite != "paper")),
+            ("--sizes", self.sizes, OF_THEIR_OWN),
+            ("--no-eager", self.no_eager, OF_THEIR_OWN),
+            ("--engines", self.engines, ("gpu",)),
+            ("--against", self.against, tuple(suite for suite in SUITES if suite not in OF_THEIR_OWN)),
         ):
             if given and self.suite not in suites:
                 raise RequestError(f"{option} is for --suite {' or '.join(suites)}, and means nothing to {self.suite}")
@@ -99,8 +111,10 @@ class BenchOptions:
                 raise RequestError(f"--{name} {value}: expected 1 or more")
         if self.threads is not None and self.threads > available_cores():  # they would wait for each other
             options = replace(options, threads=available_cores())
-        if not self.minutes > 0:
+        if not self.seconds > 0:
             raise RequestError(f"--minutes {self.minutes:g}: expected more than 0")
+        if self.engines is not None and not self.engines.is_dir():
+            raise RequestError(f"--engines {self.engines}: no such folder; expected one with a folder for each bundle")
         if self.fail_above is not None and (self.compare is None or not self.fail_above > 0):
             raise RequestError(f"--fail-above {self.fail_above:g}: expected a ratio above 0, and --compare OLD.jsonl")
         outputs = [path for path in (self.json, self.csv, self.html) if path is not None]
@@ -136,7 +150,9 @@ def run_bench(options: BenchOptions, progress: Progress, warn: Callable[[str], N
 
     if options.new is not None:
         return with_comparison(Outcome(rows.read(options.new), [], [], measured=False))
-    if options.suite == "paper":
+    if options.suite == "gpu":
+        made = _run_gpu(options, progress, journal)
+    elif options.suite == "paper":
         made = _run_paper(options, progress, journal, with_comparison)
     else:
         made = _run_bundles(options, progress, warn, journal, with_comparison)
@@ -220,7 +236,7 @@ def _run_suite(
     if options.suite == "decoder":
         return decoder.decoder(subjects, setting, progress, options.batches)
     if options.suite == "serve":
-        return serve.serve(subjects, setting, progress, _largest_batch(options), options.requests, 60 * options.minutes)
+        return serve.serve(subjects, setting, progress, _largest_batch(options), options.requests, options.seconds)
     return phases.phases(subjects, setting, progress)
 
 
@@ -298,6 +314,34 @@ def _long_baselines(
                 yield label, max(PROBE_CALLS, int(subject.info.architecture.calls * LONG_SECONDS / seconds))
 
 
+# -- the report of a GPU ----------------------------------------------------------------------------------------------
+
+
+def _run_gpu(options: BenchOptions, progress: Progress, journal: Journal) -> list[Row]:
+    """The report of the GPU of ``--device``. Raises RequestError, CudaError where there is none."""
+    gpu = None if options.device in CPUS else select(options.device)
+    if gpu is None:
+        why = cuda.why_no_device() or f"--device {options.device} is none"
+        raise RequestError(f"--suite gpu needs an NVIDIA GPU: {why}")
+    what = "the report of a GPU"
+    models = [m for m in optional("par_export.card.plan", what, "MODELS") if m.name in (options.sizes or (m.name,))]
+    if not models:
+        raise RequestError(f"--sizes {' '.join(options.sizes or ())}: no model of --suite gpu")
+    make = optional("par_export.card.report", what, "CardOptions")
+    card = make(
+        device=gpu.index,
+        minutes=options.seconds / 60,
+        checked=options.bundles or optional("par_export.card.report", what, "bundles_to_check")(),
+        models=models,
+        engines=options.engines,
+        repetitions=options.repetitions,
+        twins=not options.no_eager,
+        work=options.work,
+    )
+    rows: list[Row] = optional("par_export.card.report", what, "report")(card, gpu, progress, journal)
+    return rows
+
+
 # -- the paper's tables -----------------------------------------------------------------------------------------------
 
 
@@ -308,7 +352,7 @@ def _run_paper(
     with_comparison: Callable[[Outcome], Outcome],
 ) -> list[Row]:
     """The paper's rows, with the given bundles in the places of their models."""
-    end = time.monotonic() + 60 * options.minutes
+    end = time.monotonic() + options.seconds
     given = paper_run.given_bundles(options.bundles)
     gpu = select(options.device)
     device = "cpu" if options.device == "auto" and gpu is None else options.device

@@ -20,7 +20,7 @@ from par_runtime.system import explain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; exit code 0, 1 if a row is slower than --fail-above, 2 on bad input."""
+    """Measure; exit code 0, 1 if a row is slower than --fail-above or a check of a GPU failed, 2 on bad input."""
     args = parser().parse_args(argv)
     return guarded(lambda: run(args))
 
@@ -51,6 +51,9 @@ def run(args: argparse.Namespace) -> int:
     journal.remove()
     if report_failed(journal):
         return 2
+    if outcome.wrong:
+        print(f"parvis: {outcome.wrong}", file=sys.stderr)
+        return 1
     if outcome.compared is None or options.fail_above is None:
         return 0
     return report_slower(outcome.compared, options.fail_above)
@@ -145,7 +148,8 @@ def parser() -> argparse.ArgumentParser:
         "  batch    whole batches of 1, 2, 4, ... images until memory or the plateau\n"
         "  decoder  the image decoder alone\n"
         "  serve    requests that arrive at random, batched as they wait: latency against load\n"
-        "  paper    the rows of the paper's Tables 2 and 3 and of its supplement, within --minutes\n\n"
+        "  paper    the rows of the paper's Tables 2 and 3 and of its supplement, within --minutes\n"
+        "  gpu      our kernels on this GPU: checks, the card's limits, the published sizes, within --minutes\n\n"
         "docs/benchmarks.md explains the numbers.",
     )
     p.add_argument(
@@ -172,10 +176,20 @@ def parser() -> argparse.ArgumentParser:
     add_list(p, "--batches", counts, help="batch sizes of the batch and decoder suites: 1 2 4; largest of serve")
     p.add_argument("--requests", type=int, default=32, help="of each load of the serve suite (default: 32)")
     p.add_argument(
-        "--minutes", type=float, default=10.0, help="time for --suite paper, and for each load of serve (default: 10)"
+        "--minutes",
+        type=float,
+        help="time for --suite paper and gpu, and for each load of serve (default: 10; gpu: 8)",
     )
-    add_list(p, "--sizes", models, metavar="MODEL", help=f"models of --suite paper (default: {' '.join(SIZES)})")
-    p.add_argument("--no-eager", action="store_true", help="--suite paper without PyTorch's side")
+    add_list(
+        p, "--sizes", models, metavar="MODEL", help=f"models of --suite paper and gpu (default: {' '.join(SIZES)})"
+    )
+    p.add_argument("--no-eager", action="store_true", help="--suite paper and gpu without PyTorch's side")
+    p.add_argument(
+        "--engines",
+        type=Path,
+        metavar="FOLDER",
+        help="--suite gpu: engines that are built already, FOLDER/NAME/engines for the bundle of that name",
+    )
     p.add_argument(
         "--whole",
         action="store_true",

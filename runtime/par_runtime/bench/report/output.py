@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from par_runtime.bench.report import compare, page, paper, text
 from par_runtime.bench.report.compare import Comparison
@@ -24,7 +25,8 @@ STANDARD_OUTPUT = Path("-")
 class Outcome:
     """The result of one command. ``measured`` is False where the rows were read from a file.
 
-    ``stopped``: why these are not all rows that were asked for, or "".
+    ``stopped``: why these are not all rows that were asked for, or "". Of a GPU's report: ``others``, its lines of
+    other kinds; ``page``, what is printed in place of a table; ``wrong``: which checks failed, or "".
     """
 
     rows: list[Row]
@@ -33,6 +35,9 @@ class Outcome:
     compared: Comparison | None = None
     measured: bool = True
     stopped: str = ""
+    others: list[dict[str, Any]] = field(default_factory=list)
+    page: str = ""
+    wrong: str = ""
 
 
 def write(outcome: Outcome, *, json: Path | None, csv: Path | None, html: Path | None, quiet: bool) -> None:
@@ -81,6 +86,8 @@ def tables(outcome: Outcome) -> str:
         parts += ["\n".join(text.about(outcome.rows))] if outcome.rows else []
         parts += ["\n".join(f"marked    {note}" for note in text.doubts(outcome.rows))] if outcome.rows else []
         parts += [paper.predicted_table(outcome.predictions)]
+    elif outcome.page:
+        parts += [outcome.page]
     elif outcome.measured:
         parts += [text.table(outcome.rows)]
         parts += [text.predicted_table(outcome.predictions)] if outcome.predictions else []
@@ -90,11 +97,12 @@ def tables(outcome: Outcome) -> str:
 
 
 def json_lines(outcome: Outcome) -> str:
-    """The outcome as JSON lines: measured rows, then rows of the paper and predictions for other GPUs, if any.
+    """The outcome as JSON lines: measured rows, then lines of other kinds: a report's, the paper's, predictions.
 
     The last line of an outcome that is not complete has the kind "stopped".
     """
     lines = [to_json(row) for row in outcome.rows]
+    lines += [json.dumps(line) for line in outcome.others]
     lines += [json.dumps(as_dict(row)) for row in outcome.paper]
     if outcome.paper:
         lines += [json.dumps({"kind": "predicted"} | vars(one)) for one in outcome.predictions]

@@ -124,6 +124,10 @@ class SubjectProcess:
         timed: list[dict[str, Any]] = self._ask(do="kernels", images=images, guided=guided)
         return timed
 
+    def kill(self) -> None:
+        """End the process at once, whatever it does; ``close`` must follow."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the process; kill it where it does not end in time."""
         assert self._process.stdin is not None

@@ -1,0 +1,92 @@
+"""What the report of a GPU measures, the most valuable first, and the figures that are to be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from par_model.config import PARConfig, VQConfig, named
+
+EAGER, COMPILED = "eager", "compiled"
+TWINS = (EAGER, COMPILED)  #: of a model in PyTorch
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of random weights. ``twins``: the n that are measured in PyTorch too."""
+
+    name: str
+    config: PARConfig
+    vq: VQConfig | None
+    twins: tuple[int, ...] = ()
+    group_sizes: tuple[int, ...] = (1, 4, 16)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Subjects of one model that are measured in turns, in batches of ``images``. ``weight``: its part of the time."""
+
+    model: Model
+    images: int
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """For people: "PAR-L, batch 8"."""
+        return f"{self.model.name}, batch {self.images}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure to reach on an H100, batch 1, guided, fp16: ``what`` of the model at ``n`` compared with ``wanted``.
+
+    "step": the share of the bound that a call reaches, at least; "image": seconds of a whole image, at most; "n=1",
+    "eager", "compiled": how many times as fast as that, at least.
+    """
+
+    model: str
+    n: int
+    what: str
+    wanted: float
+
+
+MODELS = (
+    Model("PAR-3B", named("3B"), VQConfig(), twins=(1, 4)),
+    Model("PAR-L", named("L"), VQConfig(), twins=(1, 4)),
+    Model("PAR-XL", named("XL"), VQConfig()),
+    Model("PAR-XXL", named("XXL"), VQConfig()),
+    Model("PAR-L-256", named("L", grid=(1, 16, 16)), VQConfig()),
+)
+#: Parts of the time that a model takes, roughly.
+WEIGHTS = {"PAR-3B": 3.0, "PAR-L": 1.5, "PAR-XL": 1.5, "PAR-XXL": 2.5, "PAR-L-256": 0.7}
+BATCHES = (1, 8)
+FIGURES = (
+    Figure("PAR-3B", 4, "step", 0.78),
+    Figure("PAR-3B", 16, "step", 0.78),
+    Figure("PAR-XL", 4, "step", 0.65),
+    Figure("PAR-L", 4, "step", 0.50),
+    Figure("PAR-3B", 4, "image", 0.42),
+    Figure("PAR-3B", 16, "image", 0.16),
+    Figure("PAR-XL", 4, "image", 0.14),
+    Figure("PAR-L", 4, "image", 0.075),
+    Figure("PAR-3B", 4, "n=1", 3.6),
+    Figure("PAR-3B", 16, "n=1", 9.5),
+    Figure("PAR-L", 4, EAGER, 5.0),
+    Figure("PAR-L", 4, COMPILED, 1.5),
+    Figure("PAR-3B", 4, COMPILED, 1.3),
+)
+
+
+def blocks(models: Sequence[Model], batches: Sequence[int] = BATCHES) -> list[Block]:
+    """All blocks in their order: every model at batch 1 before any larger batch."""
+    out = []
+    for images in batches:
+        for model in models:
+            weight = WEIGHTS.get(model.name, 1.0) * (2.0 if model.twins and images == 1 else 1.0)
+            out.append(Block(model, images, weight))
+    return out
+
+
+def label_of(model: str, n: int, twin: str = "") -> str:
+    """The name of a subject: "PAR-L n=4", "PAR-L n=4 eager"."""
+    return f"{model} n={n}{f' {twin}' if twin else ''}"

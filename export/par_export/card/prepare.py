@@ -1,0 +1,152 @@
+"""What a report needs before it can measure: bundles of random weights, engines for this GPU, PyTorch's twins compiled.
+
+All of it takes processors and not the GPU, so it goes on in threads while the checks run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from par_export.card.plan import COMPILED, TWINS, Model, label_of
+from par_export.random_bundle import write_family
+from par_runtime.backends.engines import ENGINES
+from par_runtime.bench.measure import image_ms
+from par_runtime.bench.subjects.base import OutOfTimeError
+from par_runtime.bench.subjects.process import SubjectProcess, open_eager
+from par_runtime.errors import EngineError
+
+BUILDS, TWINS_AT_ONCE = 4, 4
+PRECISION = "fp16"
+#: Calls of a twin that are not counted: compilation, and the first ones.
+WARM_CALLS, PROBE_CALLS = 24, 16
+#: A twin's image that takes longer is estimated from some of its calls.
+LONG_MS = 1500.0
+#: Makes an engine of the bundle at a path, for batches of these sizes.
+Build = Callable[[Path, Sequence[int]], None]
+
+
+@dataclass
+class Twin:
+    """A model in PyTorch that is ready to be measured. ``most_calls`` of an image are made; None: all."""
+
+    process: SubjectProcess
+    most_calls: int | None
+
+
+class Preparation:
+    """Bundles, engines and twins of ``models``, in their order, in the folder ``work``.
+
+    ``build`` makes the engines, of batches of ``images``; ``device`` is PyTorch's; ``end``: of the whole report, by
+    ``time.monotonic``.
+    """
+
+    def __init__(
+        self, models: Sequence[Model], work: Path, build: Build, images: Sequence[int], device: str, end: float
+    ) -> None:
+        self._work, self._build, self._images, self._device, self._end = work, build, images, device, end
+        self._closed = threading.Event()
+        self._twins: list[SubjectProcess] = []
+        self._lock = threading.Lock()
+        self._pools = [ThreadPoolExecutor(1), ThreadPoolExecutor(BUILDS), ThreadPoolExecutor(TWINS_AT_ONCE)]
+        writer, builder, opener = self._pools
+        #: The engines' bundles by (model, n), and the twins by (model, n, twin).
+        self.engines: dict[tuple[str, int], Future[Path]] = {}
+        self.twins: dict[tuple[str, int, str], Future[Twin]] = {}
+        for model in models:
+            written = writer.submit(self._write, model)
+            for n in _valuable_first(model.group_sizes):
+                self.engines[model.name, n] = builder.submit(self._engine, written, n)
+            for twin in reversed(TWINS):  # compiling takes longest
+                for n in _valuable_first(model.twins):
+                    self.twins[model.name, n, twin] = opener.submit(self._twin, written, model, n, twin)
+
+    def _write(self, model: Model) -> Mapping[int, Path]:
+        self._check()
+        return write_family(
+            model.config, model.group_sizes, self._work, name=model.name, precision=PRECISION, vq=model.vq, hollow=True
+        )
+
+    def _engine(self, written: Future[Mapping[int, Path]], n: int) -> Path:
+        path = written.result()[n]
+        self._check()
+        self._build(path, self._images)
+        return path
+
+    def _twin(self, written: Future[Mapping[int, Path]], model: Model, n: int, twin: str) -> Twin:
+        path = written.result()[n]
+        self._check()
+        label = label_of(model.name, n, twin)
+        process = open_eager(path, label, compiled=twin == COMPILED, device=self._device, end=self._end)
+        with self._lock:
+            self._twins.append(process)
+        self._check()
+        process.run(1, True, WARM_CALLS)
+        took = image_ms(process.run(1, True, PROBE_CALLS), process.info)
+        calls = process.info.architecture.calls
+        most = None if took <= LONG_MS else max(PROBE_CALLS, math.floor(calls * LONG_MS / took))
+        return Twin(process, most)
+
+    def _check(self) -> None:
+        """Raise OutOfTimeError once the report has ended, so that nothing new is begun."""
+        if self._closed.is_set() or time.monotonic() > self._end:
+            raise OutOfTimeError("the report had ended")
+
+    def close(self) -> None:
+        """End everything that is still going on."""
+        self._closed.set()
+        for pool in self._pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for process in self._twins:
+                with suppress(OSError):
+                    process.kill()
+        for pool in self._pools:
+            pool.shutdown(wait=True)
+        with self._lock:
+            for process in self._twins:
+                process.close()
+
+
+def _valuable_first(group_sizes: Sequence[int]) -> list[int]:
+    """n = 4 before 16 before 1, as the figures ask."""
+    return sorted(group_sizes, key=lambda n: (n == 1, n))
+
+
+def build_here(path: Path, images: Sequence[int], end: float = math.inf) -> None:
+    """An engine of kernels of the bundle at ``path`` for this machine's GPU, in a process of its own.
+
+    Raises EngineError with what the build said.
+    """
+    command = [sys.executable, "-m", "par_runtime", "build", str(path), "--engine", "kernels", "--target", "local"]
+    command += ["--quiet", "--images", ",".join(map(str, images))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    seconds = None if end == math.inf else max(1.0, end - time.monotonic())
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", env=environment, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"{path.name}: its engine was not built in time") from None
+    if done.returncode:
+        said = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()]
+        raise EngineError(f"{path.name}: no engine was built ({said[-1] if said else f'code {done.returncode}'})")
+
+
+def copy_engines(source: Path, path: Path) -> bool:
+    """Copy the engines that ``source`` has for the bundle at ``path``, by its name; whether there were any."""
+    ready = source / path.name / ENGINES
+    if not ready.is_dir():
+        return False
+    shutil.copytree(ready, path / ENGINES, dirs_exist_ok=True)
+    return True

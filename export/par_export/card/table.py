@@ -1,0 +1,226 @@
+"""The report of a GPU as a page of Markdown: what was right, what the card allows, how fast everything was."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from par_export.card.plan import COMPILED, EAGER, FIGURES, Figure, label_of
+from par_runtime.bench.machine import Machine
+from par_runtime.bench.report.words import ms, number, percent, size
+from par_runtime.bench.rows import Row, median
+
+NOT_RUN = "not run"
+LONGEST = 160  #: characters of a text in a table
+#: A kernel that reads fewer bytes of weights is not held to the bandwidth: its time is that of its launch.
+LEAST_BYTES = 2**20
+
+
+@dataclass
+class Findings:
+    """Everything that a report found. ``lines``: checks, limits, kernels and notes; ``left_out``: with the reason."""
+
+    machine: Machine
+    commit: str
+    date: str
+    minutes: float = 0.0
+    rows: Sequence[Row] = ()
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The lines of a kind."""
+        return [line for line in self.lines if line["kind"] == kind]
+
+    @property
+    def wrong(self) -> list[dict[str, Any]]:
+        """The checks that failed."""
+        return [line for line in self.of("check") if not line["passed"]]
+
+
+def markdown(found: Findings) -> str:
+    """The whole page."""
+    parts = [
+        "## GPU report",
+        head(found),
+        "### Right?",
+        checks_table(found),
+        "### What the card allows",
+        limits_table(found),
+        "### Figures to reach (H100, batch 1, guided, fp16)",
+        figures_table(found.rows),
+        "### Rows",
+        rows_table(found.rows),
+        "### Kernels of a call",
+        kernels_table(found),
+        "### Left out",
+        "\n".join(f"- {text}" for text in found.left_out) or "Nothing.",
+    ]
+    return "\n\n".join(parts)
+
+
+def head(found: Findings) -> str:
+    """The card, the driver, the commit, the time."""
+    m = found.machine
+    clocks = "" if m.gpu_mhz is None else f", {m.gpu_mhz:.0f} MHz at the start"
+    return (
+        f"{m.gpu or 'no GPU'} ({size(m.gpu_memory_bytes)}{clocks}), driver {m.gpu_driver or 'unknown'}; {m.cpu}, "
+        f"{m.cores} cores; {found.date}, commit {found.commit}; {found.minutes:.1f} minutes."
+    )
+
+
+def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; "Nothing was measured." without lines."""
+    if not lines:
+        return "Nothing was measured."
+    cells = [columns, ["---"] * len(columns), *lines]
+    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in cells)
+
+
+def _cell(text: str) -> str:
+    flat = " ".join(text.split()).replace("|", "/")
+    return flat if len(flat) <= LONGEST else flat[: LONGEST - 3] + "..."
+
+
+def checks_table(found: Findings) -> str:
+    """How many checks passed, and all that did not."""
+    checks = found.of("check")
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for check in checks:
+        groups[check["name"].partition(":")[0]].append(check)
+    lines = []
+    for name, own in groups.items():
+        passed = sum(bool(check["passed"]) for check in own)
+        worst = max((check["error"] / check["allowed"] for check in own if check.get("allowed")), default=None)
+        lines.append((name, f"{passed} of {len(own)}", "" if worst is None else f"{100 * worst:.0f} % of the allowed"))
+    lines += [(check["name"], "WRONG", check["text"]) for check in found.wrong]
+    notes = [f"- {line['text']}" for line in found.of("note")]
+    return "\n\n".join([table(("what", "passed", "largest error"), lines), *(["\n".join(notes)] if notes else [])])
+
+
+def limits_table(found: Findings) -> str:
+    """The limits, with the spread of their samples."""
+    lines = [
+        (line["name"], f"{number(line['value'])} {line['unit']}", f"{number(line['spread'])}", line["how"])
+        for line in found.of("limit")
+    ]
+    return table(("limit", "median", "spread", "how"), lines)
+
+
+class _Rows:
+    """Rows by label, phase and batch."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = {(row.label, row.phase, row.images): row for row in rows}
+
+    def get(self, label: str, phase: str, images: int = 1) -> Row | None:
+        return self._rows.get((label, phase, images))
+
+    def ms(self, label: str, phase: str, images: int = 1) -> float | None:
+        row = self.get(label, phase, images)
+        return None if row is None else row.median_ms
+
+    def times(self, slow: str, fast: str, images: int = 1) -> float | None:
+        """How many times as fast an image of ``fast`` is as one of ``slow``."""
+        a, b = self.ms(slow, "image", images), self.ms(fast, "image", images)
+        return None if a is None or b is None else a / b
+
+
+def figures_table(rows: Sequence[Row]) -> str:
+    """Every figure to reach, with what was measured, or "not run"."""
+    known = _Rows(rows)
+    lines = []
+    for figure in FIGURES:
+        words, wanted, got, reached = _figure(figure, known)
+        lines.append((label_of(figure.model, figure.n), words, wanted, got, reached))
+    return table(("model", "figure", "to reach", "measured", ""), lines)
+
+
+def _figure(figure: Figure, rows: _Rows) -> tuple[str, str, str, str]:
+    """Its words, the wanted value, the measured one, and whether it is reached."""
+    label = label_of(figure.model, figure.n)
+    if figure.what == "step":
+        row = rows.get(label, "group")
+        value = None if row is None or row.percent_of_bound is None else row.percent_of_bound / 100
+        shown = "" if value is None else f"{100 * value:.0f} %"
+        return _judged("a call, of its bound", f"at least {100 * figure.wanted:.0f} %", value, figure.wanted, shown)
+    if figure.what == "image":
+        took = rows.ms(label, "image")
+        value = None if took is None else -took / 1e3  # at most: the negative is at least
+        shown = "" if took is None else ms(took)
+        return _judged("a whole image", f"at most {figure.wanted:g} s", value, -figure.wanted, shown)
+    other = label_of(figure.model, 1) if figure.what == "n=1" else label_of(figure.model, figure.n, figure.what)
+    words = "times as fast as n = 1" if figure.what == "n=1" else f"times as fast as {figure.what} PyTorch"
+    value = rows.times(other, label)
+    return _judged(words, f"at least {figure.wanted:g}", value, figure.wanted, "" if value is None else f"{value:.2f}")
+
+
+def _judged(words: str, wanted: str, value: float | None, least: float, shown: str) -> tuple[str, str, str, str]:
+    if value is None:
+        return words, wanted, NOT_RUN, ""
+    return words, wanted, shown, "reached" if value >= least else "missed"
+
+
+def rows_table(rows: Sequence[Row]) -> str:
+    """A line for each subject and batch."""
+    known = _Rows(rows)
+    lines = []
+    for row in rows:
+        if row.phase != "image":
+            continue
+        base, _, twin = row.label.partition(" n=")
+        n, _, twin = twin.partition(" ")
+        against = partial(_against, known, row)
+        step = known.get(row.label, "group", row.images)
+        lines.append(
+            (
+                row.label,
+                str(row.images),
+                ms(row.median_ms),
+                ms(row.spread_ms),
+                number(row.images_per_s),
+                "" if step is None else ms(step.call_ms),
+                "" if step is None else percent(step.percent_of_bound),
+                ms(known.ms(row.label, "decoder", row.images)),
+                against(label_of(base, 1, twin)) if n != "1" else "",
+                "" if twin else against(label_of(base, int(n), EAGER)),
+                "" if twin else against(label_of(base, int(n), COMPILED)),
+                ms(known.ms(row.label, "load", row.images)),
+                ", ".join(row.marks),
+            )
+        )
+    columns = ("", "batch", "image", "spread", "images/s", "call", "of bound", "decoder")
+    return table((*columns, "over n = 1", "over eager", "over compiled", "load", "marks"), lines)
+
+
+def _against(known: _Rows, row: Row, other: str) -> str:
+    """How many times as fast ``row`` is as the subject ``other``, as text."""
+    return times(known.times(other, row.label, row.images))
+
+
+def times(value: float | None) -> str:
+    """ "2.31 x"; "" for None."""
+    return "" if value is None else f"{value:.2f} x"
+
+
+def kernels_table(found: Findings) -> str:
+    """What the kernels of a call take, each alone, and which part of its own bound it reaches."""
+    bandwidth = next((line["value"] for line in found.of("limit") if line["name"] == "copy bandwidth"), None)
+    lines = []
+    groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for line in found.of("kernel"):
+        groups[line["label"], line["images"], line["program"]].append(line)
+    for (label, images, program), own in groups.items():
+        total = sum(line["count"] * median(line["samples_us"]) for line in own)
+        for one in sorted(own, key=lambda one: -one["count"] * median(one["samples_us"])):
+            took, read = median(one["samples_us"]), one["bytes"]
+            of = "" if bandwidth is None or read < LEAST_BYTES else f"{read / bandwidth / took / 10:.0f} %"
+            part = f"{100 * one['count'] * took / total:.0f} %"
+            lines.append(
+                (f"{label}, batch {images}", program, one["source"], str(one["count"]), number(took), part, of)
+            )
+    columns = ("model", "program", "kernel", "launches", "us each", "of the program", "of its bound")
+    return table(columns, lines)
