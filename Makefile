@@ -9,16 +9,20 @@ RUN_ENV := .venv
 DEV_ENV := .venv-dev
 GPU_EXTRA ?= tensorrt-rtx
 GPU_BUNDLE ?= models/demo
+GPU_MINUTES ?= 8
+GPU_OUT ?= out/gpu-report
+# The report installs nothing: it takes the environment of the tests where there is one, else the system's Python.
+REPORT_PYTHON ?= $(or $(wildcard $(DEV_ENV)/bin/python),$(PYTHON))
 KERNELS := $(wildcard runtime/par_runtime/backends/native/*)
 SOURCES := $(shell find runtime export par_model -name '*.py') $(KERNELS)
 
-.PHONY: help demo test test-all test-gpu lint format clean
+.PHONY: help demo test test-all test-gpu gpu-report lint format clean
 
 demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the runtime alone into .venv (0.2 GB, a minute)
 	$(RUN_ENV)/bin/parvis generate models/demo --label $(LABELS) --count $(COUNT) --seed $(SEED) --columns 8 --out $(OUT)
 
 help:  ## this list
-	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: lint  ## lint, types and tests: 5 minutes on 2 cores; the first time installs .venv-dev (1.8 GB, with CUDA more)
 	@echo "Now the tests: about 4 minutes on 2 cores."
@@ -31,6 +35,12 @@ test-gpu: $(DEV_ENV)/.installed  ## all that needs a GPU: 10 minutes, a report f
 	@$(DEV_ENV)/bin/python -c 'import sys; from par_runtime.backends import cuda; why = cuda.why_no_device(); sys.exit(f"make test-gpu: nothing was tested, because there is no GPU: {why}" if why else 0)'
 	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,$(GPU_EXTRA)]'
 	PARVIS_GPU_BUNDLE=$(abspath $(GPU_BUNDLE)) $(DEV_ENV)/bin/python -m pytest -m gpu -rs
+
+gpu-report:  ## our kernels on this GPU in 8 minutes: right, and how fast; needs PyTorch and Triton, installs nothing (docs/gpu.md)
+	@mkdir -p $(GPU_OUT)
+	@code=0; PYTHONPATH="$(CURDIR):$(CURDIR)/export:$(CURDIR)/runtime$${PYTHONPATH:+:$$PYTHONPATH}" $(REPORT_PYTHON) -m par_runtime bench --suite gpu \
+	  --minutes $(GPU_MINUTES) --json $(GPU_OUT)/rows.jsonl > $(GPU_OUT)/report.md || code=$$?; \
+	cat $(GPU_OUT)/report.md; exit $$code
 
 lint: $(DEV_ENV)/.installed  ## ruff, mypy, import-linter: half a minute
 	$(DEV_ENV)/bin/ruff check .

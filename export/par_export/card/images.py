@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from par_export.card.reference import reference
-from par_export.card.timing import Emit
+from par_export.card.lines import Emit
 from par_runtime import verify
 from par_runtime.backends.gpu.backend import Capture
 from par_runtime.errors import BundleError
@@ -38,6 +37,8 @@ def check_images(spec: Mapping[str, Any], emit: Emit) -> None:
 
     ``groups``: how many calls of the last phase ``verify`` compares (None: all); ``seed``: of all images.
     """
+    from par_export.card.reference import reference  # here: PyTorch takes seconds to import, and only this needs it
+
     path, name, seed = Path(spec["path"]), spec["name"], spec["seed"]
 
     def check(what: str, passed: bool, text: str) -> None:

@@ -57,7 +57,8 @@ class CardOptions:
     """What to report. ``checked``: bundles whose whole images are checked; ``engines``: a folder of ready engines.
 
     ``engines`` holds a folder for each bundle, by its name, with the engines of it in ``engines/``. ``torch``:
-    PyTorch's device; ``groups``: how many calls of the last phase ``verify`` compares.
+    PyTorch's device; ``groups``: how many calls of the last phase ``verify`` compares; ``limits``: other sizes for
+    :func:`par_export.card.stages.limits_stage`.
     """
 
     device: int = 0
@@ -69,9 +70,10 @@ class CardOptions:
     images: Sequence[int] = BATCHES
     twins: bool = True
     work: Path | None = None
-    torch: str = "cuda"
+    torch: str = "cuda:0"
     groups: int | None = 8
     stress: int = STRESS_IMAGES
+    limits: Mapping[str, int] = field(default_factory=dict)
     build: Build | None = None
 
 
@@ -253,7 +255,7 @@ class _Report:
 
     def _measure_limits(self) -> None:
         self._progress("the card's limits")
-        spec = {"device": self._device if self._options.torch != "cpu" else "cpu", "side": 256}
+        spec = {"index": self._options.device, "torch": self._options.torch, **self._options.limits}
         ended = run_stage("limits", spec, min(self._end, time.monotonic() + 60))
         self._state.lines += ended.lines
         if ended.why:

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from par_export.card.timing import Emit
+from par_export.card.lines import Emit
 from par_runtime.errors import CudaError
 
 Spec = Mapping[str, Any]
@@ -24,17 +24,12 @@ Stage = Callable[[Spec, Emit], None]
 
 
 def limits_stage(spec: Spec, emit: Emit) -> None:
-    """The card's own limits; ``device``: "cuda:0", or "cpu" for a rehearsal of what needs no GPU."""
-    import torch
-
+    """The limits of GPU ``index``, and of PyTorch's device ``torch``; sizes are given for a rehearsal without a GPU."""
     from par_export.card import limits
 
-    device = torch.device(spec["device"])
-    if device.type == "cpu":
-        limits.matrices(device, emit, spec["side"])
-        return
-    limits.copies(device.index or 0, emit)
-    limits.matrices(device, emit)
+    limits.copies(spec["index"], emit, spec.get("copy_bytes", limits.COPY_BYTES))
+    limits.launches(spec["index"], emit, spec.get("launches", limits.LAUNCHES))
+    limits.matrices(spec["torch"], emit, spec.get("side", limits.MATRIX))
 
 
 def images_stage(spec: Spec, emit: Emit) -> None:

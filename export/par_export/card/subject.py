@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_model.transformer import INIT_STD
 from par_runtime.backends import cuda
 from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.kernels.modules import Prepared
@@ -30,6 +29,7 @@ from par_runtime.pipeline import Pipeline
 from par_runtime.request import image_settings
 from par_runtime.schedule import Schedule
 
+STD = 0.02  #: of random weights, as in a model that was never trained
 POOL_NUMBERS = 2**24  #: random numbers that all matrices are filled with
 REPEATS = 5
 FLUSH_BYTES = 2**28  #: written between two timings: more than any cache holds
@@ -153,7 +153,7 @@ def fill(pipeline: Pipeline, numbers: int = POOL_NUMBERS) -> int:
         kind = matrix_type(name, weight, kernels)
         if kind is not None:
             kinds.setdefault(kind, []).append(name)
-    random, bound = np.random.default_rng(0), 3**0.5 * INIT_STD
+    random, bound = np.random.default_rng(0), 3**0.5 * STD
     uniform = random.uniform(-bound, bound, numbers).astype(np.float32)
     backend.device.activate()
     done = 0

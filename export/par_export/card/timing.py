@@ -1,4 +1,4 @@
-"""Milliseconds of work in PyTorch, by events on a GPU and by the clock on a CPU; and lines of what was measured."""
+"""Milliseconds of work in PyTorch, by events on a GPU and by the clock on a CPU."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-
-from par_runtime.bench.rows import median, spread
-
-#: Takes a line of a stage: its kind, and whatever belongs to it.
-Emit = Callable[..., None]
 
 
 def samples_ms(work: Callable[[], Any], repeats: int, device: torch.device, warm_ups: int = 3) -> list[float]:
@@ -33,8 +28,3 @@ def samples_ms(work: Callable[[], Any], repeats: int, device: torch.device, warm
         event.record()
     events[-1].synchronize()
     return [float(a.elapsed_time(b)) for a, b in pairwise(events)]
-
-
-def limit(emit: Emit, name: str, unit: str, samples: list[float], how: str) -> None:
-    """Emit one of the card's limits: the median of ``samples`` in ``unit``, and how it was measured."""
-    emit("limit", name=name, unit=unit, value=median(samples), spread=spread(samples), samples=samples, how=how)

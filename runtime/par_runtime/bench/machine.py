@@ -67,7 +67,10 @@ def describe(gpu: Gpu | None = None) -> Machine:
 
 @cache
 def commit() -> str:
-    """The commit of the checkout that this package runs from, "-dirty" if changed; else the package's version."""
+    """The commit of the checkout that this package runs from, "-dirty" if changed; else the package's version.
+
+    The variable PARVIS_COMMIT names it for a copy of a checkout that came without its repository.
+    """
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
@@ -80,7 +83,8 @@ def commit() -> str:
         # The repository must hold this file: an installed package may lie in a folder of some other repository.
         git("ls-files", "--error-unmatch", "__init__.py")
         return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return f"parvis {__version__}"
+    told = os.environ.get("PARVIS_COMMIT", "")
+    return told if re.fullmatch(r"[\w.-]{1,80}", told) else f"parvis {__version__}"
 
 
 def debug_reasons() -> list[str]:

@@ -330,6 +330,7 @@ def _run_gpu(options: BenchOptions, progress: Progress, journal: Journal) -> lis
     make = optional("par_export.card.report", what, "CardOptions")
     card = make(
         device=gpu.index,
+        torch=f"cuda:{gpu.index}",
         minutes=options.seconds / 60,
         checked=options.bundles or optional("par_export.card.report", what, "bundles_to_check")(),
         models=models,

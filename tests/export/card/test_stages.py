@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import pytest
 from double import tensorrt
 from double.driver import Driver
 
-from par_export.card import images, processes
+from par_export.card import images, limits, stages
 from par_export.card.processes import run_stage
 from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.bundle import Bundle
@@ -118,6 +120,19 @@ def test_memory_that_grows_is_seen(on_gpu: Path, driver: Driver, monkeypatch: py
     images.make_one(spec, lines)
 
 
+@pytest.mark.parametrize(("dependent", "target"), [(False, "sm_80"), (False, "sm_90"), (True, "sm_90")])
+def test_the_empty_kernels_are_ptx_that_nvidias_assembler_takes(tmp_path: Path, dependent: bool, target: str) -> None:
+    backends = importlib.util.find_spec("triton.backends.nvidia")
+    assembler = Path(str(backends and backends.origin)).parent / "bin" / "ptxas"
+    if not assembler.exists():
+        pytest.skip("no ptxas beside triton")
+    kernel, text = limits.empty_kernel(dependent)
+    file = tmp_path / "empty.ptx"
+    file.write_bytes(text.rstrip(b"\0"))
+    subprocess.run([assembler, f"-arch={target}", "-o", tmp_path / "empty.cubin", file], check=True)
+    assert kernel.dependent == dependent
+
+
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
@@ -125,12 +140,33 @@ def soon() -> float:
     return time.monotonic() + 60
 
 
-def test_limits_of_what_pytorch_can_measure_on_a_cpu() -> None:
-    ended = run_stage("limits", {"device": "cpu", "side": 64}, soon())
-    assert (ended.why, ended.during) == ("", "")
-    (line,) = ended.lines
-    assert (line["kind"], line["unit"], len(line["samples"])) == ("limit", "TFLOP/s", 20)
-    assert line["value"] == pytest.approx(np.median(line["samples"]))
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_limits_of_the_stand_in(driver: Driver, capability: tuple[int, int]) -> None:
+    driver.capability = capability
+    for dependent in (False, True):
+        kernel, text = limits.empty_kernel(dependent)
+        driver.register(text, kernel, (9, 0) if dependent else capability)
+    lines = Lines()
+    stages.limits_stage({"index": 0, "torch": "cpu", "copy_bytes": 2**20, "launches": 9, "side": 64}, lines)
+    names = [line["name"] for line in lines if line["kind"] == "limit"]
+    assert names == [
+        "copy bandwidth",
+        "launch",
+        *(["dependent launch"] if capability[0] == 9 else []),
+        "fp16 matrix peak",
+    ]
+    assert [line["text"] for line in lines if line["kind"] == "note"] == (
+        [] if capability[0] == 9 else ["dependent launch: this GPU has none (SM90 and newer)"]
+    )
+    for line in lines:
+        if line["kind"] == "limit":
+            assert line["value"] == pytest.approx(np.median(line["samples"]))
+            assert line["value"] > 0
+            assert len(line["samples"]) >= 10
+    dependent = [waits for source, waits in driver.launches if source == "card.empty"]
+    assert sum(dependent) == (8 if capability[0] == 9 else 0)  # the first of a list waits for nothing
+    assert not driver.device
+    assert not driver.modules
 
 
 def test_an_error_of_a_stage_is_kept_in_its_words() -> None:
@@ -163,8 +199,7 @@ def test_lines_come_from_standard_output_alone(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("print('loud')")
     sys.path.insert(0, str(tmp_path))
     try:
-        ended = run_stage("limits", {"device": "cpu", "side": 16}, soon())
+        ended = run_stage("memory", {"path": "/nowhere", "name": "x", "device": "cuda:0"}, soon())
     finally:
         sys.path.pop(0)
-    assert [line["kind"] for line in ended.lines] == ["limit"]
-    assert processes.Ended().lines == []
+    assert ended.why.startswith("BundleError: ")

@@ -175,7 +175,7 @@ def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no bundle was given; expected one or more folders made by 'parvis export', --suite paper"),
+        ([], "no bundle was given; expected one or more folders made by 'parvis export', --suite paper or gpu"),
         (["nothing-here"], "nothing-here: no such folder; give the path of a bundle"),
         (["TINY", "--images", "0"], "--images 0: expected 1 or more"),
         (["TINY", "--repetitions", "0"], "--repetitions 0: expected 1 or more"),
@@ -194,6 +194,12 @@ def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: p
         (["new.jsonl", "--compare", "missing.jsonl"], "missing.jsonl: missing; expected JSON lines"),
         (["TINY", "--batches", "4"], "--batches is for --suite batch or decoder or serve, and means nothing to phases"),
         (["TINY", "--sizes", "L"], "--sizes is for --suite paper or gpu, and means nothing to phases"),
+        (["TINY", "--engines", "."], "--engines is for --suite gpu, and means nothing to phases"),
+        (["--suite", "gpu", "--engines", "/nowhere"], "--engines /nowhere: no such folder"),
+        (["--suite", "gpu", "--against", "n1"], "--against is for --suite phases or batch or decoder or serve"),
+        (["--suite", "gpu", "--minutes", "0"], "--minutes 0: expected more than 0"),
+        (["--suite", "gpu", "--device", "cpu"], "--suite gpu needs an NVIDIA GPU: "),
+        (["--suite", "gpu"], "--suite gpu needs an NVIDIA GPU: "),
         (["TINY", "--no-eager"], "--no-eager is for --suite paper or gpu, and means nothing to phases"),
         (["--suite", "paper", "--against", "n1"], "--against is for --suite phases or batch or decoder or serve"),
         (["TINY", "--fail-above", "1.1"], "--fail-above 1.1: expected a ratio above 0, and --compare OLD.jsonl"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from par_runtime import __version__
 from par_runtime.bench import gpu, machine
 from par_runtime.bench.machine import Counters, Watch, commit, counters, describe, disturbances
 
@@ -107,3 +108,12 @@ def test_clocks_and_throttling_come_from_nvidia_smi(tmp_path: Path, monkeypatch:
     ]
     tool.write_text("#!/bin/sh\nexit 3\n")
     assert gpu.why_slower(0) == []
+
+
+def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # no git
+    for told, shown in (("1a2b3c4d5e6f-dirty", "1a2b3c4d5e6f-dirty"), ("a b", f"parvis {__version__}")):
+        monkeypatch.setenv("PARVIS_COMMIT", told)
+        machine.commit.cache_clear()
+        assert machine.commit() == shown
+    machine.commit.cache_clear()

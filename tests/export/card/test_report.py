@@ -1,0 +1,174 @@
+"""The whole report of a GPU, rehearsed: real processes on the stand-in, engines that compute nothing, tiny models."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from double import kernels
+from double.driver import Driver
+
+from par_export.card import prepare
+from par_export.card.plan import MODELS, Figure, Model, blocks
+from par_export.card.report import CardOptions, report
+from par_export.card.table import NOT_RUN, figures_table
+from par_export.kernels.spec import Planned, Spec
+from par_model.config import PARConfig, VQConfig
+from par_runtime.backends.program import Pointer, Profile, Program, Weight
+from par_runtime.bench import gpu
+from par_runtime.bench.journal import Journal
+from par_runtime.bench.report import output
+from par_runtime.bench.rows import read
+from par_runtime.bundle import Bundle
+from par_runtime.errors import EngineError
+
+CHILDREN = Path(__file__).parent / "children"
+SMALL = Model(
+    "PAR-L",
+    PARConfig(dim=64, n_layers=2, n_heads=4, vocab_size=256, n_classes=10, grid=(1, 8, 8)),
+    VQConfig(codebook_size=256, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32),
+    twins=(4,),
+    group_sizes=(1, 4),
+)
+
+
+def planned(bundle: Bundle, images: Sequence[int]) -> Planned:
+    """An engine whose one kernel takes a matrix of each layer; the decoder has a kernel too. Neither computes."""
+    plan = Planned()
+    constants = {"K": 64, "N": 64, "WIDTH": 64, "ORDER": "plain", "HEAD": 8, "PADDED": 8, "DROP_ROWS": False}
+    types = (("raw", "*fp16"), ("packed", "*fp16"))
+    spec = Spec("pack.panels", tuple(sorted((constants | {"BN": 16, "BK": 16}).items())), types, 4, 1)
+    for name, at in bundle.weights.items():
+        pack = plan.launch(spec, (4, 4, 1), {"raw": Pointer("raw"), "packed": Pointer("packed")})
+        whole = len(at.shape) == 2 and at.dtype == "float16" and name != "embed"
+        plan.weights[name] = Weight(at.length, at, 0, pack if whole else None)
+    layer = plan.launch(spec, (4, 4, 1), {"raw": Pointer("layers.{i}.w2"), "packed": Pointer("x")})
+    end = plan.launch(spec, (1, 1, 1), {"raw": Pointer("x"), "packed": Pointer("tokens")})
+    decoded = plan.launch(spec, (1, 1, 1), {"raw": Pointer("tokens"), "packed": Pointer("images")})
+    profiles = {b: Profile((), (layer,), (end,), {"x": (0, 4096)}, 4096) for b in images}
+    phases = tuple(phase.name for phase in bundle.phases)
+    layers = bundle.model["n_layers"]
+    plan.programs["step"] = Program(bundle.group_size, phases, layers, profiles, {}, 0)
+    if bundle.image_size is not None:
+        only = {b: Profile((decoded,), (), (), {}, 0) for b in images}
+        plan.programs["decoder"] = Program(0, (), 0, only, {}, 0)
+    return plan
+
+
+def build(path: Path, images: Sequence[int]) -> None:
+    bundle = Bundle.open(path)
+    kernels.write_engine(bundle, planned(bundle, images), precision="fp16", decoder_precision="fp16")
+
+
+@pytest.fixture
+def stand_in(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> gpu.Gpu:
+    monkeypatch.syspath_prepend(str(CHILDREN))
+    monkeypatch.setenv("PARVIS_TEST_STAND_IN", "1")
+    monkeypatch.setattr(prepare, "TWINS", ("eager",))
+    return gpu.describe(0)
+
+
+def options(tmp_path: Path, tiny: Path, **changes: object) -> CardOptions:
+    small = {"copy_bytes": 2**20, "launches": 9, "side": 64}
+    settings = {"minutes": 2.0, "checked": [tiny], "models": [SMALL], "images": (1,), "repetitions": 2, "stress": 4}
+    settings |= {"work": tmp_path, "torch": "cpu", "groups": 1, "limits": small, "build": build}
+    return CardOptions(**(settings | changes))  # type: ignore[arg-type]
+
+
+def test_a_whole_report(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "rows.jsonl", lambda _: None)
+    rows = report(options(tmp_path, tiny), stand_in, lambda _: None, journal)
+    outcome = journal.finish(rows)
+    phases = {(row.label, row.phase) for row in outcome.rows}
+    for label in ("PAR-L n=1", "PAR-L n=4"):
+        assert {(label, phase) for phase in ("group", "decoder", "copy", "image", "load")} <= phases
+    assert ("PAR-L n=4 eager", "image") in phases
+    by = {(row.label, row.phase): row for row in outcome.rows}
+    image = by["PAR-L n=4", "image"]
+    assert image.suite == "gpu"
+    assert len(image.samples_ms) == 2
+    assert image.machine.gpu == "Stand-in GPU"
+    group = by["PAR-L n=4", "group"]
+    assert group.percent_of_bound is not None
+    assert group.limits_from.startswith("measured in the same run")
+    kinds = {kind: [o for o in outcome.others if o["kind"] == kind] for kind in ("check", "limit", "kernel")}
+    assert {line["name"] for line in kinds["limit"]} >= {"copy bandwidth", "launch", "fp16 matrix peak"}
+    step = [line for line in kinds["kernel"] if line["label"] == "PAR-L n=4" and line["program"] == "step"]
+    assert [line["count"] for line in step] == [3]  # two layers, and one behind them
+    assert step[0]["bytes"] == 64 * SMALL.config.ffn_dim * 2
+    assert all(len(line["samples_us"]) == 5 for line in step)
+    assert all(line["gpu"] == "Stand-in GPU" for line in outcome.others)
+    # The kernels compute nothing, and that is seen.
+    assert outcome.wrong.endswith("checks failed")
+    passed = {line["name"]: line["passed"] for line in kinds["check"]}
+    assert passed["tiny: loads"]
+    assert passed["tiny: memory"]
+    assert not passed["tiny: self-test"]
+    page = output.tables(outcome)
+    assert page.startswith("## GPU report\n\nStand-in GPU (")
+    assert "| tiny: self-test | WRONG |" in page
+    for heading in ("What the card allows", "Figures to reach", "Rows", "Kernels, each alone", "Left out"):
+        assert f"### {heading}" in page
+    assert "compute-sanitizer" in page.partition("### Left out")[2].partition("###")[0]
+    assert "| PAR-L n=4, batch 1 | step | pack.panels | 3 |" in page
+    assert "in doubt: above the bound" in page  # nothing was computed, so it took less than is possible
+    file = tmp_path / "all.jsonl"
+    output.write(outcome, json=file, csv=None, html=None, quiet=True)
+    assert len(read(file)) == len(outcome.rows)
+    assert {json.loads(line)["kind"] for line in file.read_text().splitlines()} >= {"measured", "check", "limit"}
+    assert not list(tmp_path.glob("parvis-gpu-*"))
+
+
+def test_what_fails_is_said_and_the_rest_is_measured(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
+    def fails(path: Path, images: Sequence[int]) -> None:
+        if path.name != "PAR-L-n4":
+            raise EngineError(f"{path.name}: no engine was built (as the test wants)")
+        build(path, images)
+
+    journal = Journal(None, lambda _: None)
+    rows = report(
+        options(tmp_path, tiny, build=fails, twins=False, limits={"copy_bytes": -1}),
+        stand_in,
+        lambda _: None,
+        journal,
+    )
+    assert {row.label for row in rows} == {"PAR-L n=4"}
+    outcome = journal.finish(rows)
+    assert outcome.wrong == "1 of 1 checks failed"
+    assert "tiny: no engine was built (as the test wants)" in outcome.page
+    left = outcome.page.partition("### Left out")[2].partition("###")[0]
+    assert "- PAR-L n=1, batch 1: PAR-L-n1: no engine was built (as the test wants)" in left
+    assert "- limits: " in left
+    assert all(row.bound_ms is None for row in outcome.rows)
+
+
+def test_a_report_without_time_says_what_it_left_out(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    journal = Journal(None, lambda _: None)
+    rows = report(options(tmp_path, tiny, minutes=0.02), stand_in, lambda _: None, journal)
+    outcome = journal.finish(rows)
+    assert time.monotonic() - began < 30
+    assert rows == []
+    assert "- PAR-L, batch 1: time" in outcome.page
+    assert "Nothing was measured." in outcome.page
+    assert outcome.wrong
+    for line in figures_table([]).splitlines()[2:]:
+        assert NOT_RUN in line
+
+
+def test_the_plan_has_every_model_at_batch_1_first_and_figures_that_it_measures() -> None:
+    planned_blocks = blocks(MODELS)
+    images = [block.images for block in planned_blocks]
+    assert images == sorted(images)
+    assert planned_blocks[0].name == "PAR-3B, batch 1"
+    from par_export.card.plan import FIGURES
+
+    models = {model.name: model for model in MODELS}
+    for figure in FIGURES:
+        assert isinstance(figure, Figure)
+        assert figure.n in models[figure.model].group_sizes
+        if figure.what in ("eager", "compiled"):
+            assert figure.n in models[figure.model].twins
