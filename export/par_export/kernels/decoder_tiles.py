@@ -15,8 +15,9 @@ from par_export.kernels.targets import Target
 
 #: Bytes of one number of a feature map.
 NUMBER_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-#: Bytes that one processor reads from the L2 cache in a second: H100, A100 and RTX 4090 differ little here.
-L2_RATE = 40e9
+#: Bytes that each processor reads from the L2 cache in a second where all do, and where it is alone: H100, A100 and
+#: RTX 4090 differ little here.
+L2_RATE, L2_RATE_ALONE = 40e9, 100e9
 SHARED_RATE = 200e9  #: and from its shared memory
 COPY_SECONDS = 0.7e-6  #: from the issue of a copy to its arrival, in a busy card
 STEP_SECONDS = 0.08e-6  #: of the shortest step of a block: barriers and addresses
@@ -72,7 +73,7 @@ def conv_tile(
 ) -> Tile:
     """The tile for ``maps`` products of ``pixels`` and ``channels`` each, in ``steps`` steps of ``step`` channels.
 
-    ``side``: columns of the filter. As many steps in a row read nearly the same pixels.
+    ``side``: columns of the filter. As many steps in a row read nearly the same pixels, from the L1 cache.
     """
     work = (pixels, maps, channels, steps, step, side)
     return min(_tiles(target, channels, precision), key=lambda tile: _seconds(target, precision, tile, *work))
@@ -83,7 +84,7 @@ def _tiles(target: Target, channels: int, precision: str) -> Iterator[Tile]:
     wide = WIDE_TILES if target.capability == 90 and precision != "fp32" else ()
     for pixels, width, warps in (*wide, *reversed(TILES)):
         if width <= max(power(channels), 16):
-            for stages in (3,) if (pixels, width, warps) in WIDE_TILES else (4, 3):
+            for stages in (3,) if (pixels, width, warps) in WIDE_TILES else (3, 4, 6, 8):
                 yield Tile(pixels, width, warps, stages)
 
 
@@ -103,20 +104,22 @@ def _seconds(
     if shared > target.shared_block or not together:
         return math.inf
     blocks = -(-pixels // tile.pixels) * -(-channels // tile.channels) * maps
-    waves = -(-blocks // (target.processors * together))
-    together = min(together, -(-blocks // target.processors))
     rate = target.sheet.tflop_s * 1e12 / 2 / target.processors * MATRIX_SHARE / (2 if precision == "fp32" else 1)
     product = tile.pixels * tile.channels * step / rate
-    copied = (tile.pixels / (side if side == 3 else 1) + tile.channels) * step * size / L2_RATE
+    l2_rate = min(L2_RATE_ALONE, L2_RATE * target.processors / min(blocks, target.processors))
+    copied = (tile.pixels / side + tile.channels) * step * size / l2_rate
     # A warp group reads 64 pixels and all channels from shared memory for a product of them; before SM90 a warp reads
     # for its share of the tile, about a square.
     groups, square = tile.pixels // 64, math.isqrt(tile.pixels * tile.channels // tile.warps)
     read = groups * (64 + tile.channels) if target.capability in (90, 100) else tile.warps * 2 * square
     operands = read * step * size / SHARED_RATE
-    each = max(together * max(product, copied, operands), COPY_SECONDS / (tile.stages - 1), STEP_SECONDS)
+    # The busiest processor does its blocks one after another, or as many at once as there is room for.
+    load = -(-blocks // target.processors)
+    rounds = -(-load // together)
+    waiting = max(COPY_SECONDS / (tile.stages - 1), STEP_SECONDS)
     stored = 2 * tile.pixels * tile.channels * size / L2_RATE
-    ends = (BLOCK_SECONDS + stored) / (1 if together == 1 else 2)
-    return waves * (steps * each + ends)
+    ends = load * stored + BLOCK_SECONDS * (rounds if together == 1 else (rounds + 1) / 2)
+    return steps * max(load * max(product, copied, operands), rounds * waiting) + ends
 
 
 def shared_bytes(tile: Tile, step: int, size: int) -> int:

@@ -1,9 +1,9 @@
 """The decoder as a list of launches: tokens in sequence order to images. The network is that of ``graphs/decoder.py``.
 
 One convolution is one launch, whatever comes before and after it: bias, residual, shortcut, upsampling, and the sums
-that the next norm needs. A norm is two more: ``moments`` makes a scale and a shift for each channel out of those sums,
-``normalise`` applies them. Maps take turns in three buffers: ``x`` holds what a block reads, ``padded`` its normalised
-form, ``y`` what a convolution writes.
+that the next norm needs. A norm of a small map is one more. That of a large map is two: ``moments`` makes a scale and a
+shift for each channel out of those sums, ``normalise`` applies them. Maps take turns in three buffers: ``x`` holds what
+a block reads, ``padded`` its normalised form, ``y`` what a convolution writes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from par_runtime.bundle import Stored
 #: Images are decoded in groups of so many that buffers stay below this.
 SCRATCH_BYTES = 512 * 10**6
 EPSILON = 1e-6  #: of every group norm
+MOST_SUMS = 1536  #: of tiles and units, that each block of a norm adds up itself; for more, one kernel does before it
 MOST_NUMBERS = 2**31  #: of a map of one image: kernels count them in 32 bits
 
 
@@ -215,32 +216,32 @@ class _Decoder:
         width = c // groups
         unit = _unit(width)
         tiles = x.parities * -(-x.pixels // x.parities // x.tile)
-        units = power(width // unit)
-        constants: dict[str, Constant] = {
-            "M": x.pixels // x.parities,
-            "C": c,
-            "GROUPS": groups,
-            "UNIT": unit,
-            "PARITIES": x.parities,
-        }
-        constants |= {"BM": x.tile, "EPSILON": EPSILON, "BT": min(power(tiles), max(1, 4096 // units)), "BU": units}
-        arguments: dict[str, object] = {"partial": Pointer("partial")}
-        arguments["gain"] = self.weights.vector(f"{key}.weight", (c, 1, 1))
-        arguments["bias"] = self.weights.vector(f"{key}.bias", (c, 1, 1))
-        arguments["norm"] = self._buffer("norm", 2 * c * 4)
-        grid = (groups, self.images, 1)
-        self._launch("moments", constants | {"BC": power(width)}, {}, arguments, grid, 4, 1)
-
         border = 2 if swish else 0
         padded = (x.height + border) * (x.width + border)
         rows, columns = pass_tile(self.target, padded, self.images, c)
-        constants = {"H": x.height, "W": x.width, "C": c, "BORDER": border, "SWISH": swish, "BP": rows, "BC": columns}
-        arguments = {"x": Pointer(x.buffer), "norm": Pointer("norm")}
+        shape: dict[str, Constant] = {"H": x.height, "W": x.width, "C": c, "BORDER": border, "SWISH": swish}
+        place: dict[str, Constant] = {"BP": rows, "BC": columns}
+        sums: dict[str, Constant] = {"GROUPS": groups, "UNIT": unit, "PARITIES": x.parities, "BM": x.tile}
+        sums["EPSILON"] = EPSILON
+        arguments: dict[str, object] = {"x": Pointer(x.buffer), "partial": Pointer("partial")}
+        arguments["gain"] = self.weights.vector(f"{key}.weight", (c, 1, 1))
+        arguments["bias"] = self.weights.vector(f"{key}.bias", (c, 1, 1))
         arguments["out"] = self._buffer("padded", padded * c * self.size)
         kinds = {"x": self.kind, "out": self.kind}
         grid = (-(-padded // rows), -(-c // columns), self.images)
-        self._launch("normalise", constants, kinds, arguments, grid, 4, 1)
         self._count(0, x.pixels * c + padded * c, 0)
+        whole = width == power(width) and c % columns == 0 and columns % width == 0
+        if whole and tiles * (columns // unit) <= MOST_SUMS:
+            self._launch("norm", shape | sums | {"BT": power(tiles)} | place, kinds, arguments, grid, 4, 1)
+            return replace(x, buffer="padded")
+        units = power(width // unit)
+        sums |= {"M": x.pixels // x.parities, "C": c, "BT": min(power(tiles), max(1, 4096 // units))}
+        sums |= {"BU": units, "BC": power(width)}
+        arguments["norm"] = self._buffer("norm", 2 * c * 4)
+        some = {name: arguments[name] for name in PARAMETERS["moments"]}
+        self._launch("moments", sums, {}, some, (groups, self.images, 1), 4, 1)
+        some = {name: arguments[name] for name in PARAMETERS["normalise"]}
+        self._launch("normalise", shape | place, kinds, some, grid, 4, 1)
         return replace(x, buffer="padded")
 
     def _lookup(self, first: int, h: int, w: int) -> None:
@@ -357,6 +358,7 @@ PARAMETERS = {
     "conv": ("x", "w", "bias", "residual", "other_x", "other_w", "other_bias", "out", "partial"),
     "moments": ("partial", "gain", "bias", "norm"),
     "normalise": ("x", "norm", "out"),
+    "norm": ("x", "partial", "gain", "bias", "out"),
     "qkv": ("x", "w_q", "w_k", "w_v", "bias_q", "bias_k", "bias_v", "out"),
     "attention": ("x", "out"),
 }

@@ -224,6 +224,41 @@ def test_normalise(channels: int, bc: int, border: int, precision: str) -> None:
     close(out, wanted, precision)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"border": 0}, {"channels": 64, "groups": 2, "unit": 16, "bc": 64}, {"parities": 4, "bm": 16}, {"bm": 64}],
+)
+def test_norm_of_a_small_map(change: dict[str, int]) -> None:
+    """Sums, norm, swish and border at once, in two blocks of channels, about a large mean."""
+    s = {"channels": 32, "groups": 8, "unit": 4, "bc": 16, "bm": 16, "parities": 1, "border": 2} | change
+    h, w, images, channels, border = 6, 8, 2, s["channels"], s["border"]
+    x = stored(random((images, h, w, channels)) * 2 + 30, "fp16")
+    at = np.arange(h * w).reshape(h, w)
+    sets = [at[i::2, j::2].ravel() for i in range(2) for j in range(2)] if s["parities"] == 4 else [at.ravel()]
+    tiles = [part for rows in sets for part in np.split(rows, range(s["bm"], len(rows), s["bm"]))]
+    flat = wide(x).reshape(images, -1, channels)
+    gain, bias = random((channels,)), random((channels,), seed=1)
+    out = empty((images, h + border, w + border, channels), "fp16")
+    arguments = {
+        "x": ("*fp16", x),
+        "partial": ("*fp32", np.stack([sums_of(image, tiles, s["unit"]) for image in flat]).astype(np.float32)),
+        "gain": ("*fp32", gain),
+        "bias": ("*fp32", bias),
+        "out": ("*fp16", out),
+    }
+    c: dict[str, Any] = {"H": h, "W": w, "C": channels, "BORDER": border, "SWISH": border == 2, "GROUPS": s["groups"]}
+    c |= {"UNIT": s["unit"], "PARITIES": s["parities"], "BM": s["bm"], "EPSILON": 1e-6, "BT": 4, "BP": 16}
+    grid = (-(-(h + border) * (w + border) // 16), channels // s["bc"], images)
+    launch("decoder.norm", c | {"BC": s["bc"], "DEPENDENT": False}, grid, arguments)
+    grouped = flat.reshape(images, h * w, s["groups"], -1)
+    wanted = (grouped - grouped.mean((1, 3), keepdims=True)) / np.sqrt(grouped.var((1, 3), keepdims=True) + 1e-6)
+    wanted = wanted.reshape(images, h, w, channels) * gain + bias
+    if border:
+        wanted = np.pad(wanted / (1 + np.exp(-wanted)), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        assert (out[:, [0, -1]] == 0).all()
+    close(out, wanted, "fp16", 0.1)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_lookup(precision: str) -> None:
     """Tokens leave the order of the sequence; what is no token reads no memory outside of the codebook."""

@@ -118,15 +118,16 @@ def test_odd_sizes(tmp_path: Path) -> None:
 
 
 def test_work_of_vq16() -> None:
-    """41 convolutions, 39 norms of two launches, 4 attentions of two more and the lookup; three quarters of what the
-    convolutions of the graph compute, since upsampled ones compute each product once.
+    """44 convolutions, 39 norms (13 of large maps in two launches), 4 attentions of two more, and the lookup.
+
+    Upsampled convolutions compute four ninths of what the graph does: copies of a pixel are summed up before.
     """
     one = plan_decoder.work(VQ16, PAR_L, 1, "fp16", SM90)
-    assert one.launches == 131
+    assert one.launches == 105
     assert 0.50e12 < one.flop < 0.52e12
     assert 1.5e9 < one.bytes < 2.0e9
     eight = plan_decoder.work(VQ16, PAR_L, 8, "fp16", SM90)
-    assert eight.launches == 262
+    assert eight.launches == 210
     assert eight.flop == 8 * one.flop
 
 
@@ -226,7 +227,7 @@ def compiler() -> Any:
 @pytest.mark.parametrize("target", ["SM80", "SM90"])
 def test_kernels_of_vq16_are_compiled_as_they_are_meant(compiler: Compiler, target: str) -> None:
     specs = kinds_of(plan_decoder.plan(VQ16, PAR_L, weights_of(VQ16), (1,), "fp16", TARGETS[target]))
-    assert len(specs) == 14
+    assert len(specs) == 15
     if target == "SM80":  # a few, for the time
         specs = [
             spec

@@ -280,14 +280,33 @@ def normalise(
     through registers could not be copied ahead of their use. The border spares the convolution all its masks.
     """
     start(DEPENDENT)
+    image = tl.program_id(2).to(tl.int64)
+    channel = tl.minimum(tl.program_id(1) * BC + tl.arange(0, BC), C - 1)
+    scale = tl.load(norm + image * (2 * C) + channel)
+    shift = tl.load(norm + image * (2 * C) + C + channel)
+    _normalised(x, scale, shift, out, image, H, W, C, BORDER, SWISH, BP, BC)
+
+
+@triton.jit
+def _normalised(
+    x,
+    scale,
+    shift,
+    out,
+    image,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BORDER: tl.constexpr,
+    SWISH: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """BP pixels of ``out`` and BC channels, ``scale`` and ``shift`` [BC]."""
     PITCH: tl.constexpr = W + BORDER
     PADDED: tl.constexpr = (H + BORDER) * PITCH
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
-    image = tl.program_id(2).to(tl.int64)
-    channel = tl.minimum(c, C - 1)
-    scale = tl.load(norm + image * (2 * C) + channel)
-    shift = tl.load(norm + image * (2 * C) + C + channel)
     y = p // PITCH - BORDER // 2
     column = p % PITCH - BORDER // 2
     inside = ((y >= 0) & (y < H) & (column >= 0) & (column < W))[:, None]
@@ -301,3 +320,54 @@ def normalise(
         value = value * tl.sigmoid(value)
     value = tl.where(inside, value, 0.0).to(out.dtype.element_ty)
     tl.store(out + image * (PADDED * C) + (p * C)[:, None] + c[None, :], value, mask=kept)
+
+
+@triton.jit
+def norm(
+    x,  # [B,H,W,C]
+    partial,  # [B,2,PARITIES*TM,C/UNIT], written by conv
+    gain,  # [C], fp32
+    bias,  # [C], fp32
+    out,  # [B,H+BORDER,W+BORDER,C]
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    BORDER: tl.constexpr,
+    SWISH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    PARITIES: tl.constexpr,
+    BM: tl.constexpr,
+    EPSILON: tl.constexpr,
+    BT: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """``moments`` and ``normalise`` in one, for maps of few tiles: each block adds up the sums of its channels again.
+
+    BC channels are whole groups of a power of two.
+    """
+    start(DEPENDENT)
+    M: tl.constexpr = H * W // PARITIES
+    TM: tl.constexpr = (M + BM - 1) // BM
+    TILES: tl.constexpr = PARITIES * TM
+    WIDTH: tl.constexpr = C // GROUPS
+    U: tl.constexpr = BC // UNIT
+    G: tl.constexpr = BC // WIDTH
+    image = tl.program_id(2).to(tl.int64)
+    tile = tl.arange(0, BT)
+    unit = tl.program_id(1) * U + tl.arange(0, U)
+    at = partial + image * (2 * TILES * (C // UNIT)) + (tile * (C // UNIT))[:, None] + unit[None, :]
+    real = (tile < TILES)[:, None]
+    total = tl.load(at, mask=real, other=0.0)
+    mean = tl.sum(tl.reshape(tl.sum(total, 0), (G, WIDTH // UNIT)), 1) / (H * W * WIDTH)
+    count = (tl.minimum(M - tile % TM * BM, BM) * UNIT).to(tl.float32)[:, None]
+    apart = total / count - tl.reshape(tl.broadcast_to(mean[:, None], (G, WIDTH // UNIT)), (U,))[None, :]
+    squares = tl.where(real, tl.load(at + TILES * (C // UNIT), mask=real, other=0.0) + apart * apart * count, 0.0)
+    variance = tl.sum(tl.reshape(tl.sum(squares, 0), (G, WIDTH // UNIT)), 1) / (H * W * WIDTH)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    scale = tl.reshape(tl.broadcast_to((1 / tl.sqrt(variance + EPSILON))[:, None], (G, WIDTH)), (BC,))
+    scale = scale * tl.load(gain + c)
+    shift = tl.load(bias + c) - tl.reshape(tl.broadcast_to(mean[:, None], (G, WIDTH)), (BC,)) * scale
+    _normalised(x, scale, shift, out, image, H, W, C, BORDER, SWISH, BP, BC)
