@@ -38,7 +38,8 @@ def tokens_of(
     }  # fmt: skip
     constants = {"QUERY": query, "V": vocab, "DEPENDENT": True} | form[1]
     if form[0] == "resident":
-        constants["WIDE"] = 1 << (vocab - 1).bit_length()
+        constants["WIDE"] = max(16, 1 << (vocab - 1).bit_length())
+        constants["LINE"] = 1 << (constants["WIDE"].bit_length() // 2)
     launch(f"draw.{form[0]}", constants, (images * query,), arguments)
     return out
 

@@ -23,8 +23,16 @@ LOWEST = tl.constexpr(-(2**31))  #: the key of no number
 
 @triton.jit
 def scaled(place, code, inside, temperature):
-    """Logits over temperature, by the division that the graphs use; -inf behind the codebook. No zero is negative."""
-    y = tl.div_rn(tl.load(place + code, mask=inside, other=float("-inf")), temperature)
+    """Logits over temperature, rounded as a division is; 0 behind the codebook. No zero is negative.
+
+    The reciprocal and two steps of Newton's method give the rounded quotient. The instruction for it would be a call
+    for each number, with its registers saved.
+    """
+    logit = tl.load(place + code, mask=inside, other=0.0)
+    reciprocal = tl.div_rn(1.0, temperature)
+    y = logit * reciprocal
+    y = tl.fma(tl.fma(-y, temperature, logit), reciprocal, y)
+    y = tl.fma(tl.fma(-y, temperature, logit), reciprocal, y)
     return tl.where(y == 0.0, 0.0, y)
 
 
@@ -33,6 +41,12 @@ def ordered(y, inside):
     """Integers in the order of the fp32 numbers ``y``."""
     bits = y.to(tl.int32, bitcast=True)
     return tl.where(inside, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), LOWEST)
+
+
+@triton.jit
+def number(key):
+    """The fp32 number of a key."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -62,7 +76,8 @@ def resident(
     ROWS,
     QUERY: tl.constexpr,
     V: tl.constexpr,
-    WIDE: tl.constexpr,  # V rounded up to a power of 2
+    WIDE: tl.constexpr,  # V rounded up to a power of 2, at least 16
+    LINE: tl.constexpr,  # codes of a line, a power of 2, about the root of WIDE
     DEPENDENT: tl.constexpr,
 ):
     """One token, in every row of its image. Grid: B * q."""
@@ -70,29 +85,32 @@ def resident(
     b = at // QUERY
     divisor = tl.maximum(tl.load(temperature + b), COLDEST)
     k, p, u = tl.load(top_k + b), tl.load(top_p + b), tl.load(uniform + at)
+    k = tl.minimum(tl.maximum(k, 0), V).to(tl.int32)
     code = tl.arange(0, WIDE)
     inside = code < V
     begin(DEPENDENT)
     y = scaled(logits + at.to(tl.int64) * V, code, inside, divisor)
     key = ordered(y, inside)
-    mass = tl.exp(y - tl.max(y, 0))
-    highest = tl.max(key, 0).to(tl.int64)
-    lowest = tl.min(tl.where(inside, key, 0x7FFFFFFF), 0).to(tl.int64)
+    peak = tl.max(tl.where(inside, y, float("-inf")), 0)
+    mass = tl.where(inside, tl.exp(y - peak), 0.0)
+    highest = tl.max(key, 0)
+    lowest = tl.min(tl.where(inside, key, 0x7FFFFFFF), 0)
     if (k > 0) & (k < V):
-        low, high = lowest, highest + 1  # at least k codes are from low on, fewer from high on
+        low, high = lowest.to(tl.int64), highest.to(tl.int64) + 1  # at least k codes are from low on, fewer from high on
         while high - low > 1:
             middle = middle_of(low, high)
-            count = tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+            # Counts are exact in fp32, and a sum of bits would be compiled into many more instructions.
+            count = tl.sum(tl.where(key >= middle.to(tl.int32), 1.0, 0.0), 0).to(tl.int32)
             low = tl.where(count >= k, middle, low)
             # Exactly k: no further step changes which codes they are.
             high = tl.where(count == k, middle + 1, tl.where(count > k, high, middle))
         mass = tl.where(key >= low.to(tl.int32), mass, 0.0)
-        key = tl.where(key >= low.to(tl.int32), key, LOWEST)
     if p < 1.0:
         total = tl.sum(mass, 0)
         limit = p * total
         if total > limit:
-            low, high = lowest, highest + 1  # the codes from low on weigh more than the limit, those from high on not
+            # The codes from low on weigh more than the limit, those from high on do not.
+            low, high = lowest.to(tl.int64), highest.to(tl.int64) + 1
             while high - low > 1:
                 middle = middle_of(low, high)
                 over = tl.sum(tl.where(key >= middle.to(tl.int32), mass, 0.0), 0) > limit
@@ -100,28 +118,43 @@ def resident(
                 high = tl.where(over, high, middle)
             edge = low.to(tl.int32)
             above = tl.sum(tl.where(key > edge, mass, 0.0), 0)
-            tie = key == edge
-            before = tl.cumsum(tie.to(tl.int32), 0) - 1  # ties of lower id
-            stays = above + before.to(tl.float32) * mass <= limit
-            key = tl.where((key > edge) | (tie & stays), key, LOWEST)
-            mass = tl.where(key > LOWEST, mass, 0.0)
-    sums = tl.cumsum(mass, 0)
+            edge = tl.where(above >= 0.0, edge, highest)  # always the first: so that the sums do not overlap
+            each = tl.exp(number(edge) - peak)
+            final = WIDE  # the last id of a tie that stays
+            if tl.sum(tl.where(key == edge, 1.0, 0.0), 0) > 1.0:  # by bisection too: a sum over ids would need more registers
+                final, behind = 0, WIDE
+                while behind - final > 1:
+                    center = (final + behind) // 2
+                    ties = tl.sum(tl.where((key == edge) & (code < center), 1.0, 0.0), 0)
+                    stays = above + ties * each <= limit
+                    final = tl.where(stays, center, final)
+                    behind = tl.where(stays, behind, center)
+            mass = tl.where((key > edge) | ((key == edge) & (code <= final)), mass, 0.0)
+    # Which line of codes, then which code of that line: a sum over all codes at once would need twice the registers.
+    square = tl.reshape(mass, (WIDE // LINE, LINE))
+    line, place = tl.arange(0, WIDE // LINE), tl.arange(0, LINE)
+    weights = tl.sum(square, 1)
+    sums = tl.cumsum(weights, 0)
     target = u * tl.max(sums, 0)
-    possible = mass > 0.0
-    first = tl.min(tl.where(possible & (sums > target), code, WIDE), 0)
-    last = tl.max(tl.where(possible, code, 0), 0)
-    put(tokens, image, tl.minimum(first, last).to(tl.int64), b, at % QUERY, ROWS, QUERY)
+    there = tl.min(tl.where((weights > 0.0) & (sums > target), line, WIDE // LINE), 0)
+    there = tl.minimum(there, tl.max(tl.where(weights > 0.0, line, 0), 0))
+    before = tl.sum(tl.where(line == there - 1, sums, 0.0), 0)
+    of_line = tl.sum(tl.where((line == there)[:, None], square, 0.0), 0)
+    passed = (of_line > 0.0) & (before + tl.cumsum(of_line, 0) > target)
+    first = tl.min(tl.where(passed, place, LINE), 0)
+    token = there * LINE + tl.minimum(first, tl.max(tl.where(of_line > 0.0, place, 0), 0))
+    put(tokens, image, token.to(tl.int64), b, at % QUERY, ROWS, QUERY)
 
 
 @triton.jit
 def count_from(place, key, divisor, V: tl.constexpr, CHUNK: tl.constexpr):
     """How many codes of the row at ``place`` have at least this key."""
-    count = tl.zeros((CHUNK,), tl.int32)
+    count = tl.zeros((CHUNK,), tl.float32)
     for first in tl.range(0, V, CHUNK):
         code = first + tl.arange(0, CHUNK)
         inside = code < V
-        count += (ordered(scaled(place, code, inside, divisor), inside) >= key).to(tl.int32)
-    return tl.sum(count, 0)
+        count += tl.where(ordered(scaled(place, code, inside, divisor), inside) >= key, 1.0, 0.0)
+    return tl.sum(count, 0).to(tl.int64)
 
 
 @triton.jit
@@ -168,7 +201,7 @@ def looped(
         largest = tl.maximum(largest, key)
         smallest = tl.minimum(smallest, tl.where(inside, key, 0x7FFFFFFF))
     highest = tl.max(largest, 0)
-    peak = tl.where(highest < 0, highest ^ 0x7FFFFFFF, highest).to(tl.float32, bitcast=True)
+    peak = number(highest)
     lowest = tl.min(smallest, 0).to(tl.int64)
     kth = lowest
     if (k > 0) & (k < V):
