@@ -96,7 +96,8 @@ def resident(
     highest = tl.max(key, 0)
     lowest = tl.min(tl.where(inside, key, 0x7FFFFFFF), 0)
     if (k > 0) & (k < V):
-        low, high = lowest.to(tl.int64), highest.to(tl.int64) + 1  # at least k codes are from low on, fewer from high on
+        # At least k codes are from low on, fewer from high on.
+        low, high = lowest.to(tl.int64), highest.to(tl.int64) + 1
         while high - low > 1:
             middle = middle_of(low, high)
             # Counts are exact in fp32, and a sum of bits would be compiled into many more instructions.
@@ -121,7 +122,8 @@ def resident(
             edge = tl.where(above >= 0.0, edge, highest)  # always the first: so that the sums do not overlap
             each = tl.exp(number(edge) - peak)
             final = WIDE  # the last id of a tie that stays
-            if tl.sum(tl.where(key == edge, 1.0, 0.0), 0) > 1.0:  # by bisection too: a sum over ids would need more registers
+            # By bisection too: sums up to every id would need more registers.
+            if tl.sum(tl.where(key == edge, 1.0, 0.0), 0) > 1.0:
                 final, behind = 0, WIDE
                 while behind - final > 1:
                     center = (final + behind) // 2

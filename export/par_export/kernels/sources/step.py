@@ -180,8 +180,8 @@ def qkv(
     slot = tl.load(write + row, mask=m < M, other=0) + m % QUERY
     angle = position[None, :] * (PADDED // 2) + pair[:, None]
     turns = (head < 2 * HEADS)[:, None] & (m < M)[None, :]
-    c = tl.load(cos + angle, mask=turns, other=1.0)
-    s = tl.load(sin + angle, mask=turns, other=0.0)
+    c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
     begin(DEPENDENT)
     parts = squares(ss, m, TILES)
     acc = product(panel, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM)

@@ -1,0 +1,488 @@
+"""The step as a list of launches: five a layer and three around them (``sources/step.py`` says what each computes).
+
+What the shapes of ``tiles.py`` must keep to:
+
+- BN is a power of 2 from 16, BK from 16; a panel's columns come in 16s, in which partners lie 8 apart.
+- BN, BK, parts of K and spans of keys are the same for all batches: weights are packed once, and a row's sums have the
+  same order in every batch. Warps and stages may differ.
+- A block takes BM = ``tiles.rows_of(M)`` rows, 8 to 64; shared memory is ``tiles.shared_bytes``.
+- The tiles of ``wo`` and ``w2`` decide how many sums of squares a consumer of x adds up, in registers.
+- ``ahead`` is a multiple of 2048 bytes.
+
+Where a batch could change a row's result all the same: sums of squares are added in an order that depends on the layout
+of a tile in registers, which the compiler chooses for BM and warps; and another BM may take other instructions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_export.graphs.step import padded_head_dim
+from par_export.kernels.spec import Constant, Planned, Spec
+from par_export.kernels.targets import Target
+from par_export.kernels.tiles import ProductTile, Tiles, rows_of
+from par_model.config import PARConfig
+from par_runtime.backends.program import ALIGN, Launch, Pointer, Profile, Program, Weight
+from par_runtime.bundle import Stored
+from par_runtime.manifest import MATRICES, NORMS
+
+KINDS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}  #: precision -> type of a pointer
+STORED_KINDS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+BYTES = 2  #: of a number in the step's precisions
+STRIDE_MULTIPLE = 64  #: numbers: rows of activations begin at multiples of 128 bytes
+#: Codes that one block of threads keeps in registers. On SM100 the compiler needs a few registers more.
+RESIDENT, RESIDENT_SM100 = 16384, 8192
+CHUNK = 4096  #: codes at a time where they are not kept
+MOST_EMBED = 4096  #: numbers that a block of the embedding copies at a time
+LOG2_E = math.log2(math.e)
+
+Arguments = dict[str, tuple[str, object]]  #: name -> type and argument, in the order of the parameters
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """The sizes of a step network: see the letters of ``sources/step.py``. ``rows`` of the embedding table, ``angles``
+    of the rotary tables.
+    """
+
+    d: int
+    layers: int
+    heads: int
+    head: int
+    padded: int
+    ffn: int
+    vocab: int
+    slots: int
+    query: int
+    rows: int
+    angles: int
+
+    @staticmethod
+    def of(config: PARConfig, stored: Mapping[str, Stored]) -> StepSizes:
+        """The sizes of ``config``, with tables as in ``stored``."""
+        return StepSizes(
+            d=config.dim,
+            layers=config.n_layers,
+            heads=config.n_heads,
+            head=config.head_dim,
+            padded=padded_head_dim(config),
+            ffn=config.ffn_dim,
+            vocab=config.vocab_size,
+            slots=config.n_tokens,
+            query=config.group_size,
+            rows=stored["embed"].shape[0],
+            angles=stored["cos"].shape[0],
+        )
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """name -> rows and columns of each product, without the padding of heads."""
+        d, ffn = self.d, self.ffn
+        return {"wqkv": (d, 3 * d), "wo": (d, d), "w13": (d, 2 * ffn), "w2": (ffn, d), "output": (d, self.vocab)}
+
+    def read_bytes(self, visible: Sequence[int]) -> int:
+        """What a call must read at least: all weights once, and the ``visible`` keys and values of each row."""
+        layer = sum(k * n for name, (k, n) in self.matrices.items() if name != "output")
+        keys = sum(min(count, self.slots) for count in visible) * self.heads * self.padded * 2
+        return (self.layers * (layer + keys) + self.d * self.vocab) * BYTES
+
+
+def plan(
+    config: PARConfig,
+    stored: Mapping[str, Stored],
+    read: Callable[[Stored], NDArray[np.float32]],
+    phases: Sequence[str],
+    images: Sequence[int],
+    precision: str,
+    target: Target,
+    tiles: Mapping[int, Tiles],
+) -> Planned:
+    """The program "step" for batches of ``images``, its kernels and its weights.
+
+    ``stored``: where the tensors of the step lie; ``read`` reads one (the gains of norms are). ``phases``: what the
+    program is for. ``tiles``: the shapes for each of ``images``.
+    """
+    sizes = StepSizes.of(config, stored)
+    planned = Planned()
+    first = tiles[images[0]]
+    for kind in ("qkv", "wo", "gates", "w2", "head"):
+        shapes = {(t.BN, t.BK, t.split) for t in (getattr(tiles[count], kind) for count in images)}
+        if len(shapes) > 1:
+            raise ValueError(f"panels of {kind} differ between batches: {sorted(shapes)}")
+    _weights(planned, sizes, stored, first, precision)
+    gains = _gains(sizes, stored, read)
+    planned.constants["gains"] = gains.tobytes()
+    planned.weights["gains"] = Weight(gains.nbytes, None, 0, None)
+    counters = 1
+    profiles = {}
+    for count in images:
+        one = _Profile(planned, sizes, stored, count, precision, target, tiles[count])
+        counters = max(counters, one.counters)
+        profiles[count] = one.profile()
+    size = 4 * counters
+    planned.programs["step"] = Program(
+        sizes.query, tuple(phases), sizes.layers, profiles, {"counters": (0, size)}, _round(size, ALIGN)
+    )
+    return planned
+
+
+# -- weights ------------------------------------------------------------------------------------------------------
+
+
+def _gains(sizes: StepSizes, stored: Mapping[str, Stored], read: Callable[[Stored], NDArray[np.float32]]) -> NDArray:
+    """The gains of all norms in the order of their use, each row with its power of two: [2 * layers + 1, row]."""
+    names = [f"layers.{i}.{norm}" for i in range(sizes.layers) for norm in NORMS] + ["norm"]
+    out = np.zeros((len(names), _gain_row(sizes)), np.float32)
+    for row, name in zip(out, names, strict=True):
+        gain = read(stored[name])
+        largest = float(np.abs(gain).max())
+        exponent = math.ceil(math.log2(largest)) if largest > 0 else 0
+        row[: sizes.d] = gain * np.float32(2.0**-exponent)
+        row[_power_at(sizes)] = 2.0**exponent
+    return out
+
+
+def _power_at(sizes: StepSizes) -> int:
+    return _round(sizes.d, 4)
+
+
+def _gain_row(sizes: StepSizes) -> int:
+    return _power_at(sizes) + 4  # so that every row begins at a multiple of 16 bytes
+
+
+def _weights(planned: Planned, sizes: StepSizes, stored: Mapping[str, Stored], tiles: Tiles, precision: str) -> None:
+    """The entries of all weights, and the kernels that pack them."""
+    for name in ("embed", "cos", "sin"):
+        planned.weights[name] = Weight(stored[name].length, stored[name], 0, None)
+    shapes = {"wqkv": tiles.qkv, "wo": tiles.wo, "w13": tiles.gates, "w2": tiles.w2, "output": tiles.head}
+    names = [f"layers.{i}.{matrix}" for i in range(sizes.layers) for matrix in MATRICES] + ["output"]
+    for name in names:
+        matrix = name.rpartition(".")[2]
+        (k, n), tile = sizes.matrices[matrix], shapes[matrix]
+        columns, blocks = -(-n // tile.BN), -(-k // tile.BK)
+        constants: dict[str, Constant] = {
+            "K": k,
+            "N": n,
+            "WIDTH": stored[name].shape[1],
+            "ORDER": {"wqkv": "pairs", "w13": "halves"}.get(matrix, "plain"),
+            "HEAD": sizes.head,
+            "PADDED": sizes.padded,
+            "DROP_ROWS": matrix == "wo" and sizes.head != sizes.padded,
+            "BN": tile.BN,
+            "BK": tile.BK,
+        }
+        kinds = (("raw", STORED_KINDS[stored[name].dtype]), ("packed", KINDS[precision]))
+        spec = Spec("pack.panels", tuple(constants.items()), kinds, warps=4, stages=1)
+        arguments = {"raw": Pointer("raw"), "packed": Pointer("packed")}
+        size = columns * blocks * tile.BN * tile.BK * BYTES
+        planned.weights[name] = Weight(size, stored[name], 0, planned.launch(spec, (columns, blocks, 1), arguments))
+
+
+# -- launches -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Profile:
+    """The launches for one batch size."""
+
+    planned: Planned
+    sizes: StepSizes
+    stored: Mapping[str, Stored]
+    images: int
+    precision: str
+    target: Target
+    tiles: Tiles
+
+    @property
+    def m(self) -> int:
+        """Rows of every product but the head's."""
+        return 2 * self.images * self.sizes.query
+
+    @cached_property
+    def bm(self) -> int:
+        return rows_of(self.m)
+
+    @property
+    def groups(self) -> int:
+        """Groups of BM rows."""
+        return -(-self.m // self.bm)
+
+    @property
+    def stride(self) -> int:
+        return _round(self.sizes.d, STRIDE_MULTIPLE)
+
+    @property
+    def ffn_stride(self) -> int:
+        return _round(self.sizes.ffn, STRIDE_MULTIPLE)
+
+    @property
+    def of_heads(self) -> int:
+        """Heads of all rows."""
+        return 2 * self.images * self.sizes.heads
+
+    @property
+    def spans(self) -> int:
+        """Parts into which attention cuts the keys of a head."""
+        return -(-self.sizes.slots // self.tiles.attention.span)
+
+    @property
+    def wide(self) -> int:
+        return max(16, _power_of_2(self.sizes.padded))
+
+    @property
+    def queries(self) -> int:
+        return max(8, _power_of_2(self.sizes.query))
+
+    @property
+    def counters(self) -> int:
+        """Counters that any launch uses."""
+        tiles = max(self._columns("wo"), self._columns("w2"))
+        return max(self.groups * tiles, self.of_heads)
+
+    def _columns(self, kind: str) -> int:
+        """Tiles of columns of a product."""
+        n = {"qkv": 3 * self.sizes.d, "gates": 2 * self.sizes.ffn, "head": self.sizes.vocab}.get(kind, self.sizes.d)
+        return -(-n // self._tile(kind).BN)
+
+    def _tile(self, kind: str) -> ProductTile:
+        tile: ProductTile = getattr(self.tiles, kind)
+        return tile
+
+    def profile(self) -> Profile:
+        """Launches and scratch memory."""
+        scratch, end = {}, 0
+        for name, size in self._scratch().items():
+            scratch[name] = (end, size)
+            end += _round(size, ALIGN)
+        layer = (self._qkv(), self._attention(), self._residual("wo"), self._gates(), self._residual("w2"))
+        return Profile((self._embed(),), layer, (self._head(), self._draw()), scratch, end)
+
+    def _scratch(self) -> dict[str, int]:
+        """name -> bytes. Rows are as many as whole blocks of threads take."""
+        s, rows = self.sizes, self.groups * self.bm
+        splits = [
+            self.groups * self._columns(kind) * tile.split * self.bm * tile.BN
+            for kind, tile in (("wo", self.tiles.wo), ("w2", self.tiles.w2))
+            if tile.split > 1
+        ]
+        attention = self.of_heads * self.spans * self.queries * self.wide
+        return {
+            "x": rows * self.stride * 4,
+            "h": rows * self.stride * BYTES,
+            "q": rows * s.heads * s.padded * BYTES,
+            "y": rows * self.stride * BYTES,
+            "g": rows * self.ffn_stride * BYTES,
+            "wo_squares": rows * self._columns("wo") * 4,
+            "w2_squares": rows * self._columns("w2") * 4,
+            "partial": max([attention, *splits]) * 4,
+            "peaks": self.of_heads * self.spans * 2 * self.queries * 4,
+        }
+
+    def _launch(
+        self,
+        source: str,
+        grid: tuple[int, int, int],
+        arguments: Arguments,
+        constants: Mapping[str, Constant],
+        warps: int,
+        stages: int,
+    ) -> Launch:
+        dependent = self.target.dependent
+        spec = Spec(
+            source,
+            (*constants.items(), ("DEPENDENT", dependent)),
+            tuple((name, kind) for name, (kind, _) in arguments.items()),
+            warps,
+            stages,
+            dependent=dependent,
+        )
+        return self.planned.launch(spec, grid, {name: value for name, (_, value) in arguments.items()})
+
+    @property
+    def _t(self) -> str:
+        return KINDS[self.precision]
+
+    def _gain(self, norm: int, per_layer: bool) -> tuple[str, Pointer]:
+        """The row of gains of that number, or with ``per_layer`` of that norm of each layer."""
+        row = _gain_row(self.sizes) * 4
+        return "*fp32", Pointer("gains", norm * row, 2 * row if per_layer else 0)
+
+    def _of_product(self, kind: str, bm: int) -> dict[str, Constant]:
+        tile = self._tile(kind)
+        return {"BN": tile.BN, "BK": tile.BK, "BM": bm, "AHEAD": tile.ahead}
+
+    def _normed(self, tiles: int) -> dict[str, Constant]:
+        """Constants of a kernel that reads h with the sums of squares of so many tiles."""
+        return {"D_MODEL": self.sizes.d, "STRIDE": self.stride, "TILES": tiles, "POWER": _power_at(self.sizes)}
+
+    def _embed(self) -> Launch:
+        tile, tiles = self.tiles.w2, self._columns("w2")
+        together = max(1, min(_power_of_2(tiles), MOST_EMBED // tile.BN))
+        arguments: Arguments = {
+            "ids": ("*i64", Pointer("ids")),
+            "table": (STORED_KINDS[self.stored["embed"].dtype], Pointer("embed")),
+            "gains": self._gain(0, per_layer=False),
+            "x": ("*fp32", Pointer("x")),
+            "h": (self._t, Pointer("h")),
+            "ss": ("*fp32", Pointer("w2_squares")),
+        }
+        constants: dict[str, Constant] = {
+            "ROWS": self.sizes.rows,
+            "D_MODEL": self.sizes.d,
+            "STRIDE": self.stride,
+            "TILES": tiles,
+            "BN": tile.BN,
+            "TOGETHER": together,
+        }
+        return self._launch("step.embed", (self.m, -(-tiles // together), 1), arguments, constants, 4, 1)
+
+    def _qkv(self) -> Launch:
+        s, tile = self.sizes, self.tiles.qkv
+        arguments: Arguments = {
+            "h": (self._t, Pointer("h")),
+            "ss": ("*fp32", Pointer("w2_squares")),
+            "weights": (self._t, Pointer("layers.{i}.wqkv")),
+            "gains": self._gain(0, per_layer=True),
+            "cos": (STORED_KINDS[self.stored["cos"].dtype], Pointer("cos")),
+            "sin": (STORED_KINDS[self.stored["sin"].dtype], Pointer("sin")),
+            "positions": ("*i64", Pointer("positions")),
+            "write": ("*i64", Pointer("write")),
+            "q": (self._t, Pointer("q")),
+            "past_k": (self._t, Pointer("past_k.{i}")),
+            "past_v": (self._t, Pointer("past_v.{i}")),
+            "M": ("i32", self.m),
+        }
+        constants = self._normed(self._columns("w2")) | {
+            "QUERY": s.query,
+            "HEADS": s.heads,
+            "HEAD": s.head,
+            "PADDED": s.padded,
+            "ANGLES": s.angles,
+            "SLOTS": s.slots,
+            "SCALE": s.head**-0.5 * LOG2_E,
+        }
+        constants |= self._of_product("qkv", self.bm)
+        grid = (self.groups, self._columns("qkv"), 1)
+        return self._launch("step.qkv", grid, arguments, constants, tile.warps, tile.stages)
+
+    def _attention(self) -> Launch:
+        s, tile = self.sizes, self.tiles.attention
+        arguments: Arguments = {
+            "q": (self._t, Pointer("q")),
+            "past_k": (self._t, Pointer("past_k.{i}")),
+            "past_v": (self._t, Pointer("past_v.{i}")),
+            "length": ("*i32", Pointer("length")),
+            "y": (self._t, Pointer("y")),
+            "partial": ("*fp32", Pointer("partial")),
+            "peaks": ("*fp32", Pointer("peaks")),
+            "counters": ("*i32", Pointer("counters")),
+        }
+        constants: dict[str, Constant] = {
+            "QUERY": s.query,
+            "HEADS": s.heads,
+            "HEAD": s.head,
+            "PADDED": s.padded,
+            "STRIDE": self.stride,
+            "SLOTS": s.slots,
+            "SPLITS": self.spans,
+            "SPAN": tile.span,
+            "CHUNK": tile.chunk,
+            "WIDE": self.wide,
+            "BQ": self.queries,
+        }
+        grid = (self.spans, self.of_heads, 1)
+        return self._launch("attention.attend", grid, arguments, constants, tile.warps, tile.stages)
+
+    def _residual(self, kind: str) -> Launch:
+        s, tile = self.sizes, self._tile(kind)
+        k, stride = (s.d, self.stride) if kind == "wo" else (s.ffn, self.ffn_stride)
+        # wo is followed by the second norm of its layer, w2 by the first of the next layer, or by the last norm.
+        gain = self._gain(1 if kind == "wo" else 2, per_layer=True)
+        arguments: Arguments = {
+            "inputs": (self._t, Pointer("y" if kind == "wo" else "g")),
+            "weights": (self._t, Pointer(f"layers.{{i}}.{kind}")),
+            "gains": gain,
+            "x": ("*fp32", Pointer("x")),
+            "h": (self._t, Pointer("h")),
+            "ss": ("*fp32", Pointer(f"{kind}_squares")),
+            "partial": ("*fp32", Pointer("partial")),
+            "counters": ("*i32", Pointer("counters")),
+            "M": ("i32", self.m),
+        }
+        constants: dict[str, Constant] = {
+            "K": k,
+            "K_STRIDE": stride,
+            "D_MODEL": s.d,
+            "STRIDE": self.stride,
+            "SPLIT": tile.split,
+        }
+        constants |= self._of_product(kind, self.bm)
+        grid = (self.groups, self._columns(kind), tile.split)
+        return self._launch("step.residual", grid, arguments, constants, tile.warps, tile.stages)
+
+    def _gates(self) -> Launch:
+        tile = self.tiles.gates
+        arguments: Arguments = {
+            "h": (self._t, Pointer("h")),
+            "ss": ("*fp32", Pointer("wo_squares")),
+            "weights": (self._t, Pointer("layers.{i}.w13")),
+            "gains": self._gain(1, per_layer=True),
+            "g": (self._t, Pointer("g")),
+            "M": ("i32", self.m),
+        }
+        constants = self._normed(self._columns("wo")) | {"F": self.sizes.ffn, "F_STRIDE": self.ffn_stride}
+        constants |= self._of_product("gates", self.bm)
+        grid = (self.groups, self._columns("gates"), 1)
+        return self._launch("step.gates", grid, arguments, constants, tile.warps, tile.stages)
+
+    def _head(self) -> Launch:
+        s, tile = self.sizes, self.tiles.head
+        arguments: Arguments = {
+            "h": (self._t, Pointer("h")),
+            "ss": ("*fp32", Pointer("w2_squares")),
+            "weights": (self._t, Pointer("output")),
+            "gains": self._gain(2 * s.layers, per_layer=False),
+            "cond_row": ("*i64", Pointer("cond_row")),
+            "uncond_row": ("*i64", Pointer("uncond_row")),
+            "guidance": ("*fp32", Pointer("guidance")),
+            "logits": ("*fp32", Pointer("logits")),
+            "COUNT": ("i32", self.images * s.query),
+        }
+        constants = self._normed(self._columns("w2")) | {"QUERY": s.query, "V": s.vocab}
+        constants |= self._of_product("head", self.bm)  # two columns for each of an image's positions: M of them
+        grid = (self.groups, self._columns("head"), 1)
+        return self._launch("step.head", grid, arguments, constants, tile.warps, tile.stages)
+
+    def _draw(self) -> Launch:
+        s = self.sizes
+        arguments: Arguments = {
+            "logits": ("*fp32", Pointer("logits")),
+            "uniform": ("*fp32", Pointer("uniform")),
+            "temperature": ("*fp32", Pointer("temperature")),
+            "top_k": ("*i64", Pointer("top_k")),
+            "top_p": ("*fp32", Pointer("top_p")),
+            "image": ("*i64", Pointer("image")),
+            "tokens": ("*i64", Pointer("tokens")),
+            "ROWS": ("i32", 2 * self.images),
+        }
+        wide = max(16, _power_of_2(s.vocab))
+        constants: dict[str, Constant] = {"QUERY": s.query, "V": s.vocab}
+        grid = (self.images * s.query, 1, 1)
+        if wide <= (RESIDENT_SM100 if self.target.capability == 100 else RESIDENT):
+            constants |= {"WIDE": wide, "LINE": 1 << (wide.bit_length() // 2)}
+            return self._launch("draw.resident", grid, arguments, constants, max(1, min(16, wide // 1024)), 1)
+        return self._launch("draw.looped", grid, arguments, constants | {"CHUNK": CHUNK}, 16, 1)
+
+
+def _round(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _power_of_2(value: int) -> int:
+    return 1 << (value - 1).bit_length()
