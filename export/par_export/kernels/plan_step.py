@@ -476,7 +476,9 @@ class _Profile:
         grid = (self.images * s.query, 1, 1)
         if wide <= (RESIDENT_SM100 if self.target.capability == 100 else RESIDENT):
             constants |= {"WIDE": wide, "LINE": 1 << (wide.bit_length() // 2)}
-            return self._launch("draw.resident", grid, arguments, constants, max(1, min(16, wide // 1024)), 1)
+            # Eight codes a thread; the largest codebook has 32, for which a thread of 16 warps has just the registers.
+            warps = max(1, wide // 256) if wide <= 8192 else 16
+            return self._launch("draw.resident", grid, arguments, constants, warps, 1)
         return self._launch("draw.looped", grid, arguments, constants | {"CHUNK": CHUNK}, 16, 1)
 
 

@@ -169,7 +169,7 @@ def qkv(
     tile = tl.program_id(1)
     blocks: tl.constexpr = (D_MODEL + BK - 1) // BK
     panel = weights + tile.to(tl.int64) * (blocks * BN * BK)
-    if DEPENDENT:
+    if DEPENDENT and AHEAD > 0:
         fetch_ahead(panel, AHEAD)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     row = m // QUERY
@@ -239,7 +239,7 @@ def residual(
     blocks: tl.constexpr = (K + BK - 1) // BK
     panel = weights + tile.to(tl.int64) * (blocks * BN * BK)
     first, last = split * blocks // SPLIT, (split + 1) * blocks // SPLIT
-    if DEPENDENT:
+    if DEPENDENT and AHEAD > 0:
         fetch_ahead(panel + first * (BN * BK), AHEAD)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.arange(0, BN)
@@ -294,7 +294,7 @@ def gates(
     tile = tl.program_id(1)
     blocks: tl.constexpr = (D_MODEL + BK - 1) // BK
     panel = weights + tile.to(tl.int64) * (blocks * BN * BK)
-    if DEPENDENT:
+    if DEPENDENT and AHEAD > 0:
         fetch_ahead(panel, AHEAD)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     unit = tile * (BN // 2) + tl.arange(0, BN // 2)
@@ -339,7 +339,7 @@ def head(
     tile = tl.program_id(1)
     blocks: tl.constexpr = (D_MODEL + BK - 1) // BK
     panel = weights + tile.to(tl.int64) * (blocks * BN * BK)
-    if DEPENDENT:
+    if DEPENDENT and AHEAD > 0:
         fetch_ahead(panel, AHEAD)
     column = tl.program_id(0) * BM + tl.arange(0, BM)
     i = column // 2
