@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from par_export.graphs.writer import WeightTable
-from par_export.random_bundle import parameters, write_family, write_like, write_published
+from par_export.random_bundle import NoTensors, RandomTensors, parameters, write_family, write_like, write_published
 from par_model.config import PARConfig, VQConfig, named
 from par_model.generation import generate
 from par_model.ordering import rotary_table
@@ -183,7 +183,15 @@ def test_the_papers_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_hollow_bundle_has_holes_for_matrices_and_the_same_places(tmp_path: Path) -> None:
     config = replace(SMALL, dim=400)  # heads of 100
     made = {
-        hollow: write_family(config, [1, 4], tmp_path / str(hollow), name="x", precision="fp16", vq=VQ, hollow=hollow)
+        hollow: write_family(
+            config,
+            [1, 4],
+            tmp_path / str(hollow),
+            name="x",
+            precision="fp16",
+            vq=VQ,
+            tensors=NoTensors if hollow else RandomTensors,
+        )
         for hollow in (False, True)
     }
     full, hollow = (Bundle.open(made[h][4], verify="full") for h in (False, True))

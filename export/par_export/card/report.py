@@ -24,6 +24,7 @@ from par_export.card.limits import COPY, MATRICES
 from par_export.card.plan import BATCHES, MODELS, Block, Model, blocks, label_of
 from par_export.card.prepare import Build, Preparation, Twin, build_here, copy_engines
 from par_export.card.processes import Ended, Line, run_stage
+from par_export.card.samples import SAMPLES, Sample
 from par_export.card.table import Findings, markdown
 from par_runtime.backends.engines import ENGINES
 from par_runtime.bench import machine
@@ -54,7 +55,8 @@ EXPECTED = (BundleError, CudaError, EngineError, MemoryError, OSError, OutOfTime
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What to report. ``checked``: bundles whose whole images are checked; ``engines``: a folder of ready engines.
+    """What to report. ``checked``: bundles whose whole images are checked; ``samples``: those whose kernels are;
+    ``engines``: a folder of ready engines.
 
     ``engines`` holds a folder for each bundle, by its name, with the engines of it in ``engines/``. ``torch``:
     PyTorch's device; ``groups``: how many calls of the last phase ``verify`` compares; ``limits``: other sizes for
@@ -64,6 +66,7 @@ class CardOptions:
     device: int = 0
     minutes: float = MINUTES
     checked: Sequence[Path] = ()
+    samples: Sequence[Sample] = SAMPLES
     models: Sequence[Model] = MODELS
     engines: Path | None = None
     repetitions: int = REPETITIONS
@@ -186,20 +189,36 @@ class _Report:
     def _checks(self, work: Path) -> None:
         """Every check, several at once: none of them is timed."""
         until = self._began + CHECKS_END * self._seconds
-        bundles = self._checked_bundles(work)
-        stages: list[tuple[str, Callable[[], Ended]]] = []
-        for name, path in bundles.items():
-            spec = {"path": str(path), "name": name, "device": self._device, "reference": "cpu", "seed": 7}
-            spec |= {"groups": self._options.groups, "images": self._options.stress}
-            stages.append((f"{name}: images", partial(run_stage, "images", spec, until)))
-            stages.append((f"{name}: memory", partial(run_stage, "memory", spec, until)))
-        stages += self._sanitized(bundles, until)
         with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
-            started = [(name, pool.submit(run)) for name, run in stages]
+            started = [
+                (f"{sample.name}: kernels", pool.submit(self._of_sample, sample, work / "samples", until))
+                for sample in self._options.samples
+            ]
+            bundles = self._checked_bundles(work)
+            stages: list[tuple[str, Callable[[], Ended]]] = []
+            for name, path in bundles.items():
+                spec = {"path": str(path), "name": name, "device": self._device, "reference": "cpu", "seed": 7}
+                spec |= {"groups": self._options.groups, "images": self._options.stress}
+                stages.append((f"{name}: images", partial(run_stage, "images", spec, until)))
+                stages.append((f"{name}: memory", partial(run_stage, "memory", spec, until)))
+            stages += self._sanitized(bundles, until)
+            started += [(name, pool.submit(run)) for name, run in stages]
             for name, future in started:
                 self._progress(f"checking: {name}")
-                self._take(name, future.result())
+                try:
+                    self._take(name, future.result())
+                except EXPECTED as error:
+                    self._wrong(name, error)
         self._keep()
+
+    def _of_sample(self, sample: Sample, work: Path, until: float) -> Ended:
+        """Every kernel of a sample's engine, which is built for it. Raises what the build raises."""
+        if time.monotonic() > until:
+            return Ended(why="there was no time for it")
+        path = sample.write(work / sample.name)
+        self._build(path, sample.images)
+        spec = {"path": str(path), "name": sample.name, "device": self._device, "torch": self._options.torch}
+        return run_stage("kernels", spec, until)
 
     def _checked_bundles(self, work: Path) -> dict[str, Path]:
         """Copies of the bundles to check, with engines: name -> path."""

@@ -14,6 +14,7 @@ from double.driver import Driver
 from par_export.card import prepare
 from par_export.card.plan import MODELS, Figure, Model, blocks
 from par_export.card.report import CardOptions, report
+from par_export.card.samples import Sample
 from par_export.card.table import NOT_RUN, figures_table
 from par_export.kernels.spec import Planned, Spec
 from par_model.config import PARConfig, VQConfig
@@ -33,6 +34,7 @@ SMALL = Model(
     twins=(4,),
     group_sizes=(1, 4),
 )
+SAMPLE = Sample("odd", SMALL.config, None, 4)
 
 
 def planned(bundle: Bundle, images: Sequence[int]) -> Planned:
@@ -74,6 +76,7 @@ def stand_in(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> gpu.Gpu:
 def options(tmp_path: Path, tiny: Path, **changes: object) -> CardOptions:
     small = {"copy_bytes": 2**20, "launches": 9, "side": 64}
     settings = {"minutes": 2.0, "checked": [tiny], "models": [SMALL], "images": (1,), "repetitions": 2, "stress": 4}
+    settings |= {"samples": ()}
     settings |= {"work": tmp_path, "torch": "cpu", "groups": 1, "limits": small, "build": build}
     return CardOptions(**(settings | changes))  # type: ignore[arg-type]
 
@@ -130,14 +133,15 @@ def test_what_fails_is_said_and_the_rest_is_measured(stand_in: gpu.Gpu, tiny: Pa
 
     journal = Journal(None, lambda _: None)
     rows = report(
-        options(tmp_path, tiny, build=fails, twins=False, limits={"copy_bytes": -1}),
+        options(tmp_path, tiny, samples=[SAMPLE], build=fails, twins=False, limits={"copy_bytes": -1}),
         stand_in,
         lambda _: None,
         journal,
     )
     assert {row.label for row in rows} == {"PAR-L n=4"}
     outcome = journal.finish(rows)
-    assert outcome.wrong == "1 of 1 checks failed"
+    assert outcome.wrong == "2 of 2 checks failed"
+    assert "| odd: kernels | WRONG | odd-n4: no engine was built (as the test wants) |" in outcome.page
     assert "tiny: no engine was built (as the test wants)" in outcome.page
     left = outcome.page.partition("### Left out")[2].partition("###")[0]
     assert "- PAR-L n=1, batch 1: PAR-L-n1: no engine was built (as the test wants)" in left

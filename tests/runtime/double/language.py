@@ -268,6 +268,7 @@ TL = SimpleNamespace(
     div_rn=lambda x, y: _array(np.divide(x, y, dtype=F32)),
     fma=_fma,
     reshape=lambda x, *shape: x.reshape(*shape),
+    broadcast_to=lambda x, shape: _array(np.broadcast_to(x, shape)),
     permute=lambda x, *order: x.transpose(*order),
     trans=lambda x: x.transpose(),
     join=lambda x, y: _array(np.stack([x, y], -1)),

@@ -1,0 +1,151 @@
+"""Every kernel against its float64 reference, on the stand-in; and wrong kernels, which are seen whatever they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from double.driver import Driver
+from double.fixtures import Make
+
+from par_export.card import kernels as card
+from par_export.card.samples import SAMPLES
+from par_export.card.stand import Stand
+from par_export.kernels.sources import attention, decoder, decoder_attention, draw, step
+from par_runtime.backends.program import Kernel
+
+
+class Lines(list[dict[str, Any]]):
+    """What a stage emits."""
+
+    def __call__(self, kind: str, **fields: Any) -> None:
+        self.append({"kind": kind} | fields)
+
+    def failed(self) -> list[str]:
+        return [line["name"] for line in self if line["kind"] == "check" and not line["passed"]]
+
+
+@pytest.fixture(autouse=True)
+def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "AGAIN", 2)
+
+
+def checked(pipeline: Any, calls: Sequence[int] | None = None) -> Lines:
+    lines = Lines()
+    for images in pipeline.backend.engine.images[::-1]:
+        card._check_batch(Stand(pipeline, "cpu"), images, "t", lines, calls)
+    return lines
+
+
+def test_right_kernels_pass(load_kernels: Make) -> None:
+    lines = checked(load_kernels(images=(2,), precision="fp16", decoder="fp16"))
+    assert lines.failed() == []
+    for line in lines:
+        if line["kind"] == "check" and "allowed" in line:
+            assert line["error"] < 0.5 * line["allowed"], line  # so that a floor is no excuse
+    names = {line["name"].partition(" (")[0] for line in lines if line["kind"] == "check"}
+    assert {"t: step.qkv", "t: draw.resident", "t: decoder.conv", "t: step in one go", "t: step's counters"} < names
+    begun = [line["name"] for line in lines if line["kind"] == "begin"]
+    assert begun[0] == "t: step.embed (batch 2, call 18)"
+    assert begun[-1] == "t: step in one go (batch 2, call 0)"
+
+
+def test_bf16_and_an_older_gpu(load_kernels: Make) -> None:
+    pipeline = load_kernels(images=(1,), precision="bf16", decoder="fp32", target="SM80")
+    lines = checked(pipeline, [11])
+    assert lines.failed() == []
+    assert "t: decoder.conv (batch 1)" in [line["name"] for line in lines]
+
+
+Wrong = Callable[[Driver, Kernel, Sequence[Any]], None]
+
+
+def numbers(driver: Driver, kernel: Kernel, arguments: Sequence[Any], name: str, dtype: type, count: int) -> Any:
+    at = [parameter for parameter, _ in kernel.parameters].index(name)
+    return driver.span(int(arguments[at]), count * np.dtype(dtype).itemsize, "the test").view(dtype)
+
+
+def slightly_off(driver: Driver, kernel: Kernel, arguments: Sequence[Any]) -> None:
+    values = numbers(driver, kernel, arguments, "g", np.float16, 64)
+    values[:] = values * np.float16(1.01)
+
+
+def one_number_is_missing(driver: Driver, kernel: Kernel, arguments: Sequence[Any]) -> None:
+    numbers(driver, kernel, arguments, "y", np.float16, 8)[3] = np.nan
+
+
+def writes_a_seen_key(driver: Driver, kernel: Kernel, arguments: Sequence[Any]) -> None:
+    numbers(driver, kernel, arguments, "past_k", np.float16, 1)[0] += np.float16(0.5)
+
+
+def another_token(driver: Driver, kernel: Kernel, arguments: Sequence[Any]) -> None:
+    tokens = numbers(driver, kernel, arguments, "tokens", np.int64, 1)
+    tokens[0] = (tokens[0] + 17) % 64
+
+
+def a_counter_is_left(driver: Driver, kernel: Kernel, arguments: Sequence[Any]) -> None:
+    numbers(driver, kernel, arguments, "counters", np.int32, 1)[0] = 1
+
+
+def grey(driver: Driver, kernel: Kernel, arguments: Sequence[Any]) -> None:
+    if kernel.constants["PIXELS"]:
+        numbers(driver, kernel, arguments, "out", np.uint8, 1)[0] ^= 8
+
+
+def every_time_another(driver: Driver, kernel: Kernel, arguments: Sequence[Any]) -> None:
+    """As by a race: numbers that are right up to rounding, and differ from run to run."""
+    logits = numbers(driver, kernel, arguments, "logits", np.float32, 64)
+    logits[:] += np.float32(1e-6) * len(driver.launches)
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong", "seen"),
+    [
+        ("step.gates", slightly_off, "t: step.gates ("),
+        ("attention.attend", one_number_is_missing, "t: attention.attend ("),
+        ("step.qkv", writes_a_seen_key, "t: step.qkv ("),
+        ("draw.resident", another_token, "t: draw.resident ("),
+        ("step.residual", a_counter_is_left, "t: step's counters ("),
+        ("decoder.conv", grey, "t: decoder.conv ("),
+        ("step.head", every_time_another, "t: step in one go ("),
+    ],
+)
+def test_a_wrong_kernel_is_seen(load_kernels: Make, driver: Driver, source: str, wrong: Wrong, seen: str) -> None:
+    pipeline = load_kernels(images=(1,), precision="fp16", decoder="fp16")
+    right = driver.twin
+    assert right is not None
+
+    class Planted:
+        def __call__(self, kernel: Kernel, grid: tuple[int, int, int], arguments: list[Any], *more: Any) -> None:
+            right(kernel, grid, arguments, *more)
+            if kernel.source == source:
+                wrong(driver, kernel, arguments)
+
+        def done(self) -> None:
+            right.done()
+
+    pipeline.generate([0], seed=0)
+    driver.twin = Planted()
+    failed = checked(pipeline, [11]).failed()
+    assert any(name.startswith(seen) for name in failed), failed
+
+
+def test_every_kernel_of_the_sources_has_a_reference() -> None:
+    """A kernel is what takes DEPENDENT and writes something that was given."""
+    known = set(card.REFERENCES)
+    for module in (step, attention, draw, decoder, decoder_attention):
+        name = module.__name__.rpartition(".")[2]
+        for function in vars(module).values():
+            arguments = getattr(function, "arg_names", ())
+            if "DEPENDENT" in arguments and len(arguments) > 4 and function.fn.__module__ == module.__name__:
+                assert f"{name}.{function.fn.__name__}" in known
+
+
+def test_samples_have_the_shapes_of_the_published_models() -> None:
+    of = {sample.name: sample for sample in SAMPLES}
+    assert (of["L-layer"].config.dim, of["3B-layer"].config.dim) == (1024, 3200)
+    assert {sample.precision for sample in SAMPLES} == {"fp16", "bf16"}
+    assert {sample.n for sample in SAMPLES} == {1, 4, 9, 16}
+    assert len({sample.name for sample in SAMPLES}) == len(SAMPLES)
