@@ -33,6 +33,7 @@ from par_export.kernels.plan import Planner, plan
 from par_export.kernels.request import DECODER_PRECISIONS, NAME_A_TARGET, PRECISIONS, KernelsRequest
 from par_export.kernels.spec import Planned
 from par_export.kernels.targets import Target, target_of
+from par_export.kernels.tiles import Refused, shape_of
 from par_runtime import __version__
 from par_runtime.backends import program
 from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, KERNELS, Engine
@@ -156,17 +157,11 @@ class _Build:
         bundle, name = self.contents.bundle, self.target.name
         on_step(f"{name}: planning", 0.0)
         self.contents.check_range()
-        planned = self.planner(self.contents, self.request.images, self.target)
-        planned_at = time.monotonic()
-        compiled = self.compiler.compile(
-            planned.specs.values(), self.target, lambda done, of: on_step(f"{name}: kernel {done} of {of}", done / of)
-        )
-        self._check(planned, compiled)
-        compiled_at = time.monotonic()
+        planned, compiled, compile_seconds = self.compiled(on_step)
         engine = _written(folder, planned, compiled, self.compiler.version, self.contents.decoder_precision)
         times = {
             "seconds": round(time.monotonic() - started, 2),
-            "compile_seconds": round(compiled_at - planned_at, 2),
+            "compile_seconds": round(compile_seconds, 2),
         }
         report = times | kernels_report.report(self.contents, engine, compiled, self.compiler)
         document = {
@@ -197,12 +192,32 @@ class _Build:
             f"{report['peak_memory_bytes'] / 1e6:.0f} MB"
         )
 
-    def _check(self, planned: Planned, compiled: dict[str, Compiled]) -> None:
-        """Raise BuildError for the first kernel that cannot run well on the target."""
-        for name, spec in planned.specs.items():
-            fault = compiled[name].fault(self.target)
-            if fault is not None:
-                raise BuildError(f"kernel {spec.source} for {self.target.name} by {self.compiler.version} {fault}")
+    def compiled(self, on_step: OnStep) -> tuple[Planned, dict[str, Compiled], float]:
+        """The plan, its compiled kernels, and the seconds that compiling took.
+
+        Where the compiler finds no registers or no shared memory for a product, it is planned in another shape. Raises
+        BuildError, which names the first kernel that cannot run well on the target.
+        """
+        refused: Refused = frozenset()
+        seconds = 0.0
+        while True:
+            planned = self.planner(self.contents, self.request.images, self.target, refused)
+            started = time.monotonic()
+            compiled = self.compiler.compile(
+                planned.specs.values(),
+                self.target,
+                lambda done, of: on_step(f"{self.target.name}: kernel {done} of {of}", done / of),
+            )
+            seconds += time.monotonic() - started
+            faults = {name: fault for name in planned.specs if (fault := compiled[name].fault(self.target))}
+            if not faults:
+                return planned, compiled, seconds
+            shapes = {name: shape_of(planned.specs[name]) for name in faults}
+            if None in shapes.values() or refused.issuperset(shapes.values()):
+                name, fault = next((n, f) for n, f in faults.items() if shapes[n] is None or shapes[n] in refused)
+                source = planned.specs[name].source
+                raise BuildError(f"kernel {source} for {self.target.name} by {self.compiler.version} {fault}")
+            refused |= {shape for shape in shapes.values() if shape is not None}
 
 
 def _written(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from par_export.errors import BuildError
+from par_export.kernels.spec import Spec
 from par_export.kernels.targets import Target
 from par_model.config import PARConfig
 
@@ -81,6 +82,14 @@ class Tiles:
     w2: ProductTile
     head: ProductTile
     attention: AttentionTile
+
+
+def shape_of(spec: Spec) -> tuple[int, int, int] | None:
+    """BN, BK and rows of a product of the step; None for any other kernel."""
+    constants = dict(spec.constants)
+    if not spec.source.startswith("step.") or not {"BN", "BK", "BM"} <= constants.keys():
+        return None
+    return int(constants["BN"]), int(constants["BK"]), int(constants["BM"])
 
 
 def rows_of(positions: int) -> int:

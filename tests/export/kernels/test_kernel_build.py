@@ -19,6 +19,7 @@ from par_export.kernels.contents import Contents
 from par_export.kernels.request import KernelsRequest
 from par_export.kernels.spec import Planned
 from par_export.kernels.targets import Target
+from par_export.kernels.tiles import Refused
 from par_runtime.backends.engines import Engine
 from par_runtime.backends.program import CONSTANTS
 from par_runtime.bundle import Bundle, seal
@@ -111,7 +112,7 @@ def test_the_second_build_comes_from_the_cache_and_equals_the_first(
 
 
 def test_a_failed_build_leaves_nothing_and_a_good_engine_stays(tiny_copy: Path) -> None:
-    def failing(contents: Contents, images: Sequence[int], target: Target) -> Planned:
+    def failing(contents: Contents, images: Sequence[int], target: Target, refused: Refused = frozenset()) -> Planned:
         planned = trial_plan(contents, images, target)
         planned.add(replace(panels(contents.step["output"], "fp16"), source="pack.nothing"))
         return planned
@@ -129,7 +130,7 @@ def test_a_failed_build_leaves_nothing_and_a_good_engine_stays(tiny_copy: Path) 
 
 
 def test_a_kernel_that_needs_too_much_is_refused_by_name(tiny_copy: Path) -> None:
-    def spilling(contents: Contents, images: Sequence[int], target: Target) -> Planned:
+    def spilling(contents: Contents, images: Sequence[int], target: Target, refused: Refused = frozenset()) -> Planned:
         planned = trial_plan(contents, images, target)
         planned.add(replace(panels(contents.step["output"], "fp16", BN=256, BK=128), warps=1))
         return planned
