@@ -203,9 +203,14 @@ class Build:
         BuildError, which names the first kernel that cannot run well on the target.
         """
         refused: Refused = frozenset()
-        seconds = 0.0
+        seconds, why = 0.0, ""
         while True:
-            planned = self.planner(self.contents, self.images, self.target, refused)
+            try:
+                planned = self.planner(self.contents, self.images, self.target, refused)
+            except BuildError:
+                if why:  # no other shape is left
+                    raise BuildError(why) from None
+                raise
             started = time.monotonic()
             compiled = self.compiler.compile(
                 planned.specs.values(),
@@ -217,10 +222,12 @@ class Build:
             if not faults:
                 return planned, compiled, seconds
             shapes = {name: shape_of(planned.specs[name]) for name in faults}
-            if None in shapes.values() or refused.issuperset(shapes.values()):
-                name, fault = next((n, f) for n, f in faults.items() if shapes[n] is None or shapes[n] in refused)
-                source = planned.specs[name].source
-                raise BuildError(f"kernel {source} for {self.target.name} by {self.compiler.version} {fault}")
+            final = [name for name, shape in shapes.items() if shape is None or shape in refused]
+            name = [*final, *faults][0]
+            source = planned.specs[name].source
+            why = f"kernel {source} for {self.target.name} by {self.compiler.version} {faults[name]}"
+            if final:
+                raise BuildError(why)
             refused |= {shape for shape in shapes.values() if shape is not None}
 
 
