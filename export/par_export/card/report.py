@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -26,6 +27,7 @@ from par_export.card.prepare import Build, Preparation, Twin, build_here, copy_e
 from par_export.card.processes import Ended, Line, run_stage
 from par_export.card.samples import SAMPLES, Sample
 from par_export.card.table import Findings, markdown
+from par_export.errors import BuildError
 from par_runtime.backends.engines import ENGINES
 from par_runtime.bench import machine
 from par_runtime.bench.bounds import GPU, with_bounds
@@ -50,7 +52,8 @@ REPETITIONS = 5
 SANITIZER = "compute-sanitizer"
 SANITIZER_OPTIONS = ("--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all")
 SANITIZER_S = 90.0
-EXPECTED = (BundleError, CudaError, EngineError, MemoryError, OSError, OutOfTimeError, RequestError, RuntimeError)
+#: Errors that are said in one line. Any other is a fault of ours: it is printed whole, and the report goes on.
+EXPECTED = (BuildError, BundleError, CudaError, EngineError, MemoryError, OSError, OutOfTimeError, RequestError)
 
 
 @dataclass(frozen=True)
@@ -167,13 +170,15 @@ class _Report:
                     self._leave_out(block.name, "time")
                     continue
                 share = block.weight / (block.weight + sum(other.weight for other in waiting))
-                rows += self._block(block, prepared, time.monotonic() + share * left)
+                try:
+                    rows += self._block(block, prepared, time.monotonic() + share * left)
+                except Exception as error:
+                    self._leave_out(block.name, error)
             self._progress("")
         return rows
 
     def _leave_out(self, what: str, why: object) -> None:
-        text = str(why) or type(why).__name__
-        self._state.left_out.append(f"{what}: {text}")
+        self._state.left_out.append(f"{what}: {_words(why)}")
 
     def _build(self, path: Path, images: Sequence[int]) -> None:
         """The engine of a bundle: a ready one, else a new one."""
@@ -207,7 +212,7 @@ class _Report:
                 self._progress(f"checking: {name}")
                 try:
                     self._take(name, future.result())
-                except EXPECTED as error:
+                except Exception as error:
                     self._wrong(name, error)
         self._keep()
 
@@ -230,7 +235,7 @@ class _Report:
                 shutil.copytree(source, path, ignore=shutil.ignore_patterns(ENGINES))
                 self._progress(f"building an engine of {name}")
                 self._build(path, (1, 2, 4))
-            except EXPECTED as error:
+            except Exception as error:
                 self._wrong(f"{name}: an engine is built", error)
                 continue
             out[name] = path
@@ -253,13 +258,17 @@ class _Report:
         """Keep the lines of a stage; one that ended before its time is a check that failed."""
         self._state.lines += ended.lines
         if name == SANITIZER:
-            text = ended.why or "no error was reported"
-            self._state.lines.append(_check(f"{SANITIZER}: one image", not ended.why, text))
+            said = [line.strip("= ") for line in ended.said if "=====" in line]
+            if not any("ERROR SUMMARY" in line for line in said):  # it cannot watch here, which says nothing of us
+                self._leave_out(SANITIZER, " ".join([ended.why, *said])[:300])
+                return
+            errors = [line for line in said if "COMPUTE-SANITIZER" not in line]
+            self._state.lines.append(_check(f"{SANITIZER}: one image", not ended.why, "; ".join(errors[:4])))
         elif ended.why:
             self._wrong(ended.during or name, ended.why)
 
     def _wrong(self, name: str, why: object) -> None:
-        self._state.lines.append(_check(name, False, str(why) or type(why).__name__))
+        self._state.lines.append(_check(name, False, _words(why)))
 
     # -- how fast? ----------------------------------------------------------------------------------------------------
 
@@ -306,7 +315,7 @@ class _Report:
                 return []
             try:
                 rows = rows_in_turns(ready, setting, self._progress)
-            except EXPECTED as error:  # of the last subject
+            except Exception as error:  # of the last subject
                 self._leave_out(block.name, error)
                 return []
             for label, why in setting.failed.items():
@@ -331,7 +340,7 @@ class _Report:
                     opened[n] = future.result()
                 except FutureTimeoutError:
                     self._leave_out(label_of(model.name, n), "its engine was not built in time")
-                except EXPECTED as error:
+                except Exception as error:
                     self._leave_out(f"{label_of(model.name, n)}, batch {block.images}", error)
         for subject in opened.values():
             held.callback(subject.close)
@@ -349,7 +358,7 @@ class _Report:
                 continue
             try:
                 out.append(future.result())
-            except EXPECTED as error:
+            except Exception as error:
                 self._leave_out(label, error)
         return out
 
@@ -358,7 +367,7 @@ class _Report:
         self._progress(f"{subject.info.label}: warming up")
         try:
             warm_up(subject, setting)
-        except EXPECTED as error:
+        except Exception as error:
             self._leave_out(f"{subject.info.label}, batch {setting.images}", error)
             return False
         return True
@@ -377,7 +386,7 @@ class _Report:
             self._progress(f"{label}: each kernel")
             try:
                 timed = able[n].kernels(block.images, True)
-            except EXPECTED as error:
+            except Exception as error:
                 self._leave_out(f"kernels of {label}, batch {block.images}", error)
                 continue
             about = {"kind": "kernel", "label": label, "images": block.images}
@@ -388,6 +397,14 @@ class _Report:
     def _keep(self) -> None:
         """Have what was found so far written beside the rows."""
         self._journal.keep("lines", lambda: [])
+
+
+def _words(why: object) -> str:
+    """An error or a reason in one line; an error that nobody expected is printed as well."""
+    if isinstance(why, Exception) and not isinstance(why, EXPECTED):
+        traceback.print_exception(why)
+        return f"{type(why).__name__}: {why}"
+    return str(why) or type(why).__name__
 
 
 def _check(name: str, passed: bool, text: str) -> dict[str, Any]:
