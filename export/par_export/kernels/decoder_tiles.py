@@ -3,6 +3,9 @@
 The model knows a target's processors, registers, shared memory and matrix rate, and how long a step of a block takes
 that waits for its copies. What it weighs: large tiles read less from the L2 cache for each product; small ones give all
 processors work; two blocks on a processor hide each other's beginning and end.
+
+Tiles do not depend on the batch: sums of norms are added up by tile, so an image that is decoded alone is the same, to
+the last bit, as in any batch.
 """
 
 from __future__ import annotations
@@ -71,12 +74,19 @@ def step_channels(channels: int, precision: str) -> int:
 def conv_tile(
     target: Target, precision: str, pixels: int, maps: int, channels: int, steps: int, step: int, side: int
 ) -> Tile:
-    """The tile for ``maps`` products of ``pixels`` and ``channels`` each, in ``steps`` steps of ``step`` channels.
+    """The tile for ``maps`` products of ``pixels`` and ``channels`` an image, in ``steps`` steps of ``step`` channels.
 
     ``side``: columns of the filter. As many steps in a row read nearly the same pixels, from the L1 cache.
     """
-    work = (pixels, maps, channels, steps, step, side)
-    return min(_tiles(target, channels, precision), key=lambda tile: _seconds(target, precision, tile, *work))
+
+    def seconds(tile: Tile) -> float:
+        """Of one image that is decoded alone, and of one of four."""
+        alone, four = (
+            _seconds(target, precision, tile, pixels, images * maps, channels, steps, step, side) for images in (1, 4)
+        )
+        return alone + four / 4
+
+    return min(_tiles(target, channels, precision), key=seconds)
 
 
 def _tiles(target: Target, channels: int, precision: str) -> Iterator[Tile]:
@@ -127,7 +137,7 @@ def shared_bytes(tile: Tile, step: int, size: int) -> int:
     return max(tile.stages * (tile.pixels + tile.channels) * step * size, tile.pixels * tile.channels * size)
 
 
-def attention_tile(target: Target, precision: str, pixels: int, maps: int, channels: int) -> Tile:
+def attention_tile(target: Target, precision: str, pixels: int, channels: int) -> Tile:
     """BM queries and BN keys of attention with ``channels`` numbers each. ValueError where none fits."""
     size, width = NUMBER_BYTES[precision], power(max(channels, 16))
     best, least = None, math.inf
@@ -145,7 +155,7 @@ def attention_tile(target: Target, precision: str, pixels: int, maps: int, chann
         sums = queries * width // (32 * warps)
         if shared > target.shared_block or sums > 128 or (precision == "fp32" and queries > 16):
             continue
-        blocks = -(-pixels // queries) * maps
+        blocks = -(-pixels // queries)
         rate = target.sheet.tflop_s * 1e12 / 2 / target.processors / (2 if queries >= 64 else 4)
         each = max(2 * queries * keys * width / rate, 2 * keys * width * size / L2_RATE, COPY_SECONDS / stages)
         seconds = -(-blocks // target.processors) * -(-pixels // keys) * each
@@ -156,11 +166,11 @@ def attention_tile(target: Target, precision: str, pixels: int, maps: int, chann
     return best
 
 
-def pass_tile(target: Target, pixels: int, maps: int, channels: int) -> tuple[int, int]:
+def pass_tile(target: Target, pixels: int, channels: int) -> tuple[int, int]:
     """Pixels and channels of a block that reads and writes a map once: many bytes a block, but work for all."""
     width = divisor(channels, 256)
     if width < 32:
         width = min(power(channels), 256)
-    numbers = pixels * maps * channels // (8 * target.processors)
+    numbers = pixels * channels // (8 * target.processors)
     numbers = max(1024, min(8192, power(numbers + 1) // 2))
     return max(1, numbers // width), width

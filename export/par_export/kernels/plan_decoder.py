@@ -187,7 +187,7 @@ class _Decoder:
         c, m = x.channels, x.pixels
         y = self._norm(x, f"{key}.norm", swish=False)
         step = step_channels(c, self.precision)
-        tile = conv_tile(self.target, self.precision, m, 3 * self.images, c, -(-c // step), step, 1)
+        tile = conv_tile(self.target, self.precision, m, 3, c, -(-c // step), step, 1)
         arguments: dict[str, object] = {"x": Pointer(y.buffer)}
         for name in "qkv":
             arguments[f"w_{name}"] = self.weights.filter(f"{key}.{name}", c, c, 1, step)
@@ -199,7 +199,7 @@ class _Decoder:
         self._launch("qkv", constants, kinds, arguments, grid, tile.warps, tile.stages)
         self._count(2 * 3 * m * c * c, 4 * m * c, 3 * c * c)
 
-        tile = attention_tile(self.target, self.precision, m, self.images, c)
+        tile = attention_tile(self.target, self.precision, m, c)
         scale = c**-0.5 * math.log2(math.e)
         constants = {"M": m, "C": c, "SCALE": scale, "BM": tile.pixels, "BN": tile.channels, "BC": power(max(c, 16))}
         arguments = {"x": Pointer("qkv"), "out": self._buffer("attended", m * c * self.size)}
@@ -218,7 +218,7 @@ class _Decoder:
         tiles = x.parities * -(-x.pixels // x.parities // x.tile)
         border = 2 if swish else 0
         padded = (x.height + border) * (x.width + border)
-        rows, columns = pass_tile(self.target, padded, self.images, c)
+        rows, columns = pass_tile(self.target, padded, c)
         shape: dict[str, Constant] = {"H": x.height, "W": x.width, "C": c, "BORDER": border, "SWISH": swish}
         place: dict[str, Constant] = {"BP": rows, "BC": columns}
         sums: dict[str, Constant] = {"GROUPS": groups, "UNIT": unit, "PARITIES": x.parities, "BM": x.tile}
@@ -247,7 +247,7 @@ class _Decoder:
     def _lookup(self, first: int, h: int, w: int) -> None:
         """Tokens to the codes' first convolution, with a border of zeros."""
         vq, c = self.vq, self.vq.z_channels
-        rows, columns = pass_tile(self.target, (h + 2) * (w + 2), self.images, c)
+        rows, columns = pass_tile(self.target, (h + 2) * (w + 2), c)
         rows = min(rows, 16)
         constants = {"H": h, "W": w, "C": c, "D": vq.codebook_dim, "V": vq.codebook_size, "BP": rows, "BC": columns}
         arguments: dict[str, object] = {"tokens": Pointer("tokens", first * self.tokens * 8)}
@@ -282,7 +282,7 @@ class _Decoder:
         step = step_channels(c, self.precision)
         steps = side * side * -(-c // step)
         unit = 0 if pixels else _unit(width // self.vq.norm_groups)
-        tile = conv_tile(target, self.precision, m, places * self.images, width, steps, step, side)
+        tile = conv_tile(target, self.precision, m, places, width, steps, step, side)
         constants: dict[str, Constant] = {"H": x.height, "W": x.width, "C": c, "O": width, "SIDE": side, "UP": up}
         constants |= {"RESIDUAL": before is not None and not shortcut, "OTHER": 0, "UNIT": unit}
         constants |= {"PIXELS": pixels is not None, "BM": tile.pixels, "BN": tile.channels, "BK": step, "OTHER_BK": 16}
@@ -290,7 +290,8 @@ class _Decoder:
         arguments: dict[str, object] = {"x": nothing, "w": self.weights.filter(key, c, width, kernel, step, up)}
         arguments["bias"] = self.weights.vector(f"{key}.bias", (width,))
         arguments |= dict.fromkeys(("residual", "other_x", "other_w", "other_bias", "partial"), nothing)
-        kinds = dict.fromkeys(("x", "w", "residual", "other_x", "other_w", "out"), self.kind)
+        kinds = dict.fromkeys(("x", "w", "residual", "other_x", "other_w", "out"), self.kind) | {"steps": "i32"}
+        arguments["steps"] = steps
         if before is not None and not shortcut:
             arguments["residual"] = Pointer(before.buffer)
             self._count(0, m * width, 0)
@@ -355,7 +356,7 @@ SOURCES = {"qkv": "decoder_attention", "attention": "decoder_attention"}
 #: The run-time parameters of each kernel, in order.
 PARAMETERS = {
     "lookup": ("tokens", "place", "codebook", "w", "bias", "out"),
-    "conv": ("x", "w", "bias", "residual", "other_x", "other_w", "other_bias", "out", "partial"),
+    "conv": ("x", "w", "bias", "residual", "other_x", "other_w", "other_bias", "out", "steps", "partial"),
     "moments": ("partial", "gain", "bias", "norm"),
     "normalise": ("x", "norm", "out"),
     "norm": ("x", "partial", "gain", "bias", "out"),

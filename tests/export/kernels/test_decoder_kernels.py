@@ -112,6 +112,7 @@ def test_convolutions(case: str, precision: str) -> None:
         "other_w": NOTHING,
         "other_bias": NOTHING,
         "out": (kind, out),
+        "steps": ("i32", c["SIDE"] ** 2 * -(-channels // c["BK"])),
         "partial": ("*fp32", partial),
     }
     if c["RESIDUAL"]:
@@ -157,6 +158,7 @@ def test_pixels_are_clamped_and_truncated() -> None:
         "bias": ("*fp32", bias),
         **dict.fromkeys(("residual", "other_x", "other_w", "other_bias"), NOTHING),
         "out": ("*u8", memory),
+        "steps": ("i32", 9),
         "partial": NOTHING,
     }
     launch("decoder.conv", constants, (3,), arguments)

@@ -70,6 +70,7 @@ def conv(
     other_w,
     other_bias,
     out,  # [B,M,O] (UP: of 2H x 2W pixels)
+    steps,  # SIDE * SIDE * blocks of BK channels; no constant, so that the compiler leaves the loop as it is
     partial,  # [B,2,tiles,O/UNIT], fp32: sum and M2 of every tile and unit, where UNIT is not 0
     H: tl.constexpr,
     W: tl.constexpr,
@@ -130,7 +131,7 @@ def conv(
         value = tl.load(residual + target, mask=kept, other=0.0).to(tl.float32)
     else:
         value = tl.zeros((BM, BN), tl.float32)
-    for i in range(STEPS):
+    for i in range(steps):
         dx = i % SIDE
         dy = i // (SIDE * KB)
         first = i // SIDE % KB * BK
