@@ -32,7 +32,9 @@ from par_runtime.backends.program import ALIGN, Launch, Pointer, Profile, Progra
 from par_runtime.bundle import Stored
 from par_runtime.manifest import MATRICES, NORMS
 
-KINDS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}  #: precision -> type of a pointer
+#: precision -> type of a pointer. fp32 is for tests, which compare a whole engine's tokens with those of a CPU.
+KINDS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
+NUMBER_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 STORED_KINDS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 BYTES = 2  #: of a number in the step's precisions
 STRIDE_MULTIPLE = 64  #: numbers: rows of activations begin at multiples of 128 bytes
@@ -180,7 +182,7 @@ def _weights(planned: Planned, sizes: StepSizes, stored: Mapping[str, Stored], t
         kinds = (("raw", STORED_KINDS[stored[name].dtype]), ("packed", KINDS[precision]))
         spec = Spec("pack.panels", tuple(constants.items()), kinds, warps=4, stages=1)
         arguments = {"raw": Pointer("raw"), "packed": Pointer("packed")}
-        size = columns * blocks * tile.BN * tile.BK * BYTES
+        size = columns * blocks * tile.BN * tile.BK * NUMBER_BYTES[precision]
         planned.weights[name] = Weight(size, stored[name], 0, planned.launch(spec, (columns, blocks, 1), arguments))
 
 
@@ -265,7 +267,7 @@ class _Profile:
 
     def _scratch(self) -> dict[str, int]:
         """name -> bytes. Rows are as many as whole blocks of threads take."""
-        s, rows = self.sizes, self.groups * self.bm
+        s, rows, number = self.sizes, self.groups * self.bm, NUMBER_BYTES[self.precision]
         splits = [
             self.groups * self._columns(kind) * tile.split * self.bm * tile.BN
             for kind, tile in (("wo", self.tiles.wo), ("w2", self.tiles.w2))
@@ -274,10 +276,10 @@ class _Profile:
         attention = self.of_heads * self.spans * self.queries * self.wide
         return {
             "x": rows * self.stride * 4,
-            "h": rows * self.stride * BYTES,
-            "q": rows * s.heads * s.padded * BYTES,
-            "y": rows * self.stride * BYTES,
-            "g": rows * self.ffn_stride * BYTES,
+            "h": rows * self.stride * number,
+            "q": rows * s.heads * s.padded * number,
+            "y": rows * self.stride * number,
+            "g": rows * self.ffn_stride * number,
             "wo_squares": rows * self._columns("wo") * 4,
             "w2_squares": rows * self._columns("w2") * 4,
             "partial": max([attention, *splits]) * 4,

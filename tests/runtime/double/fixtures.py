@@ -85,7 +85,7 @@ def load_kernels(driver: Driver, tmp_path: Path, tiny: Path) -> Iterator[Make]:
         driver.capability = (int(target[2:-1]), int(target[-1]))
         twins = driver.twin = Twins(driver, compare)
         pipeline = Pipeline.load(path, device="cuda:0", capture=capture, selftest=False)
-        twins.parts = lambda: kernels.parts(pipeline.backend)
+        twins.parts = kernels.Parts(pipeline.backend)
         opened.append(pipeline)
         if selftest:
             pipeline.selftest()

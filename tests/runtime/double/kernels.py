@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from par_export.kernels.build import write_files
+from par_export.kernels import plan_decoder, plan_step
+from par_export.kernels.build import _written
 from par_export.kernels.compiler import Compiled
 from par_export.kernels.contents import Contents
-from par_export.kernels.plan import plan
 from par_export.kernels.spec import Planned
 from par_export.kernels.targets import TARGETS
+from par_export.kernels.tiles import choose
 from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, KERNELS
+from par_runtime.backends.gpu.backend import GpuBackend
+from par_runtime.backends.kernels.plan import KernelContext, KernelProgram
 from par_runtime.backends.program import VERSION, to_json
 from par_runtime.bundle import Bundle, seal
 
@@ -52,7 +56,7 @@ def write_engine(
         )
         for name, spec in planned.specs.items()
     }
-    described = write_files(folder, planned, compiled, "stand-in 1", decoder_precision)
+    described = _written(folder, planned, compiled, "stand-in 1", decoder_precision)
     document = {
         "schema": ENGINE_SCHEMA,
         "bundle": bundle.hash,
@@ -75,20 +79,58 @@ def write_engine(
 
 
 def planned(bundle: Bundle, images: tuple[int, ...], target: str, precision: str, decoder: str) -> Planned:
-    """What a build plans for ``bundle``, also in fp32."""
-    return plan(Contents(bundle, precision, decoder), images, TARGETS[target])
+    """What a build plans for ``bundle``, also in fp32, and in small pieces: products in two parts of K, whose sums the
+    last block adds up, and keys in several spans.
+    """
+    contents, card = Contents(bundle, precision, decoder), TARGETS[target]
+    config = contents.config
+    tiles = choose(config, images, card)
+    tiles = {
+        count: replace(
+            of,
+            attention=replace(of.attention, span=32, chunk=32),
+            w2=replace(of.w2, BK=min(of.w2.BK, config.ffn_dim // 2), split=2),
+        )
+        for count, of in tiles.items()
+    }
+    phases = [phase.name for phase in bundle.phases]
+    out = plan_step.plan(config, contents.step, contents.read, phases, images, precision, card, tiles)
+    if contents.tokenizer is not None:
+        out.merge(plan_decoder.plan(contents.tokenizer, config, contents.decoder, images, decoder, card))
+    return out
 
 
-def parts(backend: Any) -> list[tuple[int, int]]:
-    """The buffers that lie in one allocation: address and bytes of weights, counters and scratch of ``backend``."""
-    out = []
-    for program in backend.programs.values():
-        shared, described = program.shared, backend.engine.kernels
-        out += [(shared.addresses[name], weight.bytes) for name, weight in described.weights.items()]
+class Parts:
+    """The buffers that lie in one allocation, as launches of ``backend`` see them: weights, counters, scratch."""
+
+    def __init__(self, backend: GpuBackend) -> None:
+        self._backend = backend
+        self._of: dict[int, list[tuple[int, int]]] = {}
+
+    def __call__(self, at: int) -> list[tuple[int, int]]:
+        """Address and bytes of each, for the launch whose arguments lie at ``at``."""
+        if not self._of:
+            for program in self._programs:
+                for profile, context in program._contexts.items():
+                    found = self._all(program, profile, context)
+                    self._of |= {call[2]: found for call in context.launches._calls}
+        return self._of[at]
+
+    def clear(self) -> None:
+        """Scratch memory may have moved."""
+        self._of.clear()
+
+    @property
+    def _programs(self) -> list[KernelProgram]:
+        return list(self._backend.programs.values())  # type: ignore[arg-type]
+
+    def _all(self, program: KernelProgram, profile: int, context: KernelContext) -> list[tuple[int, int]]:
+        shared, engine = program.shared, self._backend.engine
+        assert engine.kernels is not None
+        out = [(shared.addresses[name], weight.bytes) for name, weight in engine.kernels.weights.items()]
         state = shared.states[program.name]
         out += [(state + offset, size) for offset, size in program.program.state.values()]
-        for profile, context in program._contexts.items():
-            for name, (_, size) in program.program.profiles[backend.engine.images[profile]].scratch.items():
-                with suppress(KeyError):  # no launch takes it
-                    out.append((context.launches.address(name), size))
-    return out
+        for name, (_, size) in program.program.profiles[engine.images[profile]].scratch.items():
+            with suppress(KeyError):  # no launch takes it
+                out.append((context.launches.address(name), size))
+        return out

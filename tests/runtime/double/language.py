@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -122,7 +123,7 @@ class Address:
         return Address(self.buffer, self.index[key], self.name)
 
     def check(self, index: Any, what: str) -> None:
-        if index.size and (index.min() < 0 or index.max() >= self.buffer.size):
+        if index.size and int(index.view(np.uint64).max()) >= self.buffer.size:  # also those below 0
             at = int(index.min()) if index.min() < 0 else int(index.max())
             raise OutsideError(f"{what} number {at} of {self.name}, which has {self.buffer.size}")
 
@@ -234,8 +235,15 @@ def _num_programs(axis: int) -> Array:
     return _here.grid[axis]  # type: ignore[no-any-return]
 
 
+class _Language(SimpleNamespace):
+    """What kernels know as ``tl``."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError(f"a kernel uses tl.{name}, which is not in {Path(__file__).name} yet")
+
+
 _here = SimpleNamespace(block=(), grid=())
-TL = SimpleNamespace(
+TL = _Language(
     constexpr=tl.constexpr,
     float16=np.dtype(np.float16),
     bfloat16=BF16,
@@ -267,8 +275,14 @@ TL = SimpleNamespace(
     sigmoid=lambda x: _array(np.float32(1) / (np.float32(1) + np.exp(-x))),
     div_rn=lambda x, y: _array(np.divide(x, y, dtype=F32)),
     fma=_fma,
+    log=_unary(np.log),
+    log2=_unary(np.log2),
+    abs=_unary(np.abs),
+    floor=_unary(np.floor),
+    cast=lambda x, dtype, bitcast=False: x.to(dtype, bitcast),
+    broadcast_to=lambda x, *shape: _array(np.broadcast_to(x, shape[0] if len(shape) == 1 else shape)),
+    expand_dims=lambda x, axis: _array(np.expand_dims(x, axis)),
     reshape=lambda x, *shape: x.reshape(*shape),
-    broadcast_to=lambda x, shape: _array(np.broadcast_to(x, shape)),
     permute=lambda x, *order: x.transpose(*order),
     trans=lambda x: x.transpose(),
     join=lambda x, y: _array(np.stack([x, y], -1)),

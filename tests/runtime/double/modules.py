@@ -32,7 +32,9 @@ class ViolationError(AssertionError):
 class Twin(Protocol):
     """What computes launches."""
 
-    def __call__(self, kernel: Kernel, grid: tuple[int, int, int], arguments: list[int | float]) -> None: ...
+    def __call__(
+        self, kernel: Kernel, grid: tuple[int, int, int], arguments: list[int | float], at: int
+    ) -> None: ...  # ``at``: where the launch's arguments lay, by which it can be recognised
 
     def done(self) -> None:
         """The stream is empty."""
@@ -124,7 +126,7 @@ class Modules:
         if dependent:
             if self.capability < (9, 0):
                 return (ERROR.CUDA_ERROR_NOT_SUPPORTED,)
-            if not kernel.dependent:
+            if not kernel.dependent or not kernel.constants.get("DEPENDENT", True):
                 raise ViolationError(f"{kernel.source}: may begin before the kernel before it ends, and does not wait")
             if not self.launched_last(stream):
                 raise ViolationError(f"{kernel.source}: is to wait for a kernel, but none was launched before it")
@@ -133,7 +135,7 @@ class Modules:
 
         def work() -> None:
             if twin is not None:
-                twin(kernel, grid, given)
+                twin(kernel, grid, given, arguments)
 
         work.is_kernel = True  # type: ignore[attr-defined]
         return (self.submit(stream, work),)

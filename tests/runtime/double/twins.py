@@ -5,14 +5,16 @@ It runs in ``language.py``; or, to compare, in Triton's interpreter as well.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+from triton.runtime.interpreter import InterpretedFunction
 
 from double import interpreter, language
 from double.driver import Driver, ViolationError
@@ -29,30 +31,53 @@ POINTED = {
 NUMBERS = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 
 
+@functools.lru_cache(maxsize=1024)
+def _of_source(source: str, names: frozenset[str]) -> InterpretedFunction:
+    """The function of ``source``, which takes arguments of these names. Raises ViolationError."""
+    function: InterpretedFunction = interpreter._function(source)
+    wanted = frozenset(inspect.signature(function.fn).parameters)
+    if wanted != names:
+        raise ViolationError(f"{source} takes {sorted(wanted)}; it is given {sorted(names)}")
+    return function
+
+
+def _compiled(kernel: Kernel) -> tuple[InterpretedFunction, dict[str, Any]]:
+    """The function of ``kernel`` and its constants."""
+    constants = dict(kernel.constants)
+    function = _of_source(kernel.source, frozenset(constants).union(name for name, _ in kernel.parameters))
+    if "DEPENDENT" in constants:  # nothing to wait for here
+        constants["DEPENDENT"] = False
+    return function, constants
+
+
+class Parts(Protocol):
+    """Places (address, bytes) inside of allocations that are buffers of their own."""
+
+    def __call__(self, at: int) -> Sequence[tuple[int, int]]:
+        """Those of a launch whose arguments lie at that place of the host's memory."""
+
+    def clear(self) -> None:
+        """They may be others from now on."""
+
+
 class Twins:
     """Computes launches on the memory of ``driver``; blocks run in a random order, since a GPU promises none.
 
-    ``parts``: places (address, bytes) inside of allocations that are buffers of their own, as far as they are known.
+    ``parts``: as far as they are known.
     """
 
     def __init__(self, driver: Driver, compare: bool = False) -> None:
-        self._driver, self._compare = driver, compare
+        self._driver, self.compare = driver, compare
         self._random = np.random.default_rng(0)
-        self.parts: Callable[[], list[tuple[int, int]]] = list
+        self.parts: Parts | None = None
         self._buffers: list[tuple[int, np.ndarray]] = []
+        self._buffers_of: dict[int, tuple[list[tuple[int, np.ndarray]], Sequence[tuple[int, int]]]] = {}
         self._known: tuple[int, ...] = ()
         self.compared: dict[str, int] = {}  #: launches by source
 
-    def __call__(self, kernel: Kernel, grid: tuple[int, int, int], arguments: list[int | float]) -> None:
-        function = interpreter._function(kernel.source)
-        constants = dict(kernel.constants)
-        if "DEPENDENT" in constants:  # nothing to wait for here
-            constants["DEPENDENT"] = False
-        given = {name for name, _ in kernel.parameters} | set(constants)
-        wanted = set(inspect.signature(function.fn).parameters)
-        if wanted != given:
-            raise ViolationError(f"{kernel.source} takes {sorted(wanted)}; it is given {sorted(given)}")
-        self._refresh()
+    def __call__(self, kernel: Kernel, grid: tuple[int, int, int], arguments: list[int | float], at: int) -> None:
+        function, constants = _compiled(kernel)
+        self._refresh(() if self.parts is None else self.parts(at))
         values: dict[str, Any] = dict(constants)
         for (name, kind), value in zip(kernel.parameters, arguments, strict=True):
             if kind in POINTERS:
@@ -61,30 +86,34 @@ class Twins:
                 values[name] = language._array(NUMBERS[kind](value))
         blocks = list(itertools.product(*map(range, grid)))
         self._random.shuffle(blocks)
-        before = {start: array.copy() for start, array in self._driver.device.items()} if self._compare else {}
+        before = {start: array.copy() for start, array in self._driver.device.items()} if self.compare else {}
         try:
             language.run(function, grid, blocks, values)
         except language.OutsideError as error:
             raise ViolationError(f"{kernel.source} {error}") from error
-        if self._compare:
+        if self.compare:
             self._check(kernel, grid, arguments, before)
 
     def done(self) -> None:
-        """The stream is empty: what is allocated, and what of it is known, may be another next time."""
-        self._known = ()
+        """The stream is empty: the memory may be another's next time."""
+        self._buffers_of.clear()
+        if self.parts is not None:
+            self.parts.clear()
 
     # -- private --------------------------------------------------------------------------------------------------
 
-    def _refresh(self) -> None:
-        """The buffers of now: the live allocations, and the parts of them that are known."""
-        known = tuple(self._driver.device)
-        if known == self._known:
-            return
-        self._known = known
-        buffers = dict(self._driver.device)
-        for address, size in self.parts():
-            buffers[address] = self._driver.span(address, size, "part")
-        self._buffers = sorted(buffers.items(), key=lambda item: item[0])
+    def _refresh(self, parts: Sequence[tuple[int, int]]) -> None:
+        """The buffers of a launch: the live allocations, and the parts of them that are known."""
+        if tuple(self._driver.device) != self._known:
+            self._known = tuple(self._driver.device)
+            self._buffers_of.clear()
+        if id(parts) not in self._buffers_of:
+            buffers = dict(self._driver.device)
+            for address, size in parts:
+                buffers[address] = self._driver.span(address, size, "part")
+            # With the parts, so that their id is not another's.
+            self._buffers_of[id(parts)] = sorted(buffers.items(), key=lambda item: item[0]), parts
+        self._buffers = self._buffers_of[id(parts)][0]
 
     def _address(self, kernel: Kernel, name: str, dtype: np.dtype[Any], address: int) -> language.Address:
         """An address argument as a place in the buffer that holds it."""
