@@ -189,6 +189,28 @@ def tiny_copy(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path / "tiny"
 
 
+@pytest.fixture(scope="session")
+def kernels_bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of it with really compiled engines of kernels, for SM80 and SM90 and 1 image.
+
+    They were built by a process that needed neither torch nor triton itself. Its engine cache is the folder ``cache``
+    beside the bundle.
+    """
+    pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build]'")
+    folder = tmp_path_factory.mktemp("kernels")
+    path = shutil.copytree(tiny, folder / "tiny")
+    code = (
+        "import sys; from par_export.cli import build as build_cli\n"
+        "code = build_cli.main(sys.argv[1:])\n"
+        "needed = {'torch', 'triton', 'onnxruntime'} & set(sys.modules)\n"
+        "assert not needed, needed; sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, str(path), "--engine", "kernels", "--target", "SM80,SM90", "--images", "1"]
+    places = {"PARVIS_CACHE": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([*command, "--quiet"], check=True, env=os.environ | places)
+    return path
+
+
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
     """A test that waits (for a pipe that nobody writes, say) fails instead."""

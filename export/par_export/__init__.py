@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from par_export.errors import BuildError, ExportError, OutputError, ParityError
     from par_export.kernels.build import build_kernels
     from par_export.kernels.request import KernelsRequest
+    from par_export.kernels.tune import tune_kernels
 
 __all__ = [
     "BuildError",
@@ -32,6 +33,7 @@ __all__ = [
     "build_kernels",
     "export",
     "tune",
+    "tune_kernels",
 ]
 #: public name -> its module. They are imported when asked for: exporting needs torch, which building engines does not.
 _MODULES = {
@@ -42,6 +44,7 @@ _MODULES = {
     "tune": "engines.tune",
     "KernelsRequest": "kernels.request",
     "build_kernels": "kernels.build",
+    "tune_kernels": "kernels.tune",
     **dict.fromkeys(("BuildError", "ExportError", "OutputError", "ParityError"), "errors"),
 }
 

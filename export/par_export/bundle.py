@@ -288,8 +288,9 @@ def write_manifest(folder: Path, entries: Mapping[str, Any], hashes: dict[tuple[
         hashes[key] = hashes.get(key) or sha256(file)
         files[file.name] = {"bytes": stat.st_size, "sha256": hashes[key]}
     created = {"parvis": __version__, "torch": torch.__version__, "onnx": onnx.__version__}
-    if "onnxruntime" in sys.modules:  # it was the gate's
-        created["onnxruntime"] = sys.modules["onnxruntime"].__version__
+    gate = sys.modules.get("onnxruntime")  # random weights pass no gate
+    if gate is not None:
+        created["onnxruntime"] = gate.__version__
     manifest = seal({"schema": SCHEMA, "created": created, **entries, "files": files})
     try:
         check(manifest)

@@ -75,6 +75,17 @@ class NoTensors(RandomTensors):
         return super().__getitem__(key)
 
 
+class VariedTensors(RandomTensors):
+    """As :class:`RandomTensors`, but gains lie between 0.25 and 4 and biases are not zero, as in a trained model."""
+
+    def __getitem__(self, key: str) -> Tensor:
+        shape, dtype = self._shapes[key]
+        if not dtype.is_floating_point or len(shape) > 1:
+            return super().__getitem__(key)
+        numbers = torch.empty(shape).uniform_(-1, 1, generator=self._random)
+        return 0.1 * numbers if key.endswith("bias") else torch.exp2(2 * numbers)
+
+
 def parameters(config: PARConfig) -> int:
     """How many parameters a model of ``config`` has."""
     with torch.device("meta"):
@@ -90,14 +101,13 @@ def write_family(
     precision: str = "fp32",
     vq: VQConfig | None = None,
     defaults: Mapping[str, Any] = DEFAULTS,
-    hollow: bool = False,
+    tensors: type[RandomTensors] = RandomTensors,
 ) -> dict[int, Path]:
     """Write bundles ``{name}-n{n}`` into ``folder``; returns n -> path.
 
-    ``config.group_size`` is ignored; ``vq`` adds a decoder (no encoder). ``hollow``: matrices are holes in the weights
-    file (:class:`NoTensors`). Raises ValueError for an n that does not fit the grid, OSError.
+    ``config.group_size`` is ignored; ``vq`` adds a decoder (no encoder). ``tensors``: what the weights are. Raises
+    ValueError for an n that does not fit the grid, OSError.
     """
-    tensors = NoTensors if hollow else RandomTensors
     configs = {n: replace(config, group_size=n) for n in group_sizes}
     dtype = DTYPE[precision]
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,13 +135,18 @@ def write_family(
 
 
 def write_published(
-    model: str, group_sizes: Sequence[int], folder: Path, *, precision: str = "fp32", hollow: bool = False
+    model: str,
+    group_sizes: Sequence[int],
+    folder: Path,
+    *,
+    precision: str = "fp32",
+    tensors: type[RandomTensors] = RandomTensors,
 ) -> dict[int, Path]:
     """Write bundles of a model of the paper: "PAR-L" to "PAR-3B", or "PAR-video".
 
     They make images of 384 px with VQ-16's decoder; "PAR-L-256" those of 256 px. The video model has XL's blocks over
-    5x16x16 tokens of 64,000 codes, 101 classes and no decoder; its widths are not published **(ours)**. ``hollow``: as
-    in :func:`write_family`. Returns n -> path. Raises ValueError for another name, OSError.
+    5x16x16 tokens of 64,000 codes, 101 classes and no decoder; its widths are not published **(ours)**. ``tensors``:
+    as in :func:`write_family`. Returns n -> path. Raises ValueError for another name, OSError.
     """
     vq: VQConfig | None = VQConfig()
     if model == "PAR-video":
@@ -141,7 +156,7 @@ def write_published(
         if pixels not in ("", "256", "384"):
             raise ValueError(f"{model!r}: expected 256 or 384 pixels")
         config = named(size, grid=(1, 16, 16) if pixels == "256" else (1, 24, 24))
-    return write_family(config, group_sizes, folder, name=model, precision=precision, vq=vq, hollow=hollow)
+    return write_family(config, group_sizes, folder, name=model, precision=precision, vq=vq, tensors=tensors)
 
 
 def _write(

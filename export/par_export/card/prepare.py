@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from par_export.card.plan import COMPILED, TWINS, Model, label_of
-from par_export.random_bundle import write_family
+from par_export.random_bundle import NoTensors, write_family
 from par_runtime.backends.engines import ENGINES
 from par_runtime.bench.measure import image_ms
 from par_runtime.bench.subjects.base import OutOfTimeError
@@ -74,7 +74,13 @@ class Preparation:
     def _write(self, model: Model) -> Mapping[int, Path]:
         self._check()
         return write_family(
-            model.config, model.group_sizes, self._work, name=model.name, precision=PRECISION, vq=model.vq, hollow=True
+            model.config,
+            model.group_sizes,
+            self._work,
+            name=model.name,
+            precision=PRECISION,
+            vq=model.vq,
+            tensors=NoTensors,
         )
 
     def _engine(self, written: Future[Mapping[int, Path]], n: int) -> Path:

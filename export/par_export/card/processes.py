@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 Line = dict[str, Any]
+MOST_SAID = 200  #: lines of a program that a stage runs under
 NOT_A_LINE = 500  #: characters of the last words of a process that end up in the report
 
 
@@ -24,10 +25,12 @@ NOT_A_LINE = 500  #: characters of the last words of a process that end up in th
 class Ended:
     """A stage that has ended. ``lines`` without "begin", "done" and "failed"; ``why`` it failed, or "".
 
-    ``during``: what it had begun when it ended before its time, or "".
+    ``during``: what it had begun when it ended before its time, or "". ``said``: the first lines of a program that it
+    ran under.
     """
 
     lines: list[Line] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
     why: str = ""
     during: str = ""
     seconds: float = 0.0
@@ -55,7 +58,7 @@ def run_stage(name: str, spec: Mapping[str, Any], until: float, before: Sequence
         ended.seconds = time.monotonic() - began
         if late:
             ended.why = "it had not ended when its time was over"
-        elif not ended.why and ended.during != _DONE:
+        elif not ended.why and (ended.during != _DONE or process.returncode):
             words.seek(0)
             last = [line.strip() for line in words.read()[-20000:].splitlines() if line.strip()] or [""]
             code = process.returncode
@@ -103,7 +106,9 @@ def _listen(process: subprocess.Popen[str], output: IO[str], until: float) -> tu
 def _take(ended: Ended, line: str) -> None:
     try:
         said: Line = json.loads(line)
-    except ValueError:  # of a program that it runs under
+    except ValueError:
+        if len(ended.said) < MOST_SAID:
+            ended.said.append(line.strip())
         return
     kind = said.get("kind")
     if kind == "begin":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -24,7 +25,9 @@ from par_export.card.limits import COPY, MATRICES
 from par_export.card.plan import BATCHES, MODELS, Block, Model, blocks, label_of
 from par_export.card.prepare import Build, Preparation, Twin, build_here, copy_engines
 from par_export.card.processes import Ended, Line, run_stage
+from par_export.card.samples import SAMPLES, Sample
 from par_export.card.table import Findings, markdown
+from par_export.errors import BuildError
 from par_runtime.backends.engines import ENGINES
 from par_runtime.bench import machine
 from par_runtime.bench.bounds import GPU, with_bounds
@@ -49,12 +52,14 @@ REPETITIONS = 5
 SANITIZER = "compute-sanitizer"
 SANITIZER_OPTIONS = ("--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all")
 SANITIZER_S = 90.0
-EXPECTED = (BundleError, CudaError, EngineError, MemoryError, OSError, OutOfTimeError, RequestError, RuntimeError)
+#: Errors that are said in one line. Any other is a fault of ours: it is printed whole, and the report goes on.
+EXPECTED = (BuildError, BundleError, CudaError, EngineError, MemoryError, OSError, OutOfTimeError, RequestError)
 
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What to report. ``checked``: bundles whose whole images are checked; ``engines``: a folder of ready engines.
+    """What to report. ``checked``: bundles whose whole images are checked; ``samples``: those whose kernels are;
+    ``engines``: a folder of ready engines.
 
     ``engines`` holds a folder for each bundle, by its name, with the engines of it in ``engines/``. ``torch``:
     PyTorch's device; ``groups``: how many calls of the last phase ``verify`` compares; ``limits``: other sizes for
@@ -64,6 +69,7 @@ class CardOptions:
     device: int = 0
     minutes: float = MINUTES
     checked: Sequence[Path] = ()
+    samples: Sequence[Sample] = SAMPLES
     models: Sequence[Model] = MODELS
     engines: Path | None = None
     repetitions: int = REPETITIONS
@@ -164,13 +170,15 @@ class _Report:
                     self._leave_out(block.name, "time")
                     continue
                 share = block.weight / (block.weight + sum(other.weight for other in waiting))
-                rows += self._block(block, prepared, time.monotonic() + share * left)
+                try:
+                    rows += self._block(block, prepared, time.monotonic() + share * left)
+                except Exception as error:
+                    self._leave_out(block.name, error)
             self._progress("")
         return rows
 
     def _leave_out(self, what: str, why: object) -> None:
-        text = str(why) or type(why).__name__
-        self._state.left_out.append(f"{what}: {text}")
+        self._state.left_out.append(f"{what}: {_words(why)}")
 
     def _build(self, path: Path, images: Sequence[int]) -> None:
         """The engine of a bundle: a ready one, else a new one."""
@@ -186,20 +194,36 @@ class _Report:
     def _checks(self, work: Path) -> None:
         """Every check, several at once: none of them is timed."""
         until = self._began + CHECKS_END * self._seconds
-        bundles = self._checked_bundles(work)
-        stages: list[tuple[str, Callable[[], Ended]]] = []
-        for name, path in bundles.items():
-            spec = {"path": str(path), "name": name, "device": self._device, "reference": "cpu", "seed": 7}
-            spec |= {"groups": self._options.groups, "images": self._options.stress}
-            stages.append((f"{name}: images", partial(run_stage, "images", spec, until)))
-            stages.append((f"{name}: memory", partial(run_stage, "memory", spec, until)))
-        stages += self._sanitized(bundles, until)
         with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
-            started = [(name, pool.submit(run)) for name, run in stages]
+            started = [
+                (f"{sample.name}: kernels", pool.submit(self._of_sample, sample, work / "samples", until))
+                for sample in self._options.samples
+            ]
+            bundles = self._checked_bundles(work)
+            stages: list[tuple[str, Callable[[], Ended]]] = []
+            for name, path in bundles.items():
+                spec = {"path": str(path), "name": name, "device": self._device, "reference": "cpu", "seed": 7}
+                spec |= {"groups": self._options.groups, "images": self._options.stress}
+                stages.append((f"{name}: images", partial(run_stage, "images", spec, until)))
+                stages.append((f"{name}: memory", partial(run_stage, "memory", spec, until)))
+            stages += self._sanitized(bundles, until)
+            started += [(name, pool.submit(run)) for name, run in stages]
             for name, future in started:
                 self._progress(f"checking: {name}")
-                self._take(name, future.result())
+                try:
+                    self._take(name, future.result())
+                except Exception as error:
+                    self._wrong(name, error)
         self._keep()
+
+    def _of_sample(self, sample: Sample, work: Path, until: float) -> Ended:
+        """Every kernel of a sample's engine, which is built for it. Raises what the build raises."""
+        if time.monotonic() > until:
+            return Ended(why="there was no time for it")
+        path = sample.write(work / sample.name)
+        self._build(path, sample.images)
+        spec = {"path": str(path), "name": sample.name, "device": self._device, "torch": self._options.torch}
+        return run_stage("kernels", spec, until)
 
     def _checked_bundles(self, work: Path) -> dict[str, Path]:
         """Copies of the bundles to check, with engines: name -> path."""
@@ -211,7 +235,7 @@ class _Report:
                 shutil.copytree(source, path, ignore=shutil.ignore_patterns(ENGINES))
                 self._progress(f"building an engine of {name}")
                 self._build(path, (1, 2, 4))
-            except EXPECTED as error:
+            except Exception as error:
                 self._wrong(f"{name}: an engine is built", error)
                 continue
             out[name] = path
@@ -234,13 +258,17 @@ class _Report:
         """Keep the lines of a stage; one that ended before its time is a check that failed."""
         self._state.lines += ended.lines
         if name == SANITIZER:
-            text = ended.why or "no error was reported"
-            self._state.lines.append(_check(f"{SANITIZER}: one image", not ended.why, text))
+            said = [line.strip("= ") for line in ended.said if "=====" in line]
+            if not any("ERROR SUMMARY" in line for line in said):  # it cannot watch here, which says nothing of us
+                self._leave_out(SANITIZER, " ".join([ended.why, *said])[:300])
+                return
+            errors = [line for line in said if "COMPUTE-SANITIZER" not in line]
+            self._state.lines.append(_check(f"{SANITIZER}: one image", not ended.why, "; ".join(errors[:4])))
         elif ended.why:
             self._wrong(ended.during or name, ended.why)
 
     def _wrong(self, name: str, why: object) -> None:
-        self._state.lines.append(_check(name, False, str(why) or type(why).__name__))
+        self._state.lines.append(_check(name, False, _words(why)))
 
     # -- how fast? ----------------------------------------------------------------------------------------------------
 
@@ -287,7 +315,7 @@ class _Report:
                 return []
             try:
                 rows = rows_in_turns(ready, setting, self._progress)
-            except EXPECTED as error:  # of the last subject
+            except Exception as error:  # of the last subject
                 self._leave_out(block.name, error)
                 return []
             for label, why in setting.failed.items():
@@ -312,7 +340,7 @@ class _Report:
                     opened[n] = future.result()
                 except FutureTimeoutError:
                     self._leave_out(label_of(model.name, n), "its engine was not built in time")
-                except EXPECTED as error:
+                except Exception as error:
                     self._leave_out(f"{label_of(model.name, n)}, batch {block.images}", error)
         for subject in opened.values():
             held.callback(subject.close)
@@ -330,7 +358,7 @@ class _Report:
                 continue
             try:
                 out.append(future.result())
-            except EXPECTED as error:
+            except Exception as error:
                 self._leave_out(label, error)
         return out
 
@@ -339,7 +367,7 @@ class _Report:
         self._progress(f"{subject.info.label}: warming up")
         try:
             warm_up(subject, setting)
-        except EXPECTED as error:
+        except Exception as error:
             self._leave_out(f"{subject.info.label}, batch {setting.images}", error)
             return False
         return True
@@ -358,7 +386,7 @@ class _Report:
             self._progress(f"{label}: each kernel")
             try:
                 timed = able[n].kernels(block.images, True)
-            except EXPECTED as error:
+            except Exception as error:
                 self._leave_out(f"kernels of {label}, batch {block.images}", error)
                 continue
             about = {"kind": "kernel", "label": label, "images": block.images}
@@ -369,6 +397,14 @@ class _Report:
     def _keep(self) -> None:
         """Have what was found so far written beside the rows."""
         self._journal.keep("lines", lambda: [])
+
+
+def _words(why: object) -> str:
+    """An error or a reason in one line; an error that nobody expected is printed as well."""
+    if isinstance(why, Exception) and not isinstance(why, EXPECTED):
+        traceback.print_exception(why)
+        return f"{type(why).__name__}: {why}"
+    return str(why) or type(why).__name__
 
 
 def _check(name: str, passed: bool, text: str) -> dict[str, Any]:

@@ -32,6 +32,13 @@ def limits_stage(spec: Spec, emit: Emit) -> None:
     limits.matrices(spec["torch"], emit, spec.get("side", limits.MATRIX))
 
 
+def kernels_stage(spec: Spec, emit: Emit) -> None:
+    """Every kernel of the bundle ``path``, which has an engine; see ``card/kernels.py``."""
+    from par_export.card.kernels import check_kernels
+
+    check_kernels(spec, emit)
+
+
 def images_stage(spec: Spec, emit: Emit) -> None:
     """Whole images of the bundle ``path``, which has an engine; see ``card/images.py``."""
     from par_export.card.images import check_images
@@ -55,6 +62,7 @@ def one_image_stage(spec: Spec, emit: Emit) -> None:
 
 STAGES: dict[str, Stage] = {
     "limits": limits_stage,
+    "kernels": kernels_stage,
     "images": images_stage,
     "memory": memory_stage,
     "one_image": one_image_stage,

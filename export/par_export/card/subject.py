@@ -1,6 +1,6 @@
 """An engine of kernels with random weights as a subject of a benchmark, and the time of each of its kernels.
 
-The bundle's weights file may be full of holes (``random_bundle``, ``hollow``): after loading, every matrix is filled
+The bundle's weights file may be full of holes (``random_bundle.NoTensors``): after loading, every matrix is filled
 with random numbers on the device, in the form in which kernels read it. Loading is timed as it is: it reads the same
 bytes.
 """

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from par_export.cli.common import count, counts, guarded
+from par_export.cli.common import ENGINES, check_kernels, count, counts, guarded, needed_for_kernels
 from par_export.engines.cache import DEFAULT_LIMIT_BYTES
 from par_export.engines.request import MODES, NAME_A_TARGET, SAMPLING, BuildRequest, check_local_gpu, sizes_up_to
 from par_export.errors import BuildError
@@ -18,18 +18,7 @@ from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.cli.common import Parser
 from par_runtime.cli.options import add_list
 from par_runtime.dtypes import PRECISIONS
-from par_runtime.errors import how_to_install
 from par_runtime.system import cache_folder, check_writable, write_beside
-
-#: option -> why an engine of kernels does not have it.
-PLANS_ONLY = {
-    "--engines": "an engine of kernels is always shared, one list of launches for every phase",
-    "--sampling": "kernels sample exactly, with every top-k and top-p",
-    "--attention": "kernels have one form of attention",
-    "--visible": "kernels read as many keys as each row has",
-    "--norm": "kernels always apply a norm to the product behind it",
-    "--reproducible": "kernels are compiled without timing anything, so the same build is always the same",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     Raises what :func:`par_export.engines.build.build` and :func:`par_export.kernels.build.build_kernels` raise.
     """
     if args.engine == "kernels":
-        _check_kernels(args)
+        check_kernels(args)
     if "local" in args.target:  # before the import, which may ask to install TensorRT
         check_local_gpu(otherwise=kernels.NAME_A_TARGET if args.engine == "kernels" else NAME_A_TARGET)
     if args.list is not None and not args.list.parent.is_dir():
@@ -75,11 +64,8 @@ def _plans(args: argparse.Namespace) -> list[Path]:
 
 
 def _kernels(args: argparse.Namespace) -> list[Path]:
-    try:
+    with needed_for_kernels():
         from par_export.kernels.build import build_kernels
-    except ModuleNotFoundError as error:  # what plans are built with may be missing here, and other way round
-        install = how_to_install("kernels-build")
-        raise BuildError(f"--engine kernels needs {error.name}, which is not installed; {install}") from None
 
     request = kernels.KernelsRequest(
         bundle=args.bundle,
@@ -94,13 +80,6 @@ def _kernels(args: argparse.Namespace) -> list[Path]:
     )
     with PlanBar(args.quiet or args.json) as bar:
         return build_kernels(request, (lambda _: None) if args.json or args.quiet else bar.say, bar)
-
-
-def _check_kernels(args: argparse.Namespace) -> None:
-    """Raise BuildError where an option was given that only plans of TensorRT have."""
-    for option, why in PLANS_ONLY.items():
-        if getattr(args, option.strip("-")):
-            raise BuildError(f"{option}: {why}; leave it out, or give --engine tensorrt")
 
 
 def _request(args: argparse.Namespace, target: str) -> BuildRequest:
@@ -212,8 +191,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--engine",
-        choices=["tensorrt", "kernels"],
-        default="tensorrt",
+        choices=ENGINES,
+        default=ENGINES[0],
         help="'tensorrt': plans (default); 'kernels': our own, for SM80, SM86, SM89, SM90, SM100, SM120, compiled by "
         "Triton: docs/kernels.md",
     )

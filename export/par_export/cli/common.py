@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from par_export.errors import BuildCancelledError, BuildError, ExportError, OutputError, ParityError
 from par_runtime.cli.common import fail, out_of_memory
-from par_runtime.errors import BundleError, CudaError, TensorRTMissingError
+from par_runtime.errors import BundleError, CudaError, TensorRTMissingError, how_to_install
 from par_runtime.system import explain
 
 #: Errors that end a verb with one line and exit code 2.
@@ -23,6 +24,16 @@ EXPECTED: tuple[type[Exception], ...] = (
     OutputError,
     TensorRTMissingError,
 )
+#: option -> why an engine of kernels does not have it.
+PLANS_ONLY = {
+    "--engines": "an engine of kernels is always shared, one list of launches for every phase",
+    "--sampling": "kernels sample exactly, with every top-k and top-p",
+    "--attention": "kernels have one form of attention",
+    "--visible": "kernels read as many keys as each row has",
+    "--norm": "kernels always apply a norm to the product behind it",
+    "--reproducible": "kernels are compiled without timing anything, so the same build is always the same",
+}
+ENGINES = ("tensorrt", "kernels")  #: kinds of engines; the first is the default
 MOST_IMAGES = 256  #: largest batch that an engine is built for
 
 
@@ -70,6 +81,23 @@ def _is_at(file: str, out: Path) -> bool:
     """Whether ``file`` is ``out``, in it, or a folder above it; a checkpoint or a cache is elsewhere."""
     path, wanted = Path(file).absolute(), out.absolute()
     return path.is_relative_to(wanted.parent) or wanted.is_relative_to(path)
+
+
+def check_kernels(args: argparse.Namespace) -> None:
+    """Raise BuildError where an option was given that only plans of TensorRT have."""
+    for option, why in PLANS_ONLY.items():
+        if getattr(args, option.strip("-"), None):
+            raise BuildError(f"{option}: {why}; leave it out, or give --engine tensorrt")
+
+
+@contextmanager
+def needed_for_kernels() -> Iterator[None]:
+    """Imports that only engines of kernels need. Raises BuildError where a package is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:  # what plans are built with does not help here
+        install = how_to_install("kernels-build")
+        raise BuildError(f"--engine kernels needs {error.name}, which is not installed; {install}") from None
 
 
 def count(text: str) -> int:

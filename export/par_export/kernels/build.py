@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import par_model
@@ -32,7 +33,8 @@ from par_export.kernels.contents import Contents
 from par_export.kernels.plan import Planner, plan
 from par_export.kernels.request import DECODER_PRECISIONS, NAME_A_TARGET, PRECISIONS, KernelsRequest
 from par_export.kernels.spec import Planned
-from par_export.kernels.targets import Target, target_of
+from par_export.kernels.targets import Target, runs_on, target_of
+from par_export.kernels.tiles import Refused, shape_of
 from par_runtime import __version__
 from par_runtime.backends import program
 from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, KERNELS, Engine
@@ -55,19 +57,17 @@ def build_kernels(
     ``say`` receives lines of text for the user; ``on_step`` what is going on, and the fraction that is done. Raises
     BuildError, OutputError, BundleError, OSError.
     """
-    _check_request(request)
-    targets = [_Card.of(name) for name in request.targets]
+    check_request(request)
+    targets = [target(name) for name in request.targets]
     bundle = Bundle.open(request.bundle, verify="full")
-    precision, decoder = _precisions(bundle, request)
+    contents = Contents(bundle, *precisions(bundle, request))
     folder_of_engines = place(bundle, request.out, say)
     cache = cache_of(request, say)
     folders = []
     with Compiler(request.workers) as compiler:
-        contents = Contents(bundle, precision, decoder)
-        for card in targets:
-            build = _Build(request, contents, card, compiler, planner)
-            label = f"-{request.label}" if request.label else ""
-            out = folder_of_engines / f"{KERNELS}-{VERSION}-{card.target.name.lower()}-{precision}{label}"
+        for each in targets:
+            build = Build(contents, request.images, each, compiler, planner)
+            out = folder_of_engines / build.name
             publish(out, bundle, cache, build.ingredients(), partial(build.write, say=say, on_step=on_step), say)
             for line in kernels_report.table(json.loads((out / ENGINE_JSON).read_text())["report"]):
                 say(line)
@@ -75,7 +75,8 @@ def build_kernels(
     return folders
 
 
-def _check_request(request: KernelsRequest) -> None:
+def check_request(request: KernelsRequest) -> None:
+    """Raise BuildError where ``request`` asks for what kernels cannot do."""
     if request.precision is not None and request.precision not in PRECISIONS:
         raise BuildError(
             f"precision {request.precision}: kernels compute in {' or '.join(PRECISIONS)}; give one of these"
@@ -88,7 +89,7 @@ def _check_request(request: KernelsRequest) -> None:
     check_images(request.images)
 
 
-def _precisions(bundle: Bundle, request: KernelsRequest) -> tuple[str, str]:
+def precisions(bundle: Bundle, request: KernelsRequest) -> tuple[str, str]:
     """The precisions of step and decoder, checked against what the manifest says of the model. Raises BuildError."""
     quantised = sorted({entry.dtype for entry in bundle.weights.values()} & {"int8", "int4"})
     if bundle.precision not in DTYPE or quantised:
@@ -108,34 +109,28 @@ def _precisions(bundle: Bundle, request: KernelsRequest) -> tuple[str, str]:
     return precision, decoder
 
 
-@dataclass(frozen=True)
-class _Card:
-    """What an engine is built for: a target, and where that was "local", this machine's card."""
-
-    target: Target
-    device: str | None
-
-    @staticmethod
-    def of(name: str) -> _Card:
-        if name != "local":
-            return _Card(target_of(name), None)
-        capability, device = local_gpu(otherwise=NAME_A_TARGET)
-        return _Card(target_of(capability), device)
+def target(name: str, index: int = 0) -> Target:
+    """The target of that name; "local": what runs on GPU ``index`` of this machine. Raises BuildError."""
+    if name != "local":
+        return target_of(name)
+    here, _ = local_gpu(index, otherwise=NAME_A_TARGET)
+    return target_of(runs_on(int(here.removeprefix("SM"))) or here)
 
 
 @dataclass(frozen=True)
-class _Build:
-    """The build of one engine."""
+class Build:
+    """The build of one engine, for batches of ``images``."""
 
-    request: KernelsRequest
     contents: Contents
-    card: _Card
+    images: tuple[int, ...]
+    target: Target
     compiler: Compiler
-    planner: Planner
+    planner: Planner = plan
 
     @property
-    def target(self) -> Target:
-        return self.card.target
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{KERNELS}-{VERSION}-{self.target.name.lower()}-{self.contents.precision}"
 
     def ingredients(self) -> dict[str, Any]:
         """All that decides what the build makes, as plain values: the key of the engine cache."""
@@ -146,27 +141,31 @@ class _Build:
             "runtime": [KERNELS, VERSION, self.target.name],
             "compiler": [self.compiler.version, *self.compiler.tools],
             "precision": [self.contents.precision, self.contents.decoder_precision],
-            "images": list(self.request.images),
+            "images": list(self.images),
             "sources": source_hash((kernels, graphs, par_model, engine_contents, engine_publish, program)),
         }
 
-    def write(self, folder: Path, say: Callable[[str], None], on_step: OnStep) -> None:
-        """Plan, compile and describe the engine in ``folder``. Raises BuildError."""
+    def write(
+        self,
+        folder: Path,
+        say: Callable[[str], None] = lambda _: None,
+        on_step: OnStep = lambda *_: None,
+        device: str | None = None,
+        tuned: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Plan, compile and describe the engine in ``folder``. Raises BuildError.
+
+        ``device``: the only card that it is for; ``tuned``: what was measured there.
+        """
         started = time.monotonic()
         bundle, name = self.contents.bundle, self.target.name
         on_step(f"{name}: planning", 0.0)
         self.contents.check_range()
-        planned = self.planner(self.contents, self.request.images, self.target)
-        planned_at = time.monotonic()
-        compiled = self.compiler.compile(
-            planned.specs.values(), self.target, lambda done, of: on_step(f"{name}: kernel {done} of {of}", done / of)
-        )
-        self._check(planned, compiled)
-        compiled_at = time.monotonic()
-        engine = _written(folder, planned, compiled, self.compiler.version, self.contents.decoder_precision)
+        planned, compiled, compile_seconds = self.compiled(on_step)
+        engine = write_files(folder, planned, compiled, self.compiler.version, self.contents.decoder_precision)
         times = {
             "seconds": round(time.monotonic() - started, 2),
-            "compile_seconds": round(compiled_at - planned_at, 2),
+            "compile_seconds": round(compile_seconds, 2),
         }
         report = times | kernels_report.report(self.contents, engine, compiled, self.compiler)
         document = {
@@ -176,16 +175,16 @@ class _Build:
             "runtime": KERNELS,
             "version": VERSION,
             "target": name,
-            "device": None,
+            "device": device,
             "precision": self.contents.precision,
             "decoder_precision": self.contents.decoder_precision,
             "mode": "shared",
-            "images": list(self.request.images),
+            "images": list(self.images),
             "sampling": SAMPLING,
             "plans": {},
             "decoder": None,
             "kernels": program.to_json(engine),
-            "tuned": {},
+            "tuned": dict(tuned),
             "report": report,
         }
         sealed = seal(document)
@@ -197,15 +196,42 @@ class _Build:
             f"{report['peak_memory_bytes'] / 1e6:.0f} MB"
         )
 
-    def _check(self, planned: Planned, compiled: dict[str, Compiled]) -> None:
-        """Raise BuildError for the first kernel that cannot run well on the target."""
-        for name, spec in planned.specs.items():
-            fault = compiled[name].fault(self.target)
-            if fault is not None:
-                raise BuildError(f"kernel {spec.source} for {self.target.name} by {self.compiler.version} {fault}")
+    def compiled(self, on_step: OnStep) -> tuple[Planned, dict[str, Compiled], float]:
+        """The plan, its compiled kernels, and the seconds that compiling took.
+
+        Where the compiler finds no registers or no shared memory for a product, it is planned in another shape. Raises
+        BuildError, which names the first kernel that cannot run well on the target.
+        """
+        refused: Refused = frozenset()
+        seconds, why = 0.0, ""
+        while True:
+            try:
+                planned = self.planner(self.contents, self.images, self.target, refused)
+            except BuildError:
+                if why:  # no other shape is left
+                    raise BuildError(why) from None
+                raise
+            started = time.monotonic()
+            compiled = self.compiler.compile(
+                planned.specs.values(),
+                self.target,
+                lambda done, of: on_step(f"{self.target.name}: kernel {done} of {of}", done / of),
+            )
+            seconds += time.monotonic() - started
+            faults = {name: fault for name in planned.specs if (fault := compiled[name].fault(self.target))}
+            if not faults:
+                return planned, compiled, seconds
+            shapes = {name: shape_of(planned.specs[name]) for name in faults}
+            final = [name for name, shape in shapes.items() if shape is None or shape in refused]
+            name = [*final, *faults][0]
+            source = planned.specs[name].source
+            why = f"kernel {source} for {self.target.name} by {self.compiler.version} {faults[name]}"
+            if final:
+                raise BuildError(why)
+            refused |= {shape for shape in shapes.values() if shape is not None}
 
 
-def _written(
+def write_files(
     folder: Path, planned: Planned, compiled: dict[str, Compiled], compiler: str, decoder_precision: str
 ) -> Kernels:
     """Write cubins and constants into ``folder``; returns the engine that they and the plan make."""

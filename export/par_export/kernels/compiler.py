@@ -89,6 +89,7 @@ class Compiler:
         self.version = f"triton {hello['version']}"
         self.tools: tuple[str, ...] = tuple(hello["tools"])
         self._peaks: dict[int, int] = {}
+        self._made: dict[tuple[str, str], Compiled] = {}
 
     def __enter__(self) -> Compiler:
         return self
@@ -106,13 +107,13 @@ class Compiler:
     ) -> dict[str, Compiled]:
         """name -> the compiled kernel, of each of ``specs``. ``done``: called with how many are, and of how many.
 
-        Raises BuildError, which names the kernel and the target, for the first that does not compile.
+        What was compiled before is taken from memory. Raises BuildError, which names the kernel and the target, for the
+        first that does not compile.
         """
-        waiting = list({spec.name: spec for spec in specs}.values())[::-1]
-        total = len(waiting)
-        while len(self._workers) < min(self._most, total):
-            self._start(silent=True)
-        out: dict[str, Compiled] = {}
+        wanted = {spec.name: spec for spec in specs}
+        waiting = [spec for name, spec in wanted.items() if (name, target.name) not in self._made][::-1]
+        while len(self._workers) < min(self._most, len(waiting)):
+            self._start()
         at_work: dict[_Worker, Spec] = {}
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
@@ -130,9 +131,9 @@ class Compiler:
                         continue
                     del at_work[worker]
                     self._peaks[worker.pid] = answer.pop("peak_bytes", 0)
-                    out[spec.name] = self._compiled(spec, target, answer)
-                    done(len(out), total)
-        return out
+                    self._made[spec.name, target.name] = self._compiled(spec, target, answer)
+                    done(len(wanted) - len(waiting) - len(at_work), len(wanted))
+        return {name: self._made[name, target.name] for name in wanted}
 
     def close(self) -> None:
         """End all workers and remove their files."""
@@ -141,7 +142,7 @@ class Compiler:
         self._workers.clear()
         self._folder.cleanup()
 
-    def _start(self, silent: bool = False) -> _Worker:
+    def _start(self) -> _Worker:
         worker = _Worker(Path(self._folder.name), len(self._workers))
         self._workers.append(worker)
         return worker

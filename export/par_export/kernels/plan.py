@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 from par_export.kernels import plan_decoder, plan_step
 from par_export.kernels.contents import Contents
 from par_export.kernels.spec import Planned
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import choose
+from par_export.kernels.tiles import AttentionTile, ProductTile, Refused, choose
 
 
 class Planner(Protocol):
-    """Kernels and launches for a bundle, batches of ``images`` and a target."""
+    """Kernels and launches for a bundle, batches of ``images`` and a target, without shapes that are ``refused``."""
 
-    def __call__(self, contents: Contents, images: Sequence[int], target: Target) -> Planned: ...
+    def __call__(
+        self, contents: Contents, images: Sequence[int], target: Target, refused: Refused = ...
+    ) -> Planned: ...
 
 
-def plan(contents: Contents, images: Sequence[int], target: Target) -> Planned:
-    """The step and, where the bundle has images, the decoder. Raises BuildError, BundleError, OSError."""
-    config = contents.config
-    planned = plan_step.plan(
-        config,
-        contents.step,
-        contents.read,
-        [phase.name for phase in contents.bundle.phases],
-        images,
-        contents.precision,
-        target,
-        choose(config, images, target),
-    )
-    if contents.tokenizer is not None:
-        planned.merge(
-            plan_decoder.plan(contents.tokenizer, config, contents.decoder, images, contents.decoder_precision, target)
-        )
+def plan(
+    contents: Contents,
+    images: Sequence[int],
+    target: Target,
+    refused: Refused = frozenset(),
+    given: Mapping[str, ProductTile | AttentionTile] = MappingProxyType({}),
+) -> Planned:
+    """The step and, where the bundle has images, the decoder. ``given``: shapes of tiles that were measured.
+
+    Raises BuildError, BundleError, OSError.
+    """
+    config, vq = contents.config, contents.tokenizer
+    tiles = choose(config, images, target, refused, given)
+    phases = [phase.name for phase in contents.bundle.phases]
+    planned = plan_step.plan(config, contents.step, contents.read, phases, images, contents.precision, target, tiles)
+    if vq is not None:
+        planned.merge(plan_decoder.plan(vq, config, contents.decoder, images, contents.decoder_precision, target))
     return planned

@@ -87,12 +87,13 @@ def listing(entry: Mapping[str, Any]) -> list[str]:
     for name, program in entry["kernels"]["programs"].items():
         images = min(program["profiles"], key=int)
         lines += ["", f"{name}, {images} images:"]
-        for part, launch in _launches(program["profiles"][images]):
+        for i, (part, launch) in enumerate(_launches(program["profiles"][images])):
             kernel = kernels[launch[0]]
             grid = " x ".join(str(size) for size in launch[1])
+            place = "each layer" if part == "layer" else ""
             lines.append(
-                f"  {part:7} {launch[0]:28} grid {grid:16} {32 * kernel['warps']:4} threads, {kernel['registers']:3} "
-                f"registers, {kernel['shared'] / 1024:6.1f} KB shared"
+                f"  {i:4} {place:10} {launch[0]:20} grid {grid:16} {32 * kernel['warps']:4} threads, "
+                f"{kernel['registers']:3} registers, {kernel['shared'] / 1024:6.1f} KB shared"
             )
     return lines
 

@@ -29,7 +29,6 @@ class KernelsRequest:
     decoder_precision: str | None = None
     workers: int | None = None
     out: Path | None = None  #: where engines are put, one folder per bundle; None: see ``engines/place.py``
-    label: str = ""  #: further part of the folders' names, for engines side by side
     use_cache: bool = True
     cache_folder: Path | None = field(default_factory=cache_folder)  #: None: a user without a home; no cache then
     cache_limit_bytes: int = DEFAULT_LIMIT_BYTES

@@ -67,6 +67,22 @@ def target_of(name: str) -> Target:
     why = ""
     if digits.isdecimal() and int(digits[:9]) < OLDEST:
         why = f"; before SM{OLDEST} GPUs lack the copies that the kernels need: --engine tensorrt builds for SM75"
+    elif digits.isdecimal() and runs_on(int(digits[:9])) is not None:
+        why = f"; an engine for {runs_on(int(digits[:9]))} runs there too"
     elif digits.isdecimal():
         why = "; --engine tensorrt may build for it"
     raise BuildError(f"target {shown(name)}: engines of kernels are built for {', '.join(TARGETS)}, or local{why}")
+
+
+def runs_on(capability: int) -> str | None:
+    """The name of the target whose kernels run best on a GPU of ``capability`` (87 for SM87); None where none does.
+
+    What was compiled for 8.x runs on later ones of 8.x; from 9.0 on it uses what only one capability has.
+    """
+    fit = [
+        target.capability
+        for target in TARGETS.values()
+        if target.capability == capability
+        or (target.capability // 10 == 8 == capability // 10 and target.capability < capability)
+    ]
+    return f"SM{max(fit)}" if fit else None

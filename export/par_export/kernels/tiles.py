@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from par_export.errors import BuildError
+from par_export.kernels.spec import Spec
 from par_export.kernels.targets import Target
 from par_model.config import PARConfig
 
@@ -38,6 +39,9 @@ MOST_SHARED = 0.9  #: of a block's limit: the compiler adds to what the stages t
 MOST_SUMS = 4096  #: of squares that a consumer of x adds up in registers: tiles (a power of 2) times rows
 MOST_ROWS = 64  #: of one block
 MOST_INPUTS = 8192  #: numbers of activations that a block loads at a time: with more, registers do not suffice
+#: Of the activations that a block of 8 rows loads at a time, numbers for each thread: with fewer than 8 bytes a thread
+#: some are not copied in the background.
+FEWEST_INPUTS = 4
 KINDS = ("qkv", "wo", "gates", "w2", "head", "attention")
 #: (BN, BK, rows) of products that the compiler found no registers for.
 Refused = frozenset[tuple[int, int, int]]
@@ -78,6 +82,14 @@ class Tiles:
     w2: ProductTile
     head: ProductTile
     attention: AttentionTile
+
+
+def shape_of(spec: Spec) -> tuple[int, int, int] | None:
+    """BN, BK and rows of a product of the step; None for any other kernel."""
+    constants = dict(spec.constants)
+    if not spec.source.startswith("step.") or not {"BN", "BK", "BM"} <= constants.keys():
+        return None
+    return int(constants["BN"]), int(constants["BK"]), int(constants["BM"])
 
 
 def rows_of(positions: int) -> int:
@@ -172,9 +184,12 @@ def _layouts(columns: int, depth: int, positions: int, residual: bool) -> Iterat
         for BK in (256, 128, 64, 32, 16):
             if max(16, _power(depth)) < BK or rows_of(positions) * BK > MOST_INPUTS:
                 continue
+            warps = 8 if BN == 128 else 4
+            if FEWEST_INPUTS * 32 * warps > 8 * BK and _power(depth) > BK:
+                continue
             for split in (1, 2, 4, 8) if residual else (1,):
                 if split <= -(-depth // BK):
-                    yield BN, BK, split, 8 if BN == 128 else 4
+                    yield BN, BK, split, warps
 
 
 def _staged(

@@ -116,7 +116,12 @@ def statistics(ptx: str) -> dict[str, dict[str, int]]:
 
 
 def one_line(error: BaseException) -> str:
-    """What ``error`` says, in one line of bounded length: the last ones of a compiler's message say what is wrong."""
+    """What ``error`` says, in one line of bounded length.
+
+    Triton reports where in the source, and nested calls, around the error that says what is wrong.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {' '.join(lines)}" if lines else type(error).__name__
     return text if len(text) <= 400 else f"{text[:100]} ... {text[-290:]}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ from double.driver import Driver
 
 from par_export.card import prepare
 from par_export.card.plan import MODELS, Figure, Model, blocks
-from par_export.card.report import CardOptions, report
+from par_export.card.report import CardOptions, _Report, report
 from par_export.card.samples import Sample
 from par_export.card.table import NOT_RUN, figures_table
 from par_export.kernels.spec import Planned, Spec
@@ -81,7 +83,19 @@ def options(tmp_path: Path, tiny: Path, **changes: object) -> CardOptions:
     return CardOptions(**(settings | changes))  # type: ignore[arg-type]
 
 
-def test_a_whole_report(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
+#: What a machine with a GPU may lack.
+MISSING = ("onnxruntime", "tensorrt", "tensorrt_rtx", "safetensors", "huggingface_hub", "scipy", "pytest")
+
+
+def test_it_needs_nothing_but_what_it_says() -> None:
+    script = (
+        f"import sys; sys.modules |= dict.fromkeys({MISSING}); import par_export.card.report, par_runtime.cli.bench"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_whole_report(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARVIS_TEST_BLOCK", ",".join(MISSING))
     journal = Journal(tmp_path / "rows.jsonl", lambda _: None)
     rows = report(options(tmp_path, tiny), stand_in, lambda _: None, journal)
     outcome = journal.finish(rows)
@@ -127,6 +141,8 @@ def test_a_whole_report(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
 
 def test_what_fails_is_said_and_the_rest_is_measured(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
     def fails(path: Path, images: Sequence[int]) -> None:
+        if path.name == "PAR-L-n1":
+            raise KeyError("of nobody's expectation")
         if path.name != "PAR-L-n4":
             raise EngineError(f"{path.name}: no engine was built (as the test wants)")
         build(path, images)
@@ -144,9 +160,40 @@ def test_what_fails_is_said_and_the_rest_is_measured(stand_in: gpu.Gpu, tiny: Pa
     assert "| odd: kernels | WRONG | odd-n4: no engine was built (as the test wants) |" in outcome.page
     assert "tiny: no engine was built (as the test wants)" in outcome.page
     left = outcome.page.partition("### Left out")[2].partition("###")[0]
-    assert "- PAR-L n=1, batch 1: PAR-L-n1: no engine was built (as the test wants)" in left
+    assert '- PAR-L n=1, batch 1: KeyError: "of nobody\'s expectation"' in left
     assert "- limits: " in left
     assert all(row.bound_ms is None for row in outcome.rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "found"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, "| compute-sanitizer | 1 of 1 |"),
+        (
+            "========= Invalid __global__ read of size 4 bytes\\n========= ERROR SUMMARY: 1 error",
+            9,
+            "one image | WRONG | Invalid __global__ read of size 4 bytes; ERROR SUMMARY: 1 error |",
+        ),
+        (
+            "========= Error: Device not supported",
+            1,
+            "- compute-sanitizer: its process ended with code 1 Error: Device",
+        ),
+    ],
+)
+def test_the_checker_of_memory_accesses(
+    stand_in: gpu.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, code: int, found: str
+) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\nprintf '{words}\\n'; echo '{{\"kind\": \"done\"}}'; exit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    journal = Journal(None, lambda _: None)
+    made = _Report(CardOptions(), stand_in, lambda _: None, journal)
+    (tmp_path / "weights.data").touch()
+    ((name, run),) = made._sanitized({"tiny": tmp_path}, time.monotonic() + 60)
+    made._take(name, run())
+    assert found in journal.finish([]).page
 
 
 def test_a_report_without_time_says_what_it_left_out(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:

@@ -194,6 +194,14 @@ def test_a_process_that_a_kernel_takes_with_it_says_what_it_had_begun() -> None:
     assert ended.why == "its process was ended by SIGKILL: last words"
 
 
+def test_a_program_around_a_stage_can_fail_it() -> None:
+    """As compute-sanitizer does, whose own code follows a process that ended well."""
+    script = 'echo "===== ERROR SUMMARY: 1 error"; echo \'{"kind": "done"}\'; exit 9'
+    ended = run_stage("limits", {}, soon(), before=["sh", "-c", script])
+    assert ended.said == ["===== ERROR SUMMARY: 1 error"]
+    assert ended.why == "its process ended with code 9"
+
+
 def test_lines_come_from_standard_output_alone(tmp_path: Path) -> None:
     """A library that prints does not break the lines."""
     (tmp_path / "sitecustomize.py").write_text("print('loud')")

@@ -17,8 +17,9 @@ from par_export.errors import BuildError
 from par_export.kernels.build import build_kernels
 from par_export.kernels.contents import Contents
 from par_export.kernels.request import KernelsRequest
-from par_export.kernels.spec import Planned
+from par_export.kernels.spec import Planned, Spec
 from par_export.kernels.targets import Target
+from par_export.kernels.tiles import Refused
 from par_runtime.backends.engines import Engine
 from par_runtime.backends.program import CONSTANTS
 from par_runtime.bundle import Bundle, seal
@@ -111,7 +112,7 @@ def test_the_second_build_comes_from_the_cache_and_equals_the_first(
 
 
 def test_a_failed_build_leaves_nothing_and_a_good_engine_stays(tiny_copy: Path) -> None:
-    def failing(contents: Contents, images: Sequence[int], target: Target) -> Planned:
+    def failing(contents: Contents, images: Sequence[int], target: Target, refused: Refused = frozenset()) -> Planned:
         planned = trial_plan(contents, images, target)
         planned.add(replace(panels(contents.step["output"], "fp16"), source="pack.nothing"))
         return planned
@@ -129,13 +130,31 @@ def test_a_failed_build_leaves_nothing_and_a_good_engine_stays(tiny_copy: Path) 
 
 
 def test_a_kernel_that_needs_too_much_is_refused_by_name(tiny_copy: Path) -> None:
-    def spilling(contents: Contents, images: Sequence[int], target: Target) -> Planned:
+    def spilling(contents: Contents, images: Sequence[int], target: Target, refused: Refused = frozenset()) -> Planned:
         planned = trial_plan(contents, images, target)
         planned.add(replace(panels(contents.step["output"], "fp16", BN=256, BK=128), warps=1))
         return planned
 
     with pytest.raises(BuildError, match=r"kernel pack\.panels for SM80 by triton .* keeps .* bytes of registers in"):
         build_kernels(KernelsRequest(tiny_copy, ("SM80",)), lambda _: None, planner=spilling)
+
+
+def test_a_product_that_finds_no_registers_is_planned_in_another_shape(tiny_copy: Path) -> None:
+    """A bundle of one profile, with a first choice that spills: it is refused, and the second one is built."""
+    asked: list[Refused] = []
+
+    def planner(contents: Contents, images: Sequence[int], target: Target, refused: Refused = frozenset()) -> Planned:
+        asked.append(refused)
+        planned = trial_plan(contents, images, target)
+        size = (128, 16, 64) if not refused else (64, 64, 8)
+        constants = {"D_MODEL": 256, "STRIDE": 256, "TILES": 4, "POWER": 256, "F": 256, "F_STRIDE": 256}
+        constants |= dict(zip(("BN", "BK", "BM"), size, strict=True)) | {"AHEAD": 0, "DEPENDENT": False}
+        kinds = {"h": "*fp16", "ss": "*fp32", "weights": "*fp16", "gains": "*fp32", "g": "*fp16", "M": "i32"}
+        planned.add(Spec("step.gates", tuple(constants.items()), tuple(kinds.items()), 1, 2))
+        return planned
+
+    build_kernels(KernelsRequest(tiny_copy, ("SM80",), images=(1,)), lambda _: None, planner=planner)
+    assert asked == [frozenset(), frozenset({(128, 16, 64)})]
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from conftest import child
 from par_export.cli import build as build_cli
 
 pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build]'")
@@ -41,3 +44,30 @@ def test_bad_requests_are_one_line_and_exit_code_2(
     assert re.search(f"^parvis: error: .*{message}", error)
     assert error.count("\n") == 1
     assert not (tiny_copy / "engines").exists()
+
+
+def test_ctrl_c_ends_a_build_and_leaves_nothing(tiny_copy: Path) -> None:
+    """The signal comes while kernels are being compiled, of whose number the bar is told."""
+    code = (
+        "import os, signal, sys; from par_export.cli import build as build_cli\n"
+        "build_cli.PlanBar.__call__ = lambda self, what, _: 'kernel' in what and os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(build_cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, str(tiny_copy), "--engine", "kernels", "--target", "SM80", "--no-cache"]
+    with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "parvis: stopped; nothing was written" in error
+    assert not (tiny_copy / "engines").exists()
+
+
+def test_a_missing_package_is_named_with_what_to_install(
+    tiny_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("par_export.kernels.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    monkeypatch.delitem(sys.modules, "par_export.engines.weights", raising=False)
+    assert build_cli.main([str(tiny_copy), "--engine", "kernels", "--target", "SM80"]) == 2
+    error = capsys.readouterr().err
+    assert re.search("^parvis: error: --engine kernels needs ml_dtypes, which is not installed; .*install", error)

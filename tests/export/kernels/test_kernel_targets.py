@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from par_export.errors import BuildError
-from par_export.kernels.targets import TARGETS, target_of
+from par_export.kernels.targets import TARGETS, runs_on, target_of
 from par_runtime.cost.data_sheets import DATA_SHEETS
 
 
@@ -30,7 +30,8 @@ def test_targets_are_the_documented_ones_with_the_limits_of_their_capability() -
     [
         ("SM75", "before SM80 GPUs lack the copies that the kernels need: --engine tensorrt builds for SM75"),
         ("SM70", "--engine tensorrt builds for SM75"),
-        ("SM87", "--engine tensorrt may build for it"),
+        ("SM87", "an engine for SM86 runs there too"),
+        ("SM103", "--engine tensorrt may build for it"),
         ("SM121", "--engine tensorrt may build for it"),
         ("SM" + "9" * 10000, "may build for it"),
     ],
@@ -39,3 +40,8 @@ def test_another_target_is_refused_with_those_that_there_are(name: str, why: str
     with pytest.raises(BuildError, match=rf"^target 'SM.*: engines of kernels are built for SM80, .*{why}$") as error:
         target_of(name)
     assert len(str(error.value)) < 400
+
+
+def test_a_gpu_takes_the_latest_kernels_that_run_on_it() -> None:
+    wanted = {80: "SM80", 86: "SM86", 87: "SM86", 89: "SM89", 90: "SM90", 100: "SM100", 103: None, 121: None, 75: None}
+    assert {capability: runs_on(capability) for capability in wanted} == wanted

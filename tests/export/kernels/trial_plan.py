@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from par_export.kernels.contents import Contents
 from par_export.kernels.spec import Planned, Spec
 from par_export.kernels.targets import Target
+from par_export.kernels.tiles import Refused
 from par_runtime.backends.program import Pointer, Profile, Program, Weight
 from par_runtime.bundle import Stored
 
@@ -21,7 +22,7 @@ def panels(stored: Stored, precision: str, **changes: object) -> Spec:
     return Spec("pack.panels", tuple(constants.items()), parameters, 4, 1)
 
 
-def trial_plan(contents: Contents, images: Sequence[int], target: Target) -> Planned:
+def trial_plan(contents: Contents, images: Sequence[int], target: Target, refused: Refused = frozenset()) -> Planned:
     """One launch before, one for each layer, none after; a weight of each kind."""
     out = Planned()
     bundle, T = contents.bundle, contents.precision

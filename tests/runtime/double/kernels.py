@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from par_export.kernels import plan_decoder, plan_step
-from par_export.kernels.build import _written
+from par_export.kernels.build import write_files
 from par_export.kernels.compiler import Compiled
 from par_export.kernels.contents import Contents
 from par_export.kernels.spec import Planned
@@ -56,7 +56,7 @@ def write_engine(
         )
         for name, spec in planned.specs.items()
     }
-    described = _written(folder, planned, compiled, "stand-in 1", decoder_precision)
+    described = write_files(folder, planned, compiled, "stand-in 1", decoder_precision)
     document = {
         "schema": ENGINE_SCHEMA,
         "bundle": bundle.hash,

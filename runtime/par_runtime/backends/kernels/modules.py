@@ -79,12 +79,16 @@ class Prepared:
         self._pointers = [np.array([base + 8 * slot for slot in taken], np.uint64) for _, _, taken in lists]
         configs: dict[tuple[Any, ...], Any] = {}
         self._calls: list[tuple[Any, Any, int, str]] = []
+        self._first: list[Any] = []  # how to launch each where it is the first one
         for index, ((module, launch, _), pointers) in enumerate(zip(lists, self._pointers, strict=True)):
-            dependent = module.kernel.dependent and index > 0
-            shape = (launch.grid, module.kernel.warps, module.kernel.shared, dependent)
-            if shape not in configs:
-                configs[shape] = _config(*shape, stream)
-            self._calls.append((configs[shape], module.function, pointers.ctypes.data, module.note))
+            either = []
+            for dependent in (False, module.kernel.dependent and index > 0):
+                shape = (launch.grid, module.kernel.warps, module.kernel.shared, dependent)
+                if shape not in configs:
+                    configs[shape] = _config(*shape, stream)
+                either.append(configs[shape])
+            self._first.append(either[0])
+            self._calls.append((either[1], module.function, pointers.ctypes.data, module.note))
         for name, address in addresses.items():
             self.set(name, address)
 
@@ -110,8 +114,12 @@ class Prepared:
         """Launch all of them, or only those with the numbers ``which``. Raises CudaError, which names the kernel."""
         if self.unset:
             raise ValueError(f"no address for {', '.join(sorted(self.unset))}")
+        calls = self._calls
+        if which is not None:
+            numbers = list(which)
+            calls = [(self._first[i], *calls[i][1:]) if i == numbers[0] else calls[i] for i in numbers]
         call = cuda.call
-        for config, function, arguments, note in self._calls if which is None else [self._calls[i] for i in which]:
+        for config, function, arguments, note in calls:
             call("cuLaunchKernelEx", config, function, arguments, 0, note=note)
 
 

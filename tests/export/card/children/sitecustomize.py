@@ -8,6 +8,9 @@ import json
 import os
 import sys
 
+for name in filter(None, os.environ.get("PARVIS_TEST_BLOCK", "").split(",")):
+    sys.modules[name] = None  # as where it is not installed
+
 if "PARVIS_TEST_STAND_IN" in os.environ and len(sys.orig_argv) > 2:
     from pathlib import Path
 

@@ -1,0 +1,241 @@
+"""Which shapes of tiles are the fastest on this GPU.
+
+Kinds of products are tried one after the other, the largest first: some shapes of a kind, with what is known of the
+others, make whole images in turns, and the fastest stays. The engine that is kept is for this card alone.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from par_export.engines.place import place
+from par_export.engines.publish import publish
+from par_export.engines.request import check_local_gpu
+from par_export.errors import BuildError
+from par_export.kernels.build import Build, check_request, precisions, target
+from par_export.kernels.compiler import Compiler
+from par_export.kernels.contents import Contents
+from par_export.kernels.plan import plan
+from par_export.kernels.request import KernelsRequest
+from par_export.kernels.targets import Target
+from par_export.kernels.tiles import AttentionTile, ProductTile, attentions, choose, products
+from par_model.config import PARConfig
+from par_runtime.backends import cuda
+from par_runtime.backends.engines import Engine
+from par_runtime.backends.gpu.backend import Capture
+from par_runtime.backends.kernels import backend as kernels_backend
+from par_runtime.bundle import Bundle
+from par_runtime.errors import BundleError, CudaError
+from par_runtime.pipeline import Pipeline
+
+CAPTURES: tuple[Capture, ...] = ("image", "call", "none")
+ORDER = ("gates", "w2", "qkv", "wo", "attention", "head")  #: by the bytes that they read in an image
+MOST = 6  #: shapes of a kind that are tried
+
+Tile = ProductTile | AttentionTile
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One engine in one capture mode: the milliseconds of each timed batch.
+
+    It is what was kept before it, with ``tile`` for the products of ``kind``; without a kind as the model chose it.
+    """
+
+    kind: str
+    tile: Tile | None
+    capture: str
+    images: int
+    samples_ms: tuple[float, ...] = field(default=())
+
+    @property
+    def ms_per_image(self) -> float:
+        """The median, per image."""
+        return statistics.median(self.samples_ms) / self.images
+
+
+def tune_kernels(
+    request: KernelsRequest,
+    *,
+    images: int = 1,
+    repeats: int = 5,
+    rounds: int = 2,
+    index: int = 0,
+    most: int = MOST,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Find the fastest shapes for batches of ``images`` on GPU ``index``; returns the folder of the engine with them.
+
+    Each of ``rounds`` times all shapes of a kind one after the other, with ``repeats`` batches, so that a GPU clock
+    that drifts favours none; at most ``most`` of a kind. ``say`` receives lines of text for the user. Raises
+    BuildError, OutputError, BundleError, CudaError, OSError.
+    """
+    check_local_gpu(index, "tuning")
+    check_request(request)
+    if images not in request.images:
+        raise BuildError(f"images {images}: the engine is built for {request.images}; give one of these")
+    card = target("local", index)
+    bundle = Bundle.open(request.bundle, verify="full")
+    contents = Contents(bundle, *precisions(bundle, request))
+    folder_of_engines = place(bundle, request.out, say)
+    with cuda.Device.open(index) as gpu:
+        device = gpu.name
+    with Compiler(request.workers) as compiler, TemporaryDirectory(prefix="parvis-tune-") as temporary:
+        trials = _Trials(contents, card, compiler, Path(temporary), index, images, repeats, rounds, say)
+        given, rows = trials.search(request.images, most)
+        final = Build(contents, request.images, card, compiler, partial(plan, given=given))
+        kept = trials.built(given, request.images)
+        by_capture = trials.timings({"": (given, kept)}, CAPTURES)
+        if not by_capture:
+            raise BuildError("the engine with the fastest shapes does not run; the lines above give the reasons")
+        rows += [replace(row, kind="", tile=None) for row in by_capture]
+        best = min(by_capture, key=lambda row: row.ms_per_image)
+        tuned = {
+            "chosen": True,
+            "capture": best.capture,
+            "images": images,
+            "device": device,
+            "tiles": {kind: asdict(tile) for kind, tile in given.items()},
+            "rows": [asdict(row) | {"ms_per_image": row.ms_per_image} for row in rows],
+        }
+        out = folder_of_engines / f"{final.name}-{_folder_name(device)}"
+        publish(out, bundle, None, {}, partial(final.write, device=device, tuned=tuned), say)
+    for line in table(rows, best):
+        say(line)
+    return out
+
+
+def candidates(config: PARConfig, kind: str, images: Sequence[int], card: Target, most: int, at: int) -> list[Tile]:
+    """At most ``most`` shapes of a kind that are worth timing at ``at`` images, the model's choice first."""
+    if kind == "attention":
+        keys = attentions(config, images, card)
+        first: Tile = keys[0]
+        others: list[Tile] = [*keys[1:3], *(replace(keys[0], warps=warps) for warps in (2, 8)), *keys[3:]]
+    else:
+        shapes = [shape[at] for shape in products(config, kind, images, card)]
+        first = shapes[0]
+        warps = [replace(first, warps=each) for each in (2, 4, 8) if each != first.warps]
+        stages = [replace(first, stages=first.stages - 2)] if first.stages >= 4 else []
+        others = [*shapes[1:3], *warps[-1:], *stages, *shapes[3:], *warps[:-1]]
+    return [first, *others][:most]
+
+
+@dataclass
+class _Trials:
+    """Engines with shapes that are tried, in a folder that goes with them."""
+
+    contents: Contents
+    card: Target
+    compiler: Compiler
+    folder: Path
+    index: int
+    images: int
+    repeats: int
+    rounds: int
+    say: Callable[[str], None]
+    count: int = 0
+    proved: set[Path] = field(default_factory=set)  #: engines that gave the tokens of the bundle's self-test
+
+    def search(self, sizes: Sequence[int], most: int) -> tuple[dict[str, Tile], list[Timing]]:
+        """The fastest shape of each kind, and everything that was measured."""
+        config = self.contents.config
+        start = choose(config, sizes, self.card)[self.images]
+        given: dict[str, Tile] = {kind: getattr(start, kind) for kind in ORDER}
+        rows: list[Timing] = []
+        for kind in ORDER:
+            engines: dict[str, tuple[Mapping[str, Tile], Path]] = {}
+            for i, tile in enumerate(candidates(config, kind, sizes, self.card, most, self.images)):
+                shapes = given | {kind: tile}
+                try:
+                    engines[str(i)] = (shapes, self.built(shapes, (self.images,)))
+                except BuildError as error:  # its registers do not suffice, say
+                    self.say(f"{kind} {_words(tile)}: left out: {error}")
+            timed = [
+                replace(row, kind=kind, tile=engines[row.kind][0][kind]) for row in self.timings(engines, CAPTURES[:1])
+            ]
+            if timed:
+                best = min(timed, key=lambda row: row.ms_per_image)
+                assert best.tile is not None
+                given[kind] = best.tile
+                self.say(f"{kind}: {_words(best.tile)}, {best.ms_per_image:.2f} ms per image, of {len(timed)} shapes")
+            rows += timed
+        return given, rows
+
+    def built(self, given: Mapping[str, Tile], sizes: Sequence[int]) -> Path:
+        """The folder of a new engine with the shapes ``given``. Raises BuildError."""
+        self.count += 1
+        out = self.folder / str(self.count)
+        out.mkdir()
+        Build(self.contents, tuple(sizes), self.card, self.compiler, partial(plan, given=given)).write(out)
+        return out
+
+    def timings(
+        self, engines: Mapping[str, tuple[Mapping[str, Tile], Path]], captures: Sequence[Capture]
+    ) -> list[Timing]:
+        """name in place of a kind -> the samples of each engine that runs, in each capture mode."""
+        samples: dict[tuple[str, str], tuple[float, ...]] = {}
+        broken: set[str] = set()
+        for _ in range(self.rounds):
+            for name, (_, folder) in engines.items():
+                for capture in captures if name not in broken else ():
+                    try:
+                        timed = self._timed(folder, capture)
+                    except (BundleError, CudaError) as error:  # other tokens than the export's, or a launch was refused
+                        self.say(f"left out: {error}")
+                        broken.add(name)
+                        break
+                    if timed is not None:
+                        samples[name, capture] = samples.get((name, capture), ()) + timed
+        return [
+            Timing(name, None, capture, self.images, times)
+            for (name, capture), times in samples.items()
+            if name not in broken
+        ]
+
+    def _timed(self, folder: Path, capture: Capture) -> tuple[float, ...] | None:
+        """Milliseconds of batches with the engine in ``folder``; None where the driver refused the capture mode."""
+        bundle = self.contents.bundle
+        backend = kernels_backend.load(bundle, Engine.open(folder, bundle), cuda.Device.open(self.index), capture)
+        try:
+            pipeline = Pipeline(bundle, backend)
+            if folder not in self.proved:
+                pipeline.selftest()
+                self.proved.add(folder)
+            labels = [i % bundle.n_classes for i in range(self.images)]
+            samples = []
+            for repeat in range(self.repeats + 1):
+                started = time.perf_counter()
+                pipeline.generate(labels, seed=repeat, guidance=1.5, guidance_interval=-1)
+                samples.append(1e3 * (time.perf_counter() - started))
+            return tuple(samples[1:]) if backend.capturing == capture else None  # the first batch captures
+        finally:
+            backend.close()
+
+
+def table(rows: Sequence[Timing], best: Timing) -> list[str]:
+    """The measurements as lines of text; those of the engine that is kept come last, the chosen one marked."""
+    lines = [f"{'kind':10} {'shape':46} {'capture':8} {'images':>6} {'ms per image':>13} {'min':>9} {'max':>9}"]
+    for row in rows:
+        low, high = min(row.samples_ms) / row.images, max(row.samples_ms) / row.images
+        chosen = row.kind == "" and row.capture == best.capture
+        lines.append(
+            f"{row.kind or 'kept':10} {_words(row.tile):46} {row.capture:8} {row.images:6} {row.ms_per_image:13.2f} "
+            f"{low:9.2f} {high:9.2f}{'  <- chosen' if chosen else ''}"
+        )
+    return lines
+
+
+def _words(tile: Tile | None) -> str:
+    return "" if tile is None else ", ".join(f"{name} {value}" for name, value in asdict(tile).items())
+
+
+def _folder_name(device: str) -> str:
+    """A card's name as a part of a folder's."""
+    return re.sub("[^a-z0-9]+", "-", device.lower()).strip("-")[:40]

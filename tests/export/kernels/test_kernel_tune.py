@@ -1,0 +1,211 @@
+"""``parvis tune --engine kernels`` on the stand-in GPU: shapes are timed kind by kind, the fastest are kept."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from double import bare
+from double.driver import Driver
+from double.twins import Twins
+
+from par_export.cli import tune as tune_cli
+from par_export.kernels import tiles, tune
+from par_export.kernels.build import Build
+from par_export.kernels.compiler import Compiled
+from par_export.kernels.request import KernelsRequest
+from par_export.kernels.spec import Spec
+from par_export.kernels.targets import TARGETS, Target
+from par_model.config import named
+from par_runtime.backends import cuda
+from par_runtime.backends.engines import ENGINES, Engine, list_engines, why_unfit
+from par_runtime.backends.program import VERSION, Kernel
+from par_runtime.bundle import Bundle
+from par_runtime.pipeline import Pipeline
+
+pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build]'")
+
+
+class Names:
+    """In place of the compiler: cubins are names, by which the stand-in knows what to run. One shape spills."""
+
+    version, tools, peak_bytes = "stand-in 1", (), 0
+
+    def __init__(self, workers: int | None = None) -> None:
+        pass
+
+    def __enter__(self) -> Names:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def compile(self, specs: Iterable[Spec], target: Target, done: object = None) -> dict[str, Compiled]:
+        return {
+            spec.name: Compiled(
+                cubin=f"{spec.name} for {target.name}".encode(),
+                function=spec.source.rpartition(".")[2],
+                warps=spec.warps,
+                shared=0,
+                registers=32,
+                spills=8 if spec.source == "step.gates" and spec.warps == 8 else 0,
+                trailing=2,
+                scratch=0,
+                loads={},
+                copies={},
+                products={},
+                seconds=0.0,
+            )
+            for spec in specs
+        }
+
+
+class Clock:
+    """A GPU that takes time by the number of its launches: 1 ms each, and more for kernels that are ``slow``.
+
+    What is ``broken`` computes nothing.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self.now = 0.0
+        self.slow: Callable[[Kernel], bool] = lambda kernel: False
+        self.broken: Callable[[Kernel], bool] = lambda kernel: False
+        self._twins = Twins(driver)
+
+    def __call__(self, kernel: Kernel, grid: tuple[int, int, int], arguments: list[int | float], at: int) -> None:
+        self.now += 5e-3 if self.slow(kernel) else 1e-3
+        if not self.broken(kernel):
+            self._twins(kernel, grid, arguments, at)
+
+    def done(self) -> None:
+        self._twins.done()
+
+
+@pytest.fixture
+def clock(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The stand-in GPU, an SM90 with a simulated clock, on which one kind is tuned."""
+    driver.capability = (9, 0)
+
+    class Registering(Build):
+        def write(self, folder: Path, *arguments: object, **named: object) -> None:
+            super().write(folder, *arguments, **named)  # type: ignore[arg-type]
+            bare.register(driver, folder)
+
+    clock = Clock(driver)
+    driver.twin = clock
+    monkeypatch.setattr(tune, "Build", Registering)
+    monkeypatch.setattr(tune, "Compiler", Names)
+    monkeypatch.setattr(tune, "ORDER", ("gates",))
+    monkeypatch.setattr(tune, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+@pytest.fixture
+def bundle(tiny: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny, tmp_path / "bundle")
+
+
+def test_the_fastest_shapes_are_kept_for_this_card_and_loaded(bundle: Path, clock: Clock, driver: Driver) -> None:
+    first = tiles.choose(tune.Contents(Bundle.open(bundle), "fp16", "fp16").config, (1,), TARGETS["SM90"])[1]
+    clock.slow = lambda k: k.source == "step.gates" and k.constants["BN"] == first.gates.BN
+    lines: list[str] = []
+    request = KernelsRequest(bundle, ("local",), images=(1, 2))
+    folder = tune.tune_kernels(request, images=1, repeats=1, rounds=2, most=4, say=lines.append)
+    assert folder == bundle / ENGINES / "kernels-1-sm90-fp16-stand-in-gpu"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    engine = Engine.open(folder, Bundle.open(bundle), verify="full")
+    assert engine.device == engine.tuned["device"] == "Stand-in GPU"
+    assert engine.images == (1, 2)
+    kept = engine.tuned["tiles"]["gates"]
+    assert kept["BN"] != first.gates.BN
+    assert engine.kernels is not None
+    gates = [kernel for kernel in engine.kernels.kernels.values() if kernel.source == "step.gates"]
+    assert {(kernel.constants["BN"], kernel.constants["BK"]) for kernel in gates} == {(kept["BN"], kept["BK"])}
+    rows = engine.tuned["rows"]
+    assert all(len(row["samples_ms"]) == 2 for row in rows)
+    assert {row["kind"] for row in rows} == {"gates", ""}
+    assert {row["capture"] for row in rows if row["kind"] == ""} == {"image", "call", "none"}
+    measured = {row["tile"]["BN"]: row["ms_per_image"] for row in rows if row["kind"] == "gates"}
+    assert measured[first.gates.BN] - measured[kept["BN"]] == pytest.approx(19 * 2 * 4)  # launches of an image, slower
+    assert any(line.startswith("gates BN") and "warps 8" in line and "keeps 8 bytes" in line for line in lines)
+    assert sum("<- chosen" in line for line in lines) == 1
+    with Pipeline.load(bundle, selftest=False) as pipeline:
+        assert pipeline.backend.engine.path == folder  # type: ignore[attr-defined]
+    assert why_unfit(engine, "kernels", VERSION, (9, 0), "Stand-in GPU") is None
+    assert "was tuned on Stand-in GPU, this GPU is Other" in str(why_unfit(engine, "kernels", VERSION, (9, 0), "Other"))
+    assert not driver.device
+    assert not driver.modules
+
+
+def test_a_shape_that_computes_something_else_is_left_out(
+    bundle: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "ORDER", ("attention",))
+    wrong = tiles.attentions(tune.Contents(Bundle.open(bundle), "fp16", "fp16").config, (1,), TARGETS["SM90"])[1]
+    clock.broken = lambda k: (
+        k.source == "attention.attend"
+        and (k.constants["SPAN"], k.constants["CHUNK"])
+        == (
+            wrong.span,
+            wrong.chunk,
+        )
+    )
+    lines: list[str] = []
+    request = KernelsRequest(bundle, ("local",), images=(1,))
+    tune.tune_kernels(request, repeats=1, rounds=1, most=2, say=lines.append)
+    (engine,), _ = list_engines(Bundle.open(bundle))
+    assert sum(row["kind"] == "attention" for row in engine.tuned["rows"]) == 1
+    assert any(line.startswith("left out: ") and "self-test" in line for line in lines)
+
+
+def test_the_command_prints_json(
+    bundle: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "ORDER", ())
+    command = [str(bundle), "--engine", "kernels", "--max-images", "1", "--repeats", "1", "--rounds", "1", "--json"]
+    assert tune_cli.main(command) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["chosen"] is True
+    assert Path(row["engine"]).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engines", "shared"], "--engines: an engine of kernels is always shared"),
+        (["--precision", "fp32"], "precision fp32: kernels compute in fp16 or bf16"),
+        (["--sizes", "1,2", "--images", "4"], r"images 4: the engine is built for \(1, 2\); give one of these"),
+    ],
+)
+def test_bad_requests_are_one_line(
+    bundle: Path, clock: Clock, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert tune_cli.main([str(bundle), "--engine", "kernels", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"^parvis: error: {message}", error)
+    assert error.count("\n") == 1
+    assert not (bundle / ENGINES).exists()
+
+
+def test_tuning_needs_a_gpu_that_kernels_run_on(
+    bundle: Path, driver: Driver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver.capability = (7, 5)
+    assert tune_cli.main([str(bundle), "--engine", "kernels"]) == 2
+    assert "target 'SM75': engines of kernels are built for SM80" in capsys.readouterr().err
+    cuda.driver.devices = 0
+    assert tune_cli.main([str(bundle), "--engine", "kernels"]) == 2
+    assert capsys.readouterr().err.startswith("parvis: error: tuning needs a GPU: the driver shows no GPU")
+
+
+def test_candidates_begin_with_the_model_s_choice_and_differ() -> None:
+    assert set(tune.ORDER) == set(tiles.KINDS)
+    for kind in tune.ORDER:
+        found = tune.candidates(named("L"), kind, (1, 8), TARGETS["SM90"], 6, 1)
+        assert found[0] == getattr(tiles.choose(named("L"), (1, 8), TARGETS["SM90"])[1], kind)
+        assert len(set(found)) == len(found) == 6

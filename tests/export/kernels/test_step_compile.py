@@ -1,0 +1,111 @@
+"""The kernels of a step, really compiled: what they take of a processor, and how they read memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from par_export.kernels.compiler import Compiled, Compiler
+from par_export.kernels.plan_step import plan
+from par_export.kernels.spec import Planned, Spec
+from par_export.kernels.targets import TARGETS
+from par_export.kernels.tiles import choose
+from par_model.config import PARConfig, named
+from par_runtime.bundle import Stored
+
+pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build]'")
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[Compiler]:
+    with Compiler(2) as compiler:
+        yield compiler
+
+
+def table(config: PARConfig) -> dict[str, Stored]:
+    """Where the weights of a model would lie."""
+    d, ffn, padded = config.dim, config.ffn_dim, -(-config.head_dim // 8) * 8
+    inner = config.n_heads * padded
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed": (config.vocab_size + 1020, d), "cos": (config.n_tokens, padded // 2),
+        "sin": (config.n_tokens, padded // 2), "norm": (d,), "output": (d, config.vocab_size),
+    }  # fmt: skip
+    for i in range(config.n_layers):
+        shapes |= {
+            f"layers.{i}.attention_norm": (d,), f"layers.{i}.ffn_norm": (d,), f"layers.{i}.wqkv": (d, 3 * inner),
+            f"layers.{i}.wo": (inner, d), f"layers.{i}.w13": (d, 2 * ffn), f"layers.{i}.w2": (ffn, d),
+        }  # fmt: skip
+    dtypes = {name: ("float32", 4) if name in ("cos", "sin") else ("float16", 2) for name in shapes}
+    return {n: Stored(dtypes[n][0], shape, 0, dtypes[n][1] * int(np.prod(shape))) for n, shape in shapes.items()}
+
+
+def planned(config: PARConfig, target: str, precision: str, images: tuple[int, ...]) -> Planned:
+    def ones(stored: Stored) -> Any:
+        return np.ones(stored.shape, np.float32)
+
+    card = TARGETS[target]
+    return plan(config, table(config), ones, ["group"], images, precision, card, choose(config, images, card))
+
+
+TINY = PARConfig(dim=40, n_layers=1, n_heads=2, vocab_size=50, n_classes=2, grid=(1, 8, 8), group_size=4)
+CASES = [
+    ("L", 4, "SM80", "fp16", 1),
+    ("3B", 16, "SM90", "bf16", 1),
+    ("tiny", 4, "SM90", "fp16", 1),
+]
+
+
+@pytest.mark.parametrize(("size", "query", "target", "precision", "images"), CASES, ids=str)
+def test_kernels_of_a_step(size: str, query: int, target: str, precision: str, images: int, compiler: Compiler) -> None:
+    config = TINY if size == "tiny" else named(size, group_size=query)
+    of = planned(config, target, precision, (images,))
+    specs = [spec for spec in of.specs.values() if spec.source != "pack.panels"]
+    assert len(specs) <= 8
+    compiled = compiler.compile(specs, TARGETS[target])
+    for spec in specs:
+        kernel, constants = compiled[spec.name], dict(spec.constants)
+        assert kernel.fault(TARGETS[target]) is None, spec.source
+        assert 16 <= kernel.registers <= 255
+        assert kernel.warps == spec.warps
+        if "BK" in constants:
+            check_product(kernel, constants, target, config is TINY)
+
+
+def check_product(kernel: Compiled, constants: dict[str, Any], target: str, tiny: bool) -> None:
+    """Weights come 16 bytes a thread and in the background, several stages of them; products are the matrix units'."""
+    wide = int(constants["BN"]) >= 64 and target == "SM90"
+    assert all(kind.startswith("wgmma.mma.m64" if wide else "mma.m16n8k16") for kind in kernel.products)
+    assert kernel.products
+    assert not {"1", "2"} & {*kernel.copies}
+    if not tiny:
+        assert "2" not in kernel.loads
+        assert kernel.copies["16"] >= 2
+        assert kernel.shared >= 2 * constants["BN"] * constants["BK"] * 2
+
+
+def test_packing_compiles_for_every_stored_precision(compiler: Compiler) -> None:
+    specs: list[Spec] = []
+    for order, stored, packed in (
+        ("pairs", "*fp16", "*fp16"),
+        ("halves", "*fp32", "*bf16"),
+        ("plain", "*bf16", "*fp16"),
+    ):
+        constants = {
+            "K": 200, "N": 600, "WIDTH": 624, "ORDER": order, "HEAD": 100, "PADDED": 104,
+            "DROP_ROWS": order == "plain", "BN": 32, "BK": 64,
+        }  # fmt: skip
+        specs.append(Spec("pack.panels", tuple(constants.items()), (("raw", stored), ("packed", packed)), 4, 1))
+    for kernel in compiler.compile(specs, TARGETS["SM80"]).values():
+        assert kernel.fault(TARGETS["SM80"]) is None
+
+
+@pytest.mark.parametrize("target", ["SM86", "SM100", "SM120"])
+def test_the_sampler_has_just_the_registers(target: str, compiler: Compiler) -> None:
+    """The largest codebook that stays in registers fills them: none may spill."""
+    of = planned(named("L", group_size=4), target, "fp16", (1,))
+    spec = next(spec for spec in of.specs.values() if spec.source.startswith("draw."))
+    kernel = compiler.compile([spec], TARGETS[target])[spec.name]
+    assert kernel.fault(TARGETS[target]) is None
