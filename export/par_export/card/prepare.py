@@ -6,10 +6,7 @@ All of it takes processors and not the GPU, so it goes on in threads while the c
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,21 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from par_export.card.plan import COMPILED, TWINS, Model, label_of
+from par_export.kernels.build import Build, precisions, target
+from par_export.kernels.compiler import Compiler
+from par_export.kernels.contents import Contents
+from par_export.kernels.request import KernelsRequest
 from par_export.random_bundle import NoTensors, write_family
 from par_runtime.backends.engines import ENGINES
 from par_runtime.bench.measure import image_ms
 from par_runtime.bench.subjects.base import OutOfTimeError
 from par_runtime.bench.subjects.process import SubjectProcess, open_eager
+from par_runtime.bundle import Bundle
 from par_runtime.errors import EngineError
+from par_runtime.system import available_cores
 
-BUILDS, TWINS_AT_ONCE = 4, 4
+TWINS_AT_ONCE = 4
 PRECISION = "fp16"
 #: Calls of a twin that are not counted: compilation, and the first ones.
 WARM_CALLS, PROBE_CALLS = 24, 16
 #: A twin's image that takes longer is estimated from some of its calls.
 LONG_MS = 1500.0
 #: Makes an engine of the bundle at a path, for batches of these sizes.
-Build = Callable[[Path, Sequence[int]], None]
+MakeEngine = Callable[[Path, Sequence[int]], None]
 
 
 @dataclass
@@ -52,13 +55,13 @@ class Preparation:
     """
 
     def __init__(
-        self, models: Sequence[Model], work: Path, build: Build, images: Sequence[int], device: str, end: float
+        self, models: Sequence[Model], work: Path, build: MakeEngine, images: Sequence[int], device: str, end: float
     ) -> None:
         self._work, self._build, self._images, self._device, self._end = work, build, images, device, end
         self._closed = threading.Event()
         self._twins: list[SubjectProcess] = []
         self._lock = threading.Lock()
-        self._pools = [ThreadPoolExecutor(1), ThreadPoolExecutor(BUILDS), ThreadPoolExecutor(TWINS_AT_ONCE)]
+        self._pools = [ThreadPoolExecutor(1), ThreadPoolExecutor(1), ThreadPoolExecutor(TWINS_AT_ONCE)]
         writer, builder, opener = self._pools
         #: The engines' bundles by (model, n), and the twins by (model, n, twin).
         self.engines: dict[tuple[str, int], Future[Path]] = {}
@@ -129,24 +132,40 @@ def _valuable_first(group_sizes: Sequence[int]) -> list[int]:
     return sorted(group_sizes, key=lambda n: (n == 1, n))
 
 
-def build_here(path: Path, images: Sequence[int], end: float = math.inf) -> None:
-    """An engine of kernels of the bundle at ``path`` for this machine's GPU, in a process of its own.
+class Builder:
+    """Engines of kernels for GPU ``index`` of this machine, one after the other, with all processors for each.
 
-    Raises EngineError with what the build said.
+    Kernels that several engines have in common, those of the decoder above all, are compiled once. Nothing goes into
+    the user's cache of engines. ``end``: nothing is begun after it, by ``time.monotonic``. Use it in ``with``.
     """
-    command = [sys.executable, "-m", "par_runtime", "build", str(path), "--engine", "kernels", "--target", "local"]
-    command += ["--quiet", "--images", ",".join(map(str, images))]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    seconds = None if end == math.inf else max(1.0, end - time.monotonic())
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=environment, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise EngineError(f"{path.name}: its engine was not built in time") from None
-    if done.returncode:
-        said = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()]
-        raise EngineError(f"{path.name}: no engine was built ({said[-1] if said else f'code {done.returncode}'})")
+
+    def __init__(self, index: int, end: float) -> None:
+        self._index, self._end = index, end
+        self._lock = threading.Lock()
+        self._compiler: Compiler | None = None
+
+    def __enter__(self) -> Builder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._compiler is not None:
+                self._compiler.close()
+
+    def __call__(self, path: Path, images: Sequence[int]) -> None:
+        """The engine of the bundle at ``path`` for batches of ``images``. Raises BuildError, BundleError, OSError."""
+        with self._lock:
+            if time.monotonic() > self._end:
+                raise EngineError(f"{path.name}: there was no time to build its engine")
+            if self._compiler is None:
+                self._compiler = Compiler(available_cores())
+            bundle = Bundle.open(path, verify="none")  # it was written, or copied, just now
+            request = KernelsRequest(path, ("local",), images=tuple(images))
+            contents = Contents(bundle, *precisions(bundle, request))
+            build = Build(contents, request.images, target("local", self._index), self._compiler)
+            folder = path / ENGINES / build.name
+            folder.mkdir(parents=True)
+            build.write(folder)
 
 
 def copy_engines(source: Path, path: Path) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 from par_export.card.limits import COPY, MATRICES
 from par_export.card.plan import BATCHES, MODELS, Block, Model, blocks, label_of
-from par_export.card.prepare import Build, Preparation, Twin, build_here, copy_engines
+from par_export.card.prepare import Builder, MakeEngine, Preparation, Twin, copy_engines
 from par_export.card.processes import Ended, Line, run_stage
 from par_export.card.samples import SAMPLES, Sample
 from par_export.card.table import Findings, markdown
@@ -80,7 +80,7 @@ class CardOptions:
     groups: int | None = 8
     stress: int = STRESS_IMAGES
     limits: Mapping[str, int] = field(default_factory=dict)
-    build: Build | None = None
+    build: MakeEngine | None = None
 
 
 def bundles_to_check() -> list[Path]:
@@ -116,6 +116,7 @@ class _Report:
         self._date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
         self._state = _State()
         self._device = f"cuda:{options.device}"
+        self._builder = Builder(options.device, self._end)
         journal.finish = self.finish
 
     # -- the result ---------------------------------------------------------------------------------------------------
@@ -154,6 +155,7 @@ class _Report:
         """Everything."""
         options = self._options
         with ExitStack() as held:
+            held.enter_context(self._builder)
             work = Path(held.enter_context(tempfile.TemporaryDirectory(dir=options.work, prefix="parvis-gpu-")))
             models = [model if options.twins else replace(model, twins=()) for model in options.models]
             prepared = Preparation(models, work, self._build, options.images, options.torch, self._end + GRACE_S)
@@ -184,10 +186,7 @@ class _Report:
         """The engine of a bundle: a ready one, else a new one."""
         if self._options.engines is not None and copy_engines(self._options.engines, path):
             return
-        if self._options.build is not None:
-            self._options.build(path, images)
-        else:
-            build_here(path, images, self._end)
+        (self._options.build or self._builder)(path, images)
 
     # -- right? -------------------------------------------------------------------------------------------------------
 
