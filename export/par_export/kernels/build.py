@@ -32,9 +32,8 @@ from par_export.kernels.compiler import Compiled, Compiler
 from par_export.kernels.contents import Contents
 from par_export.kernels.plan import Planner, plan
 from par_export.kernels.request import DECODER_PRECISIONS, NAME_A_TARGET, PRECISIONS, KernelsRequest
-from par_export.kernels.spec import Planned
+from par_export.kernels.spec import Planned, Refused
 from par_export.kernels.targets import Target, runs_on, target_of
-from par_export.kernels.tiles import Refused, shape_of
 from par_runtime import __version__
 from par_runtime.backends import program
 from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, KERNELS, Engine
@@ -199,8 +198,8 @@ class Build:
     def compiled(self, on_step: OnStep) -> tuple[Planned, dict[str, Compiled], float]:
         """The plan, its compiled kernels, and the seconds that compiling took.
 
-        Where the compiler finds no registers or no shared memory for a product, it is planned in another shape. Raises
-        BuildError, which names the first kernel that cannot run well on the target.
+        Where the compiler finds no registers or no shared memory for a kernel, it is planned in another shape if it has
+        one. Raises BuildError, which names the first kernel that cannot run well on the target.
         """
         refused: Refused = frozenset()
         seconds, why = 0.0, ""
@@ -221,14 +220,13 @@ class Build:
             faults = {name: fault for name in planned.specs if (fault := compiled[name].fault(self.target))}
             if not faults:
                 return planned, compiled, seconds
-            shapes = {name: shape_of(planned.specs[name]) for name in faults}
-            final = [name for name, shape in shapes.items() if shape is None or shape in refused]
+            final = [name for name in faults if planned.specs[name] in refused]  # it has no other shape
             name = [*final, *faults][0]
             source = planned.specs[name].source
             why = f"kernel {source} for {self.target.name} by {self.compiler.version} {faults[name]}"
             if final:
                 raise BuildError(why)
-            refused |= {shape for shape in shapes.values() if shape is not None}
+            refused |= {planned.specs[name] for name in faults}
 
 
 def write_files(

@@ -11,9 +11,10 @@ the last bit, as in any batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from par_export.errors import BuildError
 from par_export.kernels.targets import Target
 
 #: Bytes of one number of a feature map.
@@ -40,6 +41,9 @@ TILES = (
     (256, 64, 8),
 )
 WIDE_TILES = ((256, 128, 8),)  #: a step takes so long that two copies ahead suffice; a third costs registers
+
+
+Shape = tuple[object, object, int]  #: pixels, channels and warps of a tile
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,20 @@ def step_channels(channels: int, precision: str) -> int:
 
 
 def conv_tile(
-    target: Target, precision: str, pixels: int, maps: int, channels: int, steps: int, step: int, side: int
+    target: Target,
+    precision: str,
+    pixels: int,
+    maps: int,
+    channels: int,
+    steps: int,
+    step: int,
+    side: int,
+    gone: Collection[Shape] = (),
 ) -> Tile:
     """The tile for ``maps`` products of ``pixels`` and ``channels`` an image, in ``steps`` steps of ``step`` channels.
 
-    ``side``: columns of the filter. As many steps in a row read nearly the same pixels, from the L1 cache.
+    ``side``: columns of the filter. As many steps in a row read nearly the same pixels, from the L1 cache. ``gone``:
+    tiles that the compiler found no registers for. Raises BuildError where no other is left.
     """
 
     def seconds(tile: Tile) -> float:
@@ -86,7 +99,10 @@ def conv_tile(
         )
         return alone + four / 4
 
-    return min(_tiles(target, channels, precision), key=seconds)
+    tiles = [t for t in _tiles(target, channels, precision) if (t.pixels, t.channels, t.warps) not in gone]
+    if not tiles:
+        raise BuildError(f"no tile of a convolution to {channels} channels in {precision} fits {target.name}")
+    return min(tiles, key=seconds)
 
 
 def _tiles(target: Target, channels: int, precision: str) -> Iterator[Tile]:
@@ -137,8 +153,11 @@ def shared_bytes(tile: Tile, step: int, size: int) -> int:
     return max(tile.stages * (tile.pixels + tile.channels) * step * size, tile.pixels * tile.channels * size)
 
 
-def attention_tile(target: Target, precision: str, pixels: int, channels: int) -> Tile:
-    """BM queries and BN keys of attention with ``channels`` numbers each. ValueError where none fits."""
+def attention_tile(target: Target, precision: str, pixels: int, channels: int, gone: Collection[Shape] = ()) -> Tile:
+    """BM queries and BN keys of attention with ``channels`` numbers each, not one that is ``gone``.
+
+    Raises BuildError where none fits.
+    """
     size, width = NUMBER_BYTES[precision], power(max(channels, 16))
     best, least = None, math.inf
     for queries, keys, warps, stages in (
@@ -155,6 +174,8 @@ def attention_tile(target: Target, precision: str, pixels: int, channels: int) -
         sums = queries * width // (32 * warps)
         if shared > target.shared_block or sums > 128 or (precision == "fp32" and queries > 16):
             continue
+        if (queries, keys, warps) in gone:
+            continue
         blocks = -(-pixels // queries)
         rate = target.sheet.tflop_s * 1e12 / 2 / target.processors / (2 if queries >= 64 else 4)
         each = max(2 * queries * keys * width / rate, 2 * keys * width * size / L2_RATE, COPY_SECONDS / stages)
@@ -162,7 +183,7 @@ def attention_tile(target: Target, precision: str, pixels: int, channels: int) -
         if seconds < least:
             best, least = Tile(queries, keys, warps, stages), seconds
     if best is None:
-        raise ValueError(f"attention over {channels} channels in {precision} does not fit {target.name}")
+        raise BuildError(f"no tile of attention over {channels} channels in {precision} fits {target.name}")
     return best
 
 

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from par_export.kernels import plan_decoder, plan_step
 from par_export.kernels.contents import Contents
-from par_export.kernels.spec import Planned
+from par_export.kernels.spec import Planned, Refused
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import AttentionTile, ProductTile, Refused, choose
+from par_export.kernels.tiles import AttentionTile, ProductTile, choose
 
 
 class Planner(Protocol):
@@ -37,5 +37,7 @@ def plan(
     phases = [phase.name for phase in contents.bundle.phases]
     planned = plan_step.plan(config, contents.step, contents.read, phases, images, contents.precision, target, tiles)
     if vq is not None:
-        planned.merge(plan_decoder.plan(vq, config, contents.decoder, images, contents.decoder_precision, target))
+        planned.merge(
+            plan_decoder.plan(vq, config, contents.decoder, images, contents.decoder_precision, target, refused=refused)
+        )
     return planned

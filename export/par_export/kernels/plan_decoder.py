@@ -25,7 +25,7 @@ from par_export.kernels.decoder_tiles import (
     step_channels,
 )
 from par_export.kernels.decoder_weights import DecoderWeights
-from par_export.kernels.spec import Constant, Planned, Spec
+from par_export.kernels.spec import Constant, Planned, Refused, Spec
 from par_export.kernels.targets import Target
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import token_order
@@ -56,14 +56,15 @@ def plan(
     precision: str,
     target: Target,
     scratch_bytes: int = SCRATCH_BYTES,
+    refused: Refused = frozenset(),
 ) -> Planned:
     """The program "decoder" for batches of ``images``, its kernels and its weights.
 
     ``stored``: where tensors of the tokenizer lie, by their names without "vq.". ``precision``: of feature maps; fp32
-    multiplies in TF32. Raises BundleError where a tensor is missing or of another shape, BuildError where a map is too
-    large.
+    multiplies in TF32. ``refused``: kernels that others are to be planned for. Raises BundleError where a tensor is
+    missing or of another shape, BuildError where a map is too large.
     """
-    return _plan(vq, config, stored, images, precision, target, scratch_bytes)[0]
+    return _plan(vq, config, stored, images, precision, target, scratch_bytes, refused)[0]
 
 
 def work(vq: VQConfig, config: PARConfig, images: int, precision: str, target: Target) -> Work:
@@ -79,6 +80,7 @@ def _plan(
     precision: str,
     target: Target,
     scratch_bytes: int,
+    refused: Refused = frozenset(),
 ) -> tuple[Planned, Work]:
     planned = Planned()
     order = token_order(config)
@@ -89,7 +91,7 @@ def _plan(
     profiles = {}
     done = Work(0, 0, 0)
     for count in images:
-        one = _Decoder(vq, config, stored, precision, target, planned, 1)
+        one = _Decoder(vq, config, stored, precision, target, planned, 1, refused)
         one.decode(0)
         most = max(1, scratch_bytes // sum(one.buffers.values()))
         groups = max(1, min(-(-count // most), MOST_LAUNCHES // len(one.launches)))
@@ -99,7 +101,7 @@ def _plan(
         done = Work(0, 0, 0)
         for group in range(groups):
             size = (count - first) // (groups - group)
-            decoder = _Decoder(vq, config, stored, precision, target, planned, size)
+            decoder = _Decoder(vq, config, stored, precision, target, planned, size, refused)
             decoder.decode(first)
             launches += decoder.launches
             buffers = {name: max(size, buffers.get(name, 0)) for name, size in decoder.buffers.items()}
@@ -142,11 +144,14 @@ class _Decoder:
         target: Target,
         planned: Planned,
         images: int,
+        refused: Refused = frozenset(),
     ) -> None:
         self.vq, self.grid, self.tokens = vq, config.grid[1:], config.n_tokens
         self.precision, self.target, self.planned = precision, target, planned
         self.weights = DecoderWeights(stored, precision, planned)
         self.images = images
+        shapes = [(spec, dict(spec.constants)) for spec in refused if spec.source.startswith("decoder")]
+        self.gone = {(shape["BM"], shape.get("BN"), spec.warps) for spec, shape in shapes if "BM" in shape}
         self.size = NUMBER_BYTES[precision]
         self.kind = f"*{precision}"
         self.launches: list[Launch] = []
@@ -187,7 +192,7 @@ class _Decoder:
         c, m = x.channels, x.pixels
         y = self._norm(x, f"{key}.norm", swish=False)
         step = step_channels(c, self.precision)
-        tile = conv_tile(self.target, self.precision, m, 3, c, -(-c // step), step, 1)
+        tile = conv_tile(self.target, self.precision, m, 3, c, -(-c // step), step, 1, self.gone)
         arguments: dict[str, object] = {"x": Pointer(y.buffer)}
         for name in "qkv":
             arguments[f"w_{name}"] = self.weights.filter(f"{key}.{name}", c, c, 1, step)
@@ -199,7 +204,7 @@ class _Decoder:
         self._launch("qkv", constants, kinds, arguments, grid, tile.warps, tile.stages)
         self._count(2 * 3 * m * c * c, 4 * m * c, 3 * c * c)
 
-        tile = attention_tile(self.target, self.precision, m, c)
+        tile = attention_tile(self.target, self.precision, m, c, self.gone)
         scale = c**-0.5 * math.log2(math.e)
         constants = {"M": m, "C": c, "SCALE": scale, "BM": tile.pixels, "BN": tile.channels, "BC": power(max(c, 16))}
         arguments = {"x": Pointer("qkv"), "out": self._buffer("attended", m * c * self.size)}
@@ -282,7 +287,7 @@ class _Decoder:
         step = step_channels(c, self.precision)
         steps = side * side * -(-c // step)
         unit = 0 if pixels else _unit(width // self.vq.norm_groups)
-        tile = conv_tile(target, self.precision, m, places, width, steps, step, side)
+        tile = conv_tile(target, self.precision, m, places, width, steps, step, side, self.gone)
         constants: dict[str, Constant] = {"H": x.height, "W": x.width, "C": c, "O": width, "SIDE": side, "UP": up}
         constants |= {"RESIDUAL": before is not None and not shortcut, "OTHER": 0, "UNIT": unit}
         constants |= {"PIXELS": pixels is not None, "BM": tile.pixels, "BN": tile.channels, "BK": step, "OTHER_BK": 16}

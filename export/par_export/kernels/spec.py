@@ -37,6 +37,10 @@ class Spec:
         return f"{self.source.rpartition('.')[2]}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
+#: Kernels that the compiler found no registers or no shared memory for: others are planned in their place.
+Refused = frozenset[Spec]
+
+
 @dataclass
 class Planned:
     """Kernels, programs and weights of an engine, or of a part of one.

@@ -11,12 +11,12 @@ candidates matters. Times in microseconds, sizes in bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from par_export.errors import BuildError
-from par_export.kernels.spec import Spec
+from par_export.kernels.spec import Refused
 from par_export.kernels.targets import Target
 from par_model.config import PARConfig
 
@@ -42,9 +42,15 @@ MOST_INPUTS = 8192  #: numbers of activations that a block loads at a time: with
 #: Of the activations that a block of 8 rows loads at a time, numbers for each thread: with fewer than 8 bytes a thread
 #: some are not copied in the background.
 FEWEST_INPUTS = 4
-KINDS = ("qkv", "wo", "gates", "w2", "head", "attention")
-#: (BN, BK, rows) of products that the compiler found no registers for.
-Refused = frozenset[tuple[int, int, int]]
+#: kind -> the source of its kernel
+SOURCES = {
+    "qkv": "step.qkv",
+    "wo": "step.residual",
+    "gates": "step.gates",
+    "w2": "step.residual",
+    "head": "step.head",
+    "attention": "attention.attend",
+}
 
 
 @dataclass(frozen=True)
@@ -84,12 +90,10 @@ class Tiles:
     attention: AttentionTile
 
 
-def shape_of(spec: Spec) -> tuple[int, int, int] | None:
-    """BN, BK and rows of a product of the step; None for any other kernel."""
-    constants = dict(spec.constants)
-    if not spec.source.startswith("step.") or not {"BN", "BK", "BM"} <= constants.keys():
-        return None
-    return int(constants["BN"]), int(constants["BK"]), int(constants["BM"])
+def shapes_of(refused: Refused, source: str, names: tuple[str, ...]) -> set[tuple[object, ...]]:
+    """The constants ``names`` of the kernels of ``source`` in ``refused``."""
+    constants = [dict(spec.constants) for spec in refused if spec.source == source]
+    return {tuple(each[name] for name in names) for each in constants}
 
 
 def rows_of(positions: int) -> int:
@@ -110,13 +114,18 @@ def choose(
     panels and take as many of their stages as fit. Raises BuildError where ``refused`` leaves no shape.
     """
     out: dict[int, dict[str, ProductTile | AttentionTile]] = {batch: {} for batch in images}
-    for kind in KINDS:
+    gone = shapes_of(refused, SOURCES["attention"], ("SPAN", "CHUNK"))
+    keys = [tile for tile in attentions(config, images, target) if (tile.span, tile.chunk) not in gone]
+    for kind in SOURCES:
         tile = given.get(kind)
         if kind == "attention":
+            if tile is None and not keys:
+                raise BuildError(f"no shape of attention with heads of {config.head_dim} fits {target.name}")
             for batch in images:
-                out[batch][kind] = tile or attentions(config, images, target)[0]
+                out[batch][kind] = tile or keys[0]
             continue
-        shapes = products(config, kind, images, target, refused, tile if isinstance(tile, ProductTile) else None)
+        gone = shapes_of(refused, SOURCES[kind], ("BN", "BK", "BM"))
+        shapes = products(config, kind, images, target, gone, tile if isinstance(tile, ProductTile) else None)
         if not shapes:
             raise BuildError(
                 f"no shape of the product {kind} of {config.dim} wide models fits {target.name} at {max(images)} "
@@ -132,12 +141,13 @@ def products(
     kind: str,
     images: Sequence[int],
     target: Target,
-    refused: Refused = frozenset(),
+    gone: Collection[tuple[object, ...]] = (),
     given: ProductTile | None = None,
 ) -> list[dict[int, ProductTile]]:
     """Shapes of a kind of product for each batch size; what the model finds fastest comes first.
 
-    ``given``: with these panels, parts and warps alone, and with at most its stages.
+    ``gone``: BN, BK and rows that are not to be among them. ``given``: with these panels, parts and warps alone, and
+    with at most its stages.
     """
     d, F = config.dim, config.ffn_dim
     columns, depth = {
@@ -158,7 +168,7 @@ def products(
         tiles, cost = {}, 0.0
         for batch in images:
             positions = 2 * config.group_size * batch
-            if (*layout[:2], rows_of(positions)) in refused:
+            if (*layout[:2], rows_of(positions)) in gone:
                 break
             staged = _staged(layout, columns, depth, rows_of(positions), target, 6 if given is None else given.stages)
             times = [(product_us(tile, columns, depth, positions, target), tile) for tile in staged]

@@ -16,10 +16,10 @@ from trial_plan import panels, trial_plan
 from par_export.errors import BuildError
 from par_export.kernels.build import build_kernels
 from par_export.kernels.contents import Contents
+from par_export.kernels.plan import plan
 from par_export.kernels.request import KernelsRequest
-from par_export.kernels.spec import Planned, Spec
-from par_export.kernels.targets import Target
-from par_export.kernels.tiles import Refused
+from par_export.kernels.spec import Planned, Refused, Spec
+from par_export.kernels.targets import TARGETS, Target
 from par_runtime.backends.engines import Engine
 from par_runtime.backends.program import CONSTANTS
 from par_runtime.bundle import Bundle, seal
@@ -140,21 +140,35 @@ def test_a_kernel_that_needs_too_much_is_refused_by_name(tiny_copy: Path) -> Non
 
 
 def test_a_product_that_finds_no_registers_is_planned_in_another_shape(tiny_copy: Path) -> None:
-    """A bundle of one profile, with a first choice that spills: it is refused, and the second one is built."""
+    """The first choice spills: it is refused, and what is planned in its place is built."""
     asked: list[Refused] = []
+
+    def gates(BN: int, BK: int, BM: int) -> Spec:  # noqa: N803
+        constants = {"D_MODEL": 256, "STRIDE": 256, "TILES": 4, "POWER": 256, "F": 256, "F_STRIDE": 256}
+        constants |= {"BN": BN, "BK": BK, "BM": BM, "AHEAD": 0, "DEPENDENT": False}
+        kinds = {"h": "*fp16", "ss": "*fp32", "weights": "*fp16", "gains": "*fp32", "g": "*fp16", "M": "i32"}
+        return Spec("step.gates", tuple(constants.items()), tuple(kinds.items()), 1, 2)
 
     def planner(contents: Contents, images: Sequence[int], target: Target, refused: Refused = frozenset()) -> Planned:
         asked.append(refused)
         planned = trial_plan(contents, images, target)
-        size = (128, 16, 64) if not refused else (64, 64, 8)
-        constants = {"D_MODEL": 256, "STRIDE": 256, "TILES": 4, "POWER": 256, "F": 256, "F_STRIDE": 256}
-        constants |= dict(zip(("BN", "BK", "BM"), size, strict=True)) | {"AHEAD": 0, "DEPENDENT": False}
-        kinds = {"h": "*fp16", "ss": "*fp32", "weights": "*fp16", "gains": "*fp32", "g": "*fp16", "M": "i32"}
-        planned.add(Spec("step.gates", tuple(constants.items()), tuple(kinds.items()), 1, 2))
+        planned.add(gates(64, 64, 8) if refused else gates(128, 16, 64))
         return planned
 
     build_kernels(KernelsRequest(tiny_copy, ("SM80",), images=(1,)), lambda _: None, planner=planner)
-    assert asked == [frozenset(), frozenset({(128, 16, 64)})]
+    assert asked == [frozenset(), frozenset({gates(128, 16, 64)})]
+
+
+def test_every_kind_of_product_is_planned_without_the_shapes_that_were_refused(tiny: Path) -> None:
+    contents = Contents(Bundle.open(tiny), "fp16", "fp16")
+    first = plan(contents, (1, 2), TARGETS["SM90"])
+    tried = {"step.qkv", "step.gates", "step.head", "attention.attend"}  # 16 columns of residual have one shape
+    tried |= {"decoder.conv", "decoder_attention.qkv", "decoder_attention.attention"}
+    for source in tried:
+        refused = frozenset(spec for spec in first.specs.values() if spec.source == source)
+        again = plan(contents, (1, 2), TARGETS["SM90"], refused)
+        assert not refused & set(again.specs.values()), source
+        assert {spec.source for spec in again.specs.values()} == {spec.source for spec in first.specs.values()}, source
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from par_export.errors import BuildError
 from par_export.kernels import tiles
+from par_export.kernels.spec import Spec
 from par_export.kernels.targets import TARGETS
 from par_model.config import PARConfig, named
 
@@ -55,10 +56,14 @@ def test_no_choice_is_slower_by_the_model_than_one_plain_shape(name: str) -> Non
         assert time >= columns * config.dim * 2 / 3.35e6  # never faster than the memory
 
 
+def spec(bn: int, bk: int, rows: int, source: str = "step.gates") -> Spec:
+    return Spec(source, (("BN", bn), ("BK", bk), ("BM", rows)), (), 4, 4)
+
+
 def test_a_shape_that_was_refused_is_not_chosen_again() -> None:
     config, card = named("L"), TARGETS["SM90"]
     first = tiles.choose(config, IMAGES, card)[8].gates
-    refused = frozenset({(first.BN, first.BK, tiles.rows_of(2 * 4 * 8))})
+    refused = frozenset({spec(first.BN, first.BK, tiles.rows_of(2 * 4 * 8))})
     second = tiles.choose(config, IMAGES, card, refused)
     assert {(second[batch].gates.BN, second[batch].gates.BK) for batch in IMAGES} != {(first.BN, first.BK)}
 
@@ -75,6 +80,6 @@ def test_measured_shapes_are_kept_as_far_as_they_fit() -> None:
 
 
 def test_without_any_shape_one_line_says_what_to_do() -> None:
-    everything = frozenset((bn, bk, 8) for bn in (16, 32, 64, 128) for bk in (16, 32, 64, 128, 256))
+    everything = frozenset(spec(bn, bk, 8, "step.qkv") for bn in (16, 32, 64, 128) for bk in (16, 32, 64, 128, 256))
     with pytest.raises(BuildError, match=r"no shape of the product qkv .* fits SM90 at 1 images; give fewer with --m"):
         tiles.choose(named("L"), (1,), TARGETS["SM90"], everything)

@@ -204,7 +204,7 @@ def test_tuning_needs_a_gpu_that_kernels_run_on(
 
 
 def test_candidates_begin_with_the_model_s_choice_and_differ() -> None:
-    assert set(tune.ORDER) == set(tiles.KINDS)
+    assert set(tune.ORDER) == set(tiles.SOURCES)
     for kind in tune.ORDER:
         found = tune.candidates(named("L"), kind, (1, 8), TARGETS["SM90"], 6, 1)
         assert found[0] == getattr(tiles.choose(named("L"), (1, 8), TARGETS["SM90"])[1], kind)

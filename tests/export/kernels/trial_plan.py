@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from par_export.kernels.contents import Contents
-from par_export.kernels.spec import Planned, Spec
+from par_export.kernels.spec import Planned, Refused, Spec
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import Refused
 from par_runtime.backends.program import Pointer, Profile, Program, Weight
 from par_runtime.bundle import Stored
 
