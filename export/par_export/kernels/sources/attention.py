@@ -64,7 +64,7 @@ def attend(
     if start < end:
         i, d = tl.arange(0, BQ), tl.arange(0, WIDE)
         of_query = ((row * QUERY + i).to(tl.int64) * HEADS + head) * PADDED
-        query = tl.load(q + of_query[None, :] + d[:, None], mask=(i < QUERY)[None, :] & (d < HEAD)[:, None], other=0.0)
+        mask_q = (i < QUERY)[None, :] & (d < HEAD)[:, None]
         peak = tl.full((BQ,), float("-inf"), tl.float32)
         total = tl.zeros((BQ,), tl.float32)
         acc = tl.zeros((WIDE, BQ), tl.float32)
@@ -73,6 +73,9 @@ def attend(
             seen = key < end
             place = lines + key[:, None] * PADDED + d[None, :]
             mask = seen[:, None] & (d < PADDED)[None, :]
+            # Queries are loaded with each chunk (an offset that is 0, which the compiler cannot know, keeps them here):
+            # outside of the loop they would be waited for before the first key is asked for.
+            query = tl.load(q + tl.minimum(at, 0) * 16 + of_query[None, :] + d[:, None], mask=mask_q, other=0.0)
             k = tl.load(past_k + place, mask=mask, other=0.0)
             v = tl.load(past_v + place, mask=mask, other=0.0)
             score = tl.where(seen[:, None], tl.dot(k, query), float("-inf"))
@@ -97,23 +100,21 @@ def attend(
             arrived = tl.atomic_add(counters + of_row, 1, sem="acq_rel", scope="gpu")
             if arrived == spans - 1:
                 tl.store(counters + of_row, 0)
-                part = tl.arange(0, triton.next_power_of_2(SPLITS))
-                there = (part < spans)[:, None]
-                all_peaks = tl.load(
-                    line[None, :] + part[:, None] * (2 * BQ), mask=there, other=float("-inf"), cache_modifier=".cg"
-                )
-                totals = tl.load(
-                    line[None, :] + part[:, None] * (2 * BQ) + BQ, mask=there, other=0.0, cache_modifier=".cg"
-                )
-                top = tl.max(all_peaks, 0)
-                total = tl.sum(totals * tl.exp2(all_peaks - top[None, :]), 0)
+                # No sum waits for another part's numbers, so all parts are loaded at the same time.
+                peak = tl.full((BQ,), float("-inf"), tl.float32)
+                total = tl.zeros((BQ,), tl.float32)
                 acc = tl.zeros((WIDE, BQ), tl.float32)
                 for s in tl.static_range(SPLITS):
-                    peak = tl.load(
-                        line + s * (2 * BQ), mask=i * 0 + s < spans, other=float("-inf"), cache_modifier=".cg"
-                    )
+                    there = i * 0 + s < spans
+                    of_s = line + s * (2 * BQ)
+                    peak_s = tl.load(of_s, mask=there, other=float("-inf"), cache_modifier=".cg")
+                    total_s = tl.load(of_s + BQ, mask=there, other=0.0, cache_modifier=".cg")
                     values = tl.load(
                         mine + s * (WIDE * BQ), mask=(d * 0 + s < spans)[:, None], other=0.0, cache_modifier=".cg"
                     )
-                    acc += values * tl.exp2(peak - top)[None, :]
+                    top = tl.maximum(peak, peak_s)
+                    old, new = tl.exp2(peak - top), tl.exp2(peak_s - top)
+                    total = total * old + total_s * new
+                    acc = acc * old[None, :] + values * new[None, :]
+                    peak = top
                 tl.store(to_y, (acc / total[None, :]).to(y.dtype.element_ty), mask=mask_y)

@@ -244,7 +244,12 @@ def residual(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.arange(0, BN)
     column = tile * BN + n
+    inside = (column < D_MODEL)[:, None] & (m < M)[None, :]
+    at = m.to(tl.int64)[None, :] * STRIDE + column[:, None]
+    gain = tl.load(gains + column, mask=column < D_MODEL, other=0.0)
     begin(DEPENDENT)
+    if SPLIT == 1:  # with parts most blocks do not need it, and the last one loads it together with the parts
+        old = tl.load(x + at, mask=inside, other=0.0)
     acc = product(panel, inputs, m, first, last, K, K_STRIDE, BN, BK, BM)
     counter = counters + tl.program_id(0) * tiles + tile
     arrived = 0
@@ -255,11 +260,8 @@ def residual(
         tl.debug_barrier()  # the stores of all threads come before the count, which one thread does
         arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     if arrived == SPLIT - 1:
-        inside = (column < D_MODEL)[:, None] & (m < M)[None, :]
-        at = m.to(tl.int64)[None, :] * STRIDE + column[:, None]
-        old = tl.load(x + at, mask=inside, other=0.0)
-        gain = tl.load(gains + column, mask=column < D_MODEL, other=0.0)
         if SPLIT > 1:
+            old = tl.load(x + at, mask=inside, other=0.0)
             tl.store(counter, 0)
             acc = tl.load(place, cache_modifier=".cg")
             for part in tl.static_range(1, SPLIT):
