@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from par_export.kernels.decoder_tiles import NUMBER_BYTES
+from par_export.kernels.decoder_tiles import NUMBER_BYTES, power
 from par_export.kernels.spec import Constant, Planned, Spec
 from par_runtime.backends.program import Launch, Pointer, Weight
 from par_runtime.bundle import Stored
@@ -13,7 +13,7 @@ from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError
 
 _KIND = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
-_PACKED = 1024  #: numbers that a block packs
+_PACKED = 4096  #: numbers that a block packs at most
 
 
 class DecoderWeights:
@@ -29,10 +29,10 @@ class DecoderWeights:
         numbers = width * side * side * -(-c // step) * step
         tensor = self._tensor(f"{key}.weight", (width, c, kernel, kernel))
         if tensor is not None and name not in self.planned.weights:
-            constants = {"C": c, "O": width, "SIDE": side, "BK": step, "UP": up, "BLOCK": _PACKED}
-            launch = self._pack(
-                "pack_conv", constants, tensor, f"*{self.precision}", (-(-numbers // _PACKED), places, 1)
-            )
+            block = _PACKED // places  # that of upsampling reads nine numbers for each
+            constants = {"C": c, "O": width, "SIDE": side, "BK": step, "UP": up, "BLOCK": block}
+            grid = (-(-numbers // block), places, 1)
+            launch = self._pack("pack_conv", constants, tensor, f"*{self.precision}", grid)
             self.planned.weights[name] = Weight(places * numbers * NUMBER_BYTES[self.precision], tensor, 0, launch)
         return Pointer(name)
 
@@ -43,8 +43,9 @@ class DecoderWeights:
         if tensor is not None and name not in self.planned.weights:
             count, launch = math.prod(shape), None
             if tensor.dtype != DTYPE[precision]:
-                constants = {"COUNT": count, "BLOCK": _PACKED}
-                launch = self._pack("pack_vector", constants, tensor, f"*{precision}", (-(-count // _PACKED), 1, 1))
+                block = min(power(count), _PACKED)
+                constants = {"COUNT": count, "BLOCK": block}
+                launch = self._pack("pack_vector", constants, tensor, f"*{precision}", (-(-count // block), 1, 1))
             self.planned.weights[name] = Weight(count * NUMBER_BYTES[precision], tensor, 0, launch)
         return Pointer(name)
 

@@ -85,7 +85,18 @@ def test_a_batch_is_decoded_in_groups_that_bound_the_memory(
 def test_odd_sizes(tmp_path: Path) -> None:
     """A grid that is not square, norms over 3 and 6 channels, widths that no tile divides; in bf16 as it is stored."""
     vq = VQConfig(32, 3, channels=12, channel_multipliers=(1, 2), res_blocks=1, z_channels=10, norm_groups=4)
-    config = PARConfig(dim=16, n_layers=1, n_heads=2, vocab_size=32, n_classes=2, grid=(1, 6, 10), group_size=4)
+    as_the_model(tmp_path, vq, (1, 6, 10), "fp32")
+
+
+@pytest.mark.slow
+def test_widths_of_vq16(tmp_path: Path) -> None:
+    """All of VQ-16's channels, on a grid of 2x6; the interpreter takes some minutes, most of them to pack weights."""
+    as_the_model(tmp_path, replace(VQ16, codebook_size=64), (1, 2, 6), "fp16")
+
+
+def as_the_model(folder: Path, vq: VQConfig, grid: tuple[int, int, int], precision: str) -> None:
+    """Random weights, and the images of the model in PyTorch."""
+    config = PARConfig(dim=16, n_layers=1, n_heads=2, vocab_size=64, n_classes=2, grid=grid, group_size=4)
     torch.manual_seed(0)
     model = VQModel(vq).eval()
     for name, parameter in model.named_parameters():
@@ -99,17 +110,17 @@ def test_odd_sizes(tmp_path: Path) -> None:
         raw = tensor.view(torch.int16).numpy().tobytes()
         stored[name] = Stored("bfloat16", shape, len(data), len(raw))
         data += raw
-    (tmp_path / WEIGHTS).write_bytes(data)
-    planned = plan_decoder.plan(vq, config, stored, (1,), "fp32", SM80)
-    tokens = np.random.default_rng(0).integers(0, 32, (1, 60))
-    images = np.zeros((1, 12, 20, 3), np.uint8)
-    Host(planned, tmp_path).run("decoder", 1, {"tokens": tokens, "images": images})
+    (folder / WEIGHTS).write_bytes(data)
+    planned = plan_decoder.plan(vq, config, stored, (1,), precision, SM80)
+    tokens = np.random.default_rng(0).integers(0, vq.codebook_size, (1, config.n_tokens))
+    images = np.zeros((1, grid[1] * vq.downsampling, grid[2] * vq.downsampling, 3), np.uint8)
+    Host(planned, folder).run("decoder", 1, {"tokens": tokens, "images": images})
 
     model.load_state_dict({name: state.get(name, tensor) for name, tensor in model.state_dict().items()})
-    raster = np.empty(60, np.int64)
+    raster = np.empty(config.n_tokens, np.int64)
     raster[token_order(config)] = tokens[0]
     with torch.no_grad():
-        codes = state["codebook"].float()[torch.from_numpy(raster.reshape(1, 6, 10))].permute(0, 3, 1, 2)
+        codes = state["codebook"].float()[torch.from_numpy(raster.reshape(grid))].permute(0, 3, 1, 2)
         wanted = (model.decode_codes(codes) * 127.5 + 128).clamp(0, 255).floor().permute(0, 2, 3, 1).numpy()
     assert wanted.std() > 20
     assert np.abs(images - wanted).max() <= 1
