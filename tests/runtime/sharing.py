@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[Path, Callable[[Path], Pipeline]]] = {
     "ONNX Runtime": (TINY, lambda path: Pipeline.load(path, device="cpu-ort", selftest=False)),
     "ONNX Runtime, GPU": (TINY, on_gpu_code),
     "TensorRT": (TINY, lambda path: Pipeline.load(path, device="cuda:0", selftest=False)),
+    "kernels": (TINY, lambda path: Pipeline.load(path, device="cuda:0", selftest=False)),
 }
 ON_A_CPU = ["C step", "ONNX Runtime"]
 no_kernels = pytest.mark.skipif(library.library() is None, reason="no compiler at installation, or an older CPU")

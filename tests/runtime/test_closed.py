@@ -65,6 +65,10 @@ def test_everything_is_one_error_after_close_of_a_gpu(capture: str, load: Make) 
     check_closed(load(capture=capture))
 
 
+def test_everything_is_one_error_after_close_of_kernels_on_a_gpu(load_kernels: Make) -> None:
+    check_closed(load_kernels(images=(1,)))
+
+
 def test_with_closes_also_after_an_error_and_cannot_be_entered_again() -> None:
     pipeline = Pipeline.load(TINY, device="cpu")
     with pytest.raises(ZeroDivisionError), pipeline:

@@ -250,7 +250,8 @@ in_child(lambda: same(pipeline))
 GPU_CHILD = """
 from par_runtime import CudaError
 wanted = pipeline.generate([0, 1], seed=1)
-calls = getattr(driver, "counts", {}).copy() if kind == "TensorRT" else None
+on_stand_in = kind in ("TensorRT", "kernels")
+calls = driver.counts.copy() if on_stand_in else None
 def child():
     for use in (lambda: pipeline.generate([0, 1], seed=1), lambda: pipeline.score(wanted.tokens, [0, 1]),
                 lambda: pipeline.decode(wanted.tokens), pipeline.selftest):
@@ -262,7 +263,7 @@ def child():
             raise AssertionError("no error")
     pipeline.close()
     pipeline.close()
-    if kind == "TensorRT":
+    if on_stand_in:
         assert driver.counts == calls, "the driver was called in the child"
 in_child(child)
 in_child(lambda: None)
@@ -275,31 +276,46 @@ def test_onnx_runtime_on_a_gpu_says_that_it_cannot_be_forked() -> None:
     run("ONNX Runtime, GPU", GPU_CHILD)
 
 
-def test_tensorrt_says_that_it_cannot_be_forked_without_a_call_of_the_driver(tmp_path: Path) -> None:
+ENGINES = {
+    "TensorRT": """
+from double import tensorrt
+from par_runtime.backends.trt import module as trt_module
+trt_module.load = lambda name=None: tensorrt.make(driver)
+tensorrt.write_engine(Bundle.open(copy), (1, 2), "shared")
+""",
+    "kernels": """
+from double import bare, kernels
+from double.twins import Twins
+bundle = Bundle.open(copy)
+planned = kernels.planned(bundle, (2,), "SM80", "fp32", "fp32")
+bare.register(driver, kernels.write_engine(bundle, planned))
+driver.twin = Twins(driver)
+""",
+}
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_an_engine_says_that_it_cannot_be_forked_without_a_call_of_the_driver(tmp_path: Path, kind: str) -> None:
     stand_in = f"""
 import shutil
 from pathlib import Path
-from double import tensorrt
 from double.driver import Driver
 from par_runtime import Bundle
 from par_runtime.backends import cuda
-from par_runtime.backends.trt import module as trt_module
 driver = cuda.driver = Driver()
-trt_module.load = lambda name=None: tensorrt.make(driver)
 copy = Path({str(tmp_path)!r}) / "bundle"
 shutil.copytree({str(TINY)!r}, copy)
-tensorrt.write_engine(Bundle.open(copy), (1, 2), "shared")
-"""
+{ENGINES[kind]}"""
     head, last = PRELUDE.rsplit("pipeline = load(path)", 1)
     assert last.strip() == ""
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path])}
     code = head + stand_in + "pipeline = load(copy)\n" + GPU_CHILD
     done = subprocess.run(
-        [sys.executable, "-c", code, "TensorRT"], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, kind], env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_every_kind_is_forked() -> None:
-    assert set(KINDS) == {*ON_A_CPU, "C step, threads", "ONNX Runtime, GPU", "TensorRT"}
+    assert set(KINDS) == {*ON_A_CPU, "C step, threads", "ONNX Runtime, GPU", *ENGINES}
