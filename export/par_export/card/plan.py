@@ -31,6 +31,11 @@ class Block:
     weight: float
 
     @property
+    def loads(self) -> bool:
+        """Whether loading is timed: one after the other, which takes longer."""
+        return bool(self.model.twins) and self.images == 1
+
+    @property
     def name(self) -> str:
         """For people: "PAR-L, batch 8"."""
         return f"{self.model.name}, batch {self.images}"

@@ -44,12 +44,13 @@ from par_runtime.errors import BundleError, CudaError, EngineError, RequestError
 MINUTES = 8.0
 #: Parts of the time: after the first, checks are ended; after the second, nothing is waited for any more.
 CHECKS_END, WAIT_END = 0.4, 0.45
-CHECKS_AT_ONCE = 4
+CHECKS_AT_ONCE = 8
 GRACE_S = 10.0  #: after the end of the report a subject that is still at work is killed
 LEAST_S = 12.0  #: a block that has less time is left out
 STRESS_IMAGES = 200
 REPETITIONS = 5
 SANITIZER = "compute-sanitizer"
+TOOLKIT = "/usr/local/cuda/bin"  #: where it is, if not on the path
 SANITIZER_OPTIONS = ("--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all")
 SANITIZER_S = 90.0
 #: Errors that are said in one line. Any other is a fault of ours: it is printed whole, and the report goes on.
@@ -242,9 +243,9 @@ class _Report:
 
     def _sanitized(self, bundles: Mapping[str, Path], until: float) -> list[tuple[str, Callable[[], Ended]]]:
         """One image of the smallest bundle under NVIDIA's checker of memory accesses, where there is one."""
-        program = shutil.which(SANITIZER)
+        program = shutil.which(SANITIZER) or shutil.which(SANITIZER, path=TOOLKIT)
         if program is None:
-            self._leave_out(SANITIZER, "not on this machine's path")
+            self._leave_out(SANITIZER, f"neither on this machine's path nor in {TOOLKIT}")
             return []
         if not bundles:
             return []
@@ -332,8 +333,9 @@ class _Report:
             return open_random(path, label, device=self._device, end=self._end + GRACE_S)
 
         self._progress(f"{block.name}: loading")
-        with ThreadPoolExecutor(len(model.group_sizes)) as pool:
-            futures = {n: pool.submit(load, n) for n in sorted(model.group_sizes)}
+        with ThreadPoolExecutor(1 if block.loads else len(model.group_sizes)) as pool:
+            # n = 4 last: then the file is in memory.
+            futures = {n: pool.submit(load, n) for n in sorted(model.group_sizes, key=lambda n: (n == 4, n))}
             for n, future in futures.items():
                 try:
                     opened[n] = future.result()
@@ -374,9 +376,8 @@ class _Report:
     def _more(self, block: Block, ours: Mapping[int, SubjectProcess], setting: Setting) -> list[Row]:
         """Beside the rows in turns: loading, the decoder alone, and what each kernel takes."""
         able = {n: subject for n, subject in ours.items() if subject.info.label in self._state.infos}
-        rows = [make_row(s.info, setting, self._machine, "load", [s.load_ms]) for s in able.values()]
-        if block.images != 1:
-            rows = []
+        loaded = able.values() if block.loads else ()
+        rows = [make_row(s.info, setting, self._machine, "load", [s.load_ms]) for s in loaded]
         for n in sorted(able, key=lambda n: (n == 1, n)):
             label = label_of(block.model.name, n)
             if time.monotonic() > self._end:

@@ -23,10 +23,9 @@ from par_model.config import PARConfig, VQConfig
 from par_runtime.backends.program import Pointer, Profile, Program, Weight
 from par_runtime.bench import gpu
 from par_runtime.bench.journal import Journal
-from par_runtime.bench.report import output
 from par_runtime.bench.rows import read
 from par_runtime.bundle import Bundle
-from par_runtime.errors import EngineError
+from par_runtime.cli import dispatch as cli
 
 CHILDREN = Path(__file__).parent / "children"
 SMALL = Model(
@@ -94,16 +93,32 @@ def test_it_needs_nothing_but_what_it_says() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_a_whole_report(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_report(
+    stand_in: gpu.Gpu, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its command, with a smaller plan."""
     monkeypatch.setenv("PARVIS_TEST_BLOCK", ",".join(MISSING))
-    journal = Journal(tmp_path / "rows.jsonl", lambda _: None)
-    rows = report(options(tmp_path, tiny), stand_in, lambda _: None, journal)
-    outcome = journal.finish(rows)
-    phases = {(row.label, row.phase) for row in outcome.rows}
+    monkeypatch.setattr("par_export.card.plan.MODELS", [SMALL])
+
+    def smaller(**given: object) -> CardOptions:
+        assert given["torch"] == "cuda:0"
+        kept = {name: given[name] for name in ("checked", "models", "minutes", "repetitions", "twins", "work")}
+        return options(tmp_path, tiny, **kept)
+
+    monkeypatch.setattr("par_export.card.report.CardOptions", smaller)
+    file = tmp_path / "rows.jsonl"
+    command = ["bench", str(tiny), "--suite", "gpu", "--sizes", "L", "--minutes", "2", "--repetitions", "2"]
+    assert cli.main([*command, "--json", str(file), "--work", str(tmp_path)]) == 1
+    out = capsys.readouterr()
+    assert out.err.splitlines()[-1].endswith("checks failed")  # the kernels compute nothing, and that is seen
+    rows = read(file)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    kinds = {kind: [o for o in lines if o["kind"] == kind] for kind in ("check", "limit", "kernel", "left_out")}
+    phases = {(row.label, row.phase) for row in rows}
     for label in ("PAR-L n=1", "PAR-L n=4"):
         assert {(label, phase) for phase in ("group", "decoder", "copy", "image", "load")} <= phases
     assert ("PAR-L n=4 eager", "image") in phases
-    by = {(row.label, row.phase): row for row in outcome.rows}
+    by = {(row.label, row.phase): row for row in rows}
     image = by["PAR-L n=4", "image"]
     assert image.suite == "gpu"
     assert len(image.samples_ms) == 2
@@ -111,20 +126,17 @@ def test_a_whole_report(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path, monkeypat
     group = by["PAR-L n=4", "group"]
     assert group.percent_of_bound is not None
     assert group.limits_from.startswith("measured in the same run")
-    kinds = {kind: [o for o in outcome.others if o["kind"] == kind] for kind in ("check", "limit", "kernel")}
     assert {line["name"] for line in kinds["limit"]} >= {"copy bandwidth", "launch", "fp16 matrix peak"}
     step = [line for line in kinds["kernel"] if line["label"] == "PAR-L n=4" and line["program"] == "step"]
     assert [line["count"] for line in step] == [3]  # two layers, and one behind them
     assert step[0]["bytes"] == 64 * SMALL.config.ffn_dim * 2
     assert all(len(line["samples_us"]) == 5 for line in step)
-    assert all(line["gpu"] == "Stand-in GPU" for line in outcome.others)
-    # The kernels compute nothing, and that is seen.
-    assert outcome.wrong.endswith("checks failed")
+    assert all(line["gpu"] == "Stand-in GPU" for own in kinds.values() for line in own)
     passed = {line["name"]: line["passed"] for line in kinds["check"]}
     assert passed["tiny: loads"]
     assert passed["tiny: memory"]
     assert not passed["tiny: self-test"]
-    page = output.tables(outcome)
+    page = out.out
     assert page.startswith("## GPU report\n\nStand-in GPU (")
     assert "| tiny: self-test | WRONG |" in page
     for heading in ("What the card allows", "Figures to reach", "Rows", "Kernels, each alone", "Left out"):
@@ -132,37 +144,8 @@ def test_a_whole_report(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path, monkeypat
     assert "compute-sanitizer" in page.partition("### Left out")[2].partition("###")[0]
     assert "| PAR-L n=4, batch 1 | step | pack.panels | 3 |" in page
     assert "in doubt: above the bound" in page  # nothing was computed, so it took less than is possible
-    file = tmp_path / "all.jsonl"
-    output.write(outcome, json=file, csv=None, html=None, quiet=True)
-    assert len(read(file)) == len(outcome.rows)
-    assert {json.loads(line)["kind"] for line in file.read_text().splitlines()} >= {"measured", "check", "limit"}
     assert not list(tmp_path.glob("parvis-gpu-*"))
-
-
-def test_what_fails_is_said_and_the_rest_is_measured(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
-    def fails(path: Path, images: Sequence[int]) -> None:
-        if path.name == "PAR-L-n1":
-            raise KeyError("of nobody's expectation")
-        if path.name != "PAR-L-n4":
-            raise EngineError(f"{path.name}: no engine was built (as the test wants)")
-        build(path, images)
-
-    journal = Journal(None, lambda _: None)
-    rows = report(
-        options(tmp_path, tiny, samples=[SAMPLE], build=fails, twins=False, limits={"copy_bytes": -1}),
-        stand_in,
-        lambda _: None,
-        journal,
-    )
-    assert {row.label for row in rows} == {"PAR-L n=4"}
-    outcome = journal.finish(rows)
-    assert outcome.wrong == "2 of 2 checks failed"
-    assert "| odd: kernels | WRONG | odd-n4: no engine was built (as the test wants) |" in outcome.page
-    assert "tiny: no engine was built (as the test wants)" in outcome.page
-    left = outcome.page.partition("### Left out")[2].partition("###")[0]
-    assert '- PAR-L n=1, batch 1: KeyError: "of nobody\'s expectation"' in left
-    assert "- limits: " in left
-    assert all(row.bound_ms is None for row in outcome.rows)
+    assert not file.with_name("rows.jsonl.part").exists()
 
 
 @pytest.mark.parametrize(
