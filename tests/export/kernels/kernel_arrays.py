@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from double.interpreter import from_bf16, run_launch, to_bf16
+from double import language
+from double.interpreter import _function, from_bf16, run_launch, to_bf16
+from double.twins import NUMBERS, POINTED
 
 KIND = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 #: Half a unit in the last place, relative.
@@ -35,8 +38,12 @@ def launch(
     grid: tuple[int, ...],
     arguments: Mapping[str, tuple[str, Any]],
     shuffle: int | None = None,
+    quick: bool = False,
 ) -> None:
-    """Run ``source`` with ``arguments``: name -> (type, array or number)."""
+    """Run ``source`` with ``arguments``: name -> (type, array or number); ``quick`` as in ``programs.Host``."""
+    if quick:
+        _quickly(source, constants, grid, arguments)
+        return
     values = []
     for _, value in arguments.values():
         if isinstance(value, np.ndarray):
@@ -53,3 +60,19 @@ def launch(
         values,
         shuffle,
     )
+
+
+def _quickly(
+    source: str, constants: Mapping[str, Any], grid: tuple[int, ...], arguments: Mapping[str, tuple[str, Any]]
+) -> None:
+    values: dict[str, Any] = dict(constants)
+    if "DEPENDENT" in values:
+        values["DEPENDENT"] = False
+    for name, (kind, value) in arguments.items():
+        if isinstance(value, np.ndarray):
+            start = np.asarray(0, np.int64).view(language.Array)
+            values[name] = language.Address(value.reshape(-1).view(POINTED[kind]), start, name)
+        else:
+            values[name] = language._array(NUMBERS[kind](value))
+    sizes = (*grid, 1, 1)[:3]
+    language.run(_function(source), sizes, list(itertools.product(*map(range, sizes))), values)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from double.interpreter import run_launch
+from double import language
+from double.interpreter import _function, run_launch
+from double.twins import NUMBERS, POINTED
 
-from par_export.kernels.spec import Planned
+from par_export.kernels.spec import Planned, Spec
 from par_runtime.backends.program import Launch, Pointer
 from par_runtime.bundle import WEIGHTS
 
@@ -21,10 +25,14 @@ def memory(size: int) -> np.ndarray:
 
 
 class Host:
-    """``planned`` with the weights of the bundle at ``bundle``; constants come from the plan."""
+    """``planned`` with the weights of the bundle at ``bundle``; constants come from the plan.
 
-    def __init__(self, planned: Planned, bundle: Path) -> None:
-        self.planned = planned
+    Launches run in Triton's interpreter, or ``quick`` in the stand-in GPU's language, where no access leaves its
+    buffer.
+    """
+
+    def __init__(self, planned: Planned, bundle: Path, quick: bool = False) -> None:
+        self.planned, self.quick = planned, quick
         data = np.memmap(bundle / WEIGHTS, mode="r")
         self.weights = {name: memory(weight.bytes) for name, weight in planned.weights.items()}
         for name, weight in planned.weights.items():
@@ -51,6 +59,9 @@ class Host:
 
     def _launch(self, launch: Launch, tensors: Mapping[str, np.ndarray], layer: int, shuffle: int | None) -> None:
         spec = self.planned.specs[launch.kernel]
+        if self.quick:
+            self._quickly(spec, launch, tensors, layer, shuffle)
+            return
         values: list[int | float] = []
         for argument in launch.arguments:
             if isinstance(argument, Pointer):
@@ -60,3 +71,22 @@ class Host:
             else:
                 values.append(argument)
         run_launch(spec.source, dict(spec.constants), spec.parameters, launch.grid, values, shuffle)
+
+    def _quickly(
+        self, spec: Spec, launch: Launch, tensors: Mapping[str, np.ndarray], layer: int, shuffle: int | None
+    ) -> None:
+        values: dict[str, Any] = dict(spec.constants)
+        if "DEPENDENT" in values:
+            values["DEPENDENT"] = False
+        for (name, kind), argument in zip(spec.parameters, launch.arguments, strict=True):
+            if isinstance(argument, Pointer):
+                of, offset = argument.of_layer(layer)
+                dtype = np.dtype(POINTED[kind])
+                place = np.asarray(offset // dtype.itemsize, np.int64).view(language.Array)
+                values[name] = language.Address(tensors[of].reshape(-1).view(dtype), place, of)
+            else:
+                values[name] = language._array(NUMBERS[kind](argument))
+        blocks = list(itertools.product(*map(range, launch.grid)))
+        if shuffle is not None:
+            np.random.default_rng(shuffle).shuffle(blocks)
+        language.run(_function(spec.source), launch.grid, blocks, values)

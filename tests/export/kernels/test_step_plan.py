@@ -1,4 +1,7 @@
-"""The whole step, launch by launch in the interpreter, against the bundle's own graph on ONNX Runtime."""
+"""The whole step, launch by launch, against the bundle's own graph on ONNX Runtime.
+
+One test runs in Triton's interpreter, the others in the stand-in GPU's language, which is faster and checks accesses.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import pytest
 from kernel_arrays import empty, wide
 from programs import Host, memory
 
+from conftest import golden_weights
 from par_export.gate.runner import runnable_opset
 from par_export.kernels.contents import Contents
 from par_export.kernels.plan_step import StepSizes, plan
@@ -31,14 +35,14 @@ SETTINGS: dict[str, Any] = {
 class Both:
     """A bundle's step by our kernels and by ONNX Runtime, with a cache each, for ``images`` of a profile."""
 
-    def __init__(self, path: Path, images: int, precision: str, target: str = "SM90") -> None:
+    def __init__(self, path: Path, images: int, precision: str, target: str = "SM90", quick: bool = True) -> None:
         self.bundle = Bundle.open(path)
         contents = Contents(self.bundle, precision, "fp32")
         config, card = contents.config, TARGETS[target]
         phases = [phase.name for phase in self.bundle.phases]
         tiles = choose(config, (images,), card)
         self.planned = plan(config, contents.step, contents.read, phases, (images,), precision, card, tiles)
-        self.host = Host(self.planned, path)
+        self.host = Host(self.planned, path, quick)
         self.images, self.rows, self.query = images, 2 * images, self.bundle.group_size
         self.precision = precision
         heads, size, slots = self.bundle.cache.heads, self.bundle.cache.head_dim, self.bundle.n_tokens
@@ -132,7 +136,7 @@ def test_the_calls_of_an_image(name: str, precision: str, tiny: Path, request: p
 
 def test_rows_at_different_positions_and_batches(tiny: Path) -> None:
     """Three images, each at another place; blocks in any order; the same call twice gives the same bits."""
-    both = Both(tiny, 3, "fp16", "SM80")
+    both = Both(tiny, 3, "fp16", "SM80", quick=False)
     rng = np.random.default_rng(0)
     starts = np.array([0, 4, 12, 0, 4, 12])
     for first in range(0, 16, 4):  # the keys before, of each row as far as it needs them
@@ -194,3 +198,28 @@ def test_a_bundle_in_another_precision(stored: str, bundles: dict[str, Path]) ->
     ids = np.array([[both.bundle.class_base], [both.bundle.no_class]])
     both.check(both.inputs(ids, np.zeros(2, np.int64), 1, 0), 1)
     assert np.isfinite(wide(both.past["past_k.0"][:, :, :1])).all()
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads", "size", "query", "vocab"),
+    [(40, 2, 6, 9, 100), (12, 1, 4, 4, 33), (200, 2, 4, 1, 70)],
+    ids=lambda value: str(value),
+)
+def test_sizes_that_fit_nothing(dim: int, heads: int, size: int, query: int, vocab: int, tmp_path: Path) -> None:
+    """Heads of 20, 12 and 100 numbers, which the caches pad; groups of nine; codes that no tile divides."""
+    import torch
+
+    from par_export.bundle import ExportRequest, export
+    from par_model.config import PARConfig
+    from par_model.transformer import PAR
+
+    config = PARConfig(
+        dim=dim, n_layers=2, n_heads=heads, vocab_size=vocab, n_classes=3, grid=(1, size, size), group_size=query
+    )
+    torch.save(golden_weights(PAR(config)).state_dict(), tmp_path / "c.pt")
+    made = ExportRequest(tmp_path / "c.pt", None, tmp_path / "bundle", "fp16", heads=heads, grid=(1, size, size))
+    both = Both(export(made, say=lambda _: None), 2, "fp16")
+    rng = np.random.default_rng(0)
+    for write, real in ((0, 1), (1, query), (1 + query, query)):  # unwritten slots hold NaN until then
+        ids = rng.integers(0, vocab, (4, real))
+        both.check(both.inputs(ids, np.full(4, write), real, write), real, shuffle=write)
