@@ -32,7 +32,7 @@ from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, seal
 from par_runtime.cli import dispatch as cli
 from par_runtime.cli.inputs import load_pipeline
-from par_runtime.errors import CudaError, EngineError, OutOfMemory, RequestError
+from par_runtime.errors import BundleError, CudaError, EngineError, OutOfMemory, RequestError
 from par_runtime.pipeline import Pipeline
 
 
@@ -394,5 +394,30 @@ def test_a_bar_is_shown_while_weights_are_loaded(
 
     with pytest.raises(KeyboardInterrupt):
         Pipeline.load(bundle.path, "cuda", on_load=stop)
+    assert not driver.device
+    assert not driver.pinned
+
+
+def test_a_weights_file_that_is_written_while_it_is_read(load: Load, driver: Driver, bundle: Bundle) -> None:
+    def write(done: int, total: int) -> None:
+        with (bundle.path / "weights.data").open("r+b") as file:
+            file.write(b"changed!")
+
+    with pytest.raises(BundleError, match=r"weights.data: was overwritten after it was loaded; load the bundle again"):
+        load(on_load=write)
+    assert not driver.device
+
+
+def test_a_weights_file_that_was_replaced_before(load: Load, driver: Driver, bundle: Bundle) -> None:
+    """The manifest is of the old one; a file that is cut is noticed where its size was not looked at."""
+    file = bundle.path / "weights.data"
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content[:1000])
+    with pytest.raises(BundleError, match=r"weights.data: was replaced after its manifest was read"):
+        load()
+    bundle.checked.clear()
+    with pytest.raises(BundleError, match=r"weights.data: ends before byte \d+; copy the bundle again"):
+        kernels_backend.load(bundle, Engine.open(next(bundle.path.glob("engines/*"))), cuda.Device.open(0))
     assert not driver.device
     assert not driver.pinned
