@@ -15,10 +15,14 @@ import triton.language as tl
 
 @triton.jit
 def start(DEPENDENT: tl.constexpr):
-    """Let the next kernel come up, and wait for the one before."""
+    """Wait for the kernel before, then let the next one come up.
+
+    In this order only two kernels meet. A third could find what the first has read in its L1 cache, and the second has
+    overwritten.
+    """
     if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
