@@ -41,8 +41,8 @@ def check_images(spec: Mapping[str, Any], emit: Emit) -> None:
 
     path, name, seed = Path(spec["path"]), spec["name"], spec["seed"]
 
-    def check(what: str, passed: bool, text: str) -> None:
-        emit("check", name=f"{name}: {what}", passed=bool(passed), text=text)
+    def check(what: str, passed: bool, text: str, **error: float) -> None:
+        emit("check", name=f"{name}: {what}", passed=bool(passed), text=text, **error)
 
     def begin(what: str) -> None:
         emit("begin", name=f"{name}: {what}")
@@ -97,7 +97,9 @@ def check_images(spec: Mapping[str, Any], emit: Emit) -> None:
     )
     report = verify.run(first, against, trial, spec["groups"])
     for each in report.checks:
-        check(each.name, each.passed, each.text)
+        # Of numbers that may be at most their floor, the table shows how near they come to it.
+        at_most = "allowed up to" in each.text and each.floor > 0
+        check(each.name, each.passed, each.text, **({"error": each.value, "allowed": each.floor} if at_most else {}))
     against.close()
     for pipeline in pipelines.values():
         pipeline.close()

@@ -135,10 +135,14 @@ def by_kernel(launches: Sequence[tuple[Launch, int]]) -> dict[str, list[int]]:
 
 
 def weight_bytes(launch: tuple[Launch, int], kernels: Kernels) -> int:
-    """Bytes of all weights that a launch in its layer is given."""
+    """Bytes of the matrices that a launch in its layer is given: of what is packed, which is read as a whole.
+
+    Of tables (embeddings, rotations, gains) it reads a few rows.
+    """
     one, layer = launch
     names = {a.of_layer(layer)[0] for a in one.arguments if isinstance(a, Pointer)}
-    return sum(kernels.weights[name].bytes for name in names & kernels.weights.keys())
+    weights = [kernels.weights[name] for name in names & kernels.weights.keys()]
+    return sum(weight.bytes for weight in weights if weight.pack is not None)
 
 
 def fill(pipeline: Pipeline, numbers: int = POOL_NUMBERS) -> int:

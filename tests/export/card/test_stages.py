@@ -56,10 +56,29 @@ def test_every_check_of_whole_images_passes_on_a_right_backend(on_gpu: Path, dri
     assert {f"t: {name}" for name in wanted} < set(checks)
     assert "t: tokens that rounding does not explain" in checks
     assert "t: PSNR of the worst image" in checks
+    measured = [line for line in lines if "allowed" in line]
+    assert len(measured) == 8  # logits and KL of four phases
+    assert all(0 <= line["error"] < line["allowed"] for line in measured)
     begun = [line["name"] for line in lines if line["kind"] == "begin"]
     assert begun[0] == "t: loads"
     assert begun[-1] == "t: verify"
     assert not driver.device
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_images_of_our_kernels(driver: Driver, tiny: Path, tmp_path: Path, precision: str) -> None:
+    """As on a GPU, with the kernels' own source."""
+    from double import bare, kernels
+    from double.twins import Twins
+
+    path = shutil.copytree(tiny, tmp_path / "kernels")
+    planned = kernels.planned(Bundle.open(path), (1, 4), "SM90", precision, "fp16")
+    driver.fill = 0xFF
+    bare.register(driver, kernels.write_engine(Bundle.open(path), planned, precision, "fp16", "SM90"))
+    driver.capability, driver.twin = (9, 0), Twins(driver)
+    lines = images_of(path)
+    assert all(lines.checks().values()), lines
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[..., Any]) -> None:

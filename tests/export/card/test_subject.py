@@ -1,0 +1,100 @@
+"""An engine of kernels with random weights as a subject: what is filled, what is timed, on the stand-in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from double import bare, kernels
+from double.driver import Driver
+
+from par_export.card.subject import EngineSubject, as_type, gpu_backend, kernels_of, programs
+from par_export.random_bundle import NoTensors, write_family
+from par_model.config import PARConfig, VQConfig
+from par_runtime.bundle import Bundle
+from par_runtime.errors import EngineError
+from par_runtime.pipeline import Pipeline
+
+CONFIG = PARConfig(dim=200, n_layers=2, n_heads=2, vocab_size=256, n_classes=10, grid=(1, 8, 8))  # heads of 100
+VQ = VQConfig(codebook_size=256, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
+
+
+@pytest.fixture
+def subject(driver: Driver, tmp_path: Path) -> Iterator[EngineSubject]:
+    """Nothing is computed: launches are only checked."""
+    path = write_family(CONFIG, [4], tmp_path, name="x", precision="fp16", vq=VQ, tensors=NoTensors)[4]
+    planned = kernels.planned(Bundle.open(path), (1, 2), "SM90", "fp16", "fp16")
+    bare.register(driver, kernels.write_engine(Bundle.open(path), planned, "fp16", "fp16", "SM90"))
+    driver.capability = (9, 0)
+    made = EngineSubject(path, "x", "cuda:0")
+    yield made
+    made.close()
+    assert not driver.device
+    assert not driver.pinned
+
+
+def test_matrices_are_random_and_everything_else_is_the_bundles(subject: EngineSubject, driver: Driver) -> None:
+    addresses = programs(subject.pipeline)["step"].shared.addresses
+    bundle = subject.pipeline.bundle
+    data = np.fromfile(bundle.path / "weights.data", np.uint8)
+    seen = set()
+    for name, weight in kernels_of(subject.pipeline).weights.items():
+        content = driver.span(addresses[name], weight.bytes, name)
+        if name == "embed" or name.endswith((".wqkv", ".wo", ".w13", ".w2")) or name in ("output", "decoder.codebook"):
+            numbers = content.view(np.float16).astype(np.float64)
+            assert numbers.std() == pytest.approx(0.02, rel=0.1), name
+            assert abs(numbers.mean()) < 0.002, name
+            seen.add(numbers[:8].tobytes())
+        elif weight.stored is not None and weight.pack is None:
+            at = weight.stored
+            assert content.tobytes() == data[at.offset : at.offset + at.length].tobytes(), name
+    assert len(seen) == 1 + 4 * CONFIG.n_layers + 1 + 1  # no two begin alike
+
+
+def test_every_kernel_of_a_call_is_timed_with_the_weights_that_it_reads(subject: EngineSubject) -> None:
+    for images in (1, 2):
+        timed = subject.kernels(images)
+        step = {line["source"]: line for line in timed if line["program"] == "step" and line["count"] > 1}
+        by_source: dict[str, int] = {}
+        for line in timed:
+            if line["program"] == "step":
+                by_source[line["source"]] = by_source.get(line["source"], 0) + line["count"]
+        assert by_source == {
+            "step.embed": 1,
+            "step.qkv": 2,
+            "attention.attend": 2,
+            "step.residual": 4,
+            "step.gates": 2,
+            "step.head": 1,
+            "draw.resident": 1,
+        }
+        least = CONFIG.dim * 2 * CONFIG.ffn_dim * 2
+        assert least <= step["step.gates"]["bytes"] < 1.4 * least  # the padding of tiles too
+        (embed,) = (line for line in timed if line["source"] == "step.embed")
+        assert embed["bytes"] == 0  # it reads a few rows of its table
+        assert step["attention.attend"]["bytes"] == 0
+        launches = len(list(programs(subject.pipeline)["decoder"].program.launches(images)))
+        assert sum(line["count"] for line in timed if line["program"] == "decoder") == launches
+        assert all(len(line["samples_us"]) == 5 and min(line["samples_us"]) > 0 for line in timed)
+
+
+def test_the_bound_counts_heads_without_their_padding(subject: EngineSubject) -> None:
+    assert subject.info.architecture.head_dim == 100
+    assert gpu_backend(subject.pipeline).engine.precision == subject.info.computes == "fp16"
+
+
+def test_bf16_is_written_as_kernels_read_it() -> None:
+    numbers = np.array([1.0, -2.5, 0.02], np.float32)
+    bits = as_type(numbers, "*bf16")
+    assert bits.dtype == np.uint16
+    assert (bits.astype(np.uint32) << 16).view(np.float32)[:2].tolist() == [1.0, -2.5]
+    assert as_type(numbers, "*fp32").dtype == np.float32
+
+
+def test_another_backend_is_refused(tiny: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline.load(shutil.copytree(tiny, tmp_path / "t"), "cpu-ort")
+    with pytest.raises(EngineError, match=r"runs on onnxruntime-cpu .*, not on an engine of kernels"):
+        gpu_backend(pipeline)
