@@ -7,7 +7,7 @@ What the shapes of ``tiles.py`` must keep to:
   same order in every batch. Warps and stages may differ.
 - A block takes BM = ``tiles.rows_of(M)`` rows, 8 to 64; shared memory is ``tiles.shared_bytes``.
 - The tiles of ``wo`` and ``w2`` decide how many sums of squares a consumer of x adds up, in registers.
-- ``ahead`` is a multiple of 2048 bytes.
+- ``ahead`` is a multiple of 16 bytes.
 
 Where a batch could change a row's result all the same: sums of squares are added in an order that depends on the layout
 of a tile in registers, which the compiler chooses for BM and warps; and another BM may take other instructions.

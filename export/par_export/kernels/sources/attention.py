@@ -12,18 +12,7 @@ order of the spans.
 import triton
 import triton.language as tl
 
-from par_export.kernels.sources.step import begin
-
-
-@triton.jit
-def fetch_lines(address, count, BYTES: tl.constexpr, MOST: tl.constexpr):
-    """Ask for ``count`` (at most MOST) lines of BYTES from ``address`` on to be brought into the L2 cache."""
-    line = tl.minimum(tl.arange(0, MOST), count - 1)
-    first = address.to(tl.pointer_type(tl.uint8)) + line * BYTES
-    size = tl.full((MOST,), BYTES, tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [first, size], tl.int32, False, 1
-    )
+from par_export.kernels.sources.step import begin, fetch_ahead
 
 
 @triton.jit
@@ -58,8 +47,8 @@ def attend(
     lines = of_row.to(tl.int64) * (SLOTS * PADDED)
     if DEPENDENT:  # earlier calls wrote most of these keys; those of this call are in the cache anyway
         if start < end:
-            fetch_lines(past_k + lines + start * PADDED, end - start, PADDED * 2, SPAN)
-            fetch_lines(past_v + lines + start * PADDED, end - start, PADDED * 2, SPAN)
+            fetch_ahead(past_k + lines + start * PADDED, (end - start) * (PADDED * 2))
+            fetch_ahead(past_v + lines + start * PADDED, (end - start) * (PADDED * 2))
     begin(DEPENDENT)
     if start < end:
         i, d = tl.arange(0, BQ), tl.arange(0, WIDE)

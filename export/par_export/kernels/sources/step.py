@@ -28,18 +28,35 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 EPS = tl.constexpr(1e-5)  #: of every norm
-PIECE = tl.constexpr(2048)  #: bytes that one thread fetches ahead
 
 
 @triton.jit
-def fetch_ahead(address, BYTES: tl.constexpr):
-    """Ask for ``BYTES`` (a multiple of 2048) from ``address`` on to be brought into the L2 cache; waits for nothing."""
-    pieces: tl.constexpr = BYTES // PIECE
-    width: tl.constexpr = triton.next_power_of_2(pieces)
-    piece = tl.arange(0, width)
-    first = address.to(tl.pointer_type(tl.uint8)) + tl.minimum(piece, pieces - 1) * PIECE
+def fetch_ahead(address, size):
+    """Ask for ``size`` bytes (a multiple of 16) from ``address`` on to be brought into the L2 cache; waits for nothing.
+
+    The lanes of the first warp ask for a piece each: assembly runs in every thread, and all would ask for all of it.
+    """
+    piece = (size + 511) // 512 * 16
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 2048; mov.u32 $0, 0;", "=r,l", [first], tl.int32, False, 1
+        """{
+        .reg .pred inside;
+        .reg .b32 start, length;
+        .reg .b64 place;
+        mov.u32 start, %tid.x;
+        mul.lo.u32 start, start, $2;
+        setp.lt.u32 inside, start, $3;
+        sub.u32 length, $3, start;
+        min.u32 length, length, $2;
+        cvt.u64.u32 place, start;
+        add.u64 place, place, $1;
+        @inside cp.async.bulk.prefetch.L2.global [place], length;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r,r",
+        [address.to(tl.int64), piece, size],
+        tl.int32,
+        False,
+        1,
     )
 
 
