@@ -16,6 +16,7 @@ from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMis
 
 if TYPE_CHECKING:
     from par_runtime.backends.base import Backend
+    from par_runtime.backends.cuda import Device
     from par_runtime.backends.gpu.backend import Capture
     from par_runtime.backends.kernels.upload import OnBytes
     from par_runtime.backends.trt.module import TensorRT
@@ -123,23 +124,39 @@ def _engine(
                     reasons.append(why)
     for reason in reasons:
         log.debug("%s", reason)
+    first: EngineError | CudaError | None = None
     while fits:
-        engine = best([engine for engine, _ in fits])
+        engine, trt = best_fit = next(fit for fit in fits if fit[0] is best([each for each, _ in fits]))
+        fits.remove(best_fit)
+        # What the caller asks for wins.
+        chosen = engine.tuned.get("capture", capture) if capture == "image" else capture
         try:
             Engine.open(engine.path, bundle, verify)  # until now only its engine.json was read
         except EngineError as error:  # it is damaged; try the next one
             reasons.append(str(error))
-            fits = [fit for fit in fits if fit[0] is not engine]
             continue
-        chosen = (
-            engine.tuned.get("capture", capture) if capture == "image" else capture
-        )  # what the caller asks for wins
-        trt = next(t for e, t in fits if e is engine)
-        if trt is None:
-            from par_runtime.backends.kernels import backend as kernels_backend
-
-            return kernels_backend.load(bundle, engine, cuda.Device.open(index), chosen, on_load), ""
-        from par_runtime.backends.trt import backend as trt_backend
-
-        return trt_backend.load(bundle, engine, cuda.Device.open(index), trt, chosen), ""
+        try:
+            return _loaded(bundle, engine, cuda.Device.open(index), trt, chosen, on_load), ""
+        except (EngineError, CudaError) as error:  # this driver cannot run it, or there is too little memory for it
+            log.info("%s cannot be loaded: %s", engine.path, error)
+            first = first or error
+    if first is not None:
+        raise first
     return None, joined(reasons)
+
+
+def _loaded(
+    bundle: Bundle,
+    engine: Engine,
+    device: Device,
+    trt: TensorRT | None,
+    capture: Capture,
+    on_load: OnBytes | None,
+) -> Backend:
+    if trt is None:
+        from par_runtime.backends.kernels import backend as kernels_backend
+
+        return kernels_backend.load(bundle, engine, device, capture, on_load)
+    from par_runtime.backends.trt import backend as trt_backend
+
+    return trt_backend.load(bundle, engine, device, trt, capture)

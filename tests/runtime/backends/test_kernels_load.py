@@ -361,6 +361,23 @@ def test_the_fastest_engine_is_taken(
     assert "step.plan: truncated" in note or "decoder.plan: truncated" in note
 
 
+def test_an_engine_that_the_driver_refuses_leaves_the_place_to_the_next(
+    driver: Driver, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels.write_engine(bundle, hand_made(bundle))  # the driver is not told of its cubins, so they are none to it
+    plans = tensorrt.write_engine(bundle)
+    backend, note = choose.choose(bundle, "auto")
+    assert (backend.info.runtime, note) == ("tensorrt_rtx", "")
+    backend.close()
+    (plans / "step.plan").unlink()
+    with pytest.raises(CudaError, match=r"cuModuleLoadData of .* failed: CUDA_ERROR_INVALID_IMAGE"):
+        choose.choose(bundle, "cuda")
+    backend, note = choose.choose(bundle, "auto")
+    assert backend.info.device == "cpu"
+    assert note.startswith("running on the CPU: cuModuleLoadData of ")
+    assert not driver.device
+
+
 def test_commands_show_it(driver: Driver, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     folder = kernels.write_engine(bundle, hand_made(bundle))
     assert cli.main(["inspect", str(bundle.path)]) == 0
