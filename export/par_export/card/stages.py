@@ -17,6 +17,7 @@ from typing import Any
 
 from par_export.card.lines import Emit
 from par_runtime.errors import CudaError
+from par_runtime.metrics import finite
 
 Spec = Mapping[str, Any]
 #: name -> function of a spec that emits lines.
@@ -72,21 +73,21 @@ STAGES: dict[str, Stage] = {
 def main(argv: list[str]) -> int:
     """Run the stage ``argv[0]`` with the JSON object ``argv[1]``; its lines go to standard output, all else aside."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the report ends this
-    lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as lines:
+        os.dup2(2, 1)
 
-    def emit(kind: str, **fields: Any) -> None:
-        print(json.dumps({"kind": kind} | fields), file=lines, flush=True)
+        def emit(kind: str, **fields: Any) -> None:
+            print(json.dumps(finite({"kind": kind} | fields), allow_nan=False), file=lines, flush=True)
 
-    try:
-        STAGES[argv[0]](json.loads(argv[1]), emit)
-    except Exception as error:
-        if not isinstance(error, CudaError):
-            traceback.print_exc()
-        emit("failed", text=f"{type(error).__name__}: {str(error) or 'without a message'}"[:2000])
-        return 1
-    emit("done")
-    return 0
+        try:
+            STAGES[argv[0]](json.loads(argv[1]), emit)
+        except Exception as error:
+            if not isinstance(error, CudaError):
+                traceback.print_exc()
+            emit("failed", text=f"{type(error).__name__}: {str(error) or 'without a message'}"[:2000])
+            return 1
+        emit("done")
+        return 0
 
 
 if __name__ == "__main__":

@@ -96,11 +96,19 @@ def checks_table(found: Findings) -> str:
     lines = []
     for name, own in groups.items():
         passed = sum(bool(check["passed"]) for check in own)
-        worst = max((check["error"] / check["allowed"] for check in own if check.get("allowed")), default=None)
-        lines.append((name, f"{passed} of {len(own)}", "" if worst is None else f"{100 * worst:.0f} % of the allowed"))
+        lines.append((name, f"{passed} of {len(own)}", _largest_error(own)))
     lines += [(check["name"], "WRONG", check["text"]) for check in found.wrong]
     notes = [f"- {line['text']}" for line in found.of("note")]
     return "\n\n".join([table(("what", "passed", "largest error"), lines), *(["\n".join(notes)] if notes else [])])
+
+
+def _largest_error(checks: Sequence[Mapping[str, Any]]) -> str:
+    """The largest of the errors that have a limit, as a part of it."""
+    measured = [check for check in checks if check.get("allowed")]
+    if any(check["error"] is None for check in measured):  # what is no number is null in JSON
+        return "not finite"
+    worst = max((check["error"] / check["allowed"] for check in measured), default=None)
+    return "" if worst is None else f"{100 * worst:.0f} % of the allowed"
 
 
 def limits_table(found: Findings) -> str:

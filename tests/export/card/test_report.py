@@ -17,12 +17,13 @@ from par_export.card import prepare
 from par_export.card.plan import MODELS, Figure, Model, blocks
 from par_export.card.report import CardOptions, _Report, report
 from par_export.card.samples import Sample
-from par_export.card.table import NOT_RUN, figures_table
+from par_export.card.table import NOT_RUN, Findings, figures_table, markdown
 from par_export.kernels.spec import Planned, Spec
 from par_model.config import PARConfig, VQConfig
 from par_runtime.backends.program import Pointer, Profile, Program, Weight
 from par_runtime.bench import gpu
 from par_runtime.bench.journal import Journal
+from par_runtime.bench.machine import describe
 from par_runtime.bench.rows import read
 from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
@@ -191,6 +192,17 @@ def test_a_report_without_time_says_what_it_left_out(stand_in: gpu.Gpu, tiny: Pa
     assert outcome.wrong
     for line in figures_table([]).splitlines()[2:]:
         assert NOT_RUN in line
+
+
+@pytest.mark.parametrize(("error", "shown"), [(1e-3, "50 % of the allowed"), (None, "not finite")])
+def test_errors_of_checks_are_summed_up(stand_in: gpu.Gpu, error: float | None, shown: str) -> None:
+    found = Findings(describe(stand_in), "c", "d")
+    text = {"passed": error is not None, "text": "x"}
+    found.lines = [
+        {"kind": "check", "name": "odd: step.qkv", "error": error, "allowed": 2e-3, **text},
+        {"kind": "check", "name": "odd: step's counters", "passed": True, "text": "y"},
+    ]
+    assert f"| odd | {2 - (error is None)} of 2 | {shown} |" in markdown(found)
 
 
 def test_the_plan_has_every_model_at_batch_1_first_and_figures_that_it_measures() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -219,6 +222,15 @@ def test_a_program_around_a_stage_can_fail_it() -> None:
     ended = run_stage("limits", {}, soon(), before=["sh", "-c", script])
     assert ended.said == ["===== ERROR SUMMARY: 1 error"]
     assert ended.why == "its process ended with code 9"
+
+
+def test_a_number_that_is_none_is_null_in_a_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """Other readers of JSON refuse NaN, and so do rows."""
+    monkeypatch.setitem(stages.STAGES, "limits", lambda spec, emit: emit("check", error=float("nan"), name="x"))
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # this process keeps its standard output
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert stages.main(["limits", "{}"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[0]) == {"kind": "check", "error": None, "name": "x"}
 
 
 def test_lines_come_from_standard_output_alone(tmp_path: Path) -> None:
