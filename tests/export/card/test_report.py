@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -92,6 +93,17 @@ def test_it_needs_nothing_but_what_it_says() -> None:
         f"import sys; sys.modules |= dict.fromkeys({MISSING}); import par_export.card.report, par_runtime.cli.bench"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_make_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    command = ["make", "-s", "gpu-report", f"REPORT_PYTHON={sys.executable}", f"GPU_OUT={tmp_path}"]
+    run = subprocess.run(
+        command, cwd=root, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert "--suite gpu needs an NVIDIA GPU: " in run.stderr
+    assert (tmp_path / "report.md").read_text() == ""
 
 
 def test_a_whole_report(
