@@ -168,6 +168,7 @@ def attention_tile(target: Target, precision: str, pixels: int, channels: int, g
         (32, 32, 4, 2),
         (16, 32, 8, 2),
         (16, 32, 4, 2),
+        (16, 16, 8, 1),
         (16, 16, 4, 1),
     ):
         shared = (queries + 2 * stages * keys) * width * size + (8192 if stages > 1 else 0)
@@ -183,7 +184,11 @@ def attention_tile(target: Target, precision: str, pixels: int, channels: int, g
         if seconds < least:
             best, least = Tile(queries, keys, warps, stages), seconds
     if best is None:
-        raise BuildError(f"no tile of attention over {channels} channels in {precision} fits {target.name}")
+        half = "--decoder-precision fp16, or with " if precision == "fp32" else ""
+        raise BuildError(
+            f"decoder: attention over {channels} channels in {precision} does not fit the shared memory of "
+            f"{target.name}; build with {half}--engine tensorrt"
+        )
     return best
 
 

@@ -218,6 +218,17 @@ def test_a_map_of_too_many_numbers_is_refused() -> None:
         plan_decoder.plan(VQ16, config, weights_of(VQ16), (1,), "fp16", SM90)
 
 
+@pytest.mark.parametrize(
+    ("precision", "way"), [("fp32", "--decoder-precision fp16, or with --engine"), ("fp16", "--engine")]
+)
+def test_attention_that_fits_no_block_is_refused(precision: str, way: str) -> None:
+    vq = replace(VQ16, channel_multipliers=(1, 16))
+    with pytest.raises(
+        BuildError, match=f"2048 channels in {precision} does not fit .* SM80; build with {way} tensorrt"
+    ):
+        plan_decoder.work(vq, PAR_L, 1, precision, SM80)
+
+
 # -- compiled ---------------------------------------------------------------------------------------------------------
 
 
