@@ -110,6 +110,10 @@ def test_greedy_takes_the_lowest_of_the_largest(form: tuple[str, dict[str, Any]]
     logits[0, 2] = -1e30
     got = tokens_of(form, logits, np.zeros((1, 3), np.float32), top_k=1)
     assert got.tolist() == [[7, 49, 0]]
+    logits = np.full((1, 1, 50), -1, np.float32)
+    logits[0, 0, [3, 7]] = -1e-45, 0  # over the temperature, a zero below zero: they tie
+    got = tokens_of(form, logits, np.zeros((1, 1), np.float32), temperature=10, top_k=1, quick=False)
+    assert got[0, 0] == 3 == draw(logits[0, 0], 0.0, 10, 1, 1.0)
 
 
 @pytest.mark.parametrize("form", SMALL, ids=lambda form: form[0])
