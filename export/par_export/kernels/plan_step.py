@@ -88,12 +88,6 @@ class StepSizes:
         d, ffn = self.d, self.ffn
         return {"wqkv": (d, 3 * d), "wo": (d, d), "w13": (d, 2 * ffn), "w2": (ffn, d), "output": (d, self.vocab)}
 
-    def read_bytes(self, visible: Sequence[int]) -> int:
-        """What a call must read at least: all weights once, and the ``visible`` keys and values of each row."""
-        layer = sum(k * n for name, (k, n) in self.matrices.items() if name != "output")
-        keys = sum(min(count, self.slots) for count in visible) * self.heads * self.padded * 2
-        return (self.layers * (layer + keys) + self.d * self.vocab) * BYTES
-
 
 def plan(
     config: PARConfig,
