@@ -214,7 +214,7 @@ class _Report:
                     self._take(name, future.result())
                 except Exception as error:
                     self._wrong(name, error)
-        self._keep()
+                self._keep()
 
     def _of_sample(self, sample: Sample, work: Path, until: float) -> Ended:
         """Every kernel of a sample's engine, which is built for it. Raises what the build raises."""

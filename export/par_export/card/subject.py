@@ -54,7 +54,8 @@ class EngineSubject(PipelineSubject):
         """What each kernel takes in a call in the middle of an image, and in the decoder.
 
         The launches of a kernel in all layers run one after the other in a graph. ``count``: how many these are;
-        ``samples_us``: microseconds of one of them; ``bytes`` of weights that one of them reads.
+        ``samples_us``: microseconds of one of them; ``bytes`` of the matrices that one of them reads, ``of``: the name
+        of the first.
         """
         backend = gpu_backend(self.pipeline)
         contexts = self._in_the_middle(images, guided)
@@ -69,6 +70,7 @@ class EngineSubject(PipelineSubject):
                             "program": name,
                             "kernel": kernel,
                             "source": program.shared.modules[kernel].kernel.source,
+                            "of": matrix_of(launches[which[0]][0], kernels_of(self.pipeline)),
                             "grid": list(launches[which[0]][0].grid),
                             "count": len(which),
                             "samples_us": self._time(contexts[name].launches, which, flush),
@@ -132,6 +134,16 @@ def by_kernel(launches: Sequence[tuple[Launch, int]]) -> dict[str, list[int]]:
     for i, (launch, _) in enumerate(launches):
         out.setdefault(launch.kernel, []).append(i)
     return out
+
+
+def matrix_of(launch: Launch, kernels: Kernels) -> str:
+    """The name of the first matrix that a launch is given, with {i} for the number of the layer; "" without one."""
+    for argument in launch.arguments:
+        if isinstance(argument, Pointer):
+            weight = kernels.weights.get(argument.of_layer(0)[0])
+            if weight is not None and weight.pack is not None:
+                return argument.name
+    return ""
 
 
 def weight_bytes(launch: tuple[Launch, int], kernels: Kernels) -> int:

@@ -240,9 +240,9 @@ def kernels_table(found: Findings) -> str:
             of = "" if bandwidth is None or read < LEAST_BYTES else f"{read / bandwidth / took / 10:.0f} %"
             part = f"{100 * _of_program(one) / total:.0f} %"
             lines.append(
-                (f"{label}, batch {images}", program, one["source"], str(one["count"]), number(took), part, of)
+                (f"{label}, batch {images}", f"{one['source']} {one['of']}", str(one["count"]), number(took), part, of)
             )
-    columns = ("model", "program", "kernel", "launches", "us each", "of the program", "of its bound")
+    columns = ("model", "kernel, and its first matrix", "launches", "us each", "of the program", "of its bound")
     return table(columns, lines)
 
 

@@ -155,7 +155,7 @@ def test_a_whole_report(
     for heading in ("What the card allows", "Figures to reach", "Rows", "Kernels, each alone", "Left out"):
         assert f"### {heading}" in page
     assert "compute-sanitizer" in page.partition("### Left out")[2].partition("###")[0]
-    assert "| PAR-L n=4, batch 1 | step | pack.panels | 3 |" in page
+    assert "| PAR-L n=4, batch 1 | pack.panels layers.{i}.w2 | 3 |" in page
     assert "in doubt: above the bound" in page  # nothing was computed, so it took less than is possible
     assert not list(tmp_path.glob("parvis-gpu-*"))
     assert not file.with_name("rows.jsonl.part").exists()

@@ -76,6 +76,8 @@ def test_every_kernel_of_a_call_is_timed_with_the_weights_that_it_reads(subject:
         (embed,) = (line for line in timed if line["source"] == "step.embed")
         assert embed["bytes"] == 0  # it reads a few rows of its table
         assert step["attention.attend"]["bytes"] == 0
+        of = {line["of"] for line in timed if line["source"] == "step.residual"}
+        assert of == {"layers.{i}.wo", "layers.{i}.w2"}
         launches = len(list(programs(subject.pipeline)["decoder"].program.launches(images)))
         assert sum(line["count"] for line in timed if line["program"] == "decoder") == launches
         assert all(len(line["samples_us"]) == 5 and min(line["samples_us"]) > 0 for line in timed)
