@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from double import language
-from double.interpreter import _function, run_launch
+from double import interpreter, language
 from double.twins import NUMBERS, POINTED
 
-from par_export.kernels.spec import Planned, Spec
+from par_export.kernels.spec import Planned
 from par_runtime.backends.program import Launch, Pointer
 from par_runtime.bundle import WEIGHTS
 
@@ -27,12 +26,11 @@ def memory(size: int) -> np.ndarray:
 class Host:
     """``planned`` with the weights of the bundle at ``bundle``; constants come from the plan.
 
-    Launches run in Triton's interpreter, or ``quick`` in the stand-in GPU's language, where no access leaves its
-    buffer.
+    Kernels run in ``double.language``, which lets none of them leave a buffer; with ``triton`` in Triton's interpreter.
     """
 
-    def __init__(self, planned: Planned, bundle: Path, quick: bool = False) -> None:
-        self.planned, self.quick = planned, quick
+    def __init__(self, planned: Planned, bundle: Path, triton: bool = False) -> None:
+        self.planned, self.triton = planned, triton
         data = np.memmap(bundle / WEIGHTS, mode="r")
         self.weights = {name: memory(weight.bytes) for name, weight in planned.weights.items()}
         for name, weight in planned.weights.items():
@@ -46,7 +44,10 @@ class Host:
                 self._launch(weight.pack, {"raw": raw, "packed": self.weights[name]}, 0, None)
 
     def run(self, program: str, images: int, bound: Mapping[str, np.ndarray], shuffle: int | None = None) -> None:
-        """One run of ``program`` on the tensors ``bound``; scratch memory holds NaN before it."""
+        """One run of ``program`` on the tensors ``bound``; scratch memory holds NaN before it.
+
+        With ``shuffle`` blocks run in a random order of that seed.
+        """
         planned = self.planned.programs[program]
         profile = planned.profiles[images]
         scratch = memory(profile.scratch_bytes)
@@ -59,34 +60,32 @@ class Host:
 
     def _launch(self, launch: Launch, tensors: Mapping[str, np.ndarray], layer: int, shuffle: int | None) -> None:
         spec = self.planned.specs[launch.kernel]
-        if self.quick:
-            self._quickly(spec, launch, tensors, layer, shuffle)
-            return
-        values: list[int | float] = []
-        for argument in launch.arguments:
+        values: list[Any] = []
+        for (parameter, kind), argument in zip(spec.parameters, launch.arguments, strict=True):
             if isinstance(argument, Pointer):
                 name, offset = argument.of_layer(layer)
                 assert 0 <= offset < tensors[name].nbytes
-                values.append(tensors[name].ctypes.data + offset)
+                values.append(
+                    tensors[name].ctypes.data + offset
+                    if self.triton
+                    else _address(tensors[name], np.dtype(POINTED[kind]), offset, parameter)
+                )
             else:
-                values.append(argument)
-        run_launch(spec.source, dict(spec.constants), spec.parameters, launch.grid, values, shuffle)
-
-    def _quickly(
-        self, spec: Spec, launch: Launch, tensors: Mapping[str, np.ndarray], layer: int, shuffle: int | None
-    ) -> None:
-        values: dict[str, Any] = dict(spec.constants)
-        if "DEPENDENT" in values:
-            values["DEPENDENT"] = False
-        for (name, kind), argument in zip(spec.parameters, launch.arguments, strict=True):
-            if isinstance(argument, Pointer):
-                of, offset = argument.of_layer(layer)
-                dtype = np.dtype(POINTED[kind])
-                place = np.asarray(offset // dtype.itemsize, np.int64).view(language.Array)
-                values[name] = language.Address(tensors[of].reshape(-1).view(dtype), place, of)
-            else:
-                values[name] = language._array(NUMBERS[kind](argument))
+                values.append(argument if self.triton else language._array(NUMBERS[kind](argument)))
+        if self.triton:
+            interpreter.run_launch(spec.source, dict(spec.constants), spec.parameters, launch.grid, values, shuffle)
+            return
+        named = dict(zip((name for name, _ in spec.parameters), values, strict=True)) | dict(spec.constants)
+        if "DEPENDENT" in named:  # nothing to wait for here
+            named["DEPENDENT"] = False
         blocks = list(itertools.product(*map(range, launch.grid)))
         if shuffle is not None:
             np.random.default_rng(shuffle).shuffle(blocks)
-        language.run(_function(spec.source), launch.grid, blocks, values)
+        language.run(interpreter._function(spec.source), launch.grid, blocks, named)
+
+
+def _address(tensor: np.ndarray, dtype: np.dtype[Any], offset: int, name: str) -> language.Address:
+    """The place ``offset`` bytes behind the start of ``tensor``."""
+    flat = tensor.reshape(-1).view(np.uint8)
+    numbers = flat[: flat.size // dtype.itemsize * dtype.itemsize].view(dtype)
+    return language.Address(numbers, np.asarray(offset // dtype.itemsize, np.int64).view(language.Array), name)
