@@ -53,7 +53,9 @@ def configure(
 def built(done: subprocess.CompletedProcess[str]) -> list[str]:
     """What a build says that it makes."""
     assert done.returncode == 0, done.stdout + done.stderr
-    return [line.partition("] ")[2] for line in done.stdout.splitlines() if "] bundle" in line or "] plans" in line]
+    return [
+        line.partition("] ")[2] for line in done.stdout.splitlines() if re.search(r"\] (bundle|plans|kernels) ", line)
+    ]
 
 
 def test_bundle_plans_tests_and_archive_and_nothing_twice(run: Run, tiny: Path, tmp_path: Path) -> None:
@@ -165,10 +167,45 @@ def test_from_a_checkpoint_again_when_it_changes(run: Run, checkpoints: dict[str
     assert (build / "artefacts" / "tiny.bundle").stat().st_mtime < model.stat().st_mtime
 
 
+def test_kernels_in_place_of_plans(run: Run, tiny: Path, kernels_bundle: Path, tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    cache = kernels_bundle.parent / "cache"  # they were compiled before
+    variables = {"PARVIS_BUNDLE": tiny, "PARVIS_TARGETS": "SM90", "PARVIS_ENGINE": "kernels"}
+    assert configure(run, build, **variables, PARVIS_BUILD_ARGS=f"--cache-dir;{cache}").returncode == 0
+    done = built(run("cmake", "--build", build))
+    assert [line.partition(",")[0] for line in done] == ["bundle tiny", "kernels of tiny for SM90"]
+    assert built(run("cmake", "--build", build)) == []
+    (engine,) = (build / "artefacts" / "tiny" / "engines").iterdir()
+    assert engine.name == "kernels-1-sm90-fp16"
+    tests = run("ctest", "--test-dir", build, "--output-on-failure", "-R", "engine")
+    assert tests.returncode == 0, tests.stdout
+    readme = (build / "README.in").read_text()
+    assert (
+        "Its folder engines holds kernels for SM90; any other machine runs it on the CPU.\nThey need NVIDIA's" in readme
+    )
+    assert "pip install './{wheel}[cpu,kernels]'" in readme
+    cubin = next(engine.glob("*.cubin"))
+    content = cubin.read_bytes()
+    cubin.unlink()  # it is a hard link to the cache's
+    cubin.write_bytes(content[:-1])
+    tests = run("ctest", "--test-dir", build, "--output-on-failure", "-R", "engine")
+    assert tests.returncode != 0
+    assert f"{cubin.name}: truncated" in tests.stdout
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
         ({}, "nothing to build from"),
+        (
+            {"PARVIS_BUNDLE": "BUNDLE", "PARVIS_ENGINE": "kernels", "PARVIS_PRECISION": "fp32"},
+            "PARVIS_PRECISION=fp32: kernels compute in fp16 or bf16",
+        ),
+        (
+            {"PARVIS_BUNDLE": "BUNDLE", "PARVIS_ENGINE": "kernels", "PARVIS_ENGINES": "per-phase"},
+            "PARVIS_ENGINES=per-phase: an engine of kernels is always shared",
+        ),
+        ({"PARVIS_BUNDLE": "BUNDLE", "PARVIS_ENGINE": "cuda"}, "PARVIS_ENGINE=cuda: expected one of tensorrt, kernels"),
         ({"PARVIS_BUNDLE": "BUNDLE", "PARVIS_CHECKPOINT": "x.pt"}, "are both given"),
         ({"PARVIS_CHECKPOINT": "none.pt"}, "PARVIS_CHECKPOINT: .*none.pt does not exist"),
         ({"PARVIS_BUNDLE": "EMPTY"}, "holds no manifest.json, so it is not a bundle"),

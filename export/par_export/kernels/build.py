@@ -166,7 +166,7 @@ class Build:
             "seconds": round(time.monotonic() - started, 2),
             "compile_seconds": round(compile_seconds, 2),
         }
-        report = times | kernels_report.report(self.contents, engine, compiled, self.compiler)
+        report = times | kernels_report.report(self.contents, engine, compiled, self.compiler, self.target)
         document = {
             "schema": ENGINE_SCHEMA,
             "bundle": bundle.hash,

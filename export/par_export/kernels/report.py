@@ -7,23 +7,35 @@ from typing import Any
 
 from par_export.kernels.compiler import Compiled, Compiler
 from par_export.kernels.contents import Contents
+from par_export.kernels.plan_decoder import work as decoder_work
+from par_export.kernels.targets import Target
 from par_runtime.backends.program import Kernels, Profile, Program
 from par_runtime.cost.architecture import Architecture
 from par_runtime.cost.work import largest_read_bytes
 from par_runtime.system import peak_bytes
 
 
-def report(contents: Contents, engine: Kernels, compiled: Mapping[str, Compiled], compiler: Compiler) -> dict[str, Any]:
-    """The report of ``engine``, for ``engine.json``. Sizes in bytes; ``flop`` counts a multiply-add as two."""
+def report(
+    contents: Contents, engine: Kernels, compiled: Mapping[str, Compiled], compiler: Compiler, target: Target
+) -> dict[str, Any]:
+    """The report of ``engine``, for ``engine.json``. Sizes in bytes; ``flop`` counts a multiply-add as two.
+
+    ``read_bytes`` of a step: what a guided call must read at least when all keys are there. Of the decoder: each map
+    and each weight once a use, and what is written.
+    """
     architecture = Architecture.of(contents.bundle)
     programs = {}
     for name, program in engine.programs.items():
         step = name == "step"
         profiles = []
         for images, profile in program.profiles.items():
-            least = largest_read_bytes(architecture, images, True, 2, 2) if step else None
-            flop = None if step else images * architecture.decoder_operations
-            profiles.append(_profile(images, program, profile, engine) | {"read_bytes": least, "flop": flop})
+            if step:
+                work = {"read_bytes": largest_read_bytes(architecture, images, True, 2, 2), "flop": None}
+            else:
+                assert contents.tokenizer is not None
+                done = decoder_work(contents.tokenizer, contents.config, images, contents.decoder_precision, target)
+                work = {"read_bytes": int(done.bytes), "flop": int(done.flop)}
+            profiles.append(_profile(images, program, profile, engine) | work)
         programs[name] = {"layers": program.layers, "state_bytes": program.state_bytes, "profiles": profiles}
     stored = {weight.stored for weight in engine.weights.values() if weight.stored is not None}
     return {
