@@ -23,20 +23,24 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from par_export.graphs.step import padded_head_dim
 from par_export.kernels.spec import Constant, Planned, Spec
+from par_export.kernels.step_weights import (
+    KINDS,
+    NUMBER_BYTES,
+    STORED_KINDS,
+    StepSizes,
+    add_weights,
+    gain_row,
+    gains,
+    power_at,
+    round_up,
+)
 from par_export.kernels.targets import Target
 from par_export.kernels.tiles import ProductTile, Tiles, rows_of
 from par_model.config import PARConfig
 from par_runtime.backends.program import ALIGN, Launch, Pointer, Profile, Program, Weight
 from par_runtime.bundle import Stored
-from par_runtime.manifest import MATRICES, NORMS
 
-#: precision -> type of a pointer. fp32 is for tests, which compare a whole engine's tokens with those of a CPU.
-KINDS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
-NUMBER_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-STORED_KINDS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
-BYTES = 2  #: of a number in the step's precisions
 STRIDE_MULTIPLE = 64  #: numbers: rows of activations begin at multiples of 128 bytes
 #: Codes that one block of threads keeps in registers. On SM100 the compiler needs a few registers more.
 RESIDENT, RESIDENT_SM100 = 16384, 8192
@@ -45,48 +49,6 @@ MOST_EMBED = 4096  #: numbers that a block of the embedding copies at a time
 LOG2_E = math.log2(math.e)
 
 Arguments = dict[str, tuple[str, object]]  #: name -> type and argument, in the order of the parameters
-
-
-@dataclass(frozen=True)
-class StepSizes:
-    """The sizes of a step network: see the letters of ``sources/step.py``. ``rows`` of the embedding table, ``angles``
-    of the rotary tables.
-    """
-
-    d: int
-    layers: int
-    heads: int
-    head: int
-    padded: int
-    ffn: int
-    vocab: int
-    slots: int
-    query: int
-    rows: int
-    angles: int
-
-    @staticmethod
-    def of(config: PARConfig, stored: Mapping[str, Stored]) -> StepSizes:
-        """The sizes of ``config``, with tables as in ``stored``."""
-        return StepSizes(
-            d=config.dim,
-            layers=config.n_layers,
-            heads=config.n_heads,
-            head=config.head_dim,
-            padded=padded_head_dim(config),
-            ffn=config.ffn_dim,
-            vocab=config.vocab_size,
-            slots=config.n_tokens,
-            query=config.group_size,
-            rows=stored["embed"].shape[0],
-            angles=stored["cos"].shape[0],
-        )
-
-    @property
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """name -> rows and columns of each product, without the padding of heads."""
-        d, ffn = self.d, self.ffn
-        return {"wqkv": (d, 3 * d), "wo": (d, d), "w13": (d, 2 * ffn), "w2": (ffn, d), "output": (d, self.vocab)}
 
 
 def plan(
@@ -111,10 +73,10 @@ def plan(
         shapes = {(t.BN, t.BK, t.split) for t in (getattr(tiles[count], kind) for count in images)}
         if len(shapes) > 1:
             raise ValueError(f"panels of {kind} differ between batches: {sorted(shapes)}")
-    _weights(planned, sizes, stored, first, precision)
-    gains = _gains(sizes, stored, read)
-    planned.constants["gains"] = gains.tobytes()
-    planned.weights["gains"] = Weight(gains.nbytes, None, 0, None)
+    add_weights(planned, sizes, stored, first, precision)
+    of_norms = gains(sizes, stored, read)
+    planned.constants["gains"] = of_norms.tobytes()
+    planned.weights["gains"] = Weight(of_norms.nbytes, None, 0, None)
     counters = 1
     profiles = {}
     for count in images:
@@ -123,61 +85,9 @@ def plan(
         profiles[count] = one.profile()
     size = 4 * counters
     planned.programs["step"] = Program(
-        sizes.query, tuple(phases), sizes.layers, profiles, {"counters": (0, size)}, _round(size, ALIGN)
+        sizes.query, tuple(phases), sizes.layers, profiles, {"counters": (0, size)}, round_up(size, ALIGN)
     )
     return planned
-
-
-# -- weights ------------------------------------------------------------------------------------------------------
-
-
-def _gains(sizes: StepSizes, stored: Mapping[str, Stored], read: Callable[[Stored], NDArray[np.float32]]) -> NDArray:
-    """The gains of all norms in the order of their use, each row with its power of two: [2 * layers + 1, row]."""
-    names = [f"layers.{i}.{norm}" for i in range(sizes.layers) for norm in NORMS] + ["norm"]
-    out = np.zeros((len(names), _gain_row(sizes)), np.float32)
-    for row, name in zip(out, names, strict=True):
-        gain = read(stored[name])
-        largest = float(np.abs(gain).max())
-        exponent = math.ceil(math.log2(largest)) if largest > 0 else 0
-        row[: sizes.d] = gain * np.float32(2.0**-exponent)
-        row[_power_at(sizes)] = 2.0**exponent
-    return out
-
-
-def _power_at(sizes: StepSizes) -> int:
-    return _round(sizes.d, 4)
-
-
-def _gain_row(sizes: StepSizes) -> int:
-    return _power_at(sizes) + 4  # so that every row begins at a multiple of 16 bytes
-
-
-def _weights(planned: Planned, sizes: StepSizes, stored: Mapping[str, Stored], tiles: Tiles, precision: str) -> None:
-    """The entries of all weights, and the kernels that pack them."""
-    for name in ("embed", "cos", "sin"):
-        planned.weights[name] = Weight(stored[name].length, stored[name], 0, None)
-    shapes = {"wqkv": tiles.qkv, "wo": tiles.wo, "w13": tiles.gates, "w2": tiles.w2, "output": tiles.head}
-    names = [f"layers.{i}.{matrix}" for i in range(sizes.layers) for matrix in MATRICES] + ["output"]
-    for name in names:
-        matrix = name.rpartition(".")[2]
-        (k, n), tile = sizes.matrices[matrix], shapes[matrix]
-        columns, blocks = -(-n // tile.BN), -(-k // tile.BK)
-        constants: dict[str, Constant] = {
-            "K": k,
-            "N": n,
-            "WIDTH": stored[name].shape[1],
-            "ORDER": {"wqkv": "pairs", "w13": "halves"}.get(matrix, "plain"),
-            "HEAD": sizes.head,
-            "PADDED": sizes.padded,
-            "DROP_ROWS": matrix == "wo" and sizes.head != sizes.padded,
-            "BN": tile.BN,
-            "BK": tile.BK,
-        }
-        kinds = (("raw", STORED_KINDS[stored[name].dtype]), ("packed", KINDS[precision]))
-        spec = Spec("pack.panels", tuple(constants.items()), kinds, warps=4, stages=1)
-        arguments = {"raw": Pointer("raw"), "packed": Pointer("packed")}
-        size = columns * blocks * tile.BN * tile.BK * NUMBER_BYTES[precision]
-        planned.weights[name] = Weight(size, stored[name], 0, planned.launch(spec, (columns, blocks, 1), arguments))
 
 
 # -- launches -----------------------------------------------------------------------------------------------------
@@ -211,11 +121,11 @@ class _Profile:
 
     @property
     def stride(self) -> int:
-        return _round(self.sizes.d, STRIDE_MULTIPLE)
+        return round_up(self.sizes.d, STRIDE_MULTIPLE)
 
     @property
     def ffn_stride(self) -> int:
-        return _round(self.sizes.ffn, STRIDE_MULTIPLE)
+        return round_up(self.sizes.ffn, STRIDE_MULTIPLE)
 
     @property
     def of_heads(self) -> int:
@@ -255,7 +165,7 @@ class _Profile:
         scratch, end = {}, 0
         for name, size in self._scratch().items():
             scratch[name] = (end, size)
-            end += _round(size, ALIGN)
+            end += round_up(size, ALIGN)
         layer = (self._qkv(), self._attention(), self._residual("wo"), self._gates(), self._residual("w2"))
         return Profile((self._embed(),), layer, (self._head(), self._draw()), scratch, end)
 
@@ -306,7 +216,7 @@ class _Profile:
 
     def _gain(self, norm: int, per_layer: bool) -> tuple[str, Pointer]:
         """The row of gains of that number, or with ``per_layer`` of that norm of each layer."""
-        row = _gain_row(self.sizes) * 4
+        row = gain_row(self.sizes) * 4
         return "*fp32", Pointer("gains", norm * row, 2 * row if per_layer else 0)
 
     def _of_product(self, kind: str, bm: int) -> dict[str, Constant]:
@@ -315,7 +225,7 @@ class _Profile:
 
     def _normed(self, tiles: int) -> dict[str, Constant]:
         """Constants of a kernel that reads h with the sums of squares of so many tiles."""
-        return {"D_MODEL": self.sizes.d, "STRIDE": self.stride, "TILES": tiles, "POWER": _power_at(self.sizes)}
+        return {"D_MODEL": self.sizes.d, "STRIDE": self.stride, "TILES": tiles, "POWER": power_at(self.sizes)}
 
     def _embed(self) -> Launch:
         tile, tiles = self.tiles.w2, self._columns("w2")
@@ -476,10 +386,6 @@ class _Profile:
             warps = max(1, wide // 256) if wide <= 8192 else 16
             return self._launch("draw.resident", grid, arguments, constants, warps, 1)
         return self._launch("draw.looped", grid, arguments, constants | {"CHUNK": CHUNK}, 16, 1)
-
-
-def _round(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _power_of_2(value: int) -> int:
