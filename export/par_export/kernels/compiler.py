@@ -164,6 +164,11 @@ class Compiler:
         return Path(self._folder.name) / f"{spec.name}-{target.name}.cubin"
 
     def _compiled(self, spec: Spec, target: Target, answer: dict[str, Any]) -> Compiled:
+        if answer.get("system"):
+            raise BuildError(
+                f"kernel {spec.source} for {target.name} cannot be compiled in {self._folder.name} "
+                f"({answer['error']}); TMPDIR names another folder for temporary files"
+            )
         if "error" in answer:
             raise BuildError(
                 f"kernel {spec.source} for {target.name}: {self.version} does not compile it ({answer['error']}); "

@@ -61,7 +61,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # whatever a compiler raises is an error of this kernel
-        return {"error": one_line(error)}
+        return {"error": one_line(error), "system": isinstance(error, OSError)}
     return facts | {"seconds": time.monotonic() - started, "peak_bytes": _peak_bytes()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -105,6 +106,15 @@ def test_a_kernel_that_cannot_be_compiled_is_named_in_one_line(spec: Spec, messa
         compiler.compile([spec], SM90)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 700
+
+
+def test_a_folder_that_takes_no_files_is_named_not_the_compiler() -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Compiler(1, PACKAGE) as compiler:
+        (worker,) = compiler._workers
+        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (100, limit[1]))
+        with pytest.raises(BuildError, match=r"cannot be compiled in .* too large\); TMPDIR names another folder"):
+            compiler.compile([product()], SM80)
 
 
 def test_spills_and_too_much_shared_memory_are_faults(compiler: Compiler) -> None:
