@@ -29,6 +29,7 @@ from par_export.kernels.spec import Constant, Planned, Refused, Spec
 from par_export.kernels.targets import Target
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import token_order
+from par_runtime.backends.engines import POINTER_ALIGN
 from par_runtime.backends.program import ALIGN, MOST_LAUNCHES, Launch, Pointer, Profile, Program, Weight
 from par_runtime.bundle import Stored
 
@@ -93,14 +94,17 @@ def _plan(
     for count in images:
         one = _Decoder(vq, config, stored, precision, target, planned, 1, refused)
         one.decode(0)
-        most = max(1, scratch_bytes // sum(one.buffers.values()))
+        # A group begins where tokens and images lie at an address that kernels take.
+        together = POINTER_ALIGN // math.gcd(POINTER_ALIGN, one.tokens * 8, one.image_bytes)
+        most = max(together, scratch_bytes // sum(one.buffers.values()) // together * together)
         groups = max(1, min(-(-count // most), MOST_LAUNCHES // len(one.launches)))
         launches: list[Launch] = []
         buffers: dict[str, int] = {}
         first = 0
         done = Work(0, 0, 0)
         for group in range(groups):
-            size = (count - first) // (groups - group)
+            left = count - first
+            size = min(left, -(-left // together) // (groups - group) * together)
             decoder = _Decoder(vq, config, stored, precision, target, planned, size, refused)
             decoder.decode(first)
             launches += decoder.launches
@@ -157,6 +161,7 @@ class _Decoder:
         self.launches: list[Launch] = []
         self.buffers: dict[str, int] = {}
         self.flop = self.bytes = 0.0
+        self.image_bytes = 0
 
     def decode(self, first: int) -> None:
         """All launches for the images from ``first`` on of the batch."""
@@ -175,7 +180,8 @@ class _Decoder:
                     x = self._attention(x, f"{name}.attn.{j}")
             if level != len(widths) - 1:
                 x = self._conv(x, f"{name}.upsample.conv", width, _other(x.buffer), up=True)
-        pixels = Pointer("images", first * 3 * x.pixels)
+        self.image_bytes = 3 * x.pixels
+        pixels = Pointer("images", first * self.image_bytes)
         self._conv(self._norm(x, "decoder.norm_out"), "decoder.conv_out", 3, "", pixels=pixels)
 
     # -- blocks ---------------------------------------------------------------------------------------------------

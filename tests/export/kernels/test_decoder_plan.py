@@ -95,6 +95,24 @@ def test_a_batch_is_decoded_in_groups_that_bound_the_memory(
     assert (got[2:] == decoded(planned_for(tiny, (1,), "fp16"), tiny, tokens[2:], 16)).all()
 
 
+@pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 2, 2)])
+def test_groups_begin_at_addresses_that_kernels_take(multipliers: tuple[int, ...]) -> None:
+    """Nine tokens are 72 bytes, an image may be 27: kernels were compiled for multiples of 16."""
+    vq = VQConfig(32, 3, 12, multipliers, res_blocks=1, z_channels=10, norm_groups=4)
+    config = replace(named("L"), grid=(1, 3, 3), group_size=1)
+    planned = plan_decoder.plan(vq, config, weights_of(vq), (1, 2, 7, 37), "fp16", SM90, scratch_bytes=1)
+    for count, profile in planned.programs["decoder"].profiles.items():
+        arguments = [a for launch in profile.before for a in launch.arguments if isinstance(a, Pointer)]
+        sizes = [launch.grid[2] for launch in profile.before if launch.kernel.startswith("lookup")]
+        firsts = [sum(sizes[:group]) for group in range(len(sizes))]
+        for name, size in (("tokens", 72), ("images", 27 * vq.downsampling**2)):
+            starts = [a.offset for a in arguments if a.name == name]
+            assert starts == [first * size for first in firsts]
+            assert not any(start % 16 for start in starts)
+        assert sum(sizes) == count
+        assert max(sizes) <= {1: 16, 2: 4, 4: 2}[vq.downsampling]
+
+
 def test_odd_sizes(tmp_path: Path) -> None:
     """A grid that is not square, norms over 3 and 6 channels, widths that no tile divides; in bf16 as it is stored."""
     vq = VQConfig(32, 3, channels=12, channel_multipliers=(1, 2), res_blocks=1, z_channels=10, norm_groups=4)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from par_model.config import PARConfig, named
 from par_runtime.bundle import Stored
 
 pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build]'")
+knobs = pytest.importorskip("triton.knobs")
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +126,19 @@ def test_registers_stay_registers_where_there_are_enough(
     constants = dict(draw.constants) | {"V": codes, "WIDE": codes, "LINE": 64}
     spec = Spec(draw.source, tuple(constants.items()), draw.parameters, warps, 1)
     assert compiler.compile([spec], TARGETS[target])[spec.name].spills == 0
+
+
+def test_nothing_is_overwritten_before_all_threads_have_loaded_it(compiler: Compiler, tmp_path: Path) -> None:
+    """With more threads than numbers in a tile, the compiler loads x twice, for two layouts of threads."""
+    of = planned(named("L", group_size=4), "SM90", "fp16", (1,))
+    wo = next(spec for spec in of.specs.values() if spec.source == "step.residual")
+    spec = replace(wo, warps=8, constants=tuple((dict(wo.constants) | {"BN": 16, "SPLIT": 2}).items()))
+    (tmp_path / "cubin").write_bytes(compiler.compile([spec], TARGETS["SM90"])[spec.name].cubin)
+    tool = [knobs.nvidia.nvdisasm.path, "-c", str(tmp_path / "cubin")]
+    lines = subprocess.run(tool, check=True, capture_output=True, text=True).stdout.split("\n")
+    last = lines[next(i for i, line in enumerate(lines) if "ATOMG" in line) :]  # what the last block to arrive does
+    loads = [i for i, line in enumerate(last) if re.search(r"LDG\.E(\.64|\.128)? ", line)]
+    stores = [i for i, line in enumerate(last) if "STG.E" in line and ", RZ" not in line]  # the counter gets a zero
+    barriers = [i for i, line in enumerate(last) if "BAR.SYNC" in line]
+    assert loads
+    assert any(loads[-1] < barrier < stores[0] for barrier in barriers)

@@ -32,11 +32,12 @@ EPS = tl.constexpr(1e-5)  #: of every norm
 
 @triton.jit
 def fetch_ahead(address, size):
-    """Ask for ``size`` bytes (a multiple of 16) from ``address`` on to be brought into the L2 cache; waits for nothing.
+    """Ask for ``size`` bytes (a multiple of 16, at most 4 MB) from ``address`` on to be brought into the L2 cache.
 
-    The lanes of the first warp ask for a piece each: assembly runs in every thread, and all would ask for all of it.
+    It waits for nothing. The first four threads ask for a piece each: assembly runs in every thread, and all would ask
+    for all of it. Not more of them: the threads of a warp do this one after the other, some 40 cycles each.
     """
-    piece = (size + 511) // 512 * 16
+    piece = (size + 63) // 64 * 16
     tl.inline_asm_elementwise(
         """{
         .reg .pred inside;
@@ -284,6 +285,9 @@ def residual(
             for part in tl.static_range(1, SPLIT):
                 acc += tl.load(place + part * (BN * BM), cache_modifier=".cg")
         new = old + acc
+        # Where a tile has fewer numbers than threads, the compiler loads it twice, for two layouts. So a thread may
+        # load what another one is about to overwrite: all loads come before all stores.
+        tl.debug_barrier()
         tl.store(x + at, new, mask=inside)
         tl.store(h + at, (new * gain[:, None]).to(h.dtype.element_ty), mask=inside)
         tl.store(ss + m.to(tl.int64) * tiles + tile, tl.sum(new * new, 0), mask=m < M)
