@@ -244,9 +244,22 @@ def why_unfit(engine: Engine, runtime: str, version: str, capability: tuple[int,
             f"{engine.path.name} was built for {engine.target}, this GPU ({device}) is {here}; "
             f"build with: parvis build {engine.bundle_path}{kind} --target {target} --precision {engine.precision}"
         )
+    if engine.kernels is not None and minor != capability[1]:
+        needs, has = max(kernel.shared for kernel in engine.kernels.kernels.values()), _shared_bytes(capability)
+        if needs > has:
+            return (
+                f"{engine.path.name} was built for {engine.target} and takes {needs} bytes of shared memory, this GPU "
+                f"({device}) has {has}; build with: parvis build {engine.bundle_path} --engine kernels "
+                f"--target SM{capability[0]}{capability[1]} --precision {engine.precision}"
+            )
     if engine.device is not None and engine.device != device:
         return f"{engine.path.name} was tuned on {engine.device}, this GPU is {device}; rebuild with: {engine.rebuild}"
     return None
+
+
+def _shared_bytes(capability: tuple[int, int]) -> int:
+    """Shared memory that a block may have on a GPU of compute capability 8.x."""
+    return (163 if capability in ((8, 0), (8, 7)) else 99) * 1024
 
 
 def best(engines: list[Engine]) -> Engine:

@@ -25,9 +25,10 @@ from double.twins import Twins
 
 from par_export.kernels.spec import Planned
 from par_runtime.backends import choose, cuda
-from par_runtime.backends.engines import ENGINE_JSON, Engine
+from par_runtime.backends.engines import ENGINE_JSON, KERNELS, Engine, why_unfit
 from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.kernels import backend as kernels_backend
+from par_runtime.backends.program import VERSION
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, seal
 from par_runtime.cli import dispatch as cli
@@ -292,6 +293,20 @@ def test_which_gpus_an_engine_fits(driver: Driver, bundle: Bundle) -> None:
     edited(folder, lambda entry: entry.update(version="0.9"))
     with pytest.raises(EngineError, match=r"is of version 0.9 of kernels, this parvis runs 1; rebuild with"):
         choose.choose(bundle, "cuda")
+
+
+def test_shared_memory_of_a_later_gpu_may_not_suffice(driver: Driver, bundle: Bundle) -> None:
+    """A block may have 163 KiB on SM80 and SM87, 99 on SM86 and SM89."""
+    folder = kernels.write_engine(bundle, hand_made(bundle), target="SM80")
+    name = next(iter(json.loads((folder / ENGINE_JSON).read_text())["kernels"]["kernels"]))
+    for size, capability, fits in ((99, (8, 9), True), (100, (8, 9), False), (163, (8, 0), True), (163, (8, 7), True)):
+        edited(folder, lambda e, size=size: e["kernels"]["kernels"][name].update(shared=size * 1024))
+        engine = Engine.open(folder, bundle)
+        why = why_unfit(engine, KERNELS, VERSION, capability, "Some GPU")
+        assert (why is None) == fits
+        if why:
+            assert "SM80 and takes 102400 bytes of shared memory, this GPU (Some GPU) has 101376; build with" in why
+            assert "--engine kernels --target SM89" in why
 
 
 def test_a_fresh_interpreter_loads_it_with_the_driver_alone(bundle: Bundle) -> None:
