@@ -167,9 +167,9 @@ def check_writable(path: Path) -> None:
 
 
 def check_folder_writable(folder: Path) -> None:
-    """Make ``folder`` and test that a file can be written there. Raises RequestError, OSError."""
+    """Make ``folder`` and test that a file can be written there, whatever it holds. Raises OSError."""
     try:
-        check_writable(folder / "x")
+        write_beside(folder / "x", Path.touch, rename=False)
     except OSError as error:
         if error.filename == str(folder / "x"):
             error.filename = str(folder)
@@ -223,6 +223,7 @@ _EXPLAINED = {
     errno.EEXIST: "{} is a file where a folder is expected; choose another place",
     errno.ENAMETOOLONG: "{}: the name is too long for this file system; give a shorter one",
     errno.ELOOP: "{}: its links lead in a circle; choose another place",
+    errno.ENOENT: "{}: no such file or folder; check the name, or choose another place",
     errno.EMFILE: "too many open files, at {}; raise the limit (ulimit -n)",
     errno.EDQUOT: "the disk quota is used up, at {}; free some space or choose another place",
 }

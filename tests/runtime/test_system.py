@@ -9,7 +9,7 @@ import pytest
 
 from par_runtime import system
 from par_runtime.errors import RequestError
-from par_runtime.system import available_cores, check_writable, write_beside
+from par_runtime.system import available_cores, check_folder_writable, check_writable, write_beside
 
 GB = 10**9
 
@@ -125,4 +125,6 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> No
     with pytest.raises(RequestError, match="is a device or a pipe"):
         check_writable(Path("/dev/null"))
     check_writable(tmp_path / "x.png")
+    (tmp_path / "x").mkdir()
+    check_folder_writable(tmp_path)  # whatever names are in it
     assert not (tmp_path / "x.png").exists()

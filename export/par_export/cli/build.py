@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from par_export.engines.request import MODES, NAME_A_TARGET, SAMPLING, BuildRequ
 from par_export.errors import BuildError
 from par_export.kernels import request as kernels
 from par_runtime.backends.engines import ENGINE_JSON
+from par_runtime.checked import shown
 from par_runtime.cli.common import Parser
 from par_runtime.cli.options import add_list
 from par_runtime.dtypes import PRECISIONS
@@ -168,10 +170,10 @@ def targets(text: str) -> tuple[str, ...]:
     """Names of GPUs to build for, separated by commas, for argparse: "SM80" and the like, or "local"."""
     names = [part.strip() for part in text.split(",") if part.strip()]
     for name in names:
-        digits = name.upper().removeprefix("SM")
-        if name != "local" and not (name.upper().startswith("SM") and digits.isdecimal()):
+        if name != "local" and not re.fullmatch("SM[1-9][0-9]{1,2}", name, re.ASCII | re.IGNORECASE):
             raise argparse.ArgumentTypeError(
-                f"{name!r}: expected SM and a compute capability (SM80 is an A100, SM89 an L4 or RTX 4090), or local"
+                f"{shown(name)}: expected SM and a compute capability (SM80 is an A100, SM89 an L4 or RTX 4090), "
+                "or local"
             )
     if not names:
         raise argparse.ArgumentTypeError("expected at least one target, for instance SM80")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from par_export.errors import BuildCancelledError, BuildError, ExportError, OutputError, ParityError
 from par_runtime.cli.common import fail, out_of_memory
-from par_runtime.errors import BundleError, CudaError, TensorRTMissingError, how_to_install
+from par_runtime.errors import BundleError, CudaError, RequestError, TensorRTMissingError, how_to_install
 from par_runtime.system import explain
 
 #: Errors that end a verb with one line and exit code 2.
@@ -22,6 +22,7 @@ EXPECTED: tuple[type[Exception], ...] = (
     ExportError,
     OSError,
     OutputError,
+    RequestError,
     TensorRTMissingError,
 )
 #: option -> why an engine of kernels does not have it.

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from par_runtime.errors import RequestError
 from par_runtime.system import check_folder_writable, explain
 
 try:
@@ -44,8 +43,8 @@ class EngineCache:
         """Why nothing can be kept here; "" where it can."""
         try:
             check_folder_writable(self.folder)
-        except (OSError, RequestError) as error:
-            return explain(error) if isinstance(error, OSError) else str(error)
+        except OSError as error:
+            return explain(error)
         return ""
 
     @contextmanager
@@ -67,7 +66,10 @@ class EngineCache:
         return True
 
     def put(self, key: str, built: Path) -> None:
-        """Keep a copy of the folder ``built`` under ``key``, unless it alone is over the limit. Raises OSError."""
+        """Keep a copy of the folder ``built`` under ``key``, unless it alone is over the limit.
+
+        Raises OSError, which names this cache.
+        """
         if _size(built) > self.limit_bytes:
             return
         part = self.folder / f".{key}.part-{os.getpid()}"
@@ -76,6 +78,9 @@ class EngineCache:
             _copy(built, part)
             shutil.rmtree(self.folder / key, ignore_errors=True)
             part.rename(self.folder / key)
+        except OSError as error:
+            error.filename, error.filename2 = str(self.folder), None
+            raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
         self._shrink(keep=key)

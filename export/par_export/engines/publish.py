@@ -14,9 +14,11 @@ from par_export.engines.cache import EngineCache, key_of
 from par_export.engines.place import no_empty_folder
 from par_export.errors import BuildError
 from par_export.staging import staging
-from par_runtime.backends.engines import ENGINE_JSON, Engine
+from par_runtime.backends.engines import ENGINE_JSON, MOST_PROFILES, Engine
 from par_runtime.bundle import Bundle
+from par_runtime.checked import shown
 from par_runtime.errors import EngineError
+from par_runtime.system import explain
 
 
 class Keeping(Protocol):
@@ -72,13 +74,18 @@ def publish(
             try:
                 cache.put(key, folder)
             except OSError as error:  # the engine is built: a full cache must not lose it
-                say(f"not kept in the engine cache: {error}")
+                say(f"not kept in the engine cache: {explain(error)}")
 
 
 def check_images(images: tuple[int, ...]) -> None:
     """Raise BuildError where ``images`` are no batch sizes that an engine can be built for."""
     if not images or min(images) < 1 or list(images) != sorted(set(images)):
-        raise BuildError(f"images {images}; expected ascending numbers from 1")
+        raise BuildError(f"images {shown(images)}; expected ascending numbers from 1")
+    if len(images) > MOST_PROFILES:
+        raise BuildError(
+            f"{len(images)} batch sizes; an engine has at most {MOST_PROFILES}: name fewer, a batch in between is "
+            "padded to the next size"
+        )
 
 
 def source_hash(packages: Iterable[ModuleType]) -> str:

@@ -28,9 +28,10 @@ from par_runtime.system import available_cores
 
 SOURCES = "par_export.kernels.sources"
 MOST_WORKERS = 8
-#: Settings of Triton and of the libraries under it. Those that name a tool stay: where Triton comes without NVIDIA's
-#: assembler, they say where it is.
-_SETTINGS = ("TRITON_", "MLIR_", "LLVM_", "NVPTX_", "PTXAS_", "DISABLE_PTXAS", "ENABLE_", "USE_IR_LOC", "NVIDIA_TF32")
+#: How the variables begin that a worker gets: what Python and the system need to start a program, and where NVIDIA's
+#: assembler is, where Triton comes without it. All others stay out: Triton and LLVM read some whose names no list of
+#: ours would keep up with (DISABLE_LLVM_OPT, DISABLE_MMA_V3), and an engine must not depend on them.
+_KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_", "LD_", "PYTHON", "PARVIS_")
 _TOOLS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH", "TRITON_CUOBJDUMP_PATH")
 
 
@@ -188,7 +189,7 @@ class _Worker:
         with self._errors.open("wb") as errors:
             # In a session of its own, so that Ctrl-C ends the build here, and this process and its children with it.
             self._process = subprocess.Popen(
-                [sys.executable, "-c", "from par_export.kernels.worker import main; main()"],
+                [sys.executable, "-c", "from par_export.kernels.worker import main; main()", str(folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -218,7 +219,10 @@ class _Worker:
         last = next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         memory = " (was there too little memory?)" if code == -signal.SIGKILL else ""
-        raise BuildError(f"{what}: the process that compiles {how}{memory}{f': {last}' if last else ''}")
+        raise BuildError(
+            f"{what}: the process that compiles {how}{memory}{f': {last}' if last else ''}; if it happens again, "
+            f"install another triton (3.9.0 is tested): {how_to_install('kernels-build')}"
+        )
 
     def end(self) -> None:
         """End it and its children at once."""
@@ -232,11 +236,11 @@ class _Worker:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The environment of a worker: that of this process without settings that change what Triton makes.
+    """The environment of a worker: of that of this process what it needs to start, no settings of a compiler.
 
     Triton writes into ``folder`` instead of the user's home.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_SETTINGS) or name in _TOOLS}
+    kept = {name: value for name, value in os.environ.items() if name.startswith((*_KEPT, *_TOOLS))}
     places = [str(Path(part).absolute()) for part in sys.path if part]  # it runs in another folder
     ours = str(Path(par_export.__path__[0]).parent.absolute())
     return kept | {

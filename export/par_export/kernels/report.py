@@ -98,7 +98,7 @@ def listing(entry: Mapping[str, Any]) -> list[str]:
     kernels = entry["kernels"]["kernels"]
     for name, program in entry["kernels"]["programs"].items():
         images = min(program["profiles"], key=int)
-        lines += ["", f"{name}, {images} images:"]
+        lines += ["", f"{name}, {images} {'image' if images == '1' else 'images'}:"]
         for i, (part, launch) in enumerate(_launches(program["profiles"][images])):
             kernel = kernels[launch[0]]
             grid = " x ".join(str(size) for size in launch[1])

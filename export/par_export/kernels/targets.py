@@ -6,6 +6,7 @@ of the same capability runs the same kernels; ``parvis tune`` finds out what sui
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from par_export.errors import BuildError
@@ -63,13 +64,16 @@ def target_of(name: str) -> Target:
     target = TARGETS.get(name.upper())
     if target is not None:
         return target
-    digits = name.upper().removeprefix("SM")
+    number = re.fullmatch("SM([1-9][0-9]{1,2})", name, re.ASCII | re.IGNORECASE)
+    capability = int(number.group(1)) if number else None
     why = ""
-    if digits.isdecimal() and int(digits[:9]) < OLDEST:
+    if capability is None:
+        why = "; expected SM and a compute capability"
+    elif capability < OLDEST:
         why = f"; before SM{OLDEST} GPUs lack the copies that the kernels need: --engine tensorrt builds for SM75"
-    elif digits.isdecimal() and runs_on(int(digits[:9])) is not None:
-        why = f"; an engine for {runs_on(int(digits[:9]))} runs there too"
-    elif digits.isdecimal():
+    elif runs_on(capability) is not None:
+        why = f"; an engine for {runs_on(capability)} runs there too"
+    else:
         why = "; --engine tensorrt may build for it"
     raise BuildError(f"target {shown(name)}: engines of kernels are built for {', '.join(TARGETS)}, or local{why}")
 

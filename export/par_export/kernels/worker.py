@@ -11,10 +11,12 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,20 @@ _USED = re.compile(r"REG:(\d+) STACK:(\d+)")
 
 
 def main() -> None:
-    """Answer lines until there are none, or until the process that started this one is gone."""
+    """Answer lines until there are none.
+
+    Who starts this process also ends it, so no more lines means that it is gone, killed perhaps. The folder that it
+    named, of files for the time of the build, is removed then, since nobody else will.
+    """
+    folder = sys.argv[1]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Triton prints sources of kernels that fail
-    print(json.dumps(hello()), file=answers, flush=True)
-    for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+    with suppress(BrokenPipeError):
+        print(json.dumps(hello()), file=answers, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)  # an answer that nobody reads would be an error at the end of Python
 
 
 def hello() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from par_runtime.arguments import given
-from par_runtime.backends.engines import KERNELS, Engine, best, joined, list_engines, why_unfit
+from par_runtime.backends.engines import KERNELS, Engine, best, has_engines, joined, list_engines, why_unfit
 from par_runtime.backends.ort import importing
 from par_runtime.backends.program import VERSION
 from par_runtime.backends.trt import module as trt_module
@@ -63,7 +63,14 @@ def choose(
             backend, why = _engine(bundle, 0, verify, capture, on_load)
         except (EngineError, CudaError) as error:
             backend, why = None, str(error)
-        return (backend, "") if backend is not None else (_cpu(bundle, threads), f"running on the CPU: {why}")
+        if backend is not None:
+            return backend, ""
+        try:
+            return _cpu(bundle, threads), f"running on the CPU: {why}"
+        except RequestError as error:
+            if not has_engines(bundle):
+                raise
+            raise RequestError(f"no engine runs here ({why}); {error}") from error  # either can be mended
     match = DEVICE.fullmatch(device)
     assert match is not None
     index = int(match.group(2) or 0)

@@ -32,6 +32,7 @@ ENGINE_SCHEMA = 1
 MOST_BYTES = 4 * 2**20  #: of an engine.json, which lists the kernels of its plans
 MOST_BYTES_LISTED = 16 * 2**20  #: of all that are looked at for one bundle: some seconds
 MOST_IMAGES = 4096  #: of a profile
+MOST_PROFILES = 64  #: batch sizes of an engine
 MOST_ENGINES = 64  #: folders that are looked at
 CAPTURES = ("image", "call", "none")
 
@@ -238,7 +239,8 @@ def why_unfit(engine: Engine, runtime: str, version: str, capability: tuple[int,
     (major, minor), runs_on_later = engine.capability, runtime == KERNELS and engine.capability < (9, 0)
     if major != capability[0] or not (minor == capability[1] or (runs_on_later and minor < capability[1])):
         here = f"SM{capability[0]}{capability[1]}"
-        kind = " --engine kernels" if runtime == KERNELS else ""
+        # Kernels are built for no GPU before SM80: there the command is that for a plan.
+        kind = " --engine kernels" if runtime == KERNELS and capability >= (8, 0) else ""
         target = "local" if runtime == "tensorrt" else here
         return (
             f"{engine.path.name} was built for {engine.target}, this GPU ({device}) is {here}; "
@@ -290,8 +292,8 @@ def _check(e: Value) -> None:
     e["mode"].match("[a-z-]{1,32}", "shared or per-phase")
     e["sampling"].match("[a-z]{1,32}", "a kind of sampling")
     images = e["images"].integers(1, MOST_IMAGES)
-    if not 1 <= len(images) <= 64 or images != sorted(set(images)):
-        e["images"].refuse("1 to 64 numbers, ascending")
+    if not 1 <= len(images) <= MOST_PROFILES or images != sorted(set(images)):
+        e["images"].refuse(f"1 to {MOST_PROFILES} numbers, ascending")
     if (e["runtime"].value == KERNELS) != (e.get("kernels") is not None):
         e["runtime"].refuse("kernels where there is an entry kernels, and only there")
     if e.get("kernels") is not None and (e["plans"].object() or e.get("decoder") is not None):

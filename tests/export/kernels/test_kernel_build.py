@@ -179,6 +179,8 @@ def test_every_kind_of_product_is_planned_without_the_shapes_that_were_refused(t
         ({"targets": ("SM90", "SM75")}, "^target 'SM75': engines of kernels are built for SM80"),
         ({"targets": ("local",)}, "^target local needs a GPU: .*; name the GPU .* --target SM90 for an H100"),
         ({"images": (2, 1)}, r"^images \(2, 1\); expected ascending numbers from 1$"),
+        ({"images": tuple(range(200, 0, -1))}, r"^images \(200, 199, .*\.\.\.; expected ascending numbers from 1$"),
+        ({"images": tuple(range(1, 66))}, "^65 batch sizes; an engine has at most 64: name fewer, a batch in between"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_one_line(

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from conftest import child
 from par_export.errors import BuildError
-from par_export.kernels.compiler import Compiled, Compiler
+from par_export.kernels.compiler import Compiled, Compiler, _environment
 from par_export.kernels.spec import Spec
 from par_export.kernels.targets import TARGETS
 
@@ -79,8 +82,10 @@ def test_kernels_are_compiled_by_two_processes_and_counted(compiler: Compiler) -
 def test_the_user_s_settings_of_triton_change_nothing_and_its_home_is_not_written(
     compiled: dict[str, Compiled], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"TRITON_INTERPRET": "1", "DISABLE_PTXAS_OPT": "1", "TRITON_DEFAULT_FP_FUSION": "0"}.items():
-        monkeypatch.setenv(name, value)
+    for name in ("TRITON_INTERPRET", "DISABLE_PTXAS_OPT", "DISABLE_LLVM_OPT", "TRITON_FORCE_DISABLE_FP_FUSION"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("A_SETTING_OF_TOMORROW", "1")
+    assert "A_SETTING_OF_TOMORROW" not in _environment(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with Compiler(1, PACKAGE) as compiler:
@@ -94,7 +99,10 @@ def test_the_user_s_settings_of_triton_change_nothing_and_its_home_is_not_writte
     ("spec", "message"),
     [
         (faulty("trial.wrong_name"), r"^kernel trial.wrong_name for SM90: triton .* compile it .*not_there is not def"),
-        (faulty("ends.kernel"), "^kernel ends.kernel for SM90: the process that compiles ended with code 3"),
+        (
+            faulty("ends.kernel"),
+            "^kernel ends.kernel for SM90: the process that compiles ended with code 3.* install another triton",
+        ),
         (faulty("killed.kernel"), r"^kernel killed.kernel for SM90: .* was ended by SIGKILL \(was there too little"),
         (replace(product(), constants=(("N", 256),)), r"planned with parameters \['w', .* it takes \['w', 'x', 'y'"),
         (replace(product(), parameters=product().parameters[::-1]), r"planned with parameters \['rows', 'y'"),
@@ -125,6 +133,22 @@ def test_spills_and_too_much_shared_memory_are_faults(compiler: Compiler) -> Non
     assert "bytes of shared memory, a block has at most 166912" in str(out[large.name].fault(SM80))
     assert out[large.name].fault(SM90) is None
     assert "scratch" in str(replace(out[large.name], scratch=16).fault(SM90))
+
+
+def test_a_killed_build_leaves_no_files_and_no_processes(tmp_path: Path) -> None:
+    code = (
+        "import dataclasses, os, signal, sys, test_kernel_compiler as t\n"
+        "kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with t.Compiler(2, t.PACKAGE) as c: c.compile([t.product(N=n) for n in (256, 512, 1024)], t.SM80, kill)"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with child([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) as process:
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, error
+    deadline = time.monotonic() + 30  # they end when they have compiled what they were at
+    while any(tmp_path.iterdir()):
+        assert time.monotonic() < deadline, list(tmp_path.rglob("*"))
+        time.sleep(0.05)
 
 
 def test_ctrl_c_ends_the_processes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,9 @@ def test_targets_are_the_documented_ones_with_the_limits_of_their_capability() -
         ("SM87", "an engine for SM86 runs there too"),
         ("SM103", "--engine tensorrt may build for it"),
         ("SM121", "--engine tensorrt may build for it"),
-        ("SM" + "9" * 10000, "may build for it"),
+        ("SM" + "9" * 10000, "expected SM and a compute capability"),
+        ("SM\u0668\u0660", "expected SM and a compute capability"),
+        ("SM080", "expected SM and a compute capability"),
     ],
 )
 def test_another_target_is_refused_with_those_that_there_are(name: str, why: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -316,22 +317,34 @@ import sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("triton", "torch", "onnxruntime", "onnx", "tensorrt", "tensorrt_rtx"):
-            raise ImportError(name + " is not here")
+            raise ModuleNotFoundError(name + " is not here", name=name)
 sys.meta_path.insert(0, Missing())
 import json
 from pathlib import Path
-from par_runtime import Pipeline
+from par_runtime import Pipeline, RequestError
 from par_runtime.backends import cuda
 from double.bare import driver_for
 cuda.driver = driver_for(Path({str(bundle.path)!r}))
 with Pipeline.load({str(bundle.path)!r}, "cuda", selftest=False) as pipeline:
     print(pipeline.backend.info.name)
 assert not cuda.driver.device
+cuda.driver.capability = (7, 5)
+try:
+    Pipeline.load({str(bundle.path)!r})
+except RequestError as error:
+    print(error)
 """
     here = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "kernels 1 fp32 on Stand-in GPU\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    name, why = done.stdout.splitlines()
+    assert name == "kernels 1 fp32 on Stand-in GPU"
+    build = f"parvis build {re.escape(str(bundle.path))} --target SM75 --precision fp32"  # not of kernels
+    wanted = (
+        rf"no engine runs here \(.* was built for SM80, .* is SM75; build with: {build}\); running on the CPU needs onn"
+    )
+    assert re.match(wanted, why), why  # why the GPU is not used is not lost
 
 
 def test_the_fastest_engine_is_taken(

@@ -193,7 +193,7 @@ ERRORS = [
         ["generate", "BUNDLE", "--label", "0", "--preview-every", "2", "--tokens", "TMP/a.npy"],
         "--preview-every writes beside --out",
     ),
-    (["redo", "TMP/none.png", "--bundle", "BUNDLE"], "none.png: No such file"),
+    (["redo", "TMP/none.png", "--bundle", "BUNDLE"], "none.png: no such file or folder"),
     (["redo", "TMP/plain.png", "--bundle", "BUNDLE"], "has no 'parvis' entry"),
     (["redo", "TMP/text.png", "--bundle", "BUNDLE"], "not an image that can be read"),
     (["redo", "TMP/cut.png", "--bundle", "BUNDLE"], "not an image that can be read"),
