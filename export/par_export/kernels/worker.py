@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     """Compile the kernel that ``job`` describes into the file ``job["out"]``: facts about it, or an error."""
     started = time.monotonic()
     try:
-        facts = compiled(job)
+        with _assembler(job["capability"]):
+            facts = compiled(job)
     except MemoryError:
         raise
     except Exception as error:  # whatever a compiler raises is an error of this kernel
@@ -119,6 +121,21 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
         "scratch": sum(getattr(metadata, f"{kind}_scratch_size", 0) or 0 for kind in ("global", "profile")),
         **statistics(result.asm["ptx"]),
     }
+
+
+@contextmanager
+def _assembler(capability: int) -> Iterator[None]:
+    """Have kernels for SM90 assembled by the ptxas of CUDA 12, as those for GPUs before it.
+
+    Triton 3.9 takes that of CUDA 13 there, and only drivers of CUDA 13 load what it makes. The code is as good.
+    """
+    from triton import knobs
+
+    with knobs.nvidia.scope():
+        if capability < 100:
+            with suppress(RuntimeError):  # where Triton has only the newer one, that will do
+                knobs.nvidia.ptxas_blackwell = knobs.nvidia.ptxas.path
+        yield
 
 
 def most_registers(warps: int) -> int:

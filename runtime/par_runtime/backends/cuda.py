@@ -55,7 +55,9 @@ HINTS = {
         "the driver is older than the compiler that made the engine; update the driver"
     ),
     "CUDA_ERROR_NO_BINARY_FOR_GPU": "the engine holds no kernels for this GPU; build it again for this target",
-    "CUDA_ERROR_INVALID_IMAGE": "a file of the engine is no cubin that this driver reads; build the engine again",
+    "CUDA_ERROR_INVALID_IMAGE": (
+        "a file of the engine is no cubin that this driver reads; update the driver, or build the engine again"
+    ),
     "CUDA_ERROR_INVALID_PTX": "a file of the engine is no cubin that this driver reads; build the engine again",
     "CUDA_ERROR_NOT_FOUND": "the engine's file holds no such function; build the engine again",
     "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES": (

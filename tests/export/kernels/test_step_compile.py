@@ -142,3 +142,14 @@ def test_nothing_is_overwritten_before_all_threads_have_loaded_it(compiler: Comp
     barriers = [i for i, line in enumerate(last) if "BAR.SYNC" in line]
     assert loads
     assert any(loads[-1] < barrier < stores[0] for barrier in barriers)
+
+
+def test_only_gpus_that_need_it_need_a_driver_of_cuda_13(compiler: Compiler) -> None:
+    """The form of a cubin is in byte 8 of it: 7 is what drivers of CUDA 12 load, 8 what the ptxas of CUDA 13 writes."""
+    embed = {}
+    for target in ("SM80", "SM90", "SM120", "SM90"):
+        of = planned(TINY, target, "fp16", (1,))
+        spec = next(spec for spec in of.specs.values() if spec.source == "step.embed")
+        embed[target] = compiler.compile([spec], TARGETS[target])[spec.name].cubin[8]
+    assert (embed["SM80"], embed["SM90"]) == (7, 7)
+    assert embed["SM120"] >= 7
