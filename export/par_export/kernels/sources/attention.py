@@ -41,7 +41,7 @@ def attend(
     """Grid: SPLITS, R * H."""
     split, of_row = tl.program_id(0), tl.program_id(1)
     row, head = of_row // HEADS, of_row % HEADS
-    visible = tl.minimum(tl.load(length + row), SLOTS)
+    visible = tl.minimum(tl.load(length + row, cache_modifier=".cg"), SLOTS)
     start = split * SPAN
     end = tl.minimum(start + SPAN, visible)
     lines = of_row.to(tl.int64) * (SLOTS * PADDED)

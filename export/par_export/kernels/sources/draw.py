@@ -55,6 +55,14 @@ def middle_of(low, high):
 
 
 @triton.jit
+def settings(temperature, top_k, top_p, uniform, b, at):
+    """What image ``b`` and the ``at``-th draw ask for."""
+    divisor = tl.maximum(tl.load(temperature + b, cache_modifier=".cg"), COLDEST)
+    k = tl.load(top_k + b, cache_modifier=".cg")
+    return divisor, k, tl.load(top_p + b, cache_modifier=".cg"), tl.load(uniform + at, cache_modifier=".cg")
+
+
+@triton.jit
 def put(tokens, image, token, b, j, rows, QUERY: tl.constexpr):
     """Write ``token`` to position ``j`` of every row of image ``b``."""
     for first in tl.range(0, rows, 32):
@@ -83,8 +91,7 @@ def resident(
     """One token, in every row of its image. Grid: B * q."""
     at = tl.program_id(0)
     b = at // QUERY
-    divisor = tl.maximum(tl.load(temperature + b), COLDEST)
-    k, p, u = tl.load(top_k + b), tl.load(top_p + b), tl.load(uniform + at)
+    divisor, k, p, u = settings(temperature, top_k, top_p, uniform, b, at)
     k = tl.minimum(tl.maximum(k, 0), V).to(tl.int32)
     code = tl.arange(0, WIDE)
     inside = code < V
@@ -190,8 +197,7 @@ def looped(
     """One token, in every row of its image. Grid: B * q."""
     at = tl.program_id(0)
     b = at // QUERY
-    divisor = tl.maximum(tl.load(temperature + b), COLDEST)
-    k, p, u = tl.load(top_k + b), tl.load(top_p + b), tl.load(uniform + at)
+    divisor, k, p, u = settings(temperature, top_k, top_p, uniform, b, at)
     place = logits + at.to(tl.int64) * V
     begin(DEPENDENT)
     largest = tl.full((CHUNK,), LOWEST, tl.int32)

@@ -18,9 +18,10 @@ then 2^e at ``POWER``.
 **Partners** (even and odd columns of a head; gate and up) lie 8 apart in 16 packed columns, in one thread's registers.
 
 **Dependent launches** (DEPENDENT, from SM90 on). A kernel may start while the one before it still runs: it fetches the
-first ``AHEAD`` bytes of its weights into the L2 cache, and reads inputs of the call that no kernel writes. Then it
-waits for the kernel before it, which has itself waited for the one before that. Only then does it allow the next one to
-start, so that at most one kernel's fetches are ahead.
+first ``AHEAD`` bytes of its weights into the L2 cache, and reads inputs of the call that no kernel writes (past the L1
+cache, which is sure to hold nothing of an earlier call only after the wait). Then it waits for the kernel before it,
+which has itself waited for the one before that. Only then does it allow the next one to start, so that at most one
+kernel's fetches are ahead.
 """
 
 import triton
@@ -193,9 +194,9 @@ def qkv(
     row = m // QUERY
     unit = tile * (BN // 2) + tl.arange(0, BN // 2)
     head, pair = unit // (HEAD // 2), unit % (HEAD // 2)  # the heads of q, then of k, then of v
-    position = tl.load(positions + m, mask=m < M, other=0)
+    position = tl.load(positions + m, mask=m < M, other=0, cache_modifier=".cg")
     position = tl.minimum(tl.maximum(position, 0), ANGLES - 1)  # a padded position may lie behind the last
-    slot = tl.load(write + row, mask=m < M, other=0) + m % QUERY
+    slot = tl.load(write + row, mask=m < M, other=0, cache_modifier=".cg") + m % QUERY
     angle = position[None, :] * (PADDED // 2) + pair[:, None]
     turns = (head < 2 * HEADS)[:, None] & (m < M)[None, :]
     c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
@@ -367,11 +368,11 @@ def head(
     column = tl.program_id(0) * BM + tl.arange(0, BM)
     i = column // 2
     image = i // QUERY
-    cond = tl.load(cond_row + image, mask=i < COUNT, other=0)
-    uncond = tl.load(uncond_row + image, mask=i < COUNT, other=0)
+    cond = tl.load(cond_row + image, mask=i < COUNT, other=0, cache_modifier=".cg")
+    uncond = tl.load(uncond_row + image, mask=i < COUNT, other=0, cache_modifier=".cg")
     rows = tl.where(column % 2 == 0, cond, uncond) * QUERY + i % QUERY
     at = tl.program_id(0) * (BM // 2) + tl.arange(0, BM // 2)
-    strength = tl.load(guidance + at // QUERY, mask=at < COUNT, other=0.0)
+    strength = tl.load(guidance + at // QUERY, mask=at < COUNT, other=0.0, cache_modifier=".cg")
     begin(DEPENDENT)
     parts = squares(ss, rows, TILES)
     acc = product(panel, h, rows, 0, blocks, D_MODEL, STRIDE, BN, BK, BM)
