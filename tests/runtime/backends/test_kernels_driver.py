@@ -33,7 +33,7 @@ def check_launches() -> None:
     stream, pinned = gpu.stream(), gpu.pinned(1024)
     memory, elsewhere = gpu.allocate(1024, "words"), gpu.allocate(1024, "words")
     idle = live()
-    module = Module(kernel, b"STUB probe pifllpp\0")
+    module = Module(kernel, b"STUB probe pifllpp\0", most_shared=True)
     first = Launch("probe", (3, 2, 1), (Pointer("out"), -7, -0.0, -(2**40), Pointer("w", 32, 16)))
     second = Launch("probe", (1, 65535, 5), (Pointer("out", 256), 2**31 - 1, 1.5, 2**40, Pointer("out", 16)))
     launches = Prepared({"probe": module}, [(first, 0), (second, 0), (first, 3)], {"w": 4096}, stream)

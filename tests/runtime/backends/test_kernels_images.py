@@ -51,6 +51,10 @@ def test_tokens_and_images_are_those_of_the_cpu(
         assert driver.counts.get("launch", 0) == 4  # an image is one launch
         # One for each batch size, kept; the first was captured again when the larger one had moved the caches.
         assert driver.counts["instantiate"] == 3
+    # The step's kernels want one division of the processors into shared memory and cache, the decoder's have no wish.
+    step = {source for source, _ in driver.launches if source.startswith(("step.", "attention.", "draw."))}
+    assert driver.carveouts == dict.fromkeys(step, 100)
+    assert len(step) > 5
     early = {waits for _, waits in driver.launches}
     assert early == ({True, False} if target == "SM90" else {False})
 

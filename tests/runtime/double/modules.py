@@ -57,6 +57,7 @@ class Modules:
         self.functions: dict[int, _Function] = {}
         #: Computes a launch; None where launches are only checked.
         self.twin: Twin | None = None
+        self.carveouts: dict[str, int] = {}  #: percent of shared memory that kernels prefer, by their source
         self.launches: list[tuple[str, bool]] = []  #: names of kernels as they were launched, and whether dependent
 
     def register(self, content: bytes, kernel: Kernel, capability: tuple[int, int]) -> None:
@@ -88,6 +89,9 @@ class Modules:
         return OK, real.CUfunction(handle)
 
     def cuFuncSetAttribute(self, function: Any, attribute: Any, value: int) -> tuple[Any]:  # noqa: N802
+        if attribute == real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT:
+            self.carveouts[self.functions[int(function)].kernel.source] = value
+            return (OK if -1 <= value <= 100 else ERROR.CUDA_ERROR_INVALID_VALUE,)
         if attribute != real.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
             return (ERROR.CUDA_ERROR_INVALID_VALUE,)
         if value > 1024 * SHARED[self.capability]:

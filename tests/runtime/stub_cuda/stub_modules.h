@@ -4,7 +4,7 @@
 
 #include "stub_state.h"
 
-enum { MAX_SHARED = 8, SERIALIZATION = 6, LEAST_SHARED = 48 * 1024, MOST_SHARED = 99 * 1024, WORDS_BEFORE = 6 };
+enum { MAX_SHARED = 8, CARVEOUT = 9, SERIALIZATION = 6, LEAST_SHARED = 48 * 1024, MOST_SHARED = 99 * 1024, WORDS_BEFORE = 6 };
 struct launch_attribute { /* CUlaunchAttribute */
     int id, pad;
     union {
@@ -47,6 +47,7 @@ static int cuFuncSetAttribute(void *function, int attribute, int value) {
     ENTER_CONTEXT();
     struct object *module = find(MODULE, function);
     if (!module) return INVALID_HANDLE;
+    if (attribute == CARVEOUT) return value < -1 || value > 100 ? INVALID_VALUE : OK;
     if (attribute != MAX_SHARED || value < 0 || value > MOST_SHARED) return INVALID_VALUE;
     module->size = (size_t)value;
     return OK;

@@ -18,21 +18,30 @@ from par_runtime.backends.engines import POINTER_ALIGN
 from par_runtime.backends.program import Kernel, Launch, Pointer
 
 WITHOUT_ASKING = 48 * 1024  #: bytes of shared memory that every kernel may take
+PERCENT = 100  #: of a processor's shared memory
 WARP = 32  #: threads
 
 
 class Module(cuda.Owned):
-    """One cubin in device memory, and its function."""
+    """One cubin in device memory, and its function.
 
-    def __init__(self, kernel: Kernel, image: bytes) -> None:
+    ``most_shared``: its processors are asked to be divided into as much shared memory and as little L1 cache as they
+    can. Where a kernel wants another division than the one before it, it waits until that one has left a processor.
+    """
+
+    def __init__(self, kernel: Kernel, image: bytes, most_shared: bool = False) -> None:
         self.kernel, self.note = kernel, f"{kernel.source} ({kernel.file})"
         self._module: Any = cuda.call("cuModuleLoadData", image, note=self.note)
         try:
             self.function = cuda.call("cuModuleGetFunction", self._module, kernel.function.encode(), note=self.note)
+            kinds = cuda.library().CUfunction_attribute
             if kernel.shared > WITHOUT_ASKING:
-                kind = cuda.library().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                kind = kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 note = f"{kernel.shared} bytes of shared memory for {self.note}"
                 cuda.call("cuFuncSetAttribute", self.function, kind, kernel.shared, note=note)
+            if most_shared:
+                kind = kinds.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                cuda.call("cuFuncSetAttribute", self.function, kind, PERCENT, note=self.note)
         except BaseException:
             self.free()
             raise

@@ -45,9 +45,13 @@ class Shared(cuda.Owned):
 
     def _modules(self, engine: Engine, kernels: Kernels) -> Mapping[str, Module]:
         out = {}
+        step = kernels.programs["step"]
+        # The step's kernels hardly use the L1 cache, and follow each other too fast to wait for another division of the
+        # processors. The decoder's convolutions use it.
+        fast = {launch.kernel for images in step.profiles for launch, _ in step.launches(images)}
         for name, kernel in kernels.kernels.items():
             image = read_own(engine, kernel.file, kernel.bytes, kernel.sha256)
-            out[name] = self._held.enter_context(Module(kernel, image))
+            out[name] = self._held.enter_context(Module(kernel, image, most_shared=name in fast))
         return out
 
     def free(self) -> None:
