@@ -223,7 +223,10 @@ class Build:
             final = [name for name in faults if planned.specs[name] in refused]  # it has no other shape
             name = [*final, *faults][0]
             source = planned.specs[name].source
-            why = f"kernel {source} for {self.target.name} by {self.compiler.version} {faults[name]}"
+            why = (
+                f"kernel {source} for {self.target.name} by {self.compiler.version} {faults[name]}; build with "
+                "--engine tensorrt"
+            )
             if final:
                 raise BuildError(why)
             refused |= {planned.specs[name] for name in faults}

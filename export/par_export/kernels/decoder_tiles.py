@@ -101,7 +101,10 @@ def conv_tile(
 
     tiles = [t for t in _tiles(target, channels, precision) if (t.pixels, t.channels, t.warps) not in gone]
     if not tiles:
-        raise BuildError(f"no tile of a convolution to {channels} channels in {precision} fits {target.name}")
+        raise BuildError(
+            f"no tile of a convolution to {channels} channels in {precision} fits {target.name}; "
+            "build with --engine tensorrt"
+        )
     return min(tiles, key=seconds)
 
 

@@ -120,7 +120,10 @@ def choose(
         tile = given.get(kind)
         if kind == "attention":
             if tile is None and not keys:
-                raise BuildError(f"no shape of attention with heads of {config.head_dim} fits {target.name}")
+                raise BuildError(
+                    f"no shape of attention with heads of {config.head_dim} fits {target.name}; build with "
+                    "--engine tensorrt"
+                )
             for batch in images:
                 out[batch][kind] = tile or keys[0]
             continue

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from par_runtime.arguments import given
+from par_runtime.backends.commands import build_command
 from par_runtime.backends.engines import KERNELS, Engine, best, has_engines, joined, list_engines, why_unfit
 from par_runtime.backends.ort import importing
 from par_runtime.backends.program import VERSION
@@ -102,7 +103,7 @@ def _engine(
     """A loaded engine on GPU ``index``, or None and the reason."""
     engines, bad = list_engines(bundle)
     if not engines:
-        build = f"parvis build {bundle.path} --target local"
+        build = f"{build_command(bundle.path)} --target local"
         return None, joined(bad) if bad else f"{bundle.path} holds no engines; build them with: {build}"
     from par_runtime.backends import cuda
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from par_runtime.backends.base import tensors
+from par_runtime.backends.commands import build_command, command_by_name
 from par_runtime.backends.program import CONSTANTS, Kernels, Launch, Pointer, Program, from_json
 from par_runtime.bundle import WEIGHTS, Bundle, FileCheck, Stored, canonical_hash, file_fault
 from par_runtime.checked import UNPRINTABLE, Mismatch, Value, load_json, read_regular, shown
@@ -92,10 +93,8 @@ class Engine:
         kind = " --engine kernels" if self.runtime == KERNELS else ""
         target = "local" if self.runtime == "tensorrt" else self.target
         mode = "" if self.mode == "shared" else f" --engines {self.mode}"
-        return (
-            f"parvis build {self.bundle_path}{kind} --target {target} --precision {self.precision} "
-            f"--max-images {self.images[-1]}{mode}"
-        )
+        options = f"{kind} --target {target} --precision {self.precision} --max-images {self.images[-1]}{mode}"
+        return build_command(self.bundle_path) + options
 
     @property
     def decodes(self) -> bool:
@@ -127,7 +126,7 @@ class Engine:
         """Read and check the engine at ``path``; with ``bundle``, that it was built from it. Raises EngineError."""
         file = path / ENGINE_JSON
         of = path.parent.parent if bundle is None else bundle.path
-        again = f"build it again with: parvis build {of}"
+        again = f"build it again with: {command_by_name(path.name, of)}"
 
         def fault(message: str) -> EngineError:
             return EngineError(f"{message}; {again}")
@@ -244,14 +243,14 @@ def why_unfit(engine: Engine, runtime: str, version: str, capability: tuple[int,
         target = "local" if runtime == "tensorrt" else here
         return (
             f"{engine.path.name} was built for {engine.target}, this GPU ({device}) is {here}; "
-            f"build with: parvis build {engine.bundle_path}{kind} --target {target} --precision {engine.precision}"
+            f"build with: {build_command(engine.bundle_path)}{kind} --target {target} --precision {engine.precision}"
         )
     if engine.kernels is not None and minor != capability[1]:
         needs, has = max(kernel.shared for kernel in engine.kernels.kernels.values()), _shared_bytes(capability)
         if needs > has:
             return (
                 f"{engine.path.name} was built for {engine.target} and takes {needs} bytes of shared memory, this GPU "
-                f"({device}) has {has}; build with: parvis build {engine.bundle_path} --engine kernels "
+                f"({device}) has {has}; build with: {build_command(engine.bundle_path)} --engine kernels "
                 f"--target SM{capability[0]}{capability[1]} --precision {engine.precision}"
             )
     if engine.device is not None and engine.device != device:

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from double.driver import Driver, ViolationError
 from double.hand_made import BK, BN, hand_made
 from double.twins import Twins
 
+from par_export.cli import build as build_cli
 from par_export.kernels.spec import Planned
 from par_runtime.backends import choose, cuda
 from par_runtime.backends.engines import ENGINE_JSON, KERNELS, Engine, why_unfit
@@ -222,6 +224,28 @@ def test_lists_that_cannot_be_run_are_refused(
     with pytest.raises(EngineError, match=message) as error:
         Engine.open(folder, bundle)
     assert f"parvis build {bundle.path}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("kernels-1-sm80-fp16", "--engine kernels --target SM80 --precision fp16"),
+        ("tensorrt_rtx-1.7.1.116-sm89-bf16-per-phase", "--target SM89 --precision bf16 --engines per-phase"),
+        ("tensorrt-10.15.0-sm90-fp16-tune-norm-after", "--target local --precision fp16"),
+        ("other", "--target local"),
+    ],
+)
+def test_the_command_that_builds_an_unreadable_engine_again(
+    tiny: Path, tmp_path: Path, name: str, options: str
+) -> None:
+    path = Path(shutil.copytree(tiny, tmp_path / "my 'first' bundle"))
+    (path / "engines" / name).mkdir(parents=True)
+    (path / "engines" / name / ENGINE_JSON).write_text("{}")
+    with pytest.raises(EngineError) as error:
+        Engine.open(path / "engines" / name, Bundle.open(path))
+    command = shlex.split(str(error.value).partition("build it again with: ")[2])
+    assert command == ["parvis", "build", str(path), *options.split()]
+    build_cli.parser().parse_args(command[2:])  # it has all that the command needs
 
 
 @pytest.mark.parametrize("name", ["constants.data", "cubin"])

@@ -82,7 +82,7 @@ REFUSALS = [
     (truncated, r"step.plan: truncated: \d+ bytes, expected \d+; rebuild with: parvis build .* --target SM80"),
     (changed_content, r"step.plan: its content was changed .*; rebuild with"),
     (unsealed, r"engine.json: its content does not match its own hash"),
-    (no_json, r"engine.json: missing; build it again with: parvis build"),
+    (no_json, r"engine.json: missing; build it again with: parvis build \S+ --target local$"),
     (newer_schema, r"engine.json: schema 2, this parvis reads 1"),
     (escaping_file, r"engine.json: file '../../step.onnx' is not one of the engine's own"),
 ]
