@@ -235,6 +235,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def explain(error: OSError) -> str:
     """What went wrong with which file and what to do, in one line, for an error of the operating system."""
+    if error.filename is None and error.errno in (errno.EMFILE, errno.ENFILE):  # as where a process is started
+        return "too many open files; raise the limit (ulimit -n)"
     if error.filename is None and error.errno not in NO_ROOM:
         return error.strerror or str(error)
     where = "the output" if error.filename is None else os.fsdecode(error.filename)

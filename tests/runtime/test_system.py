@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -117,6 +118,22 @@ def test_a_file_appears_whole_or_stays_as_it_was(tmp_path: Path) -> None:
         write_beside(path, fail)
     assert path.read_text() == "first"
     assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOENT, "No such file", "/proc/x"),
+            "/proc/x: no such file or folder; check the name, or choose",
+        ),
+        (OSError(errno.EMFILE, "Too many open files"), "too many open files; raise the limit (ulimit -n)"),
+        (OSError(errno.EMFILE, "Too many open files", "x"), "too many open files, at x; raise the limit (ulimit -n)"),
+        (OSError(errno.ENOSPC, "No space"), "no space left on the disk of the output; free some or choose another"),
+    ],
+)
+def test_an_error_of_the_system_says_what_to_do(error: OSError, line: str) -> None:
+    assert system.explain(error).startswith(line)
 
 
 def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:

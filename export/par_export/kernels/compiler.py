@@ -218,11 +218,10 @@ class _Worker:
         lines = self._errors.read_text(errors="replace").split("\n")
         last = next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        memory = " (was there too little memory?)" if code == -signal.SIGKILL else ""
-        raise BuildError(
-            f"{what}: the process that compiles {how}{memory}{f': {last}' if last else ''}; if it happens again, "
-            f"install another triton (3.9.0 is tested): {how_to_install('kernels-build')}"
-        )
+        advice = f"install another triton (3.9.0 is tested): {how_to_install('kernels-build')}"
+        if code == -signal.SIGKILL:
+            advice = "the system does so where memory is short: free some, or start fewer such processes (taskset -c 0)"
+        raise BuildError(f"{what}: the process that compiles {how}{f': {last}' if last else ''}; {advice}")
 
     def end(self) -> None:
         """End it and its children at once."""
