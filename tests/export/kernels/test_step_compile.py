@@ -128,14 +128,49 @@ def test_registers_stay_registers_where_there_are_enough(
     assert compiler.compile([spec], TARGETS[target])[spec.name].spills == 0
 
 
+def assembly(kernel: Compiled, folder: Path) -> list[str]:
+    """The instructions of ``kernel``, a line each."""
+    (folder / "cubin").write_bytes(kernel.cubin)
+    tool = [knobs.nvidia.nvdisasm.path, "-c", str(folder / "cubin")]
+    return subprocess.run(tool, check=True, capture_output=True, text=True).stdout.split("\n")
+
+
+#: What matters for the order of memory, as letters.
+ORDER = {
+    r"STG": "S", r"BAR\.SYNC": "B", r"MEMBAR\.\w+\.GPU": "M", r"ATOMG": "A", r"CCTL\.IVALL": "C", r"LDG.*STRONG": "L"
+}  # fmt: skip
+#: Kernels that read gains or tables of angles before they wait, which nobody writes.
+CONSTANT = ("step.embed", "step.qkv", "step.residual")
+
+
+def test_memory_is_read_and_written_in_the_order_that_dependent_launches_need(
+    compiler: Compiler, tmp_path: Path
+) -> None:
+    """What other kernels write is read after the wait; inputs of the call come past the L1 cache before it. Parts of a
+    sum are counted when all threads have stored theirs, and read when all threads know the count.
+    """
+    of = planned(named("3B", group_size=16), "SM90", "bf16", (1,))
+    specs = [spec for spec in of.specs.values() if spec.source != "pack.panels"]
+    compiled, joined = compiler.compile(specs, TARGETS["SM90"]), set()
+    for spec in specs:
+        lines = assembly(compiled[spec.name], tmp_path)
+        wait = next(i for i, line in enumerate(lines) if "ACQBULK" in line)
+        early, later = lines[:wait], lines[wait:]
+        assert not any(re.search("LDGSTS|STG|ATOM|RED", line) for line in early), spec.source
+        assert spec.source in CONSTANT or not any(re.search(r"LDG\.E(\.\d+)? ", line) for line in early), spec.source
+        letters = "".join(letter for line in later for what, letter in ORDER.items() if re.search(what, line))
+        if "A" in letters:
+            assert re.search("SB+MACBS?L", letters), spec.source
+            joined.add(spec.source)
+    assert joined == {"attention.attend", "step.residual"}
+
+
 def test_nothing_is_overwritten_before_all_threads_have_loaded_it(compiler: Compiler, tmp_path: Path) -> None:
     """With more threads than numbers in a tile, the compiler loads x twice, for two layouts of threads."""
     of = planned(named("L", group_size=4), "SM90", "fp16", (1,))
     wo = next(spec for spec in of.specs.values() if spec.source == "step.residual")
     spec = replace(wo, warps=8, constants=tuple((dict(wo.constants) | {"BN": 16, "SPLIT": 2}).items()))
-    (tmp_path / "cubin").write_bytes(compiler.compile([spec], TARGETS["SM90"])[spec.name].cubin)
-    tool = [knobs.nvidia.nvdisasm.path, "-c", str(tmp_path / "cubin")]
-    lines = subprocess.run(tool, check=True, capture_output=True, text=True).stdout.split("\n")
+    lines = assembly(compiler.compile([spec], TARGETS["SM90"])[spec.name], tmp_path)
     last = lines[next(i for i, line in enumerate(lines) if "ATOMG" in line) :]  # what the last block to arrive does
     loads = [i for i, line in enumerate(last) if re.search(r"LDG\.E(\.64|\.128)? ", line)]
     stores = [i for i, line in enumerate(last) if "STG.E" in line and ", RZ" not in line]  # the counter gets a zero
