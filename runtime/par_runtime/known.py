@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
-from par_runtime.errors import RequestError
+from par_runtime.errors import EngineError, RequestError
 from par_runtime.request import array
 
 
@@ -70,6 +70,21 @@ def sequence_tokens(bundle: Bundle, tokens: ArrayLike) -> Int:
     """``tokens`` [B,N] as int64. Raises RequestError."""
     out = sequence_array(bundle, tokens)
     return given_tokens(bundle, len(out), out)
+
+
+def drawn_tokens(bundle: Bundle, backend: str, tokens: Int, first: int = 0) -> Int:
+    """``tokens`` [B,q] that ``backend`` drew at the positions from ``first`` on.
+
+    Raises EngineError where one is no code: not the request is at fault then, but what computed it.
+    """
+    wrong = (tokens < 0) | (tokens >= bundle.vocab_size)
+    if wrong.any():
+        image, at = (int(i) for i in np.argwhere(wrong)[0])
+        raise EngineError(
+            f"{bundle.path}: {backend} gives token {tokens[image, at]} at position {first + at}; expected "
+            f"0..{bundle.vocab_size - 1}: it computes wrongly. Build the engine again, or use another device"
+        )
+    return tokens
 
 
 def given_tokens(bundle: Bundle, images: int, tokens: ArrayLike) -> Int:

@@ -29,7 +29,7 @@ from par_runtime.forks import stop_at_the_end, tell_of_forks
 from par_runtime.images.opening import Picture
 from par_runtime.images.photo import Fit, Pictures
 from par_runtime.images.region import MaskFrom, Named, keep_mask
-from par_runtime.known import Known, given_tokens, known_tokens, sequence_array, sequence_tokens
+from par_runtime.known import Known, drawn_tokens, given_tokens, known_tokens, sequence_array, sequence_tokens
 from par_runtime.metrics import log_likelihood
 from par_runtime.progress import OnPreview, OnStep, Progress, latest_tokens
 from par_runtime.request import MOST_IMAGES, Settings, class_indices, image_seeds, image_settings
@@ -370,6 +370,7 @@ class Pipeline:
         at_once = not progress.preview_every and known is None and not schedule.rows_change
         if isinstance(backend, MakesImages) and at_once:
             made = backend.make_images(schedule.batch, schedule.class_ids, schedule.noise, decode)
+            drawn_tokens(self.bundle, backend.info.name, made[0])
             timings["image"] = timings.get("image", 0.0) + 1e3 * (time.perf_counter() - clock)
             progress.add(self.bundle.calls)
             return made
@@ -377,7 +378,8 @@ class Pipeline:
         with rows_of(backend, schedule):
             for call, batch, ids, write in schedule.walk(tokens):
                 stop_at_the_end()
-                tokens[:, call.positions] = backend.step(batch, ids, write, schedule.noise[:, call.positions])
+                drawn = backend.step(batch, ids, write, schedule.noise[:, call.positions])
+                tokens[:, call.positions] = drawn_tokens(self.bundle, backend.info.name, drawn, call.positions.start)
                 if known is not None:
                     known.put(tokens, call.positions)
                 name = call.phase.name

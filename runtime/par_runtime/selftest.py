@@ -50,9 +50,10 @@ def check_selftest(bundle: Bundle, backend: Backend, seconds: float) -> None:
             slots, best = np.arange(call.query), logits.max(-1)
             # The token drawn here and the export's must both have the largest logit, up to rounding. The comparison is
             # ~(gap <= ...), because a NaN must count as wrong.
-            gap = best - np.minimum(logits[slots, wanted[0, call.positions]], logits[slots, drawn])
+            code = np.clip(drawn, 0, bundle.vocab_size - 1)
+            gap = best - np.minimum(logits[slots, wanted[0, call.positions]], logits[slots, code])
             # Equal logits of all codes come from a backend that computes nothing, not from a model.
-            wrong = ~(gap <= backend.tie * np.abs(logits).max()) | (best <= logits.min(-1))
+            wrong = ~(gap <= backend.tie * np.abs(logits).max()) | (best <= logits.min(-1)) | (drawn != code)
             if wrong.any():
                 slot = int(wrong.argmax())
                 position = call.write + slot

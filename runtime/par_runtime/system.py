@@ -219,6 +219,7 @@ _EXPLAINED = {
     errno.ENOSPC: "no space left on the disk of {}; free some or choose another place" + HALF,
     errno.EFBIG: "{} is larger than this system or its limit (ulimit -f) allows; choose another place",
     errno.EIO: "{}: the disk reports an error (EIO); check the disk, or choose another place",
+    errno.EISDIR: "{} is a folder where a file is expected; choose another place",
     errno.ENOTDIR: "{} is a file where a folder is expected; choose another place",
     errno.EEXIST: "{} is a file where a folder is expected; choose another place",
     errno.ENAMETOOLONG: "{}: the name is too long for this file system; give a shorter one",

@@ -430,6 +430,26 @@ def test_an_engine_that_the_driver_refuses_leaves_the_place_to_the_next(
     assert not driver.device
 
 
+def test_an_engine_whose_tokens_are_no_codes_is_refused(
+    driver: Driver, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare.register(driver, kernels.write_engine(bundle, hand_made(bundle)))  # it writes no tokens
+    with pytest.raises(
+        BundleError, match=r"self-test failed on kernels 1 .* gives token -\d+ at position 0, at export it"
+    ):
+        Pipeline.load(bundle.path, "cuda")
+    with Pipeline.load(bundle.path, "cuda", selftest=False) as pipeline:
+        for how in ({}, {"preview_every": 1, "on_preview": lambda *_: None}):
+            with pytest.raises(
+                EngineError, match=r"kernels 1 .* gives token -\d+ at position 0; expected 0\.\.63: it com"
+            ):
+                pipeline.generate(0, seed=1, **how)
+    command = ["generate", str(bundle.path), "--label", "0", "--device", "cuda", "--out", str(tmp_path / "x.png")]
+    assert cli.main(command) == cli.main([*command, "--no-selftest"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == error.count("parvis: error: ") == 2
+
+
 def test_commands_show_it(driver: Driver, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     folder = kernels.write_engine(bundle, hand_made(bundle))
     assert cli.main(["inspect", str(bundle.path)]) == 0
