@@ -72,10 +72,11 @@ def sequence_tokens(bundle: Bundle, tokens: ArrayLike) -> Int:
     return given_tokens(bundle, len(out), out)
 
 
-def drawn_tokens(bundle: Bundle, backend: str, tokens: Int, first: int = 0) -> Int:
-    """``tokens`` [B,q] that ``backend`` drew at the positions from ``first`` on.
+def drawn_tokens(bundle: Bundle, backend: str, tokens: Int, first: int = 0) -> None:
+    """Check ``tokens`` [B,q] that ``backend`` drew at the positions from ``first`` on, before they are decoded.
 
-    Raises EngineError where one is no code: not the request is at fault then, but what computed it.
+    Raises EngineError where one is no code: not the request is at fault then, but what computed it. Tokens alone
+    (``decode=False``) are given as they are: ``parvis verify`` judges them.
     """
     wrong = (tokens < 0) | (tokens >= bundle.vocab_size)
     if wrong.any():
@@ -84,7 +85,6 @@ def drawn_tokens(bundle: Bundle, backend: str, tokens: Int, first: int = 0) -> I
             f"{bundle.path}: {backend} gives token {tokens[image, at]} at position {first + at}; expected "
             f"0..{bundle.vocab_size - 1}: it computes wrongly. Build the engine again, or use another device"
         )
-    return tokens
 
 
 def given_tokens(bundle: Bundle, images: int, tokens: ArrayLike) -> Int:

@@ -370,7 +370,8 @@ class Pipeline:
         at_once = not progress.preview_every and known is None and not schedule.rows_change
         if isinstance(backend, MakesImages) and at_once:
             made = backend.make_images(schedule.batch, schedule.class_ids, schedule.noise, decode)
-            drawn_tokens(self.bundle, backend.info.name, made[0])
+            if decode:
+                drawn_tokens(self.bundle, backend.info.name, made[0])
             timings["image"] = timings.get("image", 0.0) + 1e3 * (time.perf_counter() - clock)
             progress.add(self.bundle.calls)
             return made
@@ -379,7 +380,9 @@ class Pipeline:
             for call, batch, ids, write in schedule.walk(tokens):
                 stop_at_the_end()
                 drawn = backend.step(batch, ids, write, schedule.noise[:, call.positions])
-                tokens[:, call.positions] = drawn_tokens(self.bundle, backend.info.name, drawn, call.positions.start)
+                if decode or progress.preview_every:
+                    drawn_tokens(self.bundle, backend.info.name, drawn, call.positions.start)
+                tokens[:, call.positions] = drawn
                 if known is not None:
                     known.put(tokens, call.positions)
                 name = call.phase.name
