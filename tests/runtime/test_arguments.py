@@ -221,7 +221,7 @@ def test_bad_arguments_of_the_other_methods(pipeline: Pipeline) -> None:
         refuses("^tokens", lambda b=bad: pipeline.preview(b, 5))
     refuses("^tokens have shape", lambda: pipeline.grid_tokens([1, 2]))  # type: ignore[arg-type]
     for bad in (None, 5, "abc", np.zeros((2, 3)), np.zeros((16, 16, 3)), object()):
-        with pytest.raises(RequestError, match="^abc: No such file" if isinstance(bad, str) else None):
+        with pytest.raises(RequestError, match="^abc: no such file or folder" if isinstance(bad, str) else None):
             pipeline.encode(bad)
         with pytest.raises(RequestError):
             pipeline.score(bad, 0)

@@ -314,7 +314,7 @@ def test_images_that_cannot_be_edited_end_in_one_line(
     (tmp_path / "notes.png").write_text("not an image")
     keep = ("--keep", "left", "--label", "0", "--out", tmp_path / "e.png")
     for image, which, message in (
-        (tmp_path / "none.png", [], "No such file"),
+        (tmp_path / "none.png", [], "no such file or folder"),
         (tmp_path / "notes.png", [], "not an image that can be read"),
         (cut, [], "truncated"),
         (sheet, [], "holds 6 images; choose one with --which 0 .. 5"),
