@@ -165,7 +165,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
             "holds no pictures; expected a folder",
         ),
         (train_tokenizer, ["--data", str(images), "--val", str(images), *run, "--channels", "5"], "norm_groups=8"),
-        (train, ["--codes", "none.npz", "--val", str(codes), "--vocab", "16", *run], "none.npz: no such file or folder"),
+        (train, ["--codes", "none.npz", "--val", str(codes), "--vocab", "16", *run], "none.npz: No such file"),
         (
             train,
             ["--codes", str(tmp_path / "text.npz"), "--val", str(codes), "--vocab", "16", *run],
