@@ -221,7 +221,7 @@ class _Profile:
 
     def _of_product(self, kind: str, bm: int) -> dict[str, Constant]:
         tile = self._tile(kind)
-        return {"BN": tile.BN, "BK": tile.BK, "BM": bm, "AHEAD": tile.ahead}
+        return {"BN": tile.BN, "BK": tile.BK, "BM": bm, "PARTS": tile.parts, "AHEAD": tile.ahead}
 
     def _normed(self, tiles: int) -> dict[str, Constant]:
         """Constants of a kernel that reads h with the sums of squares of so many tiles."""

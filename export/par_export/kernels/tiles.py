@@ -67,6 +67,15 @@ class ProductTile:
     stages: int
     ahead: int
 
+    @property
+    def parts(self) -> int:
+        """How many warps share the rows of a panel, because its columns are too few for all of them: 1 or all.
+
+        A warp takes 16 columns at least, and 16 rows at a time.
+        """
+        narrow = 16 * self.warps > self.BN and 16 * self.warps <= self.BK
+        return self.warps if narrow else 1
+
 
 @dataclass(frozen=True)
 class AttentionTile:
@@ -242,7 +251,7 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
     at_once = max(1, min(room, busiest))
     # One processor: what it has on its way, what its blocks can take in, and its share of the bandwidth.
     share = MOST_SHARE * _per_us(target) / target.processors
-    turn = TURN_US + TURN_OF_16_US * tile.BK / 16
+    turn = TURN_US + TURN_OF_16_US * tile.BK / 16 / tile.parts
     processor = min(at_once * (tile.stages - 1) * panel / LATENCY_US, at_once * panel / turn, share)
     own = busiest * -(-turns // tile.split) * panel / processor
     # All of them: weights from memory once, activations and weights for further rows from L2, matrix units.

@@ -59,7 +59,7 @@ class Case:
     def sizes(self, tiles: int, bn: int, bk: int, bm: int) -> dict[str, Any]:
         return {
             "D_MODEL": self.d, "STRIDE": self.stride, "TILES": tiles, "POWER": self.power, "BN": bn, "BK": bk,
-            "BM": bm, "AHEAD": 0, "DEPENDENT": True,
+            "BM": bm, "PARTS": min(4, bk // 16) if bn < 64 else 1, "AHEAD": 0, "DEPENDENT": True,
         }  # fmt: skip
 
     @property

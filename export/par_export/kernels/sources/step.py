@@ -6,8 +6,8 @@ layer, H heads of D numbers (D' in the caches), V codes. T is fp16 or bf16. Sums
 **Products.** M is small (2 to 64 mostly), so a product is a stream of weights. They are the large operand, BN packed
 columns by BK rows a panel (``pack.py``); the M rows are the narrow one. A block of threads computes BN columns for BM
 rows. Blocks of the same weights are neighbours in the grid, so that the weights come from memory once. Each sum runs
-over K in the same order for every BM, in steps of 16 in one accumulator, so a row's result does not depend on how many
-rows there are, as long as SPLIT is the same.
+over K in the same order for every BM, in steps of 16 in one accumulator of each of PARTS warps, so a row's result does
+not depend on how many rows there are, as long as SPLIT and PARTS are the same.
 
 **Norms.** What a product reads is ``h``: x times the gain of the norm before the product, not yet divided by the root
 mean square. That division is a factor of the row, so it waits for the end of the product. The kernel that makes x
@@ -82,21 +82,42 @@ def product(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BM: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Sums [BN, BM] of the weights' blocks ``first`` to ``last`` times these rows of ``h``."""
-    k = tl.arange(0, BK)
-    weights = panel + first * (BN * BK) + tl.arange(0, BN)[:, None] * BK + k[None, :]
-    inputs = h + rows.to(tl.int64)[None, :] * STRIDE + (first * BK + k)[:, None]
-    acc = tl.zeros((BN, BM), tl.float32)
-    for block in tl.range(first, last):
-        w = tl.load(weights)
-        if K % BK == 0:
-            x = tl.load(inputs)
-        else:  # weights behind K are zeros, but what lies behind K in h may be NaN
-            x = tl.load(inputs, mask=(block * BK + k < K)[:, None], other=0.0)
-        acc = tl.dot(w, x, acc)
-        weights += BN * BK
-        inputs += BK
+    """Sums [BN, BM] of the weights' blocks ``first`` to ``last`` times these rows of ``h``.
+
+    With PARTS > 1 each warp multiplies its own part of every block, and the sums of the parts are added at the end. A
+    narrow tile has too few columns for all warps: they would all compute the same, in one long chain of products.
+    """
+    if PARTS == 1:
+        k = tl.arange(0, BK)
+        weights = panel + first * (BN * BK) + tl.arange(0, BN)[:, None] * BK + k[None, :]
+        inputs = h + rows.to(tl.int64)[None, :] * STRIDE + (first * BK + k)[:, None]
+        acc = tl.zeros((BN, BM), tl.float32)
+        for block in tl.range(first, last):
+            w = tl.load(weights)
+            if K % BK == 0:
+                x = tl.load(inputs)
+            else:  # weights behind K are zeros, but what lies behind K in h may be NaN
+                x = tl.load(inputs, mask=(block * BK + k < K)[:, None], other=0.0)
+            acc = tl.dot(w, x, acc)
+            weights += BN * BK
+            inputs += BK
+    else:
+        k = tl.arange(0, PARTS)[:, None] * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
+        weights = panel + first * (BN * BK) + tl.arange(0, BN)[None, :, None] * BK + k[:, None, :]
+        inputs = h + rows.to(tl.int64)[None, None, :] * STRIDE + (first * BK + k)[:, :, None]
+        sums = tl.zeros((PARTS, BN, BM), tl.float32)
+        for block in tl.range(first, last):
+            w = tl.load(weights)
+            if K % BK == 0:
+                x = tl.load(inputs)
+            else:
+                x = tl.load(inputs, mask=(block * BK + k < K)[:, :, None], other=0.0)
+            sums = tl.dot(w, x, sums)
+            weights += BN * BK
+            inputs += BK
+        acc = tl.sum(sums, 0)
     return acc
 
 
@@ -181,6 +202,7 @@ def qkv(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BM: tl.constexpr,
+    PARTS: tl.constexpr,
     AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -203,7 +225,7 @@ def qkv(
     s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
     begin(DEPENDENT)
     parts = squares(ss, m, TILES)
-    acc = product(panel, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM)
+    acc = product(panel, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     even, odd = partners(acc, BN, BM)
     scale = tl.where(head < HEADS, SCALE, 1.0)[:, None]
@@ -245,6 +267,7 @@ def residual(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BM: tl.constexpr,
+    PARTS: tl.constexpr,
     AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -269,7 +292,7 @@ def residual(
     begin(DEPENDENT)
     if SPLIT == 1:  # with parts most blocks do not need it, and the last one loads it together with the parts
         old = tl.load(x + at, mask=inside, other=0.0)
-    acc = product(panel, inputs, m, first, last, K, K_STRIDE, BN, BK, BM)
+    acc = product(panel, inputs, m, first, last, K, K_STRIDE, BN, BK, BM, PARTS)
     counter = counters + tl.program_id(0) * tiles + tile
     arrived = 0
     place = partial + ((tl.program_id(0) * tiles + tile) * SPLIT).to(tl.int64) * (BN * BM)
@@ -311,6 +334,7 @@ def gates(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BM: tl.constexpr,
+    PARTS: tl.constexpr,
     AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -324,7 +348,7 @@ def gates(
     unit = tile * (BN // 2) + tl.arange(0, BN // 2)
     begin(DEPENDENT)
     parts = squares(ss, m, TILES)
-    acc = product(panel, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM)
+    acc = product(panel, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     gate, up = partners(acc, BN, BM)
     value = gate / (1.0 + tl.exp(-gate)) * up
@@ -352,6 +376,7 @@ def head(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BM: tl.constexpr,
+    PARTS: tl.constexpr,
     AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -375,7 +400,7 @@ def head(
     strength = tl.load(guidance + at // QUERY, mask=at < COUNT, other=0.0, cache_modifier=".cg")
     begin(DEPENDENT)
     parts = squares(ss, rows, TILES)
-    acc = product(panel, h, rows, 0, blocks, D_MODEL, STRIDE, BN, BK, BM)
+    acc = product(panel, h, rows, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     c, u = tl.split(tl.reshape(acc, (BN, BM // 2, 2)))
     code = tile * BN + tl.arange(0, BN)
