@@ -24,11 +24,11 @@ demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the run
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-test: lint  ## lint, types and tests: 5 minutes on 2 cores; the first time installs .venv-dev (1.8 GB, with CUDA more)
-	@echo "Now the tests: about 4 minutes on 2 cores."
+test: lint  ## lint, types and tests: 8 minutes on 2 cores; the first time installs .venv-dev (2.7 GB, with CUDA more)
+	@echo "Now the tests: about 7 minutes on 2 cores."
 	$(DEV_ENV)/bin/python -m pytest
 
-test-all: lint  ## the slow tests too: about 15 minutes
+test-all: lint  ## the slow tests too: about 20 minutes
 	$(DEV_ENV)/bin/python -m pytest -m "not gpu"
 
 test-gpu: $(DEV_ENV)/.installed  ## all that needs a GPU: 10 minutes, a report for an issue (docs/gpu.md); fails where there is no GPU
@@ -60,7 +60,7 @@ $(RUN_ENV)/.installed: pyproject.toml $(SOURCES)
 
 $(DEV_ENV)/.installed: pyproject.toml constraints.txt $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
-	@echo "Installing PyTorch, ONNX, TensorRT-RTX and the tools into $(DEV_ENV): 1.8 GB (several GB more where pip's PyTorch brings CUDA)."
+	@echo "Installing PyTorch, ONNX, TensorRT-RTX and the tools into $(DEV_ENV): 2.7 GB (several GB more where pip's PyTorch brings CUDA)."
 	$(PYTHON) -m venv $(DEV_ENV)
 	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
