@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from double import bare
+from double.bugs import no_wait_before_the_copy_is_read
 from double.driver import Driver, ViolationError
 from double.fixtures import SETTINGS, Make
 
 from par_export.kernels.spec import Planned
 from par_runtime.backends import cuda
-from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.kernels import modules
 from par_runtime.backends.kernels.modules import Prepared
 from par_runtime.backends.kernels.plan import KernelProgram
@@ -167,18 +167,6 @@ def nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def a_block_filled_before_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda.Event, "synchronize", lambda self: None)
-
-
-def no_wait_before_the_copy_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = GpuBackend.make_images
-
-    def make_images(self: GpuBackend, *arguments: Any) -> Any:
-        with pytest.MonkeyPatch.context() as inner:
-            if any(held.warm for held in self._memory._buffers.values()):
-                inner.setattr(cuda.Stream, "synchronize", lambda self: None)
-            return real(self, *arguments)
-
-    monkeypatch.setattr(GpuBackend, "make_images", make_images)
 
 
 IN_LISTS = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from double import tensorrt
+from double.bugs import no_wait_before_the_copy_is_read
 from double.driver import ViolationError
 from double.fixtures import SETTINGS, Make
 
@@ -53,18 +54,6 @@ def write_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def missing_alias(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt.Engine, "get_aliased_input_tensor", lambda self, name: None)
-
-
-def no_wait_before_the_copy_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = GpuBackend.make_images
-
-    def make_images(self: GpuBackend, *arguments: Any) -> Any:
-        with pytest.MonkeyPatch.context() as inner:
-            if any(held.warm for held in self._memory._buffers.values()):
-                inner.setattr(cuda.Stream, "synchronize", lambda self: None)
-            return real(self, *arguments)
-
-    monkeypatch.setattr(GpuBackend, "make_images", make_images)
 
 
 def staging_reused_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
