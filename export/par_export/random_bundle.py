@@ -135,28 +135,19 @@ def write_family(
 
 
 def write_published(
-    model: str,
-    group_sizes: Sequence[int],
-    folder: Path,
-    *,
-    precision: str = "fp32",
-    tensors: type[RandomTensors] = RandomTensors,
+    model: str, group_sizes: Sequence[int], folder: Path, *, precision: str = "fp32"
 ) -> dict[int, Path]:
-    """Write bundles of a model of the paper: "PAR-L" to "PAR-3B", or "PAR-video".
+    """Write bundles of a model of the paper: "PAR-L" to "PAR-3B" (384 px, with VQ-16's decoder), or "PAR-video".
 
-    They make images of 384 px with VQ-16's decoder; "PAR-L-256" those of 256 px. The video model has XL's blocks over
-    5x16x16 tokens of 64,000 codes, 101 classes and no decoder; its widths are not published **(ours)**. ``tensors``:
-    as in :func:`write_family`. Returns n -> path. Raises ValueError for another name, OSError.
+    The video model has XL's blocks over 5x16x16 tokens of 64,000 codes, 101 classes and no decoder; its widths are not
+    published **(ours)**. Returns n -> path. Raises ValueError for another name, OSError.
     """
-    vq: VQConfig | None = VQConfig()
     if model == "PAR-video":
         config, vq = named("XL", vocab_size=64000, n_classes=101, grid=(5, 16, 16)), None
-    else:
-        size, _, pixels = model.removeprefix("PAR-").partition("-")
-        if pixels not in ("", "256", "384"):
-            raise ValueError(f"{model!r}: expected 256 or 384 pixels")
-        config = named(size, grid=(1, 16, 16) if pixels == "256" else (1, 24, 24))
-    return write_family(config, group_sizes, folder, name=model, precision=precision, vq=vq, tensors=tensors)
+        return write_family(config, group_sizes, folder, name=model, precision=precision, vq=vq)
+    return write_family(
+        named(model.removeprefix("PAR-")), group_sizes, folder, name=model, precision=precision, vq=VQConfig()
+    )
 
 
 def _write(

@@ -18,7 +18,7 @@ from par_export.card import decoder_reference, step_reference
 from par_export.card.images import SETTINGS
 from par_export.card.lines import Emit
 from par_export.card.stand import TYPES, Outcome, Stand, View
-from par_export.card.subject import programs
+from par_export.card.subject import middle_call, programs
 from par_runtime.backends.kernels.modules import Prepared
 from par_runtime.pipeline import Pipeline
 from par_runtime.schedule import Schedule
@@ -51,9 +51,8 @@ def _check_batch(stand: Stand, images: int, name: str, emit: Emit, calls: Sequen
     labels = [i % bundle.n_classes for i in range(images)]
     pipeline.generate(labels, settings, seeds=list(range(images)), max_batch=images)
     schedule = Schedule.of(bundle, labels, settings, list(range(images)))
-    middle = bundle.calls - 1 - bundle.phases[-1].repeat // 2
     # From the last one on: each leaves NaN behind the keys that it sees, which an earlier call does not see either.
-    chosen = sorted({bundle.calls - 1, middle, 0} if calls is None else calls, reverse=True)
+    chosen = sorted({bundle.calls - 1, middle_call(bundle), 0} if calls is None else calls, reverse=True)
     for call in chosen:
         contexts = stand.backend.at_call(schedule.batch, schedule.class_ids, schedule.noise, call)
         for program in programs(pipeline):
@@ -68,10 +67,10 @@ def _check_program(stand: Stand, program: str, images: int, prepared: Prepared, 
     _poison(stand, program, images, prepared)
     found: dict[str, list[Outcome]] = defaultdict(list)
 
-    def begin(view: View, _: int) -> None:
+    def begin(view: View) -> None:
         emit("begin", name=name.format(view.source))
 
-    def each(view: View, _: int, outcomes: list[Outcome]) -> None:
+    def each(view: View, outcomes: list[Outcome]) -> None:
         found[view.source] += outcomes
 
     stand.walk(program, images, prepared, REFERENCES, each, begin)

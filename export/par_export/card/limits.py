@@ -6,6 +6,8 @@ a launch costs by graphs of kernels that do nothing.
 
 from __future__ import annotations
 
+from functools import partial
+
 from par_export.card.lines import Emit, limit
 from par_runtime.backends import cuda
 from par_runtime.backends.kernels.modules import Module, Prepared
@@ -64,16 +66,9 @@ def launches(index: int, emit: Emit, count: int = LAUNCHES) -> None:
                 prepared = Prepared({"empty": module}, [launch] * count, {}, stream)
                 with stream.capture() as captured:
                     prepared.enqueue()
-                with captured.graph as graph, device.event() as before, device.event() as after:
-                    graph.launch(stream)  # not counted
-                    took = []
-                    for _ in range(REPLAYS):
-                        stream.record(before)
-                        graph.launch(stream)
-                        stream.record(after)
-                        after.synchronize()
-                        took.append(1e3 * after.elapsed_ms(before) / count)
-            limit(emit, name, "us", took, f"{count} empty kernels of one block in a graph")
+                with captured.graph as graph:
+                    took = gpu.runs_ms(device, stream, partial(graph.launch, stream), REPLAYS)
+            limit(emit, name, "us", [1e3 * ms / count for ms in took], f"{count} empty kernels of one block in a graph")
 
 
 def empty_kernel(dependent: bool) -> tuple[Kernel, bytes]:

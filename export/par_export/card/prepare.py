@@ -9,7 +9,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,10 +68,10 @@ class Preparation:
         self.twins: dict[tuple[str, int, str], Future[Twin]] = {}
         for model in models:
             written = writer.submit(self._write, model)
-            for n in _valuable_first(model.group_sizes):
+            for n in valuable_first(model.group_sizes):
                 self.engines[model.name, n] = builder.submit(self._engine, written, n)
             for twin in reversed(TWINS):  # compiling takes longest
-                for n in _valuable_first(model.twins):
+                for n in valuable_first(model.twins):
                     self.twins[model.name, n, twin] = opener.submit(self._twin, written, model, n, twin)
 
     def _write(self, model: Model) -> Mapping[int, Path]:
@@ -127,7 +127,7 @@ class Preparation:
                 process.close()
 
 
-def _valuable_first(group_sizes: Sequence[int]) -> list[int]:
+def valuable_first(group_sizes: Iterable[int]) -> list[int]:
     """n = 4 before 16 before 1, as the figures ask."""
     return sorted(group_sizes, key=lambda n: (n == 1, n))
 

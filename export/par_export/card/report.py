@@ -23,7 +23,7 @@ from typing import Any
 
 from par_export.card.limits import COPY, MATRICES
 from par_export.card.plan import BATCHES, MODELS, Block, Model, blocks, label_of
-from par_export.card.prepare import Builder, MakeEngine, Preparation, Twin, copy_engines
+from par_export.card.prepare import Builder, MakeEngine, Preparation, Twin, copy_engines, valuable_first
 from par_export.card.processes import Ended, Line, run_stage
 from par_export.card.samples import SAMPLES, Sample
 from par_export.card.table import Findings, markdown
@@ -37,11 +37,11 @@ from par_runtime.bench.limits import Limits
 from par_runtime.bench.measure import Progress, Setting, make_row, rows_in_turns, warm_up
 from par_runtime.bench.report.output import Outcome
 from par_runtime.bench.rows import Row
+from par_runtime.bench.run import GPU_MINUTES
 from par_runtime.bench.subjects.base import OutOfTimeError, SubjectInfo
 from par_runtime.bench.subjects.process import SubjectProcess, open_random
 from par_runtime.errors import BundleError, CudaError, EngineError, RequestError
 
-MINUTES = 8.0
 #: Parts of the time: after the first, checks are ended; after the second, nothing is waited for any more.
 CHECKS_END, WAIT_END = 0.4, 0.45
 CHECKS_AT_ONCE = 8
@@ -68,7 +68,7 @@ class CardOptions:
     """
 
     device: int = 0
-    minutes: float = MINUTES
+    minutes: float = GPU_MINUTES
     checked: Sequence[Path] = ()
     samples: Sequence[Sample] = SAMPLES
     models: Sequence[Model] = MODELS
@@ -378,7 +378,7 @@ class _Report:
         able = {n: subject for n, subject in ours.items() if subject.info.label in self._state.infos}
         loaded = able.values() if block.loads else ()
         rows = [make_row(s.info, setting, self._machine, "load", [s.load_ms]) for s in loaded]
-        for n in sorted(able, key=lambda n: (n == 1, n)):
+        for n in valuable_first(able):
             label = label_of(block.model.name, n)
             if time.monotonic() > self._end:
                 self._leave_out(f"kernels of {label}, batch {block.images}", "time")

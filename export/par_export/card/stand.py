@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from par_export.card.subject import gpu_backend, kernels_of, programs
+from par_export.weights import TORCH_DTYPE
 from par_runtime.backends.kernels.modules import Prepared
 from par_runtime.backends.program import Launch, Pointer
 from par_runtime.bundle import WEIGHTS
@@ -34,7 +35,6 @@ TYPES = {
     "*i32": torch.int32,
     "*u8": torch.uint8,
 }
-STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 #: Largest allowed ||out - reference|| / ||reference|| of numbers of a type, from what rounding to it costs.
 ALLOWED = {"*fp16": 2e-3, "*bf16": 1.6e-2, "*fp32": 1e-4}
 POISON = 0xFF  #: each byte: NaN of every floating-point type, -1 of integers
@@ -152,7 +152,7 @@ class Stand:
         assert weight.stored is not None
         at = weight.stored
         content = torch.from_numpy(np.array(self._data[at.offset : at.offset + at.length]))
-        return content.view(STORED[at.dtype]).reshape(at.shape).to(self.device).to(kind).double()
+        return content.view(TORCH_DTYPE[at.dtype]).reshape(at.shape).to(self.device).to(kind).double()
 
     # -- launches -----------------------------------------------------------------------------------------------------
 
@@ -162,23 +162,23 @@ class Stand:
         images: int,
         prepared: Prepared,
         references: Mapping[str, Reference],
-        each: Callable[[View, int, list[Outcome]], None],
-        begin: Callable[[View, int], None] = lambda *_: None,
+        each: Callable[[View, list[Outcome]], None],
+        begin: Callable[[View], None],
     ) -> None:
         """Launch all of ``program`` for the profile of ``images``, one after the other, and compare each.
 
-        ``each`` gets every launch with its number and what was found. Raises CudaError, KeyError for a kernel that has
-        no reference.
+        ``begin`` gets every launch before, ``each`` after it, with what was found. Raises CudaError, KeyError for a
+        kernel that has no reference.
         """
         memory: dict[str, Any] = {}
         for i, (launch, layer) in enumerate(programs(self.pipeline)[program].program.launches(images)):
             view = View(self, launch, layer, prepared, memory)
-            begin(view, i)
+            begin(view)
             expected = references[view.source](view)
             before = [self._poisoned(view, one) for one in expected]
             prepared.enqueue([i])
             self.backend.stream.synchronize()
-            each(view, i, [self._compare(view, one, old) for one, old in zip(expected, before, strict=True)])
+            each(view, [self._compare(view, one, old) for one, old in zip(expected, before, strict=True)])
 
     def _poisoned(self, view: View, one: Expected) -> Tensor:
         """What lies there before the launch, after what it is to write was made invalid."""

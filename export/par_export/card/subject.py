@@ -11,19 +11,23 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from par_export.kernels.spec import STORED_KINDS
 from par_runtime.backends import cuda
 from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.kernels.modules import Prepared
 from par_runtime.backends.kernels.plan import KernelContext, KernelProgram
 from par_runtime.backends.program import Kernels, Launch, Pointer, Weight
+from par_runtime.bench.gpu import runs_ms
 from par_runtime.bench.pool import Pool
 from par_runtime.bench.subjects.pipeline import PipelineSubject
+from par_runtime.bundle import Bundle
 from par_runtime.errors import EngineError
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import image_settings
@@ -33,7 +37,6 @@ STD = 0.02  #: of random weights, as in a model that was never trained
 POOL_NUMBERS = 2**24  #: random numbers that all matrices are filled with
 REPEATS = 5
 FLUSH_BYTES = 2**28  #: written between two timings: more than any cache holds
-TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 TABLES = ("cos", "sin")  #: two-dimensional, but no weights
 
 
@@ -85,7 +88,7 @@ class EngineSubject(PipelineSubject):
         self._generate(self.pipeline, images, guided)
         settings = image_settings(bundle, images, guidance=self._guidance(guided), guidance_interval=-1)
         schedule = Schedule.of(bundle, self._labels(images), settings, list(range(images)))
-        call = bundle.calls - 1 - bundle.phases[-1].repeat // 2
+        call = middle_call(bundle)
         contexts: Any = gpu_backend(self.pipeline).at_call(schedule.batch, schedule.class_ids, schedule.noise, call)
         return contexts
 
@@ -95,17 +98,15 @@ class EngineSubject(PipelineSubject):
         stream = backend.stream
         with stream.capture() as captured:
             prepared.enqueue(which)
-        with captured.graph as graph, backend.device.event() as before, backend.device.event() as after:
-            graph.launch(stream)  # not counted
-            out = []
-            for _ in range(REPEATS):
-                flush.zero(stream)  # meanwhile the host enqueues the rest
-                stream.record(before)
-                graph.launch(stream)
-                stream.record(after)
-                after.synchronize()
-                out.append(1e3 * after.elapsed_ms(before) / len(which))
-        return out
+        with captured.graph as graph:
+            launch, between = partial(graph.launch, stream), partial(flush.zero, stream)
+            took = runs_ms(backend.device, stream, launch, REPEATS, between)
+        return [1e3 * ms / len(which) for ms in took]
+
+
+def middle_call(bundle: Bundle) -> int:
+    """The number of the call in the middle of the last phase."""
+    return bundle.calls - 1 - bundle.phases[-1].repeat // 2
 
 
 def gpu_backend(pipeline: Pipeline) -> GpuBackend:
@@ -187,7 +188,7 @@ def matrix_type(name: str, weight: Weight, kernels: Kernels) -> str | None:
     if stored is None or name in TABLES or math.prod(stored.shape) == max(stored.shape):
         return None
     if weight.pack is None:
-        return TYPES[stored.dtype]
+        return STORED_KINDS[stored.dtype]
     parameters = kernels.kernels[weight.pack.kernel].parameters
     return next(
         kind

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,18 +16,17 @@ from typing import Any
 
 from par_export.engines.build import build
 from par_export.engines.request import BuildRequest, check_local_gpu
+from par_export.engines.timing import CAPTURES, batches_ms
 from par_export.errors import BuildError
 from par_export.graphs.step import Form
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import ENGINE_JSON, Engine
-from par_runtime.backends.gpu.backend import Capture
 from par_runtime.backends.trt import backend as trt_backend
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, seal
 from par_runtime.pipeline import Pipeline
 from par_runtime.system import write_beside
 
-CAPTURES: tuple[Capture, ...] = ("image", "call", "none")
 #: (lengths, norm_after). A mask with the norm after the product is left out: lengths are at least as fast.
 _VISIBLE_AND_NORM = ((True, False), (True, True), (False, False))
 
@@ -145,14 +143,9 @@ def _timings(bundle: Bundle, form: Form, folder: Path, index: int, repeats: int)
             pipeline = Pipeline(bundle, backend)
             pipeline.selftest()
             for size in engine.images:
-                labels = [i % bundle.n_classes for i in range(size)]
-                samples = []
-                for repeat in range(repeats + 1):
-                    started = time.perf_counter()
-                    pipeline.generate(labels, seed=repeat, guidance=1.5, guidance_interval=-1)
-                    samples.append(1e3 * (time.perf_counter() - started))
+                samples = batches_ms(pipeline, size, repeats)
                 if backend.capturing == capture:  # otherwise the driver refused this mode, and another was measured
-                    out.append(Timing(form, capture, size, tuple(samples[1:])))  # the first batch captures
+                    out.append(Timing(form, capture, size, samples))
         finally:
             backend.close()
     return out

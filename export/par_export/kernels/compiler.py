@@ -154,7 +154,6 @@ class Compiler:
             "source": spec.source,
             "parameters": spec.parameters,
             "constants": spec.constants,
-            "aligned": spec.aligned,
             "warps": spec.warps,
             "stages": spec.stages,
             "capability": target.capability,

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from par_export.errors import BuildError
+from par_export.kernels.spec import power
 from par_export.kernels.targets import Target
 
 #: Bytes of one number of a feature map.
@@ -54,11 +55,6 @@ class Tile:
     channels: int
     warps: int
     stages: int
-
-
-def power(number: int) -> int:
-    """The least power of two that is not below ``number``."""
-    return 1 << (number - 1).bit_length()
 
 
 def divisor(number: int, most: int) -> int:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from par_export.kernels.decoder_tiles import NUMBER_BYTES, power
-from par_export.kernels.spec import Constant, Planned, Spec
+from par_export.kernels.decoder_tiles import NUMBER_BYTES
+from par_export.kernels.spec import STORED_KINDS, Constant, Planned, Spec, power
 from par_runtime.backends.program import Launch, Pointer, Weight
 from par_runtime.bundle import Stored
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError
 
-_KIND = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 _PACKED = 4096  #: numbers that a block packs at most
 
 
@@ -52,7 +51,7 @@ class DecoderWeights:
     def _pack(
         self, function: str, constants: Mapping[str, Constant], tensor: Stored, kind: str, grid: tuple[int, int, int]
     ) -> Launch:
-        parameters = (("raw", _KIND[tensor.dtype]), ("packed", kind))
+        parameters = (("raw", STORED_KINDS[tensor.dtype]), ("packed", kind))
         spec = Spec(f"decoder_pack.{function}", tuple(constants.items()), parameters, 4, 1)
         return self.planned.launch(spec, grid, {"raw": Pointer("raw"), "packed": Pointer("packed")})
 
@@ -61,10 +60,10 @@ class DecoderWeights:
         if self.stored is None:
             return None
         tensor = self.stored.get(key)
-        if tensor is None or tensor.shape != shape or tensor.dtype not in _KIND:
+        if tensor is None or tensor.shape != shape or tensor.dtype not in STORED_KINDS:
             given = "missing" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"
             raise BundleError(
-                f"tokenizer weights: {key} is {given}; expected shape {shape} in {', '.join(_KIND)}; "
+                f"tokenizer weights: {key} is {given}; expected shape {shape} in {', '.join(STORED_KINDS)}; "
                 "export the bundle again"
             )
         return tensor

@@ -21,16 +21,15 @@ from par_export.kernels.decoder_tiles import (
     conv_tile,
     divisor,
     pass_tile,
-    power,
     step_channels,
 )
 from par_export.kernels.decoder_weights import DecoderWeights
-from par_export.kernels.spec import Constant, Planned, Refused, Spec
+from par_export.kernels.spec import Constant, Planned, Refused, Spec, laid_out, power
 from par_export.kernels.targets import Target
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import token_order
 from par_runtime.backends.engines import POINTER_ALIGN
-from par_runtime.backends.program import ALIGN, MOST_LAUNCHES, Launch, Pointer, Profile, Program, Weight
+from par_runtime.backends.program import MOST_LAUNCHES, Launch, Pointer, Profile, Program, Weight
 from par_runtime.bundle import Stored
 
 #: Images are decoded in groups of so many that buffers stay below this.
@@ -91,12 +90,12 @@ def _plan(
     planned.weights["decoder.place"] = Weight(place.nbytes, None, 0, None)
     profiles = {}
     done = Work(0, 0, 0)
+    one = _Decoder(vq, config, stored, precision, target, planned, 1, refused)
+    one.decode(0)
+    # A group begins where tokens and images lie at an address that kernels take.
+    together = POINTER_ALIGN // math.gcd(POINTER_ALIGN, one.tokens * 8, one.image_bytes)
+    most = max(together, scratch_bytes // sum(one.buffers.values()) // together * together)
     for count in images:
-        one = _Decoder(vq, config, stored, precision, target, planned, 1, refused)
-        one.decode(0)
-        # A group begins where tokens and images lie at an address that kernels take.
-        together = POINTER_ALIGN // math.gcd(POINTER_ALIGN, one.tokens * 8, one.image_bytes)
-        most = max(together, scratch_bytes // sum(one.buffers.values()) // together * together)
         groups = max(1, min(-(-count // most), MOST_LAUNCHES // len(one.launches)))
         launches: list[Launch] = []
         buffers: dict[str, int] = {}
@@ -111,11 +110,7 @@ def _plan(
             buffers = {name: max(size, buffers.get(name, 0)) for name, size in decoder.buffers.items()}
             done = Work(len(launches), done.flop + decoder.flop, done.bytes + decoder.bytes)
             first += size
-        scratch, end = {}, 0
-        for name, size in buffers.items():
-            scratch[name] = (end, size)
-            end += -(-size // ALIGN) * ALIGN
-        profiles[count] = Profile(tuple(launches), (), (), scratch, end)
+        profiles[count] = Profile(tuple(launches), (), (), *laid_out(buffers))
     planned.programs["decoder"] = Program(0, (), 0, profiles, {}, 0)
     return planned, done
 

@@ -23,17 +23,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from par_export.kernels.spec import Constant, Planned, Spec
+from par_export.kernels.spec import STORED_KINDS, Constant, Planned, Spec, laid_out, power, round_up
 from par_export.kernels.step_weights import (
     KINDS,
     NUMBER_BYTES,
-    STORED_KINDS,
     StepSizes,
     add_weights,
     gain_row,
     gains,
     power_at,
-    round_up,
 )
 from par_export.kernels.targets import Target
 from par_export.kernels.tiles import ProductTile, Tiles, rows_of
@@ -139,11 +137,11 @@ class _Profile:
 
     @property
     def wide(self) -> int:
-        return max(16, _power_of_2(self.sizes.padded))
+        return max(16, power(self.sizes.padded))
 
     @property
     def queries(self) -> int:
-        return max(8, _power_of_2(self.sizes.query))
+        return max(8, power(self.sizes.query))
 
     @property
     def counters(self) -> int:
@@ -162,12 +160,8 @@ class _Profile:
 
     def profile(self) -> Profile:
         """Launches and scratch memory."""
-        scratch, end = {}, 0
-        for name, size in self._scratch().items():
-            scratch[name] = (end, size)
-            end += round_up(size, ALIGN)
         layer = (self._qkv(), self._attention(), self._residual("wo"), self._gates(), self._residual("w2"))
-        return Profile((self._embed(),), layer, (self._head(), self._draw()), scratch, end)
+        return Profile((self._embed(),), layer, (self._head(), self._draw()), *laid_out(self._scratch()))
 
     def _scratch(self) -> dict[str, int]:
         """name -> bytes. Rows are as many as whole blocks of threads take."""
@@ -229,7 +223,7 @@ class _Profile:
 
     def _embed(self) -> Launch:
         tile, tiles = self.tiles.w2, self._columns("w2")
-        together = max(1, min(_power_of_2(tiles), MOST_EMBED // tile.BN))
+        together = max(1, min(power(tiles), MOST_EMBED // tile.BN))
         arguments: Arguments = {
             "ids": ("*i64", Pointer("ids")),
             "table": (STORED_KINDS[self.stored["embed"].dtype], Pointer("embed")),
@@ -377,7 +371,7 @@ class _Profile:
             "tokens": ("*i64", Pointer("tokens")),
             "ROWS": ("i32", 2 * self.images),
         }
-        wide = max(16, _power_of_2(s.vocab))
+        wide = max(16, power(s.vocab))
         constants: dict[str, Constant] = {"QUERY": s.query, "V": s.vocab}
         grid = (self.images * s.query, 1, 1)
         if wide <= (RESIDENT_SM100 if self.target.capability == 100 else RESIDENT):
@@ -386,7 +380,3 @@ class _Profile:
             warps = max(1, wide // 256) if wide <= 8192 else 16
             return self._launch("draw.resident", grid, arguments, constants, warps, 1)
         return self._launch("draw.looped", grid, arguments, constants | {"CHUNK": CHUNK}, 16, 1)
-
-
-def _power_of_2(value: int) -> int:
-    return 1 << (value - 1).bit_length()

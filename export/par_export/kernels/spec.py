@@ -7,9 +7,30 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from par_runtime.backends.program import Launch, Program, Weight
+from par_runtime.backends.program import ALIGN, Launch, Program, Weight
 
 Constant = int | float | bool | str
+#: dtype of a stored tensor -> type of its address
+STORED_KINDS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+
+
+def power(number: int) -> int:
+    """The least power of two that is not below ``number``, from 1 on."""
+    return 1 << (number - 1).bit_length()
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-value // multiple) * multiple
+
+
+def laid_out(sizes: Mapping[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
+    """Buffers of ``sizes`` in bytes, one after the other: name -> offset and bytes, and the bytes of all."""
+    places, end = {}, 0
+    for name, size in sizes.items():
+        places[name] = (end, size)
+        end += round_up(size, ALIGN)
+    return places, end
 
 
 @dataclass(frozen=True)
@@ -27,13 +48,12 @@ class Spec:
     parameters: tuple[tuple[str, str], ...]
     warps: int
     stages: int
-    aligned: tuple[str, ...] = ()
     dependent: bool = False
 
     @property
     def name(self) -> str:
         """A short name that no other kernel has, for instance "qkv-1a2b3c4d"."""
-        content = json.dumps([self.source, self.constants, self.parameters, self.warps, self.stages, self.aligned])
+        content = json.dumps([self.source, self.constants, self.parameters, self.warps, self.stages])
         return f"{self.source.rpartition('.')[2]}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 

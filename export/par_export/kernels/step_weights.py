@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_export.graphs.step import padded_head_dim
-from par_export.kernels.spec import Constant, Planned, Spec
+from par_export.kernels.spec import STORED_KINDS, Constant, Planned, Spec, round_up
 from par_export.kernels.tiles import Tiles
 from par_model.config import PARConfig
 from par_runtime.backends.program import Pointer, Weight
@@ -20,7 +20,6 @@ from par_runtime.manifest import MATRICES, NORMS
 #: precision -> type of a pointer. fp32 is for tests, which compare a whole engine's tokens with those of a CPU.
 KINDS = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}
 NUMBER_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-STORED_KINDS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,3 @@ def add_weights(planned: Planned, sizes: StepSizes, stored: Mapping[str, Stored]
         arguments = {"raw": Pointer("raw"), "packed": Pointer("packed")}
         size = columns * blocks * tile.BN * tile.BK * NUMBER_BYTES[precision]
         planned.weights[name] = Weight(size, stored[name], 0, planned.launch(spec, (columns, blocks, 1), arguments))
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-value // multiple) * multiple

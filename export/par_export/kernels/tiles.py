@@ -10,13 +10,12 @@ candidates matters. Times in microseconds, sizes in bytes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from par_export.errors import BuildError
-from par_export.kernels.spec import Refused
+from par_export.kernels.spec import Refused, power
 from par_export.kernels.targets import Target
 from par_model.config import PARConfig
 
@@ -107,7 +106,7 @@ def shapes_of(refused: Refused, source: str, names: tuple[str, ...]) -> set[tupl
 
 def rows_of(positions: int) -> int:
     """How many of ``positions`` rows a block takes: a power of 2 from 8, what the matrix units take at least."""
-    return min(MOST_ROWS, max(8, _power(positions)))
+    return min(MOST_ROWS, max(8, power(positions)))
 
 
 def choose(
@@ -199,15 +198,15 @@ def _layouts(columns: int, depth: int, positions: int, residual: bool) -> Iterat
     ``residual``: K may be split, and the tiles leave sums of squares for the kernels that follow.
     """
     for BN in (128, 64, 32, 16):
-        if max(16, _power(columns)) < BN:
+        if max(16, power(columns)) < BN:
             continue
-        if residual and BN < 128 and _power(-(-columns // BN)) * rows_of(positions) > MOST_SUMS:
+        if residual and BN < 128 and power(-(-columns // BN)) * rows_of(positions) > MOST_SUMS:
             continue
         for BK in (256, 128, 64, 32, 16):
-            if max(16, _power(depth)) < BK or rows_of(positions) * BK > MOST_INPUTS:
+            if max(16, power(depth)) < BK or rows_of(positions) * BK > MOST_INPUTS:
                 continue
             warps = 8 if BN == 128 else 4
-            if FEWEST_INPUTS * 32 * warps > 8 * BK and _power(depth) > BK:
+            if FEWEST_INPUTS * 32 * warps > 8 * BK and power(depth) > BK:
                 continue
             for split in (1, 2, 4, 8) if residual else (1,):
                 if split <= -(-depth // BK):
@@ -280,7 +279,7 @@ def attentions(config: PARConfig, images: Sequence[int], target: Target) -> list
         heads = {batch: 2 * batch * config.n_heads for batch in images}
         return sum(attention_us(tile, n, config.n_tokens, line, target) / batch for batch, n in heads.items())
 
-    spans = [span for span in (512, 256, 128, 64, 32) if span <= max(32, _power(config.n_tokens))]
+    spans = [span for span in (512, 256, 128, 64, 32) if span <= max(32, power(config.n_tokens))]
     # Few stages: spans are short, and keys of whole spans are fetched ahead where the GPU can.
     tiles = [AttentionTile(s, c, 4, 2) for s in spans for c in (128, 64, 32) if c <= s and c * line * 2 <= 64 * 1024]
     return sorted(tiles or [AttentionTile(32, 32, 4, 2)], key=cost)
@@ -301,8 +300,3 @@ def attention_us(tile: AttentionTile, heads: int, keys: int, line: int, target: 
 def _per_us(target: Target) -> float:
     """Bytes of memory in a microsecond."""
     return target.sheet.gb_s * 1e3
-
-
-def _power(number: int) -> int:
-    """The next power of 2."""
-    return 1 << max(0, math.ceil(math.log2(max(1, number))))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,6 +17,7 @@ from tempfile import TemporaryDirectory
 from par_export.engines.place import place
 from par_export.engines.publish import publish
 from par_export.engines.request import check_local_gpu
+from par_export.engines.timing import CAPTURES, batches_ms
 from par_export.errors import BuildError
 from par_export.kernels.build import Build, check_request, precisions, target
 from par_export.kernels.compiler import Compiler
@@ -35,7 +35,6 @@ from par_runtime.bundle import Bundle
 from par_runtime.errors import BundleError, CudaError
 from par_runtime.pipeline import Pipeline
 
-CAPTURES: tuple[Capture, ...] = ("image", "call", "none")
 ORDER = ("gates", "w2", "qkv", "wo", "attention", "head")  #: by the bytes that they read in an image
 MOST = 6  #: shapes of a kind that are tried
 
@@ -208,13 +207,8 @@ class _Trials:
             if folder not in self.proved:
                 pipeline.selftest()
                 self.proved.add(folder)
-            labels = [i % bundle.n_classes for i in range(self.images)]
-            samples = []
-            for repeat in range(self.repeats + 1):
-                started = time.perf_counter()
-                pipeline.generate(labels, seed=repeat, guidance=1.5, guidance_interval=-1)
-                samples.append(1e3 * (time.perf_counter() - started))
-            return tuple(samples[1:]) if backend.capturing == capture else None  # the first batch captures
+            samples = batches_ms(pipeline, self.images, self.repeats)
+            return samples if backend.capturing == capture else None
         finally:
             backend.close()
 

@@ -89,7 +89,7 @@ def compiled(job: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(names) ^ (parameters.keys() | constants.keys()))
     if unknown or list(parameters) != [name for name in names if name in parameters]:
         raise ValueError(f"planned with parameters {list(parameters)} and {sorted(constants)}, it takes {names}")
-    aligned = {name for name, kind in parameters.items() if kind.startswith("*")} | set(job["aligned"])
+    aligned = {name for name, kind in parameters.items() if kind.startswith("*")}
     source = ASTSource(
         fn=kernel,
         signature={name: parameters.get(name, "constexpr") for name in names},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -105,20 +106,35 @@ def copies_ms(index: int, size: int, copies: int) -> list[float]:
         device.allocate(size, "the bandwidth test") as source,
         device.allocate(size, "the bandwidth test") as target,
         device.stream() as stream,
-        device.event() as before,
-        device.event() as after,
     ):
         with Pool(device, stream, np.random.default_rng(0).integers(0, 2**32, 2**20, np.uint32)) as pool:
             pool.fill(source.pointer, size)
-        stream.copy(target.pointer, source.pointer, size)  # not counted: the first use of both
-        out = []
-        for _ in range(copies):
+        return runs_ms(device, stream, lambda: stream.copy(target.pointer, source.pointer, size), copies)
+
+
+def runs_ms(
+    device: cuda.Device,
+    stream: cuda.Stream,
+    work: Callable[[], None],
+    repeats: int,
+    between: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Milliseconds of each of ``repeats`` runs of what ``work`` enqueues on ``stream``, by events.
+
+    One more run comes first and is not counted, since the first use of memory takes longer. What ``between`` enqueues
+    before each is not timed; meanwhile the host enqueues the rest. Raises CudaError.
+    """
+    out = []
+    with device.event() as before, device.event() as after:
+        work()
+        for _ in range(repeats):
+            between()
             stream.record(before)
-            stream.copy(target.pointer, source.pointer, size)
+            work()
             stream.record(after)
             after.synchronize()
             out.append(after.elapsed_ms(before))
-        return out
+    return out
 
 
 def _smi(index: int, query: str) -> list[str] | None:

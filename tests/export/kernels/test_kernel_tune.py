@@ -15,6 +15,7 @@ from double.driver import Driver
 from double.twins import Twins
 
 from par_export.cli import tune as tune_cli
+from par_export.engines import timing
 from par_export.kernels import tiles, tune
 from par_export.kernels.build import Build
 from par_export.kernels.compiler import Compiled
@@ -101,7 +102,7 @@ def clock(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(tune, "Build", Registering)
     monkeypatch.setattr(tune, "Compiler", Names)
     monkeypatch.setattr(tune, "ORDER", ("gates",))
-    monkeypatch.setattr(tune, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 

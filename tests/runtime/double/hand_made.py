@@ -15,7 +15,7 @@ def panels(k: int, n: int, kind: str, dependent: bool = False) -> Spec:
     """Packs a matrix [k, n]."""
     constants = {"K": k, "N": n, "WIDTH": n, "ORDER": "plain", "HEAD": 8, "PADDED": 8, "DROP_ROWS": False}
     constants |= {"BN": BN, "BK": BK}
-    return Spec("pack.panels", tuple(constants.items()), (("raw", "*fp16"), ("packed", kind)), 4, 1, (), dependent)
+    return Spec("pack.panels", tuple(constants.items()), (("raw", "*fp16"), ("packed", kind)), 4, 1, dependent)
 
 
 def hand_made(bundle: Bundle, images: tuple[int, ...] = (1, 2), dependent: bool = False) -> Planned:

@@ -12,17 +12,7 @@ and a load without a mask is one instruction.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def start(DEPENDENT: tl.constexpr):
-    """Wait for the kernel before, then let the next one come up.
-
-    In this order only two kernels meet. A third could find what the first has read in its L1 cache, and the second has
-    overwritten.
-    """
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+from par_export.kernels.sources.step import begin
 
 
 @triton.jit
@@ -43,7 +33,7 @@ def lookup(
     DEPENDENT: tl.constexpr,
 ):
     """Tokens in raster order, their codes, and the 1x1 convolution behind them."""
-    start(DEPENDENT)
+    begin(DEPENDENT)
     PITCH: tl.constexpr = W + 2
     PADDED: tl.constexpr = (H + 2) * PITCH
     p = tl.program_id(0) * BP + tl.arange(0, BP)
@@ -106,7 +96,7 @@ def conv(
     STEPS: tl.constexpr = SIDE * SIDE * KB
     BORDER: tl.constexpr = 2 if SIDE == 3 else 0
     PITCH: tl.constexpr = W + BORDER
-    start(DEPENDENT)
+    begin(DEPENDENT)
     m_tile = tl.program_id(0) // TN
     n_tile = tl.program_id(0) % TN
     parity = tl.program_id(1)
@@ -232,7 +222,7 @@ def moments(
     DEPENDENT: tl.constexpr,
 ):
     """Group norm of one group of one image as a scale and a shift, out of the sums of tiles of BM pixels of M."""
-    start(DEPENDENT)
+    begin(DEPENDENT)
     TM: tl.constexpr = (M + BM - 1) // BM
     TILES: tl.constexpr = PARITIES * TM
     WIDTH: tl.constexpr = C // GROUPS
@@ -284,7 +274,7 @@ def normalise(
     a cycle) for each number of a tile of 256 x 64 take twice as long as the tile's product; and numbers that pass
     through registers could not be copied ahead of their use. The border spares the convolution all its masks.
     """
-    start(DEPENDENT)
+    begin(DEPENDENT)
     image = tl.program_id(2).to(tl.int64)
     channel = tl.minimum(tl.program_id(1) * BC + tl.arange(0, BC), C - 1)
     scale = tl.load(norm + image * (2 * C) + channel)
@@ -353,7 +343,7 @@ def norm(
 
     BC channels are whole groups of a power of two.
     """
-    start(DEPENDENT)
+    begin(DEPENDENT)
     M: tl.constexpr = H * W // PARITIES
     TM: tl.constexpr = (M + BM - 1) // BM
     TILES: tl.constexpr = PARITIES * TM

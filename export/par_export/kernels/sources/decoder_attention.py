@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from par_export.kernels.sources.decoder import start
+from par_export.kernels.sources.step import begin
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def qkv(
     DEPENDENT: tl.constexpr,
 ):
     """Queries, keys and values of all pixels."""
-    start(DEPENDENT)
+    begin(DEPENDENT)
     TN: tl.constexpr = (C + BN - 1) // BN
     KB: tl.constexpr = (C + BK - 1) // BK
     m_tile = tl.program_id(0) // TN
@@ -71,7 +71,7 @@ def attention(
     DEPENDENT: tl.constexpr,
 ):
     """Attention of BM pixels over all M, one head of C channels, with a running maximum. SCALE: C^-0.5 * log2(e)."""
-    start(DEPENDENT)
+    begin(DEPENDENT)
     image = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     m = tl.minimum(rows, M - 1)

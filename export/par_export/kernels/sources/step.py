@@ -64,7 +64,11 @@ def fetch_ahead(address, size):
 
 @triton.jit
 def begin(DEPENDENT: tl.constexpr):
-    """Wait for the kernel before this one, then let the next one start."""
+    """Wait for the kernel before this one, then let the next one start.
+
+    In this order only two kernels meet. A third could find what the first has read in its L1 cache, and the second has
+    overwritten.
+    """
     if DEPENDENT:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()

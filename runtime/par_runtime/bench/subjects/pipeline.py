@@ -2,8 +2,8 @@
 
 :class:`TimedBackend` stands between the pipeline and its backend and takes the time of every call. What lies between
 two calls is the host's part, "copy". So the phases are those of production code, and their sum is the image, except
-for what the clock itself costs. TensorRT makes a whole image in one launch, whose parts cannot be timed from outside.
-There the phases are timed in a second run (``trt.py``), and "image" is the launch.
+for what the clock itself costs. A backend on a GPU makes a whole image in one launch, whose parts cannot be timed from
+outside. There the phases are timed in a second run (``engine.py``), and "image" is the launch.
 """
 
 from __future__ import annotations
