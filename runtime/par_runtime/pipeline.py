@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.arguments import choice, cpu_threads, folder, function, number, truth, whole
 from par_runtime.backends.base import Backend, MakesImages
-from par_runtime.backends.choose import CAPTURES, check_device, choose
+from par_runtime.backends.choose import check_device, choose
+from par_runtime.backends.engines import CAPTURES
 from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError, RequestError
@@ -40,7 +41,7 @@ from par_runtime.tokenizer import Tokenizer, chunk_images, pixels
 from par_runtime.turns import Turn, also_inside, one_at_a_time
 
 if TYPE_CHECKING:
-    from par_runtime.backends.gpu.backend import Capture
+    from par_runtime.backends.engines import Capture
     from par_runtime.backends.kernels.upload import OnBytes
 
 log = logging.getLogger(__name__)

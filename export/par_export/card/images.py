@@ -15,12 +15,11 @@ import numpy as np
 
 from par_export.card.lines import Emit
 from par_runtime import verify
-from par_runtime.backends.gpu.backend import Capture
+from par_runtime.backends.engines import CAPTURES
 from par_runtime.errors import BundleError
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import Settings
 
-CAPTURES: tuple[Capture, ...] = ("image", "call", "none")
 LEAK_BYTES = 16 * 10**6  #: by which free memory may change: the driver's own
 STRESS_BATCH = 4
 #: Settings that go through every part of the sampling tail.

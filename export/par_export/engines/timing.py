@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import time
 
-from par_runtime.backends.gpu.backend import Capture
 from par_runtime.pipeline import Pipeline
-
-CAPTURES: tuple[Capture, ...] = ("image", "call", "none")
 
 
 def batches_ms(pipeline: Pipeline, images: int, repeats: int) -> tuple[float, ...]:

@@ -16,11 +16,11 @@ from typing import Any
 
 from par_export.engines.build import build
 from par_export.engines.request import BuildRequest, check_local_gpu
-from par_export.engines.timing import CAPTURES, batches_ms
+from par_export.engines.timing import batches_ms
 from par_export.errors import BuildError
 from par_export.graphs.step import Form
 from par_runtime.backends import cuda
-from par_runtime.backends.engines import ENGINE_JSON, Engine
+from par_runtime.backends.engines import CAPTURES, ENGINE_JSON, Engine
 from par_runtime.backends.trt import backend as trt_backend
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, seal

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from par_export.engines.place import place
 from par_export.engines.publish import publish
 from par_export.engines.request import check_local_gpu
-from par_export.engines.timing import CAPTURES, batches_ms
+from par_export.engines.timing import batches_ms
 from par_export.errors import BuildError
 from par_export.kernels.build import Build, check_request, precisions, target
 from par_export.kernels.compiler import Compiler
@@ -28,8 +28,7 @@ from par_export.kernels.targets import Target
 from par_export.kernels.tiles import AttentionTile, ProductTile, attentions, choose, products
 from par_model.config import PARConfig
 from par_runtime.backends import cuda
-from par_runtime.backends.engines import Engine
-from par_runtime.backends.gpu.backend import Capture
+from par_runtime.backends.engines import CAPTURES, Capture, Engine
 from par_runtime.backends.kernels import backend as kernels_backend
 from par_runtime.bundle import Bundle
 from par_runtime.errors import BundleError, CudaError

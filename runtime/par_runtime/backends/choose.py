@@ -18,7 +18,7 @@ from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMis
 if TYPE_CHECKING:
     from par_runtime.backends.base import Backend
     from par_runtime.backends.cuda import Device
-    from par_runtime.backends.gpu.backend import Capture
+    from par_runtime.backends.engines import Capture
     from par_runtime.backends.kernels.upload import OnBytes
     from par_runtime.backends.trt.module import TensorRT
 
@@ -28,8 +28,6 @@ EXPECTED = (
 )
 CPUS = ("cpu", "cpu-ort")
 DEVICE = re.compile(r"(cuda|cuda-ort)(?::(\d{1,9}))?")
-#: As ``backends.gpu.backend.Capture``, which is imported only where a GPU is used.
-CAPTURES = ("image", "call", "none")
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +137,7 @@ def _engine(
         # What the caller asks for wins.
         chosen = engine.tuned.get("capture", capture) if capture == "image" else capture
         try:
-            Engine.open(engine.path, bundle, verify)  # until now only its engine.json was read
+            engine.check_files(verify)  # until now only its engine.json was read
         except EngineError as error:  # it is damaged; try the next one
             reasons.append(str(error))
             continue

@@ -21,7 +21,11 @@ def command_by_name(folder: str, bundle: Path) -> str:
     if named is None:
         return f"{build_command(bundle)} --target local"
     runtime, capability, precision, mode = named.group(1, 2, 3, 4)
+    return command_for(bundle, runtime, f"SM{capability}", precision) + (" --engines per-phase" if mode else "")
+
+
+def command_for(bundle: Path, runtime: str, target: str, precision: str) -> str:
+    """The command that builds an engine of ``runtime``; classic TensorRT builds only for the GPU that it runs on."""
     kind = " --engine kernels" if runtime == "kernels" else ""
-    target = "local" if runtime == "tensorrt" else f"SM{capability}"
-    mode = " --engines per-phase" if mode else ""
-    return f"{build_command(bundle)}{kind} --target {target} --precision {precision}{mode}"
+    target = "local" if runtime == "tensorrt" else target
+    return f"{build_command(bundle)}{kind} --target {target} --precision {precision}"

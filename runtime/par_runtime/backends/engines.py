@@ -13,18 +13,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from par_runtime.backends.base import tensors
-from par_runtime.backends.commands import build_command, command_by_name
+import numpy as np
+
+from par_runtime.backends.base import IMAGE_INPUTS, tensors
+from par_runtime.backends.commands import command_by_name, command_for
 from par_runtime.backends.program import CONSTANTS, Kernels, Launch, Pointer, Program, from_json
-from par_runtime.bundle import WEIGHTS, Bundle, FileCheck, Stored, canonical_hash, file_fault
+from par_runtime.bundle import WEIGHTS, Bundle, FileCheck, canonical_hash, file_fault
 from par_runtime.checked import UNPRINTABLE, Mismatch, Value, load_json, read_regular, shown
 from par_runtime.dtypes import BYTES, PRECISIONS
 from par_runtime.errors import EngineError
 from par_runtime.system import cache_folder
 
 ENGINES = "engines"
+RTX = "tensorrt_rtx"
 KERNELS = "kernels"  #: the ``runtime`` of engines of our own kernels
 POINTER_ALIGN = 16  #: bytes: what kernels were compiled to expect of every address
 ENGINE_DIR = "PARVIS_ENGINE_DIR"  #: environment variable: engines that do not lie in their bundles
@@ -35,7 +38,9 @@ MOST_BYTES_LISTED = 16 * 2**20  #: of all that are looked at for one bundle: som
 MOST_IMAGES = 4096  #: of a profile
 MOST_PROFILES = 64  #: batch sizes of an engine
 MOST_ENGINES = 64  #: folders that are looked at
-CAPTURES = ("image", "call", "none")
+#: How much of an image is one CUDA graph: all of it, a call, or nothing.
+Capture = Literal["image", "call", "none"]
+CAPTURES: tuple[Capture, ...] = get_args(Capture)
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,9 @@ class Engine:
     @property
     def rebuild(self) -> str:
         """The command that builds it again."""
-        kind = " --engine kernels" if self.runtime == KERNELS else ""
-        target = "local" if self.runtime == "tensorrt" else self.target
         mode = "" if self.mode == "shared" else f" --engines {self.mode}"
-        options = f"{kind} --target {target} --precision {self.precision} --max-images {self.images[-1]}{mode}"
-        return build_command(self.bundle_path) + options
+        again = command_for(self.bundle_path, self.runtime, self.target, self.precision)
+        return f"{again} --max-images {self.images[-1]}{mode}"
 
     @property
     def decodes(self) -> bool:
@@ -111,14 +114,18 @@ class Engine:
             out.append((CONSTANTS, self.kernels.constants_bytes, self.kernels.constants_sha256))
         return out
 
+    @property
+    def calls(self) -> Mapping[str, Plan | Program]:
+        """What makes calls of the step, by name: without the decoder."""
+        if self.kernels is None:
+            return self.plans
+        return {name: program for name, program in self.kernels.programs.items() if program.query}
+
     def serving(self, phase: str) -> tuple[str, int]:
         """The name of what runs ``phase``, and q, its positions per call. Raises EngineError."""
-        for name, plan in self.plans.items():
-            if phase in plan.phases:
-                return name, plan.query
-        for name, program in self.kernels.programs.items() if self.kernels else ():
-            if phase in program.phases:
-                return name, program.query
+        for name, each in self.calls.items():
+            if phase in each.phases:
+                return name, each.query
         raise EngineError(f"{self.path}: no plan serves the phase {phase!r}; rebuild with: {self.rebuild}")
 
     @staticmethod
@@ -154,11 +161,15 @@ class Engine:
                 f"{path}: was built from a bundle with hash {engine.bundle_hash[:12]}, this one is "
                 f"{bundle.hash[:12]}; rebuild with: {engine.rebuild}"
             )
-        for name, size, digest in engine.files:
-            why = file_fault(path / name, size, digest, verify)
-            if why is not None:
-                raise EngineError(f"{path / name}: {why}; rebuild with: {engine.rebuild}")
+        engine.check_files(verify)
         return engine
+
+    def check_files(self, verify: FileCheck) -> None:
+        """Raise EngineError for a file that is not as ``engine.json`` says; ``verify``: see ``bundle.FileCheck``."""
+        for name, size, digest in self.files:
+            why = file_fault(self.path / name, size, digest, verify)
+            if why is not None:
+                raise EngineError(f"{self.path / name}: {why}; rebuild with: {self.rebuild}")
 
 
 def list_engines(bundle: Bundle, verify: FileCheck = "none") -> tuple[list[Engine], list[str]]:
@@ -236,22 +247,18 @@ def why_unfit(engine: Engine, runtime: str, version: str, capability: tuple[int,
     # What was compiled for a GPU of compute capability 8.x runs on later ones of 8.x too; from 9.0 on it uses what only
     # that one GPU has.
     (major, minor), runs_on_later = engine.capability, runtime == KERNELS and engine.capability < (9, 0)
+    here = f"SM{capability[0]}{capability[1]}"
+    # Kernels are built for no GPU before SM80: there the command is that for a plan.
+    kind = RTX if runtime == KERNELS and capability < (8, 0) else runtime
+    build = f"build with: {command_for(engine.bundle_path, kind, here, engine.precision)}"
     if major != capability[0] or not (minor == capability[1] or (runs_on_later and minor < capability[1])):
-        here = f"SM{capability[0]}{capability[1]}"
-        # Kernels are built for no GPU before SM80: there the command is that for a plan.
-        kind = " --engine kernels" if runtime == KERNELS and capability >= (8, 0) else ""
-        target = "local" if runtime == "tensorrt" else here
-        return (
-            f"{engine.path.name} was built for {engine.target}, this GPU ({device}) is {here}; "
-            f"build with: {build_command(engine.bundle_path)}{kind} --target {target} --precision {engine.precision}"
-        )
+        return f"{engine.path.name} was built for {engine.target}, this GPU ({device}) is {here}; {build}"
     if engine.kernels is not None and minor != capability[1]:
         needs, has = max(kernel.shared for kernel in engine.kernels.kernels.values()), _shared_bytes(capability)
         if needs > has:
             return (
                 f"{engine.path.name} was built for {engine.target} and takes {needs} bytes of shared memory, this GPU "
-                f"({device}) has {has}; build with: {build_command(engine.bundle_path)} --engine kernels "
-                f"--target SM{capability[0]}{capability[1]} --precision {engine.precision}"
+                f"({device}) has {has}; {build}"
             )
     if engine.device is not None and engine.device != device:
         return f"{engine.path.name} was tuned on {engine.device}, this GPU is {device}; rebuild with: {engine.rebuild}"
@@ -328,9 +335,8 @@ def _check_plan(plan: Value, least_query: int) -> None:
 def _check_plans(engine: Engine, bundle: Bundle) -> None:
     """Raise Mismatch where the plans do not serve the phases of the bundle that they were built from."""
     what = "programs" if engine.kernels else "plans"
-    calls = [p for p in engine.kernels.programs.values() if p.query] if engine.kernels else engine.plans.values()
     for phase in bundle.phases:
-        serving = [each for each in calls if phase.name in each.phases]
+        serving = [each for each in engine.calls.values() if phase.name in each.phases]
         if not serving or not phase.query <= serving[0].query <= bundle.group_size:
             raise Mismatch(
                 f"{what} have none for the phase {phase.name!r} of {phase.query} positions and at most "
@@ -345,7 +351,7 @@ def _check_kernels(engine: Engine, kernels: Kernels, bundle: Bundle) -> None:
     stored_bytes = bundle.files[WEIGHTS]["bytes"]
     weights = {name: weight.bytes for name, weight in kernels.weights.items()}
     for name, weight in kernels.weights.items():
-        place, size = (weight.offset, weight.bytes) if weight.stored is None else _range(weight.stored)
+        place, size = weight.source
         end = kernels.constants_bytes if weight.stored is None else stored_bytes
         if place + size > end:
             file = CONSTANTS if weight.stored is None else WEIGHTS
@@ -388,15 +394,12 @@ def _check_launch(where: str, launch: Launch, layer: int, sizes: Mapping[str, in
 def _tensor_bytes(engine: Engine, bundle: Bundle, program: Program, images: int) -> dict[str, int]:
     """Bytes of each tensor that ``program`` is bound to at a batch size."""
     number = dict.fromkeys((*bundle.cache.inputs, *bundle.cache.outputs), int(BYTES[engine.precision]))
-    number |= dict.fromkeys(("length", "uniform", "guidance", "temperature", "top_p", "logits"), 4) | {"images": 1}
+    number |= {name: np.dtype(kind).itemsize for name, kind in IMAGE_INPUTS.items()}
+    number |= dict.fromkeys(("length", "uniform", "logits"), 4) | {"images": 1}
     return {
         name: math.prod(shape) * images * (2 if letter == "R" else 1) * number.get(name, 8)
         for name, (letter, *shape) in tensors(bundle, program.query).items()
     }
-
-
-def _range(stored: Stored) -> tuple[int, int]:
-    return stored.offset, stored.length
 
 
 def _parse(path: Path, bundle_path: Path, entry: dict[str, Any]) -> Engine:

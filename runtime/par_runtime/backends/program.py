@@ -17,6 +17,7 @@ Letters: B images and R = 2B rows of a profile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +145,11 @@ class Weight:
     stored: Stored | None
     offset: int
     pack: Launch | None
+
+    @property
+    def source(self) -> tuple[int, int]:
+        """Its offset in its file, and its bytes there."""
+        return (self.offset, self.bytes) if self.stored is None else (self.stored.offset, self.stored.length)
 
 
 @dataclass(frozen=True)
@@ -324,11 +330,9 @@ def _weight(entry: Value, kernels: Mapping[str, Kernel]) -> Weight:
         dtype = stored["dtype"].one_of(STORED_BYTES)
         shape = tuple(stored["shape"].integers(1, 2**31))
         length = stored["length"].integer(1, 2**40)
-        numbers = 1
-        for dimension in shape:
-            numbers *= dimension
-        if int(numbers * STORED_BYTES[dtype]) != length:
-            stored.refuse(f"{int(numbers * STORED_BYTES[dtype])} bytes for {dtype} {shown(list(shape))}")
+        wanted = math.ceil(math.prod(shape) * STORED_BYTES[dtype])
+        if wanted != length:
+            stored.refuse(f"{wanted} bytes for {dtype} {shown(list(shape))}")
         tensor = Stored(dtype, shape, stored["offset"].integer(0, 2**50), length)
         if pack is None and length != size:
             entry["bytes"].refuse(f"{length}, the bytes of the stored tensor, which is not packed")

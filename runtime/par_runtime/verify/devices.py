@@ -10,7 +10,7 @@ from par_runtime.bundle import Bundle, FileCheck
 from par_runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
-    from par_runtime.backends.gpu.backend import Capture
+    from par_runtime.backends.engines import Capture
 
 #: A device that only ``verify`` knows: ONNX Runtime on the CPU, with the step graph of opset 23.
 OPSET23 = "cpu-opset23"

@@ -15,8 +15,7 @@ from double.driver import Driver
 from double.fixtures import SETTINGS, Make
 from in_flight import alone, staggered
 
-from par_runtime.backends.engines import Engine
-from par_runtime.backends.gpu.backend import Capture
+from par_runtime.backends.engines import Capture, Engine
 from par_runtime.backends.gpu.tables import Tables
 from par_runtime.errors import RequestError
 from par_runtime.pipeline import Pipeline

@@ -12,7 +12,7 @@ import pytest
 from double import bare, tensorrt
 from double.driver import Driver
 from par_runtime.backends import cuda
-from par_runtime.backends.gpu.backend import Capture
+from par_runtime.backends.engines import Capture
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle
 from par_runtime.pipeline import Pipeline

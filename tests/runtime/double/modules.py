@@ -99,16 +99,6 @@ class Modules:
         self.functions[int(function)].shared = value
         return (OK,)
 
-    def cuFuncGetAttribute(self, attribute: Any, function: Any) -> tuple[Any, int]:  # noqa: N802
-        kernel, name = self.functions[int(function)].kernel, attribute.name
-        known = {
-            "CU_FUNC_ATTRIBUTE_NUM_REGS": kernel.registers,
-            "CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES": kernel.spills,
-            "CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES": 0,
-            "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES": self.functions[int(function)].shared,
-        }
-        return (OK, known[name]) if name in known else (ERROR.CUDA_ERROR_INVALID_VALUE, 0)
-
     def cuLaunchKernelEx(self, config: Any, function: Any, arguments: int, extra: int) -> tuple[Any]:  # noqa: N802
         found = self.functions.get(int(function))
         if found is None:

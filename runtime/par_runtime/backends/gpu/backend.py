@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from par_runtime.backends import cuda
 from par_runtime.backends.base import BackendInfo, Batch
 from par_runtime.backends.cache_rows import CacheRows
-from par_runtime.backends.engines import Engine
+from par_runtime.backends.engines import Capture, Engine
 from par_runtime.backends.gpu.loaded import Context, LoadedProgram
 from par_runtime.backends.gpu.memory import Buffers, Memory
 from par_runtime.backends.gpu.tables import Launch, image_launches
@@ -32,7 +31,6 @@ from par_runtime.dtypes import BYTES, LOGIT_ROUNDING, Float, Int
 from par_runtime.errors import CudaError, EngineError
 from par_runtime.forks import keep_forever, tell_of_forks
 
-Capture = Literal["image", "call", "none"]
 GRAPHS_KEPT = 4  #: captured batch sizes; a graph of a large model holds tens of megabytes
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 
 from par_runtime.backends import cuda
-from par_runtime.backends.engines import Engine
-from par_runtime.backends.gpu.backend import Capture, GpuBackend
+from par_runtime.backends.engines import Capture, Engine
+from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.kernels.plan import KernelProgram
 from par_runtime.backends.kernels.shared import Shared
 from par_runtime.backends.kernels.upload import OnBytes

@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import Engine
 from par_runtime.backends.kernels.modules import Module, Prepared
-from par_runtime.backends.program import ALIGN, CONSTANTS, Kernels, Weight
+from par_runtime.backends.program import ALIGN, CONSTANTS, Kernels
 from par_runtime.checked import read_regular
 from par_runtime.errors import CudaError, EngineError, OutOfMemory
 from par_runtime.loaded import LoadedFiles
@@ -46,7 +46,7 @@ class Weights(cuda.Owned):
         for name, weight in kernels.weights.items():
             places[name] = size
             size += -(-weight.bytes // ALIGN) * ALIGN
-        raw = max((_length(weight) for weight in kernels.weights.values() if weight.pack), default=0)
+        raw = max((weight.source[1] for weight in kernels.weights.values() if weight.pack), default=0)
         with ExitStack() as held:
             try:
                 self._buffer = device.allocate(max(size, 1), f"the {len(places)} weights")
@@ -83,23 +83,22 @@ class Weights(cuda.Owned):
         on_load: OnBytes | None,
     ) -> None:
         constants = memoryview(read_own(engine, CONSTANTS, kernels.constants_bytes, kernels.constants_sha256))
-        total = sum(map(_length, kernels.weights.values()))
+        lengths = [weight.source[1] for weight in kernels.weights.values()]
+        total = sum(lengths)
         done = 0
         # In the order of the file, which a disk reads fastest.
-        order = sorted(kernels.weights, key=lambda name: _place(kernels.weights[name]))
-        with _Ring(device, stream, min(BLOCK_BYTES, max(map(_length, kernels.weights.values()), default=1))) as ring:
-            for name in order:
-                weight = kernels.weights[name]
-                source = constants[weight.offset :] if weight.stored is None else None
+        order = sorted(kernels.weights.items(), key=lambda item: (item[1].stored is not None, item[1].source))
+        with _Ring(device, stream, min(BLOCK_BYTES, max(lengths, default=1))) as ring:
+            for name, weight in order:
                 into = self.addresses[name] if weight.pack is None or staging is None else staging.pointer
-                start, length = (weight.stored.offset if weight.stored else 0), _length(weight)
+                start, length = weight.source
                 for at in range(0, length, ring.size):
                     size = min(ring.size, length - at)
                     block = ring.next(size)
-                    if source is None:
-                        ring.read(files, block, size, start + at)
+                    if weight.stored is None:
+                        block[:size] = constants[start + at : start + at + size]
                     else:
-                        block[:size] = source[at : at + size]
+                        ring.read(files, block, size, start + at)
                     ring.send(into + at, size)
                     done += size
                     if on_load is not None:
@@ -165,12 +164,3 @@ def read_own(engine: Engine, name: str, size: int, digest: str) -> bytes:
     if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
         raise EngineError(f"{path}: its content was changed; {again}")
     return content
-
-
-def _length(weight: Weight) -> int:
-    """Bytes of the tensor as it is stored."""
-    return weight.bytes if weight.stored is None else weight.stored.length
-
-
-def _place(weight: Weight) -> tuple[bool, int]:
-    return weight.stored is not None, weight.offset if weight.stored is None else weight.stored.offset

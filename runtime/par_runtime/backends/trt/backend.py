@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from par_runtime.backends import cuda
-from par_runtime.backends.engines import Engine
-from par_runtime.backends.gpu.backend import Capture, GpuBackend
+from par_runtime.backends.engines import Capture, Engine
+from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.backends.trt.plan import LoadedPlan, make_log
 from par_runtime.bundle import Bundle

@@ -10,9 +10,10 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from par_runtime.backends.engines import RTX as RTX
 from par_runtime.errors import TensorRTMissingError, how_to_install
 
-CLASSIC, RTX = "tensorrt", "tensorrt_rtx"
+CLASSIC = "tensorrt"
 
 
 @dataclass(frozen=True)
