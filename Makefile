@@ -14,7 +14,7 @@ GPU_OUT ?= out/gpu-report
 # The report installs nothing: it takes the environment of the tests where there is one, else the system's Python.
 REPORT_PYTHON ?= $(or $(wildcard $(DEV_ENV)/bin/python),$(PYTHON))
 KERNELS := $(wildcard runtime/par_runtime/backends/native/*)
-SOURCES := $(shell find runtime export par_model -name '*.py') $(KERNELS)
+SOURCES := $(shell find runtime export calibration par_model -name '*.py') $(KERNELS)
 
 .PHONY: help demo test test-all test-gpu gpu-report lint format clean
 
@@ -38,7 +38,7 @@ test-gpu: $(DEV_ENV)/.installed  ## all that needs a GPU: 10 minutes, a report f
 
 gpu-report:  ## our kernels on this GPU in 8 minutes: right, and how fast; needs PyTorch and Triton, installs nothing (docs/gpu.md)
 	@mkdir -p $(GPU_OUT)
-	@code=0; PYTHONPATH="$(CURDIR):$(CURDIR)/export:$(CURDIR)/runtime$${PYTHONPATH:+:$$PYTHONPATH}" $(REPORT_PYTHON) -m par_runtime bench --suite gpu \
+	@code=0; PYTHONPATH="$(CURDIR):$(CURDIR)/export:$(CURDIR)/calibration:$(CURDIR)/runtime$${PYTHONPATH:+:$$PYTHONPATH}" $(REPORT_PYTHON) -m par_runtime bench --suite gpu \
 	  --minutes $(GPU_MINUTES) --json $(GPU_OUT)/rows.jsonl > $(GPU_OUT)/report.md || code=$$?; \
 	cat $(GPU_OUT)/report.md; exit $$code
 

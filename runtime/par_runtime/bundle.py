@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,9 +19,11 @@ from typing import Any, Literal, get_args
 
 from par_runtime.arguments import choice, folder
 from par_runtime.checked import Mismatch, load_json, read_regular, shown, shown_path, why_not_regular
+from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
-from par_runtime.manifest import MOST_BYTES, MOST_GRAPH_BYTES, check
+from par_runtime.manifest import KEPT, MOST_BYTES, MOST_GRAPH_BYTES, check
 from par_runtime.manifest import WEIGHTS as WEIGHTS  # with the names of the other files
+from par_runtime.quantised import SCALE
 from par_runtime.system import sha256
 
 SCHEMA = 1
@@ -110,6 +113,19 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What ``parvis calibrate`` made of a bundle, and proved to be harmless."""
+
+    weights: str  #: "int8", "int4", or "kept"
+    group: int  #: rows of a matrix that share a scale; 0 where weights were kept
+    kept: tuple[str, ...]  #: names of matrices that are not quantised
+    arithmetic: str  #: what the C step multiplies in by default, one of ``dtypes.ARITHMETICS``
+    cache: str  #: what the C step keeps keys and values in by default: "fp32" or "bf16"
+    source: str  #: hash of the bundle that it was made from
+    report: Mapping[str, Any]  #: the figures of its report
+
+
+@dataclass(frozen=True)
 class Defaults:
     """The sampling settings of requests that give none."""
 
@@ -146,6 +162,7 @@ class Bundle:
     parity: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
     weights: Mapping[str, Stored]  #: of the step network, by name; older bundles have no such table
+    calibration: Calibration | None  #: None for a bundle as it was exported
     tokenizer: Mapping[str, Any] | None  #: the layers of the image tokenizer; None where the bundle ends at tokens
     #: file -> its state when it was checked: what is loaded later must be that file, not one of the next version
     checked: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
@@ -164,6 +181,18 @@ class Bundle:
     def calls(self) -> int:
         """Model calls per image."""
         return sum(phase.repeat for phase in self.phases)
+
+    @cached_property
+    def weight_bytes(self) -> float:
+        """Bytes of one parameter that a call reads, on average, as it is stored: scales are counted too."""
+        read = {name: at for name, at in self.weights.items() if name not in ("embed", "cos", "sin")}
+        numbers = sum(math.prod(at.shape) for name, at in read.items() if not name.endswith(SCALE))
+        return sum(at.length for at in read.values()) / numbers if numbers else BYTES[self.precision]
+
+    @property
+    def quantised(self) -> str | None:
+        """The dtype of its quantised matrices, "int8" or "int4"; None where there are none."""
+        return None if self.calibration is None or self.calibration.weights == KEPT else self.calibration.weights
 
     @staticmethod
     def open(path: str | Path, verify: FileCheck = "auto") -> Bundle:
@@ -266,8 +295,16 @@ def _parse(path: Path, m: dict[str, Any]) -> Bundle:
         weights={
             name: Stored(dtype, tuple(shape), *at) for name, (dtype, shape, *at) in (m.get("weights") or {}).items()
         },
+        calibration=_calibration(m.get("calibration")),
         tokenizer=None if tokenizer is None else tokenizer["config"],
     )
+
+
+def _calibration(entry: Mapping[str, Any] | None) -> Calibration | None:
+    if entry is None:
+        return None
+    names = ("weights", "group", "arithmetic", "cache", "source", "report")
+    return Calibration(**{name: entry[name] for name in names}, kept=tuple(entry["kept"]))
 
 
 def _check_files(bundle: Bundle, verify: FileCheck) -> None:

@@ -17,6 +17,9 @@ Float = NDArray[np.float32]
 #: precision -> dtype, of all precisions that a bundle, an engine or a backend can have; the most exact first.
 DTYPE = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 PRECISIONS = tuple(DTYPE)
+#: What the C step can multiply in, the most exact first: activations are rounded to it. Where nothing else is proven
+#: for a bundle (``parvis calibrate``), fp32.
+ARITHMETICS = ("fp32", "bf16", "int8")
 #: precision -> bytes of one stored number; quantised weights too, without their scales.
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 #: dtype -> the numpy type that holds its bits; numpy itself has no bf16.

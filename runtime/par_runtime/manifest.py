@@ -6,7 +6,7 @@ calls C by its numbers. What it lets through has these properties:
 - No number is larger than what the bundle's files bear out: widths and layers fit into ``weights.data``, the number of
   tokens is the length of ``order``.
 - Every tensor that a backend reads is in the table of weights, in the shape that follows from the model, inside the
-  file, in a place of its own.
+  file, in a place of its own. A quantised matrix has scales beside it, in the shape that follows from its group.
 - Every id that a call can be fed is a row of the embedding table.
 - Every text can be printed.
 
@@ -22,7 +22,8 @@ from itertools import pairwise
 from typing import Any
 
 from par_runtime.checked import MOST_NESTED, UNPRINTABLE, Mismatch, Value, shown
-from par_runtime.dtypes import BYTES, FLOAT32_MAX, MOST_GUIDANCE, STORAGE, dtype_bytes
+from par_runtime.dtypes import ARITHMETICS, BYTES, DTYPE, FLOAT32_MAX, MOST_GUIDANCE, STORAGE, dtype_bytes
+from par_runtime.quantised import GROUPS, MOST_CODE, SCALE
 
 #: What is read of a manifest at most. Those that are written have tens of kilobytes, with 48 layers some hundreds.
 MOST_BYTES = 8 * 2**20
@@ -38,6 +39,7 @@ MATRICES = ("wqkv", "wo", "w13", "w2")  #: of a layer
 NORMS = ("attention_norm", "ffn_norm")  #: of a layer
 #: dtype -> bytes of a number in the weights file. Quantised matrices have scales beside them.
 STORED_BYTES = {name: float(dtype_bytes(name)) for name in STORAGE} | {"int8": 1.0, "int4": 0.5}
+KEPT = "kept"  #: what a calibration says of weights that it did not quantise
 #: dtypes of the inputs and outputs of graphs
 IO_DTYPES = (*STORAGE, "int64", "int32", "uint8", "bool")
 #: Numbers that a batch of one guided image may allocate: four times what a 3B model at 1024 pixels takes.
@@ -51,11 +53,13 @@ def check(manifest: Any) -> None:
     check_texts(manifest)
     m["name"].text(MOST_NAME)
     m["hash"].match("[0-9a-f]{64}", "64 hexadecimal digits")
-    m["precision"].one_of(BYTES)
+    m["precision"].one_of(DTYPE)
     sizes = _check_model(m["model"])
     n_tokens = _check_tokens(m)
     files = _check_files(m["files"], m["graphs"])
+    quantised, group = _check_calibration(m)
     rows = _check_weights(m, sizes, n_tokens, files)
+    _check_scales(m, quantised, group)
     _check_ids(m["ids"], sizes["n_classes"], rows)
     _check_phases(m, sizes["vocab_size"], n_tokens, rows)
     _check_cache(m["cache"], sizes, n_tokens)
@@ -250,7 +254,7 @@ def _check_weights(m: Value, s: Mapping[str, int], n_tokens: int, files: Mapping
             shape.refuse(f"{shown(list(shapes[name]))}, which follows from the model")
         if name == "embed" and (len(sizes) != 2 or sizes[0] < least or sizes[1] != s["dim"]):
             shape.refuse(f"[{least} or more, {s['dim']}]")
-        if name == "embed" or (name in shapes and not name.endswith((*MATRICES, "output"))):
+        if name not in shapes or not name.endswith((*MATRICES, "output")):
             dtype.one_of(STORAGE)  # only matrices are quantised
         places.append((start, long, name))
     for name in ("embed", *shapes):
@@ -261,6 +265,44 @@ def _check_weights(m: Value, s: Mapping[str, int], n_tokens: int, files: Mapping
             raise Mismatch(f"weights {shown(name)} and {shown(other)} overlap in {WEIGHTS}")
     rows: int = m["weights"]["embed"].value[1][0]
     return rows
+
+
+def _check_calibration(m: Value) -> tuple[str, int]:
+    """What ``parvis calibrate`` has changed: the dtype of quantised matrices ("kept": there are none), their group."""
+    if m.get("calibration") is None:
+        return KEPT, 0
+    c = m["calibration"]
+    weights = c["weights"].one_of((KEPT, *MOST_CODE))
+    group = c["group"].integer(0)
+    if (group == 0) != (weights == KEPT) or (group and group not in GROUPS):
+        c["group"].refuse("0" if weights == KEPT else f"one of {', '.join(map(str, GROUPS))}")
+    c["arithmetic"].one_of(ARITHMETICS)
+    c["cache"].one_of(("fp32", "bf16"))
+    for name in c["kept"].entries(0, 2**18):
+        name.text(MOST_NAME)
+    c["source"].match("[0-9a-f]{64}", "64 hexadecimal digits")
+    c["report"].object()
+    return weights, group
+
+
+def _check_scales(m: Value, quantised: str, group: int) -> None:
+    """Every quantised matrix is of the calibration's dtype, and its scales are in the shape that follows from it."""
+    if m.get("weights") is None or not m.value["weights"]:
+        return
+    table = m["weights"]
+    for name, entry in table.items(2**18):
+        dtype, shape, *_ = entry.entries(4, 4)
+        if dtype.value not in MOST_CODE:
+            continue
+        if dtype.value != quantised:
+            dtype.refuse(f"a dtype of {', '.join(STORAGE)}, or {quantised!r}, as the calibration says")
+        k, n = shape.integers(1, 2**32)
+        if k % group or (dtype.value == "int4" and n % 2):
+            shape.refuse(f"rows that are a multiple of the group, {group}, and columns that fill whole bytes")
+        scale_dtype, scale_shape, *_ = table[name + SCALE].entries(4, 4)
+        scale_dtype.one_of(STORAGE)
+        if tuple(scale_shape.integers(1, 2**32)) != (k // group, n):
+            scale_shape.refuse(f"{[k // group, n]}, which follows from {name} and the group")
 
 
 def _check_ids(ids: Value, n_classes: int, rows: int) -> None:

@@ -201,10 +201,18 @@ def test_a_bundle_in_fp32_needs_a_precision(bundles: dict[str, Path], tmp_path: 
 
 def test_quantised_weights_are_refused(tiny_copy: Path) -> None:
     manifest = json.loads((tiny_copy / "manifest.json").read_text())
-    _, shape, offset, length = manifest["weights"]["layers.0.wo"]
-    manifest["weights"]["layers.0.wo"] = ["int8", shape, offset, length // 2]
-    manifest["weights"]["layers.0.wo.scale"] = ["float16", [shape[1]], offset + length // 2, 2 * shape[1]]
-    change_manifest(tiny_copy, weights=manifest["weights"])
+    _, shape, offset, length = manifest["weights"]["layers.0.w2"]
+    manifest["weights"]["layers.0.w2"] = ["int8", shape, offset, length // 2]
+    blocks = shape[0] // 32
+    manifest["weights"]["layers.0.w2.scale"] = [
+        "float16",
+        [blocks, shape[1]],
+        offset + length // 2,
+        2 * blocks * shape[1],
+    ]
+    calibration = {"weights": "int8", "group": 32, "kept": [], "arithmetic": "fp32", "cache": "fp32"}
+    calibration |= {"source": "0" * 64, "report": {}}
+    change_manifest(tiny_copy, weights=manifest["weights"], calibration=calibration)
     with pytest.raises(BuildError, match="quantised to int8; kernels read fp32, fp16 and bf16: give --engine tensorrt"):
         build(tiny_copy)
 

@@ -144,6 +144,8 @@ def why_not(bundle: Bundle) -> str | None:
     inner = m["n_heads"] * m["head_dim_padded"]
     if any(size % panel for size in (m["dim"], inner, m["ffn_dim"], bundle.vocab_size)):
         return f"a width of the model is not a multiple of {panel}"
+    if bundle.quantised:
+        return f"the C kernels do not read {bundle.quantised} weights"
     if not bundle.weights or bundle.weights["output"].dtype not in WEIGHT_DTYPES:
         return "the manifest has no table of weights in fp32, fp16 or bf16; export the bundle again"
     return None

@@ -1,0 +1,1 @@
+"""Real images that no training has seen, as tokens: what likelihoods are measured on."""

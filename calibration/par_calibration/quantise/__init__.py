@@ -1,0 +1,1 @@
+"""Codes and scales of a matrix that change its products least."""

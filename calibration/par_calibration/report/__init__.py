@@ -1,0 +1,1 @@
+"""Two bundles compared: logits, tokens, likelihoods, images; and the decision."""

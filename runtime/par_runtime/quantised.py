@@ -1,0 +1,77 @@
+"""Quantised matrices: whole numbers of 8 or 4 bits, and a scale for each block of ``group`` rows in each column.
+
+A matrix [K,N] (in, out) is stored as codes [K,N] and scales [K/group,N]; its number at (k, n) is
+``codes[k,n] * scales[k // group, n]``. Codes are symmetric around zero, so zero stays zero: int8 has -127 .. 127, int4
+has -7 .. 7 (both as ONNX's ``DequantizeLinear`` reads them, with ``axis=0`` and ``block_size=group``). Two codes of
+int4 share a byte, the first one in its low half, in the order of the matrix's rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_runtime.dtypes import Float
+
+#: dtype -> the largest code; the smallest is its negative
+MOST_CODE = {"int8": 127, "int4": 7}
+#: What a group of rows may be: a multiple of what the C kernels and GPU tiles take at a time.
+GROUPS = (32, 64, 128)
+SCALE = ".scale"  #: what follows the name of a matrix in the name of its scales
+
+Codes = NDArray[np.int8]
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """One matrix: ``codes`` int8 [K,N] and ``scales`` fp32 [K/group,N]."""
+
+    dtype: str  #: "int8" or "int4"
+    codes: Codes
+    scales: Float
+
+    @property
+    def group(self) -> int:
+        """Rows that share a scale."""
+        return int(self.codes.shape[0] // self.scales.shape[0])
+
+    def dequantised(self) -> Float:
+        """The matrix [K,N] in fp32."""
+        return dequantised(self.codes, self.scales)
+
+    def code_bytes(self) -> bytes:
+        """The codes as a weights file stores them."""
+        return packed(self.codes, self.dtype)
+
+
+def dequantised(codes: Codes, scales: Float) -> Float:
+    """``codes`` [K,N] times ``scales`` [K/group,N]: the matrix [K,N] in fp32."""
+    blocks, columns = scales.shape
+    numbers: Float = codes.reshape(blocks, -1, columns).astype(np.float32) * scales[:, None].astype(np.float32)
+    return numbers.reshape(codes.shape)
+
+
+def packed(codes: Codes, dtype: str) -> bytes:
+    """``codes`` [K,N] as a weights file stores them; for int4, N is even.
+
+    Raises ValueError beyond the dtype's codes.
+    """
+    most = MOST_CODE[dtype]
+    if codes.size and (codes.max() > most or codes.min() < -most):
+        raise ValueError(f"codes from {codes.min()} to {codes.max()}; {dtype} has -{most} .. {most}")
+    if dtype == "int8":
+        return codes.tobytes()
+    halves = codes.reshape(-1).view(np.uint8) & 0x0F
+    return (halves[::2] | halves[1::2] << 4).tobytes()
+
+
+def unpacked(stored: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Codes:
+    """The codes int8 [K,N] of ``stored`` bytes: the inverse of :func:`packed`."""
+    if dtype == "int8":
+        return stored.view(np.int8).reshape(shape)
+    out = np.empty((stored.size, 2), np.int8)
+    out[:, 0] = (stored << 4).view(np.int8) >> 4  # the shift of a signed number fills with its sign
+    out[:, 1] = stored.view(np.int8) >> 4
+    return out.reshape(shape)
