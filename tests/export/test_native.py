@@ -229,7 +229,7 @@ def test_a_file_that_is_no_library_counts_as_not_built(tmp_path: Path, monkeypat
 
 
 @needs_kernels
-@pytest.mark.parametrize("structure", ["Model", "Step"])
+@pytest.mark.parametrize("structure", ["Matrix", "Model", "Step"])
 def test_a_library_with_other_structures_is_refused(
     structure: str, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ time, so that no part of it is counted that a cache still held.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import sys
 import threading
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.native.library import library
+from par_runtime.backends.native.library import ARITHMETIC, STORED, Matrix, library
 
 MATRIX = 384  #: rows and columns of a product of a thread in numpy, about a millisecond
 SHARED_MATRIX = 1024  #: of the product that ONNX Runtime shares among its threads
@@ -70,13 +71,12 @@ def read_gb_s(threads: int, size: int) -> Iterator[tuple[str, float]]:
     panels = min(PIECE_BYTES // 4, len(parts[-1])) // panel
     if not panels:
         return
-    x, tiles = np.ones((READ_INNER, 1), np.float32), np.empty((threads, 1, lib.parvis_panel()), np.float32)
+    products = [Product(lib, np.ones((1, READ_INNER), np.float32)) for _ in range(threads)]
     starts = [cycle(range(0, len(part) - panels * panel + 1, panels * panel)) for part in parts]
     calls = threads * (len(parts[-1]) // (panels * panel))
 
     def product(i: int) -> None:
-        at = parts[i].ctypes.data + 4 * next(starts[i])
-        lib.parvis_products(0, x.ctypes.data, 1, at, READ_INNER, panels, 1, tiles[i].ctypes.data)
+        products[i](parts[i].ctypes.data + 4 * next(starts[i]), panels, 1)
 
     yield "C kernels", 4 * calls * panels * panel / fastest(threads, product, calls) / 1e9
 
@@ -91,12 +91,11 @@ def matrix_tflop_s(threads: int, side: int = MATRIX) -> Iterator[tuple[str, floa
     lib = library()
     if lib is not None:
         panel = lib.parvis_panel()
-        x = np.ones((threads, INNER, ROWS), np.float32)
+        products = [Product(lib, np.ones((ROWS, INNER), np.float32)) for _ in range(threads)]
         w = np.full((threads, INNER, panel), 1e-3, np.float32)
-        tile = np.empty((threads, ROWS, panel), np.float32)
 
         def product(i: int) -> None:
-            lib.parvis_products(0, x[i].ctypes.data, ROWS, w[i].ctypes.data, INNER, 1, TIMES, tile[i].ctypes.data)
+            products[i](w[i].ctypes.data, 1, TIMES)
 
         operations = calls * TIMES * 2 * INNER * ROWS * panel
         name = f"C kernels, {lib.parvis_instructions().decode()}"
@@ -107,6 +106,27 @@ def matrix_tflop_s(threads: int, side: int = MATRIX) -> Iterator[tuple[str, floa
         return
     multiply_there = onnxruntime_matmul(ort, threads, SHARED_MATRIX)
     yield f"ONNX Runtime {ort.__version__}", 2 * SHARED_MATRIX**3 / fastest(1, lambda _: multiply_there(), 1) / 1e12
+
+
+class Product:
+    """The product of the C kernels alone: rows ``x`` [M,K] times fp32 panels, in one thread."""
+
+    def __init__(self, lib: ctypes.CDLL, x: NDArray[np.float32]) -> None:
+        self._lib, self._x = lib, x
+        self._matrix = Matrix(stored=STORED["float32"], arithmetic=ARITHMETIC["fp32"])
+        self._packed = np.empty(lib.parvis_packed_bytes(ctypes.byref(self._matrix), *x.shape), np.uint8)
+        self.tile = np.empty((len(x), lib.parvis_panel()), np.float32)
+
+    def __call__(self, panels: int, count: int, times: int) -> None:
+        """Multiply by each of ``count`` panels from the address ``panels`` on, ``times`` times.
+
+        ``tile`` [M,panel] is the last product.
+        """
+        self._matrix.data = panels
+        self._lib.parvis_products(
+            ctypes.byref(self._matrix), self._x.ctypes.data, *self._x.shape, count, times,
+            self.tile.ctypes.data, self._packed.ctypes.data,
+        )  # fmt: skip
 
 
 def onnxruntime_matmul(ort: Any, threads: int, side: int) -> Callable[[], None]:

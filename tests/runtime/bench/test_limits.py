@@ -90,12 +90,12 @@ def test_the_model_of_one_product_multiplies() -> None:
 def test_the_product_of_the_c_kernels_multiplies() -> None:
     lib = library()
     assert lib is not None
-    panel = lib.parvis_panel()
     random = np.random.default_rng(0)
-    x, w = random.standard_normal((70, 5), np.float32), random.standard_normal((3, 70, panel), np.float32)
-    tile = np.zeros((5, panel), np.float32)
-    lib.parvis_products(0, x.ctypes.data, 5, w.ctypes.data, 70, 3, 2, tile.ctypes.data)
-    assert np.abs(tile - x.T @ w[2]).max() < 1e-4
+    x = random.standard_normal((5, 70), np.float32)
+    w = random.standard_normal((3, 70, lib.parvis_panel()), np.float32)
+    product = probes.Product(lib, x)
+    product(w.ctypes.data, 3, 2)
+    assert np.abs(product.tile - x @ w[2]).max() < 1e-4
 
 
 # -- the best of several, and when to doubt it ------------------------------------------------------------------------

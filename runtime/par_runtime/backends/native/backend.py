@@ -155,17 +155,16 @@ class _StepBuffers:
     def __init__(self, backend: NativeBackend, rows: int, query: int) -> None:
         model, lib = backend._weights.model, backend._lib
         m, inner, layers = rows * query, model.n_heads * model.head_dim, model.n_layers
-        scratch_floats = lib.parvis_scratch(ctypes.byref(model), rows, query)
+        scratch_bytes = lib.parvis_scratch(ctypes.byref(model), rows, query)
         self.write = np.zeros(rows, np.int64)
         self.cache_row = np.zeros(rows, np.int64)
         self.x = np.zeros((rows, query, model.dim), np.float32)
         self.logits = np.zeros((rows, query, model.vocab_size), np.float32)
         self.guided = np.zeros_like(self.logits)
         self._qkv = np.zeros((m, 3 * inner), np.float32)
-        self._attention_out = np.zeros((inner, m), np.float32)
-        self._norm_out = np.zeros((model.dim, m), np.float32)
-        self._ffn_hidden = np.zeros((model.ffn_dim, m), np.float32)
-        self._scratch = np.zeros((backend._threads, scratch_floats), np.float32)
+        self._attention_out = np.zeros((m, inner), np.float32)
+        self._ffn_hidden = np.zeros((m, model.ffn_dim), np.float32)
+        self._scratch = np.zeros(backend._threads * scratch_bytes + 64, np.uint8)
         self.step = Step(
             model=ctypes.pointer(model),
             rows=rows,
@@ -178,10 +177,9 @@ class _StepBuffers:
             logits=self.logits.ctypes.data,
             qkv=self._qkv.ctypes.data,
             attention_out=self._attention_out.ctypes.data,
-            norm_out=self._norm_out.ctypes.data,
             ffn_hidden=self._ffn_hidden.ctypes.data,
-            scratch=self._scratch.ctypes.data,
-            scratch_floats=scratch_floats,
+            scratch=-(-self._scratch.ctypes.data // 64) * 64,
+            scratch_bytes=scratch_bytes,
         )
 
 

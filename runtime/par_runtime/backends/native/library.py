@@ -9,13 +9,26 @@ from pathlib import Path
 
 from par_runtime.bundle import Bundle
 
-#: dtype of the weights -> its number in step.c
-WEIGHT_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+#: dtype of a stored matrix -> its number in matrix.h
+STORED = {"float32": 0, "float16": 1, "bfloat16": 2}
+#: what a matrix is multiplied in -> its number in matrix.h
+ARITHMETIC = {"fp32": 0, "bf16": 1, "int8": 2}
 
 NOT_BUILT = "the C kernels were not built, or this CPU has neither AVX2 nor AVX-512"
 OTHER_SOURCES = "the C kernels were built from other sources than this Python package; install parvis again"
 
 Pointers = ctypes.POINTER(ctypes.c_void_p)
+
+
+class Matrix(ctypes.Structure):
+    """``Matrix`` of matrix.h: one packed matrix."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("stored", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("arithmetic", ctypes.c_int64),
+    )
 
 
 class Model(ctypes.Structure):
@@ -29,18 +42,17 @@ class Model(ctypes.Structure):
         ("ffn_dim", ctypes.c_int64),
         ("vocab_size", ctypes.c_int64),
         ("cache_slots", ctypes.c_int64),
-        ("weight_dtype", ctypes.c_int64),
         ("attention_scale", ctypes.c_float),
         ("cosine", ctypes.c_void_p),
         ("sine", ctypes.c_void_p),
-        ("wqkv", Pointers),
-        ("wo", Pointers),
-        ("w13", Pointers),
-        ("w2", Pointers),
+        ("wqkv", ctypes.POINTER(Matrix)),
+        ("wo", ctypes.POINTER(Matrix)),
+        ("w13", ctypes.POINTER(Matrix)),
+        ("w2", ctypes.POINTER(Matrix)),
         ("attention_norm", Pointers),
         ("ffn_norm", Pointers),
         ("norm", ctypes.c_void_p),
-        ("output", ctypes.c_void_p),
+        ("output", Matrix),
     )
 
 
@@ -59,10 +71,9 @@ class Step(ctypes.Structure):
         ("logits", ctypes.c_void_p),
         ("qkv", ctypes.c_void_p),
         ("attention_out", ctypes.c_void_p),
-        ("norm_out", ctypes.c_void_p),
         ("ffn_hidden", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
-        ("scratch_floats", ctypes.c_int64),
+        ("scratch_bytes", ctypes.c_int64),
     )
 
 
@@ -91,13 +102,15 @@ def open_library(file: Path | None) -> ctypes.CDLL:
         _declare(lib)
     except AttributeError as error:  # a function that is not there
         raise KernelError(OTHER_SOURCES) from error
-    sizes = (ctypes.c_int64 * 4)()
+    sizes = (ctypes.c_int64 * 6)()
     lib.parvis_struct_sizes(sizes)
     expected = [
+        ctypes.sizeof(Matrix),
+        Matrix.arithmetic.offset,
         ctypes.sizeof(Model),
         Model.output.offset,
         ctypes.sizeof(Step),
-        Step.scratch_floats.offset,
+        Step.scratch_bytes.offset,
     ]
     if list(sizes) != expected:
         raise KernelError(OTHER_SOURCES)
@@ -116,7 +129,11 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.parvis_scratch.restype = integer
     lib.parvis_scratch.argtypes = (ctypes.POINTER(Model), integer, integer)
     lib.parvis_step.argtypes = (pointer, ctypes.POINTER(Step))
-    lib.parvis_products.argtypes = (ctypes.c_int, pointer, integer, pointer, integer, integer, integer, pointer)
+    lib.parvis_products.argtypes = (
+        ctypes.POINTER(Matrix), pointer, integer, integer, integer, integer, pointer, pointer
+    )  # fmt: skip
+    lib.parvis_packed_bytes.restype = integer
+    lib.parvis_packed_bytes.argtypes = (ctypes.POINTER(Matrix), integer, integer)
     lib.parvis_pack.argtypes = (pointer, integer, integer, integer, ctypes.c_int, pointer)
 
 
@@ -146,6 +163,6 @@ def why_not(bundle: Bundle) -> str | None:
         return f"a width of the model is not a multiple of {panel}"
     if bundle.quantised:
         return f"the C kernels do not read {bundle.quantised} weights"
-    if not bundle.weights or bundle.weights["output"].dtype not in WEIGHT_DTYPES:
+    if not bundle.weights or bundle.weights["output"].dtype not in STORED:
         return "the manifest has no table of weights in fp32, fp16 or bf16; export the bundle again"
     return None

@@ -20,33 +20,28 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "matrix.h"
 #include "threads.h"
 
-#define PANEL 32   /* columns of a panel */
 #define K_BLOCK 64 /* rows of a panel that stay in the L1 cache while all rows of activations are multiplied */
 #define PREFETCH_L2_BYTES 3072 /* in products of one pass: how far ahead weights are prefetched into L2, */
 #define PREFETCH_L1_BYTES 1024 /* and how far ahead into L1 */
 #define PREFETCH_SLOTS 12      /* how far ahead cached values are prefetched */
-#define NORM_COLUMNS 128       /* columns of one piece of an RMSNorm */
 #define RMS_EPSILON 1e-5f
-
-/* As in library.py */
-enum { FP32, FP16, BF16 };
 
 /* The model. The Python class Model of library.py has the same fields. */
 typedef struct {
     int64_t dim, n_layers, n_heads, head_dim, ffn_dim, vocab_size, cache_slots;
-    int64_t weight_dtype;         /* FP32, FP16 or BF16: of all matrices */
     float attention_scale;        /* of queries */
     const float *cosine, *sine;   /* [positions][D/2] rotary tables */
-    const void **wqkv;            /* [L] pointers to [dim][3*H*D] in panels */
-    const void **wo;              /* [L] pointers to [H*D][dim] in panels */
-    const void **w13;             /* [L] pointers to [dim][2*F] in panels of PANEL/2 columns of w1, then of w3 */
-    const void **w2;              /* [L] pointers to [F][dim] in panels */
+    const Matrix *wqkv;           /* [L] matrices [dim][3*H*D] */
+    const Matrix *wo;             /* [L] matrices [H*D][dim] */
+    const Matrix *w13;            /* [L] matrices [dim][2*F]: panels of PANEL/2 columns of w1, then of w3 */
+    const Matrix *w2;             /* [L] matrices [F][dim] */
     const float **attention_norm; /* [L] pointers to [dim] */
     const float **ffn_norm;       /* [L] pointers to [dim] */
     const float *norm;            /* [dim] */
-    const void *output;           /* [dim][V] in panels */
+    Matrix output;                /* [dim][V] */
 } Model;
 
 /* One call. The Python class Step of library.py has the same fields. */
@@ -62,12 +57,11 @@ typedef struct {
     float *logits;            /* [M][V] the result */
     /* Intermediate results, shared by all threads: */
     float *qkv;           /* [M][3*H*D] */
-    float *attention_out; /* [H*D][M] */
-    float *norm_out;      /* [dim][M] */
-    float *ffn_hidden;    /* [F][M] */
+    float *attention_out; /* [M][H*D] */
+    float *ffn_hidden;    /* [M][F] */
     /* Each thread's own: */
-    float *scratch;         /* [threads][scratch_floats] */
-    int64_t scratch_floats; /* from parvis_scratch() */
+    char *scratch;         /* [threads][scratch_bytes], 64 bytes aligned */
+    int64_t scratch_bytes; /* from parvis_scratch() */
 } Step;
 
 /* -- the kernels, once for each instruction set -------------------------------------------------------------------- */
@@ -87,6 +81,7 @@ typedef struct {
 #define vec_store _mm512_storeu_ps
 #define vec_set1 _mm512_set1_ps
 #define vec_fma _mm512_fmadd_ps
+#include "products.h"
 #include "step_kernels.h"
 #undef SUFFIX
 #undef TARGET
@@ -113,18 +108,20 @@ typedef struct {
 #define vec_store _mm256_storeu_ps
 #define vec_set1 _mm256_set1_ps
 #define vec_fma _mm256_fmadd_ps
+#include "products.h"
 #include "step_kernels.h"
 #endif
 
-/* The kernels of one instruction set; step_kernels.h describes them. */
+/* The kernels of one instruction set; products.h and step_kernels.h describe them. */
 typedef struct {
     const char *instructions;
-    void (*panel_product)(int weight_dtype, const float *x, long m, const void *w, long k, float *c);
+    void (*pack_rows)(int arithmetic, const float *x, long ldx, long m, long k, const float *row_scale,
+                      const float *gain, long group, void *packed);
+    void (*panel_product)(int arithmetic, const Matrix *w, const void *packed, long m, long k, long panel, float *c,
+                          void *scratch);
     void (*inverse_rms)(const float *x, long dim, long m, float *scale);
-    void (*rms_norm)(const float *x, const float *gain, const float *scale, long dim, long m, long first, long end,
-                     float *out);
     void (*attention_head)(const Step *s, long layer, long row, long head, float *scratch);
-    void (*swiglu)(const float *c, long m, float *out);
+    void (*swiglu)(const float *c, long m, float *out, long ldo);
 } Kernels;
 
 /* The kernels for this CPU; NULL where it has neither AVX-512 nor AVX2. PARVIS_NATIVE=avx2 in the environment selects
@@ -133,17 +130,17 @@ static const Kernels *select_kernels(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
     static const Kernels avx512 = {
         .instructions = "avx512",
+        .pack_rows = pack_rows_avx512,
         .panel_product = panel_product_avx512,
         .inverse_rms = inverse_rms_avx512,
-        .rms_norm = rms_norm_avx512,
         .attention_head = attention_head_avx512,
         .swiglu = swiglu_avx512,
     };
     static const Kernels avx2 = {
         .instructions = "avx2",
+        .pack_rows = pack_rows_avx2,
         .panel_product = panel_product_avx2,
         .inverse_rms = inverse_rms_avx2,
-        .rms_norm = rms_norm_avx2,
         .attention_head = attention_head_avx2,
         .swiglu = swiglu_avx2,
     };
@@ -160,18 +157,56 @@ static const Kernels *select_kernels(void) {
 
 /* -- the network: every function here is called by all threads, and ends with a barrier ---------------------------- */
 
-static long bytes_per_weight(const Model *model) { return model->weight_dtype == FP32 ? 4 : 2; }
+/* What a thread needs during a phase; parvis_scratch() reserves it. */
+typedef struct {
+    float *scale;         /* [M] */
+    float *tile;          /* [M][PANEL] one panel of a product */
+    void *packed;         /* the packed activations of a product */
+    void *product_scratch;
+    float *attention;     /* of attention_head(); the memory of `packed` and `tile` */
+} Scratch;
 
-/* c [M][n] = x^T w, or c += x^T w with `accumulate`, for x [k][M] and w [k][n] in panels. Each panel's result is first
-   summed in `tile` [M][PANEL]: the rows of c are a multiple of 4 KB apart, and would evict each other from L1. */
-static void matmul(Pool *pool, const Kernels *kernels, const Step *s, const float *x, const void *w, long k, long n,
-                   float *c, int accumulate, float *tile) {
-    long m = s->rows * s->query, panel_bytes = PANEL * k * bytes_per_weight(s->model);
+static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* The largest results that `size` of packed_rows_bytes() and product_scratch_bytes() has for any product. */
+static int64_t largest_packed(const Model *model, int64_t m, int64_t *product_scratch) {
+    int64_t inner = model->n_heads * model->head_dim, dim = model->dim, packed = 0;
+    *product_scratch = 0;
+    for (int64_t l = 0; l <= model->n_layers; l++) {
+        const Matrix *last = &model->output;
+        const Matrix *w[] = {model->wqkv + l, model->wo + l, model->w13 + l, model->w2 + l};
+        int64_t k[] = {dim, inner, dim, model->ffn_dim};
+        for (int i = 0; i < (l < model->n_layers ? 4 : 1); i++) {
+            const Matrix *each = l < model->n_layers ? w[i] : last;
+            packed = larger(packed, packed_rows_bytes((int)each->arithmetic, m, k[i], each->group));
+            *product_scratch = larger(*product_scratch, product_scratch_bytes((int)each->arithmetic, m, k[i]));
+        }
+    }
+    return packed;
+}
+
+/* Packs x [M][k] for a product with w; with `gain` [k], its RMSNorm. Every thread packs for itself: that takes less time
+   than waiting at a barrier for what another thread packs. */
+static void pack(const Kernels *kernels, const Step *s, const float *x, const float *gain, const Matrix *w, long k,
+                 const Scratch *own) {
+    long m = s->rows * s->query;
+    if (gain) kernels->inverse_rms(x, k, m, own->scale);
+    kernels->pack_rows((int)w->arithmetic, x, k, m, k, gain ? own->scale : NULL, gain, w->group, own->packed);
+}
+
+/* c [M][n] = x w, or c += x w with `accumulate`, for x [M][k] or, with `gain` [k], its RMSNorm. Each panel's result is
+   first summed in a tile of its own: the rows of c are a multiple of 4 KB apart, and would evict each other from L1. */
+static void matmul(Pool *pool, const Kernels *kernels, const Step *s, const float *x, const float *gain,
+                   const Matrix *w, long k, long n, float *c, int accumulate, const Scratch *own) {
+    long m = s->rows * s->query;
+    pack(kernels, s, x, gain, w, k, own);
     for (long p = -1; (p = next_panel(pool, n / PANEL, p)) >= 0;) {
-        kernels->panel_product((int)s->model->weight_dtype, x, m, (const char *)w + p * panel_bytes, k, tile);
+        kernels->panel_product((int)w->arithmetic, w, own->packed, m, k, p, own->tile, own->product_scratch);
         for (long i = 0; i < m; i++) {
-            float *to = c + i * n + p * PANEL;    /* [PANEL] */
-            const float *from = tile + i * PANEL; /* [PANEL] */
+            float *to = c + i * n + p * PANEL;         /* [PANEL] */
+            const float *from = own->tile + i * PANEL; /* [PANEL] */
             if (accumulate)
                 for (long j = 0; j < PANEL; j++) to[j] += from[j];
             else memcpy(to, from, PANEL * sizeof(float));
@@ -180,19 +215,7 @@ static void matmul(Pool *pool, const Kernels *kernels, const Step *s, const floa
     barrier(pool);
 }
 
-/* norm_out [dim][M] = RMSNorm of x [M][dim] with `gain` [dim], transposed. Every thread computes the factors `scale`
-   [M] itself: that takes less time than waiting at a barrier for the factors of another thread. */
-static void norm(Pool *pool, const Kernels *kernels, const Step *s, const float *gain, float *scale) {
-    long m = s->rows * s->query, dim = s->model->dim;
-    kernels->inverse_rms(s->x, dim, m, scale);
-    for (long first; (first = next_piece(pool) * NORM_COLUMNS) < dim;) {
-        long end = first + NORM_COLUMNS < dim ? first + NORM_COLUMNS : dim;
-        kernels->rms_norm(s->x, gain, scale, dim, m, first, end, s->norm_out);
-    }
-    barrier(pool);
-}
-
-/* qkv [M][3*H*D] -> attention_out [H*D][M]; the new keys and values enter the cache. A piece is one head of one row. */
+/* qkv [M][3*H*D] -> attention_out [M][H*D]; the new keys and values enter the cache. A piece is one head of one row. */
 static void attention(Pool *pool, const Kernels *kernels, const Step *s, long layer, float *scratch) {
     long n_heads = s->model->n_heads;
     for (long i; (i = next_piece(pool)) < s->rows * n_heads;)
@@ -200,14 +223,16 @@ static void attention(Pool *pool, const Kernels *kernels, const Step *s, long la
     barrier(pool);
 }
 
-/* norm_out [dim][M] -> ffn_hidden [F][M] = silu(w1^T norm_out) * (w3^T norm_out), with `w13` [dim][2*F] in panels. */
-static void ffn_hidden(Pool *pool, const Kernels *kernels, const Step *s, const void *w13, float *tile) {
+/* ffn_hidden [M][F] = silu(x w1) * (x w3) for the RMSNorm of x [M][dim]. */
+static void ffn_hidden(Pool *pool, const Kernels *kernels, const Step *s, const float *gain, const Matrix *w13,
+                       const Scratch *own) {
     const Model *model = s->model;
-    long m = s->rows * s->query, panel_bytes = PANEL * model->dim * bytes_per_weight(model);
+    long m = s->rows * s->query;
+    pack(kernels, s, s->x, gain, w13, model->dim, own);
     for (long p = -1; (p = next_panel(pool, 2 * model->ffn_dim / PANEL, p)) >= 0;) {
-        const char *panel = (const char *)w13 + p * panel_bytes; /* [dim][PANEL] */
-        kernels->panel_product((int)model->weight_dtype, s->norm_out, m, panel, model->dim, tile);
-        kernels->swiglu(tile, m, s->ffn_hidden + p * (PANEL / 2) * m);
+        kernels->panel_product((int)w13->arithmetic, w13, own->packed, m, model->dim, p, own->tile,
+                               own->product_scratch);
+        kernels->swiglu(own->tile, m, s->ffn_hidden + p * (PANEL / 2), model->ffn_dim);
     }
     barrier(pool);
 }
@@ -217,19 +242,21 @@ static void run_step(Pool *pool, const void *argument, int thread) {
     const Step *s = argument;
     const Model *model = s->model;
     const Kernels *kernels = select_kernels();
-    long dim = model->dim, inner = model->n_heads * model->head_dim;
-    float *scratch = s->scratch + thread * s->scratch_floats; /* [scratch_floats] */
+    long dim = model->dim, inner = model->n_heads * model->head_dim, m = s->rows * s->query;
+    char *at = s->scratch + thread * s->scratch_bytes;
+    int64_t product_scratch, packed = largest_packed(model, m, &product_scratch);
+    Scratch own = {.scale = (float *)at, .tile = (float *)(at + aligned(m * 4))};
+    own.packed = (char *)own.tile + m * PANEL * 4;
+    own.product_scratch = (char *)own.packed + aligned(packed);
+    own.attention = own.tile;
     for (long l = 0; l < model->n_layers; l++) {
-        norm(pool, kernels, s, model->attention_norm[l], scratch);
-        matmul(pool, kernels, s, s->norm_out, model->wqkv[l], dim, 3 * inner, s->qkv, 0, scratch);
-        attention(pool, kernels, s, l, scratch);
-        matmul(pool, kernels, s, s->attention_out, model->wo[l], inner, dim, s->x, 1, scratch);
-        norm(pool, kernels, s, model->ffn_norm[l], scratch);
-        ffn_hidden(pool, kernels, s, model->w13[l], scratch);
-        matmul(pool, kernels, s, s->ffn_hidden, model->w2[l], model->ffn_dim, dim, s->x, 1, scratch);
+        matmul(pool, kernels, s, s->x, model->attention_norm[l], model->wqkv + l, dim, 3 * inner, s->qkv, 0, &own);
+        attention(pool, kernels, s, l, own.attention);
+        matmul(pool, kernels, s, s->attention_out, NULL, model->wo + l, inner, dim, s->x, 1, &own);
+        ffn_hidden(pool, kernels, s, model->ffn_norm[l], model->w13 + l, &own);
+        matmul(pool, kernels, s, s->ffn_hidden, NULL, model->w2 + l, model->ffn_dim, dim, s->x, 1, &own);
     }
-    norm(pool, kernels, s, model->norm, scratch);
-    matmul(pool, kernels, s, s->norm_out, model->output, dim, model->vocab_size, s->logits, 0, scratch);
+    matmul(pool, kernels, s, s->x, model->norm, &model->output, dim, model->vocab_size, s->logits, 0, &own);
 }
 
 /* -- what Python calls --------------------------------------------------------------------------------------------- */
@@ -239,19 +266,22 @@ const char *parvis_instructions(void) { return select_kernels() ? select_kernels
 
 int parvis_panel(void) { return PANEL; }
 
-/* The sizes of both structures and the offsets of their last fields; library.py compares them with its own. */
-void parvis_struct_sizes(int64_t *sizes /* [4] */) {
-    sizes[0] = sizeof(Model);
-    sizes[1] = offsetof(Model, output);
-    sizes[2] = sizeof(Step);
-    sizes[3] = offsetof(Step, scratch_floats);
+/* The sizes of the structures and the offsets of their last fields; library.py compares them with its own. */
+void parvis_struct_sizes(int64_t *sizes /* [6] */) {
+    sizes[0] = sizeof(Matrix);
+    sizes[1] = offsetof(Matrix, arithmetic);
+    sizes[2] = sizeof(Model);
+    sizes[3] = offsetof(Model, output);
+    sizes[4] = sizeof(Step);
+    sizes[5] = offsetof(Step, scratch_bytes);
 }
 
-/* Floats of scratch memory that each thread needs for a step of `rows` rows of `query` positions. */
+/* Bytes of scratch memory that each thread needs for a step of `rows` rows of `query` positions; a multiple of 64. */
 int64_t parvis_scratch(const Model *model, int64_t rows, int64_t query) {
-    int64_t padded_slots = (model->cache_slots + PANEL - 1) / PANEL * PANEL;
-    int64_t attention = query * (2 * model->head_dim + 2 * padded_slots), tile = rows * query * PANEL;
-    return (attention > tile ? attention : tile) + 64;
+    int64_t m = rows * query, padded_slots = (model->cache_slots + PANEL - 1) / PANEL * PANEL;
+    int64_t attention = query * (2 * model->head_dim + 2 * padded_slots) * 4;
+    int64_t product_scratch, packed = largest_packed(model, m, &product_scratch);
+    return aligned(m * 4) + aligned(larger(attention, m * PANEL * 4 + aligned(packed) + product_scratch)) + 64;
 }
 
 void *parvis_open(int n_threads) { return pool_open(n_threads, run_step); }
@@ -260,28 +290,20 @@ void parvis_close(void *pool) { pool_close(pool); }
 
 void parvis_step(void *pool, const Step *step) { pool_run(pool, step); }
 
-/* The product alone, to measure how fast this CPU reads and multiplies: x^T w for x [k][m] and each of `n_panels` panels
-   of w, `times` times. Every result overwrites the one before it. No pool: the calling thread does all of it. */
-void parvis_products(int weight_dtype, const float *x /* [k][m] */, int64_t m, const char *w /* [n_panels][k][PANEL] */,
-                     int64_t k, int64_t n_panels, int64_t times, float *tile /* [m][PANEL] */) {
+/* The product alone, to measure how fast this CPU reads and multiplies: x w for x [m][k] and each of `n_panels` panels
+   of w, `times` times. Every result overwrites the one before it. No pool: the calling thread does all of it. `packed`
+   has parvis_packed_bytes(), and is packed here. */
+void parvis_products(const Matrix *w, const float *x /* [m][k] */, int64_t m, int64_t k, int64_t n_panels,
+                     int64_t times, float *tile /* [m][PANEL] */, char *packed) {
     const Kernels *kernels = select_kernels();
-    int64_t panel_bytes = PANEL * k * (weight_dtype == FP32 ? 4 : 2);
+    int arithmetic = (int)w->arithmetic;
+    char *scratch = packed + aligned(packed_rows_bytes(arithmetic, m, k, w->group));
+    kernels->pack_rows(arithmetic, x, k, m, k, NULL, NULL, w->group, packed);
     for (int64_t i = 0; i < times; i++)
-        for (int64_t p = 0; p < n_panels; p++)
-            kernels->panel_product(weight_dtype, x, m, w + p * panel_bytes, k, tile);
+        for (int64_t p = 0; p < n_panels; p++) kernels->panel_product(arithmetic, w, packed, m, k, p, tile, scratch);
 }
 
-/* Packs w [k][n], of `bytes` per number, into panels: out [n/PANEL][k][PANEL]; n is a multiple of PANEL. With
-   `interleave_halves`, a panel holds PANEL/2 columns of the first half of w, then PANEL/2 of the second half. */
-void parvis_pack(const char *w /* [k][n] */, int64_t k, int64_t n, int64_t bytes, int interleave_halves,
-                 char *out /* [n/PANEL][k][PANEL] */) {
-    int64_t run = (interleave_halves ? PANEL / 2 : PANEL) * bytes;
-    /* w is read in order: it is a mapped file with small pages. `out` has huge pages. */
-    for (int64_t row = 0; row < k; row++)
-        for (int64_t p = 0; p < n / PANEL; p++) {
-            const char *from = w + row * n * bytes + p * run;
-            char *to = out + (p * k + row) * PANEL * bytes;
-            memcpy(to, from, (size_t)run);
-            if (interleave_halves) memcpy(to + run, from + n / 2 * bytes, (size_t)run);
-        }
+int64_t parvis_packed_bytes(const Matrix *w, int64_t m, int64_t k) {
+    int arithmetic = (int)w->arithmetic;
+    return aligned(packed_rows_bytes(arithmetic, m, k, w->group)) + product_scratch_bytes(arithmetic, m, k);
 }

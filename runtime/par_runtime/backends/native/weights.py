@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.native.library import WEIGHT_DTYPES, Model
+from par_runtime.backends.native.library import ARITHMETIC, STORED, Matrix, Model
 from par_runtime.backends.ort.sessions import check_memory
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
 from par_runtime.dtypes import STORAGE, Float, Int, dtype_bytes, to_float32
@@ -30,18 +30,12 @@ class Weights:
     def __init__(self, bundle: Bundle, lib: ctypes.CDLL, cache_slots: int) -> None:
         """Read the weights file of ``bundle``.
 
-        Raises BundleError where its matrices differ in precision, the file is shorter than its table, or there is less
-        memory than they take; OSError.
+        Raises BundleError where the file is shorter than its table, or there is less memory than the matrices take;
+        OSError.
         """
         m, table = bundle.model, bundle.weights
-        dtype = table["output"].dtype
         layers = range(m["n_layers"])
         names = [f"layers.{i}.{matrix}" for matrix in MATRICES for i in layers] + ["output"]
-        for name in names:
-            if table[name].dtype != dtype:
-                raise BundleError(
-                    f"{bundle.path}: {name} is stored in another precision than the others; export it again"
-                )
         with (bundle.path / WEIGHTS).open("rb") as opened:
             # Again, on the opened file: reading beyond its end would kill the process.
             size, needed = os.fstat(opened.fileno()).st_size, max(at.offset + at.length for at in table.values())
@@ -62,7 +56,7 @@ class Weights:
         for name in names:
             stored = table[name]
             source = file.ctypes.data + stored.offset
-            lib.parvis_pack(source, *stored.shape, dtype_bytes(dtype), int(name.endswith("w13")), address[name])
+            lib.parvis_pack(source, *stored.shape, dtype_bytes(stored.dtype), int(name.endswith("w13")), address[name])
             _drop_pages(mapped, stored)
         gains = ["norm", *(f"layers.{i}.{norm}" for norm in NORMS for i in layers)]
         self._norms = {name: _float32(file, table[name]) for name in gains}
@@ -70,7 +64,11 @@ class Weights:
         self._embed = _view(file, table["embed"]).copy()
         self._cosine, self._sine = (_float32(file, table[name]) for name in ("cos", "sin"))
 
-        matrices = {matrix: pointers(address[f"layers.{i}.{matrix}"] for i in layers) for matrix in MATRICES}
+        def packed(name: str) -> Matrix:
+            stored = STORED[table[name].dtype]
+            return Matrix(data=address[name], stored=stored, group=0, arithmetic=ARITHMETIC["fp32"])
+
+        matrices = {name: (Matrix * len(layers))(*(packed(f"layers.{i}.{name}") for i in layers)) for name in MATRICES}
         norms = {norm: pointers(self._norms[f"layers.{i}.{norm}"].ctypes.data for i in layers) for norm in NORMS}
         self.model = Model(
             dim=m["dim"],
@@ -80,14 +78,13 @@ class Weights:
             ffn_dim=m["ffn_dim"],
             vocab_size=bundle.vocab_size,
             cache_slots=cache_slots,
-            weight_dtype=WEIGHT_DTYPES[dtype],
             attention_scale=m["head_dim"] ** -0.5,
             cosine=self._cosine.ctypes.data,
             sine=self._sine.ctypes.data,
             **matrices,
             **norms,
             norm=self._norms["norm"].ctypes.data,
-            output=address["output"],
+            output=packed("output"),
         )
 
     def embed(self, ids: Int, out: Float) -> None:
