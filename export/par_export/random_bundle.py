@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from par_export.bundle import SELFTEST_GUIDANCE, architecture_entries, write_graphs, write_manifest
 from par_export.graphs.writer import WeightTable
-from par_export.weights import WeightsWriter, write_rotary, write_tokenizer_weights, write_weights
+from par_export.weights import WeightsWriter, parameters, write_rotary, write_tokenizer_weights, write_weights
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig, VQConfig, named
 from par_model.manifest import config_from_manifest, read_manifest, tokenizer_from_manifest
@@ -84,12 +84,6 @@ class VariedTensors(RandomTensors):
             return super().__getitem__(key)
         numbers = torch.empty(shape).uniform_(-1, 1, generator=self._random)
         return 0.1 * numbers if key.endswith("bias") else torch.exp2(2 * numbers)
-
-
-def parameters(config: PARConfig) -> int:
-    """How many parameters a model of ``config`` has."""
-    with torch.device("meta"):
-        return sum(tensor.numel() for tensor in PAR(config).parameters())
 
 
 def write_family(

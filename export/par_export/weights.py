@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,8 +19,10 @@ from par_export.graphs.writer import WeightTable
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig
 from par_model.ordering import rotary_table
+from par_model.transformer import PAR
 from par_runtime.bundle import Stored
 from par_runtime.dtypes import STORAGE
+from par_runtime.manifest import STORED_BYTES
 
 PAGE_BYTES = 4096  # large tensors start on a page, so that a runtime can map them in place
 LARGE_BYTES = 64 * 1024
@@ -44,13 +47,11 @@ class WeightsWriter(WeightTable):
         """
         if name in self.entries:
             raise ValueError(f"weight {name!r} was already written")
-        start, offset = self._file.tell(), -1
+        offset = -1
         shape: tuple[int, ...] = ()
         for part in parts:
             if offset < 0:
-                align = PAGE_BYTES if part.numel() * part.element_size() >= LARGE_BYTES else LINE_BYTES
-                offset = -(-start // align) * align
-                self._file.write(b"\0" * (offset - start))
+                offset = self._begin(part.numel() * part.element_size())
             # Contiguous bytes of any dtype, bf16 included, which numpy does not know.
             part = part.detach().to(TORCH_DTYPE[dtype]).contiguous()
             if part.is_meta:
@@ -60,10 +61,39 @@ class WeightsWriter(WeightTable):
             shape = (part.shape[0] + (shape[0] if shape else 0), *part.shape[1:])
         self.entries[name] = Stored(dtype, shape, offset, self._file.tell() - offset)
 
+    def add_bytes(self, name: str, dtype: str, shape: tuple[int, ...], parts: Iterable[bytes]) -> None:
+        """Append tensor ``name``, whose bytes are those of ``parts``, one after another.
+
+        Raises ValueError for a name that was written before or another number of bytes than ``shape`` has, OSError.
+        """
+        if name in self.entries:
+            raise ValueError(f"weight {name!r} was already written")
+        length = math.ceil(math.prod(shape) * STORED_BYTES[dtype])
+        offset = self._begin(length)
+        for part in parts:
+            self._file.write(part)
+        written = self._file.tell() - offset
+        if written != length:
+            raise ValueError(f"weight {name!r} of shape {shape} in {dtype} has {written} bytes; expected {length}")
+        self.entries[name] = Stored(dtype, shape, offset, length)
+
+    def _begin(self, length: int) -> int:
+        """Where a tensor whose first part has ``length`` bytes begins; the file is filled up to there."""
+        start, align = self._file.tell(), PAGE_BYTES if length >= LARGE_BYTES else LINE_BYTES
+        offset = -(-start // align) * align
+        self._file.write(b"\0" * (offset - start))
+        return offset
+
     def close(self) -> None:
         """Close the file; ``entries`` stay."""
         self._file.truncate()  # a hole at the end belongs to it
         self._file.close()
+
+
+def parameters(config: PARConfig) -> int:
+    """How many parameters a model of ``config`` has."""
+    with torch.device("meta"):
+        return sum(tensor.numel() for tensor in PAR(config).parameters())
 
 
 def parameter_count(checkpoint: Checkpoint) -> int:

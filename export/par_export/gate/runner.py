@@ -16,7 +16,15 @@ from par_export.graphs.step import COMPATIBLE_STEP, padded_head_dim, step_graph
 from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WeightTable
 from par_model.config import PARConfig
 from par_model.ordering import LEARNABLE, TOKEN, Phase, input_kinds, phases
-from par_runtime.backends.ort.sessions import LOG_SEVERITY, OPSET24_SINCE, explained, reason, version
+from par_runtime.backends.ort.sessions import (
+    EXACT,
+    LOG_SEVERITY,
+    OPSET24_SINCE,
+    QUANTISED_ACCURACY,
+    explained,
+    reason,
+    version,
+)
 from par_runtime.system import give_back, utf8_name
 
 SOME_GROUPS = 3  #: group calls that each graph runs, except for the main one, which makes whole images
@@ -133,6 +141,7 @@ def session(path: Path, pack: bool = False) -> ort.InferenceSession:
     """
     options = ort.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
+    options.add_session_config_entry(QUANTISED_ACCURACY, EXACT)
     if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:

@@ -23,13 +23,13 @@ from par_runtime.checked import shown
 from par_runtime.dtypes import STORAGE
 from par_runtime.errors import BundleError
 from par_runtime.manifest import STORED_BYTES
+from par_runtime.quantised import MOST_CODE, SCALE
 
 OPSET = 24
 COMPATIBLE_OPSET = 23  #: what ONNX Runtime 1.23 runs, the last release for Python 3.10
 IR_VERSION = 11
 
-QUANTISED = ("int8", "int4")  #: dtypes of weights that have scales beside them, under their name + SCALE
-SCALE = ".scale"
+QUANTISED = tuple(MOST_CODE)  #: dtypes of weights that have scales beside them, under their name + SCALE
 #: dtype -> ONNX's number of it. ONNX writes the names in capitals, and float32 as FLOAT.
 ONNX_DTYPE: dict[str, int] = {
     dtype: TensorProto.DataType.Value("FLOAT" if dtype == "float32" else dtype.upper())

@@ -33,6 +33,9 @@ OPEN_FILES = Path("/proc/self/fd")
 QUOTES = "'\""
 SPINNING = "session.intra_op.allow_spinning"
 ASSIGNMENT = "session.record_ep_graph_assignment_info"
+#: How products of quantised weights are computed on a CPU. ONNX Runtime's own default rounds activations to int8.
+QUANTISED_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
+EXACT = "1"  # fp32
 #: What ONNX Runtime says of a limit of the system -> what to do.
 LIMITS = {
     "Too many open files": "raise the limit of open files (ulimit -n)",
@@ -52,6 +55,7 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = LOG_SEVERITY
+    options.add_session_config_entry(QUANTISED_ACCURACY, EXACT)
     return options
 
 
@@ -97,7 +101,7 @@ def _copied(options: ort.SessionOptions) -> ort.SessionOptions:
     own = ort.SessionOptions()
     own.intra_op_num_threads = options.intra_op_num_threads
     own.log_severity_level = options.log_severity_level
-    for entry in (SPINNING, ASSIGNMENT):
+    for entry in (SPINNING, ASSIGNMENT, QUANTISED_ACCURACY):
         with suppress(RuntimeError):  # an entry that is not set
             own.add_session_config_entry(entry, options.get_session_config_entry(entry))
     return own
