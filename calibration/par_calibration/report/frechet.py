@@ -1,0 +1,100 @@
+"""How far two sets of generated images are apart, in features of the bundle's own encoder.
+
+The features are not those of the published FID (Inception's): they are what the encoder gives before it takes the
+nearest code, a unit vector of ``codebook_dim`` numbers for each token. Of each quarter of the image, their mean and
+their standard deviation are taken: 64 numbers for codes of 8. So colour, layout and the roughness of a region count;
+what an object is, hardly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_calibration.errors import CalibrationError
+from par_runtime.bundle import WEIGHTS, Bundle
+from par_runtime.dtypes import Float
+from par_runtime.tokenizer import chunk_images
+
+Double = NDArray[np.float64]
+FEATURES = (
+    "the bundle's own encoder: mean and standard deviation, over each quarter of the image, of the unit vectors before "
+    "the nearest code"
+)
+SPLITS = 200  #: random halves for the noise floor
+
+
+class Features:
+    """The encoder of a bundle with the vectors before quantisation as its output.
+
+    Raises CalibrationError where the graph is not as an export writes it.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        import onnx
+
+        from par_runtime.backends.ort.sessions import session_options
+
+        import onnxruntime as ort
+
+        self.bundle = bundle
+        path = bundle.path / bundle.graphs["encoder"].file
+        model = onnx.load(str(path), load_external_data=False)
+        made_by = {output: node for node in model.graph.node for output in node.output}
+        nearest = next((node for node in model.graph.node if node.op_type == "ArgMax"), None)
+        product = None if nearest is None else made_by.get(nearest.input[0])
+        if product is None or product.op_type != "MatMul":
+            raise CalibrationError(f"{path}: has no product with the codebook before its ArgMax; export the bundle again")
+        vectors = product.input[0]
+        del model.graph.output[:]
+        model.graph.output.append(onnx.helper.make_tensor_value_info(vectors, onnx.TensorProto.FLOAT, None))
+        options = session_options(threads)
+        weights = np.memmap(bundle.path / WEIGHTS, np.uint8, mode="r")
+        options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
+        self._session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
+        del options  # it points into the mapping
+
+    def of(self, images: NDArray[np.uint8]) -> Double:
+        """The features [M,F] of ``images`` [M,H,W,3]."""
+        size = chunk_images(self.bundle)
+        parts = [images[i : i + size] for i in range(0, len(images), size)]
+        return np.concatenate([self._pooled(self._session.run(None, {"images": part})[0]) for part in parts])
+
+    def _pooled(self, vectors: Float) -> Double:
+        """Mean and standard deviation over each quarter of vectors [B,h*w,c]: [B,8c]."""
+        _, h, w = self.bundle.grid
+        grid = vectors.astype(np.float64).reshape(len(vectors), h, w, -1)
+        quarters = [grid[:, a, b] for a in (slice(None, h // 2), slice(h // 2, None)) for b in (slice(None, w // 2), slice(w // 2, None))]
+        return np.concatenate([f(part, axis=(1, 2)) for part in quarters for f in (np.mean, np.std)], axis=1)
+
+
+def distance(one: Double, other: Double) -> float:
+    """The Frechet distance of two sets of features [M,F], taken as normal: |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))."""
+    if not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return float("nan")
+    means = one.mean(0) - other.mean(0)
+    first, second = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
+    root = _root(first)
+    # The trace of (C C')^(1/2) is that of the symmetric matrix (C^(1/2) C' C^(1/2))^(1/2): no complex numbers.
+    middle = np.linalg.eigvalsh(root @ second @ root)
+    trace = np.sqrt(np.clip(middle, 0, None)).sum()
+    return float(max(0.0, means @ means + np.trace(first) + np.trace(second) - 2 * trace))
+
+
+def floor(one: Double, other: Double, seed: int) -> tuple[float, float]:
+    """Mean and 95th percentile of the distance between random halves of both sets [M,F], which are of one model."""
+    both = np.concatenate([one, other])
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(SPLITS):
+        order = rng.permutation(len(both))
+        found.append(distance(both[order[: len(one)]], both[order[len(one) :]]))
+    return float(np.mean(found)), float(np.quantile(found, 0.95))
+
+
+def _root(matrix: Double) -> Double:
+    values, vectors = np.linalg.eigh(matrix)
+    root: Double = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    return root

@@ -1,0 +1,26 @@
+"""The error of each matrix on recorded activations: made by whoever recorded them, shown and judged here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far the product of one matrix is off in one phase.
+
+    ``relative_error``: the length of the error of its outputs over the length of the outputs, |xW' - xW| / |xW|, over
+    all recorded rows x of the phase; a position class may stand in the place of a phase.
+    """
+
+    name: str  #: of the matrix, for instance "layers.0.wqkv" or "output"
+    phase: str
+    relative_error: float
+
+
+def worst(layers: Sequence[LayerError]) -> LayerError | None:
+    """The layer and phase with the largest error; None without any. A NaN counts as the largest."""
+    if not layers:
+        return None
+    return max(layers, key=lambda one: one.relative_error if one.relative_error == one.relative_error else float("inf"))

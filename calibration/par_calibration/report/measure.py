@@ -1,0 +1,247 @@
+"""Two bundles, measured against each other: one is loaded at a time, through the runtime alone."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_calibration.errors import CalibrationError
+from par_calibration.heldout import HeldOut, find
+from par_calibration.report import measures
+from par_calibration.report.budget import Budget
+from par_calibration.report.forced import Stream, against, positions_of, record
+from par_calibration.report.frechet import FEATURES, Features, distance, floor
+from par_calibration.report.layers import LayerError
+from par_calibration.report.measures import Drawn, Frechet
+from par_calibration.report.options import SAMPLES, Options
+from par_calibration.report.result import BOTH, ROUNDING, WEIGHTS, Report, Side
+from par_runtime.bundle import WEIGHTS as WEIGHTS_FILE
+from par_runtime.bundle import Bundle
+from par_runtime.dtypes import Int
+from par_runtime.pipeline import Pipeline
+from par_runtime.request import class_indices
+
+T = TypeVar("T")
+FP32 = "fp32"
+LEAST_SAMPLES = 8  #: of generated images, for a distance of sets
+
+
+def compare(
+    original: Bundle, candidate: Bundle, options: Options | None = None, layers: Sequence[LayerError] = ()
+) -> Report:
+    """Measure ``candidate`` against the bundle that it was made from.
+
+    The original always runs in fp32. The candidate runs in the arithmetic and the cache of ``options`` (default: what
+    its manifest says) and, where that is not fp32, in fp32 too. Raises CalibrationError, BundleError, RequestError,
+    OSError.
+    """
+    options = options or Options()
+    if candidate.n_tokens != original.n_tokens or candidate.model != original.model:
+        raise CalibrationError(
+            f"{candidate.path} is no calibration of {original.path}: their models differ; give the bundle it was made of"
+        )
+    made = candidate.calibration
+    arithmetic = options.arithmetic or (made.arithmetic if made else FP32)
+    cache = options.cache or (made.cache if made else FP32)
+    with tempfile.TemporaryDirectory(prefix="parvis-report-", dir=options.scratch) as scratch:
+        return _Measuring(original, candidate, options, arithmetic, cache, Path(scratch)).run(tuple(layers))
+
+
+@dataclass
+class _Sets:
+    """Tokens [M,N] of generated images: the original's with two series of seeds, the candidate's with the second."""
+
+    first: Int
+    second: Int
+    candidate: Int | None = None
+
+
+@dataclass
+class _Measuring:
+    original: Bundle
+    candidate: Bundle
+    options: Options
+    arithmetic: str
+    cache: str
+    scratch: Path
+
+    def run(self, layers: tuple[LayerError, ...]) -> Report:
+        notes: list[str] = []
+        guidance = self.options.guidance
+        if guidance is None:
+            guidance = self.original.defaults.guidance
+        samples = SAMPLES if self.options.samples is None else self.options.samples
+        classes = class_indices(self.original, list(self.options.labels)) or list(range(self.original.n_classes))
+        labels = tuple(classes[i % len(classes)] for i in range(samples))
+        stream, other = Stream(self.scratch / "original"), Stream(self.scratch / "candidate")
+        try:
+            with _loaded(self.original, FP32, FP32, self.options.threads) as pipeline:
+                backend = pipeline.backend.info.name
+                held = self._held(pipeline, notes)
+                self._time("original, given tokens", lambda: record(pipeline, held, stream))
+                sets = self._draw_both(pipeline, labels, guidance) if samples else None
+            rounded = (self.arithmetic, self.cache) != (FP32, FP32)
+            forced = {}
+            if rounded:
+                with _loaded(self.candidate, FP32, FP32, self.options.threads) as pipeline:
+                    [forced[WEIGHTS]] = self._time(
+                        "candidate in fp32, given tokens",
+                        lambda: against(pipeline, held, [stream], guidance, keep=other),
+                    )
+            with _loaded(self.candidate, self.arithmetic, self.cache, self.options.threads) as pipeline:
+                streams = [stream, other] if rounded else [stream]
+                results = self._time(
+                    "candidate, given tokens", lambda: against(pipeline, held, streams, guidance)
+                )
+                forced |= dict(zip((BOTH, ROUNDING), results, strict=False))
+                if sets is not None:
+                    sets.candidate = self._draw(pipeline, labels, guidance, len(labels))
+                candidate_backend = pipeline.backend.info.name
+        finally:
+            stream.close()
+            other.close()
+        where = positions_of(self.original)
+        agreements = [one for cost, each in forced.items() for one in measures.agreement(each, cost, where)]
+        drawn, frechet, pairs = self._generated(sets, notes)
+        if not layers:
+            notes.append("The error of each layer was not measured: no activations were recorded.")
+        weights = self.candidate.quantised or "kept"
+        return Report(
+            original=_side(self.original, FP32, FP32, backend),
+            candidate=_side(self.candidate, self.arithmetic, self.cache, candidate_backend),
+            images=len(held),
+            images_from=held.source,
+            real=held.real,
+            guidance=guidance,
+            seed=self.options.seed,
+            agreements=tuple(agreements),
+            likelihoods={cost: measures.likelihood(each, self.options.seed) for cost, each in forced.items()},
+            layers=layers,
+            drawn=drawn,
+            frechet=frechet,
+            labels=labels,
+            notes=tuple(notes),
+            budget=self.options.budget or Budget.of(weights),
+            pairs=pairs,
+            pair_names=tuple(
+                f"{_class_name(self.original, label)}, seed {self.options.seed + samples + i}"
+                for i, label in enumerate(labels[: 0 if pairs is None else len(pairs)])
+            ),
+        )
+
+    def _held(self, pipeline: Pipeline, notes: list[str]) -> HeldOut:
+        """The held-out images; where there are none, tokens that the original draws."""
+        count = self.options.images_of(self.original.n_tokens)
+        held = find(self.original, self.options.real, count)
+        if held is None:
+            classes = list(range(self.original.n_classes))
+            labels = [classes[i % len(classes)] for i in range(count)]
+            # Unguided, so that their likelihood is that of the distribution which is compared.
+            tokens = pipeline.generate(labels, guidance=1.0, top_p=1.0, seed=self.options.seed + 10**6, decode=False)
+            held = HeldOut(tokens.tokens, tuple(labels), "tokens that the original model drew", real=False)
+            notes.append(
+                "No real images: the bundle holds none and --real names none. Tokens that the original model drew "
+                "stand in, so the likelihood says how well the candidate predicts the original, not images."
+            )
+        elif len(held) < count:
+            notes.append(f"Only {len(held)} held-out images were there; {count} were asked for.")
+        return held
+
+    def _draw_both(self, pipeline: Pipeline, labels: tuple[int, ...], guidance: float) -> _Sets:
+        first = self._draw(pipeline, labels, guidance, 0)
+        return _Sets(first, self._draw(pipeline, labels, guidance, len(labels)))
+
+    def _draw(self, pipeline: Pipeline, labels: tuple[int, ...], guidance: float, offset: int) -> Int:
+        seed = self.options.seed + offset
+        return self._time(
+            "images", lambda: pipeline.generate(list(labels), guidance=guidance, seed=seed, decode=False).tokens
+        )
+
+    def _generated(
+        self, sets: _Sets | None, notes: list[str]
+    ) -> tuple[Drawn | None, Frechet | None, NDArray[np.uint8] | None]:
+        """Tokens until the first divergence, the distance of the sets, and pairs of images to look at."""
+        if sets is None or sets.candidate is None:
+            notes.append("No images were generated: no divergence and no distance of sets.")
+            return None, None, None
+        drawn = measures.drawn(sets.second, sets.candidate)
+        if self.original.image_size is None:
+            notes.append("The bundle ends at tokens: there are no images, and no distance of sets.")
+            return drawn, None, None
+        show = min(self.options.show, len(sets.second))
+        features = self._features(len(sets.second), notes)
+        with _loaded(self.original, FP32, FP32, self.options.threads) as pipeline:  # its decoder is the candidate's too
+            if features is None:
+                decoded = [pipeline.decode(each[:show]) for each in (sets.second, sets.candidate)]
+                return drawn, None, np.stack(decoded, 1) if show else None
+            found, shown = [], []
+            for tokens in (sets.first, sets.second, sets.candidate):
+                images = pipeline.decode(tokens)
+                found.append(features.of(images))
+                shown.append(images[:show])
+        first, second, candidate = found
+        mean, p95 = floor(first, second, self.options.seed)
+        frechet = Frechet(
+            features=FEATURES,
+            images=len(first),
+            distance=distance(first, candidate),
+            other_seeds=distance(first, second),
+            same_seeds=distance(second, candidate),
+            floor=mean,
+            floor_p95=p95,
+        )
+        return drawn, frechet, np.stack(shown[1:], 1) if show else None
+
+    def _features(self, samples: int, notes: list[str]) -> Features | None:
+        if "encoder" not in self.original.graphs:
+            notes.append("The bundle has no encoder, so there are no features for a distance of generated sets.")
+            return None
+        if samples < LEAST_SAMPLES or min(self.original.grid[1:]) < 2:
+            notes.append(f"No distance of sets from {samples} images; it takes {LEAST_SAMPLES}.")
+            return None
+        return Features(self.original, self.options.threads)
+
+    def _time(self, what: str, work: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        out = work()
+        self.options.say(f"report: {what}, {time.perf_counter() - began:.1f} s")
+        return out
+
+
+@contextmanager
+def _loaded(bundle: Bundle, arithmetic: str, cache: str, threads: int | None) -> Iterator[Pipeline]:
+    """The bundle on the CPU, closed at the end. Its self-test is left out: a comparison is stricter."""
+    how = {"arithmetic": arithmetic, "cache": cache}
+    known = inspect.signature(Pipeline.load).parameters
+    with Pipeline.load(
+        bundle.path, "cpu", threads=threads, selftest=False, **{k: v for k, v in how.items() if k in known}
+    ) as pipeline:
+        yield pipeline
+
+
+def _side(bundle: Bundle, arithmetic: str, cache: str, backend: str) -> Side:
+    made = bundle.calibration
+    return Side(
+        name=bundle.name,
+        hash=bundle.hash,
+        weights=bundle.quantised or bundle.precision,
+        group=made.group if made else 0,
+        kept=made.kept if made else (),
+        arithmetic=arithmetic,
+        cache=cache,
+        megabytes=bundle.files[WEIGHTS_FILE]["bytes"] / 1e6,
+        backend=backend,
+    )
+
+
+def _class_name(bundle: Bundle, label: int) -> str:
+    return bundle.class_names[label].split(", ")[0] if bundle.class_names else f"class {label}"

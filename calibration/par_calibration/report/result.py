@@ -1,0 +1,207 @@
+"""A finished report: its figures, what is above the budget, and its forms for a manifest, a terminal and a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_calibration.report.budget import LIMITS, Budget
+from par_calibration.report.forced import CLASS, LEARNABLE
+from par_calibration.report.layers import LayerError, worst
+from par_calibration.report.measures import Agreement, Drawn, Frechet, Likelihood
+from par_runtime.metrics import finite
+from par_runtime.system import write_beside
+
+WEIGHTS, ROUNDING, BOTH = "weights", "rounding", "both"
+COSTS = {
+    WEIGHTS: "weights alone, in fp32 arithmetic",
+    ROUNDING: "rounded activations alone",
+    BOTH: "as it will run",
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two bundles."""
+
+    name: str
+    hash: str
+    weights: str  #: what its matrices are stored in
+    group: int
+    kept: tuple[str, ...]
+    arithmetic: str
+    cache: str
+    megabytes: float  #: of its weights file
+    backend: str
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Everything that was measured of a candidate against the bundle that it was made from."""
+
+    original: Side
+    candidate: Side
+    images: int  #: held-out images
+    images_from: str
+    real: bool  #: whether they are real images, or tokens that the original drew
+    guidance: float
+    seed: int
+    agreements: tuple[Agreement, ...]
+    likelihoods: Mapping[str, Likelihood]  #: by cost
+    layers: tuple[LayerError, ...]
+    drawn: Drawn | None  #: None where no images were generated
+    frechet: Frechet | None  #: None where the bundle has no encoder, too
+    labels: tuple[int, ...]  #: classes of the generated images
+    notes: tuple[str, ...]  #: what was not measured and why, and what the figures are not
+    budget: Budget
+    pairs: NDArray[np.uint8] | None = field(default=None, repr=False)  #: images [P,2,H,W,3]: original, candidate
+    pair_names: tuple[str, ...] = ()
+
+    def agreement(self, where: str = "all", guided: bool = False, cost: str = BOTH) -> Agreement | None:
+        """The figures over the positions ``where``; None where there are none."""
+        wanted = (where, guided, cost)
+        return next((one for one in self.agreements if (one.where, one.guided, one.cost) == wanted), None)
+
+    def measures(self) -> dict[str, float]:
+        """The value of each measure that has a limit, by its key in ``budget.LIMITS``; those that were measured."""
+        out: dict[str, float] = {}
+        every = [a for a in self.agreements if a.cost == BOTH]
+        whole = [a for a in every if a.where == "all"]
+        out["top1"] = min(a.top1 for a in whole)
+        inputs = [a for a in every if a.where in (CLASS, LEARNABLE)]
+        if inputs:
+            # Both kinds together: an image has one class input and few learnable ones.
+            out["top1_inputs"] = min(
+                sum(a.top1 * a.positions for a in inputs if a.guided == guided)
+                / sum(a.positions for a in inputs if a.guided == guided)
+                for guided in (False, True)
+            )
+        out["kl"] = _largest(a.kl for a in whole)
+        out["kl_p95"] = _largest(a.kl_p95 for a in whole)
+        out["likelihood"] = self.likelihoods[BOTH].farthest
+        layer = worst(self.layers)
+        if layer is not None:
+            out["layer"] = layer.relative_error
+        if self.frechet is not None:
+            out["frechet"] = self.frechet.ratio
+        return out
+
+    def exceeded(self, budget: Budget | None = None) -> list[str]:
+        """A line for each measure beyond its limit (default: those of the report's own budget): by how much, and what
+        to try. Empty: the calibration passes.
+        """
+        limits = (budget or self.budget).limits
+        lines = []
+        for key, value in self.measures().items():
+            if key not in limits:
+                continue
+            limit, most = LIMITS[key], limits[key]
+            within = value >= most if limit.least else value <= most  # False for a NaN
+            if not within:
+                lines.append(
+                    f"{limit.name}: {limit.text(value)}, {'at least' if limit.least else 'at most'} "
+                    f"{limit.text(most)} ({_beyond(value, most, limit.least)}); {self._advice(key)}"
+                )
+        return lines
+
+    def _advice(self, key: str) -> str:
+        side = self.candidate
+        together, alone = self.agreement(cost=BOTH), self.agreement(cost=WEIGHTS)
+        if together is not None and alone is not None and alone is not together and together.kl > 2 * alone.kl:
+            return f"most of it comes from {side.arithmetic} arithmetic: try --arithmetic fp32"
+        tries = []
+        layer = worst(self.layers)
+        if layer is not None and layer.name != "output" and key == "layer":
+            tries.append(f"--keep {layer.name}")
+        elif "output" not in side.kept and "head" not in side.kept:
+            tries.append("--keep head")
+        if side.group > 32:
+            tries.append(f"--group {side.group // 2}")
+        if side.weights == "int4":
+            tries.append("--weights int8")
+        return "try " + ", ".join(tries or ["a larger --keep, and look at the worst layers in the page"])
+
+    def summary(self) -> dict[str, Any]:
+        """The figures for a manifest: what was measured on what, with the limits."""
+        out: dict[str, Any] = {
+            "images": self.images,
+            "real": self.real,
+            "images_from": self.images_from[:200],
+            "guidance": self.guidance,
+            "measures": {key: _short(value) for key, value in self.measures().items()},
+            "budget": dict(self.budget.limits),
+            "nats_per_token": {
+                "original": _short(self.likelihoods[BOTH].original),
+                "candidate": _short(self.likelihoods[BOTH].candidate),
+            },
+        }
+        if self.drawn is not None:
+            out["tokens_until_divergence"] = {
+                "median": self.drawn.median,
+                "identical_images": self.drawn.identical,
+                "images": self.drawn.images,
+            }
+        cleaned: dict[str, Any] = finite(out)
+        return cleaned
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures, without the images."""
+        out = asdict(self, dict_factory=_without_arrays)
+        out["budget"] = dict(self.budget.limits)
+        out["measures"] = self.measures()
+        out["exceeded"] = self.exceeded()
+        if self.drawn is not None:
+            out["drawn"]["survival"] = self.drawn.survival()
+        cleaned: dict[str, Any] = finite(out)
+        return cleaned
+
+    def write_json(self, path: Path) -> None:
+        """Write :meth:`as_json` to ``path``. Raises OSError."""
+        text = json.dumps(self.as_json(), indent=1, allow_nan=False) + "\n"
+        write_beside(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def write_html(self, path: Path) -> None:
+        """Write the page to ``path``: one file that needs no other. Raises OSError."""
+        from par_calibration.report.page import page
+
+        text = page(self)
+        write_beside(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def write_images(self, path: Path) -> None:
+        """Write the sheet of pairs to ``path``, a PNG. Raises CalibrationError where there are none, OSError."""
+        from par_calibration.report.sheet import write_sheet
+
+        write_sheet(self, path)
+
+    def table(self) -> list[str]:
+        """The lines for a terminal."""
+        from par_calibration.report.text import table
+
+        return table(self)
+
+
+def _largest(values: Any) -> float:
+    """The largest; NaN where one is."""
+    return float(np.max(list(values)))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _beyond(value: float, limit: float, least: bool) -> str:
+    if not np.isfinite(value):
+        return "not a finite number"
+    if least:
+        return f"{100 * (limit - value):.2f} points too low"
+    return f"{value / limit:.3g} times as much" if limit else "more than nothing"
+
+
+def _without_arrays(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if key not in ("pairs", "budget")}

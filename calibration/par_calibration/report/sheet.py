@@ -1,0 +1,38 @@
+"""Pairs of images of both models with the same seeds, as a PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_calibration.errors import CalibrationError
+from par_runtime.images.png import enlarged, sheet, write_pixels
+
+if TYPE_CHECKING:
+    from par_calibration.report.result import Report
+
+GAP = 4  #: pixels between pairs
+PAIRS_A_ROW = 4
+SMALL = 128  #: smaller images are shown at a multiple of their size
+
+
+def pair_sheet(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """``pairs`` [P,2,H,W,3] as one picture: the original's image left, the candidate's right, pairs in rows."""
+    count, _, height, width, _ = pairs.shape
+    framed = np.full((count, height + GAP, 2 * width + GAP, 3), 255, np.uint8)
+    framed[:, :height, :width] = pairs[:, 0]
+    framed[:, :height, width : 2 * width] = pairs[:, 1]
+    return enlarged(sheet(framed, min(PAIRS_A_ROW, count)), max(1, SMALL // width))
+
+
+def write_sheet(report: Report, path: Path) -> None:
+    """Write the report's pairs to ``path``. Raises CalibrationError where there are none, OSError."""
+    if report.pairs is None or not len(report.pairs):
+        raise CalibrationError(
+            f"--show-images {path}: this report has no images: the bundle ends at tokens, or none were generated "
+            "(--samples 0)"
+        )
+    write_pixels(path, pair_sheet(report.pairs))

@@ -1,0 +1,66 @@
+"""The report as lines for a terminal, in plain words."""
+
+from __future__ import annotations
+
+from par_calibration.report.budget import LIMITS
+from par_calibration.report.layers import worst
+from par_calibration.report.result import BOTH, COSTS, Report, Side
+
+
+def table(report: Report) -> list[str]:
+    """Every measure with its limit, then what each part costs."""
+    like = report.likelihoods[BOTH]
+    lines = [
+        f"original   {_side(report.original)}",
+        f"candidate  {_side(report.candidate)}",
+        f"images     {report.images} {'real images' if report.real else 'images, none of them real'}: "
+        f"{report.images_from}",
+        "",
+    ]
+    limits = report.budget.limits
+    for key, value in report.measures().items():
+        limit = LIMITS[key]
+        allowed = limits.get(key)
+        verdict = "no limit"
+        if allowed is not None:
+            within = value >= allowed if limit.least else value <= allowed
+            verdict = f"{'at least' if limit.least else 'at most'} {limit.text(allowed)}"
+            verdict = f"{verdict:<18}{'ok' if within else 'ABOVE THE BUDGET' if not limit.least else 'BELOW THE BUDGET'}"
+        lines.append(f"{limit.name:<48}{limit.text(value):>10}   {verdict}")
+    lines += ["", f"{'nats per token of the images':<48}{like.original:>10.4f} -> {like.candidate:.4f}{_interval(report)}"]
+    for cost, name in COSTS.items():
+        one = report.agreement(cost=cost)
+        if one is not None:
+            lines.append(f"{name:<48}{100 * one.top1:>9.2f} %   same code, KL {one.kl:.3g} nats, worst {one.kl_worst:.3g}")
+    layer = worst(report.layers)
+    if layer is not None:
+        lines.append(f"{'worst layer':<48}{100 * layer.relative_error:>9.2f} %   {layer.name}, {layer.phase}")
+    if report.drawn is not None:
+        d = report.drawn
+        lines.append(
+            f"{'tokens until the first that differs':<48}{d.median:>10g}   median of {d.images} images of {d.n_tokens}; "
+            f"{d.identical} identical"
+        )
+    if report.frechet is not None:
+        f = report.frechet
+        lines.append(
+            f"{'distance of generated sets':<48}{f.distance:>10.3g}   the original's own: {f.other_seeds:.3g}, "
+            f"halves up to {f.floor_p95:.3g}"
+        )
+    return lines + [""] * bool(report.notes) + [f"note: {note}" for note in report.notes]
+
+
+def _side(side: Side) -> str:
+    kept = f", kept {', '.join(side.kept)}" if side.kept else ""
+    group = f", group {side.group}" if side.group else ""
+    return (
+        f"{side.name}: {side.weights}{group}{kept}, {side.megabytes:.1f} MB; {side.arithmetic} arithmetic, "
+        f"{side.cache} cache ({side.backend})"
+    )
+
+
+def _interval(report: Report) -> str:
+    like = report.likelihoods[BOTH]
+    if like.low is None or like.high is None:
+        return ""
+    return f" (change of the log-likelihood {like.change:+.5f}, 95 % interval {like.low:+.5f} to {like.high:+.5f})"
