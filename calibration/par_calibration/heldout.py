@@ -100,14 +100,18 @@ def read(bundle: Bundle, path: Path, source: str) -> HeldOut:
     named = "tokens" if "tokens" in arrays else "codes"
     tokens = arrays.get(named)
     if tokens is None or labels is None:
-        raise _unusable(path, f"it holds {', '.join(sorted(arrays)) or 'no array'}, not 'tokens' or 'codes' and 'labels'")
+        raise _unusable(
+            path, f"it holds {', '.join(sorted(arrays)) or 'no array'}, not 'tokens' or 'codes' and 'labels'"
+        )
     _, h, w = bundle.grid
     if named == "codes":
         if tokens.ndim != 3 or tokens.shape[1:] != (h, w) or bundle.grid[0] != 1:
             raise _unusable(path, f"its codes have shape {tokens.shape}; this bundle's images have {h}x{w} codes")
         tokens = tokens.reshape(len(tokens), h * w)[:, list(bundle.order)]
     if tokens.ndim != 2 or tokens.shape[1] != bundle.n_tokens or not 1 <= len(tokens) <= MOST_IMAGES:
-        raise _unusable(path, f"its tokens have shape {tokens.shape}; expected [M,{bundle.n_tokens}] with M of 1 or more")
+        raise _unusable(
+            path, f"its tokens have shape {tokens.shape}; expected [M,{bundle.n_tokens}] with M of 1 or more"
+        )
     if tokens.dtype.kind not in "iu" or labels.dtype.kind not in "iu" or labels.shape != (len(tokens),):
         raise _unusable(
             path,

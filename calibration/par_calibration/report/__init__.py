@@ -1,8 +1,8 @@
 """The accuracy report, which decides whether a calibrated bundle may be published.
 
-``measure.py`` runs both bundles, ``forced.py`` compares logits of given tokens, ``frechet.py`` sets of generated images;
-``measures.py`` has the figures, ``budget.py`` the limits, ``result.py`` the report that holds them. ``text.py``,
-``page.py`` and ``sheet.py`` show it.
+``measure.py`` runs both bundles, ``forced.py`` compares logits of given tokens, ``frechet.py`` sets of generated
+images; ``measures.py`` has the figures, ``budget.py`` the limits, ``result.py`` the report that holds
+them. ``text.py``, ``page.py`` and ``sheet.py`` show it.
 """
 
 from par_calibration.report.budget import LIMITS, Budget

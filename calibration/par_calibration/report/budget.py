@@ -100,10 +100,7 @@ class Budget:
         """The defaults for ``weights``, changed by ``text``: ``top1=0.97,kl=0.01``, or the name of a JSON file with an
         object of such entries. null, or "none" in a list, takes a limit away. Raises CalibrationError.
         """
-        if "=" in text and not Path(text).is_file():
-            given = _pairs(text)
-        else:
-            given = _file(Path(text))
+        given = _pairs(text) if "=" in text and not Path(text).is_file() else _file(Path(text))
         limits = dict(Budget.of(weights).limits)
         for key, value in given.items():
             if key not in LIMITS:
@@ -150,8 +147,8 @@ def _pairs(text: str) -> dict[str, object]:
 def _file(path: Path) -> dict[str, object]:
     def fault(message: str) -> CalibrationError:
         return CalibrationError(
-            f"--budget {message}; expected NAME=NUMBER with commas between, for instance top1=0.97,kl=0.01, or the name "
-            'of a JSON file such as {"top1": 0.97, "kl": 0.01}'
+            f"--budget {message}; expected NAME=NUMBER with commas between, for instance top1=0.97,kl=0.01, or the "
+            'name of a JSON file such as {"top1": 0.97, "kl": 0.01}'
         )
 
     value = load_json(read_regular(path, MOST_BYTES, fault), shown_path(path), fault)

@@ -144,7 +144,7 @@ def divergence(log_first: Double, log_second: Double) -> Double:
 
 def positions_of(bundle: Bundle) -> dict[str, NDArray[np.int64]]:
     """The positions of each phase and of each kind of input, by name: "group", "class", "learnable", "code"."""
-    where: dict[str, list[int]] = {phase.name: [] for phase in bundle.phases} | {name: [] for name in INPUTS}
+    where: dict[str, list[int]] = {name: [] for name in (*(phase.name for phase in bundle.phases), *INPUTS)}
     for call in image_calls(bundle.phases):
         for slot, entry in enumerate(call.phase.inputs):
             position = call.write + slot

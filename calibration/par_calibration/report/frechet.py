@@ -32,10 +32,9 @@ class Features:
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         import onnx
+        import onnxruntime as ort
 
         from par_runtime.backends.ort.sessions import session_options
-
-        import onnxruntime as ort
 
         self.bundle = bundle
         path = bundle.path / bundle.graphs["encoder"].file
@@ -44,7 +43,9 @@ class Features:
         nearest = next((node for node in model.graph.node if node.op_type == "ArgMax"), None)
         product = None if nearest is None else made_by.get(nearest.input[0])
         if product is None or product.op_type != "MatMul":
-            raise CalibrationError(f"{path}: has no product with the codebook before its ArgMax; export the bundle again")
+            raise CalibrationError(
+                f"{path}: has no product with the codebook before its ArgMax; export the bundle again"
+            )
         vectors = product.input[0]
         del model.graph.output[:]
         model.graph.output.append(onnx.helper.make_tensor_value_info(vectors, onnx.TensorProto.FLOAT, None))
@@ -66,7 +67,11 @@ class Features:
         """Mean and standard deviation over each quarter of vectors [B,h*w,c]: [B,8c]."""
         _, h, w = self.bundle.grid
         grid = vectors.astype(np.float64).reshape(len(vectors), h, w, -1)
-        quarters = [grid[:, a, b] for a in (slice(None, h // 2), slice(h // 2, None)) for b in (slice(None, w // 2), slice(w // 2, None))]
+        quarters = [
+            grid[:, a, b]
+            for a in (slice(None, h // 2), slice(h // 2, None))
+            for b in (slice(None, w // 2), slice(w // 2, None))
+        ]
         return np.concatenate([f(part, axis=(1, 2)) for part in quarters for f in (np.mean, np.std)], axis=1)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,8 @@ def compare(
     options = options or Options()
     if candidate.n_tokens != original.n_tokens or candidate.model != original.model:
         raise CalibrationError(
-            f"{candidate.path} is no calibration of {original.path}: their models differ; give the bundle it was made of"
+            f"{candidate.path} is no calibration of {original.path}: their models differ; give the bundle that it was "
+            "made from"
         )
     made = candidate.calibration
     arithmetic = options.arithmetic or (made.arithmetic if made else FP32)
@@ -99,9 +100,7 @@ class _Measuring:
                     )
             with _loaded(self.candidate, self.arithmetic, self.cache, self.options.threads) as pipeline:
                 streams = [stream, other] if rounded else [stream]
-                results = self._time(
-                    "candidate, given tokens", lambda: against(pipeline, held, streams, guidance)
-                )
+                results = self._time("candidate, given tokens", lambda: against(pipeline, held, streams, guidance))
                 forced |= dict(zip((BOTH, ROUNDING), results, strict=False))
                 if sets is not None:
                     sets.candidate = self._draw(pipeline, labels, guidance, len(labels))
@@ -220,7 +219,7 @@ class _Measuring:
 @contextmanager
 def _loaded(bundle: Bundle, arithmetic: str, cache: str, threads: int | None) -> Iterator[Pipeline]:
     """The bundle on the CPU, closed at the end. Its self-test is left out: a comparison is stricter."""
-    how = {"arithmetic": arithmetic, "cache": cache}
+    how: dict[str, Any] = {"arithmetic": arithmetic, "cache": cache}
     known = inspect.signature(Pipeline.load).parameters
     with Pipeline.load(
         bundle.path, "cpu", threads=threads, selftest=False, **{k: v for k, v in how.items() if k in known}

@@ -25,21 +25,28 @@ def table(report: Report) -> list[str]:
         if allowed is not None:
             within = value >= allowed if limit.least else value <= allowed
             verdict = f"{'at least' if limit.least else 'at most'} {limit.text(allowed)}"
-            verdict = f"{verdict:<18}{'ok' if within else 'ABOVE THE BUDGET' if not limit.least else 'BELOW THE BUDGET'}"
+            verdict = (
+                f"{verdict:<18}{'ok' if within else 'ABOVE THE BUDGET' if not limit.least else 'BELOW THE BUDGET'}"
+            )
         lines.append(f"{limit.name:<48}{limit.text(value):>10}   {verdict}")
-    lines += ["", f"{'nats per token of the images':<48}{like.original:>10.4f} -> {like.candidate:.4f}{_interval(report)}"]
+    lines += [
+        "",
+        f"{'nats per token of the images':<48}{like.original:>10.4f} -> {like.candidate:.4f}{_interval(report)}",
+    ]
     for cost, name in COSTS.items():
         one = report.agreement(cost=cost)
         if one is not None:
-            lines.append(f"{name:<48}{100 * one.top1:>9.2f} %   same code, KL {one.kl:.3g} nats, worst {one.kl_worst:.3g}")
+            lines.append(
+                f"{name:<48}{100 * one.top1:>9.2f} %   same code, KL {one.kl:.3g} nats, worst {one.kl_worst:.3g}"
+            )
     layer = worst(report.layers)
     if layer is not None:
         lines.append(f"{'worst layer':<48}{100 * layer.relative_error:>9.2f} %   {layer.name}, {layer.phase}")
     if report.drawn is not None:
         d = report.drawn
         lines.append(
-            f"{'tokens until the first that differs':<48}{d.median:>10g}   median of {d.images} images of {d.n_tokens}; "
-            f"{d.identical} identical"
+            f"{'tokens until the first that differs':<48}{d.median:>10g}   median of {d.images} images of {d.n_tokens} "
+            f"tokens, {d.identical} identical"
         )
     if report.frechet is not None:
         f = report.frechet
