@@ -23,7 +23,7 @@ from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
 from par_runtime.manifest import KEPT, MOST_BYTES, MOST_GRAPH_BYTES, check
 from par_runtime.manifest import WEIGHTS as WEIGHTS  # with the names of the other files
-from par_runtime.quantised import SCALE
+from par_runtime.quantised import MOST_CODE, SCALE
 from par_runtime.system import sha256
 
 SCHEMA = 1
@@ -185,9 +185,21 @@ class Bundle:
     @cached_property
     def weight_bytes(self) -> float:
         """Bytes of one parameter that a call reads, on average, as it is stored: scales are counted too."""
+        return self.bytes_read(None)
+
+    def bytes_read(self, number_bytes: float | None) -> float:
+        """:attr:`weight_bytes` for a backend that holds all but codes in ``number_bytes``; None: as they are stored."""
         read = {name: at for name, at in self.weights.items() if name not in ("embed", "cos", "sin")}
-        numbers = sum(math.prod(at.shape) for name, at in read.items() if not name.endswith(SCALE))
-        return sum(at.length for at in read.values()) / numbers if numbers else BYTES[self.precision]
+        parameters = sum(math.prod(at.shape) for name, at in read.items() if not name.endswith(SCALE))
+        if not parameters:
+            return BYTES[self.precision] if number_bytes is None else number_bytes
+        return (
+            sum(
+                at.length if number_bytes is None or at.dtype in MOST_CODE else math.prod(at.shape) * number_bytes
+                for at in read.values()
+            )
+            / parameters
+        )
 
     @property
     def quantised(self) -> str | None:

@@ -17,10 +17,9 @@ from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, WeightTable
 from par_model.config import PARConfig
 from par_model.ordering import LEARNABLE, TOKEN, Phase, input_kinds, phases
 from par_runtime.backends.ort.sessions import (
-    EXACT,
+    DEQUANTISE,
     LOG_SEVERITY,
     OPSET24_SINCE,
-    QUANTISED_ACCURACY,
     explained,
     reason,
     version,
@@ -135,13 +134,14 @@ def input_ids(config: PARConfig, labels: np.ndarray, tokens: np.ndarray, start: 
 def session(path: Path, pack: bool = False) -> ort.InferenceSession:
     """A CPU session of the graph at ``path``. Weights in fp32 are mapped; ``pack`` copies them into packed matrices.
 
-    Weights in half precision are held in fp32 in both cases: ONNX Runtime casts one after another when the session is
-    made. (With the casts left in the graph it takes more memory, because it plans for all of their results at once.)
+    Weights in half precision and quantised ones are held in fp32 in both cases: ONNX Runtime casts one after another
+    when the session is made. (With the casts left in the graph it takes more memory, because it plans for all of their
+    results at once.)
     Raises ExportError where ONNX Runtime cannot load it.
     """
     options = ort.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
-    options.add_session_config_entry(QUANTISED_ACCURACY, EXACT)
+    options.add_session_config_entry(DEQUANTISE, "1")
     if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:

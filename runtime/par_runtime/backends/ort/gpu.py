@@ -34,6 +34,7 @@ with importing("device 'cuda-ort'", "onnxruntime-gpu", "onnxruntime-gpu"):
     from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE
     from par_runtime.backends.ort.sessions import (
         ASSIGNMENT,
+        DEQUANTISE,
         OPSET24_SINCE,
         explained,
         open_session,
@@ -97,6 +98,8 @@ class OrtCudaBackend:
         self._options.intra_op_num_threads = threads or available_cores()
         self._options.log_severity_level = 4  # failures are raised; its warnings list every shape operator on the CPU
         self._options.add_session_config_entry(ASSIGNMENT, "1")
+        # Quantised weights become fp32: which of their products the CUDA provider fuses, nobody has seen here.
+        self._options.add_session_config_entry(DEQUANTISE, "1")
         self._files = LoadedFiles(bundle)
         self._closed = self._forked = False
         self._step: ort.InferenceSession | None = self._session("step")

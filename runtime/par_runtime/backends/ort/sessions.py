@@ -33,9 +33,13 @@ OPEN_FILES = Path("/proc/self/fd")
 QUOTES = "'\""
 SPINNING = "session.intra_op.allow_spinning"
 ASSIGNMENT = "session.record_ep_graph_assignment_info"
-#: How products of quantised weights are computed on a CPU. ONNX Runtime's own default rounds activations to int8.
+#: How products of quantised weights (``MatMulNBits``) are computed: "1" in fp32, "4" over activations rounded to int8,
+#: which is ONNX Runtime's own default.
 QUANTISED_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
-EXACT = "1"  # fp32
+#: "1": quantised weights become fp32 when the session is made, as those in half precision do.
+DEQUANTISE = "session.disable_quant_qdq"
+#: The first release that fuses products of int8 weights; before, each call dequantises all of them.
+INT8_FUSED_SINCE = (1, 25)
 #: What ONNX Runtime says of a limit of the system -> what to do.
 LIMITS = {
     "Too many open files": "raise the limit of open files (ulimit -n)",
@@ -55,8 +59,28 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = LOG_SEVERITY
-    options.add_session_config_entry(QUANTISED_ACCURACY, EXACT)
     return options
+
+
+def fuses(bundle: Bundle, arithmetic: str) -> bool:
+    """Whether the step multiplies with quantised weights as they are stored, fused to ``MatMulNBits``.
+
+    ONNX Runtime has kernels in fp32 for int4 only. Without one it dequantises a matrix in every product, which takes
+    ten times as long as reading it in fp32, so int8 stays int8 only in front of activations in int8.
+    """
+    return bundle.quantised == "int4" or (
+        bundle.quantised == "int8" and arithmetic == "int8" and version() >= INT8_FUSED_SINCE
+    )
+
+
+def set_arithmetic(options: ort.SessionOptions, bundle: Bundle, arithmetic: str) -> None:
+    """Set how a session of the bundle's step multiplies: "int8" rounds activations, where weights are quantised."""
+    if bundle.quantised is None:
+        return
+    if not fuses(bundle, arithmetic):
+        options.add_session_config_entry(DEQUANTISE, "1")
+    else:
+        options.add_session_config_entry(QUANTISED_ACCURACY, "4" if arithmetic == "int8" else "1")
 
 
 def open_session(files: LoadedFiles, name: str, options: ort.SessionOptions, **how: Any) -> ort.InferenceSession:
@@ -101,7 +125,7 @@ def _copied(options: ort.SessionOptions) -> ort.SessionOptions:
     own = ort.SessionOptions()
     own.intra_op_num_threads = options.intra_op_num_threads
     own.log_severity_level = options.log_severity_level
-    for entry in (SPINNING, ASSIGNMENT, QUANTISED_ACCURACY):
+    for entry in (SPINNING, ASSIGNMENT, QUANTISED_ACCURACY, DEQUANTISE):
         with suppress(RuntimeError):  # an entry that is not set
             own.add_session_config_entry(entry, options.get_session_config_entry(entry))
     return own
@@ -235,10 +259,11 @@ class LazySession:
             self._session = None
 
 
-def weight_bytes(bundle: Bundle) -> float:
-    """Bytes of one weight as a call reads it: half precision is widened to fp32 when the session is made."""
-    stored = BYTES.get(bundle.precision, 4.0)
-    return stored if stored < 2 else 4.0
+def weight_bytes(bundle: Bundle, arithmetic: str = "fp32") -> float:
+    """Bytes of one weight as a call reads it, on average: all but codes that are fused are widened to fp32 when the
+    session is made.
+    """
+    return bundle.bytes_read(BYTES["fp32"]) if fuses(bundle, arithmetic) else BYTES["fp32"]
 
 
 def run(
