@@ -26,7 +26,7 @@ from par_runtime.backends.native.library import Step, library, why_not
 from par_runtime.backends.native.weights import Weights, pointers
 from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE
 from par_runtime.backends.ort.sessions import LazySession, session_options
-from par_runtime.bundle import Bundle
+from par_runtime.bundle import Bundle, matrix_names
 from par_runtime.dtypes import BYTES, Float, Int
 from par_runtime.errors import BundleError
 from par_runtime.loaded import LoadedFiles
@@ -66,6 +66,7 @@ class NativeBackend:
         if self._pool is None:
             raise MemoryError(f"{self._threads} threads: no memory for their pool")
         self._rows = 0  # R of _buffers
+        self._record: int | None = None  # where the rows of the products of a call go
         self._keys = CacheRows(bundle.n_tokens)
         # Keys of all layers, then values, each at least R*H*S*D' long. numpy asks for huge pages for one large array.
         self._cache: Float = np.zeros((2 * bundle.model["n_layers"], 0), np.float32)
@@ -73,6 +74,18 @@ class NativeBackend:
 
     def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
         return _draw(self._guided(batch, ids, write), uniform, batch)
+
+    def step_with_rows(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> tuple[Int, dict[str, Float]]:
+        """As :meth:`step`, and what the call multiplied each matrix with: its name -> [M,K]."""
+        m, sizes = ids.size, {name: self.bundle.weights[name].shape[0] for name in matrix_names(self.bundle)}
+        record = np.empty(m * sum(sizes.values()), np.float32)
+        self._record = record.ctypes.data
+        try:
+            tokens = self.step(batch, ids, write, uniform)
+        finally:
+            self._record = None
+        parts = np.split(record, np.cumsum([m * size for size in sizes.values()])[:-1])
+        return tokens, {name: part.reshape(m, -1) for name, part in zip(sizes, parts, strict=True)}
 
     def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
         return self._guided(batch, ids, write).copy()
@@ -145,6 +158,7 @@ class NativeBackend:
         buffers.write[:] = write
         buffers.cache_row[:] = cache_row
         self._weights.embed(ids, buffers.x)
+        buffers.step.record = self._record
         self._lib.parvis_step(self._pool, ctypes.byref(buffers.step))
         return buffers.logits
 

@@ -72,6 +72,7 @@ class Step(ctypes.Structure):
         ("qkv", ctypes.c_void_p),
         ("attention_out", ctypes.c_void_p),
         ("ffn_hidden", ctypes.c_void_p),
+        ("record", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
         ("scratch_bytes", ctypes.c_int64),
     )

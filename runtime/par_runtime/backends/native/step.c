@@ -59,6 +59,7 @@ typedef struct {
     float *qkv;           /* [M][3*H*D] */
     float *attention_out; /* [M][H*D] */
     float *ffn_hidden;    /* [M][F] */
+    float *record;        /* NULL, or where what each product multiplies goes: [M][K] of each, in the order of a call */
     /* Each thread's own: */
     char *scratch;         /* [threads][scratch_bytes], 64 bytes aligned */
     int64_t scratch_bytes; /* from parvis_scratch() */
@@ -164,6 +165,7 @@ typedef struct {
     void *packed;         /* the packed activations of a product */
     void *product_scratch;
     float *attention;     /* of attention_head(); the memory of `packed` and `tile` */
+    float *record;        /* where the next product's rows go, of one thread; NULL for the others */
 } Scratch;
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -187,19 +189,27 @@ static int64_t largest_packed(const Model *model, int64_t m, int64_t *product_sc
     return packed;
 }
 
+/* Keeps x [M][k], or with `gain` [k] its RMSNorm, where a step is recorded: `parvis calibrate` needs it. */
+static void record(const float *x, const float *gain, long m, long k, Scratch *own) {
+    if (!own->record) return;
+    for (long i = 0; i < m; i++)
+        for (long j = 0; j < k; j++) *own->record++ = gain ? x[i * k + j] * own->scale[i] * gain[j] : x[i * k + j];
+}
+
 /* Packs x [M][k] for a product with w; with `gain` [k], its RMSNorm. Every thread packs for itself: that takes less time
    than waiting at a barrier for what another thread packs. */
 static void pack(const Kernels *kernels, const Step *s, const float *x, const float *gain, const Matrix *w, long k,
-                 const Scratch *own) {
+                 Scratch *own) {
     long m = s->rows * s->query;
     if (gain) kernels->inverse_rms(x, k, m, own->scale);
     kernels->pack_rows((int)w->arithmetic, x, k, m, k, gain ? own->scale : NULL, gain, w->group, own->packed);
+    record(x, gain, m, k, own);
 }
 
 /* c [M][n] = x w, or c += x w with `accumulate`, for x [M][k] or, with `gain` [k], its RMSNorm. Each panel's result is
    first summed in a tile of its own: the rows of c are a multiple of 4 KB apart, and would evict each other from L1. */
 static void matmul(Pool *pool, const Kernels *kernels, const Step *s, const float *x, const float *gain,
-                   const Matrix *w, long k, long n, float *c, int accumulate, const Scratch *own) {
+                   const Matrix *w, long k, long n, float *c, int accumulate, Scratch *own) {
     long m = s->rows * s->query;
     pack(kernels, s, x, gain, w, k, own);
     for (long p = -1; (p = next_panel(pool, n / PANEL, p)) >= 0;) {
@@ -225,7 +235,7 @@ static void attention(Pool *pool, const Kernels *kernels, const Step *s, long la
 
 /* ffn_hidden [M][F] = silu(x w1) * (x w3) for the RMSNorm of x [M][dim]. */
 static void ffn_hidden(Pool *pool, const Kernels *kernels, const Step *s, const float *gain, const Matrix *w13,
-                       const Scratch *own) {
+                       Scratch *own) {
     const Model *model = s->model;
     long m = s->rows * s->query;
     pack(kernels, s, s->x, gain, w13, model->dim, own);
@@ -249,6 +259,7 @@ static void run_step(Pool *pool, const void *argument, int thread) {
     own.packed = (char *)own.tile + m * PANEL * 4;
     own.product_scratch = (char *)own.packed + aligned(packed);
     own.attention = own.tile;
+    own.record = thread ? NULL : s->record;
     for (long l = 0; l < model->n_layers; l++) {
         matmul(pool, kernels, s, s->x, model->attention_norm[l], model->wqkv + l, dim, 3 * inner, s->qkv, 0, &own);
         attention(pool, kernels, s, l, own.attention);
