@@ -82,8 +82,8 @@ def plan_of(bundle: Bundle, options: RecordOptions) -> Plan:
     if plan.rows_per_image < least:
         raise CalibrationError(
             f"--samples {options.samples}: makes {plan.rows_per_image} rows of each of {options.images} images; "
-            f"expected at least {least * options.images}: the {least} rows of an image's class and learnable tokens are "
-            "always kept; give more samples, or fewer --images"
+            f"expected at least {least * options.images}: the {least} rows of each image's class and learnable "
+            "tokens are always kept; give more samples, or fewer --images"
         )
     whole = 2 * bundle.n_tokens
     return replace(plan, rows_per_image=min(plan.rows_per_image, whole))
