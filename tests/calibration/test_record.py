@@ -172,7 +172,7 @@ def test_what_cannot_be_recorded_is_said_before(tiny: Path) -> None:
     bundle = Bundle.open(tiny)
     with pytest.raises(CalibrationError, match="--images 0: expected a number from 1"):
         plan_of(bundle, RecordOptions(images=0))
-    with pytest.raises(CalibrationError, match="expected at least 80, since the 8 rows"):
+    with pytest.raises(CalibrationError, match="expected at least 80: the 8 rows"):
         plan_of(bundle, RecordOptions(images=10, samples=50))
     with pytest.raises(CalibrationError, match="no labels"):
         plan_of(bundle, RecordOptions(labels=[]))
