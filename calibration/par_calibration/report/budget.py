@@ -30,6 +30,10 @@ class Limit:
     percent: bool = False  #: shown as a percentage
     tries: str = "weights"  #: what helps: "weights", "sinks" or "rounding"
 
+    def within(self, value: float, limit: float) -> bool:
+        """Whether ``value`` is on the right side of ``limit``; False for what is not a number."""
+        return value >= limit if self.least else value <= limit
+
     def text(self, value: float) -> str:
         """``value`` as the report shows it."""
         return f"{100 * value:.2f} %" if self.percent else f"{value:.3g}"

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from par_calibration.heldout import HeldOut
 from par_runtime.bundle import Bundle, Call, image_calls
 from par_runtime.dtypes import Float
-from par_runtime.metrics import log_softmax
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import image_settings
 from par_runtime.schedule import Schedule, rows_of
@@ -125,21 +124,30 @@ def _compare(
     first: Float, second: Float, guidance: float, given: NDArray[np.int64], to: Forced, at: tuple[slice, slice]
 ) -> None:
     """Fill the places ``at`` of ``to`` from logits [2,B,q,V] of both models."""
-    log_first, log_second = log_softmax(first[0]), log_softmax(second[0])
-    to.kl[at] = divergence(log_first, log_second)
     to.same[at] = first[0].argmax(-1) == second[0].argmax(-1)
-    to.likelihood[at] = np.take_along_axis(log_first, given, -1)[..., 0]
-    to.likelihood_other[at] = np.take_along_axis(log_second, given, -1)[..., 0]
+    to.kl[at], normal, other_normal = divergence(first[0], second[0])
+    to.likelihood[at] = np.take_along_axis(first[0], given, -1)[..., 0] - normal
+    to.likelihood_other[at] = np.take_along_axis(second[0], given, -1)[..., 0] - other_normal
     one, other = (x[1] + np.float32(guidance) * (x[0] - x[1]) for x in (first, second))
-    to.kl_guided[at] = divergence(log_softmax(one), log_softmax(other))
+    to.kl_guided[at] = divergence(one, other)[0]
     to.same_guided[at] = one.argmax(-1) == other.argmax(-1)
 
 
-def divergence(log_first: Double, log_second: Double) -> Double:
-    """The Kullback-Leibler divergence [...] in nats of the second distribution [...,V] from the first; not negative."""
+def divergence(first: Float, second: Float) -> tuple[Double, Double, Double]:
+    """The Kullback-Leibler divergence [...] in nats of the softmax of ``second`` [...,V] from that of ``first``.
+
+    Also the logarithms of the sums of both exponentials: a logit less this is a log-probability. Exponentials are of
+    fp32, their sums of fp64, and the logits are subtracted from each other before anything else, so what is left of
+    rounding is about 1e-7 nats.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
-        kl: Double = (np.exp(log_first) * (log_first - log_second)).sum(-1)
-    return np.where(kl < 0, 0.0, kl)  # a sum of rounded terms; NaN stays
+        most, most_other = first.max(-1), second.max(-1)
+        mass = np.exp(first - most[..., None])
+        total = mass.sum(-1, dtype=np.float64)
+        normal = most + np.log(total)
+        normal_other = most_other + np.log(np.exp(second - most_other[..., None]).sum(-1, dtype=np.float64))
+        kl: Double = (mass * (first - second)).sum(-1, dtype=np.float64) / total - (normal - normal_other)
+    return np.where(kl < 0, 0.0, kl), normal, normal_other  # NaN stays
 
 
 def positions_of(bundle: Bundle) -> dict[str, NDArray[np.int64]]:

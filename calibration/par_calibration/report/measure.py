@@ -123,6 +123,7 @@ class _Measuring:
             guidance=guidance,
             seed=self.options.seed,
             agreements=tuple(agreements),
+            profiles={cost: tuple(each.kl.mean(0).tolist()) for cost, each in forced.items()},
             likelihoods={cost: measures.likelihood(each, self.options.seed) for cost, each in forced.items()},
             layers=layers,
             drawn=drawn,

@@ -53,6 +53,7 @@ class Report:
     guidance: float
     seed: int
     agreements: tuple[Agreement, ...]
+    profiles: Mapping[str, tuple[float, ...]]  #: by cost: mean KL divergence at each position, unguided
     likelihoods: Mapping[str, Likelihood]  #: by cost
     layers: tuple[LayerError, ...]
     drawn: Drawn | None  #: None where no images were generated
@@ -102,8 +103,7 @@ class Report:
             if key not in limits:
                 continue
             limit, most = LIMITS[key], limits[key]
-            within = value >= most if limit.least else value <= most  # False for a NaN
-            if not within:
+            if not limit.within(value, most):
                 lines.append(
                     f"{limit.name}: {limit.text(value)}, {'at least' if limit.least else 'at most'} "
                     f"{limit.text(most)} ({_beyond(value, most, limit.least)}); {self._advice(key)}"

@@ -11,8 +11,8 @@ def table(report: Report) -> list[str]:
     """Every measure with its limit, then what each part costs."""
     like = report.likelihoods[BOTH]
     lines = [
-        f"original   {_side(report.original)}",
-        f"candidate  {_side(report.candidate)}",
+        f"original   {side_text(report.original)}",
+        f"candidate  {side_text(report.candidate)}",
         f"images     {report.images} {'real images' if report.real else 'images, none of them real'}: "
         f"{report.images_from}",
         "",
@@ -23,11 +23,8 @@ def table(report: Report) -> list[str]:
         allowed = limits.get(key)
         verdict = "no limit"
         if allowed is not None:
-            within = value >= allowed if limit.least else value <= allowed
-            verdict = f"{'at least' if limit.least else 'at most'} {limit.text(allowed)}"
-            verdict = (
-                f"{verdict:<18}{'ok' if within else 'ABOVE THE BUDGET' if not limit.least else 'BELOW THE BUDGET'}"
-            )
+            bound = f"{'at least' if limit.least else 'at most'} {limit.text(allowed)}"
+            verdict = f"{bound:<18}{'ok' if limit.within(value, allowed) else 'BEYOND THE BUDGET'}"
         lines.append(f"{limit.name:<48}{limit.text(value):>10}   {verdict}")
     lines += [
         "",
@@ -57,7 +54,8 @@ def table(report: Report) -> list[str]:
     return lines + [""] * bool(report.notes) + [f"note: {note}" for note in report.notes]
 
 
-def _side(side: Side) -> str:
+def side_text(side: Side) -> str:
+    """A bundle in one line: how it is stored, and in what it ran."""
     kept = f", kept {', '.join(side.kept)}" if side.kept else ""
     group = f", group {side.group}" if side.group else ""
     return (
