@@ -7,6 +7,7 @@ pictures, or as a file of ``parvis encode``. Without any, tokens that the model 
 from __future__ import annotations
 
 import io
+import json
 import math
 import zipfile
 import zlib
@@ -19,16 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_calibration.errors import CalibrationError
-from par_runtime.bundle import Bundle
+from par_runtime.bundle import HELDOUT, MANIFEST, Bundle, seal
 from par_runtime.checked import read_regular, shown, shown_path
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.known import sequence_tokens
 from par_runtime.request import class_index
-from par_runtime.system import write_beside
+from par_runtime.system import sha256, write_beside
 from par_runtime.tokenizer import Tokenizer
 
-HELDOUT = "heldout.npz"  #: the file of a bundle
 MOST_FILE_BYTES = 2**28  #: of any file of tokens: half a million images of 256 tokens
 MOST_ARRAY_BYTES = 2**29  #: of one of its arrays, unpacked
 MOST_HEADER_BYTES = 10_000
@@ -87,6 +87,19 @@ def write(path: Path, tokens: Int, labels: Sequence[int]) -> None:
             np.savez_compressed(file, tokens=tokens.astype(np.uint16), labels=np.asarray(labels, np.uint16))
 
     write_beside(path, save)
+
+
+def attach(bundle: Bundle, tokens: Int, labels: Sequence[int]) -> Path:
+    """Put held-out images into the folder of ``bundle``: the file, and its size and hash in the manifest, which gets a
+    hash of its own anew. Nothing else of the bundle changes. Returns the file's path. Raises OSError.
+    """
+    file, manifest = bundle.path / HELDOUT, bundle.path / MANIFEST
+    write(file, tokens, labels)
+    entries = json.loads(manifest.read_text(encoding="utf-8"))
+    files = entries["files"] | {HELDOUT: {"bytes": file.stat().st_size, "sha256": sha256(file)}}
+    sealed = seal(entries | {"files": dict(sorted(files.items()))})
+    write_beside(manifest, lambda part: part.write_text(json.dumps(sealed, indent=1), encoding="utf-8"))
+    return file
 
 
 def read(bundle: Bundle, path: Path, source: str) -> HeldOut:

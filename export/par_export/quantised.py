@@ -8,6 +8,7 @@ of their tensors, and read quantised matrices through ``DequantizeLinear``.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from par_export.weights import TORCH_DTYPE, WeightsWriter
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig, VQConfig
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
-from par_runtime.bundle import MANIFEST, WEIGHTS, Bundle, seal
+from par_runtime.bundle import HELDOUT, MANIFEST, WEIGHTS, Bundle, seal
 from par_runtime.checked import Mismatch
 from par_runtime.dtypes import DTYPE, Float
 from par_runtime.errors import BundleError
@@ -116,6 +117,8 @@ def write_bundle(
         if HALF_DECODER in graphs and HALF_DECODER not in bundle.graphs:
             (folder / graphs.pop(HALF_DECODER)["file"]).unlink()
         say(f"graphs and weights written after {time.monotonic() - started:.1f} s")
+        if HELDOUT in bundle.files:
+            shutil.copyfile(bundle.path / HELDOUT, folder / HELDOUT)
         checked: dict[str, Any] = {
             "parity": {"random_weights": True} if random else {},
             "selftest": {"labels": [], "guidance": SELFTEST_GUIDANCE, "tokens": []},

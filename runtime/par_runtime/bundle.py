@@ -28,6 +28,8 @@ from par_runtime.system import sha256
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+#: Real images that no training has seen, as tokens, for reports; bundles may have it. Generating does not read it.
+HELDOUT = "heldout.npz"
 #: ``verify="auto"`` hashes only files up to this size, because hashing a gigabyte takes about a second.
 HASH_UP_TO_BYTES = 64 * 2**20
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from par_calibration import heldout
 from par_calibration.errors import CalibrationError
-from par_runtime.bundle import Bundle
+from par_runtime.bundle import HELDOUT, MANIFEST, Bundle
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 
@@ -155,3 +157,31 @@ def picture() -> Callable[..., Path]:
         return path
 
     return make
+
+
+def test_the_demo_holds_real_images_of_every_class(bundle: Bundle) -> None:
+    found = heldout.find(bundle, None, 10**6)
+    assert found is not None
+    assert found.real
+    assert len(found) == 240
+    assert all(sorted(found.labels[i : i + 12]) == list(range(12)) for i in range(0, 240, 12))
+    assert (DEMO / HELDOUT).stat().st_size < 150_000
+
+
+def test_attaching_changes_the_manifests_hash_and_nothing_else(bundle: Bundle, tmp_path: Path) -> None:
+    copy = tmp_path / "demo"
+    shutil.copytree(DEMO, copy)
+    given = tokens(bundle, 3)
+    heldout.attach(Bundle.open(copy), given, [0, 1, 2])
+    changed = Bundle.open(copy, "full")
+    assert changed.hash != bundle.hash
+    assert {name: entry for name, entry in changed.files.items() if name != HELDOUT} == {
+        name: entry for name, entry in bundle.files.items() if name != HELDOUT
+    }
+    before, after = (json.loads((path / MANIFEST).read_text()) for path in (DEMO, copy))
+    assert {key for key in before if before[key] != after[key]} == {"files", "hash"}
+    found = heldout.find(changed, None, 2)
+    assert found is not None
+    np.testing.assert_array_equal(found.tokens, given[:2])
+    heldout.attach(Bundle.open(copy), found.tokens, found.labels)  # a second time, over the first
+    assert len(heldout.find(Bundle.open(copy), None, 9) or ()) == 2

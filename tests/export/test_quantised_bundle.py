@@ -12,7 +12,7 @@ import pytest
 from par_export.errors import ExportError
 from par_export.quantised import can_quantise, nearest, quantised_with, stored_scales, write_bundle
 from par_export.restored import StoredWeights, read_weights, stored_table
-from par_runtime.bundle import WEIGHTS, Bundle
+from par_runtime.bundle import HELDOUT, WEIGHTS, Bundle
 from par_runtime.dtypes import DTYPE
 from par_runtime.pipeline import Pipeline
 from par_runtime.quantised import SCALE, Quantised
@@ -135,3 +135,10 @@ def test_tensors_are_copied_byte_for_byte(bundles: dict[str, Path], tmp_path: Pa
     for name in same:
         assert b"".join(after.parts(name, 1000)) == b"".join(before.parts(name)), name
         assert after.table.entries[name].offset % (4096 if after.table.entries[name].length >= 65536 else 64) == 0
+
+
+def test_held_out_images_go_along(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[2] / "models" / "demo"
+    path = write(demo, tmp_path / "q", "int8", gate=False)
+    assert Bundle.open(path, verify="full").files[HELDOUT] == Bundle.open(demo).files[HELDOUT]
+    assert (path / HELDOUT).read_bytes() == (demo / HELDOUT).read_bytes()

@@ -1,0 +1,71 @@
+"""Give a bundle real images that no training has seen, as tokens, for the reports of ``parvis calibrate``.
+
+    python heldout.py ../demo --held-out ../../build/demo/val --train ../../build/demo/train
+
+Takes the first ``--each`` images of every class of the held-out set that are equal to no training image, encodes them
+with the bundle's own encoder, and writes ``heldout.npz`` into the bundle with its hash in the manifest. No other byte
+of the bundle changes. Both folders are as ``render.mjs`` writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_calibration import heldout
+from par_runtime.bundle import Bundle
+from par_runtime.errors import BundleError, RequestError
+from par_runtime.tokenizer import Tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of this script; returns the exit code."""
+    p = argparse.ArgumentParser(description="Put held-out images, as tokens, into a bundle.")
+    p.add_argument("bundle", type=Path, help="folder of a bundle with an encoder")
+    p.add_argument("--held-out", type=Path, required=True, help="folder of images.u8, labels.u8, meta.json")
+    p.add_argument("--train", type=Path, required=True, help="the images that the models were trained on")
+    p.add_argument("--each", type=int, default=20, help="images of each class (default 20)")
+    args = p.parse_args(argv)
+    try:
+        bundle = Bundle.open(args.bundle)
+        images, labels = raw(args.held_out)
+        seen = {hashlib.sha256(image).digest() for image in raw(args.train)[0]}
+        chosen = unseen(images, labels, seen, args.each)
+        tokens = Tokenizer(bundle).encode(images[chosen])
+        file = heldout.attach(bundle, tokens, labels[chosen].tolist())
+        Bundle.open(args.bundle)
+    except (BundleError, RequestError, OSError, KeyError, ValueError) as error:
+        print(f"heldout.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{file}: {len(chosen)} images, {file.stat().st_size} bytes")
+    return 0
+
+
+def raw(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images [M,H,W,3], memory-mapped, and labels [M] of a folder that ``render.mjs`` wrote."""
+    meta = json.loads((folder / "meta.json").read_text())
+    shape = (meta["count"], meta["size"], meta["size"], 3)
+    images = np.memmap(folder / "images.u8", np.uint8, mode="r", shape=shape)
+    return images, np.fromfile(folder / "labels.u8", np.uint8)
+
+
+def unseen(images: NDArray[np.uint8], labels: NDArray[np.uint8], seen: set[bytes], each: int) -> list[int]:
+    """The first ``each`` images of every class whose sha256 is not in ``seen``, in their order."""
+    chosen: list[int] = []
+    counts: dict[int, int] = {}
+    for i, label in enumerate(labels.tolist()):
+        if counts.get(label, 0) < each and hashlib.sha256(images[i]).digest() not in seen:
+            chosen.append(i)
+            counts[label] = counts.get(label, 0) + 1
+    return chosen
+
+
+if __name__ == "__main__":
+    sys.exit(main())
