@@ -34,11 +34,12 @@ from par_model.config import PARConfig, VQConfig
 from par_model.manifest import phase_entries
 from par_model.ordering import phases, token_order
 from par_runtime import __version__
-from par_runtime.bundle import MANIFEST, SCHEMA, WEIGHTS, seal
+from par_runtime.bundle import MANIFEST, SCHEMA, WEIGHTS, Stored, seal
 from par_runtime.checked import Mismatch, Value, shown
 from par_runtime.dtypes import DTYPE, FLOAT32_MAX, MOST_GUIDANCE
 from par_runtime.manifest import MOST_CLASS_NAME, MOST_NAME, check
 from par_runtime.system import peak_bytes, sha256, utf8_name
+from par_runtime.tokenizer_shapes import decoder_shapes
 
 SELFTEST_GUIDANCE = 1.5  #: guidance of the greedy images that the gate compares and the runtime's self-test repeats
 
@@ -259,7 +260,7 @@ def architecture_entries(
             "head_dim": padded_head_dim(config),
         },
         "weights": {
-            name: [at.dtype, list(at.shape), at.offset, at.length]
+            name: _place(at)
             for name, at in weights.entries.items()
             if not name.startswith(PREFIX) and not name.partition(".")[2].isdigit()  # cos.4: of another n
         },
@@ -270,8 +271,18 @@ def architecture_entries(
             "image_size": [h * vq.downsampling, w * vq.downsampling],
             "codebook_size": vq.codebook_size,
             "config": asdict(vq),
+            "weights": decoder_table(asdict(vq), weights),
         },
     }
+
+
+def decoder_table(config: Mapping[str, Any], weights: WeightTable) -> dict[str, Any]:
+    """The manifest's ``tokenizer.weights``: where the decoder's tensors lie. ``config``: that of the tokenizer."""
+    return {name: _place(weights.entries[PREFIX + name]) for name in decoder_shapes(config)}
+
+
+def _place(at: Stored) -> list[Any]:
+    return [at.dtype, list(at.shape), at.offset, at.length]
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Any], hashes: dict[tuple[int, int], str] | None = None) -> None:

@@ -22,7 +22,7 @@ from par_runtime.checked import Mismatch, load_json, read_regular, shown, shown_
 from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
 from par_runtime.manifest import KEPT, MATRICES, MOST_BYTES, MOST_GRAPH_BYTES, check
-from par_runtime.manifest import WEIGHTS as WEIGHTS  # with the names of the other files
+from par_runtime.places import WEIGHTS as WEIGHTS  # with the names of the other files
 from par_runtime.quantised import MOST_CODE, SCALE
 from par_runtime.system import sha256
 
@@ -172,6 +172,7 @@ class Bundle:
     weights: Mapping[str, Stored]  #: of the step network, by name; older bundles have no such table
     calibration: Calibration | None  #: None for a bundle as it was exported
     tokenizer: Mapping[str, Any] | None  #: the layers of the image tokenizer; None where the bundle ends at tokens
+    decoder_weights: Mapping[str, Stored]  #: of the tokenizer's decoder, by name; older bundles have no such table
     #: file -> its state when it was checked: what is loaded later must be that file, not one of the next version
     checked: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -312,12 +313,15 @@ def _parse(path: Path, m: dict[str, Any]) -> Bundle:
         selftest=m["selftest"],
         parity=m["parity"],
         files=m["files"],
-        weights={
-            name: Stored(dtype, tuple(shape), *at) for name, (dtype, shape, *at) in (m.get("weights") or {}).items()
-        },
+        weights=_table(m.get("weights")),
         calibration=_calibration(m.get("calibration")),
         tokenizer=None if tokenizer is None else tokenizer["config"],
+        decoder_weights=_table(None if tokenizer is None else tokenizer.get("weights")),
     )
+
+
+def _table(entry: Mapping[str, Any] | None) -> dict[str, Stored]:
+    return {name: Stored(dtype, tuple(shape), *at) for name, (dtype, shape, *at) in (entry or {}).items()}
 
 
 def _calibration(entry: Mapping[str, Any] | None) -> Calibration | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from par_runtime.bundle import WEIGHTS, Bundle, state
 from par_runtime.errors import BundleError
+from par_runtime.system import available_bytes
 
 READ_LATER = ("step", "step_opset23", "decoder", "encoder")  #: graphs that ONNX Runtime opens
 BLOCK_BYTES = 2**20
@@ -132,3 +133,17 @@ class LoadedFiles:
         for offset in range(0, size, BLOCK_BYTES):
             digest.update(os.pread(self._weights, BLOCK_BYTES, offset))
         return digest.hexdigest()
+
+
+def check_memory(bundle: Bundle, weights_bytes: int) -> None:
+    """Raise BundleError where the weights take more memory than is free.
+
+    Linux grants such memory, and kills the process when it is written. A file of weights may claim any size: a sparse
+    one takes no disk.
+    """
+    free = available_bytes()
+    if free is not None and weights_bytes > free:
+        raise BundleError(
+            f"{bundle.path}: its weights take {weights_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB of memory are free; "
+            "run it where there is more"
+        )

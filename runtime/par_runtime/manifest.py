@@ -18,16 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 from par_runtime.checked import MOST_NESTED, UNPRINTABLE, Mismatch, Value, shown
 from par_runtime.dtypes import ARITHMETICS, BYTES, DTYPE, FLOAT32_MAX, MOST_GUIDANCE, STORAGE, dtype_bytes
+from par_runtime.places import WEIGHTS, check_overlaps, check_place
 from par_runtime.quantised import GROUPS, MOST_CODE, SCALE
+from par_runtime.tokenizer_shapes import decoder_shapes
 
 #: What is read of a manifest at most. Those that are written have tens of kilobytes, with 48 layers some hundreds.
 MOST_BYTES = 8 * 2**20
-WEIGHTS = "weights.data"
 #: ONNX files hold no weights: those that are written have up to some hundred kilobytes. ONNX Runtime takes 200 bytes of
 #: memory for each byte, measured on a chain of small operators.
 MOST_GRAPH_BYTES = 4 * 2**20
@@ -38,7 +38,8 @@ GRAPHS = ("step", "group")  #: that every bundle has; others are asked for by wh
 MATRICES = ("wqkv", "wo", "w13", "w2")  #: of a layer
 NORMS = ("attention_norm", "ffn_norm")  #: of a layer
 #: dtype -> bytes of a number in the weights file. Quantised matrices have scales beside them.
-STORED_BYTES = {name: float(dtype_bytes(name)) for name in STORAGE} | {"int8": 1.0, "int4": 0.5}
+FLOAT_BYTES = {name: float(dtype_bytes(name)) for name in STORAGE}
+STORED_BYTES = FLOAT_BYTES | {"int8": 1.0, "int4": 0.5}
 KEPT = "kept"  #: what a calibration says of weights that it did not quantise
 #: dtypes of the inputs and outputs of graphs
 IO_DTYPES = (*STORAGE, "int64", "int32", "uint8", "bool")
@@ -238,31 +239,18 @@ def _check_weights(m: Value, s: Mapping[str, int], n_tokens: int, files: Mapping
     places = []
     shapes = step_shapes(s, n_tokens)
     for name, entry in m["weights"].items(2**18):
-        dtype, shape, offset, length = entry.entries(4, 4)
-        item = STORED_BYTES[dtype.one_of(STORED_BYTES)]
-        sizes = tuple(shape.integers(1, 2**32))
-        start, long = offset.integer(0), length.integer(1)
-        if math.ceil(math.prod(sizes) * item) != long:
-            length.refuse(
-                f"{math.ceil(math.prod(sizes) * item)} bytes, as a {dtype.value} of shape {shown(list(sizes))} has"
-            )
-        if start + long > size:
-            offset.refuse(f"{long} bytes inside {WEIGHTS}, which has {size}")
-        if start % max(1, int(item)):
-            offset.refuse(f"a multiple of {int(item)}")
+        dtype, shape, offset, length = check_place(entry, size, STORED_BYTES)
+        sizes = tuple(shape.value)
         if name in shapes and sizes != shapes[name]:
             shape.refuse(f"{shown(list(shapes[name]))}, which follows from the model")
         if name == "embed" and (len(sizes) != 2 or sizes[0] < least or sizes[1] != s["dim"]):
             shape.refuse(f"[{least} or more, {s['dim']}]")
         if name not in shapes or not name.endswith((*MATRICES, "output")):
             dtype.one_of(STORAGE)  # only matrices are quantised
-        places.append((start, long, name))
+        places.append((offset.value, length.value, name))
     for name in ("embed", *shapes):
         m["weights"][name]
-    places.sort()
-    for (start, long, name), (after, _, other) in pairwise(places):
-        if start + long > after:
-            raise Mismatch(f"weights {shown(name)} and {shown(other)} overlap in {WEIGHTS}")
+    check_overlaps(places)
     rows: int = m["weights"]["embed"].value[1][0]
     return rows
 
@@ -350,6 +338,33 @@ def _check_tokenizer(m: Value, vocab_size: int, files: Mapping[str, int]) -> Non
     numbers = sum((blocks + 1) * 9 * (channels * width) ** 2 for width in widths) + 9 * z * channels + code * vocab_size
     if numbers * min(BYTES.values()) > files[WEIGHTS]:
         raise Mismatch(f"tokenizer needs at least {int(numbers / 2)} bytes of weights; {WEIGHTS} has {files[WEIGHTS]}")
+    if tokenizer.get("weights") is not None:
+        _check_decoder(tokenizer, m.get("weights"), files[WEIGHTS])
+
+
+def _check_decoder(tokenizer: Value, model: Value | None, size: int) -> None:
+    """The tokenizer's table of weights: exactly the decoder's tensors, beside each other and the model's.
+
+    A tokenizer without it is an older bundle's: only ONNX Runtime can decode.
+    """
+    config, table = tokenizer["config"], tokenizer["weights"]
+    groups, channels = config["norm_groups"].value, config["channels"].value
+    for multiplier in config["channel_multipliers"].value:
+        if channels * multiplier % groups:
+            config["norm_groups"].refuse(f"a divisor of the channels of each level, {shown(channels * multiplier)}")
+    shapes = decoder_shapes(config.value)
+    places = []
+    for name, shape in shapes.items():
+        _, found, offset, length = check_place(table[name], size, FLOAT_BYTES)
+        if tuple(found.value) != shape:
+            found.refuse(f"{shown(list(shape))}, which follows from the tokenizer")
+        places.append((offset.value, length.value, name))
+    for name, _ in table.items(len(shapes)):
+        if name not in shapes:
+            raise Mismatch(f"tokenizer.weights has {shown(name)}, which its decoder does not have")
+    if model is not None and model.value:
+        places += [(at[2], at[3], name) for name, at in model.value.items()]
+    check_overlaps(places)
 
 
 def _check_class_names(names: Value, n_classes: int) -> None:

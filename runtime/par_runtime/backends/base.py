@@ -132,6 +132,7 @@ class BackendInfo:
     computes: str  #: the precision it calculates in: "fp32", "fp16", "bf16"
     weight_bytes: float  #: of one parameter, as a call reads it
     cache_bytes: float  #: of one number of the key-value cache
+    decoder: str = ""  #: runtime and version of what makes the pixels, where it is another than the backend's own
 
     @property
     def name(self) -> str:

@@ -280,6 +280,9 @@ def make_row(
     if phase == "image":
         images_per_s = 1e3 * setting.images / middle
     query = next((p.query for p in info.architecture.phases if p.name == phase), None)
+    backend, version = info.backend, info.version
+    if phase == "decoder" and info.decoder:
+        backend, _, version = info.decoder.partition(" ")
     return Row(
         suite=setting.suite,
         phase=phase,
@@ -294,8 +297,8 @@ def make_row(
         computes=info.computes,
         images=setting.images,
         guided=setting.guided,
-        backend=info.backend,
-        version=info.version,
+        backend=backend,
+        version=version,
         device=info.device,
         clock=info.clock,
         threads=info.threads,

@@ -3,7 +3,7 @@
 ONNX Runtime multiplies a few rows by a large matrix at half to two thirds of the memory bandwidth, and holds fp16 and
 bf16 weights in fp32. This backend packs each matrix once into the order in which it is read, prefetches it, converts it
 to fp32 in registers, and reads only the keys that a row attends to. Network, arithmetic (fp32) and noise are the same,
-so tokens are those of ``step.onnx`` up to rounding, which the self-test of every load checks. ONNX Runtime decodes.
+so tokens are those of ``step.onnx`` up to rounding, which the self-test of every load checks. ``decoding.py`` makes the pixels.
 
 Where it cannot run (no compiler at installation, an older CPU, sizes that it does not support), ``library.why_not``
 gives the reason, and ``choose.py`` takes ONNX Runtime.
@@ -22,10 +22,10 @@ from par_runtime import __version__
 from par_runtime.backends.base import BackendInfo, Batch, closed_error
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.draws import draw_all
+from par_runtime.backends.native.decoding import open_decoder
 from par_runtime.backends.native.library import Step, library, why_not
 from par_runtime.backends.native.weights import Weights, pointers
 from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE
-from par_runtime.backends.ort.sessions import LazySession, session_options
 from par_runtime.bundle import Bundle, matrix_names
 from par_runtime.dtypes import BYTES, Float, Int
 from par_runtime.errors import BundleError
@@ -48,6 +48,9 @@ class NativeBackend:
                 f"{bundle.path}: cannot run on the C kernels: {reason}; device (--device) cpu-ort takes ONNX Runtime"
             )
         self.bundle, self._lib = bundle, lib
+        self._threads = threads or available_cores()
+        self._files = LoadedFiles(bundle)
+        self._decoder = None if bundle.image_size is None else open_decoder(self._files, self._threads)
         self.info = BackendInfo(
             runtime="native-cpu",
             version=f"{__version__} ({lib.parvis_instructions().decode()})",
@@ -55,11 +58,9 @@ class NativeBackend:
             computes="fp32",
             weight_bytes=BYTES.get(bundle.precision, 4.0),
             cache_bytes=4.0,
+            decoder="" if self._decoder is None else self._decoder.name,
         )
         self.max_images, self.tie = MOST_IMAGES, TIE
-        self._threads = threads or available_cores()
-        self._files = LoadedFiles(bundle)
-        self._decoder = LazySession(self._files, "decoder", session_options(self._threads))
         self._slots = -(-bundle.n_tokens // lib.parvis_panel()) * lib.parvis_panel()
         self._weights = Weights(bundle, lib, self._slots)
         self._pool: int | None = lib.parvis_open(self._threads)
@@ -113,13 +114,15 @@ class NativeBackend:
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._pool is None:
             raise closed_error(self.bundle)
-        return self._decoder.run("tokens", tokens)
+        assert self._decoder is not None, "the bundle ends at tokens"
+        return self._decoder.run(tokens)
 
     def close(self) -> None:
         pool, self._pool = self._pool, None  # first, so that whatever interrupts this, no pool is freed twice
         if pool is not None:
             self._lib.parvis_close(pool)
-        self._decoder.close()
+        if self._decoder is not None:
+            self._decoder.close()
         self._files.close()
         self._buffers.clear()
         self._cache = self._cache[:, :0].copy()

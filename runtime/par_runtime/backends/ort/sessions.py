@@ -21,7 +21,8 @@ from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
 from par_runtime.forks import Calls, keep_forever, no_fork, tell_of_forks
 from par_runtime.loaded import LoadedFiles
-from par_runtime.system import available_bytes, available_cores, utf8_name
+from par_runtime.loaded import check_memory as check_memory
+from par_runtime.system import available_cores, utf8_name
 
 #: The first release with every operator of opset 24 that ``step.onnx`` uses; before, ``step_opset23.onnx`` runs.
 OPSET24_SINCE = (1, 25)
@@ -148,20 +149,6 @@ def open_cpu_session(files: LoadedFiles, name: str, options: ort.SessionOptions)
         ) from error
     check_interface(session, files.bundle, name)
     return session
-
-
-def check_memory(bundle: Bundle, weights_bytes: int) -> None:
-    """Raise BundleError where the weights take more memory than is free.
-
-    Linux grants such memory, and kills the process when it is written. A file of weights may claim any size: a sparse
-    one takes no disk.
-    """
-    free = available_bytes()
-    if free is not None and weights_bytes > free:
-        raise BundleError(
-            f"{bundle.path}: its weights take {weights_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB of memory are free; "
-            "run it where there is more"
-        )
 
 
 def expected_interface(bundle: Bundle, name: str) -> tuple[Interface, Interface]:

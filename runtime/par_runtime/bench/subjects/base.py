@@ -53,6 +53,7 @@ class SubjectInfo:
     threads: int | None
     architecture: Architecture
     image_size: tuple[int, int] | None = None  #: pixels (H, W); None where the bundle ends at tokens
+    decoder: str = ""  #: runtime and version of what makes the pixels, where it is another than ``backend``
     clock: str = "perf_counter"
     excluded: tuple[str, ...] = ()  #: what the times do not contain
     sampling: str = ""  #: how tokens are drawn, as text

@@ -217,6 +217,7 @@ def subject_info(pipeline: Pipeline, label: str) -> SubjectInfo:
         cache_bytes=info.cache_bytes,
         backend=info.runtime,
         version=info.version,
+        decoder=info.decoder,
         device=info.device,
         threads=None if in_one_launch else pipeline.threads or available_cores(),
         architecture=architecture,

@@ -1,0 +1,477 @@
+/* The decoder of the image tokenizer on a CPU: tokens to pixels, as decoder.onnx computes them, in fp32.
+
+   Nearly all of its time are 3x3 convolutions. They are computed in Winograd's form F(4x4,3x3): a tile of 6x6 numbers of
+   the input is transformed, 36 products of matrices over the channels follow, and their results are transformed into 4x4
+   numbers. That takes 36 multiplications where the convolution itself takes 144. The tile of a doubled map holds each
+   number twice, so those products whose row or column belongs to the point -1 vanish: 25 are left. Some tiles at a time
+   go through all three parts, so what lies between them stays in a core's cache.
+
+   Group norm: whoever writes a map also writes the sums over its pixels, and the transform of the input normalises.
+
+   The Python side is decoder.py, which turns a tokenizer's sizes into a list of operations.
+
+   Layouts, in which [A][B] is an array of A times B numbers in C order:
+   map      [images][C/LANES][height][width][LANES]
+   rows     [images][pixels][C + LANES]; the LANES at the end keep rows apart in a cache
+   keys     [images][pixels/PANEL][C][PANEL]
+   values   [images][C/PANEL][pixels][PANEL]
+   weights  of 3x3: [N/PANEL][K][9][PANEL] as stored, or [N/PANEL][points][K][PANEL] transformed; of 1x1:
+            [N/PANEL][K][PANEL]. K and N are the channels of input and output. */
+
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "threads.h"
+
+#define LANES 16            /* channels that lie together in a map */
+#define PANEL 32            /* columns of a panel */
+#define POINTS 36           /* products of a tile */
+#define UPSAMPLED_POINTS 25 /* of them in the tile of a doubled map: those of five rows and columns */
+#define VANISHING 2         /* the row and column of the point -1 */
+#define TILES 24            /* that go through a convolution together */
+#define PIXELS 96           /* that go through a 1x1 convolution together */
+#define PIECES_PER_THREAD 4 /* with fewer blocks of tiles, threads share the panels of a block */
+#define NORM_EPSILON 1e-6
+
+/* As in decoder.py */
+enum { LOOKUP, CONV, UPSAMPLE, POINT, ATTEND, IMAGE };
+enum { MAP, ROWS, KEYS, VALUES };
+
+/* One operation. The Python class Op of decoder.py has the same fields. */
+typedef struct {
+    int64_t kind;
+    int64_t reads, writes;             /* layouts of input and output */
+    int64_t input, keys, values;       /* buffers; keys and values of ATTEND only, whose output is its input */
+    int64_t output;                    /* buffer */
+    int64_t height, width;             /* of the output */
+    int64_t in_channels, out_channels; /* multiples of LANES; zeros where the tokenizer has fewer */
+    int64_t groups, group_channels;    /* of the group norm in front, with swish in CONV; 0: none */
+    int64_t accumulate;                /* the result is added to the output */
+    int64_t transformed;               /* the weights of a CONV or UPSAMPLE are */
+    int64_t code_dim;                  /* of LOOKUP: numbers of a code */
+    float scale;                       /* of the scores of ATTEND */
+    const float *weights;              /* of LOOKUP: the codebook [codes][code_dim] */
+    const float *bias;                 /* [out_channels] */
+    const float *gain, *shift;         /* [in_channels] of the norm */
+} Op;
+
+/* One call. The Python class Decode of decoder.py has the same fields. */
+typedef struct {
+    const Op *ops;
+    int64_t n_ops, images;
+    const int64_t *tokens; /* [images][pixels] row by row */
+    uint8_t *pixels;       /* [images][height][width][3] the result */
+    float **buffers;       /* maps and so on */
+    float **sums;          /* for each buffer: [images][blocks][3][C] */
+    /* Shared by all threads: */
+    float *norm;    /* [images][2][in_channels] factors and shifts of the current norm */
+    float *weights; /* the transformed weights of the current operation */
+    float *input;   /* the transformed input of the current operation */
+    /* Each thread's own: */
+    float *scratch;         /* [threads][scratch_floats] */
+    int64_t scratch_floats;
+} Decode;
+
+/* The kernels of one instruction set; decoder_kernels.h describes them. */
+typedef struct {
+    const char *instructions;
+    void (*product)(const float *x, long ldx, const float *w, long k, long rows, float *c);
+    void (*transform_weights)(const float *w, long k, long first, long end, int points, float *u);
+    void (*transform_input)(const Op *op, const float *map, const float *norm, long first, long count, long block,
+                            long end, float *v);
+    void (*transform_output)(const Op *op, const float *c, long first, long count, long panel, float *map, float *sums);
+    void (*gather_pixels)(const Op *op, const float *map, const float *norm, long first, long count, long block,
+                          long end, float *v);
+    void (*scatter_pixels)(const Op *op, const float *c, long first, long count, long panel, float *map, float *sums);
+    float (*softmax)(float *scores, long count, float scale);
+} Kernels;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define KERNELS_OF(SET, NAME)                     \
+    {                                             \
+        .instructions = NAME,                     \
+        .product = product_##SET,                 \
+        .transform_weights = transform_weights_##SET, \
+        .transform_input = transform_input_##SET, \
+        .transform_output = transform_output_##SET, \
+        .gather_pixels = gather_pixels_##SET,     \
+        .scatter_pixels = scatter_pixels_##SET,   \
+        .softmax = softmax_##SET,                 \
+    }
+#define SUFFIX avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,fma,avx2")))
+#define VEC_FLOATS 16
+#define PASS_ROWS 12
+#define PASS_VECS 2
+#define vec __m512
+#define vec_load _mm512_loadu_ps
+#define vec_store _mm512_storeu_ps
+#define vec_set1 _mm512_set1_ps
+#define vec_fma _mm512_fmadd_ps
+#define vec_max _mm512_max_ps
+#define vec_min _mm512_min_ps
+#define vec_round(x) _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT)
+#define vec_scale _mm512_scalef_ps
+#include "decoder_kernels.h"
+#undef SUFFIX
+#undef TARGET
+#undef VEC_FLOATS
+#undef PASS_ROWS
+#undef PASS_VECS
+#undef vec
+#undef vec_load
+#undef vec_store
+#undef vec_set1
+#undef vec_fma
+#undef vec_max
+#undef vec_min
+#undef vec_round
+#undef vec_scale
+#define SUFFIX avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define VEC_FLOATS 8
+#define PASS_ROWS 6
+#define PASS_VECS 2
+#define vec __m256
+#define vec_load _mm256_loadu_ps
+#define vec_store _mm256_storeu_ps
+#define vec_set1 _mm256_set1_ps
+#define vec_fma _mm256_fmadd_ps
+#define vec_max _mm256_max_ps
+#define vec_min _mm256_min_ps
+#define vec_round(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+#define vec_scale(x, n) \
+    ((x) * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)))
+#include "decoder_kernels.h"
+#endif
+
+/* The kernels for this CPU; NULL where it has neither AVX-512 nor AVX2. PARVIS_NATIVE=avx2 in the environment selects
+   AVX2 on a CPU that has both. */
+static const Kernels *select_kernels(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    static const Kernels avx512 = KERNELS_OF(avx512, "avx512"), avx2 = KERNELS_OF(avx2, "avx2");
+    const char *requested = getenv("PARVIS_NATIVE");
+    int has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && !(requested && !strcmp(requested, "avx2"))) return &avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2;
+#endif
+    return NULL;
+}
+
+/* -- sizes --------------------------------------------------------------------------------------------------------- */
+
+static int is_winograd(const Op *op) { return op->kind == CONV || op->kind == UPSAMPLE; }
+static long points_of(const Op *op) { return op->kind == UPSAMPLE ? UPSAMPLED_POINTS : op->kind == CONV ? POINTS : 1; }
+static long panels_of(const Op *op) { return (op->out_channels + PANEL - 1) / PANEL; }
+static long block_units(const Op *op) { return is_winograd(op) ? TILES : PIXELS; }
+
+/* Tiles of an image, or pixels in a 1x1 convolution. */
+static long units_of(const Op *op) {
+    return is_winograd(op) ? (op->height + 3) / 4 * ((op->width + 3) / 4) : op->height * op->width;
+}
+
+static long blocks_of(const Op *op) { return (units_of(op) + block_units(op) - 1) / block_units(op); }
+static long units_in(const Op *op, long block) {
+    long first = block * block_units(op), left = units_of(op) - first;
+    return left < block_units(op) ? left : block_units(op);
+}
+
+/* How many pixels a block of tiles has. */
+static long pixels_in(const Op *op, long block) {
+    long count = units_in(op, block), first = block * block_units(op), pixels = 0;
+    if (!is_winograd(op)) return count;
+    for (long tile = first, across = (op->width + 3) / 4; tile < first + count; tile++) {
+        long below = op->height - tile / across * 4, right = op->width - tile % across * 4;
+        pixels += (below < 4 ? below : 4) * (right < 4 ? right : 4);
+    }
+    return pixels;
+}
+
+static long map_floats(const Op *op, long images, long channels) { return images * channels * op->height * op->width; }
+static long input_floats(const Op *op) { return points_of(op) * block_units(op) * (op->in_channels + LANES); }
+
+/* Whether threads share the panels of a block: there are too few blocks for a block each. */
+static int shares_blocks(const Op *op, long images, long threads) {
+    return blocks_of(op) * images < PIECES_PER_THREAD * threads;
+}
+
+/* Numbers of a row of scores, with room for whole panels. */
+static long score_floats(const Op *op) { return (op->height * op->width + PANEL - 1) / PANEL * PANEL + LANES; }
+
+/* -- the operations, each called by every thread of the pool -------------------------------------------------------- */
+
+typedef struct {
+    Pool *pool;
+    const Kernels *kernels;
+    const Decode *call;
+    const Op *op;
+    const Op *writer;     /* of the input: its blocks are those of the sums */
+    const float *weights; /* transformed */
+    float *scratch;       /* this thread's */
+} Work;
+
+/* Factor and shift of each channel of one group of an image, from the sums of the operation that wrote the map. */
+static void norm_group(const Work *w, long image, long group) {
+    const Op *op = w->op;
+    long channels = op->in_channels, blocks = blocks_of(w->writer), first = group * op->group_channels;
+    const float *sums = w->call->sums[op->input] + image * blocks * 3 * channels;
+    double sum = 0, squares = 0, count = 0;
+    /* Twice, since squares are of the distances from the mean: no digits are lost where the mean is large. */
+    for (long block = 0; block < blocks; block++) {
+        long n = pixels_in(w->writer, block);
+        for (long c = first; c < first + op->group_channels; c++) {
+            const float *of = sums + block * 3 * channels + c;
+            sum += n * (double)of[0] + of[channels], count += n;
+        }
+    }
+    double mean = sum / count;
+    for (long block = 0; block < blocks; block++) {
+        long n = pixels_in(w->writer, block);
+        for (long c = first; c < first + op->group_channels; c++) {
+            const float *of = sums + block * 3 * channels + c;
+            double away = of[0] - mean;
+            squares += of[2 * channels] + 2 * away * of[channels] + n * away * away;
+        }
+    }
+    double deviation = sqrt(squares / count + NORM_EPSILON);
+    float *norm = w->call->norm + image * 2 * channels;
+    for (long c = first; c < first + op->group_channels; c++) {
+        norm[c] = (float)(op->gain[c] / deviation);
+        norm[channels + c] = (float)(op->shift[c] - mean * op->gain[c] / deviation);
+    }
+}
+
+/* The phase before an operation: its norm, and its weights where they are kept as they are stored. */
+static void prepare(const Work *w) {
+    const Op *op = w->op;
+    int transforms = is_winograd(op) && !op->transformed;
+    long norms = w->call->images * op->groups, k = op->in_channels, chunks = k / LANES;
+    long pieces = norms + (transforms ? panels_of(op) * chunks : 0), points = points_of(op);
+    if (!pieces) return;
+    for (long piece; (piece = next_piece(w->pool)) < pieces;) {
+        if (piece < norms) {
+            norm_group(w, piece / op->groups, piece % op->groups);
+            continue;
+        }
+        long panel = (piece - norms) / chunks, first = (piece - norms) % chunks * LANES;
+        w->kernels->transform_weights(op->weights + panel * k * 9 * PANEL, k, first, first + LANES, (int)points,
+                                      w->call->weights + panel * points * k * PANEL);
+    }
+    barrier(w->pool);
+}
+
+/* The input of one block, transformed, for channel blocks `first` to `end`: v. */
+static void gather(const Work *w, long image, long block, long first, long end, float *v) {
+    const Op *op = w->op;
+    long pixels = op->height * op->width / (op->kind == UPSAMPLE ? 4 : 1);
+    const float *map = w->call->buffers[op->input] + image * pixels * op->in_channels;
+    const float *norm = op->groups ? w->call->norm + image * 2 * op->in_channels : NULL;
+    (is_winograd(op) ? w->kernels->transform_input : w->kernels->gather_pixels)(
+        op, map, norm, block * block_units(op), units_in(op, block), first, end, v);
+}
+
+/* Rows c [count][PANEL] plus bias into the layouts of attention. */
+static void scatter_attention(const Op *op, const float *c, long first, long count, long panel, float *to) {
+    long pixels = op->height * op->width, channels = op->out_channels;
+    for (long i = 0; i < count; i++)
+        for (long j = 0; j < PANEL && panel * PANEL + j < channels; j++) {
+            long pixel = first + i, channel = panel * PANEL + j;
+            float value = c[i * PANEL + j] + op->bias[channel];
+            if (op->writes == ROWS) to[pixel * (channels + LANES) + channel] = value;
+            else if (op->writes == KEYS) to[(pixel / PANEL * channels + channel) * PANEL + pixel % PANEL] = value;
+            else to[(panel * pixels + pixel) * PANEL + j] = value;
+        }
+}
+
+/* Numbers of an image in a buffer that attention reads. */
+static long attention_floats(const Op *op, long layout) {
+    long pixels = op->height * op->width, channels = op->out_channels;
+    if (layout == ROWS) return pixels * (channels + LANES);
+    if (layout == KEYS) return (pixels + PANEL - 1) / PANEL * PANEL * channels;
+    return (channels + PANEL - 1) / PANEL * PANEL * pixels;
+}
+
+/* The products of one block with one panel, and what they become in the output. */
+static void multiply(const Work *w, long image, long block, long panel, const float *v) {
+    const Op *op = w->op;
+    long k = op->in_channels, ldv = k + LANES, first = block * block_units(op), count = units_in(op, block);
+    long points = points_of(op), units = block_units(op);
+    float *c = w->scratch;
+    for (long point = 0; point < points; point++)
+        w->kernels->product(v + point * units * ldv, ldv, w->weights + (panel * points + point) * k * PANEL, k, count,
+                            c + point * units * PANEL);
+    float *out = w->call->buffers[op->output];
+    if (op->writes != MAP) {
+        scatter_attention(op, c, first, count, panel, out + image * attention_floats(op, op->writes));
+        return;
+    }
+    float *sums = w->call->sums[op->output] + (image * blocks_of(op) + block) * 3 * op->out_channels;
+    (is_winograd(op) ? w->kernels->transform_output : w->kernels->scatter_pixels)(
+        op, c, first, count, panel, out + image * map_floats(op, 1, op->out_channels), sums);
+}
+
+static void convolve(const Work *w) {
+    const Op *op = w->op;
+    const Decode *call = w->call;
+    long blocks = blocks_of(op), all = blocks * call->images, panels = panels_of(op), chunks = op->in_channels / LANES;
+    long v_floats = input_floats(op);
+    const float *rows = op->reads == ROWS ? call->buffers[op->input] : NULL; /* needs no transform */
+    int shares = rows || shares_blocks(op, call->images, w->pool->n_threads);
+    if (!shares) {
+        float *v = w->scratch + POINTS * TILES * PANEL;
+        for (long i; (i = next_piece(w->pool)) < all;) {
+            gather(w, i / blocks, i % blocks, 0, chunks, v);
+            for (long panel = 0; panel < panels; panel++) multiply(w, i / blocks, i % blocks, panel, v);
+        }
+        barrier(w->pool);
+        return;
+    }
+    if (!rows) {
+        for (long i; (i = next_piece(w->pool)) < all * chunks;) {
+            long at = i / chunks, chunk = i % chunks;
+            gather(w, at / blocks, at % blocks, chunk, chunk + 1, call->input + at * v_floats);
+        }
+        barrier(w->pool);
+    }
+    for (long i; (i = next_piece(w->pool)) < all * panels;) {
+        long at = i % all, image = at / blocks, block = at % blocks;
+        const float *v = call->input + at * v_floats;
+        if (rows) v = rows + (image * units_of(op) + block * PIXELS) * (op->in_channels + LANES);
+        multiply(w, image, block, i / all, v);
+    }
+    barrier(w->pool);
+}
+
+/* Queries in rows become the result of attention: some rows at a time. */
+static void attend(const Work *w) {
+    const Op *op = w->op;
+    const Decode *call = w->call;
+    long pixels = op->height * op->width, channels = op->out_channels, ld = channels + LANES, lds = score_floats(op);
+    long blocks = (pixels + TILES - 1) / TILES;
+    float *tile = w->scratch, *scores = w->scratch + POINTS * TILES * PANEL, inverse[TILES];
+    for (long piece; (piece = next_piece(w->pool)) < call->images * blocks;) {
+        long image = piece / blocks, first = piece % blocks * TILES, count = pixels - first;
+        if (count > TILES) count = TILES;
+        float *rows = call->buffers[op->input] + (image * pixels + first) * ld;
+        const float *keys = call->buffers[op->keys] + image * attention_floats(op, KEYS);
+        const float *values = call->buffers[op->values] + image * attention_floats(op, VALUES);
+        for (long key = 0; key < pixels; key += PANEL) {
+            w->kernels->product(rows, ld, keys + key * channels, channels, count, tile);
+            for (long i = 0; i < count; i++) memcpy(scores + i * lds + key, tile + i * PANEL, PANEL * sizeof(float));
+        }
+        for (long i = 0; i < count; i++) inverse[i] = w->kernels->softmax(scores + i * lds, pixels, op->scale);
+        for (long channel = 0; channel < channels; channel += PANEL) {
+            w->kernels->product(scores, lds, values + channel * pixels, pixels, count, tile);
+            for (long i = 0; i < count; i++)
+                for (long j = 0; j < PANEL && channel + j < channels; j++)
+                    rows[i * ld + channel + j] = tile[i * PANEL + j] * inverse[i];
+        }
+    }
+    barrier(w->pool);
+}
+
+/* The codes of tokens, as a map. */
+static void look_up(const Work *w) {
+    const Op *op = w->op;
+    long pixels = op->height * op->width, channels = op->out_channels;
+    for (long image; (image = next_piece(w->pool)) < w->call->images;)
+        for (long i = 0; i < pixels; i++)
+            for (long c = 0; c < channels; c++)
+                w->call->buffers[op->output][((image * channels + c / LANES * LANES) * pixels + i * LANES) + c % LANES] =
+                    c < op->code_dim ? op->weights[w->call->tokens[image * pixels + i] * op->code_dim + c] : 0;
+    barrier(w->pool);
+}
+
+/* A map to pixels, row by row. */
+static void write_image(const Work *w) {
+    const Op *op = w->op;
+    long height = op->height, width = op->width;
+    for (long piece; (piece = next_piece(w->pool)) < w->call->images * height;) {
+        long image = piece / height, y = piece % height;
+        const float *from = w->call->buffers[op->input] + (image * height + y) * width * LANES;
+        uint8_t *to = w->call->pixels + piece * width * 3;
+        for (long x = 0; x < width; x++)
+            for (long c = 0; c < 3; c++) {
+                float level = 127.5f * from[x * LANES + c] + 128.0f;
+                to[3 * x + c] = (uint8_t)(level > 255.0f ? 255.0f : level > 0.0f ? level : 0.0f);
+            }
+    }
+    barrier(w->pool);
+}
+
+/* The task of the pool: one call of the decoder. */
+static void run_decoder(Pool *pool, const void *argument, int thread) {
+    const Decode *call = argument;
+    const Op *writers[64] = {NULL};
+    Work w = {.pool = pool, .kernels = select_kernels(), .call = call, .scratch = call->scratch + thread * call->scratch_floats};
+    for (long i = 0; i < call->n_ops; i++) {
+        const Op *op = w.op = call->ops + i;
+        w.writer = writers[op->input];
+        w.weights = is_winograd(op) && !op->transformed ? call->weights : op->weights;
+        prepare(&w);
+        if (op->kind == LOOKUP) look_up(&w);
+        else if (op->kind == ATTEND) attend(&w);
+        else if (op->kind == IMAGE) write_image(&w);
+        else convolve(&w);
+        writers[op->output] = op;
+    }
+}
+
+/* -- what Python calls --------------------------------------------------------------------------------------------- */
+
+/* "avx512", "avx2", or "" where this CPU has neither. */
+const char *parvis_decoder_instructions(void) { return select_kernels() ? select_kernels()->instructions : ""; }
+
+/* The sizes of both structures and the offsets of their last fields; decoder.py compares them with its own. */
+void parvis_decoder_struct_sizes(int64_t *sizes /* [4] */) {
+    sizes[0] = sizeof(Op);
+    sizes[1] = offsetof(Op, shift);
+    sizes[2] = sizeof(Decode);
+    sizes[3] = offsetof(Decode, scratch_floats);
+}
+
+static void at_least(int64_t *size, long floats) {
+    if (*size < floats) *size = floats;
+}
+
+/* Numbers that a call of `images` images needs: for each of n_buffers buffers, then for the sums of each; then for norm,
+   weights, input, and scratch of each thread. */
+void parvis_decoder_sizes(const Op *ops, int64_t n_ops, int64_t images, int64_t threads, int64_t n_buffers,
+                          int64_t *sizes /* [2 * n_buffers + 4] */) {
+    int64_t *sums = sizes + n_buffers, *norm = sums + n_buffers, *weights = norm + 1, *input = norm + 2;
+    int64_t *scratch = norm + 3;
+    memset(sizes, 0, (size_t)(2 * n_buffers + 4) * sizeof(int64_t));
+    for (const Op *op = ops; op < ops + n_ops; op++) {
+        at_least(norm, images * 2 * op->in_channels);
+        if (op->kind == IMAGE) continue;
+        if (op->kind == ATTEND) {
+            at_least(scratch, POINTS * TILES * PANEL + TILES * score_floats(op));
+            continue;
+        }
+        at_least(&sizes[op->output], op->writes == MAP ? map_floats(op, images, op->out_channels)
+                                                       : images * attention_floats(op, op->writes));
+        if (op->kind == LOOKUP) continue;
+        at_least(&sums[op->output], images * blocks_of(op) * 3 * op->out_channels);
+        if (is_winograd(op) && !op->transformed)
+            at_least(weights, panels_of(op) * points_of(op) * op->in_channels * PANEL);
+        at_least(scratch, POINTS * TILES * PANEL + input_floats(op));
+        if (shares_blocks(op, images, threads)) at_least(input, images * blocks_of(op) * input_floats(op));
+    }
+}
+
+/* The weights of a 3x3 convolution w [panels][k][9][PANEL] as its products take them: u [panels][points][k][PANEL];
+   `upsamples`: of a doubled map. */
+void parvis_decoder_transform(const float *w, int64_t panels, int64_t k, int upsamples, float *u) {
+    int points = upsamples ? UPSAMPLED_POINTS : POINTS;
+    for (int64_t p = 0; p < panels; p++)
+        select_kernels()->transform_weights(w + p * k * 9 * PANEL, k, 0, k, points, u + p * points * k * PANEL);
+}
+
+void *parvis_decoder_open(int n_threads) { return pool_open(n_threads, run_decoder); }
+
+void parvis_decoder_close(void *pool) { pool_close(pool); }
+
+void parvis_decode(void *pool, const Decode *call) { pool_run(pool, call); }

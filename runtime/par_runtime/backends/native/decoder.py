@@ -1,0 +1,215 @@
+"""The decoder in C (``decoder.c``): a tokenizer as a list of operations, its weights in panels, and the buffers.
+
+It takes any tokenizer of a bundle whose manifest says where the decoder's tensors lie. Where it cannot run
+(:func:`why_not`), ONNX Runtime decodes. Both compute in fp32, so pixels agree but for rounding: by one grey level.
+
+Letters: B images, H and W pixels, K and N channels of a convolution's input and output.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_runtime.dtypes import Float
+from par_runtime.tokenizer_shapes import BEHIND_CODES, CODEBOOK, decoder_layers
+
+# As in decoder.c
+LANES, PANEL = 16, 32
+LOOKUP, CONV, UPSAMPLE, POINT, ATTEND, IMAGE = range(6)
+MAP, ROWS, KEYS, VALUES = range(4)
+POINTS, UPSAMPLED_POINTS = 36, 25
+
+MAPS = (0, 1, 2)  #: buffers of maps; two of them have the size of the image
+QUERY, KEY, VALUE = 3, 4, 5  #: buffers of attention
+BUFFERS = 6
+#: Transformed weights of 3x3 convolutions take four times the memory of plain ones. So many bytes of them are kept, of
+#: the layers with the largest maps; the others are transformed in each call, which takes a few percent of it.
+KEPT_BYTES = 64 * 2**20
+
+Pointers = ctypes.POINTER(ctypes.c_void_p)
+_COUNTS = ("kind", "reads", "writes", "input", "keys", "values", "output", "height", "width", "in_channels")
+_COUNTS += ("out_channels", "groups", "group_channels", "accumulate", "transformed", "code_dim")
+
+
+class Op(ctypes.Structure):
+    """``Op`` of decoder.c: one operation."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _COUNTS),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("weights", "bias", "gain", "shift")),
+    )
+
+
+class Decode(ctypes.Structure):
+    """``Decode`` of decoder.c: the buffers of one call."""
+
+    _fields_ = (
+        ("ops", ctypes.POINTER(Op)),
+        ("n_ops", ctypes.c_int64),
+        ("images", ctypes.c_int64),
+        ("tokens", ctypes.c_void_p),
+        ("pixels", ctypes.c_void_p),
+        ("buffers", Pointers),
+        ("sums", Pointers),
+        *((name, ctypes.c_void_p) for name in ("norm", "weights", "input", "scratch")),
+        ("scratch_floats", ctypes.c_int64),
+    )
+
+
+class Operations:
+    """The operations of a tokenizer's decoder, and the weights that they point to: keep it while they are used.
+
+    ``config``: of the manifest's tokenizer; ``grid``: rows and columns of codes; ``read``: a tensor of the decoder by its
+    name, in fp32.
+    """
+
+    def __init__(
+        self, lib: ctypes.CDLL, config: Mapping[str, Any], grid: tuple[int, int], read: Callable[[str], Float]
+    ) -> None:
+        self._lib, self._config, self._read = lib, config, read
+        self._arrays: dict[int, NDArray[Any]] = {}  # by address
+        self._height, self._width = grid
+        self._map = MAPS[0]  # where the current map is
+        self._ops: list[Op] = []
+        self._codes()
+        for layer in decoder_layers(config):
+            getattr(self, f"_{layer.kind}")(layer.name, layer.width, layer.out)
+        self._transform_weights()
+        self.array = (Op * len(self._ops))(*self._ops)
+        del self._ops, self._read  # which may hold a file
+
+    def _free(self) -> list[int]:
+        return [buffer for buffer in MAPS if buffer != self._map]
+
+    def _codes(self) -> None:
+        dim, z = self._config["codebook_dim"], self._config["z_channels"]
+        other = self._free()[0]
+        self._add(LOOKUP, output=other, out_channels=lanes(dim), code_dim=dim, weights=self._keep(self._read(CODEBOOK)))
+        self._point(BEHIND_CODES, dim, z, input=other, output=self._map)
+
+    def _conv(self, name: str, width: int, out: int) -> None:
+        other = self._free()[0]
+        self._winograd(CONV, name, width, out, input=self._map, output=other)
+        self._map = other
+
+    def _upsample(self, name: str, width: int, out: int) -> None:
+        other = self._free()[0]
+        self._height, self._width = 2 * self._height, 2 * self._width
+        self._winograd(UPSAMPLE, name, width, out, input=self._map, output=other)
+        self._map = other
+
+    def _res(self, name: str, width: int, out: int) -> None:
+        hidden, other = self._free()
+        self._winograd(CONV, f"{name}.conv1", width, out, f"{name}.norm1", input=self._map, output=hidden)
+        if width != out:
+            self._point(f"{name}.nin_shortcut", width, out, input=self._map, output=other)
+            self._map = other
+        self._winograd(CONV, f"{name}.conv2", out, out, f"{name}.norm2", input=hidden, output=self._map, accumulate=1)
+
+    def _attention(self, name: str, width: int, out: int) -> None:
+        places = {"q": (ROWS, QUERY), "k": (KEYS, KEY), "v": (VALUES, VALUE)}
+        for part, (layout, buffer) in places.items():
+            self._point(f"{name}.{part}", width, out, f"{name}.norm", input=self._map, output=buffer, writes=layout)
+        attend = {"input": QUERY, "output": QUERY, "keys": KEY, "values": VALUE, "scale": width**-0.5}
+        self._add(ATTEND, in_channels=lanes(width), out_channels=lanes(width), reads=ROWS, writes=ROWS, **attend)
+        self._point(f"{name}.proj_out", width, out, input=QUERY, output=self._map, reads=ROWS, accumulate=1)
+
+    def _last(self, name: str, width: int, out: int) -> None:
+        other = self._free()[0]
+        self._winograd(CONV, f"{name}.conv_out", width, out, f"{name}.norm_out", input=self._map, output=other)
+        self._add(IMAGE, input=other, in_channels=LANES)
+
+    def _transform_weights(self) -> None:
+        """Transform what :data:`KEPT_BYTES` allow, from the end: the largest maps are there."""
+        left = KEPT_BYTES
+        for op in reversed(self._ops):
+            if op.kind not in (CONV, UPSAMPLE):
+                continue
+            points = POINTS if op.kind == CONV else UPSAMPLED_POINTS
+            panels, k = -(-op.out_channels // PANEL), op.in_channels
+            left -= 4 * panels * points * k * PANEL
+            if left < 0:
+                return
+            plain = op.weights
+            op.weights = self._keep(np.empty((panels, points, k, PANEL), np.float32))
+            self._lib.parvis_decoder_transform(plain, panels, k, int(op.kind == UPSAMPLE), op.weights)
+            op.transformed = 1
+            self._arrays.pop(plain)
+
+    def _winograd(self, kind: int, name: str, width: int, out: int, norm: str = "", **fields: Any) -> None:
+        """A 3x3 convolution; with a norm, swish follows it."""
+        weights = self._read(f"{name}.weight").transpose(1, 2, 3, 0).reshape(width, 9, out)
+        self._weighted(kind, name, np.ascontiguousarray(packed(weights)), norm, width, out, fields)
+
+    def _point(self, name: str, width: int, out: int, norm: str = "", **fields: Any) -> None:
+        """A 1x1 convolution."""
+        weights = self._read(f"{name}.weight").reshape(out, width).T
+        self._weighted(POINT, name, packed(weights.reshape(width, 1, out)), norm, width, out, fields)
+
+    def _weighted(
+        self, kind: int, name: str, weights: Float, norm: str, width: int, out: int, fields: dict[str, Any]
+    ) -> None:
+        bias = np.zeros(lanes(out), np.float32)
+        bias[:out] = self._read(f"{name}.bias")
+        if norm:
+            for field, part in (("gain", "weight"), ("shift", "bias")):
+                padded = np.zeros(lanes(width), np.float32)
+                padded[:width] = self._read(f"{norm}.{part}").reshape(-1)
+                fields[field] = self._keep(padded)
+            fields["groups"] = self._config["norm_groups"]
+            fields["group_channels"] = width // self._config["norm_groups"]
+        fields |= {"weights": self._keep(weights), "bias": self._keep(bias)}
+        self._add(kind, in_channels=lanes(width), out_channels=lanes(out), **fields)
+
+    def _add(self, kind: int, **fields: Any) -> None:
+        self._ops.append(Op(kind=kind, height=self._height, width=self._width, **fields))
+
+    def _keep(self, array: NDArray[Any]) -> int:
+        array = np.ascontiguousarray(array, np.float32)
+        self._arrays[array.ctypes.data] = array
+        return array.ctypes.data
+
+
+def lanes(channels: int) -> int:
+    """``channels`` rounded up to whole vectors of a map."""
+    return -(-channels // LANES) * LANES
+
+
+def packed(weights: Float) -> Float:
+    """[K,T,N] as panels [N/PANEL,K',T,PANEL], with zeros where channels are added."""
+    k, taps, n = weights.shape
+    panels = np.zeros((-(-n // PANEL), lanes(k), taps, PANEL), np.float32)
+    for panel in range(len(panels)):
+        part = weights[:, :, panel * PANEL : (panel + 1) * PANEL]
+        panels[panel, :k, :, : part.shape[2]] = part
+    return panels
+
+
+class Buffers:
+    """The buffers of calls of up to ``images`` images, and the structure that gives ``decoder.c`` their addresses."""
+
+    def __init__(self, lib: ctypes.CDLL, operations: Operations, images: int, threads: int) -> None:
+        ops = operations.array
+        sizes = (ctypes.c_int64 * (2 * BUFFERS + 4))()
+        lib.parvis_decoder_sizes(ops, len(ops), images, threads, BUFFERS, sizes)
+        self.images, scratch = images, sizes[2 * BUFFERS + 3]
+        lengths = (*sizes[: 2 * BUFFERS + 3], threads * scratch)
+        self._arrays = [np.empty(length, np.float32) for length in lengths]  # numpy asks for huge pages
+        addresses = [array.ctypes.data for array in self._arrays]
+        self._maps = (ctypes.c_void_p * BUFFERS)(*addresses[:BUFFERS])
+        self._sums = (ctypes.c_void_p * BUFFERS)(*addresses[BUFFERS : 2 * BUFFERS])
+        names = ("norm", "weights", "input", "scratch")
+        self.call = Decode(
+            ops=ops,
+            n_ops=len(ops),
+            buffers=self._maps,
+            sums=self._sums,
+            scratch_floats=scratch,
+            **dict(zip(names, addresses[2 * BUFFERS :], strict=True)),
+        )

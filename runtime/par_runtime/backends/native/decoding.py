@@ -1,0 +1,195 @@
+"""Decoding on a CPU: by ``decoder.c`` where it can, else by ONNX Runtime; and the reasons why it cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_runtime import __version__
+from par_runtime.backends.base import closed_error
+from par_runtime.backends.native.decoder import Buffers, Decode, Op, Operations
+from par_runtime.backends.native.library import NOT_BUILT, OTHER_SOURCES, KernelError
+from par_runtime.bundle import Bundle
+from par_runtime.dtypes import STORAGE, Float, Int, to_float32
+from par_runtime.errors import RequestError
+from par_runtime.forks import Calls, tell_of_forks
+from par_runtime.loaded import LoadedFiles, check_memory
+from par_runtime.system import available_cores
+
+OLDER = "the manifest has no table of the decoder's weights; export the bundle again"
+
+log = logging.getLogger(__name__)
+
+
+class Decoder(Protocol):
+    """What turns tokens into pixels."""
+
+    name: str  #: runtime and version, for reports
+
+    def run(self, tokens: Int) -> NDArray[np.uint8]:
+        """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order. Raises BundleError, MemoryError, RequestError."""
+        ...
+
+    def close(self) -> None:
+        """Free it."""
+        ...
+
+
+def decoder_file() -> Path | None:
+    """The compiled ``decoder.c`` beside this file; None where the installation built none."""
+    names = (Path(__file__).parent / f"_decoder{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in names if path.is_file()), None)
+
+
+def open_decoder_library(file: Path | None) -> ctypes.CDLL:
+    """Load ``file``, check that its structures are those of ``decoder.py``, and declare its functions.
+
+    Raises KernelError.
+    """
+    if file is None:
+        raise KernelError(NOT_BUILT)
+    try:
+        lib = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise KernelError(NOT_BUILT) from error
+    try:
+        _declare(lib)
+    except AttributeError as error:  # a function that is not there
+        raise KernelError(OTHER_SOURCES) from error
+    sizes = (ctypes.c_int64 * 4)()
+    lib.parvis_decoder_struct_sizes(sizes)
+    if list(sizes) != [ctypes.sizeof(Op), Op.shift.offset, ctypes.sizeof(Decode), Decode.scratch_floats.offset]:
+        raise KernelError(OTHER_SOURCES)
+    if not lib.parvis_decoder_instructions():
+        raise KernelError(NOT_BUILT)
+    return lib
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    """Declare the functions of ``decoder.c``. Raises AttributeError where one is missing."""
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    lib.parvis_decoder_struct_sizes.argtypes = (pointer,)
+    lib.parvis_decoder_instructions.restype = ctypes.c_char_p
+    lib.parvis_decoder_sizes.argtypes = (ctypes.POINTER(Op), integer, integer, integer, integer, pointer)
+    lib.parvis_decoder_transform.argtypes = (pointer, integer, integer, ctypes.c_int, pointer)
+    lib.parvis_decoder_open.restype = pointer
+    lib.parvis_decoder_close.argtypes = (pointer,)
+    lib.parvis_decode.argtypes = (pointer, ctypes.POINTER(Decode))
+
+
+@cache
+def _opened(file: Path | None) -> ctypes.CDLL | KernelError:
+    """:func:`open_decoder_library`, with its error as a result, so that both are kept."""
+    try:
+        return open_decoder_library(file)
+    except KernelError as error:
+        return error
+
+
+def why_not(bundle: Bundle) -> str | None:
+    """Why the C decoder cannot decode the tokens of ``bundle`` on this machine, or None where it can."""
+    lib = _opened(decoder_file())
+    if isinstance(lib, KernelError):
+        return str(lib)
+    return None if bundle.decoder_weights else OLDER
+
+
+def open_decoder(files: LoadedFiles, threads: int | None = None) -> Decoder:
+    """A decoder of the bundle of ``files``, which ends in images: in C, or ONNX Runtime where :func:`why_not` has a
+    reason. Each reads its weights at its first use.
+    """
+    why = why_not(files.bundle)
+    if why is None:
+        return NativeDecoder(files, threads)
+    log.debug("%s: no C decoder: %s", files.bundle.path, why)
+    from par_runtime.backends.ort.decoding import OrtDecoder
+
+    return OrtDecoder(files, threads)
+
+
+class NativeDecoder:
+    """The decoder in C. Several threads may use it; one at a time decodes. A forked process may go on with its copy."""
+
+    def __init__(self, files: LoadedFiles, threads: int | None = None) -> None:
+        """``threads`` of the CPU, default all cores. Raises BundleError where :func:`why_not` has a reason."""
+        lib = _opened(decoder_file())
+        assert not isinstance(lib, KernelError), lib
+        self.name = f"native-cpu {__version__} ({lib.parvis_decoder_instructions().decode()})"
+        self._lib, self._files, self._threads = lib, files, threads or available_cores()
+        self._operations: Operations | None = None
+        self._buffers: Buffers | None = None
+        self._pool: int | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+        self._calls = Calls()
+        tell_of_forks(self)
+
+    def run(self, tokens: Int) -> NDArray[np.uint8]:
+        """``Decoder.run``."""
+        with self._lock, self._calls:
+            return self._run(tokens)
+
+    def _run(self, tokens: Int) -> NDArray[np.uint8]:
+        bundle = self._files.bundle
+        if self._closed:
+            raise closed_error(bundle)
+        self._files.check()
+        if not len(tokens) or tokens.min() < 0 or tokens.max() >= bundle.vocab_size:
+            raise RequestError(f"tokens to decode: expected ids 0..{bundle.vocab_size - 1} of at least one image")
+        if self._operations is None:
+            self._load()
+        assert self._operations is not None and bundle.image_size is not None
+        if self._buffers is None or self._buffers.images < len(tokens):
+            self._buffers = None  # the old ones are freed first, so that both are never held at once
+            self._buffers = Buffers(self._lib, self._operations, len(tokens), self._threads)
+        raster = np.empty((len(tokens), bundle.n_tokens), np.int64)
+        raster[:, bundle.order] = tokens
+        images = np.empty((len(tokens), *bundle.image_size, 3), np.uint8)
+        call = self._buffers.call
+        call.images, call.tokens, call.pixels = len(tokens), raster.ctypes.data, images.ctypes.data
+        self._lib.parvis_decode(self._pool, ctypes.byref(call))
+        return images
+
+    def _load(self) -> None:
+        """Read the weights, and start the threads. Raises BundleError, MemoryError."""
+        bundle, table = self._files.bundle, self._files.bundle.decoder_weights
+        assert bundle.tokenizer is not None
+        check_memory(bundle, sum(4 * at.length for at in table.values()))
+
+        def read(name: str) -> Float:
+            at = table[name]
+            raw = bytearray(at.length)
+            self._files.read(memoryview(raw), at.offset)
+            return to_float32(np.frombuffer(raw, STORAGE[at.dtype]).reshape(at.shape), at.dtype)
+
+        operations = Operations(self._lib, bundle.tokenizer, bundle.grid[1:], read)
+        if self._pool is None:
+            self._pool = self._lib.parvis_decoder_open(self._threads)
+        if self._pool is None:
+            raise MemoryError(f"{self._threads} threads: no memory for their pool")
+        self._operations = operations
+
+    def close(self) -> None:
+        """Free weights, buffers and threads; a second call does nothing."""
+        with self._lock:
+            self._closed, pool = True, self._pool
+            self._pool = self._operations = self._buffers = None
+            if pool is not None:
+                self._lib.parvis_decoder_close(pool)
+
+    def after_fork(self) -> None:
+        self._lock = threading.Lock()  # another thread may have held it
+        if self._calls.lost_in_fork():
+            self._buffers = None  # of its call, which never ends here
+
+    def __del__(self) -> None:
+        if getattr(self, "_pool", None) is not None:
+            self.close()

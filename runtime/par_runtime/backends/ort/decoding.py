@@ -1,0 +1,28 @@
+"""Decoding on ONNX Runtime's CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from par_runtime.backends.ort.sessions import LazySession, session_options
+from par_runtime.dtypes import Int
+from par_runtime.loaded import LoadedFiles
+
+
+class OrtDecoder:
+    """``decoder.onnx`` on the CPU; ``native.decoding.Decoder`` describes the calls."""
+
+    def __init__(self, files: LoadedFiles, threads: int | None = None) -> None:
+        """``threads`` of the CPU, default all cores."""
+        self.name = f"onnxruntime-cpu {ort.__version__}"
+        self._session = LazySession(files, "decoder", session_options(threads))
+
+    def run(self, tokens: Int) -> NDArray[np.uint8]:
+        """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order. Raises BundleError, MemoryError."""
+        return self._session.run("tokens", tokens)
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session.close()
