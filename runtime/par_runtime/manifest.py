@@ -16,7 +16,6 @@ meaning has another schema number. In ``defaults`` they are refused: there an un
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 

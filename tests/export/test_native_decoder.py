@@ -1,4 +1,4 @@
-"""The C decoder against ``decoder.onnx``: pixels within one grey level, for every form of tokenizer that there can be."""
+"""The C decoder against ``decoder.onnx``: pixels within one grey level, for every form of tokenizer."""
 
 from __future__ import annotations
 
@@ -103,20 +103,26 @@ def test_an_image_is_the_same_alone_and_in_a_batch(tiny: Path) -> None:
         decoder.close()
 
 
+AVX2 = """
+import sys
+import numpy as np
+from par_runtime.backends.native.decoding import NativeDecoder
+from par_runtime.bundle import Bundle
+from par_runtime.loaded import LoadedFiles
+decoder = NativeDecoder(LoadedFiles(Bundle.open(sys.argv[1])), 2)
+assert "avx2" in decoder.name
+np.save(sys.argv[3], decoder.run(np.load(sys.argv[2])))
+"""
+
+
 @needs_decoder
 def test_both_instruction_sets_make_the_same_pixels(tmp_path: Path) -> None:
     path = make(tmp_path, "like VQ-16")
-    code = (
-        "import sys, numpy as np; from pathlib import Path; import test_native_decoder as t; "
-        "np.save(sys.argv[2], t.ours(Path(sys.argv[1]), 2))"
-    )
-    for name in ("avx2", ""):
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-        environment["PARVIS_NATIVE"] = name
-        command = [sys.executable, "-c", code, str(path), str(tmp_path / f"{name}.npy")]
-        subprocess.run(command, env=environment, check=True)
-    assert (np.load(tmp_path / "avx2.npy") == np.load(tmp_path / ".npy")).all()
-    assert (np.load(tmp_path / ".npy") == ours(path, 2)).all()
+    np.save(tmp_path / "tokens.npy", tokens_of(Bundle.open(path), 2))
+    command = [sys.executable, "-c", AVX2, *map(str, (path, tmp_path / "tokens.npy", tmp_path / "avx2.npy"))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PARVIS_NATIVE": "avx2"}
+    subprocess.run(command, env=environment, check=True)
+    assert (np.load(tmp_path / "avx2.npy") == ours(path, 2)).all()
 
 
 @needs_decoder
@@ -146,7 +152,7 @@ def swapped(first: str, second: str) -> Bundle:
     ],
 )
 def test_a_tensor_in_the_place_of_another_is_seen(first: str, second: str) -> None:
-    """The comparison above cannot pass with a part of the network wrong; the last pair is the one that may be swapped."""
+    """The comparison cannot pass with a part of the network wrong. Biases that are added up may change places."""
     bundle = swapped(first, second)
     decoder = NativeDecoder(LoadedFiles(bundle), 1)
     off = np.abs(decoder.run(tokens_of(bundle, 1)).astype(int) - graphs(DEMO, 1)).max()
@@ -160,8 +166,7 @@ def test_a_tensor_in_the_place_of_another_is_seen(first: str, second: str) -> No
     ("line", "bug"),
     [
         ("#define VANISHING 2", "#define VANISHING 1"),
-        ("origin = value;", "origin = vec_set1(1.0f);"),
-        ("vec_fma(vec_set1(8.0f), minus_2, minus)", "vec_fma(vec_set1(7.0f), minus_2, minus)"),
+        ("if (tile + i + j == 0) origin", "if (i + j == 0) origin"),
     ],
 )
 def test_a_planted_bug_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, bug: str) -> None:
@@ -173,8 +178,8 @@ def test_a_planted_bug_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         (tmp_path / name).write_text(text.replace(line, bug))
     assert found
     library = tmp_path / "decoder.so"
-    command = ["cc", "-O1", "-std=gnu11", "-pthread", "-shared", "-fPIC", str(tmp_path / "decoder.c"), "-o", str(library)]
-    subprocess.run([*command, "-lm"], check=True)
+    flags = ("-O1", "-std=gnu11", "-pthread", "-shared", "-fPIC")
+    subprocess.run(["cc", *flags, str(tmp_path / "decoder.c"), "-o", str(library), "-lm"], check=True)
     monkeypatch.setattr(decoding, "decoder_file", lambda: library)
     assert compare(DEMO, 1) > ONE_LEVEL
 
@@ -208,7 +213,9 @@ def test_every_decoder_says_its_name() -> None:
 
 @needs_decoder
 def test_libraries_of_other_sources(tmp_path: Path) -> None:
-    step = Path(decoding.decoder_file() or "").with_name((decoding.decoder_file() or Path()).name.replace("_decoder", "_step"))
+    step = Path(decoding.decoder_file() or "").with_name(
+        (decoding.decoder_file() or Path()).name.replace("_decoder", "_step")
+    )
     for file, message in ((None, "were not built"), (tmp_path / "none.so", "were not built"), (step, "other sources")):
         with pytest.raises(decoding.KernelError, match=message):
             decoding.open_decoder_library(file)

@@ -152,4 +152,3 @@ def test_fused_weights_are_not_held_in_fp32_too(family: dict[str, Path]) -> None
     }
     assert grown["fp16"] > 4 * weights
     assert grown["fp16-int4-64"] < grown["fp16"] - 3 * weights
-

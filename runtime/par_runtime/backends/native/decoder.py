@@ -32,8 +32,10 @@ BUFFERS = 6
 KEPT_BYTES = 64 * 2**20
 
 Pointers = ctypes.POINTER(ctypes.c_void_p)
-_COUNTS = ("kind", "reads", "writes", "input", "keys", "values", "output", "height", "width", "in_channels")
-_COUNTS += ("out_channels", "groups", "group_channels", "accumulate", "transformed", "code_dim")
+_COUNTS = (
+    *("kind", "reads", "writes", "input", "keys", "values", "output", "height", "width", "in_channels"),
+    *("out_channels", "groups", "group_channels", "accumulate", "transformed", "code_dim"),
+)
 
 
 class Op(ctypes.Structure):
@@ -65,8 +67,8 @@ class Decode(ctypes.Structure):
 class Operations:
     """The operations of a tokenizer's decoder, and the weights that they point to: keep it while they are used.
 
-    ``config``: of the manifest's tokenizer; ``grid``: rows and columns of codes; ``read``: a tensor of the decoder by its
-    name, in fp32.
+    ``config``: of the manifest's tokenizer; ``grid``: rows and columns of codes; ``read``: a tensor of the decoder by
+    its name, in fp32.
     """
 
     def __init__(

@@ -146,7 +146,8 @@ class NativeDecoder:
             raise RequestError(f"tokens to decode: expected ids 0..{bundle.vocab_size - 1} of at least one image")
         if self._operations is None:
             self._load()
-        assert self._operations is not None and bundle.image_size is not None
+        assert self._operations is not None
+        assert bundle.image_size is not None
         if self._buffers is None or self._buffers.images < len(tokens):
             self._buffers = None  # the old ones are freed first, so that both are never held at once
             self._buffers = Buffers(self._lib, self._operations, len(tokens), self._threads)
