@@ -28,7 +28,6 @@ class Limit:
     int4: float
     least: bool = False
     percent: bool = False  #: shown as a percentage
-    tries: str = "weights"  #: what helps: "weights", "sinks" or "rounding"
 
     def within(self, value: float, limit: float) -> bool:
         """Whether ``value`` is on the right side of ``limit``; False for what is not a number."""
@@ -49,41 +48,38 @@ LIMITS = {
         least=True,
         percent=True,
     ),
-    "top1_inputs": Limit(
-        "top-1 agreement at class and learnable inputs",
-        "the same over the first position and the transition alone, whose inputs are attention sinks",
-        0.95,
-        0.85,
-        least=True,
-        percent=True,
-        tries="sinks",
-    ),
     "kl": Limit(
         "mean KL divergence",
         "of the original's distribution of codes from the candidate's, in nats per position; the larger of guided and "
         "unguided",
-        0.003,
-        0.05,
+        0.0015,
+        0.02,
     ),
-    "kl_p95": Limit("95th percentile of the KL divergence", "of all positions, in nats", 0.01, 0.2),
+    "kl_p95": Limit("95th percentile of the KL divergence", "of all positions, in nats", 0.005, 0.07),
+    "kl_inputs": Limit(
+        "KL divergence at class and learnable inputs",
+        "the mean over the positions whose inputs are attention sinks: they are so few that all others would hide them",
+        0.003,
+        0.04,
+    ),
     "likelihood": Limit(
         "held-out log-likelihood",
         "change of the nats per token, as a share of them: the end of the 95 % interval that is farther from zero",
         0.005,
-        0.02,
+        0.015,
         percent=True,
     ),
     "layer": Limit(
         "worst layer",
         "largest relative error of a matrix's outputs on recorded activations, in any phase",
-        0.05,
-        0.25,
+        0.03,
+        0.2,
     ),
     "frechet": Limit(
         "Frechet distance of generated sets",
         "in multiples of the 95th percentile of what two halves of the original's own images are apart",
+        1.25,
         1.5,
-        2.0,
     ),
 }
 

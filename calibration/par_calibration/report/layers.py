@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,20 @@ def worst(layers: Sequence[LayerError]) -> LayerError | None:
     if not layers:
         return None
     return max(layers, key=lambda one: one.relative_error if one.relative_error == one.relative_error else float("inf"))
+
+
+#: A matrix whose error is so many times the median of all matrices stands out.
+OUTLIER = 3.0
+MOST_OUTLIERS = 3
+
+
+def outliers(layers: Sequence[LayerError]) -> list[str]:
+    """The matrices whose largest error stands out from those of all others, the worst first; at most three."""
+    largest: dict[str, float] = {}
+    for one in layers:
+        largest[one.name] = max(largest.get(one.name, 0.0), one.relative_error)
+    if not largest:
+        return []
+    usual = median(largest.values())
+    found = sorted((name for name in largest if largest[name] > OUTLIER * usual), key=lambda name: -largest[name])
+    return found[:MOST_OUTLIERS]

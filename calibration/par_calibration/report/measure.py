@@ -110,7 +110,7 @@ class _Measuring:
             other.close()
         where = positions_of(self.original)
         agreements = [one for cost, each in forced.items() for one in measures.agreement(each, cost, where)]
-        drawn, frechet, pairs = self._generated(sets, notes)
+        drawn, frechet, pairs = self._generated(sets, labels, notes)
         if not layers:
             notes.append("The error of each layer was not measured: no activations were recorded.")
         weights = self.candidate.quantised or "kept"
@@ -167,7 +167,7 @@ class _Measuring:
         )
 
     def _generated(
-        self, sets: _Sets | None, notes: list[str]
+        self, sets: _Sets | None, labels: tuple[int, ...], notes: list[str]
     ) -> tuple[Drawn | None, Frechet | None, NDArray[np.uint8] | None]:
         """Tokens until the first divergence, the distance of the sets, and pairs of images to look at."""
         if sets is None or sets.candidate is None:
@@ -189,7 +189,7 @@ class _Measuring:
                 found.append(features.of(images))
                 shown.append(images[:show])
         first, second, candidate = found
-        mean, p95 = floor(first, second, self.options.seed)
+        mean, p95 = floor(first, second, labels, self.options.seed)
         frechet = Frechet(
             features=FEATURES,
             images=len(first),

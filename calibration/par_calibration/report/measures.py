@@ -85,7 +85,8 @@ class Frechet:
 
     ``distance``: the original's images from the candidate's, with other seeds. ``other_seeds``: the original's images
     from the original's with other seeds. ``same_seeds``: original and candidate with the same seeds. ``floor`` and
-    ``floor_p95``: mean and 95th percentile of what random halves of all of the original's images are apart.
+    ``floor_p95``: mean and 95th percentile of what random halves of all of the original's images
+    are apart, with the same classes in both.
     """
 
     features: str

@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from par_calibration.report.budget import LIMITS, Budget
 from par_calibration.report.forced import CLASS, LEARNABLE
-from par_calibration.report.layers import LayerError, worst
+from par_calibration.report.layers import LayerError, outliers, worst
 from par_calibration.report.measures import Agreement, Drawn, Frechet, Likelihood
 from par_runtime.metrics import finite
+from par_runtime.quantised import GROUPS
 from par_runtime.system import write_beside
 
+HEAD = "output"  #: the name of the head's matrix
+FAR = 2.0  #: times as large an error is another one
 WEIGHTS, ROUNDING, BOTH = "weights", "rounding", "both"
 COSTS = {
     WEIGHTS: "weights alone, in fp32 arithmetic",
@@ -75,16 +78,11 @@ class Report:
         every = [a for a in self.agreements if a.cost == BOTH]
         whole = [a for a in every if a.where == "all"]
         out["top1"] = min(a.top1 for a in whole)
-        inputs = [a for a in every if a.where in (CLASS, LEARNABLE)]
-        if inputs:
-            # Both kinds together: an image has one class input and few learnable ones.
-            out["top1_inputs"] = min(
-                sum(a.top1 * a.positions for a in inputs if a.guided == guided)
-                / sum(a.positions for a in inputs if a.guided == guided)
-                for guided in (False, True)
-            )
         out["kl"] = _largest(a.kl for a in whole)
         out["kl_p95"] = _largest(a.kl_p95 for a in whole)
+        sinks = [[a for a in every if a.where in (CLASS, LEARNABLE) and a.guided == guided] for guided in (False, True)]
+        # Both kinds together: an image has one class input and few learnable ones.
+        out["kl_inputs"] = _largest(sum(a.kl * a.positions for a in s) / sum(a.positions for a in s) for s in sinks)
         out["likelihood"] = self.likelihoods[BOTH].farthest
         layer = worst(self.layers)
         if layer is not None:
@@ -98,7 +96,8 @@ class Report:
         to try. Empty: the calibration passes.
         """
         limits = (budget or self.budget).limits
-        lines = []
+        lines: list[str] = []
+        advice = self._advice()
         for key, value in self.measures().items():
             if key not in limits:
                 continue
@@ -106,26 +105,24 @@ class Report:
             if not limit.within(value, most):
                 lines.append(
                     f"{limit.name}: {limit.text(value)}, {'at least' if limit.least else 'at most'} "
-                    f"{limit.text(most)} ({_beyond(value, most, limit.least)}); {self._advice(key)}"
+                    f"{limit.text(most)} ({_beyond(value, most, limit.least)}); {advice}"
                 )
         return lines
 
-    def _advice(self, key: str) -> str:
+    def _advice(self) -> str:
+        """What to try: where the error comes from decides."""
         side = self.candidate
         together, alone = self.agreement(cost=BOTH), self.agreement(cost=WEIGHTS)
-        if together is not None and alone is not None and alone is not together and together.kl > 2 * alone.kl:
-            return f"most of it comes from {side.arithmetic} arithmetic: try --arithmetic fp32"
-        tries = []
-        layer = worst(self.layers)
-        if layer is not None and layer.name != "output" and key == "layer":
-            tries.append(f"--keep {layer.name}")
-        elif "output" not in side.kept and "head" not in side.kept:
+        if together is not None and alone is not None and together.kl > FAR * alone.kl:
+            return f"most of it comes of {side.arithmetic} arithmetic and a {side.cache} cache: try --arithmetic fp32"
+        tries = [f"--keep {' '.join(outliers(self.layers))}"] if outliers(self.layers) else []
+        if not tries and HEAD not in side.kept:
             tries.append("--keep head")
-        if side.group > 32:
+        if side.group > min(GROUPS):
             tries.append(f"--group {side.group // 2}")
         if side.weights == "int4":
             tries.append("--weights int8")
-        return "try " + ", ".join(tries or ["a larger --keep, and look at the worst layers in the page"])
+        return "try " + (", ".join(tries) or "a larger --keep: the page shows the worst layers")
 
     def summary(self) -> dict[str, Any]:
         """The figures for a manifest: what was measured on what, with the limits."""
