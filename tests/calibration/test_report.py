@@ -249,11 +249,16 @@ def test_a_budget_from_a_text_or_a_file(tmp_path: Path) -> None:
         assert str(error.value).isprintable()
 
 
-def test_rounded_arithmetic_is_told_apart_from_weights(tiny: Bundle, small: Bundle, tmp_path: Path) -> None:
-    shutil.copytree(TINY, tmp_path / "tiny")
-    found = compare(tiny, small, replace(FEW, samples=0, arithmetic="bf16"))
-    assert set(found.likelihoods) == {"weights", "rounding", "both"}
-    weights, both = found.agreement(cost="weights"), found.agreement()
-    assert weights is not None
-    assert both is not None
-    assert found.candidate.arithmetic == "bf16"
+def test_an_arithmetic_that_does_not_run_here_is_not_reported_as_if_it_did(tiny: Bundle) -> None:
+    # 16 columns are no panel of the C step, so ONNX Runtime runs it.
+    with pytest.raises(CalibrationError, match=r"int8 and a bf16 cache: onnxruntime-cpu .* would prove nothing"):
+        compare(tiny, tiny, replace(FEW, samples=0, arithmetic="int8", cache="bf16"))
+
+
+def test_logits_that_do_not_fit_on_the_disk_are_refused_before_they_are_computed(
+    tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = shutil.disk_usage("/")._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    with pytest.raises(CalibrationError, match=r"the logits of 50000 images take 1.6 GB, 0.0 GB are free"):
+        compare(tiny, tiny, replace(FEW, images=50_000))

@@ -8,6 +8,7 @@ Letters: M images, N tokens, B images of a batch, q positions of a call, V codes
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ CLASS, LEARNABLE, CODE = "class", "learnable", "code"  #: what an input position
 INPUTS = (CLASS, LEARNABLE, CODE)
 #: Images whose logits are computed in one batch: two rows each.
 AT_ONCE = 8
+SAY_SECONDS = 20.0  #: between two lines of progress
+Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +72,12 @@ class Stream:
         self.path.unlink(missing_ok=True)
 
 
-def forced_logits(pipeline: Pipeline, held: HeldOut) -> Iterator[tuple[slice, Call, Float]]:
+def forced_logits(pipeline: Pipeline, held: HeldOut, say: Say = lambda _: None) -> Iterator[tuple[slice, Call, Float]]:
     """The logits of every call with the tokens of ``held`` given: (images, call, logits [2,B,q,V]).
 
-    Of the two, the first are with class and the second without.
+    Of the two, the first are with class and the second without. ``say`` hears from time to time how far it is.
     """
+    said = time.monotonic()
     bundle = pipeline.bundle
     size = max(1, min(AT_ONCE, pipeline.default_batch, pipeline.backend.max_images // 2))
     for first in range(0, len(held), size):
@@ -90,18 +94,29 @@ def forced_logits(pipeline: Pipeline, held: HeldOut) -> Iterator[tuple[slice, Ca
             for call, batch, inputs, write in schedule.walk(np.concatenate([tokens, tokens])):
                 logits = pipeline.backend.logits(batch, inputs, write)
                 yield part, call, logits.reshape(2, count, call.query, -1)
+                if time.monotonic() > said + SAY_SECONDS:
+                    said = time.monotonic()
+                    say(f"images {part.start + 1} to {part.stop} of {len(held)}, {call.positions.stop} tokens of each")
 
 
-def record(pipeline: Pipeline, held: HeldOut, stream: Stream, on_image: Callable[[int], object] | None = None) -> None:
+def stream_bytes(bundle: Bundle, images: int) -> int:
+    """How large the file of a :class:`Stream` becomes."""
+    return 2 * 4 * images * bundle.n_tokens * bundle.vocab_size
+
+
+def record(pipeline: Pipeline, held: HeldOut, stream: Stream, say: Say) -> None:
     """Write the logits of ``held`` to ``stream``."""
-    for part, call, logits in forced_logits(pipeline, held):
+    for _, _, logits in forced_logits(pipeline, held, say):
         stream.write(logits)
-        if on_image is not None and call.positions.stop == pipeline.bundle.n_tokens:
-            on_image(part.stop)
 
 
 def against(
-    pipeline: Pipeline, held: HeldOut, streams: list[Stream], guidance: float, keep: Stream | None = None
+    pipeline: Pipeline,
+    held: HeldOut,
+    streams: list[Stream],
+    guidance: float,
+    say: Say,
+    keep: Stream | None = None,
 ) -> list[Forced]:
     """The logits of ``pipeline`` against those in each of ``streams``; ``keep`` gets them too."""
     shape = held.tokens.shape
@@ -111,7 +126,7 @@ def against(
     ]
     for stream in streams:
         stream.rewind()
-    for part, call, logits in forced_logits(pipeline, held):
+    for part, call, logits in forced_logits(pipeline, held, say):
         if keep is not None:
             keep.write(logits)
         given = held.tokens[part, call.positions][..., None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from par_calibration.errors import CalibrationError
 from par_calibration.heldout import HeldOut, find
 from par_calibration.report import measures
 from par_calibration.report.budget import Budget
-from par_calibration.report.forced import Stream, against, positions_of, record
+from par_calibration.report.forced import Stream, against, positions_of, record, stream_bytes
 from par_calibration.report.frechet import FEATURES, Features, distance, floor
 from par_calibration.report.layers import LayerError
 from par_calibration.report.measures import Drawn, Frechet
@@ -26,12 +27,13 @@ from par_calibration.report.options import SAMPLES, Options
 from par_calibration.report.result import BOTH, ROUNDING, WEIGHTS, Report, Side
 from par_runtime.bundle import WEIGHTS as WEIGHTS_FILE
 from par_runtime.bundle import Bundle
-from par_runtime.dtypes import Int
+from par_runtime.dtypes import BYTES, Int
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import class_indices
+from par_runtime.request import Settings, class_indices
 
 T = TypeVar("T")
 FP32 = "fp32"
+OTHER_SEEDS = 1_000_000  #: from the seeds of generated images to those of tokens that stand in for real images
 LEAST_SAMPLES = 8  #: of generated images, for a distance of sets
 
 
@@ -75,6 +77,11 @@ class _Measuring:
     cache: str
     scratch: Path
 
+    @property
+    def rounded(self) -> bool:
+        """Whether the candidate runs in another arithmetic than weights alone are measured in."""
+        return (self.arithmetic, self.cache) != (FP32, FP32)
+
     def run(self, layers: tuple[LayerError, ...]) -> Report:
         notes: list[str] = []
         guidance = self.options.guidance
@@ -83,24 +90,33 @@ class _Measuring:
         samples = SAMPLES if self.options.samples is None else self.options.samples
         classes = class_indices(self.original, list(self.options.labels)) or list(range(self.original.n_classes))
         labels = tuple(classes[i % len(classes)] for i in range(samples))
+        count = self.options.images_of(self.original.n_tokens)
+        given = find(self.original, self.options.real, count)
+        if given is not None and len(given) < count:
+            notes.append(f"Only {len(given)} held-out images were there; {count} were asked for.")
+        self._check_room(count if given is None else len(given))
+        if self.rounded:  # before an hour of the original's work, not after it
+            with _loaded(self.candidate, self.arithmetic, self.cache, self.options.threads):
+                pass
         stream, other = Stream(self.scratch / "original"), Stream(self.scratch / "candidate")
         try:
             with _loaded(self.original, FP32, FP32, self.options.threads) as pipeline:
                 backend = pipeline.backend.info.name
-                held = self._held(pipeline, notes)
-                self._time("original, given tokens", lambda: record(pipeline, held, stream))
+                held = given or self._drawn_instead(pipeline, count, notes)
+                self._time("original, given tokens", lambda: record(pipeline, held, stream, self._say))
                 sets = self._draw_both(pipeline, labels, guidance) if samples else None
-            rounded = (self.arithmetic, self.cache) != (FP32, FP32)
             forced = {}
-            if rounded:
+            if self.rounded:
                 with _loaded(self.candidate, FP32, FP32, self.options.threads) as pipeline:
                     [forced[WEIGHTS]] = self._time(
                         "candidate in fp32, given tokens",
-                        lambda: against(pipeline, held, [stream], guidance, keep=other),
+                        lambda: against(pipeline, held, [stream], guidance, self._say, keep=other),
                     )
             with _loaded(self.candidate, self.arithmetic, self.cache, self.options.threads) as pipeline:
-                streams = [stream, other] if rounded else [stream]
-                results = self._time("candidate, given tokens", lambda: against(pipeline, held, streams, guidance))
+                streams = [stream, other] if self.rounded else [stream]
+                results = self._time(
+                    "candidate, given tokens", lambda: against(pipeline, held, streams, guidance, self._say)
+                )
                 forced |= dict(zip((BOTH, ROUNDING), results, strict=False))
                 if sets is not None:
                     sets.candidate = self._draw(pipeline, labels, guidance, len(labels))
@@ -138,23 +154,21 @@ class _Measuring:
             ),
         )
 
-    def _held(self, pipeline: Pipeline, notes: list[str]) -> HeldOut:
-        """The held-out images; where there are none, tokens that the original draws."""
-        count = self.options.images_of(self.original.n_tokens)
-        held = find(self.original, self.options.real, count)
-        if held is None:
-            classes = list(range(self.original.n_classes))
-            labels = [classes[i % len(classes)] for i in range(count)]
-            # Unguided, so that their likelihood is that of the distribution which is compared.
-            tokens = pipeline.generate(labels, guidance=1.0, top_p=1.0, seed=self.options.seed + 10**6, decode=False)
-            held = HeldOut(tokens.tokens, tuple(labels), "tokens that the original model drew", real=False)
-            notes.append(
-                "No real images: the bundle holds none and --real names none. Tokens that the original model drew "
-                "stand in, so the likelihood says how well the candidate predicts the original, not images."
-            )
-        elif len(held) < count:
-            notes.append(f"Only {len(held)} held-out images were there; {count} were asked for.")
-        return held
+    def _drawn_instead(self, pipeline: Pipeline, count: int, notes: list[str]) -> HeldOut:
+        """Tokens that the original draws, in the place of real images."""
+        labels = [i % self.original.n_classes for i in range(count)]
+        # Unguided and unfiltered, so that they come of the distribution whose likelihood is compared.
+        made = pipeline.generate(
+            labels,
+            Settings(guidance=1.0, temperature=1.0, top_k=0, top_p=1.0),
+            seed=self.options.seed + OTHER_SEEDS,
+            decode=False,
+        )
+        notes.append(
+            "No real images: the bundle holds none and --real names none. Tokens that the original model drew stand "
+            "in, so the likelihood says how well the candidate predicts the original, not images."
+        )
+        return HeldOut(made.tokens, tuple(labels), "tokens that the original model drew", real=False)
 
     def _draw_both(self, pipeline: Pipeline, labels: tuple[int, ...], guidance: float) -> _Sets:
         first = self._draw(pipeline, labels, guidance, 0)
@@ -210,21 +224,46 @@ class _Measuring:
             return None
         return Features(self.original, self.options.threads)
 
+    def _check_room(self, images: int) -> None:
+        """Raise CalibrationError where the logits of so many images do not fit on the disk of temporary files."""
+        needed = (1 + self.rounded) * stream_bytes(self.original, images)
+        free = shutil.disk_usage(self.scratch).free
+        if needed > free:
+            raise CalibrationError(
+                f"the logits of {images} images take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in "
+                f"{self.scratch.parent}; compare fewer held-out images, or set TMPDIR to another disk"
+            )
+
+    def _say(self, text: str) -> None:
+        self.options.say(f"report: {text}")
+
     def _time(self, what: str, work: Callable[[], T]) -> T:
         began = time.perf_counter()
         out = work()
-        self.options.say(f"report: {what}, {time.perf_counter() - began:.1f} s")
+        self._say(f"{what}, {time.perf_counter() - began:.1f} s")
         return out
 
 
 @contextmanager
 def _loaded(bundle: Bundle, arithmetic: str, cache: str, threads: int | None) -> Iterator[Pipeline]:
-    """The bundle on the CPU, closed at the end. Its self-test is left out: a comparison is stricter."""
+    """The bundle on the CPU, closed at the end. Its self-test is left out: a comparison is stricter.
+
+    Raises CalibrationError where the CPU's backend cannot compute so: figures of another arithmetic prove nothing.
+    """
     how: dict[str, Any] = {"arithmetic": arithmetic, "cache": cache}
     known = inspect.signature(Pipeline.load).parameters
     with Pipeline.load(
         bundle.path, "cpu", threads=threads, selftest=False, **{k: v for k, v in how.items() if k in known}
     ) as pipeline:
+        info = pipeline.backend.info
+        wanted = [arithmetic] if info.computes != arithmetic and arithmetic != FP32 else []
+        wanted += [f"a {cache} cache"] if cache != FP32 and info.cache_bytes != BYTES[cache] else []
+        if wanted:
+            raise CalibrationError(
+                f"{' and '.join(wanted)}: {info.name} computes in {info.computes} with a cache of {info.cache_bytes:g} "
+                "bytes a number, so the report would prove nothing for it; calibrate where the C step runs (see "
+                "'parvis doctor'), or give --arithmetic fp32 --cache fp32"
+            )
         yield pipeline
 
 
