@@ -1,1 +1,252 @@
-"""From a bundle to a calibrated one: the whole way."""
+"""From a bundle to a calibrated one: record, quantise, write, compare, publish or not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from par_calibration.errors import CalibrationError
+from par_calibration.quantise import activations
+from par_calibration.quantise.choice import GROUP, How, check_groups, kept_names
+from par_calibration.quantise.layers import Layers, Quantiser, by_gptq
+from par_calibration.record.record import OnImage, RecordOptions, maker_of, plan_of, record
+from par_calibration.record.recording import Recording
+from par_calibration.report import Budget, LayerError, Options, Report, compare
+from par_export.quantised import check_source, write_bundle
+from par_export.restored import StoredWeights, stored_table
+from par_runtime.backends.native.library import why_not
+from par_runtime.bundle import MANIFEST, WEIGHTS, Bundle
+from par_runtime.dtypes import ARITHMETICS, Float
+from par_runtime.manifest import KEPT
+from par_runtime.system import check_writable, peak_bytes
+
+#: Words of ``--weights`` -> the manifest's.
+KEEP_WEIGHTS = "keep"
+WEIGHT_CHOICES = ("int8", "int4", KEEP_WEIGHTS)
+CACHES = ("fp32", "bf16")
+
+Say = Callable[[str], None]
+
+
+class OverBudgetError(Exception):
+    """The report of a calibration is beyond its budget, so no bundle was written; each line is one measure."""
+
+    def __init__(self, report: Report, lines: Sequence[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.report, self.lines = report, tuple(lines)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``parvis calibrate`` is asked for."""
+
+    bundle: Path
+    weights: str = "int8"  #: one of :data:`WEIGHT_CHOICES`
+    out: Path | None = None  #: default: beside the bundle, named after it and what was done
+    group: int = GROUP
+    keep: tuple[str, ...] = ()
+    arithmetic: str = "fp32"
+    cache: str = "fp32"
+    record: RecordOptions = field(default_factory=RecordOptions)
+    report: Options = field(default_factory=Options)
+    budget: str | None = None  #: as ``Budget.parse`` takes it
+    work: Path | None = None  #: folder of the recording; default: hidden, beside ``out``, removed at the end
+    resume: bool = False
+    force: bool = False
+    html: Path | None = None  #: default: beside ``out``
+    json: Path | None = None
+    show_images: Path | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything goes."""
+
+    out: Path
+    work: Path
+    html: Path
+    json: Path
+    images: Path | None
+    own_work: bool  #: the folder of the recording was not named, so it is removed at the end
+
+    @staticmethod
+    def of(request: Request) -> Places:
+        """The places of ``request``."""
+        bundle = request.bundle.absolute()
+        bundle = bundle if bundle.name not in ("", "..") else bundle.resolve()
+        did = request.weights if request.weights != KEEP_WEIGHTS else request.arithmetic
+        suffix = f"{did}{'-cache' if request.cache != 'fp32' and request.weights == KEEP_WEIGHTS else ''}"
+        out = request.out or request.bundle.parent / f"{bundle.name}-{suffix}"
+        if request.out is None and request.bundle.name in ("", ".", ".."):
+            out = bundle.parent / f"{bundle.name}-{suffix}"
+        return Places(
+            out=out,
+            work=request.work or out.parent / f".{bundle.name}.calibration",
+            html=request.html or out.with_name(f"{out.name}.html"),
+            json=request.json or out.with_name(f"{out.name}.json"),
+            images=request.show_images,
+            own_work=request.work is None,
+        )
+
+
+def calibrate(
+    request: Request,
+    *,
+    quantiser: Quantiser = by_gptq,
+    say: Say = lambda _: None,
+    on_image: OnImage | None = None,
+    on_matrix: Callable[[str], object] | None = None,
+) -> tuple[Path, Report]:
+    """Do what ``request`` says; returns the bundle and its report.
+
+    ``quantiser`` makes codes and scales of one matrix. ``on_image`` is told how many images are recorded, ``on_matrix``
+    which matrix is next.
+
+    Raises OverBudgetError, after the files of the report were written; CalibrationError, BundleError, RequestError,
+    ExportError and what else ``write_bundle`` raises, OSError. A recording that is not complete stays for ``resume``.
+    """
+    started = time.perf_counter()
+    bundle = Bundle.open(request.bundle)
+    places = Places.of(request)
+    options = _checked(request, bundle, places)
+    errors: list[LayerError] = []
+    quantise: Callable[[str, Float], Any] = _nothing
+    recording = None
+    if request.weights != KEEP_WEIGHTS:
+        how, kept = How.of(bundle, request.weights, request.group), kept_names(bundle, request.keep)
+        recording = recorded(request, bundle, places, say, on_image)
+        layers = Layers(recording, how, kept, quantiser, on_matrix)
+        quantise, errors = layers, layers.errors
+
+    def decide(candidate: Bundle) -> Mapping[str, Any]:
+        if recording is not None:
+            say(f"quantised after {time.perf_counter() - started:.1f} s; the report compares both bundles")
+        report = compare(bundle, candidate, options, errors)
+        report.write_html(places.html)
+        report.write_json(places.json)
+        if places.images is not None:
+            report.write_images(places.images)
+        for line in report.table():
+            say(line)
+        lines = report.exceeded()
+        if lines:
+            raise OverBudgetError(report, lines)
+        made.append(report)
+        return {"report": report.summary()}
+
+    made: list[Report] = []
+    calibration = {
+        "weights": KEPT if request.weights == KEEP_WEIGHTS else request.weights,
+        "group": 0 if request.weights == KEEP_WEIGHTS else request.group,
+        "arithmetic": request.arithmetic,
+        "cache": request.cache,
+    }
+    write_bundle(bundle, places.out, quantise, calibration, force=request.force, decide=decide, say=say)
+    if recording is not None and places.own_work:
+        recording.remove()
+    say(
+        f"{places.out}: within its budget; report: {places.html} and {places.json}; "
+        f"{time.perf_counter() - started:.0f} s, peak memory {(peak_bytes() or 0) / 1e6:.0f} MB"
+    )
+    return places.out, made[0]
+
+
+def recorded(
+    request: Request, bundle: Bundle, places: Places, say: Say = lambda _: None, on_image: OnImage | None = None
+) -> Recording:
+    """The complete recording that ``request`` asks for, made or taken up. Raises as :func:`calibrate`."""
+    began = time.perf_counter()
+    recording = Recording(places.work, plan_of(bundle, request.record), bundle)
+    recording.begin(request.resume, again=request.force)
+    there = len(recording.done())
+    by = record(recording, lambda: maker_of(bundle, request.threads), on_image)
+    taken = f", {there} of the images were there" if there else ""
+    say(
+        f"recorded {recording.plan.images} images, {recording.plan.images * recording.plan.rows_per_image} rows of "
+        f"each matrix, {recording.bytes_needed() / 1e6:.0f} MB in {places.work}, {time.perf_counter() - began:.1f} s"
+        f"{''.join(f', {name}' for name in by)}{taken}"
+    )
+    return recording
+
+
+def measured_ranges(
+    request: Request, *, say: Say = lambda _: None, on_image: OnImage | None = None
+) -> list[activations.Range]:
+    """What rounding the rows of every product would cost (``--ranges``); no bundle is written. Raises as
+    :func:`calibrate`.
+    """
+    bundle = Bundle.open(request.bundle)
+    check_source(bundle)
+    places = Places.of(request)
+    recording = recorded(request, bundle, places, say, on_image)
+    stored = StoredWeights(bundle.path / WEIGHTS, stored_table(bundle))
+
+    def matrix(name: str) -> Float:
+        return np.asarray(stored.tensor(name).float().numpy(), np.float32)
+
+    found = activations.ranges(recording, matrix, request.group)
+    if places.own_work:
+        recording.remove()
+    return found
+
+
+def _nothing(_: str, __: Float) -> None:
+    """The ``quantise`` that keeps every matrix."""
+
+
+def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
+    """Everything that can be wrong and is known before any work; returns the options of the report.
+
+    Raises CalibrationError, ExportError, RequestError, OSError.
+    """
+    for name, value, known in (
+        ("weights", request.weights, WEIGHT_CHOICES),
+        ("arithmetic", request.arithmetic, ARITHMETICS),
+        ("cache", request.cache, CACHES),
+    ):
+        if value not in known:
+            raise CalibrationError(f"--{name} {value}: expected one of {', '.join(known)}")
+    check_source(bundle)
+    budget = KEPT if request.weights == KEEP_WEIGHTS else request.weights
+    limits = Budget.parse(request.budget, budget) if request.budget else Budget.of(budget)
+    if request.weights == KEEP_WEIGHTS:
+        if (request.arithmetic, request.cache) == ("fp32", "fp32"):
+            raise CalibrationError(
+                "--weights keep: changes nothing by itself; give --arithmetic bf16 or int8, or --cache bf16, to prove "
+                "that the C step may round to it"
+            )
+        if request.keep:
+            raise CalibrationError("--keep: every matrix is kept with --weights keep; leave it out")
+    else:
+        how = How.of(bundle, request.weights, request.group)
+        check_groups(bundle, how, kept_names(bundle, request.keep))
+    reason = why_not(bundle)
+    if reason and (request.arithmetic, request.cache) != ("fp32", "fp32"):
+        raise CalibrationError(
+            f"--arithmetic {request.arithmetic}, --cache {request.cache}: they are the C step's, which cannot run this "
+            f"bundle here ({reason}), so nothing could be proven; leave them out"
+        )
+    if places.out.exists() and not request.force:
+        raise CalibrationError(f"{places.out} exists; give another --out, or --force to replace it")
+    if places.out.exists() and not (places.out / MANIFEST).is_file():
+        raise CalibrationError(f"{places.out} exists and is not a bundle; give another --out")
+    if places.out.exists() and places.out.resolve() == bundle.path.resolve():
+        raise CalibrationError(f"--out {places.out}: is the bundle that is read; give another --out")
+    if request.report.real is not None and not request.report.real.exists():
+        raise CalibrationError(
+            f"--real {request.report.real}: no such file or folder; give a folder of pictures or a file of tokens"
+        )
+    files = [path for path in (places.html, places.json, places.images) if path is not None]
+    if len({path.absolute() for path in files}) < len(files):
+        raise CalibrationError("--html, --json and --show-images name the same file; give different ones")
+    for path in files:
+        check_writable(path)
+    return replace(
+        request.report, arithmetic=request.arithmetic, cache=request.cache, threads=request.threads, budget=limits
+    )

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from par_calibration.record.recording import Recording
 from par_calibration.record.rows import KINDS
@@ -19,6 +20,7 @@ from par_runtime.bundle import matrix_names
 from par_runtime.dtypes import Float, Int
 from par_runtime.manifest import MATRICES
 
+Bool = NDArray[np.bool_]
 MOST = 127
 #: What the rows of a kind of matrix are.
 INPUTS = {
@@ -80,7 +82,7 @@ def ranges(recording: Recording, matrix: Callable[[str], Float], group: int) -> 
     return out
 
 
-def _rounded(rows: Float, kind: Int, half: Int, group: int) -> dict[str, Float]:
+def _rounded(rows: Float, kind: Int, half: Bool, group: int) -> dict[str, Float]:
     """``rows`` [n,K] rounded to int8, by each way."""
     n, k = rows.shape
     size = np.abs(rows).max(1)

@@ -66,7 +66,9 @@ def check_groups(bundle: Bundle, how: How, kept: Collection[str]) -> None:
     """Raise CalibrationError where a matrix that is not kept has no whole groups of rows, or none is left."""
     shapes = {name: bundle.weights[name].shape for name in matrix_names(bundle) if name not in kept}
     if not shapes:
-        raise CalibrationError("--keep: keeps every matrix, so nothing would be quantised; keep fewer, or --weights keep")
+        raise CalibrationError(
+            "--keep: keeps every matrix, so nothing would be quantised; keep fewer, or --weights keep"
+        )
     if how.group not in GROUPS:
         raise CalibrationError(f"--group {how.group}: expected one of {', '.join(map(str, GROUPS))}")
     wrong = [name for name, shape in shapes.items() if not can_quantise(shape, how.dtype, how.group)]
@@ -79,6 +81,6 @@ def check_groups(bundle: Bundle, how: How, kept: Collection[str]) -> None:
     if how.dtype == "int4" and n % 2:
         raise CalibrationError(f"{wrong[0]} has {n} columns, and int4 needs an even number; give --keep {kinds}")
     raise CalibrationError(
-        f"--group {how.group}: does not divide the {k} rows of {wrong[0]}; {other}or leave such matrices as they are with "
-        f"--keep {kinds}"
+        f"--group {how.group}: does not divide the {k} rows of {wrong[0]}; {other}or leave such matrices as they are "
+        f"with --keep {kinds}"
     )

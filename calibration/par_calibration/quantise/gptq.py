@@ -46,11 +46,11 @@ def factor(h: Float) -> Float:
     """
     damped = h.astype(np.float64)
     diagonal = np.einsum("kk->k", damped)
-    diagonal += DAMPING * max(float(diagonal.mean()), np.finfo(np.float32).tiny)
+    diagonal += DAMPING * max(float(diagonal.mean()), 1e-30)
     # With H = L L^T of the reversed order, (H^-1) = U^T U for U = reversed L^-1: no inverse is decomposed again.
-    lower = np.linalg.cholesky(damped[::-1, ::-1])
-    inverse = np.linalg.inv(lower) if len(lower) < 64 else _inverse_of_lower(lower)
-    return inverse[::-1, ::-1].astype(np.float32)
+    lower: Double = np.linalg.cholesky(damped[::-1, ::-1]).astype(np.float64, copy=False)
+    out: Float = _inverse_of_lower(lower)[::-1, ::-1].astype(np.float32)
+    return out
 
 
 def _inverse_of_lower(lower: Double) -> Double:
@@ -67,7 +67,7 @@ def _inverse_of_lower(lower: Double) -> Double:
 
 
 def gptq(matrix: Float, dtype: str, group: int, h: Float, stored: str) -> Quantised:
-    """``matrix`` [K,N] in ``dtype``, for inputs with the second moments ``h`` [K,K]. ``stored``: dtype of the scales."""
+    """``matrix`` [K,N] in ``dtype``, for inputs with the second moments ``h`` [K,K]. ``stored``: of the scales."""
     k, n = matrix.shape
     diagonal = np.diagonal(h)
     taken = order(diagonal, group)

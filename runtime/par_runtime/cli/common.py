@@ -161,16 +161,16 @@ class Bar:
     of :meth:`par_runtime.Pipeline.load`.
     """
 
-    def __init__(self, silent: bool, of_bytes: bool = False) -> None:
+    def __init__(self, silent: bool, of_bytes: bool = False, unit: str = "call") -> None:
         self._bar: Any = None
-        self._unit = {"unit": "B", "unit_scale": True, "desc": "weights"} if of_bytes else {"unit": "call"}
+        self._unit = {"unit": "B", "unit_scale": True, "desc": "weights"} if of_bytes else {"unit": unit}
         self._silent = silent or not sys.stderr.isatty()
 
     def __enter__(self) -> Bar:
         return self
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` calls are made, or bytes read."""
+        """Show that ``done`` of ``total`` calls (or ``unit``) are made, or bytes read."""
         if self._silent:
             return
         if self._bar is None:

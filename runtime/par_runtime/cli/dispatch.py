@@ -25,6 +25,7 @@ from par_runtime.errors import how_to_install
 EXTRAS: dict[str, tuple[str, ...]] = {
     "cpu": ("onnxruntime",),
     "cpu,export": ("torch", "onnx", "safetensors", "huggingface_hub", "par_export", "par_model"),
+    "cpu,calibrate": ("torch", "onnx", "par_export", "par_model", "par_calibration"),
     "completion": ("shtab",),
     "build,tensorrt-rtx": ("onnx", "ml_dtypes", "par_export"),
 }
@@ -76,6 +77,11 @@ VERBS = {
         "par_export.cli.tune",
         "find the fastest form of an engine on this GPU",
         ("build,tensorrt-rtx", "cpu", "cpu,export"),
+    ),
+    "calibrate": Verb(
+        "par_calibration.cli.calibrate",
+        "make weights smaller (int8, int4), with the proof that images do not suffer",
+        ("cpu", "cpu,calibrate"),
     ),
     "train-tokenizer": Verb(
         "par_model.training.cli.tokenizer", "train a VQ tokenizer on a folder of images", ("cpu", "cpu,export")
@@ -201,7 +207,7 @@ def _folder_is_gone() -> bool:
 
 def _call(verb: str, arguments: list[str]) -> int:
     """Run a verb; a package that is missing is reported as one line with the command that installs it."""
-    if "cpu,export" in VERBS[verb].extras and _folder_is_gone():
+    if {"cpu,export", "cpu,calibrate"} & set(VERBS[verb].extras) and _folder_is_gone():
         return fail(f"the current folder was removed, where 'parvis {verb}' cannot run; change to another one (cd)")
     try:
         module = importlib.import_module(VERBS[verb].module)

@@ -1,0 +1,183 @@
+"""``parvis calibrate``: the whole way on the tiny bundle, its exit codes, and what is left when it ends early."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from par_calibration.cli import calibrate as verb
+from par_calibration.errors import CalibrationError
+from par_calibration.quantise.choice import How
+from par_calibration.quantise.layers import by_gptq
+from par_calibration.record.record import RecordOptions
+from par_calibration.report import Options
+from par_calibration.run import OverBudgetError, Request, calibrate
+from par_runtime.bundle import Bundle
+from par_runtime.cli import main
+from par_runtime.dtypes import Float
+from par_runtime.quantised import Quantised
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+#: Only w2 of the tiny bundle has whole groups of rows.
+TINY = ["--keep", "wqkv,wo,w13,head", "--images", "2", "--samples", "60", "--held-out", "4", "--generated", "0"]
+TIGHT = "layer=0.0001"
+WIDE = "top1=0,top1_inputs=0,kl=none,kl_p95=none,likelihood=none,layer=none,frechet=none"
+
+
+def run(*arguments: object) -> int:
+    return main(["calibrate", *map(str, arguments)])
+
+
+def test_a_bundle_is_made_and_says_what_was_proven(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small"
+    assert run(tiny, "--weights", "int8", "--out", out, *TINY, "--budget", WIDE) == 0
+    lines = capfd.readouterr().out
+    assert "recorded 2 images, 60 rows of each matrix" in lines
+    assert "within its budget; report:" in lines.splitlines()[-1]
+    assert "peak memory" in lines.splitlines()[-1]
+    made, source = Bundle.open(out), Bundle.open(tiny)
+    assert made.quantised == "int8"
+    assert made.calibration is not None
+    assert made.calibration.source == source.hash
+    assert made.calibration.group == 64
+    assert {"layers.0.wqkv", "output"} <= set(made.calibration.kept)
+    assert made.calibration.report["measures"]["top1"] > 0.9
+    figures = json.loads((tmp_path / "small.json").read_text())
+    assert {layer["phase"] for layer in figures["layers"]} == {"prefill", "sequential", "transition", "group"}
+    assert (tmp_path / "small.html").read_text().startswith("<!doctype html>".upper()) or (
+        "<html" in (tmp_path / "small.html").read_text()[:300]
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small", "small.html", "small.json"]
+    # A second time it is in the way; and what is quantised is not quantised again.
+    assert run(tiny, "--weights", "int8", "--out", out, *TINY) == 2
+    assert "exists; give another --out, or --force" in capfd.readouterr().err
+    assert run(out, "--weights", "int4", "--out", tmp_path / "again", *TINY) == 2
+    assert "its weights are int8 already" in capfd.readouterr().err
+
+
+def test_beyond_the_budget_there_is_a_report_and_no_bundle(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small"
+    assert run(tiny, "--weights", "int4", "--out", out, *TINY, "--budget", TIGHT) == 1
+    err = capfd.readouterr().err
+    assert "beyond the budget: worst layer" in err
+    assert "no bundle was written; the report is" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".tiny.calibration", "small.html", "small.json"]
+    assert json.loads((tmp_path / "small.json").read_text())["exceeded"]
+    assert run(tiny, "--weights", "int4", "--out", out, *TINY) == 2
+    assert "holds 2 of its images already; --resume goes on" in capfd.readouterr().err
+    assert run(tiny, "--weights", "int4", "--out", out, *TINY, "--budget", WIDE, "--resume") == 0
+    assert "2 of the images were there" in capfd.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small", "small.html", "small.json"]
+
+
+def test_a_quantiser_of_ones_own(tiny: Path, tmp_path: Path) -> None:
+    """What it returns is what is published, and the report sees it."""
+    request = Request(
+        bundle=tiny,
+        out=tmp_path / "out",
+        keep=("wqkv", "wo", "w13", "head"),
+        record=RecordOptions(2, 60),
+        report=Options(images=4, samples=0),
+        budget=WIDE,
+    )
+
+    def doubled(name: str, matrix: Float, rows: Float, how: How) -> Quantised:
+        made = by_gptq(name, matrix, rows, how)
+        return replace(made, scales=2 * made.scales) if name == "layers.1.w2" else made
+
+    path, report = calibrate(request, quantiser=doubled)
+    off = {layer.name: layer.relative_error for layer in report.layers}
+    assert off["layers.1.w2"] == pytest.approx(1, abs=0.02)
+    assert off["layers.0.w2"] < 0.02
+    scale = Bundle.open(path).weights["layers.1.w2.scale"]
+    stored = np.frombuffer((path / "weights.data").read_bytes(), np.float16, scale.length // 2, scale.offset)
+    plain, _ = calibrate(replace(request, out=tmp_path / "plain"))
+    scale = Bundle.open(plain).weights["layers.1.w2.scale"]
+    before = np.frombuffer((plain / "weights.data").read_bytes(), np.float16, scale.length // 2, scale.offset)
+    assert (stored == 2 * before).all()
+    with pytest.raises(OverBudgetError, match="worst layer"):
+        calibrate(replace(request, out=tmp_path / "no", budget=WIDE.replace("layer=none", "layer=0.05")), quantiser=doubled)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Killed in the middle of recording the demo: images that were done are not made again."""
+    arguments = [str(DEMO), "--ranges", "--work", str(tmp_path / "w"), "--images", "40", "--samples", "800"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "par_runtime.cli.dispatch", "calibrate", *arguments, "--quiet"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while not list((tmp_path / "w").glob("image-*.npz")) and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    there = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "w").glob("image-*.npz")}
+    assert 1 <= len(there) < 40
+    shorter = [str(DEMO), "--ranges", "--work", str(tmp_path / "w"), "--images", "4", "--samples", "80"]
+    assert run(*shorter, "--resume") == 2
+    assert "a recording of 40 images, not 4" in capfd.readouterr().err
+
+
+def test_ranges_show_that_static_scales_lose(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What they are for: at the demo's w2 the class token is far from what codes are."""
+    json_file = tmp_path / "ranges.json"
+    options = ["--images", "4", "--samples", "400", "--work", tmp_path / "w", "--json", json_file]
+    assert run(DEMO, "--ranges", *options) == 0
+    assert "per row and group" in capfd.readouterr().out
+    rows = {(row["matrix"], row["positions"]): row["errors"] for row in json.loads(json_file.read_text())}
+    codes = rows["w2", "code"]
+    assert codes["static"] > 1.5 * codes["static per class"] > 3 * codes["dynamic per row"]
+    assert codes["dynamic per row"] > codes["dynamic per row and group"] > 0
+    assert len(rows) == 15
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ranges.json", "w"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--weights: what to do is missing"),
+        (["--weights", "int8", "--keep", "w5"], "--keep 'w5': no such matrix"),
+        (["--weights", "int8", "--group", "100"], "--group 100: expected one of 32, 64, 128"),
+        (["--weights", "int8"], "does not divide the 16 rows"),
+        (["--weights", "int8", "--activations", "fp8"], "fp8: no engine here computes in it"),
+        (["--weights", "int8", "--arithmetic", "int4"], "expected fp32, bf16, int8, or none"),
+        (["--weights", "keep"], "--weights keep: changes nothing by itself"),
+        (["--weights", "keep", "--activations", "none"], "--weights keep: changes nothing by itself"),
+        (["--weights", "keep", "--arithmetic", "bf16"], "they are the C step's, which cannot run this bundle here"),
+        ([*TINY, "--weights", "int8", "--images", "0"], "--images 0"),
+        ([*TINY, "--weights", "int8", "--samples", "3"], "expected at least 16"),
+        ([*TINY, "--weights", "int8", "--label", "dragon"], "unknown label 'dragon'"),
+        ([*TINY, "--weights", "int8", "--real", "nowhere"], "--real nowhere: no such file"),
+        ([*TINY, "--weights", "int8", "--budget", "speed=1"], "--budget: unknown measure 'speed'"),
+        ([*TINY, "--weights", "int8", "--html", "x", "--json", "x"], "name the same file"),
+        ([*TINY, "--weights", "int8", "--seed", "-1"], "--seed -1"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny, "--out", tmp_path / "out", *arguments) == 2
+    err = capfd.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bundle_that_is_read_is_not_replaced(tiny_copy: Path) -> None:
+    with pytest.raises(CalibrationError, match="is the bundle that is read"):
+        calibrate(Request(bundle=tiny_copy, out=tiny_copy, keep=("wqkv", "wo", "w13", "head"), force=True))
+
+
+def test_the_parser_needs_nothing_that_is_installed_with_the_extra() -> None:
+    assert verb.parser().parse_args(["b", "--weights", "int4", "--keep", "head", "w2,wo"]).keep == ("head", "w2", "wo")
+    assert verb.parser().parse_args(["b", "--activations", "none"]).arithmetic == "fp32"
