@@ -108,7 +108,9 @@ def test_a_quantiser_of_ones_own(tiny: Path, tmp_path: Path) -> None:
     before = np.frombuffer((plain / "weights.data").read_bytes(), np.float16, scale.length // 2, scale.offset)
     assert (stored == 2 * before).all()
     with pytest.raises(OverBudgetError, match="worst layer"):
-        calibrate(replace(request, out=tmp_path / "no", budget=WIDE.replace("layer=none", "layer=0.05")), quantiser=doubled)
+        calibrate(
+            replace(request, out=tmp_path / "no", budget=WIDE.replace("layer=none", "layer=0.05")), quantiser=doubled
+        )
     assert not (tmp_path / "no").exists()
 
 
