@@ -18,7 +18,7 @@ from par_calibration.errors import CalibrationError
 from par_calibration.quantise.choice import How
 from par_calibration.quantise.layers import by_gptq
 from par_calibration.record.record import RecordOptions
-from par_calibration.report import Options
+from par_calibration.report import LIMITS, Options
 from par_calibration.run import OverBudgetError, Request, calibrate
 from par_runtime.bundle import Bundle
 from par_runtime.cli import main
@@ -29,7 +29,7 @@ DEMO = Path(__file__).parents[2] / "models" / "demo"
 #: Only w2 of the tiny bundle has whole groups of rows.
 TINY = ["--keep", "wqkv,wo,w13,head", "--images", "2", "--samples", "60", "--held-out", "4", "--generated", "0"]
 TIGHT = "layer=0.0001"
-WIDE = "top1=0,top1_inputs=0,kl=none,kl_p95=none,likelihood=none,layer=none,frechet=none"
+WIDE = ",".join(f"{measure}=none" for measure in LIMITS)
 
 
 def run(*arguments: object) -> int:
