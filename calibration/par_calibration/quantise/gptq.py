@@ -17,7 +17,7 @@ from par_calibration.quantise.scales import search
 from par_runtime.dtypes import Float, Int
 from par_runtime.quantised import MOST_CODE, Quantised
 
-DAMPING = 0.01  #: of the mean of H's diagonal, added to it: the recorded rows are a sample, and H may be singular
+DAMPING = 0.03  #: of the mean of H's diagonal, added to it: the recorded rows are a sample, and H may be singular
 LAZY = 128  #: rows whose errors are gathered before the rows behind them are changed; a multiple of every group
 COLUMNS = 512
 

@@ -191,9 +191,16 @@ def _verb(arguments: list[str]) -> str:
         raise SystemExit(2)
     word = parser.parse_args(arguments[:1]).verb
     begin = [verb for verb in VERBS if word and verb.startswith(word)]
-    close = begin or difflib.get_close_matches(word, VERBS, 2, 0.5)
+    close = begin or _close(word)
     mean = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     raise SystemExit(fail(f"unknown verb {word[:40]!r}; {mean}'parvis --help' lists the verbs"))
+
+
+def _close(word: str) -> list[str]:
+    """The verbs that ``word`` may be a misspelling of: the most similar one, and another that is nearly as similar."""
+    found = difflib.get_close_matches(word, VERBS, 2, 0.5)
+    alike = [difflib.SequenceMatcher(None, verb, word).ratio() for verb in found]
+    return [verb for verb, ratio in zip(found, alike, strict=True) if ratio > alike[0] - 0.1]
 
 
 def _folder_is_gone() -> bool:
