@@ -17,10 +17,10 @@ from par_calibration.errors import CalibrationError
 from par_calibration.heldout import find
 from par_calibration.report import Budget, LayerError, Options, Report, compare
 from par_calibration.report.budget import LIMITS
-from par_calibration.report.forced import divergence, forced_logits, positions_of
+from par_calibration.report.forced import Forced, compare_logits, divergence, forced_logits, positions_of
 from par_calibration.report.frechet import distance, floor
 from par_calibration.report.layers import outliers
-from par_calibration.report.measures import drawn, interval
+from par_calibration.report.measures import agreement, drawn, interval, likelihood
 from par_export.quantised import quantised_with, write_bundle
 from par_runtime.bundle import Bundle
 from par_runtime.metrics import log_softmax
@@ -151,8 +151,34 @@ def test_what_is_beyond_the_budget_says_by_how_much_and_what_to_try(report: Repo
     assert "points too low" in lines[0]
     assert "times as much" in lines[1]
     assert lines[0].endswith("try --weights int8")  # the head is kept: 16 rows are no group
-    nothing = replace(report, agreements=tuple(replace(a, kl=math.nan) for a in report.agreements))
-    assert "not a finite number" in nothing.exceeded(Budget({"kl": 1e9}))[0]  # a NaN is beyond every limit
+
+
+def test_what_is_no_number_is_beyond_every_limit_and_can_be_shown(report: Report, tmp_path: Path) -> None:
+    shape, everywhere, given = (1, 2, 64), (slice(None), slice(None)), np.zeros((1, 2, 1), np.int64)
+    to = Forced(*(np.zeros((1, 2), np.float64) for _ in range(6)))
+    for wrong in (np.nan, np.inf):
+        compare_logits(
+            np.zeros((2, *shape), np.float32), np.full((2, *shape), wrong, np.float32), 2.0, given, to, everywhere
+        )
+        assert np.isnan([to.kl, to.kl_guided, to.likelihood_other]).all()
+        assert np.isfinite(to.likelihood).all()
+    where = {name: np.array([0, 1]) for name in ("prefill", "class", "learnable")}
+    assert report.frechet is not None
+    broken = replace(
+        report,
+        agreements=tuple(agreement(to, "both", where)),
+        likelihoods={"both": likelihood(to, 0)},
+        profiles={"both": tuple(to.kl.mean(0))},
+        layers=(LayerError("output", "group", math.nan),),
+        frechet=replace(report.frechet, distance=math.nan),
+    )
+    beyond = broken.exceeded(Budget(dict.fromkeys(LIMITS, 1e9)))
+    assert len(beyond) == len(LIMITS)
+    assert all("not a finite number" in line for line in beyond[1:])
+    broken.write_html(tmp_path / "r.html")
+    broken.write_json(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["measures"]["kl"] is None
+    assert any("BEYOND THE BUDGET" in line for line in broken.table())
 
 
 def test_a_matrix_that_stands_out_is_named() -> None:

@@ -20,7 +20,7 @@ GROUP = 64
 FEW = Options(images=4, samples=0, threads=1)  # 1,024 positions
 
 
-def calibrate(out: Path, quantise: Any, weights: str = "int8", options: Options = FEW) -> Report:
+def calibrate(out: Path, quantise: Any, options: Options = FEW) -> Report:
     """What ``parvis calibrate`` does with these codes and scales. Raises CalibrationError where they are refused."""
     original = Bundle.open(DEMO)
     made = []
@@ -32,7 +32,7 @@ def calibrate(out: Path, quantise: Any, weights: str = "int8", options: Options 
             raise CalibrationError("\n".join(lines))
         return {"report": made[0].summary()}
 
-    calibration = {"weights": weights, "group": GROUP}
+    calibration = {"weights": "int8", "group": GROUP}
     write_bundle(original, out, quantise, calibration, decide=decide, gate=False, say=lambda _: None)
     return made[0]
 

@@ -131,14 +131,21 @@ def against(
             keep.write(logits)
         given = held.tokens[part, call.positions][..., None]
         for stream, to in zip(streams, out, strict=True):
-            _compare(stream.read(logits.shape), logits, guidance, given, to, (part, call.positions))
+            compare_logits(stream.read(logits.shape), logits, guidance, given, to, (part, call.positions))
     return out
 
 
-def _compare(
+def compare_logits(
     first: Float, second: Float, guidance: float, given: NDArray[np.int64], to: Forced, at: tuple[slice, slice]
 ) -> None:
-    """Fill the places ``at`` of ``to`` from logits [2,B,q,V] of both models."""
+    """Fill the places ``at`` of ``to`` from logits [2,B,q,V] of both models; what is no number stays none."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        _fill(first, second, guidance, given, to, at)
+
+
+def _fill(
+    first: Float, second: Float, guidance: float, given: NDArray[np.int64], to: Forced, at: tuple[slice, slice]
+) -> None:
     to.same[at] = first[0].argmax(-1) == second[0].argmax(-1)
     to.kl[at], normal, other_normal = divergence(first[0], second[0])
     to.likelihood[at] = np.take_along_axis(first[0], given, -1)[..., 0] - normal

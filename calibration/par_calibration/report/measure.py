@@ -33,6 +33,8 @@ from par_runtime.request import Settings, class_indices
 
 T = TypeVar("T")
 FP32 = "fp32"
+GENERATED_SEEDS = 10_000  #: from ``--seed`` to the first generated image of a report
+MOST_SEED = 2**62
 OTHER_SEEDS = 1_000_000  #: from the seeds of generated images to those of tokens that stand in for real images
 LEAST_SAMPLES = 8  #: of generated images, for a distance of sets
 
@@ -137,7 +139,7 @@ class _Measuring:
             images_from=held.source,
             real=held.real,
             guidance=guidance,
-            seed=self.options.seed,
+            seed=self.seed,
             agreements=tuple(agreements),
             profiles={cost: tuple(each.kl.mean(0).tolist()) for cost, each in forced.items()},
             likelihoods={cost: measures.likelihood(each, self.options.seed) for cost, each in forced.items()},
@@ -149,7 +151,7 @@ class _Measuring:
             budget=self.options.budget or Budget.of(weights),
             pairs=pairs,
             pair_names=tuple(
-                f"{_class_name(self.original, label)}, seed {self.options.seed + samples + i}"
+                f"{_class_name(self.original, label)}, seed {self.seed + samples + i}"
                 for i, label in enumerate(labels[: 0 if pairs is None else len(pairs)])
             ),
         )
@@ -161,7 +163,7 @@ class _Measuring:
         made = pipeline.generate(
             labels,
             Settings(guidance=1.0, temperature=1.0, top_k=0, top_p=1.0),
-            seed=self.options.seed + OTHER_SEEDS,
+            seed=self.seed + OTHER_SEEDS,
             decode=False,
         )
         notes.append(
@@ -174,8 +176,13 @@ class _Measuring:
         first = self._draw(pipeline, labels, guidance, 0)
         return _Sets(first, self._draw(pipeline, labels, guidance, len(labels)))
 
+    @property
+    def seed(self) -> int:
+        """Of the first generated image: far from those whose activations were recorded with the same ``--seed``."""
+        return self.options.seed % MOST_SEED + GENERATED_SEEDS
+
     def _draw(self, pipeline: Pipeline, labels: tuple[int, ...], guidance: float, offset: int) -> Int:
-        seed = self.options.seed + offset
+        seed = self.seed + offset
         return self._time(
             "images", lambda: pipeline.generate(list(labels), guidance=guidance, seed=seed, decode=False).tokens
         )

@@ -29,7 +29,7 @@ class Options:
 
     images: int | None = None  #: held-out images, default :data:`IMAGES`, fewer for models with more tokens
     samples: int | None = None  #: generated images of each set, default :data:`SAMPLES`
-    seed: int = 0  #: of the first generated image
+    seed: int = 0  #: generated images have seeds that follow from it, and differ from those that were recorded
     labels: tuple[int, ...] = ()  #: classes of generated images, which take turns; default: all
     guidance: float | None = None  #: of guided logits and generated images; default: the bundle's
     real: Path | None = None  #: a folder of pictures or a .npz of ``parvis encode``; default: what the bundle holds

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from par_calibration.report.budget import LIMITS
+from par_calibration.report.forced import CLASS
 from par_calibration.report.intervals import Interval, intervals
 from par_calibration.report.measures import Likelihood
 from par_calibration.report.result import BOTH, COSTS, Report
@@ -26,6 +27,7 @@ MORE_STYLE = """
 td.what{white-space:normal;max-width:44ch;text-align:left;color:var(--soft)}img{max-width:100%;height:auto;
 image-rendering:pixelated}.zero{stroke:var(--soft)}.limit{stroke:var(--bound);stroke-dasharray:4 3}
 """
+PREFILL = "prefill"  #: the phase whose only input is the class
 POINTS = 64  #: of a curve over positions
 NAMES = {"all": "all positions", "class": "class input", "learnable": "learnable inputs", "code": "code inputs"}
 
@@ -109,6 +111,8 @@ def _where(report: Report) -> list[str]:
     groups = list(dict.fromkeys(a.where for a in report.agreements))
     different, divergence = [], []
     for where in groups:
+        if where == CLASS and PREFILL in groups:
+            continue  # the same positions
         for guided in (False, True):
             one = report.agreement(where, guided)
             if one is None:
@@ -120,7 +124,8 @@ def _where(report: Report) -> list[str]:
             different.append(Bar(name, (part,), f"{100 * (1 - one.top1):.2f} %"))
             at = f"worst {one.kl_worst:.3g} at position {one.worst_position} of image {one.worst_image}"
             text = f"{one.kl:.3g}, 95 % below {one.kl_p95:.3g}"
-            divergence.append(Bar(name, (Part(one.kl, kind, f"{name}: {text}, {at}"),), text))
+            drawn = one.kl if np.isfinite(one.kl) else 0.0
+            divergence.append(Bar(name, (Part(drawn, kind, f"{name}: {text}, {at}"),), text))
     return [
         "<h2>Where the distributions differ</h2>",
         '<p class="soft">Both models get the same tokens (teacher forcing). Phases are kinds of calls; class, '

@@ -14,7 +14,7 @@ from par_runtime.images.png import enlarged, sheet, write_pixels
 if TYPE_CHECKING:
     from par_calibration.report.result import Report
 
-GAP = 4  #: pixels between pairs
+GAP, THIN = 6, 1  #: pixels between pairs, and between the images of a pair
 PAIRS_A_ROW = 4
 SMALL = 128  #: smaller images are shown at a multiple of their size
 
@@ -22,10 +22,11 @@ SMALL = 128  #: smaller images are shown at a multiple of their size
 def pair_sheet(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """``pairs`` [P,2,H,W,3] as one picture: the original's image left, the candidate's right, pairs in rows."""
     count, _, height, width, _ = pairs.shape
-    framed = np.full((count, height + GAP, 2 * width + GAP, 3), 255, np.uint8)
+    framed = np.full((count, height + GAP, 2 * width + THIN + GAP, 3), 255, np.uint8)
     framed[:, :height, :width] = pairs[:, 0]
-    framed[:, :height, width : 2 * width] = pairs[:, 1]
-    return enlarged(sheet(framed, min(PAIRS_A_ROW, count)), max(1, SMALL // width))
+    framed[:, :height, width + THIN : 2 * width + THIN] = pairs[:, 1]
+    whole = sheet(framed, min(PAIRS_A_ROW, count))[:-GAP, :-GAP]
+    return enlarged(whole, max(1, SMALL // width))
 
 
 def write_sheet(report: Report, path: Path) -> None:
