@@ -15,6 +15,7 @@ from par_export.graphs.vq import PREFIX
 from par_model.config import PARConfig, VQConfig
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
 from par_runtime.dtypes import DTYPE
+from par_runtime.quantised import MOST_CODE, SCALE
 
 _STAY_FP32 = ("cos", "sin")  #: tables that are read as they are
 
@@ -68,8 +69,10 @@ class Contents:
     @cached_property
     def _in_range(self) -> bool:
         file = self.bundle.path / WEIGHTS
-        gains = {name for name, stored in self.step.items() if len(stored.shape) == 1}  # these are scaled to fit
-        step = {name: stored for name, stored in self.step.items() if name not in gains | {*_STAY_FP32}}
+        # Gains are scaled to fit; codes fit, and their scales are read as fp32.
+        fit = {name for name, stored in self.step.items() if len(stored.shape) == 1 or stored.dtype in MOST_CODE}
+        fit |= {name for name in self.step if name.endswith(SCALE)} | {*_STAY_FP32}
+        step = {name: stored for name, stored in self.step.items() if name not in fit}
         check_range(file, step, DTYPE[self.precision], "--precision bf16")
         check_range(file, self.decoder, DTYPE[self.decoder_precision], "--decoder-precision fp32")
         return True

@@ -9,6 +9,7 @@ from typing import Protocol
 from par_export.kernels import plan_decoder, plan_step
 from par_export.kernels.contents import Contents
 from par_export.kernels.spec import Planned, Refused
+from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import Target
 from par_export.kernels.tiles import AttentionTile, ProductTile, choose
 
@@ -33,7 +34,7 @@ def plan(
     Raises BuildError, BundleError, OSError.
     """
     config, vq = contents.config, contents.tokenizer
-    tiles = choose(config, images, target, refused, given)
+    tiles = choose(config, images, target, refused, given, storages(contents.step))
     phases = [phase.name for phase in contents.bundle.phases]
     planned = plan_step.plan(config, contents.step, contents.read, phases, images, contents.precision, target, tiles)
     if vq is not None:

@@ -7,6 +7,7 @@ What the shapes of ``tiles.py`` must keep to:
   same order in every batch. Warps and stages may differ.
 - A block takes BM = ``tiles.rows_of(M)`` rows, 8 to 64; shared memory is ``tiles.shared_bytes``.
 - The tiles of ``wo`` and ``w2`` decide how many sums of squares a consumer of x adds up, in registers.
+- Codes come in whole pieces, whose rows are of one group (``ProductTile.sub``), BK is a number of pieces.
 - ``ahead`` is a multiple of 16 bytes.
 
 Where a batch could change a row's result all the same: sums of squares are added in an order that depends on the layout
@@ -27,17 +28,21 @@ from par_export.kernels.spec import STORED_KINDS, Constant, Planned, Spec, laid_
 from par_export.kernels.step_weights import (
     KINDS,
     NUMBER_BYTES,
+    PRODUCTS,
     StepSizes,
     add_weights,
     gain_row,
     gains,
     power_at,
+    storage_of,
+    storages,
 )
 from par_export.kernels.targets import Target
 from par_export.kernels.tiles import ProductTile, Tiles, rows_of
 from par_model.config import PARConfig
 from par_runtime.backends.program import ALIGN, Launch, Pointer, Profile, Program, Weight
 from par_runtime.bundle import Stored
+from par_runtime.quantised import SCALE
 
 STRIDE_MULTIPLE = 64  #: numbers: rows of activations begin at multiples of 128 bytes
 #: Codes that one block of threads keeps in registers. On SM100 the compiler needs a few registers more.
@@ -67,10 +72,11 @@ def plan(
     sizes = StepSizes.of(config, stored)
     planned = Planned()
     first = tiles[images[0]]
-    for kind in ("qkv", "wo", "gates", "w2", "head"):
-        shapes = {(t.BN, t.BK, t.split) for t in (getattr(tiles[count], kind) for count in images)}
-        if len(shapes) > 1:
-            raise ValueError(f"panels of {kind} differ between batches: {sorted(shapes)}")
+    for kind, of_kind in storages(stored).items():
+        for storage in of_kind:
+            shapes = {(t.BN, t.BK, t.split, t.sub) for t in (tiles[count].of(kind, storage) for count in images)}
+            if len(shapes) > 1:
+                raise ValueError(f"panels of {kind} differ between batches: {sorted(shapes)}")
     add_weights(planned, sizes, stored, first, precision)
     of_norms = gains(sizes, stored, read)
     planned.constants["gains"] = of_norms.tobytes()
@@ -82,8 +88,9 @@ def plan(
         counters = max(counters, one.counters)
         profiles[count] = one.profile()
     size = 4 * counters
+    layers = sizes.layers if all(profile.layer for profile in profiles.values()) else 0
     planned.programs["step"] = Program(
-        sizes.query, tuple(phases), sizes.layers, profiles, {"counters": (0, size)}, round_up(size, ALIGN)
+        sizes.query, tuple(phases), layers, profiles, {"counters": (0, size)}, round_up(size, ALIGN)
     )
     return planned
 
@@ -126,6 +133,10 @@ class _Profile:
         return round_up(self.sizes.ffn, STRIDE_MULTIPLE)
 
     @property
+    def heads_stride(self) -> int:
+        return round_up(self.sizes.heads * self.sizes.joined, STRIDE_MULTIPLE)
+
+    @property
     def of_heads(self) -> int:
         """Heads of all rows."""
         return 2 * self.images * self.sizes.heads
@@ -146,40 +157,58 @@ class _Profile:
     @property
     def counters(self) -> int:
         """Counters that any launch uses."""
-        tiles = max(self._columns("wo"), self._columns("w2"))
-        return max(self.groups * tiles, self.of_heads)
+        return max(self.groups * max(self._most_columns("wo"), self._most_columns("w2")), self.of_heads)
 
-    def _columns(self, kind: str) -> int:
-        """Tiles of columns of a product."""
+    def _columns(self, kind: str, layer: int) -> int:
+        """Tiles of columns of a product in that layer."""
         n = {"qkv": 3 * self.sizes.d, "gates": 2 * self.sizes.ffn, "head": self.sizes.vocab}.get(kind, self.sizes.d)
-        return -(-n // self._tile(kind).BN)
+        return -(-n // self._tile(kind, layer).BN)
 
-    def _tile(self, kind: str) -> ProductTile:
-        tile: ProductTile = getattr(self.tiles, kind)
-        return tile
+    def _most_columns(self, kind: str) -> int:
+        return max(self._columns(kind, layer) for layer in range(self.sizes.layers))
+
+    def _tile(self, kind: str, layer: int) -> ProductTile:
+        return self.tiles.of(kind, storage_of(self.stored, self._matrix(kind, layer)))
+
+    def _matrix(self, kind: str, layer: int) -> str:
+        """The name of the matrix of a product."""
+        matrix = next(name for name, of in PRODUCTS.items() if of == kind)
+        return matrix if kind == "head" else f"layers.{layer}.{matrix}"
 
     def profile(self) -> Profile:
-        """Launches and scratch memory."""
-        layer = (self._qkv(), self._attention(), self._residual("wo"), self._gates(), self._residual("w2"))
-        return Profile((self._embed(),), layer, (self._head(), self._draw()), *laid_out(self._scratch()))
+        """Launches and scratch memory.
+
+        Layers whose matrices lie alike are one list of launches; where some are quantised and others are not, every
+        layer has launches of its own, which come before the first.
+        """
+        layers = [
+            (self._qkv(i), self._attention(), self._residual("wo", i), self._gates(i), self._residual("w2", i))
+            for i in range(self.sizes.layers)
+        ]
+        after, places = (self._head(), self._draw()), laid_out(self._scratch())
+        if len(set(layers)) == 1:
+            return Profile((self._embed(),), layers[0], after, *places)
+        alone = [of_layer(launch, i) for i, launches in enumerate(layers) for launch in launches]
+        return Profile((self._embed(), *alone), (), after, *places)
 
     def _scratch(self) -> dict[str, int]:
         """name -> bytes. Rows are as many as whole blocks of threads take."""
         s, rows, number = self.sizes, self.groups * self.bm, NUMBER_BYTES[self.precision]
-        splits = [
-            self.groups * self._columns(kind) * tile.split * self.bm * tile.BN
-            for kind, tile in (("wo", self.tiles.wo), ("w2", self.tiles.w2))
-            if tile.split > 1
-        ]
+        splits = []
+        for layer in range(s.layers):
+            for kind in ("wo", "w2"):
+                tile = self._tile(kind, layer)
+                if tile.split > 1:
+                    splits.append(self.groups * self._columns(kind, layer) * tile.split * self.bm * tile.BN)
         attention = self.of_heads * self.spans * self.queries * self.wide
         return {
             "x": rows * self.stride * 4,
             "h": rows * self.stride * number,
             "q": rows * s.heads * s.padded * number,
-            "y": rows * self.stride * number,
+            "y": rows * self.heads_stride * number,
             "g": rows * self.ffn_stride * number,
-            "wo_squares": rows * self._columns("wo") * 4,
-            "w2_squares": rows * self._columns("w2") * 4,
+            "wo_squares": rows * self._most_columns("wo") * 4,
+            "w2_squares": rows * self._most_columns("w2") * 4,
             "partial": max([attention, *splits]) * 4,
             "peaks": self.of_heads * self.spans * 2 * self.queries * 4,
         }
@@ -213,16 +242,32 @@ class _Profile:
         row = gain_row(self.sizes) * 4
         return "*fp32", Pointer("gains", norm * row, 2 * row if per_layer else 0)
 
-    def _of_product(self, kind: str, bm: int) -> dict[str, Constant]:
-        tile = self._tile(kind)
-        return {"BN": tile.BN, "BK": tile.BK, "BM": bm, "PARTS": tile.parts, "AHEAD": tile.ahead}
+    def _of_product(self, tile: ProductTile, bm: int) -> dict[str, Constant]:
+        """Constants of every product; of codes the scales are an argument, else they are nothing."""
+        of_codes = {"BITS": tile.bits, "GROUP": tile.group, "SUB": tile.sub}
+        nothing: dict[str, Constant] = {} if tile.bits else {"scales": 0}
+        shape = {"BN": tile.BN, "BK": tile.BK, "BM": bm, "PARTS": tile.parts, "AHEAD": tile.ahead}
+        return shape | of_codes | nothing
+
+    def _weights(self, name: str, tile: ProductTile) -> Arguments:
+        """The arguments for the matrix ``name``, which may stand for that of each layer."""
+        if not tile.bits:
+            return {"weights": (self._t, Pointer(name))}
+        return {"weights": ("*u8", Pointer(name)), "scales": ("*fp32", Pointer(name + SCALE))}
 
     def _normed(self, tiles: int) -> dict[str, Constant]:
         """Constants of a kernel that reads h with the sums of squares of so many tiles."""
         return {"D_MODEL": self.sizes.d, "STRIDE": self.stride, "TILES": tiles, "POWER": power_at(self.sizes)}
 
+    def _squares(self, layer: int) -> int:
+        """Tiles in which the squares of x are added up when a layer begins: those of the layer before, of its w2.
+
+        The embedding leaves them as the last layer does.
+        """
+        return self._columns("w2", (layer - 1) % self.sizes.layers)
+
     def _embed(self) -> Launch:
-        tile, tiles = self.tiles.w2, self._columns("w2")
+        tile, tiles = self._tile("w2", -1 % self.sizes.layers), self._squares(0)
         together = max(1, min(power(tiles), MOST_EMBED // tile.BN))
         arguments: Arguments = {
             "ids": ("*i64", Pointer("ids")),
@@ -242,12 +287,12 @@ class _Profile:
         }
         return self._launch("step.embed", (self.m, -(-tiles // together), 1), arguments, constants, 4, 1)
 
-    def _qkv(self) -> Launch:
-        s, tile = self.sizes, self.tiles.qkv
+    def _qkv(self, layer: int) -> Launch:
+        s, tile = self.sizes, self._tile("qkv", layer)
         arguments: Arguments = {
             "h": (self._t, Pointer("h")),
             "ss": ("*fp32", Pointer("w2_squares")),
-            "weights": (self._t, Pointer("layers.{i}.wqkv")),
+            **self._weights("layers.{i}.wqkv", tile),
             "gains": self._gain(0, per_layer=True),
             "cos": (STORED_KINDS[self.stored["cos"].dtype], Pointer("cos")),
             "sin": (STORED_KINDS[self.stored["sin"].dtype], Pointer("sin")),
@@ -258,7 +303,7 @@ class _Profile:
             "past_v": (self._t, Pointer("past_v.{i}")),
             "M": ("i32", self.m),
         }
-        constants = self._normed(self._columns("w2")) | {
+        constants = self._normed(self._squares(layer)) | {
             "QUERY": s.query,
             "HEADS": s.heads,
             "HEAD": s.head,
@@ -267,8 +312,8 @@ class _Profile:
             "SLOTS": s.slots,
             "SCALE": s.head**-0.5 * LOG2_E,
         }
-        constants |= self._of_product("qkv", self.bm)
-        grid = (self.groups, self._columns("qkv"), 1)
+        constants |= self._of_product(tile, self.bm)
+        grid = (self.groups, self._columns("qkv", layer), 1)
         return self._launch("step.qkv", grid, arguments, constants, tile.warps, tile.stages)
 
     def _attention(self) -> Launch:
@@ -288,7 +333,8 @@ class _Profile:
             "HEADS": s.heads,
             "HEAD": s.head,
             "PADDED": s.padded,
-            "STRIDE": self.stride,
+            "JOINED": s.joined,
+            "STRIDE": self.heads_stride,
             "SLOTS": s.slots,
             "SPLITS": self.spans,
             "SPAN": tile.span,
@@ -299,14 +345,14 @@ class _Profile:
         grid = (self.spans, self.of_heads, 1)
         return self._launch("attention.attend", grid, arguments, constants, tile.warps, tile.stages)
 
-    def _residual(self, kind: str) -> Launch:
-        s, tile = self.sizes, self._tile(kind)
-        k, stride = (s.d, self.stride) if kind == "wo" else (s.ffn, self.ffn_stride)
+    def _residual(self, kind: str, layer: int) -> Launch:
+        s, tile = self.sizes, self._tile(kind, layer)
+        k, stride = (s.heads * s.joined, self.heads_stride) if kind == "wo" else (s.ffn, self.ffn_stride)
         # wo is followed by the second norm of its layer, w2 by the first of the next layer, or by the last norm.
         gain = self._gain(1 if kind == "wo" else 2, per_layer=True)
         arguments: Arguments = {
             "inputs": (self._t, Pointer("y" if kind == "wo" else "g")),
-            "weights": (self._t, Pointer(f"layers.{{i}}.{kind}")),
+            **self._weights(f"layers.{{i}}.{kind}", tile),
             "gains": gain,
             "x": ("*fp32", Pointer("x")),
             "h": (self._t, Pointer("h")),
@@ -322,31 +368,31 @@ class _Profile:
             "STRIDE": self.stride,
             "SPLIT": tile.split,
         }
-        constants |= self._of_product(kind, self.bm)
-        grid = (self.groups, self._columns(kind), tile.split)
+        constants |= self._of_product(tile, self.bm)
+        grid = (self.groups, self._columns(kind, layer), tile.split)
         return self._launch("step.residual", grid, arguments, constants, tile.warps, tile.stages)
 
-    def _gates(self) -> Launch:
-        tile = self.tiles.gates
+    def _gates(self, layer: int) -> Launch:
+        tile = self._tile("gates", layer)
         arguments: Arguments = {
             "h": (self._t, Pointer("h")),
             "ss": ("*fp32", Pointer("wo_squares")),
-            "weights": (self._t, Pointer("layers.{i}.w13")),
+            **self._weights("layers.{i}.w13", tile),
             "gains": self._gain(1, per_layer=True),
             "g": (self._t, Pointer("g")),
             "M": ("i32", self.m),
         }
-        constants = self._normed(self._columns("wo")) | {"F": self.sizes.ffn, "F_STRIDE": self.ffn_stride}
-        constants |= self._of_product("gates", self.bm)
-        grid = (self.groups, self._columns("gates"), 1)
+        constants = self._normed(self._columns("wo", layer)) | {"F": self.sizes.ffn, "F_STRIDE": self.ffn_stride}
+        constants |= self._of_product(tile, self.bm)
+        grid = (self.groups, self._columns("gates", layer), 1)
         return self._launch("step.gates", grid, arguments, constants, tile.warps, tile.stages)
 
     def _head(self) -> Launch:
-        s, tile = self.sizes, self.tiles.head
+        s, tile = self.sizes, self._tile("head", 0)
         arguments: Arguments = {
             "h": (self._t, Pointer("h")),
             "ss": ("*fp32", Pointer("w2_squares")),
-            "weights": (self._t, Pointer("output")),
+            **self._weights("output", tile),
             "gains": self._gain(2 * s.layers, per_layer=False),
             "cond_row": ("*i64", Pointer("cond_row")),
             "uncond_row": ("*i64", Pointer("uncond_row")),
@@ -354,9 +400,9 @@ class _Profile:
             "logits": ("*fp32", Pointer("logits")),
             "COUNT": ("i32", self.images * s.query),
         }
-        constants = self._normed(self._columns("w2")) | {"QUERY": s.query, "V": s.vocab}
-        constants |= self._of_product("head", self.bm)  # two columns for each of an image's positions: M of them
-        grid = (self.groups, self._columns("head"), 1)
+        constants = self._normed(self._squares(0)) | {"QUERY": s.query, "V": s.vocab}
+        constants |= self._of_product(tile, self.bm)  # two columns for each of an image's positions: M of them
+        grid = (self.groups, self._columns("head", 0), 1)
         return self._launch("step.head", grid, arguments, constants, tile.warps, tile.stages)
 
     def _draw(self) -> Launch:
@@ -380,3 +426,9 @@ class _Profile:
             warps = max(1, wide // 256) if wide <= 8192 else 16
             return self._launch("draw.resident", grid, arguments, constants, warps, 1)
         return self._launch("draw.looped", grid, arguments, constants | {"CHUNK": CHUNK}, 16, 1)
+
+
+def of_layer(launch: Launch, layer: int) -> Launch:
+    """``launch`` with the addresses that it takes in ``layer``, which it then takes wherever it stands."""
+    fixed = (Pointer(*a.of_layer(layer)) if isinstance(a, Pointer) else a for a in launch.arguments)
+    return Launch(launch.kernel, launch.grid, tuple(fixed))

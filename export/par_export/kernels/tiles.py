@@ -11,8 +11,9 @@ candidates matters. Times in microseconds, sizes in bytes.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 from par_export.errors import BuildError
 from par_export.kernels.spec import Refused, power
@@ -20,6 +21,7 @@ from par_export.kernels.targets import Target
 from par_model.config import PARConfig
 
 BYTES = 2  #: of a weight, an activation and a key: fp16 and bf16
+SCALE_BYTES = 4  #: of a scale as kernels read it: fp32
 #: From asking for a line of memory until it is there, on a busy GPU.
 LATENCY_US = 0.8
 #: What one turn of the loop over K costs a block beside reading: a barrier, and a little for each 16 of K.
@@ -37,10 +39,15 @@ PIECE = 2048  #: bytes that are fetched ahead at a time
 MOST_SHARED = 0.9  #: of a block's limit: the compiler adds to what the stages take
 MOST_SUMS = 4096  #: of squares that a consumer of x adds up in registers: tiles (a power of 2) times rows
 MOST_ROWS = 64  #: of one block
+MOST_STAGES = 6
 MOST_INPUTS = 8192  #: numbers of activations that a block loads at a time: with more, registers do not suffice
 #: Of the activations that a block of 8 rows loads at a time, numbers for each thread: with fewer than 8 bytes a thread
 #: some are not copied in the background.
 FEWEST_INPUTS = 4
+#: What a processor makes numbers of in a microsecond: codes. Each takes some 2.5 of the instructions of a thread, of
+#: which a processor starts 128 a cycle.
+CODES_US = 60_000
+SUB_LEAST, SUB_MOST = 32, 128  #: bytes of codes of a column in a piece: the matrix units take four codes of a thread
 #: kind -> the source of its kernel
 SOURCES = {
     "qkv": "step.qkv",
@@ -53,10 +60,29 @@ SOURCES = {
 
 
 @dataclass(frozen=True)
+class Storage:
+    """How a matrix lies in device memory: codes of ``bits`` (8 or 4), ``group`` rows of K with a scale for each column;
+    or, with 0 and 0, numbers of the precision that the step computes in.
+    """
+
+    bits: int = 0
+    group: int = 0
+
+    def bytes(self, numbers: int) -> int:
+        """Bytes of so many weights, scales included."""
+        if not self.bits:
+            return numbers * BYTES
+        return numbers * self.bits // 8 + -(-numbers // self.group) * SCALE_BYTES
+
+
+NUMBERS = Storage()
+
+
+@dataclass(frozen=True)
 class ProductTile:
     """A product in blocks of threads: each reads panels of ``BN`` columns by ``BK`` rows of weights, K in ``split``
     parts. ``stages`` panels are in shared memory at a time, ``ahead`` bytes of weights are fetched before the kernel
-    ahead has ended.
+    ahead has ended. ``bits`` and ``group`` as in :class:`Storage`.
     """
 
     BN: int
@@ -65,15 +91,30 @@ class ProductTile:
     warps: int
     stages: int
     ahead: int
+    bits: int = 0
+    group: int = 0
+
+    @property
+    def storage(self) -> Storage:
+        """What it multiplies with."""
+        return Storage(self.bits, self.group)
 
     @property
     def parts(self) -> int:
         """How many warps share the rows of a panel, because its columns are too few for all of them: 1 or all.
 
-        A warp takes 16 columns at least, and 16 rows at a time.
+        A warp takes 16 columns at least, and 16 rows at a time; of codes a whole piece.
         """
-        narrow = 16 * self.warps > self.BN and 16 * self.warps <= self.BK
+        rows = SUB_LEAST * 8 // self.bits if self.bits else 16
+        narrow = 16 * self.warps > self.BN and rows * self.warps <= self.BK
         return self.warps if narrow else 1
+
+    @property
+    def sub(self) -> int:
+        """Bytes of codes that a column has in a piece (see ``sources/product.py``); 0 where weights are numbers."""
+        if not self.bits:
+            return 0
+        return min(self.group, SUB_MOST, self.BK * self.bits // 8 // self.parts)
 
 
 @dataclass(frozen=True)
@@ -88,7 +129,10 @@ class AttentionTile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The shapes of a step for one batch size: of its five products, and of attention."""
+    """The shapes of a step for one batch size: of its five products, and of attention.
+
+    ``kept``: where a bundle has both, those of the matrices of a kind that are not quantised.
+    """
 
     qkv: ProductTile
     wo: ProductTile
@@ -96,6 +140,12 @@ class Tiles:
     w2: ProductTile
     head: ProductTile
     attention: AttentionTile
+    kept: Mapping[str, ProductTile] = field(default_factory=dict)
+
+    def of(self, kind: str, storage: Storage) -> ProductTile:
+        """The shape of the products of a kind with matrices in ``storage``."""
+        tile: ProductTile = getattr(self, kind)
+        return tile if tile.storage == storage else self.kept[kind]
 
 
 def shapes_of(refused: Refused, source: str, names: tuple[str, ...]) -> set[tuple[object, ...]]:
@@ -115,13 +165,15 @@ def choose(
     target: Target,
     refused: Refused = frozenset(),
     given: Mapping[str, ProductTile | AttentionTile] = MappingProxyType({}),
+    storages: Mapping[str, Sequence[Storage]] = MappingProxyType({}),
 ) -> dict[int, Tiles]:
     """The shapes that the model finds fastest for ``config``, for guided batches of each of the sizes ``images``.
 
     ``given``: shapes of some kinds ("qkv", "attention"), as measured at one batch size; for the others they keep their
-    panels and take as many of their stages as fit. Raises BuildError where ``refused`` leaves no shape.
+    panels and take as many of their stages as fit. ``storages``: how the matrices of a kind lie, quantised ones first;
+    of a kind that is not named, as numbers. Raises BuildError where ``refused`` leaves no shape.
     """
-    out: dict[int, dict[str, ProductTile | AttentionTile]] = {batch: {} for batch in images}
+    out: dict[int, dict[str, Any]] = {batch: {"kept": {}} for batch in images}
     gone = shapes_of(refused, SOURCES["attention"], ("SPAN", "CHUNK"))
     keys = [tile for tile in attentions(config, images, target) if (tile.span, tile.chunk) not in gone]
     for kind in SOURCES:
@@ -135,16 +187,20 @@ def choose(
             for batch in images:
                 out[batch][kind] = tile or keys[0]
             continue
-        gone = shapes_of(refused, SOURCES[kind], ("BN", "BK", "BM"))
-        shapes = products(config, kind, images, target, gone, tile if isinstance(tile, ProductTile) else None)
-        if not shapes:
-            raise BuildError(
-                f"no shape of the product {kind} of {config.dim} wide models fits {target.name} at {max(images)} "
-                "images; give fewer with --max-images"
-            )
-        for batch in images:
-            out[batch][kind] = shapes[0][batch]
-    return {batch: Tiles(**tiles) for batch, tiles in out.items()}  # type: ignore[arg-type]
+        for storage in storages.get(kind, (NUMBERS,)):
+            gone = shapes_of(refused, SOURCES[kind], ("BITS", "BN", "BK", "BM"))
+            of_storage = {one[1:] for one in gone if one[0] == storage.bits}
+            measured = tile if isinstance(tile, ProductTile) and tile.storage == storage else None
+            shapes = products(config, kind, images, target, of_storage, measured, storage)
+            if not shapes:
+                raise BuildError(
+                    f"no shape of the product {kind} of {config.dim} wide models fits {target.name} at {max(images)} "
+                    "images; give fewer with --max-images"
+                )
+            for batch in images:
+                where = out[batch]["kept"] if kind in out[batch] else out[batch]
+                where[kind] = shapes[0][batch]
+    return {batch: Tiles(**tiles) for batch, tiles in out.items()}
 
 
 def products(
@@ -154,11 +210,12 @@ def products(
     target: Target,
     gone: Collection[tuple[object, ...]] = (),
     given: ProductTile | None = None,
+    storage: Storage = NUMBERS,
 ) -> list[dict[int, ProductTile]]:
     """Shapes of a kind of product for each batch size; what the model finds fastest comes first.
 
     ``gone``: BN, BK and rows that are not to be among them. ``given``: with these panels, parts and warps alone, and
-    with at most its stages.
+    with at most its stages. ``storage``: of the matrices.
     """
     d, F = config.dim, config.ffn_dim
     columns, depth = {
@@ -170,7 +227,7 @@ def products(
     }[kind]
     most = 2 * config.group_size * max(images)
     layouts = (
-        _layouts(columns, depth, most, residual=kind in ("wo", "w2"))
+        _layouts(columns, depth, most, kind in ("wo", "w2"), storage)
         if given is None
         else [(given.BN, given.BK, given.split, given.warps)]
     )
@@ -181,8 +238,9 @@ def products(
             positions = 2 * config.group_size * batch
             if (*layout[:2], rows_of(positions)) in gone:
                 break
-            staged = _staged(layout, columns, depth, rows_of(positions), target, 6 if given is None else given.stages)
-            times = [(product_us(tile, columns, depth, positions, target), tile) for tile in staged]
+            tile = ProductTile(*layout, given.stages if given else MOST_STAGES, 0, storage.bits, storage.group)
+            staged = _staged(tile, columns, depth, rows_of(positions), target)
+            times = [(product_us(each, columns, depth, positions, target), each) for each in staged]
             if not times:
                 break
             time, tiles[batch] = min(times, key=lambda pair: pair[0])  # of equals the first, with most stages
@@ -192,7 +250,9 @@ def products(
     return [tiles for _, tiles in sorted(ranked, key=lambda pair: pair[0])]  # of equals the one with larger panels
 
 
-def _layouts(columns: int, depth: int, positions: int, residual: bool) -> Iterator[tuple[int, int, int, int]]:
+def _layouts(
+    columns: int, depth: int, positions: int, residual: bool, storage: Storage
+) -> Iterator[tuple[int, int, int, int]]:
     """BN, BK, parts of K, and warps that can be chosen, the same for every batch. ``positions``: the most.
 
     ``residual``: K may be split, and the tiles leave sums of squares for the kernels that follow.
@@ -202,32 +262,53 @@ def _layouts(columns: int, depth: int, positions: int, residual: bool) -> Iterat
             continue
         if residual and BN < 128 and power(-(-columns // BN)) * rows_of(positions) > MOST_SUMS:
             continue
-        for BK in (256, 128, 64, 32, 16):
-            if max(16, power(depth)) < BK or rows_of(positions) * BK > MOST_INPUTS:
-                continue
+        for BK in (512, 256, 128, 64, 32, 16):
             warps = 8 if BN == 128 else 4
-            if FEWEST_INPUTS * 32 * warps > 8 * BK and power(depth) > BK:
+            fits = _codes_fit if storage.bits else _numbers_fit
+            tile = ProductTile(BN, BK, 1, warps, 2, 0, storage.bits, storage.group)
+            if rows_of(positions) * BK > MOST_INPUTS or not fits(tile, depth):
                 continue
             for split in (1, 2, 4, 8) if residual else (1,):
                 if split <= -(-depth // BK):
                     yield BN, BK, split, warps
 
 
-def _staged(
-    layout: tuple[int, int, int, int], columns: int, depth: int, rows: int, target: Target, most: int
-) -> Iterator[ProductTile]:
-    """A layout with every number of stages up to ``most`` that makes sense and fits."""
-    bn, bk, split, warps = layout
-    turns = -(-depth // bk) // split
-    for stages in range(most, 1, -1):
-        fits = shared_bytes(bn, bk, rows, stages) <= MOST_SHARED * target.shared_block
+def _numbers_fit(tile: ProductTile, depth: int) -> bool:
+    """Whether panels of numbers are worth a try."""
+    if not tile.BK <= min(256, max(16, power(depth))):
+        return False
+    return FEWEST_INPUTS * 32 * tile.warps <= 8 * tile.BK or power(depth) <= tile.BK
+
+
+def _codes_fit(tile: ProductTile, depth: int) -> bool:
+    """Whether panels of codes are worth a try: whole pieces, of which threads copy 16 bytes where K is deep enough."""
+    rows = SUB_LEAST * 8 // tile.bits
+    if not rows <= tile.BK <= max(rows, power(depth)):
+        return False
+    together = tile.sub * tile.parts  # bytes of a column that are asked for at a time
+    return (16 * 32 * tile.warps <= tile.BN * together and FEWEST_INPUTS * 16 * tile.warps <= 8 * together) or (
+        power(depth) <= tile.BK
+    )
+
+
+def _staged(tile: ProductTile, columns: int, depth: int, rows: int, target: Target) -> Iterator[ProductTile]:
+    """``tile`` with every number of stages up to its own that makes sense and fits."""
+    turns = -(-depth // tile.BK) // tile.split
+    for stages in range(tile.stages, 1, -1):
+        staged = replace(tile, stages=stages)
+        fits = shared_bytes(staged, rows) <= MOST_SHARED * target.shared_block
         if fits and stages <= max(2, turns):
-            yield _with_ahead(ProductTile(bn, bk, split, warps, stages, 0), columns, depth, target)
+            yield _with_ahead(staged, columns, depth, target)
 
 
-def shared_bytes(bn: int, bk: int, rows: int, stages: int) -> int:
+def panel_bytes(tile: ProductTile) -> int:
+    """Bytes of one panel in memory, without scales."""
+    return tile.BN * tile.BK * tile.bits // 8 if tile.bits else tile.BN * tile.BK * BYTES
+
+
+def shared_bytes(tile: ProductTile, rows: int) -> int:
     """Shared memory of a product: panels of weights and the rows that they are multiplied with, of each stage."""
-    return stages * (bn + rows) * bk * BYTES
+    return tile.stages * (panel_bytes(tile) + rows * tile.BK * BYTES)
 
 
 def product_us(tile: ProductTile, columns: int, depth: int, positions: int, target: Target) -> float:
@@ -236,11 +317,11 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
     groups = -(-positions // rows)
     turns = -(-depth // tile.BK)
     blocks = -(-columns // tile.BN) * tile.split
-    panel = tile.BN * tile.BK * BYTES
+    panel = tile.storage.bytes(tile.BN * tile.BK)
     weights = -(-columns // tile.BN) * turns * panel
     # How many blocks a processor has at a time: shared memory, threads (64 warps; 48 on RTX cards), and about 96
     # registers a thread.
-    shared = shared_bytes(tile.BN, tile.BK, rows, tile.stages) + 1024
+    shared = shared_bytes(tile, rows) + 1024
     room = min(
         target.shared_processor // shared,
         (64 if target.shared_processor > 128 * 1024 else 48) // tile.warps,
@@ -252,6 +333,8 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
     share = MOST_SHARE * _per_us(target) / target.processors
     turn = TURN_US + TURN_OF_16_US * tile.BK / 16 / tile.parts
     processor = min(at_once * (tile.stages - 1) * panel / LATENCY_US, at_once * panel / turn, share)
+    if tile.bits:
+        processor = min(processor, CODES_US * panel / (tile.BN * tile.BK))
     own = busiest * -(-turns // tile.split) * panel / processor
     # All of them: weights from memory once, activations and weights for further rows from L2, matrix units.
     activations = blocks * groups * -(-turns // tile.split) * tile.BK * rows * BYTES
@@ -265,10 +348,10 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
 def _with_ahead(tile: ProductTile, columns: int, depth: int, target: Target) -> ProductTile:
     """``tile`` with what each of its blocks fetches ahead: whole pieces, at least one, at most all that it reads."""
     blocks = -(-columns // tile.BN) * tile.split
-    slab = -(-depth // tile.BK) // tile.split * tile.BN * tile.BK * BYTES
+    slab = -(-depth // tile.BK) // tile.split * panel_bytes(tile)
     budget = min(AHEAD_BYTES, int(AHEAD_US * _per_us(target))) // blocks
     ahead = max(PIECE, min(slab, budget)) // PIECE * PIECE if target.dependent else 0
-    return ProductTile(tile.BN, tile.BK, tile.split, tile.warps, tile.stages, min(ahead, slab // PIECE * PIECE))
+    return replace(tile, ahead=min(ahead, slab // PIECE * PIECE))
 
 
 def attentions(config: PARConfig, images: Sequence[int], target: Target) -> list[AttentionTile]:

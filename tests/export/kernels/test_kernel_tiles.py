@@ -27,7 +27,7 @@ def test_shapes_fit_the_target_and_do_not_make_a_row_depend_on_its_batch(name: s
         assert len({(tile.BN, tile.BK, tile.split) for tile in of_batch}) == 1  # weights are put in order once
         for batch, tile in zip(IMAGES, of_batch, strict=True):
             rows = tiles.rows_of(2 * config.group_size * batch)
-            assert tiles.shared_bytes(tile.BN, tile.BK, rows, tile.stages) < card.shared_block
+            assert tiles.shared_bytes(tile, rows) < card.shared_block
             assert tile.stages >= 2
             assert tile.split == 1 or kind in ("wo", "w2")
             turns = -(-depth.get(kind, config.dim) // tile.BK)
@@ -57,7 +57,7 @@ def test_no_choice_is_slower_by_the_model_than_one_plain_shape(name: str) -> Non
 
 
 def spec(bn: int, bk: int, rows: int, source: str = "step.gates") -> Spec:
-    return Spec(source, (("BN", bn), ("BK", bk), ("BM", rows)), (), 4, 4)
+    return Spec(source, (("BITS", 0), ("BN", bn), ("BK", bk), ("BM", rows)), (), 4, 4)
 
 
 def test_a_shape_that_was_refused_is_not_chosen_again() -> None:

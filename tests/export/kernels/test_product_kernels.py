@@ -60,6 +60,7 @@ class Case:
         return {
             "D_MODEL": self.d, "STRIDE": self.stride, "TILES": tiles, "POWER": self.power, "BN": bn, "BK": bk,
             "BM": bm, "PARTS": min(4, bk // 16) if bn < 64 else 1, "AHEAD": 0, "DEPENDENT": True,
+            "BITS": 0, "GROUP": 0, "SUB": 0, "scales": 0,
         }  # fmt: skip
 
     @property

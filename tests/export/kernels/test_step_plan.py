@@ -19,6 +19,7 @@ from conftest import golden_weights
 from par_export.gate.runner import runnable_opset
 from par_export.kernels.contents import Contents
 from par_export.kernels.plan_step import plan
+from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import TARGETS
 from par_export.kernels.tiles import choose
 from par_runtime.backends.draws import distance_of
@@ -40,7 +41,7 @@ class Both:
         contents = Contents(self.bundle, precision, "fp32")
         config, card = contents.config, TARGETS[target]
         phases = [phase.name for phase in self.bundle.phases]
-        tiles = choose(config, (images,), card)
+        tiles = choose(config, (images,), card, storages=storages(contents.step))
         self.planned = plan(config, contents.step, contents.read, phases, (images,), precision, card, tiles)
         self.host = Host(self.planned, path, quick)
         self.images, self.rows, self.query = images, 2 * images, self.bundle.group_size
@@ -54,6 +55,8 @@ class Both:
         graph = self.bundle.graphs["step" if runnable_opset() >= 24 else "step_opset23"]
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # Without this, products of quantised weights round their activations to 8 bits.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.session = ort.InferenceSession(path / graph.file, options, providers=["CPUExecutionProvider"])
 
     def call(self, inputs: dict[str, np.ndarray], real: int, shuffle: int | None = None) -> tuple[np.ndarray, ...]:

@@ -1,8 +1,9 @@
 """Runs kernels of ``par_export.kernels.sources`` in Triton's interpreter, on addresses of host memory.
 
 Triton decides at its import whether it interprets: ``TRITON_INTERPRET=1`` must be set before (``tests/conftest.py``).
-Two things that the interpreter of Triton 3.9 gets wrong are done here: bf16 (its rounding loses the carry into the
-exponent; its ``tl.dot`` multiplies the bits as integers), and it knows no dependent launches.
+Three things that the interpreter of Triton 3.9 gets wrong or has not are done here: bf16 (its rounding loses the carry
+into the exponent; its ``tl.dot`` multiplies the bits as integers), instructions as text (``ptx.py``), and it knows no
+dependent launches.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+
+from double import ptx
 
 SOURCES = "par_export.kernels.sources"
 #: type of a parameter -> Triton's type and numpy's
@@ -102,10 +105,11 @@ def _patched() -> Iterator[None]:
     builder.cast_impl = functools.partial(_cast, builder)
     builder.create_fp_to_fp = lambda handle, kind, _rounding: _cast(builder, handle, kind)
     builder.create_dot = functools.partial(_dot, builder)
+    builder.create_inline_asm = _inline_asm
     try:
         yield
     finally:
-        for name in ("cast_impl", "create_fp_to_fp", "create_dot"):
+        for name in ("cast_impl", "create_fp_to_fp", "create_dot", "create_inline_asm"):
             delattr(builder, name)
         interpreter._patch_lang = again
         scope.restore()
@@ -129,6 +133,15 @@ def _dot(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imp
         for handle in (a, b)
     )
     return interpreter.TensorHandle(np.matmul(one, other, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+
+def _inline_asm(text: str, constraints: str, handles: Any, kinds: Any, _pure: bool, pack: int) -> Any:
+    """Instructions as text; bf16 is in the interpreter's form, its bits."""
+    scalars = [kind.scalar for kind in kinds]
+    dtypes = [np.dtype(np.uint16 if kind == tl.bfloat16 else interpreter._get_np_dtype(kind)) for kind in scalars]
+    results = ptx.elementwise(text, constraints, [handle.data for handle in handles], dtypes, pack)
+    made = [interpreter.TensorHandle(data, kind) for data, kind in zip(results, scalars, strict=True)]
+    return SimpleNamespace(get_result=lambda index: made[index])
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:

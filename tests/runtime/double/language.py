@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from double import ptx
+
 F32, F64, I32, I64 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int32), np.dtype(np.int64)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NONE = np.dtype(bool)
@@ -227,6 +229,13 @@ def _arange(start: int, end: int) -> Array:
     return out
 
 
+def _inline_asm(text: str, constraints: str, args: Any, dtype: Any, is_pure: bool, pack: int) -> Any:
+    several = isinstance(dtype, tuple)
+    results = ptx.elementwise(text, constraints, args, dtype if several else (dtype,), pack)
+    arrays = tuple(_array(result) for result in results)
+    return arrays if several else arrays[0]
+
+
 def _program_id(axis: int) -> Array:
     return _here.block[axis]  # type: ignore[no-any-return]
 
@@ -292,6 +301,7 @@ TL = _Language(
     multiple_of=lambda x, _: x,
     max_contiguous=lambda x, _: x,
     debug_barrier=lambda: None,
+    inline_asm_elementwise=_inline_asm,
     cdiv=triton.cdiv,
 )
 _TRITON = SimpleNamespace(next_power_of_2=triton.next_power_of_2, cdiv=triton.cdiv, language=TL)

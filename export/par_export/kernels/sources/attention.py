@@ -21,7 +21,7 @@ def attend(
     past_k,  # [R, H, SLOTS, D'] T
     past_v,
     length,  # [R] i32
-    y,  # [M, STRIDE] T: H heads of D numbers
+    y,  # [M, STRIDE] T: H heads of JOINED numbers
     partial,  # [R * H, SPLITS, BQ, WIDE] fp32
     peaks,  # [R * H, SPLITS, 2, BQ] fp32: the largest score, the sum
     counters,  # [R * H] i32, zero before and after
@@ -29,6 +29,7 @@ def attend(
     HEADS: tl.constexpr,
     HEAD: tl.constexpr,
     PADDED: tl.constexpr,
+    JOINED: tl.constexpr,  # D; or D', whose last D' - D numbers are zeros, as those of the values are
     STRIDE: tl.constexpr,
     SLOTS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -74,8 +75,8 @@ def attend(
             total = total * shrink + tl.sum(weight, 0)
             acc = tl.dot(tl.trans(v), weight.to(v.dtype), acc * shrink[None, :])
             peak = top
-        to_y = y + (row * QUERY + i).to(tl.int64)[None, :] * STRIDE + head * HEAD + d[:, None]
-        mask_y = (i < QUERY)[None, :] & (d < HEAD)[:, None]
+        to_y = y + (row * QUERY + i).to(tl.int64)[None, :] * STRIDE + head * JOINED + d[:, None]
+        mask_y = (i < QUERY)[None, :] & (d < JOINED)[:, None]
         spans = (visible + SPAN - 1) // SPAN
         if spans == 1:
             tl.store(to_y, (acc / total[None, :]).to(y.dtype.element_ty), mask=mask_y)

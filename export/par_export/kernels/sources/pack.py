@@ -14,6 +14,29 @@ import triton.language as tl
 
 
 @triton.jit
+def stored_columns(
+    column,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ORDER: tl.constexpr,
+    HEAD: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Where the packed columns ``column`` are in the stored matrix, and which of them there are."""
+    if ORDER == "plain":
+        return column, column < N
+    else:
+        partner = (column // 8) % 2
+        unit = (column // 16) * 8 + column % 8
+        inside = unit < N // 2
+        if ORDER == "pairs":
+            stored = unit // (HEAD // 2) * PADDED + 2 * (unit % (HEAD // 2)) + partner
+        else:
+            stored = partner * (WIDTH // 2) + unit
+        return stored, inside
+
+
+@triton.jit
 def panels(
     raw,  # [?, WIDTH] fp32, fp16 or bf16
     packed,  # [tiles, blocks, BN, BK]
@@ -27,25 +50,81 @@ def panels(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
+    """Panels of numbers. Grid: tiles, blocks of K."""
     tile, block = tl.program_id(0), tl.program_id(1)
     blocks: tl.constexpr = (K + BK - 1) // BK
-    column = tile * BN + tl.arange(0, BN)
     k = block * BK + tl.arange(0, BK)
     row = k
     if DROP_ROWS:
         row = (k // HEAD) * PADDED + k % HEAD
-    if ORDER == "plain":
-        inside = column < N
-    else:
-        partner = (column // 8) % 2
-        unit = (column // 16) * 8 + column % 8
-        inside = unit < N // 2
-        if ORDER == "pairs":
-            column = unit // (HEAD // 2) * PADDED + 2 * (unit % (HEAD // 2)) + partner
-        else:
-            column = partner * (WIDTH // 2) + unit
+    column, inside = stored_columns(tile * BN + tl.arange(0, BN), N, WIDTH, ORDER, HEAD, PADDED)
     mask = (k < K)[:, None] & inside[None, :]
     values = tl.load(raw + row[:, None].to(tl.int64) * WIDTH + column[None, :], mask=mask, other=0.0)
     panel = packed + (tile.to(tl.int64) * blocks + block) * (BN * BK)
     place = tl.arange(0, BN)[:, None] * BK + tl.arange(0, BK)[None, :]
     tl.store(panel + place, tl.trans(values.to(packed.dtype.element_ty)))
+
+
+@triton.jit
+def codes(
+    raw,  # bytes of [K, WIDTH] codes: one of int8; of int4 two, the first in the low half
+    packed,  # bytes [tiles, pieces, BN, SUB]
+    K: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ORDER: tl.constexpr,
+    HEAD: tl.constexpr,
+    PADDED: tl.constexpr,
+    BN: tl.constexpr,
+    SUB: tl.constexpr,
+    PIECES: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Pieces of codes without a sign, as ``product.py`` reads them. Grid: tiles, PIECES."""
+    tile, piece = tl.program_id(0), tl.program_id(1)
+    column, inside = stored_columns(tile * BN + tl.arange(0, BN), N, WIDTH, ORDER, HEAD, PADDED)
+    row = piece * (SUB * 8 // BITS) + tl.arange(0, SUB)
+    code = unsigned(raw, row, column, inside, K, WIDTH, BITS)
+    if BITS == 4:
+        code = code | (unsigned(raw, row + SUB, column, inside, K, WIDTH, BITS) << 4)
+    panel = packed + (tile.to(tl.int64) * PIECES + piece) * (BN * SUB)
+    place = tl.arange(0, BN)[:, None] * SUB + tl.arange(0, SUB)[None, :]
+    tl.store(panel + place, tl.trans(code).to(tl.uint8))
+
+
+@triton.jit
+def unsigned(raw, row, column, inside, K: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """The codes at these rows and columns as i32, with half of their range added; those that there are not are zero."""
+    mask = (row < K)[:, None] & inside[None, :]
+    at = row[:, None].to(tl.int64) * WIDTH + column[None, :]
+    if BITS == 8:
+        return tl.load(raw + at, mask=mask, other=0).to(tl.int32) ^ 128
+    else:
+        both = tl.load(raw + at // 2, mask=mask, other=0).to(tl.int32)
+        return ((both >> (at % 2 * 4).to(tl.int32)) & 15) ^ 8
+
+
+@triton.jit
+def scales(
+    raw,  # [K / GROUP, WIDTH] fp32, fp16 or bf16
+    packed,  # [tiles, groups, BN] fp32
+    K: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ORDER: tl.constexpr,
+    HEAD: tl.constexpr,
+    PADDED: tl.constexpr,
+    BN: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,  # that the panels of a tile have begun
+    TOGETHER: tl.constexpr,
+):
+    """Scales in the order of the panels. Grid: tiles, GROUPS / TOGETHER."""
+    tile = tl.program_id(0)
+    group = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
+    n = tl.arange(0, BN)
+    column, inside = stored_columns(tile * BN + n, N, WIDTH, ORDER, HEAD, PADDED)
+    mask = (group < K // GROUP)[:, None] & inside[None, :]
+    values = tl.load(raw + group[:, None].to(tl.int64) * WIDTH + column[None, :], mask=mask, other=0.0)
+    place = (tile.to(tl.int64) * GROUPS + group)[:, None] * BN + n[None, :]
+    tl.store(packed + place, values.to(tl.float32), mask=(group < GROUPS)[:, None])

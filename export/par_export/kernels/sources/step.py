@@ -28,6 +28,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from par_export.kernels.sources.product import product
+
 EPS = tl.constexpr(1e-5)  #: of every norm
 
 
@@ -72,57 +74,6 @@ def begin(DEPENDENT: tl.constexpr):
     if DEPENDENT:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def product(
-    panel,  # the first panel of this tile of weights
-    h,  # [?, STRIDE] T
-    rows,  # [BM] rows of h
-    first,  # block of K
-    last,
-    K: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BM: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Sums [BN, BM] of the weights' blocks ``first`` to ``last`` times these rows of ``h``.
-
-    With PARTS > 1 each warp multiplies its own part of every block, and the sums of the parts are added at the end. A
-    narrow tile has too few columns for all warps: they would all compute the same, in one long chain of products.
-    """
-    if PARTS == 1:
-        k = tl.arange(0, BK)
-        weights = panel + first * (BN * BK) + tl.arange(0, BN)[:, None] * BK + k[None, :]
-        inputs = h + rows.to(tl.int64)[None, :] * STRIDE + (first * BK + k)[:, None]
-        acc = tl.zeros((BN, BM), tl.float32)
-        for block in tl.range(first, last):
-            w = tl.load(weights)
-            if K % BK == 0:
-                x = tl.load(inputs)
-            else:  # weights behind K are zeros, but what lies behind K in h may be NaN
-                x = tl.load(inputs, mask=(block * BK + k < K)[:, None], other=0.0)
-            acc = tl.dot(w, x, acc)
-            weights += BN * BK
-            inputs += BK
-    else:
-        k = tl.arange(0, PARTS)[:, None] * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
-        weights = panel + first * (BN * BK) + tl.arange(0, BN)[None, :, None] * BK + k[:, None, :]
-        inputs = h + rows.to(tl.int64)[None, None, :] * STRIDE + (first * BK + k)[:, :, None]
-        sums = tl.zeros((PARTS, BN, BM), tl.float32)
-        for block in tl.range(first, last):
-            w = tl.load(weights)
-            if K % BK == 0:
-                x = tl.load(inputs)
-            else:
-                x = tl.load(inputs, mask=(block * BK + k < K)[:, :, None], other=0.0)
-            sums = tl.dot(w, x, sums)
-            weights += BN * BK
-            inputs += BK
-        acc = tl.sum(sums, 0)
-    return acc
 
 
 @triton.jit
@@ -183,6 +134,7 @@ def qkv(
     h,  # [M, STRIDE] T
     ss,  # [M, TILES] fp32
     weights,  # panels, in pairs of each head
+    scales,  # of their codes
     gains,  # of the norm before
     cos,  # [ANGLES, D' / 2] fp32
     sin,
@@ -207,13 +159,17 @@ def qkv(
     BK: tl.constexpr,
     BM: tl.constexpr,
     PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUB: tl.constexpr,
     AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Queries, and keys and values into the caches, both turned by their positions. Grid: M / BM, 3HD / BN."""
     tile = tl.program_id(1)
     blocks: tl.constexpr = (D_MODEL + BK - 1) // BK
-    panel = weights + tile.to(tl.int64) * (blocks * BN * BK)
+    size: tl.constexpr = BN * BK if BITS == 0 else BN * BK * BITS // 8
+    panel = weights + tile.to(tl.int64) * (blocks * size)
     if DEPENDENT and AHEAD > 0:
         fetch_ahead(panel, AHEAD)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -229,7 +185,7 @@ def qkv(
     s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
     begin(DEPENDENT)
     parts = squares(ss, m, TILES)
-    acc = product(panel, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS)
+    acc = product(panel, scales, tile, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     even, odd = partners(acc, BN, BM)
     scale = tl.where(head < HEADS, SCALE, 1.0)[:, None]
@@ -256,6 +212,7 @@ def qkv(
 def residual(
     inputs,  # [M, K_STRIDE] T
     weights,  # panels
+    scales,  # of their codes
     gains,  # of the norm that follows
     x,  # [M, STRIDE] fp32, read and written
     h,  # [M, STRIDE] T
@@ -272,6 +229,9 @@ def residual(
     BK: tl.constexpr,
     BM: tl.constexpr,
     PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUB: tl.constexpr,
     AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -283,10 +243,11 @@ def residual(
     tile, split = tl.program_id(1), tl.program_id(2)
     tiles: tl.constexpr = (D_MODEL + BN - 1) // BN
     blocks: tl.constexpr = (K + BK - 1) // BK
-    panel = weights + tile.to(tl.int64) * (blocks * BN * BK)
+    size: tl.constexpr = BN * BK if BITS == 0 else BN * BK * BITS // 8
+    panel = weights + tile.to(tl.int64) * (blocks * size)
     first, last = split * blocks // SPLIT, (split + 1) * blocks // SPLIT
     if DEPENDENT and AHEAD > 0:
-        fetch_ahead(panel + first * (BN * BK), AHEAD)
+        fetch_ahead(panel + first * size, AHEAD)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.arange(0, BN)
     column = tile * BN + n
@@ -296,7 +257,7 @@ def residual(
     begin(DEPENDENT)
     if SPLIT == 1:  # with parts most blocks do not need it, and the last one loads it together with the parts
         old = tl.load(x + at, mask=inside, other=0.0)
-    acc = product(panel, inputs, m, first, last, K, K_STRIDE, BN, BK, BM, PARTS)
+    acc = product(panel, scales, tile, inputs, m, first, last, K, K_STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
     counter = counters + tl.program_id(0) * tiles + tile
     arrived = 0
     place = partial + ((tl.program_id(0) * tiles + tile) * SPLIT).to(tl.int64) * (BN * BM)
@@ -326,6 +287,7 @@ def gates(
     h,  # [M, STRIDE] T
     ss,  # [M, TILES] fp32
     weights,  # panels, gate and up side by side
+    scales,  # of their codes
     gains,  # of the norm before
     g,  # [M, F_STRIDE] T
     M,
@@ -339,20 +301,24 @@ def gates(
     BK: tl.constexpr,
     BM: tl.constexpr,
     PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUB: tl.constexpr,
     AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """g = silu(gate) * up. Grid: M / BM, 2F / BN."""
     tile = tl.program_id(1)
     blocks: tl.constexpr = (D_MODEL + BK - 1) // BK
-    panel = weights + tile.to(tl.int64) * (blocks * BN * BK)
+    size: tl.constexpr = BN * BK if BITS == 0 else BN * BK * BITS // 8
+    panel = weights + tile.to(tl.int64) * (blocks * size)
     if DEPENDENT and AHEAD > 0:
         fetch_ahead(panel, AHEAD)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     unit = tile * (BN // 2) + tl.arange(0, BN // 2)
     begin(DEPENDENT)
     parts = squares(ss, m, TILES)
-    acc = product(panel, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS)
+    acc = product(panel, scales, tile, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     gate, up = partners(acc, BN, BM)
     value = gate / (1.0 + tl.exp(-gate)) * up
@@ -365,6 +331,7 @@ def head(
     h,  # [M, STRIDE] T
     ss,  # [M, TILES] fp32
     weights,  # panels
+    scales,  # of their codes
     gains,  # of the last norm
     cond_row,  # [B] i64
     uncond_row,
@@ -381,6 +348,9 @@ def head(
     BK: tl.constexpr,
     BM: tl.constexpr,
     PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUB: tl.constexpr,
     AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -391,7 +361,8 @@ def head(
     """
     tile = tl.program_id(1)
     blocks: tl.constexpr = (D_MODEL + BK - 1) // BK
-    panel = weights + tile.to(tl.int64) * (blocks * BN * BK)
+    size: tl.constexpr = BN * BK if BITS == 0 else BN * BK * BITS // 8
+    panel = weights + tile.to(tl.int64) * (blocks * size)
     if DEPENDENT and AHEAD > 0:
         fetch_ahead(panel, AHEAD)
     column = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -404,7 +375,7 @@ def head(
     strength = tl.load(guidance + at // QUERY, mask=at < COUNT, other=0.0, cache_modifier=".cg")
     begin(DEPENDENT)
     parts = squares(ss, rows, TILES)
-    acc = product(panel, h, rows, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS)
+    acc = product(panel, scales, tile, h, rows, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     c, u = tl.split(tl.reshape(acc, (BN, BM // 2, 2)))
     code = tile * BN + tl.arange(0, BN)

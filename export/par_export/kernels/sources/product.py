@@ -1,0 +1,247 @@
+"""What all products of a step share: sums of a block's panels of weights times rows of activations.
+
+Weights lie as ``pack.py`` left them: numbers of T, or the codes of a quantised matrix (``BITS`` 8 or 4; 0 for numbers),
+which become numbers in registers, right in front of the matrix units.
+
+**Codes.** A piece is ``BN`` columns by ``SUB`` bytes, in one stream. Codes have no sign: 128 (8 for int4) is added to
+each. A byte holds one code, or of int4 two: the low half that of row k, the high half that of row k + SUB. So each half
+of a piece is a matrix of its own, and no thread needs a code that another one has loaded. All rows of a half belong to
+one group. Its sums are therefore multiplied by the group's scales at their end, in fp32: a code is exact in T, so
+nothing is rounded on the way, and there are fewer sums than codes.
+
+**From codes to numbers.** The instructions for it take whole registers: four codes come in one and leave as two pairs.
+Put into the low bits of a number of T whose last bit counts as 1 (1024 in fp16, 128 in bf16), a code is that number
+plus the code; a subtraction is all that is left. Triton's own conversion takes each code by itself, three times as long.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(
+    panel,  # the first panel of this tile of weights
+    scales,  # of codes, [tiles, groups, BN] fp32
+    tile,
+    h,  # [?, STRIDE] T
+    rows,  # [BM] rows of h
+    first,  # block of K
+    last,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BM: tl.constexpr,
+    PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUB: tl.constexpr,
+):
+    """Sums [BN, BM] of the weights' blocks ``first`` to ``last`` times these rows of ``h``.
+
+    With PARTS > 1 each warp multiplies its own part of every block, and the sums of the parts are added at the end. A
+    narrow tile has too few columns for all warps: they would all compute the same, in one long chain of products.
+    """
+    if BITS > 0:
+        acc = of_codes(panel, scales, tile, h, rows, first, last, K, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
+    elif PARTS == 1:
+        k = tl.arange(0, BK)
+        weights = panel + first * (BN * BK) + tl.arange(0, BN)[:, None] * BK + k[None, :]
+        inputs = h + rows.to(tl.int64)[None, :] * STRIDE + (first * BK + k)[:, None]
+        acc = tl.zeros((BN, BM), tl.float32)
+        for block in tl.range(first, last):
+            w = tl.load(weights)
+            if K % BK == 0:
+                x = tl.load(inputs)
+            else:  # weights behind K are zeros, but what lies behind K in h may be NaN
+                x = tl.load(inputs, mask=(block * BK + k < K)[:, None], other=0.0)
+            acc = tl.dot(w, x, acc)
+            weights += BN * BK
+            inputs += BK
+    else:
+        k = tl.arange(0, PARTS)[:, None] * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
+        weights = panel + first * (BN * BK) + tl.arange(0, BN)[None, :, None] * BK + k[:, None, :]
+        inputs = h + rows.to(tl.int64)[None, None, :] * STRIDE + (first * BK + k)[:, :, None]
+        sums = tl.zeros((PARTS, BN, BM), tl.float32)
+        for block in tl.range(first, last):
+            w = tl.load(weights)
+            if K % BK == 0:
+                x = tl.load(inputs)
+            else:
+                x = tl.load(inputs, mask=(block * BK + k < K)[:, :, None], other=0.0)
+            sums = tl.dot(w, x, sums)
+            weights += BN * BK
+            inputs += BK
+        acc = tl.sum(sums, 0)
+    return acc
+
+
+@triton.jit
+def of_codes(
+    panel,
+    scales,
+    tile,
+    h,
+    rows,
+    first,
+    last,
+    K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BM: tl.constexpr,
+    PARTS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SUB: tl.constexpr,
+):
+    """:func:`product` of codes. A block of K is so many pieces for each part, one after the other.
+
+    The products have three dimensions also with one part: from SM90 on, those of two would go through shared memory.
+    """
+    HALVES: tl.constexpr = 8 // BITS
+    ROWS: tl.constexpr = SUB * HALVES  # of K, in a piece
+    STEPS: tl.constexpr = BK // (ROWS * PARTS)
+    T: tl.constexpr = h.dtype.element_ty
+    part = tl.arange(0, PARTS)[:, None]
+    k = tl.arange(0, SUB)[None, :]
+    codes = panel + (part * (BN * SUB))[:, :, None] + tl.arange(0, BN)[None, :, None] * SUB + k[:, None, :]
+    codes += first * (STEPS * PARTS * BN * SUB)
+    inputs = h + rows.to(tl.int64)[None, None, :] * STRIDE
+    groups: tl.constexpr = ((K + BK - 1) // BK * BK + GROUP - 1) // GROUP  # that the blocks of a tile have begun
+    columns = scales + tile.to(tl.int64) * (groups * BN) + tl.arange(0, BN)[None, :]
+    sums = tl.zeros((PARTS, BN, BM), tl.float32)
+    # Scales do not come in the background as panels do: they are asked for one piece ahead.
+    row = first * BK + part * ROWS
+    scale = tl.load(columns + row // GROUP * BN)
+    other = tl.load(columns + (row + ROWS - SUB) // GROUP * BN)
+    for block in tl.range(first, last):
+        for step in tl.static_range(STEPS):
+            row = (block * STEPS + step) * (PARTS * ROWS) + part * ROWS
+            after = tl.minimum(row + PARTS * ROWS, last * BK - ROWS)
+            next_scale = tl.load(columns + after // GROUP * BN)
+            next_other = next_scale
+            if ROWS > GROUP:
+                next_other = tl.load(columns + (after + SUB) // GROUP * BN)
+            c = tl.load(codes)
+            at = row + k
+            if K % BK == 0:
+                x = tl.load(inputs + at[:, :, None])
+            else:  # codes behind K are zeros, but what lies behind K in h may be NaN
+                x = tl.load(inputs + at[:, :, None], mask=(at < K)[:, :, None], other=0.0)
+            if BITS == 8:
+                sums += tl.dot(numbers(c, T), x) * scale[:, :, None]
+            else:
+                if K % BK == 0:
+                    y = tl.load(inputs + (at + SUB)[:, :, None])
+                else:
+                    y = tl.load(inputs + (at + SUB)[:, :, None], mask=(at + SUB < K)[:, :, None], other=0.0)
+                low, high = halves(c, T)
+                if ROWS <= GROUP:
+                    sums += tl.dot(high, y, tl.dot(low, x)) * scale[:, :, None]
+                else:
+                    sums += tl.dot(low, x) * scale[:, :, None]
+                    sums += tl.dot(high, y) * other[:, :, None]
+            scale, other = next_scale, next_other
+            codes += PARTS * BN * SUB
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def numbers(codes, T: tl.constexpr):
+    """Codes of int8 (one a byte, 128 added) as numbers of T, exactly."""
+    if T == tl.float32:
+        return (codes.to(tl.int32) - 128).to(tl.float32)
+    elif T == tl.float16:  # 1024 + 128 + code, less 1152
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, less;
+            mov.b32 less, 0x64806480;
+            prmt.b32 low, $2, 0x64646464, 0x4140;
+            prmt.b32 high, $2, 0x64646464, 0x4342;
+            sub.f16x2 $0, low, less;
+            sub.f16x2 $1, high, less;
+            }""",
+            "=r,=r,r",
+            [codes],
+            tl.float16,
+            True,
+            4,
+        )
+    else:  # bf16 has room for seven bits: 128 and these, less 128 if the eighth is set, else less 256
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 both, seven, less, minus;
+            mov.b32 minus, 0xBF80BF80;
+            prmt.b32 both, $2, 0x43434343, 0x4140;
+            and.b32 seven, both, 0xFF7FFF7F;
+            lop3.b32 less, both, 0x00800080, 0xFF80FF80, 0x28;
+            fma.rn.bf16x2 $0, less, minus, seven;
+            prmt.b32 both, $2, 0x43434343, 0x4342;
+            and.b32 seven, both, 0xFF7FFF7F;
+            lop3.b32 less, both, 0x00800080, 0xFF80FF80, 0x28;
+            fma.rn.bf16x2 $1, less, minus, seven;
+            }""",
+            "=r,=r,r",
+            [codes],
+            tl.bfloat16,
+            True,
+            4,
+        )
+
+
+@triton.jit
+def halves(codes, T: tl.constexpr):
+    """Codes of int4 (two a byte, 8 added) as numbers of T, exactly: those of the low halves, those of the high ones."""
+    if T == tl.float32:
+        return ((codes & 15).to(tl.int32) - 8).to(tl.float32), ((codes >> 4).to(tl.int32) - 8).to(tl.float32)
+    elif T == tl.float16:  # 1024 + 8 + code, less 1032; and (1024 + 16 * (8 + code)) / 16, less 72
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 first, second, half, less, sixteenth, minus;
+            mov.b32 less, 0x64086408;
+            mov.b32 sixteenth, 0x2C002C00;
+            mov.b32 minus, 0xD480D480;
+            prmt.b32 first, $4, 0x64646464, 0x4140;
+            prmt.b32 second, $4, 0x64646464, 0x4342;
+            and.b32 half, first, 0xFF0FFF0F;
+            sub.f16x2 $0, half, less;
+            and.b32 half, second, 0xFF0FFF0F;
+            sub.f16x2 $1, half, less;
+            and.b32 half, first, 0xFFF0FFF0;
+            fma.rn.f16x2 $2, half, sixteenth, minus;
+            and.b32 half, second, 0xFFF0FFF0;
+            fma.rn.f16x2 $3, half, sixteenth, minus;
+            }""",
+            "=r,=r,=r,=r,r",
+            [codes],
+            (tl.float16, tl.float16),
+            True,
+            4,
+        )
+    else:  # 128 + 8 + code, less 136
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 half, shifted, one, minus;
+            mov.b32 one, 0x3F803F80;
+            mov.b32 minus, 0xC308C308;
+            shr.b32 shifted, $4, 4;
+            prmt.b32 half, $4, 0x43434343, 0x4140;
+            and.b32 half, half, 0xFF0FFF0F;
+            fma.rn.bf16x2 $0, half, one, minus;
+            prmt.b32 half, $4, 0x43434343, 0x4342;
+            and.b32 half, half, 0xFF0FFF0F;
+            fma.rn.bf16x2 $1, half, one, minus;
+            prmt.b32 half, shifted, 0x43434343, 0x4140;
+            and.b32 half, half, 0xFF0FFF0F;
+            fma.rn.bf16x2 $2, half, one, minus;
+            prmt.b32 half, shifted, 0x43434343, 0x4342;
+            and.b32 half, half, 0xFF0FFF0F;
+            fma.rn.bf16x2 $3, half, one, minus;
+            }""",
+            "=r,=r,=r,=r,r",
+            [codes],
+            (tl.bfloat16, tl.bfloat16),
+            True,
+            4,
+        )
