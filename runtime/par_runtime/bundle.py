@@ -196,19 +196,20 @@ class Bundle:
         """Bytes of one parameter that a call reads, on average, as it is stored: scales are counted too."""
         return self.bytes_read(None)
 
-    def bytes_read(self, number_bytes: float | None) -> float:
-        """:attr:`weight_bytes` for a backend that holds all but codes in ``number_bytes``; None: as they are stored."""
+    def bytes_read(self, number_bytes: float | None, *, stored_scales: bool = False) -> float:
+        """:attr:`weight_bytes` for a backend that holds all but codes in ``number_bytes``; None: as they are stored.
+
+        With ``stored_scales`` scales are as they are stored too.
+        """
         read = {name: at for name, at in self.weights.items() if name not in ("embed", "cos", "sin")}
         parameters = sum(math.prod(at.shape) for name, at in read.items() if not name.endswith(SCALE))
         if not parameters:
             return BYTES[self.precision] if number_bytes is None else number_bytes
-        return (
-            sum(
-                at.length if number_bytes is None or at.dtype in MOST_CODE else math.prod(at.shape) * number_bytes
-                for at in read.values()
-            )
-            / parameters
-        )
+        size = 0.0
+        for name, at in read.items():
+            kept = number_bytes is None or at.dtype in MOST_CODE or (stored_scales and name.endswith(SCALE))
+            size += at.length if kept or number_bytes is None else math.prod(at.shape) * number_bytes
+        return size / parameters
 
     @property
     def quantised(self) -> str | None:

@@ -19,32 +19,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from par_export.kernels.spec import STORED_KINDS, Constant, Planned, Spec, laid_out, power, round_up
+from par_export.kernels.step_batch import Batch
 from par_export.kernels.step_weights import (
     KINDS,
-    NUMBER_BYTES,
-    PRODUCTS,
     StepSizes,
     add_weights,
     gain_row,
     gains,
     power_at,
-    storage_of,
     storages,
 )
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import ProductTile, Tiles, rows_of
+from par_export.kernels.tiles import ProductTile, Tiles
 from par_model.config import PARConfig
 from par_runtime.backends.program import ALIGN, Launch, Pointer, Profile, Program, Weight
 from par_runtime.bundle import Stored
 from par_runtime.quantised import SCALE
 
-STRIDE_MULTIPLE = 64  #: numbers: rows of activations begin at multiples of 128 bytes
 #: Codes that one block of threads keeps in registers. On SM100 the compiler needs a few registers more.
 RESIDENT, RESIDENT_SM100 = 16384, 8192
 CHUNK = 4096  #: codes at a time where they are not kept
@@ -84,7 +80,7 @@ def plan(
     counters = 1
     profiles = {}
     for count in images:
-        one = _Profile(planned, sizes, stored, count, precision, target, tiles[count])
+        one = _Profile(sizes, stored, count, precision, target, tiles[count], planned)
         counters = max(counters, one.counters)
         profiles[count] = one.profile()
     size = 4 * counters
@@ -99,81 +95,10 @@ def plan(
 
 
 @dataclass
-class _Profile:
-    """The launches for one batch size."""
+class _Profile(Batch):
+    """The launches for one batch size, whose kernels are added to what is ``planned``."""
 
     planned: Planned
-    sizes: StepSizes
-    stored: Mapping[str, Stored]
-    images: int
-    precision: str
-    target: Target
-    tiles: Tiles
-
-    @property
-    def m(self) -> int:
-        """Rows of every product but the head's."""
-        return 2 * self.images * self.sizes.query
-
-    @cached_property
-    def bm(self) -> int:
-        return rows_of(self.m)
-
-    @property
-    def groups(self) -> int:
-        """Groups of BM rows."""
-        return -(-self.m // self.bm)
-
-    @property
-    def stride(self) -> int:
-        return round_up(self.sizes.d, STRIDE_MULTIPLE)
-
-    @property
-    def ffn_stride(self) -> int:
-        return round_up(self.sizes.ffn, STRIDE_MULTIPLE)
-
-    @property
-    def heads_stride(self) -> int:
-        return round_up(self.sizes.heads * self.sizes.joined, STRIDE_MULTIPLE)
-
-    @property
-    def of_heads(self) -> int:
-        """Heads of all rows."""
-        return 2 * self.images * self.sizes.heads
-
-    @property
-    def spans(self) -> int:
-        """Parts into which attention cuts the keys of a head."""
-        return -(-self.sizes.slots // self.tiles.attention.span)
-
-    @property
-    def wide(self) -> int:
-        return max(16, power(self.sizes.padded))
-
-    @property
-    def queries(self) -> int:
-        return max(8, power(self.sizes.query))
-
-    @property
-    def counters(self) -> int:
-        """Counters that any launch uses."""
-        return max(self.groups * max(self._most_columns("wo"), self._most_columns("w2")), self.of_heads)
-
-    def _columns(self, kind: str, layer: int) -> int:
-        """Tiles of columns of a product in that layer."""
-        n = {"qkv": 3 * self.sizes.d, "gates": 2 * self.sizes.ffn, "head": self.sizes.vocab}.get(kind, self.sizes.d)
-        return -(-n // self._tile(kind, layer).BN)
-
-    def _most_columns(self, kind: str) -> int:
-        return max(self._columns(kind, layer) for layer in range(self.sizes.layers))
-
-    def _tile(self, kind: str, layer: int) -> ProductTile:
-        return self.tiles.of(kind, storage_of(self.stored, self._matrix(kind, layer)))
-
-    def _matrix(self, kind: str, layer: int) -> str:
-        """The name of the matrix of a product."""
-        matrix = next(name for name, of in PRODUCTS.items() if of == kind)
-        return matrix if kind == "head" else f"layers.{layer}.{matrix}"
 
     def profile(self) -> Profile:
         """Launches and scratch memory.
@@ -185,33 +110,11 @@ class _Profile:
             (self._qkv(i), self._attention(), self._residual("wo", i), self._gates(i), self._residual("w2", i))
             for i in range(self.sizes.layers)
         ]
-        after, places = (self._head(), self._draw()), laid_out(self._scratch())
+        after, places = (self._head(), self._draw()), laid_out(self.scratch())
         if len(set(layers)) == 1:
             return Profile((self._embed(),), layers[0], after, *places)
         alone = [of_layer(launch, i) for i, launches in enumerate(layers) for launch in launches]
         return Profile((self._embed(), *alone), (), after, *places)
-
-    def _scratch(self) -> dict[str, int]:
-        """name -> bytes. Rows are as many as whole blocks of threads take."""
-        s, rows, number = self.sizes, self.groups * self.bm, NUMBER_BYTES[self.precision]
-        splits = []
-        for layer in range(s.layers):
-            for kind in ("wo", "w2"):
-                tile = self._tile(kind, layer)
-                if tile.split > 1:
-                    splits.append(self.groups * self._columns(kind, layer) * tile.split * self.bm * tile.BN)
-        attention = self.of_heads * self.spans * self.queries * self.wide
-        return {
-            "x": rows * self.stride * 4,
-            "h": rows * self.stride * number,
-            "q": rows * s.heads * s.padded * number,
-            "y": rows * self.heads_stride * number,
-            "g": rows * self.ffn_stride * number,
-            "wo_squares": rows * self._most_columns("wo") * 4,
-            "w2_squares": rows * self._most_columns("w2") * 4,
-            "partial": max([attention, *splits]) * 4,
-            "peaks": self.of_heads * self.spans * 2 * self.queries * 4,
-        }
 
     def _launch(
         self,
@@ -249,25 +152,21 @@ class _Profile:
         shape = {"BN": tile.BN, "BK": tile.BK, "BM": bm, "PARTS": tile.parts, "AHEAD": tile.ahead}
         return shape | of_codes | nothing
 
-    def _weights(self, name: str, tile: ProductTile) -> Arguments:
-        """The arguments for the matrix ``name``, which may stand for that of each layer."""
-        if not tile.bits:
+    def _weights(self, kind: str, layer: int) -> Arguments:
+        """The arguments for the matrix of a product, by the name that stands for those of all layers alike."""
+        one = self.matrix(kind, layer)
+        name = one if kind == "head" else one.replace(f".{layer}.", ".{i}.")
+        if not self.tile(kind, layer).bits:
             return {"weights": (self._t, Pointer(name))}
-        return {"weights": ("*u8", Pointer(name)), "scales": ("*fp32", Pointer(name + SCALE))}
+        scales = STORED_KINDS[self.stored[one + SCALE].dtype]
+        return {"weights": ("*u8", Pointer(name)), "scales": (scales, Pointer(name + SCALE))}
 
     def _normed(self, tiles: int) -> dict[str, Constant]:
         """Constants of a kernel that reads h with the sums of squares of so many tiles."""
         return {"D_MODEL": self.sizes.d, "STRIDE": self.stride, "TILES": tiles, "POWER": power_at(self.sizes)}
 
-    def _squares(self, layer: int) -> int:
-        """Tiles in which the squares of x are added up when a layer begins: those of the layer before, of its w2.
-
-        The embedding leaves them as the last layer does.
-        """
-        return self._columns("w2", (layer - 1) % self.sizes.layers)
-
     def _embed(self) -> Launch:
-        tile, tiles = self._tile("w2", -1 % self.sizes.layers), self._squares(0)
+        tile, tiles = self.tile("w2", -1 % self.sizes.layers), self.squares(0)
         together = max(1, min(power(tiles), MOST_EMBED // tile.BN))
         arguments: Arguments = {
             "ids": ("*i64", Pointer("ids")),
@@ -288,11 +187,11 @@ class _Profile:
         return self._launch("step.embed", (self.m, -(-tiles // together), 1), arguments, constants, 4, 1)
 
     def _qkv(self, layer: int) -> Launch:
-        s, tile = self.sizes, self._tile("qkv", layer)
+        s, tile = self.sizes, self.tile("qkv", layer)
         arguments: Arguments = {
             "h": (self._t, Pointer("h")),
             "ss": ("*fp32", Pointer("w2_squares")),
-            **self._weights("layers.{i}.wqkv", tile),
+            **self._weights("qkv", layer),
             "gains": self._gain(0, per_layer=True),
             "cos": (STORED_KINDS[self.stored["cos"].dtype], Pointer("cos")),
             "sin": (STORED_KINDS[self.stored["sin"].dtype], Pointer("sin")),
@@ -303,7 +202,7 @@ class _Profile:
             "past_v": (self._t, Pointer("past_v.{i}")),
             "M": ("i32", self.m),
         }
-        constants = self._normed(self._squares(layer)) | {
+        constants = self._normed(self.squares(layer)) | {
             "QUERY": s.query,
             "HEADS": s.heads,
             "HEAD": s.head,
@@ -313,7 +212,7 @@ class _Profile:
             "SCALE": s.head**-0.5 * LOG2_E,
         }
         constants |= self._of_product(tile, self.bm)
-        grid = (self.groups, self._columns("qkv", layer), 1)
+        grid = (self.groups, self.columns("qkv", layer), 1)
         return self._launch("step.qkv", grid, arguments, constants, tile.warps, tile.stages)
 
     def _attention(self) -> Launch:
@@ -346,13 +245,13 @@ class _Profile:
         return self._launch("attention.attend", grid, arguments, constants, tile.warps, tile.stages)
 
     def _residual(self, kind: str, layer: int) -> Launch:
-        s, tile = self.sizes, self._tile(kind, layer)
+        s, tile = self.sizes, self.tile(kind, layer)
         k, stride = (s.heads * s.joined, self.heads_stride) if kind == "wo" else (s.ffn, self.ffn_stride)
         # wo is followed by the second norm of its layer, w2 by the first of the next layer, or by the last norm.
         gain = self._gain(1 if kind == "wo" else 2, per_layer=True)
         arguments: Arguments = {
             "inputs": (self._t, Pointer("y" if kind == "wo" else "g")),
-            **self._weights(f"layers.{{i}}.{kind}", tile),
+            **self._weights(kind, layer),
             "gains": gain,
             "x": ("*fp32", Pointer("x")),
             "h": (self._t, Pointer("h")),
@@ -369,30 +268,30 @@ class _Profile:
             "SPLIT": tile.split,
         }
         constants |= self._of_product(tile, self.bm)
-        grid = (self.groups, self._columns(kind, layer), tile.split)
+        grid = (self.groups, self.columns(kind, layer), tile.split)
         return self._launch("step.residual", grid, arguments, constants, tile.warps, tile.stages)
 
     def _gates(self, layer: int) -> Launch:
-        tile = self._tile("gates", layer)
+        tile = self.tile("gates", layer)
         arguments: Arguments = {
             "h": (self._t, Pointer("h")),
             "ss": ("*fp32", Pointer("wo_squares")),
-            **self._weights("layers.{i}.w13", tile),
+            **self._weights("gates", layer),
             "gains": self._gain(1, per_layer=True),
             "g": (self._t, Pointer("g")),
             "M": ("i32", self.m),
         }
-        constants = self._normed(self._columns("wo", layer)) | {"F": self.sizes.ffn, "F_STRIDE": self.ffn_stride}
+        constants = self._normed(self.columns("wo", layer)) | {"F": self.sizes.ffn, "F_STRIDE": self.ffn_stride}
         constants |= self._of_product(tile, self.bm)
-        grid = (self.groups, self._columns("gates", layer), 1)
+        grid = (self.groups, self.columns("gates", layer), 1)
         return self._launch("step.gates", grid, arguments, constants, tile.warps, tile.stages)
 
     def _head(self) -> Launch:
-        s, tile = self.sizes, self._tile("head", 0)
+        s, tile = self.sizes, self.tile("head", 0)
         arguments: Arguments = {
             "h": (self._t, Pointer("h")),
             "ss": ("*fp32", Pointer("w2_squares")),
-            **self._weights("output", tile),
+            **self._weights("head", 0),
             "gains": self._gain(2 * s.layers, per_layer=False),
             "cond_row": ("*i64", Pointer("cond_row")),
             "uncond_row": ("*i64", Pointer("uncond_row")),
@@ -400,9 +299,9 @@ class _Profile:
             "logits": ("*fp32", Pointer("logits")),
             "COUNT": ("i32", self.images * s.query),
         }
-        constants = self._normed(self._squares(0)) | {"QUERY": s.query, "V": s.vocab}
+        constants = self._normed(self.squares(0)) | {"QUERY": s.query, "V": s.vocab}
         constants |= self._of_product(tile, self.bm)  # two columns for each of an image's positions: M of them
-        grid = (self.groups, self._columns("head", 0), 1)
+        grid = (self.groups, self.columns("head", 0), 1)
         return self._launch("step.head", grid, arguments, constants, tile.warps, tile.stages)
 
     def _draw(self) -> Launch:

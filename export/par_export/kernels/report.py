@@ -12,6 +12,7 @@ from par_export.kernels.targets import Target
 from par_runtime.backends.program import Kernels, Profile, Program
 from par_runtime.cost.architecture import Architecture
 from par_runtime.cost.work import largest_read_bytes
+from par_runtime.dtypes import BYTES
 from par_runtime.system import peak_bytes
 
 
@@ -20,17 +21,19 @@ def report(
 ) -> dict[str, Any]:
     """The report of ``engine``, for ``engine.json``. Sizes in bytes; ``flop`` counts a multiply-add as two.
 
-    ``read_bytes`` of a step: what a guided call must read at least when all keys are there. Of the decoder: each map
-    and each weight once a use, and what is written.
+    ``read_bytes`` of a step: what a guided call must read at least when all keys are there; ``weight_bytes`` of each
+    parameter, on average. Of the decoder: each map and each weight once a use, and what is written.
     """
     architecture = Architecture.of(contents.bundle)
+    parameter = contents.bundle.bytes_read(BYTES[contents.precision], stored_scales=True)
+    number = BYTES[contents.precision]
     programs = {}
     for name, program in engine.programs.items():
         step = name == "step"
         profiles = []
         for images, profile in program.profiles.items():
             if step:
-                work = {"read_bytes": largest_read_bytes(architecture, images, True, 2, 2), "flop": None}
+                work = {"read_bytes": largest_read_bytes(architecture, images, True, parameter, number), "flop": None}
             else:
                 assert contents.tokenizer is not None
                 done = decoder_work(contents.tokenizer, contents.config, images, contents.decoder_precision, target)
@@ -44,6 +47,7 @@ def report(
             name: {"loads": k.loads, "copies": k.copies, "products": k.products, "seconds": round(k.seconds, 3)}
             for name, k in compiled.items()
         },
+        "weight_bytes": parameter,
         "weights_bytes": sum(weight.bytes for weight in engine.weights.values()),
         "bundle_weights_bytes": sum(entry.length for entry in stored),
         "pack_launches": sum(weight.pack is not None for weight in engine.weights.values()),
@@ -87,7 +91,8 @@ def table(report: Mapping[str, Any]) -> list[str]:
     of_bundle = report["weights_bytes"] / max(report["bundle_weights_bytes"], 1)
     lines.append(
         f"weights on the device: {report['weights_bytes'] / 1e6:.1f} MB ({of_bundle:.2f} of the bundle's), "
-        f"{report['pack_launches']} of them put in order when the engine is loaded"
+        f"{report['pack_launches']} of them put in order when the engine is loaded; a call reads "
+        f"{report['weight_bytes']:.2f} bytes for each parameter of the step"
     )
     return lines
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from par_export.graphs.step import padded_head_dim
 from par_export.kernels.spec import STORED_KINDS, Constant, Planned, Spec, power, round_up
-from par_export.kernels.tiles import NUMBERS, SCALE_BYTES, ProductTile, Storage, Tiles, panel_bytes
+from par_export.kernels.tiles import NUMBERS, ProductTile, Storage, Tiles, panel_bytes
 from par_model.config import PARConfig
 from par_runtime.backends.program import Pointer, Weight
 from par_runtime.bundle import Stored
-from par_runtime.manifest import MATRICES, NORMS
+from par_runtime.manifest import MATRICES, NORMS, STORED_BYTES
 from par_runtime.quantised import SCALE
 
 #: precision -> type of a pointer. fp32 is for tests, which compare a whole engine's tokens with those of a CPU.
@@ -68,7 +68,8 @@ class StepSizes:
     def matrices(self) -> dict[str, tuple[int, int]]:
         """name -> rows and columns of each product, without the padding of heads where it can be left out."""
         d, ffn = self.d, self.ffn
-        return {"wqkv": (d, 3 * d), "wo": (self.heads * self.joined, d), "w13": (d, 2 * ffn), "w2": (ffn, d), "output": (d, self.vocab)}
+        wo = (self.heads * self.joined, d)
+        return {"wqkv": (d, 3 * d), "wo": wo, "w13": (d, 2 * ffn), "w2": (ffn, d), "output": (d, self.vocab)}
 
 
 def storage_of(stored: Mapping[str, Stored], name: str) -> Storage:
@@ -155,8 +156,8 @@ def _add_codes(
     together = min(16, power(groups))
     constants = dict(common) | {"BN": tile.BN, "GROUP": tile.group, "GROUPS": groups, "TOGETHER": together}
     scales = stored[name + SCALE]
-    kinds = (("raw", STORED_KINDS[scales.dtype]), ("packed", "*fp32"))
-    size, grid = columns * groups * tile.BN * SCALE_BYTES, (columns, -(-groups // together), 1)
+    kinds = (("raw", STORED_KINDS[scales.dtype]), ("packed", STORED_KINDS[scales.dtype]))
+    size, grid = columns * groups * tile.BN * int(STORED_BYTES[scales.dtype]), (columns, -(-groups // together), 1)
     _add(planned, name + SCALE, scales, size, "pack.scales", constants, kinds, grid)
 
 

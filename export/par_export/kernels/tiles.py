@@ -21,7 +21,7 @@ from par_export.kernels.targets import Target
 from par_model.config import PARConfig
 
 BYTES = 2  #: of a weight, an activation and a key: fp16 and bf16
-SCALE_BYTES = 4  #: of a scale as kernels read it: fp32
+SCALE_BYTES = 2  #: of a scale: it is read as it is stored, in fp16 or bf16
 #: From asking for a line of memory until it is there, on a busy GPU.
 LATENCY_US = 0.8
 #: What one turn of the loop over K costs a block beside reading: a barrier, and a little for each 16 of K.
@@ -275,7 +275,8 @@ def _layouts(
 
 def _numbers_fit(tile: ProductTile, depth: int) -> bool:
     """Whether panels of numbers are worth a try."""
-    if not tile.BK <= min(256, max(16, power(depth))):
+    most = min(256, max(16, power(depth)))
+    if most < tile.BK:
         return False
     return FEWEST_INPUTS * 32 * tile.warps <= 8 * tile.BK or power(depth) <= tile.BK
 

@@ -47,8 +47,9 @@ def test_attention(size: tuple[int, ...], precision: str) -> None:
             "counters": ("*i32", counters),
         }  # fmt: skip
         constants = {
-            "QUERY": query, "HEADS": heads, "HEAD": head, "PADDED": padded, "JOINED": head, "STRIDE": stride, "SLOTS": slots,
-            "SPLITS": splits, "SPAN": span, "CHUNK": chunk, "WIDE": width, "BQ": queries, "DEPENDENT": True,
+            "QUERY": query, "HEADS": heads, "HEAD": head, "PADDED": padded, "JOINED": head, "STRIDE": stride,
+            "SLOTS": slots, "SPLITS": splits, "SPAN": span, "CHUNK": chunk, "WIDE": width, "BQ": queries,
+            "DEPENDENT": True,
         }  # fmt: skip
         launch("attention.attend", constants, (splits, rows * heads), arguments, shuffle=shuffle)
         assert (counters == 0).all()

@@ -20,9 +20,12 @@ from par_export.kernels.plan import plan
 from par_export.kernels.request import KernelsRequest
 from par_export.kernels.spec import Planned, Refused, Spec
 from par_export.kernels.targets import TARGETS, Target
+from par_export.quantised import quantised_with, write_bundle
 from par_runtime.backends.engines import Engine
 from par_runtime.backends.program import CONSTANTS
 from par_runtime.bundle import Bundle, seal
+from par_runtime.cost.architecture import Architecture
+from par_runtime.cost.work import largest_read_bytes
 from par_runtime.errors import BundleError
 
 pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build]'")
@@ -200,22 +203,27 @@ def test_a_bundle_in_fp32_needs_a_precision(bundles: dict[str, Path], tmp_path: 
     assert folder.name == "kernels-1-sm80-bf16"
 
 
-def test_quantised_weights_are_refused(tiny_copy: Path) -> None:
-    manifest = json.loads((tiny_copy / "manifest.json").read_text())
-    _, shape, offset, length = manifest["weights"]["layers.0.w2"]
-    manifest["weights"]["layers.0.w2"] = ["int8", shape, offset, length // 2]
-    blocks = shape[0] // 32
-    manifest["weights"]["layers.0.w2.scale"] = [
-        "float16",
-        [blocks, shape[1]],
-        offset + length // 2,
-        2 * blocks * shape[1],
-    ]
-    calibration = {"weights": "int8", "group": 32, "kept": [], "arithmetic": "fp32", "cache": "fp32"}
-    calibration |= {"source": "0" * 64, "report": {}}
-    change_manifest(tiny_copy, weights=manifest["weights"], calibration=calibration)
-    with pytest.raises(BuildError, match="quantised to int8; kernels read fp32, fp16 and bf16: give --engine tensorrt"):
-        build(tiny_copy)
+def test_quantised_weights_stay_codes(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Built for real: no kernel spills, products take codes, and the report says how little a call reads."""
+    source = Bundle.open(bundles["fp16"])
+    quantise = quantised_with("int8", 32, "float16", ("layers.0.w2",))
+    how = {"weights": "int8", "group": 32}
+    path = write_bundle(source, tmp_path / "int8", quantise, how, say=lambda _: None, gate=False)
+    lines: list[str] = []
+    request = KernelsRequest(path, ("SM80",), images=(1,), out=tmp_path / "out", use_cache=False)
+    (folder,) = build_kernels(request, lines.append)
+    engine, bundle = Engine.open(folder, Bundle.open(path), verify="full"), Bundle.open(path)
+    assert folder.name == "kernels-1-sm80-fp16"
+    assert engine.kernels is not None
+    products = [kernel for kernel in engine.kernels.kernels.values() if "BITS" in kernel.constants]
+    assert {kernel.constants["BITS"] for kernel in products} == {0, 8}
+    assert all(kernel.spills == 0 for kernel in products)
+    assert engine.report["weight_bytes"] == pytest.approx(bundle.weight_bytes)
+    assert engine.report["weights_bytes"] < 1.2 * engine.report["bundle_weights_bytes"]
+    assert any(f"a call reads {bundle.weight_bytes:.2f} bytes for each parameter" in line for line in lines)
+    before = Contents(source, "fp16", "fp16")
+    after = engine.report["programs"]["step"]["profiles"][0]["read_bytes"]
+    assert after < 0.75 * largest_read_bytes(Architecture.of(before.bundle), 1, True, 2, 2)
 
 
 def test_numbers_beyond_fp16_are_refused(tiny_copy: Path, bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -5,12 +5,19 @@ Memory that nobody wrote is NaN, and so is everything behind the sizes: whatever
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 from kernel_arrays import KIND, ROUNDING, empty, launch, stored, wide
-from test_pack_kernels import packed
+from test_pack_kernels import packed, packed_codes, packed_scales
+
+from par_export.kernels.step_weights import BITS
+from par_export.kernels.tiles import ProductTile
+from par_export.quantised import nearest
 
 GAIN = 3  # exponent of the power of two of the gains
 SIZES = [
@@ -20,6 +27,27 @@ SIZES = [
     (64, 1, 64, 64, 96, 130),
 ]
 TILES = [(32, 16, 8), (16, 64, 16), (64, 32, 32)]  # BN, BK, BM
+
+#: dtype, group, d and F, BN, BK, BM: a piece in a block of K, several pieces, a piece for each warp; groups of one
+#: piece, of several, of half a piece; K that no block divides.
+CODES = [
+    ("int8", 32, 64, 96, 32, 32, 8),
+    ("int8", 64, 192, 256, 64, 128, 16),
+    ("int8", 128, 128, 128, 16, 128, 8),
+    ("int4", 32, 96, 416, 64, 128, 32),
+    ("int4", 64, 256, 256, 32, 256, 8),
+    ("int4", 128, 128, 384, 32, 128, 16),
+]
+
+
+@dataclass
+class Packed:
+    """A matrix as kernels read it: arguments, constants, tiles of columns, and in float64 what it stands for."""
+
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    tiles: int
+    wide: np.ndarray
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -51,16 +79,31 @@ class Case:
         return wide(self.h)[: self.m, : self.d] * 2.0**GAIN / np.sqrt(square + 1e-5)
 
     def matrix(self, k: int, n: int) -> np.ndarray:
-        return stored(self.rng.normal(size=(k, n)) / np.sqrt(k), self.precision)
+        return (self.rng.normal(size=(k, n)) / np.sqrt(k)).astype(np.float32)
 
-    def pack(self, raw: np.ndarray, **constants: Any) -> np.ndarray:
-        return packed(raw, (self.precision, self.precision), **constants)
+    def pack(self, raw: np.ndarray, codes: tuple[str, int] | None = None, **constants: Any) -> Packed:
+        """``raw`` [K,N] in panels; with ``codes`` rounded to a dtype with groups."""
+        if codes is None:
+            held = stored(raw, self.precision)
+            panels = packed(held, (self.precision, self.precision), **constants)
+            nothing = {"BITS": 0, "GROUP": 0, "SUB": 0, "scales": 0}
+            return Packed({"weights": (self.kind, panels)}, nothing, panels.shape[0], wide(held))
+        dtype, group = codes
+        scales = "bf16" if self.precision == "bf16" else "fp16"
+        matrix = nearest(raw, dtype, group, {"bf16": "bfloat16", "fp16": "float16"}[scales])
+        tile = ProductTile(constants["BN"], constants.pop("BK"), 1, 4, 2, 0, BITS[dtype], group)
+        panels = packed_codes(matrix, tile, **constants)
+        of_codes = {"BITS": tile.bits, "GROUP": group, "SUB": tile.sub, "PARTS": tile.parts}
+        arguments = {
+            "weights": ("*u8", panels),
+            "scales": (KIND[scales], packed_scales(matrix, stored(matrix.scales, scales), tile, **constants)),
+        }
+        return Packed(arguments, of_codes, panels.shape[0], matrix.dequantised().astype(np.float64))
 
     def sizes(self, tiles: int, bn: int, bk: int, bm: int) -> dict[str, Any]:
         return {
             "D_MODEL": self.d, "STRIDE": self.stride, "TILES": tiles, "POWER": self.power, "BN": bn, "BK": bk,
             "BM": bm, "PARTS": min(4, bk // 16) if bn < 64 else 1, "AHEAD": 0, "DEPENDENT": True,
-            "BITS": 0, "GROUP": 0, "SUB": 0, "scales": 0,
         }  # fmt: skip
 
     @property
@@ -78,19 +121,38 @@ def cases() -> list[Any]:
     out = []
     for at, (size, tile) in enumerate(zip(SIZES, TILES, strict=True)):
         for precision in ("fp16", "bf16"):
-            out.append(pytest.param(size, tile, precision, (2, 4, 5)[at], (4, 1, 9)[at], id=f"{size}-{precision}"))
+            name = f"{size}-{precision}"
+            out.append(pytest.param(size, tile, precision, (2, 4, 5)[at], (4, 1, 9)[at], None, id=name))
+    for at, (dtype, group, d, f, *tile) in enumerate(CODES):
+        size = (d, 2, d // 2, -(-d // 16) * 8, f, 130)
+        precision = ("fp16", "bf16", "fp32")[at % 3]
+        name = f"{dtype}-{group}-{precision}"
+        out.append(pytest.param(size, tuple(tile), precision, 2, (4, 1)[at % 2], (dtype, group), id=name))
     return out
 
 
-@pytest.mark.parametrize(("size", "tile", "precision", "rows", "query"), cases())
-def test_qkv(size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int) -> None:
+Codes = tuple[str, int] | None
+SPLITS = [
+    pytest.param(*case.values, split, id=f"{case.id}-{split}")
+    for at, case in enumerate(cases())
+    for split in ((1, 2, 3) if case.values[-1] is None else (1 + at % 3,))
+]
+EMBED = pytest.mark.parametrize(("size", "tile", "precision", "rows", "query", "codes"), cases()[:6])
+CASES = pytest.mark.parametrize(("size", "tile", "precision", "rows", "query", "codes"), cases())
+
+
+@CASES
+def test_qkv(
+    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, codes: Codes
+) -> None:
     (d, heads, head, padded, _, _), (bn, bk, bm), m, slots = size, tile, rows * query, 24
     case = Case(m, d, 3, bm, precision)
     inner = heads * head
     raw = np.zeros((d, 3 * heads, padded), np.float32)
     raw[..., :head] = case.rng.normal(size=(d, 3 * heads, head)) / np.sqrt(d)
-    raw = stored(raw.reshape(d, -1), precision)
-    weights = case.pack(raw, K=d, N=3 * inner, BN=bn, BK=bk, ORDER="pairs", HEAD=head, PADDED=padded)
+    weights = case.pack(
+        raw.reshape(d, -1), codes, K=d, N=3 * inner, BN=bn, BK=bk, ORDER="pairs", HEAD=head, PADDED=padded
+    )
     angles = case.rng.uniform(0, 6, (slots, padded // 2)).astype(np.float32)
     cos, sin = np.cos(angles), np.sin(angles)
     write = case.rng.integers(0, slots - query, rows)
@@ -102,14 +164,14 @@ def test_qkv(size: tuple[int, ...], tile: tuple[int, int, int], precision: str, 
         "QUERY": query, "HEADS": heads, "HEAD": head, "PADDED": padded, "ANGLES": slots, "SLOTS": slots, "SCALE": 0.25,
     }  # fmt: skip
     arguments = {
-        "h": (case.kind, case.h), "ss": ("*fp32", case.ss), "weights": (case.kind, weights),
+        "h": (case.kind, case.h), "ss": ("*fp32", case.ss), **weights.arguments,
         "gains": ("*fp32", case.gains), "cos": ("*fp32", cos), "sin": ("*fp32", sin),
         "positions": ("*i64", positions), "write": ("*i64", write), "q": (case.kind, q),
         "past_k": (case.kind, past[0]), "past_v": (case.kind, past[1]), "M": ("i32", m),
     }  # fmt: skip
-    launch("step.qkv", constants, (-(-m // bm), weights.shape[0]), arguments, shuffle=1)
+    launch("step.qkv", constants | weights.constants, (-(-m // bm), weights.tiles), arguments, shuffle=1)
 
-    product = (case.normed() @ wide(raw)).reshape(rows, query, 3, heads, padded)
+    product = (case.normed() @ weights.wide).reshape(rows, query, 3, heads, padded)
     at = np.minimum(positions, slots - 1)
     c, s = (table[at][:, :, None, None, :].astype(np.float64) for table in (cos, sin))
     turned = product[:, :, :2]
@@ -125,16 +187,14 @@ def test_qkv(size: tuple[int, ...], tile: tuple[int, int, int], precision: str, 
             assert (got[row][:, list(written), head:] == 0).all()
 
 
-@pytest.mark.parametrize("split", [1, 2, 3])
-@pytest.mark.parametrize(("size", "tile", "precision", "rows", "query"), cases())
+@pytest.mark.parametrize(("size", "tile", "precision", "rows", "query", "codes", "split"), SPLITS)
 def test_residual(
-    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, split: int
+    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, codes: Codes, split: int
 ) -> None:
     (d, _, _, _, k, _), (bn, bk, bm), m = size, tile, rows * query
     case, tiles = Case(m, d, 1, bm, precision), -(-d // bn)
     split = min(split, -(-k // bk))
-    raw = case.matrix(k, d)
-    weights = case.pack(raw, K=k, N=d, BN=bn, BK=bk)
+    weights = case.pack(case.matrix(k, d), codes, K=k, N=d, BN=bn, BK=bk)
     stride = round_up(k, 64)
     inputs = empty((round_up(m, bm), stride), precision)
     inputs[:m, :k] = stored(case.rng.normal(size=(m, k)), precision)
@@ -146,12 +206,12 @@ def test_residual(
         ss = np.full((round_up(m, bm), tiles), np.nan, np.float32)
         partial = np.full((blocks, tiles, split, bm, bn), np.nan, np.float32)
         arguments = {
-            "inputs": (case.kind, inputs), "weights": (case.kind, weights), "gains": ("*fp32", case.gains),
+            "inputs": (case.kind, inputs), **weights.arguments, "gains": ("*fp32", case.gains),
             "x": ("*fp32", x), "h": (case.kind, h), "ss": ("*fp32", ss), "partial": ("*fp32", partial),
             "counters": ("*i32", counters), "M": ("i32", m),
         }  # fmt: skip
         constants = {key: v for key, v in case.sizes(1, bn, bk, bm).items() if key not in ("TILES", "POWER")}
-        constants |= {"K": k, "K_STRIDE": stride, "SPLIT": split}
+        constants |= {"K": k, "K_STRIDE": stride, "SPLIT": split} | weights.constants
         launch("step.residual", constants, (blocks, tiles, split), arguments, shuffle=shuffle)
         assert (counters == 0).all()
         results.append((x, h, ss))
@@ -159,7 +219,7 @@ def test_residual(
         for one, two in zip(results[0], other, strict=True):
             assert one.tobytes() == two.tobytes()
     x, h, ss = results[0]
-    wanted = before[:m, :d].astype(np.float64) + wide(inputs)[:m, :k] @ wide(raw)
+    wanted = before[:m, :d].astype(np.float64) + wide(inputs)[:m, :k] @ weights.wide
     assert np.abs(x[:m, :d] - wanted).max() < 1e-5
     case.close(wide(h)[:m, :d], x[:m, :d].astype(np.float64) * case.gains[:d])
     assert np.allclose(ss[:m].sum(1), np.square(x[:m, :d].astype(np.float64)).sum(1), rtol=1e-5)
@@ -167,58 +227,100 @@ def test_residual(
     assert np.isnan(ss[m:]).all()
 
 
-@pytest.mark.parametrize(("size", "tile", "precision", "rows", "query"), cases())
-def test_gates(size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int) -> None:
+@CASES
+def test_gates(
+    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, codes: Codes
+) -> None:
     (d, _, _, _, f, _), (bn, bk, bm), m = size, tile, rows * query
     case = Case(m, d, 2, bm, precision)
-    raw = case.matrix(d, 2 * f)
-    weights = case.pack(raw, K=d, N=2 * f, BN=bn, BK=bk, ORDER="halves")
+    weights = case.pack(case.matrix(d, 2 * f), codes, K=d, N=2 * f, BN=bn, BK=bk, ORDER="halves")
     stride = round_up(f, 64)
     g = empty((round_up(m, bm), stride), precision)
     arguments = {
-        "h": (case.kind, case.h), "ss": ("*fp32", case.ss), "weights": (case.kind, weights),
+        "h": (case.kind, case.h), "ss": ("*fp32", case.ss), **weights.arguments,
         "gains": ("*fp32", case.gains), "g": (case.kind, g), "M": ("i32", m),
     }  # fmt: skip
     constants = case.sizes(2, bn, bk, bm) | {"F": f, "F_STRIDE": stride}
-    launch("step.gates", constants, (-(-m // bm), weights.shape[0]), arguments)
-    gate, up = np.split(case.normed() @ wide(raw), 2, axis=1)
+    launch("step.gates", constants | weights.constants, (-(-m // bm), weights.tiles), arguments)
+    gate, up = np.split(case.normed() @ weights.wide, 2, axis=1)
     case.close(wide(g)[:m, :f], gate / (1 + np.exp(-gate)) * up, scale=8)
     assert np.isnan(wide(g)[m:]).all()
     assert np.isnan(wide(g)[:, f:]).all()
 
 
-@pytest.mark.parametrize(("size", "tile", "precision", "images", "query"), cases())
-def test_head(size: tuple[int, ...], tile: tuple[int, int, int], precision: str, images: int, query: int) -> None:
+@CASES
+def test_head(
+    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, codes: Codes
+) -> None:
     (d, _, _, _, _, v), (bn, bk, bm) = size, tile
-    rows, count = 2 * images, images * query
+    images, rows, count = rows, 2 * rows, rows * query
     case = Case(rows * query, d, 2, bm, precision)
-    raw = case.matrix(d, v)
-    weights = case.pack(raw, K=d, N=v, BN=bn, BK=bk)
+    weights = case.pack(case.matrix(d, v), codes, K=d, N=v, BN=bn, BK=bk)
     cond = case.rng.permutation(rows)[:images].astype(np.int64)
     uncond = case.rng.permutation(rows)[:images].astype(np.int64)
     uncond[0] = cond[0]  # not guided
     guidance = case.rng.uniform(1, 4, images).astype(np.float32)
     logits = np.full((images, query, v), np.nan, np.float32)
     arguments = {
-        "h": (case.kind, case.h), "ss": ("*fp32", case.ss), "weights": (case.kind, weights),
+        "h": (case.kind, case.h), "ss": ("*fp32", case.ss), **weights.arguments,
         "gains": ("*fp32", case.gains), "cond_row": ("*i64", cond), "uncond_row": ("*i64", uncond),
         "guidance": ("*fp32", guidance), "logits": ("*fp32", logits), "COUNT": ("i32", count),
     }  # fmt: skip
-    constants = case.sizes(2, bn, bk, bm) | {"QUERY": query, "V": v}
-    launch("step.head", constants, (-(-2 * count // bm), weights.shape[0]), arguments)
-    product = (case.normed() @ wide(raw)).reshape(rows, query, v)
+    constants = case.sizes(2, bn, bk, bm) | {"QUERY": query, "V": v} | weights.constants
+    launch("step.head", constants, (-(-2 * count // bm), weights.tiles), arguments)
+    product = (case.normed() @ weights.wide).reshape(rows, query, v)
     c, u = product[cond], product[uncond]
     assert np.abs(logits - (u + (c - u) * guidance[:, None, None])).max() < 1e-4
     guidance[0] = 1e20  # times a difference of exactly nothing
     before = logits[0].copy()
-    launch("step.head", constants, (-(-2 * count // bm), weights.shape[0]), arguments)
+    launch("step.head", constants, (-(-2 * count // bm), weights.tiles), arguments)
     assert (logits[0] == before).all()
 
 
-@pytest.mark.parametrize(("size", "tile", "precision", "rows", "query"), cases())
+def halves_swapped(weights: Packed) -> None:
+    codes = weights.arguments["weights"][1]
+    codes[:] = codes << 4 | codes >> 4
+
+
+def scales_of_the_next_group(weights: Packed) -> None:
+    scales = weights.arguments["scales"][1]
+    scales[:] = np.roll(scales, -1, 1)
+
+
+def one_group_too_many(weights: Packed) -> None:
+    """Groups as long as a piece, where each half of a piece is one."""
+    weights.constants["GROUP"] *= 2
+
+
+def codes_that_begin_at_zero(weights: Packed) -> None:
+    weights.arguments["weights"][1][:] += 1
+
+
+@pytest.mark.parametrize(
+    "bug", [None, halves_swapped, scales_of_the_next_group, one_group_too_many, codes_that_begin_at_zero]
+)
+def test_wrong_codes_and_scales_are_seen(bug: Callable[[Packed], None] | None) -> None:
+    """What the comparisons of this file would say of them."""
+    case = Case(8, 96, 2, 8, "fp16")
+    weights = case.pack(case.matrix(96, 64), ("int4", 32), K=96, N=64, BN=64, BK=64, ORDER="halves")
+    if bug is not None:
+        bug(weights)
+    g = empty((8, 64), "fp16")
+    arguments = {
+        "h": (case.kind, case.h), "ss": ("*fp32", case.ss), **weights.arguments, "gains": ("*fp32", case.gains),
+        "g": (case.kind, g), "M": ("i32", 8),
+    }  # fmt: skip
+    constants = case.sizes(2, 64, 64, 8) | {"F": 32, "F_STRIDE": 64} | weights.constants
+    launch("step.gates", constants, (1, 1), arguments, quick=True)
+    gate, up = np.split(case.normed() @ weights.wide, 2, axis=1)
+    with nullcontext() if bug is None else pytest.raises(AssertionError):
+        case.close(wide(g)[:, :32], gate / (1 + np.exp(-gate)) * up, scale=8)
+
+
+@EMBED
 @pytest.mark.parametrize("table", ["fp32", "fp16"])
 def test_embed(
-    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, table: str
+    size: tuple[int, ...], tile: tuple[int, int, int], precision: str, rows: int, query: int, codes: Codes, table: str
 ) -> None:
     d, bn, m = size[0], tile[0], rows * query
     tiles = -(-d // bn)

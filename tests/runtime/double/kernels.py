@@ -16,6 +16,7 @@ from par_export.kernels.build import write_files
 from par_export.kernels.compiler import Compiled
 from par_export.kernels.contents import Contents
 from par_export.kernels.spec import Planned
+from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import TARGETS
 from par_export.kernels.tiles import choose
 from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES, KERNELS
@@ -84,7 +85,7 @@ def planned(bundle: Bundle, images: tuple[int, ...], target: str, precision: str
     """
     contents, card = Contents(bundle, precision, decoder), TARGETS[target]
     config = contents.config
-    tiles = choose(config, images, card)
+    tiles = choose(config, images, card, storages=storages(contents.step))
     tiles = {
         count: replace(
             of,

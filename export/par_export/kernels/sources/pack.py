@@ -107,7 +107,7 @@ def unsigned(raw, row, column, inside, K: tl.constexpr, WIDTH: tl.constexpr, BIT
 @triton.jit
 def scales(
     raw,  # [K / GROUP, WIDTH] fp32, fp16 or bf16
-    packed,  # [tiles, groups, BN] fp32
+    packed,  # [tiles, groups, BN], of the same type
     K: tl.constexpr,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -127,4 +127,4 @@ def scales(
     mask = (group < K // GROUP)[:, None] & inside[None, :]
     values = tl.load(raw + group[:, None].to(tl.int64) * WIDTH + column[None, :], mask=mask, other=0.0)
     place = (tile.to(tl.int64) * GROUPS + group)[:, None] * BN + n[None, :]
-    tl.store(packed + place, values.to(tl.float32), mask=(group < GROUPS)[:, None])
+    tl.store(packed + place, values, mask=(group < GROUPS)[:, None])

@@ -11,7 +11,8 @@ nothing is rounded on the way, and there are fewer sums than codes.
 
 **From codes to numbers.** The instructions for it take whole registers: four codes come in one and leave as two pairs.
 Put into the low bits of a number of T whose last bit counts as 1 (1024 in fp16, 128 in bf16), a code is that number
-plus the code; a subtraction is all that is left. Triton's own conversion takes each code by itself, three times as long.
+plus the code; a subtraction is all that is left. Triton's own conversion takes each code by itself: twice the
+instructions in fp16, three times in bf16.
 """
 
 import triton
@@ -21,7 +22,7 @@ import triton.language as tl
 @triton.jit
 def product(
     panel,  # the first panel of this tile of weights
-    scales,  # of codes, [tiles, groups, BN] fp32
+    scales,  # of codes, [tiles, groups, BN]
     tile,
     h,  # [?, STRIDE] T
     rows,  # [BM] rows of h
@@ -113,16 +114,16 @@ def of_codes(
     sums = tl.zeros((PARTS, BN, BM), tl.float32)
     # Scales do not come in the background as panels do: they are asked for one piece ahead.
     row = first * BK + part * ROWS
-    scale = tl.load(columns + row // GROUP * BN)
-    other = tl.load(columns + (row + ROWS - SUB) // GROUP * BN)
+    scale = tl.load(columns + row // GROUP * BN).to(tl.float32)
+    other = tl.load(columns + (row + ROWS - SUB) // GROUP * BN).to(tl.float32)
     for block in tl.range(first, last):
         for step in tl.static_range(STEPS):
             row = (block * STEPS + step) * (PARTS * ROWS) + part * ROWS
             after = tl.minimum(row + PARTS * ROWS, last * BK - ROWS)
-            next_scale = tl.load(columns + after // GROUP * BN)
+            next_scale = tl.load(columns + after // GROUP * BN).to(tl.float32)
             next_other = next_scale
             if ROWS > GROUP:
-                next_other = tl.load(columns + (after + SUB) // GROUP * BN)
+                next_other = tl.load(columns + (after + SUB) // GROUP * BN).to(tl.float32)
             c = tl.load(codes)
             at = row + k
             if K % BK == 0:
@@ -148,11 +149,11 @@ def of_codes(
 
 
 @triton.jit
-def numbers(codes, T: tl.constexpr):
-    """Codes of int8 (one a byte, 128 added) as numbers of T, exactly."""
-    if T == tl.float32:
+def numbers(codes, kind: tl.constexpr):
+    """Codes of int8 (one a byte, 128 added) as numbers of ``kind``, exactly."""
+    if kind == tl.float32:
         return (codes.to(tl.int32) - 128).to(tl.float32)
-    elif T == tl.float16:  # 1024 + 128 + code, less 1152
+    elif kind == tl.float16:  # 1024 + 128 + code, less 1152
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 low, high, less;
@@ -191,11 +192,11 @@ def numbers(codes, T: tl.constexpr):
 
 
 @triton.jit
-def halves(codes, T: tl.constexpr):
-    """Codes of int4 (two a byte, 8 added) as numbers of T, exactly: those of the low halves, those of the high ones."""
-    if T == tl.float32:
+def halves(codes, kind: tl.constexpr):
+    """Codes of int4 (two a byte, 8 added) as numbers of ``kind``, exactly: low halves, high halves."""
+    if kind == tl.float32:
         return ((codes & 15).to(tl.int32) - 8).to(tl.float32), ((codes >> 4).to(tl.int32) - 8).to(tl.float32)
-    elif T == tl.float16:  # 1024 + 8 + code, less 1032; and (1024 + 16 * (8 + code)) / 16, less 72
+    elif kind == tl.float16:  # 1024 + 8 + code, less 1032; and (1024 + 16 * (8 + code)) / 16, less 72
         return tl.inline_asm_elementwise(
             """{
             .reg .b32 first, second, half, less, sixteenth, minus;

@@ -59,7 +59,7 @@ class GpuBackend:
             version=f"{version} {engine.precision} on {device.name}",
             device=device.name,
             computes=engine.precision,
-            weight_bytes=BYTES[engine.precision],
+            weight_bytes=bundle.bytes_read(BYTES[engine.precision], stored_scales=engine.kernels is not None),
             cache_bytes=BYTES[engine.precision],
         )
         self.tie = LOGIT_ROUNDING[engine.precision]
