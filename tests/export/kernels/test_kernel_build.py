@@ -205,12 +205,12 @@ def test_a_bundle_in_fp32_needs_a_precision(bundles: dict[str, Path], tmp_path: 
 
 def test_quantised_weights_stay_codes(bundles: dict[str, Path], tmp_path: Path) -> None:
     """Built for real: no kernel spills, products take codes, and the report says how little a call reads."""
-    source = Bundle.open(bundles["fp16"])
-    quantise = quantised_with("int8", 32, "float16", ("layers.0.w2",))
+    source = Bundle.open(bundles["n16"])
+    quantise = quantised_with("int8", 32, "float32", ("layers.0.w2",))
     how = {"weights": "int8", "group": 32}
     path = write_bundle(source, tmp_path / "int8", quantise, how, say=lambda _: None, gate=False)
     lines: list[str] = []
-    request = KernelsRequest(path, ("SM80",), images=(1,), out=tmp_path / "out", use_cache=False)
+    request = KernelsRequest(path, ("SM80",), images=(1,), precision="fp16", out=tmp_path / "out", use_cache=False)
     (folder,) = build_kernels(request, lines.append)
     engine, bundle = Engine.open(folder, Bundle.open(path), verify="full"), Bundle.open(path)
     assert folder.name == "kernels-1-sm80-fp16"
@@ -218,12 +218,13 @@ def test_quantised_weights_stay_codes(bundles: dict[str, Path], tmp_path: Path) 
     products = [kernel for kernel in engine.kernels.kernels.values() if "BITS" in kernel.constants]
     assert {kernel.constants["BITS"] for kernel in products} == {0, 8}
     assert all(kernel.spills == 0 for kernel in products)
-    assert engine.report["weight_bytes"] == pytest.approx(bundle.weight_bytes)
+    assert engine.report["weight_bytes"] == pytest.approx(bundle.engine_weight_bytes("fp16"))
     assert engine.report["weights_bytes"] < 1.2 * engine.report["bundle_weights_bytes"]
-    assert any(f"a call reads {bundle.weight_bytes:.2f} bytes for each parameter" in line for line in lines)
-    before = Contents(source, "fp16", "fp16")
+    assert any(
+        f"a call reads {bundle.engine_weight_bytes('fp16'):.2f} bytes for each parameter" in line for line in lines
+    )
     after = engine.report["programs"]["step"]["profiles"][0]["read_bytes"]
-    assert after < 0.75 * largest_read_bytes(Architecture.of(before.bundle), 1, True, 2, 2)
+    assert after < 0.75 * largest_read_bytes(Architecture.of(source), 1, True, 2, 2)
 
 
 def test_numbers_beyond_fp16_are_refused(tiny_copy: Path, bundles: dict[str, Path], tmp_path: Path) -> None:

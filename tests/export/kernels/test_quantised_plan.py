@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from test_step_plan import Both
 
-from conftest import golden_weights
 from par_export.quantised import quantised_with, write_bundle
+from par_export.random_bundle import write_family
+from par_model.config import PARConfig
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import DTYPE
 
@@ -52,16 +53,9 @@ def test_layers_that_differ_have_launches_of_their_own(bundles: dict[str, Path],
 
 def test_heads_that_the_caches_pad(tmp_path: Path) -> None:
     """Heads of 100 numbers in 104: groups of wo are rows as they are stored, with those of padding."""
-    import torch
-
-    from par_export.bundle import ExportRequest, export
-    from par_model.config import PARConfig
-    from par_model.transformer import PAR
-
     config = PARConfig(dim=400, n_layers=1, n_heads=4, vocab_size=70, n_classes=3, grid=(1, 4, 4), group_size=4)
-    torch.save(golden_weights(PAR(config)).state_dict(), tmp_path / "c.pt")
-    made = ExportRequest(tmp_path / "c.pt", None, tmp_path / "bundle", "fp16", heads=4, grid=(1, 4, 4))
-    both = Both(quantised(export(made, say=lambda _: None), tmp_path / "q", "int8", 32), 1, "fp16")
+    source = write_family(config, [4], tmp_path / "random", name="padded", precision="fp16")[4]
+    both = Both(quantised(source, tmp_path / "q", "int8", 32), 1, "fp16")
     stored = {name: at.dtype for name, at in both.bundle.weights.items()}
     assert (stored["layers.0.wo"], stored["layers.0.wqkv"]) == ("int8", "float16")  # 400 has no whole groups
     wo = next(
