@@ -43,7 +43,7 @@ class Both:
         phases = [phase.name for phase in self.bundle.phases]
         tiles = choose(config, (images,), card, storages=storages(contents.step))
         self.planned = plan(config, contents.step, contents.read, phases, (images,), precision, card, tiles)
-        self.host = Host(self.planned, path, quick)
+        self.host = Host(self.planned, path, triton=not quick)
         self.images, self.rows, self.query = images, 2 * images, self.bundle.group_size
         self.precision = precision
         heads, size, slots = self.bundle.cache.heads, self.bundle.cache.head_dim, self.bundle.n_tokens
