@@ -14,7 +14,7 @@ from par_calibration.errors import CalibrationError
 from par_calibration.quantise import activations
 from par_calibration.quantise.choice import GROUP, How, check_groups, kept_names
 from par_calibration.quantise.layers import Layers, Quantiser, by_gptq
-from par_calibration.record.record import OnImage, RecordOptions, maker_of, plan_of, record
+from par_calibration.record.record import OnDone, RecordOptions, maker_of, plan_of, record
 from par_calibration.record.recording import Recording
 from par_calibration.report import Budget, LayerError, Options, Report, compare
 from par_export.quantised import check_source, write_bundle
@@ -100,13 +100,13 @@ def calibrate(
     *,
     quantiser: Quantiser = by_gptq,
     say: Say = lambda _: None,
-    on_image: OnImage | None = None,
-    on_matrix: Callable[[str], object] | None = None,
+    on_image: OnDone | None = None,
+    on_matrix: OnDone | None = None,
 ) -> tuple[Path, Report]:
     """Do what ``request`` says; returns the bundle and its report.
 
     ``quantiser`` makes codes and scales of one matrix. ``on_image`` is told how many images are recorded, ``on_matrix``
-    which matrix is next.
+    how many matrices are quantised.
 
     Raises OverBudgetError, after the files of the report were written; CalibrationError, BundleError, RequestError,
     ExportError and what else ``write_bundle`` raises, OSError. A recording that is not complete stays for ``resume``.
@@ -158,7 +158,7 @@ def calibrate(
 
 
 def recorded(
-    request: Request, bundle: Bundle, places: Places, say: Say = lambda _: None, on_image: OnImage | None = None
+    request: Request, bundle: Bundle, places: Places, say: Say = lambda _: None, on_image: OnDone | None = None
 ) -> Recording:
     """The complete recording that ``request`` asks for, made or taken up. Raises as :func:`calibrate`."""
     began = time.perf_counter()
@@ -169,14 +169,14 @@ def recorded(
     taken = f", {there} of the images were there" if there else ""
     say(
         f"recorded {recording.plan.images} images, {recording.plan.images * recording.plan.rows_per_image} rows of "
-        f"each matrix, {recording.bytes_needed() / 1e6:.0f} MB in {places.work}, {time.perf_counter() - began:.1f} s"
+        f"each matrix, {recording.bytes_needed() / 1e6:.1f} MB in {places.work}, {time.perf_counter() - began:.1f} s"
         f"{''.join(f', {name}' for name in by)}{taken}"
     )
     return recording
 
 
 def measured_ranges(
-    request: Request, *, say: Say = lambda _: None, on_image: OnImage | None = None
+    request: Request, *, say: Say = lambda _: None, on_image: OnDone | None = None
 ) -> list[activations.Range]:
     """What rounding the rows of every product would cost (``--ranges``); no bundle is written. Raises as
     :func:`calibrate`.

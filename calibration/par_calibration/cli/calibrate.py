@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.ranges:
         return _ranges(args, request)
-    with Bar(args.quiet, unit="image") as bar:
+    with Bar(args.quiet, unit="image") as images, Bar(args.quiet, unit="matrix") as matrices:
         try:
-            calibrate(request, say=say, on_image=bar)
+            calibrate(request, say=say, on_image=images, on_matrix=matrices)
         except OverBudgetError as error:
             for line in error.lines:
                 fail(f"beyond the budget: {line}")

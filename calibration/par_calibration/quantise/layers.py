@@ -10,6 +10,7 @@ from par_calibration.quantise.choice import How
 from par_calibration.quantise.gptq import gptq, hessian
 from par_calibration.record.recording import Recording
 from par_calibration.report.layers import LayerError
+from par_runtime.bundle import matrix_names
 from par_runtime.dtypes import Float, Int
 from par_runtime.quantised import Quantised
 
@@ -31,23 +32,24 @@ class Layers:
         how: How,
         kept: Collection[str],
         quantiser: Quantiser = by_gptq,
-        on_matrix: Callable[[str], object] | None = None,
+        on_matrix: Callable[[int, int], object] | None = None,
     ) -> None:
-        """``on_matrix`` is called with the name of each matrix before it is quantised."""
+        """``on_matrix`` is told how many matrices are done, and how many there are."""
         self._recording, self._how, self._kept, self._quantiser = recording, how, frozenset(kept), quantiser
-        self._on_matrix = on_matrix
+        self._on_matrix, self._done = on_matrix, 0
         self.errors: list[LayerError] = []
 
     def __call__(self, name: str, matrix: Float) -> Quantised | None:
         """The codes and scales of ``matrix`` [K,N]; None where it is kept. Raises CalibrationError, OSError."""
         if name in self._kept:
             return None
-        if self._on_matrix is not None:
-            self._on_matrix(name)
         rows = self._recording.rows(name)
         quantised = self._quantiser(name, matrix, rows, self._how)
         phases = [phase.name for phase in self._recording.bundle.phases]
         self.errors += errors(name, matrix, quantised, rows, self._recording.about.phase, phases)
+        self._done += 1
+        if self._on_matrix is not None:
+            self._on_matrix(self._done, len(set(matrix_names(self._recording.bundle)) - self._kept))
         return quantised
 
 

@@ -29,7 +29,7 @@ MOST_IMAGES = 100_000
 #: Of bundles whose default is no guidance: rows without class are recorded too, since users may ask for guidance.
 GUIDANCE_OF_UNGUIDED = 1.5
 
-OnImage = Callable[[int, int], None]  #: images done, and how many there are
+OnDone = Callable[[int, int], None]  #: how many are done, and how many there are
 
 
 class Rows(Protocol):
@@ -89,7 +89,7 @@ def plan_of(bundle: Bundle, options: RecordOptions) -> Plan:
     return replace(plan, rows_per_image=min(plan.rows_per_image, whole))
 
 
-def record(recording: Recording, rows: Callable[[], Rows], on_image: OnImage | None = None) -> list[str]:
+def record(recording: Recording, rows: Callable[[], Rows], on_image: OnDone | None = None) -> list[str]:
     """Make what is missing of ``recording``; returns the names of what computed it ([] where nothing was missing).
 
     ``rows`` is called where something is missing. Raises CalibrationError, BundleError, MemoryError, OSError.

@@ -178,6 +178,9 @@ class Bar:
 
             self._bar = tqdm(total=total, leave=False, **self._unit)
         self._bar.update(done - self._bar.n)
+        if done >= total:  # lines that a verb prints afterwards must not meet a bar
+            self._bar.close()
+            self._bar = None
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
