@@ -72,7 +72,7 @@ LIMITS = {
     "layer": Limit(
         "worst layer",
         "largest relative error of a matrix's outputs on recorded activations, in any phase",
-        0.03,
+        0.02,
         0.2,
     ),
     "frechet": Limit(
