@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from par_calibration.errors import CalibrationError
 from par_calibration.report import Options, Report, compare
+from par_calibration.run import OverBudgetError
 from par_export.quantised import nearest, stored_scales, write_bundle
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Float
@@ -21,7 +21,7 @@ FEW = Options(images=4, samples=0, threads=1)  # 1,024 positions
 
 
 def calibrate(out: Path, quantise: Any, options: Options = FEW) -> Report:
-    """What ``parvis calibrate`` does with these codes and scales. Raises CalibrationError where they are refused."""
+    """What ``parvis calibrate`` does with these codes and scales. Raises OverBudgetError where they are refused."""
     original = Bundle.open(DEMO)
     made = []
 
@@ -29,7 +29,7 @@ def calibrate(out: Path, quantise: Any, options: Options = FEW) -> Report:
         made.append(compare(original, candidate, options))
         lines = made[0].exceeded()
         if lines:
-            raise CalibrationError("\n".join(lines))
+            raise OverBudgetError(made[0], lines)
         return {"report": made[0].summary()}
 
     calibration = {"weights": "int8", "group": GROUP}
@@ -100,9 +100,9 @@ def test_a_good_calibration_passes_with_room(tmp_path: Path) -> None:
     ],
 )
 def test_sabotage_is_refused_and_nothing_is_published(tmp_path: Path, name: str, quantise: Any) -> None:
-    with pytest.raises(CalibrationError, match=r"at most .* times as much.*; try ") as error:
+    with pytest.raises(OverBudgetError, match=r"at most .* times as much.*; try ") as error:
         calibrate(tmp_path / "int8", quantise)
-    beyond = str(error.value).splitlines()
+    beyond = error.value.lines
     assert any(line.startswith("mean KL divergence") for line in beyond)
     # Twice the logits have the same most probable code: there the likelihood says it.
     others = ("held-out log-likelihood",) if quantise is HEAD_DOUBLED else ("top-1 agreement",)

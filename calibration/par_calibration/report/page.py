@@ -34,7 +34,11 @@ NAMES = {"all": "all positions", "class": "class input", "learnable": "learnable
 
 def page(report: Report) -> str:
     """The page of ``report``."""
-    title = f"Calibration of {report.original.name}: {report.candidate.weights}"
+    side = report.candidate
+    rounded = [f"{side.arithmetic} arithmetic"] * (side.arithmetic != "fp32") + [f"{side.cache} cache"] * (
+        side.cache != "fp32"
+    )
+    title = f"Calibration of {report.original.name}: {', '.join([side.weights, *rounded])}"
     parts = [f"<h1>{escape(title)}</h1>", *_verdict(report), *_sides(report), *_measures(report), *_pairs(report)]
     parts += [*_where(report), *_along(report), *_likelihood(report), *_layers(report)]
     parts += [*_drawn(report), *_frechet(report), *_figures(report)]
