@@ -1,48 +1,152 @@
-/* The weights of one matrix product, and the sizes that step.c reserves for it. products.h has the products. */
+/* What all products of matrices share: how a matrix is stored in panels, what its activations look like, and sizes.
 
+   A product is c [M][PANEL] = x w for M rows of activations and one panel of a matrix, in one of three arithmetics:
+
+   MULTIPLY_FP32  both are fp32. Weights of fewer bits are widened, which is exact.
+   MULTIPLY_BF16  activations, and weights of more bits, are rounded to bf16; sums are fp32.
+   MULTIPLY_INT8  activations are rounded to int8, with a scale for each row and group of K; sums of a group are exact
+                  integers. Only for int8 and int4 weights; matrices in floating point are multiplied in bf16.
+
+   Each instruction set has its own order of numbers inside of a panel (a Layout), so that it reads a panel from the
+   first byte to the last and decodes with as few instructions as it can. Whoever packs must ask the set that will
+   multiply. In a quantised panel the scales of a group stand in front of its codes.
+
+   Letters: M rows of activations, K inner size, N columns of a matrix. [A][B] is an array in C order. */
+
+#ifndef PARVIS_PRODUCTS_H
+#define PARVIS_PRODUCTS_H
+
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #define PANEL 32 /* columns of a panel */
+#define INLINE static inline __attribute__((always_inline))
 
-/* How a matrix is stored, and what it is multiplied in; as in library.py. */
+/* How numbers are stored in a file; as in library.py. */
 enum { FP32, FP16, BF16, INT8, INT4 };
-enum { MULTIPLY_FP32, MULTIPLY_BF16, MULTIPLY_INT8 };
+enum { MULTIPLY_FP32, MULTIPLY_BF16, MULTIPLY_INT8, ARITHMETICS };
 
-/* A matrix [K][N] in panels. The Python class Matrix of library.py has the same fields. */
+/* The order of the numbers of a panel, or of the codes of a group of a panel: */
+typedef enum {
+    ROWS_FP32,   /* [K][PANEL] fp32 */
+    ROWS_FP16,   /* [K][PANEL] fp16 */
+    ROWS_BF16,   /* [K][PANEL] bf16 */
+    ROWS_INT8,   /* [K][PANEL] signed bytes */
+    ROWS_INT4,   /* [K/2][PANEL] bytes: code + 8 of an even row in the low half, of the next row in the high half */
+    PAIRS_BF16,  /* [K/2][PANEL][2] bf16 */
+    PAIRS_SIGN8, /* [K/2] lines of 64 bytes, sign and 7 bits of magnitude; line_place() has the order */
+    PAIRS_INT8,  /* [K/2][PANEL][2] signed bytes */
+    PAIRS_INT4,  /* [K/4][PANEL][2] bytes: code + 8 of rows 4p, 4p+1 in the low half, of 4p+2, 4p+3 in the high half */
+    WORDS_INT4,  /* [K/8][PANEL][2] words of 16 bits: code + 8 of rows 8p+e, 8p+e+2, +4, +6, the lowest bits first */
+    QUADS_INT8,  /* [K/4][PANEL][4] bytes: code + 128 */
+    QUADS_INT4,  /* [K/8][PANEL][4] bytes: code + 8 of rows 8p .. 8p+3 in the low half, 8p+4 .. 8p+7 in the high half */
+} Layout;
+
+/* One packed matrix. The Python class Matrix of library.py has the same fields. */
 typedef struct {
-    const void *data;   /* [N/PANEL] panels of panel_bytes() */
-    int64_t stored;     /* FP32, FP16, BF16, INT8 or INT4 */
-    int64_t group;      /* rows of K that share a scale; 0 where there are no scales */
-    int64_t arithmetic; /* MULTIPLY_FP32, MULTIPLY_BF16 or MULTIPLY_INT8: the panels were packed for it */
+    const void *data; /* panels */
+    int64_t stored;   /* FP32 .. INT4 */
+    int64_t group;    /* rows of K that share a scale; 0 where the matrix is not quantised */
+    int64_t scales;   /* FP32, FP16 or BF16: what the scales of a quantised matrix are stored in */
 } Matrix;
 
-/* Bytes of one panel [K][PANEL]. */
-static inline int64_t panel_bytes(const Matrix *w, int64_t k) { return PANEL * k * (w->stored == FP32 ? 4 : 2); }
+/* x [m][k], `ldx` numbers apart -> `packed`, the form in which the products of an arithmetic read it. With `row_scale`
+   [m] and `gain` [k], both or none, each number is multiplied by both first (RMSNorm). k is a multiple of `group`, or
+   any even number where group is 0. A part of the columns can be packed alone: `packed` of column f begins
+   packed_rows_bytes(.., f, ..) bytes after the beginning. */
+typedef void PackRows(const float *x, long ldx, long m, long k, const float *row_scale, const float *gain, long group,
+                      void *packed);
+/* c [m][PANEL] = x w for panel number `panel` of w. `scratch` has SCRATCH_BYTES, and a multiple of 64 as its address. */
+typedef void PanelProduct(const Matrix *w, const void *packed, long m, long k, long panel, float *c, void *scratch);
 
-/* Bytes of the packed activations of m rows of k numbers. */
-static inline int64_t packed_rows_bytes(int arithmetic, int64_t m, int64_t k, int64_t group) {
-    (void)arithmetic, (void)group;
-    return m * k * (int64_t)sizeof(float);
+/* How one instruction set multiplies in one arithmetic. */
+typedef struct {
+    PackRows *pack_rows;
+    PanelProduct *panel_product;
+    Layout layouts[INT4 + 1];      /* by what is stored */
+    int number_bytes, group_bytes; /* of packed activations: of a number, and of a row's group besides */
+} Product;
+
+#define SCRATCH_BYTES 8192 /* K_BLOCK rows of a panel in fp32 */
+#define K_BLOCK 64         /* rows of a panel that stay in the L1 cache while all rows of activations are multiplied, */
+#define K_BLOCK_DOT 128    /* and where they take fewer bytes; a multiple of every group */
+#define PREFETCH_L2_BYTES 3072 /* in products of one pass: how far ahead weights are prefetched into L2, */
+#define PREFETCH_L1_BYTES 1024 /* and how far ahead into L1 */
+
+/* The arithmetic in which a matrix is multiplied where the model's is `arithmetic`. */
+INLINE int arithmetic_of(int64_t arithmetic, int64_t stored) {
+    return arithmetic == MULTIPLY_INT8 && stored < INT8 ? MULTIPLY_BF16 : (int)arithmetic;
 }
 
-/* Bytes that one thread needs during a product. */
-static inline int64_t product_scratch_bytes(int arithmetic, int64_t m, int64_t k) {
-    (void)arithmetic, (void)m, (void)k;
-    return 0;
+/* Bytes of the packed activations of k columns of m rows. */
+INLINE int64_t packed_rows_bytes(const Product *product, int64_t m, int64_t k, int64_t group) {
+    return m * (k * product->number_bytes + (group ? k / group * product->group_bytes : 0));
 }
 
-/* Packs w [k][n], of `bytes` per number, into panels: out [n/PANEL][k][PANEL]; n is a multiple of PANEL. With
-   `interleave_halves`, a panel holds PANEL/2 columns of the first half of w, then PANEL/2 of the second half. */
-void parvis_pack(const char *w /* [k][n] */, int64_t k, int64_t n, int64_t bytes, int interleave_halves,
-                 char *out /* [n/PANEL][k][PANEL] */) {
-    int64_t run = (interleave_halves ? PANEL / 2 : PANEL) * bytes;
-    /* w is read in order: it is a mapped file with small pages. `out` has huge pages. */
-    for (int64_t row = 0; row < k; row++)
-        for (int64_t p = 0; p < n / PANEL; p++) {
-            const char *from = w + row * n * bytes + p * run;
-            char *to = out + (p * k + row) * PANEL * bytes;
-            memcpy(to, from, (size_t)run);
-            if (interleave_halves) memcpy(to + run, from + n / 2 * bytes, (size_t)run);
+INLINE long number_bytes(int64_t stored) { return stored == FP32 ? 4 : 2; } /* of floating point */
+
+/* Bytes of `k` rows of a panel, scales included. */
+INLINE long panel_bytes(Layout layout, const Matrix *w, long k) {
+    long scales = w->group ? k / w->group * PANEL * number_bytes(w->scales) : 0;
+    switch (layout) {
+    case ROWS_FP32: return k * PANEL * 4;
+    case ROWS_FP16:
+    case ROWS_BF16:
+    case PAIRS_BF16: return k * PANEL * 2;
+    case ROWS_INT8:
+    case PAIRS_SIGN8:
+    case PAIRS_INT8:
+    case QUADS_INT8: return k * PANEL + scales;
+    default: return k * PANEL / 2 + scales;
+    }
+}
+
+INLINE float bits_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* The bf16 nearest to a float, ties to even. A NaN stays one. */
+INLINE uint32_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 0x40;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* How `m` rows are divided into passes of at most `most` rows, as equal as possible: the rows of the next pass where
+   `left` rows are left. */
+INLINE long rows_of_pass(long left, long most) {
+    long passes = (left + most - 1) / most;
+    return (left + passes - 1) / passes;
+}
+
+/* What a pass over a block prefetches. Where there is only one pass, it prefetches at a distance from where it reads,
+   and `from` is NULL. Of several passes each prefetches its share of the next block: `bytes` in each step. */
+typedef struct {
+    const char *from;
+    long bytes;
+} Prefetch;
+
+/* For pass number `pass`, of `passes`, over a block of `bytes` at `w` in `steps` steps. */
+INLINE Prefetch prefetch_of(const char *w, long bytes, long steps, long pass, long passes) {
+    if (passes == 1) return (Prefetch){NULL, 0};
+    return (Prefetch){w + bytes + bytes * pass / passes, bytes / (passes * steps)};
+}
+
+/* For a step that reads `bytes` at `w`. */
+INLINE void prefetch_step(const Prefetch *prefetch, const char *w, long bytes, long step) {
+    if (!prefetch->from) {
+        for (long line = 0; line < bytes; line += 64) {
+            __builtin_prefetch(w + line + PREFETCH_L2_BYTES, 0, 2);
+            __builtin_prefetch(w + line + PREFETCH_L1_BYTES, 0, 3);
         }
+    } else {
+        const char *at = prefetch->from + step * prefetch->bytes;
+        for (long line = 0; line <= prefetch->bytes - 1; line += 64) __builtin_prefetch(at + line, 0, 3);
+    }
 }
+
+#endif

@@ -1,0 +1,118 @@
+/* Products in fp32, and in bf16 where the CPU has no instructions for it. step.c includes this file once for each
+   instruction set, with the macros that it explains there.
+
+   Activations are stored transposed, [K][M], so the numbers that are multiplied at the same time are neighbours. The
+   sums of some rows stay in registers during a pass over a block of K. Each sum is made in the order of K, so it does
+   not depend on the number of rows. */
+
+/* c [rows][PANEL] = x w, or c += x w with `accumulate`, for x [k][m] from the first of the rows on. */
+TARGET INLINE void NAME(fp32_rows)(const int rows, const int stored, const char *w, const float *x, long m, long k,
+                                   float *c, int accumulate, Prefetch prefetch) {
+    const long row_bytes = PANEL * (stored == FP32 ? 4 : 2);
+    vec sum[ROWS_MAX][PANEL_VECS];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < PANEL_VECS; j++)
+            sum[i][j] = accumulate ? vec_load_fp32(c + i * PANEL + j * VEC_FLOATS) : vec_set1(0.0f);
+    for (long p = 0; p < k; p++, w += row_bytes, x += m) {
+        prefetch_step(&prefetch, w, row_bytes, p);
+        vec w_row[PANEL_VECS];
+        for (int j = 0; j < PANEL_VECS; j++) {
+            if (stored == FP32) w_row[j] = vec_load_fp32((const float *)w + j * VEC_FLOATS);
+            else if (stored == FP16) w_row[j] = vec_load_fp16((const uint16_t *)w + j * VEC_FLOATS);
+            else w_row[j] = vec_load_bf16((const uint16_t *)w + j * VEC_FLOATS);
+        }
+        for (int i = 0; i < rows; i++) {
+            vec value = vec_set1(x[i]);
+            for (int j = 0; j < PANEL_VECS; j++) sum[i][j] = vec_fma(value, w_row[j], sum[i][j]);
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < PANEL_VECS; j++) vec_store(c + i * PANEL + j * VEC_FLOATS, sum[i][j]);
+}
+
+/* fp32_rows for any number of rows up to ROWS_MAX: each number is code of its own. */
+TARGET static void NAME(fp32_pass)(long rows, int stored, const char *w, const float *x, long m, long k, float *c,
+                                   int accumulate, Prefetch prefetch) {
+#define CASE(ROWS, STORED)                                                                         \
+    case ROWS * 4 + STORED:                                                                        \
+        if (ROWS <= ROWS_MAX) NAME(fp32_rows)(ROWS, STORED, w, x, m, k, c, accumulate, prefetch); \
+        break;
+#define CASES(ROWS) CASE(ROWS, FP32) CASE(ROWS, FP16) CASE(ROWS, BF16)
+    switch (rows * 4 + stored) {
+        CASES(1) CASES(2) CASES(3)
+#if ROWS_MAX > 3
+        CASES(4) CASES(5) CASES(6) CASES(7) CASES(8) CASES(9) CASES(10) CASES(11) CASES(12)
+#endif
+    }
+#undef CASES
+#undef CASE
+}
+
+/* out [k][PANEL] fp32 = `k` rows of a panel, which are stored at w as `stored` says; `scales` [PANEL] of the group. */
+TARGET static void NAME(widen)(int stored, const char *w, const float *scales, long k, float *out) {
+    for (long p = 0; p < k; p++)
+        for (int j = 0; j < PANEL; j += VEC_FLOATS) {
+            float *to = out + p * PANEL + j;
+            const char *row = w + (stored == INT4 ? p / 2 * PANEL + j : stored == INT8 ? p * PANEL + j : 0);
+            if (stored == FP16) vec_store(to, vec_load_fp16((const uint16_t *)w + p * PANEL + j));
+            else if (stored == BF16) vec_store(to, vec_load_bf16((const uint16_t *)w + p * PANEL + j));
+            else if (stored == INT8) vec_store(to, vec_mul(vec_load_int8(row), vec_load_fp32(scales + j)));
+            else vec_store(to, vec_mul(vec_load_int4(row, p % 2 * 4), vec_load_fp32(scales + j)));
+        }
+}
+
+/* scales [PANEL] fp32 of a group. */
+TARGET INLINE void NAME(load_scales)(int64_t stored, const char *from, float *scales) {
+    for (int j = 0; j < PANEL; j += VEC_FLOATS) {
+        if (stored == FP32) vec_store(scales + j, vec_load_fp32((const float *)from + j));
+        else if (stored == FP16) vec_store(scales + j, vec_load_fp16((const uint16_t *)from + j));
+        else vec_store(scales + j, vec_load_bf16((const uint16_t *)from + j));
+    }
+}
+
+/* The product of a panel whose layout is ROWS_*; `stored` is that layout's. A block of weights that is not fp32 is
+   widened once where several passes need it, and quantised blocks always. */
+TARGET INLINE void NAME(fp32_product)(int stored, const Matrix *matrix, const char *w, const float *x, long m, long k,
+                                      float *c, float *wide) {
+    long passes = (m + ROWS_MAX - 1) / ROWS_MAX, quantised = stored >= INT8;
+    long step = quantised && matrix->group < K_BLOCK ? matrix->group : K_BLOCK;
+    int widened = quantised || (stored != FP32 && passes > 1);
+    float scales[PANEL];
+    for (long first = 0; first < k; first += step) {
+        long block = k - first < step ? k - first : step, bytes = block * PANEL;
+        if (quantised && first % matrix->group == 0) {
+            NAME(load_scales)(matrix->scales, w, scales);
+            w += PANEL * number_bytes(matrix->scales);
+        }
+        bytes = stored == INT4 ? bytes / 2 : stored == INT8 ? bytes : bytes * number_bytes(stored);
+        if (widened) NAME(widen)(stored, w, scales, block, wide);
+        for (long i = 0, pass = 0, rows; i < m; i += rows, pass++) {
+            rows = rows_of_pass(m - i, ROWS_MAX);
+            NAME(fp32_pass)(rows, widened ? FP32 : stored, widened ? (const char *)wide : w, x + first * m + i, m,
+                            block, c + i * PANEL, first > 0, prefetch_of(w, bytes, block, pass, passes));
+        }
+        w += bytes;
+    }
+}
+
+TARGET static void NAME(panel_product_fp32)(const Matrix *w, const void *packed, long m, long k, long panel, float *c,
+                                            void *scratch) {
+    static const Layout layouts[] = {ROWS_FP32, ROWS_FP16, ROWS_BF16, ROWS_INT8, ROWS_INT4};
+    const char *at = (const char *)w->data + panel * panel_bytes(layouts[w->stored], w, k);
+    switch (w->stored) {
+    case FP32: NAME(fp32_product)(FP32, w, at, packed, m, k, c, scratch); break;
+    case FP16: NAME(fp32_product)(FP16, w, at, packed, m, k, c, scratch); break;
+    case BF16: NAME(fp32_product)(BF16, w, at, packed, m, k, c, scratch); break;
+    case INT8: NAME(fp32_product)(INT8, w, at, packed, m, k, c, scratch); break;
+    default: NAME(fp32_product)(INT4, w, at, packed, m, k, c, scratch);
+    }
+}
+
+/* The product for bf16 without its instructions: floating-point weights were rounded to bf16 when they were packed,
+   activations when they were. */
+TARGET static void NAME(panel_product_bf16)(const Matrix *w, const void *packed, long m, long k, long panel, float *c,
+                                            void *scratch) {
+    Matrix rounded = *w;
+    if (rounded.stored < INT8) rounded.stored = BF16;
+    NAME(panel_product_fp32)(&rounded, packed, m, k, panel, c, scratch);
+}
