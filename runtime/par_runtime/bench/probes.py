@@ -114,7 +114,7 @@ class Product:
     def __init__(self, lib: ctypes.CDLL, x: NDArray[np.float32]) -> None:
         self._lib, self._x = lib, x
         self._matrix = Matrix(stored=STORED["float32"], arithmetic=ARITHMETIC["fp32"])
-        self._packed = np.empty(lib.parvis_packed_bytes(ctypes.byref(self._matrix), *x.shape), np.uint8)
+        self._packed = np.empty(lib.parvis_packed_bytes(*x.shape), np.uint8)
         self.tile = np.empty((len(x), lib.parvis_panel()), np.float32)
 
     def __call__(self, panels: int, count: int, times: int) -> None:

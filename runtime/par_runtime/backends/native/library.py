@@ -10,7 +10,7 @@ from pathlib import Path
 from par_runtime.bundle import Bundle
 
 #: dtype of a stored matrix -> its number in matrix.h
-STORED = {"float32": 0, "float16": 1, "bfloat16": 2}
+STORED = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
 #: what a matrix is multiplied in -> its number in matrix.h
 ARITHMETIC = {"fp32": 0, "bf16": 1, "int8": 2}
 
@@ -28,6 +28,8 @@ class Matrix(ctypes.Structure):
         ("stored", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("arithmetic", ctypes.c_int64),
+        ("scales", ctypes.c_int64),
+        ("layout", ctypes.c_int64),
     )
 
 
@@ -107,7 +109,7 @@ def open_library(file: Path | None) -> ctypes.CDLL:
     lib.parvis_struct_sizes(sizes)
     expected = [
         ctypes.sizeof(Matrix),
-        Matrix.arithmetic.offset,
+        Matrix.layout.offset,
         ctypes.sizeof(Model),
         Model.output.offset,
         ctypes.sizeof(Step),
@@ -134,8 +136,12 @@ def _declare(lib: ctypes.CDLL) -> None:
         ctypes.POINTER(Matrix), pointer, integer, integer, integer, integer, pointer, pointer
     )  # fmt: skip
     lib.parvis_packed_bytes.restype = integer
-    lib.parvis_packed_bytes.argtypes = (ctypes.POINTER(Matrix), integer, integer)
-    lib.parvis_pack.argtypes = (pointer, integer, integer, integer, ctypes.c_int, pointer)
+    lib.parvis_packed_bytes.argtypes = (integer, integer)
+    lib.parvis_layout.restype = integer
+    lib.parvis_layout.argtypes = (integer, integer)
+    lib.parvis_matrix_bytes.restype = integer
+    lib.parvis_matrix_bytes.argtypes = (ctypes.POINTER(Matrix), integer, integer)
+    lib.parvis_pack.argtypes = (ctypes.POINTER(Matrix), pointer, pointer, integer, integer, ctypes.c_int, pointer)
 
 
 @cache
@@ -162,8 +168,6 @@ def why_not(bundle: Bundle) -> str | None:
     inner = m["n_heads"] * m["head_dim_padded"]
     if any(size % panel for size in (m["dim"], inner, m["ffn_dim"], bundle.vocab_size)):
         return f"a width of the model is not a multiple of {panel}"
-    if bundle.quantised:
-        return f"the C kernels do not read {bundle.quantised} weights"
     if not bundle.weights or bundle.weights["output"].dtype not in STORED:
-        return "the manifest has no table of weights in fp32, fp16 or bf16; export the bundle again"
+        return "the manifest has no table of weights in fp32, fp16, bf16, int8 or int4; export the bundle again"
     return None

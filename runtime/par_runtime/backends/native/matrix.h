@@ -1,31 +1,28 @@
-/* What all products of matrices share: how a matrix is stored in panels, what its activations look like, and sizes.
+/* The weights of one matrix product: how they are stored in panels, and sizes. products_choose.h has the products.
 
    A product is c [M][PANEL] = x w for M rows of activations and one panel of a matrix, in one of three arithmetics:
 
    MULTIPLY_FP32  both are fp32. Weights of fewer bits are widened, which is exact.
    MULTIPLY_BF16  activations, and weights of more bits, are rounded to bf16; sums are fp32.
    MULTIPLY_INT8  activations are rounded to int8, with a scale for each row and group of K; sums of a group are exact
-                  integers. Only for int8 and int4 weights; matrices in floating point are multiplied in bf16.
+                  integers.
 
-   Each instruction set has its own order of numbers inside of a panel (a Layout), so that it reads a panel from the
-   first byte to the last and decodes with as few instructions as it can. Whoever packs must ask the set that will
-   multiply. In a quantised panel the scales of a group stand in front of its codes.
+   A product has two parts: pack_rows() brings activations into the order in which the product reads them, once for all
+   panels of a matrix; panel_product() multiplies them by one panel. Each instruction set has its own order of numbers
+   inside of a panel (a Layout), so that it reads a panel from the first byte to the last and decodes with as few
+   instructions as it can. In a quantised panel the scales of a group stand in front of its codes.
 
    Letters: M rows of activations, K inner size, N columns of a matrix. [A][B] is an array in C order. */
 
-#ifndef PARVIS_PRODUCTS_H
-#define PARVIS_PRODUCTS_H
-
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #define PANEL 32 /* columns of a panel */
 #define INLINE static inline __attribute__((always_inline))
 
-/* How numbers are stored in a file; as in library.py. */
+/* How a matrix is stored in a bundle, and what it is multiplied in; as in library.py. */
 enum { FP32, FP16, BF16, INT8, INT4 };
-enum { MULTIPLY_FP32, MULTIPLY_BF16, MULTIPLY_INT8, ARITHMETICS };
+enum { MULTIPLY_FP32, MULTIPLY_BF16, MULTIPLY_INT8 };
 
 /* The order of the numbers of a panel, or of the codes of a group of a panel: */
 typedef enum {
@@ -43,62 +40,57 @@ typedef enum {
     QUADS_INT4,  /* [K/8][PANEL][4] bytes: code + 8 of rows 8p .. 8p+3 in the low half, 8p+4 .. 8p+7 in the high half */
 } Layout;
 
-/* One packed matrix. The Python class Matrix of library.py has the same fields. */
+/* A matrix [K][N] in panels. The Python class Matrix of library.py has the same fields. */
 typedef struct {
-    const void *data; /* panels */
-    int64_t stored;   /* FP32 .. INT4 */
-    int64_t group;    /* rows of K that share a scale; 0 where the matrix is not quantised */
-    int64_t scales;   /* FP32, FP16 or BF16: what the scales of a quantised matrix are stored in */
+    const void *data;   /* [N/PANEL] panels of panel_bytes() */
+    int64_t stored;     /* FP32, FP16, BF16, INT8 or INT4 */
+    int64_t group;      /* rows of K that share a scale; 0 where there are no scales */
+    int64_t arithmetic; /* MULTIPLY_FP32, MULTIPLY_BF16 or MULTIPLY_INT8; the last one for int8 and int4 only */
+    int64_t scales;     /* FP32, FP16 or BF16: what the scales are stored in */
+    int64_t layout;     /* a Layout: what parvis_layout() chose for this CPU */
 } Matrix;
 
-/* x [m][k], `ldx` numbers apart -> `packed`, the form in which the products of an arithmetic read it. With `row_scale`
-   [m] and `gain` [k], both or none, each number is multiplied by both first (RMSNorm). k is a multiple of `group`, or
-   any even number where group is 0. A part of the columns can be packed alone: `packed` of column f begins
-   packed_rows_bytes(.., f, ..) bytes after the beginning. */
-typedef void PackRows(const float *x, long ldx, long m, long k, const float *row_scale, const float *gain, long group,
-                      void *packed);
-/* c [m][PANEL] = x w for panel number `panel` of w. `scratch` has SCRATCH_BYTES, and a multiple of 64 as its address. */
+/* Packs x [m][k], `ldx` numbers from row to row, for products with w. With `row_scale` [m] and `gain` [k], both or
+   none, each number is multiplied by both first (RMSNorm). k is a multiple of w's group. */
+typedef void PackRows(const Matrix *w, const float *x, long ldx, long m, long k, const float *row_scale,
+                      const float *gain, void *packed);
+/* c [m][PANEL] = x w for packed x [m][k] and one panel of w. `scratch` has product_scratch_bytes(). */
 typedef void PanelProduct(const Matrix *w, const void *packed, long m, long k, long panel, float *c, void *scratch);
 
-/* How one instruction set multiplies in one arithmetic. */
 typedef struct {
     PackRows *pack_rows;
     PanelProduct *panel_product;
-    Layout layouts[INT4 + 1];      /* by what is stored */
-    int number_bytes, group_bytes; /* of packed activations: of a number, and of a row's group besides */
 } Product;
 
-#define SCRATCH_BYTES 8192 /* K_BLOCK rows of a panel in fp32 */
 #define K_BLOCK 64         /* rows of a panel that stay in the L1 cache while all rows of activations are multiplied, */
 #define K_BLOCK_DOT 128    /* and where they take fewer bytes; a multiple of every group */
 #define PREFETCH_L2_BYTES 3072 /* in products of one pass: how far ahead weights are prefetched into L2, */
 #define PREFETCH_L1_BYTES 1024 /* and how far ahead into L1 */
 
-/* The arithmetic in which a matrix is multiplied where the model's is `arithmetic`. */
-INLINE int arithmetic_of(int64_t arithmetic, int64_t stored) {
-    return arithmetic == MULTIPLY_INT8 && stored < INT8 ? MULTIPLY_BF16 : (int)arithmetic;
-}
+/* Bytes of the packed activations of m rows of k numbers: what the largest form takes. */
+INLINE int64_t packed_rows_bytes(int64_t m, int64_t k) { return m * k * (int64_t)sizeof(float); }
 
-/* Bytes of the packed activations of k columns of m rows. */
-INLINE int64_t packed_rows_bytes(const Product *product, int64_t m, int64_t k, int64_t group) {
-    return m * (k * product->number_bytes + (group ? k / group * product->group_bytes : 0));
-}
+/* Bytes that one thread needs during a product: a block of weights in fp32. */
+INLINE int64_t product_scratch_bytes(void) { return K_BLOCK * PANEL * (int64_t)sizeof(float); }
+
+/* In front of each loop over sums: only where all of them are unrolled does the compiler keep the sums in registers. */
+#define UNROLL _Pragma("GCC unroll 16")
 
 INLINE long number_bytes(int64_t stored) { return stored == FP32 ? 4 : 2; } /* of floating point */
 
 /* Bytes of `k` rows of a panel, scales included. */
-INLINE long panel_bytes(Layout layout, const Matrix *w, long k) {
-    long scales = w->group ? k / w->group * PANEL * number_bytes(w->scales) : 0;
-    switch (layout) {
-    case ROWS_FP32: return k * PANEL * 4;
+INLINE int64_t panel_bytes(const Matrix *w, int64_t k) {
+    int64_t numbers = k * PANEL, scales = w->group ? k / w->group * PANEL * number_bytes(w->scales) : 0;
+    switch (w->layout) {
+    case ROWS_FP32: return numbers * 4;
     case ROWS_FP16:
     case ROWS_BF16:
-    case PAIRS_BF16: return k * PANEL * 2;
+    case PAIRS_BF16: return numbers * 2;
     case ROWS_INT8:
     case PAIRS_SIGN8:
     case PAIRS_INT8:
-    case QUADS_INT8: return k * PANEL + scales;
-    default: return k * PANEL / 2 + scales;
+    case QUADS_INT8: return numbers + scales;
+    default: return numbers / 2 + scales;
     }
 }
 
@@ -148,5 +140,3 @@ INLINE void prefetch_step(const Prefetch *prefetch, const char *w, long bytes, l
         for (long line = 0; line <= prefetch->bytes - 1; line += 64) __builtin_prefetch(at + line, 0, 3);
     }
 }
-
-#endif

@@ -99,33 +99,3 @@ static inline long NAME(count_passes)(long m) {
 }
 
 DEFINE_PRODUCT(product_fp32, float, vec_load_fp32)
-DEFINE_PRODUCT(product_fp16, uint16_t, vec_load_fp16)
-DEFINE_PRODUCT(product_bf16, uint16_t, vec_load_bf16)
-
-/* x [M][K], row after row `ldx` numbers apart, packed for the products that follow. Where they are given, each row is
-   multiplied by its `row_scale` [M], then each column by its `gain` [K]: an RMSNorm. `group`: of the matrix. */
-TARGET static void NAME(pack_rows)(int arithmetic, const float *x, long ldx, long m, long k, const float *row_scale,
-                                   const float *gain, long group, void *packed) {
-    float *out = packed; /* [K][M] */
-    (void)arithmetic, (void)group;
-    for (long first = 0; first < k; first += 16) { /* a cache line of each row at a time */
-        long end = first + 16 < k ? first + 16 : k;
-        for (long i = 0; i < m; i++) {
-            const float *row = x + i * ldx;
-            if (row_scale)
-                for (long j = first; j < end; j++) out[j * m + i] = row[j] * row_scale[i] * gain[j];
-            else
-                for (long j = first; j < end; j++) out[j * m + i] = row[j];
-        }
-    }
-}
-
-/* c [M][PANEL] = x w for packed x [M][K] and one panel of w. `scratch` has product_scratch_bytes(). */
-TARGET static void NAME(panel_product)(int arithmetic, const Matrix *w, const void *packed, long m, long k, long panel,
-                                       float *c, void *scratch) {
-    const char *data = (const char *)w->data + panel * panel_bytes(w, k);
-    (void)arithmetic, (void)scratch;
-    if (w->stored == FP32) NAME(product_fp32)(packed, m, (const void *)data, k, c, PANEL);
-    else if (w->stored == FP16) NAME(product_fp16)(packed, m, (const void *)data, k, c, PANEL);
-    else NAME(product_bf16)(packed, m, (const void *)data, k, c, PANEL);
-}

@@ -7,6 +7,8 @@
    A dot product depends on the one before into the same register, for longer than few rows take. Then each sum is
    divided into several. */
 
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,fma,f16c,avx2")))
+
 /* Scales of columns 16*j .. 16*j+15 of a group. */
 AVX512 INLINE __m512 scale_of(int64_t stored, const char *scales, int j) {
     if (stored == FP32) return _mm512_loadu_ps((const float *)scales + 16 * j);
@@ -47,6 +49,7 @@ typedef struct {
 
 DOT INLINE Tables tables_of(int source) {
     Tables tables;
+    UNROLL
     for (int i = 0; i < 2; i++) {
         tables.low[i] = _mm512_loadu_si512(source == INT4 ? (const char *)code_words : (const char *)low_bytes + 64 * i);
         tables.high[i] = _mm512_loadu_si512(high_bytes + 64 * i);
@@ -57,6 +60,7 @@ DOT INLINE Tables tables_of(int source) {
 /* Two rows of a panel as pairs: pair `t` of the 8 rows at w. */
 DOT INLINE void pairs_of(int source, const Tables *tables, const char *w, int t, __m512bh *pairs) {
     if (source == BF16) {
+        UNROLL
         for (int j = 0; j < 2; j++) pairs[j] = (__m512bh)_mm512_loadu_si512(w + t * 128 + j * 64);
     } else if (source == INT8) {
         __m512i codes = _mm512_loadu_si512(w + t * 64);
@@ -66,6 +70,7 @@ DOT INLINE void pairs_of(int source, const Tables *tables, const char *w, int t,
         pairs[0] = (__m512bh)_mm512_unpacklo_epi8(low, high);
         pairs[1] = (__m512bh)_mm512_unpackhi_epi8(low, high);
     } else {
+        UNROLL
         for (int j = 0; j < 2; j++) {
             __m512i words = _mm512_loadu_si512(w + j * 64);
             if (t) words = _mm512_srli_epi16(words, (unsigned)t * 4);
@@ -85,24 +90,33 @@ DOT INLINE void bf16_rows(const int rows, const int source, int64_t scales_store
         if (!prefetch.from) prefetch_step(&prefetch, w, scale_bytes, 0);
         w += scale_bytes;
         __m512 sum[4][12][2];
+        UNROLL
         for (int h = 0; h < chains; h++)
+            UNROLL
             for (int i = 0; i < rows; i++)
+                UNROLL
                 for (int j = 0; j < 2; j++) sum[h][i][j] = _mm512_setzero_ps();
         for (long p = 0; p < group; p += 8, step++, w += step_bytes, x += 4 * m) {
             prefetch_step(&prefetch, w, step_bytes, step);
+            UNROLL
             for (int t = 0; t < 4; t++) {
                 __m512bh pairs[2];
                 pairs_of(source, &tables, w, t, pairs);
+                UNROLL
                 for (int i = 0; i < rows; i++) {
                     __m512bh value = (__m512bh)_mm512_set1_epi32((int)x[t * m + i]);
+                    UNROLL
                     for (int j = 0; j < 2; j++)
                         sum[t % chains][i][j] = _mm512_dpbf16_ps(sum[t % chains][i][j], pairs[j], value);
                 }
             }
         }
+        UNROLL
         for (int i = 0; i < rows; i++)
+            UNROLL
             for (int j = 0; j < 2; j++) {
                 __m512 total = sum[0][i][j];
+                UNROLL
                 for (int h = 1; h < chains; h++) total = _mm512_add_ps(total, sum[h][i][j]);
                 float *to = c + i * PANEL + j * 16;
                 __m512 before = accumulate ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
@@ -130,14 +144,13 @@ DOT static void bf16_pass(long rows, int source, int64_t scales_stored, const ch
 DOT static void panel_product_bf16_dot(const Matrix *matrix, const void *packed, long m, long k, long panel, float *c,
                                        void *scratch) {
     (void)scratch;
-    int source = matrix->stored < INT8 ? BF16 : (int)matrix->stored;
-    Layout layout = source == BF16 ? PAIRS_BF16 : source == INT8 ? PAIRS_SIGN8 : WORDS_INT4;
-    const char *w = (const char *)matrix->data + panel * panel_bytes(layout, matrix, k);
+    int source = matrix->layout == PAIRS_BF16 ? BF16 : matrix->layout == PAIRS_SIGN8 ? INT8 : INT4;
+    const char *w = (const char *)matrix->data + panel * panel_bytes(matrix, k);
     const uint32_t *x = packed; /* [K/2][M] */
     long passes = (m + 11) / 12, most = passes == 1 ? k : K_BLOCK_DOT;
     for (long first = 0, block; first < k; first += block) {
         block = k - first < most ? k - first : most;
-        long group = source == BF16 ? block : matrix->group, bytes = panel_bytes(layout, matrix, block);
+        long group = source == BF16 ? block : matrix->group, bytes = panel_bytes(matrix, block);
         for (long i = 0, pass = 0, rows; i < m; i += rows, pass++) {
             rows = rows_of_pass(m - i, 12);
             bf16_pass(rows, source, matrix->scales, w, x + first / 2 * m + i, m, block / group, group, c + i * PANEL,

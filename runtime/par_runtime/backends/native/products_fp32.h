@@ -10,23 +10,30 @@ TARGET INLINE void NAME(fp32_rows)(const int rows, const int stored, const char 
                                    float *c, int accumulate, Prefetch prefetch) {
     const long row_bytes = PANEL * (stored == FP32 ? 4 : 2);
     vec sum[ROWS_MAX][PANEL_VECS];
+    UNROLL
     for (int i = 0; i < rows; i++)
+        UNROLL
         for (int j = 0; j < PANEL_VECS; j++)
             sum[i][j] = accumulate ? vec_load_fp32(c + i * PANEL + j * VEC_FLOATS) : vec_set1(0.0f);
     for (long p = 0; p < k; p++, w += row_bytes, x += m) {
         prefetch_step(&prefetch, w, row_bytes, p);
         vec w_row[PANEL_VECS];
+        UNROLL
         for (int j = 0; j < PANEL_VECS; j++) {
             if (stored == FP32) w_row[j] = vec_load_fp32((const float *)w + j * VEC_FLOATS);
             else if (stored == FP16) w_row[j] = vec_load_fp16((const uint16_t *)w + j * VEC_FLOATS);
             else w_row[j] = vec_load_bf16((const uint16_t *)w + j * VEC_FLOATS);
         }
+        UNROLL
         for (int i = 0; i < rows; i++) {
             vec value = vec_set1(x[i]);
+            UNROLL
             for (int j = 0; j < PANEL_VECS; j++) sum[i][j] = vec_fma(value, w_row[j], sum[i][j]);
         }
     }
+    UNROLL
     for (int i = 0; i < rows; i++)
+        UNROLL
         for (int j = 0; j < PANEL_VECS; j++) vec_store(c + i * PANEL + j * VEC_FLOATS, sum[i][j]);
 }
 
@@ -77,7 +84,7 @@ TARGET INLINE void NAME(fp32_product)(int stored, const Matrix *matrix, const ch
     long passes = (m + ROWS_MAX - 1) / ROWS_MAX, quantised = stored >= INT8;
     long step = quantised && matrix->group < K_BLOCK ? matrix->group : K_BLOCK;
     int widened = quantised || (stored != FP32 && passes > 1);
-    float scales[PANEL];
+    float scales[PANEL] = {0};
     for (long first = 0; first < k; first += step) {
         long block = k - first < step ? k - first : step, bytes = block * PANEL;
         if (quantised && first % matrix->group == 0) {
@@ -97,22 +104,12 @@ TARGET INLINE void NAME(fp32_product)(int stored, const Matrix *matrix, const ch
 
 TARGET static void NAME(panel_product_fp32)(const Matrix *w, const void *packed, long m, long k, long panel, float *c,
                                             void *scratch) {
-    static const Layout layouts[] = {ROWS_FP32, ROWS_FP16, ROWS_BF16, ROWS_INT8, ROWS_INT4};
-    const char *at = (const char *)w->data + panel * panel_bytes(layouts[w->stored], w, k);
-    switch (w->stored) {
-    case FP32: NAME(fp32_product)(FP32, w, at, packed, m, k, c, scratch); break;
-    case FP16: NAME(fp32_product)(FP16, w, at, packed, m, k, c, scratch); break;
-    case BF16: NAME(fp32_product)(BF16, w, at, packed, m, k, c, scratch); break;
-    case INT8: NAME(fp32_product)(INT8, w, at, packed, m, k, c, scratch); break;
+    const char *at = (const char *)w->data + panel * panel_bytes(w, k);
+    switch (w->layout) {
+    case ROWS_FP32: NAME(fp32_product)(FP32, w, at, packed, m, k, c, scratch); break;
+    case ROWS_FP16: NAME(fp32_product)(FP16, w, at, packed, m, k, c, scratch); break;
+    case ROWS_BF16: NAME(fp32_product)(BF16, w, at, packed, m, k, c, scratch); break;
+    case ROWS_INT8: NAME(fp32_product)(INT8, w, at, packed, m, k, c, scratch); break;
     default: NAME(fp32_product)(INT4, w, at, packed, m, k, c, scratch);
     }
-}
-
-/* The product for bf16 without its instructions: floating-point weights were rounded to bf16 when they were packed,
-   activations when they were. */
-TARGET static void NAME(panel_product_bf16)(const Matrix *w, const void *packed, long m, long k, long panel, float *c,
-                                            void *scratch) {
-    Matrix rounded = *w;
-    if (rounded.stored < INT8) rounded.stored = BF16;
-    NAME(panel_product_fp32)(&rounded, packed, m, k, panel, c, scratch);
 }

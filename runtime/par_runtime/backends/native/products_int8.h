@@ -20,16 +20,20 @@ QUADS INLINE void int8_rows(const int rows, const int source, int64_t scales_sto
         if (!prefetch.from) prefetch_step(&prefetch, w, scale_bytes, 0);
         w += scale_bytes;
         __m512i sum[2][12][2];
+        UNROLL
         for (int i = 0; i < rows; i++)
+            UNROLL
             for (int j = 0; j < 2; j++) {
                 sum[0][i][j] = _mm512_slli_epi32(_mm512_set1_epi32(x_sum[i]), source == INT8 ? 7 : 3);
                 sum[1][i][j] = _mm512_setzero_si512();
             }
         const int32_t *quads = (const int32_t *)x;
-        for (long p = 0; p < group; p += 8, step++, w += step_bytes, quads += 2 * m) {
+        for (long p = 0; p < group; p += 8, step++, w += step_bytes) {
             prefetch_step(&prefetch, w, step_bytes, step);
+            UNROLL
             for (int t = 0; t < 2; t++) {
                 __m512i codes[2];
+                UNROLL
                 for (int j = 0; j < 2; j++) {
                     codes[j] = _mm512_loadu_si512(w + (source == INT8 ? t * 128 : 0) + j * 64);
                     if (source == INT4) {
@@ -37,14 +41,19 @@ QUADS INLINE void int8_rows(const int rows, const int source, int64_t scales_sto
                         codes[j] = _mm512_and_si512(codes[j], low_half);
                     }
                 }
+                UNROLL
                 for (int i = 0; i < rows; i++) {
-                    __m512i value = _mm512_set1_epi32(quads[t * m + i]);
+                    __m512i value = _mm512_set1_epi32(quads[i]);
+                    UNROLL
                     for (int j = 0; j < 2; j++)
                         sum[t % chains][i][j] = _mm512_dpbusd_epi32(sum[t % chains][i][j], codes[j], value);
                 }
+                quads += m;
             }
         }
+        UNROLL
         for (int i = 0; i < rows; i++)
+            UNROLL
             for (int j = 0; j < 2; j++) {
                 __m512i total = chains == 1 ? sum[0][i][j] : _mm512_add_epi32(sum[0][i][j], sum[1][i][j]);
                 __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_set1_ps(x_scale[i]));
@@ -72,12 +81,11 @@ QUADS static void int8_pass(long rows, int source, int64_t scales_stored, const 
 QUADS static void panel_product_int8_dot(const Matrix *matrix, const void *packed, long m, long k, long panel, float *c,
                                          void *scratch) {
     (void)scratch;
-    Layout layout = matrix->stored == INT8 ? QUADS_INT8 : QUADS_INT4;
-    const char *w = (const char *)matrix->data + panel * panel_bytes(layout, matrix, k);
+    const char *w = (const char *)matrix->data + panel * panel_bytes(matrix, k);
     long passes = (m + 11) / 12, group = matrix->group, most = passes == 1 ? k : K_BLOCK_DOT;
     for (long first = 0, block; first < k; first += block) {
         block = k - first < most ? k - first : most;
-        long bytes = panel_bytes(layout, matrix, block);
+        long bytes = panel_bytes(matrix, block);
         const char *x = (const char *)packed + first / group * (group + 8) * m;
         for (long i = 0, pass = 0, rows; i < m; i += rows, pass++) {
             rows = rows_of_pass(m - i, 12);

@@ -32,7 +32,7 @@ static inline int64_t column_of(int64_t p, int64_t j, int64_t n, int halves) {
 }
 
 /* The codes of 8 rows of a panel, in the order of `layout`. */
-static void pack_codes(Layout layout, const int8_t codes[8][PANEL], uint8_t *out) {
+static void pack_codes(int64_t layout, const int8_t codes[8][PANEL], uint8_t *out) {
     if (layout >= ROWS_INT4 && layout != PAIRS_SIGN8 && layout != PAIRS_INT8 && layout != QUADS_INT8)
         memset(out, 0, 4 * PANEL);
     for (int r = 0; r < 8; r++)
@@ -57,47 +57,59 @@ static void pack_codes(Layout layout, const int8_t codes[8][PANEL], uint8_t *out
         }
 }
 
-/* Packs w [k][n] into panels at `out`. `matrix` has its dtype, group and the dtype of `scales` [k/group][n]. n is a
-   multiple of PANEL; k of the group. The file is read in order: its pages are small, those of `out` huge. */
-static void pack_matrix(Layout layout, const Matrix *matrix, const char *w, const char *scales, int64_t k, int64_t n,
-                        int halves, char *out) {
-    int64_t size = panel_bytes(layout, matrix, k), run = halves ? PANEL / 2 : PANEL;
-    if (matrix->group) {
-        int64_t group = matrix->group, scale_bytes = number_bytes(matrix->scales);
-        int64_t group_bytes = panel_bytes(layout, matrix, group);
-        for (int64_t row = 0; row < k; row += 8)
-            for (int64_t p = 0; p < n / PANEL; p++) {
-                char *to = out + p * size + row / group * group_bytes;
-                if (row % group == 0)
-                    for (int64_t j = 0; j < PANEL; j += run)
-                        memcpy(to + j * scale_bytes,
-                               scales + (row / group * n + column_of(p, j, n, halves)) * scale_bytes,
-                               (size_t)(run * scale_bytes));
-                int8_t codes[8][PANEL];
-                for (int r = 0; r < 8; r++)
-                    for (int64_t j = 0; j < PANEL; j++)
-                        codes[r][j] = (int8_t)code_at((const uint8_t *)w, matrix->stored,
-                                                      (row + r) * n + column_of(p, j, n, halves));
-                int64_t at = row % group * PANEL;
-                if (layout == ROWS_INT4 || layout == PAIRS_INT4 || layout == WORDS_INT4 || layout == QUADS_INT4) at /= 2;
-                pack_codes(layout, codes, (uint8_t *)to + PANEL * scale_bytes + at);
-            }
-        return;
-    }
-    int64_t bytes = number_bytes(matrix->stored);
+/* Packs a matrix with codes: w [k][n], scales [k/group][n]. */
+static void pack_quantised(const Matrix *matrix, const char *w, const char *scales, int64_t k, int64_t n, int halves,
+                           char *out) {
+    int64_t size = panel_bytes(matrix, k), run = halves ? PANEL / 2 : PANEL, group = matrix->group;
+    int64_t scale_bytes = number_bytes(matrix->scales), group_bytes = panel_bytes(matrix, group);
+    int64_t row_bytes = group_bytes / group - PANEL * scale_bytes / group; /* of codes of a panel */
+    for (int64_t row = 0; row < k; row += 8)
+        for (int64_t p = 0; p < n / PANEL; p++) {
+            char *to = out + p * size + row / group * group_bytes;
+            if (row % group == 0)
+                for (int64_t j = 0; j < PANEL; j += run)
+                    memcpy(to + j * scale_bytes, scales + (row / group * n + column_of(p, j, n, halves)) * scale_bytes,
+                           (size_t)(run * scale_bytes));
+            int8_t codes[8][PANEL];
+            for (int r = 0; r < 8; r++)
+                for (int64_t j = 0; j < PANEL; j += run) {
+                    int64_t from = (row + r) * n + column_of(p, j, n, halves);
+                    for (int64_t l = 0; l < run; l++)
+                        codes[r][j + l] = (int8_t)code_at((const uint8_t *)w, matrix->stored, from + l);
+                }
+            pack_codes(matrix->layout, codes, (uint8_t *)to + PANEL * scale_bytes + row % group * row_bytes);
+        }
+}
+
+/* Packs a matrix without codes: w [k][n]. */
+static void pack_floats(const Matrix *matrix, const char *w, int64_t k, int64_t n, int halves, char *out) {
+    int64_t size = panel_bytes(matrix, k), run = halves ? PANEL / 2 : PANEL, bytes = number_bytes(matrix->stored);
     for (int64_t row = 0; row < k; row++)
         for (int64_t p = 0; p < n / PANEL; p++)
             for (int64_t j = 0; j < PANEL; j += run) {
                 int64_t from = row * n + column_of(p, j, n, halves);
                 char *to = out + p * size;
-                if (layout == (Layout)matrix->stored) {
+                if (matrix->layout == matrix->stored) { /* ROWS_FP32, ROWS_FP16, ROWS_BF16 */
                     memcpy(to + (row * PANEL + j) * bytes, w + from * bytes, (size_t)(run * bytes));
                     continue;
                 }
                 for (int64_t l = 0; l < run; l++) {
                     uint16_t rounded = (uint16_t)to_bf16(number_at(w, matrix->stored, from + l));
-                    int64_t at = layout == ROWS_BF16 ? row * PANEL + j + l : row / 2 * 2 * PANEL + (j + l) * 2 + row % 2;
+                    int64_t at = row * PANEL + j + l;
+                    if (matrix->layout == PAIRS_BF16) at = row / 2 * 2 * PANEL + (j + l) * 2 + row % 2;
                     memcpy(to + at * 2, &rounded, 2);
                 }
             }
 }
+
+/* Packs w [k][n], and the scales [k/group][n] of a quantised one, into panels at `out`, [n/PANEL] of parvis_matrix_bytes()
+   together. n is a multiple of PANEL; k of the group, or any even number. With `halves`, a panel holds PANEL/2 columns
+   of the first half of w, then PANEL/2 of the second half. */
+void parvis_pack(const Matrix *matrix, const char *w, const char *scales, int64_t k, int64_t n, int halves, char *out) {
+    /* w is read in order: it is a mapped file with small pages. `out` has huge pages. */
+    if (matrix->group) pack_quantised(matrix, w, scales, k, n, halves, out);
+    else pack_floats(matrix, w, k, n, halves, out);
+}
+
+/* Bytes of a packed matrix [k][n]. */
+int64_t parvis_matrix_bytes(const Matrix *matrix, int64_t k, int64_t n) { return n / PANEL * panel_bytes(matrix, k); }

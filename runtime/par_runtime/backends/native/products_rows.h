@@ -26,22 +26,23 @@ TARGET INLINE void NAME(transpose)(const float *x, long ldx, long m, long k, con
         }
 }
 
-TARGET static void NAME(pack_rows_fp32)(const float *x, long ldx, long m, long k, const float *row_scale,
-                                        const float *gain, long group, void *packed) {
-    (void)group;
+TARGET static void NAME(pack_rows_fp32)(const Matrix *w, const float *x, long ldx, long m, long k,
+                                        const float *row_scale, const float *gain, void *packed) {
+    (void)w;
     NAME(transpose)(x, ldx, m, k, row_scale, gain, 0, packed);
 }
 
-TARGET static void NAME(pack_rows_bf16)(const float *x, long ldx, long m, long k, const float *row_scale,
-                                        const float *gain, long group, void *packed) {
-    (void)group;
+TARGET static void NAME(pack_rows_bf16)(const Matrix *w, const float *x, long ldx, long m, long k,
+                                        const float *row_scale, const float *gain, void *packed) {
+    (void)w;
     NAME(transpose)(x, ldx, m, k, row_scale, gain, 1, packed);
 }
 
+#if VEC_FLOATS == 16
 /* out [K/2][M][2] bf16, for dot products of pairs. */
-TARGET static void NAME(pack_rows_pairs)(const float *x, long ldx, long m, long k, const float *row_scale,
-                                         const float *gain, long group, void *packed) {
-    (void)group;
+TARGET static void NAME(pack_rows_pairs)(const Matrix *w, const float *x, long ldx, long m, long k,
+                                         const float *row_scale, const float *gain, void *packed) {
+    (void)w;
     uint32_t *out = packed, pairs[COLUMNS / 2];
     float row[COLUMNS];
     for (long first = 0; first < k; first += COLUMNS)
@@ -53,6 +54,7 @@ TARGET static void NAME(pack_rows_pairs)(const float *x, long ldx, long m, long 
             for (long j = 0; j < count / 2; j++) out[(first / 2 + j) * m + i] = pairs[j];
         }
 }
+#endif
 
 /* codes [k] = row [k] rounded to whole numbers times `scale`, the largest of them 127. A group that holds a NaN or an
    infinity has the scale NaN, so that all that is computed from it becomes NaN. Numbers below 1e-30 count as 0. */
@@ -103,14 +105,16 @@ TARGET INLINE void NAME(pack_rows_int8)(const float *x, long ldx, long m, long k
         }
 }
 
-TARGET static void NAME(pack_rows_quads)(const float *x, long ldx, long m, long k, const float *row_scale,
-                                         const float *gain, long group, void *packed) {
-    NAME(pack_rows_int8)(x, ldx, m, k, row_scale, gain, group, 1, packed);
+#if VEC_FLOATS == 16
+TARGET static void NAME(pack_rows_quads)(const Matrix *w, const float *x, long ldx, long m, long k,
+                                         const float *row_scale, const float *gain, void *packed) {
+    NAME(pack_rows_int8)(x, ldx, m, k, row_scale, gain, w->group, 1, packed);
 }
+#endif
 
-TARGET static void NAME(pack_rows_words)(const float *x, long ldx, long m, long k, const float *row_scale,
-                                         const float *gain, long group, void *packed) {
-    NAME(pack_rows_int8)(x, ldx, m, k, row_scale, gain, group, 0, packed);
+TARGET static void NAME(pack_rows_words)(const Matrix *w, const float *x, long ldx, long m, long k,
+                                         const float *row_scale, const float *gain, void *packed) {
+    NAME(pack_rows_int8)(x, ldx, m, k, row_scale, gain, w->group, 0, packed);
 }
 
 #undef COLUMNS

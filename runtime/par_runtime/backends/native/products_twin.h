@@ -23,10 +23,14 @@ AVX2 INLINE void twin_rows(const int rows, const int source, int64_t scales_stor
     if (!prefetch.from) prefetch_step(&prefetch, w, PANEL * number_bytes(scales_stored), 0);
     w += PANEL * number_bytes(scales_stored);
     __m256i sum[TWIN_ROWS][4];
+    UNROLL
     for (int i = 0; i < rows; i++)
+        UNROLL
         for (int j = 0; j < 4; j++) sum[i][j] = _mm256_setzero_si256();
     for (long p = 0; p < group; p += 4, pairs += 2 * m) {
+        UNROLL
         for (int t = 0; t < 2; t++)
+            UNROLL
             for (int j = 0; j < 4; j++) {
                 const __m128i *from = (const __m128i *)(w + (source == INT8 ? t * 64 : 0) + j * 16);
                 __m256i codes;
@@ -36,6 +40,7 @@ AVX2 INLINE void twin_rows(const int rows, const int source, int64_t scales_stor
                     codes = t ? _mm256_srli_epi16(codes, 4) : _mm256_and_si256(codes, _mm256_set1_epi16(15));
                     codes = _mm256_sub_epi16(codes, _mm256_set1_epi16(8));
                 }
+                UNROLL
                 for (int i = 0; i < rows; i++) {
                     __m256i value = _mm256_set1_epi32(pairs[t * m + i]);
                     sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(codes, value));
@@ -44,7 +49,9 @@ AVX2 INLINE void twin_rows(const int rows, const int source, int64_t scales_stor
         prefetch_step(&prefetch, w, source == INT8 ? 128 : 64, p / 4);
         w += source == INT8 ? 128 : 64;
     }
+    UNROLL
     for (int i = 0; i < rows; i++)
+        UNROLL
         for (int j = 0; j < 4; j++) {
             __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[i][j]), _mm256_set1_ps(x_scale[i]));
             float *to = c + i * PANEL + j * 8;
@@ -57,9 +64,8 @@ AVX2 static void panel_product_int8_twin(const Matrix *matrix, const void *packe
                                          void *scratch) {
     (void)scratch;
     int source = (int)matrix->stored;
-    Layout layout = source == INT8 ? PAIRS_INT8 : PAIRS_INT4;
-    const char *w = (const char *)matrix->data + panel * panel_bytes(layout, matrix, k);
-    long passes = (m + TWIN_ROWS - 1) / TWIN_ROWS, group = matrix->group, bytes = panel_bytes(layout, matrix, group);
+    const char *w = (const char *)matrix->data + panel * panel_bytes(matrix, k);
+    long passes = (m + TWIN_ROWS - 1) / TWIN_ROWS, group = matrix->group, bytes = panel_bytes(matrix, group);
     for (long first = 0; first < k; first += group, w += bytes) {
         const char *x = (const char *)packed + first / group * (group * 2 + 4) * m;
         for (long i = 0, pass = 0, rows; i < m; i += rows, pass++) {

@@ -23,10 +23,7 @@
 #include "matrix.h"
 #include "threads.h"
 
-#define K_BLOCK 64 /* rows of a panel that stay in the L1 cache while all rows of activations are multiplied */
-#define PREFETCH_L2_BYTES 3072 /* in products of one pass: how far ahead weights are prefetched into L2, */
-#define PREFETCH_L1_BYTES 1024 /* and how far ahead into L1 */
-#define PREFETCH_SLOTS 12      /* how far ahead cached values are prefetched */
+#define PREFETCH_SLOTS 12 /* how far ahead cached values are prefetched */
 #define RMS_EPSILON 1e-5f
 
 /* The model. The Python class Model of library.py has the same fields. */
@@ -79,10 +76,19 @@ typedef struct {
 #define vec_load_fp16(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #define vec_load_bf16(p) \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define vec_load_int8(p) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p))))
+#define vec_load_int4(p, shift)                                                                                        \
+    _mm512_cvtepi32_ps(_mm512_sub_epi32(                                                                               \
+        _mm512_and_si512(_mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p))), shift),        \
+                         _mm512_set1_epi32(15)),                                                                       \
+        _mm512_set1_epi32(8)))
+#define vec_mul _mm512_mul_ps
 #define vec_store _mm512_storeu_ps
 #define vec_set1 _mm512_set1_ps
 #define vec_fma _mm512_fmadd_ps
 #include "products.h"
+#include "products_fp32.h"
+#include "products_rows.h"
 #include "step_kernels.h"
 #undef SUFFIX
 #undef TARGET
@@ -93,6 +99,9 @@ typedef struct {
 #undef vec_load_fp32
 #undef vec_load_fp16
 #undef vec_load_bf16
+#undef vec_load_int8
+#undef vec_load_int4
+#undef vec_mul
 #undef vec_store
 #undef vec_set1
 #undef vec_fma
@@ -106,20 +115,34 @@ typedef struct {
 #define vec_load_fp16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #define vec_load_bf16(p) \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
+#define vec_load_int8(p) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
+#define vec_load_int4(p, shift)                                                                                        \
+    _mm256_cvtepi32_ps(_mm256_sub_epi32(                                                                               \
+        _mm256_and_si256(_mm256_srli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p))), shift),        \
+                         _mm256_set1_epi32(15)),                                                                       \
+        _mm256_set1_epi32(8)))
+#define vec_mul _mm256_mul_ps
 #define vec_store _mm256_storeu_ps
 #define vec_set1 _mm256_set1_ps
 #define vec_fma _mm256_fmadd_ps
 #include "products.h"
+#include "products_fp32.h"
+#include "products_rows.h"
 #include "step_kernels.h"
+#include "products_twin.h"
+#if __GNUC__ >= 10 || (defined(__clang_major__) && __clang_major__ >= 9)
+#define HAS_DOT /* the compiler knows dot products */
+#include "products_bf16.h"
+#include "products_int8.h"
 #endif
+#endif
+#include "products_choose.h"
+#include "products_pack.h"
 
 /* The kernels of one instruction set; products.h and step_kernels.h describe them. */
 typedef struct {
     const char *instructions;
-    void (*pack_rows)(int arithmetic, const float *x, long ldx, long m, long k, const float *row_scale,
-                      const float *gain, long group, void *packed);
-    void (*panel_product)(int arithmetic, const Matrix *w, const void *packed, long m, long k, long panel, float *c,
-                          void *scratch);
+    int avx512; /* which vectors its products use, of product_of() */
     void (*inverse_rms)(const float *x, long dim, long m, float *scale);
     void (*attention_head)(const Step *s, long layer, long row, long head, float *scratch);
     void (*swiglu)(const float *c, long m, float *out, long ldo);
@@ -131,26 +154,19 @@ static const Kernels *select_kernels(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
     static const Kernels avx512 = {
         .instructions = "avx512",
-        .pack_rows = pack_rows_avx512,
-        .panel_product = panel_product_avx512,
+        .avx512 = 1,
         .inverse_rms = inverse_rms_avx512,
         .attention_head = attention_head_avx512,
         .swiglu = swiglu_avx512,
     };
     static const Kernels avx2 = {
         .instructions = "avx2",
-        .pack_rows = pack_rows_avx2,
-        .panel_product = panel_product_avx2,
+        .avx512 = 0,
         .inverse_rms = inverse_rms_avx2,
         .attention_head = attention_head_avx2,
         .swiglu = swiglu_avx2,
     };
-    const char *requested = getenv("PARVIS_NATIVE");
-    int avx2_requested = requested && !strcmp(requested, "avx2");
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        !avx2_requested)
-        return &avx512;
+    if (instructions_of_cpu().avx512) return &avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &avx2;
 #endif
     return NULL;
@@ -172,21 +188,9 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* The largest results that `size` of packed_rows_bytes() and product_scratch_bytes() has for any product. */
-static int64_t largest_packed(const Model *model, int64_t m, int64_t *product_scratch) {
-    int64_t inner = model->n_heads * model->head_dim, dim = model->dim, packed = 0;
-    *product_scratch = 0;
-    for (int64_t l = 0; l <= model->n_layers; l++) {
-        const Matrix *last = &model->output;
-        const Matrix *w[] = {model->wqkv + l, model->wo + l, model->w13 + l, model->w2 + l};
-        int64_t k[] = {dim, inner, dim, model->ffn_dim};
-        for (int i = 0; i < (l < model->n_layers ? 4 : 1); i++) {
-            const Matrix *each = l < model->n_layers ? w[i] : last;
-            packed = larger(packed, packed_rows_bytes((int)each->arithmetic, m, k[i], each->group));
-            *product_scratch = larger(*product_scratch, product_scratch_bytes((int)each->arithmetic, m, k[i]));
-        }
-    }
-    return packed;
+/* Bytes of the packed activations of any product of a model. */
+static int64_t largest_packed(const Model *model, int64_t m) {
+    return packed_rows_bytes(m, larger(model->ffn_dim, larger(model->dim, model->n_heads * model->head_dim)));
 }
 
 /* Keeps x [M][k], or with `gain` [k] its RMSNorm, where a step is recorded: `parvis calibrate` needs it. */
@@ -202,7 +206,7 @@ static void pack(const Kernels *kernels, const Step *s, const float *x, const fl
                  Scratch *own) {
     long m = s->rows * s->query;
     if (gain) kernels->inverse_rms(x, k, m, own->scale);
-    kernels->pack_rows((int)w->arithmetic, x, k, m, k, gain ? own->scale : NULL, gain, w->group, own->packed);
+    product_of(w, kernels->avx512).pack_rows(w, x, k, m, k, gain ? own->scale : NULL, gain, own->packed);
     record(x, gain, m, k, own);
 }
 
@@ -211,9 +215,10 @@ static void pack(const Kernels *kernels, const Step *s, const float *x, const fl
 static void matmul(Pool *pool, const Kernels *kernels, const Step *s, const float *x, const float *gain,
                    const Matrix *w, long k, long n, float *c, int accumulate, Scratch *own) {
     long m = s->rows * s->query;
+    PanelProduct *panel_product = product_of(w, kernels->avx512).panel_product;
     pack(kernels, s, x, gain, w, k, own);
     for (long p = -1; (p = next_panel(pool, n / PANEL, p)) >= 0;) {
-        kernels->panel_product((int)w->arithmetic, w, own->packed, m, k, p, own->tile, own->product_scratch);
+        panel_product(w, own->packed, m, k, p, own->tile, own->product_scratch);
         for (long i = 0; i < m; i++) {
             float *to = c + i * n + p * PANEL;         /* [PANEL] */
             const float *from = own->tile + i * PANEL; /* [PANEL] */
@@ -238,10 +243,10 @@ static void ffn_hidden(Pool *pool, const Kernels *kernels, const Step *s, const 
                        Scratch *own) {
     const Model *model = s->model;
     long m = s->rows * s->query;
+    PanelProduct *panel_product = product_of(w13, kernels->avx512).panel_product;
     pack(kernels, s, s->x, gain, w13, model->dim, own);
     for (long p = -1; (p = next_panel(pool, 2 * model->ffn_dim / PANEL, p)) >= 0;) {
-        kernels->panel_product((int)w13->arithmetic, w13, own->packed, m, model->dim, p, own->tile,
-                               own->product_scratch);
+        panel_product(w13, own->packed, m, model->dim, p, own->tile, own->product_scratch);
         kernels->swiglu(own->tile, m, s->ffn_hidden + p * (PANEL / 2), model->ffn_dim);
     }
     barrier(pool);
@@ -254,7 +259,7 @@ static void run_step(Pool *pool, const void *argument, int thread) {
     const Kernels *kernels = select_kernels();
     long dim = model->dim, inner = model->n_heads * model->head_dim, m = s->rows * s->query;
     char *at = s->scratch + thread * s->scratch_bytes;
-    int64_t product_scratch, packed = largest_packed(model, m, &product_scratch);
+    int64_t packed = largest_packed(model, m);
     Scratch own = {.scale = (float *)at, .tile = (float *)(at + aligned(m * 4))};
     own.packed = (char *)own.tile + m * PANEL * 4;
     own.product_scratch = (char *)own.packed + aligned(packed);
@@ -280,7 +285,7 @@ int parvis_panel(void) { return PANEL; }
 /* The sizes of the structures and the offsets of their last fields; library.py compares them with its own. */
 void parvis_struct_sizes(int64_t *sizes /* [6] */) {
     sizes[0] = sizeof(Matrix);
-    sizes[1] = offsetof(Matrix, arithmetic);
+    sizes[1] = offsetof(Matrix, layout);
     sizes[2] = sizeof(Model);
     sizes[3] = offsetof(Model, output);
     sizes[4] = sizeof(Step);
@@ -291,8 +296,8 @@ void parvis_struct_sizes(int64_t *sizes /* [6] */) {
 int64_t parvis_scratch(const Model *model, int64_t rows, int64_t query) {
     int64_t m = rows * query, padded_slots = (model->cache_slots + PANEL - 1) / PANEL * PANEL;
     int64_t attention = query * (2 * model->head_dim + 2 * padded_slots) * 4;
-    int64_t product_scratch, packed = largest_packed(model, m, &product_scratch);
-    return aligned(m * 4) + aligned(larger(attention, m * PANEL * 4 + aligned(packed) + product_scratch)) + 64;
+    int64_t products = m * PANEL * 4 + aligned(largest_packed(model, m)) + product_scratch_bytes();
+    return aligned(m * 4) + aligned(larger(attention, products)) + 64;
 }
 
 void *parvis_open(int n_threads) { return pool_open(n_threads, run_step); }
@@ -306,15 +311,11 @@ void parvis_step(void *pool, const Step *step) { pool_run(pool, step); }
    has parvis_packed_bytes(), and is packed here. */
 void parvis_products(const Matrix *w, const float *x /* [m][k] */, int64_t m, int64_t k, int64_t n_panels,
                      int64_t times, float *tile /* [m][PANEL] */, char *packed) {
-    const Kernels *kernels = select_kernels();
-    int arithmetic = (int)w->arithmetic;
-    char *scratch = packed + aligned(packed_rows_bytes(arithmetic, m, k, w->group));
-    kernels->pack_rows(arithmetic, x, k, m, k, NULL, NULL, w->group, packed);
+    Product product = product_of(w, select_kernels()->avx512);
+    char *scratch = packed + aligned(packed_rows_bytes(m, k));
+    product.pack_rows(w, x, k, m, k, NULL, NULL, packed);
     for (int64_t i = 0; i < times; i++)
-        for (int64_t p = 0; p < n_panels; p++) kernels->panel_product(arithmetic, w, packed, m, k, p, tile, scratch);
+        for (int64_t p = 0; p < n_panels; p++) product.panel_product(w, packed, m, k, p, tile, scratch);
 }
 
-int64_t parvis_packed_bytes(const Matrix *w, int64_t m, int64_t k) {
-    int arithmetic = (int)w->arithmetic;
-    return aligned(packed_rows_bytes(arithmetic, m, k, w->group)) + product_scratch_bytes(arithmetic, m, k);
-}
+int64_t parvis_packed_bytes(int64_t m, int64_t k) { return aligned(packed_rows_bytes(m, k)) + product_scratch_bytes(); }

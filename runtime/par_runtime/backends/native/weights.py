@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,23 +14,24 @@ from numpy.typing import NDArray
 from par_runtime.backends.native.library import ARITHMETIC, STORED, Matrix, Model
 from par_runtime.backends.ort.sessions import check_memory
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
-from par_runtime.dtypes import STORAGE, Float, Int, dtype_bytes, to_float32
+from par_runtime.dtypes import STORAGE, Float, Int, to_float32
 from par_runtime.errors import BundleError
 from par_runtime.manifest import MATRICES, NORMS
+from par_runtime.quantised import SCALE
 
 PAGE_BYTES = 4096
 
 
 class Weights:
-    """Matrices [K,N] packed into panels [N/panel,K,panel] in one allocation, in the precision in which they are stored.
+    """Matrices [K,N] packed into panels in one allocation, each for the arithmetic in which it is multiplied (matrix.h).
 
     ``model`` is the structure for ``step.c``. It points into this object's memory: keep the object while it is used.
     """
 
-    def __init__(self, bundle: Bundle, lib: ctypes.CDLL, cache_slots: int) -> None:
-        """Read the weights file of ``bundle``.
+    def __init__(self, bundle: Bundle, lib: ctypes.CDLL, cache_slots: int, arithmetic: str = "fp32") -> None:
+        """Read the weights file of ``bundle``. ``arithmetic``: one of ``dtypes.ARITHMETICS``.
 
-        Raises BundleError where the file is shorter than its table, or there is less memory than the matrices take;
+        In "int8", matrices that are not quantised are multiplied in bf16. Raises BundleError where the file is shorter than its table, or there is less memory than the matrices take;
         OSError.
         """
         m, table = bundle.model, bundle.weights
@@ -46,17 +47,22 @@ class Weights:
                 )
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         file = np.frombuffer(mapped, np.uint8)
+        packed = {name: _matrix(lib, table, name, arithmetic) for name in names}
         offsets, total = {}, 0
         for name in names:
             offsets[name] = total
-            total += -(-table[name].length // PAGE_BYTES) * PAGE_BYTES
+            length = lib.parvis_matrix_bytes(ctypes.byref(packed[name]), *table[name].shape)
+            total += -(-length // PAGE_BYTES) * PAGE_BYTES
         check_memory(bundle, total)
         self._packed = np.empty(total, np.uint8)  # numpy asks the system for huge pages
-        address = {name: self._packed.ctypes.data + offset for name, offset in offsets.items()}
-        for name in names:
-            stored = table[name]
-            source = file.ctypes.data + stored.offset
-            lib.parvis_pack(source, *stored.shape, dtype_bytes(stored.dtype), int(name.endswith("w13")), address[name])
+        for name, matrix in packed.items():
+            stored, scales = table[name], table.get(name + SCALE)
+            matrix.data = self._packed.ctypes.data + offsets[name]
+            lib.parvis_pack(
+                ctypes.byref(matrix), file.ctypes.data + stored.offset,
+                None if scales is None else file.ctypes.data + scales.offset,
+                *stored.shape, int(name.endswith("w13")), matrix.data,
+            )  # fmt: skip
             _drop_pages(mapped, stored)
         gains = ["norm", *(f"layers.{i}.{norm}" for norm in NORMS for i in layers)]
         self._norms = {name: _float32(file, table[name]) for name in gains}
@@ -64,11 +70,7 @@ class Weights:
         self._embed = _view(file, table["embed"]).copy()
         self._cosine, self._sine = (_float32(file, table[name]) for name in ("cos", "sin"))
 
-        def packed(name: str) -> Matrix:
-            stored = STORED[table[name].dtype]
-            return Matrix(data=address[name], stored=stored, group=0, arithmetic=ARITHMETIC["fp32"])
-
-        matrices = {name: (Matrix * len(layers))(*(packed(f"layers.{i}.{name}") for i in layers)) for name in MATRICES}
+        matrices = {name: (Matrix * len(layers))(*(packed[f"layers.{i}.{name}"] for i in layers)) for name in MATRICES}
         norms = {norm: pointers(self._norms[f"layers.{i}.{norm}"].ctypes.data for i in layers) for norm in NORMS}
         self.model = Model(
             dim=m["dim"],
@@ -84,12 +86,24 @@ class Weights:
             **matrices,
             **norms,
             norm=self._norms["norm"].ctypes.data,
-            output=packed("output"),
+            output=packed["output"],
         )
 
     def embed(self, ids: Int, out: Float) -> None:
         """The rows of the embedding table for ``ids`` [R,q] into ``out`` [R,q,d]."""
         out[:] = to_float32(self._embed[ids], self._embed_dtype)
+
+
+def _matrix(lib: ctypes.CDLL, table: Mapping[str, Stored], name: str, arithmetic: str) -> Matrix:
+    """Matrix ``name`` of a table of weights, as this CPU multiplies it in ``arithmetic``; its ``data`` is missing."""
+    dtype, scales = table[name].dtype, table.get(name + SCALE)
+    if scales is None and arithmetic == "int8":
+        arithmetic = "bf16"
+    matrix = Matrix(stored=STORED[dtype], arithmetic=ARITHMETIC[arithmetic])
+    if scales is not None:
+        matrix.group, matrix.scales = table[name].shape[0] // scales.shape[0], STORED[scales.dtype]
+    matrix.layout = lib.parvis_layout(matrix.stored, matrix.arithmetic)
+    return matrix
 
 
 def pointers(addresses: Iterable[int]) -> Any:

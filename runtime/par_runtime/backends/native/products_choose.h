@@ -1,0 +1,58 @@
+/* Which product a matrix is multiplied with: its layout says it, and the layout is chosen by what this CPU can. */
+
+/* What of a CPU's instructions the products use; PARVIS_NATIVE in the environment allows fewer: "avx2", or "avx512"
+   without dot products. */
+typedef struct {
+    int avx512, bf16_dot, int8_dot;
+} Instructions;
+
+static Instructions instructions_of_cpu(void) {
+    Instructions have = {0, 0, 0};
+#if defined(__x86_64__) && defined(__GNUC__)
+    const char *requested = getenv("PARVIS_NATIVE");
+    __builtin_cpu_init();
+    have.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && !(requested && !strcmp(requested, "avx2"));
+#ifdef HAS_DOT
+    int dots = have.avx512 && !(requested && !strcmp(requested, "avx512"));
+    have.bf16_dot = dots && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    have.int8_dot = dots && __builtin_cpu_supports("avx512vnni");
+#endif
+#endif
+    return have;
+}
+
+/* The layout in which this CPU multiplies a matrix. */
+int64_t parvis_layout(int64_t stored, int64_t arithmetic) {
+    Instructions have = instructions_of_cpu();
+    if (arithmetic == MULTIPLY_BF16 && have.bf16_dot)
+        return stored == INT8 ? PAIRS_SIGN8 : stored == INT4 ? WORDS_INT4 : PAIRS_BF16;
+    if (arithmetic == MULTIPLY_INT8 && have.int8_dot) return stored == INT8 ? QUADS_INT8 : QUADS_INT4;
+    if (arithmetic == MULTIPLY_INT8) return stored == INT8 ? PAIRS_INT8 : PAIRS_INT4;
+    return arithmetic == MULTIPLY_BF16 && stored < INT8 ? ROWS_BF16 : stored;
+}
+
+/* The product of a matrix with the vectors of AVX-512, or AVX2. */
+static Product product_of(const Matrix *w, int avx512) {
+    switch (w->layout) {
+#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef HAS_DOT
+    case PAIRS_BF16:
+    case PAIRS_SIGN8:
+    case WORDS_INT4: return (Product){pack_rows_pairs_avx512, panel_product_bf16_dot};
+    case QUADS_INT8:
+    case QUADS_INT4: return (Product){pack_rows_quads_avx512, panel_product_int8_dot};
+#endif
+    case PAIRS_INT8:
+    case PAIRS_INT4: return (Product){avx512 ? pack_rows_words_avx512 : pack_rows_words_avx2, panel_product_int8_twin};
+    default: /* ROWS_* */
+        if (w->arithmetic == MULTIPLY_BF16)
+            return avx512 ? (Product){pack_rows_bf16_avx512, panel_product_fp32_avx512}
+                          : (Product){pack_rows_bf16_avx2, panel_product_fp32_avx2};
+        return avx512 ? (Product){pack_rows_fp32_avx512, panel_product_fp32_avx512}
+                      : (Product){pack_rows_fp32_avx2, panel_product_fp32_avx2};
+#else
+    default: return (Product){NULL, NULL};
+#endif
+    }
+}
