@@ -3,8 +3,8 @@
 ONNX Runtime multiplies a few rows by a large matrix at half to two thirds of the memory bandwidth, and holds fp16 and
 bf16 weights in fp32. This backend packs each matrix once into the order in which it is read, prefetches it, converts it
 to fp32 in registers, and reads only the keys that a row attends to. Network, arithmetic (fp32) and noise are the same,
-so tokens are those of ``step.onnx`` up to rounding, which the self-test of every load checks. ``decoding.py`` makes the
-pixels.
+so tokens are those of ``step.onnx`` up to rounding, which the self-test of every load checks. A call draws its tokens in C
+too. ``decoding.py`` makes the pixels.
 
 Where it cannot run (no compiler at installation, an older CPU, sizes that it does not support), ``library.why_not``
 gives the reason, and ``choose.py`` takes ONNX Runtime.
@@ -15,6 +15,7 @@ Letters: R rows, B images, q positions, N tokens, V codes, M = R*q, H heads, D' 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from par_runtime import __version__
 from par_runtime.backends.base import BackendInfo, Batch, closed_error
 from par_runtime.backends.cache_rows import CacheRows
-from par_runtime.backends.draws import draw_all
 from par_runtime.backends.native.decoding import open_decoder
 from par_runtime.backends.native.library import Step, library, why_not
 from par_runtime.backends.native.weights import Weights, pointers
@@ -32,6 +32,9 @@ from par_runtime.dtypes import BYTES, Float, Int
 from par_runtime.errors import BundleError
 from par_runtime.loaded import LoadedFiles
 from par_runtime.system import available_cores
+
+
+NO_SUCH_ID = -2  #: what parvis_step returns where an id is no row of the embedding
 
 
 class NativeBackend:
@@ -67,15 +70,18 @@ class NativeBackend:
         self._pool: int | None = lib.parvis_open(self._threads)
         if self._pool is None:
             raise MemoryError(f"{self._threads} threads: no memory for their pool")
-        self._rows = 0  # R of _buffers
+        self._batch: Batch | None = None  # of _calls
         self._record: int | None = None  # where the rows of the products of a call go
         self._keys = CacheRows(bundle.n_tokens)
         # Keys of all layers, then values, each at least R*H*S*D' long. numpy asks for huge pages for one large array.
         self._cache: Float = np.zeros((2 * bundle.model["n_layers"], 0), np.float32)
-        self._buffers: dict[int, _StepBuffers] = {}  # by q, for the current number of rows
+        self._calls: dict[int, _Call] = {}  # by q
 
     def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
-        return _draw(self._guided(batch, ids, write), uniform, batch)
+        call = self._prepare(batch, ids, write)
+        call.uniform[:] = uniform
+        self._run(call, call.tokens_address, None)
+        return call.tokens.copy()
 
     def step_with_rows(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> tuple[Int, dict[str, Float]]:
         """As :meth:`step`, and what the call multiplied each matrix with: its name -> [M,K]."""
@@ -90,20 +96,40 @@ class NativeBackend:
         return tokens, {name: part.reshape(m, -1) for name, part in zip(sizes, parts, strict=True)}
 
     def logits(self, batch: Batch, ids: Int, write: Int) -> Float:
-        return self._guided(batch, ids, write).copy()
+        call = self._prepare(batch, ids, write)
+        out = np.empty((batch.images, ids.shape[1], self.bundle.vocab_size), np.float32)
+        self._run(call, None, out.ctypes.data)
+        return out
 
     def release(self, cache_rows: Int | None = None) -> None:
         self._keys.release(cache_rows)
+
+    def _prepare(self, batch: Batch, ids: Int, write: Int) -> _Call:
+        """The buffers of a call, filled; what is drawn with is missing. The cache has room for its rows.
+
+        Row r has its keys in row ``cache_row[r]`` of the cache, which no other row has. It writes slots ``write[r]`` ..
+        ``write[r] + q - 1``, which are also its positions, and attends to all slots up to the last of these.
+        """
+        if self._pool is None:
+            raise closed_error(self.bundle)
+        if batch is not self._batch:
+            self._reserve(batch)
+        self._keys.note(batch, write, ids.shape[1])
+        call = self._calls.get(ids.shape[1])
+        if call is None:
+            call = self._calls[ids.shape[1]] = _Call(self, batch, ids.shape[1])
+        call.ids[:] = ids
+        call.write[:] = write
+        return call
 
     def _reserve(self, batch: Batch) -> None:
         """Allocate a cache for the rows of ``batch``, if needed; keys that are still needed stay."""
         m = self.bundle.model
         length = batch.cache_rows * m["n_heads"] * self._slots * m["head_dim_padded"]
-        if batch.rows != self._rows:
-            self._buffers.clear()
-            self._rows = batch.rows
+        if self._batch is None or (batch.rows, batch.images) != (self._batch.rows, self._batch.images):
+            self._forget_calls()
         if self._cache.shape[1] < length:
-            self._buffers.clear()
+            self._forget_calls()
             if not self._keys.count:  # the old cache is freed first, so that both are never held at once
                 self._cache = self._cache[:, :0].copy()
             new = np.empty((2 * m["n_layers"], length), np.float32)
@@ -111,6 +137,26 @@ class NativeBackend:
             for layer, keys in zip(new, self._cache, strict=True):
                 layer[: len(keys)], layer[len(keys) :] = keys, 0
             self._cache = new
+        for call in self._calls.values():
+            call.take(batch)
+        self._batch = batch
+
+    def _forget_calls(self) -> None:
+        """Free the buffers of calls, which also hold addresses of the cache."""
+        self._batch = None
+        if self._pool is not None:
+            self._lib.parvis_settle(self._pool)
+        self._calls.clear()
+
+    def _run(self, call: _Call, tokens: int | None, logits: int | None) -> None:
+        """Make a call whose results go to these addresses."""
+        call.step.tokens, call.step.logits, call.step.record = tokens, logits, self._record
+        failed = self._lib.parvis_step(self._pool, call.address)
+        if failed == NO_SUCH_ID:
+            rows = self._weights.model.embed_rows
+            raise IndexError(f"ids from {call.ids.min()} to {call.ids.max()}; the embedding has rows 0..{rows - 1}")
+        if failed:
+            raise MemoryError(f"{self.bundle.path}: no memory for a call")
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._pool is None:
@@ -125,86 +171,46 @@ class NativeBackend:
         if self._decoder is not None:
             self._decoder.close()
         self._files.close()
-        self._buffers.clear()
+        self._calls.clear()
         self._cache = self._cache[:, :0].copy()
 
     def __del__(self) -> None:
         if getattr(self, "_pool", None) is not None:
             self.close()
 
-    def _guided(self, batch: Batch, ids: Int, write: Int) -> Float:
-        """Guided logits [B,q,V] of one call; a view of a buffer that the next call of the same q overwrites."""
-        if self._pool is None:
-            raise closed_error(self.bundle)
-        self._reserve(batch)
-        self._keys.note(batch, write, ids.shape[1])
-        rows = self._run(ids, write, batch.cache_row)
-        cond = rows[: batch.images]
-        if batch.rows == batch.images:
-            return cond
-        guided = self._buffers[ids.shape[1]].guided[: batch.images]  # allocated once: it is large
-        for b, other in enumerate(batch.uncond_row):
-            np.subtract(cond[b], rows[other], out=guided[b])
-            guided[b] *= batch.guidance[b]
-            guided[b] += rows[other]
-        return guided
 
-    def _run(self, ids: Int, write: Int, cache_row: Int) -> Float:
-        """Logits [R,q,V] of ``ids`` [R,q]; a buffer that the next call of the same q overwrites.
-
-        Row r has its keys in row ``cache_row[r]`` of the cache, which no other row has. It writes slots ``write[r]`` ..
-        ``write[r] + q - 1``, which are also its positions, and attends to all slots up to the last of these.
-        """
-        query = ids.shape[1]
-        buffers = self._buffers.get(query)
-        if buffers is None:
-            buffers = self._buffers[query] = _StepBuffers(self, len(ids), query)
-        buffers.write[:] = write
-        buffers.cache_row[:] = cache_row
-        self._weights.embed(ids, buffers.x)
-        buffers.step.record = self._record
-        self._lib.parvis_step(self._pool, ctypes.byref(buffers.step))
-        return buffers.logits
-
-
-class _StepBuffers:
+class _Call:
     """The buffers of calls with R rows of q positions, and the structure that gives ``step.c`` their addresses."""
 
-    def __init__(self, backend: NativeBackend, rows: int, query: int) -> None:
+    def __init__(self, backend: NativeBackend, batch: Batch, query: int) -> None:
         model, lib = backend._weights.model, backend._lib
-        m, inner, layers = rows * query, model.n_heads * model.head_dim, model.n_layers
-        scratch_bytes = lib.parvis_scratch(ctypes.byref(model), rows, query)
-        self.write = np.zeros(rows, np.int64)
-        self.cache_row = np.zeros(rows, np.int64)
-        self.x = np.zeros((rows, query, model.dim), np.float32)
-        self.logits = np.zeros((rows, query, model.vocab_size), np.float32)
-        self.guided = np.zeros_like(self.logits)
-        self._qkv = np.zeros((m, 3 * inner), np.float32)
-        self._attention_out = np.zeros((m, inner), np.float32)
-        self._ffn_hidden = np.zeros((m, model.ffn_dim), np.float32)
-        self._scratch = np.zeros(backend._threads * scratch_bytes + 64, np.uint8)
+        rows, images, layers = batch.rows, batch.images, model.n_layers
+        integers = {"ids": (rows, query), "write": rows, "cache_row": rows, "uncond_row": images, "top_k": images}
+        floats = {"guidance": images, "temperature": images, "top_p": images, "uniform": (images, query)}
+        self._inputs: dict[str, NDArray[Any]] = {
+            **{name: np.zeros(shape, np.int64) for name, shape in integers.items()},
+            **{name: np.zeros(shape, np.float32) for name, shape in floats.items()},
+        }
+        self.ids, self.write, self.uniform = (self._inputs[name] for name in ("ids", "write", "uniform"))
+        self.tokens = np.zeros((images, query), np.int64)
+        self.tokens_address = self.tokens.ctypes.data
+        # A workspace of its own: a thread that is late in an earlier call may still use its part of that call's.
+        size = lib.parvis_workspace(ctypes.byref(model), rows, query, backend._threads)
+        self._workspace = np.zeros(size + 64, np.uint8)
         self.step = Step(
             model=ctypes.pointer(model),
             rows=rows,
             query=query,
-            write=self.write.ctypes.data,
-            cache_row=self.cache_row.ctypes.data,
-            x=self.x.ctypes.data,
+            images=images,
+            **{name: array.ctypes.data for name, array in self._inputs.items()},
             keys=pointers(layer.ctypes.data for layer in backend._cache[:layers]),
             values=pointers(layer.ctypes.data for layer in backend._cache[layers:]),
-            logits=self.logits.ctypes.data,
-            qkv=self._qkv.ctypes.data,
-            attention_out=self._attention_out.ctypes.data,
-            ffn_hidden=self._ffn_hidden.ctypes.data,
-            scratch=-(-self._scratch.ctypes.data // 64) * 64,
-            scratch_bytes=scratch_bytes,
+            workspace=-(-self._workspace.ctypes.data // 64) * 64,
         )
+        self.address = ctypes.byref(self.step)
+        self.take(batch)
 
-
-def _draw(logits: Float, uniform: Float, batch: Batch) -> Int:
-    """Tokens [B,q] of guided ``logits`` [B,q,V], as the sampling tail of the graphs draws them."""
-    images, query, vocab = logits.shape
-    temperature, top_p, top_k = (np.repeat(v, query) for v in (batch.temperature, batch.top_p, batch.top_k))
-    rows = logits.reshape(-1, vocab)
-    drawn = draw_all(rows, uniform.reshape(-1), temperature, top_k, top_p)  # type: ignore[arg-type]
-    return drawn.reshape(images, query)
+    def take(self, batch: Batch) -> None:
+        """The rows and settings of a batch of as many rows and images."""
+        for name in ("cache_row", "uncond_row", "guidance", "temperature", "top_k", "top_p"):
+            self._inputs[name][:] = getattr(batch, name)

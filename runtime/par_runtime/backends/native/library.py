@@ -45,6 +45,9 @@ class Model(ctypes.Structure):
         ("vocab_size", ctypes.c_int64),
         ("cache_slots", ctypes.c_int64),
         ("attention_scale", ctypes.c_float),
+        ("embed", ctypes.c_void_p),
+        ("embed_rows", ctypes.c_int64),
+        ("embed_stored", ctypes.c_int64),
         ("cosine", ctypes.c_void_p),
         ("sine", ctypes.c_void_p),
         ("wqkv", ctypes.POINTER(Matrix)),
@@ -59,24 +62,28 @@ class Model(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """``Step`` of step.c: the buffers of one call. step.c has the shapes."""
+    """``Step`` of step.c: what a call is given. step.c has the shapes."""
 
     _fields_ = (
         ("model", ctypes.POINTER(Model)),
         ("rows", ctypes.c_int64),
         ("query", ctypes.c_int64),
+        ("images", ctypes.c_int64),
+        ("ids", ctypes.c_void_p),
         ("write", ctypes.c_void_p),
         ("cache_row", ctypes.c_void_p),
-        ("x", ctypes.c_void_p),
+        ("uncond_row", ctypes.c_void_p),
+        ("guidance", ctypes.c_void_p),
+        ("temperature", ctypes.c_void_p),
+        ("top_k", ctypes.c_void_p),
+        ("top_p", ctypes.c_void_p),
+        ("uniform", ctypes.c_void_p),
         ("keys", Pointers),
         ("values", Pointers),
+        ("tokens", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
-        ("qkv", ctypes.c_void_p),
-        ("attention_out", ctypes.c_void_p),
-        ("ffn_hidden", ctypes.c_void_p),
         ("record", ctypes.c_void_p),
-        ("scratch", ctypes.c_void_p),
-        ("scratch_bytes", ctypes.c_int64),
+        ("workspace", ctypes.c_void_p),
     )
 
 
@@ -113,7 +120,7 @@ def open_library(file: Path | None) -> ctypes.CDLL:
         ctypes.sizeof(Model),
         Model.output.offset,
         ctypes.sizeof(Step),
-        Step.scratch_bytes.offset,
+        Step.workspace.offset,
     ]
     if list(sizes) != expected:
         raise KernelError(OTHER_SOURCES)
@@ -129,8 +136,10 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.parvis_instructions.restype = ctypes.c_char_p
     lib.parvis_open.restype = pointer
     lib.parvis_close.argtypes = (pointer,)
-    lib.parvis_scratch.restype = integer
-    lib.parvis_scratch.argtypes = (ctypes.POINTER(Model), integer, integer)
+    lib.parvis_settle.argtypes = (pointer,)
+    lib.parvis_workspace.restype = integer
+    lib.parvis_workspace.argtypes = (ctypes.POINTER(Model), integer, integer, ctypes.c_int)
+    lib.parvis_draw.argtypes = (pointer, integer, integer, *[pointer] * 6)
     lib.parvis_step.argtypes = (pointer, ctypes.POINTER(Step))
     lib.parvis_products.argtypes = (
         ctypes.POINTER(Matrix), pointer, integer, integer, integer, integer, pointer, pointer

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from par_runtime.backends.native.library import ARITHMETIC, STORED, Matrix, Model
 from par_runtime.backends.ort.sessions import check_memory
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
-from par_runtime.dtypes import STORAGE, Float, Int, to_float32
+from par_runtime.dtypes import STORAGE, Float, to_float32
 from par_runtime.errors import BundleError
 from par_runtime.manifest import MATRICES, NORMS
 from par_runtime.quantised import SCALE
@@ -66,7 +66,6 @@ class Weights:
             _drop_pages(mapped, stored)
         gains = ["norm", *(f"layers.{i}.{norm}" for norm in NORMS for i in layers)]
         self._norms = {name: _float32(file, table[name]) for name in gains}
-        self._embed_dtype = table["embed"].dtype
         self._embed = _view(file, table["embed"]).copy()
         self._cosine, self._sine = (_float32(file, table[name]) for name in ("cos", "sin"))
 
@@ -81,6 +80,9 @@ class Weights:
             vocab_size=bundle.vocab_size,
             cache_slots=cache_slots,
             attention_scale=m["head_dim"] ** -0.5,
+            embed=self._embed.ctypes.data,
+            embed_rows=len(self._embed),
+            embed_stored=STORED[table["embed"].dtype],
             cosine=self._cosine.ctypes.data,
             sine=self._sine.ctypes.data,
             **matrices,
@@ -88,10 +90,6 @@ class Weights:
             norm=self._norms["norm"].ctypes.data,
             output=packed["output"],
         )
-
-    def embed(self, ids: Int, out: Float) -> None:
-        """The rows of the embedding table for ``ids`` [R,q] into ``out`` [R,q,d]."""
-        out[:] = to_float32(self._embed[ids], self._embed_dtype)
 
 
 def _matrix(lib: ctypes.CDLL, table: Mapping[str, Stored], name: str, arithmetic: str) -> Matrix:
