@@ -18,6 +18,7 @@ from par_export.random_bundle import write_family
 from par_model.config import PARConfig
 from par_runtime import Bundle, BundleError, Pipeline
 from par_runtime.backends.base import Batch
+from par_runtime.backends.draws import draw_all
 from par_runtime.backends.native import library
 from par_runtime.backends.native.backend import NativeBackend
 from par_runtime.backends.native.library import why_not
@@ -271,3 +272,33 @@ def test_a_bundle_whose_weights_were_changed_fails_its_self_test(bundles: dict[s
         file.write(b"\0" * at.length)
     with pytest.raises(BundleError, match="self-test failed on native-cpu"):
         Pipeline.load(path, device="cpu", verify="none")
+
+
+@needs_kernels
+def test_a_call_draws_from_its_guided_logits(bundles: dict[str, Path]) -> None:
+    """Guided and unguided images in one call, each with settings of its own."""
+    bundle = Bundle.open(bundles["fp32"])
+    mixed = Batch(
+        rows=6,
+        uncond_row=np.array([5, 1, 4, 3]),
+        guidance=np.array([3.0, 1.0, 0.5, 1.0], np.float32),
+        temperature=np.array([1.0, 0.5, 2.0, 1.0], np.float32),
+        top_k=np.array([0, 5, 1, 40]),
+        top_p=np.array([0.9, 1.0, 1.0, 0.5], np.float32),
+    )
+    one = replace(mixed, uncond_row=np.arange(4), image_of_row=mixed.image_of_row)
+    rng = np.random.default_rng(4)
+    backend = NativeBackend(bundle, 2)
+    for phase in bundle.phases:
+        ids, write = rng.integers(0, bundle.vocab_size, (6, phase.query)), np.full(6, phase.start)
+        uniform = rng.random((4, phase.query), np.float32)
+        logits, cond = backend.logits(mixed, ids, write), backend.logits(one, ids, write)
+        assert (cond[[1, 3]] == logits[[1, 3]]).all()
+        settings = [np.repeat(each, phase.query) for each in (mixed.temperature, mixed.top_k, mixed.top_p)]
+        wanted = draw_all(logits.reshape(-1, bundle.vocab_size), uniform.reshape(-1), *settings)  # type: ignore[arg-type]
+        assert backend.step(mixed, ids, write, uniform).reshape(-1).tolist() == wanted.tolist()
+    with pytest.raises(IndexError, match=r"ids from -1 to 3; the embedding has rows 0\.\."):
+        backend.step(mixed, np.array([[3], [2], [-1], [0], [0], [0]]), np.zeros(6, np.int64), uniform[:, :1])
+    with pytest.raises(IndexError, match="ids from 0 to 1000000;"):
+        backend.logits(mixed, np.array([[0]] * 5 + [[10**6]]), np.zeros(6, np.int64))
+    backend.close()

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime import __version__
-from par_runtime.backends.base import BackendInfo, Batch, closed_error
+from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, closed_error
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.native.decoding import open_decoder
 from par_runtime.backends.native.library import Step, library, why_not
@@ -34,6 +34,8 @@ from par_runtime.loaded import LoadedFiles
 from par_runtime.system import available_cores
 
 
+#: What a call gets of its batch; in C, rows are those of the batch, so there is no cond_row.
+OF_A_BATCH = {"cache_row": np.int64} | {name: of for name, of in IMAGE_INPUTS.items() if name != "cond_row"}
 NO_SUCH_ID = -2  #: what parvis_step returns where an id is no row of the embedding
 
 
@@ -185,13 +187,12 @@ class _Call:
     def __init__(self, backend: NativeBackend, batch: Batch, query: int) -> None:
         model, lib = backend._weights.model, backend._lib
         rows, images, layers = batch.rows, batch.images, model.n_layers
-        integers = {"ids": (rows, query), "write": rows, "cache_row": rows, "uncond_row": images, "top_k": images}
-        floats = {"guidance": images, "temperature": images, "top_p": images, "uniform": (images, query)}
-        self._inputs: dict[str, NDArray[Any]] = {
-            **{name: np.zeros(shape, np.int64) for name, shape in integers.items()},
-            **{name: np.zeros(shape, np.float32) for name, shape in floats.items()},
+        self.ids = np.zeros((rows, query), np.int64)
+        self.write = np.zeros(rows, np.int64)
+        self.uniform = np.zeros((images, query), np.float32)
+        self._taken: dict[str, NDArray[Any]] = {
+            name: np.array(getattr(batch, name), of) for name, of in OF_A_BATCH.items()
         }
-        self.ids, self.write, self.uniform = (self._inputs[name] for name in ("ids", "write", "uniform"))
         self.tokens = np.zeros((images, query), np.int64)
         self.tokens_address = self.tokens.ctypes.data
         # A workspace of its own: a thread that is late in an earlier call may still use its part of that call's.
@@ -202,15 +203,17 @@ class _Call:
             rows=rows,
             query=query,
             images=images,
-            **{name: array.ctypes.data for name, array in self._inputs.items()},
+            ids=self.ids.ctypes.data,
+            write=self.write.ctypes.data,
+            uniform=self.uniform.ctypes.data,
+            **{name: array.ctypes.data for name, array in self._taken.items()},
             keys=pointers(layer.ctypes.data for layer in backend._cache[:layers]),
             values=pointers(layer.ctypes.data for layer in backend._cache[layers:]),
             workspace=-(-self._workspace.ctypes.data // 64) * 64,
         )
         self.address = ctypes.byref(self.step)
-        self.take(batch)
 
     def take(self, batch: Batch) -> None:
         """The rows and settings of a batch of as many rows and images."""
-        for name in ("cache_row", "uncond_row", "guidance", "temperature", "top_k", "top_p"):
-            self._inputs[name][:] = getattr(batch, name)
+        for name, array in self._taken.items():
+            array[:] = getattr(batch, name)
