@@ -157,7 +157,8 @@ def test_tokens_and_images_are_onnx_runtimes(name: str, options: dict[str, Any],
         options.get("greedy") is None and same[:, :4].mean() > 0.9
     )  # a draw may lie on a rounding edge
     if same.all():
-        assert (made["cpu"].images == made["cpu-ort"].images).all()
+        levels = made["cpu"].images.astype(int) - made["cpu-ort"].images
+        assert np.abs(levels).max() <= 1  # of grey: a decoder of our own
 
 
 @needs_kernels

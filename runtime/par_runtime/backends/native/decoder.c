@@ -22,7 +22,7 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "threads.h"
+#include "pool.h"
 
 #define LANES 16            /* channels that lie together in a map */
 #define PANEL 32            /* columns of a panel */
@@ -32,6 +32,7 @@
 #define TILES 24            /* that go through a convolution together */
 #define PIXELS 96           /* that go through a 1x1 convolution together */
 #define PIECES_PER_THREAD 4 /* with fewer blocks of tiles, threads share the panels of a block */
+#define PHASES_PER_OP 3     /* at most: the norm, the input, the products */
 #define NORM_EPSILON 1e-6
 
 /* As in decoder.py */
@@ -204,7 +205,7 @@ static long score_floats(const Op *op) { return (op->height * op->width + PANEL 
 /* -- the operations, each called by every thread of the pool -------------------------------------------------------- */
 
 typedef struct {
-    Pool *pool;
+    Worker *worker;
     const Kernels *kernels;
     const Decode *call;
     const Op *op;
@@ -251,7 +252,8 @@ static void prepare(const Work *w) {
     long norms = w->call->images * op->groups, k = op->in_channels, chunks = k / LANES;
     long pieces = norms + (transforms ? panels_of(op) * chunks : 0), points = points_of(op);
     if (!pieces) return;
-    for (long piece; (piece = next_piece(w->pool)) < pieces;) {
+    begin_phase(w->worker, pieces, 1);
+    for (long piece; (piece = next_item(w->worker)) >= 0;) {
         if (piece < norms) {
             norm_group(w, piece / op->groups, piece % op->groups);
             continue;
@@ -260,7 +262,7 @@ static void prepare(const Work *w) {
         w->kernels->transform_weights(op->weights + panel * k * 9 * PANEL, k, first, first + LANES, (int)points,
                                       w->call->weights + panel * points * k * PANEL);
     }
-    barrier(w->pool);
+    end_phase(w->worker);
 }
 
 /* The input of one block, transformed, for channel blocks `first` to `end`: v. */
@@ -319,30 +321,33 @@ static void convolve(const Work *w) {
     long blocks = blocks_of(op), all = blocks * call->images, panels = panels_of(op), chunks = op->in_channels / LANES;
     long v_floats = input_floats(op);
     const float *rows = op->reads == ROWS ? call->buffers[op->input] : NULL; /* needs no transform */
-    int shares = rows || shares_blocks(op, call->images, w->pool->n_threads);
+    int shares = rows || shares_blocks(op, call->images, w->worker->pool->n_threads);
     if (!shares) {
         float *v = w->scratch + POINTS * TILES * PANEL;
-        for (long i; (i = next_piece(w->pool)) < all;) {
+        begin_phase(w->worker, all, 1);
+        for (long i; (i = next_item(w->worker)) >= 0;) {
             gather(w, i / blocks, i % blocks, 0, chunks, v);
             for (long panel = 0; panel < panels; panel++) multiply(w, i / blocks, i % blocks, panel, v);
         }
-        barrier(w->pool);
+        end_phase(w->worker);
         return;
     }
     if (!rows) {
-        for (long i; (i = next_piece(w->pool)) < all * chunks;) {
+        begin_phase(w->worker, all * chunks, 1);
+        for (long i; (i = next_item(w->worker)) >= 0;) {
             long at = i / chunks, chunk = i % chunks;
             gather(w, at / blocks, at % blocks, chunk, chunk + 1, call->input + at * v_floats);
         }
-        barrier(w->pool);
+        end_phase(w->worker);
     }
-    for (long i; (i = next_piece(w->pool)) < all * panels;) {
+    begin_phase(w->worker, all * panels, 1);
+    for (long i; (i = next_item(w->worker)) >= 0;) {
         long at = i % all, image = at / blocks, block = at % blocks;
         const float *v = call->input + at * v_floats;
         if (rows) v = rows + (image * units_of(op) + block * PIXELS) * (op->in_channels + LANES);
         multiply(w, image, block, i / all, v);
     }
-    barrier(w->pool);
+    end_phase(w->worker);
 }
 
 /* Queries in rows become the result of attention: some rows at a time. */
@@ -352,7 +357,8 @@ static void attend(const Work *w) {
     long pixels = op->height * op->width, channels = op->out_channels, ld = channels + LANES, lds = score_floats(op);
     long blocks = (pixels + TILES - 1) / TILES;
     float *tile = w->scratch, *scores = w->scratch + POINTS * TILES * PANEL, inverse[TILES];
-    for (long piece; (piece = next_piece(w->pool)) < call->images * blocks;) {
+    begin_phase(w->worker, call->images * blocks, 1);
+    for (long piece; (piece = next_item(w->worker)) >= 0;) {
         long image = piece / blocks, first = piece % blocks * TILES, count = pixels - first;
         if (count > TILES) count = TILES;
         float *rows = call->buffers[op->input] + (image * pixels + first) * ld;
@@ -370,26 +376,28 @@ static void attend(const Work *w) {
                     rows[i * ld + channel + j] = tile[i * PANEL + j] * inverse[i];
         }
     }
-    barrier(w->pool);
+    end_phase(w->worker);
 }
 
 /* The codes of tokens, as a map. */
 static void look_up(const Work *w) {
     const Op *op = w->op;
     long pixels = op->height * op->width, channels = op->out_channels;
-    for (long image; (image = next_piece(w->pool)) < w->call->images;)
+    begin_phase(w->worker, w->call->images, 1);
+    for (long image; (image = next_item(w->worker)) >= 0;)
         for (long i = 0; i < pixels; i++)
             for (long c = 0; c < channels; c++)
                 w->call->buffers[op->output][((image * channels + c / LANES * LANES) * pixels + i * LANES) + c % LANES] =
                     c < op->code_dim ? op->weights[w->call->tokens[image * pixels + i] * op->code_dim + c] : 0;
-    barrier(w->pool);
+    end_phase(w->worker);
 }
 
 /* A map to pixels, row by row. */
 static void write_image(const Work *w) {
     const Op *op = w->op;
     long height = op->height, width = op->width;
-    for (long piece; (piece = next_piece(w->pool)) < w->call->images * height;) {
+    begin_phase(w->worker, w->call->images * height, 1);
+    for (long piece; (piece = next_item(w->worker)) >= 0;) {
         long image = piece / height, y = piece % height;
         const float *from = w->call->buffers[op->input] + (image * height + y) * width * LANES;
         uint8_t *to = w->call->pixels + piece * width * 3;
@@ -399,14 +407,17 @@ static void write_image(const Work *w) {
                 to[3 * x + c] = (uint8_t)(level > 255.0f ? 255.0f : level > 0.0f ? level : 0.0f);
             }
     }
-    barrier(w->pool);
+    end_phase(w->worker);
 }
 
 /* The task of the pool: one call of the decoder. */
-static void run_decoder(Pool *pool, const void *argument, int thread) {
+static void run_decoder(Worker *worker, const void *argument) {
     const Decode *call = argument;
     const Op *writers[64] = {NULL};
-    Work w = {.pool = pool, .kernels = select_kernels(), .call = call, .scratch = call->scratch + thread * call->scratch_floats};
+    Work w = {.worker = worker,
+              .kernels = select_kernels(),
+              .call = call,
+              .scratch = call->scratch + worker->thread * call->scratch_floats};
     for (long i = 0; i < call->n_ops; i++) {
         const Op *op = w.op = call->ops + i;
         w.writer = writers[op->input];
@@ -474,4 +485,9 @@ void *parvis_decoder_open(int n_threads) { return pool_open(n_threads, run_decod
 
 void parvis_decoder_close(void *pool) { pool_close(pool); }
 
-void parvis_decode(void *pool, const Decode *call) { pool_run(pool, call); }
+/* Returns 0; or -1, before any work, where memory is exhausted. */
+int parvis_decode(void *pool, const Decode *call) {
+    int failed = pool_run(pool, call, sizeof *call, PHASES_PER_OP * call->n_ops);
+    pool_settle(pool); /* the caller may free the buffers */
+    return failed;
+}

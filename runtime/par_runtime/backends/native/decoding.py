@@ -156,7 +156,8 @@ class NativeDecoder:
         images = np.empty((len(tokens), *bundle.image_size, 3), np.uint8)
         call = self._buffers.call
         call.images, call.tokens, call.pixels = len(tokens), raster.ctypes.data, images.ctypes.data
-        self._lib.parvis_decode(self._pool, ctypes.byref(call))
+        if self._lib.parvis_decode(self._pool, ctypes.byref(call)):
+            raise MemoryError(f"{self._threads} threads: no memory for a call of the decoder")
         return images
 
     def _load(self) -> None:

@@ -94,7 +94,7 @@ static inline void spin_wait(int *spins) {
 
 /* How many neighbouring items of a phase a thread takes at a time. What it prefetches at the end of one panel is then
    the beginning of its next panel. */
-static long items_at_once(const Pool *pool, long items) {
+static inline long items_at_once(const Pool *pool, long items) {
     long at_once = items / (pool->n_threads * CHUNKS_PER_THREAD);
     return at_once < 1 ? 1 : at_once;
 }
@@ -109,7 +109,7 @@ static void begin_phase(Worker *worker, long items, long at_once) {
 }
 
 /* Whether a thread may still take a piece of this phase. Where it may not, it need not prepare for one. */
-static int items_left(Worker *worker) {
+static inline int items_left(Worker *worker) {
     uint64_t taken = atomic_load_explicit(&worker->pool->phases[worker->phase].taken, memory_order_relaxed);
     return CALL_OF(taken) == worker->call && PIECES_OF(taken) < worker->pieces;
 }
@@ -212,7 +212,7 @@ static Pool *pool_open(int n_threads, Task *task) {
 }
 
 /* Returns when no thread is inside a call that is over. Memory that the call's threads could read may then be freed. */
-static void pool_settle(Pool *pool) {
+static inline void pool_settle(Pool *pool) {
     if (pool->process != getpid()) return; /* its threads are another process's */
     for (int spins = 0; atomic_load_explicit(&pool->inside, memory_order_acquire);) spin_wait(&spins);
 }
