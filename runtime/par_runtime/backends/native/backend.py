@@ -33,7 +33,6 @@ from par_runtime.errors import BundleError
 from par_runtime.loaded import LoadedFiles
 from par_runtime.system import available_cores
 
-
 #: What a call gets of its batch; in C, rows are those of the batch, so there is no cond_row.
 OF_A_BATCH = {"cache_row": np.int64} | {name: of for name, of in IMAGE_INPUTS.items() if name != "cond_row"}
 NO_SUCH_ID = -2  #: what parvis_step returns where an id is no row of the embedding

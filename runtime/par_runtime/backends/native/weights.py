@@ -23,7 +23,7 @@ PAGE_BYTES = 4096
 
 
 class Weights:
-    """Matrices [K,N] packed into panels in one allocation, each for the arithmetic in which it is multiplied (matrix.h).
+    """Matrices [K,N] packed into panels in one allocation, each for the arithmetic that it is multiplied in (matrix.h).
 
     ``model`` is the structure for ``step.c``. It points into this object's memory: keep the object while it is used.
     """
@@ -31,8 +31,8 @@ class Weights:
     def __init__(self, bundle: Bundle, lib: ctypes.CDLL, cache_slots: int, arithmetic: str = "fp32") -> None:
         """Read the weights file of ``bundle``. ``arithmetic``: one of ``dtypes.ARITHMETICS``.
 
-        In "int8", matrices that are not quantised are multiplied in bf16. Raises BundleError where the file is shorter than its table, or there is less memory than the matrices take;
-        OSError.
+        In "int8", matrices that are not quantised are multiplied in bf16. Raises BundleError where the file is shorter
+        than its table, or there is less memory than the matrices take; OSError.
         """
         m, table = bundle.model, bundle.weights
         layers = range(m["n_layers"])
