@@ -3,8 +3,8 @@
 ONNX Runtime multiplies a few rows by a large matrix at half to two thirds of the memory bandwidth, and holds fp16 and
 bf16 weights in fp32. This backend packs each matrix once into the order in which it is read, prefetches it, converts it
 to fp32 in registers, and reads only the keys that a row attends to. Network, arithmetic (fp32) and noise are the same,
-so tokens are those of ``step.onnx`` up to rounding, which the self-test of every load checks. A call draws its tokens in C
-too. ``decoding.py`` makes the pixels.
+so tokens are those of ``step.onnx`` up to rounding, which the self-test of every load checks. A call draws its tokens
+in C too. ``decoding.py`` makes the pixels.
 
 Where it cannot run (no compiler at installation, an older CPU, sizes that it does not support), ``library.why_not``
 gives the reason, and ``choose.py`` takes ONNX Runtime.
