@@ -202,7 +202,8 @@ class Buffers:
         lib.parvis_decoder_sizes(ops, len(ops), images, threads, BUFFERS, sizes)
         self.images, scratch = images, sizes[2 * BUFFERS + 3]
         lengths = (*sizes[: 2 * BUFFERS + 3], threads * scratch)
-        self._arrays = [np.zeros(length, np.float32) for length in lengths]  # padding is multiplied by 0, so it must be a number
+        # As zeros: padding is multiplied by 0, so it must be a number.
+        self._arrays = [np.zeros(length, np.float32) for length in lengths]
         addresses = [array.ctypes.data for array in self._arrays]
         self._maps = (ctypes.c_void_p * BUFFERS)(*addresses[:BUFFERS])
         self._sums = (ctypes.c_void_p * BUFFERS)(*addresses[BUFFERS : 2 * BUFFERS])
