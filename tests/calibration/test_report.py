@@ -19,7 +19,7 @@ from par_calibration.report import Budget, LayerError, Options, Report, compare
 from par_calibration.report.budget import LIMITS
 from par_calibration.report.forced import Forced, compare_logits, divergence, forced_logits, positions_of
 from par_calibration.report.frechet import distance, floor
-from par_calibration.report.layers import outliers
+from par_calibration.report.layers import outliers, worst_kind
 from par_calibration.report.measures import agreement, drawn, interval, likelihood
 from par_export.quantised import quantised_with, write_bundle
 from par_runtime.bundle import Bundle
@@ -150,7 +150,8 @@ def test_what_is_beyond_the_budget_says_by_how_much_and_what_to_try(report: Repo
     assert [line.split(":")[0] for line in lines] == ["top-1 agreement", "mean KL divergence"]
     assert "points too low" in lines[0]
     assert "times as much" in lines[1]
-    assert lines[0].endswith("try --weights int8")  # the head is kept: 16 rows are no group
+    # The head is kept already: its 16 rows are no group. So are most matrices; wqkv stands for what has the most error.
+    assert lines[0].endswith("try --keep wqkv, with what is kept already, --weights int8")
 
 
 def test_what_is_no_number_is_beyond_every_limit_and_can_be_shown(report: Report, tmp_path: Path) -> None:
@@ -183,7 +184,8 @@ def test_what_is_no_number_is_beyond_every_limit_and_can_be_shown(report: Report
 
 def test_a_matrix_that_stands_out_is_named() -> None:
     layers = [LayerError(f"layers.{i}.{m}", "group", 0.01) for i in range(4) for m in ("wqkv", "wo", "w13", "w2")]
-    assert outliers(layers) == []
+    assert outliers(layers) == worst_kind([]) == []
+    assert worst_kind([*layers, LayerError("layers.2.w13", "group", 0.02), LayerError("output", "group", 1)]) == ["w13"]
     assert outliers([*layers, LayerError("layers.2.w2", "transition", 1.0)]) == ["layers.2.w2"]
 
 

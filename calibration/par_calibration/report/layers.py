@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 
 @dataclass(frozen=True)
@@ -42,3 +42,12 @@ def outliers(layers: Sequence[LayerError]) -> list[str]:
     usual = median(largest.values())
     found = sorted((name for name in largest if largest[name] > OUTLIER * usual), key=lambda name: -largest[name])
     return found[:MOST_OUTLIERS]
+
+
+def worst_kind(layers: Sequence[LayerError]) -> list[str]:
+    """The kind of matrix ("w2") with the largest mean error, in a list; empty without any."""
+    kinds: dict[str, list[float]] = {}
+    for one in layers:
+        if one.name.startswith("layers."):
+            kinds.setdefault(one.name.rpartition(".")[2], []).append(one.relative_error)
+    return sorted(kinds, key=lambda kind: -fmean(kinds[kind]))[:1]

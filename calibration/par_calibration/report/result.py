@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from par_calibration.report.budget import LIMITS, Budget
 from par_calibration.report.forced import CLASS, LEARNABLE
-from par_calibration.report.layers import LayerError, outliers, worst
+from par_calibration.report.layers import LayerError, outliers, worst, worst_kind
 from par_calibration.report.measures import Agreement, Drawn, Frechet, Likelihood
 from par_runtime.metrics import finite
 from par_runtime.quantised import GROUPS
@@ -115,9 +115,9 @@ class Report:
         together, alone = self.agreement(cost=BOTH), self.agreement(cost=WEIGHTS)
         if together is not None and alone is not None and together.kl > FAR * alone.kl:
             return f"most of it comes of {side.arithmetic} arithmetic and a {side.cache} cache: try --arithmetic fp32"
-        tries = [f"--keep {' '.join(outliers(self.layers))}"] if outliers(self.layers) else []
-        if not tries and HEAD not in side.kept:
-            tries.append("--keep head")
+        head = [] if HEAD in side.kept else ["head"]
+        keep = outliers(self.layers) or head or worst_kind(self.layers)
+        tries = [f"--keep {' '.join(keep)}{', with what is kept already' if side.kept else ''}"] if keep else []
         if side.group > min(GROUPS):
             tries.append(f"--group {side.group // 2}")
         if side.weights == "int4":
