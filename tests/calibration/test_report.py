@@ -237,6 +237,17 @@ def test_a_report_without_images_says_so(tiny: Bundle, small: Bundle, tmp_path: 
         found.write_images(tmp_path / "r.png")
 
 
+def test_large_models_compare_fewer_images(tiny: Bundle) -> None:
+    def of(parameters: float, n_tokens: int) -> tuple[int, int]:
+        bundle = replace(tiny, n_tokens=n_tokens, model={**tiny.model, "parameters": int(parameters)})
+        return Options().images_of(bundle), Options().samples_of(bundle)
+
+    assert of(7.3e6, 256) == (240, 96)
+    assert of(113e6, 576) == (122, 96)
+    assert of(3.1e9, 2304) == (40, 40)
+    assert (Options(images=3).images_of(tiny), Options(samples=0).samples_of(tiny)) == (3, 0)
+
+
 def test_another_model_is_no_calibration(tiny: Bundle) -> None:
     with pytest.raises(CalibrationError, match="is no calibration of"):
         compare(tiny, Bundle.open(DEMO), FEW)

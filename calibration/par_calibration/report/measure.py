@@ -23,7 +23,7 @@ from par_calibration.report.forced import Stream, against, positions_of, record,
 from par_calibration.report.frechet import FEATURES, Features, distance, floor
 from par_calibration.report.layers import LayerError
 from par_calibration.report.measures import Drawn, Frechet
-from par_calibration.report.options import SAMPLES, Options
+from par_calibration.report.options import Options
 from par_calibration.report.result import BOTH, ROUNDING, WEIGHTS, Report, Side
 from par_runtime.bundle import WEIGHTS as WEIGHTS_FILE
 from par_runtime.bundle import Bundle
@@ -89,10 +89,10 @@ class _Measuring:
         guidance = self.options.guidance
         if guidance is None:
             guidance = self.original.defaults.guidance
-        samples = SAMPLES if self.options.samples is None else self.options.samples
+        samples = self.options.samples_of(self.original)
         classes = class_indices(self.original, list(self.options.labels)) or list(range(self.original.n_classes))
         labels = tuple(classes[i % len(classes)] for i in range(samples))
-        count = self.options.images_of(self.original.n_tokens)
+        count = self.options.images_of(self.original)
         given = find(self.original, self.options.real, count)
         if given is not None and len(given) < count:
             notes.append(f"Only {len(given)} held-out images were there; {count} were asked for.")
