@@ -207,7 +207,10 @@ def parser() -> argparse.ArgumentParser:
         help="SM80 (A100), SM89 (L4, RTX 4090), SM90 (H100), ... one or several; 'local' is this machine's GPU",
     )
     p.add_argument(
-        "--precision", choices=PRECISIONS, help="of the step network (default: the bundle's); kernels: fp16 or bf16"
+        "--precision",
+        choices=PRECISIONS,
+        help="what the step network computes in (default: the bundle's precision); kernels: fp16 or bf16, also where "
+        "weights are int8 or int4",
     )
     p.add_argument(
         "--max-images",

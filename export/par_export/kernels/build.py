@@ -31,7 +31,7 @@ from par_export.kernels import report as kernels_report
 from par_export.kernels.compiler import Compiled, Compiler
 from par_export.kernels.contents import Contents
 from par_export.kernels.plan import Planner, plan
-from par_export.kernels.request import DECODER_PRECISIONS, NAME_A_TARGET, PRECISIONS, KernelsRequest
+from par_export.kernels.request import DECODER_PRECISIONS, NAME_A_TARGET, NARROW, PRECISIONS, KernelsRequest
 from par_export.kernels.spec import Planned, Refused
 from par_export.kernels.targets import Target, runs_on, target_of
 from par_runtime import __version__
@@ -77,8 +77,11 @@ def build_kernels(
 def check_request(request: KernelsRequest) -> None:
     """Raise BuildError where ``request`` asks for what kernels cannot do."""
     if request.precision is not None and request.precision not in PRECISIONS:
+        why = ""
+        if request.precision in NARROW:
+            why = f" ({NARROW[request.precision]}; weights of int8 and int4 are the bundle's: parvis calibrate)"
         raise BuildError(
-            f"precision {request.precision}: kernels compute in {' or '.join(PRECISIONS)}; give one of these"
+            f"precision {request.precision}: kernels compute in {' or '.join(PRECISIONS)}{why}; give one of these"
         )
     if request.decoder_precision is not None and request.decoder_precision not in DECODER_PRECISIONS:
         raise BuildError(
@@ -185,9 +188,10 @@ class Build:
         sealed = seal(document)
         (folder / ENGINE_JSON).write_text(json.dumps(sealed, separators=(",", ":")))
         Engine.open(folder, bundle)  # what the runtime will check
+        stored = f" from {bundle.quantised}" if bundle.quantised else ""
         say(
             f"{bundle.name}: {' and '.join(planned.programs)} for {name}, {len(compiled)} kernels by "
-            f"{self.compiler.version}, {self.contents.precision}, in {times['seconds']:.1f} s, peak memory "
+            f"{self.compiler.version}, {self.contents.precision}{stored}, in {times['seconds']:.1f} s, peak memory "
             f"{report['peak_memory_bytes'] / 1e6:.0f} MB"
         )
 

@@ -11,6 +11,11 @@ from par_runtime.system import cache_folder
 #: What to do where there is no GPU to build for.
 NAME_A_TARGET = "; name the GPU to build for, for instance --target SM90 for an H100 (kernels are built without one)"
 PRECISIONS = ("fp16", "bf16")  #: that the step's kernels compute in
+#: What they do not compute in -> why
+NARROW = {
+    "fp8": "GPUs of SM80 and SM86 have no matrix units for fp8, and no report has proven fp8 activations harmless",
+    "int8": "no report has proven int8 activations harmless: those of class and learnable tokens are far from others",
+}
 DECODER_PRECISIONS = ("fp16", "fp32")  #: fp32 multiplies in TF32
 
 

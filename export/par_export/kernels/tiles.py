@@ -47,6 +47,8 @@ FEWEST_INPUTS = 4
 #: What a processor makes numbers of in a microsecond: codes. Each takes some 2.5 of the instructions of a thread, of
 #: which a processor starts 128 a cycle.
 CODES_US = 60_000
+MOST_HELD = 150  #: registers of a thread for these; more do not suffice for the rest
+MOST_STEPS = 4  #: pieces of a block of K one after the other: each is a copy of the same instructions
 SUB_LEAST, SUB_MOST = 32, 128  #: bytes of codes of a column in a piece: the matrix units take four codes of a thread
 #: kind -> the source of its kernel
 SOURCES = {
@@ -266,30 +268,35 @@ def _layouts(
             warps = 8 if BN == 128 else 4
             fits = _codes_fit if storage.bits else _numbers_fit
             tile = ProductTile(BN, BK, 1, warps, 2, 0, storage.bits, storage.group)
-            if rows_of(positions) * BK > MOST_INPUTS or not fits(tile, depth):
+            if not fits(tile, depth, rows_of(positions)):
                 continue
             for split in (1, 2, 4, 8) if residual else (1,):
                 if split <= -(-depth // BK):
                     yield BN, BK, split, warps
 
 
-def _numbers_fit(tile: ProductTile, depth: int) -> bool:
-    """Whether panels of numbers are worth a try."""
-    most = min(256, max(16, power(depth)))
+def _numbers_fit(tile: ProductTile, depth: int, rows: int) -> bool:
+    """Whether panels of numbers are worth a try, for so many rows at most."""
+    most = min(256, max(16, power(depth)), MOST_INPUTS // rows)
     if most < tile.BK:
         return False
     return FEWEST_INPUTS * 32 * tile.warps <= 8 * tile.BK or power(depth) <= tile.BK
 
 
-def _codes_fit(tile: ProductTile, depth: int) -> bool:
-    """Whether panels of codes are worth a try: whole pieces, of which threads copy 16 bytes where K is deep enough."""
-    rows = SUB_LEAST * 8 // tile.bits
-    if not rows <= tile.BK <= max(rows, power(depth)):
-        return False
+def _codes_fit(tile: ProductTile, depth: int, rows: int) -> bool:
+    """Whether panels of codes are worth a try, for so many rows at most: whole pieces, of which threads copy 16 bytes
+    where K is deep enough.
+    """
+    least = SUB_LEAST * 8 // tile.bits
     together = tile.sub * tile.parts  # bytes of a column that are asked for at a time
-    return (16 * 32 * tile.warps <= tile.BN * together and FEWEST_INPUTS * 16 * tile.warps <= 8 * together) or (
-        power(depth) <= tile.BK
-    )
+    if not least <= tile.BK <= max(least, power(depth)) or tile.BK * tile.bits // 8 > MOST_STEPS * together:
+        return False
+    # Sums of a block of K and of all so far, and some of the activations that a warp multiplies, two in a register.
+    sums, inputs = tile.BN * rows * tile.parts // (32 * tile.warps), tile.BK * rows // (64 * tile.parts)
+    if 2 * sums + inputs // 2 > MOST_HELD:
+        return False
+    wide = 16 * 32 * tile.warps <= tile.BN * together and FEWEST_INPUTS * 16 * tile.warps <= 8 * together
+    return wide or power(depth) <= tile.BK
 
 
 def _staged(tile: ProductTile, columns: int, depth: int, rows: int, target: Target) -> Iterator[ProductTile]:

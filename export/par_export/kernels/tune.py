@@ -24,8 +24,9 @@ from par_export.kernels.compiler import Compiler
 from par_export.kernels.contents import Contents
 from par_export.kernels.plan import plan
 from par_export.kernels.request import KernelsRequest
+from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import AttentionTile, ProductTile, attentions, choose, products
+from par_export.kernels.tiles import NUMBERS, AttentionTile, ProductTile, Storage, attentions, choose, products
 from par_model.config import PARConfig
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import CAPTURES, Capture, Engine
@@ -110,14 +111,25 @@ def tune_kernels(
     return out
 
 
-def candidates(config: PARConfig, kind: str, images: Sequence[int], card: Target, most: int, at: int) -> list[Tile]:
-    """At most ``most`` shapes of a kind that are worth timing at ``at`` images, the model's choice first."""
+def candidates(
+    config: PARConfig,
+    kind: str,
+    images: Sequence[int],
+    card: Target,
+    most: int,
+    at: int,
+    storage: Storage = NUMBERS,
+) -> list[Tile]:
+    """At most ``most`` shapes of a kind that are worth timing at ``at`` images, the model's choice first.
+
+    ``storage``: of the matrices of a product.
+    """
     if kind == "attention":
         keys = attentions(config, images, card)
         first: Tile = keys[0]
         others: list[Tile] = [*keys[1:3], *(replace(keys[0], warps=warps) for warps in (2, 8)), *keys[3:]]
     else:
-        shapes = [shape[at] for shape in products(config, kind, images, card)]
+        shapes = [shape[at] for shape in products(config, kind, images, card, storage=storage)]
         first = shapes[0]
         warps = [replace(first, warps=each) for each in (2, 4, 8) if each != first.warps]
         stages = [replace(first, stages=first.stages - 2)] if first.stages >= 4 else []
@@ -143,13 +155,15 @@ class _Trials:
 
     def search(self, sizes: Sequence[int], most: int) -> tuple[dict[str, Tile], list[Timing]]:
         """The fastest shape of each kind, and everything that was measured."""
-        config = self.contents.config
-        start = choose(config, sizes, self.card)[self.images]
+        config, stored = self.contents.config, storages(self.contents.step)
+        start = choose(config, sizes, self.card, storages=stored)[self.images]
         given: dict[str, Tile] = {kind: getattr(start, kind) for kind in ORDER}
         rows: list[Timing] = []
         for kind in ORDER:
             engines: dict[str, tuple[Mapping[str, Tile], Path]] = {}
-            for i, tile in enumerate(candidates(config, kind, sizes, self.card, most, self.images)):
+            # Where some matrices of a kind are quantised, their shapes are tried; the others keep the model's.
+            storage = stored.get(kind, (NUMBERS,))[0]
+            for i, tile in enumerate(candidates(config, kind, sizes, self.card, most, self.images, storage)):
                 shapes = given | {kind: tile}
                 try:
                     engines[str(i)] = (shapes, self.built(shapes, (self.images,)))
@@ -226,7 +240,10 @@ def table(rows: Sequence[Timing], best: Timing) -> list[str]:
 
 
 def _words(tile: Tile | None) -> str:
-    return "" if tile is None else ", ".join(f"{name} {value}" for name, value in asdict(tile).items())
+    if tile is None:
+        return ""
+    given = {name: value for name, value in asdict(tile).items() if value or name not in ("bits", "group")}
+    return ", ".join(f"{name} {value}" for name, value in given.items())
 
 
 def _folder_name(device: str) -> str:

@@ -179,6 +179,11 @@ def test_every_kind_of_product_is_planned_without_the_shapes_that_were_refused(t
     ("fields", "message"),
     [
         ({"precision": "fp32"}, r"^precision fp32: kernels compute in fp16 or bf16; give one of these$"),
+        (
+            {"precision": "fp8"},
+            r"^precision fp8: kernels compute in fp16 or bf16 \(GPUs of SM80 and SM86 have no .* fp8",
+        ),
+        ({"precision": "int8"}, r"^precision int8: .* \(no report has proven int8 .*: parvis calibrate\); give one"),
         ({"decoder_precision": "bf16"}, r"^decoder precision bf16: .* compute in fp16 or fp32; give one of these$"),
         ({"targets": ("SM90", "SM75")}, "^target 'SM75': engines of kernels are built for SM80"),
         ({"targets": ("local",)}, "^target local needs a GPU: .*; name the GPU .* --target SM90 for an H100"),

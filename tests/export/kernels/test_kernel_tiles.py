@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from par_export.errors import BuildError
@@ -54,6 +56,52 @@ def test_no_choice_is_slower_by_the_model_than_one_plain_shape(name: str) -> Non
         time = tiles.product_us(tile, columns, config.dim, 8, card)
         assert time <= tiles.product_us(plain, columns, config.dim, 8, card)
         assert time >= columns * config.dim * 2 / 3.35e6  # never faster than the memory
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["L", "3B", "3B n = 16", "demo"])
+def test_panels_of_codes_are_whole_pieces_of_one_group(name: str, bits: int, group: int) -> None:
+    storage = tiles.Storage(bits, group)
+    config = CONFIGS.get(name) or replace(TINY, dim=256, n_heads=4)
+    storages = dict.fromkeys(("qkv", "wo", "gates", "w2", "head"), (storage,))
+    for card in (TARGETS["SM80"], TARGETS["SM90"]):
+        chosen = tiles.choose(config, IMAGES, card, storages=storages)
+        for kind in storages:
+            of_batch = [chosen[batch].of(kind, storage) for batch in IMAGES]
+            assert len({(tile.BN, tile.BK, tile.split, tile.sub) for tile in of_batch}) == 1
+            for batch, tile in zip(IMAGES, of_batch, strict=True):
+                rows = tile.sub * 8 // bits  # of a piece; each half of it is inside of a group
+                assert tile.BK % (rows * tile.parts) == 0
+                assert group % tile.sub == 0
+                assert tile.sub >= 32
+                assert tiles.shared_bytes(tile, tiles.rows_of(2 * config.group_size * batch)) < card.shared_block
+
+
+def test_fewer_bytes_take_less_time() -> None:
+    """The head of PAR-3B, the product that is nearest to its bytes: about half and a quarter of the time."""
+    config, card = named("3B"), TARGETS["SM90"]
+    times = []
+    for storage in (tiles.NUMBERS, tiles.Storage(8, 64), tiles.Storage(4, 64)):
+        tile = tiles.choose(config, (1,), card, storages={"head": (storage,)})[1].head
+        times.append(tiles.product_us(tile, config.vocab_size, config.dim, 8, card))
+        panel = tile.BN * tile.BK
+        assert storage.bytes(panel) == panel * {0: 2, 8: 1 + 2 / 64, 4: 0.5 + 2 / 64}[storage.bits]
+    assert 0.45 < times[1] / times[0] < 0.65
+    assert 0.25 < times[2] / times[0] < 0.4
+
+
+def test_matrices_of_a_kind_that_stay_numbers_have_a_shape_of_their_own() -> None:
+    config, card, codes = named("L"), TARGETS["SM80"], tiles.Storage(4, 32)
+    alone = tiles.choose(config, IMAGES, card)[1]
+    both = tiles.choose(config, IMAGES, card, storages={"w2": (codes, tiles.NUMBERS)})[1]
+    assert both.w2.storage == codes
+    assert both.of("w2", tiles.NUMBERS) == alone.w2
+    assert both.qkv == alone.qkv
+    refused = frozenset({spec(alone.w2.BN, alone.w2.BK, 8, "step.residual")})  # of numbers: codes keep theirs
+    again = tiles.choose(config, IMAGES, card, refused, storages={"w2": (codes, tiles.NUMBERS)})[1]
+    assert again.w2 == both.w2
+    assert again.of("w2", tiles.NUMBERS) != alone.w2
 
 
 def spec(bn: int, bk: int, rows: int, source: str = "step.gates") -> Spec:

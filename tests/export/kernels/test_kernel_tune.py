@@ -22,6 +22,7 @@ from par_export.kernels.compiler import Compiled
 from par_export.kernels.request import KernelsRequest
 from par_export.kernels.spec import Spec
 from par_export.kernels.targets import TARGETS, Target
+from par_export.quantised import quantised_with, write_bundle
 from par_model.config import named
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import ENGINES, Engine, list_engines, why_unfit
@@ -210,3 +211,26 @@ def test_candidates_begin_with_the_model_s_choice_and_differ() -> None:
         found = tune.candidates(named("L"), kind, (1, 8), TARGETS["SM90"], 6, 1)
         assert found[0] == getattr(tiles.choose(named("L"), (1, 8), TARGETS["SM90"])[1], kind)
         assert len(set(found)) == len(found) == 6
+
+
+def test_shapes_of_quantised_products_are_tried(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """And an engine with one of them is planned with it; matrices that stay numbers keep the model's shapes."""
+    source, how, card = Bundle.open(bundles["n16"]), {"weights": "int8", "group": 32}, TARGETS["SM90"]
+    quantise = quantised_with("int8", 32, "float32", ("layers.0.w2",))
+    path = write_bundle(source, tmp_path / "int8", quantise, how, say=lambda _: None, gate=False)
+    contents = tune.Contents(Bundle.open(path), "fp16", "fp16")
+    found = tune.candidates(contents.config, "w2", (1,), card, 6, 1, tiles.Storage(8, 32))
+    assert len(set(found)) == len(found) >= 4
+    assert all(isinstance(tile, tiles.ProductTile) and tile.storage == tiles.Storage(8, 32) for tile in found)
+    first, other = (
+        [dict(spec.constants) for spec in tune.plan(contents, (1,), card, given=given).specs.values()]
+        for given in ({}, {"w2": found[1]})
+    )
+    shapes = [
+        {tuple(c[name] for name in ("BITS", "BN", "BK", "SPLIT")) for c in each if "SPLIT" in c and c["K"] == 256}
+        for each in (first, other)
+    ]
+    assert len(shapes[0]) == len(shapes[1]) == 2
+    assert shapes[0] & shapes[1] == {shape for shape in shapes[0] if shape[0] == 0}
+    assert isinstance(found[1], tiles.ProductTile)
+    assert (8, found[1].BN, found[1].BK, found[1].split) in shapes[1]

@@ -15,10 +15,13 @@ import pytest
 from par_export.kernels.compiler import Compiled, Compiler
 from par_export.kernels.plan_step import plan
 from par_export.kernels.spec import Planned, Spec
+from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import TARGETS
 from par_export.kernels.tiles import choose
 from par_model.config import PARConfig, named
 from par_runtime.bundle import Stored
+from par_runtime.manifest import MATRICES, STORED_BYTES
+from par_runtime.quantised import SCALE
 
 pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build]'")
 knobs = pytest.importorskip("triton.knobs")
@@ -47,12 +50,28 @@ def table(config: PARConfig) -> dict[str, Stored]:
     return {n: Stored(dtypes[n][0], shape, 0, dtypes[n][1] * int(np.prod(shape))) for n, shape in shapes.items()}
 
 
-def planned(config: PARConfig, target: str, precision: str, images: tuple[int, ...]) -> Planned:
+def quantised(stored: dict[str, Stored], dtype: str, group: int) -> dict[str, Stored]:
+    """``stored`` with every matrix that has whole groups in codes of ``dtype``."""
+    out = dict(stored)
+    for name, at in stored.items():
+        if name.endswith((*MATRICES, "output")) and at.shape[0] % group == 0:
+            k, n = at.shape
+            out[name] = Stored(dtype, at.shape, 0, int(k * n * STORED_BYTES[dtype]))
+            out[name + SCALE] = Stored("float16", (k // group, n), 0, k // group * n * 2)
+    return out
+
+
+def planned(
+    config: PARConfig, target: str, precision: str, images: tuple[int, ...], codes: tuple[str, int] | None = None
+) -> Planned:
     def ones(stored: Stored) -> Any:
         return np.ones(stored.shape, np.float32)
 
-    card = TARGETS[target]
-    return plan(config, table(config), ones, ["group"], images, precision, card, choose(config, images, card))
+    card, stored = TARGETS[target], table(config)
+    if codes is not None:
+        stored = quantised(stored, *codes)
+    tiles = choose(config, images, card, storages=storages(stored))
+    return plan(config, stored, ones, ["group"], images, precision, card, tiles)
 
 
 TINY = PARConfig(dim=40, n_layers=1, n_heads=2, vocab_size=50, n_classes=2, grid=(1, 8, 8), group_size=4)
@@ -77,6 +96,49 @@ def test_kernels_of_a_step(size: str, query: int, target: str, precision: str, i
         assert kernel.warps == spec.warps
         if "BK" in constants:
             check_product(kernel, constants, target, config is TINY)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "group", "target", "precision", "images"),
+    [("L", "int4", 32, "SM90", "bf16", 8), ("3B", "int8", 128, "SM80", "fp16", 1)],
+)
+def test_products_of_codes(
+    size: str, dtype: str, group: int, target: str, precision: str, images: int, compiler: Compiler
+) -> None:
+    """Nothing spills; codes and activations are copied in the background, and the matrix units multiply them."""
+    of = planned(named(size), target, precision, (images,), (dtype, group))
+    specs = [spec for spec in of.specs.values() if dict(spec.constants).get("BITS") and "BM" in dict(spec.constants)]
+    packs = [spec for spec in of.specs.values() if spec.source in ("pack.codes", "pack.scales")]
+    assert {spec.source for spec in specs} == {"step.qkv", "step.residual", "step.gates", "step.head"}
+    compiled = compiler.compile([*specs, *packs], TARGETS[target])
+    for spec in (*specs, *packs):
+        assert compiled[spec.name].fault(TARGETS[target]) is None, spec
+    for spec in specs:
+        kernel, c = compiled[spec.name], dict(spec.constants)
+        assert all(kind.startswith("mma.m16n8k16") for kind in kernel.products)
+        assert kernel.products
+        assert not {"1", "2"} & {*kernel.copies}
+        assert kernel.copies["16"] >= 2
+        panel = int(c["BN"]) * int(c["BK"]) * int(c["BITS"]) // 8
+        assert kernel.shared >= 2 * (panel + 2 * int(c["BK"]) * int(c["BM"]))
+
+
+@pytest.mark.parametrize(("dtype", "precision", "most"), [("int8", "bf16", 4.0), ("int4", "fp16", 3.5)])
+def test_codes_become_numbers_in_the_thread_that_multiplies_them(
+    dtype: str, precision: str, most: float, compiler: Compiler, tmp_path: Path
+) -> None:
+    """From the first product to the last: no store to shared memory, few instructions for each code, and no shuffles
+    but those of the norm, whose squares are added up there.
+    """
+    of = planned(named("L"), "SM80", precision, (1,), (dtype, 64))
+    spec = next(spec for spec in of.specs.values() if spec.source == "step.gates")
+    lines = assembly(compiler.compile([spec], TARGETS["SM80"])[spec.name], tmp_path)
+    products = [i for i, line in enumerate(lines) if "HMMA.16816" in line]
+    between = [line for line in lines[products[0] : products[-1]] if "*/" in line]
+    assert not any(" STS" in line for line in between)
+    assert sum("SHFL" in line for line in between) <= 8
+    codes = 8 * len(products)  # of a thread: 16 by 16 codes in 32 threads, and 8 rows of activations
+    assert len(between) <= most * codes, len(between) / codes
 
 
 def check_product(kernel: Compiled, constants: dict[str, Any], target: str, tiny: bool) -> None:

@@ -81,7 +81,7 @@ def test_half_precision_within_the_floors_of_verify(
     driver.twin.parts = None  # type: ignore[union-attr]
     assert cli.main(["verify", str(gpu.bundle.path), "--images", "1", "--groups", "2", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
-    assert row["candidate"]["backend"].startswith(f"kernels 1 {precision} on")
+    assert row["candidate"]["backend"].startswith(f"kernels 1 {precision} from {CODES[name][0]} on")
 
 
 def scales_of_another_layer(planned: Planned) -> None:

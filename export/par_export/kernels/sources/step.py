@@ -65,6 +65,26 @@ def fetch_ahead(address, size):
 
 
 @triton.jit
+def fetch_scales(
+    scales,
+    tile,
+    first,  # block of K
+    AHEAD: tl.constexpr,
+    K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Fetch the scales of ``AHEAD`` bytes of codes from that block on: they are needed as early as the codes."""
+    groups: tl.constexpr = ((K + BK - 1) // BK * BK + GROUP - 1) // GROUP
+    ahead: tl.constexpr = (AHEAD * 8 // BITS // BN + GROUP - 1) // GROUP
+    width: tl.constexpr = scales.dtype.element_ty.primitive_bitwidth // 8
+    place = scales + tile.to(tl.int64) * (groups * BN) + first * BK // GROUP * BN
+    fetch_ahead(place, ahead * BN * width)
+
+
+@triton.jit
 def begin(DEPENDENT: tl.constexpr):
     """Wait for the kernel before this one, then let the next one start.
 
@@ -172,6 +192,8 @@ def qkv(
     panel = weights + tile.to(tl.int64) * (blocks * size)
     if DEPENDENT and AHEAD > 0:
         fetch_ahead(panel, AHEAD)
+        if BITS > 0:
+            fetch_scales(scales, tile, 0, AHEAD, D_MODEL, BN, BK, BITS, GROUP)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     row = m // QUERY
     unit = tile * (BN // 2) + tl.arange(0, BN // 2)
@@ -248,6 +270,8 @@ def residual(
     first, last = split * blocks // SPLIT, (split + 1) * blocks // SPLIT
     if DEPENDENT and AHEAD > 0:
         fetch_ahead(panel + first * size, AHEAD)
+        if BITS > 0:
+            fetch_scales(scales, tile, first, AHEAD, K, BN, BK, BITS, GROUP)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.arange(0, BN)
     column = tile * BN + n
@@ -314,6 +338,8 @@ def gates(
     panel = weights + tile.to(tl.int64) * (blocks * size)
     if DEPENDENT and AHEAD > 0:
         fetch_ahead(panel, AHEAD)
+        if BITS > 0:
+            fetch_scales(scales, tile, 0, AHEAD, D_MODEL, BN, BK, BITS, GROUP)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     unit = tile * (BN // 2) + tl.arange(0, BN // 2)
     begin(DEPENDENT)
@@ -365,6 +391,8 @@ def head(
     panel = weights + tile.to(tl.int64) * (blocks * size)
     if DEPENDENT and AHEAD > 0:
         fetch_ahead(panel, AHEAD)
+        if BITS > 0:
+            fetch_scales(scales, tile, 0, AHEAD, D_MODEL, BN, BK, BITS, GROUP)
     column = tl.program_id(0) * BM + tl.arange(0, BM)
     i = column // 2
     image = i // QUERY

@@ -54,9 +54,10 @@ class GpuBackend:
         capture: Capture = "image",
     ) -> None:
         self.bundle, self.engine, self.device, self.stream, self.capture = bundle, engine, device, stream, capture
+        quantised = f" from {bundle.quantised}" if bundle.quantised else ""  # what its matrices are stored in
         self.info = BackendInfo(
             runtime=runtime,
-            version=f"{version} {engine.precision} on {device.name}",
+            version=f"{version} {engine.precision}{quantised} on {device.name}",
             device=device.name,
             computes=engine.precision,
             weight_bytes=bundle.bytes_read(BYTES[engine.precision], stored_scales=engine.kernels is not None),
