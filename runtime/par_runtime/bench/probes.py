@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.native.library import ARITHMETIC, STORED, Matrix, library
+from par_runtime.backends.native.library import Matrix, library, matrix_of
 
 MATRIX = 384  #: rows and columns of a product of a thread in numpy, about a millisecond
 SHARED_MATRIX = 1024  #: of the product that ONNX Runtime shares among its threads
@@ -109,11 +109,11 @@ def matrix_tflop_s(threads: int, side: int = MATRIX) -> Iterator[tuple[str, floa
 
 
 class Product:
-    """The product of the C kernels alone: rows ``x`` [M,K] times fp32 panels, in one thread."""
+    """The product of the C kernels alone: rows ``x`` [M,K] times panels of ``matrix`` (default: fp32), in one thread."""
 
-    def __init__(self, lib: ctypes.CDLL, x: NDArray[np.float32]) -> None:
+    def __init__(self, lib: ctypes.CDLL, x: NDArray[np.float32], matrix: Matrix | None = None) -> None:
         self._lib, self._x = lib, x
-        self._matrix = Matrix(stored=STORED["float32"], arithmetic=ARITHMETIC["fp32"])
+        self._matrix = matrix_of(lib, "float32", "fp32") if matrix is None else matrix
         self._packed = np.empty(lib.parvis_packed_bytes(*x.shape), np.uint8)
         self.tile = np.empty((len(x), lib.parvis_panel()), np.float32)
 

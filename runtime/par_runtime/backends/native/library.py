@@ -153,6 +153,18 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.parvis_pack.argtypes = (ctypes.POINTER(Matrix), pointer, pointer, integer, integer, ctypes.c_int, pointer)
 
 
+def matrix_of(lib: ctypes.CDLL, dtype: str, arithmetic: str, group: int = 0, scales: str = "float32") -> Matrix:
+    """How this CPU multiplies a matrix in ``arithmetic``, one of ``dtypes.ARITHMETICS``; its ``data`` is missing.
+
+    ``group`` and ``scales``, their dtype: of a quantised matrix. In "int8" others are multiplied in bf16.
+    """
+    if not group and arithmetic == "int8":
+        arithmetic = "bf16"
+    matrix = Matrix(stored=STORED[dtype], group=group, arithmetic=ARITHMETIC[arithmetic], scales=STORED[scales])
+    matrix.layout = lib.parvis_layout(matrix.stored, matrix.arithmetic)
+    return matrix
+
+
 @cache
 def _opened(file: Path | None) -> ctypes.CDLL | KernelError:
     """:func:`open_library`, with its error as a result, so that both are kept."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.native.library import ARITHMETIC, STORED, Matrix, Model
+from par_runtime.backends.native.library import Matrix, Model, matrix_of
 from par_runtime.backends.ort.sessions import check_memory
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
 from par_runtime.dtypes import STORAGE, Float, to_float32
@@ -94,14 +94,10 @@ class Weights:
 
 def _matrix(lib: ctypes.CDLL, table: Mapping[str, Stored], name: str, arithmetic: str) -> Matrix:
     """Matrix ``name`` of a table of weights, as this CPU multiplies it in ``arithmetic``; its ``data`` is missing."""
-    dtype, scales = table[name].dtype, table.get(name + SCALE)
-    if scales is None and arithmetic == "int8":
-        arithmetic = "bf16"
-    matrix = Matrix(stored=STORED[dtype], arithmetic=ARITHMETIC[arithmetic])
-    if scales is not None:
-        matrix.group, matrix.scales = table[name].shape[0] // scales.shape[0], STORED[scales.dtype]
-    matrix.layout = lib.parvis_layout(matrix.stored, matrix.arithmetic)
-    return matrix
+    stored, scales = table[name], table.get(name + SCALE)
+    if scales is None:
+        return matrix_of(lib, stored.dtype, arithmetic)
+    return matrix_of(lib, stored.dtype, arithmetic, stored.shape[0] // scales.shape[0], scales.dtype)
 
 
 def pointers(addresses: Iterable[int]) -> Any:

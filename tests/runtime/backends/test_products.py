@@ -1,0 +1,205 @@
+"""The matrix products of the C step: every stored dtype in every arithmetic, on every instruction set that this CPU has.
+
+The right value is computed in float64 from the numbers that the arithmetic rounds its operands to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from par_runtime.backends.native.library import library, matrix_of
+from par_runtime.bench.probes import Product
+from par_runtime.dtypes import ARITHMETICS, Float
+from par_runtime.quantised import GROUPS, MOST_CODE, packed
+
+pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels are not built")
+
+SETS = ("", "avx512", "avx2")  #: PARVIS_NATIVE; "": the most that this CPU can
+FLOATS = ("float32", "float16", "bfloat16")
+COLUMNS = 64
+#: of sums whose order is not the same, relative to the largest
+ROUNDING = 5e-6
+
+
+def bf16(x: NDArray[Any]) -> Float:
+    """``x`` rounded to the nearest bf16, ties to even, in fp32."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def stored_bytes(x: Float, dtype: str) -> NDArray[Any]:
+    """``x``, which is of ``dtype``, as a weights file has it."""
+    return (x.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else x.astype(dtype)
+
+
+@dataclass
+class Weights:
+    """A matrix [K,N]: as stored, and in float64."""
+
+    dtype: str
+    stored: NDArray[Any]
+    exact: NDArray[np.float64]
+    group: int = 0
+    scales: NDArray[Any] | None = None  #: as stored
+    scales_dtype: str = "float32"
+
+
+def weights(dtype: str, k: int, group: int = 0, scales: str = "float16", n: int = COLUMNS) -> Weights:
+    random = np.random.default_rng(k)
+    if dtype in FLOATS:
+        x = 0.1 * random.standard_normal((k, n), np.float32)
+        x = bf16(x) if dtype == "bfloat16" else x.astype(dtype).astype(np.float32)
+        return Weights(dtype, stored_bytes(x, dtype), x.astype(np.float64))
+    most = MOST_CODE[dtype]
+    codes = random.integers(-most, most + 1, (k, n)).astype(np.int8)
+    each = bf16(random.uniform(0.001, 0.01, (k // group, n)))
+    each = each.astype(np.float16).astype(np.float32) if scales == "float16" else each
+    exact = codes * np.repeat(each.astype(np.float64), group, axis=0)
+    code_bytes = np.frombuffer(packed(codes, dtype), np.uint8)
+    return Weights(dtype, code_bytes, exact, group, stored_bytes(each, scales), scales)
+
+
+def multiplied(x: Float, w: Weights, arithmetic: str, halves: bool = False) -> Float:
+    """x [M,K] times ``w`` by the C kernels, [M,N]; the columns of w13, with ``halves``, in the order of its panels."""
+    lib = library()
+    assert lib is not None
+    (k, n), panel = w.exact.shape, lib.parvis_panel()
+    matrix = matrix_of(lib, w.dtype, arithmetic, w.group, w.scales_dtype)
+    size = lib.parvis_matrix_bytes(ctypes.byref(matrix), k, n)
+    panels = np.zeros(size + 1, np.uint8)
+    panels[-1] = 77
+    scales = None if w.scales is None else w.scales.ctypes.data
+    lib.parvis_pack(ctypes.byref(matrix), w.stored.ctypes.data, scales, k, n, int(halves), panels.ctypes.data)
+    assert panels[-1] == 77
+    product = Product(lib, np.ascontiguousarray(x), matrix)
+    results = []
+    for i in range(n // panel):
+        product(panels.ctypes.data + i * (size // (n // panel)), 1, 1)
+        results.append(product.tile.copy())
+    return np.concatenate(results, axis=1)
+
+
+def rounded(x: Float, arithmetic: str, group: int) -> NDArray[np.float64]:
+    """``x`` [M,K] as the arithmetic rounds it."""
+    if arithmetic == "fp32":
+        return x.astype(np.float64)
+    if arithmetic == "bf16" or not group:
+        return bf16(x).astype(np.float64)
+    blocks = x.reshape(len(x), -1, group)
+    largest = np.abs(blocks).max(2, keepdims=True)
+    codes = np.rint(blocks.astype(np.float64) * (np.float32(127) / largest))
+    return (codes * (largest / np.float32(127)).astype(np.float64)).reshape(x.shape)
+
+
+def expected(x: Float, w: Weights, arithmetic: str) -> NDArray[np.float64]:
+    exact = w.exact
+    if arithmetic != "fp32" and not w.group:
+        exact = bf16(exact).astype(np.float64)
+    return rounded(x, arithmetic, w.group) @ exact
+
+
+def far(result: Float, right: NDArray[np.float64]) -> float:
+    """The largest difference, relative to the largest number."""
+    return float(np.abs(result - right).max() / np.abs(right).max())
+
+
+def cases() -> list[tuple[str, int]]:
+    return [(dtype, 0) for dtype in FLOATS] + list(itertools.product(MOST_CODE, GROUPS))
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_products_are_those_of_the_rounded_operands(
+    arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARVIS_NATIVE", instructions)
+    for dtype, group in cases():
+        for k in (384, 2816, 3200):
+            w = weights(dtype, k, group)
+            x = np.random.default_rng(1).standard_normal((40, k), np.float32)
+            right = expected(x, w, arithmetic)
+            for m in range(1, 41) if k == 384 else (2, 13, 32):
+                result = multiplied(x[:m], w, arithmetic)
+                assert far(result, right[:m]) < ROUNDING, (dtype, group, k, m)
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("scales", FLOATS)
+def test_scales_of_each_dtype_and_both_halves_of_w13(
+    scales: str, arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARVIS_NATIVE", instructions)
+    x = np.random.default_rng(2).standard_normal((5, 128), np.float32)
+    in_panels = np.arange(COLUMNS).reshape(2, 2, 16).transpose(1, 0, 2).reshape(-1)
+    for dtype, group in cases():
+        w = weights(dtype, 128, group, scales)
+        right = expected(x, w, arithmetic)[:, in_panels]
+        assert far(multiplied(x, w, arithmetic, halves=True), right) < ROUNDING, (dtype, group)
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_a_row_does_not_depend_on_the_others_and_not_on_their_number(
+    arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly in fp32, and wherever sums have the same order; else up to the order of sums."""
+    monkeypatch.setenv("PARVIS_NATIVE", instructions)
+    x = np.random.default_rng(3).standard_normal((33, 256), np.float32)
+    for dtype, group in cases():
+        w = weights(dtype, 256, group)
+        every, alone = multiplied(x, w, arithmetic), multiplied(x[20:21], w, arithmetic)
+        if arithmetic == "fp32" or (arithmetic == "int8" and group):
+            assert np.array_equal(every[20:21], alone), (dtype, group)
+        assert far(every[20:21], alone.astype(np.float64)) < ROUNDING
+
+
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_hostile_activations(arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of zeros, of huge and of tiny numbers, with one outlier, with a NaN, with an infinity."""
+    monkeypatch.setenv("PARVIS_NATIVE", instructions)
+    normal = np.random.default_rng(4).standard_normal(256).astype(np.float32)
+    x = np.stack([0 * normal, 1e30 * normal, 1e-25 * normal, 1e-41 * normal, normal, normal, normal]).astype(np.float32)
+    x[4, 7], x[5, 9], x[6, 11] = 1e4, np.nan, np.inf
+    for dtype, group in cases():
+        w = weights(dtype, 256, group)
+        result = multiplied(x, w, arithmetic)
+        right = expected(x[[0, 1, 2, 4]], w, "fp32")
+        assert np.all(result[0] == 0)
+        assert np.abs(result[3]).max() < 1e-38
+        for row, of in ((1, 1), (2, 2), (4, 3)):
+            largest = np.abs(x[row]).max() * np.abs(w.exact).max()
+            assert np.abs(result[row] - right[of]).max() / largest < (1e-4 if arithmetic == "fp32" else 0.2)
+        assert np.isnan(result[5]).all()
+        assert not np.isfinite(result[6]).any()
+
+
+def test_the_sets_of_this_cpu_differ_in_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tests above would test one set only. A CPU with fewer instructions has fewer of them."""
+    lib = library()
+    assert lib is not None
+    dots = {"avx512_bf16", "avx512vbmi", "avx512_vnni"} <= cpu_flags()
+
+    def layouts(instructions: str) -> list[int]:
+        monkeypatch.setenv("PARVIS_NATIVE", instructions)
+        return [matrix_of(lib, "int8", each, 32).layout for each in ARITHMETICS]
+
+    assert layouts("avx2") == layouts("avx512")
+    assert (layouts("")[1:] != layouts("avx2")[1:]) == dots
+    assert layouts("")[0] == layouts("avx2")[0]
+
+
+def cpu_flags() -> set[str]:
+    try:
+        with open("/proc/cpuinfo") as opened:
+            return set(next(line for line in opened if line.startswith("flags")).split())
+    except (OSError, StopIteration):
+        return set()
