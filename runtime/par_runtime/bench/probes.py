@@ -109,7 +109,10 @@ def matrix_tflop_s(threads: int, side: int = MATRIX) -> Iterator[tuple[str, floa
 
 
 class Product:
-    """The product of the C kernels alone: rows ``x`` [M,K] times panels of ``matrix`` (default: fp32), in one thread."""
+    """The product of the C kernels alone: rows ``x`` [M,K] times panels of ``matrix``, in one thread.
+
+    Without ``matrix``, panels are fp32.
+    """
 
     def __init__(self, lib: ctypes.CDLL, x: NDArray[np.float32], matrix: Matrix | None = None) -> None:
         self._lib, self._x = lib, x

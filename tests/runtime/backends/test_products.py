@@ -1,4 +1,4 @@
-"""The matrix products of the C step: every stored dtype in every arithmetic, on every instruction set that this CPU has.
+"""The matrix products of the C step: each stored dtype in each arithmetic, on each instruction set that this CPU has.
 
 The right value is computed in float64 from the numbers that the arithmetic rounds its operands to.
 """
