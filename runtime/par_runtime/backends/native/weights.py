@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.native.library import Matrix, Model, matrix_of
+from par_runtime.backends.native.library import STORED, Matrix, Model, matrix_of
 from par_runtime.backends.ort.sessions import check_memory
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
 from par_runtime.dtypes import STORAGE, Float, to_float32
