@@ -1,12 +1,14 @@
-"""Images to tokens and back, without the model: the bundle's image tokenizer on ONNX Runtime's CPU.
+"""Images to tokens and back, without the model: the bundle's image tokenizer on the CPU.
 
-A backend decodes on its own device. Encoding always runs here, on the CPU: it is one call per image that a user gives,
-where generation takes tens or hundreds of calls, so it is not worth a plan for each GPU.
+A backend decodes on its own device. Encoding always runs here, on ONNX Runtime's CPU: it is one call per image that a
+user gives, where generation takes tens or hundreds of calls, so it is not worth a plan for each GPU.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from par_runtime.loaded import LoadedFiles
 from par_runtime.request import array
 
 if TYPE_CHECKING:
+    from par_runtime.backends.native.decoding import Decoder
     from par_runtime.backends.ort.sessions import LazySession
 
 #: The most pixels per call of encoder and decoder, which bounds their memory: 32 images of 64x64, 2 of 256x256. One
@@ -64,8 +67,9 @@ class Tokenizer:
         self._threads = cpu_threads(threads)
         self.bundle = bundle
         self._files = LoadedFiles(bundle)
-        self._sessions: dict[str, LazySession] = {}
-        self._lock = threading.Lock()  #: of _sessions
+        self._encoder: LazySession | None = None
+        self._decoder: Decoder | None = None
+        self._lock = threading.Lock()  #: of both
         self._closed = False
         tell_of_forks(self)
 
@@ -75,7 +79,9 @@ class Tokenizer:
     def close(self) -> None:
         """Free encoder and decoder; the tokenizer cannot be used afterwards."""
         self._closed = True
-        self._sessions.clear()
+        for each in (self._encoder, self._decoder):
+            if each is not None:
+                each.close()
         self._files.close()
 
     def encode(self, images: Pictures, fit: Fit = "crop") -> Int:
@@ -91,28 +97,35 @@ class Tokenizer:
                 f"{_with_encoder(self.bundle)}"
             )
         batch = to_pixels(images, self._size, fit)
-        return (
-            self._chunked("encoder", "images", batch) if len(batch) else np.zeros((0, self.bundle.n_tokens), np.int64)
-        )
+        if not len(batch):
+            return np.zeros((0, self.bundle.n_tokens), np.int64)
+        with importing("encoding an image"):
+            from par_runtime.backends.ort.sessions import LazySession, session_options
+        with self._lock:
+            self._check_open()
+            if self._encoder is None:
+                self._encoder = LazySession(self._files, "encoder", session_options(self._threads))
+            encoder = self._encoder
+        return self._chunked(partial(encoder.run, "images"), batch)
 
     def decode(self, tokens: ArrayLike) -> NDArray[np.uint8]:
         """Images [B,H,W,3] uint8 of ``tokens`` [N] or [B,N] in sequence order, one or more. Raises RequestError."""
         count = len(np.atleast_2d(array("tokens", tokens)))
-        return self._chunked("decoder", "tokens", given_tokens(self.bundle, count, tokens))
+        known = given_tokens(self.bundle, count, tokens)
+        with importing("decoding an image"):
+            from par_runtime.backends.native.decoding import open_decoder
+            with self._lock:
+                self._check_open()
+                if self._decoder is None:
+                    self._decoder = open_decoder(self._files, self._threads)
+                decoder = self._decoder
+        return self._chunked(decoder.run, known)
 
-    def _chunked(self, graph: str, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        session = self._session(graph)
+    def _chunked(self, run: Callable[[NDArray[Any]], NDArray[Any]], values: NDArray[Any]) -> NDArray[Any]:
         size = chunk_images(self.bundle)
-        return np.concatenate([session.run(name, values[i : i + size]) for i in range(0, len(values), size)])
+        return np.concatenate([run(values[i : i + size]) for i in range(0, len(values), size)])
 
-    def _session(self, graph: str) -> LazySession:
-        """Raises RequestError where onnxruntime is missing, or the tokenizer was closed."""
+    def _check_open(self) -> None:
+        """Raise RequestError where the tokenizer was closed."""
         if self._closed:
             raise RequestError(f"{self.bundle.path}: the tokenizer was closed; load it again")
-        with importing("encoding an image"):
-            from par_runtime.backends.ort import sessions
-        with self._lock:
-            if graph not in self._sessions:
-                options = sessions.session_options(self._threads)
-                self._sessions[graph] = sessions.LazySession(self._files, graph, options)
-            return self._sessions[graph]
