@@ -169,8 +169,20 @@ def _native() -> tuple[bool, str]:
     from par_runtime.backends.native.library import library_file, open_library
 
     instructions = open_library(library_file()).parvis_instructions().decode()  # raises KernelError
-    runs, why = _ort()  # which decodes
-    return runs, f"C kernels for {instructions}" if runs else why
+    runs, why = _ort()  # which encodes, and decodes bundles of older versions
+    return runs, f"C kernels for {instructions}; {_decoder()}" if runs else why
+
+
+def _decoder() -> str:
+    """What decodes beside the C step."""
+    from par_runtime.backends.native.decoding import decoder_file, open_decoder_library
+    from par_runtime.backends.native.library import KernelError
+
+    try:
+        open_decoder_library(decoder_file())
+    except KernelError as error:
+        return f"onnxruntime decodes: {error}"
+    return "decoder in C (onnxruntime where a bundle's manifest has no table of the decoder's weights)"
 
 
 def _ort_cuda() -> tuple[bool, str]:

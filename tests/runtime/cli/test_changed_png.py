@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
 from par_runtime.images import opening, photo, png
+from par_runtime.pipeline import Pipeline
 from par_runtime.tokenizer import Tokenizer
 
 EDIT = ("--keep", "left", "--seed", 1)
@@ -263,3 +265,37 @@ def test_the_columns_of_a_sheet_are_a_count() -> None:
         with pytest.raises(ValueError, match=r"^columns .*: expected a whole number, 1 or more"):
             png.check_sheet(4, bad, (16, 16))  # type: ignore[arg-type]
     png.check_sheet(4, np.int64(2), (16, 16))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("levels", "code"), [(0, 0), (1, 0), (2, 1)])
+def test_what_another_decoder_rounded_is_the_same_image(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], levels: int, code: int
+) -> None:
+    """The C decoder and ONNX Runtime's differ by one grey level, here and there."""
+    with Pipeline.load(tiny) as pipeline:
+        result = pipeline.generate([2], seed=7)
+    assert result.images is not None
+    images = result.images.copy()
+    images[0, 3:5, 7] -= levels * (images[0, 3:5, 7] > 1).astype(np.uint8)
+    replace(result, images=images).save(tmp_path / "other.png")
+    capsys.readouterr()
+    assert run("redo", tmp_path / "other.png", "--bundle", tiny, "--quiet") == code
+    said = capsys.readouterr().out
+    assert {
+        0: "identical: 1 image, 64 tokens, every pixel",
+        1: "identical: 1 image, 64 tokens; 2 of its pixels differ by 1 of 255, as another decoder rounds them",
+        2: "different: the tokens are the same, the pixels are not (2 pixels, by up to 2 of 255)",
+    }[levels] in said
+    one_more = saved_again(tmp_path / "other.png", CHANGES["one grey level"], tmp_path / "changed.png")
+    assert run("redo", one_more, "--bundle", tiny, "--quiet") == 1
+    assert "1 of 1 images were changed since parvis wrote them" in capsys.readouterr().out
+
+
+def test_an_image_of_onnx_runtime_is_redone_by_the_decoder_in_c(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo, sheet = Path(__file__).parents[3] / "models" / "demo", tmp_path / "sheet.png"
+    generate = ("generate", demo, "--label", "all", "--count", 2, "--seed", 1, "--out", sheet, "--quiet")
+    assert run(*generate, "--device", "cpu-ort") == 0
+    assert run("redo", sheet, "--bundle", demo, "--device", "cpu", "--quiet") == 0
+    assert "identical: 24 images, 6144 tokens" in capsys.readouterr().out

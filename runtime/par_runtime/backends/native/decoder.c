@@ -1,10 +1,10 @@
 /* The decoder of the image tokenizer on a CPU: tokens to pixels, as decoder.onnx computes them, in fp32.
 
-   Nearly all of its time are 3x3 convolutions. They are computed in Winograd's form F(4x4,3x3): a tile of 6x6 numbers of
-   the input is transformed, 36 products of matrices over the channels follow, and their results are transformed into 4x4
-   numbers. That takes 36 multiplications where the convolution itself takes 144. The tile of a doubled map holds each
-   number twice, so those products whose row or column belongs to the point -1 vanish: 25 are left. Some tiles at a time
-   go through all three parts, so what lies between them stays in a core's cache.
+   Nearly all of its time are 3x3 convolutions. They are computed in Winograd's form F(4x4,3x3): a tile of 6x6 numbers
+   of the input is transformed, 36 products of matrices over the channels follow, and their results are transformed into
+   4x4 numbers. That takes 36 multiplications where the convolution itself takes 144. The tile of a doubled map holds
+   each number twice, so those products whose row or column belongs to the point -1 vanish: 25 are left. Some tiles at a
+   time go through all three parts, so what lies between them stays in a core's cache.
 
    Group norm: whoever writes a map also writes the sums over its pixels, and the transform of the input normalises.
 
@@ -12,67 +12,19 @@
 
    Layouts, in which [A][B] is an array of A times B numbers in C order:
    map      [images][C/LANES][height][width][LANES]
-   rows     [images][pixels][C + LANES]; the LANES at the end keep rows apart in a cache
+   rows     [images][pixels][C + LANES]
    keys     [images][pixels/PANEL][C][PANEL]
    values   [images][C/PANEL][pixels][PANEL]
-   weights  of 3x3: [N/PANEL][K][9][PANEL] as stored, or [N/PANEL][points][K][PANEL] transformed; of 1x1:
-            [N/PANEL][K][PANEL]. K and N are the channels of input and output. */
+   weights  of 3x3: [N/PANEL][K][9][PANEL] as stored, or [N/PANEL][points][K*PANEL + LANES] transformed; of 1x1:
+            [N/PANEL][K][PANEL]. K and N are the channels of input and output.
+   LANES numbers at the end of a row keep rows apart in a cache, where a power of two would put them in one place. */
 
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
 
-#include "pool.h"
-
-#define LANES 16            /* channels that lie together in a map */
-#define PANEL 32            /* columns of a panel */
-#define POINTS 36           /* products of a tile */
-#define UPSAMPLED_POINTS 25 /* of them in the tile of a doubled map: those of five rows and columns */
-#define VANISHING 2         /* the row and column of the point -1 */
-#define TILES 24            /* that go through a convolution together */
-#define PIXELS 96           /* that go through a 1x1 convolution together */
-#define PIECES_PER_THREAD 4 /* with fewer blocks of tiles, threads share the panels of a block */
-#define PHASES_PER_OP 3     /* at most: the norm, the input, the products */
-#define NORM_EPSILON 1e-6
-
-/* As in decoder.py */
-enum { LOOKUP, CONV, UPSAMPLE, POINT, ATTEND, IMAGE };
-enum { MAP, ROWS, KEYS, VALUES };
-
-/* One operation. The Python class Op of decoder.py has the same fields. */
-typedef struct {
-    int64_t kind;
-    int64_t reads, writes;             /* layouts of input and output */
-    int64_t input, keys, values;       /* buffers; keys and values of ATTEND only, whose output is its input */
-    int64_t output;                    /* buffer */
-    int64_t height, width;             /* of the output */
-    int64_t in_channels, out_channels; /* multiples of LANES; zeros where the tokenizer has fewer */
-    int64_t groups, group_channels;    /* of the group norm in front, with swish in CONV; 0: none */
-    int64_t accumulate;                /* the result is added to the output */
-    int64_t transformed;               /* the weights of a CONV or UPSAMPLE are */
-    int64_t code_dim;                  /* of LOOKUP: numbers of a code */
-    float scale;                       /* of the scores of ATTEND */
-    const float *weights;              /* of LOOKUP: the codebook [codes][code_dim] */
-    const float *bias;                 /* [out_channels] */
-    const float *gain, *shift;         /* [in_channels] of the norm */
-} Op;
-
-/* One call. The Python class Decode of decoder.py has the same fields. */
-typedef struct {
-    const Op *ops;
-    int64_t n_ops, images;
-    const int64_t *tokens; /* [images][pixels] row by row */
-    uint8_t *pixels;       /* [images][height][width][3] the result */
-    float **buffers;       /* maps and so on */
-    float **sums;          /* for each buffer: [images][blocks][3][C] */
-    /* Shared by all threads: */
-    float *norm;    /* [images][2][in_channels] factors and shifts of the current norm */
-    float *weights; /* the transformed weights of the current operation */
-    float *input;   /* the transformed input of the current operation */
-    /* Each thread's own: */
-    float *scratch;         /* [threads][scratch_floats] */
-    int64_t scratch_floats;
-} Decode;
+#include "decoder_plan.h"
+#include "threads.h"
 
 /* The kernels of one instruction set; decoder_kernels.h describes them. */
 typedef struct {
@@ -90,16 +42,16 @@ typedef struct {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#define KERNELS_OF(SET, NAME)                     \
-    {                                             \
-        .instructions = NAME,                     \
-        .product = product_##SET,                 \
+#define KERNELS_OF(SET, NAME)                         \
+    {                                                 \
+        .instructions = NAME,                         \
+        .product = product_##SET,                     \
         .transform_weights = transform_weights_##SET, \
-        .transform_input = transform_input_##SET, \
-        .transform_output = transform_output_##SET, \
-        .gather_pixels = gather_pixels_##SET,     \
-        .scatter_pixels = scatter_pixels_##SET,   \
-        .softmax = softmax_##SET,                 \
+        .transform_input = transform_input_##SET,     \
+        .transform_output = transform_output_##SET,   \
+        .gather_pixels = gather_pixels_##SET,         \
+        .scatter_pixels = scatter_pixels_##SET,       \
+        .softmax = softmax_##SET,                     \
     }
 #define SUFFIX avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,fma,avx2")))
@@ -162,50 +114,10 @@ static const Kernels *select_kernels(void) {
     return NULL;
 }
 
-/* -- sizes --------------------------------------------------------------------------------------------------------- */
-
-static int is_winograd(const Op *op) { return op->kind == CONV || op->kind == UPSAMPLE; }
-static long points_of(const Op *op) { return op->kind == UPSAMPLE ? UPSAMPLED_POINTS : op->kind == CONV ? POINTS : 1; }
-static long panels_of(const Op *op) { return (op->out_channels + PANEL - 1) / PANEL; }
-static long block_units(const Op *op) { return is_winograd(op) ? TILES : PIXELS; }
-
-/* Tiles of an image, or pixels in a 1x1 convolution. */
-static long units_of(const Op *op) {
-    return is_winograd(op) ? (op->height + 3) / 4 * ((op->width + 3) / 4) : op->height * op->width;
-}
-
-static long blocks_of(const Op *op) { return (units_of(op) + block_units(op) - 1) / block_units(op); }
-static long units_in(const Op *op, long block) {
-    long first = block * block_units(op), left = units_of(op) - first;
-    return left < block_units(op) ? left : block_units(op);
-}
-
-/* How many pixels a block of tiles has. */
-static long pixels_in(const Op *op, long block) {
-    long count = units_in(op, block), first = block * block_units(op), pixels = 0;
-    if (!is_winograd(op)) return count;
-    for (long tile = first, across = (op->width + 3) / 4; tile < first + count; tile++) {
-        long below = op->height - tile / across * 4, right = op->width - tile % across * 4;
-        pixels += (below < 4 ? below : 4) * (right < 4 ? right : 4);
-    }
-    return pixels;
-}
-
-static long map_floats(const Op *op, long images, long channels) { return images * channels * op->height * op->width; }
-static long input_floats(const Op *op) { return points_of(op) * block_units(op) * (op->in_channels + LANES); }
-
-/* Whether threads share the panels of a block: there are too few blocks for a block each. */
-static int shares_blocks(const Op *op, long images, long threads) {
-    return blocks_of(op) * images < PIECES_PER_THREAD * threads;
-}
-
-/* Numbers of a row of scores, with room for whole panels. */
-static long score_floats(const Op *op) { return (op->height * op->width + PANEL - 1) / PANEL * PANEL + LANES; }
-
-/* -- the operations, each called by every thread of the pool -------------------------------------------------------- */
+/* -- the operations, each called by every thread of the pool ------------------------------------------------------ */
 
 typedef struct {
-    Worker *worker;
+    Pool *pool;
     const Kernels *kernels;
     const Decode *call;
     const Op *op;
@@ -252,17 +164,16 @@ static void prepare(const Work *w) {
     long norms = w->call->images * op->groups, k = op->in_channels, chunks = k / LANES;
     long pieces = norms + (transforms ? panels_of(op) * chunks : 0), points = points_of(op);
     if (!pieces) return;
-    begin_phase(w->worker, pieces, 1);
-    for (long piece; (piece = next_item(w->worker)) >= 0;) {
+    for (long piece; (piece = next_piece(w->pool)) < pieces;) {
         if (piece < norms) {
             norm_group(w, piece / op->groups, piece % op->groups);
             continue;
         }
         long panel = (piece - norms) / chunks, first = (piece - norms) % chunks * LANES;
         w->kernels->transform_weights(op->weights + panel * k * 9 * PANEL, k, first, first + LANES, (int)points,
-                                      w->call->weights + panel * points * k * PANEL);
+                                      w->call->weights + panel * points * point_floats(op));
     }
-    end_phase(w->worker);
+    barrier(w->pool);
 }
 
 /* The input of one block, transformed, for channel blocks `first` to `end`: v. */
@@ -303,8 +214,8 @@ static void multiply(const Work *w, long image, long block, long panel, const fl
     long points = points_of(op), units = block_units(op);
     float *c = w->scratch;
     for (long point = 0; point < points; point++)
-        w->kernels->product(v + point * units * ldv, ldv, w->weights + (panel * points + point) * k * PANEL, k, count,
-                            c + point * units * PANEL);
+        w->kernels->product(v + point * units * ldv, ldv, w->weights + (panel * points + point) * point_floats(op), k,
+                            count, c + point * (units * PANEL + LANES));
     float *out = w->call->buffers[op->output];
     if (op->writes != MAP) {
         scatter_attention(op, c, first, count, panel, out + image * attention_floats(op, op->writes));
@@ -321,33 +232,30 @@ static void convolve(const Work *w) {
     long blocks = blocks_of(op), all = blocks * call->images, panels = panels_of(op), chunks = op->in_channels / LANES;
     long v_floats = input_floats(op);
     const float *rows = op->reads == ROWS ? call->buffers[op->input] : NULL; /* needs no transform */
-    int shares = rows || shares_blocks(op, call->images, w->worker->pool->n_threads);
+    int shares = rows || shares_blocks(op, call->images, w->pool->n_threads);
     if (!shares) {
-        float *v = w->scratch + POINTS * TILES * PANEL;
-        begin_phase(w->worker, all, 1);
-        for (long i; (i = next_item(w->worker)) >= 0;) {
+        float *v = w->scratch + PRODUCT_FLOATS;
+        for (long i; (i = next_piece(w->pool)) < all;) {
             gather(w, i / blocks, i % blocks, 0, chunks, v);
             for (long panel = 0; panel < panels; panel++) multiply(w, i / blocks, i % blocks, panel, v);
         }
-        end_phase(w->worker);
+        barrier(w->pool);
         return;
     }
     if (!rows) {
-        begin_phase(w->worker, all * chunks, 1);
-        for (long i; (i = next_item(w->worker)) >= 0;) {
+        for (long i; (i = next_piece(w->pool)) < all * chunks;) {
             long at = i / chunks, chunk = i % chunks;
             gather(w, at / blocks, at % blocks, chunk, chunk + 1, call->input + at * v_floats);
         }
-        end_phase(w->worker);
+        barrier(w->pool);
     }
-    begin_phase(w->worker, all * panels, 1);
-    for (long i; (i = next_item(w->worker)) >= 0;) {
+    for (long i; (i = next_piece(w->pool)) < all * panels;) {
         long at = i % all, image = at / blocks, block = at % blocks;
         const float *v = call->input + at * v_floats;
         if (rows) v = rows + (image * units_of(op) + block * PIXELS) * (op->in_channels + LANES);
         multiply(w, image, block, i / all, v);
     }
-    end_phase(w->worker);
+    barrier(w->pool);
 }
 
 /* Queries in rows become the result of attention: some rows at a time. */
@@ -356,9 +264,8 @@ static void attend(const Work *w) {
     const Decode *call = w->call;
     long pixels = op->height * op->width, channels = op->out_channels, ld = channels + LANES, lds = score_floats(op);
     long blocks = (pixels + TILES - 1) / TILES;
-    float *tile = w->scratch, *scores = w->scratch + POINTS * TILES * PANEL, inverse[TILES];
-    begin_phase(w->worker, call->images * blocks, 1);
-    for (long piece; (piece = next_item(w->worker)) >= 0;) {
+    float *tile = w->scratch, *scores = w->scratch + PRODUCT_FLOATS, inverse[TILES];
+    for (long piece; (piece = next_piece(w->pool)) < call->images * blocks;) {
         long image = piece / blocks, first = piece % blocks * TILES, count = pixels - first;
         if (count > TILES) count = TILES;
         float *rows = call->buffers[op->input] + (image * pixels + first) * ld;
@@ -376,28 +283,29 @@ static void attend(const Work *w) {
                     rows[i * ld + channel + j] = tile[i * PANEL + j] * inverse[i];
         }
     }
-    end_phase(w->worker);
+    barrier(w->pool);
 }
 
 /* The codes of tokens, as a map. */
 static void look_up(const Work *w) {
     const Op *op = w->op;
     long pixels = op->height * op->width, channels = op->out_channels;
-    begin_phase(w->worker, w->call->images, 1);
-    for (long image; (image = next_item(w->worker)) >= 0;)
-        for (long i = 0; i < pixels; i++)
+    for (long image; (image = next_piece(w->pool)) < w->call->images;) {
+        float *map = w->call->buffers[op->output] + image * channels * pixels;
+        for (long i = 0; i < pixels; i++) {
+            const float *code = op->weights + w->call->tokens[image * pixels + i] * op->code_dim;
             for (long c = 0; c < channels; c++)
-                w->call->buffers[op->output][((image * channels + c / LANES * LANES) * pixels + i * LANES) + c % LANES] =
-                    c < op->code_dim ? op->weights[w->call->tokens[image * pixels + i] * op->code_dim + c] : 0;
-    end_phase(w->worker);
+                map[(c / LANES * pixels + i) * LANES + c % LANES] = c < op->code_dim ? code[c] : 0;
+        }
+    }
+    barrier(w->pool);
 }
 
 /* A map to pixels, row by row. */
 static void write_image(const Work *w) {
     const Op *op = w->op;
     long height = op->height, width = op->width;
-    begin_phase(w->worker, w->call->images * height, 1);
-    for (long piece; (piece = next_item(w->worker)) >= 0;) {
+    for (long piece; (piece = next_piece(w->pool)) < w->call->images * height;) {
         long image = piece / height, y = piece % height;
         const float *from = w->call->buffers[op->input] + (image * height + y) * width * LANES;
         uint8_t *to = w->call->pixels + piece * width * 3;
@@ -407,17 +315,15 @@ static void write_image(const Work *w) {
                 to[3 * x + c] = (uint8_t)(level > 255.0f ? 255.0f : level > 0.0f ? level : 0.0f);
             }
     }
-    end_phase(w->worker);
+    barrier(w->pool);
 }
 
 /* The task of the pool: one call of the decoder. */
-static void run_decoder(Worker *worker, const void *argument) {
+static void run_decoder(Pool *pool, const void *argument, int thread) {
     const Decode *call = argument;
     const Op *writers[64] = {NULL};
-    Work w = {.worker = worker,
-              .kernels = select_kernels(),
-              .call = call,
-              .scratch = call->scratch + worker->thread * call->scratch_floats};
+    float *scratch = call->scratch + thread * call->scratch_floats;
+    Work w = {.pool = pool, .kernels = select_kernels(), .call = call, .scratch = scratch};
     for (long i = 0; i < call->n_ops; i++) {
         const Op *op = w.op = call->ops + i;
         w.writer = writers[op->input];
@@ -448,8 +354,8 @@ static void at_least(int64_t *size, long floats) {
     if (*size < floats) *size = floats;
 }
 
-/* Numbers that a call of `images` images needs: for each of n_buffers buffers, then for the sums of each; then for norm,
-   weights, input, and scratch of each thread. */
+/* Numbers that a call of `images` images needs: for each of n_buffers buffers, then for the sums of each; then for
+   norm, weights, input, and scratch of each thread. */
 void parvis_decoder_sizes(const Op *ops, int64_t n_ops, int64_t images, int64_t threads, int64_t n_buffers,
                           int64_t *sizes /* [2 * n_buffers + 4] */) {
     int64_t *sums = sizes + n_buffers, *norm = sums + n_buffers, *weights = norm + 1, *input = norm + 2;
@@ -459,7 +365,7 @@ void parvis_decoder_sizes(const Op *ops, int64_t n_ops, int64_t images, int64_t 
         at_least(norm, images * 2 * op->in_channels);
         if (op->kind == IMAGE) continue;
         if (op->kind == ATTEND) {
-            at_least(scratch, POINTS * TILES * PANEL + TILES * score_floats(op));
+            at_least(scratch, PRODUCT_FLOATS + TILES * score_floats(op));
             continue;
         }
         at_least(&sizes[op->output], op->writes == MAP ? map_floats(op, images, op->out_channels)
@@ -467,27 +373,23 @@ void parvis_decoder_sizes(const Op *ops, int64_t n_ops, int64_t images, int64_t 
         if (op->kind == LOOKUP) continue;
         at_least(&sums[op->output], images * blocks_of(op) * 3 * op->out_channels);
         if (is_winograd(op) && !op->transformed)
-            at_least(weights, panels_of(op) * points_of(op) * op->in_channels * PANEL);
-        at_least(scratch, POINTS * TILES * PANEL + input_floats(op));
+            at_least(weights, panels_of(op) * points_of(op) * point_floats(op));
+        at_least(scratch, PRODUCT_FLOATS + input_floats(op));
         if (shares_blocks(op, images, threads)) at_least(input, images * blocks_of(op) * input_floats(op));
     }
 }
 
-/* The weights of a 3x3 convolution w [panels][k][9][PANEL] as its products take them: u [panels][points][k][PANEL];
-   `upsamples`: of a doubled map. */
+/* The weights of a 3x3 convolution w [panels][k][9][PANEL] as its products take them: u
+   [panels][points][k*PANEL + LANES]. `upsamples`: of a doubled map. */
 void parvis_decoder_transform(const float *w, int64_t panels, int64_t k, int upsamples, float *u) {
     int points = upsamples ? UPSAMPLED_POINTS : POINTS;
     for (int64_t p = 0; p < panels; p++)
-        select_kernels()->transform_weights(w + p * k * 9 * PANEL, k, 0, k, points, u + p * points * k * PANEL);
+        select_kernels()->transform_weights(w + p * k * 9 * PANEL, k, 0, k, points,
+                                            u + p * points * (k * PANEL + LANES));
 }
 
 void *parvis_decoder_open(int n_threads) { return pool_open(n_threads, run_decoder); }
 
 void parvis_decoder_close(void *pool) { pool_close(pool); }
 
-/* Returns 0; or -1, before any work, where memory is exhausted. */
-int parvis_decode(void *pool, const Decode *call) {
-    int failed = pool_run(pool, call, sizeof *call, PHASES_PER_OP * call->n_ops);
-    pool_settle(pool); /* the caller may free the buffers */
-    return failed;
-}
+void parvis_decode(void *pool, const Decode *call) { pool_run(pool, call); }

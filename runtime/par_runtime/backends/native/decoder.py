@@ -135,11 +135,11 @@ class Operations:
                 continue
             points = POINTS if op.kind == CONV else UPSAMPLED_POINTS
             panels, k = -(-op.out_channels // PANEL), op.in_channels
-            left -= 4 * panels * points * k * PANEL
+            left -= 4 * panels * points * (k * PANEL + LANES)
             if left < 0:
                 return
             plain = op.weights
-            op.weights = self._keep(np.empty((panels, points, k, PANEL), np.float32))
+            op.weights = self._keep(np.empty((panels, points, k * PANEL + LANES), np.float32))
             self._lib.parvis_decoder_transform(plain, panels, k, int(op.kind == UPSAMPLE), op.weights)
             op.transformed = 1
             self._arrays.pop(plain)

@@ -1,4 +1,4 @@
-/* The kernels of decoder.c for one instruction set. decoder.c includes this file once per set, with these macros defined:
+/* The kernels of decoder.c for one instruction set. decoder.c includes this file once per set, with these macros:
 
    SUFFIX      name of the set; NAME(f) is f_SUFFIX
    TARGET      attribute that allows the set's instructions
@@ -125,7 +125,7 @@ TARGET static inline vec NAME(normalised)(vec x, vec a, vec b, int swish) {
         (t)[5] = (g)[2];                                                                \
     } while (0)
 
-/* Weights of input channels `first` to `end` of one panel: w [K][9][PANEL] to u [points][K][PANEL]. */
+/* Weights of input channels `first` to `end` of one panel: w [K][9][PANEL] to u [points][K*PANEL + LANES]. */
 TARGET static void NAME(transform_weights)(const float *w, long k, long first, long end, int points, float *u) {
     for (long p = first; p < end; p++)
         for (int v = 0; v < PANEL; v += VEC_FLOATS) {
@@ -144,7 +144,7 @@ TARGET static void NAME(transform_weights)(const float *w, long k, long first, l
                 for (int j = 0; j < 6; j++) {
                     if (j == VANISHING && points == UPSAMPLED_POINTS) continue;
                     vec_store(to, t[j]);
-                    to += k * PANEL;
+                    to += k * PANEL + LANES;
                 }
             }
         }
@@ -191,8 +191,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(input_tiles)(
         for (int i = 0; i < 6; i++) {
             if (upsample && i == VANISHING) continue;
             vec d[6], t[6];
-            if (upsample) d[0] = columns[0][i], d[1] = d[2] = columns[1][i], d[3] = d[4] = columns[2][i], d[5] = columns[3][i];
-            else for (int j = 0; j < 6; j++) d[j] = columns[j][i];
+            for (int j = 0; j < 6; j++) d[j] = columns[upsample ? (j + 1) / 2 : j][i];
             TRANSFORM_INPUT(d, t);
             for (int j = 0; j < 6; j++) {
                 if (upsample && j == VANISHING) continue;
@@ -228,12 +227,13 @@ TARGET static void NAME(transform_input)(const Op *op, const float *map, const f
     }
 }
 
-/* The products c [points][TILES][PANEL] of tiles `first` to `first + count` of an image, through A^T c A, plus the bias,
-   into the channels of one panel of `map`; `sums` [3][out_channels] gets what the next group norm needs. */
+/* The products c [points][TILES*PANEL + LANES] of tiles `first` to `first + count` of an image, through A^T c A, plus
+   the bias, into the channels of one panel of `map`. `sums` [3][out_channels] gets, for each channel, what the next group
+   norm needs: its first number, and the sums over all of their distances from it and of the squares of these. */
 TARGET static void NAME(transform_output)(const Op *op, const float *c, long first, long count, long panel, float *map,
                                           float *sums) {
     int upsample = op->kind == UPSAMPLE;
-    long height = op->height, width = op->width, across = (width + 3) / 4, stride = TILES * PANEL;
+    long height = op->height, width = op->width, across = (width + 3) / 4, stride = TILES * PANEL + LANES;
     for (long lane = panel * PANEL; lane < (panel + 1) * PANEL && lane < op->out_channels; lane += VEC_FLOATS) {
         vec bias = vec_load(op->bias + lane), sum = vec_set1(0.0f), squares = sum, origin = sum;
         float *to = map + lane / LANES * height * width * LANES + lane % LANES;
@@ -273,7 +273,7 @@ TARGET static void NAME(transform_output)(const Op *op, const float *c, long fir
     }
 }
 
-/* -- one pixel at a time --------------------------------------------------------------------------------------------- */
+/* -- one pixel at a time ------------------------------------------------------------------------------------------- */
 
 /* Pixels `first` to `first + count` of `map`, normalised where `norm` is given: v [count][ldv], a row for each. */
 TARGET static void NAME(gather_pixels)(const Op *op, const float *map, const float *norm, long first, long count,

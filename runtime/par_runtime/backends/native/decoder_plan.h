@@ -1,0 +1,95 @@
+/* The structures of decoder.c, which decoder.py fills, and the sizes that follow from them. */
+
+#include <stdint.h>
+
+#define LANES 16            /* channels that lie together in a map */
+#define PANEL 32            /* columns of a panel */
+#define POINTS 36           /* products of a tile */
+#define UPSAMPLED_POINTS 25 /* of them in the tile of a doubled map: those of five rows and columns */
+#define VANISHING 2         /* the row and column of the point -1 */
+#define TILES 24            /* that go through a convolution together */
+#define PIXELS 96           /* that go through a 1x1 convolution together */
+#define PRODUCT_FLOATS (POINTS * (TILES * PANEL + LANES)) /* of the products of a block with a panel */
+#define PIECES_PER_THREAD 4 /* with fewer blocks of tiles, threads share the panels of a block */
+#define NORM_EPSILON 1e-6
+
+/* As in decoder.py */
+enum { LOOKUP, CONV, UPSAMPLE, POINT, ATTEND, IMAGE };
+enum { MAP, ROWS, KEYS, VALUES };
+
+/* One operation. The Python class Op of decoder.py has the same fields. */
+typedef struct {
+    int64_t kind;
+    int64_t reads, writes;             /* layouts of input and output */
+    int64_t input, keys, values;       /* buffers; keys and values of ATTEND only, whose output is its input */
+    int64_t output;                    /* buffer */
+    int64_t height, width;             /* of the output */
+    int64_t in_channels, out_channels; /* multiples of LANES; zeros where the tokenizer has fewer */
+    int64_t groups, group_channels;    /* of the group norm in front, with swish in CONV; 0: none */
+    int64_t accumulate;                /* the result is added to the output */
+    int64_t transformed;               /* the weights of a CONV or UPSAMPLE are */
+    int64_t code_dim;                  /* of LOOKUP: numbers of a code */
+    float scale;                       /* of the scores of ATTEND */
+    const float *weights;              /* of LOOKUP: the codebook [codes][code_dim] */
+    const float *bias;                 /* [out_channels] */
+    const float *gain, *shift;         /* [in_channels] of the norm */
+} Op;
+
+/* One call. The Python class Decode of decoder.py has the same fields. */
+typedef struct {
+    const Op *ops;
+    int64_t n_ops, images;
+    const int64_t *tokens; /* [images][pixels] row by row */
+    uint8_t *pixels;       /* [images][height][width][3] the result */
+    float **buffers;       /* maps and so on */
+    float **sums;          /* for each buffer: [images][blocks][3][C] */
+    /* Shared by all threads: */
+    float *norm;    /* [images][2][in_channels] factors and shifts of the current norm */
+    float *weights; /* the transformed weights of the current operation */
+    float *input;   /* the transformed input of the current operation */
+    /* Each thread's own: */
+    float *scratch;         /* [threads][scratch_floats] */
+    int64_t scratch_floats;
+} Decode;
+
+/* -- sizes --------------------------------------------------------------------------------------------------------- */
+
+static int is_winograd(const Op *op) { return op->kind == CONV || op->kind == UPSAMPLE; }
+static long points_of(const Op *op) { return op->kind == UPSAMPLE ? UPSAMPLED_POINTS : op->kind == CONV ? POINTS : 1; }
+static long panels_of(const Op *op) { return (op->out_channels + PANEL - 1) / PANEL; }
+/* Numbers of the weights of one product with one panel. */
+static long point_floats(const Op *op) { return op->in_channels * PANEL + (is_winograd(op) ? LANES : 0); }
+static long block_units(const Op *op) { return is_winograd(op) ? TILES : PIXELS; }
+
+/* Tiles of an image, or pixels in a 1x1 convolution. */
+static long units_of(const Op *op) {
+    return is_winograd(op) ? (op->height + 3) / 4 * ((op->width + 3) / 4) : op->height * op->width;
+}
+
+static long blocks_of(const Op *op) { return (units_of(op) + block_units(op) - 1) / block_units(op); }
+static long units_in(const Op *op, long block) {
+    long first = block * block_units(op), left = units_of(op) - first;
+    return left < block_units(op) ? left : block_units(op);
+}
+
+/* How many pixels a block of tiles has. */
+static long pixels_in(const Op *op, long block) {
+    long count = units_in(op, block), first = block * block_units(op), pixels = 0;
+    if (!is_winograd(op)) return count;
+    for (long tile = first, across = (op->width + 3) / 4; tile < first + count; tile++) {
+        long below = op->height - tile / across * 4, right = op->width - tile % across * 4;
+        pixels += (below < 4 ? below : 4) * (right < 4 ? right : 4);
+    }
+    return pixels;
+}
+
+static long map_floats(const Op *op, long images, long channels) { return images * channels * op->height * op->width; }
+static long input_floats(const Op *op) { return points_of(op) * block_units(op) * (op->in_channels + LANES); }
+
+/* Whether threads share the panels of a block: there are too few blocks for a block each. */
+static int shares_blocks(const Op *op, long images, long threads) {
+    return blocks_of(op) * images < PIECES_PER_THREAD * threads;
+}
+
+/* Numbers of a row of scores, with room for whole panels. */
+static long score_floats(const Op *op) { return (op->height * op->width + PANEL - 1) / PANEL * PANEL + LANES; }
