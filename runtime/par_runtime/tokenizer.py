@@ -26,7 +26,7 @@ from par_runtime.loaded import LoadedFiles
 from par_runtime.request import array
 
 if TYPE_CHECKING:
-    from par_runtime.backends.native.decoding import Decoder
+    from par_runtime.backends.base import Decoder
     from par_runtime.backends.ort.sessions import LazySession
 
 #: The most pixels per call of encoder and decoder, which bounds their memory: 32 images of 64x64, 2 of 256x256. One
@@ -114,6 +114,7 @@ class Tokenizer:
         known = given_tokens(self.bundle, count, tokens)
         with importing("decoding an image"):
             from par_runtime.backends.native.decoding import open_decoder
+
             with self._lock:
                 self._check_open()
                 if self._decoder is None:

@@ -21,7 +21,8 @@ from par_model.generation import generate
 from par_model.ordering import token_order
 from par_model.transformer import PAR
 from par_model.vq import VQModel
-from par_runtime import Pipeline
+from par_runtime import Bundle, Pipeline
+from par_runtime.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(("name", "bundle"), [("par_n4_grid8", "fp32"), ("ar_n1_grid8", "n1")])
@@ -147,6 +148,9 @@ def test_vq16_decoder_gives_the_golden_image(tmp_path: Path) -> None:
         stride = 384 // g["image_strided"].shape[-1]
         wanted = np.clip(127.5 * g["image_strided"][0] + 128, 0, 255).astype(np.uint8).transpose(1, 2, 0)
         assert np.abs(image[::stride, ::stride].astype(int) - wanted).max() <= 1
+        with_kernels = Tokenizer(Bundle.open(out, verify="none")).decode(tokens)[0]
+        assert np.abs(with_kernels[::stride, ::stride].astype(int) - wanted).max() <= 1
+        assert np.abs(with_kernels.astype(int) - image).max() <= 1
 
 
 def test_an_older_runtime_checks_the_same_graphs_in_opset_23(

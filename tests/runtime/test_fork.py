@@ -167,7 +167,7 @@ class Waits:
         return self.session.run(*arguments)
 backend = pipeline.backend
 for holder, name, call in ((backend, "_step", lambda: pipeline.generate([0, 1], seed=1)),
-                           (backend._decoder, "_session", lambda: pipeline.decode(np.zeros((1, 64), int)))):
+                           (backend._decoder._session, "_session", lambda: pipeline.decode(np.zeros((1, 64), int)))):
     session = getattr(holder, name)
     setattr(holder, name, Waits(session))
     thread = threading.Thread(target=call)

@@ -154,7 +154,7 @@ def test_an_onnx_runtime_that_opens_only_paths_says_so(
 
     monkeypatch.setattr(onnxruntime, "SessionOptions", Older)
     link = copy_of(TINY)
-    pipeline = Pipeline.load(link, device="cpu")
+    pipeline = Pipeline.load(link, device="cpu-ort")
     shutil.rmtree(link.resolve())
     with pytest.raises(BundleError, match=r"decoder\.onnx: was moved or replaced after it was loaded, and onnxruntime"):
         pipeline.generate(0, seed=1)

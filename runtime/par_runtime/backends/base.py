@@ -140,6 +140,20 @@ class BackendInfo:
         return f"{self.runtime} {self.version}"
 
 
+class Decoder(Protocol):
+    """What turns tokens into pixels on a CPU: in C, or ONNX Runtime."""
+
+    name: str  #: runtime and version, for reports
+
+    def run(self, tokens: Int) -> NDArray[np.uint8]:
+        """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order. Raises BundleError, MemoryError, RequestError."""
+        ...
+
+    def close(self) -> None:
+        """Free it."""
+        ...
+
+
 def closed_error(bundle: Bundle) -> RequestError:
     """The error of a backend that is used after ``close``."""
     return RequestError(f"{bundle.path}: the pipeline was closed; load it again with Pipeline.load")

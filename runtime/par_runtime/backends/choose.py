@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import partial
 from typing import TYPE_CHECKING
 
 from par_runtime.arguments import given
@@ -50,9 +51,9 @@ def choose(
     """The backend for ``device``, and one line that states why it is the CPU ("" where ``device`` asks for the CPU).
 
     ``auto`` takes the best engine of the bundle that fits the first GPU (``engines.best``), else the CPU. ``cpu``
-    takes the C kernels (``native/``) where they were built and fit the bundle, else ONNX Runtime; ``cpu-ort`` always
-    takes ONNX Runtime. A named GPU that cannot be used is an error. Raises RequestError, EngineError, BundleError,
-    CudaError.
+    takes the C kernels (``native/``) where they were built and fit the bundle, else ONNX Runtime, for the step and for
+    the decoder; ``cpu-ort`` always takes ONNX Runtime. A named GPU that cannot be used is an error. Raises
+    RequestError, EngineError, BundleError, CudaError.
     """
     check_device(device)
     if device in CPUS:
@@ -86,13 +87,14 @@ def choose(
 def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
     with importing("running on the CPU"):
         from par_runtime.backends.native.backend import NativeBackend
+        from par_runtime.backends.native.decoding import open_decoder
         from par_runtime.backends.native.library import why_not
         from par_runtime.backends.ort import cpu as ort
     why = why_not(bundle) if native else "ONNX Runtime was asked for"
     if why is None:
         return NativeBackend(bundle, threads)
     log.debug("%s: no C step: %s", bundle.path, why)
-    return ort.OrtBackend(bundle, threads)
+    return ort.OrtBackend(bundle, threads, decoder=partial(open_decoder, threads=threads) if native else None)
 
 
 def _engine(

@@ -55,7 +55,7 @@ class NativeBackend:
         self.bundle, self._lib = bundle, lib
         self._threads = threads or available_cores()
         self._files = LoadedFiles(bundle)
-        self._decoder = None if bundle.image_size is None else open_decoder(self._files, self._threads)
+        self._decoder = open_decoder(self._files, self._threads)
         self.info = BackendInfo(
             runtime="native-cpu",
             version=f"{__version__} ({lib.parvis_instructions().decode()})",
@@ -63,7 +63,7 @@ class NativeBackend:
             computes="fp32",
             weight_bytes=BYTES.get(bundle.precision, 4.0),
             cache_bytes=4.0,
-            decoder="" if self._decoder is None else self._decoder.name,
+            decoder=self._decoder.name,
         )
         self.max_images, self.tie = MOST_IMAGES, TIE
         self._slots = -(-bundle.n_tokens // lib.parvis_panel()) * lib.parvis_panel()
@@ -162,15 +162,13 @@ class NativeBackend:
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._pool is None:
             raise closed_error(self.bundle)
-        assert self._decoder is not None, "the bundle ends at tokens"
         return self._decoder.run(tokens)
 
     def close(self) -> None:
         pool, self._pool = self._pool, None  # first, so that whatever interrupts this, no pool is freed twice
         if pool is not None:
             self._lib.parvis_close(pool)
-        if self._decoder is not None:
-            self._decoder.close()
+        self._decoder.close()
         self._files.close()
         self._calls.clear()
         self._cache = self._cache[:, :0].copy()

@@ -24,7 +24,7 @@
 #include <string.h>
 
 #include "decoder_plan.h"
-#include "threads.h"
+#include "pool.h"
 
 /* The kernels of one instruction set; decoder_kernels.h describes them. */
 typedef struct {
@@ -117,7 +117,7 @@ static const Kernels *select_kernels(void) {
 /* -- the operations, each called by every thread of the pool ------------------------------------------------------ */
 
 typedef struct {
-    Pool *pool;
+    Worker *worker;
     const Kernels *kernels;
     const Decode *call;
     const Op *op;
@@ -155,6 +155,9 @@ static void norm_group(const Work *w, long image, long group) {
         norm[c] = (float)(op->gain[c] / deviation);
         norm[channels + c] = (float)(op->shift[c] - mean * op->gain[c] / deviation);
     }
+    /* Channels that are only there to fill the lanes: their weights are 0, and times that must be 0. */
+    if (group == op->groups - 1)
+        for (long c = op->groups * op->group_channels; c < channels; c++) norm[c] = norm[channels + c] = 0;
 }
 
 /* The phase before an operation: its norm, and its weights where they are kept as they are stored. */
@@ -164,7 +167,8 @@ static void prepare(const Work *w) {
     long norms = w->call->images * op->groups, k = op->in_channels, chunks = k / LANES;
     long pieces = norms + (transforms ? panels_of(op) * chunks : 0), points = points_of(op);
     if (!pieces) return;
-    for (long piece; (piece = next_piece(w->pool)) < pieces;) {
+    begin_phase(w->worker, pieces, 1);
+    for (long piece; (piece = next_item(w->worker)) >= 0;) {
         if (piece < norms) {
             norm_group(w, piece / op->groups, piece % op->groups);
             continue;
@@ -173,7 +177,7 @@ static void prepare(const Work *w) {
         w->kernels->transform_weights(op->weights + panel * k * 9 * PANEL, k, first, first + LANES, (int)points,
                                       w->call->weights + panel * points * point_floats(op));
     }
-    barrier(w->pool);
+    end_phase(w->worker);
 }
 
 /* The input of one block, transformed, for channel blocks `first` to `end`: v. */
@@ -232,30 +236,33 @@ static void convolve(const Work *w) {
     long blocks = blocks_of(op), all = blocks * call->images, panels = panels_of(op), chunks = op->in_channels / LANES;
     long v_floats = input_floats(op);
     const float *rows = op->reads == ROWS ? call->buffers[op->input] : NULL; /* needs no transform */
-    int shares = rows || shares_blocks(op, call->images, w->pool->n_threads);
+    int shares = rows || shares_blocks(op, call->images, w->worker->pool->n_threads);
     if (!shares) {
         float *v = w->scratch + PRODUCT_FLOATS;
-        for (long i; (i = next_piece(w->pool)) < all;) {
+        begin_phase(w->worker, all, 1);
+        for (long i; (i = next_item(w->worker)) >= 0;) {
             gather(w, i / blocks, i % blocks, 0, chunks, v);
             for (long panel = 0; panel < panels; panel++) multiply(w, i / blocks, i % blocks, panel, v);
         }
-        barrier(w->pool);
+        end_phase(w->worker);
         return;
     }
     if (!rows) {
-        for (long i; (i = next_piece(w->pool)) < all * chunks;) {
+        begin_phase(w->worker, all * chunks, 1);
+        for (long i; (i = next_item(w->worker)) >= 0;) {
             long at = i / chunks, chunk = i % chunks;
             gather(w, at / blocks, at % blocks, chunk, chunk + 1, call->input + at * v_floats);
         }
-        barrier(w->pool);
+        end_phase(w->worker);
     }
-    for (long i; (i = next_piece(w->pool)) < all * panels;) {
+    begin_phase(w->worker, all * panels, 1);
+    for (long i; (i = next_item(w->worker)) >= 0;) {
         long at = i % all, image = at / blocks, block = at % blocks;
         const float *v = call->input + at * v_floats;
         if (rows) v = rows + (image * units_of(op) + block * PIXELS) * (op->in_channels + LANES);
         multiply(w, image, block, i / all, v);
     }
-    barrier(w->pool);
+    end_phase(w->worker);
 }
 
 /* Queries in rows become the result of attention: some rows at a time. */
@@ -265,7 +272,8 @@ static void attend(const Work *w) {
     long pixels = op->height * op->width, channels = op->out_channels, ld = channels + LANES, lds = score_floats(op);
     long blocks = (pixels + TILES - 1) / TILES;
     float *tile = w->scratch, *scores = w->scratch + PRODUCT_FLOATS, inverse[TILES];
-    for (long piece; (piece = next_piece(w->pool)) < call->images * blocks;) {
+    begin_phase(w->worker, call->images * blocks, 1);
+    for (long piece; (piece = next_item(w->worker)) >= 0;) {
         long image = piece / blocks, first = piece % blocks * TILES, count = pixels - first;
         if (count > TILES) count = TILES;
         float *rows = call->buffers[op->input] + (image * pixels + first) * ld;
@@ -283,14 +291,15 @@ static void attend(const Work *w) {
                     rows[i * ld + channel + j] = tile[i * PANEL + j] * inverse[i];
         }
     }
-    barrier(w->pool);
+    end_phase(w->worker);
 }
 
 /* The codes of tokens, as a map. */
 static void look_up(const Work *w) {
     const Op *op = w->op;
     long pixels = op->height * op->width, channels = op->out_channels;
-    for (long image; (image = next_piece(w->pool)) < w->call->images;) {
+    begin_phase(w->worker, w->call->images, 1);
+    for (long image; (image = next_item(w->worker)) >= 0;) {
         float *map = w->call->buffers[op->output] + image * channels * pixels;
         for (long i = 0; i < pixels; i++) {
             const float *code = op->weights + w->call->tokens[image * pixels + i] * op->code_dim;
@@ -298,14 +307,15 @@ static void look_up(const Work *w) {
                 map[(c / LANES * pixels + i) * LANES + c % LANES] = c < op->code_dim ? code[c] : 0;
         }
     }
-    barrier(w->pool);
+    end_phase(w->worker);
 }
 
 /* A map to pixels, row by row. */
 static void write_image(const Work *w) {
     const Op *op = w->op;
     long height = op->height, width = op->width;
-    for (long piece; (piece = next_piece(w->pool)) < w->call->images * height;) {
+    begin_phase(w->worker, w->call->images * height, 1);
+    for (long piece; (piece = next_item(w->worker)) >= 0;) {
         long image = piece / height, y = piece % height;
         const float *from = w->call->buffers[op->input] + (image * height + y) * width * LANES;
         uint8_t *to = w->call->pixels + piece * width * 3;
@@ -315,25 +325,25 @@ static void write_image(const Work *w) {
                 to[3 * x + c] = (uint8_t)(level > 255.0f ? 255.0f : level > 0.0f ? level : 0.0f);
             }
     }
-    barrier(w->pool);
+    end_phase(w->worker);
 }
 
 /* The task of the pool: one call of the decoder. */
-static void run_decoder(Pool *pool, const void *argument, int thread) {
+static void run_decoder(Worker *worker, const void *argument) {
     const Decode *call = argument;
     const Op *writers[64] = {NULL};
-    float *scratch = call->scratch + thread * call->scratch_floats;
-    Work w = {.pool = pool, .kernels = select_kernels(), .call = call, .scratch = scratch};
+    float *scratch = call->scratch + worker->thread * call->scratch_floats;
+    Work w = {.worker = worker, .kernels = select_kernels(), .call = call, .scratch = scratch};
     for (long i = 0; i < call->n_ops; i++) {
         const Op *op = w.op = call->ops + i;
         w.writer = writers[op->input];
         w.weights = is_winograd(op) && !op->transformed ? call->weights : op->weights;
+        writers[op->output] = op;
         prepare(&w);
         if (op->kind == LOOKUP) look_up(&w);
         else if (op->kind == ATTEND) attend(&w);
         else if (op->kind == IMAGE) write_image(&w);
         else convolve(&w);
-        writers[op->output] = op;
     }
 }
 
@@ -354,8 +364,8 @@ static void at_least(int64_t *size, long floats) {
     if (*size < floats) *size = floats;
 }
 
-/* Numbers that a call of `images` images needs: for each of n_buffers buffers, then for the sums of each; then for
-   norm, weights, input, and scratch of each thread. */
+/* Numbers that a call of up to `images` images needs: for each of n_buffers buffers, then for the sums of each; then
+   for norm, weights, input, and scratch of each thread. */
 void parvis_decoder_sizes(const Op *ops, int64_t n_ops, int64_t images, int64_t threads, int64_t n_buffers,
                           int64_t *sizes /* [2 * n_buffers + 4] */) {
     int64_t *sums = sizes + n_buffers, *norm = sums + n_buffers, *weights = norm + 1, *input = norm + 2;
@@ -375,7 +385,9 @@ void parvis_decoder_sizes(const Op *ops, int64_t n_ops, int64_t images, int64_t 
         if (is_winograd(op) && !op->transformed)
             at_least(weights, panels_of(op) * points_of(op) * point_floats(op));
         at_least(scratch, PRODUCT_FLOATS + input_floats(op));
-        if (shares_blocks(op, images, threads)) at_least(input, images * blocks_of(op) * input_floats(op));
+        /* With fewer images, blocks may be shared that are not with all. */
+        int64_t blocks = images * blocks_of(op), most = PIECES_PER_THREAD * threads;
+        if (shares_blocks(op, 1, threads)) at_least(input, (blocks < most ? blocks : most) * input_floats(op));
     }
 }
 
@@ -392,4 +404,9 @@ void *parvis_decoder_open(int n_threads) { return pool_open(n_threads, run_decod
 
 void parvis_decoder_close(void *pool) { pool_close(pool); }
 
-void parvis_decode(void *pool, const Decode *call) { pool_run(pool, call); }
+/* Returns 0; or -1, before any work, where memory is exhausted. */
+int parvis_decode(void *pool, const Decode *call) {
+    int failed = pool_run(pool, call, sizeof *call, PHASES_PER_OP * call->n_ops);
+    pool_settle(pool); /* the caller may free the buffers */
+    return failed;
+}

@@ -193,17 +193,22 @@ def packed(weights: Float) -> Float:
     return panels
 
 
+def buffer_sizes(lib: ctypes.CDLL, operations: Operations, images: int, threads: int) -> list[int]:
+    """Numbers of each buffer of calls of up to ``images`` images; the last is the scratch memory of one thread."""
+    sizes = (ctypes.c_int64 * (2 * BUFFERS + 4))()
+    lib.parvis_decoder_sizes(operations.array, len(operations.array), images, threads, BUFFERS, sizes)
+    return list(sizes)
+
+
 class Buffers:
     """The buffers of calls of up to ``images`` images, and the structure that gives ``decoder.c`` their addresses."""
 
     def __init__(self, lib: ctypes.CDLL, operations: Operations, images: int, threads: int) -> None:
         ops = operations.array
-        sizes = (ctypes.c_int64 * (2 * BUFFERS + 4))()
-        lib.parvis_decoder_sizes(ops, len(ops), images, threads, BUFFERS, sizes)
-        self.images, scratch = images, sizes[2 * BUFFERS + 3]
-        lengths = (*sizes[: 2 * BUFFERS + 3], threads * scratch)
-        # As zeros: padding is multiplied by 0, so it must be a number.
-        self._arrays = [np.zeros(length, np.float32) for length in lengths]
+        *lengths, scratch = buffer_sizes(lib, operations, images, threads)
+        self.images = images
+        lengths.append(threads * scratch)
+        self._arrays = [np.empty(length, np.float32) for length in lengths]  # numpy asks for huge pages
         addresses = [array.ctypes.data for array in self._arrays]
         self._maps = (ctypes.c_void_p * BUFFERS)(*addresses[:BUFFERS])
         self._sums = (ctypes.c_void_p * BUFFERS)(*addresses[BUFFERS : 2 * BUFFERS])

@@ -11,6 +11,7 @@
 #define PIXELS 96           /* that go through a 1x1 convolution together */
 #define PRODUCT_FLOATS (POINTS * (TILES * PANEL + LANES)) /* of the products of a block with a panel */
 #define PIECES_PER_THREAD 4 /* with fewer blocks of tiles, threads share the panels of a block */
+#define PHASES_PER_OP 3     /* at most: the norm, the input, the products */
 #define NORM_EPSILON 1e-6
 
 /* As in decoder.py */

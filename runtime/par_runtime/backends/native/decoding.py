@@ -8,13 +8,12 @@ import threading
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime import __version__
-from par_runtime.backends.base import closed_error
+from par_runtime.backends.base import Decoder, closed_error
 from par_runtime.backends.native.decoder import Buffers, Decode, Op, Operations
 from par_runtime.backends.native.library import NOT_BUILT, OTHER_SOURCES, KernelError
 from par_runtime.bundle import Bundle
@@ -27,20 +26,6 @@ from par_runtime.system import available_cores
 OLDER = "the manifest has no table of the decoder's weights; export the bundle again"
 
 log = logging.getLogger(__name__)
-
-
-class Decoder(Protocol):
-    """What turns tokens into pixels."""
-
-    name: str  #: runtime and version, for reports
-
-    def run(self, tokens: Int) -> NDArray[np.uint8]:
-        """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order. Raises BundleError, MemoryError, RequestError."""
-        ...
-
-    def close(self) -> None:
-        """Free it."""
-        ...
 
 
 def decoder_file() -> Path | None:
@@ -103,16 +88,19 @@ def why_not(bundle: Bundle) -> str | None:
 
 
 def open_decoder(files: LoadedFiles, threads: int | None = None) -> Decoder:
-    """A decoder of the bundle of ``files``, which ends in images: in C, or ONNX Runtime where :func:`why_not` has a
-    reason. Each reads its weights at its first use.
+    """A decoder of the bundle of ``files``: in C, or ONNX Runtime where :func:`why_not` has a reason.
+
+    Each reads its weights at its first use.
     """
     why = why_not(files.bundle)
     if why is None:
         return NativeDecoder(files, threads)
-    log.debug("%s: no C decoder: %s", files.bundle.path, why)
+    if files.bundle.image_size is not None:
+        log.debug("%s: no C decoder: %s", files.bundle.path, why)
     from par_runtime.backends.ort.decoding import OrtDecoder
+    from par_runtime.backends.ort.sessions import session_options
 
-    return OrtDecoder(files, threads)
+    return OrtDecoder(files, session_options(threads))
 
 
 class NativeDecoder:

@@ -12,19 +12,20 @@ one call, S slots of the window, N tokens, H heads, D' padded head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, closed_error
+from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, Decoder, closed_error
 from par_runtime.backends.cache_rows import CacheRows
+from par_runtime.backends.ort.decoding import OrtDecoder
 from par_runtime.backends.ort.huge_pages import use_huge_pages
 from par_runtime.backends.ort.sessions import (
     OPSET24_SINCE,
     SPINNING,
-    LazySession,
     explained,
     fuses,
     lost_in_fork,
@@ -57,13 +58,28 @@ class OrtBackend:
     """A bundle on ONNX Runtime's CPU provider; ``graph`` names another step graph than the best that it runs.
 
     ``arithmetic`` "int8" rounds activations to int8 in front of quantised weights; every other value means fp32.
+    ``decoder`` makes another decoder than ONNX Runtime's.
     """
 
     def __init__(
-        self, bundle: Bundle, threads: int | None = None, graph: str | None = None, arithmetic: str = "fp32"
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        graph: str | None = None,
+        arithmetic: str = "fp32",
+        decoder: Callable[[LoadedFiles], Decoder] | None = None,
     ) -> None:
         rounds = arithmetic == "int8" and fuses(bundle, arithmetic)
         self.bundle = bundle
+        options = session_options(threads)
+        # Worker threads spin between operators, because the next call follows at once.
+        options.add_session_config_entry(SPINNING, "1")
+        set_arithmetic(options, bundle, arithmetic)
+        self._options = options
+        self._files = LoadedFiles(bundle)
+        self._decoder: Decoder = (
+            OrtDecoder(self._files, options, huge_pages=True) if decoder is None else decoder(self._files)
+        )
         self.info = BackendInfo(
             runtime="onnxruntime-cpu",
             version=ort.__version__ + (f" ({graph})" if graph else ""),
@@ -71,21 +87,15 @@ class OrtBackend:
             computes="int8" if rounds else "fp32",
             weight_bytes=weight_bytes(bundle, arithmetic),
             cache_bytes=4.0,
+            decoder=self._decoder.name,
         )
         self.max_images = MOST_IMAGES
         self.tie = TIE_INT8 if rounds else TIE
-        options = session_options(threads)
-        # Worker threads spin between operators, because the next call follows at once.
-        options.add_session_config_entry(SPINNING, "1")
-        set_arithmetic(options, bundle, arithmetic)
-        self._options = options
-        self._files = LoadedFiles(bundle)
         self._graph = graph or ("step" if version() >= OPSET24_SINCE else "step_opset23")
         self._closed = False
         self._calls = Calls()
         self._step: ort.InferenceSession | None = None  # None in a forked process, until it is opened again
         self._open_step()
-        self._decoder = LazySession(self._files, "decoder", options, huge_pages=True)
         if bundle.cache.dtype != "float32":
             raise BundleError(
                 f"{bundle.path}: cache of dtype {bundle.cache.dtype!r}; the CPU needs float32; export the bundle again"
@@ -137,7 +147,7 @@ class OrtBackend:
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._closed:
             raise closed_error(self.bundle)
-        return self._decoder.run("tokens", tokens)
+        return self._decoder.run(tokens)
 
     def close(self) -> None:
         self._closed = True

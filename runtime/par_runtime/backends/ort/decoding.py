@@ -6,18 +6,17 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from par_runtime.backends.ort.sessions import LazySession, session_options
+from par_runtime.backends.ort.sessions import LazySession
 from par_runtime.dtypes import Int
 from par_runtime.loaded import LoadedFiles
 
 
 class OrtDecoder:
-    """``decoder.onnx`` on the CPU; ``native.decoding.Decoder`` describes the calls."""
+    """``decoder.onnx`` on the CPU; ``backends.base.Decoder`` describes the calls."""
 
-    def __init__(self, files: LoadedFiles, threads: int | None = None) -> None:
-        """``threads`` of the CPU, default all cores."""
+    def __init__(self, files: LoadedFiles, options: ort.SessionOptions, huge_pages: bool = False) -> None:
         self.name = f"onnxruntime-cpu {ort.__version__}"
-        self._session = LazySession(files, "decoder", session_options(threads))
+        self._session = LazySession(files, "decoder", options, huge_pages)
 
     def run(self, tokens: Int) -> NDArray[np.uint8]:
         """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order. Raises BundleError, MemoryError."""
