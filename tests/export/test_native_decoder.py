@@ -11,6 +11,7 @@ import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -303,3 +304,19 @@ def test_buffers_of_many_images_hold_any_smaller_number(tmp_path: Path) -> None:
         assert all(a <= b for a, b in zip(smaller, larger, strict=True))
     assert sizes[-1][-2] > 0
     decoder.close()
+
+
+@needs_decoder
+@pytest.mark.parametrize("form", ["odd sizes", "a group per channel, width 8"])
+def test_memory_that_holds_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Channels that only fill vectors are multiplied by 0, which does not help against what is not a number."""
+    path, made = make(tmp_path, form), np.empty
+
+    def no_numbers(shape: Any, dtype: Any = float) -> NDArray[Any]:
+        array = made(shape, dtype)
+        if array.dtype == np.float32:
+            array.fill(np.nan)
+        return array
+
+    monkeypatch.setattr(np, "empty", no_numbers)
+    assert compare(path, 1) <= ONE_LEVEL

@@ -8,16 +8,8 @@
 
    Group norm: whoever writes a map also writes the sums over its pixels, and the transform of the input normalises.
 
-   The Python side is decoder.py, which turns a tokenizer's sizes into a list of operations.
-
-   Layouts, in which [A][B] is an array of A times B numbers in C order:
-   map      [images][C/LANES][height][width][LANES]
-   rows     [images][pixels][C + LANES]
-   keys     [images][pixels/PANEL][C][PANEL]
-   values   [images][C/PANEL][pixels][PANEL]
-   weights  of 3x3: [N/PANEL][K][9][PANEL] as stored, or [N/PANEL][points][K*PANEL + LANES] transformed; of 1x1:
-            [N/PANEL][K][PANEL]. K and N are the channels of input and output.
-   LANES numbers at the end of a row keep rows apart in a cache, where a power of two would put them in one place. */
+   The Python side is decoder.py, which turns the sizes of a tokenizer into a list of operations. decoder_plan.h has the
+   layouts. */
 
 #include <math.h>
 #include <stddef.h>
@@ -201,14 +193,6 @@ static void scatter_attention(const Op *op, const float *c, long first, long cou
             else if (op->writes == KEYS) to[(pixel / PANEL * channels + channel) * PANEL + pixel % PANEL] = value;
             else to[(panel * pixels + pixel) * PANEL + j] = value;
         }
-}
-
-/* Numbers of an image in a buffer that attention reads. */
-static long attention_floats(const Op *op, long layout) {
-    long pixels = op->height * op->width, channels = op->out_channels;
-    if (layout == ROWS) return pixels * (channels + LANES);
-    if (layout == KEYS) return (pixels + PANEL - 1) / PANEL * PANEL * channels;
-    return (channels + PANEL - 1) / PANEL * PANEL * pixels;
 }
 
 /* The products of one block with one panel, and what they become in the output. */

@@ -1,4 +1,13 @@
-/* The structures of decoder.c, which decoder.py fills, and the sizes that follow from them. */
+/* The structures of decoder.c, which decoder.py fills, and the sizes that follow from them.
+
+   Layouts, in which [A][B] is an array of A times B numbers in C order:
+   map      [images][C/LANES][height][width][LANES]
+   rows     [images][pixels][C + LANES]
+   keys     [images][pixels/PANEL][C][PANEL]
+   values   [images][C/PANEL][pixels][PANEL]
+   weights  of 3x3: [N/PANEL][K][9][PANEL] as stored, or [N/PANEL][points][K*PANEL + LANES] transformed; of 1x1:
+            [N/PANEL][K][PANEL]. K and N are the channels of input and output.
+   LANES numbers at the end of a row keep rows apart in a cache, where a power of two would put them in one place. */
 
 #include <stdint.h>
 
@@ -94,3 +103,11 @@ static int shares_blocks(const Op *op, long images, long threads) {
 
 /* Numbers of a row of scores, with room for whole panels. */
 static long score_floats(const Op *op) { return (op->height * op->width + PANEL - 1) / PANEL * PANEL + LANES; }
+
+/* Numbers of an image in a buffer that attention reads. */
+static long attention_floats(const Op *op, long layout) {
+    long pixels = op->height * op->width, channels = op->out_channels;
+    if (layout == ROWS) return pixels * (channels + LANES);
+    if (layout == KEYS) return (pixels + PANEL - 1) / PANEL * PANEL * channels;
+    return (channels + PANEL - 1) / PANEL * PANEL * pixels;
+}
