@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from par_export.cli.common import ENGINES, check_kernels, count, counts, guarded, needed_for_kernels
+from par_export.cli.common import ENGINES, check_kernels, count, counts, guarded, needed_for_kernels, precision
 from par_export.engines.cache import DEFAULT_LIMIT_BYTES
 from par_export.engines.request import MODES, NAME_A_TARGET, SAMPLING, BuildRequest, check_local_gpu, sizes_up_to
 from par_export.errors import BuildError
@@ -208,6 +208,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--precision",
+        type=precision,
         choices=PRECISIONS,
         help="what the step network computes in (default: the bundle's precision); kernels: fp16 or bf16, also where "
         "weights are int8 or int4",
@@ -245,6 +246,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--decoder-precision",
+        type=precision,
         choices=PRECISIONS,
         help="default for plans: fp32, which uses TF32 where faster; for kernels: fp16 where the export checked it, "
         "else fp32 with TF32",

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from par_export.errors import BuildCancelledError, BuildError, ExportError, OutputError, ParityError
+from par_export.kernels.request import NARROW
 from par_runtime.cli.common import fail, out_of_memory
+from par_runtime.dtypes import PRECISIONS
 from par_runtime.errors import BundleError, CudaError, RequestError, TensorRTMissingError, how_to_install
 from par_runtime.system import explain
 
@@ -115,3 +117,13 @@ def count(text: str) -> int:
 def counts(text: str) -> tuple[int, ...]:
     """Such numbers, separated by commas, in ascending order."""
     return tuple(sorted({count(part) for part in text.split(",")}))
+
+
+def precision(text: str) -> str:
+    """The type of ``--precision`` of engines: says why some that one may hope for are none; choices do the rest."""
+    if text in NARROW:
+        raise argparse.ArgumentTypeError(
+            f"engines do not compute in {text}: {NARROW[text]}; expected {', '.join(PRECISIONS)}. Weights of int8 and "
+            "int4 are the bundle's (parvis calibrate)"
+        )
+    return text

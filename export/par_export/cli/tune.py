@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from par_export.cli.common import ENGINES, check_kernels, count, counts, guarded, needed_for_kernels
+from par_export.cli.common import ENGINES, check_kernels, count, counts, guarded, needed_for_kernels, precision
 from par_export.engines.request import MODES, BuildRequest, check_local_gpu, sizes_up_to
 from par_export.kernels.request import KernelsRequest
 from par_runtime.backends.engines import ENGINE_JSON
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--images", type=count, default=1, help="batch size to be fastest at (default: 1)")
     p.add_argument("--max-images", type=count, default=8, help="largest batch to build for (default: 8)")
     add_list(p, "--sizes", counts, help="batch sizes to build for: 1 2 4, instead of --max-images")
-    p.add_argument("--precision", choices=PRECISIONS, help="default: the bundle's")
+    p.add_argument("--precision", type=precision, choices=PRECISIONS, help="default: the bundle's")
     p.add_argument("--engines", choices=MODES, help="plans: as in 'parvis build' (default: shared)")
     p.add_argument("--repeats", type=count, default=5, help="timed batches per candidate and round (default: 5)")
     p.add_argument("--rounds", type=count, default=2, help="how often each candidate is timed (default: 2)")

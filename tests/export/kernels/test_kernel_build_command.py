@@ -34,6 +34,8 @@ pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build
         (["--list", "/dev/null"], "/dev/null is a device or a pipe; give the name of a file"),
         (["--out", "/proc/parvis"], "/proc/parvis: no such file or folder; check the name, or choose another place"),
         (["--images", "0"], "'0': expected a number of images from 1 to 256"),
+        (["--precision", "int8"], r"do not compute in int8: no report has proven .* \(parvis calibrate\)"),
+        (["--precision", "fp8"], "do not compute in fp8: GPUs of SM80 and SM86 have no matrix units for fp8"),
         (["--engine", "cuda"], r"invalid choice: 'cuda' \(choose from '?tensorrt'?, '?kernels'?\)"),
     ],
 )
