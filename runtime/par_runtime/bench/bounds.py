@@ -45,7 +45,8 @@ def with_bounds(rows: Iterable[Row], infos: Mapping[str, SubjectInfo], limits: M
             out.append(row)
             continue
         read = allowed.read_gb_s(max(call.bytes for call in work))
-        least = bound(work, read, allowed.matrix_tflop_s)
+        peak = allowed.peak_tflop_s(row.computes)
+        least = bound(work, read, peak)
         percent = 100 * least.ms / row.median_ms
         out.append(
             replace(
@@ -54,8 +55,8 @@ def with_bounds(rows: Iterable[Row], infos: Mapping[str, SubjectInfo], limits: M
                 bound_by=least.by,
                 percent_of_bound=percent,
                 read_gb_s=read,
-                matrix_tflop_s=allowed.matrix_tflop_s,
-                limits_from=allowed.how,
+                matrix_tflop_s=peak,
+                limits_from=allowed.how_for(row.computes),
                 flags=(*row.flags, *bound_flags(percent, allowed)),
             )
         )

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from par_runtime.errors import RequestError
 
@@ -31,14 +31,16 @@ STEADY = 0.9
 
 @dataclass(frozen=True)
 class Round:
-    """One measurement of the CPU. ``reads``: array size in bytes -> tool -> GB/s; ``peaks``: tool -> TFLOP/s.
+    """One measurement of the CPU. ``reads``: array size in bytes -> tool -> GB/s; ``peaks``: tool -> TFLOP/s in fp32.
 
-    ``flags``: what disturbed it, as ``machine.Watch`` says it.
+    ``dots``: another arithmetic of the C kernels ("bf16", "int8") -> TFLOP/s. ``flags``: what disturbed it, as
+    ``machine.Watch`` says it.
     """
 
     reads: Mapping[int, Mapping[str, float]]
     peaks: Mapping[str, float]
     flags: tuple[str, ...] = ()
+    dots: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def quiet(self) -> bool:
@@ -51,13 +53,26 @@ class Limits:
     """Measured, or by data sheet, as ``how`` states. GB/s and TFLOP/s (1e9, 1e12).
 
     ``reads``: pairs of an array size in bytes and the bandwidth at it, ascending. ``matrix_tflop_s`` is None where it
-    is not known; bounds are then by bandwidth alone. ``doubt``: why the device may do more than this, or "".
+    is not known; bounds are then by bandwidth alone. On a CPU it is of fp32, and ``dots`` are pairs of another
+    arithmetic and its peak. ``doubt``: why the device may do more than this, or "".
     """
 
     reads: tuple[tuple[int, float], ...]
     matrix_tflop_s: float | None
     how: str
     doubt: str = ""
+    dots: tuple[tuple[str, float], ...] = ()
+
+    def peak_tflop_s(self, computes: str) -> float | None:
+        """The peak for a subject that computes in ``computes``. What is fast in fp32 is as fast in fewer bits."""
+        dot = dict(self.dots).get(computes)
+        return self.matrix_tflop_s if dot is None else max(dot, self.matrix_tflop_s or 0.0)
+
+    def how_for(self, computes: str) -> str:
+        """:attr:`how`, with the arithmetic of :meth:`peak_tflop_s`."""
+        if computes not in dict(self.dots):
+            return self.how
+        return f"{self.how.partition(', and multiply')[0]}, and multiply {computes} matrices (C kernels)"
 
     def read_gb_s(self, size: float) -> float:
         """Bandwidth for ``size`` bytes that are read again and again: the best of arrays that are not smaller.
@@ -72,7 +87,12 @@ class Limits:
         for size, rate in other.reads:
             rates[size] = max(rate, rates.get(size, 0.0))
         peaks = [peak for peak in (self.matrix_tflop_s, other.matrix_tflop_s) if peak is not None]
-        return Limits(tuple(sorted(rates.items())), max(peaks, default=None), self.how, self.doubt)
+        dots = dict(self.dots)
+        for arithmetic, peak in other.dots:
+            dots[arithmetic] = max(peak, dots.get(arithmetic, 0.0))
+        return Limits(
+            tuple(sorted(rates.items())), max(peaks, default=None), self.how, self.doubt, tuple(sorted(dots.items()))
+        )
 
 
 def of_rounds(rounds: Sequence[Round], threads: int) -> Limits:
@@ -88,7 +108,12 @@ def of_rounds(rounds: Sequence[Round], threads: int) -> Limits:
         f"measured {often}: {threads} thread{'s' if threads != 1 else ''} read arrays up to {largest / 1e6:.0f} MB "
         f"({reads[largest][1]}), and multiply fp32 matrices ({peak_tool})"
     )
-    return Limits(tuple((size, rate) for size, (rate, _) in reads.items()), peak, how, doubt_of(rounds))
+    dots = {
+        name: max(r.dots.get(name, 0.0) for r in rounds) for name in sorted({name for r in rounds for name in r.dots})
+    }
+    return Limits(
+        tuple((size, rate) for size, (rate, _) in reads.items()), peak, how, doubt_of(rounds), tuple(dots.items())
+    )
 
 
 def doubt_of(rounds: Sequence[Round]) -> str:
@@ -137,4 +162,4 @@ def measure_cpu(threads: int, array_bytes: Sequence[int], timeout_s: float = 120
             f"this machine's limits could not be measured ({output[-1] if output else error}); --no-limits leaves "
             "them out"
         ) from error
-    return Round({int(size): rates for size, rates in measured["reads"]}, measured["peaks"])
+    return Round({int(size): rates for size, rates in measured["reads"]}, measured["peaks"], dots=measured["dots"])

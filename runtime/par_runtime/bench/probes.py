@@ -6,7 +6,8 @@ lock while they compute.
 
 Everything is measured with each tool that is there, because a bound is what the machine can do, not what one library
 does: reading by numpy's dot products and by the product of the C kernels (one row of activations, as in a step);
-multiplying by numpy, by ONNX Runtime, and by the C kernels on operands that stay in the first cache.
+multiplying by numpy, by ONNX Runtime, and by the C kernels on operands that stay in the first cache. The C kernels also
+multiply in bf16 and int8, each measured for the rows that compute in it.
 
 Each call takes about a millisecond, and the best time of some milliseconds counts (:func:`shortest_window`): a process
 that shares the cores leaves some short times alone, where it disturbs every long one. An array is read whole in that
@@ -33,6 +34,9 @@ from par_runtime.backends.native.library import Matrix, library, matrix_of
 MATRIX = 384  #: rows and columns of a product of a thread in numpy, about a millisecond
 SHARED_MATRIX = 1024  #: of the product that ONNX Runtime shares among its threads
 INNER, ROWS, TIMES = 64, 24, 600  #: the product of the C kernels: K, M, and how often in a call: a quarter millisecond
+INNER_DOT = 128  #: K of the products of smaller numbers, also their group: the largest
+#: arithmetic -> the dtype and group of weights that need the least decoding
+DOTS = (("bf16", "bfloat16", 0), ("int8", "int8", INNER_DOT))
 READ_INNER = 1024  #: K of the products that read
 PIECE_BYTES = 2**22  #: what a call reads of a larger array
 TOGETHER = 4  #: calls of each thread in the time that counts, where operands stay in caches
@@ -47,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     p.add_argument("bytes", type=int, nargs="+")
     args = p.parse_args(argv)
     reads = [(size, dict(read_gb_s(args.threads, size))) for size in args.bytes]
-    print(json.dumps({"reads": reads, "peaks": dict(matrix_tflop_s(args.threads))}))
+    peaks, dots = dict(matrix_tflop_s(args.threads)), dict(dot_tflop_s(args.threads))
+    print(json.dumps({"reads": reads, "peaks": peaks, "dots": dots}))
     return 0
 
 
@@ -90,22 +95,36 @@ def matrix_tflop_s(threads: int, side: int = MATRIX) -> Iterator[tuple[str, floa
     yield f"numpy, {blas_name()}", calls * 2 * side**3 / took / 1e12
     lib = library()
     if lib is not None:
-        panel = lib.parvis_panel()
-        products = [Product(lib, np.ones((ROWS, INNER), np.float32)) for _ in range(threads)]
-        w = np.full((threads, INNER, panel), 1e-3, np.float32)
-
-        def product(i: int) -> None:
-            products[i](w[i].ctypes.data, 1, TIMES)
-
-        operations = calls * TIMES * 2 * INNER * ROWS * panel
-        name = f"C kernels, {lib.parvis_instructions().decode()}"
-        yield name, operations / fastest(threads, product, calls) / 1e12
+        yield c_kernels(lib), product_tflop_s(lib, threads, matrix_of(lib, "float32", "fp32"), INNER)
     try:
         import onnxruntime as ort
     except ImportError:
         return
     multiply_there = onnxruntime_matmul(ort, threads, SHARED_MATRIX)
     yield f"ONNX Runtime {ort.__version__}", 2 * SHARED_MATRIX**3 / fastest(1, lambda _: multiply_there(), 1) / 1e12
+
+
+def dot_tflop_s(threads: int) -> Iterator[tuple[str, float]]:
+    """TFLOP/s at which ``threads`` of the C kernels multiply in other arithmetics than fp32, by its name."""
+    lib = library()
+    if lib is not None:
+        for arithmetic, dtype, group in DOTS:
+            yield arithmetic, product_tflop_s(lib, threads, matrix_of(lib, dtype, arithmetic, group), INNER_DOT)
+
+
+def c_kernels(lib: ctypes.CDLL) -> str:
+    return f"C kernels, {lib.parvis_instructions().decode()}"
+
+
+def product_tflop_s(lib: ctypes.CDLL, threads: int, matrix: Matrix, inner: int) -> float:
+    """TFLOP/s of one panel of ``inner`` rows that stays in the first cache, like its activations."""
+    size = lib.parvis_matrix_bytes(ctypes.byref(matrix), inner, lib.parvis_panel())
+    panels = np.full((threads, size), 0x11, np.uint8)  # a small number in every dtype
+    x = np.ones((ROWS, inner), np.float32)
+    products = [Product(lib, x, Matrix.from_buffer_copy(matrix)) for _ in range(threads)]
+    calls = TOGETHER * threads
+    took = fastest(threads, lambda i: products[i](panels[i].ctypes.data, 1, TIMES), calls)
+    return float(calls * TIMES * 2 * inner * ROWS * lib.parvis_panel() / took / 1e12)
 
 
 class Product:

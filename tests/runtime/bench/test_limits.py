@@ -98,6 +98,21 @@ def test_the_product_of_the_c_kernels_multiplies() -> None:
     assert np.abs(product.tile - x @ w[2]).max() < 1e-4
 
 
+@pytest.mark.skipif(library() is None, reason="the C kernels are not built")
+def test_the_c_kernels_are_measured_in_each_arithmetic() -> None:
+    assert {name: rate > 0 for name, rate in probes.dot_tflop_s(1)} == {"bf16": True, "int8": True}
+
+
+def test_a_row_is_bound_by_the_arithmetic_that_it_computes_in() -> None:
+    rounds = [replace(a_round(20, 0.4), dots={"bf16": 0.7, "int8": 0.9}), replace(a_round(), dots={"bf16": 0.8})]
+    limits = of_rounds(rounds, 2)
+    assert [limits.peak_tflop_s(name) for name in ("fp32", "bf16", "int8", "fp16")] == [0.4, 0.8, 0.9, 0.4]
+    assert limits.how_for("int8").endswith("(C kernels), and multiply int8 matrices (C kernels)")
+    assert limits.how_for("fp32") == limits.how
+    assert limits.better(replace(limits, dots=(("int8", 1.5),))).peak_tflop_s("int8") == 1.5
+    assert replace(limits, dots=(("int8", 0.1),)).peak_tflop_s("int8") == 0.4  # fp32 serves int8 too
+
+
 # -- the best of several, and when to doubt it ------------------------------------------------------------------------
 
 
