@@ -203,3 +203,21 @@ def cpu_flags() -> set[str]:
             return set(next(line for line in opened if line.startswith("flags")).split())
     except (OSError, StopIteration):
         return set()
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "group", "plain", "with_outliers"),
+    [("bf16", 64, 0.002, 0.002), ("int8", 32, 0.006, 0.012), ("int8", 64, 0.006, 0.017), ("int8", 128, 0.007, 0.024)],
+)
+def test_what_rounding_activations_costs(arithmetic: str, group: int, plain: float, with_outliers: float) -> None:
+    """The figures of docs/design.md: the root of the mean square of the error, relative to that of the result.
+
+    Outliers are columns 30 times as large as the others, one in 200, as attention sinks make them.
+    """
+    w = weights("int8", 1024, group)
+    for outliers, at_most in ((1, plain), (30, with_outliers)):
+        x = np.random.default_rng(5).standard_normal((16, 1024), np.float32)
+        x[:, ::200] *= outliers
+        right = x.astype(np.float64) @ w.exact
+        error = np.sqrt(np.square(multiplied(x, w, arithmetic) - right).mean() / np.square(right).mean())
+        assert 0.7 * at_most < error < at_most
