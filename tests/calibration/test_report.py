@@ -294,6 +294,24 @@ def test_an_arithmetic_that_does_not_run_here_is_not_reported_as_if_it_did(tiny:
         compare(tiny, tiny, replace(FEW, samples=0, arithmetic="int8", cache="bf16"))
 
 
+def test_rounded_activations_are_told_apart_from_weights() -> None:
+    """bf16 arithmetic over weights that stay: all of the error is that of rounding."""
+    bundle = Bundle.open(DEMO)
+    try:
+        found = compare(bundle, bundle, replace(FEW, images=2, samples=0, arithmetic="bf16"))
+    except CalibrationError as error:
+        pytest.skip(f"bf16 is arithmetic of the C step: {error}")
+    assert list(found.likelihoods) == ["weights", "both", "rounding"]
+    weights, rounding, both = (found.agreement(cost=cost) for cost in ("weights", "rounding", "both"))
+    assert weights is not None
+    assert rounding is not None
+    assert both is not None
+    assert weights.kl == 0
+    assert 0 < rounding.kl == both.kl < Budget.of("int8").limits["kl"]
+    assert found.candidate.arithmetic == "bf16"
+    assert found.exceeded(Budget({"kl": 1e-12}))[0].endswith("rounded activations: try --arithmetic fp32")
+
+
 def test_logits_that_do_not_fit_on_the_disk_are_refused_before_they_are_computed(
     tiny: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

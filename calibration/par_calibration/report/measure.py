@@ -269,7 +269,7 @@ def _loaded(bundle: Bundle, arithmetic: str, cache: str, threads: int | None) ->
             raise CalibrationError(
                 f"{' and '.join(wanted)}: {info.name} computes in {info.computes} with a cache of {info.cache_bytes:g} "
                 "bytes a number, so the report would prove nothing for it; calibrate where the C step runs (see "
-                "'parvis doctor'), or give --arithmetic fp32 --cache fp32"
+                f"'parvis doctor'), or give --arithmetic {info.computes}{'' if cache == FP32 else ' --cache fp32'}"
             )
         yield pipeline
 

@@ -20,6 +20,8 @@ from par_runtime.quantised import GROUPS
 from par_runtime.system import write_beside
 
 HEAD = "output"  #: the name of the head's matrix
+#: An arithmetic -> the next that rounds less.
+MILDER = {"int8": "bf16", "bf16": "fp32"}
 FAR = 2.0  #: times as large an error is another one
 WEIGHTS, ROUNDING, BOTH = "weights", "rounding", "both"
 COSTS = {
@@ -114,7 +116,9 @@ class Report:
         side = self.candidate
         together, alone = self.agreement(cost=BOTH), self.agreement(cost=WEIGHTS)
         if together is not None and alone is not None and together.kl > FAR * alone.kl:
-            return f"most of it comes of {side.arithmetic} arithmetic and a {side.cache} cache: try --arithmetic fp32"
+            milder = [f"--arithmetic {MILDER[side.arithmetic]}"] * (side.arithmetic in MILDER)
+            milder += ["--cache fp32"] * (side.cache != "fp32")
+            return f"most of it comes of rounded activations: try {' or '.join(milder)}"
         head = [] if HEAD in side.kept else ["head"]
         keep = outliers(self.layers) or head or worst_kind(self.layers)
         tries = [f"--keep {' '.join(keep)}{', with what is kept already' if side.kept else ''}"] if keep else []
