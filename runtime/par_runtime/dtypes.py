@@ -20,6 +20,8 @@ PRECISIONS = tuple(DTYPE)
 #: What the C step can multiply in, the most exact first: activations are rounded to it. Where nothing else is proven
 #: for a bundle (``parvis calibrate``), fp32.
 ARITHMETICS = ("fp32", "bf16", "int8")
+#: What the C step can keep keys and values in, the most exact first.
+CACHES = ("fp32", "bf16")
 #: precision -> bytes of one stored number; quantised weights too, without their scales.
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 #: dtype -> the numpy type that holds its bits; numpy itself has no bf16.
@@ -30,7 +32,7 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 MOST_GUIDANCE = 1e20
 #: precision -> how far rounding alone may move a logit, relative to the largest |logit|. The error of a broken engine
 #: is several times as large.
-LOGIT_ROUNDING = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1}
+LOGIT_ROUNDING = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1, "int8": 2e-1}
 
 
 def dtype_bytes(dtype: str) -> int:
@@ -49,8 +51,8 @@ def to_float32(array: NDArray[Any], dtype: str) -> Float:
 
 
 def least_exact(*precisions: str) -> str:
-    """The least exact of several precisions of :data:`PRECISIONS`: what a comparison between them can promise."""
-    return max(precisions, key=PRECISIONS.index)
+    """The least exact of several precisions of :data:`LOGIT_ROUNDING`: what a comparison between them can promise."""
+    return max(precisions, key=list(LOGIT_ROUNDING).index)
 
 
 class ByValue:

@@ -24,7 +24,7 @@ from par_runtime.backends.base import Backend, MakesImages
 from par_runtime.backends.choose import check_device, choose
 from par_runtime.backends.engines import CAPTURES
 from par_runtime.bundle import Bundle, FileCheck
-from par_runtime.dtypes import Float, Int
+from par_runtime.dtypes import ARITHMETICS, CACHES, Float, Int
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.forks import stop_at_the_end, tell_of_forks
 from par_runtime.images.opening import Picture
@@ -87,6 +87,8 @@ class Pipeline:
         verify: FileCheck = "auto",
         capture: Capture = "image",
         on_load: OnBytes | None = None,
+        arithmetic: str = "auto",
+        cache: str = "auto",
     ) -> Pipeline:
         """Load the bundle at ``path``.
 
@@ -98,6 +100,11 @@ class Pipeline:
         ``capture``, of an engine: one CUDA graph per "image", one per "call", or "none".
         ``on_load``: called while the weights of an engine of our own kernels come to the GPU, with the bytes that are
         read and how many there are. (Other backends load in one call of a library.)
+        ``arithmetic``, of a CPU: what matrices are multiplied in, "fp32", "bf16" or "int8"; activations are rounded to
+        it, and fp32 and fp16 weights to bf16. In "int8", weights that are not quantised are multiplied in bf16. With
+        both, an image may differ in another batch: the number of rows decides the order of sums, so what is rounded.
+        ``cache``, of the C step: what keys and values are kept in, "fp32" or "bf16". "auto" takes what the
+        bundle's calibration has proven (``Bundle.calibration``), else "fp32". A GPU computes in its engine's precision.
 
         Raises BundleError (and its subclass EngineError), RequestError, CudaError.
         """
@@ -106,9 +113,20 @@ class Pipeline:
         choice("capture", capture, CAPTURES)
         check_device(device)
         function("on_load", on_load)
+        choice("arithmetic", arithmetic, ("auto", *ARITHMETICS))
+        choice("cache", cache, ("auto", *CACHES))
         began = time.perf_counter()
         bundle = Bundle.open(path, verify)
-        backend, note = choose(bundle, device, threads=threads, verify=verify, capture=capture, on_load=on_load)
+        backend, note = choose(
+            bundle,
+            device,
+            threads=threads,
+            verify=verify,
+            capture=capture,
+            on_load=on_load,
+            arithmetic=arithmetic,
+            cache=cache,
+        )
         pipeline = Pipeline(bundle, backend, note, threads)
         log.info("%s: loaded on %s in %.2f s", path, backend.info.name, time.perf_counter() - began)
         if note:

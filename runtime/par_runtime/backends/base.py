@@ -129,10 +129,15 @@ class BackendInfo:
     runtime: str  #: "native-cpu", "onnxruntime-cpu", "onnxruntime-cuda", "kernels", "tensorrt", "tensorrt_rtx"
     version: str  #: and the variant, if there are several: "0.1.0 (avx512)", "1.32.0 (step_opset23)"
     device: str  #: "cpu", or the GPU's name
-    computes: str  #: the precision it calculates in: "fp32", "fp16", "bf16"
+    computes: str  #: the precision it calculates in: "fp32", "fp16", "bf16", "int8"
     weight_bytes: float  #: of one parameter, as a call reads it
     cache_bytes: float  #: of one number of the key-value cache
     decoder: str = ""  #: runtime and version of what makes the pixels, where it is another than the backend's own
+
+    @property
+    def least_exact(self) -> str:
+        """The precision whose rounding moves its logits most: of the arithmetic, or of the cache."""
+        return "bf16" if self.computes == "fp32" and self.cache_bytes < 4 else self.computes
 
     @property
     def name(self) -> str:

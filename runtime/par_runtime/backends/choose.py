@@ -47,17 +47,20 @@ def choose(
     verify: FileCheck = "auto",
     capture: Capture = "image",
     on_load: OnBytes | None = None,
+    arithmetic: str = "auto",
+    cache: str = "auto",
 ) -> tuple[Backend, str]:
     """The backend for ``device``, and one line that states why it is the CPU ("" where ``device`` asks for the CPU).
 
     ``auto`` takes the best engine of the bundle that fits the first GPU (``engines.best``), else the CPU. ``cpu``
     takes the C kernels (``native/``) where they were built and fit the bundle, else ONNX Runtime, for the step and for
-    the decoder; ``cpu-ort`` always takes ONNX Runtime. A named GPU that cannot be used is an error. Raises
-    RequestError, EngineError, BundleError, CudaError.
+    the decoder; ``cpu-ort`` always takes ONNX Runtime. A named GPU that cannot be used is an error. ``arithmetic`` and
+    ``cache`` are for the CPU, as ``Pipeline.load`` describes them. Raises RequestError, EngineError, BundleError,
+    CudaError.
     """
     check_device(device)
     if device in CPUS:
-        return _cpu(bundle, threads, native=device == "cpu"), ""
+        return _cpu(bundle, threads, arithmetic, cache, native=device == "cpu"), ""
     if device == "auto":
         try:
             backend, why = _engine(bundle, 0, verify, capture, on_load)
@@ -66,7 +69,7 @@ def choose(
         if backend is not None:
             return backend, ""
         try:
-            return _cpu(bundle, threads), f"running on the CPU: {why}"
+            return _cpu(bundle, threads, arithmetic, cache), f"running on the CPU: {why}"
         except RequestError as error:
             if not has_engines(bundle):
                 raise
@@ -84,17 +87,23 @@ def choose(
     return backend, ""
 
 
-def _cpu(bundle: Bundle, threads: int | None, native: bool = True) -> Backend:
+def _cpu(bundle: Bundle, threads: int | None, arithmetic: str, cache: str, native: bool = True) -> Backend:
     with importing("running on the CPU"):
         from par_runtime.backends.native.backend import NativeBackend
         from par_runtime.backends.native.decoding import open_decoder
         from par_runtime.backends.native.library import why_not
         from par_runtime.backends.ort import cpu as ort
+    proven = bundle.calibration
+    if arithmetic == "auto":
+        arithmetic = proven.arithmetic if proven else "fp32"
+    if cache == "auto":
+        cache = proven.cache if proven else "fp32"
     why = why_not(bundle) if native else "ONNX Runtime was asked for"
     if why is None:
-        return NativeBackend(bundle, threads)
+        return NativeBackend(bundle, threads, arithmetic, cache)
     log.debug("%s: no C step: %s", bundle.path, why)
-    return ort.OrtBackend(bundle, threads, decoder=partial(open_decoder, threads=threads) if native else None)
+    decoder = partial(open_decoder, threads=threads) if native else None
+    return ort.OrtBackend(bundle, threads, arithmetic=arithmetic, decoder=decoder)
 
 
 def _engine(

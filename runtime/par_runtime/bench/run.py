@@ -73,6 +73,8 @@ class BenchOptions:
     work: Path | None
     quiet: bool
     engines: Path | None = None
+    arithmetic: str = "auto"
+    cache: str = "auto"
     new: Path | None = None
 
     @property
@@ -249,7 +251,13 @@ def _open_subjects(
     for path, label, bundle in zip(options.bundles, labels, bundles, strict=True):
         progress(f"{label}: loading")
         subject = open_bundle(
-            path, label, device=options.device, threads=options.threads, selftest=has_selftest(bundle)
+            path,
+            label,
+            device=options.device,
+            threads=options.threads,
+            selftest=has_selftest(bundle),
+            arithmetic=options.arithmetic,
+            cache=options.cache,
         )
         opened.callback(subject.close)
         if subject.note and has_engines(bundle):
@@ -267,14 +275,19 @@ def _open_subjects(
 def _open_baseline(options: BenchOptions, path: Path, baseline: str, label: str, opened: ExitStack) -> SubjectProcess:
     """One of :data:`BASELINES` of the bundle at ``path``."""
     threads = options.threads
+    arithmetic, cache = options.arithmetic, options.cache
     if baseline == "n1":
         folder = tempfile.TemporaryDirectory(dir=options.work, prefix="parvis-bench-")
         n1 = write_n1_bundle(path, Path(opened.enter_context(folder)))
         device = options.device if options.device in CPUS else "cpu"
-        return open_bundle(n1, label, device=device, threads=threads, selftest=False)
+        return open_bundle(
+            n1, label, device=device, threads=threads, selftest=False, arithmetic=arithmetic, cache=cache
+        )
     if baseline == "ort":
         selftest = has_selftest(Bundle.open(path, "none"))
-        return open_bundle(path, label, device="cpu-ort", threads=threads, selftest=selftest)
+        return open_bundle(
+            path, label, device="cpu-ort", threads=threads, selftest=selftest, arithmetic=arithmetic, cache=cache
+        )
     device = "cpu" if options.device in ("auto", *CPUS) else "cuda"
     return open_eager(path, label, threads=threads, compiled=baseline == "compiled", device=device)
 

@@ -14,7 +14,7 @@ from par_runtime.bench.report import compare, output
 from par_runtime.bench.run import BASELINES, SUITES, BenchOptions, run_bench
 from par_runtime.bench.suites.paper import SIZES
 from par_runtime.cli.common import Help, Parser, fail, guarded, printable
-from par_runtime.cli.options import add_list
+from par_runtime.cli.options import add_arithmetic, add_list, add_threads
 from par_runtime.errors import OutputsError
 from par_runtime.system import explain
 
@@ -220,7 +220,8 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="as in 'parvis generate': auto, cpu, cpu-ort, cuda, cuda:1, cuda-ort (default: auto)",
     )
-    p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    add_threads(p)
+    add_arithmetic(p)
     p.add_argument(
         "--work",
         type=Path,

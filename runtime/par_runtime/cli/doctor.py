@@ -166,9 +166,9 @@ def _ort() -> tuple[bool, str]:
 
 
 def _native() -> tuple[bool, str]:
-    from par_runtime.backends.native.library import library_file, open_library
+    from par_runtime.backends.native.library import described, library_file, open_library
 
-    instructions = open_library(library_file()).parvis_instructions().decode()  # raises KernelError
+    instructions = described(open_library(library_file()))  # raises KernelError
     runs, why = _ort()  # which encodes, and decodes bundles of older versions
     return runs, f"C kernels for {instructions}; {_decoder()}" if runs else why
 

@@ -137,12 +137,30 @@ def add_common(p: argparse.ArgumentParser) -> None:
         help="how a GPU is fed: one graph launch per image (default), one per call, or plain launches",
     )
     add_threads(p)
+    add_arithmetic(p)
     add_quiet(p, "no progress bar, no text")
 
 
 def add_threads(p: argparse.ArgumentParser) -> None:
     """``--threads``."""
     p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+
+
+def add_arithmetic(p: argparse.ArgumentParser) -> None:
+    """``--arithmetic`` and ``--cache``, of a CPU."""
+    p.add_argument(
+        "--arithmetic",
+        choices=["auto", "fp32", "bf16", "int8"],
+        default="auto",
+        help="what a CPU multiplies in: activations are rounded to it, fp32 and fp16 weights to bf16; 'int8' is for "
+        "quantised weights (default: 'auto', what 'parvis calibrate' has proven for the bundle, else fp32)",
+    )
+    p.add_argument(
+        "--cache",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="what the C kernels of a CPU keep keys and values in (default: 'auto', as for --arithmetic)",
+    )
 
 
 def add_quiet(p: argparse.ArgumentParser, what: str) -> None:

@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
     trial = _trial(args, bundle)
     with ExitStack() as loaded:
         # The bundle's files were checked above; "auto" checks those of an engine.
-        candidate = verify.load(args.bundle, args.device, args.threads, "auto", args.capture)
+        candidate = verify.load(
+            args.bundle, args.device, args.threads, "auto", args.capture, args.arithmetic, args.cache
+        )
         loaded.callback(candidate.backend.close)
         against = args.against or verify.default_reference(candidate)
         reference = verify.load(args.bundle, against, args.threads, "none")

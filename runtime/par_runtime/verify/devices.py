@@ -16,13 +16,32 @@ if TYPE_CHECKING:
 OPSET23 = "cpu-opset23"
 
 
-def load(path: Path, device: str, threads: int | None, verify: FileCheck, capture: Capture = "image") -> Pipeline:
+def load(
+    path: Path,
+    device: str,
+    threads: int | None,
+    verify: FileCheck,
+    capture: Capture = "image",
+    arithmetic: str = "fp32",
+    cache: str = "fp32",
+) -> Pipeline:
     """The bundle on ``device``, which is one that ``Pipeline.load`` takes, or :data:`OPSET23`.
+
+    A reference computes in fp32, also where the bundle's calibration has proven other arithmetic.
 
     Raises what ``Pipeline.load`` raises. The self-test is not run, because the comparison is a stricter one.
     """
     if device != OPSET23:
-        return Pipeline.load(path, device, threads=threads, selftest=False, verify=verify, capture=capture)
+        return Pipeline.load(
+            path,
+            device,
+            threads=threads,
+            selftest=False,
+            verify=verify,
+            capture=capture,
+            arithmetic=arithmetic,
+            cache=cache,
+        )
     threads = cpu_threads(threads)
     from par_runtime.backends.ort.cpu import OrtBackend  # here: comparing two GPUs' backends does not need it
 

@@ -40,6 +40,7 @@ FLOORS = {
     "fp32": Floors(logits=LOGIT_ROUNDING["fp32"], argmax=0.99, kl=1e-5, tie=1e-3, psnr=40.0),
     "fp16": Floors(logits=LOGIT_ROUNDING["fp16"], argmax=0.90, kl=1e-2, tie=5e-2, psnr=40.0),
     "bf16": Floors(logits=LOGIT_ROUNDING["bf16"], argmax=0.60, kl=1e-1, tie=2e-1, psnr=40.0),
+    "int8": Floors(logits=LOGIT_ROUNDING["int8"], argmax=0.60, kl=1e-1, tie=2e-1, psnr=40.0),
 }
 
 

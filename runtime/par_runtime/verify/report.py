@@ -73,7 +73,7 @@ def run(
 
     ``groups``: see :func:`compare_logits`. Raises BundleError where the outputs have different shapes.
     """
-    least = least_exact(candidate.backend.info.computes, reference.backend.info.computes)
+    least = least_exact(candidate.backend.info.least_exact, reference.backend.info.least_exact)
     floors = Floors(**(asdict(FLOORS[least]) | (overrides or {})))
     logits = compare_logits(candidate, reference, trial, groups)
     tokens, wanted = compare_tokens(candidate, reference, trial, floors, logits)

@@ -26,24 +26,32 @@ from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.native.decoding import open_decoder
 from par_runtime.backends.native.library import Step, library, why_not
 from par_runtime.backends.native.weights import Weights, pointers
-from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE
+from par_runtime.backends.ort.cpu import MOST_IMAGES
 from par_runtime.bundle import Bundle, matrix_names
-from par_runtime.dtypes import BYTES, Float, Int
+from par_runtime.dtypes import BYTES, DTYPE, STORAGE, Float, Int
 from par_runtime.errors import BundleError
 from par_runtime.loaded import LoadedFiles
 from par_runtime.system import available_cores
 
 #: What a call gets of its batch; in C, rows are those of the batch, so there is no cond_row.
 OF_A_BATCH = {"cache_row": np.int64} | {name: of for name, of in IMAGE_INPUTS.items() if name != "cond_row"}
+#: What it computes in, or keeps keys in -> candidates this close, relative to the largest |logit|, may swap by
+#: rounding. It moves logits by up to 2e-6, 2.1 % and 4 % of the largest one where this was measured; a broken backend
+#: moves them by several times as much.
+TIE = {"fp32": 1e-4, "bf16": 6e-2, "int8": 1e-1}
 NO_SUCH_ID = -2  #: what parvis_step returns where an id is no row of the embedding
 
 
 class NativeBackend:
     """A bundle on the C kernels. ``backends.base.Backend`` describes the calls."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, arithmetic: str = "fp32", cache: str = "fp32"
+    ) -> None:
         """Pack the weights and start ``threads`` threads (default: all available cores).
 
+        ``arithmetic``: what matrices are multiplied in, one of ``dtypes.ARITHMETICS``; ``cache``: what keys and values
+        are kept in, one of ``dtypes.CACHES``.
         Raises BundleError where ``library.why_not`` has a reason.
         """
         lib = library()
@@ -56,18 +64,19 @@ class NativeBackend:
         self._threads = threads or available_cores()
         self._files = LoadedFiles(bundle)
         self._decoder = open_decoder(self._files, self._threads)
+        computes = "bf16" if arithmetic == "int8" and not bundle.quantised else arithmetic
         self.info = BackendInfo(
             runtime="native-cpu",
             version=f"{__version__} ({lib.parvis_instructions().decode()})",
             device="cpu",
-            computes="fp32",
-            weight_bytes=BYTES.get(bundle.precision, 4.0),
-            cache_bytes=4.0,
+            computes=computes,
+            weight_bytes=bytes_read(bundle, computes),
+            cache_bytes=BYTES[cache],
             decoder=self._decoder.name,
         )
-        self.max_images, self.tie = MOST_IMAGES, TIE
+        self.max_images, self.tie = MOST_IMAGES, max(TIE[computes], TIE[cache])
         self._slots = -(-bundle.n_tokens // lib.parvis_panel()) * lib.parvis_panel()
-        self._weights = Weights(bundle, lib, self._slots)
+        self._weights = Weights(bundle, lib, self._slots, arithmetic, cache)
         self._pool: int | None = lib.parvis_open(self._threads)
         if self._pool is None:
             raise MemoryError(f"{self._threads} threads: no memory for their pool")
@@ -75,7 +84,7 @@ class NativeBackend:
         self._record: int | None = None  # where the rows of the products of a call go
         self._keys = CacheRows(bundle.n_tokens)
         # Keys of all layers, then values, each at least R*H*S*D' long. numpy asks for huge pages for one large array.
-        self._cache: Float = np.zeros((2 * bundle.model["n_layers"], 0), np.float32)
+        self._cache = np.zeros((2 * bundle.model["n_layers"], 0), STORAGE[DTYPE[cache]])
         self._calls: dict[int, _Call] = {}  # by q
 
     def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
@@ -133,7 +142,7 @@ class NativeBackend:
             self._forget_calls()
             if not self._keys.count:  # the old cache is freed first, so that both are never held at once
                 self._cache = self._cache[:, :0].copy()
-            new = np.empty((2 * m["n_layers"], length), np.float32)
+            new = np.empty((2 * m["n_layers"], length), self._cache.dtype)
             # Written now, so that the first calls do not fault; layer by layer, so that Ctrl-C is heard in between.
             for layer, keys in zip(new, self._cache, strict=True):
                 layer[: len(keys)], layer[len(keys) :] = keys, 0
@@ -176,6 +185,13 @@ class NativeBackend:
     def __del__(self) -> None:
         if getattr(self, "_pool", None) is not None:
             self.close()
+
+
+def bytes_read(bundle: Bundle, computes: str) -> float:
+    """Bytes of one parameter as a call reads it: as it is stored, but fp32 as bf16 where it is multiplied so."""
+    if computes == "fp32" or bundle.precision != "fp32":
+        return bundle.weight_bytes
+    return bundle.bytes_read(BYTES["bf16"], stored_scales=True)
 
 
 class _Call:

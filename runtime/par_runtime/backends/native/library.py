@@ -44,6 +44,7 @@ class Model(ctypes.Structure):
         ("ffn_dim", ctypes.c_int64),
         ("vocab_size", ctypes.c_int64),
         ("cache_slots", ctypes.c_int64),
+        ("cache", ctypes.c_int64),
         ("attention_scale", ctypes.c_float),
         ("embed", ctypes.c_void_p),
         ("embed_rows", ctypes.c_int64),
@@ -134,6 +135,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     lib.parvis_struct_sizes.argtypes = (pointer,)
     lib.parvis_instructions.restype = ctypes.c_char_p
+    lib.parvis_dot_products.restype = ctypes.c_int
     lib.parvis_open.restype = pointer
     lib.parvis_close.argtypes = (pointer,)
     lib.parvis_settle.argtypes = (pointer,)
@@ -178,6 +180,13 @@ def library() -> ctypes.CDLL | None:
     """The compiled ``step.c``; None where it cannot be used on this machine. Loaded once."""
     opened = _opened(library_file())
     return None if isinstance(opened, KernelError) else opened
+
+
+def described(lib: ctypes.CDLL) -> str:
+    """The instructions that the kernels use, as ``parvis doctor`` prints them."""
+    dots = [name for bit, name in ((1, "bf16"), (2, "int8")) if lib.parvis_dot_products() & bit]
+    instructions: str = lib.parvis_instructions().decode()
+    return instructions + (f" with dot products in {' and '.join(dots)}" if dots else "")
 
 
 def why_not(bundle: Bundle) -> str | None:

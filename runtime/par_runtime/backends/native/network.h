@@ -31,10 +31,10 @@ static int64_t largest_packed(const Model *model, int64_t m) {
     return packed_rows_bytes(m, larger(model->ffn_dim, larger(model->dim, model->n_heads * model->head_dim)));
 }
 
-/* Floats of the scratch memory of attention_head(). */
+/* Floats of the scratch memory of attention_head() and attention_head_bf16(), or more. */
 static int64_t attention_floats(const Model *model, int64_t query) {
     int64_t padded_slots = (model->cache_slots + PANEL - 1) / PANEL * PANEL;
-    return query * (model->head_dim + padded_slots) + model->head_dim;
+    return query * (model->head_dim + 2 * padded_slots + 1) + 2 * model->head_dim;
 }
 
 /* Bytes of the scratch memory of a thread, a multiple of 64. */
@@ -110,10 +110,14 @@ static void matmul(Worker *worker, const StepCall *call, const float *x, const f
 /* qkv [M][3*H*D] -> attention_out [M][H*D]; the new keys and values enter the cache. An item is one head of one row. */
 static void attention(Worker *worker, const StepCall *call, long layer, Scratch *own) {
     const Step *s = &call->step;
+    const Kernels *kernels = call->kernels;
     long n_heads = s->model->n_heads;
     begin_phase(worker, s->rows * n_heads, 1);
     for (long i; (i = next_item(worker)) >= 0;)
-        call->kernels->attention_head(s, &call->shared, layer, i / n_heads, i % n_heads, own->attention);
+        if (s->model->cache == BF16)
+            kernels->attention_head_bf16(s, &call->shared, layer, i / n_heads, i % n_heads, own->attention,
+                                         kernels->pairs_product);
+        else kernels->attention_head(s, &call->shared, layer, i / n_heads, i % n_heads, own->attention);
     end_phase(worker);
 }
 

@@ -33,6 +33,7 @@
 /* The model. The Python class Model of library.py has the same fields. */
 typedef struct {
     int64_t dim, n_layers, n_heads, head_dim, ffn_dim, vocab_size, cache_slots;
+    int64_t cache;                /* FP32 or BF16: what keys and values are cached in */
     float attention_scale;        /* of queries */
     const void *embed;            /* [embed_rows][dim] */
     int64_t embed_rows, embed_stored; /* FP32, FP16 or BF16 */
@@ -61,8 +62,9 @@ typedef struct {
     const int64_t *top_k;      /* [B], 0 keeps all */
     const float *top_p;        /* [B], 1 keeps all */
     const float *uniform;      /* [B][q] in [0,1) */
-    void **keys;               /* [L] pointers to [cache rows][H][S/PANEL][D][PANEL] */
-    void **values;             /* [L] pointers to [cache rows][H][S][D] */
+    void **keys;               /* [L] pointers to [cache rows][H][S/PANEL][D][PANEL] fp32, or in bf16 as in
+                                  attention_bf16.h */
+    void **values;             /* [L] pointers to [cache rows][H][S][D] fp32, or in bf16 as there */
     int64_t *tokens;           /* [B][q] the result; or NULL, then */
     float *logits;             /* [B][q][V] guided logits are the result */
     float *record;             /* NULL, or where what each product multiplies goes: [M][K] of each, in order */
@@ -82,6 +84,10 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* c [m][PANEL] = x w for x [m][2*pairs] and w [pairs][PANEL][2], both bf16; attention_bf16.h describes it. */
+typedef void PairsProduct(const uint16_t *x, long ldx, long m, const uint16_t *w, long ldw, long pairs, float *c,
+                          long ldc, long ahead);
+
 /* -- the kernels, once for each instruction set -------------------------------------------------------------------- */
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -92,6 +98,7 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 #include "products_rows.h"
 #include "step_kernels.h"
 #include "attention.h"
+#include "attention_bf16.h"
 #include "draws.h"
 #undef VECTORS
 #define VECTORS 256
@@ -100,12 +107,14 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 #include "products_rows.h"
 #include "step_kernels.h"
 #include "attention.h"
+#include "attention_bf16.h"
 #include "draws.h"
 #include "products_twin.h"
 #if __GNUC__ >= 10 || (defined(__clang_major__) && __clang_major__ >= 9)
 #define HAS_DOT /* the compiler knows dot products */
 #include "products_bf16.h"
 #include "products_int8.h"
+#include "attention_dot.h"
 #endif
 #endif
 #include "products_choose.h"
@@ -118,6 +127,9 @@ typedef struct {
     void (*read_numbers)(const void *from, int64_t stored, long n, float *out);
     void (*inverse_rms)(const float *x, long dim, long m, float *scale);
     void (*attention_head)(const Step *s, const Buffers *at, long layer, long row, long head, float *scratch);
+    void (*attention_head_bf16)(const Step *s, const Buffers *at, long layer, long row, long head, float *scratch,
+                                PairsProduct *product);
+    PairsProduct *pairs_product;
     void (*swiglu)(const float *c, long m, float *out, long ldo);
     void (*guide)(const float *cond, const float *uncond, float guidance, long v, float *out);
     int64_t (*draw)(float *y, long v, float uniform, float temperature, int64_t top_k, float top_p, float *scratch);
@@ -127,14 +139,20 @@ typedef struct {
    AVX2 on a CPU that has both. */
 static const Kernels *select_kernels(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
-#define KERNELS(SET, IS_512)                                                                                          \
+#define KERNELS(SET, IS_512, PAIRS_PRODUCT)                                                                           \
     {                                                                                                                 \
-        .instructions = #SET, .avx512 = IS_512, .read_numbers = read_numbers_##SET,                                    \
-        .inverse_rms = inverse_rms_##SET,                                                                             \
-        .attention_head = attention_head_##SET, .swiglu = swiglu_##SET, .guide = guide_##SET, .draw = draw_##SET,     \
+        .instructions = #SET, .avx512 = IS_512, .read_numbers = read_numbers_##SET,                                   \
+        .inverse_rms = inverse_rms_##SET, .attention_head = attention_head_##SET,                                     \
+        .attention_head_bf16 = attention_head_bf16_##SET, .pairs_product = PAIRS_PRODUCT, .swiglu = swiglu_##SET,     \
+        .guide = guide_##SET, .draw = draw_##SET,                                                                     \
     }
-    static const Kernels avx512 = KERNELS(avx512, 1), avx2 = KERNELS(avx2, 0);
-    if (instructions_of_cpu().avx512) return &avx512;
+    static const Kernels avx512 = KERNELS(avx512, 1, pairs_product_avx512), avx2 = KERNELS(avx2, 0, pairs_product_avx2);
+    Instructions have = instructions_of_cpu();
+#ifdef HAS_DOT
+    static const Kernels with_dot = KERNELS(avx512, 1, pairs_product_dot);
+    if (have.avx512 && have.bf16_dot) return &with_dot;
+#endif
+    if (have.avx512) return &avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &avx2;
 #endif
     return NULL;
@@ -146,6 +164,12 @@ static const Kernels *select_kernels(void) {
 
 /* "avx512", "avx2", or "" where this CPU has neither. */
 const char *parvis_instructions(void) { return select_kernels() ? select_kernels()->instructions : ""; }
+
+/* Which dot products of AVX-512 are used: 1 those of bf16, 2 those of int8, 3 both, 0 none. */
+int parvis_dot_products(void) {
+    Instructions have = instructions_of_cpu();
+    return have.bf16_dot + 2 * have.int8_dot;
+}
 
 int parvis_panel(void) { return PANEL; }
 

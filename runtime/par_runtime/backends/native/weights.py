@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from par_runtime.backends.native.library import STORED, Matrix, Model, matrix_of
 from par_runtime.backends.ort.sessions import check_memory
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
-from par_runtime.dtypes import STORAGE, Float, to_float32
+from par_runtime.dtypes import DTYPE, STORAGE, Float, to_float32
 from par_runtime.errors import BundleError
 from par_runtime.manifest import MATRICES, NORMS
 from par_runtime.quantised import SCALE
@@ -28,8 +28,8 @@ class Weights:
     ``model`` is the structure for ``step.c``. It points into this object's memory: keep the object while it is used.
     """
 
-    def __init__(self, bundle: Bundle, lib: ctypes.CDLL, cache_slots: int, arithmetic: str = "fp32") -> None:
-        """Read the weights file of ``bundle``. ``arithmetic``: one of ``dtypes.ARITHMETICS``.
+    def __init__(self, bundle: Bundle, lib: ctypes.CDLL, cache_slots: int, arithmetic: str, cache: str) -> None:
+        """Read the weights file of ``bundle``. ``arithmetic``, ``cache``: of ``dtypes.ARITHMETICS`` and ``CACHES``.
 
         In "int8", matrices that are not quantised are multiplied in bf16. Raises BundleError where the file is shorter
         than its table, or there is less memory than the matrices take; OSError.
@@ -79,6 +79,7 @@ class Weights:
             ffn_dim=m["ffn_dim"],
             vocab_size=bundle.vocab_size,
             cache_slots=cache_slots,
+            cache=STORED[DTYPE[cache]],
             attention_scale=m["head_dim"] ** -0.5,
             embed=self._embed.ctypes.data,
             embed_rows=len(self._embed),

@@ -97,11 +97,18 @@ class PipelineSubject:
 
     @staticmethod
     def load(
-        path: Path, label: str, *, device: str = "cpu", threads: int | None = None, selftest: bool = True
+        path: Path,
+        label: str,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        selftest: bool = True,
+        arithmetic: str = "auto",
+        cache: str = "auto",
     ) -> PipelineSubject:
         """Load the bundle, timed, and run its self-test. Raises what ``Pipeline.load`` raises."""
         began = time.perf_counter()
-        pipeline = Pipeline.load(path, device, threads=threads, selftest=False)
+        pipeline = Pipeline.load(path, device, threads=threads, selftest=False, arithmetic=arithmetic, cache=cache)
         load_ms = 1e3 * (time.perf_counter() - began)
         if selftest:  # the speed of a backend that makes wrong images means nothing
             pipeline.selftest()

@@ -32,9 +32,11 @@ def open_bundle(
     device: str = "cpu",
     threads: int | None = None,
     selftest: bool = True,
+    arithmetic: str = "auto",
+    cache: str = "auto",
     end: float = math.inf,
 ) -> SubjectProcess:
-    """The bundle at ``path`` on ``device`` (as ``Pipeline.load`` takes it). Raises what ``Pipeline.load`` raises.
+    """The bundle at ``path`` on ``device``, as ``Pipeline.load`` takes it. Raises what ``Pipeline.load`` raises.
 
     ``end``: as in :class:`SubjectProcess`.
     """
@@ -46,6 +48,8 @@ def open_bundle(
             "device": device,
             "threads": threads,
             "selftest": selftest,
+            "arithmetic": arithmetic,
+            "cache": cache,
         },
         end,
     )

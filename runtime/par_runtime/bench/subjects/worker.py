@@ -42,7 +42,8 @@ def open_subject(spec: Mapping[str, Any]) -> PipelineSubject | EagerSubject:
         return subject
     path, label, threads = Path(spec["path"]), spec["label"], spec["threads"]
     if spec["kind"] == "bundle":
-        return PipelineSubject.load(path, label, device=spec["device"], threads=threads, selftest=spec["selftest"])
+        how = {name: spec[name] for name in ("device", "selftest", "arithmetic", "cache")}
+        return PipelineSubject.load(path, label, threads=threads, **how)
     compiled = spec["kind"] == "compiled"
     return EagerSubject(path, label, threads=threads, compiled=compiled, device=spec["device"])
 

@@ -1,0 +1,148 @@
+"""The C step in bf16 arithmetic, and with keys and values in bf16: what rounding costs, and what still fails."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from par_export.random_bundle import write_family
+from par_model.config import PARConfig
+from par_runtime import Bundle, BundleError, Pipeline, RequestError
+from par_runtime.backends.native.backend import TIE, NativeBackend
+from par_runtime.backends.native.library import described, library
+from par_runtime.cli import main
+from par_runtime.request import image_settings
+from par_runtime.schedule import Schedule
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+pytestmark = pytest.mark.skipif(library() is None, reason="no compiler at installation, or an older CPU")
+
+
+def logits(path: Path, arithmetic: str, cache: str, threads: int = 2) -> NDArray[np.float32]:
+    """Guided logits of all calls of two images of random tokens, one call after the other: [calls' B*q,V]."""
+    bundle = Bundle.open(path, "none")
+    schedule = Schedule.of(bundle, [0, 1], image_settings(bundle, 2, guidance=2.0))
+    tokens = np.random.default_rng(3).integers(0, bundle.vocab_size, (2, bundle.n_tokens))
+    backend = NativeBackend(bundle, threads, arithmetic, cache)
+    calls = [backend.logits(batch, ids, write) for _, batch, ids, write in schedule.walk(tokens)]
+    backend.close()
+    return np.concatenate([each.reshape(-1, bundle.vocab_size) for each in calls])
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Head size 100, padded to 104, which is no multiple of a panel; 9 tokens at a time, so pairs begin anywhere."""
+    config = PARConfig(dim=800, n_layers=2, n_heads=8, vocab_size=256, n_classes=10, grid=(1, 12, 12))
+    return write_family(config, (9,), tmp_path_factory.mktemp("odd"), name="odd")[9]
+
+
+@pytest.fixture(scope="module", params=["demo", "odd"])
+def path(request: pytest.FixtureRequest, odd: Path) -> Path:
+    return DEMO if request.param == "demo" else odd
+
+
+@pytest.fixture(scope="module")
+def exact(path: Path) -> NDArray[np.float32]:
+    return logits(path, "fp32", "fp32")
+
+
+@pytest.mark.parametrize(("arithmetic", "cache"), [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
+def test_rounding_moves_logits_less_than_a_tie(
+    path: Path, exact: NDArray[np.float32], arithmetic: str, cache: str
+) -> None:
+    moved = np.abs(logits(path, arithmetic, cache) - exact)
+    assert 0 < moved.max() < TIE["bf16"] / 2 * np.abs(exact).max()
+    assert np.sqrt(np.mean(moved**2)) < 3e-3 * np.abs(exact).max()
+
+
+#: What ``logits`` needs; this file imports PyTorch too, which takes seconds.
+PRELUDE = """
+from __future__ import annotations
+import sys
+from pathlib import Path
+import numpy as np
+from par_runtime import Bundle
+from par_runtime.backends.native.backend import NativeBackend
+from par_runtime.request import image_settings
+from par_runtime.schedule import Schedule
+"""
+
+
+def written(requested: str, path: Path, out: Path) -> NDArray[np.float32]:
+    """``logits`` with a bf16 cache in a process of its own: the instruction set is chosen at load."""
+    code = f"{PRELUDE}{inspect.getsource(logits)}np.save(sys.argv[2], logits(Path(sys.argv[1]), 'bf16', 'bf16'))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PARVIS_NATIVE": requested}
+    done = subprocess.run([sys.executable, "-c", code, str(path), str(out)], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made: NDArray[np.float32] = np.load(out)
+    return made
+
+
+@pytest.mark.parametrize("requested", ["avx2", "avx512"])
+def test_instruction_sets_agree(requested: str, odd: Path, tmp_path: Path) -> None:
+    """Products of the same rounded numbers: they differ by the order of fp32 sums, which may turn a later rounding."""
+    ours = logits(odd, "bf16", "bf16")
+    moved = np.abs(written(requested, odd, tmp_path / "logits.npy") - ours)
+    assert moved.max() < 5e-3 * np.abs(ours).max()
+    assert moved[0].max() < 1e-4 * np.abs(ours[0]).max()  # of the first call, where few numbers can turn
+
+
+def test_a_batch_and_its_images_alone_agree_in_a_bf16_cache() -> None:
+    """Also where an earlier image has left its keys, which are NaN here, behind those of a shorter one."""
+    with Pipeline.load(DEMO, "cpu", threads=2, cache="bf16", selftest=False) as pipeline:
+        alone = [pipeline.generate(label, seeds=[7 + label], decode=False).tokens[0] for label in range(3)]
+        assert isinstance(pipeline.backend, NativeBackend)
+        pipeline.backend._cache[:] = 0x7FC0
+        batched = pipeline.generate([0, 1, 2], seeds=[7, 8, 9], decode=False).tokens
+    assert (np.stack(alone) == batched).all()
+
+
+def test_what_a_backend_says_of_itself() -> None:
+    lib = library()
+    assert lib is not None
+    assert described(lib).startswith(lib.parvis_instructions().decode())
+    bundle = Bundle.open(DEMO, "none")
+    for arithmetic, cache, computes, exactness in [
+        ("fp32", "fp32", "fp32", "fp32"), ("bf16", "fp32", "bf16", "bf16"), ("fp32", "bf16", "fp32", "bf16"),
+        ("int8", "bf16", "bf16", "bf16"),  # no matrix of the demo is quantised
+    ]:  # fmt: skip
+        backend = NativeBackend(bundle, 1, arithmetic, cache)
+        info = backend.info
+        assert (info.computes, info.cache_bytes, info.least_exact) == (computes, 2 if cache == "bf16" else 4, exactness)
+        assert backend.tie == TIE[exactness]
+        backend.close()
+
+
+def test_a_self_test_finds_changed_weights_in_bf16_too(tmp_path: Path) -> None:
+    path = tmp_path / "spoilt"
+    shutil.copytree(DEMO, path)
+    at = Bundle.open(path).weights["layers.1.w2"]
+    with (path / "weights.data").open("r+b") as file:
+        file.seek(at.offset)
+        file.write(b"\0" * at.length)
+    with pytest.raises(BundleError, match="self-test failed on native-cpu"):
+        Pipeline.load(path, device="cpu", verify="none", arithmetic="bf16", cache="bf16", threads=1)
+    Pipeline.load(DEMO, device="cpu", arithmetic="bf16", cache="bf16", threads=1).close()
+
+
+def test_what_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RequestError, match=r"^arithmetic 'fp8': expected auto, fp32, bf16 or int8$"):
+        Pipeline.load(DEMO, arithmetic="fp8")
+    with pytest.raises(RequestError, match=r"^cache 'int8': expected auto, fp32 or bf16$"):
+        Pipeline.load(DEMO, cache="int8")
+    assert main(["generate", str(DEMO), "--label", "0", "--cache", "fp8"]) == 2
+    assert "argument --cache: invalid choice: 'fp8'" in capsys.readouterr().err
+
+
+def test_the_command_line_verifies_the_arithmetic_that_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["verify", str(DEMO), "--device", "cpu", "--threads", "1", "--images", "1", "--groups", "4", "--greedy"]
+    assert main([*arguments, "--arithmetic", "bf16", "--cache", "bf16"]) == 0
+    assert "bf16" in capsys.readouterr().out
