@@ -169,7 +169,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_help_lists_the_floors(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--help") == 0
-    assert "(default: fp32 0.001, fp16 0.03, bf16 0.1)" in " ".join(capsys.readouterr().out.split())
+    assert "(default: fp32 0.001, fp16 0.03, bf16 0.1, int8 0.2)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_tensorrt_engine_on_the_stand_in_gpu(
