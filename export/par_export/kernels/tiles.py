@@ -289,14 +289,15 @@ def _codes_fit(tile: ProductTile, depth: int, rows: int) -> bool:
     """
     least = SUB_LEAST * 8 // tile.bits
     together = tile.sub * tile.parts  # bytes of a column that are asked for at a time
-    if not least <= tile.BK <= max(least, power(depth)) or tile.BK * tile.bits // 8 > MOST_STEPS * together:
+    # Of two blocks of K or more the second comes in the background; one alone would be waited for.
+    if not least <= tile.BK <= max(least, power(depth) // 2) or tile.BK * tile.bits // 8 > MOST_STEPS * together:
         return False
     # Sums of a block of K and of all so far, and some of the activations that a warp multiplies, two in a register.
     sums, inputs = tile.BN * rows * tile.parts // (32 * tile.warps), tile.BK * rows // (64 * tile.parts)
     if 2 * sums + inputs // 2 > MOST_HELD:
         return False
     wide = 16 * 32 * tile.warps <= tile.BN * together and FEWEST_INPUTS * 16 * tile.warps <= 8 * together
-    return wide or power(depth) <= tile.BK
+    return wide or power(depth) <= 2 * tile.BK
 
 
 def _staged(tile: ProductTile, columns: int, depth: int, rows: int, target: Target) -> Iterator[ProductTile]:
