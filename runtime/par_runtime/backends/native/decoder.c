@@ -11,6 +11,7 @@
    The Python side is decoder.py, which turns the sizes of a tokenizer into a list of operations. decoder_plan.h has the
    layouts. */
 
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <string.h>

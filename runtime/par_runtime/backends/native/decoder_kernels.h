@@ -315,12 +315,26 @@ TARGET static void NAME(scatter_pixels)(const Op *op, const float *c, long first
 }
 
 /* scores [count] = e^(scale * (score - largest)), and 1 over their sum as the result. What follows them up to a whole
-   vector is overwritten. */
+   vector of LANES is overwritten. The order of the additions is the same for vectors of any size. */
 TARGET static float NAME(softmax)(float *scores, long count, float scale) {
-    float largest = scores[0], sum = 0;
-    for (long i = 1; i < count; i++) largest = scores[i] > largest ? scores[i] : largest;
-    for (long i = 0; i < count; i += VEC_FLOATS)
-        vec_store(scores + i, NAME(exp_of)((vec_load(scores + i) - vec_set1(largest)) * vec_set1(scale)));
-    for (long i = 0; i < count; i++) sum += scores[i];
+    enum { VECS = LANES / VEC_FLOATS };
+    float lanes[LANES], largest, sum = 0;
+    vec best[VECS], total[VECS];
+    for (long i = count; i % LANES; i++) scores[i] = -FLT_MAX; /* e^ of it is nothing beside the largest one's 1 */
+    for (int j = 0; j < VECS; j++) best[j] = vec_load(scores + j * VEC_FLOATS), total[j] = vec_set1(0.0f);
+    for (long i = LANES; i < count; i += LANES)
+        for (int j = 0; j < VECS; j++) best[j] = vec_max(best[j], vec_load(scores + i + j * VEC_FLOATS));
+    for (int j = 0; j < VECS; j++) vec_store(lanes + j * VEC_FLOATS, best[j]);
+    largest = lanes[0];
+    for (int j = 1; j < LANES; j++) largest = lanes[j] > largest ? lanes[j] : largest;
+    for (long i = 0; i < count; i += LANES)
+        for (int j = 0; j < VECS; j++) {
+            float *at = scores + i + j * VEC_FLOATS;
+            vec x = NAME(exp_of)((vec_load(at) - vec_set1(largest)) * vec_set1(scale));
+            vec_store(at, x);
+            total[j] += x;
+        }
+    for (int j = 0; j < VECS; j++) vec_store(lanes + j * VEC_FLOATS, total[j]);
+    for (int j = 0; j < LANES; j++) sum += lanes[j];
     return 1 / sum;
 }
