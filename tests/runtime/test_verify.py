@@ -79,7 +79,7 @@ def test_two_step_graphs_agree(pair: tuple[Pipeline, Pipeline], kwargs: dict[str
     assert all(p.relative_error < 1e-5 < p.scale and p.kl < 1e-9 for p in r.logits)
     assert (r.tokens.tokens, r.tokens.identical_images) == (256, 4)
     assert r.images is not None
-    assert r.images.psnr == math.inf
+    assert r.images.max_difference <= 1  # of 255: the candidate decodes in C, where it can
 
 
 def test_batches_change_nothing(pair: tuple[Pipeline, Pipeline]) -> None:
