@@ -1,0 +1,88 @@
+"""The pool of threads of the C kernels, compiled into a program of its own; and that a source package is complete."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from par_runtime.backends import native
+
+SOURCES = Path(native.__file__).parent
+ROOT = Path(__file__).parents[3]
+
+PROGRAM = r"""
+#include "pool.h"
+#include <stdio.h>
+
+#define ITEMS 1000
+typedef struct { long *out; long value; } Work;
+static atomic_int entered, go_on, taken_late;
+
+/* Two phases: out[i] += value, then out[i] *= 2. Thread 1 stays away from call 1 until it is over. */
+static void task(Worker *worker, const void *argument) {
+    const Work *work = argument;
+    int late = worker->thread == 1 && work->value == 1;
+    if (late) {
+        atomic_store(&entered, 1);
+        while (!atomic_load(&go_on)) sched_yield();
+    }
+    if (worker->thread == 0 && work->value == 1)
+        while (!atomic_load(&entered)) sched_yield(); /* the call is not over before thread 1 is inside */
+    for (int phase = 0; phase < 2; phase++) {
+        begin_phase(worker, ITEMS, items_at_once(worker->pool, ITEMS));
+        for (long i; (i = next_item(worker)) >= 0;) {
+            if (late) atomic_fetch_add(&taken_late, 1);
+            work->out[i] = phase ? work->out[i] * 2 : work->out[i] + work->value;
+        }
+        end_phase(worker);
+    }
+}
+
+int main(void) {
+    static long out[ITEMS];
+    Pool *pool = pool_open(3, task);
+    for (long value = 1; value <= 200; value++) {
+        Work work = {out, value};
+        if (pool_run(pool, &work, sizeof work, 2)) return 2;
+        if (value == 100) { /* it was inside of call 1 all the time */
+            if (!pool->inside) return 3;
+            atomic_store(&go_on, 1);
+            pool_settle(pool);
+            if (pool->inside) return 4;
+        }
+        for (long i = 0; i < ITEMS; i++) {
+            if (out[i] != 2 * value) return 5;
+            out[i] = 0;
+        }
+    }
+    pool_close(pool);
+    return atomic_load(&taken_late) ? 6 : 0;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler")
+def test_a_call_ends_without_a_thread_that_is_late_and_it_takes_no_piece_of_another(tmp_path: Path) -> None:
+    """99 calls are made while one thread stays inside of the first one; a pool that waits for it would never end."""
+    (tmp_path / "main.c").write_text(PROGRAM)
+    command = ["cc", "-std=gnu11", "-O2", "-pthread", "-Wall", "-Werror", f"-I{SOURCES}", "main.c", "-o", "main"]
+    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert subprocess.run([tmp_path / "main"], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("source", ["step.c", "decoder.c"])
+def test_a_source_package_takes_every_header_along(source: str) -> None:
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+
+    def included(name: str) -> set[str]:
+        headers = set(re.findall(r'#include "([^"]+)"', (SOURCES / name).read_text()))
+        return headers.union(*(included(header) for header in headers))
+
+    modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    (module,) = (each for each in modules if each["sources"][0].endswith(f"/{source}"))
+    assert {Path(path).name for path in module["depends"]} == included(source)
