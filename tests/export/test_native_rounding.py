@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 from par_export.random_bundle import write_family
 from par_model.config import PARConfig
 from par_runtime import Bundle, BundleError, Pipeline, RequestError
+from par_runtime.backends.choose import choose
 from par_runtime.backends.native.backend import TIE, NativeBackend
 from par_runtime.backends.native.library import described, library
+from par_runtime.bundle import Calibration
 from par_runtime.cli import main
 from par_runtime.request import image_settings
 from par_runtime.schedule import Schedule
@@ -118,6 +121,19 @@ def test_what_a_backend_says_of_itself() -> None:
         info = backend.info
         assert (info.computes, info.cache_bytes, info.least_exact) == (computes, 2 if cache == "bf16" else 4, exactness)
         assert backend.tie == TIE[exactness]
+        backend.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_auto_is_what_the_calibration_has_proven(device: str) -> None:
+    bundle = Bundle.open(DEMO, "none")
+    proven = replace(bundle, calibration=Calibration("kept", 0, (), "bf16", "bf16", "", {}))
+    for each, asked, computes, cache_bytes in [
+        (bundle, ("auto", "auto"), "fp32", 4), (proven, ("auto", "auto"), "bf16", 2),
+        (proven, ("fp32", "auto"), "fp32", 2), (proven, ("auto", "fp32"), "bf16", 4),
+    ]:  # fmt: skip
+        backend, _ = choose(each, device, threads=1, arithmetic=asked[0], cache=asked[1])
+        assert (backend.info.computes, backend.info.cache_bytes) == (computes, cache_bytes)
         backend.close()
 
 
