@@ -220,8 +220,8 @@ class Pipeline:
         Sampling: ``settings`` is one :class:`Settings` for all images, or one per image. Instead of it, the keywords
         ``guidance``, ``temperature``, ``top_k``, ``top_p``, ``greedy`` and ``guidance_interval`` are each a scalar or
         one value per image; None takes the bundle's default. Image i draws with ``seeds[i]``, or with ``seed + i``. An
-        image depends on its own seed, label and settings, not on its batch (up to rounding, where a CPU computes in bf16
-        or int8, or a GPU in its engine's precision).
+        image depends on its own seed, label and settings, not on its batch (up to rounding, where a CPU computes in
+        bf16 or int8, or a GPU in its engine's precision).
 
         Batches: at most ``max_batch`` images are in flight (default: as many as a cache of 2 GB serves); larger
         requests run as several batches. ``decode=False`` makes tokens only.

@@ -121,6 +121,7 @@ def test_what_a_backend_says_of_itself() -> None:
         info = backend.info
         assert (info.computes, info.cache_bytes, info.least_exact) == (computes, 2 if cache == "bf16" else 4, exactness)
         assert backend.tie == TIE[exactness]
+        assert ("bf16" in info.name, "bf16 cache" in info.name) == ("bf16" in (computes, cache), cache == "bf16")
         backend.close()
 
 

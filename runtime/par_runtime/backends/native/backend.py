@@ -65,9 +65,11 @@ class NativeBackend:
         self._files = LoadedFiles(bundle)
         self._decoder = open_decoder(self._files, self._threads)
         computes = "bf16" if arithmetic == "int8" and not bundle.quantised else arithmetic
+        variant = [lib.parvis_instructions().decode()]
+        variant += [computes] * (computes != "fp32") + [f"{cache} cache"] * (cache != "fp32")
         self.info = BackendInfo(
             runtime="native-cpu",
-            version=f"{__version__} ({lib.parvis_instructions().decode()})",
+            version=f"{__version__} ({', '.join(variant)})",
             device="cpu",
             computes=computes,
             weight_bytes=bytes_read(bundle, computes),
