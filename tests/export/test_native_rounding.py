@@ -163,3 +163,15 @@ def test_the_command_line_verifies_the_arithmetic_that_it_is_given(capsys: pytes
     arguments = ["verify", str(DEMO), "--device", "cpu", "--threads", "1", "--images", "1", "--groups", "4", "--greedy"]
     assert main([*arguments, "--arithmetic", "bf16", "--cache", "bf16"]) == 0
     assert "bf16" in capsys.readouterr().out
+
+
+def test_redo_with_another_arithmetic_says_what_to_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = str(tmp_path / "one.png")
+    here, rounding = ["--device", "cpu", "--threads", "1", "--quiet"], ["--arithmetic", "bf16", "--cache", "bf16"]
+    assert main(["generate", str(DEMO), "--label", "0", "--seed", "1", "--out", image, *here, *rounding]) == 0
+    assert main(["redo", image, "--bundle", str(DEMO), *here, *rounding]) == 0
+    capsys.readouterr()
+    assert main(["redo", image, "--bundle", str(DEMO), *here]) == 1
+    out = capsys.readouterr().out
+    assert "tokens differ (now on native-cpu " in out
+    assert "another --device, --arithmetic or --cache rounds otherwise: give those it was made with)" in out

@@ -73,6 +73,11 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         result.save(args.out, recipe.columns, scale=recipe.scale)
     identical, text = compare(recipe, pixels, result, bundle.image_size)
+    if (result.tokens != recipe.tokens).any():
+        text += (
+            f" (now on {pipeline.backend.info.name}; another --device, --arithmetic or --cache rounds otherwise: give "
+            "those it was made with)"
+        )
     print(printable(f"{args.image}: {text}"))
     return 0 if identical else 1
 
