@@ -118,6 +118,6 @@ def _needs(config: PARConfig) -> dict[str, Any]:
     architecture = Architecture(*sizes, phases_of(config.group_size, config.n_tokens))
     return {
         "parameters_read_per_call": architecture.step_parameters,
-        "memory_bytes": memory_table(architecture, {name: BYTES[name] for name in MEMORY_PRECISIONS}),
-        "bound_ms": bandwidth_bounds_ms(architecture, BYTES["fp16"]),
+        "memory_bytes": memory_table(architecture, {name: (BYTES[name], BYTES[name]) for name in MEMORY_PRECISIONS}),
+        "bound_ms": bandwidth_bounds_ms(architecture, BYTES["fp16"], BYTES["fp16"]),
     }

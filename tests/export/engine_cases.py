@@ -101,7 +101,7 @@ def random_case(folder: Path, config: PARConfig = SMALL, dtype: str = "float16",
             if quantised and len(shape) == 2 and name.startswith("layers"):
                 per_byte = 2 if quantised == "int4" else 1
                 add(name, rng.integers(0, 256, shape[0] * shape[1] // per_byte, np.uint8).tobytes(), quantised, shape)
-                scales = (shape[1],) if quantised == "int8" else (shape[0] // 64, shape[1])
+                scales = (shape[0] // 64, shape[1])
                 add(name + SCALE, np.full(scales, 0.002, engine_weights.NUMPY_DTYPE[dtype]).tobytes(), dtype, scales)
                 continue
             values = rng.random(shape, np.float32) * 0.04 - 0.02

@@ -50,9 +50,12 @@ def test_head_sizes(trt: trt_module.TensorRT, tmp_path: Path, dim: int, heads: i
 def test_quantised_weights_stay_small(trt: trt_module.TensorRT, tmp_path: Path, quantised: str) -> None:
     config = PARConfig(dim=512, n_layers=2, n_heads=8, vocab_size=256, n_classes=10, grid=(1, 8, 8), group_size=4)
     (tmp_path / "half").mkdir()
-    whole, _, half_plan = random_case(tmp_path / "half", config).build(trt)
-    outcome, counted, plan = random_case(tmp_path, config, quantised=quantised).build(trt)
-    assert counted[0].attention == 2
+    whole, (half,), half_plan = random_case(tmp_path / "half", config).build(trt)
+    outcome, (kernels,), plan = random_case(tmp_path, config, quantised=quantised).build(trt)
+    assert kernels.attention == 2
+    # Scales by block are applied inside the product for int4; int8 is unpacked by a kernel of its own for each matrix.
+    assert (half.unpack, kernels.unpack) == (0, {"int8": 4 * config.n_layers, "int4": 0}[quantised])
+    assert kernels.total == half.total + kernels.unpack
     factor = {"int8": 0.65, "int4": 0.45}[quantised]
     assert outcome.memory["weights_bytes"] < factor * whole.memory["weights_bytes"]
     assert len(plan) < 0.8 * len(half_plan)

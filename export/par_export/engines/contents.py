@@ -12,6 +12,7 @@ from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.errors import BundleError
 from par_runtime.manifest import step_shapes
+from par_runtime.quantised import MOST_CODE, SCALE
 
 
 def step_weights(bundle: Bundle) -> WeightTable:
@@ -22,8 +23,28 @@ def step_weights(bundle: Bundle) -> WeightTable:
     ids = [entry for phase in bundle.phases for entry in phase.inputs if isinstance(entry, int)]
     if rows <= max(bundle.vocab_size - 1, bundle.no_class, bundle.class_base + bundle.n_classes - 1, *ids):
         raise BundleError(f"{bundle.path}: its graphs have {rows} embeddings, too few; export the bundle again")
-    _check_shapes(bundle, table, {**step_shapes(bundle.model, bundle.n_tokens), "embed": (rows, bundle.model["dim"])})
+    shapes = {**step_shapes(bundle.model, bundle.n_tokens), "embed": (rows, bundle.model["dim"])}
+    _check_shapes(bundle, table, shapes | _scale_shapes(bundle, table, shapes))
     return table
+
+
+def _scale_shapes(
+    bundle: Bundle, table: WeightTable, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of the scales of each quantised matrix. Raises BundleError for one that the manifest does not have."""
+    scales: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        dtype = table.entries[name].dtype if name in table.entries else ""
+        if dtype not in MOST_CODE:
+            continue
+        stored = bundle.weights.get(name)
+        if bundle.calibration is None or stored is None or stored.dtype != dtype:
+            raise BundleError(
+                f"{bundle.path}: {name} is {dtype} in its graphs and "
+                f"{'nowhere' if stored is None else stored.dtype} in its manifest; make the bundle again"
+            )
+        scales[name + SCALE] = (shape[0] // bundle.calibration.group, shape[1])
+    return scales
 
 
 def decoder_weights(bundle: Bundle, vq: VQConfig) -> WeightTable:

@@ -16,6 +16,8 @@ from par_export.engines.builder import BuildOutcome
 #: Entries of the builder's list that launch no kernel: they synchronise streams.
 NOT_KERNELS = ("signal", "wait")
 _LAYER = re.compile(r"Name: ([^,]+), LayerType: ([^,]+),")
+#: Kernels that only dequantise a matrix, into scratch memory: the product after it reads it there.
+_UNPACKS = re.compile(r"__myl_(?:Repl|Resh|Gath|Cast)*CastMul(?:Cast)?_myl")
 _PLACE = re.compile(r"_myl(\d+)_(\d+)$")
 
 
@@ -28,6 +30,7 @@ class Kernels:
     attention: int  #: how many of them are fused attention
     per_layer: float | None
     around: float | None  #: before the first and after the last layer, in sum
+    unpack: int = 0  #: how many only write a quantised matrix out in the plan's precision
 
     @property
     def total(self) -> int:
@@ -54,7 +57,7 @@ def _summary(images: int, names: list[str], layers: int) -> Kernels:
         # From one attention to the next is one layer, even where kernels were fused across the border of layers.
         per_layer = (attention[-1] - attention[0]) / (layers - 1)
         around = len(names) - per_layer * layers
-    return Kernels(images, tuple(names), len(attention), per_layer, around)
+    return Kernels(images, tuple(names), len(attention), per_layer, around, sum(map(bool, map(_UNPACKS.match, names))))
 
 
 def plan_report(
@@ -100,6 +103,13 @@ def table(report: Mapping[str, Any]) -> list[str]:
                 f"{name if first else '':12} {profile['images']:6} {attention:>13} {caches:>9} {rotary:>7} "
                 f"{profile['total']:8} {_number(profile['per_layer']):>10} {_number(profile['around']):>7} "
                 f"{sizes if first else ''}".rstrip()
+            )
+    for name, plan in report["plans"].items():
+        unpack = max(profile.get("unpack", 0) for profile in plan["profiles"])
+        if unpack:
+            lines.append(
+                f"{name}: {unpack} kernels of a call only unpack quantised weights, whose products then read them "
+                "unpacked: such a plan takes less memory, not less time (docs/engines.md)"
             )
     return lines
 

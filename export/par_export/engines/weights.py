@@ -14,6 +14,7 @@ from par_export.errors import BuildError
 from par_export.graphs.writer import WeightTable
 from par_runtime.bundle import Stored
 from par_runtime.dtypes import STORAGE
+from par_runtime.quantised import MOST_CODE, SCALE
 
 #: dtype -> numpy's own; ml_dtypes has those that numpy lacks, under the same names.
 NUMPY_DTYPE: dict[str, np.dtype] = {dtype: np.dtype(getattr(ml_dtypes, dtype, dtype)) for dtype in STORAGE}
@@ -49,6 +50,7 @@ def weights_in(
     """Yield the weights ``stored`` in ``file`` in the dtype ``compute``, mapped, with the table of where each lies.
 
     Where they are stored otherwise, they are converted into a temporary file in ``folder``. Rotary tables stay fp32.
+    Quantised matrices stay as they are, their scales are converted.
     ``fold`` multiplies the gains of the norms into the matrices that follow them (see :func:`folded`). Raises
     BuildError where a value does not fit the precision, OSError.
     """
@@ -80,6 +82,9 @@ def weights_in(
             if name in gains:
                 matrix, table.folded[name] = folded(read(name), read(gains[name]), compute)
                 raw, dtype = _convert(name, matrix, compute), compute
+            elif name in converted_names and name.endswith(SCALE):
+                codes = stored.entries[name.removesuffix(SCALE)]
+                raw, dtype = _convert_scales(name, read(name), codes.dtype, compute), compute
             elif name in converted_names:
                 raw, dtype = _convert(name, read(name), compute), compute
             else:
@@ -135,6 +140,14 @@ def check_range(file: Path, stored: Mapping[str, Stored], compute: str, cure: st
                 block = np.frombuffer(source.read(min(_BLOCK_BYTES, entry.length - start)), bits)
                 largest = max(largest, (block & unsigned).max())
             _convert(name, np.array([largest]).view(dtype), compute, cure)
+
+
+def _convert_scales(name: str, scales: np.ndarray, codes: str, compute: str) -> bytes:
+    """``scales`` in the dtype ``compute``: positive, as TensorRT wants them, and so that the largest code fits too."""
+    wide = scales.astype(np.float32)
+    _convert(name.removesuffix(SCALE), wide * MOST_CODE[codes], compute)
+    least = float(ml_dtypes.finfo(NUMPY_DTYPE[compute]).smallest_subnormal)
+    return _convert(name, np.where(wide > 0, np.maximum(wide, least), wide), compute)
 
 
 def _convert(name: str, values: np.ndarray, compute: str, cure: str = "--precision bf16 or fp32") -> bytes:

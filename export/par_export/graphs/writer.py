@@ -153,13 +153,10 @@ class Graph:
         return self.op("Cast", name, to=ONNX_DTYPE[compute])
 
     def _dequantised(self, name: str, stored: Stored, compute: str) -> str:
-        """A quantised matrix (in, out) times its scales: one per column [out] or per block of rows [blocks, out]."""
+        """A quantised matrix (in, out) times its scales [blocks, out], each for a block of rows."""
         assert self.weights is not None
-        scale = self.weights.entries[name + SCALE]
-        blocked: dict[str, Any] = {"axis": 1}
-        if len(scale.shape) == 2:
-            blocked = {"axis": 0, "block_size": stored.shape[0] // scale.shape[0]}
-        return self.op("DequantizeLinear", name, self.weight(name + SCALE, compute), **blocked)
+        block = stored.shape[0] // self.weights.entries[name + SCALE].shape[0]
+        return self.op("DequantizeLinear", name, self.weight(name + SCALE, compute), axis=0, block_size=block)
 
     def subgraph(self, name: str) -> Graph:
         """A branch body; it sees this graph's values by name. Its constants are its own."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from par_runtime.cost.architecture import Architecture
 from par_runtime.cost.data_sheets import bandwidth_bounds_ms
 from par_runtime.cost.memory import memory_table
 from par_runtime.dtypes import BYTES
+from par_runtime.manifest import KEPT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,13 +59,19 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     """All that ``parvis inspect`` prints about a bundle, as plain values. Sizes in bytes, times in milliseconds."""
     m = bundle.model
     architecture = Architecture.of_model(m, bundle.phases)
-    stored_bytes = BYTES[bundle.precision]
+    number_bytes = BYTES[bundle.precision]
+    on_gpu = (bundle.weight_bytes, number_bytes)
+    # Quantised weights stay so on a CPU too; the others count as what ONNX Runtime makes of them.
+    keys = BYTES["fp32" if bundle.calibration is None else bundle.calibration.cache]
+    on_cpu = (bundle.weight_bytes if bundle.quantised else BYTES["fp32"], keys)
     engines, bad = list_engines(bundle)
     return {
         "name": bundle.name,
         "hash": bundle.hash,
         "model": dict(m) | {"grid": list(bundle.grid), "group_size": bundle.group_size, "tokens": bundle.n_tokens},
         "precision": bundle.precision,
+        "weight_bytes": round(bundle.weight_bytes, 4),
+        "calibration": None if bundle.calibration is None else asdict(bundle.calibration),
         "class_names": None if bundle.class_names is None else len(bundle.class_names),
         "image_size": None if bundle.image_size is None else list(bundle.image_size),
         "calls": {"total": bundle.calls} | {phase.name: phase.repeat for phase in bundle.phases},
@@ -82,11 +90,11 @@ def describe(bundle: Bundle) -> dict[str, Any]:
             for engine in engines
         ],
         "bad_engines": bad,
-        "memory_bytes": memory_table(architecture, {"cpu": BYTES["fp32"], "gpu": stored_bytes}),
+        "memory_bytes": memory_table(architecture, {"cpu": on_cpu, "gpu": on_gpu}),
         "defaults": vars(bundle.defaults),
         "selftest": {"tokens": sum(map(len, bundle.selftest["tokens"])), "state": "not run (--selftest runs it)"},
         "parity": dict(bundle.parity),
-        "bound_ms": bandwidth_bounds_ms(architecture, stored_bytes),
+        "bound_ms": bandwidth_bounds_ms(architecture, *on_gpu),
     }
 
 
@@ -103,6 +111,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         + (f" ({facts['class_names']} named)" if facts["class_names"] else ""),
         f"image     grid {t}x{h}x{w}, n = {m['group_size']}, {m['tokens']} tokens in {calls['total']} calls ({phases})"
         + (f", {size[1]}x{size[0]} pixels" if size else ", ends at tokens"),
+        *_calibration(facts),
         f"defaults  {', '.join(f'{k} {v:g}' for k, v in facts['defaults'].items() if v != -1)}",
         f"files     {', '.join(f'{name} {_mb(size)}' for name, size in facts['files'].items())}",
         "memory    of weights and cache, guided, on a CPU and a GPU: "
@@ -123,6 +132,32 @@ def lines(facts: dict[str, Any]) -> list[str]:
     bounds = ", ".join(f"{gpu} {ms:.3g}" for gpu, ms in facts["bound_ms"].items())
     out.append(f"bound     at least, by memory bandwidth, for one guided image without decoding, in ms: {bounds}")
     return out
+
+
+def _calibration(facts: dict[str, Any]) -> list[str]:
+    """What ``parvis calibrate`` changed, and the figures that it measured."""
+    c = facts["calibration"]
+    if c is None:
+        return []
+    kept = f"; kept: {_some(c['kept'])}" if c["kept"] else ""
+    weights = "as exported"
+    if c["weights"] != KEPT:
+        weights = f"{c['weights']} (group {c['group']}), {facts['weight_bytes']:.3g} bytes a parameter{kept}"
+    out = [
+        f"weights   {weights}; on a CPU multiplied in {c['arithmetic']}, keys and values in {c['cache']}; made from "
+        f"{c['source'][:12]}"
+    ]
+    measures = c["report"].get("measures")
+    if isinstance(measures, Mapping):
+        numbers = [f"{name} {value:.4g}" for name, value in measures.items() if isinstance(value, (int, float))]
+        out += [f"report    {_some(numbers)}"] if numbers else []
+    return out
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    """The first ``most`` of ``names``."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _mb(size: int) -> str:

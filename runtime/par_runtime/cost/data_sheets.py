@@ -59,10 +59,10 @@ def predictions(
     return out
 
 
-def bandwidth_bounds_ms(architecture: Architecture, number_bytes: float) -> dict[str, float]:
+def bandwidth_bounds_ms(architecture: Architecture, weight_bytes: float, number_bytes: float) -> dict[str, float]:
     """GPU -> the least time of one guided image in ms, by memory bandwidth alone and without decoding.
 
-    ``number_bytes``: of one parameter, and of one number of the cache.
+    ``weight_bytes``: of one parameter, ``number_bytes``: of one number of the cache.
     """
-    work = image_work(architecture, 1, True, number_bytes, number_bytes)
+    work = image_work(architecture, 1, True, weight_bytes, number_bytes)
     return {gpu: bound(work, sheet.gb_s, None).ms for gpu, sheet in DATA_SHEETS.items()}

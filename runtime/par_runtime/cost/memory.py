@@ -16,17 +16,20 @@ def cache_bytes(architecture: Architecture, images: int, guided: bool, number_by
     return rows * architecture.cache_numbers * architecture.n_tokens * number_bytes
 
 
-def memory_bytes(architecture: Architecture, images: int, number_bytes: float) -> int:
+def memory_bytes(architecture: Architecture, images: int, weight_bytes: float, number_bytes: float) -> int:
     """Weights and cache of a guided batch; the embedding table, activations and the decoder are not counted.
 
-    ``number_bytes``: of one parameter, and of one number of the cache.
+    ``weight_bytes``: of one parameter, ``number_bytes``: of one number of the cache.
     """
-    return int(architecture.step_parameters * number_bytes + cache_bytes(architecture, images, True, number_bytes))
+    return int(architecture.step_parameters * weight_bytes + cache_bytes(architecture, images, True, number_bytes))
 
 
-def memory_table(architecture: Architecture, number_bytes: Mapping[str, float]) -> dict[str, dict[str, int]]:
-    """:func:`memory_bytes` by number of images (as text, for JSON) and by the names of ``number_bytes``."""
+def memory_table(architecture: Architecture, sizes: Mapping[str, tuple[float, float]]) -> dict[str, dict[str, int]]:
+    """:func:`memory_bytes` by number of images (as text, for JSON) and by the names of ``sizes``.
+
+    ``sizes``: name -> bytes of one parameter, and of one number of the cache.
+    """
     return {
-        str(images): {name: memory_bytes(architecture, images, size) for name, size in number_bytes.items()}
+        str(images): {name: memory_bytes(architecture, images, *size) for name, size in sizes.items()}
         for images in BATCHES
     }

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from par_runtime.bundle import Phase
 from par_runtime.cost.architecture import Architecture
+from par_runtime.dtypes import BYTES
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,12 @@ def _call_work(
 
 
 def decoder_work(architecture: Architecture, images: int, weight_bytes: float, calls: int = 1) -> list[Work]:
-    """Decoding ``images`` in ``calls`` equal parts: each reads the weights once. Bytes of pixels are not counted."""
+    """Decoding ``images`` in ``calls`` equal parts: each reads the weights once. Bytes of pixels are not counted.
+
+    ``weight_bytes`` is that of the step network; a decoder's weights are never quantised.
+    """
     each = images * architecture.decoder_operations / calls
-    return [Work(architecture.decoder_parameters * weight_bytes, each)] * calls
+    return [Work(architecture.decoder_parameters * max(weight_bytes, BYTES["fp16"]), each)] * calls
 
 
 def largest_read_bytes(
