@@ -101,8 +101,7 @@ class Pipeline:
         ``on_load``: called while the weights of an engine of our own kernels come to the GPU, with the bytes that are
         read and how many there are. (Other backends load in one call of a library.)
         ``arithmetic``, of a CPU: what matrices are multiplied in, "fp32", "bf16" or "int8"; activations are rounded to
-        it, and fp32 and fp16 weights to bf16. In "int8", weights that are not quantised are multiplied in bf16. With
-        both, an image may differ in another batch: the number of rows decides the order of sums, so what is rounded.
+        it, and fp32 and fp16 weights to bf16. In "int8", weights that are not quantised are multiplied in bf16.
         ``cache``, of the C step: what keys and values are kept in, "fp32" or "bf16". "auto" takes what the
         bundle's calibration has proven (``Bundle.calibration``), else "fp32". A GPU computes in its engine's precision.
 
@@ -220,8 +219,7 @@ class Pipeline:
         Sampling: ``settings`` is one :class:`Settings` for all images, or one per image. Instead of it, the keywords
         ``guidance``, ``temperature``, ``top_k``, ``top_p``, ``greedy`` and ``guidance_interval`` are each a scalar or
         one value per image; None takes the bundle's default. Image i draws with ``seeds[i]``, or with ``seed + i``. An
-        image depends on its own seed, label and settings, not on its batch (up to rounding, where a CPU computes in
-        bf16 or int8, or a GPU in its engine's precision).
+        image depends on its own seed, label and settings, not on its batch (on a GPU up to the rounding of its engine).
 
         Batches: at most ``max_batch`` images are in flight (default: as many as a cache of 2 GB serves); larger
         requests run as several batches. ``decode=False`` makes tokens only.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -98,9 +99,10 @@ def test_instruction_sets_agree(requested: str, odd: Path, tmp_path: Path) -> No
     assert moved[0].max() < 1e-4 * np.abs(ours[0]).max()  # of the first call, where few numbers can turn
 
 
-def test_a_batch_and_its_images_alone_agree_in_a_bf16_cache() -> None:
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
+def test_a_batch_and_its_images_alone_agree_in_a_bf16_cache(arithmetic: Literal["fp32", "bf16"]) -> None:
     """Also where an earlier image has left its keys, which are NaN here, behind those of a shorter one."""
-    with Pipeline.load(DEMO, "cpu", threads=2, cache="bf16", selftest=False) as pipeline:
+    with Pipeline.load(DEMO, "cpu", threads=2, arithmetic=arithmetic, cache="bf16", selftest=False) as pipeline:
         alone = [pipeline.generate(label, seeds=[7 + label], decode=False).tokens[0] for label in range(3)]
         assert isinstance(pipeline.backend, NativeBackend)
         pipeline.backend._cache[:] = 0x7FC0

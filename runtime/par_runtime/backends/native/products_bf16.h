@@ -4,8 +4,9 @@
    of 32 words, of which two halves are the same, so that one shift serves four codes; those of int8, sign and
    magnitude, by two tables of 128 bytes, one for each byte of a bf16. A group's sum is multiplied by its scale in fp32.
 
-   A dot product depends on the one before into the same register, for longer than few rows take. Then each sum is
-   divided into several. */
+   A number's sum is made in the same order for any number of rows: pair after pair in a group (or in K_BLOCK_DOT rows
+   of K), then group after group. So an image does not depend on the batch that it is made in. For one or two rows that
+   costs time that only codes of int4 notice: a dot product waits for the one before into the same register. */
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,fma,f16c,avx2")))
 
@@ -82,20 +83,17 @@ DOT INLINE void pairs_of(int source, const Tables *tables, const char *w, int t,
 /* c [rows][PANEL] = x w, or c += x w with `accumulate`, for `groups` groups of `group` rows of a panel. */
 DOT INLINE void bf16_rows(const int rows, const int source, int64_t scales_stored, const char *w, const uint32_t *x,
                           long m, long groups, long group, float *c, int accumulate, Prefetch prefetch) {
-    const int chains = rows <= 3 ? 4 : rows <= 6 ? 2 : 1;
     const long step_bytes = STEP_BYTES(source), scale_bytes = source == BF16 ? 0 : PANEL * number_bytes(scales_stored);
     const Tables tables = tables_of(source);
     for (long g = 0, step = 0; g < groups; g++, accumulate = 1) {
         const char *scales = w;
         if (!prefetch.from) prefetch_step(&prefetch, w, scale_bytes, 0);
         w += scale_bytes;
-        __m512 sum[4][12][2];
+        __m512 sum[12][2];
         UNROLL
-        for (int h = 0; h < chains; h++)
+        for (int i = 0; i < rows; i++)
             UNROLL
-            for (int i = 0; i < rows; i++)
-                UNROLL
-                for (int j = 0; j < 2; j++) sum[h][i][j] = _mm512_setzero_ps();
+            for (int j = 0; j < 2; j++) sum[i][j] = _mm512_setzero_ps();
         for (long p = 0; p < group; p += 8, step++, w += step_bytes, x += 4 * m) {
             prefetch_step(&prefetch, w, step_bytes, step);
             UNROLL
@@ -106,8 +104,7 @@ DOT INLINE void bf16_rows(const int rows, const int source, int64_t scales_store
                 for (int i = 0; i < rows; i++) {
                     __m512bh value = (__m512bh)_mm512_set1_epi32((int)x[t * m + i]);
                     UNROLL
-                    for (int j = 0; j < 2; j++)
-                        sum[t % chains][i][j] = _mm512_dpbf16_ps(sum[t % chains][i][j], pairs[j], value);
+                    for (int j = 0; j < 2; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], pairs[j], value);
                 }
             }
         }
@@ -115,9 +112,7 @@ DOT INLINE void bf16_rows(const int rows, const int source, int64_t scales_store
         for (int i = 0; i < rows; i++)
             UNROLL
             for (int j = 0; j < 2; j++) {
-                __m512 total = sum[0][i][j];
-                UNROLL
-                for (int h = 1; h < chains; h++) total = _mm512_add_ps(total, sum[h][i][j]);
+                __m512 total = sum[i][j];
                 float *to = c + i * PANEL + j * 16;
                 __m512 before = accumulate ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
                 if (source == BF16) total = _mm512_add_ps(before, total);
@@ -147,7 +142,7 @@ DOT static void panel_product_bf16_dot(const Matrix *matrix, const void *packed,
     int source = matrix->layout == PAIRS_BF16 ? BF16 : matrix->layout == PAIRS_SIGN8 ? INT8 : INT4;
     const char *w = (const char *)matrix->data + panel * panel_bytes(matrix, k);
     const uint32_t *x = packed; /* [K/2][M] */
-    long passes = (m + 11) / 12, most = passes == 1 ? k : K_BLOCK_DOT;
+    long passes = (m + 11) / 12, most = passes == 1 && source != BF16 ? k : K_BLOCK_DOT;
     for (long first = 0, block; first < k; first += block) {
         block = k - first < most ? k - first : most;
         long group = source == BF16 ? block : matrix->group, bytes = panel_bytes(matrix, block);
