@@ -92,7 +92,7 @@ def written(requested: str, path: Path, out: Path) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("requested", ["avx2", "avx512"])
 def test_instruction_sets_agree(requested: str, odd: Path, tmp_path: Path) -> None:
-    """Products of the same rounded numbers differ by the order of fp32 sums. That turns a later rounding here and there,
+    """Products of the same rounded numbers differ by the order of fp32 sums. That turns a rounding here and there,
     which turns more of those behind it, so what two sets differ by is about what rounding costs, and not more.
     """
     ours = logits(odd, "bf16", "bf16")
