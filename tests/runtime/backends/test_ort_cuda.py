@@ -42,7 +42,8 @@ def test_tokens_and_images_are_those_of_the_cpu_backend(tiny: Path, labels: list
     for seed in (1, 2):  # the second time the caches hold the first image's keys
         got, wanted = (p.generate(labels, seed=seed, **settings) for p in (device, cpu))
         np.testing.assert_array_equal(got.tokens, wanted.tokens)
-        np.testing.assert_array_equal(got.images, wanted.images)
+        # The CPU's own decoder, in C, rounds some numbers to the next grey level.
+        assert np.abs(got.images.astype(int) - wanted.images.astype(int)).max() <= 1
     device.close()
 
 
