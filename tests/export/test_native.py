@@ -213,6 +213,8 @@ def test_why_not_gives_the_reason(bundles: dict[str, Path], tiny: Path, monkeypa
         assert why_not(bundle) is None
         assert why_not(Bundle.open(tiny)) == "a width of the model is not a multiple of 32"
         assert "no table of weights" in (why_not(replace(bundle, weights={})) or "")
+        model = {**bundle.model, "n_heads": 16, "head_dim_padded": 12}
+        assert "12 numbers, which is not a multiple of 8" in (why_not(replace(bundle, model=model)) or "")
         with pytest.raises(
             BundleError, match=r"cannot run on the C kernels: a width.*; device \(--device\) cpu-ort takes ONNX Runtime"
         ):

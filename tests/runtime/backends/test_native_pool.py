@@ -44,7 +44,7 @@ static void task(Worker *worker, const void *argument) {
 
 int main(void) {
     static long out[ITEMS];
-    Pool *pool = pool_open(3, task);
+    Pool *pool = pool_open(3, task, NULL);
     for (long value = 1; value <= 200; value++) {
         Work work = {out, value};
         if (pool_run(pool, &work, sizeof work, 2)) return 2;
@@ -73,6 +73,17 @@ def test_a_call_ends_without_a_thread_that_is_late_and_it_takes_no_piece_of_anot
     built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     assert subprocess.run([tmp_path / "main"], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("source", ["step.c", "decoder.c"])
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_each_compiler_takes_the_sources(compiler: str, source: str) -> None:
+    """Where one refuses them, installation goes on without the C kernels, and says nothing."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    command = [compiler, "-fsyntax-only", "-std=gnu11", "-pthread", "-Wall", "-Werror", SOURCES / source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("source", ["step.c", "decoder.c"])

@@ -57,42 +57,31 @@ TARGET static void NAME(panel_of_rows)(const float *x, long ldx, long m, const f
     }
 }
 
-/* Columns [first, d) of c [m][d] = x w for x [m][k] and w [k][d]: those behind the last full panel. */
+/* Columns [first, d) of c [m][d] = x w for x [m][k] and w [k][d]: those behind the last full panel, a multiple of 8. */
 TARGET static void NAME(last_columns)(const float *x, long ldx, long m, const float *w, long d, long k, long first,
                                       float *c, long ldc) {
     for (long i = 0; i < m; i++) {
         float *to = c + i * ldc;
-        long j = first;
-        for (; j + 8 <= d; j += 8) {
+        for (long j = first; j < d; j += 8) {
             __m256 sum = _mm256_setzero_ps();
             for (long p = 0; p < k; p++)
                 sum = _mm256_fmadd_ps(_mm256_set1_ps(x[i * ldx + p]), _mm256_loadu_ps(w + p * d + j), sum);
             _mm256_storeu_ps(to + j, sum);
         }
-        for (; j < d; j++) {
-            to[j] = 0;
-            for (long p = 0; p < k; p++) to[j] += x[i * ldx + p] * w[p * d + j];
-        }
     }
 }
 
 /* out [D] = x [D], each pair of neighbours (a, b) rotated by its angle: (a cos - b sin, b cos + a sin). Then times
-   `scale`. */
+   `scale`. D is a multiple of 8. */
 TARGET static void NAME(rotate)(const float *x, const float *cosine, const float *sine, long d, float scale,
                                 float *out) {
-    long j = 0;
     const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
-    for (; j + 8 <= d; j += 8) {
+    for (long j = 0; j < d; j += 8) {
         __m256 pairs = _mm256_loadu_ps(x + j), swapped = _mm256_permute_ps(pairs, 0xB1);
         __m256 c = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(cosine + j / 2)), twice);
         __m256 s = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(sine + j / 2)), twice);
         __m256 rotated = _mm256_fmaddsub_ps(pairs, c, _mm256_mul_ps(swapped, s));
         _mm256_storeu_ps(out + j, _mm256_mul_ps(rotated, _mm256_set1_ps(scale)));
-    }
-    for (; j < d; j += 2) {
-        float a = x[j], b = x[j + 1], c = cosine[j / 2], s = sine[j / 2];
-        out[j] = (a * c - b * s) * scale;
-        out[j + 1] = (b * c + a * s) * scale;
     }
 }
 
@@ -115,7 +104,7 @@ TARGET static float NAME(softmax)(float *row, long n) {
 }
 
 /* Attention of head h of row r: rotates its q queries and keys (RoPE), writes keys and values into the cache, and
-   writes its part of attention_out [M][H*D]. `scratch` has attention_bytes(). */
+   writes its part of attention_out [M][H*D]. `scratch` has attention_floats(). D is a multiple of 8. */
 TARGET static void NAME(attention_head)(const Step *s, const Buffers *at, long layer, long r, long h, float *scratch) {
     const Model *model = s->model;
     long n_heads = model->n_heads, d = model->head_dim, slots = model->cache_slots, q = s->query, inner = n_heads * d;

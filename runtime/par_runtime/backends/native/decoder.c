@@ -17,6 +17,7 @@
 #include <string.h>
 
 #include "decoder_plan.h"
+#include "instructions.h"
 #include "pool.h"
 
 /* The kernels of one instruction set; decoder_kernels.h describes them. */
@@ -98,11 +99,9 @@ typedef struct {
 static const Kernels *select_kernels(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
     static const Kernels avx512 = KERNELS_OF(avx512, "avx512"), avx2 = KERNELS_OF(avx2, "avx2");
-    const char *requested = getenv("PARVIS_NATIVE");
-    int has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                     __builtin_cpu_supports("avx512vl");
-    if (has_avx512 && !(requested && !strcmp(requested, "avx2"))) return &avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2;
+    Instructions have = instructions_of_cpu();
+    if (have.avx512) return &avx512;
+    if (have.avx2) return &avx2;
 #endif
     return NULL;
 }
@@ -318,7 +317,7 @@ static void run_decoder(Worker *worker, const void *argument) {
     const Decode *call = argument;
     const Op *writers[64] = {NULL};
     float *scratch = call->scratch + worker->thread * call->scratch_floats;
-    Work w = {.worker = worker, .kernels = select_kernels(), .call = call, .scratch = scratch};
+    Work w = {.worker = worker, .kernels = worker->pool->kernels, .call = call, .scratch = scratch};
     for (long i = 0; i < call->n_ops; i++) {
         const Op *op = w.op = call->ops + i;
         w.writer = writers[op->input];
@@ -385,7 +384,7 @@ void parvis_decoder_transform(const float *w, int64_t panels, int64_t k, int ups
                                             u + p * points * (k * PANEL + LANES));
 }
 
-void *parvis_decoder_open(int n_threads) { return pool_open(n_threads, run_decoder); }
+void *parvis_decoder_open(int n_threads) { return pool_open(n_threads, run_decoder, select_kernels()); }
 
 void parvis_decoder_close(void *pool) { pool_close(pool); }
 

@@ -14,6 +14,8 @@ STORED = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
 #: what a matrix is multiplied in -> its number in matrix.h
 ARITHMETIC = {"fp32": 0, "bf16": 1, "int8": 2}
 
+HEAD_MULTIPLE = 8  #: attention.h takes so many numbers of a head at a time
+
 NOT_BUILT = "the C kernels were not built, or this CPU has neither AVX2 nor AVX-512"
 OTHER_SOURCES = "the C kernels were built from other sources than this Python package; install parvis again"
 
@@ -198,6 +200,8 @@ def why_not(bundle: Bundle) -> str | None:
     inner = m["n_heads"] * m["head_dim_padded"]
     if any(size % panel for size in (m["dim"], inner, m["ffn_dim"], bundle.vocab_size)):
         return f"a width of the model is not a multiple of {panel}"
+    if m["head_dim_padded"] % HEAD_MULTIPLE:
+        return f"its heads have {m['head_dim_padded']} numbers, which is not a multiple of {HEAD_MULTIPLE}"
     if not bundle.weights or bundle.weights["output"].dtype not in STORED:
         return "the manifest has no table of weights in fp32, fp16, bf16, int8 or int4; export the bundle again"
     return None

@@ -65,6 +65,7 @@ struct Pool {
     int most_threads; /* that were asked for */
     pid_t process;    /* the process that has the threads */
     Task *task;
+    const void *kernels; /* that the task uses: chosen once, as reading the environment is not safe in a thread */
     pthread_t *threads; /* [most_threads]; entry 0 is the caller and is not used */
     Phase *phases;      /* [n_phases] */
     long n_phases;
@@ -200,11 +201,12 @@ static void pool_start(Pool *pool) {
     }
 }
 
-/* A pool of up to n_threads threads. NULL where memory is exhausted. */
-static Pool *pool_open(int n_threads, Task *task) {
+/* A pool of up to n_threads threads for a task and its kernels. NULL where memory is exhausted. */
+static Pool *pool_open(int n_threads, Task *task, const void *kernels) {
     Pool *pool = calloc(1, sizeof(Pool));
     if (!pool) return NULL;
     pool->task = task;
+    pool->kernels = kernels;
     pool->most_threads = n_threads;
     pool->threads = calloc((size_t)n_threads, sizeof(pthread_t));
     pool_start(pool);

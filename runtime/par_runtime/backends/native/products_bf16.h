@@ -33,7 +33,7 @@ AVX512 INLINE __m512 scale_of(int64_t stored, const char *scales, int j) {
 #define TIMES64(F, I) TIMES16(F, I), TIMES16(F, (I) + 16), TIMES16(F, (I) + 32), TIMES16(F, (I) + 48)
 static const uint8_t low_bytes[128] = {TIMES64(LOW, 0), TIMES64(LOW, 64)};
 static const uint8_t high_bytes[128] = {TIMES64(HIGH, 0), TIMES64(HIGH, 64)};
-#define CODE(I) ((I) < 8 ? WHOLE(8 - (I)) | 0x8000 : WHOLE((I)-8))
+#define CODE(I) (WHOLE((I) < 8 ? 8 - (I) : (I)-8) | ((I) < 8) << 15)
 static const uint16_t code_words[32] = {TIMES16(CODE, 0), TIMES16(CODE, 0)};
 #undef LOG2
 #undef WHOLE

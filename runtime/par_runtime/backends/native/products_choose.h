@@ -1,27 +1,5 @@
 /* Which product a matrix is multiplied with: its layout says it, and the layout is chosen by what this CPU can. */
 
-/* What of a CPU's instructions the products use; PARVIS_NATIVE in the environment allows fewer: "avx2", or "avx512"
-   without dot products. */
-typedef struct {
-    int avx512, bf16_dot, int8_dot;
-} Instructions;
-
-static Instructions instructions_of_cpu(void) {
-    Instructions have = {0, 0, 0};
-#if defined(__x86_64__) && defined(__GNUC__)
-    const char *requested = getenv("PARVIS_NATIVE");
-    __builtin_cpu_init();
-    have.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512vl") && !(requested && !strcmp(requested, "avx2"));
-#ifdef HAS_DOT
-    int dots = have.avx512 && !(requested && !strcmp(requested, "avx512"));
-    have.bf16_dot = dots && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-    have.int8_dot = dots && __builtin_cpu_supports("avx512vnni");
-#endif
-#endif
-    return have;
-}
-
 /* The layout in which this CPU multiplies a matrix. */
 int64_t parvis_layout(int64_t stored, int64_t arithmetic) {
     Instructions have = instructions_of_cpu();

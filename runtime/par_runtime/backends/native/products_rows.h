@@ -71,7 +71,8 @@ TARGET INLINE void NAME(round_group)(const float *row, long k, int16_t *codes, f
     *scale = finite ? 0 : bits_float(0x7fc00000);
     if (finite && largest > 1e-30f) *scale = largest / 127, inverse = 127 / largest;
     for (long j = 0; j < k; j++) {
-        float shifted = (finite ? row[j] : 0) * inverse + 12582912.0f; /* 1.5 * 2^23: the sum is rounded to a whole */
+        /* 1.5 * 2^23: the sum is rounded to a whole number, once, whether the compiler would fuse both or not. */
+        float shifted = __builtin_fmaf(finite ? row[j] : 0, inverse, 12582912.0f);
         int32_t code;
         memcpy(&code, &shifted, 4);
         code -= 0x4b400000;

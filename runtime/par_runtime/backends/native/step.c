@@ -8,7 +8,7 @@
    Each matrix is multiplied in the arithmetic for which it was packed (matrix.h); everything else is fp32, as in
    step.onnx. The tokens are drawn here too.
 
-   The instruction set is chosen when the library is loaded. The Python side is library.py, weights.py and backend.py.
+   The instruction set is chosen when a model is loaded. The Python side is library.py, weights.py and backend.py.
 
    Letters in the comments:
    R  rows of the batch            L  layers                          S  cache slots of a row
@@ -22,9 +22,9 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "instructions.h"
 #include "matrix.h"
 #include "pool.h"
-#include "sorting.h"
 
 #define PREFETCH_KEYS 512 /* how many numbers ahead cached keys are prefetched, */
 #define PREFETCH_SLOTS 12 /* and how many slots ahead cached values */
@@ -92,6 +92,7 @@ typedef void PairsProduct(const uint16_t *x, long ldx, long m, const uint16_t *w
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
+#include "sorting.h"
 #define VECTORS 512
 #include "vectors.h"
 #include "products_fp32.h"
@@ -110,8 +111,7 @@ typedef void PairsProduct(const uint16_t *x, long ldx, long m, const uint16_t *w
 #include "attention_bf16.h"
 #include "draws.h"
 #include "products_twin.h"
-#if __GNUC__ >= 10 || (defined(__clang_major__) && __clang_major__ >= 9)
-#define HAS_DOT /* the compiler knows dot products */
+#ifdef HAS_DOT
 #include "products_bf16.h"
 #include "products_int8.h"
 #include "attention_dot.h"
@@ -153,7 +153,7 @@ static const Kernels *select_kernels(void) {
     if (have.avx512 && have.bf16_dot) return &with_dot;
 #endif
     if (have.avx512) return &avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return &avx2;
+    if (have.avx2) return &avx2;
 #endif
     return NULL;
 }
@@ -184,7 +184,7 @@ void parvis_struct_sizes(int64_t *sizes /* [6] */) {
 }
 
 /* A pool of up to n_threads threads, or NULL. */
-void *parvis_open(int n_threads) { return pool_open(n_threads, run_step); }
+void *parvis_open(int n_threads) { return pool_open(n_threads, run_step, select_kernels()); }
 
 void parvis_close(void *pool) { pool_close(pool); }
 
@@ -226,7 +226,7 @@ int64_t parvis_workspace(const Model *model, int64_t rows, int64_t query, int th
 int parvis_step(void *opened, const Step *step) {
     Pool *pool = opened;
     const Model *model = step->model;
-    StepCall call = {.step = *step, .kernels = select_kernels()};
+    StepCall call = {.step = *step, .kernels = pool->kernels};
     place(&call, step->workspace, pool->most_threads);
     for (int64_t i = 0, m = step->rows * step->query; i < m; i++)
         if (step->ids[i] < 0 || step->ids[i] >= model->embed_rows) return -2;

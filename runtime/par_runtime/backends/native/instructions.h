@@ -1,0 +1,38 @@
+/* What of a CPU's instructions the kernels of step.c and decoder.c use. */
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    int avx2;               /* AVX2, FMA and F16C */
+    int avx512;             /* these, and AVX-512 with F, BW and VL */
+    int bf16_dot, int8_dot; /* dot products of AVX-512; bf16 also needs VBMI */
+} Instructions;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#if __GNUC__ >= 10 || (defined(__clang_major__) && __clang_major__ >= 9)
+#define HAS_DOT /* the compiler knows dot products */
+#endif
+#endif
+
+/* What this CPU and its operating system can. PARVIS_NATIVE in the environment allows less: "avx2", or "avx512" without
+   dot products. */
+static inline Instructions instructions_of_cpu(void) {
+    Instructions have = {0, 0, 0, 0};
+#if defined(__x86_64__) && defined(__GNUC__)
+    const char *requested = getenv("PARVIS_NATIVE");
+    unsigned a, b, c = 0, d; /* not every compiler that is used knows the name "f16c" */
+    __builtin_cpu_init();
+    have.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+                (c & bit_F16C);
+    have.avx512 = have.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && !(requested && !strcmp(requested, "avx2"));
+#ifdef HAS_DOT
+    int dots = have.avx512 && !(requested && !strcmp(requested, "avx512"));
+    have.bf16_dot = dots && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    have.int8_dot = dots && __builtin_cpu_supports("avx512vnni");
+#endif
+#endif
+    return have;
+}
