@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from par_calibration.errors import CalibrationError
+from par_calibration.heldout import find
 from par_calibration.quantise import activations
 from par_calibration.quantise.choice import GROUP, How, check_groups, kept_names
 from par_calibration.quantise.layers import Layers, Quantiser, by_gptq
@@ -19,8 +20,10 @@ from par_calibration.record.recording import Recording
 from par_calibration.report import Budget, LayerError, Options, Report, compare
 from par_export.quantised import check_source, write_bundle
 from par_export.restored import StoredWeights, stored_table
+from par_runtime.arguments import cpu_threads
 from par_runtime.backends.native.library import why_not
 from par_runtime.bundle import MANIFEST, WEIGHTS, Bundle
+from par_runtime.checked import shown_path
 from par_runtime.dtypes import ARITHMETICS, Float
 from par_runtime.manifest import KEPT
 from par_runtime.system import check_writable, peak_bytes
@@ -75,9 +78,38 @@ class Places:
     images: Path | None
     own_work: bool  #: the folder of the recording was not named, so it is removed at the end
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of the report."""
+        return [path for path in (self.html, self.json, self.images) if path is not None]
+
+    def check(self, source: Path, inputs: Sequence[Path]) -> None:
+        """Raise CalibrationError where one of them would be lost in another, or in ``source`` or ``inputs``."""
+        source, out, work = source.resolve(), self.out.resolve(), self.work.resolve()
+        if out == source:
+            raise CalibrationError(f"--out {shown_path(self.out)}: is the bundle that is read; give another --out")
+        for option, path in (("--out", out), ("--work", work)):
+            if path.is_relative_to(source):
+                raise CalibrationError(
+                    f"{option} {shown_path(path)}: lies in the bundle that is read; give another folder"
+                )
+        if source.is_relative_to(out):
+            raise CalibrationError(f"--out {shown_path(self.out)}: holds the bundle that is read; give another --out")
+        for path in (work, *(file.resolve() for file in self.files)):
+            if path.is_relative_to(out):
+                raise CalibrationError(
+                    f"{shown_path(path)}: lies in --out, which is made at the end; give another place"
+                )
+        given = {path.resolve() for path in inputs}
+        for path in self.files:
+            if path.resolve() in given:
+                raise CalibrationError(f"{shown_path(path)}: is read by this command; write the report to another file")
+        if len({path.resolve() for path in self.files}) < len(self.files):
+            raise CalibrationError("--html, --json and --show-images name the same file; give different ones")
+
     @staticmethod
     def of(request: Request) -> Places:
-        """The places of ``request``."""
+        """The places of ``request``. Raises CalibrationError."""
         bundle = request.bundle.absolute()
         bundle = bundle if bundle.name not in ("", "..") else bundle.resolve()
         did = request.weights if request.weights != KEEP_WEIGHTS else request.arithmetic
@@ -85,6 +117,8 @@ class Places:
         out = request.out or request.bundle.parent / f"{bundle.name}-{suffix}"
         if request.out is None and request.bundle.name in ("", ".", ".."):
             out = bundle.parent / f"{bundle.name}-{suffix}"
+        if not out.name or out.name == "..":
+            raise CalibrationError(f"--out {shown_path(out)}: names no new folder; give the name of one")
         return Places(
             out=out,
             work=request.work or out.parent / f".{bundle.name}.calibration",
@@ -112,6 +146,7 @@ def calibrate(
     ExportError and what else ``write_bundle`` raises, OSError. A recording that is not complete stays for ``resume``.
     """
     started = time.perf_counter()
+    request = replace(request, threads=cpu_threads(request.threads))
     bundle = Bundle.open(request.bundle)
     places = Places.of(request)
     options = _checked(request, bundle, places)
@@ -181,9 +216,11 @@ def measured_ranges(
     """What rounding the rows of every product would cost (``--ranges``); no bundle is written. Raises as
     :func:`calibrate`.
     """
+    request = replace(request, threads=cpu_threads(request.threads))
     bundle = Bundle.open(request.bundle)
     check_source(bundle)
     places = Places.of(request)
+    places.check(bundle.path, [])
     recording = recorded(request, bundle, places, say, on_image)
     stored = StoredWeights(bundle.path / WEIGHTS, stored_table(bundle))
 
@@ -200,6 +237,13 @@ def _nothing(_: str, __: Float) -> None:
     """The ``quantise`` that keeps every matrix."""
 
 
+def _inputs(request: Request) -> list[Path]:
+    """Files that ``request`` reads beside the bundle."""
+    return [
+        Path(given) for given in (request.report.real, request.budget) if given is not None and len(str(given)) < 256
+    ]
+
+
 def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
     """Everything that can be wrong and is known before any work; returns the options of the report.
 
@@ -213,8 +257,9 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
         if value not in known:
             raise CalibrationError(f"--{name} {value}: expected one of {', '.join(known)}")
     check_source(bundle)
+    places.check(bundle.path, _inputs(request))
     budget = KEPT if request.weights == KEEP_WEIGHTS else request.weights
-    limits = Budget.parse(request.budget, budget) if request.budget else Budget.of(budget)
+    limits = Budget.parse(request.budget, budget) if request.budget is not None else Budget.of(budget)
     if request.weights == KEEP_WEIGHTS:
         if (request.arithmetic, request.cache) == ("fp32", "fp32"):
             raise CalibrationError(
@@ -236,17 +281,26 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
         raise CalibrationError(f"{places.out} exists; give another --out, or --force to replace it")
     if places.out.exists() and not (places.out / MANIFEST).is_file():
         raise CalibrationError(f"{places.out} exists and is not a bundle; give another --out")
-    if places.out.exists() and places.out.resolve() == bundle.path.resolve():
-        raise CalibrationError(f"--out {places.out}: is the bundle that is read; give another --out")
     if request.report.real is not None and not request.report.real.exists():
         raise CalibrationError(
             f"--real {request.report.real}: no such file or folder; give a folder of pictures or a file of tokens"
         )
-    files = [path for path in (places.html, places.json, places.images) if path is not None]
-    if len({path.absolute() for path in files}) < len(files):
-        raise CalibrationError("--html, --json and --show-images name the same file; give different ones")
-    for path in files:
+    if places.images is not None and places.images.suffix.lower() != ".png":
+        raise CalibrationError(f"--show-images {shown_path(places.images)}: expected a name that ends in .png")
+    if places.images is not None and (request.report.samples_of(bundle) == 0 or bundle.image_size is None):
+        raise CalibrationError(
+            f"--show-images {shown_path(places.images)}: there will be no images, as --generated is 0 or the bundle "
+            "ends at tokens; leave it out"
+        )
+    for path in places.files:
         check_writable(path)
+    # Encoded before hours of work, since a picture among them may be none.
+    held = find(bundle, request.report.real, request.report.images_of(bundle))
     return replace(
-        request.report, arithmetic=request.arithmetic, cache=request.cache, threads=request.threads, budget=limits
+        request.report,
+        held=held,
+        arithmetic=request.arithmetic,
+        cache=request.cache,
+        threads=request.threads,
+        budget=limits,
     )

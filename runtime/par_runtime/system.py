@@ -6,6 +6,7 @@ import ctypes
 import errno
 import hashlib
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -155,8 +156,11 @@ def cache_folder() -> Path | None:
 def check_writable(path: Path) -> None:
     """Make the folder of ``path`` and test that a file can be written there, before any work is done.
 
-    Raises RequestError, OSError.
+    A file of a bundle or an engine is refused: it would be lost, and with it the whole folder. Raises RequestError,
+    OSError.
     """
+    if _is_part_of_a_bundle(path):
+        raise RequestError(f"{path} is a file of the bundle or engine in {path.parent}; give another name")
     if path.is_dir():
         raise RequestError(f"{path} is a folder; give a file name")
     if path.exists() and not path.is_file():
@@ -164,6 +168,19 @@ def check_writable(path: Path) -> None:
             f"{path} is a device or a pipe; give the name of a file (it is written under another name and renamed)"
         )
     write_beside(path, Path.touch, rename=False)
+
+
+def _is_part_of_a_bundle(path: Path) -> bool:
+    """Whether the file ``path`` is a manifest beside the files that it lists, or one of these."""
+    manifest = path.resolve().with_name("manifest.json") if path.is_file() else None
+    if manifest is None or not manifest.is_file():
+        return False
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+    except (ValueError, OSError):  # not ours, or broken: nothing to protect but what the user named
+        return False
+    files = found.get("files") if isinstance(found, dict) else None
+    return isinstance(files, dict) and path.resolve().name in {manifest.name, *files}
 
 
 def check_folder_writable(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -173,6 +174,61 @@ def test_bad_input_is_one_line(
     assert message in err
     assert len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "B"], "B: is the bundle that is read"),
+        (["--out", "B", "--force"], "B: is the bundle that is read"),
+        (["--out", "B/inside"], "lies in the bundle that is read"),
+        (["--out", ".", "--force"], "names no new folder"),
+        (["--out", "", "--force"], "names no new folder"),
+        (["--out", "around", "--force"], "holds the bundle that is read"),
+        (["--work", "B/inside"], "lies in the bundle that is read"),
+        (["--work", "q"], "lies in --out"),
+        (["--html", "q/page.html"], "lies in --out"),
+        (["--json", "q"], "lies in --out"),
+        (["--html", "B/manifest.json"], "is a file of the bundle or engine in B"),
+        (["--json", "B/weights.data"], "is a file of the bundle or engine in B"),
+        (["--json", "limits.json", "--budget", "limits.json"], "is read by this command"),
+        (["--show-images", "pairs.png"], "there will be no images, as --generated is 0"),
+        (["--show-images", "pairs.jpg"], "expected a name that ends in .png"),
+        (["--budget", " "], "--budget '': is empty"),
+        (["--budget", "x" * 5000], "no file has such a name"),
+        (["--budget", "top1=" + "9" * 5000], "expected a number from 0 to 1"),
+        (["--held-out", "0"], "--held-out 0: expected 1 or more"),
+        (["--real", "limits.json"], "limits.json: not a file of arrays"),
+        (["--real", "pictures"], "otter/a.png: not an image that can be read"),
+    ],
+)
+def test_nothing_is_lost_and_nothing_is_done_before_it_is_refused(
+    arguments: list[str],
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(tiny, tmp_path / "around" / "B")
+    monkeypatch.chdir(tmp_path)
+    Path("around/manifest.json").write_text("{}")
+    Path("limits.json").write_text('{"top1": 0.5}')
+    Path("pictures/otter").mkdir(parents=True)
+    Path("pictures/otter/a.png").write_text("no picture")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    given = [word.replace("B/", "around/B/") if word != "B" else "around/B" for word in arguments]
+    assert run("around/B", "--weights", "int8", "--out", "q", *TINY, *given) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert message.replace(" in B", " in around/B") in line
+    assert len(line) < 600
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_more_threads_than_cores_are_reduced(tiny: Path, tmp_path: Path) -> None:
+    request = Request(bundle=tiny, out=tmp_path / "q", keep=("wqkv", "wo", "w13", "head"), budget=WIDE, threads=100_000)
+    with pytest.warns(UserWarning, match="threads 100000: reduced to"):
+        calibrate(replace(request, record=RecordOptions(1, 60), report=Options(images=1, samples=0)))
 
 
 def test_the_bundle_that_is_read_is_not_replaced(tiny_copy: Path) -> None:

@@ -100,7 +100,9 @@ class Budget:
         """The defaults for ``weights``, changed by ``text``: ``top1=0.97,kl=0.01``, or the name of a JSON file with an
         object of such entries. null, or "none" in a list, takes a limit away. Raises CalibrationError.
         """
-        given = _pairs(text) if "=" in text and not Path(text).is_file() else _file(Path(text))
+        if not text.strip():
+            raise CalibrationError("--budget '': is empty; give limits as top1=0.97,kl=0.01, or leave it out")
+        given = _pairs(text) if "=" in text and not _is_file(text) else _file(Path(text))
         limits = dict(Budget.of(weights).limits)
         for key, value in given.items():
             if key not in LIMITS:
@@ -123,6 +125,16 @@ class Budget:
     def describe(self) -> str:
         """The limits in the form that :meth:`parse` takes."""
         return ",".join(f"{key}={value:g}" for key, value in self.limits.items())
+
+
+MOST_NAME = 1000  #: characters of a file's name
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # longer than any name, for instance
+        return False
 
 
 def _pairs(text: str) -> dict[str, object]:
@@ -151,6 +163,8 @@ def _file(path: Path) -> dict[str, object]:
             'name of a JSON file such as {"top1": 0.97, "kl": 0.01}'
         )
 
+    if len(str(path)) > MOST_NAME:
+        raise fault(f"{shown(str(path))}: no file has such a name")
     value = load_json(read_regular(path, MOST_BYTES, fault), shown_path(path), fault)
     if not isinstance(value, dict):
         raise fault(f"{shown_path(path)}: holds {shown(json.dumps(value))}, no object")

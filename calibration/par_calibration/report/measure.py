@@ -93,7 +93,7 @@ class _Measuring:
         classes = class_indices(self.original, list(self.options.labels)) or list(range(self.original.n_classes))
         labels = tuple(classes[i % len(classes)] for i in range(samples))
         count = self.options.images_of(self.original)
-        given = find(self.original, self.options.real, count)
+        given = self.options.held or find(self.original, self.options.real, count)
         if given is not None and len(given) < count:
             notes.append(f"Only {len(given)} held-out images were there; {count} were asked for.")
         self._check_room(count if given is None else len(given))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from par_calibration.heldout import HeldOut
 from par_calibration.report.budget import Budget
 from par_runtime.bundle import Bundle
 
@@ -34,6 +35,7 @@ class Options:
     labels: tuple[int, ...] = ()  #: classes of generated images, which take turns; default: all
     guidance: float | None = None  #: of guided logits and generated images; default: the bundle's
     real: Path | None = None  #: a folder of pictures or a .npz of ``parvis encode``; default: what the bundle holds
+    held: HeldOut | None = None  #: the held-out images, in place of ``real``, where the caller has read them
     arithmetic: str | None = None
     cache: str | None = None
     threads: int | None = None

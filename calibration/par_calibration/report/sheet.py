@@ -34,6 +34,6 @@ def write_sheet(report: Report, path: Path) -> None:
     if report.pairs is None or not len(report.pairs):
         raise CalibrationError(
             f"--show-images {path}: this report has no images: the bundle ends at tokens, or none were generated "
-            "(--samples 0)"
+            "(--generated 0)"
         )
     write_pixels(path, pair_sheet(report.pairs))

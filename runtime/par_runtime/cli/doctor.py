@@ -44,6 +44,7 @@ NEEDS = {
         "cpu,export",
         ("onnxruntime", "torch", "onnx", "safetensors", "huggingface_hub"),
     ),
+    "parvis calibrate": ("cpu,calibrate", ("onnxruntime", "torch", "onnx", "safetensors", "huggingface_hub")),
     "parvis build": ("build,tensorrt-rtx", ("onnx", "ml_dtypes", ("tensorrt_rtx", "tensorrt"))),
     "parvis build --engine kernels": ("kernels-build", ("onnx", "ml_dtypes", "triton")),
     "parvis tune": ("build,tensorrt-rtx", ("onnx", "ml_dtypes", ("tensorrt_rtx", "tensorrt"))),

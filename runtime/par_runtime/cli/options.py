@@ -12,11 +12,11 @@ from par_runtime.errors import RequestError
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Raise RequestError where one of these options is given and below 1. ``names``: without the dashes."""
+    """Raise RequestError where one of these options is given and below 1. ``names``: as argparse stores them."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise RequestError(f"--{name} {value}: expected 1 or more")
+            raise RequestError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
 
 
 # -- input and output -------------------------------------------------------------------------------------------------

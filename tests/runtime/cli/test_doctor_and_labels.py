@@ -57,6 +57,7 @@ def test_the_doctor_needs_nothing(tmp_path: Path) -> None:
     for verbs in facts["verbs"]:
         assert verbs["missing"]
         assert "pip install" in verbs["install"]
+    assert {"parvis calibrate", "parvis build"} < {verbs["verbs"] for verbs in facts["verbs"]}
 
 
 def test_tuning_needs_a_gpu_and_building_none(
