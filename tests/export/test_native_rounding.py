@@ -153,6 +153,17 @@ def test_a_self_test_finds_changed_weights_in_bf16_too(tmp_path: Path) -> None:
     Pipeline.load(DEMO, device="cpu", arithmetic="bf16", cache="bf16", threads=1).close()
 
 
+@pytest.mark.parametrize("cache", ["fp32", "bf16"])
+def test_weights_that_are_no_numbers_show_in_the_logits(cache: str, tmp_path: Path) -> None:
+    """A NaN of all ones too, which becomes 0 where it is rounded to bf16 as a number is."""
+    path = Path(shutil.copytree(DEMO, tmp_path / "spoilt"))
+    at = Bundle.open(path).weights["layers.1.wqkv"]
+    with (path / "weights.data").open("r+b") as file:
+        file.seek(at.offset)
+        file.write(b"\xff" * at.length)
+    assert np.isnan(logits(path, "fp32", cache)[0]).all()
+
+
 def test_what_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RequestError, match=r"^arithmetic 'fp8': expected auto, fp32, bf16 or int8$"):
         Pipeline.load(DEMO, arithmetic="fp8")

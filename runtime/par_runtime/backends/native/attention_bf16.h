@@ -20,13 +20,15 @@
 #define second_of(pairs) _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)))
 #endif
 
-/* out [n] = the bf16 nearest to x [n], ties to even; n is a multiple of 8. */
+/* out [n] = the bf16 nearest to x [n], ties to even; a NaN stays one. n is a multiple of 8. */
 TARGET static inline void NAME(round_bf16)(const float *x, long n, uint16_t *out) {
-    const __m256i half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1);
+    const __m256i half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1), quiet = _mm256_set1_epi32(0x40);
     for (long i = 0; i < n; i += 8) {
-        __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x + i));
-        __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-        bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(half, odd)), 16);
+        __m256 value = _mm256_loadu_ps(x + i), is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
+        __m256i bits = _mm256_castps_si256(value), high = _mm256_srli_epi32(bits, 16);
+        __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(half, _mm256_and_si256(high, one)));
+        bits = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_or_si256(high, quiet),
+                                  _mm256_castps_si256(is_nan));
         __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
         _mm_storeu_si128((__m128i *)(out + i), _mm256_castsi256_si128(packed));
     }

@@ -74,7 +74,9 @@ static void record(Worker *worker, const StepCall *call, const float *x, const f
 }
 
 /* Begins the product of x [M][k], or with `gain` [k] its RMSNorm, with the panels of w [k][n], and packs x. Every thread
-   packs for itself: that takes less time than waiting for what another thread packs. Returns the product. */
+   packs for itself: that takes less time than waiting for what another thread packs. Where the last piece is taken
+   meanwhile, x may already change while it is read: then this thread takes no piece, and what it packed is not used.
+   Returns the product. */
 static PanelProduct *begin_product(Worker *worker, const StepCall *call, const float *x, const float *gain,
                                    const Matrix *w, long k, long n, Scratch *own) {
     long m = call->step.rows * call->step.query;
