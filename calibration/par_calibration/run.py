@@ -53,8 +53,8 @@ class Request:
     out: Path | None = None  #: default: beside the bundle, named after it and what was done
     group: int = GROUP
     keep: tuple[str, ...] = ()
-    arithmetic: str = "fp32"
-    cache: str = "fp32"
+    arithmetic: str | None = None  #: None: bf16 with quantised weights, where the C step runs the bundle; else fp32
+    cache: str | None = None  #: as ``arithmetic``
     record: RecordOptions = field(default_factory=RecordOptions)
     report: Options = field(default_factory=Options)
     budget: str | None = None  #: as ``Budget.parse`` takes it
@@ -148,6 +148,7 @@ def calibrate(
     started = time.perf_counter()
     request = replace(request, threads=cpu_threads(request.threads))
     bundle = Bundle.open(request.bundle)
+    request = _with_rounding(request, bundle)
     places = Places.of(request)
     options = _checked(request, bundle, places)
     errors: list[LayerError] = []
@@ -235,6 +236,15 @@ def measured_ranges(
 
 def _nothing(_: str, __: Float) -> None:
     """The ``quantise`` that keeps every matrix."""
+
+
+def _with_rounding(request: Request, bundle: Bundle) -> Request:
+    """``request`` with an arithmetic and a cache.
+
+    bf16 costs less than quantised weights do, which the report shows; in fp32 they would save memory but hardly time.
+    """
+    default = "fp32" if request.weights == KEEP_WEIGHTS or why_not(bundle) else "bf16"
+    return replace(request, arithmetic=request.arithmetic or default, cache=request.cache or default)
 
 
 def _inputs(request: Request) -> list[Path]:

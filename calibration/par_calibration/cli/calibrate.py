@@ -101,8 +101,8 @@ def _request(args: argparse.Namespace) -> Request:
         out=args.out,
         group=args.group,
         keep=args.keep or (),
-        arithmetic=args.arithmetic or "fp32",
-        cache=args.cache or "fp32",
+        arithmetic=args.arithmetic,
+        cache=args.cache,
         record=RecordOptions(args.images or default.images, args.samples or default.samples, seed, labels),
         report=Options(
             images=args.held_out,
@@ -169,10 +169,15 @@ def parser() -> argparse.ArgumentParser:
         "--activations",
         type=arithmetic,
         metavar="A",
-        help="what the C step multiplies in, and so rounds activations to: fp32 (default; 'none' is the same), bf16 or "
-        "int8; the report proves it, and the bundle says it to every command that loads it",
+        help="what the C step multiplies in, and so rounds activations to: fp32 ('none' is the same), bf16 or int8; "
+        "the report proves it, and the bundle says it to every command that loads it (default: bf16 with int8 and "
+        "int4 weights, where the C step runs; else fp32)",
     )
-    p.add_argument("--cache", choices=["fp32", "bf16"], help="what the C step keeps keys and values in (default: fp32)")
+    p.add_argument(
+        "--cache",
+        choices=["fp32", "bf16"],
+        help="what the C step keeps keys and values in (default: as for --arithmetic)",
+    )
     p.add_argument("--images", type=int, metavar="N", help="images that are made to record activations (default: 24)")
     p.add_argument(
         "--samples", type=int, metavar="N", help="rows of activations that are kept for each matrix (default: 4096)"

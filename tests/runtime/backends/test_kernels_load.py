@@ -469,7 +469,9 @@ def test_a_bar_is_shown_while_weights_are_loaded(
 ) -> None:
     bare.register(driver, kernels.write_engine(bundle, hand_made(bundle)))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    arguments = argparse.Namespace(bundle=bundle.path, device="cuda", threads=None, capture="none", quiet=False)
+    arguments = argparse.Namespace(
+        bundle=bundle.path, device="cuda", threads=None, capture="none", arithmetic="auto", cache="auto", quiet=False
+    )
     load_pipeline(arguments, bundle, selftest=False).close()
     assert "weights:" in capsys.readouterr().err
     arguments.quiet = True

@@ -31,7 +31,8 @@ def command(*arguments: object) -> int:
 
 
 def test_the_demo_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(DEMO, "--device", "cpu", "--images", 1, "--groups", 5, "--json") == 0
+    exact = ("--arithmetic", "fp32", "--cache", "fp32")  # the demo's own rounding draws other tokens now and then
+    assert command(DEMO, "--device", "cpu", "--images", 1, "--groups", 5, "--json", *exact) == 0
     row = json.loads(capsys.readouterr().out)
     assert [p["calls"] for p in row["logits"]] == [1, 3, 1, 5]
     assert row["tokens"]["equal"] == row["tokens"]["tokens"] == 256
@@ -118,6 +119,7 @@ def test_a_backend_is_not_compared_with_itself(
     bundle: str, device: str, against: str, instead: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [ROOT / bundle, "--device", device, "--against", against, "--images", 1, "--groups", 1, "--quiet"]
+    arguments += ["--arithmetic", "fp32", "--cache", "fp32"]
     assert command(*arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"parvis: error: --against {against}: candidate and reference are both ")
