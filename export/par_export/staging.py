@@ -46,6 +46,8 @@ def staging(out: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
     try:
         part.mkdir()
         yield part
+        if out.exists() and not force:
+            raise OutputError(f"{out} was made by another command meanwhile and is kept; give another --out")
         if out.exists():
             old = out.parent / f".{out.name}.old-{os.getpid()}"
             os.rename(out, old)

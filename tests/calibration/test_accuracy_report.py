@@ -17,7 +17,7 @@ from par_calibration.errors import CalibrationError
 from par_calibration.heldout import find
 from par_calibration.report import Budget, LayerError, Options, Report, compare
 from par_calibration.report.budget import LIMITS
-from par_calibration.report.forced import Forced, compare_logits, divergence, forced_logits, positions_of
+from par_calibration.report.forced import Forced, Stream, compare_logits, divergence, forced_logits, positions_of
 from par_calibration.report.frechet import distance, floor
 from par_calibration.report.layers import outliers, worst_kind
 from par_calibration.report.measures import agreement, drawn, interval, likelihood
@@ -319,3 +319,16 @@ def test_logits_that_do_not_fit_on_the_disk_are_refused_before_they_are_computed
     monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
     with pytest.raises(CalibrationError, match=r"the logits of 50000 images take 1.6 GB, 0.0 GB are free"):
         compare(tiny, tiny, replace(FEW, images=50_000))
+
+
+def test_the_temporary_file_of_logits_has_no_name(tmp_path: Path) -> None:
+    """So a process that is killed leaves nothing behind."""
+    stream = Stream(tmp_path)
+    logits = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    stream.write(logits.transpose(1, 0, 2))
+    stream.write(logits)
+    assert list(tmp_path.iterdir()) == []
+    stream.rewind()
+    assert (stream.read((3, 2, 4)) == logits.transpose(1, 0, 2)).all()
+    assert (stream.read((2, 3, 4)) == logits).all()
+    stream.close()

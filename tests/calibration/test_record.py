@@ -132,6 +132,44 @@ def test_a_recording_goes_on_after_a_stop(tiny: Path, tmp_path: Path) -> None:
     assert whole.about.image.tolist() == [0] * 20 + [1] * 20 + [2] * 20
 
 
+def test_a_damaged_file_of_a_recording_is_made_again(tiny: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(tiny)
+    recording = recorded(bundle, tmp_path / "r", images=1, samples=20)
+    good = dict(np.load(recording.file(0)))
+    name = matrix_names(bundle)[0]
+    changes = {
+        "as it was": {},
+        "no file of arrays": None,
+        "a matrix is missing": {name: None},
+        "rows are missing": {name: good[name][:3]},
+        "a width is another": {name: good[name][:, :3]},
+        "a type is another": {name: good[name].astype(np.float32)},
+        "text": {"row": np.array(["x"] * 20)},
+        "not a number": {f"{name}.scale": good[f"{name}.scale"] * np.float32(np.nan)},
+        "a phase that is none": {"phase": good["phase"] + 90},
+        "a position that is none": {"position": good["position"] + 1000},
+        "a row that is none": {"row": good["row"] + 2},
+    }
+    for what, change in changes.items():
+        if change is None:
+            recording.file(0).write_bytes(b"x" * 100)
+        else:
+            np.savez(recording.file(0), **{key: v for key, v in (good | change).items() if v is not None})
+        assert recording.is_whole(0) == (what == "as it was"), what
+    assert record(recording, lambda: OnnxRows(bundle, 1))
+    assert recording.is_whole(0)
+    assert (recording.rows(name) == widened(good[name], good[f"{name}.scale"])).all()
+
+
+def test_a_recording_of_no_image_is_begun_anew(tiny: Path, tmp_path: Path) -> None:
+    """A disk without room, for instance, was refused after ``recording.json`` was written."""
+    bundle = Bundle.open(tiny)
+    for samples in (20, 24):
+        recording = Recording(tmp_path / "r", plan_of(bundle, RecordOptions(images=1, samples=samples)), bundle)
+        recording.begin(False)
+    assert json.loads((tmp_path / "r" / "recording.json").read_text())["rows_per_image"] == 24
+
+
 def test_a_folder_of_another_recording_is_refused(tiny: Path, tmp_path: Path) -> None:
     bundle = Bundle.open(tiny)
     recording = recorded(bundle, tmp_path / "r", images=1, samples=20)

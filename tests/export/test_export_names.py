@@ -17,6 +17,7 @@ import torch
 
 import par_export
 from par_export.cli import common
+from par_export.errors import OutputError
 from par_export.staging import staging
 from par_runtime.cli import dispatch
 
@@ -64,6 +65,24 @@ def test_a_write_that_finds_no_room_names_the_folder(tmp_path: Path) -> None:
         raise OSError(errno.EFBIG, "File too large")  # as of an open file
     assert caught.value.filename == str(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_command_made_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="was made by another command meanwhile"), staging(out, force=False) as part:
+        (part / "manifest.json").write_text("second")
+        out.mkdir()
+        (out / "manifest.json").write_text("first")
+    assert (out / "manifest.json").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_full_disk_of_a_report_names_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "report" / "page.html"))
+
+    assert common.guarded(work, out=tmp_path / "out") == 2
+    assert f"no space left on the disk of {tmp_path}/report/page.html" in capsys.readouterr().err
 
 
 def test_memory_that_is_missing_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,8 +145,8 @@ def _check_room(recording: Recording, images: int) -> None:
     free = shutil.disk_usage(recording.folder).free
     if free < needed:
         raise CalibrationError(
-            f"{recording.folder}: a recording of {recording.plan.images} images needs {needed / 1e9:.1f} GB more, "
-            f"the disk has {free / 1e9:.1f} GB; give fewer --samples, or --work on another disk"
+            f"{recording.folder}: a recording of {recording.plan.images} images needs {needed / 1e6:.0f} MB more, "
+            f"the disk has {free / 1e6:.0f} MB; give fewer --samples, or --work on another disk"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ from par_runtime.dtypes import Float, Int
 from par_runtime.system import write_beside
 
 ABOUT = "recording.json"
+#: What reading a file of arrays raises where it is damaged.
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 FORMAT = 1
 
 
@@ -98,6 +101,7 @@ class Recording:
             differ = [] if found is None else self.plan.differences(found)
             if found is None:
                 raise CalibrationError(f"{about}: is not a recording's; give another --work, or remove that folder")
+            again = again or not any(self.folder.glob("image-*.npz"))  # nothing would be lost
             if not resume and not again:
                 done = f"{len(self.done())} of its images" if not differ else "another recording"
                 raise CalibrationError(
@@ -150,12 +154,37 @@ class Recording:
         write_beside(self.file(image), save)
 
     def is_whole(self, image: int) -> bool:
-        """Whether the file of an image is there and can be read to its end: a disk may have lost a part of it."""
+        """Whether the file of an image is there, can be read to its end, and holds what :meth:`write` writes: a disk
+        may have lost a part of it, and the folder may come from anybody.
+        """
         try:
             with zipfile.ZipFile(self.file(image)) as file:
-                return file.testzip() is None and {"row.npy", "output.npy"} <= set(file.namelist())
-        except (OSError, zipfile.BadZipFile):
+                if file.testzip() is not None:
+                    return False
+            with np.load(self.file(image)) as arrays:
+                return self._fits(arrays)
+        except UNREADABLE:
             return False
+
+    def _fits(self, arrays: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether ``arrays``, those of one file, are rows of this recording's plan. Raises what reading them raises."""
+        n = self.plan.rows_per_image
+        about = {name: arrays[name] for name in ("row", "position", "phase", "kind")}
+        if any(array.dtype.kind != "i" or array.shape != (n,) for array in about.values()):
+            return False
+        position = about["position"]
+        if position.min() < 0 or position.max() >= self.bundle.n_tokens or not np.isin(about["row"], (0, 1)).all():
+            return False
+        if not all(np.array_equal(about[name], getattr(self.positions, name)[position]) for name in ("phase", "kind")):
+            return False
+        for name in matrix_names(self.bundle):
+            rows, scale = arrays[name], arrays[f"{name}.scale"]
+            shapes = ((n, self.bundle.weights[name].shape[0]), (n,))
+            if (rows.shape, scale.shape) != shapes or rows.dtype != "float16" or scale.dtype != "float32":
+                return False
+            if not (np.isfinite(rows).all() and np.isfinite(scale).all()):
+                return False
+        return True
 
     def remove(self) -> None:
         """Remove what a recording wrote, and the folder if nothing else is in it. Raises OSError."""
@@ -173,7 +202,7 @@ class Recording:
             try:
                 with np.load(self.file(image)) as file:
                     yield [file[name] for name in names]
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            except UNREADABLE as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
                 raise CalibrationError(

@@ -8,8 +8,10 @@ Letters: M images, N tokens, B images of a batch, q positions of a call, V codes
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from par_calibration.errors import CalibrationError
 from par_calibration.heldout import HeldOut
 from par_runtime.bundle import Bundle, Call, image_calls
 from par_runtime.dtypes import Float
@@ -46,15 +49,25 @@ class Forced:
 
 
 class Stream:
-    """A temporary file of logits [M,calls][2,B,q,V] fp32, written once in order and read in the same order."""
+    """A temporary file of logits [M,calls][2,B,q,V] fp32, written once in order and read in the same order.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: BinaryIO = path.open("w+b")
+    It has no name, so that a killed process leaves none of its gigabytes behind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def write(self, logits: Float) -> None:
-        """Append ``logits``."""
-        logits.tofile(self._file)
+        """Append ``logits``. Raises CalibrationError where the disk is full."""
+        try:
+            self._file.write(np.ascontiguousarray(logits).data)
+            self._file.flush()
+        except OSError as error:
+            raise CalibrationError(
+                f"{self.folder}: the temporary file of logits cannot be written ({error.strerror}); compare fewer "
+                "held-out images, or set TMPDIR to a folder on another disk"
+            ) from error
 
     def rewind(self) -> None:
         """Read from the beginning."""
@@ -68,8 +81,8 @@ class Stream:
 
     def close(self) -> None:
         """Remove the file."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be written is not needed any more
+            self._file.close()
 
 
 def forced_logits(pipeline: Pipeline, held: HeldOut, say: Say = lambda _: None) -> Iterator[tuple[slice, Call, Float]]:

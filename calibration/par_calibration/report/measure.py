@@ -100,7 +100,7 @@ class _Measuring:
         if self.rounded:  # before an hour of the original's work, not after it
             with _loaded(self.candidate, self.arithmetic, self.cache, self.options.threads):
                 pass
-        stream, other = Stream(self.scratch / "original"), Stream(self.scratch / "candidate")
+        stream, other = Stream(self.scratch), Stream(self.scratch)
         try:
             with _loaded(self.original, FP32, FP32, self.options.threads) as pipeline:
                 backend = pipeline.backend.info.name
@@ -237,7 +237,7 @@ class _Measuring:
         free = shutil.disk_usage(self.scratch).free
         if needed > free:
             raise CalibrationError(
-                f"the logits of {images} images take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in "
+                f"the logits of {images} images take {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free in "
                 f"{self.scratch.parent}; compare fewer held-out images, or set TMPDIR to another disk"
             )
 

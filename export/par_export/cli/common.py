@@ -65,7 +65,7 @@ def guarded(
         elsewhere = out is not None and error.filename and not _is_at(str(error.filename), out)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and no_permission is not None and not elsewhere:
             return fail(f"no permission to write {error.filename or out} ({error.strerror}); {no_permission}")
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) and out is not None and not elsewhere:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and out is not None and _is_in(error.filename, out):
             return fail(
                 f"no space left on the disk of {out} ({error.strerror}); free some or give another --out (nothing was "
                 "left behind)"
@@ -78,6 +78,12 @@ def guarded(
     except (BuildCancelledError, KeyboardInterrupt):
         print(f"\nparvis: stopped; {stopped}", file=sys.stderr)
         return 130
+
+
+def _is_in(file: str | None, out: Path) -> bool:
+    """Whether ``file`` is ``out``, in it, or a folder above it, or unknown; a report beside it is none of these."""
+    path, wanted = Path(file or out).absolute(), out.absolute()
+    return path.is_relative_to(wanted) or wanted.is_relative_to(path)
 
 
 def _is_at(file: str, out: Path) -> bool:
