@@ -69,10 +69,15 @@ def test_a_write_that_finds_no_room_names_the_folder(tmp_path: Path) -> None:
 
 def test_a_folder_that_another_command_made_meanwhile_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="was made by another command meanwhile"), staging(out, force=False) as part:
-        (part / "manifest.json").write_text("second")
-        out.mkdir()
-        (out / "manifest.json").write_text("first")
+
+    def second() -> None:
+        with staging(out, force=False) as part:
+            (part / "manifest.json").write_text("second")
+            out.mkdir()
+            (out / "manifest.json").write_text("first")
+
+    with pytest.raises(OutputError, match="was made by another command meanwhile"):
+        second()
     assert (out / "manifest.json").read_text() == "first"
     assert list(tmp_path.iterdir()) == [out]
 
