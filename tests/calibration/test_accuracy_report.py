@@ -317,7 +317,7 @@ def test_logits_that_do_not_fit_on_the_disk_are_refused_before_they_are_computed
 ) -> None:
     room = shutil.disk_usage("/")._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
-    with pytest.raises(CalibrationError, match=r"the logits of 50000 images take 1.6 GB, 0.0 GB are free"):
+    with pytest.raises(CalibrationError, match=r"the logits of 50000 images take 1638 MB, 1 MB are free"):
         compare(tiny, tiny, replace(FEW, images=50_000))
 
 
