@@ -23,6 +23,7 @@ from par_model.manifest import (
     tokenizer_from_manifest,
 )
 from par_model.ordering import token_order
+from par_runtime.bundle import Stored
 
 Manifest = dict[str, Any]
 VQ = VQConfig(codebook_size=20, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
@@ -34,10 +35,17 @@ def config_of(n: int, grid: tuple[int, int, int] = (1, 8, 8), **ablation: Any) -
     )  # fmt: skip
 
 
+class AnyPlace(dict[str, Stored]):
+    """A table without entries, which has a place for every name that it is asked for."""
+
+    def __missing__(self, name: str) -> Stored:
+        return Stored("float32", (1,), 0, 4)
+
+
 class NoWeights:
     """A weight table without entries."""
 
-    entries: dict[str, Any] = {}  # noqa: RUF012
+    entries: dict[str, Stored] = AnyPlace()  # noqa: RUF012
 
 
 def manifest_of(config: PARConfig, vq: VQConfig | None = None) -> Manifest:

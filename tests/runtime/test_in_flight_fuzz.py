@@ -173,7 +173,8 @@ class Fuzz:
     def decode(self) -> None:
         kinds = self.random.integers(len(KINDS), size=int(self.random.integers(1, self.rows // 2 + 1)))
         pixels = self.pipeline.backend.decode(np.stack([self.alone[kind].tokens for kind in kinds]))
-        np.testing.assert_array_equal(pixels, [self.alone[kind].pixels for kind in kinds])
+        # Another decoder than ONNX Runtime's rounds otherwise.
+        assert np.abs(pixels.astype(int) - np.stack([self.alone[kind].pixels for kind in kinds])).max() <= 1
         self.returned.append((pixels, pixels.copy()))
 
     def end(self) -> None:
