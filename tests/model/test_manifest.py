@@ -45,7 +45,7 @@ class AnyPlace(dict[str, Stored]):
 class NoWeights:
     """A weight table without entries."""
 
-    entries: dict[str, Stored] = AnyPlace()  # noqa: RUF012
+    entries: dict[str, Stored] = AnyPlace()
 
 
 def manifest_of(config: PARConfig, vq: VQConfig | None = None) -> Manifest:
