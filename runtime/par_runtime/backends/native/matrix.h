@@ -64,7 +64,7 @@ typedef struct {
 
 #define K_BLOCK 64         /* rows of a panel that stay in the L1 cache while all rows of activations are multiplied, */
 #define K_BLOCK_DOT 128    /* and where they take fewer bytes; a multiple of every group */
-#define PREFETCH_L2_BYTES 3072 /* in products of one pass: how far ahead weights are prefetched into L2, */
+#define PREFETCH_L2_BYTES 6144 /* in products of one pass: how far ahead weights are prefetched into L2, */
 #define PREFETCH_L1_BYTES 1024 /* and how far ahead into L1 */
 
 /* Bytes of the packed activations of m rows of k numbers: what the largest form takes. */
