@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+#: Multiplications that Winograd's F(4x4,3x3) needs at least, as a share of a convolution's: 36 of 144, and 25 behind an
+#: upsampling. The decoder in C computes so.
+LEAST_OF_WINOGRAD = 25 / 144
+
 
 def count_decoder(config: Mapping[str, Any], grid: tuple[int, int, int]) -> tuple[int, int]:
     """(parameters, operations per image) of the decoder; a multiplication with its addition counts as two operations.

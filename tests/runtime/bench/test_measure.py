@@ -12,7 +12,7 @@ from bench.subjects import MACHINE, Scripted, one_row, rows_from, subject_info
 from par_runtime.bench import measure
 from par_runtime.bench.bounds import with_bounds
 from par_runtime.bench.limits import Limits
-from par_runtime.bench.measure import Repetitions, Setting, phase_rows, summarize, take_turns
+from par_runtime.bench.measure import Repetitions, Setting, least_work, phase_rows, summarize, take_turns
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.base import Sample, spread_calls
 from par_runtime.cost.architecture import named_architecture, phases_of
@@ -186,3 +186,15 @@ def test_few_repetitions_are_marked() -> None:
     assert rows_from(Scripted(subject_info()), 3)[-1].flags == (flag,)
     assert one_row([80.0], phase="load").flags == ()  # one is all there is
     assert rows_from(Scripted(subject_info()), 5)[-1].flags == ()
+
+
+def test_a_decoder_in_winograds_form_may_need_fewer_operations_than_its_convolutions() -> None:
+    """Else a row of it would be faster than its bound."""
+    architecture = replace(named_architecture("PAR-L", 4), decoder_parameters=10**6, decoder_operations=144 * 10**9)
+    sizes = {"architecture": architecture, "image_size": (384, 384)}
+    for decoder, operations in (("onnxruntime-cpu 1.32.0", 144e9), ("native-cpu 0.1.0 (avx512)", 25e9)):
+        info = subject_info(decoder=decoder, **sizes)
+        assert sum(work.operations for work in least_work(info, 2, True, "decoder")) == 2 * operations
+        image, calls = (least_work(info, 1, True, phase) for phase in ("image", "group"))
+        assert image[-1].operations == operations
+        assert least_work(subject_info(), 1, True, "group") == calls
