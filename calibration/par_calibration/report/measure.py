@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import tempfile
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -257,10 +256,8 @@ def _loaded(bundle: Bundle, arithmetic: str, cache: str, threads: int | None) ->
 
     Raises CalibrationError where the CPU's backend cannot compute so: figures of another arithmetic prove nothing.
     """
-    how: dict[str, Any] = {"arithmetic": arithmetic, "cache": cache}
-    known = inspect.signature(Pipeline.load).parameters
     with Pipeline.load(
-        bundle.path, "cpu", threads=threads, selftest=False, **{k: v for k, v in how.items() if k in known}
+        bundle.path, "cpu", threads=threads, selftest=False, arithmetic=arithmetic, cache=cache
     ) as pipeline:
         info = pipeline.backend.info
         wanted = [arithmetic] if info.computes != arithmetic and arithmetic != FP32 else []

@@ -176,8 +176,8 @@ def _native() -> tuple[bool, str]:
 
 def _decoder() -> str:
     """What decodes beside the C step."""
+    from par_runtime.backends.native.compiled import KernelError
     from par_runtime.backends.native.decoding import decoder_file, open_decoder_library
-    from par_runtime.backends.native.library import KernelError
 
     try:
         open_decoder_library(decoder_file())

@@ -26,7 +26,8 @@ from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.native.decoding import open_decoder
 from par_runtime.backends.native.library import Step, library, why_not
 from par_runtime.backends.native.weights import Weights, pointers
-from par_runtime.backends.ort.cpu import MOST_IMAGES
+from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE_INT8
+from par_runtime.backends.ort.cpu import TIE as TIE_EXACT
 from par_runtime.bundle import Bundle, matrix_names
 from par_runtime.dtypes import BYTES, DTYPE, STORAGE, Float, Int
 from par_runtime.errors import BundleError
@@ -38,7 +39,7 @@ OF_A_BATCH = {"cache_row": np.int64} | {name: of for name, of in IMAGE_INPUTS.it
 #: What it computes in, or keeps keys in -> candidates this close, relative to the largest |logit|, may swap by
 #: rounding. It moves logits by up to 2e-6, 2.1 % and 4 % of the largest one where this was measured; a broken backend
 #: moves them by several times as much.
-TIE = {"fp32": 1e-4, "bf16": 6e-2, "int8": 1e-1}
+TIE = {"fp32": TIE_EXACT, "bf16": 6e-2, "int8": TIE_INT8}
 NO_SUCH_ID = -2  #: what parvis_step returns where an id is no row of the embedding
 
 

@@ -6,7 +6,6 @@ import ctypes
 import logging
 import threading
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ from numpy.typing import NDArray
 
 from par_runtime import __version__
 from par_runtime.backends.base import Decoder, closed_error
+from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
 from par_runtime.backends.native.decoder import Buffers, Decode, Op, Operations
-from par_runtime.backends.native.library import NOT_BUILT, OTHER_SOURCES, KernelError
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import STORAGE, Float, Int, to_float32
 from par_runtime.errors import RequestError
@@ -30,8 +29,7 @@ log = logging.getLogger(__name__)
 
 def decoder_file() -> Path | None:
     """The compiled ``decoder.c`` beside this file; None where the installation built none."""
-    names = (Path(__file__).parent / f"_decoder{suffix}" for suffix in EXTENSION_SUFFIXES)
-    return next((path for path in names if path.is_file()), None)
+    return compiled_file("_decoder")
 
 
 def open_decoder_library(file: Path | None) -> ctypes.CDLL:
@@ -39,23 +37,8 @@ def open_decoder_library(file: Path | None) -> ctypes.CDLL:
 
     Raises KernelError.
     """
-    if file is None:
-        raise KernelError(NOT_BUILT)
-    try:
-        lib = ctypes.CDLL(str(file))
-    except OSError as error:
-        raise KernelError(NOT_BUILT) from error
-    try:
-        _declare(lib)
-    except AttributeError as error:  # a function that is not there
-        raise KernelError(OTHER_SOURCES) from error
-    sizes = (ctypes.c_int64 * 4)()
-    lib.parvis_decoder_struct_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(Op), Op.shift.offset, ctypes.sizeof(Decode), Decode.scratch_floats.offset]:
-        raise KernelError(OTHER_SOURCES)
-    if not lib.parvis_decoder_instructions():
-        raise KernelError(NOT_BUILT)
-    return lib
+    sizes = [ctypes.sizeof(Op), Op.shift.offset, ctypes.sizeof(Decode), Decode.scratch_floats.offset]
+    return open_compiled(file, _declare, "parvis_decoder_", sizes)
 
 
 def _declare(lib: ctypes.CDLL) -> None:

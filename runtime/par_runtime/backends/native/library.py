@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
 from par_runtime.bundle import Bundle
 
 #: dtype of a stored matrix -> its number in matrix.h
@@ -15,9 +15,6 @@ STORED = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
 ARITHMETIC = {"fp32": 0, "bf16": 1, "int8": 2}
 
 HEAD_MULTIPLE = 8  #: attention.h takes so many numbers of a head at a time
-
-NOT_BUILT = "the C kernels were not built, or this CPU has neither AVX2 nor AVX-512"
-OTHER_SOURCES = "the C kernels were built from other sources than this Python package; install parvis again"
 
 Pointers = ctypes.POINTER(ctypes.c_void_p)
 
@@ -90,14 +87,9 @@ class Step(ctypes.Structure):
     )
 
 
-class KernelError(Exception):
-    """The compiled library cannot be used; the message is the reason."""
-
-
 def library_file() -> Path | None:
     """The compiled library beside this file; None where the installation built none."""
-    names = (Path(__file__).parent / f"_step{suffix}" for suffix in EXTENSION_SUFFIXES)
-    return next((path for path in names if path.is_file()), None)
+    return compiled_file("_step")
 
 
 def open_library(file: Path | None) -> ctypes.CDLL:
@@ -105,19 +97,7 @@ def open_library(file: Path | None) -> ctypes.CDLL:
 
     Raises KernelError.
     """
-    if file is None:
-        raise KernelError(NOT_BUILT)
-    try:
-        lib = ctypes.CDLL(str(file))
-    except OSError as error:
-        raise KernelError(NOT_BUILT) from error
-    try:
-        _declare(lib)
-    except AttributeError as error:  # a function that is not there
-        raise KernelError(OTHER_SOURCES) from error
-    sizes = (ctypes.c_int64 * 6)()
-    lib.parvis_struct_sizes(sizes)
-    expected = [
+    sizes = [
         ctypes.sizeof(Matrix),
         Matrix.layout.offset,
         ctypes.sizeof(Model),
@@ -125,11 +105,7 @@ def open_library(file: Path | None) -> ctypes.CDLL:
         ctypes.sizeof(Step),
         Step.workspace.offset,
     ]
-    if list(sizes) != expected:
-        raise KernelError(OTHER_SOURCES)
-    if not lib.parvis_instructions():
-        raise KernelError(NOT_BUILT)
-    return lib
+    return open_compiled(file, _declare, "parvis_", sizes)
 
 
 def _declare(lib: ctypes.CDLL) -> None:
