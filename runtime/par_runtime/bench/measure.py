@@ -281,9 +281,10 @@ def make_row(
     if phase == "image":
         images_per_s = 1e3 * setting.images / middle
     query = next((p.query for p in info.architecture.phases if p.name == phase), None)
-    backend, version = info.backend, info.version
+    backend, version, computes = info.backend, info.version, info.computes
     if phase == "decoder" and info.decoder:
         backend, _, version = info.decoder.partition(" ")
+        computes = "fp32"  # as every decoder beside a step on a CPU
     return Row(
         suite=setting.suite,
         phase=phase,
@@ -295,7 +296,7 @@ def make_row(
         n=info.n,
         grid=info.grid,
         precision=info.precision,
-        computes=info.computes,
+        computes=computes,
         images=setting.images,
         guided=setting.guided,
         backend=backend,

@@ -12,7 +12,7 @@ from bench.subjects import MACHINE, Scripted, one_row, rows_from, subject_info
 from par_runtime.bench import measure
 from par_runtime.bench.bounds import with_bounds
 from par_runtime.bench.limits import Limits
-from par_runtime.bench.measure import Repetitions, Setting, least_work, phase_rows, summarize, take_turns
+from par_runtime.bench.measure import Repetitions, Setting, least_work, make_row, phase_rows, summarize, take_turns
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.base import Sample, spread_calls
 from par_runtime.cost.architecture import named_architecture, phases_of
@@ -198,3 +198,15 @@ def test_a_decoder_in_winograds_form_may_need_fewer_operations_than_its_convolut
         image, calls = (least_work(info, 1, True, phase) for phase in ("image", "group"))
         assert image[-1].operations == operations
         assert least_work(subject_info(), 1, True, "group") == calls
+
+
+def test_a_decoder_beside_a_rounded_step_computes_in_fp32() -> None:
+    """So its row is bound by the peak of fp32."""
+    info = subject_info(computes="int8", decoder="native-cpu 0.1.0 (avx512)", image_size=(384, 384))
+    rows = {
+        phase: make_row(info, Setting("phases", 1, True), MACHINE, phase, [3.0] * 5) for phase in ("decoder", "group")
+    }
+    assert {phase: (row.computes, row.backend) for phase, row in rows.items()} == {
+        "decoder": ("fp32", "native-cpu"),
+        "group": ("int8", "onnxruntime-cpu"),
+    }
