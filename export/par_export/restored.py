@@ -21,6 +21,7 @@ from par_model.manifest import config_from_manifest, read_manifest, tokenizer_fr
 from par_model.transformer import PAR
 from par_model.vq import VQModel
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
+from par_runtime.loaded import check_scales
 from par_runtime.quantised import MOST_CODE, SCALE, dequantised, unpacked
 
 
@@ -34,10 +35,13 @@ def read_weights(bundle: Bundle) -> dict[str, Tensor]:
 
 
 def stored_table(bundle: Bundle) -> WeightTable:
-    """Where every tensor lies that a graph of the bundle uses, in the order of the file. Raises BundleError."""
+    """Where every tensor lies that a graph of the bundle uses, in the order of the file. Raises BundleError, also where
+    a scale is not positive.
+    """
     entries: dict[str, Stored] = {}
     for graph in bundle.graphs.values():
         entries |= WeightTable.read(bundle.path / graph.file).entries
+    check_scales(bundle, entries)
     return WeightTable(dict(sorted(entries.items(), key=lambda entry: entry[1].offset)))
 
 

@@ -12,11 +12,16 @@ import hashlib
 import mmap
 import os
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from par_runtime.bundle import WEIGHTS, Bundle, state
+import numpy as np
+
+from par_runtime.bundle import WEIGHTS, Bundle, Stored, state
+from par_runtime.dtypes import STORAGE
 from par_runtime.errors import BundleError
+from par_runtime.quantised import SCALE, scale_fault
 from par_runtime.system import available_bytes
 
 READ_LATER = ("step", "step_opset23", "decoder", "encoder")  #: graphs that ONNX Runtime opens
@@ -147,3 +152,27 @@ def check_memory(bundle: Bundle, weights_bytes: int) -> None:
             f"{bundle.path}: its weights take {weights_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB of memory are free; "
             "run it where there is more"
         )
+
+
+def check_scales(bundle: Bundle, table: Mapping[str, Stored] | None = None) -> None:
+    """Raise BundleError where a scale of a quantised matrix is not a positive, finite number.
+
+    ``table``: where they lie, if it is not the manifest's. They are a hundredth of the weights, so each load reads
+    them: what a NaN makes of an image is not seen where the self-test is left out.
+    """
+    places = {name: at for name, at in (table or bundle.weights).items() if name.endswith(SCALE)}
+    if not places:
+        return
+    file, again = bundle.path / WEIGHTS, "copy the bundle again, or calibrate again"
+    try:
+        with file.open("rb") as opened:
+            for name, at in sorted(places.items(), key=lambda place: place[1].offset):
+                opened.seek(at.offset)
+                content = opened.read(at.length)
+                if len(content) < at.length:
+                    raise BundleError(f"{file}: ends before byte {at.offset + at.length}; {again}")
+                why = scale_fault(np.frombuffer(content, STORAGE[at.dtype]), at.dtype)
+                if why is not None:
+                    raise BundleError(f"{file}: {name} {why}; {again}")
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read ({error.strerror}); {again}") from error

@@ -59,7 +59,7 @@ def check(manifest: Any) -> None:
     files = _check_files(m["files"], m["graphs"])
     quantised, group = _check_calibration(m)
     rows = _check_weights(m, sizes, n_tokens, files)
-    _check_scales(m, quantised, group)
+    _check_quantised(m, sizes["n_layers"], quantised, group)
     _check_ids(m["ids"], sizes["n_classes"], rows)
     _check_phases(m, sizes["vocab_size"], n_tokens, rows)
     _check_cache(m["cache"], sizes, n_tokens)
@@ -272,17 +272,24 @@ def _check_calibration(m: Value) -> tuple[str, int]:
     return weights, group
 
 
-def _check_scales(m: Value, quantised: str, group: int) -> None:
-    """Every quantised matrix is of the calibration's dtype, and its scales are in the shape that follows from it."""
+def _check_quantised(m: Value, n_layers: int, quantised: str, group: int) -> None:
+    """The table of weights is what the calibration says: the dtype of quantised matrices, the shape of their scales,
+    and which matrices are kept.
+    """
+    given = m.get("calibration") is not None
     if m.get("weights") is None or not m.value["weights"]:
+        if quantised != KEPT:
+            m["calibration"]["weights"].refuse(f"{KEPT!r}, as the manifest has no table of weights")
         return
-    table = m["weights"]
+    table, found = m["weights"], set()
+    allowed = ", ".join(STORAGE) + (f", or {quantised!r}" if quantised != KEPT else "")
     for name, entry in table.items(2**18):
         dtype, shape, *_ = entry.entries(4, 4)
         if dtype.value not in MOST_CODE:
             continue
         if dtype.value != quantised:
-            dtype.refuse(f"a dtype of {', '.join(STORAGE)}, or {quantised!r}, as the calibration says")
+            says = "as the calibration says" if given else "as there is no calibration"
+            dtype.refuse(f"a dtype of {allowed}, {says}")
         k, n = shape.integers(1, 2**32)
         if k % group or (dtype.value == "int4" and n % 2):
             shape.refuse(f"rows that are a multiple of the group, {group}, and columns that fill whole bytes")
@@ -290,6 +297,15 @@ def _check_scales(m: Value, quantised: str, group: int) -> None:
         scale_dtype.one_of(STORAGE)
         if tuple(scale_shape.integers(1, 2**32)) != (k // group, n):
             scale_shape.refuse(f"{[k // group, n]}, which follows from {name} and the group")
+        found.add(name)
+    for name in table.value:  # backends take a matrix with scales for a quantised one
+        of = name.removesuffix(SCALE)
+        if of != name and of not in found:
+            raise Mismatch(f"weights has {shown(name, 60)}, and {shown(of, 60)} is not quantised")
+    names = [f"layers.{i}.{matrix}" for i in range(n_layers) for matrix in MATRICES] + ["output"]
+    kept = [name for name in names if name not in found] if quantised != KEPT else []
+    if given and sorted(m["calibration"]["kept"].value) != sorted(kept):
+        m["calibration"]["kept"].refuse(f"{shown(kept)}, the matrices that are not quantised though others are")
 
 
 def _check_ids(ids: Value, n_classes: int, rows: int) -> None:

@@ -31,6 +31,7 @@ from par_runtime.images.opening import Picture
 from par_runtime.images.photo import Fit, Pictures
 from par_runtime.images.region import MaskFrom, Named, keep_mask
 from par_runtime.known import Known, drawn_tokens, given_tokens, known_tokens, sequence_array, sequence_tokens
+from par_runtime.loaded import check_scales
 from par_runtime.metrics import log_likelihood
 from par_runtime.progress import OnPreview, OnStep, Progress, latest_tokens
 from par_runtime.request import MOST_IMAGES, Settings, class_indices, image_seeds, image_settings
@@ -116,6 +117,7 @@ class Pipeline:
         choice("cache", cache, ("auto", *CACHES))
         began = time.perf_counter()
         bundle = Bundle.open(path, verify)
+        check_scales(bundle)
         backend, note = choose(
             bundle,
             device,

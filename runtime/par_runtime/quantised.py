@@ -9,11 +9,12 @@ int4 share a byte, the first one in its low half, in the order of the matrix's r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.dtypes import Float
+from par_runtime.dtypes import STORAGE, Float, to_float32
 
 #: dtype -> the largest code; the smallest is its negative
 MOST_CODE = {"int8": 127, "int4": 7}
@@ -51,6 +52,24 @@ def dequantised(codes: Codes, scales: Float) -> Float:
     blocks, columns = scales.shape
     numbers: Float = codes.reshape(blocks, -1, columns).astype(np.float32) * scales[:, None].astype(np.float32)
     return numbers.reshape(codes.shape)
+
+
+def scale_fault(scales: NDArray[Any], dtype: str) -> str | None:
+    """Why ``scales`` cannot be those of a quantised matrix, or None: each is a positive number, and finite.
+
+    Their numbers are of ``dtype``, held in the numpy type of ``dtypes.STORAGE``. A scale of zero or below would be a
+    matrix that no calibration writes, and TensorRT refuses it.
+    """
+    storage = np.dtype(STORAGE[dtype])
+    bits = scales.reshape(-1).view(f"u{storage.itemsize}")
+    infinity = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[dtype]
+    # Bits of positive numbers grow with them up to infinity; zero less one is the largest of all.
+    wrong = bits - bits.dtype.type(1) >= infinity - 1
+    if not wrong.any():
+        return None
+    at = int(wrong.argmax())
+    value = float(to_float32(bits[at : at + 1].view(storage), dtype)[0])
+    return f"holds the scale {value:g} (number {at} of {bits.size}); expected positive, finite numbers"
 
 
 def packed(codes: Codes, dtype: str) -> bytes:

@@ -11,12 +11,16 @@ from par_model.manifest import ManifestError, config_from_manifest, read_manifes
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.errors import BundleError
+from par_runtime.loaded import check_scales
 from par_runtime.manifest import step_shapes
 from par_runtime.quantised import MOST_CODE, SCALE
 
 
 def step_weights(bundle: Bundle) -> WeightTable:
-    """Where the weights of the step network lie. Raises BundleError where one is missing or of another shape."""
+    """Where the weights of the step network lie.
+
+    Raises BundleError where one is missing or of another shape, or a scale is not positive.
+    """
     table = WeightTable.read(bundle.path / bundle.graphs["group"].file)
     embed = table.entries.get("embed")
     rows = embed.shape[0] if embed is not None and len(embed.shape) == 2 else 0
@@ -25,6 +29,7 @@ def step_weights(bundle: Bundle) -> WeightTable:
         raise BundleError(f"{bundle.path}: its graphs have {rows} embeddings, too few; export the bundle again")
     shapes = {**step_shapes(bundle.model, bundle.n_tokens), "embed": (rows, bundle.model["dim"])}
     _check_shapes(bundle, table, shapes | _scale_shapes(bundle, table, shapes))
+    check_scales(bundle, table.entries)
     return table
 
 

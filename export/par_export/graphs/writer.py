@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class WeightTable:
                 for tensor in graph.initializer
                 if tensor.data_location == TensorProto.EXTERNAL
             }
+            _check_scales(entries)
         except (DecodeError, ValueError, KeyError, OSError) as error:
             lines = str(error).splitlines() or [type(error).__name__]
             raise BundleError(f"{path}: {shown(lines[0], 300)[1:-1]}; export the bundle again") from error
@@ -80,6 +81,23 @@ def _stored(tensor: TensorProto, size: int) -> Stored:
             f"tensor {name} of {length} bytes at {offset} does not fit its shape, or {WEIGHTS} ({size} bytes)"
         )
     return Stored(dtype, shape, offset, length)
+
+
+def _check_scales(entries: Mapping[str, Stored]) -> None:
+    """Raise ValueError where a quantised tensor has no scales for whole groups of its rows."""
+    for name, at in entries.items():
+        if at.dtype not in MOST_CODE:
+            continue
+        scales = entries.get(name + SCALE)
+        if scales is None or scales.dtype not in STORAGE:
+            raise ValueError(f"tensor {shown(name, 60)} is {at.dtype}, without scales of {', '.join(STORAGE)}")
+        if (
+            len(at.shape) != 2
+            or len(scales.shape) != 2
+            or scales.shape[1] != at.shape[1]
+            or at.shape[0] % scales.shape[0]
+        ):
+            raise ValueError(f"tensor {shown(name, 60)} of shape {shown(at.shape)} has scales of {shown(scales.shape)}")
 
 
 class Graph:
