@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +41,32 @@ from par_runtime.system import peak_bytes, utf8_name
 TOKENIZER_PARITY = ("decoder", HALF_DECODER, "encoder")
 #: name, matrix [K,N] -> its codes and scales, or None where it stays as it is stored.
 Quantise = Callable[[str, NDArray[np.float32]], Quantised | None]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How the matrices of a bundle are quantised: ``dtype`` "int8" or "int4", a scale for each ``group`` rows."""
+
+    dtype: str
+    group: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} group {self.group}"
+
+    def calibration(self, kept: Sequence[str], source: str) -> dict[str, Any]:
+        """The manifest's ``calibration`` of a bundle that is quantised so and in which nothing else was changed.
+
+        ``kept``: the matrices that are not quantised; ``source``: the hash of the bundle that it was made from.
+        """
+        return {
+            "weights": self.dtype,
+            "group": self.group,
+            "kept": list(kept),
+            "arithmetic": "fp32",
+            "cache": "fp32",
+            "source": source,
+            "report": {},
+        }
 
 
 def nearest(matrix: Float, dtype: str, group: int, stored: str = "float16") -> Quantised:

@@ -12,16 +12,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from par_export.bundle import SELFTEST_GUIDANCE, architecture_entries, write_graphs, write_manifest
 from par_export.graphs.writer import WeightTable
+from par_export.quantised import Codes, can_quantise, matrix_names, nearest, stored_scales
 from par_export.weights import WeightsWriter, parameters, write_rotary, write_tokenizer_weights, write_weights
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig, VQConfig, named
@@ -31,9 +33,11 @@ from par_model.vq import VQModel
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError
+from par_runtime.quantised import MOST_CODE, SCALE
 
 #: The sampling settings of benchmarks. Other published settings take the same time, except for greedy ones.
 DEFAULTS = {"guidance": 4.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+NO_SOURCE = "0" * 64  #: of a quantised bundle of random weights: the hash of the bundle that it was made from
 
 
 class RandomTensors(Mapping[str, Tensor]):
@@ -86,6 +90,41 @@ class VariedTensors(RandomTensors):
         return 0.1 * numbers if key.endswith("bias") else torch.exp2(2 * numbers)
 
 
+class _CodesWriter(WeightsWriter):
+    """A weights file in which the matrices of ``config`` become ``codes``, rounded to the nearest, as far as they have
+    whole groups. ``kept``: those that have none.
+
+    Of a matrix without numbers the codes are a hole. Its scales are numbers all the same, for which random codes are as
+    large as the numbers of an untrained model: no bundle has scales of zero.
+    """
+
+    def __init__(self, path: Path, config: PARConfig, codes: Codes) -> None:
+        super().__init__(path)
+        self._matrices, self._codes = frozenset(matrix_names(config)), codes
+        self.kept: list[str] = []
+
+    def add(self, name: str, parts: Iterable[Tensor], dtype: str) -> None:
+        """As ``WeightsWriter.add``; a matrix is one part."""
+        if name not in self._matrices:
+            super().add(name, parts, dtype)
+            return
+        (matrix,), codes = parts, self._codes
+        rows, columns = matrix.shape
+        if not can_quantise((rows, columns), codes.dtype, codes.group):
+            self.kept.append(name)
+            super().add(name, [matrix], dtype)
+            return
+        if matrix.is_meta:
+            self.add_hole(name, codes.dtype, (rows, columns))
+            one = np.float32(3**0.5 * INIT_STD / MOST_CODE[codes.dtype])
+            scales = stored_scales(np.full((rows // codes.group, columns), one), dtype)
+        else:
+            quantised = nearest(matrix.float().numpy(), codes.dtype, codes.group, dtype)
+            self.add_bytes(name, codes.dtype, (rows, columns), [quantised.code_bytes()])
+            scales = quantised.scales
+        super().add(name + SCALE, [torch.from_numpy(scales)], dtype)
+
+
 def write_family(
     config: PARConfig,
     group_sizes: Sequence[int],
@@ -96,18 +135,20 @@ def write_family(
     vq: VQConfig | None = None,
     defaults: Mapping[str, Any] = DEFAULTS,
     tensors: type[RandomTensors] = RandomTensors,
+    codes: Codes | None = None,
 ) -> dict[int, Path]:
     """Write bundles ``{name}-n{n}`` into ``folder``; returns n -> path.
 
-    ``config.group_size`` is ignored; ``vq`` adds a decoder (no encoder). ``tensors``: what the weights are. Raises
-    ValueError for an n that does not fit the grid, OSError.
+    ``config.group_size`` is ignored; ``vq`` adds a decoder (no encoder). ``tensors``: what the weights are; ``codes``:
+    matrices are quantised, in a bundle that stores everything else in ``precision``. Raises ValueError for an n that
+    does not fit the grid, OSError.
     """
     configs = {n: replace(config, group_size=n) for n in group_sizes}
     dtype = DTYPE[precision]
     folder.mkdir(parents=True, exist_ok=True)
     shared = folder / f".{name}-{WEIGHTS}"
-    weights = WeightsWriter(shared)
     widest = configs[max(configs)]
+    weights = WeightsWriter(shared) if codes is None else _CodesWriter(shared, widest, codes)
     try:
         with torch.device("meta"):
             model, tokenizer = PAR(widest), None if vq is None else VQModel(vq)
@@ -118,12 +159,15 @@ def write_family(
             write_tokenizer_weights(weights, Checkpoint(shared, tensors(tokenizer)), dtype, encoder=False)
     finally:
         weights.close()
+    settings: dict[str, Any] = {"precision": precision, "defaults": dict(defaults)}
+    if codes is not None and isinstance(weights, _CodesWriter):
+        settings["calibration"] = codes.calibration(weights.kept, source=NO_SOURCE)
     hashes: dict[tuple[int, int], str] = {}
     out = {}
     for n, each in configs.items():
         own = {plain: weights.entries[f"{plain}.{n}"] for plain in ("cos", "sin")}
         out[n] = folder / f"{name}-n{n}"
-        _write(out[n], each, vq, WeightTable(weights.entries | own), shared, (precision, defaults), hashes)
+        _write(out[n], each, vq, WeightTable(weights.entries | own), shared, settings, hashes)
     shared.unlink()
     return out
 
@@ -150,25 +194,23 @@ def _write(
     vq: VQConfig | None,
     table: WeightTable,
     shared: Path,
-    settings: tuple[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
     hashes: dict[tuple[int, int], str],
 ) -> None:
-    precision, defaults = settings
     folder.mkdir()
     try:
         os.link(shared, folder / WEIGHTS)
     except OSError:  # a file system without links
         shutil.copyfile(shared, folder / WEIGHTS)
-    graphs = write_graphs(folder, config, vq, table, DTYPE[precision], "topk", encoder=False)
+    graphs = write_graphs(folder, config, vq, table, DTYPE[settings["precision"]], "topk", encoder=False)
     entries = {
         "name": folder.name,
-        "precision": precision,
         "class_names": None,
         "class_synsets": None,
-        "defaults": dict(defaults),
         "parity": {"random_weights": True},
         "selftest": {"labels": [], "guidance": SELFTEST_GUIDANCE, "tokens": []},
     }
+    entries |= settings
     write_manifest(folder, entries | architecture_entries(config, vq, graphs, parameters(config), table), hashes)
 
 

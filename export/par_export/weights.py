@@ -77,6 +77,18 @@ class WeightsWriter(WeightTable):
             raise ValueError(f"weight {name!r} of shape {shape} in {dtype} has {written} bytes; expected {length}")
         self.entries[name] = Stored(dtype, shape, offset, length)
 
+    def add_hole(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        """Append tensor ``name`` without its numbers: zeros that take no space on most file systems.
+
+        Raises ValueError for a name that was written before, OSError.
+        """
+        if name in self.entries:
+            raise ValueError(f"weight {name!r} was already written")
+        length = math.ceil(math.prod(shape) * STORED_BYTES[dtype])
+        offset = self._begin(length)
+        self._file.seek(length, os.SEEK_CUR)
+        self.entries[name] = Stored(dtype, shape, offset, length)
+
     def _begin(self, length: int) -> int:
         """Where a tensor whose first part has ``length`` bytes begins; the file is filled up to there."""
         start, align = self._file.tell(), PAGE_BYTES if length >= LARGE_BYTES else LINE_BYTES

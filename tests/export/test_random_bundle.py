@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from par_export.graphs.writer import WeightTable
+from par_export.quantised import Codes, nearest
 from par_export.random_bundle import NoTensors, RandomTensors, parameters, write_family, write_like, write_published
+from par_export.restored import read_weights
 from par_model.config import PARConfig, VQConfig, named
 from par_model.generation import generate
 from par_model.ordering import rotary_table
@@ -207,6 +209,30 @@ def test_a_hollow_bundle_has_holes_for_matrices_and_the_same_places(tmp_path: Pa
             assert part.any()
         else:
             assert not part.any(), name
+
+
+def test_a_quantised_one_holds_the_nearest_codes_of_the_same_weights(tmp_path: Path) -> None:
+    """In groups of 128 only w2, which has 256 rows, has whole ones: the calibration names the others."""
+    plain, coded = (
+        Bundle.open(write_family(SMALL, (4, 16), tmp_path, name=str(codes), precision="fp16", codes=codes)[4], "full")
+        for codes in (None, Codes("int4", 128))
+    )
+    assert coded.calibration is not None
+    assert (coded.quantised, coded.calibration.group, coded.precision) == ("int4", 128, "fp16")
+    kept = {"output", *(f"layers.{i}.{name}" for i in range(2) for name in ("wqkv", "wo", "w13"))}
+    assert set(coded.calibration.kept) == kept
+    before, after = read_weights(plain), read_weights(coded)
+    assert before.keys() == after.keys()
+    for name, numbers in before.items():
+        wanted = numbers.float().numpy()
+        if name.endswith(".w2"):
+            wanted = nearest(wanted, "int4", 128).dequantised()
+        np.testing.assert_array_equal(after[name].float().numpy(), wanted, err_msg=name)
+    one, other = (
+        Pipeline.load(coded.path, device, selftest=False).generate([3], seed=1, decode=False).tokens
+        for device in ("cpu", "cpu-ort")
+    )
+    np.testing.assert_array_equal(one, other)
 
 
 def test_bundles_of_random_weights_are_written_without_onnxruntime() -> None:

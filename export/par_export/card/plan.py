@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from par_export.quantised import Codes
 from par_model.config import PARConfig, VQConfig, named
 
 EAGER, COMPILED = "eager", "compiled"
 TWINS = (EAGER, COMPILED)  #: of a model in PyTorch
+CODES = (Codes("int8", 64), Codes("int4", 64))
+CODES_N = 4  #: the n at which quantised weights are measured
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of random weights. ``twins``: the n that are measured in PyTorch too."""
+    """A model of random weights. ``twins``: the n that are measured in PyTorch too.
+
+    ``codes``: with quantised weights too, at n = :data:`CODES_N`.
+    """
 
     name: str
     config: PARConfig
     vq: VQConfig | None
     twins: tuple[int, ...] = ()
     group_sizes: tuple[int, ...] = (1, 4, 16)
+    codes: tuple[Codes, ...] = ()
+
+    @property
+    def labels(self) -> list[str]:
+        """Its subjects on our kernels, the most valuable first."""
+        plain = [label_of(self.name, n) for n in valuable_first(self.group_sizes)]
+        return plain + [label_of(self.name, CODES_N, str(codes)) for codes in self.codes]
 
 
 @dataclass(frozen=True)
@@ -56,14 +69,15 @@ class Figure:
 
 
 MODELS = (
-    Model("PAR-3B", named("3B"), VQConfig(), twins=(1, 4)),
-    Model("PAR-L", named("L"), VQConfig(), twins=(1, 4)),
+    Model("PAR-3B", named("3B"), VQConfig(), twins=(1, 4), codes=CODES),
+    Model("PAR-L", named("L"), VQConfig(), twins=(1, 4), codes=CODES),
     Model("PAR-XL", named("XL"), VQConfig()),
     Model("PAR-XXL", named("XXL"), VQConfig()),
     Model("PAR-L-256", named("L", grid=(1, 16, 16)), VQConfig()),
 )
 #: Parts of the time that a model takes, roughly.
 WEIGHTS = {"PAR-3B": 3.0, "PAR-L": 1.5, "PAR-XL": 1.5, "PAR-XXL": 2.5, "PAR-L-256": 0.7}
+CODES_WEIGHT = 0.1  #: what one form with quantised weights adds to that, as a part of it
 BATCHES = (1, 8)
 FIGURES = (
     Figure("PAR-3B", 4, "step", 0.78),
@@ -88,10 +102,15 @@ def blocks(models: Sequence[Model], batches: Sequence[int] = BATCHES) -> list[Bl
     for images in batches:
         for model in models:
             weight = WEIGHTS.get(model.name, 1.0) * (2.0 if model.twins and images == 1 else 1.0)
-            out.append(Block(model, images, weight))
+            out.append(Block(model, images, weight * (1 + CODES_WEIGHT * len(model.codes))))
     return out
 
 
-def label_of(model: str, n: int, twin: str = "") -> str:
-    """The name of a subject: "PAR-L n=4", "PAR-L n=4 eager"."""
-    return f"{model} n={n}{f' {twin}' if twin else ''}"
+def label_of(model: str, n: int, kind: str = "") -> str:
+    """The name of a subject: "PAR-L n=4", "PAR-L n=4 eager", "PAR-L n=4 int8 group 64"."""
+    return f"{model} n={n}{f' {kind}' if kind else ''}"
+
+
+def valuable_first(group_sizes: Iterable[int]) -> list[int]:
+    """n = 4 before 16 before 1, as the figures ask."""
+    return sorted(group_sizes, key=lambda n: (n == 1, n))

@@ -9,28 +9,32 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from par_export.card.plan import COMPILED, TWINS, Model, label_of
+from par_export.card.plan import CODES_N, COMPILED, TWINS, Model, label_of, valuable_first
 from par_export.kernels.build import Build, precisions, target
 from par_export.kernels.compiler import Compiler
 from par_export.kernels.contents import Contents
 from par_export.kernels.request import KernelsRequest
+from par_export.quantised import Codes, quantised_with, write_bundle
 from par_export.random_bundle import NoTensors, write_family
 from par_runtime.backends.engines import ENGINES
 from par_runtime.bench.measure import image_ms
 from par_runtime.bench.subjects.base import OutOfTimeError
 from par_runtime.bench.subjects.process import SubjectProcess, open_eager
-from par_runtime.bundle import Bundle
+from par_runtime.bundle import WEIGHTS, Bundle
+from par_runtime.dtypes import DTYPE
 from par_runtime.errors import EngineError
 from par_runtime.system import available_cores
 
 TWINS_AT_ONCE = 4
 PRECISION = "fp16"
+QUANTISED = "quantised"  #: the folder of copies with quantised weights
 #: Calls of a twin that are not counted: compilation, and the first ones.
 WARM_CALLS, PROBE_CALLS = 24, 16
 #: A twin's image that takes longer is estimated from some of its calls.
@@ -63,27 +67,33 @@ class Preparation:
         self._lock = threading.Lock()
         self._pools = [ThreadPoolExecutor(1), ThreadPoolExecutor(1), ThreadPoolExecutor(TWINS_AT_ONCE)]
         writer, builder, opener = self._pools
-        #: The engines' bundles by (model, n), and the twins by (model, n, twin).
-        self.engines: dict[tuple[str, int], Future[Path]] = {}
+        #: The engines' bundles by label, and the twins by (model, n, twin).
+        self.engines: dict[str, Future[Path]] = {}
         self.twins: dict[tuple[str, int, str], Future[Twin]] = {}
         for model in models:
             written = writer.submit(self._write, model)
             for n in valuable_first(model.group_sizes):
-                self.engines[model.name, n] = builder.submit(self._engine, written, n)
+                self.engines[label_of(model.name, n)] = builder.submit(self._engine, written, n)
             for twin in reversed(TWINS):  # compiling takes longest
                 for n in valuable_first(model.twins):
                     self.twins[model.name, n, twin] = opener.submit(self._twin, written, model, n, twin)
+        for model in models:  # after all others: where there are few processors, these are what there is no time for
+            for codes in model.codes:
+                written = writer.submit(self._write, model, codes)
+                label = label_of(model.name, CODES_N, str(codes))
+                self.engines[label] = builder.submit(self._engine, written, CODES_N)
 
-    def _write(self, model: Model) -> Mapping[int, Path]:
+    def _write(self, model: Model, codes: Codes | None = None) -> Mapping[int, Path]:
         self._check()
         return write_family(
             model.config,
-            model.group_sizes,
+            model.group_sizes if codes is None else [CODES_N],
             self._work,
-            name=model.name,
+            name=model.name if codes is None else f"{model.name}-{codes.dtype}-g{codes.group}",
             precision=PRECISION,
             vq=model.vq,
             tensors=NoTensors,
+            codes=codes,
         )
 
     def _engine(self, written: Future[Mapping[int, Path]], n: int) -> Path:
@@ -127,11 +137,6 @@ class Preparation:
                 process.close()
 
 
-def valuable_first(group_sizes: Iterable[int]) -> list[int]:
-    """n = 4 before 16 before 1, as the figures ask."""
-    return sorted(group_sizes, key=lambda n: (n == 1, n))
-
-
 class Builder:
     """Engines of kernels for GPU ``index`` of this machine, one after the other, with all processors for each.
 
@@ -166,6 +171,32 @@ class Builder:
             folder = path / ENGINES / build.name
             folder.mkdir(parents=True)
             build.write(folder)
+
+
+def copies(checked: Sequence[Path], codes: Sequence[Codes], work: Path) -> dict[Path, Callable[[], object]]:
+    """The bundles of which whole images are checked, each with what makes it there: copies of ``checked`` without their
+    engines, and of the largest one copies in ``codes``. Raises OSError.
+    """
+    without = shutil.ignore_patterns(ENGINES)
+    out: dict[Path, Callable[[], object]] = {}
+    for source in checked:
+        path = work / "checked" / source.name
+        out[path] = partial(shutil.copytree, source, path, ignore=without)
+    if checked:
+        source = max(checked, key=lambda path: (path / WEIGHTS).stat().st_size)
+        for each in codes:
+            path = work / QUANTISED / f"{source.name}-{each.dtype}"
+            out[path] = partial(_quantise, source, each, path)
+    return out
+
+
+def _quantise(source: Path, codes: Codes, path: Path) -> None:
+    """Write the bundle ``path``: that of ``source``, each matrix rounded to its nearest codes. It has no self-test."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bundle = Bundle.open(source, verify="none")
+    quantise = quantised_with(codes.dtype, codes.group, DTYPE[bundle.precision])
+    how = {"weights": codes.dtype, "group": codes.group}
+    write_bundle(bundle, path, quantise, how, say=lambda _: None, gate=False)
 
 
 def copy_engines(source: Path, path: Path) -> bool:

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from par_export.card.limits import COPY, MATRICES
-from par_export.card.plan import BATCHES, MODELS, Block, Model, blocks, label_of
-from par_export.card.prepare import Builder, MakeEngine, Preparation, Twin, copy_engines, valuable_first
+from par_export.card.plan import BATCHES, CODES, CODES_N, MODELS, Block, Model, blocks, label_of
+from par_export.card.prepare import QUANTISED, Builder, MakeEngine, Preparation, Twin, copies, copy_engines
 from par_export.card.processes import Ended, Line, run_stage
 from par_export.card.samples import SAMPLES, Sample
 from par_export.card.table import Findings, markdown
 from par_export.errors import BuildError
-from par_runtime.backends.engines import ENGINES
+from par_export.quantised import Codes
 from par_runtime.bench import machine
 from par_runtime.bench.bounds import GPU, with_bounds
 from par_runtime.bench.gpu import Gpu
@@ -62,6 +62,7 @@ class CardOptions:
     """What to report. ``checked``: bundles whose whole images are checked; ``samples``: those whose kernels are;
     ``engines``: a folder of ready engines.
 
+    Of the largest bundle of ``checked`` whole images are checked with quantised weights too, in each form of ``codes``.
     ``engines`` holds a folder for each bundle, by its name, with the engines of it in ``engines/``. ``torch``:
     PyTorch's device; ``groups``: how many calls of the last phase ``verify`` compares; ``limits``: other sizes for
     :func:`par_export.card.stages.limits_stage`.
@@ -71,6 +72,7 @@ class CardOptions:
     minutes: float = GPU_MINUTES
     checked: Sequence[Path] = ()
     samples: Sequence[Sample] = SAMPLES
+    codes: Sequence[Codes] = CODES
     models: Sequence[Model] = MODELS
     engines: Path | None = None
     repetitions: int = REPETITIONS
@@ -205,7 +207,8 @@ class _Report:
                 spec = {"path": str(path), "name": name, "device": self._device, "reference": "cpu", "seed": 7}
                 spec |= {"groups": self._options.groups, "images": self._options.stress}
                 stages.append((f"{name}: images", partial(run_stage, "images", spec, until)))
-                stages.append((f"{name}: memory", partial(run_stage, "memory", spec, until)))
+                if path.parent.name != QUANTISED:  # codes change nothing about memory
+                    stages.append((f"{name}: memory", partial(run_stage, "memory", spec, until)))
             stages += self._sanitized(bundles, until)
             started += [(name, pool.submit(run)) for name, run in stages]
             for name, future in started:
@@ -226,13 +229,12 @@ class _Report:
         return run_stage("kernels", spec, until)
 
     def _checked_bundles(self, work: Path) -> dict[str, Path]:
-        """Copies of the bundles to check, with engines: name -> path."""
+        """Copies of the bundles to check, and quantised ones, with engines: name -> path."""
         out = {}
-        for source in self._options.checked:
-            name = source.name
-            path = work / "checked" / name
+        for path, make in copies(self._options.checked, self._options.codes, work).items():
+            name = path.name
             try:
-                shutil.copytree(source, path, ignore=shutil.ignore_patterns(ENGINES))
+                make()
                 self._progress(f"building an engine of {name}")
                 self._build(path, (1, 2, 4))
             except Exception as error:
@@ -323,26 +325,29 @@ class _Report:
             rows += self._more(block, ours, setting)
             return rows
 
-    def _open(self, block: Block, prepared: Preparation, held: ExitStack, until: float) -> dict[int, SubjectProcess]:
-        """Our subjects of a block by n, loaded at the same time."""
+    def _open(self, block: Block, prepared: Preparation, held: ExitStack, until: float) -> dict[str, SubjectProcess]:
+        """Our subjects of a block by label, loaded at the same time."""
         model, opened = block.model, {}
+        quantised = {label_of(model.name, CODES_N, str(codes)) for codes in model.codes}
 
-        def load(n: int) -> SubjectProcess:
-            path = prepared.engines[model.name, n].result(max(1.0, until - time.monotonic()))
-            label = label_of(model.name, n)
+        def load(label: str) -> SubjectProcess:
+            # What is built last is not waited for: that is the time of the others.
+            wait = 1.0 if label in quantised else max(1.0, until - time.monotonic())
+            path = prepared.engines[label].result(wait)
             return open_random(path, label, device=self._device, end=self._end + GRACE_S)
 
         self._progress(f"{block.name}: loading")
-        with ThreadPoolExecutor(1 if block.loads else len(model.group_sizes)) as pool:
-            # n = 4 last: then the file is in memory.
-            futures = {n: pool.submit(load, n) for n in sorted(model.group_sizes, key=lambda n: (n == 4, n))}
-            for n, future in futures.items():
+        with ThreadPoolExecutor(1 if block.loads else len(model.labels)) as pool:
+            # n = 4 last: then the file is in memory, which all n of a model share.
+            order = sorted(model.labels, key=lambda label: (label == label_of(model.name, 4), label not in quantised))
+            futures = {label: pool.submit(load, label) for label in order}
+            for label, future in futures.items():
                 try:
-                    opened[n] = future.result()
+                    opened[label] = future.result()
                 except FutureTimeoutError:
-                    self._leave_out(label_of(model.name, n), "its engine was not built in time")
+                    self._leave_out(label, "its engine was not built in time")
                 except Exception as error:
-                    self._leave_out(f"{label_of(model.name, n)}, batch {block.images}", error)
+                    self._leave_out(f"{label}, batch {block.images}", error)
         for subject in opened.values():
             held.callback(subject.close)
         return opened
@@ -373,19 +378,18 @@ class _Report:
             return False
         return True
 
-    def _more(self, block: Block, ours: Mapping[int, SubjectProcess], setting: Setting) -> list[Row]:
+    def _more(self, block: Block, ours: Mapping[str, SubjectProcess], setting: Setting) -> list[Row]:
         """Beside the rows in turns: loading, the decoder alone, and what each kernel takes."""
-        able = {n: subject for n, subject in ours.items() if subject.info.label in self._state.infos}
+        able = {label: ours[label] for label in block.model.labels if label in ours and label in self._state.infos}
         loaded = able.values() if block.loads else ()
         rows = [make_row(s.info, setting, self._machine, "load", [s.load_ms]) for s in loaded]
-        for n in valuable_first(able):
-            label = label_of(block.model.name, n)
+        for label, subject in able.items():
             if time.monotonic() > self._end:
                 self._leave_out(f"kernels of {label}, batch {block.images}", "time")
                 continue
             self._progress(f"{label}: each kernel")
             try:
-                timed = able[n].kernels(block.images, True)
+                timed = subject.kernels(block.images, True)
             except Exception as error:
                 self._leave_out(f"kernels of {label}, batch {block.images}", error)
                 continue

@@ -25,6 +25,7 @@ from par_runtime.backends.kernels.modules import Prepared
 from par_runtime.backends.program import Launch, Pointer
 from par_runtime.bundle import WEIGHTS
 from par_runtime.pipeline import Pipeline
+from par_runtime.quantised import MOST_CODE, SCALE, unpacked
 
 #: type of a parameter -> torch's
 TYPES = {
@@ -110,7 +111,9 @@ class View:
         return stored.double() if stored.is_floating_point() else stored.long()
 
     def weight(self, parameter: str) -> Tensor:
-        """The tensor of the bundle that lies packed there, in float64, rounded to the type of the packed numbers."""
+        """The tensor of the bundle that lies packed there, in float64, rounded to the type of the packed numbers; codes
+        times their scales, not rounded.
+        """
         return self.stand.raw(self.name(parameter), TYPES[self.kinds[parameter]])
 
 
@@ -147,11 +150,17 @@ class Stand:
             self.backend.stream.synchronize()
 
     def raw(self, name: str, kind: torch.dtype) -> Tensor:
-        """The stored tensor of the weight ``name`` in float64, rounded to ``kind``."""
+        """The stored tensor of the weight ``name`` in float64, rounded to ``kind`` unless it is codes and scales."""
         weight = self.kernels.weights[name]
         assert weight.stored is not None
         at = weight.stored
         content = torch.from_numpy(np.array(self._data[at.offset : at.offset + at.length]))
+        if at.dtype in MOST_CODE:
+            codes = torch.from_numpy(unpacked(content.numpy(), at.dtype, at.shape)).to(self.device).double()
+            stored = self.kernels.weights[name + SCALE].stored
+            assert stored is not None
+            scales = self.raw(name + SCALE, TORCH_DTYPE[stored.dtype])
+            return (codes.reshape(len(scales), -1, at.shape[1]) * scales[:, None]).reshape(at.shape)
         return content.view(TORCH_DTYPE[at.dtype]).reshape(at.shape).to(self.device).to(kind).double()
 
     # -- launches -----------------------------------------------------------------------------------------------------

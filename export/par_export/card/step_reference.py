@@ -89,6 +89,7 @@ def attend(v: View) -> list[Expected]:
     """The attention of the new positions over the keys that each row sees."""
     c = v.constants
     query, heads, size, padded, slots = (c[name] for name in ("QUERY", "HEADS", "HEAD", "PADDED", "SLOTS"))
+    joined = c["JOINED"]  # numbers of a head in y: with their padding, in front of a quantised wo
     rows = v.launch.grid[1] // heads
     m = rows * query
     q = v.tensor("q", m, heads, padded)[..., :size].reshape(rows, query, heads, size).transpose(1, 2)
@@ -97,8 +98,9 @@ def attend(v: View) -> list[Expected]:
     for row, visible in enumerate(v.tensor("length", rows).clamp(max=slots).tolist()):
         score = q[row] @ k[row, :, :visible].transpose(1, 2) * math.log(2.0)  # SCALE has the logarithm of 2
         mixed = score.softmax(-1) @ values[row, :, :visible]  # [H, q, D]
-        y[row * query : (row + 1) * query, : heads * size] = mixed.transpose(0, 1).reshape(query, -1)
-    inside = torch.arange(c["STRIDE"], device=q.device).expand(m, -1) < heads * size
+        wide = torch.nn.functional.pad(mixed, (0, joined - size)).transpose(0, 1)
+        y[row * query : (row + 1) * query, : heads * joined] = wide.reshape(query, -1)
+    inside = torch.arange(c["STRIDE"], device=q.device).expand(m, -1) < heads * joined
     return [Expected("y", (m, c["STRIDE"]), y, inside, ATTENTION * ALLOWED[v.kinds["y"]])]
 
 

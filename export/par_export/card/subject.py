@@ -30,6 +30,7 @@ from par_runtime.bench.subjects.pipeline import PipelineSubject
 from par_runtime.bundle import Bundle
 from par_runtime.errors import EngineError
 from par_runtime.pipeline import Pipeline
+from par_runtime.quantised import MOST_CODE, SCALE
 from par_runtime.request import image_settings
 from par_runtime.schedule import Schedule
 
@@ -161,7 +162,7 @@ def weight_bytes(launch: tuple[Launch, int], kernels: Kernels) -> int:
 def fill(pipeline: Pipeline, numbers: int = POOL_NUMBERS) -> int:
     """Fill every matrix of the engine with random numbers; returns how many bytes. Raises EngineError, CudaError.
 
-    They are uniform, with the standard deviation of an untrained model.
+    They are uniform, with the standard deviation of an untrained model. Codes are random bytes; their scales were read.
     """
     backend, kernels = gpu_backend(pipeline), kernels_of(pipeline)
     addresses = programs(pipeline)["step"].shared.addresses
@@ -183,10 +184,14 @@ def fill(pipeline: Pipeline, numbers: int = POOL_NUMBERS) -> int:
 
 
 def matrix_type(name: str, weight: Weight, kernels: Kernels) -> str | None:
-    """The type of the numbers of a matrix in device memory, "*fp16"; None where ``weight`` is something else."""
+    """The type of the numbers of a matrix in device memory, "*fp16", or "*u8" of codes; None where ``weight`` is
+    something else.
+    """
     stored = weight.stored
-    if stored is None or name in TABLES or math.prod(stored.shape) == max(stored.shape):
+    if stored is None or name in TABLES or name.endswith(SCALE) or math.prod(stored.shape) == max(stored.shape):
         return None
+    if stored.dtype in MOST_CODE:
+        return "*u8"
     if weight.pack is None:
         return STORED_KINDS[stored.dtype]
     parameters = kernels.kernels[weight.pack.kernel].parameters
@@ -198,7 +203,9 @@ def matrix_type(name: str, weight: Weight, kernels: Kernels) -> str | None:
 
 
 def as_type(numbers: NDArray[np.float32], kind: str) -> NDArray[Any]:
-    """``numbers`` as kernels of that type of parameter read them."""
+    """``numbers``, uniform around zero, as kernels of that type of parameter read them."""
+    if kind == "*u8":  # packed codes have no sign, and every byte is one of int8, or two of int4
+        return np.floor((numbers / np.abs(numbers).max() + 1) * 127.999).astype(np.uint8)
     if kind == "*bf16":
         return (numbers.view(np.uint32) >> 16).astype(np.uint16)
     return numbers.astype(np.float16 if kind == "*fp16" else np.float32)

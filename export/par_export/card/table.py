@@ -58,6 +58,8 @@ def markdown(found: Findings) -> str:
         kernels_table(found),
         "### Rows",
         rows_table(found.rows),
+        "### int8 and int4 beside fp16",
+        codes_table(found.rows),
         "### Figures to reach (H100, batch 1, guided, fp16)",
         figures_table(found.rows),
     ]
@@ -183,8 +185,7 @@ def rows_table(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.phase != "image":
             continue
-        base, _, twin = row.label.partition(" n=")
-        n, _, twin = twin.partition(" ")
+        base, n, twin = parts_of(row.label)
         against = partial(_against, known, row)
         step = known.get(row.label, "group", row.images)
         lines.append(
@@ -206,6 +207,46 @@ def rows_table(rows: Sequence[Row]) -> str:
         )
     columns = ("", "batch", "image", "spread", "images/s", "call", "of bound", "decoder")
     return table((*columns, "over n = 1", "over eager", "over compiled", "load", "marks"), lines)
+
+
+def parts_of(label: str) -> tuple[str, str, str]:
+    """Model, n, and kind ("" for ours in fp16) of a label: what :func:`label_of` was given."""
+    model, _, rest = label.partition(" n=")
+    n, _, kind = rest.partition(" ")
+    return model, n, kind
+
+
+def codes_table(rows: Sequence[Row]) -> str:
+    """A line for each subject with quantised weights: its bytes and times as parts of those in fp16."""
+    known = _Rows(rows)
+    lines = []
+    for row in rows:
+        model, n, kind = parts_of(row.label)
+        if row.phase != "group" or kind in ("", EAGER, COMPILED):
+            continue
+        plain = known.get(label_of(model, int(n)), "group", row.images)
+        read = "" if row.bytes is None or not row.calls else size(row.bytes / row.calls)
+        image = known.ms(row.label, "image", row.images)
+        lines.append(
+            (
+                row.label,
+                str(row.images),
+                read,
+                "" if plain is None else _part(row.bytes, plain.bytes),
+                ms(row.call_ms),
+                "" if plain is None else _part(row.call_ms, plain.call_ms),
+                percent(row.percent_of_bound),
+                ms(image),
+                _part(image, known.ms(label_of(model, int(n)), "image", row.images)),
+            )
+        )
+    columns = ("", "batch", "a call reads", "of fp16's", "call", "of fp16's", "of bound", "image", "of fp16's")
+    return table(columns, lines)
+
+
+def _part(value: float | None, whole: float | None) -> str:
+    """ "52 %"; "" where one of both is missing."""
+    return "" if value is None or not whole else f"{100 * value / whole:.0f} %"
 
 
 def _against(known: _Rows, row: Row, other: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ from double.driver import Driver
 from double.fixtures import Make
 
 from par_export.card import kernels as card
-from par_export.card.samples import SAMPLES
+from par_export.card.samples import SAMPLES, Sample
 from par_export.card.stand import Stand
+from par_export.card.subject import kernels_of, programs
 from par_export.kernels.sources import attention, decoder, decoder_attention, draw, step
+from par_export.quantised import Codes
+from par_model.config import PARConfig
 from par_runtime.backends.program import Kernel
 
 
@@ -57,6 +61,35 @@ def test_bf16_and_an_older_gpu(load_kernels: Make) -> None:
     lines = checked(pipeline, [11])
     assert lines.failed() == []
     assert "t: decoder.conv (batch 1)" in [line["name"] for line in lines]
+
+
+@pytest.fixture(scope="module", params=[Codes("int8", 32), Codes("int4", 64)], ids=str)
+def coded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantised bundle with heads of 20 in 24; of groups of 64 only wo and w2 have whole ones."""
+    config = PARConfig(dim=160, n_layers=2, n_heads=8, vocab_size=64, n_classes=6, grid=(1, 8, 8))
+    sample = Sample("codes", config, None, 4, codes=request.param)
+    return sample.write(tmp_path_factory.mktemp("codes"))
+
+
+def test_right_kernels_of_quantised_weights_pass(load_kernels: Make, coded: Path) -> None:
+    """With the padding of heads that a quantised wo takes, too."""
+    pipeline = load_kernels(coded, images=(1,), precision="fp16")
+    kinds = {at.dtype for name, at in pipeline.bundle.weights.items() if name.startswith("layers.0.w")}
+    assert kinds == ({"int8", "float16"} if pipeline.bundle.quantised == "int8" else {"int4", "float16"})
+    lines = checked(pipeline, [11])
+    assert lines.failed() == []
+    measured = [line for line in lines if line["kind"] == "check" and "allowed" in line]
+    assert {line["name"].partition(" (")[0] for line in measured} > {"t: step.qkv", "t: step.residual", "t: step.head"}
+    assert all(line["error"] < 0.5 * line["allowed"] for line in measured)
+
+
+@pytest.mark.parametrize("coded", [Codes("int8", 32)], indirect=True)
+def test_a_scale_that_is_packed_wrong_is_seen(load_kernels: Make, driver: Driver, coded: Path) -> None:
+    pipeline = load_kernels(coded, images=(1,), precision="fp16")
+    name = "layers.1.wo.scale"
+    address, size = programs(pipeline)["step"].shared.addresses[name], kernels_of(pipeline).weights[name].bytes
+    driver.span(address, size, "the test").view(np.float16)[:8] *= np.float16(1.05)
+    assert "t: step.residual (batch 1, call 11)" in checked(pipeline, [11]).failed()
 
 
 Wrong = Callable[[Driver, Kernel, Sequence[Any]], None]
@@ -148,5 +181,6 @@ def test_samples_have_the_shapes_of_the_published_models() -> None:
     of = {sample.name: sample for sample in SAMPLES}
     assert (of["L-layer"].config.dim, of["3B-layer"].config.dim) == (1024, 3200)
     assert {sample.precision for sample in SAMPLES} == {"fp16", "bf16"}
+    assert {sample.codes.dtype for sample in SAMPLES if sample.codes is not None} == {"int8", "int4"}
     assert {sample.n for sample in SAMPLES} == {1, 4, 9, 16}
     assert len({sample.name for sample in SAMPLES}) == len(SAMPLES)

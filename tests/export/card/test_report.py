@@ -20,6 +20,7 @@ from par_export.card.report import CardOptions, _Report, report
 from par_export.card.samples import Sample
 from par_export.card.table import NOT_RUN, Findings, figures_table, markdown
 from par_export.kernels.spec import Planned, Spec
+from par_export.quantised import Codes
 from par_model.config import PARConfig, VQConfig
 from par_runtime.backends.program import Pointer, Profile, Program, Weight
 from par_runtime.bench import gpu
@@ -36,6 +37,7 @@ SMALL = Model(
     VQConfig(codebook_size=256, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32),
     twins=(4,),
     group_sizes=(1, 4),
+    codes=(Codes("int8", 32),),
 )
 SAMPLE = Sample("odd", SMALL.config, None, 4)
 
@@ -79,7 +81,7 @@ def stand_in(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> gpu.Gpu:
 def options(tmp_path: Path, tiny: Path, **changes: object) -> CardOptions:
     small = {"copy_bytes": 2**20, "launches": 9, "side": 64}
     settings = {"minutes": 2.0, "checked": [tiny], "models": [SMALL], "images": (1,), "repetitions": 2, "stress": 4}
-    settings |= {"samples": ()}
+    settings |= {"samples": (), "codes": ()}
     settings |= {"work": tmp_path, "torch": "cpu", "groups": 1, "limits": small, "build": build}
     return CardOptions(**(settings | changes))  # type: ignore[arg-type]
 
@@ -128,7 +130,7 @@ def test_a_whole_report(
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     kinds = {kind: [o for o in lines if o["kind"] == kind] for kind in ("check", "limit", "kernel", "left_out")}
     phases = {(row.label, row.phase) for row in rows}
-    for label in ("PAR-L n=1", "PAR-L n=4"):
+    for label in ("PAR-L n=1", "PAR-L n=4", "PAR-L n=4 int8 group 32"):
         assert {(label, phase) for phase in ("group", "decoder", "copy", "image", "load")} <= phases
     assert ("PAR-L n=4 eager", "image") in phases
     by = {(row.label, row.phase): row for row in rows}
@@ -139,6 +141,11 @@ def test_a_whole_report(
     group = by["PAR-L n=4", "group"]
     assert group.percent_of_bound is not None
     assert group.limits_from.startswith("measured in the same run")
+    coded = by["PAR-L n=4 int8 group 32", "group"]
+    assert (coded.bundle, coded.precision, coded.calls) == ("PAR-L-int8-g32-n4", "fp16", group.calls)
+    assert coded.bytes is not None
+    assert group.bytes is not None
+    assert 0.5 < coded.bytes / group.bytes < 0.75  # the keys that a call reads stay in fp16
     assert {line["name"] for line in kinds["limit"]} >= {"copy bandwidth", "launch", "fp16 matrix peak"}
     step = [line for line in kinds["kernel"] if line["label"] == "PAR-L n=4" and line["program"] == "step"]
     assert [line["count"] for line in step] == [3]  # two layers, and one behind them
@@ -156,6 +163,12 @@ def test_a_whole_report(
         assert f"### {heading}" in page
     assert "compute-sanitizer" in page.partition("### Left out")[2].partition("###")[0]
     assert "| PAR-L n=4, batch 1 | pack.panels layers.{i}.w2 | 3 |" in page
+    beside = page.partition("### int8 and int4 beside fp16")[2].partition("###")[0]
+    (line,) = (line for line in beside.splitlines() if "int8 group 32" in line)
+    assert f"| {100 * coded.bytes / group.bytes:.0f} % |" in line
+    assert coded.call_ms is not None
+    assert group.call_ms is not None
+    assert f"| {100 * coded.call_ms / group.call_ms:.0f} % |" in line
     assert "in doubt: above the bound" in page  # nothing was computed, so it took less than is possible
     assert not list(tmp_path.glob("parvis-gpu-*"))
     assert not file.with_name("rows.jsonl.part").exists()
@@ -222,6 +235,10 @@ def test_the_plan_has_every_model_at_batch_1_first_and_figures_that_it_measures(
     images = [block.images for block in planned_blocks]
     assert images == sorted(images)
     assert planned_blocks[0].name == "PAR-3B, batch 1"
+    assert MODELS[0].labels == [
+        "PAR-3B n=4", "PAR-3B n=16", "PAR-3B n=1", "PAR-3B n=4 int8 group 64", "PAR-3B n=4 int4 group 64"
+    ]  # fmt: skip
+    assert sum(bool(model.codes) for model in MODELS) == 2
     from par_export.card.plan import FIGURES
 
     models = {model.name: model for model in MODELS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from double import bare, kernels
 from double.driver import Driver
 
 from par_export.card.subject import EngineSubject, as_type, gpu_backend, kernels_of, programs
+from par_export.quantised import Codes
 from par_export.random_bundle import NoTensors, write_family
 from par_model.config import PARConfig, VQConfig
 from par_runtime.bundle import Bundle
@@ -25,7 +27,17 @@ VQ = VQConfig(codebook_size=256, channels=32, channel_multipliers=(1, 2), res_bl
 @pytest.fixture
 def subject(driver: Driver, tmp_path: Path) -> Iterator[EngineSubject]:
     """Nothing is computed: launches are only checked."""
-    path = write_family(CONFIG, [4], tmp_path, name="x", precision="fp16", vq=VQ, tensors=NoTensors)[4]
+    yield from subject_of(driver, tmp_path, CONFIG)
+
+
+@pytest.fixture(params=["int8", "int4"])
+def coded(driver: Driver, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[EngineSubject]:
+    """The same with quantised weights, and a width that has whole groups."""
+    yield from subject_of(driver, tmp_path, replace(CONFIG, dim=160), Codes(request.param, 32))
+
+
+def subject_of(driver: Driver, folder: Path, config: PARConfig, codes: Codes | None = None) -> Iterator[EngineSubject]:
+    path = write_family(config, [4], folder, name="x", precision="fp16", vq=VQ, tensors=NoTensors, codes=codes)[4]
     planned = kernels.planned(Bundle.open(path), (1, 2), "SM90", "fp16", "fp16")
     bare.register(driver, kernels.write_engine(Bundle.open(path), planned, "fp16", "fp16", "SM90"))
     driver.capability = (9, 0)
@@ -53,6 +65,40 @@ def test_matrices_are_random_and_everything_else_is_the_bundles(subject: EngineS
             at = weight.stored
             assert content.tobytes() == data[at.offset : at.offset + at.length].tobytes(), name
     assert len(seen) == 1 + 4 * CONFIG.n_layers + 1 + 1  # no two begin alike
+
+
+def test_codes_are_random_and_their_scales_as_large_as_an_untrained_models(
+    coded: EngineSubject, driver: Driver
+) -> None:
+    """So that the numbers are as those of the subject in fp16, though the file holds zeros."""
+    addresses = programs(coded.pipeline)["step"].shared.addresses
+    bundle, weights = coded.pipeline.bundle, kernels_of(coded.pipeline).weights
+    names = [name for name, at in bundle.weights.items() if at.dtype == bundle.quantised]
+    assert len(names) == 4 * CONFIG.n_layers + 1
+    stored = np.fromfile(bundle.path / "weights.data", np.uint8)
+    seen = set()
+    for name in names:
+        at, scales_at = bundle.weights[name], bundle.weights[name + ".scale"]
+        assert not stored[at.offset : at.offset + at.length].any()
+        (scale,) = set(stored[scales_at.offset : scales_at.offset + scales_at.length].view(np.float16).tolist())
+        held = driver.span(addresses[name], weights[name].bytes, name)
+        codes = (
+            held.astype(int) - 128 if bundle.quantised == "int8" else np.stack([held & 15, held >> 4]).astype(int) - 8
+        )
+        assert (codes * scale).std() == pytest.approx(0.02, rel=0.2), name
+        seen.add(held[:8].tobytes())
+        # Left to the kernel that packs them, which computes nothing here.
+        assert not driver.span(addresses[name + ".scale"], weights[name + ".scale"].bytes, name).any()
+    assert len(seen) == len(names)
+
+
+def test_of_codes_a_kernel_reads_fewer_bytes(coded: EngineSubject) -> None:
+    timed = {line["of"]: line for line in coded.kernels(1) if line["source"] == "step.gates"}
+    bits = {"int8": 8, "int4": 4}[str(coded.pipeline.bundle.quantised)]
+    least = 160 * 2 * replace(CONFIG, dim=160).ffn_dim * (bits + 0.5) / 8  # and 16 bits for each 32 of them
+    assert least <= timed["layers.{i}.w13"]["bytes"] < 1.5 * least
+    assert coded.info.weight_bytes == pytest.approx(coded.pipeline.bundle.weight_bytes)
+    assert bits / 8 < coded.info.weight_bytes < bits / 8 + 0.2
 
 
 def test_every_kernel_of_a_call_is_timed_with_the_weights_that_it_reads(subject: EngineSubject) -> None:

@@ -21,7 +21,7 @@ import onnxruntime as ort
 from double.driver import Driver, ViolationError
 from par_runtime.backends.base import tensors
 from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA, ENGINES
-from par_runtime.backends.ort.cpu import OPSET24_SINCE
+from par_runtime.backends.ort.sessions import OPSET24_SINCE, QUANTISED_ACCURACY
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.bundle import Bundle, seal
 from par_runtime.system import sha256
@@ -138,6 +138,7 @@ class Engine:
         options = ort.SessionOptions()
         options.log_severity_level = 3  # it warns of copied caches, which are meant here
         options.intra_op_num_threads = 1
+        options.add_session_config_entry(QUANTISED_ACCURACY, "1")  # activations stay as they are, as on a GPU
         path = str(self.bundle.path / self.bundle.graphs[graph].file)
         self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), len(self.images)
