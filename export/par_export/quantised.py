@@ -34,7 +34,7 @@ from par_runtime.checked import Mismatch
 from par_runtime.dtypes import DTYPE, Float
 from par_runtime.errors import BundleError
 from par_runtime.manifest import KEPT, MATRICES, check
-from par_runtime.quantised import MOST_CODE, SCALE, Quantised
+from par_runtime.quantised import LEAST_CODE, MOST_CODE, SCALE, Quantised
 from par_runtime.system import peak_bytes, utf8_name
 
 #: Entries of the manifest's ``parity`` that are about the image tokenizer, which quantising does not change.
@@ -70,17 +70,26 @@ class Codes:
 
 
 def nearest(matrix: Float, dtype: str, group: int, stored: str = "float16") -> Quantised:
-    """``matrix`` [K,N] rounded to the nearest codes of ``dtype``; the largest number of a block gets the largest code.
+    """``matrix`` [K,N] rounded to the nearest codes of ``dtype``; the scale of a block is the least that cuts off none of it.
 
     ``group`` divides K: see :func:`can_quantise`. Scales are rounded to the dtype ``stored``, and codes are rounded
     against these.
     """
     k, n = matrix.shape
     blocks = matrix.reshape(k // group, group, n)
-    most = MOST_CODE[dtype]
-    scales = stored_scales(np.abs(blocks).max(1) / most, stored)
-    codes = np.clip(np.rint(blocks / scales[:, None]), -most, most).astype(np.int8)
-    return Quantised(dtype, codes.reshape(k, n), scales)
+    scales = stored_scales(full_scale(blocks, dtype, 1), stored)
+    return Quantised(dtype, rounded(blocks, scales[:, None], dtype).reshape(k, n), scales)
+
+
+def full_scale(values: Float, dtype: str, axis: int) -> Float:
+    """The least scale along ``axis`` with which the codes of ``dtype`` reach every one of ``values``."""
+    highest, lowest = values.max(axis), values.min(axis)
+    return np.maximum(highest / np.float32(MOST_CODE[dtype]), lowest / np.float32(LEAST_CODE[dtype]))
+
+
+def rounded(values: Float, scales: Float, dtype: str) -> NDArray[np.int8]:
+    """The codes nearest to ``values`` with ``scales``, which broadcast."""
+    return np.clip(np.rint(values / scales), LEAST_CODE[dtype], MOST_CODE[dtype]).astype(np.int8)
 
 
 def stored_scales(scales: Float, stored: str) -> Float:

@@ -1,8 +1,8 @@
 """Quantised matrices: whole numbers of 8 or 4 bits, and a scale for each block of ``group`` rows in each column.
 
 A matrix [K,N] (in, out) is stored as codes [K,N] and scales [K/group,N]; its number at (k, n) is
-``codes[k,n] * scales[k // group, n]``. Codes are symmetric around zero, so zero stays zero: int8 has -127 .. 127, int4
-has -7 .. 7 (both as ONNX's ``DequantizeLinear`` reads them, with ``axis=0`` and ``block_size=group``). Two codes of
+``codes[k,n] * scales[k // group, n]``. There are no zero points, so zero stays zero: int8 has -127 .. 127, int4
+-8 .. 7 (both as ONNX's ``DequantizeLinear`` reads them, with ``axis=0`` and ``block_size=group``). Two codes of
 int4 share a byte, the first one in its low half, in the order of the matrix's rows.
 """
 
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from par_runtime.dtypes import STORAGE, Float, to_float32
 
-#: dtype -> the largest code; the smallest is its negative
+#: dtype -> the largest code, and the smallest. Of int4 all 16 are used: one more than 15 is a tenth less error. Of int8
+#: -128 is not: the C kernels read sign and magnitude in 8 bits, and one of 256 is no loss.
 MOST_CODE = {"int8": 127, "int4": 7}
+LEAST_CODE = {"int8": -127, "int4": -8}
 #: What a group of rows may be: a multiple of what the C kernels and GPU tiles take at a time.
 GROUPS = (32, 64, 128)
 SCALE = ".scale"  #: what follows the name of a matrix in the name of its scales
@@ -77,9 +79,9 @@ def packed(codes: Codes, dtype: str) -> bytes:
 
     Raises ValueError beyond the dtype's codes.
     """
-    most = MOST_CODE[dtype]
-    if codes.size and (codes.max() > most or codes.min() < -most):
-        raise ValueError(f"codes from {codes.min()} to {codes.max()}; {dtype} has -{most} .. {most}")
+    least, most = LEAST_CODE[dtype], MOST_CODE[dtype]
+    if codes.size and (codes.max() > most or codes.min() < least):
+        raise ValueError(f"codes from {codes.min()} to {codes.max()}; {dtype} has {least} .. {most}")
     if dtype == "int8":
         return codes.tobytes()
     halves = codes.reshape(-1).view(np.uint8) & 0x0F

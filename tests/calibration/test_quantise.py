@@ -18,7 +18,7 @@ from par_export.quantised import nearest, stored_scales
 from par_export.restored import StoredWeights, stored_table
 from par_runtime.bundle import WEIGHTS, Bundle, matrix_names
 from par_runtime.dtypes import Float
-from par_runtime.quantised import MOST_CODE
+from par_runtime.quantised import LEAST_CODE, MOST_CODE
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 
@@ -34,7 +34,7 @@ def obvious(matrix: Float, dtype: str, group: int, h: Float) -> tuple[np.ndarray
     done. Slow: a new inverse for each row.
     """
     k, n = matrix.shape
-    taken, most = order(np.diagonal(h), group), MOST_CODE[dtype]
+    taken = order(np.diagonal(h), group)
     damped = h.astype(np.float64) + DAMPING * np.diagonal(h).mean() * np.eye(k)
     w = matrix.astype(np.float64).copy()
     codes, scales = np.zeros((k, n), np.int8), np.zeros((k // group, n), np.float32)
@@ -46,7 +46,7 @@ def obvious(matrix: Float, dtype: str, group: int, h: Float) -> tuple[np.ndarray
                 w[block].astype(np.float32), dtype, np.diagonal(h)[block].astype(np.float32), "float16"
             )
         scale = scales[row // group]
-        codes[row] = np.clip(np.rint(w[row] / scale), -most, most)
+        codes[row] = np.clip(np.rint(w[row] / scale), LEAST_CODE[dtype], MOST_CODE[dtype])
         inverse = np.linalg.inv(damped[np.ix_(left, left)])
         w[left] -= inverse[:, :1] * ((w[row] - codes[row] * scale) / inverse[0, 0])
     return codes, scales

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from par_calibration.quantise.scales import search
 from par_runtime.dtypes import Float, Int
-from par_runtime.quantised import MOST_CODE, Quantised
+from par_runtime.quantised import LEAST_CODE, MOST_CODE, Quantised
 
 DAMPING = 0.03  #: of the mean of H's diagonal, added to it: the recorded rows are a sample, and H may be singular
 LAZY = 128  #: rows whose errors are gathered before the rows behind them are changed; a multiple of every group
@@ -87,7 +87,7 @@ def _columns(
 ) -> tuple[NDArray[np.int8], Float]:
     """Codes [K,n] and scales [K/group,n] of columns ``w`` [K,n], which is overwritten; all in the order of rounding."""
     k, n = w.shape
-    most = np.float32(MOST_CODE[dtype])
+    least, most = np.float32(LEAST_CODE[dtype]), np.float32(MOST_CODE[dtype])
     codes, scales = np.empty((k, n), np.int8), np.empty((k // group, n), np.float32)
     for begin in range(0, k, LAZY):
         end = min(begin + LAZY, k)
@@ -96,7 +96,7 @@ def _columns(
             if row % group == 0:
                 scales[row // group] = search(w[row : row + group], dtype, weight[row : row + group], stored)
             scale = scales[row // group]
-            code = np.clip(np.rint(w[row] / scale), -most, most)
+            code = np.clip(np.rint(w[row] / scale), least, most)
             codes[row] = code
             error = errors[row - begin]
             np.subtract(w[row], code * scale, out=error)

@@ -10,11 +10,10 @@ Letters: K rows of a matrix (its inputs), N columns, G = K/group blocks of a col
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from par_export.quantised import stored_scales
+from par_export.quantised import full_scale, rounded, stored_scales
 from par_runtime.dtypes import Float
-from par_runtime.quantised import MOST_CODE, Quantised
+from par_runtime.quantised import LEAST_CODE, MOST_CODE, Quantised
 
 #: How far below the largest number of a block its scale may be, in steps. Measured on models/demo: of int8 the best is
 #: never below the last, of int4 in fewer than 1 of 1000 blocks.
@@ -24,33 +23,26 @@ COLUMNS = 512  #: of a matrix that are searched at a time: its numbers then stay
 
 def search(block: Float, dtype: str, importance: Float, stored: str) -> Float:
     """The scales [N] of one block [group,N] whose rows weigh ``importance`` [group], as numbers of dtype ``stored``."""
-    most = MOST_CODE[dtype]
-    largest = np.abs(block).max(0)
-    best = stored_scales(largest / most, stored)
-    least = _loss(block, best, most, importance)
+    full = full_scale(block, dtype, 0)
+    best = stored_scales(full, stored)
+    least = _loss(block, best, dtype, importance)
     for fraction in FRACTIONS[dtype][1:]:
-        scales = stored_scales(largest * np.float32(fraction / most), stored)
-        loss = _loss(block, scales, most, importance)
+        scales = stored_scales(full * np.float32(fraction), stored)
+        loss = _loss(block, scales, dtype, importance)
         better = loss < least
         best = np.where(better, scales, best)
         least = np.where(better, loss, least)
     return best
 
 
-def _loss(block: Float, scales: Float, most: int, importance: Float) -> Float:
+def _loss(block: Float, scales: Float, dtype: str, importance: Float) -> Float:
     """The weighted squares of the rounding errors of each column: [N]."""
-    error = np.clip(np.rint(block / scales), -most, most)
+    error = np.clip(np.rint(block / scales), LEAST_CODE[dtype], MOST_CODE[dtype])
     error *= scales
     error -= block
     error *= error
     loss: Float = importance @ error
     return loss
-
-
-def rounded(values: Float, scales: Float, dtype: str) -> NDArray[np.int8]:
-    """The codes of ``values`` [...,N] with ``scales`` [N]."""
-    most = MOST_CODE[dtype]
-    return np.clip(np.rint(values / scales), -most, most).astype(np.int8)
 
 
 def searched(matrix: Float, dtype: str, group: int, importance: Float, stored: str) -> Quantised:

@@ -14,7 +14,7 @@ from par_export.errors import BuildError
 from par_export.graphs.writer import WeightTable
 from par_runtime.bundle import Stored
 from par_runtime.dtypes import STORAGE
-from par_runtime.quantised import MOST_CODE, SCALE
+from par_runtime.quantised import LEAST_CODE, SCALE
 
 #: dtype -> numpy's own; ml_dtypes has those that numpy lacks, under the same names.
 NUMPY_DTYPE: dict[str, np.dtype] = {dtype: np.dtype(getattr(ml_dtypes, dtype, dtype)) for dtype in STORAGE}
@@ -143,9 +143,9 @@ def check_range(file: Path, stored: Mapping[str, Stored], compute: str, cure: st
 
 
 def _convert_scales(name: str, scales: np.ndarray, codes: str, compute: str) -> bytes:
-    """``scales`` in the dtype ``compute``: positive, as TensorRT wants them, and so that the largest code fits too."""
+    """``scales`` in the dtype ``compute``: positive, as TensorRT wants them, and so that the code farthest from zero fits too."""
     wide = scales.astype(np.float32)
-    _convert(name.removesuffix(SCALE), wide * MOST_CODE[codes], compute)
+    _convert(name.removesuffix(SCALE), wide * LEAST_CODE[codes], compute)
     least = float(ml_dtypes.finfo(NUMPY_DTYPE[compute]).smallest_subnormal)
     return _convert(name, np.where(wide > 0, np.maximum(wide, least), wide), compute)
 

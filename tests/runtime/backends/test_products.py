@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from par_runtime.backends.native.library import library, matrix_of
 from par_runtime.bench.probes import Product
 from par_runtime.dtypes import ARITHMETICS, Float
-from par_runtime.quantised import GROUPS, MOST_CODE, packed
+from par_runtime.quantised import GROUPS, LEAST_CODE, MOST_CODE, packed
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels are not built")
 
@@ -57,8 +57,7 @@ def weights(dtype: str, k: int, group: int = 0, scales: str = "float16", n: int 
         x = 0.1 * random.standard_normal((k, n), np.float32)
         x = bf16(x) if dtype == "bfloat16" else x.astype(dtype).astype(np.float32)
         return Weights(dtype, stored_bytes(x, dtype), x.astype(np.float64))
-    most = MOST_CODE[dtype]
-    codes = random.integers(-most, most + 1, (k, n)).astype(np.int8)
+    codes = random.integers(LEAST_CODE[dtype], MOST_CODE[dtype] + 1, (k, n)).astype(np.int8)
     each = bf16(random.uniform(0.001, 0.01, (k // group, n)))
     each = each.astype(np.float16).astype(np.float32) if scales == "float16" else each
     exact = codes * np.repeat(each.astype(np.float64), group, axis=0)
