@@ -17,15 +17,18 @@ from par_calibration.quantise.choice import GROUP, How, check_groups, kept_names
 from par_calibration.quantise.layers import Layers, Quantiser, by_gptq
 from par_calibration.record.record import OnDone, RecordOptions, maker_of, plan_of, record
 from par_calibration.record.recording import Recording
+from par_calibration.refine.plan import Plan
+from par_calibration.refine.train import Refined, refine
 from par_calibration.report import Budget, LayerError, Options, Report, compare
 from par_export.quantised import check_source, write_bundle
 from par_export.restored import StoredWeights, stored_table
 from par_runtime.arguments import cpu_threads
 from par_runtime.backends.native.library import why_not
-from par_runtime.bundle import MANIFEST, WEIGHTS, Bundle
+from par_runtime.bundle import MANIFEST, WEIGHTS, Bundle, matrix_names
 from par_runtime.checked import shown_path
 from par_runtime.dtypes import ARITHMETICS, Float
 from par_runtime.manifest import KEPT
+from par_runtime.quantised import Quantised
 from par_runtime.system import check_writable, peak_bytes
 
 #: Words of ``--weights`` -> the manifest's.
@@ -55,6 +58,7 @@ class Request:
     keep: tuple[str, ...] = ()
     arithmetic: str | None = None  #: None: bf16 with quantised weights, where the C step runs the bundle; else fp32
     cache: str | None = None  #: as ``arithmetic``
+    refine: int = 0  #: steps in which codes and scales are trained after that; see ``refine.train``
     record: RecordOptions = field(default_factory=RecordOptions)
     report: Options = field(default_factory=Options)
     budget: str | None = None  #: as ``Budget.parse`` takes it
@@ -136,11 +140,12 @@ def calibrate(
     say: Say = lambda _: None,
     on_image: OnDone | None = None,
     on_matrix: OnDone | None = None,
+    on_step: OnDone | None = None,
 ) -> tuple[Path, Report]:
     """Do what ``request`` says; returns the bundle and its report.
 
     ``quantiser`` makes codes and scales of one matrix. ``on_image`` is told how many images are recorded, ``on_matrix``
-    how many matrices are quantised.
+    how many matrices are quantised, ``on_step`` how many steps of ``refine`` are done.
 
     Raises OverBudgetError, after the files of the report were written; CalibrationError, BundleError, RequestError,
     ExportError and what else ``write_bundle`` raises, OSError. A recording that is not complete stays for ``resume``.
@@ -157,6 +162,9 @@ def calibrate(
     if request.weights != KEEP_WEIGHTS:
         how, kept = How.of(bundle, request.weights, request.group), kept_names(bundle, request.keep)
         recording = recorded(request, bundle, places, say, on_image)
+        if request.refine:
+            trained = refined(request, recording, how, kept, quantiser, say, (on_image, on_matrix, on_step))
+            quantiser, on_matrix = trained.quantiser, None
         layers = Layers(recording, how, kept, quantiser, on_matrix)
         quantise, errors = layers, layers.errors
 
@@ -174,7 +182,7 @@ def calibrate(
         if lines:
             raise OverBudgetError(report, lines)
         made.append(report)
-        return {"report": report.summary()}
+        return {"report": report.summary() | ({"refined_steps": request.refine} if request.refine else {})}
 
     made: list[Report] = []
     calibration = {
@@ -209,6 +217,40 @@ def recorded(
         f"{''.join(f', {name}' for name in by)}{taken}"
     )
     return recording
+
+
+def refined(
+    request: Request,
+    recording: Recording,
+    how: How,
+    kept: frozenset[str],
+    quantiser: Quantiser,
+    say: Say,
+    on: tuple[OnDone | None, OnDone | None, OnDone | None],
+) -> Refined:
+    """The matrices of ``quantiser``, trained further; ``on``: told of images, matrices and steps. Raises as
+    :func:`calibrate`.
+    """
+    began = time.perf_counter()
+    on_image, on_matrix, on_step = on
+    bundle, seed = recording.bundle, request.record.seed
+    names = [name for name in matrix_names(bundle) if name not in kept]
+    stored = StoredWeights(bundle.path / WEIGHTS, stored_table(bundle))
+    start = f"{recording.plan.images} images of {recording.plan.rows_per_image} rows"
+    plan = Plan.of(bundle, how, kept, request.refine, seed, start, threads=request.threads)
+
+    def quantised() -> dict[str, Quantised]:
+        out = {}
+        for done, name in enumerate(names, 1):
+            out[name] = quantiser(name, stored.tensor(name).float().numpy(), recording.rows(name), how)
+            if on_matrix is not None:
+                on_matrix(done, len(names))
+        return out
+
+    shapes = {name: tuple(bundle.weights[name].shape) for name in names}
+    trained = refine(bundle, plan, quantised, shapes, recording.folder, say=say, on_image=on_image, on_step=on_step)
+    say(f"refined in {plan.steps} steps, {time.perf_counter() - began:.1f} s; {trained.text()}")
+    return trained
 
 
 def measured_ranges(
@@ -276,11 +318,15 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
                 "--weights keep: changes nothing by itself; give --arithmetic bf16 or int8, or --cache bf16, to prove "
                 "that the C step may round to it"
             )
+        if request.refine:
+            raise CalibrationError("--refine: no matrix is quantised with --weights keep; leave it out")
         if request.keep:
             raise CalibrationError("--keep: every matrix is kept with --weights keep; leave it out")
     else:
-        how = How.of(bundle, request.weights, request.group)
-        check_groups(bundle, how, kept_names(bundle, request.keep))
+        how, kept = How.of(bundle, request.weights, request.group), kept_names(bundle, request.keep)
+        check_groups(bundle, how, kept)
+        if request.refine:
+            Plan.of(bundle, how, kept, request.refine, request.record.seed, "")
     reason = why_not(bundle)
     if reason and (request.arithmetic, request.cache) != ("fp32", "fp32"):
         raise CalibrationError(

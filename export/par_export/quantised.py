@@ -70,7 +70,7 @@ class Codes:
 
 
 def nearest(matrix: Float, dtype: str, group: int, stored: str = "float16") -> Quantised:
-    """``matrix`` [K,N] rounded to the nearest codes of ``dtype``; the scale of a block is the least that cuts off none of it.
+    """``matrix`` [K,N] rounded to the nearest codes of ``dtype``; a block has the least scale that cuts nothing off.
 
     ``group`` divides K: see :func:`can_quantise`. Scales are rounded to the dtype ``stored``, and codes are rounded
     against these.

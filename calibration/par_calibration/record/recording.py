@@ -29,6 +29,8 @@ ABOUT = "recording.json"
 #: What reading a file of arrays raises where it is damaged.
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 FORMAT = 1
+#: What else may lie in the folder: rows of images, and what ``refine`` keeps there.
+FILES = ("image-*.npz", "tokens-*.npy", "refine.pt")
 
 
 @dataclass(frozen=True)
@@ -187,11 +189,10 @@ class Recording:
         return True
 
     def remove(self) -> None:
-        """Remove what a recording wrote, and the folder if nothing else is in it. Raises OSError."""
-        for path in (*self.folder.glob("image-*.npz"), self.folder / ABOUT):
-            path.unlink(missing_ok=True)
-        for part in (*self.folder.glob(".image-*.part"), *self.folder.glob(f".{ABOUT}*.part")):
-            part.unlink(missing_ok=True)
+        """Remove what a recording and a training wrote, and the folder if nothing else is in it. Raises OSError."""
+        for pattern in (*FILES, ABOUT):
+            for path in (*self.folder.glob(pattern), *self.folder.glob(f".{pattern}*.part")):
+                path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 

@@ -143,7 +143,7 @@ def check_range(file: Path, stored: Mapping[str, Stored], compute: str, cure: st
 
 
 def _convert_scales(name: str, scales: np.ndarray, codes: str, compute: str) -> bytes:
-    """``scales`` in the dtype ``compute``: positive, as TensorRT wants them, and so that the code farthest from zero fits too."""
+    """``scales`` in the dtype ``compute``: positive, as TensorRT wants them, and so that the largest code fits too."""
     wide = scales.astype(np.float32)
     _convert(name.removesuffix(SCALE), wide * LEAST_CODE[codes], compute)
     least = float(ml_dtypes.finfo(NUMPY_DTYPE[compute]).smallest_subnormal)
