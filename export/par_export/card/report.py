@@ -10,8 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from par_export.card.limits import COPY, MATRICES
+from par_export.card.lines import check, words
 from par_export.card.plan import BATCHES, CODES, CODES_N, MODELS, Block, Model, blocks, label_of
 from par_export.card.prepare import QUANTISED, Builder, MakeEngine, Preparation, Twin, copies, copy_engines
 from par_export.card.processes import Ended, Line, run_stage
 from par_export.card.samples import SAMPLES, Sample
 from par_export.card.table import Findings, markdown
-from par_export.errors import BuildError
 from par_export.quantised import Codes
 from par_runtime.bench import machine
 from par_runtime.bench.bounds import GPU, with_bounds
@@ -38,9 +37,8 @@ from par_runtime.bench.measure import Progress, Setting, make_row, rows_in_turns
 from par_runtime.bench.report.output import Outcome
 from par_runtime.bench.rows import Row
 from par_runtime.bench.run import GPU_MINUTES
-from par_runtime.bench.subjects.base import OutOfTimeError, SubjectInfo
+from par_runtime.bench.subjects.base import SubjectInfo
 from par_runtime.bench.subjects.process import SubjectProcess, open_random
-from par_runtime.errors import BundleError, CudaError, EngineError, RequestError
 
 #: Parts of the time: after the first, checks are ended; after the second, nothing is waited for any more.
 CHECKS_END, WAIT_END = 0.4, 0.45
@@ -53,8 +51,6 @@ SANITIZER = "compute-sanitizer"
 TOOLKIT = "/usr/local/cuda/bin"  #: where it is, if not on the path
 SANITIZER_OPTIONS = ("--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all")
 SANITIZER_S = 90.0
-#: Errors that are said in one line. Any other is a fault of ours: it is printed whole, and the report goes on.
-EXPECTED = (BuildError, BundleError, CudaError, EngineError, MemoryError, OSError, OutOfTimeError, RequestError)
 
 
 @dataclass(frozen=True)
@@ -183,7 +179,7 @@ class _Report:
         return rows
 
     def _leave_out(self, what: str, why: object) -> None:
-        self._state.left_out.append(f"{what}: {_words(why)}")
+        self._state.left_out.append(f"{what}: {words(why)}")
 
     def _build(self, path: Path, images: Sequence[int]) -> None:
         """The engine of a bundle: a ready one, else a new one."""
@@ -196,21 +192,32 @@ class _Report:
     def _checks(self, work: Path) -> None:
         """Every check, several at once: none of them is timed."""
         until = self._began + CHECKS_END * self._seconds
+        started: list[tuple[str, Future[Ended]]] = []
+        samples = self._options.samples
         with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
-            started = [
-                (f"{sample.name}: kernels", pool.submit(self._of_sample, sample, work / "samples", until))
-                for sample in self._options.samples
-            ]
-            bundles = self._checked_bundles(work)
-            stages: list[tuple[str, Callable[[], Ended]]] = []
-            for name, path in bundles.items():
+
+            def start(name: str, run: Callable[[], Ended]) -> None:
+                started.append((name, pool.submit(run)))
+
+            def start_sample(sample: Sample) -> None:
+                start(f"{sample.name}: kernels", partial(self._of_sample, sample, work / "samples", until))
+
+            for sample in samples:
+                if sample.codes is None:
+                    start_sample(sample)
+            bundles: dict[str, Path] = {}
+            for name, path in self._checked_bundles(work):
+                bundles[name] = path
                 spec = {"path": str(path), "name": name, "device": self._device, "reference": "cpu", "seed": 7}
                 spec |= {"groups": self._options.groups, "images": self._options.stress}
-                stages.append((f"{name}: images", partial(run_stage, "images", spec, until)))
+                start(f"{name}: images", partial(run_stage, "images", spec, until))
                 if path.parent.name != QUANTISED:  # codes change nothing about memory
-                    stages.append((f"{name}: memory", partial(run_stage, "memory", spec, until)))
-            stages += self._sanitized(bundles, until)
-            started += [(name, pool.submit(run)) for name, run in stages]
+                    start(f"{name}: memory", partial(run_stage, "memory", spec, until))
+            for name, run in self._sanitized(bundles, until):
+                start(name, run)
+            for sample in samples:
+                if sample.codes is not None:  # after whole images: where there is no time for all, these matter less
+                    start_sample(sample)
             for name, future in started:
                 self._progress(f"checking: {name}")
                 try:
@@ -228,9 +235,8 @@ class _Report:
         spec = {"path": str(path), "name": sample.name, "device": self._device, "torch": self._options.torch}
         return run_stage("kernels", spec, until)
 
-    def _checked_bundles(self, work: Path) -> dict[str, Path]:
-        """Copies of the bundles to check, and quantised ones, with engines: name -> path."""
-        out = {}
+    def _checked_bundles(self, work: Path) -> Iterator[tuple[str, Path]]:
+        """Copies of the bundles to check, and quantised ones, each as soon as it has an engine: its name and path."""
         for path, make in copies(self._options.checked, self._options.codes, work).items():
             name = path.name
             try:
@@ -240,8 +246,7 @@ class _Report:
             except Exception as error:
                 self._wrong(f"{name}: an engine is built", error)
                 continue
-            out[name] = path
-        return out
+            yield name, path
 
     def _sanitized(self, bundles: Mapping[str, Path], until: float) -> list[tuple[str, Callable[[], Ended]]]:
         """One image of the smallest bundle under NVIDIA's checker of memory accesses, where there is one."""
@@ -265,12 +270,12 @@ class _Report:
                 self._leave_out(SANITIZER, " ".join([ended.why, *said])[:300])
                 return
             errors = [line for line in said if "COMPUTE-SANITIZER" not in line]
-            self._state.lines.append(_check(f"{SANITIZER}: one image", not ended.why, "; ".join(errors[:4])))
+            self._state.lines.append(check(f"{SANITIZER}: one image", not ended.why, "; ".join(errors[:4])))
         elif ended.why:
             self._wrong(ended.during or name, ended.why)
 
     def _wrong(self, name: str, why: object) -> None:
-        self._state.lines.append(_check(name, False, _words(why)))
+        self._state.lines.append(check(name, False, words(why)))
 
     # -- how fast? ----------------------------------------------------------------------------------------------------
 
@@ -350,7 +355,7 @@ class _Report:
                     self._leave_out(f"{label}, batch {block.images}", error)
         for subject in opened.values():
             held.callback(subject.close)
-        return opened
+        return {label: opened[label] for label in model.labels if label in opened}
 
     def _twins(self, model: Model, prepared: Preparation) -> list[Twin]:
         """The twins of a model that are ready by now."""
@@ -401,18 +406,6 @@ class _Report:
     def _keep(self) -> None:
         """Have what was found so far written beside the rows."""
         self._journal.keep("lines", lambda: [])
-
-
-def _words(why: object) -> str:
-    """An error or a reason in one line; an error that nobody expected is printed as well."""
-    if isinstance(why, Exception) and not isinstance(why, EXPECTED):
-        traceback.print_exception(why)
-        return f"{type(why).__name__}: {why}"
-    return str(why) or type(why).__name__
-
-
-def _check(name: str, passed: bool, text: str) -> dict[str, Any]:
-    return {"kind": "check", "name": name, "passed": passed, "text": text}
 
 
 def _ended(future: Future[Any], until: float) -> None:
