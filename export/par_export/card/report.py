@@ -343,8 +343,9 @@ class _Report:
 
         self._progress(f"{block.name}: loading")
         with ThreadPoolExecutor(1 if block.loads else len(model.labels)) as pool:
-            # n = 4 last: then the file is in memory, which all n of a model share.
-            order = sorted(model.labels, key=lambda label: (label == label_of(model.name, 4), label not in quantised))
+            # n = 4 after the others: then the file is in memory, which all n of a model share. Quantised weights last:
+            # where memory is short, they are what is left out.
+            order = sorted(model.labels, key=lambda label: (label in quantised, label == label_of(model.name, 4)))
             futures = {label: pool.submit(load, label) for label in order}
             for label, future in futures.items():
                 try:

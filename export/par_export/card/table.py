@@ -262,14 +262,15 @@ def times(value: float | None) -> str:
 def kernels_table(found: Findings) -> str:
     """What the slowest kernels of a call take, each alone, and which part of its own bound each reaches.
 
-    Batch 1 of those models of which figures are to be reached, where there are any, and one decoder; the rest is in
-    the lines.
+    Batch 1 of those models of which figures are to be reached, where there are any, and of quantised ones, and one
+    decoder; the rest is in the lines.
     """
     bandwidth = next((line["value"] for line in found.of("limit") if line["name"] == "copy bandwidth"), None)
     groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = defaultdict(list)
     for line in found.of("kernel"):
         groups[line["label"], line["images"], line["program"]].append(line)
     wanted = {(label_of(figure.model, figure.n), 1) for figure in FIGURES}
+    wanted |= {key[:2] for key in groups if key[1] == 1 and parts_of(key[0])[2]}
     shown = [key for key in groups if key[:2] in wanted and key[2] == "step"] or list(groups)[:1]
     shown += [key for key in groups if key[2] != "step" and key not in shown][:1]
     lines = []

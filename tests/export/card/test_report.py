@@ -163,6 +163,7 @@ def test_a_whole_report(
         assert f"### {heading}" in page
     assert "compute-sanitizer" in page.partition("### Left out")[2].partition("###")[0]
     assert "| PAR-L n=4, batch 1 | pack.panels layers.{i}.w2 | 3 |" in page
+    assert "| PAR-L n=4 int8 group 32, batch 1 | pack.panels" in page
     beside = page.partition("### int8 and int4 beside fp16")[2].partition("###")[0]
     (line,) = (line for line in beside.splitlines() if "int8 group 32" in line)
     assert f"| {100 * coded.bytes / group.bytes:.0f} % |" in line

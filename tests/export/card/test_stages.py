@@ -92,13 +92,14 @@ def test_images_of_quantised_copies_are_compared_with_the_same_codes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_images_of_our_kernels(driver: Driver, tiny: Path, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "codes"), [("fp16", None), ("bf16", None), ("fp16", Codes("int4", 64))])
+def test_images_of_our_kernels(driver: Driver, tiny: Path, tmp_path: Path, precision: str, codes: Codes | None) -> None:
     """As on a GPU, with the kernels' own source."""
     from double import bare, kernels
     from double.twins import Twins
 
-    path = shutil.copytree(tiny, tmp_path / "kernels")
+    *_, (path, make) = copies([tiny], [] if codes is None else [codes], tmp_path).items()
+    make()
     planned = kernels.planned(Bundle.open(path), (1, 4), "SM90", precision, "fp16")
     driver.fill = 0xFF
     bare.register(driver, kernels.write_engine(Bundle.open(path), planned, precision, "fp16", "SM90"))
