@@ -4,16 +4,17 @@
    outputs are both products of rows of activations with rows of PANEL neighbouring numbers. */
 
 /* Defines product_of_rows_N: c [N][COLUMNS] = x w for x [N][k], rows `ldx` apart, and w [k][COLUMNS], rows `ldw` apart,
-   for N = N_ROWS and COLUMNS = N_VECS vectors. `ahead`: how many numbers in front of its use w is prefetched. */
+   for N = N_ROWS and COLUMNS = N_VECS vectors. */
 #define DEFINE_PRODUCT(N_ROWS, N_VECS)                                                                             \
     TARGET static inline void NAME(product_##N_ROWS##x##N_VECS)(const float *x, long ldx, const float *w, long ldw, \
-                                                                long k, float *c, long ldc, long ahead) {          \
+                                                                long k, float *c, long ldc, Ahead fetch) {         \
         vec sum[N_ROWS][N_VECS];                                                                                   \
         for (int i = 0; i < N_ROWS; i++)                                                                           \
             for (int j = 0; j < N_VECS; j++) sum[i][j] = vec_set1(0.0f);                                           \
         for (long p = 0; p < k; p++) {                                                                             \
             const float *row = w + p * ldw;                                                                        \
-            for (long line = 0; line < N_VECS * VEC_FLOATS; line += 16) __builtin_prefetch(row + ahead + line);    \
+            if (p < fetch.rows)                                                                                    \
+                for (long line = 0; line < ldw; line += 16) __builtin_prefetch(row + fetch.ahead + line);          \
             vec w_row[N_VECS];                                                                                     \
             for (int j = 0; j < N_VECS; j++) w_row[j] = vec_load_fp32(row + j * VEC_FLOATS);                       \
             for (int i = 0; i < N_ROWS; i++) {                                                                     \
@@ -38,22 +39,22 @@ DEFINE_PRODUCT(1, 4)
 
 /* c [m][PANEL] = x w for x [m][k] and w [k][PANEL]; rows are ldx, ldw, ldc numbers apart. */
 TARGET static void NAME(panel_of_rows)(const float *x, long ldx, long m, const float *w, long ldw, long k, float *c,
-                                       long ldc, long ahead) {
+                                       long ldc, Ahead fetch) {
     for (long i = 0, rows; i < m; i += rows) {
         const float *from = x + i * ldx;
         float *to = c + i * ldc;
         long left = m - i;
 #if VECTORS == 512
-        if (left >= 8) rows = 8, NAME(product_8x2)(from, ldx, w, ldw, k, to, ldc, ahead);
-        else if (left >= 4) rows = 4, NAME(product_4x2)(from, ldx, w, ldw, k, to, ldc, ahead);
-        else if (left >= 2) rows = 2, NAME(product_2x2)(from, ldx, w, ldw, k, to, ldc, ahead);
-        else rows = 1, NAME(product_1x2)(from, ldx, w, ldw, k, to, ldc, ahead);
+        if (left >= 8) rows = 8, NAME(product_8x2)(from, ldx, w, ldw, k, to, ldc, fetch);
+        else if (left >= 4) rows = 4, NAME(product_4x2)(from, ldx, w, ldw, k, to, ldc, fetch);
+        else if (left >= 2) rows = 2, NAME(product_2x2)(from, ldx, w, ldw, k, to, ldc, fetch);
+        else rows = 1, NAME(product_1x2)(from, ldx, w, ldw, k, to, ldc, fetch);
 #else
-        if (left >= 3) rows = 3, NAME(product_3x4)(from, ldx, w, ldw, k, to, ldc, ahead);
-        else if (left == 2) rows = 2, NAME(product_2x4)(from, ldx, w, ldw, k, to, ldc, ahead);
-        else rows = 1, NAME(product_1x4)(from, ldx, w, ldw, k, to, ldc, ahead);
+        if (left >= 3) rows = 3, NAME(product_3x4)(from, ldx, w, ldw, k, to, ldc, fetch);
+        else if (left == 2) rows = 2, NAME(product_2x4)(from, ldx, w, ldw, k, to, ldc, fetch);
+        else rows = 1, NAME(product_1x4)(from, ldx, w, ldw, k, to, ldc, fetch);
 #endif
-        ahead = 0; /* the first rows fetch for all */
+        fetch.rows = 0; /* the first rows fetch for all */
     }
 }
 
@@ -104,8 +105,10 @@ TARGET static float NAME(softmax)(float *row, long n) {
 }
 
 /* Attention of head h of row r: rotates its q queries and keys (RoPE), writes keys and values into the cache, and
-   writes its part of attention_out [M][H*D]. `scratch` has attention_floats(). D is a multiple of 8. */
-TARGET static void NAME(attention_head)(const Step *s, const Buffers *at, long layer, long r, long h, float *scratch) {
+   writes its part of attention_out [M][H*D]. `scratch` has attention_floats(). `next`: the keys of the head that comes
+   next, or NULL. D is a multiple of 8. */
+TARGET static void NAME(attention_head)(const Step *s, const Buffers *at, long layer, long r, long h, float *scratch,
+                                        const char *next) {
     const Model *model = s->model;
     long n_heads = model->n_heads, d = model->head_dim, slots = model->cache_slots, q = s->query, inner = n_heads * d;
     long cache_head = (s->cache_row[r] * n_heads + h) * slots * d;
@@ -128,13 +131,18 @@ TARGET static void NAME(attention_head)(const Step *s, const Buffers *at, long l
         memcpy(v_cache + slot * d, row + 2 * inner, d * sizeof(float));
     }
     for (long p = 0; p < padded; p += PANEL)
-        NAME(panel_of_rows)(queries, d, q, k_cache + p * d, PANEL, d, scores + p, padded, PREFETCH_KEYS);
+        NAME(panel_of_rows)(queries, d, q, k_cache + p * d, PANEL, d, scores + p, padded,
+                            ahead_of_keys((char *)(k_cache + p * d), (char *)v_cache, p, padded, d, 4));
     float *out = at->attention_out + r * q * inner + h * d; /* [q][D], `inner` apart */
     float *inverse_sum = queries;                           /* [q]; the queries are done with */
-    for (long t = 0; t < q; t++) inverse_sum[t] = NAME(softmax)(scores + t * padded, visible);
+    for (long t = 0; t < q; t++) {
+        prefetch_share(next, t, q);
+        inverse_sum[t] = NAME(softmax)(scores + t * padded, visible);
+    }
     long column = 0;
     for (; column + PANEL <= d; column += PANEL)
-        NAME(panel_of_rows)(scores, padded, q, v_cache + column, d, visible, out + column, inner, PREFETCH_SLOTS * d);
+        NAME(panel_of_rows)(scores, padded, q, v_cache + column, d, visible, out + column, inner,
+                            ahead_of_values(column, visible, 4 * d, 4));
     if (column < d) NAME(last_columns)(scores, padded, q, v_cache, d, visible, column, out, inner);
     for (long t = 0; t < q; t++)
         for (long j = 0; j < d; j++) out[t * inner + j] *= inverse_sum[t];

@@ -43,14 +43,14 @@ TARGET static inline void NAME(round_bf16)(const float *x, long n, uint16_t *out
 /* c [rows][PANEL] = x w for x [rows][2*pairs], rows `ldx` numbers apart, and w [pairs][PANEL][2], `ldw` numbers apart.
    Inlined for each number of rows. */
 TARGET INLINE void NAME(pairs_of_rows)(const int rows, const uint16_t *x, long ldx, const uint16_t *w, long ldw,
-                                       long pairs, float *c, long ldc, long ahead) {
+                                       long pairs, float *c, long ldc, Ahead fetch) {
     vec sum[ROWS_OF_PAIRS][PANEL_VECS];
     UNROLL for (int i = 0; i < rows; i++)
         for (int j = 0; j < PANEL_VECS; j++) sum[i][j] = vec_set1(0.0f);
     for (long p = 0; p < pairs; p++) {
         const uint16_t *row = w + p * ldw;
-        __builtin_prefetch(row + ahead);
-        __builtin_prefetch(row + ahead + PANEL);
+        if (p < fetch.rows)
+            for (long line = 0; line < ldw; line += 32) __builtin_prefetch(row + fetch.ahead + line);
         int_vec w_row[PANEL_VECS];
         for (int j = 0; j < PANEL_VECS; j++) w_row[j] = int_load(row + 2 * j * VEC_FLOATS);
         UNROLL for (int i = 0; i < rows; i++) {
@@ -69,14 +69,14 @@ TARGET INLINE void NAME(pairs_of_rows)(const int rows, const uint16_t *x, long l
 
 /* The same for any number m of rows. */
 TARGET static void NAME(pairs_product)(const uint16_t *x, long ldx, long m, const uint16_t *w, long ldw, long pairs,
-                                       float *c, long ldc, long ahead) {
-    for (; m >= ROWS_OF_PAIRS; m -= ROWS_OF_PAIRS, x += ROWS_OF_PAIRS * ldx, c += ROWS_OF_PAIRS * ldc, ahead = 0)
-        NAME(pairs_of_rows)(ROWS_OF_PAIRS, x, ldx, w, ldw, pairs, c, ldc, ahead);
-    for (; m >= 4 && ROWS_OF_PAIRS > 4; m -= 4, x += 4 * ldx, c += 4 * ldc, ahead = 0)
-        NAME(pairs_of_rows)(4, x, ldx, w, ldw, pairs, c, ldc, ahead);
-    for (; m >= 2 && ROWS_OF_PAIRS > 2; m -= 2, x += 2 * ldx, c += 2 * ldc, ahead = 0)
-        NAME(pairs_of_rows)(2, x, ldx, w, ldw, pairs, c, ldc, ahead);
-    for (; m >= 1; m--, x += ldx, c += ldc, ahead = 0) NAME(pairs_of_rows)(1, x, ldx, w, ldw, pairs, c, ldc, ahead);
+                                       float *c, long ldc, Ahead fetch) {
+    for (; m >= ROWS_OF_PAIRS; m -= ROWS_OF_PAIRS, x += ROWS_OF_PAIRS * ldx, c += ROWS_OF_PAIRS * ldc, fetch.rows = 0)
+        NAME(pairs_of_rows)(ROWS_OF_PAIRS, x, ldx, w, ldw, pairs, c, ldc, fetch);
+    for (; m >= 4 && ROWS_OF_PAIRS > 4; m -= 4, x += 4 * ldx, c += 4 * ldc, fetch.rows = 0)
+        NAME(pairs_of_rows)(4, x, ldx, w, ldw, pairs, c, ldc, fetch);
+    for (; m >= 2 && ROWS_OF_PAIRS > 2; m -= 2, x += 2 * ldx, c += 2 * ldc, fetch.rows = 0)
+        NAME(pairs_of_rows)(2, x, ldx, w, ldw, pairs, c, ldc, fetch);
+    for (; m >= 1; m--, x += ldx, c += ldc, fetch.rows = 0) NAME(pairs_of_rows)(1, x, ldx, w, ldw, pairs, c, ldc, fetch);
 }
 
 /* Columns [first, d) of c [m][d] = x w for w [pairs][d][2]: those behind the last full panel, a multiple of 8. */
@@ -99,7 +99,7 @@ TARGET static void NAME(last_pairs)(const uint16_t *x, long ldx, long m, const u
 
 /* As attention_head(), with a cache in bf16 and the given product. */
 TARGET static void NAME(attention_head_bf16)(const Step *s, const Buffers *at, long layer, long r, long h,
-                                             float *scratch, PairsProduct *product) {
+                                             float *scratch, const char *next, PairsProduct *product) {
     const Model *model = s->model;
     long n_heads = model->n_heads, d = model->head_dim, slots = model->cache_slots, q = s->query, inner = n_heads * d;
     long cache_head = (s->cache_row[r] * n_heads + h) * slots * d;
@@ -130,16 +130,19 @@ TARGET static void NAME(attention_head_bf16)(const Step *s, const Buffers *at, l
             for (long j = 0; j < d; j++) value[2 * j + 1] = 0;
     }
     for (long p = 0; p < padded; p += PANEL)
-        product(queries, d, q, k_cache + p * d, 2 * PANEL, d / 2, scores + p, padded, 2 * PREFETCH_KEYS);
+        product(queries, d, q, k_cache + p * d, 2 * PANEL, d / 2, scores + p, padded,
+                ahead_of_keys((char *)(k_cache + p * d), (char *)v_cache, p, padded, d, 2));
     float *out = at->attention_out + r * q * inner + h * d; /* [q][D], `inner` apart */
     for (long t = 0; t < q; t++) {
+        prefetch_share(next, t, q);
         inverse_sum[t] = NAME(softmax)(scores + t * padded, visible);
         for (long j = visible; j < 2 * pairs; j++) scores[t * padded + j] = 0;
         NAME(round_bf16)(scores + t * padded, padded, masses + t * padded);
     }
     long column = 0;
     for (; column + PANEL <= d; column += PANEL)
-        product(masses, padded, q, v_cache + 2 * column, 2 * d, pairs, out + column, inner, PREFETCH_SLOTS * d);
+        product(masses, padded, q, v_cache + 2 * column, 2 * d, pairs, out + column, inner,
+                ahead_of_values(column, pairs, 4 * d, 2));
     if (column < d) NAME(last_pairs)(masses, padded, q, v_cache, d, pairs, column, out, inner);
     for (long t = 0; t < q; t++)
         for (long j = 0; j < d; j++) out[t * inner + j] *= inverse_sum[t];

@@ -2,13 +2,13 @@
 
 /* c [rows][PANEL]; as pairs_of_rows(). */
 DOT INLINE void pairs_of_rows_dot(const int rows, const uint16_t *x, long ldx, const uint16_t *w, long ldw, long pairs,
-                                  float *c, long ldc, long ahead) {
+                                  float *c, long ldc, Ahead fetch) {
     __m512 sum[8][2];
     UNROLL for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
     for (long p = 0; p < pairs; p++) {
         const uint16_t *row = w + p * ldw;
-        __builtin_prefetch(row + ahead);
-        __builtin_prefetch(row + ahead + PANEL);
+        if (p < fetch.rows)
+            for (long line = 0; line < ldw; line += 32) __builtin_prefetch(row + fetch.ahead + line);
         __m512i a = _mm512_loadu_si512(row), b = _mm512_loadu_si512(row + PANEL);
         UNROLL for (int i = 0; i < rows; i++) {
             int32_t pair;
@@ -26,12 +26,12 @@ DOT INLINE void pairs_of_rows_dot(const int rows, const uint16_t *x, long ldx, c
 
 /* As pairs_product(). */
 DOT static void pairs_product_dot(const uint16_t *x, long ldx, long m, const uint16_t *w, long ldw, long pairs, float *c,
-                                  long ldc, long ahead) {
-    for (; m >= 8; m -= 8, x += 8 * ldx, c += 8 * ldc, ahead = 0)
-        pairs_of_rows_dot(8, x, ldx, w, ldw, pairs, c, ldc, ahead);
-    for (; m >= 4; m -= 4, x += 4 * ldx, c += 4 * ldc, ahead = 0)
-        pairs_of_rows_dot(4, x, ldx, w, ldw, pairs, c, ldc, ahead);
-    for (; m >= 2; m -= 2, x += 2 * ldx, c += 2 * ldc, ahead = 0)
-        pairs_of_rows_dot(2, x, ldx, w, ldw, pairs, c, ldc, ahead);
-    if (m) pairs_of_rows_dot(1, x, ldx, w, ldw, pairs, c, ldc, ahead);
+                                  long ldc, Ahead fetch) {
+    for (; m >= 8; m -= 8, x += 8 * ldx, c += 8 * ldc, fetch.rows = 0)
+        pairs_of_rows_dot(8, x, ldx, w, ldw, pairs, c, ldc, fetch);
+    for (; m >= 4; m -= 4, x += 4 * ldx, c += 4 * ldc, fetch.rows = 0)
+        pairs_of_rows_dot(4, x, ldx, w, ldw, pairs, c, ldc, fetch);
+    for (; m >= 2; m -= 2, x += 2 * ldx, c += 2 * ldc, fetch.rows = 0)
+        pairs_of_rows_dot(2, x, ldx, w, ldw, pairs, c, ldc, fetch);
+    if (m) pairs_of_rows_dot(1, x, ldx, w, ldw, pairs, c, ldc, fetch);
 }

@@ -73,17 +73,23 @@ static void record(Worker *worker, const StepCall *call, const float *x, const f
     own->recorded += m * k;
 }
 
-/* Begins the product of x [M][k], or with `gain` [k] its RMSNorm, with the panels of w [k][n], and packs x. Every thread
-   packs for itself: that takes less time than waiting for what another thread packs. Where the last piece is taken
-   meanwhile, x may already change while it is read: then this thread takes no piece, and what it packed is not used.
+/* Begins the product of x [M][k], or with `gain` [k] its RMSNorm, with the panels of w [k][n]: takes the first panel,
+   and packs x while the beginning of that panel comes from memory. Every thread packs for itself: that takes less time
+   than waiting for what another thread packs. `first` becomes the panel, or -1 where there is none for this thread.
    Returns the product. */
 static PanelProduct *begin_product(Worker *worker, const StepCall *call, const float *x, const float *gain,
-                                   const Matrix *w, long k, long n, Scratch *own) {
+                                   const Matrix *w, long k, long n, long *first, Scratch *own) {
     long m = call->step.rows * call->step.query;
     Product product = product_of(w, call->kernels->avx512);
     record(worker, call, x, gain, k, own);
     begin_phase(worker, n / PANEL, items_at_once(worker->pool, n / PANEL));
-    if (items_left(worker)) {
+    *first = next_item(worker);
+    if (*first >= 0) {
+        int64_t bytes = panel_bytes(w, k);
+        const char *panel = (const char *)w->data + *first * bytes;
+        if (n / PANEL * bytes >= PREFETCH_FROM_BYTES)
+            for (int64_t line = 0; line < bytes && line < PREFETCH_PANEL_BYTES; line += 64)
+                __builtin_prefetch(panel + line, 0, 2);
         if (gain) call->kernels->inverse_rms(x, k, m, own->scale);
         product.pack_rows(w, x, k, m, k, gain ? own->scale : NULL, gain, own->packed);
     }
@@ -95,8 +101,9 @@ static PanelProduct *begin_product(Worker *worker, const StepCall *call, const f
 static void matmul(Worker *worker, const StepCall *call, const float *x, const float *gain, const Matrix *w, long k,
                    long n, float *c, int accumulate, Scratch *own) {
     long m = call->step.rows * call->step.query;
-    PanelProduct *panel_product = begin_product(worker, call, x, gain, w, k, n, own);
-    for (long p; (p = next_item(worker)) >= 0;) {
+    long p;
+    PanelProduct *panel_product = begin_product(worker, call, x, gain, w, k, n, &p, own);
+    for (; p >= 0; p = next_item(worker)) {
         panel_product(w, own->packed, m, k, p, own->tile, own->product_scratch);
         for (long i = 0; i < m; i++) {
             float *to = c + i * n + p * PANEL;         /* [PANEL] */
@@ -109,27 +116,36 @@ static void matmul(Worker *worker, const StepCall *call, const float *x, const f
     end_phase(worker);
 }
 
+/* The cached keys of item i of attention(). */
+static const char *keys_of(const Step *s, long layer, long i) {
+    const Model *model = s->model;
+    long head = s->cache_row[i / model->n_heads] * model->n_heads + i % model->n_heads;
+    return (const char *)s->keys[layer] + head * model->cache_slots * model->head_dim * number_bytes(model->cache);
+}
+
 /* qkv [M][3*H*D] -> attention_out [M][H*D]; the new keys and values enter the cache. An item is one head of one row. */
 static void attention(Worker *worker, const StepCall *call, long layer, Scratch *own) {
     const Step *s = &call->step;
     const Kernels *kernels = call->kernels;
-    long n_heads = s->model->n_heads;
-    begin_phase(worker, s->rows * n_heads, 1);
-    for (long i; (i = next_item(worker)) >= 0;)
+    long n_heads = s->model->n_heads, items = s->rows * n_heads;
+    begin_phase(worker, items, items_at_once(worker->pool, items));
+    for (long i; (i = next_item(worker)) >= 0;) {
+        const char *next = worker->next < worker->end ? keys_of(s, layer, i + 1) : NULL;
         if (s->model->cache == BF16)
-            kernels->attention_head_bf16(s, &call->shared, layer, i / n_heads, i % n_heads, own->attention,
+            kernels->attention_head_bf16(s, &call->shared, layer, i / n_heads, i % n_heads, own->attention, next,
                                          kernels->pairs_product);
-        else kernels->attention_head(s, &call->shared, layer, i / n_heads, i % n_heads, own->attention);
+        else kernels->attention_head(s, &call->shared, layer, i / n_heads, i % n_heads, own->attention, next);
+    }
     end_phase(worker);
 }
 
 /* ffn_hidden [M][F] = silu(x w1) * (x w3) for the RMSNorm of x [M][dim]. */
 static void ffn_hidden(Worker *worker, const StepCall *call, const float *gain, const Matrix *w13, Scratch *own) {
     const Model *model = call->step.model;
-    long m = call->step.rows * call->step.query, dim = model->dim;
+    long m = call->step.rows * call->step.query, dim = model->dim, p;
     PanelProduct *panel_product =
-        begin_product(worker, call, call->shared.x, gain, w13, dim, 2 * model->ffn_dim, own);
-    for (long p; (p = next_item(worker)) >= 0;) {
+        begin_product(worker, call, call->shared.x, gain, w13, dim, 2 * model->ffn_dim, &p, own);
+    for (; p >= 0; p = next_item(worker)) {
         panel_product(w13, own->packed, m, dim, p, own->tile, own->product_scratch);
         call->kernels->swiglu(own->tile, m, call->shared.ffn_hidden + p * (PANEL / 2), model->ffn_dim);
     }

@@ -109,12 +109,6 @@ static void begin_phase(Worker *worker, long items, long at_once) {
     worker->not_counted = 0;
 }
 
-/* Whether a thread may still take a piece of this phase. Where it may not, it need not prepare for one. */
-static inline int items_left(Worker *worker) {
-    uint64_t taken = atomic_load_explicit(&worker->pool->phases[worker->phase].taken, memory_order_relaxed);
-    return CALL_OF(taken) == worker->call && PIECES_OF(taken) < worker->pieces;
-}
-
 /* An item of the current phase that no other thread does; -1 where none is left. */
 static long next_item(Worker *worker) {
     if (worker->next < worker->end) return worker->next++;

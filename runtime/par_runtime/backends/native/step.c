@@ -26,8 +26,9 @@
 #include "matrix.h"
 #include "pool.h"
 
-#define PREFETCH_KEYS 512 /* how many numbers ahead cached keys are prefetched, */
-#define PREFETCH_SLOTS 12 /* and how many slots ahead cached values */
+#define PREFETCH_CACHE_BYTES 8192  /* how far ahead keys and values are prefetched, */
+#define PREFETCH_PANEL_BYTES 32768 /* and how much of its first panel a thread prefetches while it packs, */
+#define PREFETCH_FROM_BYTES 1000000 /* if the matrix is this large: smaller ones may still be in a cache */
 #define RMS_EPSILON 1e-5f
 
 /* The model. The Python class Model of library.py has the same fields. */
@@ -84,9 +85,37 @@ static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* What a product of attention prefetches: for each of the first `rows` rows of its matrix, what lies `ahead` numbers
+   behind that row. */
+typedef struct {
+    long ahead, rows;
+} Ahead;
+
 /* c [m][PANEL] = x w for x [m][2*pairs] and w [pairs][PANEL][2], both bf16; attention_bf16.h describes it. */
 typedef void PairsProduct(const uint16_t *x, long ldx, long m, const uint16_t *w, long ldw, long pairs, float *c,
-                          long ldc, long ahead);
+                          long ldc, Ahead fetch);
+
+/* What panel p of `padded` keys prefetches, `bytes` a number: the panels behind it, and behind the last one the values.
+   Neither reads beyond what this call needs: memory is what attention waits for. */
+INLINE Ahead ahead_of_keys(const char *panel, const char *values, long p, long padded, long d, long bytes) {
+    long panel_bytes = PANEL * d * bytes, step = larger(1, PREFETCH_CACHE_BYTES / panel_bytes);
+    long beyond = p / PANEL + step - padded / PANEL;
+    const char *to = beyond < 0 ? panel + step * panel_bytes : values + beyond * panel_bytes;
+    return (Ahead){(to - panel) / bytes, d};
+}
+
+/* What the values' `rows` rows of `row_bytes` bytes prefetch. All columns at once, when the first ones are read. */
+INLINE Ahead ahead_of_values(long column, long rows, long row_bytes, long bytes) {
+    long step = PREFETCH_CACHE_BYTES / row_bytes;
+    return (Ahead){step * row_bytes / bytes, column ? 0 : rows - step};
+}
+
+/* Prefetches part t of q of the beginning of `next`. */
+INLINE void prefetch_share(const char *next, long t, long q) {
+    const long lines = PREFETCH_CACHE_BYTES / 64;
+    if (next)
+        for (long line = t * lines / q; line < (t + 1) * lines / q; line++) __builtin_prefetch(next + 64 * line);
+}
 
 /* -- the kernels, once for each instruction set -------------------------------------------------------------------- */
 
@@ -126,9 +155,10 @@ typedef struct {
     int avx512; /* which vectors its products use, of product_of() */
     void (*read_numbers)(const void *from, int64_t stored, long n, float *out);
     void (*inverse_rms)(const float *x, long dim, long m, float *scale);
-    void (*attention_head)(const Step *s, const Buffers *at, long layer, long row, long head, float *scratch);
+    void (*attention_head)(const Step *s, const Buffers *at, long layer, long row, long head, float *scratch,
+                           const char *next);
     void (*attention_head_bf16)(const Step *s, const Buffers *at, long layer, long row, long head, float *scratch,
-                                PairsProduct *product);
+                                const char *next, PairsProduct *product);
     PairsProduct *pairs_product;
     void (*swiglu)(const float *c, long m, float *out, long ldo);
     void (*guide)(const float *cond, const float *uncond, float guidance, long v, float *out);
