@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GUIDED_SHARE = 1.0  #: of the guided divergence, added to the mean of those with and without class: users see guided images
+GUIDED_SHARE = 1.0  #: of the guided divergence, added to the mean of those with and without class
 
 
 def divergence(original: Tensor, other: Tensor) -> Tensor:

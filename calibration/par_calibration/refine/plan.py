@@ -39,7 +39,7 @@ class Plan:
     def of(bundle: Bundle, how: How, kept: frozenset[str], steps: int, seed: int, start: str, **more: Any) -> Plan:
         """The plan of ``steps`` steps. Raises CalibrationError."""
         if not 1 <= steps <= MOST_STEPS:
-            raise CalibrationError(f"--refine {steps}: expected a number of steps from 1 to {MOST_STEPS}, for instance 1200")
+            raise CalibrationError(f"--refine {steps}: expected a number of steps from 1 to {MOST_STEPS}, as 1200")
         count = min(steps * BATCH, MOST_IMAGES)
         labels = np.random.default_rng((seed % 2**63, 1)).permutation(np.arange(count) % bundle.n_classes)
         guidance = bundle.defaults.guidance if bundle.defaults.guidance > 1 else GUIDANCE_OF_UNGUIDED
