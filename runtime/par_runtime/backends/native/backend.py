@@ -25,6 +25,7 @@ from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, closed_e
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.native.decoding import open_decoder
 from par_runtime.backends.native.library import Step, library, why_not
+from par_runtime.backends.native.memory import empty
 from par_runtime.backends.native.weights import Weights, pointers
 from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE_INT8
 from par_runtime.backends.ort.cpu import TIE as TIE_EXACT
@@ -145,7 +146,7 @@ class NativeBackend:
             self._forget_calls()
             if not self._keys.count:  # the old cache is freed first, so that both are never held at once
                 self._cache = self._cache[:, :0].copy()
-            new = np.empty((2 * m["n_layers"], length), self._cache.dtype)
+            new = empty((2 * m["n_layers"], length), self._cache.dtype)
             # Written now, so that the first calls do not fault; layer by layer, so that Ctrl-C is heard in between.
             for layer, keys in zip(new, self._cache, strict=True):
                 layer[: len(keys)], layer[len(keys) :] = keys, 0

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from par_runtime.backends.native.memory import copied, empty
 from par_runtime.dtypes import Float
 from par_runtime.tokenizer_shapes import BEHIND_CODES, CODEBOOK, decoder_layers
 
@@ -139,7 +140,7 @@ class Operations:
             if left < 0:
                 return
             plain = op.weights
-            op.weights = self._keep(np.empty((panels, points, k * PANEL + LANES), np.float32))
+            op.weights = self._keep(empty((panels, points, k * PANEL + LANES), np.float32))
             self._lib.parvis_decoder_transform(plain, panels, k, int(op.kind == UPSAMPLE), op.weights)
             op.transformed = 1
             self._arrays.pop(plain)
@@ -173,7 +174,7 @@ class Operations:
         self._ops.append(Op(kind=kind, height=self._height, width=self._width, **fields))
 
     def _keep(self, array: NDArray[Any]) -> int:
-        array = np.ascontiguousarray(array, np.float32)
+        array = copied(array, np.float32)
         self._arrays[array.ctypes.data] = array
         return array.ctypes.data
 
@@ -208,7 +209,7 @@ class Buffers:
         *lengths, scratch = buffer_sizes(lib, operations, images, threads)
         self.images = images
         lengths.append(threads * scratch)
-        self._arrays = [np.empty(length, np.float32) for length in lengths]  # numpy asks for huge pages
+        self._arrays = [empty(length, np.float32) for length in lengths]
         addresses = [array.ctypes.data for array in self._arrays]
         self._maps = (ctypes.c_void_p * BUFFERS)(*addresses[:BUFFERS])
         self._sums = (ctypes.c_void_p * BUFFERS)(*addresses[BUFFERS : 2 * BUFFERS])

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.backends.native.library import STORED, Matrix, Model, matrix_of
+from par_runtime.backends.native.memory import empty
 from par_runtime.backends.ort.sessions import check_memory
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
 from par_runtime.dtypes import DTYPE, STORAGE, Float, to_float32
@@ -54,7 +55,7 @@ class Weights:
             length = lib.parvis_matrix_bytes(ctypes.byref(packed[name]), *table[name].shape)
             total += -(-length // PAGE_BYTES) * PAGE_BYTES
         check_memory(bundle, total)
-        self._packed = np.empty(total, np.uint8)  # numpy asks the system for huge pages
+        self._packed = empty(total, np.uint8)
         for name, matrix in packed.items():
             stored, scales = table[name], table.get(name + SCALE)
             matrix.data = self._packed.ctypes.data + offsets[name]
