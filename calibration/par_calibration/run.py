@@ -18,7 +18,7 @@ from par_calibration.quantise.layers import Layers, Quantiser, by_gptq
 from par_calibration.record.record import OnDone, RecordOptions, maker_of, plan_of, record
 from par_calibration.record.recording import Recording
 from par_calibration.refine.plan import Plan
-from par_calibration.refine.train import Refined, refine
+from par_calibration.refine.train import Refined, check_memory, refine, training_device
 from par_calibration.report import Budget, LayerError, Options, Report, compare
 from par_export.quantised import check_source, write_bundle
 from par_export.restored import StoredWeights, stored_table
@@ -29,6 +29,7 @@ from par_runtime.checked import shown_path
 from par_runtime.dtypes import ARITHMETICS, Float
 from par_runtime.manifest import KEPT
 from par_runtime.quantised import Quantised
+from par_runtime.request import class_indices
 from par_runtime.system import check_writable, peak_bytes
 
 #: Words of ``--weights`` -> the manifest's.
@@ -234,23 +235,36 @@ def refined(
     began = time.perf_counter()
     on_image, on_matrix, on_step = on
     bundle, seed = recording.bundle, request.record.seed
-    names = [name for name in matrix_names(bundle) if name not in kept]
+    shapes = _shapes(bundle, kept)
     stored = StoredWeights(bundle.path / WEIGHTS, stored_table(bundle))
     start = f"{recording.plan.images} images of {recording.plan.rows_per_image} rows"
-    plan = Plan.of(bundle, how, kept, request.refine, seed, start, threads=request.threads)
+    # Of another quantiser the training would be another one.
+    start += f" by {getattr(quantiser, '__qualname__', type(quantiser).__qualname__)}"
+    plan = Plan.of(
+        bundle, how, kept, request.refine, seed, start, _classes(request, bundle), threads=request.threads
+    )  # fmt: skip
 
     def quantised() -> dict[str, Quantised]:
         out = {}
-        for done, name in enumerate(names, 1):
+        for done, name in enumerate(shapes, 1):
             out[name] = quantiser(name, stored.tensor(name).float().numpy(), recording.rows(name), how)
             if on_matrix is not None:
-                on_matrix(done, len(names))
+                on_matrix(done, len(shapes))
         return out
 
-    shapes = {name: tuple(bundle.weights[name].shape) for name in names}
     trained = refine(bundle, plan, quantised, shapes, recording.folder, say=say, on_image=on_image, on_step=on_step)
     say(f"refined in {plan.steps} steps, {time.perf_counter() - began:.1f} s; {trained.text()}")
     return trained
+
+
+def _classes(request: Request, bundle: Bundle) -> list[int] | None:
+    """The classes of the images that ``--refine`` learns from: those of the recording; None for all."""
+    return None if request.record.labels is None else class_indices(bundle, request.record.labels)
+
+
+def _shapes(bundle: Bundle, kept: frozenset[str]) -> dict[str, tuple[int, ...]]:
+    """Those of the matrices that are quantised, by name."""
+    return {name: tuple(bundle.weights[name].shape) for name in matrix_names(bundle) if name not in kept}
 
 
 def measured_ranges(
@@ -327,6 +341,7 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
         check_groups(bundle, how, kept)
         if request.refine:
             Plan.of(bundle, how, kept, request.refine, request.record.seed, "")
+            check_memory(bundle, _shapes(bundle, kept), training_device())
     reason = why_not(bundle)
     if reason and (request.arithmetic, request.cache) != ("fp32", "fp32"):
         raise CalibrationError(

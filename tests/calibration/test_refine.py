@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +15,10 @@ import torch
 
 from par_calibration.errors import CalibrationError
 from par_calibration.quantise.choice import How, kept_names
+from par_calibration.record.arrays import read_arrays
 from par_calibration.refine import state as on_disk
 from par_calibration.refine import train
+from par_calibration.refine.images import images
 from par_calibration.refine.latent import Latent
 from par_calibration.refine.loss import distance
 from par_calibration.refine.plan import BATCH, Plan
@@ -123,12 +128,12 @@ def test_it_learns_and_a_stopped_training_ends_the_same(
     monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
     with pytest.raises(StopError):
         case.refine(tmp_path / "parts", case.plan(), on_step=stop)
-    images = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("tokens-*")}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("tokens-*")}
     monkeypatch.setattr(train, "SAVE_SECONDS", 60.0)
     lines.clear()
     again = case.refine(tmp_path / "parts", case.plan(), say=lines.append)
     assert lines[0] == f"training: 7 of {STEPS} steps were there"
-    assert images == {path: path.stat().st_mtime_ns for path in images}
+    assert times == {path: path.stat().st_mtime_ns for path in times}
     for name, matrix in whole.items():
         assert (again[name].codes == matrix.codes).all()
         assert (again[name].scales == matrix.scales).all()
@@ -137,18 +142,92 @@ def test_it_learns_and_a_stopped_training_ends_the_same(
 def test_what_is_no_state_of_this_training_is_refused(case: Case, tmp_path: Path) -> None:
     case.refine(tmp_path, case.plan(1))
     file = tmp_path / on_disk.FILE
-    with pytest.raises(CalibrationError, match=r"refine\.pt: is a training of another bundle, or with other --refine"):
+    with pytest.raises(CalibrationError, match=r"refine\.npz: is a training of another bundle, or with other --refine"):
         case.refine(tmp_path, case.plan(2))
     content = file.read_bytes()
     for damaged in (b"", content[: len(content) // 2], b"no training"):
         file.write_bytes(damaged)
-        with pytest.raises(CalibrationError, match=r"refine\.pt: cannot be read as a training; remove it"):
+        with pytest.raises(CalibrationError, match=r"refine\.npz: cannot be read as a training; remove it"):
             case.refine(tmp_path, case.plan(1))
-    file.write_bytes(content)
-    part = tmp_path / "tokens-000000.npy"
+    file.unlink()
+    part = tmp_path / "tokens-000000.npz"
     part.write_bytes(part.read_bytes()[:-8])  # images that are damaged are made again
     case.refine(tmp_path, case.plan(1))
-    assert np.load(part).shape == (BATCH, case.bundle.n_tokens)
+    with np.load(part) as arrays:
+        assert arrays["tokens"].shape == (BATCH, case.bundle.n_tokens)
+
+
+def test_a_hostile_state_is_refused_and_nothing_in_it_is_run(case: Case, tmp_path: Path) -> None:
+    """Whole files whose numbers are none of a training: a shape is compared before anything is allocated."""
+    case.refine(tmp_path, case.plan(2))
+    file = tmp_path / on_disk.FILE
+    with np.load(file) as arrays:
+        good = dict(arrays)
+    name = f"{case.names[0]}.numbers"
+    numbers = good[name]
+    changes: list[dict[str, object]] = [
+        {name: np.full_like(numbers, np.nan)},
+        {name: np.full_like(numbers, 1e9)},
+        {name: numbers[:, :32]},
+        {name: numbers.astype(np.float64)},
+        {name: np.array([print], object)},
+        {f"{name}.exp_avg": np.full_like(numbers, np.inf)},
+        {f"{name}.exp_avg_sq": np.full_like(numbers, -1)},
+        {f"{name}.exp_avg_sq": numbers[:1, :1]},
+        {f"{case.names[0]}.log_scales": np.full_like(numbers[:, :1], 200)},
+        {"step": np.array([3])},
+        {"step": np.array([-1]), "losses": np.zeros(0)},
+        {"losses": np.array([0.1])},
+        {"losses": np.array([0.1, np.nan])},
+    ]
+    for change in changes:
+        np.savez(file, **good | change)
+        with pytest.raises(CalibrationError, match=r"refine\.npz: cannot be read as a training; remove it"):
+            case.refine(tmp_path, case.plan(2))
+    np.savez_compressed(file, **good)
+    with pytest.raises(CalibrationError, match="cannot be read as a training"):
+        case.refine(tmp_path, case.plan(2))
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CalibrationError, match="cannot be read as a training"):
+        case.refine(tmp_path, case.plan(2))
+
+
+def test_a_header_is_not_believed(tmp_path: Path) -> None:
+    """What numpy's own reader answers with gigabytes, or with the errors of a parser."""
+    file = tmp_path / "x.npz"
+    for header in ("{'descr': '<i8', 'fortran_order': False, 'shape': (2000000000000,)}", "(" * 900, "{'descr': ("):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode())
+        with pytest.raises(ValueError, match=r"header that cannot|another shape"):
+            read_arrays(file, {"a": ("int64", (4,))})
+    np.savez(file, a=np.arange(4))
+    assert read_arrays(file, {"a": ("int64", (None,))})["a"].tolist() == [0, 1, 2, 3]
+    content = bytearray(file.read_bytes())
+    content[content.index(b"\x02\0\0\0\0\0\0\0\x03")] = 7
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="not a file of arrays: Bad CRC"):
+        read_arrays(file, {"a": ("int64", (4,))})
+
+
+def test_images_of_another_training_are_made_again(case: Case, tmp_path: Path) -> None:
+    """12 steps learn from other classes than 6, and as many images lie in the first file."""
+    first, second = case.plan(6), case.plan(12)
+    assert first.labels != second.labels[:24]
+    images(case.bundle, first, tmp_path)
+    reused = images(case.bundle, second, tmp_path)
+    assert (reused == images(case.bundle, second, tmp_path / "fresh")).all()
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokens-*")}
+    assert (images(case.bundle, second, tmp_path) == reused).all()
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("tokens-*")}
+
+
+def test_images_are_of_the_classes_that_are_asked_for(case: Case) -> None:
+    how = How("int4", 64, "float16")
+    assert set(Plan.of(case.bundle, how, case.kept, 2, 0, "", [1]).labels) == {1}
+    two = Plan.of(case.bundle, how, case.kept, 2, 0, "", [0, 2])
+    assert sorted(two.labels) == [0] * 4 + [2] * 4
+    assert two.text() != Plan.of(case.bundle, how, case.kept, 2, 0, "").text()
 
 
 def test_every_image_is_seen_before_one_is_seen_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +235,8 @@ def test_every_image_is_seen_before_one_is_seen_again(case: Case, monkeypatch: p
     plan = case.plan(6)
     assert plan.images == 12
     seen = np.concatenate([plan.batch(step) for step in range(6)])
-    for images in (seen[:12], seen[12:]):
-        assert sorted(images) == list(range(12))
+    for half in (seen[:12], seen[12:]):
+        assert sorted(half) == list(range(12))
     assert (seen[:12] != seen[12:]).any()
     assert {plan.labels.count(label) for label in range(3)} == {12 // case.bundle.n_classes}
 

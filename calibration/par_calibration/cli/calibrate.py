@@ -91,6 +91,8 @@ def _request(args: argparse.Namespace) -> Request:
 
     if args.weights is None and not args.ranges:
         raise RequestError("--weights: what to do is missing; give int8, int4, or keep with --arithmetic or --cache")
+    if args.ranges and args.refine is not None:
+        raise RequestError("--refine: --ranges only measures, and quantises no matrix; leave one of them out")
     options.check_counts(args, "images", "samples", "threads", "held_out", "refine")
     if args.generated is not None and args.generated < 0:
         raise RequestError(f"--generated {args.generated}: expected 0 or more")

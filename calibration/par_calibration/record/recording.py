@@ -30,7 +30,7 @@ ABOUT = "recording.json"
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 FORMAT = 1
 #: What else may lie in the folder: rows of images, and what ``refine`` keeps there.
-FILES = ("image-*.npz", "tokens-*.npy", "refine.pt")
+FILES = ("image-*.npz", "tokens-*.npz", "refine.npz")
 
 
 @dataclass(frozen=True)

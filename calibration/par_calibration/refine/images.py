@@ -1,16 +1,19 @@
 """The images that a model learns from: drawn by the original with the runtime, with and without guidance in turn.
 
-They are made some at a time, and each part has a file of its own that appears when it is complete.
+They are made some at a time, and each part has a file of its own that appears when it is complete. It says what it is
+of: those of another training, with other classes, are made again.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from par_calibration.record.recording import UNREADABLE
+from par_calibration.record.arrays import Form, read_arrays
 from par_calibration.refine.plan import Plan
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
@@ -29,7 +32,7 @@ def images(bundle: Bundle, plan: Plan, folder: Path, on_image: Callable[[int, in
     Raises BundleError, MemoryError, OSError.
     """
     parts = [slice(i, min(i + AT_ONCE, plan.images)) for i in range(0, plan.images, AT_ONCE)]
-    found = [_read(folder, part, bundle) for part in parts]
+    found = [_read(folder, part, plan, bundle) for part in parts]
     missing = [i for i, tokens in enumerate(found) if tokens is None]
     if missing:
         with Pipeline.load(bundle.path, "cpu", threads=plan.threads, selftest=False) as pipeline:
@@ -37,7 +40,7 @@ def images(bundle: Bundle, plan: Plan, folder: Path, on_image: Callable[[int, in
                 if on_image is not None:
                     on_image(done * AT_ONCE, plan.images)
                 found[i] = tokens = _make(pipeline, plan, parts[i], i)
-                _write(folder, parts[i], tokens)
+                _write(folder, parts[i], plan, tokens)
         if on_image is not None:
             on_image(plan.images, plan.images)
     return np.concatenate([tokens for tokens in found if tokens is not None])
@@ -53,23 +56,34 @@ def _make(pipeline: Pipeline, plan: Plan, part: slice, index: int) -> Int:
 
 
 def _file(folder: Path, part: slice) -> Path:
-    return folder / f"tokens-{part.start:06}.npy"
+    return folder / f"tokens-{part.start:06}.npz"
 
 
-def _read(folder: Path, part: slice, bundle: Bundle) -> Int | None:
-    """The tokens of ``part``; None where they are not there, or cannot be these."""
+def _made_from(plan: Plan, part: slice) -> NDArray[np.uint8]:
+    """All that decides the tokens of ``part``."""
+    text = json.dumps([plan.bundle, plan.seed, plan.guidance, plan.labels[part]])
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def _read(folder: Path, part: slice, plan: Plan, bundle: Bundle) -> Int | None:
+    """The tokens of ``part``; None where they are not there, or are not these."""
+    of = _made_from(plan, part)
+    forms: dict[str, Form] = {
+        "made_from": ("uint8", of.shape),
+        "tokens": ("int64", (part.stop - part.start, bundle.n_tokens)),
+    }
     try:
-        tokens = np.load(_file(folder, part))
-    except UNREADABLE:
+        arrays = read_arrays(_file(folder, part), forms)
+    except (ValueError, OSError):
         return None
-    shape = (part.stop - part.start, bundle.n_tokens)
-    fits = tokens.shape == shape and tokens.dtype == np.int64
-    return tokens if fits and tokens.min() >= 0 and tokens.max() < bundle.vocab_size else None
+    tokens: Int = arrays["tokens"]
+    fits = np.array_equal(arrays["made_from"], of) and tokens.min() >= 0 and tokens.max() < bundle.vocab_size
+    return tokens if fits else None
 
 
-def _write(folder: Path, part: slice, tokens: Int) -> None:
+def _write(folder: Path, part: slice, plan: Plan, tokens: Int) -> None:
     def save(path: Path) -> None:
         with path.open("wb") as file:
-            np.save(file, tokens)
+            np.savez(file, made_from=_made_from(plan, part), tokens=tokens)
 
     write_beside(_file(folder, part), save)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,12 +37,22 @@ class Plan:
     threads: int | None = None
 
     @staticmethod
-    def of(bundle: Bundle, how: How, kept: frozenset[str], steps: int, seed: int, start: str, **more: Any) -> Plan:
-        """The plan of ``steps`` steps. Raises CalibrationError."""
+    def of(
+        bundle: Bundle,
+        how: How,
+        kept: frozenset[str],
+        steps: int,
+        seed: int,
+        start: str,
+        classes: Sequence[int] | None = None,
+        **more: Any,
+    ) -> Plan:
+        """The plan of ``steps`` steps; ``classes`` of its images (default: all) take turns. Raises CalibrationError."""
         if not 1 <= steps <= MOST_STEPS:
             raise CalibrationError(f"--refine {steps}: expected a number of steps from 1 to {MOST_STEPS}, as 1200")
         count = min(steps * BATCH, MOST_IMAGES)
-        labels = np.random.default_rng((seed % 2**63, 1)).permutation(np.arange(count) % bundle.n_classes)
+        turns = np.resize(np.arange(bundle.n_classes) if classes is None else np.array(classes), count)
+        labels = np.random.default_rng((seed % 2**63, 1)).permutation(turns)
         guidance = bundle.defaults.guidance if bundle.defaults.guidance > 1 else GUIDANCE_OF_UNGUIDED
         return Plan(
             bundle.hash, steps, seed, guidance, tuple(map(int, labels)), how.dtype, how.group, tuple(sorted(kept)),

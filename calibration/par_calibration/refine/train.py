@@ -23,7 +23,7 @@ from par_calibration.refine.images import images
 from par_calibration.refine.latent import Latent
 from par_calibration.refine.loss import distance
 from par_calibration.refine.plan import BATCH, Plan
-from par_calibration.refine.state import State, load, save
+from par_calibration.refine.state import MOMENTS, Moments, State, check_room, load, save
 from par_export.restored import model_state, read_weights, restored_model
 from par_model.manifest import config_from_manifest, read_manifest
 from par_runtime.backends.native.library import library
@@ -77,15 +77,36 @@ def refine(
 
     Raises CalibrationError, BundleError, MemoryError, OSError.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _check_memory(bundle, shapes, device)
+    device = training_device()
     state = load(plan, folder, shapes, device)
+    if state is None or state.step < plan.steps:
+        check_memory(bundle, shapes, device)
+        check_room(plan, folder, shapes, bundle.n_tokens)
+        state = _trained(bundle, plan, start, shapes, folder, device, state, say, on_image, on_step)
+    else:
+        say(f"training: all {plan.steps} steps were there")
+    stored = DTYPE[bundle.precision]
+    return Refined({name: latent.quantised(stored) for name, latent in state.latents.items()}, tuple(state.losses))
+
+
+def _trained(
+    bundle: Bundle,
+    plan: Plan,
+    start: Callable[[], Mapping[str, Quantised]],
+    shapes: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    device: torch.device,
+    state: State | None,
+    say: Callable[[str], object],
+    on_image: Callable[[int, int], object] | None,
+    on_step: Callable[[int, int], object] | None,
+) -> State:
     tokens = images(bundle, plan, folder, on_image)
     weights = read_weights(bundle)
     if state is None:
         codes = start()
         state = State({n: Latent.of(codes[n], weights[n].to(device).float()) for n in shapes})
-    elif state.step:
+    else:
         say(f"training: {state.step} of {plan.steps} steps were there")
     before = torch.get_num_threads()
     torch.set_num_threads(plan.threads or before)
@@ -93,8 +114,12 @@ def refine(
         _train(_Models(bundle, weights, state.latents, device), state, plan, tokens, folder, say, on_step)
     finally:
         torch.set_num_threads(before)
-    stored = DTYPE[bundle.precision]
-    return Refined({name: latent.quantised(stored) for name, latent in state.latents.items()}, tuple(state.losses))
+    return state
+
+
+def training_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Models:
@@ -152,8 +177,10 @@ def _train(
     numbers, scales = zip(*(latent.trained for latent in state.latents.values()), strict=True)
     groups = [{"params": list(numbers), "rate": RATE}, {"params": list(scales), "rate": SCALES_RATE}]
     optimiser = torch.optim.Adam(groups, lr=RATE, betas=(0.9, 0.99), fused=True)
-    if state.optimiser is not None:
-        optimiser.load_state_dict(state.optimiser)
+    if state.moments is not None:
+        for name, latent in state.latents.items():
+            for values, moments in zip(latent.trained, state.moments[name], strict=True):
+                optimiser.state[values] = {"step": torch.tensor(float(state.step), device=models.device), **moments}
     saved = time.monotonic()
     while state.step < plan.steps:
         stop_at_the_end()
@@ -172,13 +199,18 @@ def _train(
         state.step += 1
         state.losses.append(loss)
         if time.monotonic() > saved + SAVE_SECONDS or state.step == plan.steps:
-            state.optimiser = optimiser.state_dict()
+            state.moments = {name: _moments(optimiser, latent) for name, latent in state.latents.items()}
             save(state, plan, folder)
             recent = float(np.mean(state.losses[-20:]))
             say(f"training: {state.step} of {plan.steps} steps, divergence {recent:.4f} (mean of the last 20)")
             saved = time.monotonic()
     if on_step is not None:
         on_step(plan.steps, plan.steps)
+
+
+def _moments(optimiser: torch.optim.Optimizer, latent: Latent) -> tuple[Moments, Moments]:
+    numbers, scales = ({key: optimiser.state[x][key] for key in MOMENTS} for x in latent.trained)
+    return numbers, scales
 
 
 def rate_share(step: int, steps: int) -> float:
@@ -196,7 +228,8 @@ def needed_bytes(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return NUMBER_BYTES * numbers + positions * (LOGIT_BYTES * bundle.vocab_size + layer)
 
 
-def _check_memory(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+def check_memory(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
+    """Raise CalibrationError where a training takes more memory than there is."""
     needed = needed_bytes(bundle, shapes)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if free is not None and needed > free:
