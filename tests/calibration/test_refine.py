@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,6 +195,19 @@ def test_a_hostile_state_is_refused_and_nothing_in_it_is_run(case: Case, tmp_pat
         case.refine(tmp_path, case.plan(2))
 
 
+def test_a_full_disk_is_known_before_images_are_made(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for the file twice (each number and its two moments), and for the tokens."""
+    needed = 2 * 12 * sum(k * n for k, n in case.shapes.values()) + 8 * case.bundle.n_tokens * 8
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(CalibrationError, match=r"a training of 0 million codes needs 0\.\d MB"):
+        case.refine(tmp_path, case.plan(2))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    case.refine(tmp_path, case.plan(2))
+
+
 def test_a_header_is_not_believed(tmp_path: Path) -> None:
     """What numpy's own reader answers with gigabytes, or with the errors of a parser."""
     file = tmp_path / "x.npz"
@@ -268,4 +283,7 @@ def test_the_verb_says_what_it_did_and_what_it_cannot_do(
     monkeypatch.setattr(train, "available_bytes", lambda: 10**5)
     assert run("--weights", "int4", "--refine", 3, "--force", "--work", tmp_path / "w") == 2
     assert "GB of memory, 0.0 GB are free; leave --refine out" in capfd.readouterr().err
+    assert not (tmp_path / "w").exists()  # known before anything is recorded
+    assert run("--ranges", "--refine", 3) == 2
+    assert "--refine: --ranges only measures" in capfd.readouterr().err
     assert Bundle.open(out, verify="full").calibration == made  # nothing is lost

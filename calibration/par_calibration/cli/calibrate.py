@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from par_export.cli.common import guarded
 
-    advice = "give an --out in a folder you can write to"
+    advice = "give an --out, or the --work that you named, in a folder you can write to"
     kept = "no bundle was written; --resume goes on with what was recorded"
     return guarded(lambda: run(args), stopped=kept, no_permission=advice, out=args.out)
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Calibrate, printing what is done. Raises what :func:`par_calibration.run.calibrate` raises."""
     request = _request(args)
+    from par_calibration.refine.state import FILE as TRAINING
     from par_calibration.run import OverBudgetError, calibrate
 
     def say(line: str) -> None:
@@ -56,9 +57,11 @@ def run(args: argparse.Namespace) -> int:
         except OverBudgetError as error:
             for line in error.lines:
                 fail(f"beyond the budget: {line}")
+            training = f"; before a training with other ones remove {TRAINING}, which lies there"
             return fail(
                 "the calibration is beyond its budget, so no bundle was written; the report is. What was recorded is "
-                "kept: --resume uses it with other --keep, --group or --weights; --budget changes the limits",
+                "kept: --resume uses it with other --keep, --group or --weights"
+                f"{training if args.refine else ''}; --budget changes the limits",
                 1,
             )
     return 0

@@ -7,8 +7,6 @@ recording is of (the bundle, seeds, labels, counts) stands in ``recording.json``
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_calibration.errors import CalibrationError
+from par_calibration.record.arrays import Form, read_arrays
 from par_calibration.record.rows import Kept, Positions, compact, widened
 from par_runtime.bundle import Bundle, matrix_names
 from par_runtime.checked import load_json, shown
@@ -26,11 +25,10 @@ from par_runtime.dtypes import Float, Int
 from par_runtime.system import write_beside
 
 ABOUT = "recording.json"
-#: What reading a file of arrays raises where it is damaged.
-UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 FORMAT = 1
 #: What else may lie in the folder: rows of images, and what ``refine`` keeps there.
 FILES = ("image-*.npz", "tokens-*.npz", "refine.npz")
+ABOUT_ROWS = ("row", "position", "phase", "kind")  #: the arrays that say what each row is
 
 
 @dataclass(frozen=True)
@@ -146,6 +144,7 @@ class Recording:
             "kind": self.positions.kind[kept.position],
             "phase": self.positions.phase[kept.position],
         }
+        arrays = {name: array.astype(np.int64) for name, array in arrays.items()}
         for name, values in rows.items():
             arrays[name], arrays[f"{name}.scale"] = compact(values)
 
@@ -160,33 +159,29 @@ class Recording:
         may have lost a part of it, and the folder may come from anybody.
         """
         try:
-            with zipfile.ZipFile(self.file(image)) as file:
-                if file.testzip() is not None:
-                    return False
-            with np.load(self.file(image)) as arrays:
-                return self._fits(arrays)
-        except UNREADABLE:
+            return self._fits(read_arrays(self.file(image), self._forms()))
+        except (ValueError, OSError):
             return False
 
-    def _fits(self, arrays: Mapping[str, NDArray[Any]]) -> bool:
-        """Whether ``arrays``, those of one file, are rows of this recording's plan. Raises what reading them raises."""
+    def _forms(self) -> dict[str, Form]:
+        """The arrays of a file."""
         n = self.plan.rows_per_image
-        about = {name: arrays[name] for name in ("row", "position", "phase", "kind")}
-        if any(array.dtype.kind != "i" or array.shape != (n,) for array in about.values()):
-            return False
+        forms: dict[str, Form] = dict.fromkeys(ABOUT_ROWS, ("int64", (n,)))
+        for name in matrix_names(self.bundle):
+            forms[name] = ("float16", (n, self.bundle.weights[name].shape[0]))
+            forms[f"{name}.scale"] = ("float32", (n,))
+        return forms
+
+    def _fits(self, arrays: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether ``arrays``, those of one file, are rows of this recording's plan."""
+        about = {name: arrays[name] for name in ABOUT_ROWS}
         position = about["position"]
         if position.min() < 0 or position.max() >= self.bundle.n_tokens or not np.isin(about["row"], (0, 1)).all():
             return False
         if not all(np.array_equal(about[name], getattr(self.positions, name)[position]) for name in ("phase", "kind")):
             return False
-        for name in matrix_names(self.bundle):
-            rows, scale = arrays[name], arrays[f"{name}.scale"]
-            shapes = ((n, self.bundle.weights[name].shape[0]), (n,))
-            if (rows.shape, scale.shape) != shapes or rows.dtype != "float16" or scale.dtype != "float32":
-                return False
-            if not (np.isfinite(rows).all() and np.isfinite(scale).all()):
-                return False
-        return True
+        numbers = (arrays[key] for name in matrix_names(self.bundle) for key in (name, f"{name}.scale"))
+        return all(np.isfinite(array).all() for array in numbers)
 
     def remove(self) -> None:
         """Remove what a recording and a training wrote, and the folder if nothing else is in it. Raises OSError."""
@@ -201,11 +196,9 @@ class Recording:
     def _each(self, *names: str) -> Iterator[list[NDArray[Any]]]:
         for image in range(self.plan.images):
             try:
-                with np.load(self.file(image)) as file:
-                    yield [file[name] for name in names]
-            except UNREADABLE as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise
+                arrays = read_arrays(self.file(image), {name: self._forms()[name] for name in names})
+                yield [arrays[name] for name in names]
+            except ValueError as error:
                 raise CalibrationError(
                     f"{self.file(image)}: cannot be read ({shown(str(error), 100)[1:-1]}); --resume makes it again"
                 ) from error

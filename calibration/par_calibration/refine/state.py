@@ -16,7 +16,7 @@ from par_calibration.errors import CalibrationError
 from par_calibration.record.arrays import Form, read_arrays
 from par_calibration.refine.latent import Latent
 from par_calibration.refine.plan import Plan
-from par_runtime.system import write_beside
+from par_runtime.system import check_folder_writable, write_beside
 
 FILE = "refine.npz"
 #: What is trained of a matrix, and Adam's moments of each.
@@ -86,12 +86,12 @@ def check_room(plan: Plan, folder: Path, start: Mapping[str, tuple[int, ...]], t
     numbers = sum(k * n for k, n in start.values())
     files = 1 if (folder / FILE).exists() else 2  # a new one is written beside the old one
     needed = files * NUMBER_BYTES * numbers + plan.images * tokens * 8
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder_writable(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CalibrationError(
-            f"{folder}: a training of {numbers / 1e6:.0f} million codes needs {needed / 1e6:.0f} MB there, the disk "
-            f"has {free / 1e6:.0f} MB; free some, or give --work on another disk"
+            f"{folder}: a training of {numbers / 1e6:.0f} million codes needs {needed / 1e6:.1f} MB there, the disk "
+            f"has {free / 1e6:.1f} MB; free some, or give --work on another disk"
         )
 
 

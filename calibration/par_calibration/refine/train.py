@@ -38,10 +38,13 @@ SCALES_RATE = 0.1 * RATE  #: of logarithms of scales
 WARMING = 20  #: steps in which the rate rises; it falls like half a cosine afterwards
 POSITIONS_AT_ONCE = 2048  #: whose activations are in memory together
 SAVE_SECONDS = 60.0
-#: Bytes for each number of a quantised matrix: the original's 4, the number's own 4, its gradient 4, Adam's 8, the
-#: matrix 4, its gradient 4, and copies of both models' in bf16. Measured on models/demo, with what else is there.
-NUMBER_BYTES = 36
-LOGIT_BYTES = 60  #: for each logit of the positions that are in memory together
+#: Bytes for each number of a quantised matrix: the original's 4, and 2 as it is stored; the number's own 4, its
+#: gradient 4, Adam's 8; the matrix 4, its gradient 4; copies in bf16; and what the allocator cannot use again. All of
+#: these were measured, as what a process grows by on a CPU: models/demo, and ten networks that differ in one size each.
+NUMBER_BYTES = 41
+LOGIT_BYTES = 35  #: for each logit of the positions that are in memory together
+FIXED_BYTES = 205_000_000  #: libraries and their threads
+BF16_SHARE = 0.7  #: of the activations in fp32, where products are made in bf16
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,11 @@ def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _bf16_is_fast(device: torch.device) -> bool:
+    dots = library()
+    return device.type == "cuda" or (dots is not None and bool(dots.parvis_dot_products() & 1))
+
+
 class _Models:
     """The original, and the same network with matrices from their latent numbers."""
 
@@ -137,9 +145,7 @@ class _Models:
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """bf16 where this device multiplies it fast; sums stay fp32."""
-        dots = library()
-        fast = self.device.type == "cuda" or (dots is not None and dots.parvis_dot_products() & 1)
-        return torch.autocast(self.device.type, torch.bfloat16) if fast else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if _bf16_is_fast(self.device) else nullcontext()
 
     def gradients(self, plan: Plan, tokens: Int, labels: list[int]) -> float:
         """Set the gradients of all latent numbers, for a batch of ``tokens`` [B,N]; returns the loss."""
@@ -218,19 +224,22 @@ def rate_share(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMING) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def needed_bytes(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """What a training takes in memory, about."""
+def needed_bytes(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]], bf16: bool) -> int:
+    """What a training takes in memory, about; ``bf16``: with products in bf16."""
     images_at_once = min(BATCH, max(1, POSITIONS_AT_ONCE // (2 * bundle.n_tokens)))
     positions = 2 * images_at_once * bundle.n_tokens
     m = bundle.model
-    layer = m["n_layers"] * (40 * m["dim"] + 16 * m["ffn_dim"])  # of fp32 and bf16 activations, kept for gradients
+    # Activations that gradients need, of one position.
+    layer = 40 * m["dim"] + 16 * m["ffn_dim"] + 5 * m["n_heads"] * bundle.n_tokens
+    layers = int(m["n_layers"] * layer * (BF16_SHARE if bf16 else 1))
     numbers = sum(k * n for k, n in shapes.values())
-    return NUMBER_BYTES * numbers + positions * (LOGIT_BYTES * bundle.vocab_size + layer)
+    each = NUMBER_BYTES + (4 if images_at_once < BATCH else 0)  # gradients of the images before
+    return FIXED_BYTES + each * numbers + positions * (LOGIT_BYTES * bundle.vocab_size + layers)
 
 
 def check_memory(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
     """Raise CalibrationError where a training takes more memory than there is."""
-    needed = needed_bytes(bundle, shapes)
+    needed = needed_bytes(bundle, shapes, _bf16_is_fast(device))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if free is not None and needed > free:
         raise CalibrationError(
