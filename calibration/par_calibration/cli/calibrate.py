@@ -41,10 +41,6 @@ def run(args: argparse.Namespace) -> int:
     from par_calibration.refine.state import FILE as TRAINING
     from par_calibration.run import OverBudgetError, calibrate
 
-    def say(line: str) -> None:
-        if not args.quiet:
-            print(printable(line), flush=True)
-
     if args.ranges:
         return _ranges(args, request)
     with (
@@ -52,6 +48,12 @@ def run(args: argparse.Namespace) -> int:
         Bar(args.quiet, unit="matrix") as matrices,
         Bar(args.quiet, unit="step") as steps,
     ):
+
+        def say(line: str) -> None:
+            if not args.quiet:
+                steps.clear()  # the only bar that is there while lines are printed
+                print(printable(line), flush=True)
+
         try:
             calibrate(request, say=say, on_image=images, on_matrix=matrices, on_step=steps)
         except OverBudgetError as error:
@@ -200,7 +202,9 @@ def parser() -> argparse.ArgumentParser:
         "--samples", type=int, metavar="N", help="rows of activations that are kept for each matrix (default: 4096)"
     )
     p.add_argument("--seed", type=int, help="of the first image, recorded and generated (default: 0)")
-    options.add_labels(p, "classes of recorded and generated images, which take turns (default: all)")
+    options.add_labels(
+        p, "classes of recorded, learned and generated images, which take turns (default: all)"
+    )
     p.add_argument(
         "--real",
         type=Path,

@@ -182,6 +182,11 @@ class Bar:
             self._bar.close()
             self._bar = None
 
+    def clear(self) -> None:
+        """Take the bar off the terminal, for a line that is printed now; the next call shows it again."""
+        if self._bar is not None:
+            self._bar.clear()
+
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()

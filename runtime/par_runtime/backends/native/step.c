@@ -96,7 +96,7 @@ typedef void PairsProduct(const uint16_t *x, long ldx, long m, const uint16_t *w
                           long ldc, Ahead fetch);
 
 /* What panel p of `padded` keys prefetches, `bytes` a number: the panels behind it, and behind the last one the values.
-   Neither reads beyond what this call needs: memory is what attention waits for. */
+   Where there are few keys, that is more values than are needed; otherwise nothing that this call does not read. */
 INLINE Ahead ahead_of_keys(const char *panel, const char *values, long p, long padded, long d, long bytes) {
     long panel_bytes = PANEL * d * bytes, step = larger(1, PREFETCH_CACHE_BYTES / panel_bytes);
     long beyond = p / PANEL + step - padded / PANEL;
