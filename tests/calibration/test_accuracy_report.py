@@ -151,7 +151,7 @@ def test_what_is_beyond_the_budget_says_by_how_much_and_what_to_try(report: Repo
     assert "points too low" in lines[0]
     assert "times as much" in lines[1]
     # The head is kept already: its 16 rows are no group. So are most matrices; wqkv stands for what has the most error.
-    advice = "try --keep wqkv, with what is kept already, --refine with 1200 steps or more, --weights int8"
+    advice = "try --keep wqkv, with what is kept already, --refine with 2000 steps or more, --weights int8"
     assert lines[0].endswith(advice)
 
 

@@ -49,7 +49,7 @@ class Plan:
     ) -> Plan:
         """The plan of ``steps`` steps; ``classes`` of its images (default: all) take turns. Raises CalibrationError."""
         if not 1 <= steps <= MOST_STEPS:
-            raise CalibrationError(f"--refine {steps}: expected a number of steps from 1 to {MOST_STEPS}, as 1200")
+            raise CalibrationError(f"--refine {steps}: expected a number of steps from 1 to {MOST_STEPS}, as 2000")
         count = min(steps * BATCH, MOST_IMAGES)
         turns = np.resize(np.arange(bundle.n_classes) if classes is None else np.array(classes), count)
         labels = np.random.default_rng((seed % 2**63, 1)).permutation(turns)

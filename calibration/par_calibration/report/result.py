@@ -125,7 +125,7 @@ class Report:
         if side.group > min(GROUPS):
             tries.append(f"--group {side.group // 2}")
         if side.weights == "int4":
-            tries += ["--refine with 1200 steps or more", "--weights int8"]
+            tries += ["--refine with 2000 steps or more", "--weights int8"]
         return "try " + (", ".join(tries) or "a larger --keep: the page shows the worst layers")
 
     def summary(self) -> dict[str, Any]:
