@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from par_runtime import Pipeline
 from par_runtime.backends import native
 
 SOURCES = Path(native.__file__).parent
@@ -97,3 +102,30 @@ def test_a_source_package_takes_every_header_along(source: str) -> None:
     modules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
     (module,) = (each for each in modules if each["sources"][0].endswith(f"/{source}"))
     assert {Path(path).name for path in module["depends"]} == included(source)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_a_thread_that_wakes_up_is_kept_off_the_cpu_of_the_caller() -> None:
+    """And a set of CPUs that somebody gives it counts from then on."""
+    allowed = os.sched_getaffinity(0)
+    with Pipeline.load(ROOT / "models" / "demo", "cpu", threads=2, selftest=False) as pipeline:
+        before = set(os.listdir("/proc/self/task"))
+        tokens = np.zeros((1, pipeline.bundle.n_tokens), np.int64)
+        pipeline.backend.decode(tokens)
+        [thread] = map(int, set(os.listdir("/proc/self/task")) - before)
+
+        def after_a_pause() -> set[int]:
+            state = Path(f"/proc/self/task/{thread}/stat")
+            while state.read_text().rpartition(")")[2].split()[0] != "S":
+                time.sleep(0.001)
+            pipeline.backend.decode(tokens)
+            return os.sched_getaffinity(thread)
+
+        for _ in range(3):
+            assert len(allowed - after_a_pause()) == 1
+        only = {max(allowed)}
+        os.sched_setaffinity(thread, only)
+        for _ in range(3):
+            assert after_a_pause() == only
+        os.sched_setaffinity(thread, allowed)
+        assert len(allowed - after_a_pause()) == 1

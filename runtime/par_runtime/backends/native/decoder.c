@@ -11,6 +11,7 @@
    The Python side is decoder.py, which turns the sizes of a tokenizer into a list of operations. decoder_plan.h has the
    layouts. */
 
+#define _GNU_SOURCE /* for pool.h; before any header */
 #include <float.h>
 #include <math.h>
 #include <stddef.h>

@@ -20,9 +20,16 @@
    The caller of pool_run() takes part. The other threads sleep between calls, after a short wait for the next one.
    Inside a call they do not sleep: it has hundreds of phases, and waking a thread takes longer than a phase.
 
+   A thread that wakes up is kept off the CPU of the caller. A guest of KVM takes a CPU that is idle for one that its host
+   has taken away, so Linux would let both run on the same CPU, while another one is idle: a decoder's call of 2 ms took
+   4 ms after every pause.
+
    fork() copies the pool into the new process, but none of its threads. There, the next pool_run() starts new ones, and
    pool_close() waits for none. */
 
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* for the CPUs of a thread */
+#endif
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -36,6 +43,19 @@
 #define SPINS_BEFORE_SLEEP 2000 /* after so many looks for the next call, a thread sleeps */
 #define ARGUMENT_BYTES 512      /* the largest argument of a call */
 #define CACHE_LINE 64
+
+#if defined(__linux__)
+typedef cpu_set_t Cpus;
+#else
+typedef int Cpus;
+#endif
+
+/* A thread, without the caller, as the pool sees it. Guarded by the pool's lock. */
+typedef struct {
+    int asleep;
+    Cpus allowed; /* where it may run by what the system or the user has set, */
+    Cpus set;     /* and what was made of that at its last waking: one CPU less */
+} Sleeper;
 
 /* Counters of one phase. The upper half of each is the number of the call, the lower half counts pieces. */
 typedef struct {
@@ -67,6 +87,7 @@ struct Pool {
     Task *task;
     const void *kernels; /* that the task uses: chosen once, as reading the environment is not safe in a thread */
     pthread_t *threads; /* [most_threads]; entry 0 is the caller and is not used */
+    Sleeper *sleepers;  /* [most_threads], as threads */
     Phase *phases;      /* [n_phases] */
     long n_phases;
     pthread_mutex_t lock;
@@ -157,7 +178,9 @@ static void *worker_main(void *argument) {
         Worker worker;
         for (int spins = 0; pthread_mutex_trylock(&pool->lock); spin_wait(&spins)) {
         }
+        pool->sleepers[start.thread].asleep = 1;
         while (pool->call == seen && !pool->closing) pthread_cond_wait(&pool->wake, &pool->lock);
+        pool->sleepers[start.thread].asleep = 0;
         int closing = pool->closing, runs = pool->argument != NULL;
         seen = pool->call;
         if (runs) {
@@ -173,6 +196,27 @@ static void *worker_main(void *argument) {
     }
 }
 
+/* Keeps threads that are asleep off the CPU of the caller. A set of CPUs that somebody else has given a thread since it
+   woke up last is taken as it is, less that CPU. */
+static void make_room(Pool *pool) {
+#if defined(__linux__)
+    int cpu = sched_getcpu();
+    for (int i = 1; i < pool->n_threads; i++) {
+        Sleeper *sleeper = pool->sleepers + i;
+        Cpus now, less;
+        if (!sleeper->asleep || cpu < 0 || pthread_getaffinity_np(pool->threads[i], sizeof now, &now)) continue;
+        if (!CPU_EQUAL(&now, &sleeper->set)) sleeper->allowed = now;
+        less = sleeper->allowed;
+        if (cpu < CPU_SETSIZE) CPU_CLR(cpu, &less);
+        if (!CPU_COUNT(&less)) less = sleeper->allowed; /* it has no other */
+        if (!CPU_EQUAL(&now, &less) && pthread_setaffinity_np(pool->threads[i], sizeof less, &less)) continue;
+        sleeper->set = less;
+    }
+#else
+    (void)pool;
+#endif
+}
+
 /* Starts the threads, in this process: most_threads, or fewer where the system refuses to start more. */
 static void pool_start(Pool *pool) {
     pool->process = getpid();
@@ -183,7 +227,8 @@ static void pool_start(Pool *pool) {
     pool->closing = 0;
     atomic_store(&pool->inside, 0);
     pool->n_threads = 1;
-    for (int i = 1; pool->threads && i < pool->most_threads; i++) {
+    if (pool->sleepers) memset(pool->sleepers, 0, (size_t)pool->most_threads * sizeof(Sleeper));
+    for (int i = 1; pool->threads && pool->sleepers && i < pool->most_threads; i++) {
         Start *start = malloc(sizeof(Start));
         if (!start) break;
         start->pool = pool, start->thread = i;
@@ -203,6 +248,7 @@ static Pool *pool_open(int n_threads, Task *task, const void *kernels) {
     pool->kernels = kernels;
     pool->most_threads = n_threads;
     pool->threads = calloc((size_t)n_threads, sizeof(pthread_t));
+    pool->sleepers = calloc((size_t)n_threads, sizeof(Sleeper));
     pool_start(pool);
     return pool;
 }
@@ -237,6 +283,7 @@ static int pool_run(Pool *pool, const void *argument, size_t bytes, long phases)
         pool->argument = worker.argument;
         pool->argument_bytes = bytes;
         atomic_store_explicit(&pool->call, worker.call, memory_order_release);
+        make_room(pool);
         pthread_mutex_unlock(&pool->lock);
         pthread_cond_broadcast(&pool->wake); /* without the lock, which the threads that wake up take */
     } else atomic_store(&pool->call, worker.call);
@@ -260,6 +307,7 @@ static void pool_close(Pool *pool) {
         pthread_cond_destroy(&pool->wake);
     } /* else the threads are another process's: joining them, or destroying what they wait for, would wait for ever */
     free(pool->threads);
+    free(pool->sleepers);
     free(pool->phases);
     free(pool);
 }

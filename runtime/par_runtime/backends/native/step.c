@@ -18,6 +18,7 @@
    K  inner size of a product      N  columns of a product            F  ffn_dim
    [A][B] is an array of A times B numbers in C order. A matrix "in panels" is [N/PANEL][K][PANEL]. */
 
+#define _GNU_SOURCE /* for pool.h; before any header */
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
