@@ -81,9 +81,9 @@ def open_decoder(files: LoadedFiles, threads: int | None = None) -> Decoder:
     if files.bundle.image_size is not None:
         log.debug("%s: no C decoder: %s", files.bundle.path, why)
     from par_runtime.backends.ort.decoding import OrtDecoder
-    from par_runtime.backends.ort.sessions import session_options
+    from par_runtime.backends.ort.sessions import decoder_options
 
-    return OrtDecoder(files, session_options(threads))
+    return OrtDecoder(files, decoder_options(threads))
 
 
 class NativeDecoder:

@@ -26,6 +26,7 @@ from par_runtime.backends.ort.huge_pages import use_huge_pages
 from par_runtime.backends.ort.sessions import (
     OPSET24_SINCE,
     SPINNING,
+    decoder_options,
     explained,
     fuses,
     lost_in_fork,
@@ -78,7 +79,9 @@ class OrtBackend:
         self._options = options
         self._files = LoadedFiles(bundle)
         self._decoder: Decoder = (
-            OrtDecoder(self._files, options, huge_pages=True) if decoder is None else decoder(self._files)
+            OrtDecoder(self._files, decoder_options(threads), huge_pages=True)
+            if decoder is None
+            else decoder(self._files)
         )
         self.info = BackendInfo(
             runtime="onnxruntime-cpu",

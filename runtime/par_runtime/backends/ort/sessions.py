@@ -33,6 +33,8 @@ Interface = dict[str, tuple[str, tuple[int | str, ...]]]
 OPEN_FILES = Path("/proc/self/fd")
 QUOTES = "'\""
 SPINNING = "session.intra_op.allow_spinning"
+#: "1": threads stop waiting for work in a loop when the last call has returned.
+SPINNING_STOPS = "session.force_spinning_stop"
 ASSIGNMENT = "session.record_ep_graph_assignment_info"
 #: How products of quantised weights (``MatMulNBits``) are computed: "1" in fp32, "4" over activations rounded to int8,
 #: which is ONNX Runtime's own default.
@@ -60,6 +62,14 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
     options.log_severity_level = LOG_SEVERITY
+    return options
+
+
+def decoder_options(threads: int | None) -> ort.SessionOptions:
+    """Options of the session of a decoder: nothing follows its call, so its threads leave the cores at once."""
+    options = session_options(threads)
+    options.add_session_config_entry(SPINNING, "1")
+    options.add_session_config_entry(SPINNING_STOPS, "1")
     return options
 
 
@@ -126,7 +136,7 @@ def _copied(options: ort.SessionOptions) -> ort.SessionOptions:
     own = ort.SessionOptions()
     own.intra_op_num_threads = options.intra_op_num_threads
     own.log_severity_level = options.log_severity_level
-    for entry in (SPINNING, ASSIGNMENT, QUANTISED_ACCURACY, DEQUANTISE):
+    for entry in (SPINNING, SPINNING_STOPS, ASSIGNMENT, QUANTISED_ACCURACY, DEQUANTISE):
         with suppress(RuntimeError):  # an entry that is not set
             own.add_session_config_entry(entry, options.get_session_config_entry(entry))
     return own
