@@ -13,7 +13,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hostile_files
 import pytest
@@ -62,7 +62,8 @@ class Mode(enum.Enum):
         (Stateful(), "Stateful"),
         (Subclass(a=1), "Subclass"),
         (argparse.Namespace(inner=Subclass(a=1)), "Subclass"),
-        (Mode.FAST, "Mode"),
+        # Before Python 3.11.4 an Enum is pickled as getattr of its class.
+        (Mode.FAST, "(getattr)" if cast(Any, Mode.FAST).__reduce_ex__(2)[0] is getattr else "Mode"),
         ([{"deep": (Stateful(),)}], "Stateful"),
     ],
 )
