@@ -16,6 +16,7 @@ from typing import Any
 import hostile
 import numpy as np
 import pytest
+from hostile import Change, put
 
 from par_export.kernels.contents import Contents
 from par_export.quantised import quantised_with, write_bundle
@@ -31,8 +32,6 @@ KEPT = "layers.0.w2"  #: the matrix that stays in fp16
 QUANTISED = "layers.1.wo"  #: int8 [64,64], in groups of 32
 SCALES = QUANTISED + ".scale"
 OTHER = "layers.0.wqkv"
-
-Change = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +59,6 @@ def bundle(source: Path, tmp_path: Path) -> Path:
 def manifest_of(bundle: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
     return manifest
-
-
-def put(path: str, value: Any) -> Change:
-    """A change of one entry, by its place."""
-
-    def change(manifest: Any) -> None:
-        *steps, last = [int(step) if step.isdigit() else step for step in path.split("/")]
-        for step in steps:
-            manifest = manifest[step]
-        manifest[last] = value
-
-    return change
 
 
 def entry(name: str, *changes: Any) -> Change:

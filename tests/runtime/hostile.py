@@ -7,12 +7,13 @@ import json
 import os
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from par_runtime.bundle import canonical_hash
 
+Change = Callable[[dict[str, Any]], object]  #: of a manifest
 #: What replaces a value, whatever it was.
 VALUES: list[Any] = [
     None,
@@ -76,6 +77,18 @@ VALUES: list[Any] = [
 EXTRA = "\x1b[31mextra"
 
 Place = tuple[str | int, ...]
+
+
+def put(path: str, value: Any) -> Change:
+    """A change of one entry, by its place."""
+
+    def change(manifest: Any) -> None:
+        *steps, last = [int(step) if step.isdigit() else step for step in path.split("/")]
+        for step in steps:
+            manifest = manifest[step]
+        manifest[last] = value
+
+    return change
 
 
 def places(value: Any, at: Place = ()) -> Iterator[Place]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import hostile
 import pytest
+from hostile import Change, put
 
 from par_runtime import loaded
 from par_runtime.bundle import Bundle, seal
@@ -116,21 +117,6 @@ def test_no_change_kills_the_process_or_takes_a_gigabyte(bundle: Path, tmp_path:
     loaded, peak = map(int, done.stdout.split())
     assert loaded > count // 10
     assert peak < 2**30
-
-
-Change = Callable[[dict[str, Any]], object]
-
-
-def put(path: str, value: Any) -> Change:
-    """A change of one entry, by its place."""
-
-    def change(manifest: Any) -> None:
-        *steps, last = [int(step) if step.isdigit() else step for step in path.split("/")]
-        for step in steps:
-            manifest = manifest[step]
-        manifest[last] = value
-
-    return change
 
 
 CASES: list[tuple[Change, str]] = [
