@@ -20,9 +20,9 @@
    The caller of pool_run() takes part. The other threads sleep between calls, after a short wait for the next one.
    Inside a call they do not sleep: it has hundreds of phases, and waking a thread takes longer than a phase.
 
-   A thread that wakes up is kept off the CPU of the caller. A guest of KVM takes a CPU that is idle for one that its host
-   has taken away, so Linux would let both run on the same CPU, while another one is idle: a decoder's call of 2 ms took
-   4 ms after every pause.
+   A thread that wakes up is kept off the CPU of the caller. In a virtual machine Linux let both run on the same CPU, while
+   another one was idle: a decoder's call of 2 ms took 4 ms after every pause. Probably a guest of KVM takes an idle CPU
+   for one that its host has taken away.
 
    fork() copies the pool into the new process, but none of its threads. There, the next pool_run() starts new ones, and
    pool_close() waits for none. */
