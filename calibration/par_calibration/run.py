@@ -240,9 +240,7 @@ def refined(
     start = f"{recording.plan.images} images of {recording.plan.rows_per_image} rows"
     # Of another quantiser the training would be another one.
     start += f" by {getattr(quantiser, '__qualname__', type(quantiser).__qualname__)}"
-    plan = Plan.of(
-        bundle, how, kept, request.refine, seed, start, _classes(request, bundle), threads=request.threads
-    )  # fmt: skip
+    plan = Plan.of(bundle, how, kept, request.refine, seed, start, _classes(request, bundle), threads=request.threads)
 
     def quantised() -> dict[str, Quantised]:
         out = {}

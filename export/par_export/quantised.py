@@ -33,7 +33,7 @@ from par_runtime.bundle import HELDOUT, MANIFEST, WEIGHTS, Bundle, seal
 from par_runtime.checked import Mismatch
 from par_runtime.dtypes import DTYPE, Float
 from par_runtime.errors import BundleError
-from par_runtime.manifest import KEPT, MATRICES, check
+from par_runtime.manifest import KEPT, check, matrices_of
 from par_runtime.quantised import LEAST_CODE, MOST_CODE, SCALE, Quantised
 from par_runtime.system import peak_bytes, utf8_name
 
@@ -103,11 +103,6 @@ def stored_scales(scales: Float, stored: str) -> Float:
 def can_quantise(shape: tuple[int, ...], dtype: str, group: int) -> bool:
     """Whether a matrix of ``shape`` [K,N] has whole groups of rows, and columns that fill whole bytes."""
     return shape[0] % group == 0 and (dtype != "int4" or shape[1] % 2 == 0)
-
-
-def matrix_names(config: PARConfig) -> tuple[str, ...]:
-    """The matrices that can be quantised, in the order of the network."""
-    return (*(f"layers.{i}.{name}" for i in range(config.n_layers) for name in MATRICES), "output")
 
 
 def write_bundle(
@@ -204,7 +199,7 @@ def _write_weights(
     dtype: str,
 ) -> list[str]:
     """Stream the tensors of ``source`` into ``weights``; returns the names of the matrices that stay as they are."""
-    matrices = set(matrix_names(config))
+    matrices = set(matrices_of(config.n_layers))
     kept = []
     for name, at in source.table.entries.items():
         quantised = quantise(name, source.tensor(name).float().numpy()) if name in matrices else None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from par_export.bundle import SELFTEST_GUIDANCE, architecture_entries, write_graphs, write_manifest
 from par_export.graphs.writer import WeightTable
-from par_export.quantised import Codes, can_quantise, matrix_names, nearest, stored_scales
+from par_export.quantised import Codes, can_quantise, nearest, stored_scales
 from par_export.weights import WeightsWriter, parameters, write_rotary, write_tokenizer_weights, write_weights
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig, VQConfig, named
@@ -33,6 +33,7 @@ from par_model.vq import VQModel
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError
+from par_runtime.manifest import matrices_of
 from par_runtime.quantised import MOST_CODE, SCALE
 
 #: The sampling settings of benchmarks. Other published settings take the same time, except for greedy ones.
@@ -100,7 +101,7 @@ class _CodesWriter(WeightsWriter):
 
     def __init__(self, path: Path, config: PARConfig, codes: Codes) -> None:
         super().__init__(path)
-        self._matrices, self._codes = frozenset(matrix_names(config)), codes
+        self._matrices, self._codes = frozenset(matrices_of(config.n_layers)), codes
         self.kept: list[str] = []
 
     def add(self, name: str, parts: Iterable[Tensor], dtype: str) -> None:

@@ -21,7 +21,7 @@ from par_runtime.arguments import choice, folder
 from par_runtime.checked import Mismatch, load_json, read_regular, shown, shown_path, why_not_regular
 from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
-from par_runtime.manifest import KEPT, MATRICES, MOST_BYTES, MOST_GRAPH_BYTES, check
+from par_runtime.manifest import KEPT, MOST_BYTES, MOST_GRAPH_BYTES, check, matrices_of
 from par_runtime.places import WEIGHTS as WEIGHTS  # with the names of the other files
 from par_runtime.quantised import MOST_CODE, SCALE
 from par_runtime.system import sha256
@@ -78,8 +78,7 @@ class Call:
 
 def matrix_names(bundle: Bundle) -> list[str]:
     """Every matrix of the step network that can be quantised, in the order of a call."""
-    layers = range(bundle.model["n_layers"])
-    return [*(f"layers.{i}.{matrix}" for i in layers for matrix in MATRICES), "output"]
+    return matrices_of(bundle.model["n_layers"])
 
 
 def image_calls(phases: Sequence[Phase]) -> tuple[Call, ...]:

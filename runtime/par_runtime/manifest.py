@@ -272,6 +272,11 @@ def _check_calibration(m: Value) -> tuple[str, int]:
     return weights, group
 
 
+def matrices_of(n_layers: int) -> list[str]:
+    """Every matrix of the step network that can be quantised, in the order of a call."""
+    return [*(f"layers.{i}.{matrix}" for i in range(n_layers) for matrix in MATRICES), "output"]
+
+
 def _check_quantised(m: Value, n_layers: int, quantised: str, group: int) -> None:
     """The table of weights is what the calibration says: the dtype of quantised matrices, the shape of their scales,
     and which matrices are kept.
@@ -302,8 +307,7 @@ def _check_quantised(m: Value, n_layers: int, quantised: str, group: int) -> Non
         of = name.removesuffix(SCALE)
         if of != name and of not in found:
             raise Mismatch(f"weights has {shown(name, 60)}, and {shown(of, 60)} is not quantised")
-    names = [f"layers.{i}.{matrix}" for i in range(n_layers) for matrix in MATRICES] + ["output"]
-    kept = [name for name in names if name not in found] if quantised != KEPT else []
+    kept = [name for name in matrices_of(n_layers) if name not in found] if quantised != KEPT else []
     if given and sorted(m["calibration"]["kept"].value) != sorted(kept):
         m["calibration"]["kept"].refuse(f"{shown(kept)}, the matrices that are not quantised though others are")
 

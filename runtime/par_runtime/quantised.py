@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from par_runtime.dtypes import STORAGE, Float, to_float32
 
-#: dtype -> the largest code, and the smallest. Of int4 all 16 are used: one more than 15 is a tenth less error. Of int8
-#: -128 is not: the C kernels read sign and magnitude in 8 bits, and one of 256 is no loss.
+#: dtype -> the largest code, and the smallest. Of int4 all 16 are used: with 15 the demo's divergence is a seventh
+#: larger. Of int8 -128 is not: the C kernels read sign and magnitude in 8 bits, and one of 256 is no loss.
 MOST_CODE = {"int8": 127, "int4": 7}
 LEAST_CODE = {"int8": -127, "int4": -8}
 #: What a group of rows may be: a multiple of what the C kernels and GPU tiles take at a time.

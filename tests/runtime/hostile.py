@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from par_runtime.bundle import canonical_hash
+import pytest
+
+from par_runtime.bundle import Bundle, FileCheck, canonical_hash, seal
+from par_runtime.errors import BundleError
 
 Change = Callable[[dict[str, Any]], object]  #: of a manifest
 #: What replaces a value, whatever it was.
@@ -189,6 +192,16 @@ def check_line(error: Exception) -> None:
     text = str(error)
     assert len(text) < 1000, text
     assert text.isprintable(), text
+
+
+def check_refused(bundle: Path, change: Change, message: str, verify: FileCheck = "auto") -> None:
+    """``bundle`` with ``change`` in its manifest, sealed again, is refused with one line that matches ``message``."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest)
+    write(bundle, seal(manifest))
+    with pytest.raises(BundleError, match=message) as caught:
+        Bundle.open(bundle, verify=verify)
+    check_line(caught.value)
 
 
 # -- what is no file --------------------------------------------------------------------------------------------------

@@ -202,9 +202,7 @@ def parser() -> argparse.ArgumentParser:
         "--samples", type=int, metavar="N", help="rows of activations that are kept for each matrix (default: 4096)"
     )
     p.add_argument("--seed", type=int, help="of the first image, recorded and generated (default: 0)")
-    options.add_labels(
-        p, "classes of recorded, learned and generated images, which take turns (default: all)"
-    )
+    options.add_labels(p, "classes of recorded, learned and generated images, which take turns (default: all)")
     p.add_argument(
         "--real",
         type=Path,

@@ -82,42 +82,26 @@ def refine(
     """
     device = training_device()
     state = load(plan, folder, shapes, device)
-    if state is None or state.step < plan.steps:
+    if state is not None and state.step == plan.steps:
+        say(f"training: all {plan.steps} steps were there")
+    else:
         check_memory(bundle, shapes, device)
         check_room(plan, folder, shapes, bundle.n_tokens)
-        state = _trained(bundle, plan, start, shapes, folder, device, state, say, on_image, on_step)
-    else:
-        say(f"training: all {plan.steps} steps were there")
+        tokens = images(bundle, plan, folder, on_image)
+        weights = read_weights(bundle)
+        if state is None:
+            codes = start()
+            state = State({n: Latent.of(codes[n], weights[n].to(device).float()) for n in shapes})
+        else:
+            say(f"training: {state.step} of {plan.steps} steps were there")
+        before = torch.get_num_threads()
+        torch.set_num_threads(plan.threads or before)
+        try:
+            _train(_Models(bundle, weights, state.latents, device), state, plan, tokens, folder, say, on_step)
+        finally:
+            torch.set_num_threads(before)
     stored = DTYPE[bundle.precision]
     return Refined({name: latent.quantised(stored) for name, latent in state.latents.items()}, tuple(state.losses))
-
-
-def _trained(
-    bundle: Bundle,
-    plan: Plan,
-    start: Callable[[], Mapping[str, Quantised]],
-    shapes: Mapping[str, tuple[int, ...]],
-    folder: Path,
-    device: torch.device,
-    state: State | None,
-    say: Callable[[str], object],
-    on_image: Callable[[int, int], object] | None,
-    on_step: Callable[[int, int], object] | None,
-) -> State:
-    tokens = images(bundle, plan, folder, on_image)
-    weights = read_weights(bundle)
-    if state is None:
-        codes = start()
-        state = State({n: Latent.of(codes[n], weights[n].to(device).float()) for n in shapes})
-    else:
-        say(f"training: {state.step} of {plan.steps} steps were there")
-    before = torch.get_num_threads()
-    torch.set_num_threads(plan.threads or before)
-    try:
-        _train(_Models(bundle, weights, state.latents, device), state, plan, tokens, folder, say, on_step)
-    finally:
-        torch.set_num_threads(before)
-    return state
 
 
 def training_device() -> torch.device:

@@ -15,7 +15,7 @@ from par_export.kernels.tiles import NUMBERS, ProductTile, Storage, Tiles, panel
 from par_model.config import PARConfig
 from par_runtime.backends.program import Pointer, Weight
 from par_runtime.bundle import Stored
-from par_runtime.manifest import MATRICES, NORMS, STORED_BYTES
+from par_runtime.manifest import NORMS, STORED_BYTES, matrices_of
 from par_runtime.quantised import SCALE
 
 #: precision -> type of a pointer. fp32 is for tests, which compare a whole engine's tokens with those of a CPU.
@@ -117,8 +117,7 @@ def add_weights(planned: Planned, sizes: StepSizes, stored: Mapping[str, Stored]
     """The entries of all weights, and the kernels that pack them."""
     for name in ("embed", "cos", "sin"):
         planned.weights[name] = Weight(stored[name].length, stored[name], 0, None)
-    names = [f"layers.{i}.{matrix}" for i in range(sizes.layers) for matrix in MATRICES] + ["output"]
-    for name in names:
+    for name in matrices_of(sizes.layers):
         matrix = name.rpartition(".")[2]
         tile = tiles.of(PRODUCTS[matrix], storage_of(stored, name))
         k, n = sizes.matrices[matrix]

@@ -15,7 +15,7 @@ def empty(shape: int | tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     """An array of ``shape``, not filled, at a multiple of :data:`LINE_BYTES`.
 
     numpy begins large arrays 16 bytes behind one, and then every vector lies in two lines: the decoder of the demo took
-    a quarter longer. numpy asks the system for huge pages here as well. Raises MemoryError.
+    6 % longer. numpy asks the system for huge pages here as well. Raises MemoryError.
     """
     sizes = (shape,) if isinstance(shape, int) else shape
     size = math.prod(sizes) * np.dtype(dtype).itemsize
