@@ -181,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         metavar="STEPS",
         help="then train codes and scales, all matrices together, for so many steps of four generated images, until "
-        "the distributions are closer to the original's; int4 gains most (default: none; 2000 is a good number)",
+        "the distributions are closer to the original's; meant for int4 (default: none; 2000 is a good number)",
     )
     p.add_argument(
         "--arithmetic",
