@@ -92,6 +92,10 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "XXL": (1536, 48, 24),
     "3B": (3200, 24, 32),
 }
+#: The video model of table 3: "792 M" is all that is published of its sizes. **(Ours)**: of the widths that the paper's
+#: own models have, 1536 (PAR-XXL's blocks) with 21 layers comes nearest, 791.4 M; XL's blocks give 793.9 M with 31.
+VIDEO_SIZE = (1536, 21, 24)
+VIDEO_GRID, VIDEO_CODES, VIDEO_CLASSES = (5, 16, 16), 64000, 101  #: 17 frames of 128x128; FSQ's codes; UCF-101
 
 
 def named(size: str, **changes: Any) -> PARConfig:
@@ -130,3 +134,58 @@ class VQConfig:
     def downsampling(self) -> int:
         """Pixels per code in each direction."""
         return int(2 ** (len(self.channel_multipliers) - 1))
+
+
+@dataclass(frozen=True)
+class VideoTokenizerConfig:
+    """Architecture of the video tokenizer. The defaults are the published one: 370,372,105 parameters, 64,000 codes.
+
+    Level i has ``widths[i]`` channels and ``res_blocks`` residual units (the last one ``last_blocks``); between level i
+    and i + 1 frames, rows and columns shrink by ``strides[i]``, each 1 or 2. ``levels`` are those of FSQ: how many
+    values each number of a code has. An id is ``sum(digit[i] * prod(levels[:i]))``, and number i of its code is
+    ``(digit - level // 2) / (level // 2)``. Raises ValueError for numbers that do not fit each other.
+    """
+
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
+    widths: tuple[int, ...] = (128, 256, 256, 512)
+    strides: tuple[tuple[int, int, int], ...] = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
+    res_blocks: int = 4
+    last_blocks: int = 8
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        object.__setattr__(self, "widths", tuple(self.widths))
+        object.__setattr__(self, "strides", tuple(tuple(stride) for stride in self.strides))
+        if not self.levels or min(self.levels) < 2:
+            raise ValueError(f"levels={self.levels}; expected one or more numbers, each at least 2")
+        if len(self.strides) != len(self.widths) - 1:
+            raise ValueError(
+                f"{len(self.widths)} widths and {len(self.strides)} strides; expected a stride between each two levels"
+            )
+        for stride in self.strides:
+            if len(stride) != 3 or stride[0] not in (1, 2) or stride[1:] != (2, 2):
+                raise ValueError(f"stride {stride}; expected (1, 2, 2), or (2, 2, 2) where time shrinks too")
+        for width in self.widths:
+            if width < 1 or width % self.norm_groups:
+                raise ValueError(f"width {width} is not a multiple of norm_groups={self.norm_groups}")
+        if min(self.res_blocks, self.last_blocks) < 1:
+            raise ValueError(f"res_blocks={self.res_blocks}, last_blocks={self.last_blocks}; expected at least 1")
+
+    def blocks(self, level: int) -> int:
+        """Residual units of a level."""
+        return self.last_blocks if level == len(self.widths) - 1 else self.res_blocks
+
+    @property
+    def codebook_size(self) -> int:
+        """V, the number of codes."""
+        return math.prod(self.levels)
+
+    @property
+    def downsampling(self) -> tuple[int, int]:
+        """Frames per latent frame, behind the first one; pixels per code in each direction."""
+        return math.prod(stride[0] for stride in self.strides), int(2 ** len(self.strides))
+
+    def frames(self, latent: int) -> int:
+        """Frames of a clip of ``latent`` latent frames: the first one is a single frame."""
+        return 1 + (latent - 1) * self.downsampling[0]
