@@ -21,6 +21,7 @@ import torch
 from par_export import imagenet
 from par_export.errors import ExportError
 from par_export.fp16 import FP16_MAX, largest_in
+from par_export.graphs import video
 from par_export.graphs.decoder import HALF_DECODER, decoder_graph
 from par_export.graphs.encoder import encoder_graph
 from par_export.graphs.sampling import SamplingVariant
@@ -28,9 +29,15 @@ from par_export.graphs.step import COMPATIBLE_STEP, io_table, padded_head_dim, s
 from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, Graph, WeightTable
 from par_export.staging import staging
-from par_export.weights import WeightsWriter, parameter_count, write_tokenizer_weights, write_weights
+from par_export.weights import (
+    WeightsWriter,
+    parameter_count,
+    write_tokenizer_weights,
+    write_video_weights,
+    write_weights,
+)
 from par_model.checkpoint import Checkpoint, CheckpointError, Kind, downsampling, infer, open_checkpoint, vq_config
-from par_model.config import PARConfig, VQConfig
+from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig
 from par_model.manifest import phase_entries
 from par_model.ordering import phases, token_order
 from par_runtime import __version__
@@ -38,9 +45,12 @@ from par_runtime.bundle import MANIFEST, SCHEMA, WEIGHTS, Stored, seal
 from par_runtime.checked import Mismatch, Value, shown
 from par_runtime.dtypes import DTYPE, FLOAT32_MAX, MOST_GUIDANCE
 from par_runtime.manifest import MOST_CLASS_NAME, MOST_NAME, check
+from par_runtime.manifest_video import FIRST, NEXT, VIDEO
 from par_runtime.system import peak_bytes, sha256, utf8_name
 from par_runtime.tokenizer_shapes import decoder_shapes
+from par_runtime.video_shapes import past_shapes
 
+Tokenizer = VQConfig | VideoTokenizerConfig
 SELFTEST_GUIDANCE = 1.5  #: guidance of the greedy images that the gate compares and the runtime's self-test repeats
 
 
@@ -72,6 +82,7 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     # Here: a bundle of random weights, which has no gate, is written without ONNX Runtime.
     from par_export.gate import model as model_gate
     from par_export.gate import tokenizer as tokenizer_gate
+    from par_export.gate import video as video_gate
 
     started = time.monotonic()
     if request.precision not in DTYPE:
@@ -89,7 +100,10 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     opened = None if request.tokenizer is None else _open_tokenizer(request, request.tokenizer, checkpoint)
     vq_file, vq = opened or (None, None)
     inferred = infer(
-        checkpoint, heads=request.heads, grid=request.grid, pixels_per_token=None if vq is None else vq.downsampling
+        checkpoint,
+        heads=request.heads,
+        grid=request.grid,
+        pixels_per_token=vq.downsampling if isinstance(vq, VQConfig) else None,
     )
     config = inferred.config
     for file in [checkpoint] if vq_file is None else [checkpoint, vq_file]:
@@ -117,7 +131,9 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
         weights = WeightsWriter(folder / WEIGHTS)
         try:
             write_weights(weights, config, checkpoint, dtype)
-            if vq_file is not None:
+            if vq_file is not None and isinstance(vq, VideoTokenizerConfig):
+                write_video_weights(weights, vq_file, vq, dtype, request.encoder)
+            elif vq_file is not None:
                 write_tokenizer_weights(weights, vq_file, dtype, request.encoder)
         finally:
             weights.close()
@@ -128,7 +144,10 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
         if not any(checked["parity"]["largest"]["logits"]):
             say(f"warning: {request.checkpoint}: every logit is 0, as before a training: images will be noise")
         if vq is not None and vq_file is not None:
-            checked["parity"] |= tokenizer_gate.gate(folder, config, vq, vq_file, dtype, graphs)
+            if isinstance(vq, VideoTokenizerConfig):
+                checked["parity"] |= video_gate.gate(folder, config, vq, vq_file, dtype, graphs)
+            else:
+                checked["parity"] |= tokenizer_gate.gate(folder, config, vq, vq_file, dtype, graphs)
             if why := checked["parity"][HALF_DECODER].get("why"):
                 say(f"{HALF_DECODER}.onnx is left out, images are decoded in fp32: {why}")
         entries = {"name": name, "precision": request.precision, "defaults": defaults}
@@ -143,7 +162,7 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     return request.out
 
 
-def _open_tokenizer(request: ExportRequest, path: Path, checkpoint: Checkpoint) -> tuple[Checkpoint, VQConfig]:
+def _open_tokenizer(request: ExportRequest, path: Path, checkpoint: Checkpoint) -> tuple[Checkpoint, Tokenizer]:
     """The tokenizer at ``path``. A file with one set of weights has it taken, whatever the transformer's file holds.
 
     Raises CheckpointError.
@@ -159,26 +178,48 @@ def _open_tokenizer(request: ExportRequest, path: Path, checkpoint: Checkpoint) 
             f"{checkpoint.path} is a tokenizer and {path} is a model; swap them: --checkpoint {path} --tokenizer "
             f"{checkpoint.path}"
         )
-    return file, vq_config(file)
+    return file, _video_config(file) if is_video(file) else vq_config(file)
 
 
-def _check_tokenizer(path: Path, vq: VQConfig, config: PARConfig, checkpoint: Checkpoint) -> None:
+def is_video(file: Checkpoint) -> bool:
+    """Whether ``file`` holds a video tokenizer."""
+    return "decoder_layers.0.conv.weight" in file.tensors
+
+
+def _video_config(file: Checkpoint) -> VideoTokenizerConfig:
+    given = {key: value for key, value in file.config.items() if key != "kind"}
+    return VideoTokenizerConfig(**given)
+
+
+def _check_tokenizer(path: Path, vq: Tokenizer, config: PARConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError or ExportError where the tokenizer at ``path`` is not the one of the model."""
     if vq.codebook_size != config.vocab_size:
         raise CheckpointError(
             f"{path}: has {vq.codebook_size} codes, the model was trained on {config.vocab_size}; "
             "give the tokenizer whose codes the model was trained on"
         )
-    check_downsampling(path, vq, checkpoint)
+    grid = "x".join(map(str, config.grid))
+    if isinstance(vq, VideoTokenizerConfig):
+        if config.grid[0] == 1:
+            raise ExportError(
+                f"{path}: is a video tokenizer, and grid {grid} has one frame; give an image tokenizer, or none"
+            )
+        return
     if config.grid[0] != 1:
-        raise ExportError("a video grid takes no image tokenizer; give --tokenizer none")
+        raise ExportError(
+            f"{path}: is an image tokenizer, and grid {grid} is of video; give a video tokenizer, or --tokenizer none"
+        )
+    check_downsampling(path, vq, checkpoint)
 
 
-def _pixels(config: PARConfig, vq: VQConfig | None) -> str:
+def _pixels(config: PARConfig, vq: Tokenizer | None) -> str:
     """The image's size in words, where a tokenizer says it."""
     if vq is None:
         return ""
-    _, h, w = config.grid
+    t, h, w = config.grid
+    if isinstance(vq, VideoTokenizerConfig):
+        side = vq.downsampling[1]
+        return f", clips of {vq.frames(t)} frames of {w * side}x{h * side} pixels"
     return f", images of {w * vq.downsampling}x{h * vq.downsampling} pixels"
 
 
@@ -235,10 +276,9 @@ def _check_text(what: str, text: str, most: int) -> None:
 
 
 def architecture_entries(
-    config: PARConfig, vq: VQConfig | None, graphs: Mapping[str, Any], parameters: int, weights: WeightTable
+    config: PARConfig, vq: Tokenizer | None, graphs: Mapping[str, Any], parameters: int, weights: WeightTable
 ) -> dict[str, Any]:
     """The manifest's entries that follow from the architecture and the graphs."""
-    _, h, w = config.grid
     return {
         "model": _model_entry(config, parameters),
         "grid": list(config.grid),
@@ -264,15 +304,31 @@ def architecture_entries(
             for name, at in weights.entries.items()
             if not name.startswith(PREFIX) and not name.partition(".")[2].isdigit()  # cos.4: of another n
         },
-        "tokenizer": None
-        if vq is None
-        else {
-            "downsampling": vq.downsampling,
-            "image_size": [h * vq.downsampling, w * vq.downsampling],
+        "tokenizer": _tokenizer_entry(config, vq, weights),
+    }
+
+
+def _tokenizer_entry(config: PARConfig, vq: Tokenizer | None, weights: WeightTable) -> dict[str, Any] | None:
+    t, h, w = config.grid
+    if vq is None:
+        return None
+    if isinstance(vq, VideoTokenizerConfig):
+        time, side = vq.downsampling
+        return {
+            "kind": VIDEO,
+            "downsampling": side,
+            "time_downsampling": time,
+            "frames": vq.frames(t),
+            "image_size": [h * side, w * side],
             "codebook_size": vq.codebook_size,
             "config": asdict(vq),
-            "weights": decoder_table(asdict(vq), weights),
-        },
+        }
+    return {
+        "downsampling": vq.downsampling,
+        "image_size": [h * vq.downsampling, w * vq.downsampling],
+        "codebook_size": vq.codebook_size,
+        "config": asdict(vq),
+        "weights": decoder_table(asdict(vq), weights),
     }
 
 
@@ -323,7 +379,7 @@ def check_downsampling(path: Path, vq: VQConfig, checkpoint: Checkpoint) -> None
 def write_graphs(
     folder: Path,
     config: PARConfig,
-    vq: VQConfig | None,
+    vq: Tokenizer | None,
     weights: WeightTable,
     dtype: str,
     sampling: SamplingVariant,
@@ -355,15 +411,48 @@ def write_graphs(
         inputs, outputs = ([asdict(io) for io in table] for table in io_table(config, compute, query))
         add(name, graph, tail, inputs, outputs)
     if vq is not None:
-        _, h, w = config.grid
-        size = (h * vq.downsampling, w * vq.downsampling)
-        tokens = {"name": "tokens", "dtype": "int64", "shape": ("B", config.n_tokens)}
-        images = {"name": "images", "dtype": "uint8", "shape": ("B", *size, 3)}
-        add("decoder", decoder_graph(config, vq, weights), None, [tokens], [images])
-        add(HALF_DECODER, decoder_graph(config, vq, weights, "float16"), None, [tokens], [images])
-        if encoder:
-            add("encoder", encoder_graph(config, vq, weights), None, [images], [tokens])
+        for name, (graph, inputs, outputs) in _tokenizer_graphs(config, vq, weights, encoder).items():
+            add(name, graph, None, inputs, outputs)
     return entries
+
+
+def _tokenizer_graphs(
+    config: PARConfig, vq: Tokenizer, weights: WeightTable, encoder: bool
+) -> dict[str, tuple[Graph, list[Any], list[Any]]]:
+    """Each graph of the tokenizer by name, with the manifest's description of its inputs and outputs."""
+    t, h, w = config.grid
+    tokens = {"name": "tokens", "dtype": "int64", "shape": ("B", config.n_tokens)}
+    if not isinstance(vq, VideoTokenizerConfig):
+        images = {"name": "images", "dtype": "uint8", "shape": ("B", h * vq.downsampling, w * vq.downsampling, 3)}
+        graphs = {
+            "decoder": (decoder_graph(config, vq, weights), [tokens], [images]),
+            HALF_DECODER: (decoder_graph(config, vq, weights, "float16"), [tokens], [images]),
+        }
+        if encoder:
+            graphs["encoder"] = (encoder_graph(config, vq, weights), [images], [tokens])
+        return graphs
+    time, side = vq.downsampling
+    clip, first, following = (
+        {"name": "images", "dtype": "uint8", "shape": ("B", frames, h * side, w * side, 3)}
+        for frames in (vq.frames(t), 1, time)
+    )
+    latent = tokens | {"shape": ("B", h * w)}
+    past, present = (
+        [
+            {"name": f"{side}.{i}", "dtype": "float32", "shape": ("B", *shape)}
+            for i, shape in enumerate(past_shapes(asdict(vq), h, w))
+        ]
+        for side in ("past", "present")
+    )
+    graphs = {
+        "decoder": (video.decoder_graph(config, vq, weights), [tokens], [clip]),
+        HALF_DECODER: (video.decoder_graph(config, vq, weights, "float16"), [tokens], [clip]),
+        FIRST: (video.first_graph(config, vq, weights), [latent], [first, *present]),
+        NEXT: (video.next_graph(config, vq, weights), [latent, *past], [following, *present]),
+    }
+    if encoder:
+        graphs["encoder"] = (video.encoder_graph(config, vq, weights), [clip], [tokens])
+    return graphs
 
 
 def _check_defaults(defaults: Mapping[Any, Any], where: str) -> None:

@@ -21,14 +21,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from par_export.bundle import SELFTEST_GUIDANCE, architecture_entries, write_graphs, write_manifest
+from par_export.bundle import SELFTEST_GUIDANCE, Tokenizer, architecture_entries, write_graphs, write_manifest
 from par_export.graphs.writer import WeightTable
 from par_export.quantised import Codes, can_quantise, nearest, stored_scales
-from par_export.weights import WeightsWriter, parameters, write_rotary, write_tokenizer_weights, write_weights
+from par_export.weights import (
+    WeightsWriter,
+    parameters,
+    write_rotary,
+    write_tokenizer_weights,
+    write_video_weights,
+    write_weights,
+)
 from par_model.checkpoint import Checkpoint
-from par_model.config import PARConfig, VQConfig, named
+from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig, named
 from par_model.manifest import config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.transformer import INIT_STD, PAR
+from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.dtypes import DTYPE
@@ -133,7 +141,7 @@ def write_family(
     *,
     name: str,
     precision: str = "fp32",
-    vq: VQConfig | None = None,
+    vq: Tokenizer | None = None,
     defaults: Mapping[str, Any] = DEFAULTS,
     tensors: type[RandomTensors] = RandomTensors,
     codes: Codes | None = None,
@@ -152,12 +160,12 @@ def write_family(
     weights = WeightsWriter(shared) if codes is None else _CodesWriter(shared, widest, codes)
     try:
         with torch.device("meta"):
-            model, tokenizer = PAR(widest), None if vq is None else VQModel(vq)
+            model = PAR(widest)
         write_weights(weights, widest, Checkpoint(shared, tensors(model)), dtype)
         for n, each in configs.items():
             write_rotary(weights, each, f".{n}")
-        if tokenizer is not None:
-            write_tokenizer_weights(weights, Checkpoint(shared, tensors(tokenizer)), dtype, encoder=False)
+        if vq is not None:
+            _write_decoder(weights, vq, tensors, dtype)
     finally:
         weights.close()
     settings: dict[str, Any] = {"precision": precision, "defaults": dict(defaults)}
@@ -171,6 +179,17 @@ def write_family(
         _write(out[n], each, vq, WeightTable(weights.entries | own), shared, settings, hashes)
     shared.unlink()
     return out
+
+
+def _write_decoder(weights: WeightsWriter, vq: Tokenizer, tensors: type[RandomTensors], dtype: str) -> None:
+    """Write the weights of a decoder of images or of clips."""
+    with torch.device("meta"):
+        model = VideoTokenizer(vq) if isinstance(vq, VideoTokenizerConfig) else VQModel(vq)
+    checkpoint = Checkpoint(weights.path, tensors(model))
+    if isinstance(vq, VideoTokenizerConfig):
+        write_video_weights(weights, checkpoint, vq, dtype, encoder=False)
+    else:
+        write_tokenizer_weights(weights, checkpoint, dtype, encoder=False)
 
 
 def write_published(
@@ -192,7 +211,7 @@ def write_published(
 def _write(
     folder: Path,
     config: PARConfig,
-    vq: VQConfig | None,
+    vq: Tokenizer | None,
     table: WeightTable,
     shared: Path,
     settings: Mapping[str, Any],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,12 +18,14 @@ from par_export.graphs.step import padded_head_dim
 from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import WeightTable
 from par_model.checkpoint import Checkpoint
-from par_model.config import PARConfig
+from par_model.config import PARConfig, VideoTokenizerConfig
 from par_model.ordering import rotary_table
 from par_model.transformer import PAR
+from par_model.video import FSQ
 from par_runtime.bundle import Stored
 from par_runtime.dtypes import STORAGE
 from par_runtime.manifest import STORED_BYTES
+from par_runtime.video_shapes import CODEBOOK, decoder_layers, encoder_layers, tensor_shapes
 
 PAGE_BYTES = 4096  # large tensors start on a page, so that a runtime can map them in place
 LARGE_BYTES = 64 * 1024
@@ -173,3 +176,26 @@ def write_tokenizer_weights(weights: WeightsWriter, checkpoint: Checkpoint, dtyp
             if ".norm" in key:  # gain and bias per channel: [C,1,1] over [B,C,h,w]
                 tensor = tensor.reshape(-1, 1, 1)
             weights.add(PREFIX + key, [tensor], dtype)
+
+
+def write_video_weights(
+    weights: WeightsWriter, checkpoint: Checkpoint, config: VideoTokenizerConfig, dtype: str, encoder: bool
+) -> None:
+    """Stream a video tokenizer into the weights file: the code of each id and the decoder; the encoder if ``encoder``.
+
+    Codes stay fp32: they are few. Convolutions have the layout of ``par_runtime.video_shapes``.
+    """
+    weights.add(PREFIX + CODEBOOK, [FSQ(config.levels).lookup(torch.arange(config.codebook_size))], "float32")
+    sizes = asdict(config)
+    shapes = tensor_shapes(decoder_layers(sizes))
+    if encoder:
+        shapes |= tensor_shapes(encoder_layers(sizes))
+    for key, shape in shapes.items():
+        weights.add(PREFIX + key, [video_tensor(checkpoint.tensor(key), shape)], dtype)
+
+
+def video_tensor(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of a video tokenizer's checkpoint in the ``shape`` that bundles have."""
+    if tensor.ndim == 5 and len(shape) == 4:  # [out,in,frames,h,w]: the frames beside each other
+        tensor = tensor.transpose(1, 2)
+    return tensor.reshape(shape)

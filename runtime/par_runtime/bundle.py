@@ -22,6 +22,7 @@ from par_runtime.checked import Mismatch, load_json, read_regular, shown, shown_
 from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
 from par_runtime.manifest import KEPT, MOST_BYTES, MOST_GRAPH_BYTES, check, matrices_of
+from par_runtime.manifest_video import VIDEO
 from par_runtime.places import WEIGHTS as WEIGHTS  # with the names of the other files
 from par_runtime.quantised import MOST_CODE, SCALE
 from par_runtime.system import sha256
@@ -170,8 +171,10 @@ class Bundle:
     files: Mapping[str, Mapping[str, Any]]
     weights: Mapping[str, Stored]  #: of the step network, by name; older bundles have no such table
     calibration: Calibration | None  #: None for a bundle as it was exported
-    tokenizer: Mapping[str, Any] | None  #: the layers of the image tokenizer; None where the bundle ends at tokens
-    decoder_weights: Mapping[str, Stored]  #: of the tokenizer's decoder, by name; older bundles have no such table
+    tokenizer: Mapping[str, Any] | None  #: the sizes of the tokenizer; None where the bundle ends at tokens
+    decoder_weights: Mapping[str, Stored]  #: of an image decoder, by name; older bundles have no such table
+    frames: int = 1  #: T, of a clip; 1 for images, and where the bundle ends at tokens
+    time_downsampling: int = 1  #: frames of each latent frame but the first, which is one frame
     #: file -> its state when it was checked: what is loaded later must be that file, not one of the next version
     checked: dict[str, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -184,6 +187,25 @@ class Bundle:
     def n_classes(self) -> int:
         """The number of classes, without "no class"."""
         return self.model["n_classes"]
+
+    @property
+    def latent_frames(self) -> int:
+        """Latent frames of a clip: each is a grid of tokens, and they come one after another. 1 for images."""
+        return self.grid[0]
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of one latent frame."""
+        return self.grid[1] * self.grid[2]
+
+    @property
+    def video(self) -> bool:
+        """Whether it makes clips: its grid has several latent frames."""
+        return self.latent_frames > 1
+
+    def frames_of(self, latent: int) -> int:
+        """Frames of the first ``latent`` latent frames."""
+        return 1 + (latent - 1) * self.time_downsampling if latent else 0
 
     @property
     def calls(self) -> int:
@@ -290,6 +312,7 @@ def _parse(path: Path, m: dict[str, Any]) -> Bundle:
     """The bundle of a manifest that passed :func:`par_runtime.manifest.check`."""
     t, h, w = m["grid"]
     tokenizer = m["tokenizer"]
+    video = tokenizer is not None and tokenizer.get("kind") == VIDEO
     cache = m["cache"]
     return Bundle(
         path=path,
@@ -316,7 +339,9 @@ def _parse(path: Path, m: dict[str, Any]) -> Bundle:
         weights=_table(m.get("weights")),
         calibration=_calibration(m.get("calibration")),
         tokenizer=None if tokenizer is None else tokenizer["config"],
-        decoder_weights=_table(None if tokenizer is None else tokenizer.get("weights")),
+        decoder_weights=_table(None if tokenizer is None or video else tokenizer.get("weights")),
+        frames=tokenizer["frames"] if video else 1,
+        time_downsampling=tokenizer["time_downsampling"] if video else 1,
     )
 
 

@@ -72,6 +72,20 @@ def sequence_tokens(bundle: Bundle, tokens: ArrayLike) -> Int:
     return given_tokens(bundle, len(out), out)
 
 
+def decodable_tokens(bundle: Bundle, tokens: ArrayLike) -> Int:
+    """``tokens`` [N] or [B,N] as [B,N] int64. Of clips they may be those of the first f latent frames, [B,f*h*w].
+
+    Raises RequestError.
+    """
+    given = array("tokens", tokens)
+    count = given.shape[-1] if given.ndim in (1, 2) else 0
+    if not bundle.video or not 0 < count < bundle.n_tokens or count % bundle.frame_tokens:
+        return given_tokens(bundle, len(np.atleast_2d(given)), given)
+    rows = np.atleast_2d(given)
+    _check_ids(bundle, rows)
+    return rows.astype(np.int64)
+
+
 def drawn_tokens(bundle: Bundle, backend: str, tokens: Int, first: int = 0) -> None:
     """Check ``tokens`` [B,q] that ``backend`` drew at the positions from ``first`` on, before they are decoded.
 
@@ -96,6 +110,13 @@ def given_tokens(bundle: Bundle, images: int, tokens: ArrayLike) -> Int:
             f"tokens have shape {given.shape} and type {given.dtype}; expected integers [{n}] or [{images},{n}] in "
             "sequence order"
         )
+    _check_ids(bundle, given)
+    return np.broadcast_to(given, (images, n)).astype(np.int64)
+
+
+def _check_ids(bundle: Bundle, given: NDArray[Any]) -> None:
+    """Raise RequestError unless ``given`` are integers, and ids of codes."""
+    if given.dtype.kind not in "iu":
+        raise RequestError(f"tokens have type {given.dtype}; expected integers")
     if given.size and not 0 <= given.min() <= given.max() < bundle.vocab_size:
         raise RequestError(f"tokens lie in {given.min()}..{given.max()}; expected 0..{bundle.vocab_size - 1}")
-    return np.broadcast_to(given, (images, n)).astype(np.int64)

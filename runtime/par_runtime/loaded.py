@@ -21,10 +21,11 @@ import numpy as np
 from par_runtime.bundle import WEIGHTS, Bundle, Stored, state
 from par_runtime.dtypes import STORAGE
 from par_runtime.errors import BundleError
+from par_runtime.manifest_video import FIRST, NEXT
 from par_runtime.quantised import SCALE, scale_fault
 from par_runtime.system import available_bytes
 
-READ_LATER = ("step", "step_opset23", "decoder", "encoder")  #: graphs that ONNX Runtime opens
+READ_LATER = ("step", "step_opset23", "decoder", FIRST, NEXT, "encoder")  #: graphs that ONNX Runtime opens
 BLOCK_BYTES = 2**20
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from par_runtime.checked import MOST_NESTED, UNPRINTABLE, Mismatch, Value, shown
 from par_runtime.dtypes import ARITHMETICS, BYTES, DTYPE, FLOAT32_MAX, MOST_GUIDANCE, STORAGE, dtype_bytes
+from par_runtime.manifest_video import VIDEO, check_video
 from par_runtime.places import WEIGHTS, check_overlaps, check_place
 from par_runtime.quantised import GROUPS, MOST_CODE, SCALE
 from par_runtime.tokenizer_shapes import decoder_shapes
@@ -339,8 +340,12 @@ def _check_tokenizer(m: Value, vocab_size: int, files: Mapping[str, int]) -> Non
     if tokenizer is None:
         return
     t, h, w = m["grid"].value
+    if tokenizer.get("kind") is not None:
+        tokenizer["kind"].one_of((VIDEO,))
+        check_video(tokenizer, m["graphs"], (t, h, w), vocab_size, files[WEIGHTS])
+        return
     if t != 1:
-        tokenizer.refuse("null, because the grid has several frames")
+        tokenizer.refuse("a video tokenizer or null, because the grid has several frames")
     m["graphs"]["decoder"]
     config = tokenizer["config"]
     widths = config["channel_multipliers"].integers(1, 2**10)

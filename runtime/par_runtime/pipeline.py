@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.arguments import choice, cpu_threads, folder, function, number, truth, whole
-from par_runtime.backends.base import Backend, MakesImages
+from par_runtime.backends.base import Backend, MakesImages, image_shape
 from par_runtime.backends.choose import check_device, choose
 from par_runtime.backends.engines import CAPTURES
 from par_runtime.bundle import Bundle, FileCheck
@@ -30,7 +30,15 @@ from par_runtime.forks import stop_at_the_end, tell_of_forks
 from par_runtime.images.opening import Picture
 from par_runtime.images.photo import Fit, Pictures
 from par_runtime.images.region import MaskFrom, Named, keep_mask
-from par_runtime.known import Known, drawn_tokens, given_tokens, known_tokens, sequence_array, sequence_tokens
+from par_runtime.known import (
+    Known,
+    decodable_tokens,
+    drawn_tokens,
+    given_tokens,
+    known_tokens,
+    sequence_array,
+    sequence_tokens,
+)
 from par_runtime.loaded import check_scales
 from par_runtime.metrics import log_likelihood
 from par_runtime.progress import OnPreview, OnStep, Progress, latest_tokens
@@ -326,12 +334,14 @@ class Pipeline:
 
     @also_inside
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
-        """Images [B,H,W,3] uint8 of ``tokens`` [B,N] in sequence order. Raises RequestError on another shape or id."""
-        image_size = pixels(self.bundle)
-        tokens = sequence_tokens(self.bundle, tokens)
+        """Images [B,H,W,3] uint8 of ``tokens`` [B,N] in sequence order; clips [B,T,H,W,3] of a video bundle, also of
+        the tokens [B,f*h*w] of the first f latent frames. Raises RequestError on another shape or id.
+        """
+        pixels(self.bundle)
+        tokens = decodable_tokens(self.bundle, tokens)
         size = min(self.backend.max_images, chunk_images(self.bundle))
         chunks = [self.backend.decode(tokens[i : i + size]) for i in range(0, len(tokens), size)]
-        return np.concatenate(chunks) if chunks else np.zeros((0, *image_size, 3), np.uint8)
+        return np.concatenate(chunks) if chunks else np.zeros((0, *image_shape(self.bundle)), np.uint8)
 
     def keep_mask(
         self,

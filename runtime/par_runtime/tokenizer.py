@@ -1,4 +1,4 @@
-"""Images to tokens and back, without the model: the bundle's image tokenizer on the CPU.
+"""Images or clips to tokens and back, without the model: the bundle's tokenizer on the CPU.
 
 A backend decodes on its own device. Encoding always runs here, on ONNX Runtime's CPU: it is one call per image that a
 user gives, where generation takes tens or hundreds of calls, so it is not worth a plan for each GPU.
@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.arguments import cpu_threads
+from par_runtime.backends.base import image_shape
 from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.forks import tell_of_forks
 from par_runtime.images.photo import Fit, Pictures, to_pixels
-from par_runtime.known import given_tokens
+from par_runtime.known import decodable_tokens
 from par_runtime.loaded import LoadedFiles
 from par_runtime.request import array
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from par_runtime.backends.ort.sessions import LazySession
 
 #: The most pixels per call of encoder and decoder, which bounds their memory: 32 images of 64x64, 2 of 256x256. One
-#: image is always taken, for instance of 384x384.
+#: image is always taken, for instance of 384x384. Of clips the decoder takes one latent frame after another.
 CHUNK_PIXELS = 2**17
 
 
@@ -41,11 +42,12 @@ def pixels(bundle: Bundle) -> tuple[int, int]:
     return bundle.image_size
 
 
-def chunk_images(bundle: Bundle) -> int:
-    """How many images encoder and decoder take in one call; ``bundle`` has a tokenizer."""
+def chunk_images(bundle: Bundle, encoder: bool = False) -> int:
+    """How many images or clips the decoder takes in one call, or the ``encoder``; ``bundle`` has a tokenizer."""
     assert bundle.image_size is not None
     height, width = bundle.image_size
-    return max(1, CHUNK_PIXELS // (height * width))
+    frames = bundle.frames if encoder else bundle.time_downsampling
+    return max(1, CHUNK_PIXELS // (height * width * frames))
 
 
 def _with_encoder(bundle: Bundle) -> str:
@@ -86,7 +88,7 @@ class Tokenizer:
 
     def encode(self, images: Pictures, fit: Fit = "crop") -> Int:
         """Tokens [B,N] int64 in sequence order of ``images``: a path, a PIL image, uint8 [H,W,3], a list of these, or
-        uint8 [B,H,W,3].
+        uint8 [B,H,W,3]. A video bundle takes clips, uint8 [T,H,W,3] or [B,T,H,W,3].
 
         What has another size than the bundle's images is fitted: by its largest middle part ("crop"), or stretched.
         Raises RequestError where the bundle has no encoder, or something is no picture; OSError.
@@ -96,7 +98,7 @@ class Tokenizer:
                 f"{self.bundle.path}: this bundle has no encoder, so it cannot turn images into tokens; "
                 f"{_with_encoder(self.bundle)}"
             )
-        batch = to_pixels(images, self._size, fit)
+        batch = _clips(self.bundle, images) if self.bundle.video else to_pixels(images, self._size, fit)
         if not len(batch):
             return np.zeros((0, self.bundle.n_tokens), np.int64)
         with importing("encoding an image"):
@@ -106,12 +108,13 @@ class Tokenizer:
             if self._encoder is None:
                 self._encoder = LazySession(self._files, "encoder", session_options(self._threads))
             encoder = self._encoder
-        return self._chunked(partial(encoder.run, "images"), batch)
+        return self._chunked(partial(encoder.run, "images"), batch, encoder=True)
 
     def decode(self, tokens: ArrayLike) -> NDArray[np.uint8]:
-        """Images [B,H,W,3] uint8 of ``tokens`` [N] or [B,N] in sequence order, one or more. Raises RequestError."""
-        count = len(np.atleast_2d(array("tokens", tokens)))
-        known = given_tokens(self.bundle, count, tokens)
+        """Images [B,H,W,3] uint8 of ``tokens`` [N] or [B,N] in sequence order, one or more; clips [B,T,H,W,3] of a
+        video bundle, also of the tokens [B,f*h*w] of the first f latent frames. Raises RequestError.
+        """
+        known = decodable_tokens(self.bundle, tokens)
         with importing("decoding an image"):
             from par_runtime.backends.native.decoding import open_decoder
 
@@ -122,11 +125,25 @@ class Tokenizer:
                 decoder = self._decoder
         return self._chunked(decoder.run, known)
 
-    def _chunked(self, run: Callable[[NDArray[Any]], NDArray[Any]], values: NDArray[Any]) -> NDArray[Any]:
-        size = chunk_images(self.bundle)
+    def _chunked(
+        self, run: Callable[[NDArray[Any]], NDArray[Any]], values: NDArray[Any], encoder: bool = False
+    ) -> NDArray[Any]:
+        size = chunk_images(self.bundle, encoder)
         return np.concatenate([run(values[i : i + size]) for i in range(0, len(values), size)])
 
     def _check_open(self) -> None:
         """Raise RequestError where the tokenizer was closed."""
         if self._closed:
             raise RequestError(f"{self.bundle.path}: the tokenizer was closed; load it again")
+
+
+def _clips(bundle: Bundle, clips: object) -> NDArray[np.uint8]:
+    """``clips`` [T,H,W,3] or [B,T,H,W,3] uint8 as the latter. Raises RequestError."""
+    given = array("clips", clips)  # type: ignore[arg-type]
+    shape = image_shape(bundle)
+    if given.dtype != np.uint8 or given.shape[-4:] != shape or given.ndim not in (4, 5):
+        one = ",".join(map(str, shape))
+        raise RequestError(
+            f"clips have shape {given.shape} and type {given.dtype}; expected uint8 [{one}] or [B,{one}]"
+        )
+    return given.reshape(-1, *shape)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from par_export.errors import ParityError
 from par_export.fp16 import FP16_ALLOWED, QUANTITIES, REASON
 from par_model.transformer import Block
+from par_model.video import ResidualUnit, Swish
 from par_model.vq import AttnBlock, ResBlock
 
 
@@ -95,7 +96,13 @@ class Largest:
 
         for top, root in modules.items():
             for inner, module in root.named_modules(prefix=top):
-                if isinstance(module, (nn.Conv2d, nn.GroupNorm, ResBlock, AttnBlock)):
+                if isinstance(module, Swish):  # of its product with beta, which a graph rounds too
+                    hooks.append(
+                        module.register_forward_hook(
+                            lambda m, x, _y, name=inner: self.add("outputs", name, m.beta * x[0])
+                        )
+                    )
+                if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.GroupNorm, ResBlock, ResidualUnit, AttnBlock)):
                     hooks.append(
                         module.register_forward_hook(lambda _m, _i, y, name=inner: self.add("outputs", name, y))
                     )

@@ -96,6 +96,12 @@ class Batch:
         return repeated
 
 
+def image_shape(bundle: Bundle) -> tuple[int, ...]:
+    """[H,W,3] of an image, or [T,H,W,3] of a clip; zeros where the bundle ends at tokens."""
+    height, width = bundle.image_size or (0, 0)
+    return (bundle.frames, height, width, 3) if bundle.video else (height, width, 3)
+
+
 def tensors(bundle: Bundle, query: int) -> dict[str, tuple[Any, ...]]:
     """Every tensor that a program of an engine is bound to, with its shape; the first entry is "R" (rows) or "B"
     (images).
@@ -104,8 +110,7 @@ def tensors(bundle: Bundle, query: int) -> dict[str, tuple[Any, ...]]:
     """
     n, q = bundle.n_tokens, query
     if q == 0:
-        height, width = bundle.image_size or (0, 0)
-        return {"tokens": ("B", n), "images": ("B", height, width, 3)}
+        return {"tokens": ("B", n), "images": ("B", *image_shape(bundle))}
     out: dict[str, tuple[Any, ...]] = dict.fromkeys(("ids", "positions", "tokens"), ("R", q))
     out |= dict.fromkeys(("write", "length", "image"), ("R",))
     out |= dict.fromkeys(IMAGE_INPUTS, ("B",))
@@ -151,7 +156,11 @@ class Decoder(Protocol):
     name: str  #: runtime and version, for reports
 
     def run(self, tokens: Int) -> NDArray[np.uint8]:
-        """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order. Raises BundleError, MemoryError, RequestError."""
+        """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order; clips [B,T,H,W,3] of a video bundle.
+
+        Of clips, ``tokens`` may be those of the first f latent frames, [B,f*h*w]. Raises BundleError, MemoryError,
+        RequestError.
+        """
         ...
 
     def close(self) -> None:
@@ -198,7 +207,10 @@ class Backend(Protocol):
         ...
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
-        """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order."""
+        """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order; clips [B,T,H,W,3] of a video bundle.
+
+        Of clips, ``tokens`` may be those of the first f latent frames, [B,f*h*w]: it gives the frames of these.
+        """
         ...
 
     def close(self) -> None:

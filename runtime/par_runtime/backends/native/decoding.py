@@ -22,6 +22,7 @@ from par_runtime.forks import Calls, tell_of_forks
 from par_runtime.loaded import LoadedFiles, check_memory
 from par_runtime.system import available_cores
 
+VIDEO = "it decodes images, not clips"
 OLDER = "the manifest has no table of the decoder's weights; export the bundle again"
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ def _opened(file: Path | None) -> ctypes.CDLL | KernelError:
 
 def why_not(bundle: Bundle) -> str | None:
     """Why the C decoder cannot decode the tokens of ``bundle`` on this machine, or None where it can."""
+    if bundle.video:
+        return VIDEO
     lib = _opened(decoder_file())
     if isinstance(lib, KernelError):
         return str(lib)
@@ -80,10 +83,10 @@ def open_decoder(files: LoadedFiles, threads: int | None = None) -> Decoder:
         return NativeDecoder(files, threads)
     if files.bundle.image_size is not None:
         log.debug("%s: no C decoder: %s", files.bundle.path, why)
-    from par_runtime.backends.ort.decoding import OrtDecoder
+    from par_runtime.backends.ort.decoding import open_ort_decoder
     from par_runtime.backends.ort.sessions import decoder_options
 
-    return OrtDecoder(files, decoder_options(threads))
+    return open_ort_decoder(files, decoder_options(threads))
 
 
 class NativeDecoder:

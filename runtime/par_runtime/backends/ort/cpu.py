@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, Decoder, closed_error
 from par_runtime.backends.cache_rows import CacheRows
-from par_runtime.backends.ort.decoding import OrtDecoder
+from par_runtime.backends.ort.decoding import open_ort_decoder
 from par_runtime.backends.ort.huge_pages import use_huge_pages
 from par_runtime.backends.ort.sessions import (
     OPSET24_SINCE,
@@ -79,7 +79,7 @@ class OrtBackend:
         self._options = options
         self._files = LoadedFiles(bundle)
         self._decoder: Decoder = (
-            OrtDecoder(self._files, decoder_options(threads), huge_pages=True)
+            open_ort_decoder(self._files, decoder_options(threads), huge_pages=True)
             if decoder is None
             else decoder(self._files)
         )

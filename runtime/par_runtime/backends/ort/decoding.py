@@ -1,14 +1,24 @@
-"""Decoding on ONNX Runtime's CPU."""
+"""Decoding on ONNX Runtime's CPU: images, and clips one latent frame after another."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from par_runtime.backends.base import Decoder, closed_error
 from par_runtime.backends.ort.sessions import LazySession
 from par_runtime.dtypes import Int
+from par_runtime.errors import RequestError
 from par_runtime.loaded import LoadedFiles
+from par_runtime.manifest_video import FIRST, NEXT
+
+
+def open_ort_decoder(files: LoadedFiles, options: ort.SessionOptions, huge_pages: bool = False) -> Decoder:
+    """The decoder of the bundle of ``files``, of images or of clips. It reads its weights at its first use."""
+    return (OrtVideoDecoder if files.bundle.video else OrtDecoder)(files, options, huge_pages)
 
 
 class OrtDecoder:
@@ -25,3 +35,59 @@ class OrtDecoder:
     def close(self) -> None:
         """Free the session."""
         self._session.close()
+
+
+class OrtVideoDecoder:
+    """``decoder_first.onnx``, then ``decoder_next.onnx`` for each other latent frame, on the CPU.
+
+    Memory is that of one latent frame, however long a clip is. What the convolutions need of earlier frames goes from
+    call to call without a copy. Several threads may use it.
+    """
+
+    def __init__(self, files: LoadedFiles, options: ort.SessionOptions, huge_pages: bool = False) -> None:
+        self.name = f"onnxruntime-cpu {ort.__version__}"
+        self._bundle = files.bundle
+        self._first = LazySession(files, FIRST, options, huge_pages)
+        self._next = LazySession(files, NEXT, options, huge_pages)
+        self._closed = False
+
+    def run(self, tokens: Int) -> NDArray[np.uint8]:
+        """Clips [B,T,H,W,3] of ``tokens`` [B,f*h*w] of the first f latent frames, T frames of these.
+
+        Raises BundleError, MemoryError, RequestError.
+        """
+        bundle, latent = self._bundle, tokens.shape[1] // self._bundle.frame_tokens
+        height, width = bundle.image_size or (0, 0)
+        out = np.empty((len(tokens), bundle.frames_of(latent), height, width, 3), np.uint8)
+        done = 0
+        for frames in self.by_frame(tokens):
+            out[:, done : done + frames.shape[1]] = frames
+            done += frames.shape[1]
+        return out
+
+    def by_frame(self, tokens: Int) -> Iterator[NDArray[np.uint8]]:
+        """The frames [B,K,H,W,3] of each latent frame of ``tokens`` [B,f*h*w]: K is 1, then ``time_downsampling``.
+
+        Raises as :meth:`run`.
+        """
+        bundle, size = self._bundle, self._bundle.frame_tokens
+        if not len(tokens) or tokens.shape[1] % size or not 0 < tokens.shape[1] <= bundle.n_tokens:
+            raise RequestError(
+                f"tokens to decode have shape {tokens.shape}; expected [B,{bundle.n_tokens}], or the {size} tokens of "
+                "each of the first latent frames"
+            )
+        past: list[ort.OrtValue] = []
+        for start in range(0, tokens.shape[1], size):
+            if self._closed:
+                raise closed_error(bundle)
+            given = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tokens[:, start : start + size]))
+            feed = {"tokens": given} | {f"past.{i}": value for i, value in enumerate(past)}
+            images, *past = (self._next if start else self._first).run_values(feed)
+            del feed  # the past before this one, which takes as much memory
+            yield images.numpy()
+
+    def close(self) -> None:
+        """Free the sessions."""
+        self._closed = True
+        self._first.close()
+        self._next.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import IMAGE_INPUTS
+from par_runtime.backends.base import IMAGE_INPUTS, tensors
 from par_runtime.backends.ort.huge_pages import use_huge_pages
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.checked import shown
@@ -22,7 +22,9 @@ from par_runtime.errors import BundleError
 from par_runtime.forks import Calls, keep_forever, no_fork, tell_of_forks
 from par_runtime.loaded import LoadedFiles
 from par_runtime.loaded import check_memory as check_memory
+from par_runtime.manifest_video import FIRST, NEXT
 from par_runtime.system import available_cores, utf8_name
+from par_runtime.video_shapes import past_shapes
 
 #: The first release with every operator of opset 24 that ``step.onnx`` uses; before, ``step_opset23.onnx`` runs.
 OPSET24_SINCE = (1, 25)
@@ -165,7 +167,9 @@ def expected_interface(bundle: Bundle, name: str) -> tuple[Interface, Interface]
     """Inputs and outputs of the bundle's graph ``name``, as a session of it must have them: the dynamic step graphs,
     decoders and the encoder.
     """
-    image, tokens = ("B", *(bundle.image_size or (0, 0)), 3), ("B", bundle.n_tokens)
+    image, tokens = tuple(tensors(bundle, 0)[key] for key in ("images", "tokens"))
+    if name in (FIRST, NEXT):
+        return _of_a_latent_frame(bundle, name)
     if name.startswith("decoder"):
         return {"tokens": ("int64", tokens)}, {"images": ("uint8", image)}
     if name == "encoder":
@@ -178,6 +182,18 @@ def expected_interface(bundle: Bundle, name: str) -> tuple[Interface, Interface]
     cache = (layout.dtype, ("R", layout.heads, "S", layout.head_dim))
     outputs: Interface = {"tokens": ("int64", ("R", "q")), "logits": ("float32", ("B", "q", bundle.vocab_size))}
     return inputs | dict.fromkeys(layout.inputs, cache), outputs | dict.fromkeys(layout.outputs, cache)
+
+
+def _of_a_latent_frame(bundle: Bundle, name: str) -> tuple[Interface, Interface]:
+    """Inputs and outputs of the decoder of the first latent frame, or of each other one."""
+    frames = 1 if name == FIRST else bundle.time_downsampling
+    shapes = past_shapes(bundle.tokenizer or {}, *bundle.grid[1:])
+    pasts, presents = (
+        {f"{side}.{i}": ("float32", ("B", *shape)) for i, shape in enumerate(shapes)} for side in ("past", "present")
+    )
+    inputs: Interface = {"tokens": ("int64", ("B", bundle.frame_tokens))}
+    outputs: Interface = {"images": ("uint8", ("B", frames, *(bundle.image_size or (0, 0)), 3))}
+    return inputs | (pasts if name == NEXT else {}), outputs | presents
 
 
 def check_interface(session: ort.InferenceSession, bundle: Bundle, name: str) -> None:
@@ -238,13 +254,25 @@ class LazySession:
 
     def run(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
         """The only output for the only input ``name``. Raises BundleError, MemoryError."""
-        if self._session is None:
-            self._session = open_cpu_session(self._files, self._name, self._options)
+        session = self._opened()
+        with self._calls:
+            return run(session, name, values)
+
+    def run_values(self, inputs: Mapping[str, ort.OrtValue]) -> list[ort.OrtValue]:
+        """All outputs for ``inputs``, whose first dimension is B, by name. Raises BundleError, MemoryError."""
+        session = self._opened()
+        with self._calls:
+            return run_values(session, inputs)
+
+    def _opened(self) -> ort.InferenceSession:
+        """The session, opened where there is none."""
+        session = self._session
+        if session is None:
+            session = self._session = open_cpu_session(self._files, self._name, self._options)
             if self._huge_pages:
                 use_huge_pages()
         self._files.check()
-        with self._calls:
-            return run(self._session, name, values)
+        return session
 
     def close(self) -> None:
         """Free the session."""
@@ -277,13 +305,32 @@ def run(
         out: NDArray[Any] = session.run(None, {name: np.ascontiguousarray(values)})[0]
     except Exception as error:
         raise (explain or explained)(error) from error
-    declared = session.get_outputs()[0]  # which check_interface has compared with the manifest
-    if out.shape != (len(values), *declared.shape[1:]):  # ONNX Runtime only warns
-        raise BundleError(
-            f"the graph's output {shown(declared.name)} has shape {shown(list(out.shape))}, expected "
-            f"{[len(values), *declared.shape[1:]]}; export the bundle again"
-        )
+    _check_shape(session.get_outputs()[0], list(out.shape), len(values))
     return out
+
+
+def run_values(session: ort.InferenceSession, inputs: Mapping[str, ort.OrtValue]) -> list[ort.OrtValue]:
+    """All outputs of a graph for ``inputs``, by name, whose first dimension is B. Raises BundleError, MemoryError."""
+    declared = session.get_outputs()
+    try:
+        out = session.run_with_ort_values([output.name for output in declared], dict(inputs))
+    except Exception as error:
+        raise explained(error) from error
+    batch = next(iter(inputs.values())).shape()[0]
+    for value, output in zip(out, declared, strict=True):
+        _check_shape(output, list(value.shape()), batch)
+    values: list[ort.OrtValue] = out
+    return values
+
+
+def _check_shape(declared: Any, shape: list[int], batch: int) -> None:
+    """Raise BundleError for a ``shape`` that is not the ``declared`` one, which was compared with the manifest."""
+    wanted = [batch, *declared.shape[1:]]
+    if shape != wanted:  # ONNX Runtime only warns
+        raise BundleError(
+            f"the graph's output {shown(declared.name)} has shape {shown(shape)}, expected {wanted}; export the bundle "
+            "again"
+        )
 
 
 def explained(error: Exception) -> Exception:

@@ -1,0 +1,191 @@
+"""Bundles of video: their graphs against the oracle, whole and by latent frame, and decoding on the CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from video_bundles import tiny_model, tiny_tokenizer, write_checkpoints, write_tiny_video
+
+from par_export.bundle import ExportRequest, export
+from par_export.errors import ExportError
+from par_export.gate.runner import session
+from par_model.config import VQConfig
+from par_model.ordering import token_order
+from par_model.vq import VQModel
+from par_runtime import Bundle, BundleError, Pipeline, RequestError
+from par_runtime.bundle import seal
+from par_runtime.tokenizer import Tokenizer
+from par_runtime.video_shapes import past_shapes
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_video(tmp_path_factory.mktemp("video") / "fp32")
+
+
+def tokens_of(clips: int) -> np.ndarray:
+    config = tiny_model()
+    return np.random.default_rng(5).integers(0, config.vocab_size, (clips, config.n_tokens))
+
+
+@torch.no_grad()
+def oracle(tokens: np.ndarray) -> np.ndarray:
+    raster = np.empty_like(tokens)
+    raster[:, token_order(tiny_model())] = tokens
+    clips = tiny_tokenizer().decode(torch.from_numpy(raster).view(-1, *tiny_model().grid))
+    return (clips.clamp(0, 1) * 255 + 0.5).floor().to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
+
+
+def difference(got: np.ndarray, wanted: np.ndarray) -> int:
+    assert got.shape == wanted.shape
+    assert got.dtype == wanted.dtype == np.uint8
+    return int(np.abs(got.astype(int) - wanted).max())
+
+
+def test_the_whole_decoder_and_the_one_by_latent_frame_give_the_oracles_clips(bundle: Path) -> None:
+    tokens = tokens_of(2)
+    wanted = oracle(tokens)
+    assert wanted.shape == (2, 5, 16, 16, 3)
+    assert len(np.unique(wanted)) > 100
+    assert len(np.unique(wanted[:, 0] != wanted[:, 4])) == 2  # frames differ
+    whole = session(bundle / "decoder.onnx").run(None, {"tokens": tokens})[0]
+    assert difference(whole, wanted) <= 1
+    with Tokenizer_of(bundle) as tokenizer:
+        assert difference(tokenizer.decode(tokens), wanted) <= 1
+        for latent, frames in ((1, 1), (2, 3)):
+            first = tokenizer.decode(tokens[:, : 64 * latent])
+            assert difference(first, wanted[:, :frames]) <= 1
+        np.testing.assert_array_equal(tokenizer.decode(tokens[1]), tokenizer.decode(tokens)[1:])
+
+
+class Tokenizer_of(Tokenizer):  # noqa: N801
+    """A tokenizer of a path, closed at the end of a ``with``."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(Bundle.open(path), 1)
+
+    def __enter__(self) -> Tokenizer_of:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu-ort"])
+def test_a_pipeline_generates_clips_and_decodes_their_beginning(bundle: Path, device: str) -> None:
+    with Pipeline.load(bundle, device=device, threads=1) as pipeline:
+        assert pipeline.backend.info.decoder.startswith("onnxruntime-cpu")
+        result = pipeline.generate([0, 2], seed=1)
+        assert result.images is not None
+        assert result.images.shape == (2, 5, 16, 16, 3)
+        assert difference(result.images, oracle(result.tokens)) <= 1
+        begun = pipeline.decode(result.tokens[:, :128])
+        np.testing.assert_array_equal(begun, result.images[:, :3])
+        again = pipeline.encode(result.images)
+        assert again.shape == (2, 192)
+        with pytest.raises(RequestError, match=r"tokens have shape \(2, 100\)"):
+            pipeline.decode(result.tokens[:, :100])
+        with pytest.raises(RequestError, match=r"expected uint8 \[5,16,16,3\]"):
+            pipeline.encode(result.images[:, :3])
+
+
+@torch.no_grad()
+def test_the_encoder_gives_the_oracles_tokens_in_sequence_order(bundle: Path) -> None:
+    coarse = np.random.default_rng(1).integers(0, 256, (2, 5, 4, 4, 3), np.uint8)
+    clips = coarse.repeat(4, 2).repeat(4, 3)
+    with Tokenizer_of(bundle) as tokenizer:
+        got = tokenizer.encode(clips)
+        np.testing.assert_array_equal(tokenizer.encode(clips[0]), got[:1])
+    ids = tiny_tokenizer().encode(torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 255)
+    np.testing.assert_array_equal(got, ids.reshape(2, -1).numpy()[:, token_order(tiny_model())])
+    assert len(np.unique(got)) > 2
+
+
+def test_the_manifest_says_what_the_bundle_makes(bundle: Path) -> None:
+    opened = Bundle.open(bundle, "full")
+    assert (opened.video, opened.frames, opened.latent_frames, opened.frame_tokens) == (True, 5, 3, 64)
+    assert [opened.frames_of(latent) for latent in range(4)] == [0, 1, 3, 5]
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["tokenizer"] == {
+        "kind": "video",
+        "downsampling": 2,
+        "time_downsampling": 2,
+        "frames": 5,
+        "image_size": [16, 16],
+        "codebook_size": 12,
+        "config": {
+            "levels": [4, 3],
+            "widths": [8, 16],
+            "strides": [[2, 2, 2]],
+            "res_blocks": 1,
+            "last_blocks": 1,
+            "norm_groups": 4,
+        },
+    }
+    assert {"decoder", "decoder_fp16", "decoder_first", "decoder_next", "encoder"} <= manifest["graphs"].keys()
+    assert manifest["parity"]["encoder"]["tokens"] == 192
+    inputs = session(bundle / "decoder_next.onnx").get_inputs()
+    assert [tuple(each.shape[1:]) for each in inputs[1:]] == past_shapes(manifest["tokenizer"]["config"], 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (("kind",), "film", "tokenizer.kind is 'film'; expected one of video"),
+        (("frames",), 6, "tokenizer.frames is 6; expected 5"),
+        (("time_downsampling",), 1, "tokenizer.time_downsampling is 1; expected 2"),
+        (("image_size",), [16, 32], r"image_size is \[16, 32\]; expected \[16, 16\]"),
+        (("codebook_size",), 13, "codebook_size is 13; expected 12"),
+        (("config", "levels"), [4, 4], "expected levels whose product is the number of codes, 12"),
+        (("config", "widths"), [8, 18], "expected multiples of norm_groups, 4"),
+        (("config", "widths"), [8, 2**14], "a decoder of at most"),
+        (("config", "strides"), [[3, 2, 2]], "a whole number from 1 to 2"),
+        (("config", "strides"), [[1, 1, 2]], r"expected \[1, 2, 2\] or \[2, 2, 2\]"),
+        (("config", "res_blocks"), 0, "a whole number from 1 to 256"),
+    ],
+)
+def test_a_manifest_whose_numbers_do_not_fit_is_refused(
+    bundle: Path, tmp_path: Path, place: tuple[str, ...], value: object, says: str
+) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    entry = manifest["tokenizer"]
+    for name in place[:-1]:
+        entry = entry[name]
+    entry[place[-1]] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(seal(manifest)))
+    with pytest.raises(BundleError, match=says):
+        Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_is_checked_against_rounded_weights(tmp_path: Path, precision: str) -> None:
+    path = write_tiny_video(tmp_path / "b", precision=precision, encoder=precision == "fp16")
+    parity = json.loads((path / "manifest.json").read_text())["parity"]
+    assert parity["decoder"]["max_pixel_error"] <= 1
+    assert parity["decoder_next"]["max_pixel_error"] <= 1
+    assert ("encoder" in parity) == (precision == "fp16")
+    assert parity["decoder_fp16"]["psnr_db"] > 40
+
+
+def test_tokenizers_of_the_other_kind_are_refused(tmp_path: Path) -> None:
+    model, tokenizer = write_checkpoints(tmp_path)
+    images, vq = tmp_path / "images.pt", tmp_path / "vq.pt"
+    state = torch.load(model, weights_only=True)
+    torch.save(state | {"config": state["config"] | {"grid": (1, 8, 8)}}, images)
+    config = VQConfig(
+        codebook_size=12, codebook_dim=4, channels=8, channel_multipliers=(1, 2), res_blocks=1, z_channels=8,
+        norm_groups=4,
+    )  # fmt: skip
+    torch.save({"model": VQModel(config).state_dict(), "config": asdict(config)}, vq)
+    for one, other, says in (
+        (images, tokenizer, "is a video tokenizer, and grid 1x8x8 has one frame"),
+        (model, vq, "is an image tokenizer, and grid 3x8x8 is of video"),
+    ):
+        with pytest.raises(ExportError, match=says):
+            export(ExportRequest(one, other, tmp_path / "b"), say=lambda _: None)
+    assert not (tmp_path / "b").exists()
