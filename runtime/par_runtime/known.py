@@ -66,8 +66,15 @@ def sequence_array(bundle: Bundle, values: ArrayLike) -> NDArray[Any]:
     return out
 
 
-def sequence_tokens(bundle: Bundle, tokens: ArrayLike) -> Int:
-    """``tokens`` [B,N] as int64. Raises RequestError."""
+def sequence_tokens(bundle: Bundle, tokens: ArrayLike, beginning: bool = False) -> Int:
+    """``tokens`` [B,N] as int64; with ``beginning`` also those of the first f latent frames of clips, [B,f*h*w].
+
+    Raises RequestError.
+    """
+    begun = array("tokens", tokens)
+    if beginning and begun.ndim == 2 and _is_beginning(bundle, begun):
+        _check_ids(bundle, begun)
+        return begun.astype(np.int64)
     out = sequence_array(bundle, tokens)
     return given_tokens(bundle, len(out), out)
 
@@ -77,13 +84,16 @@ def decodable_tokens(bundle: Bundle, tokens: ArrayLike) -> Int:
 
     Raises RequestError.
     """
-    given = array("tokens", tokens)
-    count = given.shape[-1] if given.ndim in (1, 2) else 0
-    if not bundle.video or not 0 < count < bundle.n_tokens or count % bundle.frame_tokens:
-        return given_tokens(bundle, len(np.atleast_2d(given)), given)
-    rows = np.atleast_2d(given)
-    _check_ids(bundle, rows)
-    return rows.astype(np.int64)
+    given = np.atleast_2d(array("tokens", tokens))
+    if given.ndim == 2 and _is_beginning(bundle, given):
+        return sequence_tokens(bundle, given, beginning=True)
+    return given_tokens(bundle, len(given), tokens)
+
+
+def _is_beginning(bundle: Bundle, tokens: NDArray[Any]) -> bool:
+    """Whether ``tokens`` [B,K] are as many as those of some of the latent frames, but not of all."""
+    count = tokens.shape[1]
+    return bundle.video and 0 < count < bundle.n_tokens and count % bundle.frame_tokens == 0
 
 
 def drawn_tokens(bundle: Bundle, backend: str, tokens: Int, first: int = 0) -> None:

@@ -30,15 +30,7 @@ from par_runtime.forks import stop_at_the_end, tell_of_forks
 from par_runtime.images.opening import Picture
 from par_runtime.images.photo import Fit, Pictures
 from par_runtime.images.region import MaskFrom, Named, keep_mask
-from par_runtime.known import (
-    Known,
-    decodable_tokens,
-    drawn_tokens,
-    given_tokens,
-    known_tokens,
-    sequence_array,
-    sequence_tokens,
-)
+from par_runtime.known import Known, drawn_tokens, given_tokens, known_tokens, sequence_array, sequence_tokens
 from par_runtime.loaded import check_scales
 from par_runtime.metrics import log_likelihood
 from par_runtime.progress import OnPreview, OnStep, Progress, latest_tokens
@@ -338,7 +330,7 @@ class Pipeline:
         the tokens [B,f*h*w] of the first f latent frames. Raises RequestError on another shape or id.
         """
         pixels(self.bundle)
-        tokens = decodable_tokens(self.bundle, tokens)
+        tokens = sequence_tokens(self.bundle, tokens, beginning=True)
         size = min(self.backend.max_images, chunk_images(self.bundle))
         chunks = [self.backend.decode(tokens[i : i + size]) for i in range(0, len(tokens), size)]
         return np.concatenate(chunks) if chunks else np.zeros((0, *image_shape(self.bundle)), np.uint8)

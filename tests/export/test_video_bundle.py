@@ -88,7 +88,7 @@ def test_a_pipeline_generates_clips_and_decodes_their_beginning(bundle: Path, de
         np.testing.assert_array_equal(begun, result.images[:, :3])
         again = pipeline.encode(result.images)
         assert again.shape == (2, 192)
-        with pytest.raises(RequestError, match=r"tokens have shape \(2, 100\)"):
+        with pytest.raises(RequestError, match=r"tokens have shape \(2, 100\); expected \[B,192\]"):
             pipeline.decode(result.tokens[:, :100])
         with pytest.raises(RequestError, match=r"expected uint8 \[5,16,16,3\]"):
             pipeline.encode(result.images[:, :3])
