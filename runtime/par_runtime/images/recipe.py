@@ -3,8 +3,8 @@
 The entry is JSON: the version of parvis, the name and hash of the bundle, the columns of the sheet, and per image
 label, seed, settings, tokens (base64 of little-endian uint16, or uint32 for codebooks beyond 65,536; sequence order)
 and the hash of its pixels. For an edited image also which tokens were given ("kept": base64 of packed bits), and
-whether the kept pixels of the sheet are the original's ("pasted"); "scale" where the sheet was enlarged.
-It may come from anybody, so nothing in it is
+whether the kept pixels of the sheet are the original's ("pasted"); "scale" where the sheet was enlarged. Files of clips
+have "clip" too: frames per second, and frames of each clip. It may come from anybody, so nothing in it is
 believed.
 """
 
@@ -33,6 +33,8 @@ MOST_VALUES = 3_000_000  #: in the whole entry; an image has about 12
 MOST_TOKENS = 2**24  #: of one image
 MOST_COLUMNS = 2**16
 MOST_SCALE = 64  #: of a sheet that is enlarged
+MOST_FRAMES = 2**16  #: of a clip
+MOST_FPS = 60
 #: Settings of the first version. Later ones are written only where they differ from their default, so that older and
 #: newer files of the same request are the same.
 FIRST_SETTINGS = ("guidance", "temperature", "top_k", "top_p", "greedy")
@@ -55,6 +57,8 @@ class Recipe(ByValue):
     pixel_hashes: list[str] | None = None  #: of the images' pixels as they were written; None in older files
 
     scale: int = 1  #: by which the sheet was enlarged when it was written, each pixel as a square
+    fps: float | None = None  #: of clips, frames per second; None for images
+    frames: int = 1  #: of each clip
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,9 +70,10 @@ class Recipe(ByValue):
 
 
 def pixel_hash(pixels: NDArray[np.uint8]) -> str:
-    """What tells the pixels [H,W,3] of one image from others: 32 hexadecimal digits."""
-    height, width, _ = pixels.shape
-    return hashlib.sha256(f"{width}x{height}".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:32]
+    """What tells the pixels [H,W,3] of one image, or [T,H,W,3] of one clip, from others: 32 hexadecimal digits."""
+    *frames, height, width, _ = pixels.shape
+    size = "x".join(map(str, (*frames, width, height)))
+    return hashlib.sha256(size.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:32]
 
 
 def entry(recipe: Recipe) -> dict[str, Any]:
@@ -93,6 +98,7 @@ def entry(recipe: Recipe) -> dict[str, Any]:
         ],
         **({"pasted": True} if recipe.pasted else {}),
         **({"scale": recipe.scale} if recipe.scale != 1 else {}),
+        **({} if recipe.fps is None else {"clip": {"fps": recipe.fps, "frames": recipe.frames}}),
     }
 
 
@@ -148,6 +154,7 @@ def _recipe(value: Any) -> Recipe:
     token_type = _get(top, "token_type", "the entry")
     if token_type not in TOKEN_TYPES:
         raise _DamageError(f"token_type is {shown(token_type)}; expected {' or '.join(TOKEN_TYPES)}")
+    clip = None if top.get("clip") is None else _object(top["clip"], "clip")
     images = _get(top, "images", "the entry")
     if not isinstance(images, list) or not images:
         raise _DamageError(f"images is {shown(images)}; expected a list of one or more")
@@ -172,7 +179,15 @@ def _recipe(value: Any) -> Recipe:
         pasted=_truth(top.get("pasted", False), "pasted"),
         scale=_whole(top.get("scale", 1), "scale", 1, MOST_SCALE),
         pixel_hashes=None if made[0]["pixels"] is None else [each["pixels"] for each in made],
+        fps=None if clip is None else _fps(_get(clip, "fps", "clip")),
+        frames=1 if clip is None else _whole(_get(clip, "frames", "clip"), "clip.frames", 1, MOST_FRAMES),
     )
+
+
+def _fps(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 1 <= value <= MOST_FPS:
+        raise _DamageError(f"clip.fps is {shown(value)}; expected a number 1..{MOST_FPS}")
+    return float(value)
 
 
 def _image(value: Any, where: str, token_type: str) -> dict[str, Any]:
