@@ -137,7 +137,8 @@ class Baseline:
         defaults = manifest["defaults"]
         self._sampling = Sampling(defaults["temperature"], defaults["top_k"], defaults["top_p"])
         self._model = _with_weights(_without_weights(PAR, self.config), checkpoint, self.dtype, self.device)
-        self._vq = None if tokenizer_config is None else self._decoder(tokenizer_config, tokenizer)
+        # Clips stay tokens: what is compared with others is how fast these are made.
+        self._vq = self._decoder(tokenizer_config, tokenizer) if isinstance(tokenizer_config, VQConfig) else None
         order = torch.from_numpy(token_order(self.config))
         self._place = torch.empty_like(order)
         self._place[order] = torch.arange(len(order))

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from par_model.config import ORDERS, PARConfig, VQConfig
+from par_model.config import ORDERS, PARConfig, VideoTokenizerConfig, VQConfig
 from par_model.ordering import CLASS, TOKEN, input_kinds, phases, token_order
 
 MANIFEST = "manifest.json"
@@ -64,20 +64,34 @@ def config_from_manifest(manifest: Mapping[str, Any]) -> PARConfig:
         raise ManifestError(f"{error}; export the bundle again") from error
 
 
-def tokenizer_from_manifest(manifest: Mapping[str, Any]) -> VQConfig | None:
-    """The configuration of the image tokenizer; None for a bundle that ends at tokens. Raises ManifestError."""
+def tokenizer_from_manifest(manifest: Mapping[str, Any]) -> VQConfig | VideoTokenizerConfig | None:
+    """The configuration of the tokenizer; None for a bundle that ends at tokens. Raises ManifestError."""
     try:
         entry = manifest["tokenizer"]
         if entry is None:
             return None
         config = entry["config"]
+        if entry.get("kind") is not None:
+            return _video_tokenizer(entry["kind"], config)
         _check_sizes([value for name, value in config.items() if name != "channel_multipliers"])
         _check_sizes(config.get("channel_multipliers", ()))
         return VQConfig(**config)
     except (KeyError, TypeError, AttributeError) as error:
         raise ManifestError(_malformed(error)) from error
-    except ValueError as error:  # of VQConfig
+    except ManifestError:
+        raise
+    except ValueError as error:  # of the configuration
         raise ManifestError(f"{error}; export the bundle again") from error
+
+
+def _video_tokenizer(kind: object, config: Mapping[str, Any]) -> VideoTokenizerConfig:
+    if kind != "video":
+        raise ManifestError(f"a tokenizer of kind {_short(kind)}; expected video, or none for images")
+    for name, value in config.items():
+        _check_sizes(value if name in ("levels", "widths") else () if name == "strides" else [value])
+    for stride in config["strides"]:
+        _check_sizes(stride)
+    return VideoTokenizerConfig(**config)
 
 
 def phase_entries(config: PARConfig) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from par_export.bundle import SELFTEST_GUIDANCE, architecture_entries, write_graphs, write_manifest
+from par_export.bundle import SELFTEST_GUIDANCE, Tokenizer, architecture_entries, write_graphs, write_manifest
 from par_export.errors import ExportError, ParityError
 from par_export.graphs.decoder import HALF_DECODER
 from par_export.graphs.sampling import SamplingVariant
@@ -27,18 +27,20 @@ from par_export.restored import StoredState, StoredWeights, stored_table
 from par_export.staging import staging
 from par_export.weights import TORCH_DTYPE, WeightsWriter
 from par_model.checkpoint import Checkpoint
-from par_model.config import PARConfig, VQConfig
+from par_model.config import PARConfig
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
+from par_runtime.backends.base import image_shape
 from par_runtime.bundle import HELDOUT, MANIFEST, WEIGHTS, Bundle, seal
 from par_runtime.checked import Mismatch
 from par_runtime.dtypes import DTYPE, Float
 from par_runtime.errors import BundleError
 from par_runtime.manifest import KEPT, check, matrices_of
+from par_runtime.manifest_video import FIRST, NEXT
 from par_runtime.quantised import LEAST_CODE, MOST_CODE, SCALE, Quantised
 from par_runtime.system import peak_bytes, utf8_name
 
-#: Entries of the manifest's ``parity`` that are about the image tokenizer, which quantising does not change.
-TOKENIZER_PARITY = ("decoder", HALF_DECODER, "encoder")
+#: Entries of the manifest's ``parity`` that are about the tokenizer, which quantising does not change.
+TOKENIZER_PARITY = ("decoder", HALF_DECODER, FIRST, NEXT, "encoder")
 #: name, matrix [K,N] -> its codes and scales, or None where it stays as it is stored.
 Quantise = Callable[[str, NDArray[np.float32]], Quantised | None]
 
@@ -182,7 +184,7 @@ def check_source(bundle: Bundle) -> None:
         )
 
 
-def _contents(bundle: Bundle) -> tuple[dict[str, Any], PARConfig, VQConfig | None]:
+def _contents(bundle: Bundle) -> tuple[dict[str, Any], PARConfig, Tokenizer | None]:
     try:
         manifest = read_manifest(bundle.path)
         return manifest, config_from_manifest(manifest), tokenizer_from_manifest(manifest)
@@ -240,7 +242,7 @@ def _gate(bundle: Bundle, folder: Path, config: PARConfig, weights: WeightsWrite
 def _compare_tokenizer(bundle: Bundle, folder: Path, config: PARConfig) -> None:
     """Decoder and encoder read the same numbers at other places, so their results are the same, bit for bit.
 
-    Raises ParityError.
+    The graphs of one latent frame read the numbers of the whole decoder. Raises ParityError.
     """
     from par_export.gate.runner import session
 
@@ -249,7 +251,7 @@ def _compare_tokenizer(bundle: Bundle, folder: Path, config: PARConfig) -> None:
     rng = np.random.default_rng(1)
     inputs = {
         "decoder": ("tokens", rng.integers(0, config.vocab_size, (1, config.n_tokens))),
-        "encoder": ("images", rng.integers(0, 256, (1, *bundle.image_size, 3), np.uint8)),
+        "encoder": ("images", rng.integers(0, 256, (1, *image_shape(bundle)), np.uint8)),
     }
     for graph, (name, values) in inputs.items():
         if graph not in bundle.graphs:

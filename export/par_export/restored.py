@@ -16,7 +16,7 @@ from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import WeightTable
 from par_export.weights import TORCH_DTYPE
 from par_model.checkpoint import check_keys
-from par_model.config import PARConfig
+from par_model.config import PARConfig, VQConfig
 from par_model.manifest import config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.transformer import PAR
 from par_model.vq import VQModel
@@ -143,12 +143,12 @@ def restored_model(bundle: Bundle, stored: dict[str, Tensor], dtype: torch.dtype
 def restored_decoder(
     bundle: Bundle, stored: dict[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> tuple[VQModel, Tensor] | None:
-    """The bundle's decoder in PyTorch, without encoder, and its codes [V,c] of length 1; None where it ends at tokens.
+    """The bundle's decoder of images in PyTorch, without encoder, and its codes [V,c] of length 1.
 
-    Raises ManifestError.
+    None where the bundle ends at tokens, or makes clips. Raises ManifestError.
     """
     config = tokenizer_from_manifest(read_manifest(bundle.path))
-    if config is None:
+    if not isinstance(config, VQConfig):
         return None
     with torch.device("meta"):
         model = VQModel(config)

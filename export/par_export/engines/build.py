@@ -26,11 +26,13 @@ from par_export.engines.request import MODES, SAMPLING, BuildRequest, local_gpu
 from par_export.engines.weights import MappedWeights, weights_in
 from par_export.errors import BuildError
 from par_export.fp16 import check_build
+from par_export.graphs import video
 from par_export.graphs.decoder import decoder_graph
 from par_export.graphs.sampling import SamplingVariant
 from par_export.graphs.step import Form, step_graph
 from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import Graph
+from par_model.config import VideoTokenizerConfig
 from par_runtime import __version__
 from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA
 from par_runtime.backends.trt import module as trt_module
@@ -204,7 +206,12 @@ class _CheckedRequest:
         compute = DTYPE[self.request.decoder_precision]
         stored = decoder_weights(self.bundle, vq)
         with weights_in(self.bundle.path / WEIGHTS, stored, compute, folder) as (table, data):
-            graph = decoder_graph(step_config(self.bundle), vq, table, compute)
+            config = step_config(self.bundle)
+            graph = (
+                video.decoder_graph(config, vq, table, compute)
+                if isinstance(vq, VideoTokenizerConfig)
+                else decoder_graph(config, vq, table, compute)
+            )
             size = sum(entry.length for key, entry in table.entries.items() if key.startswith(PREFIX))
             file, reports["decoder"] = self._build_plan(folder, "decoder", graph, data, None, 0, size, on_step)
         return {"file": file.name, "bytes": file.stat().st_size, "query": 0, "phases": []}

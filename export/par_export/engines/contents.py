@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import WeightTable
-from par_model.config import PARConfig, VQConfig
+from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
@@ -14,6 +15,7 @@ from par_runtime.errors import BundleError
 from par_runtime.loaded import check_scales
 from par_runtime.manifest import step_shapes
 from par_runtime.quantised import MOST_CODE, SCALE
+from par_runtime.video_shapes import CODEBOOK, decoder_layers, tensor_shapes
 
 
 def step_weights(bundle: Bundle) -> WeightTable:
@@ -52,10 +54,16 @@ def _scale_shapes(
     return scales
 
 
-def decoder_weights(bundle: Bundle, vq: VQConfig) -> WeightTable:
-    """Where the weights of the decoder lie. Raises BundleError where its codebook is another."""
+def decoder_weights(bundle: Bundle, vq: VQConfig | VideoTokenizerConfig) -> WeightTable:
+    """Where the weights of the decoder lie. Raises BundleError where its codebook is another, or a tensor of a video
+    tokenizer.
+    """
     table = WeightTable.read(bundle.path / bundle.graphs["decoder"].file)
-    _check_shapes(bundle, table, {PREFIX + "codebook": (bundle.vocab_size, vq.codebook_dim)})
+    if isinstance(vq, VideoTokenizerConfig):
+        shapes = tensor_shapes(decoder_layers(asdict(vq))) | {CODEBOOK: (bundle.vocab_size, len(vq.levels))}
+    else:
+        shapes = {CODEBOOK: (bundle.vocab_size, vq.codebook_dim)}
+    _check_shapes(bundle, table, {PREFIX + name: shape for name, shape in shapes.items()})
     return table
 
 
@@ -77,7 +85,7 @@ def step_config(bundle: Bundle) -> PARConfig:
         raise BundleError(f"{bundle.path}: {error}") from error
 
 
-def tokenizer_config(bundle: Bundle) -> VQConfig:
+def tokenizer_config(bundle: Bundle) -> VQConfig | VideoTokenizerConfig:
     """The configuration of the tokenizer, from the manifest. Raises BundleError where the bundle has none."""
     try:
         vq = tokenizer_from_manifest(read_manifest(bundle.path))

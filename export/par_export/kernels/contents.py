@@ -44,12 +44,15 @@ class Contents:
 
     @cached_property
     def tokenizer(self) -> VQConfig | None:
-        """The configuration of the tokenizer; None where the bundle ends at tokens."""
-        return None if self.bundle.image_size is None else tokenizer_config(self.bundle)
+        """The configuration of the image tokenizer; None where the bundle ends at tokens, and of clips: no kernels
+        decode them.
+        """
+        config = None if self.bundle.image_size is None else tokenizer_config(self.bundle)
+        return config if isinstance(config, VQConfig) else None
 
     @cached_property
     def decoder(self) -> Mapping[str, Stored]:
-        """name without "vq." -> where a tensor of the decoder lies; empty where the bundle ends at tokens."""
+        """name without "vq." -> where a tensor of the decoder lies; empty where kernels decode nothing."""
         if self.tokenizer is None:
             return {}
         entries = decoder_weights(self.bundle, self.tokenizer).entries

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.backends import cuda
-from par_runtime.backends.base import BackendInfo, Batch
+from par_runtime.backends.base import BackendInfo, Batch, Decoder, image_shape
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.engines import Capture, Engine
 from par_runtime.backends.gpu.loaded import Context, LoadedProgram
@@ -39,6 +39,7 @@ class GpuBackend:
 
     ``runtime`` and ``version`` say what loaded the engine. The backend owns ``device``, ``stream`` and ``programs``
     (name -> loaded program, "decoder" among them where the engine decodes), and frees them when it is closed.
+    ``decoder``: what decodes on the CPU, where the engine has no program for it; the backend closes it too.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class GpuBackend:
         runtime: str,
         version: str,
         capture: Capture = "image",
+        decoder: Decoder | None = None,
     ) -> None:
         self.bundle, self.engine, self.device, self.stream, self.capture = bundle, engine, device, stream, capture
         quantised = f" from {bundle.quantised}" if bundle.quantised else ""  # what its matrices are stored in
@@ -62,7 +64,9 @@ class GpuBackend:
             computes=engine.precision,
             weight_bytes=bundle.bytes_read(BYTES[engine.precision], stored_scales=engine.kernels is not None),
             cache_bytes=BYTES[engine.precision],
+            decoder="" if decoder is None else decoder.name,
         )
+        self._decoder = decoder
         self.tie = LOGIT_ROUNDING[engine.precision]
         self.max_images = engine.images[-1]
         self.capturing: Capture = capture  #: the mode in use; another than ``capture`` if the driver refused that
@@ -106,19 +110,26 @@ class GpuBackend:
         self._keys.release(cache_rows)
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
+        if self._decoder is not None:
+            self.device.activate()  # an error in a forked process, as for every call
+            return self._decoder.run(tokens)
         if not self.engine.decodes:
             raise EngineError(f"{self.engine.path}: was built without a decoder; rebuild with: {self.engine.rebuild}")
         self.device.activate()
         buffers = self._memory.profile(len(tokens))
+        given = tokens.shape[1]
         with self.device.pinned(buffers.sequence.size) as staging:
             sequence = staging.array.view(np.int64).reshape(buffers.images, -1)
-            sequence[: len(tokens)] = tokens
-            sequence[len(tokens) :] = tokens[:1]
+            sequence[: len(tokens), :given] = tokens
+            sequence[: len(tokens), given:] = 0  # of later latent frames, which earlier ones do not see
+            sequence[len(tokens) :] = sequence[:1]
             self.stream.upload(buffers.sequence.pointer, staging, staging.size)
             self.stream.synchronize()  # before the staging memory is freed
         self._enqueue_decoder(buffers)
         assert buffers.pixels is not None
-        pixels = self._fetch(buffers.pixels.pointer, buffers.pixels.size).reshape(buffers.images, *self._image, 3)
+        pixels = self._fetch(buffers.pixels.pointer, buffers.pixels.size).reshape(buffers.images, *self._image)
+        if given < self.bundle.n_tokens:
+            pixels = pixels[:, : self.bundle.frames_of(given // self.bundle.frame_tokens)]
         return pixels[: len(tokens)]
 
     # -- whole images ---------------------------------------------------------------------------------------------
@@ -126,7 +137,7 @@ class GpuBackend:
     def make_images(
         self, batch: Batch, class_ids: Int, noise: Float, decode: bool
     ) -> tuple[Int, NDArray[np.uint8] | None]:
-        """Tokens [B,N] and images [B,H,W,3] (None without ``decode``) of ``batch`` in one launch.
+        """Tokens [B,N] and images [B,H,W,3] or clips [B,T,H,W,3] (None without ``decode``) of ``batch`` in one launch.
 
         ``class_ids`` [R'] are the first call's ids of each row, ``noise`` [B,N] the draws. One synchronisation, at
         the end. Raises CudaError, OutOfMemory, EngineError.
@@ -143,7 +154,7 @@ class GpuBackend:
         if not decode:
             return tokens, None
         assert buffers.pixels is not None
-        pixels = buffers.out.array[n_bytes : n_bytes + buffers.pixels.size].reshape(buffers.images, *self._image, 3)
+        pixels = buffers.out.array[n_bytes : n_bytes + buffers.pixels.size].reshape(buffers.images, *self._image)
         return tokens, pixels[: batch.images].copy()
 
     def parts(self, batch: Batch, class_ids: Int, noise: Float) -> list[tuple[str, Callable[[], None]]]:
@@ -342,14 +353,16 @@ class GpuBackend:
         self._graphs.clear()
 
     @property
-    def _image(self) -> tuple[int, int]:
-        return self.bundle.image_size or (0, 0)
+    def _image(self) -> tuple[int, ...]:
+        return image_shape(self.bundle)
 
     def close(self) -> None:
         """Free everything on the device. A second call does nothing, and so does one in a forked process."""
         if self._closed:
             return
         self._closed = True
+        if self._decoder is not None:
+            self._decoder.close()
         if cuda.forked():  # the memory is the other process's
             return
         self.device.activate()

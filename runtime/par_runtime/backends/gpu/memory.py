@@ -5,11 +5,12 @@ Letters: B images and R = 2B rows of a profile, q positions of one call, N token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from par_runtime.backends import cuda
-from par_runtime.backends.base import Batch
+from par_runtime.backends.base import Batch, image_shape
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.engines import Engine
 from par_runtime.backends.gpu.loaded import Context, LoadedProgram
@@ -56,7 +57,7 @@ class Memory:
         self._buffers: dict[int, Buffers] = {}
         self._cache_rows = 0
         self._scratch: cuda.Buffer | None = None
-        self._image = bundle.image_size or (0, 0)
+        self._image_bytes = math.prod(image_shape(bundle)) if engine.decodes else 0
 
     def buffers(self, batch: Batch) -> Buffers:
         """The smallest profile that holds the images and the cache rows of ``batch``, with everything bound."""
@@ -82,7 +83,7 @@ class Memory:
         images, n = self.engine.images[index], self.bundle.n_tokens
         tables = Tables(self._launches, images)
         self._reserve(index, tables.rows)
-        pixels = images * self._image[0] * self._image[1] * 3 if self.engine.decodes else 0
+        pixels = images * self._image_bytes
         allocate = self.device.allocate
         made = Buffers(
             index,
@@ -171,7 +172,7 @@ class Memory:
         images, cache = self.engine.images[index], self.bundle.cache
         tables = Tables(self._launches, images)
         own = tables.size + tables.token_pitch * (len(self._launches) + 1) + self._logits_bytes(tables)
-        pixels = images * (self.bundle.n_tokens * 8 + self._image[0] * self._image[1] * 3)
+        pixels = images * (self.bundle.n_tokens * 8 + self._image_bytes)
         scratch = max(program.scratch_bytes(index) for program in self._programs.values())
         return own + pixels + scratch + tables.rows * self._row_bytes() * len(cache.inputs)
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 
+import numpy as np
+from numpy.typing import NDArray
+
 from par_runtime.backends import cuda
+from par_runtime.backends.base import Decoder
 from par_runtime.backends.engines import Capture, Engine
 from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.kernels.plan import KernelProgram
 from par_runtime.backends.kernels.shared import Shared
 from par_runtime.backends.kernels.upload import OnBytes
+from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle
+from par_runtime.dtypes import Int
 from par_runtime.loaded import LoadedFiles
 
 
@@ -43,6 +49,35 @@ def load(
             runtime=engine.runtime,
             version=engine.version,
             capture=capture,
+            decoder=ClipDecoder(bundle) if bundle.video and bundle.image_size and not engine.decodes else None,
         )
         undo.pop_all()
         return backend
+
+
+class ClipDecoder:
+    """What decodes clips where kernels make the tokens: ONNX Runtime on the CPU, for which there are no kernels.
+
+    It reads its weights at its first use, from the files as they are now.
+    """
+
+    name = "onnxruntime-cpu"
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._files = LoadedFiles(bundle)
+        self._decoder: Decoder | None = None
+
+    def run(self, tokens: Int) -> NDArray[np.uint8]:
+        """``Decoder.run``. Raises RequestError where ONNX Runtime is not installed."""
+        if self._decoder is None:
+            with importing("decoding a clip"):
+                from par_runtime.backends.ort.decoding import open_ort_decoder
+                from par_runtime.backends.ort.sessions import decoder_options
+            self._decoder = open_ort_decoder(self._files, decoder_options(None))
+        return self._decoder.run(tokens)
+
+    def close(self) -> None:
+        """Free it."""
+        if self._decoder is not None:
+            self._decoder.close()
+        self._files.close()

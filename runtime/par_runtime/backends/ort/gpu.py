@@ -148,7 +148,12 @@ class OrtCudaBackend:
         self._check_usable()
         if self._decoder is None:
             self._decoder = self._session("decoder")
-        return sessions.run(self._decoder, "tokens", tokens, _as_ours)
+        whole = np.zeros((len(tokens), self.bundle.n_tokens), np.int64)  # earlier frames of a clip see no later ones
+        whole[:, : tokens.shape[1]] = tokens
+        images = sessions.run(self._decoder, "tokens", whole, _as_ours)
+        if not self.bundle.video:
+            return images
+        return images[:, : self.bundle.frames_of(tokens.shape[1] // self.bundle.frame_tokens)]
 
     def close(self) -> None:
         self._closed = True
