@@ -181,6 +181,14 @@ def tiny() -> Path:
     return TESTS / "data" / "tiny"
 
 
+@pytest.fixture(scope="session")
+def tiny_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video bundle of ``video_bundles.write_tiny_video``: fp32, n = 4, with an encoder."""
+    from video_bundles import write_tiny_video
+
+    return write_tiny_video(tmp_path_factory.mktemp("video") / "fp32")
+
+
 @pytest.fixture
 def tiny_copy(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it to build engines in, with an engine cache of its own."""

@@ -9,23 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from double.fixtures import Make
 from video_bundles import tiny_model, tiny_tokenizer, write_checkpoints, write_tiny_video
 
 from par_export.bundle import ExportRequest, export
 from par_export.errors import ExportError
 from par_export.gate.runner import session
-from par_model.config import VQConfig
+from par_export.quantised import quantised_with, write_bundle
+from par_model.config import VideoTokenizerConfig, VQConfig
 from par_model.ordering import token_order
+from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
 from par_runtime import Bundle, BundleError, Pipeline, RequestError
+from par_runtime.backends.ort.gpu import OrtCudaBackend
 from par_runtime.bundle import seal
+from par_runtime.cost.decoder import count_video_decoder
+from par_runtime.errors import CudaError
 from par_runtime.tokenizer import Tokenizer
 from par_runtime.video_shapes import past_shapes
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_video(tmp_path_factory.mktemp("video") / "fp32")
+@pytest.fixture
+def bundle(tiny_video: Path) -> Path:
+    return tiny_video
 
 
 def tokens_of(clips: int) -> np.ndarray:
@@ -189,3 +195,55 @@ def test_tokenizers_of_the_other_kind_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ExportError, match=says):
             export(ExportRequest(one, other, tmp_path / "b"), say=lambda _: None)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "kernels"])
+def test_a_gpu_makes_clips_and_the_frames_of_their_beginning(
+    bundle: Path, load: Make, load_kernels: Make, runtime: str
+) -> None:
+    """TensorRT's plan decodes whole clips; where our kernels make the tokens, ONNX Runtime decodes on the CPU."""
+    pipeline = (load if runtime == "tensorrt" else load_kernels)(bundle, images=(1, 2))
+    assert pipeline.backend.info.decoder == ("" if runtime == "tensorrt" else "onnxruntime-cpu")
+    with Pipeline.load(bundle, device="cpu-ort", threads=1) as cpu:
+        wanted = cpu.generate([0, 2], seed=1)
+    result = pipeline.generate([0, 2], seed=1)
+    assert result.images is not None
+    assert wanted.images is not None
+    np.testing.assert_array_equal(result.tokens, wanted.tokens)
+    assert difference(result.images, wanted.images) <= 1
+    for latent, frames in ((1, 1), (2, 3)):
+        begun = pipeline.decode(result.tokens[:1, : 64 * latent])
+        assert difference(begun, wanted.images[:1, :frames]) <= 1
+    pipeline.close()
+    with pytest.raises((RequestError, CudaError)):
+        pipeline.decode(result.tokens)
+
+
+def test_ort_on_a_gpu_decodes_clips_and_their_beginning(bundle: Path) -> None:
+    backend = OrtCudaBackend(Bundle.open(bundle), provider="CPUExecutionProvider", kind="cpu")
+    tokens = tokens_of(2)
+    assert difference(backend.decode(tokens), oracle(tokens)) <= 1
+    assert difference(backend.decode(tokens[:, :128]), oracle(tokens)[:, :3]) <= 1
+    backend.close()
+
+
+def test_quantising_leaves_the_tokenizer_as_it_is(bundle: Path, tmp_path: Path) -> None:
+    source = Bundle.open(bundle)
+    out = write_bundle(
+        source, tmp_path / "q", quantised_with("int8", 32, "float32"), {"weights": "int8", "group": 32},
+        say=lambda _: None,
+    )  # fmt: skip
+    tokens = tokens_of(1)
+    with Tokenizer_of(bundle) as before, Tokenizer_of(out) as after:
+        np.testing.assert_array_equal(before.decode(tokens), after.decode(tokens))
+        np.testing.assert_array_equal(before.encode(oracle(tokens)), after.encode(oracle(tokens)))
+    assert {"decoder_first", "decoder_next"} <= Bundle.open(out).parity.keys()
+
+
+def test_the_published_decoder_has_as_many_operations_as_it_needs() -> None:
+    """Of 5x16x16 codes; the parameters are those of the oracle's module."""
+    parameters, operations = count_video_decoder(asdict(VideoTokenizerConfig()), (5, 16, 16))
+    with torch.device("meta"):
+        decoder = VideoTokenizer(VideoTokenizerConfig()).decoder_layers
+    assert parameters == sum(tensor.numel() for tensor in decoder.parameters()) == 225_485_315
+    assert operations == pytest.approx(5.89e12, rel=1e-3)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from par_runtime.bundle import Bundle, Phase
-from par_runtime.cost.decoder import count_decoder
+from par_runtime.cost.decoder import count_decoder, count_video_decoder
 
 #: name -> width, layers, heads, FFN width of the published models (V = 16384, 1000 classes).
 NAMED = {
@@ -63,7 +63,8 @@ class Architecture:
         architecture = Architecture.of_model(bundle.model, bundle.phases)
         if bundle.tokenizer is None:
             return architecture
-        parameters, operations = count_decoder(bundle.tokenizer, bundle.grid)
+        count = count_video_decoder if bundle.video else count_decoder
+        parameters, operations = count(bundle.tokenizer, bundle.grid)
         return replace(architecture, decoder_parameters=parameters, decoder_operations=operations)
 
     @staticmethod

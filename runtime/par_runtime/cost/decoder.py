@@ -1,4 +1,4 @@
-"""Parameters and operations of the image decoder, counted from the manifest's description of the tokenizer.
+"""Parameters and operations of the decoder, of images or clips, counted from the manifest's entry of the tokenizer.
 
 The layers are those of ``decoder.onnx``: convolutions and one-headed attention over all pixels. Operations are counted
 of convolutions and of products of matrices alone; everything else is a few operations per number.
@@ -6,8 +6,11 @@ of convolutions and of products of matrices alone; everything else is a few oper
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from par_runtime.video_shapes import FRAMES_BEFORE, decoder_layers, tensor_shapes
 
 #: Multiplications that Winograd's F(4x4,3x3) needs at least, as a share of a convolution's: 36 of 144, and 25 behind an
 #: upsampling. The decoder in C computes so.
@@ -39,6 +42,23 @@ def count_decoder(config: Mapping[str, Any], grid: tuple[int, int, int]) -> tupl
     count.norm(width)
     count.conv(width, 3)
     return count.parameters, count.operations
+
+
+def count_video_decoder(config: Mapping[str, Any], grid: tuple[int, int, int]) -> tuple[int, int]:
+    """As :func:`count_decoder`, for one clip of ``grid`` latent frames, rows and columns.
+
+    Of the first frame of a layer a third is counted: all that a convolution sees is the same frame there.
+    """
+    frames, pixels, operations = grid[0], grid[1] * grid[2], 0
+    for layer in decoder_layers(config):
+        if layer.kind == "space":
+            frames, pixels = 1 + (frames - 1) * layer.stride[0], pixels * math.prod(layer.stride[1:])
+        for shape in tensor_shapes(iter([layer])).values():
+            if len(shape) == 4:
+                seen = FRAMES_BEFORE + 1 if shape[2] > 1 else 1
+                operations += 2 * math.prod(shape) * pixels * (seen * (frames - 1) + 1) // seen
+    parameters = sum(math.prod(shape) for shape in tensor_shapes(decoder_layers(config)).values())
+    return parameters, operations
 
 
 class _Count:
