@@ -13,6 +13,9 @@ GPU_MINUTES ?= 8
 GPU_OUT ?= out/gpu-report
 # The report installs nothing: it takes the environment of the tests where there is one, else the system's Python.
 REPORT_PYTHON ?= $(or $(wildcard $(DEV_ENV)/bin/python),$(PYTHON))
+# As many processes as there are CPUs, but each holds a copy of what the tests share, of up to 2 GB. One that has run its
+# part of the tests takes over some of another's.
+AT_ONCE ?= -n logical --maxprocesses 4 --dist worksteal
 KERNELS := $(wildcard runtime/par_runtime/backends/native/*)
 SOURCES := $(shell find runtime export calibration par_model -name '*.py') $(KERNELS)
 
@@ -26,7 +29,7 @@ help:  ## this list
 
 test: lint  ## lint, types and tests: 9 minutes on 2 cores; the first time installs .venv-dev (2.7 GB, with CUDA more)
 	@echo "Now the tests: about 8 minutes on 2 cores."
-	$(DEV_ENV)/bin/python -m pytest
+	$(DEV_ENV)/bin/python -m pytest $(AT_ONCE)
 
 test-all: lint  ## the slow tests too: about 20 minutes
 	$(DEV_ENV)/bin/python -m pytest -m "not gpu"
