@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import child
 from par_runtime import __version__
 from par_runtime.bench import gpu, machine
 from par_runtime.bench.machine import Counters, Watch, commit, counters, describe, disturbances
@@ -46,17 +47,16 @@ def test_another_busy_process_is_noticed() -> None:
     """A busy process counts as another's unless it is named as our child."""
     if counters() is None:
         pytest.skip("this system does not report it")
-    burn = "import time\nend = time.time() + 1.2\nwhile time.time() < end: pass"
+    burn = "import sys, time\nwhile time.process_time() < 0.5: pass\nprint('busy enough', flush=True)\nsys.stdin.read()"
     for ours in (False, True):
-        child = subprocess.Popen([sys.executable, "-c", burn])
-        before = counters((child.pid,) if ours else ())
-        with pytest.raises(subprocess.TimeoutExpired):
-            child.wait(0.8)
-        after = counters((child.pid,) if ours else ())
+        with child([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            before = counters((process.pid,) if ours else ())
+            assert process.stdout is not None
+            assert process.stdout.readline() == "busy enough\n"
+            after = counters((process.pid,) if ours else ())
         assert before is not None
         assert after is not None
         took = after.ours_s - before.ours_s
-        child.wait()
         assert took > 0.3 if ours else took < 0.3
         assert after.busy_s - before.busy_s > 0.3
 
