@@ -93,7 +93,7 @@ def test_an_existing_folder_is_kept_unless_forced(
         ({"--heads": "3"}, "not a multiple of n_heads=3"),
         ({"--tokenizer": "nope.pt"}, "nope.pt: no such file"),
         ({"--class-names": "NAMES"}, "2 class names for a model of 10 classes"),
-        ({"--grid": "2x8x8", "--tokenizer": "VQ"}, "takes no image tokenizer"),
+        ({"--grid": "2x8x8", "--tokenizer": "VQ"}, "an image tokenizer, and grid 2x8x8 is of video; give a video"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
