@@ -154,8 +154,11 @@ def folder_of(folder: Path, names: list[str]) -> Path:
         (["optimizer.pt", "rng_state_0.pth", "training_args.bin"], "found no .pt, .safetensors or index of shards"),
     ],
 )  # fmt: skip
-def test_folders(tmp_path: Path, refused: Callable[..., None], names: list[str], message: str) -> None:
-    folder = folder_of(tmp_path / "f", names)
+def test_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., None], names: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a short path: a long one would be shown shortened
+    folder = folder_of(Path("f"), names)
     refused(folder, message.replace("{folder}", str(folder)))
 
 
