@@ -46,7 +46,8 @@ def chunk_images(bundle: Bundle, encoder: bool = False) -> int:
     """How many images or clips the decoder takes in one call, or the ``encoder``; ``bundle`` has a tokenizer."""
     assert bundle.image_size is not None
     height, width = bundle.image_size
-    frames = bundle.frames if encoder else bundle.time_downsampling
+    # What the decoder keeps of earlier frames of clips takes as much memory as the frames themselves.
+    frames = 1 if not bundle.video else bundle.frames if encoder else 2 * bundle.time_downsampling
     return max(1, CHUNK_PIXELS // (height * width * frames))
 
 

@@ -131,8 +131,11 @@ def input_ids(config: PARConfig, labels: np.ndarray, tokens: np.ndarray, start: 
     return np.stack(columns, 1).astype(np.int64)
 
 
-def session(path: Path, pack: bool = False) -> ort.InferenceSession:
+def session(path: Path, pack: bool = False, keep: bool = True) -> ort.InferenceSession:
     """A CPU session of the graph at ``path``. Weights in fp32 are mapped; ``pack`` copies them into packed matrices.
+
+    Without ``keep`` memory goes back to the system as soon as a node is done with it: for graphs of large tensors, of
+    which ONNX Runtime's own allocator keeps several times what it needs.
 
     Weights in half precision and quantised ones are held in fp32 in both cases: ONNX Runtime casts one after another
     when the session is made. (With the casts left in the graph it takes more memory, because it plans for all of their
@@ -142,6 +145,7 @@ def session(path: Path, pack: bool = False) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = LOG_SEVERITY
     options.add_session_config_entry(DEQUANTISE, "1")
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = keep
     if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:

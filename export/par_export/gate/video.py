@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -53,10 +54,10 @@ def gate(
     largest = Largest()
     wanted = _decoded(config, tokenizer, checkpoint, tokens, dtype, largest)
     give_back()
-    exact = session(folder / "decoder.onnx").run(["images"], {"tokens": tokens})[0]
+    exact = _session(folder, "decoder").run(["images"], {"tokens": tokens})[0]
     report: dict[str, Any] = {"decoder": _compared("decoder", exact, wanted)}
     give_back()
-    half = session(folder / f"{HALF_DECODER}.onnx").run(["images"], {"tokens": tokens})[0]
+    half = _session(folder, HALF_DECODER).run(["images"], {"tokens": tokens})[0]
     report[HALF_DECODER] = half_report(half, exact, largest)
     if report[HALF_DECODER]["left_out"]:
         (folder / graphs.pop(HALF_DECODER)["file"]).unlink()
@@ -65,6 +66,10 @@ def gate(
     if "encoder" in graphs:
         report["encoder"] = _encoder(folder, config, tokenizer, checkpoint, dtype)
     return report
+
+
+def _session(folder: Path, name: str) -> ort.InferenceSession:
+    return session(folder / f"{name}.onnx", keep=False)
 
 
 def _model(tokenizer: VideoTokenizerConfig, checkpoint: Checkpoint, side: str, dtype: str) -> VideoTokenizer:
@@ -116,10 +121,10 @@ def _by_latent_frame(
     t, h, w = config.grid
     parts = tokens.reshape(1, t, h * w)
     present = [f"present.{i}" for i in range(len(past_shapes(asdict(tokenizer), h, w)))]
-    frames, *past = session(folder / f"{FIRST}.onnx").run(["images", *present], {"tokens": parts[:, 0]})
+    frames, *past = _session(folder, FIRST).run(["images", *present], {"tokens": parts[:, 0]})
     report = {FIRST: _compared(FIRST, frames, wanted[:, :1])}
     give_back()
-    following, clip = session(folder / f"{NEXT}.onnx"), []
+    following, clip = _session(folder, NEXT), []
     for part in range(1, t):
         feed = {"tokens": parts[:, part]} | {f"past.{i}": value for i, value in enumerate(past)}
         frames, *past = following.run(["images", *present], feed)
@@ -136,7 +141,7 @@ def _encoder(
     coarse = torch.rand((1, 3, t, h, w), generator=torch.Generator().manual_seed(3))
     clip = (255 * F.interpolate(coarse, shape, mode="trilinear", align_corners=False)).to(torch.uint8)
     give_back()
-    got = session(folder / "encoder.onnx").run(["tokens"], {"images": clip.permute(0, 2, 3, 4, 1).numpy()})[0]
+    got = _session(folder, "encoder").run(["tokens"], {"images": clip.permute(0, 2, 3, 4, 1).numpy()})[0]
     give_back()
     wanted, distance = _features(clip, tokenizer, checkpoint, dtype)
     order = token_order(config).tolist()
