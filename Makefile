@@ -14,7 +14,8 @@ GPU_OUT ?= out/gpu-report
 # The report installs nothing: it takes the environment of the tests where there is one, else the system's Python.
 REPORT_PYTHON ?= $(or $(wildcard $(DEV_ENV)/bin/python),$(PYTHON))
 # As many processes as there are CPUs, but each holds a copy of what the tests share, of up to 2 GB. One that has run its
-# part of the tests takes over some of another's.
+# part of the tests takes over some of another's. PyTorch takes one thread in each: more of them, on models of this size,
+# wait for each other on cores that are in use, and take three times as much CPU time.
 AT_ONCE ?= -n logical --maxprocesses 4 --dist worksteal
 KERNELS := $(wildcard runtime/par_runtime/backends/native/*)
 SOURCES := $(shell find runtime export calibration par_model -name '*.py') $(KERNELS)
@@ -29,7 +30,7 @@ help:  ## this list
 
 test: lint  ## lint, types and tests: 9 minutes on 2 cores; the first time installs .venv-dev (2.7 GB, with CUDA more)
 	@echo "Now the tests: about 8 minutes on 2 cores."
-	$(DEV_ENV)/bin/python -m pytest $(AT_ONCE)
+	OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest $(AT_ONCE)
 
 test-all: lint  ## the slow tests too: about 20 minutes
 	$(DEV_ENV)/bin/python -m pytest -m "not gpu"
