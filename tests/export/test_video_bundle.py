@@ -16,8 +16,9 @@ from par_export.bundle import ExportRequest, export
 from par_export.errors import ExportError
 from par_export.gate.runner import session
 from par_export.quantised import quantised_with, write_bundle
-from par_model.config import VideoTokenizerConfig, VQConfig
+from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig
 from par_model.ordering import token_order
+from par_model.transformer import PAR
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
 from par_runtime import Bundle, BundleError, Pipeline, RequestError
@@ -25,6 +26,7 @@ from par_runtime.backends.ort.gpu import OrtCudaBackend
 from par_runtime.bundle import seal
 from par_runtime.cost.decoder import count_video_decoder
 from par_runtime.errors import CudaError
+from par_runtime.system import peak_bytes
 from par_runtime.tokenizer import Tokenizer
 from par_runtime.video_shapes import past_shapes
 
@@ -247,3 +249,23 @@ def test_the_published_decoder_has_as_many_operations_as_it_needs() -> None:
         decoder = VideoTokenizer(VideoTokenizerConfig()).decoder_layers
     assert parameters == sum(tensor.numel() for tensor in decoder.parameters()) == 225_485_315
     assert operations == pytest.approx(5.89e12, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_published_tokenizer_exports_and_decodes(tmp_path: Path) -> None:
+    """370 M random parameters and a grid of 5x16x16: minutes, 8 GB."""
+    config = PARConfig(
+        dim=64, n_layers=1, n_heads=2, vocab_size=64000, n_classes=101, grid=(5, 16, 16), group_size=16
+    )  # fmt: skip
+    state = VideoTokenizer(VideoTokenizerConfig()).state_dict()
+    assert sum(tensor.numel() for tensor in state.values()) == 370_372_105
+    torch.save({"model": state, "config": asdict(VideoTokenizerConfig())}, tmp_path / "video.pt")
+    del state
+    torch.save({"model": PAR(config).state_dict(), "config": asdict(config)}, tmp_path / "model.pt")
+    out = export(ExportRequest(tmp_path / "model.pt", tmp_path / "video.pt", tmp_path / "b", "fp16"))
+    assert peak_bytes() is None or peak_bytes() < 12e9  # type: ignore[operator]
+    tokens = np.random.default_rng(0).integers(0, 64000, (1, 1280))
+    with Tokenizer_of(out) as tokenizer:
+        begun = tokenizer.decode(tokens[:, :512])
+        assert begun.shape == (1, 5, 128, 128, 3)
+        np.testing.assert_array_equal(begun[:, :1], tokenizer.decode(tokens[:, :256]))
