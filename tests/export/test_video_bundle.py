@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -249,6 +252,40 @@ def test_the_published_decoder_has_as_many_operations_as_it_needs() -> None:
         decoder = VideoTokenizer(VideoTokenizerConfig()).decoder_layers
     assert parameters == sum(tensor.numel() for tensor in decoder.parameters()) == 225_485_315
     assert operations == pytest.approx(5.89e12, rel=1e-3)
+
+
+def test_a_graph_that_is_not_the_manifests_is_refused_before_it_runs(bundle: Path, tmp_path: Path) -> None:
+    """The first latent frame's graph in the place of the next ones': it takes no past."""
+    for file in bundle.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["graphs"]["decoder_next"]["file"] = "decoder_first.onnx"
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "manifest.json").write_text(json.dumps(seal(manifest)))
+    with Tokenizer_of(tmp_path) as tokenizer:
+        assert tokenizer.decode(tokens_of(1)[:, :64]).shape == (1, 1, 16, 16, 3)
+        with pytest.raises(BundleError, match=r"its input 'past\.0' is none; the manifest's model needs float32"):
+            tokenizer.decode(tokens_of(1))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_decodes_clips_as_before(bundle: Path) -> None:
+    code = """
+import os, sys, warnings
+import numpy as np
+from par_runtime import Bundle
+from par_runtime.tokenizer import Tokenizer
+warnings.simplefilter("ignore", DeprecationWarning)
+tokenizer = Tokenizer(Bundle.open(sys.argv[1]), 2)
+tokens = np.arange(192)[None] % 12
+wanted = tokenizer.decode(tokens)
+pid = os.fork()
+if pid:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+os._exit(0 if np.array_equal(tokenizer.decode(tokens), wanted) else 1)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
