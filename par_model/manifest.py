@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from par_model.ordering import CLASS, TOKEN, input_kinds, phases, token_order
 MANIFEST = "manifest.json"
 MOST_BYTES = 8 * 2**20  #: of a manifest
 MOST = 2**24  #: of any size in it; a table of that many rows can still be made
+
+MOST_BLOCKS, MOST_LEVELS = 2**8, 24  #: residual units of a level, and levels, of a video tokenizer
+VIDEO = "video"  #: the kind of a video tokenizer; an image tokenizer has none
 
 
 class ManifestError(ValueError):
@@ -70,28 +73,63 @@ def tokenizer_from_manifest(manifest: Mapping[str, Any]) -> VQConfig | VideoToke
         entry = manifest["tokenizer"]
         if entry is None:
             return None
-        config = entry["config"]
         if entry.get("kind") is not None:
-            return _video_tokenizer(entry["kind"], config)
+            return video_tokenizer_from_manifest(manifest)
+        config = entry["config"]
         _check_sizes([value for name, value in config.items() if name != "channel_multipliers"])
         _check_sizes(config.get("channel_multipliers", ()))
         return VQConfig(**config)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(_malformed(error)) from error
     except ManifestError:
         raise
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(_malformed(error)) from error
     except ValueError as error:  # of the configuration
         raise ManifestError(f"{error}; export the bundle again") from error
 
 
-def _video_tokenizer(kind: object, config: Mapping[str, Any]) -> VideoTokenizerConfig:
-    if kind != "video":
-        raise ManifestError(f"a tokenizer of kind {_short(kind)}; expected video, or none for images")
-    for name, value in config.items():
-        _check_sizes(value if name in ("levels", "widths") else () if name == "strides" else [value])
-    for stride in config["strides"]:
-        _check_sizes(stride)
-    return VideoTokenizerConfig(**config)
+def video_tokenizer_from_manifest(manifest: Mapping[str, Any]) -> VideoTokenizerConfig | None:
+    """The configuration of the video tokenizer; None for a bundle of images, or one that ends at tokens.
+
+    Raises ManifestError, also where the entry's other numbers are not those of its configuration.
+    """
+    try:
+        entry = manifest["tokenizer"]
+        if entry is None or entry.get("kind") is None:
+            return None
+        if entry["kind"] != VIDEO:
+            raise ManifestError(
+                f"a tokenizer of the kind {_short(entry['kind'])}; expected {VIDEO!r}, or none for images"
+            )
+        given = dict(entry["config"])
+        names = {field.name for field in fields(VideoTokenizerConfig)}
+        if given.keys() != names:
+            raise TypeError(f"the numbers {_short(sorted(given.keys() ^ names))} too many or too few")
+        _check_sizes([given["norm_groups"], *given["levels"], *given["widths"]])
+        for stride in given["strides"]:
+            _check_sizes(stride)
+        for name in ("res_blocks", "last_blocks"):
+            _check_sizes([given[name]], MOST_BLOCKS)
+        _check_sizes([len(given["levels"]), len(given["widths"])], MOST_LEVELS)
+        config = VideoTokenizerConfig(**given)
+        time, side = config.downsampling
+        frames = config.frames(manifest["grid"][0])
+    except ManifestError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ManifestError(_malformed(error)) from error
+    except ValueError as error:  # of VideoTokenizerConfig
+        raise ManifestError(f"{_short(error)}; export the bundle again") from error
+    for name, value in (
+        ("downsampling", side),
+        ("time_downsampling", time),
+        ("codebook_size", config.codebook_size),
+        ("frames", frames),
+    ):
+        if entry.get(name) != value:
+            raise ManifestError(
+                f"tokenizer.{name} is {_short(entry.get(name))}, its configuration has {value}; export the bundle again"
+            )
+    return config
 
 
 def phase_entries(config: PARConfig) -> list[dict[str, Any]]:
@@ -168,10 +206,10 @@ def _config(manifest: Mapping[str, Any]) -> PARConfig:
     )
 
 
-def _check_sizes(sizes: Iterable[object]) -> None:
+def _check_sizes(sizes: Iterable[object], most: int = MOST) -> None:
     for size in sizes:
-        if type(size) is not int or not 1 <= size <= MOST:
-            raise TypeError(f"{_short(size)} where a whole number from 1 to {MOST} is expected")
+        if type(size) is not int or not 1 <= size <= most:
+            raise TypeError(f"{_short(size)} where a whole number from 1 to {most} is expected")
 
 
 def _calls(entries: list[dict[str, Any]]) -> str:

@@ -36,7 +36,17 @@ from par_export.weights import (
     write_video_weights,
     write_weights,
 )
-from par_model.checkpoint import Checkpoint, CheckpointError, Kind, downsampling, infer, open_checkpoint, vq_config
+from par_model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Kind,
+    downsampling,
+    infer,
+    is_video,
+    open_checkpoint,
+    video_config,
+    vq_config,
+)
 from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig
 from par_model.manifest import phase_entries
 from par_model.ordering import phases, token_order
@@ -178,17 +188,7 @@ def _open_tokenizer(request: ExportRequest, path: Path, checkpoint: Checkpoint) 
             f"{checkpoint.path} is a tokenizer and {path} is a model; swap them: --checkpoint {path} --tokenizer "
             f"{checkpoint.path}"
         )
-    return file, _video_config(file) if is_video(file) else vq_config(file)
-
-
-def is_video(file: Checkpoint) -> bool:
-    """Whether ``file`` holds a video tokenizer."""
-    return "decoder_layers.0.conv.weight" in file.tensors
-
-
-def _video_config(file: Checkpoint) -> VideoTokenizerConfig:
-    given = {key: value for key, value in file.config.items() if key != "kind"}
-    return VideoTokenizerConfig(**given)
+    return file, video_config(file) if is_video(file) else vq_config(file)
 
 
 def _check_tokenizer(path: Path, vq: Tokenizer, config: PARConfig, checkpoint: Checkpoint) -> None:

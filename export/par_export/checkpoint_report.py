@@ -9,6 +9,7 @@ import torch
 
 from par_export.graphs.step import padded_head_dim
 from par_model.checkpoint import (
+    FLOATS,
     INDEXES,
     UNUSED,
     Checkpoint,
@@ -20,7 +21,6 @@ from par_model.checkpoint import (
     some,
     vq_config,
 )
-from par_model.checkpoint.architecture import FLOATS
 from par_model.config import PARConfig
 from par_model.ordering import phases
 from par_runtime.cost.architecture import Architecture, phases_of

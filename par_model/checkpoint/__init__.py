@@ -4,6 +4,8 @@
 ``load``           a file to a :class:`Checkpoint`: the tensors by the model's keys
 ``weights``        which tensors of the file these are: the trained ones or their average
 ``architecture``   a :class:`Checkpoint` to its configuration, with every key accounted for
+``video``          the same of a video tokenizer
+``keys``           keys and shapes against those of an architecture
 ``facts``          number of heads and token grid, which the shapes of the weights do not show
 ``beside``         ``config.json`` in the folder of the weights
 ``file``           which file a path means, and in which format it is
@@ -14,14 +16,17 @@
 """
 
 from par_model.checkpoint import hub
-from par_model.checkpoint.architecture import UNUSED, Inferred, check_keys, infer, par_config, vq_config
+from par_model.checkpoint.architecture import Inferred, infer, par_config, vq_config
 from par_model.checkpoint.errors import CheckpointError, some
 from par_model.checkpoint.facts import Grid, downsampling
 from par_model.checkpoint.file import INDEXES
+from par_model.checkpoint.keys import FLOATS, UNUSED, check_keys
 from par_model.checkpoint.load import Checkpoint, open_checkpoint
+from par_model.checkpoint.video import is_video, video_config
 from par_model.checkpoint.weights import KINDS, Kind
 
 __all__ = [
+    "FLOATS",
     "INDEXES",
     "KINDS",
     "UNUSED",
@@ -34,8 +39,10 @@ __all__ = [
     "downsampling",
     "hub",
     "infer",
+    "is_video",
     "open_checkpoint",
     "par_config",
     "some",
+    "video_config",
     "vq_config",
 ]

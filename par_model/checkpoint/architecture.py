@@ -7,26 +7,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from par_model.checkpoint import facts
 from par_model.checkpoint.beside import read_beside
 from par_model.checkpoint.errors import CheckpointError, shown, some
+from par_model.checkpoint.keys import check_keys, missing, shape_of
 from par_model.checkpoint.load import Checkpoint
-from par_model.checkpoint.recognise import architecture_problem, keys_problem
+from par_model.checkpoint.recognise import keys_problem
 from par_model.config import ORDERS, SIZES, PARConfig, VQConfig
-from par_model.dtypes import PRECISION_DTYPE
 from par_model.transformer import PAR
 from par_model.vq import VQModel
 
-#: A buffer of the tokenizer's training; it may be stored in any dtype.
-UNUSED = "quantize.codebook_used"
 #: Options that no shape shows, and their values. A file of ``parvis train`` names those it was trained with.
 ABLATIONS: dict[str, tuple[Any, ...]] = {
     "order": ORDERS,
@@ -34,8 +29,6 @@ ABLATIONS: dict[str, tuple[Any, ...]] = {
     "causal_groups": (False, True),
 }
 MOST_TOKENS = 2**16  # tables are made for each token; the published grids have 576 and 1280
-#: Dtypes that weights may be stored in; fp64 is rounded to the dtype that the caller asks for.
-FLOATS = (*PRECISION_DTYPE.values(), torch.float64)
 
 
 @dataclass(frozen=True)
@@ -131,9 +124,9 @@ def _sizes(checkpoint: Checkpoint) -> facts.Sizes:
         raise CheckpointError(f"{path}: {why}")
     for key in ("tok_embeddings.weight", "cls_embedding.embedding_table.weight"):
         if key not in have:
-            raise _missing(path, have, key, "a PAR or LlamaGen state dict", _TOKENIZER)
-    vocab, dim = _shape(path, have, "tok_embeddings.weight", 2)
-    rows, _ = _shape(path, have, "cls_embedding.embedding_table.weight", 2)
+            raise missing(path, have, key, "par")
+    vocab, dim = shape_of(path, have, "tok_embeddings.weight", 2)
+    rows, _ = shape_of(path, have, "cls_embedding.embedding_table.weight", 2)
     special = "spe_tok_embeddings.special_embeddings.weight"
     layers = {int(m.group(1)) for key in have if (m := re.match(r"layers\.([0-9]{1,4})\.", key))}
     n_layers = max(layers) + 1 if layers else 0
@@ -142,24 +135,8 @@ def _sizes(checkpoint: Checkpoint) -> facts.Sizes:
             f"{path}: holds layers {some([str(i) for i in sorted(layers)]) or 'none'}; expected layers.0 and on "
             "without a gap"
         )
-    n = _shape(path, have, special, 2)[0] + 1 if special in have else 1
+    n = shape_of(path, have, special, 2)[0] + 1 if special in have else 1
     return facts.Sizes(dim, n_layers, vocab, rows - 1, n)
-
-
-#: A key of the other kind of file -> what the user should do.
-_TOKENIZER = ("encoder.conv_blocks.0.res.0.conv2.weight", "this is an image tokenizer: give it as --tokenizer")
-_MODEL = ("tok_embeddings.weight", "this is a PAR model: give it as --checkpoint")
-
-
-def _missing(
-    path: Path, have: Mapping[str, Tensor], key: str, expected: str, other: tuple[str, str]
-) -> CheckpointError:
-    """The error of a file that holds other weights than the ``expected`` ones: what they are, or how they begin."""
-    if other[0] in have:
-        return CheckpointError(f"{path}: no key {key!r}; expected {expected} ({other[1]})")
-    if (why := architecture_problem(list(have))) is not None:
-        return CheckpointError(f"{path}: no key {key!r}; expected {expected}; this {why}")
-    return CheckpointError(f"{path}: no key {key!r} among its {len(have)} ({some(have)}); expected {expected}")
 
 
 def vq_config(checkpoint: Checkpoint) -> VQConfig:
@@ -170,19 +147,19 @@ def vq_config(checkpoint: Checkpoint) -> VQConfig:
         raise CheckpointError(f"{path}: {why}")
     for key in ("quantize.embedding.weight", "encoder.conv_in.weight", "post_quant_conv.weight", first):
         if key not in have:
-            raise _missing(path, have, key, "a VQ tokenizer state dict", _MODEL)
+            raise missing(path, have, key, "vq")
     for said, source in ((checkpoint.args, "its args say"), (checkpoint.config, "its config says")):
         if said.get("codebook_l2_norm") is False:
             raise CheckpointError(
                 f"{path}: {source} codebook_l2_norm False; parvis runs tokenizers with normalised codes only, as the "
                 "published ones have them"
             )
-    channels = _shape(path, have, "encoder.conv_in.weight", 4)[0]
+    channels = shape_of(path, have, "encoder.conv_in.weight", 4)[0]
     widths: list[int] = []
     while (key := f"encoder.conv_blocks.{len(widths)}.res.0.conv2.weight") in have:
-        widths.append(_shape(path, have, key, 4)[0])
+        widths.append(shape_of(path, have, key, 4)[0])
     blocks = len({key.split(".")[4] for key in have if key.startswith("encoder.conv_blocks.0.res.")})
-    size, dim = _shape(path, have, "quantize.embedding.weight", 2)
+    size, dim = shape_of(path, have, "quantize.embedding.weight", 2)
     for key, shape in (("codebook_size", size), ("codebook_embed_dim", dim)):
         if (value := facts.whole(checkpoint.args.get(key))) and value != shape:
             raise CheckpointError(
@@ -199,7 +176,7 @@ def vq_config(checkpoint: Checkpoint) -> VQConfig:
             channels=channels,
             channel_multipliers=tuple(width // channels for width in widths),
             res_blocks=blocks,
-            z_channels=_shape(path, have, "post_quant_conv.weight", 4)[0],
+            z_channels=shape_of(path, have, "post_quant_conv.weight", 4)[0],
             norm_groups=groups,
         )
         with torch.device("meta"):
@@ -208,33 +185,3 @@ def vq_config(checkpoint: Checkpoint) -> VQConfig:
         raise CheckpointError(f"{path}: {error}") from error
     check_keys(path, have, expected)
     return config
-
-
-def _shape(path: Path, have: Mapping[str, Tensor], key: str, dimensions: int) -> tuple[int, ...]:
-    """The shape of ``key``. Raises CheckpointError unless it has ``dimensions`` dimensions, none of them empty."""
-    shape = tuple(have[key].shape)
-    if len(shape) != dimensions or 0 in shape:
-        raise CheckpointError(f"{path}: {key} has shape {shape}; expected {dimensions} dimensions, none of them empty")
-    return shape
-
-
-def check_keys(path: Path, have: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless ``have`` holds exactly the keys and shapes of ``expected``, in :data:`FLOATS`."""
-    missing = [key for key in expected if key not in have]
-    extra = [key for key in have if key not in expected]
-    if missing or extra:
-        parts = [
-            f"{len(keys)} {what} ({some(keys)})" for what, keys in (("missing", missing), ("unknown", extra)) if keys
-        ]
-        raise CheckpointError(
-            f"{path}: keys do not fit: {', '.join(parts)}; expected exactly the {len(expected)} keys of the "
-            "architecture"
-        )
-    for key, tensor in expected.items():
-        if have[key].shape != tensor.shape:
-            raise CheckpointError(f"{path}: {key} has shape {tuple(have[key].shape)}; expected {tuple(tensor.shape)}")
-        if have[key].dtype not in FLOATS and key != UNUSED:
-            raise CheckpointError(
-                f"{path}: {key} is stored as {str(have[key].dtype).removeprefix('torch.')}; expected float32, "
-                "bfloat16 or float16: quantized weights need scales that no key of the architecture holds"
-            )

@@ -11,7 +11,7 @@ import stat
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -176,6 +176,32 @@ ADAPTER = (
 # --- keys --------------------------------------------------------------------------------------------------------
 
 
+Ours = Literal["par", "vq", "video"]
+
+
+class Kind(NamedTuple):
+    """A kind of checkpoint that this package reads."""
+
+    key: str  #: one of its keys, which no other kind has
+    state_dict: str  #: what it is
+    advice: str  #: what to do with it, where another kind is expected
+
+
+OURS: dict[Ours, Kind] = {
+    "par": Kind("tok_embeddings.weight", "a PAR or LlamaGen state dict", "a PAR model: give it as --checkpoint"),
+    "vq": Kind(
+        "encoder.conv_blocks.0.res.0.conv2.weight",
+        "a VQ tokenizer state dict",
+        "an image tokenizer: give it as --tokenizer",
+    ),
+    "video": Kind(
+        "encoder_layers.0.conv.weight",
+        "a video tokenizer state dict (MAGVIT-v2's layout with FSQ)",
+        "a video tokenizer: give it as --tokenizer",
+    ),
+}
+
+
 def keys_problem(tensors: Mapping[str, Tensor]) -> str | None:
     """What the tensors of a file are, where they are no weights of ours, with what to do; None where it is unknown."""
     names = list(tensors)
@@ -209,6 +235,11 @@ def keys_problem(tensors: Mapping[str, Tensor]) -> str | None:
 def architecture_problem(names: Collection[str]) -> str | None:
     """The architecture that the keys ``names`` belong to, where it is a known one that is not ours."""
     for pattern, what in (
+        (
+            r"^quantizers?\.(mask|codebook|project_(in|out))\b",
+            "a MAGVIT-v2 tokenizer with lookup-free quantisation (LFQ)",
+        ),
+        (r"^(encoder\.)?conv_in\.conv\.|^encoder\.conv_first\.conv\.", "a video tokenizer of another layout"),
         (r"^encoder\.down\.\d|^decoder\.up\.\d", "an image tokenizer of taming-transformers or latent diffusion"),
         (r"^(encoder\.down_blocks|decoder\.up_blocks)\.", "an image tokenizer of diffusers"),
         (r"^blocks\.\d+\.attn\.mat_qkv|^word_embed\.", "a VAR model"),
@@ -220,7 +251,8 @@ def architecture_problem(names: Collection[str]) -> str | None:
     ):
         if key := next((name for name in names if re.search(pattern, name)), None):
             return (
-                f"is {what} ({key[:80]}); parvis reads PAR and LlamaGen models, and LlamaGen's tokenizers (VQ-16, VQ-8)"
+                f"is {what} ({key[:80]}); parvis reads PAR and LlamaGen models, LlamaGen's tokenizers (VQ-16, VQ-8), "
+                "and video tokenizers of MAGVIT-v2's layout with FSQ"
             )
     return None
 

@@ -36,8 +36,9 @@ UNDER: dict[Kind, tuple[str, ...]] = {
 #: Parts of keys that wrappers of a model add: DDP in front; torch.compile, FSDP and activation checkpointing anywhere.
 WRAPPERS = re.compile(r"^module\.|(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 COUNTER = "n_averaged"  #: of torch's AveragedModel: how many updates were averaged
-#: A key of every transformer, and one of every tokenizer; what stands in front of it is the name of a module around it.
-ANCHORS = ("tok_embeddings.weight", "quantize.embedding.weight")
+#: A key of every transformer, and those of tokenizers; what stands in front of it is the name of a module around it.
+TOKENIZERS = ("quantize.embedding.weight", "encoder_layers.0.conv.weight")  # of images, of videos
+ANCHORS = ("tok_embeddings.weight", *TOKENIZERS)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def choose(path: Path, content: Mapping[Any, Any], wanted: Kind | None) -> tuple
         have = found[0]
         asked = "averaged weights (ema)" if wanted == EMA else "weights other than averaged ones"
         raise CheckpointError(f"{path}: holds no {asked}, only those {have.under}; give --weights {have.kind}")
-    tokenizer = any(ANCHORS[1] in weights.tensors for weights in found)
+    tokenizer = any(key in weights.tensors for weights in found for key in TOKENIZERS)
     default = EMA if tokenizer and EMA in kinds else MODEL if MODEL in kinds else EMA
     chosen = kinds[wanted or default]
     notes = []
