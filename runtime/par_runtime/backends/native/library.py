@@ -43,6 +43,7 @@ class Model(ctypes.Structure):
         ("ffn_dim", ctypes.c_int64),
         ("vocab_size", ctypes.c_int64),
         ("cache_slots", ctypes.c_int64),
+        ("head_columns", ctypes.c_int64),
         ("cache", ctypes.c_int64),
         ("attention_scale", ctypes.c_float),
         ("embed", ctypes.c_void_p),
@@ -174,7 +175,7 @@ def why_not(bundle: Bundle) -> str | None:
         return str(lib)
     m, panel = bundle.model, lib.parvis_panel()
     inner = m["n_heads"] * m["head_dim_padded"]
-    if any(size % panel for size in (m["dim"], inner, m["ffn_dim"], bundle.vocab_size)):
+    if any(size % panel for size in (m["dim"], inner, m["ffn_dim"])):
         return f"a width of the model is not a multiple of {panel}"
     if m["head_dim_padded"] % HEAD_MULTIPLE:
         return f"its heads have {m['head_dim_padded']} numbers, which is not a multiple of {HEAD_MULTIPLE}"

@@ -155,12 +155,12 @@ static void ffn_hidden(Worker *worker, const StepCall *call, const float *gain, 
 /* The guided logits of each position of each image, and the token that is drawn from them. */
 static void draw_tokens(Worker *worker, const StepCall *call, Scratch *own) {
     const Step *s = &call->step;
-    long query = s->query, v = s->model->vocab_size;
+    long query = s->query, v = s->model->vocab_size, columns = s->model->head_columns;
     begin_phase(worker, s->images * query, 1);
     for (long i; (i = next_item(worker)) >= 0;) {
         long image = i / query, other = s->uncond_row[image];
-        const float *cond = call->shared.logits + i * v;
-        const float *uncond = call->shared.logits + (other * query + i % query) * v;
+        const float *cond = call->shared.logits + i * columns;
+        const float *uncond = call->shared.logits + (other * query + i % query) * columns;
         float *guided = s->logits ? s->logits + i * v : own->draw;
         if (other == image) memcpy(guided, cond, (size_t)v * sizeof(float));
         else call->kernels->guide(cond, uncond, s->guidance[image], v, guided);
@@ -185,6 +185,6 @@ static void run_step(Worker *worker, const void *argument) {
         ffn_hidden(worker, call, model->ffn_norm[l], model->w13 + l, &own);
         matmul(worker, call, shared->ffn_hidden, NULL, model->w2 + l, model->ffn_dim, dim, shared->x, 1, &own);
     }
-    matmul(worker, call, shared->x, model->norm, &model->output, dim, model->vocab_size, shared->logits, 0, &own);
+    matmul(worker, call, shared->x, model->norm, &model->output, dim, model->head_columns, shared->logits, 0, &own);
     draw_tokens(worker, call, &own);
 }

@@ -35,6 +35,7 @@
 /* The model. The Python class Model of library.py has the same fields. */
 typedef struct {
     int64_t dim, n_layers, n_heads, head_dim, ffn_dim, vocab_size, cache_slots;
+    int64_t head_columns;         /* of `output`: V, and columns of zeros up to a whole panel */
     int64_t cache;                /* FP32 or BF16: what keys and values are cached in */
     float attention_scale;        /* of queries */
     const void *embed;            /* [embed_rows][dim] */
@@ -79,7 +80,7 @@ typedef struct {
     float *qkv;           /* [M][3*H*D] */
     float *attention_out; /* [M][H*D] */
     float *ffn_hidden;    /* [M][F] */
-    float *logits;        /* [M][V] */
+    float *logits;        /* [M][head_columns] */
 } Buffers;
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -235,7 +236,7 @@ static char *place(StepCall *call, char *at, int threads) {
                    {&call->shared.qkv, 3 * inner},
                    {&call->shared.attention_out, inner},
                    {&call->shared.ffn_hidden, model->ffn_dim},
-                   {&call->shared.logits, model->vocab_size}};
+                   {&call->shared.logits, model->head_columns}};
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) {
         *buffers[i].buffer = (float *)at;
         at += aligned(m * buffers[i].columns * 4);

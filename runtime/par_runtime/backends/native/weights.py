@@ -49,20 +49,22 @@ class Weights:
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         file = np.frombuffer(mapped, np.uint8)
         packed = {name: _matrix(lib, table, name, arithmetic) for name in names}
+        columns = -(-bundle.vocab_size // lib.parvis_panel()) * lib.parvis_panel()
+        shapes = {name: table[name].shape for name in names} | {"output": (m["dim"], columns)}
         offsets, total = {}, 0
         for name in names:
             offsets[name] = total
-            length = lib.parvis_matrix_bytes(ctypes.byref(packed[name]), *table[name].shape)
+            length = lib.parvis_matrix_bytes(ctypes.byref(packed[name]), *shapes[name])
             total += -(-length // PAGE_BYTES) * PAGE_BYTES
         check_memory(bundle, total)
         self._packed = empty(total, np.uint8)
         for name, matrix in packed.items():
             stored, scales = table[name], table.get(name + SCALE)
             matrix.data = self._packed.ctypes.data + offsets[name]
+            values, factors = (None if at is None else _bytes_of(file, at, shapes[name][1]) for at in (stored, scales))
             lib.parvis_pack(
-                ctypes.byref(matrix), file.ctypes.data + stored.offset,
-                None if scales is None else file.ctypes.data + scales.offset,
-                *stored.shape, int(name.endswith("w13")), matrix.data,
+                ctypes.byref(matrix), _address(values), _address(factors),
+                *shapes[name], int(name.endswith("w13")), matrix.data,
             )  # fmt: skip
             _drop_pages(mapped, stored)
         gains = ["norm", *(f"layers.{i}.{norm}" for norm in NORMS for i in layers)]
@@ -80,6 +82,7 @@ class Weights:
             ffn_dim=m["ffn_dim"],
             vocab_size=bundle.vocab_size,
             cache_slots=cache_slots,
+            head_columns=columns,
             cache=STORED[DTYPE[cache]],
             attention_scale=m["head_dim"] ** -0.5,
             embed=self._embed.ctypes.data,
@@ -100,6 +103,17 @@ def _matrix(lib: ctypes.CDLL, table: Mapping[str, Stored], name: str, arithmetic
     if scales is None:
         return matrix_of(lib, stored.dtype, arithmetic)
     return matrix_of(lib, stored.dtype, arithmetic, stored.shape[0] // scales.shape[0], scales.dtype)
+
+
+def _bytes_of(file: NDArray[np.uint8], stored: Stored, columns: int) -> NDArray[np.uint8]:
+    """The bytes of a matrix, or of its scales; a copy with zeros behind each row where it has fewer ``columns``."""
+    rows = file[stored.offset : stored.offset + stored.length].reshape(stored.shape[0], -1)
+    width = rows.shape[1] * columns // stored.shape[1]
+    return rows if width == rows.shape[1] else np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
+
+
+def _address(values: NDArray[np.uint8] | None) -> int | None:
+    return None if values is None else values.ctypes.data
 
 
 def pointers(addresses: Iterable[int]) -> Any:
