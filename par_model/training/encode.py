@@ -1,4 +1,4 @@
-"""Turn a folder of images into token ids once, before training: ``parvis encode`` (paper, section 4.1)."""
+"""Turn a folder of images or clips into token ids once, before training: ``parvis encode`` (paper, section 4.1)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ import argparse
 import numpy as np
 import torch
 
+from par_model.training.clips import ClipFolder, holds_clips
 from par_model.training.data import ImageFolder
-from par_model.training.run import InputError, channels_last, load_tokenizer, written_beside
+from par_model.training.run import (
+    InputError,
+    channels_last,
+    load_tokenizer,
+    load_video_tokenizer,
+    written_beside,
+)
+from par_model.training.video import check_clips
 from par_model.vq import VQModel
 from par_model.words import printable
 
@@ -21,6 +29,9 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--batch {args.batch}: expected 1 or more")
     if args.out.is_dir():
         raise InputError(f"--out {args.out} is a folder; give the name of a file, for instance codes.npz")
+    if holds_clips(args.data):
+        _encode_clips(args)
+        return
     model = load_tokenizer(args.tokenizer)
     pixels = model.config.downsampling
     raw = (args.data / "meta.json").is_file()
@@ -37,6 +48,29 @@ def run(args: argparse.Namespace) -> None:
         np.savez(file, codes=codes, labels=labels, class_names=np.array(data.class_names))
     print(
         f"{printable(str(args.out))}: {len(codes)} images of {codes.shape[1]}x{codes.shape[2]} codes, "
+        f"{len(data.class_names)} class{'es' if len(data.class_names) > 1 else ''}"
+    )
+
+
+def _encode_clips(args: argparse.Namespace) -> None:
+    """``run`` for raw clips and a video tokenizer."""
+    if args.size is not None:
+        raise InputError(f"--size {args.size}: raw clips have their size; leave it out")
+    model = load_video_tokenizer(args.tokenizer).eval()
+    data = ClipFolder.open(args.data)
+    check_clips(model.config, data)
+    if model.config.codebook_size > 65536:
+        raise InputError(f"{args.tokenizer}: {model.config.codebook_size} codes; codes.npz holds ids up to 65535")
+    with written_beside(args.out) as part, part.open("wb") as file:
+        codes = []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for start in range(0, len(data), args.batch):
+                features = model.features(data.batch(np.arange(start, min(start + args.batch, len(data)))))
+                codes.append(model.quantizers.ids(features.float()).numpy().astype(np.uint16))
+        all_codes = np.concatenate(codes)
+        np.savez(file, codes=all_codes, labels=data.labels.astype(np.uint8), class_names=np.array(data.class_names))
+    print(
+        f"{printable(str(args.out))}: {len(all_codes)} clips of {'x'.join(map(str, all_codes.shape[1:]))} codes, "
         f"{len(data.class_names)} class{'es' if len(data.class_names) > 1 else ''}"
     )
 

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from par_model.checkpoint import open_checkpoint, vq_config
+from par_model.checkpoint import open_checkpoint, video_config, vq_config
+from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
 
 if TYPE_CHECKING:
@@ -84,6 +85,14 @@ def load_tokenizer(path: Path) -> VQModel:
     """
     checkpoint = open_checkpoint(path)
     model = VQModel(vq_config(checkpoint))
+    model.load_state_dict(dict(checkpoint.tensors))
+    return model
+
+
+def load_video_tokenizer(path: Path) -> VideoTokenizer:
+    """The video tokenizer of a checkpoint, with its weights. Raises CheckpointError, OSError."""
+    checkpoint = open_checkpoint(path)
+    model = VideoTokenizer(video_config(checkpoint))
     model.load_state_dict(dict(checkpoint.tensors))
     return model
 

@@ -18,17 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from par_model.checkpoint import open_checkpoint
 from par_model.config import SIZES, PARConfig
 from par_model.generation import generate
 from par_model.ordering import token_order
-from par_model.training.run import EMA, InputError, Run, batch_index, cosine, load_tokenizer
+from par_model.training.run import EMA, InputError, Run, batch_index, cosine, load_tokenizer, load_video_tokenizer
 from par_model.transformer import PAR
 
 CLASS_DROPOUT = 0.1  # share of the images that are trained without their class, for guidance
 MUON_LR = 0.02  # learning rate of the matrices; the usual value for orthogonalised updates
 EVAL_IMAGES = 512  # held-out images of a report
 
-#: Code ids [M,h,w], labels [M] int64, class names.
+#: Code ids [M,h,w], or [M,t,h,w] of clips; labels [M] int64, class names.
 Codes = tuple[np.ndarray, np.ndarray, list[str]]
 
 
@@ -39,12 +40,28 @@ def train(args: argparse.Namespace) -> None:
     """
     codes, labels, names = load_codes(args.codes, args.vocab)
     held_out = load_codes(args.val, args.vocab)
-    config = _config(args, (codes.shape[1], codes.shape[2]), len(names))
+    if held_out[0].shape[1:] != codes.shape[1:]:
+        raise InputError(
+            f"{args.val}: codes of {grid_text(held_out[0])}, {args.codes} has {grid_text(codes)}; encode "
+            "both with the same tokenizer"
+        )
+    config = _config(args, grid_of(codes), len(names))
     with Run(args.run) as run:
         _train(args, config, run, (codes, labels, names), held_out)
 
 
-def _config(args: argparse.Namespace, grid: tuple[int, int], n_classes: int) -> PARConfig:
+def grid_of(codes: np.ndarray) -> tuple[int, int, int]:
+    """The token grid (T, H, W) of ``codes`` [M,h,w] or [M,t,h,w]."""
+    t, h, w = (1, *codes.shape[1:])[-3:]
+    return t, h, w
+
+
+def grid_text(codes: np.ndarray) -> str:
+    """The grid of ``codes`` for a message."""
+    return "x".join(map(str, codes.shape[1:]))
+
+
+def _config(args: argparse.Namespace, grid: tuple[int, int, int], n_classes: int) -> PARConfig:
     dim, n_layers, n_heads = SIZES[args.size]
     if args.dim or args.layers or args.heads:
         if not (args.dim and args.layers and args.heads):
@@ -57,7 +74,7 @@ def _config(args: argparse.Namespace, grid: tuple[int, int], n_classes: int) -> 
             n_heads=n_heads,
             vocab_size=args.vocab,
             n_classes=n_classes,
-            grid=(1, *grid),
+            grid=grid,
             group_size=args.group_size,
             dropout=args.dropout,
         )
@@ -69,6 +86,8 @@ def _train(args: argparse.Namespace, config: PARConfig, run: Run, data: Codes, h
     codes, labels, names = data
     torch.manual_seed(args.seed)
     model = PAR(config)
+    if args.init is not None:
+        start_from(model, args.init)
     optimizers = make_optimizers(model, args)
     peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
     ema = EMA(model, args.ema)
@@ -120,6 +139,22 @@ def _train(args: argparse.Namespace, config: PARConfig, run: Run, data: Codes, h
     save()
 
 
+def start_from(model: PAR, path: Path) -> None:
+    """Give ``model`` the weights of the model at ``path``, which may have another n. Learnable tokens begin anew then.
+
+    Raises InputError where another size differs, CheckpointError, OSError.
+    """
+    given = dict(open_checkpoint(path).tensors)
+    own = model.state_dict()
+    learnable = "spe_tok_embeddings.special_embeddings.weight"
+    if given.get(learnable) is None or own.get(learnable) is None or given[learnable].shape != own[learnable].shape:
+        given.pop(learnable, None)
+    for key, tensor in own.items():
+        if key != learnable and (key not in given or given[key].shape != tensor.shape):
+            raise InputError(f"--init {path}: has no {key} of shape {tuple(tensor.shape)}; give a model of this size")
+    model.load_state_dict(given, strict=False)
+
+
 def loss_of(model: PAR, tokens: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy (nats) over all N targets of ``tokens`` [B,N] in sequence order."""
     logits = model(tokens, labels)
@@ -128,7 +163,7 @@ def loss_of(model: PAR, tokens: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: PAR, codes: np.ndarray, labels: np.ndarray, batch: int) -> float:
-    """Mean cross entropy (nats per token) of held-out ``codes`` [M,h,w] with their ``labels`` [M]."""
+    """Mean cross entropy (nats per token) of held-out ``codes`` [M,h,w] or [M,t,h,w] with their ``labels`` [M]."""
     order, losses = token_order(model.config), []
     with torch.autocast("cpu", torch.bfloat16):
         for i in range(0, len(codes), batch):
@@ -171,19 +206,23 @@ def load_codes(path: Path, vocab: int) -> Codes:
 
 @torch.no_grad()
 def sample_sheet(model: PAR, tokenizer: Path, path: Path, guidance: float, rows: int = 4) -> None:
-    """Write a PNG with ``rows`` images of each class (at most 16 classes), seeds 0, 1, ...
+    """Write a PNG with ``rows`` images of each class (at most 16 classes), seeds 0, 1, ...; of clips, every other frame
+    side by side, one clip of each class below the other.
 
     Raises CheckpointError, OSError.
     """
     from PIL import Image
 
-    vq = load_tokenizer(tokenizer).eval()
-    _, h, w = model.config.grid
     columns = min(model.config.n_classes, 16)
+    t, h, w = model.config.grid
+    rows = rows if t == 1 else 1
     tokens = generate(model, [c for _ in range(rows) for c in range(columns)], guidance=guidance)
     raster = torch.empty_like(tokens)
     raster[:, torch.from_numpy(token_order(model.config))] = tokens
-    images = vq.decode(raster.view(-1, h, w)).clamp(-1, 1)
-    side = images.shape[-1]
-    grid = images.view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3)
-    Image.fromarray(((grid + 1) * 127.5).to(torch.uint8).numpy()).save(path)
+    if t == 1:
+        images = load_tokenizer(tokenizer).eval().decode(raster.view(-1, h, w)).clamp(-1, 1)
+        grid = ((images + 1) * 127.5).unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # [rows,H,columns,W,3]
+    else:
+        clips = load_video_tokenizer(tokenizer).eval().decode(raster.view(-1, t, h, w)).clamp(0, 1)
+        grid = (clips[:, :, ::2] * 255).permute(0, 3, 2, 4, 1)  # [columns,H,T',W,3]
+    Image.fromarray(grid.flatten(2, 3).flatten(0, 1).to(torch.uint8).numpy()).save(path)

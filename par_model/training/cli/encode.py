@@ -13,16 +13,16 @@ def parser() -> argparse.ArgumentParser:
     """The command line of ``parvis encode``."""
     p = Parser(
         prog="parvis encode",
-        description="Encode a folder of images to token ids (codes.npz), which 'parvis train' takes. Pictures of any "
-        "format and size are turned upright, put on white where transparent, cropped to their largest middle square "
-        "and scaled.",
+        description="Encode a folder of images, or of raw clips, to token ids (codes.npz), which 'parvis train' takes. "
+        "Pictures of any format and size are turned upright, put on white where transparent, cropped to their "
+        "largest middle square and scaled.",
     )
     p.add_argument(
         "--data",
         type=Path,
         required=True,
         help="a folder with a folder of pictures (PNG, JPEG, WebP, ...) for each class, or with the "
-        "pictures themselves; or the raw form: images.u8, labels.u8, meta.json",
+        "pictures themselves; or the raw form: images.u8 (or clips.u8), labels.u8, meta.json",
     )
     p.add_argument("--tokenizer", type=Path, required=True, help="its weights: of parvis train-tokenizer, or published")
     p.add_argument("--out", type=Path, required=True, help="codes.npz to write")

@@ -12,12 +12,15 @@ from par_model.training.cli import Parser, guarded
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``parvis train``."""
-    p = Parser(prog="parvis train", description="Train a PAR model on encoded images.")
+    p = Parser(prog="parvis train", description="Train a PAR model on encoded images or clips.")
     p.add_argument("--codes", type=Path, required=True, help="codes.npz of parvis encode")
     p.add_argument("--val", type=Path, required=True, help="held-out codes.npz")
     p.add_argument("--vocab", type=int, required=True, help="codebook size of the tokenizer")
     p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheets")
     p.add_argument("--resume", action="store_true", help="continue the run in --run")
+    p.add_argument(
+        "--init", type=Path, metavar="MODEL", help="begin with the weights of this model, which may have another n"
+    )
     p.add_argument("--tokenizer", type=Path, help="tokenizer checkpoint, for sample sheets")
     p.add_argument("--size", choices=list(SIZES), default="tiny", help="of the model, by name")
     p.add_argument("--dim", type=int, help="width, with --layers and --heads instead of --size")

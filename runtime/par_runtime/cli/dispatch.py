@@ -86,7 +86,12 @@ VERBS = {
     "train-tokenizer": Verb(
         "par_model.training.cli.tokenizer", "train a VQ tokenizer on a folder of images", ("cpu", "cpu,export")
     ),
-    "encode": Verb("par_model.training.cli.encode", "turn a folder of images into token ids", ("cpu", "cpu,export")),
+    "train-video-tokenizer": Verb(
+        "par_model.training.cli.video_tokenizer", "train a video tokenizer on raw clips", ("cpu", "cpu,export")
+    ),
+    "encode": Verb(
+        "par_model.training.cli.encode", "turn a folder of images or clips into token ids", ("cpu", "cpu,export")
+    ),
     "train": Verb("par_model.training.cli.transformer", "train a PAR model on token ids", ("cpu", "cpu,export")),
 }
 

@@ -40,7 +40,7 @@ PACKAGES = (
 )
 #: verbs -> the extra that they need beyond a backend, and the modules that show whether it is there
 NEEDS = {
-    "parvis export, train, train-tokenizer, encode": (
+    "parvis export, train, train-tokenizer, train-video-tokenizer, encode": (
         "cpu,export",
         ("onnxruntime", "torch", "onnx", "safetensors", "huggingface_hub"),
     ),

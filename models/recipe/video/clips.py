@@ -1,0 +1,96 @@
+"""Clips of a garment of Fashion-MNIST that moves and bounces, in the raw form of ``parvis train-video-tokenizer``.
+
+Clip i shows garment i of its part of the data set (again from the first where there are more clips). It begins away
+from the middle, crosses it, keeps its speed and bounces off the edges. Place, speed and direction come from the part
+and i alone, so anybody makes the same clips. It lies between pixels, so its motion is as smooth as the numbers are.
+
+The direction is towards the middle, up to 15 degrees, so that the first frame shows where the garment goes. A model
+that draws several tokens at once could not agree on a direction that nothing shows.
+
+The last 200 garments of each class are the ``val`` part, all others the ``train`` part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
+FRAMES, SIDE, GARMENT, ORIGINAL = (
+    17,
+    32,
+    20,
+    28,
+)  # frames; pixels of a frame, of a garment in it, of one in the data set
+SLOWEST, FASTEST = 0.7, 1.1  # pixels per frame
+AWAY = 3  # pixels from the middle, at least, in the first frame
+TURN = np.pi / 12  # how far it is thrown beside the middle, at most
+HELD_OUT = 200  # garments of each class
+
+
+def main() -> None:
+    """Write ``clips.u8`` [count,17,32,32,1], ``labels.u8``, ``meta.json``, and for the evaluation ``motion.f32``
+    [count,2]: rows and columns per frame at the beginning.
+    """
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--source", type=Path, required=True, help="folder with 0.json .. 9.json of the npm package")
+    p.add_argument("--part", choices=["train", "val"], required=True)
+    p.add_argument("--count", type=int, required=True, help="clips; clip i is of class i mod 10")
+    p.add_argument("--out", type=Path, required=True)
+    args = p.parse_args()
+    classes = [garments(args.source / f"{c}.json", args.part) for c in range(len(NAMES))]
+    args.out.mkdir(parents=True, exist_ok=True)
+    labels = np.arange(args.count) % len(NAMES)
+    motion = np.zeros((args.count, 2), np.float32)
+    with (args.out / "clips.u8").open("wb") as file:
+        for i, label in enumerate(labels):
+            of_class = classes[label]
+            frames, motion[i] = clip(of_class[i // len(NAMES) % len(of_class)], (0 if args.part == "train" else 1, i))
+            file.write(frames.tobytes())
+    motion.tofile(args.out / "motion.f32")
+    labels.astype(np.uint8).tofile(args.out / "labels.u8")
+    meta = {"count": args.count, "frames": FRAMES, "size": SIDE, "channels": 1, "class_names": NAMES}
+    (args.out / "meta.json").write_text(json.dumps(meta))
+
+
+def garments(path: Path, part: str) -> np.ndarray:
+    """The garments of a class as [M,20,20] float32 in [0,255]; each pixel is the mean of those that it covers."""
+    rows = [row for row in json.loads(path.read_text())["data"] if row]  # two of class 0 are empty in the package
+    pixels = np.array(rows, np.float32).reshape(-1, ORIGINAL, ORIGINAL)
+    pixels = pixels[:-HELD_OUT] if part == "train" else pixels[-HELD_OUT:]
+    edges = np.arange(GARMENT + 1) * ORIGINAL / GARMENT
+    cover = np.clip(
+        np.minimum(edges[1:, None], np.arange(1, ORIGINAL + 1)) - np.maximum(edges[:-1, None], np.arange(ORIGINAL)),
+        0, None,
+    )  # fmt: skip  # [20,28]: how much of each original pixel lies in each new one
+    cover = (cover / cover.sum(1, keepdims=True)).astype(np.float32)
+    return cover @ pixels @ cover.T
+
+
+def clip(garment: np.ndarray, seed: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Frames [17,32,32] uint8 of ``garment`` [20,20], and how far it moves in the first frame, (rows, columns)."""
+    random = np.random.default_rng(seed)
+    room = SIDE - GARMENT
+    place = random.uniform(0, room, 2)
+    while np.hypot(*(place - room / 2)) < AWAY:
+        place = random.uniform(0, room, 2)
+    angle = np.arctan2(*(room / 2 - place)) + random.uniform(-TURN, TURN)
+    step = random.uniform(SLOWEST, FASTEST) * np.array([np.sin(angle), np.cos(angle)])
+    frames = np.zeros((FRAMES, SIDE, SIDE), np.float32)
+    padded = np.pad(garment, 1)
+    for t in range(FRAMES):
+        # The path without walls, folded back into the room, is the path that bounces.
+        y, x = room - np.abs((place + t * step) % (2 * room) - room)
+        (row, dy), (column, dx) = divmod(y, 1), divmod(x, 1)
+        part = (1 - dy) * padded[1:] + dy * padded[:-1]
+        part = (1 - dx) * part[:, 1:] + dx * part[:, :-1]  # [21,21], moved by (dy, dx)
+        top, left = int(row), int(column)
+        frames[t, top : top + GARMENT + 1, left : left + GARMENT + 1] = part[: SIDE - top, : SIDE - left]
+    return np.round(frames).astype(np.uint8), step
+
+
+if __name__ == "__main__":
+    main()

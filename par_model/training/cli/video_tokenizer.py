@@ -1,0 +1,65 @@
+"""``parvis train-video-tokenizer``: its options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from par_model.training.cli import Parser, guarded
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``parvis train-video-tokenizer``."""
+    p = Parser(
+        prog="parvis train-video-tokenizer",
+        description="Train a causal video tokenizer (FSQ) on raw clips: a folder with clips.u8 "
+        "(uint8 [count,frames,size,size,channels]), labels.u8 (uint8 [count]) and meta.json (count, frames, size, "
+        "channels 1 or 3, class_names).",
+    )
+    p.add_argument("--data", type=Path, required=True, help="a folder with clips.u8, labels.u8, meta.json")
+    p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
+    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheet.png")
+    p.add_argument("--resume", action="store_true", help="continue the run in --run")
+    p.add_argument("--steps", type=int, default=1500, help="updates of the weights")
+    p.add_argument("--batch", type=int, default=16, help="clips of a step")
+    p.add_argument("--lr", type=float, default=2e-3, help="learning rate")
+    p.add_argument("--seed", type=int, default=0, help="of the initial weights and of the order of clips")
+    p.add_argument("--report", type=int, default=100, help="steps between reports and checkpoints")
+    p.add_argument(
+        "--levels",
+        type=int,
+        nargs="+",
+        default=[8, 5, 5, 5],
+        help="of FSQ; their product is the number of codes (default: 8 5 5 5)",
+    )
+    p.add_argument(
+        "--widths", type=int, nargs="+", default=[16, 48, 96], help="channels of each level (default: 16 48 96)"
+    )
+    p.add_argument(
+        "--time-strides",
+        type=int,
+        nargs="+",
+        default=[2, 2],
+        help="1 or 2 between each two levels: by how much time shrinks there; height and width halve (default: 2 2)",
+    )
+    p.add_argument("--res-blocks", type=int, default=1, help="residual units of a level")
+    p.add_argument("--last-blocks", type=int, default=2, help="residual units of the last level")
+    p.add_argument("--norm-groups", type=int, default=16, help="of the group norms; a divisor of all widths")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``parvis train-video-tokenizer``; returns the exit code."""
+    args = parser().parse_args(argv)
+
+    def work() -> None:
+        from par_model.training.video import train
+
+        train(args)
+
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,136 @@
+"""Train a small video tokenizer on raw clips: ``parvis train-video-tokenizer``.
+
+Loss: L1, plus L1 of the differences between neighbours in space and in time (edges and motion), plus L2. FSQ needs no
+commitment term, and no code can be out of use for good.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from par_model.config import VideoTokenizerConfig
+from par_model.training.clips import ClipFolder
+from par_model.training.run import EMA, InputError, Run, batch_index, cosine
+from par_model.video import VideoTokenizer
+
+VALIDATED = 128  #: held-out clips of a report
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run or resume the training that ``args`` describes. Raises InputError, OSError."""
+    data, held_out = ClipFolder.open(args.data), ClipFolder.open(args.val)
+    try:
+        config = VideoTokenizerConfig(
+            levels=tuple(args.levels),
+            widths=tuple(args.widths),
+            strides=tuple((time, 2, 2) for time in args.time_strides),
+            res_blocks=args.res_blocks,
+            last_blocks=args.last_blocks,
+            norm_groups=args.norm_groups,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    check_clips(config, data, held_out)
+    with Run(args.run) as run:
+        _train(args, config, run, data, held_out)
+
+
+def check_clips(config: VideoTokenizerConfig, *folders: ClipFolder) -> None:
+    """Raise InputError where a tokenizer of ``config`` cannot take the clips of a folder."""
+    time, side = config.downsampling
+    for folder in folders:
+        if (folder.frames - 1) % time or folder.size % side:
+            raise InputError(
+                f"clips of {folder.frames} frames of {folder.size}x{folder.size} pixels; expected one frame more than "
+                f"a multiple of {time}, and a multiple of {side} pixels a side"
+            )
+
+
+def _train(
+    args: argparse.Namespace, config: VideoTokenizerConfig, run: Run, data: ClipFolder, held_out: ClipFolder
+) -> None:
+    torch.manual_seed(args.seed)
+    model = VideoTokenizer(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    ema = EMA(model, 0.998)
+    step = 0
+    if (state := run.resume(args.resume)) is not None:
+        model.load_state_dict(state["live"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.shadow, step = state["model"], state["step"]
+
+    def save() -> None:
+        final = {"model": ema.shadow, "config": asdict(config) | {"kind": "video-tokenizer"}}
+        run.save(
+            "checkpoint.pt",
+            final | {"live": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
+        )
+        if step == args.steps:
+            run.save("model.pt", final)
+
+    while step < args.steps and not run.should_stop:
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step, args.steps, args.lr, warmup=50)
+        x = data.batch(batch_index(args.seed, step, args.batch, len(data)))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, parts = reconstruct(model, x)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.update(model, step)
+        step += 1
+        if step % args.report == 0 or step == args.steps:
+            row = {name: float(value.detach()) for name, value in parts.items()}
+            run.log(
+                step=step, clips=step * args.batch, **row, **validate(config, ema, held_out, run.path / "sheet.png")
+            )
+            save()
+    save()
+
+
+def reconstruct(model: VideoTokenizer, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and its parts, of clips ``x`` [B,3,T,H,W] in [0,1]."""
+    z = model.features(x).float()
+    with torch.autocast("cpu", enabled=False):
+        codes = model.quantizers.quantise(z)
+    y = model.decode_codes(codes).float()
+    l1 = (y - x).abs().mean()
+    edges = sum((y.diff(dim=axis) - x.diff(dim=axis)).abs().mean() for axis in (3, 4))
+    motion = (y.diff(dim=2) - x.diff(dim=2)).abs().mean()
+    l2 = ((y - x) ** 2).mean()
+    return l1 + edges + motion + 2 * l2, {"l1": l1, "edges": torch.as_tensor(edges), "motion": motion, "mse": l2}
+
+
+@torch.no_grad()
+def validate(config: VideoTokenizerConfig, ema: EMA, held_out: ClipFolder, sheet: Path) -> dict[str, float]:
+    """PSNR (dB) and the share of codes in use on held-out clips, with the averaged weights.
+
+    Writes frames of the first clips to the PNG file ``sheet``, each above its reconstruction.
+    """
+    from PIL import Image
+
+    model = VideoTokenizer(config).eval()
+    model.load_state_dict(ema.shadow)
+    squared, used = 0.0, set()
+    rows: list[Tensor] = []
+    count = min(VALIDATED, len(held_out))
+    for start in range(0, count, 16):
+        x = held_out.batch(np.arange(start, min(start + 16, count)))
+        with torch.autocast("cpu", torch.bfloat16):
+            z = model.features(x).float()
+            ids = model.quantizers.ids(z)
+            y = model.decode(ids).float().clamp(0, 1)
+        squared += float(((y - x) ** 2).mean(dim=(1, 2, 3, 4)).sum())
+        used.update(ids.flatten().tolist())
+        if not rows:
+            pairs = torch.stack([x[:8, :, ::2], y[:8, :, ::2]], 1)  # [8,2,3,T',H,W]
+            rows.append(pairs.permute(0, 1, 4, 3, 5, 2).flatten(3, 4).flatten(0, 2))  # [8*2*H, T'*W, 3]
+    Image.fromarray((torch.cat(rows) * 255).round().to(torch.uint8).numpy()).save(sheet)
+    return {"psnr_db": float(-10 * np.log10(squared / count)), "codes_used": len(used) / config.codebook_size}
