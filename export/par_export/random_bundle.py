@@ -33,7 +33,16 @@ from par_export.weights import (
     write_weights,
 )
 from par_model.checkpoint import Checkpoint
-from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig, named
+from par_model.config import (
+    VIDEO_CLASSES,
+    VIDEO_CODES,
+    VIDEO_GRID,
+    VIDEO_SIZE,
+    PARConfig,
+    VideoTokenizerConfig,
+    VQConfig,
+    named,
+)
 from par_model.manifest import config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.transformer import INIT_STD, PAR
 from par_model.video import VideoTokenizer
@@ -197,12 +206,15 @@ def write_published(
 ) -> dict[int, Path]:
     """Write bundles of a model of the paper: "PAR-L" to "PAR-3B" (384 px, with VQ-16's decoder), or "PAR-video".
 
-    The video model has XL's blocks over 5x16x16 tokens of 64,000 codes, 101 classes and no decoder; its widths are not
-    published **(ours)**. Returns n -> path. Raises ValueError for another name, OSError.
+    The video model is ``par_model.config.VIDEO_SIZE`` over 5x16x16 tokens of 64,000 codes, 101 classes and no decoder;
+    its widths are not published **(ours)**. Returns n -> path. Raises ValueError for another name, OSError.
     """
     if model == "PAR-video":
-        config, vq = named("XL", vocab_size=64000, n_classes=101, grid=(5, 16, 16)), None
-        return write_family(config, group_sizes, folder, name=model, precision=precision, vq=vq)
+        dim, n_layers, n_heads = VIDEO_SIZE
+        config = PARConfig(
+            dim, n_layers, n_heads, vocab_size=VIDEO_CODES, n_classes=VIDEO_CLASSES, grid=VIDEO_GRID, group_size=4
+        )
+        return write_family(config, group_sizes, folder, name=model, precision=precision, vq=None)
     return write_family(
         named(model.removeprefix("PAR-")), group_sizes, folder, name=model, precision=precision, vq=VQConfig()
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from par_runtime.arguments import whole
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import EngineError, RequestError
@@ -94,6 +95,20 @@ def _is_beginning(bundle: Bundle, tokens: NDArray[Any]) -> bool:
     """Whether ``tokens`` [B,K] are as many as those of some of the latent frames, but not of all."""
     count = tokens.shape[1]
     return bundle.video and 0 < count < bundle.n_tokens and count % bundle.frame_tokens == 0
+
+
+def kept_frames(bundle: Bundle, frames: int | None) -> NDArray[np.bool_] | None:
+    """Which latent frames [t] lie within the first ``frames`` frames of a clip; None where ``frames`` is None.
+
+    Raises RequestError.
+    """
+    if frames is None:
+        return None
+    if not bundle.video or not bundle.frames:
+        raise RequestError(f"keep_frames {frames}: {bundle.path} makes images, not clips; leave it out")
+    frames = whole("keep_frames", frames, 1, bundle.frames, ", a number of frames")
+    ends = [bundle.frames_of(f + 1) for f in range(bundle.latent_frames)]
+    return np.array([end <= frames for end in ends])
 
 
 def drawn_tokens(bundle: Bundle, backend: str, tokens: Int, first: int = 0) -> None:

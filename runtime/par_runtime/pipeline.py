@@ -30,7 +30,15 @@ from par_runtime.forks import stop_at_the_end, tell_of_forks
 from par_runtime.images.opening import Picture
 from par_runtime.images.photo import Fit, Pictures
 from par_runtime.images.region import MaskFrom, Named, keep_mask
-from par_runtime.known import Known, drawn_tokens, given_tokens, known_tokens, sequence_array, sequence_tokens
+from par_runtime.known import (
+    Known,
+    drawn_tokens,
+    given_tokens,
+    kept_frames,
+    known_tokens,
+    sequence_array,
+    sequence_tokens,
+)
 from par_runtime.loaded import check_scales
 from par_runtime.metrics import log_likelihood
 from par_runtime.progress import OnPreview, OnStep, Progress, latest_tokens
@@ -315,7 +323,8 @@ class Pipeline:
     @also_inside
     def encode(self, images: Pictures, fit: Fit = "crop") -> Int:
         """Tokens [B,N] in sequence order of ``images``: a path, a PIL image, uint8 [H,W,3], a list of these, or uint8
-        [B,H,W,3]. What has another size than the bundle's images is cropped, or squeezed (``fit="stretch"``).
+        [B,H,W,3]; a video bundle takes clips: a path, uint8 [T,H,W,3] or [B,T,H,W,3]. What has another size than the
+        bundle's images is cropped, or squeezed (``fit="stretch"``).
 
         ``score`` and ``generate(keep=, tokens=)`` take such tokens. It runs on the CPU, on every backend. Raises
         RequestError, OSError.
@@ -343,9 +352,13 @@ class Pipeline:
         fit: Fit = "crop",
         mask_from: MaskFrom = "auto",
         photo: Picture | None = None,
+        keep_frames: int | None = None,
     ) -> NDArray[np.bool_]:
         """Which tokens stay, bool [h,w] of the token grid, for ``generate(keep=)``: all but those of ``change``, or
         those of ``keep``. A token stays where all of its pixels do.
+
+        Of clips, bool [t,h,w]: the region is the same in all frames, and the first ``keep_frames`` frames stay whole. A
+        latent frame stays where all of its frames do. Each of the two may be given alone.
 
         Such a region is "left", "right", "top", "bottom", "center" or "border"; a box "X0,Y0,X1,Y1" in pixels of the
         model's images, which is what the photo becomes by ``fit``; a mask image (path or PIL image; white is the
@@ -356,9 +369,16 @@ class Pipeline:
         if self.bundle.image_size is None:
             raise RequestError(f"{self.bundle.path}: this bundle ends at tokens and has no pixels; make keep= by hand")
         grid = self.bundle.grid[1:]
-        return keep_mask(
+        frames = kept_frames(self.bundle, keep_frames)
+        if frames is not None and change is None and keep is None:
+            return np.broadcast_to(frames[:, None, None], self.bundle.grid).copy()
+        mask = keep_mask(
             self.bundle.image_size, grid, change=change, keep=keep, fit=fit, mask_from=mask_from, photo=photo
         )
+        if not self.bundle.video:
+            return mask
+        whole = np.zeros(self.bundle.latent_frames, np.bool_) if frames is None else frames
+        return mask[None] | whole[:, None, None]
 
     def grid_tokens(self, tokens: NDArray[Any]) -> NDArray[Any]:
         """``tokens`` [B,N] in sequence order, placed on the grid: [B,H,W], or [B,T,H,W] for video.
@@ -415,9 +435,11 @@ class Pipeline:
 
     @also_inside
     def preview(self, tokens: Int, done: int) -> NDArray[np.uint8]:
-        """Images [B,H,W,3] uint8 of the first ``done`` tokens of ``tokens`` [B,N].
+        """Images [B,H,W,3] uint8 of the first ``done`` tokens of ``tokens`` [B,N]; of clips [B,T,H,W,3] those
+        frames that are begun.
 
-        Each place that has no token yet shows the latest token of its region. Raises RequestError.
+        Each place that has no token yet shows the latest token of its region, or that of the same place in the latent
+        frame before. Raises RequestError.
         """
         tokens = sequence_tokens(self.bundle, tokens)
         done = whole("done", done, 1, self.bundle.n_tokens, ", the number of tokens")

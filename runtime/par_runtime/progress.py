@@ -17,9 +17,20 @@ OnPreview = Callable[[NDArray[np.uint8], int, int], None]
 
 def latest_tokens(bundle: Bundle, tokens: Int, done: int) -> Int:
     """``tokens`` [B,N], of which the first ``done`` are made, with each missing one replaced by the latest token of its
-    region."""
+    region.
+
+    Of clips only the latent frames that are begun, [B,f*h*w]; in all but the first, a missing token is that of the same
+    place in the latent frame before it.
+    """
+    if bundle.video and done > bundle.frame_tokens:
+        size = bundle.frame_tokens
+        k = np.arange(-(-done // size) * size)
+        before: Int = tokens[:, np.where(k < done, k, k - size)]
+        return before
+    if bundle.video:
+        tokens = tokens[:, : bundle.frame_tokens]
     n = bundle.group_size
-    k = np.arange(bundle.n_tokens)
+    k = np.arange(tokens.shape[1])
     missing = np.maximum(-(-(k - done + 1) // n), 0)  # groups between k and the latest token of its region
     source = k - missing * n
     # A region that has no token yet takes the latest token of any region.

@@ -17,6 +17,8 @@ from PIL import Image
 from par_runtime.arguments import as_index, given, plain, truth
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown, shown_path
+from par_runtime.clips import files
+from par_runtime.clips.formats import DEFAULT_FPS, check_clips, check_fps, format_of
 from par_runtime.dtypes import Int, same_value
 from par_runtime.errors import RequestError
 from par_runtime.images import png
@@ -35,9 +37,9 @@ def default_columns(count: int) -> int:
 class Result:
     """What ``generate`` returns; the arrays belong to the caller.
 
-    ``images`` uint8 [B,H,W,3], None where the bundle ends at tokens; ``tokens`` int64 [B,N] in sequence order.
-    ``timings``: milliseconds of each phase (summed over its calls), "decode" and "total"; "calls" is their number. A
-    backend that makes whole images gives "image" in place of the phases.
+    ``images`` uint8 [B,H,W,3], of a video bundle the frames [B,T,H,W,3]; None where the bundle ends at tokens.
+    ``tokens`` int64 [B,N] in sequence order. ``timings``: milliseconds of each phase (summed over its calls), "decode"
+    and "total"; "calls" is their number. A backend that makes whole images gives "image" in place of the phases.
 
     It is also a sequence: ``len(result)``, ``result[0]`` and ``result[2:]`` are results of fewer images, with the
     timings of the whole request. Two results are equal where they were asked for and came out the same; how long that
@@ -85,8 +87,11 @@ class Result:
     __hash__ = None  # type: ignore[assignment]  # its arrays may be changed
 
     def __repr__(self) -> str:
-        several = "image" if len(self) == 1 else "images"
-        what = "tokens only" if self.images is None else f"{self.images.shape[2]}x{self.images.shape[1]}"
+        one = "clip" if self.bundle.video else "image"
+        several = one if len(self) == 1 else f"{one}s"
+        what = "tokens only" if self.images is None else f"{self.images.shape[-2]}x{self.images.shape[-3]}"
+        if self.bundle.video and self.images is not None:
+            what = f"{self.images.shape[1]} frames of {what}"
         names = self.bundle.class_names
         labels = [label if names is None else names[label] for label in self.labels[:4]]
         more = len(self) > 4
@@ -96,8 +101,11 @@ class Result:
         )
 
     def pil(self) -> list[Image.Image]:
-        """The images as PIL images (RGB). Raises RequestError where the bundle ends at tokens."""
-        return [Image.fromarray(image) for image in self._pixels()]
+        """The images as PIL images (RGB); of clips all frames, one clip after the other. Raises RequestError where the
+        bundle ends at tokens.
+        """
+        pixels = self._pixels()
+        return [Image.fromarray(image) for image in pixels.reshape(-1, *pixels.shape[-3:])]
 
     def save(
         self,
@@ -106,8 +114,12 @@ class Result:
         indices: int | Sequence[int] | None = None,
         pasted: bool = False,
         scale: int = 1,
+        fps: float | None = None,
     ) -> None:
         """Write the images ``indices`` (one, several, by default all) as one PNG, with what makes them again.
+
+        Clips become a GIF, WebP, animated PNG (.apng or .png) or MP4, by the name, of ``fps`` frames per second
+        (default: 8).
 
         ``parvis redo`` makes them from it, ``parvis edit`` changes them. ``columns``: images per row (default: about
         a square). ``pasted``: the kept pixels are those of an original. ``scale``: each pixel becomes a square of so
@@ -118,7 +130,12 @@ class Result:
         if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
             raise RequestError(f"path {shown(path)}: expected the name of a file, as str or Path")
         path = Path(path)
-        if path.suffix.lower() != ".png" and not path.is_dir():
+        clips = self.bundle.video
+        if fps is not None and not clips:
+            raise RequestError(f"fps {given(fps)}: these are images, not clips; leave it out")
+        if clips and not path.is_dir():
+            format_of(path)
+        elif path.suffix.lower() != ".png" and not path.is_dir():
             raise RequestError(
                 f"{shown_path(path)}: expected a name that ends in .png (what makes an image again is kept in its "
                 "metadata); for other kinds of file, save one of pil()"
@@ -127,7 +144,11 @@ class Result:
         columns = default_columns(len(pick)) if columns is None else columns
         png.check_scale(scale)
         pasted, scale = truth("pasted", pasted), operator.index(scale)
-        png.check_sheet(len(pick), columns, (images.shape[1] * scale, images.shape[2] * scale))
+        if clips:
+            fps = check_fps(DEFAULT_FPS if fps is None else fps, path)
+            check_clips(path, len(pick), columns, images.shape[1], images.shape[2:4], scale)
+        else:
+            png.check_sheet(len(pick), columns, (images.shape[1] * scale, images.shape[2] * scale))
         check_writable(path)
         names = self.bundle.class_names
         recipe = png.Recipe(
@@ -142,8 +163,9 @@ class Result:
             kept=None if self.kept is None else self.kept[pick],
             pasted=pasted,
             scale=scale,
+            fps=fps,
         )
-        png.write(path, recipe, images[pick])
+        (files if clips else png).write(path, recipe, images[pick])
 
     def _pixels(self) -> NDArray[np.uint8]:
         """The images. Raises RequestError where there are none."""
@@ -178,5 +200,10 @@ class Result:
         if self.images is None or not 0 < self.images[..., 0].size <= NOTEBOOK_PIXELS:
             return None
         out = io.BytesIO()
+        if self.bundle.video:  # browsers play an animated PNG
+            sheets = [png.sheet(self.images[:, t], default_columns(len(self))) for t in range(self.images.shape[1])]
+            first, *others = map(Image.fromarray, sheets)
+            first.save(out, "PNG", save_all=True, append_images=others, duration=round(1000 / DEFAULT_FPS), loop=0)
+            return out.getvalue()
         Image.fromarray(png.sheet(self.images, default_columns(len(self)))).save(out, format="PNG")
         return out.getvalue()

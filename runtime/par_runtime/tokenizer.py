@@ -6,22 +6,26 @@ user gives, where generation takes tens or hundreds of calls, so it is not worth
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from par_runtime.arguments import cpu_threads
 from par_runtime.backends.base import image_shape
 from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle
+from par_runtime.clips import files
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.forks import tell_of_forks
-from par_runtime.images.photo import Fit, Pictures, to_pixels
+from par_runtime.images.photo import Fit, Pictures, fit_image, to_pixels
 from par_runtime.known import decodable_tokens
 from par_runtime.loaded import LoadedFiles
 from par_runtime.request import array
@@ -99,7 +103,11 @@ class Tokenizer:
                 f"{self.bundle.path}: this bundle has no encoder, so it cannot turn images into tokens; "
                 f"{_with_encoder(self.bundle)}"
             )
-        batch = _clips(self.bundle, images) if self.bundle.video else to_pixels(images, self._size, fit)
+        if self.bundle.video:
+            each = [fitted_clip(self.bundle, one, fit) for one in _clips(self.bundle, images)]
+            batch = np.stack(each) if each else np.zeros((0, *image_shape(self.bundle)), np.uint8)
+        else:
+            batch = to_pixels(images, self._size, fit)
         if not len(batch):
             return np.zeros((0, self.bundle.n_tokens), np.int64)
         with importing("encoding an image"):
@@ -139,12 +147,30 @@ class Tokenizer:
 
 
 def _clips(bundle: Bundle, clips: object) -> NDArray[np.uint8]:
-    """``clips`` [T,H,W,3] or [B,T,H,W,3] uint8 as the latter. Raises RequestError."""
+    """``clips``, a path or uint8 [T,H,W,3] or [B,T,H,W,3], as the latter in the bundle's size. Raises RequestError."""
+    shape, size = image_shape(bundle), pixels(bundle)
+    if isinstance(clips, (str, os.PathLike)):
+        read = files.read_any(Path(clips), bundle.frames)
+        of_parvis = read.clips(size)
+        return read.frames[None] if of_parvis is None else of_parvis
     given = array("clips", clips)  # type: ignore[arg-type]
-    shape = image_shape(bundle)
-    if given.dtype != np.uint8 or given.shape[-4:] != shape or given.ndim not in (4, 5):
+    if given.dtype != np.uint8 or given.ndim not in (4, 5) or given.shape[-1] != 3:
         one = ",".join(map(str, shape))
         raise RequestError(
-            f"clips have shape {given.shape} and type {given.dtype}; expected uint8 [{one}] or [B,{one}]"
+            f"clips have shape {given.shape} and type {given.dtype}; expected a path, uint8 [{one}] or [B,{one}]"
         )
-    return given.reshape(-1, *shape)
+    return given.reshape(-1, *given.shape[-4:])
+
+
+def fitted_clip(bundle: Bundle, frames: NDArray[np.uint8], fit: Fit) -> NDArray[np.uint8]:
+    """``frames`` [T',H',W',3] as a clip [T,H,W,3] of the bundle: its first frames, each fitted as an image is.
+
+    Raises RequestError where there are too few.
+    """
+    size = pixels(bundle)
+    if len(frames) < bundle.frames:
+        raise RequestError(f"a clip of {len(frames)} frames; expected {bundle.frames} or more (the first are taken)")
+    frames = frames[: bundle.frames]
+    if frames.shape[1:3] == size:
+        return frames
+    return np.stack([fit_image(Image.fromarray(frame), size, fit) for frame in frames])

@@ -18,10 +18,10 @@ from PIL import Image
 
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
-from par_runtime.cli import options
+from par_runtime.cli import clips, options
 from par_runtime.cli.common import Bar, Parser, guarded, printable
 from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline, quiet_readers
-from par_runtime.cli.outputs import check_outputs, write_all, write_tokens
+from par_runtime.cli.outputs import check_fps, check_outputs, write_all, write_tokens
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.images import png
@@ -68,6 +68,13 @@ def run(args: argparse.Namespace) -> int:
     if bundle.image_size is None:
         raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; export it with a tokenizer")
     png.check_scale(args.scale)
+    check_fps(bundle, args)
+    if bundle.video:
+        return clips.edit(args, bundle)
+    if args.keep_frames is not None:
+        raise RequestError(f"--keep-frames {args.keep_frames}: {bundle.path} makes images, not clips; leave it out")
+    if args.keep is None and args.change is None and args.place is None:
+        raise RequestError("nothing says what stays; give one of --keep REGION, --change REGION, --place X0,Y0,X1,Y1")
     height, width = bundle.image_size
     png.check_sheet(args.count, default_columns(args.count), (height * args.scale, width * args.scale))
     with quiet_readers():
@@ -301,13 +308,24 @@ def parser() -> argparse.ArgumentParser:
         "order.",
         epilog=f"REGION: {REGION.removeprefix('expected ')}. Pixels are those of the model's images, after fitting.",
     )
-    p.add_argument("image", type=Path, metavar="IMAGE", help="PNG, JPEG, WebP, ..., or a sheet of 'parvis generate'")
+    p.add_argument(
+        "image",
+        type=Path,
+        metavar="IMAGE",
+        help="PNG, JPEG, WebP, ..., or a sheet of 'parvis generate'; of a video bundle a clip",
+    )
     options.add_bundle_option(p, "the bundle that makes the new part")
-    where = p.add_mutually_exclusive_group(required=True)
+    where = p.add_mutually_exclusive_group()
     where.add_argument("--keep", metavar="REGION", help="what stays; the rest is made anew")
     where.add_argument("--change", metavar="REGION", help="what is made anew; the rest stays")
     where.add_argument(
         "--place", metavar="X0,Y0,X1,Y1", help="shrink the image into this box and make what is around it"
+    )
+    p.add_argument(
+        "--keep-frames",
+        type=int,
+        metavar="K",
+        help="of a clip, or a picture (K = 1): the first K frames stay, and what comes after them is made",
     )
     p.add_argument(
         "--mask-from",
@@ -326,6 +344,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, help="of the first variant (default: a new one each time)")
     options.add_out(p, "PNG to write (default: named after the image and the seed)")
     options.add_scale(p)
+    options.add_fps(p)
     options.add_tokens(p)
     p.add_argument(
         "--paste", action="store_true", help="put the original's own pixels back where they stay, over the decoded ones"

@@ -21,14 +21,18 @@ from par_runtime.cli.common import Bar, Parser, guarded, printable
 from par_runtime.cli.inputs import MOST_IMAGES, class_indices, load_pipeline
 from par_runtime.cli.outputs import (
     check_different,
+    check_fps,
+    check_out_name,
     check_tokens_name,
     class_file_name,
     image_file_names,
     safe_name,
     sheet_columns,
+    suffix_of,
     write_all,
     write_tokens,
 )
+from par_runtime.clips.formats import check_clips
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.pipeline import Pipeline
@@ -59,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     columns = args.columns or sheet_columns(len(classes), args.count, scales)
 
     def write_preview(images: NDArray[np.uint8], done: int, total: int) -> None:
+        if bundle.video:  # the latest frame
+            images = images[:, -1]
         png.write_pixels(
             args.out.with_name(f"{args.out.stem}-{done:04d}.png"), png.enlarged(png.sheet(images, columns), args.scale)
         )
@@ -91,12 +97,10 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
     """
     options.check_counts(args, "count", "columns", "batch")
     png.check_scale(args.scale)
-    if args.out is not None and args.out.suffix.lower() != ".png" and not args.out.is_dir():
-        raise RequestError(
-            f"--out {args.out}: expected a name that ends in .png (what makes an image again is kept in its metadata)"
-        )
     check_tokens_name(args.tokens)
     bundle = Bundle.open(args.bundle)
+    check_out_name(bundle, args.out)
+    check_fps(bundle, args)
     classes = class_indices(bundle, args.label)
     total = len(classes) * args.count * len(args.guidance or [1])
     if total > MOST_IMAGES:
@@ -111,15 +115,17 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
         )
     if args.out is None and args.out_dir is None and args.tokens is None:
         what = class_file_name(bundle, classes[0]) if len(classes) == 1 else f"{len(classes)}-classes"
-        args.out = Path(f"{safe_name(bundle.name)}-{what}-{first}.png")
+        args.out = Path(f"{safe_name(bundle.name)}-{what}-{first}{suffix_of(bundle)}")
     if args.preview_every is not None and args.out is None:
         raise RequestError("--preview-every writes beside --out; give --out X.png")
     if args.out_dir is not None and bundle.image_size is not None:
         png.check_sheet(1, 1, (bundle.image_size[0] * args.scale, bundle.image_size[1] * args.scale))
     if args.out is not None and bundle.image_size is not None:
         columns = args.columns or sheet_columns(len(classes), args.count, len(args.guidance or [1]))
-        height, width = bundle.image_size
-        png.check_sheet(total, columns, (height * args.scale, width * args.scale))
+        if bundle.video:
+            check_clips(args.out, total, columns, bundle.frames, bundle.image_size, args.scale)
+        else:
+            png.check_sheet(total, columns, (bundle.image_size[0] * args.scale, bundle.image_size[1] * args.scale))
     for path in (args.out, args.tokens):
         if path is not None:
             check_writable(path)
@@ -139,12 +145,12 @@ def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: in
     """Write all that was asked for; the names of the files. Raises OutputsError, OSError."""
     files: list[tuple[Path, Callable[[], object]]] = []
     if args.out is not None:
-        files.append((args.out, partial(result.save, args.out, columns, scale=args.scale)))
+        files.append((args.out, partial(result.save, args.out, columns, scale=args.scale, fps=args.fps)))
     if args.out_dir is not None:
         names = image_file_names(bundle, result.labels, result.seeds, [s.guidance for s in result.settings])
         for i, name in enumerate(names):
             path = args.out_dir / name
-            files.append((path, partial(result.save, path, 1, [i], scale=args.scale)))
+            files.append((path, partial(result.save, path, 1, [i], scale=args.scale, fps=args.fps)))
     if args.tokens is not None:
         files.append((args.tokens, partial(write_tokens, args.tokens, result.tokens)))
     return write_all(files)
@@ -169,6 +175,7 @@ def _report(
             "backend": pipeline.backend.info.name,
             "note": pipeline.note,
             "images": count,
+            **({"frames": bundle.frames} if bundle.video else {}),
             "labels": result.labels,
             "seeds": result.seeds,
             "settings": [asdict(s) for s in result.settings],
@@ -183,11 +190,12 @@ def _report(
     in_folder = f"{count} files in {args.out_dir}" if args.out_dir else ""
     named = [str(path) for path in (args.out, args.tokens) if path is not None]
     where = ", ".join(([in_folder] if in_folder else []) + named)
+    one = "clip" if bundle.video else "image"
     low, high = min(result.seeds), max(result.seeds)
     seeds = f"seeds {low}..{high}" if high > low else f"seed {low}"
     print(
-        f"{printable(where)}: {count} image{'s' if count > 1 else ''}, {seeds}, in {total_s:.1f} s "
-        f"({load_s:.1f} s to load, {ms:.0f} ms per image, {bundle.calls} calls, {pipeline.backend.info.name})"
+        f"{printable(where)}: {count} {one}{'s' if count > 1 else ''}, {seeds}, in {total_s:.1f} s "
+        f"({load_s:.1f} s to load, {ms:.0f} ms per {one}, {bundle.calls} calls, {pipeline.backend.info.name})"
     )
 
 
@@ -204,11 +212,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, help="of the first image, 0 .. 2**64-1 (default: a new one each time)")
     options.add_out(
         p,
-        "PNG to write: all images in one sheet, with what is needed to make it again (default: named after bundle, "
-        "class and seed)",
+        "PNG to write: all images in one sheet, with what is needed to make it again; of a video bundle a .gif, .webp, "
+        ".apng or .mp4 (default: named after bundle, class and seed)",
     )
     options.add_scale(p)
-    p.add_argument("--out-dir", type=Path, help="folder for one PNG per image")
+    options.add_fps(p)
+    p.add_argument("--out-dir", type=Path, help="folder for one PNG per image, or one GIF per clip")
     options.add_tokens(p)
     p.add_argument(
         "--guidance",
@@ -221,7 +230,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--columns", type=int, help="images per row of the sheet")
     p.add_argument("--batch", type=int, help="most images in flight at once (default: a cache of 2 GB)")
     p.add_argument(
-        "--preview-every", type=int, metavar="CALLS", help="write X-0010.png, ... beside --out as the image fills"
+        "--preview-every",
+        type=int,
+        metavar="CALLS",
+        help="write X-0010.png, ... beside --out as the image fills (of a clip its latest frame)",
     )
     options.add_common(p)
     options.add_no_selftest(p)

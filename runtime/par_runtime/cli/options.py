@@ -77,6 +77,11 @@ def add_scale(p: argparse.ArgumentParser) -> None:
     )
 
 
+def add_fps(p: argparse.ArgumentParser) -> None:
+    """``--fps``, of clips."""
+    p.add_argument("--fps", type=float, help="frames per second of a clip's file (default: 8)")
+
+
 def add_tokens(p: argparse.ArgumentParser) -> None:
     """``--tokens``, an array to write."""
     p.add_argument("--tokens", type=Path, help=".npy to write: tokens [B,N] int64 in sequence order")

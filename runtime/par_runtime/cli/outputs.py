@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import math
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from par_runtime.bundle import Bundle
+from par_runtime.clips.formats import check_fps as check_of_clips
+from par_runtime.clips.formats import format_of
 from par_runtime.dtypes import Int
 from par_runtime.errors import OutputsError, RequestError
 from par_runtime.result import default_columns
@@ -30,6 +33,32 @@ def check_outputs(out: Path, tokens: Path | None, inputs: Sequence[Path] = ()) -
     for path in (out, tokens):
         if path is not None:
             check_writable(path)
+
+
+def check_out_name(bundle: Bundle, out: Path | None) -> None:
+    """Raise RequestError where ``--out`` is given and is no name of what ``bundle`` makes: images or clips."""
+    if out is None or out.is_dir():  # a folder is named by who writes
+        return
+    if bundle.video:
+        format_of(out, "--out")
+    elif out.suffix.lower() != ".png":
+        raise RequestError(
+            f"--out {out}: expected a name that ends in .png (what makes an image again is kept in its metadata)"
+        )
+
+
+def check_fps(bundle: Bundle, args: argparse.Namespace) -> None:
+    """Raise RequestError for a wrong ``--fps``."""
+    if args.fps is None:
+        return
+    if not bundle.video:
+        raise RequestError(f"--fps {args.fps:g}: {bundle.path} makes images, not clips; leave it out")
+    check_of_clips(args.fps, args.out)
+
+
+def suffix_of(bundle: Bundle) -> str:
+    """How the names of files end that nobody has named."""
+    return ".gif" if bundle.video else ".png"
 
 
 def check_not_input(out: Path, inputs: Sequence[Path]) -> None:
@@ -103,7 +132,7 @@ def image_file_names(
     names = []
     for i, (label, seed) in enumerate(zip(labels, seeds, strict=True)):
         scale = "" if guidance is None or len(scales) < 2 else f"-g{guidance[i]:g}" if short else f"-g{guidance[i]!r}"
-        names.append(f"{class_file_name(bundle, label)}-{seed}{scale}.png")
+        names.append(f"{class_file_name(bundle, label)}-{seed}{scale}{suffix_of(bundle)}")
     return names
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.bundle import Bundle
-from par_runtime.cli import options
+from par_runtime.cli import clips, options
 from par_runtime.cli.common import Bar, Parser, guarded, printable
 from par_runtime.cli.inputs import load_pipeline, quiet_readers
 from par_runtime.cli.outputs import check_not_input
@@ -34,9 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Make the images of the PNG again, write them if asked, and print how they compare."""
+    bundle = Bundle.open(args.bundle)
+    if bundle.video and bundle.image_size is not None:
+        return clips.redo(args, bundle)
     with quiet_readers():
         recipe, pixels = png.read(args.image)
-    bundle = Bundle.open(args.bundle)
     if bundle.hash != recipe.bundle_hash:
         raise RequestError(
             f"{args.image} was made by bundle {recipe.bundle_name!r} with hash {recipe.bundle_hash[:12]}; "
@@ -132,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
         "Exit code 0: identical (pixels of another decoder may differ by one grey level); 1: different; 2: cannot be "
         "tried.",
     )
-    p.add_argument("image", type=Path, metavar="IMAGE.png", help="a PNG that parvis wrote")
+    p.add_argument("image", type=Path, metavar="IMAGE.png", help="a PNG that parvis wrote, or a clip")
     options.add_bundle_option(p, "the bundle that made it")
     options.add_out(p, "also write the new PNG here")
     options.add_common(p)

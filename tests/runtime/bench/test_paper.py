@@ -70,7 +70,7 @@ def test_rows_are_put_in_their_places() -> None:
     assert placed["LlamaGen-L"].over_n1 is None
     assert placed["LlamaGen-L"].seconds == 50.0
     assert placed["PAR-4x video"].seconds == 9.0
-    assert placed["PAR-XL-4x"].seconds is None  # the video model has XL's blocks, and is not XL
+    assert placed["PAR-XL-4x"].seconds is None  # a video model is told by its grid
     left = placed["PAR-3B-16x"]
     assert (left.status, left.why, left.seconds) == ("left out", "memory: too large", None)
     # 16 calls of one position read 3.06 G parameters (heads padded) of 4 bytes at 20 GB/s; 35 calls of 16 positions in

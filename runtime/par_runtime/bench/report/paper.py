@@ -57,7 +57,7 @@ def notes(rows: Sequence[PaperRow]) -> list[str]:
         "(of rows left out: without decoding).",
         "The paper's seconds are another machine's and are not compared with ours; its compiled rows are the same "
         "models as those of Table 2, so they stand beside the same measurement.",
-        "The video model's widths are not published; ours are XL's blocks with 64,000 codes, 896 M parameters for the "
+        "The video model's widths are not published; ours is of width 1536 with 21 layers, 791 M parameters for the "
         "paper's 792 M.",
     ]
 

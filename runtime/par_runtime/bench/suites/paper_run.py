@@ -174,7 +174,9 @@ def plan(
     for model in sizes:
         why = reason_to_leave_out(model, seconds - sum(planned.values()), limits, options)
         if why is None and model == VIDEO:
-            smaller = [one for one in out if weight_bytes(one) < weight_bytes(VIDEO) and out[one].startswith("time")]
+            smaller = [
+                one for one in out if weight_bytes(one) < 1.25 * weight_bytes(VIDEO) and out[one].startswith("time")
+            ]
             why = f"time: {smaller[0]}, whose images come first, did not fit either" if smaller else None
         if why is None:
             left = seconds - sum(planned.values())

@@ -1,0 +1,220 @@
+"""``parvis edit`` and ``parvis redo`` of a video bundle: the next frames of a clip, another part of it, or it again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from par_runtime.bundle import Bundle
+from par_runtime.checked import shown
+from par_runtime.cli.common import Bar, printable
+from par_runtime.cli.inputs import load_pipeline, quiet_readers
+from par_runtime.cli.outputs import (
+    check_not_input,
+    check_out_name,
+    check_tokens_name,
+    suffix_of,
+    write_all,
+    write_tokens,
+)
+from par_runtime.clips import files
+from par_runtime.clips.formats import check_clips
+from par_runtime.dtypes import Int
+from par_runtime.errors import RequestError
+from par_runtime.images.photo import fit_image
+from par_runtime.images.recipe import check
+from par_runtime.metrics import psnr_db
+from par_runtime.pipeline import Pipeline
+from par_runtime.request import class_index, first_seed, image_seeds
+from par_runtime.result import default_columns
+from par_runtime.system import check_writable
+
+
+def redo(args: argparse.Namespace, bundle: Bundle) -> int:
+    """Make the clips of a file again from its recipe, write them if asked, and print how they compare.
+
+    Exit code 0 where tokens are identical and no clip was changed, else 1. Raises RequestError, OSError.
+    """
+    with quiet_readers():
+        file = files.read_any(args.image, bundle.frames)
+    recipe = file.recipe
+    if recipe is None:
+        raise RequestError(
+            f"{args.image}: has no 'parvis' entry; only a clip that parvis wrote can be made again, and only while no "
+            "other program has saved it"
+        )
+    if bundle.hash != recipe.bundle_hash:
+        raise RequestError(
+            f"{args.image} was made by bundle {shown(recipe.bundle_name)} with hash {recipe.bundle_hash[:12]}; "
+            f"{args.bundle} has hash {bundle.hash[:12]}: give --bundle with the one that made it"
+        )
+    check(recipe, bundle, str(args.image))
+    assert bundle.image_size is not None
+    before = file.clips(bundle.image_size)
+    if before is None or before.shape[1] != bundle.frames:
+        raise RequestError(f"{args.image}: was cut or resized since parvis wrote it; give an undamaged copy")
+    if recipe.given == recipe.tokens.size:
+        raise RequestError(f"{args.image}: there is nothing to make again: all its tokens were given, none was drawn")
+    if args.out is not None:
+        check_out_name(bundle, args.out)
+        check_not_input(args.out, [args.image])
+        check_writable(args.out)
+    pipeline = load_pipeline(args, bundle, selftest=False)  # the comparison below is stricter
+    with Bar(args.quiet) as bar:
+        result = pipeline.generate(
+            recipe.labels,
+            recipe.settings,
+            seeds=recipe.seeds,
+            on_step=bar,
+            keep=None if recipe.kept is None else pipeline.grid_tokens(recipe.kept),
+            tokens=None if recipe.kept is None else recipe.tokens,
+        )
+    if args.out is not None:
+        result.save(args.out, recipe.columns, scale=recipe.scale, fps=recipe.fps)
+    assert result.images is not None
+    differing = np.argwhere(result.tokens != recipe.tokens)
+    changed = sum(not digest for digest in recipe.pixel_hashes or [])
+    count = f"{len(recipe)} clip{'s' if len(recipe) > 1 else ''} of {bundle.frames} frames"
+    if len(differing):
+        clip, position = differing[0]
+        text = (
+            f"different: clip {clip} (label {recipe.labels[clip]}, seed {recipe.seeds[clip]}) first differs at token "
+            f"{position}; {len(differing)} of {result.tokens.size} tokens differ (now on "
+            f"{pipeline.backend.info.name}; another --device, --arithmetic or --cache rounds otherwise)"
+        )
+    elif changed:
+        text = f"different: the tokens are the same, but {changed} of {count} were changed since parvis wrote them"
+    else:
+        same = (result.images == before).all()
+        pixels = "every pixel" if same else f"pixels as the file keeps them ({psnr_db(result.images, before):.1f} dB)"
+        text = f"identical: {count}, {result.tokens.size - recipe.given} tokens drawn, {pixels}"
+    print(printable(f"{args.image}: {text}"))
+    return int(bool(len(differing) or changed))
+
+
+def edit(args: argparse.Namespace, bundle: Bundle) -> int:
+    """Keep frames, or a region of all frames, of a clip, and make the rest anew. Raises RequestError, OSError."""
+    started = time.perf_counter()
+    if args.place is not None or args.paste or args.mask_from != "auto":
+        raise RequestError("--place, --paste and --mask-from are for images; of a clip give --keep-frames, or a region")
+    if args.keep_frames is None and args.keep is None and args.change is None:
+        raise RequestError("nothing says what stays; give --keep-frames K, --keep REGION or --change REGION")
+    check_tokens_name(args.tokens)
+    frames, tokens, label = _original(args, bundle)
+    label = label if args.label is None else class_index(bundle, args.label)
+    if label is None:
+        raise RequestError(f"{args.image} does not say its class; give one with --label")
+    first = first_seed(args.seed)
+    out = args.out or Path(f"{args.image.stem}-edit-{first}{suffix_of(bundle)}")
+    check_out_name(bundle, out)
+    check_not_input(out, [args.image])
+    assert bundle.image_size is not None
+    check_clips(out, args.count, default_columns(args.count), bundle.frames, bundle.image_size, args.scale)
+    for path in (out, args.tokens):
+        if path is not None:
+            check_writable(path)
+    pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
+    keep = pipeline.keep_mask(change=args.change, keep=args.keep, fit=args.fit, keep_frames=args.keep_frames)
+    kept = int(keep.sum())
+    if kept in (0, keep.size):
+        raise RequestError(
+            f"{'no token stays' if kept == 0 else f'all {kept} tokens stay'}, so there is nothing to edit; the first "
+            f"frame is a latent frame of its own, and each of the others is {bundle.time_downsampling} frames: give "
+            "other frames, or another region"
+        )
+    if tokens is None:
+        tokens = pipeline.encode(_filled(args, bundle, frames, keep))[0]
+    with Bar(args.quiet or args.json) as bar:
+        result = pipeline.generate(
+            [label] * args.count,
+            guidance=args.guidance,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seeds=image_seeds(args.count, first, None),
+            greedy=args.greedy,
+            guidance_interval=args.guidance_interval,
+            on_step=bar,
+            keep=keep,
+            tokens=tokens,
+        )
+    wanted: list[tuple[Path, Callable[[], object]]] = [(out, partial(result.save, out, scale=args.scale, fps=args.fps))]
+    if args.tokens is not None:
+        wanted.append((args.tokens, partial(write_tokens, args.tokens, result.tokens)))
+    written = write_all(wanted)
+    _report(args, pipeline, written, label, result.seeds, kept, keep.size, time.perf_counter() - started)
+    return 0
+
+
+def _original(args: argparse.Namespace, bundle: Bundle) -> tuple[NDArray[np.uint8], Int | None, int | None]:
+    """The frames [T,H,W,3] of the clip to edit, its tokens [N] where parvis made it so, and its class if known."""
+    assert bundle.image_size is not None
+
+    def fitted(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return fit_image(Image.fromarray(frame), bundle.image_size or (0, 0), args.fit)
+
+    with quiet_readers():
+        file = files.read_any(args.image, bundle.frames, fit=fitted)
+    recipe = file.recipe
+    if recipe is None:
+        if args.which is not None:
+            raise RequestError(f"--which {args.which}: {args.image} is one clip, not a sheet of 'parvis generate'")
+        return file.frames, None, None
+    which = 0 if args.which is None and len(recipe) == 1 else args.which
+    if which is None or not 0 <= which < len(recipe):
+        raise RequestError(f"{args.image} holds {len(recipe)} clips; choose one with --which 0 .. {len(recipe) - 1}")
+    own, clips = recipe.bundle_hash == bundle.hash, file.clips(bundle.image_size)
+    if own:
+        check(recipe, bundle, str(args.image))
+    if clips is None:
+        raise RequestError(f"{args.image}: was resized, or another bundle's clips have another size; give a clip alone")
+    if own and recipe.pixel_hashes and recipe.pixel_hashes[which]:
+        return clips[which], recipe.tokens[which], recipe.labels[which]
+    return clips[which], None, recipe.labels[which] if own else None
+
+
+def _filled(
+    args: argparse.Namespace, bundle: Bundle, frames: NDArray[np.uint8], keep: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
+    """``frames`` with the last one repeated up to a whole clip: the tokenizer sees no later frames than those kept.
+
+    Raises RequestError where a token that stays would be of frames that are not there.
+    """
+    needed = bundle.frames_of(int(np.flatnonzero(keep.any((1, 2))).max()) + 1)
+    if len(frames) < needed:
+        raise RequestError(
+            f"{args.image}: has {len(frames)} frames, and tokens of the first {needed} would stay; keep fewer"
+        )
+    missing = max(0, bundle.frames - len(frames))
+    return np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])
+
+
+def _report(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    written: list[str],
+    label: int,
+    seeds: list[int],
+    kept: int,
+    tokens: int,
+    seconds: float,
+) -> None:
+    bundle = pipeline.bundle
+    if args.json:
+        row = {"written": written, "bundle": {"name": bundle.name, "hash": bundle.hash}, "label": label, "seeds": seeds}
+        print(json.dumps(row | {"kept_tokens": kept, "tokens": tokens, "frames": bundle.frames}))
+    elif not args.quiet:
+        name = str(label) if bundle.class_names is None else bundle.class_names[label]
+        several = "clips" if len(seeds) > 1 else "clip"
+        print(
+            f"{printable(written[0])}: {len(seeds)} {several} of {name}, seed {seeds[0]}, {kept} of {tokens} tokens "
+            f"kept, in {seconds:.1f} s"
+        )

@@ -1,0 +1,126 @@
+"""Video bundles through the runtime and the command line: clips are made, kept in part, previewed and made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from video_bundles import write_tiny_video
+
+from par_model.config import VIDEO_CLASSES, VIDEO_CODES, VIDEO_GRID, VIDEO_SIZE, PARConfig
+from par_model.ordering import call_count
+from par_runtime import Pipeline
+from par_runtime.bench.suites.paper import video_architecture
+from par_runtime.cli import edit, generate, redo
+from par_runtime.cost.architecture import phases_of
+from par_runtime.errors import RequestError
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_video(tmp_path_factory.mktemp("video") / "bundle")
+
+
+def test_the_calls_and_the_size_of_the_papers_video_model() -> None:
+    dim, n_layers, n_heads = VIDEO_SIZE
+    for n, calls in ((1, 1280), (4, 323), (16, 95)):
+        config = PARConfig(dim, n_layers, n_heads, VIDEO_CODES, VIDEO_CLASSES, VIDEO_GRID, n)
+        assert call_count(config) == calls == sum(phase.repeat for phase in phases_of(n, config.n_tokens))
+        ours = video_architecture(n)
+        assert (ours.dim, ours.n_layers, ours.n_heads, ours.ffn_dim) == (dim, n_layers, n_heads, config.ffn_dim)
+    matrices = n_layers * (4 * dim * dim + 3 * dim * config.ffn_dim)
+    assert round((matrices + (2 * VIDEO_CODES + VIDEO_CLASSES + 1) * dim) / 1e6, 1) == 791.3
+
+
+def test_tokens_are_those_of_onnx_runtime_for_any_number_of_codes(tiny: Path) -> None:
+    """12 codes are no whole panel of the C step: the head is padded."""
+    with Pipeline.load(tiny, "cpu") as c, Pipeline.load(tiny, "cpu-ort") as ort:
+        made, wanted = c.generate([0, 1, 2], seed=3, guidance=2.0), ort.generate([0, 1, 2], seed=3, guidance=2.0)
+        assert (made.tokens == wanted.tokens).all()
+        assert made.images is not None
+        assert made.images.shape == (3, 5, 16, 16, 3)
+        assert "3 clips, 5 frames of 16x16" in repr(made)
+        assert len(made.pil()) == 15
+
+
+def test_previews_show_the_frames_that_are_begun(tiny: Path) -> None:
+    shapes = []
+    with Pipeline.load(tiny) as pipeline:
+        made = pipeline.generate(
+            0, seed=1, preview_every=4, on_preview=lambda images, done, _: shapes.append((done, images.shape[1]))
+        )
+        assert made.images is not None
+        assert [frames for _, frames in shapes] == sorted(frames for _, frames in shapes)
+        assert {frames for _, frames in shapes} == {1, 3, 5}
+        size = pipeline.bundle.frame_tokens
+        assert (pipeline.preview(made.tokens, 2 * size) == made.images[:, :3]).all()
+        again = pipeline.preview(made.tokens, size + 4)  # the second latent frame but for four tokens is the first
+        mixed = np.concatenate([made.tokens[:, : size + 4], made.tokens[:, 4:size]], axis=1)
+        assert (again == pipeline.decode(mixed)).all()
+
+
+def test_frames_that_are_kept(tiny: Path) -> None:
+    with Pipeline.load(tiny) as pipeline:
+        made = pipeline.generate(1, seed=1)
+        assert made.images is not None
+        keep = pipeline.keep_mask(keep_frames=4)  # frames 0, 1-2 are whole latent frames; 3-4 is not
+        assert keep.any((1, 2)).tolist() == [True, True, False]
+        other = pipeline.generate(2, seed=9, keep=keep, tokens=made.tokens[0])
+        assert other.images is not None
+        assert (other.images[:, :3] == made.images[:, :3]).all()
+        assert (other.tokens != made.tokens).any()
+        both = pipeline.keep_mask(keep_frames=1, keep="left")
+        assert both[0].all()
+        assert (both[1] == both[2]).all()
+        assert both[1, :, 0].all()
+        assert not both[1, :, -1].any()
+        for frames in (0, 6, "x"):
+            with pytest.raises(RequestError, match="keep_frames"):
+                pipeline.keep_mask(keep_frames=frames)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "apng", "mp4"])
+def test_generate_redo_edit(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str) -> None:
+    out = tmp_path / f"clips.{ending}"
+    assert generate.main([str(tiny), "--label", "0", "2", "--seed", "1", "--scale", "8", "--out", str(out)]) == 0
+    assert "2 clips" in capsys.readouterr().out
+    assert redo.main([str(out), "--bundle", str(tiny)]) == 0
+    assert "identical: 2 clips of 5 frames, 384 tokens drawn" in capsys.readouterr().out
+    command = [str(out), "--bundle", str(tiny), "--which", "1", "--keep-frames", "3", "--seed", "5", "--json"]
+    assert edit.main([*command, "--out", str(tmp_path / f"next.{ending}")]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["kept_tokens"], row["tokens"], row["frames"], row["label"]) == (128, 192, 5, 2)
+    assert redo.main([str(tmp_path / f"next.{ending}"), "--bundle", str(tiny)]) == 0
+
+
+def test_a_picture_begins_to_move(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 40), "red").save(picture)
+    command = [str(picture), "--bundle", str(tiny), "--label", "1", "--out", str(tmp_path / "out.gif")]
+    assert edit.main([*command, "--keep-frames", "1"]) == 0
+    assert edit.main([*command, "--keep-frames", "3"]) == 2
+    assert "has 1 frames, and tokens of the first 3 would stay; keep fewer" in capsys.readouterr().err
+
+
+def test_what_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(verb: object, *arguments: str) -> str:
+        assert verb.main(list(arguments)) == 2  # type: ignore[attr-defined]
+        return capsys.readouterr().err
+
+    assert "ends in .gif" in refused(generate, str(tiny), "--label", "0", "--out", str(tmp_path / "x.jpg"))
+    assert "1 to 60" in refused(generate, str(tiny), "--label", "0", "--out", str(tmp_path / "x.webp"), "--fps", "0")
+    clip = tmp_path / "clip.webp"
+    assert generate.main([str(tiny), "--label", "0", "--out", str(clip), "--quiet"]) == 0
+    with_bundle = [str(clip), "--bundle", str(tiny)]
+    assert "nothing says what stays" in refused(edit, *with_bundle)
+    assert "are for images" in refused(edit, *with_bundle, "--place", "0,0,4,4")
+    assert "all 192 tokens stay" in refused(edit, *with_bundle, "--keep-frames", "5")
+    demo = str(Path(__file__).parents[2] / "models/demo")
+    picture = str(Path(__file__).parents[2] / "docs/demo.png")
+    assert "images, not clips" in refused(generate, demo, "--label", "0", "--fps", "8")
+    assert "images, not clips" in refused(edit, picture, "--bundle", demo, "--keep-frames", "2", "--label", "0")
+    Image.new("RGB", (16, 16)).save(tmp_path / "other.png")
+    assert "has no 'parvis' entry" in refused(redo, str(tmp_path / "other.png"), "--bundle", str(tiny))
