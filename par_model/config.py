@@ -12,6 +12,7 @@ from typing import Any, Literal
 Order = Literal["distant", "raster"]
 ORDERS: tuple[Order, ...] = ("distant", "raster")  #: the first is the method, the second an ablation
 NORM_EPS = 1e-5  #: epsilon of every RMSNorm
+FSQ_BOUND_EPS = 1e-3  #: how far from the outermost levels a video tokenizer holds its numbers before rounding
 ROPE_BASE = 10000.0  #: of the rotary embedding's frequencies
 
 

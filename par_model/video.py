@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from par_model.config import VideoTokenizerConfig
+from par_model.config import FSQ_BOUND_EPS, VideoTokenizerConfig
 
 Stride = tuple[int, int, int]
-BOUND_EPS = 1e-3  #: how far from the outermost levels the encoder's numbers are held by ``FSQ.bound``
 
 
 class VideoTokenizer(nn.Module):
@@ -94,7 +93,7 @@ class FSQ(nn.Module):
     def bound(self, x: Tensor) -> Tensor:
         """``x`` [B,c,...] squeezed so that rounding gives one of the levels, counted from ``-(level // 2)``."""
         levels = self._column(self.levels, x)
-        half = (levels - 1) * (1 - BOUND_EPS) / 2
+        half = (levels - 1) * (1 - FSQ_BOUND_EPS) / 2
         offset = 0.5 * (levels % 2 == 0).to(x.dtype)  # an even number of levels has none at 0
         return (x + (offset / half).tan()).tanh() * half - offset
 

@@ -169,7 +169,8 @@ def fitted_clip(bundle: Bundle, frames: NDArray[np.uint8], fit: Fit) -> NDArray[
     """
     size = pixels(bundle)
     if len(frames) < bundle.frames:
-        raise RequestError(f"a clip of {len(frames)} frames; expected {bundle.frames} or more (the first are taken)")
+        one = ",".join(map(str, image_shape(bundle)))
+        raise RequestError(f"a clip of {len(frames)} frames; expected uint8 [{one}], or more frames than these")
     frames = frames[: bundle.frames]
     if frames.shape[1:3] == size:
         return frames

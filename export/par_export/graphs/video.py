@@ -26,9 +26,8 @@ import numpy as np
 
 from par_export.graphs.vq import PREFIX, VQ_OPSET
 from par_export.graphs.writer import ONNX_DTYPE, Graph, WeightTable
-from par_model.config import PARConfig, VideoTokenizerConfig
+from par_model.config import FSQ_BOUND_EPS, PARConfig, VideoTokenizerConfig
 from par_model.ordering import token_order
-from par_model.video import BOUND_EPS
 from par_runtime.manifest_video import FIRST, NEXT
 from par_runtime.video_shapes import CODEBOOK, FRAMES_BEFORE, Layer, decoder_layers, encoder_layers, past_shapes
 
@@ -67,7 +66,7 @@ def encoder_graph(config: PARConfig, tokenizer: VideoTokenizerConfig, weights: W
         x = b.layer(x, layer)
     # Bounded, rounded to levels, and the digits of an id: as par_model.video.FSQ.
     levels = np.array(tokenizer.levels)
-    half = (levels - 1) * (1 - BOUND_EPS) / 2
+    half = (levels - 1) * (1 - FSQ_BOUND_EPS) / 2
     offset = np.where(levels % 2 == 0, 0.5, 0.0)
     numbers = {"shift": np.tan(offset / half), "half": half, "offset": offset}
     tables = {name: g.table(name, v.reshape(-1, 1, 1).astype(np.float32)) for name, v in numbers.items()}

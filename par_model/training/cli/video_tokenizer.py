@@ -30,16 +30,23 @@ def parser() -> argparse.ArgumentParser:
         "--levels",
         type=int,
         nargs="+",
+        metavar="N",
         default=[8, 5, 5, 5],
         help="of FSQ; their product is the number of codes (default: 8 5 5 5)",
     )
     p.add_argument(
-        "--widths", type=int, nargs="+", default=[16, 48, 96], help="channels of each level (default: 16 48 96)"
+        "--widths",
+        type=int,
+        nargs="+",
+        metavar="N",
+        default=[16, 48, 96],
+        help="channels of each level (default: 16 48 96)",
     )
     p.add_argument(
         "--time-strides",
         type=int,
         nargs="+",
+        metavar="N",
         default=[2, 2],
         help="1 or 2 between each two levels: by how much time shrinks there; height and width halve (default: 2 2)",
     )
