@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.keep_frames is not None:
         raise RequestError(f"--keep-frames {args.keep_frames}: {bundle.path} makes images, not clips; leave it out")
     if args.keep is None and args.change is None and args.place is None:
-        raise RequestError("nothing says what stays; give one of --keep REGION, --change REGION, --place X0,Y0,X1,Y1")
+        raise RequestError("one of the arguments --keep --change --place is required, to say what stays")
     height, width = bundle.image_size
     png.check_sheet(args.count, default_columns(args.count), (height * args.scale, width * args.scale))
     with quiet_readers():
