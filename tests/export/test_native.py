@@ -81,6 +81,40 @@ def test_head_size_100_and_any_number_of_threads(odd: Path, threads: int) -> Non
     assert compare(odd, 1, 2.0, threads) < 2e-5
 
 
+@pytest.fixture(scope="module", params=[1, 12, 250, 1001])
+def any_codes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Numbers of codes that fill no whole panel, and no whole vector."""
+    config = PARConfig(dim=64, n_layers=2, n_heads=2, vocab_size=request.param, n_classes=3, grid=(1, 4, 4))
+    return write_family(config, (4,), tmp_path_factory.mktemp("codes"), name="codes")[4]
+
+
+@needs_kernels
+def test_any_number_of_codes(any_codes: Path) -> None:
+    bundle = Bundle.open(any_codes)
+    assert why_not(bundle) is None
+    assert compare(any_codes, 2, 2.0) < 2e-5
+    settings = {"guidance": [1.0, 3.0, 2.0, 1.0], "top_k": [0, 5, 0, 1], "top_p": [1.0, 1.0, 0.6, 1.0]}
+    made = []
+    for device in ("cpu", "cpu-ort"):
+        with Pipeline.load(any_codes, device, selftest=False) as pipeline:
+            assert pipeline.backend.info.runtime == {"cpu": "native-cpu", "cpu-ort": "onnxruntime-cpu"}[device]
+            made.append(pipeline.generate([0, 1, 2, 0], seed=4, decode=False, **settings).tokens)  # type: ignore[arg-type]
+    assert (made[0] == made[1]).all()
+    assert made[0].max() < bundle.vocab_size
+
+
+@needs_kernels
+def test_nothing_is_written_behind_the_logits(any_codes: Path) -> None:
+    bundle = Bundle.open(any_codes)
+    backend, one, size = NativeBackend(bundle, 2), batch(2, 2.0), bundle.vocab_size
+    guarded = np.full(2 * size + 64, 12345, np.float32)
+    call = backend._prepare(one, np.zeros((4, 1), np.int64), np.zeros(4, np.int64))
+    backend._run(call, None, guarded.ctypes.data)
+    assert (guarded[2 * size :] == 12345).all()
+    assert (guarded[: 2 * size] == backend.logits(one, np.zeros((4, 1), np.int64), np.zeros(4, np.int64)).ravel()).all()
+    backend.close()
+
+
 def run_with_avx2(code: str, paths: list[Path]) -> None:
     """Run ``code`` with ``paths`` in a process of its own: the instruction set is chosen when the library is loaded."""
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])

@@ -27,10 +27,12 @@ def drawn_in_c(logits: Float, uniform: Float, temperature: Float, top_k: Int, to
     lib = library()
     assert lib is not None
     rows, vocab = logits.shape
-    own = logits.copy()
-    tokens, scratch = np.full(rows, -1, np.int64), np.empty(3 * vocab, np.float32)
-    arrays = (uniform, temperature, top_k, top_p, tokens, scratch)
-    lib.parvis_draw(own.ctypes.data, rows, vocab, *(array.ctypes.data for array in arrays))
+    columns = -(-vocab // lib.parvis_panel()) * lib.parvis_panel()
+    guarded = np.full(4 * columns + 64, 12345, np.float32)  # 64 numbers that nobody may write
+    tokens = np.full(rows, -1, np.int64)
+    arrays = (uniform, temperature, top_k, top_p, tokens, guarded)
+    lib.parvis_draw(np.ascontiguousarray(logits).ctypes.data, rows, vocab, *(array.ctypes.data for array in arrays))
+    assert (guarded[4 * columns :] == 12345).all()
     return tokens
 
 
@@ -47,7 +49,7 @@ def rows_of(vocab: int, seed: int) -> Float:
     return normal
 
 
-@pytest.mark.parametrize("vocab", [32, 1024, 16384, 64000])
+@pytest.mark.parametrize("vocab", [12, 31, 32, 1000, 1023, 1024, 16384, 64000])
 def test_the_tokens_are_numpys(vocab: int) -> None:
     logits = rows_of(vocab, vocab)
     random = np.random.default_rng(vocab + 1)

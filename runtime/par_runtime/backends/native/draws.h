@@ -7,10 +7,10 @@
 /* The compiler must not fuse the product `x` with the sum that it is used in. */
 #define KEEP_ROUNDED(x) __asm__("" : "+x"(x))
 
-/* out [V] = uncond + (cond - uncond) * guidance */
-TARGET static void NAME(guide)(const float *cond, const float *uncond, float guidance, long v, float *out) {
+/* out [n] = uncond + (cond - uncond) * guidance; n is a multiple of PANEL. */
+TARGET static void NAME(guide)(const float *cond, const float *uncond, float guidance, long n, float *out) {
     vec scale = vec_set1(guidance);
-    for (long i = 0; i < v; i += VEC_FLOATS) {
+    for (long i = 0; i < n; i += VEC_FLOATS) {
         vec without = vec_load_fp32(uncond + i);
         vec change = vec_mul(vec_sub(vec_load_fp32(cond + i), without), scale);
         KEEP_ROUNDED(change);
@@ -53,7 +53,7 @@ TARGET static Kept NAME(filter)(const float *y, long v, float largest, int64_t t
     for (long i = 0; i < n; i++) ranked[i] = value_of_key(keys[i]);
     long counted = 0; /* those that top-k keeps; the terms of the others are 0 */
     while (counted < n && ranked[counted] >= kept.least) counted++;
-    for (long i = 0; i < counted; i += VEC_FLOATS) { /* v is a multiple of VEC_FLOATS */
+    for (long i = 0; i < counted; i += VEC_FLOATS) { /* behind the end it writes what nobody reads */
         vec x = vec_sub(vec_load_fp32(ranked + i), vec_set1(ranked[0]));
         vec_store(mass + i, NAME(exp_numpy)(x));
     }
@@ -75,7 +75,8 @@ TARGET static Kept NAME(filter)(const float *y, long v, float largest, int64_t t
     return kept;
 }
 
-/* The token that `uniform` in [0,1) draws from the logits y [V], which are overwritten. `scratch` is [3*V]. */
+/* The token that `uniform` in [0,1) draws from the logits y [V], which are overwritten. Vectors go on behind the last
+   logit: y has -INFINITY there, up to a multiple of PANEL (end_of_logits), and `scratch` three times as much room. */
 TARGET static int64_t NAME(draw)(float *y, long v, float uniform, float temperature, int64_t top_k, float top_p,
                                  float *scratch) {
     vec divisor = vec_set1(temperature > MIN_TEMPERATURE ? temperature : MIN_TEMPERATURE), most = vec_set1(-INFINITY);

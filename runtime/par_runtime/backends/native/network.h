@@ -41,7 +41,7 @@ static int64_t attention_floats(const Model *model, int64_t query) {
 static int64_t scratch_bytes_of(const Model *model, int64_t rows, int64_t query) {
     int64_t m = rows * query;
     int64_t products = m * PANEL * 4 + aligned(largest_packed(model, m)) + product_scratch_bytes();
-    int64_t others = 4 * larger(attention_floats(model, query), 4 * model->vocab_size);
+    int64_t others = 4 * larger(attention_floats(model, query), 4 * model->head_columns);
     return aligned(m * 4) + aligned(larger(others, products)) + 64;
 }
 
@@ -161,12 +161,14 @@ static void draw_tokens(Worker *worker, const StepCall *call, Scratch *own) {
         long image = i / query, other = s->uncond_row[image];
         const float *cond = call->shared.logits + i * columns;
         const float *uncond = call->shared.logits + (other * query + i % query) * columns;
-        float *guided = s->logits ? s->logits + i * v : own->draw;
+        float *guided = own->draw; /* [columns], and scratch memory behind it */
         if (other == image) memcpy(guided, cond, (size_t)v * sizeof(float));
-        else call->kernels->guide(cond, uncond, s->guidance[image], v, guided);
+        else call->kernels->guide(cond, uncond, s->guidance[image], columns, guided);
+        if (s->logits) memcpy(s->logits + i * v, guided, (size_t)v * sizeof(float));
+        end_of_logits(guided, v, columns);
         if (s->tokens)
             s->tokens[i] = call->kernels->draw(guided, v, s->uniform[i], s->temperature[image], s->top_k[image],
-                                               s->top_p[image], own->draw + v);
+                                               s->top_p[image], guided + columns);
     }
     end_phase(worker);
 }

@@ -1,6 +1,7 @@
 /* What draws.h needs once for all instruction sets: sorting floats, as whole numbers whose order is the reverse of that
    of the floats. */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -14,6 +15,11 @@ typedef struct {
     float least, edge;
     long tied;
 } Kept;
+
+/* Fills y [V] up to `columns`, a multiple of PANEL, with what is never drawn. */
+static inline void end_of_logits(float *y, long v, long columns) {
+    for (long i = v; i < columns; i++) y[i] = -INFINITY;
+}
 
 static inline uint32_t key_of_value(float value) {
     uint32_t bits;

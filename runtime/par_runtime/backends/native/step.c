@@ -269,12 +269,17 @@ int parvis_step(void *opened, const Step *step) {
     return pool_run(pool, &call, sizeof call, phases_of(model));
 }
 
-/* The draw alone, for tests: the token of each of `count` rows of logits [count][v], which are overwritten. `scratch`
-   is [3*v]. */
-void parvis_draw(float *logits, int64_t count, int64_t v, const float *uniform, const float *temperature,
+/* The draw alone, for tests: the token of each of `count` rows of logits [count][v]. `scratch` is [4*columns], where
+   columns is v up to a multiple of PANEL. */
+void parvis_draw(const float *logits, int64_t count, int64_t v, const float *uniform, const float *temperature,
                  const int64_t *top_k, const float *top_p, int64_t *tokens, float *scratch) {
-    for (int64_t i = 0; i < count; i++)
-        tokens[i] = select_kernels()->draw(logits + i * v, v, uniform[i], temperature[i], top_k[i], top_p[i], scratch);
+    int64_t columns = (v + PANEL - 1) / PANEL * PANEL;
+    for (int64_t i = 0; i < count; i++) {
+        memcpy(scratch, logits + i * v, (size_t)v * sizeof(float));
+        end_of_logits(scratch, v, columns);
+        tokens[i] = select_kernels()->draw(scratch, v, uniform[i], temperature[i], top_k[i], top_p[i],
+                                           scratch + columns);
+    }
 }
 
 /* The product alone, to measure how fast this CPU reads and multiplies: x w for x [m][k] and each of `n_panels` panels
