@@ -104,7 +104,7 @@ def kept_frames(bundle: Bundle, frames: int | None) -> NDArray[np.bool_] | None:
     """
     if frames is None:
         return None
-    if not bundle.video or not bundle.frames:
+    if not bundle.video:
         raise RequestError(f"keep_frames {frames}: {bundle.path} makes images, not clips; leave it out")
     frames = whole("keep_frames", frames, 1, bundle.frames, ", a number of frames")
     ends = [bundle.frames_of(f + 1) for f in range(bundle.latent_frames)]

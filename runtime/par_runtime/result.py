@@ -17,7 +17,7 @@ from PIL import Image
 from par_runtime.arguments import as_index, given, plain, truth
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown, shown_path
-from par_runtime.clips import files
+from par_runtime.clips import animated, files
 from par_runtime.clips.formats import DEFAULT_FPS, check_clips, check_fps, format_of
 from par_runtime.dtypes import Int, same_value
 from par_runtime.errors import RequestError
@@ -199,11 +199,9 @@ class Result:
         """What a notebook shows: a sheet; nothing where there are no images, or too many."""
         if self.images is None or not 0 < self.images[..., 0].size <= NOTEBOOK_PIXELS:
             return None
-        out = io.BytesIO()
+        columns = default_columns(len(self))
         if self.bundle.video:  # browsers play an animated PNG
-            sheets = [png.sheet(self.images[:, t], default_columns(len(self))) for t in range(self.images.shape[1])]
-            first, *others = map(Image.fromarray, sheets)
-            first.save(out, "PNG", save_all=True, append_images=others, duration=round(1000 / DEFAULT_FPS), loop=0)
-            return out.getvalue()
-        Image.fromarray(png.sheet(self.images, default_columns(len(self)))).save(out, format="PNG")
+            return animated.as_apng(files.sheets(self.images, columns), 1, DEFAULT_FPS, "")
+        out = io.BytesIO()
+        Image.fromarray(png.sheet(self.images, columns)).save(out, format="PNG")
         return out.getvalue()

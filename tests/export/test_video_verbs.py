@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,17 @@ import pytest
 from PIL import Image
 from video_bundles import write_tiny_video
 
+from par_calibration.cli import calibrate
 from par_model.config import VIDEO_CLASSES, VIDEO_CODES, VIDEO_GRID, VIDEO_SIZE, PARConfig
 from par_model.ordering import call_count
 from par_runtime import Pipeline
 from par_runtime.bench.suites.paper import video_architecture
-from par_runtime.cli import edit, generate, redo
+from par_runtime.cli import edit, generate, reconstruct, redo
 from par_runtime.cost.architecture import phases_of
 from par_runtime.errors import RequestError
+
+GENERATE = Pipeline.generate
+FASHION = Path(__file__).parents[2] / "models/fashion"
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +41,24 @@ def test_the_calls_and_the_size_of_the_papers_video_model() -> None:
     assert round((matrices + (2 * VIDEO_CODES + VIDEO_CLASSES + 1) * dim) / 1e6, 1) == 791.3
 
 
-def test_tokens_are_those_of_onnx_runtime_for_any_number_of_codes(tiny: Path) -> None:
-    """12 codes are no whole panel of the C step: the head is padded."""
-    with Pipeline.load(tiny, "cpu") as c, Pipeline.load(tiny, "cpu-ort") as ort:
-        made, wanted = c.generate([0, 1, 2], seed=3, guidance=2.0), ort.generate([0, 1, 2], seed=3, guidance=2.0)
-        assert (made.tokens == wanted.tokens).all()
+def test_what_a_clip_is(tiny: Path) -> None:
+    with Pipeline.load(tiny) as pipeline:
+        made = pipeline.generate([0, 1, 2], seed=3, guidance=2.0)
         assert made.images is not None
         assert made.images.shape == (3, 5, 16, 16, 3)
         assert "3 clips, 5 frames of 16x16" in repr(made)
         assert len(made.pil()) == 15
+        shown = Image.open(io.BytesIO(made._repr_png_() or b""))
+        assert (shown.n_frames, shown.size) == (5, (32, 32))  # type: ignore[attr-defined]
+
+
+def test_the_shipped_model_has_the_same_tokens_on_every_engine_of_a_cpu() -> None:
+    made = []
+    for device in ("cpu", "cpu-ort"):
+        with Pipeline.load(FASHION, device) as pipeline:
+            made.append(pipeline.generate(["bag", "dress"], seed=3, decode=False).tokens)
+    assert (made[0] == made[1]).all()
+    assert len(np.unique(made[0])) > 50
 
 
 def test_previews_show_the_frames_that_are_begun(tiny: Path) -> None:
@@ -105,15 +120,27 @@ def test_a_picture_begins_to_move(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     assert "has 1 frames, and tokens of the first 3 would stay; keep fewer" in capsys.readouterr().err
 
 
-def test_what_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing is made for what cannot be written.
+    monkeypatch.setattr(Pipeline, "generate", lambda *_, **__: pytest.fail("it was checked too late"))
+
     def refused(verb: object, *arguments: str) -> str:
         assert verb.main(list(arguments)) == 2  # type: ignore[attr-defined]
         return capsys.readouterr().err
 
     assert "ends in .gif" in refused(generate, str(tiny), "--label", "0", "--out", str(tmp_path / "x.jpg"))
     assert "1 to 60" in refused(generate, str(tiny), "--label", "0", "--out", str(tmp_path / "x.webp"), "--fps", "0")
+    for where in (["--out-dir", str(tmp_path / "folder")], ["--out", str(tmp_path / "x.gif")], []):
+        assert "1 to 50" in refused(generate, str(tiny), "--label", "0", "--fps", "60", *where)  # before any work
+    assert not (tmp_path / "folder").exists()
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "MP4 needs PyAV" in refused(generate, str(tiny), "--label", "0", "--out", str(tmp_path / "x.mp4"))
     clip = tmp_path / "clip.webp"
-    assert generate.main([str(tiny), "--label", "0", "--out", str(clip), "--quiet"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "generate", GENERATE)
+        assert generate.main([str(tiny), "--label", "0", "--out", str(clip), "--quiet"]) == 0
     with_bundle = [str(clip), "--bundle", str(tiny)]
     assert "nothing says what stays" in refused(edit, *with_bundle)
     assert "are for images" in refused(edit, *with_bundle, "--place", "0,0,4,4")
@@ -123,4 +150,7 @@ def test_what_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "images, not clips" in refused(generate, demo, "--label", "0", "--fps", "8")
     assert "images, not clips" in refused(edit, picture, "--bundle", demo, "--keep-frames", "2", "--label", "0")
     Image.new("RGB", (16, 16)).save(tmp_path / "other.png")
+    given = [str(tiny), "--weights", "int8", "--out", str(tmp_path / "int8")]
+    assert "only bundles of images can be calibrated" in refused(calibrate, *given)
+    assert "takes images" in refused(reconstruct, str(clip), "--bundle", str(tiny))
     assert "has no 'parvis' entry" in refused(redo, str(tmp_path / "other.png"), "--bundle", str(tiny))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from par_model.words import one_line, printable
@@ -36,6 +37,16 @@ class Parser(argparse.ArgumentParser):
         """Print ``message`` as one line and exit with code 2."""
         message = one_line(message, LONGEST_ERROR)  # argparse repeats an argument of any length
         self.exit(2, f"parvis: error: {message}; '{self.prog} --help' lists the options\n")
+
+
+def add_run(p: argparse.ArgumentParser, holds: str, of: str, *, steps: int, batch: int, report: int) -> None:
+    """The options that every training has. ``holds``: what its folder does; ``of``: what a batch is made of."""
+    p.add_argument("--run", type=Path, required=True, help=f"run folder: log.jsonl, checkpoint.pt, {holds}")
+    p.add_argument("--resume", action="store_true", help="continue the run in --run")
+    p.add_argument("--steps", type=int, default=steps, help="updates of the weights")
+    p.add_argument("--batch", type=int, default=batch, help=f"{of} of a step")
+    p.add_argument("--seed", type=int, default=0, help=f"of the initial weights and of the order of {of}")
+    p.add_argument("--report", type=int, default=report, help="steps between reports and checkpoints")
 
 
 def guarded(work: Callable[[], None]) -> int:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from par_model.training.cli import Parser, guarded
+from par_model.training.cli import Parser, add_run, guarded
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,20 +20,15 @@ def parser() -> argparse.ArgumentParser:
         "pictures themselves; or the raw form: images.u8, labels.u8, meta.json",
     )
     p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
+    add_run(p, "sheet.png", "images", steps=4000, batch=32, report=250)
     p.add_argument("--size", type=int, help="pixels of a side that pictures are scaled to; needed for pictures")
-    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheet.png")
-    p.add_argument("--resume", action="store_true", help="continue the run in --run")
     p.add_argument(
         "--encoder-for",
         type=Path,
         metavar="TOKENIZER",
         help="keep this tokenizer's codebook, decoder and sizes, and train an encoder for them from nothing",
     )
-    p.add_argument("--steps", type=int, default=4000, help="updates of the weights")
-    p.add_argument("--batch", type=int, default=32, help="images of a step")
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate")
-    p.add_argument("--seed", type=int, default=0, help="of the initial weights and of the order of images")
-    p.add_argument("--report", type=int, default=250, help="steps between reports and checkpoints")
     p.add_argument("--codes", type=int, default=1024, help="codebook size")
     p.add_argument("--channels", type=int, default=32, help="at full resolution")
     p.add_argument("--res-blocks", type=int, default=1, help="per encoder level; the decoder has one more")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from par_model.config import SIZES
-from par_model.training.cli import Parser, guarded
+from par_model.training.cli import Parser, add_run, guarded
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,8 +16,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--codes", type=Path, required=True, help="codes.npz of parvis encode")
     p.add_argument("--val", type=Path, required=True, help="held-out codes.npz")
     p.add_argument("--vocab", type=int, required=True, help="codebook size of the tokenizer")
-    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheets")
-    p.add_argument("--resume", action="store_true", help="continue the run in --run")
+    add_run(p, "sheets", "images", steps=10000, batch=32, report=100)
     p.add_argument(
         "--init", type=Path, metavar="MODEL", help="begin with the weights of this model, which may have another n"
     )
@@ -27,16 +26,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", type=int, help="with --dim and --heads")
     p.add_argument("--heads", type=int, help="with --dim and --layers")
     p.add_argument("--group-size", type=int, default=4, help="n, tokens per parallel step")
-    p.add_argument("--steps", type=int, default=10000, help="updates of the weights")
-    p.add_argument("--batch", type=int, default=32, help="images of a step")
     p.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: AdamW for the rest")
     p.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="of the learning rate")
     p.add_argument("--lr", type=float, default=0.0, help="of AdamW (default: 1e-4 per 256 images of a batch)")
     p.add_argument("--warmup", type=int, default=50, help="steps in which the learning rate rises from 0")
     p.add_argument("--dropout", type=float, default=0.1, help="of the embeddings and of what each layer adds")
     p.add_argument("--ema", type=float, default=0.999, help="decay of the average of the weights, which is exported")
-    p.add_argument("--seed", type=int, default=0, help="of the initial weights and of the order of images")
-    p.add_argument("--report", type=int, default=100, help="steps between reports and checkpoints")
     p.add_argument("--sheet", type=int, default=500, help="steps between sample sheets")
     p.add_argument("--guidance", type=float, default=2.0, help="of the sample sheets")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="compute in bfloat16")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from par_model.training.cli import Parser, guarded
+from par_model.training.cli import Parser, add_run, guarded
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,13 +19,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--data", type=Path, required=True, help="a folder with clips.u8, labels.u8, meta.json")
     p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
-    p.add_argument("--run", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, sheet.png")
-    p.add_argument("--resume", action="store_true", help="continue the run in --run")
-    p.add_argument("--steps", type=int, default=1500, help="updates of the weights")
-    p.add_argument("--batch", type=int, default=16, help="clips of a step")
+    add_run(p, "sheet.png", "clips", steps=1500, batch=16, report=100)
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate")
-    p.add_argument("--seed", type=int, default=0, help="of the initial weights and of the order of clips")
-    p.add_argument("--report", type=int, default=100, help="steps between reports and checkpoints")
     p.add_argument(
         "--levels",
         type=int,

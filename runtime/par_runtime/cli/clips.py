@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from par_runtime.bundle import Bundle
-from par_runtime.checked import shown
+from par_runtime.cli import options
 from par_runtime.cli.common import Bar, printable
-from par_runtime.cli.inputs import load_pipeline, quiet_readers
+from par_runtime.cli.inputs import check_recipe, load_pipeline, made_again, quiet_readers
 from par_runtime.cli.outputs import (
     check_not_input,
     check_out_name,
+    check_sheet,
     check_tokens_name,
     suffix_of,
     write_all,
     write_tokens,
 )
 from par_runtime.clips import files
-from par_runtime.clips.formats import check_clips
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.images.photo import fit_image
@@ -51,12 +51,7 @@ def redo(args: argparse.Namespace, bundle: Bundle) -> int:
             f"{args.image}: has no 'parvis' entry; only a clip that parvis wrote can be made again, and only while no "
             "other program has saved it"
         )
-    if bundle.hash != recipe.bundle_hash:
-        raise RequestError(
-            f"{args.image} was made by bundle {shown(recipe.bundle_name)} with hash {recipe.bundle_hash[:12]}; "
-            f"{args.bundle} has hash {bundle.hash[:12]}: give --bundle with the one that made it"
-        )
-    check(recipe, bundle, str(args.image))
+    check_recipe(args, bundle, recipe)
     assert bundle.image_size is not None
     before = file.clips(bundle.image_size)
     if before is None or before.shape[1] != bundle.frames:
@@ -67,16 +62,7 @@ def redo(args: argparse.Namespace, bundle: Bundle) -> int:
         check_out_name(bundle, args.out)
         check_not_input(args.out, [args.image])
         check_writable(args.out)
-    pipeline = load_pipeline(args, bundle, selftest=False)  # the comparison below is stricter
-    with Bar(args.quiet) as bar:
-        result = pipeline.generate(
-            recipe.labels,
-            recipe.settings,
-            seeds=recipe.seeds,
-            on_step=bar,
-            keep=None if recipe.kept is None else pipeline.grid_tokens(recipe.kept),
-            tokens=None if recipe.kept is None else recipe.tokens,
-        )
+    pipeline, result = made_again(args, bundle, recipe)
     if args.out is not None:
         result.save(args.out, recipe.columns, scale=recipe.scale, fps=recipe.fps)
     assert result.images is not None
@@ -116,8 +102,7 @@ def edit(args: argparse.Namespace, bundle: Bundle) -> int:
     out = args.out or Path(f"{args.image.stem}-edit-{first}{suffix_of(bundle)}")
     check_out_name(bundle, out)
     check_not_input(out, [args.image])
-    assert bundle.image_size is not None
-    check_clips(out, args.count, default_columns(args.count), bundle.frames, bundle.image_size, args.scale)
+    check_sheet(bundle, out, args.count, default_columns(args.count), args.scale)
     for path in (out, args.tokens):
         if path is not None:
             check_writable(path)
@@ -135,13 +120,8 @@ def edit(args: argparse.Namespace, bundle: Bundle) -> int:
     with Bar(args.quiet or args.json) as bar:
         result = pipeline.generate(
             [label] * args.count,
-            guidance=args.guidance,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
+            **options.sampling(args),
             seeds=image_seeds(args.count, first, None),
-            greedy=args.greedy,
-            guidance_interval=args.guidance_interval,
             on_step=bar,
             keep=keep,
             tokens=tokens,

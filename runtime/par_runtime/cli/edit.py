@@ -21,7 +21,7 @@ from par_runtime.checked import shown
 from par_runtime.cli import clips, options
 from par_runtime.cli.common import Bar, Parser, guarded, printable
 from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline, quiet_readers
-from par_runtime.cli.outputs import check_fps, check_outputs, write_all, write_tokens
+from par_runtime.cli.outputs import check_fps, check_outputs, check_sheet, write_all, write_tokens
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.images import png
@@ -68,15 +68,14 @@ def run(args: argparse.Namespace) -> int:
     if bundle.image_size is None:
         raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; export it with a tokenizer")
     png.check_scale(args.scale)
-    check_fps(bundle, args)
+    check_fps(bundle, args.fps, [args.out])
     if bundle.video:
         return clips.edit(args, bundle)
     if args.keep_frames is not None:
         raise RequestError(f"--keep-frames {args.keep_frames}: {bundle.path} makes images, not clips; leave it out")
     if args.keep is None and args.change is None and args.place is None:
         raise RequestError("one of the arguments --keep --change --place is required, to say what stays")
-    height, width = bundle.image_size
-    png.check_sheet(args.count, default_columns(args.count), (height * args.scale, width * args.scale))
+    check_sheet(bundle, None, args.count, default_columns(args.count), args.scale)
     with quiet_readers():
         original = read_original(args, bundle)
     keep = kept_tokens(original.stays, bundle.grid[1:])
@@ -104,13 +103,8 @@ def run(args: argparse.Namespace) -> int:
     with Bar(args.quiet or args.json) as bar:
         result = pipeline.generate(
             [label] * args.count,
-            guidance=args.guidance,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
+            **options.sampling(args),
             seeds=image_seeds(args.count, first, None),
-            greedy=args.greedy,
-            guidance_interval=args.guidance_interval,
             on_step=bar,
             keep=keep,
             tokens=tokens,

@@ -23,6 +23,7 @@ from par_runtime.cli.outputs import (
     check_different,
     check_fps,
     check_out_name,
+    check_sheet,
     check_tokens_name,
     class_file_name,
     image_file_names,
@@ -32,7 +33,6 @@ from par_runtime.cli.outputs import (
     write_all,
     write_tokens,
 )
-from par_runtime.clips.formats import check_clips
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.pipeline import Pipeline
@@ -72,13 +72,8 @@ def run(args: argparse.Namespace) -> int:
     with Bar(args.quiet or args.json) as bar:
         result = pipeline.generate(
             labels * scales,
-            guidance=guidance,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
+            **options.sampling(args) | {"guidance": guidance},
             seeds=seeds * scales,
-            greedy=args.greedy,
-            guidance_interval=args.guidance_interval,
             on_step=bar,
             preview_every=args.preview_every,
             on_preview=None if args.preview_every is None else write_preview,
@@ -100,7 +95,8 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
     check_tokens_name(args.tokens)
     bundle = Bundle.open(args.bundle)
     check_out_name(bundle, args.out)
-    check_fps(bundle, args)
+    # Files in --out-dir, and one that nobody names, have the default ending.
+    check_fps(bundle, args.fps, [args.out] + [None] * (args.out_dir is not None))
     classes = class_indices(bundle, args.label)
     total = len(classes) * args.count * len(args.guidance or [1])
     if total > MOST_IMAGES:
@@ -118,14 +114,11 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
         args.out = Path(f"{safe_name(bundle.name)}-{what}-{first}{suffix_of(bundle)}")
     if args.preview_every is not None and args.out is None:
         raise RequestError("--preview-every writes beside --out; give --out X.png")
-    if args.out_dir is not None and bundle.image_size is not None:
-        png.check_sheet(1, 1, (bundle.image_size[0] * args.scale, bundle.image_size[1] * args.scale))
-    if args.out is not None and bundle.image_size is not None:
+    if args.out_dir is not None:
+        check_sheet(bundle, None, 1, 1, args.scale)
+    if args.out is not None:
         columns = args.columns or sheet_columns(len(classes), args.count, len(args.guidance or [1]))
-        if bundle.video:
-            check_clips(args.out, total, columns, bundle.frames, bundle.image_size, args.scale)
-        else:
-            png.check_sheet(total, columns, (bundle.image_size[0] * args.scale, bundle.image_size[1] * args.scale))
+        check_sheet(bundle, args.out, total, columns, args.scale)
     for path in (args.out, args.tokens):
         if path is not None:
             check_writable(path)

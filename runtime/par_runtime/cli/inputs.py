@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
 from par_runtime.cli.common import Bar
+from par_runtime.errors import RequestError
+from par_runtime.images.recipe import Recipe, check
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import class_index
+from par_runtime.result import Result
 
 MOST_IMAGES = 100_000  # of one command: all are held in memory until they are written
 
@@ -56,4 +59,29 @@ def load_pipeline(args: argparse.Namespace, bundle: Bundle, selftest: bool) -> P
             arithmetic=args.arithmetic,
             cache=args.cache,
             on_load=bar,
+        )
+
+
+def check_recipe(args: argparse.Namespace, bundle: Bundle, recipe: Recipe) -> None:
+    """Raise RequestError unless ``recipe``, of the file ``args.image``, is one that ``bundle`` can make again."""
+    if bundle.hash != recipe.bundle_hash:
+        raise RequestError(
+            f"{args.image} was made by bundle {recipe.bundle_name!r} with hash {recipe.bundle_hash[:12]}; "
+            f"{args.bundle} has hash {bundle.hash[:12]}: give --bundle with the one that made it"
+        )
+    check(recipe, bundle, str(args.image))
+
+
+def made_again(args: argparse.Namespace, bundle: Bundle, recipe: Recipe) -> tuple[Pipeline, Result]:
+    """The images or clips of ``recipe``, and the pipeline that made them. Errors as in :func:`load_pipeline`."""
+    # What follows compares tokens: a stricter self-test than the bundle's own.
+    pipeline = load_pipeline(args, bundle, selftest=False)
+    with Bar(args.quiet) as bar:
+        return pipeline, pipeline.generate(
+            recipe.labels,
+            recipe.settings,
+            seeds=recipe.seeds,
+            on_step=bar,
+            keep=None if recipe.kept is None else pipeline.grid_tokens(recipe.kept),
+            tokens=None if recipe.kept is None else recipe.tokens,
         )

@@ -123,6 +123,12 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--greedy", action="store_true", help="always the most probable code; no noise")
 
 
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options of this part say, for ``Pipeline.generate``."""
+    names = ("guidance", "temperature", "top_k", "top_p", "greedy", "guidance_interval")
+    return {name: getattr(args, name) for name in names}
+
+
 # -- where a verb runs, and what it prints ----------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import os
@@ -13,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from par_runtime.bundle import Bundle
-from par_runtime.clips.formats import check_fps as check_of_clips
+from par_runtime.clips import formats, mp4
 from par_runtime.clips.formats import format_of
 from par_runtime.dtypes import Int
 from par_runtime.errors import OutputsError, RequestError
+from par_runtime.images import png
 from par_runtime.result import default_columns
 from par_runtime.system import HALF, check_writable, explain, write_beside
 
@@ -36,24 +36,44 @@ def check_outputs(out: Path, tokens: Path | None, inputs: Sequence[Path] = ()) -
 
 
 def check_out_name(bundle: Bundle, out: Path | None) -> None:
-    """Raise RequestError where ``--out`` is given and is no name of what ``bundle`` makes: images or clips."""
+    """Raise RequestError where ``--out`` is given and is no name of what ``bundle`` makes: images or clips.
+
+    Also where the writer of such clips is not installed, so that nobody waits for clips that cannot be written.
+    """
     if out is None or out.is_dir():  # a folder is named by who writes
         return
     if bundle.video:
         format_of(out, "--out")
+        if out.suffix.lower() == ".mp4":
+            mp4.library()
     elif out.suffix.lower() != ".png":
         raise RequestError(
             f"--out {out}: expected a name that ends in .png (what makes an image again is kept in its metadata)"
         )
 
 
-def check_fps(bundle: Bundle, args: argparse.Namespace) -> None:
-    """Raise RequestError for a wrong ``--fps``."""
-    if args.fps is None:
+def check_fps(bundle: Bundle, fps: float | None, outs: Sequence[Path | None]) -> None:
+    """Raise RequestError for a wrong ``--fps``; ``outs``: the files of clips, None for one of the default ending."""
+    if fps is None:
         return
     if not bundle.video:
-        raise RequestError(f"--fps {args.fps:g}: {bundle.path} makes images, not clips; leave it out")
-    check_of_clips(args.fps, args.out)
+        raise RequestError(f"--fps {fps:g}: {bundle.path} makes images, not clips; leave it out")
+    for out in outs:
+        formats.check_fps(fps, out or Path(f"clip{suffix_of(bundle)}"))
+
+
+def check_sheet(bundle: Bundle, out: Path | None, count: int, columns: int, scale: int) -> None:
+    """Raise RequestError where ``count`` images or clips of ``bundle`` in ``columns`` are no file to be opened.
+
+    ``out``: its name, None where it has the default ending. Nothing to say of a bundle that ends at tokens.
+    """
+    if bundle.image_size is None:
+        return
+    if bundle.video:
+        name = out or Path(f"clip{suffix_of(bundle)}")
+        formats.check_clips(name, count, columns, bundle.frames, bundle.image_size, scale)
+    else:
+        png.check_sheet(count, columns, (bundle.image_size[0] * scale, bundle.image_size[1] * scale))
 
 
 def suffix_of(bundle: Bundle) -> str:

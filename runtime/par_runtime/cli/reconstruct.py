@@ -16,6 +16,7 @@ from par_runtime.cli import options
 from par_runtime.cli.common import Parser, guarded, printable
 from par_runtime.cli.inputs import quiet_readers
 from par_runtime.cli.outputs import check_outputs, write_all, write_tokens
+from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.images.opening import open_image
 from par_runtime.images.photo import fit_image
@@ -33,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Encode the images, decode them again, write the sheet and report the PSNR of each."""
     bundle = Bundle.open(args.bundle)
+    if bundle.video:
+        raise RequestError(
+            f"{bundle.path}: makes clips, and this verb takes images; in Python, "
+            "pipeline.decode(pipeline.encode(clip)) does it for clips"
+        )
     tokenizer = Tokenizer(bundle, args.threads)
     assert bundle.image_size is not None
     size = bundle.image_size

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from par_runtime.bundle import Bundle
 from par_runtime.cli import clips, options
-from par_runtime.cli.common import Bar, Parser, guarded, printable
-from par_runtime.cli.inputs import load_pipeline, quiet_readers
+from par_runtime.cli.common import Parser, guarded, printable
+from par_runtime.cli.inputs import check_recipe, made_again, quiet_readers
 from par_runtime.cli.outputs import check_not_input
 from par_runtime.errors import RequestError
 from par_runtime.images import png
-from par_runtime.images.recipe import check
 from par_runtime.result import Result
 from par_runtime.system import check_writable
 
@@ -39,12 +38,7 @@ def run(args: argparse.Namespace) -> int:
         return clips.redo(args, bundle)
     with quiet_readers():
         recipe, pixels = png.read(args.image)
-    if bundle.hash != recipe.bundle_hash:
-        raise RequestError(
-            f"{args.image} was made by bundle {recipe.bundle_name!r} with hash {recipe.bundle_hash[:12]}; "
-            f"{args.bundle} has hash {bundle.hash[:12]}: give --bundle with the one that made it"
-        )
-    check(recipe, bundle, str(args.image))
+    check_recipe(args, bundle, recipe)
     if bundle.image_size is None:
         raise RequestError(f"{bundle.path}: this bundle ends at tokens, so it has made no image; give another --bundle")
     wanted = png.sheet_size(len(recipe), recipe.columns, bundle.image_size)
@@ -61,17 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         check_not_input(args.out, [args.image])
         check_writable(args.out)
-    # The comparison below is a stricter self-test than the bundle's own.
-    pipeline = load_pipeline(args, bundle, selftest=False)
-    with Bar(args.quiet) as bar:
-        result = pipeline.generate(
-            recipe.labels,
-            recipe.settings,
-            seeds=recipe.seeds,
-            on_step=bar,
-            keep=None if recipe.kept is None else pipeline.grid_tokens(recipe.kept),
-            tokens=None if recipe.kept is None else recipe.tokens,
-        )
+    pipeline, result = made_again(args, bundle, recipe)
     if args.out is not None:
         result.save(args.out, recipe.columns, scale=recipe.scale)
     identical, text = compare(recipe, pixels, result, bundle.image_size)
