@@ -6,8 +6,9 @@ PyTorch is imported when a verb runs, not for its ``--help``.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,6 +48,15 @@ def add_run(p: argparse.ArgumentParser, holds: str, of: str, *, steps: int, batc
     p.add_argument("--batch", type=int, default=batch, help=f"{of} of a step")
     p.add_argument("--seed", type=int, default=0, help=f"of the initial weights and of the order of {of}")
     p.add_argument("--report", type=int, default=report, help="steps between reports and checkpoints")
+
+
+def verb(parser: argparse.ArgumentParser, argv: Sequence[str] | None, module: str, function: str = "train") -> int:
+    """Run ``function`` of ``par_model.training.<module>`` with the options of ``parser``; returns the exit code.
+
+    The module is imported only then, as it imports PyTorch.
+    """
+    args = parser.parse_args(argv)
+    return guarded(lambda: getattr(importlib.import_module(f"par_model.training.{module}"), function)(args))
 
 
 def guarded(work: Callable[[], None]) -> int:

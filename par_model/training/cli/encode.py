@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from par_model.training.cli import Parser, guarded
+from par_model.training.cli import Parser, verb
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,14 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``parvis encode``; returns the exit code."""
-    args = parser().parse_args(argv)
-
-    def work() -> None:
-        from par_model.training.encode import run
-
-        run(args)
-
-    return guarded(work)
+    return verb(parser(), argv, "encode", "run")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from par_model.training.cli import Parser, add_run, guarded
+from par_model.training.cli import Parser, add_run, verb
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,14 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``parvis train-tokenizer``; returns the exit code."""
-    args = parser().parse_args(argv)
-
-    def work() -> None:
-        from par_model.training.tokenizer import train
-
-        train(args)
-
-    return guarded(work)
+    return verb(parser(), argv, "tokenizer")
 
 
 if __name__ == "__main__":

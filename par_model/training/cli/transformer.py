@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from par_model.config import SIZES
-from par_model.training.cli import Parser, add_run, guarded
+from par_model.training.cli import Parser, add_run, verb
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,14 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``parvis train``; returns the exit code."""
-    args = parser().parse_args(argv)
-
-    def work() -> None:
-        from par_model.training.transformer import train
-
-        train(args)
-
-    return guarded(work)
+    return verb(parser(), argv, "transformer")
 
 
 if __name__ == "__main__":

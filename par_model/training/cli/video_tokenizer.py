@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from par_model.training.cli import Parser, add_run, guarded
+from par_model.training.cli import Parser, add_run, verb
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,14 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``parvis train-video-tokenizer``; returns the exit code."""
-    args = parser().parse_args(argv)
-
-    def work() -> None:
-        from par_model.training.video import train
-
-        train(args)
-
-    return guarded(work)
+    return verb(parser(), argv, "video")
 
 
 if __name__ == "__main__":
