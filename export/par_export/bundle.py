@@ -24,7 +24,7 @@ from par_export.fp16 import FP16_MAX, largest_in
 from par_export.graphs import video
 from par_export.graphs.decoder import HALF_DECODER, decoder_graph
 from par_export.graphs.encoder import encoder_graph
-from par_export.graphs.sampling import SamplingVariant
+from par_export.graphs.sampling import SamplingVariant, why_not_searched
 from par_export.graphs.step import COMPATIBLE_STEP, io_table, padded_head_dim, step_graph
 from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import COMPATIBLE_OPSET, OPSET, Graph, WeightTable
@@ -51,6 +51,7 @@ from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig
 from par_model.manifest import phase_entries
 from par_model.ordering import phases, token_order
 from par_runtime import __version__
+from par_runtime.backends.tails import Tail, least_tail
 from par_runtime.bundle import MANIFEST, SCHEMA, WEIGHTS, Stored, seal
 from par_runtime.checked import Mismatch, Value, shown
 from par_runtime.dtypes import DTYPE, FLOAT32_MAX, MOST_GUIDANCE
@@ -74,7 +75,7 @@ class ExportRequest:
     precision: str = "fp32"
     heads: int | None = None
     grid: tuple[int, int, int] | None = None
-    sampling: SamplingVariant = "topk"  #: of the static graphs
+    sampling: Tail | None = None  #: of the static graphs; None: ``topk``, or ``exact`` where its settings need it
     name: str | None = None
     class_names: list[str] | None = None
     encoder: bool = True  #: write the tokenizer's encoder too, which editing and reconstructing an image need
@@ -128,6 +129,7 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
         )
     if vq_file is not None and vq is not None:
         _check_tokenizer(vq_file.path, vq, config, checkpoint)
+    sampling = _tail(request, config.vocab_size, defaults)
     names, synsets = _class_names(request, config, checkpoint, say)
     parameters = parameter_count(checkpoint)
     t, h, w = config.grid
@@ -148,7 +150,7 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
         finally:
             weights.close()
         checkpoint.release()  # otherwise what was read stays mapped, and counts beside the memory that the gate needs
-        graphs = write_graphs(folder, config, vq, weights, dtype, request.sampling, request.encoder)
+        graphs = write_graphs(folder, config, vq, weights, dtype, sampling, request.encoder)
         say(f"graphs and weights written after {time.monotonic() - started:.1f} s; checking them against PyTorch")
         checked = model_gate.gate(folder, config, checkpoint, weights, guidance=SELFTEST_GUIDANCE)
         if not any(checked["parity"]["largest"]["logits"]):
@@ -221,6 +223,16 @@ def _pixels(config: PARConfig, vq: Tokenizer | None) -> str:
         side = vq.downsampling[1]
         return f", clips of {vq.frames(t)} frames of {w * side}x{h * side} pixels"
     return f", images of {w * vq.downsampling}x{h * vq.downsampling} pixels"
+
+
+def _tail(request: ExportRequest, vocab: int, defaults: Mapping[str, Any]) -> Tail:
+    """The tail of the static graphs: the one asked for, or the least that draws with the bundle's settings. Raises
+    ExportError."""
+    tail = request.sampling or least_tail(vocab, defaults["top_k"], defaults["top_p"])
+    why = why_not_searched(tail, vocab)
+    if why is not None and request.sampling is not None:
+        raise ExportError(f"{request.checkpoint}: {why}")
+    return tail if why is None else "topk"
 
 
 def _name_and_defaults(

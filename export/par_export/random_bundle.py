@@ -47,6 +47,7 @@ from par_model.manifest import config_from_manifest, read_manifest, tokenizer_fr
 from par_model.transformer import INIT_STD, PAR
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
+from par_runtime.backends.tails import least_tail
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import BundleError
@@ -234,7 +235,9 @@ def _write(
         os.link(shared, folder / WEIGHTS)
     except OSError:  # a file system without links
         shutil.copyfile(shared, folder / WEIGHTS)
-    graphs = write_graphs(folder, config, vq, table, DTYPE[settings["precision"]], "topk", encoder=False)
+    d = settings["defaults"]
+    tail = least_tail(config.vocab_size, d["top_k"], d["top_p"])
+    graphs = write_graphs(folder, config, vq, table, DTYPE[settings["precision"]], tail, encoder=False)
     entries = {
         "name": folder.name,
         "class_names": None,

@@ -16,6 +16,7 @@ from par_export.engines.weights import MappedWeights
 from par_export.graphs.step import Form, padded_head_dim, step_graph
 from par_export.graphs.writer import SCALE, WeightTable
 from par_model.config import PARConfig
+from par_runtime.backends.tails import Tail
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Stored
 
@@ -44,10 +45,11 @@ class Case:
         form: Form | None = None,
         images: tuple[int, ...] = (1,),
         attention: ExpectedAttention | None = None,
+        sampling: Tail = "topk",
     ) -> tuple[BuildOutcome, list[engine_report.Kernels], bytes]:
         form = form or Form.of(query)
         graph = step_graph(
-            self.config, self.table, name="step", compute=precision, query=query, sampling="topk", form=form
+            self.config, self.table, name="step", compute=precision, query=query, sampling=sampling, form=form
         )
         wanted = attention or ExpectedAttention(self.config.n_layers, form.lengths, decomposable=precision == "float32")
         data, pieces = MappedWeights(self.file), list[bytes]()

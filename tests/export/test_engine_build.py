@@ -9,13 +9,14 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from engine_cases import random_case
 
 from par_export.engines import weights as engine_weights
-from par_export.engines.build import build
+from par_export.engines.build import build, tail_of
 from par_export.engines.cache import EngineCache
 from par_export.engines.request import BuildRequest
 from par_export.errors import BuildError
@@ -63,15 +64,42 @@ def test_an_engine_per_phase(tiny_copy: Path) -> None:
     }
 
 
-def test_a_bundle_with_the_exact_tail_is_built_with_topk(tiny_copy: Path) -> None:
-    manifest = json.loads((tiny_copy / "manifest.json").read_text())
-    manifest["graphs"]["group"]["sampling"] = "exact"
+def with_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
     del manifest["hash"]
-    (tiny_copy / "manifest.json").write_text(json.dumps(seal(manifest)))
+    (path / "manifest.json").write_text(json.dumps(seal(manifest)))
+
+
+def test_a_plan_has_the_tail_of_the_bundle(tiny_copy: Path) -> None:
+    with_manifest(tiny_copy, lambda m: m["graphs"]["group"].update(sampling="exact"))
     folder = build(BuildRequest(tiny_copy, "SM80", images=(1,)), lambda _: None)
+    assert Engine.open(folder, Bundle.open(tiny_copy)).sampling == "exact"
+    folder = build(BuildRequest(tiny_copy, "SM80", images=(1,), sampling="topk"), lambda _: None)
     assert Engine.open(folder, Bundle.open(tiny_copy)).sampling == "topk"
-    with pytest.raises(BuildError, match="sampling 'exact'; plans are built with one of plain, topk"):
-        build(BuildRequest(tiny_copy, "SM80", sampling="exact"), lambda _: None)
+    with pytest.raises(BuildError, match="sampling 'sorted'; plans are built with one of plain, topk, exact"):
+        build(BuildRequest(tiny_copy, "SM80", sampling="sorted"), lambda _: None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("own", "vocab", "top_k", "top_p", "wanted"),
+    [
+        ("topk", 16384, 0, 1.0, "topk"),
+        ("topk", 16384, 2000, 0.9, "topk"),
+        ("topk", 64000, 8000, 1.0, "exact"),
+        ("topk", 16384, 0, 0.9, "exact"),
+        ("topk", 3840, 0, 0.9, "topk"),
+        ("plain", 16384, 0, 1.0, "plain"),
+        ("plain", 16384, 1, 1.0, "plain"),
+        ("plain", 16384, 50, 1.0, "topk"),
+        ("exact", 16384, 0, 1.0, "exact"),
+        ("later", 16384, 0, 1.0, "topk"),
+    ],
+)
+def test_a_plan_can_draw_with_the_settings_of_its_bundle(
+    own: str, vocab: int, top_k: int, top_p: float, wanted: str
+) -> None:
+    assert tail_of(own, vocab, top_k, top_p) == wanted
 
 
 def test_the_second_build_comes_from_the_cache(tiny_copy: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 from scipy import stats
 
 from par_export.gate.runner import runnable_opset
-from par_export.graphs.sampling import TOPK_LIMIT, SamplingVariant, sample
+from par_export.graphs.sampling import SamplingVariant, sample
 from par_export.graphs.writer import Graph
 from par_model.generation import sample as oracle
+from par_runtime.backends.tails import TOPK_LIMIT
 
 VARIANTS: list[SamplingVariant] = ["dynamic", "topk", "exact"]
 _sessions: dict[tuple[int, str], ort.InferenceSession] = {}

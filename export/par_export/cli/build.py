@@ -12,10 +12,11 @@ from typing import Any
 
 from par_export.cli.common import ENGINES, check_kernels, count, counts, guarded, needed_for_kernels, precision
 from par_export.engines.cache import DEFAULT_LIMIT_BYTES
-from par_export.engines.request import MODES, NAME_A_TARGET, SAMPLING, BuildRequest, check_local_gpu, sizes_up_to
+from par_export.engines.request import MODES, NAME_A_TARGET, BuildRequest, check_local_gpu, sizes_up_to
 from par_export.errors import BuildError
 from par_export.kernels import request as kernels
 from par_runtime.backends.engines import ENGINE_JSON
+from par_runtime.backends.tails import TAILS, TOPK_LIMIT
 from par_runtime.checked import shown
 from par_runtime.cli.common import Parser
 from par_runtime.cli.options import add_list
@@ -226,7 +227,11 @@ def parser() -> argparse.ArgumentParser:
         help="plans: 'shared': one serves every phase, weights once (default); 'per-phase': a plan for each",
     )
     p.add_argument(
-        "--sampling", choices=SAMPLING, help="plans: sampling tail (default: the bundle's; topk where that is exact)"
+        "--sampling",
+        choices=TAILS,
+        help="plans: sampling tail (default: the bundle's, or exact where its own settings need it): 'plain' draws "
+        f"from the whole codebook or greedily, 'topk' adds top-k up to {TOPK_LIMIT} and top-p within it, 'exact' has "
+        "no limit and takes more kernels",
     )
     p.add_argument(
         "--attention",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from par_export.cli.common import guarded
 from par_export.errors import ExportError
+from par_runtime.backends.tails import TAILS, TOPK_LIMIT
 from par_runtime.checked import load_json
 from par_runtime.cli import options
 from par_runtime.cli.common import Parser, printable
@@ -134,11 +135,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--sampling",
-        choices=["plain", "topk", "exact"],
-        default="topk",
+        choices=TAILS,
         help="sampling tail of the static graphs: 'plain' draws from the whole codebook (or greedily); 'topk' adds "
-        "top-k up to 3840 and top-p within it (default); 'exact' has no limit and costs more, and plans are built with "
-        "topk instead. step.onnx is always exact",
+        f"top-k up to {TOPK_LIMIT} and top-p within it; 'exact' has no limit and costs more (default: topk, or exact "
+        "where the bundle's own settings need it). step.onnx is always exact",
     )
     p.add_argument(
         "--name",

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import par_model
 from par_export import engines, graphs
@@ -22,19 +22,20 @@ from par_export.engines.contents import decoder_weights, step_config, step_weigh
 from par_export.engines.network import ExpectedAttention
 from par_export.engines.place import place
 from par_export.engines.publish import cache_of, check_images, publish, source_hash
-from par_export.engines.request import MODES, SAMPLING, BuildRequest, local_gpu
+from par_export.engines.request import MODES, BuildRequest, local_gpu
 from par_export.engines.weights import MappedWeights, weights_in
 from par_export.errors import BuildError
 from par_export.fp16 import check_build
 from par_export.graphs import video
 from par_export.graphs.decoder import decoder_graph
-from par_export.graphs.sampling import SamplingVariant
+from par_export.graphs.sampling import why_not_searched
 from par_export.graphs.step import Form, step_graph
 from par_export.graphs.vq import PREFIX
 from par_export.graphs.writer import Graph
 from par_model.config import VideoTokenizerConfig
 from par_runtime import __version__
 from par_runtime.backends.engines import ENGINE_JSON, ENGINE_SCHEMA
+from par_runtime.backends.tails import TAILS, Tail, least_tail, why_not_drawn
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.bundle import WEIGHTS, Bundle, seal
@@ -75,13 +76,22 @@ def build(
     return out
 
 
+def tail_of(own: str | None, vocab: int, top_k: int, top_p: float) -> Tail:
+    """The sampling tail of a plan, where none is asked for: that of the bundle's static graphs (``own``); another one
+    where that does not draw with the bundle's own settings."""
+    for tail in TAILS:
+        if tail == own and why_not_drawn(tail, vocab, top_k, top_p) is None:
+            return tail
+    return least_tail(vocab, top_k, top_p)
+
+
 def _check_request(request: BuildRequest) -> None:
     if request.precision is not None and request.precision not in DTYPE:
         raise BuildError(f"precision {request.precision!r}; expected one of {', '.join(DTYPE)}")
     if request.mode not in MODES:
         raise BuildError(f"engines {request.mode!r}; expected one of {', '.join(MODES)}")
-    if request.sampling is not None and request.sampling not in SAMPLING:
-        raise BuildError(f"sampling {request.sampling!r}; plans are built with one of {', '.join(SAMPLING)}")
+    if request.sampling is not None and request.sampling not in TAILS:
+        raise BuildError(f"sampling {request.sampling!r}; plans are built with one of {', '.join(TAILS)}")
     check_images(request.images)
 
 
@@ -95,7 +105,7 @@ class _CheckedRequest:
     precision: str
     target: str
     device: str | None
-    sampling: SamplingVariant
+    sampling: Tail
     queries: dict[str, tuple[int, tuple[str, ...]]]  #: plan name -> positions per call, phases it serves
 
     @staticmethod
@@ -113,8 +123,10 @@ class _CheckedRequest:
                 if served:
                     queries[name] = (max(phases[phase] for phase in served), served)
         target, device = (request.target.upper(), None) if request.target != "local" else local_gpu()
-        own = bundle.graphs["group"].sampling
-        sampling = request.sampling or cast(SamplingVariant, own if own in SAMPLING else "topk")
+        own, d = bundle.graphs["group"].sampling, bundle.defaults
+        sampling = request.sampling or tail_of(own, bundle.vocab_size, d.top_k, d.top_p)
+        if why := why_not_searched(sampling, bundle.vocab_size):
+            raise BuildError(f"{bundle.path}: {why}")
         precision = request.precision or bundle.precision
         check_build(bundle.parity, DTYPE[precision], DTYPE[request.decoder_precision])
         return _CheckedRequest(request, bundle, trt, precision, target, device, sampling, queries)

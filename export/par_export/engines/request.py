@@ -4,32 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from par_export.engines.cache import DEFAULT_LIMIT_BYTES
 from par_export.errors import BuildError
+from par_runtime.backends.tails import Tail
 from par_runtime.system import cache_folder
-
-if TYPE_CHECKING:
-    from par_export.graphs.sampling import SamplingVariant
 
 #: What to do where there is no GPU to build for.
 NAME_A_TARGET = "; name the GPU to build for, for instance --target SM80 for an A100 (TensorRT-RTX builds without one)"
 MODES = ("shared", "per-phase")
-#: Not "exact": its bisection is a chain of hundreds of reductions, which TensorRT-RTX did not finish in ten minutes.
-SAMPLING = ("plain", "topk")
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build. None is the bundle's own setting, or that of :meth:`Form.of` for the query length."""
+    """What to build. None is the bundle's own setting, or that of :meth:`Form.of` for the query length;
+    of ``sampling``, :func:`tail_of`."""
 
     bundle: Path
     target: str  #: "SM80" and the like, or "local"
     precision: str | None = None
     images: tuple[int, ...] = (1, 2, 4, 8)
     mode: str = "shared"
-    sampling: SamplingVariant | None = None
+    sampling: Tail | None = None
     grouped: bool | None = None
     lengths: bool | None = None
     norm_after: bool = False

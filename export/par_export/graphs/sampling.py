@@ -10,29 +10,25 @@ token = how many entries of the cumulative sum lie at or below ``uniform * total
 ``topk``     sorts the ``TOPK_LIMIT`` (or V, if fewer) most probable codes. Exact for top_k up to that limit, with
              or without top-p; where V is larger, top-p needs a top-k, and top_k = 0 alone means all. (Codes that tie
              with the k-th and lie beyond the sorted ones stay, but do not count towards top-p's mass.)
-``exact``    threshold search by bisection; no sort, so no limit. Exact for every value up to the rounding of
-             ``logit - max`` in fp32, which is what a softmax sees.
+``exact``    exact for every value. Where V is larger than the limit, the edges are searched for in sorted parts of the
+             codebook (``searched.py``); else it is ``topk``.
 
 Ties are as in the oracle: all that tie with the k-th are kept; in the top-p order equal logits count by id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 
+from par_export.graphs.searched import Split, largest_codebook, searched_sums
 from par_export.graphs.writer import ONNX_DTYPE, Graph
+from par_runtime.backends.tails import TOPK_LIMIT, Tail
 
-SamplingVariant = Literal["dynamic", "plain", "topk", "exact"]
-TOPK_LIMIT = 3840  # TensorRT's limit for TopK
+SamplingVariant = Tail | Literal["dynamic"]
 MIN_TEMPERATURE = 1e-5
-#: exp(-110) is 0 in fp32: a code whose logit lies further below the maximum can never be drawn.
-LOWEST = -110.0
 COUNT_PARTS = 16  # static graphs count in so many parts of the codebook, then sum the counts
-BISECTIONS = 44  #: halvings of the range of ``logit - max``, until its width is below the spacing of fp32
-EXACT_STEPS = 2  #: steps from value to value after them
 
 
 def sample(
@@ -50,12 +46,14 @@ def sample(
         greedy = g.op("Equal", top_k, g.const(1))
         keep = g.op("Or", g.op("Not", greedy), g.op("GreaterOrEqual", scaled, peak))
         return draw(g, scaled, peak, keep, vocab, rows, name)
-    if variant == "topk":
+    split = Split.of(vocab, TOPK_LIMIT) if variant == "exact" and vocab > TOPK_LIMIT else None
+    if split is not None:
+        return _drawn(g, searched_sums(g, scaled, top_k, top_p, vocab, split), vocab, rows, name)
+    if why := why_not_searched(variant, vocab):
+        raise ValueError(why)
+    if variant in ("topk", "exact"):
         keep, peak = sorted_keep(g, scaled, top_k, top_p, vocab, g.const([min(vocab, TOPK_LIMIT)]))
         return draw(g, scaled, peak, keep, vocab, rows, name)
-    if variant == "exact":
-        keep = searched_keep(g, scaled, top_k, top_p, vocab)
-        return draw(g, scaled, g.op("ReduceMax", scaled, g.const([-1]), keepdims=1), keep, vocab, rows, name)
     by_p = g.op("Less", top_p, g.const(1.0, "float32"))
     by_k = _restricts(g, top_k, vocab)
     # How many entries a sort must deliver: all for top-p, k for top-k.
@@ -79,7 +77,11 @@ def draw(
     mass = g.op("Exp", g.op("Sub", logits, peak))
     if keep is not None:
         mass = g.op("Where", keep, mass, g.const(0.0, "float32"))
-    cdf = g.op("CumSum", mass, g.const(-1))
+    return _drawn(g, g.op("CumSum", mass, g.const(-1)), vocab, rows, name)
+
+
+def _drawn(g: Graph, cdf: str, vocab: int, rows: str | None = None, name: str | None = None) -> str:
+    """The tokens of :func:`draw` from the cumulative sums ``cdf`` [B,q,V] of the masses."""
     # The total is the last sum itself, so a uniform below one always lies below it.
     total = g.op("Slice", cdf, g.const([vocab - 1]), g.const([vocab]), g.const([-1]))  # [B,q,1]
     target = g.op("Mul", g.op("Unsqueeze", "uniform", g.const([-1])), total)
@@ -125,67 +127,14 @@ def sorted_keep(g: Graph, logits: str, top_k: str, top_p: str, vocab: int, count
     return g.op("And", g.op("GreaterOrEqual", logits, kth), g.op("Or", all_p, keep_p)), peak
 
 
-def searched_keep(g: Graph, logits: str, top_k: str, top_p: str, vocab: int) -> str:
-    """Mask [B,q,V] of the kept codes by bisection on y = logit - max: counts for top-k, masses for top-p."""
-    axis = g.const([-1])
-    y = g.op("Sub", logits, g.op("ReduceMax", logits, axis, keepdims=1))
-    y = g.op("Max", y, g.const(LOWEST, "float32"))  # [B,q,V], LOWEST .. 0
-    lowest = g.op("ReduceMin", y, axis, keepdims=1)
-    by_k = _restricts(g, top_k, vocab)
-    k = g.op("Cast", g.op("Where", by_k, top_k, g.const(vocab)), to=ONNX_DTYPE["float32"])
-
-    def count_from(threshold: str) -> str:
-        inside = g.op("Cast", g.op("GreaterOrEqual", y, threshold), to=ONNX_DTYPE["float32"])
-        return g.op("ReduceSum", inside, axis, keepdims=1)
-
-    kth = _search(g, y, lowest, lambda t: g.op("GreaterOrEqual", count_from(t), k))
-    keep_k = g.op("GreaterOrEqual", y, kth)
-    zero = g.const(0.0, "float32")
-    mass = g.op("Where", keep_k, g.op("Exp", y), zero)
-    limit = g.op("Mul", top_p, g.op("ReduceSum", mass, axis, keepdims=1))
-
-    def mass_above(threshold: str) -> str:
-        above = g.op("Where", g.op("Greater", y, threshold), mass, zero)
-        return g.op("ReduceSum", above, axis, keepdims=1)
-
-    # The largest value t whose codes and all above them weigh more than the limit, counting t's own: its mass
-    # strictly above is within the limit, so t is the last value with a kept code.
-    def reaches(threshold: str) -> str:
-        inside = g.op("Where", g.op("GreaterOrEqual", y, threshold), mass, zero)
-        return g.op("Greater", g.op("ReduceSum", inside, axis, keepdims=1), limit)
-
-    cut = _search(g, y, lowest, reaches)
-    tie = g.op("Equal", y, cut)
-    tie_mass = g.op("Where", tie, mass, zero)
-    before = g.op("Add", mass_above(cut), g.op("CumSum", tie_mass, g.const(-1), exclusive=1))
-    keep_tie = g.op("And", tie, g.op("LessOrEqual", before, limit))
-    first = g.op(
-        "Equal", g.op("CumSum", g.op("Cast", tie, to=ONNX_DTYPE["float32"]), g.const(-1)), g.const(1.0, "float32")
+def why_not_searched(tail: str, vocab: int) -> str | None:
+    """Why ``tail`` cannot be written for ``vocab`` codes, and what to give instead; None where it can."""
+    if tail != "exact" or vocab <= TOPK_LIMIT or Split.of(vocab, TOPK_LIMIT) is not None:
+        return None
+    return (
+        f"{vocab} codes are too many for --sampling exact (at most about {largest_codebook(TOPK_LIMIT)}); give "
+        f"--sampling topk, which draws top-k up to {TOPK_LIMIT}"
     )
-    at_top = g.op("And", g.op("And", tie, first), g.op("Equal", y, zero))  # the most probable code always stays
-    keep_p = g.op("Or", g.op("Greater", y, cut), g.op("Or", keep_tie, at_top))
-    all_p = g.op("GreaterOrEqual", top_p, g.const(1.0, "float32"))
-    return g.op("And", keep_k, g.op("Or", all_p, keep_p))
-
-
-def _search(g: Graph, y: str, lowest: str, holds: Callable[[str], str]) -> str:
-    """The largest value of ``y`` [B,q,V] at which ``holds`` (true at ``lowest``, false above 0) is true: [B,q,1]."""
-    axis, half, floor = g.const([-1]), g.const(0.5, "float32"), g.const(-np.inf, "float32")
-    # Just above 0, the largest value; in proportion to the range, so that a narrow one is searched as finely.
-    span = g.op("Max", g.op("Neg", lowest), g.const(1e-30, "float32"))
-    low, high = lowest, g.op("Mul", span, g.const(2.0**-20, "float32"))
-    for _ in range(BISECTIONS):
-        middle = g.op("Mul", g.op("Add", low, high), half)
-        yes = holds(middle)
-        low, high = g.op("Where", yes, middle, low), g.op("Where", yes, high, middle)
-    # The answer is the largest value below ``high``: step down through values until the condition is met.
-    value = high
-    reached = g.op("Less", high, lowest)  # false everywhere
-    for _ in range(EXACT_STEPS):
-        below = g.op("ReduceMax", g.op("Where", g.op("Less", y, value), y, floor), axis, keepdims=1)
-        value = g.op("Where", reached, value, below)
-        reached = g.op("Or", reached, holds(value))
-    return g.op("Where", reached, value, low)
 
 
 def _restricts(g: Graph, top_k: str, vocab: int) -> str:

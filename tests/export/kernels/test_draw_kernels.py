@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import top_k_8000
 from kernel_arrays import launch
 from scipy import stats
 
@@ -162,6 +163,11 @@ def test_the_distribution_is_the_promised_one(vocab: int, top_k: int, top_p: flo
 def test_large_codebooks(form: tuple[str, dict[str, Any]], vocab: int, top_k: int, top_p: float) -> None:
     logits = np.random.default_rng(6).normal(size=(1, 2, vocab)).astype(np.float32) * 2
     check(form, logits, 1.0, top_k, top_p)
+
+
+def test_top_k_8000_of_64000_is_distributed_as_promised() -> None:
+    form = ("looped", {"CHUNK": 16384})
+    top_k_8000.check(lambda x, u: tokens_of(form, x[None], u[None], 1.0, 8000, 1.0), 600, 100)
 
 
 @pytest.mark.parametrize("form", [("resident", {}), ("looped", {"CHUNK": 8192})], ids=lambda form: form[0])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import top_k_8000
 
 from par_runtime.backends.draws import Float, draw, draw_all
 from par_runtime.backends.native.library import library
@@ -74,6 +75,11 @@ def test_the_ends_of_the_noise() -> None:
             wanted = [draw(row, uniform, temperature, k, top_p) for row in logits]
             each = [np.full(len(logits), value, np.float32) for value in (uniform, temperature, top_p)]
             assert drawn_in_c(logits, each[0], each[1], np.full(len(logits), k), each[2]).tolist() == wanted
+
+
+def test_top_k_8000_of_64000_is_distributed_as_promised() -> None:
+    ones = np.ones(200, np.float32)
+    top_k_8000.check(lambda x, u: drawn_in_c(x, u, ones, np.full(200, 8000), ones), 3000, 200)
 
 
 def test_every_top_p_between_two_ties() -> None:

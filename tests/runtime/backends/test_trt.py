@@ -6,6 +6,7 @@ The stand-ins are in ``double/``: what runs here is all of ``backends/trt``, ``b
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from double.fixtures import SETTINGS, Make
 from in_flight import alone, staggered
 
 from par_runtime.backends.engines import Capture, Engine
+from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.gpu.tables import Tables
 from par_runtime.errors import RequestError
 from par_runtime.pipeline import Pipeline
@@ -170,3 +172,33 @@ def test_editing_and_scoring_are_those_of_the_cpu(load: Make, tiny: Path) -> Non
     got, wanted = (p.generate([0, 1, 2], seed=2, guidance=1.5, keep=keep, tokens=tokens) for p in (gpu, cpu))
     np.testing.assert_array_equal(got.tokens, wanted.tokens)
     np.testing.assert_allclose(gpu.score(tokens, [0, 1, 2]), cpu.score(tokens, [0, 1, 2]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [({"top_k": 5}, "top-k 5, top-p 1"), ({"top_p": 0.5}, "top-k 0, top-p 0.5"), ({"greedy": True}, None)],
+)
+def test_what_a_plan_cannot_draw_is_refused(load: Make, settings: dict[str, Any], refused: str | None) -> None:
+    """It would draw from other codes, without a word. Scores need no draw."""
+    pipeline = load()
+    backend = pipeline.backend
+    assert isinstance(backend, GpuBackend)
+    backend.engine = replace(backend.engine, sampling="plain")
+    plain = {"top_k": 0, "top_p": 1.0}
+    image = pipeline.generate([3], seed=1, **plain).images[0]
+    if refused is None:
+        pipeline.generate([3], seed=1, **settings)
+        return
+    wanted = (
+        f"{refused}: the plan .* was built with --sampling plain, which draws from the whole codebook, or greedily; "
+        "ask for that, or build the plan again with: parvis build .* --sampling topk"
+    )
+    with pytest.raises(RequestError, match=wanted):
+        pipeline.generate([3], seed=1, **(plain | settings))
+    with pytest.raises(RequestError, match=wanted):  # call by call
+        pipeline.generate([3, 4], seed=1, **(plain | settings), on_preview=lambda *_: None, preview_every=1)
+    with pytest.raises(RequestError, match=wanted):  # one image of two
+        pipeline.generate([3, 4], seed=1, **{name: [plain[name], value] for name, value in settings.items()})
+    assert (pipeline.generate([3], seed=1, **plain).images[0] == image).all()
+    tokens = pipeline.generate([3], seed=1, **plain).tokens
+    assert pipeline.score(tokens, [3]).shape == tokens.shape

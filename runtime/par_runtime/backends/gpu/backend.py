@@ -26,9 +26,10 @@ from par_runtime.backends.engines import Capture, Engine
 from par_runtime.backends.gpu.loaded import Context, LoadedProgram
 from par_runtime.backends.gpu.memory import Buffers, Memory
 from par_runtime.backends.gpu.tables import Launch, image_launches
+from par_runtime.backends.tails import least_tail, why_not_drawn
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import BYTES, LOGIT_ROUNDING, Float, Int
-from par_runtime.errors import CudaError, EngineError
+from par_runtime.errors import CudaError, EngineError, RequestError
 from par_runtime.forks import keep_forever, tell_of_forks
 
 GRAPHS_KEPT = 4  #: captured batch sizes; a graph of a large model holds tens of megabytes
@@ -93,6 +94,7 @@ class GpuBackend:
     # -- the Backend protocol -------------------------------------------------------------------------------------
 
     def step(self, batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
+        self._check_tail(batch)
         buffers, launch = self._enqueue_single(batch, ids, write, uniform)
         tables = buffers.tables
         got = self._fetch(buffers.tokens.pointer + self._single * tables.token_pitch, tables.rows * launch.query * 8)
@@ -132,6 +134,18 @@ class GpuBackend:
             pixels = pixels[:, : self.bundle.frames_of(given // self.bundle.frame_tokens)]
         return pixels[: len(tokens)]
 
+    def _check_tail(self, batch: Batch) -> None:
+        """Raise RequestError where an image asks for a filter that the engine cannot draw with. It would not fail: it
+        would draw from other codes."""
+        for top_k, top_p in zip(batch.top_k.tolist(), batch.top_p.tolist(), strict=True):
+            draws = why_not_drawn(self.engine.sampling, self.bundle.vocab_size, top_k, top_p)
+            if draws is not None:
+                raise RequestError(
+                    f"top-k {top_k}, top-p {top_p:g}: the plan {self.engine.path.name} was built with --sampling "
+                    f"{self.engine.sampling}, which {draws}; ask for that, or build the plan again with: "
+                    f"{self.engine.rebuild} --sampling {least_tail(self.bundle.vocab_size, top_k, top_p)}"
+                )
+
     # -- whole images ---------------------------------------------------------------------------------------------
 
     def make_images(
@@ -140,8 +154,9 @@ class GpuBackend:
         """Tokens [B,N] and images [B,H,W,3] or clips [B,T,H,W,3] (None without ``decode``) of ``batch`` in one launch.
 
         ``class_ids`` [R'] are the first call's ids of each row, ``noise`` [B,N] the draws. One synchronisation, at
-        the end. Raises CudaError, OutOfMemory, EngineError.
+        the end. Raises CudaError, OutOfMemory, EngineError, RequestError.
         """
+        self._check_tail(batch)
         buffers, decode = self._prepare(batch, class_ids, noise, decode)
         for graph in self._captured(buffers, decode):
             graph.launch(self.stream)
