@@ -34,10 +34,6 @@ from par_export.weights import (
 )
 from par_model.checkpoint import Checkpoint
 from par_model.config import (
-    VIDEO_CLASSES,
-    VIDEO_CODES,
-    VIDEO_GRID,
-    VIDEO_SIZE,
     PARConfig,
     VideoTokenizerConfig,
     VQConfig,
@@ -56,6 +52,8 @@ from par_runtime.quantised import MOST_CODE, SCALE
 
 #: The sampling settings of benchmarks. Other published settings take the same time, except for greedy ones.
 DEFAULTS = {"guidance": 4.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+#: Of the paper's video model.
+VIDEO_DEFAULTS = DEFAULTS | {"guidance": 1.15, "top_k": 8000}
 NO_SOURCE = "0" * 64  #: of a quantised bundle of random weights: the hash of the bundle that it was made from
 
 
@@ -205,20 +203,16 @@ def _write_decoder(weights: WeightsWriter, vq: Tokenizer, tensors: type[RandomTe
 def write_published(
     model: str, group_sizes: Sequence[int], folder: Path, *, precision: str = "fp32"
 ) -> dict[int, Path]:
-    """Write bundles of a model of the paper: "PAR-L" to "PAR-3B" (384 px, with VQ-16's decoder), or "PAR-video".
+    """Write bundles of a model of the paper: "PAR-L" to "PAR-3B" (384 px, with VQ-16's decoder), or "PAR-video" (17
+    frames of 128x128, with the decoder of the published video tokenizer, and the paper's settings).
 
-    The video model is ``par_model.config.VIDEO_SIZE`` over 5x16x16 tokens of 64,000 codes, 101 classes and no decoder;
-    its widths are not published **(ours)**. Returns n -> path. Raises ValueError for another name, OSError.
+    Returns n -> path. Raises ValueError for another name, OSError.
     """
-    if model == "PAR-video":
-        dim, n_layers, n_heads = VIDEO_SIZE
-        config = PARConfig(
-            dim, n_layers, n_heads, vocab_size=VIDEO_CODES, n_classes=VIDEO_CLASSES, grid=VIDEO_GRID, group_size=4
-        )
-        return write_family(config, group_sizes, folder, name=model, precision=precision, vq=None)
-    return write_family(
-        named(model.removeprefix("PAR-")), group_sizes, folder, name=model, precision=precision, vq=VQConfig()
-    )
+    config = named(model.removeprefix("PAR-"))
+    video = config.grid[0] > 1
+    vq: Tokenizer = VideoTokenizerConfig() if video else VQConfig()
+    defaults = VIDEO_DEFAULTS if video else DEFAULTS
+    return write_family(config, group_sizes, folder, name=model, precision=precision, vq=vq, defaults=defaults)
 
 
 def _write(

@@ -7,7 +7,8 @@ Sources, in the order of trust:
    hold, the arguments of a training. Two of these that disagree are an error, as nothing says which one is wrong;
 3. ``config.json`` beside the file;
 4. the file's name, where it has a number of pixels: ``c2i_B_256.pt``;
-5. the named sizes: heads by the table, and 384 px, which is reported as assumed.
+5. the named sizes: heads by the table, and 384 px, which is reported as assumed; 17 frames of 128x128 for the video
+   model, by its 64,000 codes.
 
 A source that disagrees with one of more trust is reported as a warning.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from par_model.checkpoint.errors import CheckpointError, shown
-from par_model.config import NORM_EPS, ROPE_BASE, SIZES
+from par_model.config import NORM_EPS, ROPE_BASE, SIZES, VIDEO_CODES, VIDEO_GRID
 
 Grid = tuple[int, int, int]
 PUBLISHED_PIXELS = 384
@@ -102,6 +103,9 @@ def grid(known: Evidence, given: Grid | None) -> Fact | None:
     """The token grid (T, H, W); arguments and errors are those of :func:`heads`."""
     weaker = [*_grid_beside(known), *_grid_of_name(known)]
     fact = _settled(known, "grid", given, _grid_of_file, weaker, grid_text, "--grid")
+    if fact is None and known.sizes.name == "video":
+        published = known.sizes.vocab_size == VIDEO_CODES
+        return Fact(VIDEO_GRID, "assumed: 17 frames of 128x128, as published") if published else None
     # "tiny" is ours and comes in any grid; the published sizes are all 384 px models, of the published tokenizer.
     if fact is None and known.sizes.name not in (None, "tiny") and known.pixels_per_token == DOWNSAMPLING:
         return Fact(PUBLISHED_GRID, f"assumed: {PUBLISHED_PIXELS} px; --grid 16 for 256 px")
