@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from par_model.checkpoint import check_keys, open_checkpoint
-from par_model.config import PARConfig, VQConfig
+from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig
 from par_model.dtypes import PRECISION_DTYPE
 from par_model.generation import sample, uniforms
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.ordering import phases, token_order
 from par_model.transformer import INIT_STD, PAR, KVCache
+from par_model.video import FSQ, VideoTokenizer
 from par_model.vq import VQModel
 
 
@@ -85,17 +86,25 @@ def step(model: PAR, state: State, positions: Tensor, sampling: Sampling) -> Non
     state.tokens[:, positions] = drawn
 
 
-def decode(vq: VQModel, tokens: Tensor, place: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images [B,H,W,3] uint8 of ``tokens`` [B,N] in sequence order; ``place`` [N] puts them into raster order."""
-    pixels = vq.decode(tokens[:, place].view(-1, *size))
+def decode(vq: VQModel | VideoTokenizer, tokens: Tensor, place: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Images [B,H,W,3] uint8 of ``tokens`` [B,N] in sequence order, or clips [B,T,H,W,3].
+
+    ``place`` [N] puts the tokens into the raster order of ``grid``.
+    """
+    if isinstance(vq, VideoTokenizer):
+        codes = vq.quantizers.lookup(tokens[:, place].view(-1, *grid)).to(next(vq.parameters()).dtype)
+        pixels = vq.decode_codes(codes).float()  # in [0, 1]
+        return (pixels.clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+    pixels = vq.decode(tokens[:, place].view(-1, *grid[1:]))
     return (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 class Baseline:
     """A PyTorch model of a bundle's architecture that makes batches and measures how long each call takes.
 
-    ``tokens`` [B,N] and ``images`` [B,H,W,3] uint8 (None without a decoder) are those of the last batch; the next
-    batch overwrites the tokens. ``name`` is "torch eager" or "torch compiled", ``version`` is PyTorch's.
+    ``tokens`` [B,N] and ``images``, [B,H,W,3] uint8 or clips [B,T,H,W,3] (None without a decoder), are those of the
+    last batch; the next batch overwrites the tokens. ``name`` is "torch eager" or "torch compiled", ``version`` is
+    PyTorch's.
     """
 
     tokens: Tensor
@@ -137,8 +146,7 @@ class Baseline:
         defaults = manifest["defaults"]
         self._sampling = Sampling(defaults["temperature"], defaults["top_k"], defaults["top_p"])
         self._model = _with_weights(_without_weights(PAR, self.config), checkpoint, self.dtype, self.device)
-        # Clips stay tokens: what is compared with others is how fast these are made.
-        self._vq = self._decoder(tokenizer_config, tokenizer) if isinstance(tokenizer_config, VQConfig) else None
+        self._vq = None if tokenizer_config is None else self._decoder(tokenizer_config, tokenizer)
         order = torch.from_numpy(token_order(self.config))
         self._place = torch.empty_like(order)
         self._place[order] = torch.arange(len(order))
@@ -153,12 +161,17 @@ class Baseline:
         self._state: State | None = None
         self._warm: set[tuple[int, bool, Sampling]] = set()
 
-    def _decoder(self, config: VQConfig, path: str | Path | None) -> VQModel:
+    def _decoder(self, config: VQConfig | VideoTokenizerConfig, path: str | Path | None) -> VQModel | VideoTokenizer:
         """The tokenizer without its encoder, which has no part in generation."""
-        vq = _without_weights(VQModel, config)
+        vq = _without_weights(VideoTokenizer if isinstance(config, VideoTokenizerConfig) else VQModel, config)
         if path is not None:  # a checkpoint has the keys of both halves, so the encoder is removed after loading
             vq = _with_weights(vq, path, self.dtype, self.device)
-        del vq.encoder, vq.quant_conv
+        if isinstance(config, VideoTokenizerConfig):
+            # What is no weight follows from the levels; on the device "meta" it has no numbers.
+            vq.quantizers = FSQ(config.levels).to(self.device)
+            del vq.encoder_layers
+        else:
+            del vq.encoder, vq.quant_conv
         return vq if path is not None else _with_weights(vq, None, self.dtype, self.device)
 
     @torch.no_grad()
@@ -213,7 +226,7 @@ class Baseline:
                 call += 1
         self.tokens, self.images = state.tokens, None
         if decoder and self._vq is not None:
-            self.images = decode(self._vq, state.tokens, self._place, self.config.grid[1:])
+            self.images = decode(self._vq, state.tokens, self._place, self.config.grid)
             clock.mark()
             names.append("decoder")
         whole.mark()
@@ -283,7 +296,7 @@ class Baseline:
                         "or install what is missing (a C++ compiler with Python's headers on a CPU, Triton on CUDA)"
                     ) from error
         if decoder and self._vq is not None:
-            decode(self._vq, state.tokens, self._place, self.config.grid[1:])
+            decode(self._vq, state.tokens, self._place, self.config.grid)
         if self.compiled and self.device.type == "cuda":
             skipped = int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
             if skipped:
@@ -340,7 +353,7 @@ def _check_compiler(device: torch.device) -> None:
         )
 
 
-def _without_weights(kind: Callable[[Any], Any], config: PARConfig | VQConfig) -> Any:
+def _without_weights(kind: Callable[[Any], Any], config: PARConfig | VQConfig | VideoTokenizerConfig) -> Any:
     """A module of ``kind`` on the device "meta": shapes without memory."""
     with torch.device("meta"):
         return kind(config)

@@ -18,9 +18,12 @@ TOKENIZER = VideoTokenizerConfig(
 )
 
 
-def tiny_model(n: int = 4) -> PARConfig:
-    """Clips of 5 frames of 16x16 pixels, 3 x 8 x 8 tokens of 12 codes, 3 classes; ``n`` tokens per group."""
-    return PARConfig(dim=16, n_layers=2, n_heads=2, vocab_size=12, n_classes=3, grid=(3, 8, 8), group_size=n)
+def tiny_model(n: int = 4, dim: int = 16) -> PARConfig:
+    """Clips of 5 frames of 16x16 pixels, 3 x 8 x 8 tokens of 12 codes, 3 classes; ``n`` tokens per group.
+
+    The C step takes widths that are multiples of 32.
+    """
+    return PARConfig(dim=dim, n_layers=2, n_heads=2, vocab_size=12, n_classes=3, grid=(3, 8, 8), group_size=n)
 
 
 def tiny_tokenizer(seed: int = 0, config: VideoTokenizerConfig = TOKENIZER) -> VideoTokenizer:
@@ -37,9 +40,9 @@ def tiny_tokenizer(seed: int = 0, config: VideoTokenizerConfig = TOKENIZER) -> V
     return model
 
 
-def write_checkpoints(folder: Path, n: int = 4, seed: int = 0) -> tuple[Path, Path]:
+def write_checkpoints(folder: Path, n: int = 4, seed: int = 0, dim: int = 16) -> tuple[Path, Path]:
     """The files of a tiny model and of its tokenizer, in ``folder``."""
-    config = tiny_model(n)
+    config = tiny_model(n, dim)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = PAR(config)
@@ -57,8 +60,8 @@ def write_checkpoints(folder: Path, n: int = 4, seed: int = 0) -> tuple[Path, Pa
     return paths
 
 
-def write_tiny_video(path: Path, n: int = 4, precision: str = "fp32", encoder: bool = True) -> Path:
+def write_tiny_video(path: Path, n: int = 4, precision: str = "fp32", encoder: bool = True, dim: int = 16) -> Path:
     """Export a tiny video bundle of ``n`` tokens per group to ``path``, which is returned."""
-    model, tokenizer = write_checkpoints(path.with_name(f".{path.name}-checkpoints"), n)
+    model, tokenizer = write_checkpoints(path.with_name(f".{path.name}-checkpoints"), n, dim=dim)
     request = ExportRequest(model, tokenizer, path, precision, encoder=encoder, force=True)
     return export(request, say=lambda _: None)

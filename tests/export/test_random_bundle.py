@@ -177,7 +177,8 @@ def test_the_papers_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     write_published("PAR-XL", (1, 4), tmp_path)
     assert (asked["config"].dim, asked["config"].n_tokens, asked["vq"]) == (1280, 576, VQConfig())
     write_published("PAR-video", (1, 4, 16), tmp_path)
-    assert (asked["config"].n_tokens, asked["config"].vocab_size, asked["vq"]) == (1280, 64000, None)
+    assert (asked["config"].n_tokens, asked["config"].vocab_size) == (1280, 64000)
+    assert (asked["vq"], asked["defaults"]["guidance"], asked["defaults"]["top_k"]) == (None, 1.15, 8000)
     with pytest.raises(ValueError, match="unknown size 'XS'"):
         write_published("PAR-XS", (1,), tmp_path)
 

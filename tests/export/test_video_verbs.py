@@ -9,14 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from video_bundles import write_tiny_video
 
 from par_calibration.cli import calibrate
-from par_model.config import VIDEO_CLASSES, VIDEO_CODES, VIDEO_GRID, VIDEO_SIZE, PARConfig
+from par_model.baseline import Baseline
+from par_model.config import named
+from par_model.generation import generate as reference
 from par_model.ordering import call_count
+from par_model.transformer import PAR
 from par_runtime import Pipeline
-from par_runtime.bench.suites.paper import video_architecture
+from par_runtime.bench.suites.paper import PUBLISHED, VIDEO, architecture_of
 from par_runtime.cli import edit, generate, reconstruct, redo
 from par_runtime.cost.architecture import phases_of
 from par_runtime.errors import RequestError
@@ -31,14 +35,39 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_calls_and_the_size_of_the_papers_video_model() -> None:
-    dim, n_layers, n_heads = VIDEO_SIZE
+    published = {row.n: row for row in PUBLISHED if row.model == VIDEO}
     for n, calls in ((1, 1280), (4, 323), (16, 95)):
-        config = PARConfig(dim, n_layers, n_heads, VIDEO_CODES, VIDEO_CLASSES, VIDEO_GRID, n)
+        config = named("video", group_size=n)
         assert call_count(config) == calls == sum(phase.repeat for phase in phases_of(n, config.n_tokens))
-        ours = video_architecture(n)
-        assert (ours.dim, ours.n_layers, ours.n_heads, ours.ffn_dim) == (dim, n_layers, n_heads, config.ffn_dim)
-    matrices = n_layers * (4 * dim * dim + 3 * dim * config.ffn_dim)
-    assert round((matrices + (2 * VIDEO_CODES + VIDEO_CLASSES + 1) * dim) / 1e6, 1) == 791.3
+        assert calls == published[n].steps
+        ours = architecture_of(published[n])
+        assert (ours.dim, ours.n_layers, ours.n_heads, ours.head_dim) == (1536, 21, 24, config.head_dim)
+        assert (ours.ffn_dim, ours.vocab_size, ours.calls) == (config.ffn_dim, 64000, calls)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in PAR(named("video", group_size=1)).parameters())
+    assert round(parameters / 1e6, 1) == 791.4  # "792 M" in the paper
+
+
+@pytest.mark.parametrize(("n", "calls"), [(1, 192), (4, 51), (16, 27)])
+def test_greedy_tokens_are_the_same_on_every_engine_of_a_cpu(n: int, calls: int, tmp_path: Path) -> None:
+    """The oracle, the baseline with its static caches, the C step, and ONNX Runtime; and the baseline's clips."""
+    bundle = write_tiny_video(tmp_path / "b", n, dim=32)
+    checkpoints = tmp_path / ".b-checkpoints"
+    baseline = Baseline(bundle, checkpoint=checkpoints / "model.pt", tokenizer=checkpoints / "video.pt")
+    baseline.run(2, 2.0, greedy=True)
+    model = PAR(baseline.config).eval()
+    model.load_state_dict(torch.load(checkpoints / "model.pt", weights_only=True)["model"])
+    wanted = reference(model, [0, 1], guidance=2.0, greedy=True).numpy()
+    assert len(np.unique(wanted)) > 5
+    assert (baseline.tokens.numpy() == wanted).all()
+    for device in ("cpu", "cpu-ort"):
+        with Pipeline.load(bundle, device, threads=1) as pipeline:
+            assert pipeline.bundle.calls == calls
+            assert ("native" in pipeline.backend.info.runtime) == (device == "cpu")
+            made = pipeline.generate([0, 1], guidance=2.0, greedy=True)
+        np.testing.assert_array_equal(made.tokens, wanted, device)
+        assert made.images is not None
+        assert np.abs(baseline.images.numpy().astype(int) - made.images).max() <= 1
 
 
 def test_what_a_clip_is(tiny: Path) -> None:

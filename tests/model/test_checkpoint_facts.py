@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ def test_published_sizes_at_both_resolutions(size: str, n: int, pixels: int, sid
     assert inferred.config.grid == (1, 24, 24)
     assert inferred.grid_from == "assumed: 384 px; --grid 16 for 256 px"
     assert inferred.heads_from == f"size {size}"
+
+
+@pytest.mark.parametrize("n", [1, 4, 16])
+def test_the_papers_video_model_needs_no_options(n: int) -> None:
+    wanted = named("video", group_size=n)
+    inferred = infer(of(wanted))
+    assert inferred.config == wanted
+    assert (wanted.grid, wanted.n_heads) == ((5, 16, 16), 24)
+    assert inferred.heads_from == "size video"
+    assert inferred.grid_from == "assumed: 17 frames of 128x128, as published"
+    with pytest.raises(CheckpointError, match="the token grid cannot be read from shapes; give --grid"):
+        infer(of(replace(wanted, vocab_size=16384)))  # not the published codes
 
 
 def test_other_sizes_follow_from_tables_and_caches() -> None:
