@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from par_calibration.errors import CalibrationError
 from par_runtime.bundle import HELDOUT, MANIFEST, Bundle, seal
 from par_runtime.checked import read_regular, shown, shown_path
+from par_runtime.clips.formats import FORMATS
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.known import sequence_tokens
@@ -116,11 +117,12 @@ def read(bundle: Bundle, path: Path, source: str) -> HeldOut:
         raise _unusable(
             path, f"it holds {', '.join(sorted(arrays)) or 'no array'}, not 'tokens' or 'codes' and 'labels'"
         )
-    _, h, w = bundle.grid
     if named == "codes":
-        if tokens.ndim != 3 or tokens.shape[1:] != (h, w) or bundle.grid[0] != 1:
-            raise _unusable(path, f"its codes have shape {tokens.shape}; this bundle's images have {h}x{w} codes")
-        tokens = tokens.reshape(len(tokens), h * w)[:, list(bundle.order)]
+        grid = bundle.grid if bundle.video else bundle.grid[1:]
+        if tokens.shape[1:] != grid:
+            codes, what = "x".join(map(str, grid)), "clips" if bundle.video else "images"
+            raise _unusable(path, f"its codes have shape {tokens.shape}; this bundle's {what} have {codes} codes")
+        tokens = tokens.reshape(len(tokens), -1)[:, list(bundle.order)]
     if tokens.ndim != 2 or tokens.shape[1] != bundle.n_tokens or not 1 <= len(tokens) <= MOST_IMAGES:
         raise _unusable(
             path, f"its tokens have shape {tokens.shape}; expected [M,{bundle.n_tokens}] with M of 1 or more"
@@ -156,7 +158,8 @@ def from_pictures(bundle: Bundle, folder: Path, most: int) -> HeldOut:
             label = class_index(bundle, one.name)
         except RequestError as error:
             raise CalibrationError(f"--real {shown_path(folder)}: {error}; {HOW}") from None
-        pictures = sorted(p for p in one.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith("."))
+        endings = FORMATS if bundle.video else PICTURES
+        pictures = sorted(p for p in one.iterdir() if p.suffix.lower() in endings and not p.name.startswith("."))
         files += [(turn, label, picture) for turn, picture in enumerate(pictures)]
     chosen = sorted(files)[:most]
     if not chosen:
@@ -164,10 +167,21 @@ def from_pictures(bundle: Bundle, folder: Path, most: int) -> HeldOut:
     tokenizer = Tokenizer(bundle)
     try:
         parts = [chosen[i : i + ENCODED_AT_ONCE] for i in range(0, len(chosen), ENCODED_AT_ONCE)]
-        tokens = np.concatenate([tokenizer.encode([path for _, _, path in part]) for part in parts])
+        tokens = np.concatenate([_encoded(tokenizer, [path for _, _, path in part]) for part in parts])
     finally:
         tokenizer.close()
     return _in_turns(tokens, [label for _, label, _ in chosen], shown_path(folder))
+
+
+def _encoded(tokenizer: Tokenizer, paths: list[Path]) -> Int:
+    """The tokens [M,N] of pictures, or of clips. Raises CalibrationError, RequestError, OSError."""
+    if not tokenizer.bundle.video:
+        return tokenizer.encode(list(paths))
+    each = [tokenizer.encode(path) for path in paths]
+    for path, tokens in zip(paths, each, strict=True):
+        if len(tokens) != 1:
+            raise CalibrationError(f"{shown_path(path)}: holds {len(tokens)} clips; give a file for each (--out-dir)")
+    return np.concatenate(each)
 
 
 def _in_turns(tokens: Int, labels: Sequence[int], source: str) -> HeldOut:

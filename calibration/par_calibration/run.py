@@ -154,8 +154,6 @@ def calibrate(
     started = time.perf_counter()
     request = replace(request, threads=cpu_threads(request.threads))
     bundle = Bundle.open(request.bundle)
-    if bundle.video:  # before any work: the report compares images
-        raise CalibrationError(f"{bundle.path}: makes clips; only bundles of images can be calibrated so far")
     request = _with_rounding(request, bundle)
     places = Places.of(request)
     options = _checked(request, bundle, places)

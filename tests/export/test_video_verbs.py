@@ -14,6 +14,8 @@ from PIL import Image
 from video_bundles import write_tiny_video
 
 from par_calibration.cli import calibrate
+from par_calibration.errors import CalibrationError
+from par_calibration.heldout import find, read
 from par_model.baseline import Baseline
 from par_model.config import named
 from par_model.generation import generate as reference
@@ -22,8 +24,10 @@ from par_model.transformer import PAR
 from par_runtime import Pipeline
 from par_runtime.bench.suites.paper import PUBLISHED, VIDEO, architecture_of
 from par_runtime.cli import edit, generate, reconstruct, redo
+from par_runtime.clips.files import read_any, write_frames
 from par_runtime.cost.architecture import phases_of
 from par_runtime.errors import RequestError
+from par_runtime.metrics import psnr_db
 
 GENERATE = Pipeline.generate
 FASHION = Path(__file__).parents[2] / "models/fashion"
@@ -179,7 +183,78 @@ def test_what_is_refused(
     assert "images, not clips" in refused(generate, demo, "--label", "0", "--fps", "8")
     assert "images, not clips" in refused(edit, picture, "--bundle", demo, "--keep-frames", "2", "--label", "0")
     Image.new("RGB", (16, 16)).save(tmp_path / "other.png")
-    given = [str(tiny), "--weights", "int8", "--out", str(tmp_path / "int8")]
-    assert "only bundles of images can be calibrated" in refused(calibrate, *given)
-    assert "takes images" in refused(reconstruct, str(clip), "--bundle", str(tiny))
+    short = tmp_path / "short.gif"
+    write_frames(short, np.arange(2, dtype=np.uint8).repeat(768).reshape(2, 16, 16, 3) * 99, 8)
+    why = refused(reconstruct, str(short), "--bundle", str(tiny), "--out", str(tmp_path / "r.gif"))
+    assert "short.gif: a clip of 2 frames; expected" in why
+    with_bundle = [str(clip), "--bundle", str(tiny), "--out"]
+    assert "ends in .gif" in refused(reconstruct, *with_bundle, str(tmp_path / "r.jpg"))
+    assert "is the file that is read" in refused(reconstruct, *with_bundle, str(clip))
+    assert "1 to 50" in refused(reconstruct, *with_bundle, str(tmp_path / "r.gif"), "--fps", "51")
     assert "has no 'parvis' entry" in refused(redo, str(tmp_path / "other.png"), "--bundle", str(tiny))
+
+
+def test_a_clip_through_the_tokenizer_and_back(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sheet of parvis is taken clip by clip, any other file as one clip."""
+    sheet, other, out, tokens = (tmp_path / name for name in ("sheet.webp", "other.gif", "r.apng", "t.npy"))
+    with Pipeline.load(tiny) as pipeline:
+        made = pipeline.generate([0, 1], seed=5)
+        made.save(sheet, scale=2)
+        assert made.images is not None
+        frames = np.concatenate([made.images[1], made.images[0]])[:7].repeat(3, 1).repeat(3, 2)  # longer and larger
+        write_frames(other, frames, 8)
+        encoded = pipeline.encode(made.images)
+        again = pipeline.decode(encoded)
+    given = [str(sheet), str(other), "--bundle", str(tiny), "--out", str(out), "--tokens", str(tokens)]
+    assert reconstruct.main([*given, "--beside", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert [one["image"] for one in row["images"]] == [f"{sheet} (0)", f"{sheet} (1)", str(other)]
+    assert row["images"][1]["psnr_db"] == pytest.approx(psnr_db(made.images[1], again[1]))
+    np.testing.assert_array_equal(np.load(tokens)[:2], encoded)
+    shown = read_any(out, 5).frames
+    assert shown.shape == (5, 32, 64, 3)  # three clips of 16x32 in two columns
+    np.testing.assert_array_equal(shown[:, :16, :16], made.images[0])
+    np.testing.assert_array_equal(shown[:, :16, 16:32], again[0])
+    assert reconstruct.main([str(sheet), "--bundle", str(tiny), "--out", str(out)]) == 0
+    assert f"{sheet} (0): 5 frames of 16x16 pixels in 192 tokens, " in capsys.readouterr().out
+
+
+def test_a_video_bundle_is_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With clips as held-out data, from files and from codes in raster order; the report has a distance and frames."""
+    bundle = write_tiny_video(tmp_path / "b", dim=32)
+    real = tmp_path / "real"
+    with Pipeline.load(bundle) as pipeline:
+        made = pipeline.generate([0, 1, 2, 2], seed=1)
+        for i, label in enumerate(made.labels):
+            made.save(real / str(label) / f"{i}.webp", indices=i)
+        order = list(pipeline.bundle.order)
+        assert made.images is not None
+        wanted = pipeline.encode(made.images)
+        made.save(tmp_path / "both" / "0" / "two.webp", indices=[0, 1])
+    found = find(pipeline.bundle, real, 10)
+    assert found is not None
+    assert found.labels == (0, 1, 2, 2)
+    np.testing.assert_array_equal(found.tokens, wanted)
+    raster = np.empty_like(wanted)
+    raster[:, order] = wanted
+    codes = tmp_path / "codes.npz"
+    np.savez(codes, codes=raster.reshape(-1, 3, 8, 8).astype(np.uint16), labels=np.array(made.labels, np.uint8))
+    np.testing.assert_array_equal(read(pipeline.bundle, codes, "codes").tokens, wanted)
+    np.savez(codes, codes=raster.reshape(-1, 24, 8).astype(np.uint16), labels=np.array(made.labels, np.uint8))
+    with pytest.raises(CalibrationError, match=r"shape \(4, 24, 8\); this bundle's clips have 3x8x8 codes"):
+        read(pipeline.bundle, codes, "codes")
+    with pytest.raises(CalibrationError, match=r"two.webp: holds 2 clips; give a file for each \(--out-dir\)"):
+        find(pipeline.bundle, tmp_path / "both", 10)
+    out, report = tmp_path / "int8", tmp_path / "report.json"
+    command = [str(bundle), "--weights", "int8", "--group", "32", "--out", str(out), "--json", str(report)]
+    command += ["--real", str(real), "--generated", "12", "--images", "4", "--show-images", str(tmp_path / "p.png")]
+    code = calibrate.main(command)
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert "clip of 5 frames" in printed.out
+    entry = json.loads(report.read_text())
+    assert "latent frame" in entry["frechet"]["features"]
+    with Pipeline.load(out) as pipeline:
+        again = pipeline.generate([0], seed=1)
+    assert again.images is not None
+    assert again.images.shape == (1, 5, 16, 16, 3)

@@ -19,11 +19,12 @@ from par_calibration.heldout import HeldOut, find
 from par_calibration.report import measures
 from par_calibration.report.budget import Budget
 from par_calibration.report.forced import Stream, against, positions_of, record, stream_bytes
-from par_calibration.report.frechet import FEATURES, Features, distance, floor
+from par_calibration.report.frechet import Features, distance, floor
 from par_calibration.report.layers import LayerError
 from par_calibration.report.measures import Drawn, Frechet
 from par_calibration.report.options import Options
 from par_calibration.report.result import BOTH, ROUNDING, WEIGHTS, Report, Side
+from par_calibration.report.sheet import shown_pairs
 from par_runtime.bundle import WEIGHTS as WEIGHTS_FILE
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import BYTES, Int
@@ -197,12 +198,17 @@ class _Measuring:
         if self.original.image_size is None:
             notes.append("The bundle ends at tokens: there are no images, and no distance of sets.")
             return drawn, None, None
+        if self.original.video:
+            notes.append(
+                f"Every image of this report is a clip of {self.original.frames} frames; of a pair the first, the "
+                "middle and the last frame are shown."
+            )
         show = min(self.options.show, len(sets.second))
         features = self._features(len(sets.second), notes)
         with _loaded(self.original, FP32, FP32, self.options.threads) as pipeline:  # its decoder is the candidate's too
             if features is None:
                 decoded = [pipeline.decode(each[:show]) for each in (sets.second, sets.candidate)]
-                return drawn, None, np.stack(decoded, 1) if show else None
+                return drawn, None, shown_pairs(*decoded) if show else None
             found, shown = [], []
             for tokens in (sets.first, sets.second, sets.candidate):
                 images = pipeline.decode(tokens)
@@ -211,7 +217,7 @@ class _Measuring:
         first, second, candidate = found
         mean, p95 = floor(first, second, labels, self.options.seed)
         frechet = Frechet(
-            features=FEATURES,
+            features=features.name,
             images=len(first),
             distance=distance(first, candidate),
             other_seeds=distance(first, second),
@@ -219,7 +225,7 @@ class _Measuring:
             floor=mean,
             floor_p95=p95,
         )
-        return drawn, frechet, np.stack(shown[1:], 1) if show else None
+        return drawn, frechet, shown_pairs(*shown[1:]) if show else None
 
     def _features(self, samples: int, notes: list[str]) -> Features | None:
         if "encoder" not in self.original.graphs:

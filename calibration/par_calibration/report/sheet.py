@@ -19,6 +19,17 @@ PAIRS_A_ROW = 4
 SMALL = 128  #: smaller images are shown at a multiple of their size
 
 
+def shown_pairs(original: NDArray[np.uint8], candidate: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images [P,H,W,3] of both models as pairs [P,2,H,W,3]; of clips [P,T,H,W,3] the first, middle and last frame,
+    side by side.
+    """
+    pairs = np.stack([original, candidate], 1)
+    if pairs.ndim == 5:
+        return pairs
+    frames = pairs.shape[2]
+    return np.concatenate([pairs[:, :, at] for at in (0, frames // 2, frames - 1)], axis=-2)
+
+
 def pair_sheet(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """``pairs`` [P,2,H,W,3] as one picture: the original's image left, the candidate's right, pairs in rows."""
     count, _, height, width, _ = pairs.shape

@@ -1,4 +1,4 @@
-"""``parvis reconstruct``: images through the tokenizer of a bundle and back; nothing is generated."""
+"""``parvis reconstruct``: images or clips through the tokenizer of a bundle and back; nothing is generated."""
 
 from __future__ import annotations
 
@@ -10,19 +10,31 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Parser, guarded, printable
 from par_runtime.cli.inputs import quiet_readers
-from par_runtime.cli.outputs import check_outputs, write_all, write_tokens
+from par_runtime.cli.outputs import (
+    check_fps,
+    check_not_input,
+    check_out_name,
+    check_tokens_name,
+    suffix_of,
+    write_all,
+    write_tokens,
+)
+from par_runtime.clips import files
+from par_runtime.clips.formats import DEFAULT_FPS, check_clips
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.images.opening import open_image
 from par_runtime.images.photo import fit_image
 from par_runtime.metrics import finite, psnr_db
 from par_runtime.result import default_columns
-from par_runtime.tokenizer import Tokenizer
+from par_runtime.system import check_writable
+from par_runtime.tokenizer import Tokenizer, fitted_clip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,64 +44,115 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encode the images, decode them again, write the sheet and report the PSNR of each."""
+    """Encode the images or clips, decode them again, write the sheet and report the PSNR of each."""
     bundle = Bundle.open(args.bundle)
-    if bundle.video:
-        raise RequestError(
-            f"{bundle.path}: makes clips, and this verb takes images; in Python, "
-            "pipeline.decode(pipeline.encode(clip)) does it for clips"
-        )
     tokenizer = Tokenizer(bundle, args.threads)
-    assert bundle.image_size is not None
-    size = bundle.image_size
-    out = args.out or Path(f"{args.image[0].stem}-reconstruction.png")
-    check_outputs(out, args.tokens, args.image)
-    columns = default_columns(len(args.image))
+    out = args.out or Path(f"{args.image[0].stem}-reconstruction{suffix_of(bundle)}")
+    check_fps(bundle, args.fps, [out])
+    check_out_name(bundle, out)
+    check_tokens_name(args.tokens)
+    for written in (out, args.tokens):
+        if written is not None:
+            check_not_input(written, args.image)
+            check_writable(written)
     png.check_scale(args.scale)
-    width = size[1] * (2 if args.beside else 1)
-    png.check_sheet(len(args.image), columns, (size[0] * args.scale, width * args.scale))
     with quiet_readers():
-        originals = np.stack([fit_image(open_image(path), size, args.fit) for path in args.image])
+        names, originals = (_clips if bundle.video else _images)(args, bundle, out)
     started = time.perf_counter()
     tokens = tokenizer.encode(originals)
     encoded = time.perf_counter()
     images = tokenizer.decode(tokens)
     decoded = time.perf_counter()
-    shown = np.concatenate([originals, images], axis=2) if args.beside else images
-    sheet = png.enlarged(png.sheet(shown, columns), args.scale)
-    files: list[tuple[Path, Callable[[], object]]] = [(out, partial(png.write_pixels, out, sheet))]
+    shown = np.concatenate([originals, images], axis=-2) if args.beside else images
+    wanted: list[tuple[Path, Callable[[], object]]] = [(out, partial(_write, args, out, shown))]
     if args.tokens is not None:
-        files.append((args.tokens, partial(write_tokens, args.tokens, tokens)))
-    write_all(files)
+        wanted.append((args.tokens, partial(write_tokens, args.tokens, tokens)))
+    write_all(wanted)
     rows = [
-        {"image": str(path), "psnr_db": psnr_db(before, after), "codes": len(np.unique(row))}
-        for path, before, after, row in zip(args.image, originals, images, tokens, strict=True)
+        {"image": name, "psnr_db": psnr_db(before, after), "codes": len(np.unique(row))}
+        for name, before, after, row in zip(names, originals, images, tokens, strict=True)
     ]
     if args.json:
         ms = {"encode": 1e3 * (encoded - started), "decode": 1e3 * (decoded - encoded)}
         print(json.dumps({"written": str(out), "images": finite(rows), "timings_ms": ms}))
     elif not args.quiet:
+        height, width = originals.shape[-3:-1]
+        pixels = f"{bundle.frames} frames of {width}x{height}" if bundle.video else f"{width}x{height}"
         for row in rows:
             print(
-                f"{printable(str(row['image']))}: {size[1]}x{size[0]} pixels in {bundle.n_tokens} tokens, "
+                f"{printable(str(row['image']))}: {pixels} pixels in {bundle.n_tokens} tokens, "
                 f"{row['codes']} different codes, PSNR {row['psnr_db']:.1f} dB"
             )
         print(f"{printable(str(out))}: encoded in {encoded - started:.2f} s, decoded in {decoded - encoded:.2f} s")
     return 0
 
 
+def _size(args: argparse.Namespace, bundle: Bundle) -> tuple[int, int]:
+    """(H, W) of what is shown of each image or clip, without ``--scale``."""
+    assert bundle.image_size is not None
+    return bundle.image_size[0], bundle.image_size[1] * (2 if args.beside else 1)
+
+
+def _images(args: argparse.Namespace, bundle: Bundle, out: Path) -> tuple[list[str], NDArray[np.uint8]]:
+    """The names of the images and their pixels [B,H,W,3]. Raises RequestError, OSError."""
+    assert bundle.image_size is not None
+    height, width = _size(args, bundle)
+    png.check_sheet(len(args.image), default_columns(len(args.image)), (height * args.scale, width * args.scale))
+    images = [fit_image(open_image(path), bundle.image_size, args.fit) for path in args.image]
+    return [str(path) for path in args.image], np.stack(images)
+
+
+def _clips(args: argparse.Namespace, bundle: Bundle, out: Path) -> tuple[list[str], NDArray[np.uint8]]:
+    """The names of the clips and their frames [B,T,H,W,3]; of a sheet of parvis all its clips. Raises RequestError,
+    OSError.
+    """
+    assert bundle.image_size is not None
+    names, clips = list[str](), list[NDArray[np.uint8]]()
+    for path in args.image:
+        file = files.read_any(path, bundle.frames)
+        sheet = file.clips(bundle.image_size)
+        if sheet is not None and sheet.shape[1] == bundle.frames:
+            names += [f"{path} ({i})" for i in range(len(sheet))] if len(sheet) > 1 else [str(path)]
+            clips += list(sheet)
+            continue
+        try:
+            clips.append(fitted_clip(bundle, file.frames, args.fit))
+        except RequestError as error:
+            raise RequestError(f"{path}: {error}") from error
+        names.append(str(path))
+    check_clips(out, len(clips), default_columns(len(clips)), bundle.frames, _size(args, bundle), args.scale)
+    return names, np.stack(clips)
+
+
+def _write(args: argparse.Namespace, out: Path, shown: NDArray[np.uint8]) -> None:
+    """Write images [B,H,W,3] or clips [B,T,H,W,3] as one sheet."""
+    columns = default_columns(len(shown))
+    if shown.ndim == 4:
+        png.write_pixels(out, png.enlarged(png.sheet(shown, columns), args.scale))
+    else:
+        fps = DEFAULT_FPS if args.fps is None else args.fps
+        files.write_frames(out, files.sheets(shown, columns), fps, args.scale)
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of ``parvis reconstruct``."""
     p = Parser(
         prog="parvis reconstruct",
-        description="Encode images to tokens and decode them again: what the tokenizer of a bundle keeps of an image. "
-        "Nothing is generated.",
+        description="Encode images to tokens and decode them again: what the tokenizer of a bundle keeps of an image, "
+        "or of the first frames of a clip. Nothing is generated.",
     )
-    p.add_argument("image", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG, WebP, ...")
+    p.add_argument(
+        "image",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="PNG, JPEG, WebP, ...; of a video bundle GIF, WebP, animated PNG or MP4",
+    )
     options.add_bundle_option(p, "a bundle with an encoder")
-    options.add_out(p, "PNG to write (default: named after the first image)")
+    options.add_out(p, "PNG to write, or the file of a clip (default: named after the first image)")
     p.add_argument("--beside", action="store_true", help="show each original left of its reconstruction")
     options.add_scale(p)
+    options.add_fps(p)
     options.add_tokens(p)
     options.add_fit(p)
     options.add_threads(p)
