@@ -17,8 +17,10 @@ from par_model.checkpoint import (
     Inferred,
     Kind,
     infer,
+    is_video,
     open_checkpoint,
     some,
+    video_config,
     vq_config,
 )
 from par_model.config import PARConfig
@@ -52,6 +54,11 @@ def describe(path: Path, weights: Kind | None = None) -> dict[str, Any]:
     if "quantize.embedding.weight" in tensors:
         vq = vq_config(checkpoint)
         return out | {"kind": "VQ tokenizer", "config": vars(vq) | {"downsampling": vq.downsampling}}
+    if is_video(checkpoint):
+        video = video_config(checkpoint)
+        time, side = video.downsampling
+        shape = {"codes": video.codebook_size, "frames per latent frame": time, "pixels per code": f"{side}x{side}"}
+        return out | {"kind": "video tokenizer", "config": vars(video) | shape}
     try:
         inferred = infer(checkpoint)
     except CheckpointError as error:
@@ -108,7 +115,7 @@ def _settled(inferred: Inferred) -> dict[str, Any]:
     return {
         "heads": f"{config.n_heads} of {config.head_dim} ({inferred.heads_from})",
         "grid": f"{'x'.join(map(str, config.grid))} ({inferred.grid_from})",
-        "calls per image": sum(phase.repeat for phase in phases(config)),
+        f"calls per {'clip' if config.grid[0] > 1 else 'image'}": sum(phase.repeat for phase in phases(config)),
     }
 
 

@@ -203,6 +203,11 @@ class Bundle:
         """Whether it makes clips: its grid has several latent frames."""
         return self.latent_frames > 1
 
+    @property
+    def kind(self) -> str:
+        """What it makes, for messages: "image" or "clip"."""
+        return "clip" if self.video else "image"
+
     def frames_of(self, latent: int) -> int:
         """Frames of the first ``latent`` latent frames."""
         return 1 + (latent - 1) * self.time_downsampling if latent else 0

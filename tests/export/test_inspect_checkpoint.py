@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from video_bundles import write_checkpoints
 
 from par_model.config import named
 from par_model.transformer import PAR
@@ -16,6 +17,20 @@ from par_runtime.cost.architecture import named_architecture
 from par_runtime.cost.bound import bound
 from par_runtime.cost.data_sheets import DATA_SHEETS
 from par_runtime.cost.work import image_work
+
+
+def test_a_video_tokenizer_and_a_video_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = write_checkpoints(tmp_path)
+    assert cli.main(["inspect", str(tokenizer), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kind"] == "video tokenizer"
+    assert facts["config"]["codes"] == 12
+    assert (facts["config"]["frames per latent frame"], facts["config"]["pixels per code"]) == (2, "2x2")
+    assert cli.main(["inspect", str(model)]) == 0
+    text = capsys.readouterr().out
+    assert "calls per clip       51\n" in text
+    assert "1 clip " in text
+    assert "for one guided clip without decoding" in text
 
 
 def test_a_complete_checkpoint_and_the_needs_of_its_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

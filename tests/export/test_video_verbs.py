@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from par_runtime.cli import edit, generate, reconstruct, redo
 from par_runtime.clips.files import read_any, write_frames
 from par_runtime.cost.architecture import phases_of
 from par_runtime.errors import RequestError
+from par_runtime.images.recipe import Recipe
+from par_runtime.images.recipe import check as check_recipe
 from par_runtime.metrics import psnr_db
 
 GENERATE = Pipeline.generate
@@ -192,6 +195,19 @@ def test_what_is_refused(
     assert "is the file that is read" in refused(reconstruct, *with_bundle, str(clip))
     assert "1 to 50" in refused(reconstruct, *with_bundle, str(tmp_path / "r.gif"), "--fps", "51")
     assert "has no 'parvis' entry" in refused(redo, str(tmp_path / "other.png"), "--bundle", str(tiny))
+
+
+def test_a_recipe_of_other_clips_is_damaged(tiny: Path) -> None:
+    with Pipeline.load(tiny) as pipeline:
+        made, bundle = pipeline.generate([0], seed=1), pipeline.bundle
+    whole = Recipe(bundle.name, bundle.hash, 1, [0], [None], [1], made.settings, made.tokens, fps=8.0, frames=5)
+    check_recipe(whole, bundle, "a.gif")
+    for change, what in (
+        ({"frames": 9}, "it is of clips of 9 frames, the bundle makes clips of 5 frames"),
+        ({"fps": None, "frames": 1}, "it is of images, the bundle makes clips of 5 frames"),
+    ):
+        with pytest.raises(RequestError, match=f"a.gif: its 'parvis' entry is damaged: {what}; give an undamaged copy"):
+            check_recipe(replace(whole, **change), bundle, "a.gif")
 
 
 def test_a_clip_through_the_tokenizer_and_back(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,18 @@ EXTRA = "\x1b[31mextra"
 Place = tuple[str | int, ...]
 
 
+def drop(path: str) -> Change:
+    """A change that takes one entry away, by its place."""
+
+    def change(manifest: Any) -> None:
+        *steps, last = path.split("/")
+        for step in steps:
+            manifest = manifest[step]
+        del manifest[last]
+
+    return change
+
+
 def put(path: str, value: Any) -> Change:
     """A change of one entry, by its place."""
 

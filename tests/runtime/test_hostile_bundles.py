@@ -17,7 +17,7 @@ from typing import Any
 
 import hostile
 import pytest
-from hostile import Change, put
+from hostile import Change, drop, put
 
 from par_runtime import loaded
 from par_runtime.bundle import Bundle, seal
@@ -71,6 +71,75 @@ def test_every_entry_of_a_manifest(bundle: Path) -> None:
             assert result.images.shape == (1, 16, 16, 3)
     assert refused > 900
     assert works > 100
+
+
+def test_every_entry_of_a_video_manifest(tiny_video: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tiny_video, tmp_path / "video"))
+    manifest = manifest_of(bundle)
+    refused, works = 0, 0
+    for what, changed in hostile.mutations(manifest, 900, seed=2):
+        hostile.write(bundle, changed)
+        try:
+            opened = Bundle.open(bundle, verify="none")
+            works += 1
+            Architecture.of(opened)
+            assert all(line.isprintable() for line in inspect.lines(inspect.describe(opened)))
+            if works % 10:
+                continue
+            with Pipeline.load(bundle, verify="none") as pipeline:
+                result = pipeline.generate([0], seed=1)
+        except (BundleError, RequestError) as error:
+            hostile.check_line(error)
+            refused += 1
+            continue
+        except Exception as error:
+            raise AssertionError(what) from error
+        assert result.images is not None
+        assert result.images.shape == (1, 5, 16, 16, 3)
+    assert refused > 450
+    assert works > 40
+
+
+VIDEO_CASES: list[tuple[Change, str]] = [
+    (put("tokenizer/kind", "film"), "tokenizer.kind is 'film'; expected one of video"),
+    (put("tokenizer/kind", None), "a video tokenizer or null, because the grid has several frames"),
+    (put("tokenizer/frames", 2**40), "tokenizer.frames is 1099511627776; expected 5"),
+    (put("tokenizer/frames", 6), "tokenizer.frames is 6; expected 5"),
+    (put("tokenizer/time_downsampling", 0), "tokenizer.time_downsampling is 0; expected 2"),
+    (put("tokenizer/downsampling", 4), "tokenizer.downsampling is 4; expected 2"),
+    (put("tokenizer/image_size", [16, 32]), r"tokenizer.image_size is \[16, 32\]; expected \[16, 16\]"),
+    (put("tokenizer/codebook_size", 64000), "tokenizer.codebook_size is 64000; expected 12"),
+    (put("tokenizer/config/levels", [12, 1]), r"levels\[1\] is 1; expected a whole number from 2"),
+    (put("tokenizer/config/levels", [4, 4]), "expected levels whose product is the number of codes, 12"),
+    (put("tokenizer/config/levels", [2] * 10**5), "expected levels whose product|config.levels"),
+    (put("tokenizer/config/widths", []), "expected 1 to 10 levels"),
+    (put("tokenizer/config/widths", [8, 2**16]), "expected a decoder of at most|graph|weights"),
+    (put("tokenizer/config/widths", [8, 15]), "expected multiples of norm_groups, 4"),
+    (put("tokenizer/config/strides", []), "tokenizer.config.strides"),
+    (put("tokenizer/config/strides", [[2, 2, 1]]), r"expected \[1, 2, 2\] or \[2, 2, 2\]"),
+    (put("tokenizer/config/strides", [[2**31, 2, 2]]), "expected a whole number from 1 to 2"),
+    (put("tokenizer/config/res_blocks", 257), "res_blocks is 257; expected a whole number from 1 to 256"),
+    (put("tokenizer/config/last_blocks", 0), "last_blocks is 0; expected a whole number from 1 to 256"),
+    (put("tokenizer/config/last_blocks", 256), "expected a decoder of at most"),
+    (put("tokenizer/config/norm_groups", 0), "norm_groups is 0; expected a whole number from 1"),
+    (put("grid", [2**40, 8, 8]), "grid"),
+    (put("grid", [1, 8, 24]), "an image tokenizer, because the grid has one frame|order|phases"),
+    (drop("graphs/decoder_next"), "has no entry 'decoder_next'|no entry 'graphs.decoder_next'|decoder_next"),
+    (drop("tokenizer/frames"), "frames"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), VIDEO_CASES, ids=range(len(VIDEO_CASES)))
+def test_a_video_manifest_that_was_changed_says_what_does_not_fit(
+    tiny_video: Path, tmp_path: Path, change: Change, message: str
+) -> None:
+    bundle = Path(shutil.copytree(tiny_video, tmp_path / "video"))
+    manifest = manifest_of(bundle)
+    change(manifest)
+    hostile.write(bundle, hostile.sealed(manifest))
+    with pytest.raises(BundleError, match=message) as raised:
+        Bundle.open(bundle)
+    hostile.check_line(raised.value)
 
 
 CHILD = """

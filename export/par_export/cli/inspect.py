@@ -34,13 +34,16 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"file{'s' if len(facts['files']) > 1 else ''}"
     ]
     rows = dict(facts["config"])
+    kind = "clip" if "calls per clip" in rows else "image"
     if "memory_bytes" in facts:
         rows["memory"] = "of weights and cache, guided, in fp32 (a CPU) and fp16: " + ", ".join(
-            f"{images} image{'s' if images != '1' else ''} {need['fp32'] / 1e9:.2f} and {need['fp16'] / 1e9:.2f} GB"
+            f"{images} {kind}{'s' if images != '1' else ''} {need['fp32'] / 1e9:.2f} and {need['fp16'] / 1e9:.2f} GB"
             for images, need in facts["memory_bytes"].items()
         )
         bounds = ", ".join(f"{gpu} {ms:.3g}" for gpu, ms in facts["bound_ms"].items())
-        rows["bound"] = f"at least, in fp16 by memory bandwidth, for one guided image without decoding, in ms: {bounds}"
+        rows["bound"] = (
+            f"at least, in fp16 by memory bandwidth, for one guided {kind} without decoding, in ms: {bounds}"
+        )
     out += [f"  {name:20} {value}" for name, value in rows.items()]
     out += [f"  {name:20} {line}" for name in ("note", "warning") for line in facts[f"{name}s"]]
     return out + ([f"  open: {facts['open']}"] if facts["open"] else [])

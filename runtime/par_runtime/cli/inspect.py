@@ -74,6 +74,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "calibration": None if bundle.calibration is None else asdict(bundle.calibration),
         "class_names": None if bundle.class_names is None else len(bundle.class_names),
         "image_size": None if bundle.image_size is None else list(bundle.image_size),
+        "frames": bundle.frames if bundle.video else None,
         "calls": {"total": bundle.calls} | {phase.name: phase.repeat for phase in bundle.phases},
         "parameters_read_per_call": architecture.step_parameters,
         "files": {name: entry["bytes"] for name, entry in bundle.files.items()},
@@ -102,21 +103,23 @@ def lines(facts: dict[str, Any]) -> list[str]:
     """The facts as text."""
     m, calls = facts["model"], facts["calls"]
     t, h, w = m["grid"]
-    size = facts["image_size"]
+    size, frames = facts["image_size"], facts["frames"]
+    kind = "clip" if t > 1 else "image"
+    pixels = f"{frames} frames of " if frames else ""
     phases = ", ".join(f"{count} {name}" for name, count in calls.items() if name != "total")
     out = [
         f"{facts['name']}  ({facts['precision']}, hash {facts['hash'][:12]})",
         f"model     {m['parameters']:,} parameters: width {m['dim']}, {m['n_layers']} layers, {m['n_heads']} heads of "
         f"{m['head_dim']}, {m['vocab_size']} codes, {m['n_classes']} classes"
         + (f" ({facts['class_names']} named)" if facts["class_names"] else ""),
-        f"image     grid {t}x{h}x{w}, n = {m['group_size']}, {m['tokens']} tokens in {calls['total']} calls ({phases})"
-        + (f", {size[1]}x{size[0]} pixels" if size else ", ends at tokens"),
+        f"{kind:9} grid {t}x{h}x{w}, n = {m['group_size']}, {m['tokens']} tokens in {calls['total']} calls ({phases})"
+        + (f", {pixels}{size[1]}x{size[0]} pixels" if size else ", ends at tokens"),
         *_calibration(facts),
         f"defaults  {', '.join(f'{k} {v:g}' for k, v in facts['defaults'].items() if v != -1)}",
         f"files     {', '.join(f'{name} {_mb(size)}' for name, size in facts['files'].items())}",
         "memory    of weights and cache, guided, on a CPU and a GPU: "
         + ", ".join(
-            f"{b} image{'s' if b != '1' else ''} {_mb(v['cpu'])} and {_mb(v['gpu'])}"
+            f"{b} {kind}{'s' if b != '1' else ''} {_mb(v['cpu'])} and {_mb(v['gpu'])}"
             for b, v in facts["memory_bytes"].items()
         ),
         f"self-test {facts['selftest']['tokens']} tokens, {facts['selftest']['state']}",
@@ -130,7 +133,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     if not facts["engines"]:
         out.append("engine    none; 'parvis build' makes them")
     bounds = ", ".join(f"{gpu} {ms:.3g}" for gpu, ms in facts["bound_ms"].items())
-    out.append(f"bound     at least, by memory bandwidth, for one guided image without decoding, in ms: {bounds}")
+    out.append(f"bound     at least, by memory bandwidth, for one guided {kind} without decoding, in ms: {bounds}")
     return out
 
 

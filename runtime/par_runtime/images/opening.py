@@ -144,7 +144,7 @@ def _layers(name: str, image: Image.Image, own: bool = False) -> Opened:
         raise RequestError(f"{name}: {image.width}x{image.height} pixels; expected at least one")
     stored_in_16_bits = ";16" in str([getattr(t, "args", t) for t in getattr(image, "tile", [])])
     image.load()
-    info, text = dict(image.info), dict(getattr(image, "text", {}))
+    info, text = dict(image.info), _texts(image)
     bits, is_png = _tiff_bits(image), image.format == "PNG"
     if image.format != "TIFF":  # these are turned by loading them; older versions of Pillow would turn them twice
         with suppress(Exception):  # a broken EXIF entry says nothing about the picture
@@ -164,6 +164,13 @@ def _layers(name: str, image: Image.Image, own: bool = False) -> Opened:
     if alpha is not None and extrema(alpha)[0] == 255:
         alpha = None
     return Opened(color, alpha, text)
+
+
+def _texts(image: Image.Image) -> dict[str, str]:
+    """The texts of a PNG. Of an animated one those before its first frame: for others Pillow decodes all frames."""
+    if getattr(image, "is_animated", False):
+        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+    return dict(getattr(image, "text", {}))
 
 
 # -- alpha ------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,13 @@ def check(recipe: Recipe, bundle: Bundle, where: str) -> None:
             f"{damaged}: it has {recipe.tokens.shape[1]} tokens per image, the bundle makes {bundle.n_tokens}; give an "
             "undamaged copy"
         )
+    made = (bundle.frames if bundle.video else 1, bundle.video)
+    if (recipe.frames, recipe.fps is not None) != made:
+        kinds = [
+            f"clips of {frames} frames" if clips else "images"
+            for frames, clips in ((recipe.frames, recipe.fps is not None), made)
+        ]
+        raise RequestError(f"{damaged}: it is of {kinds[0]}, the bundle makes {kinds[1]}; give an undamaged copy")
     for what, most, limit in (
         ("token", int(recipe.tokens.max(initial=0)), bundle.vocab_size),
         ("label", max(recipe.labels), bundle.n_classes),

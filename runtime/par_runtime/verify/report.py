@@ -94,13 +94,15 @@ def run(
         logits=logits,
         tokens=tokens,
         images=images,
-        checks=checks(logits, tokens, images, floors),
+        checks=checks(logits, tokens, images, floors, reference.bundle.kind),
         notes=notes,
     )
 
 
-def checks(logits: Sequence[PhaseLogits], tokens: Tokens, images: Images | None, floors: Floors) -> list[Check]:
-    """Every number compared with its floor. A NaN passes no check."""
+def checks(
+    logits: Sequence[PhaseLogits], tokens: Tokens, images: Images | None, floors: Floors, kind: str = "image"
+) -> list[Check]:
+    """Every number compared with its floor. A NaN passes no check. ``kind``: "image" or "clip", as the text says it."""
 
     def at_most(name: str, value: float, floor: float) -> Check:
         return Check(name, value, floor, value <= floor, f"{name} {value:.3g}, allowed up to {floor:g}")
@@ -115,7 +117,7 @@ def checks(logits: Sequence[PhaseLogits], tokens: Tokens, images: Images | None,
     rows.append(at_least("argmax agreement", agreement, floors.argmax))
     rows.append(at_most("tokens that rounding does not explain", sum(not d.near_tie for d in tokens.divergences), 0))
     if images is not None:
-        rows.append(at_least("PSNR of the worst image", images.psnr, floors.psnr, " dB"))
+        rows.append(at_least(f"PSNR of the worst {kind}", images.psnr, floors.psnr, " dB"))
     return rows
 
 
@@ -134,7 +136,7 @@ def table(r: Report) -> str:
         f"bundle     {b.path} ({b.name}, {b.precision}, {b.n_tokens} tokens in {b.calls} calls, hash {b.hash[:12]})",
         f"candidate  {r.candidate.backend.info.name}",
         f"reference  {r.reference.backend.info.name}",
-        f"request    {_many(count, 'image')}, seed {seeds}, {how}",
+        f"request    {_many(count, b.kind)}, seed {seeds}, {how}",
         *(f"note       {note}" for note in r.notes),
         "",
         "logits, both fed the same random tokens" + (f" (of the last phase {r.groups} calls)" if r.groups else ""),
@@ -150,18 +152,18 @@ def table(r: Report) -> str:
         "",
         "tokens, both on their own with the same noise",
         f"  {t.equal} of {t.tokens} equal ({100 * t.equal / t.tokens:.2f} %), "
-        f"{t.identical_images} of {t.images} images identical",
+        f"{t.identical_images} of {_many(t.images, b.kind)} identical",
     ]
     for d in t.divergences[:DIVERGENCES_SHOWN]:
         away = "impossible" if d.distance is None else f"{d.distance:.1e} away (explained: {d.explained:.1e})"
         lines.append(
-            f"  image {d.image} (label {d.label}, seed {d.seed}) differs at token {d.position} ({d.phase}): "
+            f"  {b.kind} {d.image} (label {d.label}, seed {d.seed}) differs at token {d.position} ({d.phase}): "
             f"{d.reference_token} in the reference, {d.candidate_token} in the candidate; "
             f"their logits differ by {d.logit_gap:.2g}, the draw is {away}: {d.verdict}"
         )
     if len(t.divergences) > DIVERGENCES_SHOWN:
         lines.append(f"  and {len(t.divergences) - DIVERGENCES_SHOWN} more (--json lists all)")
-    lines += ["", "images, both decoding the reference's tokens"]
+    lines += ["", f"{b.kind}s, both decoding the reference's tokens"]
     i = r.images
     if i is None:
         lines.append("  skipped: the bundle ends at tokens")

@@ -163,6 +163,26 @@ def test_the_first_of_several_frames(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array(open_image(tmp_path / name))[0, 0], [255, 0, 0])
 
 
+def test_an_animated_png_shows_its_first_frame_and_decodes_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its texts would otherwise be read behind the last frame: a small file may hold thousands of large ones."""
+    path, chunk = tmp_path / "a.png", PngImagePlugin.PngInfo()
+    chunk.add_itxt("parvis", "before the frames")
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:], pnginfo=chunk)
+    seek = PngImagePlugin.PngImageFile.seek
+
+    def watched(self: PngImagePlugin.PngImageFile, frame: int) -> None:
+        assert frame == 0
+        seek(self, frame)
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "seek", watched)
+    found = opened(path)
+    assert (array(found.color) == [255, 0, 0]).all()
+    assert found.text == {"parvis": "before the frames"}
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation_in_every_format(tmp_path: Path, orientation: int) -> None:
     image = Image.effect_noise((32, 16), 90).convert("RGB")

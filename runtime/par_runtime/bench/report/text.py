@@ -95,6 +95,8 @@ def about(rows: Sequence[Row]) -> list[str]:
         read = ", ".join(r if len(rates) == 1 else f"{r} ({', '.join(labels)})" for r, labels in rates.items())
         out.append(f"limits    {read}, {number(tflop_s) or 'unknown'} TFLOP/s ({how})")
     guided = "guided, two rows an image" if first.guided else "unguided"
+    if first.grid[0] > 1:
+        guided = f"each a clip of {first.grid[0]} latent frames; {guided}"
     excluded = sorted({text for row in rows for text in row.excluded})
     out.append(f"images    {guided}; {first.sampling}; not included: {', '.join(excluded)}")
     return out
