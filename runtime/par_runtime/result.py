@@ -23,7 +23,7 @@ from par_runtime.dtypes import Int, same_value
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.request import Settings, several
-from par_runtime.system import check_writable
+from par_runtime.system import check_writable, write_beside
 
 NOTEBOOK_PIXELS = 2**22  #: a notebook shows no larger sheet by itself
 
@@ -126,16 +126,48 @@ class Result:
         many a side, to look at small images; ``redo`` and ``edit`` undo it. The folder is made where it is missing, and
         the file appears whole or not at all. Raises RequestError, OSError.
         """
-        images = self._pixels()
         if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
             raise RequestError(f"path {shown(path)}: expected the name of a file, as str or Path")
         path = Path(path)
-        clips = self.bundle.video
+        data = self._content(path, columns, indices, pasted, scale, fps, write=True)
+        write_beside(path, lambda part: part.write_bytes(data))
+
+    def to_bytes(
+        self,
+        kind: str | None = None,
+        columns: int | None = None,
+        indices: int | Sequence[int] | None = None,
+        scale: int = 1,
+        fps: float | None = None,
+    ) -> bytes:
+        """The bytes of the file that :meth:`save` writes, for instance for the answer of a server.
+
+        ``kind``: ".png"; of clips ".gif" (default), ".webp", ".apng" or ".mp4". The others are those of :meth:`save`.
+        Raises RequestError.
+        """
+        kind = (".gif" if self.bundle.video else ".png") if kind is None else kind
+        if not isinstance(kind, str) or not kind.startswith("."):
+            raise RequestError(f"kind {given(kind)}: expected the ending of a file's name, as '.png' or '.gif'")
+        return self._content(Path(f"x{kind}"), columns, indices, False, scale, fps, write=False)
+
+    def _content(
+        self,
+        path: Path,
+        columns: int | None,
+        indices: int | Sequence[int] | None,
+        pasted: bool,
+        scale: int,
+        fps: float | None,
+        write: bool,
+    ) -> bytes:
+        """What :meth:`save` writes to ``path``; ``write``: it is checked that this can be done, before any work."""
+        images, clips = self._pixels(), self.bundle.video
+        is_folder = write and path.is_dir()  # the check says so
         if fps is not None and not clips:
             raise RequestError(f"fps {given(fps)}: these are images, not clips; leave it out")
-        if clips and not path.is_dir():
+        if clips and not is_folder:
             format_of(path)
-        elif path.suffix.lower() != ".png" and not path.is_dir():
+        elif path.suffix.lower() != ".png" and not is_folder:
             raise RequestError(
                 f"{shown_path(path)}: expected a name that ends in .png (what makes an image again is kept in its "
                 "metadata); for other kinds of file, save one of pil()"
@@ -149,7 +181,8 @@ class Result:
             check_clips(path, len(pick), columns, images.shape[1], images.shape[2:4], scale)
         else:
             png.check_sheet(len(pick), columns, (images.shape[1] * scale, images.shape[2] * scale))
-        check_writable(path)
+        if write:
+            check_writable(path)
         names = self.bundle.class_names
         recipe = png.Recipe(
             bundle_name=self.bundle.name,
@@ -165,7 +198,7 @@ class Result:
             scale=scale,
             fps=fps,
         )
-        (files if clips else png).write(path, recipe, images[pick])
+        return files.content(path, recipe, images[pick]) if clips else png.content(recipe, images[pick])
 
     def _pixels(self) -> NDArray[np.uint8]:
         """The images. Raises RequestError where there are none."""

@@ -197,6 +197,17 @@ def test_what_is_refused(
     assert "has no 'parvis' entry" in refused(redo, str(tmp_path / "other.png"), "--bundle", str(tiny))
 
 
+def test_the_bytes_of_a_clip(tiny: Path, tmp_path: Path) -> None:
+    with Pipeline.load(tiny) as pipeline:
+        made = pipeline.generate([0, 1], seed=1)
+    for kind in (".gif", ".webp", ".apng"):
+        made.save(tmp_path / f"a{kind}", fps=5, scale=2)
+        assert made.to_bytes(kind, fps=5, scale=2) == (tmp_path / f"a{kind}").read_bytes()
+    assert made.to_bytes() == made.to_bytes(".gif")
+    with pytest.raises(RequestError, match="expected a name of a clip, which ends in .gif"):
+        made.to_bytes(".jpg")
+
+
 def test_a_recipe_of_other_clips_is_damaged(tiny: Path) -> None:
     with Pipeline.load(tiny) as pipeline:
         made, bundle = pipeline.generate([0], seed=1), pipeline.bundle

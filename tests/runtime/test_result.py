@@ -99,6 +99,22 @@ def test_saving(three: Result, tiny: Path, tmp_path: Path, capsys: pytest.Captur
         assert "every pixel" in capsys.readouterr().out
 
 
+def test_the_bytes_of_a_file(three: Result, tmp_path: Path) -> None:
+    """For a server: what would be written, without a file."""
+    three.save(tmp_path / "a.png", columns=2, indices=[0, 2], scale=3)
+    assert three.to_bytes(columns=2, indices=[0, 2], scale=3) == (tmp_path / "a.png").read_bytes()
+    assert three[1].to_bytes(".png") == three.to_bytes(indices=1)
+    for kind, message in (
+        ("png", "kind 'png': expected the ending of a file's name, as '.png' or '.gif'"),
+        (7, "kind 7: expected the ending"),
+        (".gif", "x.gif: expected a name that ends in .png"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            three.to_bytes(kind)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="fps 8: these are images, not clips"):
+        three.to_bytes(fps=8)
+
+
 def test_saving_what_or_where_it_cannot_be(three: Result, tmp_path: Path) -> None:
     for path, message in (
         (tmp_path / "x.jpg", r"x\.jpg: expected a name that ends in \.png"),

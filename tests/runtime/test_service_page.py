@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import socket
@@ -20,6 +19,7 @@ import pytest
 from PIL import Image
 
 from par_runtime import Pipeline
+from par_runtime.cli import dispatch
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,23 +38,26 @@ def fetch(url: str, until: float) -> bytes:
             time.sleep(0.1)
 
 
-def test_eight_threads_get_the_images_of_their_requests() -> None:
+@pytest.mark.parametrize(("model", "labels"), [("demo", ("micah", "lorelei")), ("fashion", ("bag", "dress"))])
+def test_eight_threads_get_the_images_of_their_requests(model: str, labels: tuple[str, str], tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "service.md").read_text(encoding="utf-8"), re.S)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     assert "8000" in code
+    assert "models/demo" in code
+    code = code.replace("8000", str(port)).replace("models/demo", f"models/{model}")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     server = subprocess.Popen(
-        [sys.executable, "-c", code.replace("8000", str(port))],
+        [sys.executable, "-c", code],
         cwd=ROOT,
         env=environment,
         stderr=subprocess.DEVNULL,
     )
     try:
         url, until = f"http://127.0.0.1:{port}/", time.monotonic() + 60
-        fetch(f"{url}?label=micah", until)
-        asked = [("micah", 1), ("lorelei", 2), ("3", 3), ("micah", 4)] * 2
+        fetch(f"{url}?label={labels[0]}", until)
+        asked = [(labels[0], 1), (labels[1], 2), ("3", 3), (labels[0], 4)] * 2
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda of: fetch(f"{url}?label={of[0]}&seed={of[1]}", until), asked))
         for query, expected in (
@@ -70,11 +73,15 @@ def test_eight_threads_get_the_images_of_their_requests() -> None:
     finally:
         server.kill()
         server.wait()
-    with Pipeline.load(ROOT / "models" / "demo", threads=1) as pipeline:
+    with Pipeline.load(ROOT / "models" / model, threads=1) as pipeline:
         for (label, seed), answer in zip(asked, answers, strict=True):
-            wanted = pipeline.generate(label, seed=seed).images
-            assert wanted is not None
-            assert (np.asarray(Image.open(io.BytesIO(answer))) == wanted[0]).all()
+            wanted = pipeline.generate(label, seed=seed)
+            assert answer == wanted.to_bytes()
+            path = tmp_path / f"answer{'.gif' if pipeline.bundle.video else '.png'}"
+            path.write_bytes(answer)
+            if not pipeline.bundle.video:
+                assert (np.asarray(Image.open(path)) == wanted.images[0]).all()  # type: ignore[index]
+            assert dispatch.main(["redo", str(path), "--bundle", str(ROOT / "models" / model)]) == 0
 
 
 def test_the_python_of_the_readme_runs_block_after_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,9 +67,15 @@ def sheets(clips: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
 
 
 def write(path: Path, recipe: Recipe, clips: NDArray[np.uint8]) -> None:
-    """Write ``clips`` [B,T,H,W,3] as one sheet that plays, with their recipe. Raises RequestError, OSError.
+    """Write ``clips`` [B,T,H,W,3] as one sheet, beside ``path`` and renamed. Raises RequestError, OSError."""
+    data = content(path, recipe, clips)
+    write_beside(path, lambda part: part.write_bytes(data))
 
-    The kind of file is that of the name. The same clips and recipe give the same bytes.
+
+def content(path: Path, recipe: Recipe, clips: NDArray[np.uint8]) -> bytes:
+    """``clips`` [B,T,H,W,3] as one sheet that plays, with their recipe. Raises RequestError.
+
+    The kind of file is that of the name ``path``. The same clips and recipe give the same bytes.
     """
     assert recipe.fps is not None
     size = (clips.shape[2], clips.shape[3])
@@ -80,8 +86,7 @@ def write(path: Path, recipe: Recipe, clips: NDArray[np.uint8]) -> None:
     frames = sheets(clips, recipe.columns)
     kept = _as_kept(path, frames, recipe)
     hashes = [pixel_hash(each) for each in _hashed(kept, recipe)]
-    content = _encoded(path, frames, recipe, json.dumps(entry(replace(recipe, pixel_hashes=hashes))))
-    write_beside(path, lambda part: part.write_bytes(content))
+    return _encoded(path, frames, recipe, json.dumps(entry(replace(recipe, pixel_hashes=hashes))))
 
 
 def write_frames(path: Path, frames: NDArray[np.uint8], fps: float, scale: int = 1) -> None:
@@ -90,8 +95,8 @@ def write_frames(path: Path, frames: NDArray[np.uint8], fps: float, scale: int =
     recipe = Recipe("", "", 1, [0], [None], [0], [], np.zeros((1, 1), np.int64), fps=check_fps(fps, path), scale=scale)
     if format_of(path).tick_ms is None:
         recipe = replace(recipe, scale=mp4_scale((frames.shape[1], frames.shape[2]), scale))
-    content = _encoded(path, frames, recipe, "")
-    write_beside(path, lambda part: part.write_bytes(content))
+    data = _encoded(path, frames, recipe, "")
+    write_beside(path, lambda part: part.write_bytes(data))
 
 
 def _encoded(path: Path, frames: NDArray[np.uint8], recipe: Recipe, text: str) -> bytes:

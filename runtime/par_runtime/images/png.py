@@ -124,20 +124,32 @@ def same_pixels(recipe: Recipe, pixels: NDArray[np.uint8], size: tuple[int, int]
 
 
 def write(path: Path, recipe: Recipe, images: NDArray[np.uint8]) -> None:
-    """Write ``images`` [B,H,W,3] as one PNG with their recipe, in rows of its columns. Raises RequestError, OSError."""
+    """Write ``images`` [B,H,W,3] as one PNG, beside ``path`` and renamed. Raises RequestError, OSError."""
+    data = content(recipe, images)
+    write_beside(path, lambda part: part.write_bytes(data))
+
+
+def content(recipe: Recipe, images: NDArray[np.uint8]) -> bytes:
+    """``images`` [B,H,W,3] as one PNG with their recipe, in rows of its columns. Raises RequestError."""
     check_sheet(len(images), recipe.columns, (images.shape[1] * recipe.scale, images.shape[2] * recipe.scale))
     recipe = replace(recipe, pixel_hashes=[pixel_hash(image) for image in images])
     chunk = PngImagePlugin.PngInfo()
     # Not compressed: Pillow refuses to read compressed text of more than 1 MB, which is 900 images of 576 tokens.
     chunk.add_itxt(CHUNK, json.dumps(entry(recipe)))
-    write_pixels(path, enlarged(sheet(images, recipe.columns), recipe.scale), chunk)
+    return encoded(enlarged(sheet(images, recipe.columns), recipe.scale), chunk)
 
 
-def write_pixels(path: Path, pixels: NDArray[np.uint8], chunk: PngImagePlugin.PngInfo | None = None) -> None:
+def write_pixels(path: Path, pixels: NDArray[np.uint8]) -> None:
     """Write ``pixels`` [H,W,3] as a PNG, beside ``path`` and renamed. Raises OSError."""
-    content = io.BytesIO()  # Pillow would hide why a file could not be written ("encoder error -2")
-    Image.fromarray(pixels).save(content, format="PNG", pnginfo=chunk)
-    write_beside(path, lambda part: part.write_bytes(content.getbuffer()))
+    data = encoded(pixels)
+    write_beside(path, lambda part: part.write_bytes(data))
+
+
+def encoded(pixels: NDArray[np.uint8], chunk: PngImagePlugin.PngInfo | None = None) -> bytes:
+    """``pixels`` [H,W,3] as a PNG."""
+    out = io.BytesIO()  # not into a file: Pillow would hide why it could not be written ("encoder error -2")
+    Image.fromarray(pixels).save(out, format="PNG", pnginfo=chunk)
+    return out.getvalue()
 
 
 def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:
