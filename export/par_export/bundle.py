@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ from par_runtime.manifest import MOST_CLASS_NAME, MOST_NAME, check
 from par_runtime.manifest_video import FIRST, NEXT, VIDEO
 from par_runtime.system import peak_bytes, sha256, utf8_name
 from par_runtime.tokenizer_shapes import decoder_shapes
+from par_runtime.video_shapes import decoder_shapes as clip_decoder_shapes
 from par_runtime.video_shapes import past_shapes
 
 Tokenizer = VQConfig | VideoTokenizerConfig
@@ -334,19 +335,20 @@ def _tokenizer_entry(config: PARConfig, vq: Tokenizer | None, weights: WeightTab
             "image_size": [h * side, w * side],
             "codebook_size": vq.codebook_size,
             "config": asdict(vq),
+            "weights": decoder_table(clip_decoder_shapes(asdict(vq)), weights),
         }
     return {
         "downsampling": vq.downsampling,
         "image_size": [h * vq.downsampling, w * vq.downsampling],
         "codebook_size": vq.codebook_size,
         "config": asdict(vq),
-        "weights": decoder_table(asdict(vq), weights),
+        "weights": decoder_table(decoder_shapes(asdict(vq)), weights),
     }
 
 
-def decoder_table(config: Mapping[str, Any], weights: WeightTable) -> dict[str, Any]:
-    """The manifest's ``tokenizer.weights``: where the decoder's tensors lie. ``config``: that of the tokenizer."""
-    return {name: _place(weights.entries[PREFIX + name]) for name in decoder_shapes(config)}
+def decoder_table(names: Iterable[str], weights: WeightTable) -> dict[str, Any]:
+    """The manifest's ``tokenizer.weights``: where the decoder's tensors ``names`` lie."""
+    return {name: _place(weights.entries[PREFIX + name]) for name in names}
 
 
 def _place(at: Stored) -> list[Any]:

@@ -172,7 +172,7 @@ class Bundle:
     weights: Mapping[str, Stored]  #: of the step network, by name; older bundles have no such table
     calibration: Calibration | None  #: None for a bundle as it was exported
     tokenizer: Mapping[str, Any] | None  #: the sizes of the tokenizer; None where the bundle ends at tokens
-    decoder_weights: Mapping[str, Stored]  #: of an image decoder, by name; older bundles have no such table
+    decoder_weights: Mapping[str, Stored]  #: of the decoder, by name; older bundles have no such table
     frames: int = 1  #: T, of a clip; 1 for images, and where the bundle ends at tokens
     time_downsampling: int = 1  #: frames of each latent frame but the first, which is one frame
     #: file -> its state when it was checked: what is loaded later must be that file, not one of the next version
@@ -344,7 +344,7 @@ def _parse(path: Path, m: dict[str, Any]) -> Bundle:
         weights=_table(m.get("weights")),
         calibration=_calibration(m.get("calibration")),
         tokenizer=None if tokenizer is None else tokenizer["config"],
-        decoder_weights=_table(None if tokenizer is None or video else tokenizer.get("weights")),
+        decoder_weights=_table(None if tokenizer is None else tokenizer.get("weights")),
         frames=tokenizer["frames"] if video else 1,
         time_downsampling=tokenizer["time_downsampling"] if video else 1,
     )

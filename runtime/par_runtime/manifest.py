@@ -25,6 +25,7 @@ from par_runtime.manifest_video import VIDEO, check_video
 from par_runtime.places import WEIGHTS, check_overlaps, check_place
 from par_runtime.quantised import GROUPS, MOST_CODE, SCALE
 from par_runtime.tokenizer_shapes import decoder_shapes
+from par_runtime.video_shapes import decoder_shapes as clip_decoder_shapes
 
 #: What is read of a manifest at most. Those that are written have tens of kilobytes, with 48 layers some hundreds.
 MOST_BYTES = 8 * 2**20
@@ -343,6 +344,9 @@ def _check_tokenizer(m: Value, vocab_size: int, files: Mapping[str, int]) -> Non
     if tokenizer.get("kind") is not None:
         tokenizer["kind"].one_of((VIDEO,))
         check_video(tokenizer, m["graphs"], (t, h, w), vocab_size, files[WEIGHTS])
+        if tokenizer.get("weights") is not None:
+            shapes = clip_decoder_shapes(tokenizer["config"].value)
+            _check_decoder(tokenizer, shapes, m.get("weights"), files[WEIGHTS])
         return
     if t != 1:
         tokenizer.refuse("a video tokenizer or null, because the grid has several frames")
@@ -363,20 +367,19 @@ def _check_tokenizer(m: Value, vocab_size: int, files: Mapping[str, int]) -> Non
     if numbers * min(BYTES.values()) > files[WEIGHTS]:
         raise Mismatch(f"tokenizer needs at least {int(numbers / 2)} bytes of weights; {WEIGHTS} has {files[WEIGHTS]}")
     if tokenizer.get("weights") is not None:
-        _check_decoder(tokenizer, m.get("weights"), files[WEIGHTS])
+        groups, channels = config["norm_groups"].value, config["channels"].value
+        for multiplier in config["channel_multipliers"].value:
+            if channels * multiplier % groups:
+                config["norm_groups"].refuse(f"a divisor of the channels of each level, {shown(channels * multiplier)}")
+        _check_decoder(tokenizer, decoder_shapes(config.value), m.get("weights"), files[WEIGHTS])
 
 
-def _check_decoder(tokenizer: Value, model: Value | None, size: int) -> None:
+def _check_decoder(tokenizer: Value, shapes: Mapping[str, tuple[int, ...]], model: Value | None, size: int) -> None:
     """The tokenizer's table of weights: exactly the decoder's tensors, beside each other and the model's.
 
     A tokenizer without it is an older bundle's: only ONNX Runtime can decode.
     """
-    config, table = tokenizer["config"], tokenizer["weights"]
-    groups, channels = config["norm_groups"].value, config["channels"].value
-    for multiplier in config["channel_multipliers"].value:
-        if channels * multiplier % groups:
-            config["norm_groups"].refuse(f"a divisor of the channels of each level, {shown(channels * multiplier)}")
-    shapes = decoder_shapes(config.value)
+    table = tokenizer["weights"]
     places = []
     for name, shape in shapes.items():
         _, found, offset, length = check_place(table[name], size, FLOAT_BYTES)

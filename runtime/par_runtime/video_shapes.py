@@ -100,6 +100,12 @@ def tensor_shapes(layers: Iterator[Layer]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def decoder_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that the decoder reads, the codes of all ids among them."""
+    levels = config["levels"]
+    return {CODEBOOK: (math.prod(levels), len(levels)), **tensor_shapes(decoder_layers(config))}
+
+
 def past_shapes(config: Mapping[str, Any], height: int, width: int) -> list[tuple[int, int, int, int]]:
     """[2,C,H,W] of each past of ``decoder_next.onnx`` for one clip of ``height`` x ``width`` codes, in order."""
     shapes = []

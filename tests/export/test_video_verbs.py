@@ -204,7 +204,7 @@ def test_the_bytes_of_a_clip(tiny: Path, tmp_path: Path) -> None:
         made.save(tmp_path / f"a{kind}", fps=5, scale=2)
         assert made.to_bytes(kind, fps=5, scale=2) == (tmp_path / f"a{kind}").read_bytes()
     assert made.to_bytes() == made.to_bytes(".gif")
-    with pytest.raises(RequestError, match="expected a name of a clip, which ends in .gif"):
+    with pytest.raises(RequestError, match=r"expected a name of a clip, which ends in \.gif"):
         made.to_bytes(".jpg")
 
 

@@ -172,8 +172,9 @@ def _loaded(
 ) -> Backend:
     if trt is None:
         from par_runtime.backends.kernels import backend as kernels_backend
+        from par_runtime.backends.native.decoding import open_decoder
 
-        return kernels_backend.load(bundle, engine, device, capture, on_load)
+        return kernels_backend.load(bundle, engine, device, capture, on_load, open_decoder)
     from par_runtime.backends.trt import backend as trt_backend
 
     return trt_backend.load(bundle, engine, device, trt, capture)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +21,21 @@ from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.loaded import LoadedFiles
 
+OpensDecoder: TypeAlias = Callable[[LoadedFiles], Decoder]
+
 
 def load(
-    bundle: Bundle, engine: Engine, device: cuda.Device, capture: Capture = "image", on_load: OnBytes | None = None
+    bundle: Bundle,
+    engine: Engine,
+    device: cuda.Device,
+    capture: Capture = "image",
+    on_load: OnBytes | None = None,
+    decoder: OpensDecoder | None = None,
 ) -> GpuBackend:
     """``engine`` on ``device``, which the backend closes, as a failure here does.
 
-    ``on_load``: called with the bytes of weights that are read, and of how many. Raises EngineError, BundleError,
+    ``on_load``: called with the bytes of weights that are read, and of how many. ``decoder``: opens what decodes clips
+    (default: ONNX Runtime). Raises EngineError, BundleError,
     CudaError; OutOfMemory where the weights do not fit.
     """
     kernels = engine.kernels
@@ -40,6 +50,9 @@ def load(
         programs = {
             name: KernelProgram(bundle, engine, name, program, shared) for name, program in kernels.programs.items()
         }
+        clips = None
+        if bundle.video and bundle.image_size and not engine.decodes:
+            clips = ClipDecoder(bundle, decoder or with_onnx_runtime)
         backend = GpuBackend(
             bundle,
             engine,
@@ -49,31 +62,39 @@ def load(
             runtime=engine.runtime,
             version=engine.version,
             capture=capture,
-            decoder=ClipDecoder(bundle) if bundle.video and bundle.image_size and not engine.decodes else None,
+            decoder=clips,
         )
         undo.pop_all()
         return backend
 
 
-class ClipDecoder:
-    """What decodes clips where kernels make the tokens: ONNX Runtime on the CPU, for which there are no kernels.
+def with_onnx_runtime(files: LoadedFiles) -> Decoder:
+    """A decoder of clips on ONNX Runtime's CPU. Raises ModuleNotFoundError where that is not installed."""
+    from par_runtime.backends.ort.decoding import open_ort_decoder
+    from par_runtime.backends.ort.sessions import decoder_options
 
-    It reads its weights at its first use, from the files as they are now.
+    return open_ort_decoder(files, decoder_options(None))
+
+
+class ClipDecoder:
+    """What decodes clips where kernels make the tokens: the CPU, since there are no kernels of ours for it.
+
+    ``opened`` opens the decoder, which reads its weights at its first use, from the files as they are now.
     """
 
-    name = "onnxruntime-cpu"
-
-    def __init__(self, bundle: Bundle) -> None:
-        self._files = LoadedFiles(bundle)
+    def __init__(self, bundle: Bundle, opened: OpensDecoder) -> None:
+        self._files, self._opened = LoadedFiles(bundle), opened
         self._decoder: Decoder | None = None
+        self.name = "onnxruntime-cpu"
+        with suppress(ModuleNotFoundError):  # tokens can be made without it
+            self._decoder = opened(self._files)
+            self.name = self._decoder.name
 
     def run(self, tokens: Int) -> NDArray[np.uint8]:
-        """``Decoder.run``. Raises RequestError where ONNX Runtime is not installed."""
+        """``Decoder.run``. Raises RequestError where ONNX Runtime is needed and not installed."""
         if self._decoder is None:
             with importing("decoding a clip"):
-                from par_runtime.backends.ort.decoding import open_ort_decoder
-                from par_runtime.backends.ort.sessions import decoder_options
-            self._decoder = open_ort_decoder(self._files, decoder_options(None))
+                self._decoder = self._opened(self._files)
         return self._decoder.run(tokens)
 
     def close(self) -> None:

@@ -1,10 +1,13 @@
-/* The decoder of the image tokenizer on a CPU: tokens to pixels, as decoder.onnx computes them, in fp32.
+/* The decoder of a tokenizer on a CPU: tokens to pixels, as decoder.onnx computes them, in fp32.
 
    Nearly all of its time are 3x3 convolutions. They are computed in Winograd's form F(4x4,3x3): a tile of 6x6 numbers
    of the input is transformed, 36 products of matrices over the channels follow, and their results are transformed into
    4x4 numbers. That takes 36 multiplications where the convolution itself takes 144. The tile of a doubled map holds
    each number twice, so those products whose row or column belongs to the point -1 vanish: 25 are left. Some tiles at a
    time go through all three parts, so what lies between them stays in a core's cache.
+
+   The frames of a clip are images side by side, but for convolutions, which see the frames before their own: a product
+   goes over the channels of all three. Of a long clip some latent frames are decoded at a time; decoder_frames.h.
 
    Group norm: whoever writes a map also writes the sums over its pixels, and the transform of the input normalises.
 
@@ -27,11 +30,12 @@ typedef struct {
     void (*product)(const float *x, long ldx, const float *w, long k, long rows, float *c);
     void (*transform_weights)(const float *w, long k, long first, long end, int points, float *u);
     void (*transform_input)(const Op *op, const float *map, const float *norm, long first, long count, long block,
-                            long end, float *v);
+                            long end, long place, float *v);
     void (*transform_output)(const Op *op, const float *c, long first, long count, long panel, float *map, float *sums);
     void (*gather_pixels)(const Op *op, const float *map, const float *norm, long first, long count, long block,
-                          long end, float *v);
+                          long end, long place, float *v);
     void (*scatter_pixels)(const Op *op, const float *c, long first, long count, long panel, float *map, float *sums);
+    void (*to_space)(const Op *op, const float *from, long t, long first, long count, float *map, float *sums);
     float (*softmax)(float *scores, long count, float scale);
 } Kernels;
 
@@ -46,6 +50,7 @@ typedef struct {
         .transform_output = transform_output_##SET,   \
         .gather_pixels = gather_pixels_##SET,         \
         .scatter_pixels = scatter_pixels_##SET,       \
+        .to_space = to_space_##SET,                   \
         .softmax = softmax_##SET,                     \
     }
 #define SUFFIX avx512
@@ -119,7 +124,9 @@ typedef struct {
     float *scratch;       /* this thread's */
 } Work;
 
-/* Factor and shift of each channel of one group of an image, from the sums of the operation that wrote the map. */
+#include "decoder_frames.h"
+
+/* Factor and shift of each channel of one group of an item, from the sums of the operation that wrote the map. */
 static void norm_group(const Work *w, long image, long group) {
     const Op *op = w->op;
     long channels = op->in_channels, blocks = blocks_of(w->writer), first = group * op->group_channels;
@@ -142,7 +149,7 @@ static void norm_group(const Work *w, long image, long group) {
             squares += of[2 * channels] + 2 * away * of[channels] + n * away * away;
         }
     }
-    double deviation = sqrt(squares / count + NORM_EPSILON);
+    double deviation = sqrt(squares / count + op->epsilon);
     float *norm = w->call->norm + image * 2 * channels;
     for (long c = first; c < first + op->group_channels; c++) {
         norm[c] = (float)(op->gain[c] / deviation);
@@ -157,7 +164,7 @@ static void norm_group(const Work *w, long image, long group) {
 static void prepare(const Work *w) {
     const Op *op = w->op;
     int transforms = is_winograd(op) && !op->transformed;
-    long norms = w->call->images * op->groups, k = op->in_channels, chunks = k / LANES;
+    long norms = items_of(w, op) * op->groups, k = depth_of(op), chunks = k / LANES;
     long pieces = norms + (transforms ? panels_of(op) * chunks : 0), points = points_of(op);
     if (!pieces) return;
     begin_phase(w->worker, pieces, 1);
@@ -173,14 +180,18 @@ static void prepare(const Work *w) {
     end_phase(w->worker);
 }
 
-/* The input of one block, transformed, for channel blocks `first` to `end`: v. */
-static void gather(const Work *w, long image, long block, long first, long end, float *v) {
+/* The input of one block, transformed, for channel blocks `first` to `end` of all frames that it sees: v. */
+static void gather(const Work *w, long item, long block, long first, long end, float *v) {
     const Op *op = w->op;
-    long pixels = op->height * op->width / (op->kind == UPSAMPLE ? 4 : 1);
-    const float *map = w->call->buffers[op->input] + image * pixels * op->in_channels;
-    const float *norm = op->groups ? w->call->norm + image * 2 * op->in_channels : NULL;
-    (is_winograd(op) ? w->kernels->transform_input : w->kernels->gather_pixels)(
-        op, map, norm, block * block_units(op), units_in(op, block), first, end, v);
+    long chunks = op->in_channels / LANES; /* of a frame */
+    for (long place = first, next; place < end; place = next) {
+        long seen = place / chunks;
+        next = (seen + 1) * chunks < end ? (seen + 1) * chunks : end;
+        Frame frame = frame_of(w, item, op->frames - 1 - seen);
+        (is_winograd(op) ? w->kernels->transform_input : w->kernels->gather_pixels)(
+            op, frame.map, frame.norm, block * block_units(op), units_in(op, block), place - seen * chunks,
+            next - seen * chunks, place, v);
+    }
 }
 
 /* Rows c [count][PANEL] plus bias into the layouts of attention. */
@@ -199,7 +210,7 @@ static void scatter_attention(const Op *op, const float *c, long first, long cou
 /* The products of one block with one panel, and what they become in the output. */
 static void multiply(const Work *w, long image, long block, long panel, const float *v) {
     const Op *op = w->op;
-    long k = op->in_channels, ldv = k + LANES, first = block * block_units(op), count = units_in(op, block);
+    long k = depth_of(op), ldv = k + LANES, first = block * block_units(op), count = units_in(op, block);
     long points = points_of(op), units = block_units(op);
     float *c = w->scratch;
     for (long point = 0; point < points; point++)
@@ -218,10 +229,11 @@ static void multiply(const Work *w, long image, long block, long panel, const fl
 static void convolve(const Work *w) {
     const Op *op = w->op;
     const Decode *call = w->call;
-    long blocks = blocks_of(op), all = blocks * call->images, panels = panels_of(op), chunks = op->in_channels / LANES;
+    long items = items_of(w, op), blocks = blocks_of(op), all = blocks * items, panels = panels_of(op);
+    long chunks = depth_of(op) / LANES;
     long v_floats = input_floats(op);
     const float *rows = op->reads == ROWS ? call->buffers[op->input] : NULL; /* needs no transform */
-    int shares = rows || shares_blocks(op, call->images, w->worker->pool->n_threads);
+    int shares = rows || shares_blocks(op, items, w->worker->pool->n_threads);
     if (!shares) {
         float *v = w->scratch + PRODUCT_FLOATS;
         begin_phase(w->worker, all, 1);
@@ -244,7 +256,7 @@ static void convolve(const Work *w) {
     for (long i; (i = next_item(w->worker)) >= 0;) {
         long at = i % all, image = at / blocks, block = at % blocks;
         const float *v = call->input + at * v_floats;
-        if (rows) v = rows + (image * units_of(op) + block * PIXELS) * (op->in_channels + LANES);
+        if (rows) v = rows + (image * units_of(op) + block * PIXELS) * (depth_of(op) + LANES);
         multiply(w, image, block, i / all, v);
     }
     end_phase(w->worker);
@@ -283,7 +295,7 @@ static void attend(const Work *w) {
 static void look_up(const Work *w) {
     const Op *op = w->op;
     long pixels = op->height * op->width, channels = op->out_channels;
-    begin_phase(w->worker, w->call->images, 1);
+    begin_phase(w->worker, items_of(w, op), 1);
     for (long image; (image = next_item(w->worker)) >= 0;) {
         float *map = w->call->buffers[op->output] + image * channels * pixels;
         for (long i = 0; i < pixels; i++) {
@@ -299,14 +311,14 @@ static void look_up(const Work *w) {
 static void write_image(const Work *w) {
     const Op *op = w->op;
     long height = op->height, width = op->width;
-    begin_phase(w->worker, w->call->images * height, 1);
+    begin_phase(w->worker, items_of(w, op) * height, 1);
     for (long piece; (piece = next_item(w->worker)) >= 0;) {
         long image = piece / height, y = piece % height;
         const float *from = w->call->buffers[op->input] + (image * height + y) * width * LANES;
         uint8_t *to = w->call->pixels + piece * width * 3;
         for (long x = 0; x < width; x++)
             for (long c = 0; c < 3; c++) {
-                float level = 127.5f * from[x * LANES + c] + 128.0f;
+                float level = op->scale * from[x * LANES + c] + op->offset;
                 to[3 * x + c] = (uint8_t)(level > 255.0f ? 255.0f : level > 0.0f ? level : 0.0f);
             }
     }
@@ -328,7 +340,9 @@ static void run_decoder(Worker *worker, const void *argument) {
         if (op->kind == LOOKUP) look_up(&w);
         else if (op->kind == ATTEND) attend(&w);
         else if (op->kind == IMAGE) write_image(&w);
+        else if (op->kind == SPACE) rearrange(&w);
         else convolve(&w);
+        if (op->frames > 1 && call->more) remember(&w);
     }
 }
 
@@ -340,7 +354,7 @@ const char *parvis_decoder_instructions(void) { return select_kernels() ? select
 /* The sizes of both structures and the offsets of their last fields; decoder.py compares them with its own. */
 void parvis_decoder_struct_sizes(int64_t *sizes /* [4] */) {
     sizes[0] = sizeof(Op);
-    sizes[1] = offsetof(Op, shift);
+    sizes[1] = offsetof(Op, beta);
     sizes[2] = sizeof(Decode);
     sizes[3] = offsetof(Decode, scratch_floats);
 }
@@ -349,29 +363,31 @@ static void at_least(int64_t *size, long floats) {
     if (*size < floats) *size = floats;
 }
 
-/* Numbers that a call of up to `images` images needs: for each of n_buffers buffers, then for the sums of each; then
+/* Numbers that a call of up to `images` images, or of `latent` latent frames of as many clips, needs: for each of n_buffers buffers, then for the sums of each; then
    for norm, weights, input, and scratch of each thread. */
-void parvis_decoder_sizes(const Op *ops, int64_t n_ops, int64_t images, int64_t threads, int64_t n_buffers,
-                          int64_t *sizes /* [2 * n_buffers + 4] */) {
+void parvis_decoder_sizes(const Op *ops, int64_t n_ops, int64_t images, int64_t latent, int64_t first, int64_t threads,
+                          int64_t n_buffers, int64_t *sizes /* [2 * n_buffers + 4] */) {
     int64_t *sums = sizes + n_buffers, *norm = sums + n_buffers, *weights = norm + 1, *input = norm + 2;
     int64_t *scratch = norm + 3;
     memset(sizes, 0, (size_t)(2 * n_buffers + 4) * sizeof(int64_t));
     for (const Op *op = ops; op < ops + n_ops; op++) {
-        at_least(norm, images * 2 * op->in_channels);
+        int64_t items = images * frames_of(op->time, latent, first);
+        at_least(norm, items * 2 * op->in_channels);
         if (op->kind == IMAGE) continue;
         if (op->kind == ATTEND) {
             at_least(scratch, PRODUCT_FLOATS + TILES * score_floats(op));
             continue;
         }
-        at_least(&sizes[op->output], op->writes == MAP ? map_floats(op, images, op->out_channels)
+        at_least(&sizes[op->output], op->writes == MAP ? map_floats(op, items, op->out_channels)
                                                        : images * attention_floats(op, op->writes));
         if (op->kind == LOOKUP) continue;
-        at_least(&sums[op->output], images * blocks_of(op) * 3 * op->out_channels);
+        at_least(&sums[op->output], items * blocks_of(op) * 3 * op->out_channels);
+        if (op->kind == SPACE) continue;
         if (is_winograd(op) && !op->transformed)
             at_least(weights, panels_of(op) * points_of(op) * point_floats(op));
         at_least(scratch, PRODUCT_FLOATS + input_floats(op));
         /* With fewer images, blocks may be shared that are not with all. */
-        int64_t blocks = images * blocks_of(op), most = PIECES_PER_THREAD * threads;
+        int64_t blocks = items * blocks_of(op), most = PIECES_PER_THREAD * threads;
         if (shares_blocks(op, 1, threads)) at_least(input, (blocks < most ? blocks : most) * input_floats(op));
     }
 }

@@ -21,10 +21,11 @@ from par_runtime.tokenizer_shapes import BEHIND_CODES, CODEBOOK, decoder_layers
 
 # As in decoder.c
 LANES, PANEL = 16, 32
-LOOKUP, CONV, UPSAMPLE, POINT, ATTEND, IMAGE = range(6)
+LOOKUP, CONV, UPSAMPLE, POINT, ATTEND, IMAGE, SPACE = range(7)
 MAP, ROWS, KEYS, VALUES = range(4)
 POINTS, UPSAMPLED_POINTS = 36, 25
 
+NORM_EPSILON = 1e-6  #: of an image tokenizer's norms
 MAPS = (0, 1, 2)  #: buffers of maps; two of them have the size of the image
 QUERY, KEY, VALUE = 3, 4, 5  #: buffers of attention
 BUFFERS = 6
@@ -35,7 +36,8 @@ KEPT_BYTES = 64 * 2**20
 Pointers = ctypes.POINTER(ctypes.c_void_p)
 _COUNTS = (
     *("kind", "reads", "writes", "input", "keys", "values", "output", "height", "width", "in_channels"),
-    *("out_channels", "groups", "group_channels", "accumulate", "transformed", "code_dim"),
+    *("out_channels", "groups", "group_channels", "accumulate", "transformed", "code_dim", "frames", "edge", "time"),
+    *("stride_t", "stride_y", "stride_x", "past"),
 )
 
 
@@ -44,8 +46,9 @@ class Op(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _COUNTS),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("weights", "bias", "gain", "shift")),
+        ("epsilon", ctypes.c_double),
+        *((name, ctypes.c_float) for name in ("scale", "offset")),
+        *((name, ctypes.c_void_p) for name in ("weights", "bias", "gain", "shift", "beta")),
     )
 
 
@@ -55,22 +58,26 @@ class Decode(ctypes.Structure):
     _fields_ = (
         ("ops", ctypes.POINTER(Op)),
         ("n_ops", ctypes.c_int64),
-        ("images", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("images", "latent", "first", "more")),
         ("tokens", ctypes.c_void_p),
         ("pixels", ctypes.c_void_p),
         ("buffers", Pointers),
         ("sums", Pointers),
+        ("past", ctypes.c_void_p),
+        ("past_floats", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("norm", "weights", "input", "scratch")),
         ("scratch_floats", ctypes.c_int64),
     )
 
 
 class Operations:
-    """The operations of a tokenizer's decoder, and the weights that they point to: keep it while they are used.
+    """The operations of an image tokenizer's decoder, and the weights that they point to: keep it while they are used.
 
     ``config``: of the manifest's tokenizer; ``grid``: rows and columns of codes; ``read``: a tensor of the decoder by
     its name, in fp32.
     """
+
+    past_floats = 0  #: numbers that stay of one call for the next, for each clip
 
     def __init__(
         self, lib: ctypes.CDLL, config: Mapping[str, Any], grid: tuple[int, int], read: Callable[[str], Float]
@@ -80,12 +87,15 @@ class Operations:
         self._height, self._width = grid
         self._map = MAPS[0]  # where the current map is
         self._ops: list[Op] = []
-        self._codes()
-        for layer in decoder_layers(config):
-            getattr(self, f"_{layer.kind}")(layer.name, layer.width, layer.out)
+        self._add_layers()
         self._transform_weights()
         self.array = (Op * len(self._ops))(*self._ops)
         del self._ops, self._read  # which may hold a file
+
+    def _add_layers(self) -> None:
+        self._codes()
+        for layer in decoder_layers(self._config):
+            getattr(self, f"_{layer.kind}")(layer.name, layer.width, layer.out)
 
     def _free(self) -> list[int]:
         return [buffer for buffer in MAPS if buffer != self._map]
@@ -126,7 +136,7 @@ class Operations:
     def _last(self, name: str, width: int, out: int) -> None:
         other = self._free()[0]
         self._winograd(CONV, f"{name}.conv_out", width, out, f"{name}.norm_out", input=self._map, output=other)
-        self._add(IMAGE, input=other, in_channels=LANES)
+        self._add(IMAGE, input=other, in_channels=LANES, scale=127.5, offset=128.0)
 
     def _transform_weights(self) -> None:
         """Transform what :data:`KEPT_BYTES` allow, from the end: the largest maps are there."""
@@ -135,7 +145,7 @@ class Operations:
             if op.kind not in (CONV, UPSAMPLE):
                 continue
             points = POINTS if op.kind == CONV else UPSAMPLED_POINTS
-            panels, k = -(-op.out_channels // PANEL), op.in_channels
+            panels, k = -(-op.out_channels // PANEL), op.in_channels * op.frames
             left -= 4 * panels * points * (k * PANEL + LANES)
             if left < 0:
                 return
@@ -171,7 +181,8 @@ class Operations:
         self._add(kind, in_channels=lanes(width), out_channels=lanes(out), **fields)
 
     def _add(self, kind: int, **fields: Any) -> None:
-        self._ops.append(Op(kind=kind, height=self._height, width=self._width, **fields))
+        usual = {"frames": 1, "time": 1, "epsilon": NORM_EPSILON}
+        self._ops.append(Op(kind=kind, height=self._height, width=self._width, **(usual | fields)))
 
     def _keep(self, array: NDArray[Any]) -> int:
         array = copied(array, np.float32)
@@ -194,29 +205,40 @@ def packed(weights: Float) -> Float:
     return panels
 
 
-def buffer_sizes(lib: ctypes.CDLL, operations: Operations, images: int, threads: int) -> list[int]:
-    """Numbers of each buffer of calls of up to ``images`` images; the last is the scratch memory of one thread."""
-    sizes = (ctypes.c_int64 * (2 * BUFFERS + 4))()
-    lib.parvis_decoder_sizes(operations.array, len(operations.array), images, threads, BUFFERS, sizes)
-    return list(sizes)
+def buffer_sizes(lib: ctypes.CDLL, operations: Operations, images: int, threads: int, latent: int = 1) -> list[int]:
+    """Numbers of each buffer of calls of up to ``images`` images, or of ``latent`` latent frames of so many clips; the
+    last is the scratch memory of one thread.
+    """
+    found = []
+    for first in (1, 0) if operations.past_floats else (1,):  # a clip's first latent frame has fewer frames
+        sizes = (ctypes.c_int64 * (2 * BUFFERS + 4))()
+        ops = operations.array
+        lib.parvis_decoder_sizes(ops, len(ops), images, latent, first, threads, BUFFERS, sizes)
+        found.append(list(sizes))
+    return [max(each) for each in zip(*found, strict=True)]
 
 
 class Buffers:
-    """The buffers of calls of up to ``images`` images, and the structure that gives ``decoder.c`` their addresses."""
+    """The buffers of calls of up to ``images`` images, or of ``latent`` latent frames of so many clips; and the
+    structure that gives ``decoder.c`` their addresses.
+    """
 
-    def __init__(self, lib: ctypes.CDLL, operations: Operations, images: int, threads: int) -> None:
+    def __init__(self, lib: ctypes.CDLL, operations: Operations, images: int, threads: int, latent: int = 1) -> None:
         ops = operations.array
-        *lengths, scratch = buffer_sizes(lib, operations, images, threads)
-        self.images = images
-        lengths.append(threads * scratch)
+        *lengths, scratch = buffer_sizes(lib, operations, images, threads, latent)
+        self.images, self.latent = images, latent
+        lengths += [threads * scratch, images * operations.past_floats]
         self._arrays = [empty(length, np.float32) for length in lengths]
         addresses = [array.ctypes.data for array in self._arrays]
         self._maps = (ctypes.c_void_p * BUFFERS)(*addresses[:BUFFERS])
         self._sums = (ctypes.c_void_p * BUFFERS)(*addresses[BUFFERS : 2 * BUFFERS])
-        names = ("norm", "weights", "input", "scratch")
+        names = ("norm", "weights", "input", "scratch", "past")
         self.call = Decode(
             ops=ops,
             n_ops=len(ops),
+            latent=1,
+            first=1,
+            past_floats=operations.past_floats,
             buffers=self._maps,
             sums=self._sums,
             scratch_floats=scratch,

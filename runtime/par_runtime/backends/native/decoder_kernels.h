@@ -79,10 +79,15 @@ TARGET static inline vec NAME(exp_of)(vec x) {
     return vec_scale(y, n);
 }
 
-/* Group norm with factor `a` and shift `b`, then x * sigmoid(x) if `swish`. */
-TARGET static inline vec NAME(normalised)(vec x, vec a, vec b, int swish) {
+/* What an input goes through before it is multiplied. */
+enum { NAME(PLAIN), NAME(NORM), NAME(SWISH), NAME(BETA) };
+
+/* Group norm with factor `a` and shift `b`; then x * sigmoid(x) in SWISH, x * sigmoid(beta * x) in BETA. */
+TARGET static inline vec NAME(normalised)(vec x, int kind, vec a, vec b, vec beta) {
+    if (kind == NAME(PLAIN)) return x;
     x = vec_fma(x, a, b);
-    if (swish) x = x / (vec_set1(1.0f) + NAME(exp_of)(vec_set1(0.0f) - x));
+    if (kind == NAME(SWISH)) x = x / (vec_set1(1.0f) + NAME(exp_of)(vec_set1(0.0f) - x));
+    if (kind == NAME(BETA)) x = x / (vec_set1(1.0f) + NAME(exp_of)(vec_set1(0.0f) - beta * x));
     return x;
 }
 
@@ -151,10 +156,11 @@ TARGET static void NAME(transform_weights)(const float *w, long k, long first, l
 }
 
 /* The column `x` of the input map of one tile row, through B^T from above to below: t [6]. Rows: those of the six rows
-   of the tile, NULL where a row is outside of the map. */
+   of the tile, NULL where a row is outside of the map. With `edge` the numbers at the edge stand outside too. */
 TARGET static inline __attribute__((always_inline)) void NAME(input_column)(
-    const float *const *rows, long x, long width, int upsample, int normal, int swish, vec a, vec b, vec *t) {
+    const float *const *rows, long x, long width, int upsample, int edge, int kind, vec a, vec b, vec beta, vec *t) {
     vec d[6];
+    if (edge) x = x < 0 ? 0 : x < width ? x : width - 1;
     if (x < 0 || x >= width) {
         for (int i = 0; i < 6; i++) t[i] = vec_set1(0.0f);
         return;
@@ -164,7 +170,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(input_column)(
         d[i] = vec_set1(0.0f); /* the padding of a convolution comes after its norm */
         if (!rows[i]) continue;
         d[i] = vec_load(rows[i] + x * LANES);
-        if (normal) d[i] = NAME(normalised)(d[i], a, b, swish);
+        d[i] = NAME(normalised)(d[i], kind, a, b, beta);
     }
     if (upsample) d[5] = d[3], d[4] = d[3] = d[2], d[2] = d[1];
     TRANSFORM_INPUT(d, t);
@@ -173,20 +179,21 @@ TARGET static inline __attribute__((always_inline)) void NAME(input_column)(
 /* Tiles `first` to `first + count` of a row of tiles at `row`, for the channels of one vector: v [points][..][ldv] gets
    a row for each. `map` [height][width][LANES] is the input. */
 TARGET static inline __attribute__((always_inline)) void NAME(input_tiles)(
-    const float *map, long height, long width, long row, long first, long count, int upsample, int normal, int swish,
-    vec a, vec b, float *v, long ldv, long stride) {
+    const float *map, long height, long width, long row, long first, long count, int upsample, int edge, int kind,
+    vec a, vec b, vec beta, float *v, long ldv, long stride) {
     const float *rows[6];
     long step = upsample ? 2 : 4; /* columns of the input from a tile to the next */
     for (int i = 0; i < step + 2; i++) {
         long y = row * step - 1 + i;
+        if (edge) y = y < 0 ? 0 : y < height ? y : height - 1;
         rows[i] = y < 0 || y >= height ? NULL : map + y * width * LANES;
     }
     vec columns[6][6]; /* [column of the tile][point] */
     long x = first * step - 1;
-    for (int j = 0; j < 2; j++) NAME(input_column)(rows, x++, width, upsample, normal, swish, a, b, columns[j]);
+    for (int j = 0; j < 2; j++) NAME(input_column)(rows, x++, width, upsample, edge, kind, a, b, beta, columns[j]);
     for (long tile = 0; tile < count; tile++, v += ldv) {
         for (int j = 2; j < step + 2; j++)
-            NAME(input_column)(rows, x++, width, upsample, normal, swish, a, b, columns[j]);
+            NAME(input_column)(rows, x++, width, upsample, edge, kind, a, b, beta, columns[j]);
         float *to = v;
         for (int i = 0; i < 6; i++) {
             if (upsample && i == VANISHING) continue;
@@ -204,25 +211,32 @@ TARGET static inline __attribute__((always_inline)) void NAME(input_tiles)(
     }
 }
 
-/* The input of tiles `first` to `first + count` of an image, through B^T d B, for channel blocks `block` to `end`:
-   v [points][TILES][ldv]. */
+/* The input of tiles `first` to `first + count` of a map, through B^T d B, for its channel blocks `block` to `end`, whose
+   first one is `place` in v [points][TILES][ldv]. */
 TARGET static void NAME(transform_input)(const Op *op, const float *map, const float *norm, long first, long count,
-                                         long block, long end, float *v) {
+                                         long block, long end, long place, float *v) {
     int upsample = op->kind == UPSAMPLE;
     long height = op->height, width = op->width, across = (width + 3) / 4; /* tiles in a row */
     if (upsample) height /= 2, width /= 2;
-    long ldv = op->in_channels + LANES, stride = TILES * ldv;
+    long ldv = depth_of(op) + LANES, stride = TILES * ldv;
+    v += (place - block) * LANES;
     for (long lane = block * LANES; lane < end * LANES; lane += VEC_FLOATS) {
         const float *from = map + lane / LANES * height * width * LANES + lane % LANES;
-        vec a = vec_set1(1.0f), b = vec_set1(0.0f);
+        vec a = vec_set1(1.0f), b = vec_set1(0.0f), beta = a;
         if (norm) a = vec_load(norm + lane), b = vec_load(norm + op->in_channels + lane);
+        if (op->beta) beta = vec_load(op->beta + lane);
         for (long tile = first, count_now; tile < first + count; tile += count_now) {
             long row = tile / across, x = tile % across;
             count_now = across - x < first + count - tile ? across - x : first + count - tile;
             float *to = v + (tile - first) * ldv + lane;
-            if (upsample) NAME(input_tiles)(from, height, width, row, x, count_now, 1, 0, 0, a, b, to, ldv, stride);
-            else if (!norm) NAME(input_tiles)(from, height, width, row, x, count_now, 0, 0, 0, a, b, to, ldv, stride);
-            else NAME(input_tiles)(from, height, width, row, x, count_now, 0, 1, 1, a, b, to, ldv, stride);
+#define TILES_WITH(upsample, edge, kind) \
+    NAME(input_tiles)(from, height, width, row, x, count_now, upsample, edge, kind, a, b, beta, to, ldv, stride)
+            if (upsample) TILES_WITH(1, 0, NAME(PLAIN));
+            else if (!op->edge && !norm) TILES_WITH(0, 0, NAME(PLAIN));
+            else if (!op->edge) TILES_WITH(0, 0, NAME(SWISH));
+            else if (!norm) TILES_WITH(0, 1, NAME(PLAIN));
+            else TILES_WITH(0, 1, NAME(BETA));
+#undef TILES_WITH
         }
     }
 }
@@ -277,15 +291,16 @@ TARGET static void NAME(transform_output)(const Op *op, const float *c, long fir
 
 /* Pixels `first` to `first + count` of `map`, normalised where `norm` is given: v [count][ldv], a row for each. */
 TARGET static void NAME(gather_pixels)(const Op *op, const float *map, const float *norm, long first, long count,
-                                       long block, long end, float *v) {
-    long pixels = op->height * op->width, ldv = op->in_channels + LANES;
+                                       long block, long end, long place, float *v) {
+    long pixels = op->height * op->width, ldv = depth_of(op) + LANES;
+    v += (place - block) * LANES;
     for (long lane = block * LANES; lane < end * LANES; lane += VEC_FLOATS) {
         const float *from = map + (lane / LANES * pixels + first) * LANES + lane % LANES;
         vec a = vec_set1(1.0f), b = vec_set1(0.0f);
         if (norm) a = vec_load(norm + lane), b = vec_load(norm + op->in_channels + lane);
         for (long i = 0; i < count; i++) {
             vec x = vec_load(from + i * LANES);
-            if (norm) x = NAME(normalised)(x, a, b, 0);
+            x = NAME(normalised)(x, norm ? NAME(NORM) : NAME(PLAIN), a, b, a);
             vec_store(v + i * ldv + lane, x);
         }
     }
@@ -304,6 +319,32 @@ TARGET static void NAME(scatter_pixels)(const Op *op, const float *c, long first
             if (op->accumulate) value += vec_load(to + i * LANES);
             vec_store(to + i * LANES, value);
             if (i == 0) origin = value;
+            value -= origin;
+            sum += value;
+            squares = vec_fma(value, value, squares);
+        }
+        vec_store(sums + lane, origin);
+        vec_store(sums + op->out_channels + lane, sum);
+        vec_store(sums + 2 * op->out_channels + lane, squares);
+    }
+}
+
+/* Channels become pixels: pixels `first` to `first + count` of a frame of the output `map`, whose row, column and frame
+   in its block of stride_t x stride_y x stride_x follow from its place; `from` is the map of the frame before, of
+   which the channels of frame `t` are taken. `sums` as in transform_output. */
+TARGET static void NAME(to_space)(const Op *op, const float *from, long t, long first, long count, float *map,
+                                  float *sums) {
+    long pixels = op->height * op->width, width = op->width / op->stride_x, height = op->height / op->stride_y;
+    for (long lane = 0; lane < op->out_channels; lane += VEC_FLOATS) {
+        vec sum = vec_set1(0.0f), squares = sum, origin = sum;
+        float *to = map + lane / LANES * pixels * LANES + lane % LANES;
+        for (long i = first; i < first + count; i++) {
+            long y = i / op->width, x = i % op->width;
+            long part = (t * op->stride_y + y % op->stride_y) * op->stride_x + x % op->stride_x;
+            long channel = part * op->out_channels + lane, pixel = y / op->stride_y * width + x / op->stride_x;
+            vec value = vec_load(from + (channel / LANES * height * width + pixel) * LANES + channel % LANES);
+            vec_store(to + i * LANES, value);
+            if (i == first) origin = value;
             value -= origin;
             sum += value;
             squares = vec_fma(value, value, squares);

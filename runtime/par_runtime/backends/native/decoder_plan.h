@@ -1,12 +1,15 @@
 /* The structures of decoder.c, which decoder.py fills, and the sizes that follow from them.
 
    Layouts, in which [A][B] is an array of A times B numbers in C order:
-   map      [images][C/LANES][height][width][LANES]
+   map      [items][C/LANES][height][width][LANES]; an item is an image, or a frame of a clip
    rows     [images][pixels][C + LANES]
    keys     [images][pixels/PANEL][C][PANEL]
    values   [images][C/PANEL][pixels][PANEL]
    weights  of 3x3: [N/PANEL][K][9][PANEL] as stored, or [N/PANEL][points][K*PANEL + LANES] transformed; of 1x1:
-            [N/PANEL][K][PANEL]. K and N are the channels of input and output.
+            [N/PANEL][K][PANEL]. K and N are the channels of input and output; a causal convolution has those of
+            FRAMES_BEFORE + 1 frames beside each other as input, the earliest first.
+   past     [images][past_floats]: of each causal convolution, at its offset, the last FRAMES_BEFORE frames of its input
+            in the call before, each a map and then factors and shifts of its norm [2][C]
    LANES numbers at the end of a row keep rows apart in a cache, where a power of two would put them in one place. */
 
 #include <stdint.h>
@@ -20,11 +23,11 @@
 #define PIXELS 96           /* that go through a 1x1 convolution together */
 #define PRODUCT_FLOATS (POINTS * (TILES * PANEL + LANES)) /* of the products of a block with a panel */
 #define PIECES_PER_THREAD 4 /* with fewer blocks of tiles, threads share the panels of a block */
-#define PHASES_PER_OP 3     /* at most: the norm, the input, the products */
-#define NORM_EPSILON 1e-6
+#define PHASES_PER_OP 4     /* at most: the norm, the input, the products, the frames that stay */
+#define FRAMES_BEFORE 2     /* that a causal convolution sees beside its own */
 
 /* As in decoder.py */
-enum { LOOKUP, CONV, UPSAMPLE, POINT, ATTEND, IMAGE };
+enum { LOOKUP, CONV, UPSAMPLE, POINT, ATTEND, IMAGE, SPACE };
 enum { MAP, ROWS, KEYS, VALUES };
 
 /* One operation. The Python class Op of decoder.py has the same fields. */
@@ -34,27 +37,37 @@ typedef struct {
     int64_t input, keys, values;       /* buffers; keys and values of ATTEND only, whose output is its input */
     int64_t output;                    /* buffer */
     int64_t height, width;             /* of the output */
-    int64_t in_channels, out_channels; /* multiples of LANES; zeros where the tokenizer has fewer */
+    int64_t in_channels, out_channels; /* multiples of LANES; zeros where the tokenizer has fewer; of one frame */
     int64_t groups, group_channels;    /* of the group norm in front, with swish in CONV; 0: none */
     int64_t accumulate;                /* the result is added to the output */
     int64_t transformed;               /* the weights of a CONV or UPSAMPLE are */
     int64_t code_dim;                  /* of LOOKUP: numbers of a code */
-    float scale;                       /* of the scores of ATTEND */
+    int64_t frames;                    /* that a CONV sees: its own and those before it; else 1 */
+    int64_t edge;                      /* a CONV pads with the numbers at the edge; else with zeros */
+    int64_t time;                      /* frames of the output for each latent frame but the first, which has one */
+    int64_t stride_t, stride_y, stride_x; /* of SPACE: what channels become */
+    int64_t past;                      /* of a CONV that sees earlier frames: its offset */
+    double epsilon;                    /* of the norm */
+    float scale, offset;               /* of the scores of ATTEND; of IMAGE: what makes levels of numbers */
     const float *weights;              /* of LOOKUP: the codebook [codes][code_dim] */
     const float *bias;                 /* [out_channels] */
     const float *gain, *shift;         /* [in_channels] of the norm */
+    const float *beta;                 /* [in_channels] of x * sigmoid(beta * x) behind the norm; NULL: 1 */
 } Op;
 
 /* One call. The Python class Decode of decoder.py has the same fields. */
 typedef struct {
     const Op *ops;
     int64_t n_ops, images;
-    const int64_t *tokens; /* [images][pixels] row by row */
-    uint8_t *pixels;       /* [images][height][width][3] the result */
+    int64_t latent, first, more; /* of clips: latent frames of this call; whether they begin them; whether more come */
+    const int64_t *tokens;       /* [images][latent][pixels] row by row */
+    uint8_t *pixels;             /* [items][height][width][3] the result */
     float **buffers;       /* maps and so on */
-    float **sums;          /* for each buffer: [images][blocks][3][C] */
+    float **sums;          /* for each buffer: [items][blocks][3][C] */
+    float *past;
+    int64_t past_floats;
     /* Shared by all threads: */
-    float *norm;    /* [images][2][in_channels] factors and shifts of the current norm */
+    float *norm;    /* [items][2][in_channels] factors and shifts of the current norm */
     float *weights; /* the transformed weights of the current operation */
     float *input;   /* the transformed input of the current operation */
     /* Each thread's own: */
@@ -67,8 +80,12 @@ typedef struct {
 static int is_winograd(const Op *op) { return op->kind == CONV || op->kind == UPSAMPLE; }
 static long points_of(const Op *op) { return op->kind == UPSAMPLE ? UPSAMPLED_POINTS : op->kind == CONV ? POINTS : 1; }
 static long panels_of(const Op *op) { return (op->out_channels + PANEL - 1) / PANEL; }
+/* K, the channels that a product sees. */
+static long depth_of(const Op *op) { return op->in_channels * op->frames; }
 /* Numbers of the weights of one product with one panel. */
-static long point_floats(const Op *op) { return op->in_channels * PANEL + (is_winograd(op) ? LANES : 0); }
+static long point_floats(const Op *op) { return depth_of(op) * PANEL + (is_winograd(op) ? LANES : 0); }
+/* Frames of a map with `time` frames for each of `latent` latent frames; of the first of a clip there is one. */
+static long frames_of(long time, long latent, long first) { return first ? 1 + (latent - 1) * time : latent * time; }
 static long block_units(const Op *op) { return is_winograd(op) ? TILES : PIXELS; }
 
 /* Tiles of an image, or pixels in a 1x1 convolution. */
@@ -94,7 +111,7 @@ static long pixels_in(const Op *op, long block) {
 }
 
 static long map_floats(const Op *op, long images, long channels) { return images * channels * op->height * op->width; }
-static long input_floats(const Op *op) { return points_of(op) * block_units(op) * (op->in_channels + LANES); }
+static long input_floats(const Op *op) { return points_of(op) * block_units(op) * (depth_of(op) + LANES); }
 
 /* Whether threads share the panels of a block: there are too few blocks for a block each. */
 static int shares_blocks(const Op *op, long images, long threads) {

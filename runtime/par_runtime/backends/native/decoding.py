@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from par_runtime import __version__
 from par_runtime.backends.base import Decoder, closed_error
+from par_runtime.backends.native.clips import ClipOperations, most_latent
 from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
 from par_runtime.backends.native.decoder import Buffers, Decode, Op, Operations
 from par_runtime.bundle import Bundle
@@ -22,7 +23,6 @@ from par_runtime.forks import Calls, tell_of_forks
 from par_runtime.loaded import LoadedFiles, check_memory
 from par_runtime.system import available_cores
 
-VIDEO = "it decodes images, not clips"
 OLDER = "the manifest has no table of the decoder's weights; export the bundle again"
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def open_decoder_library(file: Path | None) -> ctypes.CDLL:
 
     Raises KernelError.
     """
-    sizes = [ctypes.sizeof(Op), Op.shift.offset, ctypes.sizeof(Decode), Decode.scratch_floats.offset]
+    sizes = [ctypes.sizeof(Op), Op.beta.offset, ctypes.sizeof(Decode), Decode.scratch_floats.offset]
     return open_compiled(file, _declare, "parvis_decoder_", sizes)
 
 
@@ -47,7 +47,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     lib.parvis_decoder_struct_sizes.argtypes = (pointer,)
     lib.parvis_decoder_instructions.restype = ctypes.c_char_p
-    lib.parvis_decoder_sizes.argtypes = (ctypes.POINTER(Op), integer, integer, integer, integer, pointer)
+    lib.parvis_decoder_sizes.argtypes = (ctypes.POINTER(Op), *[integer] * 6, pointer)
     lib.parvis_decoder_transform.argtypes = (pointer, integer, integer, ctypes.c_int, pointer)
     lib.parvis_decoder_open.restype = pointer
     lib.parvis_decoder_close.argtypes = (pointer,)
@@ -65,8 +65,6 @@ def _opened(file: Path | None) -> ctypes.CDLL | KernelError:
 
 def why_not(bundle: Bundle) -> str | None:
     """Why the C decoder cannot decode the tokens of ``bundle`` on this machine, or None where it can."""
-    if bundle.video:
-        return VIDEO
     lib = _opened(decoder_file())
     if isinstance(lib, KernelError):
         return str(lib)
@@ -90,7 +88,10 @@ def open_decoder(files: LoadedFiles, threads: int | None = None) -> Decoder:
 
 
 class NativeDecoder:
-    """The decoder in C. Several threads may use it; one at a time decodes. A forked process may go on with its copy."""
+    """The decoder in C, of images or clips. Several threads may use it; one at a time decodes.
+
+    A forked process may go on with its copy.
+    """
 
     def __init__(self, files: LoadedFiles, threads: int | None = None) -> None:
         """``threads`` of the CPU, default all cores. Raises BundleError where :func:`why_not` has a reason."""
@@ -122,17 +123,28 @@ class NativeDecoder:
             self._load()
         assert self._operations is not None
         assert bundle.image_size is not None
-        if self._buffers is None or self._buffers.images < len(tokens):
+        size = bundle.frame_tokens  # of clips, tokens may be those of the first latent frames
+        clips, latent = len(tokens), tokens.shape[1] // size
+        pixels = bundle.image_size[0] * bundle.image_size[1]
+        at_once = most_latent(bundle.latent_frames, pixels, bundle.time_downsampling, clips)
+        if self._buffers is None or self._buffers.images < clips or self._buffers.latent < min(at_once, latent):
             self._buffers = None  # the old ones are freed first, so that both are never held at once
-            self._buffers = Buffers(self._lib, self._operations, len(tokens), self._threads)
-        raster = np.empty((len(tokens), bundle.n_tokens), np.int64)
-        raster[:, bundle.order] = tokens
-        images = np.empty((len(tokens), *bundle.image_size, 3), np.uint8)
-        call = self._buffers.call
-        call.images, call.tokens, call.pixels = len(tokens), raster.ctypes.data, images.ctypes.data
-        if self._lib.parvis_decode(self._pool, ctypes.byref(call)):
-            raise MemoryError(f"{self._threads} threads: no memory for a call of the decoder")
-        return images
+            self._buffers = Buffers(self._lib, self._operations, clips, self._threads, at_once)
+        raster = np.empty(tokens.shape, np.int64)
+        raster[:, bundle.order[: tokens.shape[1]]] = tokens
+        frames = np.empty((clips, bundle.frames_of(latent), *bundle.image_size, 3), np.uint8)
+        for start in range(0, latent, at_once):
+            end = min(start + at_once, latent)
+            of_call = np.ascontiguousarray(raster[:, start * size : end * size])
+            shown = slice(bundle.frames_of(start), bundle.frames_of(end))
+            made = np.empty_like(frames[:, shown])
+            call = self._buffers.call
+            call.images, call.tokens, call.pixels = clips, of_call.ctypes.data, made.ctypes.data
+            call.latent, call.first, call.more = end - start, start == 0, end < latent
+            if self._lib.parvis_decode(self._pool, ctypes.byref(call)):
+                raise MemoryError(f"{self._threads} threads: no memory for a call of the decoder")
+            frames[:, shown] = made
+        return frames if bundle.video else frames[:, 0]
 
     def _load(self) -> None:
         """Read the weights, and start the threads. Raises BundleError, MemoryError."""
@@ -146,7 +158,8 @@ class NativeDecoder:
             self._files.read(memoryview(raw), at.offset)
             return to_float32(np.frombuffer(raw, STORAGE[at.dtype]).reshape(at.shape), at.dtype)
 
-        operations = Operations(self._lib, bundle.tokenizer, bundle.grid[1:], read)
+        kind = ClipOperations if bundle.video else Operations
+        operations = kind(self._lib, bundle.tokenizer, bundle.grid[1:], read)
         if self._pool is None:
             self._pool = self._lib.parvis_decoder_open(self._threads)
         if self._pool is None:
