@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,13 +26,16 @@ from par_model.transformer import PAR
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
 from par_runtime import Bundle, BundleError, Pipeline, RequestError
+from par_runtime.backends.ort.decoding import OrtVideoDecoder
 from par_runtime.backends.ort.gpu import OrtCudaBackend
+from par_runtime.backends.ort.sessions import session_options
 from par_runtime.bundle import seal
 from par_runtime.cost.decoder import count_video_decoder
 from par_runtime.errors import CudaError
+from par_runtime.loaded import LoadedFiles
 from par_runtime.system import peak_bytes
 from par_runtime.tokenizer import Tokenizer
-from par_runtime.video_shapes import past_shapes
+from par_runtime.video_shapes import decoder_shapes, past_shapes
 
 
 @pytest.fixture
@@ -90,7 +94,8 @@ class Tokenizer_of(Tokenizer):  # noqa: N801
 @pytest.mark.parametrize("device", ["cpu", "cpu-ort"])
 def test_a_pipeline_generates_clips_and_decodes_their_beginning(bundle: Path, device: str) -> None:
     with Pipeline.load(bundle, device=device, threads=1) as pipeline:
-        assert pipeline.backend.info.decoder.startswith("onnxruntime-cpu")
+        name = "native-cpu" if device == "cpu" else "onnxruntime-cpu"
+        assert pipeline.backend.info.decoder.startswith(name)
         result = pipeline.generate([0, 2], seed=1)
         assert result.images is not None
         assert result.images.shape == (2, 5, 16, 16, 3)
@@ -122,6 +127,8 @@ def test_the_manifest_says_what_the_bundle_makes(bundle: Path) -> None:
     assert (opened.video, opened.frames, opened.latent_frames, opened.frame_tokens) == (True, 5, 3, 64)
     assert [opened.frames_of(latent) for latent in range(4)] == [0, 1, 3, 5]
     manifest = json.loads((bundle / "manifest.json").read_text())
+    weights = manifest["tokenizer"].pop("weights")
+    assert {name: tuple(at[1]) for name, at in weights.items()} == decoder_shapes(manifest["tokenizer"]["config"])
     assert manifest["tokenizer"] == {
         "kind": "video",
         "downsampling": 2,
@@ -256,17 +263,17 @@ def test_the_published_decoder_has_as_many_operations_as_it_needs() -> None:
 
 
 def test_a_graph_that_is_not_the_manifests_is_refused_before_it_runs(bundle: Path, tmp_path: Path) -> None:
-    """The first latent frame's graph in the place of the next ones': it takes no past."""
+    """The first latent frame's graph in the place of the next ones': it takes no past. The C decoder reads no graph."""
     for file in bundle.iterdir():
         (tmp_path / file.name).symlink_to(file)
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["graphs"]["decoder_next"]["file"] = "decoder_first.onnx"
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "manifest.json").write_text(json.dumps(seal(manifest)))
-    with Tokenizer_of(tmp_path) as tokenizer:
-        assert tokenizer.decode(tokens_of(1)[:, :64]).shape == (1, 1, 16, 16, 3)
+    with closing(OrtVideoDecoder(LoadedFiles(Bundle.open(tmp_path)), session_options(1))) as decoder:
+        assert decoder.run(tokens_of(1)[:, :64]).shape == (1, 1, 16, 16, 3)
         with pytest.raises(BundleError, match=r"its input 'past\.0' is none; the manifest's model needs float32"):
-            tokenizer.decode(tokens_of(1))
+            decoder.run(tokens_of(1))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

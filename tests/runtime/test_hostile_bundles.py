@@ -124,6 +124,18 @@ VIDEO_CASES: list[tuple[Change, str]] = [
     (put("tokenizer/config/norm_groups", 0), "norm_groups is 0; expected a whole number from 1"),
     (put("grid", [2**40, 8, 8]), "grid"),
     (put("grid", [1, 8, 24]), "an image tokenizer, because the grid has one frame|order|phases"),
+    (put("tokenizer/weights/codebook/2", 10**12), r"weights.codebook\[2\] is 1000000000000; expected"),
+    (
+        put("tokenizer/weights/codebook/1", [12, 3]),
+        r"weights.codebook\[1\] is \[12, 3\]; expected \[12, 2\], which follows",
+    ),
+    (put("tokenizer/weights/decoder_layers.0.conv.bias/0", "int4"), "decoder_layers.0.conv.bias"),
+    (put("tokenizer/weights/decoder_layers.0.conv.bias/2", 0), "overlap"),
+    (drop("tokenizer/weights/decoder_layers.0.conv.bias"), "decoder_layers.0.conv.bias"),
+    (
+        put("tokenizer/weights/x", ["float32", [1], 0, 4]),
+        "tokenizer.weights has 'x', which its decoder does not have|entries",
+    ),
     (drop("graphs/decoder_next"), "has no entry 'decoder_next'|no entry 'graphs.decoder_next'|decoder_next"),
     (drop("tokenizer/frames"), "frames"),
 ]

@@ -25,7 +25,7 @@ from par_runtime.bench.gpu import Gpu
 from par_runtime.bench.machine import Machine, Watch
 from par_runtime.bench.rows import INCOMPLETE, Row, few_repetitions, median, percent_in, quantile, spread
 from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES, OutOfTimeError, Sample, Subject, SubjectInfo
-from par_runtime.cost.decoder import LEAST_OF_WINOGRAD
+from par_runtime.cost.decoder import LEAST_OF_WINOGRAD, LEAST_OF_WINOGRAD_CLIPS
 from par_runtime.cost.work import Work, decoder_work, image_work, phase_work
 from par_runtime.tokenizer import CHUNK_PIXELS
 
@@ -344,7 +344,8 @@ def least_work(info: SubjectInfo, images: int, guided: bool, phase: str) -> list
         height, width = info.image_size
         chunks = -(-images // max(1, CHUNK_PIXELS // (height * width))) if info.device == "cpu" else 1
         if info.decoder.startswith("native-cpu"):
-            operations = int(architecture.decoder_operations * LEAST_OF_WINOGRAD)
+            least = LEAST_OF_WINOGRAD_CLIPS if info.grid[0] > 1 else LEAST_OF_WINOGRAD
+            operations = int(architecture.decoder_operations * least)
             architecture = replace(architecture, decoder_operations=operations)
         decoder = decoder_work(architecture, images, info.weight_bytes, chunks)
     if phase == "decoder":

@@ -13,8 +13,8 @@ from typing import Any
 from par_runtime.video_shapes import FRAMES_BEFORE, decoder_layers, tensor_shapes
 
 #: Multiplications that Winograd's F(4x4,3x3) needs at least, as a share of a convolution's: 36 of 144, and 25 behind an
-#: upsampling. The decoder in C computes so.
-LEAST_OF_WINOGRAD = 25 / 144
+#: upsampling, which the decoder of clips has not. The decoder in C computes so.
+LEAST_OF_WINOGRAD, LEAST_OF_WINOGRAD_CLIPS = 25 / 144, 36 / 144
 
 
 def count_decoder(config: Mapping[str, Any], grid: tuple[int, int, int]) -> tuple[int, int]:

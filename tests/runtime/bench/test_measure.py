@@ -195,6 +195,9 @@ def test_a_decoder_in_winograds_form_may_need_fewer_operations_than_its_convolut
     for decoder, operations in (("onnxruntime-cpu 1.32.0", 144e9), ("native-cpu 0.1.0 (avx512)", 25e9)):
         info = subject_info(decoder=decoder, **sizes)
         assert sum(work.operations for work in least_work(info, 2, True, "decoder")) == 2 * operations
+        clips = replace(info, grid=(5, 8, 8))
+        per_clip = 36e9 if "native" in decoder else operations
+        assert sum(work.operations for work in least_work(clips, 2, True, "decoder")) == 2 * per_clip
         image, calls = (least_work(info, 1, True, phase) for phase in ("image", "group"))
         assert image[-1].operations == operations
         assert least_work(subject_info(), 1, True, "group") == calls
