@@ -50,7 +50,7 @@ def test_the_command_prints_the_report_or_json(tiny_copy: Path, capsys: pytest.C
         ),
         (["--target", "SM80", "--max-images", "0"], "'0': expected a number of images from 1 to 256"),
         (["--target", "SM80", "--precision", "int3"], "invalid choice: 'int3'"),
-        (["--target", "SM80", "--sampling", "exact"], "invalid choice: 'exact'"),
+        (["--target", "SM80", "--sampling", "dynamic"], "invalid choice: 'dynamic'"),
         (["--target", "SM80", "--cache-gb", "inf"], "'inf': expected gigabytes, 0 or more"),
         (["--target", "SM80", "--list", "NONE/x.json"], "--list NONE/x.json: no folder NONE; give a file in one"),
         ([], "required: --target"),

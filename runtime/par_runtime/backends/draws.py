@@ -130,8 +130,8 @@ def _rounding(logits: Float, top_k: int) -> float:
     A backend may add the masses one by one in fp32, by id for the draw and by rank for top-p; what that loses for these
     masses is measured: 1.5e-4 was seen with 64,000 codes.
     """
-    mass = probabilities(logits, kept(logits, top_k, 1.0))
-    lost = 0.0
+    keep, lost = kept(logits, top_k, 1.0), 0.0
+    mass = probabilities(logits, keep) if keep.any() else np.zeros(len(logits))  # none: of logits that are no numbers
     for ordered in (mass, -np.sort(-mass)):
         cdf, one_by_one = np.cumsum(ordered), np.cumsum(ordered, dtype=np.float32)
         lost = max(lost, float(np.abs(one_by_one - cdf).max()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from par_runtime.backends.draws import draw, draw_all, kept, kept_all
+from par_runtime.backends.draws import distance_of, draw, draw_all, kept, kept_all
 
 
 def cases(count: int, vocab: int, ties: bool) -> tuple[np.ndarray, ...]:
@@ -43,3 +43,19 @@ def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
     logits = np.array([[1, 5, 5, 0], [2, 2, 2, 2]], np.float32)
     ones = np.ones(2, np.float32)
     assert draw_all(logits, 0 * ones, ones, np.array([1, 1]), ones).tolist() == [1, 0]
+
+
+def test_logits_that_are_no_numbers_explain_nothing() -> None:
+    nan = np.full(8, np.nan, np.float32)
+    assert distance_of(nan, nan, 3, 0.5, 1.0, 0, 1.0)[0] is None
+
+
+def test_what_a_sum_made_one_by_one_loses_counts_as_rounding() -> None:
+    """One large mass and many that vanish beside it: their sum in fp32 is that of the large one alone."""
+    logits = np.full(64000, np.float32(np.log(2.0**-25)))
+    logits[0] = 0
+    _, allowed = distance_of(logits, logits, 0, 0.5, 1.0, 0, 1.0)
+    lost = 63999 * 2.0**-25
+    assert allowed > lost / (1 + lost) * 0.99
+    even = np.zeros(64, np.float32)
+    assert distance_of(even, even, 0, 0.0, 1.0, 0, 1.0)[1] < 1e-5
