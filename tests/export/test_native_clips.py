@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from planted import decoder_with
 
 from par_export.random_bundle import VariedTensors, write_family
 from par_model.config import PARConfig, VideoTokenizerConfig
@@ -200,16 +201,7 @@ def test_a_tensor_in_the_place_of_another_is_seen(first: str, second: str) -> No
     ],
 )
 def test_a_planted_bug_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, bug: str) -> None:
-    sources = Path(decoding.__file__).parent
-    found = 0
-    for name in ("decoder.c", *(each.name for each in sources.glob("*.h"))):
-        text = (sources / name).read_text()
-        found += text.count(line)
-        (tmp_path / name).write_text(text.replace(line, bug))
-    assert found == 1
-    library = tmp_path / "decoder.so"
-    flags = ("-O1", "-std=gnu11", "-pthread", "-shared", "-fPIC")
-    subprocess.run(["cc", *flags, str(tmp_path / "decoder.c"), "-o", str(library), "-lm"], check=True)
+    library = decoder_with(tmp_path, line, bug)
     monkeypatch.setattr(decoding, "decoder_file", lambda: library)
     bundle = Bundle.open(make(tmp_path / "b", "like the published one"))
     tokens = tokens_of(bundle, 1)

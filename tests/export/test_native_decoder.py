@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from planted import decoder_with
 
 from par_export.random_bundle import VariedTensors, write_family
 from par_model.config import PARConfig, VQConfig
@@ -169,20 +170,11 @@ def test_a_tensor_in_the_place_of_another_is_seen(first: str, second: str) -> No
     ("line", "bug"),
     [
         ("#define VANISHING 2", "#define VANISHING 1"),
-        ("if (tile + i + j == 0) origin", "if (i + j == 0) origin"),
+        ("value, tile + i + j == 0);", "value, i + j == 0);"),
     ],
 )
 def test_a_planted_bug_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, bug: str) -> None:
-    sources = Path(decoding.__file__).parent
-    found = 0
-    for name in ("decoder.c", *(each.name for each in sources.glob("*.h"))):
-        text = (sources / name).read_text()
-        found += text.count(line)
-        (tmp_path / name).write_text(text.replace(line, bug))
-    assert found
-    library = tmp_path / "decoder.so"
-    flags = ("-O1", "-std=gnu11", "-pthread", "-shared", "-fPIC")
-    subprocess.run(["cc", *flags, str(tmp_path / "decoder.c"), "-o", str(library), "-lm"], check=True)
+    library = decoder_with(tmp_path, line, bug)
     monkeypatch.setattr(decoding, "decoder_file", lambda: library)
     assert compare(DEMO, 1) > ONE_LEVEL
 

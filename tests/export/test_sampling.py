@@ -6,11 +6,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from sampling_tails import session
 from scipy import stats
 
-from par_export.gate.runner import runnable_opset
-from par_export.graphs.sampling import SamplingVariant, sample
-from par_export.graphs.writer import Graph
+from par_export.graphs.sampling import SamplingVariant
 from par_model.generation import sample as oracle
 from par_runtime.backends.tails import TOPK_LIMIT
 
@@ -20,16 +19,7 @@ _sessions: dict[tuple[int, str], ort.InferenceSession] = {}
 
 def tail(vocab: int, variant: SamplingVariant) -> ort.InferenceSession:
     if (vocab, variant) not in _sessions:
-        g = Graph("tail", None, runnable_opset())
-        logits = g.input("logits", "float32", ["B", "q", vocab])
-        g.input("uniform", "float32", ["B", "q"])
-        for name, dtype in (("temperature", "float32"), ("top_k", "int64"), ("top_p", "float32")):
-            g.input(name, dtype, ["B"])
-        g.op("Identity", sample(g, logits, vocab, variant), name="tokens")
-        g.output("tokens", "int64", ["B", "q"])
-        _sessions[vocab, variant] = ort.InferenceSession(
-            g.model().SerializeToString(), providers=["CPUExecutionProvider"]
-        )
+        _sessions[vocab, variant] = session(vocab, variant)
     return _sessions[vocab, variant]
 
 

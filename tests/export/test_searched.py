@@ -12,31 +12,18 @@ import pytest
 import top_k_8000
 import torch
 from engine_cases import SMALL, random_case
+from sampling_tails import session as tail
 
-from par_export.gate.runner import runnable_opset
 from par_export.graphs import sampling
-from par_export.graphs.sampling import SamplingVariant, sample
+from par_export.graphs.sampling import SamplingVariant
 from par_export.graphs.searched import Split, largest_codebook
-from par_export.graphs.writer import COMPATIBLE_OPSET, Graph
+from par_export.graphs.writer import COMPATIBLE_OPSET
 from par_model.generation import sample as oracle
 from par_runtime.backends.draws import distance_of, draw_all
 from par_runtime.backends.tails import TAILS, TOPK_LIMIT
 from par_runtime.backends.trt import module as trt_module
 
 VOCAB = top_k_8000.VOCAB
-
-
-def tail(vocab: int, variant: SamplingVariant = "exact", opset: int | None = None) -> ort.InferenceSession:
-    g = Graph("tail", None, opset or runnable_opset())
-    logits = g.input("logits", "float32", ["B", "q", vocab])
-    g.input("uniform", "float32", ["B", "q"])
-    for name, dtype in (("temperature", "float32"), ("top_k", "int64"), ("top_p", "float32")):
-        g.input(name, dtype, ["B"])
-    g.op("Identity", sample(g, logits, vocab, variant), name="tokens")
-    g.output("tokens", "int64", ["B", "q"])
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(g.model().SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def drawn(
@@ -81,7 +68,7 @@ def hardest(vocab: int) -> int:
 def test_the_search_where_it_is_hardest(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorts as short as they can be, and logits that tie, are all equal, differ in the last bit, or are sorted."""
     monkeypatch.setattr(sampling, "TOPK_LIMIT", hardest(vocab))
-    session = tail(vocab)
+    session = tail(vocab, "exact")
     random = np.random.default_rng(vocab)
     numbers = np.arange(vocab)
     some_inf = np.where(random.random((1, 30, vocab)) < 0.7, -np.inf, random.normal(size=(1, 30, vocab)))
@@ -108,7 +95,7 @@ def test_the_search_where_it_is_hardest(vocab: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_search_at_64000_codes() -> None:
-    session = tail(VOCAB)
+    session = tail(VOCAB, "exact")
     random = np.random.default_rng(1)
     cases = {
         "normal": random.normal(size=(1, 4, VOCAB)) * 2,
@@ -137,7 +124,7 @@ def test_a_codebook_can_be_too_large_to_search() -> None:
     with pytest.raises(
         ValueError, match=r"300000 codes are too many for --sampling exact .at most about 237000.; give"
     ):
-        tail(300_000)
+        tail(300_000, "exact")
 
 
 @pytest.mark.parametrize("who", ["oracle", "numpy", "dynamic", "dynamic, compatible", "exact"])

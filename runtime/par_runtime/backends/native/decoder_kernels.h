@@ -241,6 +241,26 @@ TARGET static void NAME(transform_input)(const Op *op, const float *map, const f
     }
 }
 
+/* What the next group norm needs of the numbers of a channel: the first, and the sums of the distances of all from it and
+   of the squares of these. */
+typedef struct {
+    vec origin, sum, squares;
+} NAME(Sums);
+
+TARGET static inline __attribute__((always_inline)) void NAME(add_up)(NAME(Sums) * of, vec value, int first) {
+    if (first) of->origin = value;
+    value -= of->origin;
+    of->sum += value;
+    of->squares = vec_fma(value, value, of->squares);
+}
+
+TARGET static inline __attribute__((always_inline)) void NAME(keep_sums)(const NAME(Sums) * of, float *sums,
+                                                                          long channels) {
+    vec_store(sums, of->origin);
+    vec_store(sums + channels, of->sum);
+    vec_store(sums + 2 * channels, of->squares);
+}
+
 /* The products c [points][TILES*PANEL + LANES] of tiles `first` to `first + count` of an image, through A^T c A, plus
    the bias, into the channels of one panel of `map`. `sums` [3][out_channels] gets, for each channel, what the next group
    norm needs: its first number, and the sums over all of their distances from it and of the squares of these. */
@@ -249,7 +269,8 @@ TARGET static void NAME(transform_output)(const Op *op, const float *c, long fir
     int upsample = op->kind == UPSAMPLE;
     long height = op->height, width = op->width, across = (width + 3) / 4, stride = TILES * PANEL + LANES;
     for (long lane = panel * PANEL; lane < (panel + 1) * PANEL && lane < op->out_channels; lane += VEC_FLOATS) {
-        vec bias = vec_load(op->bias + lane), sum = vec_set1(0.0f), squares = sum, origin = sum;
+        vec bias = vec_load(op->bias + lane);
+        NAME(Sums) of = {vec_set1(0.0f), vec_set1(0.0f), vec_set1(0.0f)};
         float *to = map + lane / LANES * height * width * LANES + lane % LANES;
         for (long tile = 0; tile < count; tile++) {
             long row = (first + tile) / across * 4, column = (first + tile) % across * 4;
@@ -275,15 +296,10 @@ TARGET static void NAME(transform_output)(const Op *op, const float *c, long fir
                     vec value = y[i][j] + bias;
                     if (op->accumulate) value += vec_load(at);
                     vec_store(at, value);
-                    if (tile + i + j == 0) origin = value;
-                    value -= origin;
-                    sum += value;
-                    squares = vec_fma(value, value, squares);
+                    NAME(add_up)(&of, value, tile + i + j == 0);
                 }
         }
-        vec_store(sums + lane, origin);
-        vec_store(sums + op->out_channels + lane, sum);
-        vec_store(sums + 2 * op->out_channels + lane, squares);
+        NAME(keep_sums)(&of, sums + lane, op->out_channels);
     }
 }
 
@@ -312,20 +328,16 @@ TARGET static void NAME(scatter_pixels)(const Op *op, const float *c, long first
                                         float *sums) {
     long pixels = op->height * op->width;
     for (long lane = panel * PANEL; lane < (panel + 1) * PANEL && lane < op->out_channels; lane += VEC_FLOATS) {
-        vec bias = vec_load(op->bias + lane), sum = vec_set1(0.0f), squares = sum, origin = sum;
+        vec bias = vec_load(op->bias + lane);
+        NAME(Sums) of = {vec_set1(0.0f), vec_set1(0.0f), vec_set1(0.0f)};
         float *to = map + (lane / LANES * pixels + first) * LANES + lane % LANES;
         for (long i = 0; i < count; i++) {
             vec value = vec_load(c + i * PANEL + lane - panel * PANEL) + bias;
             if (op->accumulate) value += vec_load(to + i * LANES);
             vec_store(to + i * LANES, value);
-            if (i == 0) origin = value;
-            value -= origin;
-            sum += value;
-            squares = vec_fma(value, value, squares);
+            NAME(add_up)(&of, value, i == 0);
         }
-        vec_store(sums + lane, origin);
-        vec_store(sums + op->out_channels + lane, sum);
-        vec_store(sums + 2 * op->out_channels + lane, squares);
+        NAME(keep_sums)(&of, sums + lane, op->out_channels);
     }
 }
 
@@ -336,7 +348,7 @@ TARGET static void NAME(to_space)(const Op *op, const float *from, long t, long 
                                   float *sums) {
     long pixels = op->height * op->width, width = op->width / op->stride_x, height = op->height / op->stride_y;
     for (long lane = 0; lane < op->out_channels; lane += VEC_FLOATS) {
-        vec sum = vec_set1(0.0f), squares = sum, origin = sum;
+        NAME(Sums) of = {vec_set1(0.0f), vec_set1(0.0f), vec_set1(0.0f)};
         float *to = map + lane / LANES * pixels * LANES + lane % LANES;
         for (long i = first; i < first + count; i++) {
             long y = i / op->width, x = i % op->width;
@@ -344,14 +356,9 @@ TARGET static void NAME(to_space)(const Op *op, const float *from, long t, long 
             long channel = part * op->out_channels + lane, pixel = y / op->stride_y * width + x / op->stride_x;
             vec value = vec_load(from + (channel / LANES * height * width + pixel) * LANES + channel % LANES);
             vec_store(to + i * LANES, value);
-            if (i == first) origin = value;
-            value -= origin;
-            sum += value;
-            squares = vec_fma(value, value, squares);
+            NAME(add_up)(&of, value, i == first);
         }
-        vec_store(sums + lane, origin);
-        vec_store(sums + op->out_channels + lane, sum);
-        vec_store(sums + 2 * op->out_channels + lane, squares);
+        NAME(keep_sums)(&of, sums + lane, op->out_channels);
     }
 }
 

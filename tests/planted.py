@@ -1,0 +1,23 @@
+"""A C library with one line of its sources changed, to see that a comparison notices."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from par_runtime.backends.native import decoding
+
+
+def decoder_with(folder: Path, line: str, bug: str) -> Path:
+    """The decoder in C, compiled into ``folder`` with ``bug`` in the place of ``line``, which its sources must have."""
+    sources = Path(decoding.__file__).parent
+    found = 0
+    for name in ("decoder.c", *(each.name for each in sources.glob("*.h"))):
+        text = (sources / name).read_text()
+        found += text.count(line)
+        (folder / name).write_text(text.replace(line, bug))
+    assert found
+    library = folder / "decoder.so"
+    flags = ("-O1", "-std=gnu11", "-pthread", "-shared", "-fPIC")
+    subprocess.run(["cc", *flags, str(folder / "decoder.c"), "-o", str(library), "-lm"], check=True)
+    return library
