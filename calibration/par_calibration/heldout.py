@@ -122,7 +122,7 @@ def read(bundle: Bundle, path: Path, source: str) -> HeldOut:
         if tokens.shape[1:] != grid:
             codes, what = "x".join(map(str, grid)), "clips" if bundle.video else "images"
             raise _unusable(path, f"its codes have shape {tokens.shape}; this bundle's {what} have {codes} codes")
-        tokens = tokens.reshape(len(tokens), -1)[:, list(bundle.order)]
+        tokens = tokens.reshape(len(tokens), bundle.n_tokens)[:, list(bundle.order)]
     if tokens.ndim != 2 or tokens.shape[1] != bundle.n_tokens or not 1 <= len(tokens) <= MOST_IMAGES:
         raise _unusable(
             path, f"its tokens have shape {tokens.shape}; expected [M,{bundle.n_tokens}] with M of 1 or more"

@@ -57,8 +57,12 @@ class Sizes:
 
     @property
     def name(self) -> str | None:
-        """The name of the named size with this width and depth; None where there is none."""
-        return next((name for name, size in SIZES.items() if size[:2] == (self.dim, self.n_layers)), None)
+        """The name of the named size with this width and depth; None where there is none.
+
+        The video model's widths are not published, so only its codes tell that a model is meant to be it.
+        """
+        found = next((name for name, size in SIZES.items() if size[:2] == (self.dim, self.n_layers)), None)
+        return None if found == "video" and self.vocab_size != VIDEO_CODES else found
 
 
 @dataclass
@@ -96,7 +100,10 @@ def heads(known: Evidence, given: int | None) -> Fact | None:
     if count := whole(known.beside.get("n_head")):
         weaker.append(Fact(count, "config.json beside the file"))
     fact = _settled(known, "heads", given, _heads_of_file, weaker, str, "--heads")
-    return Fact(SIZES[sizes.name][2], f"size {sizes.name}") if fact is None and sizes.name else fact
+    if fact is None and sizes.name:
+        ours = ", assumed: its widths are not published" if sizes.name == "video" else ""
+        return Fact(SIZES[sizes.name][2], f"size {sizes.name}{ours}")
+    return fact
 
 
 def grid(known: Evidence, given: Grid | None) -> Fact | None:
@@ -104,8 +111,7 @@ def grid(known: Evidence, given: Grid | None) -> Fact | None:
     weaker = [*_grid_beside(known), *_grid_of_name(known)]
     fact = _settled(known, "grid", given, _grid_of_file, weaker, grid_text, "--grid")
     if fact is None and known.sizes.name == "video":
-        published = known.sizes.vocab_size == VIDEO_CODES
-        return Fact(VIDEO_GRID, "assumed: 17 frames of 128x128, as published") if published else None
+        return Fact(VIDEO_GRID, "assumed: 17 frames of 128x128, as published")
     # "tiny" is ours and comes in any grid; the published sizes are all 384 px models, of the published tokenizer.
     if fact is None and known.sizes.name not in (None, "tiny") and known.pixels_per_token == DOWNSAMPLING:
         return Fact(PUBLISHED_GRID, f"assumed: {PUBLISHED_PIXELS} px; --grid 16 for 256 px")

@@ -1,7 +1,8 @@
 """The part of the manifest's schema that is about a video tokenizer; ``manifest.check`` says what a schema is for.
 
 {"kind": "video", "downsampling": 8, "time_downsampling": 4, "frames": 17, "image_size": [128, 128],
- "codebook_size": 64000, "config": {levels, widths, strides, res_blocks, last_blocks, norm_groups}}
+ "codebook_size": 64000, "config": {levels, widths, strides, res_blocks, last_blocks, norm_groups},
+ "weights": where the decoder's tensors lie, by name}
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from par_runtime.arguments import as_index, given, plain, truth
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown, shown_path
 from par_runtime.clips import animated, files
-from par_runtime.clips.formats import DEFAULT_FPS, check_clips, check_fps, format_of
+from par_runtime.clips.formats import DEFAULT_FPS, FORMATS, check_clips, check_fps, format_of
 from par_runtime.dtypes import Int, same_value
 from par_runtime.errors import RequestError
 from par_runtime.images import png
@@ -142,12 +142,14 @@ class Result:
     ) -> bytes:
         """The bytes of the file that :meth:`save` writes, for instance for the answer of a server.
 
-        ``kind``: ".png"; of clips ".gif" (default), ".webp", ".apng" or ".mp4". The others are those of :meth:`save`.
+        ``kind``: ".png"; of clips ".gif" (default), ".webp", ".apng" (or ".png") or ".mp4". The others are those of
+        :meth:`save`.
         Raises RequestError.
         """
         kind = (".gif" if self.bundle.video else ".png") if kind is None else kind
-        if not isinstance(kind, str) or not kind.startswith("."):
-            raise RequestError(f"kind {given(kind)}: expected the ending of a file's name, as '.png' or '.gif'")
+        kinds = tuple(FORMATS) if self.bundle.video else (".png",)
+        if not isinstance(kind, str) or kind.lower() not in kinds:
+            raise RequestError(f"kind {given(kind)}: expected {' or '.join(kinds)}, the ending of a file's name")
         return self._content(Path(f"x{kind}"), columns, indices, False, scale, fps, write=False)
 
     def _content(

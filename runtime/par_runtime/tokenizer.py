@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from par_runtime.backends.ort.sessions import LazySession
 
 #: The most pixels per call of encoder and decoder, which bounds their memory: 32 images of 64x64, 2 of 256x256. One
-#: image is always taken, for instance of 384x384. Of clips the decoder takes one latent frame after another.
+#: image is always taken, for instance of 384x384. Of clips a decoder takes some latent frames at a time, as its own
+#: memory allows; here one is counted.
 CHUNK_PIXELS = 2**17
 
 
@@ -146,31 +147,38 @@ class Tokenizer:
             raise RequestError(f"{self.bundle.path}: the tokenizer was closed; load it again")
 
 
-def _clips(bundle: Bundle, clips: object) -> NDArray[np.uint8]:
-    """``clips``, a path or uint8 [T,H,W,3] or [B,T,H,W,3], as the latter in the bundle's size. Raises RequestError."""
-    shape, size = image_shape(bundle), pixels(bundle)
+def _clips(bundle: Bundle, clips: object) -> list[NDArray[np.uint8]]:
+    """``clips``, a path or uint8 [T,H,W,3] or [B,T,H,W,3], as frames [T',H',W',3] of each. Raises RequestError."""
     if isinstance(clips, (str, os.PathLike)):
-        read = files.read_any(Path(clips), bundle.frames)
-        of_parvis = read.clips(size)
-        return read.frames[None] if of_parvis is None else of_parvis
+        return read_clips(bundle, Path(clips))
     given = array("clips", clips)  # type: ignore[arg-type]
     if given.dtype != np.uint8 or given.ndim not in (4, 5) or given.shape[-1] != 3:
-        one = ",".join(map(str, shape))
+        one = ",".join(map(str, image_shape(bundle)))
         raise RequestError(
             f"clips have shape {given.shape} and type {given.dtype}; expected a path, uint8 [{one}] or [B,{one}]"
         )
-    return given.reshape(-1, *given.shape[-4:])
+    return list(given.reshape(-1, *given.shape[-4:]))
 
 
-def fitted_clip(bundle: Bundle, frames: NDArray[np.uint8], fit: Fit) -> NDArray[np.uint8]:
+def read_clips(bundle: Bundle, path: Path) -> list[NDArray[np.uint8]]:
+    """The frames [T',H',W',3] of each clip in the file at ``path``: of a sheet of parvis of the bundle's size all, of
+    any other file one. Raises RequestError, OSError.
+    """
+    file = files.read_any(path, bundle.frames)
+    sheet = file.clips(pixels(bundle))
+    return [file.frames] if sheet is None else list(sheet)
+
+
+def fitted_clip(bundle: Bundle, frames: NDArray[np.uint8], fit: Fit, name: str = "") -> NDArray[np.uint8]:
     """``frames`` [T',H',W',3] as a clip [T,H,W,3] of the bundle: its first frames, each fitted as an image is.
 
-    Raises RequestError where there are too few.
+    Raises RequestError where there are too few; ``name`` begins its text.
     """
     size = pixels(bundle)
     if len(frames) < bundle.frames:
         one = ",".join(map(str, image_shape(bundle)))
-        raise RequestError(f"a clip of {len(frames)} frames; expected uint8 [{one}], or more frames than these")
+        where = f"{name}: " if name else ""
+        raise RequestError(f"{where}a clip of {len(frames)} frames; expected uint8 [{one}], or more frames than these")
     frames = frames[: bundle.frames]
     if frames.shape[1:3] == size:
         return frames

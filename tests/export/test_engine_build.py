@@ -76,7 +76,9 @@ def test_a_plan_has_the_tail_of_the_bundle(tiny_copy: Path) -> None:
     folder = build(BuildRequest(tiny_copy, "SM80", images=(1,)), lambda _: None)
     assert Engine.open(folder, Bundle.open(tiny_copy)).sampling == "exact"
     folder = build(BuildRequest(tiny_copy, "SM80", images=(1,), sampling="topk"), lambda _: None)
-    assert Engine.open(folder, Bundle.open(tiny_copy)).sampling == "topk"
+    again = Engine.open(folder, Bundle.open(tiny_copy))
+    assert again.sampling == "topk"
+    assert again.rebuild.endswith(" --max-images 1 --sampling topk")
     with pytest.raises(BuildError, match="sampling 'sorted'; plans are built with one of plain, topk, exact"):
         build(BuildRequest(tiny_copy, "SM80", sampling="sorted"), lambda _: None)  # type: ignore[arg-type]
 

@@ -87,7 +87,7 @@ def test_every_form_of_tokenizer(tmp_path: Path, form: str, count: int, monkeypa
         begun = ours(bundle, tokens[:, : latent * bundle.frame_tokens])
         np.testing.assert_array_equal(begun, got[:, : bundle.frames_of(latent)])
     for at_once in (1, 2):  # in calls of one or two latent frames: the same bits
-        monkeypatch.setattr(clips, "MOST_PIXELS", at_once * count * bundle.time_downsampling * got[0, 0, :, :, 0].size)
+        monkeypatch.setattr(clips, "CALL_PIXELS", at_once * count * bundle.time_downsampling * got[0, 0, :, :, 0].size)
         np.testing.assert_array_equal(ours(bundle, tokens), got)
 
 
@@ -98,7 +98,7 @@ def test_stored_in_half_precision(tmp_path: Path, precision: str) -> None:
     assert np.abs(graphs(bundle, tokens).astype(int) - ours(bundle, tokens)).max() <= ONE_LEVEL
 
 
-def test_any_number_of_threads_and_any_batch() -> None:
+def test_any_number_of_threads_and_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(ROOT / "models/fashion")
     tokens = tokens_of(bundle, 5)
     wanted = ours(bundle, tokens, 1)
@@ -109,6 +109,11 @@ def test_any_number_of_threads_and_any_batch() -> None:
     for part in (slice(3, 4), slice(0, 5), slice(1, 3)):  # buffers grow and stay
         np.testing.assert_array_equal(decoder.run(tokens[part]), wanted[part])
         np.testing.assert_array_equal(decoder.run(tokens[part, :128]), wanted[part, :5])
+    with monkeypatch.context() as patch:  # what fits into the buffers that there are allocates none
+        patch.setattr(decoding, "Buffers", lambda *_: pytest.fail("the buffers were made again"))
+        for count, latent in ((1, 5), (5, 5), (2, 1), (4, 3)):
+            given = tokens[:count, : 64 * latent]
+            np.testing.assert_array_equal(decoder.run(given), wanted[:count, : bundle.frames_of(latent)])
     decoder.close()
     with pytest.raises(RequestError, match="was closed"):
         decoder.run(tokens)
@@ -164,7 +169,7 @@ def test_memory_that_holds_no_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(np, "empty", no_numbers)
     np.testing.assert_array_equal(ours(bundle, tokens), wanted)
-    monkeypatch.setattr(clips, "MOST_PIXELS", 1)
+    monkeypatch.setattr(clips, "CALL_PIXELS", 1)
     np.testing.assert_array_equal(ours(bundle, tokens), wanted)
 
 
@@ -205,7 +210,7 @@ def test_a_planted_bug_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(decoding, "decoder_file", lambda: library)
     bundle = Bundle.open(make(tmp_path / "b", "like the published one"))
     tokens = tokens_of(bundle, 1)
-    monkeypatch.setattr(clips, "MOST_PIXELS", 1)
+    monkeypatch.setattr(clips, "CALL_PIXELS", 1)
     assert np.abs(graphs(bundle, tokens).astype(int) - ours(bundle, tokens)).max() > ONE_LEVEL
 
 

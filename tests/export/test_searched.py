@@ -119,11 +119,13 @@ def test_every_sort_of_a_split_is_one_that_tensorrt_has(vocab: int) -> None:
 
 
 def test_a_codebook_can_be_too_large_to_search() -> None:
-    assert Split.of(300_000, TOPK_LIMIT) is None
-    assert 200_000 < largest_codebook(TOPK_LIMIT) < 300_000
-    with pytest.raises(
-        ValueError, match=r"300000 codes are too many for --sampling exact .at most about 237000.; give"
-    ):
+    largest = largest_codebook(TOPK_LIMIT)
+    assert largest == 226_560
+    assert [Split.of(vocab, TOPK_LIMIT) is None for vocab in (largest, largest + 1, 300_000)] == [False, True, True]
+    for limit in (16, 72, 100, 126):
+        largest = largest_codebook(limit)
+        assert [Split.of(vocab, limit) is None for vocab in (largest, largest + 1)] == [False, True]
+    with pytest.raises(ValueError, match=r"300000 codes are too many for --sampling exact .at most 226560.; give"):
         tail(300_000, "exact")
 
 

@@ -25,7 +25,7 @@ from par_model.transformer import PAR
 from par_runtime import Pipeline
 from par_runtime.bench.suites.paper import PUBLISHED, VIDEO, architecture_of
 from par_runtime.cli import edit, generate, reconstruct, redo
-from par_runtime.clips.files import read_any, write_frames
+from par_runtime.clips.files import content, read_any, write_frames
 from par_runtime.cost.architecture import phases_of
 from par_runtime.errors import RequestError
 from par_runtime.images.recipe import Recipe
@@ -204,7 +204,9 @@ def test_the_bytes_of_a_clip(tiny: Path, tmp_path: Path) -> None:
         made.save(tmp_path / f"a{kind}", fps=5, scale=2)
         assert made.to_bytes(kind, fps=5, scale=2) == (tmp_path / f"a{kind}").read_bytes()
     assert made.to_bytes() == made.to_bytes(".gif")
-    with pytest.raises(RequestError, match=r"expected a name of a clip, which ends in \.gif"):
+    with pytest.raises(
+        RequestError, match=r"kind '.jpg': expected \.gif or \.webp or \.apng or \.png or \.mp4, the ending"
+    ):
         made.to_bytes(".jpg")
 
 
@@ -242,6 +244,18 @@ def test_a_clip_through_the_tokenizer_and_back(tiny: Path, tmp_path: Path, capsy
     assert shown.shape == (5, 32, 64, 3)  # three clips of 16x32 in two columns
     np.testing.assert_array_equal(shown[:, :16, :16], made.images[0])
     np.testing.assert_array_equal(shown[:, :16, 16:32], again[0])
+    longer = tmp_path / "longer.webp"  # clips of another bundle's length: each by itself, its first frames
+    recipe = read_any(sheet, 5).recipe
+    assert recipe is not None
+    more = np.concatenate([made.images, made.images[:, ::-1]], axis=1)
+    longer.write_bytes(content(longer, recipe, more))
+    assert reconstruct.main([str(longer), "--bundle", str(tiny), "--out", str(out), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert [one["image"] for one in row["images"]] == [f"{longer} (0)", f"{longer} (1)"]
+    assert row["images"][1]["psnr_db"] == pytest.approx(psnr_db(made.images[1], again[1]))
+    longer.write_bytes(content(longer, recipe, made.images[:, :3]))
+    assert reconstruct.main([str(longer), "--bundle", str(tiny), "--out", str(out)]) == 2
+    assert "longer.webp: a clip of 3 frames; expected" in capsys.readouterr().err
     assert reconstruct.main([str(sheet), "--bundle", str(tiny), "--out", str(out)]) == 0
     assert f"{sheet} (0): 5 frames of 16x16 pixels in 192 tokens, " in capsys.readouterr().out
 
@@ -269,6 +283,9 @@ def test_a_video_bundle_is_calibrated(tmp_path: Path, capsys: pytest.CaptureFixt
     np.testing.assert_array_equal(read(pipeline.bundle, codes, "codes").tokens, wanted)
     np.savez(codes, codes=raster.reshape(-1, 24, 8).astype(np.uint16), labels=np.array(made.labels, np.uint8))
     with pytest.raises(CalibrationError, match=r"shape \(4, 24, 8\); this bundle's clips have 3x8x8 codes"):
+        read(pipeline.bundle, codes, "codes")
+    np.savez(codes, codes=np.zeros((0, 3, 8, 8), np.uint16), labels=np.zeros(0, np.uint8))
+    with pytest.raises(CalibrationError, match=r"expected \[M,192\] with M of 1 or more"):
         read(pipeline.bundle, codes, "codes")
     with pytest.raises(CalibrationError, match=r"two.webp: holds 2 clips; give a file for each \(--out-dir\)"):
         find(pipeline.bundle, tmp_path / "both", 10)

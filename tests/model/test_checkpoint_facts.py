@@ -58,9 +58,9 @@ def test_the_papers_video_model_needs_no_options(n: int) -> None:
     inferred = infer(of(wanted))
     assert inferred.config == wanted
     assert (wanted.grid, wanted.n_heads) == ((5, 16, 16), 24)
-    assert inferred.heads_from == "size video"
+    assert inferred.heads_from == "size video, assumed: its widths are not published"
     assert inferred.grid_from == "assumed: 17 frames of 128x128, as published"
-    with pytest.raises(CheckpointError, match="the token grid cannot be read from shapes; give --grid"):
+    with pytest.raises(CheckpointError, match="cannot be read from shapes; give --heads, and --grid"):
         infer(of(replace(wanted, vocab_size=16384)))  # not the published codes
 
 

@@ -105,9 +105,10 @@ def test_the_bytes_of_a_file(three: Result, tmp_path: Path) -> None:
     assert three.to_bytes(columns=2, indices=[0, 2], scale=3) == (tmp_path / "a.png").read_bytes()
     assert three[1].to_bytes(".png") == three.to_bytes(indices=1)
     for kind, message in (
-        ("png", "kind 'png': expected the ending of a file's name, as '.png' or '.gif'"),
-        (7, "kind 7: expected the ending"),
-        (".gif", "x.gif: expected a name that ends in .png"),
+        ("png", "kind 'png': expected .png, the ending of a file's name"),
+        (7, "kind 7: expected .png"),
+        (".gif", "kind '.gif': expected .png"),
+        (".a/b.png", "kind '.a/b.png': expected .png"),
     ):
         with pytest.raises(RequestError, match=message):
             three.to_bytes(kind)  # type: ignore[arg-type]

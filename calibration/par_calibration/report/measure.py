@@ -213,7 +213,7 @@ class _Measuring:
             for tokens in (sets.first, sets.second, sets.candidate):
                 images = pipeline.decode(tokens)
                 found.append(features.of(images))
-                shown.append(images[:show])
+                shown.append(images[:show].copy())  # a view would keep all of them
         first, second, candidate = found
         mean, p95 = floor(first, second, labels, self.options.seed)
         frechet = Frechet(

@@ -18,7 +18,7 @@ MODES = ("shared", "per-phase")
 @dataclass(frozen=True)
 class BuildRequest:
     """What to build. None is the bundle's own setting, or that of :meth:`Form.of` for the query length;
-    of ``sampling``, :func:`tail_of`."""
+    of ``sampling``, ``engines.build.tail_of``."""
 
     bundle: Path
     target: str  #: "SM80" and the like, or "local"

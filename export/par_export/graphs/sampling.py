@@ -132,7 +132,7 @@ def why_not_searched(tail: str, vocab: int) -> str | None:
     if tail != "exact" or vocab <= TOPK_LIMIT or Split.of(vocab, TOPK_LIMIT) is not None:
         return None
     return (
-        f"{vocab} codes are too many for --sampling exact (at most about {largest_codebook(TOPK_LIMIT)}); give "
+        f"{vocab} codes are too many for --sampling exact (at most {largest_codebook(TOPK_LIMIT)}); give "
         f"--sampling topk, which draws top-k up to {TOPK_LIMIT}"
     )
 

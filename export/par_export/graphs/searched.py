@@ -21,7 +21,6 @@ Letters: B images, q positions, V codes, P parts of L codes, b codes of a block,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,5 +193,6 @@ class _Search:
 
 
 def largest_codebook(limit: int) -> int:
-    """About the largest codebook that can be searched with ``TopK`` of ``limit`` entries, for messages."""
-    return math.floor(limit**1.5) // 1000 * 1000
+    """The largest codebook that :meth:`Split.of` cuts for ``TopK`` of ``limit`` entries."""
+    blocks = (2**i for i in range(limit.bit_length()))
+    return max(min((limit // block - 1) * (limit // block * block), limit * block) for block in blocks)

@@ -20,6 +20,7 @@ import numpy as np
 from par_runtime.backends.base import IMAGE_INPUTS, tensors
 from par_runtime.backends.commands import command_by_name, command_for
 from par_runtime.backends.program import CONSTANTS, Kernels, Launch, Pointer, Program, from_json
+from par_runtime.backends.tails import TAILS
 from par_runtime.bundle import WEIGHTS, Bundle, FileCheck, canonical_hash, file_fault
 from par_runtime.checked import UNPRINTABLE, Mismatch, Value, load_json, read_regular, shown
 from par_runtime.dtypes import BYTES, PRECISIONS
@@ -96,6 +97,8 @@ class Engine:
     def rebuild(self) -> str:
         """The command that builds it again."""
         mode = "" if self.mode == "shared" else f" --engines {self.mode}"
+        if self.runtime != KERNELS and self.sampling in TAILS:
+            mode += f" --sampling {self.sampling}"
         again = command_for(self.bundle_path, self.runtime, self.target, self.precision)
         return f"{again} --max-images {self.images[-1]}{mode}"
 

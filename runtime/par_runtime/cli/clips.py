@@ -18,8 +18,7 @@ from par_runtime.cli import options
 from par_runtime.cli.common import Bar, printable
 from par_runtime.cli.inputs import check_recipe, load_pipeline, made_again, quiet_readers
 from par_runtime.cli.outputs import (
-    check_not_input,
-    check_out_name,
+    check_outputs,
     check_sheet,
     check_tokens_name,
     suffix_of,
@@ -35,7 +34,6 @@ from par_runtime.metrics import psnr_db
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import class_index, first_seed, image_seeds
 from par_runtime.result import default_columns
-from par_runtime.system import check_writable
 
 
 def redo(args: argparse.Namespace, bundle: Bundle) -> int:
@@ -59,9 +57,7 @@ def redo(args: argparse.Namespace, bundle: Bundle) -> int:
     if recipe.given == recipe.tokens.size:
         raise RequestError(f"{args.image}: there is nothing to make again: all its tokens were given, none was drawn")
     if args.out is not None:
-        check_out_name(bundle, args.out)
-        check_not_input(args.out, [args.image])
-        check_writable(args.out)
+        check_outputs(bundle, args.out, None, [args.image])
     pipeline, result = made_again(args, bundle, recipe)
     if args.out is not None:
         result.save(args.out, recipe.columns, scale=recipe.scale, fps=recipe.fps)
@@ -93,19 +89,15 @@ def edit(args: argparse.Namespace, bundle: Bundle) -> int:
         raise RequestError("--place, --paste and --mask-from are for images; of a clip give --keep-frames, or a region")
     if args.keep_frames is None and args.keep is None and args.change is None:
         raise RequestError("nothing says what stays; give --keep-frames K, --keep REGION or --change REGION")
-    check_tokens_name(args.tokens)
+    check_tokens_name(args.tokens)  # before a file is read
     frames, tokens, label = _original(args, bundle)
     label = label if args.label is None else class_index(bundle, args.label)
     if label is None:
         raise RequestError(f"{args.image} does not say its class; give one with --label")
     first = first_seed(args.seed)
     out = args.out or Path(f"{args.image.stem}-edit-{first}{suffix_of(bundle)}")
-    check_out_name(bundle, out)
-    check_not_input(out, [args.image])
+    check_outputs(bundle, out, args.tokens, [args.image])
     check_sheet(bundle, out, args.count, default_columns(args.count), args.scale)
-    for path in (out, args.tokens):
-        if path is not None:
-            check_writable(path)
     pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
     keep = pipeline.keep_mask(change=args.change, keep=args.keep, fit=args.fit, keep_frames=args.keep_frames)
     kept = int(keep.sum())

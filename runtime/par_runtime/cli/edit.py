@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     first = first_seed(args.seed)
     out = args.out or Path(f"{args.image.stem}-edit-{first}.png")
     masks = [Path(named) for named in (args.keep, args.change) if named and os.path.exists(named)]
-    check_outputs(out, args.tokens, [args.image, *masks])
+    check_outputs(bundle, out, args.tokens, [args.image, *masks])
     tokens = original.tokens
     if not (args.quiet or args.json):
         _say_what_was_taken(args, original)

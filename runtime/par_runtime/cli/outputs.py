@@ -21,23 +21,26 @@ from par_runtime.result import default_columns
 from par_runtime.system import HALF, check_writable, explain, write_beside
 
 
-def check_outputs(out: Path, tokens: Path | None, inputs: Sequence[Path] = ()) -> None:
-    """Check the names of a PNG and an array of tokens, and that both can be written.
+def check_outputs(
+    bundle: Bundle, out: Path, tokens: Path | None, inputs: Sequence[Path] = (), recipe: bool = True
+) -> None:
+    """Check the names of a file of images or clips and of an array of tokens, and that both can be written.
 
-    ``inputs``: the files that the verb reads, which it must not replace. Raises RequestError, OSError.
+    ``inputs``: the files that the verb reads, which it must not replace. ``recipe``: as of :func:`check_out_name`.
+    Raises RequestError, OSError.
     """
-    if out.suffix.lower() != ".png":
-        raise RequestError(f"--out {out}: expected a name that ends in .png")
+    check_out_name(bundle, out, recipe)
     check_tokens_name(tokens)
-    check_not_input(out, inputs)
-    for path in (out, tokens):
+    for option, path in (("--out", out), ("--tokens", tokens)):
         if path is not None:
+            check_not_input(path, inputs, option)
             check_writable(path)
 
 
-def check_out_name(bundle: Bundle, out: Path | None) -> None:
+def check_out_name(bundle: Bundle, out: Path | None, recipe: bool = True) -> None:
     """Raise RequestError where ``--out`` is given and is no name of what ``bundle`` makes: images or clips.
 
+    ``recipe``: the file holds what makes its images again.
     Also where the writer of such clips is not installed, so that nobody waits for clips that cannot be written.
     """
     if out is None or out.is_dir():  # a folder is named by who writes
@@ -47,9 +50,8 @@ def check_out_name(bundle: Bundle, out: Path | None) -> None:
         if out.suffix.lower() == ".mp4":
             mp4.library()
     elif out.suffix.lower() != ".png":
-        raise RequestError(
-            f"--out {out}: expected a name that ends in .png (what makes an image again is kept in its metadata)"
-        )
+        why = " (what makes an image again is kept in its metadata)" if recipe else ""
+        raise RequestError(f"--out {out}: expected a name that ends in .png{why}")
 
 
 def check_fps(bundle: Bundle, fps: float | None, outs: Sequence[Path | None]) -> None:
@@ -81,11 +83,11 @@ def suffix_of(bundle: Bundle) -> str:
     return ".gif" if bundle.video else ".png"
 
 
-def check_not_input(out: Path, inputs: Sequence[Path]) -> None:
+def check_not_input(out: Path, inputs: Sequence[Path], option: str = "--out") -> None:
     """Raise RequestError where ``out`` is one of the files that the verb reads, by whatever name."""
     for path in inputs:
         if out.exists() and path.exists() and out.samefile(path):
-            raise RequestError(f"--out {out} is the file that is read; give another name, so that it is not lost")
+            raise RequestError(f"{option} {out} is the file that is read; give another name, so that it is not lost")
 
 
 def write_all(files: Sequence[tuple[Path, Callable[[], object]]]) -> list[str]:

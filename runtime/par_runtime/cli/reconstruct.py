@@ -18,23 +18,19 @@ from par_runtime.cli.common import Parser, guarded, printable
 from par_runtime.cli.inputs import quiet_readers
 from par_runtime.cli.outputs import (
     check_fps,
-    check_not_input,
-    check_out_name,
-    check_tokens_name,
+    check_outputs,
     suffix_of,
     write_all,
     write_tokens,
 )
 from par_runtime.clips import files
 from par_runtime.clips.formats import DEFAULT_FPS, check_clips
-from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.images.opening import open_image
 from par_runtime.images.photo import fit_image
 from par_runtime.metrics import finite, psnr_db
 from par_runtime.result import default_columns
-from par_runtime.system import check_writable
-from par_runtime.tokenizer import Tokenizer, fitted_clip
+from par_runtime.tokenizer import Tokenizer, fitted_clip, read_clips
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,13 +44,8 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     tokenizer = Tokenizer(bundle, args.threads)
     out = args.out or Path(f"{args.image[0].stem}-reconstruction{suffix_of(bundle)}")
+    check_outputs(bundle, out, args.tokens, args.image, recipe=False)
     check_fps(bundle, args.fps, [out])
-    check_out_name(bundle, out)
-    check_tokens_name(args.tokens)
-    for written in (out, args.tokens):
-        if written is not None:
-            check_not_input(written, args.image)
-            check_writable(written)
     png.check_scale(args.scale)
     with quiet_readers():
         names, originals = (_clips if bundle.video else _images)(args, bundle, out)
@@ -93,7 +84,7 @@ def _size(args: argparse.Namespace, bundle: Bundle) -> tuple[int, int]:
     return bundle.image_size[0], bundle.image_size[1] * (2 if args.beside else 1)
 
 
-def _images(args: argparse.Namespace, bundle: Bundle, out: Path) -> tuple[list[str], NDArray[np.uint8]]:
+def _images(args: argparse.Namespace, bundle: Bundle, _: Path) -> tuple[list[str], NDArray[np.uint8]]:
     """The names of the images and their pixels [B,H,W,3]. Raises RequestError, OSError."""
     assert bundle.image_size is not None
     height, width = _size(args, bundle)
@@ -109,17 +100,9 @@ def _clips(args: argparse.Namespace, bundle: Bundle, out: Path) -> tuple[list[st
     assert bundle.image_size is not None
     names, clips = list[str](), list[NDArray[np.uint8]]()
     for path in args.image:
-        file = files.read_any(path, bundle.frames)
-        sheet = file.clips(bundle.image_size)
-        if sheet is not None and sheet.shape[1] == bundle.frames:
-            names += [f"{path} ({i})" for i in range(len(sheet))] if len(sheet) > 1 else [str(path)]
-            clips += list(sheet)
-            continue
-        try:
-            clips.append(fitted_clip(bundle, file.frames, args.fit))
-        except RequestError as error:
-            raise RequestError(f"{path}: {error}") from error
-        names.append(str(path))
+        each = read_clips(bundle, path)
+        names += [f"{path} ({i})" for i in range(len(each))] if len(each) > 1 else [str(path)]
+        clips += [fitted_clip(bundle, frames, args.fit, str(path)) for frames in each]
     check_clips(out, len(clips), default_columns(len(clips)), bundle.frames, _size(args, bundle), args.scale)
     return names, np.stack(clips)
 

@@ -66,12 +66,6 @@ def sheets(clips: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, recipe: Recipe, clips: NDArray[np.uint8]) -> None:
-    """Write ``clips`` [B,T,H,W,3] as one sheet, beside ``path`` and renamed. Raises RequestError, OSError."""
-    data = content(path, recipe, clips)
-    write_beside(path, lambda part: part.write_bytes(data))
-
-
 def content(path: Path, recipe: Recipe, clips: NDArray[np.uint8]) -> bytes:
     """``clips`` [B,T,H,W,3] as one sheet that plays, with their recipe. Raises RequestError.
 

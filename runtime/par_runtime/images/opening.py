@@ -168,7 +168,7 @@ def _layers(name: str, image: Image.Image, own: bool = False) -> Opened:
 
 def _texts(image: Image.Image) -> dict[str, str]:
     """The texts of a PNG. Of an animated one those before its first frame: for others Pillow decodes all frames."""
-    if getattr(image, "is_animated", False):
+    if image.format == "PNG" and getattr(image, "is_animated", False):
         return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
     return dict(getattr(image, "text", {}))
 

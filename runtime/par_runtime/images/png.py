@@ -30,7 +30,6 @@ __all__ = [
     "sheet",
     "sheet_image",
     "sheet_size",
-    "write",
     "write_pixels",
 ]
 
@@ -121,12 +120,6 @@ def same_pixels(recipe: Recipe, pixels: NDArray[np.uint8], size: tuple[int, int]
         return None
     each = (sheet_image(pixels, recipe.columns, len(recipe), i) for i in range(len(recipe)))
     return [pixel_hash(image) == wanted for image, wanted in zip(each, recipe.pixel_hashes, strict=True)]
-
-
-def write(path: Path, recipe: Recipe, images: NDArray[np.uint8]) -> None:
-    """Write ``images`` [B,H,W,3] as one PNG, beside ``path`` and renamed. Raises RequestError, OSError."""
-    data = content(recipe, images)
-    write_beside(path, lambda part: part.write_bytes(data))
 
 
 def content(recipe: Recipe, images: NDArray[np.uint8]) -> bytes:

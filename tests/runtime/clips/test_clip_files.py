@@ -37,13 +37,17 @@ def recipe(count: int = 3, **more: object) -> Recipe:
     )  # type: ignore[arg-type]
 
 
+def write(path: Path, of: Recipe, made: np.ndarray) -> None:
+    path.write_bytes(files.content(path, of, made))
+
+
 @pytest.mark.parametrize("scale", [1, 3])
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_sheet_of_clips_is_read_as_it_was_written(tmp_path: Path, ending: str, scale: int) -> None:
     path, made = tmp_path / f"x{ending}", clips()
-    files.write(path, recipe(scale=scale), made)
+    write(path, recipe(scale=scale), made)
     first = path.read_bytes()
-    files.write(path, recipe(scale=scale), made)
+    write(path, recipe(scale=scale), made)
     assert path.read_bytes() == first
     found = files.read_any(path, 5)
     assert found.recipe is not None
@@ -60,7 +64,7 @@ def test_a_sheet_of_clips_is_read_as_it_was_written(tmp_path: Path, ending: str,
 @pytest.mark.parametrize("ending", [".gif", ".webp", ".apng", ".mp4"])
 def test_a_clip_that_stands_still_has_all_its_frames(tmp_path: Path, ending: str) -> None:
     still = np.repeat(clips(1)[:, :1], 5, 1)
-    files.write(tmp_path / f"x{ending}", recipe(1, columns=1), still)
+    write(tmp_path / f"x{ending}", recipe(1, columns=1), still)
     found = files.read_any(tmp_path / f"x{ending}", 5)
     assert found.frames.shape == (5, 16, 16, 3)
     assert all(found.recipe.pixel_hashes)  # type: ignore[union-attr, arg-type]
@@ -69,13 +73,13 @@ def test_a_clip_that_stands_still_has_all_its_frames(tmp_path: Path, ending: str
 def test_clips_of_few_colours_lose_nothing_in_a_gif(tmp_path: Path) -> None:
     few = clips() // 64 * 64
     assert len(np.unique(few.reshape(-1, 3), axis=0)) <= 256
-    files.write(tmp_path / "x.gif", recipe(), few)
+    write(tmp_path / "x.gif", recipe(), few)
     assert (files.read_any(tmp_path / "x.gif", 5).clips((16, 16)) == few).all()
 
 
 def test_one_clip_that_was_changed_loses_its_hash_alone(tmp_path: Path) -> None:
     path = tmp_path / "x.webp"
-    files.write(path, recipe(), clips())
+    write(path, recipe(), clips())
     with Image.open(path) as image:
         text = image.getexif()
     frames = files.read_any(path, 5).frames.copy()
@@ -121,7 +125,7 @@ def refused(path: Path, count: int = 5) -> str:
 @pytest.mark.parametrize("ending", [".gif", ".webp", ".apng", ".mp4"])
 def test_truncated_files_are_one_line(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"x{ending}"
-    files.write(path, recipe(), clips())
+    write(path, recipe(), clips())
     whole = path.read_bytes()
     for part in (0, 3, 13, len(whole) // 2, len(whole) - 40):
         path.write_bytes(whole[:part])
@@ -191,4 +195,4 @@ def test_without_pyav_an_mp4_is_refused_with_the_command(tmp_path: Path, monkeyp
     with pytest.raises(RequestError, match=r"MP4 needs PyAV, which is not installed; .*install"):
         mp4.library()
     with pytest.raises(RequestError, match="MP4 needs PyAV"):
-        files.write(tmp_path / "x.mp4", recipe(), clips())
+        write(tmp_path / "x.mp4", recipe(), clips())

@@ -140,10 +140,11 @@ class GpuBackend:
         for top_k, top_p in zip(batch.top_k.tolist(), batch.top_p.tolist(), strict=True):
             draws = why_not_drawn(self.engine.sampling, self.bundle.vocab_size, top_k, top_p)
             if draws is not None:
+                other = replace(self.engine, sampling=least_tail(self.bundle.vocab_size, top_k, top_p))
                 raise RequestError(
                     f"top-k {top_k}, top-p {top_p:g}: the plan {self.engine.path.name} was built with --sampling "
                     f"{self.engine.sampling}, which {draws}; ask for that, or build the plan again with: "
-                    f"{self.engine.rebuild} --sampling {least_tail(self.bundle.vocab_size, top_k, top_p)}"
+                    f"{other.rebuild}"
                 )
 
     # -- whole images ---------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ NORM_EPSILON = 1e-5
 SEEN = FRAMES_BEFORE + 1  #: frames that a convolution sees
 #: Pixels of all frames of a call at most; more latent frames are decoded in several calls, so that memory does not grow
 #: with the length of a clip. 17 frames of 128x128 are one call.
-MOST_PIXELS = 2**19
+CALL_PIXELS = 2**19
 
 
 class ClipOperations(Operations):
@@ -125,4 +125,4 @@ class ClipOperations(Operations):
 
 def most_latent(latent: int, pixels: int, time: int, clips: int) -> int:
     """How many of ``latent`` latent frames of ``clips`` clips a call decodes; each is ``time`` frames of ``pixels``."""
-    return max(1, min(latent, MOST_PIXELS // (clips * time * pixels)))
+    return max(1, min(latent, CALL_PIXELS // (clips * time * pixels)))

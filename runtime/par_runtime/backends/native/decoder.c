@@ -363,8 +363,8 @@ static void at_least(int64_t *size, long floats) {
     if (*size < floats) *size = floats;
 }
 
-/* Numbers that a call of up to `images` images, or of `latent` latent frames of as many clips, needs: for each of n_buffers buffers, then for the sums of each; then
-   for norm, weights, input, and scratch of each thread. */
+/* Numbers that a call of up to `images` images, or of `latent` latent frames of as many clips, needs: for each of
+   n_buffers buffers, then for the sums of each; then for norm, weights, input, and scratch of each thread. */
 void parvis_decoder_sizes(const Op *ops, int64_t n_ops, int64_t images, int64_t latent, int64_t first, int64_t threads,
                           int64_t n_buffers, int64_t *sizes /* [2 * n_buffers + 4] */) {
     int64_t *sums = sizes + n_buffers, *norm = sums + n_buffers, *weights = norm + 1, *input = norm + 2;

@@ -126,10 +126,12 @@ class NativeDecoder:
         size = bundle.frame_tokens  # of clips, tokens may be those of the first latent frames
         clips, latent = len(tokens), tokens.shape[1] // size
         pixels = bundle.image_size[0] * bundle.image_size[1]
-        at_once = most_latent(bundle.latent_frames, pixels, bundle.time_downsampling, clips)
-        if self._buffers is None or self._buffers.images < clips or self._buffers.latent < min(at_once, latent):
+        have = self._buffers
+        if have is None or have.images < clips:
             self._buffers = None  # the old ones are freed first, so that both are never held at once
-            self._buffers = Buffers(self._lib, self._operations, clips, self._threads, at_once)
+            at_once = most_latent(bundle.latent_frames, pixels, bundle.time_downsampling, clips)
+            have = self._buffers = Buffers(self._lib, self._operations, clips, self._threads, at_once)
+        at_once = have.latent  # of fewer clips more would do, in other buffers
         raster = np.empty(tokens.shape, np.int64)
         raster[:, bundle.order[: tokens.shape[1]]] = tokens
         frames = np.empty((clips, bundle.frames_of(latent), *bundle.image_size, 3), np.uint8)
@@ -138,7 +140,7 @@ class NativeDecoder:
             of_call = np.ascontiguousarray(raster[:, start * size : end * size])
             shown = slice(bundle.frames_of(start), bundle.frames_of(end))
             made = np.empty_like(frames[:, shown])
-            call = self._buffers.call
+            call = have.call
             call.images, call.tokens, call.pixels = clips, of_call.ctypes.data, made.ctypes.data
             call.latent, call.first, call.more = end - start, start == 0, end < latent
             if self._lib.parvis_decode(self._pool, ctypes.byref(call)):
