@@ -138,7 +138,7 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
         f"{request.checkpoint}: width {config.dim}, {config.n_layers} layers, {config.n_heads} heads of "
         f"{config.head_dim} ({inferred.heads_from}), {parameters:,} parameters, {config.n_classes} classes, "
         f"{config.vocab_size} codes, grid {t}x{h}x{w} ({inferred.grid_from}){_pixels(config, vq)}, "
-        f"n = {config.group_size}, {sum(p.repeat for p in phases(config))} calls per image"
+        f"n = {config.group_size}, {sum(p.repeat for p in phases(config))} calls per {'clip' if t > 1 else 'image'}"
     )
     with staging(request.out, request.force) as folder:
         weights = WeightsWriter(folder / WEIGHTS)

@@ -106,7 +106,7 @@ def kept_frames(bundle: Bundle, frames: int | None) -> NDArray[np.bool_] | None:
         return None
     if not bundle.video:
         raise RequestError(f"keep_frames {frames}: {bundle.path} makes images, not clips; leave it out")
-    frames = whole("keep_frames", frames, 1, bundle.frames, ", a number of frames")
+    frames = whole("keep_frames", frames, 1, bundle.frames, ", the frames of a clip")
     ends = [bundle.frames_of(f + 1) for f in range(bundle.latent_frames)]
     return np.array([end <= frames for end in ends])
 

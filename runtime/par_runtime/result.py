@@ -28,9 +28,12 @@ from par_runtime.system import check_writable, write_beside
 NOTEBOOK_PIXELS = 2**22  #: a notebook shows no larger sheet by itself
 
 
-def default_columns(count: int) -> int:
-    """Images per row of a sheet that is about square."""
-    return max(1, math.ceil(math.sqrt(count)))
+def default_columns(count: int, clips: bool = False) -> int:
+    """Images per row of a sheet that is about square; of ``clips`` without an empty place, if that is not too wide."""
+    least = max(1, math.ceil(math.sqrt(count)))
+    if clips:  # an empty place is white, beside frames that move
+        return next((each for each in range(least, 2 * least) if count % each == 0), least)
+    return least
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -175,7 +178,7 @@ class Result:
                 "metadata); for other kinds of file, save one of pil()"
             )
         pick = self._pick(indices)
-        columns = default_columns(len(pick)) if columns is None else columns
+        columns = default_columns(len(pick), clips) if columns is None else columns
         png.check_scale(scale)
         pasted, scale = truth("pasted", pasted), operator.index(scale)
         if clips:
@@ -234,7 +237,7 @@ class Result:
         """What a notebook shows: a sheet; nothing where there are no images, or too many."""
         if self.images is None or not 0 < self.images[..., 0].size <= NOTEBOOK_PIXELS:
             return None
-        columns = default_columns(len(self))
+        columns = default_columns(len(self), self.bundle.video)
         if self.bundle.video:  # browsers play an animated PNG
             return animated.as_apng(files.sheets(self.images, columns), 1, DEFAULT_FPS, "")
         out = io.BytesIO()

@@ -176,9 +176,14 @@ def fitted_clip(bundle: Bundle, frames: NDArray[np.uint8], fit: Fit, name: str =
     """
     size = pixels(bundle)
     if len(frames) < bundle.frames:
+        if name:
+            count = f"{len(frames)} frame{'s' if len(frames) > 1 else ''}"
+            raise RequestError(f"{name}: has {count}; expected a clip of {bundle.frames} or more")
         one = ",".join(map(str, image_shape(bundle)))
-        where = f"{name}: " if name else ""
-        raise RequestError(f"{where}a clip of {len(frames)} frames; expected uint8 [{one}], or more frames than these")
+        raise RequestError(
+            f"a clip of {len(frames)} frames; expected uint8 [{one}], or more frames than these (repeat the last one: "
+            "tokens of earlier latent frames do not depend on later ones)"
+        )
     frames = frames[: bundle.frames]
     if frames.shape[1:3] == size:
         return frames

@@ -25,12 +25,14 @@ from par_model.transformer import PAR
 from par_runtime import Pipeline
 from par_runtime.bench.suites.paper import PUBLISHED, VIDEO, architecture_of
 from par_runtime.cli import edit, generate, reconstruct, redo
+from par_runtime.clips.animated import as_webp
 from par_runtime.clips.files import content, read_any, write_frames
 from par_runtime.cost.architecture import phases_of
 from par_runtime.errors import RequestError
-from par_runtime.images.recipe import Recipe
+from par_runtime.images.recipe import Recipe, entry
 from par_runtime.images.recipe import check as check_recipe
 from par_runtime.metrics import psnr_db
+from par_runtime.result import default_columns
 
 GENERATE = Pipeline.generate
 FASHION = Path(__file__).parents[2] / "models/fashion"
@@ -85,7 +87,7 @@ def test_what_a_clip_is(tiny: Path) -> None:
         assert "3 clips, 5 frames of 16x16" in repr(made)
         assert len(made.pil()) == 15
         shown = Image.open(io.BytesIO(made._repr_png_() or b""))
-        assert (shown.n_frames, shown.size) == (5, (32, 32))  # type: ignore[attr-defined]
+        assert (shown.n_frames, shown.size) == (5, (48, 16))  # type: ignore[attr-defined]
 
 
 def test_the_shipped_model_has_the_same_tokens_on_every_engine_of_a_cpu() -> None:
@@ -189,7 +191,7 @@ def test_what_is_refused(
     short = tmp_path / "short.gif"
     write_frames(short, np.arange(2, dtype=np.uint8).repeat(768).reshape(2, 16, 16, 3) * 99, 8)
     why = refused(reconstruct, str(short), "--bundle", str(tiny), "--out", str(tmp_path / "r.gif"))
-    assert "short.gif: a clip of 2 frames; expected" in why
+    assert "short.gif: has 2 frames; expected a clip of 5 or more" in why
     with_bundle = [str(clip), "--bundle", str(tiny), "--out"]
     assert "ends in .gif" in refused(reconstruct, *with_bundle, str(tmp_path / "r.jpg"))
     assert "is the file that is read" in refused(reconstruct, *with_bundle, str(clip))
@@ -241,7 +243,7 @@ def test_a_clip_through_the_tokenizer_and_back(tiny: Path, tmp_path: Path, capsy
     assert row["images"][1]["psnr_db"] == pytest.approx(psnr_db(made.images[1], again[1]))
     np.testing.assert_array_equal(np.load(tokens)[:2], encoded)
     shown = read_any(out, 5).frames
-    assert shown.shape == (5, 32, 64, 3)  # three clips of 16x32 in two columns
+    assert shown.shape == (5, 16, 96, 3)  # three clips of 16x32, without an empty place
     np.testing.assert_array_equal(shown[:, :16, :16], made.images[0])
     np.testing.assert_array_equal(shown[:, :16, 16:32], again[0])
     longer = tmp_path / "longer.webp"  # clips of another bundle's length: each by itself, its first frames
@@ -255,9 +257,70 @@ def test_a_clip_through_the_tokenizer_and_back(tiny: Path, tmp_path: Path, capsy
     assert row["images"][1]["psnr_db"] == pytest.approx(psnr_db(made.images[1], again[1]))
     longer.write_bytes(content(longer, recipe, made.images[:, :3]))
     assert reconstruct.main([str(longer), "--bundle", str(tiny), "--out", str(out)]) == 2
-    assert "longer.webp: a clip of 3 frames; expected" in capsys.readouterr().err
+    assert "longer.webp: has 3 frames; expected a clip of 5 or more" in capsys.readouterr().err
     assert reconstruct.main([str(sheet), "--bundle", str(tiny), "--out", str(out)]) == 0
     assert f"{sheet} (0): 5 frames of 16x16 pixels in 192 tokens, " in capsys.readouterr().out
+
+
+def test_a_photo_begins_to_move(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In any format of pictures, not only in those that a clip can have too."""
+    for name in ("photo.jpg", "photo.bmp", "photo.tif"):
+        Image.new("RGB", (40, 30), "teal").save(tmp_path / name)
+        command = [str(tmp_path / name), "--bundle", str(tiny), "--keep-frames", "1", "--label", "1", "--seed", "3"]
+        assert edit.main([*command, "--out", str(tmp_path / "moves.webp")]) == 0
+        assert "1 clip of 1, seed 3, 64 of 192 tokens kept, in" in capsys.readouterr().out
+        assert (read_any(tmp_path / "moves.webp", 5).frames.shape) == (5, 16, 16, 3)
+
+
+def test_edit_says_what_it_took_and_keeps_the_speed(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip, out = tmp_path / "clip.webp", tmp_path / "next.webp"
+    assert generate.main([str(tiny), "--label", "1", "--seed", "4", "--fps", "20", "--out", str(clip)]) == 0
+    command = ["--bundle", str(tiny), "--seed", "1", "--out", str(out)]
+    capsys.readouterr()
+    assert edit.main([str(clip), *command, "--keep-frames", "3", "--count", "2"]) == 0
+    printed = capsys.readouterr()
+    assert ": 2 clips of 1, seed 1 and on, 128 of 192 tokens kept as they were generated, in" in printed.out
+    assert not printed.err
+    made = read_any(out, 5).recipe
+    assert made is not None
+    assert made.fps == 20
+    assert edit.main([str(clip), *command, "--keep-frames", "4", "--quiet"]) == 0
+    assert not capsys.readouterr().err
+    assert edit.main([str(clip), *command, "--keep-frames", "4"]) == 0
+    assert "--keep-frames 4: 3 frames stay; behind the first one they stay 2 at a time, so the next number is 5" in (
+        capsys.readouterr().err
+    )
+    recipe, frames = read_any(clip, 5).recipe, read_any(clip, 5).frames.copy()
+    assert recipe is not None
+    painted = tmp_path / "painted.webp"
+    frames[1, :4] = 255
+    text = json.dumps(entry(recipe))
+    painted.write_bytes(as_webp(frames, 1, 20, text))  # another program kept the metadata
+    assert edit.main([str(painted), *command, "--keep-frames", "1", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["encoded"]
+    assert row["encoded_because"] == f"the pixels of {painted} were changed since parvis wrote it"
+    assert row["timings_ms"]["calls"] > 0
+    assert edit.main([str(painted), *command, "--keep-frames", "1"]) == 0
+    assert "were changed since parvis wrote it; encoding its pixels" in capsys.readouterr().err
+
+
+def test_clips_given_to_a_bundle_of_images(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = str(Path(__file__).parents[2] / "models/demo")
+    for ending in ("gif", "webp", "apng"):
+        clip = tmp_path / f"clip.{ending}"
+        assert generate.main([str(tiny), "--label", "0", "--out", str(clip), "--quiet"]) == 0
+        assert redo.main([str(clip), "--bundle", demo]) == 2
+        assert f"{clip}: holds clips, and {demo} makes images; give the --bundle that made" in capsys.readouterr().err
+
+
+def test_sheets_of_clips_have_no_empty_place_if_that_is_not_too_wide() -> None:
+    assert [default_columns(count, True) for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 25, 26)] == (
+        [1, 2, 3, 2, 5, 3, 3, 4, 3, 5, 4, 4, 5, 6]
+    )
+    assert default_columns(10) == 4
 
 
 def test_a_video_bundle_is_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

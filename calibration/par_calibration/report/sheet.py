@@ -21,13 +21,15 @@ SMALL = 128  #: smaller images are shown at a multiple of their size
 
 def shown_pairs(original: NDArray[np.uint8], candidate: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Images [P,H,W,3] of both models as pairs [P,2,H,W,3]; of clips [P,T,H,W,3] the first, middle and last frame,
-    side by side.
+    side by side with a line between them.
     """
     pairs = np.stack([original, candidate], 1)
     if pairs.ndim == 5:
         return pairs
     frames = pairs.shape[2]
-    return np.concatenate([pairs[:, :, at] for at in (0, frames // 2, frames - 1)], axis=-2)
+    shown = [pairs[:, :, at] for at in (0, frames // 2, frames - 1)]
+    line = np.full((*shown[0].shape[:-2], THIN, 3), 255, np.uint8)
+    return np.concatenate([shown[0], line, shown[1], line, shown[2]], axis=-2)
 
 
 def pair_sheet(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -37,7 +39,7 @@ def pair_sheet(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
     framed[:, :height, :width] = pairs[:, 0]
     framed[:, :height, width + THIN : 2 * width + THIN] = pairs[:, 1]
     whole = sheet(framed, min(PAIRS_A_ROW, count))[:-GAP, :-GAP]
-    return enlarged(whole, max(1, SMALL // width))
+    return enlarged(whole, max(1, SMALL // height))
 
 
 def write_sheet(report: Report, path: Path) -> None:

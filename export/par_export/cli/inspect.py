@@ -37,7 +37,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     kind = "clip" if "calls per clip" in rows else "image"
     if "memory_bytes" in facts:
         rows["memory"] = "of weights and cache, guided, in fp32 (a CPU) and fp16: " + ", ".join(
-            f"{images} {kind}{'s' if images != '1' else ''} {need['fp32'] / 1e9:.2f} and {need['fp16'] / 1e9:.2f} GB"
+            f"{images} {kind}{'s' if images != '1' else ''} {need['fp32'] / 1e9:.3g} and {need['fp16'] / 1e9:.3g} GB"
             for images, need in facts["memory_bytes"].items()
         )
         bounds = ", ".join(f"{gpu} {ms:.3g}" for gpu, ms in facts["bound_ms"].items())

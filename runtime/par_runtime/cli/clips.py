@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +28,18 @@ from par_runtime.cli.outputs import (
     write_tokens,
 )
 from par_runtime.clips import files
+from par_runtime.clips.formats import format_of
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
+from par_runtime.images.opening import open_image
 from par_runtime.images.photo import fit_image
 from par_runtime.images.recipe import check
 from par_runtime.metrics import psnr_db
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import class_index, first_seed, image_seeds
-from par_runtime.result import default_columns
+from par_runtime.result import Result, default_columns
+
+NO_CLIP = "it is no clip of parvis"
 
 
 def redo(args: argparse.Namespace, bundle: Bundle) -> int:
@@ -90,14 +96,17 @@ def edit(args: argparse.Namespace, bundle: Bundle) -> int:
     if args.keep_frames is None and args.keep is None and args.change is None:
         raise RequestError("nothing says what stays; give --keep-frames K, --keep REGION or --change REGION")
     check_tokens_name(args.tokens)  # before a file is read
-    frames, tokens, label = _original(args, bundle)
-    label = label if args.label is None else class_index(bundle, args.label)
+    original = _original(args, bundle)
+    label = original.label if args.label is None else class_index(bundle, args.label)
     if label is None:
         raise RequestError(f"{args.image} does not say its class; give one with --label")
     first = first_seed(args.seed)
     out = args.out or Path(f"{args.image.stem}-edit-{first}{suffix_of(bundle)}")
     check_outputs(bundle, out, args.tokens, [args.image])
-    check_sheet(bundle, out, args.count, default_columns(args.count), args.scale)
+    check_sheet(bundle, out, args.count, default_columns(args.count, True), args.scale)
+    fps = args.fps
+    if fps is None and original.fps is not None:  # as fast as what it continues, where the kind of file can
+        fps = min(original.fps, format_of(out).most_fps)
     pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
     keep = pipeline.keep_mask(change=args.change, keep=args.keep, fit=args.fit, keep_frames=args.keep_frames)
     kept = int(keep.sum())
@@ -107,8 +116,11 @@ def edit(args: argparse.Namespace, bundle: Bundle) -> int:
             f"frame is a latent frame of its own, and each of the others is {bundle.time_downsampling} frames: give "
             "other frames, or another region"
         )
+    if not (args.quiet or args.json):
+        _say_what_was_taken(args, bundle, original, keep)
+    tokens = original.tokens
     if tokens is None:
-        tokens = pipeline.encode(_filled(args, bundle, frames, keep))[0]
+        tokens = pipeline.encode(_filled(args, bundle, original.frames, keep))[0]
     with Bar(args.quiet or args.json) as bar:
         result = pipeline.generate(
             [label] * args.count,
@@ -118,28 +130,57 @@ def edit(args: argparse.Namespace, bundle: Bundle) -> int:
             keep=keep,
             tokens=tokens,
         )
-    wanted: list[tuple[Path, Callable[[], object]]] = [(out, partial(result.save, out, scale=args.scale, fps=args.fps))]
+    wanted: list[tuple[Path, Callable[[], object]]] = [(out, partial(result.save, out, scale=args.scale, fps=fps))]
     if args.tokens is not None:
         wanted.append((args.tokens, partial(write_tokens, args.tokens, result.tokens)))
     written = write_all(wanted)
-    _report(args, pipeline, written, label, result.seeds, kept, keep.size, time.perf_counter() - started)
+    _report(args, pipeline, written, result, original, keep, time.perf_counter() - started)
     return 0
 
 
-def _original(args: argparse.Namespace, bundle: Bundle) -> tuple[NDArray[np.uint8], Int | None, int | None]:
-    """The frames [T,H,W,3] of the clip to edit, its tokens [N] where parvis made it so, and its class if known."""
+def _say_what_was_taken(args: argparse.Namespace, bundle: Bundle, original: _Original, keep: NDArray[np.bool_]) -> None:
+    """Print what the user may not expect: a clip of parvis is encoded, or fewer frames stay than were asked for."""
+    if original.tokens is None and original.why != NO_CLIP:
+        print(printable(f"parvis: {original.why}; encoding its pixels"), file=sys.stderr)
+    stay = bundle.frames_of(int(keep.all((1, 2)).cumprod().sum()))
+    if args.keep_frames is not None and stay < args.keep_frames and args.keep is None and args.change is None:
+        some = "1 frame stays" if stay == 1 else f"{stay} frames stay"
+        print(
+            f"parvis: --keep-frames {args.keep_frames}: {some}; behind the first one they stay "
+            f"{bundle.time_downsampling} at a time, so the next number is {stay + bundle.time_downsampling}",
+            file=sys.stderr,
+        )
+
+
+@dataclass(frozen=True)
+class _Original:
+    """The clip to edit: its ``frames`` [T,H,W,3]; its tokens [N] where parvis made it so, else ``why`` they are made of
+    its pixels; its class and its frames per second, if known.
+    """
+
+    frames: NDArray[np.uint8]
+    tokens: Int | None = None
+    label: int | None = None
+    fps: float | None = None
+    why: str = NO_CLIP
+
+
+def _original(args: argparse.Namespace, bundle: Bundle) -> _Original:
+    """The clip, or picture, that the command line names. Raises RequestError, OSError."""
     assert bundle.image_size is not None
 
     def fitted(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return fit_image(Image.fromarray(frame), bundle.image_size or (0, 0), args.fit)
 
     with quiet_readers():
+        if args.image.is_file() and not files.is_clip(args.image):  # JPEG, TIFF, ...
+            return _Original(fitted(np.asarray(open_image(args.image)))[None])
         file = files.read_any(args.image, bundle.frames, fit=fitted)
     recipe = file.recipe
     if recipe is None:
         if args.which is not None:
             raise RequestError(f"--which {args.which}: {args.image} is one clip, not a sheet of 'parvis generate'")
-        return file.frames, None, None
+        return _Original(file.frames)
     which = 0 if args.which is None and len(recipe) == 1 else args.which
     if which is None or not 0 <= which < len(recipe):
         raise RequestError(f"{args.image} holds {len(recipe)} clips; choose one with --which 0 .. {len(recipe) - 1}")
@@ -148,9 +189,13 @@ def _original(args: argparse.Namespace, bundle: Bundle) -> tuple[NDArray[np.uint
         check(recipe, bundle, str(args.image))
     if clips is None:
         raise RequestError(f"{args.image}: was resized, or another bundle's clips have another size; give a clip alone")
-    if own and recipe.pixel_hashes and recipe.pixel_hashes[which]:
-        return clips[which], recipe.tokens[which], recipe.labels[which]
-    return clips[which], None, recipe.labels[which] if own else None
+    if not own:
+        return _Original(clips[which], fps=recipe.fps, why=f"{args.image} was made by another bundle")
+    label = recipe.labels[which]
+    if recipe.pixel_hashes and recipe.pixel_hashes[which]:
+        return _Original(clips[which], recipe.tokens[which], label, recipe.fps)
+    why = f"the pixels of {args.image} were changed since parvis wrote it"
+    return _Original(clips[which], None, label, recipe.fps, why)
 
 
 def _filled(
@@ -173,20 +218,33 @@ def _report(
     args: argparse.Namespace,
     pipeline: Pipeline,
     written: list[str],
-    label: int,
-    seeds: list[int],
-    kept: int,
-    tokens: int,
+    result: Result,
+    original: _Original,
+    keep: NDArray[np.bool_],
     seconds: float,
 ) -> None:
-    bundle = pipeline.bundle
+    """Print what was made, as text or JSON; nothing with --quiet."""
+    bundle, label, kept = pipeline.bundle, result.labels[0], int(keep.sum())
     if args.json:
-        row = {"written": written, "bundle": {"name": bundle.name, "hash": bundle.hash}, "label": label, "seeds": seeds}
-        print(json.dumps(row | {"kept_tokens": kept, "tokens": tokens, "frames": bundle.frames}))
+        row = {
+            "written": written,
+            "bundle": {"name": bundle.name, "hash": bundle.hash},
+            "backend": pipeline.backend.info.name,
+            "label": label,
+            "seeds": result.seeds,
+            "kept_tokens": kept,
+            "tokens": keep.size,
+            "frames": bundle.frames,
+            "encoded": original.tokens is None,
+            "encoded_because": original.why if original.tokens is None else None,
+            "timings_ms": result.timings,
+        }
+        print(json.dumps(row))
     elif not args.quiet:
         name = str(label) if bundle.class_names is None else bundle.class_names[label]
-        several = "clips" if len(seeds) > 1 else "clip"
+        clips, on = ("clips", " and on") if args.count > 1 else ("clip", "")
+        how = "" if original.tokens is None else " as they were generated"
         print(
-            f"{printable(written[0])}: {len(seeds)} {several} of {name}, seed {seeds[0]}, {kept} of {tokens} tokens "
-            f"kept, in {seconds:.1f} s"
+            f"{printable(written[0])}: {args.count} {clips} of {name}, seed {result.seeds[0]}{on}, "
+            f"{kept} of {keep.size} tokens kept{how}, in {seconds:.1f} s"
         )

@@ -296,10 +296,10 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``parvis edit``."""
     p = Parser(
         prog="parvis edit",
-        description="Make a part of an image anew and keep the rest: inpainting (--change), outpainting (--place), "
-        "another class for a part (--keep with --label). A PNG of 'parvis generate' is edited from the tokens it "
-        "holds; any other image is encoded first. A token is drawn knowing only what comes before it in the model's "
-        "order.",
+        description="Make a part of an image or a clip anew and keep the rest: inpainting (--change), outpainting "
+        "(--place), another class for a part (--keep with --label). A PNG of 'parvis generate' is edited from the "
+        "tokens it holds; any other image is encoded first. A token is drawn knowing only what comes before it in the "
+        "model's order.",
         epilog=f"REGION: {REGION.removeprefix('expected ')}. Pixels are those of the model's images, after fitting.",
     )
     p.add_argument(
@@ -319,7 +319,8 @@ def parser() -> argparse.ArgumentParser:
         "--keep-frames",
         type=int,
         metavar="K",
-        help="of a clip, or a picture (K = 1): the first K frames stay, and what comes after them is made",
+        help="of a clip, or a picture (K = 1): the first K frames stay, and what comes after them is made; behind the "
+        "first one they stay some at a time (docs/video.md)",
     )
     p.add_argument(
         "--mask-from",
@@ -336,7 +337,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--which", type=int, metavar="I", help="the image of a sheet to edit, from 0, row by row")
     p.add_argument("--count", type=int, default=1, help="variants to make (default: 1)")
     p.add_argument("--seed", type=int, help="of the first variant (default: a new one each time)")
-    options.add_out(p, "PNG to write (default: named after the image and the seed)")
+    options.add_out(p, "PNG to write, or the file of a clip (default: named after the image and the seed)")
     options.add_scale(p)
     options.add_fps(p)
     options.add_tokens(p)

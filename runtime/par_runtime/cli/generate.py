@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     labels = [c for c in classes for _ in range(args.count)]
     seeds = image_seeds(len(labels), first, None)
     guidance = None if args.guidance is None else [s for s in args.guidance for _ in labels]
-    columns = args.columns or sheet_columns(len(classes), args.count, scales)
+    columns = args.columns or sheet_columns(bundle, len(classes), args.count, scales)
 
     def write_preview(images: NDArray[np.uint8], done: int, total: int) -> None:
         if bundle.video:  # the latest frame
@@ -113,11 +113,11 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
         what = class_file_name(bundle, classes[0]) if len(classes) == 1 else f"{len(classes)}-classes"
         args.out = Path(f"{safe_name(bundle.name)}-{what}-{first}{suffix_of(bundle)}")
     if args.preview_every is not None and args.out is None:
-        raise RequestError("--preview-every writes beside --out; give --out X.png")
+        raise RequestError(f"--preview-every writes beside --out; give --out X{suffix_of(bundle)}")
     if args.out_dir is not None:
         check_sheet(bundle, None, 1, 1, args.scale)
     if args.out is not None:
-        columns = args.columns or sheet_columns(len(classes), args.count, len(args.guidance or [1]))
+        columns = args.columns or sheet_columns(bundle, len(classes), args.count, len(args.guidance or [1]))
         check_sheet(bundle, args.out, total, columns, args.scale)
     for path in (args.out, args.tokens):
         if path is not None:
@@ -196,12 +196,12 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``parvis generate``."""
     p = Parser(
         prog="parvis generate",
-        description="Make images from a bundle. Image i of the list draws with seed + i; the same seed, label and "
-        "settings give the same image, alone or in any batch.",
+        description="Make images from a bundle, or clips from a video bundle. Image i of the list draws with seed + i; "
+        "the same seed, label and settings give the same image, alone or in any batch.",
     )
     options.add_bundle(p)
     options.add_labels(p, "classes, each by name, index or synset; 'all' is every class", required=True)
-    p.add_argument("--count", type=int, default=1, help="images per label (default: 1)")
+    p.add_argument("--count", type=int, default=1, help="images or clips per label (default: 1)")
     p.add_argument("--seed", type=int, help="of the first image, 0 .. 2**64-1 (default: a new one each time)")
     options.add_out(
         p,
@@ -220,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
         help="guidance scale; several make a row of images each, with the same seeds (default: the bundle's)",
     )
     options.add_sampling(p)
-    p.add_argument("--columns", type=int, help="images per row of the sheet")
+    p.add_argument("--columns", type=int, help="images or clips per row of the sheet")
     p.add_argument("--batch", type=int, help="most images in flight at once (default: a cache of 2 GB)")
     p.add_argument(
         "--preview-every",

@@ -164,8 +164,11 @@ def _some(names: Sequence[str], most: int = 12) -> str:
 
 
 def _mb(size: int) -> str:
-    """Bytes as MB or GB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    """Bytes as GB, MB or kB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.{2 if name == 'GB' else 1}f} {name}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -124,16 +124,16 @@ def write_tokens(path: Path, tokens: Int) -> None:
     write_beside(path, lambda part: part.write_bytes(content.getbuffer()))
 
 
-def sheet_columns(classes: int, count: int, scales: int) -> int:
-    """Images per row of a sheet of ``count`` images per class and guidance scale.
+def sheet_columns(bundle: Bundle, classes: int, count: int, scales: int) -> int:
+    """Images or clips per row of a sheet of ``count`` per class and guidance scale.
 
     Several scales get a row each. Several classes share a row until the sheet is about square; one class is laid out
     as a square.
     """
     if scales > 1:
         return classes * count
-    if classes == 1:
-        return default_columns(count)
+    if classes == 1 or (bundle.video and count == 1):
+        return default_columns(classes * count, bundle.video)
     # Classes in rows of `count` each would be tall and thin.
     per_row = max(1, round(math.sqrt(classes * count) / count))
     return count * min(per_row, classes)

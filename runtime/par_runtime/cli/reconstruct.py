@@ -26,7 +26,6 @@ from par_runtime.cli.outputs import (
 from par_runtime.clips import files
 from par_runtime.clips.formats import DEFAULT_FPS, check_clips
 from par_runtime.images import png
-from par_runtime.images.opening import open_image
 from par_runtime.images.photo import fit_image
 from par_runtime.metrics import finite, psnr_db
 from par_runtime.result import default_columns
@@ -85,12 +84,28 @@ def _size(args: argparse.Namespace, bundle: Bundle) -> tuple[int, int]:
 
 
 def _images(args: argparse.Namespace, bundle: Bundle, _: Path) -> tuple[list[str], NDArray[np.uint8]]:
-    """The names of the images and their pixels [B,H,W,3]. Raises RequestError, OSError."""
+    """The names of the images and their pixels [B,H,W,3]; of a sheet of parvis all its images. Raises RequestError,
+    OSError.
+    """
     assert bundle.image_size is not None
+    names, images = list[str](), list[NDArray[np.uint8]]()
+    for path in args.image:
+        recipe, image = png.read_any(path)
+        count = 1 if recipe is None else len(recipe)
+        if recipe is not None and image.size[::-1] == png.sheet_size(count, recipe.columns, bundle.image_size):
+            each = [png.sheet_image(np.asarray(image), recipe.columns, count, i) for i in range(count)]
+        else:
+            each = [fit_image(image, bundle.image_size, args.fit)]
+        names += _names(path, len(each))
+        images += each
     height, width = _size(args, bundle)
-    png.check_sheet(len(args.image), default_columns(len(args.image)), (height * args.scale, width * args.scale))
-    images = [fit_image(open_image(path), bundle.image_size, args.fit) for path in args.image]
-    return [str(path) for path in args.image], np.stack(images)
+    png.check_sheet(len(images), default_columns(len(images)), (height * args.scale, width * args.scale))
+    return names, np.stack(images)
+
+
+def _names(path: Path, count: int) -> list[str]:
+    """What the images or clips of one file are called."""
+    return [f"{path} ({i})" for i in range(count)] if count > 1 else [str(path)]
 
 
 def _clips(args: argparse.Namespace, bundle: Bundle, out: Path) -> tuple[list[str], NDArray[np.uint8]]:
@@ -101,15 +116,15 @@ def _clips(args: argparse.Namespace, bundle: Bundle, out: Path) -> tuple[list[st
     names, clips = list[str](), list[NDArray[np.uint8]]()
     for path in args.image:
         each = read_clips(bundle, path)
-        names += [f"{path} ({i})" for i in range(len(each))] if len(each) > 1 else [str(path)]
+        names += _names(path, len(each))
         clips += [fitted_clip(bundle, frames, args.fit, str(path)) for frames in each]
-    check_clips(out, len(clips), default_columns(len(clips)), bundle.frames, _size(args, bundle), args.scale)
+    check_clips(out, len(clips), default_columns(len(clips), True), bundle.frames, _size(args, bundle), args.scale)
     return names, np.stack(clips)
 
 
 def _write(args: argparse.Namespace, out: Path, shown: NDArray[np.uint8]) -> None:
     """Write images [B,H,W,3] or clips [B,T,H,W,3] as one sheet."""
-    columns = default_columns(len(shown))
+    columns = default_columns(len(shown), shown.ndim == 5)
     if shown.ndim == 4:
         png.write_pixels(out, png.enlarged(png.sheet(shown, columns), args.scale))
     else:

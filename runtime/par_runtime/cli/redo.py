@@ -1,4 +1,4 @@
-"""``parvis redo``: make a PNG again from its own metadata, and compare."""
+"""``parvis redo``: make a PNG, or a clip, again from its own metadata, and compare."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from par_runtime.cli import clips, options
 from par_runtime.cli.common import Parser, guarded, printable
 from par_runtime.cli.inputs import check_recipe, made_again, quiet_readers
 from par_runtime.cli.outputs import check_not_input
+from par_runtime.clips import files as clip_files
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.result import Result
@@ -37,6 +38,10 @@ def run(args: argparse.Namespace) -> int:
     if bundle.video and bundle.image_size is not None:
         return clips.redo(args, bundle)
     with quiet_readers():
+        if clip_files.recipe_of(args.image) is not None:
+            raise RequestError(
+                f"{args.image}: holds clips, and {bundle.path} makes images; give the --bundle that made them"
+            )
         recipe, pixels = png.read(args.image)
     check_recipe(args, bundle, recipe)
     if bundle.image_size is None:
@@ -114,12 +119,14 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``parvis redo``."""
     p = Parser(
         prog="parvis redo",
-        description="Make a PNG of 'parvis generate' again from its own metadata and compare pixels and tokens. "
-        "Exit code 0: identical (pixels of another decoder may differ by one grey level); 1: different; 2: cannot be "
-        "tried.",
+        description="Make a PNG or a clip of 'parvis generate' again from its own metadata and compare pixels and "
+        "tokens. Exit code 0: identical (pixels of another decoder may differ by one grey level); 1: different; 2: "
+        "cannot be tried.",
     )
-    p.add_argument("image", type=Path, metavar="IMAGE.png", help="a PNG that parvis wrote, or a clip")
+    p.add_argument(
+        "image", type=Path, metavar="IMAGE", help="a PNG that parvis wrote, or a clip (GIF, WebP, animated PNG, MP4)"
+    )
     options.add_bundle_option(p, "the bundle that made it")
-    options.add_out(p, "also write the new PNG here")
+    options.add_out(p, "also write the new PNG or clip here")
     options.add_common(p)
     return p

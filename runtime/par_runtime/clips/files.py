@@ -165,6 +165,27 @@ def read_any(path: Path, count: int, start: int = 0, fit: Fitted | None = None) 
     return ClipFile(np.stack([frames[i] for i in every]))
 
 
+def recipe_of(path: Path) -> Recipe | None:
+    """The recipe of a file of clips that parvis wrote; None for every other file, and for one that cannot be read."""
+    try:
+        with _source(Path(path)) as source:
+            recipe = None if source.text is None else parse(source.text, str(path))
+    except (RequestError, OSError):
+        return None
+    return recipe if recipe is not None and recipe.fps is not None else None
+
+
+def is_clip(path: Path) -> bool:
+    """Whether a file begins as one that may hold a clip; False where it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    kinds = (b"GIF8", b"\x89PNG")
+    return head.startswith(kinds) or (head[:4] == b"RIFF" and head[8:] == b"WEBP") or head[4:8] == b"ftyp"
+
+
 def _of_parvis(path: Path, source: animated.Animation | mp4.Video, recipe: Recipe) -> ClipFile:
     """The frames of a file with a recipe of clips."""
     if isinstance(source, mp4.Video):

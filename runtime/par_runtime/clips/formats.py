@@ -54,8 +54,8 @@ def format_of(path: Path, option: str = "path") -> Format:
 def check_fps(fps: object, path: Path | None = None) -> float:
     """``fps``, frames per second, as a float; for the file ``path``. Raises RequestError."""
     most = MOST_FPS if path is None else format_of(path).most_fps
-    why = "" if most == MOST_FPS else " of a GIF: faster ones are slowed down by browsers"
-    return number("fps", fps, 1, most, f"1 to {most:g} frames per second{why}")
+    value = number("fps", fps, 1, MOST_FPS, f"1 to {most:g} frames per second")
+    return number("fps", value, 1, most, f"1 to {most:g} frames per second of a GIF: browsers slow down faster ones")
 
 
 def mp4_scale(size: tuple[int, int], scale: int) -> int:

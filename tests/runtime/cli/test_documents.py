@@ -6,8 +6,10 @@ import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from par_runtime.cli import dispatch
 from par_runtime.cli.common import unknown_option
@@ -57,6 +59,27 @@ def test_the_commands_for_trying_it_run_one_after_the_other(
         "guidance.png",
         "edit.png",
         "photo.png",
+    }
+
+
+def test_the_commands_and_the_python_of_the_video_page_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for MP4, which needs an extra, and the calibration, which has a test of its own."""
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    Image.new("L", (50, 40), 90).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    tried = [command for command in commands(ROOT / "docs/video.md") if "models/fashion" in command]
+    tried = [command for command in tried if command[0] != "calibrate" and not command[-1].endswith(".mp4")]
+    assert [command[0] for command in tried] == ["generate", "redo", "edit", "edit", "edit", "reconstruct"]
+    for command in tried:
+        assert dispatch.main(command) == 0, (command, capsys.readouterr().err)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/video.md").read_text(encoding="utf-8"), re.S)
+    names: dict[str, Any] = {}
+    exec(compile(code, "video.md", "exec"), names)
+    assert (names["first"] == names["result"].images[:, :1]).all()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("clips.gif", "next.webp", "left.apng", "moves.gif", "kept.gif", "two.gif"),
     }
 
 

@@ -221,18 +221,21 @@ def test_reconstruct_writes_a_sheet_and_tokens_and_reports_the_loss(
     out, tokens = tmp_path / "r.png", tmp_path / "r.npy"
     assert run("reconstruct", picture, sheet, "--bundle", tiny, "--beside", "--out", out, "--tokens", tokens) == 0
     output = capsys.readouterr().out
-    assert output.count("16x16 pixels in 64 tokens") == 2
+    count = output.count("16x16 pixels in 64 tokens")
     saved = np.load(tokens)
-    assert saved.shape == (2, 64)
+    recipe, whole = png.read(sheet)
+    assert (count, len(saved)) == (1 + len(recipe), count)  # of a sheet of parvis all its images
+    assert f"{sheet} (1): 16x16 pixels" in output
     with Image.open(out) as image:
         pixels = np.asarray(image)
-    assert pixels.shape == (16, 64, 3)  # two pairs side by side
+    pair = png.sheet_image(pixels, 3, count, 2)
+    np.testing.assert_array_equal(pair[:, :16], png.sheet_image(whole, recipe.columns, len(recipe), 1))
     original = photo.fit_image(opening.open_image(picture), SIZE)
-    np.testing.assert_array_equal(pixels[:, :16], original)
-    np.testing.assert_array_equal(pixels[:, 16:32], Pipeline.load(tiny, device="cpu").decode(saved)[0])
+    np.testing.assert_array_equal(pixels[:16, :16], original)
+    np.testing.assert_array_equal(pixels[:16, 16:32], Pipeline.load(tiny, device="cpu").decode(saved)[0])
     assert run("reconstruct", picture, "--bundle", tiny, "--out", out, "--json") == 0
     row = json.loads(capsys.readouterr().out)
-    mse = ((original.astype(float) - pixels[:, 16:32]) ** 2).mean()
+    mse = ((original.astype(float) - pixels[:16, 16:32]) ** 2).mean()
     assert row["images"][0]["psnr_db"] == pytest.approx(10 * np.log10(255**2 / mse))
     assert row["images"][0]["codes"] == len(np.unique(saved[0]))
 

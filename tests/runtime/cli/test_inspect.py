@@ -60,7 +60,7 @@ def test_a_bundle_as_text_and_json(tiny: Path, capsys: pytest.CaptureFixture[str
     assert "28,912 parameters: width 16, 2 layers, 2 heads of 8, 64 codes, 6 classes (6 named)" in text
     assert "64 tokens in 19 calls (1 prefill, 3 sequential, 1 transition, 14 group), 16x16 pixels" in text
     assert "128 tokens, passed on onnxruntime-cpu" in text
-    assert "memory    of weights and cache, guided, on a CPU and a GPU: 1 image 0.1 MB and 0.1 MB, 2 images " in text
+    assert "memory    of weights and cache, guided, on a CPU and a GPU: 1 image 143.7 kB and 71.8 kB, 2 images " in text
     assert "engine    none; 'parvis build' makes them" in text
     assert cli.main(["inspect", str(tiny), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
