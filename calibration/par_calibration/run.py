@@ -105,10 +105,18 @@ class Places:
                 raise CalibrationError(
                     f"{shown_path(path)}: lies in --out, which is made at the end; give another place"
                 )
-        given = {path.resolve() for path in inputs}
         for path in self.files:
-            if path.resolve() in given:
-                raise CalibrationError(f"{shown_path(path)}: is read by this command; write the report to another file")
+            for read in inputs:
+                same = path.exists() and read.exists() and path.samefile(read)
+                if same or path.resolve() == read.resolve():
+                    raise CalibrationError(
+                        f"{shown_path(path)}: is read by this command; write the report to another file"
+                    )
+                if read.is_dir() and path.resolve().is_relative_to(read.resolve()):
+                    raise CalibrationError(
+                        f"{shown_path(path)}: lies in {shown_path(read)}, which is read by this command; write the "
+                        "report to another folder"
+                    )
         if len({path.resolve() for path in self.files}) < len(self.files):
             raise CalibrationError("--html, --json and --show-images name the same file; give different ones")
 
@@ -363,6 +371,12 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
         )
     for path in places.files:
         check_writable(path)
+    for option, path, ending in (("--html", places.html, ".html"), ("--json", places.json, ".json")):
+        if path.exists() and path.suffix.lower() != ending:  # a picture, perhaps
+            raise CalibrationError(
+                f"{option} {shown_path(path)}: exists and has another ending than {ending}; give another name, "
+                "so that it is not lost"
+            )
     # Encoded before hours of work, since a picture among them may be none.
     held = find(bundle, request.report.real, request.report.images_of(bundle))
     return replace(

@@ -76,6 +76,12 @@ def sequence_tokens(bundle: Bundle, tokens: ArrayLike, beginning: bool = False) 
     if beginning and begun.ndim == 2 and _is_beginning(bundle, begun):
         _check_ids(bundle, begun)
         return begun.astype(np.int64)
+    if beginning and bundle.video and begun.ndim == 2 and begun.shape[1] != bundle.n_tokens:
+        size = bundle.frame_tokens
+        raise RequestError(
+            f"tokens have shape {begun.shape}; expected [B,{bundle.n_tokens}] in sequence order, or the first {size}, "
+            f"{2 * size}, ... of these: those of the first latent frames"
+        )
     out = sequence_array(bundle, tokens)
     return given_tokens(bundle, len(out), out)
 
@@ -86,7 +92,7 @@ def decodable_tokens(bundle: Bundle, tokens: ArrayLike) -> Int:
     Raises RequestError.
     """
     given = np.atleast_2d(array("tokens", tokens))
-    if given.ndim == 2 and _is_beginning(bundle, given):
+    if bundle.video and given.ndim == 2:
         return sequence_tokens(bundle, given, beginning=True)
     return given_tokens(bundle, len(given), tokens)
 

@@ -105,7 +105,8 @@ class Tokenizer:
                 f"{_with_encoder(self.bundle)}"
             )
         if self.bundle.video:
-            each = [fitted_clip(self.bundle, one, fit) for one in _clips(self.bundle, images)]
+            name = os.fspath(images) if isinstance(images, (str, os.PathLike)) else ""
+            each = [fitted_clip(self.bundle, one, fit, name) for one in _clips(self.bundle, images)]
             batch = np.stack(each) if each else np.zeros((0, *image_shape(self.bundle)), np.uint8)
         else:
             batch = to_pixels(images, self._size, fit)

@@ -83,6 +83,20 @@ def test_a_plan_has_the_tail_of_the_bundle(tiny_copy: Path) -> None:
         build(BuildRequest(tiny_copy, "SM80", sampling="sorted"), lambda _: None)  # type: ignore[arg-type]
 
 
+def test_a_tail_that_does_not_draw_with_the_bundles_settings_is_warned_of(tiny_copy: Path) -> None:
+    with_manifest(tiny_copy, lambda m: m["defaults"].update(top_k=5, top_p=0.9))
+    lines: list[str] = []
+    build(BuildRequest(tiny_copy, "SM80", images=(1,), sampling="plain", use_cache=False), lines.append)
+    assert (
+        "warning: --sampling plain draws from the whole codebook, or greedily; the bundle's own settings are top-k 5, "
+        "top-p 0.9, so each request must give others"
+    ) in lines
+    assert any(", sampling plain, in " in line for line in lines)
+    lines.clear()
+    build(BuildRequest(tiny_copy, "SM80", images=(1,), use_cache=False), lines.append)
+    assert not any("warning" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("own", "vocab", "top_k", "top_p", "wanted"),
     [

@@ -26,7 +26,7 @@ from par_runtime.backends.native.decoding import NativeDecoder, open_decoder, wh
 from par_runtime.backends.ort.decoding import OrtVideoDecoder
 from par_runtime.backends.ort.sessions import session_options
 from par_runtime.bundle import seal
-from par_runtime.errors import RequestError
+from par_runtime.errors import BundleError, RequestError
 from par_runtime.loaded import LoadedFiles
 
 ROOT = Path(__file__).parents[2]
@@ -212,6 +212,20 @@ def test_a_planted_bug_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     tokens = tokens_of(bundle, 1)
     monkeypatch.setattr(clips, "CALL_PIXELS", 1)
     assert np.abs(graphs(bundle, tokens).astype(int) - ours(bundle, tokens)).max() > ONE_LEVEL
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_make_no_picture(tmp_path: Path, bad: float) -> None:
+    path = make(tmp_path, "one level")
+    name = "decoder_layers.1.fn.1.beta"
+    at = Bundle.open(path).decoder_weights[name]
+    with (path / "weights.data").open("r+b") as file:
+        file.seek(at.offset + 8)
+        file.write(np.float32(bad).tobytes())
+    bundle = Bundle.open(path, verify="none")
+    wanted = f"weights.data: the decoder's {name} holds numbers that are not finite; copy the bundle again"
+    with pytest.raises(BundleError, match=wanted):
+        ours(bundle, tokens_of(bundle, 1))
 
 
 def test_memory_does_not_grow_with_the_length_of_a_clip(tmp_path: Path) -> None:

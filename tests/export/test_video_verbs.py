@@ -182,6 +182,11 @@ def test_what_is_refused(
     with_bundle = [str(clip), "--bundle", str(tiny)]
     assert "nothing says what stays" in refused(edit, *with_bundle)
     assert "are for images" in refused(edit, *with_bundle, "--place", "0,0,4,4")
+    folder = tmp_path / "a.gif"
+    folder.mkdir()
+    why = refused(generate, str(tiny), "--label", "0", "--out", str(folder))
+    assert "a.gif" in why
+    assert "path" not in why
     assert "all 192 tokens stay" in refused(edit, *with_bundle, "--keep-frames", "5")
     demo = str(Path(__file__).parents[2] / "models/demo")
     picture = str(Path(__file__).parents[2] / "docs/demo.png")
@@ -316,6 +321,59 @@ def test_clips_given_to_a_bundle_of_images(tiny: Path, tmp_path: Path, capsys: p
         assert f"{clip}: holds clips, and {demo} makes images; give the --bundle that made" in capsys.readouterr().err
 
 
+def test_a_mask_of_a_clip_is_an_input(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not written over, and what marks the region can be said."""
+    clip, mask, grey = tmp_path / "clip.webp", tmp_path / "mask.png", tmp_path / "grey.png"
+    assert generate.main([str(tiny), "--label", "0", "--out", str(clip), "--quiet"]) == 0
+    half = np.zeros((16, 16), np.uint8)
+    half[:, :8] = 255
+    Image.fromarray(half).save(mask)
+    colours = np.array([[[105, 118, 190]] * 8 + [[20, 90, 60]] * 8] * 16, np.uint8)  # neither white nor black
+    Image.fromarray(colours).save(grey)
+    other = tmp_path / "mask.npy"
+    other.write_bytes(mask.read_bytes())
+    command = [str(clip), "--bundle", str(tiny), "--label", "0", "--seed", "1"]
+    out = ["--out", str(tmp_path / "r.webp")]
+    for given, option in (
+        (["--keep", str(mask), "--out", str(mask)], "--out"),
+        (["--change", str(mask), "--out", str(mask)], "--out"),
+        (["--keep", str(other), *out, "--tokens", str(other)], "--tokens"),
+    ):
+        assert edit.main([*command, *given]) == 2
+        assert f"{option} {given[1]} is the file that is read; give another name" in capsys.readouterr().err
+    assert mask.read_bytes() == other.read_bytes()
+    assert edit.main([*command, "--keep", str(grey), *out]) == 2
+    assert "--mask-from" in capsys.readouterr().err
+    assert edit.main([*command, "--keep", str(grey), *out, "--mask-from", "brightness"]) == 0
+    assert edit.main([*command, "--keep", str(mask), *out]) == 0
+
+
+def test_images_given_to_a_bundle_of_clips(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "a.png"
+    demo = Path(__file__).parents[2] / "models/demo"
+    assert generate.main([str(demo), "--label", "0", "--out", str(image), "--quiet"]) == 0
+    assert redo.main([str(image), "--bundle", str(tiny)]) == 2
+    assert f"{image}: holds images, and {tiny} makes clips; give the --bundle that made them" in capsys.readouterr().err
+    clip = tmp_path / "clip.gif"
+    assert generate.main([str(tiny), "--label", "0", "--out", str(clip), "--quiet"]) == 0
+    capsys.readouterr()
+    assert reconstruct.main([str(clip), "--bundle", str(demo), "--out", str(tmp_path / "b.png")]) == 0
+    assert capsys.readouterr().err == f"parvis: {clip}: moves; its first frame is taken, as a picture\n"
+    assert reconstruct.main([str(image), "--bundle", str(demo), "--out", str(tmp_path / "b.png")]) == 0
+    assert not capsys.readouterr().err
+    keep = ["--keep", "left", "--label", "0", "--out", str(tmp_path / "c.png")]
+    assert edit.main([str(clip), "--bundle", str(demo), *keep]) == 0
+    assert "its first frame is taken, as a picture" in capsys.readouterr().err
+
+
+def test_the_beginnings_that_can_be_decoded_are_named(tiny: Path) -> None:
+    with Pipeline.load(tiny) as pipeline, pytest.raises(RequestError) as error:
+        pipeline.decode(np.zeros((1, 63), np.int64))
+    assert str(error.value).startswith(
+        "tokens have shape (1, 63); expected [B,192] in sequence order, or the first 64, 128"
+    )
+
+
 def test_sheets_of_clips_have_no_empty_place_if_that_is_not_too_wide() -> None:
     assert [default_columns(count, True) for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 25, 26)] == (
         [1, 2, 3, 2, 5, 3, 3, 4, 3, 5, 4, 4, 5, 6]
@@ -350,8 +408,24 @@ def test_a_video_bundle_is_calibrated(tmp_path: Path, capsys: pytest.CaptureFixt
     np.savez(codes, codes=np.zeros((0, 3, 8, 8), np.uint16), labels=np.zeros(0, np.uint8))
     with pytest.raises(CalibrationError, match=r"expected \[M,192\] with M of 1 or more"):
         read(pipeline.bundle, codes, "codes")
+    write_frames(tmp_path / "short" / "0" / "a.gif", made.images[0, :2], 8)
+    with pytest.raises(RequestError, match=r"a.gif: has 2 frames; expected a clip of 5 or more"):
+        find(pipeline.bundle, tmp_path / "short", 10)
     with pytest.raises(CalibrationError, match=r"two.webp: holds 2 clips; give a file for each \(--out-dir\)"):
         find(pipeline.bundle, tmp_path / "both", 10)
+    for option in ("--html", "--json"):
+        inside = real / "2" / "3.webp"
+        before = inside.read_bytes()
+        given = [str(bundle), "--weights", "int8", "--group", "32", "--real", str(real)]
+        given += ["--out", str(tmp_path / "x"), option]
+        assert calibrate.main([*given, str(inside)]) == 2
+        assert "which is read by this command; write the report to another folder" in capsys.readouterr().err
+        (tmp_path / "mine.txt").write_text("mine")
+        assert calibrate.main([*given, str(tmp_path / "mine.txt")]) == 2
+        assert f"{option} {tmp_path / 'mine.txt'}: exists and has another ending than ." in capsys.readouterr().err
+        (tmp_path / f"link.{option[2:]}").symlink_to(inside)
+        assert calibrate.main([*given, str(tmp_path / f"link.{option[2:]}")]) == 2
+        assert inside.read_bytes() == before
     out, report = tmp_path / "int8", tmp_path / "report.json"
     command = [str(bundle), "--weights", "int8", "--group", "32", "--out", str(out), "--json", str(report)]
     command += ["--real", str(real), "--generated", "12", "--images", "4", "--show-images", str(tmp_path / "p.png")]

@@ -159,7 +159,13 @@ class _CheckedRequest:
     def write(self, folder: Path, say: Callable[[str], None], on_step: OnStep) -> None:
         """Build every plan into ``folder`` and describe them in ``engine.json``."""
         started = time.monotonic()
-        config = step_config(self.bundle)
+        config, d = step_config(self.bundle), self.bundle.defaults
+        draws = why_not_drawn(self.sampling, self.bundle.vocab_size, d.top_k, d.top_p)
+        if draws is not None:
+            say(
+                f"warning: --sampling {self.sampling} {draws}; the bundle's own settings are top-k {d.top_k}, top-p "
+                f"{d.top_p:g}, so each request must give others"
+            )
         stored = step_weights(self.bundle)
         compute = DTYPE[self.precision]
         plans: dict[str, Any] = {}
@@ -208,7 +214,8 @@ class _CheckedRequest:
         (folder / ENGINE_JSON).write_text(json.dumps(seal(document), indent=1))
         say(
             f"{self.bundle.name}: {', '.join([*plans, *(['decoder'] if decoder else [])])} for {self.target} with "
-            f"{self.trt.name} {self.trt.version}, {self.precision}, in {time.monotonic() - started:.1f} s, peak memory "
+            f"{self.trt.name} {self.trt.version}, {self.precision}, sampling {self.sampling}, "
+            f"in {time.monotonic() - started:.1f} s, peak memory "
             f"{(peak_bytes() or 0) / 1e6:.0f} MB"
         )
 

@@ -18,7 +18,7 @@ from PIL import Image
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Bar, printable
-from par_runtime.cli.inputs import check_recipe, load_pipeline, made_again, quiet_readers
+from par_runtime.cli.inputs import check_recipe, load_pipeline, made_again, quiet_readers, read_by_edit
 from par_runtime.cli.outputs import (
     check_outputs,
     check_sheet,
@@ -51,6 +51,10 @@ def redo(args: argparse.Namespace, bundle: Bundle) -> int:
         file = files.read_any(args.image, bundle.frames)
     recipe = file.recipe
     if recipe is None:
+        if files.recipe_of(args.image) is not None:
+            raise RequestError(
+                f"{args.image}: holds images, and {bundle.path} makes clips; give the --bundle that made them"
+            )
         raise RequestError(
             f"{args.image}: has no 'parvis' entry; only a clip that parvis wrote can be made again, and only while no "
             "other program has saved it"
@@ -91,8 +95,8 @@ def redo(args: argparse.Namespace, bundle: Bundle) -> int:
 def edit(args: argparse.Namespace, bundle: Bundle) -> int:
     """Keep frames, or a region of all frames, of a clip, and make the rest anew. Raises RequestError, OSError."""
     started = time.perf_counter()
-    if args.place is not None or args.paste or args.mask_from != "auto":
-        raise RequestError("--place, --paste and --mask-from are for images; of a clip give --keep-frames, or a region")
+    if args.place is not None or args.paste:
+        raise RequestError("--place and --paste are for images; of a clip give --keep-frames, or a region")
     if args.keep_frames is None and args.keep is None and args.change is None:
         raise RequestError("nothing says what stays; give --keep-frames K, --keep REGION or --change REGION")
     check_tokens_name(args.tokens)  # before a file is read
@@ -102,13 +106,15 @@ def edit(args: argparse.Namespace, bundle: Bundle) -> int:
         raise RequestError(f"{args.image} does not say its class; give one with --label")
     first = first_seed(args.seed)
     out = args.out or Path(f"{args.image.stem}-edit-{first}{suffix_of(bundle)}")
-    check_outputs(bundle, out, args.tokens, [args.image])
+    check_outputs(bundle, out, args.tokens, read_by_edit(args))
     check_sheet(bundle, out, args.count, default_columns(args.count, True), args.scale)
     fps = args.fps
     if fps is None and original.fps is not None:  # as fast as what it continues, where the kind of file can
         fps = min(original.fps, format_of(out).most_fps)
     pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
-    keep = pipeline.keep_mask(change=args.change, keep=args.keep, fit=args.fit, keep_frames=args.keep_frames)
+    keep = pipeline.keep_mask(
+        change=args.change, keep=args.keep, fit=args.fit, mask_from=args.mask_from, keep_frames=args.keep_frames
+    )
     kept = int(keep.sum())
     if kept in (0, keep.size):
         raise RequestError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,8 +19,8 @@ from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.cli import clips, options
 from par_runtime.cli.common import Bar, Parser, guarded, printable
-from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline, quiet_readers
-from par_runtime.cli.outputs import check_fps, check_outputs, check_sheet, write_all, write_tokens
+from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline, quiet_readers, read_by_edit
+from par_runtime.cli.outputs import check_fps, check_outputs, check_sheet, say_of_animations, write_all, write_tokens
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.images import png
@@ -92,10 +91,10 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"{args.image} does not say its class; give one with --label")
     first = first_seed(args.seed)
     out = args.out or Path(f"{args.image.stem}-edit-{first}.png")
-    masks = [Path(named) for named in (args.keep, args.change) if named and os.path.exists(named)]
-    check_outputs(bundle, out, args.tokens, [args.image, *masks])
+    check_outputs(bundle, out, args.tokens, read_by_edit(args))
     tokens = original.tokens
     if not (args.quiet or args.json):
+        say_of_animations([args.image])
         _say_what_was_taken(args, original)
     if tokens is None:  # before the model is loaded, which may take longer
         tokens = Tokenizer(bundle, args.threads).encode(original.pixels)[0]

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
@@ -23,6 +24,12 @@ def class_indices(bundle: Bundle, labels: Sequence[str]) -> list[int]:
     """Class indices of the command line's labels; "all" is every class. Raises RequestError."""
     each = [range(bundle.n_classes) if label == "all" else [class_index(bundle, label)] for label in labels]
     return [index for indices in each for index in indices]
+
+
+def read_by_edit(args: argparse.Namespace) -> list[Path]:
+    """The files that ``parvis edit`` reads: the picture or clip, and a mask."""
+    masks = [Path(named) for named in (args.keep, args.change) if named and os.path.exists(named)]
+    return [args.image, *masks]
 
 
 @contextmanager

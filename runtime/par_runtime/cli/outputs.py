@@ -6,13 +6,16 @@ import io
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from par_runtime.bundle import Bundle
+from par_runtime.cli.common import printable
 from par_runtime.clips import formats, mp4
+from par_runtime.clips.files import is_animation
 from par_runtime.clips.formats import format_of
 from par_runtime.dtypes import Int
 from par_runtime.errors import OutputsError, RequestError
@@ -72,7 +75,7 @@ def check_sheet(bundle: Bundle, out: Path | None, count: int, columns: int, scal
     if bundle.image_size is None:
         return
     if bundle.video:
-        name = out or Path(f"clip{suffix_of(bundle)}")
+        name = Path(f"clip{suffix_of(bundle)}") if out is None or out.is_dir() else out
         formats.check_clips(name, count, columns, bundle.frames, bundle.image_size, scale)
     else:
         png.check_sheet(count, columns, (bundle.image_size[0] * scale, bundle.image_size[1] * scale))
@@ -81,6 +84,13 @@ def check_sheet(bundle: Bundle, out: Path | None, count: int, columns: int, scal
 def suffix_of(bundle: Bundle) -> str:
     """How the names of files end that nobody has named."""
     return ".gif" if bundle.video else ".png"
+
+
+def say_of_animations(paths: Sequence[Path]) -> None:
+    """Print that of each of ``paths`` that moves one frame is taken: a user may have meant the clip."""
+    for path in paths:
+        if is_animation(path):
+            print(printable(f"parvis: {path}: moves; its first frame is taken, as a picture"), file=sys.stderr)
 
 
 def check_not_input(out: Path, inputs: Sequence[Path], option: str = "--out") -> None:

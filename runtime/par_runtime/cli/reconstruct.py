@@ -19,6 +19,7 @@ from par_runtime.cli.inputs import quiet_readers
 from par_runtime.cli.outputs import (
     check_fps,
     check_outputs,
+    say_of_animations,
     suffix_of,
     write_all,
     write_tokens,
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(bundle, out, args.tokens, args.image, recipe=False)
     check_fps(bundle, args.fps, [out])
     png.check_scale(args.scale)
+    if not (bundle.video or args.quiet or args.json):
+        say_of_animations(args.image)
     with quiet_readers():
         names, originals = (_clips if bundle.video else _images)(args, bundle, out)
     started = time.perf_counter()

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     if bundle.video and bundle.image_size is not None:
         return clips.redo(args, bundle)
     with quiet_readers():
-        if clip_files.recipe_of(args.image) is not None:
+        found = clip_files.recipe_of(args.image)
+        if found is not None and found.fps is not None:
             raise RequestError(
                 f"{args.image}: holds clips, and {bundle.path} makes images; give the --bundle that made them"
             )

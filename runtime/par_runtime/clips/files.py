@@ -166,13 +166,22 @@ def read_any(path: Path, count: int, start: int = 0, fit: Fitted | None = None) 
 
 
 def recipe_of(path: Path) -> Recipe | None:
-    """The recipe of a file of clips that parvis wrote; None for every other file, and for one that cannot be read."""
+    """The recipe of a file of clips or images that parvis wrote; None for any other, and one that cannot be read."""
     try:
         with _source(Path(path)) as source:
-            recipe = None if source.text is None else parse(source.text, str(path))
+            return None if source.text is None else parse(source.text, str(path))
     except (RequestError, OSError):
         return None
-    return recipe if recipe is not None and recipe.fps is not None else None
+
+
+def is_animation(path: Path) -> bool:
+    """Whether a file has several frames; False where it cannot be read. Only the first two are looked at."""
+    try:
+        with warnings.catch_warnings(), Image.open(path, formats=["GIF", "WEBP", "PNG"]) as image:
+            warnings.simplefilter("ignore")
+            return bool(getattr(image, "is_animated", False))
+    except Exception:  # readers of broken files raise nearly anything; whoever reads the picture says it
+        return False
 
 
 def is_clip(path: Path) -> bool:
@@ -277,7 +286,7 @@ def _source(path: Path) -> Iterator[animated.Animation | mp4.Video]:
     except MemoryError as error:
         raise RequestError(f"{name}: not enough memory for this clip; give a smaller one") from error
     except Exception as error:  # readers of broken files raise nearly anything
-        reason = shown(str(error), 120).strip("'\"") or type(error).__name__
+        reason = shown(getattr(error, "strerror", None) or str(error), 120).strip("'\"") or type(error).__name__
         raise RequestError(
             f"{name}: no clip that can be read ({reason}); it may be truncated or damaged; {EXPECTED}"
         ) from error

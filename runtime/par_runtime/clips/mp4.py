@@ -121,7 +121,7 @@ def opened(file: BinaryIO) -> Iterator[Video]:
     av = library()
     with av.open(file, "r", format="mp4", options=dict(READER), metadata_errors="replace") as container:
         if not container.streams.video:
-            raise RequestError("holds no video")
+            raise RequestError("holds no video; expected an MP4 with a video in it: convert it (ffmpeg -i IN OUT.mp4)")
         stream = container.streams.video[0]
         context = stream.codec_context
         if context is None or context.name not in CODECS:

@@ -16,9 +16,9 @@ from par_runtime.backends.base import Decoder, closed_error
 from par_runtime.backends.native.clips import ClipOperations, most_latent
 from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
 from par_runtime.backends.native.decoder import Buffers, Decode, Op, Operations
-from par_runtime.bundle import Bundle
+from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.dtypes import STORAGE, Float, Int, to_float32
-from par_runtime.errors import RequestError
+from par_runtime.errors import BundleError, RequestError
 from par_runtime.forks import Calls, tell_of_forks
 from par_runtime.loaded import LoadedFiles, check_memory
 from par_runtime.system import available_cores
@@ -158,7 +158,13 @@ class NativeDecoder:
             at = table[name]
             raw = bytearray(at.length)
             self._files.read(memoryview(raw), at.offset)
-            return to_float32(np.frombuffer(raw, STORAGE[at.dtype]).reshape(at.shape), at.dtype)
+            numbers = to_float32(np.frombuffer(raw, STORAGE[at.dtype]).reshape(at.shape), at.dtype)
+            if not np.isfinite(numbers).all():  # a picture of them would be black, or of noise, without a word
+                raise BundleError(
+                    f"{bundle.path / WEIGHTS}: the decoder's {name} holds numbers that are not finite; copy the bundle "
+                    "again, or export it again"
+                )
+            return numbers
 
         kind = ClipOperations if bundle.video else Operations
         operations = kind(self._lib, bundle.tokenizer, bundle.grid[1:], read)
