@@ -21,7 +21,9 @@ def test_the_command_prints_the_report_or_json(tiny_copy: Path, capsys: pytest.C
     arguments = [str(tiny_copy), "--target", "sm80", "--max-images", "3", "--no-cache"]
     assert build_cli.main([*arguments, "--kernels"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"tiny: step, decoder for SM80 with tensorrt_rtx .*, fp16, in .* s, peak memory \d+ MB", out)
+    assert re.search(
+        r"tiny: step, decoder for SM80 with tensorrt_rtx .*, fp16, sampling topk, in .* s, peak memory \d+ MB", out
+    )
     assert re.search(r"step +1 +2/2 fused +4/4 +2/2 +\d+ +10 ", out)
     assert "_gemv_mha" in out
     assert build_cli.main([*arguments, "--json"]) == 0

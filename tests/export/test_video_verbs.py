@@ -328,7 +328,7 @@ def test_a_mask_of_a_clip_is_an_input(tiny: Path, tmp_path: Path, capsys: pytest
     half = np.zeros((16, 16), np.uint8)
     half[:, :8] = 255
     Image.fromarray(half).save(mask)
-    colours = np.array([[[190, 150, 105]] * 8 + [[20, 90, 60]] * 8] * 16, np.uint8)  # neither white nor black
+    colours = np.array([[[255, 255, 255]] * 8 + [[200, 20, 20]] * 8] * 16, np.uint8)  # is the red part white?
     Image.fromarray(colours).save(grey)
     other = tmp_path / "mask.npy"
     other.write_bytes(mask.read_bytes())
