@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from par_export.bundle import SELFTEST_GUIDANCE, Tokenizer, architecture_entries, write_graphs, write_manifest
 from par_export.errors import ExportError, ParityError
 from par_export.graphs.decoder import HALF_DECODER
 from par_export.graphs.sampling import SamplingVariant
+from par_export.parts import SELFTEST_GUIDANCE, Tokenizer, architecture_entries, write_graphs, write_manifest
 from par_export.restored import StoredState, StoredWeights, stored_table
 from par_export.staging import staging
 from par_export.weights import TORCH_DTYPE, WeightsWriter

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from par_export.bundle import SELFTEST_GUIDANCE, Tokenizer, architecture_entries, write_graphs, write_manifest
 from par_export.graphs.writer import WeightTable
+from par_export.parts import SELFTEST_GUIDANCE, Tokenizer, architecture_entries, write_graphs, write_manifest
 from par_export.quantised import Codes, can_quantise, nearest, stored_scales
 from par_export.weights import (
     WeightsWriter,

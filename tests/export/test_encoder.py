@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import GOLDEN, golden_weights
-from par_export import bundle
+from par_export import parts
 from par_export.bundle import ExportRequest, export
 from par_export.cli import export as cli
 from par_export.errors import ParityError
@@ -94,7 +94,7 @@ def test_a_bundle_without_an_encoder(
 def test_the_gate_refuses_an_encoder_with_another_token_order(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = bundle.encoder_graph
+    right = parts.encoder_graph
 
     def upside_down(*arguments: Any) -> Any:
         graph = right(*arguments)
@@ -103,7 +103,7 @@ def test_the_gate_refuses_an_encoder_with_another_token_order(
         order.CopyFrom(onnx.numpy_helper.from_array(reversed_order, "order"))
         return graph
 
-    monkeypatch.setattr(bundle, "encoder_graph", upside_down)
+    monkeypatch.setattr(parts, "encoder_graph", upside_down)
     request = ExportRequest(checkpoints["par_n4_grid8"], checkpoints["vq"], tmp_path / "b", heads=4, grid=(1, 8, 8))
     with pytest.raises(
         ParityError, match=r"encoder\.onnx: token \d+ is code \d+, which is .* further than the oracle's"

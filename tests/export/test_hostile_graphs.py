@@ -14,10 +14,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from par_export.bundle import ExportRequest, write_manifest
+from par_export.bundle import ExportRequest
 from par_export.bundle import export as export_bundle
 from par_export.engines.build import BuildRequest, build
 from par_export.errors import ExportError
+from par_export.parts import write_manifest
 from par_export.random_bundle import write_like
 from par_runtime.bundle import Bundle, seal
 from par_runtime.errors import BundleError

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from par_export.bundle import architecture_entries
+from par_export.parts import architecture_entries
 from par_model.config import ORDERS, PARConfig, VQConfig
 from par_model.manifest import (
     ManifestError,

@@ -23,6 +23,7 @@ from par_runtime.cli.outputs import (
     check_outputs,
     check_sheet,
     check_tokens_name,
+    edited_text,
     suffix_of,
     write_all,
     write_tokens,
@@ -230,15 +231,15 @@ def _report(
     seconds: float,
 ) -> None:
     """Print what was made, as text or JSON; nothing with --quiet."""
-    bundle, label, kept = pipeline.bundle, result.labels[0], int(keep.sum())
+    bundle = pipeline.bundle
     if args.json:
         row = {
             "written": written,
             "bundle": {"name": bundle.name, "hash": bundle.hash},
             "backend": pipeline.backend.info.name,
-            "label": label,
+            "label": result.labels[0],
             "seeds": result.seeds,
-            "kept_tokens": kept,
+            "kept_tokens": int(keep.sum()),
             "tokens": keep.size,
             "frames": bundle.frames,
             "encoded": original.tokens is None,
@@ -247,10 +248,4 @@ def _report(
         }
         print(json.dumps(row))
     elif not args.quiet:
-        name = str(label) if bundle.class_names is None else bundle.class_names[label]
-        clips, on = ("clips", " and on") if args.count > 1 else ("clip", "")
-        how = "" if original.tokens is None else " as they were generated"
-        print(
-            f"{printable(written[0])}: {args.count} {clips} of {name}, seed {result.seeds[0]}{on}, "
-            f"{kept} of {keep.size} tokens kept{how}, in {seconds:.1f} s"
-        )
+        print(edited_text(bundle, written[0], result, keep, original.tokens is not None, seconds))

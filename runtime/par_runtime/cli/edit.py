@@ -20,7 +20,15 @@ from par_runtime.checked import shown
 from par_runtime.cli import clips, options
 from par_runtime.cli.common import Bar, Parser, guarded, printable
 from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline, quiet_readers, read_by_edit
-from par_runtime.cli.outputs import check_fps, check_outputs, check_sheet, say_of_animations, write_all, write_tokens
+from par_runtime.cli.outputs import (
+    check_fps,
+    check_outputs,
+    check_sheet,
+    edited_text,
+    say_of_animations,
+    write_all,
+    write_tokens,
+)
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.images import png
@@ -265,15 +273,15 @@ def _report(
     seconds: float,
 ) -> None:
     """Print what was made, as text or JSON; nothing with --quiet."""
-    bundle, label, kept = pipeline.bundle, result.labels[0], int(keep.sum())
+    bundle = pipeline.bundle
     if args.json:
         row = {
             "written": str(out),
             "bundle": {"name": bundle.name, "hash": bundle.hash},
             "backend": pipeline.backend.info.name,
-            "label": label,
+            "label": result.labels[0],
             "seeds": result.seeds,
-            "kept_tokens": kept,
+            "kept_tokens": int(keep.sum()),
             "tokens": keep.size,
             "encoded": original.tokens is None,
             "encoded_because": original.why if original.tokens is None else None,
@@ -282,13 +290,7 @@ def _report(
         }
         print(json.dumps(row))
     elif not args.quiet:
-        name = str(label) if bundle.class_names is None else bundle.class_names[label]
-        images, on = ("images", " and on") if args.count > 1 else ("image", "")
-        how = "" if original.tokens is None else " as they were generated"
-        print(
-            f"{printable(str(out))}: {args.count} {images} of {name}, seed {result.seeds[0]}{on}, "
-            f"{kept} of {keep.size} tokens kept{how}, in {seconds:.1f} s"
-        )
+        print(edited_text(bundle, str(out), result, keep, original.tokens is not None, seconds))
 
 
 def parser() -> argparse.ArgumentParser:

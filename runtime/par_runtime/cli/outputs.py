@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from par_runtime.bundle import Bundle
 from par_runtime.cli.common import printable
@@ -20,7 +21,7 @@ from par_runtime.clips.formats import format_of
 from par_runtime.dtypes import Int
 from par_runtime.errors import OutputsError, RequestError
 from par_runtime.images import png
-from par_runtime.result import default_columns
+from par_runtime.result import Result, default_columns
 from par_runtime.system import HALF, check_writable, explain, write_beside
 
 
@@ -84,6 +85,20 @@ def check_sheet(bundle: Bundle, out: Path | None, count: int, columns: int, scal
 def suffix_of(bundle: Bundle) -> str:
     """How the names of files end that nobody has named."""
     return ".gif" if bundle.video else ".png"
+
+
+def edited_text(
+    bundle: Bundle, out: str, result: Result, keep: NDArray[np.bool_], generated: bool, seconds: float
+) -> str:
+    """What ``parvis edit`` prints of ``result``, written to ``out``; ``generated``: kept tokens made it."""
+    label, count = result.labels[0], len(result)
+    name = str(label) if bundle.class_names is None else bundle.class_names[label]
+    variants, on = (f"{bundle.kind}s", " and on") if count > 1 else (bundle.kind, "")
+    how = " as they were generated" if generated else ""
+    return (
+        f"{printable(out)}: {count} {variants} of {name}, seed {result.seeds[0]}{on}, {int(keep.sum())} of {keep.size} "
+        f"tokens kept{how}, in {seconds:.1f} s"
+    )
 
 
 def say_of_animations(paths: Sequence[Path]) -> None:
