@@ -206,9 +206,8 @@ def write_published(
     """Write bundles of a model of the paper: "PAR-L" to "PAR-3B" (384 px, with VQ-16's decoder), or "PAR-video" (17
     frames of 128x128, with the paper's settings).
 
-    That of video ends at tokens: on a CPU decoding a clip takes longer than all calls at n = 16, and the same for every
-    n, so it would hide what the rows of n compare; ``--suite decoder`` times it. Returns n -> path. Raises ValueError
-    for another name, OSError.
+    That of video ends at tokens: decoding is the same for every n, and would hide what the rows of n compare;
+    ``--suite decoder`` times it. Returns n -> path. Raises ValueError for another name, OSError.
     """
     config = named(model.removeprefix("PAR-"))
     video = config.grid[0] > 1
