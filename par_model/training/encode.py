@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -43,13 +44,17 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"{args.data}: {data.size} pixels a side are no multiple of {pixels}, the pixels of a code")
     # Opened before the work, which may take hours.
     with written_beside(args.out) as part, part.open("wb") as file:
-        codes = encode(model, data, args.batch)
-        labels = data.labels.astype(np.uint8 if len(data.class_names) <= 256 else np.uint16)
-        np.savez(file, codes=codes, labels=labels, class_names=np.array(data.class_names))
-    print(
-        f"{printable(str(args.out))}: {len(codes)} images of {codes.shape[1]}x{codes.shape[2]} codes, "
-        f"{len(data.class_names)} class{'es' if len(data.class_names) > 1 else ''}"
-    )
+        made = _save(file, encode(model, data, args.batch), data, "images")
+    print(printable(f"{args.out}: {made}"))
+
+
+def _save(file: BinaryIO, codes: np.ndarray, data: ImageFolder | ClipFolder, what: str) -> str:
+    """Write ``codes`` [M,...] with the classes of ``data`` to ``file``; what was written, as a text."""
+    names = data.class_names
+    labels = data.labels.astype(np.uint8 if len(names) <= 256 else np.uint16)
+    np.savez(file, codes=codes, labels=labels, class_names=np.array(names))
+    grid = "x".join(map(str, codes.shape[1:]))
+    return f"{len(codes)} {what} of {grid} codes, {len(names)} class{'es' if len(names) > 1 else ''}"
 
 
 def _encode_clips(args: argparse.Namespace) -> None:
@@ -67,12 +72,8 @@ def _encode_clips(args: argparse.Namespace) -> None:
             for start in range(0, len(data), args.batch):
                 features = model.features(data.batch(np.arange(start, min(start + args.batch, len(data)))))
                 codes.append(model.quantizers.ids(features.float()).numpy().astype(np.uint16))
-        all_codes = np.concatenate(codes)
-        np.savez(file, codes=all_codes, labels=data.labels.astype(np.uint8), class_names=np.array(data.class_names))
-    print(
-        f"{printable(str(args.out))}: {len(all_codes)} clips of {'x'.join(map(str, all_codes.shape[1:]))} codes, "
-        f"{len(data.class_names)} class{'es' if len(data.class_names) > 1 else ''}"
-    )
+        made = _save(file, np.concatenate(codes), data, "clips")
+    print(printable(f"{args.out}: {made}"))
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from video_bundles import write_tiny_video
 
 from par_runtime import Pipeline
 from par_runtime.cli import edit, generate, reconstruct, redo
@@ -27,9 +26,9 @@ GENERATE = Pipeline.generate
 FASHION = Path(__file__).parents[2] / "models/fashion"
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_video(tmp_path_factory.mktemp("video") / "bundle")
+@pytest.fixture
+def tiny(tiny_video: Path) -> Path:
+    return tiny_video
 
 
 def test_what_a_clip_is(tiny: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -16,14 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from par_runtime.bundle import Bundle
-from par_runtime.cli import options
-from par_runtime.cli.common import Bar, printable
-from par_runtime.cli.inputs import check_recipe, load_pipeline, made_again, quiet_readers, read_by_edit
+from par_runtime.cli.common import printable
+from par_runtime.cli.inputs import check_recipe, load_pipeline, made_again, quiet_readers, read_by_edit, variants
 from par_runtime.cli.outputs import (
     check_outputs,
     check_sheet,
     check_tokens_name,
-    edited_text,
+    report_edited,
     suffix_of,
     write_all,
     write_tokens,
@@ -36,9 +34,8 @@ from par_runtime.images.opening import open_image
 from par_runtime.images.photo import fit_image
 from par_runtime.images.recipe import check
 from par_runtime.metrics import psnr_db
-from par_runtime.pipeline import Pipeline
-from par_runtime.request import class_index, first_seed, image_seeds
-from par_runtime.result import Result, default_columns
+from par_runtime.request import class_index, first_seed
+from par_runtime.result import default_columns
 
 NO_CLIP = "it is no clip of parvis"
 
@@ -128,20 +125,13 @@ def edit(args: argparse.Namespace, bundle: Bundle) -> int:
     tokens = original.tokens
     if tokens is None:
         tokens = pipeline.encode(_filled(args, bundle, original.frames, keep))[0]
-    with Bar(args.quiet or args.json) as bar:
-        result = pipeline.generate(
-            [label] * args.count,
-            **options.sampling(args),
-            seeds=image_seeds(args.count, first, None),
-            on_step=bar,
-            keep=keep,
-            tokens=tokens,
-        )
+    result = variants(args, pipeline, label, first, keep, tokens)
     wanted: list[tuple[Path, Callable[[], object]]] = [(out, partial(result.save, out, scale=args.scale, fps=fps))]
     if args.tokens is not None:
         wanted.append((args.tokens, partial(write_tokens, args.tokens, result.tokens)))
     written = write_all(wanted)
-    _report(args, pipeline, written, result, original, keep, time.perf_counter() - started)
+    why = original.why if original.tokens is None else None
+    report_edited(args, pipeline, result, keep, why, started, written, frames=bundle.frames)
     return 0
 
 
@@ -219,33 +209,3 @@ def _filled(
         )
     missing = max(0, bundle.frames - len(frames))
     return np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])
-
-
-def _report(
-    args: argparse.Namespace,
-    pipeline: Pipeline,
-    written: list[str],
-    result: Result,
-    original: _Original,
-    keep: NDArray[np.bool_],
-    seconds: float,
-) -> None:
-    """Print what was made, as text or JSON; nothing with --quiet."""
-    bundle = pipeline.bundle
-    if args.json:
-        row = {
-            "written": written,
-            "bundle": {"name": bundle.name, "hash": bundle.hash},
-            "backend": pipeline.backend.info.name,
-            "label": result.labels[0],
-            "seeds": result.seeds,
-            "kept_tokens": int(keep.sum()),
-            "tokens": keep.size,
-            "frames": bundle.frames,
-            "encoded": original.tokens is None,
-            "encoded_because": original.why if original.tokens is None else None,
-            "timings_ms": result.timings,
-        }
-        print(json.dumps(row))
-    elif not args.quiet:
-        print(edited_text(bundle, written[0], result, keep, original.tokens is not None, seconds))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,13 +17,13 @@ from PIL import Image
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.cli import clips, options
-from par_runtime.cli.common import Bar, Parser, guarded, printable
-from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline, quiet_readers, read_by_edit
+from par_runtime.cli.common import Parser, guarded, printable
+from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline, quiet_readers, read_by_edit, variants
 from par_runtime.cli.outputs import (
     check_fps,
     check_outputs,
     check_sheet,
-    edited_text,
+    report_edited,
     say_of_animations,
     write_all,
     write_tokens,
@@ -36,8 +35,7 @@ from par_runtime.images.photo import fit_image, place_image
 from par_runtime.images.recipe import check as recipe_check
 from par_runtime.images.recipe import pixel_hash
 from par_runtime.images.region import MASK_FROM, REGION, Beside, kept_tokens, parse_box, region
-from par_runtime.pipeline import Pipeline
-from par_runtime.request import class_index, first_seed, image_seeds
+from par_runtime.request import class_index, first_seed
 from par_runtime.result import Result, default_columns
 from par_runtime.tokenizer import Tokenizer
 
@@ -107,15 +105,7 @@ def run(args: argparse.Namespace) -> int:
     if tokens is None:  # before the model is loaded, which may take longer
         tokens = Tokenizer(bundle, args.threads).encode(original.pixels)[0]
     pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
-    with Bar(args.quiet or args.json) as bar:
-        result = pipeline.generate(
-            [label] * args.count,
-            **options.sampling(args),
-            seeds=image_seeds(args.count, first, None),
-            on_step=bar,
-            keep=keep,
-            tokens=tokens,
-        )
+    result = variants(args, pipeline, label, first, keep, tokens)
     if args.paste:
         result = paste(result, original)
     files: list[tuple[Path, Callable[[], object]]] = [
@@ -124,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens is not None:
         files.append((args.tokens, partial(write_tokens, args.tokens, result.tokens)))
     write_all(files)
-    _report(args, pipeline, result, out, original, keep, time.perf_counter() - started)
+    why = original.why if original.tokens is None else None
+    report_edited(args, pipeline, result, keep, why, started, str(out), mask_from=original.mask_from)
     return 0
 
 
@@ -261,36 +252,6 @@ def _say_what_was_taken(args: argparse.Namespace, original: Original) -> None:
     if original.mask_from in ("alpha", "inverse-alpha"):
         part = "opaque" if original.mask_from == "alpha" else "transparent"
         print(f"parvis: the {part} part of the mask is the region (--mask-from {original.mask_from})", file=sys.stderr)
-
-
-def _report(
-    args: argparse.Namespace,
-    pipeline: Pipeline,
-    result: Result,
-    out: Path,
-    original: Original,
-    keep: NDArray[np.bool_],
-    seconds: float,
-) -> None:
-    """Print what was made, as text or JSON; nothing with --quiet."""
-    bundle = pipeline.bundle
-    if args.json:
-        row = {
-            "written": str(out),
-            "bundle": {"name": bundle.name, "hash": bundle.hash},
-            "backend": pipeline.backend.info.name,
-            "label": result.labels[0],
-            "seeds": result.seeds,
-            "kept_tokens": int(keep.sum()),
-            "tokens": keep.size,
-            "encoded": original.tokens is None,
-            "encoded_because": original.why if original.tokens is None else None,
-            "mask_from": original.mask_from,
-            "timings_ms": result.timings,
-        }
-        print(json.dumps(row))
-    elif not args.quiet:
-        print(edited_text(bundle, str(out), result, keep, original.tokens is not None, seconds))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,13 +8,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
+from par_runtime.cli import options
 from par_runtime.cli.common import Bar
+from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.images.recipe import Recipe, check
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import class_index
+from par_runtime.request import class_index, image_seeds
 from par_runtime.result import Result
 
 MOST_IMAGES = 100_000  # of one command: all are held in memory until they are written
@@ -66,6 +71,21 @@ def load_pipeline(args: argparse.Namespace, bundle: Bundle, selftest: bool) -> P
             arithmetic=args.arithmetic,
             cache=args.cache,
             on_load=bar,
+        )
+
+
+def variants(
+    args: argparse.Namespace, pipeline: Pipeline, label: int, first: int, keep: NDArray[np.bool_], tokens: Int
+) -> Result:
+    """The ``--count`` variants of ``parvis edit``, from seed ``first`` on: ``tokens`` [N] stay where ``keep`` is."""
+    with Bar(args.quiet or args.json) as bar:
+        return pipeline.generate(
+            [label] * args.count,
+            **options.sampling(args),
+            seeds=image_seeds(args.count, first, None),
+            on_step=bar,
+            keep=keep,
+            tokens=tokens,
         )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
 import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +27,9 @@ from par_runtime.errors import OutputsError, RequestError
 from par_runtime.images import png
 from par_runtime.result import Result, default_columns
 from par_runtime.system import HALF, check_writable, explain, write_beside
+
+if TYPE_CHECKING:
+    from par_runtime.pipeline import Pipeline
 
 
 def check_outputs(
@@ -87,18 +94,46 @@ def suffix_of(bundle: Bundle) -> str:
     return ".gif" if bundle.video else ".png"
 
 
-def edited_text(
-    bundle: Bundle, out: str, result: Result, keep: NDArray[np.bool_], generated: bool, seconds: float
-) -> str:
-    """What ``parvis edit`` prints of ``result``, written to ``out``; ``generated``: kept tokens made it."""
-    label, count = result.labels[0], len(result)
-    name = str(label) if bundle.class_names is None else bundle.class_names[label]
-    variants, on = (f"{bundle.kind}s", " and on") if count > 1 else (bundle.kind, "")
-    how = " as they were generated" if generated else ""
-    return (
-        f"{printable(out)}: {count} {variants} of {name}, seed {result.seeds[0]}{on}, {int(keep.sum())} of {keep.size} "
-        f"tokens kept{how}, in {seconds:.1f} s"
-    )
+def report_edited(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    result: Result,
+    keep: NDArray[np.bool_],
+    encoded_because: str | None,
+    started: float,
+    written: str | list[str],
+    **more: object,
+) -> None:
+    """Print what ``parvis edit`` made, as text or JSON; nothing with ``--quiet``.
+
+    ``encoded_because``: why the tokens that stay were made of pixels; None where they are those that made it.
+    ``started``: by ``time.perf_counter``. ``more``: further entries of the JSON.
+    """
+    bundle, count = pipeline.bundle, len(result)
+    if args.json:
+        row = {
+            "written": written,
+            "bundle": {"name": bundle.name, "hash": bundle.hash},
+            "backend": pipeline.backend.info.name,
+            "label": result.labels[0],
+            "seeds": result.seeds,
+            "kept_tokens": int(keep.sum()),
+            "tokens": keep.size,
+            "encoded": encoded_because is not None,
+            "encoded_because": encoded_because,
+            **more,
+            "timings_ms": result.timings,
+        }
+        print(json.dumps(row))
+    elif not args.quiet:
+        name = str(result.labels[0]) if bundle.class_names is None else bundle.class_names[result.labels[0]]
+        variants, on = (f"{bundle.kind}s", " and on") if count > 1 else (bundle.kind, "")
+        how = " as they were generated" if encoded_because is None else ""
+        out = written if isinstance(written, str) else written[0]
+        print(
+            f"{printable(out)}: {count} {variants} of {name}, seed {result.seeds[0]}{on}, {int(keep.sum())} of "
+            f"{keep.size} tokens kept{how}, in {time.perf_counter() - started:.1f} s"
+        )
 
 
 def say_of_animations(paths: Sequence[Path]) -> None:

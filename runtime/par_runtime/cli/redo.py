@@ -38,12 +38,13 @@ def run(args: argparse.Namespace) -> int:
     if bundle.video and bundle.image_size is not None:
         return clips.redo(args, bundle)
     with quiet_readers():
-        found = clip_files.recipe_of(args.image)
-        if found is not None and found.fps is not None:
-            raise RequestError(
-                f"{args.image}: holds clips, and {bundle.path} makes images; give the --bundle that made them"
-            )
-        recipe, pixels = png.read(args.image)
+        recipe, image = png.read_any(args.image)
+        found = clip_files.recipe_of(args.image) if recipe is None else recipe  # of a GIF, for instance
+    if found is not None and found.fps is not None:
+        raise RequestError(
+            f"{args.image}: holds clips, and {bundle.path} makes images; give the --bundle that made them"
+        )
+    recipe, pixels = png.with_recipe(args.image, recipe, image)
     check_recipe(args, bundle, recipe)
     if bundle.image_size is None:
         raise RequestError(f"{bundle.path}: this bundle ends at tokens, so it has made no image; give another --bundle")

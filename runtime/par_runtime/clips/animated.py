@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,23 @@ DESCRIPTION = 0x010E  #: ImageDescription of EXIF
 COLOURS = 256  #: of a GIF
 
 
-def as_gif(frames: NDArray[np.uint8], scale: int, fps: float, text: str) -> tuple[bytes, NDArray[np.uint8]]:
-    """A GIF of ``frames`` [T,H,W,3], enlarged, with ``text`` as its comment; and the frames [T,H,W,3] as it keeps them.
+@dataclass(frozen=True, eq=False)
+class FewColours:
+    """Frames as a GIF keeps them: ``indices`` [T,H,W] into one table of ``colours`` [K,3]."""
 
-    One table of at most 256 colours for all frames: exact where they have no more, else the nearest, without a pattern
-    of dots, which would flicker.
+    colours: NDArray[np.uint8]
+    indices: NDArray[np.uint8]
+
+    @property
+    def frames(self) -> NDArray[np.uint8]:
+        """The frames [T,H,W,3] that reading the GIF gives."""
+        shown: NDArray[np.uint8] = self.colours[self.indices]
+        return shown
+
+
+def few_colours(frames: NDArray[np.uint8]) -> FewColours:
+    """``frames`` [T,H,W,3] in at most 256 colours, the same for all: exact where they have no more, else the nearest,
+    without a pattern of dots, which would flicker.
     """
     count, height, width, _ = frames.shape
     colours, places = np.unique(frames.reshape(-1, 3), axis=0, return_inverse=True)
@@ -33,14 +46,18 @@ def as_gif(frames: NDArray[np.uint8], scale: int, fps: float, text: str) -> tupl
         few = tall.quantize(COLOURS, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
         colours = np.array(few.getpalette("RGB"), np.uint8).reshape(-1, 3)
         places = np.asarray(few)
-    indices = places.reshape(count, height, width).astype(np.uint8)
+    return FewColours(colours.astype(np.uint8), places.reshape(count, height, width).astype(np.uint8))
+
+
+def as_gif(few: FewColours, scale: int, fps: float, text: str) -> bytes:
+    """A GIF of ``few``, enlarged, with ``text`` as its comment."""
     images = []
-    for each in indices:
+    for each in few.indices:
         image = Image.fromarray(each.repeat(scale, 0).repeat(scale, 1))
-        image.putpalette(colours.astype(np.uint8).tobytes())
+        image.putpalette(few.colours.tobytes())
         images.append(image)
-    out = _saved(images, "GIF", duration=times_ms(count, fps, 10), loop=0, optimize=False, comment=text_of(text))
-    return out, colours[indices].astype(np.uint8)
+    durations = times_ms(len(images), fps, 10)
+    return _saved(images, "GIF", duration=durations, loop=0, optimize=False, comment=text_of(text))
 
 
 def as_webp(frames: NDArray[np.uint8], scale: int, fps: float, text: str) -> bytes:

@@ -32,6 +32,7 @@ from par_runtime.system import write_beside
 EXPECTED = "expected a clip as GIF, WebP, animated PNG or MP4"
 OTHERS = "convert another kind of video (ffmpeg -i IN OUT.mp4)"
 Fitted = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+Stored = NDArray[np.uint8] | animated.FewColours  #: frames [T,H,W,3], as the kind of file has them
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,46 +72,50 @@ def content(path: Path, recipe: Recipe, clips: NDArray[np.uint8]) -> bytes:
 
     The kind of file is that of the name ``path``. The same clips and recipe give the same bytes.
     """
-    assert recipe.fps is not None
     size = (clips.shape[2], clips.shape[3])
     check_clips(path, len(clips), recipe.columns, clips.shape[1], size, recipe.scale)
-    if format_of(path).tick_ms is None:
-        recipe = replace(recipe, scale=mp4_scale(size, recipe.scale))
-    recipe = replace(recipe, frames=clips.shape[1])
-    frames = sheets(clips, recipe.columns)
-    kept = _as_kept(path, frames, recipe)
+    fps = check_fps(recipe.fps, path)
+    recipe = replace(recipe, scale=_scale_of(path, size, recipe.scale), frames=clips.shape[1])
+    frames = _stored(path, sheets(clips, recipe.columns))
+    kept = _as_kept(path, frames, fps, recipe.scale)
     hashes = [pixel_hash(each) for each in _hashed(kept, recipe)]
-    return _encoded(path, frames, recipe, json.dumps(entry(replace(recipe, pixel_hashes=hashes))))
+    return _encoded(path, frames, fps, recipe.scale, json.dumps(entry(replace(recipe, pixel_hashes=hashes))))
 
 
 def write_frames(path: Path, frames: NDArray[np.uint8], fps: float, scale: int = 1) -> None:
     """Write ``frames`` [T,H,W,3] as a clip without a recipe. Raises RequestError, OSError."""
-    check_clips(path, 1, 1, len(frames), (frames.shape[1], frames.shape[2]), scale)
-    recipe = Recipe("", "", 1, [0], [None], [0], [], np.zeros((1, 1), np.int64), fps=check_fps(fps, path), scale=scale)
-    if format_of(path).tick_ms is None:
-        recipe = replace(recipe, scale=mp4_scale((frames.shape[1], frames.shape[2]), scale))
-    data = _encoded(path, frames, recipe, "")
+    size = (frames.shape[1], frames.shape[2])
+    check_clips(path, 1, 1, len(frames), size, scale)
+    data = _encoded(path, _stored(path, frames), check_fps(fps, path), _scale_of(path, size, scale), "")
     write_beside(path, lambda part: part.write_bytes(data))
 
 
-def _encoded(path: Path, frames: NDArray[np.uint8], recipe: Recipe, text: str) -> bytes:
-    """``frames`` [T,H,W,3], enlarged by the recipe's scale, as the bytes of a file of the kind of ``path``."""
-    fps, scale = check_fps(recipe.fps, path), recipe.scale
+def _scale_of(path: Path, size: tuple[int, int], scale: int) -> int:
+    """The scale that a file of the kind of ``path`` is written with, where ``scale`` is asked for."""
+    return mp4_scale(size, scale) if format_of(path).tick_ms is None else scale
+
+
+def _stored(path: Path, frames: NDArray[np.uint8]) -> Stored:
+    """``frames`` [T,H,W,3], in few colours where the kind of ``path`` has no more."""
+    return animated.few_colours(frames) if path.suffix.lower() == ".gif" else frames
+
+
+def _encoded(path: Path, frames: Stored, fps: float, scale: int, text: str) -> bytes:
+    """``frames``, enlarged, as the bytes of a file of the kind of ``path``, which holds ``text``."""
+    if isinstance(frames, animated.FewColours):
+        return animated.as_gif(frames, scale, fps, text)
     ending = path.suffix.lower()
     if ending == ".mp4":
         return mp4.encoded(np.stack([enlarged(each, scale) for each in frames]), fps, text)
-    if ending == ".gif":
-        return animated.as_gif(frames, scale, fps, text)[0]
     return (animated.as_webp if ending == ".webp" else animated.as_apng)(frames, scale, fps, text)
 
 
-def _as_kept(path: Path, frames: NDArray[np.uint8], recipe: Recipe) -> NDArray[np.uint8]:
+def _as_kept(path: Path, frames: Stored, fps: float, scale: int) -> NDArray[np.uint8]:
     """What reading the file will give, to be hashed: the frames, or the planes of an MP4 [T,3*H/2,W]."""
-    ending = path.suffix.lower()
-    if ending == ".gif":
-        return animated.as_gif(frames, 1, 1, "")[1]
-    if ending == ".mp4":
-        with mp4.opened(io.BytesIO(_encoded(path, frames, recipe, ""))) as video:
+    if isinstance(frames, animated.FewColours):
+        return frames.frames
+    if path.suffix.lower() == ".mp4":
+        with mp4.opened(io.BytesIO(_encoded(path, frames, fps, scale, ""))) as video:
             video.keep_planes = True
             for _ in video:
                 pass

@@ -147,7 +147,11 @@ def encoded(pixels: NDArray[np.uint8], chunk: PngImagePlugin.PngInfo | None = No
 
 def read(path: Path) -> tuple[Recipe, NDArray[np.uint8]]:
     """The recipe and the pixels [H,W,3] of a PNG that parvis wrote. Raises RequestError, OSError."""
-    recipe, image = read_any(path)
+    return with_recipe(path, *read_any(path))
+
+
+def with_recipe(path: Path, recipe: Recipe | None, image: Image.Image) -> tuple[Recipe, NDArray[np.uint8]]:
+    """What :func:`read` gives, of what :func:`read_any` gave. Raises RequestError where there is no recipe."""
     if recipe is None:
         raise RequestError(
             f"{path}: has no 'parvis' entry; only a PNG that parvis wrote can be made again, and only while no other "

@@ -78,12 +78,8 @@ class ClipOperations(Operations):
         bias[:, : out // parts] = self._read(f"{name}.conv.bias").reshape(parts, -1)
         norm, swish = ends
         if norm:
-            for field, tensor in (("gain", f"{norm}.weight"), ("shift", f"{norm}.bias"), ("beta", f"{swish}.beta")):
-                numbers = np.zeros(lanes(width), np.float32)
-                numbers[:width] = self._read(tensor).reshape(-1)
-                fields[field] = self._keep(numbers)
-            groups = self._config["norm_groups"]
-            fields |= {"groups": groups, "group_channels": width // groups, "epsilon": NORM_EPSILON}
+            fields |= self._norm(width, gain=f"{norm}.weight", shift=f"{norm}.bias", beta=f"{swish}.beta")
+            fields["epsilon"] = NORM_EPSILON
         panels = self._keep(packed(padded.reshape(SEEN * lanes(width), 9, columns)))
         self._add(
             CONV,

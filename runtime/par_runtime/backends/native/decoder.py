@@ -171,14 +171,19 @@ class Operations:
         bias = np.zeros(lanes(out), np.float32)
         bias[:out] = self._read(f"{name}.bias")
         if norm:
-            for field, part in (("gain", "weight"), ("shift", "bias")):
-                padded = np.zeros(lanes(width), np.float32)
-                padded[:width] = self._read(f"{norm}.{part}").reshape(-1)
-                fields[field] = self._keep(padded)
-            fields["groups"] = self._config["norm_groups"]
-            fields["group_channels"] = width // self._config["norm_groups"]
+            fields |= self._norm(width, gain=f"{norm}.weight", shift=f"{norm}.bias")
         fields |= {"weights": self._keep(weights), "bias": self._keep(bias)}
         self._add(kind, in_channels=lanes(width), out_channels=lanes(out), **fields)
+
+    def _norm(self, width: int, **names: str) -> dict[str, Any]:
+        """The fields of an operation behind a group norm: its groups, and tensors [width], by field."""
+        fields: dict[str, Any] = {}
+        for field, name in names.items():
+            padded = np.zeros(lanes(width), np.float32)
+            padded[:width] = self._read(name).reshape(-1)
+            fields[field] = self._keep(padded)
+        groups = self._config["norm_groups"]
+        return fields | {"groups": groups, "group_channels": width // groups}
 
     def _add(self, kind: int, **fields: Any) -> None:
         usual = {"frames": 1, "time": 1, "epsilon": NORM_EPSILON}

@@ -24,7 +24,7 @@ from par_runtime.cost.work import image_work
 
 VIDEO = "PAR-video"
 IMAGE_GRID, VIDEO_GRID = (1, 24, 24), (5, 16, 16)
-VIDEO_CODES, VIDEO_CLASSES, VIDEO_LAYERS = 64000, 101, 21
+VIDEO_CODES, VIDEO_LAYERS = 64000, 21
 #: In the order in which they are tried: images before video, the smallest first.
 SIZES = ("PAR-L", "PAR-XL", "PAR-XXL", "PAR-3B", VIDEO)
 
