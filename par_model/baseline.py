@@ -35,7 +35,7 @@ from par_model.generation import sample, uniforms
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.ordering import phases, token_order
 from par_model.transformer import INIT_STD, PAR, KVCache
-from par_model.video import FSQ, VideoTokenizer
+from par_model.video import FSQ, VideoTokenizer, to_pixels
 from par_model.vq import VQModel
 
 
@@ -93,8 +93,7 @@ def decode(vq: VQModel | VideoTokenizer, tokens: Tensor, place: Tensor, grid: tu
     """
     if isinstance(vq, VideoTokenizer):
         codes = vq.quantizers.lookup(tokens[:, place].view(-1, *grid)).to(next(vq.parameters()).dtype)
-        pixels = vq.decode_codes(codes).float()  # in [0, 1]
-        return (pixels.clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+        return to_pixels(vq.decode_codes(codes)).contiguous()
     pixels = vq.decode(tokens[:, place].view(-1, *grid[1:]))
     return (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

@@ -75,6 +75,11 @@ class VideoTokenizer(nn.Module):
         return x
 
 
+def to_pixels(clips: Tensor) -> Tensor:
+    """``clips`` [B,3,T,H,W], nominally in [0,1], as uint8 [B,T,H,W,3], rounded."""
+    return (clips.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 4, 1)
+
+
 class FSQ(nn.Module):
     """Finite scalar quantisation: each of c numbers is rounded to one of its levels; no codebook is learned.
 

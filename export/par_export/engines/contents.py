@@ -15,7 +15,7 @@ from par_runtime.errors import BundleError
 from par_runtime.loaded import check_scales
 from par_runtime.manifest import step_shapes
 from par_runtime.quantised import MOST_CODE, SCALE
-from par_runtime.video_shapes import CODEBOOK, decoder_layers, tensor_shapes
+from par_runtime.video_shapes import CODEBOOK, decoder_shapes
 
 
 def step_weights(bundle: Bundle) -> WeightTable:
@@ -60,7 +60,7 @@ def decoder_weights(bundle: Bundle, vq: VQConfig | VideoTokenizerConfig) -> Weig
     """
     table = WeightTable.read(bundle.path / bundle.graphs["decoder"].file)
     if isinstance(vq, VideoTokenizerConfig):
-        shapes = tensor_shapes(decoder_layers(asdict(vq))) | {CODEBOOK: (bundle.vocab_size, len(vq.levels))}
+        shapes = decoder_shapes(asdict(vq))
     else:
         shapes = {CODEBOOK: (bundle.vocab_size, vq.codebook_dim)}
     _check_shapes(bundle, table, {PREFIX + name: shape for name, shape in shapes.items()})

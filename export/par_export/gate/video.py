@@ -26,7 +26,7 @@ from par_export.graphs.decoder import HALF_DECODER
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig, VideoTokenizerConfig
 from par_model.ordering import token_order
-from par_model.video import VideoTokenizer
+from par_model.video import VideoTokenizer, to_pixels
 from par_runtime.manifest_video import FIRST, NEXT
 from par_runtime.system import give_back
 from par_runtime.video_shapes import past_shapes
@@ -96,7 +96,7 @@ def _decoded(
     raster[:, token_order(config)] = tokens
     with largest.watching_decoder({"decoder_layers": model.decoder_layers}):
         clip = model.decode(torch.from_numpy(raster).view(1, *config.grid))
-    pixels: NDArray[np.uint8] = (clip.clamp_(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 4, 1).numpy()
+    pixels: NDArray[np.uint8] = to_pixels(clip).numpy()
     return pixels
 
 

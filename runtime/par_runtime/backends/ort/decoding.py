@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -56,35 +54,25 @@ class OrtVideoDecoder:
 
         Raises BundleError, MemoryError, RequestError.
         """
-        bundle, latent = self._bundle, tokens.shape[1] // self._bundle.frame_tokens
-        height, width = bundle.image_size or (0, 0)
-        out = np.empty((len(tokens), bundle.frames_of(latent), height, width, 3), np.uint8)
-        done = 0
-        for frames in self.by_frame(tokens):
-            out[:, done : done + frames.shape[1]] = frames
-            done += frames.shape[1]
-        return out
-
-    def by_frame(self, tokens: Int) -> Iterator[NDArray[np.uint8]]:
-        """The frames [B,K,H,W,3] of each latent frame of ``tokens`` [B,f*h*w]: K is 1, then ``time_downsampling``.
-
-        Raises as :meth:`run`.
-        """
         bundle, size = self._bundle, self._bundle.frame_tokens
         if not len(tokens) or tokens.shape[1] % size or not 0 < tokens.shape[1] <= bundle.n_tokens:
             raise RequestError(
                 f"tokens to decode have shape {tokens.shape}; expected [B,{bundle.n_tokens}], or the {size} tokens of "
                 "each of the first latent frames"
             )
+        latent = tokens.shape[1] // size
+        height, width = bundle.image_size or (0, 0)
+        out = np.empty((len(tokens), bundle.frames_of(latent), height, width, 3), np.uint8)
         past: list[ort.OrtValue] = []
-        for start in range(0, tokens.shape[1], size):
+        for at in range(latent):
             if self._closed:
                 raise closed_error(bundle)
-            given = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tokens[:, start : start + size]))
+            given = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tokens[:, at * size : (at + 1) * size]))
             feed = {"tokens": given} | {f"past.{i}": value for i, value in enumerate(past)}
-            images, *past = (self._next if start else self._first).run_values(feed)
+            images, *past = (self._next if at else self._first).run_values(feed)
             del feed  # the past before this one, which takes as much memory
-            yield images.numpy()
+            out[:, bundle.frames_of(at) : bundle.frames_of(at + 1)] = images.numpy()
+        return out
 
     def close(self) -> None:
         """Free the sessions."""
