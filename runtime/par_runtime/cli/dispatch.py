@@ -45,10 +45,10 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "generate": Verb("par_runtime.cli.generate", "make images from a bundle"),
-    "redo": Verb("par_runtime.cli.redo", "make a PNG again from its own metadata, and compare"),
-    "reconstruct": Verb("par_runtime.cli.reconstruct", "encode images to tokens and decode them again"),
-    "edit": Verb("par_runtime.cli.edit", "make a part of an image anew and keep the rest"),
+    "generate": Verb("par_runtime.cli.generate", "make images or clips from a bundle"),
+    "redo": Verb("par_runtime.cli.redo", "make a PNG or a clip again from its own metadata, and compare"),
+    "reconstruct": Verb("par_runtime.cli.reconstruct", "encode images or clips to tokens and decode them again"),
+    "edit": Verb("par_runtime.cli.edit", "make a part of an image or a clip anew and keep the rest"),
     "bench": Verb(
         "par_runtime.cli.bench",
         "measure: phases, baselines, the hardware's limit, the paper's tables",
@@ -186,7 +186,7 @@ def _verb(arguments: list[str]) -> str:
         description="Run PAR models: parallelized autoregressive visual generation.",
         formatter_class=Help,
         epilog="verbs:\n"
-        + "\n".join(f"  {name:16} {verb.does}" for name, verb in VERBS.items())
+        + "\n".join(f"  {name:{max(map(len, VERBS))}}  {verb.does}" for name, verb in VERBS.items())
         + "\n\n'parvis VERB --help' lists the options of a verb. docs/install.md lists the extras that they need.",
     )
     parser.add_argument("--version", action="version", version=VERSION)
