@@ -29,6 +29,7 @@ from par_export.weights import TORCH_DTYPE, WeightsWriter
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
+from par_runtime import __version__
 from par_runtime.backends.base import image_shape
 from par_runtime.bundle import HELDOUT, MANIFEST, WEIGHTS, Bundle, seal
 from par_runtime.checked import Mismatch
@@ -160,7 +161,10 @@ def write_bundle(
             checked = _gate(bundle, folder, config, weights)
         own = {"arithmetic": "fp32", "cache": "fp32", "report": {}} | dict(calibration)
         own |= {"kept": [] if calibration["weights"] == KEPT else kept, "source": bundle.hash}
-        entries = {
+        # Nothing was checked by a library, and none changes what is written: engines that were built on another machine
+        # fit then.
+        created = {} if gate else {"created": {"parvis": __version__}}
+        entries = created | {
             name: manifest.get(name) for name in ("name", "precision", "defaults", "class_names", "class_synsets")
         }
         architecture = architecture_entries(config, vq, graphs, bundle.model["parameters"], weights)

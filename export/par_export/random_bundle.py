@@ -43,6 +43,7 @@ from par_model.manifest import config_from_manifest, read_manifest, tokenizer_fr
 from par_model.transformer import INIT_STD, PAR
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
+from par_runtime import __version__
 from par_runtime.backends.tails import least_tail
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.dtypes import DTYPE
@@ -233,6 +234,9 @@ def _write(
     tail = least_tail(config.vocab_size, d["top_k"], d["top_p"])
     graphs = write_graphs(folder, config, vq, table, DTYPE[settings["precision"]], tail, encoder=False)
     entries = {
+        # No versions of libraries: they do not change these bundles, and an engine that was built ahead, on a machine
+        # with others, is one of the same bundle.
+        "created": {"parvis": __version__},
         "name": folder.name,
         "class_names": None,
         "class_synsets": None,

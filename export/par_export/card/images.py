@@ -36,8 +36,6 @@ def check_images(spec: Mapping[str, Any], emit: Emit) -> None:
 
     ``groups``: how many calls of the last phase ``verify`` compares (None: all); ``seed``: of all images.
     """
-    from par_export.card.reference import reference  # here: PyTorch takes seconds to import, and only this needs it
-
     path, name, seed = Path(spec["path"]), spec["name"], spec["seed"]
 
     def check(what: str, passed: bool, text: str, **error: float) -> None:
@@ -85,23 +83,34 @@ def check_images(spec: Mapping[str, Any], emit: Emit) -> None:
         [seed % bundle.n_classes], seed=seed, guidance=1.5, preview_every=bundle.calls, on_preview=lambda *_: None
     )
     check("call by call", _same(with_previews, alone), f"{_equal(with_previews.tokens, alone.tokens)} tokens equal")
-    begin("verify")
+    verified(first, spec, emit)
+    for pipeline in pipelines.values():
+        pipeline.close()
+
+
+def verified(pipeline: Pipeline, spec: Mapping[str, Any], emit: Emit) -> None:
+    """``pipeline`` against PyTorch on ``reference``, by ``verify`` and its floors: a check each. ``spec`` as for
+    :func:`check_images`.
+    """
+    from par_export.card.reference import reference  # here: PyTorch takes seconds to import, and only this needs it
+
+    bundle, name, seed = pipeline.bundle, spec["name"], spec["seed"]
+    emit("begin", name=f"{name}: verify")
     against = reference(bundle, spec["reference"])
-    images = min(first.backend.max_images, len(SETTINGS))
+    images = min(pipeline.backend.max_images, len(SETTINGS))
     trial = verify.Trial(
         [(seed + i) % bundle.n_classes for i in range(len(SETTINGS))],
         list(SETTINGS),
         [seed + i for i in range(len(SETTINGS))],
         images,
     )
-    report = verify.run(first, against, trial, spec["groups"])
+    report = verify.run(pipeline, against, trial, spec["groups"])
     for each in report.checks:
         # Of numbers that may be at most their floor, the table shows how near they come to it.
         at_most = "allowed up to" in each.text and each.floor > 0
-        check(each.name, each.passed, each.text, **({"error": each.value, "allowed": each.floor} if at_most else {}))
+        error = {"error": each.value, "allowed": each.floor} if at_most else {}
+        emit("check", name=f"{name}: {each.name}", passed=bool(each.passed), text=each.text, **error)
     against.close()
-    for pipeline in pipelines.values():
-        pipeline.close()
 
 
 def _same(a: Any, b: Any) -> bool:

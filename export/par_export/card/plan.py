@@ -18,7 +18,7 @@ CODES_N = 4  #: the n at which quantised weights are measured
 class Model:
     """A model of random weights. ``twins``: the n that are measured in PyTorch too.
 
-    ``codes``: with quantised weights too, at n = :data:`CODES_N`.
+    ``codes``: with quantised weights too, at n = :data:`CODES_N`. ``ours``: on our engines; else in PyTorch alone.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Model:
     twins: tuple[int, ...] = ()
     group_sizes: tuple[int, ...] = (1, 4, 16)
     codes: tuple[Codes, ...] = ()
+    ours: bool = True
 
     @property
     def labels(self) -> list[str]:
@@ -34,24 +35,34 @@ class Model:
         plain = [label_of(self.name, n) for n in valuable_first(self.group_sizes)]
         return plain + [label_of(self.name, CODES_N, str(codes)) for codes in self.codes]
 
+    def family(self, codes: Codes | None = None) -> str:
+        """What the names of its bundles begin with, before "-n4": "PAR-L", "PAR-L-int8-g64" with quantised weights."""
+        return self.name if codes is None else f"{self.name}-{codes.dtype}-g{codes.group}"
+
 
 @dataclass(frozen=True)
 class Block:
-    """Subjects of one model that are measured in turns, in batches of ``images``. ``weight``: its part of the time."""
+    """Subjects of one model that are measured in turns, in batches of ``images``. ``weight``: its part of the time.
+
+    ``twins``: n and kind of those in PyTorch; ``last``: of the blocks that they are in.
+    """
 
     model: Model
     images: int
     weight: float
+    twins: tuple[tuple[int, str], ...] = ()
+    last: bool = True
 
     @property
     def loads(self) -> bool:
         """Whether loading is timed: one after the other, which takes longer."""
-        return bool(self.model.twins) and self.images == 1
+        return self.model.ours and bool(self.model.twins) and self.images == 1
 
     @property
     def name(self) -> str:
-        """For people: "PAR-L, batch 8"."""
-        return f"{self.model.name}, batch {self.images}"
+        """For people: "PAR-L, batch 8", "PAR-L n=4 in PyTorch, batch 8"."""
+        what = self.model.name if self.model.ours else f"{label_of(self.model.name, self.twins[0][0])} in PyTorch"
+        return f"{what}, batch {self.images}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,12 @@ MODELS = (
     Model("PAR-XXL", named("XXL"), VQConfig()),
     Model("PAR-L-256", named("L", grid=(1, 16, 16)), VQConfig()),
 )
+#: PyTorch alone, what every claim of speed is measured by.
+BASELINES = (
+    Model("PAR-3B", named("3B"), VQConfig(), twins=(1, 4, 16), ours=False),
+    Model("PAR-L", named("L"), VQConfig(), twins=(1, 4, 16), ours=False),
+    Model("PAR-XL", named("XL"), VQConfig(), twins=(1, 4, 16), ours=False),
+)
 #: Parts of the time that a model takes, roughly.
 WEIGHTS = {"PAR-3B": 3.0, "PAR-L": 1.5, "PAR-XL": 1.5, "PAR-XXL": 2.5, "PAR-L-256": 0.7}
 CODES_WEIGHT = 0.1  #: what one form with quantised weights adds to that, as a part of it
@@ -97,12 +114,20 @@ FIGURES = (
 
 
 def blocks(models: Sequence[Model], batches: Sequence[int] = BATCHES) -> list[Block]:
-    """All blocks in their order: every model at batch 1 before any larger batch."""
+    """All blocks in their order: on our engines every model at batch 1 before any larger batch; then PyTorch alone,
+    every model at one n, in each batch, before the next n.
+    """
     out = []
     for images in batches:
-        for model in models:
-            weight = WEIGHTS.get(model.name, 1.0) * (2.0 if model.twins and images == 1 else 1.0)
-            out.append(Block(model, images, weight * (1 + CODES_WEIGHT * len(model.codes))))
+        for model in (model for model in models if model.ours):
+            twins = tuple((n, twin) for n in model.twins for twin in TWINS) if images == 1 else ()
+            weight = WEIGHTS.get(model.name, 1.0) * (2.0 if twins else 1.0)
+            out.append(Block(model, images, weight * (1 + CODES_WEIGHT * len(model.codes)), twins))
+    for n in valuable_first({n for model in models if not model.ours for n in model.twins}):
+        for model in (model for model in models if not model.ours and n in model.twins):
+            weight = WEIGHTS.get(model.name, 1.0) * (3.0 if n == 1 else 1.0)
+            twins = tuple((n, twin) for twin in TWINS)
+            out += [Block(model, images, weight, twins, images == batches[-1]) for images in batches]
     return out
 
 

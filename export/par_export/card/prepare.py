@@ -23,7 +23,7 @@ from par_export.kernels.contents import Contents
 from par_export.kernels.request import KernelsRequest
 from par_export.quantised import Codes, quantised_with, write_bundle
 from par_export.random_bundle import NoTensors, write_family
-from par_runtime.backends.engines import ENGINES
+from par_runtime.backends.engines import ENGINES, Engine
 from par_runtime.bench.measure import image_ms
 from par_runtime.bench.subjects.base import OutOfTimeError
 from par_runtime.bench.subjects.process import SubjectProcess, open_eager
@@ -32,8 +32,9 @@ from par_runtime.dtypes import DTYPE
 from par_runtime.errors import EngineError
 from par_runtime.system import available_cores
 
-TWINS_AT_ONCE = 4
+TWINS_AT_ONCE = 9  #: with a processor for each
 PRECISION = "fp16"
+CHECKED_IMAGES = (1, 2, 4)  #: batches of the engines whose whole images are checked
 QUANTISED = "quantised"  #: the folder of copies with quantised weights
 #: Calls of a twin that are not counted: compilation, and the first ones.
 WARM_CALLS, PROBE_CALLS = 24, 16
@@ -45,17 +46,18 @@ MakeEngine = Callable[[Path, Sequence[int]], None]
 
 @dataclass
 class Twin:
-    """A model in PyTorch that is ready to be measured. ``most_calls`` of an image are made; None: all."""
+    """A model in PyTorch that is ready to be measured. ``most_calls`` of an image are made, by batch; None: all."""
 
     process: SubjectProcess
-    most_calls: int | None
+    most_calls: Mapping[int, int | None]
 
 
 class Preparation:
     """Bundles, engines and twins of ``models``, in their order, in the folder ``work``.
 
     ``build`` makes the engines, of batches of ``images``; ``device`` is PyTorch's; ``end``: of the whole report, by
-    ``time.monotonic``.
+    ``time.monotonic``. Eager twins of a model that is in PyTorch alone are opened when they are asked for, since all at
+    once would not fit into a GPU of 80 GB.
     """
 
     def __init__(
@@ -65,36 +67,38 @@ class Preparation:
         self._closed = threading.Event()
         self._twins: list[SubjectProcess] = []
         self._lock = threading.Lock()
-        self._pools = [ThreadPoolExecutor(1), ThreadPoolExecutor(1), ThreadPoolExecutor(TWINS_AT_ONCE)]
-        writer, builder, opener = self._pools
+        twins = max(2, min(TWINS_AT_ONCE, available_cores() // 2))
+        self._pools = [ThreadPoolExecutor(1), ThreadPoolExecutor(1), ThreadPoolExecutor(twins), ThreadPoolExecutor(1)]
+        writer, builder, self._opener, self._opener_later = self._pools
+        self._written: dict[str, Future[Mapping[int, Path]]] = {}
         #: The engines' bundles by label, and the twins by (model, n, twin).
         self.engines: dict[str, Future[Path]] = {}
         self.twins: dict[tuple[str, int, str], Future[Twin]] = {}
         for model in models:
             written = writer.submit(self._write, model)
-            for n in valuable_first(model.group_sizes):
+            self._written[model.name] = written
+            for n in valuable_first(model.group_sizes) if model.ours else ():
                 self.engines[label_of(model.name, n)] = builder.submit(self._engine, written, n)
             for twin in reversed(TWINS):  # compiling takes longest
                 for n in valuable_first(model.twins):
-                    self.twins[model.name, n, twin] = opener.submit(self._twin, written, model, n, twin)
+                    if model.ours or twin == COMPILED:
+                        self.twins[model.name, n, twin] = self._opener.submit(self._twin, written, model, n, twin)
         for model in models:  # after all others: where there are few processors, these are what there is no time for
             for codes in model.codes:
                 written = writer.submit(self._write, model, codes)
                 label = label_of(model.name, CODES_N, str(codes))
                 self.engines[label] = builder.submit(self._engine, written, CODES_N)
 
+    def twin(self, model: Model, n: int, twin: str) -> Future[Twin]:
+        """The twin of ``model`` at ``n`` of the kind ``twin``, ready or not; it is opened if it was not yet."""
+        key = (model.name, n, twin)
+        if key not in self.twins:
+            self.twins[key] = self._opener_later.submit(self._twin, self._written[model.name], model, n, twin)
+        return self.twins[key]
+
     def _write(self, model: Model, codes: Codes | None = None) -> Mapping[int, Path]:
         self._check()
-        return write_family(
-            model.config,
-            model.group_sizes if codes is None else [CODES_N],
-            self._work,
-            name=model.name if codes is None else f"{model.name}-{codes.dtype}-g{codes.group}",
-            precision=PRECISION,
-            vq=model.vq,
-            tensors=NoTensors,
-            codes=codes,
-        )
+        return family_of(model, codes, self._work)
 
     def _engine(self, written: Future[Mapping[int, Path]], n: int) -> Path:
         path = written.result()[n]
@@ -110,10 +114,12 @@ class Preparation:
         with self._lock:
             self._twins.append(process)
         self._check()
-        process.run(1, True, WARM_CALLS)
-        took = image_ms(process.run(1, True, PROBE_CALLS), process.info)
-        calls = process.info.architecture.calls
-        most = None if took <= LONG_MS else max(PROBE_CALLS, math.floor(calls * LONG_MS / took))
+        most: dict[int, int | None] = {}
+        for images in (1,) if model.ours else self._images:
+            process.run(images, True, WARM_CALLS)
+            took = image_ms(process.run(images, True, PROBE_CALLS), process.info)
+            calls = process.info.architecture.calls
+            most[images] = None if took <= LONG_MS else max(PROBE_CALLS, math.floor(calls * LONG_MS / took))
         return Twin(process, most)
 
     def _check(self) -> None:
@@ -137,15 +143,33 @@ class Preparation:
                 process.close()
 
 
-class Builder:
-    """Engines of kernels for GPU ``index`` of this machine, one after the other, with all processors for each.
+def family_of(model: Model, codes: Codes | None, folder: Path) -> Mapping[int, Path]:
+    """Write the bundles of ``model``, of one n each, into ``folder``, with quantised weights those of one n; n -> path.
 
-    Kernels that several engines have in common, those of the decoder above all, are compiled once. Nothing goes into
-    the user's cache of engines. ``end``: nothing is begun after it, by ``time.monotonic``. Use it in ``with``.
+    Their weights files are full of holes. Raises OSError.
+    """
+    return write_family(
+        model.config,
+        model.group_sizes if codes is None else [CODES_N],
+        folder,
+        name=model.family(codes),
+        precision=PRECISION,
+        vq=model.vq,
+        tensors=NoTensors,
+        codes=codes,
+    )
+
+
+class Builder:
+    """Engines of kernels for ``target``, one after the other, with all processors for each.
+
+    ``target``: a name, or "local": what runs on GPU ``index`` of this machine. Kernels that several engines have in
+    common, those of the decoder above all, are compiled once. Nothing goes into the user's cache of engines. ``end``:
+    nothing is begun after it, by ``time.monotonic``. Use it in ``with``.
     """
 
-    def __init__(self, index: int, end: float) -> None:
-        self._index, self._end = index, end
+    def __init__(self, target: str = "local", index: int = 0, end: float = math.inf) -> None:
+        self._target, self._index, self._end = target, index, end
         self._lock = threading.Lock()
         self._compiler: Compiler | None = None
 
@@ -157,20 +181,27 @@ class Builder:
             if self._compiler is not None:
                 self._compiler.close()
 
-    def __call__(self, path: Path, images: Sequence[int]) -> None:
-        """The engine of the bundle at ``path`` for batches of ``images``. Raises BuildError, BundleError, OSError."""
+    def __call__(self, path: Path, images: Sequence[int], engines: Path | None = None) -> None:
+        """The engine of the bundle at ``path`` for batches of ``images``, in ``engines`` (None: the bundle's folder).
+
+        Raises BuildError, BundleError, EngineError after ``end``, OSError.
+        """
         with self._lock:
             if time.monotonic() > self._end:
                 raise EngineError(f"{path.name}: there was no time to build its engine")
             if self._compiler is None:
                 self._compiler = Compiler(available_cores())
             bundle = Bundle.open(path, verify="none")  # it was written, or copied, just now
-            request = KernelsRequest(path, ("local",), images=tuple(images))
+            request = KernelsRequest(path, (self._target,), images=tuple(images))
             contents = Contents(bundle, *precisions(bundle, request))
-            build = Build(contents, request.images, target("local", self._index), self._compiler)
-            folder = path / ENGINES / build.name
-            folder.mkdir(parents=True)
-            build.write(folder)
+            build = Build(contents, request.images, target(self._target, self._index), self._compiler)
+            folder = (path / ENGINES if engines is None else engines) / build.name
+            part = folder.with_name(f".{folder.name}.part")
+            for each in (part, folder):  # of a build that was ended, or of another bundle
+                shutil.rmtree(each, ignore_errors=True)
+            part.mkdir(parents=True)
+            build.write(part)
+            part.rename(folder)
 
 
 def copies(checked: Sequence[Path], codes: Sequence[Codes], work: Path) -> dict[Path, Callable[[], object]]:
@@ -199,10 +230,12 @@ def _quantise(source: Path, codes: Codes, path: Path) -> None:
     write_bundle(bundle, path, quantise, how, say=lambda _: None, gate=False)
 
 
-def copy_engines(source: Path, path: Path) -> bool:
-    """Copy the engines that ``source`` has for the bundle at ``path``, by its name; whether there were any."""
-    ready = source / path.name / ENGINES
-    if not ready.is_dir():
-        return False
-    shutil.copytree(ready, path / ENGINES, dirs_exist_ok=True)
-    return True
+def ready_engine(source: Path, path: Path) -> Path | None:
+    """The engine that the folder ``source`` has for the bundle at ``path``, by its name; None where there is none that
+    is whole and of this very bundle. Raises BundleError, OSError.
+    """
+    bundle = Bundle.open(path, verify="none")
+    for folder in sorted((source / path.name / ENGINES).glob("[!.]*")):
+        with suppress(EngineError):
+            return Engine.open(folder, bundle).path
+    return None

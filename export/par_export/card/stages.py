@@ -24,6 +24,41 @@ Spec = Mapping[str, Any]
 Stage = Callable[[Spec, Emit], None]
 
 
+def driver_stage(spec: Spec, emit: Emit) -> None:
+    """What is counted on of the driver of GPU ``index``; see ``card/driver.py``."""
+    from par_export.card.driver import check_driver
+
+    check_driver(spec, emit)
+
+
+def driver_fault_stage(spec: Spec, emit: Emit) -> None:
+    """A kernel that fails on GPU ``index``, which this process cannot use afterwards."""
+    from par_export.card.driver import check_fault
+
+    check_fault(spec, emit)
+
+
+def ort_stage(spec: Spec, emit: Emit) -> None:
+    """The bundle ``path`` on ONNX Runtime; see ``card/ort.py``."""
+    from par_export.card.ort import check_ort
+
+    check_ort(spec, emit)
+
+
+def plan_stage(spec: Spec, emit: Emit) -> None:
+    """A TensorRT plan of the bundle ``path``, built and loaded; see ``card/rtx.py``."""
+    from par_export.card.rtx import check_plan
+
+    check_plan(spec, emit)
+
+
+def tune_stage(spec: Spec, emit: Emit) -> None:
+    """Every form of a plan, timed."""
+    from par_export.card.rtx import tune_plans
+
+    tune_plans(spec, emit)
+
+
 def limits_stage(spec: Spec, emit: Emit) -> None:
     """The limits of GPU ``index``, and of PyTorch's device ``torch``; sizes are given for a rehearsal without a GPU."""
     from par_export.card import limits
@@ -62,11 +97,16 @@ def one_image_stage(spec: Spec, emit: Emit) -> None:
 
 
 STAGES: dict[str, Stage] = {
+    "driver": driver_stage,
+    "driver_fault": driver_fault_stage,
     "limits": limits_stage,
     "kernels": kernels_stage,
     "images": images_stage,
     "memory": memory_stage,
     "one_image": one_image_stage,
+    "ort": ort_stage,
+    "plan": plan_stage,
+    "tune": tune_stage,
 }
 
 

@@ -45,25 +45,18 @@ class Findings:
 
 def markdown(found: Findings) -> str:
     """The whole page. What matters most comes last, where a terminal shows it."""
-    parts = [
-        "## GPU report",
-        head(found),
-        "### Left out",
-        "\n".join(f"- {text}" for text in found.left_out) or "Nothing.",
-        "### Right?",
-        checks_table(found),
-        "### What the card allows",
-        limits_table(found),
-        "### Kernels, each alone",
-        kernels_table(found),
-        "### Rows",
-        rows_table(found.rows),
-        "### int8 and int4 beside fp16",
-        codes_table(found.rows),
-        "### Figures to reach (H100, batch 1, guided, fp16)",
-        figures_table(found.rows),
+    ours = any(not parts_of(row.label)[2] for row in found.rows)
+    sections = [
+        ("Left out", "\n".join(f"- {text}" for text in found.left_out) or "Nothing.", True),
+        ("Right?", checks_table(found), True),
+        ("What the card allows", limits_table(found), True),
+        ("Kernels, each alone", kernels_table(found), bool(found.of("kernel"))),
+        ("Rows", rows_table(found.rows), True),
+        ("int8 and int4 beside fp16", codes_table(found.rows), any(of_codes(row.label) for row in found.rows)),
+        ("Figures to reach (H100, batch 1, guided, fp16)", figures_table(found.rows), ours),
     ]
-    return "\n\n".join(parts)
+    shown = [f"### {title}\n\n{text}" for title, text, wanted in sections if wanted]
+    return "\n\n".join(["## GPU report", head(found), *shown])
 
 
 def head(found: Findings) -> str:
@@ -216,13 +209,18 @@ def parts_of(label: str) -> tuple[str, str, str]:
     return model, n, kind
 
 
+def of_codes(label: str) -> bool:
+    """Whether a label is of ours with quantised weights: "PAR-L n=4 int8 group 64"."""
+    return parts_of(label)[2].startswith("int")
+
+
 def codes_table(rows: Sequence[Row]) -> str:
     """A line for each subject with quantised weights: its bytes and times as parts of those in fp16."""
     known = _Rows(rows)
     lines = []
     for row in rows:
-        model, n, kind = parts_of(row.label)
-        if row.phase != "group" or kind in ("", EAGER, COMPILED):
+        model, n, _ = parts_of(row.label)
+        if row.phase != "group" or not of_codes(row.label):
             continue
         plain = known.get(label_of(model, int(n)), "group", row.images)
         read = "" if row.bytes is None or not row.calls else size(row.bytes / row.calls)
@@ -270,7 +268,7 @@ def kernels_table(found: Findings) -> str:
     for line in found.of("kernel"):
         groups[line["label"], line["images"], line["program"]].append(line)
     wanted = {(label_of(figure.model, figure.n), 1) for figure in FIGURES}
-    wanted |= {key[:2] for key in groups if key[1] == 1 and parts_of(key[0])[2]}
+    wanted |= {key[:2] for key in groups if key[1] == 1 and of_codes(key[0])}
     shown = [key for key in groups if key[:2] in wanted and key[2] == "step"] or list(groups)[:1]
     shown += [key for key in groups if key[2] != "step" and key not in shown][:1]
     lines = []

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from par_runtime.backends import cuda
 from par_runtime.backends.choose import CPUS
 from par_runtime.backends.engines import has_engines
 from par_runtime.bench import machine, rows
@@ -25,9 +24,10 @@ from par_runtime.bench.report import compare
 from par_runtime.bench.report.output import STANDARD_OUTPUT, Outcome
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.base import SubjectInfo
-from par_runtime.bench.subjects.baselines import optional, write_n1_bundle
+from par_runtime.bench.subjects.baselines import write_n1_bundle
 from par_runtime.bench.subjects.process import SubjectProcess, open_bundle, open_eager
 from par_runtime.bench.suites import batch, decoder, paper, paper_run, phases, serve
+from par_runtime.bench.suites import gpu as gpu_suite
 from par_runtime.bundle import Bundle
 from par_runtime.cost.data_sheets import Prediction, predictions
 from par_runtime.errors import RequestError
@@ -73,6 +73,8 @@ class BenchOptions:
     work: Path | None
     quiet: bool
     engines: Path | None = None
+    build_for: str | None = None
+    parts: Sequence[str] | None = None
     arithmetic: str = "auto"
     cache: str = "auto"
     new: Path | None = None
@@ -103,6 +105,8 @@ class BenchOptions:
             ("--sizes", self.sizes, OF_THEIR_OWN),
             ("--no-eager", self.no_eager, OF_THEIR_OWN),
             ("--engines", self.engines, ("gpu",)),
+            ("--build-for", self.build_for, ("gpu",)),
+            ("--parts", self.parts, ("gpu",)),
             ("--against", self.against, tuple(suite for suite in SUITES if suite not in OF_THEIR_OWN)),
         ):
             if given and self.suite not in suites:
@@ -115,7 +119,11 @@ class BenchOptions:
             options = replace(options, threads=available_cores())
         if not self.seconds > 0:
             raise RequestError(f"--minutes {self.minutes:g}: expected more than 0")
-        if self.engines is not None and not self.engines.is_dir():
+        if self.build_for is not None and self.engines is None:
+            raise RequestError(
+                f"--build-for {self.build_for}: give the folder that engines are built into, --engines FOLDER"
+            )
+        if self.engines is not None and self.build_for is None and not self.engines.is_dir():
             raise RequestError(f"--engines {self.engines}: no such folder; expected one with a folder for each bundle")
         if self.fail_above is not None and (self.compare is None or not self.fail_above > 0):
             raise RequestError(f"--fail-above {self.fail_above:g}: expected a ratio above 0, and --compare OLD.jsonl")
@@ -153,7 +161,7 @@ def run_bench(options: BenchOptions, progress: Progress, warn: Callable[[str], N
     if options.new is not None:
         return with_comparison(Outcome(rows.read(options.new), [], [], measured=False))
     if options.suite == "gpu":
-        made = _run_gpu(options, progress, journal)
+        made = gpu_suite.report(options, progress, journal)
     elif options.suite == "paper":
         made = _run_paper(options, progress, journal, with_comparison)
     else:
@@ -325,35 +333,6 @@ def _long_baselines(
             seconds = image_ms(subject.run(setting.images, setting.guided, PROBE_CALLS), subject.info) / 1e3
             if seconds > LONG_SECONDS:
                 yield label, max(PROBE_CALLS, int(subject.info.architecture.calls * LONG_SECONDS / seconds))
-
-
-# -- the report of a GPU ----------------------------------------------------------------------------------------------
-
-
-def _run_gpu(options: BenchOptions, progress: Progress, journal: Journal) -> list[Row]:
-    """The report of the GPU of ``--device``. Raises RequestError, CudaError where there is none."""
-    gpu = None if options.device in CPUS else select(options.device)
-    if gpu is None:
-        why = cuda.why_no_device() or f"--device {options.device} is none"
-        raise RequestError(f"--suite gpu needs an NVIDIA GPU: {why}")
-    what = "the report of a GPU"
-    models = [m for m in optional("par_export.card.plan", what, "MODELS") if m.name in (options.sizes or (m.name,))]
-    if not models:
-        raise RequestError(f"--sizes {' '.join(options.sizes or ())}: no model of --suite gpu")
-    make = optional("par_export.card.report", what, "CardOptions")
-    card = make(
-        device=gpu.index,
-        torch=f"cuda:{gpu.index}",
-        minutes=options.seconds / 60,
-        checked=options.bundles or optional("par_export.card.report", what, "bundles_to_check")(),
-        models=models,
-        engines=options.engines,
-        repetitions=options.repetitions,
-        twins=not options.no_eager,
-        work=options.work,
-    )
-    rows: list[Row] = optional("par_export.card.report", what, "report")(card, gpu, progress, journal)
-    return rows
 
 
 # -- the paper's tables -----------------------------------------------------------------------------------------------

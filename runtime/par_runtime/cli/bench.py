@@ -12,6 +12,7 @@ from par_runtime.bench.journal import Journal, part_of
 from par_runtime.bench.measure import Progress, no_progress
 from par_runtime.bench.report import compare, output
 from par_runtime.bench.run import BASELINES, SUITES, BenchOptions, run_bench
+from par_runtime.bench.suites.gpu import DEFAULT_PARTS, PARTS, build_ahead
 from par_runtime.bench.suites.paper import SIZES
 from par_runtime.cli.common import Help, Parser, fail, guarded, printable
 from par_runtime.cli.options import add_arithmetic, add_list, add_threads
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measure what the parsed ``args`` ask for. Raises what ``run_bench`` raises."""
     options = BenchOptions(**vars(args)).checked()
+    if options.build_for is not None:
+        failed = build_ahead(options, lambda text: print(printable(text), flush=True))
+        return fail(f"{len(failed)} engines were not built: {'; '.join(failed)}") if failed else 0
 
     def warn(text: str) -> None:
         if not options.quiet:
@@ -191,6 +195,20 @@ def parser() -> argparse.ArgumentParser:
         help="--suite gpu: engines that are built already, FOLDER/NAME/engines for the bundle of that name",
     )
     p.add_argument(
+        "--build-for",
+        metavar="TARGET",
+        help="--suite gpu: measure nothing; build these engines into the folder of --engines, for a GPU that need "
+        "not be here: SM90, SM80",
+    )
+    add_list(
+        p,
+        "--parts",
+        parts,
+        metavar="PART",
+        help=f"--suite gpu: what to do, of {', '.join(PARTS)} (default: {' '.join(DEFAULT_PARTS)}); docs/gpu.md "
+        "describes them",
+    )
+    p.add_argument(
         "--whole",
         action="store_true",
         help="make every call of PyTorch's images, however long; otherwise an image of more than 20 s is estimated "
@@ -240,6 +258,12 @@ def baselines(text: str) -> tuple[str, ...]:
 def models(text: str) -> tuple[str, ...]:
     """Models of the paper; "PAR-" may be left out. Raises ArgumentTypeError."""
     return _chosen(",".join(name if name.startswith("PAR-") else f"PAR-{name}" for name in text.split(",")), SIZES)
+
+
+def parts(text: str) -> tuple[str, ...]:
+    """Parts of a GPU's report, in their order. Raises ArgumentTypeError for a name that is no part."""
+    chosen = _chosen(text, PARTS)
+    return tuple(part for part in PARTS if part in chosen)
 
 
 def _chosen(text: str, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from double.driver import Driver
 
-from par_export.card.prepare import Builder, copy_engines
+from par_export.card.ahead import build_ahead, is_of_these_sources
+from par_export.card.plan import Model
+from par_export.card.prepare import Builder, family_of, ready_engine
 from par_export.card.samples import Sample
 from par_export.kernels.compiler import Compiler
-from par_model.config import PARConfig
-from par_runtime.backends.engines import ENGINES, Engine
+from par_export.quantised import Codes
+from par_model.config import PARConfig, VQConfig
+from par_runtime.backends.engines import ENGINE_JSON, ENGINES, Engine
 from par_runtime.bundle import Bundle
+from par_runtime.cli import dispatch as cli
 from par_runtime.errors import EngineError
 
 SMALL = PARConfig(dim=64, n_layers=1, n_heads=2, vocab_size=64, n_classes=3, grid=(1, 8, 8))
@@ -32,7 +39,7 @@ def test_what_engines_have_in_common_is_compiled_once(
         return real(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Compiler, "_job", counted)
-    with Builder(0, time.monotonic() + 300) as build:
+    with Builder(end=time.monotonic() + 300) as build:
         paths = [Sample(name, SMALL, None, 4).write(tmp_path / name) for name in ("a", "b")]
         build(paths[0], (1,))
         first = len(made)
@@ -45,14 +52,102 @@ def test_what_engines_have_in_common_is_compiled_once(
 
 
 def test_nothing_is_built_when_the_time_is_over(tmp_path: Path) -> None:
-    with Builder(0, time.monotonic() - 1) as build, pytest.raises(EngineError, match="x: there was no time"):
+    with Builder(end=time.monotonic() - 1) as build, pytest.raises(EngineError, match="x: there was no time"):
         build(tmp_path / "x", (1,))
 
 
-def test_ready_engines_are_taken_by_the_name_of_the_bundle(tmp_path: Path) -> None:
-    ready, path = tmp_path / "ready", tmp_path / "PAR-L-n4"
-    (ready / "PAR-L-n4" / ENGINES / "kernels-1").mkdir(parents=True)
-    path.mkdir()
-    assert not copy_engines(ready, tmp_path / "PAR-L-n1")
-    assert copy_engines(ready, path)
-    assert (path / ENGINES / "kernels-1").is_dir()
+VQ = VQConfig(codebook_size=64, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
+SAMPLE = Sample("odd", SMALL, None, 4, images=(1,))
+MODEL = Model("PAR-S", SMALL, VQ, group_sizes=(4,), codes=(Codes("int8", 32),))
+
+
+def ahead(folder: Path, **changes: Any) -> tuple[list[str], list[str]]:
+    """What failed, and what was said, of a small report's engines."""
+    said: list[str] = []
+    wanted: dict[str, Any] = {"checked": (), "samples": (SAMPLE,), "codes": (), "models": (MODEL,)}
+    return build_ahead(folder, "SM90", say=said.append, **(wanted | changes)), said
+
+
+def test_engines_are_built_without_a_gpu_and_are_those_of_the_report(tmp_path: Path) -> None:
+    folder = tmp_path / "ready"
+    failed, said = ahead(folder)
+    assert failed == []
+    names = ["PAR-S-n4", "PAR-S-int8-g32-n4", "odd-n4"]
+    assert [line.partition(":")[0] for line in said] == names
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "sources"])
+    sample, families = SAMPLE.write(tmp_path / "s"), tmp_path / "m"
+    paths = [sample, *(family_of(MODEL, codes, families)[4] for codes in (None, *MODEL.codes))]
+    for path, images in zip(paths, [(1,), (1, 8), (1, 8)], strict=True):
+        ready = ready_engine(folder, path)
+        assert ready is not None
+        engine = Engine.open(ready, Bundle.open(path))
+        assert (engine.target, engine.images) == ("SM90", images)
+    # What is there is kept; what an ended build left, or damaged, is made again.
+    file = folder / "odd-n4" / ENGINES
+    (engine_folder,) = file.iterdir()
+    before = (engine_folder / ENGINE_JSON).stat().st_mtime_ns
+    other = next((folder / "PAR-S-n4" / ENGINES).iterdir())
+    (other / ENGINE_JSON).write_text("{}")
+    (other.parent / f".{other.name}.part").mkdir()
+    assert ahead(folder)[0] == []
+    assert (engine_folder / ENGINE_JSON).stat().st_mtime_ns == before
+    assert [path.name for path in other.parent.iterdir()] == [other.name]
+    assert ready_engine(folder, paths[1]) is not None
+    # Those of another bundle of that name are not taken.
+    assert ready_engine(folder, replace(SAMPLE, precision="bf16").write(tmp_path / "b")) is None
+    assert ready_engine(folder, replace(SAMPLE, name="other").write(tmp_path / "o")) is None
+
+
+def test_engines_of_other_sources_are_built_again(tmp_path: Path) -> None:
+    folder = tmp_path / "ready"
+    ahead(folder, models=())
+    assert is_of_these_sources(folder)
+    (folder / "sources").write_text("0" * 64)
+    assert not is_of_these_sources(folder)
+    file = next((folder / "odd-n4" / ENGINES).iterdir()) / ENGINE_JSON
+    before = file.stat().st_mtime_ns
+    assert ahead(folder, models=())[0] == []
+    assert file.stat().st_mtime_ns > before
+    assert is_of_these_sources(folder)
+
+
+def test_what_cannot_be_built_ahead_is_said_and_the_others_are(tmp_path: Path) -> None:
+    folder = tmp_path / "ready"
+    failed, said = ahead(folder, models=(), samples=(replace(SAMPLE, name="bad", precision="fp32"), SAMPLE))
+    assert len(failed) == 1
+    assert failed[0].startswith("bad-n4: ")
+    assert "fp32" in failed[0]
+    assert said[0] == failed[0]
+    assert said[1].startswith("odd-n4: there after ")
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        ("SM12", [], "--build-for: target 'SM12': engines of kernels are built for SM80"),
+        ("SM90", ["--sizes", "9B"], "PAR-9B': expected one or more of"),
+    ],
+)
+def test_bad_requests_write_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str, options: list[str], words: str
+) -> None:
+    folder = tmp_path / "ready"
+    command = ["bench", "--suite", "gpu", "--build-for", target, "--engines", str(folder), *options]
+    with suppress(SystemExit):
+        assert cli.main(command) == 2
+    assert words in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_a_folder_of_other_things_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x").write_text("mine")
+    assert cli.main(["bench", "--suite", "gpu", "--build-for", "SM90", "--engines", str(tmp_path)]) == 2
+    assert (
+        "holds other things than engines that were built ahead; give a new or empty folder" in capsys.readouterr().err
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_build_for_needs_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--suite", "gpu", "--build-for", "SM90"]) == 2
+    assert "--build-for SM90: give the folder that engines are built into, --engines FOLDER" in capsys.readouterr().err

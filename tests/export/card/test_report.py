@@ -8,15 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from double import kernels
 from double.driver import Driver
 
-from par_export.card import prepare
+from par_export.card import plan, prepare
+from par_export.card.checks import SANITIZER, Checks
 from par_export.card.plan import MODELS, Figure, Model, blocks
-from par_export.card.report import CardOptions, _Report, report
+from par_export.card.report import CardOptions, Report, report
 from par_export.card.samples import Sample
 from par_export.card.table import NOT_RUN, Findings, figures_table, markdown
 from par_export.kernels.spec import Planned, Spec
@@ -26,7 +29,7 @@ from par_runtime.backends.program import Pointer, Profile, Program, Weight
 from par_runtime.bench import gpu
 from par_runtime.bench.journal import Journal
 from par_runtime.bench.machine import describe
-from par_runtime.bench.rows import read
+from par_runtime.bench.rows import Row, read
 from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
 
@@ -40,6 +43,7 @@ SMALL = Model(
     codes=(Codes("int8", 32),),
 )
 SAMPLE = Sample("odd", SMALL.config, None, 4)
+BASELINE = replace(SMALL, twins=(1, 4), codes=(), ours=False)
 
 
 def planned(bundle: Bundle, images: Sequence[int]) -> Planned:
@@ -74,7 +78,8 @@ def build(path: Path, images: Sequence[int]) -> None:
 def stand_in(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> gpu.Gpu:
     monkeypatch.syspath_prepend(str(CHILDREN))
     monkeypatch.setenv("PARVIS_TEST_STAND_IN", "1")
-    monkeypatch.setattr(prepare, "TWINS", ("eager",))
+    for module in (plan, prepare):
+        monkeypatch.setattr(module, "TWINS", ("eager",))
     return gpu.describe(0)
 
 
@@ -82,10 +87,12 @@ def options(tmp_path: Path, tiny: Path, **changes: object) -> CardOptions:
     small = {"copy_bytes": 2**20, "launches": 9, "side": 64}
     settings = {"minutes": 2.0, "checked": [tiny], "models": [SMALL], "images": (1,), "repetitions": 2, "stress": 4}
     settings |= {"samples": (), "codes": ()}
+    settings |= {"published": ("PAR-S", SMALL.config, SMALL.vq), "baselines": [BASELINE]}
     settings |= {"work": tmp_path, "torch": "cpu", "groups": 1, "limits": small, "build": build}
     return CardOptions(**(settings | changes))  # type: ignore[arg-type]
 
 
+Lines = list[dict[str, Any]]
 #: What a machine with a GPU may lack.
 MISSING = ("onnxruntime", "tensorrt", "tensorrt_rtx", "safetensors", "huggingface_hub", "scipy", "pytest")
 
@@ -199,10 +206,11 @@ def test_the_checker_of_memory_accesses(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     journal = Journal(None, lambda _: None)
-    made = _Report(CardOptions(), stand_in, lambda _: None, journal)
+    made = Checks(Report(CardOptions(), stand_in, lambda _: None, journal).session, time.monotonic() + 60)
     (tmp_path / "weights.data").touch()
-    ((name, run),) = made._sanitized({"tiny": tmp_path}, time.monotonic() + 60)
-    made._take(name, run())
+    ((name, run),) = made.sanitized({"tiny": tmp_path})
+    assert name == SANITIZER
+    made.take(name, run())
     assert found in journal.finish([]).page
 
 
@@ -248,3 +256,72 @@ def test_the_plan_has_every_model_at_batch_1_first_and_figures_that_it_measures(
         assert figure.n in models[figure.model].group_sizes
         if figure.what in ("eager", "compiled"):
             assert figure.n in models[figure.model].twins
+
+
+def of_parts(tmp_path: Path, tiny: Path, gpu_: gpu.Gpu, *parts: str, **changes: object) -> tuple[list[Row], str, Lines]:
+    """Rows, page and lines of a report of these parts."""
+    journal = Journal(None, lambda _: None)
+    rows = report(options(tmp_path, tiny, parts=parts, **changes), gpu_, lambda _: None, journal)
+    outcome = journal.finish(rows)
+    return outcome.rows, outcome.page, outcome.others
+
+
+def wrong(lines: Lines) -> dict[str, str]:
+    """Texts of the checks that failed, by their names."""
+    return {line["name"]: line["text"] for line in lines if line["kind"] == "check" and not line["passed"]}
+
+
+def test_the_driver_alone(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
+    rows, page, lines = of_parts(tmp_path, tiny, stand_in, "driver")
+    assert rows == []
+    assert wrong(lines) == {}
+    assert "| driver | 13 of 13 |" in page
+    assert [line for line in lines if line["kind"] == "limit"] == []
+
+
+def test_pytorch_alone_is_measured_in_every_batch(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
+    rows, page, lines = of_parts(tmp_path, tiny, stand_in, "baselines", images=(1, 2))
+    images = {(row.label, row.images) for row in rows if row.phase == "image"}
+    assert images == {(f"PAR-L n={n} eager", batch) for n in (1, 4) for batch in (1, 2)}
+    assert {"group", "decoder"} <= {row.phase for row in rows}
+    assert all(row.pytorch for row in rows)
+    assert {line["name"] for line in lines if line["kind"] == "limit"} >= {"copy bandwidth", "fp16 matrix peak"}
+    assert "### Figures to reach" not in page
+    assert "| PAR-L n=4 eager | 2 |" in page
+
+
+def test_onnx_runtime_without_cuda_is_a_check_that_says_so(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
+    rows, page, lines = of_parts(tmp_path, tiny, stand_in, "cuda-ort")
+    assert rows == []
+    said = wrong(lines)
+    assert set(said) == {"tiny n=4 cuda-ort: loads", "PAR-S n=4 cuda-ort: loads"}
+    assert all("needs ONNX Runtime with CUDA" in text for text in said.values())
+    assert page.count("needs ONNX Runtime with CUDA") >= 4  # the rows of both are left out
+
+
+def test_a_plan_that_is_refused_is_a_check_with_the_sentence_that_was_said(
+    stand_in: gpu.Gpu, tiny: Path, tmp_path: Path
+) -> None:
+    """TensorRT-RTX builds for a GPU that is not here; here its runtime finds no driver."""
+    pytest.importorskip("tensorrt_rtx")
+    rows, _, lines = of_parts(tmp_path, tiny, stand_in, "tensorrt-rtx")
+    assert rows == []
+    assert [line["name"] for line in lines if line["kind"] == "check" and line["passed"]] == [
+        "tiny n=4 tensorrt-rtx: a plan is built for SM80"
+    ]
+    said = wrong(lines)
+    assert "cannot load it" in said["tiny n=4 tensorrt-rtx: a plan for SM80 loads and makes an image"]
+    assert "tiny n=4 tensorrt-rtx: a plan is built for local" in said
+    assert not any("PAR-S" in line["name"] for line in lines if line["kind"] == "check")
+
+
+def test_a_part_that_ends_in_an_error_does_not_end_the_others(
+    stand_in: gpu.Gpu, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> list[Row]:
+        raise OSError(28, "No space left on device", "weights.data")
+
+    monkeypatch.setattr("par_export.card.libraries.write_family", lambda *_, **__: fails(0))
+    _, _, lines = of_parts(tmp_path, tiny, stand_in, "driver", "cuda-ort", "baselines")
+    assert wrong(lines) == {"cuda-ort": "[Errno 28] No space left on device: 'weights.data'"}
+    assert any(line["kind"] == "limit" for line in lines)

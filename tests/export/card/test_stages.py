@@ -19,12 +19,13 @@ import pytest
 from double import tensorrt
 from double.driver import Driver
 
-from par_export.card import images, limits, stages
+from par_export.card import images, limits, ort, stages
 from par_export.card.prepare import copies
 from par_export.card.processes import run_stage
 from par_export.quantised import Codes
 from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.bundle import Bundle
+from par_runtime.pipeline import Pipeline
 
 
 class Lines(list[dict[str, Any]]):
@@ -266,3 +267,57 @@ def test_lines_come_from_standard_output_alone(tmp_path: Path) -> None:
     finally:
         sys.path.pop(0)
     assert ended.why.startswith("BundleError: ")
+
+
+@pytest.fixture
+def ort_lines(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Lines]:
+    """The checks of ONNX Runtime's backend, its code on CPU buffers."""
+    pytest.importorskip("onnxruntime", minversion="1.25")
+    from par_runtime.backends.ort import gpu as ort_gpu
+
+    bundle = Bundle.open(tiny)
+    backend = ort_gpu.OrtCudaBackend(bundle, provider="CPUExecutionProvider", kind="cpu")
+    assert list(backend.opened()) == ["step", "decoder"]
+    monkeypatch.setattr(ort, "Pipeline", Loaded(Pipeline(bundle, backend)))
+
+    def lines_of(provider: str, predicted: bool = True) -> Lines:
+        monkeypatch.setattr(ort_gpu, "CUDA", provider)  # where operators are expected
+        lines = Lines()
+        spec = {"path": str(tiny), "name": "t", "device": "cuda-ort:0", "reference": "cpu", "groups": 1, "seed": 5}
+        ort.check_ort(spec | {"predicted": predicted}, lines)
+        return lines
+
+    return lines_of
+
+
+class Loaded:
+    """``Pipeline.load``, of a backend that needs no GPU."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    def load(self, path: Path, device: str, selftest: bool) -> Pipeline:
+        assert (device, selftest) == ("cuda-ort:0", False)
+        assert path == self._pipeline.bundle.path
+        return self._pipeline
+
+
+def test_onnx_runtime_is_checked_with_the_place_of_every_operator(ort_lines: Callable[..., Lines]) -> None:
+    lines = ort_lines("CPUExecutionProvider", predicted=False)
+    checks = lines.checks()
+    assert all(checks.values()), [x for x in lines if x["kind"] == "check" and not x["passed"]]
+    wanted = ("loads", "placement of step", "placement of decoder", "self-test", "the same again")
+    assert {f"t: {name}" for name in wanted} < set(checks)
+    assert "t: relative logit error of group" in checks
+    notes = [line["text"] for line in lines if line["kind"] == "note"]
+    assert notes[0].startswith("t: step: CPU ")
+
+
+def test_operators_that_are_not_where_they_were_predicted_are_seen(ort_lines: Callable[..., Lines]) -> None:
+    """All of them: no operator is on a provider that is not there."""
+    lines = ort_lines("CUDAExecutionProvider")
+    texts = {line["name"]: line["text"] for line in lines if line["kind"] == "check" and not line["passed"]}
+    assert set(texts) == {"t: placement of step", "t: placement of decoder"}
+    assert "TensorScatter" in texts["t: placement of step"]
+    assert texts["t: placement of step"].endswith("; without a GPU it was predicted: nothing")
+    assert texts["t: placement of decoder"].endswith("; without a GPU it was predicted: InstanceNormalization")

@@ -7,6 +7,7 @@ refused, and invalidates the capture.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,6 +48,9 @@ class Driver(Modules):
         self.counts: dict[str, int] = {}
         self.events: dict[int, float | None] = {}
         self.recorded_on: dict[int, int] = {}  # event -> its stream
+        self.contexts = 0  #: how often the context was asked for and not yet released
+        self._of_thread = threading.local()
+        self.broken: Any = None  #: what every call answers after a kernel failed
         self._next = 0x1000
 
     def __getattr__(self, name: str) -> Any:
@@ -110,26 +114,36 @@ class Driver(Modules):
         return OK, self.memory_bytes
 
     def cuDevicePrimaryCtxRetain(self, device: Any) -> tuple[Any, Any]:  # noqa: N802
+        self.contexts += 1
         return OK, real.CUcontext(0xC0)
 
     def cuDevicePrimaryCtxRelease(self, device: Any) -> tuple[Any]:  # noqa: N802
+        self.contexts -= 1
         return (OK,)
 
     def cuCtxSetCurrent(self, context: Any) -> tuple[Any]:  # noqa: N802
+        self._of_thread.has_context = True
         return (OK,)
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
     def cuMemGetInfo(self) -> tuple[Any, int, int]:  # noqa: N802
+        if not getattr(self._of_thread, "has_context", False):
+            return real.CUresult.CUDA_ERROR_INVALID_CONTEXT, 0, 0
+        if not self.contexts:
+            return real.CUresult.CUDA_ERROR_CONTEXT_IS_DESTROYED, 0, 0
         used = sum(array.size for array in self.device.values())
         return OK, self.memory_bytes - used, self.memory_bytes
 
     def cuMemAlloc(self, size: int) -> tuple[Any, Any]:  # noqa: N802
+        if self.broken is not None:
+            return self.broken, None
         if self.captures:
             return real.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, None
         if size <= 0:
             return INVALID, None
-        if size > self.cuMemGetInfo()[1]:
+        used = sum(array.size for array in self.device.values())
+        if size > self.memory_bytes - used:
             return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None
         array = np.full(size, self.fill, np.uint8)
         pointer = self._fresh(size)
@@ -151,6 +165,8 @@ class Driver(Modules):
         return (OK,) if self.pinned.pop(int(pointer), None) is not None else (INVALID,)
 
     def cuMemsetD8Async(self, pointer: Any, value: int, count: int, stream: Any) -> tuple[Any]:  # noqa: N802
+        if not int(pointer):
+            return (INVALID,)
         target = self.span(int(pointer), count, "memset")
 
         def work() -> None:
@@ -184,6 +200,8 @@ class Driver(Modules):
 
     def cuMemcpy2DAsync(self, copy: Any, stream: Any) -> tuple[Any]:  # noqa: N802
         width, height = int(copy.WidthInBytes), int(copy.Height)
+        if width > min(int(copy.dstPitch), int(copy.srcPitch)):
+            return (INVALID,)
         pairs = []
         for y in range(height):
             target = self.span(int(copy.dstDevice) + y * int(copy.dstPitch), width, "2-D copy, target")
@@ -212,7 +230,7 @@ class Driver(Modules):
             self.captures[int(stream)].valid = False
             return (real.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,)
         self._flush(int(stream))
-        return (OK,)
+        return (OK if self.broken is None else self.broken,)
 
     def cuStreamIsCapturing(self, stream: Any) -> tuple[Any, Any]:  # noqa: N802
         status = real.CUstreamCaptureStatus

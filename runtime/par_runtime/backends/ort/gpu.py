@@ -145,15 +145,21 @@ class OrtCudaBackend:
         self._keys.release(cache_rows)
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
-        self._check_usable()
-        if self._decoder is None:
-            self._decoder = self._session("decoder")
+        decoder = self.opened()["decoder"]
         whole = np.zeros((len(tokens), self.bundle.n_tokens), np.int64)  # earlier frames of a clip see no later ones
         whole[:, : tokens.shape[1]] = tokens
-        images = sessions.run(self._decoder, "tokens", whole, _as_ours)
+        images = sessions.run(decoder, "tokens", whole, _as_ours)
         if not self.bundle.video:
             return images
         return images[:, : self.bundle.frames_of(tokens.shape[1] // self.bundle.frame_tokens)]
+
+    def opened(self) -> dict[str, ort.InferenceSession]:
+        """The sessions of "step" and "decoder"; that of the decoder is opened now if it was not yet."""
+        self._check_usable()
+        assert self._step is not None
+        if self._decoder is None:
+            self._decoder = self._session("decoder")
+        return {"step": self._step, "decoder": self._decoder}
 
     def close(self) -> None:
         self._closed = True

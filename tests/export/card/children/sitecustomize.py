@@ -14,15 +14,16 @@ for name in filter(None, os.environ.get("PARVIS_TEST_BLOCK", "").split(",")):
 if "PARVIS_TEST_STAND_IN" in os.environ and len(sys.orig_argv) > 2:
     from pathlib import Path
 
-    from double.bare import driver_for
+    from double.bare import Failing, driver_for
 
-    from par_export.card import limits
+    from par_export.card import driver, limits
     from par_runtime.backends import cuda
 
     spec = json.loads(sys.orig_argv[-1])
     cuda.driver = driver_for(Path(spec.get("path", ".")))
     cuda.driver.memory_bytes = 2**34
     cuda.driver.fill = 0  # what no kernel writes must be tokens all the same, or nothing would be timed
-    for dependent in (False, True):
-        kernel, text = limits.empty_kernel(dependent)
+    cuda.driver.twin = Failing(cuda.driver)
+    driver.LARGE, driver.LEAK = 2**20, 2**10
+    for kernel, text in (*map(limits.empty_kernel, (False, True)), driver.fault_kernel()):
         cuda.driver.register(text, kernel, (8, 0))

@@ -1,0 +1,124 @@
+"""The engines of a GPU's report, built on a machine that may have no GPU: ``--build-for SM90 --engines FOLDER``.
+
+A report builds its engines itself, with the compiler that is on its machine. Built ahead they take none of its time,
+and they may come from a newer Triton: 3.6, which PyTorch 2.11 brings, multiplies on SM90 without the widest matrix
+units.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import par_model
+from par_export import graphs, kernels
+from par_export.card.lines import words
+from par_export.card.plan import BATCHES, CODES_N, Model
+from par_export.card.prepare import CHECKED_IMAGES, Builder, copies, family_of, ready_engine
+from par_export.card.samples import Sample
+from par_export.engines import contents as engine_contents
+from par_export.engines import publish as engine_publish
+from par_export.engines.publish import source_hash
+from par_export.errors import BuildError
+from par_export.kernels import build as kernels_build
+from par_export.quantised import Codes
+from par_runtime.backends import program
+from par_runtime.backends.engines import ENGINES
+
+SOURCES = "sources"  #: the file that says which sources the engines of a folder were built by
+#: Of one bundle: its name, what writes it and returns its path, and the batches of its engine.
+Wanted = tuple[str, Callable[[], Path], Sequence[int]]
+
+
+def build_ahead(
+    folder: Path,
+    target: str,
+    *,
+    checked: Sequence[Path],
+    samples: Sequence[Sample],
+    codes: Sequence[Codes],
+    models: Sequence[Model],
+    work: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> list[str]:
+    """Build the engines of a report for ``target`` ("SM90") into ``folder``; returns what failed, a line each.
+
+    The engine of the bundle NAME lies in ``folder/NAME/engines``. One that is there already, whole and of the same
+    bundle, is kept, so that a build that was ended goes on where it was. ``work``: where bundles are written meanwhile.
+    Raises OSError.
+    """
+    kernels_build.target(target)  # before anything is written
+    _begin(folder)
+    failed = []
+    with tempfile.TemporaryDirectory(dir=work, prefix="parvis-gpu-") as temporary, Builder(target) as build:
+        for name, write, images in wanted(Path(temporary), checked, samples, codes, models):
+            began = time.monotonic()
+            try:
+                path = write()
+                if ready_engine(folder, path) is None:
+                    build(path, images, folder / name / ENGINES)
+            except Exception as error:
+                failed.append(f"{name}: {words(error)}")
+                say(failed[-1])
+                continue
+            say(f"{name}: there after {time.monotonic() - began:.0f} s")
+    return failed
+
+
+def is_of_these_sources(folder: Path) -> bool:
+    """Whether the engines in ``folder`` were built ahead by this version of the sources that decide what they are."""
+    try:
+        return (folder / SOURCES).read_text().strip() == sources()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def sources() -> str:
+    """The hash of these sources."""
+    return source_hash((kernels, graphs, par_model, engine_contents, engine_publish, program))
+
+
+def _begin(folder: Path) -> None:
+    """Make ``folder`` one of engines of these sources: those of others are removed. Raises BuildError, OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_of_these_sources(folder):
+        return
+    if any(folder.iterdir()) and not (folder / SOURCES).is_file():
+        raise BuildError(f"{folder} holds other things than engines that were built ahead; give a new or empty folder")
+    for engines in folder.glob(f"*/{ENGINES}"):
+        shutil.rmtree(engines)
+    (folder / SOURCES).write_text(f"{sources()}\n")
+
+
+def wanted(
+    work: Path, checked: Sequence[Path], samples: Sequence[Sample], codes: Sequence[Codes], models: Sequence[Model]
+) -> Iterator[Wanted]:
+    """Every bundle that a report builds an engine of, the most valuable first; bundles are written in ``work``."""
+    written: dict[tuple[str, Codes | None], Mapping[int, Path]] = {}
+
+    def of(model: Model, n: int, kind: Codes | None) -> Path:
+        key = (model.name, kind)
+        if key not in written:
+            written[key] = family_of(model, kind, work / "models")
+        return written[key][n]
+
+    for path, make in copies(checked, codes, work).items():
+        yield path.name, partial(_made, path, make), CHECKED_IMAGES
+    for kind in (None, *dict.fromkeys(codes for model in models for codes in model.codes)):
+        for model in models:
+            if kind is not None and kind not in model.codes:
+                continue
+            for n in model.group_sizes if kind is None else (CODES_N,):
+                name = f"{model.family(kind)}-n{n}"
+                yield name, partial(of, model, n, kind), BATCHES
+    for sample in samples:
+        yield f"{sample.name}-n{sample.n}", partial(sample.write, work / "samples" / sample.name), sample.images
+
+
+def _made(path: Path, make: Callable[[], object]) -> Path:
+    make()
+    return path

@@ -1,0 +1,151 @@
+"""The rows of a report: our engines and PyTorch's twins, model by model, the most valuable first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from par_export.card.plan import CODES_N, COMPILED, Block, Model, blocks, label_of
+from par_export.card.prepare import Preparation, Twin
+from par_export.card.session import GRACE_S, Session
+from par_runtime.bench.measure import make_row
+from par_runtime.bench.rows import Row
+from par_runtime.bench.subjects.process import SubjectProcess, open_random
+
+LEAST_S = 12.0  #: a block that has less time is left out
+
+
+class Rows:
+    """All rows of ``models``: their engines and twins are prepared meanwhile. Use it in ``with``."""
+
+    def __init__(self, session: Session, models: Sequence[Model]) -> None:
+        options = session.options
+        self._session = session
+        self._models = [model if options.twins else replace(model, twins=()) for model in models]
+        work, end = session.work / "models", session.end + GRACE_S
+        self._prepared = Preparation(self._models, work, session.build, options.images, options.torch, end)
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._prepared.close()
+
+    def run(self, wait: float) -> list[Row]:
+        """Measure. Until ``wait`` by ``time.monotonic`` everything that takes processors is waited for."""
+        session, rows = self._session, list[Row]()
+        self._wait(wait)
+        session.limits()
+        waiting = blocks(self._models, session.options.images)
+        while waiting:
+            block = waiting.pop(0)
+            if session.left < LEAST_S:
+                session.leave_out(block.name, "time")
+                continue
+            share = block.weight / (block.weight + sum(other.weight for other in waiting))
+            try:
+                rows += self._block(block, time.monotonic() + share * session.left)
+            except Exception as error:
+                session.leave_out(block.name, error)
+        return rows
+
+    def _wait(self, until: float) -> None:
+        """Wait until nothing is compiled any more, which takes the processors that launching needs."""
+        for (model, n, twin), future in self._prepared.twins.items():
+            self._session.progress(f"waiting for {label_of(model, n, twin)}")
+            _ended(future, until)
+        for engine in self._prepared.engines.values():
+            _ended(engine, until)
+
+    def _block(self, block: Block, until: float) -> list[Row]:
+        """The rows of a block. What cannot be loaded is left out, with the reason."""
+        with ExitStack() as held:
+            ours = self._open(block, held, until)
+            subjects, most_calls = list(ours.values()), {}
+            for twin in self._twins(block):
+                subjects.append(twin.process)
+                if block.last:
+                    held.callback(twin.process.close)
+                if (most := twin.most_calls.get(block.images)) is not None:
+                    most_calls[twin.process.info.label] = most
+            setting = self._session.setting(block.images, until, most_calls)
+            rows = self._session.rows(block.name, subjects, setting)
+            return rows + list(self._more(block, ours, rows)) if rows else []
+
+    def _open(self, block: Block, held: ExitStack, until: float) -> dict[str, SubjectProcess]:
+        """Our subjects of a block by label, loaded at the same time."""
+        session, model, opened = self._session, block.model, dict[str, SubjectProcess]()
+        if not model.ours:
+            return opened
+        quantised = {label_of(model.name, CODES_N, str(codes)) for codes in model.codes}
+
+        def load(label: str) -> SubjectProcess:
+            # What is built last is not waited for: that is the time of the others.
+            wait = 1.0 if label in quantised else max(1.0, until - time.monotonic())
+            path = self._prepared.engines[label].result(wait)
+            return open_random(path, label, device=session.device, end=session.end + GRACE_S)
+
+        session.progress(f"{block.name}: loading")
+        with ThreadPoolExecutor(1 if block.loads else len(model.labels)) as pool:
+            # n = 4 after the others: then the file is in memory, which all n of a model share. Quantised weights last:
+            # where memory is short, they are what is left out.
+            order = sorted(model.labels, key=lambda label: (label in quantised, label == label_of(model.name, 4)))
+            futures = {label: pool.submit(load, label) for label in order}
+            for label, future in futures.items():
+                try:
+                    opened[label] = future.result()
+                except FutureTimeoutError:
+                    session.leave_out(label, "its engine was not built in time")
+                except Exception as error:
+                    session.leave_out(f"{label}, batch {block.images}", error)
+        for subject in opened.values():
+            held.callback(subject.close)
+        return {label: opened[label] for label in model.labels if label in opened}
+
+    def _twins(self, block: Block) -> Iterator[Twin]:
+        """The twins of a block that are ready by now."""
+        for n, twin in block.twins:
+            label = label_of(block.model.name, n, twin)
+            future = self._prepared.twin(block.model, n, twin)
+            if not future.done() and (block.model.ours or twin == COMPILED):
+                self._session.leave_out(label, "it was not compiled in time")
+                continue
+            try:
+                yield future.result()
+            except Exception as error:
+                self._session.leave_out(label, error)
+
+    def _more(self, block: Block, ours: Mapping[str, SubjectProcess], measured: Sequence[Row]) -> Iterator[Row]:
+        """Beside the rows in turns: loading, the decoder alone, and what each kernel takes."""
+        session = self._session
+        able = {label: ours[label] for label in {row.label: None for row in measured} if label in ours}
+        for label, subject in able.items():
+            if session.left < 0:
+                session.leave_out(f"kernels of {label}, batch {block.images}", "time")
+                continue
+            session.progress(f"{label}: each kernel")
+            try:
+                timed = subject.kernels(block.images, True)
+            except Exception as error:
+                session.leave_out(f"kernels of {label}, batch {block.images}", error)
+                continue
+            about = {"kind": "kernel", "label": label, "images": block.images}
+            session.lines.extend(about | one for one in timed)
+        session.keep()
+        if block.loads:
+            setting = session.setting(block.images)
+            for subject in able.values():
+                yield make_row(subject.info, setting, session.machine, "load", [subject.load_ms])
+
+
+def _ended(future: Future[Any], until: float) -> None:
+    """Wait for the end of ``future``, whatever it is, or for ``until``."""
+    try:
+        future.exception(max(0.0, until - time.monotonic()))
+    except FutureTimeoutError:
+        return
