@@ -11,6 +11,8 @@ GPU_EXTRA ?= tensorrt-rtx
 GPU_BUNDLE ?= models/demo
 GPU_MINUTES ?= 8
 GPU_OUT ?= out/gpu-report
+# More of 'parvis bench --suite gpu' for the report: GPU_MORE="--parts baselines --sizes 3B".
+GPU_MORE ?=
 # The report installs nothing: it takes the environment of the tests where there is one, else the system's Python.
 REPORT_PYTHON ?= $(or $(wildcard $(DEV_ENV)/bin/python),$(PYTHON))
 # As many processes as there are CPUs, but each holds a copy of what the tests share, of up to 2 GB. One that has run its
@@ -40,10 +42,10 @@ test-gpu: $(DEV_ENV)/.installed  ## all that needs a GPU: 10 minutes, a report f
 	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,$(GPU_EXTRA)]'
 	PARVIS_GPU_BUNDLE=$(abspath $(GPU_BUNDLE)) $(DEV_ENV)/bin/python -m pytest -m gpu -rs
 
-gpu-report:  ## our kernels on this GPU in 8 minutes: right, and how fast; needs PyTorch and Triton, installs nothing (docs/gpu.md)
+gpu-report:  ## driver and kernels on this GPU in 8 minutes: right, and how fast; needs PyTorch and Triton, installs nothing (docs/gpu.md)
 	@mkdir -p $(GPU_OUT)
 	@code=0; PYTHONPATH="$(CURDIR):$(CURDIR)/export:$(CURDIR)/calibration:$(CURDIR)/runtime$${PYTHONPATH:+:$$PYTHONPATH}" $(REPORT_PYTHON) -m par_runtime bench --suite gpu \
-	  --minutes $(GPU_MINUTES) --json $(GPU_OUT)/rows.jsonl > $(GPU_OUT)/report.md || code=$$?; \
+	  --minutes $(GPU_MINUTES) $(GPU_MORE) --json $(GPU_OUT)/rows.jsonl > $(GPU_OUT)/report.md || code=$$?; \
 	cat $(GPU_OUT)/report.md; exit $$code
 
 lint: $(DEV_ENV)/.installed  ## ruff, mypy, import-linter: half a minute

@@ -1,8 +1,8 @@
 """The engines of a GPU's report, built on a machine that may have no GPU: ``--build-for SM90 --engines FOLDER``.
 
 A report builds its engines itself, with the compiler that is on its machine. Built ahead they take none of its time,
-and they may come from a newer Triton: 3.6, which PyTorch 2.11 brings, multiplies on SM90 without the widest matrix
-units.
+and they may come from a newer Triton: 3.6, which PyTorch 2.11 brings, does not use SM90's widest matrix units for tiles
+of 8 rows (n = 4, guided, one image), and keeps registers of a kernel with int4 in memory.
 """
 
 from __future__ import annotations

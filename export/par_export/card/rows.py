@@ -49,7 +49,7 @@ class Rows:
                 continue
             share = block.weight / (block.weight + sum(other.weight for other in waiting))
             try:
-                rows += self._block(block, time.monotonic() + share * session.left)
+                rows += self._block(block, share)
             except Exception as error:
                 session.leave_out(block.name, error)
         return rows
@@ -62,10 +62,14 @@ class Rows:
         for engine in self._prepared.engines.values():
             _ended(engine, until)
 
-    def _block(self, block: Block, until: float) -> list[Row]:
-        """The rows of a block. What cannot be loaded is left out, with the reason."""
+    def _block(self, block: Block, share: float) -> list[Row]:
+        """The rows of a block, which has ``share`` of the time that is left; once more of what is left after loading.
+
+        What cannot be loaded is left out, with the reason.
+        """
+        session = self._session
         with ExitStack() as held:
-            ours = self._open(block, held, until)
+            ours = self._open(block, held, time.monotonic() + share * session.left)
             subjects, most_calls = list(ours.values()), {}
             for twin in self._twins(block):
                 subjects.append(twin.process)
@@ -73,8 +77,8 @@ class Rows:
                     held.callback(twin.process.close)
                 if (most := twin.most_calls.get(block.images)) is not None:
                     most_calls[twin.process.info.label] = most
-            setting = self._session.setting(block.images, until, most_calls)
-            rows = self._session.rows(block.name, subjects, setting)
+            until = time.monotonic() + share * session.left
+            rows = session.rows(block.name, subjects, session.setting(block.images, until, most_calls))
             return rows + list(self._more(block, ours, rows)) if rows else []
 
     def _open(self, block: Block, held: ExitStack, until: float) -> dict[str, SubjectProcess]:

@@ -65,8 +65,10 @@ class Session:
     # -- what was found -----------------------------------------------------------------------------------------------
 
     def leave_out(self, what: str, why: object) -> None:
-        """Write down what was not measured."""
-        self.left_out.append(f"{what}: {words(why)}")
+        """Write down what was not measured, once."""
+        text = f"{what}: {words(why)}"
+        if text not in self.left_out:
+            self.left_out.append(text)
 
     def wrong(self, name: str, why: object) -> None:
         """Write down a check that failed."""
@@ -121,6 +123,10 @@ class Session:
             return []
         for label, why in setting.failed.items():
             self.leave_out(f"{label}, batch {setting.images}", why)
+        for subject in ready:
+            label = subject.info.label
+            if label not in setting.failed and not any(row.label == label for row in rows):
+                self.leave_out(f"{label}, batch {setting.images}", "time")
         return rows
 
     def _ready(self, subject: SubjectProcess, setting: Setting) -> bool:

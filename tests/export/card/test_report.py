@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from par_runtime.bench import gpu
 from par_runtime.bench.journal import Journal
 from par_runtime.bench.machine import describe
 from par_runtime.bench.rows import Row, read
+from par_runtime.bench.subjects.process import open_eager
 from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
 
@@ -285,6 +287,7 @@ def test_pytorch_alone_is_measured_in_every_batch(stand_in: gpu.Gpu, tiny: Path,
     assert images == {(f"PAR-L n={n} eager", batch) for n in (1, 4) for batch in (1, 2)}
     assert {"group", "decoder"} <= {row.phase for row in rows}
     assert all(row.pytorch for row in rows)
+    assert [line for line in lines if line["kind"] == "left_out"] == []
     assert {line["name"] for line in lines if line["kind"] == "limit"} >= {"copy bandwidth", "fp16 matrix peak"}
     assert "### Figures to reach" not in page
     assert "| PAR-L n=4 eager | 2 |" in page
@@ -325,3 +328,14 @@ def test_a_part_that_ends_in_an_error_does_not_end_the_others(
     _, _, lines = of_parts(tmp_path, tiny, stand_in, "driver", "cuda-ort", "baselines")
     assert wrong(lines) == {"cuda-ort": "[Errno 28] No space left on device: 'weights.data'"}
     assert any(line["kind"] == "limit" for line in lines)
+
+
+def test_a_subject_that_had_no_time_is_left_out_once(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
+    journal = Journal(None, lambda _: None)
+    session = Report(options(tmp_path, tiny), stand_in, lambda _: None, journal).session
+    with closing(open_eager(tiny, "tiny n=4 eager")) as subject:
+        for _ in range(2):
+            assert session.rows("x", [subject], session.setting(1, until=time.monotonic())) == []
+        assert session.left_out == ["tiny n=4 eager, batch 1: time"]
+        assert session.rows("x", [subject], session.setting(1)) != []
+    assert len(session.left_out) == 1

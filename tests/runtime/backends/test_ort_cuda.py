@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], N
         monkeypatch.setattr(ort, "InferenceSession", session)
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: [ort_cuda.CUDA, "CPUExecutionProvider"])
-    monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libcudart.so.13"), raising=False)
+    monkeypatch.setattr(ort, "preload_dlls", lambda **_: print("Failed to load libcudart.so.13"), raising=False)
     return make
 
 
@@ -226,6 +227,26 @@ def test_operators_on_the_cpu_are_an_error_but_for_shapes(tiny: Path, monkeypatc
         ort_cuda.OrtCudaBackend(bundle, **CPU)
     with pytest.warns(UserWarning, match="decoder.onnx: .* runs Attention, Transpose on the CPU; decoding copies"):
         backend.decode(np.zeros((1, bundle.n_tokens), np.int64))  # once an image: slower, and no more
+
+
+def test_libraries_in_another_folder_of_the_path_are_loaded_too(
+    tiny: Path, tmp_path: Path, pretended: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``pip install --target``, or an environment on top of one with PyTorch: ONNX Runtime looks beside itself."""
+    beside = Path(ort.__file__).resolve().parents[1]
+    for name in ("cu13/lib", "cudnn/lib", "nothing"):
+        (tmp_path / "nvidia" / name).mkdir(parents=True)
+    loaded: list[dict[str, object]] = []
+    pretended(None)
+    monkeypatch.setattr(ort, "preload_dlls", lambda **how: loaded.append(how))
+    monkeypatch.setitem(sys.modules, "nvidia", None)
+    monkeypatch.delitem(sys.modules, "nvidia")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(beside)])
+    importlib.invalidate_caches()
+    with ort_cuda._quiet(ort_cuda.CUDA):
+        pass
+    folders = [str(tmp_path / "nvidia" / name) for name in ("cu13/lib", "cudnn/lib")]
+    assert loaded == [{}, *({"msvc": False, "directory": folder} for folder in folders)]
 
 
 def test_a_bundle_without_the_graph_is_refused(tiny: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import io
 import re
 import warnings
@@ -326,10 +327,12 @@ def why_not_cuda() -> str:
 
 @contextlib.contextmanager
 def _quiet(provider: str) -> Iterator[None]:
-    """Load CUDA's libraries from site-packages, where pip installs them; and silence the log: failures are raised.
+    """Load CUDA's libraries from where pip installs them; and silence the log: failures are raised.
 
     The provider itself does not look there: without ``preload_dlls`` it loads the wheels of
-    ``onnxruntime-gpu[cuda,cudnn]`` only if torch was imported before.
+    ``onnxruntime-gpu[cuda,cudnn]`` only if torch was imported before. ``preload_dlls`` looks beside ONNX Runtime alone,
+    which may lie in another folder of the path than these wheels (``pip install --target``, an environment on top of
+    one with PyTorch).
     """
     if provider != CUDA:
         yield
@@ -337,11 +340,22 @@ def _quiet(provider: str) -> Iterator[None]:
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
             ort.preload_dlls()
+            for folder in nvidia_folders():
+                ort.preload_dlls(msvc=False, directory=str(folder))
     ort.set_default_logger_severity(4)
     try:
         yield
     finally:
         ort.set_default_logger_severity(2)
+
+
+def nvidia_folders() -> list[Path]:
+    """The folders with libraries of NVIDIA's wheels, wherever Python finds these, but for those beside ONNX Runtime."""
+    spec = importlib.util.find_spec("nvidia")
+    places = [] if spec is None else list(spec.submodule_search_locations or ())
+    beside = Path(ort.__file__).resolve().parents[1]
+    others = [Path(place) for place in places if Path(place).resolve().parent != beside]
+    return [folder for place in others for folder in sorted(place.glob("*/lib")) if folder.is_dir()]
 
 
 def _run(session: ort.InferenceSession | None, binding: ort.IOBinding) -> None:
