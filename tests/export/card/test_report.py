@@ -18,10 +18,11 @@ from double.driver import Driver
 
 from par_export.card import plan, prepare
 from par_export.card.checks import SANITIZER, Checks
+from par_export.card.findings import Findings, Known
 from par_export.card.plan import MODELS, Figure, Model, blocks
 from par_export.card.report import CardOptions, Report, report
 from par_export.card.samples import Sample
-from par_export.card.table import NOT_RUN, Findings, figures_table, markdown
+from par_export.card.table import NOT_RUN, figures_table, markdown
 from par_export.kernels.spec import Planned, Spec
 from par_export.quantised import Codes
 from par_model.config import PARConfig, VQConfig
@@ -164,7 +165,8 @@ def test_a_whole_report(
     assert passed["tiny: memory"]
     assert not passed["tiny: self-test"]
     page = out.out
-    assert page.startswith("## GPU report\n\nStand-in GPU (")
+    assert page.startswith("## GPU report\n\n### Runs\n\n| file | card | driver | date | commit |")
+    assert "\n| rows.jsonl | Stand-in GPU | " in page
     assert "| tiny: self-test | WRONG |" in page
     for heading in ("What the card allows", "Figures to reach", "Rows", "Kernels, each alone", "Left out"):
         assert f"### {heading}" in page
@@ -224,7 +226,7 @@ def test_a_report_without_time_says_what_it_left_out(stand_in: gpu.Gpu, tiny: Pa
     assert "- PAR-L, batch 1: time" in outcome.page
     assert "Nothing was measured." in outcome.page
     assert outcome.wrong
-    for line in figures_table([]).splitlines()[2:]:
+    for line in figures_table(Known([])).splitlines()[2:]:
         assert NOT_RUN in line
 
 
@@ -236,7 +238,7 @@ def test_errors_of_checks_are_summed_up(stand_in: gpu.Gpu, error: float | None, 
         {"kind": "check", "name": "odd: step.qkv", "error": error, "allowed": 2e-3, **text},
         {"kind": "check", "name": "odd: step's counters", "passed": True, "text": "y"},
     ]
-    assert f"| odd | {2 - (error is None)} of 2 | {shown} |" in markdown(found)
+    assert f"| odd | {2 - (error is None)} of 2 | {shown} |" in markdown([found])
 
 
 def test_the_plan_has_every_model_at_batch_1_first_and_figures_that_it_measures() -> None:
