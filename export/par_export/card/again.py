@@ -5,6 +5,7 @@ Also what an ended run left: ``FILE.part``, and a file that was cut off in its l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from par_export.card.findings import Findings, Known, by_card
 from par_export.card.table import markdown
 from par_runtime.bench.machine import Machine
 from par_runtime.bench.report.output import Outcome
-from par_runtime.bench.rows import LARGEST, Row, from_plain, plain_lines, to_machine
+from par_runtime.bench.rows import LARGEST, Row, from_plain, median, plain_lines, to_machine
 from par_runtime.checked import Mismatch, Value, shown
 from par_runtime.errors import RequestError
 
@@ -90,6 +91,8 @@ def _row(plain: Any) -> Row:
     row = from_plain(plain)
     if row.suite != "gpu":
         raise Mismatch(f"suite is {shown(row.suite)}; expected 'gpu'")
+    if not math.isclose(row.median_ms, median(row.samples_ms), rel_tol=1e-9):
+        raise Mismatch(f"median_ms is {row.median_ms}; expected that of samples_ms, {median(row.samples_ms)}")
     return row
 
 

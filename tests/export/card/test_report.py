@@ -131,7 +131,8 @@ def test_a_whole_report(
     monkeypatch.setattr("par_export.card.report.CardOptions", smaller)
     file = tmp_path / "rows.jsonl"
     command = ["bench", str(tiny), "--suite", "gpu", "--sizes", "L", "--minutes", "2", "--repetitions", "2"]
-    assert cli.main([*command, "--json", str(file), "--work", str(tmp_path)]) == 1
+    figure = tmp_path / "figure.svg"
+    assert cli.main([*command, "--json", str(file), "--svg", str(figure), "--work", str(tmp_path)]) == 1
     out = capsys.readouterr()
     assert out.err.splitlines()[-1].endswith("checks failed")  # the kernels compute nothing, and that is seen
     rows = read(file)
@@ -180,6 +181,11 @@ def test_a_whole_report(
     assert group.call_ms is not None
     assert f"| {100 * coded.call_ms / group.call_ms:.0f} % |" in line
     assert "in doubt: above the bound" in page  # nothing was computed, so it took less than is possible
+    again = tmp_path / "again.svg"
+    assert cli.main(["bench", "--suite", "gpu", "--from", str(file), "--svg", str(again)]) == 0
+    assert capsys.readouterr().out.partition("\n\nwritten: ")[0] == page.partition("\n\nwritten: ")[0]
+    assert again.read_bytes() == figure.read_bytes()
+    assert "PAR-L n = 4: eager" in figure.read_text().partition("<desc>")[2].partition("</desc>")[0]
     assert not list(tmp_path.glob("parvis-gpu-*"))
     assert not file.with_name("rows.jsonl.part").exists()
 
