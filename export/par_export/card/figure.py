@@ -120,7 +120,7 @@ def figure(runs: Sequence[Findings]) -> str:
 
 def _short(text: str) -> str:
     """A text of :attr:`Place.texts` for a narrow column."""
-    return text.replace(f" ({OTHER_COMMIT})", STAR)
+    return "above" if text.startswith("above") else text.replace(f" ({OTHER_COMMIT})", STAR)
 
 
 def _marks(place: Place) -> Iterator[Mark]:

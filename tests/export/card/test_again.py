@@ -237,6 +237,9 @@ def test_names_beside_marks_do_not_cover_each_other(tmp_path: Path, seconds: tup
             for kind, value in zip(("eager", "compiled", ""), kinds, strict=True):
                 rows += subject(label_of(model, n, kind), factor * value / n, machine(), least=factor * least / n)
     svg = again([report(tmp_path / "a.jsonl", rows)]).figure()
+    columns = [each for each in texts(svg) if each.attrib["x"] in ("700", "780", "852") and not each.get("class")]
+    assert len(columns) == 9 * 3
+    assert all(len(each.text or "") < 13 for each in columns)
     marks = [each for each in texts(svg) if each.get("class", "").startswith("of-")]
     assert len(marks) == 9 * 4
     lanes: dict[str, list[tuple[float, float]]] = {}
