@@ -38,7 +38,7 @@ def with_page(text: str, page: str) -> str:
             f"{PAGE}: expected {BEGIN} once, and below it {END} once; write them where the page is to be"
         )
     before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{page}\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n{page}\n\n{END}{rest.partition(END)[2]}"
 
 
 def differences(docs: Path) -> list[str]:

@@ -289,7 +289,7 @@ def test_no_figure_in_docs_differs_from_its_rows() -> None:
 
 def test_figures_in_docs_that_no_row_says_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, figure = tmp_path / "gpu.md", tmp_path / "gpu.svg"
-    around = f"# A GPU\n\n{docs.BEGIN}\n{{}}\n{docs.END}\n\nMore.\n"
+    around = f"# A GPU\n\n{docs.BEGIN}\n\n{{}}\n\n{docs.END}\n\nMore.\n"
     page.write_text(around.format("ours takes 0.1 s"))
     assert len(docs.differences(tmp_path)) == 1  # no row at all
     assert docs.main([str(tmp_path)]) == 0
