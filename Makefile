@@ -22,7 +22,7 @@ AT_ONCE ?= -n logical --maxprocesses 4 --dist worksteal
 KERNELS := $(wildcard runtime/par_runtime/backends/native/*)
 SOURCES := $(shell find runtime export calibration par_model -name '*.py') $(KERNELS)
 
-.PHONY: help demo test test-all test-gpu gpu-report lint format clean
+.PHONY: help demo test test-all test-gpu gpu-report gpu-docs lint format clean
 
 demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the runtime alone into .venv (0.2 GB, a minute)
 	$(RUN_ENV)/bin/parvis generate models/demo --label $(LABELS) --count $(COUNT) --seed $(SEED) --columns 8 --out $(OUT)
@@ -47,6 +47,9 @@ gpu-report:  ## driver and kernels on this GPU in 8 minutes: right, and how fast
 	@code=0; PYTHONPATH="$(CURDIR):$(CURDIR)/export:$(CURDIR)/calibration:$(CURDIR)/runtime$${PYTHONPATH:+:$$PYTHONPATH}" $(REPORT_PYTHON) -m par_runtime bench --suite gpu \
 	  --minutes $(GPU_MINUTES) $(GPU_MORE) --json $(GPU_OUT)/rows.jsonl > $(GPU_OUT)/report.md || code=$$?; \
 	cat $(GPU_OUT)/report.md; exit $$code
+
+gpu-docs: $(DEV_ENV)/.installed  ## the figures in docs/gpu.md and docs/gpu.svg, made of the rows in docs/gpu/*.jsonl
+	$(DEV_ENV)/bin/python -m par_export.card.docs docs
 
 lint: $(DEV_ENV)/.installed  ## ruff, mypy, import-linter: half a minute
 	$(DEV_ENV)/bin/ruff check .

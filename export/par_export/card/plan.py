@@ -136,6 +136,13 @@ def label_of(model: str, n: int, kind: str = "") -> str:
     return f"{model} n={n}{f' {kind}' if kind else ''}"
 
 
+def parts_of(label: str) -> tuple[str, str, str]:
+    """Model, n, and kind ("" for ours in fp16) of a label: what :func:`label_of` was given."""
+    model, _, rest = label.partition(" n=")
+    n, _, kind = rest.partition(" ")
+    return model, n, kind
+
+
 def valuable_first(group_sizes: Iterable[int]) -> list[int]:
     """n = 4 before 16 before 1, as the figures ask."""
     return sorted(group_sizes, key=lambda n: (n == 1, n))

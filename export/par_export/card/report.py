@@ -18,13 +18,15 @@ from pathlib import Path
 from par_export.card import libraries
 from par_export.card.ahead import is_of_these_sources
 from par_export.card.checks import Checks
+from par_export.card.figure import figure
+from par_export.card.findings import THIS_RUN, Findings
 from par_export.card.limits import COPY, MATRICES
 from par_export.card.options import CardOptions, bundles_to_check
 from par_export.card.prepare import Builder, ready_engine
-from par_export.card.processes import Line, run_stage
+from par_export.card.processes import run_stage
 from par_export.card.rows import Rows
 from par_export.card.session import Session
-from par_export.card.table import Findings, markdown
+from par_export.card.table import markdown
 from par_runtime.backends.engines import ENGINES
 from par_runtime.bench import machine
 from par_runtime.bench.bounds import GPU, with_bounds
@@ -79,15 +81,14 @@ class Report:
             bounded,
             session.lines,
             session.left_out,
+            self._options.parts,
+            THIS_RUN if session.journal.path is None else session.journal.path.name,
         )
-        where = {"gpu": session.machine.gpu, "driver": session.machine.gpu_driver, "commit": machine.commit()}
-        where |= {"date": self._date}
-        others: list[Line] = [line | where for line in session.lines]
-        others += [{"kind": "left_out", "text": text} | where for text in session.left_out]
         wrong = f"{len(found.wrong)} of {len(found.of('check'))} checks failed" if found.wrong else ""
         if not found.of("check") and self._options.parts != ("baselines",):
             wrong = "nothing was checked"
-        return Outcome(bounded, [], [], others=others, page=markdown(found), wrong=wrong)
+        page = markdown([found])
+        return Outcome(bounded, [], [], others=found.others, page=page, wrong=wrong, figure=lambda: figure([found]))
 
     def _limits(self) -> Limits | None:
         values = {line["name"]: line["value"] for line in self.session.lines if line["kind"] == "limit"}

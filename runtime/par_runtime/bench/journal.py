@@ -33,7 +33,7 @@ class Journal:
     """
 
     def __init__(self, path: Path | None, warn: Callable[[str], None]) -> None:
-        self.part = None if path is None else part_of(path)
+        self.path, self.part = path, None if path is None else part_of(path)
         self.finish: Callable[[Sequence[Row]], Outcome] = lambda rows: Outcome(list(rows), [], [])
         self.failed: dict[str, Exception] = {}
         self._warn: Callable[[str], None] | None = warn

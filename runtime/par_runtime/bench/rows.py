@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -166,7 +166,7 @@ def from_plain(plain: Any) -> Row:
     known: dict[str, Any] = {}
     for field in fields(Row):
         if field.name == "machine":
-            known["machine"] = _machine(given["machine"])
+            known["machine"] = to_machine(given["machine"])
         elif field.default is MISSING or field.name in given.object():
             known[field.name] = _column(given[field.name], hints[field.name])
     if "pytorch" not in known:  # written before the column was: the backend is named "torch eager" or "torch compiled"
@@ -179,8 +179,8 @@ def from_plain(plain: Any) -> Row:
     return row
 
 
-def _machine(given: Value) -> Machine:
-    """The machine of a row; what an older version did not have stays empty."""
+def to_machine(given: Value) -> Machine:
+    """The machine of a line; what an older version did not have stays empty. Raises Mismatch."""
     given.object()
     columns: dict[str, Any] = {}
     for name, hint in get_type_hints(Machine).items():
@@ -220,24 +220,11 @@ def read(path: Path) -> list[Row]:
     def wrong(message: str) -> RequestError:
         return RequestError(f"{message}; {expected}")
 
-    content = read_regular(path, LARGEST_FILE, wrong)
-    try:
-        lines = content.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise wrong(f"{path}: not text") from error
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            plain = load_json(line, place, wrong)
-        except RequestError as error:
-            if number == len(lines):  # every line that is written whole ends with a line feed
-                raise wrong(
-                    f"{place}: the file ends in the middle of this line; remove it, or measure again"
-                ) from error
-            raise
+    lines, broken = plain_lines(path, wrong)
+    if broken:
+        raise wrong(f"{broken}: the file ends in the middle of this line; remove it, or measure again")
+    for place, plain in lines:
         try:
             if not isinstance(plain, dict):
                 raise Mismatch(f"{shown(plain)} is no object")
@@ -249,6 +236,29 @@ def read(path: Path) -> list[Row]:
     if not rows:
         raise wrong(f"{path}: holds no measured rows")
     return rows
+
+
+def plain_lines(path: Path, wrong: Callable[[str], RequestError]) -> tuple[list[tuple[str, Any]], str]:
+    """The JSON values of the lines of a file, each with its place for messages; and the place of a last line in the
+    middle of which the file ends, or "". Raises what ``wrong`` makes of a message.
+    """
+    content = read_regular(path, LARGEST_FILE, wrong)
+    try:
+        lines = content.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise wrong(f"{path}: not text") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            found.append((place, load_json(line, place, wrong)))
+        except RequestError:
+            if number == len(lines):  # every line that is written whole ends with a line feed
+                return found, place
+            raise
+    return found, ""
 
 
 def columns(rows: Iterable[Row]) -> list[dict[str, Any]]:

@@ -75,6 +75,8 @@ class BenchOptions:
     engines: Path | None = None
     build_for: str | None = None
     parts: Sequence[str] | None = None
+    from_files: Sequence[Path] = ()
+    svg: Path | None = None
     arithmetic: str = "auto"
     cache: str = "auto"
     new: Path | None = None
@@ -107,6 +109,8 @@ class BenchOptions:
             ("--engines", self.engines, ("gpu",)),
             ("--build-for", self.build_for, ("gpu",)),
             ("--parts", self.parts, ("gpu",)),
+            ("--from", self.from_files, ("gpu",)),
+            ("--svg", self.svg, ("gpu",)),
             ("--against", self.against, tuple(suite for suite in SUITES if suite not in OF_THEIR_OWN)),
         ):
             if given and self.suite not in suites:
@@ -127,13 +131,15 @@ class BenchOptions:
             raise RequestError(f"--engines {self.engines}: no such folder; expected one with a folder for each bundle")
         if self.fail_above is not None and (self.compare is None or not self.fail_above > 0):
             raise RequestError(f"--fail-above {self.fail_above:g}: expected a ratio above 0, and --compare OLD.jsonl")
-        outputs = [path for path in (self.json, self.csv, self.html) if path is not None]
+        if self.from_files:
+            gpu_suite.check_again(self)
+        outputs = [path for path in (self.json, self.csv, self.html, self.svg) if path is not None]
         if outputs.count(STANDARD_OUTPUT) > 1:
             raise RequestError(
-                "'-' is standard output, and takes one of --json, --csv and --html; give files for the others"
+                "'-' is standard output, and takes one of --json, --csv, --html and --svg; give files for the others"
             )
         if len(set(outputs)) < len(outputs):
-            raise RequestError("--json, --csv and --html name one file twice; give each its own")
+            raise RequestError("--json, --csv, --html and --svg name one file twice; give each its own")
         for path in outputs:
             if path != STANDARD_OUTPUT:
                 check_writable(path)
@@ -160,6 +166,8 @@ def run_bench(options: BenchOptions, progress: Progress, warn: Callable[[str], N
 
     if options.new is not None:
         return with_comparison(Outcome(rows.read(options.new), [], [], measured=False))
+    if options.from_files:
+        return gpu_suite.again(options)
     if options.suite == "gpu":
         made = gpu_suite.report(options, progress, journal)
     elif options.suite == "paper":

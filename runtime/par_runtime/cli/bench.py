@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
         save(options, journal, error)
         raise
     try:
-        output.write(outcome, json=options.json, csv=options.csv, html=options.html, quiet=options.quiet)
+        files = {"json": options.json, "csv": options.csv, "html": options.html, "svg": options.svg}
+        output.write(outcome, quiet=options.quiet, **files)
     except (OSError, OutputsError):
         if journal.part is not None and journal.part.exists():
             print(f"parvis: rows that were written before are in {journal.part}", file=sys.stderr)
@@ -78,7 +79,7 @@ def save(options: BenchOptions, journal: Journal, error: BaseException) -> None:
     outcome = journal.outcome(why_ended(error))
     if not outcome.rows:
         return
-    paths: dict[str, Path | None] = {"json": options.json, "csv": options.csv, "html": options.html}
+    paths: dict[str, Path | None] = {"json": options.json, "csv": options.csv, "html": options.html, "svg": options.svg}
     for name, path in paths.items():
         if path is not None and path != output.STANDARD_OUTPUT and path.exists():
             paths[name] = part_of(path)
@@ -223,6 +224,23 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--csv", type=Path, metavar="FILE", help="the same rows for a spreadsheet")
     p.add_argument("--html", type=Path, metavar="FILE", help="one page with plots, which needs no other file")
+    p.add_argument(
+        "--svg",
+        type=Path,
+        metavar="FILE",
+        help="--suite gpu: a figure of seconds per image, ours beside PyTorch and the bound, for light and dark pages",
+    )
+    p.add_argument(
+        "--from",
+        dest="from_files",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="--suite gpu: measure nothing; make the page (and --svg) of the reports whose --json wrote these files, "
+        "FILE.part too; needs no GPU. Of what several files hold the last measurement counts",
+    )
     p.add_argument("--compare", type=Path, metavar="OLD.jsonl", help="pair the rows with those of an earlier run")
     p.add_argument(
         "--fail-above",

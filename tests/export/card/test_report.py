@@ -19,10 +19,11 @@ from double.driver import Driver
 
 from par_export.card import plan, prepare
 from par_export.card.checks import SANITIZER, Checks
+from par_export.card.findings import Findings, Known
 from par_export.card.plan import MODELS, Figure, Model, blocks
 from par_export.card.report import CardOptions, Report, report
 from par_export.card.samples import Sample
-from par_export.card.table import NOT_RUN, Findings, figures_table, markdown
+from par_export.card.table import NOT_RUN, figures_table, markdown
 from par_export.kernels.spec import Planned, Spec
 from par_export.quantised import Codes
 from par_model.config import PARConfig, VQConfig
@@ -132,7 +133,8 @@ def test_a_whole_report(
     monkeypatch.setattr("par_export.card.report.CardOptions", smaller)
     file = tmp_path / "rows.jsonl"
     command = ["bench", str(tiny), "--suite", "gpu", "--sizes", "L", "--minutes", "2", "--repetitions", "2"]
-    assert cli.main([*command, "--json", str(file), "--work", str(tmp_path)]) == 1
+    figure = tmp_path / "figure.svg"
+    assert cli.main([*command, "--json", str(file), "--svg", str(figure), "--work", str(tmp_path)]) == 1
     out = capsys.readouterr()
     assert out.err.splitlines()[-1].endswith("checks failed")  # the kernels compute nothing, and that is seen
     rows = read(file)
@@ -166,7 +168,8 @@ def test_a_whole_report(
     assert passed["tiny: memory"]
     assert not passed["tiny: self-test"]
     page = out.out
-    assert page.startswith("## GPU report\n\nStand-in GPU (")
+    assert page.startswith("## GPU report\n\n### Runs\n\n| file | card | driver | date | commit |")
+    assert "\n| rows.jsonl | Stand-in GPU | " in page
     assert "| tiny: self-test | WRONG |" in page
     for heading in ("What the card allows", "Figures to reach", "Rows", "Kernels, each alone", "Left out"):
         assert f"### {heading}" in page
@@ -180,6 +183,11 @@ def test_a_whole_report(
     assert group.call_ms is not None
     assert f"| {100 * coded.call_ms / group.call_ms:.0f} % |" in line
     assert "in doubt: above the bound" in page  # nothing was computed, so it took less than is possible
+    again = tmp_path / "again.svg"
+    assert cli.main(["bench", "--suite", "gpu", "--from", str(file), "--svg", str(again)]) == 0
+    assert capsys.readouterr().out.partition("\n\nwritten: ")[0] == page.partition("\n\nwritten: ")[0]
+    assert again.read_bytes() == figure.read_bytes()
+    assert "PAR-L n = 4: eager" in figure.read_text().partition("<desc>")[2].partition("</desc>")[0]
     assert not list(tmp_path.glob("parvis-gpu-*"))
     assert not file.with_name("rows.jsonl.part").exists()
 
@@ -226,7 +234,7 @@ def test_a_report_without_time_says_what_it_left_out(stand_in: gpu.Gpu, tiny: Pa
     assert "- PAR-L, batch 1: time" in outcome.page
     assert "Nothing was measured." in outcome.page
     assert outcome.wrong
-    for line in figures_table([]).splitlines()[2:]:
+    for line in figures_table(Known([])).splitlines()[2:]:
         assert NOT_RUN in line
 
 
@@ -238,7 +246,7 @@ def test_errors_of_checks_are_summed_up(stand_in: gpu.Gpu, error: float | None, 
         {"kind": "check", "name": "odd: step.qkv", "error": error, "allowed": 2e-3, **text},
         {"kind": "check", "name": "odd: step's counters", "passed": True, "text": "y"},
     ]
-    assert f"| odd | {2 - (error is None)} of 2 | {shown} |" in markdown(found)
+    assert f"| odd | {2 - (error is None)} of 2 | {shown} |" in markdown([found])
 
 
 def test_the_plan_has_every_model_at_batch_1_first_and_figures_that_it_measures() -> None:
@@ -339,3 +347,14 @@ def test_a_subject_that_had_no_time_is_left_out_once(stand_in: gpu.Gpu, tiny: Pa
         assert session.left_out == ["tiny n=4 eager, batch 1: time"]
         assert session.rows("x", [subject], session.setting(1)) != []
     assert len(session.left_out) == 1
+
+
+def test_of_a_subject_that_fails_in_everything_a_few_checks_are_shown() -> None:
+    lines = [{"kind": "check", "name": f"odd: {i}", "passed": False, "text": f"text {i}"} for i in range(300)]
+    lines += [{"kind": "check", "name": "demo: loads", "passed": False, "text": "no file"}]
+    page = markdown([Findings(describe(None), "c", "d", lines=lines)])
+    assert "| odd | 0 of 300 |" in page
+    assert "| odd: 4 | WRONG | text 4 |" in page
+    assert "odd: 5" not in page
+    assert "| odd | 295 more WRONG | in the lines of --json |" in page
+    assert "| demo: loads | WRONG | no file |" in page

@@ -181,7 +181,7 @@ def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: p
         (["TINY", "--repetitions", "0"], "--repetitions 0: expected 1 or more"),
         (["TINY", "--minutes", "0"], "--minutes 0: expected more than 0"),
         (["TINY", "--threads", "-1"], "--threads -1: expected 1 or more"),
-        (["TINY", "--json", "a.txt", "--csv", "a.txt"], "--json, --csv and --html name one file twice"),
+        (["TINY", "--json", "a.txt", "--csv", "a.txt"], "--json, --csv, --html and --svg name one file twice"),
         (["TINY", "--suite", "fast"], "argument --suite: invalid choice: 'fast'"),
         (
             ["TINY", "--against", "eager,vllm"],
@@ -189,7 +189,10 @@ def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: p
         ),
         (["TINY", "--batches", "1,x"], "argument --batches: '1,x': expected numbers of images from 1 on"),
         (["--suite", "paper", "--sizes", "L,XS"], "'PAR-XS': expected one or more of PAR-L, PAR-XL"),
-        (["TINY", "--json", "-", "--csv", "-"], "'-' is standard output, and takes one of --json, --csv and --html"),
+        (
+            ["TINY", "--json", "-", "--csv", "-"],
+            "'-' is standard output, and takes one of --json, --csv, --html and --svg",
+        ),
         (["TINY", "--compare", "missing.jsonl"], "missing.jsonl: missing; expected JSON lines"),
         (["new.jsonl", "--compare", "missing.jsonl"], "missing.jsonl: missing; expected JSON lines"),
         (["TINY", "--batches", "4"], "--batches is for --suite batch or decoder or serve, and means nothing to phases"),

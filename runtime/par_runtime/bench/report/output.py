@@ -26,7 +26,8 @@ class Outcome:
     """The result of one command. ``measured`` is False where the rows were read from a file.
 
     ``stopped``: why these are not all rows that were asked for, or "". Of a GPU's report: ``others``, its lines of
-    other kinds; ``page``, what is printed in place of a table; ``wrong``: which checks failed, or "".
+    other kinds; ``page``, what is printed in place of a table; ``wrong``: which checks failed, or ""; ``figure`` makes
+    the SVG of --svg.
     """
 
     rows: list[Row]
@@ -38,9 +39,12 @@ class Outcome:
     others: list[dict[str, Any]] = field(default_factory=list)
     page: str = ""
     wrong: str = ""
+    figure: Callable[[], str] = lambda: ""
 
 
-def write(outcome: Outcome, *, json: Path | None, csv: Path | None, html: Path | None, quiet: bool) -> None:
+def write(
+    outcome: Outcome, *, json: Path | None, csv: Path | None, html: Path | None, svg: Path | None = None, quiet: bool
+) -> None:
     """Write the files that have a path, and the tables to standard output.
 
     "-" is standard output; no table is printed then, nor with ``quiet``. What is printed and every file that can be
@@ -50,6 +54,7 @@ def write(outcome: Outcome, *, json: Path | None, csv: Path | None, html: Path |
         (json, lambda: json_lines(outcome)),
         (csv, lambda: text.csv_text(outcome.rows)),
         (html, lambda: page.page(outcome.rows, outcome.predictions, outcome.paper, outcome.compared, outcome.stopped)),
+        (svg, outcome.figure),
     ]
     written: list[Path] = []
     failed: list[OSError] = []

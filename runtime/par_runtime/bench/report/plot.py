@@ -1,8 +1,9 @@
-"""Plots of rows as SVG text: horizontal bars, and lines over two logarithmic or linear axes. No library, no script.
+"""Plots of rows as SVG text: horizontal bars, lines over two logarithmic or linear axes, and dots over a logarithmic
+one. No library, no script.
 
-Colours are CSS variables of the page (``page.STYLE``), so that a dark page changes them too. Every mark has a
-``<title>``, which a browser shows as a tooltip. Every series has its name beside it, so nothing depends on colour
-alone.
+Colours are CSS variables of the page (``page.STYLE``), so that a dark page changes them too; dots are a file of their
+own, with its own colours (:data:`STYLE`). Every mark has a ``<title>``, which a browser shows as a tooltip. Every
+series has its name beside it, so nothing depends on colour alone.
 """
 
 from __future__ import annotations
@@ -11,10 +12,29 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
+from textwrap import wrap
 
 WIDTH = 860
 LEFT, RIGHT = 190, 195  #: room for names on the left, for values on the right
 BAR, GAP = 22, 12
+#: Of dots: where their axis begins and ends, where the columns at the right end, the height of a line, the room between
+#: groups, above and at the edges; the room between texts; how far the axis goes beyond the values.
+DOTS_LEFT, DOTS_RIGHT, COLUMNS = 132, 600, (700, 780, 852)
+LANE, BETWEEN, TOP, EDGE_PX, APART, EDGE = 46, 12, 78, 8, 11.0, 1.35
+NOTE_CHARACTERS = 138
+#: GitHub shows an SVG as an image, which has no page to take colours from; it follows the reader's light or dark.
+STYLE = """
+.ground{fill:#fff}text{fill:#1f2328}.soft,.note{fill:#59636e}.note{font-size:11px}.title{font-size:15px;font-weight:600}
+.group{font-weight:600}.grid{stroke:#e4e7eb}.between{stroke:#c9ced4}.join{stroke:#b5bcc4;stroke-width:2}
+.bound{stroke:#1f2328;stroke-width:2.5;fill:none}.ours{fill:#1f6feb}.compiled{fill:#fff;stroke:#b35900;stroke-width:2.2}
+.eager{fill:#8250a8}[class^=of-]{font-size:11px;stroke:#fff;stroke-width:3px;paint-order:stroke}.of-ours{fill:#0b57c4;font-weight:600}.of-compiled{fill:#8f4700}
+.of-eager{fill:#6b3d8f}
+@media (prefers-color-scheme:dark){.ground{fill:#0d1117}text{fill:#e6edf3}.soft,.note{fill:#9198a1}.grid{stroke:#21262d}
+[class^=of-]{stroke:#0d1117}.between{stroke:#3d444d}.join{stroke:#555d67}.bound{stroke:#e6edf3}.ours{fill:#4c9aff}
+.compiled{fill:#0d1117;stroke:#f0a04b}.eager{fill:#c297ea}.of-ours{fill:#79b8ff}.of-compiled{fill:#f0a04b}
+.of-eager{fill:#d2b0f0}}
+"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,33 @@ class Series:
     name: str
     kind: str
     points: tuple[tuple[float, float, str], ...]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A mark of a line of dots: ``kind`` is its CSS class and its shape, ``text`` stands beside it.
+
+    ``above`` the line, or below it.
+    """
+
+    value: float
+    kind: str
+    text: str
+    above: bool
+
+
+@dataclass(frozen=True)
+class DotRow:
+    """A line of dots: ``group`` is written once for lines that follow each other, ``texts`` stand at the right.
+
+    ``empty``: what is written where there is no mark.
+    """
+
+    group: str
+    name: str
+    marks: tuple[Mark, ...]
+    texts: tuple[str, ...]
+    empty: str
 
 
 def bars(items: Sequence[Bar], unit: str) -> str:
@@ -129,6 +176,126 @@ def lines(series: Sequence[Series], x_name: str, y_name: str, *, log: bool = Fal
         taken.append(y)
         out.append(f'<text class="value" x="{x + 10:.1f}" y="{y + 4:.1f}">{escape(each.name)}</text>')
     return "".join([*out, "</svg>"])
+
+
+def dots(
+    rows: Sequence[DotRow],
+    title: str,
+    subtitle: str,
+    columns: tuple[str, Sequence[str]],
+    axis: str,
+    notes: Sequence[str],
+) -> str:
+    """An SVG file: marks of ``rows`` over a logarithmic axis, columns of text at the right, ``notes`` below.
+
+    ``columns``: what stands above all of them, and above each.
+    """
+    values = [mark.value for row in rows for mark in row.marks] or [0.1, 1.0]
+    low, high = min(values) / EDGE, max(values) * EDGE
+    x = _Scale(low, high)
+    below = [line for note in notes for line in wrap(note, NOTE_CHARACTERS)]
+    gaps = sum(a.group != b.group for a, b in pairwise(rows))
+    bottom = TOP + len(rows) * LANE + gaps * BETWEEN
+    height = bottom + 48 + len(below) * 16
+    out = [_open(height).replace(">", ' font-family="system-ui,-apple-system,Segoe UI,sans-serif" font-size="12">')]
+    out += [f"<title>{escape(title)}</title><desc>{escape(_described(rows))}</desc>", f"<style>{STYLE}</style>"]
+    out.append(f'<rect class="ground" width="{WIDTH}" height="{height}"/>')
+    out.append(f'<text class="title" x="{EDGE_PX}" y="22">{escape(title)}</text>')
+    out.append(f'<text class="soft" x="{EDGE_PX}" y="41">{escape(subtitle)}</text>')
+    of_all = (DOTS_RIGHT + 12 + COLUMNS[-1]) / 2
+    out.append(f'<text class="group" x="{of_all:.0f}" y="{TOP - 31}" text-anchor="middle">{escape(columns[0])}</text>')
+    out.append(f'<path class="between" d="M{DOTS_RIGHT + 12} {TOP - 24}H{COLUMNS[-1]}"/>')
+    for text, at in zip(columns[1], COLUMNS, strict=True):
+        out.append(f'<text class="soft" x="{at}" y="{TOP - 8}" text-anchor="end">{escape(text)}</text>')
+    for value in _log_ticks(low, high):
+        out.append(f'<line class="grid" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP}" y2="{bottom}"/>')
+        out.append(f'<text class="soft" x="{x(value):.1f}" y="{bottom + 15}" text-anchor="middle">{value:g}</text>')
+    middle = (DOTS_LEFT + DOTS_RIGHT) / 2
+    out.append(f'<text class="soft" x="{middle:.0f}" y="{bottom + 32}" text-anchor="middle">{escape(axis)}</text>')
+    top = float(TOP)
+    for i, row in enumerate(rows):
+        new = i == 0 or rows[i - 1].group != row.group
+        if new and i > 0:
+            out.append(
+                f'<line class="between" x1="{EDGE_PX}" x2="{COLUMNS[-1]}" y1="{top + BETWEEN / 2:.1f}" '
+                f'y2="{top + BETWEEN / 2:.1f}"/>'
+            )
+            top += BETWEEN
+        out += _dot_row(row, new, top + LANE / 2, x)
+        top += LANE
+    for i, note in enumerate(below):
+        out.append(f'<text class="note" x="{EDGE_PX}" y="{bottom + 54 + 16 * i}">{escape(note)}</text>')
+    return "\n".join([*out, "</svg>", ""])
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """The place of a value on the axis of dots."""
+
+    low: float
+    high: float
+
+    def __call__(self, value: float) -> float:
+        return DOTS_LEFT + (DOTS_RIGHT - DOTS_LEFT) * math.log(value / self.low) / math.log(self.high / self.low)
+
+
+def _dot_row(row: DotRow, new: bool, y: float, x: _Scale) -> list[str]:
+    """One line of dots around ``y``; ``new``: it is the first of its group."""
+    out = [f'<text class="group" x="{EDGE_PX}" y="{y + 4:.1f}">{escape(row.group)}</text>'] if new else []
+    out.append(f'<text x="{DOTS_LEFT - 14}" y="{y + 4:.1f}" text-anchor="end">{escape(row.name)}</text>')
+    for text, at in zip(row.texts, COLUMNS, strict=True):
+        out.append(f'<text x="{at}" y="{y + 4:.1f}" text-anchor="end">{escape(text)}</text>')
+    if not row.marks:
+        middle = (DOTS_LEFT + DOTS_RIGHT) / 2
+        return [*out, f'<text class="soft" x="{middle:.0f}" y="{y + 4:.1f}" text-anchor="middle">{row.empty}</text>']
+    ends = [x(mark.value) for mark in row.marks]
+    out.append(f'<line class="join" x1="{min(ends):.1f}" x2="{max(ends):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    out += [_shape(mark, x(mark.value), y) for mark in row.marks]
+    for above, offset in ((True, -9.0), (False, 19.0)):
+        lane = sorted((mark for mark in row.marks if mark.above == above), key=lambda mark: mark.value)
+        middles = _side_by_side([(x(mark.value), _wide(mark.text)) for mark in lane])
+        for mark, middle in zip(lane, middles, strict=True):
+            out.append(
+                f'<text class="of-{mark.kind}" x="{middle:.1f}" y="{y + offset:.1f}" text-anchor="middle">'
+                f"{escape(mark.text)}</text>"
+            )
+    return out
+
+
+def _shape(mark: Mark, x: float, y: float) -> str:
+    """Each kind has a shape of its own."""
+    tip = f"<title>{escape(mark.text)}</title>"
+    if mark.kind == "bound":
+        return f'<path class="bound" d="M{x:.1f} {y - 6:.1f}v16">{tip}</path>'
+    if mark.kind == "eager":
+        return f'<path class="eager" d="M{x:.1f} {y - 6.5:.1f}l6.5 6.5l-6.5 6.5l-6.5 -6.5z">{tip}</path>'
+    if mark.kind == "compiled":
+        return f'<rect class="compiled" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10">{tip}</rect>'
+    return f'<circle class="{mark.kind}" cx="{x:.1f}" cy="{y:.1f}" r="6.5">{tip}</circle>'
+
+
+def _side_by_side(wanted: Sequence[tuple[float, float]]) -> list[float]:
+    """The middles of texts of (wanted middle, width), from left to right, near these and not over each other."""
+    middles = [middle for middle, _ in wanted]
+    for _ in range(50):  # what is pushed away may be pushed back by the edge
+        for i, (middle, (_, wide)) in enumerate(zip(middles, wanted, strict=True)):
+            middles[i] = min(max(middle, DOTS_LEFT + wide / 2 - 6), DOTS_RIGHT + 6 - wide / 2)
+        for i, (a, b) in enumerate(pairwise(wanted)):
+            over = (a[1] + b[1]) / 2 + APART - (middles[i + 1] - middles[i])
+            if over > 0:
+                middles[i] -= over / 2
+                middles[i + 1] += over / 2
+    return middles
+
+
+def _wide(text: str) -> float:
+    """About how wide a text of a mark is."""
+    return 6.1 * len(text)
+
+
+def _described(rows: Sequence[DotRow]) -> str:
+    """Every line of dots as text."""
+    return "; ".join(f"{r.group} {r.name}: {', '.join(mark.text for mark in r.marks) or r.empty}" for r in rows)
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:

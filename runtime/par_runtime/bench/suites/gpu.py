@@ -10,6 +10,7 @@ from par_runtime.backends.choose import CPUS
 from par_runtime.bench.gpu import select
 from par_runtime.bench.journal import Journal
 from par_runtime.bench.measure import Progress
+from par_runtime.bench.report.output import Outcome
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.baselines import optional
 from par_runtime.errors import RequestError
@@ -44,6 +45,32 @@ def report(options: BenchOptions, progress: Progress, journal: Journal) -> list[
     )
     rows: list[Row] = optional("par_export.card.report", WHAT, "report")(card, gpu, progress, journal)
     return rows
+
+
+def check_again(options: BenchOptions) -> None:
+    """Raise RequestError where ``--from`` stands beside an option that means nothing to it."""
+    for option, given in (
+        ("BUNDLE", options.bundles),
+        ("--json", options.json),
+        ("--compare", options.compare),
+        ("--build-for", options.build_for),
+        ("--engines", options.engines),
+        ("--parts", options.parts),
+        ("--sizes", options.sizes),
+        ("--minutes", options.minutes),
+    ):
+        if given:
+            raise RequestError(f"--from measures nothing, so {option} means nothing to it; leave it out")
+    sources = {path.resolve() for path in options.from_files}
+    for output in (options.csv, options.html, options.svg):
+        if output is not None and output.resolve() in sources:
+            raise RequestError(f"{output} is one of the files of --from, and would be lost; give another name")
+
+
+def again(options: BenchOptions) -> Outcome:
+    """The page of the reports in the files of ``--from``; nothing is measured. Raises RequestError."""
+    outcome: Outcome = optional("par_export.card.again", WHAT, "again")(options.from_files)
+    return outcome
 
 
 def build_ahead(options: BenchOptions, say: Callable[[str], None]) -> list[str]:
