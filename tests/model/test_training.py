@@ -20,18 +20,8 @@ from par_model.training.run import batch_index, cosine
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 images of 8x8 in 2 classes: left or right half bright."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    labels = np.arange(48, dtype=np.uint8) % 2
-    pixels = rng.integers(0, 60, (48, 8, 8, 3), dtype=np.uint8)
-    for i, label in enumerate(labels):
-        pixels[i, :, 4 * label : 4 * label + 4] += 180
-    pixels.tofile(folder / "images.u8")
-    labels.tofile(folder / "labels.u8")
-    (folder / "meta.json").write_text(json.dumps({"count": 48, "size": 8, "styles": ["left", "right"]}))
-    return folder
+def images(training_images: Path) -> Path:
+    return training_images
 
 
 TOKENIZER = [
