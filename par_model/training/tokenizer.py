@@ -1,7 +1,8 @@
 """Train a small VQ tokenizer on a folder of images: ``parvis train-tokenizer``.
 
-Loss: L1, plus L1 of the image gradient (edges), plus L2, plus the VQ commitment terms. Codes that were not used since
-the last check are set to encoder outputs, which keeps the whole codebook in use.
+Loss: L1, plus L1 of the image gradient (edges), plus L2, plus the VQ commitment terms; with ``--structure``, plus the
+structural dissimilarity, which keeps detail of low contrast (``detail.py``). Codes that were not used since the last
+check are set to encoder outputs, which keeps the whole codebook in use.
 
 ``--encoder-for`` trains only an encoder, for a codebook and a decoder that exist: models that were trained on these
 codes stay valid, which they would not with a new codebook.
@@ -22,6 +23,7 @@ from torch import Tensor
 from par_model.checkpoint import open_checkpoint, vq_config
 from par_model.config import VQConfig
 from par_model.training.data import ImageFolder
+from par_model.training.detail import low_contrast, similarity
 from par_model.training.device import (
     Batches,
     adamw,
@@ -134,7 +136,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, args.steps, args.lr, warmup=100, share=run.share)
         x = batches.batch(batch_index(args.seed, step, args.batch, len(data)))
-        parts, z, ids = update(model, x.to(memory_format=torch.channels_last), optimizer)
+        parts, z, ids = update(model, x.to(memory_format=torch.channels_last), optimizer, args.structure)
         ema.update(model, step)
         count_codes(usage, ids)
         step += 1
@@ -153,14 +155,16 @@ def _train(
     save()
 
 
-def update(model: VQModel, x: Tensor, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """One update of the weights by images ``x`` [B,3,H,W] on the model's device.
+def update(
+    model: VQModel, x: Tensor, optimizer: torch.optim.Optimizer, structure: float = 0.0
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """One update of the weights by images ``x`` [B,3,H,W] on the model's device; ``structure``: see ``reconstruct``.
 
     Returns the parts of the loss, the encoder outputs [B*h*w,codebook_dim] and ids [B*h*w]; they stay on the device,
     and nothing waits for them.
     """
     with autocast(x.device):
-        loss, parts, z, ids = reconstruct(model, x)
+        loss, parts, z, ids = reconstruct(model, x, structure)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
@@ -173,8 +177,11 @@ def count_codes(usage: Tensor, ids: Tensor) -> None:
     usage.index_add_(0, ids, torch.ones_like(ids, dtype=usage.dtype))
 
 
-def reconstruct(model: VQModel, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """Loss, its parts, encoder outputs [B*h*w,codebook_dim] and ids [B*h*w] of images [B,3,H,W]."""
+def reconstruct(model: VQModel, x: Tensor, structure: float = 0.0) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """Loss, its parts, encoder outputs [B*h*w,codebook_dim] and ids [B*h*w] of images [B,3,H,W].
+
+    ``structure``: weight of the structural dissimilarity in the loss.
+    """
     z = model.quant_conv(model.encoder(x)).float()
     with autocast(x.device, enabled=False):
         z = F.normalize(z.permute(0, 2, 3, 1), dim=-1)
@@ -189,7 +196,12 @@ def reconstruct(model: VQModel, x: Tensor) -> tuple[Tensor, dict[str, Tensor], T
     edges = (y.diff(dim=2) - x.diff(dim=2)).abs().mean() + (y.diff(dim=3) - x.diff(dim=3)).abs().mean()
     l2 = ((y - x) ** 2).mean()
     loss = l1 + edges + l2 + 0.5 * vq
-    return loss, {"l1": l1, "edges": edges, "mse": l2, "vq": vq}, z.reshape(-1, z.shape[-1]), ids
+    parts = {"l1": l1, "edges": edges, "mse": l2, "vq": vq}
+    if structure:
+        with autocast(x.device, enabled=False):
+            parts["structure"] = 1 - similarity(x, y).mean()
+        loss = loss + structure * parts["structure"]
+    return loss, parts, z.reshape(-1, z.shape[-1]), ids
 
 
 @torch.no_grad()
@@ -210,7 +222,8 @@ def restart_dead_codes(model: VQModel, usage: Tensor, z: Tensor) -> int:
 
 @torch.no_grad()
 def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, count: int = 256) -> dict[str, float]:
-    """PSNR (dB) and the share of codes in use on ``count`` held-out images, with the averaged weights.
+    """PSNR (dB), the share of low-contrast detail that is kept and the share of codes in use on ``count`` held-out
+    images, with the averaged weights.
 
     Writes the first images and their reconstructions to the PNG file ``sheet``.
     """
@@ -221,7 +234,7 @@ def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, cou
     model.load_state_dict(ema.shadow)
     channels_last(model).eval()
     count = min(count, len(held_out))
-    squared, used, rows = 0.0, set(), []
+    squared, used, rows, detail = 0.0, set(), [], torch.zeros(2, device=device)
     with autocast(device):
         for start in range(0, count, 64):
             x = held_out.batch(np.arange(start, min(start + 64, count))).to(device)
@@ -229,6 +242,8 @@ def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, cou
             y = model.decode(ids).float().clamp(-1, 1)
             squared += float(((y - x) ** 2).mean(dim=(1, 2, 3)).sum())
             used.update(ids.flatten().tolist())
+            with autocast(device, enabled=False):
+                detail += low_contrast(x, y)
             if start == 0:
                 pairs = torch.stack([x[:24], y[:24]], 1)  # [24, 2, 3, H, W]: original above, reconstruction below
                 wide = min(12, len(pairs))
@@ -237,4 +252,8 @@ def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, cou
     pixels = ((torch.cat(rows).clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu().numpy()
     Image.fromarray(pixels).save(sheet)
     mse = squared / count / 4  # images span 2, so the peak squared is 4
-    return {"psnr_db": float(-10 * np.log10(mse)), "codes_used": len(used) / config.codebook_size}
+    return {
+        "psnr_db": float(-10 * np.log10(mse)),
+        "low_contrast_kept": float(detail[0] / detail[1].clamp_min(1e-9)),
+        "codes_used": len(used) / config.codebook_size,
+    }

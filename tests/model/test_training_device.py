@@ -98,7 +98,7 @@ def test_an_update_of_the_tokenizer_stays_on_its_device(elsewhere: torch.device)
     ema, usage = EMA(model, 0.99), torch.zeros(16, device=elsewhere)
     x = torch.rand(4, 3, 16, 16, device=elsewhere)
     for step in range(2):
-        parts, z, ids = tokenizer_training.update(model, x.to(memory_format=torch.channels_last), optimizer)
+        parts, z, ids = tokenizer_training.update(model, x.to(memory_format=torch.channels_last), optimizer, 1.0)
         ema.update(model, step)
         tokenizer_training.count_codes(usage, ids)
     assert {tensor.device for tensor in [*parts.values(), z, ids, usage, *ema.shadow.values()]} == {elsewhere}
