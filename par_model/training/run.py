@@ -171,8 +171,8 @@ class Run:
         return 0.0 if self.minutes is None else self.seconds / (60 * self.minutes)
 
     def done(self, step: int, steps: int) -> bool:
-        """Whether the training ends before ``step``: all ``steps`` are made, or the minutes are over."""
-        return step >= steps or self.share >= 1
+        """Whether the training ends before ``step``: all ``steps`` are made, or the minutes are over (but not at 0)."""
+        return step >= steps or (step > 0 and self.share >= 1)
 
     def log(self, **row: Any) -> None:
         """Append ``row`` and the seconds to ``log.jsonl``, and print them to stderr."""
