@@ -44,7 +44,7 @@ from par_model.training.device import choose_device  # noqa: E402
 from par_model.training.run import InputError, written_beside  # noqa: E402
 
 #: What a part is trained with; options on the command line come behind these, and win.
-TOKENIZER = "--steps 1000000 --batch 128 --lr 1.5e-3 --structure 1 --report 1000"
+TOKENIZER = "--steps 1000000 --batch 128 --lr 1.5e-3 --structure 2 --report 1000"
 MODEL = (
     "--vocab 1024 --steps 1000000 --batch 256 --size tiny --optimizer muon --schedule cosine --lr 3e-3 --dropout 0 "
     "--ema 0.998 --report 500 --sheet 1000000 --guidance 1.5"
