@@ -101,7 +101,7 @@ class Work:
     def training(self, name: str, module: str, seconds: float, *options: str | Path) -> Part:
         """A part that trains."""
         run = self.work / name
-        command = self.verb(module, *options, "--run", run, "--minutes", str(seconds / 60))
+        command = self.verb(module, *options, "--run", run, "--resume", "--minutes", str(seconds / 60))
         return Part(name, command, seconds, run)
 
     def run(self, parts: Sequence[Part]) -> None:
@@ -270,7 +270,11 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="train the models with torch.compile (default: on a GPU)",
     )
-    p.add_argument("--work", type=Path, help="folder for what is not a result (default: a temporary one)")
+    p.add_argument(
+        "--work",
+        type=Path,
+        help="folder for what is not a result; trainings that were cut off there go on (default: a temporary one)",
+    )
     p.add_argument("--tokenizer", type=Path, help="train none: take this one, of an earlier try")
     p.add_argument("--model", type=Path, help="train no n = 4 model: begin the others with this one")
     p.add_argument("--share-tokenizer", type=float, default=0.36, help="of the time, to its end (default 0.36)")
@@ -296,8 +300,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for option, file in (("--tokenizer", args.tokenizer), ("--model", args.model)):
             if file is not None and not file.is_file():
                 raise InputError(f"{option} {file}: no such file")
-        if not args.minutes > 0:
+        if not 0 < args.minutes < 1000:
             raise InputError(f"--minutes {args.minutes}: expected a number above 0")
+        shares = (args.share_tokenizer, args.share_model, args.share_siblings)
+        if min(shares) < 0 or not sum(shares) <= 1:
+            raise InputError(f"shares of the time {shares}: expected numbers from 0 to 1, together at most 1")
         device = choose_device(args.device)
         all_of_it = Work(args, work, device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"

@@ -11,6 +11,7 @@ codes stay valid, which they would not with a new codebook.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def train(args: argparse.Namespace) -> None:
 
     Raises InputError, CheckpointError, OSError.
     """
+    if not 0 <= args.structure < math.inf:
+        raise InputError(f"--structure {args.structure}: expected 0 or more; 1 to 3 are good numbers")
     data, held_out = ImageFolder.open(args.data, args.size), ImageFolder.open(args.val, args.size)
     if args.encoder_for is not None:
         given = open_checkpoint(args.encoder_for)

@@ -155,6 +155,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
             "holds no pictures; expected a folder",
         ),
         (train_tokenizer, ["--data", str(images), "--val", str(images), *run, "--channels", "5"], "norm_groups=8"),
+        (
+            train_tokenizer,
+            ["--data", str(images), "--val", str(images), *run, "--structure", "-1"],
+            "expected 0 or more",
+        ),
         (train, ["--codes", "none.npz", "--val", str(codes), "--vocab", "16", *run], "none.npz: No such file"),
         (
             train,

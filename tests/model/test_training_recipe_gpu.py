@@ -147,6 +147,7 @@ def test_what_it_cannot_use_is_one_line(
     for more, text in (
         (["--device", "gpu"], "--device gpu: expected auto, cpu"),
         (["--device", "cpu", "--minutes", "0"], "--minutes 0.0: expected a number above 0"),
+        (["--device", "cpu", "--share-model", "0.9"], "shares of the time (0.36, 0.9, 0.19): expected numbers"),
         (["--device", "cpu", "--model", "none.pt"], "--model none.pt: no such file"),
         (["--device", "cpu", "--data", str(tmp_path)], "No such file or directory"),
     ):
