@@ -205,6 +205,12 @@ def training_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch sees no GPU, so trainings are on the CPU, where the same seed gives the same bits."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.fixture
 def tiny_copy(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it to build engines in, with an engine cache of its own."""
     monkeypatch.setenv("PARVIS_CACHE", str(tmp_path / "cache"))

@@ -18,6 +18,8 @@ from par_model.training.cli import tokenizer as train_tokenizer
 from par_model.training.cli import transformer as train
 from par_model.training.run import batch_index, cosine
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 
 @pytest.fixture(scope="module")
 def images(training_images: Path) -> Path:

@@ -36,6 +36,8 @@ from par_model.transformer import PAR
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 Module = TypeVar("Module", bound=nn.Module)
 SMALL = PARConfig(dim=32, n_layers=2, n_heads=2, vocab_size=16, n_classes=3, grid=(1, 8, 8), group_size=4, dropout=0.1)
 VQ = VQConfig(16, 4, channels=8, channel_multipliers=(1, 2), res_blocks=1, z_channels=8, norm_groups=4)

@@ -13,6 +13,8 @@ from par_model.training.cli import tokenizer as train_tokenizer
 from par_model.training.cli import transformer as train
 from par_model.training.run import Run, cosine
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 
 def test_the_schedule_is_as_far_as_the_time_or_the_steps() -> None:
     def rate(step: int, share: float) -> float:
