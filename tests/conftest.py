@@ -189,6 +189,27 @@ def tiny_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_video(tmp_path_factory.mktemp("video") / "fp32")
 
 
+@pytest.fixture(scope="session")
+def training_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 images of 8x8 in 2 classes, in the raw form: left or right half bright."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    labels = np.arange(48, dtype=np.uint8) % 2
+    pixels = rng.integers(0, 60, (48, 8, 8, 3), dtype=np.uint8)
+    for i, label in enumerate(labels):
+        pixels[i, :, 4 * label : 4 * label + 4] += 180
+    pixels.tofile(folder / "images.u8")
+    labels.tofile(folder / "labels.u8")
+    (folder / "meta.json").write_text(json.dumps({"count": 48, "size": 8, "styles": ["left", "right"]}))
+    return folder
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch sees no GPU, so trainings are on the CPU, where the same seed gives the same bits."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
 @pytest.fixture
 def tiny_copy(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it to build engines in, with an engine cache of its own."""

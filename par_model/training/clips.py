@@ -68,7 +68,19 @@ class ClipFolder:
         """Pixels of a side."""
         return int(self.clips.shape[2])
 
+    @property
+    def raw(self) -> np.ndarray:
+        """The clips as one array."""
+        return self.clips
+
+    def pixels(self, index: np.ndarray) -> Tensor:
+        """The clips at ``index`` [B]: [B,T,size,size,channels] uint8."""
+        return torch.from_numpy(np.ascontiguousarray(self.clips[index]))
+
+    def scaled(self, pixels: Tensor) -> Tensor:
+        """[B,3,T,H,W] float32 in [0,1] of ``pixels`` [B,T,H,W,channels] uint8, on their device."""
+        return pixels.float().div_(255).permute(0, 4, 1, 2, 3).expand(-1, 3, -1, -1, -1).contiguous()
+
     def batch(self, index: np.ndarray) -> Tensor:
         """The clips at ``index`` [B]: [B,3,T,H,W] float32 in [0,1]."""
-        pixels = torch.from_numpy(np.ascontiguousarray(self.clips[index])).float().div_(255)
-        return pixels.permute(0, 4, 1, 2, 3).expand(-1, 3, -1, -1, -1).contiguous()
+        return self.scaled(self.pixels(index))

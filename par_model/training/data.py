@@ -53,13 +53,24 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def raw(self) -> np.ndarray | None:
+        """The images as one array, where they are one; None for files of pictures."""
+        return None if isinstance(self.images, list) else self.images
+
+    def pixels(self, index: np.ndarray) -> Tensor:
+        """The images at ``index`` [B]: [B,H,W,3] uint8. Raises InputError for a picture that is damaged."""
+        if isinstance(self.images, list):
+            return torch.from_numpy(np.stack([picture(self.images[i], self.size) for i in index]))
+        return torch.from_numpy(np.ascontiguousarray(self.images[index]))
+
+    def scaled(self, pixels: Tensor) -> Tensor:
+        """[B,3,H,W] float32 in [-1,1] of ``pixels`` [B,H,W,3] uint8, on their device."""
+        return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
     def batch(self, index: np.ndarray) -> Tensor:
         """The images at ``index`` [B]: [B,3,H,W] float32 in [-1,1]. Raises InputError for a picture that is damaged."""
-        if isinstance(self.images, list):
-            pixels = np.stack([picture(self.images[i], self.size) for i in index])
-        else:
-            pixels = np.ascontiguousarray(self.images[index])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+        return self.scaled(self.pixels(index))
 
 
 def _raw(path: Path) -> ImageFolder:

@@ -10,6 +10,7 @@ import torch
 
 from par_model.training.clips import ClipFolder, holds_clips
 from par_model.training.data import ImageFolder
+from par_model.training.device import Batches, autocast, choose_device
 from par_model.training.run import (
     InputError,
     channels_last,
@@ -30,10 +31,11 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--batch {args.batch}: expected 1 or more")
     if args.out.is_dir():
         raise InputError(f"--out {args.out} is a folder; give the name of a file, for instance codes.npz")
+    device = choose_device(args.device)
     if holds_clips(args.data):
-        _encode_clips(args)
+        _encode_clips(args, device)
         return
-    model = load_tokenizer(args.tokenizer)
+    model = load_tokenizer(args.tokenizer).to(device)
     pixels = model.config.downsampling
     raw = (args.data / "meta.json").is_file()
     size = args.size if raw or args.size is not None else GRID * pixels
@@ -57,34 +59,38 @@ def _save(file: BinaryIO, codes: np.ndarray, data: ImageFolder | ClipFolder, wha
     return f"{len(codes)} {what} of {grid} codes, {len(names)} class{'es' if len(names) > 1 else ''}"
 
 
-def _encode_clips(args: argparse.Namespace) -> None:
+def _encode_clips(args: argparse.Namespace, device: torch.device) -> None:
     """``run`` for raw clips and a video tokenizer."""
     if args.size is not None:
         raise InputError(f"--size {args.size}: raw clips have their size; leave it out")
-    model = load_video_tokenizer(args.tokenizer).eval()
+    model = load_video_tokenizer(args.tokenizer).to(device).eval()
     data = ClipFolder.open(args.data)
     check_clips(model.config, data)
     if model.config.codebook_size > 65536:
         raise InputError(f"{args.tokenizer}: {model.config.codebook_size} codes; codes.npz holds ids up to 65535")
     with written_beside(args.out) as part, part.open("wb") as file:
-        codes = []
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        codes, batches = [], Batches(data, device, keep=False)
+        with torch.no_grad(), autocast(device):
             for start in range(0, len(data), args.batch):
-                features = model.features(data.batch(np.arange(start, min(start + args.batch, len(data)))))
-                codes.append(model.quantizers.ids(features.float()).numpy().astype(np.uint16))
+                features = model.features(batches.batch(np.arange(start, min(start + args.batch, len(data)))))
+                codes.append(model.quantizers.ids(features.float()).cpu().numpy().astype(np.uint16))
         made = _save(file, np.concatenate(codes), data, "clips")
     print(printable(f"{args.out}: {made}"))
 
 
 @torch.no_grad()
 def encode(model: VQModel, data: ImageFolder, batch: int) -> np.ndarray:
-    """Code ids [count,h,w] uint16 of every image, in raster order. Raises InputError for a codebook beyond uint16."""
+    """Code ids [count,h,w] uint16 of every image, in raster order, computed where ``model`` is.
+
+    Raises InputError for a codebook beyond uint16.
+    """
     if model.config.codebook_size > 65536:
         raise InputError(f"codebook_size={model.config.codebook_size}; codes.npz holds ids up to 65535")
     channels_last(model).eval()
-    out = []
-    with torch.autocast("cpu", torch.bfloat16):
+    device = model.quantize.embedding.weight.device
+    batches, out = Batches(data, device, keep=False), []  # each image is needed once
+    with autocast(device):
         for start in range(0, len(data), batch):
-            x = data.batch(np.arange(start, min(start + batch, len(data))))
-            out.append(model.encode(x.to(memory_format=torch.channels_last)).numpy().astype(np.uint16))
+            x = batches.batch(np.arange(start, min(start + batch, len(data))))
+            out.append(model.encode(x.to(memory_format=torch.channels_last)).cpu().numpy().astype(np.uint16))
     return np.concatenate(out)

@@ -15,15 +15,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from par_model.checkpoint import open_checkpoint, video_config, vq_config
 from par_model.video import VideoTokenizer
@@ -43,20 +44,29 @@ def batch_index(seed: int, step: int, batch: int, count: int) -> np.ndarray:
     """Rows [batch] of the data for step ``step``: a permutation of the ``count`` rows per epoch, cut into batches."""
     per_epoch = max(count // batch, 1)
     epoch, k = divmod(step, per_epoch)
-    order = np.random.default_rng((seed, epoch)).permutation(count)
-    return order[k * batch : (k + 1) * batch]
+    return _shuffled(seed, epoch, count)[k * batch : (k + 1) * batch]
 
 
-def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.02) -> float:
-    """Learning rate of ``step``: linear warm-up to ``peak``, then a cosine down to ``floor * peak``."""
+@lru_cache(maxsize=2)
+def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def cosine(step: int, steps: int, peak: float, warmup: int, floor: float = 0.02, share: float = 0.0) -> float:
+    """Learning rate of ``step``: linear warm-up to ``peak``, then a cosine down to ``floor * peak``.
+
+    ``share``: of the time of a run that has passed, where it ends after a time; the cosine is as far as that, or as the
+    steps are, whichever is further.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
-    x = (step - warmup) / max(steps - warmup, 1)
+    x = max((step - warmup) / max(steps - warmup, 1), share)
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(x, 1.0))))
 
 
 def channels_last(model: Module) -> Module:
-    """Store the weights of convolutions in the layout that is fast on a CPU; values do not change.
+    """Store the weights of convolutions in the layout that is fast, on a CPU and in half precision on a GPU; values do
+    not change.
 
     Returns ``model``.
     """
@@ -74,8 +84,15 @@ class EMA:
     def update(self, model: nn.Module, step: int) -> None:
         """Move the average towards the weights of ``model`` after ``step``, counted from 0."""
         decay = min(self.decay, (step + 1) / (step + 10))  # a short average at the start
-        for key, value in model.state_dict().items():
-            self.shadow[key].lerp_(value.float(), 1 - decay)
+        values = model.state_dict()
+        torch._foreach_lerp_(
+            [self.shadow[key] for key in values], [value.float() for value in values.values()], 1 - decay
+        )
+
+    def load(self, shadow: Mapping[str, Tensor]) -> None:
+        """Go on from the average ``shadow`` of a checkpoint."""
+        for key, value in self.shadow.items():
+            value.copy_(shadow[key])
 
 
 def load_tokenizer(path: Path) -> VQModel:
@@ -119,12 +136,17 @@ def written_beside(path: Path) -> Iterator[Path]:
 @dataclass
 class Run:
     """A run folder, used as a context. ``should_stop`` becomes true on Ctrl-C or SIGTERM; the trainer then writes a
-    checkpoint and ends."""
+    checkpoint and ends. ``minutes``: after which the run ends, with its earlier processes; None: after its steps."""
 
     path: Path
+    minutes: float | None = None
     started: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0  #: that earlier processes of this run took
     should_stop: bool = False
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise InputError(f"--minutes {self.minutes}: expected a number above 0")
 
     def __enter__(self) -> Self:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -142,6 +164,15 @@ class Run:
     def seconds(self) -> float:
         """How long this run has taken, with its earlier processes."""
         return self.seconds_before + time.monotonic() - self.started
+
+    @property
+    def share(self) -> float:
+        """Of the run's minutes that have passed: 0 at its start, 1 or more when it is over; 0 without minutes."""
+        return 0.0 if self.minutes is None else self.seconds / (60 * self.minutes)
+
+    def done(self, step: int, steps: int) -> bool:
+        """Whether the training ends before ``step``: all ``steps`` are made, or the minutes are over (but not at 0)."""
+        return step >= steps or (step > 0 and self.share >= 1)
 
     def log(self, **row: Any) -> None:
         """Append ``row`` and the seconds to ``log.jsonl``, and print them to stderr."""

@@ -1,7 +1,8 @@
 """Train a small VQ tokenizer on a folder of images: ``parvis train-tokenizer``.
 
-Loss: L1, plus L1 of the image gradient (edges), plus L2, plus the VQ commitment terms. Codes that were not used since
-the last check are set to encoder outputs, which keeps the whole codebook in use.
+Loss: L1, plus L1 of the image gradient (edges), plus L2, plus the VQ commitment terms; with ``--structure``, plus the
+structural dissimilarity, which keeps detail of low contrast (``detail.py``). Codes that were not used since the last
+check are set to encoder outputs, which keeps the whole codebook in use.
 
 ``--encoder-for`` trains only an encoder, for a codebook and a decoder that exist: models that were trained on these
 codes stay valid, which they would not with a new codebook.
@@ -10,6 +11,7 @@ codes stay valid, which they would not with a new codebook.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,17 @@ from torch import Tensor
 from par_model.checkpoint import open_checkpoint, vq_config
 from par_model.config import VQConfig
 from par_model.training.data import ImageFolder
+from par_model.training.detail import low_contrast, similarity
+from par_model.training.device import (
+    Batches,
+    adamw,
+    autocast,
+    choose_device,
+    load_optimizer,
+    on_cpu,
+    random_state,
+    restore_random_state,
+)
 from par_model.training.run import (
     EMA,
     InputError,
@@ -42,13 +55,16 @@ def train(args: argparse.Namespace) -> None:
 
     Raises InputError, CheckpointError, OSError.
     """
+    if not 0 <= args.structure < math.inf:
+        raise InputError(f"--structure {args.structure}: expected 0 or more; 1 to 3 are good numbers")
     data, held_out = ImageFolder.open(args.data, args.size), ImageFolder.open(args.val, args.size)
     if args.encoder_for is not None:
         given = open_checkpoint(args.encoder_for)
         config = vq_config(given)
         _check_size(config, data, held_out)
-        with Run(args.run) as run:
-            _train(args, config, run, data, held_out, dict(given.tensors))
+        device = choose_device(args.device)
+        with Run(args.run, args.minutes) as run:
+            _train(args, config, run, device, data, held_out, dict(given.tensors))
         return
     try:
         config = VQConfig(
@@ -62,8 +78,9 @@ def train(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise InputError(str(error)) from error
     _check_size(config, data, held_out)
-    with Run(args.run) as run:
-        _train(args, config, run, data, held_out)
+    device = choose_device(args.device)
+    with Run(args.run, args.minutes) as run:
+        _train(args, config, run, device, data, held_out)
 
 
 def _check_size(config: VQConfig, *folders: ImageFolder) -> None:
@@ -79,6 +96,7 @@ def _train(
     args: argparse.Namespace,
     config: VQConfig,
     run: Run,
+    device: torch.device,
     data: ImageFolder,
     held_out: ImageFolder,
     given: dict[str, Tensor] | None = None,
@@ -88,52 +106,51 @@ def _train(
     Its codebook and decoder stay as they are; a new encoder is trained.
     """
     torch.manual_seed(args.seed)
-    model = channels_last(VQModel(config))
+    model = channels_last(VQModel(config).to(device))
     if given is not None:
         kept = {key: value for key, value in given.items() if not key.startswith(ENCODER)}
         model.load_state_dict(kept, strict=False)  # vq_config checked every key
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(key not in kept)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = adamw(trained, args.lr, device)
     ema = EMA(model, 0.999)
-    usage = torch.zeros(config.codebook_size)
+    usage = torch.zeros(config.codebook_size, device=device)
     step = 0
     if (state := run.resume(args.resume)) is not None:
         model.load_state_dict(state["live"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.shadow, step, usage = state["model"], state["step"], state["usage"]
-        torch.set_rng_state(state["rng"])  # restarted codes are random
+        load_optimizer(optimizer, state["optimizer"])
+        ema.load(state["model"])
+        usage.copy_(state["usage"])
+        step = state["step"]
+        restore_random_state(state["rng"], device)  # restarted codes are random
+    batches = Batches(data, device)
 
     def save() -> None:
         final = {"model": ema.shadow, "config": asdict(config) | {"kind": "vq"}}
         live = {"live": model.state_dict(), "optimizer": optimizer.state_dict()}
-        place = {"step": step, "usage": usage, "rng": torch.get_rng_state()}
-        run.save("checkpoint.pt", final | live | place)
-        if step == args.steps:
-            run.save("model.pt", final)
+        place = {"step": step, "usage": usage, "rng": random_state(device)}
+        run.save("checkpoint.pt", on_cpu(final | live | place))
+        if done:
+            run.save("model.pt", on_cpu(final))
 
-    while step < args.steps and not run.should_stop:
+    done = run.done(step, args.steps)
+    while not done and not run.should_stop:
         for group in optimizer.param_groups:
-            group["lr"] = cosine(step, args.steps, args.lr, warmup=100)
-        index = batch_index(args.seed, step, args.batch, len(data))
-        x = data.batch(index).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, parts, z, ids = reconstruct(model, x)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+            group["lr"] = cosine(step, args.steps, args.lr, warmup=100, share=run.share)
+        x = batches.batch(batch_index(args.seed, step, args.batch, len(data)))
+        parts, z, ids = update(model, x.to(memory_format=torch.channels_last), optimizer, args.structure)
         ema.update(model, step)
-        usage += torch.bincount(ids.flatten(), minlength=config.codebook_size)
+        count_codes(usage, ids)
         step += 1
-        if given is None and step % RESTART_EVERY == 0 and step < args.steps // 2:
-            restarted = restart_dead_codes(model, usage, z.detach())
+        if given is None and step % RESTART_EVERY == 0 and step < args.steps // 2 and run.share < 0.5:
+            restarted = restart_dead_codes(model, usage, z)
             usage.zero_()
             if restarted:
                 ema.shadow["quantize.embedding.weight"].copy_(model.quantize.embedding.weight.detach())
-        if step % args.report == 0 or step == args.steps:
-            row: dict[str, Any] = {k: float(v.detach()) for k, v in parts.items()}
+        done = run.done(step, args.steps)
+        if step % args.report == 0 or done:
+            row: dict[str, Any] = {k: float(v) for k, v in parts.items()}
             run.log(
                 step=step, images=step * args.batch, **row, **validate(config, ema, held_out, args.run / "sheet.png")
             )
@@ -141,15 +158,40 @@ def _train(
     save()
 
 
-def reconstruct(model: VQModel, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-    """Loss, its parts, encoder outputs [B*h*w, codebook_dim] and ids [B,h,w] of images [B,3,H,W]."""
+def update(
+    model: VQModel, x: Tensor, optimizer: torch.optim.Optimizer, structure: float = 0.0
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """One update of the weights by images ``x`` [B,3,H,W] on the model's device; ``structure``: see ``reconstruct``.
+
+    Returns the parts of the loss, the encoder outputs [B*h*w,codebook_dim] and ids [B*h*w]; they stay on the device,
+    and nothing waits for them.
+    """
+    with autocast(x.device):
+        loss, parts, z, ids = reconstruct(model, x, structure)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    return {name: value.detach() for name, value in parts.items()}, z.detach(), ids
+
+
+def count_codes(usage: Tensor, ids: Tensor) -> None:
+    """Add to ``usage`` [V] how often each code is in ``ids`` [M]."""
+    usage.index_add_(0, ids, torch.ones_like(ids, dtype=usage.dtype))
+
+
+def reconstruct(model: VQModel, x: Tensor, structure: float = 0.0) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """Loss, its parts, encoder outputs [B*h*w,codebook_dim] and ids [B*h*w] of images [B,3,H,W].
+
+    ``structure``: weight of the structural dissimilarity in the loss.
+    """
     z = model.quant_conv(model.encoder(x)).float()
-    with torch.autocast("cpu", enabled=False):
+    with autocast(x.device, enabled=False):
         z = F.normalize(z.permute(0, 2, 3, 1), dim=-1)
         codebook = F.normalize(model.quantize.embedding.weight, dim=-1)
         with torch.no_grad():
             ids = (z.reshape(-1, z.shape[-1]) @ codebook.T).argmax(1)
-        code = codebook[ids].reshape(z.shape)
+        code = F.embedding(ids, codebook).reshape(z.shape)
         vq = ((z.detach() - code) ** 2).sum(-1).mean() + COMMITMENT * ((z - code.detach()) ** 2).sum(-1).mean()
         straight = z + (code - z).detach()  # straight-through: the encoder gets the gradients of its own outputs
     y = model.decode_codes(straight.permute(0, 3, 1, 2)).float()
@@ -157,7 +199,12 @@ def reconstruct(model: VQModel, x: Tensor) -> tuple[Tensor, dict[str, Tensor], T
     edges = (y.diff(dim=2) - x.diff(dim=2)).abs().mean() + (y.diff(dim=3) - x.diff(dim=3)).abs().mean()
     l2 = ((y - x) ** 2).mean()
     loss = l1 + edges + l2 + 0.5 * vq
-    return loss, {"l1": l1, "edges": edges, "mse": l2, "vq": vq}, z.reshape(-1, z.shape[-1]), ids
+    parts = {"l1": l1, "edges": edges, "mse": l2, "vq": vq}
+    if structure:
+        with autocast(x.device, enabled=False):
+            parts["structure"] = 1 - similarity(x, y).mean()
+        loss = loss + structure * parts["structure"]
+    return loss, parts, z.reshape(-1, z.shape[-1]), ids
 
 
 @torch.no_grad()
@@ -168,9 +215,9 @@ def restart_dead_codes(model: VQModel, usage: Tensor, z: Tensor) -> int:
     """
     dead = (usage == 0).nonzero().flatten()
     if len(dead):
-        pick = torch.randint(len(z), (len(dead),))
+        pick = torch.randint(len(z), (len(dead),)).to(z.device)  # drawn on the CPU, for the same numbers anywhere
         weight = model.quantize.embedding.weight
-        weight[dead] = z[pick] + 0.01 * torch.randn(len(dead), z.shape[1])
+        weight[dead] = z[pick] + 0.01 * torch.randn(len(dead), z.shape[1]).to(z.device)
         alive = usage > 0
         weight[alive] = F.normalize(weight[alive], dim=-1)
     return len(dead)
@@ -178,30 +225,38 @@ def restart_dead_codes(model: VQModel, usage: Tensor, z: Tensor) -> int:
 
 @torch.no_grad()
 def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, count: int = 256) -> dict[str, float]:
-    """PSNR (dB) and the share of codes in use on ``count`` held-out images, with the averaged weights.
+    """PSNR (dB), the share of low-contrast detail that is kept and the share of codes in use on ``count`` held-out
+    images, with the averaged weights.
 
     Writes the first images and their reconstructions to the PNG file ``sheet``.
     """
     from PIL import Image
 
-    model = VQModel(config)
+    device = next(iter(ema.shadow.values())).device
+    model = VQModel(config).to(device)
     model.load_state_dict(ema.shadow)
     channels_last(model).eval()
     count = min(count, len(held_out))
-    squared, used, rows = 0.0, set(), []
-    with torch.autocast("cpu", torch.bfloat16):
+    squared, used, rows, detail = 0.0, set(), [], torch.zeros(2, device=device)
+    with autocast(device):
         for start in range(0, count, 64):
-            x = held_out.batch(np.arange(start, min(start + 64, count)))
+            x = held_out.batch(np.arange(start, min(start + 64, count))).to(device)
             ids = model.encode(x.to(memory_format=torch.channels_last))
             y = model.decode(ids).float().clamp(-1, 1)
             squared += float(((y - x) ** 2).mean(dim=(1, 2, 3)).sum())
             used.update(ids.flatten().tolist())
+            with autocast(device, enabled=False):
+                detail += low_contrast(x, y)
             if start == 0:
                 pairs = torch.stack([x[:24], y[:24]], 1)  # [24, 2, 3, H, W]: original above, reconstruction below
                 wide = min(12, len(pairs))
                 starts = range(0, len(pairs) - wide + 1, wide)
                 rows = [pairs[i : i + wide].permute(1, 3, 0, 4, 2).flatten(0, 1).flatten(1, 2) for i in starts]
-    pixels = ((torch.cat(rows).clamp(-1, 1) + 1) * 127.5).to(torch.uint8).numpy()
+    pixels = ((torch.cat(rows).clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu().numpy()
     Image.fromarray(pixels).save(sheet)
     mse = squared / count / 4  # images span 2, so the peak squared is 4
-    return {"psnr_db": float(-10 * np.log10(mse)), "codes_used": len(used) / config.codebook_size}
+    return {
+        "psnr_db": float(-10 * np.log10(mse)),
+        "low_contrast_kept": float(detail[0] / detail[1].clamp_min(1e-9)),
+        "codes_used": len(used) / config.codebook_size,
+    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ from par_model.checkpoint import open_checkpoint
 from par_model.config import SIZES, PARConfig
 from par_model.generation import generate
 from par_model.ordering import token_order
+from par_model.training.device import (
+    autocast,
+    choose_device,
+    load_optimizer,
+    moved,
+    on_cpu,
+    random_state,
+    restore_random_state,
+)
 from par_model.training.run import EMA, InputError, Run, batch_index, cosine, load_tokenizer, load_video_tokenizer
 from par_model.transformer import PAR
 
@@ -46,8 +56,9 @@ def train(args: argparse.Namespace) -> None:
             "both with the same tokenizer"
         )
     config = _config(args, grid_of(codes), len(names))
-    with Run(args.run) as run:
-        _train(args, config, run, (codes, labels, names), held_out)
+    device = choose_device(args.device)
+    with Run(args.run, args.minutes) as run:
+        _train(args, config, run, device, (codes, labels, names), held_out)
 
 
 def grid_of(codes: np.ndarray) -> tuple[int, int, int]:
@@ -82,12 +93,17 @@ def _config(args: argparse.Namespace, grid: tuple[int, int, int], n_classes: int
         raise InputError(str(error)) from error
 
 
-def _train(args: argparse.Namespace, config: PARConfig, run: Run, data: Codes, held_out: Codes) -> None:
+def _train(
+    args: argparse.Namespace, config: PARConfig, run: Run, device: torch.device, data: Codes, held_out: Codes
+) -> None:
     codes, labels, names = data
     torch.manual_seed(args.seed)
     model = PAR(config)
     if args.init is not None:
         start_from(model, args.init)
+    model.to(device)
+    if args.compile:
+        compile_layers(model)
     optimizers = make_optimizers(model, args)
     peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
     ema = EMA(model, args.ema)
@@ -95,48 +111,79 @@ def _train(args: argparse.Namespace, config: PARConfig, run: Run, data: Codes, h
     if (state := run.resume(args.resume)) is not None:
         model.load_state_dict(state["live"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        ema.shadow, step = state["model"], state["step"]
-        torch.set_rng_state(state["rng"])  # dropout is random
-    order = token_order(config)
+            load_optimizer(optimizer, saved)
+        ema.load(state["model"])
+        step = state["step"]
+        restore_random_state(state["rng"], device)  # dropout is random
+    sequences = sequences_of(codes, config, args.vocab).to(device)
 
     def save() -> None:
         final = {"model": ema.shadow, "config": asdict(config) | {"kind": "par"}, "class_names": names}
         live = {"live": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-        run.save("checkpoint.pt", final | live | {"step": step, "rng": torch.get_rng_state()})
-        if step == args.steps:
-            run.save("model.pt", final)
+        run.save("checkpoint.pt", on_cpu(final | live | {"step": step, "rng": random_state(device)}))
+        if done:
+            run.save("model.pt", on_cpu(final))
 
-    total, counted = 0.0, 0
-    while step < args.steps and not run.should_stop:
+    total, counted = torch.zeros((), dtype=torch.float64, device=device), 0
+    done = run.done(step, args.steps)
+    while not done and not run.should_stop:
         for optimizer, lrs in zip(optimizers, peaks, strict=True):
             for param_group, peak in zip(optimizer.param_groups, lrs, strict=True):
-                decay = args.schedule == "cosine"
-                param_group["lr"] = cosine(step, args.steps, peak, args.warmup, floor=0.0 if decay else 1.0)
-        index = batch_index(args.seed, step, args.batch, len(codes))
+                floor = 0.0 if args.schedule == "cosine" else 1.0
+                param_group["lr"] = cosine(step, args.steps, peak, args.warmup, floor, run.share)
+        index = batch_index(args.seed, step, args.batch, len(sequences))
         drop = np.random.default_rng((args.seed, step)).random(len(index)) < CLASS_DROPOUT
-        tokens = torch.from_numpy(codes[index].reshape(len(index), -1)[:, order].astype(np.int64))
-        classes = torch.from_numpy(np.where(drop, config.n_classes, labels[index]))
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss = loss_of(model, tokens, classes)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        tokens = sequences[moved(index, device)].long()
+        classes = moved(np.where(drop, config.n_classes, labels[index]), device)
+        total += update(model, tokens, classes, optimizers, args.bf16)
         ema.update(model, step)
-        total, counted, step = total + float(loss.detach()), counted + 1, step + 1
-        if step % args.report == 0 or step == args.steps:
-            averaged = PAR(config).eval()
+        counted, step = counted + 1, step + 1
+        done = run.done(step, args.steps)
+        if step % args.report == 0 or done:
+            averaged = PAR(config).to(device).eval()
             averaged.load_state_dict(ema.shadow)
             held = held_out_loss(averaged, held_out[0][:EVAL_IMAGES], held_out[1][:EVAL_IMAGES], args.batch)
-            run.log(step=step, images=step * args.batch, loss=total / counted, held_out=held)
-            total, counted = 0.0, 0
+            run.log(step=step, images=step * args.batch, loss=float(total) / counted, held_out=held)
+            total.zero_()
+            counted = 0
             save()
-            if args.tokenizer and (step % args.sheet == 0 or step == args.steps):
+            if args.tokenizer and (step % args.sheet == 0 or done):
                 sample_sheet(averaged, args.tokenizer, run.path / f"sheet-{step:06d}.png", args.guidance)
     save()
+
+
+def update(
+    model: PAR, tokens: Tensor, labels: Tensor, optimizers: Sequence[torch.optim.Optimizer], bf16: bool
+) -> Tensor:
+    """One update of the weights by ``tokens`` [B,N] in sequence order and ``labels`` [B], all on the model's device.
+
+    Returns the loss, a number that stays there: nothing waits for it.
+    """
+    with autocast(tokens.device, bf16):
+        loss = loss_of(model, tokens, labels)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.detach()
+
+
+def compile_layers(model: PAR) -> None:
+    """Let TorchInductor fuse the kernels of a layer when it first runs. All layers share one compilation, which takes a
+    part of the time of one of the whole model. Where it cannot be done (no C compiler, say), PyTorch says why, and the
+    layer runs as it is.
+    """
+    torch._dynamo.config.suppress_errors = True
+    for layer in model.layers:
+        layer.compile(dynamic=False)
+
+
+def sequences_of(codes: np.ndarray, config: PARConfig, vocab: int) -> Tensor:
+    """``codes`` [M,h,w] or [M,t,h,w] in sequence order: [M,N], int16 where that holds every id, else int32."""
+    flat = codes.reshape(len(codes), -1)[:, token_order(config)]
+    return torch.from_numpy(flat.astype(np.int16 if vocab <= 2**15 else np.int32))
 
 
 def start_from(model: PAR, path: Path) -> None:
@@ -156,25 +203,30 @@ def start_from(model: PAR, path: Path) -> None:
 
 
 def loss_of(model: PAR, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy (nats) over all N targets of ``tokens`` [B,N] in sequence order."""
-    logits = model(tokens, labels)
+    """Mean cross entropy (nats) over all N targets of ``tokens`` [B,N] in sequence order. Labels are not checked."""
+    logits = model.teacher_forced(tokens, labels)
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 @torch.no_grad()
 def held_out_loss(model: PAR, codes: np.ndarray, labels: np.ndarray, batch: int) -> float:
     """Mean cross entropy (nats per token) of held-out ``codes`` [M,h,w] or [M,t,h,w] with their ``labels`` [M]."""
-    order, losses = token_order(model.config), []
-    with torch.autocast("cpu", torch.bfloat16):
+    device, losses = model.tok_embeddings.weight.device, []
+    sequences = sequences_of(codes, model.config, model.config.vocab_size)
+    classes = torch.from_numpy(labels.astype(np.int64)).to(device)
+    with autocast(device):
         for i in range(0, len(codes), batch):
-            tokens = codes[i : i + batch].reshape(-1, len(order))[:, order].astype(np.int64)
-            classes = torch.from_numpy(labels[i : i + batch].astype(np.int64))
-            losses.append(float(loss_of(model, torch.from_numpy(tokens), classes)) * len(tokens))
+            tokens = sequences[i : i + batch].to(device).long()
+            losses.append(float(loss_of(model, tokens, classes[i : i + batch])) * len(tokens))
     return sum(losses) / len(codes)
 
 
 def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """AdamW for all weights, or Muon for the matrices of the layers and AdamW for all other weights."""
+    """AdamW for all weights, or Muon for the matrices of the layers and AdamW for all other weights.
+
+    On a GPU, AdamW updates all weights of a group in one kernel.
+    """
+    fused = True if model.output.weight.is_cuda else None
     lr = args.lr if args.lr else 1e-4 * args.batch / 256
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("layers.")]
     outer = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith("layers.")]
@@ -184,10 +236,12 @@ def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Op
         muon = torch.optim.Muon(inner, lr=MUON_LR, momentum=0.95, weight_decay=0.05)
         return [
             muon,
-            torch.optim.AdamW([dict[str, Any](params=outer), no_decay], lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.AdamW(
+                [dict[str, Any](params=outer), no_decay], lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
+            ),
         ]
     matrices: dict[str, Any] = {"params": inner + outer, "weight_decay": 0.05}
-    return [torch.optim.AdamW([matrices, no_decay], lr=lr, betas=(0.9, 0.95))]
+    return [torch.optim.AdamW([matrices, no_decay], lr=lr, betas=(0.9, 0.95), fused=fused)]
 
 
 def load_codes(path: Path, vocab: int) -> Codes:
@@ -200,6 +254,10 @@ def load_codes(path: Path, vocab: int) -> Codes:
     if codes.max() >= vocab:
         raise InputError(
             f"{path}: has code {codes.max()}, --vocab {vocab} allows 0..{vocab - 1}; give the tokenizer's codebook size"
+        )
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= len(names):
+        raise InputError(
+            f"{path}: has labels {labels.min()}..{labels.max()} and {len(names)} class names; encode the images again"
         )
     return codes, labels, names
 
@@ -218,11 +276,11 @@ def sample_sheet(model: PAR, tokenizer: Path, path: Path, guidance: float, rows:
     rows = rows if t == 1 else 1
     tokens = generate(model, [c for _ in range(rows) for c in range(columns)], guidance=guidance)
     raster = torch.empty_like(tokens)
-    raster[:, torch.from_numpy(token_order(model.config))] = tokens
+    raster[:, torch.from_numpy(token_order(model.config)).to(tokens.device)] = tokens
     if t == 1:
-        images = load_tokenizer(tokenizer).eval().decode(raster.view(-1, h, w)).clamp(-1, 1)
+        images = load_tokenizer(tokenizer).to(tokens.device).eval().decode(raster.view(-1, h, w)).clamp(-1, 1)
         grid = ((images + 1) * 127.5).unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2)  # [rows,H,columns,W,3]
     else:
-        clips = load_video_tokenizer(tokenizer).eval().decode(raster.view(-1, t, h, w)).clamp(0, 1)
+        clips = load_video_tokenizer(tokenizer).to(tokens.device).eval().decode(raster.view(-1, t, h, w)).clamp(0, 1)
         grid = (clips[:, :, ::2] * 255).permute(0, 3, 2, 4, 1)  # [columns,H,T',W,3]
-    Image.fromarray(grid.flatten(2, 3).flatten(0, 1).to(torch.uint8).numpy()).save(path)
+    Image.fromarray(grid.flatten(2, 3).flatten(0, 1).to(torch.uint8).cpu().numpy()).save(path)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from par_model.config import VideoTokenizerConfig
 from par_model.training.clips import ClipFolder
+from par_model.training.device import Batches, adamw, autocast, choose_device, load_optimizer, on_cpu
 from par_model.training.run import EMA, InputError, Run, batch_index, cosine
 from par_model.video import VideoTokenizer
 
@@ -37,8 +38,9 @@ def train(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise InputError(str(error)) from error
     check_clips(config, data, held_out)
-    with Run(args.run) as run:
-        _train(args, config, run, data, held_out)
+    device = choose_device(args.device)
+    with Run(args.run, args.minutes) as run:
+        _train(args, config, run, device, data, held_out)
 
 
 def check_clips(config: VideoTokenizerConfig, *folders: ClipFolder) -> None:
@@ -53,41 +55,43 @@ def check_clips(config: VideoTokenizerConfig, *folders: ClipFolder) -> None:
 
 
 def _train(
-    args: argparse.Namespace, config: VideoTokenizerConfig, run: Run, data: ClipFolder, held_out: ClipFolder
+    args: argparse.Namespace,
+    config: VideoTokenizerConfig,
+    run: Run,
+    device: torch.device,
+    data: ClipFolder,
+    held_out: ClipFolder,
 ) -> None:
     torch.manual_seed(args.seed)
-    model = VideoTokenizer(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    model = VideoTokenizer(config).to(device)
+    optimizer = adamw(model.parameters(), args.lr, device)
     ema = EMA(model, 0.998)
     step = 0
     if (state := run.resume(args.resume)) is not None:
         model.load_state_dict(state["live"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.shadow, step = state["model"], state["step"]
+        load_optimizer(optimizer, state["optimizer"])
+        ema.load(state["model"])
+        step = state["step"]
+    batches = Batches(data, device)
 
     def save() -> None:
         final = {"model": ema.shadow, "config": asdict(config) | {"kind": "video-tokenizer"}}
-        run.save(
-            "checkpoint.pt",
-            final | {"live": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step},
-        )
-        if step == args.steps:
-            run.save("model.pt", final)
+        live = {"live": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        run.save("checkpoint.pt", on_cpu(final | live))
+        if done:
+            run.save("model.pt", on_cpu(final))
 
-    while step < args.steps and not run.should_stop:
+    done = run.done(step, args.steps)
+    while not done and not run.should_stop:
         for group in optimizer.param_groups:
-            group["lr"] = cosine(step, args.steps, args.lr, warmup=50)
-        x = data.batch(batch_index(args.seed, step, args.batch, len(data)))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, parts = reconstruct(model, x)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+            group["lr"] = cosine(step, args.steps, args.lr, warmup=50, share=run.share)
+        x = batches.batch(batch_index(args.seed, step, args.batch, len(data)))
+        parts = update(model, x, optimizer)
         ema.update(model, step)
         step += 1
-        if step % args.report == 0 or step == args.steps:
-            row = {name: float(value.detach()) for name, value in parts.items()}
+        done = run.done(step, args.steps)
+        if step % args.report == 0 or done:
+            row = {name: float(value) for name, value in parts.items()}
             run.log(
                 step=step, clips=step * args.batch, **row, **validate(config, ema, held_out, run.path / "sheet.png")
             )
@@ -95,10 +99,21 @@ def _train(
     save()
 
 
+def update(model: VideoTokenizer, x: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """One update of the weights by clips ``x`` [B,3,T,H,W] on the model's device; the parts of its loss stay there."""
+    with autocast(x.device):
+        loss, parts = reconstruct(model, x)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return {name: value.detach() for name, value in parts.items()}
+
+
 def reconstruct(model: VideoTokenizer, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and its parts, of clips ``x`` [B,3,T,H,W] in [0,1]."""
     z = model.features(x).float()
-    with torch.autocast("cpu", enabled=False):
+    with autocast(x.device, enabled=False):
         codes = model.quantizers.quantise(z)
     y = model.decode_codes(codes).float()
     l1 = (y - x).abs().mean()
@@ -116,14 +131,15 @@ def validate(config: VideoTokenizerConfig, ema: EMA, held_out: ClipFolder, sheet
     """
     from PIL import Image
 
-    model = VideoTokenizer(config).eval()
+    device = next(iter(ema.shadow.values())).device
+    model = VideoTokenizer(config).to(device).eval()
     model.load_state_dict(ema.shadow)
     squared, used = 0.0, set()
     rows: list[Tensor] = []
     count = min(VALIDATED, len(held_out))
     for start in range(0, count, 16):
-        x = held_out.batch(np.arange(start, min(start + 16, count)))
-        with torch.autocast("cpu", torch.bfloat16):
+        x = held_out.batch(np.arange(start, min(start + 16, count))).to(device)
+        with autocast(device):
             z = model.features(x).float()
             ids = model.quantizers.ids(z)
             y = model.decode(ids).float().clamp(0, 1)
@@ -132,5 +148,5 @@ def validate(config: VideoTokenizerConfig, ema: EMA, held_out: ClipFolder, sheet
         if not rows:
             pairs = torch.stack([x[:8, :, ::2], y[:8, :, ::2]], 1)  # [8,2,3,T',H,W]
             rows.append(pairs.permute(0, 1, 4, 3, 5, 2).flatten(3, 4).flatten(0, 2))  # [8*2*H, T'*W, 3]
-    Image.fromarray((torch.cat(rows) * 255).round().to(torch.uint8).numpy()).save(sheet)
+    Image.fromarray((torch.cat(rows) * 255).round().to(torch.uint8).cpu().numpy()).save(sheet)
     return {"psnr_db": float(-10 * np.log10(squared / count)), "codes_used": len(used) / config.codebook_size}

@@ -18,20 +18,12 @@ from par_model.training.cli import tokenizer as train_tokenizer
 from par_model.training.cli import transformer as train
 from par_model.training.run import batch_index, cosine
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 images of 8x8 in 2 classes: left or right half bright."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    labels = np.arange(48, dtype=np.uint8) % 2
-    pixels = rng.integers(0, 60, (48, 8, 8, 3), dtype=np.uint8)
-    for i, label in enumerate(labels):
-        pixels[i, :, 4 * label : 4 * label + 4] += 180
-    pixels.tofile(folder / "images.u8")
-    labels.tofile(folder / "labels.u8")
-    (folder / "meta.json").write_text(json.dumps({"count": 48, "size": 8, "styles": ["left", "right"]}))
-    return folder
+def images(training_images: Path) -> Path:
+    return training_images
 
 
 TOKENIZER = [
@@ -165,6 +157,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
             "holds no pictures; expected a folder",
         ),
         (train_tokenizer, ["--data", str(images), "--val", str(images), *run, "--channels", "5"], "norm_groups=8"),
+        (
+            train_tokenizer,
+            ["--data", str(images), "--val", str(images), *run, "--structure", "-1"],
+            "expected 0 or more",
+        ),
         (train, ["--codes", "none.npz", "--val", str(codes), "--vocab", "16", *run], "none.npz: No such file"),
         (
             train,

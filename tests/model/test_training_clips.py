@@ -18,6 +18,8 @@ from par_model.training.cli import video_tokenizer as train_video
 from par_model.training.clips import ClipFolder
 from par_model.training.run import InputError, load_video_tokenizer
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 RECIPE = Path(__file__).parents[2] / "models/recipe/video/clips.py"
 SMALL = [
     "--levels",

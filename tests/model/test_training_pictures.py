@@ -16,6 +16,8 @@ from par_model.training.data import ImageFolder, picture
 from par_model.training.run import InputError, Run
 from par_model.vq import VQModel
 
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:

@@ -48,6 +48,24 @@ def add_run(p: argparse.ArgumentParser, holds: str, of: str, *, steps: int, batc
     p.add_argument("--batch", type=int, default=batch, help=f"{of} of a step")
     p.add_argument("--seed", type=int, default=0, help=f"of the initial weights and of the order of {of}")
     p.add_argument("--report", type=int, default=report, help="steps between reports and checkpoints")
+    p.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="end after M minutes, those before a --resume included, or after --steps, whichever comes first; a cosine "
+        "follows whichever of the two is further, so it ends at its floor either way",
+    )
+    add_device(p)
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
+    """The option that says where to compute."""
+    p.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda|cuda:N",
+        help="where to compute; auto: the first GPU that PyTorch sees, else the CPU. What is written is the same",
+    )
 
 
 def verb(parser: argparse.ArgumentParser, argv: Sequence[str] | None, module: str, function: str = "train") -> int:
@@ -71,7 +89,10 @@ def guarded(work: Callable[[], None]) -> int:
         print(f"parvis: error: {printable(text)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch has no class for it
+        if isinstance(error, RuntimeError) and not any(
+            text in str(error)
+            for text in ("allocate memory", "out of memory")  # torch has no class for the CPU's
+        ):
             raise
         print("parvis: error: not enough memory; free some, or give a smaller --batch", file=sys.stderr)
         return 2

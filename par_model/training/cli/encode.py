@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from par_model.training.cli import Parser, verb
+from par_model.training.cli import Parser, add_device, verb
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "--size", type=int, help="pixels of a side that pictures are scaled to (default: 24 codes; 384 with VQ-16)"
     )
     p.add_argument("--batch", type=int, default=64, help="images encoded at once")
+    add_device(p)
     return p
 
 

@@ -29,6 +29,14 @@ def parser() -> argparse.ArgumentParser:
         help="keep this tokenizer's codebook, decoder and sizes, and train an encoder for them from nothing",
     )
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate")
+    p.add_argument(
+        "--structure",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="weight of the structural dissimilarity (of SSIM) in the loss: 1 to 3 keep features of low contrast, "
+        "as of dark faces, that the other parts of the loss give up",
+    )
     p.add_argument("--codes", type=int, default=1024, help="codebook size")
     p.add_argument("--channels", type=int, default=32, help="at full resolution")
     p.add_argument("--res-blocks", type=int, default=1, help="per encoder level; the decoder has one more")

@@ -35,6 +35,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sheet", type=int, default=500, help="steps between sample sheets")
     p.add_argument("--guidance", type=float, default=2.0, help="of the sample sheets")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="compute in bfloat16")
+    p.add_argument(
+        "--compile",
+        action="store_true",
+        help="let torch.compile fuse the kernels of a layer: worth it on a GPU in runs of a few minutes or more",
+    )
     return p
 
 
