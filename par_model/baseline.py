@@ -31,12 +31,17 @@ from torch import Tensor, nn
 from par_model.checkpoint import check_keys, open_checkpoint
 from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig
 from par_model.dtypes import PRECISION_DTYPE
-from par_model.generation import sample, uniforms
+from par_model.generation import cumulative, sample, uniforms
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.ordering import phases, token_order
+from par_model.running import running_sum
 from par_model.transformer import INIT_STD, PAR, KVCache
 from par_model.video import FSQ, VideoTokenizer, to_pixels
 from par_model.vq import VQModel
+
+#: PyTorch's fused attention takes head sizes that are multiples of this.
+FUSED_HEAD = 8
+WITHOUT_FUSED = "heads of {} fit none of PyTorch's fused kernels, so keys and values are copied to fp32 in every call"
 
 
 class BaselineError(RuntimeError):
@@ -45,12 +50,13 @@ class BaselineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; the same for all images of a batch."""
+    """How tokens are drawn; the same for all images of a batch. ``sums``: as of :func:`generation.sample`."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     greedy: bool = False
+    sums: Callable[[Tensor], Tensor] = cumulative
 
 
 @dataclass
@@ -82,7 +88,8 @@ def step(model: PAR, state: State, positions: Tensor, sampling: Sampling) -> Non
     if sampling.greedy:
         drawn = logits.argmax(-1)
     else:
-        drawn = sample(logits, state.noise[:, positions], sampling.temperature, sampling.top_k, sampling.top_p)
+        noise = state.noise[:, positions]
+        drawn = sample(logits, noise, sampling.temperature, sampling.top_k, sampling.top_p, sampling.sums)
     state.tokens[:, positions] = drawn
 
 
@@ -94,7 +101,8 @@ def decode(vq: VQModel | VideoTokenizer, tokens: Tensor, place: Tensor, grid: tu
     if isinstance(vq, VideoTokenizer):
         codes = vq.quantizers.lookup(tokens[:, place].view(-1, *grid)).to(next(vq.parameters()).dtype)
         return to_pixels(vq.decode_codes(codes)).contiguous()
-    pixels = vq.decode(tokens[:, place].view(-1, *grid[1:]))
+    # Not by vq.decode, which checks the codes, for which the host would wait for the device.
+    pixels = vq.decode_codes(vq.quantize.lookup(tokens[:, place].view(-1, *grid[1:])))
     return (127.5 * pixels.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
@@ -143,7 +151,9 @@ class Baseline:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # as the published script does
         defaults = manifest["defaults"]
-        self._sampling = Sampling(defaults["temperature"], defaults["top_k"], defaults["top_p"])
+        self._sampling = Sampling(
+            defaults["temperature"], defaults["top_k"], defaults["top_p"], sums=running_sum if compiled else cumulative
+        )
         self._model = _with_weights(_without_weights(PAR, self.config), checkpoint, self.dtype, self.device)
         self._vq = None if tokenizer_config is None else self._decoder(tokenizer_config, tokenizer)
         order = torch.from_numpy(token_order(self.config))
@@ -234,6 +244,13 @@ class Baseline:
             took.setdefault(name, []).append(ms)
         return took, whole.laps_ms()[0]
 
+    def forget(self) -> None:
+        """Free the memory of the last batch; the next one takes it again. Weights and what was compiled stay."""
+        self._state = self.images = None
+        self.tokens = torch.zeros(0, 0, dtype=torch.int64)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _start(self, images: int, guidance: float, seed: int) -> State:
         """The state of a new batch, in the buffers of the last batch where the shape is the same.
 
@@ -296,10 +313,12 @@ class Baseline:
                     ) from error
         if decoder and self._vq is not None:
             decode(self._vq, state.tokens, self._place, self.config.grid)
+        if self.device.type == "cuda" and self.config.head_dim % FUSED_HEAD:
+            self.doubts = (f"math attention: {WITHOUT_FUSED.format(self.config.head_dim)}",)
         if self.compiled and self.device.type == "cuda":
             skipped = int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
             if skipped:
-                self.doubts = (f"no graphs: PyTorch used no CUDA graph for {skipped} of its compiled functions",)
+                self.doubts += (f"no graphs: PyTorch used no CUDA graph for {skipped} of its compiled functions",)
         self._warm.add(key)
 
 

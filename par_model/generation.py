@@ -8,7 +8,7 @@ Letters: B images, R rows (2B when guided), N tokens, n tokens per group, q posi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -143,11 +143,23 @@ def _step(state: State, start: int, query: int) -> None:
     state.tokens = torch.cat([state.tokens, state.choose(model.head(x), start)], dim=1)
 
 
-def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def cumulative(x: Tensor) -> Tensor:
+    """The sums of ``x`` [...,V] along its last dimension up to each place: [...,V]."""
+    return x.cumsum(-1)
+
+
+def sample(
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    sums: Callable[[Tensor], Tensor] = cumulative,
+) -> Tensor:
     """Draw tokens [B,q] from ``logits`` [B,q,V] fp32 with ``uniform`` [B,q] in [0,1): inverse CDF.
 
     Temperature, then top-k (ties with the k-th are kept), then top-p (the first token over the threshold is kept;
-    equal logits are counted in order of id), then softmax.
+    equal logits are counted in order of id), then softmax. ``sums`` computes what :func:`cumulative` does.
     """
     logits = logits / max(temperature, MIN_TEMPERATURE)
     if 0 < top_k < logits.shape[-1]:
@@ -156,11 +168,11 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
     if top_p < 1:
         ranked, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ranked.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
+        before = sums(probabilities) - probabilities
         drop = before > top_p
         drop[..., 0] = False
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
-    cdf = logits.softmax(-1).cumsum(-1)
+    cdf = sums(logits.softmax(-1))
     target = uniform[..., None] * cdf[..., -1:]
     return (cdf <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
 

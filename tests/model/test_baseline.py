@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 
 from conftest import golden_config, golden_weights
 from par_model import baseline as baseline_module
-from par_model.baseline import Baseline, BaselineError
+from par_model.baseline import Baseline, BaselineError, Sampling, step
 from par_model.generation import generate
+from par_model.running import running_sum
 from par_model.transformer import PAR
 from par_runtime import Pipeline
 
@@ -159,6 +161,42 @@ def test_compiled_tokens_are_those_of_the_reference_and_nothing_is_compiled_twic
     baseline.run(1, 2.5, greedy=True)
     assert (baseline.tokens == generate(model, [0], guidance=2.5, greedy=True)).all()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 20, 0.9)], ids=["plain", "filtered"])
+def test_the_compiler_meets_no_running_sum(sampling: Sampling, bundles: dict[str, Path]) -> None:
+    """PyTorch 2.11 cannot compile one for CUDA, so that no step compiles there; a CPU would not tell."""
+    baseline = Baseline(bundles["fp32"])
+    seen: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    state = baseline._start(2, 2.0, 0)
+    plain = state.tokens.clone()
+    step(baseline._model, state, torch.arange(4), sampling)
+    expected, state.tokens = state.tokens, plain
+    compiled = torch.compile(step, dynamic=False, fullgraph=True, backend=record)
+    with torch.no_grad():
+        compiled(baseline._model, state, torch.arange(4), replace(sampling, sums=running_sum))
+    assert (state.tokens == expected).all()
+    assert sum("running_sum" in name for name in seen) == (2 if sampling.top_p < 1 else 1)
+    assert not [name for name in seen if "cumsum" in name]
+
+
+def test_what_is_forgotten_is_made_again(bundles: dict[str, Path]) -> None:
+    baseline = Baseline(bundles["fp32"])
+    baseline.run(2, 2.0, seed=3)
+    tokens, images = baseline.tokens.clone(), baseline.images
+    baseline.forget()
+    assert (baseline._state, baseline.images) == (None, None)
+    baseline.run(2, 2.0, seed=3)
+    assert (baseline.tokens == tokens).all()
+    assert images is not None
+    assert baseline.images is not None
+    assert (baseline.images == images).all()
 
 
 def test_what_cannot_be_run_is_one_line(bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from par_export.card.lines import check
 from par_export.card.prepare import CHECKED_IMAGES, QUANTISED, copies
@@ -19,6 +20,7 @@ CHECKS_AT_ONCE = 8
 SANITIZER = "compute-sanitizer"
 TOOLKIT = "/usr/local/cuda/bin"  #: where it is, if not on the path
 SANITIZER_OPTIONS = ("--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all")
+MEMORY_S = 30.0
 SANITIZER_S = 90.0
 
 
@@ -28,6 +30,7 @@ class Checks:
     def __init__(self, session: Session, until: float) -> None:
         self._session, self._until = session, until
         self._work = session.work
+        self._of_memory: dict[str, Mapping[str, Any]] = {}  # specs of the stage, by bundle
 
     def run(self) -> None:
         """Run them."""
@@ -51,7 +54,7 @@ class Checks:
                 spec |= {"groups": options.groups, "images": options.stress}
                 start(f"{name}: images", partial(run_stage, "images", spec, self._until))
                 if path.parent.name != QUANTISED:  # codes change nothing about memory
-                    start(f"{name}: memory", partial(run_stage, "memory", spec, self._until))
+                    self._of_memory[name] = spec
             for name, run in self.sanitized(bundles):
                 start(name, run)
             for sample in options.samples:
@@ -63,6 +66,13 @@ class Checks:
                     self.take(name, future.result())
                 except Exception as error:
                     self._session.wrong(name, error)
+
+    def memory(self) -> None:
+        """The memory of the device over many images. Nothing else may be at work there, since all of it is counted."""
+        for name, spec in self._of_memory.items():
+            self._session.progress(f"checking: {name}: memory")
+            until = min(self._session.end, time.monotonic() + MEMORY_S)
+            self._session.take(f"{name}: memory", run_stage("memory", spec, until))
 
     def _of_sample(self, sample: Sample) -> Ended:
         """Every kernel of a sample's engine, which is built for it. Raises what the build raises."""

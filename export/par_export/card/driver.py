@@ -295,6 +295,7 @@ def events(index: int) -> str:
     """Events give times that grow with the work between them; one that was not recorded gives none."""
     size, times = LARGE, []
     with _Bench(index) as on, on.device.allocate(size, "much") as large, on.device.event() as a, on.device.event() as b:
+        on.stream.fill(large.pointer, 0, size)  # the first one loads what fills
         for repeats in (0, 4, 64):
             on.stream.record(a)
             for _ in range(repeats):
@@ -325,8 +326,8 @@ def beside_pytorch(index: int, torch_device: str) -> str:
     import torch  # here: nothing else in this file needs it
 
     device = torch.device(torch_device)
-    numbers = torch.arange(1000, device=device)
     gpu = cuda.Device.open(index)
+    numbers = torch.arange(1000, device=device)
     with gpu.stream() as stream, gpu.allocate(BLOCK, "x") as block:
         stream.fill(block.pointer, 1, BLOCK)
         stream.synchronize()
@@ -354,8 +355,12 @@ PROMISES: Mapping[str, Callable[[int], str]] = {
 
 
 def check_driver(spec: Mapping[str, Any], emit: Emit) -> None:
-    """Every promise of GPU ``index``, a check each; ``torch``: PyTorch's device."""
+    """Every promise of GPU ``index``, a check each."""
     _check(emit, {name: lambda of=of: of(spec["index"]) for name, of in PROMISES.items()})  # type: ignore[misc]
+
+
+def check_beside_pytorch(spec: Mapping[str, Any], emit: Emit) -> None:
+    """GPU ``index`` beside PyTorch on ``torch``."""
     _check(emit, {"beside PyTorch": lambda: beside_pytorch(spec["index"], spec["torch"])})
 
 
@@ -364,7 +369,7 @@ def _check(emit: Emit, promises: Mapping[str, Callable[[], str]]) -> None:
         emit("begin", name=f"driver: {name}")
         try:
             passed, text = True, promise()
-        except (_BrokenError, CudaError, ValueError, MemoryError) as error:
+        except (_BrokenError, CudaError, ValueError, MemoryError, RuntimeError) as error:
             passed, text = False, f"{type(error).__name__.strip('_')}: {error}"
         emit("check", name=f"driver: {name}", passed=passed, text=text)
 

@@ -18,7 +18,8 @@ COPY_BYTES, COPIES = 2**31, 20
 MATRIX, PRODUCTS = 8192, 20
 #: Kernels of a graph, and how often it is replayed.
 LAUNCHES, REPLAYS = 1000, 10
-COPY, MATRICES, LAUNCH, DEPENDENT = "copy bandwidth", "fp16 matrix peak", "launch", "dependent launch"
+COPY, READ, MATRICES = "copy bandwidth", "read bandwidth", "fp16 matrix peak"
+LAUNCH, DEPENDENT = "launch", "dependent launch"
 _EMPTY = """.version {version}
 .target {target}
 .address_size 64
@@ -36,9 +37,26 @@ def copies(index: int, emit: Emit, size: int = COPY_BYTES) -> None:
     limit(emit, COPY, "GB/s", [2 * size / ms / 1e6 for ms in took], how)
 
 
+def reads(name: str, emit: Emit, size: int = COPY_BYTES) -> None:
+    """The bandwidth of reading on PyTorch's device ``name``: the largest of ``size`` bytes of random numbers.
+
+    A step reads and hardly writes, so that a copy may be slower than what it could reach.
+    """
+    import torch  # here: only what is PyTorch's needs it
+
+    from par_export.card.timing import samples_ms
+
+    device = torch.device(name)
+    random = torch.Generator(device).manual_seed(0)
+    numbers = torch.randint(-(2**31), 2**31 - 1, (size // 4,), dtype=torch.int32, device=device, generator=random)
+    took = samples_ms(numbers.amax, COPIES, device)
+    how = f"torch.amax of {size / 1e9:.1f} GB of random numbers"
+    limit(emit, READ, "GB/s", [size / ms / 1e6 for ms in took], how)
+
+
 def matrices(name: str, emit: Emit, side: int = MATRIX) -> None:
     """The rate of one large product of fp16 matrices on PyTorch's device ``name``, of random numbers."""
-    import torch  # here: nothing else in this file needs it
+    import torch  # here: only what is PyTorch's needs it
 
     from par_export.card.timing import samples_ms
 

@@ -24,40 +24,39 @@ from par_export.kernels.request import KernelsRequest
 from par_export.quantised import Codes, quantised_with, write_bundle
 from par_export.random_bundle import NoTensors, write_family
 from par_runtime.backends.engines import ENGINES, Engine
-from par_runtime.bench.measure import image_ms
 from par_runtime.bench.subjects.base import OutOfTimeError
 from par_runtime.bench.subjects.process import SubjectProcess, open_eager
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.dtypes import DTYPE
-from par_runtime.errors import EngineError
+from par_runtime.errors import EngineError, RequestError
 from par_runtime.system import available_cores
 
-TWINS_AT_ONCE = 9  #: with a processor for each
+TWINS_AT_ONCE = 9  #: that compile, with two processors for each
+EAGER_AT_ONCE = 2
 PRECISION = "fp16"
 CHECKED_IMAGES = (1, 2, 4)  #: batches of the engines whose whole images are checked
 QUANTISED = "quantised"  #: the folder of copies with quantised weights
 #: Calls of a twin that are not counted: compilation, and the first ones.
-WARM_CALLS, PROBE_CALLS = 24, 16
-#: A twin's image that takes longer is estimated from some of its calls.
-LONG_MS = 1500.0
+WARM_CALLS = 24
+COMPILE_THREADS = 2  #: of each twin; PyTorch would take one for each processor, and all twins compile at once
 #: Makes an engine of the bundle at a path, for batches of these sizes.
 MakeEngine = Callable[[Path, Sequence[int]], None]
 
 
 @dataclass
 class Twin:
-    """A model in PyTorch that is ready to be measured. ``most_calls`` of an image are made, by batch; None: all."""
+    """A model in PyTorch that has made calls in every batch, but for those of which it says why not."""
 
     process: SubjectProcess
-    most_calls: Mapping[int, int | None]
+    failed: Mapping[int, Exception]
 
 
 class Preparation:
     """Bundles, engines and twins of ``models``, in their order, in the folder ``work``.
 
     ``build`` makes the engines, of batches of ``images``; ``device`` is PyTorch's; ``end``: of the whole report, by
-    ``time.monotonic``. Eager twins of a model that is in PyTorch alone are opened when they are asked for, since all at
-    once would not fit into a GPU of 80 GB.
+    ``time.monotonic``. A twin that is ready holds its weights alone: caches of all at once would not fit into a GPU of
+    80 GB.
     """
 
     def __init__(
@@ -68,33 +67,24 @@ class Preparation:
         self._twins: list[SubjectProcess] = []
         self._lock = threading.Lock()
         twins = max(2, min(TWINS_AT_ONCE, available_cores() // 2))
-        self._pools = [ThreadPoolExecutor(1), ThreadPoolExecutor(1), ThreadPoolExecutor(twins), ThreadPoolExecutor(1)]
-        writer, builder, self._opener, self._opener_later = self._pools
-        self._written: dict[str, Future[Mapping[int, Path]]] = {}
+        self._pools = [ThreadPoolExecutor(count) for count in (1, 1, twins, EAGER_AT_ONCE)]
+        writer, builder, compilers, openers = self._pools
         #: The engines' bundles by label, and the twins by (model, n, twin).
         self.engines: dict[str, Future[Path]] = {}
         self.twins: dict[tuple[str, int, str], Future[Twin]] = {}
         for model in models:
             written = writer.submit(self._write, model)
-            self._written[model.name] = written
             for n in valuable_first(model.group_sizes) if model.ours else ():
                 self.engines[label_of(model.name, n)] = builder.submit(self._engine, written, n)
-            for twin in reversed(TWINS):  # compiling takes longest
+            for twin in TWINS:
+                pool = compilers if twin == COMPILED else openers
                 for n in valuable_first(model.twins):
-                    if model.ours or twin == COMPILED:
-                        self.twins[model.name, n, twin] = self._opener.submit(self._twin, written, model, n, twin)
+                    self.twins[model.name, n, twin] = pool.submit(self._twin, written, model, n, twin)
         for model in models:  # after all others: where there are few processors, these are what there is no time for
             for codes in model.codes:
                 written = writer.submit(self._write, model, codes)
                 label = label_of(model.name, CODES_N, str(codes))
                 self.engines[label] = builder.submit(self._engine, written, CODES_N)
-
-    def twin(self, model: Model, n: int, twin: str) -> Future[Twin]:
-        """The twin of ``model`` at ``n`` of the kind ``twin``, ready or not; it is opened if it was not yet."""
-        key = (model.name, n, twin)
-        if key not in self.twins:
-            self.twins[key] = self._opener_later.submit(self._twin, self._written[model.name], model, n, twin)
-        return self.twins[key]
 
     def _write(self, model: Model, codes: Codes | None = None) -> Mapping[int, Path]:
         self._check()
@@ -110,17 +100,21 @@ class Preparation:
         path = written.result()[n]
         self._check()
         label = label_of(model.name, n, twin)
-        process = open_eager(path, label, compiled=twin == COMPILED, device=self._device, end=self._end)
+        compiled = twin == COMPILED
+        process = open_eager(
+            path, label, compiled=compiled, device=self._device, end=self._end, compile_threads=COMPILE_THREADS
+        )
         with self._lock:
             self._twins.append(process)
         self._check()
-        most: dict[int, int | None] = {}
+        failed: dict[int, Exception] = {}
         for images in (1,) if model.ours else self._images:
-            process.run(images, True, WARM_CALLS)
-            took = image_ms(process.run(images, True, PROBE_CALLS), process.info)
-            calls = process.info.architecture.calls
-            most[images] = None if took <= LONG_MS else max(PROBE_CALLS, math.floor(calls * LONG_MS / took))
-        return Twin(process, most)
+            try:
+                process.run(images, True, WARM_CALLS)
+            except (RequestError, MemoryError) as error:  # the other batches may do
+                failed[images] = error
+        process.forget()
+        return Twin(process, failed)
 
     def _check(self) -> None:
         """Raise OutOfTimeError once the report has ended, so that nothing new is begun."""

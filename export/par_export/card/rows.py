@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from par_export.card.plan import CODES_N, COMPILED, Block, Model, blocks, label_of
+from par_export.card.plan import CODES_N, Block, Model, blocks, label_of
 from par_export.card.prepare import Preparation, Twin
 from par_export.card.session import GRACE_S, Session
-from par_runtime.bench.measure import make_row
+from par_runtime.bench.measure import image_ms, make_row
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.process import SubjectProcess, open_random
 
+PROBE_CALLS = 16
+#: A twin's image that takes longer is estimated from some of its calls.
+LONG_MS = 1500.0
 LEAST_S = 12.0  #: a block that has less time is left out
 
 
@@ -36,10 +41,14 @@ class Rows:
     def __exit__(self, *_: object) -> None:
         self._prepared.close()
 
-    def run(self, wait: float) -> list[Row]:
-        """Measure. Until ``wait`` by ``time.monotonic`` everything that takes processors is waited for."""
+    def run(self, wait: float, when_quiet: Callable[[], None] = lambda: None) -> list[Row]:
+        """Measure. Until ``wait`` by ``time.monotonic`` everything that takes processors is waited for.
+
+        ``when_quiet`` is called then, before anything is timed.
+        """
         session, rows = self._session, list[Row]()
         self._wait(wait)
+        when_quiet()
         session.limits()
         waiting = blocks(self._models, session.options.images)
         while waiting:
@@ -70,12 +79,18 @@ class Rows:
         session = self._session
         with ExitStack() as held:
             ours = self._open(block, held, time.monotonic() + share * session.left)
-            subjects, most_calls = list(ours.values()), {}
+            subjects, most_calls = list(ours.values()), dict[str, int]()
             for twin in self._twins(block):
+                held.callback(twin.process.close if block.last else partial(_forget, twin.process))
+                try:
+                    if block.images in twin.failed:
+                        raise twin.failed[block.images]
+                    most = _most_calls(twin.process, block.images)
+                except Exception as error:
+                    session.leave_out(f"{twin.process.info.label}, batch {block.images}", error)
+                    continue
                 subjects.append(twin.process)
-                if block.last:
-                    held.callback(twin.process.close)
-                if (most := twin.most_calls.get(block.images)) is not None:
+                if most is not None:
                     most_calls[twin.process.info.label] = most
             until = time.monotonic() + share * session.left
             rows = session.rows(block.name, subjects, session.setting(block.images, until, most_calls))
@@ -115,9 +130,9 @@ class Rows:
         """The twins of a block that are ready by now."""
         for n, twin in block.twins:
             label = label_of(block.model.name, n, twin)
-            future = self._prepared.twin(block.model, n, twin)
-            if not future.done() and (block.model.ours or twin == COMPILED):
-                self._session.leave_out(label, "it was not compiled in time")
+            future = self._prepared.twins[block.model.name, n, twin]
+            if not future.done():
+                self._session.leave_out(label, "it was not ready in time")
                 continue
             try:
                 yield future.result()
@@ -145,6 +160,20 @@ class Rows:
             setting = session.setting(block.images)
             for subject in able.values():
                 yield make_row(subject.info, setting, session.machine, "load", [subject.load_ms])
+
+
+def _most_calls(twin: SubjectProcess, images: int) -> int | None:
+    """How many calls of an image a twin makes in about :data:`LONG_MS`; None: all, which take no longer."""
+    twin.run(images, True, PROBE_CALLS)  # with memory that was just taken, and graphs recorded anew
+    took = image_ms(twin.run(images, True, PROBE_CALLS), twin.info)
+    calls = twin.info.architecture.calls
+    return None if took <= LONG_MS else max(PROBE_CALLS, math.floor(calls * LONG_MS / took))
+
+
+def _forget(twin: SubjectProcess) -> None:
+    """Have the twin free what it holds beside its weights; one that has ended holds nothing."""
+    with suppress(Exception):
+        twin.forget()
 
 
 def _ended(future: Future[Any], until: float) -> None:

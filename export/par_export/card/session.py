@@ -69,10 +69,12 @@ class Session:
         text = f"{what}: {words(why)}"
         if text not in self.left_out:
             self.left_out.append(text)
+            self.keep()
 
     def wrong(self, name: str, why: object) -> None:
         """Write down a check that failed."""
         self.lines.append(check(name, False, words(why)))
+        self.keep()
 
     def take(self, name: str, ended: Ended) -> None:
         """Keep the lines of a stage; one that ended before its time is a check that failed."""
@@ -82,8 +84,8 @@ class Session:
         self.keep()
 
     def keep(self) -> None:
-        """Have what was found so far written beside the rows."""
-        self.journal.keep("lines", lambda: [])
+        """Have what was found so far written beside the rows, now: this machine may be taken away."""
+        self.journal.keep("lines", lambda: [], at_once=True)
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
@@ -95,6 +97,7 @@ class Session:
         spec = {"index": self.options.device, "torch": self.options.torch, **self.options.limits}
         ended = run_stage("limits", spec, min(self.end, time.monotonic() + LIMITS_S))
         self.lines.extend(ended.lines)
+        self.keep()
         if ended.why:
             self.leave_out("limits", ended.why)
 

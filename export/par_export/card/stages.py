@@ -38,6 +38,13 @@ def driver_fault_stage(spec: Spec, emit: Emit) -> None:
     check_fault(spec, emit)
 
 
+def driver_pytorch_stage(spec: Spec, emit: Emit) -> None:
+    """The driver of GPU ``index`` beside PyTorch on ``torch``."""
+    from par_export.card.driver import check_beside_pytorch
+
+    check_beside_pytorch(spec, emit)
+
+
 def ort_stage(spec: Spec, emit: Emit) -> None:
     """The bundle ``path`` on ONNX Runtime; see ``card/ort.py``."""
     from par_export.card.ort import check_ort
@@ -62,10 +69,15 @@ def tune_stage(spec: Spec, emit: Emit) -> None:
 def limits_stage(spec: Spec, emit: Emit) -> None:
     """The limits of GPU ``index``, and of PyTorch's device ``torch``; sizes are given for a rehearsal without a GPU."""
     from par_export.card import limits
+    from par_runtime.backends import cuda
 
-    limits.copies(spec["index"], emit, spec.get("copy_bytes", limits.COPY_BYTES))
-    limits.launches(spec["index"], emit, spec.get("launches", limits.LAUNCHES))
-    limits.matrices(spec["torch"], emit, spec.get("side", limits.MATRIX))
+    size = spec.get("copy_bytes", limits.COPY_BYTES)
+    # Held until the end: PyTorch would find a context that was destroyed, which no program of CUDA's runtime meets.
+    with cuda.Device.open(spec["index"]):
+        limits.copies(spec["index"], emit, size)
+        limits.launches(spec["index"], emit, spec.get("launches", limits.LAUNCHES))
+        limits.reads(spec["torch"], emit, size)
+        limits.matrices(spec["torch"], emit, spec.get("side", limits.MATRIX))
 
 
 def kernels_stage(spec: Spec, emit: Emit) -> None:
@@ -99,6 +111,7 @@ def one_image_stage(spec: Spec, emit: Emit) -> None:
 STAGES: dict[str, Stage] = {
     "driver": driver_stage,
     "driver_fault": driver_fault_stage,
+    "driver_pytorch": driver_pytorch_stage,
     "limits": limits_stage,
     "kernels": kernels_stage,
     "images": images_stage,

@@ -9,7 +9,7 @@ from typing import Any
 
 from par_export.card.figure import NOT_RUN, any_place, seconds_table
 from par_export.card.findings import OTHER_COMMIT, OTHER_DRIVER, Findings, Known, by_card, difference, noted
-from par_export.card.limits import COPY
+from par_export.card.limits import COPY, READ
 from par_export.card.markdown import table
 from par_export.card.plan import COMPILED, EAGER, FIGURES, Figure, label_of, parts_of
 from par_runtime.bench.report.words import ms, number, percent, size
@@ -257,7 +257,7 @@ def kernels_table(runs: Sequence[Findings]) -> str:
     groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     bandwidths: dict[tuple[str, int, str], float | None] = {}
     for run in runs:
-        bandwidth = next((line["value"] for line in run.of("limit") if line["name"] == COPY), None)
+        bandwidth = max((line["value"] for line in run.of("limit") if line["name"] in (COPY, READ)), default=None)
         of_run: dict[tuple[str, int, str], list[Mapping[str, Any]]] = defaultdict(list)
         for line in run.of("kernel"):
             of_run[line["label"], line["images"], line["program"]].append(line)

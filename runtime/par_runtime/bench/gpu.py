@@ -29,6 +29,13 @@ REASONS = {
     0x40: "heat held the GPU's clock down (hardware limit)",
     0x80: "the power supply held the GPU's clock down",
 }
+#: The same reasons by the field of ``clocks_event_reasons_counters`` that says for how many microseconds in all.
+COUNTERS = {
+    "sw_power_cap": REASONS[0x4],
+    "sw_thermal_slowdown": REASONS[0x20],
+    "hw_thermal_slowdown": REASONS[0x40],
+    "hw_power_brake_slowdown": REASONS[0x80],
+}
 COPY_BYTES = 2**28
 COPIES = 20
 
@@ -89,6 +96,15 @@ def why_slower(index: int) -> list[str]:
                 bits = int(values[0], 16)
                 return [text for bit, text in REASONS.items() if bits & bit]
     return []
+
+
+def slowed_us(index: int) -> dict[str, float] | None:
+    """Microseconds since the driver was loaded in which each reason held the clock down; None where not reported."""
+    values = _smi(index, ",".join(f"clocks_event_reasons_counters.{name}" for name in COUNTERS))
+    if values is None or len(values) != len(COUNTERS):
+        return None
+    found = {text: _number(value) for text, value in zip(COUNTERS.values(), values, strict=True)}
+    return {text: value for text, value in found.items() if value is not None} or None
 
 
 def copy_gb_s(index: int, size: int = COPY_BYTES, copies: int = COPIES) -> float:

@@ -40,10 +40,13 @@ class Journal:
         self._makers: dict[object, MakeRows] = {}
         self._last = time.monotonic()
 
-    def keep(self, key: object, make: MakeRows) -> None:
-        """Take ``make`` for the rows that belong to ``key``, in place of an earlier one; write them if it is time."""
+    def keep(self, key: object, make: MakeRows, at_once: bool = False) -> None:
+        """Take ``make`` for the rows that belong to ``key``, in place of an earlier one; write them if it is time.
+
+        ``at_once``: it is.
+        """
         self._makers[key] = make
-        if self.part is not None and time.monotonic() - self._last >= EVERY_S:
+        if self.part is not None and (at_once or time.monotonic() - self._last >= EVERY_S):
             self.write(self.part)
             self._last = time.monotonic()
 

@@ -12,13 +12,14 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from par_runtime import __version__
-from par_runtime.bench.gpu import Gpu, why_slower
+from par_runtime.bench.gpu import Gpu, slowed_us, why_slower
 from par_runtime.system import available_cores, meminfo_bytes, system_text
 
 PROC = Path("/proc")
@@ -29,6 +30,7 @@ BUSY_SHARE, STEAL_SHARE = 0.05, 0.02
 LEAST_SECONDS = 0.03
 #: A mean clock below this part of the fastest seen is called throttled.
 SLOWER_CLOCK = 0.9
+SLOWED_PERCENT = 2.0
 
 
 @dataclass(frozen=True)
@@ -165,13 +167,27 @@ class Watch:
     def __init__(self, children: tuple[int, ...] = (), gpu: Gpu | None = None) -> None:
         self._children, self._gpu = children, gpu
         self._before = counters(children)
+        self._slowed = None if gpu is None else slowed_us(gpu.index)
+        self._began = time.monotonic()
 
     def flags(self) -> tuple[str, ...]:
         """A flag for each disturbance since construction: "busy: ...", "throttled: ...", "debug: ..."."""
         flags = disturbances(self._before, counters(self._children))
         if self._gpu is not None:
-            flags += [f"throttled: {reason}" for reason in why_slower(self._gpu.index)]
+            flags += [f"throttled: {reason}" for reason in self._why_slower(self._gpu.index)]
         return (*flags, *(f"debug: {reason}" for reason in debug_reasons()))
+
+    def _why_slower(self, index: int) -> list[str]:
+        """Why the GPU's clock was held down for more than :data:`SLOWED_PERCENT` of the time; of a driver without
+        counters, why it is at this moment."""
+        after = None if self._slowed is None else slowed_us(index)
+        if self._slowed is None or after is None:
+            return why_slower(index)
+        elapsed = 1e6 * (time.monotonic() - self._began)
+        percents = {text: 100 * (after.get(text, us) - us) / elapsed for text, us in self._slowed.items()}
+        return [
+            f"{text}, {percent:.0f} % of the time" for text, percent in percents.items() if percent > SLOWED_PERCENT
+        ]
 
 
 # -- what the system reports ------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def take_turns(
                 continue
             many = f"{setting.images} image{'s' if setting.images > 1 else ''}"
             progress(f"{label}: {many}, repetition {repetition + 1} of {setting.repetitions}")
-            watch = Watch(process_ids(subject), setting.gpu)
+            watch = Watch(process_ids(subject))  # what holds back a GPU is counted over all of it
             try:
                 sample = attempt(subject, subjects, setting, partial(make_sample or sample_of, subject))
             except OutOfTimeError:
@@ -163,7 +163,9 @@ def take_turns(
                 own.samples.append(sample)
                 own.flags.append((*watch.flags(), *sample.flags))
         setting.keep(key, rows)
-    return rows()
+    made = rows()
+    setting.keep(key, lambda: made)  # what comes later disturbs no row of these
+    return made
 
 
 def attempt(subject: Subject, others: Sequence[Subject], setting: Setting, work: Callable[[], T]) -> T | None:

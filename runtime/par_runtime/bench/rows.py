@@ -94,7 +94,7 @@ class Row:
         """The kinds of its flags.
 
         "busy", "throttled", "debug", "few repetitions", "estimated", "incomplete", "limits in doubt", "above bound",
-        "no graphs".
+        "no graphs", "math attention".
         """
         return tuple(flag.split(":")[0] for flag in self.flags)
 

@@ -77,7 +77,7 @@ def save(options: BenchOptions, journal: Journal, error: BaseException) -> None:
     A file of an earlier run stays as it is; the rows are then in a file beside it.
     """
     outcome = journal.outcome(why_ended(error))
-    if not outcome.rows:
+    if not outcome.rows and not outcome.others:
         return
     paths: dict[str, Path | None] = {"json": options.json, "csv": options.csv, "html": options.html, "svg": options.svg}
     for name, path in paths.items():

@@ -41,7 +41,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checked() -> Lines:
     lines = Lines()
-    card.check_driver({"index": 0, "torch": "cpu"}, lines)
+    card.check_driver({"index": 0}, lines)
+    card.check_beside_pytorch({"index": 0, "torch": "cpu"}, lines)
     return lines
 
 
@@ -58,13 +59,14 @@ def test_every_promise_holds_through_cuda_python(stub: Path) -> None:
     environment = os.environ | {"LD_LIBRARY_PATH": str(stub), "STUB_CUDA_MEMORY_BYTES": str(2**24)}
     script = (
         "import sys; from par_export.card import driver, stages; driver.LARGE, driver.LEAK = 2**20, 2**10; "
-        "sys.exit(stages.main(['driver', sys.argv[1]]))"
+        "sys.exit(stages.main(sys.argv[1:]))"
     )
-    spec = json.dumps({"index": 0, "torch": "cpu"})
-    command = [sys.executable, "-c", script, spec]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    lines = Lines(json.loads(line) for line in run.stdout.splitlines())
+    spec, lines = json.dumps({"index": 0, "torch": "cpu"}), Lines()
+    for stage in ("driver", "driver_pytorch"):
+        command = [sys.executable, "-c", script, stage, spec]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        lines += [json.loads(line) for line in run.stdout.splitlines()]
     assert lines.wrong() == {}
     assert sum(line["kind"] == "check" for line in lines) == len(card.PROMISES) + 1
 

@@ -200,6 +200,7 @@ def test_limits_of_the_stand_in(driver: Driver, capability: tuple[int, int]) -> 
         "copy bandwidth",
         "launch",
         *(["dependent launch"] if capability[0] == 9 else []),
+        "read bandwidth",
         "fp16 matrix peak",
     ]
     assert [line["text"] for line in lines if line["kind"] == "note"] == (

@@ -110,6 +110,35 @@ def test_clocks_and_throttling_come_from_nvidia_smi(tmp_path: Path, monkeypatch:
     assert gpu.why_slower(0) == []
 
 
+COUNTING = """#!/bin/sh
+case "$*" in
+*clocks_event_reasons_counters*) cat "$(dirname "$0")/counts" ;;
+*) echo "0x0000000000000024" ;;
+esac
+"""
+
+
+def test_a_clock_that_was_held_down_meanwhile_is_seen_when_it_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reasons of this moment are those of an idle GPU, so what counts is the time that the driver has counted."""
+    tool, counts = tmp_path / "nvidia-smi", tmp_path / "counts"
+    tool.write_text(COUNTING)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    here = gpu.Gpu(0, "x", "y", None, None, None)
+    counts.write_text("7000000, 0, 0, [N/A]\n")
+    watch = Watch((), here)
+    watch._began -= 10.0
+    counts.write_text("12000000, 100, 0, [N/A]\n")
+    assert [flag for flag in watch.flags() if flag.startswith("throttled: its")] == [
+        "throttled: its power limit held the GPU's clock down, 50 % of the time"
+    ]
+    assert not any("heat held" in flag for flag in watch.flags())
+    counts.write_text("[N/A], [N/A], [N/A], [N/A]\n")  # a driver that does not count
+    assert any("heat held" in flag for flag in Watch((), here).flags())
+
+
 def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # no git
     for told, shown in (("1a2b3c4d5e6f-dirty", "1a2b3c4d5e6f-dirty"), ("a b", f"parvis {__version__}")):

@@ -50,7 +50,9 @@ class EagerSubject:
             clock="perf_counter" if on_cpu else "CUDA events",
             threads=threads or available_cores() if on_cpu else None,
             architecture=replace(architecture, head_dim=bundle.model["head_dim"]),  # PyTorch does not pad heads
-            excluded=(*NOT_TIMED, "compilation") if compiled else NOT_TIMED,
+            excluded=(*NOT_TIMED, "compilation", "compilation of the decoder (it runs eagerly)")
+            if compiled
+            else NOT_TIMED,
             pytorch=True,
         )
 
@@ -59,6 +61,10 @@ class EagerSubject:
         chosen = spread_calls(self.info.architecture.phases, most_calls)
         calls_ms, image_ms = self._eager.run(images, self._guidance if guided else 1.0, calls=chosen)
         return Sample(calls_ms, image_ms, peak_bytes(), chosen is not None, self._eager.doubts)
+
+    def forget(self) -> None:
+        """Free the memory of the last batch."""
+        self._eager.forget()
 
     def close(self) -> None:
         """Free the model."""

@@ -48,6 +48,9 @@ def phases_ms(pipeline: Pipeline, labels: list[int], guidance: float) -> dict[st
                         launch()
                     graphs.append(held.enter_context(captured.graph))
                 launches = [partial(graph.launch, stream) for graph in graphs]
+                for launch in launches:  # a graph that is launched for the first time is uploaded first
+                    launch()
+                stream.synchronize()
         events = [held.enter_context(backend.device.event()) for _ in range(len(phases) + 1)]
         stream.record(events[0])
         for launch, event in zip(launches, events[1:], strict=True):

@@ -63,13 +63,16 @@ def open_eager(
     compiled: bool = False,
     device: str = "cpu",
     end: float = math.inf,
+    compile_threads: int | None = None,
 ) -> SubjectProcess:
     """A model of the bundle's architecture in PyTorch, with random weights, on "cpu" or "cuda".
 
+    ``compile_threads``: processes that compile kernels beside it; None: as many as PyTorch takes, a machine's worth.
     Raises RequestError where the 'export' extra is missing, BundleError.
     """
     kind = "compiled" if compiled else "eager"
-    return SubjectProcess({"kind": kind, "path": str(path), "label": label, "threads": threads, "device": device}, end)
+    spec = {"kind": kind, "path": str(path), "label": label, "threads": threads, "device": device}
+    return SubjectProcess(spec | {"compile_threads": compile_threads}, end)
 
 
 def open_random(path: str | Path, label: str, *, device: str = "cuda", end: float = math.inf) -> SubjectProcess:
@@ -114,6 +117,10 @@ class SubjectProcess:
     def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
         """Make one batch, or some of its calls; see ``Subject.run``."""
         return Sample(**self._ask(do="run", images=images, guided=guided, most_calls=most_calls))
+
+    def forget(self) -> None:
+        """Have a model in PyTorch free the memory of its last batch."""
+        self._ask(do="forget")
 
     def decode(self, images: int) -> Sample:
         """Decode random tokens of ``images`` images, nothing else."""

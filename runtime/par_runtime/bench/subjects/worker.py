@@ -45,6 +45,8 @@ def open_subject(spec: Mapping[str, Any]) -> PipelineSubject | EagerSubject:
         how = {name: spec[name] for name in ("device", "selftest", "arithmetic", "cache")}
         return PipelineSubject.load(path, label, threads=threads, **how)
     compiled = spec["kind"] == "compiled"
+    if compiled and spec.get("compile_threads"):  # PyTorch reads it when it is imported
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(spec["compile_threads"]))
     return EagerSubject(path, label, threads=threads, compiled=compiled, device=spec["device"])
 
 
@@ -79,6 +81,8 @@ def serve(spec: Mapping[str, Any], requests: TextIO, answers: TextIO) -> None:
 
 
 def _do(subject: Any, request: Mapping[str, Any]) -> Any:
+    if request["do"] == "forget":
+        return subject.forget()
     images = request["images"]
     if request["do"] == "run":
         return asdict(subject.run(images, request["guided"], request["most_calls"]))
