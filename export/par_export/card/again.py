@@ -155,7 +155,7 @@ def _check(line: Value) -> None:
     _text(line, "name", "text")
     line["passed"].boolean()
     if line.get("allowed") is not None:
-        _numbers(line, "allowed")
+        line["allowed"].number(0.0, LARGEST)
         if line["allowed"].value == 0:
             return
         if line["error"].value is not None:  # null is what is no number

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +29,15 @@ from par_export.kernels import build as kernels_build
 from par_export.quantised import Codes
 from par_runtime.backends import program
 from par_runtime.backends.engines import ENGINES
+from par_runtime.errors import RequestError
 
+LOCK = ".lock"
 SOURCES = "sources"  #: the file that says which sources the engines of a folder were built by
+try:
+    import fcntl
+except ImportError:  # Windows: there nobody may build into one folder twice at a time
+    fcntl = None  # type: ignore[assignment]
+
 #: Of one bundle: its name, what writes it and returns its path, and the batches of its engine.
 Wanted = tuple[str, Callable[[], Path], Sequence[int]]
 
@@ -52,15 +60,23 @@ def build_ahead(
     Raises OSError.
     """
     kernels_build.target(target)  # before anything is written
-    _begin(folder)
+    _check_folder(folder)
     failed = []
-    with tempfile.TemporaryDirectory(dir=work, prefix="parvis-gpu-") as temporary, Builder(target) as build:
+    with (
+        _alone(folder),
+        tempfile.TemporaryDirectory(dir=work, prefix="parvis-gpu-") as temporary,
+        Builder(target) as build,
+    ):
+        _begin(folder)
         for name, write, images in wanted(Path(temporary), checked, samples, codes, models):
             began = time.monotonic()
             try:
                 path = write()
                 if ready_engine(folder, path) is None:
                     build(path, images, folder / name / ENGINES)
+            except OSError as error:  # a disk that is full stays full
+                error.filename = error.filename or str(folder / name)
+                raise
             except Exception as error:
                 failed.append(f"{name}: {words(error)}")
                 say(failed[-1])
@@ -77,18 +93,55 @@ def is_of_these_sources(folder: Path) -> bool:
         return False
 
 
+def check_sources(folder: Path) -> None:
+    """Raise RequestError where engines in ``folder`` were built ahead by other sources than these.
+
+    Compiling them again on the machine that is measured takes its time; so it is said before anything begins. A folder
+    that does not say what built it was made by hand.
+    """
+    if (folder / SOURCES).exists() and not is_of_these_sources(folder):
+        raise RequestError(
+            f"--engines {folder}: built by other sources than this checkout's; build them again: "
+            "parvis bench --suite gpu --build-for TARGET --engines FOLDER"
+        )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep ``folder`` from other builds. Raises BuildError where one is at work there. A killed process releases it."""
+    if fcntl is None:
+        yield
+        return
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BuildError(
+                f"{folder}: another build is at work there; wait for its end, or give another folder"
+            ) from error
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+
+
 def sources() -> str:
     """The hash of these sources."""
     return source_hash((kernels, graphs, par_model, engine_contents, engine_publish, program))
 
 
-def _begin(folder: Path) -> None:
-    """Make ``folder`` one of engines of these sources: those of others are removed. Raises BuildError, OSError."""
+def _check_folder(folder: Path) -> None:
+    """Make ``folder``, if it is not there. Raises BuildError where it holds something else, OSError."""
     folder.mkdir(parents=True, exist_ok=True)
+    others = [path for path in folder.iterdir() if path.name != LOCK]
+    if others and not (folder / SOURCES).is_file():
+        raise BuildError(f"{folder} holds other things than engines that were built ahead; give a new or empty folder")
+
+
+def _begin(folder: Path) -> None:
+    """Have no engines of other sources in ``folder``. Raises OSError."""
     if is_of_these_sources(folder):
         return
-    if any(folder.iterdir()) and not (folder / SOURCES).is_file():
-        raise BuildError(f"{folder} holds other things than engines that were built ahead; give a new or empty folder")
     for engines in folder.glob(f"*/{ENGINES}"):
         shutil.rmtree(engines)
     (folder / SOURCES).write_text(f"{sources()}\n")

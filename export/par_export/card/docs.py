@@ -12,7 +12,7 @@ from pathlib import Path
 from par_export.card.again import again
 from par_runtime.bench.report.output import write_text
 from par_runtime.errors import RequestError
-from par_runtime.system import write_beside
+from par_runtime.system import explain, write_beside
 
 PAGE, FIGURE, ROWS = "gpu.md", "gpu.svg", "gpu/*.jsonl"
 BEGIN, END = "<!-- rows:begin -->", "<!-- rows:end -->"
@@ -44,7 +44,7 @@ def with_page(text: str, page: str) -> str:
 def differences(docs: Path) -> list[str]:
     """What in ``docs`` is not what its rows say, a sentence each."""
     page, svg = made(docs)
-    text, drawn = (docs / PAGE).read_bytes().decode(), docs / FIGURE
+    text, drawn = _text_of(docs / PAGE), docs / FIGURE
     found = []
     if text.count(BEGIN) + text.count(END) == 0 and page == NOTHING:
         pass  # no rows, and no place for them
@@ -55,10 +55,18 @@ def differences(docs: Path) -> list[str]:
     return found
 
 
+def _text_of(page: Path) -> str:
+    """The text of the page, its ends of lines as they are. Raises RequestError, OSError."""
+    try:
+        return page.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{page}: is no text in UTF-8 (byte {error.start}); save it in UTF-8") from error
+
+
 def write(docs: Path) -> None:
     """Write the page and the figure of the rows in ``docs``. Raises RequestError, OSError."""
     page, svg = made(docs)
-    text = with_page((docs / PAGE).read_text(encoding="utf-8"), page)
+    text = with_page(_text_of(docs / PAGE), page)
     write_beside(docs / PAGE, partial(write_text, text))
     if svg:
         write_beside(docs / FIGURE, partial(write_text, svg))
@@ -68,10 +76,17 @@ def write(docs: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Write the figures of the folder ``argv[0]``; exit code 2 where its rows or its page are no good."""
+    if len(argv) != 1 or not (Path(argv[0]) / PAGE).is_file():
+        given = f"{argv[0]} has no {PAGE}" if len(argv) == 1 else f"{len(argv)} folders were given"
+        print(f"parvis: error: {given}; expected one folder with {PAGE}: docs", file=sys.stderr)
+        return 2
     try:
         write(Path(argv[0]))
-    except (RequestError, OSError) as error:
+    except RequestError as error:
         print(f"parvis: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"parvis: error: {explain(error)}", file=sys.stderr)
         return 2
     return 0
 

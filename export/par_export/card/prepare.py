@@ -194,8 +194,12 @@ class Builder:
             for each in (part, folder):  # of a build that was ended, or of another bundle
                 shutil.rmtree(each, ignore_errors=True)
             part.mkdir(parents=True)
-            build.write(part)
-            part.rename(folder)
+            try:
+                build.write(part)
+                part.rename(folder)
+            except BaseException:  # Ctrl-C too
+                shutil.rmtree(part, ignore_errors=True)
+                raise
 
 
 def copies(checked: Sequence[Path], codes: Sequence[Codes], work: Path) -> dict[Path, Callable[[], object]]:

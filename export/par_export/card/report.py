@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from par_export.card import libraries
-from par_export.card.ahead import is_of_these_sources
+from par_export.card.ahead import check_sources
 from par_export.card.checks import Checks
 from par_export.card.figure import figure
 from par_export.card.findings import THIS_RUN, Findings
@@ -50,8 +50,10 @@ DRIVER_S = 60.0  #: at most, of the part about the driver
 def report(options: CardOptions, gpu: Gpu, progress: Progress, journal: Journal) -> list[Row]:
     """Measure; returns the rows. ``journal.finish`` makes of them the outcome, with the page as text.
 
-    Raises OSError.
+    Raises RequestError for ready engines that were built by other sources, OSError.
     """
+    if options.engines is not None:
+        check_sources(options.engines)
     return Report(options, gpu, progress, journal).run()
 
 
@@ -63,6 +65,7 @@ class Report:
         end = began + 60 * options.minutes
         self._options = options
         self._builder = Builder(index=options.device, end=end)
+        self._engines: dict[str, list[str]] = {"ready": [], "built here": []}
         self._date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
         self.session = Session(options, gpu, progress, journal, Path(), self._build, machine.describe(gpu), began, end)
         journal.finish = self.finish
@@ -125,6 +128,9 @@ class Report:
                     session.wrong(part, error)
                 shutil.rmtree(folder, ignore_errors=True)  # weights of one part do not fill the disk of the next
             self.session.progress("")
+        for how, names in self._engines.items():
+            if options.engines is not None and names:
+                self.session.lines.append({"kind": "note", "text": f"engines {how}: {', '.join(names)}"})
         return rows
 
     def _time_of(self, part: str, waiting: Sequence[str]) -> float:
@@ -137,12 +143,12 @@ class Report:
     def _build(self, path: Path, images: Sequence[int]) -> None:
         """The engine of a bundle: a ready one, else a new one."""
         options = self._options
-        if options.engines is not None and is_of_these_sources(options.engines):
-            ready = ready_engine(options.engines, path)
-            if ready is not None:
-                shutil.copytree(ready, path / ENGINES / ready.name)
-                return
-        (options.build or self._builder)(path, images)
+        ready = None if options.engines is None else ready_engine(options.engines, path)
+        if ready is not None:
+            shutil.copytree(ready, path / ENGINES / ready.name)
+        else:
+            (options.build or self._builder)(path, images)
+        self._engines["ready" if ready is not None else "built here"].append(path.name)
 
 
 def _driver(session: Session) -> list[Row]:

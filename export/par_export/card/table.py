@@ -10,12 +10,14 @@ from typing import Any
 from par_export.card.figure import NOT_RUN, any_place, seconds_table
 from par_export.card.findings import OTHER_COMMIT, OTHER_DRIVER, Findings, Known, by_card, difference, noted
 from par_export.card.limits import COPY, READ
-from par_export.card.markdown import table
+from par_export.card.markdown import bullets, table
 from par_export.card.plan import COMPILED, EAGER, FIGURES, Figure, label_of, parts_of
 from par_runtime.bench.report.words import ms, number, percent, size
 from par_runtime.bench.rows import Row, median
 
 OF_BOUND = "a call, of its bound"
+DOUBT = "in doubt"
+JUDGED = "H100"  #: the card that the figures to reach are of
 MOST_WRONG = 5  #: failed checks of one subject that are shown; a kernel that is wrong fails hundreds
 MOST_KERNELS = 9  #: of a program that the table shows
 #: A kernel that reads fewer bytes of weights is not held to the bandwidth: its time is that of its launch.
@@ -26,7 +28,7 @@ def markdown(runs: Sequence[Findings]) -> str:
     """The whole page of ``runs``, the earliest first. What matters most comes last, where a terminal shows it."""
     sections = [
         ("Runs", runs_table(runs)),
-        ("Left out", "\n".join(f"- {text}" for run in runs for text in _of_run(run, runs, run.left_out)) or "Nothing."),
+        ("Left out", bullets(text for run in runs for text in _of_run(run, runs, run.left_out)) or "Nothing."),
         ("Right?", checks_table(runs)),
         ("What the card allows", limits_table(runs)),
     ]
@@ -39,8 +41,8 @@ def markdown(runs: Sequence[Findings]) -> str:
             ("int8 and int4 beside fp16", codes_table(known), any(of_codes(row.label) for row in known.rows)),
             ("Seconds per image", seconds_table(known), any_place(known)),
             (
-                "Figures to reach (H100, batch 1, guided, fp16)",
-                figures_table(known),
+                "Figures to reach (of an H100; batch 1, guided, fp16)",
+                figures_table(known, judged=JUDGED in card),
                 any(not parts_of(row.label)[2] for row in known.rows),
             ),
         ]
@@ -59,8 +61,8 @@ def runs_table(runs: Sequence[Findings]) -> str:
         left_out = f"{len(run.left_out)}, see below" if run.left_out else "nothing"
         lines.append((*cells, passed, str(len(run.rows)), left_out))
     columns = ("file", "card", "driver", "date", "commit", "parts", "checks passed", "rows", "left out")
-    said = [f"- {text}" for run in runs for text in (f"{run.file}: {host(run)}", *run.said)]
-    return "\n\n".join([table(columns, lines), "\n".join(said)])
+    said = bullets(text for run in runs for text in (f"{run.file}: {host(run)}", *run.said))
+    return "\n\n".join([table(columns, lines), said])
 
 
 def host(run: Findings) -> str:
@@ -92,9 +94,9 @@ def checks_table(runs: Sequence[Findings]) -> str:
             lines += [(run.file, check["name"], "WRONG", check["text"]) for check in failed[:MOST_WRONG]]
             if len(failed) > MOST_WRONG:
                 lines.append((run.file, name, f"{len(failed) - MOST_WRONG} more WRONG", "in the lines of --json"))
-        notes += [f"- {text}" for text in _of_run(run, runs, [line["text"] for line in run.of("note")])]
+        notes += _of_run(run, runs, [line["text"] for line in run.of("note")])
     checks = _table_of_runs(runs, ("file", "what", "passed", "largest error"), lines)
-    return "\n\n".join([checks, *(["\n".join(notes)] if notes else [])])
+    return "\n\n".join([checks, *([bullets(notes)] if notes else [])])
 
 
 def _table_of_runs(runs: Sequence[Findings], columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -121,12 +123,20 @@ def limits_table(runs: Sequence[Findings]) -> str:
     return _table_of_runs(runs, ("file", "limit", "median", "spread", "how"), lines)
 
 
-def figures_table(known: Known) -> str:
-    """Every figure to reach, with what was measured, or "not run"."""
+def figures_table(known: Known, judged: bool = True) -> str:
+    """Every figure to reach, with what was measured, or "not run"; and, if it is ``judged``, whether it is reached."""
     lines = []
     for figure in FIGURES:
         words, wanted, got, reached = _figure(figure, known)
-        lines.append((label_of(figure.model, figure.n), words, wanted, got, reached))
+        lines.append(
+            (
+                label_of(figure.model, figure.n),
+                words,
+                wanted,
+                got,
+                reached if judged or reached.startswith(DOUBT) else "",
+            )
+        )
     return table(("model", "figure", "to reach", "measured", ""), lines)
 
 
@@ -155,7 +165,7 @@ def _judged(words: str, wanted: str, value: float | None, least: float, shown: s
     if value is None:
         return words, wanted, NOT_RUN, ""
     if words == OF_BOUND and value > 1:
-        return words, wanted, shown, "in doubt: above the bound, which was measured too low"
+        return words, wanted, shown, f"{DOUBT}: above the bound, which was measured too low"
     return words, wanted, shown, "reached" if value >= least else "missed"
 
 
@@ -188,12 +198,12 @@ def rows_table(known: Known, runs: Sequence[Findings]) -> str:
         )
     columns = ("file", "", "batch", "image", "spread", "images/s", "call", "of bound", "decoder")
     made = _table_of_runs(runs, (*columns, "over n = 1", "over eager", "over compiled", "load", "marks"), lines)
-    said = [f"- {text}" for text in known.replaced]
+    said = list(known.replaced)
     if f"({OTHER_COMMIT})" in made:
-        said.append(f"- ({OTHER_COMMIT}): measured at another commit than the image of the same line.")
+        said.append(f"({OTHER_COMMIT}): measured at another commit than the image of the same line.")
     if OTHER_DRIVER in made:
-        said.append(f"- {OTHER_DRIVER}: the two were measured with different drivers and are not compared.")
-    return "\n\n".join([made, *(["\n".join(said)] if said else [])])
+        said.append(f"{OTHER_DRIVER}: the two were measured with different drivers and are not compared.")
+    return "\n\n".join([made, *([bullets(said)] if said else [])])
 
 
 def _of_row(known: Known, image: Row, phase: str, shown: Callable[[Row], str]) -> str:

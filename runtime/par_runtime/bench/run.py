@@ -5,6 +5,7 @@ The command line is ``cli/bench.py``; what is printed and written is ``report/ou
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -121,18 +122,13 @@ class BenchOptions:
                 raise RequestError(f"--{name} {value}: expected 1 or more")
         if self.threads is not None and self.threads > available_cores():  # they would wait for each other
             options = replace(options, threads=available_cores())
-        if not self.seconds > 0:
-            raise RequestError(f"--minutes {self.minutes:g}: expected more than 0")
-        if self.build_for is not None and self.engines is None:
-            raise RequestError(
-                f"--build-for {self.build_for}: give the folder that engines are built into, --engines FOLDER"
-            )
+        if not 0 < self.seconds < math.inf:
+            raise RequestError(f"--minutes {self.minutes:g}: expected more than 0, and an end")
         if self.engines is not None and self.build_for is None and not self.engines.is_dir():
             raise RequestError(f"--engines {self.engines}: no such folder; expected one with a folder for each bundle")
         if self.fail_above is not None and (self.compare is None or not self.fail_above > 0):
             raise RequestError(f"--fail-above {self.fail_above:g}: expected a ratio above 0, and --compare OLD.jsonl")
-        if self.from_files:
-            gpu_suite.check_again(self)
+        gpu_suite.check_options(self)
         outputs = [path for path in (self.json, self.csv, self.html, self.svg) if path is not None]
         if outputs.count(STANDARD_OUTPUT) > 1:
             raise RequestError(
@@ -170,6 +166,8 @@ def run_bench(options: BenchOptions, progress: Progress, warn: Callable[[str], N
         return gpu_suite.again(options)
     if options.suite == "gpu":
         made = gpu_suite.report(options, progress, journal)
+        of_report = journal.finish
+        journal.finish = lambda made: with_comparison(of_report(made))
     elif options.suite == "paper":
         made = _run_paper(options, progress, journal, with_comparison)
     else:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure what the parsed ``args`` ask for. Raises what ``run_bench`` raises."""
     options = BenchOptions(**vars(args)).checked()
     if options.build_for is not None:
-        failed = build_ahead(options, lambda text: print(printable(text), flush=True))
+        failed = build_ahead(options, say_nothing if options.quiet else say)
         return fail(f"{len(failed)} engines were not built: {'; '.join(failed)}") if failed else 0
 
     def warn(text: str) -> None:
@@ -62,6 +62,15 @@ def run(args: argparse.Namespace) -> int:
     if outcome.compared is None or options.fail_above is None:
         return 0
     return report_slower(outcome.compared, options.fail_above)
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(printable(text), flush=True)
+
+
+def say_nothing(_: str) -> None:
+    """Of ``--quiet``."""
 
 
 def report_failed(journal: Journal) -> bool:
@@ -186,7 +195,11 @@ def parser() -> argparse.ArgumentParser:
         help="time for --suite paper and gpu, and for each load of serve (default: 10; gpu: 8)",
     )
     add_list(
-        p, "--sizes", models, metavar="MODEL", help=f"models of --suite paper and gpu (default: {' '.join(SIZES)})"
+        p,
+        "--sizes",
+        models,
+        metavar="MODEL",
+        help=f"models of --suite paper (default: {' '.join(SIZES)}) and gpu (default: all of it)",
     )
     p.add_argument("--no-eager", action="store_true", help="--suite paper and gpu without PyTorch's side")
     p.add_argument(

@@ -319,3 +319,63 @@ def test_a_page_without_a_place_for_the_rows_is_refused(tmp_path: Path, capsys: 
     (tmp_path / "gpu.svg").write_text("a figure")
     with pytest.raises(Exception, match="expected <!-- rows:begin --> once"):
         docs.differences(tmp_path)
+
+
+HOSTILE = "x |\n# H\n<!-- rows:end --> \x1b[31m \u202e <script>"
+
+
+def test_texts_of_a_file_end_nothing_and_move_no_terminal(tmp_path: Path) -> None:
+    """Twice: what they would have put into the page once would be refused the second time."""
+    rows = subject("PAR-3B n=4", 0.4, machine())
+    path = report(tmp_path / "docs" / "gpu" / "a.jsonl", rows)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        for name in ("text", "name", "how", "unit", "date"):
+            if line.get("kind") in ("check", "limit", "left_out", "note") and name in line:
+                line[name] = HOSTILE
+    lines.append(
+        {key: lines[-1][key] for key in ("gpu", "driver", "commit", "date")} | {"kind": "note", "text": HOSTILE}
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = tmp_path / "docs" / "gpu.md"
+    page.write_bytes(b"# A\r\n<!-- rows:begin --><!-- rows:end -->\r\nz\r\n")
+    for _ in range(2):
+        assert docs.main([str(tmp_path / "docs")]) == 0
+    made = page.read_bytes().decode()
+    assert docs.differences(tmp_path / "docs") == []
+    assert made.endswith("\r\nz\r\n")
+    assert made.count(docs.END) == made.count(docs.BEGIN) == 1
+    assert not set(made) & {"\x1b", "\u202e"}
+    assert "- x | # H <! -- rows:end -- > \\x1b[31m \\u202e <script>" in made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [([], "0 folders"), (["a", "b"], "2 folders"), (["none"], "none has no gpu.md")]
+)
+def test_the_docs_need_one_folder(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert docs.main(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_page_that_is_no_text_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "gpu.md"
+    page.write_bytes(b"ab\xff")
+    assert docs.main([str(tmp_path)]) == 2
+    assert "is no text in UTF-8 (byte 2)" in capsys.readouterr().err
+    assert page.read_bytes() == b"ab\xff"
+
+
+def test_figures_to_reach_judge_no_other_card(tmp_path: Path) -> None:
+    for card, reached in (("NVIDIA H100 80GB HBM3", "reached"), ("NVIDIA H200", "")):
+        on = machine(card)
+        page = again([report(tmp_path / f"{reached}.jsonl", subject("PAR-3B n=4", 0.4, on), on=on)]).page
+        assert f"| PAR-3B n=4 | a whole image | at most 0.42 s | 400 ms | {reached} |" in page
+
+
+def test_a_hard_link_of_a_file_of_rows_is_that_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, link = report(tmp_path / "a.jsonl", subject("PAR-3B n=4", 0.4, machine())), tmp_path / "b.svg"
+    link.hardlink_to(path)
+    before = path.read_bytes()
+    assert cli.main(["bench", "--suite", "gpu", "--from", str(path), "--svg", str(link)]) == 2
+    assert "is one of the files of --from, and would be lost" in capsys.readouterr().err
+    assert link.read_bytes() == before

@@ -15,6 +15,7 @@ from par_export.card.ahead import build_ahead, is_of_these_sources
 from par_export.card.plan import Model
 from par_export.card.prepare import Builder, family_of, ready_engine
 from par_export.card.samples import Sample
+from par_export.errors import BuildError
 from par_export.kernels.compiler import Compiler
 from par_export.quantised import Codes
 from par_model.config import PARConfig, VQConfig
@@ -151,3 +152,56 @@ def test_a_folder_of_other_things_stays_as_it_is(tmp_path: Path, capsys: pytest.
 def test_build_for_needs_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--suite", "gpu", "--build-for", "SM90"]) == 2
     assert "--build-for SM90: give the folder that engines are built into, --engines FOLDER" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--json", "a.jsonl"], ["--svg", "a.svg"], ["--parts", "baselines"], ["--minutes", "3"], ["--no-eager"]],
+    ids=lambda options: options[0],
+)
+def test_what_only_a_measurement_takes_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["bench", "--suite", "gpu", "--build-for", "SM90", "--engines", "ready", *options]
+    assert cli.main(command) == 2
+    said = f"--build-for builds engines and measures nothing, so {options[0]} means nothing to it; leave it out"
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_build_into_one_folder_waits_for_nobody(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    folder = tmp_path / "ready"
+    ahead(folder, models=())
+    before = sorted(folder.rglob("*"))
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(
+            BuildError, match="another build is at work there; wait for its end, or give another folder"
+        ):
+            ahead(folder)
+    (folder / ".lock").unlink()
+    assert sorted(folder.rglob("*")) == before
+    assert ahead(folder, models=())[0] == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["ctrl-c", "full"])
+def test_what_ends_a_build_leaves_no_part_of_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    folder, written = tmp_path / "ready", []
+
+    def fails(self: object, part: Path, **_: object) -> None:
+        written.append(part)
+        (part / "a.cubin").write_bytes(b"x")
+        raise error
+
+    monkeypatch.setattr("par_export.kernels.build.Build.write", fails)
+    with pytest.raises(type(error)) as caught:
+        ahead(folder)
+    assert len(written) == 1  # nothing else is begun
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["sources"]
+    assert not list(folder.rglob("*.part"))
+    if isinstance(caught.value, OSError):
+        assert caught.value.filename == str(folder / "PAR-S-n4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ from par_runtime.bench.rows import Row, read
 from par_runtime.bench.subjects.process import open_eager
 from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
+from par_runtime.errors import RequestError
 
 CHILDREN = Path(__file__).parent / "children"
 SMALL = Model(
@@ -358,3 +360,40 @@ def test_of_a_subject_that_fails_in_everything_a_few_checks_are_shown() -> None:
     assert "odd: 5" not in page
     assert "| odd | 295 more WRONG | in the lines of --json |" in page
     assert "| demo: loads | WRONG | no file |" in page
+
+
+def test_ready_engines_are_named_and_those_of_other_sources_refused(
+    stand_in: gpu.Gpu, tiny: Path, tmp_path: Path
+) -> None:
+    ready = tmp_path / "ready"
+    family = prepare.family_of(SMALL, None, tmp_path / "family")
+    build(family[1], (1,))
+    shutil.copytree(family[1] / "engines", ready / "PAR-L-n1" / "engines")
+    _, page, _ = of_parts(tmp_path, tiny, stand_in, "kernels", engines=ready, checked=(), twins=False)
+    assert "- engines ready: PAR-L-n1\n- engines built here: PAR-L-n4, PAR-L-int8-g32-n4\n" in page
+    (ready / "sources").write_text("0" * 64)
+    with pytest.raises(RequestError, match="built by other sources than this checkout's; build them again"):
+        of_parts(tmp_path, tiny, stand_in, "kernels", engines=ready)
+
+
+def test_a_report_is_compared_with_an_earlier_one(
+    stand_in: gpu.Gpu, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def smaller(**given: Any) -> CardOptions:
+        return options(tmp_path, tiny, parts=given["parts"], images=(1,), repetitions=7)
+
+    monkeypatch.setattr("par_export.card.report.CardOptions", smaller)
+    command = ["bench", "--suite", "gpu", "--parts", "baselines", "--work", str(tmp_path)]
+    assert cli.main([*command, "--json", str(tmp_path / "old.jsonl")]) == 0
+    slow = tmp_path / "old.jsonl"
+    lines = [json.loads(line) for line in slow.read_text().splitlines()]
+    for line in lines:
+        if "samples_ms" in line:
+            line["samples_ms"] = [ms / 1000 for ms in line["samples_ms"]]
+            line["median_ms"] /= 1000
+            line["flags"] = []
+    slow.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr("par_runtime.bench.machine.disturbances", lambda *_: [])
+    capsys.readouterr()
+    assert cli.main([*command, "--compare", str(slow), "--fail-above", "10"]) == 1
+    assert "slower than --fail-above 10: " in capsys.readouterr().err

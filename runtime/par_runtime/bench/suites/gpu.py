@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from par_runtime.backends import cuda
@@ -47,24 +48,43 @@ def report(options: BenchOptions, progress: Progress, journal: Journal) -> list[
     return rows
 
 
-def check_again(options: BenchOptions) -> None:
-    """Raise RequestError where ``--from`` stands beside an option that means nothing to it."""
-    for option, given in (
-        ("BUNDLE", options.bundles),
+def check_options(options: BenchOptions) -> None:
+    """Raise RequestError where ``--from`` or ``--build-for`` stands beside an option that means nothing to it."""
+    measuring = (
         ("--json", options.json),
         ("--compare", options.compare),
-        ("--build-for", options.build_for),
-        ("--engines", options.engines),
         ("--parts", options.parts),
-        ("--sizes", options.sizes),
         ("--minutes", options.minutes),
-    ):
-        if given:
-            raise RequestError(f"--from measures nothing, so {option} means nothing to it; leave it out")
-    sources = {path.resolve() for path in options.from_files}
+        ("--no-eager", options.no_eager),
+    )
+    if options.build_for is not None:
+        if options.engines is None:
+            raise RequestError(
+                f"--build-for {options.build_for}: give the folder that engines are built into, --engines FOLDER"
+            )
+        outputs = (("--csv", options.csv), ("--html", options.html), ("--svg", options.svg))
+        _refuse(
+            "--build-for builds engines and measures nothing", (*measuring, *outputs, ("--from", options.from_files))
+        )
+    if not options.from_files:
+        return
+    reading = (("BUNDLE", options.bundles), ("--engines", options.engines), ("--sizes", options.sizes))
+    _refuse("--from measures nothing", (*measuring, *reading))
     for output in (options.csv, options.html, options.svg):
-        if output is not None and output.resolve() in sources:
+        if output is not None and any(_same_file(output, path) for path in options.from_files):
             raise RequestError(f"{output} is one of the files of --from, and would be lost; give another name")
+
+
+def _refuse(why: str, others: Sequence[tuple[str, object]]) -> None:
+    for option, given in others:
+        if given:
+            raise RequestError(f"{why}, so {option} means nothing to it; leave it out")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two paths are of one file, by whatever links."""
+    same = one.exists() and other.exists() and one.samefile(other)
+    return one.resolve() == other.resolve() or bool(same)
 
 
 def again(options: BenchOptions) -> Outcome:
