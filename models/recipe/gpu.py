@@ -41,7 +41,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 from pack import unpack  # noqa: E402
 
 from par_model.training.device import choose_device  # noqa: E402
-from par_model.training.run import InputError, written_beside  # noqa: E402
+from par_model.training.files import InputError, written_beside  # noqa: E402
 
 #: What a part is trained with; options on the command line come behind these, and win.
 TOKENIZER = "--steps 1000000 --batch 128 --lr 1.5e-3 --structure 2 --report 1000"

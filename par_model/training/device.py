@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from par_model.training.run import InputError
+from par_model.training.files import InputError
 
 EXPECTED = "expected auto, cpu, cuda, or cuda:N with the number of a GPU"
 PART_OF_FREE = 4  #: data that take at most this part (a quarter) of a GPU's free memory lie there

@@ -11,12 +11,10 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from par_model.checkpoint import open_checkpoint, video_config, vq_config
+from par_model.training.files import InputError, written_beside
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
 
@@ -34,10 +33,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-class InputError(Exception):
-    """An input that a trainer cannot use; the message states what is expected and how to fix it."""
 
 
 def batch_index(seed: int, step: int, batch: int, count: int) -> np.ndarray:
@@ -112,25 +107,6 @@ def load_video_tokenizer(path: Path) -> VideoTokenizer:
     model = VideoTokenizer(video_config(checkpoint))
     model.load_state_dict(dict(checkpoint.tensors))
     return model
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """The path of a hidden file beside ``path``, which is renamed to it at the end.
-
-    On an error ``path`` stays as it was, the hidden file is removed, and an OSError names ``path``.
-    """
-    part = path.parent / f".{path.name[:40]}.{os.getpid()}.part"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        if error.filename in (None, str(part), part):
-            error.filename, error.filename2 = str(path), None
-        raise
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @dataclass

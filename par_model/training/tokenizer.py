@@ -35,9 +35,9 @@ from par_model.training.device import (
     random_state,
     restore_random_state,
 )
+from par_model.training.files import InputError, keep_run_inputs
 from par_model.training.run import (
     EMA,
-    InputError,
     Run,
     batch_index,
     channels_last,
@@ -58,6 +58,7 @@ def train(args: argparse.Namespace) -> None:
     if not 0 <= args.structure < math.inf:
         raise InputError(f"--structure {args.structure}: expected 0 or more; 1 to 3 are good numbers")
     data, held_out = ImageFolder.open(args.data, args.size), ImageFolder.open(args.val, args.size)
+    keep_run_inputs(args.run, data=args.data, val=args.val, encoder_for=args.encoder_for)
     if args.encoder_for is not None:
         given = open_checkpoint(args.encoder_for)
         config = vq_config(given)

@@ -32,7 +32,8 @@ from par_model.training.device import (
     random_state,
     restore_random_state,
 )
-from par_model.training.run import EMA, InputError, Run, batch_index, cosine, load_tokenizer, load_video_tokenizer
+from par_model.training.files import InputError, keep_run_inputs
+from par_model.training.run import EMA, Run, batch_index, cosine, load_tokenizer, load_video_tokenizer
 from par_model.transformer import PAR
 
 CLASS_DROPOUT = 0.1  # share of the images that are trained without their class, for guidance
@@ -48,6 +49,7 @@ def train(args: argparse.Namespace) -> None:
 
     Raises InputError, CheckpointError, OSError.
     """
+    keep_run_inputs(args.run, codes=args.codes, val=args.val, init=args.init, tokenizer=args.tokenizer)
     codes, labels, names = load_codes(args.codes, args.vocab)
     held_out = load_codes(args.val, args.vocab)
     if held_out[0].shape[1:] != codes.shape[1:]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from par_model.config import VideoTokenizerConfig
 from par_model.training.clips import ClipFolder
 from par_model.training.device import Batches, adamw, autocast, choose_device, load_optimizer, on_cpu
-from par_model.training.run import EMA, InputError, Run, batch_index, cosine
+from par_model.training.files import InputError, keep_run_inputs
+from par_model.training.run import EMA, Run, batch_index, cosine
 from par_model.video import VideoTokenizer
 
 VALIDATED = 128  #: held-out clips of a report
@@ -26,6 +27,7 @@ VALIDATED = 128  #: held-out clips of a report
 def train(args: argparse.Namespace) -> None:
     """Run or resume the training that ``args`` describes. Raises InputError, OSError."""
     data, held_out = ClipFolder.open(args.data), ClipFolder.open(args.val)
+    keep_run_inputs(args.run, data=args.data, val=args.val)
     try:
         config = VideoTokenizerConfig(
             levels=tuple(args.levels),

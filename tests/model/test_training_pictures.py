@@ -13,7 +13,8 @@ from PIL import Image
 from par_model.config import VQConfig
 from par_model.training.cli import encode, tokenizer
 from par_model.training.data import ImageFolder, picture
-from par_model.training.run import InputError, Run
+from par_model.training.files import InputError
+from par_model.training.run import Run
 from par_model.vq import VQModel
 
 pytestmark = pytest.mark.usefixtures("without_gpu")

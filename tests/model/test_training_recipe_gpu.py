@@ -18,6 +18,7 @@ from PIL import Image
 from par_model.checkpoint import open_checkpoint, par_config, vq_config
 from par_model.training.cli import transformer as train
 from par_model.training.data import ImageFolder
+from par_model.training.files import InputError
 
 RECIPE = Path(__file__).parents[2] / "models/recipe"
 TOKENIZER = "--codes 16 --channels 8 --multipliers 1 --z-channels 8 --norm-groups 4 --batch 8 --steps 6 --report 3"
@@ -61,7 +62,7 @@ def test_packed_images_come_back(
     shutil.copytree(packed / "train", tmp_path / "cut")
     whole = (tmp_path / "cut" / "001.xz").read_bytes()
     (tmp_path / "cut" / "001.xz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"001\.xz: cut off or damaged"):
+    with pytest.raises(InputError, match=r"001\.xz: cut off or damaged"):
         recipe["pack"].unpack(tmp_path / "cut", tmp_path / "never")
 
 

@@ -80,13 +80,12 @@ def verb(parser: argparse.ArgumentParser, argv: Sequence[str] | None, module: st
 def guarded(work: Callable[[], None]) -> int:
     """Run ``work`` of a verb; returns the exit code: 0, or 2 with one line on stderr for an expected error."""
     from par_model.checkpoint import CheckpointError
-    from par_model.training.run import InputError
+    from par_model.training.files import InputError, text_of
 
     try:
         work()
     except (InputError, CheckpointError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"parvis: error: {printable(text)}", file=sys.stderr)
+        print(f"parvis: error: {printable(text_of(error))}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(
