@@ -24,7 +24,7 @@ LOADED_AT_ONCE = 4096  #: images that are copied to a GPU in one piece
 def choose_device(text: str) -> torch.device:
     """The device of ``--device``: "auto" is the first GPU where PyTorch sees one, else the CPU. Raises InputError."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
-        raise InputError(f"--device {text}: {EXPECTED}")
+        raise InputError(f"--device {text or 'with an empty text'}: {EXPECTED}")
     count = torch.cuda.device_count() if text != "cpu" and torch.cuda.is_available() else 0
     if text == "cpu" or (text == "auto" and count == 0):
         return torch.device("cpu")

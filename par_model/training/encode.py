@@ -22,8 +22,6 @@ GRID = 24  #: codes of a side that pictures are fitted to by default: 384 pixels
 
 def run(args: argparse.Namespace) -> None:
     """Write ``args.out``. Raises InputError, CheckpointError, OSError."""
-    if args.batch < 1:
-        raise InputError(f"--batch {args.batch}: expected 1 or more")
     if args.out.is_dir():
         raise InputError(f"--out {args.out} is a folder; give the name of a file, for instance codes.npz")
     keep_inputs(f"--out {args.out}", [args.out], data=args.data, tokenizer=args.tokenizer)

@@ -14,7 +14,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from par_model.checkpoint import open_checkpoint, video_config, vq_config
 from par_model.training.files import InputError, written_beside
+from par_model.training.resume import check_run, read_run, taking_over
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
 
@@ -166,17 +168,21 @@ class Run:
         with written_beside(self.path / name) as part:
             part.write_bytes(content.getbuffer())
 
-    def resume(self, wanted: bool) -> dict[str, Any] | None:
-        """The last checkpoint; None for a new run.
+    @contextmanager
+    def resume(self, wanted: bool, config: Mapping[str, Any]) -> Iterator[dict[str, Any] | None]:
+        """The last checkpoint, to be taken over inside; None for a new run. ``config``: as checkpoints hold it.
 
-        Raises InputError where a run exists and resuming is not ``wanted``.
+        Raises InputError where a run exists and resuming is not ``wanted``, and where the checkpoint is damaged or of
+        another training; nothing is written then.
         """
         path = self.path / "checkpoint.pt"
         if not path.exists():
-            return None
+            yield None
+            return
         if not wanted:
             raise InputError(f"{path} exists; give --resume to continue that run, or another --run folder")
-        with path.open("rb") as file:  # torch opens no name that is not UTF-8
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        self.seconds_before = float(state["seconds"])
-        return state
+        state = read_run(path)
+        check_run(path, state, config)
+        with taking_over(path):
+            self.seconds_before = float(state["seconds"])
+            yield state

@@ -33,6 +33,7 @@ from par_model.training.device import (
     restore_random_state,
 )
 from par_model.training.files import InputError, keep_run_inputs
+from par_model.training.resume import AGAIN
 from par_model.training.run import EMA, Run, batch_index, cosine, load_tokenizer, load_video_tokenizer
 from par_model.transformer import PAR
 
@@ -110,17 +111,25 @@ def _train(
     peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
     ema = EMA(model, args.ema)
     step = 0
-    if (state := run.resume(args.resume)) is not None:
-        model.load_state_dict(state["live"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
-        ema.load(state["model"])
-        step = state["step"]
-        restore_random_state(state["rng"], device)  # dropout is random
+    about = asdict(config) | {"kind": "par"}
+    with run.resume(args.resume, about) as state:
+        if state is not None:
+            was = "muon" if len(state["optimizers"]) > 1 else "adamw"
+            if was != args.optimizer:
+                raise InputError(
+                    f"--resume: the run in {run.path} was trained with --optimizer {was}, given now: --optimizer "
+                    f"{args.optimizer}; {AGAIN}"
+                )
+            model.load_state_dict(state["live"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                load_optimizer(optimizer, saved)
+            ema.load(state["model"])
+            step = int(state["step"])
+            restore_random_state(state["rng"], device)  # dropout is random
     sequences = sequences_of(codes, config, args.vocab).to(device)
 
     def save() -> None:
-        final = {"model": ema.shadow, "config": asdict(config) | {"kind": "par"}, "class_names": names}
+        final = {"model": ema.shadow, "config": about, "class_names": names}
         live = {"live": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         run.save("checkpoint.pt", on_cpu(final | live | {"step": step, "rng": random_state(device)}))
         if done:

@@ -69,15 +69,17 @@ def _train(
     optimizer = adamw(model.parameters(), args.lr, device)
     ema = EMA(model, 0.998)
     step = 0
-    if (state := run.resume(args.resume)) is not None:
-        model.load_state_dict(state["live"])
-        load_optimizer(optimizer, state["optimizer"])
-        ema.load(state["model"])
-        step = state["step"]
+    about = asdict(config) | {"kind": "video-tokenizer"}
+    with run.resume(args.resume, about) as state:
+        if state is not None:
+            model.load_state_dict(state["live"])
+            load_optimizer(optimizer, state["optimizer"])
+            ema.load(state["model"])
+            step = int(state["step"])
     batches = Batches(data, device)
 
     def save() -> None:
-        final = {"model": ema.shadow, "config": asdict(config) | {"kind": "video-tokenizer"}}
+        final = {"model": ema.shadow, "config": about}
         live = {"live": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
         run.save("checkpoint.pt", on_cpu(final | live))
         if done:

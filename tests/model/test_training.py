@@ -160,7 +160,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (
             train_tokenizer,
             ["--data", str(images), "--val", str(images), *run, "--structure", "-1"],
-            "expected 0 or more",
+            "--structure -1.0: expected 0 to 1000000; 1 to 3 are good numbers",
         ),
         (train, ["--codes", "none.npz", "--val", str(codes), "--vocab", "16", *run], "none.npz: No such file"),
         (

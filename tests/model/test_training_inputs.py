@@ -101,6 +101,12 @@ def test_a_run_of_clips_does_not_lie_in_the_clips(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "run").exists()
 
 
+def test_an_empty_device_is_said(given: Path, training_images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = ["--data", str(training_images), "--val", str(training_images), "--run", "new"]
+    assert train_tokenizer.main([*images, "--device", ""]) == 2
+    assert "parvis: error: --device with an empty text: expected auto, cpu" in capsys.readouterr().err
+
+
 def test_outputs_beside_inputs_are_allowed(given: Path, training_images: Path) -> None:
     keep_inputs("--out", [given / "run/codes.npz"], tokenizer=given / "run/model.pt")
     keep_inputs("--out", [given / "run/codes.npz"], tokenizer=given / "run")  # no weights are mixed with it

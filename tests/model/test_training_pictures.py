@@ -150,7 +150,7 @@ def test_what_cannot_be_encoded_is_one_line_and_leaves_nothing(
         assert not list(tmp_path.glob(".*"))
 
     refused("expected a multiple of 2", "--data", pictures, "--size", 7)
-    refused("--batch 0: expected 1 or more", "--data", pictures, "--batch", 0)
+    refused("--batch 0: expected 1 to 1000000", "--data", pictures, "--batch", 0)
     refused("no such folder", "--data", tmp_path / "none")
     empty = tmp_path / "empty"
     (empty / "class").mkdir(parents=True)
