@@ -65,8 +65,17 @@ def train(args: argparse.Namespace) -> None:
         with Run(args.run, args.minutes) as run:
             _train(args, config, run, device, data, held_out, dict(given.tensors))
         return
+    config = config_of(args)
+    _check_size(config, data, held_out)
+    device = choose_device(args.device)
+    with Run(args.run, args.minutes) as run:
+        _train(args, config, run, device, data, held_out)
+
+
+def config_of(args: argparse.Namespace) -> VQConfig:
+    """The tokenizer that the options ``args`` describe. Raises InputError for numbers that do not fit each other."""
     try:
-        config = VQConfig(
+        return VQConfig(
             codebook_size=args.codes,
             channels=args.channels,
             channel_multipliers=tuple(args.multipliers),
@@ -76,10 +85,6 @@ def train(args: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise InputError(str(error)) from error
-    _check_size(config, data, held_out)
-    device = choose_device(args.device)
-    with Run(args.run, args.minutes) as run:
-        _train(args, config, run, device, data, held_out)
 
 
 def _check_size(config: VQConfig, *folders: ImageFolder) -> None:

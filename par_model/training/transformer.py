@@ -58,7 +58,7 @@ def train(args: argparse.Namespace) -> None:
             f"{args.val}: codes of {grid_text(held_out[0])}, {args.codes} has {grid_text(codes)}; encode "
             "both with the same tokenizer"
         )
-    config = _config(args, grid_of(codes), len(names))
+    config = config_of(args, grid_of(codes), len(names))
     device = choose_device(args.device)
     with Run(args.run, args.minutes) as run:
         _train(args, config, run, device, (codes, labels, names), held_out)
@@ -75,7 +75,8 @@ def grid_text(codes: np.ndarray) -> str:
     return "x".join(map(str, codes.shape[1:]))
 
 
-def _config(args: argparse.Namespace, grid: tuple[int, int, int], n_classes: int) -> PARConfig:
+def config_of(args: argparse.Namespace, grid: tuple[int, int, int], n_classes: int) -> PARConfig:
+    """The model that the options ``args`` describe. Raises InputError for numbers that do not fit each other."""
     dim, n_layers, n_heads = SIZES[args.size]
     if args.dim or args.layers or args.heads:
         if not (args.dim and args.layers and args.heads):

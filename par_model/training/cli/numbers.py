@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,9 @@ class Limit:
         return not (self.above and value == self.least) and not (self.below and value == self.most)
 
     def __str__(self) -> str:
+        end = "and below" if self.below else "at most"
         if self.above:
-            return f"a number above {self.least}" + ("" if math.isinf(self.most) else f", at most {self.most}")
+            return f"a number above {self.least}" + ("" if math.isinf(self.most) else f", {end} {self.most}")
         if math.isinf(self.most):
             return f"{self.least} or more"
         return f"{self.least} or more, and below {self.most}" if self.below else f"{self.least} to {self.most}"
@@ -71,12 +73,12 @@ LIMITS = {
 ADVICE = {"structure": "; 1 to 3 are good numbers", "lr": "; 0.001 is a usual one"}
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, limits: Mapping[str, Limit] = LIMITS) -> None:
     """Raise InputError for the first number in ``args`` that is beyond the limits of its option."""
     for name, value in vars(args).items():
         values: list[Any] = value if isinstance(value, list) else [value]
         for each in values:
-            if isinstance(each, (int, float)) and not isinstance(each, bool) and not LIMITS[name].allows(each):
+            if isinstance(each, (int, float)) and not isinstance(each, bool) and not limits[name].allows(each):
                 shown = "a very large number" if isinstance(each, int) and abs(each) > 10**30 else each
                 option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{option} {shown}: expected {LIMITS[name]}{ADVICE.get(name, '')}")
+                raise InputError(f"{option} {shown}: expected {limits[name]}{ADVICE.get(name, '')}")
