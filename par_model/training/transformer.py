@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -259,10 +260,17 @@ def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Op
 def load_codes(path: Path, vocab: int) -> Codes:
     """The content of ``codes.npz`` of ``parvis encode``. Raises InputError, OSError."""
     try:
-        with np.load(path) as f:
+        with path.open("rb") as file, np.load(file) as f:  # numpy leaves a damaged file open
             codes, labels, names = f["codes"], f["labels"].astype(np.int64), [str(name) for name in f["class_names"]]
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not a file of parvis encode ({error}); encode the images again") from error
+    if codes.ndim not in (3, 4) or codes.dtype.kind not in "iu" or not codes.size or labels.shape != codes.shape[:1]:
+        raise InputError(
+            f"{path}: has codes of shape {codes.shape} and type {codes.dtype}, labels of shape {labels.shape}; "
+            "expected whole numbers [M,h,w] or [M,t,h,w] and labels [M], M of 1 or more; encode the images again"
+        )
+    if codes.min() < 0:
+        raise InputError(f"{path}: has code {codes.min()}; expected 0 or more; encode the images again")
     if codes.max() >= vocab:
         raise InputError(
             f"{path}: has code {codes.max()}, --vocab {vocab} allows 0..{vocab - 1}; give the tokenizer's codebook size"
