@@ -23,9 +23,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from par_calibration import heldout
+from par_calibration.cli import calibrate
 from par_calibration.errors import CalibrationError
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config, vq_config
-from par_model.training.cli import numbers
+from par_model.training.cli import numbers, parsed
 from par_model.training.cli.numbers import Limit
 from par_model.training.files import InputError, folder_for, same, text_of
 from par_model.training.transformer import load_codes
@@ -85,10 +86,11 @@ def check(args: argparse.Namespace) -> None:
     """Raise InputError, CheckpointError or OSError for what cannot be used, before anything is made of the rest."""
     numbers.check(args, LIMITS)
     try:
-        shlex.split(args.calibrate_options)
+        more = shlex.split(args.calibrate_options)
     except ValueError as error:
         text = f"--calibrate-options {args.calibrate_options!r}: {str(error).lower()}"
         raise InputError(f"{text}; close each quotation in it") from error
+    parsed("--calibrate-options", calibrate.parser(), ["bundle", "--weights", "int8", "--out", "out", *more], False)
     check_folders(args)
     if not args.results.is_dir():
         raise InputError(f"{args.results}: no such folder; expected the results of gpu.py")
@@ -159,8 +161,8 @@ def made(args: argparse.Namespace, n: int, name: str) -> bool:
     val = heldout.read(bundle, args.results / "val.npz", "val.npz").first(HELD_OUT_EACH * bundle.n_classes)
     heldout.attach(bundle, val.tokens, val.labels)
     reports = ["--html", args.work / f"{name}.html", "--json", args.work / f"{name}.json"]
-    calibrate = ["calibrate", whole, "--weights", "int8", "--out", args.out / name, "--force", *reports]
-    return parvis(*calibrate, *shlex.split(args.calibrate_options)) == 0
+    command = ["calibrate", whole, "--weights", "int8", "--out", args.out / name, "--force", *reports]
+    return parvis(*command, *shlex.split(args.calibrate_options)) == 0
 
 
 def parvis(*options: object) -> int:

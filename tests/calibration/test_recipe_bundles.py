@@ -99,6 +99,7 @@ def test_what_it_cannot_use_is_one_line_before_anything_is_made(
         ("--guidance", "-1", "--guidance -1.0: expected 0 to 1000"),
         ("--top-p", "2", "--top-p 2.0: expected a number above 0, at most 1"),
         ("--seed", "-1", "--seed -1: expected 0 to"),
+        ("--calibrate-options", "--nix 3", "--calibrate-options: unrecognized arguments: --nix 3"),
         ("--calibrate-options", "'", '--calibrate-options "\'": no closing quotation'),
     ):
         refused(text, results, work, out, f"{option}={value}")

@@ -86,7 +86,7 @@ def test_options_in_a_text_are_one_line_with_its_name() -> None:
         ("--nix 3", "--model-options: unrecognized arguments: --nix 3; 'parvis train --help' lists the options"),
         ("--batch many", "--model-options: argument --batch: invalid int value: 'many'"),
         ("--lr nan", "--model-options: --lr nan: expected a number above 0"),
-        ("--help", "--model-options: expected options of a training, not --help"),
+        ("--help", "--model-options: expected options, not --help"),
     ):
         with pytest.raises(InputError) as caught:
             parsed("--model-options", train.parser(), [*FILES[train], *options.split()])

@@ -87,8 +87,12 @@ def verb(parser: argparse.ArgumentParser, argv: Sequence[str] | None, module: st
     return guarded(work)
 
 
-def parsed(option: str, parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+def parsed(
+    option: str, parser: argparse.ArgumentParser, argv: Sequence[str], limited: bool = True
+) -> argparse.Namespace:
     """The options ``argv`` of the verb of ``parser``, which a script was given as the text of ``option``.
+
+    ``limited``: it is a verb of this package, whose numbers have limits here.
 
     Raises InputError, in one line that begins with ``option``.
     """
@@ -96,10 +100,11 @@ def parsed(option: str, parser: argparse.ArgumentParser, argv: Sequence[str]) ->
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
             args = parser.parse_args(argv)
-        numbers.check(args)
+        if limited:
+            numbers.check(args)
     except SystemExit as ended:
         message = printed.getvalue().strip().removeprefix("parvis: error: ")
-        raise InputError(f"{option}: {message or 'expected options of a training, not --help'}") from ended
+        raise InputError(f"{option}: {message or 'expected options, not --help'}") from ended
     except InputError as error:
         raise InputError(f"{option}: {error}") from error
     return args
