@@ -8,6 +8,7 @@ import lzma
 import re
 import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -213,3 +214,34 @@ def test_a_damaged_pack_is_one_clear_error(pack: ModuleType, raw: Path, tmp_path
         refused(message, "meta.json", text.encode())
     assert pack.unpack(out / "train", unpacked) == 6
     assert (unpacked / "images.u8").read_bytes() == (raw / "train" / "images.u8").read_bytes()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_checks_before_it_draws_and_draws_once(tmp_path: Path) -> None:
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["make", "-C", str(RECIPE), f"WORK={tmp_path}", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    without = make("gpu-pack", "PYTHON=/nowhere/python", "GPU_COUNT=5")
+    assert without.returncode != 0
+    assert "/nowhere/python with numpy is needed: give another, for instance PYTHON=" in without.stderr
+    assert "render.mjs" not in without.stdout
+    assert not list(tmp_path.iterdir())
+    bundles = make("gpu-bundles", "PYTHON=/nowhere/python")
+    assert "pip install '.[cpu,calibrate]'" in bundles.stderr
+    assert "gpu_bundles.py" not in bundles.stdout
+
+    drawing = "--count 5 --seed-prefix train"
+    assert drawing in make("-n", "gpu-pack", "GPU_COUNT=5").stdout
+    (tmp_path / "train-5").mkdir()
+    (tmp_path / "train-5" / "meta.json").touch()
+    again = make("-n", "gpu-pack", "GPU_COUNT=5").stdout
+    assert drawing not in again
+    assert "pack.py --train" in again
+    more = """--device cpu --tokenizer-options "--channels 8 --batch 16" """
+    assert f"--minutes 1.5 {more.strip()}" in make("-n", "gpu-train", f"GPU_MORE={more}", "MINUTES=1.5").stdout
+
+
+def test_packing_needs_no_torch() -> None:
+    code = f"import sys; sys.modules['torch'] = None; sys.path.insert(0, {str(RECIPE)!r}); import pack"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
