@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_calibration import heldout
-from par_model.training.files import InputError
+from par_model.training.files import InputError, text_of
 from par_model.training.raw import RawImages
 from par_runtime.bundle import Bundle
 from par_runtime.errors import BundleError, RequestError
@@ -43,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = heldout.attach(bundle, tokens, labels[chosen].tolist())
         Bundle.open(args.bundle)
     except (InputError, BundleError, RequestError, OSError, ValueError) as error:
-        print(f"heldout.py: error: {error}", file=sys.stderr)
+        print(f"heldout.py: error: {text_of(error)}", file=sys.stderr)
         return 2
     print(f"{file}: {len(chosen)} images, {file.stat().st_size} bytes")
     return 0
 
 
 def raw(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images [M,H,W,3], memory-mapped, and labels [M] of a folder that ``render.mjs`` wrote. Raises InputError, OSError."""
+    """Images [M,H,W,3], memory-mapped, and labels [M] of a folder of ``render.mjs``. Raises InputError, OSError."""
     raw_images = RawImages.open(folder)
     return raw_images.images, raw_images.labels
 
