@@ -164,6 +164,7 @@ def test_a_signal_ends_the_parts_and_keeps_what_they_made(packed: Path, tmp_path
     assert process.returncode == 128 + number, printed + errors
     assert errors == ""
     assert printed.splitlines()[-1].endswith(f"stopped by {number.name}; what was made until then is in {out}")
+    assert "FAILED" not in printed  # the training was told, saved and ended by itself
     assert not still_running(str(tmp_path))
     assert not list(temporary.glob("parvis-gpu-*"))
     rows = json.loads((out / "results.json").read_text())
