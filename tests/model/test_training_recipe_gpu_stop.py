@@ -81,7 +81,7 @@ def test_what_it_cannot_use_is_one_line_before_anything_starts(
         assert printed.err.startswith("gpu.py: error: ")
         assert (printed.err.count("\n"), printed.out) == (1, "")
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-        assert not list(temporary.iterdir())
+        assert not list(temporary.glob("parvis-gpu-*"))
 
     for value in ("0", "nan", "-1", "1e9", "inf"):
         refused(f"--minutes {float(value)}: expected a number above 0, and below 1000", "--minutes", value)
