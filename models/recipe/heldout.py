@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_calibration import heldout
+from par_model.training.files import InputError, text_of
+from par_model.training.raw import RawImages
 from par_runtime.bundle import Bundle
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.tokenizer import Tokenizer
@@ -41,19 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokens = Tokenizer(bundle).encode(images[chosen])
         file = heldout.attach(bundle, tokens, labels[chosen].tolist())
         Bundle.open(args.bundle)
-    except (BundleError, RequestError, OSError, KeyError, ValueError) as error:
-        print(f"heldout.py: error: {error}", file=sys.stderr)
+    except (InputError, BundleError, RequestError, OSError, ValueError) as error:
+        print(f"heldout.py: error: {text_of(error)}", file=sys.stderr)
         return 2
     print(f"{file}: {len(chosen)} images, {file.stat().st_size} bytes")
     return 0
 
 
 def raw(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images [M,H,W,3], memory-mapped, and labels [M] of a folder that ``render.mjs`` wrote."""
-    meta = json.loads((folder / "meta.json").read_text())
-    shape = (meta["count"], meta["size"], meta["size"], 3)
-    images = np.memmap(folder / "images.u8", np.uint8, mode="r", shape=shape)
-    return images, np.fromfile(folder / "labels.u8", np.uint8)
+    """Images [M,H,W,3], memory-mapped, and labels [M] of a folder of ``render.mjs``. Raises InputError, OSError."""
+    raw_images = RawImages.open(folder)
+    return raw_images.images, raw_images.labels
 
 
 def unseen(images: NDArray[np.uint8], labels: NDArray[np.uint8], seen: set[bytes], each: int) -> list[int]:

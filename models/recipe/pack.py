@@ -14,13 +14,23 @@ import argparse
 import hashlib
 import json
 import lzma
+import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from par_model.training.files import InputError, folder_for, keep_inputs, text_of, written_beside
+from par_model.training.raw import IMAGES, RawImages, read_meta
+from par_model.words import printable
 
 #: xz keeps this much of a class in mind, at most; a repetition that lies further back costs its bytes again.
 DICTIONARY = 2**28
@@ -39,34 +49,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = p.parse_args(argv)
     try:
-        train, labels, meta = opened(args.train)
-        held_out, held_out_labels, held_out_meta = opened(args.val)
-        seen = {digest(image) for image in train}
-        fresh = np.array([digest(image) not in seen for image in held_out], bool)
-        pack(args.out / "train", train, np.arange(len(train)), labels, meta, args.preset, args.at_once)
-        pack(
-            args.out / "val", held_out, np.flatnonzero(fresh), held_out_labels, held_out_meta, args.preset, args.at_once
-        )
-    except (OSError, KeyError, ValueError) as error:
-        print(f"pack.py: error: {error}", file=sys.stderr)
+        check(args)
+        train, val = RawImages.open(args.train), RawImages.open(args.val)
+        seen = {digest(image) for image in train.images}
+        fresh = np.array([digest(image) not in seen for image in val.images], bool)
+        if not fresh.any():
+            raise InputError(f"--val {args.val}: every image of it is in --train {args.train} too; give other images")
+        pack(args.out / "train", train, np.arange(len(train.images)), args.preset, args.at_once)
+        pack(args.out / "val", val, np.flatnonzero(fresh), args.preset, args.at_once)
+    except (OSError, InputError) as error:
+        print(f"pack.py: error: {printable(text_of(error))}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("pack.py: error: not enough memory; give --at-once 1 or a lower --preset", file=sys.stderr)
         return 2
     size = sum(file.stat().st_size for file in args.out.glob("*/*"))
     print(
-        f"{args.out}: {len(train)} images for the training, {fresh.sum()} of {len(fresh)} for validation (the others "
-        f"are equal to one of the training), {size / 1e6:.1f} MB"
+        f"{args.out}: {len(train.images)} images for the training, {fresh.sum()} of {len(fresh)} for validation (the "
+        f"others are equal to one of the training), {size / 1e6:.1f} MB"
     )
     return 0
 
 
-def opened(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8], dict[str, object]]:
-    """Images [M,H,W,3], memory-mapped, labels [M] and what ``meta.json`` says. Raises OSError, KeyError, ValueError."""
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    shape = (meta["count"], meta["size"], meta["size"], 3)
-    images = np.memmap(folder / "images.u8", np.uint8, mode="r", shape=shape)
-    labels = np.fromfile(folder / "labels.u8", np.uint8)
-    if len(labels) != len(images):
-        raise ValueError(f"{folder} has {len(images)} images and {len(labels)} labels; render it again")
-    return images, labels, meta
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for numbers out of their limits, and for an output that would spoil images."""
+    if not 0 <= args.preset <= 9:
+        raise InputError(f"--preset {args.preset}: expected a whole number from 0 to 9")
+    if not 1 <= args.at_once <= 256:
+        raise InputError(f"--at-once {args.at_once}: expected a whole number from 1 to 256")
+    for option, folder in (("--train", args.train), ("--val", args.val)):
+        if not folder.is_dir():
+            raise InputError(f"{option} {folder}: no such folder; expected one of {', '.join(IMAGES)}")
+    folder_for("--out", args.out)
+    outputs = [args.out / "train", args.out / "val"]
+    keep_inputs(f"--out {args.out}", outputs, train=args.train, val=args.val)
+    for output in outputs:
+        folder_for("--out", output)
+        if (output / IMAGES[0]).exists():
+            raise InputError(f"--out {args.out}: {output} holds raw images, whose meta.json would be lost")
 
 
 def digest(image: NDArray[np.uint8]) -> bytes:
@@ -74,63 +94,120 @@ def digest(image: NDArray[np.uint8]) -> bytes:
     return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
-def pack(
-    out: Path,
-    images: NDArray[np.uint8],
-    chosen: NDArray[np.intp],
-    labels: NDArray[np.uint8],
-    meta: dict[str, object],
-    preset: int,
-    at_once: int,
-) -> None:
-    """Write the images at ``chosen`` to the folder ``out``, a file for each class. Raises OSError, ValueError."""
-    out.mkdir(parents=True, exist_ok=True)
+def pack(out: Path, raw: RawImages, chosen: NDArray[np.intp], preset: int, at_once: int) -> None:
+    """Write the images at ``chosen`` to the folder ``out``, a file for each class: all or none. Raises OSError."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": DICTIONARY}]
+    labels = raw.labels[chosen]
 
-    def one(label: int) -> None:
+    def one(label: int, part: Path) -> None:
         packer = lzma.LZMACompressor(lzma.FORMAT_XZ, filters=filters)
-        index = chosen[labels[chosen] == label]
-        with (out / f"{label:03}.xz").open("wb") as file:
+        index = chosen[labels == label]
+        with naming(part), part.open("wb") as file:
             for start in range(0, len(index), PIECE):
-                file.write(packer.compress(images[index[start : start + PIECE]].tobytes()))
+                file.write(packer.compress(raw.images[index[start : start + PIECE]].tobytes()))
             file.write(packer.flush())
 
-    with ThreadPoolExecutor(at_once) as pool:  # lzma works outside the interpreter's lock
-        list(pool.map(one, np.unique(labels[chosen]).tolist()))
-    (out / "labels.xz").write_bytes(lzma.compress(labels[chosen].tobytes()))
-    about = {key: value for key, value in meta.items() if key != "images_sha256"}
-    (out / "meta.json").write_text(json.dumps(about | {"count": len(chosen)}, indent=1), encoding="utf-8")
+    classes = np.unique(labels).tolist()
+    about = {key: value for key, value in raw.meta.items() if key != "images_sha256"}
+    with ExitStack() as files:  # renamed when all are whole
+        parts = [files.enter_context(written_beside(out / f"{label:03}.xz")) for label in classes]
+        text = json.dumps(about | {"count": len(chosen)}, indent=1)
+        for name, content in (("labels.xz", lzma.compress(labels.tobytes())), ("meta.json", text.encode())):
+            part = files.enter_context(written_beside(out / name))
+            with naming(part):
+                part.write_bytes(content)
+        with ThreadPoolExecutor(at_once) as pool:  # lzma works outside the interpreter's lock
+            for done in [pool.submit(one, label, part) for label, part in zip(classes, parts, strict=True)]:
+                done.result()
+    for old in out.glob("[0-9][0-9][0-9].xz"):  # of classes that an earlier pack had
+        if int(old.stem) not in classes:
+            old.unlink()
 
 
-def unpack(packed: Path, out: Path) -> int:
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put ``path`` into an OSError that names no file, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def unpack(packed: Path, out: Path, stopped: Callable[[], bool] = lambda: False) -> int:
     """Write the images in ``packed`` to ``out`` in the form that the trainers read, in their old order.
 
-    Returns how many. Raises OSError, ValueError (a file that is cut off or damaged).
+    Returns how many. Ends early, with nothing that can be used, when ``stopped()``. Raises InputError (a file that is
+    cut off, damaged, or of other images), OSError.
     """
-    meta = json.loads((packed / "meta.json").read_text(encoding="utf-8"))
-    size = int(meta["size"])
-    out.mkdir(parents=True, exist_ok=True)
-    labels = np.frombuffer(lzma.decompress((packed / "labels.xz").read_bytes()), np.uint8)
-    images = np.memmap(out / "images.u8", np.uint8, mode="w+", shape=(len(labels), size, size, 3))
+    meta = read_meta(packed, "count", "size", names="styles")
+    size = meta["size"]
+    labels = unpacked_labels(packed, meta)
+    shape = (len(labels), size, size, 3)
+    with written_beside(out / "images.u8") as part:
+        allocate(part, math.prod(shape))
+        fill(np.memmap(part, np.uint8, mode="r+", shape=shape), labels, packed, stopped)
+    with written_beside(out / "labels.u8") as part:
+        part.write_bytes(labels.tobytes())
+    with written_beside(out / "meta.json") as part:
+        part.write_text(json.dumps(meta), encoding="utf-8")
+    return len(labels)
+
+
+def fill(images: np.memmap, labels: NDArray[np.uint8], packed: Path, stopped: Callable[[], bool]) -> None:
+    """Unpack the images of every class in the folder ``packed`` to their places in ``images``. Raises InputError."""
+    size = images.shape[1]
 
     def one(label: int) -> None:
-        path = packed / f"{label:03}.xz"
-        index = np.flatnonzero(labels == label)
+        path, index = packed / f"{label:03}.xz", np.flatnonzero(labels == label)
+        what = f"{len(index)} images of {size}x{size} pixels, which labels.xz and meta.json say"
         try:
             with lzma.open(path) as file:
                 for start in range(0, len(index), PIECE):
-                    part = index[start : start + PIECE]
-                    images[part] = np.frombuffer(file.read(len(part) * size * size * 3), np.uint8).reshape(
-                        -1, size, size, 3
-                    )
-        except (lzma.LZMAError, EOFError, ValueError) as error:
-            raise ValueError(f"{path}: cut off or damaged ({error}); take it here again") from error
+                    if stopped():
+                        return
+                    piece = index[start : start + PIECE]
+                    content = file.read(len(piece) * size * size * 3)
+                    if len(content) != len(piece) * size * size * 3:
+                        raise InputError(f"{path}: holds less than {what}; take the whole folder here again")
+                    images[piece] = np.frombuffer(content, np.uint8).reshape(-1, size, size, 3)
+                if file.read(1):
+                    raise InputError(f"{path}: holds more than {what}; take the whole folder here again")
+        except (lzma.LZMAError, EOFError) as error:
+            raise InputError(f"{path}: cut off or damaged ({error}); take it here again") from error
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(one, np.unique(labels).tolist()))
-    labels.tofile(out / "labels.u8")
-    (out / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    return len(labels)
+    images.flush()
+
+
+def unpacked_labels(packed: Path, meta: dict[str, Any]) -> NDArray[np.uint8]:
+    """The labels in the folder ``packed``. Raises InputError where they do not fit its ``meta``, OSError."""
+    path, count, names = packed / "labels.xz", meta["count"], meta["styles"]
+    try:
+        with lzma.open(path) as file:
+            labels = np.frombuffer(file.read(count + 1), np.uint8)
+    except (lzma.LZMAError, EOFError) as error:
+        raise InputError(f"{path}: cut off or damaged ({error}); take it here again") from error
+    if len(labels) != count:
+        given = f"more than {count}" if len(labels) > count else str(len(labels))
+        raise InputError(f"{path}: holds {given} labels, meta.json has count {count}; take both here again")
+    if labels.max() >= len(names):
+        raise InputError(f"{path}: holds label {labels.max()}, meta.json {len(names)} styles; take both here again")
+    return labels
+
+
+def allocate(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes that are really there: a disk that is full later would end the process."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                why = f"{error.strerror} for {size / 1e6:.0f} MB of unpacked images; give a folder with more room"
+                raise OSError(error.errno, why, str(path)) from error
+        else:
+            file.truncate(size)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from par_model.training.run import InputError
+from par_model.training.files import InputError, text_of
+from par_model.training.raw import read_meta, read_pixels
 
 RAW = ("clips.u8", "labels.u8", "meta.json")
 EXPECTED = (
@@ -38,14 +38,13 @@ class ClipFolder:
         if not path.is_dir():
             raise InputError(f"{path}: no such folder; {EXPECTED}")
         try:
-            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-            count, frames, size, channels = (int(meta[key]) for key in ("count", "frames", "size", "channels"))
-            names = [str(name) for name in meta["class_names"]]
-            # ValueError where the file is shorter.
-            clips = np.memmap(path / "clips.u8", dtype=np.uint8, mode="r", shape=(count, frames, size, size, channels))
+            meta = read_meta(path, "count", "frames", "size", "channels", names="class_names")
+            count, frames, size, channels = (meta[key] for key in ("count", "frames", "size", "channels"))
+            names = meta["class_names"]
+            clips = read_pixels(path / "clips.u8", (count, frames, size, size, channels))
             labels = np.fromfile(path / "labels.u8", dtype=np.uint8)
-        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
-            raise InputError(f"{path}: not the raw form of clips ({error}); {EXPECTED}") from error
+        except (InputError, FileNotFoundError) as error:
+            raise InputError(f"{path}: not the raw form of clips ({text_of(error)}); {EXPECTED}") from error
         if channels not in (1, 3):
             raise InputError(f"{path}: clips of {channels} channels; expected 3 (RGB) or 1 (grey)")
         if len(labels) != count or labels.max(initial=0) >= len(names):

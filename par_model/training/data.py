@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from par_model.training.run import InputError
+from par_model.training.files import InputError, text_of
+from par_model.training.raw import IMAGES as RAW
+from par_model.training.raw import RawImages
 from par_model.words import printable
 
 #: Readers that run nothing, as of the runtime (Pillow gives EPS files to Ghostscript).
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "TGA")
-RAW = ("images.u8", "labels.u8", "meta.json")
 EXPECTED = (
     "expected a folder with a folder of pictures for each class (or with the pictures themselves, of one class), or "
     f"the raw form: {', '.join(RAW)}"
@@ -76,19 +76,10 @@ class ImageFolder:
 def _raw(path: Path) -> ImageFolder:
     """The form that ``models/recipe/render.mjs`` writes."""
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        size, names = int(meta["size"]), [str(name) for name in meta["styles"]]
-        images = np.memmap(
-            path / "images.u8", dtype=np.uint8, mode="r", shape=(int(meta["count"]), size, size, 3)
-        )  # ValueError where the file is shorter
-        labels = np.fromfile(path / "labels.u8", dtype=np.uint8)
-    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        raise InputError(f"{path}: not the raw form of images ({error}); {EXPECTED}") from error
-    if len(labels) != len(images):
-        raise InputError(f"{path} has {len(images)} images and {len(labels)} labels; render it again")
-    if labels.max(initial=0) >= len(names):
-        raise InputError(f"{path} has label {labels.max()} and {len(names)} class names; render it again")
-    return ImageFolder(images, labels, names, size)
+        raw = RawImages.open(path)
+    except (InputError, FileNotFoundError) as error:
+        raise InputError(f"{path}: not the raw form of images ({text_of(error)}); {EXPECTED}") from error
+    return ImageFolder(raw.images, raw.labels, raw.meta["styles"], raw.meta["size"])
 
 
 def _pictures(path: Path, size: int | None) -> ImageFolder:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from par_model.training.run import InputError
+from par_model.training.files import InputError
 
 EXPECTED = "expected auto, cpu, cuda, or cuda:N with the number of a GPU"
 PART_OF_FREE = 4  #: data that take at most this part (a quarter) of a GPU's free memory lie there
@@ -24,7 +24,7 @@ LOADED_AT_ONCE = 4096  #: images that are copied to a GPU in one piece
 def choose_device(text: str) -> torch.device:
     """The device of ``--device``: "auto" is the first GPU where PyTorch sees one, else the CPU. Raises InputError."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
-        raise InputError(f"--device {text}: {EXPECTED}")
+        raise InputError(f"--device {text or 'with an empty text'}: {EXPECTED}")
     count = torch.cuda.device_count() if text != "cpu" and torch.cuda.is_available() else 0
     if text == "cpu" or (text == "auto" and count == 0):
         return torch.device("cpu")

@@ -11,13 +11,8 @@ import torch
 from par_model.training.clips import ClipFolder, holds_clips
 from par_model.training.data import ImageFolder
 from par_model.training.device import Batches, autocast, choose_device
-from par_model.training.run import (
-    InputError,
-    channels_last,
-    load_tokenizer,
-    load_video_tokenizer,
-    written_beside,
-)
+from par_model.training.files import InputError, keep_inputs, written_beside
+from par_model.training.run import channels_last, load_tokenizer, load_video_tokenizer
 from par_model.training.video import check_clips
 from par_model.vq import VQModel
 from par_model.words import printable
@@ -27,10 +22,9 @@ GRID = 24  #: codes of a side that pictures are fitted to by default: 384 pixels
 
 def run(args: argparse.Namespace) -> None:
     """Write ``args.out``. Raises InputError, CheckpointError, OSError."""
-    if args.batch < 1:
-        raise InputError(f"--batch {args.batch}: expected 1 or more")
     if args.out.is_dir():
         raise InputError(f"--out {args.out} is a folder; give the name of a file, for instance codes.npz")
+    keep_inputs(f"--out {args.out}", [args.out], data=args.data, tokenizer=args.tokenizer)
     device = choose_device(args.device)
     if holds_clips(args.data):
         _encode_clips(args, device)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -27,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from par_model.checkpoint import open_checkpoint, video_config, vq_config
+from par_model.training.files import InputError, written_beside
+from par_model.training.resume import check_run, read_run, taking_over
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
 
@@ -34,10 +35,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-class InputError(Exception):
-    """An input that a trainer cannot use; the message states what is expected and how to fix it."""
 
 
 def batch_index(seed: int, step: int, batch: int, count: int) -> np.ndarray:
@@ -114,25 +111,6 @@ def load_video_tokenizer(path: Path) -> VideoTokenizer:
     return model
 
 
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """The path of a hidden file beside ``path``, which is renamed to it at the end.
-
-    On an error ``path`` stays as it was, the hidden file is removed, and an OSError names ``path``.
-    """
-    part = path.parent / f".{path.name[:40]}.{os.getpid()}.part"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        if error.filename in (None, str(part), part):
-            error.filename, error.filename2 = str(path), None
-        raise
-    finally:
-        part.unlink(missing_ok=True)
-
-
 @dataclass
 class Run:
     """A run folder, used as a context. ``should_stop`` becomes true on Ctrl-C or SIGTERM; the trainer then writes a
@@ -190,17 +168,21 @@ class Run:
         with written_beside(self.path / name) as part:
             part.write_bytes(content.getbuffer())
 
-    def resume(self, wanted: bool) -> dict[str, Any] | None:
-        """The last checkpoint; None for a new run.
+    @contextmanager
+    def resume(self, wanted: bool, config: Mapping[str, Any]) -> Iterator[dict[str, Any] | None]:
+        """The last checkpoint, to be taken over inside; None for a new run. ``config``: as checkpoints hold it.
 
-        Raises InputError where a run exists and resuming is not ``wanted``.
+        Raises InputError where a run exists and resuming is not ``wanted``, and where the checkpoint is damaged or of
+        another training; nothing is written then.
         """
         path = self.path / "checkpoint.pt"
         if not path.exists():
-            return None
+            yield None
+            return
         if not wanted:
             raise InputError(f"{path} exists; give --resume to continue that run, or another --run folder")
-        with path.open("rb") as file:  # torch opens no name that is not UTF-8
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        self.seconds_before = float(state["seconds"])
-        return state
+        state = read_run(path)
+        check_run(path, state, config)
+        with taking_over(path):
+            self.seconds_before = float(state["seconds"])
+            yield state

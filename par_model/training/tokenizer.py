@@ -11,7 +11,6 @@ codes stay valid, which they would not with a new codebook.
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,10 @@ from par_model.training.device import (
     random_state,
     restore_random_state,
 )
+from par_model.training.files import InputError, keep_run_inputs
+from par_model.training.resume import AGAIN
 from par_model.training.run import (
     EMA,
-    InputError,
     Run,
     batch_index,
     channels_last,
@@ -55,9 +55,8 @@ def train(args: argparse.Namespace) -> None:
 
     Raises InputError, CheckpointError, OSError.
     """
-    if not 0 <= args.structure < math.inf:
-        raise InputError(f"--structure {args.structure}: expected 0 or more; 1 to 3 are good numbers")
     data, held_out = ImageFolder.open(args.data, args.size), ImageFolder.open(args.val, args.size)
+    keep_run_inputs(args.run, data=args.data, val=args.val, encoder_for=args.encoder_for)
     if args.encoder_for is not None:
         given = open_checkpoint(args.encoder_for)
         config = vq_config(given)
@@ -66,8 +65,17 @@ def train(args: argparse.Namespace) -> None:
         with Run(args.run, args.minutes) as run:
             _train(args, config, run, device, data, held_out, dict(given.tensors))
         return
+    config = config_of(args)
+    _check_size(config, data, held_out)
+    device = choose_device(args.device)
+    with Run(args.run, args.minutes) as run:
+        _train(args, config, run, device, data, held_out)
+
+
+def config_of(args: argparse.Namespace) -> VQConfig:
+    """The tokenizer that the options ``args`` describe. Raises InputError for numbers that do not fit each other."""
     try:
-        config = VQConfig(
+        return VQConfig(
             codebook_size=args.codes,
             channels=args.channels,
             channel_multipliers=tuple(args.multipliers),
@@ -77,10 +85,6 @@ def train(args: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise InputError(str(error)) from error
-    _check_size(config, data, held_out)
-    device = choose_device(args.device)
-    with Run(args.run, args.minutes) as run:
-        _train(args, config, run, device, data, held_out)
 
 
 def _check_size(config: VQConfig, *folders: ImageFolder) -> None:
@@ -117,17 +121,20 @@ def _train(
     ema = EMA(model, 0.999)
     usage = torch.zeros(config.codebook_size, device=device)
     step = 0
-    if (state := run.resume(args.resume)) is not None:
-        model.load_state_dict(state["live"])
-        load_optimizer(optimizer, state["optimizer"])
-        ema.load(state["model"])
-        usage.copy_(state["usage"])
-        step = state["step"]
-        restore_random_state(state["rng"], device)  # restarted codes are random
+    about = asdict(config) | {"kind": "vq"}
+    with run.resume(args.resume, about) as state:
+        if state is not None:
+            check_half(run.path, state, len(trained))
+            model.load_state_dict(state["live"])
+            load_optimizer(optimizer, state["optimizer"])
+            ema.load(state["model"])
+            usage.copy_(state["usage"])
+            step = int(state["step"])
+            restore_random_state(state["rng"], device)  # restarted codes are random
     batches = Batches(data, device)
 
     def save() -> None:
-        final = {"model": ema.shadow, "config": asdict(config) | {"kind": "vq"}}
+        final = {"model": ema.shadow, "config": about}
         live = {"live": model.state_dict(), "optimizer": optimizer.state_dict()}
         place = {"step": step, "usage": usage, "rng": random_state(device)}
         run.save("checkpoint.pt", on_cpu(final | live | place))
@@ -156,6 +163,14 @@ def _train(
             )
             save()
     save()
+
+
+def check_half(run: Path, state: dict[str, Any], trained: int) -> None:
+    """Raise InputError where a run trained another part of a tokenizer than the ``trained`` tensors."""
+    before = sum(len(group["params"]) for group in state["optimizer"]["param_groups"])
+    if before != trained:
+        was, now = ("with", "without") if before < trained else ("without", "with")
+        raise InputError(f"--resume: the run in {run} was trained {was} --encoder-for, given now: {now}; {AGAIN}")
 
 
 def update(

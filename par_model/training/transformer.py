@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,9 @@ from par_model.training.device import (
     random_state,
     restore_random_state,
 )
-from par_model.training.run import EMA, InputError, Run, batch_index, cosine, load_tokenizer, load_video_tokenizer
+from par_model.training.files import InputError, keep_run_inputs
+from par_model.training.resume import AGAIN
+from par_model.training.run import EMA, Run, batch_index, cosine, load_tokenizer, load_video_tokenizer
 from par_model.transformer import PAR
 
 CLASS_DROPOUT = 0.1  # share of the images that are trained without their class, for guidance
@@ -48,6 +51,7 @@ def train(args: argparse.Namespace) -> None:
 
     Raises InputError, CheckpointError, OSError.
     """
+    keep_run_inputs(args.run, codes=args.codes, val=args.val, init=args.init, tokenizer=args.tokenizer)
     codes, labels, names = load_codes(args.codes, args.vocab)
     held_out = load_codes(args.val, args.vocab)
     if held_out[0].shape[1:] != codes.shape[1:]:
@@ -55,7 +59,7 @@ def train(args: argparse.Namespace) -> None:
             f"{args.val}: codes of {grid_text(held_out[0])}, {args.codes} has {grid_text(codes)}; encode "
             "both with the same tokenizer"
         )
-    config = _config(args, grid_of(codes), len(names))
+    config = config_of(args, grid_of(codes), len(names))
     device = choose_device(args.device)
     with Run(args.run, args.minutes) as run:
         _train(args, config, run, device, (codes, labels, names), held_out)
@@ -72,7 +76,8 @@ def grid_text(codes: np.ndarray) -> str:
     return "x".join(map(str, codes.shape[1:]))
 
 
-def _config(args: argparse.Namespace, grid: tuple[int, int, int], n_classes: int) -> PARConfig:
+def config_of(args: argparse.Namespace, grid: tuple[int, int, int], n_classes: int) -> PARConfig:
+    """The model that the options ``args`` describe. Raises InputError for numbers that do not fit each other."""
     dim, n_layers, n_heads = SIZES[args.size]
     if args.dim or args.layers or args.heads:
         if not (args.dim and args.layers and args.heads):
@@ -108,17 +113,25 @@ def _train(
     peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
     ema = EMA(model, args.ema)
     step = 0
-    if (state := run.resume(args.resume)) is not None:
-        model.load_state_dict(state["live"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
-        ema.load(state["model"])
-        step = state["step"]
-        restore_random_state(state["rng"], device)  # dropout is random
+    about = asdict(config) | {"kind": "par"}
+    with run.resume(args.resume, about) as state:
+        if state is not None:
+            was = "muon" if len(state["optimizers"]) > 1 else "adamw"
+            if was != args.optimizer:
+                raise InputError(
+                    f"--resume: the run in {run.path} was trained with --optimizer {was}, given now: --optimizer "
+                    f"{args.optimizer}; {AGAIN}"
+                )
+            model.load_state_dict(state["live"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                load_optimizer(optimizer, saved)
+            ema.load(state["model"])
+            step = int(state["step"])
+            restore_random_state(state["rng"], device)  # dropout is random
     sequences = sequences_of(codes, config, args.vocab).to(device)
 
     def save() -> None:
-        final = {"model": ema.shadow, "config": asdict(config) | {"kind": "par"}, "class_names": names}
+        final = {"model": ema.shadow, "config": about, "class_names": names}
         live = {"live": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         run.save("checkpoint.pt", on_cpu(final | live | {"step": step, "rng": random_state(device)}))
         if done:
@@ -247,10 +260,17 @@ def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Op
 def load_codes(path: Path, vocab: int) -> Codes:
     """The content of ``codes.npz`` of ``parvis encode``. Raises InputError, OSError."""
     try:
-        with np.load(path) as f:
+        with path.open("rb") as file, np.load(file) as f:  # numpy leaves a damaged file open
             codes, labels, names = f["codes"], f["labels"].astype(np.int64), [str(name) for name in f["class_names"]]
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not a file of parvis encode ({error}); encode the images again") from error
+    if codes.ndim not in (3, 4) or codes.dtype.kind not in "iu" or not codes.size or labels.shape != codes.shape[:1]:
+        raise InputError(
+            f"{path}: has codes of shape {codes.shape} and type {codes.dtype}, labels of shape {labels.shape}; "
+            "expected whole numbers [M,h,w] or [M,t,h,w] and labels [M], M of 1 or more; encode the images again"
+        )
+    if codes.min() < 0:
+        raise InputError(f"{path}: has code {codes.min()}; expected 0 or more; encode the images again")
     if codes.max() >= vocab:
         raise InputError(
             f"{path}: has code {codes.max()}, --vocab {vocab} allows 0..{vocab - 1}; give the tokenizer's codebook size"

@@ -17,7 +17,8 @@ from torch import Tensor
 from par_model.config import VideoTokenizerConfig
 from par_model.training.clips import ClipFolder
 from par_model.training.device import Batches, adamw, autocast, choose_device, load_optimizer, on_cpu
-from par_model.training.run import EMA, InputError, Run, batch_index, cosine
+from par_model.training.files import InputError, keep_run_inputs
+from par_model.training.run import EMA, Run, batch_index, cosine
 from par_model.video import VideoTokenizer
 
 VALIDATED = 128  #: held-out clips of a report
@@ -26,6 +27,7 @@ VALIDATED = 128  #: held-out clips of a report
 def train(args: argparse.Namespace) -> None:
     """Run or resume the training that ``args`` describes. Raises InputError, OSError."""
     data, held_out = ClipFolder.open(args.data), ClipFolder.open(args.val)
+    keep_run_inputs(args.run, data=args.data, val=args.val)
     try:
         config = VideoTokenizerConfig(
             levels=tuple(args.levels),
@@ -67,15 +69,17 @@ def _train(
     optimizer = adamw(model.parameters(), args.lr, device)
     ema = EMA(model, 0.998)
     step = 0
-    if (state := run.resume(args.resume)) is not None:
-        model.load_state_dict(state["live"])
-        load_optimizer(optimizer, state["optimizer"])
-        ema.load(state["model"])
-        step = state["step"]
+    about = asdict(config) | {"kind": "video-tokenizer"}
+    with run.resume(args.resume, about) as state:
+        if state is not None:
+            model.load_state_dict(state["live"])
+            load_optimizer(optimizer, state["optimizer"])
+            ema.load(state["model"])
+            step = int(state["step"])
     batches = Batches(data, device)
 
     def save() -> None:
-        final = {"model": ema.shadow, "config": asdict(config) | {"kind": "video-tokenizer"}}
+        final = {"model": ema.shadow, "config": about}
         live = {"live": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
         run.save("checkpoint.pt", on_cpu(final | live))
         if done:

@@ -77,8 +77,61 @@ def test_three_bundles_and_a_sheet(
     assert "--most-mb 0.01 allows less" in capsys.readouterr().err
 
 
-def test_results_that_are_not_there_are_one_line(
-    recipe: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_what_it_cannot_use_is_one_line_before_anything_is_made(
+    recipe: ModuleType, results: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert recipe.main([str(tmp_path), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]) == 1
-    assert "gpu_bundles.py: no bundle demo, demo-n1, demo-n16" in capfd.readouterr().err
+    (tmp_path / "file").touch()
+
+    def refused(text: str, given: Path, work: Path, out: Path, *more: str) -> None:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert recipe.main([str(given), "--work", str(work), "--out", str(out), *more]) == 2, text
+        printed = capfd.readouterr()
+        assert text in printed.err
+        assert printed.err.startswith("gpu_bundles.py: error: ")
+        assert (printed.err.count("\n"), printed.out) == (1, "")
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    work, out = tmp_path / "work", tmp_path / "out"
+    refused("has no tokenizer.pt, model-n4.pt, model-n1.pt, model-n16.pt, val.npz; expected", tmp_path, work, out)
+    refused("none: no such folder; expected the results of gpu.py", tmp_path / "none", work, out)
+    for option, value, text in (
+        ("--most-mb", "nan", "--most-mb nan: expected a number above 0"),
+        ("--guidance", "-1", "--guidance -1.0: expected 0 to 1000"),
+        ("--top-p", "2", "--top-p 2.0: expected a number above 0, at most 1"),
+        ("--seed", "-1", "--seed -1: expected 0 to"),
+        ("--calibrate-options", "--nix 3", "--calibrate-options: unrecognized arguments: --nix 3"),
+        ("--calibrate-options", "'", '--calibrate-options "\'": no closing quotation'),
+    ):
+        refused(text, results, work, out, f"{option}={value}")
+    refused("one is in the other; give two folders side by side", results, work, work)
+    refused("one is in the other", results, work, work / "demo")
+    refused("one is in the other", results, out / "work", out)
+    refused("is the folder of the results", results, work, results)
+    refused("is the folder of the results", results, results, out)
+    refused("--out", results, work, tmp_path / "file")
+    (tmp_path / "demo").mkdir()
+    results.rename(tmp_path / "demo" / "inner")
+    refused("would replace", tmp_path / "demo" / "inner", tmp_path, tmp_path.parent / "elsewhere")
+    (tmp_path / "demo" / "inner").rename(results)
+    for name in ("model-n1.pt", "tokenizer.pt", "val.npz"):
+        whole = (results / name).read_bytes()
+        (results / name).write_bytes(whole[: len(whole) // 2])
+        refused(f"{name}: not a ", results, work, out)
+        (results / name).write_bytes(whole)
+    (results / "model-n1.pt").write_bytes((results / "model-n4.pt").read_bytes())
+    refused("model-n1.pt: has n, codes, classes and grid (4, ", results, work, out)
+
+
+def test_a_report_is_named_only_where_there_is_one(recipe: ModuleType, tmp_path: Path) -> None:
+    assert recipe.why(tmp_path, ["demo", "demo-n1"]) == "what is printed above says why"
+    (tmp_path / "demo-n1.html").touch()
+    assert recipe.why(tmp_path, ["demo", "demo-n1"]) == f"see {tmp_path / 'demo-n1.html'}"
+
+
+def test_short_times_are_said_in_milliseconds(recipe: ModuleType) -> None:
+    assert [recipe.duration(seconds) for seconds in (2.345, 0.234, 0.0123, 0.0042)] == [
+        "2.35 s",
+        "234 ms",
+        "12 ms",
+        "4.2 ms",
+    ]

@@ -149,6 +149,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
     codes = tmp_path / "codes.npz"
     np.savez(codes, codes=np.full((2, 4, 4), 20, np.uint16), labels=np.zeros(2), class_names=np.array(["a"]))
     (tmp_path / "text.npz").write_text("hello")
+    whole = codes.read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    np.savez(tmp_path / "empty.npz", codes=np.zeros((0, 4, 4), np.uint16), labels=np.zeros(0), class_names=["a"])
     run = ["--run", str(tmp_path / "run")]
     for module, arguments, text in [
         (
@@ -160,9 +164,17 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (
             train_tokenizer,
             ["--data", str(images), "--val", str(images), *run, "--structure", "-1"],
-            "expected 0 or more",
+            "--structure -1.0: expected 0 to 1000000; 1 to 3 are good numbers",
         ),
         (train, ["--codes", "none.npz", "--val", str(codes), "--vocab", "16", *run], "none.npz: No such file"),
+        *(
+            (train, ["--codes", str(tmp_path / name), "--val", str(codes), "--vocab", "16", *run], text)
+            for name, text in (
+                ("cut.npz", "cut.npz: not a file of parvis encode"),
+                ("array.npy", "array.npy: not a file of parvis encode"),
+                ("empty.npz", "expected whole numbers [M,h,w]"),
+            )
+        ),
         (
             train,
             ["--codes", str(tmp_path / "text.npz"), "--val", str(codes), "--vocab", "16", *run],

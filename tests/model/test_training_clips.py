@@ -16,7 +16,8 @@ from par_model.training.cli import encode as encode_codes
 from par_model.training.cli import transformer as train
 from par_model.training.cli import video_tokenizer as train_video
 from par_model.training.clips import ClipFolder
-from par_model.training.run import InputError, load_video_tokenizer
+from par_model.training.files import InputError
+from par_model.training.run import load_video_tokenizer
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 

@@ -31,7 +31,8 @@ from par_model.training.cli import transformer as train
 from par_model.training.cli import video_tokenizer as train_video
 from par_model.training.data import ImageFolder
 from par_model.training.device import Batches, adamw, choose_device, load_optimizer, moved, on_cpu
-from par_model.training.run import EMA, InputError, channels_last
+from par_model.training.files import InputError
+from par_model.training.run import EMA, channels_last
 from par_model.transformer import PAR
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel

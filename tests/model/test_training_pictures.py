@@ -13,7 +13,8 @@ from PIL import Image
 from par_model.config import VQConfig
 from par_model.training.cli import encode, tokenizer
 from par_model.training.data import ImageFolder, picture
-from par_model.training.run import InputError, Run
+from par_model.training.files import InputError
+from par_model.training.run import Run
 from par_model.vq import VQModel
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
@@ -149,7 +150,7 @@ def test_what_cannot_be_encoded_is_one_line_and_leaves_nothing(
         assert not list(tmp_path.glob(".*"))
 
     refused("expected a multiple of 2", "--data", pictures, "--size", 7)
-    refused("--batch 0: expected 1 or more", "--data", pictures, "--batch", 0)
+    refused("--batch 0: expected 1 to 1000000", "--data", pictures, "--batch", 0)
     refused("no such folder", "--data", tmp_path / "none")
     empty = tmp_path / "empty"
     (empty / "class").mkdir(parents=True)

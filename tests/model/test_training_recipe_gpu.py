@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from PIL import Image
 from par_model.checkpoint import open_checkpoint, par_config, vq_config
 from par_model.training.cli import transformer as train
 from par_model.training.data import ImageFolder
+from par_model.training.files import InputError
 
 RECIPE = Path(__file__).parents[2] / "models/recipe"
 TOKENIZER = "--codes 16 --channels 8 --multipliers 1 --z-channels 8 --norm-groups 4 --batch 8 --steps 6 --report 3"
@@ -29,9 +31,10 @@ def recipe() -> Iterator[dict[str, ModuleType]]:
     """The scripts ``pack.py`` and ``gpu.py``."""
     before = list(sys.path)
     sys.path.insert(0, str(RECIPE))
-    yield {name: importlib.import_module(name) for name in ("pack", "gpu")}
+    yield {name: importlib.import_module(name) for name in ("pack", "gpu", "gpu_parts")}
     sys.path[:] = before
-    del sys.modules["pack"], sys.modules["gpu"]
+    for name in ("gpu", "gpu_checks", "gpu_parts", "pack"):
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def test_packed_images_come_back(
     shutil.copytree(packed / "train", tmp_path / "cut")
     whole = (tmp_path / "cut" / "001.xz").read_bytes()
     (tmp_path / "cut" / "001.xz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"001\.xz: cut off or damaged"):
+    with pytest.raises(InputError, match=r"001\.xz: cut off or damaged"):
         recipe["pack"].unpack(tmp_path / "cut", tmp_path / "never")
 
 
@@ -98,21 +101,31 @@ def test_the_whole_training_makes_what_an_export_takes_and_a_part_that_fails_los
     with np.load(out / "val.npz") as arrays:
         assert arrays["codes"].shape == (8, 8, 8)
     with Image.open(out / "sheets.png") as sheets:
-        assert sheets.height == 8 * 2 + 3 * (4 * 8 + 8)
+        assert sheets.height == 12 + 8 * 2 + 3 * (8 + 12 + 4 * 8)  # with captions
+        assert (np.asarray(sheets)[:12] < 128).any()
     table = capsys.readouterr().out.splitlines()[-6:]
     assert table[0].split()[:3] == ["part", "ended", "step"]
     assert table[4].startswith("model-n16")
     assert "model-n1: step=6 images=48 loss=" in (out / "log.txt").read_text()
 
-    # A second try begins with the tokenizer of the first one, and no model can be trained.
-    again = tmp_path / "again"
-    given = ["--tokenizer", str(out / "tokenizer.pt"), "--model-options", f"{MODEL} --heads 5"]
-    assert rehearse(recipe, packed, again, *given) == 1
-    assert {path.name for path in again.iterdir()} == {"val.npz", "results.json", "log.txt"}
-    rows = json.loads((again / "results.json").read_text())
+    # A second try begins with the tokenizer of the first one; what its work folder has of the models is damaged.
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    work = tmp_path / "work"
+    for n in (1, 4, 16):
+        (work / f"model-n{n}").mkdir(parents=True)
+        (work / f"model-n{n}" / "checkpoint.pt").write_bytes(b"cut")
+        os.utime(work / f"model-n{n}" / "checkpoint.pt", (0, 0))
+    given = ["--tokenizer", str(out / "tokenizer.pt"), "--model-options", MODEL, "--work", str(work)]
+    assert rehearse(recipe, packed, out, *given) == 1
+    assert {path.name for path in out.iterdir()} == {"tokenizer.pt", "val.npz", "results.json", "log.txt", "earlier-1"}
+    del before["tokenizer.pt"]
+    assert {path.name: path.read_bytes() for path in (out / "earlier-1").iterdir()} == before
+    rows = json.loads((out / "results.json").read_text())
     assert [(row["part"], row["ended"]) for row in rows] == [(f"model-n{n}", "FAILED") for n in (4, 1, 16)]
     printed = capsys.readouterr().out
-    assert "model-n4: FAILED with code 2: parvis: error: dim=16 is not a multiple of n_heads=5" in printed
+    assert f"what an earlier try left in {out} is in {out / 'earlier-1'}" in printed
+    assert f"model-n4: FAILED with code 2: parvis: error: --resume: {work / 'model-n4' / 'checkpoint.pt'}: " in printed
+    assert (work / "model-n4" / "checkpoint.pt").read_bytes() == b"cut"
 
 
 def test_a_part_that_is_late_is_stopped_and_leaves_its_last_report(
@@ -123,8 +136,8 @@ def test_a_part_that_is_late_is_stopped_and_leaves_its_last_report(
         .parser()
         .parse_args(["--data", str(packed), "--out", str(tmp_path / "out"), "--device", "cpu", "--start-seconds", "60"])
     )
-    work = recipe["gpu"].Work(arguments, tmp_path, torch.device("cpu"))
-    sleeping = recipe["gpu"].Part(
+    work = recipe["gpu_parts"].Work(arguments, tmp_path, torch.device("cpu"))
+    sleeping = recipe["gpu_parts"].Part(
         "late", [sys.executable, "-c", "import time; time.sleep(600)"], -70, tmp_path / "late"
     )
     work.run([sleeping])
@@ -138,23 +151,3 @@ def test_a_part_that_is_late_is_stopped_and_leaves_its_last_report(
     assert work.collect(sleeping, halves=True) == tmp_path / "out" / "late.pt"
     assert [row["ended"] for row in work.rows] == ["FAILED", "too late"]
     assert par_config(open_checkpoint(tmp_path / "out" / "late.pt")).dim == 16
-
-
-def test_what_it_cannot_use_is_one_line(
-    recipe: dict[str, ModuleType], packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = ["--data", str(packed), "--out", str(tmp_path / "out")]
-    for more, text in (
-        (["--device", "gpu"], "--device gpu: expected auto, cpu"),
-        (["--device", "cpu", "--minutes", "0"], "--minutes 0.0: expected a number above 0"),
-        (["--device", "cpu", "--share-model", "0.9"], "shares of the time (0.36, 0.9, 0.19): expected numbers"),
-        (["--device", "cpu", "--model", "none.pt"], "--model none.pt: no such file"),
-        (["--device", "cpu", "--data", str(tmp_path)], "No such file or directory"),
-    ):
-        assert recipe["gpu"].main([*base, *more]) == 2
-        error = capsys.readouterr().err
-        assert text in error
-        assert error.startswith("gpu.py: error: ")
-        assert error.count("\n") == 1
-    assert recipe["pack"].main(["--train", str(tmp_path), "--val", str(tmp_path), "--out", str(tmp_path / "p")]) == 2
-    assert capsys.readouterr().err.startswith("pack.py: error: ")

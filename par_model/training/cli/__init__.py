@@ -6,12 +6,16 @@ PyTorch is imported when a verb runs, not for its ``--help``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from par_model.training.cli import numbers
+from par_model.training.files import InputError, text_of
 from par_model.words import one_line, printable
 
 LONGEST_ERROR = 2000  # characters
@@ -64,7 +68,8 @@ def add_device(p: argparse.ArgumentParser) -> None:
         "--device",
         default="auto",
         metavar="auto|cpu|cuda|cuda:N",
-        help="where to compute; auto: the first GPU that PyTorch sees, else the CPU. What is written is the same",
+        help="where to compute; auto: the first GPU that PyTorch sees, else the CPU. The files are of the same kind "
+        "from either; a GPU rounds in another way, so it gives other weights",
     )
 
 
@@ -74,19 +79,45 @@ def verb(parser: argparse.ArgumentParser, argv: Sequence[str] | None, module: st
     The module is imported only then, as it imports PyTorch.
     """
     args = parser.parse_args(argv)
-    return guarded(lambda: getattr(importlib.import_module(f"par_model.training.{module}"), function)(args))
+
+    def work() -> None:
+        numbers.check(args)
+        getattr(importlib.import_module(f"par_model.training.{module}"), function)(args)
+
+    return guarded(work)
+
+
+def parsed(
+    option: str, parser: argparse.ArgumentParser, argv: Sequence[str], limited: bool = True
+) -> argparse.Namespace:
+    """The options ``argv`` of the verb of ``parser``, which a script was given as the text of ``option``.
+
+    ``limited``: it is a verb of this package, whose numbers have limits here.
+
+    Raises InputError, in one line that begins with ``option``.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
+            args = parser.parse_args(argv)
+        if limited:
+            numbers.check(args)
+    except SystemExit as ended:
+        message = printed.getvalue().strip().removeprefix("parvis: error: ")
+        raise InputError(f"{option}: {message or 'expected options, not --help'}") from ended
+    except InputError as error:
+        raise InputError(f"{option}: {error}") from error
+    return args
 
 
 def guarded(work: Callable[[], None]) -> int:
     """Run ``work`` of a verb; returns the exit code: 0, or 2 with one line on stderr for an expected error."""
     from par_model.checkpoint import CheckpointError
-    from par_model.training.run import InputError
 
     try:
         work()
     except (InputError, CheckpointError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"parvis: error: {printable(text)}", file=sys.stderr)
+        print(f"parvis: error: {printable(text_of(error))}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(

@@ -1,0 +1,96 @@
+"""What trainers and the scripts of the recipe share about files: errors, whole outputs, and outputs that are inputs.
+
+No torch here, since ``models/recipe/pack.py`` needs only numpy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+#: What a training writes into the folder of its run, beside sheets of samples.
+RUN_FILES = ("checkpoint.pt", "model.pt", "log.jsonl", "sheet.png")
+#: How the names of weights end: an output of such a name in a folder of weights makes it two models.
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+class InputError(Exception):
+    """An input that a trainer cannot use; the message states what is expected and how to fix it."""
+
+
+def text_of(error: Exception) -> str:
+    """The message of an expected error: of one of the system, the file and the reason."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """The path of a hidden file beside ``path``, which is renamed to it at the end.
+
+    On an error ``path`` stays as it was, the hidden file is removed, and an OSError names ``path``.
+    """
+    part = path.parent / f".{path.name[:40]}.{os.getpid()}.part"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        if error.filename in (None, str(part), part):
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def folder_for(option: str, path: Path) -> None:
+    """Raise InputError where ``path``, given as ``option``, cannot be a folder to write into: it is a file."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{option} {path}: is a file; expected a folder, which may be new: give another name")
+
+
+def keep_inputs(option: str, outputs: Iterable[Path], **inputs: Path | None) -> None:
+    """Raise InputError where one of ``outputs``, made by ``option``, would replace one of ``inputs`` or mix into it.
+
+    ``inputs``: by the names of their options, ``_`` for ``-``; files, or folders of data or of weights. A folder of
+    data takes no output at all (a sheet would be a picture of it); one of weights, none of a name that weights have, or
+    that is there. Links are followed.
+    """
+    for output in outputs:
+        for name, given in inputs.items():
+            if given is not None and (what := _spoils(output, given)) is not None:
+                raise InputError(
+                    f"{option}: would write {output}, {what} --{name.replace('_', '-')} {given}; give another place, "
+                    "outside of the inputs"
+                )
+
+
+def _spoils(output: Path, given: Path) -> str | None:
+    """What ``output`` would do to the input ``given``; None where it does nothing to it."""
+    if same(output, given):
+        return "which is"
+    if given.name.endswith(".index.json"):  # of shards, which lie beside it
+        given = given.parent
+    if not given.is_dir() or not output.resolve().is_relative_to(given.resolve()):
+        return None
+    if any(file.name.endswith(WEIGHTS) for file in given.iterdir()):
+        beside = same(output.parent, given)
+        return "in the folder of" if beside and (output.exists() or output.name.endswith(WEIGHTS)) else None
+    return "in the folder of"
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two paths are the same file or folder, over links too."""
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return a.resolve() == b.resolve()
+
+
+def keep_run_inputs(run: Path, **inputs: Path | None) -> None:
+    """:func:`keep_inputs` for the folder of a training, ``--run``; that must not be a file either."""
+    folder_for("--run", run)
+    keep_inputs(f"--run {run}", (run / name for name in RUN_FILES), **inputs)

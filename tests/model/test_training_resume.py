@@ -1,0 +1,149 @@
+"""``--resume`` with a damaged checkpoint, or with other options than the run began with: one line, nothing lost."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from par_model.training.cli import tokenizer as train_tokenizer
+from par_model.training.cli import transformer as train
+from par_model.training.cli import video_tokenizer as train_video
+
+pytestmark = pytest.mark.usefixtures("without_gpu")
+
+ONCE = ["--steps", "1", "--report", "1", "--batch", "2"]
+VERBS = {"tokenizer": train_tokenizer, "video": train_video, "model": train, "muon": train, "encoder": train_tokenizer}
+
+
+@pytest.fixture(scope="module")
+def made(training_images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The options of one run of each trainer, which are in folders of these names beside each other."""
+    folder = tmp_path_factory.mktemp("runs")
+    clips = folder / "clips"
+    clips.mkdir()
+    np.zeros((2, 3, 8, 8, 1), np.uint8).tofile(clips / "clips.u8")
+    np.zeros(2, np.uint8).tofile(clips / "labels.u8")
+    meta = '{"count": 2, "frames": 3, "size": 8, "channels": 1, "class_names": ["a"]}'
+    (clips / "meta.json").write_text(meta)
+    with (folder / "codes.npz").open("wb") as file:
+        np.savez(file, codes=np.zeros((4, 4, 4), np.uint16), labels=np.zeros(4, np.uint8), class_names=np.array(["a"]))
+    images = ["--data", str(training_images), "--val", str(training_images)]
+    codes = ["--codes", str(folder / "codes.npz"), "--val", str(folder / "codes.npz"), "--vocab", "16"]
+    small = ["--codes", "16", "--channels", "8", "--multipliers", "1", "2", "--z-channels", "8", "--norm-groups", "4"]
+    model = [*codes, *["--dim", "16", "--layers", "1", "--heads", "2"]]
+    runs = {
+        "tokenizer": [*images, *small],
+        "video": [
+            *["--data", str(clips), "--val", str(clips)],
+            *["--levels", "4", "3", "--widths", "4", "8", "--time-strides", "2", "--norm-groups", "2"],
+        ],
+        "model": model,
+        "muon": [*model, "--optimizer", "muon"],
+        "encoder": [*images, "--encoder-for", str(folder / "tokenizer" / "model.pt")],
+    }
+    for name, options in runs.items():
+        options += [*ONCE, "--run", str(folder / name)]
+        assert VERBS[name].main(options) == 0
+        assert VERBS[name].main([*options, "--resume"]) == 0
+    return runs
+
+
+def refused(
+    verb: ModuleType, options: list[str], run: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    assert verb.main([*options, "--run", str(run), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("parvis: error: --resume: ")
+    assert all(text in error for text in texts), error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "video", "model"])
+def test_a_damaged_checkpoint_is_one_line_and_kept(
+    made: dict[str, list[str]], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(made[name][-1], run)
+    file = run / "checkpoint.pt"
+    whole = file.read_bytes()
+    for content, text in (
+        (b"", "is empty"),
+        (whole[:100], "not a readable PyTorch checkpoint"),
+        (whole[: len(whole) // 2], "not a readable PyTorch checkpoint"),
+        (whole[:-1], "not a readable PyTorch checkpoint"),
+        (b"garbage" * 1000, "is text, not a checkpoint"),
+    ):
+        file.write_bytes(content)
+        again = "without a whole copy of it, begin again in another --run folder"
+        refused(VERBS[name], made[name], run, [f"--resume: {file}: ", text, again], capsys)
+    content = torch.load(Path(made[name][-1]) / "checkpoint.pt", weights_only=True)
+    for value, text in (
+        ([1, 2], "holds no run of a training"),
+        ({"model": content["model"], "config": content["config"]}, "holds no run of a training"),
+        ({"a": 1}, "holds no run of a training"),
+        ({key: content[key] for key in content if key != "step"}, "does not fit this training (KeyError: 'step')"),
+        (content | {"seconds": "x"}, "does not fit this training (ValueError"),
+        (content | {"live": {}}, "does not fit this training (RuntimeError"),
+        (content | {"model": {}}, "does not fit this training (KeyError"),
+    ):
+        torch.save(value, file)
+        refused(VERBS[name], made[name], run, [str(file), text, "nothing was changed"], capsys)
+    file.write_bytes(whole)
+    assert VERBS[name].main([*made[name], "--run", str(run), "--resume", "--steps", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "was", "now"),
+    [
+        ("tokenizer", "--channels 16", "--channels 8", "--channels 16"),
+        ("tokenizer", "--codes 32", "--codes 16", "--codes 32"),
+        ("tokenizer", "--multipliers 1 1", "--multipliers 1 2", "--multipliers 1 1"),
+        ("tokenizer", "--multipliers 1 2 2", "--multipliers 1 2;", "--multipliers 1 2 2;"),
+        ("tokenizer", "--z-channels 16 --res-blocks 2", "--res-blocks 1, --z-channels 8", "--res-blocks 2, --z-chan"),
+        ("tokenizer", "--norm-groups 2", "--norm-groups 4", "--norm-groups 2"),
+        ("tokenizer", "--encoder-for RUNS/tokenizer/model.pt", "without --encoder-for", "given now: with"),
+        ("encoder", "", "with --encoder-for", "given now: without"),
+        ("video", "--levels 4 5", "--levels 4 3", "--levels 4 5"),
+        ("video", "--widths 4 4", "--widths 4 8", "--widths 4 4"),
+        ("video", "--time-strides 1", "--time-strides 2", "--time-strides 1"),
+        ("model", "--dim 32", "--dim 16", "--dim 32"),
+        ("model", "--layers 2", "--layers 1", "--layers 2"),
+        ("model", "--heads 1", "--heads 2", "--heads 1"),
+        ("model", "--group-size 1", "--group-size 4", "--group-size 1"),
+        ("model", "--vocab 20", "--vocab 16", "--vocab 20"),
+        ("model", "--optimizer muon", "--optimizer adamw", "--optimizer muon"),
+        ("muon", "--optimizer adamw", "--optimizer muon", "--optimizer adamw"),
+    ],
+)
+def test_other_options_than_the_run_began_with_are_one_line(
+    made: dict[str, list[str]], name: str, more: str, was: str, now: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(made[name][-1])
+    options = [*made["tokenizer" if name == "encoder" else name], *more.replace("RUNS", str(run.parent)).split()]
+    if "--encoder-for" in more:  # a copy: weights inside the folder of the run are refused before
+        shutil.copy(run / "model.pt", run.parent / "given.pt")
+        options[-1] = str(run.parent / "given.pt")
+    texts = [f"the run in {run} was trained with", was, now, "give the same options, or another --run folder"]
+    refused(VERBS[name], options, run, texts[1:] if "encoder" in was else texts, capsys)
+
+
+def test_a_run_of_another_trainer_is_one_line(made: dict[str, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    verbs = {"tokenizer": "train-tokenizer", "video": "train-video-tokenizer", "model": "train"}
+    for name, verb in verbs.items():
+        for other, of in verbs.items():
+            if name != other:
+                text = f"is a run of parvis {of}, not of parvis {verb};"
+                refused(VERBS[name], made[name], Path(made[other][-1]), [text], capsys)
+
+
+def test_dropout_and_rate_may_be_others(made: dict[str, list[str]], tmp_path: Path) -> None:
+    shutil.copytree(made["model"][-1], tmp_path / "run")
+    more = ["--run", str(tmp_path / "run"), "--resume", "--dropout", "0", "--lr", "1e-4", "--steps", "2"]
+    assert train.main([*made["model"], *more]) == 0
