@@ -137,7 +137,7 @@ class Report:
         """Seconds for ``part``, before those that are ``waiting``."""
         if part == "driver":
             return min(DRIVER_S, self.session.left)
-        weights = [WEIGHTS[other] for other in (part, *waiting)]
+        weights = [WEIGHTS.get(other, 0.0) for other in (part, *waiting)]
         return weights[0] / sum(weights) * self.session.left
 
     def _build(self, path: Path, images: Sequence[int]) -> None:

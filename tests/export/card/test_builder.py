@@ -18,7 +18,7 @@ from par_export.card.samples import Sample
 from par_export.errors import BuildError
 from par_export.kernels.compiler import Compiler
 from par_export.quantised import Codes
-from par_model.config import PARConfig, VQConfig
+from par_model.config import PARConfig
 from par_runtime.backends.engines import ENGINE_JSON, ENGINES, Engine
 from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
@@ -57,9 +57,8 @@ def test_nothing_is_built_when_the_time_is_over(tmp_path: Path) -> None:
         build(tmp_path / "x", (1,))
 
 
-VQ = VQConfig(codebook_size=64, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=32)
 SAMPLE = Sample("odd", SMALL, None, 4, images=(1,))
-MODEL = Model("PAR-S", SMALL, VQ, group_sizes=(4,), codes=(Codes("int8", 32),))
+MODEL = Model("PAR-S", SMALL, None, group_sizes=(4,), codes=(Codes("int8", 32),))
 
 
 def ahead(folder: Path, **changes: Any) -> tuple[list[str], list[str]]:
