@@ -15,29 +15,19 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import par_model
-from par_export import graphs, kernels
 from par_export.card.lines import words
 from par_export.card.plan import BATCHES, CODES_N, Model
 from par_export.card.prepare import CHECKED_IMAGES, Builder, copies, family_of, ready_engine
 from par_export.card.samples import Sample
-from par_export.engines import contents as engine_contents
-from par_export.engines import publish as engine_publish
-from par_export.engines.publish import source_hash
+from par_export.engines.cache import locked_file
 from par_export.errors import BuildError
 from par_export.kernels import build as kernels_build
 from par_export.quantised import Codes
-from par_runtime.backends import program
 from par_runtime.backends.engines import ENGINES
 from par_runtime.errors import RequestError
 
 LOCK = ".lock"
 SOURCES = "sources"  #: the file that says which sources the engines of a folder were built by
-try:
-    import fcntl
-except ImportError:  # Windows: there nobody may build into one folder twice at a time
-    fcntl = None  # type: ignore[assignment]
-
 #: Of one bundle: its name, what writes it and returns its path, and the batches of its engine.
 Wanted = tuple[str, Callable[[], Path], Sequence[int]]
 
@@ -88,7 +78,7 @@ def build_ahead(
 def is_of_these_sources(folder: Path) -> bool:
     """Whether the engines in ``folder`` were built ahead by this version of the sources that decide what they are."""
     try:
-        return (folder / SOURCES).read_text().strip() == sources()
+        return (folder / SOURCES).read_text().strip() == kernels_build.sources()
     except (OSError, UnicodeDecodeError):
         return False
 
@@ -109,25 +99,16 @@ def check_sources(folder: Path) -> None:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep ``folder`` from other builds. Raises BuildError where one is at work there. A killed process releases it."""
-    if fcntl is None:
-        yield
-        return
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BuildError(
-                f"{folder}: another build is at work there; wait for its end, or give another folder"
-            ) from error
-        try:
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
-
-
-def sources() -> str:
-    """The hash of these sources."""
-    return source_hash((kernels, graphs, par_model, engine_contents, engine_publish, program))
+    try:
+        with locked_file(folder / LOCK, wait=False):
+            try:
+                yield
+            finally:
+                (folder / LOCK).unlink(missing_ok=True)
+    except BlockingIOError as error:
+        raise BuildError(
+            f"{folder}: another build is at work there; wait for its end, or give another folder"
+        ) from error
 
 
 def _check_folder(folder: Path) -> None:
@@ -144,7 +125,7 @@ def _begin(folder: Path) -> None:
         return
     for engines in folder.glob(f"*/{ENGINES}"):
         shutil.rmtree(engines)
-    (folder / SOURCES).write_text(f"{sources()}\n")
+    (folder / SOURCES).write_text(f"{kernels_build.sources()}\n")
 
 
 def wanted(

@@ -51,13 +51,7 @@ def check_images(spec: Mapping[str, Any], emit: Emit) -> None:
     first = pipelines["image"]
     check("loads", True, first.backend.info.name)
     bundle = first.bundle
-    begin("self-test")
-    if bundle.selftest["labels"]:
-        try:
-            first.selftest()
-            check("self-test", True, "the tokens of the export, up to near-ties")
-        except BundleError as error:
-            check("self-test", False, str(error))
+    check_selftest(first, spec, emit)
     most = min(first.backend.max_images, 3)
     made = {}
     for capture, pipeline in pipelines.items():
@@ -75,9 +69,7 @@ def check_images(spec: Mapping[str, Any], emit: Emit) -> None:
     alone, beside = made["image", 1], made["image", most]
     same = bool((alone.tokens[0] == beside.tokens[0]).all())
     check("alone as in a batch", same, f"{_equal(alone.tokens[0], beside.tokens[0])} tokens equal")
-    begin("the same again")
-    again = first.generate([seed % bundle.n_classes], seed=seed, guidance=1.5)
-    check("the same again", _same(again, alone), f"{_equal(again.tokens, alone.tokens)} tokens equal")
+    check_repeat(first, alone, spec, emit)
     begin("call by call")
     with_previews = first.generate(
         [seed % bundle.n_classes], seed=seed, guidance=1.5, preview_every=bundle.calls, on_preview=lambda *_: None
@@ -86,6 +78,34 @@ def check_images(spec: Mapping[str, Any], emit: Emit) -> None:
     verified(first, spec, emit)
     for pipeline in pipelines.values():
         pipeline.close()
+
+
+def check_selftest(pipeline: Pipeline, spec: Mapping[str, Any], emit: Emit) -> None:
+    """The bundle's self-test, if it has one."""
+    name = f"{spec['name']}: self-test"
+    emit("begin", name=name)
+    if not pipeline.bundle.selftest["labels"]:
+        return
+    passed, text = True, "the tokens of the export, up to near-ties"
+    try:
+        pipeline.selftest()
+    except BundleError as error:
+        passed, text = False, str(error)
+    emit("check", name=name, passed=passed, text=text)
+
+
+def one_image(pipeline: Pipeline, spec: Mapping[str, Any]) -> Any:
+    """The result of one image that depends on ``seed`` alone."""
+    return pipeline.generate([spec["seed"] % pipeline.bundle.n_classes], seed=spec["seed"], guidance=1.5)
+
+
+def check_repeat(pipeline: Pipeline, first: Any, spec: Mapping[str, Any], emit: Emit) -> None:
+    """:func:`one_image` is ``first``, which it gave before."""
+    name = f"{spec['name']}: the same again"
+    emit("begin", name=name)
+    again = one_image(pipeline, spec)
+    text = f"{_equal(again.tokens, first.tokens)} tokens equal"
+    emit("check", name=name, passed=_same(again, first), text=text)
 
 
 def verified(pipeline: Pipeline, spec: Mapping[str, Any], emit: Emit) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 from par_export.card.plan import label_of
 from par_export.card.processes import run_stage
 from par_export.card.session import GRACE_S, Session
+from par_export.engines.request import local_gpu
 from par_export.random_bundle import RandomTensors, write_family
 from par_runtime.backends.engines import ENGINES
-from par_runtime.bench.measure import make_row
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.process import SubjectProcess, open_bundle
 from par_runtime.bundle import Bundle
@@ -39,10 +39,9 @@ def cuda_ort(session: Session) -> list[Row]:
 
 def tensorrt_rtx(session: Session) -> list[Row]:
     """TensorRT-RTX: is its plan accepted here? If so: right, and how fast."""
-    until, rows = session.share(CHECKS_END), list[Row]()
-    bundles = _bundles(session)
+    until, bundles = session.share(CHECKS_END), _bundles(session)
     accepted: dict[str, Path] = {}
-    own = f"SM{''.join(map(str, _capability(session)))}"
+    own, _ = local_gpu(session.options.device)
     for name, path in bundles.items():
         for target in (own, "local"):
             shutil.rmtree(path / ENGINES, ignore_errors=True)
@@ -54,7 +53,7 @@ def tensorrt_rtx(session: Session) -> list[Row]:
             if _passed(session.lines[began:]):
                 accepted[name] = path
         if not accepted:  # what the first bundle is refused, every other one is
-            return rows
+            return []
     for name, path in accepted.items():
         session.progress(f"checking: {name}")
         spec = _spec(session, path, f"{name} {PLAN}", session.device)
@@ -64,6 +63,7 @@ def tensorrt_rtx(session: Session) -> list[Row]:
     if session.left > TUNE_S / 2:
         session.progress(f"{first}: tuning")
         spec = _spec(session, accepted[first], f"{first} {PLAN}", session.device) | {"precision": PRECISION}
+        spec |= {"index": session.options.device}
         session.take(f"{first} {PLAN}: tune", run_stage("tune", spec, min(session.end, time.monotonic() + TUNE_S)))
     else:
         session.leave_out(f"{first} {PLAN}: tune", "time")
@@ -74,13 +74,6 @@ def _passed(lines: Sequence[Mapping[str, Any]]) -> bool:
     """Whether there are checks, and all of them passed."""
     checks = [line for line in lines if line["kind"] == "check"]
     return bool(checks) and all(line["passed"] for line in checks)
-
-
-def _capability(session: Session) -> tuple[int, int]:
-    from par_runtime.backends import cuda
-
-    with cuda.Device.open(session.options.device) as device:
-        return device.capability
 
 
 def _bundles(session: Session) -> dict[str, Path]:
@@ -129,9 +122,7 @@ def _rows(session: Session, bundles: Mapping[str, Path], kind: str, device: str)
         if not opened:
             return rows
         session.limits()
-        rows += [
-            make_row(subject.info, session.setting(1), session.machine, "load", [subject.load_ms]) for subject in opened
-        ]
+        rows += [session.loaded(subject) for subject in opened]
         session.infos.update({subject.info.label: subject.info for subject in opened})
         for i, images in enumerate(session.options.images):
             until = time.monotonic() + session.left / (len(session.options.images) - i)

@@ -9,10 +9,20 @@ from typing import Any
 from par_export.errors import BuildError
 from par_runtime.bench.rows import median, spread
 from par_runtime.bench.subjects.base import OutOfTimeError
-from par_runtime.errors import BundleError, CudaError, EngineError, RequestError
+from par_runtime.errors import BundleError, CudaError, EngineError, RequestError, TensorRTMissingError
 
 #: Errors that are said in one line. Any other is a fault of ours: it is printed whole, and the report goes on.
-EXPECTED = (BuildError, BundleError, CudaError, EngineError, MemoryError, OSError, OutOfTimeError, RequestError)
+EXPECTED = (
+    BuildError,
+    BundleError,
+    CudaError,
+    EngineError,
+    MemoryError,
+    OSError,
+    OutOfTimeError,
+    RequestError,
+    TensorRTMissingError,
+)
 #: Takes a line of a stage: its kind, and whatever belongs to it.
 Emit = Callable[..., None]
 

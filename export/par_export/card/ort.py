@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from par_export.card.images import verified
+from par_export.card.images import check_repeat, check_selftest, one_image, verified
 from par_export.card.lines import Emit
 from par_runtime.pipeline import Pipeline
 
@@ -24,7 +22,7 @@ def check_ort(spec: Mapping[str, Any], emit: Emit) -> None:
     """
     from par_runtime.backends.ort import gpu as ort_cuda
 
-    path, name, seed = Path(spec["path"]), spec["name"], spec["seed"]
+    path, name = Path(spec["path"]), spec["name"]
     emit("begin", name=f"{name}: loads")
     pipeline = Pipeline.load(path, spec["device"], selftest=False)
     backend: Any = pipeline.backend
@@ -39,16 +37,8 @@ def check_ort(spec: Mapping[str, Any], emit: Emit) -> None:
         if elsewhere != wanted:
             text += f"; without a GPU it was predicted: {_words(wanted)}"
         emit("check", name=f"{name}: placement of {graph}", passed=elsewhere == wanted, text=text)
-    if pipeline.bundle.selftest["labels"]:
-        emit("begin", name=f"{name}: self-test")
-        pipeline.selftest()
-        emit("check", name=f"{name}: self-test", passed=True, text="the tokens of the export, up to near-ties")
-    emit("begin", name=f"{name}: the same again")
-    first, again = (pipeline.generate([seed % pipeline.bundle.n_classes], seed=seed, guidance=1.5) for _ in range(2))
-    same = bool(np.array_equal(first.tokens, again.tokens))
-    emit(
-        "check", name=f"{name}: the same again", passed=same, text=f"{int((first.tokens == again.tokens).sum())} tokens"
-    )
+    check_selftest(pipeline, spec, emit)
+    check_repeat(pipeline, one_image(pipeline, spec), spec, emit)
     verified(pipeline, spec, emit)
     pipeline.close()
 

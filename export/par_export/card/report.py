@@ -88,7 +88,7 @@ class Report:
             THIS_RUN if session.journal.path is None else session.journal.path.name,
         )
         wrong = f"{len(found.wrong)} of {len(found.of('check'))} checks failed" if found.wrong else ""
-        if not found.of("check") and self._options.parts != ("baselines",):
+        if not found.of("check") and set(self._options.parts) != {"baselines"}:
             wrong = "nothing was checked"
         page = markdown([found])
         return Outcome(bounded, [], [], others=found.others, page=page, wrong=wrong, figure=lambda: figure([found]))

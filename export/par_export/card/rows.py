@@ -15,7 +15,7 @@ from typing import Any
 from par_export.card.plan import CODES_N, Block, Model, blocks, label_of
 from par_export.card.prepare import Preparation, Twin
 from par_export.card.session import GRACE_S, Session
-from par_runtime.bench.measure import image_ms, make_row
+from par_runtime.bench.measure import image_ms
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.process import SubjectProcess, open_random
 
@@ -157,9 +157,7 @@ class Rows:
             session.lines.extend(about | one for one in timed)
         session.keep()
         if block.loads:
-            setting = session.setting(block.images)
-            for subject in able.values():
-                yield make_row(subject.info, setting, session.machine, "load", [subject.load_ms])
+            yield from (session.loaded(subject, block.images) for subject in able.values())
 
 
 def _most_calls(twin: SubjectProcess, images: int) -> int | None:

@@ -15,7 +15,7 @@ from par_export.card.processes import Ended, Line, run_stage
 from par_runtime.bench.gpu import Gpu
 from par_runtime.bench.journal import Journal
 from par_runtime.bench.machine import Machine
-from par_runtime.bench.measure import Progress, Setting, rows_in_turns, warm_up
+from par_runtime.bench.measure import Progress, Setting, make_row, rows_in_turns, warm_up
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.base import SubjectInfo
 from par_runtime.bench.subjects.process import SubjectProcess
@@ -85,7 +85,7 @@ class Session:
 
     def keep(self) -> None:
         """Have what was found so far written beside the rows, now: this machine may be taken away."""
-        self.journal.keep("lines", lambda: [], at_once=True)
+        self.journal.keep_now()
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
@@ -112,6 +112,10 @@ class Session:
             keep=self.journal.keep,
             until=min(until, self.end),
         )
+
+    def loaded(self, subject: SubjectProcess, images: int = 1) -> Row:
+        """The row of how long ``subject`` took to load, beside its rows of batches of ``images``."""
+        return make_row(subject.info, self.setting(images), self.machine, "load", [subject.load_ms])
 
     def rows(self, name: str, subjects: Sequence[SubjectProcess], setting: Setting) -> list[Row]:
         """The rows of ``subjects`` in turns. Whatever fails is left out, with the reason; ``name`` is said of all."""

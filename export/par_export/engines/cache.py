@@ -28,6 +28,18 @@ DEFAULT_LIMIT_BYTES = 40 * 10**9
 STALE_SECONDS = 24 * 3600
 
 
+@contextmanager
+def locked_file(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock that the file ``path`` stands for; it is made. A killed process releases its lock.
+
+    Where another process holds it: ``wait`` for that one, or raise BlockingIOError.
+    """
+    with path.open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
 def key_of(ingredients: Mapping[str, Any]) -> str:
     """sha256 (hex) of ``ingredients``, everything that decides what a build makes."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
@@ -51,9 +63,7 @@ class EngineCache:
     def locked(self, key: str) -> Iterator[None]:
         """Hold the lock of ``key``; other processes wait for it. A killed process releases its lock."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{key}.lock").open("w") as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with locked_file(self.folder / f"{key}.lock"):
             yield
 
     def get(self, key: str, out: Path) -> bool:

@@ -140,7 +140,7 @@ class Build:
             "compiler": [self.compiler.version, *self.compiler.tools],
             "precision": [self.contents.precision, self.contents.decoder_precision],
             "images": list(self.images),
-            "sources": source_hash((kernels, graphs, par_model, engine_contents, engine_publish, program)),
+            "sources": sources(),
         }
 
     def write(
@@ -230,6 +230,11 @@ class Build:
             if final:
                 raise BuildError(why)
             refused |= {planned.specs[name] for name in faults}
+
+
+def sources() -> str:
+    """The hash of the sources that decide, beside the bundle and the compiler, what an engine is."""
+    return source_hash((kernels, graphs, par_model, engine_contents, engine_publish, program))
 
 
 def write_files(

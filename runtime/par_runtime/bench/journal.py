@@ -40,13 +40,15 @@ class Journal:
         self._makers: dict[object, MakeRows] = {}
         self._last = time.monotonic()
 
-    def keep(self, key: object, make: MakeRows, at_once: bool = False) -> None:
-        """Take ``make`` for the rows that belong to ``key``, in place of an earlier one; write them if it is time.
-
-        ``at_once``: it is.
-        """
+    def keep(self, key: object, make: MakeRows) -> None:
+        """Take ``make`` for the rows that belong to ``key``, in place of an earlier one; write them if it is time."""
         self._makers[key] = make
-        if self.part is not None and (at_once or time.monotonic() - self._last >= EVERY_S):
+        if time.monotonic() - self._last >= EVERY_S:
+            self.keep_now()
+
+    def keep_now(self) -> None:
+        """Write what there is so far, whatever time it is."""
+        if self.part is not None:
             self.write(self.part)
             self._last = time.monotonic()
 

@@ -138,6 +138,11 @@ def take_turns(
     def sample_of(subject: Any) -> Sample:
         return subject.run(setting.images, setting.guided, setting.most_calls.get(subject.info.label))  # type: ignore
 
+    def ended() -> list[Row]:
+        made = rows()
+        setting.keep(key, lambda: made)  # what comes later disturbs no row of these
+        return made
+
     setting.keep(key, rows)
     longest = {subject.info.label: 0.0 for subject in subjects}
     for repetition in range(setting.repetitions):
@@ -157,15 +162,13 @@ def take_turns(
             try:
                 sample = attempt(subject, subjects, setting, partial(make_sample or sample_of, subject))
             except OutOfTimeError:
-                return rows()
+                return ended()
             longest[label] = max(longest[label], time.monotonic() - began)
             if sample is not None:
                 own.samples.append(sample)
                 own.flags.append((*watch.flags(), *sample.flags))
         setting.keep(key, rows)
-    made = rows()
-    setting.keep(key, lambda: made)  # what comes later disturbs no row of these
-    return made
+    return ended()
 
 
 def attempt(subject: Subject, others: Sequence[Subject], setting: Setting, work: Callable[[], T]) -> T | None:
