@@ -33,11 +33,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from gpu_checks import check, words  # noqa: E402
+from gpu_checks import check  # noqa: E402
 from gpu_parts import Part, Stop, StoppedError, Work, table  # noqa: E402
 from pack import unpack  # noqa: E402
 
 from par_model.checkpoint import CheckpointError  # noqa: E402
+from par_model.training.cli import words  # noqa: E402
 from par_model.training.files import InputError, same, text_of, written_beside  # noqa: E402
 from par_model.words import printable  # noqa: E402
 

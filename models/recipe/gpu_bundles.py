@@ -26,7 +26,7 @@ from par_calibration import heldout
 from par_calibration.cli import calibrate
 from par_calibration.errors import CalibrationError
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config, vq_config
-from par_model.training.cli import numbers, parsed
+from par_model.training.cli import numbers, parsed, words
 from par_model.training.cli.numbers import Limit
 from par_model.training.files import InputError, folder_for, same, text_of
 from par_model.training.transformer import load_codes
@@ -85,11 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(args: argparse.Namespace) -> None:
     """Raise InputError, CheckpointError or OSError for what cannot be used, before anything is made of the rest."""
     numbers.check(args, LIMITS)
-    try:
-        more = shlex.split(args.calibrate_options)
-    except ValueError as error:
-        text = f"--calibrate-options {args.calibrate_options!r}: {str(error).lower()}"
-        raise InputError(f"{text}; close each quotation in it") from error
+    more = words("--calibrate-options", args.calibrate_options)
     parsed("--calibrate-options", calibrate.parser(), ["bundle", "--weights", "int8", "--out", "out", *more], False)
     check_folders(args)
     if not args.results.is_dir():

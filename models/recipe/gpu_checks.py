@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from par_model.checkpoint import open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig
 from par_model.training import tokenizer as tokenizer_training
 from par_model.training import transformer as transformer_training
-from par_model.training.cli import numbers, parsed
+from par_model.training.cli import numbers, parsed, words
 from par_model.training.cli import tokenizer as tokenizer_cli
 from par_model.training.cli import transformer as transformer_cli
 from par_model.training.cli.numbers import Limit
@@ -34,14 +33,6 @@ LIMITS = {
 TOKENIZER_OWN = "--data ? --val ? --run ?"
 MODEL_OWN = "--codes ? --val ? --tokenizer ? --run ? --group-size 4"
 OWN = ("data", "val", "run", "resume", "minutes", "device")
-
-
-def words(option: str, text: str) -> list[str]:
-    """The words of ``text``, as a shell cuts it. Raises InputError with the name of its ``option``."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise InputError(f"{option} {text!r}: {str(error).lower()}; close each quotation in it") from error
 
 
 def check(

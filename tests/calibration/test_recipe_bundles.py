@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,23 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recipe_scripts import scripts
 
 from conftest import golden_config, golden_weights
 from par_model.transformer import PAR
 from par_runtime.bundle import Bundle
 
-RECIPE = Path(__file__).parents[2] / "models/recipe"
 CLASSES = 4
 
 
 @pytest.fixture(scope="module")
 def recipe() -> Iterator[ModuleType]:
     """``gpu_bundles.py``."""
-    before = list(sys.path)
-    sys.path.insert(0, str(RECIPE))
-    yield importlib.import_module("gpu_bundles")
-    sys.path[:] = before
-    del sys.modules["gpu_bundles"]
+    with scripts("gpu_bundles") as (module,):
+        yield module
 
 
 @pytest.fixture

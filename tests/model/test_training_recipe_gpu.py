@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -15,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recipe_scripts import scripts
 
 from par_model.checkpoint import open_checkpoint, par_config, vq_config
 from par_model.training.cli import transformer as train
 from par_model.training.data import ImageFolder
 from par_model.training.files import InputError
 
-RECIPE = Path(__file__).parents[2] / "models/recipe"
 TOKENIZER = "--codes 16 --channels 8 --multipliers 1 --z-channels 8 --norm-groups 4 --batch 8 --steps 6 --report 3"
 MODEL = "--vocab 16 --dim 16 --layers 1 --heads 2 --batch 8 --steps 6 --report 3"
 
@@ -29,12 +28,9 @@ MODEL = "--vocab 16 --dim 16 --layers 1 --heads 2 --batch 8 --steps 6 --report 3
 @pytest.fixture(scope="module")
 def recipe() -> Iterator[dict[str, ModuleType]]:
     """The scripts ``pack.py`` and ``gpu.py``."""
-    before = list(sys.path)
-    sys.path.insert(0, str(RECIPE))
-    yield {name: importlib.import_module(name) for name in ("pack", "gpu", "gpu_parts")}
-    sys.path[:] = before
-    for name in ("gpu", "gpu_checks", "gpu_parts", "pack"):
-        del sys.modules[name]
+    names = ("pack", "gpu", "gpu_parts")
+    with scripts(*names) as modules:
+        yield dict(zip(names, modules, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from recipe_scripts import RECIPE, scripts
 
 from par_model.checkpoint import open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig
@@ -25,7 +25,6 @@ from par_model.transformer import PAR
 from par_model.vq import VQModel
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "models/recipe"
 VQ = VQConfig(16, channels=8, channel_multipliers=(1,), res_blocks=1, z_channels=8, norm_groups=4)
 TOKENIZER = "--codes 16 --channels 8 --multipliers 1 --z-channels 8 --norm-groups 4 --batch 8 --report 1"
 MODEL = "--vocab 16 --dim 16 --layers 1 --heads 2 --batch 8 --report 1"
@@ -34,12 +33,8 @@ MODEL = "--vocab 16 --dim 16 --layers 1 --heads 2 --batch 8 --report 1"
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[ModuleType]:
     """``gpu.py``."""
-    before = list(sys.path)
-    sys.path.insert(0, str(RECIPE))
-    yield importlib.import_module("gpu")
-    sys.path[:] = before
-    for name in ("gpu", "gpu_checks", "gpu_parts", "pack"):
-        del sys.modules[name]
+    with scripts("gpu") as (module,):
+        yield module
 
 
 @pytest.fixture

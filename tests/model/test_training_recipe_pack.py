@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import lzma
 import re
@@ -17,21 +16,17 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from recipe_scripts import RECIPE, scripts
 
 from par_model.training.data import ImageFolder
 from par_model.training.files import InputError
-
-RECIPE = Path(__file__).parents[2] / "models/recipe"
 
 
 @pytest.fixture(scope="module")
 def pack() -> Iterator[ModuleType]:
     """``pack.py``."""
-    before = list(sys.path)
-    sys.path.insert(0, str(RECIPE))
-    yield importlib.import_module("pack")
-    sys.path[:] = before
-    del sys.modules["pack"]
+    with scripts("pack") as (module,):
+        yield module
 
 
 @pytest.fixture

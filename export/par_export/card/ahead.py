@@ -62,7 +62,7 @@ def build_ahead(
             began = time.monotonic()
             try:
                 path = write()
-                if ready_engine(folder, path) is None:
+                if ready_engine(folder, path, images) is None:
                     build(path, images, folder / name / ENGINES)
             except OSError as error:  # a disk that is full stays full
                 error.filename = error.filename or str(folder / name)

@@ -228,12 +228,14 @@ def _quantise(source: Path, codes: Codes, path: Path) -> None:
     write_bundle(bundle, path, quantise, how, say=lambda _: None, gate=False)
 
 
-def ready_engine(source: Path, path: Path) -> Path | None:
+def ready_engine(source: Path, path: Path, images: Sequence[int]) -> Path | None:
     """The engine that the folder ``source`` has for the bundle at ``path``, by its name; None where there is none that
-    is whole and of this very bundle. Raises BundleError, OSError.
+    is whole, of this very bundle, and for batches of all of ``images``. Raises BundleError, OSError.
     """
     bundle = Bundle.open(path, verify="none")
     for folder in sorted((source / path.name / ENGINES).glob("[!.]*")):
         with suppress(EngineError):
-            return Engine.open(folder, bundle).path
+            engine = Engine.open(folder, bundle)
+            if set(images) <= set(engine.images):
+                return engine.path
     return None

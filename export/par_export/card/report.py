@@ -143,7 +143,7 @@ class Report:
     def _build(self, path: Path, images: Sequence[int]) -> None:
         """The engine of a bundle: a ready one, else a new one."""
         options = self._options
-        ready = None if options.engines is None else ready_engine(options.engines, path)
+        ready = None if options.engines is None else ready_engine(options.engines, path, images)
         if ready is not None:
             shutil.copytree(ready, path / ENGINES / ready.name)
         else:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,6 +86,14 @@ def verb(parser: argparse.ArgumentParser, argv: Sequence[str] | None, module: st
         getattr(importlib.import_module(f"par_model.training.{module}"), function)(args)
 
     return guarded(work)
+
+
+def words(option: str, text: str) -> list[str]:
+    """The words of ``text``, given as ``option``, as a shell cuts it. Raises InputError with the option's name."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"{option} {text!r}: {str(error).lower()}; close each quotation in it") from error
 
 
 def parsed(

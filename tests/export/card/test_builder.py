@@ -78,7 +78,7 @@ def test_engines_are_built_without_a_gpu_and_are_those_of_the_report(tmp_path: P
     sample, families = SAMPLE.write(tmp_path / "s"), tmp_path / "m"
     paths = [sample, *(family_of(MODEL, codes, families)[4] for codes in (None, *MODEL.codes))]
     for path, images in zip(paths, [(1,), (1, 8), (1, 8)], strict=True):
-        ready = ready_engine(folder, path)
+        ready = ready_engine(folder, path, images)
         assert ready is not None
         engine = Engine.open(ready, Bundle.open(path))
         assert (engine.target, engine.images) == ("SM90", images)
@@ -92,10 +92,11 @@ def test_engines_are_built_without_a_gpu_and_are_those_of_the_report(tmp_path: P
     assert ahead(folder)[0] == []
     assert (engine_folder / ENGINE_JSON).stat().st_mtime_ns == before
     assert [path.name for path in other.parent.iterdir()] == [other.name]
-    assert ready_engine(folder, paths[1]) is not None
+    assert ready_engine(folder, paths[1], (1, 8)) is not None
+    assert ready_engine(folder, paths[1], (1, 4)) is None
     # Those of another bundle of that name are not taken.
-    assert ready_engine(folder, replace(SAMPLE, precision="bf16").write(tmp_path / "b")) is None
-    assert ready_engine(folder, replace(SAMPLE, name="other").write(tmp_path / "o")) is None
+    assert ready_engine(folder, replace(SAMPLE, precision="bf16").write(tmp_path / "b"), (1,)) is None
+    assert ready_engine(folder, replace(SAMPLE, name="other").write(tmp_path / "o"), (1,)) is None
 
 
 def test_engines_of_other_sources_are_built_again(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from double import kernels
 from double.driver import Driver
 
 from par_export.card import plan, prepare
+from par_export.card.ahead import wanted
 from par_export.card.checks import SANITIZER, Checks
 from par_export.card.findings import Findings, Known
-from par_export.card.plan import MODELS, Figure, Model, blocks
+from par_export.card.plan import BATCHES, MODELS, Figure, Model, blocks
 from par_export.card.report import CardOptions, Report, report
 from par_export.card.samples import Sample
 from par_export.card.table import NOT_RUN, figures_table, markdown
@@ -398,3 +399,25 @@ def test_a_report_is_compared_with_an_earlier_one(
     capsys.readouterr()
     assert cli.main([*command, "--compare", str(slow), "--fail-above", "10"]) == 1
     assert "slower than --fail-above 10: " in capsys.readouterr().err
+
+
+def test_what_is_built_ahead_is_all_that_a_report_wants(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
+    """By name and by batches: whatever one of both does not know would be compiled on the machine that is measured."""
+    ready = tmp_path / "ready"
+    codes = (Codes("int8", 32),)
+    wanted_here = {"checked": [tiny], "samples": (SAMPLE,), "codes": codes, "models": [SMALL]}
+    for name, write, images in wanted(tmp_path / "ahead", **wanted_here):  # type: ignore[arg-type]
+        path = write()
+        assert path.name == name
+        build(path, images)
+        shutil.copytree(path / "engines", ready / name / "engines")
+    built: dict[str, tuple[int, ...]] = {}
+
+    def build_here(path: Path, images: Sequence[int]) -> None:
+        built[path.name] = tuple(images)
+
+    wanted_here |= {"engines": ready, "build": build_here, "images": BATCHES, "twins": False, "minutes": 1.0}
+    _, page, _ = of_parts(tmp_path, tiny, stand_in, "kernels", **wanted_here)
+    assert built == {}
+    named = page.partition("- engines ready: ")[2].partition("\n")[0].split(", ")
+    assert sorted(named) == sorted(path.name for path in ready.iterdir())

@@ -1,0 +1,26 @@
+"""The scripts of ``models/recipe``, which lie in no package, as modules for tests."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+RECIPE = Path(__file__).parents[1] / "models/recipe"
+
+
+@contextmanager
+def scripts(*names: str) -> Iterator[list[ModuleType]]:
+    """The modules ``names``, as they find each other when one of them runs; afterwards none of them is imported."""
+    before, known = list(sys.path), set(sys.modules)
+    sys.path.insert(0, str(RECIPE))
+    try:
+        yield [importlib.import_module(name) for name in names]
+    finally:
+        sys.path[:] = before
+        for name, module in list(sys.modules.items()):
+            if name not in known and Path(getattr(module, "__file__", None) or "/").parent == RECIPE:
+                del sys.modules[name]
