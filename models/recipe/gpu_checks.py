@@ -101,8 +101,9 @@ def check_tokenizer(args: argparse.Namespace, before: str) -> VQConfig:
     _refuse_own(option, options, parsed(option, tokenizer_cli.parser(), TOKENIZER_OWN.split()))
     if args.tokenizer is not None:
         return vq_config(open_checkpoint(args.tokenizer))
-    if options.encoder_for is not None:
-        return vq_config(open_checkpoint(options.encoder_for))
+    start = options.encoder_for or options.init
+    if start is not None:
+        return vq_config(open_checkpoint(start))
     try:
         return tokenizer_training.config_of(options)
     except InputError as error:

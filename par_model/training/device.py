@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from par_model.dtypes import bf16_is_fast
 from par_model.training.files import InputError
 
 EXPECTED = "expected auto, cpu, cuda, or cuda:N with the number of a GPU"
@@ -42,9 +43,12 @@ def choose_device(text: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def autocast(device: torch.device, enabled: bool = True) -> torch.autocast:
-    """The context in which products and convolutions are computed in bfloat16 on ``device``."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+def autocast(device: torch.device, enabled: bool | None = None) -> torch.autocast:
+    """The context in which products and convolutions are computed in bfloat16 on ``device``.
+
+    None enables it where that is fast; else they are computed in fp32.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device) if enabled is None else enabled)
 
 
 def moved(values: np.ndarray, device: torch.device) -> Tensor:

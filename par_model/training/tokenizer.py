@@ -5,7 +5,7 @@ structural dissimilarity, which keeps detail of low contrast (``detail.py``). Co
 check are set to encoder outputs, which keeps the whole codebook in use.
 
 ``--encoder-for`` trains only an encoder, for a codebook and a decoder that exist: models that were trained on these
-codes stay valid, which they would not with a new codebook.
+codes stay valid, which they would not with a new codebook. ``--init`` trains all of a tokenizer further.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ def train(args: argparse.Namespace) -> None:
     Raises InputError, CheckpointError, OSError.
     """
     data, held_out = ImageFolder.open(args.data, args.size), ImageFolder.open(args.val, args.size)
-    keep_run_inputs(args.run, data=args.data, val=args.val, encoder_for=args.encoder_for)
-    if args.encoder_for is not None:
-        given = open_checkpoint(args.encoder_for)
+    keep_run_inputs(args.run, data=args.data, val=args.val, encoder_for=args.encoder_for, init=args.init)
+    path = args.encoder_for or args.init
+    if path is not None:
+        given = open_checkpoint(path)
         config = vq_config(given)
         _check_size(config, data, held_out)
         device = choose_device(args.device)
@@ -107,15 +108,17 @@ def _train(
 ) -> None:
     """``given``: the weights of a tokenizer, by key.
 
-    Its codebook and decoder stay as they are; a new encoder is trained.
+    With ``--encoder-for``, its codebook and decoder stay as they are, and a new encoder is trained; with ``--init``,
+    all of it is trained further.
     """
     torch.manual_seed(args.seed)
     model = channels_last(VQModel(config).to(device))
+    frozen = args.encoder_for is not None
     if given is not None:
-        kept = {key: value for key, value in given.items() if not key.startswith(ENCODER)}
+        kept = {key: value for key, value in given.items() if not (frozen and key.startswith(ENCODER))}
         model.load_state_dict(kept, strict=False)  # vq_config checked every key
         for key, parameter in model.named_parameters():
-            parameter.requires_grad_(key not in kept)
+            parameter.requires_grad_(not (frozen and key in kept))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = adamw(trained, args.lr, device)
     ema = EMA(model, 0.999)
@@ -150,7 +153,7 @@ def _train(
         ema.update(model, step)
         count_codes(usage, ids)
         step += 1
-        if given is None and step % RESTART_EVERY == 0 and step < args.steps // 2 and run.share < 0.5:
+        if not frozen and step % RESTART_EVERY == 0 and step < args.steps // 2 and run.share < 0.5:
             restarted = restart_dead_codes(model, usage, z)
             usage.zero_()
             if restarted:

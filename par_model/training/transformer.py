@@ -1,8 +1,9 @@
 """Train a PAR model on encoded images: ``parvis train``.
 
 The defaults are the paper's recipe (section 4.1): AdamW at a constant 1e-4 per 256 images, betas (0.9, 0.95),
-weight decay 0.05 on matrices, clip 1.0, dropout 0.1, class dropout 0.1, bf16 autocast over fp32 weights.
-``--optimizer muon --schedule cosine`` learns faster on a small budget; the demo model was trained with it.
+weight decay 0.05 on matrices, clip 1.0, dropout 0.1, class dropout 0.1, bf16 autocast over fp32 weights (fp32 on
+a CPU without instructions for bf16). ``--optimizer muon --schedule cosine`` learns faster on a small budget; the demo
+model was trained with it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from par_model.checkpoint import open_checkpoint
 from par_model.config import SIZES, PARConfig
+from par_model.dtypes import bf16_is_fast
 from par_model.generation import generate
 from par_model.ordering import token_order
 from par_model.training.device import (
@@ -34,6 +36,7 @@ from par_model.training.device import (
     restore_random_state,
 )
 from par_model.training.files import InputError, keep_run_inputs
+from par_model.training.muon import Float32Muon
 from par_model.training.resume import AGAIN
 from par_model.training.run import EMA, Run, batch_index, cosine, load_tokenizer, load_video_tokenizer
 from par_model.transformer import PAR
@@ -166,11 +169,11 @@ def _train(
 
 
 def update(
-    model: PAR, tokens: Tensor, labels: Tensor, optimizers: Sequence[torch.optim.Optimizer], bf16: bool
+    model: PAR, tokens: Tensor, labels: Tensor, optimizers: Sequence[torch.optim.Optimizer], bf16: bool | None
 ) -> Tensor:
     """One update of the weights by ``tokens`` [B,N] in sequence order and ``labels`` [B], all on the model's device.
 
-    Returns the loss, a number that stays there: nothing waits for it.
+    ``bf16``: see :func:`device.autocast`. Returns the loss, a number that stays there: nothing waits for it.
     """
     with autocast(tokens.device, bf16):
         loss = loss_of(model, tokens, labels)
@@ -237,7 +240,7 @@ def held_out_loss(model: PAR, codes: np.ndarray, labels: np.ndarray, batch: int)
 def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """AdamW for all weights, or Muon for the matrices of the layers and AdamW for all other weights.
 
-    On a GPU, AdamW updates all weights of a group in one kernel.
+    On a GPU, AdamW updates all weights of a group in one kernel. Where bf16 is slow, Muon computes in fp32.
     """
     fused = True if model.output.weight.is_cuda else None
     lr = args.lr if args.lr else 1e-4 * args.batch / 256
@@ -246,7 +249,8 @@ def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Op
     gains = [p for p in model.parameters() if p.ndim == 1]
     no_decay: dict[str, Any] = {"params": gains, "weight_decay": 0.0}
     if args.optimizer == "muon":
-        muon = torch.optim.Muon(inner, lr=MUON_LR, momentum=0.95, weight_decay=0.05)
+        kind = torch.optim.Muon if bf16_is_fast(model.output.weight.device) else Float32Muon
+        muon = kind(inner, lr=MUON_LR, momentum=0.95, weight_decay=0.05)
         return [
             muon,
             torch.optim.AdamW(

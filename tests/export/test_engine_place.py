@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import errno
+import importlib
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from par_export import engines, graphs, kernels
 from par_export.cli import build as build_cli
 from par_export.engines.cache import EngineCache
+from par_export.engines.publish import MODEL
 from par_runtime.backends.engines import cached_engine_folder, has_engines, list_engines
 from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch
@@ -111,3 +115,19 @@ def test_the_cache_folder_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr(Path, "home", nobody)
     assert cache_folder() is None
+
+
+def test_the_hash_of_sources_has_every_module_of_the_model_that_engines_are_built_with() -> None:
+    packages = [Path(str(package.__file__)).parent for package in (engines, graphs, kernels)]
+    files = [file for package in packages for file in package.rglob("*.py")]
+    found: set[str] = set()
+    while files:
+        tree = ast.parse(files.pop().read_text())
+        names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "par_model"]
+        names |= {f"par_model.{alias.name}" for node in froms for alias in node.names}
+        new = {name for name in names if name.startswith("par_model.")} - found
+        found |= new
+        files += [Path(str(importlib.import_module(name).__file__)) for name in new]
+    assert found == {module.__name__ for module in MODEL}

@@ -229,3 +229,36 @@ def test_an_encoder_is_trained_for_an_unchanged_tokenizer(
         == 2
     )
     assert f"parvis: error: {images / 'labels.u8'}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_tokenizer_is_trained_further(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer(images, tmp_path / "first", "--steps", "2")
+    given, run = tmp_path / "first" / "model.pt", tmp_path / "second"
+    data = [
+        "--data",
+        str(images),
+        "--val",
+        str(images),
+        "--batch",
+        "8",
+        "--steps",
+        "2",
+        "--report",
+        "1",
+        "--lr",
+        "1e-6",
+    ]
+    # Sizes are those of the file, whatever else is given.
+    assert train_tokenizer.main([*data, "--init", str(given), "--run", str(run), "--channels", "64"]) == 0
+    before, after = (torch.load(path, weights_only=True) for path in (given, run / "model.pt"))
+    assert before["config"] == after["config"]
+    moved = {key: float((before["model"][key] - after["model"][key]).abs().max()) for key in before["model"]}
+    assert max(moved.values()) < 1e-5  # from where it was
+    for part in ("encoder.conv_in", "quant_conv", "quantize.embedding", "post_quant_conv", "decoder.conv_out"):
+        assert moved[f"{part}.weight"] > 0  # all of it
+    assert train_tokenizer.main([*data, "--init", str(images / "labels.u8"), "--run", str(tmp_path / "c")]) == 2
+    assert f"parvis: error: {images / 'labels.u8'}: " in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit) as stopped:
+        train_tokenizer.main([*data, "--init", str(given), "--encoder-for", str(given), "--run", str(tmp_path / "c")])
+    assert stopped.value.code == 2
+    assert "argument --encoder-for: not allowed with argument --init" in capsys.readouterr().err

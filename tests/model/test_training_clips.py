@@ -16,6 +16,7 @@ from par_model.training.cli import encode as encode_codes
 from par_model.training.cli import transformer as train
 from par_model.training.cli import video_tokenizer as train_video
 from par_model.training.clips import ClipFolder
+from par_model.training.device import autocast
 from par_model.training.files import InputError
 from par_model.training.run import load_video_tokenizer
 
@@ -90,7 +91,7 @@ def test_from_clips_to_a_trained_model(clips: Path, tmp_path: Path, monkeypatch:
     assert encode_codes.main(["--data", str(clips), "--tokenizer", str(file), "--out", str(codes)]) == 0
     with np.load(codes) as saved:
         assert saved["codes"].shape == (12, 2, 4, 4)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), autocast(torch.device("cpu")):
             model = load_video_tokenizer(file).eval()
             features = model.features(ClipFolder.open(clips).batch(np.arange(12)))
             assert (model.quantizers.ids(features.float()).numpy() == saved["codes"]).all()

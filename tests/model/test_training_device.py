@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig
+from par_model.dtypes import bf16_is_fast
 from par_model.training import device as devices
 from par_model.training import tokenizer as tokenizer_training
 from par_model.training import transformer as transformer_training
@@ -30,8 +31,9 @@ from par_model.training.cli import tokenizer as train_tokenizer
 from par_model.training.cli import transformer as train
 from par_model.training.cli import video_tokenizer as train_video
 from par_model.training.data import ImageFolder
-from par_model.training.device import Batches, adamw, choose_device, load_optimizer, moved, on_cpu
+from par_model.training.device import Batches, adamw, autocast, choose_device, load_optimizer, moved, on_cpu
 from par_model.training.files import InputError
+from par_model.training.muon import Float32Muon, orthogonal
 from par_model.training.run import EMA, channels_last
 from par_model.transformer import PAR
 from par_model.video import VideoTokenizer
@@ -150,6 +152,37 @@ def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
+@pytest.mark.parametrize(
+    ("machine", "onednn", "avx512", "amx", "fast"),
+    [
+        ("x86_64", False, False, False, False),  # AVX2 alone: PyTorch multiplies number by number
+        ("x86_64", True, False, False, False),  # AVX-512 without products of bf16: it converts
+        ("x86_64", True, True, False, True),
+        ("AMD64", True, False, True, True),
+        ("aarch64", True, False, False, True),
+        ("aarch64", False, False, False, False),
+    ],
+)
+def test_bf16_is_computed_where_there_are_instructions_for_it(
+    machine: str, onednn: bool, avx512: bool, amx: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert bf16_is_fast(torch.device("cpu")) is fast
+    assert bf16_is_fast(torch.device("cuda:1"))
+    with autocast(torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") is fast
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if fast else torch.float32)
+    for asked in (True, False):  # what is asked for is done
+        with autocast(torch.device("cpu"), asked):
+            assert torch.is_autocast_enabled("cpu") is asked
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not bf16_is_fast(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_update_of_the_transformer_is_the_plain_one(optimizer: str) -> None:
     """Bit for bit, as one writes it down."""
@@ -185,8 +218,10 @@ def test_an_update_of_the_transformer_is_the_plain_one(optimizer: str) -> None:
     assert all(torch.equal(fast_ema[key], slow_ema[key]) for key in slow)
 
 
-def test_an_update_of_the_tokenizer_is_the_plain_one() -> None:
+@pytest.mark.parametrize("bf16", [True, False])
+def test_an_update_of_the_tokenizer_is_the_plain_one(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, as one writes it down."""
+    monkeypatch.setattr("par_model.training.device.bf16_is_fast", lambda _: bf16)
     torch.manual_seed(1)
     x = (torch.rand(4, 3, 16, 16) * 2 - 1).to(memory_format=torch.channels_last)
     states = []
@@ -200,7 +235,7 @@ def test_an_update_of_the_tokenizer_is_the_plain_one() -> None:
                 _, _, ids = tokenizer_training.update(model, x, optimizer)
                 tokenizer_training.count_codes(usage, ids)
                 continue
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss, ids = plain_reconstruct(model, x)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -221,8 +256,9 @@ def plain_reconstruct(model: VQModel, x: torch.Tensor) -> tuple[torch.Tensor, to
         vq = ((z.detach() - code) ** 2).sum(-1).mean() + 0.25 * ((z - code.detach()) ** 2).sum(-1).mean()
         straight = z + (code - z).detach()
     y = model.decode_codes(straight.permute(0, 3, 1, 2)).float()
+    l1 = (y - x).abs().mean()  # in the order of the trainer, in which gradients of y are added up
     edges = (y.diff(dim=2) - x.diff(dim=2)).abs().mean() + (y.diff(dim=3) - x.diff(dim=3)).abs().mean()
-    return (y - x).abs().mean() + edges + ((y - x) ** 2).mean() + 0.5 * vq, ids
+    return l1 + edges + ((y - x) ** 2).mean() + 0.5 * vq, ids
 
 
 def test_an_optimizer_goes_on_from_a_state_of_the_other_device() -> None:
@@ -240,6 +276,47 @@ def test_an_optimizer_goes_on_from_a_state_of_the_other_device() -> None:
         weight.grad = torch.ones(3)
         optimizer.step()
         assert float(optimizer.state[weight]["step"]) == 2
+
+
+def test_muon_in_fp32_is_that_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the precision of its products, and a run goes on with either."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # PyTorch's, in fp32
+    results = []
+    for first, second in ((torch.optim.Muon, Float32Muon), (Float32Muon, torch.optim.Muon)):
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(size)) for size in ((8, 24), (24, 8), (8, 8), (3, 3))]
+        before, state = [weight.detach().clone() for weight in weights], None
+        for kind in (first, first, second):
+            optimizer = kind(weights, lr=0.02, momentum=0.95, weight_decay=0.05)
+            if state is not None:
+                optimizer.load_state_dict(state)
+            for weight in weights[:3]:
+                weight.grad = torch.randn(weight.shape)
+            optimizer.step()
+            state = optimizer.state_dict()
+        assert all((weight != old).all() for weight, old in zip(weights[:3], before, strict=False))
+        assert (weights[3] == before[3]).all()  # has no gradient
+        results.append([weight.detach() for weight in weights])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (16, 16)])
+def test_updates_of_muon_are_orthogonal(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    group = torch.optim.Muon([nn.Parameter(matrix)]).param_groups[0]
+    made = orthogonal(matrix, group["ns_coefficients"], group["ns_steps"], group["eps"])
+    values = torch.linalg.svdvals(made)
+    assert 0.6 < values.min() <= values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert ((u @ v) * made).sum() / made.norm() / (u @ v).norm() > 0.97  # the nearest orthogonal one, nearly
+
+
+@pytest.mark.parametrize(("fast", "kind"), [(True, torch.optim.Muon), (False, Float32Muon)])
+def test_muon_computes_in_fp32_where_bf16_is_slow(fast: bool, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer_training, "bf16_is_fast", lambda _: fast)
+    assert type(transformer_training.make_optimizers(PAR(SMALL), options("muon"))[0]) is kind
 
 
 def test_a_state_comes_from_any_device() -> None:

@@ -63,6 +63,11 @@ CODES = ["--codes", "codes.npz", "--val", "codes.npz", "--vocab", "16"]
             "--data IMAGES --val IMAGES --run run --encoder-for run/model.pt",
             "--run run: would write run/model.pt, which is --encoder-for run/model.pt",
         ),
+        (
+            train_tokenizer,
+            "--data IMAGES --val IMAGES --run run --init run/model.pt",
+            "--run run: would write run/model.pt, which is --init run/model.pt",
+        ),
         (train, "CODES --run run --init run/model.pt", "which is --init run/model.pt"),
         (train, "CODES --run run --init run/model.pt --resume", "which is --init run/model.pt"),
         (train, "CODES --run run --tokenizer run/checkpoint.pt", "which is --tokenizer run/checkpoint.pt"),

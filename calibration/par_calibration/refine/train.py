@@ -25,8 +25,8 @@ from par_calibration.refine.loss import distance
 from par_calibration.refine.plan import BATCH, Plan
 from par_calibration.refine.state import MOMENTS, Moments, State, check_room, load, save
 from par_export.restored import model_state, read_weights, restored_model
+from par_model.dtypes import bf16_is_fast
 from par_model.manifest import config_from_manifest, read_manifest
-from par_runtime.backends.native.library import library
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import DTYPE, Int
 from par_runtime.forks import stop_at_the_end
@@ -109,11 +109,6 @@ def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _bf16_is_fast(device: torch.device) -> bool:
-    dots = library()
-    return device.type == "cuda" or (dots is not None and bool(dots.parvis_dot_products() & 1))
-
-
 class _Models:
     """The original, and the same network with matrices from their latent numbers."""
 
@@ -129,7 +124,7 @@ class _Models:
 
     def arithmetic(self) -> AbstractContextManager[object]:
         """bf16 where this device multiplies it fast; sums stay fp32."""
-        return torch.autocast(self.device.type, torch.bfloat16) if _bf16_is_fast(self.device) else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if bf16_is_fast(self.device) else nullcontext()
 
     def gradients(self, plan: Plan, tokens: Int, labels: list[int]) -> float:
         """Set the gradients of all latent numbers, for a batch of ``tokens`` [B,N]; returns the loss."""
@@ -223,7 +218,7 @@ def needed_bytes(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]], bf16: bo
 
 def check_memory(bundle: Bundle, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> None:
     """Raise CalibrationError where a training takes more memory than there is."""
-    needed = needed_bytes(bundle, shapes, _bf16_is_fast(device))
+    needed = needed_bytes(bundle, shapes, bf16_is_fast(device))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
     if free is not None and needed > free:
         raise CalibrationError(

@@ -14,14 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import par_model
 from par_export import engines, graphs
 from par_export.engines import report as engine_report
 from par_export.engines.builder import OnStep, Target, build_plan
 from par_export.engines.contents import decoder_weights, step_config, step_weights, tokenizer_config
 from par_export.engines.network import ExpectedAttention
 from par_export.engines.place import place
-from par_export.engines.publish import cache_of, check_images, publish, source_hash
+from par_export.engines.publish import MODEL, cache_of, check_images, publish, source_hash
 from par_export.engines.request import MODES, BuildRequest, local_gpu
 from par_export.engines.weights import MappedWeights, weights_in
 from par_export.errors import BuildError
@@ -153,7 +152,7 @@ class _CheckedRequest:
             "images": list(r.images),
             "plans": {name: [q, list(p), *vars(self.form(q)).items()] for name, (q, p) in self.queries.items()},
             "sampling": self.sampling,
-            "graphs": source_hash((graphs, engines, par_model)),
+            "graphs": source_hash((graphs, engines, *MODEL)),
         }
 
     def write(self, folder: Path, say: Callable[[str], None], on_step: OnStep) -> None:

@@ -14,11 +14,16 @@ from par_export.engines.cache import EngineCache, key_of
 from par_export.engines.place import no_empty_folder
 from par_export.errors import BuildError
 from par_export.staging import staging
+from par_model import config, manifest, ordering
 from par_runtime.backends.engines import ENGINE_JSON, MOST_IMAGES, MOST_PROFILES, Engine
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.errors import EngineError
 from par_runtime.system import explain
+
+#: The modules of ``par_model`` that engines are built with. Its other parts, trainers above all, may change without a
+#: new build. A test holds this to what is imported.
+MODEL: tuple[ModuleType, ...] = (config, manifest, ordering)
 
 
 class Keeping(Protocol):
@@ -91,7 +96,10 @@ def check_images(images: tuple[int, ...]) -> None:
 
 
 def source_hash(packages: Iterable[ModuleType]) -> str:
-    """Hash of the source code that an engine depends on: after a change of it no cached engine is used."""
+    """Hash of the source code that an engine depends on: after a change of it no cached engine is used.
+
+    ``packages``: packages, whole, and modules.
+    """
     digest = hashlib.sha256()
     for package in packages:
         if hasattr(package, "__path__"):

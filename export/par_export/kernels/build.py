@@ -17,12 +17,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import par_model
 from par_export import graphs, kernels
 from par_export.engines import contents as engine_contents
 from par_export.engines import publish as engine_publish
 from par_export.engines.place import place
-from par_export.engines.publish import cache_of, check_images, publish, source_hash
+from par_export.engines.publish import MODEL, cache_of, check_images, publish, source_hash
 from par_export.engines.request import local_gpu
 from par_export.errors import BuildError
 from par_export.fp16 import check_build
@@ -234,7 +233,7 @@ class Build:
 
 def sources() -> str:
     """The hash of the sources that decide, beside the bundle and the compiler, what an engine is."""
-    return source_hash((kernels, graphs, par_model, engine_contents, engine_publish, program))
+    return source_hash((kernels, graphs, *MODEL, engine_contents, engine_publish, program))
 
 
 def write_files(

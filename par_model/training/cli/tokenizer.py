@@ -22,7 +22,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
     add_run(p, "sheet.png", "images", steps=4000, batch=32, report=250)
     p.add_argument("--size", type=int, help="pixels of a side that pictures are scaled to; needed for pictures")
-    p.add_argument(
+    start = p.add_mutually_exclusive_group()
+    start.add_argument(
+        "--init",
+        type=Path,
+        metavar="TOKENIZER",
+        help="begin with the weights of this tokenizer, and train all of it further; it gives the sizes",
+    )
+    start.add_argument(
         "--encoder-for",
         type=Path,
         metavar="TOKENIZER",

@@ -34,7 +34,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ema", type=float, default=0.999, help="decay of the average of the weights, which is exported")
     p.add_argument("--sheet", type=int, default=500, help="steps between sample sheets")
     p.add_argument("--guidance", type=float, default=2.0, help="of the sample sheets")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="compute in bfloat16")
+    p.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="compute in bfloat16 (default: where the device has instructions for it)",
+    )
     p.add_argument(
         "--compile",
         action="store_true",
