@@ -6,6 +6,10 @@ sampling are those of ``transformer.py`` and ``generation.py``, so the tokens ar
 too. With ``compiled`` the same step runs through ``torch.compile``: static shapes, one compilation for each of the
 query lengths 1 and n, which is not timed.
 
+On CUDA, ``compiled`` is the best that PyTorch makes of it, a rival and not a replica. The decoder is compiled too, and
+heads whose size none of PyTorch's fused attention kernels takes (100, of PAR-3B) are stored wider: such kernels want
+multiples of 8. Eager keeps them as they are, and says that its attention is slow.
+
 Architecture, grid, precision and sampling settings are those of a bundle. The weights of the bundle are not read: they
 have the layout of its graphs, which this package does not know, and speed does not depend on their values. Random
 weights take their place, or those of a ``checkpoint``. A CPU computes in fp32, as the bundle's ``step.onnx`` does;
@@ -18,7 +22,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +37,14 @@ from par_model.dtypes import PRECISION_DTYPE
 from par_model.generation import cumulative, sample, uniforms
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.ordering import phases, token_order
-from par_model.running import running_sum
+from par_model.running import Clock, reason_of, running_sum
 from par_model.transformer import INIT_STD, PAR, KVCache
 from par_model.video import FSQ, VideoTokenizer, to_pixels
 from par_model.vq import VQModel
 
-#: PyTorch's fused attention takes head sizes that are multiples of this.
+#: PyTorch's fused attention kernels for CUDA take head sizes that are multiples of this.
 FUSED_HEAD = 8
+EAGER_DECODER = "eager decoder"
 WITHOUT_FUSED = "heads of {} fit none of PyTorch's fused kernels, so keys and values are copied to fp32 in every call"
 
 
@@ -165,6 +169,12 @@ class Baseline:
         self._step: Callable[..., None] = (
             torch.compile(step, dynamic=False, fullgraph=True, mode=mode) if compiled else step
         )
+        rival = compiled and self.device.type == "cuda"
+        self._decode: Callable[..., Tensor] = (
+            torch.compile(decode, dynamic=False, fullgraph=True, mode=mode) if rival else decode
+        )
+        #: Numbers that are stored of a head's keys and values.
+        self.head_width = stored_head(self.config.head_dim) if rival else self.config.head_dim
         #: Why the times are not those of what ``name`` says, as lines; known after the first batch.
         self.doubts: tuple[str, ...] = ()
         self._state: State | None = None
@@ -219,7 +229,7 @@ class Baseline:
         calls: Collection[int] | None,
         decoder: bool,
     ) -> tuple[dict[str, list[float]], float]:
-        whole, clock = _Clock(self.device), _Clock(self.device)
+        whole, clock = Clock(self.device), Clock(self.device)
         whole.mark()
         state = self._start(images, guidance, seed)
         call, names = 0, list[str]()
@@ -235,7 +245,7 @@ class Baseline:
                 call += 1
         self.tokens, self.images = state.tokens, None
         if decoder and self._vq is not None:
-            self.images = decode(self._vq, state.tokens, self._place, self.config.grid)
+            self.images = self._decoded(state)
             clock.mark()
             names.append("decoder")
         whole.mark()
@@ -243,6 +253,11 @@ class Baseline:
         for name, ms in zip(names, clock.laps_ms(), strict=True):
             took.setdefault(name, []).append(ms)
         return took, whole.laps_ms()[0]
+
+    def _decoded(self, state: State) -> Tensor:
+        images = self._decode(self._vq, state.tokens, self._place, self.config.grid)
+        # What a CUDA graph returns lies in memory that the next graph uses.
+        return images if self._decode is decode else images.clone()
 
     def forget(self) -> None:
         """Free the memory of the last batch; the next one takes it again. Weights and what was compiled stay."""
@@ -271,7 +286,7 @@ class Baseline:
     def _buffers(self, images: int, guided: bool) -> State:
         c, device = self.config, self.device
         rows = 2 * images if guided else images
-        caches = [KVCache(rows, c, self.dtype, device) for _ in range(c.n_layers)]
+        caches = [KVCache(rows, c, self.dtype, device, self.head_width) for _ in range(c.n_layers)]
         slots = torch.arange(c.n_tokens, device=device)
         state = State(
             tokens=torch.zeros(images, c.n_tokens, dtype=torch.int64, device=device),
@@ -304,47 +319,42 @@ class Baseline:
                 try:
                     self._step(self._model, state, positions, sampling)
                 except torch._dynamo.exc.TorchDynamoException as error:
-                    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-                    # The first line may only name the part of the compiler that raised.
-                    reason = lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
                     raise BaselineError(
-                        f"torch.compile of PyTorch {self.version} failed ({reason}); leave the compiled baseline out, "
-                        "or install what is missing (a C++ compiler with Python's headers on a CPU, Triton on CUDA)"
+                        f"torch.compile of PyTorch {self.version} failed ({reason_of(error)}); leave the compiled "
+                        "baseline out, or install what is missing (a C++ compiler with Python's headers on a CPU, "
+                        "Triton on CUDA)"
                     ) from error
+        self.doubts = tuple(doubt for doubt in self.doubts if doubt.startswith(EAGER_DECODER))
         if decoder and self._vq is not None:
-            decode(self._vq, state.tokens, self._place, self.config.grid)
-        if self.device.type == "cuda" and self.config.head_dim % FUSED_HEAD:
-            self.doubts = (f"math attention: {WITHOUT_FUSED.format(self.config.head_dim)}",)
+            self._warm_up_decoder(state)
+        if self.device.type == "cuda" and self.head_width % FUSED_HEAD:
+            self.doubts += (f"math attention: {WITHOUT_FUSED.format(self.head_width)}",)
         if self.compiled and self.device.type == "cuda":
             skipped = int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
             if skipped:
                 self.doubts += (f"no graphs: PyTorch used no CUDA graph for {skipped} of its compiled functions",)
         self._warm.add(key)
 
+    def _warm_up_decoder(self, state: State) -> None:
+        """Untimed calls of the decoder. One that cannot be compiled runs eagerly from here on, and its rows say so."""
+        if self._decode is not decode:
+            try:
+                for _ in range(3):
+                    self._decoded(state)
+                return
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # of the compiler, or of a graph that could not be recorded
+                self._decode = decode
+                self.doubts += (
+                    f"{EAGER_DECODER}: torch.compile of PyTorch {self.version} failed ({reason_of(error)})",
+                )
+        self._decoded(state)
 
-class _Clock:
-    """Marks in time and the milliseconds between them: on the device's stream for CUDA, else on the host."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[Any] = []
-
-    def mark(self) -> None:
-        """Set a mark after the work that was issued so far."""
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def laps_ms(self) -> list[float]:
-        """The milliseconds between neighbouring marks. Waits for the last mark."""
-        pairs = list(zip(self._marks, self._marks[1:], strict=False))
-        if self._cuda:
-            self._marks[-1].synchronize()
-            return [float(a.elapsed_time(b)) for a, b in pairs]
-        return [1e3 * (b - a) for a, b in pairs]
+def stored_head(head_dim: int) -> int:
+    """The smallest size of ``head_dim`` or more that PyTorch's fused attention kernels for CUDA take."""
+    return -(-head_dim // FUSED_HEAD) * FUSED_HEAD
 
 
 def _device(name: str) -> torch.device:

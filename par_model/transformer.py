@@ -110,17 +110,22 @@ class PAR(nn.Module):
 
 
 class KVCache:
-    """Keys and values of one layer: two preallocated [B,H,S,D] buffers, written at explicit positions."""
+    """Keys and values of one layer: two preallocated [B,H,S,D] buffers, written at explicit positions.
 
-    def __init__(self, batch: int, config: PARConfig, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (batch, config.n_heads, config.n_tokens, config.head_dim)
+    ``width`` stores heads of so many numbers, of which those after the first D are zero.
+    """
+
+    def __init__(
+        self, batch: int, config: PARConfig, dtype: torch.dtype, device: torch.device, width: int | None = None
+    ) -> None:
+        shape = (batch, config.n_heads, config.n_tokens, width or config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def update(self, positions: Tensor, k: Tensor, v: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Write ``k``, ``v`` [B,H,q,D] at ``positions`` [q]; returns views of the caches, [B,H,length,D]."""
-        self.k[:, :, positions] = k
-        self.v[:, :, positions] = v
+        """Write ``k``, ``v`` [B,H,q,D] at ``positions`` [q]; returns views of the caches, [B,H,length,width]."""
+        self.k[:, :, positions] = widened(k, self.k.shape[-1])
+        self.v[:, :, positions] = widened(v, self.v.shape[-1])
         return self.k[:, :, :length], self.v[:, :, :length]
 
 
@@ -163,7 +168,7 @@ class Attention(nn.Module):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             key, value = cache.update(positions, key, value, mask.shape[-1])
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        y = attend(query, key, value, mask)
         return self.resid_dropout(self.wo(y.transpose(1, 2).reshape(b, q, d)))
 
 
@@ -217,6 +222,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = x.float().unflatten(-1, (-1, 2))
     even, odd = pairs[..., 0], pairs[..., 1]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).type_as(x)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention of ``query`` [B,H,q,D] over keys and values [B,H,S,width >= D] of a cache: [B,H,q,D].
+
+    ``mask`` [q,S] is true where visible; numbers of keys and values after the first D are zero.
+    """
+    size, width = query.shape[-1], key.shape[-1]
+    if width == size:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    wide = F.scaled_dot_product_attention(widened(query, width), key, value, attn_mask=mask, scale=size**-0.5)
+    return wide[..., :size]
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """``x`` [...,D] with zeros after its numbers, [...,width]; itself where it is so wide."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def check_labels(labels: Tensor, n_classes: int) -> None:

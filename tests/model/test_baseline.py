@@ -14,7 +14,7 @@ import torch
 
 from conftest import golden_config, golden_weights
 from par_model import baseline as baseline_module
-from par_model.baseline import Baseline, BaselineError, Sampling, step
+from par_model.baseline import Baseline, BaselineError, Sampling, decode, step, stored_head
 from par_model.generation import generate
 from par_model.running import running_sum
 from par_model.transformer import PAR
@@ -214,3 +214,83 @@ def test_what_cannot_be_run_is_one_line(bundles: dict[str, Path], tmp_path: Path
         BaselineError, match="order is none of distant, raster for grid 1x8x8 and group_size=4; export the bundle again"
     ):
         Baseline(tmp_path)
+
+
+def heads_of_100(bundle: Path, width: int) -> Baseline:
+    """A model with the heads of the PAR-3B, of which ``width`` numbers are stored."""
+    baseline = Baseline(bundle)
+    baseline.config = replace(baseline.config, dim=100 * baseline.config.n_heads, n_layers=2)
+    baseline._model = baseline_module._with_weights(PAR(baseline.config), None, torch.float32, baseline.device)
+    baseline.head_width = width
+    return baseline
+
+
+def test_heads_that_are_stored_wider_give_the_same_tokens(bundles: dict[str, Path]) -> None:
+    assert [stored_head(size) for size in (64, 80, 96, 100, 128)] == [64, 80, 96, 104, 128]
+    plain, wide = (heads_of_100(bundles["fp32"], width) for width in (100, stored_head(100)))
+    for guidance in (1.0, 2.0):
+        for baseline in (plain, wide):
+            baseline.run(2, guidance, seed=3, decoder=False)
+        assert (plain.tokens == wide.tokens).all()
+        assert len(plain.tokens.unique()) > 20
+    (narrow, *_), (cache, *_) = (baseline._state.caches for baseline in (plain, wide) if baseline._state is not None)
+    assert (narrow.k.shape[-1], cache.k.shape[-1]) == (100, 104)
+    assert (narrow.v - cache.v[..., :100]).abs().max() < 1e-5
+    assert narrow.v.abs().max() > 0.1
+    assert not cache.k[..., 100:].any()
+    assert not cache.v[..., 100:].any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_decoder_is_one_graph_for_the_compiler(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is compiled for CUDA; its images are the caller's own."""
+    baseline, seen = Baseline(bundles["fp32"]), list[Any]()
+    baseline.run(2, 2.0, seed=3)
+    expected = baseline.images
+    assert expected is not None
+    monkeypatch.setattr(baseline, "_warm", set())
+    buffer = torch.empty_like(expected)
+
+    def record(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.append(graph)
+        return lambda *inputs: (buffer.copy_(graph.forward(*inputs)[0]),)  # as a CUDA graph, always into one place
+
+    with torch.no_grad():
+        monkeypatch.setattr(baseline, "_decode", torch.compile(decode, dynamic=False, fullgraph=True, backend=record))
+        took, _ = baseline.run(2, 2.0, seed=3)
+    assert len(seen) == 1
+    assert len(took["decoder"]) == 1
+    buffer.zero_()
+    assert baseline.images is not None
+    assert (baseline.images == expected).all()
+    assert baseline.doubts == ()
+
+
+def test_a_decoder_that_cannot_be_compiled_runs_eagerly_and_is_marked(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baseline = Baseline(bundles["fp32"])
+    baseline.run(1, 2.0, seed=3)
+    expected = baseline.images
+
+    def fail(*_: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("backend='inductor' raised:\nno such layout\nand a long tale")
+
+    for images, guidance in ((1, 2.0), (1, 1.0)):  # it stays so in the next shape
+        monkeypatch.setattr(baseline, "_warm", set())
+        monkeypatch.setattr(baseline, "_decode", fail if not baseline.doubts else baseline._decode)
+        baseline.run(images, guidance, seed=3)
+        assert baseline.doubts == (
+            f"eager decoder: torch.compile of PyTorch {torch.__version__} failed (no such layout)",
+        )
+        assert expected is not None
+        assert baseline.images is not None
+        assert (baseline.images == expected).all() == (guidance == 2.0)
+
+    def no_memory(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(baseline, "_warm", set())
+    monkeypatch.setattr(baseline, "_decode", no_memory)
+    with pytest.raises(MemoryError, match="CUDA out of memory"):
+        baseline.run(1, 2.0)

@@ -94,7 +94,7 @@ class Row:
         """The kinds of its flags.
 
         "busy", "throttled", "debug", "few repetitions", "estimated", "incomplete", "limits in doubt", "above bound",
-        "no graphs", "math attention".
+        "no graphs", "math attention", "eager decoder".
         """
         return tuple(flag.split(":")[0] for flag in self.flags)
 

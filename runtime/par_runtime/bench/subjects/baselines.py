@@ -49,10 +49,8 @@ class EagerSubject:
             device=device,
             clock="perf_counter" if on_cpu else "CUDA events",
             threads=threads or available_cores() if on_cpu else None,
-            architecture=replace(architecture, head_dim=bundle.model["head_dim"]),  # PyTorch does not pad heads
-            excluded=(*NOT_TIMED, "compilation", "compilation of the decoder (it runs eagerly)")
-            if compiled
-            else NOT_TIMED,
+            architecture=replace(architecture, head_dim=self._eager.head_width),
+            excluded=(*NOT_TIMED, *_not_compiled(on_cpu)) if compiled else NOT_TIMED,
             pytorch=True,
         )
 
@@ -69,6 +67,11 @@ class EagerSubject:
     def close(self) -> None:
         """Free the model."""
         self._eager = None
+
+
+def _not_compiled(on_cpu: bool) -> tuple[str, ...]:
+    """What the times of a compiled model leave out, beside what all leave out."""
+    return ("compilation", "compilation of the decoder (it runs eagerly)") if on_cpu else ("compilation",)
 
 
 def write_n1_bundle(path: Path, folder: Path) -> Path:
