@@ -13,6 +13,7 @@ from double import tensorrt
 from double.driver import Driver
 
 from par_runtime.backends import cuda
+from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bench import gpu
 from par_runtime.bench.bounds import with_bounds
@@ -21,6 +22,8 @@ from par_runtime.bench.pool import Pool
 from par_runtime.bench.subjects.base import info_from_json
 from par_runtime.bench.subjects.pipeline import PipelineSubject
 from par_runtime.bundle import Bundle
+from par_runtime.request import image_settings
+from par_runtime.schedule import Schedule
 
 
 @pytest.fixture
@@ -61,6 +64,40 @@ def test_timing_the_phases_changes_no_image(subject: PipelineSubject) -> None:
     wanted = subject.pipeline.generate([1, 2], seed=4).tokens
     subject.run(2, True)
     assert (subject.pipeline.generate([1, 2], seed=4).tokens == wanted).all()
+
+
+def test_phases_are_captured_once_for_a_batch_size_and_make_the_batch_that_is_given(
+    subject: PipelineSubject, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, backend = subject.pipeline, subject.pipeline.backend
+    assert isinstance(backend, GpuBackend)
+    captured, capture = list[int](), cuda.Stream.capture
+    monkeypatch.setattr(cuda.Stream, "capture", lambda self: (captured.append(1), capture(self))[1])
+    for labels, seed, new in (([1, 2], 4, True), ([3, 0], 9, False), ([1], 4, True), ([3, 2], 5, False)):
+        wanted = pipeline.generate(labels, seed=seed, guidance=2.0).tokens
+        captured.clear()
+        settings = image_settings(pipeline.bundle, len(labels), guidance=2.0)
+        schedule = Schedule.of(pipeline.bundle, labels, settings, [seed + i for i in range(len(labels))])
+        given = (schedule.batch, schedule.class_ids, schedule.noise)
+        phases = backend.phases(*given)
+        assert [(name, calls) for name, calls, _ in phases] == [
+            ("copy", 1),
+            *((phase.name, phase.repeat) for phase in pipeline.bundle.phases),
+            ("copy", 1),
+            ("decoder", 1),
+            ("copy", 1),
+        ]
+        assert len(captured) == (len(phases) if new else 0)
+        out = backend._prepare(*given, decode=True)[0].out.array
+        out[:] = 0
+        for _, _, launch in phases:
+            launch()
+        backend.stream.synchronize()
+        assert (out[: wanted.nbytes].view(np.int64) == wanted.flatten()).all()
+    executables = len(driver.executables)
+    backend._drop_graphs()
+    assert executables - len(driver.executables) == 2 * (8 + 1)  # of each batch size: phases, and the whole image
+    subject.run(2, True)
 
 
 def test_a_driver_that_refuses_capture_is_launched_plainly(subject: PipelineSubject, driver: Driver) -> None:

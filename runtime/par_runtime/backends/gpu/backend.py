@@ -12,9 +12,12 @@ Letters: B images and R = 2B rows of a profile, q positions of one call, N token
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +35,7 @@ from par_runtime.dtypes import BYTES, LOGIT_ROUNDING, Float, Int
 from par_runtime.errors import CudaError, EngineError, RequestError
 from par_runtime.forks import keep_forever, tell_of_forks
 
-GRAPHS_KEPT = 4  #: captured batch sizes; a graph of a large model holds tens of megabytes
+GRAPHS_KEPT = 4  #: captured batch sizes, in a way each; a graph of a large model holds tens of megabytes
 
 
 class GpuBackend:
@@ -75,7 +78,7 @@ class GpuBackend:
         self._programs = dict(programs)
         self._launches = image_launches(bundle, engine)
         self._single = len(self._launches)  # the tables' row of a single call
-        self._graphs: OrderedDict[tuple[int, bool], list[cuda.Graph]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, bool, str], list[cuda.Graph]] = OrderedDict()
         self._keys = CacheRows(bundle.n_tokens)
         self._memory = Memory(
             bundle, engine, device, self._programs, self._launches, stream, self._keys, self._drop_graphs
@@ -173,15 +176,26 @@ class GpuBackend:
         pixels = buffers.out.array[n_bytes : n_bytes + buffers.pixels.size].reshape(buffers.images, *self._image)
         return tokens, pixels[: batch.images].copy()
 
-    def parts(self, batch: Batch, class_ids: Int, noise: Float) -> list[tuple[str, Callable[[], None]]]:
-        """What ``make_images`` enqueues for ``batch``, part by part, decoder included: (phase, a function that
-        enqueues it).
+    def phases(self, batch: Batch, class_ids: Int, noise: Float) -> list[tuple[str, int, Callable[[], None]]]:
+        """What ``make_images`` enqueues for ``batch``, decoder included: (phase, its calls, a function for all).
 
-        For benchmarks, which time the parts on :attr:`stream`. "copy" is the upload of the tables, the collection of
-        the tokens, and the way back of tokens and pixels.
+        For benchmarks, which time the phases on :attr:`stream`. "copy" is the upload of the tables, the collection of
+        the tokens, and the way back of tokens and pixels. Each is a graph of its own, which is kept as those of whole
+        images are; plain launches where the driver refuses to capture it. Raises what ``make_images`` raises.
         """
         buffers, decode = self._prepare(batch, class_ids, noise, True)
-        return self._parts(buffers, decode)
+        parts = groupby(self._parts(buffers, decode), key=itemgetter(0))
+        phases = [(name, [enqueue for _, enqueue in calls]) for name, calls in parts]
+        launches: list[Callable[[], None]] = [partial(_each, calls) for _, calls in phases]
+        if self.capturing != "none":
+            with suppress(CudaError, EngineError):
+                key = (buffers.index, decode, "phase")
+                new = key not in self._graphs
+                launches = [partial(graph.launch, self.stream) for graph in self._kept(key, launches)]
+                if new:  # a graph that is launched for the first time is uploaded first, which takes its time
+                    _each(launches)
+                    self.stream.synchronize()
+        return [(name, len(calls), launch) for (name, calls), launch in zip(phases, launches, strict=True)]
 
     def at_call(self, batch: Batch, class_ids: Int, noise: Float, call: int) -> Mapping[str, Context]:
         """The contexts by program, with the addresses of call ``call`` of the image that ``make_images`` made last.
@@ -212,27 +226,34 @@ class GpuBackend:
         """The graphs that make an image, captured at the first use of a batch size; none where capture is off."""
         if self.capturing == "none":
             return []
-        key = (buffers.index, decode)
+        parts = [enqueue for _, enqueue in self._parts(buffers, decode)]
+        try:
+            return self._kept(
+                (buffers.index, decode, self.capturing),
+                [partial(_each, parts)] if self.capturing == "image" else parts,
+            )
+        except (CudaError, EngineError):
+            self.capturing = "call" if self.capturing == "image" else "none"
+            return self._captured(buffers, decode)
+
+    def _kept(self, key: tuple[int, bool, str], pieces: Sequence[Callable[[], None]]) -> list[cuda.Graph]:
+        """The graphs of ``key``, one of what each of ``pieces`` enqueues, captured at the first use.
+
+        Raises CudaError, EngineError.
+        """
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
         graphs: list[cuda.Graph] = []
         try:
-            if self.capturing == "image":
+            for piece in pieces:
                 with self.stream.capture() as captured:
-                    for _, enqueue in self._parts(buffers, decode):
-                        enqueue()
-                graphs = [captured.graph]
-            else:
-                for _, enqueue in self._parts(buffers, decode):
-                    with self.stream.capture() as captured:
-                        enqueue()
-                    graphs.append(captured.graph)
+                    piece()
+                graphs.append(captured.graph)
         except (CudaError, EngineError):
             for graph in graphs:
                 graph.free()
-            self.capturing = "call" if self.capturing == "image" else "none"
-            return self._captured(buffers, decode)
+            raise
         self._graphs[key] = graphs
         while len(self._graphs) > GRAPHS_KEPT:
             for graph in self._graphs.popitem(last=False)[1]:
@@ -387,3 +408,8 @@ class GpuBackend:
             program.close()
         self.stream.free()
         self.device.close()
+
+
+def _each(enqueue: Sequence[Callable[[], None]]) -> None:
+    for part in enqueue:
+        part()

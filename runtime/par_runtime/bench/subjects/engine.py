@@ -8,13 +8,10 @@ is slower than the part, it is the launching time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from functools import partial
-from itertools import groupby, pairwise
+from contextlib import ExitStack
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from par_runtime.errors import CudaError, EngineError
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import image_settings
 from par_runtime.schedule import Schedule
@@ -35,34 +32,16 @@ def phases_ms(pipeline: Pipeline, labels: list[int], guidance: float) -> dict[st
     seeds = list(range(len(labels)))
     each = image_settings(bundle, len(labels), guidance=guidance, guidance_interval=-1)
     schedule = Schedule.of(bundle, labels, each, seeds)
-    parts = backend.parts(schedule.batch, schedule.class_ids, schedule.noise)
-    phases = [(name, [enqueue for _, enqueue in calls]) for name, calls in groupby(parts, key=lambda part: part[0])]
+    phases = backend.phases(schedule.batch, schedule.class_ids, schedule.noise)
     out: dict[str, list[float]] = {}
     with ExitStack() as held:
-        launches = [partial(_each, calls) for _, calls in phases]
-        if backend.capturing != "none":
-            with suppress(CudaError, EngineError):  # capture is refused: plain launches, as in the backend
-                graphs = []
-                for launch in launches:
-                    with stream.capture() as captured:
-                        launch()
-                    graphs.append(held.enter_context(captured.graph))
-                launches = [partial(graph.launch, stream) for graph in graphs]
-                for launch in launches:  # a graph that is launched for the first time is uploaded first
-                    launch()
-                stream.synchronize()
         events = [held.enter_context(backend.device.event()) for _ in range(len(phases) + 1)]
         stream.record(events[0])
-        for launch, event in zip(launches, events[1:], strict=True):
+        for (_, _, launch), event in zip(phases, events[1:], strict=True):
             launch()
             stream.record(event)
         stream.synchronize()
-        for (name, calls), (before, after) in zip(phases, pairwise(events), strict=True):
+        for (name, calls, _), (before, after) in zip(phases, pairwise(events), strict=True):
             took = after.elapsed_ms(before)
-            out.setdefault(name, []).extend([took / len(calls)] * len(calls))
+            out.setdefault(name, []).extend([took / calls] * calls)
     return out
-
-
-def _each(calls: Sequence[Callable[[], None]]) -> None:
-    for call in calls:
-        call()
