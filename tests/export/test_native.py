@@ -76,6 +76,17 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_kernels
+@pytest.mark.parametrize("instructions", ["", "avx2"])
+def test_any_number_of_queries(instructions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head's queries are multiplied some at a time, as many as have their sums in registers."""
+    monkeypatch.setenv("PARVIS_NATIVE", instructions)
+    for side, group_sizes in ((12, (4, 9, 16, 36)), (10, (25,))):
+        config = PARConfig(dim=128, n_layers=1, n_heads=2, vocab_size=256, n_classes=10, grid=(1, side, side))
+        for path in write_family(config, group_sizes, tmp_path, name=f"side{side}").values():
+            assert compare(path, 1, 2.0) < 2e-5
+
+
+@needs_kernels
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_head_size_100_and_any_number_of_threads(odd: Path, threads: int) -> None:
     assert compare(odd, 1, 2.0, threads) < 2e-5

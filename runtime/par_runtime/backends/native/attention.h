@@ -32,9 +32,18 @@ DEFINE_PRODUCT(4, 2)
 DEFINE_PRODUCT(2, 2)
 DEFINE_PRODUCT(1, 2)
 #else
+DEFINE_PRODUCT(6, 2)
+DEFINE_PRODUCT(4, 2)
 DEFINE_PRODUCT(3, 4)
 DEFINE_PRODUCT(2, 4)
 DEFINE_PRODUCT(1, 4)
+/* Six or four rows have the sums of half of the columns in registers; the first half fetches whole rows. */
+#define IN_HALVES(N_ROWS)                                                                                 \
+    do {                                                                                                  \
+        rows = N_ROWS;                                                                                    \
+        NAME(product_##N_ROWS##x2)(from, ldx, w, ldw, k, to, ldc, fetch);                                 \
+        NAME(product_##N_ROWS##x2)(from, ldx, w + PANEL / 2, ldw, k, to + PANEL / 2, ldc, (Ahead){0, 0}); \
+    } while (0)
 #endif
 
 /* c [m][PANEL] = x w for x [m][k] and w [k][PANEL]; rows are ldx, ldw, ldc numbers apart. */
@@ -50,7 +59,9 @@ TARGET static void NAME(panel_of_rows)(const float *x, long ldx, long m, const f
         else if (left >= 2) rows = 2, NAME(product_2x2)(from, ldx, w, ldw, k, to, ldc, fetch);
         else rows = 1, NAME(product_1x2)(from, ldx, w, ldw, k, to, ldc, fetch);
 #else
-        if (left >= 3) rows = 3, NAME(product_3x4)(from, ldx, w, ldw, k, to, ldc, fetch);
+        if (left == 6 || left >= 8) IN_HALVES(6);
+        else if (left == 4 || left == 7) IN_HALVES(4);
+        else if (left >= 3) rows = 3, NAME(product_3x4)(from, ldx, w, ldw, k, to, ldc, fetch);
         else if (left == 2) rows = 2, NAME(product_2x4)(from, ldx, w, ldw, k, to, ldc, fetch);
         else rows = 1, NAME(product_1x4)(from, ldx, w, ldw, k, to, ldc, fetch);
 #endif
@@ -149,3 +160,4 @@ TARGET static void NAME(attention_head)(const Step *s, const Buffers *at, long l
 }
 
 #undef DEFINE_PRODUCT
+#undef IN_HALVES

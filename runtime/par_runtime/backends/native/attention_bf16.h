@@ -37,46 +37,56 @@ TARGET static inline void NAME(round_bf16)(const float *x, long n, uint16_t *out
 #if VECTORS == 512
 #define ROWS_OF_PAIRS 8
 #else
-#define ROWS_OF_PAIRS 2
+#define ROWS_OF_PAIRS 4
 #endif
 
-/* c [rows][PANEL] = x w for x [rows][2*pairs], rows `ldx` numbers apart, and w [pairs][PANEL][2], `ldw` numbers apart.
-   Inlined for each number of rows. */
-TARGET INLINE void NAME(pairs_of_rows)(const int rows, const uint16_t *x, long ldx, const uint16_t *w, long ldw,
-                                       long pairs, float *c, long ldc, Ahead fetch) {
+/* Columns [0, vecs * VEC_FLOATS) of c [rows][PANEL] = x w for x [rows][2*pairs], rows `ldx` numbers apart, and
+   w [pairs][PANEL][2], `ldw` numbers apart. Inlined for each number of rows. */
+TARGET INLINE void NAME(pairs_of_rows)(const int rows, const int vecs, const uint16_t *x, long ldx, const uint16_t *w,
+                                       long ldw, long pairs, float *c, long ldc, Ahead fetch) {
     vec sum[ROWS_OF_PAIRS][PANEL_VECS];
     UNROLL for (int i = 0; i < rows; i++)
-        for (int j = 0; j < PANEL_VECS; j++) sum[i][j] = vec_set1(0.0f);
+        UNROLL for (int j = 0; j < vecs; j++) sum[i][j] = vec_set1(0.0f);
     for (long p = 0; p < pairs; p++) {
         const uint16_t *row = w + p * ldw;
         if (p < fetch.rows)
             for (long line = 0; line < ldw; line += 32) __builtin_prefetch(row + fetch.ahead + line);
-        int_vec w_row[PANEL_VECS];
-        for (int j = 0; j < PANEL_VECS; j++) w_row[j] = int_load(row + 2 * j * VEC_FLOATS);
+        vec first[PANEL_VECS], second[PANEL_VECS];
+        UNROLL for (int j = 0; j < vecs; j++) {
+            int_vec numbers = int_load(row + 2 * j * VEC_FLOATS);
+            first[j] = first_of(numbers), second[j] = second_of(numbers);
+        }
         UNROLL for (int i = 0; i < rows; i++) {
             int32_t pair;
             memcpy(&pair, x + i * ldx + 2 * p, 4);
             int_vec both = int_set1(pair);
-            for (int j = 0; j < PANEL_VECS; j++) {
-                sum[i][j] = vec_fma(second_of(both), second_of(w_row[j]), sum[i][j]);
-                sum[i][j] = vec_fma(first_of(both), first_of(w_row[j]), sum[i][j]);
-            }
+            UNROLL for (int j = 0; j < vecs; j++) sum[i][j] = vec_fma(second_of(both), second[j], sum[i][j]);
+            UNROLL for (int j = 0; j < vecs; j++) sum[i][j] = vec_fma(first_of(both), first[j], sum[i][j]);
         }
     }
     UNROLL for (int i = 0; i < rows; i++)
-        for (int j = 0; j < PANEL_VECS; j++) vec_store(c + i * ldc + j * VEC_FLOATS, sum[i][j]);
+        UNROLL for (int j = 0; j < vecs; j++) vec_store(c + i * ldc + j * VEC_FLOATS, sum[i][j]);
+}
+
+/* All columns: those of several rows in two halves where registers are few, of which the first fetches whole rows. */
+TARGET INLINE void NAME(panel_of_pairs)(const int rows, const uint16_t *x, long ldx, const uint16_t *w, long ldw,
+                                        long pairs, float *c, long ldc, Ahead fetch) {
+    const int vecs = rows > 1 ? COLUMN_VECS : PANEL_VECS;
+    NAME(pairs_of_rows)(rows, vecs, x, ldx, w, ldw, pairs, c, ldc, fetch);
+    if (vecs < PANEL_VECS)
+        NAME(pairs_of_rows)(rows, vecs, x, ldx, w + PANEL, ldw, pairs, c + PANEL / 2, ldc, (Ahead){0, 0});
 }
 
 /* The same for any number m of rows. */
 TARGET static void NAME(pairs_product)(const uint16_t *x, long ldx, long m, const uint16_t *w, long ldw, long pairs,
                                        float *c, long ldc, Ahead fetch) {
     for (; m >= ROWS_OF_PAIRS; m -= ROWS_OF_PAIRS, x += ROWS_OF_PAIRS * ldx, c += ROWS_OF_PAIRS * ldc, fetch.rows = 0)
-        NAME(pairs_of_rows)(ROWS_OF_PAIRS, x, ldx, w, ldw, pairs, c, ldc, fetch);
+        NAME(panel_of_pairs)(ROWS_OF_PAIRS, x, ldx, w, ldw, pairs, c, ldc, fetch);
     for (; m >= 4 && ROWS_OF_PAIRS > 4; m -= 4, x += 4 * ldx, c += 4 * ldc, fetch.rows = 0)
-        NAME(pairs_of_rows)(4, x, ldx, w, ldw, pairs, c, ldc, fetch);
+        NAME(panel_of_pairs)(4, x, ldx, w, ldw, pairs, c, ldc, fetch);
     for (; m >= 2 && ROWS_OF_PAIRS > 2; m -= 2, x += 2 * ldx, c += 2 * ldc, fetch.rows = 0)
-        NAME(pairs_of_rows)(2, x, ldx, w, ldw, pairs, c, ldc, fetch);
-    for (; m >= 1; m--, x += ldx, c += ldc, fetch.rows = 0) NAME(pairs_of_rows)(1, x, ldx, w, ldw, pairs, c, ldc, fetch);
+        NAME(panel_of_pairs)(2, x, ldx, w, ldw, pairs, c, ldc, fetch);
+    for (; m >= 1; m--, x += ldx, c += ldc, fetch.rows = 0) NAME(panel_of_pairs)(1, x, ldx, w, ldw, pairs, c, ldc, fetch);
 }
 
 /* Columns [first, d) of c [m][d] = x w for w [pairs][d][2]: those behind the last full panel, a multiple of 8. */

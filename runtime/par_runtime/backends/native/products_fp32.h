@@ -2,24 +2,26 @@
    instruction set, with the macros that it explains there.
 
    Activations are stored transposed, [K][M], so the numbers that are multiplied at the same time are neighbours. The
-   sums of some rows stay in registers during a pass over a block of K. Each sum is made in the order of K, so it does
-   not depend on the number of rows. */
+   sums of some rows stay in registers during a pass over a block of K: those of few rows for all columns of a panel,
+   those of more rows for COLUMN_VECS vectors of columns at a time. Each sum is made in the order of K, so it does not
+   depend on the number of rows. */
 
-/* c [rows][PANEL] = x w, or c += x w with `accumulate`, for x [k][m] from the first of the rows on. */
-TARGET INLINE void NAME(fp32_rows)(const int rows, const int stored, const char *w, const float *x, long m, long k,
-                                   float *c, int accumulate, Prefetch prefetch) {
+/* Columns [0, vecs * VEC_FLOATS) of c [rows][PANEL] = x w, or c += x w with `accumulate`, for x [k][m] from the first of
+   the rows on. With `fetch`, the whole rows of w are prefetched. */
+TARGET INLINE void NAME(fp32_rows)(const int rows, const int vecs, const int fetch, const int stored, const char *w,
+                                   const float *x, long m, long k, float *c, int accumulate, Prefetch prefetch) {
     const long row_bytes = PANEL * (stored == FP32 ? 4 : 2);
     vec sum[ROWS_MAX][PANEL_VECS];
     UNROLL
     for (int i = 0; i < rows; i++)
         UNROLL
-        for (int j = 0; j < PANEL_VECS; j++)
+        for (int j = 0; j < vecs; j++)
             sum[i][j] = accumulate ? vec_load_fp32(c + i * PANEL + j * VEC_FLOATS) : vec_set1(0.0f);
     for (long p = 0; p < k; p++, w += row_bytes, x += m) {
-        prefetch_step(&prefetch, w, row_bytes, p);
+        if (fetch) prefetch_step(&prefetch, w, row_bytes, p);
         vec w_row[PANEL_VECS];
         UNROLL
-        for (int j = 0; j < PANEL_VECS; j++) {
+        for (int j = 0; j < vecs; j++) {
             if (stored == FP32) w_row[j] = vec_load_fp32((const float *)w + j * VEC_FLOATS);
             else if (stored == FP16) w_row[j] = vec_load_fp16((const uint16_t *)w + j * VEC_FLOATS);
             else w_row[j] = vec_load_bf16((const uint16_t *)w + j * VEC_FLOATS);
@@ -28,31 +30,37 @@ TARGET INLINE void NAME(fp32_rows)(const int rows, const int stored, const char 
         for (int i = 0; i < rows; i++) {
             vec value = vec_set1(x[i]);
             UNROLL
-            for (int j = 0; j < PANEL_VECS; j++) sum[i][j] = vec_fma(value, w_row[j], sum[i][j]);
+            for (int j = 0; j < vecs; j++) sum[i][j] = vec_fma(value, w_row[j], sum[i][j]);
         }
     }
     UNROLL
     for (int i = 0; i < rows; i++)
         UNROLL
-        for (int j = 0; j < PANEL_VECS; j++) vec_store(c + i * PANEL + j * VEC_FLOATS, sum[i][j]);
+        for (int j = 0; j < vecs; j++) vec_store(c + i * PANEL + j * VEC_FLOATS, sum[i][j]);
 }
 
 /* fp32_rows for any number of rows up to ROWS_MAX: each number is code of its own. */
 TARGET static void NAME(fp32_pass)(long rows, int stored, const char *w, const float *x, long m, long k, float *c,
                                    int accumulate, Prefetch prefetch) {
-#define CASE(ROWS, STORED)                                                                         \
-    case ROWS * 4 + STORED:                                                                        \
-        if (ROWS <= ROWS_MAX) NAME(fp32_rows)(ROWS, STORED, w, x, m, k, c, accumulate, prefetch); \
+#define AT(FIRST, VECS, ROWS, STORED)                                                                           \
+    NAME(fp32_rows)(ROWS, VECS, (FIRST) == 0, STORED, w + (FIRST) * VEC_FLOATS * (STORED == FP32 ? 4 : 2), x, m, k, \
+                    c + (FIRST) * VEC_FLOATS, accumulate, prefetch)
+#define CASE(ROWS, STORED)                                                                                     \
+    case ROWS * 4 + STORED:                                                                                    \
+        if (ROWS <= ROWS_WHOLE) AT(0, PANEL_VECS, ROWS, STORED);                                               \
+        else if (ROWS <= ROWS_MAX)                                                                             \
+            AT(0, COLUMN_VECS, ROWS, STORED), AT(PANEL_VECS - COLUMN_VECS, COLUMN_VECS, ROWS, STORED);          \
         break;
 #define CASES(ROWS) CASE(ROWS, FP32) CASE(ROWS, FP16) CASE(ROWS, BF16)
     switch (rows * 4 + stored) {
-        CASES(1) CASES(2) CASES(3)
-#if ROWS_MAX > 3
-        CASES(4) CASES(5) CASES(6) CASES(7) CASES(8) CASES(9) CASES(10) CASES(11) CASES(12)
+        CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6)
+#if ROWS_MAX > 6
+        CASES(7) CASES(8) CASES(9) CASES(10) CASES(11) CASES(12)
 #endif
     }
 #undef CASES
 #undef CASE
+#undef AT
 }
 
 /* out [k][PANEL] fp32 = `k` rows of a panel, which are stored at w as `stored` says; `scales` [PANEL] of the group. */
@@ -78,12 +86,12 @@ TARGET INLINE void NAME(load_scales)(int64_t stored, const char *from, float *sc
 }
 
 /* The product of a panel whose layout is ROWS_*; `stored` is that layout's. A block of weights that is not fp32 is
-   widened once where several passes need it, and quantised blocks always. */
+   widened once where more than PASSES_NARROW passes need it, and quantised blocks always. */
 TARGET INLINE void NAME(fp32_product)(int stored, const Matrix *matrix, const char *w, const float *x, long m, long k,
                                       float *c, float *wide) {
     long passes = (m + ROWS_MAX - 1) / ROWS_MAX, quantised = stored >= INT8;
     long step = quantised && matrix->group < K_BLOCK ? matrix->group : K_BLOCK;
-    int widened = quantised || (stored != FP32 && passes > 1);
+    int widened = quantised || (stored != FP32 && passes > PASSES_NARROW);
     float scales[PANEL] = {0};
     for (long first = 0; first < k; first += step) {
         long block = k - first < step ? k - first : step, bytes = block * PANEL;

@@ -5,13 +5,17 @@
    TARGET      attribute that allows the set's instructions
    VEC_FLOATS  floats of a vector
    vec         the type of a vector of floats; vec_* are operations on it, on each number by itself
-   ROWS_MAX    rows of activations that are multiplied at once: as many as have their sums in registers
-   ROWS_MID    a smaller number of rows */
+   ROWS_MAX    rows of activations that are multiplied at once: as many as have their sums in registers,
+   COLUMN_VECS of as many columns of a panel at a time, in vectors;
+   ROWS_WHOLE  rows that have the sums of all its columns there;
+   PASSES_NARROW  passes that take no longer where each converts weights of 16 bits for itself */
 
 #undef SUFFIX
 #undef TARGET
 #undef ROWS_MAX
-#undef ROWS_MID
+#undef ROWS_WHOLE
+#undef COLUMN_VECS
+#undef PASSES_NARROW
 #undef VEC_FLOATS
 #undef vec
 #undef vec_load_fp32
@@ -42,7 +46,9 @@
 #define SUFFIX avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,fma,f16c,avx2")))
 #define ROWS_MAX 12
-#define ROWS_MID 8
+#define ROWS_WHOLE 12
+#define COLUMN_VECS 2
+#define PASSES_NARROW 1
 #define VEC_FLOATS 16
 #define vec __m512
 #define vec_load_fp32 _mm512_loadu_ps
@@ -76,8 +82,10 @@ TARGET static inline vec NAME(vec_scale)(vec x, vec n) { return _mm512_scalef_ps
 #else
 #define SUFFIX avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-#define ROWS_MAX 3
-#define ROWS_MID 3
+#define ROWS_MAX 6
+#define ROWS_WHOLE 3
+#define COLUMN_VECS 2
+#define PASSES_NARROW 3
 #define VEC_FLOATS 8
 #define vec __m256
 #define vec_load_fp32 _mm256_loadu_ps
