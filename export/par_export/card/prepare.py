@@ -38,6 +38,8 @@ CHECKED_IMAGES = (1, 2, 4)  #: batches of the engines whose whole images are che
 QUANTISED = "quantised"  #: the folder of copies with quantised weights
 #: Calls of a twin that are not counted: compilation, and the first ones.
 WARM_CALLS = 24
+#: How often these are tried where memory is short, and the seconds between two tries.
+WARM_TRIES, WARM_AGAIN_S = 6, 8.0
 COMPILE_THREADS = 2  #: of each twin; PyTorch would take one for each processor, and all twins compile at once
 #: Makes an engine of the bundle at a path, for batches of these sizes.
 MakeEngine = Callable[[Path, Sequence[int]], None]
@@ -109,12 +111,30 @@ class Preparation:
         self._check()
         failed: dict[int, Exception] = {}
         for images in (1,) if model.ours else self._images:
-            try:
-                process.run(images, True, WARM_CALLS)
-            except (RequestError, MemoryError) as error:  # the other batches may do
+            error = self._warm(process, images)
+            if error is not None:  # the other batches may do
                 failed[images] = error
         process.forget()
         return Twin(process, failed)
+
+    def _warm(self, process: SubjectProcess, images: int) -> Exception | None:
+        """Make some calls in batches of ``images``; returns what failed.
+
+        Where memory is short, it is tried again: until all twins are compiled, each holds the caches of its batch.
+        """
+        tries = WARM_TRIES
+        while True:
+            try:
+                process.run(images, True, WARM_CALLS)
+                return None
+            except (RequestError, MemoryError) as error:
+                tries -= 1
+                if isinstance(error, RequestError) or not tries:
+                    return error
+            with suppress(Exception):  # a process that was killed says so in the next try
+                process.forget()
+            self._closed.wait(WARM_AGAIN_S)
+            self._check()
 
     def _check(self) -> None:
         """Raise OutOfTimeError once the report has ended, so that nothing new is begun."""

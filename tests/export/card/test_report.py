@@ -34,6 +34,7 @@ from par_runtime.bench import gpu
 from par_runtime.bench.journal import Journal
 from par_runtime.bench.machine import describe
 from par_runtime.bench.rows import Row, read
+from par_runtime.bench.subjects.base import OutOfTimeError
 from par_runtime.bench.subjects.process import open_eager
 from par_runtime.bundle import Bundle
 from par_runtime.cli import dispatch as cli
@@ -302,6 +303,40 @@ def test_pytorch_alone_is_measured_in_every_batch(stand_in: gpu.Gpu, tiny: Path,
     assert {line["name"] for line in lines if line["kind"] == "limit"} >= {"copy bandwidth", "fp16 matrix peak"}
     assert "### Figures to reach" not in page
     assert "| PAR-L n=4 eager | 2 |" in page
+
+
+def test_a_twin_without_memory_waits_for_that_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "WARM_AGAIN_S", 0.0)
+    preparation = prepare.Preparation([], tmp_path, lambda *_: None, (1, 8), "cpu", time.monotonic() + 60)
+    done: list[str] = []
+
+    class Process:
+        def __init__(self, *outcomes: Exception | None) -> None:
+            self.outcomes = list(outcomes)
+
+        def run(self, images: int, guided: bool, most_calls: int) -> None:
+            done.append(f"run {images} {guided} {most_calls}")
+            outcome = self.outcomes.pop(0)
+            if outcome is not None:
+                raise outcome
+
+        def forget(self) -> None:
+            done.append("forget")
+
+    full, run = MemoryError("full"), f"run 8 True {prepare.WARM_CALLS}"
+    for outcomes, error, tries in (
+        ([full, full, None], None, 3),
+        ([full] * 99, "full", prepare.WARM_TRIES),
+        ([MemoryError("killed"), RequestError("ended by itself")], "ended by itself", 2),
+        ([RequestError("cannot be compiled"), None], "cannot be compiled", 1),
+    ):
+        done.clear()
+        found = preparation._warm(Process(*outcomes), 8)  # type: ignore[arg-type]
+        assert (found if found is None else str(found)) == error
+        assert done == [run, *["forget", run] * (tries - 1)]
+    preparation.close()
+    with pytest.raises(OutOfTimeError):
+        preparation._warm(Process(full, full), 8)  # type: ignore[arg-type]
 
 
 def test_onnx_runtime_without_cuda_is_a_check_that_says_so(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
