@@ -25,25 +25,26 @@ import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from par_model.checkpoint import check_keys, open_checkpoint
-from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig
+from par_model.blank import with_weights, without_weights
+from par_model.config import VideoTokenizerConfig, VQConfig
 from par_model.dtypes import PRECISION_DTYPE
 from par_model.generation import cumulative, sample, uniforms
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.ordering import phases, token_order
 from par_model.running import Clock, reason_of, running_sum
-from par_model.transformer import INIT_STD, PAR, KVCache
+from par_model.transformer import PAR, KVCache
 from par_model.video import FSQ, VideoTokenizer, to_pixels
 from par_model.vq import VQModel
 
-#: PyTorch's fused attention kernels for CUDA take head sizes that are multiples of this.
-FUSED_HEAD = 8
+#: PyTorch's fused attention kernels for CUDA take heads of a multiple of so many bytes.
+FUSED_HEAD_BYTES = 16
+#: Shapes for which a function is compiled, at most. PyTorch would stop at 8; each batch size has two shapes of its own.
+MOST_SHAPES = 256
 EAGER_DECODER = "eager decoder"
 WITHOUT_FUSED = "heads of {} fit none of PyTorch's fused kernels, so keys and values are copied to fp32 in every call"
 
@@ -150,6 +151,7 @@ class Baseline:
         self.compiled = compiled
         if compiled:
             _check_compiler(self.device)
+            torch._dynamo.config.recompile_limit = MOST_SHAPES
         if threads is not None:
             torch.set_num_threads(threads)
         if self.device.type == "cuda":
@@ -158,7 +160,7 @@ class Baseline:
         self._sampling = Sampling(
             defaults["temperature"], defaults["top_k"], defaults["top_p"], sums=running_sum if compiled else cumulative
         )
-        self._model = _with_weights(_without_weights(PAR, self.config), checkpoint, self.dtype, self.device)
+        self._model = with_weights(without_weights(PAR, self.config), checkpoint, self.dtype, self.device)
         self._vq = None if tokenizer_config is None else self._decoder(tokenizer_config, tokenizer)
         order = torch.from_numpy(token_order(self.config))
         self._place = torch.empty_like(order)
@@ -169,12 +171,12 @@ class Baseline:
         self._step: Callable[..., None] = (
             torch.compile(step, dynamic=False, fullgraph=True, mode=mode) if compiled else step
         )
-        rival = compiled and self.device.type == "cuda"
+        rival = self._graphs = compiled and self.device.type == "cuda"
         self._decode: Callable[..., Tensor] = (
             torch.compile(decode, dynamic=False, fullgraph=True, mode=mode) if rival else decode
         )
         #: Numbers of a head that are stored, of keys and of values.
-        self.head_width = stored_head(self.config.head_dim) if rival else self.config.head_dim
+        self.head_width = stored_head(self.config.head_dim, self.dtype) if rival else self.config.head_dim
         #: Why the times are not those of what ``name`` says, as lines; known after the first batch.
         self.doubts: tuple[str, ...] = ()
         self._state: State | None = None
@@ -182,16 +184,16 @@ class Baseline:
 
     def _decoder(self, config: VQConfig | VideoTokenizerConfig, path: str | Path | None) -> VQModel | VideoTokenizer:
         """The tokenizer without its encoder, which has no part in generation."""
-        vq = _without_weights(VideoTokenizer if isinstance(config, VideoTokenizerConfig) else VQModel, config)
+        vq = without_weights(VideoTokenizer if isinstance(config, VideoTokenizerConfig) else VQModel, config)
         if path is not None:  # a checkpoint has the keys of both halves, so the encoder is removed after loading
-            vq = _with_weights(vq, path, self.dtype, self.device)
+            vq = with_weights(vq, path, self.dtype, self.device)
         if isinstance(config, VideoTokenizerConfig):
             # What is no weight follows from the levels; on the device "meta" it has no numbers.
             vq.quantizers = FSQ(config.levels).to(self.device)
             del vq.encoder_layers
         else:
             del vq.encoder, vq.quant_conv
-        return vq if path is not None else _with_weights(vq, None, self.dtype, self.device)
+        return vq if path is not None else with_weights(vq, None, self.dtype, self.device)
 
     @torch.no_grad()
     def run(
@@ -217,8 +219,10 @@ class Baseline:
         try:
             self._warm_up(images, guidance, sampling, decoder)
             return self._run(images, guidance, sampling, seed, calls, decoder)
-        except torch.cuda.OutOfMemoryError as error:
-            raise MemoryError(f"{self.name}: {str(error).splitlines()[0]}") from error
+        except RuntimeError as error:
+            if _without_memory(error):
+                raise MemoryError(f"{self.name}: {reason_of(error)}") from error
+            raise
 
     def _run(
         self,
@@ -267,7 +271,10 @@ class Baseline:
         return torch.cat([self._decode(self._vq, one, self._place, self.config.grid).clone() for one in each])
 
     def forget(self) -> None:
-        """Free the memory of the last batch; the next one takes it again. Weights and what was compiled stay."""
+        """Free the memory of the last batch; the next one takes it again.
+
+        Weights stay, what was compiled, and the memory in which CUDA graphs compute, which PyTorch never frees.
+        """
         self._state = self.images = None
         self.tokens = torch.zeros(0, 0, dtype=torch.int64)
         if self.device.type == "cuda":
@@ -280,7 +287,7 @@ class Baseline:
         """
         c, guided = self.config, guidance > 1
         state = self._state
-        if state is None or (len(state.tokens), state.guided) != (images, guided):
+        if state is None or not self._fits(images, guided):
             self._state = state = None  # freed first, so that memory never holds two caches
             state = self._state = self._buffers(images, guided)
         labels = torch.arange(images) % c.n_classes
@@ -289,6 +296,10 @@ class Baseline:
         state.guidance.fill_(guidance)
         state.tokens.zero_()
         return state
+
+    def _fits(self, images: int, guided: bool) -> bool:
+        """Whether the buffers of the last batch are there, and serve a batch of this shape."""
+        return self._state is not None and (len(self._state.tokens), self._state.guided) == (images, guided)
 
     def _buffers(self, images: int, guided: bool) -> State:
         c, device = self.config, self.device
@@ -307,17 +318,21 @@ class Baseline:
         for cache in caches:
             for tensor in (cache.k, cache.v):
                 tensor.fill_(0)  # maps every page now, and not within the first calls
-        if self.compiled and device.type == "cuda":
+        if self._graphs:
             # A CUDA graph is replayed at fixed addresses; declare that the tensors that a call writes keep theirs.
             for tensor in (state.tokens, *(t for cache in caches for t in (cache.k, cache.v))):
                 torch._dynamo.mark_static_address(tensor)
         return state
 
     def _warm_up(self, images: int, guidance: float, sampling: Sampling, decoder: bool) -> None:
-        """For a new shape: untimed calls of each query length and of the decoder, in which compilation happens."""
+        """For a new shape: untimed calls of each query length and of the decoder, in which compilation happens.
+
+        For new buffers too where there are CUDA graphs: they are recorded anew.
+        """
         key = (images, guidance > 1, sampling)
-        if key in self._warm:
+        if key in self._warm and (self._fits(images, guidance > 1) or not self._graphs):
             return
+        skipped = _graphs_skipped()
         state = self._start(images, guidance, 0)
         # A CUDA graph is recorded in the second call and replayed from the third.
         for _ in range(3 if self.compiled else 1):
@@ -325,7 +340,9 @@ class Baseline:
                 positions = torch.arange(first, first + query, device=self.device)
                 try:
                     self._step(self._model, state, positions, sampling)
-                except torch._dynamo.exc.TorchDynamoException as error:
+                except Exception as error:
+                    if not self.compiled or _without_memory(error):
+                        raise
                     raise BaselineError(
                         f"torch.compile of PyTorch {self.version} failed ({reason_of(error)}); leave the compiled "
                         "baseline out, or install what is missing (a C++ compiler with Python's headers on a CPU, "
@@ -334,10 +351,10 @@ class Baseline:
         self.doubts = tuple(doubt for doubt in self.doubts if doubt.startswith(EAGER_DECODER))
         if decoder and self._vq is not None:
             self._warm_up_decoder(state)
-        if self.device.type == "cuda" and self.head_width % FUSED_HEAD:
+        if self.device.type == "cuda" and self.head_width != stored_head(self.head_width, self.dtype):
             self.doubts += (f"math attention: {WITHOUT_FUSED.format(self.head_width)}",)
-        if self.compiled and self.device.type == "cuda":
-            skipped = int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
+        if self._graphs:
+            skipped = _graphs_skipped() - skipped
             if skipped:
                 self.doubts += (f"no graphs: PyTorch used no CUDA graph for {skipped} of its compiled functions",)
         self._warm.add(key)
@@ -349,9 +366,9 @@ class Baseline:
                 for _ in range(3):
                     self._decoded(state)
                 return
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # of the compiler, or of a graph that could not be recorded
+            except Exception as error:  # of the compiler, or of a graph that could not be recorded
+                if _without_memory(error):
+                    raise
                 self._decode = decode
                 self.doubts += (
                     f"{EAGER_DECODER}: torch.compile of PyTorch {self.version} failed ({reason_of(error)})",
@@ -359,9 +376,20 @@ class Baseline:
         self._decoded(state)
 
 
-def stored_head(head_dim: int) -> int:
-    """The smallest size of ``head_dim`` or more that PyTorch's fused attention kernels for CUDA take."""
-    return -(-head_dim // FUSED_HEAD) * FUSED_HEAD
+def stored_head(head_dim: int, dtype: torch.dtype) -> int:
+    """The smallest size of ``head_dim`` or more that PyTorch's fused attention kernels for CUDA take in ``dtype``."""
+    multiple = FUSED_HEAD_BYTES // dtype.itemsize
+    return -(-head_dim // multiple) * multiple
+
+
+def _without_memory(error: Exception) -> bool:
+    """Whether memory ran out. The compiler wraps such an error."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
+def _graphs_skipped() -> int:
+    """Compiled functions for which PyTorch could use no CUDA graph, so far."""
+    return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
 
 
 def _device(name: str) -> torch.device:
@@ -386,33 +414,3 @@ def _check_compiler(device: torch.device) -> None:
             f"({f'CXX={wanted}' if wanted else 'no g++ or clang++ on the path'}); install one, or leave the compiled "
             "baseline out"
         )
-
-
-def _without_weights(kind: Callable[[Any], Any], config: PARConfig | VQConfig | VideoTokenizerConfig) -> Any:
-    """A module of ``kind`` on the device "meta": shapes without memory."""
-    with torch.device("meta"):
-        return kind(config)
-
-
-def _with_weights(model: Any, path: str | Path | None, dtype: torch.dtype, device: torch.device) -> Any:
-    """``model``, which has no weights, with those of the checkpoint at ``path``, or with random ones, in eval mode."""
-    # Uniform numbers with the standard deviation of the initial weights; they are made twice as fast as normal ones.
-    bound = 3**0.5 * INIT_STD
-    generator = torch.Generator(device).manual_seed(0)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            values = torch.empty(parameter.shape, dtype=dtype, device=device)
-            if path is not None:
-                pass  # loaded below
-            elif parameter.ndim > 1:  # the output head too: with a head of zeros all logits would be equal
-                values.uniform_(-bound, bound, generator=generator)
-            else:
-                values.fill_(0.0 if name == "bias" else 1.0)
-            setattr(module, name, nn.Parameter(values, requires_grad=False))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device))
-    if path is not None:
-        source = open_checkpoint(path)
-        check_keys(source.path, source.tensors, model.state_dict())
-        model.load_state_dict({key: source.tensor(key) for key in model.state_dict()})
-    return model.eval()

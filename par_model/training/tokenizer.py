@@ -5,7 +5,8 @@ structural dissimilarity, which keeps detail of low contrast (``detail.py``). Co
 check are set to encoder outputs, which keeps the whole codebook in use.
 
 ``--encoder-for`` trains only an encoder, for a codebook and a decoder that exist: models that were trained on these
-codes stay valid, which they would not with a new codebook. ``--init`` trains all of a tokenizer further.
+codes stay valid, which they would not with a new codebook. ``--init`` trains all of a tokenizer further. Neither
+restarts codes.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def _train(
         ema.update(model, step)
         count_codes(usage, ids)
         step += 1
-        if not frozen and step % RESTART_EVERY == 0 and step < args.steps // 2 and run.share < 0.5:
+        if given is None and step % RESTART_EVERY == 0 and step < args.steps // 2 and run.share < 0.5:
             restarted = restart_dead_codes(model, usage, z)
             usage.zero_()
             if restarted:

@@ -15,6 +15,7 @@ import torch
 from conftest import golden_config, golden_weights
 from par_model import baseline as baseline_module
 from par_model.baseline import Baseline, BaselineError, Sampling, decode, step, stored_head
+from par_model.blank import with_weights
 from par_model.generation import generate
 from par_model.running import running_sum
 from par_model.transformer import PAR
@@ -140,6 +141,7 @@ def test_a_compilation_that_fails_is_one_line(bundles: dict[str, Path], monkeypa
             raise torch._dynamo.exc.TorchDynamoException(text)
 
         baseline = Baseline(bundles["n1"])
+        baseline.compiled = True
         monkeypatch.setattr(baseline, "_step", fail)
         with pytest.raises(BaselineError, match=r"failed \(no Python.h\); leave") as raised:
             baseline.run(1, 1.0)
@@ -220,14 +222,15 @@ def heads_of_100(bundle: Path, width: int) -> Baseline:
     """A model with the heads of the PAR-3B, of which ``width`` numbers are stored."""
     baseline = Baseline(bundle)
     baseline.config = replace(baseline.config, dim=100 * baseline.config.n_heads, n_layers=2)
-    baseline._model = baseline_module._with_weights(PAR(baseline.config), None, torch.float32, baseline.device)
+    baseline._model = with_weights(PAR(baseline.config), None, torch.float32, baseline.device)
     baseline.head_width = width
     return baseline
 
 
 def test_heads_that_are_stored_wider_give_the_same_tokens(bundles: dict[str, Path]) -> None:
-    assert [stored_head(size) for size in (64, 80, 96, 100, 128)] == [64, 80, 96, 104, 128]
-    plain, wide = (heads_of_100(bundles["fp32"], width) for width in (100, stored_head(100)))
+    assert [stored_head(size, torch.float16) for size in (64, 80, 96, 100, 128)] == [64, 80, 96, 104, 128]
+    assert stored_head(100, torch.float32) == 100
+    plain, wide = (heads_of_100(bundles["fp32"], width) for width in (100, stored_head(100, torch.float16)))
     for guidance in (1.0, 2.0):
         for baseline in (plain, wide):
             baseline.run(2, guidance, seed=3, decoder=False)
@@ -287,10 +290,56 @@ def test_a_decoder_that_cannot_be_compiled_runs_eagerly_and_is_marked(
         assert baseline.images is not None
         assert (baseline.images == expected).all() == (guidance == 2.0)
 
-    def no_memory(*_: object) -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(baseline, "_warm", set())
-    monkeypatch.setattr(baseline, "_decode", no_memory)
-    with pytest.raises(MemoryError, match="CUDA out of memory"):
-        baseline.run(1, 2.0)
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException])
+@pytest.mark.parametrize("part", ["_decode", "_step"])
+def test_memory_that_runs_out_is_no_fault_of_the_compiler(
+    part: str, error: type[Exception], bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a compilation too, whose error wraps that of the memory."""
+    baseline = Baseline(bundles["fp32"])
+    baseline.compiled = True
+
+    def no_memory(*_: object) -> None:
+        raise error("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(baseline, part, no_memory)
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="torch eager: CUDA out of memory"):
+            baseline.run(1, 2.0)
+    assert baseline.doubts == ()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_any_number_of_batch_sizes_is_compiled(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch gives up after 8 shapes, of which a batch size has two."""
+    baseline = Baseline(bundles["fp32"], compiled=True)
+    monkeypatch.setattr(baseline, "_step", torch.compile(step, dynamic=False, fullgraph=True, backend="eager"))
+    for images in range(1, 6):
+        baseline.run(images, 1.0, calls=(0, 5), decoder=False)
+    with (
+        torch._dynamo.config.patch(recompile_limit=8),
+        pytest.raises(BaselineError, match=r"torch\.compile of PyTorch"),
+    ):
+        baseline.run(6, 1.0, calls=(0, 5), decoder=False)
+
+
+def test_new_buffers_are_warmed_up_where_there_are_graphs(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph is recorded for the addresses of its buffers, which must not happen while it is timed."""
+    made: list[int] = []
+    original = baseline_module.step
+    for graphs, wanted in ((False, [21, 19, 19]), (True, [21, 19, 21])):
+        baseline = Baseline(bundles["fp32"])
+        baseline._graphs = graphs
+        monkeypatch.setattr(baseline, "_step", lambda *a: (made.append(len(a[2])), original(*a))[1])
+        counts = []
+        for forgotten in (False, False, True):
+            if forgotten:
+                baseline.forget()
+            made.clear()
+            baseline.run(1, 1.5, decoder=False)
+            counts.append(len(made))
+        assert counts == wanted

@@ -181,8 +181,10 @@ class GpuBackend:
 
         For benchmarks, which time the phases on :attr:`stream`. "copy" is the upload of the tables, the collection of
         the tokens, and the way back of tokens and pixels. Each is a graph of its own, which is kept as those of whole
-        images are; plain launches where the driver refuses to capture it. Raises what ``make_images`` raises.
+        images are; plain launches where the driver refuses to capture it. The functions are for now: the next use of
+        the backend may free what they launch. Raises what ``make_images`` raises.
         """
+        self._check_tail(batch)
         buffers, decode = self._prepare(batch, class_ids, noise, True)
         parts = groupby(self._parts(buffers, decode), key=itemgetter(0))
         phases = [(name, [enqueue for _, enqueue in calls]) for name, calls in parts]
@@ -228,10 +230,8 @@ class GpuBackend:
             return []
         parts = [enqueue for _, enqueue in self._parts(buffers, decode)]
         try:
-            return self._kept(
-                (buffers.index, decode, self.capturing),
-                [partial(_each, parts)] if self.capturing == "image" else parts,
-            )
+            pieces = [partial(_each, parts)] if self.capturing == "image" else parts
+            return self._kept((buffers.index, decode, "image"), pieces)
         except (CudaError, EngineError):
             self.capturing = "call" if self.capturing == "image" else "none"
             return self._captured(buffers, decode)

@@ -59,8 +59,8 @@ TARGET static void NAME(panel_of_rows)(const float *x, long ldx, long m, const f
         else if (left >= 2) rows = 2, NAME(product_2x2)(from, ldx, w, ldw, k, to, ldc, fetch);
         else rows = 1, NAME(product_1x2)(from, ldx, w, ldw, k, to, ldc, fetch);
 #else
-        if (left == 6 || left >= 8) IN_HALVES(6);
-        else if (left == 4 || left == 7) IN_HALVES(4);
+        if (left == 4 || left == 7 || left == 8) IN_HALVES(4);
+        else if (left >= 6) IN_HALVES(6);
         else if (left >= 3) rows = 3, NAME(product_3x4)(from, ldx, w, ldw, k, to, ldc, fetch);
         else if (left == 2) rows = 2, NAME(product_2x4)(from, ldx, w, ldw, k, to, ldc, fetch);
         else rows = 1, NAME(product_1x4)(from, ldx, w, ldw, k, to, ldc, fetch);

@@ -5,10 +5,10 @@
    TARGET      attribute that allows the set's instructions
    VEC_FLOATS  floats of a vector
    vec         the type of a vector of floats; vec_* are operations on it, on each number by itself
-   ROWS_MAX    rows of activations that are multiplied at once: as many as have their sums in registers,
-   COLUMN_VECS of as many columns of a panel at a time, in vectors;
-   ROWS_WHOLE  rows that have the sums of all its columns there;
-   PASSES_NARROW  passes that take no longer where each converts weights of 16 bits for itself */
+   ROWS_MAX       rows of activations that are multiplied at once, at most
+   ROWS_WHOLE     rows whose sums for all columns of a panel are in registers at once, at most
+   COLUMN_VECS    vectors of columns that are multiplied at a time where there are more rows than that
+   PASSES_NARROW  passes over weights of 16 bits, at most, that each convert the weights for themselves */
 
 #undef SUFFIX
 #undef TARGET
