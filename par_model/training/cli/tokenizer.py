@@ -27,8 +27,8 @@ def parser() -> argparse.ArgumentParser:
         "--init",
         type=Path,
         metavar="TOKENIZER",
-        help="begin with the weights of this tokenizer, which gives the sizes, and train all of it further. Codes move: "
-        "a model of these codes must be trained further too",
+        help="begin with the weights of this tokenizer, which gives the sizes, and train all of it further. Codes "
+        "move, so a model of these codes must be trained further too",
     )
     start.add_argument(
         "--encoder-for",
