@@ -6,31 +6,42 @@
    those of more rows for COLUMN_VECS vectors of columns at a time. Each sum is made in the order of K, so it does not
    depend on the number of rows. */
 
+/* Bytes of a number of w, and of the codes of a row, or of two rows of INT4. */
+#define BYTES_OF(STORED) ((STORED) == FP32 ? 4 : (STORED) >= INT8 ? 1 : 2)
+
 /* Columns [0, vecs * VEC_FLOATS) of c [rows][PANEL] = x w, or c += x w with `accumulate`, for x [k][m] from the first of
-   the rows on. With `fetch`, the whole rows of w are prefetched. */
+   the rows on. `scales` [PANEL] are those of codes. With `fetch`, the whole rows of w are prefetched. */
 TARGET INLINE void NAME(fp32_rows)(const int rows, const int vecs, const int fetch, const int stored, const char *w,
-                                   const float *x, long m, long k, float *c, int accumulate, Prefetch prefetch) {
-    const long row_bytes = PANEL * (stored == FP32 ? 4 : 2);
+                                   const float *scales, const float *x, long m, long k, float *c, int accumulate,
+                                   Prefetch prefetch) {
+    const long row_bytes = PANEL * BYTES_OF(stored);
+    const int together = stored == INT4 ? 2 : 1; /* rows whose codes lie in the same bytes */
     vec sum[ROWS_MAX][PANEL_VECS];
     UNROLL
     for (int i = 0; i < rows; i++)
         UNROLL
         for (int j = 0; j < vecs; j++)
             sum[i][j] = accumulate ? vec_load_fp32(c + i * PANEL + j * VEC_FLOATS) : vec_set1(0.0f);
-    for (long p = 0; p < k; p++, w += row_bytes, x += m) {
+    for (long p = 0; p < k; p += together, w += row_bytes) {
         if (fetch) prefetch_step(&prefetch, w, row_bytes, p);
-        vec w_row[PANEL_VECS];
         UNROLL
-        for (int j = 0; j < vecs; j++) {
-            if (stored == FP32) w_row[j] = vec_load_fp32((const float *)w + j * VEC_FLOATS);
-            else if (stored == FP16) w_row[j] = vec_load_fp16((const uint16_t *)w + j * VEC_FLOATS);
-            else w_row[j] = vec_load_bf16((const uint16_t *)w + j * VEC_FLOATS);
-        }
-        UNROLL
-        for (int i = 0; i < rows; i++) {
-            vec value = vec_set1(x[i]);
+        for (int t = 0; t < together; t++, x += m) {
+            vec w_row[PANEL_VECS];
             UNROLL
-            for (int j = 0; j < vecs; j++) sum[i][j] = vec_fma(value, w_row[j], sum[i][j]);
+            for (int j = 0; j < vecs; j++) {
+                const char *at = w + j * VEC_FLOATS * BYTES_OF(stored);
+                if (stored == FP32) w_row[j] = vec_load_fp32((const float *)at);
+                else if (stored == FP16) w_row[j] = vec_load_fp16((const uint16_t *)at);
+                else if (stored == BF16) w_row[j] = vec_load_bf16((const uint16_t *)at);
+                else if (stored == INT8) w_row[j] = vec_mul(vec_load_int8(at), vec_load_fp32(scales + j * VEC_FLOATS));
+                else w_row[j] = vec_mul(vec_load_int4(at, t * 4), vec_load_fp32(scales + j * VEC_FLOATS));
+            }
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                vec value = vec_set1(x[i]);
+                UNROLL
+                for (int j = 0; j < vecs; j++) sum[i][j] = vec_fma(value, w_row[j], sum[i][j]);
+            }
         }
     }
     UNROLL
@@ -40,19 +51,23 @@ TARGET INLINE void NAME(fp32_rows)(const int rows, const int vecs, const int fet
 }
 
 /* fp32_rows for any number of rows up to ROWS_MAX: each number is code of its own. */
-TARGET static void NAME(fp32_pass)(long rows, int stored, const char *w, const float *x, long m, long k, float *c,
-                                   int accumulate, Prefetch prefetch) {
-#define AT(FIRST, VECS, ROWS, STORED)                                                                           \
-    NAME(fp32_rows)(ROWS, VECS, (FIRST) == 0, STORED, w + (FIRST) * VEC_FLOATS * (STORED == FP32 ? 4 : 2), x, m, k, \
-                    c + (FIRST) * VEC_FLOATS, accumulate, prefetch)
+TARGET static void NAME(fp32_pass)(long rows, int stored, const char *w, const float *scales, const float *x, long m,
+                                   long k, float *c, int accumulate, Prefetch prefetch) {
+#define AT(FIRST, VECS, ROWS, STORED)                                                                             \
+    NAME(fp32_rows)(ROWS, VECS, (FIRST) == 0, STORED, w + (FIRST) * VEC_FLOATS * BYTES_OF(STORED),                \
+                    scales + (FIRST) * VEC_FLOATS, x, m, k, c + (FIRST) * VEC_FLOATS, accumulate, prefetch)
 #define CASE(ROWS, STORED)                                                                                     \
-    case ROWS * 4 + STORED:                                                                                    \
+    case ROWS * 8 + STORED:                                                                                    \
         if (ROWS <= ROWS_WHOLE) AT(0, PANEL_VECS, ROWS, STORED);                                               \
         else if (ROWS <= ROWS_MAX)                                                                             \
             AT(0, COLUMN_VECS, ROWS, STORED), AT(PANEL_VECS - COLUMN_VECS, COLUMN_VECS, ROWS, STORED);          \
         break;
+#if CODES_DIRECT
+#define CASES(ROWS) CASE(ROWS, FP32) CASE(ROWS, FP16) CASE(ROWS, BF16) CASE(ROWS, INT8) CASE(ROWS, INT4)
+#else
 #define CASES(ROWS) CASE(ROWS, FP32) CASE(ROWS, FP16) CASE(ROWS, BF16)
-    switch (rows * 4 + stored) {
+#endif
+    switch (rows * 8 + stored) {
         CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6)
 #if ROWS_MAX > 6
         CASES(7) CASES(8) CASES(9) CASES(10) CASES(11) CASES(12)
@@ -86,12 +101,12 @@ TARGET INLINE void NAME(load_scales)(int64_t stored, const char *from, float *sc
 }
 
 /* The product of a panel whose layout is ROWS_*; `stored` is that layout's. A block of weights that is not fp32 is
-   widened once where more than PASSES_NARROW passes need it, and quantised blocks always. */
+   widened once where more than PASSES_NARROW passes need it, and one of codes, unless CODES_DIRECT, or where two do. */
 TARGET INLINE void NAME(fp32_product)(int stored, const Matrix *matrix, const char *w, const float *x, long m, long k,
                                       float *c, float *wide) {
     long passes = (m + ROWS_MAX - 1) / ROWS_MAX, quantised = stored >= INT8;
     long step = quantised && matrix->group < K_BLOCK ? matrix->group : K_BLOCK;
-    int widened = quantised || (stored != FP32 && passes > PASSES_NARROW);
+    int widened = quantised ? !CODES_DIRECT || passes > 1 : stored != FP32 && passes > PASSES_NARROW;
     float scales[PANEL] = {0};
     for (long first = 0; first < k; first += step) {
         long block = k - first < step ? k - first : step, bytes = block * PANEL;
@@ -103,8 +118,8 @@ TARGET INLINE void NAME(fp32_product)(int stored, const Matrix *matrix, const ch
         if (widened) NAME(widen)(stored, w, scales, block, wide);
         for (long i = 0, pass = 0, rows; i < m; i += rows, pass++) {
             rows = rows_of_pass(m - i, ROWS_MAX);
-            NAME(fp32_pass)(rows, widened ? FP32 : stored, widened ? (const char *)wide : w, x + first * m + i, m,
-                            block, c + i * PANEL, first > 0, prefetch_of(w, bytes, block, pass, passes));
+            NAME(fp32_pass)(rows, widened ? FP32 : stored, widened ? (const char *)wide : w, scales, x + first * m + i,
+                            m, block, c + i * PANEL, first > 0, prefetch_of(w, bytes, block, pass, passes));
         }
         w += bytes;
     }

@@ -8,7 +8,8 @@
    ROWS_MAX       rows of activations that are multiplied at once, at most
    ROWS_WHOLE     rows whose sums for all columns of a panel are in registers at once, at most
    COLUMN_VECS    vectors of columns that are multiplied at a time where there are more rows than that
-   PASSES_NARROW  passes over weights of 16 bits, at most, that each convert the weights for themselves */
+   PASSES_NARROW  passes over weights of 16 bits, at most, that each convert the weights for themselves
+   CODES_DIRECT   whether a single pass makes numbers of codes in registers, and not in memory first */
 
 #undef SUFFIX
 #undef TARGET
@@ -16,6 +17,7 @@
 #undef ROWS_WHOLE
 #undef COLUMN_VECS
 #undef PASSES_NARROW
+#undef CODES_DIRECT
 #undef VEC_FLOATS
 #undef vec
 #undef vec_load_fp32
@@ -49,6 +51,7 @@
 #define ROWS_WHOLE 12
 #define COLUMN_VECS 2
 #define PASSES_NARROW 1
+#define CODES_DIRECT 0
 #define VEC_FLOATS 16
 #define vec __m512
 #define vec_load_fp32 _mm512_loadu_ps
@@ -86,6 +89,7 @@ TARGET static inline vec NAME(vec_scale)(vec x, vec n) { return _mm512_scalef_ps
 #define ROWS_WHOLE 3
 #define COLUMN_VECS 2
 #define PASSES_NARROW 3
+#define CODES_DIRECT 1
 #define VEC_FLOATS 8
 #define vec __m256
 #define vec_load_fp32 _mm256_loadu_ps
