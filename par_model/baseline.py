@@ -7,8 +7,8 @@ too. With ``compiled`` the same step runs through ``torch.compile``: static shap
 query lengths 1 and n, which is not timed.
 
 On CUDA, ``compiled`` is the best that PyTorch makes of it, a rival and not a replica. The decoder is compiled too, and
-heads whose size none of PyTorch's fused attention kernels takes (100, of PAR-3B) are stored wider: such kernels want
-multiples of 8. Eager keeps them as they are, and says that its attention is slow.
+heads whose size none of PyTorch's fused attention kernels takes (100, of PAR-3B, in fp16) are stored wider: they want
+multiples of 16 bytes. Eager keeps heads as they are, and says that its attention is slow.
 
 Architecture, grid, precision and sampling settings are those of a bundle. The weights of the bundle are not read: they
 have the layout of its graphs, which this package does not know, and speed does not depend on their values. Random
@@ -171,12 +171,12 @@ class Baseline:
         self._step: Callable[..., None] = (
             torch.compile(step, dynamic=False, fullgraph=True, mode=mode) if compiled else step
         )
-        rival = self._graphs = compiled and self.device.type == "cuda"
+        self._graphs = compiled and self.device.type == "cuda"
         self._decode: Callable[..., Tensor] = (
-            torch.compile(decode, dynamic=False, fullgraph=True, mode=mode) if rival else decode
+            torch.compile(decode, dynamic=False, fullgraph=True, mode=mode) if self._graphs else decode
         )
         #: Numbers of a head that are stored, of keys and of values.
-        self.head_width = stored_head(self.config.head_dim, self.dtype) if rival else self.config.head_dim
+        self.head_width = stored_head(self.config.head_dim, self.dtype) if self._graphs else self.config.head_dim
         #: Why the times are not those of what ``name`` says, as lines; known after the first batch.
         self.doubts: tuple[str, ...] = ()
         self._state: State | None = None
@@ -219,7 +219,7 @@ class Baseline:
         try:
             self._warm_up(images, guidance, sampling, decoder)
             return self._run(images, guidance, sampling, seed, calls, decoder)
-        except RuntimeError as error:
+        except Exception as error:
             if _without_memory(error):
                 raise MemoryError(f"{self.name}: {reason_of(error)}") from error
             raise

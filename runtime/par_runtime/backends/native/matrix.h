@@ -78,6 +78,9 @@ INLINE int64_t product_scratch_bytes(void) { return K_BLOCK * PANEL * (int64_t)s
 
 INLINE long number_bytes(int64_t stored) { return stored == FP32 ? 4 : 2; } /* of floating point */
 
+/* Bytes of a number, or of the code of INT8, or of the two codes of INT4 that share a byte. */
+INLINE long unit_bytes(int64_t stored) { return stored >= INT8 ? 1 : number_bytes(stored); }
+
 /* Bytes of `k` rows of a panel, scales included. */
 INLINE int64_t panel_bytes(const Matrix *w, int64_t k) {
     int64_t numbers = k * PANEL, scales = w->group ? k / w->group * PANEL * number_bytes(w->scales) : 0;

@@ -6,15 +6,12 @@
    those of more rows for COLUMN_VECS vectors of columns at a time. Each sum is made in the order of K, so it does not
    depend on the number of rows. */
 
-/* Bytes of a number of w, and of the codes of a row, or of two rows of INT4. */
-#define BYTES_OF(STORED) ((STORED) == FP32 ? 4 : (STORED) >= INT8 ? 1 : 2)
-
 /* Columns [0, vecs * VEC_FLOATS) of c [rows][PANEL] = x w, or c += x w with `accumulate`, for x [k][m] from the first of
    the rows on. `scales` [PANEL] are those of codes. With `fetch`, the whole rows of w are prefetched. */
 TARGET INLINE void NAME(fp32_rows)(const int rows, const int vecs, const int fetch, const int stored, const char *w,
                                    const float *scales, const float *x, long m, long k, float *c, int accumulate,
                                    Prefetch prefetch) {
-    const long row_bytes = PANEL * BYTES_OF(stored);
+    const long row_bytes = PANEL * unit_bytes(stored);
     const int together = stored == INT4 ? 2 : 1; /* rows whose codes lie in the same bytes */
     vec sum[ROWS_MAX][PANEL_VECS];
     UNROLL
@@ -29,7 +26,7 @@ TARGET INLINE void NAME(fp32_rows)(const int rows, const int vecs, const int fet
             vec w_row[PANEL_VECS];
             UNROLL
             for (int j = 0; j < vecs; j++) {
-                const char *at = w + j * VEC_FLOATS * BYTES_OF(stored);
+                const char *at = w + j * VEC_FLOATS * unit_bytes(stored);
                 if (stored == FP32) w_row[j] = vec_load_fp32((const float *)at);
                 else if (stored == FP16) w_row[j] = vec_load_fp16((const uint16_t *)at);
                 else if (stored == BF16) w_row[j] = vec_load_bf16((const uint16_t *)at);
@@ -54,7 +51,7 @@ TARGET INLINE void NAME(fp32_rows)(const int rows, const int vecs, const int fet
 TARGET static void NAME(fp32_pass)(long rows, int stored, const char *w, const float *scales, const float *x, long m,
                                    long k, float *c, int accumulate, Prefetch prefetch) {
 #define AT(FIRST, VECS, ROWS, STORED)                                                                             \
-    NAME(fp32_rows)(ROWS, VECS, (FIRST) == 0, STORED, w + (FIRST) * VEC_FLOATS * BYTES_OF(STORED),                \
+    NAME(fp32_rows)(ROWS, VECS, (FIRST) == 0, STORED, w + (FIRST) * VEC_FLOATS * unit_bytes(STORED),                \
                     scales + (FIRST) * VEC_FLOATS, x, m, k, c + (FIRST) * VEC_FLOATS, accumulate, prefetch)
 #define CASE(ROWS, STORED)                                                                                     \
     case ROWS * 8 + STORED:                                                                                    \
