@@ -186,6 +186,24 @@ def test_hostile_activations(arithmetic: str, instructions: str, monkeypatch: py
         assert not np.isfinite(result[6]).any()
 
 
+@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_the_largest_codes_and_activations_fit(
+    arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of one sign, so that sums of 16 bits, where an instruction set has them, are as large as they can be."""
+    monkeypatch.setenv("PARVIS_NATIVE", instructions)
+    x = np.ones((7, 256), np.float32)
+    x[1::2] *= -1
+    for dtype, group in cases():
+        for code in (LEAST_CODE[dtype], MOST_CODE[dtype]) if group else ():
+            codes = np.full((256, COLUMNS), code, np.int8)
+            stored = np.frombuffer(packed(codes, dtype), np.uint8)
+            ones = np.ones((256 // group, COLUMNS), np.float32)
+            result = multiplied(x, Weights(dtype, stored, codes.astype(np.float64), group, ones), arithmetic)
+            assert far(result, x.astype(np.float64) @ codes) < ROUNDING, (dtype, group, code)
+
+
 def test_the_sets_of_this_cpu_differ_in_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the tests above would test one set only. A CPU with fewer instructions has fewer of them."""
     lib = library()

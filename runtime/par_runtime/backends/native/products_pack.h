@@ -47,12 +47,11 @@ static void pack_codes(int64_t layout, const int8_t codes[8][PANEL], uint8_t *ou
                     (uint8_t)(code >= 0 ? code : code < -127 ? 255 : 128 - code);
                 break;
             case PAIRS_INT8: out[r / 2 * 64 + j * 2 + r % 2] = (uint8_t)code; break;
-            case PAIRS_INT4: out[r / 4 * 64 + j * 2 + r % 2] |= (uint8_t)(plus8 << r % 4 / 2 * 4); break;
             case WORDS_INT4: /* words of 16 bits: nibble r/2, of which two are in a byte */
                 out[(j * 2 + r % 2) * 2 + r / 4] |= (uint8_t)(plus8 << r / 2 % 2 * 4);
                 break;
             case QUADS_INT8: out[r / 4 * 128 + j * 4 + r % 4] = (uint8_t)(code + 128); break;
-            default: out[j * 4 + r % 4] |= (uint8_t)(plus8 << r / 4 * 4); break; /* QUADS_INT4 */
+            default: out[j * 4 + r % 4] |= (uint8_t)(plus8 << r / 4 * 4); break; /* QUADS_INT4, BYTES_INT4 */
             }
         }
 }

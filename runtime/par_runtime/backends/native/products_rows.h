@@ -82,7 +82,8 @@ TARGET INLINE void NAME(round_group)(const float *row, long k, int16_t *codes, f
     *sum = total;
 }
 
-/* For dot products of bytes (products_int8.h), with `quads`, or for those of 16 bits (products_twin.h). */
+/* For products of bytes (products_int8.h, int4 of products_twin.h), with `quads`, or for those of 16 bits (int8 of
+   products_twin.h). */
 TARGET INLINE void NAME(pack_rows_int8)(const float *x, long ldx, long m, long k, const float *row_scale,
                                         const float *gain, long group, int quads, char *packed) {
     float row[COLUMNS];
@@ -106,12 +107,10 @@ TARGET INLINE void NAME(pack_rows_int8)(const float *x, long ldx, long m, long k
         }
 }
 
-#if VEC_FLOATS == 16
 TARGET static void NAME(pack_rows_quads)(const Matrix *w, const float *x, long ldx, long m, long k,
                                          const float *row_scale, const float *gain, void *packed) {
     NAME(pack_rows_int8)(x, ldx, m, k, row_scale, gain, w->group, 1, packed);
 }
-#endif
 
 TARGET static void NAME(pack_rows_words)(const Matrix *w, const float *x, long ldx, long m, long k,
                                          const float *row_scale, const float *gain, void *packed) {

@@ -2,10 +2,19 @@
    without dot products of bytes. Sums of a group are exact integers here too, so both differ only in the rounding of
    the sums of groups.
 
-   Packed activations are, for each group of K: pairs [group/2][M][2] of int16, then scales [M] fp32. */
+   Codes of int8 are widened to 16 bits; vpmaddwd multiplies pairs and adds them in 32 bits. Packed activations are, for
+   each group of K: pairs [group/2][M][2] of int16, then scales [M] fp32.
+
+   Codes of int4 stay bytes, plus 8, so 0 .. 15. vpmaddubsw multiplies them with signed bytes and adds pairs in 16 bits:
+   at most 2 * 15 * 127, so the pairs of 32 rows of K, 8 for each column's half, fit into 16 bits (30480). That takes
+   half as many instructions. Packed activations are those of products_int8.h.
+
+   The sums of one to three rows are in registers for all columns of a panel, those of four to six rows for a half. */
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define TWIN_ROWS 3
+#define TWIN_ROWS 6
+#define TWIN_ROWS_WHOLE 3
+#define BLOCK_INT4 32 /* rows of K whose pairs are added in 16 bits; every group is a multiple */
 
 AVX2 INLINE __m256 twin_scale(int64_t stored, const char *scales, int j) {
     if (stored == FP32) return _mm256_loadu_ps((const float *)scales + 8 * j);
@@ -14,50 +23,110 @@ AVX2 INLINE __m256 twin_scale(int64_t stored, const char *scales, int j) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
-/* c [rows][PANEL] = x w, or c += x w with `accumulate`, for one group. */
-AVX2 INLINE void twin_rows(const int rows, const int source, int64_t scales_stored, const char *w, const char *x,
-                           long m, long group, float *c, int accumulate, Prefetch prefetch) {
+/* c = total * x_scale * scales, or c += that, for 8 columns. */
+AVX2 INLINE void twin_end(__m256i total, float x_scale, __m256 scales, float *c, int accumulate) {
+    __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_set1_ps(x_scale));
+    _mm256_storeu_ps(c, _mm256_fmadd_ps(part, scales, accumulate ? _mm256_loadu_ps(c) : _mm256_setzero_ps()));
+}
+
+/* Columns [8 * first, 8 * (first + vecs)) of c [rows][PANEL] = x w, or c += x w with `accumulate`, for one group of
+   int8. `x` is the first row's. Where `first` is 0, all columns are prefetched. */
+AVX2 INLINE void twin_int8(const int rows, const int first, const int vecs, int64_t scales_stored, const char *w,
+                           const char *x, long m, long group, float *c, int accumulate, Prefetch prefetch) {
     const char *scales = w;
     const int32_t *pairs = (const int32_t *)x;
     const float *x_scale = (const float *)(x + group * 2 * m);
-    if (!prefetch.from) prefetch_step(&prefetch, w, PANEL * number_bytes(scales_stored), 0);
     w += PANEL * number_bytes(scales_stored);
     __m256i sum[TWIN_ROWS][4];
     UNROLL
     for (int i = 0; i < rows; i++)
         UNROLL
-        for (int j = 0; j < 4; j++) sum[i][j] = _mm256_setzero_si256();
-    for (long p = 0; p < group; p += 4, pairs += 2 * m) {
+        for (int j = 0; j < vecs; j++) sum[i][j] = _mm256_setzero_si256();
+    for (long p = 0; p < group; p += 4, w += 128) {
         UNROLL
-        for (int t = 0; t < 2; t++)
+        for (int t = 0; t < 2; t++, pairs += m)
             UNROLL
-            for (int j = 0; j < 4; j++) {
-                const __m128i *from = (const __m128i *)(w + (source == INT8 ? t * 64 : 0) + j * 16);
-                __m256i codes;
-                if (source == INT8) codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(from));
-                else {
-                    codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(from));
-                    codes = t ? _mm256_srli_epi16(codes, 4) : _mm256_and_si256(codes, _mm256_set1_epi16(15));
-                    codes = _mm256_sub_epi16(codes, _mm256_set1_epi16(8));
-                }
+            for (int j = 0; j < vecs; j++) {
+                const __m128i *from = (const __m128i *)(w + t * 64 + (first + j) * 16);
+                __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(from));
                 UNROLL
-                for (int i = 0; i < rows; i++) {
-                    __m256i value = _mm256_set1_epi32(pairs[t * m + i]);
-                    sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(codes, value));
-                }
+                for (int i = 0; i < rows; i++)
+                    sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(codes, _mm256_set1_epi32(pairs[i])));
             }
-        prefetch_step(&prefetch, w, source == INT8 ? 128 : 64, p / 4);
-        w += source == INT8 ? 128 : 64;
+        if (!first) prefetch_step(&prefetch, w, 128, p / 4);
     }
     UNROLL
     for (int i = 0; i < rows; i++)
         UNROLL
-        for (int j = 0; j < 4; j++) {
-            __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[i][j]), _mm256_set1_ps(x_scale[i]));
-            float *to = c + i * PANEL + j * 8;
-            __m256 before = accumulate ? _mm256_loadu_ps(to) : _mm256_setzero_ps();
-            _mm256_storeu_ps(to, _mm256_fmadd_ps(part, twin_scale(scales_stored, scales, j), before));
+        for (int j = 0; j < vecs; j++)
+            twin_end(sum[i][j], x_scale[i], twin_scale(scales_stored, scales, first + j),
+                     c + i * PANEL + (first + j) * 8, accumulate);
+}
+
+/* The same of int4. */
+AVX2 INLINE void twin_int4(const int rows, const int first, const int vecs, int64_t scales_stored, const char *w,
+                           const char *x, long m, long group, float *c, int accumulate, Prefetch prefetch) {
+    const char *scales = w;
+    const int32_t *quads = (const int32_t *)x;
+    const float *x_scale = (const float *)(x + group * m);
+    const int32_t *x_sum = (const int32_t *)x_scale + m; /* minus the sums */
+    w += PANEL * number_bytes(scales_stored);
+    __m256i total[TWIN_ROWS][4];
+    UNROLL
+    for (int i = 0; i < rows; i++)
+        UNROLL
+        for (int j = 0; j < vecs; j++) total[i][j] = _mm256_set1_epi32(x_sum[i] * 8);
+    for (long block = 0, step = 0; block < group; block += BLOCK_INT4) {
+        __m256i sum[TWIN_ROWS][4];
+        UNROLL
+        for (int i = 0; i < rows; i++)
+            UNROLL
+            for (int j = 0; j < vecs; j++) sum[i][j] = _mm256_setzero_si256();
+        for (long p = 0; p < BLOCK_INT4; p += 8, w += 128, quads += 2 * m, step++) {
+            UNROLL
+            for (int j = 0; j < vecs; j++) {
+                __m256i both = _mm256_loadu_si256((const __m256i *)w + first + j);
+                UNROLL
+                for (int t = 0; t < 2; t++) {
+                    __m256i codes = _mm256_and_si256(t ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
+                    UNROLL
+                    for (int i = 0; i < rows; i++)
+                        sum[i][j] = _mm256_add_epi16(
+                            sum[i][j], _mm256_maddubs_epi16(codes, _mm256_set1_epi32(quads[t * m + i])));
+                }
+            }
+            if (!first) prefetch_step(&prefetch, w, 128, step);
         }
+        UNROLL
+        for (int i = 0; i < rows; i++)
+            UNROLL
+            for (int j = 0; j < vecs; j++)
+                total[i][j] = _mm256_add_epi32(total[i][j], _mm256_madd_epi16(sum[i][j], _mm256_set1_epi16(1)));
+    }
+    UNROLL
+    for (int i = 0; i < rows; i++)
+        UNROLL
+        for (int j = 0; j < vecs; j++)
+            twin_end(total[i][j], x_scale[i], twin_scale(scales_stored, scales, first + j),
+                     c + i * PANEL + (first + j) * 8, accumulate);
+}
+
+/* One pass over a group: c [rows][PANEL] for any number of rows up to TWIN_ROWS. */
+AVX2 static void twin_pass(long rows, int source, int64_t scales_stored, const char *w, const char *x, long m,
+                           long group, float *c, int accumulate, Prefetch prefetch) {
+    if (!prefetch.from) prefetch_step(&prefetch, w, PANEL * number_bytes(scales_stored), 0);
+#define AT(ROWS, FIRST, VECS, OF) \
+    twin_##OF(ROWS, FIRST, VECS, scales_stored, w, x, m, group, c, accumulate, prefetch)
+#define CASE(ROWS, SOURCE, OF)                                      \
+    case ROWS * 8 + SOURCE:                                         \
+        if (ROWS <= TWIN_ROWS_WHOLE) AT(ROWS, 0, 4, OF);            \
+        else AT(ROWS, 0, 2, OF), AT(ROWS, 2, 2, OF);                \
+        break;
+#define CASES(ROWS) CASE(ROWS, INT8, int8) CASE(ROWS, INT4, int4)
+    switch (rows * 8 + source) { CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6) }
+#undef CASES
+#undef CASE
+#undef AT
 }
 
 AVX2 static void panel_product_int8_twin(const Matrix *matrix, const void *packed, long m, long k, long panel, float *c,
@@ -66,20 +135,13 @@ AVX2 static void panel_product_int8_twin(const Matrix *matrix, const void *packe
     int source = (int)matrix->stored;
     const char *w = (const char *)matrix->data + panel * panel_bytes(matrix, k);
     long passes = (m + TWIN_ROWS - 1) / TWIN_ROWS, group = matrix->group, bytes = panel_bytes(matrix, group);
+    long row_bytes = source == INT8 ? group * 2 + 4 : group + 8, steps = group / (source == INT8 ? 4 : 8);
     for (long first = 0; first < k; first += group, w += bytes) {
-        const char *x = (const char *)packed + first / group * (group * 2 + 4) * m;
+        const char *x = (const char *)packed + first / group * row_bytes * m;
         for (long i = 0, pass = 0, rows; i < m; i += rows, pass++) {
-            Prefetch prefetch = prefetch_of(w, bytes, group / 4, pass, passes);
             rows = rows_of_pass(m - i, TWIN_ROWS);
-#define CASE(ROWS, SOURCE)                                                                                        \
-    case ROWS * 8 + SOURCE:                                                                                       \
-        twin_rows(ROWS, SOURCE, matrix->scales, w, x + 4 * i, m, group, c + i * PANEL, first > 0, prefetch); \
-        break;
-            switch (rows * 8 + source) {
-                CASE(1, INT8) CASE(2, INT8) CASE(3, INT8)
-                CASE(1, INT4) CASE(2, INT4) CASE(3, INT4)
-            }
-#undef CASE
+            twin_pass(rows, source, matrix->scales, w, x + 4 * i, m, group, c + i * PANEL, first > 0,
+                      prefetch_of(w, bytes, steps, pass, passes));
         }
     }
 }
