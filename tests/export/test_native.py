@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from instruction_sets import OTHERS
 
 from par_export.random_bundle import write_family
 from par_model.config import PARConfig
@@ -76,7 +77,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_kernels
-@pytest.mark.parametrize("instructions", ["", "avx2"])
+@pytest.mark.parametrize("instructions", ["", *OTHERS])
 def test_any_number_of_queries(instructions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head's queries are multiplied some at a time, as many as have their sums in registers."""
     monkeypatch.setenv("PARVIS_NATIVE", instructions)
@@ -126,22 +127,23 @@ def test_nothing_is_written_behind_the_logits(any_codes: Path) -> None:
     backend.close()
 
 
-def run_with_avx2(code: str, paths: list[Path]) -> None:
+def run_with(instructions: str, code: str, paths: list[Path]) -> None:
     """Run ``code`` with ``paths`` in a process of its own: the instruction set is chosen when the library is loaded."""
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     report = "from test_native import library; print(library.library().parvis_instructions().decode())"
     command = [sys.executable, "-c", f"import sys; from pathlib import Path; {report}; {code}", *map(str, paths)]
     run = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path, "PARVIS_NATIVE": "avx2"}, capture_output=True, text=True
+        command, env=os.environ | {"PYTHONPATH": path, "PARVIS_NATIVE": instructions}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.strip() == "avx2"
+    assert run.stdout.strip() == instructions
 
 
 @needs_kernels
-def test_the_other_instruction_set(bundles: dict[str, Path]) -> None:
+@pytest.mark.parametrize("instructions", OTHERS)
+def test_the_other_instruction_set(instructions: str, bundles: dict[str, Path]) -> None:
     code = "from test_native import compare; assert max(compare(Path(p), 2, 2.0) for p in sys.argv[1:]) < 2e-5"
-    run_with_avx2(code, [bundles[name] for name in ("fp32", "fp16", "bf16", "n16")])
+    run_with(instructions, code, [bundles[name] for name in ("fp32", "fp16", "bf16", "n16")])
 
 
 def check_independent_rows(path: Path) -> None:
@@ -178,9 +180,10 @@ def test_rows_at_different_positions_and_permuted_cache_rows(name: str, bundles:
 
 
 @needs_kernels
-def test_rows_at_different_positions_on_the_other_instruction_set(bundles: dict[str, Path]) -> None:
+@pytest.mark.parametrize("instructions", OTHERS)
+def test_rows_at_different_positions_on_the_other_instruction_set(instructions: str, bundles: dict[str, Path]) -> None:
     code = "from test_native import check_independent_rows as check; [check(Path(p)) for p in sys.argv[1:]]"
-    run_with_avx2(code, [bundles[name] for name in ("fp32", "fp16")])
+    run_with(instructions, code, [bundles[name] for name in ("fp32", "fp16")])
 
 
 @needs_kernels

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from instruction_sets import EVERY
 from numpy.typing import NDArray
 
 from par_export.random_bundle import write_family
@@ -90,7 +91,7 @@ def written(requested: str, path: Path, out: Path) -> NDArray[np.float32]:
     return made
 
 
-@pytest.mark.parametrize("requested", ["avx2", "avx512"])
+@pytest.mark.parametrize("requested", EVERY[1:])
 def test_instruction_sets_agree(requested: str, odd: Path, tmp_path: Path) -> None:
     """Products of the same rounded numbers differ by the order of fp32 sums. That turns a rounding here and there,
     which turns more of those behind it, so what two sets differ by is about what rounding costs, and not more.

@@ -256,6 +256,8 @@ def _cpu_name() -> str:
 
 def _instructions() -> list[str]:
     """Those instruction sets that the C kernels use, of this CPU; empty where the system does not list them."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return ["neon"]  # every one has it
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("flags"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import top_k_8000
+from instruction_sets import OTHERS
 
 from par_runtime.backends.draws import Float, draw, draw_all
 from par_runtime.backends.native.library import library
@@ -107,14 +108,15 @@ def test_logits_that_are_no_numbers_give_a_code() -> None:
             assert ((tokens >= 0) & (tokens < 1024)).all()
 
 
-def test_the_other_instruction_set_draws_the_same() -> None:
+@pytest.mark.parametrize("instructions", OTHERS)
+def test_the_other_instruction_set_draws_the_same(instructions: str) -> None:
     """In a process of its own: the instruction set is chosen when the library is loaded."""
     code = (
-        "import test_native_draw as t; assert t.library().parvis_instructions() == b'avx2'; "
+        f"import test_native_draw as t; assert t.library().parvis_instructions() == {instructions.encode()!r}; "
         "t.test_the_tokens_are_numpys(1024); t.test_the_ends_of_the_noise(); t.test_every_top_p_between_two_ties(); "
         "t.test_logits_that_are_no_numbers_give_a_code()"
     )
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"PYTHONPATH": path, "PARVIS_NATIVE": "avx2"}
+    environment = os.environ | {"PYTHONPATH": path, "PARVIS_NATIVE": instructions}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

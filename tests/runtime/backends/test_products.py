@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from instruction_sets import EVERY, OTHERS
 from numpy.typing import NDArray
 
 from par_runtime.backends.native.library import library, matrix_of
@@ -21,7 +22,6 @@ from par_runtime.quantised import GROUPS, LEAST_CODE, MOST_CODE, packed
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels are not built")
 
-SETS = ("", "avx512", "avx2")  #: PARVIS_NATIVE; "": the most that this CPU can
 FLOATS = ("float32", "float16", "bfloat16")
 COLUMNS = 64
 #: of sums whose order is not the same, relative to the largest
@@ -113,7 +113,7 @@ def cases() -> list[tuple[str, int]]:
     return [(dtype, 0) for dtype in FLOATS] + list(itertools.product(MOST_CODE, GROUPS))
 
 
-@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("instructions", EVERY)
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_products_are_those_of_the_rounded_operands(
     arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch
@@ -129,7 +129,7 @@ def test_products_are_those_of_the_rounded_operands(
                 assert far(result, right[:m]) < ROUNDING, (dtype, group, k, m)
 
 
-@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("instructions", EVERY)
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("scales", FLOATS)
 def test_scales_of_each_dtype_and_both_halves_of_w13(
@@ -144,7 +144,7 @@ def test_scales_of_each_dtype_and_both_halves_of_w13(
         assert far(multiplied(x, w, arithmetic, halves=True), right) < ROUNDING, (dtype, group)
 
 
-@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("instructions", EVERY)
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_a_row_does_not_depend_on_the_others_and_not_on_their_number(
     arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch
@@ -165,7 +165,7 @@ def test_a_row_does_not_depend_on_the_others_and_not_on_their_number(
             )
 
 
-@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("instructions", EVERY)
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_hostile_activations(arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of zeros, of huge and of tiny numbers, with one outlier, with a NaN, with an infinity."""
@@ -186,7 +186,7 @@ def test_hostile_activations(arithmetic: str, instructions: str, monkeypatch: py
         assert not np.isfinite(result[6]).any()
 
 
-@pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize("instructions", EVERY)
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_the_largest_codes_and_activations_fit(
     arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch
@@ -217,6 +217,7 @@ def test_the_sets_of_this_cpu_differ_in_layout(monkeypatch: pytest.MonkeyPatch) 
     assert layouts("avx2") == layouts("avx512")
     assert (layouts("")[1:] != layouts("avx2")[1:]) == dots
     assert layouts("")[0] == layouts("avx2")[0]
+    assert (layouts("sse")[2] != layouts("avx2")[2]) == ("sse" in OTHERS)
 
 
 def cpu_flags() -> set[str]:

@@ -3,10 +3,10 @@
    The keys of a head are cached in panels of slots, [S/PANEL][D][PANEL], and its values as rows, [S][D]. So scores and
    outputs are both products of rows of activations with rows of PANEL neighbouring numbers. */
 
-/* Defines product_of_rows_N: c [N][COLUMNS] = x w for x [N][k], rows `ldx` apart, and w [k][COLUMNS], rows `ldw` apart,
-   for N = N_ROWS and COLUMNS = N_VECS vectors. */
-#define DEFINE_PRODUCT(N_ROWS, N_VECS)                                                                             \
-    TARGET static inline void NAME(product_##N_ROWS##x##N_VECS)(const float *x, long ldx, const float *w, long ldw, \
+/* Defines product_N_of: c [N][COLUMNS] = x w for x [N][k], rows `ldx` apart, and w [k][COLUMNS], rows `ldw` apart, for
+   N = N_ROWS and COLUMNS = N_VECS vectors: those of a half or a whole panel, as OF says. */
+#define DEFINE_PRODUCT(N_ROWS, OF, N_VECS)                                                                         \
+    TARGET static inline void NAME(product_##N_ROWS##_##OF)(const float *x, long ldx, const float *w, long ldw,     \
                                                                 long k, float *c, long ldc, Ahead fetch) {         \
         vec sum[N_ROWS][N_VECS];                                                                                   \
         for (int i = 0; i < N_ROWS; i++)                                                                           \
@@ -27,22 +27,22 @@
     }
 
 #if VECTORS == 512
-DEFINE_PRODUCT(8, 2)
-DEFINE_PRODUCT(4, 2)
-DEFINE_PRODUCT(2, 2)
-DEFINE_PRODUCT(1, 2)
+DEFINE_PRODUCT(8, whole, PANEL_VECS)
+DEFINE_PRODUCT(4, whole, PANEL_VECS)
+DEFINE_PRODUCT(2, whole, PANEL_VECS)
+DEFINE_PRODUCT(1, whole, PANEL_VECS)
 #else
-DEFINE_PRODUCT(6, 2)
-DEFINE_PRODUCT(4, 2)
-DEFINE_PRODUCT(3, 4)
-DEFINE_PRODUCT(2, 4)
-DEFINE_PRODUCT(1, 4)
+DEFINE_PRODUCT(6, half, HALF_VECS)
+DEFINE_PRODUCT(4, half, HALF_VECS)
+DEFINE_PRODUCT(3, whole, PANEL_VECS)
+DEFINE_PRODUCT(2, whole, PANEL_VECS)
+DEFINE_PRODUCT(1, whole, PANEL_VECS)
 /* Six or four rows have the sums of half of the columns in registers; the first half fetches whole rows. */
 #define IN_HALVES(N_ROWS)                                                                                 \
     do {                                                                                                  \
         rows = N_ROWS;                                                                                    \
-        NAME(product_##N_ROWS##x2)(from, ldx, w, ldw, k, to, ldc, fetch);                                 \
-        NAME(product_##N_ROWS##x2)(from, ldx, w + PANEL / 2, ldw, k, to + PANEL / 2, ldc, (Ahead){0, 0}); \
+        NAME(product_##N_ROWS##_half)(from, ldx, w, ldw, k, to, ldc, fetch);                                 \
+        NAME(product_##N_ROWS##_half)(from, ldx, w + PANEL / 2, ldw, k, to + PANEL / 2, ldc, (Ahead){0, 0}); \
     } while (0)
 #endif
 
@@ -54,16 +54,16 @@ TARGET static void NAME(panel_of_rows)(const float *x, long ldx, long m, const f
         float *to = c + i * ldc;
         long left = m - i;
 #if VECTORS == 512
-        if (left >= 8) rows = 8, NAME(product_8x2)(from, ldx, w, ldw, k, to, ldc, fetch);
-        else if (left >= 4) rows = 4, NAME(product_4x2)(from, ldx, w, ldw, k, to, ldc, fetch);
-        else if (left >= 2) rows = 2, NAME(product_2x2)(from, ldx, w, ldw, k, to, ldc, fetch);
-        else rows = 1, NAME(product_1x2)(from, ldx, w, ldw, k, to, ldc, fetch);
+        if (left >= 8) rows = 8, NAME(product_8_whole)(from, ldx, w, ldw, k, to, ldc, fetch);
+        else if (left >= 4) rows = 4, NAME(product_4_whole)(from, ldx, w, ldw, k, to, ldc, fetch);
+        else if (left >= 2) rows = 2, NAME(product_2_whole)(from, ldx, w, ldw, k, to, ldc, fetch);
+        else rows = 1, NAME(product_1_whole)(from, ldx, w, ldw, k, to, ldc, fetch);
 #else
         if (left == 4 || left == 7 || left == 8) IN_HALVES(4);
         else if (left >= 6) IN_HALVES(6);
-        else if (left >= 3) rows = 3, NAME(product_3x4)(from, ldx, w, ldw, k, to, ldc, fetch);
-        else if (left == 2) rows = 2, NAME(product_2x4)(from, ldx, w, ldw, k, to, ldc, fetch);
-        else rows = 1, NAME(product_1x4)(from, ldx, w, ldw, k, to, ldc, fetch);
+        else if (left >= 3) rows = 3, NAME(product_3_whole)(from, ldx, w, ldw, k, to, ldc, fetch);
+        else if (left == 2) rows = 2, NAME(product_2_whole)(from, ldx, w, ldw, k, to, ldc, fetch);
+        else rows = 1, NAME(product_1_whole)(from, ldx, w, ldw, k, to, ldc, fetch);
 #endif
         fetch.rows = 0; /* the first rows fetch for all */
     }
@@ -75,10 +75,18 @@ TARGET static void NAME(last_columns)(const float *x, long ldx, long m, const fl
     for (long i = 0; i < m; i++) {
         float *to = c + i * ldc;
         for (long j = first; j < d; j += 8) {
+#if VECTORS == 128
+            vec sum[2] = {vec_set1(0.0f), vec_set1(0.0f)};
+            for (long p = 0; p < k; p++)
+                for (int l = 0; l < 2; l++)
+                    sum[l] = vec_fma(vec_set1(x[i * ldx + p]), vec_load_fp32(w + p * d + j + 4 * l), sum[l]);
+            for (int l = 0; l < 2; l++) vec_store(to + j + 4 * l, sum[l]);
+#else
             __m256 sum = _mm256_setzero_ps();
             for (long p = 0; p < k; p++)
                 sum = _mm256_fmadd_ps(_mm256_set1_ps(x[i * ldx + p]), _mm256_loadu_ps(w + p * d + j), sum);
             _mm256_storeu_ps(to + j, sum);
+#endif
         }
     }
 }
@@ -87,6 +95,13 @@ TARGET static void NAME(last_columns)(const float *x, long ldx, long m, const fl
    `scale`. D is a multiple of 8. */
 TARGET static void NAME(rotate)(const float *x, const float *cosine, const float *sine, long d, float scale,
                                 float *out) {
+#if VECTORS == 128
+    for (long j = 0; j < d; j += 2) { /* the compiler makes vectors of it */
+        float a = x[j], b = x[j + 1], c = cosine[j / 2], s = sine[j / 2];
+        out[j] = __builtin_fmaf(a, c, -(b * s)) * scale;
+        out[j + 1] = __builtin_fmaf(b, c, a * s) * scale;
+    }
+#else
     const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
     for (long j = 0; j < d; j += 8) {
         __m256 pairs = _mm256_loadu_ps(x + j), swapped = _mm256_permute_ps(pairs, 0xB1);
@@ -95,6 +110,7 @@ TARGET static void NAME(rotate)(const float *x, const float *cosine, const float
         __m256 rotated = _mm256_fmaddsub_ps(pairs, c, _mm256_mul_ps(swapped, s));
         _mm256_storeu_ps(out + j, _mm256_mul_ps(rotated, _mm256_set1_ps(scale)));
     }
+#endif
 }
 
 /* row [n] becomes e^(row - its maximum), without the sum's division; returns 1 / the sum. What stands behind n, up to a

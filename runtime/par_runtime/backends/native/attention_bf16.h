@@ -12,16 +12,31 @@
 /* The first and the second number of each pair, as fp32. */
 #define first_of(pairs) _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))
 #define second_of(pairs) _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)))
-#else
+#elif VECTORS == 256
 #define int_vec __m256i
 #define int_load(p) _mm256_loadu_si256((const void *)(p))
 #define int_set1 _mm256_set1_epi32
 #define first_of(pairs) _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))
 #define second_of(pairs) _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xffff0000)))
+#elif defined(__aarch64__)
+#define int_vec uint32x4_t
+#define int_load(p) vreinterpretq_u32_u16(vld1q_u16(p))
+#define int_set1(x) vdupq_n_u32((uint32_t)(x))
+#define first_of(pairs) vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16))
+#define second_of(pairs) vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000)))
+#else
+#define int_vec __m128i
+#define int_load(p) _mm_loadu_si128((const void *)(p))
+#define int_set1 _mm_set1_epi32
+#define first_of(pairs) _mm_castsi128_ps(_mm_slli_epi32(pairs, 16))
+#define second_of(pairs) _mm_castsi128_ps(_mm_and_si128(pairs, _mm_set1_epi32((int)0xffff0000)))
 #endif
 
 /* out [n] = the bf16 nearest to x [n], ties to even; a NaN stays one. n is a multiple of 8. */
 TARGET static inline void NAME(round_bf16)(const float *x, long n, uint16_t *out) {
+#if VECTORS == 128
+    for (long i = 0; i < n; i++) out[i] = (uint16_t)to_bf16(x[i]); /* the compiler makes vectors of it */
+#else
     const __m256i half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1), quiet = _mm256_set1_epi32(0x40);
     for (long i = 0; i < n; i += 8) {
         __m256 value = _mm256_loadu_ps(x + i), is_nan = _mm256_cmp_ps(value, value, _CMP_UNORD_Q);
@@ -32,6 +47,7 @@ TARGET static inline void NAME(round_bf16)(const float *x, long n, uint16_t *out
         __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
         _mm_storeu_si128((__m128i *)(out + i), _mm256_castsi256_si128(packed));
     }
+#endif
 }
 
 #if VECTORS == 512
@@ -92,6 +108,18 @@ TARGET static void NAME(pairs_product)(const uint16_t *x, long ldx, long m, cons
 /* Columns [first, d) of c [m][d] = x w for w [pairs][d][2]: those behind the last full panel, a multiple of 8. */
 TARGET static void NAME(last_pairs)(const uint16_t *x, long ldx, long m, const uint16_t *w, long d, long pairs,
                                     long first, float *c, long ldc) {
+#if VECTORS == 128
+    for (long i = 0; i < m; i++)
+        for (long j = first; j < d; j += 4) {
+            vec sum = vec_set1(0.0f);
+            for (long p = 0; p < pairs; p++) {
+                int_vec row = int_load(w + (p * d + j) * 2);
+                sum = vec_fma(vec_set1(bits_float((uint32_t)x[i * ldx + 2 * p + 1] << 16)), second_of(row), sum);
+                sum = vec_fma(vec_set1(bits_float((uint32_t)x[i * ldx + 2 * p] << 16)), first_of(row), sum);
+            }
+            vec_store(c + i * ldc + j, sum);
+        }
+#else
     const __m256i high = _mm256_set1_epi32((int)0xffff0000);
     for (long i = 0; i < m; i++)
         for (long j = first; j < d; j += 8) {
@@ -105,6 +133,7 @@ TARGET static void NAME(last_pairs)(const uint16_t *x, long ldx, long m, const u
             }
             _mm256_storeu_ps(c + i * ldc + j, sum);
         }
+#endif
 }
 
 /* As attention_head(), with a cache in bf16 and the given product. */

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-NOT_BUILT = "the C kernels were not built, or this CPU has neither AVX2 nor AVX-512"
+NOT_BUILT = "the C kernels were not built, or this CPU has neither AVX2 nor NEON of 64-bit ARM"
 OTHER_SOURCES = "the C kernels were built from other sources than this Python package; install parvis again"
 
 

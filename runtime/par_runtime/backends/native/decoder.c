@@ -39,8 +39,6 @@ typedef struct {
     float (*softmax)(float *scores, long count, float scale);
 } Kernels;
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
 #define KERNELS_OF(SET, NAME)                         \
     {                                                 \
         .instructions = NAME,                         \
@@ -53,61 +51,20 @@ typedef struct {
         .to_space = to_space_##SET,                   \
         .softmax = softmax_##SET,                     \
     }
-#define SUFFIX avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,fma,avx2")))
-#define VEC_FLOATS 16
-#define PASS_ROWS 12
-#define PASS_VECS 2
-#define vec __m512
-#define vec_load _mm512_loadu_ps
-#define vec_store _mm512_storeu_ps
-#define vec_set1 _mm512_set1_ps
-#define vec_fma _mm512_fmadd_ps
-#define vec_max _mm512_max_ps
-#define vec_min _mm512_min_ps
-#define vec_round(x) _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT)
-#define vec_scale _mm512_scalef_ps
-#include "decoder_kernels.h"
-#undef SUFFIX
-#undef TARGET
-#undef VEC_FLOATS
-#undef PASS_ROWS
-#undef PASS_VECS
-#undef vec
-#undef vec_load
-#undef vec_store
-#undef vec_set1
-#undef vec_fma
-#undef vec_max
-#undef vec_min
-#undef vec_round
-#undef vec_scale
-#define SUFFIX avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define VEC_FLOATS 8
-#define PASS_ROWS 6
-#define PASS_VECS 2
-#define vec __m256
-#define vec_load _mm256_loadu_ps
-#define vec_store _mm256_storeu_ps
-#define vec_set1 _mm256_set1_ps
-#define vec_fma _mm256_fmadd_ps
-#define vec_max _mm256_max_ps
-#define vec_min _mm256_min_ps
-#define vec_round(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-#define vec_scale(x, n) \
-    ((x) * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)))
-#include "decoder_kernels.h"
-#endif
+#include "decoder_vectors.h"
 
-/* The kernels for this CPU; NULL where it has neither AVX-512 nor AVX2. PARVIS_NATIVE=avx2 in the environment selects
-   AVX2 on a CPU that has both. */
+/* The kernels for this CPU; NULL where there are none. PARVIS_NATIVE in the environment selects others (instructions.h). */
 static const Kernels *select_kernels(void) {
-#if defined(__x86_64__) && defined(__GNUC__)
-    static const Kernels avx512 = KERNELS_OF(avx512, "avx512"), avx2 = KERNELS_OF(avx2, "avx2");
+#ifdef HAS_AVX
+    static const Kernels avx512 = KERNELS_OF(avx512, "avx512"), avx2 = KERNELS_OF(avx2, "avx2"),
+                         sse = KERNELS_OF(sse, "sse");
     Instructions have = instructions_of_cpu();
     if (have.avx512) return &avx512;
     if (have.avx2) return &avx2;
+    if (have.short_vectors) return &sse;
+#elif defined(HAS_VECTORS)
+    static const Kernels neon = KERNELS_OF(neon, "neon");
+    return &neon;
 #endif
     return NULL;
 }
@@ -348,7 +305,7 @@ static void run_decoder(Worker *worker, const void *argument) {
 
 /* -- what Python calls --------------------------------------------------------------------------------------------- */
 
-/* "avx512", "avx2", or "" where this CPU has neither. */
+/* "avx512", "avx2", "neon", or "" where this CPU has none of them; "sse" where a test asked for it. */
 const char *parvis_decoder_instructions(void) { return select_kernels() ? select_kernels()->instructions : ""; }
 
 /* The sizes of both structures and the offsets of their last fields; decoder.py compares them with its own. */

@@ -7,7 +7,7 @@
    vec         the type of a vector, which + - * / take; vec_load, vec_store, vec_set1, vec_fma, vec_max, vec_min,
                vec_round (to a whole number), vec_scale (x * 2^n for a whole n)
 
-   Both sets do the same operations on a number in the same order, so their images are the same.
+   All sets do the same operations on a number in the same order, so their images are the same.
    decoder.c explains the letters and the layouts. */
 
 #define CAT_(a, b) a##_##b
@@ -386,3 +386,18 @@ TARGET static float NAME(softmax)(float *scores, long count, float scale) {
     for (int j = 0; j < LANES; j++) sum += lanes[j];
     return 1 / sum;
 }
+
+#undef SUFFIX
+#undef TARGET
+#undef VEC_FLOATS
+#undef PASS_ROWS
+#undef PASS_VECS
+#undef vec
+#undef vec_load
+#undef vec_store
+#undef vec_set1
+#undef vec_fma
+#undef vec_max
+#undef vec_min
+#undef vec_round
+#undef vec_scale

@@ -5,7 +5,7 @@
    codes one after the other, and e^x is numpy's. */
 
 /* The compiler must not fuse the product `x` with the sum that it is used in. */
-#define KEEP_ROUNDED(x) __asm__("" : "+x"(x))
+#define KEEP_ROUNDED(x) __asm__("" : FLOAT_REGISTER(x))
 
 /* out [n] = uncond + (cond - uncond) * guidance; n is a multiple of PANEL. */
 TARGET static void NAME(guide)(const float *cond, const float *uncond, float guidance, long n, float *out) {

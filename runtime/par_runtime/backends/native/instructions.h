@@ -4,12 +4,24 @@
 #include <string.h>
 
 typedef struct {
+    int short_vectors;      /* vectors of 16 bytes: NEON of 64-bit ARM; elsewhere only what tests ask for */
     int avx2;               /* AVX2, FMA and F16C */
     int avx512;             /* these, and AVX-512 with F, BW and VL */
     int bf16_dot, int8_dot; /* dot products of AVX-512; bf16 also needs VBMI */
 } Instructions;
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__GNUC__) && defined(__x86_64__)
+#define HAS_VECTORS
+#define HAS_AVX
+#define FLOAT_REGISTER "+x" /* in the constraints of inline assembly */
+#define SHORT_VECTORS "sse"
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define HAS_VECTORS
+#define FLOAT_REGISTER "+w"
+#define SHORT_VECTORS "neon"
+#endif
+
+#ifdef HAS_AVX
 #include <cpuid.h>
 #if __GNUC__ >= 10 || (defined(__clang_major__) && __clang_major__ >= 9)
 #define HAS_DOT /* the compiler knows dot products */
@@ -17,15 +29,17 @@ typedef struct {
 #endif
 
 /* What this CPU and its operating system can. PARVIS_NATIVE in the environment allows less: "avx2", or "avx512" without
-   dot products. */
+   dot products, or "sse": the kernels that 64-bit ARM has, in vectors of 16 bytes, for tests. They need AVX2's fused
+   multiply-add here, so they are for no other CPU. */
 static inline Instructions instructions_of_cpu(void) {
-    Instructions have = {0, 0, 0, 0};
-#if defined(__x86_64__) && defined(__GNUC__)
+    Instructions have = {0, 0, 0, 0, 0};
+#ifdef HAS_AVX
     const char *requested = getenv("PARVIS_NATIVE");
     unsigned a, b, c = 0, d; /* not every compiler that is used knows the name "f16c" */
     __builtin_cpu_init();
     have.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
                 (c & bit_F16C);
+    if (have.avx2 && requested && !strcmp(requested, SHORT_VECTORS)) return (Instructions){1, 0, 0, 0, 0};
     have.avx512 = have.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && !(requested && !strcmp(requested, "avx2"));
 #ifdef HAS_DOT
@@ -33,6 +47,8 @@ static inline Instructions instructions_of_cpu(void) {
     have.bf16_dot = dots && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
     have.int8_dot = dots && __builtin_cpu_supports("avx512vnni");
 #endif
+#elif defined(HAS_VECTORS)
+    have.short_vectors = 1; /* every 64-bit ARM has NEON */
 #endif
     return have;
 }

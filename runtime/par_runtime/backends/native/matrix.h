@@ -67,8 +67,12 @@ typedef struct {
 #define PREFETCH_BYTES 6144 /* how far ahead weights are prefetched in products of one pass. At once into L1: two requests
                                for each line, into L2 and later into L1, read a tenth less */
 
-/* Bytes of the packed activations of m rows of k numbers: what the largest form takes. */
-INLINE int64_t packed_rows_bytes(int64_t m, int64_t k) { return m * k * (int64_t)sizeof(float); }
+/* Bytes of the packed activations of m rows of k numbers: what the largest form takes, floats with a scale for each
+   LEAST_GROUP of them. */
+#define LEAST_GROUP 32
+INLINE int64_t packed_rows_bytes(int64_t m, int64_t k) {
+    return m * (k + k / LEAST_GROUP) * (int64_t)sizeof(float);
+}
 
 /* Bytes that one thread needs during a product: a block of weights in fp32. */
 INLINE int64_t product_scratch_bytes(void) { return K_BLOCK * PANEL * (int64_t)sizeof(float); }

@@ -104,14 +104,18 @@ struct Pool {
 #define PIECES_OF(counter) ((counter) & 0xffffffffu)
 #define CALL_OF(counter) ((counter) >> 32)
 
-static inline void spin_wait(int *spins) {
-    if (++*spins < SPINS_BEFORE_YIELD) {
+/* Some tens of nanoseconds in which the other thread of a core has it to itself. */
+static inline void pause_core(void) {
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb"); /* "yield" takes no time on most of them */
 #endif
-    } else {
-        sched_yield();
-    }
+}
+
+static inline void spin_wait(int *spins) {
+    if (++*spins < SPINS_BEFORE_YIELD) pause_core();
+    else sched_yield();
 }
 
 /* How many neighbouring items of a phase a thread takes at a time. What it prefetches at the end of one panel is then
@@ -171,9 +175,7 @@ static void *worker_main(void *argument) {
     for (;;) {
         for (int spins = 0; atomic_load_explicit(&pool->call, memory_order_relaxed) == seen; spins++) {
             if (spins == SPINS_BEFORE_SLEEP) break;
-#if defined(__x86_64__)
-            __builtin_ia32_pause();
-#endif
+            pause_core();
         }
         Worker worker;
         for (int spins = 0; pthread_mutex_trylock(&pool->lock); spin_wait(&spins)) {

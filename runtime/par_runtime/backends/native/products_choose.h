@@ -6,14 +6,23 @@ int64_t parvis_layout(int64_t stored, int64_t arithmetic) {
     if (arithmetic == MULTIPLY_BF16 && have.bf16_dot)
         return stored == INT8 ? PAIRS_SIGN8 : stored == INT4 ? WORDS_INT4 : PAIRS_BF16;
     if (arithmetic == MULTIPLY_INT8 && have.int8_dot) return stored == INT8 ? QUADS_INT8 : QUADS_INT4;
+    if (have.short_vectors) return arithmetic == MULTIPLY_BF16 && stored < INT8 ? ROWS_BF16 : stored;
     if (arithmetic == MULTIPLY_INT8) return stored == INT8 ? PAIRS_INT8 : BYTES_INT4;
     return arithmetic == MULTIPLY_BF16 && stored < INT8 ? ROWS_BF16 : stored;
 }
 
-/* The product of a matrix with the vectors of AVX-512, or AVX2. */
-static Product product_of(const Matrix *w, int avx512) {
+/* The product of a matrix with vectors of `bits`: 512, 256 or 128. */
+static Product product_of(const Matrix *w, int bits) {
+#ifdef HAS_VECTORS
+    if (bits == 128) {
+        if (w->arithmetic == MULTIPLY_INT8) return (Product){SHORT(pack_rows_codes), SHORT(panel_product_int8)};
+        if (w->arithmetic == MULTIPLY_BF16) return (Product){SHORT(pack_rows_bf16), SHORT(panel_product_fp32)};
+        return (Product){SHORT(pack_rows_fp32), SHORT(panel_product_fp32)};
+    }
+#endif
+#ifdef HAS_AVX
+    int avx512 = bits == 512;
     switch (w->layout) {
-#if defined(__x86_64__) && defined(__GNUC__)
 #ifdef HAS_DOT
     case PAIRS_BF16:
     case PAIRS_SIGN8:
@@ -29,8 +38,7 @@ static Product product_of(const Matrix *w, int avx512) {
                           : (Product){pack_rows_bf16_avx2, panel_product_fp32_avx2};
         return avx512 ? (Product){pack_rows_fp32_avx512, panel_product_fp32_avx512}
                       : (Product){pack_rows_fp32_avx2, panel_product_fp32_avx2};
-#else
-    default: return (Product){NULL, NULL};
-#endif
     }
+#endif
+    return (Product){NULL, NULL};
 }

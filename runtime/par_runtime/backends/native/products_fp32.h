@@ -122,6 +122,38 @@ TARGET INLINE void NAME(fp32_product)(int stored, const Matrix *matrix, const ch
     }
 }
 
+#if VECTORS == 128
+/* What products_int8.h computes, for vectors that have no products of bytes. Packed activations are, for each group of K:
+   their codes as floats [group][M], then scales [M]. The sums of a group are whole numbers below 2^24 (128 times 127
+   times 127), so exact in fp32; `scratch` has them. */
+TARGET static void NAME(panel_product_int8)(const Matrix *matrix, const void *packed, long m, long k, long panel,
+                                            float *c, void *scratch) {
+    int source = (int)matrix->stored;
+    const char *w = (const char *)matrix->data + panel * panel_bytes(matrix, k);
+    long group = matrix->group, bytes = panel_bytes(matrix, group), scale_bytes = PANEL * number_bytes(matrix->scales);
+    float scales[PANEL], ones[PANEL], *sums = scratch; /* [ROWS_MAX][PANEL] */
+    for (int j = 0; j < PANEL; j++) ones[j] = 1;
+    const float *x = packed;
+    for (long first = 0; first < k; first += group, w += bytes, x += (group + 1) * m) {
+        const float *x_scale = x + group * m;
+        long passes = (m + ROWS_MAX - 1) / ROWS_MAX;
+        NAME(load_scales)(matrix->scales, w, scales);
+        for (long i = 0, pass = 0, rows; i < m; i += rows, pass++) {
+            rows = rows_of_pass(m - i, ROWS_MAX);
+            NAME(fp32_pass)(rows, source, w + scale_bytes, ones, x + i, m, group, sums, 0,
+                            prefetch_of(w, bytes, group, pass, passes));
+            for (long row = 0; row < rows; row++)
+                for (int j = 0; j < PANEL; j += VEC_FLOATS) {
+                    float *to = c + (i + row) * PANEL + j;
+                    vec part = vec_mul(vec_load_fp32(sums + row * PANEL + j), vec_set1(x_scale[i + row]));
+                    vec before = first ? vec_load_fp32(to) : vec_set1(0.0f);
+                    vec_store(to, vec_fma(part, vec_load_fp32(scales + j), before));
+                }
+        }
+    }
+}
+#endif
+
 TARGET static void NAME(panel_product_fp32)(const Matrix *w, const void *packed, long m, long k, long panel, float *c,
                                             void *scratch) {
     const char *at = (const char *)w->data + panel * panel_bytes(w, k);

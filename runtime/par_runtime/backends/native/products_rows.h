@@ -82,6 +82,22 @@ TARGET INLINE void NAME(round_group)(const float *row, long k, int16_t *codes, f
     *sum = total;
 }
 
+#if VECTORS == 128
+/* For panel_product_int8() of products_fp32.h. */
+TARGET static void NAME(pack_rows_codes)(const Matrix *w, const float *x, long ldx, long m, long k,
+                                         const float *row_scale, const float *gain, void *packed) {
+    float row[COLUMNS], *out = packed;
+    int16_t codes[COLUMNS];
+    long group = w->group;
+    for (long first = 0; first < k; first += group, out += (group + 1) * m)
+        for (long i = 0; i < m; i++) {
+            int32_t sum;
+            NAME(normed)(x + i * ldx + first, group, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL, row);
+            NAME(round_group)(row, group, codes, out + group * m + i, &sum);
+            for (long j = 0; j < group; j++) out[j * m + i] = codes[j];
+        }
+}
+#else
 /* For products of bytes (products_int8.h, int4 of products_twin.h), with `quads`, or for those of 16 bits (int8 of
    products_twin.h). */
 TARGET INLINE void NAME(pack_rows_int8)(const float *x, long ldx, long m, long k, const float *row_scale,
@@ -116,5 +132,6 @@ TARGET static void NAME(pack_rows_words)(const Matrix *w, const float *x, long l
                                          const float *row_scale, const float *gain, void *packed) {
     NAME(pack_rows_int8)(x, ldx, m, k, row_scale, gain, w->group, 0, packed);
 }
+#endif
 
 #undef COLUMNS

@@ -121,9 +121,10 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 
 /* -- the kernels, once for each instruction set -------------------------------------------------------------------- */
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
+#ifdef HAS_VECTORS
 #include "sorting.h"
+#ifdef HAS_AVX
+#include <immintrin.h>
 #define VECTORS 512
 #include "vectors.h"
 #include "products_fp32.h"
@@ -147,6 +148,20 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 #include "products_int8.h"
 #include "attention_dot.h"
 #endif
+#undef VECTORS
+#define SHORT(f) f##_sse
+#else
+#include <arm_neon.h>
+#define SHORT(f) f##_neon
+#endif
+#define VECTORS 128
+#include "vectors.h"
+#include "products_fp32.h"
+#include "products_rows.h"
+#include "step_kernels.h"
+#include "attention.h"
+#include "attention_bf16.h"
+#include "draws.h"
 #endif
 #include "products_choose.h"
 #include "products_pack.h"
@@ -154,7 +169,7 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 /* The kernels of one instruction set; the files above describe them. */
 typedef struct {
     const char *instructions;
-    int avx512; /* which vectors its products use, of product_of() */
+    int bits; /* of its vectors */
     void (*read_numbers)(const void *from, int64_t stored, long n, float *out);
     void (*inverse_rms)(const float *x, long dim, long m, float *scale);
     void (*attention_head)(const Step *s, const Buffers *at, long layer, long row, long head, float *scratch,
@@ -167,25 +182,28 @@ typedef struct {
     int64_t (*draw)(float *y, long v, float uniform, float temperature, int64_t top_k, float top_p, float *scratch);
 } Kernels;
 
-/* The kernels for this CPU; NULL where it has neither AVX-512 nor AVX2. PARVIS_NATIVE=avx2 in the environment selects
-   AVX2 on a CPU that has both. */
+/* The kernels for this CPU; NULL where there are none. PARVIS_NATIVE in the environment selects others (instructions.h). */
 static const Kernels *select_kernels(void) {
-#if defined(__x86_64__) && defined(__GNUC__)
-#define KERNELS(SET, IS_512, PAIRS_PRODUCT)                                                                           \
+#define KERNELS(SET, BITS, PAIRS_PRODUCT)                                                                             \
     {                                                                                                                 \
-        .instructions = #SET, .avx512 = IS_512, .read_numbers = read_numbers_##SET,                                   \
-        .inverse_rms = inverse_rms_##SET, .attention_head = attention_head_##SET,                                     \
-        .attention_head_bf16 = attention_head_bf16_##SET, .pairs_product = PAIRS_PRODUCT, .swiglu = swiglu_##SET,     \
-        .guide = guide_##SET, .draw = draw_##SET,                                                                     \
+        .instructions = #SET, .bits = BITS, .read_numbers = read_numbers_##SET, .inverse_rms = inverse_rms_##SET,     \
+        .attention_head = attention_head_##SET, .attention_head_bf16 = attention_head_bf16_##SET,                     \
+        .pairs_product = PAIRS_PRODUCT, .swiglu = swiglu_##SET, .guide = guide_##SET, .draw = draw_##SET,             \
     }
-    static const Kernels avx512 = KERNELS(avx512, 1, pairs_product_avx512), avx2 = KERNELS(avx2, 0, pairs_product_avx2);
+#ifdef HAS_AVX
+    static const Kernels avx512 = KERNELS(avx512, 512, pairs_product_avx512),
+                         avx2 = KERNELS(avx2, 256, pairs_product_avx2), sse = KERNELS(sse, 128, pairs_product_sse);
     Instructions have = instructions_of_cpu();
 #ifdef HAS_DOT
-    static const Kernels with_dot = KERNELS(avx512, 1, pairs_product_dot);
+    static const Kernels with_dot = KERNELS(avx512, 512, pairs_product_dot);
     if (have.avx512 && have.bf16_dot) return &with_dot;
 #endif
     if (have.avx512) return &avx512;
     if (have.avx2) return &avx2;
+    if (have.short_vectors) return &sse;
+#elif defined(HAS_VECTORS)
+    static const Kernels neon = KERNELS(neon, 128, pairs_product_neon);
+    return &neon;
 #endif
     return NULL;
 }
@@ -194,7 +212,7 @@ static const Kernels *select_kernels(void) {
 
 /* -- what Python calls --------------------------------------------------------------------------------------------- */
 
-/* "avx512", "avx2", or "" where this CPU has neither. */
+/* "avx512", "avx2", "neon", or "" where this CPU has none of them; "sse" where a test asked for it. */
 const char *parvis_instructions(void) { return select_kernels() ? select_kernels()->instructions : ""; }
 
 /* Which dot products of AVX-512 are used: 1 those of bf16, 2 those of int8, 3 both, 0 none. */
@@ -287,7 +305,7 @@ void parvis_draw(const float *logits, int64_t count, int64_t v, const float *uni
    has parvis_packed_bytes(), and is packed here. */
 void parvis_products(const Matrix *w, const float *x /* [m][k] */, int64_t m, int64_t k, int64_t n_panels,
                      int64_t times, float *tile /* [m][PANEL] */, char *packed) {
-    Product product = product_of(w, select_kernels()->avx512);
+    Product product = product_of(w, select_kernels()->bits);
     char *scratch = packed + aligned(packed_rows_bytes(m, k));
     product.pack_rows(w, x, k, m, k, NULL, NULL, packed);
     for (int64_t i = 0; i < times; i++)

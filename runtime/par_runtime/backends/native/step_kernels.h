@@ -46,7 +46,7 @@ TARGET static void NAME(inverse_rms)(const float *x, long dim, long m, float *sc
         for (long j = 0; j < dim; j += PANEL)
             for (int l = 0; l < PANEL_VECS; l++) {
                 vec numbers = vec_load_fp32(row + j + l * VEC_FLOATS);
-                part[l] = vec_fma(numbers, numbers, part[l]);
+                part[l % 4] = vec_fma(numbers, numbers, part[l % 4]);
             }
         float sum = vec_reduce_add(vec_add(vec_add(part[0], part[1]), vec_add(part[2], part[3])));
         scale[i] = 1.0f / sqrtf(sum / (float)dim + RMS_EPSILON);

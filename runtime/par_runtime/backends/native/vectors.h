@@ -1,5 +1,5 @@
 /* Vectors of one instruction set under one name, for the kernels of step.c. step.c includes this file once per set,
-   with VECTORS defined as 512 (AVX-512) or 256 (AVX2, FMA, F16C):
+   with VECTORS defined as 512 (AVX-512), 256 (AVX2, FMA, F16C) or 128 (vectors_short.h):
 
    SUFFIX      name of the set; NAME(f) is f_SUFFIX
    TARGET      attribute that allows the set's instructions
@@ -43,6 +43,7 @@
 #define CAT(a, b) CAT_(a, b)
 #define NAME(f) CAT(f, SUFFIX)
 #define PANEL_VECS (PANEL / VEC_FLOATS)
+#define HALF_VECS (PANEL_VECS / 2)
 
 #if VECTORS == 512
 #define SUFFIX avx512
@@ -82,7 +83,7 @@
 /* x * 2^n for whole numbers n from -150 to 128 */
 TARGET static inline vec NAME(vec_scale)(vec x, vec n) { return _mm512_scalef_ps(x, n); }
 
-#else
+#elif VECTORS == 256
 #define SUFFIX avx2
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define ROWS_MAX 6
@@ -135,4 +136,7 @@ TARGET static inline vec NAME(vec_scale)(vec x, vec n) {
     __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(all, first), one), 23));
     return _mm256_mul_ps(_mm256_mul_ps(x, a), b);
 }
+
+#else
+#include "vectors_short.h"
 #endif
