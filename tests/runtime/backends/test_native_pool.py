@@ -81,7 +81,7 @@ def test_a_call_ends_without_a_thread_that_is_late_and_it_takes_no_piece_of_anot
 
 
 @pytest.mark.parametrize("source", ["step.c", "decoder.c"])
-@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@pytest.mark.parametrize("compiler", ["gcc", "clang", "aarch64-linux-gnu-gcc"])
 def test_each_compiler_takes_the_sources(compiler: str, source: str) -> None:
     """Where one refuses them, installation goes on without the C kernels, and says nothing."""
     if shutil.which(compiler) is None:
