@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import top_k_8000
 from instruction_sets import OTHERS
 
-from par_runtime.backends.draws import Float, draw, draw_all
+from par_runtime.backends.draws import Float, distance_of, draw, draw_all
 from par_runtime.backends.native.library import library
 from par_runtime.dtypes import Int
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no compiler at installation, or an older CPU")
+#: The C kernels compute e^x as numpy does on x86-64; numpy's for ARM differs in last bits.
+NUMPYS_EXP = platform.machine() in ("x86_64", "AMD64")
 SETTINGS = [  # temperature, top-k, top-p
     (1.0, 0, 1.0), (1.0, 1, 1.0), (0.0, 0, 1.0), (1e-5, 0, 0.9), (50.0, 0, 0.9), (1e6, 7, 1.0), (1.0, 2, 1.0),
     (1.0, 0, 0.0), (1.0, 0, 1e-30), (1.0, 0, 0.5), (1.0, 0, 0.95), (1.0, 0, 1 - 2**-24), (0.7, 100, 0.8),
@@ -36,6 +39,19 @@ def drawn_in_c(logits: Float, uniform: Float, temperature: Float, top_k: Int, to
     lib.parvis_draw(np.ascontiguousarray(logits).ctypes.data, rows, vocab, *(array.ctypes.data for array in arrays))
     assert (guarded[4 * columns :] == 12345).all()
     return tokens
+
+
+def assert_the_same(
+    tokens: Int, wanted: Int | list[int], logits: Float, uniform: Float, temperature: float, top_k: int, top_p: float
+) -> None:
+    """Numpy's tokens; or, where its e^x is another one, those that this explains."""
+    for row, token, numpys, u in zip(logits, tokens.tolist(), wanted, uniform.tolist(), strict=True):
+        if NUMPYS_EXP or token == numpys:
+            assert token == numpys, (temperature, top_k, top_p)
+        else:
+            distance, explained = distance_of(row, row, token, u, temperature, top_k, top_p)
+            assert distance is not None, (temperature, top_k, top_p)
+            assert distance <= explained, (temperature, top_k, top_p)
 
 
 def rows_of(vocab: int, seed: int) -> Float:
@@ -65,7 +81,7 @@ def test_the_tokens_are_numpys(vocab: int) -> None:
             wanted = [
                 draw(row, float(u), temperature, k, top_p) for row, u in zip(logits, uniform, strict=True)
             ] if vocab <= 1024 else draw_all(logits, uniform, *settings)  # fmt: skip
-            np.testing.assert_array_equal(drawn_in_c(logits, uniform, *settings), wanted, f"{temperature, k, top_p}")
+            assert_the_same(drawn_in_c(logits, uniform, *settings), wanted, logits, uniform, temperature, k, top_p)
 
 
 def test_the_ends_of_the_noise() -> None:
@@ -75,7 +91,8 @@ def test_the_ends_of_the_noise() -> None:
             k = max(top_k, 0)
             wanted = [draw(row, uniform, temperature, k, top_p) for row in logits]
             each = [np.full(len(logits), value, np.float32) for value in (uniform, temperature, top_p)]
-            assert drawn_in_c(logits, each[0], each[1], np.full(len(logits), k), each[2]).tolist() == wanted
+            tokens = drawn_in_c(logits, each[0], each[1], np.full(len(logits), k), each[2])
+            assert_the_same(tokens, wanted, logits, each[0], temperature, k, top_p)
 
 
 def test_top_k_8000_of_64000_is_distributed_as_promised() -> None:

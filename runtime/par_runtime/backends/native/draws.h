@@ -2,7 +2,8 @@
 
    The tokens are those of draws.py in the Python package for the same logits: every number is rounded as numpy rounds
    it. So products and sums are kept apart here (a fused multiply-add rounds once instead of twice), sums go through the
-   codes one after the other, and e^x is numpy's. */
+   codes one after the other, and e^x is numpy's of x86-64. (On ARM numpy's differs in the last bit of every third number,
+   so there a token may be the next one where the noise falls between two codes.) */
 
 /* The compiler must not fuse the product `x` with the sum that it is used in. */
 #define KEEP_ROUNDED(x) __asm__("" : FLOAT_REGISTER(x))
@@ -18,7 +19,7 @@ TARGET static void NAME(guide)(const float *cond, const float *uncond, float gui
     }
 }
 
-/* e^x as numpy computes it for float32 on this CPU: 2^n times a quotient of polynomials in the remainder. */
+/* e^x as numpy computes it for float32 on x86-64: 2^n times a quotient of polynomials in the remainder. */
 TARGET static inline vec NAME(exp_numpy)(vec x) {
     vec n = vec_round(vec_mul(x, vec_set1(1.44269504088896341f)));
     vec r = vec_fma(n, vec_set1(-1.42860677e-6f), vec_fma(n, vec_set1(-6.93145752e-1f), x));

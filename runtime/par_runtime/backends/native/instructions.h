@@ -14,11 +14,9 @@ typedef struct {
 #define HAS_VECTORS
 #define HAS_AVX
 #define FLOAT_REGISTER "+x" /* in the constraints of inline assembly */
-#define SHORT_VECTORS "sse"
-#elif defined(__GNUC__) && defined(__aarch64__)
+#elif defined(__GNUC__) && defined(__aarch64__) && !defined(__AARCH64EB__) /* the order of bytes matters */
 #define HAS_VECTORS
 #define FLOAT_REGISTER "+w"
-#define SHORT_VECTORS "neon"
 #endif
 
 #ifdef HAS_AVX
@@ -39,7 +37,7 @@ static inline Instructions instructions_of_cpu(void) {
     __builtin_cpu_init();
     have.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
                 (c & bit_F16C);
-    if (have.avx2 && requested && !strcmp(requested, SHORT_VECTORS)) return (Instructions){1, 0, 0, 0, 0};
+    if (have.avx2 && requested && !strcmp(requested, "sse")) return (Instructions){1, 0, 0, 0, 0};
     have.avx512 = have.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && !(requested && !strcmp(requested, "avx2"));
 #ifdef HAS_DOT

@@ -42,7 +42,11 @@
 #define SPINS_BEFORE_YIELD 4000 /* after so many looks at a counter, a waiting thread lets other threads run */
 #define SPINS_BEFORE_SLEEP 2000 /* after so many looks for the next call, a thread sleeps */
 #define ARGUMENT_BYTES 512      /* the largest argument of a call */
+#if defined(__aarch64__)
+#define CACHE_LINE 128 /* of Apple's */
+#else
 #define CACHE_LINE 64
+#endif
 
 #if defined(__linux__)
 typedef cpu_set_t Cpus;

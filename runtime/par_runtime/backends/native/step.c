@@ -121,8 +121,8 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 
 /* -- the kernels, once for each instruction set -------------------------------------------------------------------- */
 
-#ifdef HAS_VECTORS
 #include "sorting.h"
+#ifdef HAS_VECTORS
 #ifdef HAS_AVX
 #include <immintrin.h>
 #define VECTORS 512
