@@ -51,7 +51,24 @@ typedef struct {
         .to_space = to_space_##SET,                   \
         .softmax = softmax_##SET,                     \
     }
-#include "decoder_vectors.h"
+#ifdef HAS_AVX
+#include <immintrin.h>
+#define VECTORS 512
+#include "vectors.h"
+#include "decoder_kernels.h"
+#undef VECTORS
+#define VECTORS 256
+#include "vectors.h"
+#include "decoder_kernels.h"
+#undef VECTORS
+#elif defined(HAS_VECTORS)
+#include <arm_neon.h>
+#endif
+#ifdef HAS_VECTORS
+#define VECTORS 128
+#include "vectors.h"
+#include "decoder_kernels.h"
+#endif
 
 /* The kernels for this CPU; NULL where there are none. PARVIS_NATIVE in the environment selects others (instructions.h). */
 static const Kernels *select_kernels(void) {

@@ -1,48 +1,39 @@
-/* The kernels of decoder.c for one instruction set. decoder.c includes this file once per set, with these macros:
-
-   SUFFIX      name of the set; NAME(f) is f_SUFFIX
-   TARGET      attribute that allows the set's instructions
-   VEC_FLOATS  floats of a vector
-   PASS_ROWS   rows of a product that have their sums in registers, for PASS_VECS vectors of columns
-   vec         the type of a vector, which + - * / take; vec_load, vec_store, vec_set1, vec_fma, vec_max, vec_min,
-               vec_round (to a whole number), vec_scale (x * 2^n for a whole n)
+/* The kernels of decoder.c for one instruction set. decoder.c includes this file once per set, behind vectors.h, which
+   explains the macros. A product has ROWS_MAX rows with their sums in registers, for COLUMN_VECS vectors of columns.
 
    All sets do the same operations on a number in the same order, so their images are the same.
    decoder.c explains the letters and the layouts. */
-
-#define CAT_(a, b) a##_##b
-#define CAT(a, b) CAT_(a, b)
-#define NAME(f) CAT(f, SUFFIX)
 
 /* -- products ------------------------------------------------------------------------------------------------------ */
 
 /* Defines FUNCTION: c [N_ROWS][PANEL] = x w, for x [N_ROWS][k], rows `ldx` apart, and one panel w [k][PANEL]. */
 #define DEFINE_ROWS(FUNCTION, N_ROWS)                                                                                \
     TARGET static void NAME(FUNCTION)(const float *x, long ldx, const float *w, long k, float *c) {                  \
-        for (int first = 0; first < PANEL; first += PASS_VECS * VEC_FLOATS) {                                        \
-            vec sum[N_ROWS][PASS_VECS];                                                                              \
+        for (int first = 0; first < PANEL; first += COLUMN_VECS * VEC_FLOATS) {                                        \
+            vec sum[N_ROWS][COLUMN_VECS];                                                                              \
             for (int i = 0; i < N_ROWS; i++)                                                                         \
-                for (int j = 0; j < PASS_VECS; j++) sum[i][j] = vec_set1(0.0f);                                      \
+                for (int j = 0; j < COLUMN_VECS; j++) sum[i][j] = vec_set1(0.0f);                                      \
             for (long p = 0; p < k; p++) {                                                                           \
-                vec w_row[PASS_VECS];                                                                                \
-                for (int j = 0; j < PASS_VECS; j++) w_row[j] = vec_load(w + p * PANEL + first + j * VEC_FLOATS);     \
+                vec w_row[COLUMN_VECS];                                                                                \
+                for (int j = 0; j < COLUMN_VECS; j++)                                                                \
+                    w_row[j] = vec_load_fp32(w + p * PANEL + first + j * VEC_FLOATS);                                \
                 for (int i = 0; i < N_ROWS; i++) {                                                                   \
                     vec value = vec_set1(x[i * ldx + p]);                                                            \
-                    for (int j = 0; j < PASS_VECS; j++) sum[i][j] = vec_fma(value, w_row[j], sum[i][j]);             \
+                    for (int j = 0; j < COLUMN_VECS; j++) sum[i][j] = vec_fma(value, w_row[j], sum[i][j]);             \
                 }                                                                                                    \
             }                                                                                                        \
             for (int i = 0; i < N_ROWS; i++)                                                                         \
-                for (int j = 0; j < PASS_VECS; j++) vec_store(c + i * PANEL + first + j * VEC_FLOATS, sum[i][j]);    \
+                for (int j = 0; j < COLUMN_VECS; j++) vec_store(c + i * PANEL + first + j * VEC_FLOATS, sum[i][j]);    \
         }                                                                                                            \
     }
 
 DEFINE_ROWS(product_1, 1)
 DEFINE_ROWS(product_2, 2)
 DEFINE_ROWS(product_4, 4)
-#if PASS_ROWS > 8
+#if ROWS_MAX > 8
 DEFINE_ROWS(product_8, 8)
 #endif
-DEFINE_ROWS(product_most, PASS_ROWS)
+DEFINE_ROWS(product_most, ROWS_MAX)
 
 /* c [rows][PANEL] = x w, for x [rows][k], rows `ldx` apart, and one panel w [k][PANEL]. */
 TARGET static void NAME(product)(const float *x, long ldx, const float *w, long k, long rows, float *c) {
@@ -50,8 +41,8 @@ TARGET static void NAME(product)(const float *x, long ldx, const float *w, long 
         long left = rows - i;
         const float *from = x + i * ldx;
         float *to = c + i * PANEL;
-        if (left >= PASS_ROWS) pass = PASS_ROWS, NAME(product_most)(from, ldx, w, k, to);
-#if PASS_ROWS > 8
+        if (left >= ROWS_MAX) pass = ROWS_MAX, NAME(product_most)(from, ldx, w, k, to);
+#if ROWS_MAX > 8
         else if (left >= 8) pass = 8, NAME(product_8)(from, ldx, w, k, to);
 #endif
         else if (left >= 4) pass = 4, NAME(product_4)(from, ldx, w, k, to);
@@ -76,7 +67,7 @@ TARGET static inline vec NAME(exp_of)(vec x) {
     y = vec_fma(y, r, vec_set1(1.6666665459e-1f));
     y = vec_fma(y, r, vec_set1(5.0000001201e-1f));
     y = vec_fma(y, r * r, r + vec_set1(1.0f));
-    return vec_scale(y, n);
+    return NAME(vec_scale)(y, n);
 }
 
 /* What an input goes through before it is multiplied. */
@@ -138,7 +129,7 @@ TARGET static void NAME(transform_weights)(const float *w, long k, long first, l
             vec lines[3][6]; /* [column of the kernel][point] */
             for (int x = 0; x < 3; x++) {
                 vec g[3];
-                for (int y = 0; y < 3; y++) g[y] = vec_load(from + (3 * y + x) * PANEL);
+                for (int y = 0; y < 3; y++) g[y] = vec_load_fp32(from + (3 * y + x) * PANEL);
                 TRANSFORM_WEIGHTS(g, lines[x]);
             }
             float *to = u + p * PANEL + v;
@@ -169,7 +160,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(input_column)(
     for (int i = 0; i < n_rows; i++) {
         d[i] = vec_set1(0.0f); /* the padding of a convolution comes after its norm */
         if (!rows[i]) continue;
-        d[i] = vec_load(rows[i] + x * LANES);
+        d[i] = vec_load_fp32(rows[i] + x * LANES);
         d[i] = NAME(normalised)(d[i], kind, a, b, beta);
     }
     if (upsample) d[5] = d[3], d[4] = d[3] = d[2], d[2] = d[1];
@@ -223,8 +214,8 @@ TARGET static void NAME(transform_input)(const Op *op, const float *map, const f
     for (long lane = block * LANES; lane < end * LANES; lane += VEC_FLOATS) {
         const float *from = map + lane / LANES * height * width * LANES + lane % LANES;
         vec a = vec_set1(1.0f), b = vec_set1(0.0f), beta = a;
-        if (norm) a = vec_load(norm + lane), b = vec_load(norm + op->in_channels + lane);
-        if (op->beta) beta = vec_load(op->beta + lane);
+        if (norm) a = vec_load_fp32(norm + lane), b = vec_load_fp32(norm + op->in_channels + lane);
+        if (op->beta) beta = vec_load_fp32(op->beta + lane);
         for (long tile = first, count_now; tile < first + count; tile += count_now) {
             long row = tile / across, x = tile % across;
             count_now = across - x < first + count - tile ? across - x : first + count - tile;
@@ -269,7 +260,7 @@ TARGET static void NAME(transform_output)(const Op *op, const float *c, long fir
     int upsample = op->kind == UPSAMPLE;
     long height = op->height, width = op->width, across = (width + 3) / 4, stride = TILES * PANEL + LANES;
     for (long lane = panel * PANEL; lane < (panel + 1) * PANEL && lane < op->out_channels; lane += VEC_FLOATS) {
-        vec bias = vec_load(op->bias + lane);
+        vec bias = vec_load_fp32(op->bias + lane);
         NAME(Sums) of = {vec_set1(0.0f), vec_set1(0.0f), vec_set1(0.0f)};
         float *to = map + lane / LANES * height * width * LANES + lane % LANES;
         for (long tile = 0; tile < count; tile++) {
@@ -284,7 +275,7 @@ TARGET static void NAME(transform_output)(const Op *op, const float *c, long fir
                 }
                 for (int i = 0; i < 6; i++) {
                     int point = upsample ? (i - (i > VANISHING)) * 5 + j - (j > VANISHING) : i * 6 + j;
-                    m[i] = upsample && i == VANISHING ? vec_set1(0.0f) : vec_load(from + point * stride);
+                    m[i] = upsample && i == VANISHING ? vec_set1(0.0f) : vec_load_fp32(from + point * stride);
                 }
                 TRANSFORM_OUTPUT(m, out);
                 for (int i = 0; i < 4; i++) lines[i][j] = out[i];
@@ -294,7 +285,7 @@ TARGET static void NAME(transform_output)(const Op *op, const float *c, long fir
                 for (int j = 0; j < 4 && column + j < width; j++) {
                     float *at = to + ((row + i) * width + column + j) * LANES;
                     vec value = y[i][j] + bias;
-                    if (op->accumulate) value += vec_load(at);
+                    if (op->accumulate) value += vec_load_fp32(at);
                     vec_store(at, value);
                     NAME(add_up)(&of, value, tile + i + j == 0);
                 }
@@ -313,9 +304,9 @@ TARGET static void NAME(gather_pixels)(const Op *op, const float *map, const flo
     for (long lane = block * LANES; lane < end * LANES; lane += VEC_FLOATS) {
         const float *from = map + (lane / LANES * pixels + first) * LANES + lane % LANES;
         vec a = vec_set1(1.0f), b = vec_set1(0.0f);
-        if (norm) a = vec_load(norm + lane), b = vec_load(norm + op->in_channels + lane);
+        if (norm) a = vec_load_fp32(norm + lane), b = vec_load_fp32(norm + op->in_channels + lane);
         for (long i = 0; i < count; i++) {
-            vec x = vec_load(from + i * LANES);
+            vec x = vec_load_fp32(from + i * LANES);
             x = NAME(normalised)(x, norm ? NAME(NORM) : NAME(PLAIN), a, b, a);
             vec_store(v + i * ldv + lane, x);
         }
@@ -328,12 +319,12 @@ TARGET static void NAME(scatter_pixels)(const Op *op, const float *c, long first
                                         float *sums) {
     long pixels = op->height * op->width;
     for (long lane = panel * PANEL; lane < (panel + 1) * PANEL && lane < op->out_channels; lane += VEC_FLOATS) {
-        vec bias = vec_load(op->bias + lane);
+        vec bias = vec_load_fp32(op->bias + lane);
         NAME(Sums) of = {vec_set1(0.0f), vec_set1(0.0f), vec_set1(0.0f)};
         float *to = map + (lane / LANES * pixels + first) * LANES + lane % LANES;
         for (long i = 0; i < count; i++) {
-            vec value = vec_load(c + i * PANEL + lane - panel * PANEL) + bias;
-            if (op->accumulate) value += vec_load(to + i * LANES);
+            vec value = vec_load_fp32(c + i * PANEL + lane - panel * PANEL) + bias;
+            if (op->accumulate) value += vec_load_fp32(to + i * LANES);
             vec_store(to + i * LANES, value);
             NAME(add_up)(&of, value, i == 0);
         }
@@ -354,7 +345,7 @@ TARGET static void NAME(to_space)(const Op *op, const float *from, long t, long 
             long y = i / op->width, x = i % op->width;
             long part = (t * op->stride_y + y % op->stride_y) * op->stride_x + x % op->stride_x;
             long channel = part * op->out_channels + lane, pixel = y / op->stride_y * width + x / op->stride_x;
-            vec value = vec_load(from + (channel / LANES * height * width + pixel) * LANES + channel % LANES);
+            vec value = vec_load_fp32(from + (channel / LANES * height * width + pixel) * LANES + channel % LANES);
             vec_store(to + i * LANES, value);
             NAME(add_up)(&of, value, i == first);
         }
@@ -369,16 +360,16 @@ TARGET static float NAME(softmax)(float *scores, long count, float scale) {
     float lanes[LANES], largest, sum = 0;
     vec best[VECS], total[VECS];
     for (long i = count; i % LANES; i++) scores[i] = -FLT_MAX; /* e^ of it is nothing beside the largest one's 1 */
-    for (int j = 0; j < VECS; j++) best[j] = vec_load(scores + j * VEC_FLOATS), total[j] = vec_set1(0.0f);
+    for (int j = 0; j < VECS; j++) best[j] = vec_load_fp32(scores + j * VEC_FLOATS), total[j] = vec_set1(0.0f);
     for (long i = LANES; i < count; i += LANES)
-        for (int j = 0; j < VECS; j++) best[j] = vec_max(best[j], vec_load(scores + i + j * VEC_FLOATS));
+        for (int j = 0; j < VECS; j++) best[j] = vec_max(best[j], vec_load_fp32(scores + i + j * VEC_FLOATS));
     for (int j = 0; j < VECS; j++) vec_store(lanes + j * VEC_FLOATS, best[j]);
     largest = lanes[0];
     for (int j = 1; j < LANES; j++) largest = lanes[j] > largest ? lanes[j] : largest;
     for (long i = 0; i < count; i += LANES)
         for (int j = 0; j < VECS; j++) {
             float *at = scores + i + j * VEC_FLOATS;
-            vec x = NAME(exp_of)((vec_load(at) - vec_set1(largest)) * vec_set1(scale));
+            vec x = NAME(exp_of)((vec_load_fp32(at) - vec_set1(largest)) * vec_set1(scale));
             vec_store(at, x);
             total[j] += x;
         }
@@ -386,18 +377,3 @@ TARGET static float NAME(softmax)(float *scores, long count, float scale) {
     for (int j = 0; j < LANES; j++) sum += lanes[j];
     return 1 / sum;
 }
-
-#undef SUFFIX
-#undef TARGET
-#undef VEC_FLOATS
-#undef PASS_ROWS
-#undef PASS_VECS
-#undef vec
-#undef vec_load
-#undef vec_store
-#undef vec_set1
-#undef vec_fma
-#undef vec_max
-#undef vec_min
-#undef vec_round
-#undef vec_scale

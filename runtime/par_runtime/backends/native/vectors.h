@@ -1,5 +1,5 @@
-/* Vectors of one instruction set under one name, for the kernels of step.c. step.c includes this file once per set,
-   with VECTORS defined as 512 (AVX-512), 256 (AVX2, FMA, F16C) or 128 (vectors_short.h):
+/* Vectors of one instruction set under one name, for the kernels of step.c and decoder.c, which include this file once per
+   set, with VECTORS defined as 512 (AVX-512), 256 (AVX2, FMA, F16C) or 128 (vectors_short.h):
 
    SUFFIX      name of the set; NAME(f) is f_SUFFIX
    TARGET      attribute that allows the set's instructions
