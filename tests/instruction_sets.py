@@ -5,7 +5,38 @@ On x86-64 "sse" are the kernels of 64-bit ARM, whose vectors have 16 bytes too. 
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
-OTHERS = ("avx2", "sse") if platform.machine() in ("x86_64", "AMD64") else ()
-EVERY = ("", "avx512", *OTHERS) if OTHERS else ("",)
+import numpy as np
+from numpy.typing import NDArray
+
+X86 = platform.machine() in ("x86_64", "AMD64")
+OTHERS = ("avx2", "sse") if X86 else ()
+EVERY = ("", "avx512", *OTHERS) if X86 else ("",)
+
+_DECODER = """
+import sys
+import numpy as np
+from par_runtime.backends.native.decoding import NativeDecoder
+from par_runtime.bundle import Bundle
+from par_runtime.loaded import LoadedFiles
+decoder = NativeDecoder(LoadedFiles(Bundle.open(sys.argv[1])), 2)
+assert sys.argv[4] in decoder.name
+np.save(sys.argv[3], decoder.run(np.load(sys.argv[2])))
+"""
+
+
+def decoded_by(instructions: str, bundle: Path, tokens: NDArray[Any], folder: Path) -> NDArray[np.uint8]:
+    """What the decoder in C makes of ``tokens``, in a process of its own: the set is chosen when it is loaded."""
+    np.save(folder / "tokens.npy", tokens)
+    places = (bundle, folder / "tokens.npy", folder / "pixels.npy")
+    command = [sys.executable, "-c", _DECODER, *map(str, places), instructions]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PARVIS_NATIVE": instructions}
+    subprocess.run(command, env=environment, check=True)
+    pixels: NDArray[np.uint8] = np.load(folder / "pixels.npy")
+    return pixels

@@ -4,17 +4,14 @@ every form of tokenizer, in one call and in several."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from instruction_sets import OTHERS
+from instruction_sets import OTHERS, decoded_by
 from numpy.typing import NDArray
 from planted import decoder_with
 
@@ -120,29 +117,13 @@ def test_any_number_of_threads_and_any_batch(monkeypatch: pytest.MonkeyPatch) ->
         decoder.run(tokens)
 
 
-OTHER_SET = """
-import sys
-import numpy as np
-from par_runtime.backends.native.decoding import NativeDecoder
-from par_runtime.bundle import Bundle
-from par_runtime.loaded import LoadedFiles
-decoder = NativeDecoder(LoadedFiles(Bundle.open(sys.argv[1])), 2)
-assert sys.argv[4] in decoder.name
-np.save(sys.argv[3], decoder.run(np.load(sys.argv[2])))
-"""
-
-
 @pytest.mark.parametrize("form", ["like the published one", "odd sizes"])
 @pytest.mark.parametrize("instructions", OTHERS)
 def test_the_other_instruction_set_gives_the_same_bits(tmp_path: Path, form: str, instructions: str) -> None:
     bundle = Bundle.open(make(tmp_path / "b", form))
     tokens = tokens_of(bundle, 2)
-    np.save(tmp_path / "t.npy", tokens)
-    places = map(str, (bundle.path, tmp_path / "t.npy", tmp_path / "c.npy"))
-    command = [sys.executable, "-c", OTHER_SET, *places, instructions]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PARVIS_NATIVE": instructions}
-    subprocess.run(command, env=environment, check=True)
-    np.testing.assert_array_equal(np.load(tmp_path / "c.npy"), ours(bundle, tokens))
+    pixels = decoded_by(instructions, bundle.path, tokens, tmp_path)
+    np.testing.assert_array_equal(pixels, ours(bundle, tokens))
 
 
 def test_numbers_far_from_zero_keep_their_digits(tmp_path: Path) -> None:

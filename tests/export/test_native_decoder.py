@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from instruction_sets import OTHERS
+from instruction_sets import OTHERS, decoded_by
 from numpy.typing import NDArray
 from planted import decoder_with
 
@@ -108,33 +105,12 @@ def test_an_image_is_the_same_alone_and_in_a_batch(tiny: Path) -> None:
         decoder.close()
 
 
-OTHER_SET = """
-import sys
-import numpy as np
-from par_runtime.backends.native.decoding import NativeDecoder
-from par_runtime.bundle import Bundle
-from par_runtime.loaded import LoadedFiles
-decoder = NativeDecoder(LoadedFiles(Bundle.open(sys.argv[1])), 2)
-assert sys.argv[4] in decoder.name
-np.save(sys.argv[3], decoder.run(np.load(sys.argv[2])))
-"""
-
-
 @needs_decoder
 @pytest.mark.parametrize("instructions", OTHERS)
 def test_all_instruction_sets_make_the_same_pixels(tmp_path: Path, instructions: str) -> None:
     path = make(tmp_path, "like VQ-16")
-    np.save(tmp_path / "tokens.npy", tokens_of(Bundle.open(path), 2))
-    command = [
-        sys.executable,
-        "-c",
-        OTHER_SET,
-        *map(str, (path, tmp_path / "tokens.npy", tmp_path / "c.npy")),
-        instructions,
-    ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PARVIS_NATIVE": instructions}
-    subprocess.run(command, env=environment, check=True)
-    assert (np.load(tmp_path / "c.npy") == ours(path, 2)).all()
+    pixels = decoded_by(instructions, path, tokens_of(Bundle.open(path), 2), tmp_path)
+    assert (pixels == ours(path, 2)).all()
 
 
 @needs_decoder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import top_k_8000
-from instruction_sets import OTHERS
+from instruction_sets import OTHERS, X86
 
 from par_runtime.backends.draws import Float, distance_of, draw, draw_all
 from par_runtime.backends.native.library import library
@@ -19,7 +18,7 @@ from par_runtime.dtypes import Int
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no compiler at installation, or an older CPU")
 #: The C kernels compute e^x as numpy does on x86-64; numpy's for ARM differs in last bits.
-NUMPYS_EXP = platform.machine() in ("x86_64", "AMD64")
+NUMPYS_EXP = X86
 SETTINGS = [  # temperature, top-k, top-p
     (1.0, 0, 1.0), (1.0, 1, 1.0), (0.0, 0, 1.0), (1e-5, 0, 0.9), (50.0, 0, 0.9), (1e6, 7, 1.0), (1.0, 2, 1.0),
     (1.0, 0, 0.0), (1.0, 0, 1e-30), (1.0, 0, 0.5), (1.0, 0, 0.95), (1.0, 0, 1 - 2**-24), (0.7, 100, 0.8),

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from instruction_sets import X86
 
 from par_runtime.backends import native
 
@@ -39,7 +39,7 @@ def made_by(compiler: list[str], run: list[str], folder: Path, instructions: str
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="needs x86-64 with AVX2")
+@pytest.mark.skipif(not X86, reason="needs x86-64 with AVX2")
 @pytest.mark.skipif(
     not all(map(shutil.which, ("cc", CROSS, EMULATOR))),
     reason="needs an emulator of ARM: apt install gcc-aarch64-linux-gnu qemu-user-static",

@@ -78,7 +78,7 @@ INLINE int64_t packed_rows_bytes(int64_t m, int64_t k) {
 INLINE int64_t product_scratch_bytes(void) { return K_BLOCK * PANEL * (int64_t)sizeof(float); }
 
 /* In front of each loop over sums: only where all of them are unrolled does the compiler keep the sums in registers. */
-#ifdef __clang__ /* it takes the other one for a count, and unrolls too late up to version 16: four times as slow */
+#ifdef __clang__ /* it takes the other one for a count; up to version 16 the sums then stay in memory */
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
