@@ -177,6 +177,19 @@ def _kernel(line: Value) -> None:
         line["samples_us"].refuse("microseconds above 0")
 
 
+def _shape(line: Value) -> None:
+    _text(line, "label", "kernel", "compiler", "words")
+    for name in ("images", "count"):
+        line[name].integer(1, LARGEST_COUNT)
+    line["set"].integer(0, LARGEST_COUNT)
+    for _, value in line["tile"].items():
+        value.integer(0, LARGEST_COUNT)
+    _numbers(line, "bytes")
+    _samples(line, "samples_us")
+    if min(line["samples_us"].value) <= 0:
+        line["samples_us"].refuse("microseconds above 0")
+
+
 def _words(line: Value) -> None:
     _text(line, "text")
 
@@ -187,6 +200,7 @@ KINDS: dict[str, Callable[[Value], None]] = {
     "check": _check,
     "limit": _limit,
     "kernel": _kernel,
+    "shape": _shape,
     "note": _words,
     "left_out": _words,
 }

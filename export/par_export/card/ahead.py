@@ -12,24 +12,44 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from par_export.card.lines import words
-from par_export.card.plan import BATCHES, CODES_N, Model
+from par_export.card.plan import BATCHES, CODES_N, Model, shaped
 from par_export.card.prepare import CHECKED_IMAGES, Builder, copies, family_of, ready_engine
 from par_export.card.samples import Sample
+from par_export.card.shape_sets import CHANGES, SETS, among, contents_of, sets_of, tokens_family
 from par_export.engines.cache import locked_file
 from par_export.errors import BuildError
 from par_export.kernels import build as kernels_build
+from par_export.kernels.plan import Planner, plan
 from par_export.quantised import Codes
 from par_runtime.backends.engines import ENGINES
+from par_runtime.bench.suites.gpu import KERNELS, SHAPES
 from par_runtime.errors import RequestError
 
 LOCK = ".lock"
 SOURCES = "sources"  #: the file that says which sources the engines of a folder were built by
-#: Of one bundle: its name, what writes it and returns its path, and the batches of its engine.
-Wanted = tuple[str, Callable[[], Path], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The engine of the bundle ``name``, which ``write`` writes and returns the path of, for batches of ``images``.
+
+    It lies in the folder ``among`` of all of them. ``planner`` of that path: None where there is nothing to build.
+    """
+
+    name: str
+    write: Callable[[], Path]
+    images: Sequence[int]
+    among: Path = Path()
+    planner: Callable[[Path], Planner | None] = lambda _: plan
+
+    def __str__(self) -> str:
+        """As the report calls it: "PAR-L-n4", "PAR-L-n4 shapes/3"."""
+        return f"{self.name} {self.among}" if self.among.parts else self.name
 
 
 def build_ahead(
@@ -40,14 +60,16 @@ def build_ahead(
     samples: Sequence[Sample],
     codes: Sequence[Codes],
     models: Sequence[Model],
+    parts: Sequence[str] = (KERNELS,),
     work: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> list[str]:
-    """Build the engines of a report for ``target`` ("SM90") into ``folder``; returns what failed, a line each.
+    """Build the engines of a report of ``parts`` for ``target`` ("SM90") into ``folder``; returns what failed, a line
+    each.
 
-    The engine of the bundle NAME lies in ``folder/NAME/engines``. One that is there already, whole and of the same
-    bundle, is kept, so that a build that was ended goes on where it was. ``work``: where bundles are written meanwhile.
-    Raises OSError.
+    The engine of the bundle NAME lies in ``folder/NAME/engines``, that with set 3 of shapes of tiles in
+    ``folder/shapes/3/NAME/engines``. One that is there already, whole and of the same bundle, is kept, so that a build
+    that was ended goes on where it was. ``work``: where bundles are written meanwhile. Raises OSError.
     """
     kernels_build.target(target)  # before anything is written
     _check_folder(folder)
@@ -58,20 +80,26 @@ def build_ahead(
         Builder(target) as build,
     ):
         _begin(folder)
-        for name, write, images in wanted(Path(temporary), checked, samples, codes, models):
-            began = time.monotonic()
+        work = Path(temporary)
+        engines = [*wanted(work, checked, samples, codes, models)] if KERNELS in parts else []
+        engines += wanted_sets(work, models, target) if SHAPES in parts else []
+        for one in engines:
+            began, into = time.monotonic(), folder / one.among
             try:
-                path = write()
-                if ready_engine(folder, path, images) is None:
-                    build(path, images, folder / name / ENGINES)
+                path = one.write()
+                planner = one.planner(path)
+                if planner is None:
+                    continue
+                if ready_engine(into, path, one.images) is None:
+                    build(path, one.images, into / one.name / ENGINES, planner=planner)
             except OSError as error:  # a disk that is full stays full
-                error.filename = error.filename or str(folder / name)
+                error.filename = error.filename or str(into / one.name)
                 raise
             except Exception as error:
-                failed.append(f"{name}: {words(error)}")
+                failed.append(f"{one}: {words(error)}")
                 say(failed[-1])
                 continue
-            say(f"{name}: there after {time.monotonic() - began:.0f} s")
+            say(f"{one}: there after {time.monotonic() - began:.0f} s")
     return failed
 
 
@@ -123,7 +151,7 @@ def _begin(folder: Path) -> None:
     """Have no engines of other sources in ``folder``. Raises OSError."""
     if is_of_these_sources(folder):
         return
-    for engines in folder.glob(f"*/{ENGINES}"):
+    for engines in [*folder.glob(f"*/{ENGINES}"), *folder.glob(f"{among(0).parent}/*/*/{ENGINES}")]:
         shutil.rmtree(engines)
     (folder / SOURCES).write_text(f"{kernels_build.sources()}\n")
 
@@ -131,7 +159,7 @@ def _begin(folder: Path) -> None:
 def wanted(
     work: Path, checked: Sequence[Path], samples: Sequence[Sample], codes: Sequence[Codes], models: Sequence[Model]
 ) -> Iterator[Wanted]:
-    """Every bundle that a report builds an engine of, the most valuable first; bundles are written in ``work``."""
+    """Every engine of the part about kernels, the most valuable first; bundles are written in ``work``."""
     written: dict[tuple[str, Codes | None], Mapping[int, Path]] = {}
 
     def of(model: Model, n: int, kind: Codes | None) -> Path:
@@ -141,16 +169,38 @@ def wanted(
         return written[key][n]
 
     for path, make in copies(checked, codes, work).items():
-        yield path.name, partial(_made, path, make), CHECKED_IMAGES
+        yield Wanted(path.name, partial(_made, path, make), CHECKED_IMAGES)
     for kind in (None, *dict.fromkeys(codes for model in models for codes in model.codes)):
         for model in models:
             if kind is not None and kind not in model.codes:
                 continue
             for n in model.group_sizes if kind is None else (CODES_N,):
                 name = f"{model.family(kind)}-n{n}"
-                yield name, partial(of, model, n, kind), BATCHES
+                yield Wanted(name, partial(of, model, n, kind), BATCHES)
     for sample in samples:
-        yield f"{sample.name}-n{sample.n}", partial(sample.write, work / "samples" / sample.name), sample.images
+        write = partial(sample.write, work / "samples" / sample.name)
+        yield Wanted(f"{sample.name}-n{sample.n}", write, sample.images)
+
+
+def wanted_sets(work: Path, models: Sequence[Model], target: str) -> Iterator[Wanted]:
+    """Every engine of the part about shapes of tiles: those of the models that matter most first, set by set."""
+    card = kernels_build.target(target)
+    written: dict[tuple[str, Codes | None], Mapping[int, Path]] = {}
+
+    def of(model: Model, n: int, kind: Codes | None) -> Path:
+        key = (model.name, kind)
+        if key not in written:
+            written[key] = tokens_family(model, kind, work / SHAPES)
+        return written[key][n]
+
+    def planner(number: int, path: Path) -> Planner | None:
+        sets = sets_of(contents_of(path), BATCHES, card)
+        return sets[number] if number < len(sets) else None
+
+    for model, n, kind in shaped(models):
+        name, write = f"{model.family(kind)}-n{n}", partial(of, model, n, kind)
+        for number in range(SETS + len(CHANGES)):
+            yield Wanted(name, write, BATCHES, among(number), partial(planner, number))
 
 
 def _made(path: Path, make: Callable[[], object]) -> Path:

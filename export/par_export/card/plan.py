@@ -19,6 +19,7 @@ class Model:
     """A model of random weights. ``twins``: the n that are measured in PyTorch too.
 
     ``codes``: with quantised weights too, at n = :data:`CODES_N`. ``ours``: on our engines; else in PyTorch alone.
+    ``shaped``: shapes of tiles are tried on it.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Model:
     group_sizes: tuple[int, ...] = (1, 4, 16)
     codes: tuple[Codes, ...] = ()
     ours: bool = True
+    shaped: bool = True
 
     @property
     def labels(self) -> list[str]:
@@ -84,7 +86,7 @@ MODELS = (
     Model("PAR-L", named("L"), VQConfig(), twins=(1, 4), codes=CODES),
     Model("PAR-XL", named("XL"), VQConfig()),
     Model("PAR-XXL", named("XXL"), VQConfig()),
-    Model("PAR-L-256", named("L", grid=(1, 16, 16)), VQConfig()),
+    Model("PAR-L-256", named("L", grid=(1, 16, 16)), VQConfig(), shaped=False),  # its matrices are those of PAR-L
 )
 #: PyTorch alone, what every claim of speed is measured by.
 BASELINES = (
@@ -129,6 +131,18 @@ def blocks(models: Sequence[Model], batches: Sequence[int] = BATCHES) -> list[Bl
             twins = tuple((n, twin) for twin in TWINS)
             out += [Block(model, images, weight, twins, images == batches[-1]) for images in batches]
     return out
+
+
+def shaped(models: Sequence[Model]) -> list[tuple[Model, int, Codes | None]]:
+    """Model, n and weights of what shapes of tiles are tried on, the most valuable first.
+
+    n = 1 is left out beside others: the two rows of a guided image are padded to 8, which n = 4 has.
+    """
+    plain: list[tuple[Model, int, Codes | None]] = []
+    for model in (model for model in models if model.shaped):
+        plain += [(model, n, None) for n in model.group_sizes if n != 1 or len(model.group_sizes) == 1]
+    plain.sort(key=lambda one: one[1])  # n = 4 of all models before n = 16
+    return plain + [(model, CODES_N, codes) for model in models if model.shaped for codes in model.codes]
 
 
 def label_of(model: str, n: int, kind: str = "") -> str:

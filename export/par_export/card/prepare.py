@@ -15,11 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from par_export.card.plan import CODES_N, COMPILED, TWINS, Model, label_of, valuable_first
 from par_export.kernels.build import Build, precisions, target
 from par_export.kernels.compiler import Compiler
 from par_export.kernels.contents import Contents
+from par_export.kernels.plan import Planner, plan
 from par_export.kernels.request import KernelsRequest
 from par_export.quantised import Codes, quantised_with, write_bundle
 from par_export.random_bundle import NoTensors, write_family
@@ -41,8 +43,12 @@ WARM_CALLS = 24
 #: How often these are tried where memory is short, and the seconds between two tries.
 WARM_TRIES, WARM_AGAIN_S = 6, 8.0
 COMPILE_THREADS = 2  #: of each twin; PyTorch would take one for each processor, and all twins compile at once
-#: Makes an engine of the bundle at a path, for batches of these sizes.
-MakeEngine = Callable[[Path, Sequence[int]], None]
+
+
+class MakeEngine(Protocol):
+    """Makes an engine of the bundle at ``path``, for batches of ``images``, as ``planner`` plans it."""
+
+    def __call__(self, path: Path, images: Sequence[int], *, planner: Planner = ...) -> None: ...
 
 
 @dataclass
@@ -195,7 +201,9 @@ class Builder:
             if self._compiler is not None:
                 self._compiler.close()
 
-    def __call__(self, path: Path, images: Sequence[int], engines: Path | None = None) -> None:
+    def __call__(
+        self, path: Path, images: Sequence[int], engines: Path | None = None, *, planner: Planner = plan
+    ) -> None:
         """The engine of the bundle at ``path`` for batches of ``images``, in ``engines`` (None: the bundle's folder).
 
         Raises BuildError, BundleError, EngineError after ``end``, OSError.
@@ -208,7 +216,7 @@ class Builder:
             bundle = Bundle.open(path, verify="none")  # it was written, or copied, just now
             request = KernelsRequest(path, (self._target,), images=tuple(images))
             contents = Contents(bundle, *precisions(bundle, request))
-            build = Build(contents, request.images, target(self._target, self._index), self._compiler)
+            build = Build(contents, request.images, target(self._target, self._index), self._compiler, planner)
             folder = (path / ENGINES if engines is None else engines) / build.name
             part = folder.with_name(f".{folder.name}.part")
             for each in (part, folder):  # of a build that was ended, or of another bundle

@@ -1,8 +1,8 @@
 """The report of a GPU: everything that is to be known of a card, in a given time.
 
 Its parts, in their order: whether the driver does what we count on; whether our kernels compute what they should, and
-their rows; PyTorch's rows, which all claims are measured by; ONNX Runtime; TensorRT-RTX. Whatever fails or does not fit
-into the time is said, and nothing that was measured is lost.
+their rows; PyTorch's rows, which all claims are measured by; our kernels in other shapes; ONNX Runtime; TensorRT-RTX.
+Whatever fails or does not fit into the time is said, and nothing that was measured is lost.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from par_export.card import libraries
@@ -26,7 +27,9 @@ from par_export.card.prepare import Builder, ready_engine
 from par_export.card.processes import run_stage
 from par_export.card.rows import Rows
 from par_export.card.session import Session
+from par_export.card.shapes import shapes
 from par_export.card.table import markdown
+from par_export.kernels.plan import Planner, plan
 from par_runtime.backends.engines import ENGINES
 from par_runtime.bench import machine
 from par_runtime.bench.bounds import GPU, with_bounds
@@ -43,7 +46,7 @@ __all__ = ["CardOptions", "bundles_to_check", "report"]
 #: waited for any more. PyTorch's twins have nothing to wait for but each other's compilation.
 CHECKS_END, WAIT_END, COMPILED_END = 0.4, 0.45, 0.55
 #: Of what time there is, the shares of the parts that were asked for.
-WEIGHTS = {"kernels": 4.0, "baselines": 4.0, "cuda-ort": 1.5, "tensorrt-rtx": 2.0}
+WEIGHTS = {"kernels": 4.0, "baselines": 4.0, "shapes": 4.0, "cuda-ort": 1.5, "tensorrt-rtx": 2.0}
 DRIVER_S = 60.0  #: at most, of the part about the driver
 
 
@@ -109,6 +112,7 @@ class Report:
             "driver": _driver,
             "kernels": _kernels,
             "baselines": _baselines,
+            "shapes": partial(shapes, build=self._build),
             "cuda-ort": libraries.cuda_ort,
             "tensorrt-rtx": libraries.tensorrt_rtx,
         }
@@ -140,15 +144,17 @@ class Report:
         weights = [WEIGHTS.get(other, 0.0) for other in (part, *waiting)]
         return weights[0] / sum(weights) * self.session.left
 
-    def _build(self, path: Path, images: Sequence[int]) -> None:
-        """The engine of a bundle: a ready one, else a new one."""
+    def _build(self, path: Path, images: Sequence[int], *, planner: Planner = plan, among: Path = Path()) -> None:
+        """The engine of a bundle: a ready one, which lies in the folder ``among`` of these, else a new one."""
         options = self._options
-        ready = None if options.engines is None else ready_engine(options.engines, path, images)
+        ready = None if options.engines is None else ready_engine(options.engines / among, path, images)
         if ready is not None:
             shutil.copytree(ready, path / ENGINES / ready.name)
         else:
-            (options.build or self._builder)(path, images)
-        self._engines["ready" if ready is not None else "built here"].append(path.name)
+            (options.build or self._builder)(path, images, planner=planner)
+        names = self._engines["ready" if ready is not None else "built here"]
+        if (name := f"{path.name} {among.parent}" if among.parts else path.name) not in names:  # one for all sets
+            names.append(name)
 
 
 def _driver(session: Session) -> list[Row]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from par_runtime.schedule import Schedule
 STD = 0.02  #: of random weights, as in a model that was never trained
 POOL_NUMBERS = 2**24  #: random numbers that all matrices are filled with
 REPEATS = 5
+HALF_BYTES = 2  #: of a number of the cache: fp16 or bf16
 FLUSH_BYTES = 2**28  #: written between two timings: more than any cache holds
 TABLES = ("cos", "sin")  #: two-dimensional, but no weights
 
@@ -54,15 +56,16 @@ class EngineSubject(PipelineSubject):
         architecture = replace(self.info.architecture, head_dim=pipeline.bundle.model["head_dim"])
         self.info = replace(self.info, architecture=architecture)
 
-    def kernels(self, images: int, guided: bool = True) -> list[dict[str, Any]]:
+    def kernels(self, images: int, guided: bool = True, image: bool = True) -> list[dict[str, Any]]:
         """What each kernel takes in a call in the middle of an image, and in the decoder.
 
+        ``image``: one is made before, which takes its time; without it tokens are random, and keys what was there.
         The launches of a kernel in all layers run one after the other in a graph. ``count``: how many these are;
         ``samples_us``: microseconds of one of them; ``bytes`` of the matrices that one of them reads, ``of``: the name
         of the first.
         """
         backend = gpu_backend(self.pipeline)
-        contexts = self._in_the_middle(images, guided)
+        contexts = self._in_the_middle(images, guided, image)
         profile = next(size for size in backend.engine.images if size >= images)
         out = []
         with backend.device.allocate(FLUSH_BYTES, "what empties the caches") as flush:
@@ -83,18 +86,62 @@ class EngineSubject(PipelineSubject):
                     )
         return out
 
-    def _in_the_middle(self, images: int, guided: bool) -> Mapping[str, KernelContext]:
-        """The contexts at a call in the middle of the last phase, on the tokens of an image that was just made."""
-        bundle = self.pipeline.bundle
-        self._generate(self.pipeline, images, guided)
+    def call_us(self, images: int) -> list[float]:
+        """Microseconds of all launches of a guided call in the middle of an image, in one graph, several times.
+
+        Its tokens are random; keys and values are what was there.
+        """
+        prepared = self._in_the_middle(images, True, image=False)["step"].launches
+        with gpu_backend(self.pipeline).device.allocate(FLUSH_BYTES, "what empties the caches") as flush:
+            return self._time(prepared, None, flush)
+
+    def logits(self, images: int, into: Path) -> None:
+        """Write the logits of a call in the middle of an image into the file ``into``: float32, (images * n, codes).
+
+        All that they depend on is random and the same for every engine of this bundle, in whatever order it packs its
+        matrices: these, keys, values, tokens. So two engines differ by rounding alone, or one of them is wrong.
+        """
+        backend, bundle = gpu_backend(self.pipeline), self.pipeline.bundle
+        repack(self.pipeline)
+        prepared, rows = self._in_the_middle(images, True, image=False)["step"].launches, 2 * images
+        numbers = np.random.default_rng(2).uniform(-(3**0.5), 3**0.5, POOL_NUMBERS).astype(np.float32)
+        size = rows * bundle.cache.heads * bundle.n_tokens * bundle.cache.head_dim * HALF_BYTES
+        with Pool(backend.device, backend.stream, as_type(numbers, f"*{backend.engine.precision}")) as pool:
+            for name in bundle.cache.inputs:
+                pool.fill(prepared.address(name), size)
+        prepared.enqueue()
+        out = np.empty((images * bundle.group_size, bundle.vocab_size), np.float32)
+        with backend.device.pinned(out.nbytes) as staging:
+            backend.stream.download(staging, prepared.address("logits"), out.nbytes)
+            backend.stream.synchronize()
+            out.view(np.uint8)[:] = staging.array.reshape(out.shape[0], -1)
+        with into.open("wb") as file:
+            np.save(file, out)
+
+    def _in_the_middle(self, images: int, guided: bool, image: bool) -> Mapping[str, KernelContext]:
+        """The contexts at a call in the middle of the last phase, on the tokens of an image that was just made, or
+        without ``image`` on random ones.
+        """
+        backend, bundle = gpu_backend(self.pipeline), self.pipeline.bundle
+        if image:
+            self._generate(self.pipeline, images, guided)
         settings = image_settings(bundle, images, guidance=self._guidance(guided), guidance_interval=-1)
         schedule = Schedule.of(bundle, self._labels(images), settings, list(range(images)))
         call = middle_call(bundle)
-        contexts: Any = gpu_backend(self.pipeline).at_call(schedule.batch, schedule.class_ids, schedule.noise, call)
+        contexts: Any = backend.at_call(schedule.batch, schedule.class_ids, schedule.noise, call)
+        if not image:
+            tokens = np.random.default_rng(3).integers(0, bundle.vocab_size, 2 * images * bundle.group_size)
+            with backend.device.pinned(tokens.nbytes) as staging:
+                staging.array[:] = tokens.view(np.uint8)
+                backend.stream.upload(contexts["step"].launches.address("ids"), staging, tokens.nbytes)
+                backend.stream.synchronize()
         return contexts
 
-    def _time(self, prepared: Prepared, which: Sequence[int], flush: cuda.Buffer) -> list[float]:
-        """Microseconds of one of the launches ``which``, for each of :data:`REPEATS` graphs of all of them."""
+    def _time(self, prepared: Prepared, which: Sequence[int] | None, flush: cuda.Buffer) -> list[float]:
+        """Microseconds of one of the launches ``which``, for each of :data:`REPEATS` graphs of all of them.
+
+        None: all launches in one go, and the microseconds of all.
+        """
         backend = gpu_backend(self.pipeline)
         stream = backend.stream
         with stream.capture() as captured:
@@ -102,7 +149,7 @@ class EngineSubject(PipelineSubject):
         with captured.graph as graph:
             launch, between = partial(graph.launch, stream), partial(flush.zero, stream)
             took = runs_ms(backend.device, stream, launch, REPEATS, between)
-        return [1e3 * ms / len(which) for ms in took]
+        return [1e3 * ms / (1 if which is None else len(which)) for ms in took]
 
 
 def middle_call(bundle: Bundle) -> int:
@@ -181,6 +228,33 @@ def fill(pipeline: Pipeline, numbers: int = POOL_NUMBERS) -> int:
                 pool.fill(addresses[name], kernels.weights[name].bytes)
                 done += kernels.weights[name].bytes
     return done
+
+
+def repack(pipeline: Pipeline, numbers: int = POOL_NUMBERS) -> None:
+    """Fill every matrix with random numbers in the order in which the bundle stores it, and have the engine pack it.
+
+    So engines that pack differently have the same matrices. Raises EngineError, CudaError.
+    """
+    backend, kernels = gpu_backend(pipeline), kernels_of(pipeline)
+    shared = programs(pipeline)["step"].shared
+    matrices = {name: weight for name, weight in kernels.weights.items() if matrix_type(name, weight, kernels)}
+    uniform = np.random.default_rng(1).uniform(-(3**0.5) * STD, 3**0.5 * STD, numbers).astype(np.float32)
+    backend.device.activate()
+    with ExitStack() as held:
+        largest = max(weight.source[1] for weight in matrices.values())
+        raw = held.enter_context(backend.device.allocate(largest, "a matrix as it is stored"))
+        pools: dict[str, Pool] = {}
+        for name, weight in sorted(matrices.items()):
+            assert weight.stored is not None
+            kind = "*u8" if weight.stored.dtype in MOST_CODE else STORED_KINDS[weight.stored.dtype]
+            if kind not in pools:
+                pools[kind] = held.enter_context(Pool(backend.device, backend.stream, as_type(uniform, kind)))
+            packed, pack = shared.addresses[name], weight.pack
+            pools[kind].fill(packed if pack is None else raw.pointer, weight.source[1])
+            if pack is not None:
+                ends = {"raw": raw.pointer, "packed": packed}
+                Prepared(shared.modules, [(pack, 0)], ends, backend.stream).enqueue()
+        backend.stream.synchronize()
 
 
 def matrix_type(name: str, weight: Weight, kernels: Kernels) -> str | None:

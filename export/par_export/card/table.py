@@ -12,6 +12,7 @@ from par_export.card.findings import OTHER_COMMIT, OTHER_DRIVER, Findings, Known
 from par_export.card.limits import COPY, READ
 from par_export.card.markdown import bullets, table
 from par_export.card.plan import COMPILED, EAGER, FIGURES, Figure, label_of, parts_of
+from par_export.card.shape_table import LEAST_BYTES, calls_table, shapes_table
 from par_runtime.bench.report.words import ms, number, percent, size
 from par_runtime.bench.rows import Row, median
 
@@ -20,8 +21,6 @@ DOUBT = "in doubt"
 JUDGED = "H100"  #: the card that the figures to reach are of
 MOST_WRONG = 5  #: failed checks of one subject that are shown; a kernel that is wrong fails hundreds
 MOST_KERNELS = 9  #: of a program that the table shows
-#: A kernel that reads fewer bytes of weights is not held to the bandwidth: its time is that of its launch.
-LEAST_BYTES = 2**20
 
 
 def markdown(runs: Sequence[Findings]) -> str:
@@ -37,6 +36,8 @@ def markdown(runs: Sequence[Findings]) -> str:
         known = Known(own)
         of_card = [
             ("Kernels, each alone", kernels_table(own), any(run.of("kernel") for run in own)),
+            ("Kernels in other shapes", shapes_table(own), any(run.of("shape") for run in own)),
+            ("Kernels one after the other", calls_table(own), any(run.of("shape") for run in own)),
             ("Rows", rows_table(known, own), True),
             ("int8 and int4 beside fp16", codes_table(known), any(of_codes(row.label) for row in known.rows)),
             ("Seconds per image", seconds_table(known), any_place(known)),

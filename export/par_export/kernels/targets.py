@@ -22,7 +22,9 @@ class Target:
 
     ``processors``: multiprocessors of the card. Shared memory in bytes: the most that a block may use, and what a
     processor has, of which each block takes 1 KiB more than it asks for. ``registers``: 32-bit registers of a
-    processor. ``sheet``: bandwidth and matrix rate.
+    processor. ``sheet``: bandwidth and matrix rate. ``early``: kernels may be launched early, where the GPU can;
+    ``ahead_us``: so many microseconds of bandwidth are then fetched ahead while the kernel before drains, by all blocks
+    together. Both are guesses of what is best.
     """
 
     capability: int
@@ -32,6 +34,8 @@ class Target:
     shared_processor: int
     sheet: DataSheet
     registers: int = 65536
+    early: bool = True
+    ahead_us: float = 4.0
 
     @property
     def name(self) -> str:
@@ -41,7 +45,7 @@ class Target:
     @property
     def dependent(self) -> bool:
         """Whether a kernel may be launched before the one ahead of it has ended, and wait for it by itself."""
-        return self.capability >= 90
+        return self.early and self.capability >= 90
 
 
 #: The matrix rates of RTX cards are those with sums in fp32.

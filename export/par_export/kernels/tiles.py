@@ -32,9 +32,8 @@ MOST_SHARE = 1.3
 L2 = 1.7
 #: What it costs to leave partial sums, count the blocks and add: two ways to memory one after the other.
 JOIN_US = 2 * LATENCY_US
-#: Fetched ahead while the kernel before drains (from SM90 on), all blocks together: a few microseconds of bandwidth,
-#: and less than half of the L2 cache.
-AHEAD_US, AHEAD_BYTES = 4.0, 16 * 2**20
+#: Fetched ahead (``Target.ahead_us``) by all blocks together, at most: less than half of the L2 cache.
+AHEAD_BYTES = 16 * 2**20
 PIECE = 2048  #: bytes that are fetched ahead at a time
 MOST_SHARED = 0.9  #: of a block's limit: the compiler adds to what the stages take
 MOST_SUMS = 4096  #: of squares that a consumer of x adds up in registers: tiles (a power of 2) times rows
@@ -358,7 +357,7 @@ def _with_ahead(tile: ProductTile, columns: int, depth: int, target: Target) -> 
     """``tile`` with what each of its blocks fetches ahead: whole pieces, at least one, at most all that it reads."""
     blocks = -(-columns // tile.BN) * tile.split
     slab = -(-depth // tile.BK) // tile.split * panel_bytes(tile)
-    budget = min(AHEAD_BYTES, int(AHEAD_US * _per_us(target))) // blocks
+    budget = min(AHEAD_BYTES, int(target.ahead_us * _per_us(target))) // blocks
     ahead = max(PIECE, min(slab, budget)) // PIECE * PIECE if target.dependent else 0
     return replace(tile, ahead=min(ahead, slab // PIECE * PIECE))
 

@@ -115,7 +115,7 @@ class Parts:
                 for profile, context in program._contexts.items():
                     found = self._all(program, profile, context)
                     self._of |= {call[2]: found for call in context.launches._calls}
-        return self._of[at]
+        return self._of.get(at, [])  # none of a launch that packs a matrix
 
     def clear(self) -> None:
         """Scratch memory may have moved."""

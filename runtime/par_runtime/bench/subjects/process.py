@@ -130,10 +130,24 @@ class SubjectProcess:
         """Milliseconds until the first picture that shows something of every region."""
         return float(self._ask(do="preview", images=images, guided=guided))
 
-    def kernels(self, images: int, guided: bool) -> list[dict[str, Any]]:
-        """What each kernel of a call takes, where the subject is one of :func:`open_random`."""
-        timed: list[dict[str, Any]] = self._ask(do="kernels", images=images, guided=guided)
+    def kernels(self, images: int, guided: bool, image: bool = True) -> list[dict[str, Any]]:
+        """What each kernel of a call takes, where the subject is one of :func:`open_random`.
+
+        ``image``: one is made before; without it tokens are random, which takes the same time.
+        """
+        timed: list[dict[str, Any]] = self._ask(do="kernels", images=images, guided=guided, image=image)
         return timed
+
+    def call_us(self, images: int) -> list[float]:
+        """Microseconds of all kernels of a guided call in one go, where the subject is one of :func:`open_random`."""
+        took: list[float] = self._ask(do="call", images=images)
+        return took
+
+    def logits(self, images: int, into: Path) -> None:
+        """Write what a call's logits are on numbers that every engine of this bundle gets, where the subject is one of
+        :func:`open_random`. They are float32 of shape (images * n, codes), in a file of numpy.
+        """
+        self._ask(do="logits", images=images, into=str(into))
 
     def kill(self) -> None:
         """End the process at once, whatever it does; ``close`` must follow."""

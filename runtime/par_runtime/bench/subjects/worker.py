@@ -87,7 +87,11 @@ def _do(subject: Any, request: Mapping[str, Any]) -> Any:
     if request["do"] == "run":
         return asdict(subject.run(images, request["guided"], request["most_calls"]))
     if request["do"] == "kernels":
-        return subject.kernels(images, request["guided"])
+        return subject.kernels(images, request["guided"], request["image"])
+    if request["do"] == "call":
+        return subject.call_us(images)
+    if request["do"] == "logits":
+        return subject.logits(images, Path(request["into"]))
     if request["do"] == "decode":
         return asdict(subject.decode(images))
     return subject.first_preview_ms(images, request["guided"])

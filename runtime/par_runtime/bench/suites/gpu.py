@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from par_runtime.bench.run import BenchOptions
 
 #: What a report can do; the first two are its default. ``docs/gpu.md`` describes each.
-PARTS = ("driver", "kernels", "baselines", "cuda-ort", "tensorrt-rtx")
+KERNELS, SHAPES = "kernels", "shapes"
+PARTS = ("driver", KERNELS, "baselines", SHAPES, "cuda-ort", "tensorrt-rtx")
 DEFAULT_PARTS = PARTS[:2]
+BUILT_AHEAD = (KERNELS, SHAPES)  #: parts that need engines of our kernels
 WHAT = "the report of a GPU"
 
 
@@ -53,7 +55,6 @@ def check_options(options: BenchOptions) -> None:
     measuring = (
         ("--json", options.json),
         ("--compare", options.compare),
-        ("--parts", options.parts),
         ("--minutes", options.minutes),
         ("--no-eager", options.no_eager),
     )
@@ -66,10 +67,15 @@ def check_options(options: BenchOptions) -> None:
         _refuse(
             "--build-for builds engines and measures nothing", (*measuring, *outputs, ("--from", options.from_files))
         )
+        if without := [part for part in options.parts or () if part not in BUILT_AHEAD]:
+            raise RequestError(
+                f"--parts {without[0]}: it needs no engine of our kernels; --build-for builds those of the parts "
+                f"{' and '.join(BUILT_AHEAD)}"
+            )
     if not options.from_files:
         return
     reading = (("BUNDLE", options.bundles), ("--engines", options.engines), ("--sizes", options.sizes))
-    _refuse("--from measures nothing", (*measuring, *reading))
+    _refuse("--from measures nothing", (*measuring, ("--parts", options.parts), *reading))
     for output in (options.csv, options.html, options.svg):
         if output is not None and any(_same_file(output, path) for path in options.from_files):
             raise RequestError(f"{output} is one of the files of --from, and would be lost; give another name")
@@ -107,6 +113,7 @@ def build_ahead(options: BenchOptions, say: Callable[[str], None]) -> list[str]:
             samples=optional("par_export.card.samples", WHAT, "SAMPLES"),
             codes=optional("par_export.card.plan", WHAT, "CODES"),
             models=_models(options.sizes),
+            parts=options.parts or (KERNELS,),
             work=options.work,
             say=say,
         )

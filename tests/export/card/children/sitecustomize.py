@@ -1,7 +1,7 @@
 """Read by every process that a report of the tests starts: the GPU that it finds is the stand-in.
 
 The stand-in knows the engines of the bundle that the process is given, and the kernels of the card's limits. Launches
-are checked, and compute nothing.
+are checked, and compute nothing unless a test asks for it.
 """
 
 import json
@@ -24,6 +24,10 @@ if "PARVIS_TEST_STAND_IN" in os.environ and len(sys.orig_argv) > 2:
     cuda.driver.memory_bytes = 2**34
     cuda.driver.fill = 0  # what no kernel writes must be tokens all the same, or nothing would be timed
     cuda.driver.twin = Failing(cuda.driver)
+    if "PARVIS_TEST_COMPUTES" in os.environ and "path" in spec:
+        from double.twins import Twins
+
+        cuda.driver.twin = Twins(cuda.driver)
     driver.LARGE, driver.LEAK = 2**20, 2**10
     for kernel, text in (*map(limits.empty_kernel, (False, True)), driver.fault_kernel()):
         cuda.driver.register(text, kernel, (8, 0))

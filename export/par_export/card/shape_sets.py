@@ -1,0 +1,129 @@
+"""Sets of shapes of tiles for a model: engines of all of them say how good the model of ``kernels/tiles.py`` is.
+
+Each set has another shape of every kernel, so that a few engines show many shapes: kernels are timed one by one. Set 0
+is the engine that a build makes. The last sets have its shapes and change how kernels follow each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from par_export.card.plan import Model, shaped
+from par_export.card.prepare import family_of
+from par_export.kernels.build import precisions
+from par_export.kernels.contents import Contents
+from par_export.kernels.plan import plan
+from par_export.kernels.request import KernelsRequest
+from par_export.kernels.spec import Planned, Refused
+from par_export.kernels.step_weights import storages
+from par_export.kernels.targets import Target
+from par_export.kernels.tiles import NUMBERS, SOURCES, ProductTile, Tiles, choose, shapes_of
+from par_export.kernels.tune import ORDER, Tile, candidates
+from par_export.quantised import Codes
+from par_runtime.backends.program import Kernel
+from par_runtime.bench.suites.gpu import SHAPES
+from par_runtime.bundle import Bundle
+
+SETS = 8  #: of shapes, at most
+#: What a set changes of the target, by the words for it.
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "no kernel is launched early": {"early": False},
+    "next to nothing is fetched ahead": {"ahead_us": 0.0},
+    "half as much is fetched ahead": {"ahead_us": 2.0},
+}
+AS_BUILT = "as built"
+CALL = "call"  #: in place of a kind: all kernels of a call, one after the other
+
+
+def among(number: int) -> Path:
+    """Where the engines of a set lie in a folder of ready engines."""
+    return Path(SHAPES, str(number))
+
+
+def tokens_family(model: Model, codes: Codes | None, folder: Path) -> Mapping[int, Path]:
+    """The bundles of ``model`` that shapes are tried on, which end at tokens, in ``folder``; n -> path.
+
+    Raises OSError.
+    """
+    sizes = tuple(n for one, n, kind in shaped([model]) if kind is None)
+    return family_of(replace(model, vq=None, group_sizes=sizes), codes, folder)
+
+
+@dataclass(frozen=True)
+class ShapeSet:
+    """Set ``number`` of a bundle: its shape of each kind of kernel ("qkv", "attention"), by which an engine is planned.
+
+    A kind that has no more shapes is not among them, and is as the model chooses it. ``words``: what the set is, where
+    it is no set of other shapes; ``change``: of the target.
+    """
+
+    number: int
+    shapes: Mapping[str, Tile]
+    words: str = ""
+    change: Mapping[str, Any] = field(default_factory=dict)
+
+    def changes(self, kind: str) -> bool:
+        """Whether the kernels of that kind are others than those of set 0, or the set is that one."""
+        return bool(self.words) or kind in self.shapes
+
+    def card(self, target: Target) -> Target:
+        """What is planned for, in place of ``target``."""
+        return replace(target, **self.change)
+
+    def __call__(
+        self, contents: Contents, images: Sequence[int], target: Target, refused: Refused = frozenset()
+    ) -> Planned:
+        """A ``Planner``: without the shapes that the compiler refused, whose kinds are as the model chooses them."""
+        left = {kind: tile for kind, tile in self.shapes.items() if not _is_refused(kind, tile, refused)}
+        return plan(contents, images, self.card(target), refused, left)
+
+
+def contents_of(path: Path) -> Contents:
+    """What the bundle at ``path`` of random weights is planned from. Raises BundleError, BuildError."""
+    bundle = Bundle.open(path, verify="none")  # it was written just now
+    return Contents(bundle, *precisions(bundle, KernelsRequest(path, ())))
+
+
+def sets_of(contents: Contents, images: Sequence[int], card: Target, most: int = SETS) -> list[ShapeSet]:
+    """Sets for batches of ``images``: with shapes that are worth timing at the first of these, at most ``most``; then
+    those that change how kernels follow each other, where the card can launch them early.
+    """
+    stored = storages(contents.step)
+    of_kind = {
+        # Of quantised bundles some matrices of a kind may be numbers: these stay as the model chooses them.
+        kind: candidates(contents.config, kind, images, card, most, images[0], stored.get(kind, (NUMBERS,))[0])
+        for kind in ORDER
+    }
+    count = max(len(tiles) for tiles in of_kind.values())
+    shapes = [{kind: tiles[i] for kind, tiles in of_kind.items() if i < len(tiles)} for i in range(1, count)]
+    sets = [ShapeSet(0, {}, AS_BUILT), *(ShapeSet(i, each) for i, each in enumerate(shapes, 1))]
+    for words, change in CHANGES.items() if card.dependent else ():
+        sets.append(ShapeSet(len(sets), {}, words, change))
+    return sets
+
+
+def tiles_of(contents: Contents, images: Sequence[int], card: Target, one: ShapeSet) -> Mapping[int, Tiles]:
+    """The shapes of an engine of a set by batch, if the compiler refuses none. Raises BuildError."""
+    return choose(contents.config, images, one.card(card), given=one.shapes, storages=storages(contents.step))
+
+
+def is_of(tile: Tile, kernel: Kernel) -> bool:
+    """Whether ``kernel`` was compiled in this shape. Its stages are not in an engine; what they take is."""
+    constants = kernel.constants
+    if isinstance(tile, ProductTile):
+        wanted = {"BN": tile.BN, "BK": tile.BK, "BITS": tile.bits, "GROUP": tile.group, "AHEAD": tile.ahead}
+        wanted |= {"SPLIT": tile.split} if "SPLIT" in constants else {}
+    else:
+        wanted = {"SPAN": tile.span, "CHUNK": tile.chunk}
+    return kernel.warps == tile.warps and all(constants[name] == value for name, value in wanted.items())
+
+
+def _is_refused(kind: str, tile: Tile, refused: Refused) -> bool:
+    of = partial(shapes_of, refused, SOURCES[kind])
+    if isinstance(tile, ProductTile):
+        return (tile.bits, tile.BN, tile.BK) in of(("BITS", "BN", "BK"))
+    return (tile.span, tile.chunk) in of(("SPAN", "CHUNK"))
