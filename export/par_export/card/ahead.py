@@ -18,13 +18,13 @@ from pathlib import Path
 
 from par_export.card.lines import words
 from par_export.card.plan import BATCHES, CODES_N, Model, shaped
-from par_export.card.prepare import CHECKED_IMAGES, Builder, copies, family_of, ready_engine
+from par_export.card.prepare import CHECKED_IMAGES, Builder, among, copies, family_of, ready_engine, tokens_family
 from par_export.card.samples import Sample
-from par_export.card.shape_sets import CHANGES, SETS, among, contents_of, sets_of, tokens_family
 from par_export.engines.cache import locked_file
 from par_export.errors import BuildError
 from par_export.kernels import build as kernels_build
 from par_export.kernels.plan import Planner, plan
+from par_export.kernels.shape_sets import CHANGES, SETS, contents_of, sets_of
 from par_export.quantised import Codes
 from par_runtime.backends.engines import ENGINES
 from par_runtime.bench.suites.gpu import KERNELS, SHAPES
@@ -118,9 +118,10 @@ def check_sources(folder: Path) -> None:
     that does not say what built it was made by hand.
     """
     if (folder / SOURCES).exists() and not is_of_these_sources(folder):
+        parts = f" --parts {KERNELS} {SHAPES}" if (folder / SHAPES).is_dir() else ""
         raise RequestError(
             f"--engines {folder}: built by other sources than this checkout's; build them again: "
-            "parvis bench --suite gpu --build-for TARGET --engines FOLDER"
+            f"parvis bench --suite gpu --build-for TARGET --engines FOLDER{parts}"
         )
 
 
@@ -195,7 +196,7 @@ def wanted_sets(work: Path, models: Sequence[Model], target: str) -> Iterator[Wa
 
     def planner(number: int, path: Path) -> Planner | None:
         sets = sets_of(contents_of(path), BATCHES, card)
-        return sets[number] if number < len(sets) else None
+        return sets[number] if number < len(sets) and sets[number].engine == number else None
 
     for model, n, kind in shaped(models):
         name, write = f"{model.family(kind)}-n{n}", partial(of, model, n, kind)

@@ -23,6 +23,7 @@ EXPECTED = (
     RequestError,
     TensorRTMissingError,
 )
+CALL = "call"  #: in a line of shapes, in place of a kernel: all kernels of a call, one after the other
 #: Takes a line of a stage: its kind, and whatever belongs to it.
 Emit = Callable[..., None]
 

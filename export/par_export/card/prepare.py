@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from par_export.card.plan import CODES_N, COMPILED, TWINS, Model, label_of, valuable_first
+from par_export.card.plan import CODES_N, COMPILED, TWINS, Model, label_of, shaped, valuable_first
 from par_export.kernels.build import Build, precisions, target
 from par_export.kernels.compiler import Compiler
 from par_export.kernels.contents import Contents
@@ -28,6 +28,7 @@ from par_export.random_bundle import NoTensors, write_family
 from par_runtime.backends.engines import ENGINES, Engine
 from par_runtime.bench.subjects.base import OutOfTimeError
 from par_runtime.bench.subjects.process import SubjectProcess, open_eager
+from par_runtime.bench.suites.gpu import SHAPES
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.dtypes import DTYPE
 from par_runtime.errors import EngineError, RequestError
@@ -178,6 +179,20 @@ def family_of(model: Model, codes: Codes | None, folder: Path) -> Mapping[int, P
         tensors=NoTensors,
         codes=codes,
     )
+
+
+def tokens_family(model: Model, codes: Codes | None, folder: Path) -> Mapping[int, Path]:
+    """The bundles of ``model`` that shapes are tried on, which end at tokens, in ``folder``; n -> path.
+
+    Raises OSError.
+    """
+    sizes = tuple(n for _, n, kind in shaped([model]) if kind is None)
+    return family_of(replace(model, vq=None, group_sizes=sizes), codes, folder)
+
+
+def among(number: int) -> Path:
+    """Where the engines of a set of shapes lie in a folder of ready engines."""
+    return Path(SHAPES, str(number))
 
 
 class Builder:

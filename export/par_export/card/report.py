@@ -39,6 +39,7 @@ from par_runtime.bench.limits import Limits
 from par_runtime.bench.measure import Progress
 from par_runtime.bench.report.output import Outcome
 from par_runtime.bench.rows import Row
+from par_runtime.errors import EngineError
 
 __all__ = ["CardOptions", "bundles_to_check", "report"]
 
@@ -145,9 +146,14 @@ class Report:
         return weights[0] / sum(weights) * self.session.left
 
     def _build(self, path: Path, images: Sequence[int], *, planner: Planner = plan, among: Path = Path()) -> None:
-        """The engine of a bundle: a ready one, which lies in the folder ``among`` of these, else a new one."""
+        """The engine of a bundle: a ready one, which lies in the folder ``among`` of these, else a new one.
+
+        Where there is a folder of ready sets none is built: another compiler would be compared, not another shape.
+        """
         options = self._options
         ready = None if options.engines is None else ready_engine(options.engines / among, path, images)
+        if ready is None and among.parts and options.engines and (options.engines / among.parent).is_dir():
+            raise EngineError(f"no engine of it is in {options.engines / among}: --build-for, --parts {among.parent}")
         if ready is not None:
             shutil.copytree(ready, path / ENGINES / ready.name)
         else:

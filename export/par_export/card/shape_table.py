@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from par_export.card.findings import Findings
 from par_export.card.limits import COPY, READ
+from par_export.card.lines import CALL
 from par_export.card.markdown import table
-from par_export.card.shape_sets import AS_BUILT, CALL
+from par_export.kernels.shape_sets import AS_BUILT
 from par_runtime.bench.report.words import number, share
 from par_runtime.bench.rows import median
 
 Line = Mapping[str, Any]
 #: A kernel that reads fewer bytes of weights is not held to the bandwidth: its time is that of its launch.
 LEAST_BYTES = 2**20
-ALL = "all of these in a call"
+ALL = "sum of these in a call"
 #: What tells shapes apart, of products and of attention.
 SHOWN = ("BN", "BK", "split", "span", "chunk", "warps", "stages")
 
@@ -27,33 +28,30 @@ def shapes_table(runs: Sequence[Findings]) -> str:
     Of several runs the last counts.
     """
     lines = [cells for label, own, bandwidth in _subjects(runs) for cells in _of_subject(label, own, bandwidth)]
-    columns = ("model", "kernel", "shapes tried", "us as built", "us in the fastest", "of its bound", "times as fast")
-    return table((*columns, "in the largest batch", "the fastest"), lines)
+    columns = ("model", "kernel", "shapes tried", "us as built", "us in the fastest", "times as fast")
+    return table((*columns, "in the largest batch", "the fastest, of its bound", "the fastest"), lines)
 
 
 def calls_table(runs: Sequence[Findings]) -> str:
-    """A line for each model and batch: what a whole call takes beside all of its kernels alone, and what it takes where
-    kernels follow each other differently.
+    """A line for each model and batch: what a whole call takes beside all of its kernels alone, what it takes in the
+    best of the sets of other shapes, and where kernels follow each other differently.
     """
-    lines, changed = list[tuple[str, ...]](), list[str]()
+    lines, changed = list[list[str]](), list[str]()
     for label, own, _ in _subjects(runs):
         for images in dict.fromkeys(line["images"] for line in own):
-            calls = {line["words"]: _us(line) for line in own if (line["images"], line["kernel"]) == (images, CALL)}
-            built = calls.pop(AS_BUILT, None)
+            of_batch = [line for line in own if line["images"] == images]
+            calls = [line for line in of_batch if line["kernel"] == CALL]
+            by_words = {line["words"]: _us(line) for line in calls if line["words"]}
+            built = by_words.pop(AS_BUILT, None)
             if built is None:
                 continue
-            changed += [words for words in calls if words and words not in changed]
-            alone = [
-                line["count"] * _us(line)
-                for line in own
-                if line["images"] == images and line["words"] == AS_BUILT and line["kernel"] != CALL
-            ]
-            others = [
-                f"{number(calls[words])} ({_times(calls[words], built)})" if words in calls else "" for words in changed
-            ]
-            lines.append((label, str(images), number(built), number(sum(alone)), *others))
-    columns = ("model", "batch", "us of a call", "of its kernels alone", *changed)
-    return table(columns, [(*line, *[""] * (len(columns) - len(line))) for line in lines])
+            changed += [words for words in by_words if words not in changed]
+            alone = sum(_all_us(line for line in of_batch if line["words"] == AS_BUILT and line["kernel"] != CALL))
+            others = [min((_us(line) for line in calls if not line["words"]), default=None)]
+            others += [by_words.get(words) for words in changed]
+            lines.append([label, str(images), number(built), number(alone), *(_beside(us, built) for us in others)])
+    columns = ("model", "batch", "us of a call", "of its kernels alone", "in the best set of other shapes", *changed)
+    return table(columns, [line + [""] * (len(columns) - len(line)) for line in lines])
 
 
 def _subjects(runs: Sequence[Findings]) -> list[tuple[str, list[Line], float | None]]:
@@ -67,11 +65,11 @@ def _subjects(runs: Sequence[Findings]) -> list[tuple[str, list[Line], float | N
 
 
 def _of_subject(label: str, own: Sequence[Line], bandwidth: float | None) -> list[tuple[str, ...]]:
-    """The lines of one model, the last of which is about all of its kernels together."""
+    """The lines of one model, the last of which is about all of its kernels with shapes together."""
     small, large = min(line["images"] for line in own), max(line["images"] for line in own)
-    out, sums = list[tuple[str, ...]](), {small: [0.0, 0.0], large: [0.0, 0.0]}
-    shapes = [line for line in own if line["words"] in ("", AS_BUILT) and line["kernel"] != CALL]
+    shapes = [line for line in own if line["words"] in ("", AS_BUILT) and line["tile"]]
     kinds = dict.fromkeys(line["kernel"] for line in shapes)
+    out, sums = list[tuple[str, ...]](), {small: [0.0, 0.0], large: [0.0, 0.0]}
     for kind in kinds:
         at = {(line["set"], line["images"]): line for line in shapes if line["kernel"] == kind}
         built, tried = at.get((0, small)), [line for (_, images), line in at.items() if images == small]
@@ -79,9 +77,8 @@ def _of_subject(label: str, own: Sequence[Line], bandwidth: float | None) -> lis
             continue
         best = min(tried, key=_us)
         for images, total in sums.items():
-            total[0] += at[0, images]["count"] * _us(at[0, images]) if (0, images) in at else float("nan")
-            one = at.get((best["set"], images))
-            total[1] += one["count"] * _us(one) if one is not None else float("nan")
+            for i, one in enumerate((at.get((0, images)), at.get((best["set"], images)))):
+                total[i] += one["count"] * _us(one) if one is not None else float("nan")
         bound = best["bytes"] / bandwidth / 1e3 if bandwidth and best["bytes"] >= LEAST_BYTES else None
         in_large = [at.get((one["set"], large)) for one in (built, best)]
         out.append(
@@ -91,16 +88,16 @@ def _of_subject(label: str, own: Sequence[Line], bandwidth: float | None) -> lis
                 str(len(tried)),
                 number(_us(built)),
                 number(_us(best)),
-                "" if bound is None else share(bound / _us(best)),
                 _times(_us(built), _us(best)),
                 "" if large == small or None in in_large else _times(*(_us(one) for one in in_large if one)),
+                "" if bound is None else share(bound / _us(best)),
                 _words(best["tile"]),
             )
         )
-    if len(out) == len(kinds):
-        times = [_times(*sums[images]) for images in (small, large)]
-        calls = (number(total) for total in sums[small])
-        out.append((label, ALL, "", *calls, "", times[0], "" if large == small else times[1], ""))
+    if len(out) == len(kinds) > 0:
+        small_sum, large_sum = (_times(*sums[images]) for images in (small, large))
+        us = (number(total) for total in sums[small])
+        out.append((label, ALL, "", *us, small_sum, "" if large == small else large_sum, "", ""))
     return out
 
 
@@ -108,9 +105,19 @@ def _us(line: Line) -> float:
     return median(line["samples_us"])
 
 
+def _all_us(lines: Iterable[Line]) -> Iterable[float]:
+    """Microseconds of all launches of each kernel in a call."""
+    return (line["count"] * _us(line) for line in lines)
+
+
 def _times(slow: float, fast: float) -> str:
     """ "1.12 x"; "" where one was not measured."""
     return f"{slow / fast:.2f} x" if slow == slow and fast == fast else ""
+
+
+def _beside(us: float | None, built: float) -> str:
+    """ "225 (1.50 x)": microseconds, and how many times those as built; "" for None."""
+    return "" if us is None else f"{number(us)} ({us / built:.2f} x)"
 
 
 def _words(tile: Mapping[str, int]) -> str:

@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_export.kernels.spec import STORED_KINDS
-from par_runtime.backends import cuda
 from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.kernels.modules import Prepared
 from par_runtime.backends.kernels.plan import KernelContext, KernelProgram
@@ -36,22 +35,30 @@ from par_runtime.request import image_settings
 from par_runtime.schedule import Schedule
 
 STD = 0.02  #: of random weights, as in a model that was never trained
-POOL_NUMBERS = 2**24  #: random numbers that all matrices are filled with
+#: Random numbers that all matrices are filled with: no multiple of a row of any matrix, so that no two rows are alike,
+#: nor of 3, by which a pool moves on.
+POOL_NUMBERS = (2**16 - 3) * 256
+SAME = 3  #: calls of which the logits must be the same bits
+CALLS = 4  #: of a graph in which whole calls are timed
 REPEATS = 5
 HALF_BYTES = 2  #: of a number of the cache: fp16 or bf16
-FLUSH_BYTES = 2**28  #: written between two timings: more than any cache holds
 TABLES = ("cos", "sin")  #: two-dimensional, but no weights
 
 
 class EngineSubject(PipelineSubject):
-    """A bundle on its engine of kernels on ``device``. Raises what ``Pipeline.load`` raises, EngineError."""
+    """A bundle on its engine of kernels on ``device``. Raises what ``Pipeline.load`` raises, EngineError.
 
-    def __init__(self, path: Path, label: str, device: str) -> None:
+    ``filled``: matrices are filled at once; else with what :meth:`logits` needs.
+    """
+
+    def __init__(self, path: Path, label: str, device: str, filled: bool = True) -> None:
         began = time.perf_counter()
         pipeline = Pipeline.load(path, device, selftest=False)
         load_ms = 1e3 * (time.perf_counter() - began)
         super().__init__(pipeline, label, load_ms)
-        fill(pipeline)
+        self._packed = False
+        if filled:
+            fill(pipeline)
         # Matrices are read without the padding of heads; the bound must not be easier for it.
         architecture = replace(self.info.architecture, head_dim=pipeline.bundle.model["head_dim"])
         self.info = replace(self.info, architecture=architecture)
@@ -60,7 +67,8 @@ class EngineSubject(PipelineSubject):
         """What each kernel takes in a call in the middle of an image, and in the decoder.
 
         ``image``: one is made before, which takes its time; without it tokens are random, and keys what was there.
-        The launches of a kernel in all layers run one after the other in a graph. ``count``: how many these are;
+        The launches of a kernel in all layers run one after the other in a graph, each time after all others of a call,
+        whose weights are what the caches hold then. ``count``: how many these are;
         ``samples_us``: microseconds of one of them; ``bytes`` of the matrices that one of them reads, ``of``: the name
         of the first.
         """
@@ -68,55 +76,59 @@ class EngineSubject(PipelineSubject):
         contexts = self._in_the_middle(images, guided, image)
         profile = next(size for size in backend.engine.images if size >= images)
         out = []
-        with backend.device.allocate(FLUSH_BYTES, "what empties the caches") as flush:
-            for name, program in programs(self.pipeline).items():
-                launches = list(program.program.launches(profile))
-                for kernel, which in by_kernel(launches).items():
-                    out.append(
-                        {
-                            "program": name,
-                            "kernel": kernel,
-                            "source": program.shared.modules[kernel].kernel.source,
-                            "of": matrix_of(launches[which[0]][0], kernels_of(self.pipeline)),
-                            "grid": list(launches[which[0]][0].grid),
-                            "count": len(which),
-                            "samples_us": self._time(contexts[name].launches, which, flush),
-                            "bytes": weight_bytes(launches[which[0]], kernels_of(self.pipeline)),
-                        }
-                    )
+        for name, program in programs(self.pipeline).items():
+            launches = list(program.program.launches(profile))
+            for kernel, which in by_kernel(launches).items():
+                took = self._times(contexts[name].launches, which, sorted({*range(len(launches))} - {*which}))
+                out.append(
+                    {
+                        "program": name,
+                        "kernel": kernel,
+                        "source": program.shared.modules[kernel].kernel.source,
+                        "of": matrix_of(launches[which[0]][0], kernels_of(self.pipeline)),
+                        "grid": list(launches[which[0]][0].grid),
+                        "count": len(which),
+                        "samples_us": [us / len(which) for us in took],
+                        "bytes": weight_bytes(launches[which[0]], kernels_of(self.pipeline)),
+                    }
+                )
         return out
 
     def call_us(self, images: int) -> list[float]:
-        """Microseconds of all launches of a guided call in the middle of an image, in one graph, several times.
+        """Microseconds of a guided call in the middle of an image: of several graphs of :data:`CALLS` calls each.
 
         Its tokens are random; keys and values are what was there.
         """
         prepared = self._in_the_middle(images, True, image=False)["step"].launches
-        with gpu_backend(self.pipeline).device.allocate(FLUSH_BYTES, "what empties the caches") as flush:
-            return self._time(prepared, None, flush)
+        return [us / CALLS for us in self._times(prepared, None, None, CALLS)]
 
-    def logits(self, images: int, into: Path) -> None:
+    def logits(self, images: int, into: Path) -> int:
         """Write the logits of a call in the middle of an image into the file ``into``: float32, (images * n, codes).
 
         All that they depend on is random and the same for every engine of this bundle, in whatever order it packs its
         matrices: these, keys, values, tokens. So two engines differ by rounding alone, or one of them is wrong.
+        Returns how many of :data:`SAME` calls gave other bits than the first.
         """
         backend, bundle = gpu_backend(self.pipeline), self.pipeline.bundle
-        repack(self.pipeline)
+        if not self._packed:
+            repack(self.pipeline)
+            self._packed = True
         prepared, rows = self._in_the_middle(images, True, image=False)["step"].launches, 2 * images
-        numbers = np.random.default_rng(2).uniform(-(3**0.5), 3**0.5, POOL_NUMBERS).astype(np.float32)
+        numbers = random_numbers(2, 1.0)
         size = rows * bundle.cache.heads * bundle.n_tokens * bundle.cache.head_dim * HALF_BYTES
         with Pool(backend.device, backend.stream, as_type(numbers, f"*{backend.engine.precision}")) as pool:
             for name in bundle.cache.inputs:
                 pool.fill(prepared.address(name), size)
-        prepared.enqueue()
-        out = np.empty((images * bundle.group_size, bundle.vocab_size), np.float32)
-        with backend.device.pinned(out.nbytes) as staging:
-            backend.stream.download(staging, prepared.address("logits"), out.nbytes)
-            backend.stream.synchronize()
-            out.view(np.uint8)[:] = staging.array.reshape(out.shape[0], -1)
+        shape, found = (images * bundle.group_size, bundle.vocab_size), list[NDArray[np.uint8]]()
+        with backend.device.pinned(4 * math.prod(shape)) as staging:
+            for _ in range(SAME):
+                prepared.enqueue()
+                backend.stream.download(staging, prepared.address("logits"), staging.size)
+                backend.stream.synchronize()
+                found.append(staging.array.copy())
         with into.open("wb") as file:
-            np.save(file, out)
+            np.save(file, found[0].view(np.float32).reshape(shape))
+        return sum(not np.array_equal(found[0], other) for other in found[1:])
 
     def _in_the_middle(self, images: int, guided: bool, image: bool) -> Mapping[str, KernelContext]:
         """The contexts at a call in the middle of the last phase, on the tokens of an image that was just made, or
@@ -137,19 +149,22 @@ class EngineSubject(PipelineSubject):
                 backend.stream.synchronize()
         return contexts
 
-    def _time(self, prepared: Prepared, which: Sequence[int] | None, flush: cuda.Buffer) -> list[float]:
-        """Microseconds of one of the launches ``which``, for each of :data:`REPEATS` graphs of all of them.
+    def _times(
+        self, prepared: Prepared, which: Sequence[int] | None, before: Sequence[int] | None, times: int = 1
+    ) -> list[float]:
+        """Microseconds of a graph of the launches ``which`` (None: all), ``times`` over; :data:`REPEATS` of them.
 
-        None: all launches in one go, and the microseconds of all.
+        The launches ``before`` come before each, untimed. They leave other weights in the caches, unwritten, and the
+        clocks up; zeros written over a block of memory would still be on their way to it while the graph runs.
         """
         backend = gpu_backend(self.pipeline)
         stream = backend.stream
         with stream.capture() as captured:
-            prepared.enqueue(which)
+            for _ in range(times):
+                prepared.enqueue(which)
         with captured.graph as graph:
-            launch, between = partial(graph.launch, stream), partial(flush.zero, stream)
-            took = runs_ms(backend.device, stream, launch, REPEATS, between)
-        return [1e3 * ms / (1 if which is None else len(which)) for ms in took]
+            launch, between = partial(graph.launch, stream), partial(prepared.enqueue, before)
+            return [1e3 * ms for ms in runs_ms(backend.device, stream, launch, REPEATS, between)]
 
 
 def middle_call(bundle: Bundle) -> int:
@@ -218,8 +233,7 @@ def fill(pipeline: Pipeline, numbers: int = POOL_NUMBERS) -> int:
         kind = matrix_type(name, weight, kernels)
         if kind is not None:
             kinds.setdefault(kind, []).append(name)
-    random, bound = np.random.default_rng(0), 3**0.5 * STD
-    uniform = random.uniform(-bound, bound, numbers).astype(np.float32)
+    uniform = random_numbers(0, STD, numbers)
     backend.device.activate()
     done = 0
     for kind, names in kinds.items():
@@ -230,7 +244,15 @@ def fill(pipeline: Pipeline, numbers: int = POOL_NUMBERS) -> int:
     return done
 
 
-def repack(pipeline: Pipeline, numbers: int = POOL_NUMBERS) -> None:
+def random_numbers(seed: int, deviation: float, count: int = POOL_NUMBERS) -> NDArray[np.float32]:
+    """Uniform numbers around zero with that standard deviation. In float32 they take a fifth of float64's time."""
+    numbers = np.random.default_rng(seed).random(count, np.float32)
+    numbers -= np.float32(0.5)
+    numbers *= np.float32(12**0.5 * deviation)
+    return numbers
+
+
+def repack(pipeline: Pipeline) -> None:
     """Fill every matrix with random numbers in the order in which the bundle stores it, and have the engine pack it.
 
     So engines that pack differently have the same matrices. Raises EngineError, CudaError.
@@ -238,7 +260,7 @@ def repack(pipeline: Pipeline, numbers: int = POOL_NUMBERS) -> None:
     backend, kernels = gpu_backend(pipeline), kernels_of(pipeline)
     shared = programs(pipeline)["step"].shared
     matrices = {name: weight for name, weight in kernels.weights.items() if matrix_type(name, weight, kernels)}
-    uniform = np.random.default_rng(1).uniform(-(3**0.5) * STD, 3**0.5 * STD, numbers).astype(np.float32)
+    uniform = random_numbers(1, STD)
     backend.device.activate()
     with ExitStack() as held:
         largest = max(weight.source[1] for weight in matrices.values())
@@ -287,4 +309,4 @@ def as_type(numbers: NDArray[np.float32], kind: str) -> NDArray[Any]:
 
 def open_subject(spec: Mapping[str, Any]) -> EngineSubject:
     """The subject that the specification of a worker describes; see ``bench/subjects/worker.py``."""
-    return EngineSubject(Path(spec["path"]), spec["label"], spec["device"])
+    return EngineSubject(Path(spec["path"]), spec["label"], spec["device"], spec.get("filled", True))

@@ -156,7 +156,7 @@ def test_build_for_needs_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["--json", "a.jsonl"], ["--svg", "a.svg"], ["--parts", "baselines"], ["--minutes", "3"], ["--no-eager"]],
+    [["--json", "a.jsonl"], ["--svg", "a.svg"], ["--minutes", "3"], ["--no-eager"]],
     ids=lambda options: options[0],
 )
 def test_what_only_a_measurement_takes_is_refused(

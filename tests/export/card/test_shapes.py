@@ -23,14 +23,15 @@ from par_export.card.ahead import build_ahead
 from par_export.card.findings import Findings
 from par_export.card.options import CardOptions
 from par_export.card.plan import MODELS, Model, shaped
+from par_export.card.prepare import tokens_family
 from par_export.card.report import report
-from par_export.card.shape_sets import CHANGES, ShapeSet, contents_of, is_of, sets_of, tiles_of, tokens_family
 from par_export.card.shape_table import ALL, calls_table, shapes_table
-from par_export.card.shapes import ALLOWED, kind_of
+from par_export.card.shapes import ALLOWED, MOST_OFF, difference, kind_of
 from par_export.card.subject import EngineSubject
 from par_export.card.table import markdown
 from par_export.errors import BuildError
 from par_export.kernels.plan import Planner, plan
+from par_export.kernels.shape_sets import AGAIN, CHANGES, ShapeSet, contents_of, is_of, sets_of, tiles_of
 from par_export.kernels.targets import TARGETS
 from par_export.kernels.tiles import SOURCES, AttentionTile, ProductTile, choose
 from par_export.kernels.tune import ORDER
@@ -73,8 +74,9 @@ def test_every_set_has_another_shape_of_every_kernel_and_the_first_is_what_a_bui
     contents, card = contents_of(family), TARGETS["SM90"]
     sets = sets_of(contents, (1, 8), card)
     assert [one.number for one in sets] == list(range(len(sets)))
-    assert 4 <= sum(not one.change for one in sets) <= 8
-    assert [one.words for one in sets[-3:]] == list(CHANGES)
+    assert 4 <= sum(not one.words for one in sets) + 1 <= 8
+    assert [one.words for one in sets if one.words] == ["as built", *CHANGES, AGAIN]
+    assert [one.engine for one in sets] == [*range(len(sets) - 1), 0]
     assert not sets[0].shapes
     built = plan(contents, (1, 8), card)
     assert sets[0](contents, (1, 8), card).specs == built.specs
@@ -113,11 +115,11 @@ def test_the_last_sets_change_how_kernels_follow_each_other() -> None:
     assert sizes["no kernel is launched early"] == {0}
     assert sizes["next to nothing is fetched ahead"] == {2048}
     large = MODELS[0].config
-    half, whole = (
+    quarter, whole = (
         choose(large, (1,), ShapeSet(0, {}, "", change).card(card))[1].gates.ahead
-        for change in (CHANGES["half as much is fetched ahead"], {})
+        for change in (CHANGES["a quarter as much is fetched ahead"], {})
     )
-    assert half == pytest.approx(whole / 2, abs=2048)
+    assert quarter == pytest.approx(whole / 4, abs=2048)
 
 
 def test_a_shape_that_the_compiler_refuses_is_not_planned_again(family: Path) -> None:
@@ -147,16 +149,19 @@ def computed(driver: Driver, path: Path, images: Sequence[int], into: Path) -> d
     bare.register(driver, folder)
     twins = driver.twin = Twins(driver)
     out = {}
-    with closing(EngineSubject(path, "x", "cuda:0")) as subject:
+    with closing(EngineSubject(path, "x", "cuda:0", filled=False)) as subject:
         twins.parts = kernels.Parts(subject.pipeline.backend)  # type: ignore[arg-type]
         for batch in images:
-            subject.logits(batch, into)
+            assert subject.logits(batch, into) == 0
             out[batch] = np.load(into)
     return out
 
 
 def far(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.linalg.norm(one - other) / np.linalg.norm(one))
+    """In parts of what is allowed."""
+    relative, most = difference(other, one)
+    assert relative is not None
+    return max(relative / ALLOWED, most / MOST_OFF)
 
 
 def test_all_sets_compute_the_same_numbers_in_whatever_order_they_pack(
@@ -177,7 +182,7 @@ def test_all_sets_compute_the_same_numbers_in_whatever_order_they_pack(
     assert first[1].std(0).mean() > 0.1 * first[1].std()  # no two positions are alike
     for other in found[1:]:
         for batch in (1, 2):
-            assert 0 < far(first[batch], other[batch]) < 0.3 * ALLOWED
+            assert 0 < far(first[batch], other[batch]) < 0.1
 
 
 def forgets_a_block(planned: Any) -> None:
@@ -209,7 +214,28 @@ def test_a_wrong_kernel_computes_others(driver: Driver, tmp_path: Path, bug: Cal
         folder = kernels.write_engine(Bundle.open(path), planned, "fp16", "fp16", "SM80")
         found.append(computed(driver, path, (1,), tmp_path / "x.npy")[1])
         folder.rename(tmp_path / f"done-{len(found)}")
-    assert far(*found) > 5 * ALLOWED
+    assert far(*found) > 1.2
+
+
+def test_a_race_is_seen_as_other_bits(driver: Driver, tmp_path: Path) -> None:
+    path = tokens_family(replace(SMALL, codes=()), None, tmp_path / "family")[4]
+    build(path, (1,))
+    driver.fill, driver.capability = 0, (8, 0)
+    bare.register(driver, next((path / ENGINES).iterdir()))
+    twins, heads = Twins(driver), list[int]()
+
+    def computes(kernel: Kernel, grid: Any, arguments: list[Any], at: int) -> None:
+        twins(kernel, grid, arguments, at)
+        if kernel.source == "step.head":
+            place = [name for name, _ in kernel.parameters].index("logits")
+            logits = driver.span(int(arguments[place]), 4 * 64, "the test").view(np.float32)
+            logits[5] += np.float32(1e-3) * len(heads)
+            heads.append(1)
+
+    driver.twin = type("Racing", (), {"__call__": staticmethod(computes), "done": staticmethod(twins.done)})()
+    with closing(EngineSubject(path, "x", "cuda:0", filled=False)) as subject:
+        twins.parts = kernels.Parts(subject.pipeline.backend)  # type: ignore[arg-type]
+        assert subject.logits(1, tmp_path / "x.npy") == 2
 
 
 # -- the part ---------------------------------------------------------------------------------------------------------
@@ -246,7 +272,7 @@ def of_shapes(
 def test_the_whole_part_times_what_is_right_and_says_what_is_not(
     stand_in: gpu.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(card_shapes, "sets_of", lambda *given: sets_of(*given)[:4])
+    monkeypatch.setattr(card_shapes, "sets_of", lambda *given: [*sets_of(*given)[:4], ShapeSet(4, {}, AGAIN)])
 
     def make(path: Path, images: Sequence[int], *, planner: Any) -> None:
         if planner.number == 2:
@@ -256,18 +282,23 @@ def test_the_whole_part_times_what_is_right_and_says_what_is_not(
         build(path, images, planner=planner)
 
     found, lines = of_shapes(tmp_path, stand_in, make)
-    assert {line["set"] for line in lines} == {0, 1}
-    kinds = ["qkv", "attention", "wo", "gates", "w2", "head", "call"]
-    assert [line["kernel"] for line in lines if line["set"] == 0] == kinds
-    assert {line["words"] for line in lines} == {"as built", ""}
+    assert {line["set"] for line in lines} == {0, 1, 4}
+    kinds = ["qkv", "attention", "wo", "gates", "w2", "head"]
+    all_of_them = ["step.embed", *kinds, "draw.resident", "call"]
+    for number, words, kernels_of in ((0, "as built", all_of_them), (1, "", [*kinds, "call"]), (4, AGAIN, all_of_them)):
+        own = [line for line in lines if line["set"] == number]
+        assert [line["kernel"] for line in own] == kernels_of
+        assert {line["words"] for line in own} == {words}
     assert {line["label"] for line in lines} == {"PAR-S n=4"}
     for line in lines:
-        assert (line["images"], line["compiler"], len(line["samples_us"])) == (1, "stand-in 1", 5)
-        assert line["kernel"] == "call" or line["tile"]["warps"] in (2, 4, 8)
-        assert line["bytes"] > 0 or line["kernel"] in ("attention", "call")
+        assert (line["images"], line["compiler"], len(line["samples_us"])) == (1, "stand-in 1", 1)
+        assert (line["kernel"] in kinds) == bool(line["tile"])
+        assert (line["kernel"] in ("qkv", "wo", "gates", "w2", "head")) == (line["bytes"] > 0)
+        assert (line["kernel"] in ("step.embed", "qkv", "gates", "head")) == (line.get("squares", 0) > 0)
     checks = {line["name"]: line["passed"] for line in found.of("check")}
-    where = "shapes of PAR-S n=4: set {}, the logits of set 0 (batch 1)"
-    assert checks == {where.format(0): True, where.format(1): True, where.format(3): False}
+    same = "shapes of PAR-S n=4: set {}, the same bits in every call (batch 1)"
+    near = "shapes of PAR-S n=4: set {}, the logits of set 0 (batch 1)"
+    assert checks == {same.format(i): True for i in (0, 1, 3, 4)} | {near.format(i): i != 3 for i in (0, 1, 3, 4)}
     assert found.left_out == ["shapes of PAR-S n=4: set 2: no registers"]
     page = markdown([found])
     table = page.partition("### Kernels in other shapes")[2].partition("###")[0]
@@ -283,13 +314,20 @@ def _with(bug: Callable[[Any], None], planner: Planner, *given: Any) -> Any:
     return planned
 
 
-def test_without_the_first_set_nothing_says_what_is_right(stand_in: gpu.Gpu, tmp_path: Path) -> None:
+def test_without_a_right_first_set_nothing_says_what_is_right(
+    stand_in: gpu.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def make(path: Path, images: Sequence[int], *, planner: Any) -> None:
         raise BuildError(f"not set {planner.number}")
 
     found, lines = of_shapes(tmp_path, stand_in, make)
     assert lines == []
     assert found.left_out == ["shapes of PAR-S n=4: set 0: not set 0"]
+    monkeypatch.delenv("PARVIS_TEST_COMPUTES")
+    found, lines = of_shapes(tmp_path, stand_in, build)
+    assert lines == []
+    said = {line["name"]: line["text"] for line in found.of("check") if not line["passed"]}
+    assert said == {"shapes of PAR-S n=4: set 0, the logits of set 0 (batch 1)": "not all are numbers, or all are zero"}
     found, _ = of_shapes(tmp_path, stand_in, make, minutes=0.02)
     assert found.left_out[-1] == "shapes of PAR-S n=4: time"
 
@@ -330,12 +368,12 @@ def test_the_fastest_shape_is_shown_beside_the_chosen_one() -> None:
     bound = 100 * 8 * 2**20 / 3000e3 / 4.0
     of = f"{bound:.0f} %"
     tile = "BN {}, BK 128, split 1, warps 4, stages 6"
-    assert table[2] == f"| PAR-L n=4 | gates | 3 | 5 | 4 | {of} | 1.25 x | 0.75 x | {tile.format(32)} |"
-    assert table[3] == f"| PAR-L n=4 | head | 2 | 50 | 50 | 6 % | 1.00 x | 1.00 x | {tile.format(64)} |"
-    assert table[4] == f"| PAR-L n=4 | {ALL} |  | 170 | 146 |  | 1.16 x | {224 / 272:.2f} x |  |"
+    assert table[2] == f"| PAR-L n=4 | gates | 3 | 5 | 4 | 1.25 x | 0.75 x | {of} | {tile.format(32)} |"
+    assert table[3] == f"| PAR-L n=4 | head | 2 | 50 | 50 | 1.00 x | 1.00 x | 6 % | {tile.format(64)} |"
+    assert table[4] == f"| PAR-L n=4 | {ALL} |  | 170 | 146 | 1.16 x | {224 / 272:.2f} x |  |  |"
     assert len(table) == 5
     later = Findings(describe(None), "c", "e", lines=[shape("gates", 0, 1, 7.0)])
-    assert shapes_table([found, later]).splitlines()[2].startswith("| PAR-L n=4 | gates | 1 | 7 | 7 |  | 1.00 x |  |")
+    assert shapes_table([found, later]).splitlines()[2].startswith("| PAR-L n=4 | gates | 1 | 7 | 7 | 1.00 x |  |  |")
 
 
 def test_a_whole_call_is_shown_beside_its_kernels_and_other_ways_to_launch_them() -> None:
@@ -350,12 +388,38 @@ def test_a_whole_call_is_shown_beside_its_kernels_and_other_ways_to_launch_them(
     ]
     found = [Findings(describe(None), "c", "d", lines=lines)]
     assert calls_table(found).splitlines() == [
-        "| model | batch | us of a call | of its kernels alone | no kernel is launched early |",
-        "| --- | --- | --- | --- | --- |",
-        "| PAR-L n=4 | 1 | 150 | 170 | 225 (1.50 x) |",
-        "| PAR-L n=4 | 8 | 300 | 0 |  |",
+        "| model | batch | us of a call | of its kernels alone | in the best set of other shapes | no kernel is "
+        "launched early |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| PAR-L n=4 | 1 | 150 | 170 | 140 (0.93 x) | 225 (1.50 x) |",
+        "| PAR-L n=4 | 8 | 300 | 0 |  |  |",
     ]
     assert "| gates | 1 | 5 | 5 |" in shapes_table(found)
+
+
+def test_a_column_that_is_wrong_alone_is_seen() -> None:
+    logits = np.random.default_rng(0).standard_normal((4, 16384)).astype(np.float32)
+    wrong = logits.copy()
+    wrong[:, 7] *= -1
+    relative, most = difference(wrong, logits)
+    assert relative is not None
+    assert relative < ALLOWED
+    assert most > MOST_OFF
+    assert difference(logits, logits) == (0.0, 0.0)
+    wrong[0, 0] = np.nan
+    assert difference(wrong, logits)[0] is None
+    assert difference(np.zeros_like(logits), np.zeros_like(logits))[0] is None
+
+
+def test_a_set_that_is_not_ready_beside_others_is_left_out(stand_in: gpu.Gpu, tmp_path: Path) -> None:
+    """It would be compiled by another Triton than the sets that it is compared with."""
+    ready = tmp_path / "ready"
+    (ready / "shapes").mkdir(parents=True)
+    found, _ = of_shapes(tmp_path, stand_in, build, engines=ready)
+    (said,) = found.left_out
+    assert said == (
+        f"shapes of PAR-S n=4: set 0: no engine of it is in {ready / 'shapes' / '0'}: --build-for, --parts shapes"
+    )
 
 
 def test_kinds_of_kernels() -> None:

@@ -30,6 +30,10 @@ def test_lines_of_another_kind_are_passed_over(tmp_path: Path) -> None:
     assert read(tmp_path / "rows.jsonl") == [row]
 
 
+def test_a_run_without_rows_is_an_empty_table() -> None:
+    assert csv_text([]).strip() == ""
+
+
 def spoilt(**changes: object) -> str:
     return json.dumps({k: v for k, v in (json.loads(to_json(one_row([1.0]))) | changes).items() if v != "gone"})
 

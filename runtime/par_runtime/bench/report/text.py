@@ -213,10 +213,10 @@ def predicted_table(predictions: Sequence[Prediction]) -> str:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Rows as CSV with a header; see ``rows.columns``."""
+    """Rows as CSV with a header; see ``rows.columns``. Without rows an empty line."""
     out = io.StringIO()
     flat: list[dict[str, Any]] = columns(rows)
-    writer = csv.DictWriter(out, list(flat[0]), lineterminator="\n")
+    writer = csv.DictWriter(out, list(flat[0]) if flat else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return out.getvalue()

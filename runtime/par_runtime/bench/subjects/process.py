@@ -75,12 +75,16 @@ def open_eager(
     return SubjectProcess(spec | {"compile_threads": compile_threads}, end)
 
 
-def open_random(path: str | Path, label: str, *, device: str = "cuda", end: float = math.inf) -> SubjectProcess:
+def open_random(
+    path: str | Path, label: str, *, device: str = "cuda", end: float = math.inf, filled: bool = True
+) -> SubjectProcess:
     """The bundle at ``path`` on its engine of kernels on ``device``, with random weights that are made there.
 
+    ``filled``: at once; else when ``logits`` is asked for.
     Raises RequestError where the 'export' extra is missing, what ``Pipeline.load`` raises, EngineError, CudaError.
     """
-    return SubjectProcess({"kind": "random", "path": str(path), "label": label, "threads": None, "device": device}, end)
+    spec = {"kind": "random", "path": str(path), "label": label, "threads": None, "device": device}
+    return SubjectProcess(spec | {"filled": filled}, end)
 
 
 class SubjectProcess:
@@ -143,11 +147,13 @@ class SubjectProcess:
         took: list[float] = self._ask(do="call", images=images)
         return took
 
-    def logits(self, images: int, into: Path) -> None:
+    def logits(self, images: int, into: Path) -> int:
         """Write what a call's logits are on numbers that every engine of this bundle gets, where the subject is one of
         :func:`open_random`. They are float32 of shape (images * n, codes), in a file of numpy.
+
+        Returns how many calls more gave other bits.
         """
-        self._ask(do="logits", images=images, into=str(into))
+        return int(self._ask(do="logits", images=images, into=str(into)))
 
     def kill(self) -> None:
         """End the process at once, whatever it does; ``close`` must follow."""

@@ -1,7 +1,10 @@
 """Sets of shapes of tiles for a model: engines of all of them say how good the model of ``kernels/tiles.py`` is.
 
 Each set has another shape of every kernel, so that a few engines show many shapes: kernels are timed one by one. Set 0
-is the engine that a build makes. The last sets have its shapes and change how kernels follow each other.
+is the engine that a build makes. The last sets have its shapes: they change how kernels follow each other, and the very
+last is set 0 once more, which shows what two measurements of the same differ by.
+
+It lies beside what it plans with, so that engines of other sets are engines of other sources.
 """
 
 from __future__ import annotations
@@ -12,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from par_export.card.plan import Model, shaped
-from par_export.card.prepare import family_of
 from par_export.kernels.build import precisions
 from par_export.kernels.contents import Contents
 from par_export.kernels.plan import plan
@@ -23,9 +24,7 @@ from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import Target
 from par_export.kernels.tiles import NUMBERS, SOURCES, ProductTile, Tiles, choose, shapes_of
 from par_export.kernels.tune import ORDER, Tile, candidates
-from par_export.quantised import Codes
 from par_runtime.backends.program import Kernel
-from par_runtime.bench.suites.gpu import SHAPES
 from par_runtime.bundle import Bundle
 
 SETS = 8  #: of shapes, at most
@@ -33,24 +32,9 @@ SETS = 8  #: of shapes, at most
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "no kernel is launched early": {"early": False},
     "next to nothing is fetched ahead": {"ahead_us": 0.0},
-    "half as much is fetched ahead": {"ahead_us": 2.0},
+    "a quarter as much is fetched ahead": {"ahead_us": 1.0},
 }
-AS_BUILT = "as built"
-CALL = "call"  #: in place of a kind: all kernels of a call, one after the other
-
-
-def among(number: int) -> Path:
-    """Where the engines of a set lie in a folder of ready engines."""
-    return Path(SHAPES, str(number))
-
-
-def tokens_family(model: Model, codes: Codes | None, folder: Path) -> Mapping[int, Path]:
-    """The bundles of ``model`` that shapes are tried on, which end at tokens, in ``folder``; n -> path.
-
-    Raises OSError.
-    """
-    sizes = tuple(n for one, n, kind in shaped([model]) if kind is None)
-    return family_of(replace(model, vq=None, group_sizes=sizes), codes, folder)
+AS_BUILT, AGAIN = "as built", "as built, again"
 
 
 @dataclass(frozen=True)
@@ -65,6 +49,11 @@ class ShapeSet:
     shapes: Mapping[str, Tile]
     words: str = ""
     change: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> int:
+        """The number of the set whose engine it has: its own, or for set 0 once more 0."""
+        return 0 if self.words == AGAIN else self.number
 
     def changes(self, kind: str) -> bool:
         """Whether the kernels of that kind are others than those of set 0, or the set is that one."""
@@ -90,7 +79,7 @@ def contents_of(path: Path) -> Contents:
 
 def sets_of(contents: Contents, images: Sequence[int], card: Target, most: int = SETS) -> list[ShapeSet]:
     """Sets for batches of ``images``: with shapes that are worth timing at the first of these, at most ``most``; then
-    those that change how kernels follow each other, where the card can launch them early.
+    those that change how kernels follow each other, where the card can launch them early; then set 0 once more.
     """
     stored = storages(contents.step)
     of_kind = {
@@ -103,7 +92,7 @@ def sets_of(contents: Contents, images: Sequence[int], card: Target, most: int =
     sets = [ShapeSet(0, {}, AS_BUILT), *(ShapeSet(i, each) for i, each in enumerate(shapes, 1))]
     for words, change in CHANGES.items() if card.dependent else ():
         sets.append(ShapeSet(len(sets), {}, words, change))
-    return sets
+    return [*sets, ShapeSet(len(sets), {}, AGAIN)]
 
 
 def tiles_of(contents: Contents, images: Sequence[int], card: Target, one: ShapeSet) -> Mapping[int, Tiles]:
