@@ -26,6 +26,8 @@ from par_export.card.plan import BATCHES, MODELS, Figure, Model, blocks
 from par_export.card.report import CardOptions, Report, report
 from par_export.card.samples import Sample
 from par_export.card.table import NOT_RUN, figures_table, markdown
+from par_export.kernels.plan import Planner
+from par_export.kernels.plan import plan as plan_kernels
 from par_export.kernels.spec import Planned, Spec
 from par_export.quantised import Codes
 from par_model.config import PARConfig, VQConfig
@@ -76,7 +78,7 @@ def planned(bundle: Bundle, images: Sequence[int]) -> Planned:
     return plan
 
 
-def build(path: Path, images: Sequence[int]) -> None:
+def build(path: Path, images: Sequence[int], *, planner: Planner = plan_kernels) -> None:
     bundle = Bundle.open(path)
     kernels.write_engine(bundle, planned(bundle, images), precision="fp16", decoder_precision="fp16")
 
@@ -441,14 +443,14 @@ def test_what_is_built_ahead_is_all_that_a_report_wants(stand_in: gpu.Gpu, tiny:
     ready = tmp_path / "ready"
     codes = (Codes("int8", 32),)
     wanted_here = {"checked": [tiny], "samples": (SAMPLE,), "codes": codes, "models": [SMALL]}
-    for name, write, images in wanted(tmp_path / "ahead", **wanted_here):  # type: ignore[arg-type]
-        path = write()
-        assert path.name == name
-        build(path, images)
-        shutil.copytree(path / "engines", ready / name / "engines")
+    for each in wanted(tmp_path / "ahead", **wanted_here):  # type: ignore[arg-type]
+        path = each.write()
+        assert path.name == each.name
+        build(path, each.images)
+        shutil.copytree(path / "engines", ready / each.name / "engines")
     built: dict[str, tuple[int, ...]] = {}
 
-    def build_here(path: Path, images: Sequence[int]) -> None:
+    def build_here(path: Path, images: Sequence[int], *, planner: Planner = plan_kernels) -> None:
         built[path.name] = tuple(images)
 
     wanted_here |= {"engines": ready, "build": build_here, "images": BATCHES, "twins": False, "minutes": 1.0}
