@@ -30,7 +30,7 @@ from par_export.kernels.plan import Planner
 from par_export.kernels.shape_sets import ShapeSet, contents_of, is_of, sets_of, tiles_of
 from par_export.kernels.step_weights import PRODUCTS
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import SOURCES
+from par_export.kernels.tiles import SOURCES, model_us
 from par_export.quantised import Codes
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import ENGINES, Engine
@@ -182,6 +182,8 @@ def _lines(
                 "shared": kernel.shared,
                 "squares": kernel.constants.get("TILES", 0),
             }
+            if tile is not None:
+                facts["model_us"] = model_us(contents.config, str(kind), tile, batch, one.card(card))
             yield about | {"kernel": kind or timed["source"], "tile": asdict(tile) if tile else {}} | facts
         yield about | {"kernel": CALL, "tile": {}, "count": 1, "bytes": 0, "samples_us": subject.call_us(batch)}
         for kind in sorted(missing):

@@ -218,14 +218,7 @@ def products(
     ``gone``: BN, BK and rows that are not to be among them. ``given``: with these panels, parts and warps alone, and
     with at most its stages. ``storage``: of the matrices.
     """
-    d, F = config.dim, config.ffn_dim
-    columns, depth = {
-        "qkv": (3 * d, d),
-        "wo": (d, d),
-        "gates": (2 * F, d),
-        "w2": (d, F),
-        "head": (config.vocab_size, d),
-    }[kind]
+    columns, depth = _matrix(config, kind)
     most = 2 * config.group_size * max(images)
     layouts = (
         _layouts(columns, depth, most, kind in ("wo", "w2"), storage)
@@ -249,6 +242,31 @@ def products(
         if len(tiles) == len(images):
             ranked.append((cost, tiles))
     return [tiles for _, tiles in sorted(ranked, key=lambda pair: pair[0])]  # of equals the one with larger panels
+
+
+def model_us(config: PARConfig, kind: str, tile: ProductTile | AttentionTile, images: int, target: Target) -> float:
+    """What the model thinks that a kernel of that kind takes for ``images`` guided images; attention, over all keys."""
+    if isinstance(tile, AttentionTile):
+        return attention_us(tile, 2 * images * config.n_heads, config.n_tokens, _line(config), target)
+    columns, depth = _matrix(config, kind)
+    return product_us(tile, columns, depth, 2 * config.group_size * images, target)
+
+
+def _matrix(config: PARConfig, kind: str) -> tuple[int, int]:
+    """Columns and depth of the matrix of a product."""
+    d, F = config.dim, config.ffn_dim
+    return {
+        "qkv": (3 * d, d),
+        "wo": (d, d),
+        "gates": (2 * F, d),
+        "w2": (d, F),
+        "head": (config.vocab_size, d),
+    }[kind]
+
+
+def _line(config: PARConfig) -> int:
+    """Bytes of a key and its value."""
+    return 2 * -(-config.head_dim // 8) * 8 * BYTES
 
 
 def _layouts(
@@ -364,7 +382,7 @@ def _with_ahead(tile: ProductTile, columns: int, depth: int, target: Target) -> 
 
 def attentions(config: PARConfig, images: Sequence[int], target: Target) -> list[AttentionTile]:
     """Shapes of attention, for all batches and all slots of the cache; what the model finds fastest comes first."""
-    line = 2 * -(-config.head_dim // 8) * 8 * BYTES  # a key and its value
+    line = _line(config)
 
     def cost(tile: AttentionTile) -> float:
         heads = {batch: 2 * batch * config.n_heads for batch in images}

@@ -131,3 +131,18 @@ def test_without_any_shape_one_line_says_what_to_do() -> None:
     everything = frozenset(spec(bn, bk, 8, "step.qkv") for bn in (16, 32, 64, 128) for bk in (16, 32, 64, 128, 256))
     with pytest.raises(BuildError, match=r"no shape of the product qkv .* fits SM90 at 1 images; give fewer with --m"):
         tiles.choose(named("L"), (1,), TARGETS["SM90"], everything)
+
+
+def test_what_the_model_expects_is_what_it_ranks_by() -> None:
+    """Of each kind the first shape is the one with the least time, where one batch counts."""
+    config, target = named("L"), TARGETS["SM90"]
+    for kind in ("qkv", "wo", "gates", "w2", "head"):
+        ranked = [
+            tiles.model_us(config, kind, shape[1], 1, target) for shape in tiles.products(config, kind, (1,), target)
+        ]
+        assert ranked == sorted(ranked)
+        assert 1 < ranked[0] < 100
+    attention = [
+        tiles.model_us(config, "attention", tile, 1, target) for tile in tiles.attentions(config, (1,), target)
+    ]
+    assert attention == sorted(attention)
