@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -159,6 +160,26 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Pat
 
 
 @contextmanager
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, bool]]:
+    """The folder ``name`` of this run of the tests, and whether it was made already, by this process or another one of
+    the run. It counts as made where the block ends without an error; the others wait until then.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # that of the run; each of its processes has a folder in there
+    folder, done = base / f"shared-{name}", base / f"shared-{name}.made"
+    with (base / f"shared-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if made := done.exists():
+            yield folder, made
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder, made
+        done.touch()
+
+
+@contextmanager
 def child(command: list[str], **pipes: Any) -> Iterator[subprocess.Popen[str]]:
     """A child process that hears Ctrl-C even where the tests run in the background, and that never outlives its
     test.
@@ -223,10 +244,16 @@ def kernels_bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A copy of it with really compiled engines of kernels, for SM80 and SM90 and 1 image.
 
     They were built by a process that needed neither torch nor triton itself. Its engine cache is the folder ``cache``
-    beside the bundle.
+    beside the bundle. Processes that run tests at the same time share it: compiling takes half a minute.
     """
     pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build]'")
-    folder = tmp_path_factory.mktemp("kernels")
+    with made_once(tmp_path_factory, "kernels") as (folder, made):
+        if not made:
+            _build_kernels(tiny, folder)
+    return folder / "tiny"
+
+
+def _build_kernels(tiny: Path, folder: Path) -> None:
     path = shutil.copytree(tiny, folder / "tiny")
     code = (
         "import sys; from par_export.cli import build as build_cli\n"
@@ -237,7 +264,6 @@ def kernels_bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     command = [sys.executable, "-c", code, str(path), "--engine", "kernels", "--target", "SM80,SM90", "--images", "1"]
     places = {"PARVIS_CACHE": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run([*command, "--quiet"], check=True, env=os.environ | places)
-    return path
 
 
 @pytest.fixture
