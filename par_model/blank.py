@@ -11,12 +11,13 @@ from torch import nn
 
 from par_model.checkpoint import check_keys, open_checkpoint
 from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig
+from par_model.shapes import shapes_alone
 from par_model.transformer import INIT_STD
 
 
 def without_weights(kind: Callable[[Any], Any], config: PARConfig | VQConfig | VideoTokenizerConfig) -> Any:
     """A module of ``kind`` on the device "meta": shapes without memory."""
-    with torch.device("meta"):
+    with shapes_alone():
         return kind(config)
 
 

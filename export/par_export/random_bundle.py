@@ -40,6 +40,7 @@ from par_model.config import (
     named,
 )
 from par_model.manifest import config_from_manifest, read_manifest, tokenizer_from_manifest
+from par_model.shapes import shapes_alone
 from par_model.transformer import INIT_STD, PAR
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
@@ -168,7 +169,7 @@ def write_family(
     widest = configs[max(configs)]
     weights = WeightsWriter(shared) if codes is None else _CodesWriter(shared, widest, codes)
     try:
-        with torch.device("meta"):
+        with shapes_alone():
             model = PAR(widest)
         write_weights(weights, widest, Checkpoint(shared, tensors(model)), dtype)
         for n, each in configs.items():
@@ -192,7 +193,7 @@ def write_family(
 
 def _write_decoder(weights: WeightsWriter, vq: Tokenizer, tensors: type[RandomTensors], dtype: str) -> None:
     """Write the weights of a decoder of images or of clips."""
-    with torch.device("meta"):
+    with shapes_alone():
         model = VideoTokenizer(vq) if isinstance(vq, VideoTokenizerConfig) else VQModel(vq)
     checkpoint = Checkpoint(weights.path, tensors(model))
     if isinstance(vq, VideoTokenizerConfig):

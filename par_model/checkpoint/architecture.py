@@ -10,8 +10,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from par_model.checkpoint import facts
 from par_model.checkpoint.beside import read_beside
 from par_model.checkpoint.errors import CheckpointError, shown, some
@@ -19,6 +17,7 @@ from par_model.checkpoint.keys import check_keys, missing, shape_of
 from par_model.checkpoint.load import Checkpoint
 from par_model.checkpoint.recognise import keys_problem
 from par_model.config import ORDERS, SIZES, PARConfig, VQConfig
+from par_model.shapes import shapes_alone
 from par_model.transformer import PAR
 from par_model.vq import VQModel
 
@@ -103,7 +102,7 @@ def infer(
             group_size=sizes.group_size,
             **ablations,
         )
-        with torch.device("meta"):
+        with shapes_alone():
             expected = PAR(config).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -179,7 +178,7 @@ def vq_config(checkpoint: Checkpoint) -> VQConfig:
             z_channels=shape_of(path, have, "post_quant_conv.weight", 4)[0],
             norm_groups=groups,
         )
-        with torch.device("meta"):
+        with shapes_alone():
             expected = VQModel(config).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error

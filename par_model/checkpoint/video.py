@@ -14,7 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from par_model.checkpoint import facts
@@ -23,6 +22,7 @@ from par_model.checkpoint.keys import check_keys, missing, shape_of
 from par_model.checkpoint.load import Checkpoint
 from par_model.checkpoint.recognise import OURS, architecture_problem, keys_problem
 from par_model.config import VideoTokenizerConfig
+from par_model.shapes import shapes_alone
 from par_model.video import VideoTokenizer
 
 KIND = "video-tokenizer"  #: what our own files say in their ``config``, under ``kind``
@@ -61,7 +61,7 @@ def video_config(checkpoint: Checkpoint) -> VideoTokenizerConfig:
             last_blocks=shape.last_blocks,
             norm_groups=_norm_groups(path, saved, shape.widths),
         )
-        with torch.device("meta"):
+        with shapes_alone():
             expected = VideoTokenizer(config).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
