@@ -134,16 +134,37 @@ def test_top_k_8000_of_64000_is_distributed_as_promised(who: str) -> None:
     """That of the C step and of our GPU kernels is tested beside their draws."""
     if who == "oracle":
         top_k_8000.check(
-            lambda x, u: oracle(torch.from_numpy(x[None]), torch.from_numpy(u[None]), 1.0, 8000, 1.0).numpy(), 1800, 200
+            lambda x, u: oracle(torch.from_numpy(x[None]), torch.from_numpy(u[None]), 1.0, 8000, 1.0).numpy(), 900, 100
         )
         return
     if who == "numpy":
-        ones = np.ones(200, np.float32)
-        top_k_8000.check(lambda x, u: draw_all(x, u, ones, np.full(200, 8000), ones), 1800, 200)
+        ones = np.ones(100, np.float32)
+        top_k_8000.check(lambda x, u: draw_all(x, u, ones, np.full(100, 8000), ones), 900, 100)
         return
     variant: SamplingVariant = "exact" if who == "exact" else "dynamic"
     session = tail(VOCAB, variant, COMPATIBLE_OPSET if "compatible" in who else None)
-    top_k_8000.check(lambda x, u: drawn(session, x[None], u[None], 1.0, 8000, 1.0), 1800, 200)
+    top_k_8000.check(lambda x, u: drawn(session, x[None], u[None], 1.0, 8000, 1.0), 900, 100)
+
+
+@pytest.mark.parametrize("fault", ["one too many", "no last eighth", "first half twice as often"])
+def test_a_fault_of_the_distribution_is_seen(fault: str) -> None:
+    """With the fewest draws that any of these tests makes."""
+    logits = top_k_8000.row()
+    p = np.where(logits >= np.sort(logits)[-top_k_8000.TOP_K], np.exp(logits.astype(np.float64)), 0)
+    if fault == "one too many":
+        best = int(np.argmax(np.where(p > 0, -np.inf, logits)))
+        p[best] = p.sum() / 50
+    cdf = np.cumsum(p) / p.sum()
+
+    def draw(rows: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        if fault == "no last eighth":
+            uniform = uniform * 7 / 8
+        elif fault == "first half twice as often":
+            uniform = np.where(uniform < 2 / 3, uniform * 3 / 4, (uniform - 2 / 3) * 3 / 2 + 1 / 2)
+        return np.searchsorted(cdf, uniform)
+
+    with pytest.raises(AssertionError):
+        top_k_8000.check(draw, 300, 100)
 
 
 @pytest.mark.parametrize("query", [1, 4, 16])
