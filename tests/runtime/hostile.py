@@ -7,6 +7,7 @@ import json
 import os
 import random
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,12 +177,38 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     return manifest | {"hash": canonical_hash(manifest)}
 
 
-def mutations(manifest: dict[str, Any], count: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(what was changed, the sealed manifest) of ``count`` changes: each value at least once, then by chance."""
+#: Tables whose entries are read alike: they differ in their names and numbers.
+TABLES = ("weights", "files", "graphs", "inputs", "outputs", "class_names", "phases")
+
+
+def kind(at: Place) -> Place:
+    """The same for the places of one thing in all entries of a table."""
+    return tuple("*" if i and at[i - 1] in TABLES else step for i, step in enumerate(at))
+
+
+def few(everywhere: list[Place], most: int) -> list[Place]:
+    """The first ``most`` places of each kind."""
+    seen: Counter[Place] = Counter()
+    kept = []
+    for at in everywhere:
+        seen[kind(at)] += 1
+        kept += [at] if seen[kind(at)] <= most else []
+    return kept
+
+
+def mutations(
+    manifest: dict[str, Any], count: int, seed: int, most: int | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what was changed, the sealed manifest) of ``count`` changes: each value at least once, then by chance.
+
+    ``most``: of places that are read alike, such as the offsets in the table of weights, so many, drawn by ``seed``.
+    """
     rng, text = random.Random(seed), json.dumps(manifest)
     changes = [*VALUES, *(Edit(name) for name in Edit.ALL)]
     everywhere = list(places(manifest))
     rng.shuffle(everywhere)
+    if most is not None:
+        everywhere = few(everywhere, most)
     made = 0
     while made < count:
         for at in everywhere:
