@@ -18,6 +18,6 @@ def decoder_with(folder: Path, line: str, bug: str) -> Path:
         (folder / name).write_text(text.replace(line, bug))
     assert found
     library = folder / "decoder.so"
-    flags = ("-O1", "-std=gnu11", "-pthread", "-shared", "-fPIC")
+    flags = ("-Og", "-std=gnu11", "-pthread", "-shared", "-fPIC")
     subprocess.run(["cc", *flags, str(folder / "decoder.c"), "-o", str(library), "-lm"], check=True)
     return library

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -68,6 +69,22 @@ def ahead(folder: Path, **changes: Any) -> tuple[list[str], list[str]]:
     return build_ahead(folder, "SM90", say=said.append, **(wanted | changes)), said
 
 
+Ahead = tuple[Path, list[str], list[str]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Ahead:
+    """The folder of a sample's engine, which took its place after one that cannot be built; what failed, was said."""
+    folder = tmp_path_factory.mktemp("ahead") / "ready"
+    return folder, *ahead(folder, models=(), samples=(replace(SAMPLE, name="bad", precision="fp32"), SAMPLE))
+
+
+@pytest.fixture
+def ready(made: Ahead, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    return shutil.copytree(made[0], tmp_path / "ready")
+
+
 def test_engines_are_built_without_a_gpu_and_are_those_of_the_report(tmp_path: Path) -> None:
     folder = tmp_path / "ready"
     failed, said = ahead(folder)
@@ -83,15 +100,16 @@ def test_engines_are_built_without_a_gpu_and_are_those_of_the_report(tmp_path: P
         engine = Engine.open(ready, Bundle.open(path))
         assert (engine.target, engine.images) == ("SM90", images)
     # What is there is kept; what an ended build left, or damaged, is made again.
-    file = folder / "odd-n4" / ENGINES
+    file = folder / "PAR-S-n4" / ENGINES
     (engine_folder,) = file.iterdir()
     before = (engine_folder / ENGINE_JSON).stat().st_mtime_ns
-    other = next((folder / "PAR-S-n4" / ENGINES).iterdir())
+    other = next((folder / "odd-n4" / ENGINES).iterdir())
     (other / ENGINE_JSON).write_text("{}")
     (other.parent / f".{other.name}.part").mkdir()
     assert ahead(folder)[0] == []
     assert (engine_folder / ENGINE_JSON).stat().st_mtime_ns == before
     assert [path.name for path in other.parent.iterdir()] == [other.name]
+    assert ready_engine(folder, paths[0], (1,)) is not None
     assert ready_engine(folder, paths[1], (1, 8)) is not None
     assert ready_engine(folder, paths[1], (1, 4)) is None
     # Those of another bundle of that name are not taken.
@@ -99,9 +117,8 @@ def test_engines_are_built_without_a_gpu_and_are_those_of_the_report(tmp_path: P
     assert ready_engine(folder, replace(SAMPLE, name="other").write(tmp_path / "o"), (1,)) is None
 
 
-def test_engines_of_other_sources_are_built_again(tmp_path: Path) -> None:
-    folder = tmp_path / "ready"
-    ahead(folder, models=())
+def test_engines_of_other_sources_are_built_again(ready: Path) -> None:
+    folder = ready
     assert is_of_these_sources(folder)
     (folder / "sources").write_text("0" * 64)
     assert not is_of_these_sources(folder)
@@ -112,9 +129,9 @@ def test_engines_of_other_sources_are_built_again(tmp_path: Path) -> None:
     assert is_of_these_sources(folder)
 
 
-def test_what_cannot_be_built_ahead_is_said_and_the_others_are(tmp_path: Path) -> None:
-    folder = tmp_path / "ready"
-    failed, said = ahead(folder, models=(), samples=(replace(SAMPLE, name="bad", precision="fp32"), SAMPLE))
+def test_what_cannot_be_built_ahead_is_said_and_the_others_are(made: Ahead) -> None:
+    folder, failed, said = made
+    assert [path.parent.name for path in folder.glob(f"*/{ENGINES}")] == ["odd-n4"]
     assert len(failed) == 1
     assert failed[0].startswith("bad-n4: ")
     assert "fp32" in failed[0]
@@ -170,10 +187,9 @@ def test_what_only_a_measurement_takes_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_build_into_one_folder_waits_for_nobody(tmp_path: Path) -> None:
+def test_a_second_build_into_one_folder_waits_for_nobody(ready: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
-    folder = tmp_path / "ready"
-    ahead(folder, models=())
+    folder = ready
     before = sorted(folder.rglob("*"))
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from par_export.cli import build as build_cli
-from par_export.graphs.step import padded_head_dim
-from par_export.kernels import plan_step, tiles
-from par_export.kernels.compiler import Compiler
 from par_export.kernels.targets import TARGETS
-from par_model.config import named
 from par_runtime.backends.engines import Engine, list_engines
 from par_runtime.backends.program import CONSTANTS, Kernels
-from par_runtime.bundle import Bundle, Stored
-from par_runtime.manifest import step_shapes
+from par_runtime.bundle import Bundle
 
 
 @pytest.fixture(params=["SM80", "SM90"])
@@ -56,40 +48,6 @@ def test_no_kernel_keeps_registers_in_memory_or_is_over_a_limit(engine: Engine) 
         assert kernel.registers * 32 * kernel.warps <= card.registers, name
         assert kernel.shared <= card.shared_block, name
         assert kernel.trailing == 2, name
-
-
-@pytest.mark.parametrize(("size", "n", "target"), [("L", 4, "SM80"), ("L", 4, "SM90"), ("3B", 16, "SM90")])
-def test_products_of_published_sizes_read_weights_16_bytes_at_a_time_into_matrix_units(
-    size: str, n: int, target: str
-) -> None:
-    config, card = named(size, group_size=n), TARGETS[target]
-    model = {"dim": config.dim, "n_layers": 1, "n_heads": config.n_heads, "vocab_size": config.vocab_size}
-    model |= {"head_dim": config.head_dim, "head_dim_padded": padded_head_dim(config), "ffn_dim": config.ffn_dim}
-    shapes = step_shapes(model, config.n_tokens) | {"embed": (20000, config.dim)}
-    stored = {name: Stored("float16", shape, 0, 2 * math.prod(shape)) for name, shape in shapes.items()}
-    stored |= {name: Stored("float32", shapes[name], 0, 4 * math.prod(shapes[name])) for name in ("cos", "sin")}
-    planned = plan_step.plan(
-        replace(config, n_layers=1),
-        stored,
-        lambda entry: np.ones(entry.shape, np.float32),
-        ["group"],
-        (1,),
-        "fp16",
-        card,
-        tiles.choose(config, (1,), card),
-    )
-    with Compiler(2) as compiler:
-        launched = {launch.kernel for launch, _ in planned.programs["step"].launches(1)}
-        compiled = compiler.compile([planned.specs[name] for name in launched], card)
-    for name, kernel in compiled.items():
-        assert kernel.fault(card) is None, name
-        source = planned.specs[name].source
-        if source in ("step.qkv", "step.residual", "step.gates", "step.head"):
-            assert kernel.products, name
-            assert kernel.copies["16"] >= 6, name  # weights and activations on their way to shared memory
-            assert "2" not in kernel.loads, name
-            assert "2" not in kernel.copies, name
-    assert any("wgmma" in product for kernel in compiled.values() for product in kernel.products) == (target == "SM90")
 
 
 def test_only_from_sm90_on_kernels_wait_by_themselves(engine: Engine) -> None:

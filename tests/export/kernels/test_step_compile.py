@@ -77,6 +77,7 @@ def planned(
 TINY = PARConfig(dim=40, n_layers=1, n_heads=2, vocab_size=50, n_classes=2, grid=(1, 8, 8), group_size=4)
 CASES = [
     ("L", 4, "SM80", "fp16", 1),
+    ("L", 4, "SM90", "fp16", 1),
     ("3B", 16, "SM90", "bf16", 1),
     ("tiny", 4, "SM90", "fp16", 1),
 ]
@@ -96,6 +97,12 @@ def test_kernels_of_a_step(size: str, query: int, target: str, precision: str, i
         assert kernel.warps == spec.warps
         if "BK" in constants:
             check_product(kernel, constants, target, config is TINY)
+    if config is not TINY:
+        units = {product.partition(".")[0] for kernel in compiled.values() for product in kernel.products}
+        assert ("wgmma" in units) == (target == "SM90")
+        assert {"step.qkv", "step.residual", "step.gates", "step.head"} <= {
+            spec.source for spec in specs if "BK" in dict(spec.constants)
+        }
 
 
 @pytest.mark.parametrize(
@@ -149,7 +156,7 @@ def check_product(kernel: Compiled, constants: dict[str, Any], target: str, tiny
     assert not {"1", "2"} & {*kernel.copies}
     if not tiny:
         assert "2" not in kernel.loads
-        assert kernel.copies["16"] >= 2
+        assert kernel.copies["16"] >= 6  # weights and activations on their way to shared memory
         assert kernel.shared >= 2 * constants["BN"] * constants["BK"] * 2
 
 
