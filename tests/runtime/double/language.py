@@ -65,10 +65,7 @@ def _single(value: Any) -> Any:
 
 def _quotient(a: Any, b: Any) -> Any:
     """Towards zero, as C divides."""
-    out = np.floor_divide(a, b)
-    if np.min(a) < 0 or np.min(b) < 0:
-        out = out + ((out < 0) & (out * b != a))
-    return out
+    return np.floor_divide(np.subtract(a, np.fmod(a, b)), b)
 
 
 _ARITHMETIC = {
@@ -125,7 +122,8 @@ class Address:
         return Address(self.buffer, self.index[key], self.name)
 
     def check(self, index: Any, what: str) -> None:
-        if index.size and int(index.view(np.uint64).max()) >= self.buffer.size:  # also those below 0
+        # Also those below 0.
+        if index.size and np.maximum.reduce(index.view(np.uint64), axis=None) >= self.buffer.size:
             at = int(index.min()) if index.min() < 0 else int(index.max())
             raise OutsideError(f"{what} number {at} of {self.name}, which has {self.buffer.size}")
 
@@ -138,20 +136,31 @@ def _load(
     if mask is None:
         place.check(index, "reads")
         return _array(buffer[index])
-    if np.all(mask):
+    index, mask = np.asarray(index), np.asarray(mask)
+    shape = index.shape if index.shape == mask.shape else np.broadcast_shapes(index.shape, mask.shape)
+    if _every(mask):
         place.check(index, "reads")
         out = buffer[index]
     else:
-        if not np.any(mask):
-            index = np.zeros(np.broadcast_shapes(np.shape(index), np.shape(mask)), np.int64)
+        if not _some(mask):
+            index = np.zeros(shape, np.int64)
         else:
             index = np.where(mask, index, index[np.broadcast_to(mask, index.shape)][0] if index.shape else index)
             place.check(index, "reads")
         out = np.where(mask, buffer[index], _hidden(buffer.dtype) if other is None else np.asarray(other, buffer.dtype))
-    shape = np.broadcast_shapes(np.shape(index), np.shape(mask))
     return _array(out if np.shape(out) == shape else np.broadcast_to(out, shape))
 
 
+def _every(mask: np.ndarray) -> bool:
+    """As ``np.all``, which takes several times as long for few numbers."""
+    return bool(np.logical_and.reduce(mask, axis=None))
+
+
+def _some(mask: np.ndarray) -> bool:
+    return bool(np.logical_or.reduce(mask, axis=None))
+
+
+@functools.cache
 def _hidden(dtype: np.dtype[Any]) -> Any:
     """What a mask hides where nothing else is named."""
     return np.asarray(np.nan if dtype.kind == "f" or dtype == BF16 else -77, np.float32).astype(dtype)
@@ -162,10 +171,11 @@ def _store(place: Address, value: Any, mask: Any = None, cache_modifier: str = "
     given = np.asarray(value)
     if given.dtype != buffer.dtype:
         given = given.astype(buffer.dtype)
-    if mask is not None and not np.all(mask):
-        shape = np.broadcast_shapes(index.shape, np.shape(mask))
-        mask = np.broadcast_to(np.asarray(mask), shape)
-        index, given = np.broadcast_to(index, shape)[mask], np.broadcast_to(given, shape)[mask]
+    if mask is not None and not _every(mask := np.asarray(mask)):
+        if not index.shape == given.shape == mask.shape:
+            shape = np.broadcast_shapes(index.shape, mask.shape)
+            index, given, mask = (np.broadcast_to(each, shape) for each in (index, given, mask))
+        index, given = index[mask], given[mask]
     place.check(index, "writes")
     buffer[index] = given
 
