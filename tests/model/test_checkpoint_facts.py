@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,20 @@ import torch
 
 from par_model.checkpoint import Checkpoint, CheckpointError, infer, open_checkpoint
 from par_model.config import PARConfig, named
+from par_model.shapes import shapes_alone
 from par_model.transformer import PAR
 
 State = dict[str, torch.Tensor]
 
 
-def state_of(config: PARConfig) -> State:
-    with torch.device("meta"):
+@functools.cache
+def shapes_of(config: PARConfig) -> State:
+    with shapes_alone():
         return dict(PAR(config).state_dict())
+
+
+def state_of(config: PARConfig) -> State:
+    return dict(shapes_of(config))
 
 
 def config_of(n: int, side: int, dim: int = 32, heads: int = 2) -> PARConfig:

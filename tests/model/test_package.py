@@ -25,24 +25,31 @@ def test_configurations_need_no_torch(code: str) -> None:
     run(f"import sys\n{code}\nassert 'torch' not in sys.modules")
 
 
-@pytest.mark.parametrize(
-    "before",
-    [
+def test_names_are_the_same_whatever_was_imported_before() -> None:
+    """Each in a process of its own, in which PyTorch is imported already: it takes two seconds."""
+    befores = [
         "",
         "import par_model.generation",
         "import par_model.checkpoint, par_model.training.transformer, par_model.baseline",
         "from par_model import *",
         "import par_model; par_model.generate; par_model.generation",
-    ],
-)
-def test_names_are_the_same_whatever_was_imported_before(before: str) -> None:
-    run(
-        f"{before}\n"
+    ]
+    after = (
         "from par_model import PAR, PARConfig, VQConfig, VQModel, generate\n"
         "from par_model import config, generation, transformer, vq\n"
         "assert generate is generation.generate and callable(generate)\n"
         "assert (PAR, VQModel) == (transformer.PAR, vq.VQModel)\n"
         "assert (PARConfig, VQConfig) == (config.PARConfig, config.VQConfig)\n"
+    )
+    run(
+        "import os, sys, torch\n"
+        "assert 'par_model' not in sys.modules\n"
+        f"for before in {befores}:\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        f"        exec(before + chr(10) + {after!r}, {{}})\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0, before\n"
     )
 
 

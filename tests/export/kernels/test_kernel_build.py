@@ -32,7 +32,7 @@ pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build
 
 
 def build(folder: Path, *targets: str, lines: list[str] | None = None, **fields: object) -> list[Path]:
-    request = KernelsRequest(folder, targets or ("SM80",), images=(1, 2), **fields)  # type: ignore[arg-type]
+    request = KernelsRequest(folder, targets or ("SM80",), images=(1, 2), **({"workers": 1} | fields))  # type: ignore[arg-type]
     return build_kernels(request, (lambda _: None) if lines is None else lines.append, planner=trial_plan)
 
 
@@ -120,7 +120,7 @@ def test_a_failed_build_leaves_nothing_and_a_good_engine_stays(tiny_copy: Path) 
         planned.add(replace(panels(contents.step["output"], "fp16"), source="pack.nothing"))
         return planned
 
-    request = KernelsRequest(tiny_copy, ("SM80",), images=(1,))
+    request = KernelsRequest(tiny_copy, ("SM80",), images=(1,), workers=1)
     with pytest.raises(BuildError, match=r"kernel pack\.nothing for SM80"):
         build_kernels(request, lambda _: None, planner=failing)
     assert not (tiny_copy / "engines").exists()
@@ -139,7 +139,7 @@ def test_a_kernel_that_needs_too_much_is_refused_by_name(tiny_copy: Path) -> Non
         return planned
 
     with pytest.raises(BuildError, match=r"^kernel pack.panels for SM80 .* keeps .* bytes .*; build with --engine t"):
-        build_kernels(KernelsRequest(tiny_copy, ("SM80",)), lambda _: None, planner=spilling)
+        build_kernels(KernelsRequest(tiny_copy, ("SM80",), workers=1), lambda _: None, planner=spilling)
 
 
 def test_a_product_that_finds_no_registers_is_planned_in_another_shape(tiny_copy: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_product_that_finds_no_registers_is_planned_in_another_shape(tiny_copy
         planned.add(gates(64, 64, 8) if refused else gates(128, 16, 64))
         return planned
 
-    build_kernels(KernelsRequest(tiny_copy, ("SM80",), images=(1,)), lambda _: None, planner=planner)
+    build_kernels(KernelsRequest(tiny_copy, ("SM80",), images=(1,), workers=1), lambda _: None, planner=planner)
     assert asked == [frozenset(), frozenset({gates(128, 16, 64)})]
 
 
