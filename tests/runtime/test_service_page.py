@@ -74,7 +74,9 @@ def test_eight_threads_get_the_images_of_their_requests(model: str, labels: tupl
         server.kill()
         server.wait()
     with Pipeline.load(ROOT / "models" / model, threads=1) as pipeline:
-        for (label, seed), answer in zip(asked, answers, strict=True):
+        made = dict(zip(asked, answers, strict=True))
+        assert answers == [made[request] for request in asked]  # each was asked for twice
+        for (label, seed), answer in made.items():
             wanted = pipeline.generate(label, seed=seed)
             assert answer == wanted.to_bytes()
             path = tmp_path / f"answer{'.gif' if pipeline.bundle.video else '.png'}"
