@@ -30,8 +30,8 @@ demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the run
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-test: lint  ## lint, types and tests: 7 to 18 minutes on 2 cores; the first time installs .venv-dev (2.7 GB, with CUDA more)
-	@echo "Now the tests: about 7 minutes on 2 fast cores, 18 on old ones."
+test: lint  ## lint, types and tests: 7 to 15 minutes on 2 cores; the first time installs .venv-dev (2.7 GB, with CUDA more)
+	@echo "Now the tests: about 7 minutes on 2 fast cores, 15 on old ones."
 	OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest $(AT_ONCE)
 
 test-all: lint  ## the slow tests too: about 20 minutes
