@@ -25,6 +25,7 @@ from par_export.card.options import CardOptions
 from par_export.card.plan import Model
 from par_export.card.prepare import tokens_family
 from par_export.card.report import report
+from par_export.card.session import GRACE_S
 from par_export.card.shape_table import ALL, calls_table, shapes_table
 from par_export.card.shapes import ALLOWED, MOST_OFF, difference, kind_of
 from par_export.card.subject import EngineSubject
@@ -250,6 +251,17 @@ def test_without_a_right_first_set_nothing_says_what_is_right(
     assert said == {"shapes of PAR-S n=4: set 0, the logits of set 0 (batch 1)": "not all are numbers, or all are zero"}
     found, _ = of_shapes(tmp_path, stand_in, make, minutes=0.02)
     assert found.left_out[-1] == "shapes of PAR-S n=4: time"
+
+
+def test_a_set_that_never_ends_costs_its_own_time_alone(
+    stand_in: gpu.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card_shapes, "SET_S", 0.5 - GRACE_S)
+    found, lines = of_shapes(tmp_path, stand_in, build)
+    assert lines == []
+    (said,) = found.left_out
+    assert said == "shapes of PAR-S n=4: set 0: PAR-S n=4 was still at work when the time had passed"
+    assert found.minutes < 1.5  # of three that the part has
 
 
 def shape(kernel: str, number: int, images: int, us: float, **tile: int) -> dict[str, Any]:
