@@ -25,18 +25,20 @@ import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from par_model.blank import with_weights, without_weights
+from par_model.blank import with_weights
 from par_model.config import VideoTokenizerConfig, VQConfig
 from par_model.dtypes import PRECISION_DTYPE
 from par_model.generation import cumulative, sample, uniforms
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.ordering import phases, token_order
 from par_model.running import Clock, reason_of, running_sum
+from par_model.shapes import without_weights
 from par_model.transformer import PAR, KVCache
 from par_model.video import FSQ, VideoTokenizer, to_pixels
 from par_model.vq import VQModel
@@ -184,7 +186,7 @@ class Baseline:
 
     def _decoder(self, config: VQConfig | VideoTokenizerConfig, path: str | Path | None) -> VQModel | VideoTokenizer:
         """The tokenizer without its encoder, which has no part in generation."""
-        vq = without_weights(VideoTokenizer if isinstance(config, VideoTokenizerConfig) else VQModel, config)
+        vq: Any = without_weights(VideoTokenizer if isinstance(config, VideoTokenizerConfig) else VQModel, config)
         if path is not None:  # a checkpoint has the keys of both halves, so the encoder is removed after loading
             vq = with_weights(vq, path, self.dtype, self.device)
         if isinstance(config, VideoTokenizerConfig):

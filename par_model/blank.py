@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,7 @@ import torch
 from torch import nn
 
 from par_model.checkpoint import check_keys, open_checkpoint
-from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig
-from par_model.shapes import shapes_alone
 from par_model.transformer import INIT_STD
-
-
-def without_weights(kind: Callable[[Any], Any], config: PARConfig | VQConfig | VideoTokenizerConfig) -> Any:
-    """A module of ``kind`` on the device "meta": shapes without memory."""
-    with shapes_alone():
-        return kind(config)
 
 
 def with_weights(model: Any, path: str | Path | None, dtype: torch.dtype, device: torch.device) -> Any:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class _NoNumbers(TorchFunctionMode):
     """Initial weights are not drawn: on the device "meta" there is nothing to draw them into.
 
-    PyTorch would load its compiler for it, which takes 2 seconds.
+    PyTorch would load its compiler for it, which takes longer than to open a checkpoint.
     """
 
     def __torch_function__(
@@ -29,8 +31,7 @@ class _NoNumbers(TorchFunctionMode):
         return function(*arguments, **named)
 
 
-@contextmanager
-def shapes_alone() -> Iterator[None]:
-    """Modules that are made here lie on the device "meta": they have shapes, and neither memory nor numbers."""
+def without_weights(kind: Callable[[Any], Module], config: Any) -> Module:
+    """A module of ``kind`` on the device "meta": shapes without memory, and without numbers."""
     with torch.device("meta"), _NoNumbers():
-        yield
+        return kind(config)

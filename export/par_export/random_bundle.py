@@ -40,7 +40,7 @@ from par_model.config import (
     named,
 )
 from par_model.manifest import config_from_manifest, read_manifest, tokenizer_from_manifest
-from par_model.shapes import shapes_alone
+from par_model.shapes import without_weights
 from par_model.transformer import INIT_STD, PAR
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
@@ -169,8 +169,7 @@ def write_family(
     widest = configs[max(configs)]
     weights = WeightsWriter(shared) if codes is None else _CodesWriter(shared, widest, codes)
     try:
-        with shapes_alone():
-            model = PAR(widest)
+        model = without_weights(PAR, widest)
         write_weights(weights, widest, Checkpoint(shared, tensors(model)), dtype)
         for n, each in configs.items():
             write_rotary(weights, each, f".{n}")
@@ -193,8 +192,7 @@ def write_family(
 
 def _write_decoder(weights: WeightsWriter, vq: Tokenizer, tensors: type[RandomTensors], dtype: str) -> None:
     """Write the weights of a decoder of images or of clips."""
-    with shapes_alone():
-        model = VideoTokenizer(vq) if isinstance(vq, VideoTokenizerConfig) else VQModel(vq)
+    model = without_weights(VideoTokenizer if isinstance(vq, VideoTokenizerConfig) else VQModel, vq)
     checkpoint = Checkpoint(weights.path, tensors(model))
     if isinstance(vq, VideoTokenizerConfig):
         write_video_weights(weights, checkpoint, vq, dtype, encoder=False)

@@ -18,7 +18,7 @@ from par_export.weights import TORCH_DTYPE
 from par_model.checkpoint import check_keys
 from par_model.config import PARConfig, VQConfig
 from par_model.manifest import config_from_manifest, read_manifest, tokenizer_from_manifest
-from par_model.shapes import shapes_alone
+from par_model.shapes import without_weights
 from par_model.transformer import PAR
 from par_model.vq import VQModel
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
@@ -132,8 +132,7 @@ def restored_model(bundle: Bundle, stored: dict[str, Tensor], dtype: torch.dtype
     """The bundle's transformer in PyTorch. Raises ManifestError, CheckpointError."""
     config = config_from_manifest(read_manifest(bundle.path))
     state = model_state(config, stored)
-    with shapes_alone():
-        model = PAR(config)
+    model = without_weights(PAR, config)
     check_keys(bundle.path, state, model.state_dict())
     model.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
     for name, table in list(model.named_buffers()):  # of the order of tokens: they are never on the device "meta"
@@ -151,8 +150,7 @@ def restored_decoder(
     config = tokenizer_from_manifest(read_manifest(bundle.path))
     if not isinstance(config, VQConfig):
         return None
-    with shapes_alone():
-        model = VQModel(config)
+    model = without_weights(VQModel, config)
     del model.encoder, model.quant_conv, model.quantize
     own = {name[len(PREFIX) :]: tensor for name, tensor in stored.items() if name.startswith(PREFIX)}
     state = {

@@ -20,7 +20,7 @@ from par_export.graphs.writer import WeightTable
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig, VideoTokenizerConfig
 from par_model.ordering import rotary_table
-from par_model.shapes import shapes_alone
+from par_model.shapes import without_weights
 from par_model.transformer import PAR
 from par_model.video import FSQ
 from par_runtime.bundle import Stored
@@ -108,8 +108,7 @@ class WeightsWriter(WeightTable):
 
 def parameters(config: PARConfig) -> int:
     """How many parameters a model of ``config`` has."""
-    with shapes_alone():
-        return sum(tensor.numel() for tensor in PAR(config).parameters())
+    return sum(tensor.numel() for tensor in without_weights(PAR, config).parameters())
 
 
 def parameter_count(checkpoint: Checkpoint) -> int:

@@ -17,7 +17,7 @@ from par_model.checkpoint.keys import check_keys, missing, shape_of
 from par_model.checkpoint.load import Checkpoint
 from par_model.checkpoint.recognise import keys_problem
 from par_model.config import ORDERS, SIZES, PARConfig, VQConfig
-from par_model.shapes import shapes_alone
+from par_model.shapes import without_weights
 from par_model.transformer import PAR
 from par_model.vq import VQModel
 
@@ -102,8 +102,7 @@ def infer(
             group_size=sizes.group_size,
             **ablations,
         )
-        with shapes_alone():
-            expected = PAR(config).state_dict()
+        expected = without_weights(PAR, config).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     check_keys(path, checkpoint.tensors, expected)
@@ -178,8 +177,7 @@ def vq_config(checkpoint: Checkpoint) -> VQConfig:
             z_channels=shape_of(path, have, "post_quant_conv.weight", 4)[0],
             norm_groups=groups,
         )
-        with shapes_alone():
-            expected = VQModel(config).state_dict()
+        expected = without_weights(VQModel, config).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     check_keys(path, have, expected)

@@ -22,7 +22,7 @@ from par_model.checkpoint.keys import check_keys, missing, shape_of
 from par_model.checkpoint.load import Checkpoint
 from par_model.checkpoint.recognise import OURS, architecture_problem, keys_problem
 from par_model.config import VideoTokenizerConfig
-from par_model.shapes import shapes_alone
+from par_model.shapes import without_weights
 from par_model.video import VideoTokenizer
 
 KIND = "video-tokenizer"  #: what our own files say in their ``config``, under ``kind``
@@ -61,8 +61,7 @@ def video_config(checkpoint: Checkpoint) -> VideoTokenizerConfig:
             last_blocks=shape.last_blocks,
             norm_groups=_norm_groups(path, saved, shape.widths),
         )
-        with shapes_alone():
-            expected = VideoTokenizer(config).state_dict()
+        expected = without_weights(VideoTokenizer, config).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     check_keys(path, have, expected)

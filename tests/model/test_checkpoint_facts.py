@@ -14,7 +14,7 @@ import torch
 
 from par_model.checkpoint import Checkpoint, CheckpointError, infer, open_checkpoint
 from par_model.config import PARConfig, named
-from par_model.shapes import shapes_alone
+from par_model.shapes import without_weights
 from par_model.transformer import PAR
 
 State = dict[str, torch.Tensor]
@@ -22,8 +22,7 @@ State = dict[str, torch.Tensor]
 
 @functools.cache
 def shapes_of(config: PARConfig) -> State:
-    with shapes_alone():
-        return dict(PAR(config).state_dict())
+    return dict(without_weights(PAR, config).state_dict())
 
 
 def state_of(config: PARConfig) -> State:

@@ -26,7 +26,7 @@ def test_configurations_need_no_torch(code: str) -> None:
 
 
 def test_names_are_the_same_whatever_was_imported_before() -> None:
-    """Each in a process of its own, in which PyTorch is imported already: it takes two seconds."""
+    """Each in a process of its own, in which PyTorch is imported already: that takes longest."""
     befores = [
         "",
         "import par_model.generation",

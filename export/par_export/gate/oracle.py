@@ -18,7 +18,7 @@ from par_export.gate.magnitudes import Largest
 from par_export.weights import TORCH_DTYPE
 from par_model.checkpoint import Checkpoint, CheckpointError
 from par_model.config import PARConfig
-from par_model.shapes import shapes_alone
+from par_model.shapes import without_weights
 from par_model.transformer import PAR, Block
 from par_runtime.system import give_back
 
@@ -68,8 +68,7 @@ def oracle_logits(
     def load(module: torch.nn.Module, prefix: str) -> None:
         module.load_state_dict(rounded(checkpoint, prefix, module.state_dict(), dtype), assign=True)
 
-    with shapes_alone():
-        model = PAR(config)
+    model = without_weights(PAR, config)
     model.eval()
     outer = ["tok_embeddings", "cls_embedding", "norm", "output"] + (
         ["spe_tok_embeddings"] if config.group_size > 1 else []

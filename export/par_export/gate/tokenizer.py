@@ -24,7 +24,7 @@ from par_export.weights import TORCH_DTYPE
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig, VQConfig
 from par_model.ordering import token_order
-from par_model.shapes import shapes_alone
+from par_model.shapes import without_weights
 from par_model.vq import VQModel
 from par_runtime.metrics import finite, psnr_db
 
@@ -61,8 +61,7 @@ def _decoder(
     """Compare ``decoder.onnx`` with the oracle's decoder on random tokens; ``largest`` gets the oracle's numbers."""
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, config.vocab_size, (1, config.n_tokens))
-    with shapes_alone():
-        model = VQModel(vq)
+    model = without_weights(VQModel, vq)
     model.load_state_dict(rounded(checkpoint, "", model.state_dict(), dtype), assign=True)
     # The graph stores the normalised codebook, rounded.
     raster = np.empty_like(tokens)
@@ -141,8 +140,7 @@ def _encoder(folder: Path, config: PARConfig, vq: VQConfig, checkpoint: Checkpoi
 
 def _features(image: Tensor, vq: VQConfig, checkpoint: Checkpoint, dtype: str) -> tuple[Tensor, Tensor]:
     """The oracle's normalised features [N,c] of ``image`` [1,3,H,W] uint8 in raster order, and its codebook [V,c]."""
-    with shapes_alone():
-        model = VQModel(vq)
+    model = without_weights(VQModel, vq)
     keys = [key for key in model.state_dict() if key.startswith(("encoder.", "quant_conv."))]
     model.load_state_dict(rounded(checkpoint, "", keys, dtype), assign=True, strict=False)
     z = model.quant_conv(model.encoder(image.float() / 127.5 - 1))

@@ -26,7 +26,7 @@ from par_export.graphs.decoder import HALF_DECODER
 from par_model.checkpoint import Checkpoint
 from par_model.config import PARConfig, VideoTokenizerConfig
 from par_model.ordering import token_order
-from par_model.shapes import shapes_alone
+from par_model.shapes import without_weights
 from par_model.video import VideoTokenizer, to_pixels
 from par_runtime.manifest_video import FIRST, NEXT
 from par_runtime.system import give_back
@@ -75,8 +75,7 @@ def _session(folder: Path, name: str) -> ort.InferenceSession:
 
 def _model(tokenizer: VideoTokenizerConfig, checkpoint: Checkpoint, side: str, dtype: str) -> VideoTokenizer:
     """The oracle with the weights of one side, "decoder" or "encoder", rounded to ``dtype``; the other has none."""
-    with shapes_alone():
-        model = VideoTokenizer(tokenizer)
+    model = without_weights(VideoTokenizer, tokenizer)
     model.quantizers = type(model.quantizers)(tokenizer.levels)  # its tables are no weights
     keys = [key for key in model.state_dict() if key.startswith(f"{side}_layers.")]
     model.load_state_dict(rounded(checkpoint, "", keys, dtype), assign=True, strict=False)
