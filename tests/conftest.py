@@ -244,7 +244,7 @@ def kernels_bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A copy of it with really compiled engines of kernels, for SM80 and SM90 and 1 image.
 
     They were built by a process that needed neither torch nor triton itself. Its engine cache is the folder ``cache``
-    beside the bundle. Processes that run tests at the same time share it: compiling takes half a minute.
+    beside the bundle. Processes that run tests at the same time share it: compiling takes longest.
     """
     pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build]'")
     with made_once(tmp_path_factory, "kernels") as (folder, made):

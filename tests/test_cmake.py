@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Run:
     paths = [str(ROOT), str(ROOT / "export"), str(ROOT / "runtime"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PARVIS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(paths)}
     env["OMP_NUM_THREADS"] = "1"  # tiny models: threads that wait for each other cost a fifth of the time
-    if shutil.which("cc"):  # the C kernels of the wheel are only packed here: optimising them takes a minute
+    if shutil.which("cc"):  # the C kernels of the wheel are only packed here: optimising them takes longest
         quick = tmp_path / "cc-quick"
         quick.write_text('#!/bin/sh\nexec cc "$@" -O0\n')
         quick.chmod(0o755)

@@ -167,27 +167,27 @@ def _limit(line: Value) -> None:
     _numbers(line, "value", "spread")
 
 
-def _kernel(line: Value) -> None:
-    _text(line, "label", "program", "source", "of")
+def _timed(line: Value) -> None:
+    """What a kernel took, and how often it is launched."""
     for name in ("images", "count"):
         line[name].integer(1, LARGEST_COUNT)
     _numbers(line, "bytes")
     _samples(line, "samples_us")
     if min(line["samples_us"].value) <= 0:
         line["samples_us"].refuse("microseconds above 0")
+
+
+def _kernel(line: Value) -> None:
+    _text(line, "label", "program", "source", "of")
+    _timed(line)
 
 
 def _shape(line: Value) -> None:
     _text(line, "label", "kernel", "compiler", "words")
-    for name in ("images", "count"):
-        line[name].integer(1, LARGEST_COUNT)
     line["set"].integer(0, LARGEST_COUNT)
     for _, value in line["tile"].items():
         value.integer(0, LARGEST_COUNT)
-    _numbers(line, "bytes")
-    _samples(line, "samples_us")
-    if min(line["samples_us"].value) <= 0:
-        line["samples_us"].refuse("microseconds above 0")
+    _timed(line)
 
 
 def _words(line: Value) -> None:

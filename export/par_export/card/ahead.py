@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from par_export.card.lines import words
@@ -30,6 +30,8 @@ from par_runtime.backends.engines import ENGINES
 from par_runtime.bench.suites.gpu import KERNELS, SHAPES
 from par_runtime.errors import RequestError
 
+#: Writes the bundles of a model, with quantised weights or not; n -> path.
+Families = Callable[[Model, Codes | None], Mapping[int, Path]]
 LOCK = ".lock"
 SOURCES = "sources"  #: the file that says which sources the engines of a folder were built by
 
@@ -161,14 +163,7 @@ def wanted(
     work: Path, checked: Sequence[Path], samples: Sequence[Sample], codes: Sequence[Codes], models: Sequence[Model]
 ) -> Iterator[Wanted]:
     """Every engine of the part about kernels, the most valuable first; bundles are written in ``work``."""
-    written: dict[tuple[str, Codes | None], Mapping[int, Path]] = {}
-
-    def of(model: Model, n: int, kind: Codes | None) -> Path:
-        key = (model.name, kind)
-        if key not in written:
-            written[key] = family_of(model, kind, work / "models")
-        return written[key][n]
-
+    families = cache(partial(family_of, folder=work / "models"))
     for path, make in copies(checked, codes, work).items():
         yield Wanted(path.name, partial(_made, path, make), CHECKED_IMAGES)
     for kind in (None, *dict.fromkeys(codes for model in models for codes in model.codes)):
@@ -177,7 +172,7 @@ def wanted(
                 continue
             for n in model.group_sizes if kind is None else (CODES_N,):
                 name = f"{model.family(kind)}-n{n}"
-                yield Wanted(name, partial(of, model, n, kind), BATCHES)
+                yield Wanted(name, partial(_member, families, model, kind, n), BATCHES)
     for sample in samples:
         write = partial(sample.write, work / "samples" / sample.name)
         yield Wanted(f"{sample.name}-n{sample.n}", write, sample.images)
@@ -186,22 +181,20 @@ def wanted(
 def wanted_sets(work: Path, models: Sequence[Model], target: str) -> Iterator[Wanted]:
     """Every engine of the part about shapes of tiles: those of the models that matter most first, set by set."""
     card = kernels_build.target(target)
-    written: dict[tuple[str, Codes | None], Mapping[int, Path]] = {}
-
-    def of(model: Model, n: int, kind: Codes | None) -> Path:
-        key = (model.name, kind)
-        if key not in written:
-            written[key] = tokens_family(model, kind, work / SHAPES)
-        return written[key][n]
+    families = cache(partial(tokens_family, folder=work / SHAPES))
+    sets = cache(lambda path: sets_of(contents_of(path), BATCHES, card))
 
     def planner(number: int, path: Path) -> Planner | None:
-        sets = sets_of(contents_of(path), BATCHES, card)
-        return sets[number] if number < len(sets) and sets[number].engine == number else None
+        return next((one for one in sets(path) if one.number == one.engine == number), None)
 
     for model, n, kind in shaped(models):
-        name, write = f"{model.family(kind)}-n{n}", partial(of, model, n, kind)
+        name, write = f"{model.family(kind)}-n{n}", partial(_member, families, model, kind, n)
         for number in range(SETS + len(CHANGES)):
             yield Wanted(name, write, BATCHES, among(number), partial(planner, number))
+
+
+def _member(families: Families, model: Model, kind: Codes | None, n: int) -> Path:
+    return families(model, kind)[n]
 
 
 def _made(path: Path, make: Callable[[], object]) -> Path:

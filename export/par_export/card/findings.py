@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from par_export.card.limits import COPY, READ
 from par_runtime.bench.machine import Machine
 from par_runtime.bench.rows import Row
 
@@ -40,6 +41,11 @@ class Findings:
     def wrong(self) -> list[dict[str, Any]]:
         """The checks that failed."""
         return [line for line in self.of("check") if not line["passed"]]
+
+    @property
+    def bandwidth(self) -> float | None:
+        """GB/s of the card's memory: the faster of copying and reading; None where neither was measured."""
+        return max((line["value"] for line in self.of("limit") if line["name"] in (COPY, READ)), default=None)
 
     @property
     def others(self) -> list[dict[str, Any]]:

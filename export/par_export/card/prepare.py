@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Protocol
 
 from par_export.card.plan import CODES_N, COMPILED, TWINS, Model, label_of, shaped, valuable_first
-from par_export.kernels.build import Build, precisions, target
+from par_export.kernels.build import Build, target
 from par_export.kernels.compiler import Compiler
-from par_export.kernels.contents import Contents
 from par_export.kernels.plan import Planner, plan
-from par_export.kernels.request import KernelsRequest
+from par_export.kernels.shape_sets import contents_of
 from par_export.quantised import Codes, quantised_with, write_bundle
 from par_export.random_bundle import NoTensors, write_family
 from par_runtime.backends.engines import ENGINES, Engine
@@ -228,10 +227,8 @@ class Builder:
                 raise EngineError(f"{path.name}: there was no time to build its engine")
             if self._compiler is None:
                 self._compiler = Compiler(available_cores())
-            bundle = Bundle.open(path, verify="none")  # it was written, or copied, just now
-            request = KernelsRequest(path, (self._target,), images=tuple(images))
-            contents = Contents(bundle, *precisions(bundle, request))
-            build = Build(contents, request.images, target(self._target, self._index), self._compiler, planner)
+            contents = contents_of(path)
+            build = Build(contents, tuple(images), target(self._target, self._index), self._compiler, planner)
             folder = (path / ENGINES if engines is None else engines) / build.name
             part = folder.with_name(f".{folder.name}.part")
             for each in (part, folder):  # of a build that was ended, or of another bundle

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from par_export.card.findings import Findings
-from par_export.card.limits import COPY, READ
 from par_export.card.lines import CALL
 from par_export.card.markdown import table
 from par_export.kernels.shape_sets import AS_BUILT
@@ -58,9 +57,8 @@ def _subjects(runs: Sequence[Findings]) -> list[tuple[str, list[Line], float | N
     """Label, lines, and the bandwidth of their run, of each model; those of the last run that has it."""
     subjects: dict[str, tuple[list[Line], float | None]] = {}
     for run in runs:
-        bandwidth = max((line["value"] for line in run.of("limit") if line["name"] in (COPY, READ)), default=None)
         for label in dict.fromkeys(line["label"] for line in run.of("shape")):
-            subjects[label] = [line for line in run.of("shape") if line["label"] == label], bandwidth
+            subjects[label] = [line for line in run.of("shape") if line["label"] == label], run.bandwidth
     return [(label, *found) for label, found in subjects.items()]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_export.kernels.spec import STORED_KINDS
+from par_export.kernels.step_weights import NUMBER_BYTES
 from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.kernels.modules import Prepared
 from par_runtime.backends.kernels.plan import KernelContext, KernelProgram
@@ -41,7 +42,6 @@ POOL_NUMBERS = (2**16 - 3) * 256
 SAME = 3  #: calls of which the logits must be the same bits
 CALLS = 4  #: of a graph in which whole calls are timed
 REPEATS = 5
-HALF_BYTES = 2  #: of a number of the cache: fp16 or bf16
 TABLES = ("cos", "sin")  #: two-dimensional, but no weights
 
 
@@ -115,7 +115,8 @@ class EngineSubject(PipelineSubject):
             self._packed = True
         prepared, rows = self._in_the_middle(images, True, image=False)["step"].launches, 2 * images
         numbers = random_numbers(2, 1.0)
-        size = rows * bundle.cache.heads * bundle.n_tokens * bundle.cache.head_dim * HALF_BYTES
+        size = rows * bundle.cache.heads * bundle.n_tokens * bundle.cache.head_dim
+        size *= NUMBER_BYTES[backend.engine.precision]
         with Pool(backend.device, backend.stream, as_type(numbers, f"*{backend.engine.precision}")) as pool:
             for name in bundle.cache.inputs:
                 pool.fill(prepared.address(name), size)
@@ -245,7 +246,7 @@ def fill(pipeline: Pipeline, numbers: int = POOL_NUMBERS) -> int:
 
 
 def random_numbers(seed: int, deviation: float, count: int = POOL_NUMBERS) -> NDArray[np.float32]:
-    """Uniform numbers around zero with that standard deviation. In float32 they take a fifth of float64's time."""
+    """Uniform numbers around zero with that standard deviation, drawn in float32: every process draws many of them."""
     numbers = np.random.default_rng(seed).random(count, np.float32)
     numbers -= np.float32(0.5)
     numbers *= np.float32(12**0.5 * deviation)

@@ -9,7 +9,6 @@ from typing import Any
 
 from par_export.card.figure import NOT_RUN, any_place, seconds_table
 from par_export.card.findings import OTHER_COMMIT, OTHER_DRIVER, Findings, Known, by_card, difference, noted
-from par_export.card.limits import COPY, READ
 from par_export.card.markdown import bullets, table
 from par_export.card.plan import COMPILED, EAGER, FIGURES, Figure, label_of, parts_of
 from par_export.card.shape_table import LEAST_BYTES, calls_table, shapes_table
@@ -268,12 +267,11 @@ def kernels_table(runs: Sequence[Findings]) -> str:
     groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     bandwidths: dict[tuple[str, int, str], float | None] = {}
     for run in runs:
-        bandwidth = max((line["value"] for line in run.of("limit") if line["name"] in (COPY, READ)), default=None)
         of_run: dict[tuple[str, int, str], list[Mapping[str, Any]]] = defaultdict(list)
         for line in run.of("kernel"):
             of_run[line["label"], line["images"], line["program"]].append(line)
         groups |= of_run
-        bandwidths |= dict.fromkeys(of_run, bandwidth)
+        bandwidths |= dict.fromkeys(of_run, run.bandwidth)
     wanted = {(label_of(figure.model, figure.n), 1) for figure in FIGURES}
     wanted |= {key[:2] for key in groups if key[1] == 1 and of_codes(key[0])}
     shown = [key for key in groups if key[:2] in wanted and key[2] == "step"] or list(groups)[:1]

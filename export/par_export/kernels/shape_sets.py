@@ -72,8 +72,11 @@ class ShapeSet:
 
 
 def contents_of(path: Path) -> Contents:
-    """What the bundle at ``path`` of random weights is planned from. Raises BundleError, BuildError."""
-    bundle = Bundle.open(path, verify="none")  # it was written just now
+    """What the bundle at ``path``, which was written or copied just now, is planned from.
+
+    Raises BundleError, BuildError.
+    """
+    bundle = Bundle.open(path, verify="none")
     return Contents(bundle, *precisions(bundle, KernelsRequest(path, ())))
 
 

@@ -12,7 +12,7 @@ from par_runtime.bench.journal import Journal, part_of
 from par_runtime.bench.measure import Progress, no_progress
 from par_runtime.bench.report import compare, output
 from par_runtime.bench.run import BASELINES, SUITES, BenchOptions, run_bench
-from par_runtime.bench.suites.gpu import DEFAULT_PARTS, PARTS, build_ahead
+from par_runtime.bench.suites.gpu import BUILT_AHEAD, DEFAULT_PARTS, PARTS, build_ahead
 from par_runtime.bench.suites.paper import SIZES
 from par_runtime.cli.common import Help, Parser, fail, guarded, printable
 from par_runtime.cli.options import add_arithmetic, add_list, add_threads
@@ -219,7 +219,8 @@ def parser() -> argparse.ArgumentParser:
         "--parts",
         parts,
         metavar="PART",
-        help=f"--suite gpu: what to do, of {', '.join(PARTS)} (default: {' '.join(DEFAULT_PARTS)}); docs/gpu.md "
+        help=f"--suite gpu: what to do, of {', '.join(PARTS)} (default: {' '.join(DEFAULT_PARTS)}); with "
+        f"--build-for: whose engines are built, of {', '.join(BUILT_AHEAD)} (default: {BUILT_AHEAD[0]}); docs/gpu.md "
         "describes them",
     )
     p.add_argument(
