@@ -19,6 +19,9 @@ REPORT_PYTHON ?= $(or $(wildcard $(DEV_ENV)/bin/python),$(PYTHON))
 # part of the tests takes over some of another's. PyTorch takes one thread in each: more of them, on models of this size,
 # wait for each other on cores that are in use, and take three times as much CPU time.
 AT_ONCE ?= -n logical --maxprocesses 4 --dist worksteal
+# The environment of the tests is installed without bytecode, which takes 40 seconds for modules of which few are ever
+# imported. So Python must be allowed to write it, or each of the tests' 400 processes compiles what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 KERNELS := $(wildcard runtime/par_runtime/backends/native/*)
 SOURCES := $(shell find runtime export calibration par_model -name '*.py') $(KERNELS)
 
@@ -71,7 +74,7 @@ $(DEV_ENV)/.installed: pyproject.toml constraints.txt $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
 	@echo "Installing PyTorch, ONNX, TensorRT-RTX and the tools into $(DEV_ENV): 2.7 GB (several GB more where pip's PyTorch brings CUDA)."
 	$(PYTHON) -m venv $(DEV_ENV)
-	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:  ## remove both environments and what was made in them

@@ -334,7 +334,7 @@ class Baseline:
         key = (images, guidance > 1, sampling)
         if key in self._warm and (self._fits(images, guidance > 1) or not self._graphs):
             return
-        skipped = _graphs_skipped()
+        skipped = _graphs_skipped() if self._graphs else 0  # asking loads PyTorch's compiler: seconds
         state = self._start(images, guidance, 0)
         # A CUDA graph is recorded in the second call and replayed from the third.
         for _ in range(3 if self.compiled else 1):

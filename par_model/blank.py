@@ -28,7 +28,9 @@ def with_weights(model: Any, path: str | Path | None, dtype: torch.dtype, device
                 values.fill_(0.0 if name == "bias" else 1.0)
             setattr(module, name, nn.Parameter(values, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device))
+            if buffer.is_meta:  # not zeros_like: PyTorch loads its symbolic shapes for that, half a second
+                buffer = torch.zeros(buffer.shape, dtype=buffer.dtype)
+            setattr(module, name, buffer.to(device))
     if path is not None:
         source = open_checkpoint(path)
         check_keys(source.path, source.tensors, model.state_dict())

@@ -181,12 +181,16 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[t
 
 @contextmanager
 def child(command: list[str], **pipes: Any) -> Iterator[subprocess.Popen[str]]:
-    """A child process that hears Ctrl-C even where the tests run in the background, and that never outlives its
-    test.
+    """A child process that hears Ctrl-C and SIGHUP even where the tests run in the background or under nohup, and that
+    never outlives its test.
     """
 
     def hear() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs inherit "ignore"
+        for ignored in (
+            signal.SIGINT,
+            signal.SIGHUP,
+        ):  # background jobs inherit "ignore" for one, nohup's for the other
+            signal.signal(ignored, signal.SIG_DFL)
 
     process = subprocess.Popen(command, text=True, preexec_fn=hear, **pipes)
     try:

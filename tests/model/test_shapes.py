@@ -47,13 +47,19 @@ def test_weights_are_drawn_again_afterwards() -> None:
     assert nn.Linear(64, 64).weight.std() > 0
 
 
-def test_opening_checkpoints_does_not_load_pytorchs_compiler(checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from par_model.checkpoint import open_checkpoint as o, par_config, vq_config\n"
+        "par_config(o(sys.argv[1]), grid=(1, 8, 8), heads=4), vq_config(o(sys.argv[2]))",
+        "from par_model.baseline import Baseline\nBaseline(sys.argv[3], device='cpu').run(1, 2.0)",
+    ],
+    ids=["checkpoints", "eager baseline"],
+)
+def test_pytorchs_compiler_is_not_loaded_for(code: str, checkpoints: dict[str, Path], bundles: dict[str, Path]) -> None:
     """It takes longer than they do."""
-    code = (
-        "import sys; from par_model.checkpoint import open_checkpoint as o, par_config, vq_config\n"
-        "par_config(o(sys.argv[1]), grid=(1, 8, 8), heads=4), vq_config(o(sys.argv[2]))\n"
-        "assert 'torch._dynamo' not in sys.modules"
-    )
-    files = [str(checkpoints[name]) for name in ("par_n4_grid8", "vq")]
+    modules = "('torch._dynamo', 'torch.fx.experimental.symbolic_shapes')"
+    code = f"import sys\n{code}\nassert not [name for name in {modules} if name in sys.modules]"
+    files = [str(checkpoints[name]) for name in ("par_n4_grid8", "vq")] + [str(bundles["fp32"])]
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run([sys.executable, "-c", code, *files], check=True, env=os.environ | path)
