@@ -37,8 +37,9 @@ test: lint  ## lint, types and tests: 7 to 15 minutes on 2 cores; the first time
 	@echo "Now the tests: about 7 minutes on 2 fast cores, 15 on old ones."
 	OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest $(AT_ONCE)
 
-test-all: lint  ## the slow tests too: about 20 minutes
-	$(DEV_ENV)/bin/python -m pytest -m "not gpu"
+# Two at once: each of them takes up to 7 GB.
+test-all: test  ## the slow tests too: 39 minutes on 2 old cores, up to 14 GB of memory
+	OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest $(if $(AT_ONCE),-n 2 --dist worksteal) -m "slow and not gpu"
 
 test-gpu: $(DEV_ENV)/.installed  ## all that needs a GPU: 10 minutes, a report for an issue (docs/gpu.md); fails where there is no GPU
 	@$(DEV_ENV)/bin/python -c 'import sys; from par_runtime.backends import cuda; why = cuda.why_no_device(); sys.exit(f"make test-gpu: nothing was tested, because there is no GPU: {why}" if why else 0)'
