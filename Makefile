@@ -19,8 +19,8 @@ REPORT_PYTHON ?= $(or $(wildcard $(DEV_ENV)/bin/python),$(PYTHON))
 # part of the tests takes over some of another's. PyTorch takes one thread in each: more of them, on models of this size,
 # wait for each other on cores that are in use, and take three times as much CPU time.
 AT_ONCE ?= -n logical --maxprocesses 4 --dist worksteal
-# The environment of the tests is installed without bytecode, which takes 40 seconds for modules of which few are ever
-# imported. So Python must be allowed to write it, or each of the tests' 400 processes compiles what it imports.
+# The environment of the tests is installed without bytecode, since few of its modules are ever imported. So Python must be
+# allowed to write it, or each of the hundreds of processes of the tests compiles what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 KERNELS := $(wildcard runtime/par_runtime/backends/native/*)
 SOURCES := $(shell find runtime export calibration par_model -name '*.py') $(KERNELS)

@@ -186,11 +186,9 @@ def child(command: list[str], **pipes: Any) -> Iterator[subprocess.Popen[str]]:
     """
 
     def hear() -> None:
-        for ignored in (
-            signal.SIGINT,
-            signal.SIGHUP,
-        ):  # background jobs inherit "ignore" for one, nohup's for the other
-            signal.signal(ignored, signal.SIG_DFL)
+        # Background jobs inherit "ignore" for the first, those of nohup for the second.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     process = subprocess.Popen(command, text=True, preexec_fn=hear, **pipes)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from par_export.card.findings import Findings
@@ -45,7 +45,7 @@ def calls_table(runs: Sequence[Findings]) -> str:
             if built is None:
                 continue
             changed += [words for words in by_words if words not in changed]
-            alone = sum(_all_us(line for line in of_batch if line["words"] == AS_BUILT and line["kernel"] != CALL))
+            alone = sum(_all_us(line) for line in of_batch if line["words"] == AS_BUILT and line["kernel"] != CALL)
             others = [min((_us(line) for line in calls if not line["words"]), default=None)]
             others += [by_words.get(words) for words in changed]
             lines.append([label, str(images), number(built), number(alone), *(_beside(us, built) for us in others)])
@@ -76,7 +76,7 @@ def _of_subject(label: str, own: Sequence[Line], bandwidth: float | None) -> lis
         best = min(tried, key=_us)
         for images, total in sums.items():
             for i, one in enumerate((at.get((0, images)), at.get((best["set"], images)))):
-                total[i] += one["count"] * _us(one) if one is not None else float("nan")
+                total[i] += _all_us(one) if one is not None else float("nan")
         bound = best["bytes"] / bandwidth / 1e3 if bandwidth and best["bytes"] >= LEAST_BYTES else None
         in_large = [at.get((one["set"], large)) for one in (built, best)]
         out.append(
@@ -103,9 +103,9 @@ def _us(line: Line) -> float:
     return median(line["samples_us"])
 
 
-def _all_us(lines: Iterable[Line]) -> Iterable[float]:
-    """Microseconds of all launches of each kernel in a call."""
-    return (line["count"] * _us(line) for line in lines)
+def _all_us(line: Line) -> float:
+    """Microseconds of all launches of a kernel in a call."""
+    return float(line["count"] * _us(line))
 
 
 def _times(slow: float, fast: float) -> str:

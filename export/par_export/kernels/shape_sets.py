@@ -55,10 +55,6 @@ class ShapeSet:
         """The number of the set whose engine it has: its own, or for set 0 once more 0."""
         return 0 if self.words == AGAIN else self.number
 
-    def changes(self, kind: str) -> bool:
-        """Whether the kernels of that kind are others than those of set 0, or the set is that one."""
-        return bool(self.words) or kind in self.shapes
-
     def card(self, target: Target) -> Target:
         """What is planned for, in place of ``target``."""
         return replace(target, **self.change)
