@@ -57,7 +57,7 @@ gpu-docs: $(DEV_ENV)/.installed  ## the figures in docs/gpu.md and docs/gpu.svg,
 
 lint: $(DEV_ENV)/.installed  ## ruff, mypy, import-linter: half a minute
 	$(DEV_ENV)/bin/ruff check .
-	$(DEV_ENV)/bin/mypy
+	MYPY_NUM_WORKERS=2 $(DEV_ENV)/bin/mypy
 	$(DEV_ENV)/bin/lint-imports --no-cache --no-logo
 
 format: $(DEV_ENV)/.installed  ## ruff's formatter and its safe fixes

@@ -28,12 +28,21 @@ pytest_plugins = ["double.fixtures", "sharing", "stub_cuda.children"]
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
+#: The CPUs of the tests, where the system says it.
+CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 #: Lines of ``tests/test_gpu.py`` for an issue; printed at the end of ``pytest -m gpu``.
 GPU_REPORT: list[str] = []
 
 
 def pytest_configure() -> None:
-    """As in an activated environment: what tests run is found there, and errors name ``pip`` without a path."""
+    """As in an activated environment: what tests run is found there, and errors name ``pip`` without a path.
+
+    Each of the processes that run tests at the same time has a CPU of its own. What takes as many threads as there are
+    CPUs then takes one, in place of several that wait for those of the other processes.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and CPUS:
+        os.sched_setaffinity(0, {sorted(CPUS)[int(worker.removeprefix("gw")) % len(CPUS)]})
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
@@ -61,6 +70,20 @@ def _load(path: Path) -> ModuleType:
 
 
 recipe = _load(GOLDEN / "recipe.py")
+
+
+@pytest.fixture(autouse=True)
+def cores(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test with the marker ``two_cores`` may use every CPU of the machine, and is left out where there is one."""
+    if request.node.get_closest_marker("two_cores") is None or not CPUS:
+        yield
+        return
+    if len(CPUS) < 2:
+        pytest.skip("needs two CPUs")
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CPUS)
+    yield
+    os.sched_setaffinity(0, own)
 
 
 @pytest.fixture(scope="session")
@@ -243,19 +266,20 @@ def tiny_copy(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.fixture(scope="session")
 def kernels_bundle(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of it with really compiled engines of kernels, for SM80 and SM90 and 1 image.
+    """A copy of it with a really compiled engine of kernels, for SM90 and 1 image.
 
-    They were built by a process that needed neither torch nor triton itself. Its engine cache is the folder ``cache``
+    It was built by a process that needed neither torch nor triton itself. Its engine cache is the folder ``cache``
     beside the bundle. Processes that run tests at the same time share it: compiling takes longest.
     """
     pytest.importorskip("triton", reason="needs triton: pip install '.[kernels-build]'")
     with made_once(tmp_path_factory, "kernels") as (folder, made):
         if not made:
-            _build_kernels(tiny, folder)
+            build_kernels(tiny, folder, "SM90")
     return folder / "tiny"
 
 
-def _build_kernels(tiny: Path, folder: Path) -> None:
+def build_kernels(tiny: Path, folder: Path, target: str) -> None:
+    """An engine for ``target`` in ``folder / "tiny"``, by a process of its own."""
     path = shutil.copytree(tiny, folder / "tiny")
     code = (
         "import sys; from par_export.cli import build as build_cli\n"
@@ -263,7 +287,7 @@ def _build_kernels(tiny: Path, folder: Path) -> None:
         "needed = {'torch', 'triton', 'onnxruntime'} & set(sys.modules)\n"
         "assert not needed, needed; sys.exit(code)"
     )
-    command = [sys.executable, "-c", code, str(path), "--engine", "kernels", "--target", "SM80,SM90", "--images", "1"]
+    command = [sys.executable, "-c", code, str(path), "--engine", "kernels", "--target", target, "--images", "1"]
     places = {"PARVIS_CACHE": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run([*command, "--quiet"], check=True, env=os.environ | places)
 

@@ -1,4 +1,4 @@
-"""The instruction sets of the C kernels that a test can ask for with PARVIS_NATIVE, beside the one that this CPU takes.
+"""The instruction sets of the C kernels that a test can ask for with PARVIS_NATIVE.
 
 On x86-64 "sse" are the kernels of 64-bit ARM, whose vectors have 16 bytes too. On ARM there is one set.
 """
@@ -15,9 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from par_runtime.backends.native.library import library
+
 X86 = platform.machine() in ("x86_64", "AMD64")
-OTHERS = ("avx2", "sse") if X86 else ()
-EVERY = ("", "avx512", *OTHERS) if X86 else ("",)
+_SETS = ("avx512", "avx2", "sse") if X86 else ()
+_LIBRARY = library()
+_TAKEN = _LIBRARY.parvis_instructions().decode() if _LIBRARY else ""
+#: Those below the one that this CPU takes by itself. One that the CPU lacks would be that one once more.
+OTHERS = _SETS[_SETS.index(_TAKEN) + 1 :] if _TAKEN in _SETS else _SETS[1:]
+#: What this CPU takes by itself, "avx512" where that has products of dots beside it, and the others.
+EVERY = ("", *(("avx512",) if _TAKEN == "avx512" else ()), *OTHERS)
 
 _DECODER = """
 import sys

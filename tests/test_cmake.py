@@ -63,6 +63,7 @@ def built(done: subprocess.CompletedProcess[str]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_bundle_plans_tests_and_archive_and_nothing_twice(run: Run, tiny: Path, tmp_path: Path) -> None:
     build = tmp_path / "build"
     done = configure(run, build, PARVIS_BUNDLE=tiny, PARVIS_TARGETS="SM80;SM80")  # named twice, built once
@@ -125,6 +126,7 @@ def test_bundle_plans_tests_and_archive_and_nothing_twice(run: Run, tiny: Path, 
     assert list(engines.iterdir()) == [sm89]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja")
 def test_with_ninja_another_precision_leaves_no_plan_and_a_failed_build_no_archive(
     run: Run, tiny: Path, tmp_path: Path
@@ -146,6 +148,7 @@ def test_with_ninja_another_precision_leaves_no_plan_and_a_failed_build_no_archi
     assert not list(build.glob("*.tar.gz"))
 
 
+@pytest.mark.slow
 def test_from_a_checkpoint_again_when_it_changes(run: Run, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     build, model = tmp_path / "build", tmp_path / "model.pt"
     shutil.copyfile(checkpoints["par_n4_grid8"], model)

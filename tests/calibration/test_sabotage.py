@@ -92,11 +92,11 @@ def test_a_good_calibration_passes_with_room(tmp_path: Path) -> None:
     ("name", "quantise"),
     [
         ("scales of one layer doubled", doubled("layers.3.wo")),
-        ("scales of the first matrix doubled", doubled("layers.0.wqkv")),
+        pytest.param("scales of the first matrix doubled", doubled("layers.0.wqkv"), marks=pytest.mark.slow),
         ("scales of the head doubled", HEAD_DOUBLED),
-        ("sinks clipped", clipped),
+        pytest.param("sinks clipped", clipped, marks=pytest.mark.slow),
         ("head of four bits, a scale for each column", head_of_four_bits(one_scale=False)),
-        ("head of four bits, one scale", head_of_four_bits(one_scale=True)),
+        pytest.param("head of four bits, one scale", head_of_four_bits(one_scale=True), marks=pytest.mark.slow),
     ],
 )
 def test_sabotage_is_refused_and_nothing_is_published(tmp_path: Path, name: str, quantise: Any) -> None:

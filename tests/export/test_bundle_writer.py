@@ -214,7 +214,9 @@ def test_a_folder_without_permission_is_one_line(
     assert "no permission to write" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sig", [*(pytest.param(sig, marks=pytest.mark.slow) for sig in (signal.SIGTERM, signal.SIGINT)), signal.SIGKILL]
+)
 def test_a_killed_export_leaves_no_bundle_and_the_next_cleans_up(
     good: list[object], tmp_path: Path, sig: signal.Signals
 ) -> None:

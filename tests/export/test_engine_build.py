@@ -27,7 +27,9 @@ from par_runtime.errors import EngineError
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'")
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "precision", ["fp16", *(pytest.param(other, marks=pytest.mark.slow) for other in ("bf16", "fp32"))]
+)
 def test_a_bundle_becomes_an_engine(tiny_copy: Path, precision: str) -> None:
     lines: list[str] = []
     steps: list[tuple[str, float]] = []
@@ -71,6 +73,7 @@ def with_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (path / "manifest.json").write_text(json.dumps(seal(manifest)))
 
 
+@pytest.mark.slow
 def test_a_plan_has_the_tail_of_the_bundle(tiny_copy: Path) -> None:
     with_manifest(tiny_copy, lambda m: m["graphs"]["group"].update(sampling="exact"))
     folder = build(BuildRequest(tiny_copy, "SM80", images=(1,)), lambda _: None)
@@ -83,6 +86,7 @@ def test_a_plan_has_the_tail_of_the_bundle(tiny_copy: Path) -> None:
         build(BuildRequest(tiny_copy, "SM80", sampling="sorted"), lambda _: None)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_tail_that_does_not_draw_with_the_bundles_settings_is_warned_of(tiny_copy: Path) -> None:
     with_manifest(tiny_copy, lambda m: m["defaults"].update(top_k=5, top_p=0.9))
     lines: list[str] = []

@@ -24,7 +24,9 @@ trt = engine_cases.trt  # a fixture
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'")
 
 
-@pytest.mark.parametrize("precision", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "precision", ["float16", *(pytest.param(other, marks=pytest.mark.slow) for other in ("bfloat16", "float32"))]
+)
 def test_every_attention_layer_is_fused_and_every_cache_is_updated(
     trt: trt_module.TensorRT, tmp_path: Path, precision: str
 ) -> None:
@@ -38,7 +40,11 @@ def test_every_attention_layer_is_fused_and_every_cache_is_updated(
         assert all(k.attention == 2 for k in counted)
 
 
-@pytest.mark.parametrize(("dim", "heads"), [(128, 2), (200, 2), (256, 2)], ids=["64", "100 padded", "128"])
+@pytest.mark.parametrize(
+    ("dim", "heads"),
+    [pytest.param(128, 2, marks=pytest.mark.slow), (200, 2), pytest.param(256, 2, marks=pytest.mark.slow)],
+    ids=["64", "100 padded", "128"],
+)
 def test_head_sizes(trt: trt_module.TensorRT, tmp_path: Path, dim: int, heads: int) -> None:
     config = PARConfig(dim=dim, n_layers=2, n_heads=heads, vocab_size=256, n_classes=10, grid=(1, 8, 8), group_size=4)
     for query in (1, 4):
@@ -74,6 +80,7 @@ def test_kernels_of_par_l(trt: trt_module.TensorRT, tmp_path: Path) -> None:
         assert kernels.around <= 11
 
 
+@pytest.mark.slow
 def test_a_norm_after_the_product_saves_a_kernel_per_layer(trt: trt_module.TensorRT, tmp_path: Path) -> None:
     case = random_case(tmp_path, PARConfig(dim=1024, n_layers=3, n_heads=16))
     stored = case.table

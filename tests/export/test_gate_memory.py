@@ -74,7 +74,14 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize(("precision", "room"), [("fp32", True), ("fp16", True), ("bf16", True), ("fp16", False)])
+@pytest.mark.parametrize(
+    ("precision", "room"),
+    [
+        ("fp32", True),
+        *(pytest.param("fp16", room, marks=pytest.mark.slow) for room in (True, False)),
+        pytest.param("bf16", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_whole_export_of_a_large_model(
     bundles: dict[str, Path],
     good: list[str],

@@ -179,6 +179,7 @@ def test_rows_at_different_positions_and_permuted_cache_rows(name: str, bundles:
     check_independent_rows(bundles[name])
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("instructions", OTHERS)
 def test_rows_at_different_positions_on_the_other_instruction_set(instructions: str, bundles: dict[str, Path]) -> None:
@@ -186,6 +187,7 @@ def test_rows_at_different_positions_on_the_other_instruction_set(instructions: 
     run_with(instructions, code, [bundles[name] for name in ("fp32", "fp16")])
 
 
+@pytest.mark.two_cores
 @needs_kernels
 @pytest.mark.parametrize("options", [
     {"greedy": True}, {}, {"top_k": 7}, {"top_p": 0.6, "temperature": 0.8},
@@ -209,6 +211,7 @@ def test_tokens_and_images_are_onnx_runtimes(name: str, options: dict[str, Any],
         assert np.abs(levels).max() <= 1  # of grey: a decoder of our own
 
 
+@pytest.mark.two_cores
 @needs_kernels
 def test_a_batch_leaves_nothing_to_the_next_and_rows_are_independent(bundles: dict[str, Path]) -> None:
     with Pipeline.load(bundles["fp32"], device="cpu", threads=2) as pipeline:

@@ -176,6 +176,7 @@ def test_a_tensor_in_the_place_of_another_is_seen(first: str, second: str) -> No
     assert off > ONE_LEVEL
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler")
 @pytest.mark.parametrize(
     ("line", "bug"),

@@ -148,6 +148,7 @@ def test_a_tensor_in_the_place_of_another_is_seen(first: str, second: str) -> No
     assert off <= ONE_LEVEL if "nin_shortcut" in second else off > ONE_LEVEL
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no compiler")
 @needs_decoder
 @pytest.mark.parametrize(
@@ -244,6 +245,7 @@ def test_weights_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> N
         decoder.run(tokens_of(Bundle.open(DEMO), 1))
 
 
+@pytest.mark.two_cores
 @needs_decoder
 def test_threads_share_a_tokenizer() -> None:
     tokenizer = Tokenizer(Bundle.open(DEMO), 2)

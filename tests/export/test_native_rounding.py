@@ -101,6 +101,7 @@ def test_instruction_sets_agree(requested: str, odd: Path, tmp_path: Path) -> No
     assert moved.max() < 5e-3 * np.abs(ours).max()
 
 
+@pytest.mark.two_cores
 @pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
 def test_a_batch_and_its_images_alone_agree_in_a_bf16_cache(arithmetic: Literal["fp32", "bf16"]) -> None:
     """Also where an earlier image has left its keys, which are NaN here, behind those of a shorter one."""

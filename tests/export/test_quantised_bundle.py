@@ -43,7 +43,9 @@ def test_the_nearest_codes_are_at_most_half_a_scale_away(dtype: str, ends: tuple
     assert (np.abs(matrix - quantised.dequantised())[:64] <= max(0.5001, beyond) * quantised.scales[0]).all()
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp16", "int4"), ("bf16", "int8")])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp16", "int4"), pytest.param("bf16", "int8", marks=pytest.mark.slow)]
+)
 def test_a_quantised_bundle_passes_the_gate_and_its_self_test(
     bundles: dict[str, Path], tmp_path: Path, precision: str, dtype: str
 ) -> None:

@@ -64,7 +64,9 @@ def hardest(vocab: int) -> int:
     return next(limit for limit in range(2, vocab) if Split.of(vocab, limit) is not None)
 
 
-@pytest.mark.parametrize("vocab", [40, 64, 100, 512, 1000])
+@pytest.mark.parametrize(
+    "vocab", [40, 64, 100, *(pytest.param(vocab, marks=pytest.mark.slow) for vocab in (512, 1000))]
+)
 def test_the_search_where_it_is_hardest(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sorts as short as they can be, and logits that tie, are all equal, differ in the last bit, or are sorted."""
     monkeypatch.setattr(sampling, "TOPK_LIMIT", hardest(vocab))
@@ -129,7 +131,13 @@ def test_a_codebook_can_be_too_large_to_search() -> None:
         tail(300_000, "exact")
 
 
-@pytest.mark.parametrize("who", ["oracle", "numpy", "dynamic", "dynamic, compatible", "exact"])
+@pytest.mark.parametrize(
+    "who",
+    [
+        *(pytest.param(who, marks=pytest.mark.slow) for who in ("oracle", "dynamic", "dynamic, compatible", "exact")),
+        "numpy",
+    ],
+)
 def test_top_k_8000_of_64000_is_distributed_as_promised(who: str) -> None:
     """That of the C step and of our GPU kernels is tested beside their draws."""
     if who == "oracle":
@@ -167,7 +175,7 @@ def test_a_fault_of_the_distribution_is_seen(fault: str) -> None:
         top_k_8000.check(draw, 300, 100)
 
 
-@pytest.mark.parametrize("query", [1, 4, 16])
+@pytest.mark.parametrize("query", [1, *(pytest.param(query, marks=pytest.mark.slow) for query in (4, 16))])
 def test_a_plan_searches_in_few_kernels(query: int, tmp_path: Path) -> None:
     """TensorRT-RTX builds it, for an A100; docs/engines.md tells the numbers."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'")

@@ -41,6 +41,7 @@ def bundle(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_fastest_form_is_kept_and_loaded(bundle: Path) -> None:
     lines: list[str] = []
     folder = tune.tune(BuildRequest(bundle, "local", images=(1, 2)), images=2, repeats=1, rounds=2, say=lines.append)

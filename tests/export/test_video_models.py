@@ -41,7 +41,10 @@ def test_the_calls_and_the_size_of_the_papers_video_model() -> None:
     assert round(parameters / 1e6, 1) == 791.4  # "792 M" in the paper
 
 
-@pytest.mark.parametrize(("n", "calls"), [(1, 192), (4, 51), (16, 27)])
+@pytest.mark.parametrize(
+    ("n", "calls"),
+    [pytest.param(1, 192, marks=pytest.mark.slow), (4, 51), pytest.param(16, 27, marks=pytest.mark.slow)],
+)
 def test_greedy_tokens_are_the_same_on_every_engine_of_a_cpu(n: int, calls: int, tmp_path: Path) -> None:
     """The oracle, the baseline with its static caches, the C step, and ONNX Runtime; and the baseline's clips."""
     bundle = write_tiny_video(tmp_path / "b", n, dim=32)
@@ -72,6 +75,7 @@ def test_the_shipped_model_has_the_same_tokens_on_every_engine_of_a_cpu() -> Non
     assert len(np.unique(made[0])) > 50
 
 
+@pytest.mark.slow
 def test_a_video_bundle_is_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With clips as held-out data, from files and from codes in raster order; the report has a distance and frames."""
     bundle = write_tiny_video(tmp_path / "b", dim=32)

@@ -311,6 +311,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_compiler(
     assert baseline.doubts == ()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_any_number_of_batch_sizes_is_compiled(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,9 @@ def of(config: PARConfig, *, args: dict[str, Any] | None = None, left: dict[str,
     return Checkpoint(Path("c.pt"), state_of(config), args=args or {}, left=left or {})
 
 
-@pytest.mark.parametrize("size", ["B", "L", "XL", "XXL", "3B"])
+@pytest.mark.parametrize(
+    "size", ["B", "L", *(pytest.param(size, marks=pytest.mark.slow) for size in ("XL", "XXL", "3B"))]
+)
 @pytest.mark.parametrize("n", [1, 4, 16])
 @pytest.mark.parametrize(("pixels", "side"), [(256, 16), (384, 24)])
 def test_published_sizes_at_both_resolutions(size: str, n: int, pixels: int, side: int) -> None:

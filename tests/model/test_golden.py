@@ -77,6 +77,7 @@ def test_vq16_decodes_as_the_reference(vq16: VQModel) -> None:
         assert image.std((1, 2)) == pytest.approx(g["image_std"][0], abs=1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_vq16_encodes_as_the_reference(vq16: VQModel) -> None:
     y, x = np.mgrid[0:384, 0:384].astype(np.float32) / 384

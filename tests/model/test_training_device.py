@@ -97,6 +97,7 @@ def test_an_update_of_the_transformer_stays_on_its_device(elsewhere: torch.devic
         model(*sequences(elsewhere))  # the checks of the oracle read numbers: the test would see it
 
 
+@pytest.mark.slow
 def test_an_update_of_the_tokenizer_stays_on_its_device(elsewhere: torch.device) -> None:
     model = placed(VQModel(VQ), elsewhere)
     optimizer = adamw(model.parameters(), 1e-3, elsewhere)

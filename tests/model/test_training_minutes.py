@@ -43,6 +43,7 @@ def rows(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_training_of_minutes_ends_in_order_and_can_go_on(tmp_path: Path, training_images: Path) -> None:
     codes, labels = np.zeros((16, 4, 4), np.uint16), np.zeros(16, np.int64)
     np.savez(tmp_path / "codes.npz", codes=codes, labels=labels, class_names=np.array(["a"]))

@@ -71,6 +71,7 @@ def rehearse(recipe: dict[str, ModuleType], packed: Path, out: Path, *more: str)
     return code
 
 
+@pytest.mark.slow
 def test_the_whole_training_makes_what_an_export_takes_and_a_part_that_fails_loses_nothing(
     recipe: dict[str, ModuleType], packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,6 +136,7 @@ def still_running(text: str) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_parts_and_keeps_what_they_made(packed: Path, tmp_path: Path, number: signal.Signals) -> None:
     temporary = tmp_path / "temporary"

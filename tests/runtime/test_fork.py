@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sharing import KINDS, ON_A_CPU, TINY, params
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+pytestmark = [pytest.mark.two_cores, pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")]
 
 PRELUDE = """
 import gc, os, sys, threading, warnings
@@ -57,7 +57,7 @@ def run(kind: str, code: str) -> None:
     assert "Traceback" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("kind", params("C step, threads", "ONNX Runtime"))
+@pytest.mark.parametrize("kind", [*params("C step, threads"), pytest.param("ONNX Runtime", marks=pytest.mark.slow)])
 def test_a_forked_process_makes_the_same_images_and_ends(kind: str) -> None:
     run(
         kind,
@@ -77,7 +77,7 @@ same(pipeline)
     )
 
 
-@pytest.mark.parametrize("kind", params("C step, threads", "ONNX Runtime"))
+@pytest.mark.parametrize("kind", [*params("C step, threads"), pytest.param("ONNX Runtime", marks=pytest.mark.slow)])
 def test_a_fork_while_other_threads_generate(kind: str) -> None:
     run(
         kind,

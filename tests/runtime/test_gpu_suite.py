@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("onnx", reason="engines are built with the export extra")
 
 
+@pytest.mark.slow
 def test_the_gpu_tests_pass_on_the_stand_in(tiny: Path) -> None:
     tests = Path(__file__).parent.parent
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "double.plugin", "-rs", str(tests / "test_gpu.py")]

@@ -45,6 +45,7 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline, at: i
         monkeypatch.setattr(np, "full", failing(np.full, at))
 
 
+@pytest.mark.two_cores
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("backend", CPUS)
 def test_after_a_memory_error_requests_of_any_size_are_served(
@@ -70,6 +71,7 @@ def begin_another(pipeline: Pipeline, another: Schedule, monkeypatch: pytest.Mon
             pipeline.backend.step(batch, ids, write, another.noise[:, :1])
 
 
+@pytest.mark.two_cores
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("backend", CPUS)
 def test_images_in_flight_go_on_when_there_is_no_memory_for_another(

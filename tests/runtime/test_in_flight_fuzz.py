@@ -205,7 +205,8 @@ def fuzz(pipeline: Pipeline, seed: int) -> None:
     assert run.finished > 3
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.two_cores
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_images_that_come_and_go_on_the_cpu(backend: str, seed: int, bundles: dict[str, Path]) -> None:
     if backend == "cuda-ort" and version() < OPSET24_SINCE:

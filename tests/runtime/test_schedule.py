@@ -120,6 +120,7 @@ needs_opset_24 = pytest.mark.skipif(version() < OPSET24_SINCE, reason="this ONNX
 EACH_BACKEND = [pytest.param(name, marks=needs_opset_24 if name == "cuda-ort" else ()) for name in BACKENDS]
 
 
+@pytest.mark.two_cores
 @pytest.mark.parametrize("name", ["fp32", "n1", "n16"])
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_rows_at_different_steps_give_the_tokens_of_images_made_alone(
@@ -131,6 +132,7 @@ def test_rows_at_different_steps_give_the_tokens_of_images_made_alone(
         assert (alone(pipeline) == wanted).all()  # and nothing of it remains
 
 
+@pytest.mark.two_cores
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_positions_beyond_the_last_are_refused(backend: str, bundles: dict[str, Path]) -> None:
     with BACKENDS[backend](bundles["fp32"]) as pipeline:
@@ -141,6 +143,7 @@ def test_positions_beyond_the_last_are_refused(backend: str, bundles: dict[str, 
                 pipeline.backend.step(schedule.batch, ids, np.array([first]), np.zeros((1, 4), np.float32))
 
 
+@pytest.mark.two_cores
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_whole_images_between_two_calls_leave_other_cache_rows_alone(backend: str, bundles: dict[str, Path]) -> None:
     with BACKENDS[backend](bundles["fp32"]) as pipeline:

@@ -38,7 +38,10 @@ def fetch(url: str, until: float) -> bytes:
             time.sleep(0.1)
 
 
-@pytest.mark.parametrize(("model", "labels"), [("demo", ("micah", "lorelei")), ("fashion", ("bag", "dress"))])
+@pytest.mark.parametrize(
+    ("model", "labels"),
+    [("demo", ("micah", "lorelei")), pytest.param("fashion", ("bag", "dress"), marks=pytest.mark.slow)],
+)
 def test_eight_threads_get_the_images_of_their_requests(model: str, labels: tuple[str, str], tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "service.md").read_text(encoding="utf-8"), re.S)
     with socket.socket() as free:

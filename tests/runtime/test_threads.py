@@ -22,6 +22,8 @@ from sharing import KINDS, TINY, params
 
 from par_runtime import Pipeline, RequestError
 
+pytestmark = pytest.mark.two_cores
+
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 Get = Callable[[str], Pipeline]
 #: Requests with other batch sizes, settings and phases, which would disturb each other in any buffer that they share.

@@ -85,6 +85,7 @@ def ready(made: Ahead, tmp_path: Path) -> Path:
     return shutil.copytree(made[0], tmp_path / "ready")
 
 
+@pytest.mark.slow
 def test_engines_are_built_without_a_gpu_and_are_those_of_the_report(tmp_path: Path) -> None:
     folder = tmp_path / "ready"
     failed, said = ahead(folder)
@@ -117,6 +118,7 @@ def test_engines_are_built_without_a_gpu_and_are_those_of_the_report(tmp_path: P
     assert ready_engine(folder, replace(SAMPLE, name="other").write(tmp_path / "o"), (1,)) is None
 
 
+@pytest.mark.slow
 def test_engines_of_other_sources_are_built_again(ready: Path) -> None:
     folder = ready
     assert is_of_these_sources(folder)
@@ -129,6 +131,7 @@ def test_engines_of_other_sources_are_built_again(ready: Path) -> None:
     assert is_of_these_sources(folder)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_built_ahead_is_said_and_the_others_are(made: Ahead) -> None:
     folder, failed, said = made
     assert [path.parent.name for path in folder.glob(f"*/{ENGINES}")] == ["odd-n4"]
@@ -187,6 +190,7 @@ def test_what_only_a_measurement_takes_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_second_build_into_one_folder_waits_for_nobody(ready: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
     folder = ready

@@ -63,7 +63,9 @@ def test_bf16_and_an_older_gpu(load_kernels: Make) -> None:
     assert "t: decoder.conv (batch 1)" in [line["name"] for line in lines]
 
 
-@pytest.fixture(scope="module", params=[Codes("int8", 32), Codes("int4", 64)], ids=str)
+@pytest.fixture(
+    scope="module", params=[pytest.param(Codes("int8", 32), marks=pytest.mark.slow), Codes("int4", 64)], ids=str
+)
 def coded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quantised bundle with heads of 20 in 24; of groups of 64 only wo and w2 have whole ones."""
     config = PARConfig(dim=160, n_layers=2, n_heads=8, vocab_size=64, n_classes=6, grid=(1, 8, 8))
@@ -83,6 +85,7 @@ def test_right_kernels_of_quantised_weights_pass(load_kernels: Make, coded: Path
     assert all(line["error"] < 0.5 * line["allowed"] for line in measured)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coded", [Codes("int8", 32)], indirect=True)
 def test_a_scale_that_is_packed_wrong_is_seen(load_kernels: Make, driver: Driver, coded: Path) -> None:
     pipeline = load_kernels(coded, images=(1,), precision="fp16")

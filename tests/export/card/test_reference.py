@@ -18,7 +18,7 @@ from par_runtime.request import Settings
 DEMO = Path(__file__).parents[3] / "models" / "demo"
 
 
-@pytest.mark.parametrize("name", ["tiny", "demo"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("demo", marks=pytest.mark.slow)])
 def test_it_is_the_cpus_backend_in_another_implementation(tiny: Path, name: str) -> None:
     path = tiny if name == "tiny" else DEMO
     torch = reference(Bundle.open(path))
@@ -32,6 +32,7 @@ def test_it_is_the_cpus_backend_in_another_implementation(tiny: Path, name: str)
     cpu.close()
 
 
+@pytest.mark.slow
 def test_heads_of_a_size_that_graphs_pad(bundles: dict[str, Path]) -> None:
     """The golden models have heads of 8; the padding that 100 needs is taken off again."""
     from par_export.restored import read_weights, restored_model

@@ -295,6 +295,7 @@ def test_the_driver_alone(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None
     assert [line for line in lines if line["kind"] == "limit"] == []
 
 
+@pytest.mark.slow
 def test_pytorch_alone_is_measured_in_every_batch(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
     rows, page, lines = of_parts(tmp_path, tiny, stand_in, "baselines", images=(1, 2))
     images = {(row.label, row.images) for row in rows if row.phase == "image"}
@@ -341,6 +342,7 @@ def test_a_twin_without_memory_waits_for_that_of_others(tmp_path: Path, monkeypa
         preparation._warm(Process(full, full), 8)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_onnx_runtime_without_cuda_is_a_check_that_says_so(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
     rows, page, lines = of_parts(tmp_path, tiny, stand_in, "cuda-ort")
     assert rows == []
@@ -350,6 +352,7 @@ def test_onnx_runtime_without_cuda_is_a_check_that_says_so(stand_in: gpu.Gpu, ti
     assert page.count("needs ONNX Runtime with CUDA") >= 4  # the rows of both are left out
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_refused_is_a_check_with_the_sentence_that_was_said(
     stand_in: gpu.Gpu, tiny: Path, tmp_path: Path
 ) -> None:
@@ -366,6 +369,7 @@ def test_a_plan_that_is_refused_is_a_check_with_the_sentence_that_was_said(
     assert not any("PAR-S" in line["name"] for line in lines if line["kind"] == "check")
 
 
+@pytest.mark.slow
 def test_a_part_that_ends_in_an_error_does_not_end_the_others(
     stand_in: gpu.Gpu, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,6 +382,7 @@ def test_a_part_that_ends_in_an_error_does_not_end_the_others(
     assert sum(line["kind"] == "check" and line["passed"] for line in lines) == 13
 
 
+@pytest.mark.slow
 def test_a_subject_that_had_no_time_is_left_out_once(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
     journal = Journal(None, lambda _: None)
     session = Report(options(tmp_path, tiny), stand_in, lambda _: None, journal).session
@@ -400,6 +405,7 @@ def test_of_a_subject_that_fails_in_everything_a_few_checks_are_shown() -> None:
     assert "| demo: loads | WRONG | no file |" in page
 
 
+@pytest.mark.slow
 def test_ready_engines_are_named_and_those_of_other_sources_refused(
     stand_in: gpu.Gpu, tiny: Path, tmp_path: Path
 ) -> None:
@@ -414,6 +420,7 @@ def test_ready_engines_are_named_and_those_of_other_sources_refused(
         of_parts(tmp_path, tiny, stand_in, "kernels", engines=ready)
 
 
+@pytest.mark.slow
 def test_a_report_is_compared_with_an_earlier_one(
     stand_in: gpu.Gpu, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -438,6 +445,7 @@ def test_a_report_is_compared_with_an_earlier_one(
     assert "slower than --fail-above 10: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_built_ahead_is_all_that_a_report_wants(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
     """By name and by batches: whatever one of both does not know would be compiled on the machine that is measured."""
     ready = tmp_path / "ready"

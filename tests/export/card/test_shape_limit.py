@@ -38,7 +38,8 @@ def attended(q: Tensor, k: Tensor, v: Tensor, who: str) -> Tensor:
     return half(half(weights) @ v / weights.sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("size", ["L", pytest.param("XXL", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["L", "XXL"])
 def test_right_engines_stay_below_the_limit_and_a_missing_key_does_not(size: str) -> None:
     config, random = named(size), torch.Generator().manual_seed(0)
     d, heads, head, ffn = config.dim, config.n_heads, config.head_dim, config.ffn_dim

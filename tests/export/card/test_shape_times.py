@@ -56,7 +56,9 @@ def build(path: Path, images: Sequence[int], *, planner: Planner = plan, target:
     kernels.write_engine(Bundle.open(path), planned, "fp16", "fp16", target)
 
 
-@pytest.fixture(scope="module", params=[None, *SMALL.codes], ids=str)
+@pytest.fixture(
+    scope="module", params=[None, *(pytest.param(codes, marks=pytest.mark.slow) for codes in SMALL.codes)], ids=str
+)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of n = 4, with numbers and with codes."""
     return tokens_family(SMALL, request.param, tmp_path_factory.mktemp("family"))[4]
@@ -190,6 +192,7 @@ def of_shapes(
     return found, found.of("shape")
 
 
+@pytest.mark.slow
 def test_the_whole_part_times_what_is_right_and_says_what_is_not(
     stand_in: gpu.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +238,7 @@ def _with(bug: Callable[[Any], None], planner: Planner, *given: Any) -> Any:
     return planned
 
 
+@pytest.mark.slow
 def test_without_a_right_first_set_nothing_says_what_is_right(
     stand_in: gpu.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +257,7 @@ def test_without_a_right_first_set_nothing_says_what_is_right(
     assert found.left_out[-1] == "shapes of PAR-S n=4: time"
 
 
+@pytest.mark.slow
 def test_a_set_that_never_ends_costs_its_own_time_alone(
     stand_in: gpu.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,6 +348,7 @@ def test_a_column_that_is_wrong_alone_is_seen() -> None:
     assert difference(np.zeros_like(logits), np.zeros_like(logits))[0] is None
 
 
+@pytest.mark.slow
 def test_a_set_that_is_not_ready_beside_others_is_left_out(stand_in: gpu.Gpu, tmp_path: Path) -> None:
     """It would be compiled by another Triton than the sets that it is compared with."""
     ready = tmp_path / "ready"
@@ -366,6 +372,7 @@ def test_kinds_of_kernels() -> None:
 # -- built ahead ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_their_engines_are_built_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card_ahead, "SETS", 2)
     monkeypatch.setattr(card_ahead, "CHANGES", {})

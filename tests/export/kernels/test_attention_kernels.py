@@ -15,7 +15,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_attention(size: tuple[int, ...], precision: str) -> None:
     heads, head, padded, query, slots, span, chunk = size

@@ -11,7 +11,7 @@ from kernel_arrays import KIND, ROUNDING, empty, launch, stored, wide
 from scipy.special import softmax
 
 Array = np.ndarray
-PRECISIONS = ("fp16", "bf16", "fp32")
+PRECISIONS = ("fp16", pytest.param("bf16", marks=pytest.mark.slow), "fp32")
 NOTHING = ("*fp32", np.zeros(1, np.float32))
 
 

@@ -287,6 +287,7 @@ def compiler() -> Any:
         yield compiler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["SM80", "SM90"])
 def test_kernels_of_vq16_are_compiled_as_they_are_meant(compiler: Compiler, target: str) -> None:
     specs = kinds_of(plan_decoder.plan(VQ16, PAR_L, weights_of(VQ16), (1,), "fp16", TARGETS[target]))

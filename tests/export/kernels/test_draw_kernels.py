@@ -68,7 +68,7 @@ def check(
 
 
 @pytest.mark.parametrize("form", SMALL, ids=lambda form: form[0])
-@pytest.mark.parametrize("vocab", [7, 50])
+@pytest.mark.parametrize("vocab", [pytest.param(7, marks=pytest.mark.slow), 50])
 def test_every_top_k_and_top_p(form: tuple[str, dict[str, Any]], vocab: int) -> None:
     logits = np.random.default_rng(1).normal(size=(1, 3, vocab)).astype(np.float32) * 3
     pairs = [
@@ -165,6 +165,7 @@ def test_large_codebooks(form: tuple[str, dict[str, Any]], vocab: int, top_k: in
     check(form, logits, 1.0, top_k, top_p)
 
 
+@pytest.mark.slow
 def test_top_k_8000_of_64000_is_distributed_as_promised() -> None:
     form = ("looped", {"CHUNK": 16384})
     top_k_8000.check(lambda x, u: tokens_of(form, x[None], u[None], 1.0, 8000, 1.0), 300, 100)

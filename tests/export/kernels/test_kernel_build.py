@@ -132,6 +132,7 @@ def test_a_failed_build_leaves_nothing_and_a_good_engine_stays(tiny_copy: Path) 
     assert (good / "engine.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_kernel_that_needs_too_much_is_refused_by_name(tiny_copy: Path) -> None:
     def spilling(contents: Contents, images: Sequence[int], target: Target, refused: Refused = frozenset()) -> Planned:
         planned = trial_plan(contents, images, target)
@@ -142,6 +143,7 @@ def test_a_kernel_that_needs_too_much_is_refused_by_name(tiny_copy: Path) -> Non
         build_kernels(KernelsRequest(tiny_copy, ("SM80",), workers=1), lambda _: None, planner=spilling)
 
 
+@pytest.mark.slow
 def test_a_product_that_finds_no_registers_is_planned_in_another_shape(tiny_copy: Path) -> None:
     """The first choice spills: it is refused, and what is planned in its place is built."""
     asked: list[Refused] = []
@@ -208,6 +210,7 @@ def test_a_bundle_in_fp32_needs_a_precision(bundles: dict[str, Path], tmp_path: 
     assert folder.name == "kernels-1-sm80-bf16"
 
 
+@pytest.mark.slow
 def test_quantised_weights_stay_codes(bundles: dict[str, Path], tmp_path: Path) -> None:
     """Built for real: no kernel spills, products take codes, and the report says how little a call reads."""
     source = Bundle.open(bundles["n16"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import build_kernels
 from par_export.cli import build as build_cli
 from par_export.kernels.targets import TARGETS
 from par_runtime.backends.engines import Engine, list_engines
@@ -14,11 +15,17 @@ from par_runtime.backends.program import CONSTANTS, Kernels
 from par_runtime.bundle import Bundle
 
 
-@pytest.fixture(params=["SM80", "SM90"])
-def engine(request: pytest.FixtureRequest, kernels_bundle: Path) -> Engine:
-    engines, bad = list_engines(Bundle.open(kernels_bundle), verify="full")
+@pytest.fixture(scope="module", params=[pytest.param("SM80", marks=pytest.mark.slow), "SM90"])
+def engine(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    if request.param == "SM90":
+        bundle = request.getfixturevalue("kernels_bundle")
+    else:
+        bundle = tmp_path_factory.mktemp("kernels") / "tiny"
+        build_kernels(tiny, bundle.parent, request.param)
+    (engine,), bad = list_engines(Bundle.open(bundle), verify="full")
     assert not bad
-    return next(engine for engine in engines if engine.target == request.param)
+    assert engine.target == request.param
+    return engine
 
 
 def kernels_of(engine: Engine) -> Kernels:

@@ -112,6 +112,7 @@ def bundle(tiny: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny, tmp_path / "bundle")
 
 
+@pytest.mark.slow
 def test_the_fastest_shapes_are_kept_for_this_card_and_loaded(bundle: Path, clock: Clock, driver: Driver) -> None:
     first = tiles.choose(tune.Contents(Bundle.open(bundle), "fp16", "fp16").config, (1,), TARGETS["SM90"])[1]
     clock.slow = lambda k: k.source == "step.gates" and k.constants["BN"] == first.gates.BN
@@ -144,6 +145,7 @@ def test_the_fastest_shapes_are_kept_for_this_card_and_loaded(bundle: Path, cloc
     assert not driver.modules
 
 
+@pytest.mark.slow
 def test_a_shape_that_computes_something_else_is_left_out(
     bundle: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

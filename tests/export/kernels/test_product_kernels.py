@@ -122,18 +122,20 @@ def cases() -> list[Any]:
     for at, (size, tile) in enumerate(zip(SIZES, TILES, strict=True)):
         for precision in ("fp16", "bf16"):
             name = f"{size}-{precision}"
-            out.append(pytest.param(size, tile, precision, (2, 4, 5)[at], (4, 1, 9)[at], None, id=name))
+            marks = pytest.mark.slow if precision == "bf16" else ()
+            out.append(pytest.param(size, tile, precision, (2, 4, 5)[at], (4, 1, 9)[at], None, id=name, marks=marks))
     for at, (dtype, group, d, f, *tile) in enumerate(CODES):
         size = (d, 2, d // 2, -(-d // 16) * 8, f, 130)
         precision = ("fp16", "bf16", "fp32")[at % 3]
         name = f"{dtype}-{group}-{precision}"
-        out.append(pytest.param(size, tuple(tile), precision, 2, (4, 1)[at % 2], (dtype, group), id=name))
+        marks = pytest.mark.slow if precision == "bf16" else ()
+        out.append(pytest.param(size, tuple(tile), precision, 2, (4, 1)[at % 2], (dtype, group), id=name, marks=marks))
     return out
 
 
 Codes = tuple[str, int] | None
 SPLITS = [
-    pytest.param(*case.values, split, id=f"{case.id}-{split}")
+    pytest.param(*case.values, split, id=f"{case.id}-{split}", marks=case.marks)
     for at, case in enumerate(cases())
     for split in ((1, 2, 3) if case.values[-1] is None else (1 + at % 3,))
 ]

@@ -76,9 +76,9 @@ def planned(
 
 TINY = PARConfig(dim=40, n_layers=1, n_heads=2, vocab_size=50, n_classes=2, grid=(1, 8, 8), group_size=4)
 CASES = [
-    ("L", 4, "SM80", "fp16", 1),
+    pytest.param("L", 4, "SM80", "fp16", 1, marks=pytest.mark.slow),
     ("L", 4, "SM90", "fp16", 1),
-    ("3B", 16, "SM90", "bf16", 1),
+    pytest.param("3B", 16, "SM90", "bf16", 1, marks=pytest.mark.slow),
     ("tiny", 4, "SM90", "fp16", 1),
 ]
 
@@ -105,6 +105,7 @@ def test_kernels_of_a_step(size: str, query: int, target: str, precision: str, i
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "dtype", "group", "target", "precision", "images"),
     [("L", "int4", 32, "SM90", "bf16", 8), ("3B", "int8", 128, "SM80", "fp16", 1)],
@@ -176,7 +177,9 @@ def test_packing_compiles_for_every_stored_precision(compiler: Compiler) -> None
         assert kernel.fault(TARGETS["SM80"]) is None
 
 
-@pytest.mark.parametrize("target", ["SM86", "SM100", "SM120"])
+@pytest.mark.parametrize(
+    "target", ["SM86", *(pytest.param(other, marks=pytest.mark.slow) for other in ("SM100", "SM120"))]
+)
 def test_the_sampler_has_just_the_registers(target: str, compiler: Compiler) -> None:
     """The largest codebook that stays in registers fills them: none may spill."""
     of = planned(named("L", group_size=4), target, "fp16", (1,))
@@ -185,7 +188,9 @@ def test_the_sampler_has_just_the_registers(target: str, compiler: Compiler) -> 
     assert kernel.fault(TARGETS[target]) is None
 
 
-@pytest.mark.parametrize(("target", "codes", "warps"), [("SM90", 4096, 4), ("SM80", 8192, 16)])
+@pytest.mark.parametrize(
+    ("target", "codes", "warps"), [("SM90", 4096, 4), pytest.param("SM80", 8192, 16, marks=pytest.mark.slow)]
+)
 def test_registers_stay_registers_where_there_are_enough(
     target: str, codes: int, warps: int, compiler: Compiler
 ) -> None:
@@ -212,6 +217,7 @@ ORDER = {
 CONSTANT = ("step.embed", "step.qkv", "step.residual")
 
 
+@pytest.mark.slow
 def test_memory_is_read_and_written_in_the_order_that_dependent_launches_need(
     compiler: Compiler, tmp_path: Path
 ) -> None:

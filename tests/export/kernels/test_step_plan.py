@@ -137,6 +137,7 @@ def test_the_calls_of_an_image(name: str, precision: str, tiny: Path, request: p
         tokens = np.concatenate([tokens, new], 1)
 
 
+@pytest.mark.slow
 def test_rows_at_different_positions_and_batches(tiny: Path) -> None:
     """Three images, each at another place; blocks in any order; the same call twice gives the same bits."""
     both = Both(tiny, 3, "fp16", "SM80", quick=False)

@@ -192,6 +192,11 @@ IN_WHAT_RUNS_THEM = [
 ]
 
 
+def one_by_default(bugs: list[Any]) -> list[Any]:
+    """The first one; the others are among the slow tests."""
+    return [bugs[0], *(pytest.param(bug, marks=pytest.mark.slow) for bug in bugs[1:])]
+
+
 @pytest.fixture(scope="module")
 def wanted(tiny: Path) -> list[Any]:
     cpu = Pipeline.load(tiny, device="cpu", selftest=False)
@@ -217,12 +222,12 @@ def test_without_a_bug_nothing_differs(load_kernels: Make, wanted: list[Any]) ->
     assert not differs(load_kernels, wanted)
 
 
-@pytest.mark.parametrize("bug", IN_LISTS, ids=lambda bug: bug.__name__)
+@pytest.mark.parametrize("bug", one_by_default(IN_LISTS), ids=lambda bug: bug.__name__)
 def test_a_bug_in_a_list_of_launches_is_caught(load_kernels: Make, wanted: list[Any], bug: Change) -> None:
     assert differs(load_kernels, wanted, bug), f"{bug.__name__} went unnoticed"
 
 
-@pytest.mark.parametrize("bug", IN_WHAT_RUNS_THEM, ids=lambda bug: bug.__name__)
+@pytest.mark.parametrize("bug", one_by_default(IN_WHAT_RUNS_THEM), ids=lambda bug: bug.__name__)
 def test_a_bug_in_what_runs_them_is_caught(
     load_kernels: Make, wanted: list[Any], monkeypatch: pytest.MonkeyPatch, bug: Any
 ) -> None:

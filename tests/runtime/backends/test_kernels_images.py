@@ -32,7 +32,14 @@ def same_images(one: np.ndarray, other: np.ndarray) -> None:
     assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize(("target", "capture"), [("SM90", "image"), ("SM80", "call"), ("SM90", "none")])
+@pytest.mark.parametrize(
+    ("target", "capture"),
+    [
+        pytest.param("SM90", "image", marks=pytest.mark.slow),
+        ("SM80", "call"),
+        pytest.param("SM90", "none", marks=pytest.mark.slow),
+    ],
+)
 def test_tokens_and_images_are_those_of_the_cpu(
     load_kernels: Make, tiny: Path, driver: Driver, target: str, capture: Capture
 ) -> None:
@@ -59,7 +66,7 @@ def test_tokens_and_images_are_those_of_the_cpu(
     assert early == ({True, False} if target == "SM90" else {False})
 
 
-@pytest.mark.parametrize("name", ["n1", "n16"])
+@pytest.mark.parametrize("name", [pytest.param("n1", marks=pytest.mark.slow), "n16"])
 def test_other_group_sizes(load_kernels: Make, bundles: dict[str, Path], name: str) -> None:
     gpu, cpu = load_kernels(bundles[name], images=(2,)), on_cpu(bundles[name])
     got, wanted = (p.generate([4, 0], seed=3, guidance=1.7, top_p=0.9) for p in (gpu, cpu))
@@ -119,7 +126,7 @@ def test_batches_beyond_the_engine_are_split(load_kernels: Make, tiny: Path) -> 
         gpu.generate(labels, max_batch=3)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
 def test_half_precision_within_the_floors_of_verify(
     load_kernels: Make, capsys: pytest.CaptureFixture[str], driver: Driver, precision: str
 ) -> None:
@@ -164,6 +171,7 @@ def test_editing_and_scoring_are_those_of_the_cpu(load_kernels: Make, tiny: Path
     np.testing.assert_allclose(gpu.score(tokens, [0, 1, 2]), cpu.score(tokens, [0, 1, 2]), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_computes_here_agrees_with_tritons_interpreter(load_kernels: Make, driver: Driver, precision: str) -> None:
     """Every kernel of an engine, in calls of one and of n positions, and in the decoder."""

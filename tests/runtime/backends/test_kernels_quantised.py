@@ -46,7 +46,14 @@ def on_cpu(path: Path) -> Pipeline:
     return Pipeline.load(path, device="cpu-ort", selftest=False)
 
 
-@pytest.mark.parametrize(("name", "target"), [("fp16", "SM90"), ("n16", "SM80"), ("n1", "SM90")])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("fp16", "SM90"),
+        pytest.param("n16", "SM80", marks=pytest.mark.slow),
+        pytest.param("n1", "SM90", marks=pytest.mark.slow),
+    ],
+)
 def test_tokens_are_those_of_the_cpu(load_kernels: Make, quantised: dict[str, Path], name: str, target: str) -> None:
     gpu, cpu = load_kernels(quantised[name], images=(2,), target=target), on_cpu(quantised[name])
     got, wanted = (p.generate([4, 0], seed=3, guidance=1.7, top_p=0.9, decode=False) for p in (gpu, cpu))
@@ -71,6 +78,7 @@ def test_a_call_reads_codes_and_scales(
         assert held.bytes / at.length == scales.bytes / scales.stored.length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_within_the_floors_of_verify(
     load_kernels: Make, quantised: dict[str, Path], capsys: pytest.CaptureFixture[str], driver: Driver, precision: str
@@ -109,6 +117,7 @@ def codes_packed_as_numbers_of_another_width(planned: Planned) -> None:
             planned.specs[name] = replace(spec, constants=tuple(wider.items()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bug", [scales_of_another_layer, scales_of_the_next_group, codes_packed_as_numbers_of_another_width]
 )

@@ -94,6 +94,7 @@ def test_the_ends_of_the_noise() -> None:
             assert_the_same(tokens, wanted, logits, each[0], temperature, k, top_p)
 
 
+@pytest.mark.slow
 def test_top_k_8000_of_64000_is_distributed_as_promised() -> None:
     ones = np.ones(200, np.float32)
     top_k_8000.check(lambda x, u: drawn_in_c(x, u, ones, np.full(200, 8000), ones), 1600, 200)

@@ -125,7 +125,8 @@ def test_a_source_package_takes_every_header_along(source: str) -> None:
     assert {Path(path).name for path in module["depends"]} == included(source)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux") or len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+@pytest.mark.two_cores
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone has these calls")
 def test_a_thread_that_wakes_up_is_kept_off_the_cpu_of_the_caller() -> None:
     """And a set of CPUs that somebody gives it counts from then on."""
     allowed = os.sched_getaffinity(0)

@@ -136,7 +136,9 @@ BUGS = [
 ]
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+@pytest.mark.parametrize(
+    "bug", [BUGS[0], *(pytest.param(bug, marks=pytest.mark.slow) for bug in BUGS[1:])], ids=lambda bug: bug.__name__
+)
 def test_a_planted_bug_is_caught(load: Make, tiny: Path, monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
     wanted = [
         Pipeline.load(tiny, device="cpu", selftest=False).generate([0, 3, 5], seed=s, **SETTINGS).tokens for s in (1, 2)

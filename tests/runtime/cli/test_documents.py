@@ -62,6 +62,7 @@ def test_the_commands_for_trying_it_run_one_after_the_other(
     }
 
 
+@pytest.mark.slow
 def test_the_commands_and_the_python_of_the_video_page_run_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
