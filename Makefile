@@ -33,12 +33,12 @@ demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the run
 help:  ## this list
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-test: lint  ## lint, types and tests: 7 to 15 minutes on 2 cores; the first time installs .venv-dev (2.7 GB, with CUDA more)
-	@echo "Now the tests: about 7 minutes on 2 fast cores, 15 on old ones."
+test: lint  ## lint, types and tests: 8 minutes on 2 old cores; the first time installs .venv-dev (2.7 GB, with CUDA more)
+	@echo "Now the tests: about 7 minutes on 2 old cores."
 	OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest $(AT_ONCE)
 
 # Two at once: each of them takes up to 7 GB.
-test-all: test  ## the slow tests too: 39 minutes on 2 old cores, up to 14 GB of memory
+test-all: test  ## the slow tests too: 40 minutes on 2 old cores, up to 14 GB of memory
 	OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest $(if $(AT_ONCE),-n 2 --dist worksteal) -m "slow and not gpu"
 
 test-gpu: $(DEV_ENV)/.installed  ## all that needs a GPU: 10 minutes, a report for an issue (docs/gpu.md); fails where there is no GPU
@@ -55,6 +55,7 @@ gpu-report:  ## driver and kernels on this GPU in 8 minutes: right, and how fast
 gpu-docs: $(DEV_ENV)/.installed  ## the figures in docs/gpu.md and docs/gpu.svg, made of the rows in docs/gpu/*.jsonl
 	$(DEV_ENV)/bin/python -m par_export.card.docs docs
 
+# A mypy without parallel checking does not know the variable, and needs half a minute in place of 25 s.
 lint: $(DEV_ENV)/.installed  ## ruff, mypy, import-linter: half a minute
 	$(DEV_ENV)/bin/ruff check .
 	MYPY_NUM_WORKERS=2 $(DEV_ENV)/bin/mypy

@@ -175,7 +175,8 @@ def test_a_fault_of_the_distribution_is_seen(fault: str) -> None:
         top_k_8000.check(draw, 300, 100)
 
 
-@pytest.mark.parametrize("query", [1, *(pytest.param(query, marks=pytest.mark.slow) for query in (4, 16))])
+@pytest.mark.slow
+@pytest.mark.parametrize("query", [1, 4, 16])
 def test_a_plan_searches_in_few_kernels(query: int, tmp_path: Path) -> None:
     """TensorRT-RTX builds it, for an A100; docs/engines.md tells the numbers."""
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[tensorrt-rtx]'")

@@ -209,7 +209,7 @@ def test_tokenizers_of_the_other_kind_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("runtime", ["tensorrt", "kernels"])
+@pytest.mark.parametrize("runtime", ["tensorrt", pytest.param("kernels", marks=pytest.mark.slow)])
 def test_a_gpu_makes_clips_and_the_frames_of_their_beginning(
     bundle: Path, load: Make, load_kernels: Make, runtime: str
 ) -> None:

@@ -66,6 +66,7 @@ def vq16() -> VQModel:
     return model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_vq16_decodes_as_the_reference(vq16: VQModel) -> None:
     with np.load(GOLDEN / "vq16_grid24.npz") as g:

@@ -215,8 +215,15 @@ def test_images_that_come_and_go_on_the_cpu(backend: str, seed: int, bundles: di
         fuzz(pipeline, seed)
 
 
-@pytest.mark.parametrize("images", [(4,), (1, 2, 4)])
-@pytest.mark.parametrize("mode", ["shared", "per-phase"])
+@pytest.mark.parametrize(
+    ("mode", "images"),
+    [
+        ("shared", (1, 2, 4)),
+        ("per-phase", (4,)),
+        pytest.param("shared", (4,), marks=pytest.mark.slow),
+        pytest.param("per-phase", (1, 2, 4), marks=pytest.mark.slow),
+    ],
+)
 def test_images_that_come_and_go_on_the_stand_in_gpu(
     load: Make, tiny: Path, mode: str, images: tuple[int, ...]
 ) -> None:

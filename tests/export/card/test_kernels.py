@@ -140,12 +140,17 @@ def every_time_another(driver: Driver, kernel: Kernel, arguments: Sequence[Any])
     ("source", "wrong", "seen"),
     [
         ("step.gates", slightly_off, "t: step.gates ("),
-        ("attention.attend", one_number_is_missing, "t: attention.attend ("),
-        ("step.qkv", writes_a_seen_key, "t: step.qkv ("),
-        ("draw.resident", another_token, "t: draw.resident ("),
-        ("step.residual", a_counter_is_left, "t: step's counters ("),
-        ("decoder.conv", grey, "t: decoder.conv ("),
-        ("step.head", every_time_another, "t: step in one go ("),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("attention.attend", one_number_is_missing, "t: attention.attend ("),
+                ("step.qkv", writes_a_seen_key, "t: step.qkv ("),
+                ("draw.resident", another_token, "t: draw.resident ("),
+                ("step.residual", a_counter_is_left, "t: step's counters ("),
+                ("decoder.conv", grey, "t: decoder.conv ("),
+                ("step.head", every_time_another, "t: step in one go ("),
+            )
+        ),
     ],
 )
 def test_a_wrong_kernel_is_seen(load_kernels: Make, driver: Driver, source: str, wrong: Wrong, seen: str) -> None:

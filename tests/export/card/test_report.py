@@ -287,6 +287,7 @@ def wrong(lines: Lines) -> dict[str, str]:
     return {line["name"]: line["text"] for line in lines if line["kind"] == "check" and not line["passed"]}
 
 
+@pytest.mark.slow
 def test_the_driver_alone(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
     rows, page, lines = of_parts(tmp_path, tiny, stand_in, "driver")
     assert rows == []

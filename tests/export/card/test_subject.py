@@ -30,7 +30,7 @@ def subject(driver: Driver, tmp_path: Path) -> Iterator[EngineSubject]:
     yield from subject_of(driver, tmp_path, CONFIG)
 
 
-@pytest.fixture(params=["int8", "int4"])
+@pytest.fixture(params=["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def coded(driver: Driver, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[EngineSubject]:
     """The same with quantised weights, and a width that has whole groups."""
     yield from subject_of(driver, tmp_path, replace(CONFIG, dim=160), Codes(request.param, 32))

@@ -83,7 +83,9 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision", ["fp16", *(pytest.param(other, marks=pytest.mark.slow) for other in ("bf16", "fp32"))]
+)
 def test_convolutions(case: str, precision: str) -> None:
     c: dict[str, Any] = {"H": 8, "W": 6, "C": 32, "O": 32, "SIDE": 3, "UP": False, "RESIDUAL": False, "OTHER": 0}
     c |= {"UNIT": 4, "PIXELS": False, "BM": 32, "BN": 32, "BK": 16, "OTHER_BK": 16, "DEPENDENT": False}

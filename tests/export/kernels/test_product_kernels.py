@@ -128,7 +128,7 @@ def cases() -> list[Any]:
         size = (d, 2, d // 2, -(-d // 16) * 8, f, 130)
         precision = ("fp16", "bf16", "fp32")[at % 3]
         name = f"{dtype}-{group}-{precision}"
-        marks = pytest.mark.slow if precision == "bf16" else ()
+        marks = () if precision == "fp16" else pytest.mark.slow
         out.append(pytest.param(size, tuple(tile), precision, 2, (4, 1)[at % 2], (dtype, group), id=name, marks=marks))
     return out
 

@@ -79,7 +79,7 @@ CASES = [
     pytest.param("L", 4, "SM80", "fp16", 1, marks=pytest.mark.slow),
     ("L", 4, "SM90", "fp16", 1),
     pytest.param("3B", 16, "SM90", "bf16", 1, marks=pytest.mark.slow),
-    ("tiny", 4, "SM90", "fp16", 1),
+    pytest.param("tiny", 4, "SM90", "fp16", 1, marks=pytest.mark.slow),
 ]
 
 
@@ -131,7 +131,9 @@ def test_products_of_codes(
         assert kernel.shared >= 2 * (panel + 2 * int(c["BK"]) * int(c["BM"]))
 
 
-@pytest.mark.parametrize(("dtype", "precision", "most"), [("int8", "bf16", 4.0), ("int4", "fp16", 3.5)])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "most"), [pytest.param("int8", "bf16", 4.0, marks=pytest.mark.slow), ("int4", "fp16", 3.5)]
+)
 def test_codes_become_numbers_in_the_thread_that_multiplies_them(
     dtype: str, precision: str, most: float, compiler: Compiler, tmp_path: Path
 ) -> None:

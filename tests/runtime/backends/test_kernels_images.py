@@ -126,7 +126,8 @@ def test_batches_beyond_the_engine_are_split(load_kernels: Make, tiny: Path) -> 
         gpu.generate(labels, max_batch=3)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_within_the_floors_of_verify(
     load_kernels: Make, capsys: pytest.CaptureFixture[str], driver: Driver, precision: str
 ) -> None:
