@@ -52,7 +52,10 @@ def test_weights_are_drawn_again_afterwards() -> None:
     [
         "from par_model.checkpoint import open_checkpoint as o, par_config, vq_config\n"
         "par_config(o(sys.argv[1]), grid=(1, 8, 8), heads=4), vq_config(o(sys.argv[2]))",
-        "from par_model.baseline import Baseline\nBaseline(sys.argv[3], device='cpu').run(1, 2.0)",
+        pytest.param(
+            "from par_model.baseline import Baseline\nBaseline(sys.argv[3], device='cpu').run(1, 2.0)",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["checkpoints", "eager baseline"],
 )

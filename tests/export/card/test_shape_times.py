@@ -127,7 +127,7 @@ def another_scale(planned: Any) -> None:
             )
 
 
-@pytest.mark.parametrize("bug", [forgets_a_block, another_scale])
+@pytest.mark.parametrize("bug", [forgets_a_block, pytest.param(another_scale, marks=pytest.mark.slow)])
 def test_a_wrong_kernel_computes_others(driver: Driver, tmp_path: Path, bug: Callable[[Any], None]) -> None:
     path = tokens_family(SMALL, None, tmp_path / "family")[4]
     found = []

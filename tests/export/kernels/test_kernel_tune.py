@@ -167,6 +167,7 @@ def test_a_shape_that_computes_something_else_is_left_out(
     assert any(line.startswith("left out: ") and "self-test" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_command_prints_json(
     bundle: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
