@@ -1,11 +1,20 @@
-"""A C library with one line of its sources changed, to see that a comparison notices."""
+"""Bugs that are planted to see that a comparison notices them."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from par_runtime.backends.native import decoding
+
+
+def one_by_default(bugs: list[Any]) -> list[Any]:
+    """For ``parametrize``: the first of ``bugs``, and the others among the slow tests. A tuple is several arguments."""
+    rest = (bug if isinstance(bug, tuple) else (bug,) for bug in bugs[1:])
+    return [bugs[0], *(pytest.param(*bug, marks=pytest.mark.slow) for bug in rest)]
 
 
 def decoder_with(folder: Path, line: str, bug: str) -> Path:

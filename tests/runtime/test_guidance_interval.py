@@ -90,7 +90,6 @@ def test_rows_of_a_mixed_batch(tiny: Path) -> None:
     assert given.cache_row.tolist() == [8, 7, 6, 5, 4, 2, 0]
 
 
-@pytest.mark.two_cores
 @pytest.mark.parametrize("name", ["fp32", "n16"])
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_a_mixed_batch_gives_each_image_its_own_tokens(backend: str, name: str, bundles: dict[str, Path]) -> None:

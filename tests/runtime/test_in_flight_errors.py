@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from double.driver import Driver
 from double.fixtures import Make
-from test_schedule import BACKENDS, needs_opset_24
+from test_schedule import BACKENDS, EACH_BACKEND
 
 from par_runtime.backends.base import MakesImages
 from par_runtime.backends.native import backend as native_backend
@@ -20,7 +20,7 @@ from par_runtime.pipeline import Pipeline
 from par_runtime.request import Settings
 from par_runtime.schedule import Schedule
 
-CPUS = ["cpu", "cpu-ort", pytest.param("cuda-ort", marks=needs_opset_24)]
+CPUS = [case for case in EACH_BACKEND if case.values != ("opset 23",)]
 
 
 def failing(real: Callable[..., Any], at: int) -> Callable[..., Any]:
@@ -45,7 +45,6 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline, at: i
         monkeypatch.setattr(np, "full", failing(np.full, at))
 
 
-@pytest.mark.two_cores
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("backend", CPUS)
 def test_after_a_memory_error_requests_of_any_size_are_served(
@@ -71,7 +70,6 @@ def begin_another(pipeline: Pipeline, another: Schedule, monkeypatch: pytest.Mon
             pipeline.backend.step(batch, ids, write, another.noise[:, :1])
 
 
-@pytest.mark.two_cores
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("backend", CPUS)
 def test_images_in_flight_go_on_when_there_is_no_memory_for_another(

@@ -13,13 +13,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from double.fixtures import Make
-from test_schedule import BACKENDS
+from test_schedule import BACKENDS, EACH_BACKEND
 
 from par_runtime.backends.base import Batch
-from par_runtime.backends.ort.sessions import OPSET24_SINCE, version
 from par_runtime.bundle import Call
 from par_runtime.dtypes import Float, Int
 from par_runtime.pipeline import Pipeline
@@ -205,12 +203,9 @@ def fuzz(pipeline: Pipeline, seed: int) -> None:
     assert run.finished > 3
 
 
-@pytest.mark.two_cores
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_images_that_come_and_go_on_the_cpu(backend: str, seed: int, bundles: dict[str, Path]) -> None:
-    if backend == "cuda-ort" and version() < OPSET24_SINCE:
-        pytest.skip(f"onnxruntime {ort.__version__} does not run step.onnx")
     with BACKENDS[backend](bundles["fp32"]) as pipeline:
         fuzz(pipeline, seed)
 

@@ -117,10 +117,13 @@ BACKENDS: dict[str, Open] = {
     "cuda-ort": on_device_code,
 }
 needs_opset_24 = pytest.mark.skipif(version() < OPSET24_SINCE, reason="this ONNX Runtime does not run step.onnx")
-EACH_BACKEND = [pytest.param(name, marks=needs_opset_24 if name == "cuda-ort" else ()) for name in BACKENDS]
+#: All of them take two threads, or as many as there are CPUs.
+EACH_BACKEND = [
+    pytest.param(name, marks=[pytest.mark.two_cores, *([needs_opset_24] if name == "cuda-ort" else [])])
+    for name in BACKENDS
+]
 
 
-@pytest.mark.two_cores
 @pytest.mark.parametrize("name", ["fp32", "n1", "n16"])
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_rows_at_different_steps_give_the_tokens_of_images_made_alone(
@@ -132,7 +135,6 @@ def test_rows_at_different_steps_give_the_tokens_of_images_made_alone(
         assert (alone(pipeline) == wanted).all()  # and nothing of it remains
 
 
-@pytest.mark.two_cores
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_positions_beyond_the_last_are_refused(backend: str, bundles: dict[str, Path]) -> None:
     with BACKENDS[backend](bundles["fp32"]) as pipeline:
@@ -143,7 +145,6 @@ def test_positions_beyond_the_last_are_refused(backend: str, bundles: dict[str, 
                 pipeline.backend.step(schedule.batch, ids, np.array([first]), np.zeros((1, 4), np.float32))
 
 
-@pytest.mark.two_cores
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_whole_images_between_two_calls_leave_other_cache_rows_alone(backend: str, bundles: dict[str, Path]) -> None:
     with BACKENDS[backend](bundles["fp32"]) as pipeline:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from double.driver import Driver
 from double.fixtures import Make
+from planted import one_by_default
 
 from par_export.card import kernels as card
 from par_export.card.samples import SAMPLES, Sample
@@ -138,20 +139,17 @@ def every_time_another(driver: Driver, kernel: Kernel, arguments: Sequence[Any])
 
 @pytest.mark.parametrize(
     ("source", "wrong", "seen"),
-    [
-        ("step.gates", slightly_off, "t: step.gates ("),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("attention.attend", one_number_is_missing, "t: attention.attend ("),
-                ("step.qkv", writes_a_seen_key, "t: step.qkv ("),
-                ("draw.resident", another_token, "t: draw.resident ("),
-                ("step.residual", a_counter_is_left, "t: step's counters ("),
-                ("decoder.conv", grey, "t: decoder.conv ("),
-                ("step.head", every_time_another, "t: step in one go ("),
-            )
-        ),
-    ],
+    one_by_default(
+        [
+            ("step.gates", slightly_off, "t: step.gates ("),
+            ("attention.attend", one_number_is_missing, "t: attention.attend ("),
+            ("step.qkv", writes_a_seen_key, "t: step.qkv ("),
+            ("draw.resident", another_token, "t: draw.resident ("),
+            ("step.residual", a_counter_is_left, "t: step's counters ("),
+            ("decoder.conv", grey, "t: decoder.conv ("),
+            ("step.head", every_time_another, "t: step in one go ("),
+        ]
+    ),
 )
 def test_a_wrong_kernel_is_seen(load_kernels: Make, driver: Driver, source: str, wrong: Wrong, seen: str) -> None:
     pipeline = load_kernels(images=(1,), precision="fp16", decoder="fp16")

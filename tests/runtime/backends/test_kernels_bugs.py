@@ -12,6 +12,7 @@ from double import bare
 from double.bugs import no_wait_before_the_copy_is_read
 from double.driver import Driver, ViolationError
 from double.fixtures import SETTINGS, Make
+from planted import one_by_default
 
 from par_export.kernels.spec import Planned
 from par_runtime.backends import cuda
@@ -190,11 +191,6 @@ IN_WHAT_RUNS_THEM = [
     a_block_filled_before_it_is_copied,
     no_wait_before_the_copy_is_read,
 ]
-
-
-def one_by_default(bugs: list[Any]) -> list[Any]:
-    """The first one; the others are among the slow tests."""
-    return [bugs[0], *(pytest.param(bug, marks=pytest.mark.slow) for bug in bugs[1:])]
 
 
 @pytest.fixture(scope="module")

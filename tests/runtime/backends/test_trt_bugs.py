@@ -12,6 +12,7 @@ from double import tensorrt
 from double.bugs import no_wait_before_the_copy_is_read
 from double.driver import ViolationError
 from double.fixtures import SETTINGS, Make
+from planted import one_by_default
 
 from par_runtime.backends import cuda
 from par_runtime.backends.gpu.backend import GpuBackend
@@ -136,9 +137,7 @@ BUGS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "bug", [BUGS[0], *(pytest.param(bug, marks=pytest.mark.slow) for bug in BUGS[1:])], ids=lambda bug: bug.__name__
-)
+@pytest.mark.parametrize("bug", one_by_default(BUGS), ids=lambda bug: bug.__name__)
 def test_a_planted_bug_is_caught(load: Make, tiny: Path, monkeypatch: pytest.MonkeyPatch, bug: Any) -> None:
     wanted = [
         Pipeline.load(tiny, device="cpu", selftest=False).generate([0, 3, 5], seed=s, **SETTINGS).tokens for s in (1, 2)
