@@ -1,0 +1,74 @@
+"""How well a bundle knows images that no training has seen: the figures of models/README.md.
+
+    python figures.py ../demo --held-out ../../build/demo/val --train ../../build/demo/train
+
+Of the held-out images that are equal to no training image: ``nats`` is the model's mean cross entropy per token, of the
+tokens that the bundle's own encoder gives (uniform guessing: log of the codebook size); ``dB`` is the PSNR of the
+images behind encoder and decoder; ``kept`` is the share of their low-contrast detail that is still there
+(``par_model/training/detail.py``). Both folders are as ``render.mjs`` writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from heldout import raw, unseen
+from numpy.typing import NDArray
+
+from par_model.training.cli import numbers
+from par_model.training.cli.numbers import Limit
+from par_model.training.detail import low_contrast
+from par_model.training.files import InputError, text_of
+from par_runtime import Pipeline
+from par_runtime.errors import BundleError, RequestError
+
+CHUNK = 96  #: images at once
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of this script; returns the exit code."""
+    p = argparse.ArgumentParser(description="Measure a bundle on images that no training has seen.")
+    p.add_argument("bundle", type=Path, help="folder of a bundle with an encoder")
+    p.add_argument("--held-out", type=Path, required=True, help="folder of images.u8, labels.u8, meta.json")
+    p.add_argument("--train", type=Path, required=True, help="the images that the models were trained on")
+    p.add_argument("--each", type=int, default=1000, help="most images of each class (default 1000)")
+    args = p.parse_args(argv)
+    try:
+        numbers.check(args, {"each": Limit(1, 10**6)})
+        images, labels = raw(args.held_out)
+        seen = {hashlib.sha256(image).digest() for image in raw(args.train)[0]}
+        chosen = unseen(images, labels, seen, args.each)
+        if not chosen:
+            raise InputError(f"{args.held_out}: every image is in {args.train} too; give images that are not")
+        with Pipeline.load(args.bundle) as pipeline:
+            nats, psnr, kept = measured(pipeline, images[chosen], labels[chosen])
+    except (InputError, BundleError, RequestError, OSError) as error:
+        print(f"figures.py: error: {text_of(error)}", file=sys.stderr)
+        return 2
+    print(f"{len(chosen)} images: {nats:.3f} nats per token, {psnr:.2f} dB, {kept:.3f} kept")
+    return 0
+
+
+def measured(pipeline: Pipeline, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> tuple[float, float, float]:
+    """Nats per token, PSNR in dB and kept detail of ``images`` [M,H,W,3] with classes ``labels`` [M]."""
+    nats, squared, detail = 0.0, 0.0, torch.zeros(2)
+    for start in range(0, len(images), CHUNK):
+        part = images[start : start + CHUNK]
+        tokens = pipeline.encode(part)
+        nats -= float(pipeline.score(tokens, labels[start : start + CHUNK].tolist()).mean(1).sum())
+        again = pipeline.decode(tokens)
+        squared += float(((again.astype(np.float64) - part) ** 2).mean((1, 2, 3)).sum())
+        before, after = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (part, again))
+        detail += low_contrast(before, after)
+    psnr = 10 * np.log10(255**2 / max(squared / len(images), 1e-9))
+    return nats / len(images), float(psnr), float(detail[0] / detail[1].clamp_min(1e-9))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""The recipe's comparison of sampling settings: what its figures mean, the sheet, and folders that do not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+from recipe_scripts import scripts
+
+from par_model.training.files import InputError
+from par_model.training.raw import RawImages
+from par_runtime import Pipeline
+from par_runtime.bundle import Bundle
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+EACH = 2
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Iterator[ModuleType]:
+    """``settings.py``."""
+    with scripts("settings") as (module,):
+        yield module
+
+
+@pytest.fixture(scope="module")
+def made() -> np.ndarray:
+    """Images of the demo by its defaults, seeds 0, 1, ...: two of each class in turns."""
+    with Pipeline.load(DEMO) as pipeline:
+        images = pipeline.generate([i % 12 for i in range(12 * EACH)], seed=0).images
+    assert images is not None
+    return images
+
+
+def folder(path: Path, images: np.ndarray, labels: np.ndarray, classes: int = 12) -> Path:
+    path.mkdir()
+    images.tofile(path / "images.u8")
+    labels.astype(np.uint8).tofile(path / "labels.u8")
+    meta = {"count": len(images), "size": images.shape[1], "styles": [f"style {i}" for i in range(classes)]}
+    (path / "meta.json").write_text(json.dumps(meta))
+    return path
+
+
+def test_images_that_are_the_held_out_ones_have_no_distance_and_the_same_spread(
+    recipe: ModuleType, made: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = np.random.default_rng(0).integers(256, size=made.shape).astype(np.uint8)
+    held_out = folder(tmp_path / "val", np.concatenate([made, other]), np.arange(48) % 12)
+    out = tmp_path / "sheet.png"
+    with Pipeline.load(DEMO) as pipeline:
+        defaults = pipeline.bundle.defaults
+    command = [str(DEMO), "--held-out", str(held_out), "--out", str(out), "--each", str(EACH), "--shown", "1"]
+    settings = ["--guidance", str(defaults.guidance), "1", "--top-p", str(defaults.top_p)]
+    assert recipe.main([*command, *settings]) == 0, capsys.readouterr()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["guidance", "top-p", "distance", "spread"]
+    assert rows[1][:2] == ["held", "out"]
+    assert float(rows[1][2]) > 0.1  # noise is no face
+    assert rows[2] == [f"{defaults.guidance:g}", f"{defaults.top_p:g}", "0.000", "1.00"]
+    assert rows[3][0] == "1"
+    assert float(rows[3][2]) > 0.001
+    with Image.open(out) as sheet:
+        pixels = np.asarray(sheet)
+    assert pixels.shape == (2 * 64, 12 * 64, 3)
+    np.testing.assert_array_equal(pixels[:64], np.concatenate(list(made[:12]), axis=1))
+
+
+def test_spread_is_the_variance_within_a_class(recipe: ModuleType) -> None:
+    features = np.array([[0.0, 0.0], [2.0, 4.0], [10.0, 0.0], [10.0, 0.0]])
+    assert recipe.spread(features, np.array([0, 0, 1, 1])) == 2.5  # (1 + 4) and 0
+
+
+def test_what_does_not_fit_is_said_and_nothing_is_written(
+    recipe: ModuleType, made: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = np.arange(24) % 12
+    held_out = folder(tmp_path / "val", made, labels)
+    small = folder(tmp_path / "small", made[:, ::2, ::2].copy(), labels)
+    eleven = folder(tmp_path / "eleven", np.delete(made, [11, 23], 0), np.arange(22) % 11, classes=11)
+    out = tmp_path / "sheet.png"
+    for data, more, message in (
+        (held_out, ["--each", "2"], "needs 4 held-out images of every class, one has 2; give less"),
+        (held_out, ["--top-p", "0"], "--top-p 0.0: expected"),
+        (held_out, ["--out", str(held_out / "sheet.png")], "would write"),
+        (tmp_path / "none", [], "none"),
+        (small, [], "12 classes of images of 32x32 pixels; the bundle makes 12 classes of 64x64"),
+        (eleven, [], "11 classes of images of 64x64 pixels; the bundle makes 12"),
+    ):
+        command = [str(DEMO), "--held-out", str(data), "--out", str(out), "--each", "1", *more]
+        assert recipe.main(command) == 2, message
+        assert message in capsys.readouterr().err
+    bundle = Bundle.open(DEMO)
+    bare = replace(bundle, graphs={name: graph for name, graph in bundle.graphs.items() if name != "encoder"})
+    with pytest.raises(InputError, match="has no encoder of images"):
+        recipe.check(bare, RawImages.open(held_out), held_out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eleven", "small", "val"]
+
+
+def test_figures_of_images_that_no_training_has_seen(
+    made: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    val = folder(tmp_path / "val", made, np.arange(24) % 12)
+    train = folder(tmp_path / "train", made[:20], np.arange(20) % 12)
+    command = [str(DEMO), "--held-out", str(val), "--train"]
+    with scripts("figures") as (figures,):
+        assert figures.main([*command, str(train)]) == 0, capsys.readouterr()
+        printed = capsys.readouterr().out
+        assert figures.main([*command, str(val)]) == 2
+        assert "every image is in" in capsys.readouterr().err
+    with Pipeline.load(DEMO) as pipeline:
+        tokens = pipeline.encode(made[20:])
+        nats = -pipeline.score(tokens, [8, 9, 10, 11]).mean()
+        again = pipeline.decode(tokens)
+    psnr = 10 * np.log10(255**2 / ((again.astype(float) - made[20:]) ** 2).mean())
+    assert printed.startswith(f"4 images: {nats:.3f} nats per token, {psnr:.2f} dB, 0.")
+    assert 1 < nats < 4
