@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--work", type=Path, required=True, help="folder for the bundles in fp16 and the reports")
     p.add_argument("--out", type=Path, required=True, help="folder for the bundles and the sheet")
     p.add_argument("--guidance", type=float, default=1.5, help="of the bundles (default 1.5)")
-    p.add_argument("--top-p", type=float, default=0.95, help="of the bundles (default 0.95)")
+    p.add_argument("--top-p", type=float, default=0.85, help="of the bundles (default 0.85)")
     p.add_argument("--most-mb", type=float, default=40.0, help="that the three may have together (default 40)")
     p.add_argument("--seed", type=int, default=1, help="of the sheet (default 1)")
     p.add_argument("--calibrate-options", default="", help="more of parvis calibrate, in one text")
