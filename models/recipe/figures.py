@@ -11,14 +11,13 @@ images behind encoder and decoder; ``kept`` is the share of their low-contrast d
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from heldout import raw, unseen
+from heldout import add_folders, read_unseen
 from numpy.typing import NDArray
 
 from par_model.training.cli import numbers
@@ -27,6 +26,7 @@ from par_model.training.detail import low_contrast
 from par_model.training.files import InputError, text_of
 from par_runtime import Pipeline
 from par_runtime.errors import BundleError, RequestError
+from par_runtime.metrics import psnr_db
 
 CHUNK = 96  #: images at once
 
@@ -35,39 +35,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
     p = argparse.ArgumentParser(description="Measure a bundle on images that no training has seen.")
     p.add_argument("bundle", type=Path, help="folder of a bundle with an encoder")
-    p.add_argument("--held-out", type=Path, required=True, help="folder of images.u8, labels.u8, meta.json")
-    p.add_argument("--train", type=Path, required=True, help="the images that the models were trained on")
-    p.add_argument("--each", type=int, default=1000, help="most images of each class (default 1000)")
+    add_folders(p, each=1000)
     args = p.parse_args(argv)
     try:
         numbers.check(args, {"each": Limit(1, 10**6)})
-        images, labels = raw(args.held_out)
-        seen = {hashlib.sha256(image).digest() for image in raw(args.train)[0]}
-        chosen = unseen(images, labels, seen, args.each)
-        if not chosen:
+        images, labels = read_unseen(args)
+        if not len(images):
             raise InputError(f"{args.held_out}: every image is in {args.train} too; give images that are not")
         with Pipeline.load(args.bundle) as pipeline:
-            nats, psnr, kept = measured(pipeline, images[chosen], labels[chosen])
+            nats, psnr, kept = measured(pipeline, images, labels)
     except (InputError, BundleError, RequestError, OSError) as error:
         print(f"figures.py: error: {text_of(error)}", file=sys.stderr)
         return 2
-    print(f"{len(chosen)} images: {nats:.3f} nats per token, {psnr:.2f} dB, {kept:.3f} kept")
+    print(f"{len(images)} images: {nats:.3f} nats per token, {psnr:.2f} dB, {kept:.3f} kept")
     return 0
 
 
 def measured(pipeline: Pipeline, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> tuple[float, float, float]:
     """Nats per token, PSNR in dB and kept detail of ``images`` [M,H,W,3] with classes ``labels`` [M]."""
-    nats, squared, detail = 0.0, 0.0, torch.zeros(2)
+    again, nats, detail = np.empty_like(images), 0.0, torch.zeros(2)
     for start in range(0, len(images), CHUNK):
-        part = images[start : start + CHUNK]
-        tokens = pipeline.encode(part)
-        nats -= float(pipeline.score(tokens, labels[start : start + CHUNK].tolist()).mean(1).sum())
-        again = pipeline.decode(tokens)
-        squared += float(((again.astype(np.float64) - part) ** 2).mean((1, 2, 3)).sum())
-        before, after = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (part, again))
-        detail += low_contrast(before, after)
-    psnr = 10 * np.log10(255**2 / max(squared / len(images), 1e-9))
-    return nats / len(images), float(psnr), float(detail[0] / detail[1].clamp_min(1e-9))
+        part = slice(start, start + CHUNK)
+        tokens = pipeline.encode(images[part])
+        nats -= float(pipeline.score(tokens, labels[part].tolist()).mean(1).sum())
+        again[part] = pipeline.decode(tokens)
+        detail += low_contrast(*(torch.from_numpy(x[part]).permute(0, 3, 1, 2) / 127.5 - 1 for x in (images, again)))
+    return nats / len(images), psnr_db(images, again), float(detail[0] / detail[1].clamp_min(1e-9))
 
 
 if __name__ == "__main__":

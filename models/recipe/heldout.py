@@ -30,23 +30,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
     p = argparse.ArgumentParser(description="Put held-out images, as tokens, into a bundle.")
     p.add_argument("bundle", type=Path, help="folder of a bundle with an encoder")
-    p.add_argument("--held-out", type=Path, required=True, help="folder of images.u8, labels.u8, meta.json")
-    p.add_argument("--train", type=Path, required=True, help="the images that the models were trained on")
-    p.add_argument("--each", type=int, default=20, help="images of each class (default 20)")
+    add_folders(p, each=20)
     args = p.parse_args(argv)
     try:
         bundle = Bundle.open(args.bundle)
-        images, labels = raw(args.held_out)
-        seen = {hashlib.sha256(image).digest() for image in raw(args.train)[0]}
-        chosen = unseen(images, labels, seen, args.each)
-        tokens = Tokenizer(bundle).encode(images[chosen])
-        file = heldout.attach(bundle, tokens, labels[chosen].tolist())
+        images, labels = read_unseen(args)
+        file = heldout.attach(bundle, Tokenizer(bundle).encode(images), labels.tolist())
         Bundle.open(args.bundle)
     except (InputError, BundleError, RequestError, OSError, ValueError) as error:
         print(f"heldout.py: error: {text_of(error)}", file=sys.stderr)
         return 2
-    print(f"{file}: {len(chosen)} images, {file.stat().st_size} bytes")
+    print(f"{file}: {len(images)} images, {file.stat().st_size} bytes")
     return 0
+
+
+def add_folders(p: argparse.ArgumentParser, each: int) -> None:
+    """Add the options that ``read_unseen`` reads; ``each`` is the default of ``--each``."""
+    p.add_argument("--held-out", type=Path, required=True, help="folder of images.u8, labels.u8, meta.json")
+    p.add_argument("--train", type=Path, required=True, help="the images that the models were trained on")
+    p.add_argument("--each", type=int, default=each, help=f"most images of each class (default {each})")
+
+
+def read_unseen(args: argparse.Namespace) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The first ``--each`` images [M,H,W,3] of every class of ``--held-out`` that are not in ``--train``, and their
+    labels [M].
+
+    Raises InputError, OSError.
+    """
+    images, labels = raw(args.held_out)
+    seen = {hashlib.sha256(image).digest() for image in raw(args.train)[0]}
+    chosen = unseen(images, labels, seen, args.each)
+    return images[chosen], labels[chosen]
 
 
 def raw(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -101,14 +101,12 @@ def check(bundle: Bundle, held_out: RawImages, folder: Path) -> None:
 
 def halves(data: RawImages, each: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Two sets of ``each`` images of every class of ``data``. Raises InputError where it has less."""
-    of_class = [np.flatnonzero(data.labels == label) for label in range(len(data.meta["styles"]))]
+    of_class = [np.flatnonzero(data.labels == label)[: 2 * each] for label in range(len(data.meta["styles"]))]
     least = min(len(rows) for rows in of_class)
     if least < 2 * each:
         raise InputError(f"--each {each}: needs {2 * each} held-out images of every class, one has {least}; give less")
-    return (
-        np.concatenate([rows[:each] for rows in of_class]),
-        np.concatenate([rows[each : 2 * each] for rows in of_class]),
-    )
+    rows = np.stack(of_class)
+    return rows[:, :each].ravel(), rows[:, each:].ravel()
 
 
 def spread(features: NDArray[np.float64], labels: NDArray[np.integer]) -> float:
