@@ -1,4 +1,4 @@
-"""The recipe's last step: from the weights that a GPU trained to bundles that ship, and a sheet of all of them."""
+"""The recipe's last step: from trained weights to bundles that ship, and a sheet of all of them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from par_model.transformer import PAR
 from par_runtime.bundle import Bundle
 
 CLASSES = 4
+MODELS = Path(__file__).parents[2] / "models"
+OPTIONS = "--group 32 --generated 0 --images 4 --samples 512 --budget top1=0.9 --quiet"
 
 
 @pytest.fixture(scope="module")
 def recipe() -> Iterator[ModuleType]:
-    """``gpu_bundles.py``."""
-    with scripts("gpu_bundles") as (module,):
+    """``bundles.py``."""
+    with scripts("bundles") as (module,):
         yield module
 
 
@@ -57,8 +59,7 @@ def test_three_bundles_and_a_sheet(
 ) -> None:
     out = tmp_path / "out"
     command = [str(results), "--work", str(tmp_path / "work"), "--out", str(out)]
-    options = "--group 32 --generated 0 --images 4 --samples 512 --budget top1=0.9 --quiet"
-    assert recipe.main([*command, "--calibrate-options", options]) == 0, capsys.readouterr()
+    assert recipe.main([*command, "--calibrate-options", OPTIONS]) == 0, capsys.readouterr()
     printed = capsys.readouterr().out
     for n, name, calls in ((4, "demo", 19), (1, "demo-n1", 64), (16, "demo-n16", 19)):
         bundle = Bundle.open(out / name, verify="full")
@@ -68,8 +69,53 @@ def test_three_bundles_and_a_sheet(
         assert f"| n = {n} | {calls} | " in printed
     with Image.open(out / "siblings.png") as sheet:
         assert sheet.size == (2 * CLASSES * 16, 2 * (3 * (12 + 2 * 16 + 8) - 8))
-    assert recipe.main([*command, "--calibrate-options", options, "--most-mb", "0.01"]) == 1
+    assert recipe.main([*command, "--calibrate-options", OPTIONS, "--most-mb", "0.01"]) == 1
     assert "--most-mb 0.01 allows less" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_siblings_of_a_bundle_that_is_there(
+    recipe: ModuleType, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bundle keeps every byte, and they hold its held-out images, each in its own order."""
+    work = ["--work", str(tmp_path / "work")]
+    first = [str(results), *work, "--out", str(tmp_path / "first"), "--calibrate-options", OPTIONS]
+    assert recipe.main(first) == 0, capsys.readouterr()
+    there = tmp_path / "first" / "demo"
+    before = {file: file.read_bytes() for file in there.iterdir()}
+    for name in ("model-n4.pt", "val.npz"):
+        (results / name).unlink()
+    again = [str(results), *work, "--out", str(tmp_path / "out"), "--calibrate-options", OPTIONS]
+    again += ["--n4", str(there), "--sheet", str(tmp_path / "sheet.png")]
+    assert recipe.main(again) == 0, capsys.readouterr()
+    assert {file: file.read_bytes() for file in there.iterdir()} == before
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["demo-n1", "demo-n16"]
+    assert capsys.readouterr().out.index("| n = 1 | 64 | ") > 0
+    images = []
+    for path in (there, tmp_path / "out" / "demo-n1", tmp_path / "out" / "demo-n16"):
+        bundle = Bundle.open(path)
+        with np.load(path / "heldout.npz") as stored:
+            raster = np.empty_like(stored["tokens"])
+            raster[:, list(bundle.order)] = stored["tokens"]
+            images.append((raster.tolist(), stored["labels"].tolist()))
+    assert images[0] == images[1] == images[2]
+    assert images[0][1] == [0, 1, 2, 3, 0, 1, 2, 3]
+    with Image.open(tmp_path / "sheet.png") as sheet, Image.open(tmp_path / "first" / "siblings.png") as theirs:
+        np.testing.assert_array_equal(np.asarray(sheet), np.asarray(theirs))
+
+    def refused(text: str, *more: str) -> None:
+        assert recipe.main([*again, *more]) == 2
+        assert text in capsys.readouterr().err
+        assert {file: file.read_bytes() for file in there.iterdir()} == before
+
+    refused("would replace", "--n4", str(tmp_path / "out" / "demo-n1"))
+    refused("is the folder of the bundle of --n4", "--out", str(there))
+    refused("would write", "--sheet", str(there / "sheet.png"))
+    refused("ends in .png", "--sheet", str(there / "weights.data"))
+    vq = torch.load(results / "tokenizer.pt", weights_only=True)
+    vq["model"]["decoder.conv_out.bias"] += 0.2
+    torch.save(vq, results / "tokenizer.pt")
+    refused(f"tokenizer.pt: is not the tokenizer of {there}, the same tokens give other images")
 
 
 def test_what_it_cannot_use_is_one_line_before_anything_is_made(
@@ -82,13 +128,13 @@ def test_what_it_cannot_use_is_one_line_before_anything_is_made(
         assert recipe.main([str(given), "--work", str(work), "--out", str(out), *more]) == 2, text
         printed = capfd.readouterr()
         assert text in printed.err
-        assert printed.err.startswith("gpu_bundles.py: error: ")
+        assert printed.err.startswith("bundles.py: error: ")
         assert (printed.err.count("\n"), printed.out) == (1, "")
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
     work, out = tmp_path / "work", tmp_path / "out"
     refused("has no tokenizer.pt, model-n4.pt, model-n1.pt, model-n16.pt, val.npz; expected", tmp_path, work, out)
-    refused("none: no such folder; expected the results of gpu.py", tmp_path / "none", work, out)
+    refused("none: no such folder; expected trained weights, as gpu.py", tmp_path / "none", work, out)
     for option, value, text in (
         ("--most-mb", "nan", "--most-mb nan: expected a number above 0"),
         ("--guidance", "-1", "--guidance -1.0: expected 0 to 1000"),
@@ -104,6 +150,10 @@ def test_what_it_cannot_use_is_one_line_before_anything_is_made(
     refused("is the folder of the results", results, work, results)
     refused("is the folder of the results", results, results, out)
     refused("--out", results, work, tmp_path / "file")
+    refused("expected a file's name that ends in .png", results, work, out, "--sheet", str(tmp_path))
+    refused("is not the tokenizer of", results, work, out, "--n4", str(MODELS / "demo"))
+    refused("expected a bundle of n = 4 (it has n = 16)", results, work, out, "--n4", str(MODELS / "demo-n16"))
+    refused("none: no such folder; give the path of a bundle", results, work, out, "--n4", str(tmp_path / "none"))
     (tmp_path / "demo").mkdir()
     results.rename(tmp_path / "demo" / "inner")
     refused("would replace", tmp_path / "demo" / "inner", tmp_path, tmp_path.parent / "elsewhere")

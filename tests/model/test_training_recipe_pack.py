@@ -224,7 +224,7 @@ def test_make_checks_before_it_draws_and_draws_once(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     bundles = make("gpu-bundles", "PYTHON=/nowhere/python")
     assert "pip install '.[cpu,calibrate]'" in bundles.stderr
-    assert "gpu_bundles.py" not in bundles.stdout
+    assert "bundles.py" not in bundles.stdout
 
     drawing = "--count 5 --seed-prefix train"
     assert drawing in make("-n", "gpu-pack", "GPU_COUNT=5").stdout

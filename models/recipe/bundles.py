@@ -1,0 +1,286 @@
+"""From trained weights to the bundles that ship: n = 4, 1 and 16, in int8, and all of them side by side.
+
+    python bundles.py ../../build/demo/gpu --work ../../build/demo/bundles --out ../../build/demo/shipped
+    python bundles.py ../../build/demo/siblings --n4 ../demo --work ../../build/demo/bundles --out OUT
+
+The first takes what ``gpu.py`` made, the second the siblings that were trained of a bundle that is there, which stays
+as it is (``--n4``). For each model: an export in fp16, held-out images put into it (of ``val.npz``, or those of the
+bundle of ``--n4``), ``parvis calibrate --weights int8``. OUT then holds the folders demo-n1, demo-n16 and, without
+``--n4``, demo; ``--sheet`` is a PNG of images of every class, two by each model, from the same seeds.
+Prints a table with the calls and the time of an image on this machine. Exit code 1 where a bundle did not pass its
+report, or where the three are larger than ``--most-mb`` together; 2 for what it cannot use, said before it makes
+anything. Needs the extras ``cpu,calibrate``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from par_calibration import heldout
+from par_calibration.cli import calibrate
+from par_calibration.errors import CalibrationError
+from par_model.checkpoint import CheckpointError, open_checkpoint, par_config, vq_config
+from par_model.training.cli import numbers, parsed, words
+from par_model.training.cli.numbers import Limit
+from par_model.training.files import InputError, folder_for, keep_inputs, same, text_of, written_beside
+from par_model.training.run import load_tokenizer
+from par_model.training.transformer import load_codes
+from par_model.words import printable
+from par_runtime import Pipeline
+from par_runtime.bundle import HELDOUT, MANIFEST, Bundle
+from par_runtime.dtypes import Int
+from par_runtime.errors import BundleError, RequestError
+from par_runtime.metrics import psnr_db
+from par_runtime.tokenizer import Tokenizer
+
+NAMES = {4: "demo", 1: "demo-n1", 16: "demo-n16"}
+SAME_DB = 40  #: least PSNR of images that two bundles decode from the same tokens, where they have the same tokenizer
+HELD_OUT_EACH = 20  #: real images of each class that a bundle holds
+LOOKED_AT = 4  #: images that show whether two tokenizers are one
+TIMED = 5  #: images whose times give the median
+ROWS = 2  #: of images by each model
+LIMITS = {
+    "guidance": Limit(0, 1000),
+    "top_p": Limit(0, 1, above=True),
+    "most_mb": Limit(0, 10**6, above=True),
+    "seed": Limit(0, 2**31 - 1),
+}
+MARGIN = 8  #: pixels between the models
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of this script; returns the exit code."""
+    p = argparse.ArgumentParser(description="Make the three bundles of the demo from trained weights.")
+    p.add_argument("results", type=Path, help="folder with tokenizer.pt, model-n1.pt, ..., and val.npz, as of gpu.py")
+    p.add_argument("--work", type=Path, required=True, help="folder for the bundles in fp16 and the reports")
+    p.add_argument("--out", type=Path, required=True, help="folder for the bundles")
+    p.add_argument("--n4", type=Path, metavar="BUNDLE", help="take this for n = 4, make the two others only")
+    p.add_argument("--sheet", type=Path, metavar="PNG", help="images of all three (default: OUT/siblings.png)")
+    p.add_argument("--guidance", type=float, default=1.5, help="of the bundles (default 1.5)")
+    p.add_argument("--top-p", type=float, default=0.85, help="of the bundles (default 0.85)")
+    p.add_argument("--most-mb", type=float, default=40.0, help="that the three may have together (default 40)")
+    p.add_argument("--seed", type=int, default=1, help="of the sheet (default 1)")
+    p.add_argument("--calibrate-options", default="", help="more of parvis calibrate, in one text")
+    args = p.parse_args(argv)
+    args.sheet = args.sheet or args.out / "siblings.png"
+    made_here = {n: name for n, name in NAMES.items() if n != 4 or args.n4 is None}
+    bundles = {n: args.out / name if n in made_here else args.n4 for n, name in sorted(NAMES.items())}
+    try:
+        n4 = None if args.n4 is None else Bundle.open(args.n4)
+        check(args, made_here, n4)
+        failed = [name for n, name in made_here.items() if not made(args, n, name, n4)]
+        if failed:
+            print(f"bundles.py: no bundle {', '.join(failed)}; {why(args.work, failed)}", file=sys.stderr)
+            return 1
+        print(side_by_side(bundles, args.sheet, args.seed))
+    except (InputError, CheckpointError, BundleError, RequestError, CalibrationError, OSError) as error:
+        print(f"bundles.py: error: {printable(text_of(error))}", file=sys.stderr)
+        return 2
+    size = sum(megabytes(path) for path in bundles.values())
+    print(f"\n{', '.join(map(str, bundles.values()))}: {size:.1f} MB together")
+    if size > args.most_mb:
+        print(
+            f"bundles.py: the bundles have {size:.1f} MB, --most-mb {args.most_mb:g} allows less; take smaller "
+            "weights: --calibrate-options='--weights int4 --group 32 --keep head --refine 2000'",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def check(args: argparse.Namespace, names: dict[int, str], n4: Bundle | None) -> None:
+    """Raise an error for what cannot be used, before anything is made of the rest.
+
+    Raises InputError, CheckpointError, CalibrationError, RequestError, BundleError, OSError.
+    """
+    numbers.check(args, LIMITS)
+    more = words("--calibrate-options", args.calibrate_options)
+    parsed("--calibrate-options", calibrate.parser(), ["bundle", "--weights", "int8", "--out", "out", *more], False)
+    check_folders(args, names)
+    if not args.results.is_dir():
+        raise InputError(f"{args.results}: no such folder; expected trained weights, as gpu.py leaves them")
+    needed = ["tokenizer.pt", *(f"model-n{n}.pt" for n in names), *(["val.npz"] if n4 is None else [])]
+    missing = [name for name in needed if not (args.results / name).is_file()]
+    if missing:
+        raise InputError(f"{args.results}: has no {', '.join(missing)}; expected {', '.join(needed)}")
+    sizes, of = sizes_of(args, n4)
+    for n in names:
+        file = args.results / f"model-n{n}.pt"
+        model = par_config(open_checkpoint(file))
+        given = (model.group_size, model.vocab_size, model.n_classes, model.grid[1:])
+        if given[0] != n or given[1] < sizes[0] or given[2:] != sizes[1:]:
+            raise InputError(
+                f"{file}: has n, codes, classes and grid {given}; expected {(n, *sizes)}, of {of}: give what was "
+                "trained together"
+            )
+
+
+def sizes_of(args: argparse.Namespace, n4: Bundle | None) -> tuple[tuple[int, int, tuple[int, ...]], str]:
+    """Codes, classes and grid that a model must have, and in words what has them.
+
+    Raises InputError, CheckpointError, CalibrationError, RequestError, BundleError, OSError.
+    """
+    file = args.results / "tokenizer.pt"
+    vq = vq_config(open_checkpoint(file))
+    if n4 is None:
+        codes, _, names = load_codes(args.results / "val.npz", vq.codebook_size)
+        return (vq.codebook_size, len(names), codes.shape[1:]), "tokenizer.pt and val.npz"
+    if n4.group_size != 4 or HELDOUT not in n4.files or n4.image_size is None:
+        raise InputError(
+            f"--n4 {args.n4}: expected a bundle of n = 4 (it has n = {n4.group_size}) that makes images and has "
+            "held-out ones (heldout.py puts them into it)"
+        )
+    if vq.codebook_size == n4.vocab_size:
+        some = heldout.read(n4, n4.path / HELDOUT, "held-out images").first(LOOKED_AT).tokens
+        with torch.no_grad():
+            raster = torch.from_numpy(in_raster(n4, some)).view(-1, *n4.grid[1:])
+            images = load_tokenizer(file).eval().decode(raster).clamp(-1, 1)
+        ours = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+        theirs = Tokenizer(n4).decode(some)
+        if ours.shape == theirs.shape and psnr_db(ours, theirs) >= SAME_DB:
+            return (n4.vocab_size, n4.n_classes, n4.grid[1:]), f"{args.n4}"
+    raise InputError(
+        f"{file}: is not the tokenizer of {args.n4}, the same tokens give other images; give its own (from_bundle.py), "
+        "and models that were trained on its codes"
+    )
+
+
+def check_folders(args: argparse.Namespace, names: dict[int, str]) -> None:
+    """Raise InputError where the bundles would replace each other, or what they are made of."""
+    inputs = {"results": args.results} | ({} if args.n4 is None else {"bundle of --n4": args.n4})
+    for option, folder in (("--work", args.work), ("--out", args.out)):
+        folder_for(option, folder)
+        for what, path in inputs.items():
+            if same(folder, path):
+                raise InputError(f"{option} {folder}: is the folder of the {what}; give another")
+            for name in names.values():  # an export replaces such a folder as a whole
+                if path.resolve().is_relative_to((folder / name).resolve()):
+                    raise InputError(f"{option} {folder}: would replace {folder / name}, with the {what}; give another")
+    work, out = args.work.resolve(), args.out.resolve()
+    if same(work, out) or out.is_relative_to(work) or work.is_relative_to(out):
+        raise InputError(f"--out {args.out} and --work {args.work}: one is in the other; give two folders side by side")
+    if args.sheet.is_dir() or args.sheet.suffix.lower() != ".png":
+        raise InputError(f"--sheet {args.sheet}: expected a file's name that ends in .png")
+    keep_inputs(f"--sheet {args.sheet}", [args.sheet], n4=args.n4)
+
+
+def why(work: Path, failed: Sequence[str]) -> str:
+    """Where to read why the bundles of these names failed."""
+    reports = [str(work / f"{name}.html") for name in failed if (work / f"{name}.html").is_file()]
+    return f"see {', '.join(reports)}" if reports else "what is printed above says why"
+
+
+def made(args: argparse.Namespace, n: int, name: str, n4: Bundle | None) -> bool:
+    """Export and calibrate one model; False where its report refused it.
+
+    Raises CalibrationError, RequestError, BundleError, OSError.
+    """
+    whole = args.work / name
+    for ending in ("html", "json"):  # of an earlier try
+        (args.work / f"{name}.{ending}").unlink(missing_ok=True)
+    model, tokenizer = args.results / f"model-n{n}.pt", args.results / "tokenizer.pt"
+    export = [
+        "export",
+        "--checkpoint",
+        model,
+        "--tokenizer",
+        tokenizer,
+        "--precision",
+        "fp16",
+        "--name",
+        name,
+        "--force",
+    ]
+    if parvis(*export, "--out", whole, "--guidance", args.guidance, "--top-p", args.top_p) != 0:
+        return False
+    bundle = Bundle.open(whole)
+    tokens, labels = held_out(args, bundle, n4)
+    heldout.attach(bundle, tokens, labels)
+    reports = ["--html", args.work / f"{name}.html", "--json", args.work / f"{name}.json"]
+    command = ["calibrate", whole, "--weights", "int8", "--out", args.out / name, "--force", *reports]
+    return parvis(*command, *shlex.split(args.calibrate_options)) == 0
+
+
+def held_out(args: argparse.Namespace, bundle: Bundle, n4: Bundle | None) -> tuple[Int, Sequence[int]]:
+    """Real images for ``bundle``: tokens [M,N] in its sequence order, and classes [M].
+
+    Raises CalibrationError, RequestError, BundleError, OSError.
+    """
+    if n4 is None:
+        val = heldout.read(bundle, args.results / "val.npz", "val.npz").first(HELD_OUT_EACH * bundle.n_classes)
+        return val.tokens, val.labels
+    theirs = heldout.read(n4, n4.path / HELDOUT, "held-out images")
+    return in_raster(n4, theirs.tokens)[:, list(bundle.order)], theirs.labels
+
+
+def in_raster(bundle: Bundle, tokens: Int) -> Int:
+    """Tokens [M,N] in the sequence order of ``bundle``, put into raster order."""
+    raster = np.empty_like(tokens)
+    raster[:, list(bundle.order)] = tokens
+    return raster
+
+
+def megabytes(path: Path) -> float:
+    """Size of the bundle at ``path`` without engines that were built for it. Raises BundleError, OSError."""
+    files = Bundle.open(path).files.values()
+    return (sum(int(file["bytes"]) for file in files) + (path / MANIFEST).stat().st_size) / 1e6
+
+
+def parvis(*options: object) -> int:
+    """Run the command; returns its exit code."""
+    return subprocess.run([sys.executable, "-m", "par_runtime", *map(str, options)], check=False).returncode
+
+
+def side_by_side(bundles: dict[int, Path], out: Path, seed: int) -> str:
+    """Write a sheet of images by the ``bundles`` of each n from the same seeds; returns a table of calls and times.
+
+    Raises BundleError, RequestError, OSError.
+    """
+    bands, lines = [], ["| | calls | an image here |", "|---|---|---|"]
+    for n, path in bundles.items():
+        with Pipeline.load(path) as pipeline:
+            classes = list(range(pipeline.bundle.n_classes))
+            images = pipeline.generate(classes * ROWS, seed=seed).images
+            assert images is not None  # the tokenizer is in each bundle
+            times = [pipeline.generate([0], seed=seed + i).timings for i in range(TIMED)]
+        seconds = statistics.median(each["total"] for each in times) / 1000
+        calls = pipeline.bundle.calls
+        lines.append(f"| n = {n} | {calls} | {duration(seconds)} |")
+        bands.append((f"n = {n}: {calls} calls", images.reshape(ROWS, len(classes), *images.shape[1:])))
+    write_sheet(bands, out)
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """A time for the table: milliseconds where seconds say too little."""
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{1000 * seconds:.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.2g} ms"
+
+
+def write_sheet(bands: Sequence[tuple[str, np.ndarray]], out: Path) -> None:
+    """Write a PNG with the images [rows,columns,H,W,3] of each band under its caption, at twice their size."""
+    rows, columns, high, wide, _ = bands[0][1].shape
+    caption = 12
+    step = caption + rows * high + MARGIN
+    sheet = Image.new("RGB", (columns * wide, step * len(bands) - MARGIN), "white")
+    for i, (text, images) in enumerate(bands):
+        ImageDraw.Draw(sheet).text((2, i * step), text, fill="black")
+        pixels = images.transpose(0, 2, 1, 3, 4).reshape(rows * high, columns * wide, 3)
+        sheet.paste(Image.fromarray(pixels), (0, i * step + caption))
+    with written_beside(out) as part:
+        sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(part, "PNG")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
