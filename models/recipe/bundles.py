@@ -40,6 +40,7 @@ from par_runtime import Pipeline
 from par_runtime.bundle import HELDOUT, MANIFEST, Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import BundleError, RequestError
+from par_runtime.known import raster_array
 from par_runtime.metrics import psnr_db
 from par_runtime.tokenizer import Tokenizer
 
@@ -143,7 +144,7 @@ def sizes_of(args: argparse.Namespace, n4: Bundle | None) -> tuple[tuple[int, in
     if vq.codebook_size == n4.vocab_size:
         some = heldout.read(n4, n4.path / HELDOUT, "held-out images").first(LOOKED_AT).tokens
         with torch.no_grad():
-            raster = torch.from_numpy(in_raster(n4, some)).view(-1, *n4.grid[1:])
+            raster = torch.from_numpy(raster_array(n4, some)).view(-1, *n4.grid[1:])
             images = load_tokenizer(file).eval().decode(raster).clamp(-1, 1)
         ours = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
         theirs = Tokenizer(n4).decode(some)
@@ -220,14 +221,7 @@ def held_out(args: argparse.Namespace, bundle: Bundle, n4: Bundle | None) -> tup
         val = heldout.read(bundle, args.results / "val.npz", "val.npz").first(HELD_OUT_EACH * bundle.n_classes)
         return val.tokens, val.labels
     theirs = heldout.read(n4, n4.path / HELDOUT, "held-out images")
-    return in_raster(n4, theirs.tokens)[:, list(bundle.order)], theirs.labels
-
-
-def in_raster(bundle: Bundle, tokens: Int) -> Int:
-    """Tokens [M,N] in the sequence order of ``bundle``, put into raster order."""
-    raster = np.empty_like(tokens)
-    raster[:, list(bundle.order)] = tokens
-    return raster
+    return raster_array(n4, theirs.tokens)[:, list(bundle.order)], theirs.labels
 
 
 def megabytes(path: Path) -> float:

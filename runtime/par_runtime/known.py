@@ -67,6 +67,14 @@ def sequence_array(bundle: Bundle, values: ArrayLike) -> NDArray[Any]:
     return out
 
 
+def raster_array(bundle: Bundle, values: ArrayLike) -> NDArray[Any]:
+    """``values`` [B,N] in sequence order, one per token, put into raster order. Raises RequestError."""
+    given = sequence_array(bundle, values)
+    out = np.empty_like(given)
+    out[:, list(bundle.order)] = given
+    return out
+
+
 def sequence_tokens(bundle: Bundle, tokens: ArrayLike, beginning: bool = False) -> Int:
     """``tokens`` [B,N] as int64; with ``beginning`` also those of the first f latent frames of clips, [B,f*h*w].
 

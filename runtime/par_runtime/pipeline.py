@@ -36,7 +36,7 @@ from par_runtime.known import (
     given_tokens,
     kept_frames,
     known_tokens,
-    sequence_array,
+    raster_array,
     sequence_tokens,
 )
 from par_runtime.loaded import check_scales
@@ -385,9 +385,7 @@ class Pipeline:
 
         Any other array with one entry per token can be given too. Raises RequestError.
         """
-        tokens = sequence_array(self.bundle, tokens)
-        raster = np.empty_like(tokens)
-        raster[:, list(self.bundle.order)] = tokens
+        raster = raster_array(self.bundle, tokens)
         t, h, w = self.bundle.grid
         return raster.reshape(-1, h, w) if t == 1 else raster.reshape(-1, t, h, w)
 
