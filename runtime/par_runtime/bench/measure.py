@@ -301,6 +301,7 @@ def make_row(
         n=info.n,
         grid=info.grid,
         precision=info.precision,
+        weights=info.weights,
         computes=computes,
         images=setting.images,
         guided=setting.guided,

@@ -88,6 +88,12 @@ class Row:
     date: str  #: when it was measured, UTC
     schema: int = SCHEMA
     pytorch: bool = False  #: PyTorch made it, not a backend of this package
+    weights: str = ""  #: "int8" or "int4", of quantised matrices; empty where they are in ``precision``
+
+    @property
+    def stored(self) -> str:
+        """What the matrices are stored in: "fp32", "fp16", "bf16", "int8", "int4"."""
+        return self.weights or self.precision
 
     @property
     def marks(self) -> tuple[str, ...]:

@@ -320,7 +320,8 @@ def short_names(paths: Sequence[Path], bundles: Sequence[Bundle]) -> list[str]:
     if len(paths) == 1:
         return ["parvis"]
     names = [Path(os.path.abspath(path)).name for path in paths]
-    for more in ([b.precision for b in bundles], [f"n={b.group_size}" for b in bundles], [b.hash[:8] for b in bundles]):
+    stored = [b.quantised or b.precision for b in bundles]
+    for more in (stored, [f"n={b.group_size}" for b in bundles], [b.hash[:8] for b in bundles]):
         of_name = {name: {m for n, m in zip(names, more, strict=True) if n == name} for name in names}
         names = [f"{name} {m}" if len(of_name[name]) > 1 else name for name, m in zip(names, more, strict=True)]
     return [

@@ -21,6 +21,8 @@ from par_runtime.bundle import Bundle
 from par_runtime.cli.dispatch import main
 from par_runtime.system import available_cores
 
+QUANTISED = Path(__file__).parents[3] / "models" / "demo-n16"
+
 
 @pytest.fixture(autouse=True)
 def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +106,15 @@ def test_equal_names_are_told_apart_by_what_differs(bundles: dict[str, Path]) ->
     assert short_names([x, x], [fp32, n1]) == ["x n=4", "x n=1"]
     assert short_names([x, x, x], [fp32, fp16, other]) == ["x fp32", f"x fp16 {fp16.hash[:8]}", "x fp16 01234567"]
     assert short_names([x, x], [fp32, fp32]) == ["x (1)", "x (2)"]
+    quantised = Bundle.open(QUANTISED, "none")
+    assert short_names([x, x], [fp16, quantised]) == ["x fp16", f"x {quantised.quantised}"]
+
+
+def test_rows_say_what_quantised_matrices_are_stored_in(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(QUANTISED), "--device", "cpu", "--repetitions", "1", "--json", "-"]) == 0
+    stored = Bundle.open(QUANTISED, "none").quantised
+    assert stored in ("int8", "int4")
+    assert {(row["precision"], row["weights"]) for row in lines(capsys.readouterr().out)} == {("fp16", stored)}
 
 
 def test_two_bundles_of_one_name_are_told_apart_everywhere(bundles: dict[str, Path], tmp_path: Path) -> None:

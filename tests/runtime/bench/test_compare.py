@@ -54,6 +54,9 @@ def test_rows_of_two_precisions_are_no_pair_and_are_told_apart() -> None:
     found = compare([one_row([1.0] * 5)], [one_row([1.0] * 5, precision="fp16")])
     assert found.pairs == ()
     assert ("L-n4 fp32" in found.only_old[0], "L-n4 fp16" in found.only_new[0]) == (True, True)
+    found = compare([one_row([1.0] * 5)], [one_row([1.0] * 5, weights="int8")])
+    assert found.pairs == ()
+    assert "L-n4 int8" in found.only_new[0]
 
 
 def test_a_pair_of_other_content_or_machine_says_so() -> None:

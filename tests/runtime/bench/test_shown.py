@@ -177,6 +177,19 @@ def test_bundles_are_compared_with_n1_of_their_own_precision() -> None:
     assert out.count("PAR-L fp16, n = 4: fp16 is 14.00 times as fast as fp16 n1") == 1
 
 
+def test_quantised_weights_are_another_kind_and_are_named() -> None:
+    """A model in int8 at n = 1 says nothing of what n gains for one in fp16."""
+    n4 = one_row([100.0] * 5, label="fp16", precision="fp16", computes="bf16")
+    n1 = one_row([150.0] * 5, label="int8 n1", n=1, precision="fp16", weights="int8", computes="bf16")
+    assert text.ratios([n4, n1]) == ["fp16 is 1.50 times as fast as int8 n1 (100 ms against 150 ms)"]
+    assert "Speed-up by parallel decoding" not in shown_page([n4, n1])
+    same = one_row([100.0] * 5, label="int8", precision="fp16", weights="int8", computes="bf16")
+    assert "PAR-L, n = 4: int8 is 1.50 times as fast as int8 n1" in shown_page([same, n1])
+    shown = text.table([n4, n1])
+    assert "n = 4, fp16 computed in bf16 by" in shown
+    assert "n = 1, int8 computed in bf16 by" in shown
+
+
 def test_parts_of_an_image_are_of_the_same_repetition() -> None:
     """Medians of parts can add up to more than the median of the whole."""
     image = one_row([10.0, 10.0, 10.0])

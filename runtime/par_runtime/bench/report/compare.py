@@ -92,7 +92,7 @@ def key(row: Row) -> tuple[object, ...]:
     Loads of the serve suite differ from run to run, so they are not in it.
     """
     return (
-        row.suite, row.phase, row.label, row.bundle, row.model, row.n, row.grid, row.precision, row.computes,
+        row.suite, row.phase, row.label, row.bundle, row.model, row.n, row.grid, row.stored, row.computes,
         row.images, row.guided, row.backend, row.device, row.threads,
     )  # fmt: skip
 
@@ -130,7 +130,7 @@ def describe(row: Row) -> str:
     threads = "" if row.threads is None else f", {row.threads} thread{'s' if row.threads > 1 else ''}"
     return (
         f"{row.suite} {row.label} {row.phase}, {row.images} image{'s' if row.images > 1 else ''}"
-        f"{'' if row.guided else ' unguided'}, {row.bundle} {row.precision} n = {row.n}, {row.backend}{threads}"
+        f"{'' if row.guided else ' unguided'}, {row.bundle} {row.stored} n = {row.n}, {row.backend}{threads}"
     )
 
 

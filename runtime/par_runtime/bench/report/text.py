@@ -79,7 +79,7 @@ def about(rows: Sequence[Row]) -> list[str]:
         peak = max((r.peak_bytes or 0 for r in rows if r.label == label), default=0)
         out.append(
             f"{label:9} {row.bundle} ({row.hash[:8]}): {row.model}, {row.parameters / 1e6:.1f} M parameters, "
-            f"n = {row.n}, {row.precision} computed in {row.computes} by {row.backend} {row.version}{threads}"
+            f"n = {row.n}, {row.stored} computed in {row.computes} by {row.backend} {row.version}{threads}"
             + (f", peak memory {size(peak)}" if peak else "")
         )
     bounded = [row for row in rows if row.read_gb_s is not None]
@@ -142,10 +142,10 @@ def doubts(rows: Sequence[Row]) -> list[str]:
 
 
 def bundle_names(rows: Sequence[Row]) -> list[str]:
-    """The name of each bundle once; with precision and hash where several have the same name."""
-    named = dict.fromkeys((row.bundle, row.precision, row.hash[:8]) for row in rows)
+    """The name of each bundle once; with its weights' precision and hash where several have the same name."""
+    named = dict.fromkeys((row.bundle, row.stored, row.hash[:8]) for row in rows)
     names = [name for name, _, _ in named]
-    return [name if names.count(name) == 1 else f"{name} {precision} {digits}" for name, precision, digits in named]
+    return [name if names.count(name) == 1 else f"{name} {stored} {digits}" for name, stored, digits in named]
 
 
 def per_subject(rows: Sequence[Row]) -> list[list[Row]]:
@@ -158,7 +158,7 @@ def per_subject(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:
-    """How fast an image is against its baselines: the same bundle in PyTorch, the same model and precision at n = 1.
+    """How fast an image is against its baselines: the same bundle in PyTorch, the same model, stored alike, at n = 1.
 
     Bundles without such a pair are compared with the first one. A line of text each.
     """
@@ -184,7 +184,7 @@ def engine(row: Row) -> tuple[object, ...]:
     """What two rows of different n must share for their ratio to be the gain of parallel decoding; first the model."""
     images = f"{row.images} image{'s' if row.images > 1 else ''}"
     guided = "guided" if row.guided else "unguided"
-    return row.model, row.grid, images, guided, row.precision, row.backend, row.device, f"{row.threads} threads"
+    return row.model, row.grid, images, guided, row.stored, row.backend, row.device, f"{row.threads} threads"
 
 
 def _is_baseline(other: Row, row: Row) -> bool:

@@ -58,6 +58,7 @@ class SubjectInfo:
     excluded: tuple[str, ...] = ()  #: what the times do not contain
     sampling: str = ""  #: how tokens are drawn, as text
     pytorch: bool = False  #: a baseline that PyTorch runs, not a backend of this package
+    weights: str = ""  #: "int8" or "int4", of the bundle's quantised matrices; empty where they are in ``precision``
 
 
 @dataclass(frozen=True)

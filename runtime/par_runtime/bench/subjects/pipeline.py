@@ -243,6 +243,7 @@ def bundle_info(bundle: Bundle, architecture: Architecture) -> dict[str, Any]:
         "n": bundle.group_size,
         "grid": bundle.grid,
         "precision": bundle.precision,
+        "weights": bundle.quantised or "",
         "image_size": bundle.image_size,
         "sampling": sampling_text(bundle),
     }
