@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -180,3 +182,28 @@ def test_short_times_are_said_in_milliseconds(recipe: ModuleType) -> None:
         "12 ms",
         "4.2 ms",
     ]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("target", "folder", "starts"),
+    [
+        ("siblings", "siblings", ["siblings/model.pt", "siblings/model.pt"]),
+        (
+            "further-siblings",
+            "further-siblings",
+            ["further-siblings/from-n1/model.pt", "further-siblings/from-n16/model.pt"],
+        ),
+    ],
+)
+def test_make_trains_both_siblings_from_the_right_weights(
+    target: str, folder: str, starts: list[str], tmp_path: Path
+) -> None:
+    command = ["make", "-n", "-C", str(MODELS / "recipe"), f"WORK={tmp_path}", target]
+    planned = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    trainings = [line.split() for line in planned.splitlines() if "parvis train " in line]
+    assert [words[words.index("--init") + 1] for words in trainings] == [f"{tmp_path}/{start}" for start in starts]
+    assert [words[words.index("--group-size") + 1] for words in trainings] == ["1", "16"]
+    assert {words[words.index("--codes") + 1] for words in trainings} == {f"{tmp_path}/siblings/train-40000.npz"}
+    assert ("from_bundle.py ../demo-n16 " in planned) == (target == "further-siblings")
+    assert f"bundles.py {tmp_path}/{folder} --n4 ../demo " in planned
