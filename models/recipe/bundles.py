@@ -5,7 +5,8 @@
 
 The first takes what ``gpu.py`` made, the second the siblings that were trained of a bundle that is there, which stays
 as it is (``--n4``). For each model: an export in fp16, held-out images put into it (of ``val.npz``, or those of the
-bundle of ``--n4``), ``parvis calibrate --weights int8``. OUT then holds the folders demo-n1, demo-n16 and, without
+bundle of ``--n4``), ``parvis calibrate --weights int8``. ``--compact`` names those that become smaller still: int4
+weights that are trained to stay close, and no encoder. OUT then holds the folders demo-n1, demo-n16 and, without
 ``--n4``, demo; ``--sheet`` is a PNG of images of every class, two by each model, from the same seeds.
 Prints a table with the calls and the time of an image on this machine. Exit code 1 where a bundle did not pass its
 report, or where the three are larger than ``--most-mb`` together; 2 for what it cannot use, said before it makes
@@ -47,12 +48,15 @@ from par_runtime.tokenizer import Tokenizer
 NAMES = {4: "demo", 1: "demo-n1", 16: "demo-n16"}
 SAME_DB = 40  #: least PSNR of images that two bundles decode from the same tokens, where they have the same tokenizer
 HELD_OUT_EACH = 20  #: real images of each class that a bundle holds
+#: Options of ``parvis calibrate`` for a bundle of ``--compact``: half an hour on two cores without AVX-512.
+COMPACT = ("--weights", "int4", "--group", "32", "--keep", "head", "--refine", "1200")
 LOOKED_AT = 4  #: images that show whether two tokenizers are one
 TIMED = 5  #: images whose times give the median
 ROWS = 2  #: of images by each model
 LIMITS = {
     "guidance": Limit(0, 1000),
     "top_p": Limit(0, 1, above=True),
+    "compact": Limit(1, 16),
     "most_mb": Limit(0, 10**6, above=True),
     "seed": Limit(0, 2**31 - 1),
 }
@@ -66,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--work", type=Path, required=True, help="folder for the bundles in fp16 and the reports")
     p.add_argument("--out", type=Path, required=True, help="folder for the bundles")
     p.add_argument("--n4", type=Path, metavar="BUNDLE", help="take this for n = 4, make the two others only")
+    p.add_argument(
+        "--compact", type=int, nargs="+", default=[], choices=sorted(NAMES), metavar="N",
+        help="make these n smaller: int4 weights that are trained to stay close (half an hour), and no encoder",
+    )  # fmt: skip
     p.add_argument("--sheet", type=Path, metavar="PNG", help="images of all three (default: OUT/siblings.png)")
     p.add_argument("--guidance", type=float, default=1.5, help="of the bundles (default 1.5)")
     p.add_argument("--top-p", type=float, default=0.85, help="of the bundles (default 0.85)")
@@ -91,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{', '.join(map(str, bundles.values()))}: {size:.1f} MB together")
     if size > args.most_mb:
         print(
-            f"bundles.py: the bundles have {size:.1f} MB, --most-mb {args.most_mb:g} allows less; take smaller "
-            "weights: --calibrate-options='--weights int4 --group 32 --keep head --refine 2000'",
+            f"bundles.py: the bundles have {size:.1f} MB, --most-mb {args.most_mb:g} allows less; make some of them "
+            f"smaller: --compact {' '.join(map(str, made_here))}",
             file=sys.stderr,
         )
         return 1
@@ -108,6 +116,8 @@ def check(args: argparse.Namespace, names: dict[int, str], n4: Bundle | None) ->
     more = words("--calibrate-options", args.calibrate_options)
     parsed("--calibrate-options", calibrate.parser(), ["bundle", "--weights", "int8", "--out", "out", *more], False)
     check_folders(args, names)
+    if not set(args.compact) <= set(names):
+        raise InputError(f"--compact 4: {args.n4} stays as it is; give of {', '.join(map(str, names))}")
     if not args.results.is_dir():
         raise InputError(f"{args.results}: no such folder; expected trained weights, as gpu.py leaves them")
     needed = ["tokenizer.pt", *(f"model-n{n}.pt" for n in names), *(["val.npz"] if n4 is None else [])]
@@ -202,14 +212,18 @@ def made(args: argparse.Namespace, n: int, name: str, n4: Bundle | None) -> bool
         name,
         "--force",
     ]
+    small = n in args.compact
+    if small:
+        export.append("--no-encoder")
     if parvis(*export, "--out", whole, "--guidance", args.guidance, "--top-p", args.top_p) != 0:
         return False
     bundle = Bundle.open(whole)
     tokens, labels = held_out(args, bundle, n4)
     heldout.attach(bundle, tokens, labels)
     reports = ["--html", args.work / f"{name}.html", "--json", args.work / f"{name}.json"]
-    command = ["calibrate", whole, "--weights", "int8", "--out", args.out / name, "--force", *reports]
-    return parvis(*command, *shlex.split(args.calibrate_options)) == 0
+    command = ["calibrate", whole, "--out", args.out / name, "--force", *reports]
+    weights = COMPACT if small else ("--weights", "int8")
+    return parvis(*command, *weights, *shlex.split(args.calibrate_options)) == 0
 
 
 def held_out(args: argparse.Namespace, bundle: Bundle, n4: Bundle | None) -> tuple[Int, Sequence[int]]:

@@ -22,6 +22,7 @@ from par_runtime.bundle import Bundle
 
 CLASSES = 4
 MODELS = Path(__file__).parents[2] / "models"
+LOOSE = "--refine 4 --budget top1=0.5,kl=none,kl_p95=none,kl_inputs=none,likelihood=none,layer=none"
 OPTIONS = "--group 32 --generated 0 --images 4 --samples 512 --budget top1=0.9 --quiet"
 
 
@@ -105,6 +106,12 @@ def test_siblings_of_a_bundle_that_is_there(
     with Image.open(tmp_path / "sheet.png") as sheet, Image.open(tmp_path / "first" / "siblings.png") as theirs:
         np.testing.assert_array_equal(np.asarray(sheet), np.asarray(theirs))
 
+    small = [*again, "--out", str(tmp_path / "small"), "--compact", "1", "--calibrate-options", f"{OPTIONS} {LOOSE}"]
+    assert recipe.main(small) == 0, capsys.readouterr()
+    n1, n16 = (Bundle.open(tmp_path / "small" / name) for name in ("demo-n1", "demo-n16"))
+    assert (n1.quantised, n16.quantised) == ("int4", "int8")
+    assert ("encoder" in n1.graphs, "encoder" in n16.graphs) == (False, True)
+
     def refused(text: str, *more: str) -> None:
         assert recipe.main([*again, *more]) == 2
         assert text in capsys.readouterr().err
@@ -155,6 +162,9 @@ def test_what_it_cannot_use_is_one_line_before_anything_is_made(
     refused("expected a file's name that ends in .png", results, work, out, "--sheet", str(tmp_path))
     refused("is not the tokenizer of", results, work, out, "--n4", str(MODELS / "demo"))
     refused("expected a bundle of n = 4 (it has n = 16)", results, work, out, "--n4", str(MODELS / "demo-n16"))
+    whole = str(MODELS / "demo")
+    refused("--compact 4: ", results, work, out, "--n4", whole, "--compact", "4", "16")
+    refused("stays as it is; give of 1, 16", results, work, out, "--n4", whole, "--compact", "4")
     refused("none: no such folder; give the path of a bundle", results, work, out, "--n4", str(tmp_path / "none"))
     (tmp_path / "demo").mkdir()
     results.rename(tmp_path / "demo" / "inner")
