@@ -59,6 +59,7 @@ def test_the_commands_for_trying_it_run_one_after_the_other(
         "guidance.png",
         "edit.png",
         "photo.png",
+        "n1.png",
         "n16.png",
     }
 
