@@ -242,6 +242,11 @@ class Bundle:
         """The dtype of its quantised matrices, "int8" or "int4"; None where there are none."""
         return None if self.calibration is None or self.calibration.weights == KEPT else self.calibration.weights
 
+    @property
+    def stored(self) -> str:
+        """What its matrices are stored in: "fp32", "fp16", "bf16", "int8", "int4"."""
+        return self.quantised or self.precision
+
     @staticmethod
     def open(path: str | Path, verify: FileCheck = "auto") -> Bundle:
         """Read and check the bundle at ``path``.

@@ -196,19 +196,13 @@ def test_short_times_are_said_in_milliseconds(recipe: ModuleType) -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize(
-    ("target", "folder", "starts"),
+    ("target", "starts"),
     [
-        ("siblings", "siblings", ["siblings/model.pt", "siblings/model.pt"]),
-        (
-            "further-siblings",
-            "further-siblings",
-            ["further-siblings/from-n1/model.pt", "further-siblings/from-n16/model.pt"],
-        ),
+        ("siblings", ["siblings/model.pt", "siblings/model.pt"]),
+        ("further-siblings", ["further-siblings/from-n1/model.pt", "further-siblings/from-n16/model.pt"]),
     ],
 )
-def test_make_trains_both_siblings_from_the_right_weights(
-    target: str, folder: str, starts: list[str], tmp_path: Path
-) -> None:
+def test_make_trains_both_siblings_from_the_right_weights(target: str, starts: list[str], tmp_path: Path) -> None:
     command = ["make", "-n", "-C", str(MODELS / "recipe"), f"WORK={tmp_path}", target]
     planned = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     trainings = [line.split() for line in planned.splitlines() if "parvis train " in line]
@@ -216,4 +210,4 @@ def test_make_trains_both_siblings_from_the_right_weights(
     assert [words[words.index("--group-size") + 1] for words in trainings] == ["1", "16"]
     assert {words[words.index("--codes") + 1] for words in trainings} == {f"{tmp_path}/siblings/train-40000.npz"}
     assert ("from_bundle.py ../demo-n16 " in planned) == (target == "further-siblings")
-    assert f"bundles.py {tmp_path}/{folder} --n4 ../demo " in planned
+    assert f"bundles.py {tmp_path}/{target} --n4 ../demo " in planned

@@ -282,7 +282,7 @@ def _side(bundle: Bundle, arithmetic: str, cache: str, backend: str) -> Side:
     return Side(
         name=bundle.name,
         hash=bundle.hash,
-        weights=bundle.quantised or bundle.precision,
+        weights=bundle.stored,
         group=made.group if made else 0,
         kept=made.kept if made else (),
         arithmetic=arithmetic,

@@ -60,7 +60,7 @@ def places(known: Known) -> list[Place]:
 
 def _place(known: Known, model: str, n: int) -> Place:
     found = {what: known.get(label_of(model, n, kind), "image") for what, kind in KINDS.items()}
-    rows = {what: row for what, row in found.items() if row is not None and row.guided and row.precision == "fp16"}
+    rows = {what: row for what, row in found.items() if row is not None and row.guided and row.stored == "fp16"}
     ratios = {
         twin: known.ratio(label_of(model, n, twin), label_of(model, n)) if {twin, OURS} <= rows.keys() else None
         for twin in (COMPILED, EAGER)

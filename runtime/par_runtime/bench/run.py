@@ -314,14 +314,13 @@ def has_selftest(bundle: Bundle) -> bool:
 def short_names(paths: Sequence[Path], bundles: Sequence[Bundle]) -> list[str]:
     """A short name for each of ``bundles`` at ``paths``: "parvis" for the only one, else its folder's name.
 
-    Equal names are told apart by what differs: the precision, else the first digits of the hash. A bundle that is
-    given twice gets a number each time.
+    Equal names are told apart by what differs: what matrices are stored in, n, else the first digits of the hash. A
+    bundle that is given twice gets a number each time.
     """
     if len(paths) == 1:
         return ["parvis"]
     names = [Path(os.path.abspath(path)).name for path in paths]
-    stored = [b.quantised or b.precision for b in bundles]
-    for more in (stored, [f"n={b.group_size}" for b in bundles], [b.hash[:8] for b in bundles]):
+    for more in ([b.stored for b in bundles], [f"n={b.group_size}" for b in bundles], [b.hash[:8] for b in bundles]):
         of_name = {name: {m for n, m in zip(names, more, strict=True) if n == name} for name in names}
         names = [f"{name} {m}" if len(of_name[name]) > 1 else name for name, m in zip(names, more, strict=True)]
     return [
