@@ -1,13 +1,15 @@
 """From trained weights to the bundles that ship: n = 4, 1 and 16, in int8, and all of them side by side.
 
     python bundles.py ../../build/demo/gpu --work ../../build/demo/bundles --out ../../build/demo/shipped
-    python bundles.py ../../build/demo/siblings --n4 ../demo --work ../../build/demo/bundles --out OUT
+    python bundles.py ../../build/demo/siblings --take ../demo --work ../../build/demo/bundles --out OUT
 
-The first takes what ``gpu.py`` made, the second the siblings that were trained of a bundle that is there, which stays
-as it is (``--n4``). For each model: an export in fp16, held-out images put into it (of ``val.npz``, or those of the
-bundle of ``--n4``), ``parvis calibrate --weights int8``. ``--compact`` names those that become smaller still: int4
-weights that are trained to stay close, and no encoder. OUT then holds the folders demo-n1, demo-n16 and, without
-``--n4``, demo; ``--sheet`` is a PNG of images of every class, two by each model, from the same seeds.
+The first makes all three of what ``gpu.py`` made, the second the siblings that were trained of a bundle that is there,
+which stays as it is (``--take``, one or two bundles). For each model that is made: an export in fp16, held-out images
+put into it (of ``val.npz``, or those of the first bundle of ``--take``), ``parvis calibrate --weights int8``.
+``--compact`` names those that become smaller still: int4 weights that are trained to stay close, and no encoder;
+``--fp16`` those that keep their weights, which a CPU multiplies in bf16 where the report proves it. OUT then holds the
+folders of those that were made, of demo (n = 4), demo-n1 and demo-n16; ``--sheet`` is a PNG of images of every class,
+two by each of the three models, from the same seeds.
 Prints a table with the calls and the time of an image on this machine. Exit code 1 where a bundle did not pass its
 report, or where the three are larger than ``--most-mb`` together; 2 for what it cannot use, said before it makes
 anything. Needs the extras ``cpu,calibrate``.
@@ -48,8 +50,11 @@ from par_runtime.tokenizer import Tokenizer
 NAMES = {4: "demo", 1: "demo-n1", 16: "demo-n16"}
 SAME_DB = 40  #: least PSNR of images that two bundles decode from the same tokens, where they have the same tokenizer
 HELD_OUT_EACH = 20  #: real images of each class that a bundle holds
-#: Options of ``parvis calibrate`` for a bundle of ``--compact``: half an hour on two cores without AVX-512.
+#: Options of ``parvis calibrate`` for a bundle, for one of ``--compact`` (half an hour on two cores without AVX-512),
+#: and for one of ``--fp16``.
+PLAIN = ("--weights", "int8")
 COMPACT = ("--weights", "int4", "--group", "32", "--keep", "head", "--refine", "1200")
+WHOLE = ("--weights", "keep", "--arithmetic", "bf16", "--cache", "bf16")
 LOOKED_AT = 4  #: images that show whether two tokenizers are one
 TIMED = 5  #: images whose times give the median
 ROWS = 2  #: of images by each model
@@ -57,6 +62,7 @@ LIMITS = {
     "guidance": Limit(0, 1000),
     "top_p": Limit(0, 1, above=True),
     "compact": Limit(1, 16),
+    "fp16": Limit(1, 16),
     "most_mb": Limit(0, 10**6, above=True),
     "seed": Limit(0, 2**31 - 1),
 }
@@ -69,7 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("results", type=Path, help="folder with tokenizer.pt, model-n1.pt, ..., and val.npz, as of gpu.py")
     p.add_argument("--work", type=Path, required=True, help="folder for the bundles in fp16 and the reports")
     p.add_argument("--out", type=Path, required=True, help="folder for the bundles")
-    p.add_argument("--n4", type=Path, metavar="BUNDLE", help="take this for n = 4, make the two others only")
+    p.add_argument(
+        "--take", type=Path, nargs="+", default=[], metavar="BUNDLE",
+        help="take these for their n as they are, and make the others only",
+    )  # fmt: skip
+    p.add_argument(
+        "--fp16", type=int, nargs="+", default=[], choices=sorted(NAMES), metavar="N",
+        help="make these n with the weights as they are, in fp16",
+    )  # fmt: skip
     p.add_argument(
         "--compact", type=int, nargs="+", default=[], choices=sorted(NAMES), metavar="N",
         help="make these n smaller: int4 weights that are trained to stay close (half an hour), and no encoder",
@@ -82,15 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--calibrate-options", default="", help="more of parvis calibrate, in one text")
     args = p.parse_args(argv)
     args.sheet = args.sheet or args.out / "siblings.png"
-    made_here = {n: name for n, name in NAMES.items() if n != 4 or args.n4 is None}
-    bundles = {n: args.out / name if n in made_here else args.n4 for n, name in sorted(NAMES.items())}
     try:
-        n4 = None if args.n4 is None else Bundle.open(args.n4)
-        check(args, made_here, n4)
-        failed = [name for n, name in made_here.items() if not made(args, n, name, n4)]
+        taken = taken_bundles(args.take)
+        made_here = {n: name for n, name in NAMES.items() if n not in taken}
+        check(args, made_here, taken)
+        failed = [name for n, name in made_here.items() if not made(args, n, name, taken)]
         if failed:
             print(f"bundles.py: no bundle {', '.join(failed)}; {why(args.work, failed)}", file=sys.stderr)
             return 1
+        bundles = {n: taken[n].path if n in taken else args.out / name for n, name in sorted(NAMES.items())}
         print(side_by_side(bundles, args.sheet, args.seed))
     except (InputError, CheckpointError, BundleError, RequestError, CalibrationError, OSError) as error:
         print(f"bundles.py: error: {printable(text_of(error))}", file=sys.stderr)
@@ -107,7 +120,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check(args: argparse.Namespace, names: dict[int, str], n4: Bundle | None) -> None:
+def taken_bundles(paths: Sequence[Path]) -> dict[int, Bundle]:
+    """The bundles of ``--take`` by their n, in the order that was given. Raises InputError, BundleError, OSError."""
+    taken: dict[int, Bundle] = {}
+    for path in paths:
+        bundle = Bundle.open(path)
+        n = bundle.group_size
+        if n not in NAMES or HELDOUT not in bundle.files or bundle.image_size is None:
+            raise InputError(
+                f"--take {path}: expected a bundle of n = 1, 4 or 16 (it has n = {n}) that makes images and has "
+                "held-out ones (heldout.py puts them into it)"
+            )
+        if n in taken:
+            raise InputError(f"--take {path}: has n = {n}, as {taken[n].path} has; give one bundle for an n")
+        taken[n] = bundle
+    if len(taken) == len(NAMES):
+        raise InputError(f"--take {' '.join(map(str, paths))}: leaves no bundle to make; give two at most")
+    return taken
+
+
+def check(args: argparse.Namespace, names: dict[int, str], taken: dict[int, Bundle]) -> None:
     """Raise an error for what cannot be used, before anything is made of the rest.
 
     Raises InputError, CheckpointError, CalibrationError, RequestError, BundleError, OSError.
@@ -116,15 +148,20 @@ def check(args: argparse.Namespace, names: dict[int, str], n4: Bundle | None) ->
     more = words("--calibrate-options", args.calibrate_options)
     parsed("--calibrate-options", calibrate.parser(), ["bundle", "--weights", "int8", "--out", "out", *more], False)
     check_folders(args, names)
-    if not set(args.compact) <= set(names):
-        raise InputError(f"--compact 4: {args.n4} stays as it is; give of {', '.join(map(str, names))}")
+    for option, given in (("--compact", args.compact), ("--fp16", args.fp16)):
+        for n in set(given) & set(taken):
+            raise InputError(
+                f"{option} {n}: {taken[n].path} stays as it is; give of {', '.join(map(str, names))}, or do not take it"
+            )
+    for n in set(args.compact) & set(args.fp16):
+        raise InputError(f"--compact {n} --fp16 {n}: one says int4, the other fp16; give one of them")
     if not args.results.is_dir():
         raise InputError(f"{args.results}: no such folder; expected trained weights, as gpu.py leaves them")
-    needed = ["tokenizer.pt", *(f"model-n{n}.pt" for n in names), *(["val.npz"] if n4 is None else [])]
+    needed = ["tokenizer.pt", *(f"model-n{n}.pt" for n in names), *([] if taken else ["val.npz"])]
     missing = [name for name in needed if not (args.results / name).is_file()]
     if missing:
         raise InputError(f"{args.results}: has no {', '.join(missing)}; expected {', '.join(needed)}")
-    sizes, of = sizes_of(args, n4)
+    sizes, of = sizes_of(args, taken)
     for n in names:
         file = args.results / f"model-n{n}.pt"
         model = par_config(open_checkpoint(file))
@@ -136,42 +173,48 @@ def check(args: argparse.Namespace, names: dict[int, str], n4: Bundle | None) ->
             )
 
 
-def sizes_of(args: argparse.Namespace, n4: Bundle | None) -> tuple[tuple[int, int, tuple[int, ...]], str]:
+def sizes_of(args: argparse.Namespace, taken: dict[int, Bundle]) -> tuple[tuple[int, int, tuple[int, ...]], str]:
     """Codes, classes and grid that a model must have, and in words what has them.
 
     Raises InputError, CheckpointError, CalibrationError, RequestError, BundleError, OSError.
     """
     file = args.results / "tokenizer.pt"
     vq = vq_config(open_checkpoint(file))
-    if n4 is None:
-        codes, _, names = load_codes(args.results / "val.npz", vq.codebook_size)
-        return (vq.codebook_size, len(names), codes.shape[1:]), "tokenizer.pt and val.npz"
-    if n4.group_size != 4 or HELDOUT not in n4.files or n4.image_size is None:
-        raise InputError(
-            f"--n4 {args.n4}: expected a bundle of n = 4 (it has n = {n4.group_size}) that makes images and has "
-            "held-out ones (heldout.py puts them into it)"
-        )
-    if vq.codebook_size == n4.vocab_size:
-        some = heldout.read(n4, n4.path / HELDOUT, "held-out images").first(LOOKED_AT).tokens
-        with torch.no_grad():
-            raster = torch.from_numpy(raster_array(n4, some)).view(-1, *n4.grid[1:])
-            images = load_tokenizer(file).eval().decode(raster).clamp(-1, 1)
-        ours = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
-        theirs = Tokenizer(n4).decode(some)
-        if ours.shape == theirs.shape and psnr_db(ours, theirs) >= SAME_DB:
-            return (n4.vocab_size, n4.n_classes, n4.grid[1:]), f"{args.n4}"
-    raise InputError(
-        f"{file}: is not the tokenizer of {args.n4}, the same tokens give other images; give its own (from_bundle.py), "
-        "and models that were trained on its codes"
-    )
+    for bundle in taken.values():
+        if not decodes_alike(file, bundle):
+            raise InputError(
+                f"{file}: is not the tokenizer of {bundle.path}, the same tokens give other images; give its own "
+                "(from_bundle.py), and models that were trained on its codes"
+            )
+    if taken:
+        first = next(iter(taken.values()))
+        return (first.vocab_size, first.n_classes, first.grid[1:]), f"{first.path}"
+    codes, _, names = load_codes(args.results / "val.npz", vq.codebook_size)
+    return (vq.codebook_size, len(names), codes.shape[1:]), "tokenizer.pt and val.npz"
+
+
+def decodes_alike(file: Path, bundle: Bundle) -> bool:
+    """Whether the tokenizer in the checkpoint ``file`` makes the images of ``bundle`` from the same tokens.
+
+    Raises CheckpointError, CalibrationError, RequestError, BundleError, OSError.
+    """
+    if vq_config(open_checkpoint(file)).codebook_size != bundle.vocab_size:
+        return False
+    some = heldout.read(bundle, bundle.path / HELDOUT, "held-out images").first(LOOKED_AT).tokens
+    with torch.no_grad():
+        raster = torch.from_numpy(raster_array(bundle, some)).view(-1, *bundle.grid[1:])
+        images = load_tokenizer(file).eval().decode(raster).clamp(-1, 1)
+    ours = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+    theirs = Tokenizer(bundle).decode(some)
+    return ours.shape == theirs.shape and psnr_db(ours, theirs) >= SAME_DB
 
 
 def check_folders(args: argparse.Namespace, names: dict[int, str]) -> None:
     """Raise InputError where the bundles would replace each other, or what they are made of."""
-    inputs = {"results": args.results} | ({} if args.n4 is None else {"bundle of --n4": args.n4})
+    inputs = [("results", args.results), *(("bundle of --take", path) for path in args.take)]
     for option, folder in (("--work", args.work), ("--out", args.out)):
         folder_for(option, folder)
-        for what, path in inputs.items():
+        for what, path in inputs:
             if same(folder, path):
                 raise InputError(f"{option} {folder}: is the folder of the {what}; give another")
             for name in names.values():  # an export replaces such a folder as a whole
@@ -182,7 +225,8 @@ def check_folders(args: argparse.Namespace, names: dict[int, str]) -> None:
         raise InputError(f"--out {args.out} and --work {args.work}: one is in the other; give two folders side by side")
     if args.sheet.is_dir() or args.sheet.suffix.lower() != ".png":
         raise InputError(f"--sheet {args.sheet}: expected a file's name that ends in .png")
-    keep_inputs(f"--sheet {args.sheet}", [args.sheet], n4=args.n4)
+    for path in args.take:
+        keep_inputs(f"--sheet {args.sheet}", [args.sheet], take=path)
 
 
 def why(work: Path, failed: Sequence[str]) -> str:
@@ -191,7 +235,7 @@ def why(work: Path, failed: Sequence[str]) -> str:
     return f"see {', '.join(reports)}" if reports else "what is printed above says why"
 
 
-def made(args: argparse.Namespace, n: int, name: str, n4: Bundle | None) -> bool:
+def made(args: argparse.Namespace, n: int, name: str, taken: dict[int, Bundle]) -> bool:
     """Export and calibrate one model; False where its report refused it.
 
     Raises CalibrationError, RequestError, BundleError, OSError.
@@ -212,30 +256,30 @@ def made(args: argparse.Namespace, n: int, name: str, n4: Bundle | None) -> bool
         name,
         "--force",
     ]
-    small = n in args.compact
-    if small:
+    if n in args.compact:
         export.append("--no-encoder")
     if parvis(*export, "--out", whole, "--guidance", args.guidance, "--top-p", args.top_p) != 0:
         return False
     bundle = Bundle.open(whole)
-    tokens, labels = held_out(args, bundle, n4)
+    tokens, labels = held_out(args, bundle, taken)
     heldout.attach(bundle, tokens, labels)
     reports = ["--html", args.work / f"{name}.html", "--json", args.work / f"{name}.json"]
     command = ["calibrate", whole, "--out", args.out / name, "--force", *reports]
-    weights = COMPACT if small else ("--weights", "int8")
+    weights = COMPACT if n in args.compact else WHOLE if n in args.fp16 else PLAIN
     return parvis(*command, *weights, *shlex.split(args.calibrate_options)) == 0
 
 
-def held_out(args: argparse.Namespace, bundle: Bundle, n4: Bundle | None) -> tuple[Int, Sequence[int]]:
+def held_out(args: argparse.Namespace, bundle: Bundle, taken: dict[int, Bundle]) -> tuple[Int, Sequence[int]]:
     """Real images for ``bundle``: tokens [M,N] in its sequence order, and classes [M].
 
     Raises CalibrationError, RequestError, BundleError, OSError.
     """
-    if n4 is None:
-        val = heldout.read(bundle, args.results / "val.npz", "val.npz").first(HELD_OUT_EACH * bundle.n_classes)
-        return val.tokens, val.labels
-    theirs = heldout.read(n4, n4.path / HELDOUT, "held-out images")
-    return raster_array(n4, theirs.tokens)[:, list(bundle.order)], theirs.labels
+    if taken:
+        first = next(iter(taken.values()))
+        theirs = heldout.read(first, first.path / HELDOUT, "held-out images")
+        return raster_array(first, theirs.tokens)[:, list(bundle.order)], theirs.labels
+    val = heldout.read(bundle, args.results / "val.npz", "val.npz").first(HELD_OUT_EACH * bundle.n_classes)
+    return val.tokens, val.labels
 
 
 def megabytes(path: Path) -> float:

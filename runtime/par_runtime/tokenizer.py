@@ -60,7 +60,7 @@ def _with_encoder(bundle: Bundle) -> str:
     """How to come to a bundle with an encoder."""
     if not bundle.selftest["labels"]:  # made by 'parvis bench', not by an export
         return "it holds random weights, for benchmarks: take a bundle that 'parvis export' made of a checkpoint"
-    return "export it again without --no-encoder"
+    return "take a bundle that has one, or export it again without --no-encoder"
 
 
 class Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -22,8 +23,9 @@ from par_runtime.bundle import Bundle
 
 CLASSES = 4
 MODELS = Path(__file__).parents[2] / "models"
-LOOSE = "--refine 4 --budget top1=0.5,kl=none,kl_p95=none,kl_inputs=none,likelihood=none,layer=none"
-OPTIONS = "--group 32 --generated 0 --images 4 --samples 512 --budget top1=0.9 --quiet"
+ANY = "--budget top1=0.5,kl=none,kl_p95=none,kl_inputs=none,likelihood=none,layer=none"
+FEW = "--generated 0 --images 4 --samples 512 --quiet"
+OPTIONS = f"--group 32 --budget top1=0.9 {FEW}"
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +88,11 @@ def test_siblings_of_a_bundle_that_is_there(
     assert recipe.main(first) == 0, capsys.readouterr()
     there = tmp_path / "first" / "demo"
     before = {file: file.read_bytes() for file in there.iterdir()}
+    four = torch.load(results / "model-n4.pt", weights_only=True)
     for name in ("model-n4.pt", "val.npz"):
         (results / name).unlink()
     again = [str(results), *work, "--out", str(tmp_path / "out"), "--calibrate-options", OPTIONS]
-    again += ["--n4", str(there), "--sheet", str(tmp_path / "sheet.png")]
+    again += ["--take", str(there), "--sheet", str(tmp_path / "sheet.png")]
     assert recipe.main(again) == 0, capsys.readouterr()
     assert {file: file.read_bytes() for file in there.iterdir()} == before
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["demo-n1", "demo-n16"]
@@ -106,7 +109,15 @@ def test_siblings_of_a_bundle_that_is_there(
     with Image.open(tmp_path / "sheet.png") as sheet, Image.open(tmp_path / "first" / "siblings.png") as theirs:
         np.testing.assert_array_equal(np.asarray(sheet), np.asarray(theirs))
 
-    small = [*again, "--out", str(tmp_path / "small"), "--compact", "1", "--calibrate-options", f"{OPTIONS} {LOOSE}"]
+    small = [
+        *again,
+        "--out",
+        str(tmp_path / "small"),
+        "--compact",
+        "1",
+        "--calibrate-options",
+        f"{OPTIONS} --refine 4 {ANY}",
+    ]
     assert recipe.main(small) == 0, capsys.readouterr()
     n1, n16 = (Bundle.open(tmp_path / "small" / name) for name in ("demo-n1", "demo-n16"))
     assert (n1.quantised, n16.quantised) == ("int4", "int8")
@@ -117,14 +128,36 @@ def test_siblings_of_a_bundle_that_is_there(
         assert text in capsys.readouterr().err
         assert {file: file.read_bytes() for file in there.iterdir()} == before
 
-    refused("would replace", "--n4", str(tmp_path / "out" / "demo-n1"))
-    refused("is the folder of the bundle of --n4", "--out", str(there))
+    shutil.copytree(there, tmp_path / "odd" / "demo-n16")  # n = 4, by a name that is given to another
+    refused("would replace", "--take", str(tmp_path / "odd" / "demo-n16"), "--out", str(tmp_path / "odd"))
+    refused("is the folder of the bundle of --take", "--out", str(there))
+    refused(f"--take {there}: has n = 4, as {there} has", "--take", str(there), str(there))
+    everything = [str(there), *(str(tmp_path / "out" / name) for name in ("demo-n1", "demo-n16"))]
+    refused("leaves no bundle to make", "--take", *everything)
     refused("would write", "--sheet", str(there / "sheet.png"))
     refused("ends in .png", "--sheet", str(there / "weights.data"))
     vq = torch.load(results / "tokenizer.pt", weights_only=True)
+    good = (results / "tokenizer.pt").read_bytes()
     vq["model"]["decoder.conv_out.bias"] += 0.2
     torch.save(vq, results / "tokenizer.pt")
     refused(f"tokenizer.pt: is not the tokenizer of {there}, the same tokens give other images")
+    (results / "tokenizer.pt").write_bytes(good)
+
+    torch.save(four, results / "model-n4.pt")
+    (results / "model-n1.pt").unlink()
+    n1 = tmp_path / "out" / "demo-n1"
+    other = [*again, "--take", str(n1), "--out", str(tmp_path / "whole"), "--fp16", "4"]
+    assert recipe.main([*other, "--calibrate-options", f"{FEW} {ANY}"]) == 0, capsys.readouterr()
+    made = {name: Bundle.open(tmp_path / "whole" / name, verify="full") for name in ("demo", "demo-n16")}
+    assert [(bundle.quantised, bundle.precision) for bundle in made.values()] == [(None, "fp16"), ("int8", "fp16")]
+    proof = made["demo"].calibration
+    assert proof is not None
+    assert (proof.weights, proof.arithmetic, proof.cache) == ("kept", "bf16", "bf16")
+    for bundle in made.values():
+        with np.load(bundle.path / "heldout.npz") as stored:
+            raster = np.empty_like(stored["tokens"])
+            raster[:, list(bundle.order)] = stored["tokens"]
+            assert (raster.tolist(), stored["labels"].tolist()) == images[0]
 
 
 def test_what_it_cannot_use_is_one_line_before_anything_is_made(
@@ -160,12 +193,15 @@ def test_what_it_cannot_use_is_one_line_before_anything_is_made(
     refused("is the folder of the results", results, results, out)
     refused("--out", results, work, tmp_path / "file")
     refused("expected a file's name that ends in .png", results, work, out, "--sheet", str(tmp_path))
-    refused("is not the tokenizer of", results, work, out, "--n4", str(MODELS / "demo"))
-    refused("expected a bundle of n = 4 (it has n = 16)", results, work, out, "--n4", str(MODELS / "demo-n16"))
     whole = str(MODELS / "demo")
-    refused("--compact 4: ", results, work, out, "--n4", whole, "--compact", "4", "16")
-    refused("stays as it is; give of 1, 16", results, work, out, "--n4", whole, "--compact", "4")
-    refused("none: no such folder; give the path of a bundle", results, work, out, "--n4", str(tmp_path / "none"))
+    refused("is not the tokenizer of", results, work, out, "--take", whole)
+    fashion = str(MODELS / "fashion")
+    refused("fashion: expected a bundle of n = 1, 4 or 16 (it has", results, work, out, "--take", fashion)
+    for option in ("--compact", "--fp16"):
+        refused(f"{option} 4: ", results, work, out, "--take", whole, option, "4", "16")
+        refused("stays as it is; give of 1, 16", results, work, out, "--take", whole, option, "4")
+    refused("one says int4, the other fp16", results, work, out, "--compact", "1", "16", "--fp16", "16")
+    refused("none: no such folder; give the path of a bundle", results, work, out, "--take", str(tmp_path / "none"))
     (tmp_path / "demo").mkdir()
     results.rename(tmp_path / "demo" / "inner")
     refused("would replace", tmp_path / "demo" / "inner", tmp_path, tmp_path.parent / "elsewhere")
@@ -196,18 +232,66 @@ def test_short_times_are_said_in_milliseconds(recipe: ModuleType) -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize(
-    ("target", "starts"),
+    ("target", "starts", "options"),
     [
-        ("siblings", ["siblings/model.pt", "siblings/model.pt"]),
-        ("further-siblings", ["further-siblings/from-n1/model.pt", "further-siblings/from-n16/model.pt"]),
+        ("siblings", {1: "siblings/model.pt", 16: "siblings/model.pt"}, "--take ../demo --compact 1"),
+        (
+            "further-siblings",
+            {1: "further-siblings/from-n1/model.pt", 16: "further-siblings/from-n16/model.pt"},
+            "--take ../demo --compact 1",
+        ),
+        (
+            "further-siblings MORE_N=16\\ 4 MORE_DATA=subset",
+            {16: "further-siblings/from-n16/model.pt", 4: "further-siblings/from-n4/model.pt"},
+            "--take ../demo-n1 --fp16 4",
+        ),
+        (
+            "further-siblings MORE_N=4",
+            {4: "further-siblings/from-n4/model.pt"},
+            "--take ../demo-n1 ../demo-n16 --fp16 4",
+        ),
     ],
 )
-def test_make_trains_both_siblings_from_the_right_weights(target: str, starts: list[str], tmp_path: Path) -> None:
-    command = ["make", "-n", "-C", str(MODELS / "recipe"), f"WORK={tmp_path}", target]
-    planned = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    trainings = [line.split() for line in planned.splitlines() if "parvis train " in line]
-    assert [words[words.index("--init") + 1] for words in trainings] == [f"{tmp_path}/{start}" for start in starts]
-    assert [words[words.index("--group-size") + 1] for words in trainings] == ["1", "16"]
-    assert {words[words.index("--codes") + 1] for words in trainings} == {f"{tmp_path}/siblings/train-40000.npz"}
-    assert ("from_bundle.py ../demo-n16 " in planned) == (target == "further-siblings")
-    assert f"bundles.py {tmp_path}/{target} --n4 ../demo " in planned
+def test_make_trains_each_from_the_right_weights(
+    target: str, starts: dict[int, str], options: str, tmp_path: Path
+) -> None:
+    planned = plan(tmp_path, *shlex.split(target))
+    trainings = [line.split() for line in planned.stdout.splitlines() if "parvis train " in line]
+    folder = f"{tmp_path}/further-siblings"
+    expected = [(n, f"{tmp_path}/{start}") for n, start in starts.items()]
+    if target != "siblings":  # then once more, from the average of before and after
+        expected += [(n, f"{folder}/averaged-n{n}.pt") for n in starts]
+        for n, start in starts.items():
+            assert f"average.py {tmp_path}/{start} {folder}/n{n}/model.pt --share 0.5 --out {folder}/" in planned.stdout
+    trained = [(int(value(words, "--group-size")), value(words, "--init")) for words in trainings]
+    assert sorted(trained) == sorted(expected)
+    codes = "subset" if "subset" in target else "train-40000"
+    assert {value(words, "--codes") for words in trainings} == {f"{tmp_path}/siblings/{codes}.npz"}
+    for n, bundle in ((1, "../demo-n1"), (4, "../demo"), (16, "../demo-n16")):
+        restored = f"from_bundle.py {bundle} --out {tmp_path}/further-siblings/from-n{n}" in planned.stdout
+        assert restored == (n in starts and target != "siblings")
+    (made,) = [line.split() for line in planned.stdout.splitlines() if " bundles.py " in line]
+    command = f"{tmp_path}/{target.split()[0]} --work {tmp_path}/bundles --out {tmp_path}/shipped {options}".split()
+    assert sorted(made[2:]) == sorted(command)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("given", ["", "4 5", "1 4 16", "4,16"])
+def test_make_trains_one_or_two_of_the_three(given: str, tmp_path: Path) -> None:
+    command = ["make", "-C", str(MODELS / "recipe"), f"WORK={tmp_path}", "PYTHON=true", "further-siblings"]
+    done = subprocess.run([*command, f"MORE_N={given}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"MORE_N={given}: expected one or two of 1, 4 and 16" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def plan(work: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """What ``make`` would do in the recipe's folder."""
+    command = ["make", "-n", "-C", str(MODELS / "recipe"), f"WORK={work}", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def value(words: list[str], option: str) -> str:
+    """What a command gives for an option, which it has once."""
+    assert words.count(option) == 1
+    return words[words.index(option) + 1]

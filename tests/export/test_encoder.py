@@ -87,7 +87,10 @@ def test_a_bundle_without_an_encoder(
     image = tmp_path / "x.png"
     system.write_beside(image, lambda part: png.Image.new("RGB", (16, 16), "red").save(part, format="PNG"))
     assert parvis.main(["reconstruct", str(image), "--bundle", str(out), "--out", str(tmp_path / "y.png")]) == 2
-    assert "has no encoder, so it cannot turn images into tokens; export it again without" in capsys.readouterr().err
+    said = (
+        "has no encoder, so it cannot turn images into tokens; take a bundle that has one, or export it again without"
+    )
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "y.png").exists()
 
 

@@ -1,0 +1,88 @@
+"""A part of the drawings, with more of the classes that a model draws worst.
+
+    python subset.py ../../build/demo/train --out ../../build/demo/subset --start 36000 --more thumbs=2000 big-ears=1000
+
+Takes all images from number ``--start`` on, and of each class of ``--more`` so many of those before it, the last ones.
+They keep their order. A training that goes on sees drawings that it has seldom or never seen, and those classes more
+often. Both folders are as ``render.mjs`` writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from par_model.training.files import InputError, folder_for, keep_inputs, text_of, written_beside
+from par_model.training.raw import IMAGES, RawImages
+from par_model.words import printable
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of this script; returns the exit code."""
+    p = argparse.ArgumentParser(description="Take a part of the drawings, with more of some classes.")
+    p.add_argument("images", type=Path, help="folder of images.u8, labels.u8, meta.json")
+    p.add_argument("--out", type=Path, required=True, help="folder for the part, in the same form")
+    p.add_argument("--start", type=int, required=True, metavar="I", help="number of the first image; they count from 0")
+    p.add_argument(
+        "--more", nargs="+", default=[], metavar="CLASS=COUNT", help="so many images of a class from before --start too"
+    )
+    args = p.parse_args(argv)
+    try:
+        folder_for("--out", args.out)
+        keep_inputs(f"--out {args.out}", (args.out / name for name in IMAGES), images=args.images)
+        raw = RawImages.open(args.images)
+        chosen = chosen_images(raw, args.start, args.more)
+        write(args.out, raw, chosen)
+    except (InputError, OSError) as error:
+        print(f"subset.py: error: {printable(text_of(error))}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {len(chosen)} images of {len(raw.labels)}")
+    return 0
+
+
+def chosen_images(raw: RawImages, start: int, more: Sequence[str]) -> NDArray[np.intp]:
+    """The numbers of the images to take, ascending. Raises InputError."""
+    if not 0 <= start < len(raw.labels):
+        raise InputError(f"--start {start}: expected 0 to {len(raw.labels) - 1}, the number of an image")
+    names = raw.meta["styles"]
+    chosen = [np.arange(start, len(raw.labels))]
+    given: set[str] = set()
+    for text in more:
+        name, _, digits = text.rpartition("=")
+        count = int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 10 else 0
+        if name not in names or name in given or count < 1:
+            raise InputError(
+                f"--more {text}: expected CLASS=COUNT, each class once, with a whole number from 1; classes are "
+                f"{', '.join(names)}"
+            )
+        given.add(name)
+        before = np.flatnonzero(raw.labels[:start] == names.index(name))
+        if count > len(before):
+            raise InputError(f"--more {text}: only {len(before)} images of {name} are before --start {start}")
+        chosen.append(before[-count:])
+    return np.sort(np.concatenate(chosen))
+
+
+def write(out: Path, raw: RawImages, chosen: NDArray[np.intp]) -> None:
+    """Write the ``chosen`` images of ``raw`` into the folder ``out``. Raises OSError."""
+    images = np.ascontiguousarray(raw.images[chosen])
+    meta = {**raw.meta, "count": len(chosen), "images_sha256": hashlib.sha256(images).hexdigest()}
+    files = {
+        "images.u8": images.data,
+        "labels.u8": raw.labels[chosen].tobytes(),
+        "meta.json": json.dumps(meta).encode(),
+    }
+    for name, content in files.items():
+        with written_beside(out / name) as part:
+            part.write_bytes(content)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The recipe's average of two checkpoints of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from recipe_scripts import scripts
+
+from conftest import golden_config
+from par_model.checkpoint import open_checkpoint, par_config
+from par_model.config import PARConfig
+from par_model.transformer import PAR
+
+
+@pytest.fixture(scope="module")
+def average() -> Iterator[ModuleType]:
+    """``average.py``."""
+    with scripts("average") as (module,):
+        yield module
+
+
+@pytest.fixture
+def config(golden: dict[str, dict[str, Any]]) -> PARConfig:
+    return golden_config(golden["par_n4_grid8"])
+
+
+def saved(path: Path, config: PARConfig, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Random weights, as ``parvis train`` saves them at ``path``."""
+    torch.manual_seed(seed)
+    state = {key: torch.randn_like(tensor).to(dtype) for key, tensor in PAR(config).state_dict().items()}
+    names = [f"class {i}" for i in range(config.n_classes)]
+    torch.save({"model": state, "config": asdict(config) | {"kind": "par"}, "class_names": names}, path)
+    return state
+
+
+@pytest.mark.parametrize(("share", "options"), [(0.5, []), (0.75, ["--share", "0.75"]), (0.0, ["--share", "0"])])
+def test_each_number_lies_between_the_two(
+    average: ModuleType, config: PARConfig, tmp_path: Path, share: float, options: list[str]
+) -> None:
+    first, second = saved(tmp_path / "a.pt", config, 0, torch.float16), saved(tmp_path / "b.pt", config, 1)
+    out = tmp_path / "out.pt"
+    assert average.main([str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), "--out", str(out), *options]) == 0
+    made = open_checkpoint(out)
+    assert par_config(made) == config
+    assert made.class_names == [f"class {i}" for i in range(config.n_classes)]
+    assert set(made.tensors) == set(first)
+    for key, tensor in made.tensors.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, (1 - share) * first[key].float() + share * second[key])
+
+
+def test_what_it_cannot_use_is_one_line_and_writes_nothing(
+    average: ModuleType, config: PARConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b, other = (tmp_path / name for name in ("a.pt", "b.pt", "other.pt"))
+    saved(a, config, 0)
+    saved(b, config, 1)
+    saved(other, replace(config, group_size=16), 1)
+    (tmp_path / "text.pt").write_text("no checkpoint")
+
+    def refused(text: str, *arguments: object) -> None:
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        assert average.main([str(argument) for argument in arguments]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith("average.py: error: ")
+        assert text in printed.err
+        assert (printed.err.count("\n"), printed.out) == (1, "")
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    out = ("--out", tmp_path / "out.pt")
+    refused(f"{other}: is of another model than {a}; give two checkpoints of one, of the same n", a, other, *out)
+    refused("--share 1.5: expected 0 to 1", a, b, *out, "--share", 1.5)
+    refused("--share nan: expected", a, b, *out, "--share", "nan")
+    refused(f"--out {b}: is {b}, which it is made of", a, b, "--out", b)
+    refused("none.pt", a, tmp_path / "none.pt", *out)
+    refused("text.pt", tmp_path / "text.pt", b, *out)
