@@ -1,11 +1,11 @@
 """The average of two checkpoints of one model, before and after it was trained further.
 
-    python average.py BEFORE/model.pt AFTER/model.pt --share 0.5 --out ../../build/demo/averaged.pt
+    python average.py BEFORE/model.pt AFTER/model.pt --share 0.5 --out ../../build/demo/averaged.pt --val val.npz
 
 A training that begins with good weights, at a full learning rate, moves to others that draw about as well. For the
 demo, those half way between were better than both, as they often are (Wortsman et al. 2021,
-https://arxiv.org/abs/2109.01903). ``--share`` is that of the second one; ``parvis train`` says how likely a model finds
-held-out images.
+https://arxiv.org/abs/2109.01903). ``--share`` is that of the second one. ``--val`` says how likely
+the average finds held-out images, as ``parvis train`` says it of its model; shares of 0 and 1 say it of the two.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config
+from par_model.config import PARConfig
 from par_model.training.cli import numbers
 from par_model.training.cli.numbers import Limit
-from par_model.training.files import InputError, same, text_of, written_beside
+from par_model.training.files import InputError, keep_inputs, same, text_of, written_beside
+from par_model.training.transformer import EVAL_IMAGES, grid_of, held_out_loss, load_codes
+from par_model.transformer import PAR
 from par_model.words import printable
 
 LIMITS = {"share": Limit(0, 1)}
@@ -35,22 +39,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("second", type=Path, help="another one of the same sizes")
     p.add_argument("--share", type=float, default=0.5, help="of the second one (default 0.5)")
     p.add_argument("--out", type=Path, required=True, help="checkpoint to write, in fp32")
+    p.add_argument("--val", type=Path, metavar="CODES", help="held-out codes.npz: print the loss of the average")
     args = p.parse_args(argv)
     try:
         numbers.check(args, LIMITS)
-        average(args.first, args.second, args.share, args.out)
+        said = average(args.first, args.second, args.share, args.out, args.val)
     except (InputError, CheckpointError, OSError) as error:
         print(f"average.py: error: {printable(text_of(error))}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {1 - args.share:g} of {args.first}, {args.share:g} of {args.second}")
+    print(f"{args.out}: {1 - args.share:g} of {args.first}, {args.share:g} of {args.second}{said}")
     return 0
 
 
-def average(first: Path, second: Path, share: float, out: Path) -> None:
-    """Write the average of two checkpoints to ``out``. Raises InputError, CheckpointError, OSError."""
+def average(first: Path, second: Path, share: float, out: Path, val: Path | None) -> str:
+    """Write the average of two checkpoints to ``out``; returns what it has for the images of ``val``, in words.
+
+    Raises InputError, CheckpointError, OSError.
+    """
     for path in (first, second):
         if same(out, path):
             raise InputError(f"--out {out}: is {path}, which it is made of; give another name")
+    keep_inputs(f"--out {out}", [out], val=val)
     a, b = open_checkpoint(first), open_checkpoint(second)
     config = par_config(b)
     if par_config(a) != config or set(a.tensors) != set(b.tensors):
@@ -59,8 +68,24 @@ def average(first: Path, second: Path, share: float, out: Path) -> None:
     content: dict[str, Any] = {"model": model, "config": asdict(config) | {"kind": "par"}}
     if b.class_names is not None:
         content["class_names"] = b.class_names
+    said = "" if val is None else f": {held_out(config, model, val):.3f} nats per token of {val}"
     with written_beside(out) as part:
         torch.save(content, part)
+    return said
+
+
+def held_out(config: PARConfig, state: dict[str, Tensor], val: Path) -> float:
+    """Nats per token of the first held-out images, as many as a training takes. Raises InputError, OSError."""
+    codes, labels, names = load_codes(val, config.vocab_size)
+    grid = grid_of(codes)
+    if grid != config.grid or len(names) != config.n_classes:
+        raise InputError(
+            f"--val {val}: has grid {grid} and {len(names)} classes, the model {config.grid} and {config.n_classes}; "
+            "give the codes that it was trained beside"
+        )
+    model = PAR(config).eval()
+    model.load_state_dict(state)
+    return held_out_loss(model, codes[:EVAL_IMAGES], labels[:EVAL_IMAGES], batch=32)
 
 
 if __name__ == "__main__":

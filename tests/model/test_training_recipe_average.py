@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from recipe_scripts import scripts
@@ -15,6 +16,7 @@ from recipe_scripts import scripts
 from conftest import golden_config
 from par_model.checkpoint import open_checkpoint, par_config
 from par_model.config import PARConfig
+from par_model.training.transformer import loss_of, sequences_of
 from par_model.transformer import PAR
 
 
@@ -53,6 +55,31 @@ def test_each_number_lies_between_the_two(
     for key, tensor in made.tensors.items():
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor, (1 - share) * first[key].float() + share * second[key])
+
+
+def test_it_says_how_likely_it_finds_held_out_images(
+    average: ModuleType, config: PARConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / "a.pt", config, 0)
+    state = saved(tmp_path / "b.pt", config, 1)
+    _, height, width = config.grid
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, config.vocab_size, (5, height, width)).astype(np.uint16)
+    labels = (np.arange(5) % config.n_classes).astype(np.uint8)
+    names = np.array([f"class {i}" for i in range(config.n_classes)])
+    np.savez(tmp_path / "val.npz", codes=codes, labels=labels, class_names=names)
+    command = [str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), "--share", "1", "--out", str(tmp_path / "out.pt")]
+    assert average.main([*command, "--val", str(tmp_path / "val.npz")]) == 0
+    model = PAR(config)
+    model.load_state_dict(state)
+    tokens = sequences_of(codes, config, config.vocab_size).long()
+    nats = float(loss_of(model.eval(), tokens, torch.from_numpy(labels).long()).detach())
+    assert f": {nats:.3f} nats per token of {tmp_path / 'val.npz'}" in capsys.readouterr().out
+    (tmp_path / "out.pt").unlink()
+    np.savez(tmp_path / "val.npz", codes=codes[:, 1:], labels=labels, class_names=names)
+    assert average.main([*command, "--val", str(tmp_path / "val.npz")]) == 2
+    assert f"--val {tmp_path / 'val.npz'}: has grid (1, {height - 1}, {width})" in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_what_it_cannot_use_is_one_line_and_writes_nothing(
