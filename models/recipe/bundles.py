@@ -38,6 +38,7 @@ from par_model.training.cli.numbers import Limit
 from par_model.training.files import InputError, folder_for, keep_inputs, same, text_of, written_beside
 from par_model.training.run import load_tokenizer
 from par_model.training.transformer import load_codes
+from par_model.vq import VQModel
 from par_model.words import printable
 from par_runtime import Pipeline
 from par_runtime.bundle import HELDOUT, MANIFEST, Bundle
@@ -180,30 +181,31 @@ def sizes_of(args: argparse.Namespace, taken: dict[int, Bundle]) -> tuple[tuple[
     """
     file = args.results / "tokenizer.pt"
     vq = vq_config(open_checkpoint(file))
-    for bundle in taken.values():
-        if not decodes_alike(file, bundle):
-            raise InputError(
-                f"{file}: is not the tokenizer of {bundle.path}, the same tokens give other images; give its own "
-                "(from_bundle.py), and models that were trained on its codes"
-            )
     if taken:
+        tokenizer = load_tokenizer(file).eval()
+        for bundle in taken.values():
+            if not decode_alike(tokenizer, bundle):
+                raise InputError(
+                    f"{file}: is not the tokenizer of {bundle.path}, the same tokens give other images; give its own "
+                    "(from_bundle.py), and models that were trained on its codes"
+                )
         first = next(iter(taken.values()))
         return (first.vocab_size, first.n_classes, first.grid[1:]), f"{first.path}"
     codes, _, names = load_codes(args.results / "val.npz", vq.codebook_size)
     return (vq.codebook_size, len(names), codes.shape[1:]), "tokenizer.pt and val.npz"
 
 
-def decodes_alike(file: Path, bundle: Bundle) -> bool:
-    """Whether the tokenizer in the checkpoint ``file`` makes the images of ``bundle`` from the same tokens.
+def decode_alike(tokenizer: VQModel, bundle: Bundle) -> bool:
+    """Whether ``tokenizer`` makes the images of ``bundle`` from the same tokens.
 
-    Raises CheckpointError, CalibrationError, RequestError, BundleError, OSError.
+    Raises CalibrationError, RequestError, BundleError, OSError.
     """
-    if vq_config(open_checkpoint(file)).codebook_size != bundle.vocab_size:
+    if tokenizer.config.codebook_size != bundle.vocab_size:
         return False
     some = heldout.read(bundle, bundle.path / HELDOUT, "held-out images").first(LOOKED_AT).tokens
     with torch.no_grad():
         raster = torch.from_numpy(raster_array(bundle, some)).view(-1, *bundle.grid[1:])
-        images = load_tokenizer(file).eval().decode(raster).clamp(-1, 1)
+        images = tokenizer.decode(raster).clamp(-1, 1)
     ours = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
     theirs = Tokenizer(bundle).decode(some)
     return ours.shape == theirs.shape and psnr_db(ours, theirs) >= SAME_DB
@@ -244,21 +246,10 @@ def made(args: argparse.Namespace, n: int, name: str, taken: dict[int, Bundle]) 
     for ending in ("html", "json"):  # of an earlier try
         (args.work / f"{name}.{ending}").unlink(missing_ok=True)
     model, tokenizer = args.results / f"model-n{n}.pt", args.results / "tokenizer.pt"
-    export = [
-        "export",
-        "--checkpoint",
-        model,
-        "--tokenizer",
-        tokenizer,
-        "--precision",
-        "fp16",
-        "--name",
-        name,
-        "--force",
-    ]
+    export = ["export", "--checkpoint", model, "--tokenizer", tokenizer, "--precision", "fp16", "--name", name]
     if n in args.compact:
         export.append("--no-encoder")
-    if parvis(*export, "--out", whole, "--guidance", args.guidance, "--top-p", args.top_p) != 0:
+    if parvis(*export, "--out", whole, "--force", "--guidance", args.guidance, "--top-p", args.top_p) != 0:
         return False
     bundle = Bundle.open(whole)
     tokens, labels = held_out(args, bundle, taken)

@@ -1,6 +1,6 @@
 """A part of the drawings, with more of the classes that a model draws worst.
 
-    python subset.py ../../build/demo/train --out ../../build/demo/subset --start 36000 --more thumbs=2000 big-ears=1000
+    python subset.py --data ../../build/demo/train --out ../../build/demo/subset --start 36000 --more thumbs=2000
 
 Takes all images from number ``--start`` on, and of each class of ``--more`` so many of those before it, the last ones.
 They keep their order. A training that goes on sees drawings that it has seldom or never seen, and those classes more
@@ -27,7 +27,7 @@ from par_model.words import printable
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
     p = argparse.ArgumentParser(description="Take a part of the drawings, with more of some classes.")
-    p.add_argument("images", type=Path, help="folder of images.u8, labels.u8, meta.json")
+    p.add_argument("--data", type=Path, required=True, help="folder of images.u8, labels.u8, meta.json")
     p.add_argument("--out", type=Path, required=True, help="folder for the part, in the same form")
     p.add_argument("--start", type=int, required=True, metavar="I", help="number of the first image; they count from 0")
     p.add_argument(
@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     try:
         folder_for("--out", args.out)
-        keep_inputs(f"--out {args.out}", (args.out / name for name in IMAGES), images=args.images)
-        raw = RawImages.open(args.images)
+        keep_inputs(f"--out {args.out}", (args.out / name for name in IMAGES), data=args.data)
+        raw = RawImages.open(args.data)
         chosen = chosen_images(raw, args.start, args.more)
         write(args.out, raw, chosen)
     except (InputError, OSError) as error:
@@ -72,7 +72,7 @@ def chosen_images(raw: RawImages, start: int, more: Sequence[str]) -> NDArray[np
 
 def write(out: Path, raw: RawImages, chosen: NDArray[np.intp]) -> None:
     """Write the ``chosen`` images of ``raw`` into the folder ``out``. Raises OSError."""
-    images = np.ascontiguousarray(raw.images[chosen])
+    images = raw.images[chosen]
     meta = {**raw.meta, "count": len(chosen), "images_sha256": hashlib.sha256(images).hexdigest()}
     files = {
         "images.u8": images.data,

@@ -51,7 +51,7 @@ def test_all_from_the_start_on_and_the_last_ones_before_it(
 ) -> None:
     out = tmp_path / "out"
     options = ["--more", *more] if more else []
-    assert subset.main([str(drawings), "--out", str(out), "--start", str(start), *options]) == 0
+    assert subset.main(["--data", str(drawings), "--out", str(out), "--start", str(start), *options]) == 0
     part = ImageFolder.open(out)
     assert part.images[:, 0, 0, 0].tolist() == expected
     assert part.images.shape == (len(expected), 8, 8, 3)
@@ -76,7 +76,7 @@ def test_what_it_cannot_use_is_one_line_and_writes_nothing(
     def refused(text: str, *more: str, start: int = 6, given: Path = drawings, to: Path = out) -> None:
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         options = ["--more", *more] if more else []
-        assert subset.main([str(given), "--out", str(to), "--start", str(start), *options]) == 2, text
+        assert subset.main(["--data", str(given), "--out", str(to), "--start", str(start), *options]) == 2, text
         printed = capsys.readouterr()
         assert printed.err.startswith(f"subset.py: error: {text}")
         assert (printed.err.count("\n"), printed.out) == (1, "")
@@ -90,6 +90,6 @@ def test_what_it_cannot_use_is_one_line_and_writes_nothing(
         refused(f"--more {text}: expected CLASS=COUNT", text)
     refused("--more b=1: expected CLASS=COUNT, each class once", "b=2", "b=1")
     refused(f"{tmp_path / 'none' / 'meta.json'}: No such file", given=tmp_path / "none")
-    refused(f"--out {drawings}: would write", to=drawings)
+    refused(f"--out {drawings}: would write {drawings / 'images.u8'}, in the folder of --data {drawings}", to=drawings)
     refused(f"--out {drawings / 'in'}: would write", to=drawings / "in")
     refused(f"--out {tmp_path / 'file'}: is a file", to=tmp_path / "file")
