@@ -2,11 +2,12 @@
 
     python settings.py ../demo --held-out ../../build/demo/val --out ../../build/demo/settings.png
 
-For each guidance and top-p: ``distance`` is the Frechet distance between generated and held-out images, in features of
-the bundle's own encoder; ``spread`` is how much images of a class differ in these features, relative to the held-out
-ones of the class (1 where they differ as much). The first row compares the two halves of the held-out images: no
-setting can be expected to be much nearer. The features see colours and layout, hardly whether a face is whole
-(``docs/calibration.md``); that is what the sheet is for, a row of it for each row of the table, with the same seeds.
+For each guidance, temperature and top-p: ``distance`` is the Frechet distance between generated and held-out images, in
+features of the bundle's own encoder, or of another one's (``--encoder-of``); ``spread`` is how much images of a class
+differ in these features, relative to the held-out ones of the class (1 where they differ as much). The first row
+compares the two halves of the held-out images: no setting can be expected to be much nearer. The features see colours
+and layout, hardly whether a face is whole (``docs/calibration.md``); that is what the sheet is for: a row of it for
+each row of the table, with the same seeds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +34,9 @@ from par_runtime.errors import BundleError, RequestError
 
 LIMITS = {
     "guidance": Limit(0, 1000),
+    "temperature": Limit(0, 100, above=True),
     "top_p": Limit(0, 1, above=True),
-    "each": Limit(1, 10**6),
+    "each": Limit(2, 10**6),  # fewer have no spread
     "shown": Limit(1, 100),
     "seed": Limit(0, 2**31 - 1),
 }
@@ -42,10 +45,14 @@ LIMITS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
     p = argparse.ArgumentParser(description="Compare sampling settings of a bundle.")
-    p.add_argument("bundle", type=Path, help="folder of a bundle with an encoder")
+    p.add_argument("bundle", type=Path, help="folder of a bundle")
+    p.add_argument(
+        "--encoder-of", type=Path, help="folder of a bundle whose encoder gives the features (default: the bundle)"
+    )
     p.add_argument("--held-out", type=Path, required=True, help="folder of images.u8, labels.u8, meta.json")
     p.add_argument("--out", type=Path, required=True, help="PNG to write")
     p.add_argument("--guidance", type=float, nargs="+", default=[1.5, 2.0, 2.5], help="default: 1.5 2 2.5")
+    p.add_argument("--temperature", type=float, nargs="+", default=[1.0], help="default: 1")
     p.add_argument("--top-p", type=float, nargs="+", default=[0.8, 0.85, 0.9, 0.95], help="default: 0.8 0.85 0.9 0.95")
     p.add_argument("--each", type=int, default=40, help="images of each class that are compared (default 40)")
     p.add_argument("--shown", type=int, default=2, help="images of each class on the sheet (default 2)")
@@ -53,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     try:
         numbers.check(args, LIMITS)
-        keep_inputs(f"--out {args.out}", [args.out], bundle=args.bundle, held_out=args.held_out)
+        inputs = {"bundle": args.bundle, "held_out": args.held_out, "encoder_of": args.encoder_of or args.bundle}
+        keep_inputs(f"--out {args.out}", [args.out], **inputs)
         compare(args)
     except (InputError, BundleError, RequestError, CalibrationError, OSError) as error:
         print(f"settings.py: error: {text_of(error)}", file=sys.stderr)
@@ -66,37 +74,54 @@ def compare(args: argparse.Namespace) -> None:
     held_out = RawImages.open(args.held_out)
     first, second = halves(held_out, args.each)
     with Pipeline.load(args.bundle) as pipeline, written_beside(args.out) as part:
-        check(pipeline.bundle, held_out, args.held_out)
-        features = Features(pipeline.bundle)
+        encoder = Bundle.open(args.encoder_of) if args.encoder_of else pipeline.bundle
+        check(pipeline.bundle, encoder, held_out, args.held_out)
+        features = Features(encoder)
         real, other = features.of(held_out.images[first]), features.of(held_out.images[second])
         classes = held_out.labels[first]
         whole = spread(real, classes)
-        print("guidance  top-p  distance  spread")
-        print(f"{'held out':15}  {distance(real, other):8.3f}  {spread(other, classes) / whole:6.2f}", flush=True)
+        if whole == 0:
+            raise InputError(f"{args.held_out}: the first {args.each} images of each class are the same; give others")
+        print("guidance  temperature  top-p  distance  spread")
+        print(f"{'held out':28}  {distance(real, other):8.3f}  {spread(other, classes) / whole:6.2f}", flush=True)
         rows = []
         labels = [label for _ in range(args.each) for label in range(pipeline.bundle.n_classes)]
-        for guidance in args.guidance:
-            for top_p in args.top_p:
-                made = pipeline.generate(labels, seed=args.seed, guidance=guidance, top_p=top_p).images
-                assert made is not None
-                found = features.of(made)
-                numbers_of = f"{distance(real, found):8.3f}  {spread(found, np.array(labels)) / whole:6.2f}"
-                print(f"{guidance:8g}  {top_p:5g}  {numbers_of}", flush=True)
-                rows.append(np.concatenate(made[: args.shown * pipeline.bundle.n_classes], axis=1))
+        for guidance, temperature, top_p in product(args.guidance, args.temperature, args.top_p):
+            settings = {"guidance": guidance, "temperature": temperature, "top_p": top_p}
+            made = pipeline.generate(labels, seed=args.seed, **settings).images
+            assert made is not None
+            found = features.of(made)
+            numbers_of = f"{distance(real, found):8.3f}  {spread(found, np.array(labels)) / whole:6.2f}"
+            print(f"{guidance:8g}  {temperature:11g}  {top_p:5g}  {numbers_of}", flush=True)
+            rows.append(np.concatenate(made[: args.shown * pipeline.bundle.n_classes], axis=1))
         Image.fromarray(np.concatenate(rows)).save(part, format="PNG")
 
 
-def check(bundle: Bundle, held_out: RawImages, folder: Path) -> None:
-    """Raise InputError where ``bundle`` cannot be compared with ``held_out``, the images in ``folder``."""
-    if bundle.video or "encoder" not in bundle.graphs:
-        raise InputError(f"{bundle.path}: has no encoder of images, whose features are compared; give another bundle")
+def check(bundle: Bundle, encoder: Bundle, held_out: RawImages, folder: Path) -> None:
+    """Raise InputError where the features of ``encoder`` cannot compare ``bundle`` with the images in ``folder``."""
+    if bundle.video or encoder.video or "encoder" not in encoder.graphs:
+        raise InputError(
+            f"{encoder.path}: has no encoder of images, whose features are compared; give another bundle, or as "
+            "--encoder-of the folder of one that has an encoder"
+        )
+    if encoder.image_size != bundle.image_size:
+        size = "no images" if bundle.image_size is None else f"images of {pixels(bundle.image_size)}"
+        raise InputError(
+            f"--encoder-of {encoder.path}: encodes images of {pixels(encoder.image_size)}, {bundle.path} makes {size}: "
+            "give two bundles of the same image size"
+        )
     size, given = bundle.image_size, held_out.images.shape[1:3]
-    assert size is not None  # it has an encoder
     if size != given or len(held_out.meta["styles"]) != bundle.n_classes:
         raise InputError(
-            f"{folder}: {len(held_out.meta['styles'])} classes of images of {given[1]}x{given[0]} pixels; the bundle "
-            f"makes {bundle.n_classes} classes of {size[1]}x{size[0]}: give the images that it was made for"
+            f"{folder}: {len(held_out.meta['styles'])} classes of images of {pixels(given)}; the bundle makes "
+            f"{bundle.n_classes} classes of {pixels(size)}: give the images that it was made for"
         )
+
+
+def pixels(size: tuple[int, int] | None) -> str:
+    """``size`` (height, width) as errors say it."""
+    assert size is not None  # of a bundle with an encoder, or of images
+    return f"{size[1]}x{size[0]} pixels"
 
 
 def halves(data: RawImages, each: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

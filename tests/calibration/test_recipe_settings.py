@@ -19,6 +19,7 @@ from par_runtime import Pipeline
 from par_runtime.bundle import Bundle
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
+N1 = DEMO.parent / "demo-n1"
 EACH = 2
 
 
@@ -56,19 +57,37 @@ def test_images_that_are_the_held_out_ones_have_no_distance_and_the_same_spread(
     with Pipeline.load(DEMO) as pipeline:
         defaults = pipeline.bundle.defaults
     command = [str(DEMO), "--held-out", str(held_out), "--out", str(out), "--each", str(EACH), "--shown", "1"]
-    settings = ["--guidance", str(defaults.guidance), "1", "--top-p", str(defaults.top_p)]
+    settings = ["--guidance", str(defaults.guidance), "1", "--top-p", str(defaults.top_p), "--temperature", "1", "0.01"]
     assert recipe.main([*command, *settings]) == 0, capsys.readouterr()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["guidance", "top-p", "distance", "spread"]
+    assert rows[0] == ["guidance", "temperature", "top-p", "distance", "spread"]
     assert rows[1][:2] == ["held", "out"]
     assert float(rows[1][2]) > 0.1  # noise is no face
-    assert rows[2] == [f"{defaults.guidance:g}", f"{defaults.top_p:g}", "0.000", "1.00"]
-    assert rows[3][0] == "1"
-    assert float(rows[3][2]) > 0.001
+    assert rows[2] == [f"{defaults.guidance:g}", "1", f"{defaults.top_p:g}", "0.000", "1.00"]
+    assert rows[3][:3] == [f"{defaults.guidance:g}", "0.01", f"{defaults.top_p:g}"]
+    assert [row[0] for row in rows[4:]] == ["1", "1"]
+    assert min(float(row[3]) for row in rows[3:]) > 0.001
+    assert float(rows[3][4]) < float(rows[2][4])  # cold: the images of a class are alike
     with Image.open(out) as sheet:
         pixels = np.asarray(sheet)
-    assert pixels.shape == (2 * 64, 12 * 64, 3)
+    assert pixels.shape == (4 * 64, 12 * 64, 3)
     np.testing.assert_array_equal(pixels[:64], np.concatenate(list(made[:12]), axis=1))
+
+
+def test_a_bundle_without_encoder_is_compared_by_the_encoder_of_another(
+    recipe: ModuleType, made: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = folder(tmp_path / "val", np.concatenate([made, made[::-1]]), np.r_[0:24, 23:-1:-1] % 12)
+    command = [str(N1), "--held-out", str(held_out), "--out", str(tmp_path / "sheet.png"), "--each", "2"]
+    assert recipe.main(command) == 2
+    assert "demo-n1: has no encoder of images, whose features are compared; give" in capsys.readouterr().err
+    one = ["--guidance", "1.5", "--top-p", "0.85", "--encoder-of", str(DEMO)]
+    assert recipe.main([*command, *one]) == 0, capsys.readouterr()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[2][:3] == ["1.5", "1", "0.85"]
+    assert 0 < float(rows[2][3]) < 0.1  # drawings of the same styles
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (2 * 12 * 64, 64)
 
 
 def test_spread_is_the_variance_within_a_class(recipe: ModuleType) -> None:
@@ -79,27 +98,39 @@ def test_spread_is_the_variance_within_a_class(recipe: ModuleType) -> None:
 def test_what_does_not_fit_is_said_and_nothing_is_written(
     recipe: ModuleType, made: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    labels = np.arange(24) % 12
-    held_out = folder(tmp_path / "val", made, labels)
-    small = folder(tmp_path / "small", made[:, ::2, ::2].copy(), labels)
-    eleven = folder(tmp_path / "eleven", np.delete(made, [11, 23], 0), np.arange(22) % 11, classes=11)
+    labels = np.arange(48) % 12
+    images = np.concatenate([made, made])
+    held_out = folder(tmp_path / "val", images, labels)
+    same = folder(tmp_path / "same", np.zeros_like(images), labels)
+    small = folder(tmp_path / "small", images[:, ::2, ::2].copy(), labels)
+    eleven = folder(tmp_path / "eleven", np.delete(images, np.s_[11::12], 0), np.arange(44) % 11, classes=11)
     out = tmp_path / "sheet.png"
     for data, more, message in (
-        (held_out, ["--each", "2"], "needs 4 held-out images of every class, one has 2; give less"),
+        (held_out, ["--each", "3"], "needs 6 held-out images of every class, one has 4; give less"),
+        (held_out, ["--each", "1"], "--each 1: expected"),
+        (same, [], "the first 2 images of each class are the same"),
         (held_out, ["--top-p", "0"], "--top-p 0.0: expected"),
         (held_out, ["--out", str(held_out / "sheet.png")], "would write"),
         (tmp_path / "none", [], "none"),
         (small, [], "12 classes of images of 32x32 pixels; the bundle makes 12 classes of 64x64"),
         (eleven, [], "11 classes of images of 64x64 pixels; the bundle makes 12"),
     ):
-        command = [str(DEMO), "--held-out", str(data), "--out", str(out), "--each", "1", *more]
+        command = [str(DEMO), "--held-out", str(data), "--out", str(out), "--each", "2", *more]
         assert recipe.main(command) == 2, message
         assert message in capsys.readouterr().err
+    clips = DEMO.parent / "fashion"
+    command = [str(DEMO), "--held-out", str(held_out), "--out", str(out), "--each", "2", "--encoder-of"]
+    assert recipe.main([*command, str(clips)]) == 2
+    assert "fashion: has no encoder of images" in capsys.readouterr().err
     bundle = Bundle.open(DEMO)
+    opened = RawImages.open(held_out)
     bare = replace(bundle, graphs={name: graph for name, graph in bundle.graphs.items() if name != "encoder"})
     with pytest.raises(InputError, match="has no encoder of images"):
-        recipe.check(bare, RawImages.open(held_out), held_out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["eleven", "small", "val"]
+        recipe.check(bundle, bare, opened, held_out)
+    for size, makes in (((32, 48), "images of 48x32 pixels"), (None, "no images")):
+        with pytest.raises(InputError, match=f"encodes images of 64x64 pixels, .*demo makes {makes}: give two bundles"):
+            recipe.check(replace(bundle, image_size=size), bundle, opened, held_out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eleven", "same", "small", "val"]
 
 
 def test_figures_of_images_that_no_training_has_seen(
