@@ -262,7 +262,7 @@ def write_like(path: str | Path, group_size: int, out: str | Path) -> Path:
     # Random weights are not quantised, so a quantised bundle is replaced by one in fp16.
     precision = bundle.precision if bundle.precision in DTYPE else "fp16"
     defaults = manifest["defaults"]
-    name = re.sub(r"[^\w.-]", "_", bundle.name)  # it becomes the name of a folder
+    name = re.sub(r"[^\w.-]", "_", bundle.name) + "-random"  # it becomes the name of a folder
     return write_family(config, [group_size], Path(out), name=name, precision=precision, vq=vq, defaults=defaults)[
         group_size
     ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from par_runtime import Pipeline, cli
+from par_runtime.images import png
 
 MODELS = Path(__file__).parents[2] / "models"
 BUNDLES = {1: MODELS / "demo-n1", 4: MODELS / "demo", 16: MODELS / "demo-n16"}
@@ -113,3 +115,26 @@ def test_the_one_without_an_encoder_says_so(
     assert cli.main(arguments) == 2
     assert "encoder" in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()
+    for n, said in ((1, "encoder   none: edits what it made itself; pictures of others"), (4, "encoder   yes\n")):
+        assert cli.main(["inspect", str(BUNDLES[n])]) == 0
+        assert said in capsys.readouterr().out
+
+
+def test_one_edits_what_another_made_and_knows_its_class_by_name(
+    demos: dict[int, Pipeline], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet, out = tmp_path / "sheet.png", tmp_path / "out.png"
+    demos[16].generate(["micah", "dylan"], seed=1).save(sheet)
+    arguments = ["edit", str(sheet), "--bundle", str(BUNDLES[4]), "--which", "1", "--keep", "left", "--out", str(out)]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr()
+    assert "sheet.png was made by bundle 'demo-n16'; encoding its pixels" in said.err
+    recipe, _ = png.read(out)
+    assert [demos[4].bundle.class_names[label] for label in recipe.labels] == ["dylan"]
+    renamed = replace(demos[4].bundle, class_names=tuple("abcdefghijkl"))
+    assert recipe.class_of(0, renamed) == recipe.labels[0]  # of its own bundle names do not count
+    of_sheet, _ = png.read(sheet)
+    assert [of_sheet.class_of(i, demos[4].bundle) for i in (0, 1)] == of_sheet.labels
+    assert of_sheet.class_of(0, renamed) is None
+    assert of_sheet.class_of(0, replace(renamed, class_names=("micah",) * 12)) is None  # which of them?
+    assert of_sheet.class_of(0, replace(renamed, class_names=None)) is None

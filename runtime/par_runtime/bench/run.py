@@ -31,6 +31,7 @@ from par_runtime.bench.suites import batch, decoder, paper, paper_run, phases, s
 from par_runtime.bench.suites import gpu as gpu_suite
 from par_runtime.bundle import Bundle
 from par_runtime.cost.data_sheets import Prediction, predictions
+from par_runtime.dtypes import BYTES
 from par_runtime.errors import RequestError
 from par_runtime.system import available_cores, check_writable
 
@@ -222,12 +223,16 @@ def _run_bundles(
 
 
 def _predictions(options: BenchOptions, infos: Sequence[SubjectInfo]) -> list[Prediction]:
-    """What other GPUs allow each bundle, once."""
+    """What other GPUs allow each bundle, once, with its weights as they are stored."""
+    opened = [Bundle.open(path, "none") for path in options.bundles]
+    stored = {bundle.hash: bundle.weight_bytes for bundle in opened}
     by_bundle = {info.hash: info for info in reversed(infos) if not info.pytorch}
     out: list[Prediction] = []
     for info in reversed(by_bundle.values()):
         name = info.bundle if len(options.bundles) == 1 else info.label
-        out += predictions(info.architecture, name, info.n, options.images, options.guided)
+        number = BYTES[info.precision]
+        weight = stored.get(info.hash, number)  # the n1 baseline is not one of the bundles that were given
+        out += predictions(info.architecture, name, info.n, options.images, options.guided, weight, number)
     return out
 
 
@@ -291,6 +296,11 @@ def _open_baseline(options: BenchOptions, path: Path, baseline: str, label: str,
     threads = options.threads
     arithmetic, cache = options.arithmetic, options.cache
     if baseline == "n1":
+        # It has no proof that rounding does no harm; it rounds as the bundle does, so that n alone differs.
+        proven = Bundle.open(path, "none").calibration
+        if proven is not None:
+            arithmetic = proven.arithmetic if arithmetic == "auto" else arithmetic
+            cache = proven.cache if cache == "auto" else cache
         folder = tempfile.TemporaryDirectory(dir=options.work, prefix="parvis-bench-")
         n1 = write_n1_bundle(path, Path(opened.enter_context(folder)))
         device = options.device if options.device in CPUS else "cpu"

@@ -101,7 +101,7 @@ def edit(args: argparse.Namespace, bundle: Bundle) -> int:
     original = _original(args, bundle)
     label = original.label if args.label is None else class_index(bundle, args.label)
     if label is None:
-        raise RequestError(f"{args.image} does not say its class; give one with --label")
+        raise RequestError(f"{args.image}: its class is not known ({original.why}); give one with --label")
     first = first_seed(args.seed)
     out = args.out or Path(f"{args.image.stem}-edit-{first}{suffix_of(bundle)}")
     check_outputs(bundle, out, args.tokens, read_by_edit(args))
@@ -186,9 +186,9 @@ def _original(args: argparse.Namespace, bundle: Bundle) -> _Original:
         check(recipe, bundle, str(args.image))
     if clips is None:
         raise RequestError(f"{args.image}: was resized, or another bundle's clips have another size; give a clip alone")
+    label = recipe.class_of(which, bundle)
     if not own:
-        return _Original(clips[which], fps=recipe.fps, why=f"{args.image} was made by another bundle")
-    label = recipe.labels[which]
+        return _Original(clips[which], None, label, recipe.fps, f"{args.image} was made by another bundle")
     if recipe.pixel_hashes and recipe.pixel_hashes[which]:
         return _Original(clips[which], recipe.tokens[which], label, recipe.fps)
     why = f"the pixels of {args.image} were changed since parvis wrote it"

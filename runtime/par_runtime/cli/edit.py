@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         )
     label = original.label if args.label is None else class_index(bundle, args.label)
     if label is None:
-        raise RequestError(f"{args.image} does not say its class; give one with --label")
+        raise RequestError(f"{args.image}: its class is not known ({original.why}); give one with --label")
     first = first_seed(args.seed)
     out = args.out or Path(f"{args.image.stem}-edit-{first}.png")
     check_outputs(bundle, out, args.tokens, read_by_edit(args))
@@ -131,7 +131,8 @@ def read_original(args: argparse.Namespace, bundle: Bundle) -> Original:
             raise RequestError(f"--mask-from {args.mask_from}: is for a mask image, --place takes none; leave it out")
         box = parse_box(args.place, size)
         found, *_ = _find(args, bundle)
-        return Original(*place_image(found.image, size, box), found.label)  # its tokens are those of its whole size
+        # Its tokens are those of its whole size.
+        return Original(*place_image(found.image, size, box), found.label, None, found.why)
     original, beside = _without_region(args, bundle, size)
     named = args.change if args.keep is None else args.keep
     where = region(named, size, args.fit, mask_from=args.mask_from, photo=beside)
@@ -182,12 +183,12 @@ def _of_recipe(args: argparse.Namespace, bundle: Bundle, recipe: png.Recipe, ima
     # Another bundle's images may have another size; then the sheet is at least a whole number of images.
     size = bundle.image_size if own else _cell(recipe, pixels)
     if size is None or pixels.shape[:2] != png.sheet_size(count, recipe.columns, size):
-        return _of_another_size(args, recipe, pixels, image, own)
+        return _of_another_size(args, bundle, recipe, pixels, image)
     which = 0 if args.which is None and count == 1 else args.which
     if which is None or not 0 <= which < count:
         raise RequestError(f"{args.image} holds {count} images; choose one with --which 0 .. {count - 1}")
     one = png.sheet_image(pixels, recipe.columns, count, which)
-    found = _Found(Image.fromarray(one), recipe.labels[which] if own else None)
+    found = _Found(Image.fromarray(one), recipe.class_of(which, bundle))
     if not own:  # tokens of another bundle have no meaning for this one
         return replace(found, why=f"{args.image} was made by bundle {shown(recipe.bundle_name)}")
     if _as_written(args, bundle, recipe, which, one):
@@ -203,7 +204,7 @@ def _cell(recipe: png.Recipe, pixels: NDArray[np.uint8]) -> tuple[int, int] | No
 
 
 def _of_another_size(
-    args: argparse.Namespace, recipe: png.Recipe, pixels: NDArray[np.uint8], image: Image.Image, own: bool
+    args: argparse.Namespace, bundle: Bundle, recipe: png.Recipe, pixels: NDArray[np.uint8], image: Image.Image
 ) -> _Found:
     """A sheet that was cropped, resized or turned since: one picture, which may be exactly one of its images."""
     changed = f"{args.image} has another size than parvis wrote"
@@ -213,10 +214,10 @@ def _of_another_size(
             "leave --which out"
         )
     hashes = recipe.pixel_hashes or []
-    if own and (digest := pixel_hash(pixels)) in hashes:
+    if recipe.bundle_hash == bundle.hash and (digest := pixel_hash(pixels)) in hashes:
         i = hashes.index(digest)
         return _Found(image, recipe.labels[i], recipe.tokens[i])
-    labels = set(recipe.labels) if own else set()
+    labels = {recipe.class_of(i, bundle) for i in range(len(recipe))}
     return _Found(image, labels.pop() if len(labels) == 1 else None, why=changed)
 
 
@@ -294,7 +295,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--label",
         type=options.text,
-        help="class of the result (default: the image's own, if 'parvis generate' made it)",
+        help="class of the result (default: the image's own, if 'parvis generate' made it; of another bundle, by name)",
     )
     p.add_argument("--which", type=int, metavar="I", help="the image of a sheet to edit, from 0, row by row")
     p.add_argument("--count", type=int, default=1, help="variants to make (default: 1)")

@@ -20,6 +20,8 @@ from par_runtime.cost.memory import memory_table
 from par_runtime.dtypes import BYTES
 from par_runtime.manifest import KEPT
 
+NO_ENCODER = "encoder   none: edits what it made itself; pictures of others need a bundle that has one"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb; exit code 0, or 2 where the path is neither a bundle nor a checkpoint."""
@@ -75,6 +77,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "class_names": None if bundle.class_names is None else len(bundle.class_names),
         "image_size": None if bundle.image_size is None else list(bundle.image_size),
         "frames": bundle.frames if bundle.video else None,
+        "encoder": "encoder" in bundle.graphs,
         "calls": {"total": bundle.calls} | {phase.name: phase.repeat for phase in bundle.phases},
         "parameters_read_per_call": architecture.step_parameters,
         "files": {name: entry["bytes"] for name, entry in bundle.files.items()},
@@ -114,6 +117,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         + (f" ({facts['class_names']} named)" if facts["class_names"] else ""),
         f"{kind:9} grid {t}x{h}x{w}, n = {m['group_size']}, {m['tokens']} tokens in {calls['total']} calls ({phases})"
         + (f", {pixels}{size[1]}x{size[0]} pixels" if size else ", ends at tokens"),
+        *([] if not size else ["encoder   yes" if facts["encoder"] else NO_ENCODER]),
         *_calibration(facts),
         f"defaults  {', '.join(f'{k} {v:g}' for k, v in facts['defaults'].items() if v != -1)}",
         f"files     {', '.join(f'{name} {_mb(size)}' for name, size in facts['files'].items())}",

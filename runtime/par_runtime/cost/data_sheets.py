@@ -31,7 +31,7 @@ DATA_SHEETS = {
 class Prediction:
     """The least time of a batch on a GPU by data sheet: no measurement, and no promise that it can be reached.
 
-    In fp16; the model's calls, without decoding.
+    The model's calls in fp16 arithmetic, without decoding. ``weight_bytes``: of one parameter, as it is read.
     """
 
     bundle: str
@@ -44,18 +44,29 @@ class Prediction:
     tflop_s: float
     bound_ms: float
     by: str
+    weight_bytes: float
 
 
 def predictions(
-    architecture: Architecture, bundle: str, n: int, images: int, guided: bool, weight_bytes: float = 2
+    architecture: Architecture,
+    bundle: str,
+    n: int,
+    images: int,
+    guided: bool,
+    weight_bytes: float = 2,
+    number_bytes: float = 2,
 ) -> list[Prediction]:
-    """One prediction for each GPU of :data:`DATA_SHEETS`."""
-    work = image_work(architecture, images, guided, weight_bytes, 2)
+    """One prediction for each GPU of :data:`DATA_SHEETS`.
+
+    ``weight_bytes``: of one parameter, ``number_bytes``: of one number of the cache.
+    """
+    work = image_work(architecture, images, guided, weight_bytes, number_bytes)
     name = model_name(architecture)
     out = []
     for gpu, sheet in DATA_SHEETS.items():
         least = bound(work, sheet.gb_s, sheet.tflop_s)
-        out.append(Prediction(bundle, name, n, images, guided, gpu, sheet.gb_s, sheet.tflop_s, least.ms, least.by))
+        limits = (sheet.gb_s, sheet.tflop_s, least.ms, least.by)
+        out.append(Prediction(bundle, name, n, images, guided, gpu, *limits, weight_bytes))
     return out
 
 

@@ -63,6 +63,14 @@ class Recipe(ByValue):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def class_of(self, i: int, bundle: Bundle) -> int | None:
+        """The class of image ``i`` in ``bundle``: of another bundle than its own the one class of the same name, if
+        there is one."""
+        if bundle.hash == self.bundle_hash:
+            return self.labels[i]
+        same = [index for index, name in enumerate(bundle.class_names or ()) if name == self.names[i]]
+        return same[0] if len(same) == 1 else None
+
     @property
     def given(self) -> int:
         """How many tokens of all images were given."""

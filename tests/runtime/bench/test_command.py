@@ -19,6 +19,7 @@ from par_runtime.bench.run import short_names
 from par_runtime.bench.subjects.base import PHASES
 from par_runtime.bundle import Bundle
 from par_runtime.cli.dispatch import main
+from par_runtime.cli.inspect import describe
 from par_runtime.system import available_cores
 
 QUANTISED = Path(__file__).parents[3] / "models" / "demo-n16"
@@ -111,10 +112,34 @@ def test_equal_names_are_told_apart_by_what_differs(bundles: dict[str, Path]) ->
 
 
 def test_rows_say_what_quantised_matrices_are_stored_in(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", str(QUANTISED), "--device", "cpu", "--repetitions", "1", "--json", "-"]) == 0
-    stored = Bundle.open(QUANTISED, "none").quantised
-    assert stored in ("int8", "int4")
-    assert {(row["precision"], row["weights"]) for row in lines(capsys.readouterr().out)} == {("fp16", stored)}
+    arguments = ["--device", "cpu", "--against", "n1", "--repetitions", "1", "--json", "-"]
+    assert main(["bench", str(QUANTISED), *arguments]) == 0
+    bundle = Bundle.open(QUANTISED, "none")
+    assert bundle.quantised in ("int8", "int4")
+    assert bundle.calibration is not None
+    assert (bundle.calibration.arithmetic, bundle.calibration.cache) == ("bf16", "bf16")
+    rows = lines(capsys.readouterr().out)
+    made = [row for row in rows if row["kind"] == "measured"]
+    assert {(row["label"], row["precision"], row["weights"]) for row in made} == {
+        ("parvis", "fp16", bundle.quantised),
+        ("n1", "fp16", ""),
+    }
+    groups = [row for row in made if row["phase"] == "group"]
+    assert [(row["label"], row["computes"]) for row in groups] == [("parvis", "bf16"), ("n1", "bf16")]  # as it rounds
+    assert all("bf16 cache" in row["version"] for row in groups)
+
+
+def test_predictions_are_of_the_weights_as_stored(capsys: pytest.CaptureFixture[str]) -> None:
+    """As ``parvis inspect`` has them: a call reads int8."""
+    assert main(["bench", str(QUANTISED), "--device", "cpu", "--repetitions", "1"]) == 0
+    table = capsys.readouterr().out.partition("By data sheet, weights as they are stored")[2]
+    bundle = Bundle.open(QUANTISED, "none")
+    assert bundle.weight_bytes < 1.2  # not the two of fp16
+    bounds_ms = describe(bundle)["bound_ms"]
+    assert len(bounds_ms) > 3
+    for gpu, least in bounds_ms.items():
+        (line,) = [line for line in table.splitlines() if f"  {gpu} " in line]
+        assert f"  {least:.3g} ms  bandwidth, not measured" in line
 
 
 def test_two_bundles_of_one_name_are_told_apart_everywhere(bundles: dict[str, Path], tmp_path: Path) -> None:

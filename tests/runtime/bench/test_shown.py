@@ -261,7 +261,9 @@ def test_marks_stand_in_the_row_and_are_explained_once() -> None:
 
 def test_predictions_say_that_they_are() -> None:
     shown = text.predicted_table(predictions(subject_info().architecture, "L-n4", 4, 1, True))
-    assert shown.startswith("By data sheet, fp16, without decoding: no GPU was here, nothing of this was measured.")
+    assert shown.startswith(
+        "By data sheet, weights as they are stored, without decoding: no GPU was here, nothing of this was measured."
+    )
     assert shown.count("not measured") == 6
     assert re.search(r"A100-80 .* 5[01]\.\d ms", shown)
 

@@ -155,7 +155,8 @@ def test_one_image_cut_out_of_a_sheet_has_its_tokens(
     assert "was cropped, resized or turned since parvis wrote it" in capsys.readouterr().err
     other = saved_again(sheet, lambda image: image.crop((10, 16, 26, 32)), tmp_path / "c.png")
     assert run("edit", other, "--bundle", tiny, *EDIT, "--out", tmp_path / "e.png") == 2
-    assert "does not say its class" in capsys.readouterr().err
+    assert "its class is not known (" in (error := capsys.readouterr().err)
+    assert "c.png has another size than parvis wrote); give one with --label" in error
     assert run("edit", other, "--which", 4, "--bundle", tiny, *EDIT, "--out", tmp_path / "e.png") == 2
     assert "its images cannot be told apart; crop the one that you want" in capsys.readouterr().err
 

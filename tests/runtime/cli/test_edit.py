@@ -294,13 +294,13 @@ def test_more_images_than_one_call_takes(tiny: Path, monkeypatch: pytest.MonkeyP
         (["--keep", "left", "--change", "top"], "not allowed with argument"),
         ([], "one of the arguments --keep --change --place is required"),
         (["--keep", "left", "--which", "0"], "is one image, not a sheet"),
-        (["--keep", "left"], "does not say its class; give one with --label"),
+        (["--keep", "left"], "its class is not known (it is no image of parvis); give one with --label"),
     ],
 )
 def test_bad_edits_end_in_one_line(
     tiny: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    label = [] if message.startswith("does not say") or "--label" in arguments else ["--label", "otter"]
+    label = [] if message.startswith("its class") or "--label" in arguments else ["--label", "otter"]
     out = [] if "--out" in arguments else ["--out", tmp_path / "e.png"]
     assert run("edit", picture, "--bundle", tiny, *label, *out, *arguments) == 2
     output = capsys.readouterr().err

@@ -208,7 +208,9 @@ def predicted_table(predictions: Sequence[Prediction]) -> str:
         )
         for p in predictions
     ]
-    title = "By data sheet, fp16, without decoding: no GPU was here, nothing of this was measured."
+    title = (
+        "By data sheet, weights as they are stored, without decoding: no GPU was here, nothing of this was measured."
+    )
     return "\n".join([title, *aligned(head, body)])
 
 
