@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,3 +25,14 @@ def scripts(*names: str) -> Iterator[list[ModuleType]]:
         for name, module in list(sys.modules.items()):
             if name not in known and Path(getattr(module, "__file__", None) or "/").parent == RECIPE:
                 del sys.modules[name]
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """The system refuses files of more than ``room`` bytes, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

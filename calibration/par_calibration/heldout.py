@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -95,11 +96,21 @@ def attach(bundle: Bundle, tokens: Int, labels: Sequence[int]) -> Path:
     hash of its own anew. Nothing else of the bundle changes. Returns the file's path. Raises OSError.
     """
     file, manifest = bundle.path / HELDOUT, bundle.path / MANIFEST
-    write(file, tokens, labels)
     entries = json.loads(manifest.read_text(encoding="utf-8"))
-    files = entries["files"] | {HELDOUT: {"bytes": file.stat().st_size, "sha256": sha256(file)}}
-    sealed = seal(entries | {"files": dict(sorted(files.items()))})
-    write_beside(manifest, lambda part: part.write_text(json.dumps(sealed, indent=1), encoding="utf-8"))
+
+    def replace_both(part: Path) -> None:
+        # Both are written before one is renamed, since a bundle with one of them alone cannot be opened.
+        write(part, tokens, labels)
+        files = entries["files"] | {HELDOUT: {"bytes": part.stat().st_size, "sha256": sha256(part)}}
+        sealed = seal(entries | {"files": dict(sorted(files.items()))})
+
+        def last(other: Path) -> None:
+            other.write_text(json.dumps(sealed, indent=1), encoding="utf-8")
+            os.replace(part, file)
+
+        write_beside(manifest, last)
+
+    write_beside(file, replace_both, rename=False)
     return file
 
 

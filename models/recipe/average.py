@@ -12,22 +12,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from script import run
 from torch import Tensor
 
-from par_model.checkpoint import CheckpointError, open_checkpoint, par_config
+from par_model.checkpoint import Checkpoint, CheckpointError, open_checkpoint, par_config
 from par_model.config import PARConfig
 from par_model.training.cli import numbers
 from par_model.training.cli.numbers import Limit
-from par_model.training.files import InputError, keep_inputs, same, text_of, written_beside
+from par_model.training.files import InputError, keep_inputs, same
+from par_model.training.run import save
 from par_model.training.transformer import EVAL_IMAGES, grid_of, held_out_loss, load_codes
 from par_model.transformer import PAR
 from par_model.words import printable
+from par_runtime.errors import RequestError
+from par_runtime.system import check_writable
 
 LIMITS = {"share": Limit(0, 1)}
 
@@ -41,47 +45,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--out", type=Path, required=True, help="checkpoint to write, in fp32")
     p.add_argument("--val", type=Path, metavar="CODES", help="held-out codes.npz: print the loss of the average")
     args = p.parse_args(argv)
-    try:
+
+    def work() -> int:
         numbers.check(args, LIMITS)
         said = average(args.first, args.second, args.share, args.out, args.val)
-    except (InputError, CheckpointError, OSError) as error:
-        print(f"average.py: error: {printable(text_of(error))}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {1 - args.share:g} of {args.first}, {args.share:g} of {args.second}{said}")
-    return 0
+        print(printable(f"{args.out}: {1 - args.share:g} of {args.first}, {args.share:g} of {args.second}{said}"))
+        return 0
+
+    return run("average.py", work, CheckpointError, RequestError)
 
 
 def average(first: Path, second: Path, share: float, out: Path, val: Path | None) -> str:
     """Write the average of two checkpoints to ``out``; returns what it has for the images of ``val``, in words.
 
-    Raises InputError, CheckpointError, OSError.
+    Raises InputError, CheckpointError, RequestError, OSError.
     """
     for path in (first, second):
         if same(out, path):
             raise InputError(f"--out {out}: is {path}, which it is made of; give another name")
     keep_inputs(f"--out {out}", [out], val=val)
-    a, b = open_checkpoint(first), open_checkpoint(second)
+    check_writable(out)
+    a, b = opened(first), opened(second)
     config = par_config(b)
     if par_config(a) != config or set(a.tensors) != set(b.tensors):
         raise InputError(f"{second}: is of another model than {first}; give two checkpoints of one, of the same n")
+    names = a.class_names or b.class_names
+    if names is not None and names != (b.class_names or names):
+        raise InputError(f"{second}: has other class names than {first}; give two checkpoints of one model")
+    if names is not None and len(names) != config.n_classes:
+        raise InputError(
+            f"{first}: has {len(names)} class names for {config.n_classes} classes; give whole checkpoints"
+        )
     model = {key: torch.lerp(a.tensor(key).float(), b.tensor(key).float(), share) for key in b.tensors}
+    for key, tensor in model.items():
+        if not tensor.isfinite().all():
+            of = first if not a.tensor(key).float().isfinite().all() else second
+            raise InputError(
+                f"{of}: {key} holds NaN or infinity, or too large numbers; give a checkpoint that is whole"
+            )
     content: dict[str, Any] = {"model": model, "config": asdict(config) | {"kind": "par"}}
-    if b.class_names is not None:
-        content["class_names"] = b.class_names
-    said = "" if val is None else f": {held_out(config, model, val):.3f} nats per token of {val}"
-    with written_beside(out) as part:
-        torch.save(content, part)
+    if names is not None:
+        content["class_names"] = names
+    said = "" if val is None else f": {held_out(config, model, val, names):.3f} nats per token of {val}"
+    save(out, content)
     return said
 
 
-def held_out(config: PARConfig, state: dict[str, Tensor], val: Path) -> float:
-    """Nats per token of the first held-out images, as many as a training takes. Raises InputError, OSError."""
+def opened(path: Path) -> Checkpoint:
+    """The checkpoint at ``path``, one that says its sizes. Raises InputError, CheckpointError, OSError."""
+    checkpoint = open_checkpoint(path)
+    if not checkpoint.config:
+        raise InputError(f"{path}: has no 'config'; expected a checkpoint of parvis train or from_bundle.py")
+    return checkpoint
+
+
+def held_out(config: PARConfig, state: Mapping[str, Tensor], val: Path, classes: Sequence[str] | None = None) -> float:
+    """Nats per token of the first held-out images, as many as a training takes. Raises InputError, OSError.
+
+    ``classes``: names of the model's classes, which those of ``val`` must be.
+    """
     codes, labels, names = load_codes(val, config.vocab_size)
     grid = grid_of(codes)
     if grid != config.grid or len(names) != config.n_classes:
         raise InputError(
             f"--val {val}: has grid {grid} and {len(names)} classes, the model {config.grid} and {config.n_classes}; "
             "give the codes that it was trained beside"
+        )
+    if classes is not None and list(classes) != list(names):
+        raise InputError(
+            f"--val {val}: has other classes than the model, or in another order; give the codes that it was trained "
+            "beside"
         )
     model = PAR(config).eval()
     model.load_state_dict(state)

@@ -27,15 +27,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from script import run
 
 from par_calibration import heldout
 from par_calibration.cli import calibrate
 from par_calibration.errors import CalibrationError
-from par_model.checkpoint import CheckpointError, open_checkpoint, par_config, vq_config
+from par_model.checkpoint import CheckpointError, open_checkpoint, par_config
 from par_model.training.cli import numbers, parsed, words
 from par_model.training.cli.numbers import Limit
-from par_model.training.files import InputError, folder_for, keep_inputs, same, text_of, written_beside
+from par_model.training.files import InputError, folder_for, keep_inputs, same, written_beside
 from par_model.training.run import load_tokenizer
 from par_model.training.transformer import load_codes
 from par_model.vq import VQModel
@@ -46,6 +48,7 @@ from par_runtime.dtypes import Int
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.known import raster_array
 from par_runtime.metrics import psnr_db
+from par_runtime.system import check_writable
 from par_runtime.tokenizer import Tokenizer
 
 NAMES = {4: "demo", 1: "demo-n1", 16: "demo-n16"}
@@ -56,6 +59,7 @@ HELD_OUT_EACH = 20  #: real images of each class that a bundle holds
 PLAIN = ("--weights", "int8")
 COMPACT = ("--weights", "int4", "--group", "32", "--keep", "head", "--refine", "1200")
 WHOLE = ("--weights", "keep", "--arithmetic", "bf16", "--cache", "bf16")
+FOUND_AGAIN = 0.2  #: least share of tokens that a trained encoder finds again; a random one finds 1 in 1000
 LOOKED_AT = 4  #: images that show whether two tokenizers are one
 TIMED = 5  #: images whose times give the median
 ROWS = 2  #: of images by each model
@@ -90,27 +94,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     p.add_argument("--sheet", type=Path, metavar="PNG", help="images of all three (default: OUT/siblings.png)")
     p.add_argument("--guidance", type=float, default=1.5, help="of the bundles (default 1.5)")
-    p.add_argument("--top-p", type=float, default=0.85, help="of the bundles (default 0.85)")
+    p.add_argument("--top-p", type=float, default=0.7, help="of the bundles (default 0.7)")
     p.add_argument("--most-mb", type=float, default=40.0, help="that the three may have together (default 40)")
     p.add_argument("--seed", type=int, default=1, help="of the sheet (default 1)")
     p.add_argument("--calibrate-options", default="", help="more of parvis calibrate, in one text")
     args = p.parse_args(argv)
     args.sheet = args.sheet or args.out / "siblings.png"
-    try:
-        taken = taken_bundles(args.take)
-        made_here = {n: name for n, name in NAMES.items() if n not in taken}
-        check(args, made_here, taken)
-        failed = [name for n, name in made_here.items() if not made(args, n, name, taken)]
-        if failed:
-            print(f"bundles.py: no bundle {', '.join(failed)}; {why(args.work, failed)}", file=sys.stderr)
-            return 1
-        bundles = {n: taken[n].path if n in taken else args.out / name for n, name in sorted(NAMES.items())}
-        print(side_by_side(bundles, args.sheet, args.seed))
-    except (InputError, CheckpointError, BundleError, RequestError, CalibrationError, OSError) as error:
-        print(f"bundles.py: error: {printable(text_of(error))}", file=sys.stderr)
-        return 2
+    return run("bundles.py", lambda: all_three(args), CheckpointError, BundleError, RequestError, CalibrationError)
+
+
+def all_three(args: argparse.Namespace) -> int:
+    """Make the bundles, the sheet and the table; returns the exit code. Errors as in :func:`check` and :func:`made`."""
+    taken = taken_bundles(args.take)
+    made_here = {n: name for n, name in NAMES.items() if n not in taken}
+    check(args, made_here, taken)
+    failed = [name for n, name in made_here.items() if not made(args, n, name, taken)]
+    if failed:
+        print(f"bundles.py: no bundle {', '.join(failed)}; {why(args.work, failed)}", file=sys.stderr)
+        return 1
+    bundles = {n: taken[n].path if n in taken else args.out / name for n, name in sorted(NAMES.items())}
+    print(side_by_side(bundles, args.sheet, args.seed))
     size = sum(megabytes(path) for path in bundles.values())
-    print(f"\n{', '.join(map(str, bundles.values()))}: {size:.1f} MB together")
+    print("\n" + printable(f"{', '.join(map(str, bundles.values()))}: {size:.1f} MB together"))
     if size > args.most_mb:
         print(
             f"bundles.py: the bundles have {size:.1f} MB, --most-mb {args.most_mb:g} allows less; make some of them "
@@ -147,7 +152,11 @@ def check(args: argparse.Namespace, names: dict[int, str], taken: dict[int, Bund
     """
     numbers.check(args, LIMITS)
     more = words("--calibrate-options", args.calibrate_options)
-    parsed("--calibrate-options", calibrate.parser(), ["bundle", "--weights", "int8", "--out", "out", *more], False)
+    own = ["bundle", "--weights", "int8", "--out", "out", "--html", "html", "--json", "json"]
+    without, options = (parsed("--calibrate-options", calibrate.parser(), [*own, *each], False) for each in ((), more))
+    for name in ("weights", "out", "html", "json"):
+        if getattr(options, name) != getattr(without, name):
+            raise InputError(f"--calibrate-options: has --{name}, which bundles.py sets itself; leave it out")
     check_folders(args, names)
     for option, given in (("--compact", args.compact), ("--fp16", args.fp16)):
         for n in set(given) & set(taken):
@@ -162,7 +171,7 @@ def check(args: argparse.Namespace, names: dict[int, str], taken: dict[int, Bund
     missing = [name for name in needed if not (args.results / name).is_file()]
     if missing:
         raise InputError(f"{args.results}: has no {', '.join(missing)}; expected {', '.join(needed)}")
-    sizes, of = sizes_of(args, taken)
+    sizes, of = sizes_of(args, taken, encodes=bool(set(names) - set(args.compact)))
     for n in names:
         file = args.results / f"model-n{n}.pt"
         model = par_config(open_checkpoint(file))
@@ -174,41 +183,57 @@ def check(args: argparse.Namespace, names: dict[int, str], taken: dict[int, Bund
             )
 
 
-def sizes_of(args: argparse.Namespace, taken: dict[int, Bundle]) -> tuple[tuple[int, int, tuple[int, ...]], str]:
-    """Codes, classes and grid that a model must have, and in words what has them.
+def sizes_of(
+    args: argparse.Namespace, taken: dict[int, Bundle], encodes: bool
+) -> tuple[tuple[int, int, tuple[int, ...]], str]:
+    """Codes, classes and grid that a model must have, and in words what has them. ``encodes``: the encoder is shipped.
 
     Raises InputError, CheckpointError, CalibrationError, RequestError, BundleError, OSError.
     """
     file = args.results / "tokenizer.pt"
-    vq = vq_config(open_checkpoint(file))
-    if taken:
-        tokenizer = load_tokenizer(file).eval()
-        for bundle in taken.values():
-            if not decode_alike(tokenizer, bundle):
-                raise InputError(
-                    f"{file}: is not the tokenizer of {bundle.path}, the same tokens give other images; give its own "
-                    "(from_bundle.py), and models that were trained on its codes"
-                )
-        first = next(iter(taken.values()))
-        return (first.vocab_size, first.n_classes, first.grid[1:]), f"{first.path}"
-    codes, _, names = load_codes(args.results / "val.npz", vq.codebook_size)
-    return (vq.codebook_size, len(names), codes.shape[1:]), "tokenizer.pt and val.npz"
+    tokenizer = load_tokenizer(file).eval()
+    size = tokenizer.config.codebook_size
+    for bundle in taken.values():
+        if size != bundle.vocab_size or not decode_alike(tokenizer, bundle):
+            raise InputError(
+                f"{file}: is not the tokenizer of {bundle.path}, the same tokens give other images; give its own "
+                "(from_bundle.py), and models that were trained on its codes"
+            )
+    if not taken:
+        codes, _, names = load_codes(args.results / "val.npz", size)
+        return (size, len(names), codes.shape[1:]), "tokenizer.pt and val.npz"
+    first = next(iter(taken.values()))
+    if encodes and (share := found_again(tokenizer, some_codes(first))) < FOUND_AGAIN:
+        raise InputError(
+            f"{file}: its encoder gives {100 * share:.0f} % of the tokens of an image again, so it is untrained (that "
+            "of a bundle without one is random, from_bundle.py says so); give the tokenizer of a bundle that has one"
+        )
+    return (first.vocab_size, first.n_classes, first.grid[1:]), f"{first.path}"
+
+
+def some_codes(bundle: Bundle) -> NDArray[np.int64]:
+    """Tokens [M,h,w] of the first held-out images of ``bundle``, in raster order. Raises CalibrationError, OSError."""
+    some = heldout.read(bundle, bundle.path / HELDOUT, "held-out images").first(LOOKED_AT).tokens
+    return raster_array(bundle, some).reshape(-1, *bundle.grid[1:]).astype(np.int64)
 
 
 def decode_alike(tokenizer: VQModel, bundle: Bundle) -> bool:
-    """Whether ``tokenizer`` makes the images of ``bundle`` from the same tokens.
+    """Whether ``tokenizer`` makes the images of ``bundle`` from the same tokens; they have as many codes.
 
     Raises CalibrationError, RequestError, BundleError, OSError.
     """
-    if tokenizer.config.codebook_size != bundle.vocab_size:
-        return False
-    some = heldout.read(bundle, bundle.path / HELDOUT, "held-out images").first(LOOKED_AT).tokens
     with torch.no_grad():
-        raster = torch.from_numpy(raster_array(bundle, some)).view(-1, *bundle.grid[1:])
-        images = tokenizer.decode(raster).clamp(-1, 1)
+        images = tokenizer.decode(torch.from_numpy(some_codes(bundle))).clamp(-1, 1)
     ours = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
-    theirs = Tokenizer(bundle).decode(some)
+    theirs = Tokenizer(bundle).decode(heldout.read(bundle, bundle.path / HELDOUT, "").first(LOOKED_AT).tokens)
     return ours.shape == theirs.shape and psnr_db(ours, theirs) >= SAME_DB
+
+
+def found_again(tokenizer: VQModel, codes: NDArray[np.integer]) -> float:
+    """The share of ``codes`` [M,h,w] that the encoder gives of the images that the decoder makes of them."""
+    ids = torch.from_numpy(codes.astype(np.int64))
+    with torch.no_grad():
+        return float((tokenizer.encode(tokenizer.decode(ids).clamp(-1, 1)) == ids).float().mean())
 
 
 def check_folders(args: argparse.Namespace, names: dict[int, str]) -> None:
@@ -229,6 +254,10 @@ def check_folders(args: argparse.Namespace, names: dict[int, str]) -> None:
         raise InputError(f"--sheet {args.sheet}: expected a file's name that ends in .png")
     for path in args.take:
         keep_inputs(f"--sheet {args.sheet}", [args.sheet], take=path)
+    for name in names.values():
+        if any(args.sheet.resolve().is_relative_to((folder / name).resolve()) for folder in (args.work, args.out)):
+            raise InputError(f"--sheet {args.sheet}: is in the folder of a bundle that is made; give another name")
+    check_writable(args.sheet)
 
 
 def why(work: Path, failed: Sequence[str]) -> str:
@@ -280,8 +309,13 @@ def megabytes(path: Path) -> float:
 
 
 def parvis(*options: object) -> int:
-    """Run the command; returns its exit code."""
-    return subprocess.run([sys.executable, "-m", "par_runtime", *map(str, options)], check=False).returncode
+    """Run the command; returns its exit code. Where this script is stopped, it stops the command, and waits for it."""
+    with subprocess.Popen([sys.executable, "-m", "par_runtime", *map(str, options)]) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()  # it removes its unfinished files; leaving the block waits until it has
+            raise
 
 
 def side_by_side(bundles: dict[int, Path], out: Path, seed: int) -> str:

@@ -17,9 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from script import run
+
 from par_model.training.cli import numbers
 from par_model.training.cli.numbers import Limit
-from par_model.training.files import InputError, text_of
+from par_model.training.files import InputError
+from par_model.words import printable
 from par_runtime.backends.tails import why_not_drawn
 from par_runtime.bundle import MANIFEST, Bundle, Defaults, seal
 from par_runtime.errors import BundleError
@@ -42,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--top-k", type=int, help="0: all codes")
     p.add_argument("--top-p", type=float, help="1: all codes")
     args = p.parse_args(argv)
-    try:
+
+    def work() -> int:
         numbers.check(args, LIMITS)
         given = {name: value for name in LIMITS if (value := getattr(args, name)) is not None}
         if not given:
@@ -51,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for bundle in bundles:
             check(bundle, Defaults(**asdict(bundle.defaults) | given))
         for bundle in bundles:
-            print(f"{bundle.path}: {described(bundle.defaults)} -> {described(change(bundle, given))}")
-    except (InputError, BundleError, OSError) as error:
-        print(f"defaults.py: error: {text_of(error)}", file=sys.stderr)
-        return 2
-    return 0
+            after = change(bundle, given)
+            print(printable(f"{bundle.path}: {described(bundle.defaults)} -> {described(after)}"))
+        return 0
+
+    return run("defaults.py", work, BundleError)
 
 
 def check(bundle: Bundle, defaults: Defaults) -> None:

@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from heldout import add_folders, read_unseen
 from numpy.typing import NDArray
+from script import run
 
-from par_model.training.cli import numbers
-from par_model.training.cli.numbers import Limit
 from par_model.training.detail import low_contrast
-from par_model.training.files import InputError, text_of
 from par_runtime import Pipeline
+from par_runtime.bundle import Bundle
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.metrics import psnr_db
 
@@ -37,18 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("bundle", type=Path, help="folder of a bundle with an encoder")
     add_folders(p, each=1000)
     args = p.parse_args(argv)
-    try:
-        numbers.check(args, {"each": Limit(1, 10**6)})
-        images, labels = read_unseen(args)
-        if not len(images):
-            raise InputError(f"{args.held_out}: every image is in {args.train} too; give images that are not")
+
+    def work() -> int:
+        images, labels = read_unseen(args, Bundle.open(args.bundle))
         with Pipeline.load(args.bundle) as pipeline:
             nats, psnr, kept = measured(pipeline, images, labels)
-    except (InputError, BundleError, RequestError, OSError) as error:
-        print(f"figures.py: error: {text_of(error)}", file=sys.stderr)
-        return 2
-    print(f"{len(images)} images: {nats:.3f} nats per token, {psnr:.2f} dB, {kept:.3f} kept")
-    return 0
+        print(f"{len(images)} images: {nats:.3f} nats per token, {psnr:.2f} dB, {kept:.3f} kept")
+        return 0
+
+    return run("figures.py", work, BundleError, RequestError)
 
 
 def measured(pipeline: Pipeline, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> tuple[float, float, float]:

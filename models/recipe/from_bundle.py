@@ -22,18 +22,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from script import run
 from torch import Tensor
 
 from par_export.graphs.vq import PREFIX
 from par_export.restored import model_state, read_weights
 from par_model.checkpoint import CheckpointError, check_keys
-from par_model.config import VQConfig
+from par_model.config import VideoTokenizerConfig, VQConfig
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
+from par_model.training.files import InputError, folder_for
+from par_model.training.run import save
 from par_model.transformer import PAR
 from par_model.vq import VQModel
+from par_model.words import printable
 from par_runtime.bundle import Bundle
 from par_runtime.errors import BundleError
-from par_runtime.system import write_beside
 
 INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
@@ -44,36 +47,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("bundle", type=Path, help="folder that parvis export wrote")
     p.add_argument("--out", type=Path, required=True, help="folder for model.pt and tokenizer.pt")
     args = p.parse_args(argv)
-    try:
-        restore(args.bundle, args.out)
-    except ManifestError as error:
-        text = f"{args.bundle}: {error}"
-    except (BundleError, CheckpointError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    else:
+
+    def work() -> int:
+        try:
+            restore(args.bundle, args.out)
+        except ManifestError as error:
+            raise InputError(f"{args.bundle}: {error}") from error
         return 0
-    print(f"from_bundle.py: error: {text}", file=sys.stderr)
-    return 2
+
+    return run("from_bundle.py", work, BundleError, CheckpointError)
 
 
 def restore(path: Path, out: Path) -> None:
     """Write the checkpoints of the bundle at ``path`` into ``out``.
 
-    Raises BundleError, ManifestError, CheckpointError, OSError.
+    Raises InputError, BundleError, ManifestError, CheckpointError, OSError.
     """
+    folder_for("--out", out)
     bundle = Bundle.open(path, verify="full")
-    stored = read_weights(bundle)
-    out.mkdir(parents=True, exist_ok=True)
-    _save(out / "model.pt", model_checkpoint(bundle, stored))
     vq = tokenizer_from_manifest(read_manifest(path))
+    if isinstance(vq, VideoTokenizerConfig):
+        raise InputError(f"{path}: makes clips; only a bundle of images can be read back: give one")
+    stored = read_weights(bundle)
+    contents = {"model.pt": model_checkpoint(bundle, stored)}
     if vq is None:
         print(f"{path}: ends at tokens, so there is no tokenizer to restore")
     else:
-        _save(out / "tokenizer.pt", tokenizer_checkpoint(path, vq, stored))
+        contents["tokenizer.pt"] = tokenizer_checkpoint(path, vq, stored)
+    for name, content in contents.items():
+        save(out / name, content)
+        print(printable(f"{out / name}: {sum(t.numel() for t in content['model'].values()):,} numbers"))
     tokenizer = "none" if vq is None else out / "tokenizer.pt"
     print(
-        f"a bundle of the same images: parvis export --checkpoint {out / 'model.pt'} --tokenizer {tokenizer} "
-        f"--precision {bundle.precision} --out NEW_FOLDER"
+        printable(
+            f"a bundle of the same images: parvis export --checkpoint {out / 'model.pt'} --tokenizer {tokenizer} "
+            f"--precision {bundle.precision} --out NEW_FOLDER"
+        )
     )
 
 
@@ -155,10 +164,5 @@ def _fp32(state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor
     return {key: state[key].float().contiguous() for key in like}
 
 
-def _save(path: Path, content: dict[str, Any]) -> None:
-    write_beside(path, lambda part: torch.save(content, part))
-    print(f"{path}: {sum(t.numel() for t in content['model'].values()):,} numbers")
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

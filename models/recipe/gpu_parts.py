@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from par_model.training.files import written_beside
+from par_model.training.run import save
 
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_SECONDS = 2.0  #: of a part whose time was used up by the parts before it
@@ -220,8 +221,7 @@ def shipped(checkpoint: Path, file: Path, halves: bool) -> float:
     kept = {key: content[key] for key in ("model", "config", "class_names") if key in content}
     if halves:
         kept["model"] = {key: tensor.half() for key, tensor in kept["model"].items()}
-    with written_beside(file) as temporary:
-        torch.save(kept, temporary)
+    save(file, kept)
     return file.stat().st_size / 1e6
 
 

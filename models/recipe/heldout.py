@@ -17,10 +17,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from script import run
 
 from par_calibration import heldout
-from par_model.training.files import InputError, text_of
+from par_model.training.cli import numbers
+from par_model.training.cli.numbers import Limit
+from par_model.training.files import InputError
 from par_model.training.raw import RawImages
+from par_model.words import printable
 from par_runtime.bundle import Bundle
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.tokenizer import Tokenizer
@@ -32,16 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("bundle", type=Path, help="folder of a bundle with an encoder")
     add_folders(p, each=20)
     args = p.parse_args(argv)
-    try:
+
+    def work() -> int:
         bundle = Bundle.open(args.bundle)
-        images, labels = read_unseen(args)
+        images, labels = read_unseen(args, bundle)
         file = heldout.attach(bundle, Tokenizer(bundle).encode(images), labels.tolist())
-        Bundle.open(args.bundle)
-    except (InputError, BundleError, RequestError, OSError, ValueError) as error:
-        print(f"heldout.py: error: {text_of(error)}", file=sys.stderr)
-        return 2
-    print(f"{file}: {len(images)} images, {file.stat().st_size} bytes")
-    return 0
+        print(printable(f"{file}: {len(images)} images, {file.stat().st_size} bytes"))
+        return 0
+
+    return run("heldout.py", work, BundleError, RequestError)
 
 
 def add_folders(p: argparse.ArgumentParser, each: int) -> None:
@@ -51,22 +54,38 @@ def add_folders(p: argparse.ArgumentParser, each: int) -> None:
     p.add_argument("--each", type=int, default=each, help=f"most images of each class (default {each})")
 
 
-def read_unseen(args: argparse.Namespace) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def read_unseen(args: argparse.Namespace, bundle: Bundle) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The first ``--each`` images [M,H,W,3] of every class of ``--held-out`` that are not in ``--train``, and their
-    labels [M].
+    labels [M]; M is 1 or more.
 
-    Raises InputError, OSError.
+    Raises InputError where they are not of the classes and the size of ``bundle``; OSError.
     """
-    images, labels = raw(args.held_out)
-    seen = {hashlib.sha256(image).digest() for image in raw(args.train)[0]}
-    chosen = unseen(images, labels, seen, args.each)
-    return images[chosen], labels[chosen]
+    numbers.check(args, {"each": Limit(1, 10**6)})
+    held_out, train = RawImages.open(args.held_out), RawImages.open(args.train)
+    for folder, images in ((args.held_out, held_out), (args.train, train)):
+        check_fits(bundle, folder, images)
+    seen = {hashlib.sha256(image).digest() for image in train.images}
+    chosen = unseen(held_out.images, held_out.labels, seen, args.each)
+    if not chosen:
+        raise InputError(f"{args.held_out}: every image is in {args.train} too; give images that are not")
+    return held_out.images[chosen], held_out.labels[chosen]
 
 
-def raw(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Images [M,H,W,3], memory-mapped, and labels [M] of a folder of ``render.mjs``. Raises InputError, OSError."""
-    raw_images = RawImages.open(folder)
-    return raw_images.images, raw_images.labels
+def check_fits(bundle: Bundle, folder: Path, raw: RawImages) -> None:
+    """Raise InputError where the images of ``folder`` are not of the size and the classes of ``bundle``."""
+    size, given = bundle.image_size, raw.images.shape[1:3]
+    if bundle.video or size is None:
+        raise InputError(f"{bundle.path}: makes {'clips' if bundle.video else 'no images'}; give a bundle of images")
+    if size != given or len(raw.meta["styles"]) != bundle.n_classes:
+        raise InputError(
+            f"{folder}: {len(raw.meta['styles'])} classes of images of {pixels(given)}; the bundle makes "
+            f"{bundle.n_classes} classes of {pixels(size)}: give the images that it was made for"
+        )
+
+
+def pixels(size: tuple[int, int]) -> str:
+    """``size`` (height, width) as errors say it."""
+    return f"{size[1]}x{size[0]} pixels"
 
 
 def unseen(images: NDArray[np.uint8], labels: NDArray[np.uint8], seen: set[bytes], each: int) -> list[int]:

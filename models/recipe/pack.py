@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from par_model.training.files import InputError, folder_for, keep_inputs, text_of, written_beside
+from par_model.training.files import InputError, folder_for, keep_inputs, written_beside
 from par_model.training.raw import IMAGES, RawImages, read_meta
 from par_model.words import printable
 
@@ -48,25 +48,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--at-once", type=int, default=2, help="classes packed at once; each takes 2 GB of memory (default 2)"
     )
     args = p.parse_args(argv)
+    from script import run  # gpu.py imports this module where only PyTorch and numpy are
+
+    return run("pack.py", lambda: packed(args))
+
+
+def packed(args: argparse.Namespace) -> int:
+    """Check and pack; returns the exit code. Raises InputError, OSError."""
+    check(args)
+    train, val = RawImages.open(args.train), RawImages.open(args.val)
+    seen = {digest(image) for image in train.images}
+    fresh = np.array([digest(image) not in seen for image in val.images], bool)
+    if not fresh.any():
+        raise InputError(f"--val {args.val}: every image of it is in --train {args.train} too; give other images")
     try:
-        check(args)
-        train, val = RawImages.open(args.train), RawImages.open(args.val)
-        seen = {digest(image) for image in train.images}
-        fresh = np.array([digest(image) not in seen for image in val.images], bool)
-        if not fresh.any():
-            raise InputError(f"--val {args.val}: every image of it is in --train {args.train} too; give other images")
         pack(args.out / "train", train, np.arange(len(train.images)), args.preset, args.at_once)
         pack(args.out / "val", val, np.flatnonzero(fresh), args.preset, args.at_once)
-    except (OSError, InputError) as error:
-        print(f"pack.py: error: {printable(text_of(error))}", file=sys.stderr)
-        return 2
     except MemoryError:
-        print("pack.py: error: not enough memory; give --at-once 1 or a lower --preset", file=sys.stderr)
-        return 2
+        raise InputError("not enough memory; give --at-once 1 or a lower --preset") from None
     size = sum(file.stat().st_size for file in args.out.glob("*/*"))
     print(
-        f"{args.out}: {len(train.images)} images for the training, {fresh.sum()} of {len(fresh)} for validation (the "
-        f"others are equal to one of the training), {size / 1e6:.1f} MB"
+        printable(
+            f"{args.out}: {len(train.images)} images for the training, {fresh.sum()} of {len(fresh)} for validation "
+            f"(the others are equal to one of the training), {size / 1e6:.1f} MB"
+        )
     )
     return 0
 

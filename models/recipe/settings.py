@@ -19,18 +19,21 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from heldout import check_fits, pixels
 from numpy.typing import NDArray
 from PIL import Image
+from script import run
 
 from par_calibration.errors import CalibrationError
 from par_calibration.report.frechet import Features, distance
 from par_model.training.cli import numbers
 from par_model.training.cli.numbers import Limit
-from par_model.training.files import InputError, keep_inputs, text_of, written_beside
+from par_model.training.files import InputError, keep_inputs, written_beside
 from par_model.training.raw import RawImages
 from par_runtime import Pipeline
 from par_runtime.bundle import Bundle
 from par_runtime.errors import BundleError, RequestError
+from par_runtime.system import check_writable
 
 LIMITS = {
     "guidance": Limit(0, 1000),
@@ -58,15 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--shown", type=int, default=2, help="images of each class on the sheet (default 2)")
     p.add_argument("--seed", type=int, default=0, help="of the first image (default 0)")
     args = p.parse_args(argv)
-    try:
+
+    def work() -> int:
         numbers.check(args, LIMITS)
         inputs = {"bundle": args.bundle, "held_out": args.held_out, "encoder_of": args.encoder_of or args.bundle}
         keep_inputs(f"--out {args.out}", [args.out], **inputs)
+        check_writable(args.out)
         compare(args)
-    except (InputError, BundleError, RequestError, CalibrationError, OSError) as error:
-        print(f"settings.py: error: {text_of(error)}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run("settings.py", work, BundleError, RequestError, CalibrationError)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -105,23 +109,13 @@ def check(bundle: Bundle, encoder: Bundle, held_out: RawImages, folder: Path) ->
             "--encoder-of the folder of one that has an encoder"
         )
     if encoder.image_size != bundle.image_size:
+        assert encoder.image_size is not None  # it has an encoder
         size = "no images" if bundle.image_size is None else f"images of {pixels(bundle.image_size)}"
         raise InputError(
             f"--encoder-of {encoder.path}: encodes images of {pixels(encoder.image_size)}, {bundle.path} makes {size}: "
             "give two bundles of the same image size"
         )
-    size, given = bundle.image_size, held_out.images.shape[1:3]
-    if size != given or len(held_out.meta["styles"]) != bundle.n_classes:
-        raise InputError(
-            f"{folder}: {len(held_out.meta['styles'])} classes of images of {pixels(given)}; the bundle makes "
-            f"{bundle.n_classes} classes of {pixels(size)}: give the images that it was made for"
-        )
-
-
-def pixels(size: tuple[int, int] | None) -> str:
-    """``size`` (height, width) as errors say it."""
-    assert size is not None  # of a bundle with an encoder, or of images
-    return f"{size[1]}x{size[0]} pixels"
+    check_fits(bundle, folder, held_out)
 
 
 def halves(data: RawImages, each: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from script import run
 
-from par_model.training.files import InputError, folder_for, keep_inputs, text_of, written_beside
+from par_model.training.files import InputError, folder_for, keep_inputs, written_beside
 from par_model.training.raw import IMAGES, RawImages
 from par_model.words import printable
 
@@ -34,17 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--more", nargs="+", default=[], metavar="CLASS=COUNT", help="so many images of a class from before --start too"
     )
     args = p.parse_args(argv)
-    try:
+
+    def work() -> int:
         folder_for("--out", args.out)
         keep_inputs(f"--out {args.out}", (args.out / name for name in IMAGES), data=args.data)
         raw = RawImages.open(args.data)
         chosen = chosen_images(raw, args.start, args.more)
         write(args.out, raw, chosen)
-    except (InputError, OSError) as error:
-        print(f"subset.py: error: {printable(text_of(error))}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {len(chosen)} images of {len(raw.labels)}")
-    return 0
+        print(printable(f"{args.out}: {len(chosen)} images of {len(raw.labels)}"))
+        return 0
+
+    return run("subset.py", work)
 
 
 def chosen_images(raw: RawImages, start: int, more: Sequence[str]) -> NDArray[np.intp]:

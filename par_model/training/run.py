@@ -70,6 +70,14 @@ def channels_last(model: Module) -> Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint for ``torch.load`` beside ``path``, and rename it. Raises OSError."""
+    file = io.BytesIO()  # torch.save of a path would hide why a file could not be written
+    torch.save(content, file)
+    with written_beside(path) as part:
+        part.write_bytes(file.getbuffer())
+
+
 class EMA:
     """Exponential moving average of the weights, key -> fp32 tensor in ``shadow``; the average is exported."""
 
@@ -163,10 +171,7 @@ class Run:
 
     def save(self, name: str, state: dict[str, Any]) -> None:
         """Write ``state`` to another file and rename it, so that a kill leaves the previous file ``name`` whole."""
-        content = io.BytesIO()  # torch.save would hide why a file could not be written
-        torch.save(state | {"seconds": self.seconds}, content)
-        with written_beside(self.path / name) as part:
-            part.write_bytes(content.getbuffer())
+        save(self.path / name, state | {"seconds": self.seconds})
 
     @contextmanager
     def resume(self, wanted: bool, config: Mapping[str, Any]) -> Iterator[dict[str, Any] | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_three_bundles_and_a_sheet(
         bundle = Bundle.open(out / name, verify="full")
         assert (bundle.name, bundle.quantised) == (name, "int8")
         assert "heldout.npz" in bundle.files
-        assert (bundle.defaults.guidance, bundle.defaults.top_p) == (1.5, 0.85)
+        assert (bundle.defaults.guidance, bundle.defaults.top_p) == (1.5, 0.7)
         assert f"| n = {n} | {calls} | " in printed
     with Image.open(out / "siblings.png") as sheet:
         assert sheet.size == (2 * CLASSES * 16, 2 * (3 * (12 + 2 * 16 + 8) - 8))
@@ -184,6 +185,13 @@ def test_what_it_cannot_use_is_one_line_before_anything_is_made(
         ("--seed", "-1", "--seed -1: expected 0 to"),
         ("--calibrate-options", "--nix 3", "--calibrate-options: unrecognized arguments: --nix 3"),
         ("--calibrate-options", "'", '--calibrate-options "\'": no closing quotation'),
+        ("--calibrate-options", "--out zz", "has --out, which bundles.py sets itself; leave it out"),
+        ("--calibrate-options", "--html zz", "has --html, which bundles.py sets itself"),
+        ("--calibrate-options", "--json zz", "has --json, which bundles.py sets itself"),
+        ("--calibrate-options", "--weights keep", "has --weights, which bundles.py sets itself"),
+        ("--sheet", f"{out}/demo/a.png", "a.png: is in the folder of a bundle that is made; give another name"),
+        ("--sheet", f"{work}/demo-n1/a.png", "a.png: is in the folder of a bundle that is made"),
+        ("--sheet", f"{results}/val.npz/a.png", "val.npz is a file where a folder is expected; choose"),
     ):
         refused(text, results, work, out, f"{option}={value}")
     refused("one is in the other; give two folders side by side", results, work, work)
@@ -195,6 +203,12 @@ def test_what_it_cannot_use_is_one_line_before_anything_is_made(
     refused("expected a file's name that ends in .png", results, work, out, "--sheet", str(tmp_path))
     whole = str(MODELS / "demo")
     refused("is not the tokenizer of", results, work, out, "--take", whole)
+    with scripts("from_bundle") as (from_bundle,):
+        assert from_bundle.main([str(MODELS / "demo-n1"), "--out", str(tmp_path / "restored")]) == 0
+    assert "holds no encoder; that of tokenizer.pt is random" in capfd.readouterr().out
+    for n in (1, 4, 16):
+        shutil.copy(results / f"model-n{n}.pt", tmp_path / "restored")
+    refused("tokenizer.pt: its encoder gives 0 % of the tokens", tmp_path / "restored", work, out, "--take", whole)
     fashion = str(MODELS / "fashion")
     refused("fashion: expected a bundle of n = 1, 4 or 16 (it has", results, work, out, "--take", fashion)
     for option in ("--compact", "--fp16"):
@@ -281,6 +295,22 @@ def test_make_trains_one_or_two_of_the_three(given: str, tmp_path: Path) -> None
     done = subprocess.run([*command, f"MORE_N={given}"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"MORE_N={given}: expected one or two of 1, 4 and 16" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        *((f"SHARE={share}", "expected 0 to 1, the share of the weights after") for share in ("2", "-0.1", "nan", "x")),
+        *((f"MORE_DATA={name}", "expected subset or train-40000") for name in ("", "nope", "subset val")),
+    ],
+)
+def test_make_says_what_it_cannot_use_before_it_trains(given: str, text: str, tmp_path: Path) -> None:
+    command = ["make", "-C", str(MODELS / "recipe"), f"WORK={tmp_path}", f"PYTHON={sys.executable}", "MORE_N=4"]
+    done = subprocess.run([*command, "further-siblings", given], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{given}: {text}" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from recipe_scripts import scripts
 
 from conftest import golden_weights
 from par_export.bundle import ExportRequest, export
@@ -28,17 +29,14 @@ from par_runtime.bundle import Bundle, seal
 from par_runtime.cli import dispatch as cli
 from par_runtime.dtypes import DTYPE
 
-SCRIPT = Path(__file__).parents[2] / "models" / "recipe" / "from_bundle.py"
+MODELS = Path(__file__).parents[2] / "models"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("from_bundle", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script() -> Iterator[ModuleType]:
+    """``from_bundle.py``."""
+    with scripts("from_bundle") as (module,):
+        yield module
 
 
 def written(folder: Path, precision: str, encoder: bool) -> tuple[np.ndarray, WeightsWriter]:
@@ -180,3 +178,20 @@ def test_a_folder_without_a_bundle_is_one_line(
     assert error.startswith("from_bundle.py: error: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "back").exists()
+
+
+def test_what_cannot_be_read_back_is_one_line_and_writes_nothing(
+    tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a\nfile"
+    file.touch()
+
+    def refused(text: str, bundle: Path, out: Path) -> None:
+        assert script.main([str(bundle), "--out", str(out)]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"from_bundle.py: error: {text}")
+        assert (printed.err.count("\n"), printed.out) == (1, "")
+        assert list(tmp_path.iterdir()) == [file]
+
+    refused(f"{MODELS / 'fashion'}: makes clips; only a bundle of images", MODELS / "fashion", tmp_path / "back")
+    refused(f"--out {tmp_path}/a\\nfile: is a file; expected a folder", MODELS / "demo-n1", file)

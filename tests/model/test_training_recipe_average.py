@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recipe_scripts import scripts
+from recipe_scripts import full_disk, scripts
 
 from conftest import golden_config
 from par_model.checkpoint import open_checkpoint, par_config
@@ -32,12 +32,15 @@ def config(golden: dict[str, dict[str, Any]]) -> PARConfig:
     return golden_config(golden["par_n4_grid8"])
 
 
-def saved(path: Path, config: PARConfig, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Random weights, as ``parvis train`` saves them at ``path``."""
+def saved(
+    path: Path, sizes: PARConfig, seed: int, dtype: torch.dtype = torch.float32, **more: Any
+) -> dict[str, torch.Tensor]:
+    """Random weights, as ``parvis train`` saves them at ``path``; ``more`` replaces entries, None leaves one out."""
     torch.manual_seed(seed)
-    state = {key: torch.randn_like(tensor).to(dtype) for key, tensor in PAR(config).state_dict().items()}
-    names = [f"class {i}" for i in range(config.n_classes)]
-    torch.save({"model": state, "config": asdict(config) | {"kind": "par"}, "class_names": names}, path)
+    state = {key: torch.randn_like(tensor).to(dtype) for key, tensor in PAR(sizes).state_dict().items()}
+    names = [f"class {i}" for i in range(sizes.n_classes)]
+    content = {"model": state, "config": asdict(sizes) | {"kind": "par"}, "class_names": names} | more
+    torch.save({key: entry for key, entry in content.items() if entry is not None}, path)
     return state
 
 
@@ -79,6 +82,9 @@ def test_it_says_how_likely_it_finds_held_out_images(
     np.savez(tmp_path / "val.npz", codes=codes[:, 1:], labels=labels, class_names=names)
     assert average.main([*command, "--val", str(tmp_path / "val.npz")]) == 2
     assert f"--val {tmp_path / 'val.npz'}: has grid (1, {height - 1}, {width})" in capsys.readouterr().err
+    np.savez(tmp_path / "val.npz", codes=codes, labels=labels, class_names=names[::-1])
+    assert average.main([*command, "--val", str(tmp_path / "val.npz")]) == 2
+    assert "has other classes than the model, or in another order; give" in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()
 
 
@@ -105,5 +111,42 @@ def test_what_it_cannot_use_is_one_line_and_writes_nothing(
     refused("--share 1.5: expected 0 to 1", a, b, *out, "--share", 1.5)
     refused("--share nan: expected", a, b, *out, "--share", "nan")
     refused(f"--out {b}: is {b}, which it is made of", a, b, "--out", b)
+    names = [f"class {i}" for i in range(config.n_classes)]
+    saved(other, config, 1, class_names=names[::-1])
+    refused(f"{other}: has other class names than {a}", a, other, *out)
+    for path in (a, other):
+        saved(path, config, 1, class_names=["one"])
+    refused(f"{a}: has 1 class names for {config.n_classes} classes; give whole", a, other, *out)
+    state = saved(a, config, 0)
+    for value in (float("nan"), float("inf")):
+        (broken := {key: tensor.clone() for key, tensor in state.items()})["output.weight"][1, 2] = value
+        saved(other, config, 1, model=broken)
+        refused(f"{other}: output.weight holds NaN or infinity", a, other, *out)
+    saved(other, config, 1, config=None)
+    refused(f"{other}: has no 'config'; expected a checkpoint of parvis train or from_bundle.py", a, other, *out)
+    refused(f"{tmp_path} is a folder; give a file name", a, b, "--out", tmp_path)
+    refused("text.pt is a file where a folder is expected; choose", a, b, "--out", tmp_path / "text.pt" / "o.pt")
     refused("none.pt", a, tmp_path / "none.pt", *out)
     refused("text.pt", tmp_path / "text.pt", b, *out)
+
+
+def test_names_of_one_of_them_are_kept(average: ModuleType, config: PARConfig, tmp_path: Path) -> None:
+    saved(tmp_path / "a.pt", config, 0)
+    saved(tmp_path / "b.pt", config, 1, class_names=None)
+    assert average.main([str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), "--out", str(tmp_path / "out.pt")]) == 0
+    assert open_checkpoint(tmp_path / "out.pt").class_names == [f"class {i}" for i in range(config.n_classes)]
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(
+    average: ModuleType, config: PARConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(tmp_path / "a.pt", config, 0)
+    saved(tmp_path / "b.pt", config, 1)
+    (tmp_path / "out.pt").write_text("before")
+    with full_disk(1000):
+        assert average.main([str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), "--out", str(tmp_path / "out.pt")]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"average.py: error: {tmp_path / 'out.pt'} is larger than this system or "
+    )
+    assert (tmp_path / "out.pt").read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt", "out.pt"]

@@ -89,7 +89,7 @@ def test_what_it_cannot_use_is_one_line_and_writes_nothing(
     for text in ("b", "b=", "b=0", "b=-1", "b=1.5", "b=²", "nix=1", "=1", "a=c", "b=0000000001"):
         refused(f"--more {text}: expected CLASS=COUNT", text)
     refused("--more b=1: expected CLASS=COUNT, each class once", "b=2", "b=1")
-    refused(f"{tmp_path / 'none' / 'meta.json'}: No such file", given=tmp_path / "none")
+    refused(f"{tmp_path / 'none' / 'meta.json'}: no such file or folder", given=tmp_path / "none")
     refused(f"--out {drawings}: would write {drawings / 'images.u8'}, in the folder of --data {drawings}", to=drawings)
     refused(f"--out {drawings / 'in'}: would write", to=drawings / "in")
     refused(f"--out {tmp_path / 'file'}: is a file", to=tmp_path / "file")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from par_calibration.report.frechet import distance
 from par_model.training.clips import ClipFolder
-from par_model.training.run import batch_index
+from par_model.training.run import batch_index, save
 from par_runtime import Pipeline
 
 FEATURES, STEPS, BATCH = 32, 2500, 32
@@ -74,7 +74,7 @@ def classifier(path: Path, folder: Path, data: ClipFolder) -> Classifier:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    torch.save(model.state_dict(), path)
+    save(path, model.state_dict())
     return model.eval()
 
 

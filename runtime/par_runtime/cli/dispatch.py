@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     """Run one verb; every way in which it ends becomes an exit code."""
     try:
-        with _exit_on_signals():
+        with exit_on_signals():
             if arguments[:1] == ["help"]:  # 'parvis help' and 'parvis help VERB', as other programs have them
                 arguments = [*arguments[1:2], "--help"]
             verb = _verb(arguments)
@@ -160,7 +160,7 @@ def _caused_by_interrupt(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def _exit_on_signals() -> Iterator[None]:
+def exit_on_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP (a terminal that closes) raise SystemExit, so that unfinished files are removed."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
