@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 KERNELS := $(wildcard runtime/par_runtime/backends/native/*)
 SOURCES := $(shell find runtime export calibration par_model -name '*.py') $(KERNELS)
 
-.PHONY: help demo test test-all test-gpu gpu-report gpu-docs lint format clean
+.PHONY: help demo test test-all has-driver test-gpu gpu-report gpu-docs lint format clean
 
 demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the runtime alone into .venv (0.2 GB, a minute)
 	$(RUN_ENV)/bin/parvis generate models/demo --label $(LABELS) --count $(COUNT) --seed $(SEED) --columns 8 --out $(OUT)
@@ -41,7 +41,12 @@ test: lint  ## lint, types and tests: 8 minutes on 2 old cores; the first time i
 test-all: test  ## the slow tests too: 37 minutes on 2 old cores, up to 14 GB of memory
 	OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest $(if $(AT_ONCE),-n 2 --dist worksteal) -m "slow and not gpu"
 
-test-gpu: $(DEV_ENV)/.installed  ## all that needs a GPU: 10 minutes, a report for an issue (docs/gpu.md); fails where there is no GPU
+# Before 2.7 GB are installed for nothing.
+has-driver:
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || \
+	  { echo "make test-gpu: nothing was tested, because there is no GPU: libcuda.so.1, the library of NVIDIA's driver, cannot be loaded" >&2; exit 2; }
+
+test-gpu: has-driver $(DEV_ENV)/.installed  ## all that needs a GPU: 10 minutes, a report for an issue (docs/gpu.md); fails where there is no GPU
 	@$(DEV_ENV)/bin/python -c 'import sys; from par_runtime.backends import cuda; why = cuda.why_no_device(); sys.exit(f"make test-gpu: nothing was tested, because there is no GPU: {why}" if why else 0)'
 	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,$(GPU_EXTRA)]'
 	PARVIS_GPU_BUNDLE=$(abspath $(GPU_BUNDLE)) $(DEV_ENV)/bin/python -m pytest -m gpu -rs

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--out", type=Path, required=True, help="PNG to write")
     p.add_argument("--guidance", type=float, nargs="+", default=[1.5, 2.0, 2.5], help="default: 1.5 2 2.5")
     p.add_argument("--temperature", type=float, nargs="+", default=[1.0], help="default: 1")
-    p.add_argument("--top-p", type=float, nargs="+", default=[0.8, 0.85, 0.9, 0.95], help="default: 0.8 0.85 0.9 0.95")
+    p.add_argument("--top-p", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9], help="default: 0.6 0.7 0.8 0.9")
     p.add_argument("--each", type=int, default=40, help="images of each class that are compared (default 40)")
     p.add_argument("--shown", type=int, default=2, help="images of each class on the sheet (default 2)")
     p.add_argument("--seed", type=int, default=0, help="of the first image (default 0)")

@@ -66,7 +66,9 @@ def test_eight_threads_get_the_images_of_their_requests(model: str, labels: tupl
         for query, expected in (
             ("?label=nobody", "unknown label"),
             ("", "no label was given"),
-            ("?label=3&seed=x", "seed 'x': expected a whole number"),
+            ("?label=3&seed=x", "expected one label and one seed, a whole number"),
+            ("?label=3&seed=1&seed=2", "expected one label and one seed"),
+            ("?label=3&label=4", "expected one label and one seed"),
         ):
             with pytest.raises(urllib.error.HTTPError) as error:
                 fetch(url + query, until)
