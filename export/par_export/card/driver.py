@@ -297,12 +297,15 @@ def events(index: int) -> str:
     with _Bench(index) as on, on.device.allocate(size, "much") as large, on.device.event() as a, on.device.event() as b:
         on.stream.fill(large.pointer, 0, size)  # the first one loads what fills
         for repeats in (0, 4, 64):
-            on.stream.record(a)
-            for _ in range(repeats):
-                on.stream.fill(large.pointer, repeats, size)
-            on.stream.record(b)
-            b.synchronize()
-            times.append(b.elapsed_ms(a))
+            tries = []
+            for _ in range(5):  # the least counts: another process can hold up any of them
+                on.stream.record(a)
+                for _ in range(repeats):
+                    on.stream.fill(large.pointer, repeats, size)
+                on.stream.record(b)
+                b.synchronize()
+                tries.append(b.elapsed_ms(a))
+            times.append(min(tries))
         with on.device.event() as never, _refused(CudaError, "cuEventElapsedTime"):
             never.elapsed_ms(a)
     _hold(0 <= times[0] < times[1] < times[2], f"{times} ms for 0, 4 and 64 fills")
