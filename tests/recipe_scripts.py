@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+
+import numpy as np
 
 RECIPE = Path(__file__).parents[1] / "models/recipe"
 
@@ -36,3 +39,13 @@ def full_disk(room: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def raw_folder(path: Path, images: np.ndarray, labels: np.ndarray, classes: int = 12) -> Path:
+    """A folder of raw images as ``render.mjs`` writes it: ``images`` uint8 [M,S,S,3], ``labels`` [M]."""
+    path.mkdir()
+    images.tofile(path / "images.u8")
+    labels.astype(np.uint8).tofile(path / "labels.u8")
+    meta = {"count": len(images), "size": images.shape[1], "styles": [f"style {i}" for i in range(classes)]}
+    (path / "meta.json").write_text(json.dumps(meta))
+    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from recipe_scripts import scripts
+from recipe_scripts import raw_folder, scripts
 
 from par_calibration import heldout
 from par_runtime import Pipeline
@@ -40,20 +39,11 @@ def bundle(tmp_path: Path) -> Path:
     return Path(shutil.copytree(MODELS / "demo-n16", tmp_path / "n16"))
 
 
-def folder(path: Path, images: np.ndarray, labels: np.ndarray, classes: int = 12) -> Path:
-    path.mkdir()
-    images.tofile(path / "images.u8")
-    labels.astype(np.uint8).tofile(path / "labels.u8")
-    meta = {"count": len(images), "size": images.shape[1], "styles": [f"style {i}" for i in range(classes)]}
-    (path / "meta.json").write_text(json.dumps(meta))
-    return path
-
-
 def test_images_of_no_training_become_those_of_the_bundle(
     recipe: ModuleType, bundle: Path, images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    val = folder(tmp_path / "val", images, np.arange(24) % 12)
-    train = folder(tmp_path / "train", images[:3], np.arange(3))
+    val = raw_folder(tmp_path / "val", images, np.arange(24) % 12)
+    train = raw_folder(tmp_path / "train", images[:3], np.arange(3))
     assert recipe.main([str(bundle), "--held-out", str(val), "--train", str(train), "--each", "1"]) == 0
     assert "heldout.npz: 12 images, " in capsys.readouterr().out
     opened = Bundle.open(bundle, verify="full")
@@ -67,10 +57,10 @@ def test_what_does_not_fit_is_said_and_the_bundle_stays(
     recipe: ModuleType, bundle: Path, images: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     labels = np.arange(24) % 12
-    val = folder(tmp_path / "val", images, labels)
-    train = folder(tmp_path / "train", images[:3], labels[:3])
-    small = folder(tmp_path / "small", images[:, ::2, ::2].copy(), labels)
-    more = folder(tmp_path / "more", images, np.arange(24) % 13, classes=13)
+    val = raw_folder(tmp_path / "val", images, labels)
+    train = raw_folder(tmp_path / "train", images[:3], labels[:3])
+    small = raw_folder(tmp_path / "small", images[:, ::2, ::2].copy(), labels)
+    more = raw_folder(tmp_path / "more", images, np.arange(24) % 13, classes=13)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     fits = "12 classes of 64x64 pixels: give the images that it was made for"
     for held_out, seen, each, text in (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
-from recipe_scripts import scripts
+from recipe_scripts import raw_folder, scripts
 
 from par_model.training.files import InputError
 from par_model.training.raw import RawImages
@@ -39,20 +38,11 @@ def made() -> np.ndarray:
     return images
 
 
-def folder(path: Path, images: np.ndarray, labels: np.ndarray, classes: int = 12) -> Path:
-    path.mkdir()
-    images.tofile(path / "images.u8")
-    labels.astype(np.uint8).tofile(path / "labels.u8")
-    meta = {"count": len(images), "size": images.shape[1], "styles": [f"style {i}" for i in range(classes)]}
-    (path / "meta.json").write_text(json.dumps(meta))
-    return path
-
-
 def test_images_that_are_the_held_out_ones_have_no_distance_and_the_same_spread(
     recipe: ModuleType, made: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = np.random.default_rng(0).integers(256, size=made.shape).astype(np.uint8)
-    held_out = folder(tmp_path / "val", np.concatenate([made, other]), np.arange(48) % 12)
+    held_out = raw_folder(tmp_path / "val", np.concatenate([made, other]), np.arange(48) % 12)
     out = tmp_path / "sheet.png"
     with Pipeline.load(DEMO) as pipeline:
         defaults = pipeline.bundle.defaults
@@ -77,7 +67,7 @@ def test_images_that_are_the_held_out_ones_have_no_distance_and_the_same_spread(
 def test_a_bundle_without_encoder_is_compared_by_the_encoder_of_another(
     recipe: ModuleType, made: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held_out = folder(tmp_path / "val", np.concatenate([made, made[::-1]]), np.r_[0:24, 23:-1:-1] % 12)
+    held_out = raw_folder(tmp_path / "val", np.concatenate([made, made[::-1]]), np.r_[0:24, 23:-1:-1] % 12)
     command = [str(N1), "--held-out", str(held_out), "--out", str(tmp_path / "sheet.png"), "--each", "2"]
     assert recipe.main(command) == 2
     assert "demo-n1: has no encoder of images, whose features are compared; give" in capsys.readouterr().err
@@ -100,10 +90,10 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
 ) -> None:
     labels = np.arange(48) % 12
     images = np.concatenate([made, made])
-    held_out = folder(tmp_path / "val", images, labels)
-    same = folder(tmp_path / "same", np.zeros_like(images), labels)
-    small = folder(tmp_path / "small", images[:, ::2, ::2].copy(), labels)
-    eleven = folder(tmp_path / "eleven", np.delete(images, np.s_[11::12], 0), np.arange(44) % 11, classes=11)
+    held_out = raw_folder(tmp_path / "val", images, labels)
+    same = raw_folder(tmp_path / "same", np.zeros_like(images), labels)
+    small = raw_folder(tmp_path / "small", images[:, ::2, ::2].copy(), labels)
+    eleven = raw_folder(tmp_path / "eleven", np.delete(images, np.s_[11::12], 0), np.arange(44) % 11, classes=11)
     out = tmp_path / "sheet.png"
     for data, more, message in (
         (held_out, ["--each", "3"], "needs 6 held-out images of every class, one has 4; give less"),
@@ -136,8 +126,8 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
 def test_figures_of_images_that_no_training_has_seen(
     made: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    val = folder(tmp_path / "val", made, np.arange(24) % 12)
-    train = folder(tmp_path / "train", made[:20], np.arange(20) % 12)
+    val = raw_folder(tmp_path / "val", made, np.arange(24) % 12)
+    train = raw_folder(tmp_path / "train", made[:20], np.arange(20) % 12)
     command = [str(DEMO), "--held-out", str(val), "--train"]
     with scripts("figures") as (figures,):
         assert figures.main([*command, str(train)]) == 0, capsys.readouterr()
