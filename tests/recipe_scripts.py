@@ -20,13 +20,16 @@ RECIPE = Path(__file__).parents[1] / "models/recipe"
 def scripts(*names: str) -> Iterator[list[ModuleType]]:
     """The modules ``names``, as they find each other when one of them runs; afterwards none of them is imported."""
     before, known = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(RECIPE))
+    sys.path[:0] = [str(RECIPE), str(RECIPE / "video")]
     try:
         yield [importlib.import_module(name) for name in names]
     finally:
         sys.path[:] = before
         for name, module in list(sys.modules.items()):
-            if name not in known and Path(getattr(module, "__file__", None) or "/").parent == RECIPE:
+            if name not in known and Path(getattr(module, "__file__", None) or "/").parent in (
+                RECIPE,
+                RECIPE / "video",
+            ):
                 del sys.modules[name]
 
 

@@ -181,6 +181,7 @@ def check(args: argparse.Namespace, names: dict[int, str], taken: dict[int, Bund
                 f"{file}: has n, codes, classes and grid {given}; expected {(n, *sizes)}, of {of}: give what was "
                 "trained together"
             )
+    check_writable(args.sheet)  # last: it makes the folder
 
 
 def sizes_of(
@@ -257,7 +258,6 @@ def check_folders(args: argparse.Namespace, names: dict[int, str]) -> None:
     for name in names.values():
         if any(args.sheet.resolve().is_relative_to((folder / name).resolve()) for folder in (args.work, args.out)):
             raise InputError(f"--sheet {args.sheet}: is in the folder of a bundle that is made; give another name")
-    check_writable(args.sheet)
 
 
 def why(work: Path, failed: Sequence[str]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from recipe_scripts import scripts
 
 from par_model.checkpoint import open_checkpoint, par_config, video_config
 from par_model.training import video as video_training
@@ -22,7 +23,6 @@ from par_model.training.run import load_video_tokenizer
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
-RECIPE = Path(__file__).parents[2] / "models/recipe/video/clips.py"
 SMALL = [
     "--levels",
     "4",
@@ -159,11 +159,11 @@ def test_clips_that_are_none(clips: Path, tmp_path: Path, capsys: pytest.Capture
 
 def test_a_garment_bounces() -> None:
     """The recipe's clips: a garment stays whole inside its frame, and moves at its speed between bounces."""
-    spec = importlib.util.spec_from_file_location("recipe_clips", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
+    with scripts("clips") as (recipe,):
+        bounce(recipe)
+
+
+def bounce(recipe: ModuleType) -> None:
     garment = np.full((recipe.GARMENT, recipe.GARMENT), 200.0, np.float32)
     for i in range(20):
         frames, step = recipe.clip(garment, (1, i))

