@@ -115,9 +115,14 @@ def test_the_one_without_an_encoder_says_so(
     assert cli.main(arguments) == 2
     assert "encoder" in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()
-    for n, said in ((1, "encoder   none: edits what it made itself; pictures of others"), (4, "encoder   yes\n")):
+    for n, title, said in (
+        (1, "demo-n1  (int4 and fp16, hash ", "encoder   none: edits what it made itself; pictures of others"),
+        (4, "demo  (fp16, hash ", "encoder   yes\n"),
+    ):
         assert cli.main(["inspect", str(BUNDLES[n])]) == 0
-        assert said in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert printed.startswith(title)
+        assert said in printed
 
 
 def test_one_edits_what_another_made_and_knows_its_class_by_name(

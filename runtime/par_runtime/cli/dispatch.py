@@ -95,6 +95,15 @@ VERBS = {
     "train": Verb("par_model.training.cli.transformer", "train a PAR model on token ids", ("cpu", "cpu,export")),
 }
 
+#: What others have as verbs, and where it is here.
+ELSEWHERE = {
+    "score": "images are scored in Python, by Pipeline.score (README)",
+    "serve": "docs/service.md has a server in twenty lines",
+    "decode": "tokens become images in Python, by Pipeline.decode (README); 'parvis reconstruct' takes pictures",
+    "quantize": "'parvis calibrate' makes weights smaller, with the proof that images do not suffer",
+    "sample": "'parvis generate' makes images",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code.
@@ -195,6 +204,8 @@ def _verb(arguments: list[str]) -> str:
         parser.print_help()
         raise SystemExit(2)
     word = parser.parse_args(arguments[:1]).verb
+    if word in ELSEWHERE:
+        raise SystemExit(fail(f"unknown verb {word!r}: {ELSEWHERE[word]}"))
     begin = [verb for verb in VERBS if word and verb.startswith(word)]
     close = begin or _close(word)
     mean = f"did you mean {' or '.join(map(repr, close))}? " if close else ""

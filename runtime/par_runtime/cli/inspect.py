@@ -111,7 +111,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     pixels = f"{frames} frames of " if frames else ""
     phases = ", ".join(f"{count} {name}" for name, count in calls.items() if name != "total")
     out = [
-        f"{facts['name']}  ({facts['precision']}, hash {facts['hash'][:12]})",
+        f"{facts['name']}  ({_stored(facts)}, hash {facts['hash'][:12]})",
         f"model     {m['parameters']:,} parameters: width {m['dim']}, {m['n_layers']} layers, {m['n_heads']} heads of "
         f"{m['head_dim']}, {m['vocab_size']} codes, {m['n_classes']} classes"
         + (f" ({facts['class_names']} named)" if facts["class_names"] else ""),
@@ -139,6 +139,12 @@ def lines(facts: dict[str, Any]) -> list[str]:
     bounds = ", ".join(f"{gpu} {ms:.3g}" for gpu, ms in facts["bound_ms"].items())
     out.append(f"bound     at least, by memory bandwidth, for one guided {kind} without decoding, in ms: {bounds}")
     return out
+
+
+def _stored(facts: dict[str, Any]) -> str:
+    """What the weights are stored in, in a word or two."""
+    c = facts["calibration"]
+    return facts["precision"] if c is None or c["weights"] == KEPT else f"{c['weights']} and {facts['precision']}"
 
 
 def _calibration(facts: dict[str, Any]) -> list[str]:
