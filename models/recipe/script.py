@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from par_model.training.files import InputError
 from par_model.words import printable
-from par_runtime.cli.dispatch import exit_on_signals
+from par_runtime.stopping import exit_on_signals
 from par_runtime.system import explain
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from par_runtime import __version__
 from par_runtime.cli.common import Help, Parser, fail, printable, unknown_option
 from par_runtime.cli.streams import steady
 from par_runtime.errors import how_to_install
+from par_runtime.stopping import exit_on_signals, later
 
 #: extras, as pip takes them -> the packages that they bring, of those that a verb can miss.
 EXTRAS: dict[str, tuple[str, ...]] = {
@@ -133,10 +132,11 @@ def _run(arguments: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         return _stopped()
-    except ImportError as error:  # an extension module turns Ctrl-C during its import into this
-        if not _caused_by_interrupt(error):
+    except ImportError as error:  # an extension module turns Ctrl-C or a signal during its import into this
+        behind = _stop_behind(error)
+        if behind is None:
             raise
-        return _stopped()
+        return _stopped() if isinstance(behind, KeyboardInterrupt) else int(behind.code or 0)
     except BrokenPipeError:  # of a pipe that a verb opened itself: its reader has stopped reading
         return 0
 
@@ -162,26 +162,11 @@ def _stopped() -> int:
     return 130
 
 
-def _caused_by_interrupt(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+def _stop_behind(error: BaseException | None) -> KeyboardInterrupt | SystemExit | None:
+    """What stopped the command, where ``error`` comes of it."""
+    while error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
         error = error.__cause__ or error.__context__
-    return error is not None
-
-
-@contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP (a terminal that closes) raise SystemExit, so that unfinished files are removed."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    signals = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    signals = [each for each in signals if signal.getsignal(each) is not signal.SIG_IGN]  # as nohup sets it
-    previous = [signal.signal(each, lambda number, _: sys.exit(128 + number)) for each in signals]
-    try:
-        yield
-    finally:
-        for each, handler in zip(signals, previous, strict=True):
-            signal.signal(each, handler)
+    return error
 
 
 def _verb(arguments: list[str]) -> str:
@@ -233,7 +218,8 @@ def _call(verb: str, arguments: list[str]) -> int:
     if {"cpu,export", "cpu,calibrate"} & set(VERBS[verb].extras) and _folder_is_gone():
         return fail(f"the current folder was removed, where 'parvis {verb}' cannot run; change to another one (cd)")
     try:
-        module = importlib.import_module(VERBS[verb].module)
+        with later():
+            module = importlib.import_module(VERBS[verb].module)
         unknown = unknown_option(module.parser(), arguments)
         return fail(unknown) if unknown else int(module.main(arguments))
     except ModuleNotFoundError as error:

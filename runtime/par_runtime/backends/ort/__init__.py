@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from par_runtime.errors import RequestError, how_to_install
 from par_runtime.forks import no_fork
+from par_runtime.stopping import later
 
 
 @contextmanager
@@ -16,7 +17,7 @@ def importing(what: str, package: str = "onnxruntime", extra: str = "cpu") -> It
     Where that is missing, raises RequestError: ``what`` needs ``package``, of ``extra``.
     """
     try:
-        with no_fork():  # the lock of a module would stay locked in the forked process
+        with later(), no_fork():  # the lock of a module would stay locked in the forked process
             yield
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
