@@ -47,7 +47,7 @@ def test_images_that_are_the_held_out_ones_have_no_distance_and_the_same_spread(
     with Pipeline.load(DEMO) as pipeline:
         defaults = pipeline.bundle.defaults
     command = [str(DEMO), "--held-out", str(held_out), "--out", str(out), "--each", str(EACH), "--shown", "1"]
-    settings = ["--guidance", str(defaults.guidance), "1", "--top-p", str(defaults.top_p), "--temperature", "1", "0.01"]
+    settings = ["--guidance", str(defaults.guidance), "--top-p", str(defaults.top_p), "--temperature", "1", "0.01"]
     assert recipe.main([*command, *settings]) == 0, capsys.readouterr()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["guidance", "temperature", "top-p", "distance", "spread"]
@@ -55,15 +55,15 @@ def test_images_that_are_the_held_out_ones_have_no_distance_and_the_same_spread(
     assert float(rows[1][2]) > 0.1  # noise is no face
     assert rows[2] == [f"{defaults.guidance:g}", "1", f"{defaults.top_p:g}", "0.000", "1.00"]
     assert rows[3][:3] == [f"{defaults.guidance:g}", "0.01", f"{defaults.top_p:g}"]
-    assert [row[0] for row in rows[4:]] == ["1", "1"]
-    assert min(float(row[3]) for row in rows[3:]) > 0.001
+    assert float(rows[3][3]) > 0.001
     assert float(rows[3][4]) < float(rows[2][4])  # cold: the images of a class are alike
     with Image.open(out) as sheet:
         pixels = np.asarray(sheet)
-    assert pixels.shape == (4 * 64, 12 * 64, 3)
+    assert pixels.shape == (2 * 64, 12 * 64, 3)
     np.testing.assert_array_equal(pixels[:64], np.concatenate(list(made[:12]), axis=1))
 
 
+@pytest.mark.slow
 def test_a_bundle_without_encoder_is_compared_by_the_encoder_of_another(
     recipe: ModuleType, made: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,7 @@ def test_what_clips_cannot_be_made_of_is_one_line_and_writes_nothing(
         refused("clips.u8 is larger than this system or its limit")
 
 
+@pytest.mark.slow
 def test_a_bundle_is_judged_beside_real_clips(
     recipe: list[ModuleType], parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
