@@ -223,16 +223,17 @@ def decode_alike(tokenizer: VQModel, bundle: Bundle) -> bool:
 
     Raises CalibrationError, RequestError, BundleError, OSError.
     """
+    codes = some_codes(bundle)
     with torch.no_grad():
-        images = tokenizer.decode(torch.from_numpy(some_codes(bundle))).clamp(-1, 1)
+        images = tokenizer.decode(torch.from_numpy(codes)).clamp(-1, 1)
     ours = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
-    theirs = Tokenizer(bundle).decode(heldout.read(bundle, bundle.path / HELDOUT, "").first(LOOKED_AT).tokens)
+    theirs = Tokenizer(bundle).decode(codes.reshape(len(codes), -1)[:, list(bundle.order)])
     return ours.shape == theirs.shape and psnr_db(ours, theirs) >= SAME_DB
 
 
-def found_again(tokenizer: VQModel, codes: NDArray[np.integer]) -> float:
+def found_again(tokenizer: VQModel, codes: NDArray[np.int64]) -> float:
     """The share of ``codes`` [M,h,w] that the encoder gives of the images that the decoder makes of them."""
-    ids = torch.from_numpy(codes.astype(np.int64))
+    ids = torch.from_numpy(codes)
     with torch.no_grad():
         return float((tokenizer.encode(tokenizer.decode(ids).clamp(-1, 1)) == ids).float().mean())
 

@@ -207,9 +207,9 @@ def check(args: argparse.Namespace, data: ClipFolder, held_out: ClipFolder) -> N
                 f"{path}: makes {made}; expected frames, pixels and classes {(sizes[0], sizes[1], *sizes[1:])}, of "
                 f"--train {args.train}: give a bundle of clips like these"
             )
-    for output in (args.classifier, args.json):
+    for option, output in (("--classifier", args.classifier), ("--json", args.json)):
         if output is not None:
-            keep_inputs(str(output), [output], train=args.train, val=args.val)
+            keep_inputs(f"{option} {output}", [output], train=args.train, val=args.val)
             check_writable(output)
 
 
