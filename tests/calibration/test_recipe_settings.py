@@ -19,6 +19,7 @@ from par_runtime.bundle import Bundle
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 N1 = DEMO.parent / "demo-n1"
+TINY = Path(__file__).parents[1] / "data" / "tiny"
 EACH = 2
 
 
@@ -31,36 +32,39 @@ def recipe() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def made() -> np.ndarray:
-    """Images of the demo by its defaults, seeds 0, 1, ...: two of each class in turns."""
-    with Pipeline.load(DEMO) as pipeline:
-        images = pipeline.generate([i % 12 for i in range(12 * EACH)], seed=0).images
-    assert images is not None
-    return images
+    """Pictures of the demo's styles: two of each class in turns, those that its bundle holds out."""
+    with Pipeline.load(DEMO) as pipeline, np.load(DEMO / "heldout.npz") as stored:
+        assert list(stored["labels"][: 12 * EACH]) == list(range(12)) * EACH
+        return pipeline.decode(stored["tokens"][: 12 * EACH].astype(np.int64))
 
 
+@pytest.mark.parametrize("bundle", [TINY, pytest.param(DEMO, marks=pytest.mark.slow)], ids=lambda path: path.name)
 def test_images_that_are_the_held_out_ones_have_no_distance_and_the_same_spread(
-    recipe: ModuleType, made: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bundle: Path, recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    with Pipeline.load(bundle) as pipeline:
+        classes, size, defaults = pipeline.bundle.n_classes, pipeline.bundle.image_size[0], pipeline.bundle.defaults
+        made = pipeline.generate([i % classes for i in range(classes * EACH)], seed=0).images
+    assert made is not None
     other = np.random.default_rng(0).integers(256, size=made.shape).astype(np.uint8)
-    held_out = raw_folder(tmp_path / "val", np.concatenate([made, other]), np.arange(48) % 12)
+    images = np.concatenate([made, other])
+    held_out = raw_folder(tmp_path / "val", images, np.arange(len(images)) % classes, classes=classes)
     out = tmp_path / "sheet.png"
-    with Pipeline.load(DEMO) as pipeline:
-        defaults = pipeline.bundle.defaults
-    command = [str(DEMO), "--held-out", str(held_out), "--out", str(out), "--each", str(EACH), "--shown", "1"]
+    command = [str(bundle), "--held-out", str(held_out), "--out", str(out), "--each", str(EACH), "--shown", "1"]
     settings = ["--guidance", str(defaults.guidance), "--top-p", str(defaults.top_p), "--temperature", "1", "0.01"]
     assert recipe.main([*command, *settings]) == 0, capsys.readouterr()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["guidance", "temperature", "top-p", "distance", "spread"]
     assert rows[1][:2] == ["held", "out"]
-    assert float(rows[1][2]) > 0.1  # noise is no face
+    assert float(rows[1][2]) > 0.1  # noise is no image of the bundle
     assert rows[2] == [f"{defaults.guidance:g}", "1", f"{defaults.top_p:g}", "0.000", "1.00"]
     assert rows[3][:3] == [f"{defaults.guidance:g}", "0.01", f"{defaults.top_p:g}"]
     assert float(rows[3][3]) > 0.001
     assert float(rows[3][4]) < float(rows[2][4])  # cold: the images of a class are alike
     with Image.open(out) as sheet:
         pixels = np.asarray(sheet)
-    assert pixels.shape == (2 * 64, 12 * 64, 3)
-    np.testing.assert_array_equal(pixels[:64], np.concatenate(list(made[:12]), axis=1))
+    assert pixels.shape == (2 * size, classes * size, 3)
+    np.testing.assert_array_equal(pixels[:size], np.concatenate(list(made[:classes]), axis=1))
 
 
 @pytest.mark.slow

@@ -93,9 +93,9 @@ def test_a_good_calibration_passes_with_room(tmp_path: Path) -> None:
     [
         ("scales of one layer doubled", doubled("layers.3.wo")),
         pytest.param("scales of the first matrix doubled", doubled("layers.0.wqkv"), marks=pytest.mark.slow),
-        ("scales of the head doubled", HEAD_DOUBLED),
+        pytest.param("scales of the head doubled", HEAD_DOUBLED, marks=pytest.mark.slow),
         pytest.param("sinks clipped", clipped, marks=pytest.mark.slow),
-        ("head of four bits, a scale for each column", head_of_four_bits(one_scale=False)),
+        pytest.param("head of four bits, a scale for each", head_of_four_bits(one_scale=False), marks=pytest.mark.slow),
         pytest.param("head of four bits, one scale", head_of_four_bits(one_scale=True), marks=pytest.mark.slow),
     ],
 )

@@ -18,7 +18,7 @@ pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install '.[t
 
 
 def test_the_command_prints_the_report_or_json(tiny_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(tiny_copy), "--target", "sm80", "--max-images", "3", "--no-cache"]
+    arguments = [str(tiny_copy), "--target", "sm80", "--max-images", "3"]
     assert build_cli.main([*arguments, "--kernels"]) == 0
     out = capsys.readouterr().out
     assert re.search(

@@ -52,7 +52,7 @@ def test_head_sizes(trt: trt_module.TensorRT, tmp_path: Path, dim: int, heads: i
         assert counted[0].attention == 2
 
 
-@pytest.mark.parametrize("quantised", ["int8", "int4"])
+@pytest.mark.parametrize("quantised", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_quantised_weights_stay_small(trt: trt_module.TensorRT, tmp_path: Path, quantised: str) -> None:
     config = PARConfig(dim=512, n_layers=2, n_heads=8, vocab_size=256, n_classes=10, grid=(1, 8, 8), group_size=4)
     (tmp_path / "half").mkdir()
@@ -67,6 +67,7 @@ def test_quantised_weights_stay_small(trt: trt_module.TensorRT, tmp_path: Path, 
     assert len(plan) < 0.8 * len(half_plan)
 
 
+@pytest.mark.slow
 def test_kernels_of_par_l(trt: trt_module.TensorRT, tmp_path: Path) -> None:
     """The launch cost of a step, counted: at most 10 kernels a layer and 11 around them, at q = 1 and q = 4."""
     config = PARConfig(dim=1024, n_layers=2, n_heads=16)  # PAR-L, two of its layers

@@ -98,18 +98,18 @@ def test_stored_in_half_precision(tmp_path: Path, precision: str) -> None:
 
 def test_any_number_of_threads_and_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(ROOT / "models/fashion")
-    tokens = tokens_of(bundle, 5)
+    tokens = tokens_of(bundle, 3)
     wanted = ours(bundle, tokens, 1)
     assert np.abs(graphs(bundle, tokens).astype(int) - wanted).max() <= ONE_LEVEL
-    for threads in (2, 3, 7):
+    for threads in (2, 7):
         np.testing.assert_array_equal(ours(bundle, tokens, threads), wanted)
     decoder = NativeDecoder(LoadedFiles(bundle), 2)
-    for part in (slice(3, 4), slice(0, 5), slice(1, 3)):  # buffers grow and stay
+    for part in (slice(2, 3), slice(0, 3), slice(1, 3)):  # buffers grow and stay
         np.testing.assert_array_equal(decoder.run(tokens[part]), wanted[part])
         np.testing.assert_array_equal(decoder.run(tokens[part, :128]), wanted[part, :5])
     with monkeypatch.context() as patch:  # what fits into the buffers that there are allocates none
         patch.setattr(decoding, "Buffers", lambda *_: pytest.fail("the buffers were made again"))
-        for count, latent in ((1, 5), (5, 5), (2, 1), (4, 3)):
+        for count, latent in ((1, 5), (3, 5), (2, 1), (2, 3)):
             given = tokens[:count, : 64 * latent]
             np.testing.assert_array_equal(decoder.run(given), wanted[:count, : bundle.frames_of(latent)])
     decoder.close()

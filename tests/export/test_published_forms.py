@@ -182,19 +182,16 @@ def write(folder: Path, form: str, model: PAR) -> tuple[Path, list[str]]:
 @pytest.mark.parametrize(
     ("form", "n"),
     [
-        ("trainer", 4),
-        *(pytest.param("trainer", n, marks=pytest.mark.slow) for n in (1, 16)),
+        *(pytest.param("trainer", n, marks=pytest.mark.slow) for n in (1, 4, 16)),
         ("bare, leftovers", 1),
         *(pytest.param("bare, leftovers", n, marks=pytest.mark.slow) for n in (4, 16)),
         pytest.param("trainer, legacy file", 4, marks=pytest.mark.slow),
         pytest.param("bare", 16, marks=pytest.mark.slow),
         *(pytest.param(form, n, marks=pytest.mark.slow) for form, n in (("module", 4), ("state_dict", 1))),
         pytest.param("ddp", 16, marks=pytest.mark.slow),
-        ("ddp, compiled", 4),
-        ("fsdp folder", 4),
-        ("bf16", 4),
+        *(pytest.param(form, 4, marks=pytest.mark.slow) for form in ("ddp, compiled", "fsdp folder", "bf16")),
         ("fp16", 16),
-        ("safetensors", 1),
+        pytest.param("safetensors", 1, marks=pytest.mark.slow),
         ("sharded", 4),
     ],
 )

@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
+from kinds import KINDS, SMALL, TINY
 
-from par_runtime import Bundle, Pipeline
+from par_runtime import Pipeline
 from par_runtime.backends.native import library
-from par_runtime.backends.ort import gpu
 
-#: The bundle that the C step can run: the widths of ``tests/data/tiny`` are too small for it.
-DEMO = Path(__file__).parents[2] / "models" / "demo"
-TINY = Path(__file__).parents[1] / "data" / "tiny"
+__all__ = ["KINDS", "ON_A_CPU", "SMALL", "TINY", "params", "shared_pipelines"]
 
-
-def on_gpu_code(path: Path) -> Pipeline:
-    """The backend of ONNX Runtime on a GPU, whose code also runs on the CPU's provider."""
-    bundle = Bundle.open(path)
-    return Pipeline(bundle, gpu.OrtCudaBackend(bundle, provider="CPUExecutionProvider", kind="cpu"))
-
-
-#: name -> its bundle, and how it is loaded
-KINDS: dict[str, tuple[Path, Callable[[Path], Pipeline]]] = {
-    # One thread: where others use the cores, two of them wait for each other and take eight times as long.
-    "C step": (DEMO, lambda path: Pipeline.load(path, device="cpu", threads=1, selftest=False)),
-    "C step, threads": (DEMO, lambda path: Pipeline.load(path, device="cpu", selftest=False)),
-    "ONNX Runtime": (TINY, lambda path: Pipeline.load(path, device="cpu-ort", selftest=False)),
-    "ONNX Runtime, GPU": (TINY, on_gpu_code),
-    "TensorRT": (TINY, lambda path: Pipeline.load(path, device="cuda:0", selftest=False)),
-    "kernels": (TINY, lambda path: Pipeline.load(path, device="cuda:0", selftest=False)),
-}
 ON_A_CPU = ["C step", "ONNX Runtime"]
 no_kernels = pytest.mark.skipif(library.library() is None, reason="no compiler at installation, or an older CPU")
 

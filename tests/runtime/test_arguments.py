@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sharing import DEMO, TINY, params
+from sharing import SMALL, TINY, params
 
 import par_runtime
 from par_runtime import Bundle, Pipeline, RequestError, Schedule, Settings
@@ -290,7 +290,7 @@ def test_other_forms_of_the_same_values(pipeline: Pipeline) -> None:
 @pytest.mark.parametrize("kind", params("C step", "ONNX Runtime"))
 def test_numbers_at_the_edges_draw_what_is_documented(kind: str) -> None:
     """Nothing overflows (warnings are errors): extreme settings have their limits' meaning."""
-    path, device = {"C step": (DEMO, "cpu"), "ONNX Runtime": (TINY, "cpu-ort")}[kind]
+    path, device = {"C step": (SMALL, "cpu"), "ONNX Runtime": (TINY, "cpu-ort")}[kind]
     pipeline = Pipeline.load(path, device, threads=1, selftest=False)
 
     def tokens(**settings: Any) -> list[list[int]]:
@@ -356,7 +356,7 @@ def test_more_threads_than_cores_are_reduced_with_a_warning(monkeypatch: pytest.
     before = threading.active_count()
     for load in (
         lambda: Pipeline.load(TINY, "cpu", threads=100000),
-        lambda: Pipeline.load(DEMO, "cpu", threads=np.int64(100000), selftest=False),
+        lambda: Pipeline.load(SMALL, "cpu", threads=np.int64(100000), selftest=False),
     ):
         with pytest.warns(UserWarning, match=words) as caught, load() as pipeline:
             assert pipeline.threads == cores

@@ -71,7 +71,7 @@ def test_their_tokenizers_are_one(demos: dict[int, Pipeline]) -> None:
 @pytest.mark.parametrize(
     ("each", "expected"),
     [
-        (2, {1: 1.235, 4: 1.226, 16: 1.295}),
+        (1, {1: 1.250, 4: 1.237, 16: 1.305}),
         pytest.param(20, {1: 1.272, 4: 1.275, 16: 1.355}, marks=pytest.mark.slow),  # those of models/README.md
     ],
 )
@@ -91,9 +91,9 @@ def test_a_sibling_does_what_the_demo_does(
 ) -> None:
     """Generate, make again, and edit on the command line; the part that is kept stays."""
     bundle, first, second = str(BUNDLES[n]), str(tmp_path / "first.png"), str(tmp_path / "second.png")
-    assert cli.main(["generate", bundle, "--label", "micah", "dylan", "--seed", "1", "--out", first, "--quiet"]) == 0
+    assert cli.main(["generate", bundle, "--label", "micah", "--seed", "1", "--out", first, "--quiet"]) == 0
     assert cli.main(["redo", first, "--bundle", bundle, "--quiet"]) == 0
-    assert cli.main(["edit", first, "--bundle", bundle, "--which", "0", "--keep", "left", "--out", second]) == 0
+    assert cli.main(["edit", first, "--bundle", bundle, "--keep", "left", "--out", second]) == 0
     assert capsys.readouterr().err.count("error") == 0
     mask = np.zeros((16, 16), bool)
     mask[:, :8] = True

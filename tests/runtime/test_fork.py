@@ -19,7 +19,7 @@ PRELUDE = """
 import gc, os, sys, threading, warnings
 import numpy as np
 warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork.*", category=DeprecationWarning)
-from sharing import KINDS
+from kinds import KINDS
 kind = sys.argv[1]
 path, load = KINDS[kind]
 
@@ -294,7 +294,7 @@ driver.twin = Twins(driver)
 }
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", ["TensorRT", pytest.param("kernels", marks=pytest.mark.slow)])
 def test_an_engine_says_that_it_cannot_be_forked_without_a_call_of_the_driver(tmp_path: Path, kind: str) -> None:
     stand_in = f"""
 import shutil

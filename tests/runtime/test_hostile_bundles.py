@@ -50,7 +50,7 @@ def changes(whole: int, quick: int) -> pytest.MarkDecorator:
     )
 
 
-@changes(1800, quick=300)
+@changes(1800, quick=150)
 def test_every_entry_of_a_manifest(bundle: Path, count: int, most: int | None) -> None:
     manifest = manifest_of(bundle)
     refused, works = 0, 0
@@ -83,7 +83,7 @@ def test_every_entry_of_a_manifest(bundle: Path, count: int, most: int | None) -
     assert works > count // 18
 
 
-@changes(900, quick=225)
+@changes(900, quick=110)
 def test_every_entry_of_a_video_manifest(tiny_video: Path, tmp_path: Path, count: int, most: int | None) -> None:
     bundle = Path(shutil.copytree(tiny_video, tmp_path / "video"))
     manifest = manifest_of(bundle)
@@ -196,7 +196,7 @@ print(loaded, peak_bytes())
 
 @pytest.mark.parametrize(
     ("name", "count", "most"),
-    [("tiny", 200, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("demo", 80, 4), ("tiny", 500, 0)))],
+    [("tiny", 100, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("demo", 80, 4), ("tiny", 500, 0)))],
 )
 def test_no_change_kills_the_process_or_takes_a_gigabyte(
     bundle: Path, tmp_path: Path, name: str, count: int, most: int

@@ -74,6 +74,7 @@ def coded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return sample.write(tmp_path_factory.mktemp("codes"))
 
 
+@pytest.mark.slow
 def test_right_kernels_of_quantised_weights_pass(load_kernels: Make, coded: Path) -> None:
     """With the padding of heads that a quantised wo takes, too."""
     pipeline = load_kernels(coded, images=(1,), precision="fp16")

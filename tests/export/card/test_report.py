@@ -124,6 +124,7 @@ def test_make_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert (tmp_path / "report.md").read_text() == ""
 
 
+@pytest.mark.slow
 def test_a_whole_report(
     stand_in: gpu.Gpu, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

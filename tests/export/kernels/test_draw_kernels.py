@@ -131,7 +131,9 @@ def test_tokens_reach_every_row_of_their_image(form: tuple[str, dict[str, Any]])
             assert got[row, j] == draw(logits[b, j], float(uniform[b, j]), *of)
 
 
-@pytest.mark.parametrize(("vocab", "top_k", "top_p"), [(64, 0, 1.0), (1024, 0, 1.0), (256, 30, 1.0)])
+@pytest.mark.parametrize(
+    ("vocab", "top_k", "top_p"), [(64, 0, 1.0), pytest.param(1024, 0, 1.0, marks=pytest.mark.slow), (256, 30, 1.0)]
+)
 def test_the_distribution_is_the_promised_one(vocab: int, top_k: int, top_p: float) -> None:
     """A chi-square test of the draws of one row of logits."""
     logits = np.random.default_rng(4).normal(size=vocab).astype(np.float32)

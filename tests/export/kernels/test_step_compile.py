@@ -77,9 +77,9 @@ def planned(
 TINY = PARConfig(dim=40, n_layers=1, n_heads=2, vocab_size=50, n_classes=2, grid=(1, 8, 8), group_size=4)
 CASES = [
     pytest.param("L", 4, "SM80", "fp16", 1, marks=pytest.mark.slow),
-    ("L", 4, "SM90", "fp16", 1),
+    pytest.param("L", 4, "SM90", "fp16", 1, marks=pytest.mark.slow),
     pytest.param("3B", 16, "SM90", "bf16", 1, marks=pytest.mark.slow),
-    pytest.param("tiny", 4, "SM90", "fp16", 1, marks=pytest.mark.slow),
+    pytest.param("tiny", 4, "SM90", "fp16", 1, marks=pytest.mark.slow),  # tests of an engine compile these too
 ]
 
 

@@ -143,6 +143,7 @@ def test_half_precision_within_the_floors_of_verify(
     assert max(phase["max_error"] for phase in row["logits"]) > 0  # it is another precision
 
 
+@pytest.mark.slow
 def test_memory_stays_constant_over_many_images(load_kernels: Make, driver: Driver) -> None:
     gpu = load_kernels(images=(1,))
     gpu.generate([0], seed=0)

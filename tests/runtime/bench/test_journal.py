@@ -177,7 +177,14 @@ def test_one_subject_that_fails_does_not_end_the_others(
     assert [row.label for row in read(file) if row.phase == "first_preview"] == ["tiny (1)"]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        signal.SIGTERM,
+        signal.SIGKILL,
+        *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGHUP, signal.SIGINT)),
+    ],
+)
 def test_a_signal_leaves_whole_rows(sent: signal.Signals, tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     code = (
