@@ -61,7 +61,7 @@ def train(work: Work) -> None:
     """All parts, one after the other. Raises InputError, OSError, StoppedError."""
     args = work.args
     train_images, val_images = work.work / "train", work.work / "val"
-    counts = [unpack(args.data / name, work.work / name, lambda: work.stop.wanted) for name in ("train", "val")]
+    counts = [unpack(args.data / name, work.work / name, work.stop.check) for name in ("train", "val")]
     work.stop.check()
     work.say(f"{counts[0]} images for the training, {counts[1]} for validation")
     share = args.share_tokenizer

@@ -17,9 +17,8 @@ import lzma
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from par_model.training.files import InputError, folder_for, keep_inputs, written_beside
+from par_model.training.files import InputError, folder_for, keep_inputs, naming, written_together
 from par_model.training.raw import IMAGES, RawImages, read_meta
 from par_model.words import printable
 
@@ -114,11 +113,10 @@ def pack(out: Path, raw: RawImages, chosen: NDArray[np.intp], preset: int, at_on
 
     classes = np.unique(labels).tolist()
     about = {key: value for key, value in raw.meta.items() if key != "images_sha256"}
-    with ExitStack() as files:  # renamed when all are whole
-        parts = [files.enter_context(written_beside(out / f"{label:03}.xz")) for label in classes]
-        text = json.dumps(about | {"count": len(chosen)}, indent=1)
-        for name, content in (("labels.xz", lzma.compress(labels.tobytes())), ("meta.json", text.encode())):
-            part = files.enter_context(written_beside(out / name))
+    text = json.dumps(about | {"count": len(chosen)}, indent=1)
+    names = [*(f"{label:03}.xz" for label in classes), "labels.xz", "meta.json"]
+    with written_together(*(out / name for name in names)) as (*parts, labels_part, meta_part):
+        for part, content in ((labels_part, lzma.compress(labels.tobytes())), (meta_part, text.encode())):
             with naming(part):
                 part.write_bytes(content)
         with ThreadPoolExecutor(at_once) as pool:  # lzma works outside the interpreter's lock
@@ -129,37 +127,26 @@ def pack(out: Path, raw: RawImages, chosen: NDArray[np.intp], preset: int, at_on
             old.unlink()
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put ``path`` into an OSError that names no file, as that of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def unpack(packed: Path, out: Path, stopped: Callable[[], bool] = lambda: False) -> int:
+def unpack(packed: Path, out: Path, check: Callable[[], None] = lambda: None) -> int:
     """Write the images in ``packed`` to ``out`` in the form that the trainers read, in their old order.
 
-    Returns how many. Ends early, with nothing that can be used, when ``stopped()``. Raises InputError (a file that is
-    cut off, damaged, or of other images), OSError.
+    Returns how many. Raises what ``check()``, which is called again and again, raises to end it early; InputError (a
+    file that is cut off, damaged, or of other images); OSError. In all these cases ``out`` stays as it was.
     """
     meta = read_meta(packed, "count", "size", names="styles")
     size = meta["size"]
     labels = unpacked_labels(packed, meta)
     shape = (len(labels), size, size, 3)
-    with written_beside(out / "images.u8") as part:
-        allocate(part, math.prod(shape))
-        fill(np.memmap(part, np.uint8, mode="r+", shape=shape), labels, packed, stopped)
-    with written_beside(out / "labels.u8") as part:
-        part.write_bytes(labels.tobytes())
-    with written_beside(out / "meta.json") as part:
-        part.write_text(json.dumps(meta), encoding="utf-8")
+    with written_together(*(out / name for name in IMAGES)) as (images_part, labels_part, meta_part):
+        allocate(images_part, math.prod(shape))
+        fill(np.memmap(images_part, np.uint8, mode="r+", shape=shape), labels, packed, check)
+        for part, content in ((labels_part, labels.tobytes()), (meta_part, json.dumps(meta).encode())):
+            with naming(part):
+                part.write_bytes(content)
     return len(labels)
 
 
-def fill(images: np.memmap, labels: NDArray[np.uint8], packed: Path, stopped: Callable[[], bool]) -> None:
+def fill(images: np.memmap, labels: NDArray[np.uint8], packed: Path, check: Callable[[], None]) -> None:
     """Unpack the images of every class in the folder ``packed`` to their places in ``images``. Raises InputError."""
     size = images.shape[1]
 
@@ -169,8 +156,7 @@ def fill(images: np.memmap, labels: NDArray[np.uint8], packed: Path, stopped: Ca
         try:
             with lzma.open(path) as file:
                 for start in range(0, len(index), PIECE):
-                    if stopped():
-                        return
+                    check()
                     piece = index[start : start + PIECE]
                     content = file.read(len(piece) * size * size * 3)
                     if len(content) != len(piece) * size * size * 3:

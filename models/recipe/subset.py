@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from script import run
 
-from par_model.training.files import InputError, folder_for, keep_inputs, written_beside
+from par_model.training.files import InputError, folder_for, keep_inputs, naming, written_together
 from par_model.training.raw import IMAGES, RawImages
 from par_model.words import printable
 
@@ -80,9 +80,10 @@ def write(out: Path, raw: RawImages, chosen: NDArray[np.intp]) -> None:
         "labels.u8": raw.labels[chosen].tobytes(),
         "meta.json": json.dumps(meta).encode(),
     }
-    for name, content in files.items():
-        with written_beside(out / name) as part:
-            part.write_bytes(content)
+    with written_together(*(out / name for name in files)) as parts:
+        for part, content in zip(parts, files.values(), strict=True):
+            with naming(part):
+                part.write_bytes(content)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 #: What a training writes into the folder of its run, beside sheets of samples.
@@ -44,6 +44,27 @@ def written_beside(path: Path) -> Iterator[Path]:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_together(*paths: Path) -> Iterator[list[Path]]:
+    """Hidden files beside ``paths``, which become them at the end, when all are whole: files of one set never mix with
+    those of an earlier one. On an error before that all ``paths`` stay as they were.
+
+    Where an OSError may name no file, as that of a full disk, :func:`naming` says which one it was.
+    """
+    with ExitStack() as files:
+        yield [files.enter_context(written_beside(path)) for path in paths]
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put ``path`` into an OSError that names no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def folder_for(option: str, path: Path) -> None:

@@ -151,6 +151,21 @@ def test_a_full_disk_names_the_file_and_leaves_the_pack_before(
     assert not list((tmp_path / "unpacked").iterdir())
 
 
+def test_unpacking_that_is_stopped_leaves_the_images_before(pack: ModuleType, raw: Path, tmp_path: Path) -> None:
+    assert pack.main(command(raw, tmp_path / "out")) == 0
+    unpacked = tmp_path / "unpacked"
+    pack.unpack(tmp_path / "out" / "val", unpacked)
+    before = contents(unpacked)
+    assert {path.name for path in before} == {"images.u8", "labels.u8", "meta.json"}
+
+    def stop() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        pack.unpack(tmp_path / "out" / "train", unpacked, stop)
+    assert contents(unpacked) == before
+
+
 def test_a_pack_of_fewer_classes_leaves_no_file_of_the_one_before(pack: ModuleType, raw: Path, tmp_path: Path) -> None:
     assert pack.main(command(raw, tmp_path / "out")) == 0
     (raw / "val" / "labels.u8").write_bytes(bytes(4))

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from recipe_scripts import scripts
+from recipe_scripts import full_disk, scripts
 
 from par_model.training.data import ImageFolder
 
@@ -93,3 +93,18 @@ def test_what_it_cannot_use_is_one_line_and_writes_nothing(
     refused(f"--out {drawings}: would write {drawings / 'images.u8'}, in the folder of --data {drawings}", to=drawings)
     refused(f"--out {drawings / 'in'}: would write", to=drawings / "in")
     refused(f"--out {tmp_path / 'file'}: is a file", to=tmp_path / "file")
+
+
+def test_a_disk_that_is_full_at_the_last_file_leaves_all_three_of_the_part_before(
+    subset: ModuleType, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    meta = json.loads((drawings / "meta.json").read_text())
+    (drawings / "meta.json").write_text(json.dumps(meta | {"note": 2000 * "x"}))
+    assert subset.main(["--data", str(drawings), "--out", str(out), "--start", "6"]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    with full_disk(2000):  # room for five images, not for what is said of them
+        assert subset.main(["--data", str(drawings), "--out", str(out), "--start", "5"]) == 2
+    assert capsys.readouterr().err.startswith(f"subset.py: error: {out / 'meta.json'} is larger than")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -16,19 +16,17 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pack import naming
 from script import run
 
 from par_model.training.cli import numbers
 from par_model.training.cli.numbers import Limit
-from par_model.training.files import InputError, folder_for, keep_inputs, written_beside
+from par_model.training.files import InputError, folder_for, keep_inputs, naming, written_together
 
 FILES = ("clips.u8", "labels.u8", "motion.f32", "meta.json")
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
@@ -71,8 +69,7 @@ def write(source: Path, part: str, count: int, out: Path) -> None:
     labels = np.arange(count) % len(NAMES)
     motion = np.zeros((count, 2), np.float32)
     meta = {"count": count, "frames": FRAMES, "size": SIDE, "channels": 1, "class_names": NAMES}
-    with ExitStack() as files:  # renamed when all are whole
-        parts = [files.enter_context(written_beside(out / name)) for name in FILES]
+    with written_together(*(out / name for name in FILES)) as parts:
         with naming(parts[0]), parts[0].open("wb") as file:
             for i, label in enumerate(labels):
                 of_class = classes[label]
