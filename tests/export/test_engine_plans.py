@@ -97,7 +97,7 @@ def test_a_norm_after_the_product_saves_a_kernel_per_layer(trt: trt_module.Tenso
 
 
 @pytest.mark.parametrize("lengths", [True, False])
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("grouped", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_form_is_fused_at_16_queries(
     trt: trt_module.TensorRT, tmp_path: Path, grouped: bool, lengths: bool
 ) -> None:

@@ -72,7 +72,7 @@ def ours(bundle: Bundle, tokens: NDArray[np.int64], threads: int = 2) -> NDArray
         decoder.close()
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_tokenizer(tmp_path: Path, form: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle.open(make(tmp_path, form))

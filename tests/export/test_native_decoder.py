@@ -74,7 +74,7 @@ def make(folder: Path, form: str, precision: str = "fp32") -> Path:
 
 
 @needs_decoder
-@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("images", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_tokenizer(tmp_path: Path, form: str, images: int) -> None:
     assert compare(make(tmp_path, form), images) <= ONE_LEVEL

@@ -33,7 +33,7 @@ KINDS = (
     (4, Settings(guidance=0.0, top_k=5), 6),
     (0, Settings(guidance=2.5, guidance_interval=1), 7),
 )  #: (label, settings, seed)
-ROUNDS = 250
+ROUNDS = 150
 GROW = 15  #: rounds after which more rows are used: twice as many, while images are in flight
 IMAGES, ROWS = 4, 8  #: most images in a call, and cache rows: what the stand-in engines have
 TOLERANCE = 1e-4  #: of logits, relative to the largest

@@ -124,7 +124,7 @@ EACH_BACKEND = [
 ]
 
 
-@pytest.mark.parametrize("name", ["fp32", "n1", "n16"])
+@pytest.mark.parametrize("name", ["fp32", pytest.param("n1", marks=pytest.mark.slow), "n16"])
 @pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_rows_at_different_steps_give_the_tokens_of_images_made_alone(
     backend: str, name: str, bundles: dict[str, Path]

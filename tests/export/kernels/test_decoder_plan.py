@@ -69,6 +69,7 @@ def test_the_decoder_makes_the_images_of_the_graph(
     assert psnr(got, images[:1]) > (40 if precision == "bf16" else 55)
 
 
+@pytest.mark.slow
 def test_the_demo_is_decoded() -> None:
     """The committed model, 64x64 pixels."""
     demo = Path(__file__).parents[3] / "models" / "demo"

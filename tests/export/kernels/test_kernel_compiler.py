@@ -69,6 +69,7 @@ def test_weights_are_read_16_bytes_at_a_time(compiled: dict[str, Compiled]) -> N
         assert "2" not in kernel.loads
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_by_two_processes_and_counted(compiler: Compiler) -> None:
     steps: list[tuple[int, int]] = []
     specs = [product(N=n) for n in (1024, 512, 768, 1024)]  # none of which was made before

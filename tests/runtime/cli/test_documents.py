@@ -52,8 +52,8 @@ def test_the_commands_for_trying_it_run_one_after_the_other(
     monkeypatch.chdir(tmp_path)
     tried = commands(ROOT / "README.md", "Try it")
     siblings = [command for command in tried if "models/demo-n" in " ".join(command)]
-    for command in siblings:  # 24 images each, of which one of a class will do
-        command[command.index("--count") + 1] = "1"
+    for command in siblings:  # 24 images each, of which two will do
+        command[command.index("--label") + 1] = "lorelei"
     assert len(siblings) == 2
     assert {"generate", "redo", "edit", "reconstruct", "doctor", "labels"} <= {command[0] for command in tried}
     for command in tried:

@@ -81,8 +81,8 @@ def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_all(tmp_path: Path) ->
     [
         {"PYTHONIOENCODING": "ascii"},
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        {"LC_ALL": "C"},
-        {"PYTHONIOENCODING": "utf-8:strict"},
+        pytest.param({"LC_ALL": "C"}, marks=pytest.mark.slow),
+        pytest.param({"PYTHONIOENCODING": "utf-8:strict"}, marks=pytest.mark.slow),
     ],
 )
 def test_names_that_a_stream_cannot_write_are_escaped(tiny: Path, tmp_path: Path, environment: dict[str, str]) -> None:
@@ -227,7 +227,9 @@ LATIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  #: names
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files that are no text")
-@pytest.mark.parametrize(("name", "environment"), [(b"b\xff", {}), ("bünd😀le".encode(), LATIN)])
+@pytest.mark.parametrize(
+    ("name", "environment"), [(b"b\xff", {}), pytest.param("bünd😀le".encode(), LATIN, marks=pytest.mark.slow)]
+)
 def test_a_bundle_in_a_folder_whose_name_is_not_of_this_system(
     tiny: Path, tmp_path: Path, name: bytes, environment: dict[str, str]
 ) -> None:
