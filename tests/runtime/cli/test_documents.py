@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +96,14 @@ def test_the_documents_name_no_package_that_is_on_no_index() -> None:
     for document in [*DOCUMENTS, *(ROOT / "cmake").iterdir()]:
         text = document.read_text(encoding="utf-8")
         assert not re.search(r"pip install '?parvis", text), document
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("folder", ["", "models/recipe", "models/recipe/video"])
+def test_make_help_lists_every_target_that_is_a_command(folder: str) -> None:
+    text = (ROOT / folder / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.M)
+    done = subprocess.run(["make", "-s", "help"], cwd=ROOT / folder, capture_output=True, text=True, check=True)
+    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert {target for _, target, _ in lines} == {name for name in phony.split() if not name.startswith("has-")}
+    assert "$(" not in done.stdout
