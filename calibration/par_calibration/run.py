@@ -22,6 +22,7 @@ from par_calibration.refine.train import Refined, check_memory, refine, training
 from par_calibration.report import Budget, LayerError, Options, Report, compare
 from par_export.quantised import check_source, write_bundle
 from par_export.restored import StoredWeights, stored_table
+from par_model.training.files import followed
 from par_runtime.arguments import cpu_threads
 from par_runtime.backends.native.library import why_not
 from par_runtime.bundle import MANIFEST, WEIGHTS, Bundle, matrix_names
@@ -90,7 +91,7 @@ class Places:
 
     def check(self, source: Path, inputs: Sequence[Path]) -> None:
         """Raise CalibrationError where one of them would be lost in another, or in ``source`` or ``inputs``."""
-        source, out, work = source.resolve(), self.out.resolve(), self.work.resolve()
+        source, out, work = followed(source), followed(self.out), followed(self.work)
         if out == source:
             raise CalibrationError(f"--out {shown_path(self.out)}: is the bundle that is read; give another --out")
         for option, path in (("--out", out), ("--work", work)):
@@ -100,7 +101,7 @@ class Places:
                 )
         if source.is_relative_to(out):
             raise CalibrationError(f"--out {shown_path(self.out)}: holds the bundle that is read; give another --out")
-        for path in (work, *(file.resolve() for file in self.files)):
+        for path in (work, *(followed(file) for file in self.files)):
             if path.is_relative_to(out):
                 raise CalibrationError(
                     f"{shown_path(path)}: lies in --out, which is made at the end; give another place"
@@ -108,16 +109,16 @@ class Places:
         for path in self.files:
             for read in inputs:
                 same = path.exists() and read.exists() and path.samefile(read)
-                if same or path.resolve() == read.resolve():
+                if same or followed(path) == followed(read):
                     raise CalibrationError(
                         f"{shown_path(path)}: is read by this command; write the report to another file"
                     )
-                if read.is_dir() and path.resolve().is_relative_to(read.resolve()):
+                if read.is_dir() and followed(path).is_relative_to(followed(read)):
                     raise CalibrationError(
                         f"{shown_path(path)}: lies in {shown_path(read)}, which is read by this command; write the "
                         "report to another folder"
                     )
-        if len({path.resolve() for path in self.files}) < len(self.files):
+        if len({followed(path) for path in self.files}) < len(self.files):
             raise CalibrationError("--html, --json and --show-images name the same file; give different ones")
 
     @staticmethod

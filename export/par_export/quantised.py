@@ -237,7 +237,7 @@ def _gate(bundle: Bundle, folder: Path, config: PARConfig, weights: WeightsWrite
 
     state = StoredState(config, StoredWeights(weights.path, weights))
     guidance = float(bundle.selftest["guidance"])
-    checked = model.gate(folder, config, Checkpoint(folder, state), weights, guidance=guidance, stored=True)
+    checked = model.gate(folder, config, Checkpoint(bundle.path, state), weights, guidance=guidance, stored=True)
     _compare_tokenizer(bundle, folder, config)
     checked["parity"] |= {name: bundle.parity[name] for name in TOKENIZER_PARITY if name in bundle.parity}
     return checked

@@ -37,7 +37,7 @@ from par_calibration.errors import CalibrationError
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config
 from par_model.training.cli import numbers, parsed, words
 from par_model.training.cli.numbers import Limit
-from par_model.training.files import InputError, folder_for, keep_inputs, same, written_beside
+from par_model.training.files import InputError, folder_for, followed, keep_inputs, same, written_beside
 from par_model.training.run import load_tokenizer
 from par_model.training.transformer import load_codes
 from par_model.vq import VQModel
@@ -247,9 +247,9 @@ def check_folders(args: argparse.Namespace, names: dict[int, str]) -> None:
             if same(folder, path):
                 raise InputError(f"{option} {folder}: is the folder of the {what}; give another")
             for name in names.values():  # an export replaces such a folder as a whole
-                if path.resolve().is_relative_to((folder / name).resolve()):
+                if followed(path).is_relative_to(followed(folder / name)):
                     raise InputError(f"{option} {folder}: would replace {folder / name}, with the {what}; give another")
-    work, out = args.work.resolve(), args.out.resolve()
+    work, out = followed(args.work), followed(args.out)
     if same(work, out) or out.is_relative_to(work) or work.is_relative_to(out):
         raise InputError(f"--out {args.out} and --work {args.work}: one is in the other; give two folders side by side")
     if args.sheet.is_dir() or args.sheet.suffix.lower() != ".png":
@@ -257,7 +257,7 @@ def check_folders(args: argparse.Namespace, names: dict[int, str]) -> None:
     for path in args.take:
         keep_inputs(f"--sheet {args.sheet}", [args.sheet], take=path)
     for name in names.values():
-        if any(args.sheet.resolve().is_relative_to((folder / name).resolve()) for folder in (args.work, args.out)):
+        if any(followed(args.sheet).is_relative_to(followed(folder / name)) for folder in (args.work, args.out)):
             raise InputError(f"--sheet {args.sheet}: is in the folder of a bundle that is made; give another name")
 
 

@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -57,12 +58,13 @@ RESULTS = (
 )
 
 
-def train(work: Work) -> None:
-    """All parts, one after the other. Raises InputError, OSError, StoppedError."""
+def train(work: Work, counts: Sequence[int]) -> None:
+    """All parts, one after the other, with so many images for training and validation.
+
+    Raises InputError, OSError, StoppedError.
+    """
     args = work.args
     train_images, val_images = work.work / "train", work.work / "val"
-    counts = [unpack(args.data / name, work.work / name, work.stop.check) for name in ("train", "val")]
-    work.stop.check()
     work.say(f"{counts[0]} images for the training, {counts[1]} for validation")
     share = args.share_tokenizer
     tokenizer: Path | None = args.tokenizer
@@ -156,20 +158,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     work: Path | None = None
+    began = time.monotonic()
     with Stop() as stop:
         try:
             device = check(args, TOKENIZER, MODEL, RESULTS, (*(() if args.model else (4,)), *SIBLINGS))
             stop.check()
             work = args.work or Path(tempfile.mkdtemp(prefix="parvis-gpu-"))
             work.mkdir(parents=True, exist_ok=True)
-            moved = set_aside(args.out, [args.tokenizer, args.model])
-            all_of_it = Work(args, work, device, stop)
+            # First, so that a pack that is damaged moves nothing away.
+            counts = [unpack(args.data / name, work / name, stop.check) for name in ("train", "val")]
+            moved = set_aside(args.out, [args.tokenizer, args.model, *in_options(args)])
+            all_of_it = Work(args, work, device, stop, began)
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
             all_of_it.say(f"PyTorch {torch.__version__} on {name}, {args.minutes:g} minutes")
             if moved is not None:
                 all_of_it.say(f"what an earlier try left in {args.out} is in {moved}")
             with suppress(StoppedError):
-                train(all_of_it)
+                train(all_of_it, counts)
             all_of_it.write_table()
             print(table(all_of_it.rows))
             if stop.signal is None:
@@ -186,6 +191,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 shutil.rmtree(work, ignore_errors=True)
         assert stop.signal is not None
         return 128 + stop.signal
+
+
+def in_options(args: argparse.Namespace) -> list[Path]:
+    """Files that the options of the trainers name, such as those of ``--init``."""
+    options = (("--tokenizer-options", args.tokenizer_options), ("--model-options", args.model_options))
+    return [Path(word.rpartition("=")[2]) for option, text in options for word in words(option, text)]
 
 
 def set_aside(out: Path, given: Sequence[Path | None]) -> Path | None:

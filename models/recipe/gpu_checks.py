@@ -18,7 +18,7 @@ from par_model.training.cli import tokenizer as tokenizer_cli
 from par_model.training.cli import transformer as transformer_cli
 from par_model.training.cli.numbers import Limit
 from par_model.training.device import choose_device
-from par_model.training.files import RUN_FILES, InputError, folder_for, keep_inputs, same
+from par_model.training.files import RUN_FILES, InputError, folder_for, followed, keep_inputs, same
 from par_model.training.raw import read_meta
 
 LIMITS = {
@@ -69,7 +69,7 @@ def check_folders(args: argparse.Namespace, results: Sequence[str], ns: Sequence
     if args.work is None:
         return
     folder_for("--work", args.work)
-    if same(args.out, args.work) or args.out.resolve().is_relative_to(args.work.resolve()):
+    if same(args.out, args.work) or followed(args.out).is_relative_to(followed(args.work)):
         raise InputError(f"--out {args.out} is in --work {args.work}; give another folder for the results")
     parts = [name.removesuffix(".pt") for name in results if name.endswith(".pt") and skipped.get(name) is None]
     files = [args.work / part / name for part in parts for name in RUN_FILES]

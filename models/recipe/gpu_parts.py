@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -89,10 +90,17 @@ class Part:
 class Work:
     """The folders, the clock, and the parts that were run."""
 
-    def __init__(self, args: argparse.Namespace, work: Path, device: torch.device, stop: Stop | None = None) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        work: Path,
+        device: torch.device,
+        stop: Stop | None = None,
+        began: float | None = None,
+    ) -> None:
         self.args, self.work, self.out, self.device = args, work, args.out, device
         self.stop = stop or Stop()
-        self.began = time.monotonic()
+        self.began = time.monotonic() if began is None else began
         self.rows: list[dict[str, Any]] = []
         self.sheets: list[tuple[str, Path]] = []  #: caption and file
         self.out.mkdir(parents=True, exist_ok=True)
@@ -189,7 +197,7 @@ class Work:
         ended = failed if not names or (part.code or 0) > 0 else "in time" if names[0] == "model.pt" else late
         row: dict[str, Any] = {"part": part.name, "ended": ended}
         if (part.run / "log.jsonl").is_file():
-            row |= json.loads((part.run / "log.jsonl").read_text().splitlines()[-1])
+            row |= last_row(part.run / "log.jsonl")
         self.rows.append(row)
         sheets = sorted(part.run.glob("sheet*.png"))
         if sheets:
@@ -213,6 +221,16 @@ class Work:
         """The rows so far, as JSON."""
         with written_beside(self.out / "results.json") as temporary:
             temporary.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
+
+
+def last_row(log: Path) -> dict[str, Any]:
+    """The last whole row of the log of a training; a kill may have cut the last one off, or left none."""
+    for line in reversed(log.read_text(encoding="utf-8", errors="replace").splitlines()):
+        with suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                return found
+    return {}
 
 
 def shipped(checkpoint: Path, file: Path, halves: bool) -> float:

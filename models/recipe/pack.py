@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from par_model.training.files import InputError, folder_for, keep_inputs, naming, written_together
-from par_model.training.raw import IMAGES, RawImages, read_meta
+from par_model.training.files import InputError, folder_for, keep_inputs, naming, regular, written_together
+from par_model.training.raw import IMAGES, RawImages, read_meta, shown
 from par_model.words import printable
 
 #: xz keeps this much of a class in mind, at most; a repetition that lies further back costs its bytes again.
@@ -58,14 +59,22 @@ def packed(args: argparse.Namespace) -> int:
     train, val = RawImages.open(args.train), RawImages.open(args.val)
     seen = {digest(image) for image in train.images}
     fresh = np.array([digest(image) not in seen for image in val.images], bool)
+    for key in ("size", "styles"):
+        if train.meta[key] != val.meta[key]:
+            raise InputError(
+                f"--val {args.val}: {key} is {shown(val.meta[key])}, that of --train {args.train} is "
+                f"{shown(train.meta[key])}; give images of the same size and classes"
+            )
     if not fresh.any():
         raise InputError(f"--val {args.val}: every image of it is in --train {args.train} too; give other images")
     try:
-        pack(args.out / "train", train, np.arange(len(train.images)), args.preset, args.at_once)
-        pack(args.out / "val", val, np.flatnonzero(fresh), args.preset, args.at_once)
+        # Renamed when both are whole: with one of another pack, images of the training may be those of the validation.
+        with ExitStack() as whole:
+            pack(whole, args.out / "train", train, np.arange(len(train.images)), args.preset, args.at_once)
+            pack(whole, args.out / "val", val, np.flatnonzero(fresh), args.preset, args.at_once)
     except MemoryError:
         raise InputError("not enough memory; give --at-once 1 or a lower --preset") from None
-    size = sum(file.stat().st_size for file in args.out.glob("*/*"))
+    size = sum(file.stat().st_size for name in ("train", "val") for file in (args.out / name).iterdir())
     print(
         printable(
             f"{args.out}: {len(train.images)} images for the training, {fresh.sum()} of {len(fresh)} for validation "
@@ -98,8 +107,10 @@ def digest(image: NDArray[np.uint8]) -> bytes:
     return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
-def pack(out: Path, raw: RawImages, chosen: NDArray[np.intp], preset: int, at_once: int) -> None:
-    """Write the images at ``chosen`` to the folder ``out``, a file for each class: all or none. Raises OSError."""
+def pack(whole: ExitStack, out: Path, raw: RawImages, chosen: NDArray[np.intp], preset: int, at_once: int) -> None:
+    """Pack the images at ``chosen``, a file for each class, which become those of the folder ``out`` where ``whole``
+    ends without an error. Raises OSError.
+    """
     filters = [{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": DICTIONARY}]
     labels = raw.labels[chosen]
 
@@ -115,16 +126,16 @@ def pack(out: Path, raw: RawImages, chosen: NDArray[np.intp], preset: int, at_on
     about = {key: value for key, value in raw.meta.items() if key != "images_sha256"}
     text = json.dumps(about | {"count": len(chosen)}, indent=1)
     names = [*(f"{label:03}.xz" for label in classes), "labels.xz", "meta.json"]
-    with written_together(*(out / name for name in names)) as (*parts, labels_part, meta_part):
-        for part, content in ((labels_part, lzma.compress(labels.tobytes())), (meta_part, text.encode())):
-            with naming(part):
-                part.write_bytes(content)
-        with ThreadPoolExecutor(at_once) as pool:  # lzma works outside the interpreter's lock
-            for done in [pool.submit(one, label, part) for label, part in zip(classes, parts, strict=True)]:
-                done.result()
-    for old in out.glob("[0-9][0-9][0-9].xz"):  # of classes that an earlier pack had
-        if int(old.stem) not in classes:
-            old.unlink()
+    old = [file for file in out.glob("[0-9][0-9][0-9].xz") if int(file.stem) not in classes]
+    *parts, labels_part, meta_part = whole.enter_context(written_together(*(out / name for name in names)))
+    for part, content in ((labels_part, lzma.compress(labels.tobytes())), (meta_part, text.encode())):
+        with naming(part):
+            part.write_bytes(content)
+    with ThreadPoolExecutor(at_once) as pool:  # lzma works outside the interpreter's lock
+        for done in [pool.submit(one, label, part) for label, part in zip(classes, parts, strict=True)]:
+            done.result()
+    for file in old:  # of classes that an earlier pack had and this one has not
+        whole.push(lambda kind, *_, file=file: file.unlink(missing_ok=True) if kind is None else None)
 
 
 def unpack(packed: Path, out: Path, check: Callable[[], None] = lambda: None) -> int:
@@ -154,7 +165,7 @@ def fill(images: np.memmap, labels: NDArray[np.uint8], packed: Path, check: Call
         path, index = packed / f"{label:03}.xz", np.flatnonzero(labels == label)
         what = f"{len(index)} images of {size}x{size} pixels, which labels.xz and meta.json say"
         try:
-            with lzma.open(path) as file:
+            with lzma.open(regular(path)) as file:
                 for start in range(0, len(index), PIECE):
                     check()
                     piece = index[start : start + PIECE]
@@ -176,7 +187,7 @@ def unpacked_labels(packed: Path, meta: dict[str, Any]) -> NDArray[np.uint8]:
     """The labels in the folder ``packed``. Raises InputError where they do not fit its ``meta``, OSError."""
     path, count, names = packed / "labels.xz", meta["count"], meta["styles"]
     try:
-        with lzma.open(path) as file:
+        with lzma.open(regular(path)) as file:
             labels = np.frombuffer(file.read(count + 1), np.uint8)
     except (lzma.LZMAError, EOFError) as error:
         raise InputError(f"{path}: cut off or damaged ({error}); take it here again") from error

@@ -5,9 +5,11 @@ No torch here, since ``models/recipe/pack.py`` needs only numpy.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 #: What a training writes into the folder of its run, beside sheets of samples.
@@ -43,7 +45,8 @@ def written_beside(path: Path) -> Iterator[Path]:
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder is none there is no such file, and the error says so
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -53,6 +56,9 @@ def written_together(*paths: Path) -> Iterator[list[Path]]:
 
     Where an OSError may name no file, as that of a full disk, :func:`naming` says which one it was.
     """
+    for path in paths:
+        if path.is_dir():  # found when it is renamed, the others would be new already
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with ExitStack() as files:
         yield [files.enter_context(written_beside(path)) for path in paths]
 
@@ -69,7 +75,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def folder_for(option: str, path: Path) -> None:
     """Raise InputError where ``path``, given as ``option``, cannot be a folder to write into: it is a file."""
-    if path.exists() and not path.is_dir():
+    if os.path.lexists(path) and not path.is_dir():  # a link to nothing is no folder either
         raise InputError(f"{option} {path}: is a file; expected a folder, which may be new: give another name")
 
 
@@ -95,7 +101,7 @@ def _spoils(output: Path, given: Path) -> str | None:
         return "which is"
     if given.name.endswith(".index.json"):  # of shards, which lie beside it
         given = given.parent
-    if not given.is_dir() or not output.resolve().is_relative_to(given.resolve()):
+    if not given.is_dir() or not followed(output).is_relative_to(followed(given)):
         return None
     if any(file.name.endswith(WEIGHTS) for file in given.iterdir()):
         beside = same(output.parent, given)
@@ -108,7 +114,20 @@ def same(a: Path, b: Path) -> bool:
     try:
         return os.path.samefile(a, b)
     except OSError:
-        return a.resolve() == b.resolve()
+        return followed(a) == followed(b)
+
+
+def followed(path: Path) -> Path:
+    """``path`` without links. Unlike ``Path.resolve`` on Python before 3.13 it takes links that lead to each other."""
+    return Path(os.path.realpath(path))
+
+
+def regular(path: Path) -> Path:
+    """``path``, where reading it does not wait for somebody to write. Raises InputError (a pipe, a device), OSError."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # that of a folder the system says
+        raise InputError(f"{path}: is a pipe or a device; expected a file")
+    return path
 
 
 def keep_run_inputs(run: Path, **inputs: Path | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_model.training.files import InputError
+from par_model.training.files import InputError, regular
 
 IMAGES = ("images.u8", "labels.u8", "meta.json")
 #: The numbers of ``meta.json`` and the most that each may be.
@@ -37,7 +37,7 @@ def read_meta(folder: Path, *numbers: str, names: str) -> dict[str, Any]:
     path = folder / "meta.json"
     entries = f"an object with {', '.join(numbers)} and {names}"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(regular(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({str(error)[:100]}); expected {entries}") from error
     if not isinstance(meta, dict):
@@ -54,7 +54,7 @@ def read_meta(folder: Path, *numbers: str, names: str) -> dict[str, Any]:
 
 def read_pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """The pixels in ``path``, memory-mapped, as uint8 of ``shape``. Raises InputError where its size differs."""
-    size, expected = path.stat().st_size, math.prod(shape)
+    size, expected = regular(path).stat().st_size, math.prod(shape)
     if size != expected:
         raise InputError(
             f"{path}: has {size} bytes; expected {expected}, {'x'.join(map(str, shape))} by meta.json: one of the two "
@@ -65,7 +65,7 @@ def read_pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 def read_labels(folder: Path, count: int, classes: int) -> NDArray[np.uint8]:
     """``labels.u8`` in ``folder``, of ``count`` items in ``classes`` classes. Raises InputError, OSError."""
-    labels = np.frombuffer((folder / "labels.u8").read_bytes(), np.uint8)
+    labels = np.frombuffer(regular(folder / "labels.u8").read_bytes(), np.uint8)
     if len(labels) != count:
         raise InputError(f"{folder}: meta.json has count {count}, labels.u8 {len(labels)} labels; make them again")
     if labels.max() >= classes:

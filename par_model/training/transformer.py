@@ -9,8 +9,6 @@ model was trained with it.
 from __future__ import annotations
 
 import argparse
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +33,7 @@ from par_model.training.device import (
     random_state,
     restore_random_state,
 )
-from par_model.training.files import InputError, keep_run_inputs
+from par_model.training.files import InputError, keep_run_inputs, regular
 from par_model.training.muon import Float32Muon
 from par_model.training.resume import AGAIN
 from par_model.training.run import EMA, Run, batch_index, cosine, load_tokenizer, load_video_tokenizer
@@ -264,10 +262,13 @@ def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Op
 def load_codes(path: Path, vocab: int) -> Codes:
     """The content of ``codes.npz`` of ``parvis encode``. Raises InputError, OSError."""
     try:
-        with path.open("rb") as file, np.load(file) as f:  # numpy leaves a damaged file open
+        with regular(path).open("rb") as file, np.load(file) as f:  # numpy leaves a damaged file open
             codes, labels, names = f["codes"], f["labels"].astype(np.int64), [str(name) for name in f["class_names"]]
-    except (KeyError, TypeError, AttributeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a file of parvis encode ({error}); encode the images again") from error
+    except (OSError, InputError):
+        raise
+    except Exception as error:  # numpy reads headers with Python's parser, which raises many kinds
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path}: not a file of parvis encode ({text}); encode the images again") from error
     if codes.ndim not in (3, 4) or codes.dtype.kind not in "iu" or not codes.size or labels.shape != codes.shape[:1]:
         raise InputError(
             f"{path}: has codes of shape {codes.shape} and type {codes.dtype}, labels of shape {labels.shape}; "

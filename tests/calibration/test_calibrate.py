@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,12 +22,14 @@ from par_calibration.quantise.layers import by_gptq
 from par_calibration.record.record import RecordOptions
 from par_calibration.report import LIMITS, Options
 from par_calibration.run import OverBudgetError, Request, calibrate
-from par_runtime.bundle import Bundle
+from par_runtime.backends.native.library import library
+from par_runtime.bundle import Bundle, seal
 from par_runtime.cli import main
 from par_runtime.dtypes import Float
 from par_runtime.quantised import Quantised
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
+SMALL = Path(__file__).parents[1] / "data" / "small"
 #: Only w2 of the tiny bundle has whole groups of rows.
 TINY = ["--keep", "wqkv,wo,w13,head", "--images", "2", "--samples", "60", "--held-out", "4", "--generated", "0"]
 TIGHT = "layer=0.0001"
@@ -239,3 +242,40 @@ def test_the_bundle_that_is_read_is_not_replaced(tiny_copy: Path) -> None:
 def test_the_parser_needs_nothing_that_is_installed_with_the_extra() -> None:
     assert verb.parser().parse_args(["b", "--weights", "int4", "--keep", "head", "w2,wo"]).keep == ("head", "w2", "wo")
     assert verb.parser().parse_args(["b", "--activations", "none"]).arithmetic == "fp32"
+
+
+@pytest.mark.skipif(library() is None, reason="the C step was not built")
+def test_weights_that_are_no_numbers_are_named_with_their_bundle(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(SMALL, tmp_path / "small"))
+    manifest = json.loads((path / "manifest.json").read_text())
+    _, _, offset, length = manifest["weights"]["layers.0.attention_norm"]
+    content = bytearray((path / "weights.data").read_bytes())
+    content[offset : offset + length] = b"\xff" * length  # NaN in fp16
+    (path / "weights.data").write_bytes(content)
+    manifest["files"]["weights.data"]["sha256"] = hashlib.sha256(content).hexdigest()
+    del manifest["hash"]
+    (path / "manifest.json").write_text(json.dumps(seal(manifest)))
+    options = ["--weights", "keep", "--arithmetic", "bf16", "--cache", "bf16", "--held-out", "4", "--generated", "0"]
+    assert run(path, *options, "--out", tmp_path / "out", "--quiet") == 2
+    assert capfd.readouterr().err == (
+        f"parvis: error: {path}: layers.0.attention_norm.weight holds {length // 2} numbers that are NaN or infinite; "
+        "give a checkpoint of a training that did not diverge\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_links_that_lead_in_a_circle_are_one_line(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    for option in ("--out", "--html", "--work", "--real"):
+        others = [] if option == "--out" else ["--out", tmp_path / "out"]
+        assert run(tiny, "--weights", "int8", *TINY, *others, option, loop, "--quiet") == 2
+        error = capfd.readouterr().err
+        assert error.startswith("parvis: error: ")
+        assert str(loop) in error
+        assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]

@@ -97,6 +97,26 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         _npz(tokens=_npy(np.zeros((1, 256), np.uint16)), labels=LABELS, class_names=_npy(np.array(["cat\x1b[2J"]))),
         "unknown label",
     ),
+    "names of no length": (
+        _npz(tokens=_npy(np.zeros((1, 256), np.uint16)), labels=LABELS, class_names=_npy(np.array("cat"))),
+        r"class_names of shape \[\]",
+    ),
+    "no names": (
+        _npz(tokens=_npy(np.zeros((1, 256), np.uint16)), labels=LABELS, class_names=_npy(np.array([], "U3"))),
+        r"class_names of shape \[0\]",
+    ),
+    "names of no characters": (
+        _npz(
+            tokens=_npy(np.zeros((1, 256), np.uint16)),
+            labels=LABELS,
+            class_names=_npy(np.array([2**31 - 1], np.uint32).view("U1")),
+        ),
+        "not a file of arrays",
+    ),
+    # What Python's parser raises for these is TypeError, and an IndentationError or TokenError of its tokenizer.
+    "a shape of no number": (_npz(tokens=_claims("(True, 256)"), labels=LABELS), "not a file of arrays"),
+    "an unhashable key": (_npz(tokens=_claims("(1,), [{}]: 1"), labels=LABELS), "not a file of arrays"),
+    "a header that does not end": (_npz(tokens=_claims("(1, 256), ("), labels=LABELS), "not a file of arrays"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -153,6 +154,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     np.save(tmp_path / "array.npy", np.zeros(3))
     np.savez(tmp_path / "empty.npz", codes=np.zeros((0, 4, 4), np.uint16), labels=np.zeros(0), class_names=["a"])
+    names = np.array([2**31 - 1], np.uint32).view("U1")  # no character
+    np.savez(tmp_path / "names.npz", codes=np.zeros((1, 4, 4), np.uint16), labels=np.zeros(1), class_names=names)
+    os.mkfifo(tmp_path / "pipe.npz")
     run = ["--run", str(tmp_path / "run")]
     for module, arguments, text in [
         (
@@ -172,6 +176,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
             for name, text in (
                 ("cut.npz", "cut.npz: not a file of parvis encode"),
                 ("array.npy", "array.npy: not a file of parvis encode"),
+                ("names.npz", "names.npz: not a file of parvis encode"),
+                ("pipe.npz", "pipe.npz: is a pipe or a device; expected a file"),
                 ("empty.npz", "expected whole numbers [M,h,w]"),
             )
         ),

@@ -64,6 +64,44 @@ def test_packed_images_come_back(
         recipe["pack"].unpack(tmp_path / "cut", tmp_path / "never")
 
 
+def test_a_damaged_pack_moves_no_results_away(
+    recipe: dict[str, ModuleType], packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut, out = Path(shutil.copytree(packed, tmp_path / "cut")), tmp_path / "out"
+    whole = (cut / "train" / "001.xz").read_bytes()
+    (cut / "train" / "001.xz").write_bytes(whole[: len(whole) // 2])
+    out.mkdir()
+    for name in ("tokenizer.pt", "results.json", "log.txt"):
+        (out / name).write_text(f"{name} of an earlier try")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert rehearse(recipe, cut, out, "--model-options", MODEL) == 2
+    assert "001.xz: cut off or damaged" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_results_that_options_of_the_trainers_name_stay(recipe: dict[str, ModuleType], tmp_path: Path) -> None:
+    gpu = recipe["gpu"]
+    for name in gpu.RESULTS:
+        (tmp_path / name).touch()
+    options = ["--tokenizer-options", f"--init {tmp_path / 'tokenizer.pt'}", "--model-options"]
+    options.append(f"--dropout 0 --init={tmp_path / 'model-n4.pt'}")
+    args = gpu.parser().parse_args(["--data", "d", "--out", str(tmp_path), *options])
+    moved = gpu.set_aside(tmp_path, gpu.in_options(args))
+    assert moved == tmp_path / "earlier-1"
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.pt", "model-n4.pt", "earlier-1"}
+
+
+def test_the_last_whole_row_of_a_log(recipe: dict[str, ModuleType], tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    for text, row in (
+        ("", {}),
+        ('{"step": 3}\n{"step": 4, "ps', {"step": 3}),
+        ('{"step": 3}\n{"step": 4}\n', {"step": 4}),
+    ):
+        log.write_text(text)
+        assert recipe["gpu_parts"].last_row(log) == row
+
+
 def rehearse(recipe: dict[str, ModuleType], packed: Path, out: Path, *more: str) -> int:
     """Run the whole of it with tiny models; nothing is stopped for its time."""
     options = ["--data", str(packed), "--out", str(out), "--minutes", "10", "--device", "cpu", "--grace-seconds", "600"]

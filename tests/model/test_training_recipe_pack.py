@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import re
 import shutil
 import subprocess
@@ -149,6 +150,72 @@ def test_a_full_disk_names_the_file_and_leaves_the_pack_before(
         pack.unpack(out / "train", tmp_path / "unpacked")
     assert caught.value.filename == str(tmp_path / "unpacked" / "images.u8")
     assert not list((tmp_path / "unpacked").iterdir())
+
+
+def test_training_and_validation_images_are_of_one_pack(
+    pack: ModuleType, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With one of another pack, what is held out may have been seen. So both are replaced, or none."""
+    out = tmp_path / "out"
+    assert pack.main(command(raw, out)) == 0
+    (out / "val" / "001.xz").unlink()
+    (out / "val" / "001.xz").mkdir()  # which takes no file
+    before = contents(out)
+    for name, count in (("train", 6), ("val", 4)):
+        np.random.default_rng(5).integers(0, 255, (count, 8, 8, 3), np.uint8)[:, ::-1].tofile(raw / name / "images.u8")
+    (raw / "train" / "images.u8").write_bytes(bytes(range(192)) * 6)
+    capsys.readouterr()
+    assert pack.main(command(raw, out)) == 2
+    assert capsys.readouterr().err == (
+        f"pack.py: error: {out / 'val' / '001.xz'} is a folder where a file is expected; choose another place\n"
+    )
+    assert contents(out) == before
+    assert not list(out.rglob(".*"))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(
+    pack: ModuleType, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_waiting: None
+) -> None:
+    assert pack.main(command(raw, tmp_path / "out")) == 0
+    (tmp_path / "out" / "val" / "labels.xz").unlink()
+    os.mkfifo(tmp_path / "out" / "val" / "labels.xz")
+    with pytest.raises(InputError, match=r"labels\.xz: is a pipe or a device; expected a file"):
+        pack.unpack(tmp_path / "out" / "val", tmp_path / "unpacked")
+    capsys.readouterr()
+    for name in ("images.u8", "labels.u8", "meta.json"):
+        file = raw / "val" / name
+        kept = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        assert pack.main(command(raw, tmp_path / "other")) == 2
+        assert capsys.readouterr().err == f"pack.py: error: {file}: is a pipe or a device; expected a file\n"
+        file.unlink()
+        file.write_bytes(kept)
+
+
+def test_links_that_lead_in_a_circle_and_folders_that_cannot_be_are_one_line(
+    pack: ModuleType, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for out, text in (
+        (tmp_path / "loop", f"--out {tmp_path / 'loop'}: is a file; expected a folder"),
+        (tmp_path / "loop" / "in", "links lead in a circle"),
+        (Path("/dev/null/in"), "/dev/null/in/train is a file where a folder is expected"),
+    ):
+        assert pack.main(command(raw, out)) == 2
+        error = capsys.readouterr().err
+        assert text in error
+        assert error.count("\n") == 1
+
+
+def test_a_validation_set_of_other_images_is_refused(
+    pack: ModuleType, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (raw / "val" / "meta.json").write_text(json.dumps({"count": 16, "size": 4, "styles": ["a", "b"]}))
+    (raw / "val" / "labels.u8").write_bytes(bytes(16))
+    assert pack.main(command(raw, tmp_path / "out")) == 2
+    assert f"--val {raw / 'val'}: size is 4, that of --train {raw / 'train'} is 8; give" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_unpacking_that_is_stopped_leaves_the_images_before(pack: ModuleType, raw: Path, tmp_path: Path) -> None:

@@ -29,10 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb; exit code 0, 1 where the report is beyond its budget, 2 on bad input."""
     args = parser().parse_args(argv)
     from par_export.cli.common import guarded
+    from par_model.checkpoint.errors import CheckpointError
 
     advice = "give an --out, or the --work that you named, in a folder you can write to"
     kept = "no bundle was written; --resume goes on with what was recorded"
-    return guarded(lambda: run(args), stopped=kept, no_permission=advice, out=args.out)
+    return guarded(lambda: run(args), expected=(CheckpointError,), stopped=kept, no_permission=advice, out=args.out)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ from par_runtime.dtypes import BYTES
 from par_runtime.errors import RequestError
 from par_runtime.system import available_cores, check_writable
 
+MOST_IMAGES = 100_000  #: of one batch; parvis generate makes no more in one command
 SUITES = ("phases", "batch", "decoder", "serve", "paper", "gpu")
 OF_THEIR_OWN = ("paper", "gpu")  #: suites that bring their models and baselines
 #: The time of a suite that has one, where --minutes is not given.
@@ -121,6 +122,8 @@ class BenchOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name} {value}: expected 1 or more")
+        if self.images is not None and self.images > MOST_IMAGES:
+            raise RequestError(f"--images {self.images}: expected at most {MOST_IMAGES}, which are made at once")
         if self.threads is not None and self.threads > available_cores():  # they would wait for each other
             options = replace(options, threads=available_cores())
         if not 0 < self.seconds < math.inf:
@@ -137,10 +140,24 @@ class BenchOptions:
             )
         if len(set(outputs)) < len(outputs):
             raise RequestError("--json, --csv, --html and --svg name one file twice; give each its own")
+        read = (("--compare", [self.compare]), ("the rows to compare", [options.new]), ("--from", self.from_files))
         for path in outputs:
-            if path != STANDARD_OUTPUT:
-                check_writable(path)
+            if path == STANDARD_OUTPUT:
+                continue
+            for what, files in read:
+                if what == "--compare" and path is self.json and options.new is None:
+                    continue  # new rows, compared with the old ones, take their place
+                if any(file is not None and _same_file(path, file) for file in files or ()):
+                    raise RequestError(f"{path} is a file of {what}, and would be lost; give another name")
+            check_writable(path)
         return options
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two paths are of one file, by whatever links."""
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _is_of_rows(path: Path) -> bool:

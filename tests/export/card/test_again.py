@@ -201,7 +201,7 @@ def test_a_bad_file_is_one_line_and_exit_code_2(
     [
         (["--json", "x.jsonl"], "--from measures nothing, so --json means nothing to it"),
         (["--minutes", "3"], "--from measures nothing, so --minutes means nothing to it"),
-        (["--svg", "FILE"], "is one of the files of --from, and would be lost"),
+        (["--svg", "FILE"], "is a file of --from, and would be lost"),
         (["--from", "FILE"], "given twice; give each file once"),
         (["--suite", "phases"], "--from is for --suite gpu"),
     ],
@@ -377,5 +377,5 @@ def test_a_hard_link_of_a_file_of_rows_is_that_file(tmp_path: Path, capsys: pyte
     link.hardlink_to(path)
     before = path.read_bytes()
     assert cli.main(["bench", "--suite", "gpu", "--from", str(path), "--svg", str(link)]) == 2
-    assert "is one of the files of --from, and would be lost" in capsys.readouterr().err
+    assert "is a file of --from, and would be lost" in capsys.readouterr().err
     assert link.read_bytes() == before

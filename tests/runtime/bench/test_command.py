@@ -303,3 +303,33 @@ def test_the_error_names_the_package_that_a_baseline_misses(
         "the n1 baseline needs torch, which is not installed; pip install 'onnxruntime>=1.23' 'torch>=2.9' "
         in capsys.readouterr().err
     )
+
+
+def test_rows_that_are_read_are_not_written_over(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new, link = tmp_path / "old.jsonl", tmp_path / "new.jsonl", tmp_path / "link.html"
+    assert main(["bench", str(tiny), "--device", "cpu", "--repetitions", "1", "--no-limits", "--json", str(old)]) == 0
+    new.write_bytes(old.read_bytes())
+    link.symlink_to(old)
+    before = old.read_bytes()
+    two = ["bench", str(new), "--compare", str(old)]
+    measure = ["bench", str(tiny), "--device", "cpu", "--repetitions", "1", "--compare", str(old)]
+    capsys.readouterr()
+    for command, option, path, what in (
+        (two, "--csv", new, "the rows to compare"),
+        (two, "--html", link, "--compare"),
+        (two, "--json", old, "--compare"),
+        (measure, "--csv", old, "--compare"),
+    ):
+        assert main([*command, option, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error == f"parvis: error: {path} is a file of {what}, and would be lost; give another name\n"
+        assert old.read_bytes() == new.read_bytes() == before
+
+
+def test_a_batch_that_nothing_could_hold_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(tiny), "--images", "99999999"]) == 2
+    assert capsys.readouterr().err == (
+        "parvis: error: --images 99999999: expected at most 100000, which are made at once\n"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from par_runtime.backends import cuda
@@ -76,21 +75,12 @@ def check_options(options: BenchOptions) -> None:
         return
     reading = (("BUNDLE", options.bundles), ("--engines", options.engines), ("--sizes", options.sizes))
     _refuse("--from measures nothing", (*measuring, ("--parts", options.parts), *reading))
-    for output in (options.csv, options.html, options.svg):
-        if output is not None and any(_same_file(output, path) for path in options.from_files):
-            raise RequestError(f"{output} is one of the files of --from, and would be lost; give another name")
 
 
 def _refuse(why: str, others: Sequence[tuple[str, object]]) -> None:
     for option, given in others:
         if given:
             raise RequestError(f"{why}, so {option} means nothing to it; leave it out")
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    """Whether two paths are of one file, by whatever links."""
-    same = one.exists() and other.exists() and one.samefile(other)
-    return one.resolve() == other.resolve() or bool(same)
 
 
 def again(options: BenchOptions) -> Outcome:
