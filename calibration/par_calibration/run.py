@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -355,9 +356,9 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
             f"--arithmetic {request.arithmetic}, --cache {request.cache}: they are the C step's, which cannot run this "
             f"bundle here ({reason}), so nothing could be proven; leave them out"
         )
-    if places.out.exists() and not request.force:
+    if os.path.lexists(places.out) and not request.force:
         raise CalibrationError(f"{places.out} exists; give another --out, or --force to replace it")
-    if places.out.exists() and not (places.out / MANIFEST).is_file():
+    if os.path.lexists(places.out) and not (places.out / MANIFEST).is_file():
         raise CalibrationError(f"{places.out} exists and is not a bundle; give another --out")
     if request.report.real is not None and not request.report.real.exists():
         raise CalibrationError(
@@ -373,7 +374,7 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
     for path in places.files:
         check_writable(path)
     for option, path, ending in (("--html", places.html, ".html"), ("--json", places.json, ".json")):
-        if path.exists() and path.suffix.lower() != ending:  # a picture, perhaps
+        if os.path.lexists(path) and path.suffix.lower() != ending:  # a picture, perhaps
             raise CalibrationError(
                 f"{option} {shown_path(path)}: exists and has another ending than {ending}; give another name, "
                 "so that it is not lost"

@@ -29,9 +29,9 @@ def staging(out: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:  # a process was killed between the two renames below: the folder that it was replacing goes back
             os.rename(old, out)
-    if out.exists() and not force:
+    if os.path.lexists(out) and not force:
         raise OutputError(f"{out} exists; give another --out, or --force to replace it")
-    if out.exists() and not (out / marker).is_file():
+    if os.path.lexists(out) and not (out / marker).is_file():
         kind = "a bundle" if marker == MANIFEST else "an engine"
         raise OutputError(
             f"{out} exists and is not {kind} (it holds no {marker}); only such a folder is replaced; move it away"
