@@ -56,6 +56,7 @@ def test_a_bundle_becomes_an_engine(tiny_copy: Path, precision: str) -> None:
     assert Bundle.open(tiny_copy, verify="full").hash == Bundle.open(tiny_copy).hash  # the bundle is as it was
 
 
+@pytest.mark.slow
 def test_an_engine_per_phase(tiny_copy: Path) -> None:
     folder = build(BuildRequest(tiny_copy, "SM80", images=(1,), mode="per-phase"), lambda _: None)
     plans = Engine.open(folder, Bundle.open(tiny_copy)).plans
@@ -122,6 +123,7 @@ def test_a_plan_can_draw_with_the_settings_of_its_bundle(
     assert tail_of(own, vocab, top_k, top_p) == wanted
 
 
+@pytest.mark.slow
 def test_the_second_build_comes_from_the_cache(tiny_copy: Path) -> None:
     lines: list[str] = []
     request = BuildRequest(tiny_copy, "SM80", images=(1,))

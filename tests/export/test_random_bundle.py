@@ -236,6 +236,7 @@ def test_a_quantised_one_holds_the_nearest_codes_of_the_same_weights(tmp_path: P
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_bundles_of_random_weights_are_written_without_onnxruntime() -> None:
     script = "import sys; sys.modules['onnxruntime'] = None; import par_export.random_bundle, par_export.card.reference"
     subprocess.run([sys.executable, "-c", script], check=True)

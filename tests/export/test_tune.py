@@ -60,6 +60,7 @@ def test_the_fastest_form_is_kept_and_loaded(bundle: Path) -> None:
     pipeline.close()
 
 
+@pytest.mark.slow
 def test_the_command_prints_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune_cli.main([str(bundle), "--max-images", "1", "--repeats", "1", "--rounds", "1", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)

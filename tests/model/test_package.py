@@ -25,6 +25,7 @@ def test_configurations_need_no_torch(code: str) -> None:
     run(f"import sys\n{code}\nassert 'torch' not in sys.modules")
 
 
+@pytest.mark.slow
 def test_names_are_the_same_whatever_was_imported_before() -> None:
     """Each in a process of its own, in which PyTorch is imported already: that takes longest."""
     befores = [

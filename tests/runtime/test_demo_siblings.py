@@ -85,7 +85,7 @@ def test_how_likely_real_images_are(each: int, expected: dict[int, float], demos
     assert nats == pytest.approx(expected, abs=0.004)
 
 
-@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.slow), 16])
 def test_a_sibling_does_what_the_demo_does(
     n: int, demos: dict[int, Pipeline], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

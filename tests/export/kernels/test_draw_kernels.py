@@ -132,7 +132,12 @@ def test_tokens_reach_every_row_of_their_image(form: tuple[str, dict[str, Any]])
 
 
 @pytest.mark.parametrize(
-    ("vocab", "top_k", "top_p"), [(64, 0, 1.0), pytest.param(1024, 0, 1.0, marks=pytest.mark.slow), (256, 30, 1.0)]
+    ("vocab", "top_k", "top_p"),
+    [
+        (64, 0, 1.0),
+        pytest.param(1024, 0, 1.0, marks=pytest.mark.slow),
+        pytest.param(256, 30, 1.0, marks=pytest.mark.slow),
+    ],
 )
 def test_the_distribution_is_the_promised_one(vocab: int, top_k: int, top_p: float) -> None:
     """A chi-square test of the draws of one row of logits."""

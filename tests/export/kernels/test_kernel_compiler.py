@@ -129,6 +129,7 @@ def test_a_folder_that_takes_no_files_is_named_not_the_compiler() -> None:
             compiler.compile([product()], SM80)
 
 
+@pytest.mark.slow
 def test_spills_and_too_much_shared_memory_are_faults(compiler: Compiler) -> None:
     many = product(1, 1, BN=128, BM=64, BK=16)  # 256 sums for each thread of a warp
     large = product(4, 4, BN=256, BK=128)  # 4 stages of 64 KiB

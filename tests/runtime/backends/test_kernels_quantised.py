@@ -79,7 +79,7 @@ def test_a_call_reads_codes_and_scales(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_half_precision_within_the_floors_of_verify(
     load_kernels: Make, quantised: dict[str, Path], capsys: pytest.CaptureFixture[str], driver: Driver, precision: str
 ) -> None:
@@ -119,7 +119,14 @@ def codes_packed_as_numbers_of_another_width(planned: Planned) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "bug", [scales_of_another_layer, scales_of_the_next_group, codes_packed_as_numbers_of_another_width]
+    "bug",
+    [
+        scales_of_another_layer,
+        *(
+            pytest.param(bug, marks=pytest.mark.slow)
+            for bug in (scales_of_the_next_group, codes_packed_as_numbers_of_another_width)
+        ),
+    ],
 )
 def test_a_bug_is_seen(load_kernels: Make, quantised: dict[str, Path], bug: Callable[[Planned], None]) -> None:
     how = {"seed": 3, "guidance": 1.7, "decode": False}
