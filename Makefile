@@ -38,7 +38,7 @@ test: lint  ## lint, types and tests: 8 minutes on 2 old cores; the first time i
 	OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest $(AT_ONCE)
 
 # Two at once: each of them takes up to 7 GB.
-test-all: test  ## the slow tests too: 37 minutes on 2 old cores, up to 14 GB of memory
+test-all: test  ## the slow tests too: 40 to 50 minutes on 2 old cores, up to 14 GB of memory
 	OMP_NUM_THREADS=1 $(DEV_ENV)/bin/python -m pytest $(if $(AT_ONCE),-n 2 --dist worksteal) -m "slow and not gpu"
 
 # Before 2.7 GB are installed for nothing.
