@@ -70,8 +70,11 @@ def packed(args: argparse.Namespace) -> int:
     try:
         # Renamed when both are whole: with one of another pack, images of the training may be those of the validation.
         with ExitStack() as whole:
-            pack(whole, args.out / "train", train, np.arange(len(train.images)), args.preset, args.at_once)
-            pack(whole, args.out / "val", val, np.flatnonzero(fresh), args.preset, args.at_once)
+            made = pack(whole, args.out / "train", train, np.arange(len(train.images)), args.preset, args.at_once)
+            made += pack(whole, args.out / "val", val, np.flatnonzero(fresh), args.preset, args.at_once)
+        for old in args.out.glob("*/[0-9][0-9][0-9].xz"):  # of classes that an earlier pack had
+            if old.parent.name in ("train", "val") and old not in made:
+                old.unlink()
     except MemoryError:
         raise InputError("not enough memory; give --at-once 1 or a lower --preset") from None
     size = sum(file.stat().st_size for name in ("train", "val") for file in (args.out / name).iterdir())
@@ -107,9 +110,11 @@ def digest(image: NDArray[np.uint8]) -> bytes:
     return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
-def pack(whole: ExitStack, out: Path, raw: RawImages, chosen: NDArray[np.intp], preset: int, at_once: int) -> None:
+def pack(
+    whole: ExitStack, out: Path, raw: RawImages, chosen: NDArray[np.intp], preset: int, at_once: int
+) -> list[Path]:
     """Pack the images at ``chosen``, a file for each class, which become those of the folder ``out`` where ``whole``
-    ends without an error. Raises OSError.
+    ends without an error. Returns the files. Raises OSError.
     """
     filters = [{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": DICTIONARY}]
     labels = raw.labels[chosen]
@@ -126,16 +131,15 @@ def pack(whole: ExitStack, out: Path, raw: RawImages, chosen: NDArray[np.intp], 
     about = {key: value for key, value in raw.meta.items() if key != "images_sha256"}
     text = json.dumps(about | {"count": len(chosen)}, indent=1)
     names = [*(f"{label:03}.xz" for label in classes), "labels.xz", "meta.json"]
-    old = [file for file in out.glob("[0-9][0-9][0-9].xz") if int(file.stem) not in classes]
-    *parts, labels_part, meta_part = whole.enter_context(written_together(*(out / name for name in names)))
+    files = [out / name for name in names]
+    *parts, labels_part, meta_part = whole.enter_context(written_together(*files))
     for part, content in ((labels_part, lzma.compress(labels.tobytes())), (meta_part, text.encode())):
         with naming(part):
             part.write_bytes(content)
     with ThreadPoolExecutor(at_once) as pool:  # lzma works outside the interpreter's lock
         for done in [pool.submit(one, label, part) for label, part in zip(classes, parts, strict=True)]:
             done.result()
-    for file in old:  # of classes that an earlier pack had and this one has not
-        whole.push(lambda kind, *_, file=file: file.unlink(missing_ok=True) if kind is None else None)
+    return files
 
 
 def unpack(packed: Path, out: Path, check: Callable[[], None] = lambda: None) -> int:
