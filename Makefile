@@ -70,14 +70,14 @@ format: $(DEV_ENV)/.installed  ## ruff's formatter and its safe fixes
 	$(DEV_ENV)/bin/ruff check --fix .
 	$(DEV_ENV)/bin/ruff format .
 
-$(RUN_ENV)/.installed: pyproject.toml $(SOURCES)
+$(RUN_ENV)/.installed: pyproject.toml setup.py $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv $(RUN_ENV)
 	rm -rf build/lib* build/bdist*  # pip builds in place: what was moved or deleted since would be installed too
 	$(RUN_ENV)/bin/python -m pip install --quiet --disable-pip-version-check '.[cpu]'
 	touch $@
 
-$(DEV_ENV)/.installed: pyproject.toml constraints.txt $(KERNELS)
+$(DEV_ENV)/.installed: pyproject.toml setup.py constraints.txt $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "parvis needs Python 3.10 or newer, this is %s; give another with make PYTHON=python3.12" % sys.version.split()[0])'
 	@echo "Installing PyTorch, ONNX, TensorRT-RTX and the tools into $(DEV_ENV): 2.7 GB (several GB more where pip's PyTorch brings CUDA)."
 	$(PYTHON) -m venv $(DEV_ENV)

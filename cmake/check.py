@@ -64,7 +64,7 @@ def packages(source: str, readme: str, out: str) -> None:
         for name in ("par_model", "export", "runtime"):
             ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
             shutil.copytree(Path(source) / name, Path(copied) / name, ignore=ignored)
-        for name in ("pyproject.toml", "README.md", "LICENSE"):
+        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
             shutil.copy(Path(source) / name, copied)
         done = subprocess.run(
             [sys.executable, "-c", build, str(folder.absolute())],

@@ -29,7 +29,8 @@ LOGITS, TOKENS, RUNS = 10 * 100, 10, 5 * 3 * 2 * 6
 def made_by(compiler: list[str], run: list[str], folder: Path, instructions: str) -> bytes:
     """What the program writes, built by ``compiler`` and started by ``run``."""
     program = folder / f"program-{instructions}"
-    built = subprocess.run([*compiler, *OPTIONS, PROGRAM, "-o", program, "-lm"], capture_output=True, text=True)
+    command = [*compiler, *OPTIONS, PROGRAM, SOURCES / "dots.c", "-o", program, "-lm"]
+    built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     done = subprocess.run(
         [*run, program], env=os.environ | {"PARVIS_NATIVE": instructions}, capture_output=True, check=True

@@ -18,8 +18,6 @@ AVX512 INLINE __m512 scale_of(int64_t stored, const char *scales, int j) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-#define DOT __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16,fma,f16c,avx2")))
-
 /* Bytes of 8 rows of a panel. */
 #define STEP_BYTES(SOURCE) ((SOURCE) == BF16 ? 512 : (SOURCE) == INT8 ? 256 : 128)
 
@@ -136,8 +134,8 @@ DOT static void bf16_pass(long rows, int source, int64_t scales_stored, const ch
 #undef CASE
 }
 
-DOT static void panel_product_bf16_dot(const Matrix *matrix, const void *packed, long m, long k, long panel, float *c,
-                                       void *scratch) {
+DOT void panel_product_bf16_dot(const Matrix *matrix, const void *packed, long m, long k, long panel, float *c,
+                                void *scratch) {
     (void)scratch;
     int source = matrix->layout == PAIRS_BF16 ? BF16 : matrix->layout == PAIRS_SIGN8 ? INT8 : INT4;
     const char *w = (const char *)matrix->data + panel * panel_bytes(matrix, k);

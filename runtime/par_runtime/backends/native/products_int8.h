@@ -78,8 +78,8 @@ QUADS static void int8_pass(long rows, int source, int64_t scales_stored, const 
 #undef CASE
 }
 
-QUADS static void panel_product_int8_dot(const Matrix *matrix, const void *packed, long m, long k, long panel, float *c,
-                                         void *scratch) {
+QUADS void panel_product_int8_dot(const Matrix *matrix, const void *packed, long m, long k, long panel, float *c,
+                                  void *scratch) {
     (void)scratch;
     const char *w = (const char *)matrix->data + panel * panel_bytes(matrix, k);
     long passes = (m + 11) / 12, group = matrix->group, most = passes == 1 ? k : K_BLOCK_DOT;

@@ -144,8 +144,7 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 #include "draws.h"
 #include "products_twin.h"
 #ifdef HAS_DOT
-#include "products_bf16.h"
-#include "products_int8.h"
+#include "dots.h"
 #include "attention_dot.h"
 #endif
 #undef VECTORS

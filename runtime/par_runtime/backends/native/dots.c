@@ -1,0 +1,11 @@
+/* Products of the step with the dot products of AVX-512. They are as much code as all else of step.c: in a file of their
+   own, they are compiled beside it (setup.py). */
+
+#include "instructions.h"
+#include "matrix.h"
+#ifdef HAS_DOT
+#include <immintrin.h>
+#include "dots.h"
+#include "products_bf16.h"
+#include "products_int8.h"
+#endif

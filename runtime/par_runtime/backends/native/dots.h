@@ -1,0 +1,5 @@
+/* What dots.c has for step.c: products with the dot products of AVX-512 (HAS_DOT). */
+
+#define DOT __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16,fma,f16c,avx2")))
+
+__attribute__((visibility("hidden"))) PanelProduct panel_product_bf16_dot, panel_product_int8_dot;

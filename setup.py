@@ -1,0 +1,29 @@
+"""Compiles all C files at once; pyproject.toml says everything else."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+
+class AtOnce(build_ext):
+    """Extensions beside each other, which pip's editable builds do not do where pyproject.toml asks for it, and the
+    files of an extension too, which setuptools compiles one after the other.
+    """
+
+    def build_extensions(self) -> None:
+        """As setuptools does."""
+        self.parallel = self.parallel or True  # as many as there are CPUs
+        compile_files = self.compiler.compile
+
+        def at_once(sources: list[str], *positional: Any, **options: Any) -> list[str]:
+            with ThreadPoolExecutor(len(sources)) as pool:
+                objects = pool.map(lambda source: compile_files([source], *positional, **options), sources)
+                return [name for each in objects for name in each]
+
+        self.compiler.compile = at_once
+        super().build_extensions()
+
+
+setup(cmdclass={"build_ext": AtOnce})
