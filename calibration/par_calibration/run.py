@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from par_calibration.refine.train import Refined, check_memory, refine, training
 from par_calibration.report import Budget, LayerError, Options, Report, compare
 from par_export.quantised import check_source, write_bundle
 from par_export.restored import StoredWeights, stored_table
-from par_model.training.files import followed
+from par_model.training.files import alone_in, followed
 from par_runtime.arguments import cpu_threads
 from par_runtime.backends.native.library import why_not
 from par_runtime.bundle import MANIFEST, WEIGHTS, Bundle, matrix_names
@@ -169,18 +170,16 @@ def calibrate(
     options = _checked(request, bundle, places)
     errors: list[LayerError] = []
     quantise: Callable[[str, Float], Any] = _nothing
-    recording = None
-    if request.weights != KEEP_WEIGHTS:
-        how, kept = How.of(bundle, request.weights, request.group), kept_names(bundle, request.keep)
-        recording = recorded(request, bundle, places, say, on_image)
-        if request.refine:
-            trained = refined(request, recording, how, kept, quantiser, say, (on_image, on_matrix, on_step))
-            quantiser, on_matrix = trained.quantiser, None
-        layers = Layers(recording, how, kept, quantiser, on_matrix)
-        quantise, errors = layers, layers.errors
+    made: list[Report] = []
+    calibration = {
+        "weights": KEPT if request.weights == KEEP_WEIGHTS else request.weights,
+        "group": 0 if request.weights == KEEP_WEIGHTS else request.group,
+        "arithmetic": request.arithmetic,
+        "cache": request.cache,
+    }
 
     def decide(candidate: Bundle) -> Mapping[str, Any]:
-        if recording is not None:
+        if request.weights != KEEP_WEIGHTS:
             say(f"quantised after {time.perf_counter() - started:.1f} s; the report compares both bundles")
         report = compare(bundle, candidate, options, errors)
         report.write_html(places.html)
@@ -195,16 +194,16 @@ def calibrate(
         made.append(report)
         return {"report": report.summary() | ({"refined_steps": request.refine} if request.refine else {})}
 
-    made: list[Report] = []
-    calibration = {
-        "weights": KEPT if request.weights == KEEP_WEIGHTS else request.weights,
-        "group": 0 if request.weights == KEEP_WEIGHTS else request.group,
-        "arithmetic": request.arithmetic,
-        "cache": request.cache,
-    }
-    write_bundle(bundle, places.out, quantise, calibration, force=request.force, decide=decide, say=say)
-    if recording is not None and places.own_work:
-        recording.remove()
+    with ExitStack() as recordings:
+        if request.weights != KEEP_WEIGHTS:
+            how, kept = How.of(bundle, request.weights, request.group), kept_names(bundle, request.keep)
+            recording = recordings.enter_context(recorded(request, bundle, places, say, on_image))
+            if request.refine:
+                trained = refined(request, recording, how, kept, quantiser, say, (on_image, on_matrix, on_step))
+                quantiser, on_matrix = trained.quantiser, None
+            layers = Layers(recording, how, kept, quantiser, on_matrix)
+            quantise, errors = layers, layers.errors
+        write_bundle(bundle, places.out, quantise, calibration, force=request.force, decide=decide, say=say)
     say(
         f"{places.out}: within its budget; report: {places.html} and {places.json}; "
         f"{time.perf_counter() - started:.0f} s, peak memory {(peak_bytes() or 0) / 1e6:.0f} MB"
@@ -212,19 +211,31 @@ def calibrate(
     return places.out, made[0]
 
 
+@contextmanager
 def recorded(
     request: Request, bundle: Bundle, places: Places, say: Say = lambda _: None, on_image: OnDone | None = None
-) -> Recording:
-    """The complete recording that ``request`` asks for, made or taken up. Raises as :func:`calibrate`."""
+) -> Iterator[Recording]:
+    """The complete recording that ``request`` asks for, made or taken up, for this process alone. At the end it is
+    removed, where nobody named its folder and no error came. Raises as :func:`calibrate`.
+    """
     began = time.perf_counter()
     recording = Recording(places.work, plan_of(bundle, request.record), bundle)
+    with alone_in("--work", places.work, CalibrationError):
+        yield _complete(recording, request, began, say, on_image)
+        if places.own_work:
+            recording.remove()
+
+
+def _complete(recording: Recording, request: Request, began: float, say: Say, on_image: OnDone | None) -> Recording:
+    """``recording``, with all its images."""
     recording.begin(request.resume, again=request.force)
     there = len(recording.done())
-    by = record(recording, lambda: maker_of(bundle, request.threads), on_image)
+    plan = recording.plan
+    by = record(recording, lambda: maker_of(recording.bundle, request.threads), on_image)
     taken = f", {there} of the images were there" if there else ""
     say(
-        f"recorded {recording.plan.images} images, {recording.plan.images * recording.plan.rows_per_image} rows of "
-        f"each matrix, {recording.bytes_needed() / 1e6:.1f} MB in {places.work}, {time.perf_counter() - began:.1f} s"
+        f"recorded {plan.images} images, {plan.images * plan.rows_per_image} rows of each matrix, "
+        f"{recording.bytes_needed() / 1e6:.1f} MB in {recording.folder}, {time.perf_counter() - began:.1f} s"
         f"{''.join(f', {name}' for name in by)}{taken}"
     )
     return recording
@@ -286,16 +297,13 @@ def measured_ranges(
     check_source(bundle)
     places = Places.of(request)
     places.check(bundle.path, [])
-    recording = recorded(request, bundle, places, say, on_image)
     stored = StoredWeights(bundle.path / WEIGHTS, stored_table(bundle))
 
     def matrix(name: str) -> Float:
         return np.asarray(stored.tensor(name).float().numpy(), np.float32)
 
-    found = activations.ranges(recording, matrix, request.group)
-    if places.own_work:
-        recording.remove()
-    return found
+    with recorded(request, bundle, places, say, on_image) as recording:
+        return activations.ranges(recording, matrix, request.group)
 
 
 def _nothing(_: str, __: Float) -> None:

@@ -10,7 +10,6 @@ the average finds held-out images, as ``parvis train`` says it of its model; sha
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from par_model.checkpoint import Checkpoint, CheckpointError, open_checkpoint, par_config
 from par_model.config import PARConfig
-from par_model.training.cli import numbers
+from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
 from par_model.training.files import InputError, keep_inputs, same
 from par_model.training.run import save
@@ -38,7 +37,7 @@ LIMITS = {"share": Limit(0, 1)}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
-    p = argparse.ArgumentParser(description="Average two checkpoints of one model.")
+    p = Parser(description="Average two checkpoints of one model.")
     p.add_argument("first", type=Path, help="checkpoint, of parvis train or from_bundle.py")
     p.add_argument("second", type=Path, help="another one of the same sizes")
     p.add_argument("--share", type=float, default=0.5, help="of the second one (default 0.5)")

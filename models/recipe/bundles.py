@@ -35,9 +35,9 @@ from par_calibration import heldout
 from par_calibration.cli import calibrate
 from par_calibration.errors import CalibrationError
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config
-from par_model.training.cli import numbers, parsed, words
+from par_model.training.cli import Parser, numbers, parsed, words
 from par_model.training.cli.numbers import Limit
-from par_model.training.files import InputError, folder_for, followed, keep_inputs, same, written_beside
+from par_model.training.files import InputError, alone_in, folder_for, followed, keep_inputs, same, written_beside
 from par_model.training.run import load_tokenizer
 from par_model.training.transformer import load_codes
 from par_model.vq import VQModel
@@ -76,7 +76,7 @@ MARGIN = 8  #: pixels between the models
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
-    p = argparse.ArgumentParser(description="Make the three bundles of the demo from trained weights.")
+    p = Parser(description="Make the three bundles of the demo from trained weights.")
     p.add_argument("results", type=Path, help="folder with tokenizer.pt, model-n1.pt, ..., and val.npz, as of gpu.py")
     p.add_argument("--work", type=Path, required=True, help="folder for the bundles in fp16 and the reports")
     p.add_argument("--out", type=Path, required=True, help="folder for the bundles")
@@ -108,7 +108,8 @@ def all_three(args: argparse.Namespace) -> int:
     taken = taken_bundles(args.take)
     made_here = {n: name for n, name in NAMES.items() if n not in taken}
     check(args, made_here, taken)
-    failed = [name for n, name in made_here.items() if not made(args, n, name, taken)]
+    with alone_in("--work", args.work), alone_in("--out", args.out):
+        failed = [name for n, name in made_here.items() if not made(args, n, name, taken)]
     if failed:
         print(f"bundles.py: no bundle {', '.join(failed)}; {why(args.work, failed)}", file=sys.stderr)
         return 1

@@ -9,7 +9,6 @@ the older bundle. All bundles are checked before one is changed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 from script import run
 
-from par_model.training.cli import numbers
+from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
 from par_model.training.files import InputError
 from par_model.words import printable
@@ -38,7 +37,7 @@ LIMITS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
-    p = argparse.ArgumentParser(description="Give bundles other sampling settings.")
+    p = Parser(description="Give bundles other sampling settings.")
     p.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="folders of bundles")
     p.add_argument("--guidance", type=float)
     p.add_argument("--temperature", type=float)

@@ -10,7 +10,6 @@ images behind encoder and decoder; ``kept`` is the share of their low-contrast d
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from heldout import add_folders, read_unseen
 from numpy.typing import NDArray
 from script import run
 
+from par_model.training.cli import Parser
 from par_model.training.detail import low_contrast
 from par_runtime import Pipeline
 from par_runtime.bundle import Bundle
@@ -32,7 +32,7 @@ CHUNK = 96  #: images at once
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
-    p = argparse.ArgumentParser(description="Measure a bundle on images that no training has seen.")
+    p = Parser(description="Measure a bundle on images that no training has seen.")
     p.add_argument("bundle", type=Path, help="folder of a bundle with an encoder")
     add_folders(p, each=1000)
     args = p.parse_args(argv)

@@ -13,7 +13,6 @@ it with ``parvis train-tokenizer --encoder-for``), and the ring buffer of used c
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,6 +29,7 @@ from par_export.restored import model_state, read_weights
 from par_model.checkpoint import CheckpointError, check_keys
 from par_model.config import VideoTokenizerConfig, VQConfig
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
+from par_model.training.cli import Parser
 from par_model.training.files import InputError, folder_for
 from par_model.training.run import save
 from par_model.transformer import PAR
@@ -43,7 +43,7 @@ INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float3
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
-    p = argparse.ArgumentParser(description="Read a bundle back into PyTorch checkpoints.")
+    p = Parser(description="Read a bundle back into PyTorch checkpoints.")
     p.add_argument("bundle", type=Path, help="folder that parvis export wrote")
     p.add_argument("--out", type=Path, required=True, help="folder for model.pt and tokenizer.pt")
     args = p.parse_args(argv)

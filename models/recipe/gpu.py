@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +39,8 @@ from gpu_parts import Part, Stop, StoppedError, Work, table  # noqa: E402
 from pack import unpack  # noqa: E402
 
 from par_model.checkpoint import CheckpointError  # noqa: E402
-from par_model.training.cli import words  # noqa: E402
-from par_model.training.files import InputError, same, text_of, written_beside  # noqa: E402
+from par_model.training.cli import Parser, words  # noqa: E402
+from par_model.training.files import InputError, alone_in, same, text_of, written_beside  # noqa: E402
 from par_model.words import printable  # noqa: E402
 
 #: What a part is trained with; options on the command line come behind these, and win.
@@ -119,7 +119,7 @@ def _encode(tokenizer: Path, out: Path) -> list[str | Path]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    p = argparse.ArgumentParser(description="Train the demo models on one GPU, in minutes.")
+    p = Parser(description="Train the demo models on one GPU, in minutes.")
     p.add_argument("--data", type=Path, required=True, help="folder that pack.py wrote")
     p.add_argument("--out", type=Path, required=True, help="folder for the results")
     p.add_argument("--minutes", type=float, default=9.0, help="for all of it (default 9)")
@@ -159,12 +159,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     work: Path | None = None
     began = time.monotonic()
-    with Stop() as stop:
+    with Stop() as stop, ExitStack() as held:
         try:
             device = check(args, TOKENIZER, MODEL, RESULTS, (*(() if args.model else (4,)), *SIBLINGS))
             stop.check()
             work = args.work or Path(tempfile.mkdtemp(prefix="parvis-gpu-"))
-            work.mkdir(parents=True, exist_ok=True)
+            for option, folder in (("--out", args.out), ("--work", work)):
+                held.enter_context(alone_in(option, folder))
             # First, so that a pack that is damaged moves nothing away.
             counts = [unpack(args.data / name, work / name, stop.check) for name in ("train", "val")]
             moved = set_aside(args.out, [args.tokenizer, args.model, *in_options(args)])

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from script import run
 
 from par_calibration import heldout
-from par_model.training.cli import numbers
+from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
 from par_model.training.files import InputError
 from par_model.training.raw import RawImages
@@ -32,7 +32,7 @@ from par_runtime.tokenizer import Tokenizer
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
-    p = argparse.ArgumentParser(description="Put held-out images, as tokens, into a bundle.")
+    p = Parser(description="Put held-out images, as tokens, into a bundle.")
     p.add_argument("bundle", type=Path, help="folder of a bundle with an encoder")
     add_folders(p, each=20)
     args = p.parse_args(argv)

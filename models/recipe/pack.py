@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from par_model.training.cli import Parser
 from par_model.training.files import InputError, folder_for, keep_inputs, naming, regular, written_together
 from par_model.training.raw import IMAGES, RawImages, read_meta, shown
 from par_model.words import printable
@@ -39,7 +40,7 @@ PIECE = 256  #: images that are compressed or unpacked at once
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
-    p = argparse.ArgumentParser(description="Pack training and validation images for gpu.py.")
+    p = Parser(description="Pack training and validation images for gpu.py.")
     p.add_argument("--train", type=Path, required=True, help="folder of images.u8, labels.u8, meta.json")
     p.add_argument("--val", type=Path, required=True, help="the same of other images")
     p.add_argument("--out", type=Path, required=True, help="folder to write")

@@ -26,7 +26,7 @@ from script import run
 
 from par_calibration.errors import CalibrationError
 from par_calibration.report.frechet import Features, distance
-from par_model.training.cli import numbers
+from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
 from par_model.training.files import InputError, keep_inputs, written_beside
 from par_model.training.raw import RawImages
@@ -47,7 +47,7 @@ LIMITS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
-    p = argparse.ArgumentParser(description="Compare sampling settings of a bundle.")
+    p = Parser(description="Compare sampling settings of a bundle.")
     p.add_argument("bundle", type=Path, help="folder of a bundle")
     p.add_argument(
         "--encoder-of", type=Path, help="folder of a bundle whose encoder gives the features (default: the bundle)"

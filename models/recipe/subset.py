@@ -9,7 +9,6 @@ often. Both folders are as ``render.mjs`` writes them.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from script import run
 
+from par_model.training.cli import Parser
 from par_model.training.files import InputError, folder_for, keep_inputs, naming, written_together
 from par_model.training.raw import IMAGES, RawImages
 from par_model.words import printable
@@ -27,7 +27,7 @@ from par_model.words import printable
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
-    p = argparse.ArgumentParser(description="Take a part of the drawings, with more of some classes.")
+    p = Parser(description="Take a part of the drawings, with more of some classes.")
     p.add_argument("--data", type=Path, required=True, help="folder of images.u8, labels.u8, meta.json")
     p.add_argument("--out", type=Path, required=True, help="folder for the part, in the same form")
     p.add_argument("--start", type=int, required=True, metavar="I", help="number of the first image; they count from 0")

@@ -12,6 +12,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing stops two processes that write into one folder
+    fcntl = None  # type: ignore[assignment]
+
 #: What a training writes into the folder of its run, beside sheets of samples.
 RUN_FILES = ("checkpoint.pt", "model.pt", "log.jsonl", "sheet.png")
 #: How the names of weights end: an output of such a name in a folder of weights makes it two models.
@@ -73,10 +78,38 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def folder_for(option: str, path: Path) -> None:
-    """Raise InputError where ``path``, given as ``option``, cannot be a folder to write into: it is a file."""
+def folder_for(option: str, path: Path, error: type[Exception] = InputError) -> None:
+    """Raise ``error`` where ``path``, given as ``option``, cannot be a folder to write into: it is a file."""
     if os.path.lexists(path) and not path.is_dir():  # a link to nothing is no folder either
-        raise InputError(f"{option} {path}: is a file; expected a folder, which may be new: give another name")
+        raise error(f"{option} {path}: is a file; expected a folder, which may be new: give another name")
+
+
+@contextmanager
+def alone_in(option: str, folder: Path, error: type[Exception] = InputError) -> Iterator[None]:
+    """Make ``folder``, given as ``option``, and keep other processes that ask for it out until the end.
+
+    Nothing is written into it: the system holds the lock, and releases that of a process that was killed. Raises
+    ``error`` where another process has the folder, or it is a file; OSError.
+    """
+    folder_for(option, folder, error)
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise error(
+                f"{option} {folder}: another process writes into it now; wait until that one has ended, or give "
+                "another folder"
+            ) from None
+        except OSError:  # a file system of a network may have no locks for folders
+            pass
+        yield
+    finally:
+        os.close(number)
 
 
 def keep_inputs(option: str, outputs: Iterable[Path], **inputs: Path | None) -> None:

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from par_model.checkpoint import open_checkpoint, video_config, vq_config
-from par_model.training.files import InputError, written_beside
+from par_model.training.files import InputError, alone_in, written_beside
 from par_model.training.resume import check_run, read_run, taking_over
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
@@ -122,7 +122,10 @@ def load_video_tokenizer(path: Path) -> VideoTokenizer:
 @dataclass
 class Run:
     """A run folder, used as a context. ``should_stop`` becomes true on Ctrl-C or SIGTERM; the trainer then writes a
-    checkpoint and ends. ``minutes``: after which the run ends, with its earlier processes; None: after its steps."""
+    checkpoint and ends. ``minutes``: after which the run ends, with its earlier processes; None: after its steps.
+
+    Entering it raises InputError where another process trains in this folder.
+    """
 
     path: Path
     minutes: float | None = None
@@ -135,13 +138,15 @@ class Run:
             raise InputError(f"--minutes {self.minutes}: expected a number above 0")
 
     def __enter__(self) -> Self:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._before = {sig: signal.signal(sig, self._stop) for sig in (signal.SIGINT, signal.SIGTERM)}
+        with ExitStack() as entered:
+            entered.enter_context(alone_in("--run", self.path))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                entered.callback(signal.signal, number, signal.signal(number, self._stop))
+            self._entered = entered.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for sig, handler in self._before.items():
-            signal.signal(sig, handler)
+        self._entered.close()
 
     def _stop(self, *_: object) -> None:
         self.should_stop = True

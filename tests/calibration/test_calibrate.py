@@ -22,6 +22,7 @@ from par_calibration.quantise.layers import by_gptq
 from par_calibration.record.record import RecordOptions
 from par_calibration.report import LIMITS, Options
 from par_calibration.run import OverBudgetError, Request, calibrate
+from par_model.training.files import alone_in
 from par_runtime.backends.native.library import library
 from par_runtime.bundle import Bundle, seal
 from par_runtime.cli import main
@@ -264,6 +265,33 @@ def test_weights_that_are_no_numbers_are_named_with_their_bundle(
         "give a checkpoint of a training that did not diverge\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("what", [["--weights", "int8", "--force"], ["--weights", "int4", "--resume"], ["--ranges"]])
+@pytest.mark.parametrize("named", [True, False])
+def test_two_at_once_do_not_share_a_recording(
+    tiny: Path, tmp_path: Path, what: list[str], named: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that ends removes it, and one with --force drops it: the other would lose what it has recorded."""
+    pytest.importorskip("fcntl")
+    work = tmp_path / ("w" if named else f".{tiny.name}.calibration")
+    options = [*what, *TINY, "--out", tmp_path / "out", *(["--work", work] if named else [])]
+    with alone_in("--work", work):
+        (work / "image-000000.npz").write_text("of the other one")
+        assert run(tiny, *options, "--quiet") == 2
+        assert [path.name for path in work.iterdir()] == ["image-000000.npz"]
+    assert capfd.readouterr().err == (
+        f"parvis: error: --work {work}: another process writes into it now; wait until that one has ended, or give "
+        "another folder\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [work.name]
+
+
+def test_a_file_is_no_folder_for_a_recording(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    options = ["--weights", "int8", *TINY, "--out", tmp_path / "out", "--work", tmp_path / "file", "--quiet"]
+    assert run(tiny, *options) == 2
+    assert f"--work {tmp_path / 'file'}: is a file; expected a folder, which may be new" in capfd.readouterr().err
 
 
 def test_links_that_lead_in_a_circle_are_one_line(

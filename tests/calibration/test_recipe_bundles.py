@@ -19,6 +19,7 @@ from PIL import Image
 from recipe_scripts import scripts
 
 from conftest import golden_config, golden_weights
+from par_model.training.files import alone_in
 from par_model.transformer import PAR
 from par_runtime.bundle import Bundle
 
@@ -234,6 +235,19 @@ def test_what_it_cannot_use_is_one_line_before_anything_is_made(
         (results / name).write_bytes(whole)
     (results / "model-n1.pt").write_bytes((results / "model-n4.pt").read_bytes())
     refused("model-n1.pt: has n, codes, classes and grid (4, ", results, work, out)
+
+
+@pytest.mark.parametrize("option", ["--work", "--out"])
+def test_a_second_one_beside_it_makes_nothing(
+    recipe: ModuleType, results: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fcntl")
+    folders = {"--work": tmp_path / "work", "--out": tmp_path / "out"}
+    with alone_in(option, folders[option]):
+        assert recipe.main([str(results), *(f"{name}={path}" for name, path in folders.items())]) == 2
+    text = f"bundles.py: error: {option} {folders[option]}: another process writes into it now; wait"
+    assert capsys.readouterr().err.startswith(text)
+    assert not [each for path in folders.values() if path.exists() for each in path.iterdir()]
 
 
 def test_a_report_is_named_only_where_there_is_one(recipe: ModuleType, tmp_path: Path) -> None:

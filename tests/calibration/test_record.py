@@ -202,8 +202,6 @@ def test_a_folder_of_another_recording_is_refused(tiny: Path, tmp_path: Path) ->
     with pytest.raises(CalibrationError, match="give another --work"):
         Recording(tmp_path / "x", recording.plan, bundle).begin(True, again=True)
     assert (tmp_path / "x" / "mine.txt").read_text() == "mine"
-    with pytest.raises(CalibrationError, match="is a file; give a folder"):
-        Recording(tmp_path / "x" / "mine.txt", recording.plan, bundle).begin(True)
 
 
 def test_what_cannot_be_recorded_is_said_before(tiny: Path) -> None:

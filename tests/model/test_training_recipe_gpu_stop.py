@@ -21,6 +21,7 @@ from recipe_scripts import RECIPE, scripts
 
 from par_model.checkpoint import open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig
+from par_model.training.files import alone_in
 from par_model.transformer import PAR
 from par_model.vq import VQModel
 
@@ -121,6 +122,26 @@ def test_what_it_cannot_use_is_one_line_before_anything_starts(
     refused("labels.xz: cut off or damaged")
     (packed / "val" / "meta.json").write_text('{"count": 48, "size": 1e400}')
     refused("meta.json: size is inf; expected a whole number")
+
+
+@pytest.mark.parametrize("option", ["--out", "--work"])
+def test_a_second_one_beside_it_moves_nothing_away(
+    gpu: ModuleType, packed: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fcntl")
+    out, work = tmp_path / "out", tmp_path / "work"
+    out.mkdir()
+    (out / "tokenizer.pt").write_text("of the first one")
+    command = ["--data", str(packed), "--out", str(out), "--work", str(work), "--device", "cpu"]
+    command += ["--tokenizer-options", TOKENIZER, "--model-options", MODEL]
+    folder = {"--out": out, "--work": work}[option]
+    with alone_in(option, folder):
+        assert gpu.main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"gpu.py: error: {option} {folder}: another process writes into it now; wait")
+    assert (printed.err.count("\n"), printed.out) == (1, "")
+    assert [path.name for path in out.iterdir()] == ["tokenizer.pt"]
+    assert not work.exists() or not list(work.iterdir())
 
 
 def still_running(text: str) -> list[str]:

@@ -59,6 +59,18 @@ def test_others_are_not_hidden(script: ModuleType) -> None:
     assert script.run("x.py", lambda: 1) == 1
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPE.rglob("*.py") if "def main(" in path.read_text()))
+def test_an_option_that_a_script_does_not_know_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with scripts(name) as (module,):
+        with pytest.raises(SystemExit) as ended:
+            module.main(["a", "--seed", "1\n2", "--nix"])
+        assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    program = printed.partition(": error: ")[0]  # of the tests
+    assert printed.endswith(f"; '{program} --help' lists the options\n")
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_script_that_is_stopped_removes_its_unfinished_file(
     script: ModuleType, sent: signal.Signals, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

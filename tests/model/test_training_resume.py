@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +16,8 @@ import torch
 from par_model.training.cli import tokenizer as train_tokenizer
 from par_model.training.cli import transformer as train
 from par_model.training.cli import video_tokenizer as train_video
+from par_model.training.files import InputError, alone_in
+from par_model.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -141,6 +146,52 @@ def test_a_run_of_another_trainer_is_one_line(made: dict[str, list[str]], capsys
             if name != other:
                 text = f"is a run of parvis {of}, not of parvis {verb};"
                 refused(VERBS[name], made[name], Path(made[other][-1]), [text], capsys)
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_two_trainings_in_one_folder_are_refused(
+    made: dict[str, list[str]], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fcntl")
+    run = tmp_path / "run"
+    with alone_in("--run", run):
+        assert VERBS[name].main([*made[name], "--run", str(run)]) == 2
+    assert capsys.readouterr().err == (
+        f"parvis: error: --run {run}: another process writes into it now; wait until that one has ended, or give "
+        "another folder\n"
+    )
+    assert not list(run.iterdir())
+    with Run(run), pytest.raises(InputError, match="another process"), Run(run):
+        pass
+    with Run(run):  # it is free again
+        pass
+
+
+def test_the_lock_of_a_killed_process_ends_with_it(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    program = (
+        "import sys, time; from pathlib import Path; from par_model.training.files import alone_in\n"
+        "with alone_in('--run', Path(sys.argv[1])):\n    print('in', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(InputError, match="another process"), alone_in("--run", tmp_path):
+            pass
+        process.kill()
+    with alone_in("--run", tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")  # as NFS does of a folder
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with alone_in("--run", tmp_path / "new"):
+        assert (tmp_path / "new").is_dir()
 
 
 def test_dropout_and_rate_may_be_others(made: dict[str, list[str]], tmp_path: Path) -> None:

@@ -94,8 +94,6 @@ class Recording:
         Raises CalibrationError where the folder holds something else; OSError.
         """
         about = self.folder / ABOUT
-        if self.folder.exists() and not self.folder.is_dir():
-            raise CalibrationError(f"--work {self.folder}: is a file; give a folder")
         if about.exists():
             found = self._found(about)
             differ = [] if found is None else self.plan.differences(found)

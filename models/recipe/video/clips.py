@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from script import run
 
-from par_model.training.cli import numbers
+from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
 from par_model.training.files import InputError, folder_for, keep_inputs, naming, written_together
 
@@ -44,7 +44,7 @@ HELD_OUT = 200  # garments of each class
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--source", type=Path, required=True, help="folder with 0.json .. 9.json of the npm package")
     p.add_argument("--part", choices=["train", "val"], required=True)
     p.add_argument("--count", type=int, required=True, help="clips; clip i is of class i mod 10")

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from script import run
 
 from par_calibration.report.frechet import distance
-from par_model.training.cli import numbers
+from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
 from par_model.training.clips import ClipFolder
 from par_model.training.files import InputError, keep_inputs, written_beside
@@ -127,7 +127,7 @@ def unrest(clips: np.ndarray) -> np.ndarray:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this script; returns the exit code."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--train", type=Path, required=True, help="raw clips that the classifier is trained on")
     p.add_argument("--val", type=Path, required=True, help="raw clips that everything is compared with")
     p.add_argument("--classifier", type=Path, required=True, help="its weights; trained where the file is missing")

@@ -27,14 +27,14 @@ class Help(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help, action.default
-        none = default is None or default is False or default == argparse.SUPPRESS
+        none = default is None or default is False or default in ("", [], argparse.SUPPRESS)
         if not text or none or action.required or "default" in text:
             return text
         return f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors as one line, as the other verbs of ``parvis`` print them."""
+    """argparse, with errors as one line, as the other verbs of ``parvis`` print them; for scripts of the recipe too."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": Help} | settings)
@@ -42,7 +42,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print ``message`` as one line and exit with code 2."""
         message = one_line(message, LONGEST_ERROR)  # argparse repeats an argument of any length
-        self.exit(2, f"parvis: error: {message}; '{self.prog} --help' lists the options\n")
+        program = self.prog.partition(" ")[0]  # of "parvis train"
+        self.exit(2, f"{program}: error: {message}; '{self.prog} --help' lists the options\n")
 
 
 def add_run(p: argparse.ArgumentParser, holds: str, of: str, *, steps: int, batch: int, report: int) -> None:
