@@ -211,12 +211,13 @@ def test_scales_of_another_matrix_fail_the_self_test(bundle: Path) -> None:
     hostile.check_line(caught.value)
 
 
-def test_any_change_of_what_is_quantised_is_one_line_or_a_bundle_that_works(bundle: Path) -> None:
+@pytest.mark.parametrize("count", [80, pytest.param(240, marks=pytest.mark.slow)])
+def test_any_change_of_what_is_quantised_is_one_line_or_a_bundle_that_works(count: int, bundle: Path) -> None:
     manifest = manifest_of(bundle)
     names = (QUANTISED, SCALES, KEPT, "output.scale")
     part = {"calibration": manifest["calibration"], "weights": {name: manifest["weights"][name] for name in names}}
     refused = 0
-    for number, (what, changed) in enumerate(hostile.mutations(part, 240, seed=1)):
+    for number, (what, changed) in enumerate(hostile.mutations(part, count, seed=1)):
         weights = changed["weights"]
         if isinstance(weights, dict):
             weights = {name: at for name, at in manifest["weights"].items() if name not in names} | weights
@@ -231,4 +232,4 @@ def test_any_change_of_what_is_quantised_is_one_line_or_a_bundle_that_works(bund
             refused += 1
         except Exception as error:
             raise AssertionError(what) from error
-    assert 120 < refused < 220
+    assert count / 2 < refused < 0.92 * count

@@ -141,9 +141,10 @@ def run_with(instructions: str, code: str, paths: list[Path]) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("instructions", OTHERS)
-def test_the_other_instruction_set(instructions: str, bundles: dict[str, Path]) -> None:
+@pytest.mark.parametrize("name", [pytest.param("bf16", marks=pytest.mark.slow), "n16"])
+def test_the_other_instruction_set(name: str, instructions: str, bundles: dict[str, Path]) -> None:
     code = "from test_native import compare; assert max(compare(Path(p), 2, 2.0) for p in sys.argv[1:]) < 2e-5"
-    run_with(instructions, code, [bundles[name] for name in ("bf16", "n16")])
+    run_with(instructions, code, [bundles[name]])
 
 
 def check_independent_rows(path: Path) -> None:

@@ -166,7 +166,10 @@ def test_compiled_tokens_are_those_of_the_reference_and_nothing_is_compiled_twic
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 20, 0.9)], ids=["plain", "filtered"])
+@pytest.mark.parametrize(
+    "sampling",
+    [pytest.param(Sampling(), id="plain", marks=pytest.mark.slow), pytest.param(Sampling(1.0, 20, 0.9), id="filtered")],
+)
 def test_the_compiler_meets_no_running_sum(sampling: Sampling, bundles: dict[str, Path]) -> None:
     """PyTorch 2.11 cannot compile one for CUDA, so that no step compiles there; a CPU would not tell."""
     baseline = Baseline(bundles["fp32"])
