@@ -24,10 +24,11 @@ from par_calibration.refine.train import Refined, check_memory, refine, training
 from par_calibration.report import Budget, LayerError, Options, Report, compare
 from par_export.quantised import check_source, write_bundle
 from par_export.restored import StoredWeights, stored_table
+from par_export.staging import check_replaced
 from par_model.training.files import alone_in, followed
 from par_runtime.arguments import cpu_threads
 from par_runtime.backends.native.library import why_not
-from par_runtime.bundle import MANIFEST, WEIGHTS, Bundle, matrix_names
+from par_runtime.bundle import WEIGHTS, Bundle, matrix_names
 from par_runtime.checked import shown_path
 from par_runtime.dtypes import ARITHMETICS, Float
 from par_runtime.manifest import KEPT
@@ -364,10 +365,8 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
             f"--arithmetic {request.arithmetic}, --cache {request.cache}: they are the C step's, which cannot run this "
             f"bundle here ({reason}), so nothing could be proven; leave them out"
         )
-    if os.path.lexists(places.out) and not request.force:
-        raise CalibrationError(f"{places.out} exists; give another --out, or --force to replace it")
-    if os.path.lexists(places.out) and not (places.out / MANIFEST).is_file():
-        raise CalibrationError(f"{places.out} exists and is not a bundle; give another --out")
+    if os.path.lexists(places.out):
+        check_replaced(places.out, request.force)
     if request.report.real is not None and not request.report.real.exists():
         raise CalibrationError(
             f"--real {request.report.real}: no such file or folder; give a folder of pictures or a file of tokens"

@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from par_export.errors import OutputError
-from par_runtime.bundle import MANIFEST
+from par_runtime.backends.engines import ENGINE_JSON, ENGINES
+from par_runtime.bundle import HELDOUT, MANIFEST, WEIGHTS
 from par_runtime.system import NO_ROOM
 
 
+class Kind(NamedTuple):
+    """A kind of folder that is replaced."""
+
+    name: str
+    has: tuple[str, ...]  #: files that tell it from other folders
+    holds: tuple[str, ...]  #: patterns of the names of all that it holds
+
+
+HIDDEN = ".*.part*"  #: what a killed process left
+BUNDLE = Kind("a bundle", (MANIFEST, WEIGHTS), (MANIFEST, WEIGHTS, HELDOUT, "*.onnx", ENGINES, HIDDEN))
+ENGINE = Kind("an engine", (ENGINE_JSON,), ("*.json", "*.plan", "*.cubin", "*.data", "*.cache", HIDDEN))
+
+
 @contextmanager
-def staging(out: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
+def staging(out: Path, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
     """Yield a hidden folder beside ``out``, which is renamed to ``out`` at the end; on an error it is removed.
 
-    ``force`` replaces a folder at ``out`` if it holds the file ``marker``. Hidden folders of killed processes are
-    removed. Raises OutputError, OSError.
+    ``force`` replaces a folder at ``out`` that is of ``kind`` and holds nothing else; a link to it stays, and leads to
+    the new one. Hidden folders of killed processes are removed. Raises OutputError, OSError.
     """
     out = out.absolute()
+    if force and out.is_symlink() and out.is_dir():
+        out = Path(os.path.realpath(out))
     for old in _leftovers(out, "old"):
         if out.exists():
             shutil.rmtree(old, ignore_errors=True)
-        else:  # a process was killed between the two renames below: the folder that it was replacing goes back
+        else:  # a process was killed between the two renames of _replace: the folder that it was replacing goes back
             os.rename(old, out)
-    if os.path.lexists(out) and not force:
-        raise OutputError(f"{out} exists; give another --out, or --force to replace it")
-    if os.path.lexists(out) and not (out / marker).is_file():
-        kind = "a bundle" if marker == MANIFEST else "an engine"
-        raise OutputError(
-            f"{out} exists and is not {kind} (it holds no {marker}); only such a folder is replaced; move it away"
-        )
+    if os.path.lexists(out):
+        check_replaced(out, force, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
     for stale in _leftovers(out, "part"):
         shutil.rmtree(stale, ignore_errors=True)
@@ -46,13 +60,10 @@ def staging(out: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
     try:
         part.mkdir()
         yield part
-        if out.exists() and not force:
-            raise OutputError(f"{out} was made by another command meanwhile and is kept; give another --out")
-        if out.exists():
-            old = out.parent / f".{out.name}.old-{os.getpid()}"
-            os.rename(out, old)
-            os.rename(part, out)
-            shutil.rmtree(old)
+        if os.path.lexists(out):
+            if not force or why_not_replaced(out, kind):
+                raise OutputError(f"{out} was made by another command meanwhile and is kept; give another --out")
+            _replace(out, part)
         else:
             os.rename(part, out)
     except OSError as error:  # the caller knows ``out``, not the hidden folder
@@ -65,6 +76,57 @@ def staging(out: Path, force: bool, marker: str = MANIFEST) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         if main:
             signal.signal(signal.SIGTERM, previous)
+
+
+def check_replaced(out: Path, force: bool, kind: Kind = BUNDLE) -> None:
+    """Raise OutputError where ``out``, which exists, must stay: without ``force``, or where it is not of ``kind``."""
+    if not force:
+        raise OutputError(f"{out} exists; give another --out, or --force to replace it")
+    why = why_not_replaced(out, kind)
+    if why:
+        raise OutputError(f"{out} exists and {why}; only {kind.name} is replaced, as a whole: move it away")
+
+
+def why_not_replaced(out: Path, kind: Kind) -> str:
+    """Why ``out`` is no folder of ``kind``, or what would be lost with it; "" where it can be replaced."""
+    missing = [name for name in kind.has if not (out / name).is_file()]
+    if missing:
+        return f"is not {kind.name} (it holds no {missing[0]})"
+    for path in sorted(out.iterdir()):
+        if not any(fnmatchcase(path.name, pattern) for pattern in kind.holds):
+            return f"holds {path.name}, which is not of {kind.name}"
+        if path.name == ENGINES:
+            engines = path.iterdir() if path.is_dir() else iter([path])
+            for engine in sorted(engines):
+                if not fnmatchcase(engine.name, HIDDEN) and (why := why_not_replaced(engine, ENGINE)):
+                    return f"its {ENGINES}/{engine.name} {why}"
+    return ""
+
+
+def _replace(out: Path, part: Path) -> None:
+    """Put ``part`` in the place of ``out``, whose content goes. There is always a folder at ``out``, where the system
+    can exchange two; elsewhere it comes back if the second of two renames does not come.
+    """
+    if _exchanged(out, part):
+        return  # the caller removes what is at ``part`` now
+    old = out.parent / f".{out.name}.old-{os.getpid()}"
+    try:
+        os.rename(out, old)
+        os.rename(part, out)
+    except BaseException:  # a signal too
+        if old.exists() and not os.path.lexists(out):
+            os.rename(old, out)
+        raise
+    shutil.rmtree(old)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Whether the paths ``a`` and ``b`` have exchanged what they name, at once. Linux can, on most file systems."""
+    with suppress(OSError, AttributeError):
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+        done: int = ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange)
+        return done == 0
+    return False
 
 
 def _leftovers(out: Path, kind: str) -> list[Path]:

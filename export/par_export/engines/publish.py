@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from par_export.engines.cache import EngineCache, key_of
 from par_export.engines.place import no_empty_folder
 from par_export.errors import BuildError
-from par_export.staging import staging
+from par_export.staging import ENGINE, staging
 from par_model import config, manifest, ordering
-from par_runtime.backends.engines import ENGINE_JSON, MOST_IMAGES, MOST_PROFILES, Engine
+from par_runtime.backends.engines import MOST_IMAGES, MOST_PROFILES, Engine
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.errors import EngineError
@@ -66,7 +66,7 @@ def publish(
     with (
         no_empty_folder(out.parent),
         _unlocked() if cache is None else cache.locked(key),
-        staging(out, force=True, marker=ENGINE_JSON) as folder,
+        staging(out, force=True, kind=ENGINE) as folder,
     ):
         shutil.rmtree(folder)
         if cache is not None and cache.get(key, folder) and _intact(folder, bundle):
