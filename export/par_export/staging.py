@@ -5,9 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-import signal
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -17,6 +14,7 @@ from typing import NamedTuple
 from par_export.errors import OutputError
 from par_runtime.backends.engines import ENGINE_JSON, ENGINES
 from par_runtime.bundle import HELDOUT, MANIFEST, WEIGHTS
+from par_runtime.stopping import exit_on_signals
 from par_runtime.system import NO_ROOM
 
 
@@ -54,28 +52,24 @@ def staging(out: Path, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
     for stale in _leftovers(out, "part"):
         shutil.rmtree(stale, ignore_errors=True)
     part = out.parent / f".{out.name}.part-{os.getpid()}"
-    main = threading.current_thread() is threading.main_thread()  # only there may signals be handled
-    # SIGTERM raises SystemExit, so that the cleanup below runs.
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) if main else None
-    try:
-        part.mkdir()
-        yield part
-        if os.path.lexists(out):
-            if not force or why_not_replaced(out, kind):
-                raise OutputError(f"{out} was made by another command meanwhile and is kept; give another --out")
-            _replace(out, part)
-        else:
-            os.rename(part, out)
-    except OSError as error:  # the caller knows ``out``, not the hidden folder
-        if isinstance(error.filename, str) and error.filename.startswith(str(part)):
-            error.filename, error.filename2 = str(out) + error.filename.removeprefix(str(part)), None
-        elif error.filename is None and error.errno in NO_ROOM:
-            error.filename = str(out)
-        raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if main:
-            signal.signal(signal.SIGTERM, previous)
+    with exit_on_signals():
+        try:
+            part.mkdir()
+            yield part
+            if os.path.lexists(out):
+                if not force or why_not_replaced(out, kind):
+                    raise OutputError(f"{out} was made by another command meanwhile and is kept; give another --out")
+                _replace(out, part)
+            else:
+                os.rename(part, out)
+        except OSError as error:  # the caller knows ``out``, not the hidden folder
+            if isinstance(error.filename, str) and error.filename.startswith(str(part)):
+                error.filename, error.filename2 = str(out) + error.filename.removeprefix(str(part)), None
+            elif error.filename is None and error.errno in NO_ROOM:
+                error.filename = str(out)
+            raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def check_replaced(out: Path, force: bool, kind: Kind = BUNDLE) -> None:

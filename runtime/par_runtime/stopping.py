@@ -1,7 +1,8 @@
-"""Ctrl-C and the signals that end a command, as exceptions, but never in the middle of an import.
+"""Ctrl-C and the signals that end a command, as exceptions, but never in the middle of an import or a foreign call.
 
 An extension module that meets an exception while it is initialised may lose it: onnxruntime's then goes on as if
-nothing had come, or raises an ImportError of its own. So a signal that comes during an import waits for its end.
+nothing had come, or raises an ImportError of its own. TensorRT calls Python to log; an exception there is lost, or
+ends the process. So a signal that comes meanwhile waits for the end.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_importing = 0  # imports of the main thread that are under way, one in another
-_waiting: int | None = None  # the signal that came meanwhile
+_NUMBERS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
 @contextmanager
@@ -23,47 +23,55 @@ def exit_on_signals() -> Iterator[None]:
     unfinished files are removed.
 
     Does nothing outside of the main thread, which alone may set handlers, and for signals that are ignored, as nohup
-    sets it.
+    sets it, or handled by the program that calls this one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    numbers = [each for each in numbers if signal.getsignal(each) not in (signal.SIG_IGN, None)]
-    previous = [signal.signal(each, _stop) for each in numbers]
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    previous = {each: signal.signal(each, _stop) for each in _NUMBERS if signal.getsignal(each) in defaults}
     try:
         yield
     finally:
-        for each, handler in zip(numbers, previous, strict=True):
+        for each, handler in previous.items():
             signal.signal(each, handler)
 
 
+class Waiting:
+    """What :func:`later` yields."""
+
+    came: int | None = None  #: the first signal that waits for the end of the block
+
+
 @contextmanager
-def later() -> Iterator[None]:
-    """Around an import: signals of :func:`exit_on_signals` wait for the end of the block, which then raises."""
-    global _importing, _waiting
-    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread
-        yield
+def later() -> Iterator[Waiting]:
+    """Signals that would end the process, or that have handlers, wait for the end of the block, and do then what they
+    would have done. In other threads than the main one, where no handler runs, it does nothing.
+    """
+    waiting = Waiting()
+    if threading.current_thread() is not threading.main_thread():
+        yield waiting
         return
-    _importing += 1
+
+    def wait(number: int, _: FrameType | None) -> None:
+        waiting.came = waiting.came or number
+
+    free = (signal.SIG_IGN, None)  # None: set by another language, and not to be set again by this one
+    previous = {each: signal.signal(each, wait) for each in _NUMBERS if signal.getsignal(each) not in free}
     try:
-        yield
+        yield waiting
     finally:
-        _importing -= 1
-        if not _importing and _waiting is not None:
-            number, _waiting = _waiting, None
-            _end(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+        if waiting.came is not None:
+            handler = previous[signal.Signals(waiting.came)]
+            if callable(handler):
+                handler(waiting.came, None)
+            else:
+                signal.raise_signal(waiting.came)
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    global _waiting
-    if _importing:
-        _waiting = number
-    else:
-        _end(number)
-
-
-def _end(number: int) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)

@@ -19,6 +19,7 @@ from par_model.config import PARConfig
 from par_runtime.backends.tails import Tail
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Stored
+from par_runtime.stopping import Waiting
 
 SM80 = Target("SM80")
 SMALL = PARConfig(dim=128, n_layers=2, n_heads=2, vocab_size=256, n_classes=10, grid=(1, 8, 8), group_size=4)
@@ -63,6 +64,7 @@ class Case:
                 lambda piece: pieces.append(bytes(piece)),
                 attention=wanted,
                 allow_tf32=False,
+                signals=Waiting(),
             )
         finally:
             data.close()

@@ -16,7 +16,7 @@ from typing import Any
 
 from par_export import engines, graphs
 from par_export.engines import report as engine_report
-from par_export.engines.builder import OnStep, Target, build_plan
+from par_export.engines.builder import OnStep, Target, build_plan, uninterrupted
 from par_export.engines.contents import decoder_weights, step_config, step_weights, tokenizer_config
 from par_export.engines.network import ExpectedAttention
 from par_export.engines.place import place
@@ -252,7 +252,7 @@ class _CheckedRequest:
             name_of_cache = f"timing-{self.trt.name}-{self.trt.version}-{self.device or self.target}.cache"
             timing = self.request.cache_folder / name_of_cache
         clock = time.monotonic()
-        with file.open("wb") as out:
+        with file.open("wb") as out, uninterrupted() as signals:
             outcome = build_plan(
                 self.trt,
                 graph,
@@ -265,6 +265,7 @@ class _CheckedRequest:
                 timing_cache=timing,
                 reproducible=self.request.reproducible,
                 on_step=lambda phase, fraction: on_step(f"{name}: {phase}", fraction),
+                signals=signals,
             )
         outcome.seconds = time.monotonic() - clock
         counted = engine_report.kernels(outcome.log, self.request.images, layers)

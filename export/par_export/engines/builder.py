@@ -1,15 +1,17 @@
 """A checked network as a plan: TensorRT's builder in a thread of its own, its plan streamed to a file.
 
-The builder's thread is not the main one, because the main thread waits for Ctrl-C and releases the pages of the weights
-that the builder has read.
+The builder's thread is not the main one, because the main thread sees Ctrl-C and SIGTERM and releases the pages of the
+weights that the builder has read. No signal raises meanwhile: TensorRT logs by calling Python, and loses an exception
+there, or ends the process.
 """
 
 from __future__ import annotations
 
 import re
-import signal
 import threading
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from par_export.engines.weights import MappedWeights
 from par_export.errors import BuildCancelledError, BuildError
 from par_export.graphs.writer import Graph
 from par_runtime.backends.trt.module import TensorRT
+from par_runtime.stopping import Waiting, later
 from par_runtime.system import write_beside
 
 RELEASE_SECONDS = 0.02  #: how often the pages of the weights are released during a build
@@ -107,6 +110,17 @@ def make_monitor(trt: TensorRT, on_step: OnStep, stop: threading.Event) -> Any:
     return Monitor()
 
 
+@contextmanager
+def uninterrupted() -> Iterator[Waiting]:
+    """Around :func:`build_plan`: signals that would end the process wait until all that TensorRT made is gone."""
+    with later() as signals:
+        try:
+            yield signals
+        except BaseException as error:  # TensorRT logs when its objects go, and the frames of the error keep them
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+
 def build_plan(
     trt: TensorRT,
     graph: Graph,
@@ -120,10 +134,12 @@ def build_plan(
     timing_cache: Path | None = None,
     reproducible: bool = False,
     on_step: OnStep = lambda *_: None,
+    signals: Waiting,
 ) -> BuildOutcome:
     """Build ``graph`` with a profile for each batch size of ``images``; ``write`` receives the plan piece by piece.
 
-    ``attention`` None: a graph without a cache (the decoder). Raises BuildError, BuildCancelledError.
+    ``attention`` None: a graph without a cache (the decoder). A signal of ``signals``, from :func:`uninterrupted`,
+    stops the build at its next step. Raises BuildError, BuildCancelledError.
     """
     log = make_logger(trt)
     builder = trt.module.Builder(log)
@@ -131,6 +147,8 @@ def build_plan(
     network = builder.create_network(flags)
     parser = trt.module.OnnxParser(network, log)
     keep = parse(trt, parser, graph, data, log)
+    if signals.came is not None:
+        raise BuildCancelledError
     if attention is not None:
         check_step(trt, network, attention)
     config = builder.create_builder_config()
@@ -148,7 +166,7 @@ def build_plan(
             shape = profile_shape(tensor.name, tuple(tensor.shape), size)
             profile.set_shape(tensor.name, shape, shape, shape)
         config.add_optimization_profile(profile)
-    _run(trt, builder, network, config, data, write, log, on_step)
+    _run(trt, builder, network, config, data, write, log, on_step, signals)
     if cache is not None and timing_cache is not None:
         blob = config.get_timing_cache().serialize()
         write_beside(timing_cache, lambda part: part.write_bytes(blob))
@@ -197,8 +215,9 @@ def _run(
     write: Callable[[memoryview], object],
     log: Any,
     on_step: OnStep,
+    signals: Waiting,
 ) -> None:
-    """Build in a thread; this one waits for Ctrl-C and releases the pages of the weights meanwhile.
+    """Build in a thread; this one waits for signals and releases the pages of the weights meanwhile.
 
     Raises BuildCancelledError, BuildError, and whatever ``write`` raised.
     """
@@ -229,17 +248,12 @@ def _run(
             failure.append(error)
 
     thread = threading.Thread(target=work, name="tensorrt build")
-    main = threading.current_thread() is threading.main_thread()  # only there may signals be handled
-    # No exception while the builder runs: it stops at its next step, and leaving before it does would crash it.
-    previous = signal.signal(signal.SIGINT, lambda *_: stop.set()) if main else None
-    try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(RELEASE_SECONDS)
-            data.release()
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, previous)
+    thread.start()
+    while thread.is_alive():
+        thread.join(RELEASE_SECONDS)
+        if signals.came is not None:  # leaving before the builder stops would crash it
+            stop.set()
+        data.release()
     if stop.is_set():
         raise BuildCancelledError
     if failure:

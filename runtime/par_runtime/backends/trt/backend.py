@@ -10,6 +10,7 @@ from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.backends.trt.plan import LoadedPlan, make_log
 from par_runtime.bundle import Bundle
+from par_runtime.stopping import later
 
 
 def load(bundle: Bundle, engine: Engine, device: cuda.Device, trt: TensorRT, capture: Capture = "image") -> GpuBackend:
@@ -18,9 +19,10 @@ def load(bundle: Bundle, engine: Engine, device: cuda.Device, trt: TensorRT, cap
         undo.callback(device.close)
         device.activate()
         log = make_log(trt)
-        runtime = trt.module.Runtime(log)
         plans = dict(engine.plans) | ({"decoder": engine.decoder} if engine.decoder else {})
-        programs = {name: LoadedPlan(bundle, engine, name, plan, trt, runtime, log) for name, plan in plans.items()}
+        with later():  # TensorRT logs by calling Python, and loses an exception there, or ends the process
+            runtime = trt.module.Runtime(log)
+            programs = {name: LoadedPlan(bundle, engine, name, plan, trt, runtime, log) for name, plan in plans.items()}
         stream = device.stream()
         undo.callback(stream.free)
         backend = GpuBackend(

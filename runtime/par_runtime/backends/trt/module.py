@@ -12,6 +12,7 @@ from typing import Any
 
 from par_runtime.backends.engines import RTX as RTX
 from par_runtime.errors import TensorRTMissingError, how_to_install
+from par_runtime.stopping import later
 
 CLASSIC = "tensorrt"
 
@@ -35,7 +36,8 @@ def load(name: str | None = None) -> TensorRT:
     reasons = []
     for candidate in (CLASSIC, RTX) if name is None else (name,):
         try:
-            module = importlib.import_module(candidate)
+            with later():
+                module = importlib.import_module(candidate)
             version = str(module.__version__)
         except (ImportError, OSError, AttributeError) as error:
             # AttributeError: a package of that name without its libraries is an empty namespace.

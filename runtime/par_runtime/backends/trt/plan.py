@@ -17,6 +17,7 @@ from par_runtime.backends.engines import Engine, Plan
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.bundle import Bundle
 from par_runtime.errors import EngineError
+from par_runtime.stopping import later
 from par_runtime.system import write_beside
 
 RUNTIME_CACHE = "runtime.cache"  #: kernels that TensorRT-RTX compiled for this GPU
@@ -83,19 +84,23 @@ class LoadedPlan:
         """The context of ``profile``, on scratch memory at ``scratch``; shapes are set, addresses are not."""
         context = self._contexts.get(profile)
         if context is None:
-            made = self._tensorrt.create_execution_context(self._config if self._trt.rtx else self._strategy)
-            if made is None or not made.set_optimization_profile_async(profile, stream.handle):
-                raise EngineError(
-                    f"{self.engine.path}: no context for profile {profile} of {self.name}: {self._log.last_error()}"
-                )
-            for tensor in self.tensors:
-                if self._is_input(tensor) and not made.set_input_shape(tensor, self.profile_shape(tensor, profile)):
-                    raise EngineError(
-                        f"{self.engine.path}: {self.name} refuses its own shape of {tensor!r}: {self._log.last_error()}"
-                    )
-            context = self._contexts[profile] = PlanContext(self.engine, made, self._log)
+            with later():  # it logs, see backend.py
+                context = self._contexts[profile] = self._new_context(profile, stream)
         context.raw.set_device_memory(scratch, scratch_bytes)
         return context
+
+    def _new_context(self, profile: int, stream: cuda.Stream) -> PlanContext:
+        made = self._tensorrt.create_execution_context(self._config if self._trt.rtx else self._strategy)
+        if made is None or not made.set_optimization_profile_async(profile, stream.handle):
+            raise EngineError(
+                f"{self.engine.path}: no context for profile {profile} of {self.name}: {self._log.last_error()}"
+            )
+        for tensor in self.tensors:
+            if self._is_input(tensor) and not made.set_input_shape(tensor, self.profile_shape(tensor, profile)):
+                raise EngineError(
+                    f"{self.engine.path}: {self.name} refuses its own shape of {tensor!r}: {self._log.last_error()}"
+                )
+        return PlanContext(self.engine, made, self._log)
 
     def launched(self) -> None:
         """Keep what TensorRT-RTX compiled, so that the next load does not compile it again."""
