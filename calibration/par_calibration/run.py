@@ -14,6 +14,7 @@ import numpy as np
 
 from par_calibration.errors import CalibrationError
 from par_calibration.heldout import find
+from par_calibration.places import Places
 from par_calibration.quantise import activations
 from par_calibration.quantise.choice import GROUP, How, check_groups, kept_names
 from par_calibration.quantise.layers import Layers, Quantiser, by_gptq
@@ -25,7 +26,7 @@ from par_calibration.report import Budget, LayerError, Options, Report, compare
 from par_export.quantised import check_source, write_bundle
 from par_export.restored import StoredWeights, stored_table
 from par_export.staging import check_replaced
-from par_model.training.files import alone_in, followed
+from par_model.training.files import alone_in
 from par_runtime.arguments import cpu_threads
 from par_runtime.backends.native.library import why_not
 from par_runtime.bundle import WEIGHTS, Bundle, matrix_names
@@ -76,74 +77,27 @@ class Request:
     threads: int | None = None
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where everything goes."""
-
-    out: Path
-    work: Path
-    html: Path
-    json: Path
-    images: Path | None
-    own_work: bool  #: the folder of the recording was not named, so it is removed at the end
-
-    @property
-    def files(self) -> list[Path]:
-        """The files of the report."""
-        return [path for path in (self.html, self.json, self.images) if path is not None]
-
-    def check(self, source: Path, inputs: Sequence[Path]) -> None:
-        """Raise CalibrationError where one of them would be lost in another, or in ``source`` or ``inputs``."""
-        source, out, work = followed(source), followed(self.out), followed(self.work)
-        if out == source:
-            raise CalibrationError(f"--out {shown_path(self.out)}: is the bundle that is read; give another --out")
-        for option, path in (("--out", out), ("--work", work)):
-            if path.is_relative_to(source):
-                raise CalibrationError(
-                    f"{option} {shown_path(path)}: lies in the bundle that is read; give another folder"
-                )
-        if source.is_relative_to(out):
-            raise CalibrationError(f"--out {shown_path(self.out)}: holds the bundle that is read; give another --out")
-        for path in (work, *(followed(file) for file in self.files)):
-            if path.is_relative_to(out):
-                raise CalibrationError(
-                    f"{shown_path(path)}: lies in --out, which is made at the end; give another place"
-                )
-        for path in self.files:
-            for read in inputs:
-                same = path.exists() and read.exists() and path.samefile(read)
-                if same or followed(path) == followed(read):
-                    raise CalibrationError(
-                        f"{shown_path(path)}: is read by this command; write the report to another file"
-                    )
-                if read.is_dir() and followed(path).is_relative_to(followed(read)):
-                    raise CalibrationError(
-                        f"{shown_path(path)}: lies in {shown_path(read)}, which is read by this command; write the "
-                        "report to another folder"
-                    )
-        if len({followed(path) for path in self.files}) < len(self.files):
-            raise CalibrationError("--html, --json and --show-images name the same file; give different ones")
-
-    @staticmethod
-    def of(request: Request) -> Places:
-        """The places of ``request``. Raises CalibrationError."""
-        bundle = request.bundle.absolute()
-        bundle = bundle if bundle.name not in ("", "..") else bundle.resolve()
-        did = request.weights if request.weights != KEEP_WEIGHTS else request.arithmetic
-        suffix = f"{did}{'-cache' if request.cache != 'fp32' and request.weights == KEEP_WEIGHTS else ''}"
-        out = request.out or request.bundle.parent / f"{bundle.name}-{suffix}"
-        if request.out is None and request.bundle.name in ("", ".", ".."):
-            out = bundle.parent / f"{bundle.name}-{suffix}"
-        if not out.name or out.name == "..":
-            raise CalibrationError(f"--out {shown_path(out)}: names no new folder; give the name of one")
-        return Places(
-            out=out,
-            work=request.work or out.parent / f".{bundle.name}.calibration",
-            html=request.html or out.with_name(f"{out.name}.html"),
-            json=request.json or out.with_name(f"{out.name}.json"),
-            images=request.show_images,
-            own_work=request.work is None,
-        )
+def places_of(request: Request) -> Places:
+    """The places of ``request``. Raises CalibrationError."""
+    bundle = request.bundle.absolute()
+    bundle = bundle if bundle.name not in ("", "..") else bundle.resolve()
+    did = request.weights if request.weights != KEEP_WEIGHTS else request.arithmetic
+    suffix = f"{did}{'-cache' if request.cache != 'fp32' and request.weights == KEEP_WEIGHTS else ''}"
+    out = request.out or request.bundle.parent / f"{bundle.name}-{suffix}"
+    if request.out is None and request.bundle.name in ("", ".", ".."):
+        out = bundle.parent / f"{bundle.name}-{suffix}"
+    if not out.name or out.name == "..":
+        raise CalibrationError(f"--out {shown_path(out)}: names no new folder; give the name of one")
+    html, json = out.with_name(f"{out.name}.html"), out.with_name(f"{out.name}.json")
+    return Places(
+        out=out,
+        work=request.work or out.parent / f".{bundle.name}.calibration",
+        html=request.html or html,
+        json=request.json or json,
+        images=request.show_images,
+        own_work=request.work is None,
+        own_files=tuple(own for own, given in ((html, request.html), (json, request.json)) if given is None),
+    )
 
 
 def calibrate(
@@ -167,7 +121,7 @@ def calibrate(
     request = replace(request, threads=cpu_threads(request.threads))
     bundle = Bundle.open(request.bundle)
     request = _with_rounding(request, bundle)
-    places = Places.of(request)
+    places = places_of(request)
     options = _checked(request, bundle, places)
     errors: list[LayerError] = []
     quantise: Callable[[str, Float], Any] = _nothing
@@ -296,7 +250,7 @@ def measured_ranges(
     request = replace(request, threads=cpu_threads(request.threads))
     bundle = Bundle.open(request.bundle)
     check_source(bundle)
-    places = Places.of(request)
+    places = places_of(request)
     places.check(bundle.path, [])
     stored = StoredWeights(bundle.path / WEIGHTS, stored_table(bundle))
 
@@ -320,13 +274,6 @@ def _with_rounding(request: Request, bundle: Bundle) -> Request:
     return replace(request, arithmetic=request.arithmetic or default, cache=request.cache or default)
 
 
-def _inputs(request: Request) -> list[Path]:
-    """Files that ``request`` reads beside the bundle."""
-    return [
-        Path(given) for given in (request.report.real, request.budget) if given is not None and len(str(given)) < 256
-    ]
-
-
 def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
     """Everything that can be wrong and is known before any work; returns the options of the report.
 
@@ -340,9 +287,11 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
         if value not in known:
             raise CalibrationError(f"--{name} {value}: expected one of {', '.join(known)}")
     check_source(bundle)
-    places.check(bundle.path, _inputs(request))
     budget = KEPT if request.weights == KEEP_WEIGHTS else request.weights
     limits = Budget.parse(request.budget, budget) if request.budget is not None else Budget.of(budget)
+    inputs = (request.report.real, None if request.budget is None else Budget.file_of(request.budget))
+    places.check(bundle.path, [path for path in inputs if path is not None])
+    places.check_own_files()
     if request.weights == KEEP_WEIGHTS:
         if (request.arithmetic, request.cache) == ("fp32", "fp32"):
             raise CalibrationError(

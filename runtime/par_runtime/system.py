@@ -153,6 +153,14 @@ def cache_folder() -> Path | None:
     return None
 
 
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths are of one file or folder, by whatever links, or would be."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them is not there
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
 def check_writable(path: Path) -> None:
     """Make the folder of ``path`` and test that a file can be written there, before any work is done.
 

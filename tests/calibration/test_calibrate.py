@@ -34,6 +34,7 @@ SMALL = Path(__file__).parents[1] / "data" / "small"
 #: Only w2 of the tiny bundle has whole groups of rows.
 TINY = ["--keep", "wqkv,wo,w13,head", "--images", "2", "--samples", "60", "--held-out", "4", "--generated", "0"]
 TIGHT = "layer=0.0001"
+LONG = "/".join(["deep" * 20] * 4) + "/limits.json"  #: longer than the name of a file may be
 WIDE = ",".join(f"{measure}=none" for measure in LIMITS)
 
 
@@ -63,7 +64,7 @@ def test_a_bundle_is_made_and_says_what_was_proven(
         "<html" in (tmp_path / "small.html").read_text()[:300]
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small", "small.html", "small.json"]
-    # A second time it is in the way; and what is quantised is not quantised again.
+    # A second time it is in the way, where its reports are not; and what is quantised is not quantised again.
     assert run(tiny, "--weights", "int8", "--out", out, *TINY) == 2
     assert "exists; give another --out, or --force" in capfd.readouterr().err
     assert run(out, "--weights", "int4", "--out", tmp_path / "again", *TINY) == 2
@@ -196,6 +197,10 @@ def test_bad_input_is_one_line(
         (["--html", "B/manifest.json"], "is a file of the bundle or engine in B"),
         (["--json", "B/weights.data"], "is a file of the bundle or engine in B"),
         (["--json", "limits.json", "--budget", "limits.json"], "is read by this command"),
+        (["--json", LONG, "--budget", LONG], "is read by this command"),
+        (["--json", LONG, "--real", LONG], "is read by this command"),
+        (["--out", "notes"], "notes.html: exists and is no report of 'parvis calibrate', and that of --out notes is"),
+        (["--out", "notes", "--html", "page.html", "--force"], "notes.json: exists and is no report"),
         (["--show-images", "pairs.png"], "there will be no images, as --generated is 0"),
         (["--show-images", "pairs.jpg"], "expected a name that ends in .png"),
         (["--budget", " "], "--budget '': is empty"),
@@ -220,6 +225,10 @@ def test_nothing_is_lost_and_nothing_is_done_before_it_is_refused(
     Path("limits.json").write_text('{"top1": 0.5}')
     Path("pictures/otter").mkdir(parents=True)
     Path("pictures/otter/a.png").write_text("no picture")
+    Path("notes.html").write_text("<!doctype html><title>Mine</title>")
+    Path("notes.json").write_text('{"budget": 1}')
+    Path(LONG).parent.mkdir(parents=True)
+    Path(LONG).write_text('{"top1": 0.5}')
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     given = [word.replace("B/", "around/B/") if word != "B" else "around/B" for word in arguments]
     assert run("around/B", "--weights", "int8", "--out", "q", *TINY, *given) == 2

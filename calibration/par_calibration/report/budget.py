@@ -96,13 +96,19 @@ class Budget:
         return Budget({key: limit.int4 if weights == "int4" else limit.int8 for key, limit in LIMITS.items()})
 
     @staticmethod
+    def file_of(text: str) -> Path | None:
+        """The file that :meth:`parse` reads for ``text``; None where that is a list of limits."""
+        return None if "=" in text and not _is_file(text) else Path(text)
+
+    @staticmethod
     def parse(text: str, weights: str) -> Budget:
         """The defaults for ``weights``, changed by ``text``: ``top1=0.97,kl=0.01``, or the name of a JSON file with an
         object of such entries. null, or "none" in a list, takes a limit away. Raises CalibrationError.
         """
         if not text.strip():
             raise CalibrationError("--budget '': is empty; give limits as top1=0.97,kl=0.01, or leave it out")
-        given = _pairs(text) if "=" in text and not _is_file(text) else _file(Path(text))
+        file = Budget.file_of(text)
+        given = _pairs(text) if file is None else _file(file)
         limits = dict(Budget.of(weights).limits)
         for key, value in given.items():
             if key not in LIMITS:

@@ -28,6 +28,7 @@ td.what{white-space:normal;max-width:44ch;text-align:left;color:var(--soft)}img{
 image-rendering:pixelated}.zero{stroke:var(--soft)}.limit{stroke:var(--bound);stroke-dasharray:4 3}
 """
 PREFILL = "prefill"  #: the phase whose only input is the class
+TITLE = "Calibration of "  #: how the titles of these pages begin
 POINTS = 64  #: of a curve over positions
 NAMES = {"all": "all positions", "class": "class input", "learnable": "learnable inputs", "code": "code inputs"}
 
@@ -38,7 +39,7 @@ def page(report: Report) -> str:
     rounded = [f"{side.arithmetic} arithmetic"] * (side.arithmetic != "fp32") + [f"{side.cache} cache"] * (
         side.cache != "fp32"
     )
-    title = f"Calibration of {report.original.name}: {', '.join([side.weights, *rounded])}"
+    title = f"{TITLE}{report.original.name}: {', '.join([side.weights, *rounded])}"
     parts = [f"<h1>{escape(title)}</h1>", *_verdict(report), *_sides(report), *_measures(report), *_pairs(report)]
     parts += [*_where(report), *_along(report), *_likelihood(report), *_layers(report)]
     parts += [*_drawn(report), *_frechet(report), *_figures(report)]

@@ -8,6 +8,7 @@ half a line, and it is there even after the process was killed. A run that ends 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,7 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from par_runtime.bench.report.output import Outcome, json_lines, write_text
-from par_runtime.bench.rows import Row
+from par_runtime.bench.rows import Row, plain_lines
+from par_runtime.errors import RequestError
 from par_runtime.system import explain, write_beside
 
 #: Seconds between two times that the file is written.
@@ -39,6 +41,7 @@ class Journal:
         self._warn: Callable[[str], None] | None = warn
         self._makers: dict[object, MakeRows] = {}
         self._last = time.monotonic()
+        self._written: int | None = None  # the number of the file that was written last
 
     def keep(self, key: object, make: MakeRows) -> None:
         """Take ``make`` for the rows that belong to ``key``, in place of an earlier one; write them if it is time."""
@@ -65,18 +68,37 @@ class Journal:
             return
         try:
             write_beside(part, partial(write_text, json_lines(outcome)))
+            self._written = part.stat().st_ino
         except OSError as error:
             if self._warn is not None:
                 self._warn(f"rows cannot be kept while they are measured: {explain(error)}")
             self._warn = None
 
     def remove(self) -> None:
-        """Remove the file: the rows are where they belong."""
-        if self.part is not None:
+        """Remove the file: the rows are where they belong. That of another run stays."""
+        if self.part is not None and self._written is not None:
             with suppress(OSError):
-                self.part.unlink(missing_ok=True)
+                if self.part.stat().st_ino == self._written:
+                    self.part.unlink()
 
 
 def part_of(path: Path) -> Path:
     """The file in which the rows for ``path`` are kept until the run ends."""
     return path.with_name(path.name + ".part")
+
+
+def check_kept(path: Path) -> None:
+    """Raise RequestError where a file is in the place of that which keeps the rows for ``path``, and holds no rows."""
+    part = part_of(path)
+    if not os.path.lexists(part):
+        return
+    try:
+        lines, broken = plain_lines(part, RequestError)
+        rows = bool(lines) and not broken and all(isinstance(plain, dict) and "kind" in plain for _, plain in lines)
+    except RequestError:
+        rows = False
+    if not rows:
+        raise RequestError(
+            f"{part} is there and holds no rows of 'parvis bench', which for {path} are kept there until the run ends; "
+            "move it away, or give --json another name"
+        )

@@ -21,8 +21,9 @@ from par_runtime.bench.bounds import GPU, Gauge, with_bounds
 from par_runtime.bench.gpu import select
 from par_runtime.bench.journal import Journal
 from par_runtime.bench.measure import Progress, Setting, image_ms
+from par_runtime.bench.outputs import check_outputs
 from par_runtime.bench.report import compare
-from par_runtime.bench.report.output import STANDARD_OUTPUT, Outcome
+from par_runtime.bench.report.output import Outcome
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.base import SubjectInfo
 from par_runtime.bench.subjects.baselines import write_n1_bundle
@@ -33,7 +34,7 @@ from par_runtime.bundle import Bundle
 from par_runtime.cost.data_sheets import Prediction, predictions
 from par_runtime.dtypes import BYTES
 from par_runtime.errors import RequestError
-from par_runtime.system import available_cores, check_writable
+from par_runtime.system import available_cores
 
 MOST_IMAGES = 100_000  #: of one batch; parvis generate makes no more in one command
 SUITES = ("phases", "batch", "decoder", "serve", "paper", "gpu")
@@ -133,31 +134,13 @@ class BenchOptions:
         if self.fail_above is not None and (self.compare is None or not self.fail_above > 0):
             raise RequestError(f"--fail-above {self.fail_above:g}: expected a ratio above 0, and --compare OLD.jsonl")
         gpu_suite.check_options(self)
-        outputs = [path for path in (self.json, self.csv, self.html, self.svg) if path is not None]
-        if outputs.count(STANDARD_OUTPUT) > 1:
-            raise RequestError(
-                "'-' is standard output, and takes one of --json, --csv, --html and --svg; give files for the others"
-            )
-        if len(set(outputs)) < len(outputs):
-            raise RequestError("--json, --csv, --html and --svg name one file twice; give each its own")
-        read = (("--compare", [self.compare]), ("the rows to compare", [options.new]), ("--from", self.from_files))
-        for path in outputs:
-            if path == STANDARD_OUTPUT:
-                continue
-            for what, files in read:
-                if what == "--compare" and path is self.json and options.new is None:
-                    continue  # new rows, compared with the old ones, take their place
-                if any(file is not None and _same_file(path, file) for file in files or ()):
-                    raise RequestError(f"{path} is a file of {what}, and would be lost; give another name")
-            check_writable(path)
+        check_outputs(
+            {"json": self.json, "csv": self.csv, "html": self.html, "svg": self.svg},
+            self.compare,
+            options.new,
+            self.from_files,
+        )
         return options
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    """Whether two paths are of one file, by whatever links."""
-    if one.exists() and other.exists():
-        return one.samefile(other)
-    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _is_of_rows(path: Path) -> bool:

@@ -333,3 +333,28 @@ def test_a_batch_that_nothing_could_hold_is_refused(tiny: Path, capsys: pytest.C
     assert capsys.readouterr().err == (
         "parvis: error: --images 99999999: expected at most 100000, which are made at once\n"
     )
+
+
+def test_what_is_kept_until_the_run_ends_has_a_name_that_nothing_else_has(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FILE.part beside FILE: read, written under another option, or a file of the user, it would be lost."""
+    monkeypatch.chdir(tmp_path)
+    measure = ["bench", str(tiny), "--device", "cpu", "--repetitions", "1", "--no-limits"]
+    assert main([*measure, "--json", "old.part"]) == 0
+    rows = Path("old.part").read_bytes()
+    Path("mine.part").write_bytes(b"notes")
+    capsys.readouterr()
+    for command, message in (
+        ([*measure, "--json", "new", "--csv", "new.part"], "--csv new.part is where rows for --json are kept until"),
+        ([*measure, "--html", "new", "--json", "new.part"], "--json new.part is where rows for --html are kept until"),
+        ([*measure, "--json", "old", "--compare", "old.part"], "old.part is a file of --compare, and where rows for"),
+        (["bench", "old.part", "--compare", "old.part", "--csv", "old"], "old.part is a file of --compare, and where"),
+        ([*measure, "--json", "mine"], "mine.part is there and holds no rows of 'parvis bench'"),
+    ):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+        assert (Path("old.part").read_bytes(), Path("mine.part").read_bytes()) == (rows, b"notes")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.part", "old.part"]
+    assert main([*measure, "--json", "old"]) == 0  # those of an earlier run, which are not this run's
+    assert Path("old.part").read_bytes() == rows
