@@ -48,12 +48,12 @@ def staging(out: Path, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
             os.rename(old, out)
     if os.path.lexists(out):
         check_replaced(out, force, kind)
-    out.parent.mkdir(parents=True, exist_ok=True)
     for stale in _leftovers(out, "part"):
         shutil.rmtree(stale, ignore_errors=True)
     part = out.parent / f".{out.name}.part-{os.getpid()}"
-    with exit_on_signals():
+    with exit_on_signals(), no_empty_folders(out.parent):
         try:
+            out.parent.mkdir(parents=True, exist_ok=True)
             part.mkdir()
             yield part
             if os.path.lexists(out):
@@ -70,6 +70,20 @@ def staging(out: Path, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """Remove at the end what came meanwhile of ``folder`` and the folders above it, where it is empty: a failure leaves
+    none behind.
+    """
+    new = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it is not empty, or was not made
+            for each in new:
+                each.rmdir()
 
 
 def check_replaced(out: Path, force: bool, kind: Kind = BUNDLE) -> None:

@@ -70,6 +70,7 @@ class Pipeline:
     A process that is forked after loading may use its copy on a CPU: it starts threads of its own. On a GPU it gets
     CudaError, because CUDA cannot be used after a fork; load the pipeline there. What was loaded stays loaded: the
     bundle's folder may be renamed, removed or replaced, but writing into its weights file is an error at the next call.
+    The file is mapped into memory: cutting it off while a call runs ends the process.
     """
 
     bundle: Bundle

@@ -79,6 +79,16 @@ def test_bad_requests_are_one_line_and_exit_code_2(
     assert not (tiny_copy / "engines").exists()
 
 
+def test_all_targets_are_checked_before_the_first_is_built(
+    tiny_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build_cli.main([str(tiny_copy), "--target", "SM80,SM999", "--out", str(tmp_path / "new" / "engines")]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert re.match(r"parvis: error: target 'SM999': tensorrt_rtx .* builds for SM75, SM80, .* or local\n$", error)
+    assert not (tmp_path / "new").exists()
+
+
 def test_no_bundle_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build_cli.main([str(tmp_path / "none"), "--target", "SM80"]) == 2
     assert "no such folder; give the path of a bundle" in capsys.readouterr().err

@@ -144,3 +144,21 @@ def test_there_is_a_bundle_at_every_instant(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "rename", lambda *_: pytest.fail("a folder was away for a moment"))
     replaced(out)
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_folders_that_were_made_for_what_failed_go_with_it(tmp_path: Path) -> None:
+    def fails(out: Path, other: Path | None = None) -> None:
+        with staging(out, force=False) as part:
+            assert part.is_dir()
+            if other is not None:  # of another program
+                other.touch()
+            raise ZeroDivisionError
+
+    (tmp_path / "mine").mkdir()
+    for out in (tmp_path / "new" / "deep" / "out", tmp_path / "mine" / "out"):
+        with pytest.raises(ZeroDivisionError):
+            fails(out)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    with pytest.raises(ZeroDivisionError):
+        fails(tmp_path / "new" / "deep" / "out", tmp_path / "new" / "log.txt")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["mine", "new", "new/log.txt"]

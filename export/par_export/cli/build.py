@@ -57,8 +57,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plans(args: argparse.Namespace) -> list[Path]:
-    from par_export.engines.build import build
+    from par_export.engines.build import build, tensorrt_for
 
+    for target in args.target[1:]:  # before the first is built
+        tensorrt_for(target)
     folders = []
     for target in args.target:
         with PlanBar(args.quiet or args.json) as bar:

@@ -16,7 +16,7 @@ from typing import Any
 
 from par_export import engines, graphs
 from par_export.engines import report as engine_report
-from par_export.engines.builder import OnStep, Target, build_plan, uninterrupted
+from par_export.engines.builder import OnStep, Target, build_plan, check_target, uninterrupted
 from par_export.engines.contents import decoder_weights, step_config, step_weights, tokenizer_config
 from par_export.engines.network import ExpectedAttention
 from par_export.engines.place import place
@@ -55,8 +55,8 @@ def build(
     TensorRTMissingError, OSError.
     """
     _check_request(request)
-    if trt is None:  # only TensorRT-RTX builds for another GPU than this machine's
-        trt = trt_module.load(None if request.target == "local" else trt_module.RTX)
+    trt = trt or tensorrt_for(request.target)
+    check_target(trt, Target.of(request.target))
     bundle = Bundle.open(request.bundle, verify="full")
     folder_of_engines = place(bundle, request.out, say)
     cache = cache_of(request, say)
@@ -73,6 +73,13 @@ def build(
     for line in engine_report.table(report):
         say(line)
     return out
+
+
+def tensorrt_for(target: str) -> TensorRT:
+    """The installed TensorRT that builds for ``target``. Raises TensorRTMissingError; BuildError where none does."""
+    trt = trt_module.load(None if target == "local" else trt_module.RTX)  # only RTX builds for another machine's GPU
+    check_target(trt, Target.of(target))
+    return trt
 
 
 def tail_of(own: str | None, vocab: int, top_k: int, top_p: float) -> Tail:
@@ -257,7 +264,7 @@ class _CheckedRequest:
                 self.trt,
                 graph,
                 data,
-                Target("local" if self.request.target == "local" else self.target),
+                Target.of(self.request.target),
                 self.request.images,
                 lambda piece: out.write(piece),
                 attention=attention,

@@ -36,6 +36,11 @@ class Target:
 
     name: str
 
+    @staticmethod
+    def of(text: str) -> Target:
+        """The target that a request names, in any case of letters."""
+        return Target(text if text == "local" else text.upper())
+
     @property
     def local(self) -> bool:
         """Whether it is this machine's GPU."""
@@ -182,17 +187,20 @@ def build_plan(
     return BuildOutcome(layers, log.finished, log.warnings, memory=memory)
 
 
-def _set_target(trt: TensorRT, config: Any, target: Target) -> None:
-    """Build for ``target``. Raises BuildError where this TensorRT cannot."""
-    if not trt.rtx:
+def check_target(trt: TensorRT, target: Target) -> None:
+    """Raise BuildError where ``trt`` cannot build for ``target``."""
+    if not trt.rtx or target.local:
         return  # classic TensorRT builds for the GPU it is on
-    capabilities = trt.module.ComputeCapability
-    name = "CURRENT" if target.local else target.name
-    known = [key for key in capabilities.__members__ if key.startswith("SM")]
-    if name not in capabilities.__members__ or name == "NONE":
+    known = [key for key in trt.module.ComputeCapability.__members__ if key.startswith("SM")]
+    if target.name not in known:
         raise BuildError(f"target {target.name!r}: {trt.name} {trt.version} builds for {', '.join(known)} or local")
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(capabilities.__members__[name], 0)
+
+
+def _set_target(trt: TensorRT, config: Any, target: Target) -> None:
+    if trt.rtx:
+        capabilities = trt.module.ComputeCapability.__members__
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(capabilities["CURRENT" if target.local else target.name], 0)
 
 
 def _timing_cache(trt: TensorRT, config: Any, path: Path | None, reproducible: bool) -> Any:

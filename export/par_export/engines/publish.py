@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from par_export.engines.cache import EngineCache, key_of
-from par_export.engines.place import no_empty_folder
 from par_export.errors import BuildError
 from par_export.staging import ENGINE, staging
 from par_model import config, manifest, ordering
@@ -63,11 +62,8 @@ def publish(
     very end. Raises what ``write`` raises, OutputError, OSError.
     """
     key = key_of(ingredients)
-    with (
-        no_empty_folder(out.parent),
-        _unlocked() if cache is None else cache.locked(key),
-        staging(out, force=True, kind=ENGINE) as folder,
-    ):
+    lock = _unlocked() if cache is None else cache.locked(key)
+    with lock, staging(out, force=True, kind=ENGINE) as folder:
         shutil.rmtree(folder)
         if cache is not None and cache.get(key, folder) and _intact(folder, bundle):
             say(f"{out}: taken from the engine cache ({key[:12]})")
