@@ -18,6 +18,7 @@ anything. Needs the extras ``cpu,calibrate``.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import statistics
 import subprocess
@@ -34,6 +35,7 @@ from script import run
 from par_calibration import heldout
 from par_calibration.cli import calibrate
 from par_calibration.errors import CalibrationError
+from par_calibration.places import is_report
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config
 from par_model.training.cli import Parser, numbers, parsed, words
 from par_model.training.cli.numbers import Limit
@@ -71,6 +73,7 @@ LIMITS = {
     "most_mb": Limit(0, 10**6, above=True),
     "seed": Limit(0, 2**31 - 1),
 }
+REPORTS = ("html", "json")  #: endings of the reports in --work
 MARGIN = 8  #: pixels between the models
 
 
@@ -255,6 +258,9 @@ def check_folders(args: argparse.Namespace, names: dict[int, str]) -> None:
         raise InputError(f"--out {args.out} and --work {args.work}: one is in the other; give two folders side by side")
     if args.sheet.is_dir() or args.sheet.suffix.lower() != ".png":
         raise InputError(f"--sheet {args.sheet}: expected a file's name that ends in .png")
+    for report in (args.work / f"{name}.{ending}" for name in names.values() for ending in REPORTS):
+        if os.path.lexists(report) and not is_report(report):
+            raise InputError(f"--work {args.work}: would replace {report}, no report of parvis calibrate; give another")
     for path in args.take:
         keep_inputs(f"--sheet {args.sheet}", [args.sheet], take=path)
     for name in names.values():
@@ -274,7 +280,7 @@ def made(args: argparse.Namespace, n: int, name: str, taken: dict[int, Bundle]) 
     Raises CalibrationError, RequestError, BundleError, OSError.
     """
     whole = args.work / name
-    for ending in ("html", "json"):  # of an earlier try
+    for ending in REPORTS:  # of an earlier try
         (args.work / f"{name}.{ending}").unlink(missing_ok=True)
     model, tokenizer = args.results / f"model-n{n}.pt", args.results / "tokenizer.pt"
     export = ["export", "--checkpoint", model, "--tokenizer", tokenizer, "--precision", "fp16", "--name", name]

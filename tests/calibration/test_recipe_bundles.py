@@ -202,6 +202,9 @@ def test_what_it_cannot_use_is_one_line_before_anything_is_made(
         ("--sheet", f"{results}/val.npz/a.png", "val.npz is a file where a folder is expected; choose"),
     ):
         refused(text, results, work, out, f"{option}={value}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "demo-n1.json").write_text("{}")
+    refused("full/demo-n1.json, no report of parvis calibrate; give another", results, tmp_path / "full", out)
     refused("one is in the other; give two folders side by side", results, work, work)
     refused("one is in the other", results, work, work / "demo")
     refused("one is in the other", results, out / "work", out)
