@@ -6,7 +6,7 @@ import importlib
 import json
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 
 RECIPE = Path(__file__).parents[1] / "models/recipe"
+STYLES: list[str] = json.loads((RECIPE.parent / "demo" / "manifest.json").read_text())["class_names"]
 
 
 @contextmanager
@@ -44,11 +45,11 @@ def full_disk(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def raw_folder(path: Path, images: np.ndarray, labels: np.ndarray, classes: int = 12) -> Path:
+def raw_folder(path: Path, images: np.ndarray, labels: np.ndarray, names: Sequence[str] = STYLES) -> Path:
     """A folder of raw images as ``render.mjs`` writes it: ``images`` uint8 [M,S,S,3], ``labels`` [M]."""
     path.mkdir()
     images.tofile(path / "images.u8")
     labels.astype(np.uint8).tofile(path / "labels.u8")
-    meta = {"count": len(images), "size": images.shape[1], "styles": [f"style {i}" for i in range(classes)]}
+    meta = {"count": len(images), "size": images.shape[1], "styles": list(names)}
     (path / "meta.json").write_text(json.dumps(meta))
     return path

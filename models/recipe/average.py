@@ -22,6 +22,7 @@ from torch import Tensor
 
 from par_model.checkpoint import Checkpoint, CheckpointError, open_checkpoint, par_config
 from par_model.config import PARConfig
+from par_model.training.classes import other_class
 from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
 from par_model.training.files import InputError, keep_inputs, same
@@ -69,8 +70,8 @@ def average(first: Path, second: Path, share: float, out: Path, val: Path | None
     if par_config(a) != config or set(a.tensors) != set(b.tensors):
         raise InputError(f"{second}: is of another model than {first}; give two checkpoints of one, of the same n")
     names = a.class_names or b.class_names
-    if names is not None and names != (b.class_names or names):
-        raise InputError(f"{second}: has other class names than {first}; give two checkpoints of one model")
+    if (why := other_class(b.class_names, names)) is not None:
+        raise InputError(f"{second}: {why} as in {first}; give two checkpoints of one model")
     if names is not None and len(names) != config.n_classes:
         raise InputError(
             f"{first}: has {len(names)} class names for {config.n_classes} classes; give whole checkpoints"
@@ -110,11 +111,8 @@ def held_out(config: PARConfig, state: Mapping[str, Tensor], val: Path, classes:
             f"--val {val}: has grid {grid} and {len(names)} classes, the model {config.grid} and {config.n_classes}; "
             "give the codes that it was trained beside"
         )
-    if classes is not None and list(classes) != list(names):
-        raise InputError(
-            f"--val {val}: has other classes than the model, or in another order; give the codes that it was trained "
-            "beside"
-        )
+    if (why := other_class(names, classes)) is not None:
+        raise InputError(f"--val {val}: {why} as in the model; give the codes that it was trained beside")
     model = PAR(config).eval()
     model.load_state_dict(state)
     return held_out_loss(model, codes[:EVAL_IMAGES], labels[:EVAL_IMAGES], batch=32)

@@ -37,6 +37,7 @@ from par_calibration.cli import calibrate
 from par_calibration.errors import CalibrationError
 from par_calibration.places import is_report
 from par_model.checkpoint import CheckpointError, open_checkpoint, par_config
+from par_model.training.classes import other_class
 from par_model.training.cli import Parser, numbers, parsed, words
 from par_model.training.cli.numbers import Limit
 from par_model.training.files import InputError, alone_in, folder_for, followed, keep_inputs, same, written_beside
@@ -143,6 +144,9 @@ def taken_bundles(paths: Sequence[Path]) -> dict[int, Bundle]:
             )
         if n in taken:
             raise InputError(f"--take {path}: has n = {n}, as {taken[n].path} has; give one bundle for an n")
+        for other in taken.values():
+            if (why := other_class(bundle.class_names, other.class_names)) is not None:
+                raise InputError(f"--take {path}: {why} as in {other.path}; give bundles of the same classes")
         taken[n] = bundle
     if len(taken) == len(NAMES):
         raise InputError(f"--take {' '.join(map(str, paths))}: leaves no bundle to make; give two at most")
@@ -175,23 +179,27 @@ def check(args: argparse.Namespace, names: dict[int, str], taken: dict[int, Bund
     missing = [name for name in needed if not (args.results / name).is_file()]
     if missing:
         raise InputError(f"{args.results}: has no {', '.join(missing)}; expected {', '.join(needed)}")
-    sizes, of = sizes_of(args, taken, encodes=bool(set(names) - set(args.compact)))
+    sizes, classes, of = sizes_of(args, taken, encodes=bool(set(names) - set(args.compact)))
     for n in names:
         file = args.results / f"model-n{n}.pt"
-        model = par_config(open_checkpoint(file))
+        checkpoint = open_checkpoint(file)
+        model = par_config(checkpoint)
         given = (model.group_size, model.vocab_size, model.n_classes, model.grid[1:])
         if given[0] != n or given[1] < sizes[0] or given[2:] != sizes[1:]:
             raise InputError(
                 f"{file}: has n, codes, classes and grid {given}; expected {(n, *sizes)}, of {of}: give what was "
                 "trained together"
             )
+        if (why := other_class(checkpoint.class_names, classes)) is not None:
+            raise InputError(f"{file}: {why} as in {of}; give what was trained together")
     check_writable(args.sheet)  # last: it makes the folder
 
 
 def sizes_of(
     args: argparse.Namespace, taken: dict[int, Bundle], encodes: bool
-) -> tuple[tuple[int, int, tuple[int, ...]], str]:
-    """Codes, classes and grid that a model must have, and in words what has them. ``encodes``: the encoder is shipped.
+) -> tuple[tuple[int, int, tuple[int, ...]], Sequence[str] | None, str]:
+    """Codes, classes and grid that a model must have, names of the classes, and in words what has them. ``encodes``:
+    the encoder is shipped.
 
     Raises InputError, CheckpointError, CalibrationError, RequestError, BundleError, OSError.
     """
@@ -206,14 +214,14 @@ def sizes_of(
             )
     if not taken:
         codes, _, names = load_codes(args.results / "val.npz", size)
-        return (size, len(names), codes.shape[1:]), "tokenizer.pt and val.npz"
+        return (size, len(names), codes.shape[1:]), names, "tokenizer.pt and val.npz"
     first = next(iter(taken.values()))
     if encodes and (share := found_again(tokenizer, some_codes(first))) < FOUND_AGAIN:
         raise InputError(
             f"{file}: its encoder gives {100 * share:.0f} % of the tokens of an image again, so it is untrained (that "
             "of a bundle without one is random, from_bundle.py says so); give the tokenizer of a bundle that has one"
         )
-    return (first.vocab_size, first.n_classes, first.grid[1:]), f"{first.path}"
+    return (first.vocab_size, first.n_classes, first.grid[1:]), first.class_names, f"{first.path}"
 
 
 def some_codes(bundle: Bundle) -> NDArray[np.int64]:

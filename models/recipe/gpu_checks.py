@@ -13,6 +13,7 @@ from par_model.checkpoint import open_checkpoint, par_config, vq_config
 from par_model.config import PARConfig, VQConfig
 from par_model.training import tokenizer as tokenizer_training
 from par_model.training import transformer as transformer_training
+from par_model.training.classes import other_class
 from par_model.training.cli import numbers, parsed, words
 from par_model.training.cli import tokenizer as tokenizer_cli
 from par_model.training.cli import transformer as transformer_cli
@@ -77,8 +78,8 @@ def check_folders(args: argparse.Namespace, results: Sequence[str], ns: Sequence
     keep_inputs(f"--work {args.work}", [*files, args.work / "train.npz", args.work / "val.npz"], **given)
 
 
-def check_data(data: Path) -> tuple[int, int]:
-    """Pixels of a side, and the number of classes, of the packed images in ``data``. Raises InputError, OSError."""
+def check_data(data: Path) -> tuple[int, list[str]]:
+    """Pixels of a side, and the names of the classes, of the packed images in ``data``. Raises InputError, OSError."""
     metas = []
     for name in ("train", "val"):
         if not (data / name).is_dir():
@@ -90,7 +91,7 @@ def check_data(data: Path) -> tuple[int, int]:
     for key in ("size", "styles"):
         if metas[0][key] != metas[1][key]:
             raise InputError(f"--data {data}: {key} in train/meta.json and val/meta.json differ; pack both again")
-    return metas[0]["size"], len(metas[0]["styles"])
+    return metas[0]["size"], metas[0]["styles"]
 
 
 def check_tokenizer(args: argparse.Namespace, before: str) -> VQConfig:
@@ -111,7 +112,7 @@ def check_tokenizer(args: argparse.Namespace, before: str) -> VQConfig:
 
 
 def check_models(
-    args: argparse.Namespace, before: str, vq: VQConfig, side: int, classes: int, ns: Sequence[int]
+    args: argparse.Namespace, before: str, vq: VQConfig, side: int, classes: Sequence[str], ns: Sequence[int]
 ) -> None:
     """Raise InputError, CheckpointError or OSError where a model cannot be trained on side x side codes."""
     option = "--model-options"
@@ -127,12 +128,16 @@ def check_models(
     for n in ns:
         options.group_size = n
         try:
-            config = transformer_training.config_of(options, (1, side, side), classes)
+            config = transformer_training.config_of(options, (1, side, side), len(classes))
         except InputError as error:
             raise InputError(f"{option}, for n = {n}: {error}") from error
     for name, file in (("--model", args.model), (f"{option}: --init", options.init)):
         if file is not None and config is not None:
             _check_given(name, file, par_config(open_checkpoint(file)), config)
+    if args.model is not None:  # a sibling of those that begin with it
+        why = other_class(open_checkpoint(args.model).class_names, classes)
+        if why is not None:
+            raise InputError(f"--model {args.model}: {why} as in --data {args.data}; give a model of these classes")
 
 
 def _check_given(option: str, file: Path, given: PARConfig, config: PARConfig) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from script import run
 
 from par_calibration import heldout
+from par_model.training.classes import other_class
 from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
 from par_model.training.files import InputError
@@ -81,6 +82,9 @@ def check_fits(bundle: Bundle, folder: Path, raw: RawImages) -> None:
             f"{folder}: {len(raw.meta['styles'])} classes of images of {pixels(given)}; the bundle makes "
             f"{bundle.n_classes} classes of {pixels(size)}: give the images that it was made for"
         )
+    why = other_class(raw.meta["styles"], bundle.class_names)
+    if why is not None:
+        raise InputError(f"{folder}: {why} as in {bundle.path}; give the images that it was made for")
 
 
 def pixels(size: tuple[int, int]) -> str:

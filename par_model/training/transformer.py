@@ -24,6 +24,7 @@ from par_model.config import SIZES, PARConfig
 from par_model.dtypes import bf16_is_fast
 from par_model.generation import generate
 from par_model.ordering import token_order
+from par_model.training.classes import other_class
 from par_model.training.device import (
     autocast,
     choose_device,
@@ -60,6 +61,8 @@ def train(args: argparse.Namespace) -> None:
             f"{args.val}: codes of {grid_text(held_out[0])}, {args.codes} has {grid_text(codes)}; encode "
             "both with the same tokenizer"
         )
+    if (why := other_class(held_out[2], names)) is not None:
+        raise InputError(f"{args.val}: {why} as in {args.codes}; encode images of the same classes")
     config = config_of(args, grid_of(codes), len(names))
     device = choose_device(args.device)
     with Run(args.run, args.minutes) as run:
@@ -123,6 +126,8 @@ def _train(
                     f"--resume: the run in {run.path} was trained with --optimizer {was}, given now: --optimizer "
                     f"{args.optimizer}; {AGAIN}"
                 )
+            if (why := other_class(names, state["class_names"])) is not None:
+                raise InputError(f"--resume: of --codes {args.codes}, {why} as in the run in {run.path}; {AGAIN}")
             model.load_state_dict(state["live"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 load_optimizer(optimizer, saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from recipe_scripts import scripts
 from conftest import golden_config, golden_weights
 from par_model.training.files import alone_in
 from par_model.transformer import PAR
-from par_runtime.bundle import Bundle
+from par_runtime.bundle import Bundle, seal
 
 CLASSES = 4
 SHARE = "expected 0 to 1, the share of the weights after"
@@ -220,6 +221,12 @@ def test_what_it_cannot_use_is_one_line_before_anything_is_made(
     for n in (1, 4, 16):
         shutil.copy(results / f"model-n{n}.pt", tmp_path / "restored")
     refused("tokenizer.pt: its encoder gives 0 % of the tokens", tmp_path / "restored", work, out, "--take", whole)
+    shutil.copytree(MODELS / "demo-n16", tmp_path / "n16")
+    entries = json.loads((tmp_path / "n16" / "manifest.json").read_text())
+    entries["class_names"] = entries["class_names"][::-1]
+    (tmp_path / "n16" / "manifest.json").write_text(json.dumps(seal(entries)))
+    names = f"{tmp_path / 'n16'}: class 0 is 'thumbs', not 'adventurer' as in {whole}; give bundles of the same classes"
+    refused(f"--take {names}", results, work, out, "--take", whole, str(tmp_path / "n16"))
     fashion = str(MODELS / "fashion")
     refused("fashion: expected a bundle of n = 1, 4 or 16 (it has", results, work, out, "--take", fashion)
     for option in ("--compact", "--fp16"):
@@ -236,6 +243,11 @@ def test_what_it_cannot_use_is_one_line_before_anything_is_made(
         (results / name).write_bytes(whole[: len(whole) // 2])
         refused(f"{name}: not a ", results, work, out)
         (results / name).write_bytes(whole)
+    turned = torch.load(results / "model-n16.pt", weights_only=True)
+    turned["class_names"][:2] = ["class 1", "class 0"]
+    torch.save(turned, results / "model-n16.pt")
+    other = "model-n16.pt: class 0 is 'class 1', not 'class 0' as in tokenizer.pt and val.npz; give what was trained"
+    refused(other, results, work, out)
     (results / "model-n1.pt").write_bytes((results / "model-n4.pt").read_bytes())
     refused("model-n1.pt: has n, codes, classes and grid (4, ", results, work, out)
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from recipe_scripts import raw_folder, scripts
+from recipe_scripts import STYLES, raw_folder, scripts
 
 from par_calibration import heldout
 from par_runtime import Pipeline
@@ -59,7 +59,8 @@ def test_what_does_not_fit_is_said_and_the_bundle_stays(
     val = raw_folder(tmp_path / "val", images, labels)
     train = raw_folder(tmp_path / "train", images[:3], labels[:3])
     small = raw_folder(tmp_path / "small", images[:, ::2, ::2].copy(), labels)
-    more = raw_folder(tmp_path / "more", images, np.arange(24) % 13, classes=13)
+    more = raw_folder(tmp_path / "more", images, np.arange(24) % 13, [*STYLES, "more"])
+    turned = raw_folder(tmp_path / "turned", images, labels, [*STYLES[:3], STYLES[4], STYLES[3], *STYLES[5:]])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     fits = "12 classes of 64x64 pixels: give the images that it was made for"
     for held_out, seen, each, text in (
@@ -68,6 +69,8 @@ def test_what_does_not_fit_is_said_and_the_bundle_stays(
         (val, val, "20", f"{val}: every image is in {val} too; give images that are not"),
         (more, train, "20", f"{more}: 13 classes of images of 64x64 pixels; the bundle makes {fits}"),
         (small, train, "20", f"{small}: 12 classes of images of 32x32 pixels; the bundle makes {fits}"),
+        (turned, train, "20", f"{turned}: class 3 is 'lorelei', not 'dylan' as in {bundle}; give the images that it"),
+        (val, turned, "20", f"{turned}: class 3 is 'lorelei', not 'dylan' as in {bundle}; give the images that it"),
         (val, small, "20", f"{small}: 12 classes of images of 32x32 pixels; the bundle makes {fits}"),
         (tmp_path / "a\nb", train, "20", f"{tmp_path}/a\\nb/meta.json: no such file or folder"),
     ):

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
-from recipe_scripts import raw_folder, scripts
+from recipe_scripts import STYLES, raw_folder, scripts
 
 from par_model.training.files import InputError
 from par_model.training.raw import RawImages
@@ -43,12 +43,14 @@ def test_images_that_are_the_held_out_ones_have_no_distance_and_the_same_spread(
     bundle: Path, recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Pipeline.load(bundle) as pipeline:
-        classes, size, defaults = pipeline.bundle.n_classes, pipeline.bundle.image_size[0], pipeline.bundle.defaults
+        names, size, defaults = pipeline.bundle.class_names, pipeline.bundle.image_size[0], pipeline.bundle.defaults
+        assert names is not None
+        classes = len(names)
         made = pipeline.generate([i % classes for i in range(classes * EACH)], seed=0).images
     assert made is not None
     other = np.random.default_rng(0).integers(256, size=made.shape).astype(np.uint8)
     images = np.concatenate([made, other])
-    held_out = raw_folder(tmp_path / "val", images, np.arange(len(images)) % classes, classes=classes)
+    held_out = raw_folder(tmp_path / "val", images, np.arange(len(images)) % classes, names)
     out = tmp_path / "sheet.png"
     command = [str(bundle), "--held-out", str(held_out), "--out", str(out), "--each", str(EACH), "--shown", "1"]
     settings = ["--guidance", str(defaults.guidance), "--top-p", str(defaults.top_p), "--temperature", "1", "0.01"]
@@ -97,7 +99,8 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
     held_out = raw_folder(tmp_path / "val", images, labels)
     same = raw_folder(tmp_path / "same", np.zeros_like(images), labels)
     small = raw_folder(tmp_path / "small", images[:, ::2, ::2].copy(), labels)
-    eleven = raw_folder(tmp_path / "eleven", np.delete(images, np.s_[11::12], 0), np.arange(44) % 11, classes=11)
+    eleven = raw_folder(tmp_path / "eleven", np.delete(images, np.s_[11::12], 0), np.arange(44) % 11, STYLES[:11])
+    other = raw_folder(tmp_path / "other", images, labels, [*STYLES[:11], "thumb"])
     out = tmp_path / "sheet.png"
     for data, more, message in (
         (held_out, ["--each", "3"], "needs 6 held-out images of every class, one has 4; give less"),
@@ -107,6 +110,7 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
         (held_out, ["--out", str(held_out / "sheet.png")], "would write"),
         (tmp_path / "none", [], "none"),
         (small, [], "12 classes of images of 32x32 pixels; the bundle makes 12 classes of 64x64"),
+        (other, [], f"{other}: class 11 is 'thumb', not 'thumbs' as in {DEMO}; give the images that it was made for"),
         (eleven, [], "11 classes of images of 64x64 pixels; the bundle makes 12"),
     ):
         command = [str(DEMO), "--held-out", str(data), "--out", str(out), "--each", "2", *more]
@@ -124,7 +128,7 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
     for size, makes in (((32, 48), "images of 48x32 pixels"), (None, "no images")):
         with pytest.raises(InputError, match=f"encodes images of 64x64 pixels, .*demo makes {makes}: give two bundles"):
             recipe.check(replace(bundle, image_size=size), bundle, opened, held_out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["eleven", "same", "small", "val"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eleven", "other", "same", "small", "val"]
 
 
 def test_figures_of_images_that_no_training_has_seen(
@@ -133,7 +137,10 @@ def test_figures_of_images_that_no_training_has_seen(
     val = raw_folder(tmp_path / "val", made, np.arange(24) % 12)
     train = raw_folder(tmp_path / "train", made[:20], np.arange(20) % 12)
     command = [str(DEMO), "--held-out", str(val), "--train"]
+    turned = raw_folder(tmp_path / "turned", made, np.arange(24) % 12, STYLES[::-1])
     with scripts("figures") as (figures,):
+        assert figures.main([str(DEMO), "--held-out", str(turned), "--train", str(train)]) == 2
+        assert f"turned: class 0 is 'thumbs', not 'adventurer' as in {DEMO}; give" in capsys.readouterr().err
         assert figures.main([*command, str(train)]) == 0, capsys.readouterr()
         printed = capsys.readouterr().out
         assert figures.main([*command, str(val)]) == 2

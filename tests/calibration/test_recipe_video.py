@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -111,11 +112,20 @@ def test_what_cannot_be_judged_is_one_line_and_writes_nothing(
     recipe: list[ModuleType], parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.pt").write_text("no weights")
+    turned = {}
+    for part in ("train", "val"):
+        shutil.copytree(parts[part], turned.setdefault(part, tmp_path / "turned" / part))
+        about = json.loads((turned[part] / "meta.json").read_text())
+        names = about["class_names"]
+        (turned[part] / "meta.json").write_text(json.dumps(about | {"class_names": names[::-1]}))
+    other = ["--train", str(turned["train"]), "--val", str(turned["val"])]
     missing = ["--classifier", str(tmp_path / "c.pt")]
     for more, text in (
         ([*missing, "--bundle", str(RECIPE.parent / "demo")], "demo: makes no clips; expected frames, pixels and"),
         ([*missing, "--count", "19"], "--count 19: expected 20 to 40"),
         ([*missing, "--count", "41"], "--count 41: expected 20 to 40"),
+        ([*missing, "--val", str(turned["val"])], "class 0 is 'ankle-boot', not 't-shirt' as in --train"),
+        ([*missing, *other], "fashion: class 0 is 't-shirt', not 'ankle-boot' as in --train"),
         ([*missing, "--val", str(tmp_path / "none")], "none: no such folder"),
         ([*missing, "--json", str(tmp_path)], "is a folder; give a file name"),
         ([*missing, "--json", str(parts["val"] / "rows.jsonl")], "would write"),
@@ -126,7 +136,7 @@ def test_what_cannot_be_judged_is_one_line_and_writes_nothing(
         assert printed.err.startswith("evaluate.py: error: ")
         assert text in printed.err
         assert (printed.err.count("\n"), printed.out) == (1, "")
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pt", "turned"]
 
 
 def options(parts: dict[str, Path]) -> list[str]:

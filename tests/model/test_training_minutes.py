@@ -65,6 +65,33 @@ def test_a_training_of_minutes_ends_in_order_and_can_go_on(tmp_path: Path, train
         assert rows(run)[-1]["step"] > rows(run)[0]["step"]
 
 
+def test_other_classes_than_those_of_the_training_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels are numbers: codes whose names stand in another order would be those of other classes."""
+    codes, labels = np.zeros((2, 4, 4), np.uint16), np.array([0, 1])
+    for name, names in (("codes", "ab"), ("turned", "ba"), ("more", "abc")):
+        np.savez(tmp_path / f"{name}.npz", codes=codes, labels=labels, class_names=np.array(list(names)))
+
+    def trained(codes: str, val: str, *more: str) -> int:
+        files = ["--codes", str(tmp_path / f"{codes}.npz"), "--val", str(tmp_path / f"{val}.npz"), "--vocab", "16"]
+        sizes = ["--dim", "16", "--layers", "1", "--heads", "2", "--batch", "2", "--steps", "1"]
+        return train.main([*files, *sizes, "--run", str(tmp_path / "run"), *more])
+
+    for val, why in (("turned", "class 0 is 'b', not 'a'"), ("more", "has 3 classes, not 2")):
+        assert trained("codes", val) == 2
+        text = f"{val}.npz: {why} as in {tmp_path / 'codes.npz'}; encode images of the same classes"
+        assert text in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert trained("codes", "codes") == 0
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert trained("turned", "turned", "--resume") == 2
+    text = f"turned.npz, class 0 is 'b', not 'a' as in the run in {tmp_path / 'run'}; give the same options"
+    assert text in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
 def test_labels_without_a_class_name_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     codes = tmp_path / "codes.npz"
     np.savez(codes, codes=np.zeros((2, 4, 4), np.uint16), labels=np.array([0, 3]), class_names=np.array(["a", "b"]))

@@ -86,7 +86,7 @@ def test_it_says_how_likely_it_finds_held_out_images(
     assert f"--val {tmp_path / 'val.npz'}: has grid (1, {height - 1}, {width})" in capsys.readouterr().err
     np.savez(tmp_path / "val.npz", codes=codes, labels=labels, class_names=names[::-1])
     assert average.main([*command, "--val", str(tmp_path / "val.npz")]) == 2
-    assert "has other classes than the model, or in another order; give" in capsys.readouterr().err
+    assert f"class 0 is 'class {config.n_classes - 1}', not 'class 0' as in the model; give" in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()
 
 
@@ -115,7 +115,7 @@ def test_what_it_cannot_use_is_one_line_and_writes_nothing(
     refused(f"--out {b}: is {b}, which it is made of", a, b, "--out", b)
     names = [f"class {i}" for i in range(config.n_classes)]
     saved(other, config, 1, class_names=names[::-1])
-    refused(f"{other}: has other class names than {a}", a, other, *out)
+    refused(f"{other}: class 0 is '{names[-1]}', not 'class 0' as in {a}; give two", a, other, *out)
     for path in (a, other):
         saved(path, config, 1, class_names=["one"])
     refused(f"{a}: has 1 class names for {config.n_classes} classes; give whole", a, other, *out)

@@ -51,6 +51,7 @@ def packed(gpu: ModuleType, training_images: Path, tmp_path: Path) -> Path:
     config = PARConfig(16, 1, 2, vocab_size=16, n_classes=2, grid=(1, 8, 8), group_size=4)
     content = {"model": PAR(config).state_dict(), "config": asdict(config) | {"kind": "par"}}
     torch.save(content | {"class_names": ["left", "right"]}, tmp_path / "n4.pt")
+    torch.save(content | {"class_names": ["left", "down"]}, tmp_path / "other.pt")
     for name in ("vq", "n4"):
         (tmp_path / f"cut-{name}.pt").write_bytes((tmp_path / f"{name}.pt").read_bytes()[:-100])
     return tmp_path / "packed"
@@ -106,6 +107,7 @@ def test_what_it_cannot_use_is_one_line_before_anything_starts(
     refused("--model-options, for n = 4: dim=16 is not a multiple of n_heads=5", "--model-options", bad_heads)
     refused("for n = 16: group_size=16 is more than half", "--tokenizer-options", f"{TOKENIZER} --multipliers 1 1")
     refused("--model n4.pt: has dim 16, the models that begin", "--model", "n4.pt", "--model-options", wider)
+    refused("--model other.pt: class 1 is 'down', not 'right' as in --data packed; give", "--model", "other.pt")
     refused("--model-options: --init n4.pt: has dim 16", "--model-options", f"{MODEL} --dim 32 --init n4.pt")
     refused("has no folder train; expected the folder that pack.py wrote", "--data", ".")
     refused("--out file: is a file", "--out", "file")

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from script import run
 
 from par_calibration.report.frechet import distance
+from par_model.training.classes import other_class
 from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
 from par_model.training.clips import ClipFolder
@@ -199,6 +200,8 @@ def check(args: argparse.Namespace, data: ClipFolder, held_out: ClipFolder) -> N
         raise InputError(
             f"--val {args.val}: is not of the grey clips and classes of --train {args.train}; give its own"
         )
+    if (why := other_class(held_out.class_names, data.class_names)) is not None:
+        raise InputError(f"--val {args.val}: {why} as in --train {args.train}; give its own")
     for path in args.bundle:
         bundle = Bundle.open(path)
         made = (bundle.frames, *(bundle.image_size or ()), bundle.n_classes) if bundle.video else "no clips"
@@ -207,6 +210,8 @@ def check(args: argparse.Namespace, data: ClipFolder, held_out: ClipFolder) -> N
                 f"{path}: makes {made}; expected frames, pixels and classes {(sizes[0], sizes[1], *sizes[1:])}, of "
                 f"--train {args.train}: give a bundle of clips like these"
             )
+        if (why := other_class(bundle.class_names, data.class_names)) is not None:
+            raise InputError(f"{path}: {why} as in --train {args.train}; give a bundle of clips like these")
     for option, output in (("--classifier", args.classifier), ("--json", args.json)):
         if output is not None:
             keep_inputs(f"{option} {output}", [output], train=args.train, val=args.val)
