@@ -4,7 +4,7 @@
 
 ``settings.py`` shows which ones are good. What is not given stays as it is. Only the manifest changes, and with it the
 hash of the bundle: an engine that was built from it must be built again, and ``parvis redo`` of an older picture needs
-the older bundle. All bundles are checked before one is changed.
+the older bundle. Where one of the bundles cannot be changed, none is.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from script import run
 
 from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
-from par_model.training.files import InputError
+from par_model.training.files import InputError, followed, naming, written_together
 from par_model.words import printable
 from par_runtime.backends.tails import why_not_drawn
 from par_runtime.bundle import MANIFEST, Bundle, Defaults, seal
 from par_runtime.errors import BundleError
-from par_runtime.system import write_beside
 
 LIMITS = {
     "guidance": Limit(0, 1000),
@@ -50,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = {name: value for name in LIMITS if (value := getattr(args, name)) is not None}
         if not given:
             raise InputError("no setting is given; give one or more of --guidance, --temperature, --top-k, --top-p")
-        bundles = [Bundle.open(path) for path in args.bundles]
+        bundles = [Bundle.open(path) for path in {followed(path): path for path in args.bundles}.values()]
         for bundle in bundles:
             check(bundle, Defaults(**asdict(bundle.defaults) | given))
+        change(bundles, given)
         for bundle in bundles:
-            after = change(bundle, given)
+            after = Bundle.open(bundle.path).defaults
             print(printable(f"{bundle.path}: {described(bundle.defaults)} -> {described(after)}"))
         return 0
 
@@ -72,16 +72,18 @@ def check(bundle: Bundle, defaults: Defaults) -> None:
                 )
 
 
-def change(bundle: Bundle, given: dict[str, Any]) -> Defaults:
-    """Write the settings ``given`` into the manifest of ``bundle``, with its new hash; returns all settings of it.
+def change(bundles: Sequence[Bundle], given: dict[str, Any]) -> None:
+    """Write the settings ``given`` into the manifests of ``bundles``, with their new hashes: into all, or into none.
 
-    Raises BundleError, OSError.
+    Raises OSError.
     """
-    manifest = bundle.path / MANIFEST
-    entries = json.loads(manifest.read_text(encoding="utf-8"))
-    sealed = seal(entries | {"defaults": entries["defaults"] | given})
-    write_beside(manifest, lambda part: part.write_text(json.dumps(sealed, indent=1), encoding="utf-8"))
-    return Bundle.open(bundle.path).defaults
+    manifests = [bundle.path / MANIFEST for bundle in bundles]
+    with written_together(*manifests) as parts:
+        for manifest, part in zip(manifests, parts, strict=True):
+            entries = json.loads(manifest.read_text(encoding="utf-8"))
+            sealed = seal(entries | {"defaults": entries["defaults"] | given})
+            with naming(part):
+                part.write_text(json.dumps(sealed, indent=1), encoding="utf-8")
 
 
 def described(d: Defaults) -> str:

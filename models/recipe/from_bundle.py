@@ -2,10 +2,11 @@
 
     python from_bundle.py ../demo --out ../../build/demo/restored
 
-Writes OUT/model.pt and OUT/tokenizer.pt, as ``parvis train`` and ``parvis train-tokenizer`` save them: the numbers of
-the bundle in fp32, with its class names, its name and its sampling settings, which an export takes. Exporting them in
-the bundle's precision stores the same numbers again (the script prints the command). The script exists because
-the demo's checkpoints were not kept, and training an encoder for its codebook needs the tokenizer's checkpoint.
+Writes OUT/model.pt and OUT/tokenizer.pt, which must not exist, as ``parvis train`` and ``parvis train-tokenizer`` save
+them: the numbers of the bundle in fp32, with its class names, its name and sampling settings, which an export takes.
+Exporting them in the bundle's precision stores the same numbers again (the script prints the command). The script
+exists because the demo's checkpoints were not kept, and training an encoder for its codebook needs the tokenizer's
+checkpoint.
 
 Weights that a bundle does not hold are initialised anew: the encoder where the bundle was exported without one (train
 it with ``parvis train-tokenizer --encoder-for``), and the ring buffer of used codes (which is never read).
@@ -13,6 +14,7 @@ it with ``parvis train-tokenizer --encoder-for``), and the ring buffer of used c
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,7 +33,7 @@ from par_model.config import VideoTokenizerConfig, VQConfig
 from par_model.manifest import ManifestError, config_from_manifest, read_manifest, tokenizer_from_manifest
 from par_model.training.cli import Parser
 from par_model.training.files import InputError, folder_for
-from par_model.training.run import save
+from par_model.training.run import save_together
 from par_model.transformer import PAR
 from par_model.vq import VQModel
 from par_model.words import printable
@@ -64,6 +66,9 @@ def restore(path: Path, out: Path) -> None:
     Raises InputError, BundleError, ManifestError, CheckpointError, OSError.
     """
     folder_for("--out", out)
+    for file in (out / "model.pt", out / "tokenizer.pt"):
+        if os.path.lexists(file):  # it may be of a training, and of no bundle
+            raise InputError(f"{file} exists; give another --out, or remove it where it is not needed")
     bundle = Bundle.open(path, verify="full")
     vq = tokenizer_from_manifest(read_manifest(path))
     if isinstance(vq, VideoTokenizerConfig):
@@ -74,8 +79,8 @@ def restore(path: Path, out: Path) -> None:
         print(f"{path}: ends at tokens, so there is no tokenizer to restore")
     else:
         contents["tokenizer.pt"] = tokenizer_checkpoint(path, vq, stored)
+    save_together({out / name: content for name, content in contents.items()})
     for name, content in contents.items():
-        save(out / name, content)
         print(printable(f"{out / name}: {sum(t.numel() for t in content['model'].values()):,} numbers"))
     tokenizer = "none" if vq is None else out / "tokenizer.pt"
     print(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from par_model.checkpoint import open_checkpoint, video_config, vq_config
-from par_model.training.files import InputError, alone_in, written_beside
+from par_model.training.files import InputError, alone_in, naming, written_together
 from par_model.training.resume import check_run, read_run, taking_over
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
@@ -72,10 +72,17 @@ def channels_last(model: Module) -> Module:
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint for ``torch.load`` beside ``path``, and rename it. Raises OSError."""
-    file = io.BytesIO()  # torch.save of a path would hide why a file could not be written
-    torch.save(content, file)
-    with written_beside(path) as part:
-        part.write_bytes(file.getbuffer())
+    save_together({path: content})
+
+
+def save_together(contents: Mapping[Path, Mapping[str, Any]]) -> None:
+    """:func:`save` of several that belong together: all of them are new, or none. Raises OSError."""
+    with written_together(*contents) as parts:
+        for part, content in zip(parts, contents.values(), strict=True):
+            file = io.BytesIO()  # torch.save of a path would hide why a file could not be written
+            torch.save(content, file)
+            with naming(part):
+                part.write_bytes(file.getbuffer())
 
 
 class EMA:

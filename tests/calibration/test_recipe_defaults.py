@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,11 +11,11 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from recipe_scripts import scripts
+from recipe_scripts import full_disk, scripts
 
 from par_model.training.files import InputError
 from par_runtime import Pipeline
-from par_runtime.bundle import Bundle, Defaults
+from par_runtime.bundle import Bundle, Defaults, seal
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -56,6 +57,27 @@ def test_requests_without_settings_take_the_new_ones_and_only_the_manifest_chang
     np.testing.assert_array_equal(made.tokens, same.tokens)
     assert recipe.main([str(bundle), "--top-k", "0"]) == 0, capsys.readouterr()
     assert Bundle.open(bundle).defaults == replace(changed.defaults, top_k=0)  # what is not given stays
+
+
+def test_all_bundles_change_or_none(
+    recipe: ModuleType, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longer = Path(shutil.copytree(bundle, tmp_path / "longer"))
+    manifest = longer / "manifest.json"
+    entries = json.loads(manifest.read_text())
+    entries["class_names"] = [f"{name}, {'x' * 100}" for name in entries["class_names"]]
+    manifest.write_text(json.dumps(seal(entries), indent=1))
+    before = contents(tmp_path)
+    with full_disk(manifest.stat().st_size - 500):  # the first one would fit
+        assert recipe.main([str(bundle), str(longer), "--top-p", "0.5"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"defaults.py: error: {manifest} is larger than this system")
+    assert (printed.err.count("\n"), printed.out) == (1, "")
+    assert contents(tmp_path) == before
+    named_twice = [str(bundle), str(longer), f"{longer}/../n16", str(longer)]
+    assert recipe.main([*named_twice, "--top-p", "0.5"]) == 0
+    assert capsys.readouterr().out.count(" -> ") == 2
+    assert {Bundle.open(path).defaults.top_p for path in (bundle, longer)} == {0.5}
 
 
 def test_what_cannot_be_is_said_and_no_bundle_changes(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from recipe_scripts import scripts
+from recipe_scripts import full_disk, scripts
 
 from conftest import golden_weights
 from par_export.bundle import ExportRequest, export
@@ -195,3 +195,24 @@ def test_what_cannot_be_read_back_is_one_line_and_writes_nothing(
 
     refused(f"{MODELS / 'fashion'}: makes clips; only a bundle of images", MODELS / "fashion", tmp_path / "back")
     refused(f"--out {tmp_path}/a\\nfile: is a file; expected a folder", MODELS / "demo-n1", file)
+
+
+def test_checkpoints_that_are_there_stay_and_two_never_mix(
+    tiny: Path, tmp_path: Path, script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("model.pt", "tokenizer.pt"):
+        (tmp_path / name).write_text("of a training")
+        assert script.main([str(tiny), "--out", str(tmp_path)]) == 2
+        error = f"from_bundle.py: error: {tmp_path / name} exists; give another --out, or remove it where"
+        assert capsys.readouterr().err.startswith(error)
+        assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: "of a training"}
+        (tmp_path / name).unlink()
+    assert script.main([str(tiny), "--out", str(tmp_path / "whole")]) == 0
+    sizes = sorted((tmp_path / "whole" / name).stat().st_size for name in ("model.pt", "tokenizer.pt"))
+    capsys.readouterr()
+    with full_disk(sum(sizes) // 2):  # room for one of them
+        assert script.main([str(tiny), "--out", str(tmp_path / "full")]) == 2
+    printed = capsys.readouterr()
+    assert re.match(rf"from_bundle.py: error: {tmp_path}/full/\w+.pt is larger than this system", printed.err)
+    assert (printed.err.count("\n"), printed.out) == (1, "")
+    assert not list((tmp_path / "full").iterdir())
