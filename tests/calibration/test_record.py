@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_a_recording_of_no_image_is_begun_anew(tiny: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "r" / "recording.json").read_text())["rows_per_image"] == 24
 
 
-def test_a_folder_of_another_recording_is_refused(tiny: Path, tmp_path: Path) -> None:
+def test_a_folder_of_another_recording_is_refused(tiny: Path, tmp_path: Path, no_waiting: None) -> None:
     bundle = Bundle.open(tiny)
     recording = recorded(bundle, tmp_path / "r", images=1, samples=20)
     for options, what in (
@@ -202,6 +203,10 @@ def test_a_folder_of_another_recording_is_refused(tiny: Path, tmp_path: Path) ->
     with pytest.raises(CalibrationError, match="give another --work"):
         Recording(tmp_path / "x", recording.plan, bundle).begin(True, again=True)
     assert (tmp_path / "x" / "mine.txt").read_text() == "mine"
+    (tmp_path / "x" / "recording.json").unlink()
+    os.mkfifo(tmp_path / "x" / "recording.json")
+    with pytest.raises(CalibrationError, match=r"recording\.json: is a pipe, not a file; give another --work"):
+        Recording(tmp_path / "x", recording.plan, bundle).begin(True)
 
 
 def test_what_cannot_be_recorded_is_said_before(tiny: Path) -> None:

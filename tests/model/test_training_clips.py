@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -137,7 +138,7 @@ def test_from_clips_to_a_trained_model(clips: Path, tmp_path: Path, monkeypatch:
     assert train.main(other) == 2
 
 
-def test_clips_that_are_none(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clips_that_are_none(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_waiting: None) -> None:
     pixels, labels = np.zeros((2, 3, 8, 8, 1), np.uint8), np.zeros(2, np.uint8)
     cases = {
         "longer": (pixels, labels, {"count": 3}, "not the raw form of clips"),
@@ -151,6 +152,12 @@ def test_clips_that_are_none(clips: Path, tmp_path: Path, capsys: pytest.Capture
             ClipFolder.open(tmp_path / name)
     with pytest.raises(InputError, match="no such folder"):
         ClipFolder.open(tmp_path / "missing")
+    for name in ("clips.u8", "labels.u8", "meta.json"):
+        write(tmp_path / f"pipe {name}", pixels, labels)
+        (tmp_path / f"pipe {name}" / name).unlink()
+        os.mkfifo(tmp_path / f"pipe {name}" / name)
+        with pytest.raises(InputError, match=f"{name}: is a pipe or a device; expected a file"):
+            ClipFolder.open(tmp_path / f"pipe {name}")
     write(tmp_path / "even", np.zeros((2, 4, 8, 8, 1), np.uint8), labels)
     even = ["--data", str(tmp_path / "even"), "--val", str(clips), "--run", str(tmp_path / "run"), *SMALL]
     assert train_video.main(even) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def refused(
 
 @pytest.mark.parametrize("name", ["tokenizer", "video", "model"])
 def test_a_damaged_checkpoint_is_one_line_and_kept(
-    made: dict[str, list[str]], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: dict[str, list[str]], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_waiting: None
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(made[name][-1], run)
@@ -100,6 +101,11 @@ def test_a_damaged_checkpoint_is_one_line_and_kept(
     ):
         torch.save(value, file)
         refused(VERBS[name], made[name], run, [str(file), text, "nothing was changed"], capsys)
+    file.unlink()
+    os.mkfifo(file)
+    assert VERBS[name].main([*made[name], "--run", str(run), "--resume"]) == 2
+    assert f"{file}: is a pipe, not a file" in capsys.readouterr().err
+    file.unlink()
     file.write_bytes(whole)
     assert VERBS[name].main([*made[name], "--run", str(run), "--resume", "--steps", "2"]) == 0
 

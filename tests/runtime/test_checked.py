@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from par_runtime.checked import load_json, read_regular, shown, why_not_regular
+from par_runtime.checked import load_json, open_regular, read_regular, shown, why_not_regular
 from par_runtime.errors import BundleError, RequestError
 
 
@@ -111,6 +111,8 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
             with pytest.raises(BundleError, match=message):
                 read_regular(path, 100, BundleError)
             assert message in str(why_not_regular(path))
+            with pytest.raises((OSError, ValueError)):
+                open_regular(path)
     assert read_regular(tmp_path / "file", 7, BundleError) == b"content"
     with pytest.raises(BundleError, match="file: 7 bytes; expected at most 6"):
         read_regular(tmp_path / "file", 6, BundleError)
@@ -118,3 +120,19 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
         sparse.truncate(2**40)
     with pytest.raises(BundleError, match="1099511627776 bytes; expected at most 100"):
         read_regular(tmp_path / "sparse", 100, BundleError)
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_waiting: None
+) -> None:
+    """Between the look at the name and the opening, and as a folder, or a device, might."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    real, before = os.stat, len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "stat", lambda path, **how: real(tmp_path / "file"))
+    for path, what in ((tmp_path / "pipe", "a pipe"), (tmp_path, "a folder"), (Path("/dev/null"), "a device")):
+        with pytest.raises(OSError, match=f"is {what}, not a file"):
+            open_regular(path)
+        with pytest.raises(BundleError, match=rf"cannot be read \(is {what}, not a file\)"):
+            read_regular(path, 100, BundleError)
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -20,11 +20,12 @@ from par_calibration.errors import CalibrationError
 from par_calibration.record.arrays import Form, read_arrays
 from par_calibration.record.rows import Kept, Positions, compact, widened
 from par_runtime.bundle import Bundle, matrix_names
-from par_runtime.checked import load_json, shown
+from par_runtime.checked import load_json, read_regular, shown
 from par_runtime.dtypes import Float, Int
 from par_runtime.system import write_beside
 
 ABOUT = "recording.json"
+MOST_ABOUT_BYTES = 2**26  #: a class and a seed for each image
 FORMAT = 1
 #: What else may lie in the folder: rows of images, and what ``refine`` keeps there.
 FILES = ("image-*.npz", "tokens-*.npz", "refine.npz")
@@ -123,7 +124,7 @@ class Recording:
         def fault(message: str) -> CalibrationError:
             return CalibrationError(f"{message}; give another --work, or remove that folder")
 
-        found = load_json(about.read_bytes(), str(about), fault)
+        found = load_json(read_regular(about, MOST_ABOUT_BYTES, fault), str(about), fault)
         return found if isinstance(found, dict) and "rows_per_image" in found else None
 
     def file(self, image: int) -> Path:

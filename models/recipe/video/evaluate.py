@@ -35,7 +35,7 @@ from par_model.training.classes import other_class
 from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
 from par_model.training.clips import ClipFolder
-from par_model.training.files import InputError, keep_inputs, written_beside
+from par_model.training.files import InputError, keep_inputs, regular, written_beside
 from par_model.training.run import batch_index, save
 from par_runtime import Pipeline
 from par_runtime.bundle import Bundle
@@ -76,13 +76,13 @@ def classifier(path: Path, folder: Path, data: ClipFolder) -> Classifier:
     model = Classifier(len(data.class_names))
     if path.exists():
         try:
-            model.load_state_dict(torch.load(path, weights_only=True))
+            model.load_state_dict(torch.load(regular(path), weights_only=True))
         except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError, KeyError) as error:
             raise InputError(
                 f"--classifier {path}: is not the classifier of such clips; remove it, or give another name"
             ) from error
         return model.eval()
-    motion = torch.from_numpy(np.fromfile(folder / "motion.f32", np.float32))
+    motion = torch.from_numpy(np.fromfile(regular(folder / "motion.f32"), np.float32))
     if len(motion) != 2 * len(data):
         raise InputError(f"{folder / 'motion.f32'}: has {len(motion)} numbers for {len(data)} clips; make them again")
     motion = motion.view(-1, 2)

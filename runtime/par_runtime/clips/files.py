@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from par_runtime.arguments import whole
-from par_runtime.checked import shown, shown_path, why_not_regular
+from par_runtime.checked import open_regular, shown, shown_path, why_not_regular
 from par_runtime.clips import animated, mp4
 from par_runtime.clips.formats import check_clips, check_fps, format_of, mp4_scale, repeats
 from par_runtime.errors import RequestError
@@ -182,7 +182,11 @@ def recipe_of(path: Path) -> Recipe | None:
 def is_animation(path: Path) -> bool:
     """Whether a file has several frames; False where it cannot be read. Only the first two are looked at."""
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=["GIF", "WEBP", "PNG"]) as image:
+        with (
+            open_regular(path) as file,
+            warnings.catch_warnings(),
+            Image.open(file, formats=["GIF", "WEBP", "PNG"]) as image,
+        ):
             warnings.simplefilter("ignore")
             return bool(getattr(image, "is_animated", False))
     except Exception:  # readers of broken files raise nearly anything; whoever reads the picture says it
@@ -192,7 +196,7 @@ def is_animation(path: Path) -> bool:
 def is_clip(path: Path) -> bool:
     """Whether a file begins as one that may hold a clip; False where it cannot be read."""
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(12)
     except OSError:
         return False
@@ -264,7 +268,7 @@ def _source(path: Path) -> Iterator[animated.Animation | mp4.Video]:
     if not 0 < size <= MOST_FILE_BYTES:
         raise RequestError(f"{name}: {size} bytes; {EXPECTED}, of at most {MOST_FILE_BYTES} bytes")
     try:
-        with path.open("rb") as file, warnings.catch_warnings():
+        with open_regular(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of large pictures, whose size is checked here
             head = file.read(12)
             file.seek(0)

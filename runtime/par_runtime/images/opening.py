@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from par_runtime.checked import shown, shown_path, why_not_regular
+from par_runtime.checked import open_regular, shown, shown_path, why_not_regular
 from par_runtime.errors import RequestError
 from par_runtime.system import explain
 
@@ -98,7 +98,7 @@ def opened(source: Picture) -> Opened:
 def _readable(path: Path) -> BinaryIO:
     """``path``, opened. A path that cannot be right is a bad request, as every other argument."""
     try:
-        return path.open("rb")
+        return open_regular(path)
     except OSError as error:
         if error.errno not in WRONG_PATH:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -377,6 +378,23 @@ def test_a_damaged_tiff_ends_in_one_line_too(tiny: Path, tmp_path: Path, capfd: 
         error = capfd.readouterr().err
         assert "not an image that can be read" in error
         assert error.count("\n") == 1
+
+
+def test_a_pipe_is_not_waited_for(
+    tiny: Path, tiny_video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_waiting: None
+) -> None:
+    path = tmp_path / "a.png"
+    os.mkfifo(path)
+    for bundle in (tiny, tiny_video):
+        for arguments in (
+            ("edit", path, "--label", 0, "--keep", "left"),
+            ("reconstruct", path),
+            ("redo", path),
+        ):
+            assert run(*arguments, "--bundle", bundle) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"parvis: error: {path}: is a pipe, not a file; ")
+            assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
