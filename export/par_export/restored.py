@@ -22,6 +22,7 @@ from par_model.shapes import without_weights
 from par_model.transformer import PAR
 from par_model.vq import VQModel
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
+from par_runtime.checked import open_regular
 from par_runtime.loaded import check_scales
 from par_runtime.quantised import MOST_CODE, SCALE, dequantised, unpacked
 
@@ -56,7 +57,7 @@ class StoredWeights:
     def parts(self, name: str, most: int = 2**24) -> Iterator[bytes]:
         """The bytes of a tensor as they are stored, at most ``most`` at a time. Raises OSError."""
         at = self.table.entries[name]
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(at.offset)
             left = at.length
             while left:

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from par_runtime.arguments import choice, folder
-from par_runtime.checked import Mismatch, load_json, read_regular, shown, shown_path, why_not_regular
+from par_runtime.checked import Mismatch, load_json, open_regular, read_regular, shown, shown_path, why_not_regular
 from par_runtime.dtypes import BYTES
 from par_runtime.errors import BundleError
 from par_runtime.manifest import KEPT, MOST_BYTES, MOST_GRAPH_BYTES, check, matrices_of
 from par_runtime.manifest_video import VIDEO
 from par_runtime.places import WEIGHTS as WEIGHTS  # with the names of the other files
 from par_runtime.quantised import MOST_CODE, SCALE
-from par_runtime.system import sha256
+from par_runtime.system import digest_of
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -398,12 +398,13 @@ def file_fault(file: Path, size: int, digest: str, verify: FileCheck) -> str | N
     if why is not None or verify == "none":
         return why
     try:
-        have = file.stat().st_size
-        if have != size:
-            return f"{'truncated' if have < size else 'too long'}: {have} bytes, expected {size}"
-        if verify != "full" and have > HASH_UP_TO_BYTES:
-            return None
-        content = sha256(file)
+        with open_regular(file) as opened:
+            have = os.fstat(opened.fileno()).st_size
+            if have != size:
+                return f"{'truncated' if have < size else 'too long'}: {have} bytes, expected {size}"
+            if verify != "full" and have > HASH_UP_TO_BYTES:
+                return None
+            content = digest_of(opened)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return None if content == digest else f"its content was changed (sha256 {content[:12]}, expected {digest[:12]})"

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from par_runtime.bundle import WEIGHTS, Bundle, Stored, state
+from par_runtime.checked import open_regular, regular_descriptor
 from par_runtime.dtypes import STORAGE
 from par_runtime.errors import BundleError
 from par_runtime.manifest_video import FIRST, NEXT
@@ -36,13 +37,15 @@ class LoadedFiles:
         self.bundle = bundle
         self._folder = bundle.path.resolve()
         self._graphs: dict[str, bytes] = {}
+        versions: dict[str, tuple[int, int]] = {}  # of what was opened: another file may have its name by now
         file = bundle.path / WEIGHTS
         try:
             for name in READ_LATER:
-                path = self._folder / bundle.graphs[name].file if name in bundle.graphs else None
-                if path is not None and path.is_file():
-                    self._graphs[name] = path.read_bytes()
-            self._weights = os.open(self._folder / WEIGHTS, os.O_RDONLY)
+                if name in bundle.graphs:
+                    with suppress(FileNotFoundError), open_regular(self._folder / bundle.graphs[name].file) as opened:
+                        versions[bundle.graphs[name].file] = state(os.fstat(opened.fileno()))
+                        self._graphs[name] = opened.read()
+            self._weights = regular_descriptor(self._folder / WEIGHTS)
         except OSError as error:
             raise BundleError(
                 f"{error.filename or file}: cannot be read ({error.strerror}); copy the bundle again or export it again"
@@ -51,16 +54,12 @@ class LoadedFiles:
         self._close.atexit = False  # a daemon thread may still be in a call
         self._known = state(os.fstat(self._weights))
         self._changed = False
-        self._check_versions()
+        self._check_versions(versions | {WEIGHTS: self._known})
 
-    def _check_versions(self) -> None:
-        """Raise BundleError where a file was replaced since it was checked: manifest and weights of two versions."""
-        files = [self.bundle.graphs[name].file for name in self._graphs]
-        now: dict[str, tuple[int, int] | None] = {WEIGHTS: self._known} | dict.fromkeys(files)
-        for name in files:
-            with suppress(OSError):  # it was removed meanwhile
-                now[name] = state(os.stat(self._folder / name))
-        for name, found in now.items():
+    def _check_versions(self, opened: Mapping[str, tuple[int, int]]) -> None:
+        """Raise BundleError where a file that was ``opened`` had been replaced since it was checked: manifest and
+        weights of two versions."""
+        for name, found in opened.items():
             if self.bundle.checked.get(name, found) != found:
                 self.close()
                 raise BundleError(
@@ -81,13 +80,21 @@ class LoadedFiles:
         try:
             at_path, held = os.stat(self._folder / WEIGHTS), os.fstat(self._weights)
             same = (at_path.st_dev, at_path.st_ino) == (held.st_dev, held.st_ino)
-            return path if same and path.read_bytes() == self._graphs.get(name) else None
+            if not same:
+                return None
+            with open_regular(path) as opened:
+                return path if opened.read() == self._graphs.get(name) else None
         except OSError:
             return None
 
-    def weights(self) -> mmap.mmap:
-        """The weights file, mapped. Raises BundleError where it was changed."""
+    def weights(self, needed: int = 1) -> mmap.mmap:
+        """The weights file, mapped. Raises BundleError where it was changed, or has less than the ``needed`` bytes."""
         self.check()
+        if self._known[0] < needed:  # reading beyond its end would kill the process
+            raise BundleError(
+                f"{self.bundle.path / WEIGHTS}: truncated: {self._known[0]} bytes, its tensors end at {needed}; copy "
+                "the bundle again or export it again"
+            )
         return mmap.mmap(self._weights, 0, access=mmap.ACCESS_READ)
 
     def read(self, into: memoryview, offset: int) -> None:
@@ -166,7 +173,7 @@ def check_scales(bundle: Bundle, table: Mapping[str, Stored] | None = None) -> N
         return
     file, again = bundle.path / WEIGHTS, "copy the bundle again, or calibrate again"
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             for name, at in sorted(places.items(), key=lambda place: place[1].offset):
                 opened.seek(at.offset)
                 content = opened.read(at.length)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from par_runtime.errors import RequestError
 
@@ -135,10 +136,15 @@ def utf8_name(path: Path) -> str | None:
 
 def sha256(path: Path) -> str:
     """Hex digest of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return digest_of(file)
+
+
+def digest_of(file: BinaryIO) -> str:
+    """Hex digest (sha256) of what is left to read of an opened file. Raises OSError."""
     digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
 
 

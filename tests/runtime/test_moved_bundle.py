@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import numpy as np
 import onnxruntime
 import pytest
 from double.fixtures import Make
-from sharing import KINDS, ON_A_CPU, TINY, params
+from sharing import KINDS, ON_A_CPU, SMALL, TINY, params
 
 from par_runtime import Bundle, BundleError, Pipeline
+from par_runtime.backends.native import backend, library
 from par_runtime.loaded import LoadedFiles
+from par_runtime.request import image_settings
+from par_runtime.schedule import Schedule
 from par_runtime.tokenizer import Tokenizer
 
 Change = Callable[[Path], None]
@@ -193,3 +197,60 @@ def test_files_of_two_versions_are_never_loaded_together(
     assert before == (len(os.listdir("/proc/self/fd")) if before else 0)
     monkeypatch.undo()
     assert Pipeline.load(link, "cpu-ort", threads=1).generate(0, seed=1).tokens.shape == (1, 64)
+
+
+@pytest.mark.parametrize("name", ["weights.data", "step.onnx", "decoder.onnx"])
+@pytest.mark.parametrize("device", ["cpu", "cpu-ort"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(
+    name: str, device: str, copy_of: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch, no_waiting: None
+) -> None:
+    """It takes that place once the bundle has been checked."""
+    link = copy_of(TINY)
+    opened = Bundle.open
+
+    def open_then_replace(path: Path, verify: Any) -> Bundle:
+        bundle = opened(path, verify)
+        (link / name).unlink()
+        os.mkfifo(link / name)
+        return bundle
+
+    monkeypatch.setattr(Bundle, "open", staticmethod(open_then_replace))
+    with pytest.raises(BundleError, match=rf"{name}: cannot be read \(is a pipe, not a file\); copy the bundle again"):
+        Pipeline.load(link, device, threads=1)
+
+
+def test_a_pipe_that_comes_later_changes_nothing(copy_of: Callable[[Path], Path], no_waiting: None) -> None:
+    link = copy_of(TINY)
+    with Pipeline.load(link, device="cpu", threads=1) as pipeline:
+        wanted = made(Pipeline.load(TINY, device="cpu", threads=1))
+        for name in ("encoder.onnx", "decoder.onnx"):  # opened at their first use
+            (link / name).unlink()
+            os.mkfifo(link / name)
+        assert made(pipeline) == wanted
+
+
+def test_the_c_kernels_pack_the_weights_that_were_checked(
+    copy_of: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of another version that has their name by then."""
+    if library.library() is None:
+        pytest.skip("no C kernels")
+    link, opened = copy_of(SMALL), backend.open_decoder
+
+    def replace_then_open(files: LoadedFiles, threads: int) -> Any:
+        (link / "new").write_bytes(bytes((link / "weights.data").stat().st_size))
+        (link / "new").rename(link / "weights.data")
+        return opened(files, threads)
+
+    def tokens_of(path: Path) -> Any:
+        bundle = Bundle.open(path)
+        schedule = Schedule.of(bundle, [1], image_settings(bundle, 1), [5])
+        tokens = np.zeros((1, bundle.n_tokens), np.int64)
+        with closing(backend.NativeBackend(bundle, 1)) as kernels:
+            for call, batch, ids, write in schedule.walk(tokens):
+                tokens[:, call.positions] = kernels.step(batch, ids, write, schedule.noise[:, call.positions])
+        return tokens
+
+    wanted = tokens_of(SMALL)
+    monkeypatch.setattr(backend, "open_decoder", replace_then_open)
+    np.testing.assert_array_equal(tokens_of(link), wanted)

@@ -13,6 +13,7 @@ import numpy as np
 from par_export.errors import BuildError
 from par_export.graphs.writer import WeightTable
 from par_runtime.bundle import Stored
+from par_runtime.checked import open_regular
 from par_runtime.dtypes import STORAGE
 from par_runtime.quantised import LEAST_CODE, SCALE
 
@@ -26,7 +27,7 @@ class MappedWeights:
     """A weights file mapped into memory at ``address``; its pages can be released while a build goes on."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
+        self._file = open_regular(path)
         self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
         self._array = np.frombuffer(self._map, np.uint8)  # for its address
         self.address = int(self._array.ctypes.data)
@@ -71,7 +72,7 @@ def weights_in(
         return
     converted = folder / ".weights"
     table = WeightTable({})
-    with file.open("rb") as source, converted.open("wb") as out:
+    with open_regular(file) as source, converted.open("wb") as out:
 
         def read(name: str) -> np.ndarray:
             entry = stored.entries[name]
@@ -127,7 +128,7 @@ def check_range(file: Path, stored: Mapping[str, Stored], compute: str, cure: st
 
     Tensors of that dtype are not read. ``cure``: what the message says to give. Raises OSError.
     """
-    with file.open("rb") as source:
+    with open_regular(file) as source:
         for name, entry in stored.items():
             if entry.dtype == compute or entry.dtype not in NUMPY_DTYPE:
                 continue

@@ -14,6 +14,7 @@ from par_export.engines.weights import NUMPY_DTYPE, check_range
 from par_export.graphs.vq import PREFIX
 from par_model.config import PARConfig, VQConfig
 from par_runtime.bundle import WEIGHTS, Bundle, Stored
+from par_runtime.checked import open_regular
 from par_runtime.dtypes import DTYPE
 from par_runtime.quantised import MOST_CODE, SCALE
 
@@ -60,7 +61,7 @@ class Contents:
 
     def read(self, stored: Stored) -> NDArray[np.float32]:
         """A tensor of the weights file, in fp32. For small ones."""
-        with (self.bundle.path / WEIGHTS).open("rb") as file:
+        with open_regular(self.bundle.path / WEIGHTS) as file:
             file.seek(stored.offset)
             raw = np.frombuffer(file.read(stored.length), NUMPY_DTYPE[stored.dtype])
         return raw.reshape(stored.shape).astype(np.float32)

@@ -80,7 +80,7 @@ class NativeBackend:
         )
         self.max_images, self.tie = MOST_IMAGES, max(TIE[computes], TIE[cache])
         self._slots = -(-bundle.n_tokens // lib.parvis_panel()) * lib.parvis_panel()
-        self._weights = Weights(bundle, lib, self._slots, arithmetic, cache)
+        self._weights = Weights(self._files, lib, self._slots, arithmetic, cache)
         self._pool: int | None = lib.parvis_open(self._threads)
         if self._pool is None:
             raise MemoryError(f"{self._threads} threads: no memory for their pool")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,9 +13,9 @@ from numpy.typing import NDArray
 from par_runtime.backends.native.library import STORED, Matrix, Model, matrix_of
 from par_runtime.backends.native.memory import empty
 from par_runtime.backends.ort.sessions import check_memory
-from par_runtime.bundle import WEIGHTS, Bundle, Stored
+from par_runtime.bundle import Stored
 from par_runtime.dtypes import DTYPE, STORAGE, Float, to_float32
-from par_runtime.errors import BundleError
+from par_runtime.loaded import LoadedFiles
 from par_runtime.manifest import MATRICES, NORMS
 from par_runtime.quantised import SCALE
 
@@ -29,24 +28,17 @@ class Weights:
     ``model`` is the structure for ``step.c``. It points into this object's memory: keep the object while it is used.
     """
 
-    def __init__(self, bundle: Bundle, lib: ctypes.CDLL, cache_slots: int, arithmetic: str, cache: str) -> None:
-        """Read the weights file of ``bundle``. ``arithmetic``, ``cache``: of ``dtypes.ARITHMETICS`` and ``CACHES``.
+    def __init__(self, files: LoadedFiles, lib: ctypes.CDLL, cache_slots: int, arithmetic: str, cache: str) -> None:
+        """Read the weights of a bundle. ``arithmetic``, ``cache``: of ``dtypes.ARITHMETICS`` and ``CACHES``.
 
         In "int8", matrices that are not quantised are multiplied in bf16. Raises BundleError where the file is shorter
         than its table, or there is less memory than the matrices take; OSError.
         """
+        bundle = files.bundle
         m, table = bundle.model, bundle.weights
         layers = range(m["n_layers"])
         names = [f"layers.{i}.{matrix}" for matrix in MATRICES for i in layers] + ["output"]
-        with (bundle.path / WEIGHTS).open("rb") as opened:
-            # Again, on the opened file: reading beyond its end would kill the process.
-            size, needed = os.fstat(opened.fileno()).st_size, max(at.offset + at.length for at in table.values())
-            if size < needed:
-                raise BundleError(
-                    f"{bundle.path / WEIGHTS}: truncated: {size} bytes, its tensors end at {needed}; copy the bundle "
-                    "again or export it again"
-                )
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = files.weights(max(at.offset + at.length for at in table.values()))
         file = np.frombuffer(mapped, np.uint8)
         packed = {name: _matrix(lib, table, name, arithmetic) for name in names}
         columns = -(-bundle.vocab_size // lib.parvis_panel()) * lib.parvis_panel()

@@ -16,6 +16,7 @@ from par_runtime.backends.base import tensors
 from par_runtime.backends.engines import Engine, Plan
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.bundle import Bundle
+from par_runtime.checked import open_regular
 from par_runtime.errors import EngineError
 from par_runtime.stopping import later
 from par_runtime.system import write_beside
@@ -42,7 +43,7 @@ class LoadedPlan:
         self._runtime = runtime  # it must live as long as what it deserialized
         path = engine.path / plan.file
         self._folder = engine.path.resolve()  # the runtime cache is written later, maybe from another directory
-        with path.open("rb") as file:  # mapped, so that gigabytes are not in memory twice
+        with open_regular(path) as file:  # mapped, so that gigabytes are not in memory twice
             self._tensorrt = runtime.deserialize_cuda_engine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         if self._tensorrt is None:
             raise EngineError(
