@@ -35,7 +35,7 @@ from par_runtime.dtypes import ARITHMETICS, Float
 from par_runtime.manifest import KEPT
 from par_runtime.quantised import Quantised
 from par_runtime.request import class_indices
-from par_runtime.system import check_writable, peak_bytes
+from par_runtime.system import check_different, check_writable, peak_bytes
 
 #: Words of ``--weights`` -> the manifest's.
 KEEP_WEIGHTS = "keep"
@@ -327,6 +327,7 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
             f"--show-images {shown_path(places.images)}: there will be no images, as --generated is 0 or the bundle "
             "ends at tokens; leave it out"
         )
+    check_different([*places.files, places.out / "bundle", places.work / "recording"])
     for path in places.files:
         check_writable(path)
     for option, path, ending in (("--html", places.html, ".html"), ("--json", places.json, ".json")):

@@ -51,7 +51,7 @@ from par_runtime.dtypes import Int
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.known import raster_array
 from par_runtime.metrics import psnr_db
-from par_runtime.system import check_writable
+from par_runtime.system import check_different, check_writable
 from par_runtime.tokenizer import Tokenizer
 
 NAMES = {4: "demo", 1: "demo-n1", 16: "demo-n16"}
@@ -192,6 +192,7 @@ def check(args: argparse.Namespace, names: dict[int, str], taken: dict[int, Bund
             )
         if (why := other_class(checkpoint.class_names, classes)) is not None:
             raise InputError(f"{file}: {why} as in {of}; give what was trained together")
+    check_different([args.sheet, *(folder / name for folder in (args.work, args.out) for name in names.values())])
     check_writable(args.sheet)  # last: it makes the folder
 
 

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -195,6 +195,23 @@ def _is_part_of_a_bundle(path: Path) -> bool:
         return False
     files = found.get("files") if isinstance(found, dict) else None
     return isinstance(files, dict) and path.resolve().name in {manifest.name, *files}
+
+
+def check_different(files: Sequence[Path]) -> None:
+    """Raise RequestError where two of the ``files`` to be written are one, so that the first would be lost, or one
+    would be a folder of another. To be called before :func:`check_writable`, which makes folders.
+    """
+    folders = {folder: os.path.realpath(folder) for folder in {folder for file in files for folder in file.parents}}
+    places: dict[str, Path] = {}
+    for file in files:
+        place = os.path.join(folders[file.parent], file.name)
+        if place in places:
+            raise RequestError(f"{file}: two outputs of this command have this name, so one would be lost; change one")
+        places[place] = file
+    for folder, place in folders.items():
+        if (other := places.get(place)) is not None and not os.path.isdir(place):  # of a folder check_writable says it
+            below = next(file for file in files if folder in file.parents)
+            raise RequestError(f"{below}: lies in {other}, another output of this command, which is a file; change one")
 
 
 def check_folder_writable(folder: Path) -> None:

@@ -168,6 +168,12 @@ def test_ranges_show_that_static_scales_lose(tmp_path: Path, capfd: pytest.Captu
         ([*TINY, "--weights", "int8", "--real", "nowhere"], "--real nowhere: no such file"),
         ([*TINY, "--weights", "int8", "--budget", "speed=1"], "--budget: unknown measure 'speed'"),
         ([*TINY, "--weights", "int8", "--html", "x", "--json", "x"], "name the same file"),
+        ([*TINY, "--weights", "int8", "--html", "x", "--json", "x/y"], "x/y: lies in x, another output of this"),
+        (
+            [*TINY, "--weights", "int8", "--html", "x.html", "--out", "x.html/b"],
+            "x.html/b.json: lies in x.html, another output",
+        ),
+        ([*TINY, "--weights", "int8", "--html", "x.html", "--work", "x.html"], "lies in x.html, another output"),
         ([*TINY, "--weights", "int8", "--seed", "-1"], "--seed -1"),
     ],
 )

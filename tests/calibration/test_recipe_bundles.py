@@ -206,6 +206,7 @@ def test_what_it_cannot_use_is_one_line_before_anything_is_made(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "demo-n1.json").write_text("{}")
     refused("full/demo-n1.json, no report of parvis calibrate; give another", results, tmp_path / "full", out)
+    refused("x.png, another output of this", results, work, out / "x.png", "--sheet", str(out / "x.png"))
     refused("one is in the other; give two folders side by side", results, work, work)
     refused("one is in the other", results, work, work / "demo")
     refused("one is in the other", results, out / "work", out)

@@ -137,6 +137,7 @@ def test_what_cannot_be_judged_is_one_line_and_writes_nothing(
         ([*missing, "--val", str(turned["val"])], "class 0 is 'ankle-boot', not 't-shirt' as in --train"),
         ([*missing, *other], "fashion: class 0 is 't-shirt', not 'ankle-boot' as in --train"),
         ([*missing, "--val", str(tmp_path / "none")], "none: no such folder"),
+        ([*missing, "--json", str(tmp_path / "c.pt" / "rows.jsonl")], "c.pt, another output of this command"),
         ([*missing, "--json", str(tmp_path)], "is a folder; give a file name"),
         ([*missing, "--json", str(parts["val"] / "rows.jsonl")], "would write"),
         (["--classifier", str(tmp_path / "pipe.pt")], "pipe.pt is a device or a pipe; give the name of a file"),

@@ -55,6 +55,7 @@ def test_the_command_prints_the_report_or_json(tiny_copy: Path, capsys: pytest.C
         (["--target", "SM80", "--sampling", "dynamic"], "invalid choice: 'dynamic'"),
         (["--target", "SM80", "--cache-gb", "inf"], "'inf': expected gigabytes, 0 or more"),
         (["--target", "SM80", "--list", "NONE/x.json"], "--list NONE/x.json: no folder NONE; give a file in one"),
+        (["--target", "SM80", "--list", "x", "--out", "x"], "x/engine: lies in x, another output of this command"),
         ([], "required: --target"),
     ],
 )

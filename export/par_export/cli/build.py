@@ -21,7 +21,7 @@ from par_runtime.checked import shown
 from par_runtime.cli.common import Parser
 from par_runtime.cli.options import add_list
 from par_runtime.dtypes import PRECISIONS
-from par_runtime.system import cache_folder, check_writable, write_beside
+from par_runtime.system import cache_folder, check_different, check_writable, write_beside
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list is not None and not args.list.parent.is_dir():
         raise BuildError(f"--list {args.list}: no folder {args.list.parent}; give a file in one that exists")
     if args.list is not None:
+        check_different([args.list, *([args.out / "engine"] if args.out else [])])
         check_writable(args.list)
     folders = _kernels(args) if args.engine == "kernels" else _plans(args)
     if args.list is not None:

@@ -40,7 +40,7 @@ from par_model.training.run import batch_index, save
 from par_runtime import Pipeline
 from par_runtime.bundle import Bundle
 from par_runtime.errors import BundleError, RequestError
-from par_runtime.system import check_writable
+from par_runtime.system import check_different, check_writable
 
 FEATURES, STEPS, BATCH = 32, 2500, 32
 
@@ -212,6 +212,7 @@ def check(args: argparse.Namespace, data: ClipFolder, held_out: ClipFolder) -> N
             )
         if (why := other_class(bundle.class_names, data.class_names)) is not None:
             raise InputError(f"{path}: {why} as in --train {args.train}; give a bundle of clips like these")
+    check_different([path for path in (args.classifier, args.json) if path is not None])
     for option, output in (("--classifier", args.classifier), ("--json", args.json)):
         if output is not None:
             keep_inputs(f"{option} {output}", [output], train=args.train, val=args.val)

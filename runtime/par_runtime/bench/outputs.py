@@ -8,7 +8,7 @@ from pathlib import Path
 from par_runtime.bench.journal import check_kept, part_of
 from par_runtime.bench.report.output import STANDARD_OUTPUT
 from par_runtime.errors import RequestError
-from par_runtime.system import check_writable, same_file
+from par_runtime.system import check_different, check_writable, same_file
 
 
 def check_outputs(
@@ -44,6 +44,8 @@ def check_outputs(
                     f"{file} is a file of {what}, and where rows for --{option} {path} are kept until the run "
                     f"ends; give --{option} another name"
                 )
+    check_different(list(files.values()))
+    for path in files.values():
         check_writable(path)
     if "json" in files:
         check_kept(files["json"])

@@ -20,7 +20,6 @@ from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded, printable
 from par_runtime.cli.inputs import MOST_IMAGES, class_indices, load_pipeline
 from par_runtime.cli.outputs import (
-    check_different,
     check_fps,
     check_out_name,
     check_sheet,
@@ -38,7 +37,7 @@ from par_runtime.images import png
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import first_seed, image_seeds
 from par_runtime.result import Result
-from par_runtime.system import check_folder_writable, check_writable
+from par_runtime.system import check_different, check_folder_writable, check_writable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,18 +118,20 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
     if args.out is not None:
         columns = args.columns or sheet_columns(bundle, len(classes), args.count, len(args.guidance or [1]))
         check_sheet(bundle, args.out, total, columns, args.scale)
-    for path in (args.out, args.tokens):
-        if path is not None:
-            check_writable(path)
+    named, in_folder = [path for path in (args.out, args.tokens) if path is not None], list[Path]()
     if args.out_dir is not None:
         if len(set(args.guidance or ())) < len(args.guidance or ()):
             raise RequestError("--guidance: one scale is given twice, which makes the same files; give each once")
-        check_folder_writable(args.out_dir)
         labels = [c for c in classes for _ in range(args.count)]
         scales = [s for s in args.guidance or [bundle.defaults.guidance] for _ in labels]
         repeats = len(scales) // len(labels)
         names = image_file_names(bundle, labels * repeats, image_seeds(len(labels), first, None) * repeats, scales)
-        check_different([*([args.out] if args.out else []), *(args.out_dir / name for name in names)])
+        in_folder = [args.out_dir / name for name in names]
+    check_different([*named, *in_folder])
+    for path in named:
+        check_writable(path)
+    if args.out_dir is not None:
+        check_folder_writable(args.out_dir)
     return bundle, classes, first
 
 

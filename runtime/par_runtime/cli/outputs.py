@@ -26,7 +26,7 @@ from par_runtime.dtypes import Int
 from par_runtime.errors import OutputsError, RequestError
 from par_runtime.images import png
 from par_runtime.result import Result, default_columns
-from par_runtime.system import HALF, check_writable, explain, write_beside
+from par_runtime.system import HALF, check_different, check_writable, explain, write_beside
 
 if TYPE_CHECKING:
     from par_runtime.pipeline import Pipeline
@@ -42,6 +42,7 @@ def check_outputs(
     """
     check_out_name(bundle, out, recipe)
     check_tokens_name(tokens)
+    check_different([out, *([tokens] if tokens else [])])
     for option, path in (("--out", out), ("--tokens", tokens)):
         if path is not None:
             check_not_input(path, inputs, option)
@@ -216,17 +217,6 @@ def image_file_names(
         scale = "" if guidance is None or len(scales) < 2 else f"-g{guidance[i]:g}" if short else f"-g{guidance[i]!r}"
         names.append(f"{class_file_name(bundle, label)}-{seed}{scale}{suffix_of(bundle)}")
     return names
-
-
-def check_different(files: Sequence[Path]) -> None:
-    """Raise RequestError where two of the ``files`` to be written are one: the first would be lost."""
-    folders = {folder: os.path.realpath(folder) for folder in {file.parent for file in files}}
-    seen: set[tuple[str, str]] = set()
-    for file in files:
-        place = (folders[file.parent], file.name)
-        if place in seen:
-            raise RequestError(f"{file}: two outputs of this command have this name, so one would be lost; change one")
-        seen.add(place)
 
 
 def safe_name(name: str) -> str:

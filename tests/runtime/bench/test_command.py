@@ -218,6 +218,8 @@ def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: p
         (["TINY", "--minutes", "0"], "--minutes 0: expected more than 0"),
         (["TINY", "--threads", "-1"], "--threads -1: expected 1 or more"),
         (["TINY", "--json", "a.txt", "--csv", "a.txt"], "--json, --csv, --html and --svg name one file twice"),
+        (["TINY", "--json", "a.jsonl", "--csv", "x/../a.jsonl"], "name one file twice; give each its own"),
+        (["TINY", "--json", "a.jsonl", "--csv", "a.jsonl/b"], "a.jsonl/b: lies in a.jsonl, another output"),
         (["TINY", "--suite", "fast"], "argument --suite: invalid choice: 'fast'"),
         (
             ["TINY", "--against", "eager,vllm"],
