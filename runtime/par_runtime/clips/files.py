@@ -182,13 +182,10 @@ def recipe_of(path: Path) -> Recipe | None:
 def is_animation(path: Path) -> bool:
     """Whether a file has several frames; False where it cannot be read. Only the first two are looked at."""
     try:
-        with (
-            open_regular(path) as file,
-            warnings.catch_warnings(),
-            Image.open(file, formats=["GIF", "WEBP", "PNG"]) as image,
-        ):
-            warnings.simplefilter("ignore")
-            return bool(getattr(image, "is_animated", False))
+        with open_regular(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # before it is opened: Pillow warns of its size then
+            with Image.open(file, formats=["GIF", "WEBP", "PNG"]) as image:
+                return bool(getattr(image, "is_animated", False))
     except Exception:  # readers of broken files raise nearly anything; whoever reads the picture says it
         return False
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -378,6 +382,25 @@ def test_a_damaged_tiff_ends_in_one_line_too(tiny: Path, tmp_path: Path, capfd: 
         error = capfd.readouterr().err
         assert "not an image that can be read" in error
         assert error.count("\n") == 1
+
+
+def test_a_picture_of_too_many_pixels_ends_in_one_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, content = tmp_path / "a.png", io.BytesIO()
+    Image.new("L", (1, 1)).save(content, "PNG")
+    data = bytearray(content.getvalue())
+    data[16:24] = struct.pack(">II", 10**4, 10**4)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    path.write_bytes(data)
+    for arguments in (("edit", path, "--label", 0, "--keep", "left"), ("reconstruct", path), ("redo", path)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # as outside of tests
+            assert run(*arguments, "--bundle", tiny) == 2
+        assert capsys.readouterr().err == (
+            f"parvis: error: {path}: 10000x10000 is too many pixels; expected at most 89478485 in all: give a smaller "
+            "picture\n"
+        )
 
 
 def test_a_pipe_is_not_waited_for(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,19 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path) -> 
     bomb[6:10] = b"\x00\x20\x00\x20"  # 8192 a side: one frame would do
     path.write_bytes(bomb)
     assert "5 frames of 8192x8192 are too many pixels" in refused(path)
+
+
+def test_looking_for_an_animation_says_nothing_of_its_size(tmp_path: Path) -> None:
+    path, content = tmp_path / "x.gif", io.BytesIO()
+    Image.new("P", (8, 8)).save(content, "GIF")
+    bomb = bytearray(content.getvalue())
+    bomb[6:10] = (10_000).to_bytes(2, "little") * 2
+    path.write_bytes(bomb)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not files.is_animation(path)
+        assert "10000x10000 are too many pixels" in refused(path)
+    assert not said
 
 
 def test_a_gif_whose_frames_grow_is_refused(tmp_path: Path) -> None:
