@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -48,21 +47,48 @@ def encoded(frames: NDArray[np.uint8], fps: float, text: str) -> bytes:
     if "libx264" not in av.codecs_available:
         raise RequestError("this PyAV has no encoder of H.264 (libx264); install its wheel, or take a .gif or .webp")
     height, width = frames.shape[1:3]
-    with tempfile.TemporaryDirectory(prefix="parvis-") as folder:  # what is at its start is written last
-        path = Path(folder) / "clip.mp4"
-        with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            container.metadata["comment"] = text
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=dict(ENCODER))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            context = stream.codec_context
-            context.thread_count = 1  # with more, other machines write other bytes
-            context.colorspace = context.color_primaries = context.color_trc = context.color_range = BT709
-            for pixels in frames:
-                frame = av.VideoFrame.from_ndarray(yuv(pixels), format="yuv420p")
-                frame.colorspace = frame.color_range = BT709
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-        return path.read_bytes()
+    out, how = _InMemory(), {"movflags": "+faststart"}
+    with av.open(out, "w", format="mp4", options=how, io_open=lambda *_: _Again(out)) as container:
+        container.metadata["comment"] = text
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=dict(ENCODER))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.thread_count = 1  # with more, other machines write other bytes
+        context.colorspace = context.color_primaries = context.color_trc = context.color_range = BT709
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(yuv(pixels), format="yuv420p")
+            frame.colorspace = frame.color_range = BT709
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return out.getvalue()
+
+
+class _InMemory(io.BytesIO):
+    """A file that FFmpeg writes: on no disk, so that a full one is met where the user's file is written."""
+
+    name = "clip.mp4"  #: by which FFmpeg opens it again, to move what it knew last to the beginning
+
+
+class _Again:
+    """That file once more, read while it is written."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        self._file, self._at = file, 0
+
+    def read(self, size: int) -> bytes:
+        self._at, start = self._at + size, self._at
+        return bytes(self._file.getbuffer()[start : self._at])
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        ends = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.getbuffer().nbytes}
+        self._at = ends[whence] + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        pass
 
 
 def yuv(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from recipe_scripts import full_disk
 
 from par_runtime.clips import files, formats, mp4
 from par_runtime.errors import RequestError
@@ -202,6 +203,22 @@ def test_what_fits_no_file_is_refused_before_any_work() -> None:
         formats.check_fps(60, Path("x.gif"))
     assert formats.mp4_scale((15, 16), 1) == 10
     assert formats.mp4_scale((128, 128), 1) == 1
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_full_disk_is_said_of_the_file_that_the_user_named(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other file is written, in no other folder."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    path, frames = tmp_path / f"x{ending}", clips(1)[0]
+    path.write_text("before")
+    with full_disk(100), pytest.raises(OSError, match="File too large") as caught:
+        files.write_frames(path, frames, 8.0)
+    assert caught.value.filename == str(path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {path.name: "before"}
+    files.write_frames(path, frames, 8.0)
+    assert len(files.read_any(path, 9).frames) == 5
 
 
 def test_without_pyav_an_mp4_is_refused_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
