@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from par_model.config import ORDERS, PARConfig, VideoTokenizerConfig, VQConfig
+from par_model.objects import unique
 from par_model.ordering import CLASS, TOKEN, input_kinds, phases, token_order
 
 MANIFEST = "manifest.json"
@@ -40,7 +41,7 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
         status = path.stat()  # before opening it: a pipe would be waited for
         if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
             raise ValueError(f"it is no file of at most {MOST_BYTES} bytes")
-        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse, object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"no {MANIFEST} that can be read ({_short(error)}); give the folder of a bundle") from error
     if not isinstance(manifest, dict):

@@ -14,6 +14,7 @@ from typing import Any
 from par_model.checkpoint.errors import CheckpointError, shown, some, utf8_name
 from par_model.checkpoint.pickle import read_pickle
 from par_model.checkpoint.recognise import file_problem, folder_problem, not_a_file
+from par_model.objects import unique
 
 INDEX = ".safetensors.index.json"
 PICKLED_INDEX = ".bin.index.json"  #: of shards that ``torch.save`` wrote
@@ -72,7 +73,7 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
     if path.stat().st_size > MOST_JSON_BYTES:
         raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too many for JSON; expected {expected}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({str(error)[:200]}); expected {expected}") from error
     if not isinstance(content, dict):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from par_model.objects import unique
 from par_model.training.files import InputError, regular
 
 IMAGES = ("images.u8", "labels.u8", "meta.json")
@@ -37,7 +38,7 @@ def read_meta(folder: Path, *numbers: str, names: str) -> dict[str, Any]:
     path = folder / "meta.json"
     entries = f"an object with {', '.join(numbers)} and {names}"
     try:
-        meta = json.loads(regular(path).read_text(encoding="utf-8"))
+        meta = json.loads(regular(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({str(error)[:100]}); expected {entries}") from error
     if not isinstance(meta, dict):

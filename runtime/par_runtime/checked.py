@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,8 @@ def load_json(text: str | bytes, what: str, error: Callable[[str], Exception]) -
     """The value of a JSON text. ``what`` names the text in messages, for instance a path.
 
     Refused with ``error``, beside what is no JSON: numbers that are not finite (Python would read ``Infinity``, NaN and
-    1e999), integers of more than :data:`MOST_DIGITS` digits, more than :data:`MOST_NESTED` levels, and text that is
-    not Unicode (half a surrogate pair cannot be printed).
+    1e999), integers of more than :data:`MOST_DIGITS` digits, more than :data:`MOST_NESTED` levels, text that is not
+    Unicode (half a surrogate pair cannot be printed), and objects that have a name twice (which value counts?).
     """
     try:
         value = json.loads(
@@ -82,6 +83,7 @@ def load_json(text: str | bytes, what: str, error: Callable[[str], Exception]) -
             parse_int=_int,
             parse_float=_float,
             parse_constant=_float,
+            object_pairs_hook=_object,
         )
         _check_values(value)
     except RecursionError:
@@ -104,6 +106,14 @@ def _float(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"number {shown(text, 40)[1:-1]}; expected a finite one")
     return number
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the name {shown(twice, 60)} twice; give it once")
+    return found
 
 
 def _check_values(value: object) -> None:

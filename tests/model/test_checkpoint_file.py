@@ -122,6 +122,10 @@ def test_damaged_shards_are_refused(tmp_path: Path, state: State) -> None:
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"shards and index do not agree about norm.weight"):
         open_checkpoint(index)
+    text = json.dumps(content)
+    index.write_text(text.replace('"weight_map": {', f'"weight_map": {{"output.weight": "{first.name}", '))
+    with pytest.raises(CheckpointError, match=r"not an index of shards .*has the name 'output.weight' twice; give it"):
+        open_checkpoint(index)
     index.write_text("[1]")
     with pytest.raises(CheckpointError, match=r"not an index of shards"):
         open_checkpoint(index)

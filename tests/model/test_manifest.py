@@ -227,6 +227,7 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
         ("[1]", "holds no JSON object"),
         ("[" * 10**6, "that can be read"),
         ('{"a": ' + "1" * 10**5 + "}", "that can be read"),
+        ('{"a": [{"b": 1, "b": 1}]}', r"an object has the name 'b' twice; give it once"),
         ('{"a": NaN}', r"number NaN; expected a finite one"),
         (" " * (8 * 2**20 + 1), "no file of at most 8388608 bytes"),
     ):

@@ -98,6 +98,10 @@ def test_what_pack_cannot_use_is_one_line(
         ("[]", "meta.json: holds []; expected an object with count, size and styles"),
         ("null", "meta.json: holds None; expected an object"),
         ("{", "meta.json: not readable as JSON ("),
+        (
+            '{"count": 4, "size": 8, "count": 8}',
+            "meta.json: not readable as JSON (an object has the name 'count' twice",
+        ),
         ("{}", "meta.json: has no count; expected a whole number from 1 to 1000000000"),
         ('{"count": 1e3}', "count is 1000.0; expected a whole number"),
         ('{"count": 1e400}', "count is inf; expected a whole number"),

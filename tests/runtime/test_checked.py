@@ -63,11 +63,17 @@ def test_shown_is_short_whatever_it_shows() -> None:
         ('"\\ud800"', "not UTF-8"),
         ('{"\\udfff": 1}', "not UTF-8"),
         (b"\xff\xfe", "not UTF-8"),
+        ('{"a": 1, "b": 2, "a": 1}', "not valid JSON (an object has the name 'a' twice; give it once)"),
+        ('[{"a": {"b": [{"c": 1, "\\u0063": 2}]}}]', "an object has the name 'c' twice; give it once"),
+        ('{"\x7f": 1, "\\u007f": 2}', r"the name '\x7f' twice"),
+        ('{"' + "k" * 10**6 + '": 1, "' + "k" * 10**6 + '": 2}', "kkk... twice; give it once"),
+        ("{" + '"a": 1, ' * 10**6 + '"a": 1}', "an object has the name 'a' twice"),
+        ("{" + ", ".join(f'"{i}": 1' for i in [*range(10**5), 10**5 - 1]) + "}", "has the name '99999' twice"),
         ("{", "not valid JSON"),
         ("", "not valid JSON"),
         ('"' + "x" * 10**7, "Unterminated string"),
     ],
-    ids=range(15),
+    ids=range(21),
 )
 def test_json_that_is_refused(text: str | bytes, message: str) -> None:
     with pytest.raises(RequestError) as caught:
@@ -80,6 +86,7 @@ def test_json_that_is_refused(text: str | bytes, message: str) -> None:
 def test_json_that_is_read() -> None:
     assert load_json(b'{"a": [1, 2.5, null, true, "\xc3\xa4"]}', "x", RequestError) == {"a": [1, 2.5, None, True, "ä"]}
     assert load_json("[" * 32 + "]" * 32, "x", RequestError) != []
+    assert load_json('{"a": {"a": [{"a": 1}, {"a": 2}]}}', "x", RequestError) == {"a": {"a": [{"a": 1}, {"a": 2}]}}
     assert load_json("9" * 100, "x", RequestError) == 10**100 - 1
 
 

@@ -329,6 +329,18 @@ def test_a_text_that_is_no_manifest(bundle: Path, text: str, message: str) -> No
     hostile.check_line(caught.value)
 
 
+@pytest.mark.parametrize(("name", "of"), [("guidance", "defaults"), ("precision", None), ("bytes", "files")])
+def test_a_name_that_stands_twice_is_refused(bundle: Path, name: str, of: str | None) -> None:
+    """Though its last value is the right one, which the hash is of: another reader takes the first."""
+    file = bundle / "manifest.json"
+    text = file.read_text()
+    at = text.index(f'"{name}"', 0 if of is None else text.index(f'"{of}"'))
+    file.write_text(f'{text[:at]}"{name}": "other", {text[at:]}')
+    with pytest.raises(BundleError, match=rf"manifest\.json: .* has the name '{name}' twice; give it once") as caught:
+        Bundle.open(bundle)
+    hostile.check_line(caught.value)
+
+
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("make", hostile.NO_FILES)
 @pytest.mark.parametrize("name", ["manifest.json", "weights.data", "step.onnx", "encoder.onnx"])

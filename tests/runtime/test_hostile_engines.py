@@ -42,6 +42,16 @@ def test_every_entry_of_an_engine(bundle: Path, kind: str) -> None:
     assert refused > 400
 
 
+def test_a_name_that_stands_twice_is_refused(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    path = tensorrt.write_engine(opened)
+    text = (path / ENGINE_JSON).read_text()
+    at = text.rindex('"phases"')  # of a plan
+    (path / ENGINE_JSON).write_text(f'{text[:at]}"phases": [], {text[at:]}')
+    with pytest.raises(EngineError, match=r"engine\.json: .* has the name 'phases' twice; give it once.*; build it"):
+        Engine.open(path, opened)
+
+
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("make", hostile.NO_FILES)
 @pytest.mark.parametrize("name", [ENGINE_JSON, "step.plan"])
