@@ -51,6 +51,8 @@ def test_the_command_prints_the_report_or_json(tiny_copy: Path, capsys: pytest.C
             r"for Turing \(SM75\) \(layer step/.*\): add --precision fp16 --decoder-precision fp16$",
         ),
         (["--target", "SM80", "--max-images", "0"], "'0': expected a number of images from 1 to 256"),
+        (["--target", "SM80", "--max-images", "-1,4"], "'-1,4': expected a number of images from 1 to 256"),
+        (["--target", "SM80", "--images", "-1,4"], "'-1': expected a number of images from 1 to 256"),
         (["--target", "SM80", "--precision", "int3"], "invalid choice: 'int3'"),
         (["--target", "SM80", "--sampling", "dynamic"], "invalid choice: 'dynamic'"),
         (["--target", "SM80", "--cache-gb", "inf"], "'inf': expected gigabytes, 0 or more"),

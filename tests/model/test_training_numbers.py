@@ -64,6 +64,10 @@ def test_a_number_beyond_its_limits_is_one_line(
         (train_tokenizer, "--multipliers 1 0", "--multipliers 0: expected 1 to 1024"),
         (train_tokenizer, "--norm-groups 0", "--norm-groups 0: expected 1 to"),
         (train_video, "--levels 8 1", "--levels 1: expected 2 to"),
+        (train_video, "--levels 8 -1", "--levels -1: expected 2 to"),
+        (train, "--lr -1e-3", "--lr -0.001: expected a number above 0"),
+        (train, "--lr -.5", "--lr -0.5: expected a number above 0"),
+        (train, "--lr -inf", "--lr -inf: expected a number above 0"),
         (train_video, "--time-strides 3", "--time-strides 3: expected 1 to 2"),
     ],
 )
@@ -72,6 +76,12 @@ def test_limits_say_what_is_expected(
 ) -> None:
     assert verb.main([*FILES[verb], *options.split()]) == 2
     assert capsys.readouterr().err.startswith(f"parvis: error: {text}")
+
+
+def test_several_negative_numbers_are_a_value_and_no_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_video.main([*FILES[train_video], "--levels", "-1,2"])
+    assert "argument --levels: invalid int value: '-1,2'" in capsys.readouterr().err
 
 
 def test_the_defaults_and_the_ends_are_allowed() -> None:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from par_model.training.files import InputError, text_of
 from par_model.words import one_line, printable
 
 LONGEST_ERROR = 2000  # characters
+#: What is a value and no option: argparse before Python 3.14 knows one negative number, but neither -1,0,3,3 nor -1e3.
+NUMBERS = re.compile(r"-(\.?[0-9]|inf$|nan$)")
 
 
 class Help(argparse.HelpFormatter):
@@ -38,6 +41,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": Help} | settings)
+        self._negative_number_matcher = NUMBERS
 
     def error(self, message: str) -> NoReturn:
         """Print ``message`` as one line and exit with code 2."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -16,6 +17,8 @@ from par_runtime.errors import BundleError, CudaError, OutputsError, RequestErro
 from par_runtime.system import explain
 
 LONGEST_ERROR = 2000  #: characters; argparse repeats an argument of any length
+#: What is a value and no option: argparse before Python 3.14 knows one negative number, but neither -1,0,3,3 nor -1e3.
+NUMBERS = re.compile(r"-(\.?[0-9]|inf$|nan$)")
 
 
 class Help(argparse.HelpFormatter):
@@ -29,6 +32,10 @@ class Help(argparse.HelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """argparse, with its errors printed as one line, like every other error of ``parvis``."""
+
+    def __init__(self, *given: Any, **settings: Any) -> None:
+        super().__init__(*given, **settings)
+        self._negative_number_matcher = NUMBERS
 
     def error(self, message: str) -> NoReturn:
         """Print ``message`` as one line and exit with code 2."""

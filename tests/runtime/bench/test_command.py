@@ -226,6 +226,8 @@ def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: p
             "argument --against: 'vllm': expected one or more of eager, compiled, n1, ort",
         ),
         (["TINY", "--batches", "1,x"], "argument --batches: '1,x': expected numbers of images from 1 on"),
+        (["TINY", "--batches", "-1,2"], "argument --batches: '-1,2': expected numbers of images from 1 on"),
+        (["TINY", "--minutes", "-1e3"], "--minutes -1000: expected more than 0"),
         (["--suite", "paper", "--sizes", "L,XS"], "'PAR-XS': expected one or more of PAR-L, PAR-XL"),
         (
             ["TINY", "--json", "-", "--csv", "-"],

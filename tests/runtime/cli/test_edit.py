@@ -384,6 +384,27 @@ def test_a_damaged_tiff_ends_in_one_line_too(tiny: Path, tmp_path: Path, capfd: 
         assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        (["--keep", "-1,0,3,3"], "box '-1,0,3,3': expected 0 <= X0 < X1 <= 16 and 0 <= Y0 < Y1 <= 16, the pixels of"),
+        (["--change", "-1,0"], "region '-1,0': expected one of left, right, top, bottom, center, border, all, none,"),
+        (["--change", "-.5,0,1,1"], "box '-.5,0,1,1': expected four whole numbers X0,Y0,X1,Y1"),
+        (["--place", "-1,0,3,3"], "box '-1,0,3,3': expected 0 <= X0 < X1 <= 16"),
+        (["--place", "-1,0"], "box '-1,0': expected four whole numbers X0,Y0,X1,Y1"),
+        (["--keep", "left", "--guidance", "-1e3"], "guidance -1000.0: expected 0 or more"),
+        (["--keep", "left", "--seed", "-1"], "seed -1: expected a whole number 0 .. 2**64-1"),
+    ],
+)
+def test_a_negative_number_is_a_value_and_no_option(
+    tiny: Path, sheet: Path, where: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("edit", sheet, "--which", 0, *where, "--bundle", tiny) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"parvis: error: {error}")
+    assert printed.count("\n") == 1
+
+
 def test_a_picture_of_too_many_pixels_ends_in_one_line(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
