@@ -126,7 +126,7 @@ def _train(
                     f"--resume: the run in {run.path} was trained with --optimizer {was}, given now: --optimizer "
                     f"{args.optimizer}; {AGAIN}"
                 )
-            if (why := other_class(names, state["class_names"])) is not None:
+            if (why := other_class(names, state.get("class_names"))) is not None:
                 raise InputError(f"--resume: of --codes {args.codes}, {why} as in the run in {run.path}; {AGAIN}")
             model.load_state_dict(state["live"])
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
