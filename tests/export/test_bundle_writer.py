@@ -93,6 +93,7 @@ def test_an_existing_folder_is_kept_unless_forced(
         ({"--heads": "3"}, "not a multiple of n_heads=3"),
         ({"--tokenizer": "nope.pt"}, "nope.pt: no such file"),
         ({"--class-names": "NAMES"}, "2 class names for a model of 10 classes"),
+        ({"--class-names": "/dev/zero"}, "/dev/zero: has more than 67108864 bytes; expected UTF-8"),
         ({"--grid": "2x8x8", "--tokenizer": "VQ"}, "an image tokenizer, and grid 2x8x8 is of video; give a video"),
     ],
 )

@@ -14,6 +14,8 @@ from par_runtime.cli import options
 from par_runtime.cli.common import Parser, printable
 from par_runtime.dtypes import PRECISIONS
 
+MOST_BYTES = 2**26  #: of the names of classes
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``parvis export``; returns the exit code."""
@@ -64,7 +66,10 @@ def _class_names(path: Path | None) -> list[str] | None:
     def fault(message: str) -> ExportError:
         return ExportError(f"{message}; expected UTF-8, a JSON list or one name per line")
 
-    content = path.read_bytes()  # not only of a file: a shell can give a pipe
+    with path.open("rb") as file:  # not only of a file: a shell can give a pipe
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise fault(f"{path}: has more than {MOST_BYTES} bytes")
     if path.suffix == ".json":
         names = load_json(content, str(path), fault)
     else:

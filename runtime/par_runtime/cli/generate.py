@@ -132,6 +132,8 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
         check_writable(path)
     if args.out_dir is not None:
         check_folder_writable(args.out_dir)
+        if (folder := next((path for path in in_folder if path.is_dir()), None)) is not None:
+            raise RequestError(f"{folder} is a folder, and the name of a file of this command; give another --out-dir")
     return bundle, classes, first
 
 

@@ -248,8 +248,9 @@ def _reduced(frames: NDArray[np.uint8], planes: list[NDArray[np.uint8]], recipe:
 
 def _check_pixels(path: Path, frames: int, width: int, height: int) -> None:
     if frames * width * height > MOST_PIXELS:
+        size = f"{frames} frame{'s' if frames > 1 else ''} of {width}x{height}"
         raise RequestError(
-            f"{shown_path(path)}: {frames} frames of {width}x{height} are too many pixels; expected at most "
+            f"{shown_path(path)}: {size} are too many pixels; expected at most "
             f"{MOST_PIXELS} in all: give a smaller clip"
         )
 

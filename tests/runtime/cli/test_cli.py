@@ -150,6 +150,10 @@ def test_outputs_that_would_replace_each_other(tiny: Path, tmp_path: Path, capsy
     assert run(*ask, "--out", tmp_path / ".." / tmp_path.name / "red-fox-1.png") == 2
     assert "red-fox-1.png: two outputs of this command have this name, so one would be lost" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "red-fox-2.png").mkdir()
+    assert run(*ask, "--count", 2) == 2
+    assert "red-fox-2.png is a folder, and the name of a file of this command; give another" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["red-fox-2.png"]
 
 
 def test_previews_fill_towards_the_image(tiny: Path, tmp_path: Path) -> None:
