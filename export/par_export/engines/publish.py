@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from par_export.engines.cache import EngineCache, key_of
 from par_export.errors import BuildError
 from par_export.staging import ENGINE, staging
-from par_model import config, manifest, ordering
+from par_model import config, manifest, objects, ordering
 from par_runtime.backends.engines import MOST_IMAGES, MOST_PROFILES, Engine
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
@@ -22,7 +22,7 @@ from par_runtime.system import explain
 
 #: The modules of ``par_model`` that engines are built with. Its other parts, trainers above all, may change without a
 #: new build. A test holds this to what is imported.
-MODEL: tuple[ModuleType, ...] = (config, manifest, ordering)
+MODEL: tuple[ModuleType, ...] = (config, manifest, objects, ordering)
 
 
 class Keeping(Protocol):
