@@ -81,8 +81,8 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # it is not empty, or was not made
-            for each in new:
+        for each in new:
+            with suppress(OSError):  # it is not empty, or was not made
                 each.rmdir()
 
 

@@ -97,19 +97,29 @@ def alone_in(option: str, folder: Path, error: type[Exception] = InputError) -> 
         yield
         return
     number = os.open(folder, os.O_RDONLY)
+    busy = error(
+        f"{option} {folder}: another process writes into it now; wait until that one has ended, or give another folder"
+    )
     try:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise error(
-                f"{option} {folder}: another process writes into it now; wait until that one has ended, or give "
-                "another folder"
-            ) from None
+            raise busy from None
         except OSError:  # a file system of a network may have no locks for folders
             pass
+        if not _is_at(number, folder):  # its process ended and removed it: what is locked is no longer there
+            raise busy
         yield
     finally:
         os.close(number)
+
+
+def _is_at(number: int, path: Path) -> bool:
+    """Whether what was opened as ``number`` is what ``path`` names now."""
+    try:
+        return os.path.samestat(os.fstat(number), os.stat(path))
+    except OSError:
+        return False
 
 
 def keep_inputs(option: str, outputs: Iterable[Path], **inputs: Path | None) -> None:

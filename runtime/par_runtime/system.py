@@ -201,7 +201,8 @@ def check_different(files: Sequence[Path]) -> None:
     """Raise RequestError where two of the ``files`` to be written are one, so that the first would be lost, or one
     would be a folder of another. To be called before :func:`check_writable`, which makes folders.
     """
-    folders = {folder: os.path.realpath(folder) for folder in {folder for file in files for folder in file.parents}}
+    parents = {file.parent for file in files}  # of "." and "/" they are these
+    folders = {folder: os.path.realpath(folder) for parent in parents for folder in (parent, *parent.parents)}
     places: dict[str, Path] = {}
     for file in files:
         place = os.path.join(folders[file.parent], file.name)

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from par_calibration.cli import calibrate as verb
 from par_calibration.errors import CalibrationError
 from par_calibration.quantise.choice import How
 from par_calibration.quantise.layers import by_gptq
-from par_calibration.record.record import RecordOptions
+from par_calibration.record.record import RecordOptions, plan_of, record
+from par_calibration.record.recording import Recording
 from par_calibration.report import LIMITS, Options
 from par_calibration.run import OverBudgetError, Request, calibrate
-from par_model.training.files import alone_in
+from par_model.training.files import InputError, alone_in
 from par_runtime.backends.native.library import library
 from par_runtime.bundle import Bundle, seal
 from par_runtime.cli import main
@@ -300,6 +302,29 @@ def test_two_at_once_do_not_share_a_recording(
         "another folder\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == [work.name]
+
+
+def test_a_recording_that_is_begun_again_stays_locked(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is the folder's: where it were removed and made again, a second process could enter."""
+    pytest.importorskip("fcntl")
+    work, seen = tmp_path / "work", list[str]()
+    work.mkdir()
+
+    def begun(recording: Recording, *rest: Any) -> Any:
+        seen.extend(path.name for path in work.iterdir())
+        with pytest.raises(InputError, match="another process writes into it now"), alone_in("--work", work):
+            pass
+        return record(recording, *rest)
+
+    plan = plan_of(Bundle.open(tiny), RecordOptions(images=2, samples=60, seed=1))
+    Recording(work, plan, Bundle.open(tiny)).begin(resume=False)
+    (work / "image-000000.npz").write_text("of another seed")
+    monkeypatch.setattr("par_calibration.run.record", begun)
+    options = ["--weights", "int8", *TINY, "--out", tmp_path / "out", "--work", work, "--budget", WIDE, "--quiet"]
+    assert run(tiny, *options, "--force") == 0
+    assert seen == ["recording.json"]
 
 
 def test_a_file_is_no_folder_for_a_recording(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

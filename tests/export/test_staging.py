@@ -162,3 +162,6 @@ def test_folders_that_were_made_for_what_failed_go_with_it(tmp_path: Path) -> No
     with pytest.raises(ZeroDivisionError):
         fails(tmp_path / "new" / "deep" / "out", tmp_path / "new" / "log.txt")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["mine", "new", "new/log.txt"]
+    with pytest.raises(OSError, match="too long"):  # the upper one was made before
+        fails(tmp_path / "more" / ("x" * 300) / "out")
+    assert not (tmp_path / "more").exists()

@@ -189,6 +189,25 @@ def test_the_lock_of_a_killed_process_ends_with_it(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_that_its_last_process_removes_is_not_had_by_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is removed between the opening and the lock: that would be the lock of a folder that nobody sees."""
+    fcntl = pytest.importorskip("fcntl")
+    run, real = tmp_path / "run", fcntl.flock
+
+    def flock(*given: int) -> None:
+        run.rmdir()
+        real(*given)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(InputError, match="another process"), alone_in("--run", run):
+        pass
+    monkeypatch.undo()
+    with alone_in("--run", run):
+        assert run.is_dir()
+
+
 def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fcntl = pytest.importorskip("fcntl")
 

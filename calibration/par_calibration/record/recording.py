@@ -113,7 +113,7 @@ class Recording:
                     "same settings, another --work, or --force to begin again"
                 )
             if again and not (resume and not differ):
-                self.remove()
+                self._clear()
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise CalibrationError(f"--work {self.folder}: holds other files; give a new or empty folder")
         if not about.exists():
@@ -184,11 +184,15 @@ class Recording:
 
     def remove(self) -> None:
         """Remove what a recording and a training wrote, and the folder if nothing else is in it. Raises OSError."""
+        self._clear()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _clear(self) -> None:
+        """Remove the files, but not the folder, whose lock would go with it."""
         for pattern in (*FILES, ABOUT):
             for path in (*self.folder.glob(pattern), *self.folder.glob(f".{pattern}*.part")):
                 path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
 
     # -- reading --------------------------------------------------------------------------------------------------
 

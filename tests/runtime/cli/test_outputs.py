@@ -43,3 +43,11 @@ def test_an_output_is_no_folder_of_another(
             assert not list(place.iterdir())
     out = place / "d" / "q.png"
     assert run("generate", tiny, *ask, "--out", out, "--tokens", out.with_suffix(".npy"), "--out-dir", out.parent) == 0
+
+
+@pytest.mark.parametrize("folder", [".", "..", "/"])
+def test_a_folder_is_no_file(folder: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where its path has no name."""
+    for command in (("generate", tiny, "--label", 0, "--out", folder), ("bench", tiny, "--csv", folder)):
+        assert run(*command) == 2
+        assert capsys.readouterr().err == f"parvis: error: {folder} is a folder; give a file name\n"
