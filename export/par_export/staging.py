@@ -26,9 +26,9 @@ class Kind(NamedTuple):
     holds: tuple[str, ...]  #: patterns of the names of all that it holds
 
 
-HIDDEN = ".*.part*"  #: what a killed process left
-BUNDLE = Kind("a bundle", (MANIFEST, WEIGHTS), (MANIFEST, WEIGHTS, HELDOUT, "*.onnx", ENGINES, HIDDEN))
-ENGINE = Kind("an engine", (ENGINE_JSON,), ("*.json", "*.plan", "*.cubin", "*.data", "*.cache", HIDDEN))
+HIDDEN = (".*.part*", ".*.old-*", ".DS_Store")  #: what a killed process left, and where macOS keeps how a folder looks
+BUNDLE = Kind("a bundle", (MANIFEST, WEIGHTS), (MANIFEST, WEIGHTS, HELDOUT, "*.onnx", ENGINES, *HIDDEN))
+ENGINE = Kind("an engine", (ENGINE_JSON,), ("*.json", "*.plan", "*.cubin", "*.data", "*.cache", *HIDDEN))
 
 
 @contextmanager
@@ -101,14 +101,18 @@ def why_not_replaced(out: Path, kind: Kind) -> str:
     if missing:
         return f"is not {kind.name} (it holds no {missing[0]})"
     for path in sorted(out.iterdir()):
-        if not any(fnmatchcase(path.name, pattern) for pattern in kind.holds):
+        if not _is_one_of(path, kind.holds):
             return f"holds {path.name}, which is not of {kind.name}"
         if path.name == ENGINES:
             engines = path.iterdir() if path.is_dir() else iter([path])
             for engine in sorted(engines):
-                if not fnmatchcase(engine.name, HIDDEN) and (why := why_not_replaced(engine, ENGINE)):
+                if not _is_one_of(engine, HIDDEN) and (why := why_not_replaced(engine, ENGINE)):
                     return f"its {ENGINES}/{engine.name} {why}"
     return ""
+
+
+def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(path.name, pattern) for pattern in patterns)
 
 
 def _replace(out: Path, part: Path) -> None:

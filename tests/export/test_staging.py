@@ -51,6 +51,9 @@ def test_a_bundle_is_replaced_with_its_engines(tmp_path: Path, renames: str) -> 
     for name in ("engine.json", "step.cubin", "constants.data", ".engine.json.12-0.part"):
         (engine / name).touch()
     (out / "engines" / ".kernels-1-sm80-fp16.part-12").mkdir()
+    (out / "engines" / ".kernels-1-sm80-fp16.old-12").mkdir()
+    for folder in (out, out / "engines", engine):
+        (folder / ".DS_Store").touch()
     (out / "heldout.npz").touch()
     replaced(out)
     assert content(tmp_path) == {f"out/{name}": "new" for name in ("manifest.json", "weights.data", "step.onnx")}
