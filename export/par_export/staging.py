@@ -15,7 +15,7 @@ from par_export.errors import OutputError
 from par_runtime.backends.engines import ENGINE_JSON, ENGINES
 from par_runtime.bundle import HELDOUT, MANIFEST, WEIGHTS
 from par_runtime.stopping import exit_on_signals
-from par_runtime.system import NO_ROOM
+from par_runtime.system import NO_ROOM, no_empty_folders
 
 
 class Kind(NamedTuple):
@@ -53,8 +53,7 @@ def staging(out: Path, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
     part = out.parent / f".{out.name}.part-{os.getpid()}"
     with exit_on_signals(), no_empty_folders(out.parent):
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            part.mkdir()
+            _make(part)
             yield part
             if os.path.lexists(out):
                 if not force or why_not_replaced(out, kind):
@@ -69,21 +68,18 @@ def staging(out: Path, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
                 error.filename = str(out)
             raise
         finally:
+            if part.is_symlink():  # it was at ``out``
+                part.unlink()
             shutil.rmtree(part, ignore_errors=True)
 
 
-@contextmanager
-def no_empty_folders(folder: Path) -> Iterator[None]:
-    """Remove at the end what came meanwhile of ``folder`` and the folders above it, where it is empty: a failure leaves
-    none behind.
-    """
-    new = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+def _make(folder: Path) -> None:
+    """Make ``folder`` and those above it, of which another command that fails may remove one that it made."""
     try:
-        yield
-    finally:
-        for each in new:
-            with suppress(OSError):  # it is not empty, or was not made
-                each.rmdir()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except FileNotFoundError:
+        folder.mkdir(parents=True)
 
 
 def check_replaced(out: Path, force: bool, kind: Kind = BUNDLE) -> None:
@@ -134,7 +130,7 @@ def _replace(out: Path, part: Path) -> None:
 
 def _exchanged(a: Path, b: Path) -> bool:
     """Whether the paths ``a`` and ``b`` have exchanged what they name, at once. Linux can, on most file systems."""
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # TypeError: of Windows
         here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
         done: int = ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange)
         return done == 0

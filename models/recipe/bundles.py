@@ -193,7 +193,7 @@ def check(args: argparse.Namespace, names: dict[int, str], taken: dict[int, Bund
         if (why := other_class(checkpoint.class_names, classes)) is not None:
             raise InputError(f"{file}: {why} as in {of}; give what was trained together")
     check_different([args.sheet, *(folder / name for folder in (args.work, args.out) for name in names.values())])
-    check_writable(args.sheet)  # last: it makes the folder
+    check_writable(args.sheet)
 
 
 def sizes_of(

@@ -88,18 +88,22 @@ def folder_for(option: str, path: Path, error: type[Exception] = InputError) -> 
 def alone_in(option: str, folder: Path, error: type[Exception] = InputError) -> Iterator[None]:
     """Make ``folder``, given as ``option``, and keep other processes that ask for it out until the end.
 
-    Nothing is written into it: the system holds the lock, and releases that of a process that was killed. Raises
-    ``error`` where another process has the folder, or it is a file; OSError.
+    Nothing is written into it: the system holds the lock, and releases that of a process that was killed. A new folder
+    that is empty at the end goes. Raises ``error`` where another process has the folder, or it is a file; OSError.
     """
     folder_for(option, folder, error)
+    new = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
-    number = os.open(folder, os.O_RDONLY)
     busy = error(
         f"{option} {folder}: another process writes into it now; wait until that one has ended, or give another folder"
     )
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # another process has just ended, and removed it
+        raise busy from None
     try:
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,6 +115,9 @@ def alone_in(option: str, folder: Path, error: type[Exception] = InputError) -> 
             raise busy
         yield
     finally:
+        for each in new:
+            with suppress(OSError):  # it is not empty
+                each.rmdir()
         os.close(number)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from par_model.checkpoint import open_checkpoint, video_config, vq_config
-from par_model.training.files import InputError, alone_in, naming, written_together
+from par_model.training.files import InputError, alone_in, naming, regular, written_together
 from par_model.training.resume import check_run, read_run, taking_over
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
@@ -177,7 +177,8 @@ class Run:
         row = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} | {
             "seconds": round(self.seconds, 1)
         }
-        with (self.path / "log.jsonl").open("a") as f:
+        file = self.path / "log.jsonl"
+        with (regular(file) if file.exists() else file).open("a") as f:
             f.write(json.dumps(row) + "\n")
         print(" ".join(f"{k}={v}" for k, v in row.items()), file=sys.stderr, flush=True)
 

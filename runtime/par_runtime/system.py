@@ -9,8 +9,8 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -167,8 +167,22 @@ def same_file(one: Path, other: Path) -> bool:
         return os.path.realpath(one) == os.path.realpath(other)
 
 
+@contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """Remove at the end what came meanwhile of ``folder`` and the folders above it, where it is empty: a failure leaves
+    none behind.
+    """
+    new = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        yield
+    finally:
+        for each in new:
+            with suppress(OSError):  # it is not empty, or was not made
+                each.rmdir()
+
+
 def check_writable(path: Path) -> None:
-    """Make the folder of ``path`` and test that a file can be written there, before any work is done.
+    """Test that a file can be written at ``path``, in folders that may be new, before any work is done. Nothing stays.
 
     A file of a bundle or an engine is refused: it would be lost, and with it the whole folder. Raises RequestError,
     OSError.
@@ -181,7 +195,8 @@ def check_writable(path: Path) -> None:
         raise RequestError(
             f"{path} is a device or a pipe; give the name of a file (it is written under another name and renamed)"
         )
-    write_beside(path, Path.touch, rename=False)
+    with no_empty_folders(path.parent):
+        write_beside(path, Path.touch, rename=False)
 
 
 def _is_part_of_a_bundle(path: Path) -> bool:
@@ -199,7 +214,7 @@ def _is_part_of_a_bundle(path: Path) -> bool:
 
 def check_different(files: Sequence[Path]) -> None:
     """Raise RequestError where two of the ``files`` to be written are one, so that the first would be lost, or one
-    would be a folder of another. To be called before :func:`check_writable`, which makes folders.
+    would be a folder of another.
     """
     parents = {file.parent for file in files}  # of "." and "/" they are these
     folders = {folder: os.path.realpath(folder) for parent in parents for folder in (parent, *parent.parents)}
@@ -216,9 +231,12 @@ def check_different(files: Sequence[Path]) -> None:
 
 
 def check_folder_writable(folder: Path) -> None:
-    """Make ``folder`` and test that a file can be written there, whatever it holds. Raises OSError."""
+    """Test that a file can be written into ``folder``, which may be new, whatever it holds. Nothing stays. Raises
+    OSError.
+    """
     try:
-        write_beside(folder / "x", Path.touch, rename=False)
+        with no_empty_folders(folder):
+            write_beside(folder / "x", Path.touch, rename=False)
     except OSError as error:
         if error.filename == str(folder / "x"):
             error.filename = str(folder)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -166,7 +167,7 @@ def test_two_trainings_in_one_folder_are_refused(
         f"parvis: error: --run {run}: another process writes into it now; wait until that one has ended, or give "
         "another folder\n"
     )
-    assert not list(run.iterdir())
+    assert not run.exists()  # nothing was written into it
     with Run(run), pytest.raises(InputError, match="another process"), Run(run):
         pass
     with Run(run):  # it is free again
@@ -206,6 +207,24 @@ def test_a_folder_that_its_last_process_removes_is_not_had_by_two(
     monkeypatch.undo()
     with alone_in("--run", run):
         assert run.is_dir()
+
+
+def test_a_folder_that_was_made_for_nothing_goes(tmp_path: Path) -> None:
+    for failure in (InputError("bad"), None):
+        with suppress(InputError), alone_in("--run", tmp_path / "new" / "run"):
+            assert (tmp_path / "new" / "run").is_dir()
+            if failure is not None:
+                raise failure
+        assert not list(tmp_path.iterdir())
+    with alone_in("--run", tmp_path / "new" / "run"):
+        (tmp_path / "new" / "run" / "log.jsonl").touch()
+    assert (tmp_path / "new" / "run" / "log.jsonl").exists()
+
+
+def test_a_log_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log.jsonl")
+    with Run(tmp_path) as run, pytest.raises(InputError, match=r"log\.jsonl: is a pipe or a device; expected a file"):
+        run.log(step=0)
 
 
 def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,7 @@ def check_room(plan: Plan, folder: Path, start: Mapping[str, tuple[int, ...]], t
     numbers = sum(k * n for k, n in start.values())
     files = 1 if (folder / FILE).exists() else 2  # a new one is written beside the old one
     needed = files * NUMBER_BYTES * numbers + plan.images * tokens * 8
+    folder.mkdir(parents=True, exist_ok=True)
     check_folder_writable(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:

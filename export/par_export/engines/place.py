@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from par_export.staging import no_empty_folders
 from par_runtime.backends.engines import ENGINE_DIR, ENGINES, cached_engine_folder, engine_folder
 from par_runtime.bundle import Bundle
 from par_runtime.system import check_folder_writable
@@ -26,14 +25,12 @@ def place(bundle: Bundle, out: Path | None, say: Callable[[str], None]) -> Path:
         return engine_folder(bundle, Path(os.environ[ENGINE_DIR]))
     inside = bundle.path / ENGINES
     try:
-        with no_empty_folders(inside):
-            check_folder_writable(inside)
+        check_folder_writable(inside)
     except OSError as error:
         cached = cached_engine_folder(bundle)
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or cached is None:
             raise
-        with no_empty_folders(cached):
-            check_folder_writable(cached)
+        check_folder_writable(cached)
         say(f"{bundle.path} cannot be written ({error.strerror}); the engine goes to {cached}, where it is found")
         return cached
     return inside

@@ -2,8 +2,9 @@
 
 A run may end in the middle: Ctrl-C, ``timeout``, a terminal that closes, a subject that fails, a disk that is full. So
 every suite tells a :class:`Journal` how to make the rows of what it has measured, and the journal keeps these rows in
-``FILE.part`` beside the ``FILE`` of --json. That file is written beside its place and renamed, so a reader never sees
-half a line, and it is there even after the process was killed. A run that ends removes it.
+``FILE.part`` beside the ``FILE`` of --json (or in ``FILE.part2``, where that is taken). That file is written beside its
+place and renamed, so a reader never sees half a line, and it is there even after the process was killed. A run that
+ends removes it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
 from par_runtime.bench.report.output import Outcome, json_lines, write_text
-from par_runtime.bench.rows import Row, plain_lines
-from par_runtime.errors import RequestError
+from par_runtime.bench.rows import Row
 from par_runtime.system import explain, write_beside
 
 #: Seconds between two times that the file is written.
@@ -35,7 +36,7 @@ class Journal:
     """
 
     def __init__(self, path: Path | None, warn: Callable[[str], None]) -> None:
-        self.path, self.part = path, None if path is None else part_of(path)
+        self.path, self.part = path, None if path is None else part_of(path)  # another one, if that is taken meanwhile
         self.finish: Callable[[Sequence[Row]], Outcome] = lambda rows: Outcome(list(rows), [], [])
         self.failed: dict[str, Exception] = {}
         self._warn: Callable[[str], None] | None = warn
@@ -51,8 +52,8 @@ class Journal:
 
     def keep_now(self) -> None:
         """Write what there is so far, whatever time it is."""
-        if self.part is not None:
-            self.write(self.part)
+        if self.path is not None:
+            self.write(self.place(self.path))
             self._last = time.monotonic()
 
     def outcome(self, why: str) -> Outcome:
@@ -74,31 +75,30 @@ class Journal:
                 self._warn(f"rows cannot be kept while they are measured: {explain(error)}")
             self._warn = None
 
+    def place(self, path: Path) -> Path:
+        """Where rows for ``path`` go until the run ends: this run's own file, or a name that nothing has."""
+        if self.part is None or path != self.path:
+            return part_of(path)
+        if os.path.lexists(self.part) and not self._is_own(self.part):
+            self.part = part_of(path)
+        return self.part
+
+    def _is_own(self, part: Path) -> bool:
+        with suppress(OSError):
+            return part.stat().st_ino == self._written
+        return False
+
     def remove(self) -> None:
         """Remove the file: the rows are where they belong. That of another run stays."""
-        if self.part is not None and self._written is not None:
+        if self.part is not None and self._is_own(self.part):
             with suppress(OSError):
-                if self.part.stat().st_ino == self._written:
-                    self.part.unlink()
+                self.part.unlink()
 
 
 def part_of(path: Path) -> Path:
-    """The file in which the rows for ``path`` are kept until the run ends."""
-    return path.with_name(path.name + ".part")
-
-
-def check_kept(path: Path) -> None:
-    """Raise RequestError where a file is in the place of that which keeps the rows for ``path``, and holds no rows."""
-    part = part_of(path)
-    if not os.path.lexists(part):
-        return
-    try:
-        lines, broken = plain_lines(part, RequestError)
-        rows = bool(lines) and not broken and all(isinstance(plain, dict) and "kind" in plain for _, plain in lines)
-    except RequestError:
-        rows = False
-    if not rows:
-        raise RequestError(
-            f"{part} is there and holds no rows of 'parvis bench', which for {path} are kept there until the run ends; "
-            "move it away, or give --json another name"
-        )
+    """The file in which rows for ``path`` are kept until the run ends: ``FILE.part``, or where there is one already, of
+    another run or of the user, ``FILE.part2`` and so on.
+    """
+    endings = chain([""], map(str, count(2)))
+    names = (path.with_name(f"{path.name}.part{ending}") for ending in endings)
+    return next(name for name in names if not os.path.lexists(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from par_runtime.bench.journal import check_kept, part_of
+from par_runtime.bench.journal import part_of
 from par_runtime.bench.report.output import STANDARD_OUTPUT
 from par_runtime.errors import RequestError
 from par_runtime.system import check_different, check_writable, same_file
@@ -39,13 +39,6 @@ def check_outputs(
             replaced = what == "--compare" and option == "json" and new is None  # new rows take the place of the old
             if same_file(path, file) and not replaced:
                 raise RequestError(f"{path} is a file of {what}, and would be lost; give another name")
-            if same_file(part_of(path), file):
-                raise RequestError(
-                    f"{file} is a file of {what}, and where rows for --{option} {path} are kept until the run "
-                    f"ends; give --{option} another name"
-                )
     check_different(list(files.values()))
     for path in files.values():
         check_writable(path)
-    if "json" in files:
-        check_kept(files["json"])

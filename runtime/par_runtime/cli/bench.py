@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from par_runtime.bench.journal import Journal, part_of
+from par_runtime.bench.journal import Journal
 from par_runtime.bench.measure import Progress, no_progress
 from par_runtime.bench.report import compare, output
 from par_runtime.bench.run import BASELINES, SUITES, BenchOptions, run_bench
@@ -91,7 +91,7 @@ def save(options: BenchOptions, journal: Journal, error: BaseException) -> None:
     paths: dict[str, Path | None] = {"json": options.json, "csv": options.csv, "html": options.html, "svg": options.svg}
     for name, path in paths.items():
         if path is not None and path != output.STANDARD_OUTPUT and path.exists():
-            paths[name] = part_of(path)
+            paths[name] = journal.place(path)
     try:
         output.write(outcome, quiet=options.quiet, **paths)
     except (OSError, OutputsError) as failed:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from bench.subjects import one_row
 
-from par_runtime.bench import bounds
+from par_runtime.bench import bounds, journal
+from par_runtime.bench.journal import Journal
 from par_runtime.bench.limits import Round
 from par_runtime.bench.report.compare import compare
 from par_runtime.bench.rows import read, to_json
@@ -342,23 +343,35 @@ def test_a_batch_that_nothing_could_hold_is_refused(tiny: Path, capsys: pytest.C
 def test_what_is_kept_until_the_run_ends_has_a_name_that_nothing_else_has(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FILE.part beside FILE: read, written under another option, or a file of the user, it would be lost."""
+    """FILE.part beside FILE, or where that is taken, by rows that are read or a file of the user, FILE.part2."""
     monkeypatch.chdir(tmp_path)
     measure = ["bench", str(tiny), "--device", "cpu", "--repetitions", "1", "--no-limits"]
-    assert main([*measure, "--json", "old.part"]) == 0
-    rows = Path("old.part").read_bytes()
-    Path("mine.part").write_bytes(b"notes")
-    capsys.readouterr()
     for command, message in (
         ([*measure, "--json", "new", "--csv", "new.part"], "--csv new.part is where rows for --json are kept until"),
         ([*measure, "--html", "new", "--json", "new.part"], "--json new.part is where rows for --html are kept until"),
-        ([*measure, "--json", "old", "--compare", "old.part"], "old.part is a file of --compare, and where rows for"),
-        (["bench", "old.part", "--compare", "old.part", "--csv", "old"], "old.part is a file of --compare, and where"),
-        ([*measure, "--json", "mine"], "mine.part is there and holds no rows of 'parvis bench'"),
     ):
         assert main(command) == 2
         assert message in capsys.readouterr().err
-        assert (Path("old.part").read_bytes(), Path("mine.part").read_bytes()) == (rows, b"notes")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.part", "old.part"]
-    assert main([*measure, "--json", "old"]) == 0  # those of an earlier run, which are not this run's
-    assert Path("old.part").read_bytes() == rows
+        assert not list(tmp_path.iterdir())
+    assert main([*measure, "--json", "rows.part"]) == 0
+    rows = Path("rows.part").read_bytes()
+    Path("rows.csv.part").write_bytes(b"notes")
+    Path("rows.csv").write_bytes(b"old")
+    monkeypatch.setattr(journal, "EVERY_S", 0.0)
+    real = Journal.keep
+
+    def stops(self: Journal, key: object, make: journal.MakeRows) -> None:
+        real(self, key, make)
+        if make():
+            assert json.loads(Path("rows.part2").read_text().splitlines()[0])["kind"] == "measured"
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "keep", stops)
+        assert main([*measure, "--compare", "rows.part", "--json", "rows", "--csv", "rows.csv"]) == 130
+    assert "they are in rows, rows.csv.part2" in capsys.readouterr().err
+    assert main([*measure, "--json", "rows"]) == 0
+    assert [Path(name).read_bytes() for name in ("rows.part", "rows.csv.part", "rows.csv")] == [rows, b"notes", b"old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "rows", "rows.csv", "rows.csv.part", "rows.csv.part2", "rows.part",
+    ]  # fmt: skip

@@ -56,13 +56,16 @@ def test_rows_are_written_while_they_are_measured(tmp_path: Path, monkeypatch: p
 
 
 def test_rows_that_another_run_keeps_stay(tmp_path: Path) -> None:
-    """Two runs of one --json: the one that ends first removes nothing of the other."""
+    """Two runs of one --json: each has a file of its own, and the one that ends first removes nothing of the other."""
     first, second = (Journal(tmp_path / "rows.jsonl", pytest.fail) for _ in range(2))
-    for kept, value in ((first, 1.0), (second, 2.0)):
-        kept.keep("a", lambda value=value: [one_row([value])])  # type: ignore[misc]
-        kept.keep_now()
+    for _ in range(2):
+        for kept, value in ((first, 1.0), (second, 2.0)):
+            kept.keep("a", lambda value=value: [one_row([value])])  # type: ignore[misc]
+            kept.keep_now()
+    assert [row.median_ms for row in read(tmp_path / "rows.jsonl.part")] == [1.0]
     first.remove()
-    assert [row.median_ms for row in read(tmp_path / "rows.jsonl.part")] == [2.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl.part2"]
+    assert [row.median_ms for row in read(tmp_path / "rows.jsonl.part2")] == [2.0]
     second.remove()
     assert list(tmp_path.iterdir()) == []
 

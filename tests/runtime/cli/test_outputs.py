@@ -51,3 +51,11 @@ def test_a_folder_is_no_file(folder: str, tiny: Path, capsys: pytest.CaptureFixt
     for command in (("generate", tiny, "--label", 0, "--out", folder), ("bench", tiny, "--csv", folder)):
         assert run(*command) == 2
         assert capsys.readouterr().err == f"parvis: error: {folder} is a folder; give a file name\n"
+
+
+def test_a_folder_for_an_output_is_made_when_it_is_written(tiny: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (16, 16)).save(picture)
+    outs = ["--out", tmp_path / "new" / "x.png", "--tokens", picture / "x.npy"]
+    assert run("generate", tiny, "--label", 0, *outs) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
