@@ -231,6 +231,18 @@ def child(command: list[str], **pipes: Any) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """This process hears Ctrl-C and SIGHUP, as a :func:`child` does."""
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    }
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The committed bundle of a few hundred kB; needs no torch."""

@@ -71,6 +71,7 @@ def test_an_option_that_a_script_does_not_know_is_one_line(name: str, capsys: py
     assert printed.endswith(f"; '{program} --help' lists the options\n")
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_script_that_is_stopped_removes_its_unfinished_file(
     script: ModuleType, sent: signal.Signals, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

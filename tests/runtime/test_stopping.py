@@ -15,6 +15,7 @@ from par_runtime.cli import dispatch
 from par_runtime.stopping import exit_on_signals, later
 
 
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(
     ("sent", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)]
 )
