@@ -15,7 +15,7 @@ from par_export.errors import OutputError
 from par_runtime.backends.engines import ENGINE_JSON, ENGINES
 from par_runtime.bundle import HELDOUT, MANIFEST, WEIGHTS
 from par_runtime.stopping import exit_on_signals
-from par_runtime.system import NO_ROOM, no_empty_folders
+from par_runtime.system import NO_ROOM
 
 
 class Kind(NamedTuple):
@@ -73,12 +73,26 @@ def staging(out: Path, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
+@contextmanager
+def no_empty_folders(folder: Path) -> Iterator[None]:
+    """Remove at the end what came meanwhile of ``folder`` and the folders above it, where it is empty: a failure leaves
+    none behind.
+    """
+    new = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        yield
+    finally:
+        for each in new:
+            with suppress(OSError):  # it is not empty, or was not made
+                each.rmdir()
+
+
 def _make(folder: Path) -> None:
     """Make ``folder`` and those above it, of which another command that fails may remove one that it made."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
-    except FileNotFoundError:
+    except (FileNotFoundError, FileExistsError):
         folder.mkdir(parents=True)
 
 

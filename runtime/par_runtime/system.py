@@ -8,9 +8,10 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -167,20 +168,6 @@ def same_file(one: Path, other: Path) -> bool:
         return os.path.realpath(one) == os.path.realpath(other)
 
 
-@contextmanager
-def no_empty_folders(folder: Path) -> Iterator[None]:
-    """Remove at the end what came meanwhile of ``folder`` and the folders above it, where it is empty: a failure leaves
-    none behind.
-    """
-    new = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
-    try:
-        yield
-    finally:
-        for each in new:
-            with suppress(OSError):  # it is not empty, or was not made
-                each.rmdir()
-
-
 def check_writable(path: Path) -> None:
     """Test that a file can be written at ``path``, in folders that may be new, before any work is done. Nothing stays.
 
@@ -195,8 +182,25 @@ def check_writable(path: Path) -> None:
         raise RequestError(
             f"{path} is a device or a pipe; give the name of a file (it is written under another name and renamed)"
         )
-    with no_empty_folders(path.parent):
+    _try_to_write(path)
+
+
+def _try_to_write(path: Path) -> None:
+    """Write a file beside ``path`` and remove it. Folders that ``path`` lacks are made inside of a hidden one: those of
+    their own names may be made by another command at this moment. Raises OSError, which names ``path``.
+    """
+    above = next((folder for folder in path.parents if os.path.lexists(folder)), path.parent)
+    if above == path.parent or not above.is_dir():
         write_beside(path, Path.touch, rename=False)
+        return
+    trial = _part(above / "new")
+    try:
+        write_beside(trial / path.relative_to(above), Path.touch, rename=False)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
 
 
 def _is_part_of_a_bundle(path: Path) -> bool:
@@ -235,8 +239,7 @@ def check_folder_writable(folder: Path) -> None:
     OSError.
     """
     try:
-        with no_empty_folders(folder):
-            write_beside(folder / "x", Path.touch, rename=False)
+        _try_to_write(folder / "x")
     except OSError as error:
         if error.filename == str(folder / "x"):
             error.filename = str(folder)

@@ -105,6 +105,33 @@ def test_the_peak_memory_of_a_process_grows_with_it() -> None:
     assert after >= len(held)
 
 
+def test_a_check_leaves_nothing_and_names_what_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a moment is there a folder of a new name: a command that begins beside it could lose it."""
+    (tmp_path / "file").touch()
+    made, real = list[Path](), os.mkdir
+
+    def mkdir(path: Path, *mode: int) -> None:
+        made.append(Path(path))
+        real(path, *mode)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    monkeypatch.chdir(tmp_path)
+    for base in (tmp_path, Path()):
+        for path in (base / "new" / "deep" / "x.png", base / "new" / ".." / "x.png", base / "x.png"):
+            check_writable(path)
+        check_folder_writable(base / "new")
+        too_long, in_file = base / ("x" * 300) / "y" / "z.png", base / "file" / "new" / "x.png"
+        with pytest.raises(OSError, match="too long") as long:
+            check_writable(too_long)
+        assert long.value.filename == str(too_long)
+        with pytest.raises(OSError, match="Not a directory") as file:
+            check_writable(in_file)
+        assert file.value.filename == str(base / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    hidden = [part for path in made for part in path.relative_to(tmp_path if path.is_absolute() else ".").parts[:1]]
+    assert {name[0] for name in hidden if name != "file"} == {"."}
+
+
 def test_a_file_appears_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     write_beside(path, lambda part: part.write_text("first"))
