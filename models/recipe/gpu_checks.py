@@ -133,11 +133,10 @@ def check_models(
             raise InputError(f"{option}, for n = {n}: {error}") from error
     for name, file in (("--model", args.model), (f"{option}: --init", options.init)):
         if file is not None and config is not None:
-            _check_given(name, file, par_config(open_checkpoint(file)), config)
-    if args.model is not None:  # a sibling of those that begin with it
-        why = other_class(open_checkpoint(args.model).class_names, classes)
-        if why is not None:
-            raise InputError(f"--model {args.model}: {why} as in --data {args.data}; give a model of these classes")
+            checkpoint = open_checkpoint(file)
+            _check_given(name, file, par_config(checkpoint), config)
+            if name == "--model" and (why := other_class(checkpoint.class_names, classes)) is not None:  # a sibling
+                raise InputError(f"{name} {file}: {why} as in --data {args.data}; give a model of these classes")
 
 
 def _check_given(option: str, file: Path, given: PARConfig, config: PARConfig) -> None:

@@ -55,8 +55,7 @@ def build(
     TensorRTMissingError, OSError.
     """
     _check_request(request)
-    trt = trt or tensorrt_for(request.target)
-    check_target(trt, Target.of(request.target))
+    trt = tensorrt_for(request.target, trt)
     bundle = Bundle.open(request.bundle, verify="full")
     folder_of_engines = place(bundle, request.out, say)
     cache = cache_of(request, say)
@@ -75,9 +74,12 @@ def build(
     return out
 
 
-def tensorrt_for(target: str) -> TensorRT:
-    """The installed TensorRT that builds for ``target``. Raises TensorRTMissingError; BuildError where none does."""
-    trt = trt_module.load(None if target == "local" else trt_module.RTX)  # only RTX builds for another machine's GPU
+def tensorrt_for(target: str, trt: TensorRT | None = None) -> TensorRT:
+    """``trt``, or the installed TensorRT, that builds for ``target``. Raises TensorRTMissingError; BuildError where it
+    does not.
+    """
+    if trt is None:  # only TensorRT-RTX builds for another GPU than this machine's
+        trt = trt_module.load(None if target == "local" else trt_module.RTX)
     check_target(trt, Target.of(target))
     return trt
 

@@ -36,13 +36,14 @@ class Journal:
     """
 
     def __init__(self, path: Path | None, warn: Callable[[str], None]) -> None:
-        self.path, self.part = path, None if path is None else part_of(path)  # another one, if that is taken meanwhile
+        self.path = path
+        self.part: Path | None = None  #: where the rows are, once some are written
         self.finish: Callable[[Sequence[Row]], Outcome] = lambda rows: Outcome(list(rows), [], [])
         self.failed: dict[str, Exception] = {}
         self._warn: Callable[[str], None] | None = warn
         self._makers: dict[object, MakeRows] = {}
         self._last = time.monotonic()
-        self._written: int | None = None  # the number of the file that was written last
+        self._number: int | None = None  # of the file ``part``, by which it is told from one of another run
 
     def keep(self, key: object, make: MakeRows) -> None:
         """Take ``make`` for the rows that belong to ``key``, in place of an earlier one; write them if it is time."""
@@ -69,7 +70,7 @@ class Journal:
             return
         try:
             write_beside(part, partial(write_text, json_lines(outcome)))
-            self._written = part.stat().st_ino
+            self.part, self._number = part, part.stat().st_ino
         except OSError as error:
             if self._warn is not None:
                 self._warn(f"rows cannot be kept while they are measured: {explain(error)}")
@@ -77,22 +78,21 @@ class Journal:
 
     def place(self, path: Path) -> Path:
         """Where rows for ``path`` go until the run ends: this run's own file, or a name that nothing has."""
-        if self.part is None or path != self.path:
-            return part_of(path)
-        if os.path.lexists(self.part) and not self._is_own(self.part):
-            self.part = part_of(path)
-        return self.part
+        own = self._own() if path == self.path else None
+        return part_of(path) if own is None else own
 
-    def _is_own(self, part: Path) -> bool:
+    def _own(self) -> Path | None:
+        """``part``, where it still is this run's."""
         with suppress(OSError):
-            return part.stat().st_ino == self._written
-        return False
+            if self.part is not None and self.part.stat().st_ino == self._number:
+                return self.part
+        return None
 
     def remove(self) -> None:
         """Remove the file: the rows are where they belong. That of another run stays."""
-        if self.part is not None and self._is_own(self.part):
+        if (own := self._own()) is not None:
             with suppress(OSError):
-                self.part.unlink()
+                own.unlink()
 
 
 def part_of(path: Path) -> Path:

@@ -14,8 +14,8 @@ from par_runtime.system import check_different, check_writable, same_file
 def check_outputs(
     outputs: Mapping[str, Path | None], compare: Path | None, new: Path | None, from_files: Sequence[Path]
 ) -> None:
-    """Check the files of ``outputs``, by option, and those that a run keeps beside them until it ends, against each
-    other and against the files of rows that are read: ``compare``, ``new`` and ``from_files``. Raises RequestError,
+    """Check the files of ``outputs``, by option, against each other, against those that a run keeps beside them until
+    it ends, and against the files of rows that are read: ``compare``, ``new`` and ``from_files``. Raises RequestError,
     OSError.
     """
     given = {option: path for option, path in outputs.items() if path is not None}

@@ -26,7 +26,7 @@ from par_runtime.dtypes import Int
 from par_runtime.errors import OutputsError, RequestError
 from par_runtime.images import png
 from par_runtime.result import Result, default_columns
-from par_runtime.system import HALF, check_different, check_writable, explain, write_beside
+from par_runtime.system import HALF, check_different, check_writable, explain, same_file, write_beside
 
 if TYPE_CHECKING:
     from par_runtime.pipeline import Pipeline
@@ -147,7 +147,7 @@ def say_of_animations(paths: Sequence[Path]) -> None:
 def check_not_input(out: Path, inputs: Sequence[Path], option: str = "--out") -> None:
     """Raise RequestError where ``out`` is one of the files that the verb reads, by whatever name."""
     for path in inputs:
-        if out.exists() and path.exists() and out.samefile(path):
+        if path.exists() and same_file(out, path):
             raise RequestError(f"{option} {out} is the file that is read; give another name, so that it is not lost")
 
 
