@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.backends.native.library import Matrix, library, matrix_of
+from par_runtime.backends.native.memory import empty
 
 MATRIX = 384  #: rows and columns of a product of a thread in numpy, about a millisecond
 SHARED_MATRIX = 1024  #: of the product that ONNX Runtime shares among its threads
@@ -119,7 +120,8 @@ def c_kernels(lib: ctypes.CDLL) -> str:
 def product_tflop_s(lib: ctypes.CDLL, threads: int, matrix: Matrix, inner: int) -> float:
     """TFLOP/s of one panel of ``inner`` rows that stays in the first cache, like its activations."""
     size = lib.parvis_matrix_bytes(ctypes.byref(matrix), inner, lib.parvis_panel())
-    panels = np.full((threads, size), 0x11, np.uint8)  # a small number in every dtype
+    panels = empty((threads, size), np.uint8)
+    panels.fill(0x11)  # a small number in every dtype
     x = np.ones((ROWS, inner), np.float32)
     products = [Product(lib, x, Matrix.from_buffer_copy(matrix)) for _ in range(threads)]
     calls = TOGETHER * threads
@@ -136,8 +138,9 @@ class Product:
     def __init__(self, lib: ctypes.CDLL, x: NDArray[np.float32], matrix: Matrix | None = None) -> None:
         self._lib, self._x = lib, x
         self._matrix = matrix_of(lib, "float32", "fp32") if matrix is None else matrix
-        self._packed = np.empty(lib.parvis_packed_bytes(*x.shape), np.uint8)
-        self.tile = np.empty((len(x), lib.parvis_panel()), np.float32)
+        self._packed = empty(lib.parvis_packed_bytes(*x.shape), np.uint8)  # lines of a cache, as in a step
+        tile = empty((lib.parvis_product_rows(len(x)), lib.parvis_panel()), np.float32)
+        self._tile, self.tile = tile, tile[: len(x)]
 
     def __call__(self, panels: int, count: int, times: int) -> None:
         """Multiply by each of ``count`` panels from the address ``panels`` on, ``times`` times.
@@ -147,7 +150,7 @@ class Product:
         self._matrix.data = panels
         self._lib.parvis_products(
             ctypes.byref(self._matrix), self._x.ctypes.data, *self._x.shape, count, times,
-            self.tile.ctypes.data, self._packed.ctypes.data,
+            self._tile.ctypes.data, self._packed.ctypes.data,
         )  # fmt: skip
 
 

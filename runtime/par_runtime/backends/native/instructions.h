@@ -8,6 +8,7 @@ typedef struct {
     int avx2;               /* AVX2, FMA and F16C */
     int avx512;             /* these, and AVX-512 with F, BW and VL */
     int bf16_dot, int8_dot; /* dot products of AVX-512; bf16 also needs VBMI */
+    int tiles;              /* AMX: products of tiles in bf16 and int8; only where both dot products are too */
 } Instructions;
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -24,26 +25,44 @@ typedef struct {
 #if __GNUC__ >= 10 || (defined(__clang_major__) && __clang_major__ >= 9)
 #define HAS_DOT /* the compiler knows dot products */
 #endif
+#if defined(__linux__) && (defined(__clang_major__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAS_TILES /* the compiler knows AMX, and the system is one that we can ask for it */
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Whether this process may use AMX. Linux keeps 8 KB more for each thread that does, and wants to be asked once for the
+   process. It refuses where a thread has a stack for signals that is too small to save them; then there is none. */
+static inline int tiles_allowed(void) {
+    const unsigned needed = 1u << 22 | 1u << 24 | 1u << 25; /* AMX-BF16, AMX-TILE, AMX-INT8 */
+    const long ask = 0x1023, tile_data = 18;                /* ARCH_REQ_XCOMP_PERM, of Linux 5.16; XFEATURE_XTILE_DATA */
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & needed) != needed) return 0;
+    return syscall(SYS_arch_prctl, ask, tile_data) == 0;
+}
+#endif
 #endif
 
 /* What this CPU and its operating system can. PARVIS_NATIVE in the environment allows less: "avx2", or "avx512" without
-   dot products, or "sse": the kernels that 64-bit ARM has, in vectors of 16 bytes, for tests. They need AVX2's fused
+   dot products, or "dots" without tiles, or "sse": the kernels that 64-bit ARM has, in vectors of 16 bytes, for tests. They need AVX2's fused
    multiply-add here, so they are for no other CPU. */
 static inline Instructions instructions_of_cpu(void) {
-    Instructions have = {0, 0, 0, 0, 0};
+    Instructions have = {0, 0, 0, 0, 0, 0};
 #ifdef HAS_AVX
     const char *requested = getenv("PARVIS_NATIVE");
     unsigned a, b, c = 0, d; /* not every compiler that is used knows the name "f16c" */
     __builtin_cpu_init();
     have.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
                 (c & bit_F16C);
-    if (have.avx2 && requested && !strcmp(requested, "sse")) return (Instructions){1, 0, 0, 0, 0};
+    if (have.avx2 && requested && !strcmp(requested, "sse")) return (Instructions){1, 0, 0, 0, 0, 0};
     have.avx512 = have.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && !(requested && !strcmp(requested, "avx2"));
 #ifdef HAS_DOT
     int dots = have.avx512 && !(requested && !strcmp(requested, "avx512"));
     have.bf16_dot = dots && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
     have.int8_dot = dots && __builtin_cpu_supports("avx512vnni");
+#endif
+#ifdef HAS_TILES
+    have.tiles = have.bf16_dot && have.int8_dot && !(requested && !strcmp(requested, "dots")) && tiles_allowed();
 #endif
 #elif defined(HAS_VECTORS)
     have.short_vectors = 1; /* every 64-bit ARM has NEON */

@@ -127,6 +127,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     )  # fmt: skip
     lib.parvis_packed_bytes.restype = integer
     lib.parvis_packed_bytes.argtypes = (integer, integer)
+    lib.parvis_product_rows.restype = integer
+    lib.parvis_product_rows.argtypes = (integer,)
     lib.parvis_layout.restype = integer
     lib.parvis_layout.argtypes = (integer, integer)
     lib.parvis_matrix_bytes.restype = integer

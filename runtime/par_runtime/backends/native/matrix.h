@@ -54,7 +54,8 @@ typedef struct {
    none, each number is multiplied by both first (RMSNorm). k is a multiple of w's group. */
 typedef void PackRows(const Matrix *w, const float *x, long ldx, long m, long k, const float *row_scale,
                       const float *gain, void *packed);
-/* c [m][PANEL] = x w for packed x [m][k] and one panel of w. `scratch` has product_scratch_bytes(). */
+/* c [m][PANEL] = x w for packed x [m][k] and one panel of w. c has product_rows(m) rows, `scratch` has
+   product_scratch_bytes(). */
 typedef void PanelProduct(const Matrix *w, const void *packed, long m, long k, long panel, float *c, void *scratch);
 
 typedef struct {
@@ -74,8 +75,19 @@ INLINE int64_t packed_rows_bytes(int64_t m, int64_t k) {
     return m * (k + k / LEAST_GROUP) * (int64_t)sizeof(float);
 }
 
-/* Bytes that one thread needs during a product: a block of weights in fp32. */
-INLINE int64_t product_scratch_bytes(void) { return K_BLOCK * PANEL * (int64_t)sizeof(float); }
+/* Rows of activations in tiles (products_tiles.h): so many tiles, of equally many rows. */
+#define TILE_ROWS 16
+INLINE long tiles_of_rows(long m) { return (m + TILE_ROWS - 1) / TILE_ROWS; }
+INLINE long tile_rows(long m) { return (m + tiles_of_rows(m) - 1) / tiles_of_rows(m); }
+
+/* Rows of the tile that a product of m rows writes: tiles are written whole. */
+INLINE long product_rows(long m) { return tiles_of_rows(m) * tile_rows(m); }
+
+/* Bytes that one thread needs during a product: a block of weights in fp32, or a group in bf16; and twice the sums of two
+   tiles of rows. */
+#define DECODED_BYTES (K_BLOCK * PANEL * 4)
+#define SUMS_BYTES (2 * TILE_ROWS * PANEL * 4)
+INLINE int64_t product_scratch_bytes(void) { return DECODED_BYTES + 2 * SUMS_BYTES; }
 
 /* In front of each loop over sums: only where all of them are unrolled does the compiler keep the sums in registers. */
 #ifdef __clang__ /* it takes the other one for a count; up to version 16 the sums then stay in memory */

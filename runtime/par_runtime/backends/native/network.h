@@ -18,7 +18,7 @@ static long phases_of(const Model *model) { return (1 + 4 + 4) * model->n_layers
    `tile` and `packed`. */
 typedef struct {
     float *scale;          /* [M] */
-    float *tile;           /* [M][PANEL] one panel of a product */
+    float *tile;           /* [product_rows(M)][PANEL] one panel of a product */
     void *packed;          /* the packed activations of a product */
     void *product_scratch; /* product_scratch_bytes() */
     float *attention;      /* attention_floats() */
@@ -40,7 +40,7 @@ static int64_t attention_floats(const Model *model, int64_t query) {
 /* Bytes of the scratch memory of a thread, a multiple of 64. */
 static int64_t scratch_bytes_of(const Model *model, int64_t rows, int64_t query) {
     int64_t m = rows * query;
-    int64_t products = m * PANEL * 4 + aligned(largest_packed(model, m)) + product_scratch_bytes();
+    int64_t products = product_rows(m) * PANEL * 4 + aligned(largest_packed(model, m)) + product_scratch_bytes();
     int64_t others = 4 * larger(attention_floats(model, query), 4 * model->head_columns);
     return aligned(m * 4) + aligned(larger(others, products)) + 64;
 }
@@ -50,7 +50,7 @@ static Scratch scratch_of(const StepCall *call, int thread) {
     int64_t m = s->rows * s->query;
     char *at = call->scratch + thread * call->scratch_bytes;
     Scratch own = {.scale = (float *)at, .tile = (float *)(at + aligned(m * 4)), .recorded = s->record};
-    own.packed = (char *)own.tile + m * PANEL * 4;
+    own.packed = (char *)own.tile + product_rows(m) * PANEL * 4;
     own.product_scratch = (char *)own.packed + aligned(largest_packed(s->model, m));
     own.attention = own.draw = own.tile;
     return own;
@@ -80,7 +80,7 @@ static void record(Worker *worker, const StepCall *call, const float *x, const f
 static PanelProduct *begin_product(Worker *worker, const StepCall *call, const float *x, const float *gain,
                                    const Matrix *w, long k, long n, long *first, Scratch *own) {
     long m = call->step.rows * call->step.query;
-    Product product = product_of(w, call->kernels->bits);
+    Product product = product_of(w, call->kernels->bits, call->kernels->tiles, m);
     record(worker, call, x, gain, k, own);
     begin_phase(worker, n / PANEL, items_at_once(worker->pool, n / PANEL));
     *first = next_item(worker);
@@ -188,5 +188,6 @@ static void run_step(Worker *worker, const void *argument) {
         matmul(worker, call, shared->ffn_hidden, NULL, model->w2 + l, model->ffn_dim, dim, shared->x, 1, &own);
     }
     matmul(worker, call, shared->x, model->norm, &model->output, dim, model->head_columns, shared->logits, 0, &own);
+    end_products(call->kernels);
     draw_tokens(worker, call, &own);
 }

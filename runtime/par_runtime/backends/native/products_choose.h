@@ -1,5 +1,7 @@
 /* Which product a matrix is multiplied with: its layout says it, and the layout is chosen by what this CPU can. */
 
+#define TILES_FROM_ROWS 3 /* in int8: fewer rows are faster in dot products */
+
 /* The layout in which this CPU multiplies a matrix. */
 int64_t parvis_layout(int64_t stored, int64_t arithmetic) {
     Instructions have = instructions_of_cpu();
@@ -11,8 +13,9 @@ int64_t parvis_layout(int64_t stored, int64_t arithmetic) {
     return arithmetic == MULTIPLY_BF16 && stored < INT8 ? ROWS_BF16 : stored;
 }
 
-/* The product of a matrix with vectors of `bits`: 512, 256 or 128. */
-static Product product_of(const Matrix *w, int bits) {
+/* The product of m rows with a matrix, with vectors of `bits`, 512, 256 or 128, or `tiles` too. In bf16 it is the same for
+   every m, since tiles sum up in another order; in int8 all have the same bits. */
+static Product product_of(const Matrix *w, int bits, int tiles, long m) {
 #ifdef HAS_VECTORS
     if (bits == 128) {
         if (w->arithmetic == MULTIPLY_INT8) return (Product){SHORT(pack_rows_codes), SHORT(panel_product_int8)};
@@ -22,6 +25,12 @@ static Product product_of(const Matrix *w, int bits) {
 #endif
 #ifdef HAS_AVX
     int avx512 = bits == 512;
+#ifdef HAS_TILES
+    if (tiles && (w->layout == PAIRS_BF16 || w->layout == PAIRS_SIGN8 || w->layout == WORDS_INT4))
+        return (Product){pack_rows_tiles_avx512, panel_product_bf16_tiles};
+    if (tiles && m >= TILES_FROM_ROWS && (w->layout == QUADS_INT8 || w->layout == QUADS_INT4))
+        return (Product){pack_rows_code_tiles_avx512, panel_product_int8_tiles};
+#endif
     switch (w->layout) {
 #ifdef HAS_DOT
     case PAIRS_BF16:
@@ -40,5 +49,6 @@ static Product product_of(const Matrix *w, int bits) {
                       : (Product){pack_rows_fp32_avx2, panel_product_fp32_avx2};
     }
 #endif
+    (void)w, (void)tiles, (void)m;
     return (Product){NULL, NULL};
 }

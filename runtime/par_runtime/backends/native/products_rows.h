@@ -134,4 +134,45 @@ TARGET static void NAME(pack_rows_words)(const Matrix *w, const float *x, long l
 }
 #endif
 
+#if VECTORS == 512 && defined(HAS_TILES)
+/* For products_tiles.h in bf16: out [T][K/32][h][32]. */
+TARGET static void NAME(pack_rows_tiles)(const Matrix *w, const float *x, long ldx, long m, long k,
+                                         const float *row_scale, const float *gain, void *packed) {
+    long h = tile_rows(m);
+    float row[COLUMNS];
+    for (long first = 0; first < k; first += COLUMNS)
+        for (long i = 0, count = k - first < COLUMNS ? k - first : COLUMNS; i < product_rows(m); i++) {
+            uint16_t *out = (uint16_t *)packed + (i / h * (k / 32) + first / 32) * h * 32 + i % h * 32;
+            if (i < m)
+                NAME(normed)(x + i * ldx + first, count, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL,
+                             row);
+            else memset(row, 0, sizeof row);
+            for (long j = 0; j < count; j += 32)
+                for (long l = 0; l < 32; l++) out[j * h + l] = (uint16_t)to_bf16(row[j + l]);
+        }
+    tiles_begin(w, m);
+}
+
+/* In int8: for each group of K [T*h][group] codes, scales [M], and minus the sums of the codes [M]. */
+TARGET static void NAME(pack_rows_code_tiles)(const Matrix *w, const float *x, long ldx, long m, long k,
+                                              const float *row_scale, const float *gain, void *packed) {
+    long group = w->group, rows = product_rows(m);
+    float row[COLUMNS];
+    int16_t codes[COLUMNS];
+    char *out = packed;
+    for (long first = 0; first < k; first += group, out += rows * group + 8 * m) {
+        float *scales = (float *)(out + rows * group);
+        int32_t *sums = (int32_t *)scales + m;
+        for (long i = 0; i < m; i++) {
+            NAME(normed)(x + i * ldx + first, group, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL, row);
+            NAME(round_group)(row, group, codes, scales + i, sums + i);
+            sums[i] = -sums[i];
+            for (long j = 0; j < group; j++) out[i * group + j] = (int8_t)codes[j];
+        }
+        memset(out + m * group, 0, (size_t)((rows - m) * group));
+    }
+    tiles_begin(w, m);
+}
+#endif
+
 #undef COLUMNS

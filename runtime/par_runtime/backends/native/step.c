@@ -168,7 +168,8 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 /* The kernels of one instruction set; the files above describe them. */
 typedef struct {
     const char *instructions;
-    int bits; /* of its vectors */
+    int bits;  /* of its vectors */
+    int tiles; /* whether products are made in tiles */
     void (*read_numbers)(const void *from, int64_t stored, long n, float *out);
     void (*inverse_rms)(const float *x, long dim, long m, float *scale);
     void (*attention_head)(const Step *s, const Buffers *at, long layer, long row, long head, float *scratch,
@@ -183,28 +184,39 @@ typedef struct {
 
 /* The kernels for this CPU; NULL where there are none. PARVIS_NATIVE in the environment selects others (instructions.h). */
 static const Kernels *select_kernels(void) {
-#define KERNELS(SET, BITS, PAIRS_PRODUCT)                                                                             \
+#define KERNELS(SET, BITS, TILES, PAIRS_PRODUCT)                                                                             \
     {                                                                                                                 \
-        .instructions = #SET, .bits = BITS, .read_numbers = read_numbers_##SET, .inverse_rms = inverse_rms_##SET,     \
+        .instructions = #SET, .bits = BITS, .tiles = TILES, .read_numbers = read_numbers_##SET, .inverse_rms = inverse_rms_##SET,     \
         .attention_head = attention_head_##SET, .attention_head_bf16 = attention_head_bf16_##SET,                     \
         .pairs_product = PAIRS_PRODUCT, .swiglu = swiglu_##SET, .guide = guide_##SET, .draw = draw_##SET,             \
     }
 #ifdef HAS_AVX
-    static const Kernels avx512 = KERNELS(avx512, 512, pairs_product_avx512),
-                         avx2 = KERNELS(avx2, 256, pairs_product_avx2), sse = KERNELS(sse, 128, pairs_product_sse);
+    static const Kernels avx512 = KERNELS(avx512, 512, 0, pairs_product_avx512),
+                         avx2 = KERNELS(avx2, 256, 0, pairs_product_avx2), sse = KERNELS(sse, 128, 0, pairs_product_sse);
     Instructions have = instructions_of_cpu();
 #ifdef HAS_DOT
-    static const Kernels with_dot = KERNELS(avx512, 512, pairs_product_dot);
+    static const Kernels with_dot = KERNELS(avx512, 512, 0, pairs_product_dot),
+                         with_tiles = KERNELS(avx512, 512, 1, pairs_product_dot);
+    if (have.tiles) return &with_tiles;
     if (have.avx512 && have.bf16_dot) return &with_dot;
 #endif
     if (have.avx512) return &avx512;
     if (have.avx2) return &avx2;
     if (have.short_vectors) return &sse;
 #elif defined(HAS_VECTORS)
-    static const Kernels neon = KERNELS(neon, 128, pairs_product_neon);
+    static const Kernels neon = KERNELS(neon, 128, 0, pairs_product_neon);
     return &neon;
 #endif
     return NULL;
+}
+
+/* To be called in each thread after its last product. */
+static void end_products(const Kernels *kernels) {
+#ifdef HAS_TILES
+    if (kernels->tiles) tiles_done();
+#else
+    (void)kernels;
+#endif
 }
 
 #include "network.h"
@@ -214,10 +226,10 @@ static const Kernels *select_kernels(void) {
 /* "avx512", "avx2", "neon", or "" where this CPU has none of them; "sse" where a test asked for it. */
 const char *parvis_instructions(void) { return select_kernels() ? select_kernels()->instructions : ""; }
 
-/* Which dot products of AVX-512 are used: 1 those of bf16, 2 those of int8, 3 both, 0 none. */
+/* Which of these are used: 1 dot products of AVX-512 in bf16, 2 in int8, 4 tiles of AMX in both; or their sum. */
 int parvis_dot_products(void) {
     Instructions have = instructions_of_cpu();
-    return have.bf16_dot + 2 * have.int8_dot;
+    return have.bf16_dot + 2 * have.int8_dot + 4 * have.tiles;
 }
 
 int parvis_panel(void) { return PANEL; }
@@ -303,12 +315,17 @@ void parvis_draw(const float *logits, int64_t count, int64_t v, const float *uni
    of w, `times` times. Every result overwrites the one before it. No pool: the calling thread does all of it. `packed`
    has parvis_packed_bytes(), and is packed here. */
 void parvis_products(const Matrix *w, const float *x /* [m][k] */, int64_t m, int64_t k, int64_t n_panels,
-                     int64_t times, float *tile /* [m][PANEL] */, char *packed) {
-    Product product = product_of(w, select_kernels()->bits);
+                     int64_t times, float *tile /* [product_rows(m)][PANEL] */, char *packed) {
+    const Kernels *kernels = select_kernels();
+    Product product = product_of(w, kernels->bits, kernels->tiles, m);
     char *scratch = packed + aligned(packed_rows_bytes(m, k));
     product.pack_rows(w, x, k, m, k, NULL, NULL, packed);
     for (int64_t i = 0; i < times; i++)
         for (int64_t p = 0; p < n_panels; p++) product.panel_product(w, packed, m, k, p, tile, scratch);
+    end_products(kernels);
 }
 
 int64_t parvis_packed_bytes(int64_t m, int64_t k) { return aligned(packed_rows_bytes(m, k)) + product_scratch_bytes(); }
+
+/* Rows of the tile that parvis_products() writes. */
+int64_t parvis_product_rows(int64_t m) { return product_rows(m); }
