@@ -15,7 +15,7 @@ import pytest
 from instruction_sets import EVERY, OTHERS
 from numpy.typing import NDArray
 
-from par_runtime.backends.native.library import library, matrix_of
+from par_runtime.backends.native.library import TILES, library, matrix_of
 from par_runtime.bench.probes import Product
 from par_runtime.dtypes import ARITHMETICS, Float
 from par_runtime.quantised import GROUPS, LEAST_CODE, MOST_CODE, packed
@@ -165,6 +165,19 @@ def test_a_row_does_not_depend_on_the_others_and_not_on_their_number(
             )
 
 
+@pytest.mark.parametrize("instructions", EVERY[1:])
+def test_in_int8_all_sets_have_the_same_bits(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group's sum is a whole number, and what follows is done in one order. So tiles may take many rows alone."""
+    for dtype, group in itertools.product(MOST_CODE, GROUPS):
+        x = np.random.default_rng(6).standard_normal((40, 384), np.float32)
+        w = weights(dtype, 384, group)
+        for m in (1, 15, 16, 17, 40):
+            monkeypatch.setenv("PARVIS_NATIVE", "")
+            ours = multiplied(x[:m], w, "int8")
+            monkeypatch.setenv("PARVIS_NATIVE", instructions)
+            assert np.array_equal(multiplied(x[:m], w, "int8"), ours), (dtype, group, m)
+
+
 @pytest.mark.parametrize("instructions", EVERY)
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_hostile_activations(arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +222,8 @@ def test_the_sets_of_this_cpu_differ_in_layout(monkeypatch: pytest.MonkeyPatch) 
     lib = library()
     assert lib is not None
     dots = {"avx512_bf16", "avx512vbmi", "avx512_vnni"} <= cpu_flags()
+    # A system may refuse AMX to a process, so that a CPU that has it may have no tiles.
+    assert not lib.parvis_dot_products() & TILES or {"amx_tile", "amx_bf16", "amx_int8"} <= cpu_flags()
 
     def layouts(instructions: str) -> list[int]:
         monkeypatch.setenv("PARVIS_NATIVE", instructions)

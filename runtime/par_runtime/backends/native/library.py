@@ -14,6 +14,7 @@ STORED = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
 #: what a matrix is multiplied in -> its number in matrix.h
 ARITHMETIC = {"fp32": 0, "bf16": 1, "int8": 2}
 
+TILES = 4  #: the bit of parvis_dot_products() of AMX
 HEAD_MULTIPLE = 8  #: attention.h takes so many numbers of a head at a time
 
 Pointers = ctypes.POINTER(ctypes.c_void_p)
@@ -165,9 +166,10 @@ def library() -> ctypes.CDLL | None:
 
 def described(lib: ctypes.CDLL) -> str:
     """The instructions that the kernels use, as ``parvis doctor`` prints them."""
-    dots = [name for bit, name in ((1, "bf16"), (2, "int8")) if lib.parvis_dot_products() & bit]
-    instructions: str = lib.parvis_instructions().decode()
-    return instructions + (f" with dot products in {' and '.join(dots)}" if dots else "")
+    have, instructions = lib.parvis_dot_products(), lib.parvis_instructions().decode()
+    dots = [name for bit, name in ((1, "bf16"), (2, "int8")) if have & bit]
+    products = "AMX and dot products" if have & TILES else "dot products"
+    return f"{instructions} with {products} in {' and '.join(dots)}" if dots else str(instructions)
 
 
 def why_not(bundle: Bundle) -> str | None:

@@ -87,7 +87,7 @@ INLINE long product_rows(long m) { return tiles_of_rows(m) * tile_rows(m); }
    tiles of rows. */
 #define DECODED_BYTES (K_BLOCK * PANEL * 4)
 #define SUMS_BYTES (2 * TILE_ROWS * PANEL * 4)
-INLINE int64_t product_scratch_bytes(void) { return DECODED_BYTES + 2 * SUMS_BYTES; }
+INLINE int64_t product_scratch_bytes(void) { return 2 * (DECODED_BYTES + SUMS_BYTES); }
 
 /* In front of each loop over sums: only where all of them are unrolled does the compiler keep the sums in registers. */
 #ifdef __clang__ /* it takes the other one for a count; up to version 16 the sums then stay in memory */

@@ -14,11 +14,6 @@
    there. So bits are not those of dot products, but the same for any number of rows. In int8 they are the same as
    products_int8.h has. */
 
-#define TILED __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16,avx512vnni,amx-tile,amx-bf16,"  \
-                                    "amx-int8,fma,f16c,avx2")))
-/* Compilers do not know how much memory is read where tiles are loaded or shaped. */
-#define WRITTEN __asm__ volatile("" ::: "memory")
-
 /* Tiles 0 to 3 are sums: of rows 0 and columns 0, 0 and 1, 1 and 0, 1 and 1. 4 and 5 are rows, 6 and 7 columns. */
 typedef struct {
     uint8_t palette, start_row, zeros[14];
@@ -26,16 +21,20 @@ typedef struct {
     uint8_t rows[16];
 } TileShapes;
 
-/* Shapes the tiles of this thread for products of m rows with w. Until tiles_done(). */
-TILED void tiles_begin(const Matrix *w, long m) {
-    long depth = w->arithmetic == MULTIPLY_BF16 ? 64 : w->group < 64 ? w->group : 64; /* bytes of K */
+/* Shapes the tiles of this thread: `rows` rows in tiles 0, 1 and 4, `other_rows` in 2, 3 and 5; `depth` bytes of K. */
+TILED void tiles_shape(long rows, long other_rows, long depth) {
     _Alignas(64) TileShapes shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         shapes.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? depth : 64);
-        shapes.rows[i] = (uint8_t)(i < 6 ? tile_rows(m) : depth / 4);
+        shapes.rows[i] = (uint8_t)(i >= 6 ? depth / 4 : i == 0 || i == 1 || i == 4 ? rows : other_rows);
     }
-    WRITTEN;
+    ACCESSED;
     _tile_loadconfig(&shapes);
+}
+
+/* For products of m rows with w. */
+void tiles_begin(const Matrix *w, long m) {
+    tiles_shape(tile_rows(m), tile_rows(m), w->arithmetic == MULTIPLY_BF16 || w->group > 64 ? 64 : w->group);
 }
 
 /* A thread whose tiles are in use takes longer to be switched. */
@@ -47,6 +46,7 @@ TILED void tiles_done(void) { _tile_release(); }
 TILED INLINE void multiply_tiles(const int dtype, const int both, const char *x, long next_rows, long x_step,
                                  long x_row, const char *w, long w_step, long steps, Prefetch prefetch, long h,
                                  void *c) {
+    char *to = c, *next_to = to + h * 4 * PANEL;
     _tile_zero(0);
     _tile_zero(1);
     if (both) {
@@ -75,14 +75,14 @@ TILED INLINE void multiply_tiles(const int dtype, const int both, const char *x,
             }
         }
     }
-    char *to = c;
+    ACCESSED;
     _tile_stored(0, to, 4 * PANEL);
     _tile_stored(1, to + 64, 4 * PANEL);
     if (both) {
-        _tile_stored(2, to + h * 4 * PANEL, 4 * PANEL);
-        _tile_stored(3, to + h * 4 * PANEL + 64, 4 * PANEL);
+        _tile_stored(2, next_to, 4 * PANEL);
+        _tile_stored(3, next_to + 64, 4 * PANEL);
     }
-    WRITTEN;
+    ACCESSED;
 }
 
 /* Sums of a group in scratch memory, and where they go: c [rows][PANEL] = sums * scales, or c += with `accumulate`. */
@@ -137,7 +137,6 @@ TILED INLINE void codes_to_pairs(const int source, const Tables *tables, const c
             _mm512_storeu_si512(out + t * 128 + 64, (__m512i)pairs[1]);
         }
     }
-    WRITTEN;
 }
 
 /* Writes `rows` rows of int4 codes, plus 8, as quads of bytes, [rows/4][PANEL][4]. */
@@ -152,11 +151,18 @@ TILED INLINE void codes_to_quads(const char *w, long rows, char *out) {
             _mm512_storeu_si512(out + 128 + j * 64, _mm512_and_si512(_mm512_srli_epi16(codes, 4), low_half));
         }
     }
-    WRITTEN;
 }
 
-/* c [m][PANEL] = x w for a matrix with codes: group by group, whose sums are multiplied by its scales. That waits until
-   the next sums are on their way. */
+TILED INLINE void decode_group(const int dtype, const int source, const Tables *tables, const char *w, long rows,
+                               char *out) {
+    if (dtype == BF16) codes_to_pairs(source, tables, w, rows, out);
+    else codes_to_quads(w, rows, out);
+    ACCESSED;
+}
+
+/* c [m][PANEL] = x w for a matrix with codes: group by group, whose sums are multiplied by its scales. A tile that was
+   written a moment ago takes long to be read; so codes are decoded a group ahead, and sums are taken when the next ones
+   are on their way. */
 TILED INLINE void codes_in_tiles(const int dtype, const int source, const Matrix *matrix, const char *packed, long m,
                                  long k, const char *w, float *c, char *scratch) {
     const long h = tile_rows(m), tiles = tiles_of_rows(m), group = matrix->group, groups = k / group;
@@ -164,17 +170,20 @@ TILED INLINE void codes_in_tiles(const int dtype, const int source, const Matrix
     const long w_step = depth * PANEL * (dtype == BF16 ? 2 : 1);
     const long scale_bytes = PANEL * number_bytes(matrix->scales), code_bytes = panel_bytes(matrix, group) - scale_bytes;
     const Tables tables = tables_of(source);
-    char *sums = scratch + DECODED_BYTES, *other_sums = sums + SUMS_BYTES;
+    const int decode = dtype == BF16 || source == INT4;
+    char *decoded = scratch, *next_decoded = decoded + DECODED_BYTES;
+    char *sums = scratch + 2 * DECODED_BYTES, *next_sums = sums + SUMS_BYTES;
     Sums last = {.rows = 0};
+    if (decode) decode_group(dtype, source, &tables, w + scale_bytes, group, decoded);
     for (long g = 0; g < groups; g++, w += code_bytes) {
-        const char *scales = w, *codes = scratch;
+        const char *scales = w, *codes = decoded;
         prefetch_step(&(Prefetch){NULL, 0}, w, scale_bytes, 0);
         w += scale_bytes;
-        if (dtype == BF16) codes_to_pairs(source, &tables, w, group, scratch);
-        else if (source == INT4) codes_to_quads(w, group, scratch);
-        else codes = w;
+        if (!decode) codes = w;
+        else if (g + 1 < groups)
+            decode_group(dtype, source, &tables, w + code_bytes + scale_bytes, group, next_decoded);
         for (long t = 0; t < tiles; t += 2) {
-            const Prefetch prefetch = {codes != w || t ? w : NULL, 0};
+            const Prefetch prefetch = {decode || t ? w : NULL, 0}; /* in the first pass over w alone, or in none */
             const long first = t * h, both = t + 1 < tiles, most = (1 + both) * h;
             Sums now = {sums, scales, NULL, NULL, c + first * PANEL, m - first < most ? m - first : most, g > 0};
             if (dtype == BF16) {
@@ -192,8 +201,10 @@ TILED INLINE void codes_in_tiles(const int dtype, const int source, const Matrix
             add_sums(dtype, source, matrix->scales, &last);
             last = now;
             char *used = sums;
-            sums = other_sums, other_sums = used;
+            sums = next_sums, next_sums = used;
         }
+        char *used = decoded;
+        decoded = next_decoded, next_decoded = used;
     }
     add_sums(dtype, source, matrix->scales, &last);
 }

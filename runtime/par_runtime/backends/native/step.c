@@ -125,6 +125,7 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 #ifdef HAS_VECTORS
 #ifdef HAS_AVX
 #include <immintrin.h>
+#include "dots.h"
 #define VECTORS 512
 #include "vectors.h"
 #include "products_fp32.h"
@@ -144,8 +145,10 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 #include "draws.h"
 #include "products_twin.h"
 #ifdef HAS_DOT
-#include "dots.h"
 #include "attention_dot.h"
+#ifdef HAS_TILES
+#include "attention_tiles.h"
+#endif
 #endif
 #undef VECTORS
 #define SHORT(f) f##_sse
@@ -195,9 +198,11 @@ static const Kernels *select_kernels(void) {
                          avx2 = KERNELS(avx2, 256, 0, pairs_product_avx2), sse = KERNELS(sse, 128, 0, pairs_product_sse);
     Instructions have = instructions_of_cpu();
 #ifdef HAS_DOT
-    static const Kernels with_dot = KERNELS(avx512, 512, 0, pairs_product_dot),
-                         with_tiles = KERNELS(avx512, 512, 1, pairs_product_dot);
+    static const Kernels with_dot = KERNELS(avx512, 512, 0, pairs_product_dot);
+#ifdef HAS_TILES
+    static const Kernels with_tiles = KERNELS(avx512, 512, 1, pairs_product_tiles);
     if (have.tiles) return &with_tiles;
+#endif
     if (have.avx512 && have.bf16_dot) return &with_dot;
 #endif
     if (have.avx512) return &avx512;
@@ -210,7 +215,15 @@ static const Kernels *select_kernels(void) {
     return NULL;
 }
 
-/* To be called in each thread after its last product. */
+/* To be called in each thread before its first head of a layer, and after its last product. */
+static void begin_attention(const Kernels *kernels, long query) {
+#ifdef HAS_TILES
+    if (kernels->tiles) tiles_of_attention(query);
+#else
+    (void)kernels, (void)query;
+#endif
+}
+
 static void end_products(const Kernels *kernels) {
 #ifdef HAS_TILES
     if (kernels->tiles) tiles_done();
