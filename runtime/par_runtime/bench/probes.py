@@ -35,7 +35,8 @@ from par_runtime.backends.native.memory import empty
 MATRIX = 384  #: rows and columns of a product of a thread in numpy, about a millisecond
 SHARED_MATRIX = 1024  #: of the product that ONNX Runtime shares among its threads
 INNER, ROWS, TIMES = 64, 24, 600  #: the product of the C kernels: K, M, and how often in a call: a quarter millisecond
-INNER_DOT = 128  #: K of the products of smaller numbers, also their group: the largest
+INNER_DOT = 128  #: K of the products of smaller numbers, also their group: the largest,
+ROWS_DOT = 32  #: and their M: that of whole tiles, where the CPU has AMX
 #: arithmetic -> the dtype and group of weights that need the least decoding
 DOTS = (("bf16", "bfloat16", 0), ("int8", "int8", INNER_DOT))
 READ_INNER = 1024  #: K of the products that read
@@ -96,7 +97,7 @@ def matrix_tflop_s(threads: int, side: int = MATRIX) -> Iterator[tuple[str, floa
     yield f"numpy, {blas_name()}", calls * 2 * side**3 / took / 1e12
     lib = library()
     if lib is not None:
-        yield c_kernels(lib), product_tflop_s(lib, threads, matrix_of(lib, "float32", "fp32"), INNER)
+        yield c_kernels(lib), product_tflop_s(lib, threads, matrix_of(lib, "float32", "fp32"), ROWS, INNER)
     try:
         import onnxruntime as ort
     except ImportError:
@@ -110,23 +111,26 @@ def dot_tflop_s(threads: int) -> Iterator[tuple[str, float]]:
     lib = library()
     if lib is not None:
         for arithmetic, dtype, group in DOTS:
-            yield arithmetic, product_tflop_s(lib, threads, matrix_of(lib, dtype, arithmetic, group), INNER_DOT)
+            yield (
+                arithmetic,
+                product_tflop_s(lib, threads, matrix_of(lib, dtype, arithmetic, group), ROWS_DOT, INNER_DOT),
+            )
 
 
 def c_kernels(lib: ctypes.CDLL) -> str:
     return f"C kernels, {lib.parvis_instructions().decode()}"
 
 
-def product_tflop_s(lib: ctypes.CDLL, threads: int, matrix: Matrix, inner: int) -> float:
-    """TFLOP/s of one panel of ``inner`` rows that stays in the first cache, like its activations."""
+def product_tflop_s(lib: ctypes.CDLL, threads: int, matrix: Matrix, rows: int, inner: int) -> float:
+    """TFLOP/s of ``rows`` of activations and a panel of ``inner`` rows, which both stay in the first cache."""
     size = lib.parvis_matrix_bytes(ctypes.byref(matrix), inner, lib.parvis_panel())
     panels = empty((threads, size), np.uint8)
     panels.fill(0x11)  # a small number in every dtype
-    x = np.ones((ROWS, inner), np.float32)
+    x = np.ones((rows, inner), np.float32)
     products = [Product(lib, x, Matrix.from_buffer_copy(matrix)) for _ in range(threads)]
     calls = TOGETHER * threads
     took = fastest(threads, lambda i: products[i](panels[i].ctypes.data, 1, TIMES), calls)
-    return float(calls * TIMES * 2 * inner * ROWS * lib.parvis_panel() / took / 1e12)
+    return float(calls * TIMES * 2 * inner * rows * lib.parvis_panel() / took / 1e12)
 
 
 class Product:

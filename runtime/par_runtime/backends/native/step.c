@@ -166,7 +166,6 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 #include "draws.h"
 #endif
 #include "products_choose.h"
-#include "products_pack.h"
 
 /* The kernels of one instruction set; the files above describe them. */
 typedef struct {
@@ -174,6 +173,7 @@ typedef struct {
     int bits;  /* of its vectors */
     int tiles; /* whether products are made in tiles */
     void (*read_numbers)(const void *from, int64_t stored, long n, float *out);
+    void (*round_bf16)(const float *x, long n, uint16_t *out);
     void (*inverse_rms)(const float *x, long dim, long m, float *scale);
     void (*attention_head)(const Step *s, const Buffers *at, long layer, long row, long head, float *scratch,
                            const char *next);
@@ -187,11 +187,12 @@ typedef struct {
 
 /* The kernels for this CPU; NULL where there are none. PARVIS_NATIVE in the environment selects others (instructions.h). */
 static const Kernels *select_kernels(void) {
-#define KERNELS(SET, BITS, TILES, PAIRS_PRODUCT)                                                                             \
+#define KERNELS(SET, BITS, TILES, PAIRS_PRODUCT)                                                                      \
     {                                                                                                                 \
-        .instructions = #SET, .bits = BITS, .tiles = TILES, .read_numbers = read_numbers_##SET, .inverse_rms = inverse_rms_##SET,     \
-        .attention_head = attention_head_##SET, .attention_head_bf16 = attention_head_bf16_##SET,                     \
-        .pairs_product = PAIRS_PRODUCT, .swiglu = swiglu_##SET, .guide = guide_##SET, .draw = draw_##SET,             \
+        .instructions = #SET, .bits = BITS, .tiles = TILES, .read_numbers = read_numbers_##SET,                       \
+        .round_bf16 = round_bf16_##SET, .inverse_rms = inverse_rms_##SET, .attention_head = attention_head_##SET,     \
+        .attention_head_bf16 = attention_head_bf16_##SET, .pairs_product = PAIRS_PRODUCT, .swiglu = swiglu_##SET,     \
+        .guide = guide_##SET, .draw = draw_##SET,                                                                     \
     }
 #ifdef HAS_AVX
     static const Kernels avx512 = KERNELS(avx512, 512, 0, pairs_product_avx512),
@@ -214,6 +215,8 @@ static const Kernels *select_kernels(void) {
 #endif
     return NULL;
 }
+
+#include "products_pack.h"
 
 /* To be called in each thread before its first head of a layer, and after its last product. */
 static void begin_attention(const Kernels *kernels, long query) {

@@ -17,7 +17,7 @@ TARGET static inline vec NAME(exp_approx)(vec x) {
     return NAME(vec_scale)(y, n);
 }
 
-/* out [n] = the numbers of an array of FP32, FP16 or BF16; n is a multiple of PANEL. */
+/* out [n] = the numbers of an array of FP32, FP16 or BF16; n is a multiple of 16. */
 TARGET static void NAME(read_numbers)(const void *from, int64_t stored, long n, float *out) {
     const uint16_t *half = from;
     if (stored == FP32) memcpy(out, from, (size_t)n * sizeof(float));
