@@ -24,7 +24,7 @@ _TAKEN = _LIBRARY.parvis_instructions().decode() if _LIBRARY else ""
 #: Those below the one that this CPU takes by itself. One that the CPU lacks would be that one once more.
 OTHERS = _SETS[_SETS.index(_TAKEN) + 1 :] if _TAKEN in _SETS else _SETS[1:]
 _TILES = bool(_LIBRARY and _LIBRARY.parvis_dot_products() & TILES)
-#: What this CPU takes by itself; "dots" where it has tiles beside dot products, "avx512" where it has these; and the others.
+#: What this CPU takes by itself; "dots" where it has tiles beside dots, "avx512" where it has these, and the others.
 EVERY = ("", *(("dots",) if _TILES else ()), *(("avx512",) if _TAKEN == "avx512" else ()), *OTHERS)
 
 _DECODER = """

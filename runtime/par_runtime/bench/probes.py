@@ -35,10 +35,10 @@ from par_runtime.backends.native.memory import empty
 MATRIX = 384  #: rows and columns of a product of a thread in numpy, about a millisecond
 SHARED_MATRIX = 1024  #: of the product that ONNX Runtime shares among its threads
 INNER, ROWS, TIMES = 64, 24, 600  #: the product of the C kernels: K, M, and how often in a call: a quarter millisecond
-INNER_DOT = 128  #: K of the products of smaller numbers, also their group: the largest,
-ROWS_DOT = 32  #: and their M: that of whole tiles, where the CPU has AMX
+ROWS_DOT = 32  #: M of products of smaller numbers: that of whole tiles, where the CPU has AMX
+INNERS_DOT = (128, 256)  #: and their K, of which the faster one counts: a product of tiles takes long to begin
 #: arithmetic -> the dtype and group of weights that need the least decoding
-DOTS = (("bf16", "bfloat16", 0), ("int8", "int8", INNER_DOT))
+DOTS = (("bf16", "bfloat16", 0), ("int8", "int8", 128))
 READ_INNER = 1024  #: K of the products that read
 PIECE_BYTES = 2**22  #: what a call reads of a larger array
 TOGETHER = 4  #: calls of each thread in the time that counts, where operands stay in caches
@@ -111,10 +111,8 @@ def dot_tflop_s(threads: int) -> Iterator[tuple[str, float]]:
     lib = library()
     if lib is not None:
         for arithmetic, dtype, group in DOTS:
-            yield (
-                arithmetic,
-                product_tflop_s(lib, threads, matrix_of(lib, dtype, arithmetic, group), ROWS_DOT, INNER_DOT),
-            )
+            matrix = matrix_of(lib, dtype, arithmetic, group)
+            yield arithmetic, max(product_tflop_s(lib, threads, matrix, ROWS_DOT, inner) for inner in INNERS_DOT)
 
 
 def c_kernels(lib: ctypes.CDLL) -> str:

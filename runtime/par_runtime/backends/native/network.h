@@ -129,7 +129,7 @@ static void attention(Worker *worker, const StepCall *call, long layer, Scratch 
     const Kernels *kernels = call->kernels;
     long n_heads = s->model->n_heads, items = s->rows * n_heads;
     begin_phase(worker, items, items_at_once(worker->pool, items));
-    begin_attention(kernels, s->query);
+    if (s->model->cache == BF16) begin_attention(kernels, s->query);
     for (long i; (i = next_item(worker)) >= 0;) {
         const char *next = worker->next < worker->end ? keys_of(s, layer, i + 1) : NULL;
         if (s->model->cache == BF16)

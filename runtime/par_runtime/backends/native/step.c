@@ -218,7 +218,7 @@ static const Kernels *select_kernels(void) {
 
 #include "products_pack.h"
 
-/* To be called in each thread before its first head of a layer, and after its last product. */
+/* To be called in each thread before the heads of a layer, where the cache is in bf16. */
 static void begin_attention(const Kernels *kernels, long query) {
 #ifdef HAS_TILES
     if (kernels->tiles) tiles_of_attention(query);
@@ -227,6 +227,7 @@ static void begin_attention(const Kernels *kernels, long query) {
 #endif
 }
 
+/* To be called in each thread after its last product. */
 static void end_products(const Kernels *kernels) {
 #ifdef HAS_TILES
     if (kernels->tiles) tiles_done();
