@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.native.library import TILES, library
+from par_runtime.backends.native.library import has_tiles, library
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 _SETS = ("avx512", "avx2", "sse") if X86 else ()
@@ -23,7 +23,7 @@ _LIBRARY = library()
 _TAKEN = _LIBRARY.parvis_instructions().decode() if _LIBRARY else ""
 #: Those below the one that this CPU takes by itself. One that the CPU lacks would be that one once more.
 OTHERS = _SETS[_SETS.index(_TAKEN) + 1 :] if _TAKEN in _SETS else _SETS[1:]
-_TILES = bool(_LIBRARY and _LIBRARY.parvis_dot_products() & TILES)
+_TILES = _LIBRARY is not None and has_tiles(_LIBRARY)
 #: What this CPU takes by itself; "dots" where it has tiles beside dots, "avx512" where it has these, and the others.
 EVERY = ("", *(("dots",) if _TILES else ()), *(("avx512",) if _TAKEN == "avx512" else ()), *OTHERS)
 

@@ -15,7 +15,7 @@ import pytest
 from instruction_sets import EVERY, OTHERS
 from numpy.typing import NDArray
 
-from par_runtime.backends.native.library import TILES, library, matrix_of
+from par_runtime.backends.native.library import has_tiles, library, matrix_of
 from par_runtime.bench.probes import Product
 from par_runtime.dtypes import ARITHMETICS, Float
 from par_runtime.quantised import GROUPS, LEAST_CODE, MOST_CODE, packed
@@ -223,7 +223,7 @@ def test_the_sets_of_this_cpu_differ_in_layout(monkeypatch: pytest.MonkeyPatch) 
     assert lib is not None
     dots = {"avx512_bf16", "avx512vbmi", "avx512_vnni"} <= cpu_flags()
     # A system may refuse AMX to a process, so that a CPU that has it may have no tiles.
-    assert not lib.parvis_dot_products() & TILES or {"amx_tile", "amx_bf16", "amx_int8"} <= cpu_flags()
+    assert not has_tiles(lib) or {"amx_tile", "amx_bf16", "amx_int8"} <= cpu_flags()
 
     def layouts(instructions: str) -> list[int]:
         monkeypatch.setenv("PARVIS_NATIVE", instructions)

@@ -24,7 +24,7 @@ from par_runtime import __version__
 from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, closed_error
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.native.decoding import open_decoder
-from par_runtime.backends.native.library import Step, library, why_not
+from par_runtime.backends.native.library import Step, has_tiles, library, why_not
 from par_runtime.backends.native.memory import empty
 from par_runtime.backends.native.weights import Weights, pointers
 from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE_INT8
@@ -68,6 +68,7 @@ class NativeBackend:
         self._decoder = open_decoder(self._files, self._threads)
         computes = "bf16" if arithmetic == "int8" and not bundle.quantised else arithmetic
         variant = [lib.parvis_instructions().decode()]
+        variant += ["amx"] * (has_tiles(lib) and (computes, cache) != ("fp32", "fp32"))
         variant += [computes] * (computes != "fp32") + [f"{cache} cache"] * (cache != "fp32")
         self.info = BackendInfo(
             runtime="native-cpu",

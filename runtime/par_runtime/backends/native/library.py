@@ -164,11 +164,16 @@ def library() -> ctypes.CDLL | None:
     return None if isinstance(opened, KernelError) else opened
 
 
+def has_tiles(lib: ctypes.CDLL) -> bool:
+    """Whether products in bf16 and int8, and attention to keys in bf16, are made by AMX."""
+    return bool(lib.parvis_dot_products() & TILES)
+
+
 def described(lib: ctypes.CDLL) -> str:
     """The instructions that the kernels use, as ``parvis doctor`` prints them."""
-    have, instructions = lib.parvis_dot_products(), lib.parvis_instructions().decode()
-    dots = [name for bit, name in ((1, "bf16"), (2, "int8")) if have & bit]
-    products = "AMX and dot products" if have & TILES else "dot products"
+    instructions = lib.parvis_instructions().decode()
+    dots = [name for bit, name in ((1, "bf16"), (2, "int8")) if lib.parvis_dot_products() & bit]
+    products = "AMX and dot products" if has_tiles(lib) else "dot products"
     return f"{instructions} with {products} in {' and '.join(dots)}" if dots else str(instructions)
 
 
