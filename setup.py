@@ -5,6 +5,7 @@ from typing import Any
 
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 
 class AtOnce(build_ext):
@@ -17,12 +18,18 @@ class AtOnce(build_ext):
         self.parallel = self.parallel or True  # as many as there are CPUs
         compile_files = self.compiler.compile
 
-        def at_once(sources: list[str], *positional: Any, **options: Any) -> list[str]:
+        def at_once(sources: list[str], **options: Any) -> list[str]:
             with ThreadPoolExecutor(len(sources)) as pool:
-                objects = pool.map(lambda source: compile_files([source], *positional, **options), sources)
+                objects = pool.map(lambda source: compile_files([source], **options), sources)
                 return [name for each in objects for name in each]
 
-        self.compiler.compile = at_once
+        def with_less(sources: list[str], **options: Any) -> list[str]:
+            try:
+                return at_once(sources, **options)
+            except CompileError:  # a new compiler may have an old assembler (binutils before 2.35), which has no AMX
+                return at_once(sources, **options | {"macros": [*(options.get("macros") or ()), ("NO_TILES", None)]})
+
+        self.compiler.compile = with_less
         super().build_extensions()
 
 

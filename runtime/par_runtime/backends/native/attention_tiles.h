@@ -1,9 +1,10 @@
 /* The product of attention_bf16.h with AMX; products_tiles.h says more of tiles. */
 
 /* To be called in each thread before its first product of m rows. */
-static void tiles_of_attention(long m) { tiles_shape(TILE_ROWS, m % TILE_ROWS ? m % TILE_ROWS : TILE_ROWS, 64); }
+static void shape_tiles_of_attention(long m) { shape_tiles(TILE_ROWS, m % TILE_ROWS ? m % TILE_ROWS : TILE_ROWS, 64); }
 
-/* 16 pairs of `rows` rows of x and of w, at most: what is behind `pairs` of them is 0 here, and may be no number there. */
+/* Copies of x and w for the last tile along K, which has fewer pairs than 16. Behind these are zeros: what lies there in
+   the cache may be no number. */
 TILED INLINE void copy_last_pairs(const uint16_t *x, long ldx, long rows, const uint16_t *w, long ldw, long pairs,
                                   uint16_t *x_copy /* [rows][16][2] */, uint16_t *w_copy /* [16][PANEL][2] */) {
     const __mmask16 there = (__mmask16)((1u << pairs) - 1);
@@ -17,7 +18,7 @@ TILED INLINE void copy_last_pairs(const uint16_t *x, long ldx, long rows, const 
     ACCESSED;
 }
 
-/* c [rows][PANEL] = x w, as pairs_of_rows(), for a whole tile of rows or, with `last`, for those behind whole tiles. */
+/* c [rows][PANEL] = x w, as pairs_of_rows(), for a whole tile of rows or, with `last`, for the last one. */
 TILED INLINE void pairs_of_tile(const int last, long rows, const uint16_t *x, long ldx, const uint16_t *w, long ldw,
                                 long pairs, float *c, long ldc, Ahead fetch) {
     _Alignas(64) uint16_t x_copy[TILE_ROWS * 32], w_copy[16 * 2 * PANEL];
@@ -58,7 +59,7 @@ TILED INLINE void pairs_of_tile(const int last, long rows, const uint16_t *x, lo
     ACCESSED;
 }
 
-/* As pairs_product(), after tiles_of_attention(m). */
+/* As pairs_product(), after shape_tiles_of_attention(m). */
 TILED static void pairs_product_tiles(const uint16_t *x, long ldx, long m, const uint16_t *w, long ldw, long pairs,
                                       float *c, long ldc, Ahead fetch) {
     ACCESSED;

@@ -21,6 +21,7 @@
 #include <string.h>
 
 #include "decoder_plan.h"
+#define NO_TILES /* nothing here is computed in them */
 #include "instructions.h"
 #include "pool.h"
 

@@ -1,5 +1,5 @@
-/* Products of the step with the dot products of AVX-512 and with AMX. They are as much code as all else of step.c: in a file of their
-   own, they are compiled beside it (setup.py). */
+/* Products of the step with the dot products of AVX-512, and with AMX. They are as much code as all else of step.c: in a
+   file of their own, they are compiled beside it (setup.py). */
 
 #include "instructions.h"
 #include "matrix.h"

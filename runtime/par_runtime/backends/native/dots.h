@@ -7,11 +7,11 @@ __attribute__((visibility("hidden"))) PanelProduct panel_product_bf16_dot, panel
 #ifdef HAS_TILES
 #define TILED __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16,avx512vnni,amx-tile,amx-bf16,"  \
                                     "amx-int8,fma,f16c,avx2")))
-/* Compilers do not know what memory is read and written where tiles are loaded, stored or shaped. */
+/* A compiler may not know what memory is read and written where tiles are loaded, stored or shaped. */
 #define ACCESSED __asm__ volatile("" ::: "memory")
 
 __attribute__((visibility("hidden"))) PanelProduct panel_product_bf16_tiles, panel_product_int8_tiles;
-__attribute__((visibility("hidden"))) void tiles_shape(long rows, long other_rows, long depth);
-__attribute__((visibility("hidden"))) void tiles_begin(const Matrix *w, long m), tiles_done(void);
+__attribute__((visibility("hidden"))) void shape_tiles(long rows, long other_rows, long depth);
+__attribute__((visibility("hidden"))) void shape_tiles_of_product(const Matrix *w, long m), give_back_tiles(void);
 #endif
 #endif

@@ -25,26 +25,35 @@ typedef struct {
 #if __GNUC__ >= 10 || (defined(__clang_major__) && __clang_major__ >= 9)
 #define HAS_DOT /* the compiler knows dot products */
 #endif
-#if defined(__linux__) && (defined(__clang_major__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define HAS_TILES /* the compiler knows AMX, and the system is one that we can ask for it */
+#if defined(HAS_DOT) && defined(__linux__) && !defined(NO_TILES)
+#if defined(__clang_major__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define HAS_TILES /* the compiler knows AMX, and the system is one that can be asked for it */
+#include <stdatomic.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Whether this process may use AMX. Linux keeps 8 KB more for each thread that does, and wants to be asked once for the
-   process. It refuses where a thread has a stack for signals that is too small to save them; then there is none. */
+/* Whether this process may use AMX. Linux wants to be asked, as it must save 8 KB more for each thread. It refuses where
+   a thread has a stack for signals that is too small for that; once it has agreed, it refuses to set up such a stack.
+   The first answer stays: what is loaded later computes as what is loaded already. */
 static inline int tiles_allowed(void) {
+    enum { UNKNOWN, YES, NO };
+    static atomic_int answer = UNKNOWN;
     const unsigned needed = 1u << 22 | 1u << 24 | 1u << 25; /* AMX-BF16, AMX-TILE, AMX-INT8 */
-    const long ask = 0x1023, tile_data = 18;                /* ARCH_REQ_XCOMP_PERM, of Linux 5.16; XFEATURE_XTILE_DATA */
+    const long ask = 0x1023, tile_data = 18;                /* ARCH_REQ_XCOMP_PERM and XFEATURE_XTILE_DATA, Linux 5.16 */
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & needed) != needed) return 0;
-    return syscall(SYS_arch_prctl, ask, tile_data) == 0;
+    if (atomic_load(&answer) == UNKNOWN) {
+        int has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & needed) == needed;
+        atomic_store(&answer, has && syscall(SYS_arch_prctl, ask, tile_data) == 0 ? YES : NO);
+    }
+    return atomic_load(&answer) == YES;
 }
+#endif
 #endif
 #endif
 
 /* What this CPU and its operating system can. PARVIS_NATIVE in the environment allows less: "avx2", or "avx512" without
-   dot products, or "dots" without tiles, or "sse": the kernels that 64-bit ARM has, in vectors of 16 bytes, for tests. They need AVX2's fused
-   multiply-add here, so they are for no other CPU. */
+   dot products, or "dots" without tiles, or "sse": the kernels that 64-bit ARM has, in vectors of 16 bytes, for tests.
+   They need AVX2's fused multiply-add here, so they are for no other CPU. */
 static inline Instructions instructions_of_cpu(void) {
     Instructions have = {0, 0, 0, 0, 0, 0};
 #ifdef HAS_AVX

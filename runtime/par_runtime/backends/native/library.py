@@ -14,7 +14,7 @@ STORED = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
 #: what a matrix is multiplied in -> its number in matrix.h
 ARITHMETIC = {"fp32": 0, "bf16": 1, "int8": 2}
 
-TILES = 4  #: the bit of parvis_dot_products() of AMX
+TILES = 4  #: of AMX, the bit of parvis_extra_instructions()
 HEAD_MULTIPLE = 8  #: attention.h takes so many numbers of a head at a time
 
 Pointers = ctypes.POINTER(ctypes.c_void_p)
@@ -115,7 +115,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     lib.parvis_struct_sizes.argtypes = (pointer,)
     lib.parvis_instructions.restype = ctypes.c_char_p
-    lib.parvis_dot_products.restype = ctypes.c_int
+    lib.parvis_extra_instructions.restype = ctypes.c_int
     lib.parvis_open.restype = pointer
     lib.parvis_close.argtypes = (pointer,)
     lib.parvis_settle.argtypes = (pointer,)
@@ -165,16 +165,16 @@ def library() -> ctypes.CDLL | None:
 
 
 def has_tiles(lib: ctypes.CDLL) -> bool:
-    """Whether products in bf16 and int8, and attention to keys in bf16, are made by AMX."""
-    return bool(lib.parvis_dot_products() & TILES)
+    """Whether AMX multiplies in bf16, and many rows in int8, and makes attention to keys in bf16."""
+    return bool(lib.parvis_extra_instructions() & TILES)
 
 
 def described(lib: ctypes.CDLL) -> str:
     """The instructions that the kernels use, as ``parvis doctor`` prints them."""
-    instructions = lib.parvis_instructions().decode()
-    dots = [name for bit, name in ((1, "bf16"), (2, "int8")) if lib.parvis_dot_products() & bit]
+    instructions: str = lib.parvis_instructions().decode()
+    dots = [name for bit, name in ((1, "bf16"), (2, "int8")) if lib.parvis_extra_instructions() & bit]
     products = "AMX and dot products" if has_tiles(lib) else "dot products"
-    return f"{instructions} with {products} in {' and '.join(dots)}" if dots else str(instructions)
+    return f"{instructions} with {products} in {' and '.join(dots)}" if dots else instructions
 
 
 def why_not(bundle: Bundle) -> str | None:

@@ -51,7 +51,7 @@ typedef struct {
 } Matrix;
 
 /* Packs x [m][k], `ldx` numbers from row to row, for products with w. With `row_scale` [m] and `gain` [k], both or
-   none, each number is multiplied by both first (RMSNorm). k is a multiple of w's group. */
+   none, each number is multiplied by both first (RMSNorm). k is a multiple of 32 and of w's group. */
 typedef void PackRows(const Matrix *w, const float *x, long ldx, long m, long k, const float *row_scale,
                       const float *gain, void *packed);
 /* c [m][PANEL] = x w for packed x [m][k] and one panel of w. c has product_rows(m) rows, `scratch` has
@@ -77,16 +77,17 @@ INLINE int64_t packed_rows_bytes(int64_t m, int64_t k) {
 
 /* Rows of activations in tiles (products_tiles.h): so many tiles, of equally many rows. */
 #define TILE_ROWS 16
-INLINE long tiles_of_rows(long m) { return (m + TILE_ROWS - 1) / TILE_ROWS; }
+INLINE long tiles_of_rows(long m) { return m ? (m + TILE_ROWS - 1) / TILE_ROWS : 1; }
 INLINE long tile_rows(long m) { return (m + tiles_of_rows(m) - 1) / tiles_of_rows(m); }
 
 /* Rows of the tile that a product of m rows writes: tiles are written whole. */
 INLINE long product_rows(long m) { return tiles_of_rows(m) * tile_rows(m); }
 
-/* Bytes that one thread needs during a product: a block of weights in fp32, or a group in bf16; and twice the sums of two
-   tiles of rows. */
+/* Bytes that one thread needs during a product: of a block of weights in fp32, or of a group in bf16, and of the sums of
+   two tiles of rows. Products in tiles have two of each. */
 #define DECODED_BYTES (K_BLOCK * PANEL * 4)
 #define SUMS_BYTES (2 * TILE_ROWS * PANEL * 4)
+_Static_assert(K_BLOCK_DOT * PANEL * 2 <= DECODED_BYTES, "the largest group must fit in bf16");
 INLINE int64_t product_scratch_bytes(void) { return 2 * (DECODED_BYTES + SUMS_BYTES); }
 
 /* In front of each loop over sums: only where all of them are unrolled does the compiler keep the sums in registers. */

@@ -13,8 +13,8 @@ int64_t parvis_layout(int64_t stored, int64_t arithmetic) {
     return arithmetic == MULTIPLY_BF16 && stored < INT8 ? ROWS_BF16 : stored;
 }
 
-/* The product of m rows with a matrix, with vectors of `bits`, 512, 256 or 128, or `tiles` too. In bf16 it is the same for
-   every m, since tiles sum up in another order; in int8 all have the same bits. */
+/* The product of m rows with a matrix, with vectors of `bits`, 512, 256 or 128, or with `tiles` too. In bf16 it is the
+   same for every m, since tiles sum up in another order; in int8 all have the same bits. */
 static Product product_of(const Matrix *w, int bits, int tiles, long m) {
 #ifdef HAS_VECTORS
     if (bits == 128) {

@@ -122,7 +122,7 @@ static void pack_bf16(const Matrix *matrix, const char *w, int64_t k, int64_t n,
 }
 
 /* Packs w [k][n], and the scales [k/group][n] of a quantised one, into panels at `out`, [n/PANEL] of parvis_matrix_bytes()
-   together. n is a multiple of PANEL; k of the group, or any even number. With `halves`, a panel holds PANEL/2 columns
+   together. n is a multiple of PANEL; k of 32 and of the group. With `halves`, a panel holds PANEL/2 columns
    of the first half of w, then PANEL/2 of the second half. */
 void parvis_pack(const Matrix *matrix, const char *w, const char *scales, int64_t k, int64_t n, int halves, char *out) {
     /* w is read in order: it is a mapped file with small pages. `out` has huge pages. */

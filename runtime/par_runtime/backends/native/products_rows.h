@@ -150,7 +150,7 @@ TARGET static void NAME(pack_rows_tiles)(const Matrix *w, const float *x, long l
             for (long j = 0; j < count; j += 32)
                 for (long l = 0; l < 32; l++) out[j * h + l] = (uint16_t)to_bf16(row[j + l]);
         }
-    tiles_begin(w, m);
+    shape_tiles_of_product(w, m);
 }
 
 /* In int8: for each group of K [T*h][group] codes, scales [M], and minus the sums of the codes [M]. */
@@ -171,7 +171,7 @@ TARGET static void NAME(pack_rows_code_tiles)(const Matrix *w, const float *x, l
         }
         memset(out + m * group, 0, (size_t)((rows - m) * group));
     }
-    tiles_begin(w, m);
+    shape_tiles_of_product(w, m);
 }
 #endif
 

@@ -14,15 +14,16 @@
    there. So bits are not those of dot products, but the same for any number of rows. In int8 they are the same as
    products_int8.h has. */
 
-/* Tiles 0 to 3 are sums: of rows 0 and columns 0, 0 and 1, 1 and 0, 1 and 1. 4 and 5 are rows, 6 and 7 columns. */
+/* What `ldtilecfg` reads. */
 typedef struct {
     uint8_t palette, start_row, zeros[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
 } TileShapes;
 
-/* Shapes the tiles of this thread: `rows` rows in tiles 0, 1 and 4, `other_rows` in 2, 3 and 5; `depth` bytes of K. */
-TILED void tiles_shape(long rows, long other_rows, long depth) {
+/* Shapes the tiles of this thread. Tiles 4 and 5 are rows of activations, 6 and 7 the panel's columns, `depth` bytes of K
+   of each; 0 and 1 are the sums of the `rows` rows of tile 4, 2 and 3 those of the `other_rows` of tile 5. */
+TILED void shape_tiles(long rows, long other_rows, long depth) {
     _Alignas(64) TileShapes shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         shapes.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? depth : 64);
@@ -30,15 +31,15 @@ TILED void tiles_shape(long rows, long other_rows, long depth) {
     }
     ACCESSED;
     _tile_loadconfig(&shapes);
+    ACCESSED;
 }
 
-/* For products of m rows with w. */
-void tiles_begin(const Matrix *w, long m) {
-    tiles_shape(tile_rows(m), tile_rows(m), w->arithmetic == MULTIPLY_BF16 || w->group > 64 ? 64 : w->group);
+void shape_tiles_of_product(const Matrix *w, long m) {
+    shape_tiles(tile_rows(m), tile_rows(m), w->arithmetic == MULTIPLY_BF16 || w->group > 64 ? 64 : w->group);
 }
 
-/* A thread whose tiles are in use takes longer to be switched. */
-TILED void tiles_done(void) { _tile_release(); }
+/* Of a thread whose tiles are in use, the system saves 8 KB more whenever it takes the CPU from it. */
+TILED void give_back_tiles(void) { _tile_release(); }
 
 /* c [h or 2*h][PANEL] = the products of `steps` tiles along K, 4 bytes each: of the tile of rows at x, or with `both`
    of that and the one `next_rows` bytes behind it, with the panel's columns at w. `x_step`: bytes of x from tile to

@@ -196,7 +196,8 @@ static const Kernels *select_kernels(void) {
     }
 #ifdef HAS_AVX
     static const Kernels avx512 = KERNELS(avx512, 512, 0, pairs_product_avx512),
-                         avx2 = KERNELS(avx2, 256, 0, pairs_product_avx2), sse = KERNELS(sse, 128, 0, pairs_product_sse);
+                         avx2 = KERNELS(avx2, 256, 0, pairs_product_avx2),
+                         sse = KERNELS(sse, 128, 0, pairs_product_sse);
     Instructions have = instructions_of_cpu();
 #ifdef HAS_DOT
     static const Kernels with_dot = KERNELS(avx512, 512, 0, pairs_product_dot);
@@ -221,7 +222,7 @@ static const Kernels *select_kernels(void) {
 /* To be called in each thread before the heads of a layer, where the cache is in bf16. */
 static void begin_attention(const Kernels *kernels, long query) {
 #ifdef HAS_TILES
-    if (kernels->tiles) tiles_of_attention(query);
+    if (kernels->tiles) shape_tiles_of_attention(query);
 #else
     (void)kernels, (void)query;
 #endif
@@ -230,7 +231,7 @@ static void begin_attention(const Kernels *kernels, long query) {
 /* To be called in each thread after its last product. */
 static void end_products(const Kernels *kernels) {
 #ifdef HAS_TILES
-    if (kernels->tiles) tiles_done();
+    if (kernels->tiles) give_back_tiles();
 #else
     (void)kernels;
 #endif
@@ -244,7 +245,7 @@ static void end_products(const Kernels *kernels) {
 const char *parvis_instructions(void) { return select_kernels() ? select_kernels()->instructions : ""; }
 
 /* Which of these are used: 1 dot products of AVX-512 in bf16, 2 in int8, 4 tiles of AMX in both; or their sum. */
-int parvis_dot_products(void) {
+int parvis_extra_instructions(void) {
     Instructions have = instructions_of_cpu();
     return have.bf16_dot + 2 * have.int8_dot + 4 * have.tiles;
 }
@@ -305,6 +306,7 @@ int parvis_step(void *opened, const Step *step) {
     Pool *pool = opened;
     const Model *model = step->model;
     StepCall call = {.step = *step, .kernels = pool->kernels};
+    if (!step->rows || !step->query) return 0; /* nothing to compute, and no product has so few rows */
     place(&call, step->workspace, pool->most_threads);
     for (int64_t i = 0, m = step->rows * step->query; i < m; i++)
         if (step->ids[i] < 0 || step->ids[i] >= model->embed_rows) return -2;
