@@ -113,6 +113,15 @@ def test_instruction_sets_agree(requested: str, odd: Path, wide: Path, tmp_path:
         assert np.sqrt(np.mean(moved**2)) < 1.2e-3 * np.abs(ours).max()
 
 
+def test_a_call_of_no_positions_gives_nothing() -> None:
+    bundle = Bundle.open(DEMO, "none")
+    batch = Schedule.of(bundle, [0], image_settings(bundle, 1)).batch
+    backend = NativeBackend(bundle, 1, "bf16", "bf16")
+    none = backend.logits(batch, np.zeros((batch.rows, 0), np.int64), np.zeros(batch.rows, np.int64))
+    assert none.shape == (1, 0, bundle.vocab_size)
+    backend.close()
+
+
 @pytest.mark.two_cores
 @pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
 def test_a_batch_and_its_images_alone_agree_in_a_bf16_cache(arithmetic: Literal["fp32", "bf16"]) -> None:
