@@ -136,6 +136,19 @@ TARGET static void NAME(last_pairs)(const uint16_t *x, long ldx, long m, const u
 #endif
 }
 
+/* pairs [D][2], of which x [D] becomes the first number, or the second one. With the first one, the second is multiplied
+   by 0, so it must be a number: 0. */
+TARGET static inline void NAME(put_values)(const uint16_t *x, long d, int second, uint16_t *pairs) {
+    for (long j = 0; j < d; j++) {
+        uint32_t pair = x[j];
+        if (second) {
+            memcpy(&pair, pairs + 2 * j, 4);
+            pair = (pair & 0xffff) | (uint32_t)x[j] << 16;
+        }
+        memcpy(pairs + 2 * j, &pair, 4);
+    }
+}
+
 /* As attention_head(), with a cache in bf16 and the given product. */
 TARGET static void NAME(attention_head_bf16)(const Step *s, const Buffers *at, long layer, long r, long h,
                                              float *scratch, const char *next, PairsProduct *product) {
@@ -157,16 +170,14 @@ TARGET static void NAME(attention_head_bf16)(const Step *s, const Buffers *at, l
         long slot = first + t;
         const float *cosine = model->cosine + slot * d / 2, *sine = model->sine + slot * d / 2; /* [D/2] */
         uint16_t *key = k_cache + slot / PANEL * PANEL * d + slot % PANEL * 2; /* [D/2] pairs, 2*PANEL apart */
-        uint16_t *value = v_cache + slot / 2 * 2 * d + slot % 2;               /* [D], 2 apart */
+        uint16_t *value = v_cache + slot / 2 * 2 * d;                          /* [D] pairs */
         NAME(rotate)(row, cosine, sine, d, model->attention_scale, row_of);
         NAME(round_bf16)(row_of, d, queries + t * d);
         NAME(rotate)(row + inner, cosine, sine, d, 1.0f, row_of);
         NAME(round_bf16)(row_of, d, rounded);
         for (long j = 0; j < d / 2; j++) memcpy(key + j * 2 * PANEL, rounded + 2 * j, 4);
         NAME(round_bf16)(row + 2 * inner, d, rounded);
-        for (long j = 0; j < d; j++) value[2 * j] = rounded[j];
-        if (slot % 2 == 0) /* the other one of the pair is multiplied by 0, so it must be a number */
-            for (long j = 0; j < d; j++) value[2 * j + 1] = 0;
+        NAME(put_values)(rounded, d, slot % 2, value);
     }
     for (long p = 0; p < padded; p += PANEL)
         product(queries, d, q, k_cache + p * d, 2 * PANEL, d / 2, scores + p, padded,
