@@ -106,10 +106,10 @@ def test_instruction_sets_agree(requested: str, odd: Path, wide: Path, tmp_path:
     """Products of the same rounded numbers differ by the order of fp32 sums. That turns a rounding here and there,
     which turns more of those behind it, so what two sets differ by is about what rounding costs, and not more.
     """
-    for bundle in (odd, wide):
+    for bundle, most in ((odd, 5e-3), (wide, 7e-3)):
         ours = logits(bundle, "bf16", "bf16")
         moved = np.abs(written(requested, bundle, tmp_path / "logits.npy") - ours)
-        assert moved.max() < 7e-3 * np.abs(ours).max()
+        assert moved.max() < most * np.abs(ours).max()
         assert np.sqrt(np.mean(moved**2)) < 1.2e-3 * np.abs(ours).max()
 
 

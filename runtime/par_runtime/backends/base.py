@@ -124,7 +124,7 @@ def check_positions(write: Int, query: int, n_tokens: int) -> None:
     """Raise ValueError unless ``query`` positions from ``write`` [R] on lie in 0 .. N-1: beyond, a backend would write
     outside its cache.
     """
-    first = write.tolist()  # of few rows, as every call asks: numpy's own smallest and largest take longer
+    first = write.tolist()  # every call asks, of a few rows: for these, numpy's min and max take longer
     if min(first) < 0 or max(first) + query > n_tokens:
         raise ValueError(f"a call of {query} positions from {first} on; expected positions 0..{n_tokens - 1}")
 

@@ -141,8 +141,7 @@ class Product:
         self._lib, self._x = lib, x
         self._matrix = matrix_of(lib, "float32", "fp32") if matrix is None else matrix
         self._packed = empty(lib.parvis_packed_bytes(*x.shape), np.uint8)  # lines of a cache, as in a step
-        tile = empty((lib.parvis_product_rows(len(x)), lib.parvis_panel()), np.float32)
-        self._tile, self.tile = tile, tile[: len(x)]
+        self.tile = empty((lib.parvis_product_rows(len(x)), lib.parvis_panel()), np.float32)[: len(x)]
 
     def __call__(self, panels: int, count: int, times: int) -> None:
         """Multiply by each of ``count`` panels from the address ``panels`` on, ``times`` times.
@@ -152,7 +151,7 @@ class Product:
         self._matrix.data = panels
         self._lib.parvis_products(
             ctypes.byref(self._matrix), self._x.ctypes.data, *self._x.shape, count, times,
-            self._tile.ctypes.data, self._packed.ctypes.data,
+            self.tile.ctypes.data, self._packed.ctypes.data,
         )  # fmt: skip
 
 

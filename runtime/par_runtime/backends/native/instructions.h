@@ -55,14 +55,14 @@ static inline int tiles_allowed(void) {
    dot products, or "dots" without tiles, or "sse": the kernels that 64-bit ARM has, in vectors of 16 bytes, for tests.
    They need AVX2's fused multiply-add here, so they are for no other CPU. */
 static inline Instructions instructions_of_cpu(void) {
-    Instructions have = {0, 0, 0, 0, 0, 0};
+    Instructions have = {0};
 #ifdef HAS_AVX
     const char *requested = getenv("PARVIS_NATIVE");
     unsigned a, b, c = 0, d; /* not every compiler that is used knows the name "f16c" */
     __builtin_cpu_init();
     have.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
                 (c & bit_F16C);
-    if (have.avx2 && requested && !strcmp(requested, "sse")) return (Instructions){1, 0, 0, 0, 0, 0};
+    if (have.avx2 && requested && !strcmp(requested, "sse")) return (Instructions){.short_vectors = 1};
     have.avx512 = have.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && !(requested && !strcmp(requested, "avx2"));
 #ifdef HAS_DOT

@@ -80,7 +80,7 @@ static void record(Worker *worker, const StepCall *call, const float *x, const f
 static PanelProduct *begin_product(Worker *worker, const StepCall *call, const float *x, const float *gain,
                                    const Matrix *w, long k, long n, long *first, Scratch *own) {
     long m = call->step.rows * call->step.query;
-    Product product = product_of(w, call->kernels->bits, call->kernels->tiles, m);
+    Product product = product_of(call->kernels, w, m);
     record(worker, call, x, gain, k, own);
     begin_phase(worker, n / PANEL, items_at_once(worker->pool, n / PANEL));
     *first = next_item(worker);

@@ -13,22 +13,22 @@ int64_t parvis_layout(int64_t stored, int64_t arithmetic) {
     return arithmetic == MULTIPLY_BF16 && stored < INT8 ? ROWS_BF16 : stored;
 }
 
-/* The product of m rows with a matrix, with vectors of `bits`, 512, 256 or 128, or with `tiles` too. In bf16 it is the
-   same for every m, since tiles sum up in another order; in int8 all have the same bits. */
-static Product product_of(const Matrix *w, int bits, int tiles, long m) {
+/* The product of m rows with a matrix. In bf16 it is the same for every m, since tiles sum up in another order; in int8
+   all have the same bits. */
+static Product product_of(const Kernels *kernels, const Matrix *w, long m) {
 #ifdef HAS_VECTORS
-    if (bits == 128) {
+    if (kernels->bits == 128) {
         if (w->arithmetic == MULTIPLY_INT8) return (Product){SHORT(pack_rows_codes), SHORT(panel_product_int8)};
         if (w->arithmetic == MULTIPLY_BF16) return (Product){SHORT(pack_rows_bf16), SHORT(panel_product_fp32)};
         return (Product){SHORT(pack_rows_fp32), SHORT(panel_product_fp32)};
     }
 #endif
 #ifdef HAS_AVX
-    int avx512 = bits == 512;
+    int avx512 = kernels->bits == 512;
 #ifdef HAS_TILES
-    if (tiles && (w->layout == PAIRS_BF16 || w->layout == PAIRS_SIGN8 || w->layout == WORDS_INT4))
+    if (kernels->tiles && (w->layout == PAIRS_BF16 || w->layout == PAIRS_SIGN8 || w->layout == WORDS_INT4))
         return (Product){pack_rows_tiles_avx512, panel_product_bf16_tiles};
-    if (tiles && m >= TILES_FROM_ROWS && (w->layout == QUADS_INT8 || w->layout == QUADS_INT4))
+    if (kernels->tiles && m >= TILES_FROM_ROWS && (w->layout == QUADS_INT8 || w->layout == QUADS_INT4))
         return (Product){pack_rows_code_tiles_avx512, panel_product_int8_tiles};
 #endif
     switch (w->layout) {
@@ -49,6 +49,6 @@ static Product product_of(const Matrix *w, int bits, int tiles, long m) {
                       : (Product){pack_rows_fp32_avx2, panel_product_fp32_avx2};
     }
 #endif
-    (void)w, (void)tiles, (void)m;
+    (void)kernels, (void)w, (void)m;
     return (Product){NULL, NULL};
 }

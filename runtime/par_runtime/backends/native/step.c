@@ -165,8 +165,6 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 #include "attention_bf16.h"
 #include "draws.h"
 #endif
-#include "products_choose.h"
-
 /* The kernels of one instruction set; the files above describe them. */
 typedef struct {
     const char *instructions;
@@ -217,6 +215,7 @@ static const Kernels *select_kernels(void) {
     return NULL;
 }
 
+#include "products_choose.h"
 #include "products_pack.h"
 
 /* To be called in each thread before the heads of a layer, where the cache is in bf16. */
@@ -336,7 +335,7 @@ void parvis_draw(const float *logits, int64_t count, int64_t v, const float *uni
 void parvis_products(const Matrix *w, const float *x /* [m][k] */, int64_t m, int64_t k, int64_t n_panels,
                      int64_t times, float *tile /* [product_rows(m)][PANEL] */, char *packed) {
     const Kernels *kernels = select_kernels();
-    Product product = product_of(w, kernels->bits, kernels->tiles, m);
+    Product product = product_of(kernels, w, m);
     char *scratch = packed + aligned(packed_rows_bytes(m, k));
     product.pack_rows(w, x, k, m, k, NULL, NULL, packed);
     for (int64_t i = 0; i < times; i++)
