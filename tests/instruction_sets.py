@@ -33,17 +33,19 @@ import numpy as np
 from par_runtime.backends.native.decoding import NativeDecoder
 from par_runtime.bundle import Bundle
 from par_runtime.loaded import LoadedFiles
-decoder = NativeDecoder(LoadedFiles(Bundle.open(sys.argv[1])), 2)
+decoder = NativeDecoder(LoadedFiles(Bundle.open(sys.argv[1])), 2, sys.argv[5])
 assert sys.argv[4] in decoder.name
 np.save(sys.argv[3], decoder.run(np.load(sys.argv[2])))
 """
 
 
-def decoded_by(instructions: str, bundle: Path, tokens: NDArray[Any], folder: Path) -> NDArray[np.uint8]:
+def decoded_by(
+    instructions: str, bundle: Path, tokens: NDArray[Any], folder: Path, precision: str = "fp32"
+) -> NDArray[np.uint8]:
     """What the decoder in C makes of ``tokens``, in a process of its own: the set is chosen when it is loaded."""
     np.save(folder / "tokens.npy", tokens)
     places = (bundle, folder / "tokens.npy", folder / "pixels.npy")
-    command = [sys.executable, "-c", _DECODER, *map(str, places), instructions]
+    command = [sys.executable, "-c", _DECODER, *map(str, places), instructions, precision]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PARVIS_NATIVE": instructions}
     subprocess.run(command, env=environment, check=True)
     pixels: NDArray[np.uint8] = np.load(folder / "pixels.npy")

@@ -28,10 +28,11 @@ from par_export.restored import StoredWeights, stored_table
 from par_export.staging import check_replaced
 from par_model.training.files import alone_in
 from par_runtime.arguments import cpu_threads
+from par_runtime.backends.native.decoding import why_not_bf16
 from par_runtime.backends.native.library import why_not
 from par_runtime.bundle import WEIGHTS, Bundle, matrix_names
 from par_runtime.checked import shown_path
-from par_runtime.dtypes import ARITHMETICS, Float
+from par_runtime.dtypes import ARITHMETICS, CACHES, DECODER_PRECISIONS, Float
 from par_runtime.manifest import KEPT
 from par_runtime.quantised import Quantised
 from par_runtime.request import class_indices
@@ -40,7 +41,6 @@ from par_runtime.system import check_different, check_writable, peak_bytes
 #: Words of ``--weights`` -> the manifest's.
 KEEP_WEIGHTS = "keep"
 WEIGHT_CHOICES = ("int8", "int4", KEEP_WEIGHTS)
-CACHES = ("fp32", "bf16")
 
 Say = Callable[[str], None]
 
@@ -64,6 +64,7 @@ class Request:
     keep: tuple[str, ...] = ()
     arithmetic: str | None = None  #: None: bf16 with quantised weights, where the C step runs the bundle; else fp32
     cache: str | None = None  #: as ``arithmetic``
+    decoder_precision: str = "fp32"  #: of ``dtypes.DECODER_PRECISIONS``
     refine: int = 0  #: steps in which codes and scales are trained after that; see ``refine.train``
     record: RecordOptions = field(default_factory=RecordOptions)
     report: Options = field(default_factory=Options)
@@ -81,8 +82,11 @@ def places_of(request: Request) -> Places:
     """The places of ``request``. Raises CalibrationError."""
     bundle = request.bundle.absolute()
     bundle = bundle if bundle.name not in ("", "..") else bundle.resolve()
-    did = request.weights if request.weights != KEEP_WEIGHTS else request.arithmetic
-    suffix = f"{did}{'-cache' if request.cache != 'fp32' and request.weights == KEEP_WEIGHTS else ''}"
+    did = [request.weights]
+    if request.weights == KEEP_WEIGHTS:
+        did = [str(request.arithmetic)] * ((request.arithmetic, request.cache) != ("fp32", "fp32"))
+        did += ["cache"] * (request.cache != "fp32") + ["decoder"] * (request.decoder_precision != "fp32")
+    suffix = "-".join(did)
     out = request.out or request.bundle.parent / f"{bundle.name}-{suffix}"
     if request.out is None and request.bundle.name in ("", ".", ".."):
         out = bundle.parent / f"{bundle.name}-{suffix}"
@@ -132,6 +136,8 @@ def calibrate(
         "arithmetic": request.arithmetic,
         "cache": request.cache,
     }
+    if request.decoder_precision != "fp32":
+        calibration["decoder_precision"] = request.decoder_precision
 
     def decide(candidate: Bundle) -> Mapping[str, Any]:
         if request.weights != KEEP_WEIGHTS:
@@ -283,6 +289,7 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
         ("weights", request.weights, WEIGHT_CHOICES),
         ("arithmetic", request.arithmetic, ARITHMETICS),
         ("cache", request.cache, CACHES),
+        ("decoder-precision", request.decoder_precision, DECODER_PRECISIONS),
     ):
         if value not in known:
             raise CalibrationError(f"--{name} {value}: expected one of {', '.join(known)}")
@@ -293,10 +300,10 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
     places.check(bundle.path, [path for path in inputs if path is not None])
     places.check_own_files()
     if request.weights == KEEP_WEIGHTS:
-        if (request.arithmetic, request.cache) == ("fp32", "fp32"):
+        if {request.arithmetic, request.cache, request.decoder_precision} == {"fp32"}:
             raise CalibrationError(
-                "--weights keep: changes nothing by itself; give --arithmetic bf16 or int8, or --cache bf16, to prove "
-                "that the C step may round to it"
+                "--weights keep: changes nothing by itself; give --arithmetic bf16 or int8, --cache bf16, or "
+                "--decoder-precision bf16, to prove that the C kernels may round to it"
             )
         if request.refine:
             raise CalibrationError("--refine: no matrix is quantised with --weights keep; leave it out")
@@ -313,6 +320,12 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
         raise CalibrationError(
             f"--arithmetic {request.arithmetic}, --cache {request.cache}: they are the C step's, which cannot run this "
             f"bundle here ({reason}), so nothing could be proven; leave them out"
+        )
+    reason = why_not_bf16(bundle) if request.decoder_precision != "fp32" else None
+    if reason:
+        raise CalibrationError(
+            f"--decoder-precision {request.decoder_precision}: nothing could be proven of it here ({reason}); leave it "
+            "out, or calibrate on a CPU with AMX"
         )
     if os.path.lexists(places.out):
         check_replaced(places.out, request.force)
@@ -343,6 +356,7 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
         held=held,
         arithmetic=request.arithmetic,
         cache=request.cache,
+        decoder_precision=request.decoder_precision,
         threads=request.threads,
         budget=limits,
     )

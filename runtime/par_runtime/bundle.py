@@ -131,6 +131,7 @@ class Calibration:
     cache: str  #: what the C step keeps keys and values in by default: "fp32" or "bf16"
     source: str  #: hash of the bundle that it was made from
     report: Mapping[str, Any]  #: the figures of its report
+    decoder_precision: str = "fp32"  #: what the C decoder computes in by default, where the CPU has AMX
 
 
 @dataclass(frozen=True)
@@ -363,7 +364,8 @@ def _calibration(entry: Mapping[str, Any] | None) -> Calibration | None:
     if entry is None:
         return None
     names = ("weights", "group", "arithmetic", "cache", "source", "report")
-    return Calibration(**{name: entry[name] for name in names}, kept=tuple(entry["kept"]))
+    decoder = entry.get("decoder_precision", "fp32")  # manifests hold it only where it is another
+    return Calibration(**{name: entry[name] for name in names}, kept=tuple(entry["kept"]), decoder_precision=decoder)
 
 
 def _check_files(bundle: Bundle, verify: FileCheck) -> None:

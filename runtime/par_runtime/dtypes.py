@@ -22,6 +22,10 @@ PRECISIONS = tuple(DTYPE)
 ARITHMETICS = ("fp32", "bf16", "int8")
 #: What the C step can keep keys and values in, the most exact first.
 CACHES = ("fp32", "bf16")
+#: What the C decoder can compute its 3x3 convolutions in, the most exact first: in bf16 with AMX.
+DECODER_PRECISIONS = ("fp32", "bf16")
+#: What a CPU rounds to: these three, as ``Pipeline.load`` and a calibration name them.
+ROUNDING = ("arithmetic", "cache", "decoder_precision")
 #: precision -> bytes of one stored number; quantised weights too, without their scales.
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 #: dtype -> the numpy type that holds its bits; numpy itself has no bf16.

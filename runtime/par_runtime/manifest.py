@@ -20,7 +20,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from par_runtime.checked import MOST_NESTED, UNPRINTABLE, Mismatch, Value, shown
-from par_runtime.dtypes import ARITHMETICS, BYTES, DTYPE, FLOAT32_MAX, MOST_GUIDANCE, STORAGE, dtype_bytes
+from par_runtime.dtypes import (
+    ARITHMETICS,
+    BYTES,
+    CACHES,
+    DECODER_PRECISIONS,
+    DTYPE,
+    FLOAT32_MAX,
+    MOST_GUIDANCE,
+    STORAGE,
+    dtype_bytes,
+)
 from par_runtime.manifest_video import VIDEO, check_video
 from par_runtime.places import WEIGHTS, check_overlaps, check_place
 from par_runtime.quantised import GROUPS, MOST_CODE, SCALE
@@ -266,7 +276,9 @@ def _check_calibration(m: Value) -> tuple[str, int]:
     if (group == 0) != (weights == KEPT) or (group and group not in GROUPS):
         c["group"].refuse("0" if weights == KEPT else f"one of {', '.join(map(str, GROUPS))}")
     c["arithmetic"].one_of(ARITHMETICS)
-    c["cache"].one_of(("fp32", "bf16"))
+    c["cache"].one_of(CACHES)
+    if "decoder_precision" in c.value:  # not in manifests of parvis before it could be another than fp32
+        c["decoder_precision"].one_of(DECODER_PRECISIONS)
     for name in c["kept"].entries(0, 2**18):
         name.text(MOST_NAME)
     c["source"].match("[0-9a-f]{64}", "64 hexadecimal digits")

@@ -24,7 +24,7 @@ from par_runtime.backends.base import Backend, MakesImages, image_shape
 from par_runtime.backends.choose import check_device, choose
 from par_runtime.backends.engines import CAPTURES
 from par_runtime.bundle import Bundle, FileCheck
-from par_runtime.dtypes import ARITHMETICS, CACHES, Float, Int
+from par_runtime.dtypes import ARITHMETICS, CACHES, DECODER_PRECISIONS, Float, Int
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.forks import stop_at_the_end, tell_of_forks
 from par_runtime.images.opening import Picture
@@ -99,6 +99,7 @@ class Pipeline:
         on_load: OnBytes | None = None,
         arithmetic: str = "auto",
         cache: str = "auto",
+        decoder_precision: str = "auto",
     ) -> Pipeline:
         """Load the bundle at ``path``.
 
@@ -112,8 +113,12 @@ class Pipeline:
         read and how many there are. (Other backends load in one call of a library.)
         ``arithmetic``, of a CPU: what matrices are multiplied in, "fp32", "bf16" or "int8"; activations are rounded to
         it, and fp32 and fp16 weights to bf16. In "int8", weights that are not quantised are multiplied in bf16.
-        ``cache``, of the C step: what keys and values are kept in, "fp32" or "bf16". "auto" takes what the
-        bundle's calibration has proven (``Bundle.calibration``), else "fp32". A GPU computes in its engine's precision.
+        ``cache``, of the C step: what keys and values are kept in, "fp32" or "bf16".
+        ``decoder_precision``, of the C decoder: what it computes its 3x3 convolutions in, "fp32", or "bf16" where the
+        CPU has AMX; elsewhere it stays in fp32, which is as fast there. It also holds for clips that a CPU decodes
+        beside a GPU.
+        "auto" takes what the bundle's calibration has proven (``Bundle.calibration``), else "fp32". A GPU computes in
+        its engine's precision.
 
         Raises BundleError (and its subclass EngineError), RequestError, CudaError.
         """
@@ -124,6 +129,7 @@ class Pipeline:
         function("on_load", on_load)
         choice("arithmetic", arithmetic, ("auto", *ARITHMETICS))
         choice("cache", cache, ("auto", *CACHES))
+        choice("decoder_precision", decoder_precision, ("auto", *DECODER_PRECISIONS))
         began = time.perf_counter()
         bundle = Bundle.open(path, verify)
         check_scales(bundle)
@@ -136,6 +142,7 @@ class Pipeline:
             on_load=on_load,
             arithmetic=arithmetic,
             cache=cache,
+            decoder_precision=decoder_precision,
         )
         pipeline = Pipeline(bundle, backend, note, threads)
         log.info("%s: loaded on %s in %.2f s", path, backend.info.name, time.perf_counter() - began)

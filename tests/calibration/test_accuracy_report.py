@@ -173,6 +173,7 @@ def test_what_is_no_number_is_beyond_every_limit_and_can_be_shown(report: Report
         profiles={"both": tuple(to.kl.mean(0))},
         layers=(LayerError("output", "group", math.nan),),
         frechet=replace(report.frechet, distance=math.nan),
+        decoder_psnr=math.nan,
     )
     beyond = broken.exceeded(Budget(dict.fromkeys(LIMITS, 1e9)))
     assert len(beyond) == len(LIMITS)
@@ -255,7 +256,9 @@ def test_another_model_is_no_calibration(tiny: Bundle) -> None:
 
 
 def test_the_default_budget_has_a_limit_for_each_measure(report: Report) -> None:
-    assert report.measures().keys() == LIMITS.keys() == Budget.of("int8").limits.keys()
+    every = replace(report, decoder_psnr=48.0).measures()
+    assert every.keys() == LIMITS.keys() == Budget.of("int8").limits.keys()
+    assert every.keys() - report.measures().keys() == {"decoder"}  # a decoder in fp32 is that of the original
     assert Budget.of("kept") == Budget.of("int8")
     assert Budget.of("int8").limits["top1"] == 0.98
     assert Budget.of("int4").limits["top1"] == 0.93

@@ -237,10 +237,10 @@ def test_the_c_kernels_pack_the_weights_that_were_checked(
         pytest.skip("no C kernels")
     link, opened = copy_of(SMALL), backend.open_decoder
 
-    def replace_then_open(files: LoadedFiles, threads: int) -> Any:
+    def replace_then_open(files: LoadedFiles, *how: Any) -> Any:
         (link / "new").write_bytes(bytes((link / "weights.data").stat().st_size))
         (link / "new").rename(link / "weights.data")
-        return opened(files, threads)
+        return opened(files, *how)
 
     def tokens_of(path: Path) -> Any:
         bundle = Bundle.open(path)

@@ -96,7 +96,10 @@ def _request(args: argparse.Namespace) -> Request:
     from par_runtime.cli.inputs import class_indices
 
     if args.weights is None and not args.ranges:
-        raise RequestError("--weights: what to do is missing; give int8, int4, or keep with --arithmetic or --cache")
+        raise RequestError(
+            "--weights: what to do is missing; give int8, int4, or keep with --arithmetic, --cache or "
+            "--decoder-precision"
+        )
     if args.ranges and args.refine is not None:
         raise RequestError("--refine: --ranges only measures, and quantises no matrix; leave one of them out")
     options.check_counts(args, "images", "samples", "threads", "held_out", "refine")
@@ -115,6 +118,7 @@ def _request(args: argparse.Namespace) -> Request:
         keep=args.keep or (),
         arithmetic=args.arithmetic,
         cache=args.cache,
+        decoder_precision=args.decoder_precision,
         refine=args.refine or 0,
         record=RecordOptions(args.images or default.images, args.samples or default.samples, seed, labels),
         report=Options(
@@ -162,7 +166,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--weights",
         choices=["int8", "int4", "keep"],
-        help="what matrices become; 'keep' leaves them as they are and proves --arithmetic and --cache alone",
+        help="what matrices become; 'keep' leaves them as they are and proves --arithmetic, --cache and "
+        "--decoder-precision alone",
     )
     p.add_argument(
         "--out", type=Path, help="bundle to write (default: beside BUNDLE, with -int8, -int4, ... added to its name)"
@@ -197,6 +202,13 @@ def parser() -> argparse.ArgumentParser:
         "--cache",
         choices=["fp32", "bf16"],
         help="what the C step keeps keys and values in (default: as for --arithmetic)",
+    )
+    p.add_argument(
+        "--decoder-precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="what the C decoder computes in by default where the CPU has AMX, as this one must; elsewhere it stays in "
+        "fp32 (default: fp32)",
     )
     p.add_argument("--images", type=int, metavar="N", help="images that are made to record activations (default: 24)")
     p.add_argument(

@@ -6,10 +6,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +25,12 @@ from par_calibration.report.measures import Drawn, Frechet
 from par_calibration.report.options import Options
 from par_calibration.report.result import BOTH, ROUNDING, WEIGHTS, Report, Side
 from par_calibration.report.sheet import shown_pairs
+from par_runtime.backends.native.decoding import open_decoder
 from par_runtime.bundle import WEIGHTS as WEIGHTS_FILE
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import BYTES, Int
+from par_runtime.loaded import LoadedFiles
+from par_runtime.metrics import psnr_db
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import Settings, class_indices
 
@@ -37,6 +40,18 @@ GENERATED_SEEDS = 10_000  #: from ``--seed`` to the first generated image of a r
 MOST_SEED = 2**62
 OTHER_SEEDS = 1_000_000  #: from the seeds of generated images to those of tokens that stand in for real images
 LEAST_SAMPLES = 8  #: of generated images, for a distance of sets
+DECODED = 32  #: held-out images that both decoders decode, at most
+
+
+class Rounding(NamedTuple):
+    """What a bundle runs in, by the names that ``Pipeline.load`` has for it."""
+
+    arithmetic: str
+    cache: str
+    decoder_precision: str
+
+
+EXACT = Rounding(FP32, FP32, FP32)
 
 
 def compare(
@@ -44,8 +59,8 @@ def compare(
 ) -> Report:
     """Measure ``candidate`` against the bundle that it was made from.
 
-    The original always runs in fp32. The candidate runs in the arithmetic and the cache of ``options`` (default: what
-    its manifest says) and, where that is not fp32, in fp32 too. Raises CalibrationError, BundleError, RequestError,
+    The original always runs in fp32. The candidate runs in the precisions of ``options`` (default: what its manifest
+    says) and, where its step does not run in fp32, in fp32 too. Raises CalibrationError, BundleError, RequestError,
     OSError.
     """
     options = options or Options()
@@ -55,10 +70,11 @@ def compare(
             "made from"
         )
     made = candidate.calibration
-    arithmetic = options.arithmetic or (made.arithmetic if made else FP32)
-    cache = options.cache or (made.cache if made else FP32)
+    rounding = Rounding(
+        *(getattr(options, name) or (getattr(made, name) if made else FP32) for name in Rounding._fields)
+    )
     with tempfile.TemporaryDirectory(prefix="parvis-report-", dir=options.scratch) as scratch:
-        return _Measuring(original, candidate, options, arithmetic, cache, Path(scratch)).run(tuple(layers))
+        return _Measuring(original, candidate, options, rounding, Path(scratch)).run(tuple(layers))
 
 
 @dataclass
@@ -75,14 +91,13 @@ class _Measuring:
     original: Bundle
     candidate: Bundle
     options: Options
-    arithmetic: str
-    cache: str
+    rounding: Rounding
     scratch: Path
 
     @property
     def rounded(self) -> bool:
-        """Whether the candidate runs in another arithmetic than weights alone are measured in."""
-        return (self.arithmetic, self.cache) != (FP32, FP32)
+        """Whether the candidate's step runs in another arithmetic than weights alone are measured in."""
+        return (self.rounding.arithmetic, self.rounding.cache) != (FP32, FP32)
 
     def run(self, layers: tuple[LayerError, ...]) -> Report:
         notes: list[str] = []
@@ -97,24 +112,24 @@ class _Measuring:
         if given is not None and len(given) < count:
             notes.append(f"Only {len(given)} held-out images were there; {count} were asked for.")
         self._check_room(count if given is None else len(given))
-        if self.rounded:  # before an hour of the original's work, not after it
-            with _loaded(self.candidate, self.arithmetic, self.cache, self.options.threads):
+        if self.rounding != EXACT:  # before an hour of the original's work, not after it
+            with _loaded(self.candidate, self.rounding, self.options.threads):
                 pass
         stream, other = Stream(self.scratch), Stream(self.scratch)
         try:
-            with _loaded(self.original, FP32, FP32, self.options.threads) as pipeline:
+            with _loaded(self.original, EXACT, self.options.threads) as pipeline:
                 backend = pipeline.backend.info.name
                 held = given or self._drawn_instead(pipeline, count, notes)
                 self._time("original, given tokens", lambda: record(pipeline, held, stream, self._say))
                 sets = self._draw_both(pipeline, labels, guidance) if samples else None
             forced = {}
             if self.rounded:
-                with _loaded(self.candidate, FP32, FP32, self.options.threads) as pipeline:
+                with _loaded(self.candidate, EXACT, self.options.threads) as pipeline:
                     [forced[WEIGHTS]] = self._time(
                         "candidate in fp32, given tokens",
                         lambda: against(pipeline, held, [stream], guidance, self._say, keep=other),
                     )
-            with _loaded(self.candidate, self.arithmetic, self.cache, self.options.threads) as pipeline:
+            with _loaded(self.candidate, self.rounding, self.options.threads) as pipeline:
                 streams = [stream, other] if self.rounded else [stream]
                 results = self._time(
                     "candidate, given tokens", lambda: against(pipeline, held, streams, guidance, self._say)
@@ -133,8 +148,8 @@ class _Measuring:
             notes.append("The error of each layer was not measured: no activations were recorded.")
         weights = self.candidate.quantised or "kept"
         return Report(
-            original=_side(self.original, FP32, FP32, backend),
-            candidate=_side(self.candidate, self.arithmetic, self.cache, candidate_backend),
+            original=_side(self.original, EXACT, backend),
+            candidate=_side(self.candidate, self.rounding, candidate_backend),
             images=len(held),
             images_from=held.source,
             real=held.real,
@@ -144,6 +159,7 @@ class _Measuring:
             profiles={cost: tuple(each.kl.mean(0).tolist()) for cost, each in forced.items()},
             likelihoods={cost: measures.likelihood(each, self.options.seed) for cost, each in forced.items()},
             layers=layers,
+            decoder_psnr=self._decoder_psnr(held),
             drawn=drawn,
             frechet=frechet,
             labels=labels,
@@ -205,15 +221,24 @@ class _Measuring:
             )
         show = min(self.options.show, len(sets.second))
         features = self._features(len(sets.second), notes)
-        with _loaded(self.original, FP32, FP32, self.options.threads) as pipeline:  # its decoder is the candidate's too
-            if features is None:
-                decoded = [pipeline.decode(each[:show]) for each in (sets.second, sets.candidate)]
-                return drawn, None, shown_pairs(*decoded) if show else None
-            found, shown = [], []
-            for tokens in (sets.first, sets.second, sets.candidate):
-                images = pipeline.decode(tokens)
-                found.append(features.of(images))
+        found, shown = [], []
+
+        def decode(pipeline: Pipeline, *every: Int) -> None:
+            for tokens in every:
+                images = pipeline.decode(tokens if features is not None else tokens[:show])
+                if features is not None:
+                    found.append(features.of(images))
                 shown.append(images[:show].copy())  # a view would keep all of them
+
+        # The weights of both decoders are the same.
+        same = self.rounding.decoder_precision == FP32
+        with _loaded(self.original, EXACT, self.options.threads) as pipeline:
+            decode(pipeline, *(() if features is None else (sets.first,)), sets.second, *((sets.candidate,) * same))
+        if not same:
+            with _loaded(self.candidate, self.rounding, self.options.threads) as pipeline:
+                decode(pipeline, sets.candidate)
+        if features is None:
+            return drawn, None, shown_pairs(*shown) if show else None
         first, second, candidate = found
         mean, p95 = floor(first, second, labels, self.options.seed)
         frechet = Frechet(
@@ -226,6 +251,22 @@ class _Measuring:
             floor_p95=p95,
         )
         return drawn, frechet, shown_pairs(*shown[1:]) if show else None
+
+    def _decoder_psnr(self, held: HeldOut) -> float | None:
+        """PSNR of the worst of the first held-out images in the precision of the candidate's decoder, against fp32."""
+        if self.rounding.decoder_precision == FP32:
+            return None
+        with ExitStack() as opened:
+            decoders = []
+            for precision in (FP32, self.rounding.decoder_precision):
+                decoders.append(open_decoder(LoadedFiles(self.candidate), self.options.threads, precision))
+                opened.callback(decoders[-1].close)
+            return self._time(
+                "decoders",
+                lambda: min(
+                    psnr_db(*(decoder.run(tokens[None]) for decoder in decoders)) for tokens in held.tokens[:DECODED]
+                ),
+            )
 
     def _features(self, samples: int, notes: list[str]) -> Features | None:
         if "encoder" not in self.original.graphs:
@@ -257,14 +298,13 @@ class _Measuring:
 
 
 @contextmanager
-def _loaded(bundle: Bundle, arithmetic: str, cache: str, threads: int | None) -> Iterator[Pipeline]:
+def _loaded(bundle: Bundle, rounding: Rounding, threads: int | None) -> Iterator[Pipeline]:
     """The bundle on the CPU, closed at the end. Its self-test is left out: a comparison is stricter.
 
     Raises CalibrationError where the CPU's backend cannot compute so: figures of another arithmetic prove nothing.
     """
-    with Pipeline.load(
-        bundle.path, "cpu", threads=threads, selftest=False, arithmetic=arithmetic, cache=cache
-    ) as pipeline:
+    arithmetic, cache, decoder_precision = rounding
+    with Pipeline.load(bundle.path, "cpu", threads=threads, selftest=False, **rounding._asdict()) as pipeline:
         info = pipeline.backend.info
         wanted = [arithmetic] if info.computes != arithmetic and arithmetic != FP32 else []
         wanted += [f"a {cache} cache"] if cache != FP32 and info.cache_bytes != BYTES[cache] else []
@@ -274,10 +314,16 @@ def _loaded(bundle: Bundle, arithmetic: str, cache: str, threads: int | None) ->
                 "bytes a number, so the report would prove nothing for it; calibrate where the C step runs (see "
                 f"'parvis doctor'), or give --arithmetic {info.computes}{'' if cache == FP32 else ' --cache fp32'}"
             )
+        if info.decoder_computes != decoder_precision:
+            raise CalibrationError(
+                f"a decoder in {decoder_precision}: {info.decoder} computes in {info.decoder_computes}, so the report "
+                "would prove nothing for it; calibrate where the C kernels use AMX (see 'parvis doctor'), or give "
+                "--decoder-precision fp32"
+            )
         yield pipeline
 
 
-def _side(bundle: Bundle, arithmetic: str, cache: str, backend: str) -> Side:
+def _side(bundle: Bundle, rounding: Rounding, backend: str) -> Side:
     made = bundle.calibration
     return Side(
         name=bundle.name,
@@ -285,8 +331,7 @@ def _side(bundle: Bundle, arithmetic: str, cache: str, backend: str) -> Side:
         weights=bundle.stored,
         group=made.group if made else 0,
         kept=made.kept if made else (),
-        arithmetic=arithmetic,
-        cache=cache,
+        **rounding._asdict(),
         megabytes=bundle.files[WEIGHTS_FILE]["bytes"] / 1e6,
         backend=backend,
     )

@@ -25,8 +25,9 @@ LEAST_IMAGES = 40
 class Options:
     """What :func:`par_calibration.report.compare` measures.
 
-    ``arithmetic`` and ``cache``: what the candidate will run in (default: what its manifest says); it is measured in
-    fp32 too where that is another. ``samples`` 0 leaves out generated images and all that needs them.
+    ``arithmetic``, ``cache`` and ``decoder_precision``: what the candidate will run in (default: what its manifest
+    says); its step is measured in fp32 too where that is another, and its decoder against fp32. ``samples`` 0 leaves
+    out generated images and all that needs them.
     """
 
     images: int | None = None  #: held-out images, default :data:`IMAGES`, fewer of large models
@@ -38,6 +39,7 @@ class Options:
     held: HeldOut | None = None  #: the held-out images, in place of ``real``, where the caller has read them
     arithmetic: str | None = None
     cache: str | None = None
+    decoder_precision: str | None = None
     threads: int | None = None
     budget: Budget | None = None  #: default: that of the candidate's weights
     show: int = 12  #: pairs of images of both models

@@ -36,9 +36,15 @@ NAMES = {"all": "all positions", "class": "class input", "learnable": "learnable
 def page(report: Report) -> str:
     """The page of ``report``."""
     side = report.candidate
-    rounded = [f"{side.arithmetic} arithmetic"] * (side.arithmetic != "fp32") + [f"{side.cache} cache"] * (
-        side.cache != "fp32"
-    )
+    rounded = [
+        what
+        for precision, what in (
+            (side.arithmetic, f"{side.arithmetic} arithmetic"),
+            (side.cache, f"{side.cache} cache"),
+            (side.decoder_precision, f"decoder in {side.decoder_precision}"),
+        )
+        if precision != "fp32"
+    ]
     title = f"{TITLE}{report.original.name}: {', '.join([side.weights, *rounded])}"
     parts = [f"<h1>{escape(title)}</h1>", *_verdict(report), *_sides(report), *_measures(report), *_pairs(report)]
     parts += [*_where(report), *_along(report), *_likelihood(report), *_layers(report)]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_calibration.report.budget import LIMITS, Budget
+from par_calibration.report.budget import LIMITS, Budget, Limit
 from par_calibration.report.forced import CLASS, LEARNABLE
 from par_calibration.report.layers import LayerError, outliers, worst, worst_kind
 from par_calibration.report.measures import Agreement, Drawn, Frechet, Likelihood
@@ -42,6 +42,7 @@ class Side:
     kept: tuple[str, ...]
     arithmetic: str
     cache: str
+    decoder_precision: str
     megabytes: float  #: of its weights file
     backend: str
 
@@ -61,6 +62,7 @@ class Report:
     profiles: Mapping[str, tuple[float, ...]]  #: by cost: mean KL divergence at each position, unguided
     likelihoods: Mapping[str, Likelihood]  #: by cost
     layers: tuple[LayerError, ...]
+    decoder_psnr: float | None  #: of the worst image, in dB; None where both decoders compute in fp32
     drawn: Drawn | None  #: None where no images were generated
     frechet: Frechet | None  #: None where the bundle has no encoder, too
     labels: tuple[int, ...]  #: classes of the generated images
@@ -91,6 +93,8 @@ class Report:
             out["layer"] = layer.relative_error
         if self.frechet is not None:
             out["frechet"] = self.frechet.ratio
+        if self.decoder_psnr is not None:
+            out["decoder"] = self.decoder_psnr
         return out
 
     def exceeded(self, budget: Budget | None = None) -> list[str]:
@@ -105,9 +109,10 @@ class Report:
                 continue
             limit, most = LIMITS[key], limits[key]
             if not limit.within(value, most):
+                mend = advice if key != "decoder" else "give --decoder-precision fp32"
                 lines.append(
                     f"{limit.name}: {limit.text(value)}, {'at least' if limit.least else 'at most'} "
-                    f"{limit.text(most)} ({_beyond(value, most, limit.least)}); {advice}"
+                    f"{limit.text(most)} ({_beyond(value, most, limit)}); {mend}"
                 )
         return lines
 
@@ -196,12 +201,12 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _beyond(value: float, limit: float, least: bool) -> str:
+def _beyond(value: float, most: float, limit: Limit) -> str:
     if not np.isfinite(value):
         return "not a finite number"
-    if least:
-        return f"{100 * (limit - value):.2f} points too low"
-    return f"{value / limit:.3g} times as much" if limit else "more than nothing"
+    if limit.least:
+        return f"{100 * (most - value):.2f} points too low" if limit.percent else f"{limit.text(most - value)} too low"
+    return f"{value / most:.3g} times as much" if most else "more than nothing"
 
 
 def _without_arrays(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def side_text(side: Side) -> str:
     group = f", group {side.group}" if side.group else ""
     return (
         f"{side.name}: {side.weights}{group}{kept}, {side.megabytes:.1f} MB; {side.arithmetic} arithmetic, "
-        f"{side.cache} cache ({side.backend})"
+        f"{side.cache} cache{'' if side.decoder_precision == 'fp32' else f', decoder in {side.decoder_precision}'} "
+        f"({side.backend})"
     )
 
 

@@ -140,6 +140,7 @@ class BackendInfo:
     weight_bytes: float  #: of one parameter, as a call reads it
     cache_bytes: float  #: of one number of the key-value cache
     decoder: str = ""  #: runtime and version of what makes the pixels, where it is another than the backend's own
+    decoder_computes: str = "fp32"  #: the precision that this one calculates in
 
     @property
     def least_exact(self) -> str:
@@ -156,6 +157,7 @@ class Decoder(Protocol):
     """What turns tokens into pixels on a CPU: in C, or ONNX Runtime."""
 
     name: str  #: runtime and version, for reports
+    computes: str  #: the precision that it calculates in: "fp32", "bf16"
 
     def run(self, tokens: Int) -> NDArray[np.uint8]:
         """Images [B,H,W,3] of ``tokens`` [B,N] in sequence order; clips [B,T,H,W,3] of a video bundle.

@@ -49,27 +49,32 @@ def choose(
     on_load: OnBytes | None = None,
     arithmetic: str = "auto",
     cache: str = "auto",
+    decoder_precision: str = "auto",
 ) -> tuple[Backend, str]:
     """The backend for ``device``, and one line that states why it is the CPU ("" where ``device`` asks for the CPU).
 
     ``auto`` takes the best engine of the bundle that fits the first GPU (``engines.best``), else the CPU. ``cpu``
     takes the C kernels (``native/``) where they were built and fit the bundle, else ONNX Runtime, for the step and for
-    the decoder; ``cpu-ort`` always takes ONNX Runtime. A named GPU that cannot be used is an error. ``arithmetic`` and
-    ``cache`` are for the CPU, as ``Pipeline.load`` describes them. Raises RequestError, EngineError, BundleError,
-    CudaError.
+    the decoder; ``cpu-ort`` always takes ONNX Runtime. A named GPU that cannot be used is an error. ``arithmetic``,
+    ``cache`` and ``decoder_precision`` are for the CPU, as ``Pipeline.load`` describes them. Raises RequestError,
+    EngineError, BundleError, CudaError.
     """
     check_device(device)
+    made = bundle.calibration
+    proven = (made.arithmetic, made.cache, made.decoder_precision) if made else ("fp32",) * 3
+    asked = (arithmetic, cache, decoder_precision)
+    rounding = tuple(of if each == "auto" else each for each, of in zip(asked, proven, strict=True))
     if device in CPUS:
-        return _cpu(bundle, threads, arithmetic, cache, native=device == "cpu"), ""
+        return _cpu(bundle, threads, rounding, native=device == "cpu"), ""
     if device == "auto":
         try:
-            backend, why = _engine(bundle, 0, verify, capture, on_load)
+            backend, why = _engine(bundle, 0, verify, capture, on_load, rounding[2])
         except (EngineError, CudaError) as error:
             backend, why = None, str(error)
         if backend is not None:
             return backend, ""
         try:
-            return _cpu(bundle, threads, arithmetic, cache), f"running on the CPU: {why}"
+            return _cpu(bundle, threads, rounding), f"running on the CPU: {why}"
         except RequestError as error:
             if not has_engines(bundle):
                 raise
@@ -81,35 +86,32 @@ def choose(
         from par_runtime.backends.ort import gpu as ort_cuda
 
         return ort_cuda.OrtCudaBackend(bundle, index, threads), ""
-    backend, why = _engine(bundle, index, verify, capture, on_load)
+    backend, why = _engine(bundle, index, verify, capture, on_load, rounding[2])
     if backend is None:
         raise EngineError(f"device {device!r} cannot run {bundle.path}: {why}")
     return backend, ""
 
 
-def _cpu(bundle: Bundle, threads: int | None, arithmetic: str, cache: str, native: bool = True) -> Backend:
+def _cpu(bundle: Bundle, threads: int | None, rounding: tuple[str, ...], native: bool = True) -> Backend:
+    """The backend of the CPU; ``rounding``: arithmetic, cache and precision of the decoder."""
     with importing("running on the CPU"):
         from par_runtime.backends.native.backend import NativeBackend
         from par_runtime.backends.native.decoding import open_decoder
         from par_runtime.backends.native.library import why_not
         from par_runtime.backends.ort import cpu as ort
-    proven = bundle.calibration
-    if arithmetic == "auto":
-        arithmetic = proven.arithmetic if proven else "fp32"
-    if cache == "auto":
-        cache = proven.cache if proven else "fp32"
+    arithmetic, cache, precision = rounding
     why = why_not(bundle) if native else "ONNX Runtime was asked for"
     if why is None:
-        return NativeBackend(bundle, threads, arithmetic, cache)
+        return NativeBackend(bundle, threads, arithmetic, cache, precision)
     log.debug("%s: no C step: %s", bundle.path, why)
-    decoder = partial(open_decoder, threads=threads) if native else None
+    decoder = partial(open_decoder, threads=threads, precision=precision) if native else None
     return ort.OrtBackend(bundle, threads, arithmetic=arithmetic, decoder=decoder)
 
 
 def _engine(
-    bundle: Bundle, index: int, verify: FileCheck, capture: Capture, on_load: OnBytes | None
+    bundle: Bundle, index: int, verify: FileCheck, capture: Capture, on_load: OnBytes | None, precision: str
 ) -> tuple[Backend | None, str]:
-    """A loaded engine on GPU ``index``, or None and the reason."""
+    """A loaded engine on GPU ``index``, or None and the reason. ``precision``: of what decodes on the CPU beside it."""
     engines, bad = list_engines(bundle)
     if not engines:
         build = f"{build_command(bundle.path)} --target local"
@@ -153,7 +155,7 @@ def _engine(
             reasons.append(str(error))
             continue
         try:
-            return _loaded(bundle, engine, cuda.Device.open(index), trt, chosen, on_load), ""
+            return _loaded(bundle, engine, cuda.Device.open(index), trt, chosen, on_load, precision), ""
         except (EngineError, CudaError) as error:  # this driver cannot run it, or there is too little memory for it
             log.info("%s cannot be loaded: %s", engine.path, error)
             first = first or error
@@ -169,12 +171,15 @@ def _loaded(
     trt: TensorRT | None,
     capture: Capture,
     on_load: OnBytes | None,
+    precision: str,
 ) -> Backend:
     if trt is None:
         from par_runtime.backends.kernels import backend as kernels_backend
         from par_runtime.backends.native.decoding import open_decoder
 
-        return kernels_backend.load(bundle, engine, device, capture, on_load, open_decoder)
+        return kernels_backend.load(
+            bundle, engine, device, capture, on_load, partial(open_decoder, precision=precision)
+        )
     from par_runtime.backends.trt import backend as trt_backend
 
     return trt_backend.load(bundle, engine, device, trt, capture)

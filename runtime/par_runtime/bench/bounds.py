@@ -45,7 +45,8 @@ def with_bounds(rows: Iterable[Row], infos: Mapping[str, SubjectInfo], limits: M
             out.append(row)
             continue
         read = allowed.read_gb_s(max(call.bytes for call in work))
-        peak = allowed.peak_tflop_s(row.computes)
+        computes = fastest(row, infos[row.label], allowed)
+        peak = allowed.peak_tflop_s(computes)
         least = bound(work, read, peak)
         percent = 100 * least.ms / row.median_ms
         out.append(
@@ -56,11 +57,18 @@ def with_bounds(rows: Iterable[Row], infos: Mapping[str, SubjectInfo], limits: M
                 percent_of_bound=percent,
                 read_gb_s=read,
                 matrix_tflop_s=peak,
-                limits_from=allowed.how_for(row.computes),
+                limits_from=allowed.how_for(computes),
                 flags=(*row.flags, *bound_flags(percent, allowed)),
             )
         )
     return out
+
+
+def fastest(row: Row, info: SubjectInfo, limits: Limits) -> str:
+    """The precision whose peak bounds ``row``: of whole images the faster one of the model's and the decoder's."""
+    if row.phase not in ("image", "throughput"):
+        return row.computes
+    return max((row.computes, info.decoder_computes), key=lambda computes: limits.peak_tflop_s(computes) or 0.0)
 
 
 def bound_flags(percent: float, limits: Limits) -> tuple[str, ...]:

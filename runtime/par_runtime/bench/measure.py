@@ -25,7 +25,7 @@ from par_runtime.bench.gpu import Gpu
 from par_runtime.bench.machine import Machine, Watch
 from par_runtime.bench.rows import INCOMPLETE, Row, few_repetitions, median, percent_in, quantile, spread
 from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES, OutOfTimeError, Sample, Subject, SubjectInfo
-from par_runtime.cost.decoder import LEAST_OF_WINOGRAD, LEAST_OF_WINOGRAD_CLIPS
+from par_runtime.cost.decoder import LEAST_OF_SUMS, LEAST_OF_WINOGRAD
 from par_runtime.cost.work import Work, decoder_work, image_work, phase_work
 from par_runtime.tokenizer import CHUNK_PIXELS
 
@@ -289,7 +289,7 @@ def make_row(
     backend, version, computes = info.backend, info.version, info.computes
     if phase == "decoder" and info.decoder:
         backend, _, version = info.decoder.partition(" ")
-        computes = "fp32"  # as every decoder beside a step on a CPU
+        computes = info.decoder_computes
     return Row(
         suite=setting.suite,
         phase=phase,
@@ -350,7 +350,8 @@ def least_work(info: SubjectInfo, images: int, guided: bool, phase: str) -> list
         height, width = info.image_size
         chunks = -(-images // max(1, CHUNK_PIXELS // (height * width))) if info.device == "cpu" else 1
         if info.decoder.startswith("native-cpu"):
-            least = LEAST_OF_WINOGRAD_CLIPS if info.grid[0] > 1 else LEAST_OF_WINOGRAD
+            images_least, clips_least = LEAST_OF_SUMS if info.decoder_computes == "bf16" else LEAST_OF_WINOGRAD
+            least = clips_least if info.grid[0] > 1 else images_least
             operations = int(architecture.decoder_operations * least)
             architecture = replace(architecture, decoder_operations=operations)
         decoder = decoder_work(architecture, images, info.weight_bytes, chunks)

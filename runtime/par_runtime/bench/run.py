@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from par_runtime.backends.choose import CPUS
 from par_runtime.backends.engines import has_engines
@@ -32,7 +33,7 @@ from par_runtime.bench.suites import batch, decoder, paper, paper_run, phases, s
 from par_runtime.bench.suites import gpu as gpu_suite
 from par_runtime.bundle import Bundle
 from par_runtime.cost.data_sheets import Prediction, predictions
-from par_runtime.dtypes import BYTES
+from par_runtime.dtypes import BYTES, ROUNDING
 from par_runtime.errors import RequestError
 from par_runtime.system import available_cores
 
@@ -83,12 +84,18 @@ class BenchOptions:
     svg: Path | None = None
     arithmetic: str = "auto"
     cache: str = "auto"
+    decoder_precision: str = "auto"
     new: Path | None = None
 
     @property
     def guided(self) -> bool:
         """Two rows per image instead of one."""
         return not self.unguided
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """What a CPU rounds to, by the names that ``Pipeline.load`` has for it."""
+        return {name: getattr(self, name) for name in ROUNDING}
 
     @property
     def seconds(self) -> float:
@@ -275,8 +282,7 @@ def _open_subjects(
             device=options.device,
             threads=options.threads,
             selftest=has_selftest(bundle),
-            arithmetic=options.arithmetic,
-            cache=options.cache,
+            **options.rounding,
         )
         opened.callback(subject.close)
         if subject.note and has_engines(bundle):
@@ -294,24 +300,19 @@ def _open_subjects(
 def _open_baseline(options: BenchOptions, path: Path, baseline: str, label: str, opened: ExitStack) -> SubjectProcess:
     """One of :data:`BASELINES` of the bundle at ``path``."""
     threads = options.threads
-    arithmetic, cache = options.arithmetic, options.cache
+    rounding = options.rounding
     if baseline == "n1":
         # It has no proof that rounding does no harm; it rounds as the bundle does, so that n alone differs.
         proven = Bundle.open(path, "none").calibration
         if proven is not None:
-            arithmetic = proven.arithmetic if arithmetic == "auto" else arithmetic
-            cache = proven.cache if cache == "auto" else cache
+            rounding = {name: getattr(proven, name) if of == "auto" else of for name, of in rounding.items()}
         folder = tempfile.TemporaryDirectory(dir=options.work, prefix="parvis-bench-")
         n1 = write_n1_bundle(path, Path(opened.enter_context(folder)))
         device = options.device if options.device in CPUS else "cpu"
-        return open_bundle(
-            n1, label, device=device, threads=threads, selftest=False, arithmetic=arithmetic, cache=cache
-        )
+        return open_bundle(n1, label, device=device, threads=threads, selftest=False, **rounding)
     if baseline == "ort":
         selftest = has_selftest(Bundle.open(path, "none"))
-        return open_bundle(
-            path, label, device="cpu-ort", threads=threads, selftest=selftest, arithmetic=arithmetic, cache=cache
-        )
+        return open_bundle(path, label, device="cpu-ort", threads=threads, selftest=selftest, **rounding)
     device = "cpu" if options.device in ("auto", *CPUS) else "cuda"
     return open_eager(path, label, threads=threads, compiled=baseline == "compiled", device=device)
 

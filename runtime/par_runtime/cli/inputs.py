@@ -70,6 +70,7 @@ def load_pipeline(args: argparse.Namespace, bundle: Bundle, selftest: bool) -> P
             capture=args.capture,
             arithmetic=args.arithmetic,
             cache=args.cache,
+            decoder_precision=args.decoder_precision,
             on_load=bar,
         )
 

@@ -157,7 +157,8 @@ def _calibration(facts: dict[str, Any]) -> list[str]:
     if c["weights"] != KEPT:
         weights = f"{c['weights']} (group {c['group']}), {facts['weight_bytes']:.3g} bytes a parameter{kept}"
     out = [
-        f"weights   {weights}; on a CPU multiplied in {c['arithmetic']}, keys and values in {c['cache']}; made from "
+        f"weights   {weights}; on a CPU multiplied in {c['arithmetic']}, keys and values in {c['cache']}"
+        f"{'' if c['decoder_precision'] == 'fp32' else ', decoded in ' + c['decoder_precision']}; made from "
         f"{c['source'][:12]}"
     ]
     measures = c["report"].get("measures")

@@ -158,7 +158,7 @@ def add_threads(p: argparse.ArgumentParser) -> None:
 
 
 def add_arithmetic(p: argparse.ArgumentParser) -> None:
-    """``--arithmetic`` and ``--cache``, of a CPU."""
+    """``--arithmetic``, ``--cache`` and ``--decoder-precision``, of a CPU."""
     p.add_argument(
         "--arithmetic",
         choices=["auto", "fp32", "bf16", "int8"],
@@ -171,6 +171,13 @@ def add_arithmetic(p: argparse.ArgumentParser) -> None:
         choices=["auto", "fp32", "bf16"],
         default="auto",
         help="what the C kernels of a CPU keep keys and values in (default: 'auto', as for --arithmetic)",
+    )
+    p.add_argument(
+        "--decoder-precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="what the C decoder computes in; 'bf16' takes AMX, and is fp32 on a CPU without (default: 'auto', as for "
+        "--arithmetic)",
     )
 
 

@@ -114,7 +114,10 @@ def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result, size:
         count = int((again != pixels).any(-1).sum())
         return True, f"{identical}; {count} of its pixels differ by {most} of 255, as another decoder rounds them"
     detail = f"{int((again != pixels).any(-1).sum())} pixels, by up to {most} of 255"
-    return False, f"different: the tokens are the same, the pixels are not ({detail}{'; ' if changed else ''}{changed})"
+    why = changed
+    if unchanged is not None and not changed:
+        why = "another --device or --decoder-precision decodes otherwise: give those it was made with"
+    return False, f"different: the tokens are the same, the pixels are not ({detail}{'; ' if why else ''}{why})"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -24,10 +24,11 @@ def load(
     capture: Capture = "image",
     arithmetic: str = "fp32",
     cache: str = "fp32",
+    decoder_precision: str = "fp32",
 ) -> Pipeline:
     """The bundle on ``device``, which is one that ``Pipeline.load`` takes, or :data:`OPSET23`.
 
-    A reference computes in fp32, also where the bundle's calibration has proven other arithmetic.
+    A reference computes in fp32, also where the bundle's calibration has proven another precision.
 
     Raises what ``Pipeline.load`` raises. The self-test is not run, because the comparison is a stricter one.
     """
@@ -41,6 +42,7 @@ def load(
             capture=capture,
             arithmetic=arithmetic,
             cache=cache,
+            decoder_precision=decoder_precision,
         )
     threads = cpu_threads(threads)
     from par_runtime.backends.ort.cpu import OrtBackend  # here: comparing two GPUs' backends does not need it

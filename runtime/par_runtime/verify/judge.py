@@ -24,7 +24,7 @@ class Floors:
     with the same most probable code, over all phases together (a phase of one call has too few positions). ``kl``:
     largest mean Kullback-Leibler divergence of a phase, in nats. ``tie``: largest distance of a draw, in probability,
     at which another token can count as a near-tie. ``psnr``: least PSNR of an image, in dB; the same for all
-    precisions, because the decoder of a bundle is fp32.
+    precisions, since it is what a decoder in half precision must reach too.
     """
 
     logits: float

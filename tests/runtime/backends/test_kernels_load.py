@@ -36,6 +36,7 @@ from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, seal
 from par_runtime.cli import dispatch as cli
 from par_runtime.cli.inputs import load_pipeline
+from par_runtime.dtypes import ROUNDING
 from par_runtime.errors import BundleError, CudaError, EngineError, OutOfMemory, RequestError
 from par_runtime.pipeline import Pipeline
 
@@ -472,7 +473,7 @@ def test_a_bar_is_shown_while_weights_are_loaded(
     bare.register(driver, kernels.write_engine(bundle, hand_made(bundle)))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     arguments = argparse.Namespace(
-        bundle=bundle.path, device="cuda", threads=None, capture="none", arithmetic="auto", cache="auto", quiet=False
+        bundle=bundle.path, device="cuda", threads=None, capture="none", quiet=False, **dict.fromkeys(ROUNDING, "auto")
     )
     load_pipeline(arguments, bundle, selftest=False).close()
     assert "weights:" in capsys.readouterr().err

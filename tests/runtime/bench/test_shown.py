@@ -113,6 +113,29 @@ def test_an_image_that_is_mostly_decoding_says_so() -> None:
     assert "62 % of an image's time is its decoding" in found.text
 
 
+@pytest.mark.parametrize(
+    ("version", "backend", "computes", "decoding_ms", "says"),
+    [
+        ("0.1.0 (avx512, amx, bf16)", "native-cpu", "fp32", 2_000.0, True),
+        ("0.1.0 (avx512, amx, bf16)", "native-cpu", "fp32", 500.0, False),
+        ("0.1.0 (avx512, amx, bf16)", "native-cpu", "bf16", 2_000.0, False),
+        ("0.1.0 (avx512, amx, bf16)", "onnxruntime-cpu", "fp32", 2_000.0, False),
+        ("0.1.0 (avx512)", "native-cpu", "fp32", 2_000.0, False),
+    ],
+)
+def test_a_decoder_without_amx_beside_a_step_with_it_is_named(
+    version: str, backend: str, computes: str, decoding_ms: float, says: bool
+) -> None:
+    *rows, last = against(20, 10, 80)
+    image = replace(last, version=version, median_ms=12_000.0, samples_ms=(12_000.0,) * 5)
+    times = {"median_ms": decoding_ms, "samples_ms": (decoding_ms,) * 5}
+    decoder = replace(last, phase="decoder", backend=backend, computes=computes, **times)  # type: ignore[arg-type]
+    found = advice([*rows, decoder, image])
+    assert found is not None
+    sentence = "Decoding in fp32 is 17 % of an image's time; --decoder-precision bf16 takes AMX for that too"
+    assert (sentence in found.text) == says
+
+
 def test_a_host_that_is_slow_says_so() -> None:
     rows = against(20, 10, 80)
     slow = [replace(row, median_ms=9_000.0) if row.phase == "copy" else row for row in rows]

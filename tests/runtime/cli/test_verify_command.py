@@ -49,8 +49,8 @@ def half_off(monkeypatch: pytest.MonkeyPatch) -> None:
             logits[..., 3] += 0.5
             return logits
 
-    def sabotaged(path: Path, device: str, *others: Any) -> Pipeline:
-        pipeline = load(path, device, *others)
+    def sabotaged(path: Path, device: str, *others: Any, **rounding: str) -> Pipeline:
+        pipeline = load(path, device, *others, **rounding)
         return Pipeline(pipeline.bundle, Off(pipeline.backend)) if device == "cpu" else pipeline
 
     monkeypatch.setattr("par_runtime.verify.load", sabotaged)

@@ -69,6 +69,7 @@ class GpuBackend:
             weight_bytes=bundle.bytes_read(BYTES[engine.precision], stored_scales=engine.kernels is not None),
             cache_bytes=BYTES[engine.precision],
             decoder="" if decoder is None else decoder.name,
+            decoder_computes="fp32" if decoder is None else decoder.computes,
         )
         self._decoder = decoder
         self.tie = LOGIT_ROUNDING[engine.precision]

@@ -85,10 +85,10 @@ class ClipDecoder:
     def __init__(self, bundle: Bundle, opened: OpensDecoder) -> None:
         self._files, self._opened = LoadedFiles(bundle), opened
         self._decoder: Decoder | None = None
-        self.name = "onnxruntime-cpu"
+        self.name, self.computes = "onnxruntime-cpu", "fp32"
         with suppress(ModuleNotFoundError):  # tokens can be made without it
             self._decoder = opened(self._files)
-            self.name = self._decoder.name
+            self.name, self.computes = self._decoder.name, self._decoder.computes
 
     def run(self, tokens: Int) -> NDArray[np.uint8]:
         """``Decoder.run``. Raises RequestError where ONNX Runtime is needed and not installed."""

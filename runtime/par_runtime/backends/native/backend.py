@@ -48,12 +48,17 @@ class NativeBackend:
     """A bundle on the C kernels. ``backends.base.Backend`` describes the calls."""
 
     def __init__(
-        self, bundle: Bundle, threads: int | None = None, arithmetic: str = "fp32", cache: str = "fp32"
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        arithmetic: str = "fp32",
+        cache: str = "fp32",
+        decoder_precision: str = "fp32",
     ) -> None:
         """Pack the weights and start ``threads`` threads (default: all available cores).
 
         ``arithmetic``: what matrices are multiplied in, one of ``dtypes.ARITHMETICS``; ``cache``: what keys and values
-        are kept in, one of ``dtypes.CACHES``.
+        are kept in, one of ``dtypes.CACHES``; ``decoder_precision``: as ``decoding.open_decoder`` has it.
         Raises BundleError where ``library.why_not`` has a reason.
         """
         lib = library()
@@ -65,7 +70,7 @@ class NativeBackend:
         self.bundle, self._lib = bundle, lib
         self._threads = threads or available_cores()
         self._files = LoadedFiles(bundle)
-        self._decoder = open_decoder(self._files, self._threads)
+        self._decoder = open_decoder(self._files, self._threads, decoder_precision)
         computes = "bf16" if arithmetic == "int8" and not bundle.quantised else arithmetic
         variant = [lib.parvis_instructions().decode()]
         variant += ["amx"] * (has_tiles(lib) and (computes, cache) != ("fp32", "fp32"))
@@ -78,6 +83,7 @@ class NativeBackend:
             weight_bytes=bytes_read(bundle, computes),
             cache_bytes=BYTES[cache],
             decoder=self._decoder.name,
+            decoder_computes=self._decoder.computes,
         )
         self.max_images, self.tie = MOST_IMAGES, max(TIE[computes], TIE[cache])
         self._slots = -(-bundle.n_tokens // lib.parvis_panel()) * lib.parvis_panel()

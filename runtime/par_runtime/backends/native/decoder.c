@@ -1,10 +1,11 @@
-/* The decoder of a tokenizer on a CPU: tokens to pixels, as decoder.onnx computes them, in fp32.
+/* The decoder of a tokenizer on a CPU: tokens to pixels, as decoder.onnx computes them, in fp32; with AMX, where it is
+   asked for, 3x3 convolutions in bf16 (decoder_amx.h).
 
-   Nearly all of its time are 3x3 convolutions. They are computed in Winograd's form F(4x4,3x3): a tile of 6x6 numbers
-   of the input is transformed, 36 products of matrices over the channels follow, and their results are transformed into
-   4x4 numbers. That takes 36 multiplications where the convolution itself takes 144. The tile of a doubled map holds
-   each number twice, so those products whose row or column belongs to the point -1 vanish: 25 are left. Some tiles at a
-   time go through all three parts, so what lies between them stays in a core's cache.
+   Nearly all of its time are 3x3 convolutions. In fp32 they are computed in Winograd's form F(4x4,3x3): a tile of 6x6
+   numbers of the input is transformed, 36 products of matrices over the channels follow, and their results are
+   transformed into 4x4 numbers. That takes 36 multiplications where the convolution itself takes 144. The tile of a
+   doubled map holds each number twice, so those products whose row or column belongs to the point -1 vanish: 25 are
+   left. Some tiles at a time go through all three parts, so what lies between them stays in a core's cache.
 
    The frames of a clip are images side by side, but for convolutions, which see the frames before their own: a product
    goes over the channels of all three. Of a long clip some latent frames are decoded at a time; decoder_frames.h.
@@ -20,8 +21,8 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "compilers.h"
 #include "decoder_plan.h"
-#define NO_TILES /* nothing here is computed in them */
 #include "instructions.h"
 #include "pool.h"
 
@@ -99,7 +100,12 @@ typedef struct {
     float *scratch;       /* this thread's */
 } Work;
 
+#include "decoder_attention.h"
 #include "decoder_frames.h"
+#ifdef HAS_TILES
+#include "tiles.h"
+#include "decoder_amx.h"
+#endif
 
 /* Factor and shift of each channel of one group of an item, from the sums of the operation that wrote the map. */
 static void norm_group(const Work *w, long image, long group) {
@@ -155,31 +161,24 @@ static void prepare(const Work *w) {
     end_phase(w->worker);
 }
 
-/* The input of one block, transformed, for channel blocks `first` to `end` of all frames that it sees: v. */
+/* The input of one block as its products take it, chunks `first` to `end` of all frames that it sees: v. */
 static void gather(const Work *w, long item, long block, long first, long end, float *v) {
     const Op *op = w->op;
-    long chunks = op->in_channels / LANES; /* of a frame */
+    long chunks = chunks_of(op);
     for (long place = first, next; place < end; place = next) {
         long seen = place / chunks;
         next = (seen + 1) * chunks < end ? (seen + 1) * chunks : end;
         Frame frame = frame_of(w, item, op->frames - 1 - seen);
-        (is_winograd(op) ? w->kernels->transform_input : w->kernels->gather_pixels)(
-            op, frame.map, frame.norm, block * block_units(op), units_in(op, block), place - seen * chunks,
-            next - seen * chunks, place, v);
-    }
-}
-
-/* Rows c [count][PANEL] plus bias into the layouts of attention. */
-static void scatter_attention(const Op *op, const float *c, long first, long count, long panel, float *to) {
-    long pixels = op->height * op->width, channels = op->out_channels;
-    for (long i = 0; i < count; i++)
-        for (long j = 0; j < PANEL && panel * PANEL + j < channels; j++) {
-            long pixel = first + i, channel = panel * PANEL + j;
-            float value = c[i * PANEL + j] + op->bias[channel];
-            if (op->writes == ROWS) to[pixel * (channels + LANES) + channel] = value;
-            else if (op->writes == KEYS) to[(pixel / PANEL * channels + channel) * PANEL + pixel % PANEL] = value;
-            else to[(panel * pixels + pixel) * PANEL + j] = value;
+        long from = place - seen * chunks, to = next - seen * chunks;
+#ifdef HAS_TILES
+        if (op->amx) {
+            gather_amx(op, frame, block, from, to, (uint16_t *)v + place * amx_chunk(op));
+            continue;
         }
+#endif
+        (is_winograd(op) ? w->kernels->transform_input : w->kernels->gather_pixels)(
+            op, frame.map, frame.norm, block * block_units(op), units_in(op, block), from, to, place, v);
+    }
 }
 
 /* The products of one block with one panel, and what they become in the output. */
@@ -187,16 +186,22 @@ static void multiply(const Work *w, long image, long block, long panel, const fl
     const Op *op = w->op;
     long k = depth_of(op), ldv = k + LANES, first = block * block_units(op), count = units_in(op, block);
     long points = points_of(op), units = block_units(op);
-    float *c = w->scratch;
+    float *c = w->scratch, *out = w->call->buffers[op->output];
+    float *sums = w->call->sums[op->output] + (image * blocks_of(op) + block) * 3 * op->out_channels;
+#ifdef HAS_TILES
+    if (op->amx) {
+        multiply_amx(op, block, (const uint16_t *)v, (const uint16_t *)w->weights + panel * amx_panel(op), c);
+        scatter_amx(op, c, block, panel, out + image * map_floats(op, 1, op->out_channels), sums);
+        return;
+    }
+#endif
     for (long point = 0; point < points; point++)
         w->kernels->product(v + point * units * ldv, ldv, w->weights + (panel * points + point) * point_floats(op), k,
                             count, c + point * (units * PANEL + LANES));
-    float *out = w->call->buffers[op->output];
     if (op->writes != MAP) {
         scatter_attention(op, c, first, count, panel, out + image * attention_floats(op, op->writes));
         return;
     }
-    float *sums = w->call->sums[op->output] + (image * blocks_of(op) + block) * 3 * op->out_channels;
     (is_winograd(op) ? w->kernels->transform_output : w->kernels->scatter_pixels)(
         op, c, first, count, panel, out + image * map_floats(op, 1, op->out_channels), sums);
 }
@@ -205,9 +210,11 @@ static void convolve(const Work *w) {
     const Op *op = w->op;
     const Decode *call = w->call;
     long items = items_of(w, op), blocks = blocks_of(op), all = blocks * items, panels = panels_of(op);
-    long chunks = depth_of(op) / LANES;
-    long v_floats = input_floats(op);
+    long chunks = op->frames * chunks_of(op), v_floats = input_floats(op);
     const float *rows = op->reads == ROWS ? call->buffers[op->input] : NULL; /* needs no transform */
+#ifdef HAS_TILES
+    if (op->amx) shape_tiles(amx_width(op), amx_width(op), AMX_CHANNELS * 2);
+#endif
     int shares = rows || shares_blocks(op, items, w->worker->pool->n_threads);
     if (!shares) {
         float *v = w->scratch + PRODUCT_FLOATS;
@@ -233,35 +240,6 @@ static void convolve(const Work *w) {
         const float *v = call->input + at * v_floats;
         if (rows) v = rows + (image * units_of(op) + block * PIXELS) * (depth_of(op) + LANES);
         multiply(w, image, block, i / all, v);
-    }
-    end_phase(w->worker);
-}
-
-/* Queries in rows become the result of attention: some rows at a time. */
-static void attend(const Work *w) {
-    const Op *op = w->op;
-    const Decode *call = w->call;
-    long pixels = op->height * op->width, channels = op->out_channels, ld = channels + LANES, lds = score_floats(op);
-    long blocks = (pixels + TILES - 1) / TILES;
-    float *tile = w->scratch, *scores = w->scratch + PRODUCT_FLOATS, inverse[TILES];
-    begin_phase(w->worker, call->images * blocks, 1);
-    for (long piece; (piece = next_item(w->worker)) >= 0;) {
-        long image = piece / blocks, first = piece % blocks * TILES, count = pixels - first;
-        if (count > TILES) count = TILES;
-        float *rows = call->buffers[op->input] + (image * pixels + first) * ld;
-        const float *keys = call->buffers[op->keys] + image * attention_floats(op, KEYS);
-        const float *values = call->buffers[op->values] + image * attention_floats(op, VALUES);
-        for (long key = 0; key < pixels; key += PANEL) {
-            w->kernels->product(rows, ld, keys + key * channels, channels, count, tile);
-            for (long i = 0; i < count; i++) memcpy(scores + i * lds + key, tile + i * PANEL, PANEL * sizeof(float));
-        }
-        for (long i = 0; i < count; i++) inverse[i] = w->kernels->softmax(scores + i * lds, pixels, op->scale);
-        for (long channel = 0; channel < channels; channel += PANEL) {
-            w->kernels->product(scores, lds, values + channel * pixels, pixels, count, tile);
-            for (long i = 0; i < count; i++)
-                for (long j = 0; j < PANEL && channel + j < channels; j++)
-                    rows[i * ld + channel + j] = tile[i * PANEL + j] * inverse[i];
-        }
     }
     end_phase(w->worker);
 }
@@ -306,8 +284,10 @@ static void run_decoder(Worker *worker, const void *argument) {
     const Op *writers[64] = {NULL};
     float *scratch = call->scratch + worker->thread * call->scratch_floats;
     Work w = {.worker = worker, .kernels = worker->pool->kernels, .call = call, .scratch = scratch};
+    int tiles = 0;
     for (long i = 0; i < call->n_ops; i++) {
         const Op *op = w.op = call->ops + i;
+        tiles |= op->amx;
         w.writer = writers[op->input];
         w.weights = is_winograd(op) && !op->transformed ? call->weights : op->weights;
         writers[op->output] = op;
@@ -319,6 +299,9 @@ static void run_decoder(Worker *worker, const void *argument) {
         else convolve(&w);
         if (op->frames > 1 && call->more) remember(&w);
     }
+#ifdef HAS_TILES
+    if (tiles) give_back_tiles();
+#endif
 }
 
 /* -- what Python calls --------------------------------------------------------------------------------------------- */
@@ -374,6 +357,21 @@ void parvis_decoder_transform(const float *w, int64_t panels, int64_t k, int ups
     for (int64_t p = 0; p < panels; p++)
         select_kernels()->transform_weights(w + p * k * 9 * PANEL, k, 0, k, points,
                                             u + p * points * (k * PANEL + LANES));
+}
+
+/* Whether operations may have `amx` here. */
+int parvis_decoder_has_amx(void) { return tiles_of_cpu(instructions_of_cpu()); }
+
+/* Numbers of a panel of the weights of an operation with `amx`. */
+int64_t parvis_decoder_amx_panel(const Op *op) { return amx_panel(op); }
+
+/* The weights of a 3x3 convolution with `amx`, of w [panels][K][9][PANEL]: u [panels][parvis_decoder_amx_panel()]. */
+void parvis_decoder_pack_amx(const Op *op, const float *w, uint16_t *u) {
+#ifdef HAS_TILES
+    for (long p = 0; p < panels_of(op); p++) pack_amx(op, w + p * depth_of(op) * 9 * PANEL, u + p * amx_panel(op));
+#else
+    (void)op, (void)w, (void)u;
+#endif
 }
 
 void *parvis_decoder_open(int n_threads) { return pool_open(n_threads, run_decoder, select_kernels()); }

@@ -1,7 +1,8 @@
 """The decoder in C (``decoder.c``): a tokenizer as a list of operations, its weights in panels, and the buffers.
 
 It takes any tokenizer of a bundle whose manifest says where the decoder's tensors lie. Where it cannot run
-(:func:`why_not`), ONNX Runtime decodes. Both compute in fp32, so pixels agree but for rounding: by one grey level.
+(:func:`why_not`), ONNX Runtime decodes. Both compute in fp32, so pixels agree but for rounding: by one grey level. With
+AMX the convolutions can be computed in bf16.
 
 Letters: B images, H and W pixels, K and N channels of a convolution's input and output.
 """
@@ -36,7 +37,18 @@ KEPT_BYTES = 64 * 2**20
 Pointers = ctypes.POINTER(ctypes.c_void_p)
 _COUNTS = (
     *("kind", "reads", "writes", "input", "keys", "values", "output", "height", "width", "in_channels"),
-    *("out_channels", "groups", "group_channels", "accumulate", "transformed", "code_dim", "frames", "edge", "time"),
+    *(
+        "out_channels",
+        "groups",
+        "group_channels",
+        "accumulate",
+        "transformed",
+        "amx",
+        "code_dim",
+        "frames",
+        "edge",
+        "time",
+    ),
     *("stride_t", "stride_y", "stride_x", "past"),
 )
 
@@ -74,13 +86,18 @@ class Operations:
     """The operations of an image tokenizer's decoder, and the weights that they point to: keep it while they are used.
 
     ``config``: of the manifest's tokenizer; ``grid``: rows and columns of codes; ``read``: a tensor of the decoder by
-    its name, in fp32.
+    its name, in fp32; ``amx``: compute 3x3 convolutions in bf16 with AMX, which must be there (:func:`has_amx`).
     """
 
     past_floats = 0  #: numbers that stay of one call for the next, for each clip
 
     def __init__(
-        self, lib: ctypes.CDLL, config: Mapping[str, Any], grid: tuple[int, int], read: Callable[[str], Float]
+        self,
+        lib: ctypes.CDLL,
+        config: Mapping[str, Any],
+        grid: tuple[int, int],
+        read: Callable[[str], Float],
+        amx: bool = False,
     ) -> None:
         self._lib, self._config, self._read = lib, config, read
         self._arrays: dict[int, NDArray[Any]] = {}  # by address
@@ -88,7 +105,10 @@ class Operations:
         self._map = MAPS[0]  # where the current map is
         self._ops: list[Op] = []
         self._add_layers()
-        self._transform_weights()
+        if amx:
+            self._pack_for_amx()
+        else:
+            self._transform_weights()
         self.array = (Op * len(self._ops))(*self._ops)
         del self._ops, self._read  # which may hold a file
 
@@ -155,6 +175,16 @@ class Operations:
             op.transformed = 1
             self._arrays.pop(plain)
 
+    def _pack_for_amx(self) -> None:
+        """Pack the weights of every 3x3 convolution in bf16: they take no more memory than plain ones."""
+        for op in self._ops:
+            if op.kind in (CONV, UPSAMPLE):
+                plain, op.amx = op.weights, 1
+                shape = (-(-op.out_channels // PANEL), self._lib.parvis_decoder_amx_panel(ctypes.byref(op)))
+                op.weights = self._keep(empty(shape, np.uint16))
+                self._lib.parvis_decoder_pack_amx(ctypes.byref(op), plain, op.weights)
+                self._arrays.pop(plain)
+
     def _winograd(self, kind: int, name: str, width: int, out: int, norm: str = "", **fields: Any) -> None:
         """A 3x3 convolution; with a norm, swish follows it."""
         weights = self._read(f"{name}.weight").transpose(1, 2, 3, 0).reshape(width, 9, out)
@@ -190,9 +220,15 @@ class Operations:
         self._ops.append(Op(kind=kind, height=self._height, width=self._width, **(usual | fields)))
 
     def _keep(self, array: NDArray[Any]) -> int:
-        array = copied(array, np.float32)
+        """The address of ``array``, fp32 or numbers of bf16, or of a copy that begins at a cache line; it stays."""
+        array = copied(array, array.dtype)
         self._arrays[array.ctypes.data] = array
         return array.ctypes.data
+
+
+def has_amx(lib: ctypes.CDLL) -> bool:
+    """Whether convolutions can be computed in bf16 with AMX. Linux is asked for it."""
+    return bool(lib.parvis_decoder_has_amx())
 
 
 def lanes(channels: int) -> int:

@@ -6,7 +6,7 @@
    keys     [images][pixels/PANEL][C][PANEL]
    values   [images][C/PANEL][pixels][PANEL]
    weights  of 3x3: [N/PANEL][K][9][PANEL] as stored, or [N/PANEL][points][K*PANEL + LANES] transformed; of 1x1:
-            [N/PANEL][K][PANEL]. K and N are the channels of input and output; a causal convolution has those of
+            [N/PANEL][K][PANEL]; with AMX as decoder_amx.h says. K and N are the channels of input and output; a causal convolution has those of
             FRAMES_BEFORE + 1 frames beside each other as input, the earliest first.
    past     [images][past_floats]: of each causal convolution, at its offset, the last FRAMES_BEFORE frames of its input
             in the call before, each a map and then factors and shifts of its norm [2][C]
@@ -21,7 +21,11 @@
 #define VANISHING 2         /* the row and column of the point -1 */
 #define TILES 24            /* that go through a convolution together */
 #define PIXELS 96           /* that go through a 1x1 convolution together */
-#define PRODUCT_FLOATS (POINTS * (TILES * PANEL + LANES)) /* of the products of a block with a panel */
+#define AMX_CHANNELS 32     /* of a tile of AMX, which is another one than those of Winograd */
+#define AMX_PIXELS 16       /* of a tile of AMX, at most */
+#define AMX_ROWS 16         /* of pixels of the input that go through a convolution with AMX together; even */
+#define PRODUCT_FLOATS (4 * AMX_ROWS * AMX_PIXELS * PANEL) /* room for the products of a block with a panel */
+_Static_assert(PRODUCT_FLOATS >= POINTS * (TILES * PANEL + LANES) && PRODUCT_FLOATS >= PIXELS * PANEL, "more room");
 #define PIECES_PER_THREAD 4 /* with fewer blocks of tiles, threads share the panels of a block */
 #define PHASES_PER_OP 4     /* at most: the norm, the input, the products, the frames that stay */
 #define FRAMES_BEFORE 2     /* that a causal convolution sees beside its own */
@@ -41,6 +45,7 @@ typedef struct {
     int64_t groups, group_channels;    /* of the group norm in front, with swish in CONV; 0: none */
     int64_t accumulate;                /* the result is added to the output */
     int64_t transformed;               /* the weights of a CONV or UPSAMPLE are */
+    int64_t amx;                       /* a CONV or UPSAMPLE is computed in bf16 with AMX: decoder_amx.h */
     int64_t code_dim;                  /* of LOOKUP: numbers of a code */
     int64_t frames;                    /* that a CONV sees: its own and those before it; else 1 */
     int64_t edge;                      /* a CONV pads with the numbers at the edge; else with zeros */
@@ -77,8 +82,8 @@ typedef struct {
 
 /* -- sizes --------------------------------------------------------------------------------------------------------- */
 
-static int is_winograd(const Op *op) { return op->kind == CONV || op->kind == UPSAMPLE; }
-static long points_of(const Op *op) { return op->kind == UPSAMPLE ? UPSAMPLED_POINTS : op->kind == CONV ? POINTS : 1; }
+static int is_winograd(const Op *op) { return (op->kind == CONV || op->kind == UPSAMPLE) && !op->amx; }
+static long points_of(const Op *op) { return !is_winograd(op) ? 1 : op->kind == UPSAMPLE ? UPSAMPLED_POINTS : POINTS; }
 static long panels_of(const Op *op) { return (op->out_channels + PANEL - 1) / PANEL; }
 /* K, the channels that a product sees. */
 static long depth_of(const Op *op) { return op->in_channels * op->frames; }
@@ -86,10 +91,38 @@ static long depth_of(const Op *op) { return op->in_channels * op->frames; }
 static long point_floats(const Op *op) { return depth_of(op) * PANEL + (is_winograd(op) ? LANES : 0); }
 /* Frames of a map with `time` frames for each of `latent` latent frames; of the first of a clip there is one. */
 static long frames_of(long time, long latent, long first) { return first ? 1 + (latent - 1) * time : latent * time; }
-static long block_units(const Op *op) { return is_winograd(op) ? TILES : PIXELS; }
 
-/* Tiles of an image, or pixels in a 1x1 convolution. */
+/* Of the input: a doubled map is the input as it is before. */
+static long input_height(const Op *op) { return op->kind == UPSAMPLE ? op->height / 2 : op->height; }
+static long input_width(const Op *op) { return op->kind == UPSAMPLE ? op->width / 2 : op->width; }
+
+/* With AMX: pixels of a tile, a part of a row. Tiles are equally wide, with few pixels behind the last of a row. */
+static long amx_width(const Op *op) {
+    long width = input_width(op), tiles = (width + AMX_PIXELS - 1) / AMX_PIXELS;
+    return (width + tiles - 1) / tiles;
+}
+static long amx_across(const Op *op) { return (input_width(op) + amx_width(op) - 1) / amx_width(op); }
+
+/* With AMX: the place of a block in the input. It is a tile wide. */
+typedef struct {
+    long y, x, rows, columns;
+} Block;
+static Block amx_block(const Op *op, long block) {
+    long y = block / amx_across(op) * AMX_ROWS, x = block % amx_across(op) * amx_width(op);
+    long below = input_height(op) - y, right = input_width(op) - x;
+    return (Block){y, x, below < AMX_ROWS ? below : AMX_ROWS, right < amx_width(op) ? right : amx_width(op)};
+}
+
+/* Of a frame: parts of its channels that are gathered by themselves. */
+static long chunks_of(const Op *op) {
+    return op->amx ? (op->in_channels + AMX_CHANNELS - 1) / AMX_CHANNELS : op->in_channels / LANES;
+}
+
+static long block_units(const Op *op) { return op->amx ? 1 : is_winograd(op) ? TILES : PIXELS; }
+
+/* Tiles of an image; pixels in a 1x1 convolution; with AMX blocks. */
 static long units_of(const Op *op) {
+    if (op->amx) return (input_height(op) + AMX_ROWS - 1) / AMX_ROWS * amx_across(op);
     return is_winograd(op) ? (op->height + 3) / 4 * ((op->width + 3) / 4) : op->height * op->width;
 }
 
@@ -99,9 +132,13 @@ static long units_in(const Op *op, long block) {
     return left < block_units(op) ? left : block_units(op);
 }
 
-/* How many pixels a block of tiles has. */
+/* How many pixels of the output a block has. */
 static long pixels_in(const Op *op, long block) {
     long count = units_in(op, block), first = block * block_units(op), pixels = 0;
+    if (op->amx) {
+        Block at = amx_block(op, block);
+        return at.rows * at.columns * (op->kind == UPSAMPLE ? 4 : 1);
+    }
     if (!is_winograd(op)) return count;
     for (long tile = first, across = (op->width + 3) / 4; tile < first + count; tile++) {
         long below = op->height - tile / across * 4, right = op->width - tile % across * 4;
@@ -111,7 +148,16 @@ static long pixels_in(const Op *op, long block) {
 }
 
 static long map_floats(const Op *op, long images, long channels) { return images * channels * op->height * op->width; }
-static long input_floats(const Op *op) { return points_of(op) * block_units(op) * (depth_of(op) + LANES); }
+/* Numbers, of 16 bits, of a chunk of a block's input with AMX. */
+static long amx_chunk(const Op *op) { return (AMX_ROWS + 2) * (amx_width(op) + 2) * AMX_CHANNELS; }
+/* Numbers, of 16 bits, of the weights of a panel with AMX. */
+static long amx_panel(const Op *op) {
+    return op->frames * chunks_of(op) * (op->kind == UPSAMPLE ? 16 : 9) * AMX_CHANNELS * PANEL;
+}
+static long input_floats(const Op *op) {
+    if (op->amx) return op->frames * chunks_of(op) * amx_chunk(op) / 2;
+    return points_of(op) * block_units(op) * (depth_of(op) + LANES);
+}
 
 /* Whether threads share the panels of a block: there are too few blocks for a block each. */
 static int shares_blocks(const Op *op, long images, long threads) {

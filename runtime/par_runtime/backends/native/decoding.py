@@ -15,7 +15,7 @@ from par_runtime import __version__
 from par_runtime.backends.base import Decoder, closed_error
 from par_runtime.backends.native.clips import ClipOperations, most_latent
 from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
-from par_runtime.backends.native.decoder import Buffers, Decode, Op, Operations
+from par_runtime.backends.native.decoder import Buffers, Decode, Op, Operations, has_amx
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.dtypes import STORAGE, Float, Int, to_float32
 from par_runtime.errors import BundleError, RequestError
@@ -49,6 +49,10 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.parvis_decoder_instructions.restype = ctypes.c_char_p
     lib.parvis_decoder_sizes.argtypes = (ctypes.POINTER(Op), *[integer] * 6, pointer)
     lib.parvis_decoder_transform.argtypes = (pointer, integer, integer, ctypes.c_int, pointer)
+    lib.parvis_decoder_has_amx.restype = ctypes.c_int
+    lib.parvis_decoder_amx_panel.restype = integer
+    lib.parvis_decoder_amx_panel.argtypes = (ctypes.POINTER(Op),)
+    lib.parvis_decoder_pack_amx.argtypes = (ctypes.POINTER(Op), pointer, pointer)
     lib.parvis_decoder_open.restype = pointer
     lib.parvis_decoder_close.argtypes = (pointer,)
     lib.parvis_decode.argtypes = (pointer, ctypes.POINTER(Decode))
@@ -71,14 +75,30 @@ def why_not(bundle: Bundle) -> str | None:
     return None if bundle.decoder_weights else OLDER
 
 
-def open_decoder(files: LoadedFiles, threads: int | None = None) -> Decoder:
+def why_not_bf16(bundle: Bundle) -> str | None:
+    """Why the decoder of ``bundle`` cannot compute in bf16 on this machine, or None where it can.
+
+    Linux is asked for AMX.
+    """
+    if bundle.image_size is None:
+        return "the bundle ends at tokens"
+    why = why_not(bundle)
+    if why is not None:
+        return f"ONNX Runtime decodes: {why}"
+    lib = _opened(decoder_file())
+    assert not isinstance(lib, KernelError), lib
+    return None if has_amx(lib) else "there is no AMX for it: 'parvis doctor' says what the C kernels use"
+
+
+def open_decoder(files: LoadedFiles, threads: int | None = None, precision: str = "fp32") -> Decoder:
     """A decoder of the bundle of ``files``: in C, or ONNX Runtime where :func:`why_not` has a reason.
 
-    Each reads its weights at its first use.
+    ``precision``: of ``dtypes.DECODER_PRECISIONS``; "bf16" where :func:`why_not_bf16` has no reason, else fp32, which
+    is as fast there. Each reads its weights at its first use.
     """
     why = why_not(files.bundle)
     if why is None:
-        return NativeDecoder(files, threads)
+        return NativeDecoder(files, threads, precision)
     if files.bundle.image_size is not None:
         log.debug("%s: no C decoder: %s", files.bundle.path, why)
     from par_runtime.backends.ort.decoding import open_ort_decoder
@@ -93,11 +113,17 @@ class NativeDecoder:
     A forked process may go on with its copy.
     """
 
-    def __init__(self, files: LoadedFiles, threads: int | None = None) -> None:
-        """``threads`` of the CPU, default all cores. Raises BundleError where :func:`why_not` has a reason."""
+    def __init__(self, files: LoadedFiles, threads: int | None = None, precision: str = "fp32") -> None:
+        """``threads`` of the CPU, default all cores; ``precision``: as :func:`open_decoder` says.
+
+        Raises BundleError where :func:`why_not` has a reason.
+        """
         lib = _opened(decoder_file())
         assert not isinstance(lib, KernelError), lib
-        self.name = f"native-cpu {__version__} ({lib.parvis_decoder_instructions().decode()})"
+        amx = precision == "bf16" and has_amx(lib)
+        self.computes = "bf16" if amx else "fp32"
+        variant = [lib.parvis_decoder_instructions().decode(), *(("amx", "bf16") if amx else ())]
+        self.name = f"native-cpu {__version__} ({', '.join(variant)})"
         self._lib, self._files, self._threads = lib, files, threads or available_cores()
         self._operations: Operations | None = None
         self._buffers: Buffers | None = None
@@ -167,7 +193,7 @@ class NativeDecoder:
             return numbers
 
         kind = ClipOperations if bundle.video else Operations
-        operations = kind(self._lib, bundle.tokenizer, bundle.grid[1:], read)
+        operations = kind(self._lib, bundle.tokenizer, bundle.grid[1:], read, self.computes == "bf16")
         if self._pool is None:
             self._pool = self._lib.parvis_decoder_open(self._threads)
         if self._pool is None:

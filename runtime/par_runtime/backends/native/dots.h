@@ -5,13 +5,9 @@
 
 __attribute__((visibility("hidden"))) PanelProduct panel_product_bf16_dot, panel_product_int8_dot;
 #ifdef HAS_TILES
-#define TILED __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16,avx512vnni,amx-tile,amx-bf16,"  \
-                                    "amx-int8,fma,f16c,avx2")))
-/* A compiler may not know what memory is read and written where tiles are loaded, stored or shaped. */
-#define ACCESSED __asm__ volatile("" ::: "memory")
+#include "tiles.h"
 
 __attribute__((visibility("hidden"))) PanelProduct panel_product_bf16_tiles, panel_product_int8_tiles;
-__attribute__((visibility("hidden"))) void shape_tiles(long rows, long other_rows, long depth);
-__attribute__((visibility("hidden"))) void shape_tiles_of_product(const Matrix *w, long m), give_back_tiles(void);
+__attribute__((visibility("hidden"))) void shape_tiles_of_product(const Matrix *w, long m);
 #endif
 #endif

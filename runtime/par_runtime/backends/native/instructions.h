@@ -8,7 +8,6 @@ typedef struct {
     int avx2;               /* AVX2, FMA and F16C */
     int avx512;             /* these, and AVX-512 with F, BW and VL */
     int bf16_dot, int8_dot; /* dot products of AVX-512; bf16 also needs VBMI */
-    int tiles;              /* AMX: products of tiles in bf16 and int8; only where both dot products are too */
 } Instructions;
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -70,11 +69,20 @@ static inline Instructions instructions_of_cpu(void) {
     have.bf16_dot = dots && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
     have.int8_dot = dots && __builtin_cpu_supports("avx512vnni");
 #endif
-#ifdef HAS_TILES
-    have.tiles = have.bf16_dot && have.int8_dot && !(requested && !strcmp(requested, "dots")) && tiles_allowed();
-#endif
 #elif defined(HAS_VECTORS)
     have.short_vectors = 1; /* every 64-bit ARM has NEON */
 #endif
     return have;
+}
+
+/* Whether products may be made in tiles too, with AMX, in bf16 and int8; only where both dot products are. Linux is
+   asked for it: what takes no tiles should not call this. */
+static inline int tiles_of_cpu(Instructions have) {
+#ifdef HAS_TILES
+    const char *requested = getenv("PARVIS_NATIVE");
+    return have.bf16_dot && have.int8_dot && !(requested && !strcmp(requested, "dots")) && tiles_allowed();
+#else
+    (void)have;
+    return 0;
+#endif
 }

@@ -17,8 +17,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "compilers.h"
+
 #define PANEL 32 /* columns of a panel */
-#define INLINE static inline __attribute__((always_inline))
 
 /* How a matrix is stored in a bundle, and what it is multiplied in; as in library.py. */
 enum { FP32, FP16, BF16, INT8, INT4 };
@@ -89,13 +90,6 @@ INLINE long product_rows(long m) { return tiles_of_rows(m) * tile_rows(m); }
 #define SUMS_BYTES (2 * TILE_ROWS * PANEL * 4)
 _Static_assert(K_BLOCK_DOT * PANEL * 2 <= DECODED_BYTES, "the largest group must fit in bf16");
 INLINE int64_t product_scratch_bytes(void) { return 2 * (DECODED_BYTES + SUMS_BYTES); }
-
-/* In front of each loop over sums: only where all of them are unrolled does the compiler keep the sums in registers. */
-#ifdef __clang__ /* it takes the other one for a count; up to version 16 the sums then stay in memory */
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 
 INLINE long number_bytes(int64_t stored) { return stored == FP32 ? 4 : 2; } /* of floating point */
 

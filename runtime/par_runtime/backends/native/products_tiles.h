@@ -14,32 +14,9 @@
    there. So bits are not those of dot products, but the same for any number of rows. In int8 they are the same as
    products_int8.h has. */
 
-/* What `ldtilecfg` reads. */
-typedef struct {
-    uint8_t palette, start_row, zeros[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} TileShapes;
-
-/* Shapes the tiles of this thread. Tiles 4 and 5 are rows of activations, 6 and 7 the panel's columns, `depth` bytes of K
-   of each; 0 and 1 are the sums of the `rows` rows of tile 4, 2 and 3 those of the `other_rows` of tile 5. */
-TILED void shape_tiles(long rows, long other_rows, long depth) {
-    _Alignas(64) TileShapes shapes = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        shapes.row_bytes[i] = (uint16_t)(i == 4 || i == 5 ? depth : 64);
-        shapes.rows[i] = (uint8_t)(i >= 6 ? depth / 4 : i == 0 || i == 1 || i == 4 ? rows : other_rows);
-    }
-    ACCESSED;
-    _tile_loadconfig(&shapes);
-    ACCESSED;
-}
-
 void shape_tiles_of_product(const Matrix *w, long m) {
     shape_tiles(tile_rows(m), tile_rows(m), w->arithmetic == MULTIPLY_BF16 || w->group > 64 ? 64 : w->group);
 }
-
-/* Of a thread whose tiles are in use, the system saves 8 KB more whenever it takes the CPU from it. */
-TILED void give_back_tiles(void) { _tile_release(); }
 
 /* c [h or 2*h][PANEL] = the products of `steps` tiles along K, 4 bytes each: of the tile of rows at x, or with `both`
    of that and the one `next_rows` bytes behind it, with the panel's columns at w. `x_step`: bytes of x from tile to

@@ -201,7 +201,7 @@ static const Kernels *select_kernels(void) {
     static const Kernels with_dot = KERNELS(avx512, 512, 0, pairs_product_dot);
 #ifdef HAS_TILES
     static const Kernels with_tiles = KERNELS(avx512, 512, 1, pairs_product_tiles);
-    if (have.tiles) return &with_tiles;
+    if (tiles_of_cpu(have)) return &with_tiles;
 #endif
     if (have.avx512 && have.bf16_dot) return &with_dot;
 #endif
@@ -246,7 +246,7 @@ const char *parvis_instructions(void) { return select_kernels() ? select_kernels
 /* Which of these are used: 1 dot products of AVX-512 in bf16, 2 in int8, 4 tiles of AMX in both; or their sum. */
 int parvis_extra_instructions(void) {
     Instructions have = instructions_of_cpu();
-    return have.bf16_dot + 2 * have.int8_dot + 4 * have.tiles;
+    return have.bf16_dot + 2 * have.int8_dot + 4 * tiles_of_cpu(have);
 }
 
 int parvis_panel(void) { return PANEL; }

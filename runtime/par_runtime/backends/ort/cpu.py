@@ -91,6 +91,7 @@ class OrtBackend:
             weight_bytes=weight_bytes(bundle, arithmetic),
             cache_bytes=4.0,
             decoder=self._decoder.name,
+            decoder_computes=self._decoder.computes,
         )
         self.max_images = MOST_IMAGES
         self.tie = TIE_INT8 if rounds else TIE

@@ -23,7 +23,7 @@ class OrtDecoder:
     """``decoder.onnx`` on the CPU; ``backends.base.Decoder`` describes the calls."""
 
     def __init__(self, files: LoadedFiles, options: ort.SessionOptions, huge_pages: bool = False) -> None:
-        self.name = f"onnxruntime-cpu {ort.__version__}"
+        self.name, self.computes = f"onnxruntime-cpu {ort.__version__}", "fp32"
         self._session = LazySession(files, "decoder", options, huge_pages)
 
     def run(self, tokens: Int) -> NDArray[np.uint8]:
@@ -43,7 +43,7 @@ class OrtVideoDecoder:
     """
 
     def __init__(self, files: LoadedFiles, options: ort.SessionOptions, huge_pages: bool = False) -> None:
-        self.name = f"onnxruntime-cpu {ort.__version__}"
+        self.name, self.computes = f"onnxruntime-cpu {ort.__version__}", "fp32"
         self._bundle = files.bundle
         self._first = LazySession(files, FIRST, options, huge_pages)
         self._next = LazySession(files, NEXT, options, huge_pages)

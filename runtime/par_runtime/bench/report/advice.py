@@ -19,6 +19,8 @@ from par_runtime.bench.subjects.base import MODEL_PHASES
 APART, APART_IN_DOUBT = 1.1, 1.5
 #: Below this part of the bound a phase is called launch-bound.
 NEAR = 0.5
+#: Of an image, the part from which it is worth while to decode faster.
+DECODING = 0.1
 #: For a CPU with several threads whose rows are marked busy.
 FEWER_THREADS = (
     "Rows are marked busy: fewer threads than the free cores (--threads 1) may be faster then, because threads wait "
@@ -42,8 +44,25 @@ class Advice:
 def advice(rows: Sequence[Row]) -> Advice | None:
     """The advice for the rows of one subject at one batch size; None without an image row, or without bounds."""
     found = _by_limit(rows)
+    if found is not None:
+        found = replace(found, text=f"{found.text}{_decode_with_amx(rows)}")
     several = any("busy" in row.marks and row.device == "cpu" and (row.threads or 1) > 1 for row in rows)
     return replace(found, text=f"{found.text} {FEWER_THREADS}") if found is not None and several else found
+
+
+def _decode_with_amx(rows: Sequence[Row]) -> str:
+    """A sentence where the step takes AMX and the decoder, in C too, does not, and takes its time; else nothing."""
+    by = {row.phase: row for row in rows}
+    image, decoder = by.get("image"), by.get("decoder")
+    if image is None or decoder is None or decoder.computes != "fp32" or not decoder.backend.startswith("native"):
+        return ""
+    part = part_of([decoder], image)
+    if "amx" not in image.version or part < DECODING:
+        return ""
+    return (
+        f" Decoding in fp32 is {share(part)} of an image's time; --decoder-precision bf16 takes AMX for that too, and "
+        "'parvis calibrate' proves it."
+    )
 
 
 def _by_limit(rows: Sequence[Row]) -> Advice | None:

@@ -103,12 +103,14 @@ class PipelineSubject:
         device: str = "cpu",
         threads: int | None = None,
         selftest: bool = True,
-        arithmetic: str = "auto",
-        cache: str = "auto",
+        **rounding: Any,
     ) -> PipelineSubject:
-        """Load the bundle, timed, and run its self-test. Raises what ``Pipeline.load`` raises."""
+        """Load the bundle, timed, and run its self-test. ``rounding``: of ``dtypes.ROUNDING``.
+
+        Raises what ``Pipeline.load`` raises.
+        """
         began = time.perf_counter()
-        pipeline = Pipeline.load(path, device, threads=threads, selftest=False, arithmetic=arithmetic, cache=cache)
+        pipeline = Pipeline.load(path, device, threads=threads, selftest=False, **rounding)
         load_ms = 1e3 * (time.perf_counter() - began)
         if selftest:  # the speed of a backend that makes wrong images means nothing
             pipeline.selftest()
@@ -225,6 +227,7 @@ def subject_info(pipeline: Pipeline, label: str) -> SubjectInfo:
         backend=info.runtime,
         version=info.version,
         decoder=info.decoder,
+        decoder_computes=info.decoder_computes,
         device=info.device,
         threads=None if in_one_launch else pipeline.threads or available_cores(),
         architecture=architecture,

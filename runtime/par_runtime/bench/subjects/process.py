@@ -34,6 +34,7 @@ def open_bundle(
     selftest: bool = True,
     arithmetic: str = "auto",
     cache: str = "auto",
+    decoder_precision: str = "auto",
     end: float = math.inf,
 ) -> SubjectProcess:
     """The bundle at ``path`` on ``device``, as ``Pipeline.load`` takes it. Raises what ``Pipeline.load`` raises.
@@ -50,6 +51,7 @@ def open_bundle(
             "selftest": selftest,
             "arithmetic": arithmetic,
             "cache": cache,
+            "decoder_precision": decoder_precision,
         },
         end,
     )
