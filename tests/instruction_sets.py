@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+from par_runtime.backends.native.decoding import why_not_bf16
 from par_runtime.backends.native.library import has_tiles, library
+from par_runtime.bundle import Bundle
 
 X86 = platform.machine() in ("x86_64", "AMD64")
 _SETS = ("avx512", "avx2", "sse") if X86 else ()
@@ -26,6 +29,10 @@ OTHERS = _SETS[_SETS.index(_TAKEN) + 1 :] if _TAKEN in _SETS else _SETS[1:]
 _TILES = _LIBRARY is not None and has_tiles(_LIBRARY)
 #: What this CPU takes by itself; "dots" where it has tiles beside dots, "avx512" where it has these, and the others.
 EVERY = ("", *(("dots",) if _TILES else ()), *(("avx512",) if _TAKEN == "avx512" else ()), *OTHERS)
+
+_WHY = why_not_bf16(Bundle.open(Path(__file__).parents[1] / "models" / "demo", "none"))
+#: The decoder in bf16 takes AMX.
+needs_amx = pytest.mark.skipif(_WHY is not None, reason=str(_WHY))
 
 _DECODER = """
 import sys

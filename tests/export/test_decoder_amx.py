@@ -12,7 +12,7 @@ import test_native_clips as of_clips
 import test_native_decoder as of_images
 import torch
 import torch.nn.functional as F
-from instruction_sets import decoded_by
+from instruction_sets import decoded_by, needs_amx
 from numpy.typing import NDArray
 from planted import decoder_with, one_by_default
 from torch import Tensor, nn
@@ -37,8 +37,6 @@ HERE = ["--device", "cpu", "--threads", "1", "--quiet"]
 FEW_LEVELS = 2  #: what an order of additions moves, where it makes a number round to another one of bf16
 LEAST_DB = 40.0  #: of a decoder in half precision, as the export's gate asks of fp16
 
-_WHY = why_not_bf16(Bundle.open(DEMO, "none"))
-needs_amx = pytest.mark.skipif(_WHY is not None, reason=str(_WHY))
 
 #: Shallow, so that one number that rounds to another one does not make all behind it round otherwise.
 FORMS = {

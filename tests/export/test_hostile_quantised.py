@@ -149,6 +149,11 @@ CASES: list[tuple[Change, str]] = [
     (put("calibration/kept", [7]), r"calibration.kept\[0\] is 7; expected a text"),
     (put("calibration/arithmetic", "fp8"), "calibration.arithmetic is 'fp8'; expected one of fp32, bf16, int8"),
     (put("calibration/cache", "int8"), "calibration.cache is 'int8'; expected one of fp32, bf16"),
+    (
+        put("calibration/decoder_precision", "fp16"),
+        "calibration.decoder_precision is 'fp16'; expected one of fp32, bf16",
+    ),
+    (put("calibration/decoder_precision", None), "calibration.decoder_precision is None; expected one of fp32, bf16"),
     (lambda m: m["calibration"].pop("cache"), "no entry 'cache' in calibration"),
     (put("calibration/source", "x"), "calibration.source is 'x'; expected 64 hexadecimal digits"),
     (put("calibration/report", []), r"calibration.report is \[\]; expected an object"),

@@ -192,24 +192,44 @@ def test_a_decoder_in_winograds_form_may_need_fewer_operations_than_its_convolut
     """Else a row of it would be faster than its bound."""
     architecture = replace(named_architecture("PAR-L", 4), decoder_parameters=10**6, decoder_operations=144 * 10**9)
     sizes = {"architecture": architecture, "image_size": (384, 384)}
-    for decoder, operations in (("onnxruntime-cpu 1.32.0", 144e9), ("native-cpu 0.1.0 (avx512)", 25e9)):
-        info = subject_info(decoder=decoder, **sizes)
+    for decoder, computes, operations, per_clip in (
+        ("onnxruntime-cpu 1.32.0", "fp32", 144e9, 144e9),
+        ("native-cpu 0.1.0 (avx512)", "fp32", 25e9, 36e9),
+        ("native-cpu 0.1.0 (avx512, amx, bf16)", "bf16", 64e9, 144e9),  # no Winograd: 4 of 9 behind an upsampling
+    ):
+        info = subject_info(decoder=decoder, decoder_computes=computes, **sizes)
         assert sum(work.operations for work in least_work(info, 2, True, "decoder")) == 2 * operations
         clips = replace(info, grid=(5, 8, 8))
-        per_clip = 36e9 if "native" in decoder else operations
         assert sum(work.operations for work in least_work(clips, 2, True, "decoder")) == 2 * per_clip
         image, calls = (least_work(info, 1, True, phase) for phase in ("image", "group"))
         assert image[-1].operations == operations
         assert least_work(subject_info(), 1, True, "group") == calls
 
 
-def test_a_decoder_beside_a_rounded_step_computes_in_fp32() -> None:
-    """So its row is bound by the peak of fp32."""
-    info = subject_info(computes="int8", decoder="native-cpu 0.1.0 (avx512)", image_size=(384, 384))
+@pytest.mark.parametrize("computes", ["fp32", "bf16"])
+def test_a_decoder_beside_a_rounded_step_computes_by_itself(computes: str) -> None:
+    """So its row is bound by the peak of its own precision."""
+    decoder = {"decoder": "native-cpu 0.1.0 (avx512)", "decoder_computes": computes, "image_size": (384, 384)}
+    info = subject_info(computes="int8", **decoder)
     rows = {
         phase: make_row(info, Setting("phases", 1, True), MACHINE, phase, [3.0] * 5) for phase in ("decoder", "group")
     }
     assert {phase: (row.computes, row.backend) for phase, row in rows.items()} == {
-        "decoder": ("fp32", "native-cpu"),
+        "decoder": (computes, "native-cpu"),
         "group": ("int8", "onnxruntime-cpu"),
     }
+
+
+def test_whole_images_are_bound_by_the_faster_of_both_precisions() -> None:
+    """A bound by the slower peak would be one that a decoder in bf16 beats."""
+    limits = Limits(
+        ((1, 20.0),), 1.0, "measured once: 2 threads, and multiply fp32 matrices (x)", dots=(("bf16", 8.0),)
+    )
+    for step, decoder, image in (("fp32", "bf16", "bf16"), ("fp32", "fp32", "fp32"), ("bf16", "fp32", "bf16")):
+        info = subject_info(computes=step, decoder="native-cpu 0.1.0", decoder_computes=decoder, image_size=(384, 384))
+        made = [make_row(info, Setting("phases", 1, True), MACHINE, phase, [3.0] * 5) for phase in ("image", "group")]
+        whole, group = with_bounds(made, {info.label: info}, {2: limits})
+        assert (whole.matrix_tflop_s, group.matrix_tflop_s) == tuple(
+            8.0 if of == "bf16" else 1.0 for of in (image, step)
+        )
+        assert (f"multiply {image} matrices" in whole.limits_from) is True

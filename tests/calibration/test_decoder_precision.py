@@ -1,0 +1,118 @@
+"""``parvis calibrate --decoder-precision``: the proof that a decoder in bf16 does no harm, and where there is none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from instruction_sets import needs_amx
+
+from par_calibration.errors import CalibrationError
+from par_calibration.report import Budget, Options, compare
+from par_calibration.run import Request, places_of
+from par_runtime.backends.native import decoding
+from par_runtime.bundle import Bundle
+from par_runtime.cli import main
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+FEW = ["--held-out", "4", "--generated", "0", "--quiet"]
+BF16 = ["--decoder-precision", "bf16"]
+
+
+def run(*arguments: object) -> int:
+    return main(["calibrate", *map(str, arguments)])
+
+
+@needs_amx
+def test_the_decoder_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run(DEMO, "--weights", "keep", *BF16, "--arithmetic", "fp32", "--cache", "fp32", "--out", out, *FEW) == 0
+    made, source = Bundle.open(out), Bundle.open(DEMO)
+    assert made.calibration is not None
+    assert made.calibration.decoder_precision == "bf16"
+    assert made.calibration.report["measures"]["decoder"] > 50
+    assert made.calibration.report["budget"]["decoder"] == 40
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert (figures["candidate"]["decoder_precision"], figures["original"]["decoder_precision"]) == ("bf16", "fp32")
+    assert figures["decoder_psnr"] == figures["measures"]["decoder"]
+    page = (tmp_path / "out.html").read_text()
+    assert "PSNR of the decoder" in page
+    assert "fp32 arithmetic, fp32 cache, decoder in bf16 (native-cpu" in page
+    assert (out / "weights.data").read_bytes() == (DEMO / "weights.data").read_bytes()
+    assert source.calibration is not None
+    assert source.calibration.decoder_precision == "fp32"
+    capfd.readouterr()
+    assert main(["inspect", str(out)]) == 0
+    assert "multiplied in fp32, keys and values in fp32, decoded in bf16; made from" in capfd.readouterr().out
+    # Another budget, and what to do about it.
+    limit = ["--budget", "decoder=90"]
+    assert run(DEMO, "--weights", "keep", *BF16, "--out", tmp_path / "no", *FEW, *limit) == 1
+    err = capfd.readouterr().err
+    assert "PSNR of the decoder: 5" in err
+    assert "dB, at least 90 dB (3" in err
+    assert "dB too low); give --decoder-precision fp32" in err
+    assert not (tmp_path / "no").exists()
+
+
+@needs_amx
+def test_a_report_decodes_as_the_candidate_will(tmp_path: Path) -> None:
+    """Of equal tokens, the pairs of images differ by what the decoder rounds."""
+    demo = replace(Bundle.open(DEMO), calibration=None)
+    options = Options(images=2, samples=8, arithmetic="fp32", cache="fp32", decoder_precision="bf16", show=8)
+    report = compare(demo, demo, options)
+    assert report.drawn is not None
+    assert report.drawn.identical == 8
+    assert report.pairs is not None
+    assert (report.pairs[:, 0] != report.pairs[:, 1]).any()
+    assert abs(report.pairs[:, 0].astype(int) - report.pairs[:, 1]).max() <= 2
+    assert report.frechet is not None
+    assert report.frechet.same_seeds > 0
+    exact = compare(demo, demo, replace(options, decoder_precision="fp32"))
+    assert exact.pairs is not None
+    assert (exact.pairs[:, 0] == exact.pairs[:, 1]).all()
+    assert exact.decoder_psnr is None
+    assert exact.exceeded(Budget({"decoder": 90.0})) == []
+    assert report.exceeded(Budget({"decoder": 90.0}))
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (Request(Path("m"), "keep", arithmetic="bf16", cache="bf16", decoder_precision="bf16"), "m-bf16-cache-decoder"),
+        (Request(Path("m"), "keep", arithmetic="fp32", cache="fp32", decoder_precision="bf16"), "m-decoder"),
+        (Request(Path("m"), "keep", arithmetic="fp32", cache="bf16"), "m-fp32-cache"),
+        (Request(Path("m"), "keep", arithmetic="int8", cache="fp32"), "m-int8"),
+        (Request(Path("m"), "int4", arithmetic="bf16", cache="bf16", decoder_precision="bf16"), "m-int4"),
+    ],
+)
+def test_the_folder_is_named_after_what_was_done(given: Request, name: str) -> None:
+    assert places_of(given).out.name == name
+
+
+@pytest.mark.skipif(decoding.decoder_file() is None, reason="no compiler at installation")
+def test_where_nothing_can_be_proven(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny, "--weights", "keep", "--out", tmp_path / "out", *FEW) == 2
+    assert "--cache bf16, or --decoder-precision bf16, to prove" in capfd.readouterr().err
+    monkeypatch.setattr(decoding, "has_amx", lambda _: False)
+    assert run(tiny, "--weights", "keep", *BF16, "--out", tmp_path / "out", *FEW) == 2
+    assert capfd.readouterr().err == (
+        "parvis: error: --decoder-precision bf16: nothing could be proven of it here (there is no AMX for it: 'parvis "
+        "doctor' says what the C kernels use); leave it out, or calibrate on a CPU with AMX\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_of_another_precision_proves_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "has_amx", lambda _: False)
+    bundle = Bundle.open(tiny)
+    with pytest.raises(CalibrationError, match=r"^a decoder in bf16: native-cpu .* computes in fp32, so the report"):
+        compare(bundle, bundle, Options(images=1, samples=0, decoder_precision="bf16"))
+
+
+def test_a_budget_of_decibels() -> None:
+    assert Budget.parse("decoder=55.5", "int8").limits["decoder"] == 55.5
+    assert Budget.of("int4").limits["decoder"] == 40
