@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from par_runtime.arguments import choice, folder
 from par_runtime.checked import Mismatch, load_json, open_regular, read_regular, shown, shown_path, why_not_regular
-from par_runtime.dtypes import BYTES
+from par_runtime.dtypes import AUTO, BYTES, Rounding
 from par_runtime.errors import BundleError
 from par_runtime.manifest import KEPT, MOST_BYTES, MOST_GRAPH_BYTES, check, matrices_of
 from par_runtime.manifest_video import VIDEO
@@ -248,6 +248,13 @@ class Bundle:
         """What its matrices are stored in: "fp32", "fp16", "bf16", "int8", "int4"."""
         return self.quantised or self.precision
 
+    def rounding(self, asked: Rounding = AUTO) -> Rounding:
+        """``asked``, with what its calibration has proven in the place of each "auto"; fp32 where there is none."""
+        proven = self.calibration or Rounding()
+        return Rounding(
+            *(getattr(proven, name) if value == "auto" else value for name, value in asked._asdict().items())
+        )
+
     @staticmethod
     def open(path: str | Path, verify: FileCheck = "auto") -> Bundle:
         """Read and check the bundle at ``path``.
@@ -364,7 +371,7 @@ def _calibration(entry: Mapping[str, Any] | None) -> Calibration | None:
     if entry is None:
         return None
     names = ("weights", "group", "arithmetic", "cache", "source", "report")
-    decoder = entry.get("decoder_precision", "fp32")  # manifests hold it only where it is another
+    decoder = entry.get("decoder_precision", "fp32")
     return Calibration(**{name: entry[name] for name in names}, kept=tuple(entry["kept"]), decoder_precision=decoder)
 
 

@@ -6,7 +6,7 @@ A *precision* is what a user names ("fp16"); a *dtype* is what ONNX, numpy and t
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,6 @@ ARITHMETICS = ("fp32", "bf16", "int8")
 CACHES = ("fp32", "bf16")
 #: What the C decoder can compute its 3x3 convolutions in, the most exact first: in bf16 with AMX.
 DECODER_PRECISIONS = ("fp32", "bf16")
-#: What a CPU rounds to: these three, as ``Pipeline.load`` and a calibration name them.
-ROUNDING = ("arithmetic", "cache", "decoder_precision")
 #: precision -> bytes of one stored number; quantised weights too, without their scales.
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
 #: dtype -> the numpy type that holds its bits; numpy itself has no bf16.
@@ -37,6 +35,17 @@ MOST_GUIDANCE = 1e20
 #: precision -> how far rounding alone may move a logit, relative to the largest |logit|. The error of a broken engine
 #: is several times as large.
 LOGIT_ROUNDING = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1, "int8": 2e-1}
+
+
+class Rounding(NamedTuple):
+    """What a CPU rounds to, by the names that ``Pipeline.load`` and a calibration have for it."""
+
+    arithmetic: str = "fp32"  #: of :data:`ARITHMETICS`
+    cache: str = "fp32"  #: of :data:`CACHES`
+    decoder_precision: str = "fp32"  #: of :data:`DECODER_PRECISIONS`
+
+
+AUTO = Rounding("auto", "auto", "auto")  #: what is proven for a bundle: ``Bundle.rounding``
 
 
 def dtype_bytes(dtype: str) -> int:

@@ -277,7 +277,7 @@ def _check_calibration(m: Value) -> tuple[str, int]:
         c["group"].refuse("0" if weights == KEPT else f"one of {', '.join(map(str, GROUPS))}")
     c["arithmetic"].one_of(ARITHMETICS)
     c["cache"].one_of(CACHES)
-    if "decoder_precision" in c.value:  # not in manifests of parvis before it could be another than fp32
+    if "decoder_precision" in c.value:  # only where it is not fp32, so other bundles keep their hash
         c["decoder_precision"].one_of(DECODER_PRECISIONS)
     for name in c["kept"].entries(0, 2**18):
         name.text(MOST_NAME)

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from par_runtime.arguments import cpu_threads
+from par_runtime.arguments import choice, cpu_threads
 from par_runtime.backends.base import image_shape
 from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle
 from par_runtime.clips import files
-from par_runtime.dtypes import Int
+from par_runtime.dtypes import DECODER_PRECISIONS, Int, Rounding
 from par_runtime.errors import RequestError
 from par_runtime.forks import tell_of_forks
 from par_runtime.images.photo import Fit, Pictures, fit_image, to_pixels
@@ -66,13 +66,15 @@ def _with_encoder(bundle: Bundle) -> str:
 class Tokenizer:
     """Encoder and decoder of a bundle, as they are now; each is loaded when it is first used.
 
-    ``threads`` of the CPU, default all cores. Several threads may use it at a time. Raises RequestError where the
-    bundle ends at tokens, BundleError where it cannot be read.
+    ``threads`` of the CPU, default all cores; ``decoder_precision``: as ``Pipeline.load`` has it. Several threads may
+    use it at a time. Raises RequestError where the bundle ends at tokens, BundleError where it cannot be read.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, decoder_precision: str = "auto") -> None:
         self._size = pixels(bundle)
         self._threads = cpu_threads(threads)
+        choice("decoder_precision", decoder_precision, ("auto", *DECODER_PRECISIONS))
+        self._precision = bundle.rounding(Rounding(decoder_precision=decoder_precision)).decoder_precision
         self.bundle = bundle
         self._files = LoadedFiles(bundle)
         self._encoder: LazySession | None = None
@@ -132,7 +134,7 @@ class Tokenizer:
             with self._lock:
                 self._check_open()
                 if self._decoder is None:
-                    self._decoder = open_decoder(self._files, self._threads)
+                    self._decoder = open_decoder(self._files, self._threads, self._precision)
                 decoder = self._decoder
         return self._chunked(decoder.run, known)
 

@@ -57,6 +57,24 @@ def test_the_decoder_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
 
 
 @needs_amx
+def test_the_decoder_of_clips(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    clips = ["--arithmetic", "fp32", "--cache", "fp32", "--held-out", "1", "--generated", "0", "--quiet"]
+    assert run(DEMO.parent / "fashion", "--weights", "keep", *BF16, *clips, "--out", out) == 0
+    made = Bundle.open(out).calibration
+    assert made is not None
+    assert (made.decoder_precision, made.report["measures"]["decoder"] > 50) == ("bf16", True)
+
+
+def test_a_bundle_that_ends_at_tokens(bundles: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    out = bundles["n1"].parent / "never"
+    assert Bundle.open(bundles["n1"]).image_size is None
+    assert run(bundles["n1"], "--weights", "keep", *BF16, "--out", out, *FEW) == 2
+    assert "nothing could be proven of it here (the bundle ends at tokens); leave it out, or" in capfd.readouterr().err
+    assert not out.exists()
+
+
+@needs_amx
 def test_a_report_decodes_as_the_candidate_will(tmp_path: Path) -> None:
     """Of equal tokens, the pairs of images differ by what the decoder rounds."""
     demo = replace(Bundle.open(DEMO), calibration=None)
@@ -100,8 +118,8 @@ def test_where_nothing_can_be_proven(
     monkeypatch.setattr(decoding, "has_amx", lambda _: False)
     assert run(tiny, "--weights", "keep", *BF16, "--out", tmp_path / "out", *FEW) == 2
     assert capfd.readouterr().err == (
-        "parvis: error: --decoder-precision bf16: nothing could be proven of it here (there is no AMX for it: 'parvis "
-        "doctor' says what the C kernels use); leave it out, or calibrate on a CPU with AMX\n"
+        "parvis: error: --decoder-precision bf16: nothing could be proven of it here (there is no AMX: 'parvis "
+        "doctor' says what the C decoder uses); leave it out, or calibrate on a CPU with AMX\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -109,7 +127,9 @@ def test_where_nothing_can_be_proven(
 def test_a_report_of_another_precision_proves_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "has_amx", lambda _: False)
     bundle = Bundle.open(tiny)
-    with pytest.raises(CalibrationError, match=r"^a decoder in bf16: native-cpu .* computes in fp32, so the report"):
+    with pytest.raises(
+        CalibrationError, match=r"^a decoder in bf16: (native|onnxruntime)-cpu .* computes in fp32, so the report"
+    ):
         compare(bundle, bundle, Options(images=1, samples=0, decoder_precision="bf16"))
 
 

@@ -207,8 +207,8 @@ def parser() -> argparse.ArgumentParser:
         "--decoder-precision",
         choices=["fp32", "bf16"],
         default="fp32",
-        help="what the C decoder computes in by default where the CPU has AMX, as this one must; elsewhere it stays in "
-        "fp32 (default: fp32)",
+        help="what the C decoder computes in; 'bf16' can only be proven on a CPU with AMX, and without it the decoder "
+        "stays in fp32 (default: fp32)",
     )
     p.add_argument("--images", type=int, metavar="N", help="images that are made to record activations (default: 24)")
     p.add_argument(

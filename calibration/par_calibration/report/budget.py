@@ -36,7 +36,7 @@ class Limit:
 
     def text(self, value: float) -> str:
         """``value`` as the report shows it."""
-        return f"{100 * value:.2f} %" if self.percent else f"{value:.3g}{self.unit}"
+        return f"{100 * value:.2f} %" if self.percent else f"{value:.{4 if self.unit else 3}g}{self.unit}"
 
 
 LIMITS = {

@@ -6,10 +6,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +25,13 @@ from par_calibration.report.measures import Drawn, Frechet
 from par_calibration.report.options import Options
 from par_calibration.report.result import BOTH, ROUNDING, WEIGHTS, Report, Side
 from par_calibration.report.sheet import shown_pairs
-from par_runtime.backends.native.decoding import open_decoder
 from par_runtime.bundle import WEIGHTS as WEIGHTS_FILE
 from par_runtime.bundle import Bundle
-from par_runtime.dtypes import BYTES, Int
-from par_runtime.loaded import LoadedFiles
+from par_runtime.dtypes import BYTES, Int, Rounding
 from par_runtime.metrics import psnr_db
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import Settings, class_indices
+from par_runtime.tokenizer import Tokenizer
 
 T = TypeVar("T")
 FP32 = "fp32"
@@ -41,17 +40,7 @@ MOST_SEED = 2**62
 OTHER_SEEDS = 1_000_000  #: from the seeds of generated images to those of tokens that stand in for real images
 LEAST_SAMPLES = 8  #: of generated images, for a distance of sets
 DECODED = 32  #: held-out images that both decoders decode, at most
-
-
-class Rounding(NamedTuple):
-    """What a bundle runs in, by the names that ``Pipeline.load`` has for it."""
-
-    arithmetic: str
-    cache: str
-    decoder_precision: str
-
-
-EXACT = Rounding(FP32, FP32, FP32)
+EXACT = Rounding()
 
 
 def compare(
@@ -69,10 +58,7 @@ def compare(
             f"{candidate.path} is no calibration of {original.path}: their models differ; give the bundle that it was "
             "made from"
         )
-    made = candidate.calibration
-    rounding = Rounding(
-        *(getattr(options, name) or (getattr(made, name) if made else FP32) for name in Rounding._fields)
-    )
+    rounding = candidate.rounding(Rounding(*(getattr(options, name) or "auto" for name in Rounding._fields)))
     with tempfile.TemporaryDirectory(prefix="parvis-report-", dir=options.scratch) as scratch:
         return _Measuring(original, candidate, options, rounding, Path(scratch)).run(tuple(layers))
 
@@ -221,24 +207,17 @@ class _Measuring:
             )
         show = min(self.options.show, len(sets.second))
         features = self._features(len(sets.second), notes)
+        decoded = (sets.first, sets.second, sets.candidate)[0 if features is not None else 1 :]
         found, shown = [], []
-
-        def decode(pipeline: Pipeline, *every: Int) -> None:
-            for tokens in every:
-                images = pipeline.decode(tokens if features is not None else tokens[:show])
-                if features is not None:
-                    found.append(features.of(images))
-                shown.append(images[:show].copy())  # a view would keep all of them
-
-        # The weights of both decoders are the same.
-        same = self.rounding.decoder_precision == FP32
-        with _loaded(self.original, EXACT, self.options.threads) as pipeline:
-            decode(pipeline, *(() if features is None else (sets.first,)), sets.second, *((sets.candidate,) * same))
-        if not same:
-            with _loaded(self.candidate, self.rounding, self.options.threads) as pipeline:
-                decode(pipeline, sets.candidate)
+        for tokens in decoded:
+            side = self.rounding if tokens is sets.candidate else EXACT
+            images = self._decode(tokens if features is not None else tokens[:show], side.decoder_precision)
+            if features is not None:
+                found.append(features.of(images))
+            shown.append(images[:show].copy())  # a view would keep all of them
+        pairs = shown_pairs(*shown[-2:]) if show else None
         if features is None:
-            return drawn, None, shown_pairs(*shown) if show else None
+            return drawn, None, pairs
         first, second, candidate = found
         mean, p95 = floor(first, second, labels, self.options.seed)
         frechet = Frechet(
@@ -250,23 +229,23 @@ class _Measuring:
             floor=mean,
             floor_p95=p95,
         )
-        return drawn, frechet, shown_pairs(*shown[1:]) if show else None
+        return drawn, frechet, pairs
 
     def _decoder_psnr(self, held: HeldOut) -> float | None:
         """PSNR of the worst of the first held-out images in the precision of the candidate's decoder, against fp32."""
         if self.rounding.decoder_precision == FP32:
             return None
-        with ExitStack() as opened:
-            decoders = []
-            for precision in (FP32, self.rounding.decoder_precision):
-                decoders.append(open_decoder(LoadedFiles(self.candidate), self.options.threads, precision))
-                opened.callback(decoders[-1].close)
-            return self._time(
-                "decoders",
-                lambda: min(
-                    psnr_db(*(decoder.run(tokens[None]) for decoder in decoders)) for tokens in held.tokens[:DECODED]
-                ),
-            )
+        with (
+            closing(Tokenizer(self.candidate, self.options.threads, FP32)) as exact,
+            closing(Tokenizer(self.candidate, self.options.threads, self.rounding.decoder_precision)) as rounded,
+        ):
+            some = held.tokens[:DECODED]
+            return self._time("decoders", lambda: min(psnr_db(exact.decode(t), rounded.decode(t)) for t in some))
+
+    def _decode(self, tokens: Int, precision: str) -> NDArray[np.uint8]:
+        """The images of ``tokens`` [M,N]; both bundles have the same decoder."""
+        with closing(Tokenizer(self.candidate, self.options.threads, precision)) as tokenizer:
+            return tokenizer.decode(tokens)
 
     def _features(self, samples: int, notes: list[str]) -> Features | None:
         if "encoder" not in self.original.graphs:

@@ -14,6 +14,7 @@ from par_runtime.backends.ort import importing
 from par_runtime.backends.program import VERSION
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, FileCheck
+from par_runtime.dtypes import Rounding
 from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError
 
 if TYPE_CHECKING:
@@ -60,15 +61,12 @@ def choose(
     EngineError, BundleError, CudaError.
     """
     check_device(device)
-    made = bundle.calibration
-    proven = (made.arithmetic, made.cache, made.decoder_precision) if made else ("fp32",) * 3
-    asked = (arithmetic, cache, decoder_precision)
-    rounding = tuple(of if each == "auto" else each for each, of in zip(asked, proven, strict=True))
+    rounding = bundle.rounding(Rounding(arithmetic, cache, decoder_precision))
     if device in CPUS:
         return _cpu(bundle, threads, rounding, native=device == "cpu"), ""
     if device == "auto":
         try:
-            backend, why = _engine(bundle, 0, verify, capture, on_load, rounding[2])
+            backend, why = _engine(bundle, 0, verify, capture, on_load, rounding.decoder_precision)
         except (EngineError, CudaError) as error:
             backend, why = None, str(error)
         if backend is not None:
@@ -86,26 +84,24 @@ def choose(
         from par_runtime.backends.ort import gpu as ort_cuda
 
         return ort_cuda.OrtCudaBackend(bundle, index, threads), ""
-    backend, why = _engine(bundle, index, verify, capture, on_load, rounding[2])
+    backend, why = _engine(bundle, index, verify, capture, on_load, rounding.decoder_precision)
     if backend is None:
         raise EngineError(f"device {device!r} cannot run {bundle.path}: {why}")
     return backend, ""
 
 
-def _cpu(bundle: Bundle, threads: int | None, rounding: tuple[str, ...], native: bool = True) -> Backend:
-    """The backend of the CPU; ``rounding``: arithmetic, cache and precision of the decoder."""
+def _cpu(bundle: Bundle, threads: int | None, rounding: Rounding, native: bool = True) -> Backend:
     with importing("running on the CPU"):
         from par_runtime.backends.native.backend import NativeBackend
         from par_runtime.backends.native.decoding import open_decoder
         from par_runtime.backends.native.library import why_not
         from par_runtime.backends.ort import cpu as ort
-    arithmetic, cache, precision = rounding
     why = why_not(bundle) if native else "ONNX Runtime was asked for"
     if why is None:
-        return NativeBackend(bundle, threads, arithmetic, cache, precision)
+        return NativeBackend(bundle, threads, *rounding)
     log.debug("%s: no C step: %s", bundle.path, why)
-    decoder = partial(open_decoder, threads=threads, precision=precision) if native else None
-    return ort.OrtBackend(bundle, threads, arithmetic=arithmetic, decoder=decoder)
+    decoder = partial(open_decoder, threads=threads, precision=rounding.decoder_precision) if native else None
+    return ort.OrtBackend(bundle, threads, arithmetic=rounding.arithmetic, decoder=decoder)
 
 
 def _engine(

@@ -27,6 +27,7 @@ from par_runtime.bench.rows import INCOMPLETE, Row, few_repetitions, median, per
 from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES, OutOfTimeError, Sample, Subject, SubjectInfo
 from par_runtime.cost.decoder import LEAST_OF_SUMS, LEAST_OF_WINOGRAD
 from par_runtime.cost.work import Work, decoder_work, image_work, phase_work
+from par_runtime.dtypes import BYTES
 from par_runtime.tokenizer import CHUNK_PIXELS
 
 #: A function that gets each step of the work as a line of text.
@@ -339,6 +340,7 @@ def make_row(
         python=platform.python_version(),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         pytorch=info.pytorch,
+        decoder_computes=info.decoder_computes,
     )
 
 
@@ -354,7 +356,7 @@ def least_work(info: SubjectInfo, images: int, guided: bool, phase: str) -> list
             least = clips_least if info.grid[0] > 1 else images_least
             operations = int(architecture.decoder_operations * least)
             architecture = replace(architecture, decoder_operations=operations)
-        decoder = decoder_work(architecture, images, info.weight_bytes, chunks)
+        decoder = decoder_work(architecture, images, min(info.weight_bytes, BYTES[info.decoder_computes]), chunks)
     if phase == "decoder":
         return decoder
     if phase in ("image", "throughput"):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from par_runtime.backends.choose import CPUS
 from par_runtime.backends.engines import has_engines
@@ -33,7 +32,7 @@ from par_runtime.bench.suites import batch, decoder, paper, paper_run, phases, s
 from par_runtime.bench.suites import gpu as gpu_suite
 from par_runtime.bundle import Bundle
 from par_runtime.cost.data_sheets import Prediction, predictions
-from par_runtime.dtypes import BYTES, ROUNDING
+from par_runtime.dtypes import BYTES, Rounding
 from par_runtime.errors import RequestError
 from par_runtime.system import available_cores
 
@@ -93,9 +92,9 @@ class BenchOptions:
         return not self.unguided
 
     @property
-    def rounding(self) -> dict[str, Any]:
-        """What a CPU rounds to, by the names that ``Pipeline.load`` has for it."""
-        return {name: getattr(self, name) for name in ROUNDING}
+    def rounding(self) -> Rounding:
+        """What a CPU rounds to."""
+        return Rounding(self.arithmetic, self.cache, self.decoder_precision)
 
     @property
     def seconds(self) -> float:
@@ -282,7 +281,7 @@ def _open_subjects(
             device=options.device,
             threads=options.threads,
             selftest=has_selftest(bundle),
-            **options.rounding,
+            rounding=options.rounding,
         )
         opened.callback(subject.close)
         if subject.note and has_engines(bundle):
@@ -303,16 +302,14 @@ def _open_baseline(options: BenchOptions, path: Path, baseline: str, label: str,
     rounding = options.rounding
     if baseline == "n1":
         # It has no proof that rounding does no harm; it rounds as the bundle does, so that n alone differs.
-        proven = Bundle.open(path, "none").calibration
-        if proven is not None:
-            rounding = {name: getattr(proven, name) if of == "auto" else of for name, of in rounding.items()}
+        rounding = Bundle.open(path, "none").rounding(rounding)
         folder = tempfile.TemporaryDirectory(dir=options.work, prefix="parvis-bench-")
         n1 = write_n1_bundle(path, Path(opened.enter_context(folder)))
         device = options.device if options.device in CPUS else "cpu"
-        return open_bundle(n1, label, device=device, threads=threads, selftest=False, **rounding)
+        return open_bundle(n1, label, device=device, threads=threads, selftest=False, rounding=rounding)
     if baseline == "ort":
         selftest = has_selftest(Bundle.open(path, "none"))
-        return open_bundle(path, label, device="cpu-ort", threads=threads, selftest=selftest, **rounding)
+        return open_bundle(path, label, device="cpu-ort", threads=threads, selftest=selftest, rounding=rounding)
     device = "cpu" if options.device in ("auto", *CPUS) else "cuda"
     return open_eager(path, label, threads=threads, compiled=baseline == "compiled", device=device)
 

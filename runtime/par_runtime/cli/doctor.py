@@ -177,13 +177,15 @@ def _native() -> tuple[bool, str]:
 def _decoder() -> str:
     """What decodes beside the C step."""
     from par_runtime.backends.native.compiled import KernelError
+    from par_runtime.backends.native.decoder import has_amx
     from par_runtime.backends.native.decoding import decoder_file, open_decoder_library
 
     try:
-        open_decoder_library(decoder_file())
+        lib = open_decoder_library(decoder_file())
     except KernelError as error:
         return f"onnxruntime decodes: {error}"
-    return "decoder in C (onnxruntime where a bundle's manifest has no table of the decoder's weights)"
+    bf16 = ", with AMX in bf16 where it is asked to" if has_amx(lib) else ""
+    return f"decoder in C{bf16} (onnxruntime where a bundle's manifest has no table of the decoder's weights)"
 
 
 def _ort_cuda() -> tuple[bool, str]:

@@ -229,7 +229,7 @@ def _as_written(
         return recipe.pixel_hashes[which] == pixel_hash(pixels)
     # An older file. What another device decoded differs a little; pixels that were pasted over it differ for good.
     tokens = recipe.tokens[which]
-    again = Tokenizer(bundle, args.threads).decode(tokens)[0]
+    again = Tokenizer(bundle, args.threads, "fp32").decode(tokens)[0]
     off = np.abs(again.astype(np.int16) - pixels) > MOST_OFF
     if recipe.pasted and recipe.kept is not None:
         t, h, w = bundle.grid

@@ -68,9 +68,7 @@ def load_pipeline(args: argparse.Namespace, bundle: Bundle, selftest: bool) -> P
             # Opening the bundle hashed its own files, but not those of its engines.
             verify="auto" if has_engines(bundle) else "none",
             capture=args.capture,
-            arithmetic=args.arithmetic,
-            cache=args.cache,
-            decoder_precision=args.decoder_precision,
+            **options.rounding(args)._asdict(),
             on_load=bar,
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from par_runtime.dtypes import Rounding
 from par_runtime.errors import RequestError
 
 
@@ -157,6 +158,11 @@ def add_threads(p: argparse.ArgumentParser) -> None:
     p.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
 
 
+def rounding(args: argparse.Namespace) -> Rounding:
+    """What :func:`add_arithmetic` was given."""
+    return Rounding(args.arithmetic, args.cache, args.decoder_precision)
+
+
 def add_arithmetic(p: argparse.ArgumentParser) -> None:
     """``--arithmetic``, ``--cache`` and ``--decoder-precision``, of a CPU."""
     p.add_argument(
@@ -176,8 +182,8 @@ def add_arithmetic(p: argparse.ArgumentParser) -> None:
         "--decoder-precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
-        help="what the C decoder computes in; 'bf16' takes AMX, and is fp32 on a CPU without (default: 'auto', as for "
-        "--arithmetic)",
+        help="what the C decoder computes in; 'bf16' needs AMX, without which the decoder stays in fp32 (default: "
+        "'auto', as for --arithmetic)",
     )
 
 

@@ -14,7 +14,6 @@ from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Parser, guarded
 from par_runtime.cli.inputs import class_indices
-from par_runtime.dtypes import ROUNDING
 from par_runtime.errors import RequestError
 from par_runtime.request import image_seeds, image_settings
 from par_runtime.verify import FLOORS, OPSET23, Floors, Trial
@@ -47,12 +46,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as loaded:
         # The bundle's files were checked above; "auto" checks those of an engine.
         candidate = verify.load(
-            args.bundle,
-            args.device,
-            args.threads,
-            "auto",
-            args.capture,
-            **{name: getattr(args, name) for name in ROUNDING},
+            args.bundle, args.device, args.threads, "auto", args.capture, **options.rounding(args)._asdict()
         )
         loaded.callback(candidate.backend.close)
         against = args.against or verify.default_reference(candidate)

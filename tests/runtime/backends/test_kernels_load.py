@@ -31,12 +31,13 @@ from par_runtime.backends import choose, cuda
 from par_runtime.backends.engines import ENGINE_JSON, KERNELS, Engine, why_unfit
 from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.kernels import backend as kernels_backend
+from par_runtime.backends.native import decoding
 from par_runtime.backends.program import VERSION
 from par_runtime.backends.trt import module as trt_module
-from par_runtime.bundle import Bundle, seal
+from par_runtime.bundle import Bundle, Calibration, seal
 from par_runtime.cli import dispatch as cli
 from par_runtime.cli.inputs import load_pipeline
-from par_runtime.dtypes import ROUNDING
+from par_runtime.dtypes import AUTO
 from par_runtime.errors import BundleError, CudaError, EngineError, OutOfMemory, RequestError
 from par_runtime.pipeline import Pipeline
 
@@ -473,7 +474,7 @@ def test_a_bar_is_shown_while_weights_are_loaded(
     bare.register(driver, kernels.write_engine(bundle, hand_made(bundle)))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     arguments = argparse.Namespace(
-        bundle=bundle.path, device="cuda", threads=None, capture="none", quiet=False, **dict.fromkeys(ROUNDING, "auto")
+        bundle=bundle.path, device="cuda", threads=None, capture="none", quiet=False, **AUTO._asdict()
     )
     load_pipeline(arguments, bundle, selftest=False).close()
     assert "weights:" in capsys.readouterr().err
@@ -490,6 +491,22 @@ def test_a_bar_is_shown_while_weights_are_loaded(
         Pipeline.load(bundle.path, "cuda", on_load=stop)
     assert not driver.device
     assert not driver.pinned
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_what_decodes_clips_beside_it_has_the_precision_that_was_asked_for(
+    driver: Driver, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    bare.register(driver, kernels.write_engine(bundle, hand_made(bundle)))
+    opens: list[Any] = []
+    monkeypatch.setattr(kernels_backend, "load", lambda *given: opens.append(given[-1]) or "a backend")
+    monkeypatch.setattr(decoding, "open_decoder", lambda files, threads=None, precision="fp32": precision)
+    for asked, proven, wanted in (
+        ("auto", "fp32", "fp32"), ("auto", "bf16", "bf16"), ("bf16", "fp32", "bf16"), ("fp32", "bf16", "fp32"),
+    ):  # fmt: skip
+        calibrated = replace(bundle, calibration=Calibration("kept", 0, (), "fp32", "fp32", "", {}, proven))
+        assert choose.choose(calibrated, device, decoder_precision=asked)[0] == "a backend"
+        assert opens.pop()(None) == wanted
 
 
 def test_a_weights_file_that_is_written_while_it_is_read(load: Load, driver: Driver, bundle: Bundle) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from instruction_sets import X86
 
+from par_runtime.backends.native.decoder import has_amx
+from par_runtime.backends.native.decoding import open_decoder_library
 from par_runtime.backends.native.library import has_tiles, library, open_library
 
 ROOT = Path(__file__).parents[3]
@@ -56,7 +58,10 @@ def test_with_a_larger_one_there_are_tiles() -> None:
 
 #: A compiler whose assembler does not know AMX, as far as our files notice.
 COMPILER = """#!/bin/sh
-case "$*" in *NO_TILES*) ;; *dots.c*) echo "Error: no such instruction: tileloadd" >&2; exit 1 ;; esac
+case "$* " in
+*NO_TILES*) ;;
+*"/dots.c "* | *"/decoder.c "*) echo "Error: no such instruction: tileloadd" >&2; exit 1 ;;
+esac
 exec cc "$@"
 """
 
@@ -82,3 +87,4 @@ def test_an_assembler_without_them_leaves_kernels_without_them(tmp_path: Path) -
     assert "no such instruction" in done.stderr
     built = open_library(next(tmp_path.rglob("_step*.so")))
     assert (built.parvis_instructions(), has_tiles(built)) == (_LIBRARY.parvis_instructions(), False)
+    assert not has_amx(open_decoder_library(next(tmp_path.rglob("_decoder*.so"))))

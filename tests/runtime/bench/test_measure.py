@@ -232,4 +232,4 @@ def test_whole_images_are_bound_by_the_faster_of_both_precisions() -> None:
         assert (whole.matrix_tflop_s, group.matrix_tflop_s) == tuple(
             8.0 if of == "bf16" else 1.0 for of in (image, step)
         )
-        assert (f"multiply {image} matrices" in whole.limits_from) is True
+        assert f"multiply {image} matrices" in whole.limits_from

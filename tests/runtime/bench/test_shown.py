@@ -111,6 +111,7 @@ def test_an_image_that_is_mostly_decoding_says_so() -> None:
     assert found is not None
     assert found.kind == "decoder-bound"
     assert "62 % of an image's time is its decoding" in found.text
+    assert found.text.endswith("take a smaller decoder.")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_a_decoder_without_amx_beside_a_step_with_it_is_named(
     decoder = replace(last, phase="decoder", backend=backend, computes=computes, **times)  # type: ignore[arg-type]
     found = advice([*rows, decoder, image])
     assert found is not None
-    sentence = "Decoding in fp32 is 17 % of an image's time; --decoder-precision bf16 takes AMX for that too"
+    sentence = ". Decoding, 17 % of an image's time, is in fp32: --decoder-precision bf16 takes AMX for it too, and "
     assert (sentence in found.text) == says
 
 

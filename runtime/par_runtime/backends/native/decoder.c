@@ -301,6 +301,8 @@ static void run_decoder(Worker *worker, const void *argument) {
     }
 #ifdef HAS_TILES
     if (tiles) give_back_tiles();
+#else
+    (void)tiles;
 #endif
 }
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from par_runtime.backends.native.memory import copied, empty
 from par_runtime.dtypes import Float
@@ -37,19 +37,8 @@ KEPT_BYTES = 64 * 2**20
 Pointers = ctypes.POINTER(ctypes.c_void_p)
 _COUNTS = (
     *("kind", "reads", "writes", "input", "keys", "values", "output", "height", "width", "in_channels"),
-    *(
-        "out_channels",
-        "groups",
-        "group_channels",
-        "accumulate",
-        "transformed",
-        "amx",
-        "code_dim",
-        "frames",
-        "edge",
-        "time",
-    ),
-    *("stride_t", "stride_y", "stride_x", "past"),
+    *("out_channels", "groups", "group_channels", "accumulate", "transformed", "amx", "code_dim", "frames", "edge"),
+    *("time", "stride_t", "stride_y", "stride_x", "past"),
 )
 
 
@@ -181,7 +170,7 @@ class Operations:
             if op.kind in (CONV, UPSAMPLE):
                 plain, op.amx = op.weights, 1
                 shape = (-(-op.out_channels // PANEL), self._lib.parvis_decoder_amx_panel(ctypes.byref(op)))
-                op.weights = self._keep(empty(shape, np.uint16))
+                op.weights = self._keep(empty(shape, np.uint16), np.uint16)
                 self._lib.parvis_decoder_pack_amx(ctypes.byref(op), plain, op.weights)
                 self._arrays.pop(plain)
 
@@ -219,9 +208,9 @@ class Operations:
         usual = {"frames": 1, "time": 1, "epsilon": NORM_EPSILON}
         self._ops.append(Op(kind=kind, height=self._height, width=self._width, **(usual | fields)))
 
-    def _keep(self, array: NDArray[Any]) -> int:
-        """The address of ``array``, fp32 or numbers of bf16, or of a copy that begins at a cache line; it stays."""
-        array = copied(array, array.dtype)
+    def _keep(self, array: NDArray[Any], dtype: DTypeLike = np.float32) -> int:
+        """The address of ``array``, or of a copy in ``dtype`` that begins at a cache line; it stays."""
+        array = copied(array, dtype)
         self._arrays[array.ctypes.data] = array
         return array.ctypes.data
 

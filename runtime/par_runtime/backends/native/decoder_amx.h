@@ -11,35 +11,19 @@
    Weights in bf16: [N/PANEL][K/32][parts][taps][16][PANEL][2], a column of the kernel after the other; parts and taps of
    a doubled map are 4, else 1 and 9. Each frame begins at a whole 32 channels, with zeros behind its last. */
 
-/* x * sigmoid(beta * x), with an error far below that of bf16. 2^f is a polynomial, for f from -0.5 to 0.5. */
-TILED INLINE __m512 swish_of(__m512 x, __m512 beta) {
-    const __m512 power_of = _mm512_mul_ps(x, _mm512_mul_ps(beta, _mm512_set1_ps(-1.44269504f)));
-    const __m512 n = _mm512_roundscale_ps(power_of, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(power_of, n);
-    __m512 y = _mm512_set1_ps(1.33988744e-3f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.61817249e-3f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55032837e-2f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40226423e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93147182e-1f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
-    const __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(y, n));
-    const __m512 near = _mm512_rcp14_ps(below);
-    return _mm512_mul_ps(_mm512_mul_ps(x, near), _mm512_fnmadd_ps(below, near, _mm512_set1_ps(2.0f)));
-}
-
 /* One chunk of a frame, of the pixels of a block and those around them: v [rows + 2][amx_width + 2][32]. `halves`: how
-   many of the chunk's two vectors there are. */
-TILED INLINE void gather_chunk(const int halves, const int norms, const Op *op, Frame frame, Block at, long chunk,
+   many of the chunk's two vectors there are; `kind`: what stands in front of the convolution, as decoder_kernels.h has it. */
+TILED INLINE void gather_chunk(const int halves, const int kind, const Op *op, Frame frame, Block at, long chunk,
                                uint16_t *v) {
     const long height = input_height(op), width = input_width(op), plane = height * width * LANES;
     const long row_numbers = (amx_width(op) + 2) * AMX_CHANNELS, end = at.x + at.columns + 1;
     const float *map = frame.map + chunk * AMX_CHANNELS / LANES * plane;
     __m512 factor[2], shift[2], beta[2];
-    for (int h = 0; h < halves && norms; h++) {
+    for (int h = 0; h < halves && kind != PLAIN_avx512; h++) {
         const long lane = chunk * AMX_CHANNELS + h * LANES;
         factor[h] = _mm512_loadu_ps(frame.norm + lane);
         shift[h] = _mm512_loadu_ps(frame.norm + op->in_channels + lane);
-        beta[h] = op->beta ? _mm512_loadu_ps(op->beta + lane) : _mm512_set1_ps(1.0f);
+        beta[h] = kind == BETA_avx512 ? _mm512_loadu_ps(op->beta + lane) : factor[h];
     }
     for (long y = at.y - 1; y <= at.y + at.rows; y++, v += row_numbers) {
         const long row = y < 0 ? 0 : y < height ? y : height - 1;
@@ -53,7 +37,7 @@ TILED INLINE void gather_chunk(const int halves, const int norms, const Op *op, 
             __m512 half[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
             for (int h = 0; h < halves && (column == x || op->edge); h++) {
                 half[h] = _mm512_loadu_ps(map + h * plane + (row * width + column) * LANES);
-                if (norms) half[h] = swish_of(_mm512_fmadd_ps(half[h], factor[h], shift[h]), beta[h]);
+                half[h] = normalised_avx512(half[h], kind, factor[h], shift[h], beta[h]);
             }
             _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(half[1], half[0]));
         }
@@ -64,11 +48,15 @@ TILED INLINE void gather_chunk(const int halves, const int norms, const Op *op, 
 TILED static void gather_amx(const Op *op, Frame frame, long block, long first, long end, uint16_t *v) {
     const Block at = amx_block(op, block);
     for (long chunk = first; chunk < end; chunk++, v += amx_chunk(op)) {
-        const int both = chunk * AMX_CHANNELS + LANES < op->in_channels;
-        if (frame.norm && both) gather_chunk(2, 1, op, frame, at, chunk, v);
-        else if (frame.norm) gather_chunk(1, 1, op, frame, at, chunk, v);
-        else if (both) gather_chunk(2, 0, op, frame, at, chunk, v);
-        else gather_chunk(1, 0, op, frame, at, chunk, v);
+#define CHUNK_OF(halves)                                                                                    \
+    do {                                                                                                    \
+        if (!frame.norm) gather_chunk(halves, PLAIN_avx512, op, frame, at, chunk, v);                       \
+        else if (!op->beta) gather_chunk(halves, SWISH_avx512, op, frame, at, chunk, v);                    \
+        else gather_chunk(halves, BETA_avx512, op, frame, at, chunk, v);                                    \
+    } while (0)
+        if (chunk * AMX_CHANNELS + LANES < op->in_channels) CHUNK_OF(2);
+        else CHUNK_OF(1);
+#undef CHUNK_OF
     }
 }
 

@@ -87,16 +87,19 @@ def why_not_bf16(bundle: Bundle) -> str | None:
         return f"ONNX Runtime decodes: {why}"
     lib = _opened(decoder_file())
     assert not isinstance(lib, KernelError), lib
-    return None if has_amx(lib) else "there is no AMX for it: 'parvis doctor' says what the C kernels use"
+    return None if has_amx(lib) else "there is no AMX: 'parvis doctor' says what the C decoder uses"
 
 
 def open_decoder(files: LoadedFiles, threads: int | None = None, precision: str = "fp32") -> Decoder:
     """A decoder of the bundle of ``files``: in C, or ONNX Runtime where :func:`why_not` has a reason.
 
-    ``precision``: of ``dtypes.DECODER_PRECISIONS``; "bf16" where :func:`why_not_bf16` has no reason, else fp32, which
-    is as fast there. Each reads its weights at its first use.
+    ``precision``: of ``dtypes.DECODER_PRECISIONS``; "bf16" is fp32 where :func:`why_not_bf16` has a reason. Each reads
+    its weights at its first use.
     """
     why = why_not(files.bundle)
+    exact = why_not_bf16(files.bundle) if precision == "bf16" else None
+    if exact is not None:
+        log.info("%s: decoding in fp32, not in %s: %s", files.bundle.path, precision, exact)
     if why is None:
         return NativeDecoder(files, threads, precision)
     if files.bundle.image_size is not None:

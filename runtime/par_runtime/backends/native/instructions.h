@@ -33,7 +33,7 @@ typedef struct {
 
 /* Whether this process may use AMX. Linux wants to be asked, as it must save 8 KB more for each thread. It refuses where
    a thread has a stack for signals that is too small for that; once it has agreed, it refuses to set up such a stack.
-   The first answer stays: what is loaded later computes as what is loaded already. */
+   The first answer of this library stays: what is loaded later computes as what is loaded already. */
 static inline int tiles_allowed(void) {
     enum { UNKNOWN, YES, NO };
     static atomic_int answer = UNKNOWN;

@@ -60,8 +60,8 @@ def _decode_with_amx(rows: Sequence[Row]) -> str:
     if "amx" not in image.version or part < DECODING:
         return ""
     return (
-        f" Decoding in fp32 is {share(part)} of an image's time; --decoder-precision bf16 takes AMX for that too, and "
-        "'parvis calibrate' proves it."
+        f" Decoding, {share(part)} of an image's time, is in fp32: --decoder-precision bf16 takes AMX for it too, and "
+        "'parvis calibrate' proves that it does no harm."
     )
 
 
@@ -84,21 +84,21 @@ def _by_limit(rows: Sequence[Row]) -> Advice | None:
             image.label,
             "decoder-bound",
             f"{image.label}: {share(part_of([decoder], image))} of an image's time is its decoding, which a "
-            "larger n does not shorten; decode in the background of the next batch, or take a smaller decoder",
+            "larger n does not shorten; decode in the background of the next batch, or take a smaller decoder.",
         )
     if copy is not None and copy.median_ms > 0.25 * image.median_ms:
         return Advice(
             image.label,
             "launch-bound",
             f"{image.label}: {share(part_of([copy], image))} of an image's time passes between calls, on the "
-            "host; a larger batch or a larger n shares it among more tokens",
+            "host; a larger batch or a larger n shares it among more tokens.",
         )
     if ABOVE_BOUND in main.marks or reached > 1:
         return Advice(
             image.label,
             "unknown",
             f"{what}, at {share(reached)} of the bound as measured: above it. The limit was measured too "
-            "low, most likely while other processes ran, so no limit is named; run it again on a quiet machine",
+            "low, most likely while other processes ran, so no limit is named; run it again on a quiet machine.",
         )
     if reached < NEAR:
         held_up = ", unless other processes held it up" if "busy" in main.marks else ""

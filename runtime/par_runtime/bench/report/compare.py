@@ -93,7 +93,7 @@ def key(row: Row) -> tuple[object, ...]:
     """
     return (
         row.suite, row.phase, row.label, row.bundle, row.model, row.n, row.grid, row.stored, row.computes,
-        row.images, row.guided, row.backend, row.device, row.threads,
+        row.decoder_computes,         row.images, row.guided, row.backend, row.device, row.threads,
     )  # fmt: skip
 
 

@@ -76,10 +76,11 @@ def about(rows: Sequence[Row]) -> list[str]:
     for label in dict.fromkeys(row.label for row in rows):
         row = next(r for r in rows if r.label == label)
         threads = "" if row.threads is None else f", {row.threads} threads"
+        decoded = "" if row.decoder_computes == "fp32" else f", decoded in {row.decoder_computes}"
         peak = max((r.peak_bytes or 0 for r in rows if r.label == label), default=0)
         out.append(
             f"{label:9} {row.bundle} ({row.hash[:8]}): {row.model}, {row.parameters / 1e6:.1f} M parameters, "
-            f"n = {row.n}, {row.stored} computed in {row.computes} by {row.backend} {row.version}{threads}"
+            f"n = {row.n}, {row.stored} computed in {row.computes} by {row.backend} {row.version}{decoded}{threads}"
             + (f", peak memory {size(peak)}" if peak else "")
         )
     bounded = [row for row in rows if row.read_gb_s is not None]

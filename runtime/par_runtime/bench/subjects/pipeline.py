@@ -21,7 +21,7 @@ from par_runtime.backends.base import Backend, Batch, MakesImages
 from par_runtime.bench.subjects.base import Sample, SubjectInfo, spread_calls
 from par_runtime.bundle import Bundle, Phase
 from par_runtime.cost.architecture import Architecture, model_name
-from par_runtime.dtypes import Float, Int
+from par_runtime.dtypes import AUTO, Float, Int, Rounding
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import image_settings
 from par_runtime.schedule import Schedule
@@ -103,14 +103,11 @@ class PipelineSubject:
         device: str = "cpu",
         threads: int | None = None,
         selftest: bool = True,
-        **rounding: Any,
+        rounding: Rounding = AUTO,
     ) -> PipelineSubject:
-        """Load the bundle, timed, and run its self-test. ``rounding``: of ``dtypes.ROUNDING``.
-
-        Raises what ``Pipeline.load`` raises.
-        """
+        """Load the bundle, timed, and run its self-test. Raises what ``Pipeline.load`` raises."""
         began = time.perf_counter()
-        pipeline = Pipeline.load(path, device, threads=threads, selftest=False, **rounding)
+        pipeline = Pipeline.load(path, device, threads=threads, selftest=False, **rounding._asdict())
         load_ms = 1e3 * (time.perf_counter() - began)
         if selftest:  # the speed of a backend that makes wrong images means nothing
             pipeline.selftest()

@@ -20,6 +20,7 @@ from typing import Any
 
 from par_runtime.bench.subjects.base import OutOfTimeError, Sample, SubjectInfo, info_from_json
 from par_runtime.bench.subjects.worker import ERRORS
+from par_runtime.dtypes import AUTO, Rounding
 from par_runtime.errors import RequestError
 
 CLOSE_SECONDS = 5.0  #: how long a process may take to end by itself before it is killed
@@ -32,9 +33,7 @@ def open_bundle(
     device: str = "cpu",
     threads: int | None = None,
     selftest: bool = True,
-    arithmetic: str = "auto",
-    cache: str = "auto",
-    decoder_precision: str = "auto",
+    rounding: Rounding = AUTO,
     end: float = math.inf,
 ) -> SubjectProcess:
     """The bundle at ``path`` on ``device``, as ``Pipeline.load`` takes it. Raises what ``Pipeline.load`` raises.
@@ -49,9 +48,7 @@ def open_bundle(
             "device": device,
             "threads": threads,
             "selftest": selftest,
-            "arithmetic": arithmetic,
-            "cache": cache,
-            "decoder_precision": decoder_precision,
+            "rounding": rounding._asdict(),
         },
         end,
     )

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from par_runtime.bench.subjects.baselines import EagerSubject, optional
 from par_runtime.bench.subjects.pipeline import PipelineSubject
-from par_runtime.dtypes import ROUNDING
+from par_runtime.dtypes import Rounding
 from par_runtime.errors import BundleError, CudaError, EngineError, RequestError
 
 #: Errors that the bench reports in one line, by the name that an answer carries.
@@ -43,8 +43,8 @@ def open_subject(spec: Mapping[str, Any]) -> PipelineSubject | EagerSubject:
         return subject
     path, label, threads = Path(spec["path"]), spec["label"], spec["threads"]
     if spec["kind"] == "bundle":
-        how = {name: spec[name] for name in ("device", "selftest", *ROUNDING)}
-        return PipelineSubject.load(path, label, threads=threads, **how)
+        how = {name: spec[name] for name in ("device", "selftest")}
+        return PipelineSubject.load(path, label, threads=threads, rounding=Rounding(**spec["rounding"]), **how)
     compiled = spec["kind"] == "compiled"
     if compiled and spec.get("compile_threads"):  # PyTorch reads it when it is imported
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(spec["compile_threads"]))
