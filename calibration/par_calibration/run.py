@@ -32,7 +32,7 @@ from par_runtime.backends.native.decoding import why_not_bf16
 from par_runtime.backends.native.library import why_not
 from par_runtime.bundle import WEIGHTS, Bundle, matrix_names
 from par_runtime.checked import shown_path
-from par_runtime.dtypes import ARITHMETICS, CACHES, DECODER_PRECISIONS, Float
+from par_runtime.dtypes import ARITHMETICS, CACHES, DECODER_PRECISIONS, Float, Rounding
 from par_runtime.manifest import KEPT
 from par_runtime.quantised import Quantised
 from par_runtime.request import class_indices
@@ -41,6 +41,11 @@ from par_runtime.system import check_different, check_writable, peak_bytes
 #: Words of ``--weights`` -> the manifest's.
 KEEP_WEIGHTS = "keep"
 WEIGHT_CHOICES = ("int8", "int4", KEEP_WEIGHTS)
+
+NOTHING_TO_DO = (
+    "--weights keep: changes nothing by itself; give --arithmetic bf16 or int8, --cache bf16, or --decoder-precision "
+    "bf16, to prove that the C kernels may round to it"
+)
 
 Say = Callable[[str], None]
 
@@ -62,9 +67,10 @@ class Request:
     out: Path | None = None  #: default: beside the bundle, named after it and what was done
     group: int = GROUP
     keep: tuple[str, ...] = ()
-    arithmetic: str | None = None  #: None: bf16 with quantised weights, where the C step runs the bundle; else fp32
+    #: None: bf16 with quantised weights, else what is proven for the bundle; fp32 where the C step does not run it
+    arithmetic: str | None = None
     cache: str | None = None  #: as ``arithmetic``
-    decoder_precision: str = "fp32"  #: of ``dtypes.DECODER_PRECISIONS``
+    decoder_precision: str | None = None  #: None: what is proven for the bundle, where it can be proven here; else fp32
     refine: int = 0  #: steps in which codes and scales are trained after that; see ``refine.train``
     record: RecordOptions = field(default_factory=RecordOptions)
     report: Options = field(default_factory=Options)
@@ -84,8 +90,9 @@ def places_of(request: Request) -> Places:
     bundle = bundle if bundle.name not in ("", "..") else bundle.resolve()
     did = [request.weights]
     if request.weights == KEEP_WEIGHTS:
-        did = [str(request.arithmetic)] * ((request.arithmetic, request.cache) != ("fp32", "fp32"))
-        did += ["cache"] * (request.cache != "fp32") + ["decoder"] * (request.decoder_precision != "fp32")
+        rounding = rounding_of(request)
+        did = [rounding.arithmetic] * (rounding[:2] != ("fp32", "fp32"))
+        did += ["cache"] * (rounding.cache != "fp32") + ["decoder"] * (rounding.decoder_precision != "fp32")
     suffix = "-".join(did)
     out = request.out or request.bundle.parent / f"{bundle.name}-{suffix}"
     if request.out is None and request.bundle.name in ("", ".", ".."):
@@ -124,7 +131,9 @@ def calibrate(
     started = time.perf_counter()
     request = replace(request, threads=cpu_threads(request.threads))
     bundle = Bundle.open(request.bundle)
-    request = _with_rounding(request, bundle)
+    if request.weights == KEEP_WEIGHTS and not (request.arithmetic or request.cache or request.decoder_precision):
+        raise CalibrationError(NOTHING_TO_DO)
+    asked, request = request, _with_rounding(request, bundle)
     places = places_of(request)
     options = _checked(request, bundle, places)
     errors: list[LayerError] = []
@@ -138,6 +147,9 @@ def calibrate(
     }
     if request.decoder_precision != "fp32":
         calibration["decoder_precision"] = request.decoder_precision
+    for name, before in bundle.rounding()._asdict().items():
+        if getattr(asked, name) is None and getattr(request, name) == "fp32" != before:
+            say(f"{name.replace('_', ' ')}: was {before}, which cannot be proven here; the new bundle has fp32")
 
     def decide(candidate: Bundle) -> Mapping[str, Any]:
         if request.weights != KEEP_WEIGHTS:
@@ -272,12 +284,24 @@ def _nothing(_: str, __: Float) -> None:
 
 
 def _with_rounding(request: Request, bundle: Bundle) -> Request:
-    """``request`` with an arithmetic and a cache.
+    """``request`` with everything that says what a bundle runs in.
 
-    bf16 costs less than quantised weights do, which the report shows; in fp32 they would save memory but hardly time.
+    What was proven before is proven again, so that one proof more loses none. bf16 costs less than quantised weights
+    do, which the report shows; in fp32 they would save memory but hardly time.
     """
-    default = "fp32" if request.weights == KEEP_WEIGHTS or why_not(bundle) else "bf16"
-    return replace(request, arithmetic=request.arithmetic or default, cache=request.cache or default)
+    proven = bundle.rounding()
+    default = Rounding("bf16", "bf16", proven.decoder_precision) if request.weights != KEEP_WEIGHTS else proven
+    if why_not(bundle):
+        default = Rounding(decoder_precision=default.decoder_precision)
+    if default.decoder_precision != "fp32" and why_not_bf16(bundle):
+        default = default._replace(decoder_precision="fp32")
+    given = {name: getattr(request, name) or getattr(default, name) for name in Rounding._fields}
+    return replace(request, **given)
+
+
+def rounding_of(request: Request) -> Rounding:
+    """What the bundle of a ``request`` will run in; fp32 where nothing is said."""
+    return Rounding(*(getattr(request, name) or "fp32" for name in Rounding._fields))
 
 
 def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
@@ -300,11 +324,8 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
     places.check(bundle.path, [path for path in inputs if path is not None])
     places.check_own_files()
     if request.weights == KEEP_WEIGHTS:
-        if {request.arithmetic, request.cache, request.decoder_precision} == {"fp32"}:
-            raise CalibrationError(
-                "--weights keep: changes nothing by itself; give --arithmetic bf16 or int8, --cache bf16, or "
-                "--decoder-precision bf16, to prove that the C kernels may round to it"
-            )
+        if rounding_of(request) == Rounding():
+            raise CalibrationError(NOTHING_TO_DO)
         if request.refine:
             raise CalibrationError("--refine: no matrix is quantised with --weights keep; leave it out")
         if request.keep:
@@ -324,8 +345,8 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
     reason = why_not_bf16(bundle) if request.decoder_precision != "fp32" else None
     if reason:
         raise CalibrationError(
-            f"--decoder-precision {request.decoder_precision}: nothing could be proven of it here ({reason}); leave it "
-            "out, or calibrate on a CPU with AMX"
+            f"--decoder-precision {request.decoder_precision}: nothing could be proven of it here, because {reason}; "
+            "leave it out"
         )
     if os.path.lexists(places.out):
         check_replaced(places.out, request.force)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from instruction_sets import needs_amx
+from numpy.typing import NDArray
 
 from par_calibration.errors import CalibrationError
-from par_calibration.report import Budget, Options, compare
+from par_calibration.heldout import HeldOut
+from par_calibration.report import Budget, Options, compare, measure
 from par_calibration.run import Request, places_of
 from par_runtime.backends.native import decoding
 from par_runtime.bundle import Bundle
 from par_runtime.cli import main
+from par_runtime.dtypes import Int, Rounding
+from par_runtime.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 FEW = ["--held-out", "4", "--generated", "0", "--quiet"]
@@ -53,6 +59,7 @@ def test_the_decoder_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert "PSNR of the decoder: 5" in err
     assert "dB, at least 90 dB (3" in err
     assert "dB too low); give --decoder-precision fp32" in err
+    assert err.endswith("so no bundle was written; the report is. --budget changes the limits\n")
     assert not (tmp_path / "no").exists()
 
 
@@ -70,7 +77,10 @@ def test_a_bundle_that_ends_at_tokens(bundles: dict[str, Path], capfd: pytest.Ca
     out = bundles["n1"].parent / "never"
     assert Bundle.open(bundles["n1"]).image_size is None
     assert run(bundles["n1"], "--weights", "keep", *BF16, "--out", out, *FEW) == 2
-    assert "nothing could be proven of it here (the bundle ends at tokens); leave it out, or" in capfd.readouterr().err
+    assert (
+        "nothing could be proven of it here, because the bundle ends at tokens; leave it out\n"
+        in capfd.readouterr().err
+    )
     assert not out.exists()
 
 
@@ -118,8 +128,8 @@ def test_where_nothing_can_be_proven(
     monkeypatch.setattr(decoding, "has_amx", lambda _: False)
     assert run(tiny, "--weights", "keep", *BF16, "--out", tmp_path / "out", *FEW) == 2
     assert capfd.readouterr().err == (
-        "parvis: error: --decoder-precision bf16: nothing could be proven of it here (there is no AMX: 'parvis "
-        "doctor' says what the C decoder uses); leave it out, or calibrate on a CPU with AMX\n"
+        "parvis: error: --decoder-precision bf16: nothing could be proven of it here, because there is no AMX: 'parvis "
+        "doctor' says what the C decoder uses; leave it out\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -131,6 +141,54 @@ def test_a_report_of_another_precision_proves_nothing(tiny: Path, monkeypatch: p
         CalibrationError, match=r"^a decoder in bf16: (native|onnxruntime)-cpu .* computes in fp32, so the report"
     ):
         compare(bundle, bundle, Options(images=1, samples=0, decoder_precision="bf16"))
+
+
+@needs_amx
+def test_what_was_proven_before_is_proven_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One proof more loses none: the demo's step is in bf16."""
+    out, again, quiet = tmp_path / "out", tmp_path / "again", FEW[:-1]
+    assert run(DEMO, "--weights", "keep", *BF16, "--out", out, *quiet) == 0
+    assert Bundle.open(out).rounding() == Rounding("bf16", "bf16", "bf16")
+    assert "which cannot be proven here" not in capfd.readouterr().out
+    assert run(out, "--weights", "keep", "--cache", "bf16", "--out", again, *quiet) == 0
+    assert Bundle.open(again).rounding() == Rounding("bf16", "bf16", "bf16")
+    assert run(out, "--weights", "keep", "--out", tmp_path / "no", *quiet) == 2
+    assert "--weights keep: changes nothing by itself" in capfd.readouterr().err
+
+
+@needs_amx
+def test_what_cannot_be_proven_again_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, again, quiet = tmp_path / "out", tmp_path / "again", FEW[:-1]
+    assert run(DEMO, "--weights", "keep", *BF16, "--out", out, *quiet) == 0
+    monkeypatch.setattr(decoding, "has_amx", lambda _: False)
+    capfd.readouterr()
+    assert run(out, "--weights", "keep", "--cache", "bf16", "--out", again, *quiet) == 0
+    said = capfd.readouterr().out
+    assert "decoder precision: was bf16, which cannot be proven here; the new bundle has fp32\n" in said
+    assert Bundle.open(again).rounding() == Rounding("bf16", "bf16", "fp32")
+
+
+def test_the_worst_frame_decides(tiny_video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And equal pictures have a PSNR that JSON can hold."""
+    bundle = Bundle.open(tiny_video)
+    held = HeldOut(np.zeros((2, bundle.n_tokens), np.int64), (0, 1), "", real=False)
+    options = Options(threads=1)
+    measuring = measure._Measuring(bundle, bundle, options, Rounding(decoder_precision="bf16"), Path())
+    made = measure.Tokenizer.decode
+    monkeypatch.setattr(measure.Tokenizer, "decode", lambda self, tokens: made(self, tokens) // 2)
+    monkeypatch.setattr(decoding, "has_amx", lambda _: False)
+    assert measuring._decoder_psnr(held) == 100
+
+    def one_frame_off(self: Tokenizer, tokens: Int) -> NDArray[np.uint8]:
+        clips = made(self, tokens) // 2
+        if self._precision == "bf16":
+            clips[0, 1] += 16
+        return clips
+
+    monkeypatch.setattr(measure.Tokenizer, "decode", one_frame_off)
+    assert measuring._decoder_psnr(held) == pytest.approx(20 * math.log10(255 / 16))
 
 
 def test_a_budget_of_decibels() -> None:

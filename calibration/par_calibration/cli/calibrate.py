@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate, printing what is done. Raises what :func:`par_calibration.run.calibrate` raises."""
     request = _request(args)
     from par_calibration.refine.state import FILE as TRAINING
-    from par_calibration.run import OverBudgetError, calibrate
+    from par_calibration.run import KEEP_WEIGHTS, OverBudgetError, calibrate
 
     if args.ranges:
         return _ranges(args, request)
@@ -61,10 +61,13 @@ def run(args: argparse.Namespace) -> int:
             for line in error.lines:
                 fail(f"beyond the budget: {line}")
             training = f"; before a training with other ones remove {TRAINING}, which lies there"
+            recorded = (
+                " What was recorded is kept: --resume uses it with other --keep, --group or --weights"
+                f"{training if args.refine else ''};"
+            )
             return fail(
-                "the calibration is beyond its budget, so no bundle was written; the report is. What was recorded is "
-                "kept: --resume uses it with other --keep, --group or --weights"
-                f"{training if args.refine else ''}; --budget changes the limits",
+                "the calibration is beyond its budget, so no bundle was written; the report is."
+                f"{'' if request.weights == KEEP_WEIGHTS else recorded} --budget changes the limits",
                 1,
             )
     return 0
@@ -196,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="A",
         help="what the C step multiplies in, and so rounds activations to: fp32 ('none' is the same), bf16 or int8; "
         "the report proves it, and the bundle says it to every command that loads it (default: bf16 with int8 and "
-        "int4 weights, where the C step runs; else fp32)",
+        "int4 weights, else what is proven for BUNDLE; fp32 where the C step does not run)",
     )
     p.add_argument(
         "--cache",
@@ -206,9 +209,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--decoder-precision",
         choices=["fp32", "bf16"],
-        default="fp32",
         help="what the C decoder computes in; 'bf16' can only be proven on a CPU with AMX, and without it the decoder "
-        "stays in fp32 (default: fp32)",
+        "stays in fp32 (default: what is proven for BUNDLE, else fp32)",
     )
     p.add_argument("--images", type=int, metavar="N", help="images that are made to record activations (default: 24)")
     p.add_argument(

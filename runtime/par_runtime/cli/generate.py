@@ -169,6 +169,7 @@ def _report(
             "written": written,
             "bundle": {"name": bundle.name, "hash": bundle.hash},
             "backend": pipeline.backend.info.name,
+            "decoder": pipeline.backend.info.decoder,
             "note": pipeline.note,
             "images": count,
             **({"frames": bundle.frames} if bundle.video else {}),
@@ -187,11 +188,13 @@ def _report(
     named = [str(path) for path in (args.out, args.tokens) if path is not None]
     where = ", ".join(([in_folder] if in_folder else []) + named)
     one = "clip" if bundle.video else "image"
+    info = pipeline.backend.info
+    decoded = "" if info.decoder_computes == "fp32" else f", decoded in {info.decoder_computes}"
     low, high = min(result.seeds), max(result.seeds)
     seeds = f"seeds {low}..{high}" if high > low else f"seed {low}"
     print(
         f"{printable(where)}: {count} {one}{'s' if count > 1 else ''}, {seeds}, in {total_s:.1f} s "
-        f"({load_s:.1f} s to load, {ms:.0f} ms per {one}, {bundle.calls} calls, {pipeline.backend.info.name})"
+        f"({load_s:.1f} s to load, {ms:.0f} ms per {one}, {bundle.calls} calls, {pipeline.backend.info.name}{decoded})"
     )
 
 

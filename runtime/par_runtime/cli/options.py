@@ -178,12 +178,17 @@ def add_arithmetic(p: argparse.ArgumentParser) -> None:
         default="auto",
         help="what the C kernels of a CPU keep keys and values in (default: 'auto', as for --arithmetic)",
     )
+    add_decoder_precision(p)
+
+
+def add_decoder_precision(p: argparse.ArgumentParser) -> None:
+    """``--decoder-precision``, of a CPU."""
     p.add_argument(
         "--decoder-precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
         help="what the C decoder computes in; 'bf16' needs AMX, without which the decoder stays in fp32 (default: "
-        "'auto', as for --arithmetic)",
+        "'auto', what 'parvis calibrate' has proven for the bundle, else fp32)",
     )
 
 

@@ -116,6 +116,7 @@ def report_edited(
             "written": written,
             "bundle": {"name": bundle.name, "hash": bundle.hash},
             "backend": pipeline.backend.info.name,
+            "decoder": pipeline.backend.info.decoder,
             "label": result.labels[0],
             "seeds": result.seeds,
             "kept_tokens": int(keep.sum()),

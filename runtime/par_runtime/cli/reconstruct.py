@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Encode the images or clips, decode them again, write the sheet and report the PSNR of each."""
     bundle = Bundle.open(args.bundle)
-    tokenizer = Tokenizer(bundle, args.threads)
+    tokenizer = Tokenizer(bundle, args.threads, args.decoder_precision)
     out = args.out or Path(f"{args.image[0].stem}-reconstruction{suffix_of(bundle)}")
     check_outputs(bundle, out, args.tokens, args.image, recipe=False)
     check_fps(bundle, args.fps, [out])
@@ -157,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_tokens(p)
     options.add_fit(p)
     options.add_threads(p)
+    options.add_decoder_precision(p)
     options.add_quiet(p, "print nothing")
     options.add_json(p)
     return p

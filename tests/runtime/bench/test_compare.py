@@ -37,6 +37,15 @@ def test_equal_runs_are_the_same_whatever_the_seed() -> None:
         assert {pair.verdict for pair in compare(rows, rows, seed).pairs} == {"same"}
 
 
+def test_a_decoder_in_another_precision_is_another_measurement_where_there_is_decoding() -> None:
+    phases = ("group", "load", "copy", "image", "throughput", "first_preview", "serve")
+    old = [one_row([2.0] * 5, phase=phase) for phase in phases]
+    found = compare(old, [replace(row, decoder_computes="bf16") for row in old])
+    assert [p.new.phase for p in found.pairs] == ["group", "load", "copy"]
+    assert [line.split(",")[-2] for line in found.only_new] == [" decoded in bf16"] * 4
+    assert not any("decoded" in line for line in found.only_old)
+
+
 def test_rows_are_paired_by_what_they_measure_not_by_place_or_version() -> None:
     old = [one_row([1.0] * 5, phase="group"), one_row([2.0] * 5), one_row([9.0] * 5, label="eager")]
     new = [
@@ -46,8 +55,8 @@ def test_rows_are_paired_by_what_they_measure_not_by_place_or_version() -> None:
     ]
     found = compare(old, new)
     assert [(p.new.phase, p.ratio) for p in found.pairs] == [("image", 1.5), ("group", 1.0)]
-    assert found.only_old == ("phases eager image, 1 image, L-n4 fp32 n = 4, onnxruntime-cpu, 2 threads",)
-    assert found.only_new == ("phases parvis image, 1 image, L-n16 fp32 n = 16, onnxruntime-cpu, 2 threads",)
+    assert found.only_old == ("phases eager image, 1 image, L-n4 fp32 n = 4, in fp32 by onnxruntime-cpu, 2 threads",)
+    assert found.only_new == ("phases parvis image, 1 image, L-n16 fp32 n = 16, in fp32 by onnxruntime-cpu, 2 threads",)
 
 
 def test_rows_of_two_precisions_are_no_pair_and_are_told_apart() -> None:

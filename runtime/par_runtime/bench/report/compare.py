@@ -86,6 +86,10 @@ def same_machine(old: Row, new: Row) -> bool:
     return (a.cpu, a.cores, a.gpu) == (b.cpu, b.cores, b.gpu)
 
 
+#: Phases with the decoding of an image or a clip in them.
+DECODING = ("decoder", "image", "throughput", "first_preview", "serve")
+
+
 def key(row: Row) -> tuple[object, ...]:
     """What makes two rows the same measurement.
 
@@ -93,7 +97,7 @@ def key(row: Row) -> tuple[object, ...]:
     """
     return (
         row.suite, row.phase, row.label, row.bundle, row.model, row.n, row.grid, row.stored, row.computes,
-        row.decoder_computes,         row.images, row.guided, row.backend, row.device, row.threads,
+        _decoded_in(row), row.images, row.guided, row.backend, row.device, row.threads,
     )  # fmt: skip
 
 
@@ -125,12 +129,19 @@ def pair(old: Row, new: Row, random: np.random.Generator) -> Pair:
     return Pair(old, new, new.median_ms / old.median_ms, *ratio_interval(old.samples_ms, new.samples_ms, random))
 
 
+def _decoded_in(row: Row) -> str:
+    """What the decoder of a row computes in; "" where the row has no decoding in it."""
+    return row.decoder_computes if row.phase in DECODING else ""
+
+
 def describe(row: Row) -> str:
     """A row in a few words, with all that makes it another measurement than those beside it."""
     threads = "" if row.threads is None else f", {row.threads} thread{'s' if row.threads > 1 else ''}"
+    decoded = ", decoded in bf16" if _decoded_in(row) == "bf16" else ""
     return (
         f"{row.suite} {row.label} {row.phase}, {row.images} image{'s' if row.images > 1 else ''}"
-        f"{'' if row.guided else ' unguided'}, {row.bundle} {row.stored} n = {row.n}, {row.backend}{threads}"
+        f"{'' if row.guided else ' unguided'}, {row.bundle} {row.stored} n = {row.n}, in {row.computes} by "
+        f"{row.backend}{decoded}{threads}"
     )
 
 
