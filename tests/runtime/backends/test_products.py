@@ -230,7 +230,10 @@ def test_the_sets_of_this_cpu_differ_in_layout(monkeypatch: pytest.MonkeyPatch) 
         return [matrix_of(lib, "int8", each, 32).layout for each in ARITHMETICS]
 
     assert layouts("avx2") == layouts("avx512")
-    assert (layouts("")[1:] != layouts("avx2")[1:]) == dots
+    vnni = "avx_vnni" in cpu_flags()
+    assert (layouts("vnni") != layouts("avx2")) == vnni
+    assert layouts("vnni")[:2] == layouts("avx2")[:2]
+    assert (layouts("")[1:] != layouts("avx2")[1:]) == (dots or vnni)
     assert layouts("")[0] == layouts("avx2")[0]
     assert (layouts("sse")[2] != layouts("avx2")[2]) == ("sse" in OTHERS)
 

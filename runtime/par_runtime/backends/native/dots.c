@@ -1,4 +1,4 @@
-/* Products of the step with the dot products of AVX-512, and with AMX. They are as much code as all else of step.c: in a
+/* Products of the step with dot products, and with AMX. They are as much code as all else of step.c: in a
    file of their own, they are compiled beside it (setup.py). */
 
 #include "instructions.h"
@@ -8,6 +8,9 @@
 #include "dots.h"
 #include "products_bf16.h"
 #include "products_int8.h"
+#ifdef HAS_VNNI
+#include "products_vnni.h"
+#endif
 #ifdef HAS_TILES
 #include "products_tiles.h"
 #endif

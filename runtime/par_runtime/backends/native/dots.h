@@ -1,9 +1,13 @@
-/* What dots.c has for step.c: products with the dot products of AVX-512 (HAS_DOT) and with AMX (HAS_TILES). */
+/* What dots.c has for step.c: products with the dot products of AVX-512 (HAS_DOT) and of AVX2 (HAS_VNNI), and with AMX
+   (HAS_TILES). */
 
 #ifdef HAS_DOT
 #define DOT __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512bf16,fma,f16c,avx2")))
 
 __attribute__((visibility("hidden"))) PanelProduct panel_product_bf16_dot, panel_product_int8_dot;
+#ifdef HAS_VNNI
+__attribute__((visibility("hidden"))) PanelProduct panel_product_int8_vnni;
+#endif
 #ifdef HAS_TILES
 #include "tiles.h"
 

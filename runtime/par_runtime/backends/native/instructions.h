@@ -8,6 +8,7 @@ typedef struct {
     int avx2;               /* AVX2, FMA and F16C */
     int avx512;             /* these, and AVX-512 with F, BW and VL */
     int bf16_dot, int8_dot; /* dot products of AVX-512; bf16 also needs VBMI */
+    int vnni;               /* dot products of bytes in AVX2 (AVX-VNNI), where there is no AVX-512 */
 } Instructions;
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -24,8 +25,10 @@ typedef struct {
 #if __GNUC__ >= 10 || (defined(__clang_major__) && __clang_major__ >= 9)
 #define HAS_DOT /* the compiler knows dot products */
 #endif
-#if defined(HAS_DOT) && defined(__linux__) && !defined(NO_TILES)
-#if defined(__clang_major__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#if (defined(__clang_major__) ? __clang_major__ >= 12 : __GNUC__ >= 11) && !defined(NO_TILES)
+#define HAS_VNNI /* it knows AVX-VNNI, which an assembler without AMX lacks too */
+#endif
+#if defined(HAS_VNNI) && defined(__linux__)
 #define HAS_TILES /* the compiler knows AMX, and the system is one that can be asked for it */
 #include <stdatomic.h>
 #include <sys/syscall.h>
@@ -48,10 +51,9 @@ static inline int tiles_allowed(void) {
 }
 #endif
 #endif
-#endif
 
-/* What this CPU and its operating system can. PARVIS_NATIVE in the environment allows less: "avx2", or "avx512" without
-   dot products, or "dots" without tiles, or "sse": the kernels that 64-bit ARM has, in vectors of 16 bytes, for tests.
+/* What this CPU and its operating system can. PARVIS_NATIVE in the environment allows less: "avx2" or "avx512" without
+   dot products, or "vnni": AVX2 with AVX-VNNI, or "dots" without tiles, or "sse": the kernels that 64-bit ARM has, in vectors of 16 bytes, for tests.
    They need AVX2's fused multiply-add here, so they are for no other CPU. */
 static inline Instructions instructions_of_cpu(void) {
     Instructions have = {0};
@@ -63,7 +65,12 @@ static inline Instructions instructions_of_cpu(void) {
                 (c & bit_F16C);
     if (have.avx2 && requested && !strcmp(requested, "sse")) return (Instructions){.short_vectors = 1};
     have.avx512 = have.avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512vl") && !(requested && !strcmp(requested, "avx2"));
+                  __builtin_cpu_supports("avx512vl") &&
+                  !(requested && (!strcmp(requested, "avx2") || !strcmp(requested, "vnni")));
+#ifdef HAS_VNNI
+    have.vnni = have.avx2 && !have.avx512 && !(requested && !strcmp(requested, "avx2")) &&
+                __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+#endif
 #ifdef HAS_DOT
     int dots = have.avx512 && !(requested && !strcmp(requested, "avx512"));
     have.bf16_dot = dots && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");

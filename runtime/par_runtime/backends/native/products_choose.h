@@ -7,7 +7,7 @@ int64_t parvis_layout(int64_t stored, int64_t arithmetic) {
     Instructions have = instructions_of_cpu();
     if (arithmetic == MULTIPLY_BF16 && have.bf16_dot)
         return stored == INT8 ? PAIRS_SIGN8 : stored == INT4 ? WORDS_INT4 : PAIRS_BF16;
-    if (arithmetic == MULTIPLY_INT8 && have.int8_dot) return stored == INT8 ? QUADS_INT8 : QUADS_INT4;
+    if (arithmetic == MULTIPLY_INT8 && (have.int8_dot || have.vnni)) return stored == INT8 ? QUADS_INT8 : QUADS_INT4;
     if (have.short_vectors) return arithmetic == MULTIPLY_BF16 && stored < INT8 ? ROWS_BF16 : stored;
     if (arithmetic == MULTIPLY_INT8) return stored == INT8 ? PAIRS_INT8 : BYTES_INT4;
     return arithmetic == MULTIPLY_BF16 && stored < INT8 ? ROWS_BF16 : stored;
@@ -37,7 +37,11 @@ static Product product_of(const Kernels *kernels, const Matrix *w, long m) {
     case PAIRS_SIGN8:
     case WORDS_INT4: return (Product){pack_rows_pairs_avx512, panel_product_bf16_dot};
     case QUADS_INT8:
-    case QUADS_INT4: return (Product){pack_rows_quads_avx512, panel_product_int8_dot};
+    case QUADS_INT4:
+#ifdef HAS_VNNI
+        if (!avx512) return (Product){pack_rows_quads_avx2, panel_product_int8_vnni};
+#endif
+        return (Product){pack_rows_quads_avx512, panel_product_int8_dot};
 #endif
     case PAIRS_INT8: return (Product){avx512 ? pack_rows_words_avx512 : pack_rows_words_avx2, panel_product_int8_twin};
     case BYTES_INT4: return (Product){avx512 ? pack_rows_quads_avx512 : pack_rows_quads_avx2, panel_product_int8_twin};
