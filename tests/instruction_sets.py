@@ -27,8 +27,8 @@ _TAKEN = _LIBRARY.parvis_instructions().decode() if _LIBRARY else ""
 #: Those below the one that this CPU takes by itself. One that the CPU lacks would be that one once more.
 OTHERS = _SETS[_SETS.index(_TAKEN) + 1 :] if _TAKEN in _SETS else _SETS[1:]
 _TILES = _LIBRARY is not None and has_tiles(_LIBRARY)
-#: What this CPU takes by itself; "dots" where it has tiles beside dots, "avx512" where it has these, the others, and AVX2
-#: with dot products of bytes, which differs from "avx2" in int8 alone.
+#: What this CPU takes by itself; "dots" where it has tiles beside dots, "avx512" where it has these, the others, and
+#: AVX2 with dot products of bytes, which differs from "avx2" in int8 alone.
 EVERY = (
     "",
     *(("dots",) if _TILES else ()),
