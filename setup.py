@@ -26,7 +26,7 @@ class AtOnce(build_ext):
         def with_less(sources: list[str], **options: Any) -> list[str]:
             try:
                 return at_once(sources, **options)
-            except CompileError:  # a new compiler may have an old assembler (binutils before 2.35), which has no AMX
+            except CompileError:  # the assembler is older than the compiler (binutils before 2.36: no AMX, no AVX-VNNI)
                 return at_once(sources, **options | {"macros": [*(options.get("macros") or ()), ("NO_TILES", None)]})
 
         self.compiler.compile = with_less

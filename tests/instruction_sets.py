@@ -27,16 +27,10 @@ _TAKEN = _LIBRARY.parvis_instructions().decode() if _LIBRARY else ""
 #: Those below the one that this CPU takes by itself. One that the CPU lacks would be that one once more.
 OTHERS = _SETS[_SETS.index(_TAKEN) + 1 :] if _TAKEN in _SETS else _SETS[1:]
 _TILES = _LIBRARY is not None and has_tiles(_LIBRARY)
-#: What this CPU takes by itself; "dots" where it has tiles beside dots, "avx512" where it has these, the others, and
-#: AVX2 with dot products of bytes, which differs from "avx2" in int8 alone.
-EVERY = (
-    "",
-    *(("dots",) if _TILES else ()),
-    *(("avx512",) if _TAKEN == "avx512" else ()),
-    *OTHERS,
-    *(("vnni",) if X86 else ()),
-)
-
+#: What this CPU takes by itself; "dots" where it has tiles beside dots, "avx512" where it has these, and the others.
+EVERY = ("", *(("dots",) if _TILES else ()), *(("avx512",) if _TAKEN == "avx512" else ()), *OTHERS)
+#: In int8 there are two more: AVX2 without dot products of bytes, and with them.
+EVERY_INT8 = (*EVERY, *(name for name in (("avx2", "vnni") if X86 else ()) if name not in EVERY))
 _WHY = why_not_bf16(Bundle.open(Path(__file__).parents[1] / "models" / "demo", "none"))
 #: The decoder in bf16 takes AMX.
 needs_amx = pytest.mark.skipif(_WHY is not None, reason=str(_WHY))

@@ -148,8 +148,9 @@ def calibrate(
     if request.decoder_precision != "fp32":
         calibration["decoder_precision"] = request.decoder_precision
     for name, before in bundle.rounding()._asdict().items():
-        if getattr(asked, name) is None and getattr(request, name) == "fp32" != before:
-            say(f"{name.replace('_', ' ')}: was {before}, which cannot be proven here; the new bundle has fp32")
+        after = getattr(request, name)
+        if getattr(asked, name) is None and before not in ("fp32", after):
+            say(f"{name.replace('_', ' ')}: {before} was proven for {bundle.path}; the new bundle has {after}")
 
     def decide(candidate: Bundle) -> Mapping[str, Any]:
         if request.weights != KEEP_WEIGHTS:

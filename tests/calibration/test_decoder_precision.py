@@ -149,7 +149,7 @@ def test_what_was_proven_before_is_proven_again(tmp_path: Path, capfd: pytest.Ca
     out, again, quiet = tmp_path / "out", tmp_path / "again", FEW[:-1]
     assert run(DEMO, "--weights", "keep", *BF16, "--out", out, *quiet) == 0
     assert Bundle.open(out).rounding() == Rounding("bf16", "bf16", "bf16")
-    assert "which cannot be proven here" not in capfd.readouterr().out
+    assert "was proven for" not in capfd.readouterr().out
     assert run(out, "--weights", "keep", "--cache", "bf16", "--out", again, *quiet) == 0
     assert Bundle.open(again).rounding() == Rounding("bf16", "bf16", "bf16")
     assert run(out, "--weights", "keep", "--out", tmp_path / "no", *quiet) == 2
@@ -166,7 +166,7 @@ def test_what_cannot_be_proven_again_is_said(
     capfd.readouterr()
     assert run(out, "--weights", "keep", "--cache", "bf16", "--out", again, *quiet) == 0
     said = capfd.readouterr().out
-    assert "decoder precision: was bf16, which cannot be proven here; the new bundle has fp32\n" in said
+    assert f"decoder precision: bf16 was proven for {out}; the new bundle has fp32\n" in said
     assert Bundle.open(again).rounding() == Rounding("bf16", "bf16", "fp32")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import shutil
 from contextlib import closing
 from dataclasses import replace
@@ -342,7 +343,7 @@ def test_redo_and_verify_take_it_too(
     for precision in ("fp32", "bf16"):
         assert main([*arguments, "--decoder-precision", precision]) == 0
         found[precision] = json.loads(capsys.readouterr().out)["images"]["psnr"]
-    assert found["bf16"] < 70 < found["fp32"]
+    assert (found["fp32"] or math.inf) > found["bf16"] + 5
 
 
 @needs_amx

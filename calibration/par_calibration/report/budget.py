@@ -85,7 +85,7 @@ LIMITS = {
     "decoder": Limit(
         "PSNR of the decoder",
         "of the worst image, or frame of a clip, of up to 32 held-out ones, decoded in bf16 and in fp32 from the same "
-        "tokens; 100 where all are equal",
+        "tokens; 100 at most",
         40.0,
         40.0,
         least=True,

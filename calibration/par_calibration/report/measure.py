@@ -40,7 +40,7 @@ MOST_SEED = 2**62
 OTHER_SEEDS = 1_000_000  #: from the seeds of generated images to those of tokens that stand in for real images
 LEAST_SAMPLES = 8  #: of generated images, for a distance of sets
 DECODED = 32  #: held-out images that both decoders decode, at most
-EQUAL_DB = 100.0  #: stands for the infinite PSNR of equal images, which JSON cannot hold
+MOST_DB = 100.0  #: of a PSNR: that of equal images is infinite, which JSON cannot hold
 EXACT = Rounding()
 
 
@@ -208,6 +208,8 @@ class _Measuring:
             )
         show = min(self.options.show, len(sets.second))
         features = self._features(len(sets.second), notes)
+        if features is None and not show:
+            return drawn, None, None
         decoded = (sets.first, sets.second, sets.candidate)[0 if features is not None else 1 :]
         found, shown = [], []
         for tokens in decoded:
@@ -242,7 +244,7 @@ class _Measuring:
         ):
 
             def least() -> float:
-                found = [EQUAL_DB]
+                found = [MOST_DB]
                 for tokens in held.tokens[:DECODED]:
                     each = [one.decode(tokens) for one in (exact, rounded)]
                     # Frame by frame, since the mean of a clip hides one.

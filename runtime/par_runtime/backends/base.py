@@ -140,7 +140,7 @@ class BackendInfo:
     weight_bytes: float  #: of one parameter, as a call reads it
     cache_bytes: float  #: of one number of the key-value cache
     decoder: str = ""  #: runtime and version of what makes the pixels, where it is another than the backend's own
-    decoder_computes: str = "fp32"  #: the precision that this one calculates in; "fp32" where it is empty
+    decoder_computes: str = "fp32"  #: the precision that this one calculates in; "fp32" where ``decoder`` is empty
 
     @property
     def least_exact(self) -> str:

@@ -89,7 +89,9 @@ class Row:
     schema: int = SCHEMA
     pytorch: bool = False  #: PyTorch made it, not a backend of this package
     weights: str = ""  #: "int8" or "int4", of quantised matrices; empty where they are in ``precision``
-    decoder_computes: str = "fp32"  #: the precision of what makes the pixels, where it is another than ``backend``
+    decoder_computes: str = (
+        "fp32"  #: the precision of what makes the pixels, where it is not ``backend``; else no matter
+    )
 
     @property
     def stored(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from instruction_sets import EVERY, OTHERS
+from instruction_sets import EVERY, EVERY_INT8, OTHERS
 from numpy.typing import NDArray
 
 from par_runtime.backends.native.library import has_tiles, library, matrix_of
@@ -25,6 +25,8 @@ pytestmark = pytest.mark.skipif(library() is None, reason="the C kernels are not
 FLOATS = ("float32", "float16", "bfloat16")
 COLUMNS = 64
 #: of sums whose order is not the same, relative to the largest
+#: Each arithmetic with each instruction set.
+EACH = [(each, name) for each in ARITHMETICS for name in (EVERY_INT8 if each == "int8" else EVERY)]
 ROUNDING = 5e-6
 
 
@@ -113,8 +115,7 @@ def cases() -> list[tuple[str, int]]:
     return [(dtype, 0) for dtype in FLOATS] + list(itertools.product(MOST_CODE, GROUPS))
 
 
-@pytest.mark.parametrize("instructions", EVERY)
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize(("arithmetic", "instructions"), EACH)
 def test_products_are_those_of_the_rounded_operands(
     arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,8 +130,7 @@ def test_products_are_those_of_the_rounded_operands(
                 assert far(result, right[:m]) < ROUNDING, (dtype, group, k, m)
 
 
-@pytest.mark.parametrize("instructions", EVERY)
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize(("arithmetic", "instructions"), EACH)
 @pytest.mark.parametrize("scales", FLOATS)
 def test_scales_of_each_dtype_and_both_halves_of_w13(
     scales: str, arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch
@@ -144,8 +144,7 @@ def test_scales_of_each_dtype_and_both_halves_of_w13(
         assert far(multiplied(x, w, arithmetic, halves=True), right) < ROUNDING, (dtype, group)
 
 
-@pytest.mark.parametrize("instructions", EVERY)
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize(("arithmetic", "instructions"), EACH)
 def test_a_row_does_not_depend_on_the_others_and_not_on_their_number(
     arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +164,7 @@ def test_a_row_does_not_depend_on_the_others_and_not_on_their_number(
             )
 
 
-@pytest.mark.parametrize("instructions", EVERY[1:])
+@pytest.mark.parametrize("instructions", EVERY_INT8[1:])
 def test_in_int8_all_sets_have_the_same_bits(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group's sum is a whole number, and what follows is done in one order. So tiles may take many rows alone."""
     for dtype, group in itertools.product(MOST_CODE, GROUPS):
@@ -178,8 +177,7 @@ def test_in_int8_all_sets_have_the_same_bits(instructions: str, monkeypatch: pyt
             assert np.array_equal(multiplied(x[:m], w, "int8"), ours), (dtype, group, m)
 
 
-@pytest.mark.parametrize("instructions", EVERY)
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize(("arithmetic", "instructions"), EACH)
 def test_hostile_activations(arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of zeros, of huge and of tiny numbers, with one outlier, with a NaN, with an infinity."""
     monkeypatch.setenv("PARVIS_NATIVE", instructions)
@@ -199,8 +197,7 @@ def test_hostile_activations(arithmetic: str, instructions: str, monkeypatch: py
         assert not np.isfinite(result[6]).any()
 
 
-@pytest.mark.parametrize("instructions", EVERY)
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize(("arithmetic", "instructions"), EACH)
 def test_the_largest_codes_and_activations_fit(
     arithmetic: str, instructions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,21 +218,22 @@ def test_the_sets_of_this_cpu_differ_in_layout(monkeypatch: pytest.MonkeyPatch) 
     """Else the tests above would test one set only. A CPU with fewer instructions has fewer of them."""
     lib = library()
     assert lib is not None
-    dots = {"avx512_bf16", "avx512vbmi", "avx512_vnni"} <= cpu_flags()
     # A system may refuse AMX to a process, so that a CPU that has it may have no tiles.
     assert not has_tiles(lib) or {"amx_tile", "amx_bf16", "amx_int8"} <= cpu_flags()
 
-    def layouts(instructions: str) -> list[int]:
+    def layouts(instructions: str) -> tuple[int, list[int]]:
         monkeypatch.setenv("PARVIS_NATIVE", instructions)
-        return [matrix_of(lib, "int8", each, 32).layout for each in ARITHMETICS]
+        return lib.parvis_extra_instructions(), [matrix_of(lib, "int8", each, 32).layout for each in ARITHMETICS]
 
-    assert layouts("avx2") == layouts("avx512")
-    vnni = "avx_vnni" in cpu_flags()
-    assert (layouts("vnni") != layouts("avx2")) == vnni
-    assert layouts("vnni")[:2] == layouts("avx2")[:2]
-    assert (layouts("")[1:] != layouts("avx2")[1:]) == (dots or vnni)
-    assert layouts("")[0] == layouts("avx2")[0]
-    assert (layouts("sse")[2] != layouts("avx2")[2]) == ("sse" in OTHERS)
+    none, plain = layouts("avx2")
+    assert (none, layouts("avx512")) == (0, (0, plain))
+    for instructions in ("", "dots", "vnni"):
+        extra, taken = layouts(instructions)
+        assert [taken[i] != plain[i] for i in range(3)] == [False, bool(extra & 1), bool(extra & 2)]
+    assert not layouts("vnni")[0] & 1
+    if {"avx512_bf16", "avx512vbmi", "avx512_vnni"} <= cpu_flags():
+        assert layouts("")[0] & 3 == 3
+    assert (layouts("sse")[1][2] != plain[2]) == ("sse" in OTHERS)
 
 
 def cpu_flags() -> set[str]:

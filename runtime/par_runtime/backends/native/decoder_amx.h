@@ -12,7 +12,7 @@
    a doubled map are 4, else 1 and 9. Each frame begins at a whole 32 channels, with zeros behind its last. */
 
 /* One chunk of a frame, of the pixels of a block and those around them: v [rows + 2][amx_width + 2][32]. `halves`: how
-   many of the chunk's two vectors there are; `kind`: what stands in front of the convolution, as decoder_kernels.h has it. */
+   many of the chunk's two vectors there are; `kind`: what stands in front of the convolution (decoder_kernels.h). */
 TILED INLINE void gather_chunk(const int halves, const int kind, const Op *op, Frame frame, Block at, long chunk,
                                uint16_t *v) {
     const long height = input_height(op), width = input_width(op), plane = height * width * LANES;
@@ -37,7 +37,7 @@ TILED INLINE void gather_chunk(const int halves, const int kind, const Op *op, F
             __m512 half[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
             for (int h = 0; h < halves && (column == x || op->edge); h++) {
                 half[h] = _mm512_loadu_ps(map + h * plane + (row * width + column) * LANES);
-                half[h] = normalised_avx512(half[h], kind, factor[h], shift[h], beta[h]);
+                if (kind != PLAIN_avx512) half[h] = normalised_avx512(half[h], kind, factor[h], shift[h], beta[h]);
             }
             _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(half[1], half[0]));
         }

@@ -97,7 +97,7 @@ def open_decoder(files: LoadedFiles, threads: int | None = None, precision: str 
     its weights at its first use.
     """
     why = why_not(files.bundle)
-    exact = why_not_bf16(files.bundle) if precision == "bf16" else None
+    exact = why_not_bf16(files.bundle) if precision == "bf16" and files.bundle.image_size is not None else None
     if exact is not None:
         log.info("%s: decoding in fp32, not in %s: %s", files.bundle.path, precision, exact)
     if why is None:

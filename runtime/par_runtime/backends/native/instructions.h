@@ -52,9 +52,9 @@ static inline int tiles_allowed(void) {
 #endif
 #endif
 
-/* What this CPU and its operating system can. PARVIS_NATIVE in the environment allows less: "avx2" or "avx512" without
-   dot products, or "vnni": AVX2 with AVX-VNNI, or "dots" without tiles, or "sse": the kernels that 64-bit ARM has, in vectors of 16 bytes, for tests.
-   They need AVX2's fused multiply-add here, so they are for no other CPU. */
+/* What this CPU and its operating system can. PARVIS_NATIVE in the environment allows less: "dots" no tiles; "avx512" or
+   "avx2" no dot products either; "vnni" AVX2 and AVX-VNNI; "sse" the kernels of 64-bit ARM, in vectors of 16 bytes, for
+   tests: they need AVX2's fused multiply-add here, so they are for no other CPU. */
 static inline Instructions instructions_of_cpu(void) {
     Instructions have = {0};
 #ifdef HAS_AVX
@@ -68,8 +68,10 @@ static inline Instructions instructions_of_cpu(void) {
                   __builtin_cpu_supports("avx512vl") &&
                   !(requested && (!strcmp(requested, "avx2") || !strcmp(requested, "vnni")));
 #ifdef HAS_VNNI
-    have.vnni = have.avx2 && !have.avx512 && !(requested && !strcmp(requested, "avx2")) &&
-                __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+    have.vnni = have.avx2 && !have.avx512 &&
+                !(requested && (!strcmp(requested, "avx2") || !strcmp(requested, "avx512"))) &&
+                __get_cpuid_count(7, 0, &a, &b, &c, &d) && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
+                (a & 1u << 4);
 #endif
 #ifdef HAS_DOT
     int dots = have.avx512 && !(requested && !strcmp(requested, "avx512"));

@@ -98,7 +98,7 @@ TARGET static void NAME(pack_rows_codes)(const Matrix *w, const float *x, long l
         }
 }
 #else
-/* For products of bytes (products_int8.h, int4 of products_twin.h), with `quads`, or for those of 16 bits (int8 of
+/* For products of bytes (products_int8.h, products_vnni.h, int4 of products_twin.h), with `quads`, or for those of 16 bits (int8 of
    products_twin.h). */
 TARGET INLINE void NAME(pack_rows_int8)(const float *x, long ldx, long m, long k, const float *row_scale,
                                         const float *gain, long group, int quads, char *packed) {

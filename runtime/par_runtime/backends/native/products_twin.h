@@ -1,6 +1,5 @@
-/* Products of int8 and int4 codes with activations rounded to int8 in AVX2: what products_int8.h computes, for CPUs
-   without dot products of bytes. Sums of a group are exact integers here too, so both differ only in the rounding of
-   the sums of groups.
+/* Products of int8 and int4 codes with activations rounded to int8 in AVX2: what products_int8.h computes, with the same
+   bits, for CPUs without dot products of bytes. Sums of a group are exact integers here too.
 
    Codes of int8 are widened to 16 bits; vpmaddwd multiplies pairs and adds them in 32 bits. Packed activations are, for
    each group of K: pairs [group/2][M][2] of int16, then scales [M] fp32.
@@ -11,23 +10,11 @@
 
    The sums of one to three rows are in registers for all columns of a panel, those of four to six rows for a half. */
 
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#include "scales.h"
+
 #define TWIN_ROWS 6
 #define TWIN_ROWS_WHOLE 3
 #define BLOCK_INT4 32 /* rows of K whose pairs are added in 16 bits; every group is a multiple */
-
-AVX2 INLINE __m256 twin_scale(int64_t stored, const char *scales, int j) {
-    if (stored == FP32) return _mm256_loadu_ps((const float *)scales + 8 * j);
-    __m128i halves = _mm_loadu_si128((const __m128i *)scales + j);
-    if (stored == FP16) return _mm256_cvtph_ps(halves);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
-
-/* c = total * x_scale * scales, or c += that, for 8 columns. */
-AVX2 INLINE void twin_end(__m256i total, float x_scale, __m256 scales, float *c, int accumulate) {
-    __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_set1_ps(x_scale));
-    _mm256_storeu_ps(c, _mm256_fmadd_ps(part, scales, accumulate ? _mm256_loadu_ps(c) : _mm256_setzero_ps()));
-}
 
 /* Columns [8 * first, 8 * (first + vecs)) of c [rows][PANEL] = x w, or c += x w with `accumulate`, for one group of
    int8. `x` is the first row's. Where `first` is 0, all columns are prefetched. */
@@ -59,7 +46,7 @@ AVX2 INLINE void twin_int8(const int rows, const int first, const int vecs, int6
     for (int i = 0; i < rows; i++)
         UNROLL
         for (int j = 0; j < vecs; j++)
-            twin_end(sum[i][j], x_scale[i], twin_scale(scales_stored, scales, first + j),
+            scaled_avx2(sum[i][j], x_scale[i], scales_avx2(scales_stored, scales, first + j),
                      c + i * PANEL + (first + j) * 8, accumulate);
 }
 
@@ -107,7 +94,7 @@ AVX2 INLINE void twin_int4(const int rows, const int first, const int vecs, int6
     for (int i = 0; i < rows; i++)
         UNROLL
         for (int j = 0; j < vecs; j++)
-            twin_end(total[i][j], x_scale[i], twin_scale(scales_stored, scales, first + j),
+            scaled_avx2(total[i][j], x_scale[i], scales_avx2(scales_stored, scales, first + j),
                      c + i * PANEL + (first + j) * 8, accumulate);
 }
 

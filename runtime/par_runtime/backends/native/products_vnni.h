@@ -1,22 +1,18 @@
 /* Products of int8 and int4 codes with activations rounded to int8, with AVX-VNNI: the dot products of bytes of
-   products_int8.h in vectors of 32 bytes, for CPUs that have no AVX-512 (laptops since 2021). Weights, packed
-   activations and bits are those of products_int8.h; the sums of one to three rows are in registers for all columns of
-   a panel, those of four to six rows for a half, as in products_twin.h. */
+   products_int8.h in vectors of 32 bytes, for CPUs that have no AVX-512. Weights, packed activations and bits are those
+   of products_int8.h; the sums of one to three rows are in registers for all columns of a panel, those of four to six
+   rows for a half, as in products_twin.h. */
+
+#include "scales.h"
 
 #define VNNI __attribute__((target("avx2,fma,f16c,avxvnni")))
 #define VNNI_ROWS 6
-#ifndef __clang__ /* gcc would move loads of sums to the end of the iteration before, and then lacks registers for them */
+#define VNNI_ROWS_WHOLE 3
+
+#ifndef __clang__ /* gcc would load numbers of the next iteration at the end of this one, and then lacks registers */
 #pragma GCC push_options
 #pragma GCC optimize("no-tree-pre")
 #endif
-#define VNNI_ROWS_WHOLE 3
-
-VNNI INLINE __m256 vnni_scale(int64_t stored, const char *scales, int j) {
-    if (stored == FP32) return _mm256_loadu_ps((const float *)scales + 8 * j);
-    __m128i halves = _mm_loadu_si128((const __m128i *)scales + j);
-    if (stored == FP16) return _mm256_cvtph_ps(halves);
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-}
 
 /* Columns [8 * first, 8 * (first + vecs)) of c [rows][PANEL] = x w, or c += x w with `accumulate`, for one group of a
    panel. `x` is the first row's. Where `first` is 0, all columns are prefetched. */
@@ -57,12 +53,9 @@ VNNI INLINE void vnni_group(const int rows, const int first, const int vecs, con
     UNROLL
     for (int i = 0; i < rows; i++)
         UNROLL
-        for (int j = 0; j < vecs; j++) {
-            float *to = c + i * PANEL + (first + j) * 8;
-            __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[i][j]), _mm256_set1_ps(x_scale[i]));
-            __m256 before = accumulate ? _mm256_loadu_ps(to) : _mm256_setzero_ps();
-            _mm256_storeu_ps(to, _mm256_fmadd_ps(part, vnni_scale(scales_stored, scales, first + j), before));
-        }
+        for (int j = 0; j < vecs; j++)
+            scaled_avx2(sum[i][j], x_scale[i], scales_avx2(scales_stored, scales, first + j),
+                        c + i * PANEL + (first + j) * 8, accumulate);
 }
 
 /* One pass over a group: c [rows][PANEL] for any number of rows up to VNNI_ROWS. */

@@ -54,7 +54,7 @@ class SubjectInfo:
     architecture: Architecture
     image_size: tuple[int, int] | None = None  #: pixels (H, W); None where the bundle ends at tokens
     decoder: str = ""  #: runtime and version of what makes the pixels, where it is another than ``backend``
-    decoder_computes: str = "fp32"  #: the precision that this one calculates in; "fp32" where it is empty
+    decoder_computes: str = "fp32"  #: the precision that this one calculates in; "fp32" where ``decoder`` is empty
     clock: str = "perf_counter"
     excluded: tuple[str, ...] = ()  #: what the times do not contain
     sampling: str = ""  #: how tokens are drawn, as text
