@@ -210,14 +210,14 @@ class _Measuring:
         features = self._features(len(sets.second), notes)
         if features is None and not show:
             return drawn, None, None
-        decoded = (sets.first, sets.second, sets.candidate)[0 if features is not None else 1 :]
         found, shown = [], []
-        for tokens in decoded:
-            side = self.rounding if tokens is sets.candidate else EXACT
-            images = self._decode(tokens if features is not None else tokens[:show], side.decoder_precision)
-            if features is not None:
-                found.append(features.of(images))
-            shown.append(images[:show].copy())  # a view would keep all of them
+        with self._decoders() as (exact, rounded):
+            every = ((exact, sets.first), (exact, sets.second), (rounded, sets.candidate))
+            for decoder, tokens in every if features is not None else every[1:]:
+                images = decoder.decode(tokens if features is not None else tokens[:show])
+                if features is not None:
+                    found.append(features.of(images))
+                shown.append(images[:show].copy())  # a view would keep all of them
         pairs = shown_pairs(*shown[-2:]) if show else None
         if features is None:
             return drawn, None, pairs
@@ -238,15 +238,12 @@ class _Measuring:
         """PSNR of the worst of the first held-out images in the precision of the candidate's decoder, against fp32."""
         if self.rounding.decoder_precision == FP32:
             return None
-        with (
-            closing(Tokenizer(self.candidate, self.options.threads, FP32)) as exact,
-            closing(Tokenizer(self.candidate, self.options.threads, self.rounding.decoder_precision)) as rounded,
-        ):
+        with self._decoders() as decoders:
 
             def least() -> float:
                 found = [MOST_DB]
                 for tokens in held.tokens[:DECODED]:
-                    each = [one.decode(tokens) for one in (exact, rounded)]
+                    each = [decoder.decode(tokens) for decoder in decoders]
                     # Frame by frame, since the mean of a clip hides one.
                     frames = (images.reshape(-1, *images.shape[-3:]) for images in each)
                     found += map(psnr_db, *frames)
@@ -254,10 +251,15 @@ class _Measuring:
 
             return self._time("decoders", least)
 
-    def _decode(self, tokens: Int, precision: str) -> NDArray[np.uint8]:
-        """The images of ``tokens`` [M,N]; both bundles have the same decoder."""
-        with closing(Tokenizer(self.candidate, self.options.threads, precision)) as tokenizer:
-            return tokenizer.decode(tokens)
+    @contextmanager
+    def _decoders(self) -> Iterator[tuple[Tokenizer, Tokenizer]]:
+        """The decoder, whose weights are those of both bundles, in fp32 and as the candidate will have it."""
+        with closing(Tokenizer(self.candidate, self.options.threads, FP32)) as exact:
+            if self.rounding.decoder_precision == FP32:
+                yield exact, exact
+                return
+            with closing(Tokenizer(self.candidate, self.options.threads, self.rounding.decoder_precision)) as rounded:
+                yield exact, rounded
 
     def _features(self, samples: int, notes: list[str]) -> Features | None:
         if "encoder" not in self.original.graphs:

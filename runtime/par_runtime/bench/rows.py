@@ -89,9 +89,7 @@ class Row:
     schema: int = SCHEMA
     pytorch: bool = False  #: PyTorch made it, not a backend of this package
     weights: str = ""  #: "int8" or "int4", of quantised matrices; empty where they are in ``precision``
-    decoder_computes: str = (
-        "fp32"  #: the precision of what makes the pixels, where it is not ``backend``; else no matter
-    )
+    decoder_computes: str = "fp32"  #: the precision of what makes the pixels, where it is not ``backend``
 
     @property
     def stored(self) -> str:
