@@ -6,14 +6,10 @@
 
    Codes of int4 stay bytes, plus 8, so 0 .. 15. vpmaddubsw multiplies them with signed bytes and adds pairs in 16 bits:
    at most 2 * 15 * 127, so the pairs of 32 rows of K, 8 for each column's half, fit into 16 bits (30480). That takes
-   half as many instructions. Packed activations are those of products_int8.h.
+   half as many instructions. Packed activations are those of products_int8.h. */
 
-   The sums of one to three rows are in registers for all columns of a panel, those of four to six rows for a half. */
+#include "products_avx2.h"
 
-#include "scales.h"
-
-#define TWIN_ROWS 6
-#define TWIN_ROWS_WHOLE 3
 #define BLOCK_INT4 32 /* rows of K whose pairs are added in 16 bits; every group is a multiple */
 
 /* Columns [8 * first, 8 * (first + vecs)) of c [rows][PANEL] = x w, or c += x w with `accumulate`, for one group of
@@ -24,7 +20,7 @@ AVX2 INLINE void twin_int8(const int rows, const int first, const int vecs, int6
     const int32_t *pairs = (const int32_t *)x;
     const float *x_scale = (const float *)(x + group * 2 * m);
     w += PANEL * number_bytes(scales_stored);
-    __m256i sum[TWIN_ROWS][4];
+    __m256i sum[ROWS_AVX2][4];
     UNROLL
     for (int i = 0; i < rows; i++)
         UNROLL
@@ -47,7 +43,7 @@ AVX2 INLINE void twin_int8(const int rows, const int first, const int vecs, int6
         UNROLL
         for (int j = 0; j < vecs; j++)
             scaled_avx2(sum[i][j], x_scale[i], scales_avx2(scales_stored, scales, first + j),
-                     c + i * PANEL + (first + j) * 8, accumulate);
+                        c + i * PANEL + (first + j) * 8, accumulate);
 }
 
 /* The same of int4. */
@@ -58,13 +54,13 @@ AVX2 INLINE void twin_int4(const int rows, const int first, const int vecs, int6
     const float *x_scale = (const float *)(x + group * m);
     const int32_t *x_sum = (const int32_t *)x_scale + m; /* minus the sums */
     w += PANEL * number_bytes(scales_stored);
-    __m256i total[TWIN_ROWS][4];
+    __m256i total[ROWS_AVX2][4];
     UNROLL
     for (int i = 0; i < rows; i++)
         UNROLL
         for (int j = 0; j < vecs; j++) total[i][j] = _mm256_set1_epi32(x_sum[i] * 8);
     for (long block = 0, step = 0; block < group; block += BLOCK_INT4) {
-        __m256i sum[TWIN_ROWS][4];
+        __m256i sum[ROWS_AVX2][4];
         UNROLL
         for (int i = 0; i < rows; i++)
             UNROLL
@@ -95,40 +91,18 @@ AVX2 INLINE void twin_int4(const int rows, const int first, const int vecs, int6
         UNROLL
         for (int j = 0; j < vecs; j++)
             scaled_avx2(total[i][j], x_scale[i], scales_avx2(scales_stored, scales, first + j),
-                     c + i * PANEL + (first + j) * 8, accumulate);
+                        c + i * PANEL + (first + j) * 8, accumulate);
 }
 
-/* One pass over a group: c [rows][PANEL] for any number of rows up to TWIN_ROWS. */
 AVX2 static void twin_pass(long rows, int source, int64_t scales_stored, const char *w, const char *x, long m,
                            long group, float *c, int accumulate, Prefetch prefetch) {
-    if (!prefetch.from) prefetch_step(&prefetch, w, PANEL * number_bytes(scales_stored), 0);
-#define AT(ROWS, FIRST, VECS, OF) \
-    twin_##OF(ROWS, FIRST, VECS, scales_stored, w, x, m, group, c, accumulate, prefetch)
-#define CASE(ROWS, SOURCE, OF)                                      \
-    case ROWS * 8 + SOURCE:                                         \
-        if (ROWS <= TWIN_ROWS_WHOLE) AT(ROWS, 0, 4, OF);            \
-        else AT(ROWS, 0, 2, OF), AT(ROWS, 2, 2, OF);                \
-        break;
-#define CASES(ROWS) CASE(ROWS, INT8, int8) CASE(ROWS, INT4, int4)
-    switch (rows * 8 + source) { CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6) }
-#undef CASES
-#undef CASE
-#undef AT
+    GROUP_PASS(twin_int8, twin_int4)
 }
 
 AVX2 static void panel_product_int8_twin(const Matrix *matrix, const void *packed, long m, long k, long panel, float *c,
                                          void *scratch) {
     (void)scratch;
-    int source = (int)matrix->stored;
-    const char *w = (const char *)matrix->data + panel * panel_bytes(matrix, k);
-    long passes = (m + TWIN_ROWS - 1) / TWIN_ROWS, group = matrix->group, bytes = panel_bytes(matrix, group);
-    long row_bytes = source == INT8 ? group * 2 + 4 : group + 8, steps = group / (source == INT8 ? 4 : 8);
-    for (long first = 0; first < k; first += group, w += bytes) {
-        const char *x = (const char *)packed + first / group * row_bytes * m;
-        for (long i = 0, pass = 0, rows; i < m; i += rows, pass++) {
-            rows = rows_of_pass(m - i, TWIN_ROWS);
-            twin_pass(rows, source, matrix->scales, w, x + 4 * i, m, group, c + i * PANEL, first > 0,
-                      prefetch_of(w, bytes, steps, pass, passes));
-        }
-    }
+    long group = matrix->group;
+    if (matrix->stored == INT8) panel_of_groups(matrix, packed, m, k, panel, c, twin_pass, group * 2 + 4, 4);
+    else panel_of_groups(matrix, packed, m, k, panel, c, twin_pass, group + 8, 8);
 }
