@@ -45,7 +45,7 @@ from par_runtime.progress import OnPreview, OnStep, Progress, latest_tokens
 from par_runtime.request import MOST_IMAGES, Settings, class_indices, image_seeds, image_settings
 from par_runtime.result import Result
 from par_runtime.schedule import Schedule, rows_of
-from par_runtime.selftest import SELFTEST_SECONDS, SelftestError, check_selftest
+from par_runtime.selftest import LOAD_SECONDS, SELFTEST_SECONDS, SelftestError, check_selftest
 from par_runtime.tokenizer import Tokenizer, chunk_images, pixels
 from par_runtime.turns import Turn, also_inside, one_at_a_time
 
@@ -106,7 +106,7 @@ class Pipeline:
         ``device``: "auto" takes an engine of the bundle that fits the first GPU, else the CPU (``note`` gives the
         reason); "cpu"; "cpu-ort" for ONNX Runtime on the CPU; "cuda" or "cuda:1" for an engine on that GPU; "cuda-ort"
         for ONNX Runtime on a GPU. ``threads``: of the CPU, default all cores; more are reduced to these, with a
-        warning. ``selftest``: run :meth:`selftest`.
+        warning. ``selftest``: run :meth:`selftest`, for a second at most where every phase ran by then.
         ``verify``: how much of the files of the bundle and the engine is checked, see ``bundle.FileCheck``.
         ``capture``, of an engine: one CUDA graph per "image", one per "call", or "none".
         ``on_load``: called while the weights of an engine of our own kernels come to the GPU, with the bytes that are
@@ -149,7 +149,7 @@ class Pipeline:
             log.info("%s: %s", path, note)
         if selftest:
             try:
-                pipeline.selftest()
+                pipeline.selftest(LOAD_SECONDS)
             except BaseException as error:  # Ctrl-C too: the caller cannot close it, and a GPU's memory must be freed
                 pipeline.close()
                 if isinstance(error, SelftestError):  # only then would leaving it out help

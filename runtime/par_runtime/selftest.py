@@ -14,6 +14,7 @@ from par_runtime.schedule import Schedule, rows_of
 
 #: A self-test ends after this time, so a large model on a slow machine makes only the beginning of its test image.
 SELFTEST_SECONDS = 5.0
+LOAD_SECONDS = 1.0  #: the same of a self-test in ``Pipeline.load``, which stands between a command and its first image
 
 
 class SelftestError(BundleError):

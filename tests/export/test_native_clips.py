@@ -200,9 +200,9 @@ def test_a_planted_bug_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_weights_that_are_no_numbers_make_no_picture(tmp_path: Path, bad: float) -> None:
+@pytest.mark.parametrize("name", ["decoder_layers.1.fn.1.beta", "decoder_layers.1.fn.2.conv.weight"])
+def test_weights_that_are_no_numbers_make_no_picture(tmp_path: Path, name: str, bad: float) -> None:
     path = make(tmp_path, "one level")
-    name = "decoder_layers.1.fn.1.beta"
     at = Bundle.open(path).decoder_weights[name]
     with (path / "weights.data").open("r+b") as file:
         file.seek(at.offset + 8)

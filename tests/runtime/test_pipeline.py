@@ -18,10 +18,11 @@ from conftest import GOLDEN
 from par_runtime import BundleError, Pipeline, RequestError
 from par_runtime.backends.base import Batch
 from par_runtime.backends.ort.cpu import OPSET24_SINCE, OrtBackend, spread, window
+from par_runtime.bundle import seal
 from par_runtime.dtypes import Float, Int
 from par_runtime.request import Settings, class_index
 from par_runtime.schedule import uniforms
-from par_runtime.selftest import SelftestError
+from par_runtime.selftest import LOAD_SECONDS, SelftestError
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +365,26 @@ def test_a_failed_selftest_is_told_with_the_first_position(tiny: Path) -> None:
     wrong["tokens"][0][9] ^= 1
     with pytest.raises(BundleError, match=r"self-test failed .* at position 9"):
         pipeline.selftest(seconds=0)
+
+
+def test_a_load_tests_for_a_second_and_every_phase_at_least(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for a first image waits for it; ``Pipeline.selftest`` and ``parvis verify`` take longer."""
+    given: list[float] = []
+    whole = Pipeline.selftest
+    monkeypatch.setattr(Pipeline, "selftest", lambda self, seconds: (given.append(seconds), whole(self, seconds)))
+    Pipeline.load(tiny_copy)
+    assert given == [LOAD_SECONDS] == [1.0]
+    monkeypatch.undo()
+    monkeypatch.setattr("par_runtime.pipeline.LOAD_SECONDS", 0.0)
+    manifest = json.loads((tiny_copy / "manifest.json").read_text())
+    for place, refused in ((13, False), (9, True)):  # every phase has run at position 11
+        manifest["selftest"]["tokens"][0][place] ^= 1
+        (tiny_copy / "manifest.json").write_text(json.dumps(seal(manifest)))
+        if refused:
+            with pytest.raises(BundleError, match=rf"self-test failed .* at position {place}"):
+                Pipeline.load(tiny_copy)
+        else:
+            Pipeline.load(tiny_copy)
 
 
 def test_the_selftest_forgives_a_tie_and_nothing_else(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

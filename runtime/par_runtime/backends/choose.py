@@ -95,10 +95,11 @@ def _cpu(bundle: Bundle, threads: int | None, rounding: Rounding, native: bool =
         from par_runtime.backends.native.backend import NativeBackend
         from par_runtime.backends.native.decoding import open_decoder
         from par_runtime.backends.native.library import why_not
-        from par_runtime.backends.ort import cpu as ort
     why = why_not(bundle) if native else "ONNX Runtime was asked for"
     if why is None:
         return NativeBackend(bundle, threads, *rounding)
+    with importing("running on the CPU"):  # only where it runs: importing it takes as long as loading a small bundle
+        from par_runtime.backends.ort import cpu as ort
     log.debug("%s: no C step: %s", bundle.path, why)
     decoder = partial(open_decoder, threads=threads, precision=rounding.decoder_precision) if native else None
     return ort.OrtBackend(bundle, threads, arithmetic=rounding.arithmetic, decoder=decoder)

@@ -40,7 +40,7 @@ static void *numbers(int stored, long n) {
     return out;
 }
 
-static Matrix matrix(int stored, int arithmetic, long k, long n, int halves) {
+static Matrix matrix(void *pool, int stored, int arithmetic, long k, long n, int halves) {
     int quantised = stored >= INT8;
     if (!quantised && arithmetic == MULTIPLY_INT8) arithmetic = MULTIPLY_BF16;
     Matrix m = {.stored = stored, .group = quantised ? GROUP : 0, .arithmetic = arithmetic, .scales = FP32};
@@ -48,7 +48,7 @@ static Matrix matrix(int stored, int arithmetic, long k, long n, int halves) {
     char *panels = zeros((size_t)parvis_matrix_bytes(&m, k, n));
     float least = stored == INT8 ? 1.0f / 2048 : 1.0f / 128;
     float *scales = quantised ? floats(k / GROUP * n, least, 2 * least) : NULL;
-    parvis_pack(&m, numbers(stored, k * n), (char *)scales, k, n, halves, panels);
+    if (parvis_pack(pool, &m, numbers(stored, k * n), (char *)scales, k, n, halves, panels)) abort();
     m.data = panels;
     return m;
 }
@@ -58,8 +58,9 @@ static void run(void *pool, int stored, int arithmetic, int cache) {
     static const float *attention_norm[LAYERS], *ffn_norm[LAYERS];
     static void *keys[LAYERS], *values[LAYERS];
     for (int l = 0; l < LAYERS; l++) {
-        wqkv[l] = matrix(stored, arithmetic, DIM, 3 * INNER, 0), wo[l] = matrix(stored, arithmetic, INNER, DIM, 0);
-        w13[l] = matrix(stored, arithmetic, DIM, 2 * FFN, 1), w2[l] = matrix(stored, arithmetic, FFN, DIM, 0);
+        wqkv[l] = matrix(pool, stored, arithmetic, DIM, 3 * INNER, 0);
+        wo[l] = matrix(pool, stored, arithmetic, INNER, DIM, 0);
+        w13[l] = matrix(pool, stored, arithmetic, DIM, 2 * FFN, 1), w2[l] = matrix(pool, stored, arithmetic, FFN, DIM, 0);
         attention_norm[l] = floats(DIM, 0.5f, 1.5f), ffn_norm[l] = floats(DIM, 0.5f, 1.5f);
         keys[l] = zeros(ROWS * HEADS * SLOTS * D * 4), values[l] = zeros(ROWS * HEADS * SLOTS * D * 4);
     }
@@ -70,7 +71,7 @@ static void run(void *pool, int stored, int arithmetic, int cache) {
         .embed = numbers(embed, CODES * DIM), .embed_rows = CODES, .embed_stored = embed,
         .cosine = floats(SLOTS * D / 2, -1, 1), .sine = floats(SLOTS * D / 2, -1, 1), .wqkv = wqkv, .wo = wo,
         .w13 = w13, .w2 = w2, .attention_norm = attention_norm, .ffn_norm = ffn_norm, .norm = floats(DIM, 5, 9),
-        .output = matrix(stored, arithmetic, DIM, COLUMNS_OF_HEAD, 0),
+        .output = matrix(pool, stored, arithmetic, DIM, COLUMNS_OF_HEAD, 0),
     };
     int64_t ids[ROWS * QUERY], write[ROWS], cache_row[ROWS] = {2, 0, 3, 1}, uncond_row[IMAGES] = {2, 1};
     float guidance[IMAGES] = {2, 1}, temperature[IMAGES] = {1, 0.8f}, top_p[IMAGES] = {1, 0.9f};

@@ -49,10 +49,10 @@ static void task(Worker *worker, const void *argument) {
 
 int main(void) {
     static long out[ITEMS];
-    Pool *pool = pool_open(3, task, NULL);
+    Pool *pool = pool_open(3, NULL);
     for (long value = 1; value <= 200; value++) {
         Work work = {out, value};
-        if (pool_run(pool, &work, sizeof work, 2)) return 2;
+        if (pool_run(pool, task, &work, sizeof work, 2)) return 2;
         if (value == 100) { /* it was inside of call 1 all the time */
             if (!pool->inside) return 3;
             atomic_store(&go_on, 1);

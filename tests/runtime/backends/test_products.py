@@ -77,7 +77,10 @@ def multiplied(x: Float, w: Weights, arithmetic: str, halves: bool = False) -> F
     panels = np.zeros(size + 1, np.uint8)
     panels[-1] = 77
     scales = None if w.scales is None else w.scales.ctypes.data
-    lib.parvis_pack(ctypes.byref(matrix), w.stored.ctypes.data, scales, k, n, int(halves), panels.ctypes.data)
+    pool = lib.parvis_open(3)
+    given = (ctypes.byref(matrix), w.stored.ctypes.data, scales, k, n, int(halves))
+    assert lib.parvis_pack(pool, *given, panels.ctypes.data) == 0
+    lib.parvis_close(pool)
     assert panels[-1] == 77
     product = Product(lib, np.ascontiguousarray(x), matrix)
     results = []

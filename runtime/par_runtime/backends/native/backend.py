@@ -21,14 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime import __version__
-from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, closed_error
+from par_runtime.backends.base import IMAGE_INPUTS, MOST_IMAGES, TIE_INT8, BackendInfo, Batch, closed_error
+from par_runtime.backends.base import TIE as TIE_EXACT
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.native.decoding import open_decoder
 from par_runtime.backends.native.library import Step, has_tiles, library, why_not
 from par_runtime.backends.native.memory import empty
 from par_runtime.backends.native.weights import Weights, pointers
-from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE_INT8
-from par_runtime.backends.ort.cpu import TIE as TIE_EXACT
 from par_runtime.bundle import Bundle, matrix_names
 from par_runtime.dtypes import BYTES, DTYPE, STORAGE, Float, Int
 from par_runtime.errors import BundleError
@@ -87,10 +86,15 @@ class NativeBackend:
         )
         self.max_images, self.tie = MOST_IMAGES, max(TIE[computes], TIE[cache])
         self._slots = -(-bundle.n_tokens // lib.parvis_panel()) * lib.parvis_panel()
-        self._weights = Weights(self._files, lib, self._slots, arithmetic, cache)
         self._pool: int | None = lib.parvis_open(self._threads)
         if self._pool is None:
             raise MemoryError(f"{self._threads} threads: no memory for their pool")
+        try:
+            self._weights = Weights(self._files, lib, self._pool, self._slots, arithmetic, cache)
+        except BaseException:  # Ctrl-C too: nobody could stop the threads later
+            lib.parvis_close(self._pool)
+            self._pool = None
+            raise
         self._batch: Batch | None = None  # of _calls
         self._record: int | None = None  # where the rows of the products of a call go
         self._keys = CacheRows(bundle.n_tokens)

@@ -19,9 +19,7 @@ from par_runtime.backends.native.decoder import (
     SPACE,
     Operations,
     lanes,
-    packed,
 )
-from par_runtime.dtypes import Float
 from par_runtime.video_shapes import CODEBOOK, FRAMES_BEFORE, Layer, decoder_layers
 
 NORM_EPSILON = 1e-5
@@ -69,10 +67,6 @@ class ClipOperations(Operations):
     ) -> None:
         """A convolution of the current map into buffer ``output``, which becomes the current one. ``ends``: the norm
         and the swish in front of it. ``parts``: what its channels are of, each of which begins at a whole vector."""
-        weights = self._read(f"{name}.conv.weight").reshape(out, SEEN, width, 9)
-        padded: Float = np.zeros((SEEN, lanes(width), 9, parts, lanes(out // parts)), np.float32)
-        each = weights.transpose(1, 2, 3, 0).reshape(SEEN, width, 9, parts, out // parts)
-        padded[:, :width, ..., : out // parts] = each
         columns = parts * lanes(out // parts)
         bias = np.zeros((parts, lanes(out // parts)), np.float32)
         bias[:, : out // parts] = self._read(f"{name}.conv.bias").reshape(parts, -1)
@@ -80,7 +74,7 @@ class ClipOperations(Operations):
         if norm:
             fields |= self._norm(width, gain=f"{norm}.weight", shift=f"{norm}.bias", beta=f"{swish}.beta")
             fields["epsilon"] = NORM_EPSILON
-        panels = self._keep(packed(padded.reshape(SEEN * lanes(width), 9, columns)))
+        panels = self._keep(self._packing.convolution(f"{name}.conv.weight", SEEN, parts))
         self._add(
             CONV,
             input=self._map,

@@ -25,10 +25,12 @@
 #include "decoder_plan.h"
 #include "instructions.h"
 #include "pool.h"
+#include "stored.h"
 
 /* The kernels of one instruction set; decoder_kernels.h describes them. */
 typedef struct {
     const char *instructions;
+    void (*read_numbers)(const void *from, int64_t stored, long n, float *out);
     void (*product)(const float *x, long ldx, const float *w, long k, long rows, float *c);
     void (*transform_weights)(const float *w, long k, long first, long end, int points, float *u);
     void (*transform_input)(const Op *op, const float *map, const float *norm, long first, long count, long block,
@@ -44,6 +46,7 @@ typedef struct {
 #define KERNELS_OF(SET, NAME)                         \
     {                                                 \
         .instructions = NAME,                         \
+        .read_numbers = read_numbers_##SET,           \
         .product = product_##SET,                     \
         .transform_weights = transform_weights_##SET, \
         .transform_input = transform_input_##SET,     \
@@ -57,10 +60,12 @@ typedef struct {
 #include <immintrin.h>
 #define VECTORS 512
 #include "vectors.h"
+#include "numbers.h"
 #include "decoder_kernels.h"
 #undef VECTORS
 #define VECTORS 256
 #include "vectors.h"
+#include "numbers.h"
 #include "decoder_kernels.h"
 #undef VECTORS
 #elif defined(HAS_VECTORS)
@@ -69,6 +74,7 @@ typedef struct {
 #ifdef HAS_VECTORS
 #define VECTORS 128
 #include "vectors.h"
+#include "numbers.h"
 #include "decoder_kernels.h"
 #endif
 
@@ -308,6 +314,8 @@ static void run_decoder(Worker *worker, const void *argument) {
 
 /* -- what Python calls --------------------------------------------------------------------------------------------- */
 
+#include "decoder_pack.h"
+
 /* "avx512", "avx2", "neon", or "" where this CPU has none of them; "sse" where a test asked for it. */
 const char *parvis_decoder_instructions(void) { return select_kernels() ? select_kernels()->instructions : ""; }
 
@@ -352,37 +360,19 @@ void parvis_decoder_sizes(const Op *ops, int64_t n_ops, int64_t images, int64_t 
     }
 }
 
-/* The weights of a 3x3 convolution w [panels][k][9][PANEL] as its products take them: u
-   [panels][points][k*PANEL + LANES]. `upsamples`: of a doubled map. */
-void parvis_decoder_transform(const float *w, int64_t panels, int64_t k, int upsamples, float *u) {
-    int points = upsamples ? UPSAMPLED_POINTS : POINTS;
-    for (int64_t p = 0; p < panels; p++)
-        select_kernels()->transform_weights(w + p * k * 9 * PANEL, k, 0, k, points,
-                                            u + p * points * (k * PANEL + LANES));
-}
-
 /* Whether operations may have `amx` here. */
 int parvis_decoder_has_amx(void) { return tiles_of_cpu(instructions_of_cpu()); }
 
 /* Numbers of a panel of the weights of an operation with `amx`. */
 int64_t parvis_decoder_amx_panel(const Op *op) { return amx_panel(op); }
 
-/* The weights of a 3x3 convolution with `amx`, of w [panels][K][9][PANEL]: u [panels][parvis_decoder_amx_panel()]. */
-void parvis_decoder_pack_amx(const Op *op, const float *w, uint16_t *u) {
-#ifdef HAS_TILES
-    for (long p = 0; p < panels_of(op); p++) pack_amx(op, w + p * depth_of(op) * 9 * PANEL, u + p * amx_panel(op));
-#else
-    (void)op, (void)w, (void)u;
-#endif
-}
-
-void *parvis_decoder_open(int n_threads) { return pool_open(n_threads, run_decoder, select_kernels()); }
+void *parvis_decoder_open(int n_threads) { return pool_open(n_threads, select_kernels()); }
 
 void parvis_decoder_close(void *pool) { pool_close(pool); }
 
 /* Returns 0; or -1, before any work, where memory is exhausted. */
 int parvis_decode(void *pool, const Decode *call) {
-    int failed = pool_run(pool, call, sizeof *call, PHASES_PER_OP * call->n_ops);
+    int failed = pool_run(pool, run_decoder, call, sizeof *call, PHASES_PER_OP * call->n_ops);
     pool_settle(pool); /* the caller may free the buffers */
     return failed;
 }

@@ -10,13 +10,15 @@ Letters: B images, H and W pixels, K and N channels of a convolution's input and
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from par_runtime.backends.native.library import STORED
 from par_runtime.backends.native.memory import copied, empty
+from par_runtime.backends.native.tensors import Tensors
 from par_runtime.dtypes import Float
 from par_runtime.tokenizer_shapes import BEHIND_CODES, CODEBOOK, decoder_layers
 
@@ -71,24 +73,64 @@ class Decode(ctypes.Structure):
     )
 
 
+class Packing:
+    """Packs weights as the products of ``decoder.c`` take them, with the threads of ``pool``.
+
+    Its functions return arrays that begin at a cache line. Raises BundleError, MemoryError.
+    """
+
+    def __init__(self, lib: ctypes.CDLL, pool: int, tensors: Tensors) -> None:
+        self.lib, self.tensors, self._pool = lib, tensors, pool
+
+    def convolution(self, name: str, frames: int = 1, parts: int = 1) -> Float:
+        """The weights ``name`` of a convolution, stored [N,frames*K,*kernel], as panels [N/PANEL,frames*K',T,PANEL].
+
+        ``frames`` that it sees; T: the numbers of its kernel. ``parts`` of N: each begins at a whole vector. What is
+        added is 0.
+        """
+        stored, dtype = self.tensors.stored(name)
+        n, k, taps = len(stored), stored.shape[1] // frames, stored[0, 0].size
+        panels = empty((-(-parts * lanes(n // parts) // PANEL), frames * lanes(k), taps, PANEL), np.float32)
+        sizes = (STORED[dtype], n, k, frames, taps, parts)
+        found = self.lib.parvis_decoder_pack(self._pool, stored.ctypes.data, *sizes, panels.ctypes.data)
+        if found > 0:
+            raise self.tensors.not_finite(name)
+        self._check(found)
+        return panels
+
+    def transformed(self, op: Op) -> Float:
+        """The weights of a 3x3 convolution in Winograd's form, of those in panels."""
+        points = POINTS if op.kind == CONV else UPSAMPLED_POINTS
+        panels, k = -(-op.out_channels // PANEL), op.in_channels * op.frames
+        to: Float = empty((panels, points, k * PANEL + LANES), np.float32)
+        upsamples = int(op.kind == UPSAMPLE)
+        self._check(self.lib.parvis_decoder_transform(self._pool, op.weights, panels, k, upsamples, to.ctypes.data))
+        return to
+
+    def for_amx(self, op: Op) -> NDArray[np.uint16]:
+        """The weights of a 3x3 convolution with ``amx`` in bf16, of those in panels."""
+        shape = (-(-op.out_channels // PANEL), self.lib.parvis_decoder_amx_panel(ctypes.byref(op)))
+        to: NDArray[np.uint16] = empty(shape, np.uint16)
+        self._check(self.lib.parvis_decoder_pack_amx(self._pool, ctypes.byref(op), op.weights, to.ctypes.data))
+        return to
+
+    @staticmethod
+    def _check(failed: int) -> None:
+        if failed:
+            raise MemoryError("no memory to pack the decoder's weights")
+
+
 class Operations:
     """The operations of an image tokenizer's decoder, and the weights that they point to: keep it while they are used.
 
-    ``config``: of the manifest's tokenizer; ``grid``: rows and columns of codes; ``read``: a tensor of the decoder by
-    its name, in fp32; ``amx``: compute 3x3 convolutions in bf16 with AMX, which must be there (:func:`has_amx`).
+    ``config``: of the manifest's tokenizer; ``grid``: rows and columns of codes; ``amx``: compute 3x3 convolutions in
+    bf16 with AMX, which must be there (:func:`has_amx`).
     """
 
     past_floats = 0  #: numbers that stay of one call for the next, for each clip
 
-    def __init__(
-        self,
-        lib: ctypes.CDLL,
-        config: Mapping[str, Any],
-        grid: tuple[int, int],
-        read: Callable[[str], Float],
-        amx: bool = False,
-    ) -> None:
-        self._lib, self._config, self._read = lib, config, read
+    def __init__(self, packing: Packing, config: Mapping[str, Any], grid: tuple[int, int], amx: bool = False) -> None:
+        self._packing, self._config, self._read = packing, config, packing.tensors.numbers
         self._arrays: dict[int, NDArray[Any]] = {}  # by address
         self._height, self._width = grid
         self._map = MAPS[0]  # where the current map is
@@ -99,7 +141,7 @@ class Operations:
         else:
             self._transform_weights()
         self.array = (Op * len(self._ops))(*self._ops)
-        del self._ops, self._read  # which may hold a file
+        del self._ops, self._packing, self._read  # which hold a file
 
     def _add_layers(self) -> None:
         self._codes()
@@ -158,31 +200,28 @@ class Operations:
             left -= 4 * panels * points * (k * PANEL + LANES)
             if left < 0:
                 return
-            plain = op.weights
-            op.weights = self._keep(empty((panels, points, k * PANEL + LANES), np.float32))
-            self._lib.parvis_decoder_transform(plain, panels, k, int(op.kind == UPSAMPLE), op.weights)
+            self._replace(op, self._packing.transformed(op))
             op.transformed = 1
-            self._arrays.pop(plain)
 
     def _pack_for_amx(self) -> None:
         """Pack the weights of every 3x3 convolution in bf16: they take no more memory than plain ones."""
         for op in self._ops:
             if op.kind in (CONV, UPSAMPLE):
-                plain, op.amx = op.weights, 1
-                shape = (-(-op.out_channels // PANEL), self._lib.parvis_decoder_amx_panel(ctypes.byref(op)))
-                op.weights = self._keep(empty(shape, np.uint16), np.uint16)
-                self._lib.parvis_decoder_pack_amx(ctypes.byref(op), plain, op.weights)
-                self._arrays.pop(plain)
+                op.amx = 1
+                self._replace(op, self._packing.for_amx(op))
+
+    def _replace(self, op: Op, weights: NDArray[Any]) -> None:
+        """Other weights for an operation; those in panels are freed."""
+        plain, op.weights = op.weights, self._keep(weights, weights.dtype)
+        self._arrays.pop(plain)
 
     def _winograd(self, kind: int, name: str, width: int, out: int, norm: str = "", **fields: Any) -> None:
         """A 3x3 convolution; with a norm, swish follows it."""
-        weights = self._read(f"{name}.weight").transpose(1, 2, 3, 0).reshape(width, 9, out)
-        self._weighted(kind, name, np.ascontiguousarray(packed(weights)), norm, width, out, fields)
+        self._weighted(kind, name, self._packing.convolution(f"{name}.weight"), norm, width, out, fields)
 
     def _point(self, name: str, width: int, out: int, norm: str = "", **fields: Any) -> None:
         """A 1x1 convolution."""
-        weights = self._read(f"{name}.weight").reshape(out, width).T
-        self._weighted(POINT, name, packed(weights.reshape(width, 1, out)), norm, width, out, fields)
+        self._weighted(POINT, name, self._packing.convolution(f"{name}.weight"), norm, width, out, fields)
 
     def _weighted(
         self, kind: int, name: str, weights: Float, norm: str, width: int, out: int, fields: dict[str, Any]
@@ -223,16 +262,6 @@ def has_amx(lib: ctypes.CDLL) -> bool:
 def lanes(channels: int) -> int:
     """``channels`` rounded up to whole vectors of a map."""
     return -(-channels // LANES) * LANES
-
-
-def packed(weights: Float) -> Float:
-    """[K,T,N] as panels [N/PANEL,K',T,PANEL], with zeros where channels are added."""
-    k, taps, n = weights.shape
-    panels = np.zeros((-(-n // PANEL), lanes(k), taps, PANEL), np.float32)
-    for panel in range(len(panels)):
-        part = weights[:, :, panel * PANEL : (panel + 1) * PANEL]
-        panels[panel, :k, :, : part.shape[2]] = part
-    return panels
 
 
 def buffer_sizes(lib: ctypes.CDLL, operations: Operations, images: int, threads: int, latent: int = 1) -> list[int]:

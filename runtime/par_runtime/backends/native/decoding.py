@@ -15,10 +15,11 @@ from par_runtime import __version__
 from par_runtime.backends.base import Decoder, closed_error
 from par_runtime.backends.native.clips import ClipOperations, most_latent
 from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
-from par_runtime.backends.native.decoder import Buffers, Decode, Op, Operations, has_amx
-from par_runtime.bundle import WEIGHTS, Bundle
-from par_runtime.dtypes import STORAGE, Float, Int, to_float32
-from par_runtime.errors import BundleError, RequestError
+from par_runtime.backends.native.decoder import Buffers, Decode, Op, Operations, Packing, has_amx
+from par_runtime.backends.native.tensors import Tensors
+from par_runtime.bundle import Bundle
+from par_runtime.dtypes import Int
+from par_runtime.errors import RequestError
 from par_runtime.forks import Calls, tell_of_forks
 from par_runtime.loaded import LoadedFiles, check_memory
 from par_runtime.system import available_cores
@@ -48,11 +49,12 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.parvis_decoder_struct_sizes.argtypes = (pointer,)
     lib.parvis_decoder_instructions.restype = ctypes.c_char_p
     lib.parvis_decoder_sizes.argtypes = (ctypes.POINTER(Op), *[integer] * 6, pointer)
-    lib.parvis_decoder_transform.argtypes = (pointer, integer, integer, ctypes.c_int, pointer)
+    lib.parvis_decoder_pack.argtypes = (pointer, pointer, *[integer] * 6, pointer)
+    lib.parvis_decoder_transform.argtypes = (pointer, pointer, integer, integer, ctypes.c_int, pointer)
     lib.parvis_decoder_has_amx.restype = ctypes.c_int
     lib.parvis_decoder_amx_panel.restype = integer
     lib.parvis_decoder_amx_panel.argtypes = (ctypes.POINTER(Op),)
-    lib.parvis_decoder_pack_amx.argtypes = (ctypes.POINTER(Op), pointer, pointer)
+    lib.parvis_decoder_pack_amx.argtypes = (pointer, ctypes.POINTER(Op), pointer, pointer)
     lib.parvis_decoder_open.restype = pointer
     lib.parvis_decoder_close.argtypes = (pointer,)
     lib.parvis_decode.argtypes = (pointer, ctypes.POINTER(Decode))
@@ -178,30 +180,17 @@ class NativeDecoder:
         return frames if bundle.video else frames[:, 0]
 
     def _load(self) -> None:
-        """Read the weights, and start the threads. Raises BundleError, MemoryError."""
+        """Start the threads, and read the weights. Raises BundleError, MemoryError."""
         bundle, table = self._files.bundle, self._files.bundle.decoder_weights
         assert bundle.tokenizer is not None
         check_memory(bundle, sum(4 * at.length for at in table.values()))
-
-        def read(name: str) -> Float:
-            at = table[name]
-            raw = bytearray(at.length)
-            self._files.read(memoryview(raw), at.offset)
-            numbers = to_float32(np.frombuffer(raw, STORAGE[at.dtype]).reshape(at.shape), at.dtype)
-            if not np.isfinite(numbers).all():  # a picture of them would be black, or of noise, without a word
-                raise BundleError(
-                    f"{bundle.path / WEIGHTS}: the decoder's {name} holds numbers that are not finite; copy the bundle "
-                    "again, or export it again"
-                )
-            return numbers
-
-        kind = ClipOperations if bundle.video else Operations
-        operations = kind(self._lib, bundle.tokenizer, bundle.grid[1:], read, self.computes == "bf16")
         if self._pool is None:
             self._pool = self._lib.parvis_decoder_open(self._threads)
         if self._pool is None:
             raise MemoryError(f"{self._threads} threads: no memory for their pool")
-        self._operations = operations
+        kind = ClipOperations if bundle.video else Operations
+        packing = Packing(self._lib, self._pool, Tensors(self._files))
+        self._operations = kind(packing, bundle.tokenizer, bundle.grid[1:], self.computes == "bf16")
 
     def close(self) -> None:
         """Free weights, buffers and threads; a second call does nothing."""

@@ -134,7 +134,9 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.parvis_layout.argtypes = (integer, integer)
     lib.parvis_matrix_bytes.restype = integer
     lib.parvis_matrix_bytes.argtypes = (ctypes.POINTER(Matrix), integer, integer)
-    lib.parvis_pack.argtypes = (ctypes.POINTER(Matrix), pointer, pointer, integer, integer, ctypes.c_int, pointer)
+    lib.parvis_pack.argtypes = (
+        pointer, ctypes.POINTER(Matrix), pointer, pointer, integer, integer, ctypes.c_int, pointer
+    )  # fmt: skip
 
 
 def matrix_of(lib: ctypes.CDLL, dtype: str, arithmetic: str, group: int = 0, scales: str = "float32") -> Matrix:

@@ -18,11 +18,11 @@
 #include <string.h>
 
 #include "compilers.h"
+#include "stored.h"
 
 #define PANEL 32 /* columns of a panel */
 
-/* How a matrix is stored in a bundle, and what it is multiplied in; as in library.py. */
-enum { FP32, FP16, BF16, INT8, INT4 };
+/* What a matrix is multiplied in; as in library.py. */
 enum { MULTIPLY_FP32, MULTIPLY_BF16, MULTIPLY_INT8 };
 
 /* The order of the numbers of a panel, or of the codes of a group of a panel: */

@@ -1,7 +1,7 @@
 /* A pool of threads that run one call together, in phases, each of which is cut into pieces.
 
    A call is for example the whole step network, a phase one matrix product, an item one panel of its matrix. All threads
-   run the same function:
+   run the same function, the call's task:
 
        begin_phase(worker, items, at_once);
        for (long i; (i = next_item(worker)) >= 0;) ...;
@@ -88,8 +88,7 @@ struct Pool {
     int n_threads;
     int most_threads; /* that were asked for */
     pid_t process;    /* the process that has the threads */
-    Task *task;
-    const void *kernels; /* that the task uses: chosen once, as reading the environment is not safe in a thread */
+    const void *kernels; /* that tasks use: chosen once, as reading the environment is not safe in a thread */
     pthread_t *threads; /* [most_threads]; entry 0 is the caller and is not used */
     Sleeper *sleepers;  /* [most_threads], as threads */
     Phase *phases;      /* [n_phases] */
@@ -98,7 +97,8 @@ struct Pool {
     pthread_cond_t wake;
     atomic_uint_fast64_t call; /* number of the last call; changed under the lock */
     /* Guarded by lock: */
-    const void *argument; /* of the call that runs; NULL where none does */
+    Task *task;           /* of the call that runs */
+    const void *argument; /* of it; NULL where none runs */
     size_t argument_bytes;
     int closing;
     /* Threads inside a call, without the caller; raised under the lock. */
@@ -188,6 +188,7 @@ static void *worker_main(void *argument) {
         while (pool->call == seen && !pool->closing) pthread_cond_wait(&pool->wake, &pool->lock);
         pool->sleepers[start.thread].asleep = 0;
         int closing = pool->closing, runs = pool->argument != NULL;
+        Task *task = pool->task;
         seen = pool->call;
         if (runs) {
             memcpy(worker.argument, pool->argument, pool->argument_bytes);
@@ -197,7 +198,7 @@ static void *worker_main(void *argument) {
         if (closing) return NULL;
         if (!runs) continue; /* that call is over */
         worker.pool = pool, worker.thread = start.thread, worker.call = seen, worker.phase = -1;
-        pool->task(&worker, worker.argument);
+        task(&worker, worker.argument);
         atomic_fetch_sub_explicit(&pool->inside, 1, memory_order_release);
     }
 }
@@ -246,11 +247,10 @@ static void pool_start(Pool *pool) {
     }
 }
 
-/* A pool of up to n_threads threads for a task and its kernels. NULL where memory is exhausted. */
-static Pool *pool_open(int n_threads, Task *task, const void *kernels) {
+/* A pool of up to n_threads threads for tasks with these kernels. NULL where memory is exhausted. */
+static Pool *pool_open(int n_threads, const void *kernels) {
     Pool *pool = calloc(1, sizeof(Pool));
     if (!pool) return NULL;
-    pool->task = task;
     pool->kernels = kernels;
     pool->most_threads = n_threads;
     pool->threads = calloc((size_t)n_threads, sizeof(pthread_t));
@@ -265,9 +265,9 @@ static inline void pool_settle(Pool *pool) {
     for (int spins = 0; atomic_load_explicit(&pool->inside, memory_order_acquire);) spin_wait(&spins);
 }
 
-/* Runs the task on all threads, in at most `phases` phases. Returns 0 when the pieces of all of them are done, or -1
+/* Runs a task on all threads, in at most `phases` phases. Returns 0 when the pieces of all of them are done, or -1
    where memory is exhausted. `argument`, of `bytes` bytes, is copied for each thread. */
-static int pool_run(Pool *pool, const void *argument, size_t bytes, long phases) {
+static int pool_run(Pool *pool, Task *task, const void *argument, size_t bytes, long phases) {
     if (pool->process != getpid()) pool_start(pool);
     if (bytes > ARGUMENT_BYTES) abort();
     if (phases > pool->n_phases) {
@@ -286,6 +286,7 @@ static int pool_run(Pool *pool, const void *argument, size_t bytes, long phases)
     }
     if (pool->n_threads > 1) {
         pthread_mutex_lock(&pool->lock);
+        pool->task = task;
         pool->argument = worker.argument;
         pool->argument_bytes = bytes;
         atomic_store_explicit(&pool->call, worker.call, memory_order_release);
@@ -293,7 +294,7 @@ static int pool_run(Pool *pool, const void *argument, size_t bytes, long phases)
         pthread_mutex_unlock(&pool->lock);
         pthread_cond_broadcast(&pool->wake); /* without the lock, which the threads that wake up take */
     } else atomic_store(&pool->call, worker.call);
-    pool->task(&worker, worker.argument);
+    task(&worker, worker.argument);
     if (pool->n_threads > 1) {
         pthread_mutex_lock(&pool->lock);
         pool->argument = NULL; /* a thread that wakes up now does not enter */

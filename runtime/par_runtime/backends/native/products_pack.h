@@ -1,4 +1,4 @@
-/* Packing of matrices into panels, once when a model is loaded. */
+/* Packing of matrices into panels, once when a model is loaded; by all threads of its pool. */
 
 /* n codes from number `first` on, both even, of a matrix as quantised.py stores it. */
 static void read_codes(const uint8_t *w, int64_t stored, int64_t first, int64_t n, int8_t *codes) {
@@ -18,11 +18,14 @@ static inline int64_t column_of(int64_t p, int64_t j, int64_t n, int halves) {
     return j < PANEL / 2 ? p * (PANEL / 2) + j : n / 2 + p * (PANEL / 2) + j - PANEL / 2;
 }
 
-/* out = what a layout of int8 has of the codes of 8 rows of a panel: `together` rows of a column in neighbouring bytes. */
-INLINE void rows_together(const int together, const uint8_t bytes[8][PANEL], uint8_t *out) {
-    for (int r = 0; r < 8; r++)
-        for (int j = 0; j < PANEL; j++)
-            out[(r / together * PANEL + j) * together + r % together] = bytes[r][j];
+/* Four bytes, the first one lowest, as all of these CPUs have it: compilers make such loops of vectors, and no loop that
+   writes single bytes. */
+INLINE uint32_t word_of(int a, int b, int c, int d) {
+    return (uint32_t)a | (uint32_t)b << 8 | (uint32_t)c << 16 | (uint32_t)d << 24;
+}
+
+static void quads_of_rows(const uint8_t bytes[4][PANEL], uint32_t out[PANEL]) {
+    for (int j = 0; j < PANEL; j++) out[j] = word_of(bytes[0][j], bytes[1][j], bytes[2][j], bytes[3][j]);
 }
 
 /* For PAIRS_SIGN8: of 16 bytes, unpacking takes 8 to the first vector and 8 to the second one. */
@@ -50,85 +53,132 @@ static void pack_codes(int64_t layout, const int8_t codes[8][PANEL], uint8_t *ou
     switch (layout) {
     case ROWS_INT8: memcpy(out, bytes, sizeof bytes); break;
     case PAIRS_SIGN8: pairs_of_signs(bytes, out); break;
-    case PAIRS_INT8: rows_together(2, bytes, out); break;
-    case QUADS_INT8: rows_together(4, bytes, out); break;
+    case PAIRS_INT8:
+        for (int r = 0; r < 8; r += 2) {
+            uint16_t pairs[PANEL];
+            for (int j = 0; j < PANEL; j++) pairs[j] = (uint16_t)(bytes[r][j] | bytes[r + 1][j] << 8);
+            memcpy(out + r * PANEL, pairs, sizeof pairs);
+        }
+        break;
+    case QUADS_INT8:
+        for (int r = 0; r < 8; r += 4) {
+            uint32_t quads[PANEL];
+            quads_of_rows(bytes + r, quads);
+            memcpy(out + r * PANEL, quads, sizeof quads);
+        }
+        break;
     case ROWS_INT4:
         for (int i = 0; i < 4 * PANEL; i++) {
             int r = i / PANEL * 2, j = i % PANEL;
             out[i] = (uint8_t)(bytes[r][j] | bytes[r + 1][j] << 4);
         }
         break;
-    case WORDS_INT4: /* words of 16 bits: nibble r/2, of which two are in a byte */
-        for (int i = 0; i < 4 * PANEL; i++) {
-            int j = i / 4, r = i / 2 % 2 + i % 2 * 4;
-            out[i] = (uint8_t)(bytes[r][j] | bytes[r + 2][j] << 4);
-        }
+    case WORDS_INT4: { /* words of 16 bits: of the even rows, then of the odd ones */
+        uint32_t words[PANEL];
+        for (int j = 0; j < PANEL; j++)
+            words[j] = word_of(bytes[0][j] | bytes[2][j] << 4, bytes[4][j] | bytes[6][j] << 4,
+                               bytes[1][j] | bytes[3][j] << 4, bytes[5][j] | bytes[7][j] << 4);
+        memcpy(out, words, sizeof words);
         break;
-    default: /* QUADS_INT4, BYTES_INT4 */
-        for (int i = 0; i < 4 * PANEL; i++) out[i] = (uint8_t)(bytes[i % 4][i / 4] | bytes[i % 4 + 4][i / 4] << 4);
+    }
+    default: { /* QUADS_INT4, BYTES_INT4 */
+        uint32_t low[PANEL], high[PANEL];
+        quads_of_rows(bytes, low), quads_of_rows(bytes + 4, high);
+        for (int j = 0; j < PANEL; j++) low[j] |= high[j] << 4; /* codes have four bits */
+        memcpy(out, low, sizeof low);
+    }
     }
 }
 
-/* Packs a matrix with codes: w [k][n], scales [k/group][n]. */
-static void pack_quantised(const Matrix *matrix, const char *w, const char *scales, int64_t k, int64_t n, int halves,
-                           char *out) {
-    int64_t size = panel_bytes(matrix, k), run = halves ? PANEL / 2 : PANEL, group = matrix->group;
+/* What parvis_pack() is given, and the part of it that threads share. */
+typedef struct {
+    const Matrix *matrix;
+    const char *w, *scales;
+    int64_t k, n;
+    int halves;
+    char *out;
+} Packing;
+
+#define PACKED_ROWS 32 /* of K that a thread packs at a time */
+
+/* Packs rows `first` to `end` of a matrix with codes: w [k][n], scales [k/group][n]. */
+static void pack_quantised(const Packing *of, int64_t first, int64_t end) {
+    const Matrix *matrix = of->matrix;
+    int64_t size = panel_bytes(matrix, of->k), run = of->halves ? PANEL / 2 : PANEL, group = matrix->group, n = of->n;
     int64_t scale_bytes = number_bytes(matrix->scales), group_bytes = panel_bytes(matrix, group);
     int64_t row_bytes = group_bytes / group - PANEL * scale_bytes / group; /* of codes of a panel */
-    for (int64_t row = 0; row < k; row += 8)
+    for (int64_t row = first; row < end; row += 8)
         for (int64_t p = 0; p < n / PANEL; p++) {
-            char *to = out + p * size + row / group * group_bytes;
+            char *to = of->out + p * size + row / group * group_bytes;
             if (row % group == 0)
-                for (int64_t j = 0; j < PANEL; j += run)
-                    memcpy(to + j * scale_bytes, scales + (row / group * n + column_of(p, j, n, halves)) * scale_bytes,
-                           (size_t)(run * scale_bytes));
+                for (int64_t j = 0; j < PANEL; j += run) {
+                    int64_t column = column_of(p, j, n, of->halves);
+                    const char *scales = of->scales + (row / group * n + column) * scale_bytes;
+                    memcpy(to + j * scale_bytes, scales, (size_t)(run * scale_bytes));
+                }
             int8_t codes[8][PANEL];
             for (int r = 0; r < 8; r++)
                 for (int64_t j = 0; j < PANEL; j += run)
-                    read_codes((const uint8_t *)w, matrix->stored, (row + r) * n + column_of(p, j, n, halves), run,
+                    read_codes((const uint8_t *)of->w, matrix->stored, (row + r) * n + column_of(p, j, n, of->halves), run,
                                codes[r] + j);
             pack_codes(matrix->layout, codes, (uint8_t *)to + PANEL * scale_bytes + row % group * row_bytes);
         }
 }
 
-/* Packs a matrix without codes, as it is stored: w [k][n]. */
-static void pack_floats(const Matrix *matrix, const char *w, int64_t k, int64_t n, int halves, char *out) {
-    int64_t size = panel_bytes(matrix, k), run = halves ? PANEL / 2 : PANEL, bytes = number_bytes(matrix->stored);
-    for (int64_t row = 0; row < k; row++)
+/* The same of a matrix without codes, as it is stored: w [k][n]. */
+static void pack_floats(const Packing *of, int64_t first, int64_t end) {
+    int64_t size = panel_bytes(of->matrix, of->k), run = of->halves ? PANEL / 2 : PANEL, n = of->n;
+    int64_t bytes = number_bytes(of->matrix->stored);
+    for (int64_t row = first; row < end; row++)
         for (int64_t p = 0; p < n / PANEL; p++)
             for (int64_t j = 0; j < PANEL; j += run)
-                memcpy(out + p * size + (row * PANEL + j) * bytes, w + (row * n + column_of(p, j, n, halves)) * bytes,
-                       (size_t)(run * bytes));
+                memcpy(of->out + p * size + (row * PANEL + j) * bytes,
+                       of->w + (row * n + column_of(p, j, n, of->halves)) * bytes, (size_t)(run * bytes));
 }
 
 /* The same in bf16, for ROWS_BF16 or PAIRS_BF16. */
-static void pack_bf16(const Matrix *matrix, const char *w, int64_t k, int64_t n, int halves, char *out) {
-    const Kernels *kernels = select_kernels();
-    int64_t size = panel_bytes(matrix, k), run = halves ? PANEL / 2 : PANEL, bytes = number_bytes(matrix->stored);
-    for (int64_t row = 0; row < k; row += 2)
+static void pack_bf16(const Packing *of, int64_t first, int64_t end, const Kernels *kernels) {
+    int64_t size = panel_bytes(of->matrix, of->k), run = of->halves ? PANEL / 2 : PANEL, n = of->n;
+    int64_t bytes = number_bytes(of->matrix->stored);
+    for (int64_t row = first; row < end; row += 2)
         for (int64_t p = 0; p < n / PANEL; p++) {
             float numbers[2][PANEL];
-            uint16_t rounded[2 * PANEL], *to = (uint16_t *)(out + p * size) + row * PANEL;
+            uint16_t rounded[2 * PANEL], *to = (uint16_t *)(of->out + p * size) + row * PANEL;
             for (int64_t j = 0; j < PANEL; j += run)
                 for (int r = 0; r < 2; r++) {
-                    const char *from = w + ((row + r) * n + column_of(p, j, n, halves)) * bytes;
-                    kernels->read_numbers(from, matrix->stored, run, numbers[r] + j);
+                    const char *from = of->w + ((row + r) * n + column_of(p, j, n, of->halves)) * bytes;
+                    kernels->read_numbers(from, of->matrix->stored, run, numbers[r] + j);
                 }
             kernels->round_bf16(numbers[0], 2 * PANEL, rounded);
-            if (matrix->layout == ROWS_BF16) memcpy(to, rounded, sizeof rounded);
+            if (of->matrix->layout == ROWS_BF16) memcpy(to, rounded, sizeof rounded);
             else
                 for (int j = 0; j < PANEL; j++) to[2 * j] = rounded[j], to[2 * j + 1] = rounded[PANEL + j];
         }
 }
 
+/* The task of the pool. */
+static void pack_rows_of(Worker *worker, const void *argument) {
+    const Packing *of = argument;
+    begin_phase(worker, (of->k + PACKED_ROWS - 1) / PACKED_ROWS, 1);
+    for (long i; (i = next_item(worker)) >= 0;) {
+        /* w is read in order: it is a mapped file with small pages. `out` has huge pages. */
+        int64_t first = i * PACKED_ROWS, end = first + PACKED_ROWS < of->k ? first + PACKED_ROWS : of->k;
+        if (of->matrix->group) pack_quantised(of, first, end);
+        else if (of->matrix->layout != of->matrix->stored) pack_bf16(of, first, end, worker->pool->kernels);
+        else pack_floats(of, first, end); /* ROWS_FP32, ROWS_FP16, ROWS_BF16 */
+    }
+    end_phase(worker);
+}
+
 /* Packs w [k][n], and the scales [k/group][n] of a quantised one, into panels at `out`, [n/PANEL] of parvis_matrix_bytes()
-   together. n is a multiple of PANEL; k of 32 and of the group. With `halves`, a panel holds PANEL/2 columns
-   of the first half of w, then PANEL/2 of the second half. */
-void parvis_pack(const Matrix *matrix, const char *w, const char *scales, int64_t k, int64_t n, int halves, char *out) {
-    /* w is read in order: it is a mapped file with small pages. `out` has huge pages. */
-    if (matrix->group) pack_quantised(matrix, w, scales, k, n, halves, out);
-    else if (matrix->layout != matrix->stored) pack_bf16(matrix, w, k, n, halves, out);
-    else pack_floats(matrix, w, k, n, halves, out); /* ROWS_FP32, ROWS_FP16, ROWS_BF16 */
+   together, by the threads of a pool. n is a multiple of PANEL; k of 32 and of the group. With `halves`, a panel holds
+   PANEL/2 columns of the first half of w, then PANEL/2 of the second half. Returns 0, or -1 where memory is exhausted. */
+int parvis_pack(void *pool, const Matrix *matrix, const char *w, const char *scales, int64_t k, int64_t n, int halves,
+                char *out) {
+    Packing of = {matrix, w, scales, k, n, halves, out};
+    int failed = pool_run(pool, pack_rows_of, &of, sizeof of, 1);
+    pool_settle(pool); /* the caller may free what it gave */
+    return failed;
 }
 
 /* Bytes of a packed matrix [k][n]. */

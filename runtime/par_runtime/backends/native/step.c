@@ -130,6 +130,7 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 #include "vectors.h"
 #include "products_fp32.h"
 #include "products_rows.h"
+#include "numbers.h"
 #include "step_kernels.h"
 #include "attention.h"
 #include "attention_bf16.h"
@@ -139,6 +140,7 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 #include "vectors.h"
 #include "products_fp32.h"
 #include "products_rows.h"
+#include "numbers.h"
 #include "step_kernels.h"
 #include "attention.h"
 #include "attention_bf16.h"
@@ -160,6 +162,7 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 #include "vectors.h"
 #include "products_fp32.h"
 #include "products_rows.h"
+#include "numbers.h"
 #include "step_kernels.h"
 #include "attention.h"
 #include "attention_bf16.h"
@@ -262,7 +265,7 @@ void parvis_struct_sizes(int64_t *sizes /* [6] */) {
 }
 
 /* A pool of up to n_threads threads, or NULL. */
-void *parvis_open(int n_threads) { return pool_open(n_threads, run_step, select_kernels()); }
+void *parvis_open(int n_threads) { return pool_open(n_threads, select_kernels()); }
 
 void parvis_close(void *pool) { pool_close(pool); }
 
@@ -313,7 +316,7 @@ int parvis_step(void *opened, const Step *step) {
         const char *row = (const char *)model->embed + step->ids[i] * dim * (model->embed_stored == FP32 ? 4 : 2);
         call.kernels->read_numbers(row, model->embed_stored, dim, call.shared.x + i * dim);
     }
-    return pool_run(pool, &call, sizeof call, phases_of(model));
+    return pool_run(pool, run_step, &call, sizeof call, phases_of(model));
 }
 
 /* The draw alone, for tests: the token of each of `count` rows of logits [count][v]. `scratch` is [4*columns], where

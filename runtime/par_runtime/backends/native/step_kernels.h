@@ -17,16 +17,6 @@ TARGET static inline vec NAME(exp_approx)(vec x) {
     return NAME(vec_scale)(y, n);
 }
 
-/* out [n] = the numbers of an array of FP32, FP16 or BF16; n is a multiple of 16. */
-TARGET static void NAME(read_numbers)(const void *from, int64_t stored, long n, float *out) {
-    const uint16_t *half = from;
-    if (stored == FP32) memcpy(out, from, (size_t)n * sizeof(float));
-    else if (stored == FP16)
-        for (long i = 0; i < n; i += VEC_FLOATS) vec_store(out + i, vec_load_fp16(half + i));
-    else
-        for (long i = 0; i < n; i += VEC_FLOATS) vec_store(out + i, vec_load_bf16(half + i));
-}
-
 /* out [M][PANEL/2] = silu(a) * b, rows `ldo` apart, for c [M][PANEL]: each row holds PANEL/2 columns of a, then of b. */
 TARGET static void NAME(swiglu)(const float *c, long m, float *out, long ldo) {
     for (long i = 0; i < m; i++)

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from par_runtime.backends.native.library import STORED, Matrix, Model, matrix_of
 from par_runtime.backends.native.memory import empty
-from par_runtime.backends.ort.sessions import check_memory
 from par_runtime.bundle import Stored
 from par_runtime.dtypes import DTYPE, STORAGE, Float, to_float32
-from par_runtime.loaded import LoadedFiles
+from par_runtime.loaded import LoadedFiles, check_memory
 from par_runtime.manifest import MATRICES, NORMS
 from par_runtime.quantised import SCALE
 
@@ -28,8 +27,12 @@ class Weights:
     ``model`` is the structure for ``step.c``. It points into this object's memory: keep the object while it is used.
     """
 
-    def __init__(self, files: LoadedFiles, lib: ctypes.CDLL, cache_slots: int, arithmetic: str, cache: str) -> None:
-        """Read the weights of a bundle. ``arithmetic``, ``cache``: of ``dtypes.ARITHMETICS`` and ``CACHES``.
+    def __init__(
+        self, files: LoadedFiles, lib: ctypes.CDLL, pool: int, cache_slots: int, arithmetic: str, cache: str
+    ) -> None:
+        """Read the weights of a bundle, with the threads of ``pool``.
+
+        ``arithmetic``, ``cache``: of ``dtypes.ARITHMETICS`` and ``CACHES``.
 
         In "int8", matrices that are not quantised are multiplied in bf16. Raises BundleError where the file is shorter
         than its table, or there is less memory than the matrices take; OSError.
@@ -54,10 +57,12 @@ class Weights:
             stored, scales = table[name], table.get(name + SCALE)
             matrix.data = self._packed.ctypes.data + offsets[name]
             values, factors = (None if at is None else _bytes_of(file, at, shapes[name][1]) for at in (stored, scales))
-            lib.parvis_pack(
-                ctypes.byref(matrix), _address(values), _address(factors),
+            failed = lib.parvis_pack(
+                pool, ctypes.byref(matrix), _address(values), _address(factors),
                 *shapes[name], int(name.endswith("w13")), matrix.data,
             )  # fmt: skip
+            if failed:
+                raise MemoryError(f"{bundle.path}: no memory to pack weights")
             _drop_pages(mapped, stored)
         gains = ["norm", *(f"layers.{i}.{norm}" for norm in NORMS for i in layers)]
         self._norms = {name: _float32(file, table[name]) for name in gains}

@@ -19,7 +19,16 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, Decoder, closed_error
+from par_runtime.backends.base import (
+    IMAGE_INPUTS,
+    MOST_IMAGES,
+    TIE,
+    TIE_INT8,
+    BackendInfo,
+    Batch,
+    Decoder,
+    closed_error,
+)
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.ort.decoding import open_ort_decoder
 from par_runtime.backends.ort.huge_pages import use_huge_pages
@@ -42,10 +51,6 @@ from par_runtime.errors import BundleError
 from par_runtime.forks import Calls, keep_forever, tell_of_forks
 from par_runtime.loaded import LoadedFiles
 
-MOST_IMAGES = 4096  #: the caches of more images take tens of gigabytes even for the smallest model
-TIE = 1e-4  #: other CPUs have kernels that round differently; the errors measured at export are 50 times smaller
-#: Activations rounded to int8 move every logit: by up to 4 % of the largest one where this was measured.
-TIE_INT8 = 1e-1
 BUCKETS = 8  #: cache windows are multiples of N/8, measured best on 2 cores (docs/design.md)
 
 

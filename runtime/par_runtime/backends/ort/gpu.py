@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import IMAGE_INPUTS, BackendInfo, Batch, closed_error
+from par_runtime.backends.base import IMAGE_INPUTS, MOST_IMAGES, TIE, BackendInfo, Batch, closed_error
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle
@@ -32,7 +32,6 @@ with importing("device 'cuda-ort'", "onnxruntime-gpu", "onnxruntime-gpu"):
     import onnxruntime as ort
 
     from par_runtime.backends.ort import sessions
-    from par_runtime.backends.ort.cpu import MOST_IMAGES, TIE
     from par_runtime.backends.ort.sessions import (
         ASSIGNMENT,
         DEQUANTISE,
