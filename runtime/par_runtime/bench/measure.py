@@ -333,7 +333,7 @@ def make_row(
         matrix_tflop_s=None,
         limits_from="",
         excluded=info.excluded,
-        flags=(*few_repetitions(samples_ms, phase), *flags),
+        flags=(*few_repetitions(samples_ms, phase, setting.suite), *flags),
         machine=this_machine,
         commit=machine.commit(),
         parvis=__version__,

@@ -1,8 +1,8 @@
 """One row of a benchmark: one phase of one subject at one batch size, and everything needed to understand it alone.
 
 ``samples_ms`` are raw: one number per repetition, the time of all calls of the phase in one batch, so that the rows of
-a subject add up to its "image" row. The spread is the interquartile range: it covers the middle half of the
-repetitions, so one repetition that another process disturbed does not change it.
+a subject add up to its "image" row, and the parts of a start to its "start" row. The spread is the interquartile range:
+it covers the middle half of the repetitions, so one repetition that another process disturbed does not change it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LARGEST_FILE, MOST_SAMPLES, LONGEST_TEXT, LARGEST = 2**27, 10**6, 4000, 1e18
 ENOUGH = 5  #: repetitions; a row with fewer is marked
 ABOVE_BOUND, LIMITS_IN_DOUBT = "above bound", "limits in doubt"  #: marks of a bound that cannot be trusted
 INCOMPLETE = "incomplete"  #: the mark of a row that has fewer repetitions than were asked for
-ONCE = "load"  #: the phase that is timed once in every run, while its subject starts
+ONCE = "load"  #: the phase that is timed once in every run, while its subject starts; in the start suite each time
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Row:
 
     ``phase``: prefill, sequential, transition, group, decoder, copy, or "image" (the whole batch), "load",
     "first_preview", "throughput" (the whole batch, in the batch suite), "serve" (``samples_ms`` are the latencies of
-    requests). ``bytes`` and ``operations`` are the least that the phase must read and calculate (``cost/work.py``).
+    requests); of a start python, selftest, first_image and "start" (all of these and "load"). ``bytes`` and
+    ``operations`` are the least that the phase must read and calculate (``cost/work.py``).
     """
 
     suite: str
@@ -145,9 +146,11 @@ def percent_in(text: str) -> float:
         return 0.0
 
 
-def few_repetitions(samples: Sequence[float], phase: str) -> tuple[str, ...]:
-    """The flag of a row with fewer than :data:`ENOUGH` repetitions; a bundle is loaded once, whatever was asked for."""
-    if phase == ONCE or len(samples) >= ENOUGH:
+def few_repetitions(samples: Sequence[float], phase: str, suite: str) -> tuple[str, ...]:
+    """The flag of a row with fewer than :data:`ENOUGH` repetitions; a bundle is loaded once, whatever was asked for,
+    except in the suite ``start``.
+    """
+    if (phase == ONCE and suite != "start") or len(samples) >= ENOUGH:
         return ()
     return (f"few repetitions: {len(samples)} instead of {ENOUGH} or more, so the spread says little",)
 

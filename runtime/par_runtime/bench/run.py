@@ -6,7 +6,6 @@ The command line is ``cli/bench.py``; what is printed and written is ``report/ou
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +13,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from par_runtime.backends.choose import CPUS
-from par_runtime.backends.engines import has_engines
 from par_runtime.bench import machine, rows
 from par_runtime.bench.bounds import GPU, Gauge, with_bounds
 from par_runtime.bench.gpu import select
 from par_runtime.bench.journal import Journal
-from par_runtime.bench.measure import Progress, Setting, image_ms
+from par_runtime.bench.measure import Progress, Setting, image_ms, process_ids
+from par_runtime.bench.opening import open_subjects
 from par_runtime.bench.outputs import check_outputs
 from par_runtime.bench.report import compare
 from par_runtime.bench.report.output import Outcome
 from par_runtime.bench.rows import Row
-from par_runtime.bench.subjects.base import SubjectInfo
-from par_runtime.bench.subjects.baselines import write_n1_bundle
-from par_runtime.bench.subjects.process import SubjectProcess, open_bundle, open_eager
-from par_runtime.bench.suites import batch, decoder, paper, paper_run, phases, serve
+from par_runtime.bench.subjects.base import Subject, SubjectInfo
+from par_runtime.bench.suites import batch, decoder, paper, paper_run, phases, serve, start
 from par_runtime.bench.suites import gpu as gpu_suite
 from par_runtime.bundle import Bundle
 from par_runtime.cost.data_sheets import Prediction, predictions
@@ -37,11 +33,12 @@ from par_runtime.errors import RequestError
 from par_runtime.system import available_cores
 
 MOST_IMAGES = 100_000  #: of one batch; parvis generate makes no more in one command
-SUITES = ("phases", "batch", "decoder", "serve", "paper", "gpu")
+SUITES = ("phases", "batch", "decoder", "serve", "start", "paper", "gpu")
 OF_THEIR_OWN = ("paper", "gpu")  #: suites that bring their models and baselines
 #: The time of a suite that has one, where --minutes is not given.
 MINUTES, GPU_MINUTES = 10.0, 8.0
 BASELINES = ("eager", "compiled", "n1", "ort")
+STARTING = ("ort",)  #: those of them that start as a bundle does: with its files and its self-test
 #: A baseline in PyTorch whose image takes longer is estimated from some of its calls, unless ``whole``.
 LONG_SECONDS = 20.0
 PROBE_CALLS = 16
@@ -125,6 +122,12 @@ class BenchOptions:
         ):
             if given and self.suite not in suites:
                 raise RequestError(f"{option} is for --suite {' or '.join(suites)}, and means nothing to {self.suite}")
+        others = [baseline for baseline in self.against if baseline not in STARTING]
+        if self.suite == "start" and others:
+            raise RequestError(
+                f"--against {' '.join(others)}: --suite start takes ort alone, the same bundle on ONNX Runtime; "
+                "PyTorch loads no bundle, and the random weights of n1 have no self-test"
+            )
         for name in ("images", "repetitions", "threads", "requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -197,7 +200,7 @@ def _run_bundles(
 ) -> list[Row]:
     """The suite on the given bundles and on their baselines."""
     with ExitStack() as opened:
-        subjects = list(_open_subjects(options, opened, progress, warn))
+        subjects = list(open_subjects(options, opened, progress, warn))
         infos = {subject.info.label: subject.info for subject in subjects}
         gpu = select(options.device)
         gauge = Gauge.of(
@@ -206,9 +209,10 @@ def _run_bundles(
             options.guided,
             gpu,
             progress,
-            tuple(subject.pid for subject in subjects),
+            tuple(pid for subject in subjects for pid in process_ids(subject)),
         )
-        predicted = [] if options.no_limits else _predictions(options, list(infos.values()))
+        no_image = options.no_limits or options.suite == "start"  # what other GPUs allow is of images
+        predicted = [] if no_image else _predictions(options, list(infos.values()))
         journal.finish = lambda made: with_comparison(Outcome(with_bounds(made, infos, gauge.limits()), predicted, []))
         gauge.measure()
         setting = Setting(
@@ -255,90 +259,19 @@ def _largest_batch(options: BenchOptions) -> int:
     return max(options.batches) if options.batches else serve.LARGEST_BATCH
 
 
-def _run_suite(
-    options: BenchOptions, subjects: Sequence[SubjectProcess], setting: Setting, progress: Progress
-) -> list[Row]:
+def _run_suite(options: BenchOptions, subjects: Sequence[Subject], setting: Setting, progress: Progress) -> list[Row]:
     if options.suite == "batch":
         return batch.batch(subjects, setting, progress, options.batches)
     if options.suite == "decoder":
         return decoder.decoder(subjects, setting, progress, options.batches)
     if options.suite == "serve":
         return serve.serve(subjects, setting, progress, _largest_batch(options), options.requests, options.seconds)
+    if options.suite == "start":
+        return start.start(subjects, setting, progress)
     return phases.phases(subjects, setting, progress)
 
 
-def _open_subjects(
-    options: BenchOptions, opened: ExitStack, progress: Progress, warn: Callable[[str], None]
-) -> Iterator[SubjectProcess]:
-    """The bundles, then their baselines, each in a process that ``opened`` ends."""
-    bundles = [Bundle.open(path) for path in options.bundles]
-    labels = short_names(options.bundles, bundles)
-    for path, label, bundle in zip(options.bundles, labels, bundles, strict=True):
-        progress(f"{label}: loading")
-        subject = open_bundle(
-            path,
-            label,
-            device=options.device,
-            threads=options.threads,
-            selftest=has_selftest(bundle),
-            rounding=options.rounding,
-        )
-        opened.callback(subject.close)
-        if subject.note and has_engines(bundle):
-            warn(subject.note)
-        yield subject
-    for baseline in options.against:
-        for path, label in zip(options.bundles, labels, strict=True):
-            name = baseline if len(labels) == 1 else f"{label} {baseline}"
-            progress(f"{name}: loading")
-            subject = _open_baseline(options, path, baseline, name, opened)
-            opened.callback(subject.close)
-            yield subject
-
-
-def _open_baseline(options: BenchOptions, path: Path, baseline: str, label: str, opened: ExitStack) -> SubjectProcess:
-    """One of :data:`BASELINES` of the bundle at ``path``."""
-    threads = options.threads
-    rounding = options.rounding
-    if baseline == "n1":
-        # It has no proof that rounding does no harm; it rounds as the bundle does, so that n alone differs.
-        rounding = Bundle.open(path, "none").rounding(rounding)
-        folder = tempfile.TemporaryDirectory(dir=options.work, prefix="parvis-bench-")
-        n1 = write_n1_bundle(path, Path(opened.enter_context(folder)))
-        device = options.device if options.device in CPUS else "cpu"
-        return open_bundle(n1, label, device=device, threads=threads, selftest=False, rounding=rounding)
-    if baseline == "ort":
-        selftest = has_selftest(Bundle.open(path, "none"))
-        return open_bundle(path, label, device="cpu-ort", threads=threads, selftest=selftest, rounding=rounding)
-    device = "cpu" if options.device in ("auto", *CPUS) else "cuda"
-    return open_eager(path, label, threads=threads, compiled=baseline == "compiled", device=device)
-
-
-def has_selftest(bundle: Bundle) -> bool:
-    """Whether the bundle has a self-test to pass; one of random weights has none."""
-    return bool(bundle.selftest["labels"])
-
-
-def short_names(paths: Sequence[Path], bundles: Sequence[Bundle]) -> list[str]:
-    """A short name for each of ``bundles`` at ``paths``: "parvis" for the only one, else its folder's name.
-
-    Equal names are told apart by what differs: what matrices are stored in, n, else the first digits of the hash. A
-    bundle that is given twice gets a number each time.
-    """
-    if len(paths) == 1:
-        return ["parvis"]
-    names = [Path(os.path.abspath(path)).name for path in paths]
-    for more in ([b.stored for b in bundles], [f"n={b.group_size}" for b in bundles], [b.hash[:8] for b in bundles]):
-        of_name = {name: {m for n, m in zip(names, more, strict=True) if n == name} for name in names}
-        names = [f"{name} {m}" if len(of_name[name]) > 1 else name for name, m in zip(names, more, strict=True)]
-    return [
-        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)
-    ]
-
-
-def _long_baselines(
-    subjects: Sequence[SubjectProcess], setting: Setting, progress: Progress
-) -> Iterator[tuple[str, int]]:
+def _long_baselines(subjects: Sequence[Subject], setting: Setting, progress: Progress) -> Iterator[tuple[str, int]]:
     """The labels of PyTorch's subjects whose image would take long, and how many calls take :data:`LONG_SECONDS`."""
     for subject in subjects:
         if subject.info.pytorch and setting.suite in ("phases", "batch"):

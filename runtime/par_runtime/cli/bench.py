@@ -151,10 +151,10 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``parvis bench``; their names are the fields of ``BenchOptions``."""
     p = Parser(
         prog="parvis bench",
-        description="Measure bundles: every phase of an image, throughput, latency under load, or the paper's tables; "
-        "against PyTorch, against n = 1 on the same engine, against an earlier run, and against what this device's "
-        "memory and arithmetic allow. Subjects run in processes of their own and take turns; every row keeps its raw "
-        "samples.",
+        description="Measure bundles: every phase of an image, throughput, latency under load, what passes between a "
+        "command and its first image, or the paper's tables; against PyTorch, against n = 1 on the same engine, "
+        "against an earlier run, and against what this device's memory and arithmetic allow. Subjects run in processes "
+        "of their own and take turns; every row keeps its raw samples.",
         formatter_class=Help,
         epilog="suites:\n"
         "  phases   prefill, sequential, transition, group, decoder, copy, the whole image; loading; first preview "
@@ -162,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
         "  batch    whole batches of 1, 2, 4, ... images until memory or the plateau\n"
         "  decoder  the image decoder alone\n"
         "  serve    requests that arrive at random, batched as they wait: latency against load\n"
+        "  start    each time in a new process: Python, loading, self-test, first image, all of it; the second image\n"
         "  paper    the rows of the paper's Tables 2 and 3 and of its supplement, within --minutes\n"
         "  gpu      our kernels on this GPU: checks, the card's limits, the published sizes, within --minutes\n\n"
         "docs/benchmarks.md explains the numbers.",
@@ -182,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="BASELINE",
         help="baselines in the same run: 'eager' (PyTorch with a static cache, the published way), "
         "'compiled' (the same by torch.compile), 'n1' (the same engine, one token a call; random weights), 'ort' "
-        "(the same bundle on ONNX Runtime, on the CPU)",
+        "(the same bundle on ONNX Runtime, on the CPU; the only one of --suite start)",
     )
     p.add_argument("--images", type=int, default=1, help="images in flight (default: 1)")
     p.add_argument("--unguided", action="store_true", help="one row per image instead of two")

@@ -15,9 +15,9 @@ from instruction_sets import needs_amx
 from par_runtime.bench import bounds, journal
 from par_runtime.bench.journal import Journal
 from par_runtime.bench.limits import Round
+from par_runtime.bench.opening import short_names
 from par_runtime.bench.report.compare import compare
 from par_runtime.bench.rows import read, to_json
-from par_runtime.bench.run import short_names
 from par_runtime.bench.subjects.base import PHASES
 from par_runtime.bundle import Bundle
 from par_runtime.cli.dispatch import main
@@ -247,6 +247,10 @@ def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: p
         (["TINY", "--compare", "missing.jsonl"], "missing.jsonl: missing; expected JSON lines"),
         (["new.jsonl", "--compare", "missing.jsonl"], "missing.jsonl: missing; expected JSON lines"),
         (["TINY", "--batches", "4"], "--batches is for --suite batch or decoder or serve, and means nothing to phases"),
+        (
+            ["TINY", "--suite", "start", "--batches", "4"],
+            "--batches is for --suite batch or decoder or serve, and means",
+        ),
         (["TINY", "--sizes", "L"], "--sizes is for --suite paper or gpu, and means nothing to phases"),
         (["TINY", "--engines", "."], "--engines is for --suite gpu, and means nothing to phases"),
         (["--suite", "gpu", "--engines", "/nowhere"], "--engines /nowhere: no such folder"),

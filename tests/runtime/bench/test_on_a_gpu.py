@@ -100,6 +100,17 @@ def test_phases_are_captured_once_for_a_batch_size_and_make_the_batch_that_is_gi
     subject.run(2, True)
 
 
+def test_an_image_alone_has_no_graph_that_only_a_measurement_needs(
+    subject: PipelineSubject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first image of a process is timed as a user waits for it."""
+    captured, capture = list[int](), cuda.Stream.capture
+    monkeypatch.setattr(cuda.Stream, "capture", lambda self: (captured.append(1), capture(self))[1])
+    samples = [subject.image(2, True) for _ in range(2)]
+    assert len(captured) == 1  # the whole image, by the first of the two
+    assert all(sample.image_ms > 0 and not sample.calls_ms for sample in samples)
+
+
 def test_a_driver_that_refuses_capture_is_launched_plainly(subject: PipelineSubject, driver: Driver) -> None:
     driver.refuse_capture_over = 0
     sample = subject.run(1, True)

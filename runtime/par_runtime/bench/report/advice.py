@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from par_runtime.bench.report.words import ms, share
+from par_runtime.bench.report.words import ms, share, speed
 from par_runtime.bench.rows import ABOVE_BOUND, LIMITS_IN_DOUBT, Row, median
 from par_runtime.bench.subjects.base import MODEL_PHASES
 
@@ -21,6 +21,13 @@ APART, APART_IN_DOUBT = 1.1, 1.5
 NEAR = 0.5
 #: Of an image, the part from which it is worth while to decode faster.
 DECODING = 0.1
+#: The parts of a start in words, in their order, each after its share.
+PARTS_OF_A_START = {
+    "python": "are Python and its imports",
+    "load": "loading the bundle",
+    "selftest": "its self-test",
+    "first_image": "the image",
+}
 #: For a CPU with several threads whose rows are marked busy.
 FEWER_THREADS = (
     "Rows are marked busy: fewer threads than the free cores (--threads 1) may be faster then, because threads wait "
@@ -32,8 +39,8 @@ FEWER_THREADS = (
 class Advice:
     """``text``: a sentence or two.
 
-    ``kind``: "bandwidth-bound", "compute-bound", "near both limits", "launch-bound", "decoder-bound", or "unknown" for
-    a subject that is faster than the limits that were measured.
+    ``kind``: "bandwidth-bound", "compute-bound", "near both limits", "launch-bound", "decoder-bound", "unknown" for
+    a subject that is faster than the limits that were measured, or "start", which says what a start is made of.
     """
 
     label: str
@@ -42,8 +49,11 @@ class Advice:
 
 
 def advice(rows: Sequence[Row]) -> Advice | None:
-    """The advice for the rows of one subject at one batch size; None without an image row, or without bounds."""
-    found = _by_limit(rows)
+    """The advice for the rows of one subject at one batch size; None without an image row, or without bounds.
+
+    Of a start, what it is made of.
+    """
+    found = _of_start(rows) or _by_limit(rows)
     if found is not None:
         found = replace(found, text=f"{found.text}{_decode_with_amx(rows)}")
     several = any("busy" in row.marks and row.device == "cpu" and (row.threads or 1) > 1 for row in rows)
@@ -63,6 +73,22 @@ def _decode_with_amx(rows: Sequence[Row]) -> str:
         f" Decoding, {share(part)} of an image's time, is in fp32: --decoder-precision bf16 takes AMX for it too, and "
         "'parvis calibrate' proves that it does no harm."
     )
+
+
+def _of_start(rows: Sequence[Row]) -> Advice | None:
+    """What the parts of a start are, and the share of each; None where the rows are of no start."""
+    by = {row.phase: row for row in rows}
+    if "start" not in by:
+        return None
+    start, first, second = by["start"], by["first_image"], by["image"]
+    of_all = {part: sum(by[part].samples_ms) / sum(start.samples_ms) for part in PARTS_OF_A_START if part in by}
+    parts = [f"{share(part)} {PARTS_OF_A_START[name]}" for name, part in of_all.items()]
+    one = "image" if start.images == 1 else f"batch of {start.images} images"
+    text = (
+        f"{start.label}: of the {ms(start.median_ms)} until the first {one}, {', '.join(parts)}; the first {one} "
+        f"{speed(first.median_ms, second.median_ms)} the second ({ms(first.median_ms)} against {ms(second.median_ms)})."
+    )
+    return Advice(start.label, "start", text)
 
 
 def _by_limit(rows: Sequence[Row]) -> Advice | None:

@@ -87,7 +87,7 @@ def same_machine(old: Row, new: Row) -> bool:
 
 
 #: Phases with the decoding of an image or a clip in them.
-DECODING = ("decoder", "image", "throughput", "first_preview", "serve")
+DECODING = ("decoder", "image", "throughput", "first_preview", "serve", "first_image", "start")
 
 
 def key(row: Row) -> tuple[object, ...]:

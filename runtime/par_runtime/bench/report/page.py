@@ -15,7 +15,7 @@ from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines
 from par_runtime.bench.report.text import HEAD, cells
 from par_runtime.bench.report.words import ms, number, percent, speed
 from par_runtime.bench.rows import Row, to_json
-from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES
+from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES, STARTING
 from par_runtime.bench.suites.paper import PaperRow
 from par_runtime.cost.data_sheets import Prediction
 
@@ -73,7 +73,7 @@ def page(
         parts.append(f"<pre>{escape(chr(10).join(text.about(rows)))}</pre>")
     parts += _paper(paper_rows)
     parts += _findings(rows)
-    parts += _phases(rows) + _bounds(rows) + _throughput(rows) + _speed_up(rows)
+    parts += _phases(rows) + _starts(rows) + _bounds(rows) + _throughput(rows) + _speed_up(rows)
     parts += _comparison(compared) + _rows(rows)
     if predictions:
         parts.append(_predicted(predictions, bool(paper_rows)))
@@ -111,32 +111,43 @@ def _findings(rows: Sequence[Row]) -> list[str]:
 
 
 def _phases(rows: Sequence[Row]) -> list[str]:
-    images = _images(rows)
-    if not images:
+    images = [image for image in _images(rows) if image.suite != "start"]  # a second image is not taken apart
+    return _made_of(rows, images, PHASES, "Where the time of an image goes")
+
+
+def _starts(rows: Sequence[Row]) -> list[str]:
+    starts = [row for row in rows if row.phase == "start"]
+    return _made_of(rows, starts, STARTING, "Where the time until the first image goes")
+
+
+def _made_of(rows: Sequence[Row], wholes: Sequence[Row], phases: Sequence[str], title: str) -> list[str]:
+    """A bar for each of ``wholes``, made of the ``phases`` of the same batch; nothing where there is none."""
+    if not wholes:
         return []
     charted = []
-    unit, name_of_unit = (1e-3, "s") if max(image.median_ms for image in images) >= 1e4 else (1.0, "ms")
-    for image in images:
-        by = _of(rows, image)
+    unit, name_of_unit = (1e-3, "s") if max(whole.median_ms for whole in wholes) >= 1e4 else (1.0, "ms")
+    for whole in wholes:
+        by = _of(rows, whole)
         parts = tuple(
-            Part(
-                unit * by[p].median_ms,
-                f"p{i}",
-                f"{image.label}, {p}: {ms(by[p].median_ms)}, {by[p].calls or 0} "
-                f"call{'' if by[p].calls == 1 else 's'}, spread {ms(by[p].spread_ms)}",
-            )
-            for i, p in enumerate(PHASES)
+            Part(unit * by[p].median_ms, f"p{i}", f"{whole.label}, {p}: {_times(by[p])}")
+            for i, p in enumerate(phases)
             if p in by
         )
-        name = image.label + (f", {image.images} images" if image.images > 1 else "")
-        charted.append(Bar(name, parts, ms(image.median_ms) + (" est." if "estimated" in image.marks else "")))
-    used = [(i, p) for i, p in enumerate(PHASES) if any(row.phase == p for row in rows)]
+        name = whole.label + (f", {whole.images} images" if whole.images > 1 else "")
+        charted.append(Bar(name, parts, ms(whole.median_ms) + (" est." if "estimated" in whole.marks else "")))
+    used = [(i, p) for i, p in enumerate(phases) if any(row.phase == p for row in rows)]
     legend = "".join(f'<span><i style="background:var(--p{i})"></i>{p}</span>' for i, p in used)
     return [
-        "<h2>Where the time of an image goes</h2>",
+        f"<h2>{title}</h2>",
         f'<div class="legend">{legend}</div>',
         bars(charted, name_of_unit),
     ]
+
+
+def _times(row: Row) -> str:
+    """What a part takes, in how many calls where it has calls, and its spread."""
+    calls = "" if row.calls is None else f"{row.calls} call{'' if row.calls == 1 else 's'}, "
+    return f"{ms(row.median_ms)}, {calls}spread {ms(row.spread_ms)}"
 
 
 def _bounds(rows: Sequence[Row]) -> list[str]:

@@ -161,9 +161,12 @@ def per_subject(rows: Sequence[Row]) -> list[list[Row]]:
 def ratios(rows: Sequence[Row]) -> list[str]:
     """How fast an image is against its baselines: the same bundle in PyTorch, the same model, stored alike, at n = 1.
 
-    Bundles without such a pair are compared with the first one. A line of text each.
+    Bundles without such a pair are compared with the first one. In the start suite whole starts are compared, and none
+    that has a self-test with one that has none. A line of text each.
     """
-    images = [row for row in rows if row.phase == "image"]
+    starts = [row for row in rows if row.phase == "start"]
+    tested = {row.label for row in rows if row.phase == "selftest"}
+    images = starts or [row for row in rows if row.phase == "image"]
     ours = [row for row in images if not row.pytorch]
     pairs = []
     for row in ours:
@@ -174,10 +177,13 @@ def ratios(rows: Sequence[Row]) -> list[str]:
     random = np.random.default_rng(0)
     out = []
     for a, b in pairs:
+        if (a.label in tested) != (b.label in tested):
+            continue
         low, high = ratio_interval(b.samples_ms, a.samples_ms, random)
         unsure = "; the samples do not tell them apart" if 0 < low <= 1 <= high else ""
         times = f"{ms(a.median_ms)} against {ms(b.median_ms)}"
-        out.append(f"{a.label} {speed(a.median_ms, b.median_ms)} {b.label} ({times}{unsure})")
+        what = "start: " if starts else ""
+        out.append(f"{what}{a.label} {speed(a.median_ms, b.median_ms)} {b.label} ({times}{unsure})")
     return out
 
 

@@ -22,6 +22,8 @@ MODEL_PHASES = ("prefill", "sequential", "transition", "group")
 #: The parts of a whole image, in order. ``copy`` is what the host does between calls: ids, noise, tokens back; on a GPU
 #: the copies to and from it.
 PHASES = (*MODEL_PHASES, "decoder", "copy")
+#: The parts of a start, from a command to its first image, in order (``suites/start.py``).
+STARTING = ("python", "load", "selftest", "first_image")
 
 
 class OutOfTimeError(Exception):
@@ -66,10 +68,11 @@ class SubjectInfo:
 class Sample:
     """One batch, made once.
 
-    ``calls_ms``: milliseconds of each call, by phase, for those of :data:`PHASES` that the subject has; ``image_ms``:
-    the whole batch by a clock of its own, from labels to pixels. ``peak_bytes``: the most memory that the subject's
-    process has held so far, where it has a process of its own. ``chosen``: only some of the model's calls were made,
-    and ``image_ms`` is the time of these. ``flags``: why the subject itself doubts the times, as in a row.
+    ``calls_ms``: milliseconds of each call, by phase, for those of :data:`PHASES` that the subject has; of a start, by
+    part, for those of :data:`STARTING`. ``image_ms``: the whole batch by a clock of its own, from labels to pixels.
+    ``peak_bytes``: the most memory that the subject's process has held so far, where it has a process of its own.
+    ``chosen``: only some of the model's calls were made, and ``image_ms`` is the time of these. ``flags``: why the
+    subject itself doubts the times, as in a row.
     """
 
     calls_ms: Mapping[str, Sequence[float]]

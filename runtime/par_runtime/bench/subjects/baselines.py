@@ -33,7 +33,7 @@ class EagerSubject:
         began = time.perf_counter()
         self._eager: Any = eager(path, threads=threads, compiled=compiled, device=device)
         self.load_ms = 1e3 * (time.perf_counter() - began)
-        self.note = ""
+        self.selftest_ms, self.note = None, ""
         self._guidance = guidance_scale(bundle)
         architecture = Architecture.of(bundle)
         on_cpu = device == "cpu"

@@ -89,12 +89,14 @@ def open_random(
 class SubjectProcess:
     """A subject in a process of its own, ``pid``.
 
-    ``note``: why it runs on the CPU although a GPU was asked for, or "". ``end``: when it is killed whatever it does,
-    by ``time.monotonic``; the call that waits for it then raises OutOfTimeError.
+    ``load_ms``, ``selftest_ms``: what loading took, and the self-test, None where there was none. ``note``: why it runs
+    on the CPU although a GPU was asked for, or "". ``end``: when it is killed whatever it does, by ``time.monotonic``;
+    the call that waits for it then raises OutOfTimeError.
     """
 
     info: SubjectInfo
     load_ms: float
+    selftest_ms: float | None
     note: str
 
     def __init__(self, spec: Mapping[str, Any], end: float = math.inf) -> None:
@@ -115,11 +117,16 @@ class SubjectProcess:
         except BaseException:
             self.close()
             raise
-        self.info, self.load_ms, self.note = info_from_json(opened["info"]), opened["load_ms"], opened["note"]
+        self.info, self.note = info_from_json(opened["info"]), opened["note"]
+        self.load_ms, self.selftest_ms = opened["load_ms"], opened["selftest_ms"]
 
     def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
         """Make one batch, or some of its calls; see ``Subject.run``."""
         return Sample(**self._ask(do="run", images=images, guided=guided, most_calls=most_calls))
+
+    def image(self, images: int, guided: bool) -> Sample:
+        """Make one batch, timed as a whole only, where the subject is one of :func:`open_bundle`."""
+        return Sample(**self._ask(do="image", images=images, guided=guided))
 
     def forget(self) -> None:
         """Have a model in PyTorch free the memory of its last batch."""

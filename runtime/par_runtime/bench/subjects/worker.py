@@ -69,7 +69,8 @@ def serve(spec: Mapping[str, Any], requests: TextIO, answers: TextIO) -> None:
     except Exception as error:
         answer_error(error)
         return
-    answer({"info": asdict(subject.info), "load_ms": subject.load_ms, "note": subject.note})
+    loading = {"load_ms": subject.load_ms, "selftest_ms": subject.selftest_ms}
+    answer({"info": asdict(subject.info), **loading, "note": subject.note})
     try:
         for line in requests:
             request = json.loads(line)
@@ -87,6 +88,8 @@ def _do(subject: Any, request: Mapping[str, Any]) -> Any:
     images = request["images"]
     if request["do"] == "run":
         return asdict(subject.run(images, request["guided"], request["most_calls"]))
+    if request["do"] == "image":
+        return asdict(subject.image(images, request["guided"]))
     if request["do"] == "kernels":
         return subject.kernels(images, request["guided"], request["image"])
     if request["do"] == "call":
