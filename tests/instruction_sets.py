@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from par_runtime.backends.native.decoding import why_not_bf16
+from par_runtime.backends.native.decoder import AMX, DOTS, bf16_form
+from par_runtime.backends.native.decoding import decoder_file, open_decoder_library, why_not_bf16
 from par_runtime.backends.native.library import has_tiles, library
 from par_runtime.bundle import Bundle
 
@@ -32,8 +33,18 @@ EVERY = ("", *(("dots",) if _TILES else ()), *(("avx512",) if _TAKEN == "avx512"
 #: In int8 there are two more: AVX2 without dot products of bytes, and with them.
 EVERY_INT8 = (*EVERY, *(name for name in (("avx2", "vnni") if X86 else ()) if name not in EVERY))
 _WHY = why_not_bf16(Bundle.open(Path(__file__).parents[1] / "models" / "demo", "none"))
-#: The decoder in bf16 takes AMX.
-needs_amx = pytest.mark.skipif(_WHY is not None, reason=str(_WHY))
+_DECODER_LIBRARY = open_decoder_library(decoder_file()) if decoder_file() else None
+#: The decoder computes in bf16 where it is asked to, with AMX or with dot products.
+needs_bf16 = pytest.mark.skipif(_WHY is not None, reason=str(_WHY))
+needs_amx = pytest.mark.skipif(
+    _DECODER_LIBRARY is None or bf16_form(_DECODER_LIBRARY) != AMX, reason="no AMX for the decoder"
+)
+#: What the name of a decoder in bf16 ends with here.
+IN_BF16 = "(avx512, amx, bf16)" if needs_amx.args == (False,) else "(avx512, bf16)"
+#: A proof takes dot products, also where AMX is faster.
+needs_dots = pytest.mark.skipif(
+    _DECODER_LIBRARY is None or bf16_form(_DECODER_LIBRARY, least_exact=True) != DOTS, reason="no dot products in bf16"
+)
 
 _DECODER = """
 import sys
@@ -48,12 +59,20 @@ np.save(sys.argv[3], decoder.run(np.load(sys.argv[2])))
 
 
 def decoded_by(
-    instructions: str, bundle: Path, tokens: NDArray[Any], folder: Path, precision: str = "fp32"
+    instructions: str,
+    bundle: Path,
+    tokens: NDArray[Any],
+    folder: Path,
+    precision: str = "fp32",
+    name: str | None = None,
 ) -> NDArray[np.uint8]:
-    """What the decoder in C makes of ``tokens``, in a process of its own: the set is chosen when it is loaded."""
+    """What the decoder in C makes of ``tokens``, in a process of its own: the set is chosen when it is loaded.
+
+    ``name``: what the decoder's name must have; default the set's.
+    """
     np.save(folder / "tokens.npy", tokens)
     places = (bundle, folder / "tokens.npy", folder / "pixels.npy")
-    command = [sys.executable, "-c", _DECODER, *map(str, places), instructions, precision]
+    command = [sys.executable, "-c", _DECODER, *map(str, places), instructions if name is None else name, precision]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PARVIS_NATIVE": instructions}
     subprocess.run(command, env=environment, check=True)
     pixels: NDArray[np.uint8] = np.load(folder / "pixels.npy")

@@ -131,7 +131,7 @@ class Calibration:
     cache: str  #: what the C step keeps keys and values in by default: "fp32" or "bf16"
     source: str  #: hash of the bundle that it was made from
     report: Mapping[str, Any]  #: the figures of its report
-    decoder_precision: str = "fp32"  #: what the C decoder computes in by default, where the CPU has AMX
+    decoder_precision: str = "fp32"  #: what the C decoder computes in by default, where the CPU can
 
 
 @dataclass(frozen=True)

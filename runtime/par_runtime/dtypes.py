@@ -22,7 +22,7 @@ PRECISIONS = tuple(DTYPE)
 ARITHMETICS = ("fp32", "bf16", "int8")
 #: What the C step can keep keys and values in, the most exact first.
 CACHES = ("fp32", "bf16")
-#: What the C decoder can compute its 3x3 convolutions in, the most exact first: in bf16 with AMX.
+#: What the C decoder can compute its 3x3 convolutions in, the most exact first: ``decoder.bf16_form`` says how.
 DECODER_PRECISIONS = ("fp32", "bf16")
 #: precision -> bytes of one stored number; quantised weights too, without their scales.
 BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}

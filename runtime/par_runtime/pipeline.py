@@ -115,7 +115,8 @@ class Pipeline:
         it, and fp32 and fp16 weights to bf16. In "int8", weights that are not quantised are multiplied in bf16.
         ``cache``, of the C step: what keys and values are kept in, "fp32" or "bf16".
         ``decoder_precision``, of the C decoder: what it computes its 3x3 convolutions in, "fp32", or "bf16" where the
-        CPU has AMX; elsewhere it stays in fp32. It also holds for clips that a CPU decodes beside a GPU.
+        CPU has AMX, or is one of AMD with dot products in bf16; elsewhere it stays in fp32. It also holds for clips
+        that a CPU decodes beside a GPU.
         "auto" takes what the bundle's calibration has proven (``Bundle.calibration``), else "fp32". A GPU computes in
         its engine's precision.
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from par_runtime.arguments import choice, cpu_threads
+from par_runtime.arguments import choice, cpu_threads, truth
 from par_runtime.backends.base import image_shape
 from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle
@@ -66,15 +66,24 @@ def _with_encoder(bundle: Bundle) -> str:
 class Tokenizer:
     """Encoder and decoder of a bundle, as they are now; each is loaded when it is first used.
 
-    ``threads`` of the CPU, default all cores; ``decoder_precision``: as ``Pipeline.load`` has it. Several threads may
+    ``threads`` of the CPU, default all cores; ``decoder_precision``: as ``Pipeline.load`` has it; ``least_exact``: in
+    bf16, round as the CPU that rounds the most does, if this one can, however fast (for a proof). Several threads may
     use it at a time. Raises RequestError where the bundle ends at tokens, BundleError where it cannot be read.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, decoder_precision: str = "auto") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        decoder_precision: str = "auto",
+        *,
+        least_exact: bool = False,
+    ) -> None:
         self._size = pixels(bundle)
         self._threads = cpu_threads(threads)
         choice("decoder_precision", decoder_precision, ("auto", *DECODER_PRECISIONS))
         self._precision = bundle.rounding(Rounding(decoder_precision=decoder_precision)).decoder_precision
+        self._least_exact = truth("least_exact", least_exact)
         self.bundle = bundle
         self._files = LoadedFiles(bundle)
         self._encoder: LazySession | None = None
@@ -134,7 +143,7 @@ class Tokenizer:
             with self._lock:
                 self._check_open()
                 if self._decoder is None:
-                    self._decoder = open_decoder(self._files, self._threads, self._precision)
+                    self._decoder = open_decoder(self._files, self._threads, self._precision, self._least_exact)
                 decoder = self._decoder
         return self._chunked(decoder.run, known)
 

@@ -209,8 +209,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--decoder-precision",
         choices=["fp32", "bf16"],
-        help="what the C decoder computes in; 'bf16' can only be proven on a CPU with AMX, and without it the decoder "
-        "stays in fp32 (default: what is proven for BUNDLE, else fp32)",
+        help="what the C decoder computes in; 'bf16' can only be proven on a CPU with AMX, or with AMD's dot products "
+        "in bf16, and elsewhere the decoder stays in fp32 (default: what is proven for BUNDLE, else fp32)",
     )
     p.add_argument("--images", type=int, metavar="N", help="images that are made to record activations (default: 24)")
     p.add_argument(

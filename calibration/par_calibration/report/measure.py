@@ -258,7 +258,9 @@ class _Measuring:
             if self.rounding.decoder_precision == FP32:
                 yield exact, exact
                 return
-            with closing(Tokenizer(self.candidate, self.options.threads, self.rounding.decoder_precision)) as rounded:
+            precision, threads = self.rounding.decoder_precision, self.options.threads
+            # A bundle is proven for every CPU, so also for one that rounds more than this one does.
+            with closing(Tokenizer(self.candidate, threads, precision, least_exact=True)) as rounded:
                 yield exact, rounded
 
     def _features(self, samples: int, notes: list[str]) -> Features | None:
@@ -310,7 +312,7 @@ def _loaded(bundle: Bundle, rounding: Rounding, threads: int | None) -> Iterator
         if info.decoder_computes != decoder_precision:
             raise CalibrationError(
                 f"a decoder in {decoder_precision}: {info.decoder} computes in {info.decoder_computes}, so the report "
-                "would prove nothing for it; calibrate where the C kernels use AMX (see 'parvis doctor'), or give "
+                "would prove nothing for it; calibrate where the C decoder takes bf16 (see 'parvis doctor'), or give "
                 "--decoder-precision fp32"
             )
         yield pipeline

@@ -352,7 +352,7 @@ def least_work(info: SubjectInfo, images: int, guided: bool, phase: str) -> list
         height, width = info.image_size
         chunks = -(-images // max(1, CHUNK_PIXELS // (height * width))) if info.device == "cpu" else 1
         if info.decoder.startswith("native-cpu"):
-            images_least, clips_least = LEAST_OF_SUMS if info.decoder_computes == "bf16" else LEAST_OF_WINOGRAD
+            images_least, clips_least = LEAST_OF_SUMS if "amx" in info.decoder else LEAST_OF_WINOGRAD
             least = clips_least if info.grid[0] > 1 else images_least
             operations = int(architecture.decoder_operations * least)
             architecture = replace(architecture, decoder_operations=operations)

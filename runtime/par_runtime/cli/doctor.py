@@ -177,14 +177,15 @@ def _native() -> tuple[bool, str]:
 def _decoder() -> str:
     """What decodes beside the C step."""
     from par_runtime.backends.native.compiled import KernelError
-    from par_runtime.backends.native.decoder import has_amx
+    from par_runtime.backends.native.decoder import AMX, DOTS, bf16_form
     from par_runtime.backends.native.decoding import decoder_file, open_decoder_library
 
     try:
         lib = open_decoder_library(decoder_file())
     except KernelError as error:
         return f"onnxruntime decodes: {error}"
-    bf16 = ", with AMX in bf16 where it is asked to" if has_amx(lib) else ""
+    how = {AMX: "AMX", DOTS: "dot products"}.get(bf16_form(lib))
+    bf16 = f", with {how} in bf16 where it is asked to" if how else ""
     return f"decoder in C{bf16} (onnxruntime where a bundle's manifest has no table of the decoder's weights)"
 
 

@@ -187,8 +187,8 @@ def add_decoder_precision(p: argparse.ArgumentParser) -> None:
         "--decoder-precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
-        help="what the C decoder computes in; 'bf16' needs AMX, without which the decoder stays in fp32 (default: "
-        "'auto', what 'parvis calibrate' has proven for the bundle, else fp32)",
+        help="what the C decoder computes in; 'bf16' takes AMX, or dot products in bf16 on AMD's CPUs, without which "
+        "it stays in fp32 (default: 'auto', what 'parvis calibrate' has proven for the bundle, else fp32)",
     )
 
 

@@ -116,7 +116,7 @@ def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result, size:
     detail = f"{int((again != pixels).any(-1).sum())} pixels, by up to {most} of 255"
     why = changed
     if unchanged is not None and not changed:
-        why = "another --device or --decoder-precision decodes otherwise (bf16 takes a CPU with AMX)"
+        why = "another --device or --decoder-precision decodes otherwise, and so does another CPU in bf16"
     return False, f"different: the tokens are the same, the pixels are not ({detail}{'; ' if why else ''}{why})"
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from par_runtime.video_shapes import FRAMES_BEFORE, decoder_layers, tensor_shapes
 
 #: Multiplications that the decoder in C needs at least, as a share of a convolution's, of images and of clips, which
-#: have no upsampling. In fp32, with Winograd's F(4x4,3x3): 36 of 144, and 25 behind an upsampling.
+#: have no upsampling. With Winograd's F(4x4,3x3), in fp32 and in dot products: 36 of 144, and 25 behind an upsampling.
 LEAST_OF_WINOGRAD = (25 / 144, 36 / 144)
-#: In bf16: all 9 of a convolution, and 4 behind an upsampling, where weights that see the same number are added up.
+#: With AMX: all 9 of a convolution, and 4 behind an upsampling, where weights that see the same number are added up.
 LEAST_OF_SUMS = (4 / 9, 1.0)
 
 

@@ -196,6 +196,7 @@ def test_a_decoder_in_winograds_form_may_need_fewer_operations_than_its_convolut
         ("onnxruntime-cpu 1.32.0", "fp32", 144e9, 144e9),
         ("native-cpu 0.1.0 (avx512)", "fp32", 25e9, 36e9),
         ("native-cpu 0.1.0 (avx512, amx, bf16)", "bf16", 64e9, 144e9),  # no Winograd: 4 of 9 behind an upsampling
+        ("native-cpu 0.1.0 (avx512, bf16)", "bf16", 25e9, 36e9),
     ):
         info = subject_info(decoder=decoder, decoder_computes=computes, **sizes)
         assert sum(work.operations for work in least_work(info, 2, True, "decoder")) == 2 * operations

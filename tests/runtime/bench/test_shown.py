@@ -137,6 +137,24 @@ def test_a_decoder_without_amx_beside_a_step_with_it_is_named(
     assert (sentence in found.text) == says
 
 
+@pytest.mark.parametrize(
+    ("cpu", "version", "computes", "says"),
+    [
+        ("AMD EPYC 9654 96-Core Processor", "0.1.0 (avx512)", "fp32", True),
+        ("AMD EPYC 9654 96-Core Processor", "0.1.0 (avx512, bf16)", "bf16", False),
+        ("AMD Ryzen 9 5950X", "0.1.0 (avx2)", "fp32", False),
+        ("Intel(R) Xeon(R) Platinum 8380H", "0.1.0 (avx512)", "fp32", False),
+    ],
+)
+def test_a_decoder_that_could_take_dot_products_is_named(cpu: str, version: str, computes: str, says: bool) -> None:
+    """AMD's CPUs with AVX-512 have them in bf16, twice as fast as fp32; on Intel's they are not faster."""
+    *rows, last = [replace(row, machine=replace(row.machine, cpu=cpu)) for row in against(20, 10, 80)]
+    decoder = replace(last, phase="decoder", backend="native-cpu", version=version, computes=computes)
+    found = advice([*rows, decoder, last])
+    assert found is not None
+    assert (" is in fp32: --decoder-precision bf16 takes dot products for it, and 'parvis" in found.text) == says
+
+
 def test_a_host_that_is_slow_says_so() -> None:
     rows = against(20, 10, 80)
     slow = [replace(row, median_ms=9_000.0) if row.phase == "copy" else row for row in rows]

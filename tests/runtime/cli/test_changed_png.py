@@ -286,7 +286,7 @@ def test_what_another_decoder_rounded_is_the_same_image(
         0: "identical: 1 image, 64 tokens, every pixel",
         1: "identical: 1 image, 64 tokens; 2 of its pixels differ by 1 of 255, as another decoder rounds them",
         2: "different: the tokens are the same, the pixels are not (2 pixels, by up to 2 of 255; another --device or "
-        "--decoder-precision decodes otherwise (bf16 takes a CPU with AMX))",
+        "--decoder-precision decodes otherwise, and so does another CPU in bf16)",
     }[levels] in said
     one_more = saved_again(tmp_path / "other.png", CHANGES["one grey level"], tmp_path / "changed.png")
     assert run("redo", one_more, "--bundle", tiny, "--quiet") == 1

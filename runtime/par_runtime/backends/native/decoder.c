@@ -27,15 +27,23 @@
 #include "pool.h"
 #include "stored.h"
 
+/* Winograd's form in fp32, or in bf16; decoder_winograd.h describes it. */
+typedef struct {
+    void (*transform_weights)(const float *w, long k, long first, long end, int points, float *u);
+    void (*transform_input)(const Op *op, const float *map, const float *norm, long first, long count, long block,
+                            long end, long place, float *v);
+    void (*product)(const float *x, long ldx, const float *w, long words, long rows, float *c);
+    void (*transform_output)(const Op *op, const float *c, long first, long count, long panel, float *map, float *sums);
+} Winograd;
+
+#define WINOGRAD_OF(SET) {transform_weights_##SET, transform_input_##SET, product_##SET, transform_output_##SET}
+
 /* The kernels of one instruction set; decoder_kernels.h describes them. */
 typedef struct {
     const char *instructions;
     void (*read_numbers)(const void *from, int64_t stored, long n, float *out);
     void (*product)(const float *x, long ldx, const float *w, long k, long rows, float *c);
-    void (*transform_weights)(const float *w, long k, long first, long end, int points, float *u);
-    void (*transform_input)(const Op *op, const float *map, const float *norm, long first, long count, long block,
-                            long end, long place, float *v);
-    void (*transform_output)(const Op *op, const float *c, long first, long count, long panel, float *map, float *sums);
+    Winograd exact;
     void (*gather_pixels)(const Op *op, const float *map, const float *norm, long first, long count, long block,
                           long end, long place, float *v);
     void (*scatter_pixels)(const Op *op, const float *c, long first, long count, long panel, float *map, float *sums);
@@ -48,9 +56,7 @@ typedef struct {
         .instructions = NAME,                         \
         .read_numbers = read_numbers_##SET,           \
         .product = product_##SET,                     \
-        .transform_weights = transform_weights_##SET, \
-        .transform_input = transform_input_##SET,     \
-        .transform_output = transform_output_##SET,   \
+        .exact = WINOGRAD_OF(SET),                    \
         .gather_pixels = gather_pixels_##SET,         \
         .scatter_pixels = scatter_pixels_##SET,       \
         .to_space = to_space_##SET,                   \
@@ -62,11 +68,18 @@ typedef struct {
 #include "vectors.h"
 #include "numbers.h"
 #include "decoder_kernels.h"
+#include "decoder_winograd.h"
+#ifdef HAS_DOT
+#define DOTS
+#include "decoder_winograd.h"
+#undef DOTS
+#endif
 #undef VECTORS
 #define VECTORS 256
 #include "vectors.h"
 #include "numbers.h"
 #include "decoder_kernels.h"
+#include "decoder_winograd.h"
 #undef VECTORS
 #elif defined(HAS_VECTORS)
 #include <arm_neon.h>
@@ -76,6 +89,7 @@ typedef struct {
 #include "vectors.h"
 #include "numbers.h"
 #include "decoder_kernels.h"
+#include "decoder_winograd.h"
 #endif
 
 /* The kernels for this CPU; NULL where there are none. PARVIS_NATIVE in the environment selects others (instructions.h). */
@@ -92,6 +106,17 @@ static const Kernels *select_kernels(void) {
     return &neon;
 #endif
     return NULL;
+}
+
+/* The form that an operation is computed in. */
+static const Winograd *form_of(const Kernels *kernels, const Op *op) {
+#ifdef HAS_DOT
+    static const Winograd dots = WINOGRAD_OF(dots);
+    if (op->dots) return &dots;
+#else
+    (void)op;
+#endif
+    return &kernels->exact;
 }
 
 /* -- the operations, each called by every thread of the pool ------------------------------------------------------ */
@@ -161,8 +186,8 @@ static void prepare(const Work *w) {
             continue;
         }
         long panel = (piece - norms) / chunks, first = (piece - norms) % chunks * LANES;
-        w->kernels->transform_weights(op->weights + panel * k * 9 * PANEL, k, first, first + LANES, (int)points,
-                                      w->call->weights + panel * points * point_floats(op));
+        form_of(w->kernels, op)->transform_weights(op->weights + panel * k * 9 * PANEL, k, first, first + LANES,
+                                                   (int)points, w->call->weights + panel * points * point_floats(op));
     }
     end_phase(w->worker);
 }
@@ -182,7 +207,7 @@ static void gather(const Work *w, long item, long block, long first, long end, f
             continue;
         }
 #endif
-        (is_winograd(op) ? w->kernels->transform_input : w->kernels->gather_pixels)(
+        (is_winograd(op) ? form_of(w->kernels, op)->transform_input : w->kernels->gather_pixels)(
             op, frame.map, frame.norm, block * block_units(op), units_in(op, block), from, to, place, v);
     }
 }
@@ -190,8 +215,9 @@ static void gather(const Work *w, long item, long block, long first, long end, f
 /* The products of one block with one panel, and what they become in the output. */
 static void multiply(const Work *w, long image, long block, long panel, const float *v) {
     const Op *op = w->op;
-    long k = depth_of(op), ldv = k + LANES, first = block * block_units(op), count = units_in(op, block);
+    long words = depth_words(op), ldv = words + LANES, first = block * block_units(op), count = units_in(op, block);
     long points = points_of(op), units = block_units(op);
+    const Winograd *form = form_of(w->kernels, op);
     float *c = w->scratch, *out = w->call->buffers[op->output];
     float *sums = w->call->sums[op->output] + (image * blocks_of(op) + block) * 3 * op->out_channels;
 #ifdef HAS_TILES
@@ -202,13 +228,13 @@ static void multiply(const Work *w, long image, long block, long panel, const fl
     }
 #endif
     for (long point = 0; point < points; point++)
-        w->kernels->product(v + point * units * ldv, ldv, w->weights + (panel * points + point) * point_floats(op), k,
-                            count, c + point * (units * PANEL + LANES));
+        form->product(v + point * units * ldv, ldv, w->weights + (panel * points + point) * point_floats(op), words,
+                      count, c + point * (units * PANEL + LANES));
     if (op->writes != MAP) {
         scatter_attention(op, c, first, count, panel, out + image * attention_floats(op, op->writes));
         return;
     }
-    (is_winograd(op) ? w->kernels->transform_output : w->kernels->scatter_pixels)(
+    (is_winograd(op) ? form->transform_output : w->kernels->scatter_pixels)(
         op, c, first, count, panel, out + image * map_floats(op, 1, op->out_channels), sums);
 }
 
@@ -360,8 +386,21 @@ void parvis_decoder_sizes(const Op *ops, int64_t n_ops, int64_t images, int64_t 
     }
 }
 
-/* Whether operations may have `amx` here. */
-int parvis_decoder_has_amx(void) { return tiles_of_cpu(instructions_of_cpu()); }
+/* How operations may be computed in bf16 here: 1 with `amx`, 2 with `dots`, 0 not at all. Dot products in bf16 multiply
+   twice as fast as fp32 on AMD's CPUs, and no faster on Intel's: there they are taken where PARVIS_NATIVE says "dots", or
+   for the `least_exact` way that any CPU takes. */
+int parvis_decoder_bf16(int least_exact) {
+    Instructions have = instructions_of_cpu();
+    const char *requested = getenv("PARVIS_NATIVE");
+    if (!least_exact && tiles_of_cpu(have)) return 1;
+#ifdef HAS_DOT
+    int faster = __builtin_cpu_is("amd") || (requested && !strcmp(requested, "dots"));
+    if (have.bf16_dot && (faster || least_exact)) return 2;
+#else
+    (void)requested;
+#endif
+    return 0;
+}
 
 /* Numbers of a panel of the weights of an operation with `amx`. */
 int64_t parvis_decoder_amx_panel(const Op *op) { return amx_panel(op); }

@@ -10,6 +10,7 @@ Letters: B images, H and W pixels, K and N channels of a convolution's input and
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ from par_runtime.tokenizer_shapes import BEHIND_CODES, CODEBOOK, decoder_layers
 LANES, PANEL = 16, 32
 LOOKUP, CONV, UPSAMPLE, POINT, ATTEND, IMAGE, SPACE = range(7)
 MAP, ROWS, KEYS, VALUES = range(4)
-POINTS, UPSAMPLED_POINTS = 36, 25
+
+AMX, DOTS = "amx", "dots"  #: how 3x3 convolutions are computed in bf16
 
 NORM_EPSILON = 1e-6  #: of an image tokenizer's norms
 MAPS = (0, 1, 2)  #: buffers of maps; two of them have the size of the image
@@ -39,7 +41,18 @@ KEPT_BYTES = 64 * 2**20
 Pointers = ctypes.POINTER(ctypes.c_void_p)
 _COUNTS = (
     *("kind", "reads", "writes", "input", "keys", "values", "output", "height", "width", "in_channels"),
-    *("out_channels", "groups", "group_channels", "accumulate", "transformed", "amx", "code_dim", "frames", "edge"),
+    *(
+        "out_channels",
+        "groups",
+        "group_channels",
+        "accumulate",
+        "transformed",
+        "amx",
+        "dots",
+        "code_dim",
+        "frames",
+        "edge",
+    ),
     *("time", "stride_t", "stride_y", "stride_x", "past"),
 )
 
@@ -98,18 +111,19 @@ class Packing:
         self._check(found)
         return panels
 
+    def transformed_shape(self, op: Op) -> tuple[int, int]:
+        """Panels, and words of 32 bits of one, of the weights of a 3x3 convolution in Winograd's form."""
+        return panels_of(op), self.lib.parvis_decoder_winograd_panel(ctypes.byref(op))
+
     def transformed(self, op: Op) -> Float:
-        """The weights of a 3x3 convolution in Winograd's form, of those in panels."""
-        points = POINTS if op.kind == CONV else UPSAMPLED_POINTS
-        panels, k = -(-op.out_channels // PANEL), op.in_channels * op.frames
-        to: Float = empty((panels, points, k * PANEL + LANES), np.float32)
-        upsamples = int(op.kind == UPSAMPLE)
-        self._check(self.lib.parvis_decoder_transform(self._pool, op.weights, panels, k, upsamples, to.ctypes.data))
+        """The weights of a 3x3 convolution in Winograd's form, of those in panels; with ``dots`` in bf16."""
+        to: Float = empty(self.transformed_shape(op), np.float32)
+        self._check(self.lib.parvis_decoder_transform(self._pool, ctypes.byref(op), op.weights, to.ctypes.data))
         return to
 
     def for_amx(self, op: Op) -> NDArray[np.uint16]:
         """The weights of a 3x3 convolution with ``amx`` in bf16, of those in panels."""
-        shape = (-(-op.out_channels // PANEL), self.lib.parvis_decoder_amx_panel(ctypes.byref(op)))
+        shape = (panels_of(op), self.lib.parvis_decoder_amx_panel(ctypes.byref(op)))
         to: NDArray[np.uint16] = empty(shape, np.uint16)
         self._check(self.lib.parvis_decoder_pack_amx(self._pool, ctypes.byref(op), op.weights, to.ctypes.data))
         return to
@@ -123,23 +137,23 @@ class Packing:
 class Operations:
     """The operations of an image tokenizer's decoder, and the weights that they point to: keep it while they are used.
 
-    ``config``: of the manifest's tokenizer; ``grid``: rows and columns of codes; ``amx``: compute 3x3 convolutions in
-    bf16 with AMX, which must be there (:func:`has_amx`).
+    ``config``: of the manifest's tokenizer; ``grid``: rows and columns of codes; ``bf16``: how 3x3 convolutions are
+    computed in it (:func:`bf16_form`), "" where they are not.
     """
 
     past_floats = 0  #: numbers that stay of one call for the next, for each clip
 
-    def __init__(self, packing: Packing, config: Mapping[str, Any], grid: tuple[int, int], amx: bool = False) -> None:
+    def __init__(self, packing: Packing, config: Mapping[str, Any], grid: tuple[int, int], bf16: str = "") -> None:
         self._packing, self._config, self._read = packing, config, packing.tensors.numbers
         self._arrays: dict[int, NDArray[Any]] = {}  # by address
         self._height, self._width = grid
         self._map = MAPS[0]  # where the current map is
         self._ops: list[Op] = []
         self._add_layers()
-        if amx:
+        if bf16 == AMX:
             self._pack_for_amx()
         else:
-            self._transform_weights()
+            self._transform_weights(bf16 == DOTS)
         self.array = (Op * len(self._ops))(*self._ops)
         del self._ops, self._packing, self._read  # which hold a file
 
@@ -189,19 +203,23 @@ class Operations:
         self._winograd(CONV, f"{name}.conv_out", width, out, f"{name}.norm_out", input=self._map, output=other)
         self._add(IMAGE, input=other, in_channels=LANES, scale=127.5, offset=128.0)
 
-    def _transform_weights(self) -> None:
-        """Transform what :data:`KEPT_BYTES` allow, from the end: the largest maps are there."""
+    def _transform_weights(self, dots: bool) -> None:
+        """Transform what :data:`KEPT_BYTES` allow, from the end: the largest maps are there. With ``dots`` in bf16, but
+        for doubled maps.
+        """
         left = KEPT_BYTES
         for op in reversed(self._ops):
             if op.kind not in (CONV, UPSAMPLE):
                 continue
-            points = POINTS if op.kind == CONV else UPSAMPLED_POINTS
-            panels, k = -(-op.out_channels // PANEL), op.in_channels * op.frames
-            left -= 4 * panels * points * (k * PANEL + LANES)
-            if left < 0:
-                return
-            self._replace(op, self._packing.transformed(op))
-            op.transformed = 1
+            op.dots = int(dots and self._rounds(op))
+            left -= 4 * math.prod(self._packing.transformed_shape(op))
+            if left >= 0:
+                self._replace(op, self._packing.transformed(op))
+                op.transformed = 1
+
+    def _rounds(self, op: Op) -> bool:
+        """Whether a 3x3 convolution is computed in bf16 where dot products are taken."""
+        return bool(op.kind == CONV)
 
     def _pack_for_amx(self) -> None:
         """Pack the weights of every 3x3 convolution in bf16: they take no more memory than plain ones."""
@@ -254,9 +272,18 @@ class Operations:
         return array.ctypes.data
 
 
-def has_amx(lib: ctypes.CDLL) -> bool:
-    """Whether convolutions can be computed in bf16 with AMX. Linux is asked for it."""
-    return bool(lib.parvis_decoder_has_amx())
+def bf16_form(lib: ctypes.CDLL, least_exact: bool = False) -> str:
+    """How 3x3 convolutions are computed in bf16 here: with :data:`AMX`, as such; in Winograd's form with :data:`DOTS`,
+    AVX-512's dot products, where these are faster than fp32; "" not at all. Linux is asked for AMX.
+
+    ``least_exact``: of the forms that this CPU can compute the one that rounds the most, however fast.
+    """
+    return ("", AMX, DOTS)[lib.parvis_decoder_bf16(int(least_exact))]
+
+
+def panels_of(op: Op) -> int:
+    """Panels of the weights of an operation."""
+    return int(-(-op.out_channels // PANEL))
 
 
 def lanes(channels: int) -> int:

@@ -69,34 +69,35 @@ int parvis_decoder_pack(void *pool, const void *from, int64_t stored, int64_t ou
     return failed ? failed : atomic_load(&faults) != 0;
 }
 
-/* What follows is given packed weights of 3x3 convolutions: w [panels][K][9][PANEL], where K has those of all frames. */
+/* What follows is given packed weights of a 3x3 convolution: w [N/PANEL][K][9][PANEL], where K has those of all frames. */
 typedef struct {
+    const Op *op;
     const float *w;
-    int64_t panels, k;
-    int upsamples;
     float *u;
 } Transforming;
 
 static void transform_all(Worker *worker, const void *argument) {
     const Transforming *of = argument;
-    const Kernels *kernels = worker->pool->kernels;
-    long chunks = of->k / LANES, points = of->upsamples ? UPSAMPLED_POINTS : POINTS;
-    begin_phase(worker, of->panels * chunks, 1);
+    const Winograd *form = form_of(worker->pool->kernels, of->op);
+    long k = depth_of(of->op), chunks = k / LANES, points = points_of(of->op);
+    begin_phase(worker, panels_of(of->op) * chunks, 1);
     for (long i; (i = next_item(worker)) >= 0;) {
         long panel = i / chunks, first = i % chunks * LANES;
-        kernels->transform_weights(of->w + panel * of->k * 9 * PANEL, of->k, first, first + LANES, (int)points,
-                                   of->u + panel * points * (of->k * PANEL + LANES));
+        form->transform_weights(of->w + panel * k * 9 * PANEL, k, first, first + LANES, (int)points,
+                                of->u + panel * points * point_floats(of->op));
     }
     end_phase(worker);
 }
 
-/* In Winograd's form: u [panels][points][K*PANEL + LANES]. `upsamples`: of a doubled map. Returns 0, or -1 as above. */
-int parvis_decoder_transform(void *pool, const float *w, int64_t panels, int64_t k, int upsamples, float *u) {
-    Transforming of = {w, panels, k, upsamples, u};
+/* In Winograd's form: words u [panels][parvis_decoder_winograd_panel()]. Returns 0, or -1 as above. */
+int parvis_decoder_transform(void *pool, const Op *op, const float *w, float *u) {
+    Transforming of = {op, w, u};
     int failed = pool_run(pool, transform_all, &of, sizeof of, 1);
     pool_settle(pool);
     return failed;
 }
+
+int64_t parvis_decoder_winograd_panel(const Op *op) { return points_of(op) * point_floats(op); }
 
 typedef struct {
     const Op *op;

@@ -5,8 +5,8 @@
    rows     [images][pixels][C + LANES]
    keys     [images][pixels/PANEL][C][PANEL]
    values   [images][C/PANEL][pixels][PANEL]
-   weights  of 3x3: [N/PANEL][K][9][PANEL] as stored, or [N/PANEL][points][K*PANEL + LANES] transformed, or with AMX
-            as decoder_amx.h says; of 1x1: [N/PANEL][K][PANEL]. K and N are the channels of input and output; a causal
+   weights  of 3x3: [N/PANEL][K][9][PANEL] as stored, or [N/PANEL][points][K*PANEL + LANES] transformed (with `dots` words
+            [N/PANEL][points][K/2*PANEL + LANES] of the numbers of two channels), or with AMX as decoder_amx.h says; of 1x1: [N/PANEL][K][PANEL]. K and N are the channels of input and output; a causal
             convolution has those of FRAMES_BEFORE + 1 frames beside each other as input, the earliest first.
    past     [images][past_floats]: of each causal convolution, at its offset, the last FRAMES_BEFORE frames of its input
             in the call before, each a map and then factors and shifts of its norm [2][C]
@@ -46,6 +46,7 @@ typedef struct {
     int64_t accumulate;                /* the result is added to the output */
     int64_t transformed;               /* the weights of a CONV or UPSAMPLE are */
     int64_t amx;                       /* a CONV or UPSAMPLE is computed in bf16 with AMX: decoder_amx.h */
+    int64_t dots;                      /* a CONV is computed in Winograd's form in bf16: decoder_dots.h */
     int64_t code_dim;                  /* of LOOKUP: numbers of a code */
     int64_t frames;                    /* that a CONV sees: its own and those before it; else 1 */
     int64_t edge;                      /* a CONV pads with the numbers at the edge; else with zeros */
@@ -87,8 +88,10 @@ static long points_of(const Op *op) { return !is_winograd(op) ? 1 : op->kind == 
 static long panels_of(const Op *op) { return (op->out_channels + PANEL - 1) / PANEL; }
 /* K, the channels that a product sees. */
 static long depth_of(const Op *op) { return op->in_channels * op->frames; }
-/* Numbers of the weights of one product with one panel. */
-static long point_floats(const Op *op) { return depth_of(op) * PANEL + (is_winograd(op) ? LANES : 0); }
+/* The same in words of 32 bits, of which a number of bf16 is half. */
+static long depth_words(const Op *op) { return op->dots ? depth_of(op) / 2 : depth_of(op); }
+/* Words of the weights of one product with one panel. */
+static long point_floats(const Op *op) { return depth_words(op) * PANEL + (is_winograd(op) ? LANES : 0); }
 /* Frames of a map with `time` frames for each of `latent` latent frames; of the first of a clip there is one. */
 static long frames_of(long time, long latent, long first) { return first ? 1 + (latent - 1) * time : latent * time; }
 
@@ -156,7 +159,7 @@ static long amx_panel(const Op *op) {
 }
 static long input_floats(const Op *op) {
     if (op->amx) return op->frames * chunks_of(op) * amx_chunk(op) / 2;
-    return points_of(op) * block_units(op) * (depth_of(op) + LANES);
+    return points_of(op) * block_units(op) * (depth_words(op) + LANES);
 }
 
 /* Whether threads share the panels of a block: there are too few blocks for a block each. */

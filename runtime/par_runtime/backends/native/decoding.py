@@ -15,7 +15,7 @@ from par_runtime import __version__
 from par_runtime.backends.base import Decoder, closed_error
 from par_runtime.backends.native.clips import ClipOperations, most_latent
 from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
-from par_runtime.backends.native.decoder import Buffers, Decode, Op, Operations, Packing, has_amx
+from par_runtime.backends.native.decoder import AMX, Buffers, Decode, Op, Operations, Packing, bf16_form
 from par_runtime.backends.native.tensors import Tensors
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
@@ -24,6 +24,7 @@ from par_runtime.forks import Calls, tell_of_forks
 from par_runtime.loaded import LoadedFiles, check_memory
 from par_runtime.system import available_cores
 
+NO_BF16 = "the CPU has neither AMX nor AMD's dot products in bf16: 'parvis doctor' says what the C decoder uses"
 OLDER = "the manifest has no table of the decoder's weights; export the bundle again"
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,11 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.parvis_decoder_instructions.restype = ctypes.c_char_p
     lib.parvis_decoder_sizes.argtypes = (ctypes.POINTER(Op), *[integer] * 6, pointer)
     lib.parvis_decoder_pack.argtypes = (pointer, pointer, *[integer] * 6, pointer)
-    lib.parvis_decoder_transform.argtypes = (pointer, pointer, integer, integer, ctypes.c_int, pointer)
-    lib.parvis_decoder_has_amx.restype = ctypes.c_int
+    lib.parvis_decoder_transform.argtypes = (pointer, ctypes.POINTER(Op), pointer, pointer)
+    lib.parvis_decoder_winograd_panel.restype = integer
+    lib.parvis_decoder_winograd_panel.argtypes = (ctypes.POINTER(Op),)
+    lib.parvis_decoder_bf16.restype = ctypes.c_int
+    lib.parvis_decoder_bf16.argtypes = (ctypes.c_int,)
     lib.parvis_decoder_amx_panel.restype = integer
     lib.parvis_decoder_amx_panel.argtypes = (ctypes.POINTER(Op),)
     lib.parvis_decoder_pack_amx.argtypes = (pointer, ctypes.POINTER(Op), pointer, pointer)
@@ -78,7 +82,7 @@ def why_not(bundle: Bundle) -> str | None:
 
 
 def why_not_bf16(bundle: Bundle) -> str | None:
-    """Why the decoder of ``bundle`` cannot compute in bf16 on this machine, or None where it can.
+    """Why the decoder of ``bundle`` does not compute in bf16 on this machine, or None where it can.
 
     Linux is asked for AMX.
     """
@@ -89,21 +93,23 @@ def why_not_bf16(bundle: Bundle) -> str | None:
         return f"ONNX Runtime decodes: {why}"
     lib = _opened(decoder_file())
     assert not isinstance(lib, KernelError), lib
-    return None if has_amx(lib) else "there is no AMX: 'parvis doctor' says what the C decoder uses"
+    return None if bf16_form(lib) else NO_BF16
 
 
-def open_decoder(files: LoadedFiles, threads: int | None = None, precision: str = "fp32") -> Decoder:
+def open_decoder(
+    files: LoadedFiles, threads: int | None = None, precision: str = "fp32", least_exact: bool = False
+) -> Decoder:
     """A decoder of the bundle of ``files``: in C, or ONNX Runtime where :func:`why_not` has a reason.
 
-    ``precision``: of ``dtypes.DECODER_PRECISIONS``; "bf16" is fp32 where :func:`why_not_bf16` has a reason. Each reads
-    its weights at its first use.
+    ``precision``: of ``dtypes.DECODER_PRECISIONS``; "bf16" is fp32 where :func:`why_not_bf16` has a reason, and
+    ``least_exact`` as :func:`bf16_form` has it. Each reads its weights at its first use.
     """
     why = why_not(files.bundle)
     exact = why_not_bf16(files.bundle) if precision == "bf16" and files.bundle.image_size is not None else None
     if exact is not None:
         log.info("%s: decoding in fp32, not in %s: %s", files.bundle.path, precision, exact)
     if why is None:
-        return NativeDecoder(files, threads, precision)
+        return NativeDecoder(files, threads, precision, least_exact)
     if files.bundle.image_size is not None:
         log.debug("%s: no C decoder: %s", files.bundle.path, why)
     from par_runtime.backends.ort.decoding import open_ort_decoder
@@ -118,16 +124,19 @@ class NativeDecoder:
     A forked process may go on with its copy.
     """
 
-    def __init__(self, files: LoadedFiles, threads: int | None = None, precision: str = "fp32") -> None:
-        """``threads`` of the CPU, default all cores; ``precision``: as :func:`open_decoder` says.
+    def __init__(
+        self, files: LoadedFiles, threads: int | None = None, precision: str = "fp32", least_exact: bool = False
+    ) -> None:
+        """``threads`` of the CPU, default all cores; ``precision`` and ``least_exact``: as :func:`open_decoder` says.
 
         Raises BundleError where :func:`why_not` has a reason.
         """
         lib = _opened(decoder_file())
         assert not isinstance(lib, KernelError), lib
-        amx = precision == "bf16" and has_amx(lib)
-        self.computes = "bf16" if amx else "fp32"
-        variant = [lib.parvis_decoder_instructions().decode(), *(("amx", "bf16") if amx else ())]
+        self._bf16 = bf16_form(lib, least_exact) if precision == "bf16" else ""
+        self.computes = "bf16" if self._bf16 else "fp32"
+        variant = [lib.parvis_decoder_instructions().decode(), *[AMX] * (self._bf16 == AMX)]
+        variant += ["bf16"] * bool(self._bf16)
         self.name = f"native-cpu {__version__} ({', '.join(variant)})"
         self._lib, self._files, self._threads = lib, files, threads or available_cores()
         self._operations: Operations | None = None
@@ -190,7 +199,7 @@ class NativeDecoder:
             raise MemoryError(f"{self._threads} threads: no memory for their pool")
         kind = ClipOperations if bundle.video else Operations
         packing = Packing(self._lib, self._pool, Tensors(self._files))
-        self._operations = kind(packing, bundle.tokenizer, bundle.grid[1:], self.computes == "bf16")
+        self._operations = kind(packing, bundle.tokenizer, bundle.grid[1:], self._bf16)
 
     def close(self) -> None:
         """Free weights, buffers and threads; a second call does nothing."""

@@ -55,22 +55,25 @@ def advice(rows: Sequence[Row]) -> Advice | None:
     """
     found = _of_start(rows) or _by_limit(rows)
     if found is not None:
-        found = replace(found, text=f"{found.text}{_decode_with_amx(rows)}")
+        found = replace(found, text=f"{found.text}{_decode_in_bf16(rows)}")
     several = any("busy" in row.marks and row.device == "cpu" and (row.threads or 1) > 1 for row in rows)
     return replace(found, text=f"{found.text} {FEWER_THREADS}") if found is not None and several else found
 
 
-def _decode_with_amx(rows: Sequence[Row]) -> str:
-    """A sentence where the step takes AMX and the decoder, in C too, does not, and takes its time; else nothing."""
+def _decode_in_bf16(rows: Sequence[Row]) -> str:
+    """A sentence where the decoder in C could compute in bf16, does not, and takes its time; else nothing."""
     by = {row.phase: row for row in rows}
     image, decoder = by.get("image"), by.get("decoder")
     if image is None or decoder is None or decoder.computes != "fp32" or not decoder.backend.startswith("native"):
         return ""
     part = part_of([decoder], image)
-    if "amx" not in image.version or part < DECODING:
+    # All of AMD's CPUs with AVX-512 have dot products in bf16.
+    dots = "AMD" in image.machine.cpu and "avx512" in decoder.version
+    if not ("amx" in image.version or dots) or part < DECODING:
         return ""
+    how = "AMX for it too" if "amx" in image.version else "dot products for it"
     return (
-        f" Decoding, {share(part)} of an image's time, is in fp32: --decoder-precision bf16 takes AMX for it too, and "
+        f" Decoding, {share(part)} of an image's time, is in fp32: --decoder-precision bf16 takes {how}, and "
         "'parvis calibrate' proves that it does no harm."
     )
 

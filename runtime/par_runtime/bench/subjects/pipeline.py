@@ -25,6 +25,7 @@ from par_runtime.dtypes import AUTO, Float, Int, Rounding
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import image_settings
 from par_runtime.schedule import Schedule
+from par_runtime.selftest import LOAD_SECONDS
 from par_runtime.system import available_cores, peak_bytes
 
 GUIDANCE = 4.0  #: of guided images where the bundle's default is unguided
@@ -114,7 +115,7 @@ class PipelineSubject:
         loaded = time.perf_counter()
         selftest_ms = None
         if selftest:  # the speed of a backend that makes wrong images means nothing
-            pipeline.selftest()
+            pipeline.selftest(LOAD_SECONDS)  # as Pipeline.load does
             selftest_ms = 1e3 * (time.perf_counter() - loaded)
         return PipelineSubject(pipeline, label, 1e3 * (loaded - began), selftest_ms)
 
