@@ -207,18 +207,7 @@ def test_weights_that_are_transformed_in_each_call(monkeypatch: pytest.MonkeyPat
 
 
 def test_memory_that_holds_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies behind a row must not show."""
-    bundle = Bundle.open(DEMO)
-    tokens, empty = of_images.tokens_of(bundle, 2), native_decoder.empty
-    right = in_dots(bundle, tokens)
-
-    def full(*how: object) -> NDArray[np.uint8]:
-        memory = empty(*how)  # type: ignore[arg-type]
-        memory.view(np.uint8).fill(0xFF)
-        return memory
-
-    monkeypatch.setattr(native_decoder, "empty", full)
-    np.testing.assert_array_equal(in_dots(bundle, tokens), right)
+    of_amx.check_that_memory_is_written_first(in_dots, monkeypatch)
 
 
 @pytest.mark.parametrize("path", [DEMO, DEMO.parent / "fashion"])

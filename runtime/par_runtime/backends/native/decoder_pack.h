@@ -64,8 +64,7 @@ int parvis_decoder_pack(void *pool, const void *from, int64_t stored, int64_t ou
                         int64_t taps, int64_t parts, float *to) {
     atomic_int faults = 0;
     Packing of = {from, stored, out, width, frames, taps, parts, to, &faults};
-    int failed = pool_run(pool, pack_convolution, &of, sizeof of, 1);
-    pool_settle(pool); /* the caller may free what it gave */
+    int failed = pool_run_settled(pool, pack_convolution, &of, sizeof of, 1);
     return failed ? failed : atomic_load(&faults) != 0;
 }
 
@@ -92,9 +91,7 @@ static void transform_all(Worker *worker, const void *argument) {
 /* In Winograd's form: words u [panels][parvis_decoder_winograd_panel()]. Returns 0, or -1 as above. */
 int parvis_decoder_transform(void *pool, const Op *op, const float *w, float *u) {
     Transforming of = {op, w, u};
-    int failed = pool_run(pool, transform_all, &of, sizeof of, 1);
-    pool_settle(pool);
-    return failed;
+    return pool_run_settled(pool, transform_all, &of, sizeof of, 1);
 }
 
 int64_t parvis_decoder_winograd_panel(const Op *op) { return points_of(op) * point_floats(op); }
@@ -119,7 +116,5 @@ static void pack_all_amx(Worker *worker, const void *argument) {
 /* Of an operation with `amx`: u [panels][parvis_decoder_amx_panel()]. Returns 0, or -1 as above. */
 int parvis_decoder_pack_amx(void *pool, const Op *op, const float *w, uint16_t *u) {
     PackingAmx of = {op, w, u};
-    int failed = pool_run(pool, pack_all_amx, &of, sizeof of, 1);
-    pool_settle(pool);
-    return failed;
+    return pool_run_settled(pool, pack_all_amx, &of, sizeof of, 1);
 }

@@ -303,6 +303,13 @@ static int pool_run(Pool *pool, Task *task, const void *argument, size_t bytes, 
     return 0;
 }
 
+/* The same, and returns when the caller may free what it gave. */
+static inline int pool_run_settled(Pool *pool, Task *task, const void *argument, size_t bytes, long phases) {
+    int failed = pool_run(pool, task, argument, bytes, phases);
+    pool_settle(pool);
+    return failed;
+}
+
 static void pool_close(Pool *pool) {
     if (pool->process == getpid()) {
         pthread_mutex_lock(&pool->lock);

@@ -176,9 +176,7 @@ static void pack_rows_of(Worker *worker, const void *argument) {
 int parvis_pack(void *pool, const Matrix *matrix, const char *w, const char *scales, int64_t k, int64_t n, int halves,
                 char *out) {
     Packing of = {matrix, w, scales, k, n, halves, out};
-    int failed = pool_run(pool, pack_rows_of, &of, sizeof of, 1);
-    pool_settle(pool); /* the caller may free what it gave */
-    return failed;
+    return pool_run_settled(pool, pack_rows_of, &of, sizeof of, 1);
 }
 
 /* Bytes of a packed matrix [k][n]. */
