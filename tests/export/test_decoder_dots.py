@@ -154,7 +154,6 @@ def test_every_number_is_rounded_where_it_is_multiplied(
         ("sum[i][1], columns[1], pair", "sum[i][1], columns[0], pair"),
         ("pass = 4, pairs_rows(4,", "pass = 4, pairs_rows(3,"),
         ("lane / NUMBERS;", "lane;"),
-        ("k / NUMBERS * PANEL + LANES;", "k / NUMBERS * PANEL;"),
         ("t[NUMBERS - 1][i][j]", "t[0][i][j]"),
     ],
 )  # fmt: skip
