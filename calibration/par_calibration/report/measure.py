@@ -253,7 +253,7 @@ class _Measuring:
 
     @contextmanager
     def _decoders(self) -> Iterator[tuple[Tokenizer, Tokenizer]]:
-        """The decoder, whose weights are those of both bundles, in fp32 and as the candidate will have it."""
+        """The decoder, whose weights are those of both bundles: in fp32, and as the CPU that rounds the most has it."""
         with closing(Tokenizer(self.candidate, self.options.threads, FP32)) as exact:
             if self.rounding.decoder_precision == FP32:
                 yield exact, exact

@@ -48,7 +48,7 @@ static Matrix matrix(void *pool, int stored, int arithmetic, long k, long n, int
     char *panels = zeros((size_t)parvis_matrix_bytes(&m, k, n));
     float least = stored == INT8 ? 1.0f / 2048 : 1.0f / 128;
     float *scales = quantised ? floats(k / GROUP * n, least, 2 * least) : NULL;
-    if (parvis_pack(pool, &m, numbers(stored, k * n), (char *)scales, k, n, halves, panels)) abort();
+    if (parvis_pack_matrix(pool, &m, numbers(stored, k * n), (char *)scales, k, n, halves, panels)) abort();
     m.data = panels;
     return m;
 }

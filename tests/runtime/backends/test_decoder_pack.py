@@ -102,7 +102,8 @@ def test_threads_transform_as_one_does(kind: int) -> None:
         with packing(stored((72, 1, 40, 9, 1), "float32"), "float32", threads) as packs:
             panels = packs.convolution("x")
             op = Op(kind=kind, in_channels=lanes(40), out_channels=lanes(72), frames=1, weights=panels.ctypes.data)
-            found.append(packs.transformed(op)[..., :-LANES].copy())
+            points = packs.transformed(op).reshape(-1, lanes(40) * PANEL + LANES)
+            found.append(points[:, :-LANES].copy())  # what lies behind each point is not filled
     assert np.array_equal(*found)
     assert np.count_nonzero(found[0])
 

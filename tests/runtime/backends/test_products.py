@@ -79,7 +79,7 @@ def multiplied(x: Float, w: Weights, arithmetic: str, halves: bool = False) -> F
     scales = None if w.scales is None else w.scales.ctypes.data
     pool = lib.parvis_open(3)
     given = (ctypes.byref(matrix), w.stored.ctypes.data, scales, k, n, int(halves))
-    assert lib.parvis_pack(pool, *given, panels.ctypes.data) == 0
+    assert lib.parvis_pack_matrix(pool, *given, panels.ctypes.data) == 0
     lib.parvis_close(pool)
     assert panels[-1] == 77
     product = Product(lib, np.ascontiguousarray(x), matrix)

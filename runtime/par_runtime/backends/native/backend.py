@@ -28,6 +28,7 @@ from par_runtime.backends.native.decoding import open_decoder
 from par_runtime.backends.native.library import Step, has_tiles, library, why_not
 from par_runtime.backends.native.memory import empty
 from par_runtime.backends.native.weights import Weights, pointers
+from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle, matrix_names
 from par_runtime.dtypes import BYTES, DTYPE, STORAGE, Float, Int
 from par_runtime.errors import BundleError
@@ -69,7 +70,8 @@ class NativeBackend:
         self.bundle, self._lib = bundle, lib
         self._threads = threads or available_cores()
         self._files = LoadedFiles(bundle)
-        self._decoder = open_decoder(self._files, self._threads, decoder_precision)
+        with importing("decoding this bundle"):  # ONNX Runtime, where the decoder in C cannot
+            self._decoder = open_decoder(self._files, self._threads, decoder_precision)
         computes = "bf16" if arithmetic == "int8" and not bundle.quantised else arithmetic
         variant = [lib.parvis_instructions().decode()]
         variant += ["amx"] * (has_tiles(lib) and (computes, cache) != ("fp32", "fp32"))

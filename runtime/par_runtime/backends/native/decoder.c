@@ -1,8 +1,8 @@
-/* The decoder of a tokenizer on a CPU: tokens to pixels, as decoder.onnx computes them, in fp32; with AMX, where it is
-   asked for, 3x3 convolutions in bf16 (decoder_amx.h).
+/* The decoder of a tokenizer on a CPU: tokens to pixels, as decoder.onnx computes them, in fp32. Where it is asked for,
+   3x3 convolutions are in bf16: with AMX (decoder_amx.h), or with AMD's dot products (decoder_dots.h).
 
-   Nearly all of its time are 3x3 convolutions. In fp32 they are computed in Winograd's form F(4x4,3x3): a tile of 6x6
-   numbers of the input is transformed, 36 products of matrices over the channels follow, and their results are
+   Nearly all of its time are 3x3 convolutions. Without AMX they are computed in Winograd's form F(4x4,3x3): a tile of
+   6x6 numbers of the input is transformed, 36 products of matrices over the channels follow, and their results are
    transformed into 4x4 numbers. That takes 36 multiplications where the convolution itself takes 144. The tile of a
    doubled map holds each number twice, so those products whose row or column belongs to the point -1 vanish: 25 are
    left. Some tiles at a time go through all three parts, so what lies between them stays in a core's cache.

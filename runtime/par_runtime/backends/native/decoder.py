@@ -1,8 +1,8 @@
 """The decoder in C (``decoder.c``): a tokenizer as a list of operations, its weights in panels, and the buffers.
 
 It takes any tokenizer of a bundle whose manifest says where the decoder's tensors lie. Where it cannot run
-(:func:`why_not`), ONNX Runtime decodes. Both compute in fp32, so pixels agree but for rounding: by one grey level. With
-AMX the convolutions can be computed in bf16.
+(:func:`why_not`), ONNX Runtime decodes. Both compute in fp32, so pixels agree but for rounding: by one grey level.
+Where it is asked for, 3x3 convolutions are computed in bf16 (:func:`bf16_form`).
 
 Letters: B images, H and W pixels, K and N channels of a convolution's input and output.
 """
@@ -41,18 +41,8 @@ KEPT_BYTES = 64 * 2**20
 Pointers = ctypes.POINTER(ctypes.c_void_p)
 _COUNTS = (
     *("kind", "reads", "writes", "input", "keys", "values", "output", "height", "width", "in_channels"),
-    *(
-        "out_channels",
-        "groups",
-        "group_channels",
-        "accumulate",
-        "transformed",
-        "amx",
-        "dots",
-        "code_dim",
-        "frames",
-        "edge",
-    ),
+    *("out_channels", "groups", "group_channels", "accumulate", "transformed", "amx", "dots", "code_dim", "frames"),
+    "edge",
     *("time", "stride_t", "stride_y", "stride_x", "past"),
 )
 

@@ -5,9 +5,11 @@
    rows     [images][pixels][C + LANES]
    keys     [images][pixels/PANEL][C][PANEL]
    values   [images][C/PANEL][pixels][PANEL]
-   weights  of 3x3: [N/PANEL][K][9][PANEL] as stored, or [N/PANEL][points][K*PANEL + LANES] transformed (with `dots` words
-            [N/PANEL][points][K/2*PANEL + LANES] of the numbers of two channels), or with AMX as decoder_amx.h says; of 1x1: [N/PANEL][K][PANEL]. K and N are the channels of input and output; a causal
-            convolution has those of FRAMES_BEFORE + 1 frames beside each other as input, the earliest first.
+   weights  of 3x3: [N/PANEL][K][9][PANEL] as stored, or [N/PANEL][points][K*PANEL + LANES] transformed, or with AMX as
+            decoder_amx.h says; of 1x1: [N/PANEL][K][PANEL]. With `dots` the transformed ones are words of 32 bits, each
+            of the numbers of two channels: [N/PANEL][points][K/2*PANEL + LANES]. K and N are the channels of input and
+            output; a causal convolution has those of FRAMES_BEFORE + 1 frames beside each other as input, the earliest
+            first.
    past     [images][past_floats]: of each causal convolution, at its offset, the last FRAMES_BEFORE frames of its input
             in the call before, each a map and then factors and shifts of its norm [2][C]
    LANES numbers at the end of a row keep rows apart in a cache, where a power of two would put them in one place. */

@@ -92,9 +92,9 @@ static const Winograd *form_of(const Kernels *kernels, const Op *op) {
     return &kernels->exact;
 }
 
-/* How operations may be computed in bf16 here: 1 with `amx`, 2 with `dots`, 0 not at all. Dot products in bf16 multiply
-   twice as fast as fp32 on AMD's CPUs, and no faster on Intel's: there they are taken where PARVIS_NATIVE says "dots", or
-   for the `least_exact` way that any CPU takes. */
+/* How operations are computed in bf16 here: 1 with `amx`, 2 with `dots`, 0 not at all. Dot products in bf16 multiply
+   twice as fast as fp32 on AMD's CPUs, and no faster on Intel's. So Intel's take them in two cases only: where
+   PARVIS_NATIVE says "dots", and where `least_exact` asks for the way that rounds the most, which proofs need. */
 static int way_of_bf16(int least_exact) {
     Instructions have = instructions_of_cpu();
     const char *requested = getenv("PARVIS_NATIVE");

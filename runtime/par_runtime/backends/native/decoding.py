@@ -81,10 +81,10 @@ def why_not(bundle: Bundle) -> str | None:
     return None if bundle.decoder_weights else OLDER
 
 
-def why_not_bf16(bundle: Bundle) -> str | None:
-    """Why the decoder of ``bundle`` does not compute in bf16 on this machine, or None where it can.
+def why_not_bf16(bundle: Bundle, least_exact: bool = False) -> str | None:
+    """Why the decoder of ``bundle`` does not compute in bf16 on this machine, or None where it does.
 
-    Linux is asked for AMX.
+    ``least_exact``: as :func:`bf16_form` has it; without it Linux is asked for AMX.
     """
     if bundle.image_size is None:
         return "the bundle ends at tokens"
@@ -93,7 +93,7 @@ def why_not_bf16(bundle: Bundle) -> str | None:
         return f"ONNX Runtime decodes: {why}"
     lib = _opened(decoder_file())
     assert not isinstance(lib, KernelError), lib
-    return None if bf16_form(lib) else NO_BF16
+    return None if bf16_form(lib, least_exact) else NO_BF16
 
 
 def open_decoder(
@@ -105,7 +105,8 @@ def open_decoder(
     ``least_exact`` as :func:`bf16_form` has it. Each reads its weights at its first use.
     """
     why = why_not(files.bundle)
-    exact = why_not_bf16(files.bundle) if precision == "bf16" and files.bundle.image_size is not None else None
+    rounds = precision == "bf16" and files.bundle.image_size is not None
+    exact = why_not_bf16(files.bundle, least_exact) if rounds else None
     if exact is not None:
         log.info("%s: decoding in fp32, not in %s: %s", files.bundle.path, precision, exact)
     if why is None:

@@ -134,7 +134,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.parvis_layout.argtypes = (integer, integer)
     lib.parvis_matrix_bytes.restype = integer
     lib.parvis_matrix_bytes.argtypes = (ctypes.POINTER(Matrix), integer, integer)
-    lib.parvis_pack.argtypes = (
+    lib.parvis_pack_matrix.argtypes = (
         pointer, ctypes.POINTER(Matrix), pointer, pointer, integer, integer, ctypes.c_int, pointer
     )  # fmt: skip
 

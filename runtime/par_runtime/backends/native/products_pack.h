@@ -90,7 +90,7 @@ static void pack_codes(int64_t layout, const int8_t codes[8][PANEL], uint8_t *ou
     }
 }
 
-/* What parvis_pack() is given, and the part of it that threads share. */
+/* What parvis_pack_matrix() is given, and the part of it that threads share. */
 typedef struct {
     const Matrix *matrix;
     const char *w, *scales;
@@ -173,8 +173,8 @@ static void pack_rows_of(Worker *worker, const void *argument) {
 /* Packs w [k][n], and the scales [k/group][n] of a quantised one, into panels at `out`, [n/PANEL] of parvis_matrix_bytes()
    together, by the threads of a pool. n is a multiple of PANEL; k of 32 and of the group. With `halves`, a panel holds
    PANEL/2 columns of the first half of w, then PANEL/2 of the second half. Returns 0, or -1 where memory is exhausted. */
-int parvis_pack(void *pool, const Matrix *matrix, const char *w, const char *scales, int64_t k, int64_t n, int halves,
-                char *out) {
+int parvis_pack_matrix(void *pool, const Matrix *matrix, const char *w, const char *scales, int64_t k, int64_t n,
+                       int halves, char *out) {
     Packing of = {matrix, w, scales, k, n, halves, out};
     return pool_run_settled(pool, pack_rows_of, &of, sizeof of, 1);
 }

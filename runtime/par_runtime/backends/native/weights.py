@@ -57,7 +57,7 @@ class Weights:
             stored, scales = table[name], table.get(name + SCALE)
             matrix.data = self._packed.ctypes.data + offsets[name]
             values, factors = (None if at is None else _bytes_of(file, at, shapes[name][1]) for at in (stored, scales))
-            failed = lib.parvis_pack(
+            failed = lib.parvis_pack_matrix(
                 pool, ctypes.byref(matrix), _address(values), _address(factors),
                 *shapes[name], int(name.endswith("w13")), matrix.data,
             )  # fmt: skip
