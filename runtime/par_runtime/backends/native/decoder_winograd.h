@@ -3,8 +3,8 @@
 
    A form has six points. Those of fp32 are 0, 1, -1, 2, -2 and infinity: few operations, and of a doubled map the point -1
    vanishes. In bf16 the numbers between the transforms have 8 bits, so what the transforms make of their rounding counts:
-   0, 2/3, -2/3, 3/2, -3/2 and infinity are the best of this kind, 7 dB better than those of fp32. Doubled maps stay in
-   fp32.
+   0, 2/3, -2/3, 3/2, -3/2 and infinity are the best of this kind, in one convolution 7 dB better than those of fp32.
+   Doubled maps stay in fp32.
 
    NUMBERS  how many transformed numbers are in a word of 32 bits, which layouts are measured in */
 
