@@ -8,6 +8,7 @@ it is, whatever happens to its name. Only its content can still be changed, by w
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -88,14 +89,22 @@ class LoadedFiles:
             return None
 
     def weights(self, needed: int = 1) -> mmap.mmap:
-        """The weights file, mapped. Raises BundleError where it was changed, or has less than the ``needed`` bytes."""
+        """The weights file, mapped. Raises BundleError where it was changed, or has less than the ``needed`` bytes;
+        MemoryError where no addresses are left for it, OSError.
+        """
         self.check()
         if self._known[0] < needed:  # reading beyond its end would kill the process
             raise BundleError(
                 f"{self.bundle.path / WEIGHTS}: truncated: {self._known[0]} bytes, its tensors end at {needed}; copy "
                 "the bundle again or export it again"
             )
-        return mmap.mmap(self._weights, 0, access=mmap.ACCESS_READ)
+        try:
+            return mmap.mmap(self._weights, 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:  # of a limit of the process (ulimit -v), or of the system
+                raise
+            what = f"{self.bundle.path / WEIGHTS}: {self._known[0] / 1e9:.2f} GB"
+            raise MemoryError(f"{what} cannot be mapped into memory; see ulimit -v") from error
 
     def read(self, into: memoryview, offset: int) -> None:
         """Fill ``into`` with the bytes of the weights file from ``offset`` on. Raises BundleError.

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from par_runtime.arguments import choice, cpu_threads, truth
-from par_runtime.backends.base import image_shape
+from par_runtime.backends.base import ends_at_tokens, image_shape
 from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle
 from par_runtime.clips import files
@@ -43,7 +43,7 @@ CHUNK_PIXELS = 2**17
 def pixels(bundle: Bundle) -> tuple[int, int]:
     """(H, W) of the bundle's images. Raises RequestError where it ends at tokens."""
     if bundle.image_size is None:
-        raise RequestError(f"{bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
+        raise ends_at_tokens(bundle)
     return bundle.image_size
 
 
@@ -133,8 +133,8 @@ class Tokenizer:
         return self._chunked(partial(encoder.run, "images"), batch, encoder=True)
 
     def decode(self, tokens: ArrayLike) -> NDArray[np.uint8]:
-        """Images [B,H,W,3] uint8 of ``tokens`` [N] or [B,N] in sequence order, one or more; clips [B,T,H,W,3] of a
-        video bundle, also of the tokens [B,f*h*w] of the first f latent frames. Raises RequestError.
+        """Images [B,H,W,3] uint8 of ``tokens`` [N] or [B,N] in sequence order; clips [B,T,H,W,3] of a video bundle,
+        also of the tokens [B,f*h*w] of the first f latent frames. Raises RequestError.
         """
         known = decodable_tokens(self.bundle, tokens)
         with importing("decoding an image"):
@@ -145,6 +145,8 @@ class Tokenizer:
                 if self._decoder is None:
                     self._decoder = open_decoder(self._files, self._threads, self._precision, self._least_exact)
                 decoder = self._decoder
+        if not len(known):
+            return np.zeros((0, *image_shape(self.bundle)), np.uint8)
         return self._chunked(decoder.run, known)
 
     def _chunked(

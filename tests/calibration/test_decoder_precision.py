@@ -131,8 +131,8 @@ def test_where_nothing_can_be_proven(
     monkeypatch.setattr(decoding, "bf16_form", lambda *_: "")
     assert run(tiny, "--weights", "keep", *BF16, "--out", tmp_path / "out", *FEW) == 2
     assert capfd.readouterr().err == (
-        "parvis: error: --decoder-precision bf16: nothing could be proven of it here, because the CPU has "
-        "neither AMX nor AMD's dot products in bf16: 'parvis doctor' says what the C decoder uses; leave it out\n"
+        "parvis: error: --decoder-precision bf16: nothing could be proven of it here, because the C decoder has "
+        "neither AMX nor AMD's dot products in bf16 here: 'parvis doctor' says what it uses; leave it out\n"
     )
     assert list(tmp_path.iterdir()) == []
 

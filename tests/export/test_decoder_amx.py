@@ -266,7 +266,7 @@ def test_on_other_cpus_it_is_fp32(
     with caplog.at_level(logging.INFO):
         decoder = open_decoder(LoadedFiles(bundle), 1, "bf16")
     assert (decoder.computes, "bf16" in decoder.name) == ("fp32", False)
-    assert f"{tiny}: decoding in fp32, not in bf16: the CPU has neither AMX nor AMD's dot products" in caplog.text
+    assert f"{tiny}: decoding in fp32, not in bf16: the C decoder has neither AMX nor AMD's dot products" in caplog.text
     np.testing.assert_array_equal(decoder.run(tokens), of_images.ours(tiny, 2))
     decoder.close()
 
@@ -333,7 +333,10 @@ def test_why_it_cannot_be(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert why_not_bf16(bundle) == f"ONNX Runtime decodes: {decoding.OLDER}"
     if decoding.decoder_file() is not None:
         monkeypatch.setattr(decoding, "bf16_form", lambda *_: "")
-        assert str(why_not_bf16(bundle)).startswith("the CPU has neither AMX nor AMD's dot products in bf16: ")
+        monkeypatch.delenv("PARVIS_NATIVE", raising=False)
+        assert why_not_bf16(bundle) == decoding.NO_BF16
+        monkeypatch.setenv("PARVIS_NATIVE", "avx2")
+        assert why_not_bf16(bundle) == f"{decoding.NO_BF16}; PARVIS_NATIVE allows 'avx2' alone"
 
 
 def test_what_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

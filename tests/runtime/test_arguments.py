@@ -370,6 +370,21 @@ def test_more_threads_than_cores_are_reduced_with_a_warning(monkeypatch: pytest.
     assert cpu_threads(cores) == cores  # no warning
 
 
+def test_nothing_to_decode_or_to_encode_is_nothing() -> None:
+    """As Pipeline has it; a batch of a service may be empty."""
+    bundle = Bundle.open(TINY)
+    height, width = bundle.image_size or (0, 0)
+    empty = np.zeros((0, bundle.n_tokens), np.int64)
+    tokenizer = Tokenizer(bundle, 1)
+    with Pipeline.load(TINY, "cpu", threads=1, selftest=False) as pipeline:
+        for decode in (tokenizer.decode, pipeline.decode):
+            made = decode(empty)
+            assert (made.shape, made.dtype) == ((0, height, width, 3), np.uint8)
+    tokenizer.close()
+    with pytest.raises(RequestError, match="was closed"):
+        tokenizer.decode(empty)
+
+
 def test_the_commands_reduce_threads_with_one_line(tmp_path: Path) -> None:
     photo = tmp_path / "out.png"
     command = [sys.executable, "-m", "par_runtime"]

@@ -5,6 +5,7 @@ The changes are drawn from a seed. A change that is refused must be refused befo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -386,6 +387,28 @@ def test_weights_that_memory_does_not_hold(device: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
+    ("code", "kind", "text"),
+    [
+        (errno.ENOMEM, MemoryError, "weights.data: 0.00 GB cannot be mapped into memory; see ulimit -v"),
+        (errno.EMFILE, OSError, ""),  # which is explained where it is met: mapping takes a descriptor
+    ],
+)
+def test_weights_that_cannot_be_mapped_name_their_file(
+    code: int, kind: type[Exception], text: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's error names none."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    files = loaded.LoadedFiles(Bundle.open(tiny))
+    monkeypatch.setattr(loaded.mmap, "mmap", refused)
+    with pytest.raises(kind) as error:
+        files.weights()
+    assert str(error.value) == (f"{tiny / text}" if text else f"[Errno {code}] {os.strerror(code)}")
+
+
+@pytest.mark.parametrize(
     ("names", "message"),
     [
         (["otter"] * 50_000, r"names classes 0 \(otter\) and .* and 49992 more; give the index"),
@@ -406,8 +429,8 @@ VERBS = [
     ["generate", "BUNDLE", "--label", "0", "--out", "OUT"],
     ["inspect", "BUNDLE"],
     ["verify", "BUNDLE"],
-    ["bench", "BUNDLE", "--minutes", "0.1"],
-    ["bench", "BUNDLE", "--against", "eager", "--minutes", "0.1"],
+    ["bench", "BUNDLE"],
+    ["bench", "BUNDLE", "--against", "eager"],
     ["reconstruct", "PNG", "--bundle", "BUNDLE", "--out", "OUT"],
     ["edit", "PNG", "--bundle", "BUNDLE", "--keep", "left", "--out", "OUT"],
     ["redo", "PNG", "--bundle", "BUNDLE"],

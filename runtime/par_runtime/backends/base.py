@@ -183,6 +183,11 @@ def closed_error(bundle: Bundle) -> RequestError:
     return RequestError(f"{bundle.path}: the pipeline was closed; load it again with Pipeline.load")
 
 
+def ends_at_tokens(bundle: Bundle) -> RequestError:
+    """The error of pixels that are asked of a bundle that has no tokenizer."""
+    return RequestError(f"{bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
+
+
 class Backend(Protocol):
     """One loaded bundle on one device. Arrays that it returns belong to the caller.
 

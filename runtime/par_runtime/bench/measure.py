@@ -341,6 +341,7 @@ def make_row(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         pytorch=info.pytorch,
         decoder_computes=info.decoder_computes,
+        decoder_bf16=info.decoder_bf16,
     )
 
 

@@ -92,7 +92,8 @@ def short_names(paths: Sequence[Path], bundles: Sequence[Bundle]) -> list[str]:
     """
     if len(paths) == 1:
         return ["parvis"]
-    names = [Path(os.path.abspath(path)).name for path in paths]
+    # The name of a folder need not be text; no row with half a character in it could be read again.
+    names = [os.fsencode(Path(os.path.abspath(path)).name).decode("utf-8", "backslashreplace") for path in paths]
     for more in ([b.stored for b in bundles], [f"n={b.group_size}" for b in bundles], [b.hash[:8] for b in bundles]):
         of_name = {name: {m for n, m in zip(names, more, strict=True) if n == name} for name in names}
         names = [f"{name} {m}" if len(of_name[name]) > 1 else name for name, m in zip(names, more, strict=True)]

@@ -91,6 +91,7 @@ class Row:
     pytorch: bool = False  #: PyTorch made it, not a backend of this package
     weights: str = ""  #: "int8" or "int4", of quantised matrices; empty where they are in ``precision``
     decoder_computes: str = "fp32"  #: the precision of what makes the pixels, where it is not ``backend``
+    decoder_bf16: str = ""  #: how the C decoder could compute in bf16 ("amx", "dots"), where it computes in fp32
 
     @property
     def stored(self) -> str:

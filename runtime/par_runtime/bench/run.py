@@ -58,7 +58,7 @@ class BenchOptions:
     unguided: bool
     repetitions: int
     batches: Sequence[int] | None
-    requests: int
+    requests: int | None
     minutes: float | None
     sizes: Sequence[str] | None
     no_eager: bool
@@ -118,6 +118,9 @@ class BenchOptions:
             ("--parts", self.parts, ("gpu",)),
             ("--from", self.from_files, ("gpu",)),
             ("--svg", self.svg, ("gpu",)),
+            ("--requests", self.requests, ("serve",)),
+            ("--minutes", self.minutes is not None, ("serve", *OF_THEIR_OWN)),
+            ("--whole", self.whole, ("phases", "batch")),
             ("--against", self.against, tuple(suite for suite in SUITES if suite not in OF_THEIR_OWN)),
         ):
             if given and self.suite not in suites:
@@ -265,7 +268,9 @@ def _run_suite(options: BenchOptions, subjects: Sequence[Subject], setting: Sett
     if options.suite == "decoder":
         return decoder.decoder(subjects, setting, progress, options.batches)
     if options.suite == "serve":
-        return serve.serve(subjects, setting, progress, _largest_batch(options), options.requests, options.seconds)
+        return serve.serve(
+            subjects, setting, progress, _largest_batch(options), options.requests or serve.REQUESTS, options.seconds
+        )
     if options.suite == "start":
         return start.start(subjects, setting, progress)
     return phases.phases(subjects, setting, progress)

@@ -14,6 +14,7 @@ from par_runtime.bench.report import compare, output
 from par_runtime.bench.run import BASELINES, SUITES, BenchOptions, run_bench
 from par_runtime.bench.suites.gpu import BUILT_AHEAD, DEFAULT_PARTS, PARTS, build_ahead
 from par_runtime.bench.suites.paper import SIZES
+from par_runtime.bench.suites.serve import REQUESTS
 from par_runtime.cli.common import Help, Parser, fail, guarded, printable
 from par_runtime.cli.options import add_arithmetic, add_list, add_threads
 from par_runtime.errors import OutputsError
@@ -23,7 +24,7 @@ from par_runtime.system import explain
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; exit code 0, 1 if a row is slower than --fail-above or a check of a GPU failed, 2 on bad input."""
     args = parser().parse_args(argv)
-    return guarded(lambda: run(args))
+    return guarded(lambda: run(args), "--images, --batches")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -189,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--unguided", action="store_true", help="one row per image instead of two")
     p.add_argument("--repetitions", type=int, default=5, help="counted ones, after one that is not (default: 5)")
     add_list(p, "--batches", counts, help="batch sizes of the batch and decoder suites: 1 2 4; largest of serve")
-    p.add_argument("--requests", type=int, default=32, help="of each load of the serve suite (default: 32)")
+    p.add_argument("--requests", type=int, help=f"of each load of the serve suite (default: {REQUESTS})")
     p.add_argument(
         "--minutes",
         type=float,
@@ -227,8 +228,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--whole",
         action="store_true",
-        help="make every call of PyTorch's images, however long; otherwise an image of more than 20 s is estimated "
-        "from calls spread over it, and marked",
+        help="phases and batch suites: make every call of PyTorch's images, however long; otherwise an image of more "
+        "than 20 s is estimated from calls spread over it, and marked",
     )
     p.add_argument(
         "--json",

@@ -141,14 +141,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def out_of_memory(error: BaseException, advice: str = "give less at once (fewer images, --batch)") -> str:
+def out_of_memory(error: BaseException, advice: str) -> str:
     """What a verb prints where memory ran out; ``advice``: what helps, beside memory."""
     why = " ".join(str(error).split())[:200]
     return f"not enough memory{f' ({why})' if why else ''}; free some, or {advice}"
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """Run ``work`` and return its exit code; an expected failure is printed as one line, and gives exit code 2."""
+def guarded(work: Callable[[], int], less: str = "fewer images") -> int:
+    """Run ``work`` and return its exit code; an expected failure is printed as one line, and gives exit code 2.
+
+    ``less``: what to give less of where memory runs out.
+    """
     try:
         return work()
     except (BundleError, RequestError, CudaError, OutputsError) as error:
@@ -158,7 +161,7 @@ def guarded(work: Callable[[], int]) -> int:
     except OSError as error:
         return fail(explain(error))
     except MemoryError as error:
-        return fail(out_of_memory(error))
+        return fail(out_of_memory(error, f"give less at once ({less})"))
 
 
 class Bar:

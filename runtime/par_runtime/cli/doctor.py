@@ -40,6 +40,7 @@ PACKAGES = (
 )
 #: verbs -> the extra that they need beyond a backend, and the modules that show whether it is there
 NEEDS = {
+    "parvis verify, reconstruct, edit (of a picture that parvis did not make)": ("cpu", ("onnxruntime",)),
     "parvis export, train, train-tokenizer, train-video-tokenizer, encode": (
         "cpu,export",
         ("onnxruntime", "torch", "onnx", "safetensors", "huggingface_hub"),
@@ -170,12 +171,15 @@ def _native() -> tuple[bool, str]:
     from par_runtime.backends.native.library import described, library_file, open_library
 
     instructions = described(open_library(library_file()))  # raises KernelError
-    runs, why = _ort()  # which encodes, and decodes bundles of older versions
-    return runs, f"C kernels for {instructions}; {_decoder()}" if runs else why
+    in_c, decoder = _decoder()
+    runs, why = _ort()
+    if not runs and not in_c:
+        return False, f"{decoder}; {why}"
+    return True, f"C kernels for {instructions}; {decoder}"
 
 
-def _decoder() -> str:
-    """What decodes beside the C step."""
+def _decoder() -> tuple[bool, str]:
+    """Whether the C decoder runs, and what decodes beside the C step."""
     from par_runtime.backends.native.compiled import KernelError
     from par_runtime.backends.native.decoder import AMX, DOTS, bf16_form
     from par_runtime.backends.native.decoding import decoder_file, open_decoder_library
@@ -183,10 +187,10 @@ def _decoder() -> str:
     try:
         lib = open_decoder_library(decoder_file())
     except KernelError as error:
-        return f"onnxruntime decodes: {error}"
+        return False, f"onnxruntime decodes: {error}"
     how = {AMX: "AMX", DOTS: "dot products"}.get(bf16_form(lib))
     bf16 = f", with {how} in bf16 where it is asked to" if how else ""
-    return f"decoder in C{bf16} (onnxruntime where a bundle's manifest has no table of the decoder's weights)"
+    return True, f"decoder in C{bf16} (onnxruntime where a bundle's manifest has no table of the decoder's weights)"
 
 
 def _ort_cuda() -> tuple[bool, str]:

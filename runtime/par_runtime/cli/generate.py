@@ -43,7 +43,7 @@ from par_runtime.system import check_different, check_folder_writable, check_wri
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb; exit code 0, or 2 on bad input."""
     args = parser().parse_args(argv)
-    return guarded(lambda: run(args))
+    return guarded(lambda: run(args), "fewer images, --batch")
 
 
 def run(args: argparse.Namespace) -> int:

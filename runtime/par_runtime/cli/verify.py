@@ -15,6 +15,7 @@ from par_runtime.cli import options
 from par_runtime.cli.common import Parser, guarded
 from par_runtime.cli.inputs import class_indices
 from par_runtime.errors import RequestError
+from par_runtime.pipeline import Pipeline
 from par_runtime.request import image_seeds, image_settings
 from par_runtime.verify import FLOORS, OPSET23, Floors, Trial
 
@@ -32,7 +33,7 @@ FLOOR_HELP = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb; exit code 0 if all is within the floors, 1 if not, 2 if it cannot be tried."""
     args = parser().parse_args(argv)
-    return guarded(lambda: run(args))
+    return guarded(lambda: run(args), "fewer images, --batch")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         size = args.batch or min(limit, candidate.default_batch)
         trial = replace(trial, batch=min(size, len(trial.classes)))
         report = verify.run(candidate, reference, trial, args.groups, overrides)
+        report.notes.extend(_not_in_bf16(args, candidate))
     if args.json:
         print(json.dumps(verify.as_json(report), allow_nan=False))
     elif args.quiet:
@@ -71,6 +73,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(verify.table(report))
     return 0 if report.passed else 1
+
+
+def _not_in_bf16(args: argparse.Namespace, candidate: Pipeline) -> list[str]:
+    """Why the candidate does not decode in bf16 although it was asked to."""
+    info = candidate.backend.info
+    if args.decoder_precision != "bf16" or info.decoder_computes == "bf16":
+        return []
+    from par_runtime.backends.native.decoding import why_not_bf16
+
+    why = why_not_bf16(candidate.bundle) or f"{info.decoder or info.name} decodes"
+    return [f"decoding was asked for in bf16, and is not: {why}"]
 
 
 def _floors(args: argparse.Namespace) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from par_runtime import __version__
+from par_runtime.backends.base import BackendInfo
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import least_exact
 from par_runtime.metrics import finite
@@ -134,8 +135,8 @@ def table(r: Report) -> str:
         how += f", guidance interval {first.guidance_interval}"
     lines = [
         f"bundle     {b.path} ({b.name}, {b.precision}, {b.n_tokens} tokens in {b.calls} calls, hash {b.hash[:12]})",
-        f"candidate  {r.candidate.backend.info.name}",
-        f"reference  {r.reference.backend.info.name}",
+        f"candidate  {_names(r.candidate.backend.info)}",
+        f"reference  {_names(r.reference.backend.info)}",
         f"request    {_many(count, b.kind)}, seed {seeds}, {how}",
         *(f"note       {note}" for note in r.notes),
         "",
@@ -181,6 +182,17 @@ def table(r: Report) -> str:
     return "\n".join(lines)
 
 
+def _names(info: BackendInfo) -> str:
+    """The backend, and what decodes where that is another one."""
+    decoder = f"; decoder {info.decoder}" if info.decoder not in ("", info.name) else ""
+    return f"{info.name}{decoder}"
+
+
+def _backend(info: BackendInfo) -> dict[str, str]:
+    decoder = {"decoder": info.decoder, "decoder_precision": info.decoder_computes} if info.decoder else {}
+    return {"backend": info.name, "precision": info.computes} | decoder
+
+
 def _many(count: int, what: str) -> str:
     """ "1 image", "2 images"."""
     return f"{count} {what}{'s' if count != 1 else ''}"
@@ -201,8 +213,8 @@ def as_json(r: Report) -> dict[str, Any]:
             "hash": r.bundle.hash,
             "precision": r.bundle.precision,
         },
-        "candidate": {"backend": r.candidate.backend.info.name, "precision": r.candidate.backend.info.computes},
-        "reference": {"backend": r.reference.backend.info.name, "precision": r.reference.backend.info.computes},
+        "candidate": _backend(r.candidate.backend.info),
+        "reference": _backend(r.reference.backend.info),
         "versions": {
             "parvis": __version__,
             "python": platform.python_version(),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -226,7 +228,14 @@ def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: p
         (["nothing-here"], "nothing-here: no such folder; give the path of a bundle"),
         (["TINY", "--images", "0"], "--images 0: expected 1 or more"),
         (["TINY", "--repetitions", "0"], "--repetitions 0: expected 1 or more"),
-        (["TINY", "--minutes", "0"], "--minutes 0: expected more than 0"),
+        (["TINY", "--suite", "serve", "--minutes", "0"], "--minutes 0: expected more than 0"),
+        (["TINY", "--minutes", "1"], "--minutes is for --suite serve or paper or gpu, and means nothing to phases"),
+        (
+            ["TINY", "--suite", "start", "--requests", "4"],
+            "--requests is for --suite serve, and means nothing to start",
+        ),
+        (["TINY", "--suite", "decoder", "--whole"], "--whole is for --suite phases or batch, and means nothing to dec"),
+        (["TINY", "--suite", "batch", "--batches", "5000"], "5000 images at once: onnxruntime-cpu "),
         (["TINY", "--threads", "-1"], "--threads -1: expected 1 or more"),
         (["TINY", "--json", "a.txt", "--csv", "a.txt"], "--json, --csv, --html and --svg name one file twice"),
         (["TINY", "--json", "a.jsonl", "--csv", "x/../a.jsonl"], "name one file twice; give each its own"),
@@ -238,7 +247,7 @@ def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: p
         ),
         (["TINY", "--batches", "1,x"], "argument --batches: '1,x': expected numbers of images from 1 on"),
         (["TINY", "--batches", "-1,2"], "argument --batches: '-1,2': expected numbers of images from 1 on"),
-        (["TINY", "--minutes", "-1e3"], "--minutes -1000: expected more than 0"),
+        (["TINY", "--suite", "serve", "--minutes", "-1e3"], "--minutes -1000: expected more than 0"),
         (["--suite", "paper", "--sizes", "L,XS"], "'PAR-XS': expected one or more of PAR-L, PAR-XL"),
         (
             ["TINY", "--json", "-", "--csv", "-"],
@@ -285,6 +294,45 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in printed
     assert printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_no_text_is_escaped_in_every_file(tiny: Path, tmp_path: Path) -> None:
+    """A folder's name may be any bytes; Latin-1 of an old disk, for instance."""
+    named = [Path(os.fsdecode(os.fsencode(tmp_path) + name)) for name in (b"/b\xe4r", b"/b\xe5r")]
+    for path in named:
+        shutil.copytree(tiny, path)
+    files = {name: tmp_path / f"rows.{name}" for name in ("json", "csv", "html")}
+    arguments = [
+        "--suite",
+        "decoder",
+        "--batches",
+        "1",
+        "--device",
+        "cpu",
+        "--repetitions",
+        "1",
+        "--no-limits",
+        "--quiet",
+    ]
+    outputs = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+    assert main(["bench", *map(str, named), *arguments, *outputs]) == 0
+    assert [row.label for row in read(files["json"])] == ["b\\xe4r", "b\\xe5r"]
+    for name in ("csv", "html"):
+        text = files[name].read_text(encoding="utf-8")
+        assert all(label in text for label in ("b\\xe4r", "b\\xe5r"))
+
+
+def test_what_helps_where_memory_ends_is_what_this_verb_has(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError("4 GB")
+
+    monkeypatch.setattr("par_runtime.bench.opening.open_bundle", full)
+    assert main(["bench", str(tiny), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == (
+        "parvis: error: not enough memory (4 GB); free some, or give less at once (--images, --batches)\n"
+    )
 
 
 def test_more_threads_than_cores_are_reduced_with_a_warning(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

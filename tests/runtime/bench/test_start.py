@@ -28,7 +28,7 @@ from par_runtime.bench.subjects.base import STARTING, Sample
 from par_runtime.bench.subjects.process import SubjectProcess, open_bundle
 from par_runtime.bench.subjects.starts import StartSubject
 from par_runtime.bench.suites.start import start, start_rows
-from par_runtime.bundle import Bundle
+from par_runtime.bundle import Bundle, seal
 from par_runtime.cli.dispatch import main
 from par_runtime.errors import BundleError
 
@@ -67,14 +67,14 @@ def test_each_sample_is_a_process_of_its_own_and_its_parts_add_up(tiny: Path) ->
     rows = start([subject], Setting("start", images=2, repetitions=3), quiet)
     by = {row.phase: row for row in rows}
     assert list(by) == ALL
-    assert len({process.pid for process in starts.made}) == 4  # one that is not counted, three samples
+    assert len({process.pid for process in starts.made}) == 5  # two that are not counted, three samples
     assert not any(alive(process.pid) for process in starts.made)
     assert {len(row.samples_ms) for row in rows} == {3}
     assert all(ms > 0 for row in rows for ms in row.samples_ms)
     for i, whole in enumerate(by["start"].samples_ms):
         assert sum(by[part].samples_ms[i] for part in STARTING) == pytest.approx(whole)
-    assert by["load"].samples_ms == tuple(process.load_ms for process in starts.made[1:])
-    assert by["selftest"].samples_ms == tuple(process.selftest_ms for process in starts.made[1:])
+    assert by["load"].samples_ms == tuple(process.load_ms for process in starts.made[2:])
+    assert by["selftest"].samples_ms == tuple(process.selftest_ms for process in starts.made[2:])
     calls = sum(phase.repeat for phase in Bundle.open(tiny).phases)
     assert {phase: row.calls for phase, row in by.items() if row.calls} == {"first_image": calls, "image": calls}
     assert by["image"].images_per_s == pytest.approx(2e3 / by["image"].median_ms)
@@ -117,11 +117,11 @@ def test_a_start_is_not_the_work_of_others(tiny: Path) -> None:
 
 
 def test_one_bundle_that_fails_does_not_end_the_others(tiny: Path, tmp_path: Path) -> None:
-    """A file that goes after the second process was started is missed by the third: nothing lives on."""
+    """A file that goes after the first sample is missed by the second: nothing lives on."""
     path = shutil.copytree(tiny, tmp_path / "tiny")
 
     def breaks(i: int) -> None:
-        if i == 2:
+        if i == 3:
             (path / "manifest.json").unlink()
 
     setting = Setting("start", repetitions=2)
@@ -137,6 +137,53 @@ def test_the_last_subject_that_fails_ends_the_suite(tiny: Path, tmp_path: Path) 
     subject = StartSubject(Starts(path, before=lambda i: (path / "manifest.json").unlink() if i else None))
     with pytest.raises(BundleError, match=r"manifest\.json"):
         start([subject], Setting("start", repetitions=2), quiet)
+
+
+def test_of_several_bundles_one_is_in_memory_at_a_time(tiny: Path) -> None:
+    made: list[Starts] = []
+
+    def alone(_: int) -> None:
+        assert not any(alive(process.pid) for starts in made for process in starts.made)
+
+    made += [Starts(tiny, "a", before=alone), Starts(tiny, "b", before=alone)]
+    rows = start([StartSubject(each) for each in made], Setting("start", repetitions=2), quiet)
+    assert {(row.label, len(row.samples_ms)) for row in rows} == {("a", 2), ("b", 2)}
+    assert [len(each.made) for each in made] == [4, 4]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_bundle_that_is_replaced_meanwhile_is_not_measured_on(at: int, tiny: Path, tmp_path: Path) -> None:
+    """Rows name one bundle; a sample of another one in them would be false, however well it was made."""
+    path, other = (shutil.copytree(tiny, tmp_path / name) for name in ("tiny", "other"))
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["defaults"]["guidance"] += 1.0
+    (other / "manifest.json").write_text(json.dumps(seal(manifest)))
+
+    def replaces(i: int) -> None:
+        if i == at:
+            path.rename(tmp_path / "old")
+            other.rename(path)
+
+    starts = Starts(path, before=replaces)
+    with pytest.raises(BundleError) as error:
+        start([StartSubject(starts)], Setting("start", repetitions=4), quiet)
+    was, now = (Bundle.open(folder, "none").hash for folder in (tmp_path / "old", path))
+    assert was != now
+    assert str(error.value) == (
+        f"{Bundle.open(path).name}: was replaced by another bundle while its starts were measured: at first {was}, "
+        f"then {now}; leave it alone, and measure again"
+    )
+    assert len(starts.made) == at + 1
+    assert not any(alive(process.pid) for process in starts.made)
+
+
+def test_a_subject_that_runs_otherwise_is_not_measured_on(tiny: Path) -> None:
+    """As where a driver goes, and a bundle starts on the CPU instead of its engine."""
+    subject = StartSubject(Starts(tiny))
+    now, subject._first = subject._first.backend, replace(subject._first, backend="kernels")
+    with pytest.raises(BundleError, match=rf"runs otherwise \(backend\) while .* at first kernels, then {now}; "):
+        subject.run(1, True)
+    assert not alive(subject._process.pid)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from bench.subjects import Scripted, subject_info
 
 from par_runtime.bench.measure import Setting
-from par_runtime.bench.subjects.base import PHASES, Sample
+from par_runtime.bench.subjects.base import PHASES, Sample, TooManyImagesError
 from par_runtime.bench.subjects.pipeline import PipelineSubject, phase_at
 from par_runtime.bench.suites import serve as serving
 from par_runtime.bench.suites.batch import batch
@@ -117,7 +117,26 @@ def test_batches_that_cannot_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) 
     reported: list[str] = []
     rows = batch([Scripted(subject_info())], Setting("batch", repetitions=2), reported.append)
     assert [row.images for row in rows] == [1, 2, 4]  # 226 MB of keys and values per guided image of PAR-L
-    assert "the caches of 8 images take 1.8 GB of 2.0 that are free" in reported[-1]
+    why = "parvis: 8 images do not fit (their caches take 1.8 GB of 2.0 that are free)"
+    assert reported[-1] == why
+    with pytest.raises(RequestError) as error:
+        batch([Scripted(subject_info())], Setting("batch", repetitions=2), quiet, (8, 16))
+    assert str(error.value) == f"nothing was measured: {why}"
+
+
+def test_batches_end_where_the_backend_takes_no_more(live: PipelineSubject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine is built for so many images. What was measured before counts."""
+    monkeypatch.setattr(live.pipeline.backend, "max_images", 2)
+    reported: list[str] = []
+    rows = batch([live], Setting("batch", repetitions=1), reported.append, (1, 2, 4))
+    assert [row.images for row in rows] == [1, 2]
+    name = live.pipeline.backend.info.name
+    why = f"{live.info.label}: 4 images do not fit (4 images at once: {name} takes at most 2; give fewer (--images, --b"
+    assert reported[-1].startswith(why)
+    with pytest.raises(RequestError, match=r"^nothing was measured: .* takes at most 2; give fewer"):
+        batch([live], Setting("batch", repetitions=1), quiet, (4,))
+    with pytest.raises(TooManyImagesError, match=r"^3 images at once: .* takes at most 2; give fewer \(--images, "):
+        live.image(3, True)
 
 
 @pytest.mark.usefixtures("plenty")

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from par_runtime import Bundle
+from par_runtime.backends.native.library import library_file
 from par_runtime.bundle import seal
 from par_runtime.cli import dispatch
 
+DEMO = Path(__file__).parents[3] / "models" / "demo"
 EXTRAS = "onnxruntime onnx torch tensorrt tensorrt_rtx cuda ml_dtypes safetensors huggingface_hub"
 
 
@@ -33,17 +35,34 @@ def test_the_doctor_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.endswith("ready: parvis generate BUNDLE --label 0\n")
 
 
-def test_the_doctor_needs_nothing(tmp_path: Path) -> None:
+NO_KERNELS = (
+    "from par_runtime.backends.native import decoding, library; from pathlib import Path\n"
+    "decoding.decoder_file = lambda: None\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "runs"),
+    [
+        pytest.param("", ["native-cpu"], marks=pytest.mark.skipif(library_file() is None, reason="not built")),
+        (f"{NO_KERNELS}library.library_file = lambda: None\n", []),
+        (NO_KERNELS, []),  # the step in C alone decodes nothing
+    ],
+    ids=["kernels", "none", "no decoder"],
+)
+def test_the_doctor_needs_nothing(hidden: str, runs: list[str], tmp_path: Path) -> None:
+    """The C kernels run without ONNX Runtime; without both nothing does."""
     code = (
-        f"import sys\nfor name in {EXTRAS.split()!r}: sys.modules[name] = None\n"
+        f"import sys\nfor name in {EXTRAS.split()!r}: sys.modules[name] = None\n{hidden}"
         "from par_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "doctor", "--json"], capture_output=True, text=True, check=False, cwd=tmp_path
     )
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == (0 if runs else 1), done.stderr
     facts = json.loads(done.stdout)
-    assert not facts["can_run"]
+    assert facts["can_run"] == bool(runs)
+    assert [backend["name"] for backend in facts["backends"] if backend["runs"]] == runs
     assert not facts["gpus"]["found"]
     try:
         ctypes.CDLL("libcuda.so.1")
@@ -52,12 +71,30 @@ def test_the_doctor_needs_nothing(tmp_path: Path) -> None:
     else:
         assert "a GPU needs cuda-python" in facts["gpus"]["why"]
     for backend in facts["backends"]:
-        assert not backend["runs"]
+        if backend["runs"]:
+            continue
         assert "install" in backend["why"] or "not built" in backend["why"], backend
     for verbs in facts["verbs"]:
         assert verbs["missing"]
         assert "pip install" in verbs["install"]
     assert {"parvis calibrate", "parvis build"} < {verbs["verbs"] for verbs in facts["verbs"]}
+
+
+@pytest.mark.skipif(library_file() is None, reason="the C kernels were not built")
+def test_what_the_doctor_calls_ready_without_onnx_runtime_is(tmp_path: Path) -> None:
+    """Images of a bundle with a table of its decoder's weights, and tokens of one that ends there."""
+    tokens = Path(shutil.copytree(DEMO, tmp_path / "tokens"))
+    manifest = json.loads((tokens / "manifest.json").read_text())
+    (tokens / "manifest.json").write_text(json.dumps(seal(manifest | {"tokenizer": None})))
+    code = (
+        f"import sys\nfor name in {EXTRAS.split()!r}: sys.modules[name] = None\n"
+        "from par_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    for bundle, *out in ((DEMO, "--out", "a.png"), (tokens, "--tokens", "a.npy")):
+        command = [sys.executable, "-c", code, "generate", str(bundle), "--label", "0", *out]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / out[1]).stat().st_size
 
 
 def test_tuning_needs_a_gpu_and_building_none(

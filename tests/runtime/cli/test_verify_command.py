@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from instruction_sets import IN_BF16, needs_bf16
 from test_verify import Sabotaged
 
 from par_runtime.backends.base import Batch
@@ -126,6 +128,36 @@ def test_a_backend_is_not_compared_with_itself(
     assert error.endswith(f" and agree even where it is wrong; give --against {instead}\n")
     arguments[4] = instead
     assert command(*arguments) == 0
+
+
+@needs_c
+def test_what_decodes_is_named_and_why_not_in_bf16(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [ROOT / "models" / "demo", "--device", "cpu", "--decoder-precision", "bf16"]
+    arguments += ["--images", 1, "--groups", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr("par_runtime.backends.native.decoding.bf16_form", lambda *_: "")
+        assert command(*arguments, "--json") == 0
+        row = json.loads(capsys.readouterr().out)
+        assert row["candidate"]["decoder"].startswith("native-cpu ")
+        assert row["candidate"]["decoder_precision"] == "fp32"
+        assert len(row["notes"]) == 1
+        assert row["notes"][0].startswith("decoding was asked for in bf16, and is not: the C decoder has neither AMX ")
+    assert command(*arguments, "--device", "cpu-ort", "--against", "cpu") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^candidate  (onnxruntime-cpu [\d.]+)\n", text, re.MULTILINE)
+    assert re.search(r"^reference  native-cpu [^;]+\n", text, re.MULTILINE)  # which decodes too
+    assert re.search(r"^note +decoding was asked for in bf16, and is not: onnxruntime-cpu \S+ decodes\n", text, re.M)
+
+
+@needs_bf16
+def test_a_decoder_in_bf16_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [ROOT / "models" / "demo", "--device", "cpu", "--decoder-precision", "bf16", "--images", 1, "--json"]
+    assert command(*arguments, "--groups", 1) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["candidate"]["decoder_precision"], row["notes"]) == ("bf16", [])
+    assert row["candidate"]["decoder"].endswith(IN_BF16)
 
 
 def test_a_bundle_without_decoder_skips_images(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

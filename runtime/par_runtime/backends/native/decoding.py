@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import threading
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime import __version__
-from par_runtime.backends.base import Decoder, closed_error
+from par_runtime.backends.base import Decoder, closed_error, ends_at_tokens
 from par_runtime.backends.native.clips import ClipOperations, most_latent
 from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
 from par_runtime.backends.native.decoder import AMX, Buffers, Decode, Op, Operations, Packing, bf16_form
@@ -24,7 +25,7 @@ from par_runtime.forks import Calls, tell_of_forks
 from par_runtime.loaded import LoadedFiles, check_memory
 from par_runtime.system import available_cores
 
-NO_BF16 = "the CPU has neither AMX nor AMD's dot products in bf16: 'parvis doctor' says what the C decoder uses"
+NO_BF16 = "the C decoder has neither AMX nor AMD's dot products in bf16 here: 'parvis doctor' says what it uses"
 OLDER = "the manifest has no table of the decoder's weights; export the bundle again"
 
 log = logging.getLogger(__name__)
@@ -91,32 +92,67 @@ def why_not_bf16(bundle: Bundle, least_exact: bool = False) -> str | None:
     why = why_not(bundle)
     if why is not None:
         return f"ONNX Runtime decodes: {why}"
+    return None if _bf16_form(least_exact) else no_bf16()
+
+
+def bf16_form_of(bundle: Bundle) -> str:
+    """How the decoder of ``bundle`` can compute in bf16 on this machine, as :func:`bf16_form` has it; "" not at all.
+
+    Linux is asked for AMX.
+    """
+    return "" if bundle.image_size is None or why_not(bundle) is not None else _bf16_form()
+
+
+def _bf16_form(least_exact: bool = False) -> str:
     lib = _opened(decoder_file())
     assert not isinstance(lib, KernelError), lib
-    return None if bf16_form(lib, least_exact) else NO_BF16
+    return bf16_form(lib, least_exact)
+
+
+def no_bf16() -> str:
+    """Why the C decoder computes nothing in bf16 on this machine."""
+    allowed = os.environ.get("PARVIS_NATIVE")
+    return f"{NO_BF16}; PARVIS_NATIVE allows {allowed[:40]!r} alone" if allowed else NO_BF16
 
 
 def open_decoder(
     files: LoadedFiles, threads: int | None = None, precision: str = "fp32", least_exact: bool = False
 ) -> Decoder:
-    """A decoder of the bundle of ``files``: in C, or ONNX Runtime where :func:`why_not` has a reason.
+    """A decoder of the bundle of ``files``: in C, or ONNX Runtime where :func:`why_not` has a reason; of one that ends
+    at tokens :class:`NoDecoder`, which needs neither.
 
     ``precision``: of ``dtypes.DECODER_PRECISIONS``; "bf16" is fp32 where :func:`why_not_bf16` has a reason, and
     ``least_exact`` as :func:`bf16_form` has it. Each reads its weights at its first use.
     """
+    if files.bundle.image_size is None:
+        return NoDecoder(files.bundle)
     why = why_not(files.bundle)
-    rounds = precision == "bf16" and files.bundle.image_size is not None
-    exact = why_not_bf16(files.bundle, least_exact) if rounds else None
+    exact = why_not_bf16(files.bundle, least_exact) if precision == "bf16" else None
     if exact is not None:
         log.info("%s: decoding in fp32, not in %s: %s", files.bundle.path, precision, exact)
     if why is None:
         return NativeDecoder(files, threads, precision, least_exact)
-    if files.bundle.image_size is not None:
-        log.debug("%s: no C decoder: %s", files.bundle.path, why)
+    log.debug("%s: no C decoder: %s", files.bundle.path, why)
     from par_runtime.backends.ort.decoding import open_ort_decoder
     from par_runtime.backends.ort.sessions import decoder_options
 
     return open_ort_decoder(files, decoder_options(threads))
+
+
+class NoDecoder:
+    """The decoder of a bundle that ends at tokens."""
+
+    name, computes = "", "fp32"
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+
+    def run(self, tokens: Int) -> NDArray[np.uint8]:
+        """Raises RequestError."""
+        raise ends_at_tokens(self._bundle)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class NativeDecoder:

@@ -67,11 +67,10 @@ def _decode_in_bf16(rows: Sequence[Row]) -> str:
     if image is None or decoder is None or decoder.computes != "fp32" or not decoder.backend.startswith("native"):
         return ""
     part = part_of([decoder], image)
-    # All of AMD's CPUs with AVX-512 have dot products in bf16.
-    dots = "AMD" in image.machine.cpu and "avx512" in decoder.version
-    if not ("amx" in image.version or dots) or part < DECODING:
+    if not decoder.decoder_bf16 or part < DECODING:
         return ""
-    how = "AMX for it too" if "amx" in image.version else "dot products for it"
+    how = "dot products for it" if decoder.decoder_bf16 == "dots" else "AMX for it"
+    how += " too" * ("amx" in image.version and decoder.decoder_bf16 == "amx")
     return (
         f" Decoding, {share(part)} of an image's time, is in fp32: --decoder-precision bf16 takes {how}, and "
         "'parvis calibrate' proves that it does no harm."

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from par_runtime.bundle import Phase
 from par_runtime.cost.architecture import Architecture
+from par_runtime.errors import RequestError
 
 #: The phases of the step network, in order.
 MODEL_PHASES = ("prefill", "sequential", "transition", "group")
@@ -28,6 +29,10 @@ STARTING = ("python", "load", "selftest", "first_image")
 
 class OutOfTimeError(Exception):
     """A subject was still at work when the time of the whole run had passed, and was ended."""
+
+
+class TooManyImagesError(RequestError):
+    """A batch is larger than the subject's backend takes at once."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class SubjectInfo:
     image_size: tuple[int, int] | None = None  #: pixels (H, W); None where the bundle ends at tokens
     decoder: str = ""  #: runtime and version of what makes the pixels, where it is another than ``backend``
     decoder_computes: str = "fp32"  #: the precision that this one calculates in; "fp32" where ``decoder`` is empty
+    decoder_bf16: str = ""  #: how the C decoder could compute in bf16 ("amx", "dots"), where it computes in fp32
     clock: str = "perf_counter"
     excluded: tuple[str, ...] = ()  #: what the times do not contain
     sampling: str = ""  #: how tokens are drawn, as text
@@ -93,7 +99,7 @@ class Subject(Protocol):
     def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
         """Make one batch, or ``most_calls`` of its calls (:func:`spread_calls`).
 
-        Raises MemoryError if it does not fit.
+        Raises MemoryError if it does not fit, TooManyImagesError.
         """
         ...
 

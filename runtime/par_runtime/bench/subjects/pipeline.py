@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import Backend, Batch, MakesImages
-from par_runtime.bench.subjects.base import Sample, SubjectInfo, spread_calls
+from par_runtime.backends.base import Backend, BackendInfo, Batch, MakesImages
+from par_runtime.bench.subjects.base import Sample, SubjectInfo, TooManyImagesError, spread_calls
 from par_runtime.bundle import Bundle, Phase
 from par_runtime.cost.architecture import Architecture, model_name
 from par_runtime.dtypes import AUTO, Float, Int, Rounding
@@ -213,6 +213,11 @@ class PipelineSubject:
         )
 
     def _labels(self, images: int) -> list[int]:
+        info, most = self.pipeline.backend.info, self.pipeline.backend.max_images
+        if images > most:
+            raise TooManyImagesError(
+                f"{images} images at once: {info.name} takes at most {most}; give fewer (--images, --batches)"
+            )
         return [i % self.pipeline.bundle.n_classes for i in range(images)]
 
     def _guidance(self, guided: bool) -> float:
@@ -239,12 +244,22 @@ def subject_info(pipeline: Pipeline, label: str) -> SubjectInfo:
         version=info.version,
         decoder=info.decoder,
         decoder_computes=info.decoder_computes,
+        decoder_bf16=_bf16_left_out(bundle, info),
         device=info.device,
         threads=None if in_one_launch else pipeline.threads or available_cores(),
         architecture=architecture,
         clock="CUDA events" if in_one_launch else "perf_counter",
         excluded=(*NOT_TIMED, "the host's launches, in the phases") if in_one_launch else NOT_TIMED,
     )
+
+
+def _bf16_left_out(bundle: Bundle, info: BackendInfo) -> str:
+    """How the C decoder could compute in bf16, where it decodes in fp32; else ""."""
+    if not info.decoder.startswith("native") or info.decoder_computes != "fp32":
+        return ""
+    from par_runtime.backends.native.decoding import bf16_form_of  # it asks Linux for AMX, so only where it decodes
+
+    return bf16_form_of(bundle)
 
 
 def bundle_info(bundle: Bundle, architecture: Architecture) -> dict[str, Any]:

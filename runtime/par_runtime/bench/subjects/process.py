@@ -13,8 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from par_runtime.bench.subjects.base import OutOfTimeError, Sample, SubjectInfo,
 from par_runtime.bench.subjects.worker import ERRORS
 from par_runtime.dtypes import AUTO, Rounding
 from par_runtime.errors import RequestError
+from par_runtime.stopping import later
 
+MORE = "raise its limit (ulimit -u), or end others"
 CLOSE_SECONDS = 5.0  #: how long a process may take to end by itself before it is killed
 
 
@@ -103,19 +105,23 @@ class SubjectProcess:
         self._spec = spec
         self._end, self._late = end, False
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "par_runtime.bench.subjects.worker", json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
-        self.pid = self._process.pid
         try:
+            with later(), _ctrl_c_blocked():  # it is ended by this process, also where it still imports
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "par_runtime.bench.subjects.worker", json.dumps(spec)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    encoding="utf-8",
+                    env=environment,
+                )
+            self.pid = self._process.pid
             opened = self._answer()
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            if hasattr(self, "_process"):  # it was started
+                self.close()
+            if isinstance(error, BlockingIOError):  # EAGAIN of fork
+                raise RequestError(f"the system starts no more processes; {MORE}") from error
             raise
         self.info, self.note = info_from_json(opened["info"]), opened["note"]
         self.load_ms, self.selftest_ms = opened["load_ms"], opened["selftest_ms"]
@@ -189,19 +195,31 @@ class SubjectProcess:
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
-        timer = threading.Timer(max(0.0, min(self._end - time.monotonic(), threading.TIMEOUT_MAX)), self._kill)
-        timer.daemon = True
-        timer.start()
-        try:
+        with self._killed_at_end():
             line = self._process.stdout.readline()
-        finally:
-            timer.cancel()
         if not line:
             raise self._ended()
         answer = json.loads(line)
         if "error" in answer:
             raise ERRORS.get(answer["error"], RuntimeError)(answer["text"])
         return answer
+
+    @contextmanager
+    def _killed_at_end(self) -> Iterator[None]:
+        """Kill the process where its time passes before the block ends."""
+        if self._end == math.inf:
+            yield
+            return
+        timer = threading.Timer(max(0.0, min(self._end - time.monotonic(), threading.TIMEOUT_MAX)), self._kill)
+        timer.daemon = True
+        try:
+            timer.start()
+        except RuntimeError as error:
+            raise RequestError(f"the system starts no more threads; {MORE}") from error
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _kill(self) -> None:
         self._late = True
@@ -216,3 +234,19 @@ class SubjectProcess:
         if code == -signal.SIGKILL:  # what Linux does to the largest process when memory runs out
             return MemoryError(f"the process of {what} was killed; most likely the machine ran out of memory")
         return RequestError(f"the process of {what} ended by itself with code {code}; its output is above")
+
+
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """A process that is started in this block has Ctrl-C blocked, which reaches every process of a terminal.
+
+    By itself Python sets a handler for it before the first line of a program runs, so the program cannot be faster.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from par_runtime.bench.subjects.base import Sample
 from par_runtime.bench.subjects.pipeline import NOT_IN_A_START
 from par_runtime.bench.subjects.process import SubjectProcess
+from par_runtime.errors import BundleError
 
 #: Starts a process, and returns when its subject is loaded.
 Start = Callable[[], SubjectProcess]
@@ -22,20 +23,22 @@ Start = Callable[[], SubjectProcess]
 class StartSubject:
     """A bundle whose process ``start`` starts. Raises what it raises.
 
-    The first process tells what it is, and makes the image that is not counted (:meth:`warm_up`). So every file that
-    the others read is in the page cache, and the bytecode of every module is written.
+    The first process tells what it is, and ends at once, so that of several bundles one is in memory at a time. The
+    second one makes the image that is not counted (:meth:`warm_up`). So every file that the others read is in the page
+    cache, and the bytecode of every module is written.
     """
 
     def __init__(self, start: Start) -> None:
         self._start = start
         self._process = start()
-        self.note = self._process.note
-        self.info = replace(self._process.info, clock="perf_counter", excluded=NOT_IN_A_START)
+        self.close()
+        self.note, self._first = self._process.note, self._process.info
+        self.info = replace(self._first, clock="perf_counter", excluded=NOT_IN_A_START)
 
     def warm_up(self, images: int, guided: bool) -> None:
-        """Make a batch in the first process, and end it. Raises what ``Pipeline.generate`` raises."""
+        """Start a process, have it make a batch, and end it. Raises as :meth:`run` does."""
         try:
-            self._process.image(images, guided)
+            self._started().image(images, guided)
         finally:
             self.close()
 
@@ -43,13 +46,12 @@ class StartSubject:
         """Start a process, have it make two batches, and end it.
 
         ``calls_ms`` are the parts until the first batch is there, which add up to the whole; ``image_ms`` is the second
-        batch. Both are made whole, whatever ``most_calls`` says. Raises what ``Pipeline.load`` and ``generate`` raise.
+        batch. Both are made whole, whatever ``most_calls`` says. Raises what ``Pipeline.load`` and ``generate`` raise;
+        BundleError where the process is not what the first one was.
         """
-        self.close()
         began = time.perf_counter()
-        self._process = self._start()
         try:
-            first = self._process.image(images, guided)
+            first = self._started().image(images, guided)
             whole_ms = 1e3 * (time.perf_counter() - began)
             second = self._process.image(images, guided)
         finally:
@@ -59,6 +61,19 @@ class StartSubject:
         python_ms = whole_ms - sum(parts.values())
         calls_ms = {part: [took] for part, took in ({"python": python_ms} | parts).items()}
         return Sample(calls_ms, second.image_ms, second.peak_bytes)
+
+    def _started(self) -> SubjectProcess:
+        """A process, started now, of the same bundle on the same backend as the first one."""
+        self._process = self._start()
+        old, new = asdict(self._first), asdict(self._process.info)
+        if old != new:
+            name = next(name for name in ("hash", *old) if old[name] != new[name])
+            what = "was replaced by another bundle" if name == "hash" else f"runs otherwise ({name})"
+            raise BundleError(
+                f"{self._first.bundle}: {what} while its starts were measured: at first {old[name]}, then {new[name]}; "
+                "leave it alone, and measure again"
+            )
+        return self._process
 
     def close(self) -> None:
         """End the process that runs, if one does."""

@@ -13,24 +13,29 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from par_runtime.bench.subjects.base import TooManyImagesError
 from par_runtime.bench.subjects.baselines import EagerSubject, optional
 from par_runtime.bench.subjects.pipeline import PipelineSubject
 from par_runtime.dtypes import Rounding
 from par_runtime.errors import BundleError, CudaError, EngineError, RequestError
+from par_runtime.system import explain
 
 #: Errors that the bench reports in one line, by the name that an answer carries.
 ERRORS: dict[str, type[Exception]] = {
     "EngineError": EngineError,
     "BundleError": BundleError,
+    "TooManyImagesError": TooManyImagesError,
     "RequestError": RequestError,
     "CudaError": CudaError,
     "BaselineError": RequestError,  # of par_model, which the runtime does not import
     "MemoryError": MemoryError,
     "OutOfMemory": MemoryError,
+    "OSError": RequestError,
 }
 
 
@@ -62,7 +67,8 @@ def serve(spec: Mapping[str, Any], requests: TextIO, answers: TextIO) -> None:
         name = next((n for n in ERRORS if n in {kind.__name__ for kind in type(error).__mro__}), "")
         if not name:
             traceback.print_exc()
-        answer({"error": name, "text": str(error) or type(error).__name__})
+        text = explain(error) if isinstance(error, OSError) else str(error)
+        answer({"error": name, "text": text or type(error).__name__})
 
     try:
         subject = open_subject(spec)
@@ -103,11 +109,12 @@ def _do(subject: Any, request: Mapping[str, Any]) -> Any:
 
 def main(argv: list[str]) -> int:
     """Serve the subject of the JSON object ``argv[0]`` on standard input and output."""
-    # Ctrl-C reaches every process of the terminal; the bench ends this one.
+    # Ctrl-C reaches every process of the terminal; the bench ends this one. Where a process can be started with it
+    # blocked, this one was.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    serve(json.loads(argv[0]), sys.stdin, answers)
+    with suppress(BrokenPipeError), os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:  # the bench has ended
+        os.dup2(2, 1)
+        serve(json.loads(argv[0]), sys.stdin, answers)
     return 0
 
 

@@ -11,8 +11,9 @@ from par_runtime.bench import machine
 from par_runtime.bench.machine import Machine
 from par_runtime.bench.measure import Progress, Repetitions, Setting, image_ms, make_row, take_turns
 from par_runtime.bench.rows import Row, median
-from par_runtime.bench.subjects.base import Subject, SubjectInfo
+from par_runtime.bench.subjects.base import Subject, SubjectInfo, TooManyImagesError
 from par_runtime.cost.memory import cache_bytes
+from par_runtime.errors import RequestError
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PLATEAU = 1.05  #: the suite ends at a batch whose throughput is less than this many times the best of smaller ones
@@ -25,21 +26,23 @@ def batch(
 ) -> list[Row]:
     """Whole batches of each size, all subjects in turns; a subject stops at its plateau, or where memory ends.
 
-    If ``sizes`` are given, all of them are measured, whatever the plateau.
+    If ``sizes`` are given, all of them are measured, whatever the plateau. Raises RequestError where no batch of any
+    size could be made.
     """
     make_rows = partial(throughput_rows, this_machine=machine.describe(setting.gpu))
     rows: list[Row] = []
-    going, best = list(subjects), dict[str, float]()
+    going, best, why = list(subjects), dict[str, float](), ""
     for size in sizes or BATCHES:
         sized = replace(setting, images=size)
-        going = [subject for subject in going if fits(subject.info, sized, progress)]
         able: list[Subject] = []
         for subject in going:
             try:
+                check_caches(subject.info, sized)
                 subject.run(size, setting.guided, 24)  # a short run, which makes the buffers of the new size
                 able.append(subject)
-            except MemoryError as error:
-                progress(f"{subject.info.label}: {size} images do not fit ({error})")
+            except (MemoryError, TooManyImagesError) as error:
+                why = f"{subject.info.label}: {size} images do not fit ({error})"
+                progress(why)
         if not able:
             break
         measured = take_turns(able, sized, make_rows, progress)
@@ -58,6 +61,8 @@ def batch(
                     "is tried"
                 )
             best[label] = max(best.get(label, 0.0), per_s[label])
+    if not rows:
+        raise RequestError(f"nothing was measured: {why}")
     return rows
 
 
@@ -79,17 +84,12 @@ def throughput_rows(subject: Subject, repetitions: Repetitions, setting: Setting
     return [row]
 
 
-def fits(info: SubjectInfo, setting: Setting, progress: Progress) -> bool:
-    """Whether the caches of a batch fit into free memory; one image is always tried."""
+def check_caches(info: SubjectInfo, setting: Setting) -> None:
+    """Raise MemoryError where the caches of a batch do not fit into free memory; one image is always tried."""
     if info.device == "cpu":
         free = system.available_bytes()
     else:
         free = None if setting.gpu is None else setting.gpu.memory_bytes
     needed = cache_bytes(info.architecture, setting.images, setting.guided, info.cache_bytes)
-    if setting.images == 1 or free is None or needed <= MEMORY_SHARE * free:
-        return True
-    progress(
-        f"{info.label}: the caches of {setting.images} images take {needed / 1e9:.1f} GB of {free / 1e9:.1f} that are "
-        "free; ended"
-    )
-    return False
+    if setting.images > 1 and free is not None and needed > MEMORY_SHARE * free:
+        raise MemoryError(f"their caches take {needed / 1e9:.1f} GB of {free / 1e9:.1f} that are free")
