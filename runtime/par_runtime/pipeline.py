@@ -29,6 +29,7 @@ from par_runtime.errors import BundleError, RequestError
 from par_runtime.forks import stop_at_the_end, tell_of_forks
 from par_runtime.images.opening import Picture
 from par_runtime.images.photo import Fit, Pictures
+from par_runtime.images.recipe import MadeOn
 from par_runtime.images.region import MaskFrom, Named, keep_mask
 from par_runtime.known import (
     Known,
@@ -304,7 +305,9 @@ class Pipeline:
         timings["total"] = 1e3 * (time.perf_counter() - started)
         timings["calls"] = self.bundle.calls * len(parts)
         kept = None if known is None else known.keep
-        return Result(self.bundle, images, drawn, classes, seeds, each, timings, kept)
+        info = self.backend.info
+        made_on = MadeOn(info.name, info.decoder or info.name, info.rounding)
+        return Result(self.bundle, images, drawn, classes, seeds, each, timings, kept, made_on)
 
     @one_at_a_time
     def score(self, tokens: ArrayLike, labels: int | str | Sequence[int | str]) -> Float:

@@ -22,6 +22,7 @@ from par_runtime.clips.formats import DEFAULT_FPS, FORMATS, check_clips, check_f
 from par_runtime.dtypes import Int, same_value
 from par_runtime.errors import RequestError
 from par_runtime.images import png
+from par_runtime.images.recipe import MadeOn
 from par_runtime.request import Settings, several
 from par_runtime.system import check_writable, write_beside
 
@@ -46,7 +47,7 @@ class Result:
 
     It is also a sequence: ``len(result)``, ``result[0]`` and ``result[2:]`` are results of fewer images, with the
     timings of the whole request. Two results are equal where they were asked for and came out the same; how long that
-    took does not matter. A notebook shows the images.
+    took, and on what, does not matter. A notebook shows the images.
     """
 
     bundle: Bundle
@@ -59,6 +60,7 @@ class Result:
     kept: NDArray[np.bool_] | None = (
         None  #: [B,N] in sequence order: which tokens were given; None where all were drawn
     )
+    made_on: MadeOn | None = None  #: what computed it
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -202,6 +204,7 @@ class Result:
             pasted=pasted,
             scale=scale,
             fps=fps,
+            made_on=self.made_on,
         )
         return files.content(path, recipe, images[pick]) if clips else png.content(recipe, images[pick])
 

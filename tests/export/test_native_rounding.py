@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from instruction_sets import EVERY
 from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
 
 from par_export.random_bundle import write_family
 from par_model.config import PARConfig
@@ -24,6 +27,9 @@ from par_runtime.backends.native.backend import TIE, NativeBackend
 from par_runtime.backends.native.library import described, library
 from par_runtime.bundle import Calibration
 from par_runtime.cli import main
+from par_runtime.dtypes import Rounding
+from par_runtime.images import png
+from par_runtime.images.recipe import MadeOn
 from par_runtime.request import image_settings
 from par_runtime.schedule import Schedule
 
@@ -210,5 +216,41 @@ def test_redo_with_another_arithmetic_says_what_to_give(tmp_path: Path, capsys: 
     capsys.readouterr()
     assert main(["redo", image, "--bundle", str(DEMO), *here, "--arithmetic", "fp32", "--cache", "fp32"]) == 1
     out = capsys.readouterr().out
+    assert re.search(r"tokens differ \(then on native-cpu .+ bf16, bf16 cache\), now on native-cpu \S+ \(\w+\); ", out)
+    assert "another --device, --arithmetic or --cache rounds otherwise, and so does another CPU in bf16)" in out
+    older = without_made_on(Path(image))
+    assert main(["redo", older, "--bundle", str(DEMO), *here]) == 0  # the demo's own rounding is this one
+    assert main(["redo", older, "--bundle", str(DEMO), *here, "--arithmetic", "fp32", "--cache", "fp32"]) == 1
+    out = capsys.readouterr().out
     assert "tokens differ (now on native-cpu " in out
     assert "another --device, --arithmetic or --cache rounds otherwise: give those it was made with)" in out
+
+
+def without_made_on(path: Path) -> str:
+    """The PNG at ``path`` as an earlier version wrote it."""
+    out = path.with_name("older.png")
+    with Image.open(path) as image:
+        image.load()
+        entry = json.loads(image.text["parvis"])  # type: ignore[attr-defined]
+        del entry["made_on"]
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("parvis", json.dumps(entry))
+        image.save(out, pnginfo=info)
+    return str(out)
+
+
+def test_redo_computes_as_it_was_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In fp32 the demo draws other tokens than by default, in bf16; nobody has to know what it was made with."""
+    image, older = str(tmp_path / "one.png"), ["--arithmetic", "fp32", "--cache", "fp32"]
+    here = ["--device", "cpu", "--threads", "1", "--quiet"]
+    assert main(["generate", str(DEMO), "--label", "0", "--seed", "1", "--out", image, *here, *older]) == 0
+    capsys.readouterr()
+    for device in ("cpu", "auto", "cpu-ort"):
+        assert main(["redo", image, "--bundle", str(DEMO), "--device", device, "--quiet"]) == 0
+        assert "identical: 1 image, 256 tokens" in capsys.readouterr().out
+    assert main(["redo", without_made_on(Path(image)), "--bundle", str(DEMO), *here]) == 1
+    assert main(["redo", image, "--bundle", str(DEMO), *here, "--arithmetic", "bf16"]) == 1  # what is given counts
+    made_on = png.read(Path(image))[0].made_on
+    with Pipeline.load(DEMO, "cpu", threads=1, selftest=False, arithmetic="fp32", cache="fp32") as pipeline:
+        info = pipeline.backend.info
+        assert made_on == pipeline.generate(0).made_on == MadeOn(info.name, info.decoder, Rounding())

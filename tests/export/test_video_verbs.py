@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from par_runtime.errors import RequestError
 from par_runtime.images.recipe import Recipe, entry
 from par_runtime.images.recipe import check as check_recipe
 from par_runtime.metrics import psnr_db
-from par_runtime.result import default_columns
+from par_runtime.result import Result, default_columns
 
 GENERATE = Pipeline.generate
 FASHION = Path(__file__).parents[2] / "models/fashion"
@@ -90,6 +91,29 @@ def test_generate_redo_edit(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFi
     row = json.loads(capsys.readouterr().out)
     assert (row["kept_tokens"], row["tokens"], row["frames"], row["label"]) == (128, 192, 5, 2)
     assert redo.main([str(tmp_path / f"next.{ending}"), "--bundle", str(tiny)]) == 0
+
+
+def test_clips_that_come_out_otherwise_say_where_and_on_what(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "clip.gif", Pipeline.generate
+    here = ["--device", "cpu", "--quiet"]
+    assert generate.main([str(tiny), "--label", "0", "--seed", "1", "--out", str(out), *here]) == 0
+
+    def otherwise(self: Pipeline, *given: Any, **how: Any) -> Result:
+        made = real(self, *given, **how)
+        made.tokens[0, 7] ^= 1
+        return made
+
+    monkeypatch.setattr(Pipeline, "generate", otherwise)
+    capsys.readouterr()
+    assert redo.main([str(out), "--bundle", str(tiny), *here]) == 1
+    said = capsys.readouterr().out
+    assert "first differs at token 7; 1 of 192 tokens differ (on " in said
+    assert said.endswith(" then and now)\n")
+    assert redo.main([str(out), "--bundle", str(tiny), "--device", "cpu-ort", "--quiet"]) == 1
+    then_on_c = "another --device, --arithmetic or --cache rounds otherwise, and so does another CPU in bf16)\n"
+    assert capsys.readouterr().out.endswith((then_on_c, " then and now)\n"))
 
 
 def test_a_picture_begins_to_move(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.bundle import Bundle
-from par_runtime.dtypes import Float, Int
+from par_runtime.dtypes import Float, Int, Rounding
 from par_runtime.errors import RequestError
 
 #: The inputs [B] of a step graph that say how each image's tokens are drawn; :meth:`Batch.per_image` gives values.
@@ -157,6 +157,13 @@ class BackendInfo:
     def name(self) -> str:
         """Runtime and version, for timings and metadata."""
         return f"{self.runtime} {self.version}"
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """What a CPU rounds to; None of a GPU."""
+        if self.device != "cpu":
+            return None
+        return Rounding(self.computes, "bf16" if self.cache_bytes < 4 else "fp32", self.decoder_computes)
 
 
 class Decoder(Protocol):

@@ -16,7 +16,15 @@ from PIL import Image
 
 from par_runtime.bundle import Bundle
 from par_runtime.cli.common import printable
-from par_runtime.cli.inputs import check_recipe, load_pipeline, made_again, quiet_readers, read_by_edit, variants
+from par_runtime.cli.inputs import (
+    check_recipe,
+    load_pipeline,
+    made_again,
+    quiet_readers,
+    read_by_edit,
+    then_and_now,
+    variants,
+)
 from par_runtime.cli.outputs import (
     check_outputs,
     check_sheet,
@@ -77,8 +85,8 @@ def redo(args: argparse.Namespace, bundle: Bundle) -> int:
         clip, position = differing[0]
         text = (
             f"different: clip {clip} (label {recipe.labels[clip]}, seed {recipe.seeds[clip]}) first differs at token "
-            f"{position}; {len(differing)} of {result.tokens.size} tokens differ (now on "
-            f"{pipeline.backend.info.name}; another --device, --arithmetic or --cache rounds otherwise)"
+            f"{position}; {len(differing)} of {result.tokens.size} tokens differ "
+            f"({then_and_now(recipe, pipeline.backend.info)})"
         )
     elif changed:
         text = f"different: the tokens are the same, but {changed} of {count} were changed since parvis wrote them"

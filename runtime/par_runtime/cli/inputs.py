@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from par_runtime.backends.base import BackendInfo
 from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
@@ -98,10 +99,29 @@ def check_recipe(args: argparse.Namespace, bundle: Bundle, recipe: Recipe) -> No
     check(recipe, bundle, str(args.image))
 
 
+def _as_made(args: argparse.Namespace, recipe: Recipe) -> argparse.Namespace:
+    """``args``; what they leave open of a CPU's rounding is that of ``recipe``, where this is known."""
+    then = None if recipe.made_on is None else recipe.made_on.rounding
+    if then is None:
+        return args
+    now = {name: was if getattr(args, name) == "auto" else getattr(args, name) for name, was in then._asdict().items()}
+    return argparse.Namespace(**(vars(args) | now))
+
+
+def then_and_now(recipe: Recipe, now: BackendInfo) -> str:
+    """On what tokens were drawn that differ, and why they may."""
+    why = "another --device, --arithmetic or --cache rounds otherwise"
+    if recipe.made_on is None:
+        return f"now on {now.name}; {why}: give those it was made with"
+    if recipe.made_on.backend == now.name:
+        return f"on {now.name} then and now"
+    return f"then on {recipe.made_on.backend}, now on {now.name}; {why}, and so does another CPU in bf16"
+
+
 def made_again(args: argparse.Namespace, bundle: Bundle, recipe: Recipe) -> tuple[Pipeline, Result]:
     """The images or clips of ``recipe``, and the pipeline that made them. Errors as in :func:`load_pipeline`."""
     # What follows compares tokens: a stricter self-test than the bundle's own.
-    pipeline = load_pipeline(args, bundle, selftest=False)
+    pipeline = load_pipeline(_as_made(args, recipe), bundle, selftest=False)
     with Bar(args.quiet) as bar:
         return pipeline, pipeline.generate(
             recipe.labels,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from par_runtime.bundle import Bundle
 from par_runtime.cli import clips, options
 from par_runtime.cli.common import Parser, guarded, printable
-from par_runtime.cli.inputs import check_recipe, made_again, quiet_readers
+from par_runtime.cli.inputs import check_recipe, made_again, quiet_readers, then_and_now
 from par_runtime.cli.outputs import check_not_input
 from par_runtime.clips import files as clip_files
 from par_runtime.errors import RequestError
@@ -67,10 +67,7 @@ def run(args: argparse.Namespace) -> int:
         result.save(args.out, recipe.columns, scale=recipe.scale)
     identical, text = compare(recipe, pixels, result, bundle.image_size)
     if (result.tokens != recipe.tokens).any():
-        text += (
-            f" (now on {pipeline.backend.info.name}; another --device, --arithmetic or --cache rounds otherwise: give "
-            "those it was made with)"
-        )
+        text += f" ({then_and_now(recipe, pipeline.backend.info)})"
     print(printable(f"{args.image}: {text}"))
     return 0 if identical else 1
 
@@ -117,6 +114,9 @@ def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result, size:
     why = changed
     if unchanged is not None and not changed:
         why = "another --device or --decoder-precision decodes otherwise, and so does another CPU in bf16"
+        then, now = (None if each is None else each.decoder for each in (recipe.made_on, result.made_on))
+        if None not in (then, now) and then != now:
+            why = f"decoded by {then} then, by {now} now; {why}"
     return False, f"different: the tokens are the same, the pixels are not ({detail}{'; ' if why else ''}{why})"
 
 
@@ -125,7 +125,8 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="parvis redo",
         description="Make a PNG or a clip of 'parvis generate' again from its own metadata and compare pixels and "
-        "tokens. Exit code 0: identical (pixels of another decoder may differ by one grey level); 1: different; 2: "
+        "tokens. On a CPU it is computed in the precisions that it was made in, where no option says otherwise. Exit "
+        "code 0: identical (pixels of another decoder may differ by one grey level); 1: different; 2: "
         "cannot be tried.",
     )
     p.add_argument(

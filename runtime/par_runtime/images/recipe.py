@@ -4,8 +4,8 @@ The entry is JSON: the version of parvis, the name and hash of the bundle, the c
 label, seed, settings, tokens (base64 of little-endian uint16, or uint32 for codebooks beyond 65,536; sequence order)
 and the hash of its pixels. For an edited image also which tokens were given ("kept": base64 of packed bits), and
 whether the kept pixels of the sheet are the original's ("pasted"); "scale" where the sheet was enlarged. Files of clips
-have "clip" too: frames per second, and frames of each clip. It may come from anybody, so nothing in it is
-believed.
+have "clip" too: frames per second, and frames of each clip. "made_on" is what computed it: backend, decoder, and on a
+CPU what they rounded to. It may come from anybody, so nothing in it is believed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from par_runtime import __version__
 from par_runtime.bundle import Bundle
 from par_runtime.checked import load_json, shown
-from par_runtime.dtypes import ByValue, Int
+from par_runtime.dtypes import ARITHMETICS, CACHES, DECODER_PRECISIONS, ByValue, Int, Rounding
 from par_runtime.errors import RequestError
 from par_runtime.request import SEED_LIMIT, Settings, image_settings
 
@@ -38,6 +38,15 @@ MOST_FPS = 60
 #: Settings of the first version. Later ones are written only where they differ from their default, so that older and
 #: newer files of the same request are the same.
 FIRST_SETTINGS = ("guidance", "temperature", "top_k", "top_p", "greedy")
+
+
+@dataclass(frozen=True)
+class MadeOn:
+    """What computed images; where all of it is the same, so are tokens and pixels."""
+
+    backend: str  #: runtime, version, variant
+    decoder: str  #: the same of what made the pixels
+    rounding: Rounding | None = None  #: of a CPU; None of a GPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +68,7 @@ class Recipe(ByValue):
     scale: int = 1  #: by which the sheet was enlarged when it was written, each pixel as a square
     fps: float | None = None  #: of clips, frames per second; None for images
     frames: int = 1  #: of each clip
+    made_on: MadeOn | None = None  #: None in older files
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -107,6 +117,7 @@ def entry(recipe: Recipe) -> dict[str, Any]:
         **({"pasted": True} if recipe.pasted else {}),
         **({"scale": recipe.scale} if recipe.scale != 1 else {}),
         **({} if recipe.fps is None else {"clip": {"fps": recipe.fps, "frames": recipe.frames}}),
+        **({} if recipe.made_on is None else {"made_on": _made_on_entry(recipe.made_on)}),
     }
 
 
@@ -196,7 +207,26 @@ def _recipe(value: Any) -> Recipe:
         pixel_hashes=None if made[0]["pixels"] is None else [each["pixels"] for each in made],
         fps=None if clip is None else _fps(_get(clip, "fps", "clip")),
         frames=1 if clip is None else _whole(_get(clip, "frames", "clip"), "clip.frames", 1, MOST_FRAMES),
+        made_on=None if top.get("made_on") is None else _made_on(_object(top["made_on"], "made_on")),
     )
+
+
+def _made_on_entry(made_on: MadeOn) -> dict[str, Any]:
+    rounding = {} if made_on.rounding is None else {"rounding": made_on.rounding._asdict()}
+    return {"backend": made_on.backend, "decoder": made_on.decoder} | rounding
+
+
+def _made_on(value: dict[str, Any]) -> MadeOn:
+    backend, decoder = (_text(_get(value, name, "made_on"), f"made_on.{name}") for name in ("backend", "decoder"))
+    if value.get("rounding") is None:
+        return MadeOn(backend, decoder)
+    where = "made_on.rounding"
+    given = _object(value["rounding"], where)
+    known = {"arithmetic": ARITHMETICS, "cache": CACHES, "decoder_precision": DECODER_PRECISIONS}
+    for name, values in known.items():
+        if _get(given, name, where) not in values:
+            raise _DamageError(f"{where}.{name} is {shown(given[name])}; expected {' or '.join(values)}")
+    return MadeOn(backend, decoder, Rounding(**{name: given[name] for name in known}))
 
 
 def _fps(value: Any) -> float:

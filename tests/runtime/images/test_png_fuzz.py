@@ -236,6 +236,11 @@ def change_first(entry: dict[str, Any], **values: Any) -> str:
     return json.dumps(entry | {"images": [first, *entry["images"][1:]]})
 
 
+def change_rounding(entry: dict[str, Any], **values: Any) -> str:
+    made_on = entry["made_on"]
+    return change(entry, made_on=made_on | {"rounding": made_on["rounding"] | values})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -252,6 +257,16 @@ def change_first(entry: dict[str, Any], **values: Any) -> str:
         (lambda e: change(e, bundle=None), "bundle is None; expected an object"),
         (lambda e: change(e, bundle={"name": "a", "hash": "b" * 2000}), "bundle.hash is 'bbbb"),
         (lambda e: change(e, pasted=1), "pasted is 1; expected true or false"),
+        (lambda e: change(e, made_on="a CPU"), "made_on is 'a CPU'; expected an object"),
+        (lambda e: change(e, made_on={"backend": "x"}), "made_on has no decoder"),
+        (lambda e: change(e, made_on=e["made_on"] | {"backend": "x" * 2000}), "made_on.backend is 'xxxx"),
+        (lambda e: change(e, made_on=e["made_on"] | {"rounding": "fp32"}), "made_on.rounding is 'fp32'; expected an"),
+        (lambda e: change(e, made_on=e["made_on"] | {"rounding": {"arithmetic": "fp32"}}), "rounding has no cache"),
+        *[
+            (lambda e, name=name: change_rounding(e, **{name: "fp8"}), f"made_on.rounding.{name} is 'fp8'; expected fp")
+            for name in ("arithmetic", "cache", "decoder_precision")
+        ],
+        (lambda e: change_rounding(e, cache=["bf16"]), "made_on.rounding.cache is ['bf16']; expected fp32 or bf16"),
         (lambda e: change_first(e, label="otter"), "images[0].label is 'otter'"),
         (lambda e: change_first(e, label=1.0), "images[0].label is 1.0"),
         (lambda e: change_first(e, label=True), "images[0].label is True"),
