@@ -1,6 +1,7 @@
 """The instruction sets of the C kernels that a test can ask for with PARVIS_NATIVE.
 
-On x86-64 "sse" are the kernels of 64-bit ARM, whose vectors have 16 bytes too. On ARM there is one set.
+On x86-64 "sse" are the kernels of 64-bit ARM, whose vectors have 16 bytes too. On ARM there is one set, and in int8
+"dots" without SMMLA and "neon" without SDOT.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _TILES = _LIBRARY is not None and has_tiles(_LIBRARY)
 #: What this CPU takes by itself; "dots" where it has tiles beside dots, "avx512" where it has these, and the others.
 EVERY = ("", *(("dots",) if _TILES else ()), *(("avx512",) if _TAKEN == "avx512" else ()), *OTHERS)
 #: In int8 there are two more: AVX2 without dot products of bytes, and with them.
-EVERY_INT8 = (*EVERY, *(name for name in (("avx2", "vnni") if X86 else ()) if name not in EVERY))
+EVERY_INT8 = (*EVERY, *(name for name in (("avx2", "vnni") if X86 else ("dots", "neon")) if name not in EVERY))
 _WHY = why_not_bf16(Bundle.open(Path(__file__).parents[1] / "models" / "demo", "none"))
 
 

@@ -1,5 +1,5 @@
-/* The step of step.c with numbers of its own: all weights, arithmetics and caches. Writes what comes out, so that two
-   builds can be compared: test_short_vectors.py. */
+/* The step of step.c with numbers of its own: all weights, arithmetics and caches; then products in int8 of one to 33 rows
+   with all groups and scales. Writes what comes out, so that two builds can be compared: test_short_vectors.py. */
 
 #include "step.c"
 
@@ -40,17 +40,35 @@ static void *numbers(int stored, long n) {
     return out;
 }
 
+static void pack(void *pool, Matrix *m, const void *scales, long k, long n, int halves) {
+    m->layout = parvis_layout(m->stored, m->arithmetic);
+    char *panels = zeros((size_t)parvis_matrix_bytes(m, k, n));
+    if (parvis_pack_matrix(pool, m, numbers((int)m->stored, k * n), scales, k, n, halves, panels)) abort();
+    m->data = panels;
+}
+
 static Matrix matrix(void *pool, int stored, int arithmetic, long k, long n, int halves) {
     int quantised = stored >= INT8;
     if (!quantised && arithmetic == MULTIPLY_INT8) arithmetic = MULTIPLY_BF16;
     Matrix m = {.stored = stored, .group = quantised ? GROUP : 0, .arithmetic = arithmetic, .scales = FP32};
-    m.layout = parvis_layout(stored, arithmetic);
-    char *panels = zeros((size_t)parvis_matrix_bytes(&m, k, n));
     float least = stored == INT8 ? 1.0f / 2048 : 1.0f / 128;
-    float *scales = quantised ? floats(k / GROUP * n, least, 2 * least) : NULL;
-    if (parvis_pack_matrix(pool, &m, numbers(stored, k * n), (char *)scales, k, n, halves, panels)) abort();
-    m.data = panels;
+    pack(pool, &m, quantised ? floats(k / GROUP * n, least, 2 * least) : NULL, k, n, halves);
     return m;
+}
+
+/* Of each number of rows a product with a panel, which is a half of each half of a matrix. */
+static void products(void *pool, int stored, long group, int scales) {
+    enum { K = 256, N = 2 * PANEL, MOST = 33 };
+    Matrix w = {.stored = stored, .group = group, .arithmetic = MULTIPLY_INT8, .scales = scales};
+    pack(pool, &w, numbers(scales, K / group * N), K, N, 1);
+    float *x = floats(MOST * K, -1, 1), *tile = zeros((size_t)parvis_product_rows(MOST) * PANEL * 4);
+    x[3] = 64, x[K + 5] = -32; /* their groups have other scales */
+    char *packed = zeros((size_t)parvis_packed_bytes(MOST, K));
+    for (int m = 1; m <= MOST; m++) {
+        memset(packed, 0xff, (size_t)parvis_packed_bytes(MOST, K)); /* NaN in floats, and no code */
+        parvis_products(&w, x + (MOST - m) * K, m, K, 2, 1, tile, packed);
+        fwrite(tile, 4, (size_t)m * PANEL, stdout);
+    }
 }
 
 static void run(void *pool, int stored, int arithmetic, int cache) {
@@ -97,12 +115,18 @@ static void run(void *pool, int stored, int arithmetic, int cache) {
     parvis_settle(pool);
 }
 
-int main(void) {
-    fprintf(stderr, "%s", parvis_instructions());
+/* Of anything behind the program's name, the products alone. */
+int main(int count, char **given) {
+    (void)given;
+    fprintf(stderr, "%s %d", parvis_instructions(), parvis_extra_instructions());
     void *pool = parvis_open(3);
-    for (int stored = FP32; stored <= INT4; stored++)
+    for (int stored = FP32; stored <= INT4 && count == 1; stored++)
         for (int arithmetic = MULTIPLY_FP32; arithmetic <= MULTIPLY_INT8; arithmetic++)
             for (int cache = FP32; cache <= BF16; cache += BF16 - FP32) run(pool, stored, arithmetic, cache);
-    parvis_close(pool);
+    state = 2; /* the same numbers whatever ran before */
+    for (int stored = INT8; stored <= INT4; stored++)
+        for (long group = 32; group <= 128; group *= 2)
+            for (int scales = FP32; scales <= BF16; scales++) products(pool, stored, group, scales);
+    parvis_settle(pool), parvis_close(pool);
     return 0;
 }

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from instruction_sets import EVERY, EVERY_INT8, OTHERS
+from instruction_sets import EVERY, EVERY_INT8, OTHERS, X86
 from numpy.typing import NDArray
 
-from par_runtime.backends.native.library import has_tiles, library, matrix_of
+from par_runtime.backends.native.library import described, has_tiles, library, matrix_of
 from par_runtime.bench.probes import Product
 from par_runtime.dtypes import ARITHMETICS, Float
 from par_runtime.quantised import GROUPS, LEAST_CODE, MOST_CODE, packed
@@ -217,6 +217,7 @@ def test_the_largest_codes_and_activations_fit(
             assert far(result, x.astype(np.float64) @ codes) < ROUNDING, (dtype, group, code)
 
 
+@pytest.mark.skipif(not X86, reason="the names are those of x86-64")
 def test_the_sets_of_this_cpu_differ_in_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the tests above would test one set only. A CPU with fewer instructions has fewer of them."""
     lib = library()
@@ -237,6 +238,27 @@ def test_the_sets_of_this_cpu_differ_in_layout(monkeypatch: pytest.MonkeyPatch) 
     if {"avx512_bf16", "avx512vbmi", "avx512_vnni"} <= cpu_flags():
         assert layouts("")[0] & 3 == 3
     assert (layouts("sse")[1][2] != plain[2]) == ("sse" in OTHERS)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "extra", "text"),
+    [
+        ("avx2", 0, "avx2"),
+        ("avx512", 3, "avx512 with dot products in bf16 and int8"),
+        ("avx512", 7, "avx512 with AMX and dot products in bf16 and int8"),
+        ("neon", 2, "neon with dot products in int8"),
+        ("neon", 10, "neon with matrix products in int8"),
+    ],
+)
+def test_what_the_doctor_calls_them(instructions: str, extra: int, text: str) -> None:
+    class Library:
+        def parvis_instructions(self) -> bytes:
+            return instructions.encode()
+
+        def parvis_extra_instructions(self) -> int:
+            return extra
+
+    assert described(Library()) == text  # type: ignore[arg-type]
 
 
 def cpu_flags() -> set[str]:

@@ -1,4 +1,4 @@
-/* Products of the step with dot products, and with AMX. They are as much code as all else of step.c: in a
+/* Products of the step with dot products, and with AMX or SMMLA. They are as much code as all else of step.c: in a
    file of their own, they are compiled beside it (setup.py). */
 
 #include "instructions.h"
@@ -14,4 +14,9 @@
 #ifdef HAS_TILES
 #include "products_tiles.h"
 #endif
+#endif
+#ifdef HAS_ARM
+#include <arm_neon.h>
+#include "dots.h"
+#include "products_arm.h"
 #endif

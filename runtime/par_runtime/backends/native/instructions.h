@@ -7,8 +7,9 @@ typedef struct {
     int short_vectors;      /* vectors of 16 bytes: NEON of 64-bit ARM; elsewhere only what tests ask for */
     int avx2;               /* AVX2, FMA and F16C */
     int avx512;             /* these, and AVX-512 with F, BW and VL */
-    int bf16_dot, int8_dot; /* dot products of AVX-512; bf16 also needs VBMI */
+    int bf16_dot, int8_dot; /* dot products of AVX-512; bf16 also needs VBMI. int8_dot of ARM: SDOT */
     int vnni;               /* dot products of bytes in AVX2 (AVX-VNNI), where there is no AVX-512 */
+    int int8_matrix;        /* products of small matrices of bytes, of ARM: SMMLA */
 } Instructions;
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -17,6 +18,7 @@ typedef struct {
 #define FLOAT_REGISTER "+x" /* in the constraints of inline assembly */
 #elif defined(__GNUC__) && defined(__aarch64__) && !defined(__AARCH64EB__) /* the order of bytes matters */
 #define HAS_VECTORS
+#define HAS_ARM
 #define FLOAT_REGISTER "+w"
 #endif
 
@@ -52,9 +54,58 @@ static inline int tiles_allowed(void) {
 #endif
 #endif
 
+#ifdef HAS_ARM
+/* Whether the compiler knows them: all the time, as Apple's does, or in functions that say so. */
+#if !defined(NO_TILES) && (defined(__clang_major__) ? __clang_major__ >= 16 : __GNUC__ >= 10)
+#define HAS_SDOT
+#define HAS_SMMLA
+#endif
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(HAS_SDOT)
+#define HAS_SDOT
+#endif
+#if defined(__ARM_FEATURE_MATMUL_INT8) && !defined(HAS_SMMLA)
+#define HAS_SMMLA
+#endif
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+static inline int apple_has(const char *feature) {
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname(feature, &has, &size, NULL, 0) == 0 && has;
+}
+#endif
+
+/* Whether this CPU has SDOT and SMMLA; where a system is not asked, what the compiler was told. */
+static inline int cpu_has_sdot(void) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return 1;
+#elif defined(__linux__)
+    return (getauxval(AT_HWCAP) & 1ul << 20) != 0; /* HWCAP_ASIMDDP */
+#elif defined(__APPLE__)
+    return apple_has("hw.optional.arm.FEAT_DotProd");
+#else
+    return 0;
+#endif
+}
+static inline int cpu_has_smmla(void) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    return 1;
+#elif defined(__linux__)
+    return (getauxval(AT_HWCAP2) & 1ul << 13) != 0; /* HWCAP2_I8MM */
+#elif defined(__APPLE__)
+    return apple_has("hw.optional.arm.FEAT_I8MM");
+#else
+    return 0;
+#endif
+}
+#endif
+
 /* What this CPU and its operating system can. PARVIS_NATIVE in the environment allows less: "dots" no tiles; "avx512" or
    "avx2" no dot products either; "vnni" AVX2 and AVX-VNNI; "sse" the kernels of 64-bit ARM, in vectors of 16 bytes, for
-   tests: they need AVX2's fused multiply-add here, so they are for no other CPU. */
+   tests: they need AVX2's fused multiply-add here, so they are for no other CPU. On ARM "dots" no SMMLA, "neon" no SDOT
+   either. */
 static inline Instructions instructions_of_cpu(void) {
     Instructions have = {0};
 #ifdef HAS_AVX
@@ -80,6 +131,17 @@ static inline Instructions instructions_of_cpu(void) {
 #endif
 #elif defined(HAS_VECTORS)
     have.short_vectors = 1; /* every 64-bit ARM has NEON */
+#ifdef HAS_ARM
+    const char *requested = getenv("PARVIS_NATIVE");
+    int plain = requested && !strcmp(requested, "neon");
+    (void)plain;
+#ifdef HAS_SDOT
+    have.int8_dot = !plain && cpu_has_sdot();
+#endif
+#ifdef HAS_SMMLA
+    have.int8_matrix = !plain && !(requested && !strcmp(requested, "dots")) && cpu_has_smmla();
+#endif
+#endif
 #endif
     return have;
 }

@@ -14,7 +14,7 @@ STORED = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
 #: what a matrix is multiplied in -> its number in matrix.h
 ARITHMETIC = {"fp32": 0, "bf16": 1, "int8": 2}
 
-TILES = 4  #: of AMX, the bit of parvis_extra_instructions()
+TILES, SMMLA = 4, 8  #: of AMX, and of ARM in int8: bits of parvis_extra_instructions()
 HEAD_MULTIPLE = 8  #: attention.h takes so many numbers of a head at a time
 
 Pointers = ctypes.POINTER(ctypes.c_void_p)
@@ -174,8 +174,9 @@ def has_tiles(lib: ctypes.CDLL) -> bool:
 def described(lib: ctypes.CDLL) -> str:
     """The instructions that the kernels use, as ``parvis doctor`` prints them."""
     instructions: str = lib.parvis_instructions().decode()
-    dots = [name for bit, name in ((1, "bf16"), (2, "int8")) if lib.parvis_extra_instructions() & bit]
-    products = "AMX and dot products" if has_tiles(lib) else "dot products"
+    extra = lib.parvis_extra_instructions()
+    dots = [name for bit, name in ((1, "bf16"), (2, "int8")) if extra & bit]
+    products = "AMX and dot products" if extra & TILES else "matrix products" if extra & SMMLA else "dot products"
     return f"{instructions} with {products} in {' and '.join(dots)}" if dots else instructions
 
 

@@ -7,6 +7,7 @@ int64_t parvis_layout(int64_t stored, int64_t arithmetic) {
     Instructions have = instructions_of_cpu();
     if (arithmetic == MULTIPLY_BF16 && have.bf16_dot)
         return stored == INT8 ? PAIRS_SIGN8 : stored == INT4 ? WORDS_INT4 : PAIRS_BF16;
+    if (arithmetic == MULTIPLY_INT8 && have.int8_matrix) return stored == INT8 ? OCTETS_INT8 : OCTETS_INT4;
     if (arithmetic == MULTIPLY_INT8 && (have.int8_dot || have.vnni)) return stored == INT8 ? QUADS_INT8 : QUADS_INT4;
     if (have.short_vectors) return arithmetic == MULTIPLY_BF16 && stored < INT8 ? ROWS_BF16 : stored;
     if (arithmetic == MULTIPLY_INT8) return stored == INT8 ? PAIRS_INT8 : BYTES_INT4;
@@ -18,6 +19,14 @@ int64_t parvis_layout(int64_t stored, int64_t arithmetic) {
 static Product product_of(const Kernels *kernels, const Matrix *w, long m) {
 #ifdef HAS_VECTORS
     if (kernels->bits == 128) {
+#ifdef HAS_SMMLA
+        if (w->layout == OCTETS_INT8 || w->layout == OCTETS_INT4)
+            return (Product){pack_rows_octets_neon, panel_product_int8_smmla};
+#endif
+#ifdef HAS_SDOT
+        if (w->layout == QUADS_INT8 || w->layout == QUADS_INT4)
+            return (Product){pack_rows_quads_neon, panel_product_int8_sdot};
+#endif
         if (w->arithmetic == MULTIPLY_INT8) return (Product){SHORT(pack_rows_codes), SHORT(panel_product_int8)};
         if (w->arithmetic == MULTIPLY_BF16) return (Product){SHORT(pack_rows_bf16), SHORT(panel_product_fp32)};
         return (Product){SHORT(pack_rows_fp32), SHORT(panel_product_fp32)};

@@ -28,6 +28,12 @@ static void quads_of_rows(const uint8_t bytes[4][PANEL], uint32_t out[PANEL]) {
     for (int j = 0; j < PANEL; j++) out[j] = word_of(bytes[0][j], bytes[1][j], bytes[2][j], bytes[3][j]);
 }
 
+/* Octets of the columns from `first` on: [columns][8]. */
+INLINE void octets_of_rows(const uint8_t bytes[8][PANEL], int first, int columns, uint8_t *out) {
+    for (int j = 0; j < columns; j++)
+        for (int r = 0; r < 8; r++) out[8 * j + r] = bytes[r][first + j];
+}
+
 /* For PAIRS_SIGN8: of 16 bytes, unpacking takes 8 to the first vector and 8 to the second one. */
 static void pairs_of_signs(const uint8_t bytes[8][PANEL], uint8_t *out) {
     for (int r = 0; r < 8; r += 2)
@@ -37,12 +43,26 @@ static void pairs_of_signs(const uint8_t bytes[8][PANEL], uint8_t *out) {
         }
 }
 
+static int added_to_codes(int64_t layout) {
+    switch (layout) {
+    case ROWS_INT8:
+    case PAIRS_INT8:
+    case OCTETS_INT8: return 0;
+#ifdef HAS_ARM
+    case QUADS_INT8: return 0;
+#else
+    case QUADS_INT8: return 128;
+#endif
+    default: return 8; /* of INT4 */
+    }
+}
+
 /* The codes of 8 rows of a panel, in the order of `layout`. */
 static void pack_codes(int64_t layout, const int8_t codes[8][PANEL], uint8_t *out) {
     uint8_t bytes[8][PANEL];
     const int8_t *each = codes[0];
     uint8_t *byte = bytes[0];
-    int plus = layout == QUADS_INT8 ? 128 : layout == ROWS_INT8 || layout == PAIRS_INT8 ? 0 : 8;
+    int plus = added_to_codes(layout);
     if (layout == PAIRS_SIGN8)
         for (int i = 0; i < 8 * PANEL; i++) {
             int magnitude = each[i] < 0 ? -each[i] : each[i];
@@ -67,6 +87,13 @@ static void pack_codes(int64_t layout, const int8_t codes[8][PANEL], uint8_t *ou
             memcpy(out + r * PANEL, quads, sizeof quads);
         }
         break;
+    case OCTETS_INT8: octets_of_rows(bytes, 0, PANEL, out); break;
+    case OCTETS_INT4: {
+        uint8_t low[4 * PANEL], high[4 * PANEL];
+        octets_of_rows(bytes, 0, PANEL / 2, low), octets_of_rows(bytes, PANEL / 2, PANEL / 2, high);
+        for (int i = 0; i < 4 * PANEL; i++) out[i] = (uint8_t)(low[i] | high[i] << 4);
+        break;
+    }
     case ROWS_INT4:
         for (int i = 0; i < 4 * PANEL; i++) {
             int r = i / PANEL * 2, j = i % PANEL;

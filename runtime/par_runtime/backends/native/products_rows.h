@@ -97,9 +97,11 @@ TARGET static void NAME(pack_rows_codes)(const Matrix *w, const float *x, long l
             for (long j = 0; j < group; j++) out[j * m + i] = codes[j];
         }
 }
-#else
-/* For products of bytes (products_int8.h, products_vnni.h, int4 of products_twin.h), with `quads`, or for those of 16 bits (int8 of
-   products_twin.h). */
+#endif
+
+#if VECTORS != 128 || defined(HAS_SDOT)
+/* For products of bytes (products_int8.h, products_vnni.h, products_arm.h, int4 of products_twin.h), with `quads`, or for
+   those of 16 bits (int8 of products_twin.h). */
 TARGET INLINE void NAME(pack_rows_int8)(const float *x, long ldx, long m, long k, const float *row_scale,
                                         const float *gain, long group, int quads, char *packed) {
     float row[COLUMNS];
@@ -127,10 +129,36 @@ TARGET static void NAME(pack_rows_quads)(const Matrix *w, const float *x, long l
                                          const float *row_scale, const float *gain, void *packed) {
     NAME(pack_rows_int8)(x, ldx, m, k, row_scale, gain, w->group, 1, packed);
 }
+#endif
 
+#if VECTORS != 128
 TARGET static void NAME(pack_rows_words)(const Matrix *w, const float *x, long ldx, long m, long k,
                                          const float *row_scale, const float *gain, void *packed) {
     NAME(pack_rows_int8)(x, ldx, m, k, row_scale, gain, w->group, 0, packed);
+}
+#endif
+
+#ifdef HAS_SMMLA
+/* For SMMLA; products_arm.h describes the order. */
+TARGET static void NAME(pack_rows_octets)(const Matrix *w, const float *x, long ldx, long m, long k,
+                                          const float *row_scale, const float *gain, void *packed) {
+    float row[COLUMNS];
+    int16_t codes[COLUMNS];
+    int8_t *out = packed;
+    long group = w->group, rows = (m + 1) / 2 * 2;
+    for (long first = 0; first < k; first += group, out += rows * group + 8 * m) {
+        float *scales = (float *)(out + rows * group);
+        int32_t *sums = (int32_t *)scales + m;
+        for (long i = 0; i < m; i++) {
+            NAME(normed)(x + i * ldx + first, group, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL, row);
+            NAME(round_group)(row, group, codes, scales + i, sums + i);
+            sums[i] = -sums[i];
+            for (long j = 0; j < group; j += 8)
+                for (long l = 0; l < 8; l++) out[j * rows + i * 8 + l] = (int8_t)codes[j + l];
+        }
+        if (m < rows)
+            for (long j = 0; j < group; j += 8) memset(out + j * rows + m * 8, 0, 8);
+    }
 }
 #endif
 
