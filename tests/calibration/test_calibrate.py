@@ -34,7 +34,8 @@ from par_runtime.quantised import Quantised
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 SMALL = Path(__file__).parents[1] / "data" / "small"
 #: Only w2 of the tiny bundle has whole groups of rows.
-TINY = ["--keep", "wqkv,wo,w13,head", "--images", "2", "--samples", "60", "--held-out", "4", "--generated", "0"]
+RECORD = ["--images", "2", "--samples", "60"]
+TINY = ["--keep", "wqkv,wo,w13,head", *RECORD, "--held-out", "4", "--generated", "0"]
 TIGHT = "layer=0.0001"
 LONG = "/".join(["deep" * 20] * 4) + "/limits.json"  #: longer than the name of a file may be
 WIDE = ",".join(f"{measure}=none" for measure in LIMITS)
@@ -284,6 +285,22 @@ def test_weights_that_are_no_numbers_are_named_with_their_bundle(
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--weights", "int8"), ("--keep", "head"), ("--refine", 3), ("--arithmetic", "int8"), ("--cache", "fp32"),
+     ("--decoder-precision", "bf16"), ("--real", "."), ("--held-out", 2), ("--generated", 0), ("--budget", WIDE),
+     ("--html", "a.html"), ("--show-images", "a.png")],
+)  # fmt: skip
+def test_what_ranges_have_no_use_for_is_refused(
+    option: str, value: object, tiny: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny, "--ranges", option, value) == 2
+    assert capfd.readouterr().err == (
+        f"parvis: error: {option}: --ranges only measures what was recorded, and writes no bundle; leave one of them "
+        "out\n"
+    )
+
+
 @pytest.mark.parametrize("what", [["--weights", "int8", "--force"], ["--weights", "int4", "--resume"], ["--ranges"]])
 @pytest.mark.parametrize("named", [True, False])
 def test_two_at_once_do_not_share_a_recording(
@@ -292,7 +309,8 @@ def test_two_at_once_do_not_share_a_recording(
     """One that ends removes it, and one with --force drops it: the other would lose what it has recorded."""
     pytest.importorskip("fcntl")
     work = tmp_path / ("w" if named else f".{tiny.name}.calibration")
-    options = [*what, *TINY, "--out", tmp_path / "out", *(["--work", work] if named else [])]
+    few = RECORD if what == ["--ranges"] else TINY
+    options = [*what, *few, "--out", tmp_path / "out", *(["--work", work] if named else [])]
     with alone_in("--work", work):
         (work / "image-000000.npz").write_text("of the other one")
         assert run(tiny, *options, "--quiet") == 2

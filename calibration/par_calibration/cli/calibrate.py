@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 #: What ``--activations`` is called elsewhere -> an arithmetic.
 SAME_AS = {"none": "fp32"}
+#: What ``--ranges`` has no use for.
+NOT_OF_RANGES = (
+    *("weights", "keep", "refine", "arithmetic", "cache", "decoder_precision"),
+    *("real", "held_out", "generated", "budget", "html", "show_images"),
+)
 FP8 = (
     "fp8: no engine here computes in it: CPUs have no fp8 units, and neither have GPUs of SM80 and SM86 (an A100, an "
     "RTX 30); give bf16 or int8"
@@ -103,8 +108,12 @@ def _request(args: argparse.Namespace) -> Request:
             "--weights: what to do is missing; give int8, int4, or keep with --arithmetic, --cache or "
             "--decoder-precision"
         )
-    if args.ranges and args.refine is not None:
-        raise RequestError("--refine: --ranges only measures, and quantises no matrix; leave one of them out")
+    for name in NOT_OF_RANGES if args.ranges else ():
+        if getattr(args, name) is not None:
+            raise RequestError(
+                f"--{name.replace('_', '-')}: --ranges only measures what was recorded, and writes no bundle; leave "
+                "one of them out"
+            )
     options.check_counts(args, "images", "samples", "threads", "held_out", "refine")
     if args.generated is not None and args.generated < 0:
         raise RequestError(f"--generated {args.generated}: expected 0 or more")

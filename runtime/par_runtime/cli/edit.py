@@ -39,7 +39,9 @@ from par_runtime.request import class_index, first_seed
 from par_runtime.result import Result, default_columns
 from par_runtime.tokenizer import Tokenizer
 
-MOST_OFF = 32  #: of 255: a decoder in half precision differs less from one in fp32; what is painted differs more
+MOST_OFF = (
+    32  #: of 255: hardly a pixel of a decoder in half precision differs more from one in fp32; what is painted does
+)
 
 
 @dataclass(frozen=True)

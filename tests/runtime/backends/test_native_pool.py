@@ -47,12 +47,21 @@ static void task(Worker *worker, const void *argument) {
     }
 }
 
+/* Another task of the same pool, of one phase: out[i] = 2 * value. */
+static void other_task(Worker *worker, const void *argument) {
+    const Work *work = argument;
+    begin_phase(worker, ITEMS, items_at_once(worker->pool, ITEMS));
+    for (long i; (i = next_item(worker)) >= 0;) work->out[i] = 2 * work->value;
+    end_phase(worker);
+}
+
 int main(void) {
     static long out[ITEMS];
     Pool *pool = pool_open(3, NULL);
     for (long value = 1; value <= 200; value++) {
         Work work = {out, value};
-        if (pool_run(pool, task, &work, sizeof work, 2)) return 2;
+        int other = value % 3 == 2; /* each call has its own, whatever that of the one before was */
+        if (pool_run(pool, other ? other_task : task, &work, sizeof work, other ? 1 : 2)) return 2;
         if (value == 100) { /* it was inside of call 1 all the time */
             if (!pool->inside) return 3;
             atomic_store(&go_on, 1);

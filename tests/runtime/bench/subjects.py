@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from par_runtime.bench.bounds import with_bounds
+from par_runtime.bench.limits import Limits
 from par_runtime.bench.machine import Machine
 from par_runtime.bench.measure import Repetitions, Setting, make_row, phase_rows
 from par_runtime.bench.rows import Row
@@ -80,3 +82,14 @@ def rows_from(subject: Scripted, repetitions: int = 5, suite: str = "phases", **
 def one_row(samples_ms: Sequence[float], label: str = "parvis", phase: str = "image", **changes: Any) -> Row:
     """A row with these samples."""
     return make_row(subject_info(label, **changes), Setting("phases"), MACHINE, phase, samples_ms)
+
+
+HOW = "measured: by hand"
+
+
+def against(gb_s: float, tflop_s: float, call_ms: float, doubt: str = "", **changes: object) -> list[Row]:
+    """PAR-L's rows where every call takes ``call_ms``, on a device of these limits."""
+    its = subject_info(**changes)  # type: ignore[arg-type]
+    subject = Scripted(its, dict.fromkeys(("prefill", "sequential", "transition", "group"), call_ms))
+    limits = Limits(((2**30, gb_s),), tflop_s, HOW, doubt)
+    return with_bounds(rows_from(subject), {its.label: its}, {2: limits})

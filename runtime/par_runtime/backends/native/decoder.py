@@ -118,10 +118,9 @@ class Packing:
         self._check(self.lib.parvis_decoder_pack_amx(self._pool, ctypes.byref(op), op.weights, to.ctypes.data))
         return to
 
-    @staticmethod
-    def _check(failed: int) -> None:
+    def _check(self, failed: int) -> None:
         if failed:
-            raise MemoryError("no memory to pack the decoder's weights")
+            raise MemoryError(f"{self.tensors.path}: no memory to pack the decoder's weights")
 
 
 class Operations:

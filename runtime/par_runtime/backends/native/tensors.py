@@ -17,7 +17,7 @@ class Tensors:
     """Read tensors by their names in the manifest's table of the decoder's weights."""
 
     def __init__(self, files: LoadedFiles) -> None:
-        self._files, self._table = files, files.bundle.decoder_weights
+        self._files, self._table, self.path = files, files.bundle.decoder_weights, files.bundle.path
 
     def stored(self, name: str) -> tuple[NDArray[Any], str]:
         """A tensor as it is stored, in the numpy type of ``dtypes.STORAGE``; and its dtype. Raises BundleError."""
