@@ -70,36 +70,31 @@ static inline int tiles_allowed(void) {
 #include <sys/auxv.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
-static inline int apple_has(const char *feature) {
-    int has = 0;
-    size_t size = sizeof has;
-    return sysctlbyname(feature, &has, &size, NULL, 0) == 0 && has;
-}
 #endif
 
-/* Whether this CPU has SDOT and SMMLA; where a system is not asked, what the compiler was told. */
-static inline int cpu_has_sdot(void) {
-#if defined(__ARM_FEATURE_DOTPROD)
-    return 1;
-#elif defined(__linux__)
-    return (getauxval(AT_HWCAP) & 1ul << 20) != 0; /* HWCAP_ASIMDDP */
+/* Whether the system says that this CPU has an instruction: a bit of what Linux tells of it, or Apple's name. */
+static inline int arm_has(unsigned long word, int bit, const char *name) {
+    (void)word, (void)bit, (void)name;
+#if defined(__linux__)
+    return getauxval(word) >> bit & 1;
 #elif defined(__APPLE__)
-    return apple_has("hw.optional.arm.FEAT_DotProd");
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname(name, &has, &size, NULL, 0) == 0 && has;
 #else
     return 0;
 #endif
 }
-static inline int cpu_has_smmla(void) {
+#if defined(__ARM_FEATURE_DOTPROD) /* the compiler was told that every CPU has it */
+#define ARM_HAS_SDOT 1
+#else
+#define ARM_HAS_SDOT arm_has(16, 20, "hw.optional.arm.FEAT_DotProd") /* AT_HWCAP, HWCAP_ASIMDDP */
+#endif
 #if defined(__ARM_FEATURE_MATMUL_INT8)
-    return 1;
-#elif defined(__linux__)
-    return (getauxval(AT_HWCAP2) & 1ul << 13) != 0; /* HWCAP2_I8MM */
-#elif defined(__APPLE__)
-    return apple_has("hw.optional.arm.FEAT_I8MM");
+#define ARM_HAS_SMMLA 1
 #else
-    return 0;
+#define ARM_HAS_SMMLA arm_has(26, 13, "hw.optional.arm.FEAT_I8MM") /* AT_HWCAP2, HWCAP2_I8MM */
 #endif
-}
 #endif
 
 /* What this CPU and its operating system can. PARVIS_NATIVE in the environment allows less: "dots" no tiles; "avx512" or
@@ -136,10 +131,10 @@ static inline Instructions instructions_of_cpu(void) {
     int plain = requested && !strcmp(requested, "neon");
     (void)plain;
 #ifdef HAS_SDOT
-    have.int8_dot = !plain && cpu_has_sdot();
+    have.int8_dot = !plain && ARM_HAS_SDOT;
 #endif
 #ifdef HAS_SMMLA
-    have.int8_matrix = !plain && !(requested && !strcmp(requested, "dots")) && cpu_has_smmla();
+    have.int8_matrix = !plain && !(requested && !strcmp(requested, "dots")) && ARM_HAS_SMMLA;
 #endif
 #endif
 #endif

@@ -1,15 +1,16 @@
 /* Products of int8 and int4 codes with activations rounded to int8, with what 64-bit ARM has for bytes: what
    products_int8.h computes, with the same bits.
 
-   SDOT (Armv8.2, all of Apple's M and Graviton since the second one) adds four products of bytes of a column. Both sides are
-   signed, so codes of int8 are stored as they are; codes of int4 plus 8, and sums begin at minus 8 times the sum of the
-   activations. A vector holds quads of four columns, or of four rows of activations, of which the instruction takes one.
+   SDOT (Armv8.2: all of Apple's M, Graviton since the second one) adds four products of bytes of a column. Both sides
+   are signed, so codes of int8 are stored as they are; codes of int4 plus 8, and sums begin at minus 8 times the sum of
+   the activations. A vector holds quads of four columns, or of four rows of activations, of which the instruction takes
+   one.
 
    SMMLA (I8MM: Apple's since M2, Graviton since the third one) multiplies two columns by two rows of activations, eight
-   products each: twice as many. Activations are, for each group of K: octets [group/8][2P][8] of int8 for P pairs of rows,
-   the last one with zeros where M is odd, then scales [M] fp32, and minus the sums of the octets [M] int32. */
+   products each: twice as many. Activations are, for each group of K: octets [group/8][2P][8] of int8 for P pairs of
+   rows, the last one with zeros where M is odd, then scales [M] fp32, and minus the sums of the octets [M] int32. */
 
-#define ARM_ROWS 10 /* of activations that a pass multiplies, at most. Sums take 20 of 32 registers; with 24 gcc lacks some */
+#define ARM_ROWS 10 /* of activations in a pass, at most: sums take 20 of 32 registers; with 24, gcc lacks some */
 
 /* Between two steps: a compiler that reads for the next one meanwhile has too few registers for the sums. */
 #define READ_LATER __asm__ volatile("" ::: "memory")
@@ -81,8 +82,8 @@ INLINE void panel_of_groups_arm(const Matrix *matrix, const void *packed, long m
     }
 }
 
-/* Columns of a panel are multiplied `VECS` vectors of 4 at a time, so that all sums are in registers: COLUMNS(...) for one
-   to ARM_ROWS rows. The first columns of a panel prefetch. */
+/* Columns of a panel are multiplied `VECS` vectors of 4 at a time by COLUMNS(...), so that all sums are in registers. The
+   first columns prefetch. */
 #define ARM_AT(COLUMNS, SOURCE, ROWS, VECS, HIGH, FIRST) \
     COLUMNS(SOURCE, ROWS, VECS, HIGH, FIRST, (FIRST) ? 0 : w->bytes, w, x, c, accumulate)
 #define ARM_CASE(ROWS, SOURCE, COLUMNS, VECS)                                                                     \
@@ -193,14 +194,14 @@ void panel_product_int8_sdot(const Matrix *matrix, const void *packed, long m, l
 #define SMMLA
 #endif
 
-/* The same with `pairs` of rows, the last one of which may be one row. A vector of codes has two columns; `high`: of int4,
-   whether those of the second half of the panel. */
-SMMLA INLINE void smmla_columns(const int source, const int pairs, const int vecs, const int high, int first, long bytes,
-                                long rows, const ArmGroup *w, const ArmRows *of, float *c, int accumulate) {
+/* The same with `pairs` of rows, the last one of which may be one row. A vector of codes has two columns; `high`: of
+   int4, whether those of the second half of the panel. */
+SMMLA INLINE void smmla_columns(const int source, const int pairs, const int vecs, const int high, int first,
+                                long bytes, long rows, const ArmGroup *w, const ArmRows *of, float *c, int accumulate) {
     const long step_bytes = source == INT8 ? 256 : 128, line = 8 * of->packed_rows, group = w->group;
     const int8_t *x = of->x, *at = (const int8_t *)w->codes + (first - 4 * high) * 32;
     const char *ahead = w->ahead;
-    int32x4_t sum[ARM_ROWS / 2][16]; /* of rows 2i and 2i+1 and columns 2j and 2j+1: the first row's two, the second one's */
+    int32x4_t sum[ARM_ROWS / 2][16]; /* of columns 2j and 2j+1: row 2i's two, then row 2i+1's */
     UNROLL
     for (int i = 0; i < pairs; i++) {
         int32_t one = source == INT8 ? 0 : of->minus[2 * i] * 8;
