@@ -26,8 +26,10 @@ class AtOnce(build_ext):
         def with_less(sources: list[str], **options: Any) -> list[str]:
             try:
                 return at_once(sources, **options)
-            except CompileError:  # the assembler is older than the compiler (binutils before 2.36: no AMX, no AVX-VNNI)
-                return at_once(sources, **options | {"macros": [*(options.get("macros") or ()), ("NO_TILES", None)]})
+            except CompileError:  # the assembler is older than the compiler (before binutils 2.36: no AMX, no AVX-VNNI)
+                return at_once(
+                    sources, **options | {"macros": [*(options.get("macros") or ()), ("FEWER_INSTRUCTIONS", None)]}
+                )
 
         self.compiler.compile = with_less
         super().build_extensions()

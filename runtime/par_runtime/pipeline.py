@@ -306,7 +306,8 @@ class Pipeline:
         timings["calls"] = self.bundle.calls * len(parts)
         kept = None if known is None else known.keep
         info = self.backend.info
-        made_on = MadeOn(info.name, info.decoder or info.name, info.rounding)
+        decoder = "" if self.bundle.image_size is None else info.decoder or info.name
+        made_on = MadeOn(info.name, decoder, info.rounding)
         return Result(self.bundle, images, drawn, classes, seeds, each, timings, kept, made_on)
 
     @one_at_a_time

@@ -132,7 +132,7 @@ def test_where_nothing_can_be_proven(
     assert run(tiny, "--weights", "keep", *BF16, "--out", tmp_path / "out", *FEW) == 2
     assert capfd.readouterr().err == (
         "parvis: error: --decoder-precision bf16: nothing could be proven of it here, because the C decoder has "
-        "neither AMX nor AMD's dot products in bf16 here: 'parvis doctor' says what it uses; leave it out\n"
+        "neither AMX nor AMD's dot products in bf16: 'parvis doctor' says what it uses; leave it out\n"
     )
     assert list(tmp_path.iterdir()) == []
 

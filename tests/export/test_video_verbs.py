@@ -110,10 +110,7 @@ def test_clips_that_come_out_otherwise_say_where_and_on_what(
     assert redo.main([str(out), "--bundle", str(tiny), *here]) == 1
     said = capsys.readouterr().out
     assert "first differs at token 7; 1 of 192 tokens differ (on " in said
-    assert said.endswith(" then and now)\n")
-    assert redo.main([str(out), "--bundle", str(tiny), "--device", "cpu-ort", "--quiet"]) == 1
-    then_on_c = "another --device, --arithmetic or --cache rounds otherwise, and so does another CPU in bf16)\n"
-    assert capsys.readouterr().out.endswith((then_on_c, " then and now)\n"))
+    assert said.endswith(" then and now; another CPU or GPU may round otherwise, or the file's entry was changed)\n")
 
 
 def test_a_picture_begins_to_move(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

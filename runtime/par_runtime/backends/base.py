@@ -159,11 +159,13 @@ class BackendInfo:
         return f"{self.runtime} {self.version}"
 
     @property
-    def rounding(self) -> Rounding | None:
-        """What a CPU rounds to; None of a GPU."""
-        if self.device != "cpu":
-            return None
-        return Rounding(self.computes, "bf16" if self.cache_bytes < 4 else "fp32", self.decoder_computes)
+    def rounding(self) -> dict[str, str]:
+        """What a CPU rounds to, by the names of ``dtypes.Rounding``; of one that only decodes, beside a GPU, what its
+        decoder does.
+        """
+        if self.device == "cpu":
+            return Rounding(self.computes, "bf16" if self.cache_bytes < 4 else "fp32", self.decoder_computes)._asdict()
+        return {"decoder_precision": self.decoder_computes} if self.decoder else {}
 
 
 class Decoder(Protocol):

@@ -147,10 +147,10 @@ def out_of_memory(error: BaseException, advice: str) -> str:
     return f"not enough memory{f' ({why})' if why else ''}; free some, or {advice}"
 
 
-def guarded(work: Callable[[], int], less: str = "fewer images") -> int:
+def guarded(work: Callable[[], int], less: str = "") -> int:
     """Run ``work`` and return its exit code; an expected failure is printed as one line, and gives exit code 2.
 
-    ``less``: what to give less of where memory runs out.
+    ``less``: what can be given less of where memory runs out.
     """
     try:
         return work()
@@ -161,7 +161,7 @@ def guarded(work: Callable[[], int], less: str = "fewer images") -> int:
     except OSError as error:
         return fail(explain(error))
     except MemoryError as error:
-        return fail(out_of_memory(error, f"give less at once ({less})"))
+        return fail(out_of_memory(error, f"give less at once ({less})" if less else "run it where there is more"))
 
 
 class Bar:

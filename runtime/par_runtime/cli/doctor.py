@@ -174,7 +174,7 @@ def _native() -> tuple[bool, str]:
     in_c, decoder = _decoder()
     runs, why = _ort()
     if not runs and not in_c:
-        return False, f"{decoder}; {why}"
+        return False, f"its decoder {why}"
     return True, f"C kernels for {instructions}; {decoder}"
 
 

@@ -63,7 +63,7 @@ class Original:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb; exit code 0, or 2 on bad input."""
     args = parser().parse_args(argv)
-    return guarded(lambda: run(args))
+    return guarded(lambda: run(args), "a smaller --count")
 
 
 def run(args: argparse.Namespace) -> int:

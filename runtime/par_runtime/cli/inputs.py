@@ -101,21 +101,22 @@ def check_recipe(args: argparse.Namespace, bundle: Bundle, recipe: Recipe) -> No
 
 def _as_made(args: argparse.Namespace, recipe: Recipe) -> argparse.Namespace:
     """``args``; what they leave open of a CPU's rounding is that of ``recipe``, where this is known."""
-    then = None if recipe.made_on is None else recipe.made_on.rounding
-    if then is None:
-        return args
-    now = {name: was if getattr(args, name) == "auto" else getattr(args, name) for name, was in then._asdict().items()}
-    return argparse.Namespace(**(vars(args) | now))
+    then = {} if recipe.made_on is None else recipe.made_on.rounding
+    open_ones = {name: was for name, was in then.items() if getattr(args, name) == "auto"}
+    return argparse.Namespace(**(vars(args) | open_ones))
 
 
 def then_and_now(recipe: Recipe, now: BackendInfo) -> str:
     """On what tokens were drawn that differ, and why they may."""
-    why = "another --device, --arithmetic or --cache rounds otherwise"
+    options = "another --device, --arithmetic or --cache rounds otherwise"
     if recipe.made_on is None:
-        return f"now on {now.name}; {why}: give those it was made with"
-    if recipe.made_on.backend == now.name:
-        return f"on {now.name} then and now"
-    return f"then on {recipe.made_on.backend}, now on {now.name}; {why}, and so does another CPU in bf16"
+        return f"now on {now.name}; {options}: give those it was made with"
+    then, rounding = recipe.made_on.backend, recipe.made_on.rounding
+    if then == now.name:
+        return f"on {then} then and now; another CPU or GPU may round otherwise, or the file's entry was changed"
+    if rounding and all(rounding.get(name) == now.rounding.get(name) for name in ("arithmetic", "cache")):
+        return f"then on {then}, now on {now.name}; in the same precisions another backend or CPU rounds otherwise"
+    return f"then on {then}, now on {now.name}; {options}"
 
 
 def made_again(args: argparse.Namespace, bundle: Bundle, recipe: Recipe) -> tuple[Pipeline, Result]:

@@ -36,7 +36,7 @@ from par_runtime.tokenizer import Tokenizer, fitted_clip, read_clips
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb; exit code 0, or 2 on bad input."""
     args = parser().parse_args(argv)
-    return guarded(lambda: run(args))
+    return guarded(lambda: run(args), "fewer pictures")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -82,7 +82,8 @@ def _not_in_bf16(args: argparse.Namespace, candidate: Pipeline) -> list[str]:
         return []
     from par_runtime.backends.native.decoding import why_not_bf16
 
-    why = why_not_bf16(candidate.bundle) or f"{info.decoder or info.name} decodes"
+    decoder = info.decoder or info.name
+    why = why_not_bf16(candidate.bundle) if decoder.startswith("native-cpu") else f"{decoder} decodes"
     return [f"decoding was asked for in bf16, and is not: {why}"]
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from par_runtime import __version__
 from par_runtime.bundle import Bundle
 from par_runtime.checked import load_json, shown
-from par_runtime.dtypes import ARITHMETICS, CACHES, DECODER_PRECISIONS, ByValue, Int, Rounding
+from par_runtime.dtypes import ARITHMETICS, CACHES, DECODER_PRECISIONS, ByValue, Int
 from par_runtime.errors import RequestError
 from par_runtime.request import SEED_LIMIT, Settings, image_settings
 
@@ -42,11 +43,11 @@ FIRST_SETTINGS = ("guidance", "temperature", "top_k", "top_p", "greedy")
 
 @dataclass(frozen=True)
 class MadeOn:
-    """What computed images; where all of it is the same, so are tokens and pixels."""
+    """What computed images, as far as it has a name: two CPUs may be one to ONNX Runtime, and so may two GPUs."""
 
     backend: str  #: runtime, version, variant
-    decoder: str  #: the same of what made the pixels
-    rounding: Rounding | None = None  #: of a CPU; None of a GPU
+    decoder: str  #: the same of what made the pixels; "" where a bundle ends at tokens
+    rounding: Mapping[str, str] = field(default_factory=dict)  #: of a CPU, by names of ``dtypes.Rounding``
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,21 +213,21 @@ def _recipe(value: Any) -> Recipe:
 
 
 def _made_on_entry(made_on: MadeOn) -> dict[str, Any]:
-    rounding = {} if made_on.rounding is None else {"rounding": made_on.rounding._asdict()}
+    rounding = {"rounding": dict(made_on.rounding)} if made_on.rounding else {}
     return {"backend": made_on.backend, "decoder": made_on.decoder} | rounding
 
 
 def _made_on(value: dict[str, Any]) -> MadeOn:
     backend, decoder = (_text(_get(value, name, "made_on"), f"made_on.{name}") for name in ("backend", "decoder"))
-    if value.get("rounding") is None:
-        return MadeOn(backend, decoder)
     where = "made_on.rounding"
-    given = _object(value["rounding"], where)
+    given = _object(value.get("rounding", {}), where)
     known = {"arithmetic": ARITHMETICS, "cache": CACHES, "decoder_precision": DECODER_PRECISIONS}
-    for name, values in known.items():
-        if _get(given, name, where) not in values:
-            raise _DamageError(f"{where}.{name} is {shown(given[name])}; expected {' or '.join(values)}")
-    return MadeOn(backend, decoder, Rounding(**{name: given[name] for name in known}))
+    for name, each in given.items():
+        if name not in known:
+            raise _DamageError(f"{where} has {shown(name, 40)}, which this version does not know")
+        if each not in known[name]:
+            raise _DamageError(f"{where}.{name} is {shown(each)}; expected {' or '.join(known[name])}")
+    return MadeOn(backend, decoder, given)
 
 
 def _fps(value: Any) -> float:

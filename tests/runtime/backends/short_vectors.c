@@ -56,7 +56,7 @@ static Matrix matrix(void *pool, int stored, int arithmetic, long k, long n, int
     return m;
 }
 
-/* Of each number of rows a product with a panel, which is a half of each half of a matrix. */
+/* Of each number of rows a product with a panel, which is a half of each half of a matrix, the first or the second. */
 static void products(void *pool, int stored, long group, int scales) {
     enum { K = 256, N = 2 * PANEL, MOST = 33 };
     Matrix w = {.stored = stored, .group = group, .arithmetic = MULTIPLY_INT8, .scales = scales};
@@ -65,8 +65,8 @@ static void products(void *pool, int stored, long group, int scales) {
     x[3] = 64, x[K + 5] = -32; /* their groups have other scales */
     char *packed = zeros((size_t)parvis_packed_bytes(MOST, K));
     for (int m = 1; m <= MOST; m++) {
-        memset(packed, 0xff, (size_t)parvis_packed_bytes(MOST, K)); /* NaN in floats, and no code */
-        parvis_products(&w, x + (MOST - m) * K, m, K, 2, 1, tile, packed);
+        memset(packed, 0xff, (size_t)parvis_packed_bytes(MOST, K)); /* NaN in floats */
+        parvis_products(&w, x + (MOST - m) * K, m, K, 1 + m % 2, 1, tile, packed); /* the last of them is seen */
         fwrite(tile, 4, (size_t)m * PANEL, stdout);
     }
 }

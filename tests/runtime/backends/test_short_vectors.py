@@ -81,6 +81,38 @@ def test_arm_computes_the_same_bits(tmp_path: Path, on_x86: Path) -> None:
     assert (products.std(axis=1) > 0.1).all()
 
 
+@pytest.mark.slow
+@needs_an_emulator
+@pytest.mark.parametrize(
+    ("flags", "known"),
+    [
+        ("-mcpu=cortex-a72", 0),
+        ("-march=armv8.1-a", 0),
+        ("-march=armv8.2-a", 0),
+        ("-march=armv8.2-a+fp16", 0),
+        ("-mcpu=cortex-a76", SDOT),
+        ("-mcpu=neoverse-n1", SDOT),
+        ("-march=armv8.2-a+dotprod", SDOT),
+        ("-march=armv8.4-a", SDOT),
+        ("-march=armv8.6-a", SDOT + SMMLA),
+        ("-mcpu=neoverse-v1", SDOT + SMMLA),
+        ("-march=armv9-a", SDOT),
+    ],
+)
+def test_compilers_may_be_told_of_a_cpu(flags: str, known: int, tmp_path: Path) -> None:
+    """As by CFLAGS=-mcpu=native: what it has is taken without a question, what it may have with one."""
+    for source in ("dots.c", "step.c"):
+        command = [CROSS, *OPTIONS, flags, "-c", SOURCES / source, "-o", tmp_path / f"{source}.o"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    listed = subprocess.run(["nm", tmp_path / "dots.c.o"], capture_output=True, text=True, check=True).stdout
+    assert {"panel_product_int8_sdot", "panel_product_int8_smmla"} <= set(listed.split())
+    asked = [CROSS, flags, "-dM", "-E", "-x", "c", "/dev/null"]
+    macros = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    given = [("__ARM_FEATURE_DOTPROD", SDOT), ("__ARM_FEATURE_MATMUL_INT8", SMMLA)]
+    assert sum(bit for name, bit in given if f"{name} 1" in macros) == known
+
+
 @pytest.fixture(scope="module")
 def rest_on_arm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program for ARM without dots.c, compiled."""

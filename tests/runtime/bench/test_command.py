@@ -235,7 +235,10 @@ def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: p
             "--requests is for --suite serve, and means nothing to start",
         ),
         (["TINY", "--suite", "decoder", "--whole"], "--whole is for --suite phases or batch, and means nothing to dec"),
-        (["TINY", "--suite", "batch", "--batches", "5000"], "5000 images at once: onnxruntime-cpu "),
+        (
+            ["TINY", "--suite", "batch", "--batches", "5000"],
+            "5000 images at once (--images, --batches): onnx",
+        ),
         (["TINY", "--threads", "-1"], "--threads -1: expected 1 or more"),
         (["TINY", "--json", "a.txt", "--csv", "a.txt"], "--json, --csv, --html and --svg name one file twice"),
         (["TINY", "--json", "a.jsonl", "--csv", "x/../a.jsonl"], "name one file twice; give each its own"),

@@ -108,14 +108,23 @@ def test_a_thread_is_started_only_to_end_it_in_time(
         open_bundle(tiny, threads=1, end=time.monotonic() + 60)
 
 
-def test_a_system_without_room_for_a_process_is_said_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "kind", "text"),
+    [
+        (errno.EAGAIN, RequestError, f"the system starts no more processes; {process.MORE}"),
+        (errno.ENOMEM, MemoryError, "none for another process"),
+    ],
+)
+def test_a_system_without_room_for_a_process_is_said_so(
+    code: int, kind: type[Exception], text: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: Any, **__: Any) -> None:
-        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(subprocess, "Popen", refused)
-    with pytest.raises(RequestError) as error:
+    with pytest.raises(kind) as error:
         open_bundle(tiny)
-    assert str(error.value) == f"the system starts no more processes; {process.MORE}"
+    assert str(error.value) == text
 
 
 def test_an_error_of_the_system_in_it_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

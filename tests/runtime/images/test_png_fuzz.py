@@ -261,7 +261,10 @@ def change_rounding(entry: dict[str, Any], **values: Any) -> str:
         (lambda e: change(e, made_on={"backend": "x"}), "made_on has no decoder"),
         (lambda e: change(e, made_on=e["made_on"] | {"backend": "x" * 2000}), "made_on.backend is 'xxxx"),
         (lambda e: change(e, made_on=e["made_on"] | {"rounding": "fp32"}), "made_on.rounding is 'fp32'; expected an"),
-        (lambda e: change(e, made_on=e["made_on"] | {"rounding": {"arithmetic": "fp32"}}), "rounding has no cache"),
+        (
+            lambda e: change_rounding(e, **{ESCAPE: "fp32"}),
+            "made_on.rounding has '\\x1b[2J\\x1b]0;owned\\x07', which this",
+        ),
         *[
             (lambda e, name=name: change_rounding(e, **{name: "fp8"}), f"made_on.rounding.{name} is 'fp8'; expected fp")
             for name in ("arithmetic", "cache", "decoder_precision")

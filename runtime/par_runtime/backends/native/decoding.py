@@ -25,7 +25,7 @@ from par_runtime.forks import Calls, tell_of_forks
 from par_runtime.loaded import LoadedFiles, check_memory
 from par_runtime.system import available_cores
 
-NO_BF16 = "the C decoder has neither AMX nor AMD's dot products in bf16 here: 'parvis doctor' says what it uses"
+NO_BF16 = "the C decoder has neither AMX nor AMD's dot products in bf16: 'parvis doctor' says what it uses"
 OLDER = "the manifest has no table of the decoder's weights; export the bundle again"
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def _bf16_form(least_exact: bool = False) -> str:
 def no_bf16() -> str:
     """Why the C decoder computes nothing in bf16 on this machine."""
     allowed = os.environ.get("PARVIS_NATIVE")
-    return f"{NO_BF16}; PARVIS_NATIVE allows {allowed[:40]!r} alone" if allowed else NO_BF16
+    return f"{NO_BF16} (PARVIS_NATIVE is set to {allowed[:40]!r})" if allowed else NO_BF16
 
 
 def open_decoder(

@@ -27,7 +27,7 @@ typedef struct {
 #if __GNUC__ >= 10 || (defined(__clang_major__) && __clang_major__ >= 9)
 #define HAS_DOT /* the compiler knows dot products */
 #endif
-#if (defined(__clang_major__) ? __clang_major__ >= 12 : __GNUC__ >= 11) && !defined(NO_TILES)
+#if (defined(__clang_major__) ? __clang_major__ >= 12 : __GNUC__ >= 11) && !defined(FEWER_INSTRUCTIONS)
 #define HAS_VNNI /* it knows AVX-VNNI, which an assembler without AMX lacks too */
 #endif
 #if defined(HAS_VNNI) && defined(__linux__)
@@ -56,7 +56,7 @@ static inline int tiles_allowed(void) {
 
 #ifdef HAS_ARM
 /* Whether the compiler knows them: all the time, as Apple's does, or in functions that say so. */
-#if !defined(NO_TILES) && (defined(__clang_major__) ? __clang_major__ >= 16 : __GNUC__ >= 10)
+#if !defined(FEWER_INSTRUCTIONS) && (defined(__clang_major__) ? __clang_major__ >= 16 : __GNUC__ >= 10)
 #define HAS_SDOT
 #define HAS_SMMLA
 #endif

@@ -36,7 +36,7 @@ typedef enum {
     PAIRS_SIGN8, /* [K/2] lines of 64 bytes, sign and 7 bits of magnitude; line_place() has the order */
     PAIRS_INT8,  /* [K/2][PANEL][2] signed bytes */
     WORDS_INT4,  /* [K/8][PANEL][2] words of 16 bits: code + 8 of rows 8p+e, 8p+e+2, +4, +6, the lowest bits first */
-    QUADS_INT8,  /* [K/4][PANEL][4] bytes: code + 128, on ARM the code; multiplied with dot products of bytes */
+    QUADS_INT8,  /* [K/4][PANEL][4] bytes, multiplied with dot products: code + 128; on ARM the code, signed */
     QUADS_INT4,  /* [K/8][PANEL][4] bytes: code + 8 of rows 8p .. 8p+3 in the low half, 8p+4 .. 8p+7 in the high half */
     BYTES_INT4,  /* the same, multiplied by products_twin.h */
     OCTETS_INT8, /* [K/8][PANEL][8] signed bytes, multiplied with SMMLA */

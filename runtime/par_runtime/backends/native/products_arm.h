@@ -8,7 +8,8 @@
 
    SMMLA (I8MM: Apple's since M2, Graviton since the third one) multiplies two columns by two rows of activations, eight
    products each: twice as many. Activations are, for each group of K: octets [group/8][2P][8] of int8 for P pairs of
-   rows, the last one with zeros where M is odd, then scales [M] fp32, and minus the sums of the octets [M] int32. */
+   rows (what is made of a row behind the last is not used), then scales [M] fp32, and minus the sums of the octets [M]
+   int32. */
 
 #define ARM_ROWS 10 /* of activations in a pass, at most: sums take 20 of 32 registers; with 24, gcc lacks some */
 
@@ -82,8 +83,8 @@ INLINE void panel_of_groups_arm(const Matrix *matrix, const void *packed, long m
     }
 }
 
-/* Columns of a panel are multiplied `VECS` vectors of 4 at a time by COLUMNS(...), so that all sums are in registers. The
-   first columns prefetch. */
+/* Columns of a panel are multiplied `VECS` vectors of 4 at a time by COLUMNS(...), so that all sums are in registers.
+   The first columns prefetch. */
 #define ARM_AT(COLUMNS, SOURCE, ROWS, VECS, HIGH, FIRST) \
     COLUMNS(SOURCE, ROWS, VECS, HIGH, FIRST, (FIRST) ? 0 : w->bytes, w, x, c, accumulate)
 #define ARM_CASE(ROWS, SOURCE, COLUMNS, VECS)                                                                     \
@@ -109,11 +110,25 @@ INLINE const char *prefetch_arm(const char *ahead, long bytes) {
 #pragma GCC optimize("no-tree-pre")
 #endif
 
-#ifdef HAS_SDOT
-#ifndef __ARM_FEATURE_DOTPROD
-#define SDOT __attribute__((target("arch=armv8.2-a+dotprod")))
+/* What a function may use beyond what the compiler was told of the CPU. Of gcc, "arch=" takes the place of that, and a
+   function inlines only one that needs no more; "+" adds to it, and gcc's own functions want Armv8.2 below. */
+#if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+#define SDOT_TARGET "+dotprod"
+#define SMMLA_TARGET "+i8mm"
 #else
+#define SDOT_TARGET "arch=armv8.2-a+dotprod"
+#ifdef __ARM_FEATURE_DOTPROD
+#define SMMLA_TARGET "+i8mm"
+#else
+#define SMMLA_TARGET "arch=armv8.2-a+i8mm"
+#endif
+#endif
+
+#ifdef HAS_SDOT
+#ifdef __ARM_FEATURE_DOTPROD
 #define SDOT
+#else
+#define SDOT __attribute__((target(SDOT_TARGET)))
 #endif
 
 /* sum += codes * row `lane` of the four in `rows`. */
@@ -188,10 +203,10 @@ void panel_product_int8_sdot(const Matrix *matrix, const void *packed, long m, l
 #endif
 
 #ifdef HAS_SMMLA
-#ifndef __ARM_FEATURE_MATMUL_INT8
-#define SMMLA __attribute__((target("arch=armv8.2-a+i8mm")))
-#else
+#ifdef __ARM_FEATURE_MATMUL_INT8
 #define SMMLA
+#else
+#define SMMLA __attribute__((target(SMMLA_TARGET)))
 #endif
 
 /* The same with `pairs` of rows, the last one of which may be one row. A vector of codes has two columns; `high`: of

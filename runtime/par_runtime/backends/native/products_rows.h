@@ -156,8 +156,6 @@ TARGET static void NAME(pack_rows_octets)(const Matrix *w, const float *x, long 
             for (long j = 0; j < group; j += 8)
                 for (long l = 0; l < 8; l++) out[j * rows + i * 8 + l] = (int8_t)codes[j + l];
         }
-        if (m < rows)
-            for (long j = 0; j < group; j += 8) memset(out + j * rows + m * 8, 0, 8);
     }
 }
 #endif

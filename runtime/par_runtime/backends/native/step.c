@@ -247,11 +247,12 @@ static void end_products(const Kernels *kernels) {
 /* "avx512", "avx2", "neon", or "" where this CPU has none of them; "sse" where a test asked for it. */
 const char *parvis_instructions(void) { return select_kernels() ? select_kernels()->instructions : ""; }
 
-/* Which of these are used: 1 dot products in bf16, 2 in int8, 4 tiles of AMX in both, 8 SMMLA in int8; or their sum. */
+/* Which of these are used: 1 dot products in bf16, 2 in int8, 4 tiles of AMX in both, 8 SMMLA, which counts as 2 too;
+   or their sum. */
 int parvis_extra_instructions(void) {
     Instructions have = instructions_of_cpu();
-    int matrix = 8 * have.int8_matrix;
-    return have.bf16_dot + 2 * (have.int8_dot || have.vnni) + 4 * tiles_of_cpu(have) + matrix;
+    int int8 = have.int8_dot || have.vnni || have.int8_matrix;
+    return have.bf16_dot + 2 * int8 + 4 * tiles_of_cpu(have) + 8 * have.int8_matrix;
 }
 
 int parvis_panel(void) { return PANEL; }

@@ -215,9 +215,7 @@ class PipelineSubject:
     def _labels(self, images: int) -> list[int]:
         info, most = self.pipeline.backend.info, self.pipeline.backend.max_images
         if images > most:
-            raise TooManyImagesError(
-                f"{images} images at once: {info.name} takes at most {most}; give fewer (--images, --batches)"
-            )
+            raise TooManyImagesError(f"{images} images at once (--images, --batches): {info.name} takes at most {most}")
         return [i % self.pipeline.bundle.n_classes for i in range(images)]
 
     def _guidance(self, guided: bool) -> float:

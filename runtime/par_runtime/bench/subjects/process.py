@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -116,12 +117,15 @@ class SubjectProcess:
                     env=environment,
                 )
             self.pid = self._process.pid
-            opened = self._answer()
+            with self._killed_at_end():
+                opened = self._answer()
         except BaseException as error:
             if hasattr(self, "_process"):  # it was started
                 self.close()
             if isinstance(error, BlockingIOError):  # EAGAIN of fork
                 raise RequestError(f"the system starts no more processes; {MORE}") from error
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                raise MemoryError("none for another process") from error
             raise
         self.info, self.note = info_from_json(opened["info"]), opened["note"]
         self.load_ms, self.selftest_ms = opened["load_ms"], opened["selftest_ms"]
@@ -186,17 +190,17 @@ class SubjectProcess:
 
     def _ask(self, **request: Any) -> Any:
         assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        except (OSError, ValueError) as error:
-            raise self._ended() from error
-        return self._answer()["ok"]
+        with self._killed_at_end():
+            try:
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+            except (OSError, ValueError) as error:
+                raise self._ended() from error
+            return self._answer()["ok"]
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
-        with self._killed_at_end():
-            line = self._process.stdout.readline()
+        line = self._process.stdout.readline()
         if not line:
             raise self._ended()
         answer = json.loads(line)

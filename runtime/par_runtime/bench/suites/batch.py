@@ -40,8 +40,11 @@ def batch(
                 check_caches(subject.info, sized)
                 subject.run(size, setting.guided, 24)  # a short run, which makes the buffers of the new size
                 able.append(subject)
-            except (MemoryError, TooManyImagesError) as error:
+            except MemoryError as error:
                 why = f"{subject.info.label}: {size} images do not fit ({error})"
+                progress(why)
+            except TooManyImagesError as error:
+                why = f"{subject.info.label}: {error}"
                 progress(why)
         if not able:
             break

@@ -16,7 +16,7 @@ from par_runtime.bench.subjects.base import STARTING, Subject
 def start(subjects: Sequence[Subject], setting: Setting, progress: Progress) -> list[Row]:
     """Rows of every part of a start, of the whole, and of a second image in the same process.
 
-    ``subjects`` are started anew for each sample (``subjects/starts.py``), after a start that is not counted.
+    ``subjects`` are started anew for each sample (``subjects/starts.py``), after two starts that are not counted.
     """
     for subject in subjects:
         progress(f"{subject.info.label}: warming up")
