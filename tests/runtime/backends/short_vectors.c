@@ -1,5 +1,5 @@
-/* The step of step.c with numbers of its own: all weights, arithmetics and caches; then products in int8 of one to 33 rows
-   with all groups and scales. Writes what comes out, so that two builds can be compared: test_short_vectors.py. */
+/* The step of step.c with numbers of its own: all weights, arithmetics and caches; then products in int8 and
+   bf16 of one to 33 rows with all groups and scales. Writes what comes out, so that two builds can be compared: test_short_vectors.py. */
 
 #include "step.c"
 
@@ -57,16 +57,16 @@ static Matrix matrix(void *pool, int stored, int arithmetic, long k, long n, int
 }
 
 /* Of each number of rows a product with a panel, which is a half of each half of a matrix, the first or the second. */
-static void products(void *pool, int stored, long group, int scales) {
-    enum { K = 256, N = 2 * PANEL, MOST = 33 };
-    Matrix w = {.stored = stored, .group = group, .arithmetic = MULTIPLY_INT8, .scales = scales};
-    pack(pool, &w, numbers(scales, K / group * N), K, N, 1);
-    float *x = floats(MOST * K, -1, 1), *tile = zeros((size_t)parvis_product_rows(MOST) * PANEL * 4);
-    x[3] = 64, x[K + 5] = -32; /* their groups have other scales */
-    char *packed = zeros((size_t)parvis_packed_bytes(MOST, K));
+static void products(void *pool, int stored, int arithmetic, long group, int scales, long k) {
+    enum { N = 2 * PANEL, MOST = 33 };
+    Matrix w = {.stored = stored, .group = group, .arithmetic = arithmetic, .scales = scales};
+    pack(pool, &w, group ? numbers(scales, k / group * N) : NULL, k, N, 1);
+    float *x = floats(MOST * k, -1, 1), *tile = zeros((size_t)parvis_product_rows(MOST) * PANEL * 4);
+    x[3] = 64, x[k + 5] = -32; /* their groups have other scales */
+    char *packed = zeros((size_t)parvis_packed_bytes(MOST, k));
     for (int m = 1; m <= MOST; m++) {
-        memset(packed, 0xff, (size_t)parvis_packed_bytes(MOST, K)); /* NaN in floats */
-        parvis_products(&w, x + (MOST - m) * K, m, K, 1 + m % 2, 1, tile, packed); /* the last of them is seen */
+        memset(packed, 0xff, (size_t)parvis_packed_bytes(MOST, k)); /* NaN in floats */
+        parvis_products(&w, x + (MOST - m) * k, m, k, 1 + m % 2, 1, tile, packed); /* the last of them is seen */
         fwrite(tile, 4, (size_t)m * PANEL, stdout);
     }
 }
@@ -124,9 +124,12 @@ int main(int count, char **given) {
         for (int arithmetic = MULTIPLY_FP32; arithmetic <= MULTIPLY_INT8; arithmetic++)
             for (int cache = FP32; cache <= BF16; cache += BF16 - FP32) run(pool, stored, arithmetic, cache);
     state = 2; /* the same numbers whatever ran before */
-    for (int stored = INT8; stored <= INT4; stored++)
-        for (long group = 32; group <= 128; group *= 2)
-            for (int scales = FP32; scales <= BF16; scales++) products(pool, stored, group, scales);
+    for (int arithmetic = MULTIPLY_INT8; arithmetic >= MULTIPLY_BF16; arithmetic--)
+        for (int stored = INT8; stored <= INT4; stored++)
+            for (long group = 32; group <= 128; group *= 2)
+                for (int scales = FP32; scales <= BF16; scales++) products(pool, stored, arithmetic, group, scales, 256);
+    for (int stored = FP32; stored <= BF16; stored++)
+        for (long k = 416; k <= 3328; k *= 8) products(pool, stored, MULTIPLY_BF16, 0, FP32, k);
     parvis_settle(pool), parvis_close(pool);
     return 0;
 }

@@ -10,6 +10,7 @@ typedef struct {
     int bf16_dot, int8_dot; /* dot products of AVX-512; bf16 also needs VBMI. int8_dot of ARM: SDOT */
     int vnni;               /* dot products of bytes in AVX2 (AVX-VNNI), where there is no AVX-512 */
     int int8_matrix;        /* products of small matrices of bytes, of ARM: SMMLA */
+    int bf16_matrix;        /* of bf16: BFMMLA, and BFDOT */
 } Instructions;
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -59,12 +60,16 @@ static inline int tiles_allowed(void) {
 #if !defined(FEWER_INSTRUCTIONS) && (defined(__clang_major__) ? __clang_major__ >= 16 : __GNUC__ >= 10)
 #define HAS_SDOT
 #define HAS_SMMLA
+#define HAS_BFMMLA
 #endif
 #if defined(__ARM_FEATURE_DOTPROD) && !defined(HAS_SDOT)
 #define HAS_SDOT
 #endif
 #if defined(__ARM_FEATURE_MATMUL_INT8) && !defined(HAS_SMMLA)
 #define HAS_SMMLA
+#endif
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(HAS_BFMMLA)
+#define HAS_BFMMLA
 #endif
 #if defined(__linux__)
 #include <sys/auxv.h>
@@ -95,12 +100,17 @@ static inline int arm_has(unsigned long word, int bit, const char *name) {
 #else
 #define ARM_HAS_SMMLA arm_has(26, 13, "hw.optional.arm.FEAT_I8MM") /* AT_HWCAP2, HWCAP2_I8MM */
 #endif
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define ARM_HAS_BFMMLA 1
+#else
+#define ARM_HAS_BFMMLA arm_has(26, 14, "hw.optional.arm.FEAT_BF16") /* AT_HWCAP2, HWCAP2_BF16 */
+#endif
 #endif
 
 /* What this CPU and its operating system can. PARVIS_NATIVE in the environment allows less: "dots" no tiles; "avx512" or
    "avx2" no dot products either; "vnni" AVX2 and AVX-VNNI; "sse" the kernels of 64-bit ARM, in vectors of 16 bytes, for
-   tests: they need AVX2's fused multiply-add here, so they are for no other CPU. On ARM "dots" no SMMLA, "neon" no SDOT
-   either. */
+   tests: they need AVX2's fused multiply-add here, so they are for no other CPU. On ARM "dots" no SMMLA and no bf16, "neon"
+   no SDOT either. */
 static inline Instructions instructions_of_cpu(void) {
     Instructions have = {0};
 #ifdef HAS_AVX
@@ -128,13 +138,16 @@ static inline Instructions instructions_of_cpu(void) {
     have.short_vectors = 1; /* every 64-bit ARM has NEON */
 #ifdef HAS_ARM
     const char *requested = getenv("PARVIS_NATIVE");
-    int plain = requested && !strcmp(requested, "neon");
-    (void)plain;
+    int plain = requested && !strcmp(requested, "neon"), dots = requested && !strcmp(requested, "dots");
+    (void)plain, (void)dots;
 #ifdef HAS_SDOT
     have.int8_dot = !plain && ARM_HAS_SDOT;
 #endif
 #ifdef HAS_SMMLA
-    have.int8_matrix = !plain && !(requested && !strcmp(requested, "dots")) && ARM_HAS_SMMLA;
+    have.int8_matrix = !plain && !dots && ARM_HAS_SMMLA;
+#endif
+#ifdef HAS_BFMMLA
+    have.bf16_matrix = !plain && !dots && ARM_HAS_BFMMLA;
 #endif
 #endif
 #endif

@@ -42,6 +42,7 @@ typedef enum {
     OCTETS_INT8, /* [K/8][PANEL][8] signed bytes, multiplied with SMMLA */
     OCTETS_INT4, /* [K/8][PANEL/2][8] bytes: code + 8 of a column of the first half of a panel in the low half, of the
                     same column of the second half in the high half */
+    FOURS_BF16,  /* [K/4][PANEL][4] bf16, multiplied with BFMMLA */
 } Layout;
 
 /* A matrix [K][N] in panels. The Python class Matrix of library.py has the same fields. */
@@ -106,6 +107,7 @@ INLINE int64_t panel_bytes(const Matrix *w, int64_t k) {
     case ROWS_FP32: return numbers * 4;
     case ROWS_FP16:
     case ROWS_BF16:
+    case FOURS_BF16:
     case PAIRS_BF16: return numbers * 2;
     case ROWS_INT8:
     case PAIRS_SIGN8:

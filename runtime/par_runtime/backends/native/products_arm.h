@@ -110,29 +110,9 @@ INLINE const char *prefetch_arm(const char *ahead, long bytes) {
 #pragma GCC optimize("no-tree-pre")
 #endif
 
-/* What a function may use beyond what the compiler was told of the CPU. Of gcc, "arch=" takes the place of that, and a
-   function inlines only one that needs no more; "+" adds to it, and gcc's own functions want Armv8.2 below. */
-#if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
-#define SDOT_TARGET "+dotprod"
-#define SMMLA_TARGET "+i8mm"
-#else
-#define SDOT_TARGET "arch=armv8.2-a+dotprod"
-#ifdef __ARM_FEATURE_DOTPROD
-#define SMMLA_TARGET "+i8mm"
-#else
-#define SMMLA_TARGET "arch=armv8.2-a+i8mm"
-#endif
-#endif
-
 #ifdef HAS_SDOT
-#ifdef __ARM_FEATURE_DOTPROD
-#define SDOT
-#else
-#define SDOT __attribute__((target(SDOT_TARGET)))
-#endif
-
 /* sum += codes * row `lane` of the four in `rows`. */
-SDOT INLINE int32x4_t sdot_row(int32x4_t sum, int8x16_t codes, int8x16_t rows, int lane) {
+WITH_SDOT INLINE int32x4_t sdot_row(int32x4_t sum, int8x16_t codes, int8x16_t rows, int lane) {
     switch (lane) { /* the instruction has it */
     case 0: return vdotq_laneq_s32(sum, codes, rows, 0);
     case 1: return vdotq_laneq_s32(sum, codes, rows, 1);
@@ -143,8 +123,8 @@ SDOT INLINE int32x4_t sdot_row(int32x4_t sum, int8x16_t codes, int8x16_t rows, i
 
 /* Columns [4 * first, 4 * (first + vecs)) of a pass. Rows are read by fours; what lies behind the last one is in the
    buffer, and counts for nothing. */
-SDOT INLINE void sdot_columns(const int source, const int rows, const int vecs, const int high, int first, long bytes,
-                              const ArmGroup *w, const ArmRows *of, float *c, int accumulate) {
+WITH_SDOT INLINE void sdot_columns(const int source, const int rows, const int vecs, const int high, int first,
+                                   long bytes, const ArmGroup *w, const ArmRows *of, float *c, int accumulate) {
     const long step_bytes = source == INT8 ? 256 : 128, line = 4 * of->packed_rows, group = w->group;
     const int8_t *x = of->x, *at = (const int8_t *)w->codes + first * 16;
     const char *ahead = w->ahead;
@@ -180,7 +160,7 @@ SDOT INLINE void sdot_columns(const int source, const int rows, const int vecs, 
     }
 }
 
-SDOT static void sdot_pass(long rows, int source, const ArmGroup *w, const ArmRows *x, float *c, int accumulate) {
+WITH_SDOT static void sdot_pass(long rows, int source, const ArmGroup *w, const ArmRows *x, float *c, int accumulate) {
     switch (rows * 8 + source) {
         ARM_CASES(1, sdot_columns, 8)
         ARM_CASES(2, sdot_columns, 8)
@@ -203,15 +183,9 @@ void panel_product_int8_sdot(const Matrix *matrix, const void *packed, long m, l
 #endif
 
 #ifdef HAS_SMMLA
-#ifdef __ARM_FEATURE_MATMUL_INT8
-#define SMMLA
-#else
-#define SMMLA __attribute__((target(SMMLA_TARGET)))
-#endif
-
 /* The same with `pairs` of rows, the last one of which may be one row. A vector of codes has two columns; `high`: of
    int4, whether those of the second half of the panel. */
-SMMLA INLINE void smmla_columns(const int source, const int pairs, const int vecs, const int high, int first,
+WITH_SMMLA INLINE void smmla_columns(const int source, const int pairs, const int vecs, const int high, int first,
                                 long bytes, long rows, const ArmGroup *w, const ArmRows *of, float *c, int accumulate) {
     const long step_bytes = source == INT8 ? 256 : 128, line = 8 * of->packed_rows, group = w->group;
     const int8_t *x = of->x, *at = (const int8_t *)w->codes + (first - 4 * high) * 32;
@@ -255,7 +229,8 @@ SMMLA INLINE void smmla_columns(const int source, const int pairs, const int vec
 
 #define SMMLA_COLUMNS(SOURCE, PAIRS, VECS, HIGH, FIRST, BYTES, W, X, C, ACCUMULATE) \
     smmla_columns(SOURCE, PAIRS, VECS, HIGH, FIRST, BYTES, rows, W, X, C, ACCUMULATE)
-SMMLA static void smmla_pass(long rows, int source, const ArmGroup *w, const ArmRows *x, float *c, int accumulate) {
+WITH_SMMLA static void smmla_pass(long rows, int source, const ArmGroup *w, const ArmRows *x, float *c,
+                                  int accumulate) {
     switch ((rows + 1) / 2 * 8 + source) {
         ARM_CASES(1, SMMLA_COLUMNS, 8)
         ARM_CASES(2, SMMLA_COLUMNS, 4)
@@ -270,6 +245,10 @@ void panel_product_int8_smmla(const Matrix *matrix, const void *packed, long m, 
     (void)scratch;
     panel_of_groups_arm(matrix, packed, m, k, panel, c, smmla_pass, 2, 8);
 }
+#endif
+
+#ifdef HAS_BFMMLA
+#include "products_bfmmla.h"
 #endif
 
 #ifndef __clang__

@@ -7,6 +7,8 @@ int64_t parvis_layout(int64_t stored, int64_t arithmetic) {
     Instructions have = instructions_of_cpu();
     if (arithmetic == MULTIPLY_BF16 && have.bf16_dot)
         return stored == INT8 ? PAIRS_SIGN8 : stored == INT4 ? WORDS_INT4 : PAIRS_BF16;
+    if (arithmetic == MULTIPLY_BF16 && have.bf16_matrix)
+        return stored == INT8 ? QUADS_INT8 : stored == INT4 ? QUADS_INT4 : FOURS_BF16;
     if (arithmetic == MULTIPLY_INT8 && have.int8_matrix) return stored == INT8 ? OCTETS_INT8 : OCTETS_INT4;
     if (arithmetic == MULTIPLY_INT8 && (have.int8_dot || have.vnni)) return stored == INT8 ? QUADS_INT8 : QUADS_INT4;
     if (have.short_vectors) return arithmetic == MULTIPLY_BF16 && stored < INT8 ? ROWS_BF16 : stored;
@@ -19,6 +21,10 @@ int64_t parvis_layout(int64_t stored, int64_t arithmetic) {
 static Product product_of(const Kernels *kernels, const Matrix *w, long m) {
 #ifdef HAS_VECTORS
     if (kernels->bits == 128) {
+#ifdef HAS_BFMMLA
+        if (w->arithmetic == MULTIPLY_BF16 && w->layout >= QUADS_INT8) /* QUADS_INT8, QUADS_INT4, FOURS_BF16 */
+            return (Product){pack_rows_fours_neon, panel_product_bf16_bfmmla};
+#endif
 #ifdef HAS_SMMLA
         if (w->layout == OCTETS_INT8 || w->layout == OCTETS_INT4)
             return (Product){pack_rows_octets_neon, panel_product_int8_smmla};

@@ -178,7 +178,10 @@ static void pack_bf16(const Packing *of, int64_t first, int64_t end, const Kerne
                 }
             kernels->round_bf16(numbers[0], 2 * PANEL, rounded);
             if (of->matrix->layout == ROWS_BF16) memcpy(to, rounded, sizeof rounded);
-            else
+            else if (of->matrix->layout == FOURS_BF16) { /* rows `row` and `row` + 1 of four */
+                to = (uint16_t *)(of->out + p * size) + row / 4 * 4 * PANEL + row % 4;
+                for (int j = 0; j < PANEL; j++) to[4 * j] = rounded[j], to[4 * j + 1] = rounded[PANEL + j];
+            } else
                 for (int j = 0; j < PANEL; j++) to[2 * j] = rounded[j], to[2 * j + 1] = rounded[PANEL + j];
         }
 }

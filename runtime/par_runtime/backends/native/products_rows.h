@@ -138,6 +138,23 @@ TARGET static void NAME(pack_rows_words)(const Matrix *w, const float *x, long l
 }
 #endif
 
+#ifdef HAS_BFMMLA
+/* For BFMMLA; products_bfmmla.h describes the order. */
+TARGET static void NAME(pack_rows_fours)(const Matrix *w, const float *x, long ldx, long m, long k,
+                                         const float *row_scale, const float *gain, void *packed) {
+    (void)w;
+    uint16_t *out = packed;
+    float row[COLUMNS];
+    long rows = (m + 1) / 2 * 2;
+    for (long first = 0; first < k; first += COLUMNS)
+        for (long i = 0, count = k - first < COLUMNS ? k - first : COLUMNS; i < m; i++) {
+            NAME(normed)(x + i * ldx + first, count, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL, row);
+            for (long j = 0; j < count; j += 4)
+                for (long l = 0; l < 4; l++) out[(first + j) * rows + i * 4 + l] = (uint16_t)to_bf16(row[j + l]);
+        }
+}
+#endif
+
 #ifdef HAS_SMMLA
 /* For SMMLA; products_arm.h describes the order. */
 TARGET static void NAME(pack_rows_octets)(const Matrix *w, const float *x, long ldx, long m, long k,

@@ -168,6 +168,9 @@ INLINE void prefetch_share(const char *next, long t, long q) {
 #include "attention.h"
 #include "attention_bf16.h"
 #include "draws.h"
+#ifdef HAS_BFMMLA
+#include "attention_bfdot.h"
+#endif
 #endif
 /* The kernels of one instruction set; the files above describe them. */
 typedef struct {
@@ -214,6 +217,10 @@ static const Kernels *select_kernels(void) {
     if (have.short_vectors) return &sse;
 #elif defined(HAS_VECTORS)
     static const Kernels neon = KERNELS(neon, 128, 0, pairs_product_neon);
+#ifdef HAS_BFMMLA
+    static const Kernels with_bf16 = KERNELS(neon, 128, 0, pairs_product_bfdot);
+    if (instructions_of_cpu().bf16_matrix) return &with_bf16;
+#endif
     return &neon;
 #endif
     return NULL;
@@ -247,12 +254,12 @@ static void end_products(const Kernels *kernels) {
 /* "avx512", "avx2", "neon", or "" where this CPU has none of them; "sse" where a test asked for it. */
 const char *parvis_instructions(void) { return select_kernels() ? select_kernels()->instructions : ""; }
 
-/* Which of these are used: 1 dot products in bf16, 2 in int8, 4 tiles of AMX in both, 8 SMMLA, which counts as 2 too;
+/* Which of these are used: 1 products in bf16, 2 in int8, 4 tiles of AMX for both, 8 ARM's of small matrices for either;
    or their sum. */
 int parvis_extra_instructions(void) {
     Instructions have = instructions_of_cpu();
     int int8 = have.int8_dot || have.vnni || have.int8_matrix;
-    return have.bf16_dot + 2 * int8 + 4 * tiles_of_cpu(have) + 8 * have.int8_matrix;
+    return (have.bf16_dot || have.bf16_matrix) + 2 * int8 + 4 * tiles_of_cpu(have) + 8 * (have.int8_matrix || have.bf16_matrix);
 }
 
 int parvis_panel(void) { return PANEL; }
