@@ -99,8 +99,15 @@ def decodable_tokens(bundle: Bundle, tokens: ArrayLike) -> Int:
 
     Raises RequestError.
     """
-    given = np.atleast_2d(array("tokens", tokens))
+    raw = array("tokens", tokens)
+    given = np.atleast_2d(raw)
     if bundle.video and given.ndim == 2:
+        if (not raw.size and raw.ndim < 2) or raw.dtype.kind not in "iu":
+            n, size = bundle.n_tokens, bundle.frame_tokens
+            raise RequestError(
+                f"tokens have shape {raw.shape} and type {raw.dtype}; expected integers [{n}] or [B,{n}] in sequence "
+                f"order, or the first {size}, {2 * size}, ... of these: those of the first latent frames"
+            )
         return sequence_tokens(bundle, given, beginning=True)
     return given_tokens(bundle, len(given), tokens)
 

@@ -183,6 +183,8 @@ class Result:
         columns = default_columns(len(pick), clips) if columns is None else columns
         png.check_scale(scale)
         pasted, scale = truth("pasted", pasted), operator.index(scale)
+        if pasted and (self.kept is None or not self.kept[pick].any()):
+            raise RequestError("pasted True: expected False, as no token of these images was given")
         if clips:
             fps = check_fps(DEFAULT_FPS if fps is None else fps, path)
             check_clips(path, len(pick), columns, images.shape[1], images.shape[2:4], scale)

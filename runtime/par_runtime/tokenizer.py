@@ -23,7 +23,7 @@ from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle
 from par_runtime.clips import files
 from par_runtime.dtypes import DECODER_PRECISIONS, Int, Rounding
-from par_runtime.errors import RequestError
+from par_runtime.errors import BundleError, RequestError
 from par_runtime.forks import tell_of_forks
 from par_runtime.images.photo import Fit, Pictures, fit_image, to_pixels
 from par_runtime.known import decodable_tokens
@@ -153,7 +153,11 @@ class Tokenizer:
         self, run: Callable[[NDArray[Any]], NDArray[Any]], values: NDArray[Any], encoder: bool = False
     ) -> NDArray[Any]:
         size = chunk_images(self.bundle, encoder)
-        return np.concatenate([run(values[i : i + size]) for i in range(0, len(values), size)])
+        try:
+            return np.concatenate([run(values[i : i + size]) for i in range(0, len(values), size)])
+        except (RequestError, BundleError):
+            self._check_open()  # another thread may have closed it, which says what it did to each part
+            raise
 
     def _check_open(self) -> None:
         """Raise RequestError where the tokenizer was closed."""

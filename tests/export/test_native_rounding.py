@@ -219,7 +219,7 @@ def test_redo_with_another_arithmetic_says_what_to_give(tmp_path: Path, capsys: 
     assert main(["redo", image, "--bundle", str(DEMO), *here, "--arithmetic", "fp32", "--cache", "fp32"]) == 1
     out = capsys.readouterr().out
     assert re.search(r"tokens differ \(then on native-cpu .+ bf16, bf16 cache\), now on native-cpu \S+ \(\w+\); ", out)
-    assert out.endswith("another --device, --arithmetic or --cache rounds otherwise)\n")
+    assert out.endswith("; arithmetic bf16 then, fp32 now, cache bf16 then, fp32 now)\n")
     older = without_made_on(Path(image))
     assert main(["redo", older, "--bundle", str(DEMO), *here]) == 0  # the demo's own rounding is this one
     assert main(["redo", older, "--bundle", str(DEMO), *here, "--arithmetic", "fp32", "--cache", "fp32"]) == 1
@@ -277,7 +277,10 @@ def test_redo_says_why_tokens_may_come_out_otherwise() -> None:
     assert said(other, here) == (
         f"then on {other.backend}, now on {here.name}; in the same precisions another backend or CPU rounds otherwise"
     )
-    for then in (replace(other, rounding=here.rounding | {"cache": "bf16"}), MadeOn(gpu.name, gpu.name)):
-        assert said(then, here) == (
-            f"then on {then.backend}, now on {here.name}; another --device, --arithmetic or --cache rounds otherwise"
-        )
+    both = MadeOn(here.name, "", {"arithmetic": "fp32", "cache": "bf16"})
+    assert said(both, here) == f"on {here.name} then and now; arithmetic fp32 then, bf16 now, cache bf16 then, fp32 now"
+    options = "another --device, --arithmetic or --cache rounds otherwise"
+    assert said(MadeOn(gpu.name, gpu.name), here) == f"then on {gpu.name}, now on {here.name}; {options}"
+    clips = replace(gpu, version="0.2.0", decoder="native-cpu 0.1.0")  # whose decoder alone is a CPU's
+    then = MadeOn("kernels 0.1.0", "native-cpu 0.1.0", clips.rounding)
+    assert said(then, clips) == f"then on {then.backend}, now on {clips.name}; {options}"

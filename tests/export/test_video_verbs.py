@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from par_runtime import Pipeline
+from par_runtime import Bundle, Pipeline
 from par_runtime.cli import edit, generate, reconstruct, redo
 from par_runtime.clips.animated import as_webp
 from par_runtime.clips.files import content, read_any, write_frames
@@ -22,6 +22,7 @@ from par_runtime.images.recipe import Recipe, entry
 from par_runtime.images.recipe import check as check_recipe
 from par_runtime.metrics import psnr_db
 from par_runtime.result import Result, default_columns
+from par_runtime.tokenizer import Tokenizer
 
 GENERATE = Pipeline.generate
 FASHION = Path(__file__).parents[2] / "models/fashion"
@@ -111,6 +112,44 @@ def test_clips_that_come_out_otherwise_say_where_and_on_what(
     said = capsys.readouterr().out
     assert "first differs at token 7; 1 of 192 tokens differ (on " in said
     assert said.endswith(" then and now; another CPU or GPU may round otherwise, or the file's entry was changed)\n")
+
+
+@pytest.mark.parametrize(
+    ("ending", "levels", "code", "text"),
+    [
+        ("apng", 1, 0, "identical: 1 clip of 5 frames, 192 tokens drawn, pixels differ by up to 1 of 255, "),
+        ("apng", 9, 1, "different: the tokens are the same, the pixels are not (pixels differ by up to 9 of 255, "),
+        ("webp", 9, 1, "different: the tokens are the same, the pixels are not (pixels differ by up to 9 of 255, "),
+        ("gif", 9, 0, "identical: 1 clip of 5 frames, 192 tokens drawn, pixels as the file keeps them ("),
+    ],
+)
+def test_clips_that_another_decoder_made_are_not_the_files_fault(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str, levels: int, code: int, text: str
+) -> None:
+    with Pipeline.load(tiny, "cpu") as pipeline:
+        made = pipeline.generate(0, seed=1)
+    assert made.images is not None
+    assert made.made_on is not None
+    images = made.images.copy()
+    pixel = images[0, 0, 0, 0].astype(int)
+    images[0, 0, 0, 0] = np.where(pixel > 99, pixel - levels, pixel + levels)
+    other = replace(made, images=images, made_on=replace(made.made_on, decoder="another"))
+    other.save(tmp_path / f"clip.{ending}")
+    assert redo.main([str(tmp_path / f"clip.{ending}"), "--bundle", str(tiny), "--device", "cpu", "--quiet"]) == code
+    said = capsys.readouterr().out
+    assert text in said
+    assert f"; decoded by another then, by {made.made_on.decoder} now" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "shape"), [([], "(0,) and type float64"), (None, "() and type object"), ("abc", "() and type <U3")]
+)
+def test_what_is_no_tokens_is_named_as_given(tiny: Path, given: Any, shape: str) -> None:
+    tokenizer = Tokenizer(Bundle.open(tiny), 1)
+    with pytest.raises(RequestError) as error:
+        tokenizer.decode(given)
+    assert str(error.value).startswith(f"tokens have shape {shape}; expected integers [192] or [B,192] in sequence ")
+    tokenizer.close()
 
 
 def test_a_picture_begins_to_move(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ import par_runtime
 from par_runtime import Bundle, Pipeline, RequestError, Schedule, Settings
 from par_runtime.arguments import cpu_threads, given
 from par_runtime.backends.native import library
+from par_runtime.backends.ort import importing
 from par_runtime.cli.dispatch import main
 from par_runtime.system import available_cores
 from par_runtime.tokenizer import Tokenizer
@@ -368,6 +369,31 @@ def test_more_threads_than_cores_are_reduced_with_a_warning(monkeypatch: pytest.
         assert cpu_threads(10**400) == cores
     assert threading.active_count() == before
     assert cpu_threads(cores) == cores  # no warning
+
+
+def test_a_tokenizer_that_is_closed_meanwhile_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its parts would say something of its own."""
+    bundle = Bundle.open(TINY)
+    tokens = np.zeros((1, bundle.n_tokens), np.int64)
+    tokenizer = Tokenizer(bundle, 1)
+    tokenizer.decode(tokens)
+    assert tokenizer._decoder is not None
+    real = tokenizer._decoder.run
+
+    def closes(given: Any) -> Any:
+        tokenizer.close()
+        return real(given)
+
+    monkeypatch.setattr(tokenizer._decoder, "run", closes)
+    with pytest.raises(RequestError, match=r"the tokenizer was closed; load it again$"):
+        tokenizer.decode(tokens)
+
+
+def test_there_is_no_room_for_a_library() -> None:
+    with pytest.raises(MemoryError, match=r"^onnxruntime cannot be loaded; see ulimit -v$"), importing("decoding"):
+        raise ImportError("libonnxruntime.so.1: failed to map segment from shared object")
+    with pytest.raises(ImportError, match="spoilt"), importing("decoding"):
+        raise ImportError("spoilt")
 
 
 def test_nothing_to_decode_or_to_encode_is_nothing() -> None:

@@ -33,6 +33,7 @@ from par_runtime.errors import RequestError
 from par_runtime.system import available_cores
 
 MOST_IMAGES = 100_000  #: of one batch; parvis generate makes no more in one command
+MOST_REQUESTS = 10**6  #: of a load
 SUITES = ("phases", "batch", "decoder", "serve", "start", "paper", "gpu")
 OF_THEIR_OWN = ("paper", "gpu")  #: suites that bring their models and baselines
 #: The time of a suite that has one, where --minutes is not given.
@@ -137,6 +138,8 @@ class BenchOptions:
                 raise RequestError(f"--{name} {value}: expected 1 or more")
         if self.images is not None and self.images > MOST_IMAGES:
             raise RequestError(f"--images {self.images}: expected at most {MOST_IMAGES}, which are made at once")
+        if self.requests is not None and self.requests > MOST_REQUESTS:
+            raise RequestError(f"--requests {self.requests}: expected at most {MOST_REQUESTS}")
         if self.threads is not None and self.threads > available_cores():  # they would wait for each other
             options = replace(options, threads=available_cores())
         if not 0 < self.seconds < math.inf:

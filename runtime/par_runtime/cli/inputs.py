@@ -23,6 +23,8 @@ from par_runtime.pipeline import Pipeline
 from par_runtime.request import class_index, image_seeds
 from par_runtime.result import Result
 
+#: Between two decoders in fp32, for instance in C and on ONNX Runtime, in grey levels of 255: they round differently.
+PIXEL_TOLERANCE = 1
 MOST_IMAGES = 100_000  # of one command: all are held in memory until they are written
 
 
@@ -111,12 +113,23 @@ def then_and_now(recipe: Recipe, now: BackendInfo) -> str:
     options = "another --device, --arithmetic or --cache rounds otherwise"
     if recipe.made_on is None:
         return f"now on {now.name}; {options}: give those it was made with"
-    then, rounding = recipe.made_on.backend, recipe.made_on.rounding
+    then, was, is_now = recipe.made_on.backend, recipe.made_on.rounding, now.rounding
+    where = f"on {then} then and now" if then == now.name else f"then on {then}, now on {now.name}"
+    known = [name for name in ("arithmetic", "cache") if name in was and name in is_now]
+    other = [f"{name} {was[name]} then, {is_now[name]} now" for name in known if was[name] != is_now[name]]
+    if other:
+        return f"{where}; {', '.join(other)}"
     if then == now.name:
-        return f"on {then} then and now; another CPU or GPU may round otherwise, or the file's entry was changed"
-    if rounding and all(rounding.get(name) == now.rounding.get(name) for name in ("arithmetic", "cache")):
-        return f"then on {then}, now on {now.name}; in the same precisions another backend or CPU rounds otherwise"
-    return f"then on {then}, now on {now.name}; {options}"
+        return f"{where}; another CPU or GPU may round otherwise, or the file's entry was changed"
+    if known:
+        return f"{where}; in the same precisions another backend or CPU rounds otherwise"
+    return f"{where}; {options}"
+
+
+def other_decoder(recipe: Recipe, result: Result) -> str:
+    """What decoded ``recipe`` and ``result``, where both are known and not the same; else ""."""
+    then, now = ("" if each is None else each.decoder for each in (recipe.made_on, result.made_on))
+    return f"decoded by {then} then, by {now} now" if then and now and then != now else ""
 
 
 def made_again(args: argparse.Namespace, bundle: Bundle, recipe: Recipe) -> tuple[Pipeline, Result]:

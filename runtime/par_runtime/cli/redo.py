@@ -12,16 +12,20 @@ from numpy.typing import NDArray
 from par_runtime.bundle import Bundle
 from par_runtime.cli import clips, options
 from par_runtime.cli.common import Parser, guarded, printable
-from par_runtime.cli.inputs import check_recipe, made_again, quiet_readers, then_and_now
+from par_runtime.cli.inputs import (
+    PIXEL_TOLERANCE,
+    check_recipe,
+    made_again,
+    other_decoder,
+    quiet_readers,
+    then_and_now,
+)
 from par_runtime.cli.outputs import check_not_input
 from par_runtime.clips import files as clip_files
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.result import Result
 from par_runtime.system import check_writable
-
-#: Between two decoders in fp32, for instance in C and on ONNX Runtime, in grey levels of 255: they round differently.
-PIXEL_TOLERANCE = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,14 +113,16 @@ def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result, size:
     most = int(np.abs(again.astype(int) - pixels).max())
     if most <= PIXEL_TOLERANCE and not changed:
         count = int((again != pixels).any(-1).sum())
-        return True, f"{identical}; {count} of its pixels differ by {most} of 255, as another decoder rounds them"
+        decoders = other_decoder(recipe, result)
+        known = None not in (recipe.made_on, result.made_on)
+        why = f" ({decoders})" if decoders else "" if known else ", as another decoder rounds them"
+        return True, f"{identical}; {count} of its pixels differ by {most} of 255{why}"
     detail = f"{int((again != pixels).any(-1).sum())} pixels, by up to {most} of 255"
     why = changed
     if unchanged is not None and not changed:
         why = "another --device or --decoder-precision decodes otherwise, and so does another CPU in bf16"
-        then, now = (None if each is None else each.decoder for each in (recipe.made_on, result.made_on))
-        if None not in (then, now) and then != now:
-            why = f"decoded by {then} then, by {now} now; {why}"
+        decoders = other_decoder(recipe, result)
+        why = f"{decoders}; {why}" if decoders else why
     return False, f"different: the tokens are the same, the pixels are not ({detail}{'; ' if why else ''}{why})"
 
 

@@ -193,6 +193,10 @@ def _recipe(value: Any) -> Recipe:
         for key in ("kept", "pixels"):
             if (each[key] is None) != (made[0][key] is None):
                 raise _DamageError(f"{key} is there for some images and not for others")
+    kept = None if made[0]["kept"] is None else np.stack([_unpack_bits(each["kept"], n) for each in made])
+    pasted = _truth(top.get("pasted", False), "pasted")
+    if pasted and (kept is None or not kept.any()):
+        raise _DamageError("pasted is true, and no token was given whose pixels could be")
     return Recipe(
         bundle_name=_text(_get(bundle, "name", "bundle"), "bundle.name"),
         bundle_hash=_text(_get(bundle, "hash", "bundle"), "bundle.hash"),
@@ -202,8 +206,8 @@ def _recipe(value: Any) -> Recipe:
         seeds=[each["seed"] for each in made],
         settings=[each["settings"] for each in made],
         tokens=np.stack([each["tokens"] for each in made]).astype(np.int64),
-        kept=None if made[0]["kept"] is None else np.stack([_unpack_bits(each["kept"], n) for each in made]),
-        pasted=_truth(top.get("pasted", False), "pasted"),
+        kept=kept,
+        pasted=pasted,
         scale=_whole(top.get("scale", 1), "scale", 1, MOST_SCALE),
         pixel_hashes=None if made[0]["pixels"] is None else [each["pixels"] for each in made],
         fps=None if clip is None else _fps(_get(clip, "fps", "clip")),

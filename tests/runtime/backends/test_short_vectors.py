@@ -34,8 +34,8 @@ IN_INT8, IN_BF16, NUMBERS = 2 * 3 * 3, 2 * 3 * 3 + 3 * 2, 33 * 34 // 2 * 32
 BF16, SDOT, MATRICES = 1, 2, 8  #: of parvis_extra_instructions()
 ALL = BF16 + SDOT + MATRICES
 ROUNDING = 5e-6  #: of products, as in test_products.py
-#: Of logits, relative to the largest, where activations or keys are rounded to bf16: one that rounds otherwise moves the
-#: next ones.
+#: Of logits, relative to the largest, where activations or keys are rounded to bf16: one that rounds otherwise moves
+#: the next ones.
 FAR = 1e-2
 
 needs_an_emulator = pytest.mark.skipif(

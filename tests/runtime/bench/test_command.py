@@ -229,6 +229,8 @@ def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: p
         (["TINY", "--images", "0"], "--images 0: expected 1 or more"),
         (["TINY", "--repetitions", "0"], "--repetitions 0: expected 1 or more"),
         (["TINY", "--suite", "serve", "--minutes", "0"], "--minutes 0: expected more than 0"),
+        (["TINY", "--suite", "serve", "--requests", "1000001"], "--requests 1000001: expected at most 1000000"),
+        (["TINY", "--suite", "serve", "--batches", "5000"], "5000 images at once (--images, --batches): onnx"),
         (["TINY", "--minutes", "1"], "--minutes is for --suite serve or paper or gpu, and means nothing to phases"),
         (
             ["TINY", "--suite", "start", "--requests", "4"],

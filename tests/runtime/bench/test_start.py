@@ -170,8 +170,8 @@ def test_a_bundle_that_is_replaced_meanwhile_is_not_measured_on(at: int, tiny: P
     was, now = (Bundle.open(folder, "none").hash for folder in (tmp_path / "old", path))
     assert was != now
     assert str(error.value) == (
-        f"{Bundle.open(path).name}: was replaced by another bundle while its starts were measured: at first {was}, "
-        f"then {now}; leave it alone, and measure again"
+        f"{path}: was replaced by another bundle while its starts were measured: at first {was[:12]}, then {now[:12]}; "
+        "leave it alone, and measure again"
     )
     assert len(starts.made) == at + 1
     assert not any(alive(process.pid) for process in starts.made)

@@ -187,6 +187,15 @@ class Clock:
         self.now += seconds
 
 
+def test_the_largest_batch_is_tried_first_and_warming_up_ends_in_time() -> None:
+    subject = Scripted(subject_info())
+    assert serving.full_batch_s(subject, Setting("serve"), 3) > 0
+    assert [made[0] for made in subject.made] == [3, 1, 2, 3]
+    subject.made.clear()
+    assert serving.full_batch_s(subject, Setting("serve"), 1000, seconds=0.0) > 0
+    assert [made[0] for made in subject.made] == [1000, 1000]
+
+
 def test_waiting_requests_make_one_batch_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     subject, clock = Waits(subject_info()), Clock()
     monkeypatch.setattr(serving, "time", clock)

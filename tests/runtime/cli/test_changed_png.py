@@ -278,7 +278,11 @@ def test_what_another_decoder_rounded_is_the_same_image(
     assert result.images is not None
     images = result.images.copy()
     images[0, 3:5, 7] -= levels * (images[0, 3:5, 7] > 1).astype(np.uint8)
-    replace(result, images=images).save(tmp_path / "other.png")
+    replace(result, images=images).save(tmp_path / "same.png")
+    assert run("redo", tmp_path / "same.png", "--bundle", tiny, "--quiet") == code
+    said = capsys.readouterr().out.partition("same.png: ")[2]
+    assert "decode" not in said.partition("another --device")[0]  # the file says that it was the same one
+    replace(result, images=images, made_on=None).save(tmp_path / "other.png")
     capsys.readouterr()
     assert run("redo", tmp_path / "other.png", "--bundle", tiny, "--quiet") == code
     said = capsys.readouterr().out

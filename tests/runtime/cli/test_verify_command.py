@@ -168,6 +168,9 @@ def test_a_bundle_without_decoder_skips_images(tiny: Path, tmp_path: Path, capsy
     assert command(path, "--images", 1) == 0
     text = capsys.readouterr().out
     assert "skipped: the bundle ends at tokens" in text
+    made_on = Pipeline.load(path, "cpu").generate(0).made_on
+    assert made_on is not None
+    assert (made_on.decoder, set(made_on.rounding)) == ("", {"arithmetic", "cache"})
     assert "PSNR" not in text
 
 

@@ -257,6 +257,10 @@ def change_rounding(entry: dict[str, Any], **values: Any) -> str:
         (lambda e: change(e, bundle=None), "bundle is None; expected an object"),
         (lambda e: change(e, bundle={"name": "a", "hash": "b" * 2000}), "bundle.hash is 'bbbb"),
         (lambda e: change(e, pasted=1), "pasted is 1; expected true or false"),
+        (
+            lambda e: change(e, pasted=True, images=[each | {"kept": None} for each in e["images"]]),
+            "pasted is true, and no token was given whose pixels could be",
+        ),
         (lambda e: change(e, made_on="a CPU"), "made_on is 'a CPU'; expected an object"),
         (lambda e: change(e, made_on={"backend": "x"}), "made_on has no decoder"),
         (lambda e: change(e, made_on=e["made_on"] | {"backend": "x" * 2000}), "made_on.backend is 'xxxx"),

@@ -90,7 +90,7 @@ def open_random(
 
 
 class SubjectProcess:
-    """A subject in a process of its own, ``pid``.
+    """A subject in a process of its own, ``pid``, of the bundle at ``path``.
 
     ``load_ms``, ``selftest_ms``: what loading took, and the self-test, None where there was none. ``note``: why it runs
     on the CPU although a GPU was asked for, or "". ``end``: when it is killed whatever it does, by ``time.monotonic``;
@@ -103,7 +103,7 @@ class SubjectProcess:
     note: str
 
     def __init__(self, spec: Mapping[str, Any], end: float = math.inf) -> None:
-        self._spec = spec
+        self._spec, self.path = spec, spec["path"]
         self._end, self._late = end, False
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         try:

@@ -69,9 +69,10 @@ class StartSubject:
         if old != new:
             name = next(name for name in ("hash", *old) if old[name] != new[name])
             what = "was replaced by another bundle" if name == "hash" else f"runs otherwise ({name})"
+            before, after = (str(each)[:12] if name == "hash" else each for each in (old[name], new[name]))
             raise BundleError(
-                f"{self._first.bundle}: {what} while its starts were measured: at first {old[name]}, then {new[name]}; "
-                "leave it alone, and measure again"
+                f"{self._process.path}: {what} while its starts were measured: at first {before}, then {after}; leave "
+                "it alone, and measure again"
             )
         return self._process
 

@@ -50,7 +50,7 @@ def serve(
     for subject in subjects:
         label = subject.info.label
         progress(f"{label}: what a batch of {largest} takes")
-        full_s = attempt(subject, subjects, setting, partial(full_batch_s, subject, setting, largest))
+        full_s = attempt(subject, subjects, setting, partial(full_batch_s, subject, setting, largest, seconds))
         for share in SHARES if full_s else ():
             setting.between()
             offered = share * largest / (full_s or 1.0)
@@ -77,10 +77,16 @@ def serve(
     return rows
 
 
-def full_batch_s(subject: Subject, setting: Setting, largest: int) -> float:
-    """Seconds of a batch of the ``largest`` size, after buffers of every size were made."""
-    for size in range(1, largest + 1):
+def full_batch_s(subject: Subject, setting: Setting, largest: int, seconds: float = SECONDS) -> float:
+    """Seconds of a batch of the ``largest`` size, after buffers of every size were made, as far as ``seconds`` go.
+
+    The largest one is first: whether it fits is known at once.
+    """
+    end = time.monotonic() + seconds
+    for size in (largest, *range(1, largest)):
         subject.run(size, setting.guided, 24)
+        if time.monotonic() > end:
+            break
     return subject.run(largest, setting.guided).image_ms / 1e3
 
 
