@@ -296,8 +296,8 @@ def test_what_ranges_have_no_use_for_is_refused(
 ) -> None:
     assert run(tiny, "--ranges", option, value) == 2
     assert capfd.readouterr().err == (
-        f"parvis: error: {option}: --ranges only measures what was recorded, and writes no bundle; leave one of them "
-        "out\n"
+        f"parvis: error: {option}: --ranges only measures what was recorded, and writes no bundle; leave it out, or "
+        "this\n"
     )
 
 

@@ -108,12 +108,12 @@ def _request(args: argparse.Namespace) -> Request:
             "--weights: what to do is missing; give int8, int4, or keep with --arithmetic, --cache or "
             "--decoder-precision"
         )
-    for name in NOT_OF_RANGES if args.ranges else ():
-        if getattr(args, name) is not None:
-            raise RequestError(
-                f"--{name.replace('_', '-')}: --ranges only measures what was recorded, and writes no bundle; leave "
-                "one of them out"
-            )
+    useless = [f"--{name.replace('_', '-')}" for name in NOT_OF_RANGES if getattr(args, name) is not None]
+    if args.ranges and useless:
+        raise RequestError(
+            f"{', '.join(useless)}: --ranges only measures what was recorded, and writes no bundle; leave it out, or "
+            f"{'this' if len(useless) == 1 else 'these'}"
+        )
     options.check_counts(args, "images", "samples", "threads", "held_out", "refine")
     if args.generated is not None and args.generated < 0:
         raise RequestError(f"--generated {args.generated}: expected 0 or more")
