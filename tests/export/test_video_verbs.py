@@ -110,7 +110,7 @@ def test_clips_that_come_out_otherwise_say_where_and_on_what(
     capsys.readouterr()
     assert redo.main([str(out), "--bundle", str(tiny), *here]) == 1
     said = capsys.readouterr().out
-    assert "first differs at token 7; 1 of 192 tokens differ (on " in said
+    assert "first differs at token 7; 1 of all 192 tokens differ (on " in said
     assert said.endswith(" then and now; another CPU or GPU may round otherwise, or the file's entry was changed)\n")
 
 

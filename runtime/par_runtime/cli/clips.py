@@ -64,8 +64,8 @@ def redo(args: argparse.Namespace, bundle: Bundle) -> int:
                 f"{args.image}: holds images, and {bundle.path} makes clips; give the --bundle that made them"
             )
         raise RequestError(
-            f"{args.image}: has no 'parvis' entry; only a clip that parvis wrote can be made again, and only while no "
-            "other program has saved it"
+            f"{args.image}: has no 'parvis' entry; only a file of 'parvis generate' or 'edit' can be made "
+            "again, and only while no other program has saved it"
         )
     check_recipe(args, bundle, recipe)
     assert bundle.image_size is not None
@@ -87,7 +87,7 @@ def redo(args: argparse.Namespace, bundle: Bundle) -> int:
         clip, position = differing[0]
         text = (
             f"different: clip {clip} (label {recipe.labels[clip]}, seed {recipe.seeds[clip]}) first differs at token "
-            f"{position}; {len(differing)} of {result.tokens.size} tokens differ "
+            f"{position}; {len(differing)} of all {result.tokens.size} tokens differ "
             f"({then_and_now(recipe, pipeline.backend.info)})"
         )
         same = False

@@ -50,6 +50,12 @@ NEEDS = {
     "parvis build --engine kernels": ("kernels-build", ("onnx", "ml_dtypes", "triton")),
     "parvis tune": ("build,tensorrt-rtx", ("onnx", "ml_dtypes", ("tensorrt_rtx", "tensorrt"))),
 }
+#: What Linux calls the instructions that the C kernels use.
+X86_FLAGS = (
+    *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
+)
+ARM_FLAGS = ("asimddp", "i8mm", "bf16")
 NEED_A_GPU = ("parvis tune",)
 
 
@@ -263,14 +269,14 @@ def _cpu_name() -> str:
 
 def _instructions() -> list[str]:
     """Those instruction sets that the C kernels use, of this CPU; empty where the system does not list them."""
-    if platform.machine().lower() in ("aarch64", "arm64"):
-        return ["neon"]  # every one has it
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    have = ["neon"] if arm else []  # every one has it
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("flags"):
+            if line.startswith(("flags", "Features")):
                 flags = line.split()
-                return [name for name in ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl") if name in flags]
-    return []
+                return have + [name for name in (ARM_FLAGS if arm else X86_FLAGS) if name in flags]
+    return have
 
 
 # -- packages ---------------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="parvis generate",
         description="Make images from a bundle, or clips from a video bundle. Image i of the list draws with seed + i; "
-        "the same seed, label and settings give the same image, alone or in any batch.",
+        "the same seed, label and settings give the same image, alone or in any batch, where CPU or GPU round alike.",
     )
     options.add_bundle(p)
     options.add_labels(p, "classes, each by name, index or synset; 'all' is every class", required=True)

@@ -133,8 +133,8 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 # -- where a verb runs, and what it prints ----------------------------------------------------------------------------
 
 
-def add_common(p: argparse.ArgumentParser) -> None:
-    """Which device a verb runs on, and whether it prints anything."""
+def add_common(p: argparse.ArgumentParser, quiet: str = "no progress bar, no text") -> None:
+    """Which device a verb runs on, and whether it prints anything; ``quiet``: what ``--quiet`` leaves out."""
     p.add_argument(
         "--device",
         default="auto",
@@ -150,7 +150,7 @@ def add_common(p: argparse.ArgumentParser) -> None:
     )
     add_threads(p)
     add_arithmetic(p)
-    add_quiet(p, "no progress bar, no text")
+    add_quiet(p, quiet)
 
 
 def add_threads(p: argparse.ArgumentParser) -> None:

@@ -87,7 +87,7 @@ def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result, size:
         return False, (
             f"different: image {image} (label {recipe.labels[image]}, seed {recipe.seeds[image]}) first differs "
             f"at token {position}: {recipe.tokens[image, position]} then, {result.tokens[image, position]} now; "
-            f"{len(differing)} of {result.tokens.size} tokens differ"
+            f"{len(differing)} of all {result.tokens.size} tokens differ"
         )
     # A token that was given is the same without proving anything.
     given = f" ({result.tokens.size - recipe.given} of them drawn, the others given)" if recipe.given else ""
@@ -130,15 +130,18 @@ def parser() -> argparse.ArgumentParser:
     """The options of ``parvis redo``."""
     p = Parser(
         prog="parvis redo",
-        description="Make a PNG or a clip of 'parvis generate' again from its own metadata and compare pixels and "
-        "tokens. On a CPU it is computed in the precisions that it was made in, where no option says otherwise. Exit "
-        "code 0: identical (pixels of another decoder may differ by one grey level); 1: different; 2: "
-        "cannot be tried.",
+        description="Make a PNG or a clip of 'parvis generate' or 'edit' again from its own metadata and compare "
+        "pixels and tokens. On a CPU it is computed in the precisions that it was made in, where no option says "
+        "otherwise. Exit code 0: identical (pixels of another decoder may differ by one grey level, and those of a GIF "
+        "or MP4 by what such a file loses); 1: different; 2: cannot be tried.",
     )
     p.add_argument(
-        "image", type=Path, metavar="IMAGE", help="a PNG that parvis wrote, or a clip (GIF, WebP, animated PNG, MP4)"
+        "image",
+        type=Path,
+        metavar="IMAGE",
+        help="a PNG of 'parvis generate' or 'edit', or a clip (GIF, WebP, animated PNG, MP4)",
     )
     options.add_bundle_option(p, "the bundle that made it")
     options.add_out(p, "also write the new PNG or clip here")
-    options.add_common(p)
+    options.add_common(p, quiet="no progress bar")
     return p

@@ -154,8 +154,8 @@ def with_recipe(path: Path, recipe: Recipe | None, image: Image.Image) -> tuple[
     """What :func:`read` gives, of what :func:`read_any` gave. Raises RequestError where there is no recipe."""
     if recipe is None:
         raise RequestError(
-            f"{path}: has no 'parvis' entry; only a PNG that parvis wrote can be made again, and only while no other "
-            "program has saved it"
+            f"{path}: has no 'parvis' entry; only a PNG of 'parvis generate' or 'edit' can be made again, and "
+            "only while no other program has saved it"
         )
     return recipe, np.asarray(image)
 

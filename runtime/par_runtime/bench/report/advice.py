@@ -193,4 +193,6 @@ def _bandwidth_levers(image: Row) -> str:
 
 def _compute_levers(image: Row) -> str:
     unguided = " images without guidance need half of it;" if image.guided else ""
-    return f"A larger batch gives no more throughput;{unguided} more cores, or arithmetic in fewer bits, would help."
+    return (
+        f"A larger batch gives hardly more throughput;{unguided} more cores, or arithmetic in fewer bits, would help."
+    )
