@@ -85,11 +85,7 @@ def sequence_tokens(bundle: Bundle, tokens: ArrayLike, beginning: bool = False) 
         _check_ids(bundle, begun)
         return begun.astype(np.int64)
     if beginning and bundle.video and begun.ndim == 2 and begun.shape[1] != bundle.n_tokens:
-        size = bundle.frame_tokens
-        raise RequestError(
-            f"tokens have shape {begun.shape}; expected [B,{bundle.n_tokens}] in sequence order, or the first {size}, "
-            f"{2 * size}, ... of these: those of the first latent frames"
-        )
+        raise RequestError(f"tokens have shape {begun.shape}; expected [B,{bundle.n_tokens}] {_or_first(bundle)}")
     out = sequence_array(bundle, tokens)
     return given_tokens(bundle, len(out), out)
 
@@ -103,13 +99,16 @@ def decodable_tokens(bundle: Bundle, tokens: ArrayLike) -> Int:
     given = np.atleast_2d(raw)
     if bundle.video and given.ndim == 2:
         if (not raw.size and raw.ndim < 2) or raw.dtype.kind not in "iu":
-            n, size = bundle.n_tokens, bundle.frame_tokens
-            raise RequestError(
-                f"tokens have shape {raw.shape} and type {raw.dtype}; expected integers [{n}] or [B,{n}] in sequence "
-                f"order, or the first {size}, {2 * size}, ... of these: those of the first latent frames"
-            )
+            n, kind = bundle.n_tokens, f"shape {raw.shape} and type {raw.dtype}"
+            raise RequestError(f"tokens have {kind}; expected integers [{n}] or [B,{n}] {_or_first(bundle)}")
         return sequence_tokens(bundle, given, beginning=True)
     return given_tokens(bundle, len(given), tokens)
+
+
+def _or_first(bundle: Bundle) -> str:
+    """How the tokens of clips may lie, in an error's words."""
+    size = bundle.frame_tokens
+    return f"in sequence order, or the first {size}, {2 * size}, ... of these: those of the first latent frames"
 
 
 def _is_beginning(bundle: Bundle, tokens: NDArray[Any]) -> bool:

@@ -306,10 +306,8 @@ class Pipeline:
         timings["calls"] = self.bundle.calls * len(parts)
         kept = None if known is None else known.keep
         info = self.backend.info
-        decoder, rounding = info.decoder or info.name, info.rounding
-        if self.bundle.image_size is None:
-            decoder = rounding["decoder_precision"] = ""
-        made_on = MadeOn(info.name, decoder, {name: each for name, each in rounding.items() if each})
+        own = "" if self.bundle.image_size is None else info.name
+        made_on = MadeOn(info.name, info.decoder or own, info.rounding)
         return Result(self.bundle, images, drawn, classes, seeds, each, timings, kept, made_on)
 
     @one_at_a_time

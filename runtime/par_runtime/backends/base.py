@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.bundle import Bundle
-from par_runtime.dtypes import Float, Int, Rounding
+from par_runtime.dtypes import Float, Int
 from par_runtime.errors import RequestError
 
 #: The inputs [B] of a step graph that say how each image's tokens are drawn; :meth:`Batch.per_image` gives values.
@@ -163,9 +163,10 @@ class BackendInfo:
         """What a CPU rounds to, by the names of ``dtypes.Rounding``; of one that only decodes, beside a GPU, what its
         decoder does.
         """
+        step = {}
         if self.device == "cpu":
-            return Rounding(self.computes, "bf16" if self.cache_bytes < 4 else "fp32", self.decoder_computes)._asdict()
-        return {"decoder_precision": self.decoder_computes} if self.decoder else {}
+            step = {"arithmetic": self.computes, "cache": "bf16" if self.cache_bytes < 4 else "fp32"}
+        return step | ({"decoder_precision": self.decoder_computes} if self.decoder else {})
 
 
 class Decoder(Protocol):
@@ -195,6 +196,22 @@ def closed_error(bundle: Bundle) -> RequestError:
 def ends_at_tokens(bundle: Bundle) -> RequestError:
     """The error of pixels that are asked of a bundle that has no tokenizer."""
     return RequestError(f"{bundle.path}: this bundle ends at tokens; export it with a tokenizer for images")
+
+
+class NoDecoder:
+    """The decoder of a bundle that ends at tokens."""
+
+    name, computes = "", "fp32"
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+
+    def run(self, tokens: Int) -> NDArray[np.uint8]:
+        """Raises RequestError."""
+        raise ends_at_tokens(self._bundle)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Backend(Protocol):

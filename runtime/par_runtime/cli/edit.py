@@ -39,9 +39,8 @@ from par_runtime.request import class_index, first_seed
 from par_runtime.result import Result, default_columns
 from par_runtime.tokenizer import Tokenizer
 
-MOST_OFF = (
-    32  #: of 255: hardly a pixel of a decoder in half precision differs more from one in fp32; what is painted does
-)
+#: Of 255: hardly a pixel of a decoder in half precision differs more from one in fp32; what is painted does.
+MOST_OFF = 32
 
 
 @dataclass(frozen=True)

@@ -110,10 +110,9 @@ def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result, size:
         if recipe.scale > 1 and changed:  # so little that the mean of the square is what it was
             return False, f"different: the tokens are the same, the pixels are not ({changed})"
         return True, f"{identical}, every pixel"
-    most = int(np.abs(again.astype(int) - pixels).max())
+    most, decoders = int(np.abs(again.astype(int) - pixels).max()), other_decoder(recipe, result)
     if most <= PIXEL_TOLERANCE and not changed:
         count = int((again != pixels).any(-1).sum())
-        decoders = other_decoder(recipe, result)
         known = None not in (recipe.made_on, result.made_on)
         why = f" ({decoders})" if decoders else "" if known else ", as another decoder rounds them"
         return True, f"{identical}; {count} of its pixels differ by {most} of 255{why}"
@@ -121,7 +120,6 @@ def compare(recipe: png.Recipe, pixels: NDArray[np.uint8], result: Result, size:
     why = changed
     if unchanged is not None and not changed:
         why = "another --device or --decoder-precision decodes otherwise, and so does another CPU in bf16"
-        decoders = other_decoder(recipe, result)
         why = f"{decoders}; {why}" if decoders else why
     return False, f"different: the tokens are the same, the pixels are not ({detail}{'; ' if why else ''}{why})"
 

@@ -17,6 +17,7 @@ from par_runtime.backends.native import library
 from par_runtime.bundle import seal
 from par_runtime.cli import dispatch as cli
 from par_runtime.dtypes import Float, Int
+from par_runtime.errors import RequestError
 from par_runtime.pipeline import Pipeline
 from par_runtime.verify import load
 
@@ -168,9 +169,13 @@ def test_a_bundle_without_decoder_skips_images(tiny: Path, tmp_path: Path, capsy
     assert command(path, "--images", 1) == 0
     text = capsys.readouterr().out
     assert "skipped: the bundle ends at tokens" in text
-    made_on = Pipeline.load(path, "cpu").generate(0).made_on
-    assert made_on is not None
-    assert (made_on.decoder, set(made_on.rounding)) == ("", {"arithmetic", "cache"})
+    for device in ("cpu", "cpu-ort"):
+        with Pipeline.load(path, device) as pipeline:
+            made = pipeline.generate(0)
+            assert made.made_on is not None
+            assert (made.made_on.decoder, set(made.made_on.rounding)) == ("", {"arithmetic", "cache"})
+            with pytest.raises(RequestError, match="this bundle ends at tokens; export it with a tokenizer for images"):
+                pipeline.backend.decode(made.tokens)
     assert "PSNR" not in text
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime import __version__
-from par_runtime.backends.base import Decoder, closed_error, ends_at_tokens
+from par_runtime.backends.base import Decoder, NoDecoder, closed_error
 from par_runtime.backends.native.clips import ClipOperations, most_latent
 from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
 from par_runtime.backends.native.decoder import AMX, Buffers, Decode, Op, Operations, Packing, bf16_form
@@ -137,22 +137,6 @@ def open_decoder(
     from par_runtime.backends.ort.sessions import decoder_options
 
     return open_ort_decoder(files, decoder_options(threads))
-
-
-class NoDecoder:
-    """The decoder of a bundle that ends at tokens."""
-
-    name, computes = "", "fp32"
-
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
-
-    def run(self, tokens: Int) -> NDArray[np.uint8]:
-        """Raises RequestError."""
-        raise ends_at_tokens(self._bundle)
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 class NativeDecoder:

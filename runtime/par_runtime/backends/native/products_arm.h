@@ -186,7 +186,8 @@ void panel_product_int8_sdot(const Matrix *matrix, const void *packed, long m, l
 /* The same with `pairs` of rows, the last one of which may be one row. A vector of codes has two columns; `high`: of
    int4, whether those of the second half of the panel. */
 WITH_SMMLA INLINE void smmla_columns(const int source, const int pairs, const int vecs, const int high, int first,
-                                long bytes, long rows, const ArmGroup *w, const ArmRows *of, float *c, int accumulate) {
+                                     long bytes, long rows, const ArmGroup *w, const ArmRows *of, float *c,
+                                     int accumulate) {
     const long step_bytes = source == INT8 ? 256 : 128, line = 8 * of->packed_rows, group = w->group;
     const int8_t *x = of->x, *at = (const int8_t *)w->codes + (first - 4 * high) * 32;
     const char *ahead = w->ahead;

@@ -26,7 +26,7 @@ static void widen_group(int source, const int8_t *w, long group, uint16_t *out) 
     const int8x16_t eight = vdupq_n_s8(8);
     const long step = source == INT8 ? 4 : 8;
     for (long p = 0; p < group; p += step, w += 4 * PANEL, out += step * PANEL) {
-        for (long line = 0; line < 4 * PANEL; line += 64) __builtin_prefetch(w + line + PREFETCH_BYTES, 0, 3);
+        prefetch_arm((const char *)w + PREFETCH_BYTES, 4 * PANEL);
         for (int j = 0; j < 4 * PANEL; j += 16) {
             int8x16_t codes = vld1q_s8(w + j);
             if (source == INT8) widen_codes(codes, out + j);

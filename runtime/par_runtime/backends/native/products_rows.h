@@ -82,18 +82,28 @@ TARGET INLINE void NAME(round_group)(const float *row, long k, int16_t *codes, f
     *sum = total;
 }
 
+/* The same of x [k], a group of a row, normed first; `minus` their sum, which is what products take. */
+TARGET INLINE void NAME(codes_of)(const float *x, long k, const float *row_scale, const float *gain, int16_t *codes,
+                                  float *scale, int32_t *minus) {
+    float row[COLUMNS];
+    int32_t sum;
+    NAME(normed)(x, k, row_scale, gain, row);
+    NAME(round_group)(row, k, codes, scale, &sum);
+    *minus = -sum;
+}
+
 #if VECTORS == 128
 /* For panel_product_int8() of products_fp32.h. */
 TARGET static void NAME(pack_rows_codes)(const Matrix *w, const float *x, long ldx, long m, long k,
                                          const float *row_scale, const float *gain, void *packed) {
-    float row[COLUMNS], *out = packed;
+    float *out = packed;
     int16_t codes[COLUMNS];
     long group = w->group;
     for (long first = 0; first < k; first += group, out += (group + 1) * m)
         for (long i = 0; i < m; i++) {
-            int32_t sum;
-            NAME(normed)(x + i * ldx + first, group, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL, row);
-            NAME(round_group)(row, group, codes, out + group * m + i, &sum);
+            int32_t minus; /* not needed */
+            NAME(codes_of)(x + i * ldx + first, group, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL,
+                           codes, out + group * m + i, &minus);
             for (long j = 0; j < group; j++) out[j * m + i] = codes[j];
         }
 }
@@ -104,24 +114,23 @@ TARGET static void NAME(pack_rows_codes)(const Matrix *w, const float *x, long l
    those of 16 bits (int8 of products_twin.h). */
 TARGET INLINE void NAME(pack_rows_int8)(const float *x, long ldx, long m, long k, const float *row_scale,
                                         const float *gain, long group, int quads, char *packed) {
-    float row[COLUMNS];
     int16_t codes[COLUMNS];
     int8_t bytes[COLUMNS];
     int32_t words[COLUMNS / 2];
     long count = group / (quads ? 4 : 2); /* words of 32 bits */
     for (long first = 0; first < k; first += group, packed += (count + (quads ? 2 : 1)) * m * 4)
         for (long i = 0; i < m; i++) {
-            int32_t *out = (int32_t *)packed + i, sum;
+            int32_t *out = (int32_t *)packed + i, minus;
             float scale;
-            NAME(normed)(x + i * ldx + first, group, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL, row);
-            NAME(round_group)(row, group, codes, &scale, &sum);
+            NAME(codes_of)(x + i * ldx + first, group, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL,
+                           codes, &scale, &minus);
             if (quads) {
                 for (long j = 0; j < group; j++) bytes[j] = (int8_t)codes[j];
                 memcpy(words, bytes, (size_t)group);
             } else memcpy(words, codes, (size_t)group * 2);
             for (long j = 0; j < count; j++) out[j * m] = words[j];
             memcpy(out + count * m, &scale, 4);
-            if (quads) out[(count + 1) * m] = -sum;
+            if (quads) out[(count + 1) * m] = minus;
         }
 }
 
@@ -159,17 +168,15 @@ TARGET static void NAME(pack_rows_fours)(const Matrix *w, const float *x, long l
 /* For SMMLA; products_arm.h describes the order. */
 TARGET static void NAME(pack_rows_octets)(const Matrix *w, const float *x, long ldx, long m, long k,
                                           const float *row_scale, const float *gain, void *packed) {
-    float row[COLUMNS];
     int16_t codes[COLUMNS];
     int8_t *out = packed;
     long group = w->group, rows = (m + 1) / 2 * 2;
     for (long first = 0; first < k; first += group, out += rows * group + 8 * m) {
         float *scales = (float *)(out + rows * group);
-        int32_t *sums = (int32_t *)scales + m;
+        int32_t *minus = (int32_t *)scales + m;
         for (long i = 0; i < m; i++) {
-            NAME(normed)(x + i * ldx + first, group, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL, row);
-            NAME(round_group)(row, group, codes, scales + i, sums + i);
-            sums[i] = -sums[i];
+            NAME(codes_of)(x + i * ldx + first, group, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL,
+                           codes, scales + i, minus + i);
             for (long j = 0; j < group; j += 8)
                 for (long l = 0; l < 8; l++) out[j * rows + i * 8 + l] = (int8_t)codes[j + l];
         }
@@ -200,16 +207,14 @@ TARGET static void NAME(pack_rows_tiles)(const Matrix *w, const float *x, long l
 TARGET static void NAME(pack_rows_code_tiles)(const Matrix *w, const float *x, long ldx, long m, long k,
                                               const float *row_scale, const float *gain, void *packed) {
     long group = w->group, rows = product_rows(m);
-    float row[COLUMNS];
     int16_t codes[COLUMNS];
     char *out = packed;
     for (long first = 0; first < k; first += group, out += rows * group + 8 * m) {
         float *scales = (float *)(out + rows * group);
-        int32_t *sums = (int32_t *)scales + m;
+        int32_t *minus = (int32_t *)scales + m;
         for (long i = 0; i < m; i++) {
-            NAME(normed)(x + i * ldx + first, group, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL, row);
-            NAME(round_group)(row, group, codes, scales + i, sums + i);
-            sums[i] = -sums[i];
+            NAME(codes_of)(x + i * ldx + first, group, row_scale ? row_scale + i : NULL, gain ? gain + first : NULL,
+                           codes, scales + i, minus + i);
             for (long j = 0; j < group; j++) out[i * group + j] = (int8_t)codes[j];
         }
         memset(out + m * group, 0, (size_t)((rows - m) * group));

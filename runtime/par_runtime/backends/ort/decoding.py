@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import Decoder, closed_error
+from par_runtime.backends.base import Decoder, NoDecoder, closed_error
 from par_runtime.backends.ort.sessions import LazySession
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
@@ -16,6 +16,8 @@ from par_runtime.manifest_video import FIRST, NEXT
 
 def open_ort_decoder(files: LoadedFiles, options: ort.SessionOptions, huge_pages: bool = False) -> Decoder:
     """The decoder of the bundle of ``files``, of images or of clips. It reads its weights at its first use."""
+    if files.bundle.image_size is None:
+        return NoDecoder(files.bundle)
     return (OrtVideoDecoder if files.bundle.video else OrtDecoder)(files, options, huge_pages)
 
 
