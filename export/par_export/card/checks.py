@@ -15,6 +15,7 @@ from par_export.card.prepare import CHECKED_IMAGES, QUANTISED, copies
 from par_export.card.processes import Ended, run_stage
 from par_export.card.samples import Sample
 from par_export.card.session import Session
+from par_runtime.system import available_cores
 
 CHECKS_AT_ONCE = 8
 SANITIZER = "compute-sanitizer"
@@ -31,6 +32,7 @@ class Checks:
         self._session, self._until = session, until
         self._work = session.work
         self._of_memory: dict[str, Mapping[str, Any]] = {}  # specs of the stage, by bundle
+        self._run = partial(run_stage, threads=max(1, available_cores() // CHECKS_AT_ONCE))
 
     def run(self) -> None:
         """Run them."""
@@ -52,7 +54,7 @@ class Checks:
                 bundles[name] = path
                 spec = {"path": str(path), "name": name, "device": self._session.device, "reference": "cpu", "seed": 7}
                 spec |= {"groups": options.groups, "images": options.stress}
-                start(f"{name}: images", partial(run_stage, "images", spec, self._until))
+                start(f"{name}: images", partial(self._run, "images", spec, self._until))
                 if path.parent.name != QUANTISED:  # codes change nothing about memory
                     self._of_memory[name] = spec
             for name, run in self.sanitized(bundles):
@@ -60,12 +62,17 @@ class Checks:
             for sample in options.samples:
                 if sample.codes is not None:  # after whole images: where there is no time for all, these matter less
                     start_sample(sample)
+            took: dict[str, float] = {}
             for name, future in started:
                 self._session.progress(f"checking: {name}")
                 try:
-                    self.take(name, future.result())
+                    ended = future.result()
+                    took[name] = ended.seconds
+                    self.take(name, ended)
                 except Exception as error:
                     self._session.wrong(name, error)
+        if took:
+            self._session.lines.append({"kind": "note", "text": seconds_of(took)})
 
     def memory(self) -> None:
         """The memory of the device over many images. Nothing else may be at work there, since all of it is counted."""
@@ -81,7 +88,7 @@ class Checks:
         path = sample.write(self._work / "samples" / sample.name)
         self._session.build(path, sample.images)
         spec = {"path": str(path), "name": sample.name, "device": self._session.device}
-        return run_stage("kernels", spec | {"torch": self._session.options.torch}, self._until)
+        return self._run("kernels", spec | {"torch": self._session.options.torch}, self._until)
 
     def _checked_bundles(self) -> Iterator[tuple[str, Path]]:
         """Copies of the bundles to check, and quantised ones, each as soon as it has an engine: its name and path."""
@@ -108,7 +115,7 @@ class Checks:
         name, path = min(bundles.items(), key=lambda item: (item[1] / "weights.data").stat().st_size)
         spec = {"path": str(path), "name": name, "device": self._session.device}
         until = min(self._until, time.monotonic() + SANITIZER_S)
-        return [(SANITIZER, partial(run_stage, "one_image", spec, until, (program, *SANITIZER_OPTIONS)))]
+        return [(SANITIZER, partial(self._run, "one_image", spec, until, (program, *SANITIZER_OPTIONS)))]
 
     def take(self, name: str, ended: Ended) -> None:
         """Keep the lines of a stage; what the checker of memory accesses said becomes a check."""
@@ -121,3 +128,10 @@ class Checks:
             return
         errors = [line for line in said if "COMPUTE-SANITIZER" not in line]
         self._session.lines.append(check(f"{SANITIZER}: one image", not ended.why, "; ".join(errors[:4])))
+
+
+def seconds_of(took: Mapping[str, float]) -> str:
+    """How long each check took, the longest first: what to shorten where one is ended before its time."""
+    longest_first = sorted(took, key=lambda name: -took[name])
+    each = ", ".join(f"{name} {took[name]:.0f}" for name in longest_first)
+    return f"seconds of the checks, up to {CHECKS_AT_ONCE} at once: {each}"

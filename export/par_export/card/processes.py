@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from par_runtime.bench.limits import SINGLE_THREADED
+
 Line = dict[str, Any]
 MOST_SAID = 200  #: lines of a program that a stage runs under
 NOT_A_LINE = 500  #: characters of the last words of a process that end up in the report
@@ -36,13 +38,18 @@ class Ended:
     seconds: float = 0.0
 
 
-def run_stage(name: str, spec: Mapping[str, Any], until: float, before: Sequence[str] = ()) -> Ended:
+def run_stage(
+    name: str, spec: Mapping[str, Any], until: float, before: Sequence[str] = (), threads: int | None = None
+) -> Ended:
     """Run a stage until it ends, or until ``until`` by ``time.monotonic``, when it is killed.
 
-    ``before``: a program and its options that the stage is run under (``compute-sanitizer``).
+    ``before``: a program and its options that the stage is run under (``compute-sanitizer``). ``threads``: of PyTorch's
+    and numpy's own, for a stage beside others; None: as many as they take, for one that has the machine for itself.
     """
     module = [sys.executable, "-m", "par_export.card.stages", name, json.dumps(spec)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    if threads is not None:
+        environment |= shared_cores(threads)
     began = time.monotonic()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as words:
         process = subprocess.Popen(
@@ -67,6 +74,16 @@ def run_stage(name: str, spec: Mapping[str, Any], until: float, before: Sequence
     if ended.during == _DONE:
         ended.during = ""
     return ended
+
+
+def shared_cores(threads: int) -> dict[str, str]:
+    """The variables by which a process that shares its cores computes with ``threads`` threads.
+
+    Threads of OpenMP that wait for each other keep their cores busy meanwhile, and so keep those from running that they
+    wait for, if other processes want the cores too: of eight that each took a thread for every core, none computed in
+    150 s what takes one thread 2.5 s. So they sleep instead.
+    """
+    return dict.fromkeys(SINGLE_THREADED, str(threads)) | {"OMP_WAIT_POLICY": "passive"}
 
 
 _DONE = "\0done"

@@ -18,11 +18,12 @@ import pytest
 from double import kernels
 from double.driver import Driver
 
-from par_export.card import plan, prepare
+from par_export.card import checks, plan, prepare
 from par_export.card.ahead import wanted
 from par_export.card.checks import SANITIZER, Checks
 from par_export.card.findings import Findings, Known
 from par_export.card.plan import BATCHES, MODELS, Figure, Model, blocks
+from par_export.card.processes import Ended
 from par_export.card.report import CardOptions, Report, report
 from par_export.card.samples import Sample
 from par_export.card.table import NOT_RUN, figures_table, markdown
@@ -229,6 +230,30 @@ def test_the_checker_of_memory_accesses(
     assert name == SANITIZER
     made.take(name, run())
     assert found in journal.finish([]).page
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(2, 1), (8, 1), (16, 2), (64, 8)])
+def test_checks_at_once_share_the_cores_and_their_seconds_are_said(
+    stand_in: gpu.Gpu, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
+) -> None:
+    """Eight that each take a thread for every core wait for each other until their time is over."""
+    given: dict[str, int | None] = {}
+
+    def run_stage(name: str, *_: object, threads: int | None = None) -> Ended:
+        given[name] = threads
+        return Ended(seconds={"kernels": 3.4, "images": 40.0}.get(name, 0.6))
+
+    monkeypatch.setattr(checks, "run_stage", run_stage)
+    monkeypatch.setattr(checks, "available_cores", lambda: cores)
+    monkeypatch.setattr(Checks, "sanitized", lambda *_: [])
+    set_up = options(tmp_path, tiny, samples=(SAMPLE,))
+    session = Report(set_up, stand_in, lambda _: None, Journal(None, lambda _: None)).session
+    made = Checks(replace(session, work=tmp_path), time.monotonic() + 60)
+    made.run()
+    made.memory()
+    assert given == {"kernels": threads, "images": threads, "memory": None}  # the last runs alone
+    (note,) = (line["text"] for line in session.lines if line["kind"] == "note")
+    assert note == "seconds of the checks, up to 8 at once: tiny: images 40, odd: kernels 3"
 
 
 def test_a_report_without_time_says_what_it_left_out(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:

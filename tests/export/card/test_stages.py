@@ -21,7 +21,7 @@ from double.driver import Driver
 
 from par_export.card import images, limits, ort, stages
 from par_export.card.prepare import copies
-from par_export.card.processes import run_stage
+from par_export.card.processes import run_stage, shared_cores
 from par_export.quantised import Codes
 from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.bundle import Bundle
@@ -248,6 +248,28 @@ def test_a_program_around_a_stage_can_fail_it() -> None:
     ended = run_stage("limits", {}, soon(), before=["sh", "-c", script])
     assert ended.said == ["===== ERROR SUMMARY: 1 error"]
     assert ended.why == "its process ended with code 9"
+
+
+@pytest.mark.parametrize(("threads", "said"), [(3, "3 3 passive"), (None, "7  ")])
+def test_a_stage_beside_others_takes_its_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, threads: int | None, said: str
+) -> None:
+    """One that runs alone has the variables as they were."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    for name in ("MKL_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    script = 'echo "$OMP_NUM_THREADS $MKL_NUM_THREADS $OMP_WAIT_POLICY."; echo \'{"kind": "done"}\''
+    ended = run_stage("limits", {}, soon(), before=["sh", "-c", script], threads=threads)
+    assert ended.said == [f"{said}."]
+    assert ended.why == ""
+
+
+def test_pytorch_takes_the_threads_that_it_is_given() -> None:
+    script = "import torch; print(torch.get_num_threads())"
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | shared_cores(1), capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "1\n"
 
 
 def test_a_number_that_is_none_is_null_in_a_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
