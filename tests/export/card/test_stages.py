@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -150,21 +151,71 @@ def test_a_nan_in_the_logits_passes_nothing(on_gpu: Path, monkeypatch: pytest.Mo
     assert {"t: KL divergence of group (nats)", "t: relative logit error of group"} <= failed
 
 
-def test_memory_that_grows_is_seen(on_gpu: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def memory_of(path: Path) -> tuple[bool, str]:
+    """Whether the check of memory passes over 9 images, and its text."""
     lines = Lines()
-    spec = {"path": str(on_gpu), "name": "t", "device": "cuda:0", "images": 9}
-    images.check_memory(spec, lines)
-    assert lines.checks() == {"t: memory": True}
-    assert "10 images:" in lines[-1]["text"]  # batches of 1, 2, 3 and 4
+    images.check_memory({"path": str(path), "name": "t", "device": "cuda:0", "images": 9}, lines)
+    assert lines.checks().keys() == {"t: memory"}
+    return lines.checks()["t: memory"], lines[-1]["text"]
 
+
+def test_memory_that_every_batch_size_has_made_stays(on_gpu: Path, driver: Driver) -> None:
+    """Graphs of the smaller ones, which are freed when a larger one comes, are not made anew while it is measured."""
+    driver.node_bytes = 10**6  # a graph of the tiny bundle takes more than what may be gone
+    passed, text = memory_of(on_gpu)
+    assert passed
+    before = text.split()[2]
+    assert text == f"10 images: {before} MB free before, {before} MB after"  # batches of 1, 2, 3 and 4
+
+
+def test_memory_that_grows_is_seen(on_gpu: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     def leak(self: GpuBackend, made: Any) -> Any:
         self.device.allocate(2**23, "nobody")
         return made
 
     planted(monkeypatch, "make_images", leak)
-    images.check_memory(spec, lines)
-    assert lines.checks() == {"t: memory": False}
-    images.make_one(spec, lines)
+    passed, text = memory_of(on_gpu)
+    assert not passed
+    batches, mega = 4, 2**23 / 1e6
+    start = 8590 - 4 * mega  # less what was lost before; the rest of the tiny bundle's memory is below 4 MB
+    assert text.count(" MB after") == 3
+    free = [int(word) for word in text.replace(",", "").split() if word.isdecimal() and len(word) == 4]
+    assert len(free) == 4
+    assert free[0] == pytest.approx(start, abs=4)
+    for earlier, later in itertools.pairwise(free):  # a round has three or four batches
+        assert earlier - later == pytest.approx(batches * mega, abs=mega + 1)
+    images.make_one({"path": str(on_gpu), "device": "cuda:0"}, Lines())
+
+
+def test_graphs_that_are_kept_for_ever_are_seen(on_gpu: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.node_bytes = 10**6
+
+    def forget(self: GpuBackend, made: Any) -> Any:
+        self._graphs.clear()  # each batch captures anew, and nothing frees what was captured before
+        return made
+
+    planted(monkeypatch, "make_images", forget)
+    assert not memory_of(on_gpu)[0]
+
+
+@pytest.mark.parametrize(("steps", "passes"), [((6,), True), ((6, 9), True), ((6, 9, 14), False)])
+def test_a_step_of_the_drivers_own_is_no_leak(
+    on_gpu: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], passes: bool
+) -> None:
+    """Batches at which the driver takes 17 MB. Four are before it is measured, and each time there are four more."""
+    batches: list[int] = []
+
+    def step(self: GpuBackend, made: Any) -> Any:
+        batches.append(1)
+        driver.own_bytes += 17 * 10**6 * (len(batches) in steps)
+        return made
+
+    planted(monkeypatch, "make_images", step)
+    passed, text = memory_of(on_gpu)
+    assert passed == passes
+    assert text.count(" more") == min(len(steps), 2)
+    first, *_ = text.split(", ")[1].split()
+    assert int(text.split()[2]) - int(first) == 17
 
 
 @pytest.mark.parametrize(("dependent", "target"), [(False, "sm_80"), (False, "sm_90"), (True, "sm_90")])

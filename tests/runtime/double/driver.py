@@ -34,6 +34,8 @@ class Driver(Modules):
 
     #: What fresh memory is full of: no token, no number and no address, so what is not written is seen.
     fill = 0xFB
+    #: Device memory that each entry of an instantiated graph takes, and that the driver itself has taken.
+    node_bytes = own_bytes = 0
 
     def __init__(self, memory_bytes: int = 2**33, capability: tuple[int, int] = (8, 0), devices: int = 1) -> None:
         super().__init__()
@@ -132,8 +134,7 @@ class Driver(Modules):
             return real.CUresult.CUDA_ERROR_INVALID_CONTEXT, 0, 0
         if not self.contexts:
             return real.CUresult.CUDA_ERROR_CONTEXT_IS_DESTROYED, 0, 0
-        used = sum(array.size for array in self.device.values())
-        return OK, self.memory_bytes - used, self.memory_bytes
+        return OK, self.memory_bytes - self._used(), self.memory_bytes
 
     def cuMemAlloc(self, size: int) -> tuple[Any, Any]:  # noqa: N802
         if self.broken is not None:
@@ -142,8 +143,7 @@ class Driver(Modules):
             return real.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, None
         if size <= 0:
             return INVALID, None
-        used = sum(array.size for array in self.device.values())
-        if size > self.memory_bytes - used:
+        if size > self.memory_bytes - self._used():
             return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None
         array = np.full(size, self.fill, np.uint8)
         pointer = self._fresh(size)
@@ -326,6 +326,11 @@ class Driver(Modules):
     def _flush_all(self) -> None:
         for handle in self.queues:
             self._flush(handle)
+
+    def _used(self) -> int:
+        """Bytes of device memory that are not free."""
+        nodes = sum(len(graph.work) for graph in self.executables.values())
+        return sum(array.size for array in self.device.values()) + self.node_bytes * nodes + self.own_bytes
 
     def _fresh(self, size: int) -> int:
         """An address that was never used; allocations are 512 bytes apart, so that an overrun is not in the next."""
