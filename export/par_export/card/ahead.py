@@ -64,11 +64,12 @@ def build_ahead(
     codes: Sequence[Codes],
     models: Sequence[Model],
     parts: Sequence[str] = (KERNELS,),
+    images: Sequence[int] = BATCHES,
     work: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> list[str]:
-    """Build the engines of a report of ``parts`` for ``target`` ("SM90") into ``folder``; returns what failed, a line
-    each.
+    """Build the engines of a report of ``parts``, with rows of batches of ``images``, for ``target`` ("SM90") into
+    ``folder``; returns what failed, a line each.
 
     The engine of the bundle NAME lies in ``folder/NAME/engines``, that with set 3 of shapes of tiles in
     ``folder/shapes/3/NAME/engines``. One that is there already, whole and of the same bundle, is kept, so that a build
@@ -84,8 +85,8 @@ def build_ahead(
     ):
         _begin(folder)
         work = Path(temporary)
-        engines = [*wanted(work, checked, samples, codes, models)] if KERNELS in parts else []
-        engines += wanted_sets(work, models, target) if SHAPES in parts else []
+        engines = [*wanted(work, checked, samples, codes, models, images)] if KERNELS in parts else []
+        engines += wanted_sets(work, models, target, images) if SHAPES in parts else []
         for one in engines:
             began, into = time.monotonic(), folder / one.among
             try:
@@ -161,9 +162,17 @@ def _begin(folder: Path) -> None:
 
 
 def wanted(
-    work: Path, checked: Sequence[Path], samples: Sequence[Sample], codes: Sequence[Codes], models: Sequence[Model]
+    work: Path,
+    checked: Sequence[Path],
+    samples: Sequence[Sample],
+    codes: Sequence[Codes],
+    models: Sequence[Model],
+    images: Sequence[int] = BATCHES,
 ) -> Iterator[Wanted]:
-    """Every engine of the part about kernels, the most valuable first; bundles are written in ``work``."""
+    """Every engine of the part about kernels, the most valuable first; bundles are written in ``work``.
+
+    ``images``: of those that rows are made of; checks have batches of their own.
+    """
     families = cache(partial(family_of, folder=work / "models"))
     for path, make in copies(checked, codes, work).items():
         yield Wanted(path.name, partial(_made, path, make), CHECKED_IMAGES)
@@ -173,17 +182,17 @@ def wanted(
                 continue
             for n in model.group_sizes if kind is None else (CODES_N,):
                 name = f"{model.family(kind)}-n{n}"
-                yield Wanted(name, partial(_member, families, model, kind, n), BATCHES)
+                yield Wanted(name, partial(_member, families, model, kind, n), images)
     for sample in samples:
         write = partial(sample.write, work / "samples" / sample.name)
         yield Wanted(f"{sample.name}-n{sample.n}", write, sample.images)
 
 
-def wanted_sets(work: Path, models: Sequence[Model], target: str) -> Iterator[Wanted]:
+def wanted_sets(work: Path, models: Sequence[Model], target: str, images: Sequence[int] = BATCHES) -> Iterator[Wanted]:
     """Every engine of the part about shapes of tiles: those of the models that matter most first, set by set."""
     card = kernels_build.target(target)
     families = cache(partial(tokens_family, folder=work / SHAPES))
-    sets = cache(lambda path: sets_of(contents_of(path), BATCHES, card))
+    sets = cache(lambda path: sets_of(contents_of(path), images, card))
 
     def planner(number: int, path: Path) -> Planner | None:
         return next((one for one in sets(path) if one.number == one.engine == number), None)
@@ -191,7 +200,7 @@ def wanted_sets(work: Path, models: Sequence[Model], target: str) -> Iterator[Wa
     for model, n, kind in shaped(models):
         name, write = f"{model.family(kind)}-n{n}", partial(_member, families, model, kind, n)
         for number in range(SETS + len(CHANGES)):
-            yield Wanted(name, write, BATCHES, among(number), partial(planner, number))
+            yield Wanted(name, write, images, among(number), partial(planner, number))
 
 
 def _member(families: Families, model: Model, kind: Codes | None, n: int) -> Path:

@@ -22,7 +22,7 @@ REPETITIONS = 5
 class CardOptions:
     """What to report. ``parts``: of ``bench.suites.gpu.PARTS``. ``checked``: bundles whose whole images are checked;
     ``samples``: those whose kernels are; ``models`` and ``baselines``: those whose rows are made, by our engines and in
-    PyTorch; ``engines``: a folder of ready engines.
+    PyTorch; ``images``: the batches of these rows; ``engines``: a folder of ready engines.
 
     Of the largest bundle of ``checked`` whole images are checked with quantised weights too, in each form of ``codes``.
     ``engines`` holds a folder for each bundle, by its name, with the engines of it in ``engines/``. ``torch``:

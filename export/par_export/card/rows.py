@@ -31,7 +31,9 @@ class Rows:
     def __init__(self, session: Session, models: Sequence[Model]) -> None:
         options = session.options
         self._session = session
-        self._models = [model if options.twins else replace(model, twins=()) for model in models]
+        # Beside ours, PyTorch is measured in batches of 1 alone.
+        twins = [options.twins and (1 in options.images or not model.ours) for model in models]
+        self._models = [model if has else replace(model, twins=()) for model, has in zip(models, twins, strict=True)]
         work, end = session.work / "models", session.end + GRACE_S
         self._prepared = Preparation(self._models, work, session.build, options.images, options.torch, end)
 

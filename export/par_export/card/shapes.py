@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from par_export.card.lines import CALL, check
 from par_export.card.plan import label_of, shaped
-from par_export.card.prepare import among, tokens_family
+from par_export.card.prepare import among, ready_engine, tokens_family
 from par_export.card.rows import LEAST_S
 from par_export.card.session import GRACE_S, Session
 from par_export.kernels.build import target
@@ -36,6 +36,7 @@ from par_runtime.backends import cuda
 from par_runtime.backends.engines import ENGINES, Engine
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.process import SubjectProcess, open_random
+from par_runtime.bundle import Bundle
 
 #: Largest ||logits - logits of set 0|| / ||logits of set 0||. Sums in another order differ by rounding to fp16, layer
 #: after layer; ``tests/export/card/test_shape_limit.py`` shows by how much, and what a missing key makes.
@@ -81,8 +82,9 @@ def _time_sets(session: Session, build: BuildSet, label: str, family: Future[Map
     session.progress(f"shapes of {label}: the bundle is written")
     path, images = family.result()[n], session.options.images
     contents, card = contents_of(path), target("local", session.options.device)
+    planned = _planned_for(session, contents.bundle)
     first: Mapping[int, NDArray[np.float32]] = {}
-    for one in sets_of(contents, images, card):
+    for one in sets_of(contents, planned, card):
         name = f"shapes of {label}: set {one.number}"
         if session.left < LEAST_S:
             session.leave_out(f"{name} and what follows", "time")
@@ -91,19 +93,30 @@ def _time_sets(session: Session, build: BuildSet, label: str, family: Future[Map
         right = False
         try:
             shutil.rmtree(path / ENGINES, ignore_errors=True)
-            build(path, images, planner=one, among=among(one.engine))
+            build(path, planned, planner=one, among=among(one.engine))
             end = min(session.end, time.monotonic() + SET_S) + GRACE_S
             with closing(open_random(path, label, device=session.device, end=end, filled=False)) as subject:
                 logits = {batch: _logits(session, name, subject, batch) for batch in images}
                 first = first or logits
                 right = _is_right(session, name, logits, first)
                 if right:
-                    session.lines.extend(_lines(session, label, one, contents, card, images, subject))
+                    session.lines.extend(_lines(session, label, one, contents, card, planned, subject))
         except Exception as error:
             session.leave_out(name, error)
         session.keep()
         if not one.number and not right:  # nothing says whether the others are right
             return
+
+
+def _planned_for(session: Session, bundle: Bundle) -> Sequence[int]:
+    """The batches that the sets of ``bundle`` are planned for: those that are timed, or all of a ready engine.
+
+    The shapes for one batch depend on the others of its engine. So of ready engines for more batches than are timed,
+    the sets are still those that were built.
+    """
+    engines, images = session.options.engines, session.options.images
+    ready = None if engines is None else ready_engine(engines / among(0), bundle.path, images)
+    return images if ready is None else Engine.open(ready, bundle).images
 
 
 def _logits(session: Session, name: str, subject: SubjectProcess, images: int) -> NDArray[np.float32]:
@@ -155,14 +168,18 @@ def _lines(
     one: ShapeSet,
     contents: Contents,
     card: Target,
-    images: Sequence[int],
+    planned: Sequence[int],
     subject: SubjectProcess,
 ) -> Iterator[dict[str, Any]]:
-    """A line for each kernel of a set and each batch: its shape, and what it takes; and one for the whole call."""
+    """A line for each kernel of a set and each batch: its shape, and what it takes; and one for the whole call.
+
+    ``planned``: the batches of its engine, of which those of the report are timed.
+    """
     (folder,) = (contents.bundle.path / ENGINES).iterdir()
     kernels = Engine.open(folder, contents.bundle).kernels
     assert kernels is not None
-    for batch, tiles in tiles_of(contents, images, card, one).items():
+    shapes_of = tiles_of(contents, planned, card, one)
+    for batch, tiles in ((batch, shapes_of[batch]) for batch in session.options.images):
         about = {"kind": "shape", "label": label, "images": batch, "set": one.number, "words": one.words}
         about |= {"compiler": kernels.compiler}
         missing = set(one.shapes)

@@ -111,7 +111,7 @@ class BenchOptions:
                 "(which need none), or --compare OLD.jsonl NEW.jsonl"
             )
         for option, given, suites in (
-            ("--batches", self.batches, ("batch", "decoder", "serve")),
+            ("--batches", self.batches, ("batch", "decoder", "serve", "gpu")),
             ("--sizes", self.sizes, OF_THEIR_OWN),
             ("--no-eager", self.no_eager, OF_THEIR_OWN),
             ("--engines", self.engines, ("gpu",)),

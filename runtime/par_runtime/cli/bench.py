@@ -189,7 +189,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--images", type=int, default=1, help="images in flight (default: 1)")
     p.add_argument("--unguided", action="store_true", help="one row per image instead of two")
     p.add_argument("--repetitions", type=int, default=5, help="counted ones, after one that is not (default: 5)")
-    add_list(p, "--batches", counts, help="batch sizes of the batch and decoder suites: 1 2 4; largest of serve")
+    add_list(
+        p,
+        "--batches",
+        counts,
+        help="batch sizes of the batch and decoder suites: 1 2 4; largest of serve; of the rows of gpu, and of the "
+        "engines that --build-for builds for them (default of gpu: 1 8)",
+    )
     p.add_argument("--requests", type=int, help=f"of each load of the serve suite (default: {REQUESTS})")
     p.add_argument(
         "--minutes",

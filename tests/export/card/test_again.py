@@ -201,6 +201,7 @@ def test_a_bad_file_is_one_line_and_exit_code_2(
     [
         (["--json", "x.jsonl"], "--from measures nothing, so --json means nothing to it"),
         (["--minutes", "3"], "--from measures nothing, so --minutes means nothing to it"),
+        (["--batches", "1"], "--from measures nothing, so --batches means nothing to it"),
         (["--svg", "FILE"], "is a file of --from, and would be lost"),
         (["--from", "FILE"], "given twice; give each file once"),
         (["--suite", "phases"], "--from is for --suite gpu"),

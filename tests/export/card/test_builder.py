@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from double.driver import Driver
 
-from par_export.card.ahead import build_ahead, is_of_these_sources
+from par_export.card.ahead import build_ahead, is_of_these_sources, wanted, wanted_sets
 from par_export.card.plan import Model
 from par_export.card.prepare import Builder, family_of, ready_engine
 from par_export.card.samples import Sample
@@ -112,10 +112,53 @@ def test_engines_are_built_without_a_gpu_and_are_those_of_the_report(tmp_path: P
     assert [path.name for path in other.parent.iterdir()] == [other.name]
     assert ready_engine(folder, paths[0], (1,)) is not None
     assert ready_engine(folder, paths[1], (1, 8)) is not None
+    assert ready_engine(folder, paths[1], (8,)) is not None  # a report of fewer batches takes it
     assert ready_engine(folder, paths[1], (1, 4)) is None
     # Those of another bundle of that name are not taken.
     assert ready_engine(folder, replace(SAMPLE, precision="bf16").write(tmp_path / "b"), (1,)) is None
     assert ready_engine(folder, replace(SAMPLE, name="other").write(tmp_path / "o"), (1,)) is None
+
+
+def test_rows_of_other_batches_have_engines_of_these(tmp_path: Path) -> None:
+    """Checks have batches of their own."""
+    given = {"checked": [tmp_path / "tiny"], "samples": (SAMPLE,), "codes": (), "models": (MODEL,)}
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "weights.data").touch()
+    for images in ((1,), (1, 8)):
+        every = {each.name: each.images for each in wanted(tmp_path, **given, images=images)}
+        assert every == {"tiny": (1, 2, 4), "PAR-S-n4": images, "PAR-S-int8-g32-n4": images, "odd-n4": (1,)}
+        sets = list(wanted_sets(tmp_path, [MODEL], "SM90", images))
+        assert {(each.name, each.images) for each in sets} == {(name, images) for name in list(every)[1:3]}
+
+
+@pytest.mark.slow
+def test_engines_of_more_batches_take_the_place_of_those_of_fewer(tmp_path: Path) -> None:
+    folder, said = tmp_path / "ready", list[str]()
+    model = replace(MODEL, codes=())
+    failed = build_ahead(folder, "SM90", checked=(), samples=(), codes=(), models=[model], images=(1,), say=said.append)
+    assert failed == []
+    assert [line.partition(":")[0] for line in said] == ["PAR-S-n4"]
+    path = family_of(model, None, tmp_path / "m")[4]
+    ready = ready_engine(folder, path, (1,))
+    assert ready is not None
+    assert Engine.open(ready, Bundle.open(path)).images == (1,)
+    assert ready_engine(folder, path, (1, 8)) is None  # a report of both builds it
+    assert ahead(folder, models=[model], samples=())[0] == []
+    assert ready_engine(folder, path, (1, 8)) is not None  # in its place
+    assert len(list((folder / "PAR-S-n4" / ENGINES).iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "images"), [([], None), (["--batches", "1"], (1,)), (["--batches", "4,2"], (2, 4))]
+)
+def test_the_batches_of_the_command_reach_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], images: tuple[int, ...] | None
+) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr("par_export.card.ahead.build_ahead", lambda *_, **named: given.append(named) or [])
+    command = ["bench", "--suite", "gpu", "--build-for", "SM90", "--engines", str(tmp_path / "ready"), *options]
+    assert cli.main(command) == 0
+    assert given[0].get("images") == images
 
 
 @pytest.mark.slow

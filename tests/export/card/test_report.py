@@ -19,6 +19,7 @@ from double import kernels
 from double.driver import Driver
 
 from par_export.card import checks, plan, prepare
+from par_export.card import rows as rows_of_report
 from par_export.card.ahead import wanted
 from par_export.card.checks import SANITIZER, Checks
 from par_export.card.findings import Findings, Known
@@ -445,6 +446,55 @@ def test_ready_engines_are_named_and_those_of_other_sources_refused(
     (ready / "sources").write_text("0" * 64)
     with pytest.raises(RequestError, match="built by other sources than this checkout's; build them again"):
         of_parts(tmp_path, tiny, stand_in, "kernels", engines=ready)
+
+
+@pytest.mark.parametrize(
+    ("given", "images"), [([], BATCHES), (["--batches", "1"], (1,)), (["--batches", "8", "2"], (2, 8))]
+)
+def test_the_batches_of_the_command_are_those_of_the_rows(
+    stand_in: gpu.Gpu, tiny: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], images: tuple[int, ...]
+) -> None:
+    asked: list[CardOptions] = []
+
+    def nothing(card: CardOptions, *_: object) -> list[Row]:
+        asked.append(card)
+        return []
+
+    monkeypatch.setattr("par_export.card.report.report", nothing)
+    cli.main(["bench", str(tiny), "--suite", "gpu", "--quiet", *given])
+    assert [card.images for card in asked] == [images]
+
+
+def test_pytorch_is_prepared_only_for_batches_that_it_is_measured_in(
+    stand_in: gpu.Gpu, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside ours that is 1: the largest batches are for ours alone."""
+    prepared: list[list[tuple[int, ...]]] = []
+
+    def preparation(models: Sequence[Model], *_: object) -> None:
+        prepared.append([model.twins for model in models])
+
+    monkeypatch.setattr(rows_of_report, "Preparation", preparation)
+    for images, twins in (((1, 8), True), ((8,), True), ((1,), False)):
+        set_up = options(tmp_path, tiny, images=images, twins=twins)
+        session = Report(set_up, stand_in, lambda _: None, Journal(None, lambda _: None)).session
+        rows_of_report.Rows(session, [SMALL, BASELINE])
+    assert prepared == [[(4,), (1, 4)], [(), (1, 4)], [(), ()]]
+
+
+@pytest.mark.slow
+def test_a_report_of_one_batch_takes_engines_that_have_more(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
+    ready, model = tmp_path / "ready", replace(SMALL, codes=())
+    for n, path in prepare.family_of(model, None, tmp_path / "family").items():
+        build(path, (1, 2))
+        shutil.copytree(path / "engines", ready / f"PAR-L-n{n}" / "engines")
+    settings = {"models": [model], "engines": ready, "checked": (), "twins": False, "images": (2,)}
+    rows, page, lines = of_parts(tmp_path, tiny, stand_in, "kernels", **settings)
+    assert "- engines ready: PAR-L-n4, PAR-L-n1\n" in page
+    assert "engines built here" not in page
+    assert {(row.label, row.images) for row in rows} == {("PAR-L n=1", 2), ("PAR-L n=4", 2)}
+    assert {line["images"] for line in lines if line["kind"] == "kernel"} == {2}
+    assert "| PAR-L n=4 | 2 |" in page
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -358,6 +359,41 @@ def test_a_set_that_is_not_ready_beside_others_is_left_out(stand_in: gpu.Gpu, tm
     assert said == (
         f"shapes of PAR-S n=4: set 0: no engine of it is in {ready / 'shapes' / '0'}: --build-for, --parts shapes"
     )
+
+
+@pytest.mark.slow
+def test_of_ready_sets_for_more_batches_some_are_timed(
+    stand_in: gpu.Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set for fewer batches may have other shapes than that of its number that was built."""
+    planned: list[Sequence[int]] = []
+
+    def two(contents: Any, images: Sequence[int], card: Any) -> list[ShapeSet]:
+        planned.append(tuple(images))
+        return sets_of(contents, images, card)[:2]
+
+    def make(path: Path, images: Sequence[int], *, planner: Any) -> None:
+        build(path, images, planner=planner)
+        shutil.copytree(path / ENGINES, tmp_path / "ready" / "shapes" / str(planner.number) / path.name / ENGINES)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BuildError("it is ready")
+
+    monkeypatch.setattr(card_shapes, "sets_of", two)
+    _, both = of_shapes(tmp_path, stand_in, make, images=(1, 2))
+    found, second = of_shapes(tmp_path, stand_in, refuse, engines=tmp_path / "ready", images=(2,))
+    assert planned == [(1, 2), (1, 2)]
+    assert found.left_out == []
+    assert {line["images"] for line in second} == {2}
+
+    def facts(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+        return [(line["set"], line["kernel"], line["tile"], line["count"]) for line in lines if line["images"] == 2]
+
+    assert facts(second) == facts(both)
+    assert {line["set"] for line in second} == {0, 1}
+    found, _ = of_shapes(tmp_path, stand_in, refuse, engines=tmp_path / "ready", images=(1, 4))
+    assert planned[-1] == (1, 4)
+    assert "set 0: no engine of it is in " in found.left_out[0]
 
 
 def test_kinds_of_kernels() -> None:

@@ -23,6 +23,7 @@ KERNELS, SHAPES = "kernels", "shapes"
 PARTS = ("driver", KERNELS, "baselines", SHAPES, "cuda-ort", "tensorrt-rtx")
 DEFAULT_PARTS = PARTS[:2]
 BUILT_AHEAD = (KERNELS, SHAPES)  #: parts that need engines of our kernels
+MOST_BATCH = 256  #: the largest batch that 'parvis build' builds an engine for
 WHAT = "the report of a GPU"
 
 
@@ -44,13 +45,21 @@ def report(options: BenchOptions, progress: Progress, journal: Journal) -> list[
         twins=not options.no_eager,
         work=options.work,
         checked=_checked(options),
+        **_images(options),
     )
     rows: list[Row] = optional("par_export.card.report", WHAT, "report")(card, gpu, progress, journal)
     return rows
 
 
 def check_options(options: BenchOptions) -> None:
-    """Raise RequestError where ``--from`` or ``--build-for`` stands beside an option that means nothing to it."""
+    """Raise RequestError where ``--from`` or ``--build-for`` stands beside an option that means nothing to it, and for
+    batches that no engine is built for.
+    """
+    if options.suite == "gpu" and options.batches and max(options.batches) > MOST_BATCH:
+        raise RequestError(
+            f"--batches {max(options.batches)}: expected at most {MOST_BATCH}, the largest batch that engines are "
+            "built for"
+        )
     measuring = (
         ("--json", options.json),
         ("--compare", options.compare),
@@ -74,7 +83,8 @@ def check_options(options: BenchOptions) -> None:
     if not options.from_files:
         return
     reading = (("BUNDLE", options.bundles), ("--engines", options.engines), ("--sizes", options.sizes))
-    _refuse("--from measures nothing", (*measuring, ("--parts", options.parts), *reading))
+    chosen = (("--parts", options.parts), ("--batches", options.batches))
+    _refuse("--from measures nothing", (*measuring, *chosen, *reading))
 
 
 def _refuse(why: str, others: Sequence[tuple[str, object]]) -> None:
@@ -106,6 +116,7 @@ def build_ahead(options: BenchOptions, say: Callable[[str], None]) -> list[str]:
             parts=options.parts or (KERNELS,),
             work=options.work,
             say=say,
+            **_images(options),
         )
     except optional("par_export.errors", WHAT, "BuildError") as error:
         raise RequestError(f"--build-for: {error}") from error
@@ -115,6 +126,11 @@ def build_ahead(options: BenchOptions, say: Callable[[str], None]) -> list[str]:
 def _checked(options: BenchOptions) -> Any:
     """The bundles whose whole images are checked: those that were given, else the checkout's."""
     return options.bundles or optional("par_export.card.report", WHAT, "bundles_to_check")()
+
+
+def _images(options: BenchOptions) -> dict[str, Any]:
+    """The batches of the rows, where they are given."""
+    return {} if options.batches is None else {"images": options.batches}
 
 
 def _models(sizes: Sequence[str] | None) -> list[Any]:
