@@ -22,6 +22,7 @@ from par_runtime import __version__
 from par_runtime.bench.gpu import Gpu, slowed_us, why_slower
 from par_runtime.system import available_cores, meminfo_bytes, system_text
 
+BUNDLES = "models/"  #: where a checkout has its bundles
 PROC = Path("/proc")
 CPUS = Path("/sys/devices/system/cpu")
 #: Shares of the machine's CPU time that others (or the hypervisor) may take before a row is called busy.
@@ -71,22 +72,37 @@ def describe(gpu: Gpu | None = None) -> Machine:
 def commit() -> str:
     """The commit of the checkout that this package runs from, "-dirty" if changed; else the package's version.
 
-    The variable PARVIS_COMMIT names it for a copy of a checkout that came without its repository.
+    The variable PARVIS_COMMIT names it for a copy of a checkout that came without its repository. Where there is one,
+    that is what is said, whatever the variable says: git has seen the files.
     """
-    here = Path(__file__).resolve()
+    with suppress(OSError, subprocess.SubprocessError):
+        return commit_of(Path(__file__).resolve().parent)
+    told = os.environ.get("PARVIS_COMMIT", "")
+    return told if re.fullmatch(r"[\w.-]{1,80}", told) else f"parvis {__version__}"
+
+
+def commit_of(package: Path) -> str:
+    """The commit of the checkout that holds the package in the folder ``package``, "-dirty" if it is changed.
+
+    A bundle of :data:`BUNDLES` that was not copied to this machine (docs/gpu.md leaves out two) is no change: no code
+    reads it unless it is named, which is an error then, and a row has the hash of the bundle that it was measured on.
+    Everything else that is missing is, code above all. Raises OSError, SubprocessError where there is no repository.
+    """
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
+        command = ["git", "-C", str(package), *arguments]
         return subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=10, check=True
         ).stdout.strip()
 
-    with suppress(OSError, subprocess.SubprocessError):
-        # The repository must hold this file: an installed package may lie in a folder of some other repository.
-        git("ls-files", "--error-unmatch", "__init__.py")
-        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    told = os.environ.get("PARVIS_COMMIT", "")
-    return told if re.fullmatch(r"[\w.-]{1,80}", told) else f"parvis {__version__}"
+    # The repository must hold this file: an installed package may lie in a folder of some other repository.
+    git("ls-files", "--error-unmatch", "__init__.py")
+    name = git("describe", "--always", "--abbrev=12", "--exclude=*")
+    # Each change as its letter and its path from the top of the checkout, all of them followed by a zero byte.
+    words = git("-c", "diff.relative=false", "diff", "--name-status", "--no-renames", "-z", "HEAD").split("\0")
+    changes = zip(words[::2], words[1::2], strict=False)
+    dirty = any(how != "D" or not path.startswith(BUNDLES) for how, path in changes)
+    return f"{name}-dirty" if dirty else name
 
 
 def debug_reasons() -> list[str]:

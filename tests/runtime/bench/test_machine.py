@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,64 @@ def test_a_clock_that_was_held_down_meanwhile_is_seen_when_it_is_over(
     assert not any("heat held" in flag for flag in watch.flags())
     counts.write_text("[N/A], [N/A], [N/A], [N/A]\n")  # a driver that does not count
     assert any("heat held" in flag for flag in Watch((), here).flags())
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with one commit: a package, and two bundles."""
+    monkeypatch.setenv("PARVIS_COMMIT", "1234567")  # says nothing where there is a repository
+    top = tmp_path / "checkout"
+    for name in ("package/__init__.py", "package/rows.py", "models/a/weights.data", "models/b/c/d.onnx", "docs/x.md"):
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text(f"{name}\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y", *command], cwd=top, check=True)
+    return top
+
+
+def removed(top: Path, *names: str) -> None:
+    for name in names:
+        shutil.rmtree(top / name) if (top / name).is_dir() else (top / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "dirty"),
+    [
+        (lambda top: None, False),
+        (lambda top: removed(top, "models/b"), False),
+        (lambda top: removed(top, "models"), False),
+        (lambda top: subprocess.run(["git", "rm", "-q", "-r", "models/b"], cwd=top, check=True), False),
+        (lambda top: (top / "package/rows.py").touch(), False),
+        (lambda top: removed(top, "package/rows.py"), True),
+        (lambda top: removed(top, "models/b", "docs/x.md"), True),
+        (lambda top: (top / "models/a/weights.data").write_text("other"), True),
+        (lambda top: (top / "package/rows.py").write_text("other"), True),
+        (lambda top: (removed(top, "models/b"), (top / "package/rows.py").write_text("other")), True),
+        (lambda top: (top / "models/b").rename(top / "package/b"), False),
+        (lambda top: subprocess.run(["git", "mv", "models/b", "package/b"], cwd=top, check=True), True),
+        (lambda top: (removed(top, "models/a"), (top / "models/a").write_text("a file")), False),
+    ],
+    ids=[
+        "nothing", "no bundle", "no bundles", "removed", "touched", "no code", "no page", "bundle", "code", "both",
+        "moved, not added", "moved", "a file in its place, not added",
+    ],
+)  # fmt: skip
+def test_a_bundle_that_was_not_copied_is_no_change_of_the_checkout(
+    checkout: Path, change: Callable[[Path], object], dirty: bool
+) -> None:
+    head = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=checkout, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    change(checkout)
+    assert machine.commit_of(checkout / "package") == head + "-dirty" * dirty
+
+
+def test_a_repository_that_does_not_hold_the_package_says_nothing(checkout: Path) -> None:
+    other = checkout / "lib" / "package"
+    other.mkdir(parents=True)
+    (other / "__init__.py").touch()
+    with pytest.raises(subprocess.SubprocessError):
+        machine.commit_of(other)
 
 
 def test_a_copy_without_its_repository_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
