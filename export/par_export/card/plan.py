@@ -82,9 +82,9 @@ class Figure:
 
 
 MODELS = (
-    Model("PAR-3B", named("3B"), VQConfig(), twins=(1, 4), codes=CODES),
-    Model("PAR-L", named("L"), VQConfig(), twins=(1, 4), codes=CODES),
-    Model("PAR-XL", named("XL"), VQConfig()),
+    Model("PAR-3B", named("3B"), VQConfig(), twins=(1, 4, 16), codes=CODES),
+    Model("PAR-L", named("L"), VQConfig(), twins=(1, 4, 16), codes=CODES),
+    Model("PAR-XL", named("XL"), VQConfig(), twins=(1, 4, 16)),
     Model("PAR-XXL", named("XXL"), VQConfig()),
     Model("PAR-L-256", named("L", grid=(1, 16, 16)), VQConfig(), shaped=False),  # its matrices are those of PAR-L
 )

@@ -31,8 +31,8 @@ SETS = 8  #: of shapes, at most
 #: What a set changes of the target, by the words for it.
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "no kernel is launched early": {"early": False},
-    "next to nothing is fetched ahead": {"ahead_us": 0.0},
-    "a quarter as much is fetched ahead": {"ahead_us": 1.0},
+    "nothing is fetched ahead": {"ahead_bytes": 0},
+    "matrices of up to 24 MiB are fetched ahead": {"ahead_bytes": 24 * 2**20},
 }
 AS_BUILT, AGAIN = "as built", "as built, again"
 

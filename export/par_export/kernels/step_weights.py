@@ -134,7 +134,7 @@ def add_weights(planned: Planned, sizes: StepSizes, stored: Mapping[str, Stored]
             continue
         columns, blocks = -(-n // tile.BN), -(-k // tile.BK)
         drops = matrix == "wo" and sizes.joined != sizes.padded
-        constants = common | {"DROP_ROWS": drops, "BN": tile.BN, "BK": tile.BK}
+        constants = common | {"DROP_ROWS": drops, "BN": tile.BN, "BK": tile.BK, "PART": tile.BK // tile.parts}
         kinds = (("raw", STORED_KINDS[stored[name].dtype]), ("packed", KINDS[precision]))
         size = columns * blocks * tile.BN * tile.BK * NUMBER_BYTES[precision]
         _add(planned, name, stored[name], size, "pack.panels", constants, kinds, (columns, blocks, 1))

@@ -23,8 +23,7 @@ class Target:
     ``processors``: multiprocessors of the card. Shared memory in bytes: the most that a block may use, and what a
     processor has, of which each block takes 1 KiB more than it asks for. ``registers``: 32-bit registers of a
     processor. ``sheet``: bandwidth and matrix rate. ``early``: kernels may be launched early, where the GPU can;
-    ``ahead_us``: so many microseconds of bandwidth are then fetched ahead while the kernel before drains, by all blocks
-    together. Both are guesses of what is best.
+    ``ahead_bytes``: matrices of up to so many bytes are then fetched ahead while the kernel before ends.
     """
 
     capability: int
@@ -35,7 +34,7 @@ class Target:
     sheet: DataSheet
     registers: int = 65536
     early: bool = True
-    ahead_us: float = 4.0
+    ahead_bytes: int = 8 * 2**20
 
     @property
     def name(self) -> str:
@@ -55,7 +54,7 @@ TARGETS = {
         Target(80, "A100", 108, 163 * KIB, 164 * KIB, DATA_SHEETS["A100-80"]),
         Target(86, "A10", 72, 99 * KIB, 100 * KIB, DataSheet(600, 125)),
         Target(89, "RTX 4090", 128, 99 * KIB, 100 * KIB, DATA_SHEETS["RTX 4090"]),
-        Target(90, "H100", 132, 227 * KIB, 228 * KIB, DATA_SHEETS["H100"]),
+        Target(90, "H200", 132, 227 * KIB, 228 * KIB, DATA_SHEETS["H200"]),
         Target(100, "B200", 148, 227 * KIB, 228 * KIB, DataSheet(8000, 2250)),
         Target(120, "RTX 5090", 170, 99 * KIB, 100 * KIB, DataSheet(1792, 209)),
     )

@@ -4,12 +4,14 @@ A step is a stream of weights, so a good shape keeps enough of them on their way
 processors at about the same time. What a batch must not change is the result of a row: the order of the weights, the
 parts of a sum and the spans of keys are therefore the same for all batch sizes of an engine. Stages may differ.
 
-The model is a roofline with four limits for each kernel; none of its constants was measured, and only the order of
-candidates matters. Times in microseconds, sizes in bytes.
+The model is a roofline with a few limits for each kernel; only the order of candidates matters. Its constants of
+products of numbers were fitted to products of PAR-3B, XL and L that one H200 timed, each alone; those of codes and of
+attention to the first rows of that card (``docs/kernels.md``). Times in microseconds, sizes in bytes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -23,29 +25,41 @@ from par_model.config import PARConfig
 BYTES = 2  #: of a weight, an activation and a key: fp16 and bf16
 SCALE_BYTES = 2  #: of a scale: it is read as it is stored, in fp16 or bf16
 #: From asking for a line of memory until it is there, on a busy GPU.
-LATENCY_US = 0.8
-#: What one turn of the loop over K costs a block beside reading: a barrier, and a little for each 16 of K.
-TURN_US, TURN_OF_16_US = 0.10, 0.012
+LATENCY_US = 0.73
+#: What one turn of the loop over K costs a processor beside copying or multiplying, whichever of its blocks it is of:
+#: it waits for what was copied, and for all threads, before the matrix units may read it.
+TURN_US = 0.1
+#: Bytes that a processor copies to shared memory in a microsecond.
+COPY = 120e3
+#: Of the rate of the data sheet, what products of few rows cost more.
+NARROW = 1.5
+#: What a stream of weights reaches of the bandwidth of the data sheet.
+REACHED = 0.89
 #: A processor can draw more than its share of the bandwidth while others have nothing to do, but not much more.
-MOST_SHARE = 1.3
+MOST_SHARE = 1.11
 #: Bandwidth of the L2 cache, in bandwidths of the memory.
-L2 = 1.7
-#: What it costs to leave partial sums, count the blocks and add: two ways to memory one after the other.
-JOIN_US = 2 * LATENCY_US
-#: Fetched ahead (``Target.ahead_us``) by all blocks together, at most: less than half of the L2 cache.
-AHEAD_BYTES = 16 * 2**20
+L2 = 1.3
+#: What every kernel costs: its start, the first way to memory and the last.
+START_US = 1.4
+#: Of shapes that the model finds equal, panels of this size were the fastest: what a factor of 2 adds to the time.
+BEST_PANEL, OTHER_PANEL = 16 * 1024, 0.01
+#: What it costs to leave partial sums, count the blocks and add.
+JOIN_US = 2.0
+#: What each span of keys adds to that.
+SPAN_US = 0.1
 PIECE = 2048  #: bytes that are fetched ahead at a time
 MOST_SHARED = 0.9  #: of a block's limit: the compiler adds to what the stages take
-MOST_SUMS = 4096  #: of squares that a consumer of x adds up in registers: tiles (a power of 2) times rows
+MOST_SUMS = 8192  #: of squares that a consumer of x adds up in registers: tiles (a power of 2) times rows
 MOST_ROWS = 64  #: of one block
 MOST_STAGES = 6
-MOST_INPUTS = 8192  #: numbers of activations that a block loads at a time: with more, registers do not suffice
+MOST_INPUTS = 16384  #: numbers of activations that a block loads at a time
 #: Of the activations that a block of 8 rows loads at a time, numbers for each thread: with fewer than 8 bytes a thread
 #: some are not copied in the background.
 FEWEST_INPUTS = 4
-#: What a processor makes numbers of in a microsecond: codes. Each takes some 2.5 of the instructions of a thread, of
-#: which a processor starts 128 a cycle.
-CODES_US = 60_000
+#: What a processor makes numbers of in a microsecond: codes, with all warps on the same rows, and with each warp on its
+#: own. Each code takes some 2.5 of the instructions of a thread, which would be three times as fast: see
+#: ``docs/kernels.md``.
+CODES_US, CODES_OF_PARTS_US = 20_000, 10_000
 MOST_HELD = 150  #: registers of a thread for these; more do not suffice for the rest
 MOST_STEPS = 4  #: pieces of a block of K one after the other: each is a copy of the same instructions
 SUB_LEAST, SUB_MOST = 32, 128  #: bytes of codes of a column in a piece: the matrix units take four codes of a thread
@@ -102,13 +116,16 @@ class ProductTile:
 
     @property
     def parts(self) -> int:
-        """How many warps share the rows of a panel, because its columns are too few for all of them: 1 or all.
+        """Into how many parts the rows of a panel are cut, because its columns are too few for all warps.
 
-        A warp takes 16 columns at least, and 16 rows at a time; of codes a whole piece.
+        A warp takes 16 columns and 16 rows at a time. Parts of numbers lie below each other, as many as make up for the
+        columns; of codes each warp takes whole pieces of its own part.
         """
-        rows = SUB_LEAST * 8 // self.bits if self.bits else 16
-        narrow = 16 * self.warps > self.BN and rows * self.warps <= self.BK
-        return self.warps if narrow else 1
+        if self.bits:
+            narrow = 16 * self.warps > self.BN and SUB_LEAST * 8 // self.bits * self.warps <= self.BK
+            return self.warps if narrow else 1
+        parts = max(1, 16 * self.warps // self.BN)
+        return parts if 16 * parts <= self.BK else 1
 
     @property
     def sub(self) -> int:
@@ -355,29 +372,36 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
     )
     busiest = -(-blocks * groups // target.processors)
     at_once = max(1, min(room, busiest))
-    # One processor: what it has on its way, what its blocks can take in, and its share of the bandwidth.
-    share = MOST_SHARE * _per_us(target) / target.processors
-    turn = TURN_US + TURN_OF_16_US * tile.BK / 16 / tile.parts
-    processor = min(at_once * (tile.stages - 1) * panel / LATENCY_US, at_once * panel / turn, share)
+    # One processor: what it has on its way, its share of the bandwidth, and what the turns of all its blocks take.
+    inputs = tile.BK * rows * BYTES
+    flops = 2 * tile.BN * tile.BK * rows * (1 if tile.bits else tile.parts)
+    multiply = NARROW * flops * target.processors / (target.sheet.tflop_s * 1e6)
+    turn = max((panel + inputs) / COPY, multiply) + TURN_US
     if tile.bits:
-        processor = min(processor, CODES_US * panel / (tile.BN * tile.BK))
-    own = busiest * -(-turns // tile.split) * panel / processor
+        turn = max(turn, tile.BN * tile.BK / (CODES_US if tile.parts == 1 else CODES_OF_PARTS_US))
+    share = MOST_SHARE * _per_us(target) / target.processors
+    turn = max(turn, panel / min(share, at_once * (tile.stages - 1) * panel / LATENCY_US))
+    own = busiest * -(-turns // tile.split) * turn
+    if tile.bits:  # scales are asked for a turn ahead
+        own = max(own, -(-busiest // at_once) * -(-turns // tile.split) * LATENCY_US)
     # All of them: weights from memory once, activations and weights for further rows from L2, matrix units.
-    activations = blocks * groups * -(-turns // tile.split) * tile.BK * rows * BYTES
+    activations = blocks * groups * -(-turns // tile.split) * inputs
     partial = 2 * tile.split * positions * columns * 4 if tile.split > 1 else 0
-    memory = weights / _per_us(target)
+    memory = weights / (REACHED * _per_us(target))
     cache = (weights * groups + activations + partial) / (L2 * _per_us(target))
     matrix = 2 * columns * depth * groups * rows / (target.sheet.tflop_s * 1e6)
-    return max(own, memory, cache, matrix) + 2 * LATENCY_US + (JOIN_US if tile.split > 1 else 0)
+    time = max(own, memory, cache, matrix) * (1 + OTHER_PANEL * abs(math.log2(panel_bytes(tile) / BEST_PANEL)))
+    return time + START_US + (JOIN_US if tile.split > 1 else 0)
 
 
 def _with_ahead(tile: ProductTile, columns: int, depth: int, target: Target) -> ProductTile:
-    """``tile`` with what each of its blocks fetches ahead: whole pieces, at least one, at most all that it reads."""
-    blocks = -(-columns // tile.BN) * tile.split
+    """``tile`` with what each of its blocks fetches ahead: of a small matrix all that it reads, else nothing.
+
+    Of a large one it is no help: the kernel before keeps the memory busy by itself.
+    """
     slab = -(-depth // tile.BK) // tile.split * panel_bytes(tile)
-    budget = min(AHEAD_BYTES, int(target.ahead_us * _per_us(target))) // blocks
-    ahead = max(PIECE, min(slab, budget)) // PIECE * PIECE if target.dependent else 0
-    return replace(tile, ahead=min(ahead, slab // PIECE * PIECE))
+    small = -(-columns // tile.BN) * -(-depth // tile.BK) * panel_bytes(tile) <= target.ahead_bytes
+    return replace(tile, ahead=slab // PIECE * PIECE if target.dependent and small else 0)
 
 
 def attentions(config: PARConfig, images: Sequence[int], target: Target) -> list[AttentionTile]:
@@ -399,11 +423,11 @@ def attention_us(tile: AttentionTile, heads: int, keys: int, line: int, target: 
     spans = -(-keys // tile.span)
     busiest = -(-heads * spans // target.processors)
     share = MOST_SHARE * _per_us(target) / target.processors
-    # A turn reads keys and values, has two products and a maximum between them, and waits for each.
+    # A turn reads keys and values, has two products and a maximum between them, and waits for each: two ways to memory.
     turns = -(-min(tile.span, keys) // tile.chunk)
-    own = max(busiest * min(tile.span, keys) * line / share, -(-busiest // 4) * turns * LATENCY_US)
+    own = max(busiest * min(tile.span, keys) * line / share, -(-busiest // 4) * turns * 2 * LATENCY_US)
     memory = heads * keys * line / _per_us(target)
-    return max(own, memory) + 3 * LATENCY_US + (JOIN_US if spans > 1 else 0)
+    return max(own, memory) + 3 * LATENCY_US + (JOIN_US + SPAN_US * spans if spans > 1 else 0)
 
 
 def _per_us(target: Target) -> float:

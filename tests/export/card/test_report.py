@@ -62,7 +62,7 @@ def planned(bundle: Bundle, images: Sequence[int]) -> Planned:
     plan = Planned()
     constants = {"K": 64, "N": 64, "WIDTH": 64, "ORDER": "plain", "HEAD": 8, "PADDED": 8, "DROP_ROWS": False}
     types = (("raw", "*fp16"), ("packed", "*fp16"))
-    spec = Spec("pack.panels", tuple(sorted((constants | {"BN": 16, "BK": 16}).items())), types, 4, 1)
+    spec = Spec("pack.panels", tuple(sorted((constants | {"BN": 16, "BK": 16, "PART": 16}).items())), types, 4, 1)
     for name, at in bundle.weights.items():
         pack = plan.launch(spec, (4, 4, 1), {"raw": Pointer("raw"), "packed": Pointer("packed")})
         whole = len(at.shape) == 2 and at.dtype == "float16" and name != "embed"

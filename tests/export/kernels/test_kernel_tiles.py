@@ -55,7 +55,7 @@ def test_no_choice_is_slower_by_the_model_than_one_plain_shape(name: str) -> Non
     for tile, columns in ((chosen.qkv, 3 * config.dim), (chosen.gates, 2 * config.ffn_dim)):
         time = tiles.product_us(tile, columns, config.dim, 8, card)
         assert time <= tiles.product_us(plain, columns, config.dim, 8, card)
-        assert time >= columns * config.dim * 2 / 3.35e6  # never faster than the memory
+        assert time >= columns * config.dim * 2 / 4.8e6  # never faster than the memory
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
@@ -79,7 +79,9 @@ def test_panels_of_codes_are_whole_pieces_of_one_group(name: str, bits: int, gro
 
 
 def test_fewer_bytes_take_less_time() -> None:
-    """The head of PAR-3B, the product that is nearest to its bytes: about half and a quarter of the time."""
+    """The head of PAR-3B. Making numbers of codes takes so long on an H200 (20 us of int8 and of int4, beside 26 us of
+    fp16) that int4 is hardly faster than int8.
+    """
     config, card = named("3B"), TARGETS["SM90"]
     times = []
     for storage in (tiles.NUMBERS, tiles.Storage(8, 64), tiles.Storage(4, 64)):
@@ -87,8 +89,8 @@ def test_fewer_bytes_take_less_time() -> None:
         times.append(tiles.product_us(tile, config.vocab_size, config.dim, 8, card))
         panel = tile.BN * tile.BK
         assert storage.bytes(panel) == panel * {0: 2, 8: 1 + 2 / 64, 4: 0.5 + 2 / 64}[storage.bits]
-    assert 0.45 < times[1] / times[0] < 0.65
-    assert 0.25 < times[2] / times[0] < 0.4
+    assert 0.7 < times[1] / times[0] < 0.9
+    assert 0.7 < times[2] / times[0] < 0.9
 
 
 def test_matrices_of_a_kind_that_stay_numbers_have_a_shape_of_their_own() -> None:

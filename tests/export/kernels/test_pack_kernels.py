@@ -14,8 +14,9 @@ from par_runtime.quantised import Quantised
 
 
 def packed(raw: np.ndarray, kinds: tuple[str, str], **constants: object) -> np.ndarray:
-    """``raw`` in panels, by the kernel: [tiles, blocks, BN, BK]."""
-    c: dict[str, object] = {"ORDER": "plain", "HEAD": 1, "PADDED": 1, "DROP_ROWS": False} | constants
+    """``raw`` in panels, by the kernel: [tiles, blocks, BN, BK]; with PART, the parts of their rows in order."""
+    c: dict[str, object] = {"ORDER": "plain", "HEAD": 1, "PADDED": 1, "DROP_ROWS": False, "PART": constants["BK"]}
+    c |= constants
     tiles, blocks = -(-int(c["N"]) // int(c["BN"])), -(-int(c["K"]) // int(c["BK"]))  # type: ignore[call-overload]
     out = empty((tiles, blocks, int(c["BN"]), int(c["BK"])), kinds[1])  # type: ignore[call-overload]
     arguments = {"raw": (KIND[kinds[0]], raw), "packed": (KIND[kinds[1]], out)}
@@ -66,6 +67,15 @@ def test_plain(kinds: tuple[str, str]) -> None:
     assert (got[:40, :50] == wanted).all()
     assert (got[40:] == 0).all()
     assert (got[:, 50:] == 0).all()
+
+
+def test_parts_of_the_rows_lie_one_after_the_other() -> None:
+    raw = stored(np.random.default_rng(0).normal(size=(70, 50)), "fp16")
+    how = {"K": 70, "N": 50, "BN": 16, "BK": 64}
+    whole = packed(raw, ("fp16", "fp16"), **how)
+    tiles, blocks, bn, bk = whole.shape
+    parts = packed(raw, ("fp16", "fp16"), **how, PART=16).reshape(tiles, blocks, bk // 16, bn, 16)
+    assert (parts.transpose(0, 1, 3, 2, 4).reshape(whole.shape) == whole).all()
 
 
 @pytest.mark.parametrize(("heads", "size", "padded"), [(2, 8, 8), (3, 20, 24), (2, 100, 104), (1, 4, 8)])

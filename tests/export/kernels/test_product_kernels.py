@@ -26,7 +26,7 @@ SIZES = [
     (40, 2, 20, 24, 256, 64),
     (64, 1, 64, 64, 96, 130),
 ]
-TILES = [(32, 16, 8), (16, 64, 16), (64, 32, 32)]  # BN, BK, BM
+TILES = [(32, 32, 8), (16, 64, 16), (64, 32, 32)]  # BN, BK, BM: two parts, four, one
 
 #: dtype, group, d and F, BN, BK, BM: a piece in a block of K, several pieces, a piece for each warp; groups of one
 #: piece, of several, of half a piece; K that no block divides.
@@ -52,6 +52,11 @@ class Packed:
 
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def parts_of(bn: int, bk: int) -> int:
+    """Into how many parts a product of numbers cuts its panels' rows."""
+    return ProductTile(bn, bk, 1, 4, 2, 0).parts
 
 
 class Case:
@@ -85,7 +90,8 @@ class Case:
         """``raw`` [K,N] in panels; with ``codes`` rounded to a dtype with groups."""
         if codes is None:
             held = stored(raw, self.precision)
-            panels = packed(held, (self.precision, self.precision), **constants)
+            part = constants["BK"] // parts_of(constants["BN"], constants["BK"])
+            panels = packed(held, (self.precision, self.precision), **constants, PART=part)
             nothing = {"BITS": 0, "GROUP": 0, "SUB": 0, "scales": 0}
             return Packed({"weights": (self.kind, panels)}, nothing, panels.shape[0], wide(held))
         dtype, group = codes
@@ -103,7 +109,7 @@ class Case:
     def sizes(self, tiles: int, bn: int, bk: int, bm: int) -> dict[str, Any]:
         return {
             "D_MODEL": self.d, "STRIDE": self.stride, "TILES": tiles, "POWER": self.power, "BN": bn, "BK": bk,
-            "BM": bm, "PARTS": min(4, bk // 16) if bn < 64 else 1, "AHEAD": 0, "DEPENDENT": True,
+            "BM": bm, "PARTS": parts_of(bn, bk), "AHEAD": 0, "DEPENDENT": True,
         }  # fmt: skip
 
     @property

@@ -153,7 +153,7 @@ def test_codes_become_numbers_in_the_thread_that_multiplies_them(
 
 def check_product(kernel: Compiled, constants: dict[str, Any], target: str, tiny: bool) -> None:
     """Weights come 16 bytes a thread and in the background, several stages of them; products are the matrix units'."""
-    wide = int(constants["BN"]) >= 64 and target == "SM90"
+    wide = int(constants["BN"]) * int(constants["PARTS"]) >= 64 and target == "SM90"
     assert all(kind.startswith("wgmma.mma.m64" if wide else "mma.m16n8k16") for kind in kernel.products)
     assert kernel.products
     assert not {"1", "2"} & {*kernel.copies}
@@ -172,7 +172,7 @@ def test_packing_compiles_for_every_stored_precision(compiler: Compiler) -> None
     ):
         constants = {
             "K": 200, "N": 600, "WIDTH": 624, "ORDER": order, "HEAD": 100, "PADDED": 104,
-            "DROP_ROWS": order == "plain", "BN": 32, "BK": 64,
+            "DROP_ROWS": order == "plain", "BN": 32, "BK": 64, "PART": 32,
         }  # fmt: skip
         specs.append(Spec("pack.panels", tuple(constants.items()), (("raw", stored), ("packed", packed)), 4, 1))
     for kernel in compiler.compile(specs, TARGETS["SM80"]).values():
@@ -224,7 +224,8 @@ def test_memory_is_read_and_written_in_the_order_that_dependent_launches_need(
     compiler: Compiler, tmp_path: Path
 ) -> None:
     """What other kernels write is read after the wait; inputs of the call come past the L1 cache before it. Parts of a
-    sum are counted when all threads have stored theirs, and read when all threads know the count.
+    sum are counted when all threads have stored theirs, and read when all threads know the count. The next kernel may
+    start when the last product is done.
     """
     of = planned(named("3B", group_size=16), "SM90", "bf16", (1,))
     specs = [spec for spec in of.specs.values() if spec.source != "pack.panels"]
@@ -235,6 +236,8 @@ def test_memory_is_read_and_written_in_the_order_that_dependent_launches_need(
         early, later = lines[:wait], lines[wait:]
         assert not any(re.search("LDGSTS|STG|ATOM|RED", line) for line in early), spec.source
         assert spec.source in CONSTANT or not any(re.search(r"LDG\.E(\.\d+)? ", line) for line in early), spec.source
+        start = next(i for i, line in enumerate(later) if "PREEXIT" in line)
+        assert not any("MMA" in line for line in later[start:]), spec.source
         letters = "".join(letter for line in later for what, letter in ORDER.items() if re.search(what, line))
         if "A" in letters:
             assert re.search("SB+MACBS?L", letters), spec.source

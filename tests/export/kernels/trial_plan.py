@@ -17,6 +17,7 @@ def panels(stored: Stored, precision: str, **changes: object) -> Spec:
     rows, columns = stored.shape
     constants = {"K": rows, "N": columns, "WIDTH": columns, "ORDER": "plain", "HEAD": 32, "PADDED": 32}
     constants |= {"DROP_ROWS": False, "BN": 32, "BK": 32} | changes
+    constants["PART"] = constants["BK"]
     parameters = (("raw", TYPE[stored.dtype]), ("packed", TYPE[precision]))
     return Spec("pack.panels", tuple(constants.items()), parameters, 4, 1)
 

@@ -14,7 +14,7 @@ BN, BK = 16, 16
 def panels(k: int, n: int, kind: str, dependent: bool = False) -> Spec:
     """Packs a matrix [k, n]."""
     constants = {"K": k, "N": n, "WIDTH": n, "ORDER": "plain", "HEAD": 8, "PADDED": 8, "DROP_ROWS": False}
-    constants |= {"BN": BN, "BK": BK}
+    constants |= {"BN": BN, "BK": BK, "PART": BK}
     return Spec("pack.panels", tuple(constants.items()), (("raw", "*fp16"), ("packed", kind)), 4, 1, dependent)
 
 

@@ -12,7 +12,7 @@ order of the spans.
 import triton
 import triton.language as tl
 
-from par_export.kernels.sources.step import begin, fetch_ahead
+from par_export.kernels.sources.step import begin, let_next
 
 
 @triton.jit
@@ -46,10 +46,6 @@ def attend(
     start = split * SPAN
     end = tl.minimum(start + SPAN, visible)
     lines = of_row.to(tl.int64) * (SLOTS * PADDED)
-    if DEPENDENT:  # earlier calls wrote most of these keys; those of this call are in the cache anyway
-        if start < end:
-            fetch_ahead(past_k + lines + start * PADDED, (end - start) * (PADDED * 2))
-            fetch_ahead(past_v + lines + start * PADDED, (end - start) * (PADDED * 2))
     begin(DEPENDENT)
     if start < end:
         i, d = tl.arange(0, BQ), tl.arange(0, WIDE)
@@ -75,6 +71,7 @@ def attend(
             total = total * shrink + tl.sum(weight, 0)
             acc = tl.dot(tl.trans(v), weight.to(v.dtype), acc * shrink[None, :])
             peak = top
+        let_next(DEPENDENT)
         to_y = y + (row * QUERY + i).to(tl.int64)[None, :] * STRIDE + head * JOINED + d[:, None]
         mask_y = (i < QUERY)[None, :] & (d < JOINED)[:, None]
         spans = (visible + SPAN - 1) // SPAN

@@ -12,7 +12,7 @@ and a load without a mask is one instruction.
 import triton
 import triton.language as tl
 
-from par_export.kernels.sources.step import begin
+from par_export.kernels.sources.step import begin, let_next
 
 
 @triton.jit
@@ -49,6 +49,7 @@ def lookup(
     for d in range(D):
         code = tl.load(codebook + token * D + d).to(tl.float32)
         value += code[:, None] * tl.load(w + c * D + d, mask=c < C, other=0.0)[None, :]
+    let_next(DEPENDENT)
     value = tl.where(inside[:, None], value, 0.0)
     kept = (p < PADDED)[:, None] & (c < C)[None, :]
     tl.store(out + image * (PADDED * C) + p[:, None] * C + c[None, :], value.to(out.dtype.element_ty), mask=kept)
@@ -153,6 +154,7 @@ def conv(
                 pixels = tl.load(other_a + i * OTHER_BK, mask=(other_k < OTHER - i * OTHER_BK)[None, :], other=0.0)
             value = tl.dot(pixels, tl.load(other_b + i * OTHER_BK), value, input_precision="tf32")
         value += tl.load(other_bias + n)[None, :]
+    let_next(DEPENDENT)
     value += tl.load(bias + n)[None, :]
     if UNIT:
         # Never read. With it the sums below are laid out as the store is, which needs a tenth of the exchange
@@ -244,6 +246,7 @@ def moments(
         apart = tl.load(sums + first * (C // UNIT), mask=real, other=0.0) / count - mean
         inner = tl.load(sums + (TILES + first) * (C // UNIT), mask=real, other=0.0)
         squares += tl.where(real, inner + apart * apart * count, 0.0)
+    let_next(DEPENDENT)
     variance = tl.sum(tl.sum(squares, 1), 0) / (PARITIES * M * WIDTH)
     c = group * WIDTH + tl.arange(0, BC)
     real = tl.arange(0, BC) < WIDTH
@@ -279,7 +282,7 @@ def normalise(
     channel = tl.minimum(tl.program_id(1) * BC + tl.arange(0, BC), C - 1)
     scale = tl.load(norm + image * (2 * C) + channel)
     shift = tl.load(norm + image * (2 * C) + C + channel)
-    _normalised(x, scale, shift, out, image, H, W, C, BORDER, SWISH, BP, BC)
+    _normalised(x, scale, shift, out, image, H, W, C, BORDER, SWISH, BP, BC, DEPENDENT)
 
 
 @triton.jit
@@ -296,6 +299,7 @@ def _normalised(
     SWISH: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """BP pixels of ``out`` and BC channels, ``scale`` and ``shift`` [BC]."""
     PITCH: tl.constexpr = W + BORDER
@@ -310,6 +314,7 @@ def _normalised(
         inside = inside & (c < C)[None, :]
         kept = kept & (c < C)[None, :]
     value = tl.load(x + image * (H * W * C) + ((y * W + column) * C)[:, None] + c[None, :], mask=inside, other=0.0)
+    let_next(DEPENDENT)
     value = value.to(tl.float32) * scale[None, :] + shift[None, :]
     if SWISH:
         value = value * tl.sigmoid(value)
@@ -365,4 +370,4 @@ def norm(
     scale = tl.reshape(tl.broadcast_to((1 / tl.sqrt(variance + EPSILON))[:, None], (G, WIDTH)), (BC,))
     scale = scale * tl.load(gain + c)
     shift = tl.load(bias + c) - tl.reshape(tl.broadcast_to(mean[:, None], (G, WIDTH)), (BC,)) * scale
-    _normalised(x, scale, shift, out, image, H, W, C, BORDER, SWISH, BP, BC)
+    _normalised(x, scale, shift, out, image, H, W, C, BORDER, SWISH, BP, BC, DEPENDENT)

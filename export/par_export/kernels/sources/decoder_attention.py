@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from par_export.kernels.sources.step import begin
+from par_export.kernels.sources.step import begin, let_next
 
 
 @triton.jit
@@ -52,6 +52,7 @@ def qkv(
         at = a + i * BK
         pixels = tl.load(at) if C % BK == 0 else tl.load(at, mask=(k < C - i * BK)[None, :], other=0.0)
         value = tl.dot(pixels, tl.load(b + i * BK), value, input_precision="tf32")
+    let_next(DEPENDENT)
     value += tl.load(bias + n)[None, :]
     kept = (rows < M)[:, None] & (columns < C)[None, :]
     target = out + image * (3 * M * C) + part * C + (m * (3 * C))[:, None] + columns[None, :]
@@ -104,6 +105,7 @@ def attention(
         weight = weight * keep + tl.sum(share, 1)
         total = tl.dot(share.to(value.dtype), value, total * keep[:, None], input_precision="tf32")
         best = new
+    let_next(DEPENDENT)
     total = total / weight[:, None]
     kept = (rows < M)[:, None]
     if C != BC:

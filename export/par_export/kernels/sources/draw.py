@@ -15,7 +15,7 @@ Letters: B images, q positions, V codes, R rows.
 import triton
 import triton.language as tl
 
-from par_export.kernels.sources.step import begin
+from par_export.kernels.sources.step import begin, let_next
 
 COLDEST = tl.constexpr(1e-5)  #: the least temperature, as in the graphs
 LOWEST = tl.constexpr(-(2**31))  #: the key of no number
@@ -96,6 +96,7 @@ def resident(
     code = tl.arange(0, WIDE)
     inside = code < V
     begin(DEPENDENT)
+    let_next(DEPENDENT)
     y = scaled(logits + at.to(tl.int64) * V, code, inside, divisor)
     key = ordered(y, inside)
     peak = tl.max(tl.where(inside, y, float("-inf")), 0)
@@ -200,6 +201,7 @@ def looped(
     divisor, k, p, u = settings(temperature, top_k, top_p, uniform, b, at)
     place = logits + at.to(tl.int64) * V
     begin(DEPENDENT)
+    let_next(DEPENDENT)
     largest = tl.full((CHUNK,), LOWEST, tl.int32)
     smallest = tl.full((CHUNK,), 0x7FFFFFFF, tl.int32)
     for first in tl.range(0, V, CHUNK):

@@ -1,8 +1,9 @@
 """Matrices as they are stored, [K, WIDTH] row by row, into panels in the order in which products read them.
 
 It runs on the device when an engine is loaded, so an engine holds no copy of the weights. A panel is ``BN`` columns by
-``BK`` rows, lies in one piece, and holds each column's ``BK`` numbers side by side: [tile, block of K, BN, BK]. A block
-of threads then reads one stream from its first byte to its last, 16 bytes a thread.
+``BK`` rows, lies in one piece, and holds ``PART`` numbers of a column side by side, those of the first part of the rows
+before those of the next: [tile, block of K, BK / PART, BN, PART]. A block of threads then reads one stream from its
+first byte to its last, 16 bytes a thread.
 
 The order of columns makes partners meet in one thread. In the accumulator of the matrix units a thread holds rows g and
 g + 8 of every 16. So of 16 packed columns the first 8 are the first partners (even columns of a head, which the
@@ -39,7 +40,7 @@ def stored_columns(
 @triton.jit
 def panels(
     raw,  # [?, WIDTH] fp32, fp16 or bf16
-    packed,  # [tiles, blocks, BN, BK]
+    packed,  # [tiles, blocks, BK / PART, BN, PART]
     K: tl.constexpr,  # rows of the product
     N: tl.constexpr,  # columns of the product
     WIDTH: tl.constexpr,  # columns of the stored matrix
@@ -49,6 +50,7 @@ def panels(
     DROP_ROWS: tl.constexpr,  # whether the rows are numbers of heads too
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PART: tl.constexpr,  # rows of a part (see ``product.py``)
 ):
     """Panels of numbers. Grid: tiles, blocks of K."""
     tile, block = tl.program_id(0), tl.program_id(1)
@@ -61,7 +63,8 @@ def panels(
     mask = (k < K)[:, None] & inside[None, :]
     values = tl.load(raw + row[:, None].to(tl.int64) * WIDTH + column[None, :], mask=mask, other=0.0)
     panel = packed + (tile.to(tl.int64) * blocks + block) * (BN * BK)
-    place = tl.arange(0, BN)[:, None] * BK + tl.arange(0, BK)[None, :]
+    of_block = tl.arange(0, BK)
+    place = tl.arange(0, BN)[:, None] * PART + (of_block // PART * (BN * PART) + of_block % PART)[None, :]
     tl.store(panel + place, tl.trans(values.to(packed.dtype.element_ty)))
 
 

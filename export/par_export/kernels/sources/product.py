@@ -40,8 +40,11 @@ def product(
 ):
     """Sums [BN, BM] of the weights' blocks ``first`` to ``last`` times these rows of ``h``.
 
-    With PARTS > 1 each warp multiplies its own part of every block, and the sums of the parts are added at the end. A
-    narrow tile has too few columns for all warps: they would all compute the same, in one long chain of products.
+    A tile of fewer than 64 columns is narrower than the matrix units of SM90 take. With PARTS > 1 the parts of every
+    block of K lie below each other, [PARTS * BN, BK / PARTS], and are multiplied with the parts of the rows side by
+    side. Of the PARTS * PARTS products those of a part with itself are the sums; the others cost little, since a step
+    waits for its weights. Three dimensions, one for the parts, are no way to it: Triton chooses orders of shared memory
+    for them in which eight rows begin in the same bank, and the whole product then waits for shared memory.
     """
     if BITS > 0:
         acc = of_codes(panel, scales, tile, h, rows, first, last, K, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
@@ -60,20 +63,27 @@ def product(
             weights += BN * BK
             inputs += BK
     else:
-        k = tl.arange(0, PARTS)[:, None] * (BK // PARTS) + tl.arange(0, BK // PARTS)[None, :]
-        weights = panel + first * (BN * BK) + tl.arange(0, BN)[None, :, None] * BK + k[:, None, :]
-        inputs = h + rows.to(tl.int64)[None, None, :] * STRIDE + (first * BK + k)[:, :, None]
-        sums = tl.zeros((PARTS, BN, BM), tl.float32)
+        PART: tl.constexpr = BK // PARTS
+        k = tl.arange(0, PART)
+        weights = panel + first * (BN * BK) + tl.arange(0, PARTS * BN)[:, None] * PART + k[None, :]
+        behind = tl.arange(0, PARTS * BM) // BM * PART  # where the part of a column begins
+        of_parts = tl.reshape(tl.broadcast_to(rows[None, :], (PARTS, BM)), (PARTS * BM,))
+        # The product with STRIDE stands last: only from it does the compiler know that addresses are aligned.
+        inputs = h + (of_parts.to(tl.int64) * STRIDE + behind)[None, :] + (first * BK + k)[:, None]
+        sums = tl.zeros((PARTS * BN, PARTS * BM), tl.float32)
         for block in tl.range(first, last):
             w = tl.load(weights)
             if K % BK == 0:
                 x = tl.load(inputs)
             else:
-                x = tl.load(inputs, mask=(block * BK + k < K)[:, :, None], other=0.0)
+                x = tl.load(inputs, mask=block * BK + behind[None, :] + k[:, None] < K, other=0.0)
             sums = tl.dot(w, x, sums)
             weights += BN * BK
             inputs += BK
-        acc = tl.sum(sums, 0)
+        part = tl.arange(0, PARTS)
+        itself = part[:, None, None, None] == part[None, None, :, None]
+        sums = tl.where(itself, tl.reshape(sums, (PARTS, BN, PARTS, BM)), 0.0)
+        acc = tl.sum(tl.sum(sums, 2), 0)
     return acc
 
 
@@ -112,18 +122,33 @@ def of_codes(
     groups: tl.constexpr = ((K + BK - 1) // BK * BK + GROUP - 1) // GROUP  # that the blocks of a tile have begun
     columns = scales + tile.to(tl.int64) * (groups * BN) + tl.arange(0, BN)[None, :]
     sums = tl.zeros((PARTS, BN, BM), tl.float32)
-    # Scales do not come in the background as panels do: they are asked for one piece ahead.
-    row = first * BK + part * ROWS
-    scale = tl.load(columns + row // GROUP * BN).to(tl.float32)
-    other = tl.load(columns + (row + ROWS - SUB) // GROUP * BN).to(tl.float32)
+    # Scales do not come in the background as panels do. Those of all pieces of a block are asked for a block ahead, and
+    # become numbers of fp32 only where they are used: a loop that waited for each in turn would be on its way to memory
+    # all the time. Further ahead is not possible, since Triton copies nothing in the background in a loop that carries
+    # a value over more than one turn.
+    PIECES: tl.constexpr = PARTS * ROWS
+    tl.static_assert(STEPS <= 4)
+    row, end = first * BK + part * ROWS, last * BK - ROWS
+    a0, b0 = scales_of(columns, row, end, BN, GROUP, ROWS, SUB)
+    a1, b1 = scales_of(columns, row + PIECES, end, BN, GROUP, ROWS, SUB)
+    a2, b2 = scales_of(columns, row + 2 * PIECES, end, BN, GROUP, ROWS, SUB)
+    a3, b3 = scales_of(columns, row + 3 * PIECES, end, BN, GROUP, ROWS, SUB)
     for block in tl.range(first, last):
+        ahead = (block + 1) * BK + part * ROWS
+        c0, d0 = scales_of(columns, ahead, end, BN, GROUP, ROWS, SUB)
+        c1, d1 = scales_of(columns, ahead + PIECES, end, BN, GROUP, ROWS, SUB)
+        c2, d2 = scales_of(columns, ahead + 2 * PIECES, end, BN, GROUP, ROWS, SUB)
+        c3, d3 = scales_of(columns, ahead + 3 * PIECES, end, BN, GROUP, ROWS, SUB)
         for step in tl.static_range(STEPS):
-            row = (block * STEPS + step) * (PARTS * ROWS) + part * ROWS
-            after = tl.minimum(row + PARTS * ROWS, last * BK - ROWS)
-            next_scale = tl.load(columns + after // GROUP * BN).to(tl.float32)
-            next_other = next_scale
-            if ROWS > GROUP:
-                next_other = tl.load(columns + (after + SUB) // GROUP * BN).to(tl.float32)
+            row = (block * STEPS + step) * PIECES + part * ROWS
+            if step == 0:
+                scale, other = a0.to(tl.float32), b0.to(tl.float32)
+            elif step == 1:
+                scale, other = a1.to(tl.float32), b1.to(tl.float32)
+            elif step == 2:
+                scale, other = a2.to(tl.float32), b2.to(tl.float32)
+            else:
+                scale, other = a3.to(tl.float32), b3.to(tl.float32)
             c = tl.load(codes)
             at = row + k
             if K % BK == 0:
@@ -143,9 +168,28 @@ def of_codes(
                 else:
                     sums += tl.dot(low, x) * scale[:, :, None]
                     sums += tl.dot(high, y) * other[:, :, None]
-            scale, other = next_scale, next_other
             codes += PARTS * BN * SUB
+        a0, a1, a2, a3, b0, b1, b2, b3 = c0, c1, c2, c3, d0, d1, d2, d3
     return tl.sum(sums, 0)
+
+
+@triton.jit
+def scales_of(
+    columns,
+    row,  # [PARTS, 1]
+    end,
+    BN: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    SUB: tl.constexpr,
+):
+    """The scales of the two halves of the piece that begins at ``row``, or of the last one, which begins at ``end``."""
+    row = tl.minimum(row, end)
+    first = tl.load(columns + row // GROUP * BN)
+    second = first
+    if ROWS > GROUP:
+        second = tl.load(columns + (row + SUB) // GROUP * BN)
+    return first, second
 
 
 @triton.jit

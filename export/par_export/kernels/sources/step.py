@@ -20,8 +20,9 @@ then 2^e at ``POWER``.
 **Dependent launches** (DEPENDENT, from SM90 on). A kernel may start while the one before it still runs: it fetches the
 first ``AHEAD`` bytes of its weights into the L2 cache, and reads inputs of the call that no kernel writes (past the L1
 cache, which is sure to hold nothing of an earlier call only after the wait). Then it waits for the kernel before it,
-which has itself waited for the one before that. Only then does it allow the next one to start, so that at most one
-kernel's fetches are ahead.
+which has itself waited for the one before that. A kernel allows the next one to start when its sums are done, not when
+it has waited: blocks that come while others still work take the places of those, two on one processor and none on
+another, and keep them. On an H200 the early start made some layers slower than none at all (``docs/kernels.md``).
 """
 
 import triton
@@ -86,13 +87,19 @@ def fetch_scales(
 
 @triton.jit
 def begin(DEPENDENT: tl.constexpr):
-    """Wait for the kernel before this one, then let the next one start.
-
-    In this order only two kernels meet. A third could find what the first has read in its L1 cache, and the second has
-    overwritten.
-    """
+    """Wait for the kernel before this one."""
     if DEPENDENT:
         cuda.gdc_wait()
+
+
+@triton.jit
+def let_next(DEPENDENT: tl.constexpr):
+    """Let the next kernel start, once every block has come here or has ended.
+
+    It stands behind :func:`begin`, so that only two kernels meet. A third could find what the first has read in its L1
+    cache, and the second has overwritten.
+    """
+    if DEPENDENT:
         cuda.gdc_launch_dependents()
 
 
@@ -141,6 +148,7 @@ def embed(
     inside = column < D_MODEL
     gain = tl.load(gains + column, mask=inside, other=0.0)
     begin(DEPENDENT)
+    let_next(DEPENDENT)
     row = tl.load(ids + m)
     row = tl.minimum(tl.maximum(row, 0), ROWS - 1)  # an id that is none must not read foreign memory
     value = tl.load(table + row * D_MODEL + column, mask=inside, other=0.0).to(tl.float32)
@@ -208,6 +216,7 @@ def qkv(
     begin(DEPENDENT)
     parts = squares(ss, m, TILES)
     acc = product(panel, scales, tile, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
+    let_next(DEPENDENT)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     even, odd = partners(acc, BN, BM)
     scale = tl.where(head < HEADS, SCALE, 1.0)[:, None]
@@ -282,6 +291,7 @@ def residual(
     if SPLIT == 1:  # with parts most blocks do not need it, and the last one loads it together with the parts
         old = tl.load(x + at, mask=inside, other=0.0)
     acc = product(panel, scales, tile, inputs, m, first, last, K, K_STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
+    let_next(DEPENDENT)
     counter = counters + tl.program_id(0) * tiles + tile
     arrived = 0
     place = partial + ((tl.program_id(0) * tiles + tile) * SPLIT).to(tl.int64) * (BN * BM)
@@ -345,6 +355,7 @@ def gates(
     begin(DEPENDENT)
     parts = squares(ss, m, TILES)
     acc = product(panel, scales, tile, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
+    let_next(DEPENDENT)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     gate, up = partners(acc, BN, BM)
     value = gate / (1.0 + tl.exp(-gate)) * up
@@ -404,6 +415,7 @@ def head(
     begin(DEPENDENT)
     parts = squares(ss, rows, TILES)
     acc = product(panel, scales, tile, h, rows, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
+    let_next(DEPENDENT)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     c, u = tl.split(tl.reshape(acc, (BN, BM // 2, 2)))
     code = tile * BN + tl.arange(0, BN)
