@@ -20,7 +20,7 @@ COLUMNS = ("over compiled", "over eager", "of bound")
 WHAT = "guided, fp16, batch 1, decoder included"
 STAR, STARRED = " *", "* The two were measured at different commits."
 HOW = (
-    "Medians; eager and compiled are the same model in PyTorch; the bound is what an image must read over the copy "
+    "Medians; eager and compiled are the same model in PyTorch; the bound is what an image must read over the memory "
     "bandwidth, or what it must multiply over the fp16 rate, both measured in the same run."
 )
 

@@ -254,6 +254,11 @@ def _num_programs(axis: int) -> Array:
     return _here.grid[axis]  # type: ignore[no-any-return]
 
 
+def _static_assert(condition: bool, message: str = "") -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
 class _Language(SimpleNamespace):
     """What kernels know as ``tl``."""
 
@@ -308,6 +313,7 @@ TL = _Language(
     split=_split,
     range=range,
     static_range=range,
+    static_assert=_static_assert,
     multiple_of=lambda x, _: x,
     max_contiguous=lambda x, _: x,
     debug_barrier=lambda: None,

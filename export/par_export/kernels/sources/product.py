@@ -67,9 +67,9 @@ def product(
         k = tl.arange(0, PART)
         weights = panel + first * (BN * BK) + tl.arange(0, PARTS * BN)[:, None] * PART + k[None, :]
         behind = tl.arange(0, PARTS * BM) // BM * PART  # where the part of a column begins
-        of_parts = tl.reshape(tl.broadcast_to(rows[None, :], (PARTS, BM)), (PARTS * BM,))
+        of_part = tl.reshape(tl.broadcast_to(rows[None, :], (PARTS, BM)), (PARTS * BM,))
         # The product with STRIDE stands last: only from it does the compiler know that addresses are aligned.
-        inputs = h + (of_parts.to(tl.int64) * STRIDE + behind)[None, :] + (first * BK + k)[:, None]
+        inputs = h + (of_part.to(tl.int64) * STRIDE + behind)[None, :] + (first * BK + k)[:, None]
         sums = tl.zeros((PARTS * BN, PARTS * BM), tl.float32)
         for block in tl.range(first, last):
             w = tl.load(weights)
@@ -83,8 +83,22 @@ def product(
         part = tl.arange(0, PARTS)
         itself = part[:, None, None, None] == part[None, None, :, None]
         sums = tl.where(itself, tl.reshape(sums, (PARTS, BN, PARTS, BM)), 0.0)
-        acc = tl.sum(tl.sum(sums, 2), 0)
+        acc = of_parts(tl.sum(sums, 2), PARTS, BN, BM)
     return acc
+
+
+@triton.jit
+def of_parts(sums, PARTS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """The sums [PARTS, BN, BM] of the parts added up, two at a time.
+
+    In what order more than two are added is up to the compiler, and to how many rows there are.
+    """
+    tl.static_assert(PARTS <= 8)
+    if PARTS == 8:
+        sums = tl.sum(tl.reshape(sums, (4, 2, BN, BM)), 1)
+    if PARTS >= 4:
+        sums = tl.sum(tl.reshape(sums, (2, 2, BN, BM)), 1)
+    return tl.sum(sums, 0)
 
 
 @triton.jit
@@ -170,7 +184,7 @@ def of_codes(
                     sums += tl.dot(high, y) * other[:, :, None]
             codes += PARTS * BN * SUB
         a0, a1, a2, a3, b0, b1, b2, b3 = c0, c1, c2, c3, d0, d1, d2, d3
-    return tl.sum(sums, 0)
+    return of_parts(sums, PARTS, BN, BM)
 
 
 @triton.jit
