@@ -1,0 +1,102 @@
+"""What the trials of single kernels in ``docs/gpu/trials`` say: ``python -m par_export.card.trials docs/gpu/trials``.
+
+Tables for people: of whole layers by how kernels follow each other, and of single products by how far the shape that
+the model of ``kernels/tiles.py`` prefers is from the fastest of those that were tried. The trials were made once, by
+hand; their README says how.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from par_export.kernels.targets import TARGETS
+from par_export.kernels.tiles import ProductTile, product_us
+
+CARD = TARGETS["SM90"]
+LAST_RUN = 3  #: of layers: with every start
+#: When the next kernel may start, and what is fetched ahead, as the lines say it; the columns of a table.
+WAYS = ("none, none", "early, none", "early, matrices", "late, none", "late, matrices", "late, all")
+Shape = tuple[int, int, int]  # BN, BK, parts of K
+Product = tuple[str, str, int]  # model, kind, rows
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file. Raises OSError, ValueError."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def layers(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int, str], dict[str, float]]:
+    """(model, rows, shapes) -> microseconds of a layer of five kernels in each of :data:`WAYS`."""
+    out: dict[tuple[str, int, str], dict[str, float]] = defaultdict(dict)
+    for line in lines:
+        if line["run"] == LAST_RUN:
+            way = f"{line['start']}, {line['ahead'].partition(' ')[0]}"
+            out[line["model"], line["rows"], json.dumps(line["shapes"])][way] = median(line["samples_us"])
+    return dict(out)
+
+
+def saved(of: Mapping[Any, Mapping[str, float]], way: str, other: str) -> tuple[float, float]:
+    """The least and the largest part of the time of ``other`` that ``way`` saves."""
+    parts = [1 - times[way] / times[other] for times in of.values()]
+    return min(parts), max(parts)
+
+
+def products(lines: Iterable[Mapping[str, Any]]) -> dict[Product, dict[Shape, tuple[float, float]]]:
+    """product -> shape -> microseconds of its fastest trial, and what the model expects of the best one.
+
+    Of trials that fetch ahead as a build does: a small matrix whole, of others nothing.
+    """
+    out: dict[Product, dict[Shape, tuple[float, float]]] = defaultdict(dict)
+    for line in lines:
+        slab = -(-line["depth"] // line["BK"]) // line["split"] * line["BN"] * line["BK"] * 2
+        small = line["columns"] * line["depth"] * 2 < CARD.ahead_bytes
+        if line["ahead"] < 0.8 * slab if small else line["ahead"] > 0:
+            continue
+        tile = ProductTile(line["BN"], line["BK"], line["split"], line["warps"], line["stages"], line["ahead"])
+        us, expected = median(line["samples_us"]), product_us(tile, line["columns"], line["depth"], line["rows"], CARD)
+        of, shape = out[line["model"], line["kind"], line["rows"]], (line["BN"], line["BK"], line["split"])
+        before = of.get(shape, (us, expected))
+        of[shape] = min(us, before[0]), min(expected, before[1])
+    return dict(out)
+
+
+def choice(of: Mapping[Shape, tuple[float, float]]) -> tuple[Shape, Shape]:
+    """The fastest shape, and the one that the model prefers."""
+    return min(of, key=lambda shape: of[shape][0]), min(of, key=lambda shape: of[shape][1])
+
+
+def slower(of: Mapping[Shape, tuple[float, float]]) -> float:
+    """What the model's choice takes more than the fastest, as a part of that."""
+    fastest, chosen = choice(of)
+    return of[chosen][0] / of[fastest][0] - 1
+
+
+def tables(folder: Path) -> list[str]:
+    """Lines of Markdown about the trials in ``folder``. Raises OSError, ValueError."""
+    of_layers, of_products = layers(read(folder / "layers.jsonl")), products(read(folder / "products.jsonl"))
+    out = ["| model | rows | " + " | ".join(WAYS) + " |", "|" + "---|" * (2 + len(WAYS))]
+    for (model, rows, _), times in of_layers.items():
+        out.append(f"| {model} | {rows} | " + " | ".join(f"{times[way]:.1f}" for way in WAYS) + " |")
+    for other in WAYS[:2]:
+        least, most = saved(of_layers, "late, none", other)
+        out.append(f"late, none in place of {other}: {100 * least:.0f} to {100 * most:.0f} % less time")
+    out += ["", "| model | product | rows | fastest | us | model's choice | us | slower |", "|" + "---|" * 8]
+    for product, shapes in of_products.items():
+        fastest, chosen = choice(shapes)
+        cells = (*product, fastest, f"{shapes[fastest][0]:.2f}", chosen, f"{shapes[chosen][0]:.2f}")
+        out.append("| " + " | ".join(map(str, cells)) + f" | {100 * slower(shapes):.0f} % |")
+    parts = [slower(shapes) for shapes in of_products.values()]
+    return [
+        *out,
+        f"{len(parts)} products: {100 * mean(parts):.1f} % slower on average, {100 * max(parts):.0f} % at most",
+    ]
+
+
+if __name__ == "__main__":
+    print("\n".join(tables(Path(sys.argv[1]))))
