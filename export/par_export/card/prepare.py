@@ -24,6 +24,7 @@ from par_export.kernels.plan import Planner, plan
 from par_export.kernels.shape_sets import contents_of
 from par_export.quantised import Codes, quantised_with, write_bundle
 from par_export.random_bundle import NoTensors, write_family
+from par_export.weights import parameters
 from par_runtime.backends.engines import ENGINES, Engine
 from par_runtime.bench.subjects.base import OutOfTimeError
 from par_runtime.bench.subjects.process import SubjectProcess, open_eager
@@ -38,6 +39,10 @@ EAGER_AT_ONCE = 2
 PRECISION = "fp16"
 CHECKED_IMAGES = (1, 2, 4)  #: batches of the engines whose whole images are checked
 QUANTISED = "quantised"  #: the folder of copies with quantised weights
+CONTEXT_BYTES = 600_000_000  #: what a process of PyTorch takes of a GPU beside its tensors
+CODES_PART = 0.6  #: of the bytes of fp16, at most, that quantised weights have
+FILLED = 0.9  #: of a GPU's memory, at most, by weights
+KEPT_TWINS = (1, 4)  #: the n of twins that figures to reach are compared with
 #: Calls of a twin that are not counted: compilation, and the first ones.
 WARM_CALLS = 24
 #: How often these are tried where memory is short, and the seconds between two tries.
@@ -161,6 +166,24 @@ class Preparation:
         with self._lock:
             for process in self._twins:
                 process.close()
+
+
+def that_fit(models: Sequence[Model], memory_bytes: int | None) -> list[Model]:
+    """``models`` with as many twins as a GPU of ``memory_bytes`` holds beside our engines of one model at a time.
+
+    Of twins, n = 16 of the largest model is given up first, then of the next one; n = 1 and 4 stay.
+    """
+    out = list(models)
+    if memory_bytes is None:
+        return out
+    sizes = [2 * parameters(model.config) for model in out]
+    engines = [len(m.group_sizes) + CODES_PART * len(m.codes) if m.ours else 0 for m in out]
+    ours = max(count * size for count, size in zip(engines, sizes, strict=True))
+    for i in sorted(range(len(out)), key=lambda i: -sizes[i]):
+        twins = [len(TWINS) * len(m.twins) * (size + CONTEXT_BYTES) for m, size in zip(out, sizes, strict=True)]
+        if ours + sum(twins) > FILLED * memory_bytes:
+            out[i] = replace(out[i], twins=tuple(n for n in out[i].twins if n in KEPT_TWINS))
+    return out
 
 
 def family_of(model: Model, codes: Codes | None, folder: Path) -> Mapping[int, Path]:

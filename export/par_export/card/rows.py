@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from par_export.card.plan import CODES_N, Block, Model, blocks, label_of
-from par_export.card.prepare import Preparation, Twin
+from par_export.card.prepare import Preparation, Twin, that_fit
 from par_export.card.session import GRACE_S, Session
 from par_runtime.bench.measure import image_ms
 from par_runtime.bench.rows import Row
@@ -33,7 +33,14 @@ class Rows:
         self._session = session
         # Beside ours, PyTorch is measured in batches of 1 alone.
         twins = [options.twins and (1 in options.images or not model.ours) for model in models]
-        self._models = [model if has else replace(model, twins=()) for model, has in zip(models, twins, strict=True)]
+        wanted = [model if has else replace(model, twins=()) for model, has in zip(models, twins, strict=True)]
+        self._models = that_fit(wanted, session.gpu.memory_bytes)
+        for model, kept in zip(wanted, self._models, strict=True):
+            for n in sorted({*model.twins} - {*kept.twins}):
+                what = f"{label_of(model.name, n)} in PyTorch"
+                session.leave_out(
+                    what, "it does not fit into this GPU beside all others; --parts baselines measures it"
+                )
         work, end = session.work / "models", session.end + GRACE_S
         self._prepared = Preparation(self._models, work, session.build, options.images, options.torch, end)
 

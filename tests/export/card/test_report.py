@@ -482,6 +482,28 @@ def test_pytorch_is_prepared_only_for_batches_that_it_is_measured_in(
     assert prepared == [[(4,), (1, 4)], [(), (1, 4)], [(), ()]]
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "twins"),
+    [
+        (None, {"PAR-3B": (1, 4, 16), "PAR-L": (1, 4, 16), "PAR-XL": (1, 4, 16)}),
+        (150, {"PAR-3B": (1, 4, 16), "PAR-L": (1, 4, 16), "PAR-XL": (1, 4, 16)}),
+        (85, {"PAR-3B": (1, 4), "PAR-L": (1, 4, 16), "PAR-XL": (1, 4, 16)}),
+        (40, {"PAR-3B": (1, 4), "PAR-L": (1, 4), "PAR-XL": (1, 4)}),
+    ],
+)
+def test_pytorch_gives_up_n_16_of_the_largest_models_where_memory_does_not_hold_all(
+    gigabytes: int | None, twins: dict[str, tuple[int, ...]]
+) -> None:
+    """An H200, an H100 and an A100 of 40 GB, with our engines of one model beside them."""
+    kept = prepare.that_fit(MODELS, None if gigabytes is None else gigabytes * 10**9)
+    assert {model.name: model.twins for model in kept if model.twins} == twins
+    assert [replace(model, twins=()) for model in kept] == [replace(model, twins=()) for model in MODELS]
+
+
+def test_pytorch_alone_fits_into_80_gb_with_every_n() -> None:
+    assert prepare.that_fit(plan.BASELINES, 80 * 10**9) == list(plan.BASELINES)
+
+
 @pytest.mark.slow
 def test_a_report_of_one_batch_takes_engines_that_have_more(stand_in: gpu.Gpu, tiny: Path, tmp_path: Path) -> None:
     ready, model = tmp_path / "ready", replace(SMALL, codes=())
