@@ -23,6 +23,7 @@ from par_runtime.request import Settings
 LEAK_BYTES = 16 * 10**6  #: by which free memory may change: the driver's own
 #: Where more is gone, as many images are made again, all in all so often; after a step no more than this goes then.
 ROUNDS, SETTLED_BYTES = 3, 4 * 10**6
+MOST_OWN_BYTES = 96 * 10**6  #: of the driver, in all
 STRESS_BATCH = 4
 #: Settings that go through every part of the sampling tail.
 SETTINGS = (
@@ -148,8 +149,9 @@ def _equal(a: np.ndarray, b: np.ndarray) -> str:
 def check_memory(spec: Mapping[str, Any], emit: Emit) -> None:
     """Memory of the device before and after ``images`` images of the bundle ``path``, in batches of several sizes.
 
-    What the driver takes for itself, it takes once; a leak goes on. So where much is gone, as many images are made
-    again, and it is a leak if each time memory is gone again.
+    What the driver takes for itself, it takes once, and not much; a leak goes on. So where some is gone, as many images
+    are made again, and it is a leak if each time memory is gone again. Where more is gone in all than
+    :data:`MOST_OWN_BYTES`, it is one at once.
     """
     pipeline = Pipeline.load(Path(spec["path"]), spec["device"], selftest=False)
     backend: Any = pipeline.backend
@@ -168,8 +170,9 @@ def check_memory(spec: Mapping[str, Any], emit: Emit) -> None:
             made, turn = made + count, turn + 1
         free.append(_free_bytes(backend))
         done.append(made)
-        if free[-2] - free[-1] < (LEAK_BYTES if len(done) == 1 else SETTLED_BYTES):
-            leaks = False
+        leaks = free[0] - free[-1] >= MOST_OWN_BYTES
+        settled = free[-2] - free[-1] < (LEAK_BYTES if len(done) == 1 else SETTLED_BYTES)
+        if leaks or settled:
             break
     else:
         leaks = True

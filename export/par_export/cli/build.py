@@ -208,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
         targets,
         required=True,
         metavar="TARGET",
-        help="SM80 (A100), SM89 (L4, RTX 4090), SM90 (H100), ... one or several; 'local' is this machine's GPU",
+        help="SM80 (A100), SM89 (L4, RTX 4090), SM90 (H100, H200), ... one or several; 'local' is this machine's GPU",
     )
     p.add_argument(
         "--precision",

@@ -1,4 +1,4 @@
-"""Which tiles the decoder's kernels run in, by a model of the card: until a card has been measured, the best guess.
+"""Which tiles the decoder's kernels run in, by a model of the card that was not fitted to any yet.
 
 The model knows a target's processors, registers, shared memory and matrix rate, and how long a step of a block takes
 that waits for its copies. What it weighs: large tiles read less from the L2 cache for each product; small ones give all

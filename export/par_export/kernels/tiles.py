@@ -51,16 +51,22 @@ PIECE = 2048  #: bytes that are fetched ahead at a time
 MOST_SHARED = 0.9  #: of a block's limit: the compiler adds to what the stages take
 MOST_SUMS = 8192  #: of squares that a consumer of x adds up in registers: tiles (a power of 2) times rows
 MOST_ROWS = 64  #: of one block
+MOST_PARTS = 4  #: of the rows of a panel
 MOST_STAGES = 6
 MOST_INPUTS = 16384  #: numbers of activations that a block loads at a time
 #: Of the activations that a block of 8 rows loads at a time, numbers for each thread: with fewer than 8 bytes a thread
 #: some are not copied in the background.
 FEWEST_INPUTS = 4
-#: What a processor makes numbers of in a microsecond: codes, with all warps on the same rows, and with each warp on its
-#: own. Each code takes some 2.5 of the instructions of a thread, which would be three times as fast: see
-#: ``docs/kernels.md``.
-CODES_US, CODES_OF_PARTS_US = 20_000, 10_000
-MOST_HELD = 150  #: registers of a thread for these; more do not suffice for the rest
+#: What a processor makes numbers of in a microsecond: codes. Each takes some 2.5 of the instructions of a thread, of
+#: which a processor starts 128 a cycle. Not fitted: in the rows of the H200 products of codes waited for their scales.
+CODES_US = 60_000
+#: Rows from which Triton has two warps multiply the same weights with other rows: both make numbers of them.
+SHARED_ROWS = 32
+#: Of the rate of the data sheet, what the older matrix instructions cost more, which products of codes take.
+OLDER = 4.0
+MOST_HELD = 160  #: registers of a thread for these; more do not suffice for the rest
+#: Of the loop over K, for codes: with three stages two panels are in shared memory, and one comes in the background.
+LEAST_TURNS = 3
 MOST_STEPS = 4  #: pieces of a block of K one after the other: each is a copy of the same instructions
 SUB_LEAST, SUB_MOST = 32, 128  #: bytes of codes of a column in a piece: the matrix units take four codes of a thread
 #: kind -> the source of its kernel
@@ -118,13 +124,12 @@ class ProductTile:
     def parts(self) -> int:
         """Into how many parts the rows of a panel are cut, because its columns are too few for all warps.
 
-        A warp takes 16 columns and 16 rows at a time. Parts of numbers lie below each other, as many as make up for the
-        columns; of codes each warp takes whole pieces of its own part.
+        A warp takes 16 columns and 16 rows at a time. Parts lie below each other, as many as make up for the columns.
+        Codes have none: what is thrown away of a product of parts would have been made numbers of.
         """
         if self.bits:
-            narrow = 16 * self.warps > self.BN and SUB_LEAST * 8 // self.bits * self.warps <= self.BK
-            return self.warps if narrow else 1
-        parts = max(1, 16 * self.warps // self.BN)
+            return 1
+        parts = max(1, min(MOST_PARTS, 16 * self.warps // self.BN))
         return parts if 16 * parts <= self.BK else 1
 
     @property
@@ -132,7 +137,7 @@ class ProductTile:
         """Bytes of codes that a column has in a piece (see ``sources/product.py``); 0 where weights are numbers."""
         if not self.bits:
             return 0
-        return min(self.group, SUB_MOST, self.BK * self.bits // 8 // self.parts)
+        return min(self.group, SUB_MOST, self.BK * self.bits // 8)
 
 
 @dataclass(frozen=True)
@@ -296,20 +301,22 @@ def _layouts(
     for BN in (128, 64, 32, 16):
         if max(16, power(columns)) < BN:
             continue
+        if storage.bits and BN == 16 and power(columns) > BN:
+            continue  # one warp's columns: all four would make numbers of the same codes
         if residual and BN < 128 and power(-(-columns // BN)) * rows_of(positions) > MOST_SUMS:
             continue
         for BK in (512, 256, 128, 64, 32, 16):
             warps = 8 if BN == 128 else 4
-            fits = _codes_fit if storage.bits else _numbers_fit
             tile = ProductTile(BN, BK, 1, warps, 2, 0, storage.bits, storage.group)
-            if not fits(tile, depth, rows_of(positions)):
+            if not (_codes_fit if storage.bits else _numbers_fit)(tile, columns, depth, rows_of(positions)):
                 continue
+            turns = -(-depth // BK)
             for split in (1, 2, 4, 8) if residual else (1,):
-                if split <= -(-depth // BK):
+                if split <= (turns // LEAST_TURNS if storage.bits and split > 1 else turns):
                     yield BN, BK, split, warps
 
 
-def _numbers_fit(tile: ProductTile, depth: int, rows: int) -> bool:
+def _numbers_fit(tile: ProductTile, _: int, depth: int, rows: int) -> bool:
     """Whether panels of numbers are worth a try, for so many rows at most."""
     most = min(256, max(16, power(depth)), MOST_INPUTS // rows)
     if most < tile.BK:
@@ -317,21 +324,19 @@ def _numbers_fit(tile: ProductTile, depth: int, rows: int) -> bool:
     return FEWEST_INPUTS * 32 * tile.warps <= 8 * tile.BK or power(depth) <= tile.BK
 
 
-def _codes_fit(tile: ProductTile, depth: int, rows: int) -> bool:
+def _codes_fit(tile: ProductTile, columns: int, depth: int, rows: int) -> bool:
     """Whether panels of codes are worth a try, for so many rows at most: whole pieces, of which threads copy 16 bytes
-    where K is deep enough.
+    where K is deep enough and the matrix has more columns than the tile.
     """
     least = SUB_LEAST * 8 // tile.bits
-    together = tile.sub * tile.parts  # bytes of a column that are asked for at a time
-    # Of two blocks of K or more the second comes in the background; one alone would be waited for.
-    if not least <= tile.BK <= max(least, power(depth) // 2) or tile.BK * tile.bits // 8 > MOST_STEPS * together:
+    if not least <= tile.BK <= max(least, power(depth) // 4) or tile.BK * tile.bits // 8 > MOST_STEPS * tile.sub:
         return False
     # Sums of a block of K and of all so far, and some of the activations that a warp multiplies, two in a register.
-    sums, inputs = tile.BN * rows * tile.parts // (32 * tile.warps), tile.BK * rows // (64 * tile.parts)
+    sums, inputs = tile.BN * rows // (32 * tile.warps), tile.BK * rows // 64
     if 2 * sums + inputs // 2 > MOST_HELD:
         return False
-    wide = 16 * 32 * tile.warps <= tile.BN * together and FEWEST_INPUTS * 16 * tile.warps <= 8 * together
-    return wide or power(depth) <= 2 * tile.BK
+    wide = 16 * 32 * tile.warps <= tile.BN * tile.sub and FEWEST_INPUTS * 16 * tile.warps <= 8 * tile.sub
+    return wide or power(depth) <= 2 * tile.BK or power(columns) <= tile.BN
 
 
 def _staged(tile: ProductTile, columns: int, depth: int, rows: int, target: Target) -> Iterator[ProductTile]:
@@ -374,11 +379,12 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
     at_once = max(1, min(room, busiest))
     # One processor: what it has on its way, its share of the bandwidth, and what the turns of all its blocks take.
     inputs = tile.BK * rows * BYTES
-    flops = 2 * tile.BN * tile.BK * rows * (1 if tile.bits else tile.parts)
+    flops = 2 * tile.BN * tile.BK * rows * (OLDER if tile.bits else tile.parts)
     multiply = NARROW * flops * target.processors / (target.sheet.tflop_s * 1e6)
     turn = max((panel + inputs) / COPY, multiply) + TURN_US
     if tile.bits:
-        turn = max(turn, tile.BN * tile.BK / (CODES_US if tile.parts == 1 else CODES_OF_PARTS_US))
+        makers = max(1, 16 * tile.warps // tile.BN) * (2 if rows >= SHARED_ROWS else 1)
+        turn = max(turn, tile.BN * tile.BK * makers / CODES_US)
     share = MOST_SHARE * _per_us(target) / target.processors
     turn = max(turn, panel / min(share, at_once * (tile.stages - 1) * panel / LATENCY_US))
     own = busiest * -(-turns // tile.split) * turn
@@ -413,7 +419,7 @@ def attentions(config: PARConfig, images: Sequence[int], target: Target) -> list
         return sum(attention_us(tile, n, config.n_tokens, line, target) / batch for batch, n in heads.items())
 
     spans = [span for span in (512, 256, 128, 64, 32) if span <= max(32, power(config.n_tokens))]
-    # Few stages: spans are short, and keys of whole spans are fetched ahead where the GPU can.
+    # Few stages: spans are short.
     tiles = [AttentionTile(s, c, 4, 2) for s in spans for c in (128, 64, 32) if c <= s and c * line * 2 <= 64 * 1024]
     return sorted(tiles or [AttentionTile(32, 32, 4, 2)], key=cost)
 

@@ -22,7 +22,7 @@ from par_runtime import __version__
 from par_runtime.bench.gpu import Gpu, slowed_us, why_slower
 from par_runtime.system import available_cores, meminfo_bytes, system_text
 
-BUNDLES = "models/"  #: where a checkout has its bundles
+BUNDLES, RECIPE = "models/", "models/recipe/"  #: where a checkout has its bundles, and code among them
 PROC = Path("/proc")
 CPUS = Path("/sys/devices/system/cpu")
 #: Shares of the machine's CPU time that others (or the hypervisor) may take before a row is called busy.
@@ -101,7 +101,7 @@ def commit_of(package: Path) -> str:
     # Each change as its letter and its path from the top of the checkout, all of them followed by a zero byte.
     words = git("-c", "diff.relative=false", "diff", "--name-status", "--no-renames", "-z", "HEAD").split("\0")
     changes = zip(words[::2], words[1::2], strict=False)
-    dirty = any(how != "D" or not path.startswith(BUNDLES) for how, path in changes)
+    dirty = any(how != "D" or not path.startswith(BUNDLES) or path.startswith(RECIPE) for how, path in changes)
     return f"{name}-dirty" if dirty else name
 
 

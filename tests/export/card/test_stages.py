@@ -198,19 +198,36 @@ def test_graphs_that_are_kept_for_ever_are_seen(on_gpu: Path, driver: Driver, mo
     assert not memory_of(on_gpu)[0]
 
 
+def plant_steps(driver: Driver, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], size: int) -> None:
+    """At the batches ``steps`` the driver takes ``size`` bytes for itself."""
+    batches: list[int] = []
+
+    def step(self: GpuBackend, made: Any) -> Any:
+        batches.append(1)
+        driver.own_bytes += size * (len(batches) in steps)
+        return made
+
+    planted(monkeypatch, "make_images", step)
+
+
+@pytest.mark.parametrize(("size", "passes"), [(90, True), (100, False), (1000, False)])
+def test_a_large_loss_is_a_leak_at_once(
+    on_gpu: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch, size: int, passes: bool
+) -> None:
+    """In MB: a driver does not take as much for itself."""
+    plant_steps(driver, monkeypatch, (6,), size * 10**6)
+    passed, text = memory_of(on_gpu)
+    assert passed == passes
+    assert text.count(" more") == int(passes)
+
+
 @pytest.mark.parametrize(("steps", "passes"), [((6,), True), ((6, 9), True), ((6, 9, 14), False)])
 def test_a_step_of_the_drivers_own_is_no_leak(
     on_gpu: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], passes: bool
 ) -> None:
     """Batches at which the driver takes 17 MB. Four are before it is measured, and each time there are four more."""
-    batches: list[int] = []
+    plant_steps(driver, monkeypatch, steps, 17 * 10**6)
 
-    def step(self: GpuBackend, made: Any) -> Any:
-        batches.append(1)
-        driver.own_bytes += 17 * 10**6 * (len(batches) in steps)
-        return made
-
-    planted(monkeypatch, "make_images", step)
     passed, text = memory_of(on_gpu)
     assert passed == passes
     assert text.count(" more") == min(len(steps), 2)

@@ -79,9 +79,7 @@ def test_panels_of_codes_are_whole_pieces_of_one_group(name: str, bits: int, gro
 
 
 def test_fewer_bytes_take_less_time() -> None:
-    """The head of PAR-3B. Making numbers of codes takes so long on an H200 (20 us of int8 and of int4, beside 26 us of
-    fp16) that int4 is hardly faster than int8.
-    """
+    """The head of PAR-3B, the product that is nearest to its bytes: about half and a quarter of the time."""
     config, card = named("3B"), TARGETS["SM90"]
     times = []
     for storage in (tiles.NUMBERS, tiles.Storage(8, 64), tiles.Storage(4, 64)):
@@ -89,8 +87,8 @@ def test_fewer_bytes_take_less_time() -> None:
         times.append(tiles.product_us(tile, config.vocab_size, config.dim, 8, card))
         panel = tile.BN * tile.BK
         assert storage.bytes(panel) == panel * {0: 2, 8: 1 + 2 / 64, 4: 0.5 + 2 / 64}[storage.bits]
-    assert 0.7 < times[1] / times[0] < 0.9
-    assert 0.7 < times[2] / times[0] < 0.9
+    assert 0.45 < times[1] / times[0] < 0.65
+    assert 0.25 < times[2] / times[0] < 0.4
 
 
 def test_matrices_of_a_kind_that_stay_numbers_have_a_shape_of_their_own() -> None:

@@ -132,7 +132,7 @@ def test_products_of_codes(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "precision", "most"), [pytest.param("int8", "bf16", 4.0, marks=pytest.mark.slow), ("int4", "fp16", 3.5)]
+    ("dtype", "precision", "most"), [pytest.param("int8", "bf16", 3.0, marks=pytest.mark.slow), ("int4", "fp16", 2.5)]
 )
 def test_codes_become_numbers_in_the_thread_that_multiplies_them(
     dtype: str, precision: str, most: float, compiler: Compiler, tmp_path: Path
@@ -140,7 +140,7 @@ def test_codes_become_numbers_in_the_thread_that_multiplies_them(
     """From the first product to the last: no store to shared memory, few instructions for each code, and no shuffles
     but those of the norm, whose squares are added up there.
     """
-    of = planned(named("L"), "SM80", precision, (1,), (dtype, 64))
+    of = planned(named("3B"), "SM80", precision, (1,), (dtype, 64))
     spec = next(spec for spec in of.specs.values() if spec.source == "step.gates")
     lines = assembly(compiler.compile([spec], TARGETS["SM80"])[spec.name], tmp_path)
     products = [i for i, line in enumerate(lines) if "HMMA.16816" in line]
@@ -236,13 +236,35 @@ def test_memory_is_read_and_written_in_the_order_that_dependent_launches_need(
         early, later = lines[:wait], lines[wait:]
         assert not any(re.search("LDGSTS|STG|ATOM|RED", line) for line in early), spec.source
         assert spec.source in CONSTANT or not any(re.search(r"LDG\.E(\.\d+)? ", line) for line in early), spec.source
-        start = next(i for i, line in enumerate(later) if "PREEXIT" in line)
-        assert not any("MMA" in line for line in later[start:]), spec.source
+        assert let_next_when_the_sums_are_done(early, later), spec.source
         letters = "".join(letter for line in later for what, letter in ORDER.items() if re.search(what, line))
         if "A" in letters:
             assert re.search("SB+MACBS?L", letters), spec.source
             joined.add(spec.source)
     assert joined == {"attention.attend", "step.residual"}
+
+
+def let_next_when_the_sums_are_done(early: list[str], later: list[str]) -> bool:
+    """Whether instructions before and after the wait let the next kernel start once, behind the last product."""
+    starts = [i for i, line in enumerate(later) if "PREEXIT" in line]
+    alone = len(starts) == 1 and not any("PREEXIT" in line for line in early)
+    return alone and not any("MMA" in line for line in later[starts[0] :])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codes", [None, ("int8", 64), ("int4", 64)])
+def test_products_in_parts_and_of_codes_let_the_next_kernel_start_when_their_sums_are_done(
+    compiler: Compiler, tmp_path: Path, codes: tuple[str, int] | None
+) -> None:
+    of = planned(named("L"), "SM90", "fp16", (1,), codes)
+    specs = [spec for spec in of.specs.values() if "BM" in dict(spec.constants)]
+    assert len(specs) >= 4
+    assert codes is not None or {dict(spec.constants)["PARTS"] for spec in specs} > {1}
+    compiled = compiler.compile(specs, TARGETS["SM90"])
+    for spec in specs:
+        lines = assembly(compiled[spec.name], tmp_path)
+        wait = next(i for i, line in enumerate(lines) if "ACQBULK" in line)
+        assert let_next_when_the_sums_are_done(lines[:wait], lines[wait:]), spec
 
 
 def test_nothing_is_overwritten_before_all_threads_have_loaded_it(compiler: Compiler, tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def product(
     for them in which eight rows begin in the same bank, and the whole product then waits for shared memory.
     """
     if BITS > 0:
-        acc = of_codes(panel, scales, tile, h, rows, first, last, K, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
+        tl.static_assert(PARTS == 1)
+        acc = of_codes(panel, scales, tile, h, rows, first, last, K, STRIDE, BN, BK, BM, BITS, GROUP, SUB)
     elif PARTS == 1:
         k = tl.arange(0, BK)
         weights = panel + first * (BN * BK) + tl.arange(0, BN)[:, None] * BK + k[None, :]
@@ -93,10 +94,8 @@ def of_parts(sums, PARTS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
 
     In what order more than two are added is up to the compiler, and to how many rows there are.
     """
-    tl.static_assert(PARTS <= 8)
-    if PARTS == 8:
-        sums = tl.sum(tl.reshape(sums, (4, 2, BN, BM)), 1)
-    if PARTS >= 4:
+    tl.static_assert(PARTS <= 4)
+    if PARTS == 4:
         sums = tl.sum(tl.reshape(sums, (2, 2, BN, BM)), 1)
     return tl.sum(sums, 0)
 
@@ -115,46 +114,43 @@ def of_codes(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BM: tl.constexpr,
-    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     SUB: tl.constexpr,
 ):
-    """:func:`product` of codes. A block of K is so many pieces for each part, one after the other.
+    """:func:`product` of codes. A block of K is so many pieces, one after the other.
 
-    The products have three dimensions also with one part: from SM90 on, those of two would go through shared memory.
+    The products have three dimensions, the first of them 1: from SM90 on, codes of two would go through shared memory
+    once more. All warps share a piece, which has columns for two of them at least.
     """
     HALVES: tl.constexpr = 8 // BITS
     ROWS: tl.constexpr = SUB * HALVES  # of K, in a piece
-    STEPS: tl.constexpr = BK // (ROWS * PARTS)
+    STEPS: tl.constexpr = BK // ROWS
+    tl.static_assert(STEPS <= 4)
     T: tl.constexpr = h.dtype.element_ty
-    part = tl.arange(0, PARTS)[:, None]
     k = tl.arange(0, SUB)[None, :]
-    codes = panel + (part * (BN * SUB))[:, :, None] + tl.arange(0, BN)[None, :, None] * SUB + k[:, None, :]
-    codes += first * (STEPS * PARTS * BN * SUB)
+    codes = panel + tl.arange(0, BN)[None, :, None] * SUB + k[:, None, :]
+    codes += first * (STEPS * BN * SUB)
     inputs = h + rows.to(tl.int64)[None, None, :] * STRIDE
     groups: tl.constexpr = ((K + BK - 1) // BK * BK + GROUP - 1) // GROUP  # that the blocks of a tile have begun
     columns = scales + tile.to(tl.int64) * (groups * BN) + tl.arange(0, BN)[None, :]
-    sums = tl.zeros((PARTS, BN, BM), tl.float32)
+    sums = tl.zeros((1, BN, BM), tl.float32)
     # Scales do not come in the background as panels do. Those of all pieces of a block are asked for a block ahead, and
     # become numbers of fp32 only where they are used: a loop that waited for each in turn would be on its way to memory
     # all the time. Further ahead is not possible, since Triton copies nothing in the background in a loop that carries
     # a value over more than one turn.
-    PIECES: tl.constexpr = PARTS * ROWS
-    tl.static_assert(STEPS <= 4)
-    row, end = first * BK + part * ROWS, last * BK - ROWS
+    row, end = first * BK, last * BK - ROWS
     a0, b0 = scales_of(columns, row, end, BN, GROUP, ROWS, SUB)
-    a1, b1 = scales_of(columns, row + PIECES, end, BN, GROUP, ROWS, SUB)
-    a2, b2 = scales_of(columns, row + 2 * PIECES, end, BN, GROUP, ROWS, SUB)
-    a3, b3 = scales_of(columns, row + 3 * PIECES, end, BN, GROUP, ROWS, SUB)
+    a1, b1 = scales_of(columns, row + ROWS, end, BN, GROUP, ROWS, SUB)
+    a2, b2 = scales_of(columns, row + 2 * ROWS, end, BN, GROUP, ROWS, SUB)
+    a3, b3 = scales_of(columns, row + 3 * ROWS, end, BN, GROUP, ROWS, SUB)
     for block in tl.range(first, last):
-        ahead = (block + 1) * BK + part * ROWS
+        ahead = (block + 1) * BK
         c0, d0 = scales_of(columns, ahead, end, BN, GROUP, ROWS, SUB)
-        c1, d1 = scales_of(columns, ahead + PIECES, end, BN, GROUP, ROWS, SUB)
-        c2, d2 = scales_of(columns, ahead + 2 * PIECES, end, BN, GROUP, ROWS, SUB)
-        c3, d3 = scales_of(columns, ahead + 3 * PIECES, end, BN, GROUP, ROWS, SUB)
+        c1, d1 = scales_of(columns, ahead + ROWS, end, BN, GROUP, ROWS, SUB)
+        c2, d2 = scales_of(columns, ahead + 2 * ROWS, end, BN, GROUP, ROWS, SUB)
+        c3, d3 = scales_of(columns, ahead + 3 * ROWS, end, BN, GROUP, ROWS, SUB)
         for step in tl.static_range(STEPS):
-            row = (block * STEPS + step) * PIECES + part * ROWS
             if step == 0:
                 scale, other = a0.to(tl.float32), b0.to(tl.float32)
             elif step == 1:
@@ -164,7 +160,7 @@ def of_codes(
             else:
                 scale, other = a3.to(tl.float32), b3.to(tl.float32)
             c = tl.load(codes)
-            at = row + k
+            at = (block * STEPS + step) * ROWS + k
             if K % BK == 0:
                 x = tl.load(inputs + at[:, :, None])
             else:  # codes behind K are zeros, but what lies behind K in h may be NaN
@@ -182,15 +178,15 @@ def of_codes(
                 else:
                     sums += tl.dot(low, x) * scale[:, :, None]
                     sums += tl.dot(high, y) * other[:, :, None]
-            codes += PARTS * BN * SUB
+            codes += BN * SUB
         a0, a1, a2, a3, b0, b1, b2, b3 = c0, c1, c2, c3, d0, d1, d2, d3
-    return of_parts(sums, PARTS, BN, BM)
+    return tl.sum(sums, 0)
 
 
 @triton.jit
 def scales_of(
     columns,
-    row,  # [PARTS, 1]
+    row,
     end,
     BN: tl.constexpr,
     GROUP: tl.constexpr,

@@ -6,7 +6,7 @@ layer, H heads of D numbers (D' in the caches), V codes. T is fp16 or bf16. Sums
 **Products.** M is small (2 to 64 mostly), so a product is a stream of weights. They are the large operand, BN packed
 columns by BK rows a panel (``pack.py``); the M rows are the narrow one. A block of threads computes BN columns for BM
 rows. Blocks of the same weights are neighbours in the grid, so that the weights come from memory once. Each sum runs
-over K in the same order for every BM, in steps of 16 in one accumulator of each of PARTS warps, so a row's result does
+over K in the same order for every BM, in steps of 16 in one accumulator for each of PARTS parts, so a row's result does
 not depend on how many rows there are, as long as SPLIT and PARTS are the same.
 
 **Norms.** What a product reads is ``h``: x times the gain of the norm before the product, not yet divided by the root
@@ -20,9 +20,10 @@ then 2^e at ``POWER``.
 **Dependent launches** (DEPENDENT, from SM90 on). A kernel may start while the one before it still runs: it fetches the
 first ``AHEAD`` bytes of its weights into the L2 cache, and reads inputs of the call that no kernel writes (past the L1
 cache, which is sure to hold nothing of an earlier call only after the wait). Then it waits for the kernel before it,
-which has itself waited for the one before that. A kernel allows the next one to start when its sums are done, not when
-it has waited: blocks that come while others still work take the places of those, two on one processor and none on
-another, and keep them. On an H200 the early start made some layers slower than none at all (``docs/kernels.md``).
+which has itself waited for the one before that. A kernel allows the next one to start when its sums are done
+(``embed`` and the draw, which are short: at once), not when it has waited: blocks that come while others still work
+take the places of those, two on one processor and none on another, and keep them. On an H200 the early start made some
+layers slower than none at all (``docs/kernels.md``).
 """
 
 import triton
