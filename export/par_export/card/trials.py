@@ -21,8 +21,17 @@ from par_export.kernels.tiles import ProductTile, product_us
 CARD = TARGETS["SM90"]
 LAST_RUN = 3  #: of layers: with every start
 #: When the next kernel may start, and what is fetched ahead, as the lines say it; the columns of a table.
-WAYS = ("none, none", "early, none", "early, matrices", "late, none", "late, matrices", "late, all")
-Shape = tuple[int, int, int]  # BN, BK, parts of K
+WAYS = (
+    "none, none",
+    "early, none",
+    "early, small and keys",
+    "late, none",
+    "late, small and keys",
+    "late, all and keys",
+)
+FETCHED = {"matrices under 8 MB, and keys": "small and keys", "all up to 13.4 MB, and keys": "all and keys"}
+MOST_BK = 256  #: rows of a panel of numbers that a build takes
+Shape = tuple[int, int, int, int]  # BN, BK, parts of K, stages
 Product = tuple[str, str, int]  # model, kind, rows
 
 
@@ -36,7 +45,7 @@ def layers(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int, str], dic
     out: dict[tuple[str, int, str], dict[str, float]] = defaultdict(dict)
     for line in lines:
         if line["run"] == LAST_RUN:
-            way = f"{line['start']}, {line['ahead'].partition(' ')[0]}"
+            way = f"{line['start']}, {FETCHED.get(line['ahead'], line['ahead'])}"
             out[line["model"], line["rows"], json.dumps(line["shapes"])][way] = median(line["samples_us"])
     return dict(out)
 
@@ -48,33 +57,40 @@ def saved(of: Mapping[Any, Mapping[str, float]], way: str, other: str) -> tuple[
 
 
 def products(lines: Iterable[Mapping[str, Any]]) -> dict[Product, dict[Shape, tuple[float, float]]]:
-    """product -> shape -> microseconds of its fastest trial, and what the model expects of the best one.
+    """product -> shape -> microseconds of its fastest trial, and what the model expects.
 
-    Of trials that fetch ahead as a build does: a small matrix whole, of others nothing.
+    Of trials in shapes that a build may choose, which fetch ahead as a build does: a small matrix whole, of others
+    nothing.
     """
     out: dict[Product, dict[Shape, tuple[float, float]]] = defaultdict(dict)
     for line in lines:
         slab = -(-line["depth"] // line["BK"]) // line["split"] * line["BN"] * line["BK"] * 2
-        small = line["columns"] * line["depth"] * 2 < CARD.ahead_bytes
-        if line["ahead"] < 0.8 * slab if small else line["ahead"] > 0:
+        small = line["columns"] * line["depth"] * 2 <= CARD.ahead_bytes
+        if line["BK"] > MOST_BK or (line["ahead"] < 0.8 * slab if small else line["ahead"] > 0):
             continue
         tile = ProductTile(line["BN"], line["BK"], line["split"], line["warps"], line["stages"], line["ahead"])
         us, expected = median(line["samples_us"]), product_us(tile, line["columns"], line["depth"], line["rows"], CARD)
-        of, shape = out[line["model"], line["kind"], line["rows"]], (line["BN"], line["BK"], line["split"])
-        before = of.get(shape, (us, expected))
-        of[shape] = min(us, before[0]), min(expected, before[1])
+        shape = (line["BN"], line["BK"], line["split"], line["stages"])
+        of = out[line["model"], line["kind"], line["rows"]]
+        of[shape] = min(us, of.get(shape, (us, 0.0))[0]), expected
     return dict(out)
 
 
 def choice(of: Mapping[Shape, tuple[float, float]]) -> tuple[Shape, Shape]:
-    """The fastest shape, and the one that the model prefers."""
-    return min(of, key=lambda shape: of[shape][0]), min(of, key=lambda shape: of[shape][1])
+    """The fastest shape, and the one that the model prefers: of equals, as a build does, the one with most stages."""
+    return min(of, key=lambda shape: of[shape][0]), min(of, key=lambda shape: (of[shape][1], -shape[3]))
 
 
 def slower(of: Mapping[Shape, tuple[float, float]]) -> float:
     """What the model's choice takes more than the fastest, as a part of that."""
     fastest, chosen = choice(of)
     return of[chosen][0] / of[fastest][0] - 1
+
+
+def slower_in_any_stages(of: Mapping[Shape, tuple[float, float]]) -> float:
+    """The same, where the model's choice had the number of stages that suits it best."""
+    fastest, chosen = choice(of)
+    return min(us for shape, (us, _) in of.items() if shape[:3] == chosen[:3]) / of[fastest][0] - 1
 
 
 def tables(folder: Path) -> list[str]:
@@ -91,11 +107,10 @@ def tables(folder: Path) -> list[str]:
         fastest, chosen = choice(shapes)
         cells = (*product, fastest, f"{shapes[fastest][0]:.2f}", chosen, f"{shapes[chosen][0]:.2f}")
         out.append("| " + " | ".join(map(str, cells)) + f" | {100 * slower(shapes):.0f} % |")
-    parts = [slower(shapes) for shapes in of_products.values()]
-    return [
-        *out,
-        f"{len(parts)} products: {100 * mean(parts):.1f} % slower on average, {100 * max(parts):.0f} % at most",
-    ]
+    for words, part in (("", slower), (" in the best of its stages", slower_in_any_stages)):
+        parts = [part(shapes) for shapes in of_products.values()]
+        out.append(f"choice{words}: {100 * mean(parts):.1f} % slower on average, {100 * max(parts):.0f} % at most")
+    return out
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ L2 = 1.3
 START_US = 1.4
 #: Of shapes that the model finds equal, panels of this size were the fastest: what a factor of 2 adds to the time.
 BEST_PANEL, OTHER_PANEL = 16 * 1024, 0.01
+#: What each further block of a processor adds to that.
+BLOCK_US = 0.3
 #: What it costs to leave partial sums, count the blocks and add.
 JOIN_US = 2.0
 #: What each span of keys adds to that.
@@ -397,7 +399,7 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
     cache = (weights * groups + activations + partial) / (L2 * _per_us(target))
     matrix = 2 * columns * depth * groups * rows / (target.sheet.tflop_s * 1e6)
     time = max(own, memory, cache, matrix) * (1 + OTHER_PANEL * abs(math.log2(panel_bytes(tile) / BEST_PANEL)))
-    return time + START_US + (JOIN_US if tile.split > 1 else 0)
+    return time + START_US + BLOCK_US * (busiest - 1) + (JOIN_US if tile.split > 1 else 0)
 
 
 def _with_ahead(tile: ProductTile, columns: int, depth: int, target: Target) -> ProductTile:
