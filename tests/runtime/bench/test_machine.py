@@ -146,7 +146,14 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with one commit: a package, and two bundles."""
     monkeypatch.setenv("PARVIS_COMMIT", "1234567")  # says nothing where there is a repository
     top = tmp_path / "checkout"
-    for name in ("package/__init__.py", "package/rows.py", "models/a/weights.data", "models/b/c/d.onnx", "docs/x.md"):
+    for name in (
+        "package/__init__.py",
+        "package/rows.py",
+        "models/a/weights.data",
+        "models/b/c/d.onnx",
+        "models/recipe/x.py",
+        "docs/x.md",
+    ):
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).write_text(f"{name}\n")
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
@@ -164,11 +171,12 @@ def removed(top: Path, *names: str) -> None:
     [
         (lambda top: None, False),
         (lambda top: removed(top, "models/b"), False),
-        (lambda top: removed(top, "models"), False),
+        (lambda top: removed(top, "models/a", "models/b"), False),
         (lambda top: subprocess.run(["git", "rm", "-q", "-r", "models/b"], cwd=top, check=True), False),
         (lambda top: (top / "package/rows.py").touch(), False),
         (lambda top: removed(top, "package/rows.py"), True),
         (lambda top: removed(top, "models/b", "docs/x.md"), True),
+        (lambda top: removed(top, "models/recipe"), True),  # code
         (lambda top: (top / "models/a/weights.data").write_text("other"), True),
         (lambda top: (top / "package/rows.py").write_text("other"), True),
         (lambda top: (removed(top, "models/b"), (top / "package/rows.py").write_text("other")), True),
@@ -177,7 +185,7 @@ def removed(top: Path, *names: str) -> None:
         (lambda top: (removed(top, "models/a"), (top / "models/a").write_text("a file")), False),
     ],
     ids=[
-        "nothing", "no bundle", "no bundles", "removed", "touched", "no code", "no page", "bundle", "code", "both",
+        "nothing", "no bundle", "no bundles", "removed", "touched", "no code", "no page", "no recipe", "bundle", "code", "both",
         "moved, not added", "moved", "a file in its place, not added",
     ],
 )  # fmt: skip
