@@ -185,7 +185,8 @@ def removed(top: Path, *names: str) -> None:
         (lambda top: (removed(top, "models/a"), (top / "models/a").write_text("a file")), False),
     ],
     ids=[
-        "nothing", "no bundle", "no bundles", "removed", "touched", "no code", "no page", "no recipe", "bundle", "code", "both",
+        "nothing", "no bundle", "no bundles", "removed", "touched", "no code", "no page", "no recipe", "bundle",
+        "code", "both",
         "moved, not added", "moved", "a file in its place, not added",
     ],
 )  # fmt: skip
