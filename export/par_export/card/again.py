@@ -14,6 +14,7 @@ from typing import Any
 from par_export.card.figure import figure
 from par_export.card.findings import Findings, Known, by_card
 from par_export.card.table import markdown
+from par_export.kernels.product_trials import KINDS as PRODUCT_KINDS
 from par_runtime.bench.machine import Machine
 from par_runtime.bench.report.output import Outcome
 from par_runtime.bench.rows import LARGEST, Row, from_plain, median, plain_lines, to_machine
@@ -172,6 +173,10 @@ def _timed(line: Value) -> None:
     for name in ("images", "count"):
         line[name].integer(1, LARGEST_COUNT)
     _numbers(line, "bytes")
+    _microseconds(line)
+
+
+def _microseconds(line: Value) -> None:
     _samples(line, "samples_us")
     if min(line["samples_us"].value) <= 0:
         line["samples_us"].refuse("microseconds above 0")
@@ -190,6 +195,18 @@ def _shape(line: Value) -> None:
     _timed(line)
 
 
+def _product(line: Value) -> None:
+    _text(line, "name", "model", "compiler")
+    line["kernel"].one_of(PRODUCT_KINDS)
+    for name in ("rows", "BN", "BK", "split", "warps", "stages", "parts"):
+        line[name].integer(1, LARGEST_COUNT)
+    line["ahead"].integer(0, LARGEST_COUNT)
+    line["chosen"].boolean()
+    for name in ("model_us", "error"):
+        line[name].number(0.0, LARGEST)
+    _microseconds(line)
+
+
 def _words(line: Value) -> None:
     _text(line, "text")
 
@@ -201,6 +218,7 @@ KINDS: dict[str, Callable[[Value], None]] = {
     "limit": _limit,
     "kernel": _kernel,
     "shape": _shape,
+    "product": _product,
     "note": _words,
     "left_out": _words,
 }

@@ -19,6 +19,8 @@ from pathlib import Path
 from par_export.card.lines import words
 from par_export.card.plan import BATCHES, CODES_N, Model, shaped
 from par_export.card.prepare import CHECKED_IMAGES, Builder, among, copies, family_of, ready_engine, tokens_family
+from par_export.card.product_files import compiled
+from par_export.card.products import trials_for
 from par_export.card.samples import Sample
 from par_export.engines.cache import locked_file
 from par_export.errors import BuildError
@@ -27,7 +29,7 @@ from par_export.kernels.plan import Planner, plan
 from par_export.kernels.shape_sets import CHANGES, SETS, contents_of, sets_of
 from par_export.quantised import Codes
 from par_runtime.backends.engines import ENGINES
-from par_runtime.bench.suites.gpu import KERNELS, SHAPES
+from par_runtime.bench.suites.gpu import KERNELS, PRODUCTS, SHAPES
 from par_runtime.checked import read_regular
 from par_runtime.errors import RequestError
 
@@ -72,8 +74,9 @@ def build_ahead(
     ``folder``; returns what failed, a line each.
 
     The engine of the bundle NAME lies in ``folder/NAME/engines``, that with set 3 of shapes of tiles in
-    ``folder/shapes/3/NAME/engines``. One that is there already, whole and of the same bundle, is kept, so that a build
-    that was ended goes on where it was. ``work``: where bundles are written meanwhile. Raises OSError.
+    ``folder/shapes/3/NAME/engines``; single products lie in ``folder/products``. What is there already, whole and of
+    the same bundle, is kept, so that a build that was ended goes on where it was. ``work``: where bundles are written
+    meanwhile. Raises OSError.
     """
     kernels_build.target(target)  # before anything is written
     _check_folder(folder)
@@ -104,7 +107,24 @@ def build_ahead(
                 say(failed[-1])
                 continue
             say(f"{one}: there after {time.monotonic() - began:.0f} s")
+        if PRODUCTS in parts:
+            failed += _products(folder / PRODUCTS, models, target, images, say)
     return failed
+
+
+def _products(
+    folder: Path, models: Sequence[Model], target: str, images: Sequence[int], say: Callable[[str], None]
+) -> list[str]:
+    """The kernels of the part about single products; what failed, a line. Raises OSError."""
+    began, card = time.monotonic(), kernels_build.target(target)
+    try:
+        found = compiled(folder, trials_for(models, images, card), card, say=say)
+    except BuildError as error:
+        say(text := f"{PRODUCTS}: {words(error)}")
+        return [text]
+    left_out = f", without {len(found.refused)} that cannot run well" if found.refused else ""
+    say(f"{PRODUCTS}: {len(found.kernels)} kernels{left_out}, there after {time.monotonic() - began:.0f} s")
+    return []
 
 
 def is_of_these_sources(folder: Path) -> bool:
@@ -122,7 +142,8 @@ def check_sources(folder: Path) -> None:
     that does not say what built it was made by hand.
     """
     if (folder / SOURCES).exists() and not is_of_these_sources(folder):
-        parts = f" --parts {KERNELS} {SHAPES}" if (folder / SHAPES).is_dir() else ""
+        more = [part for part in (SHAPES, PRODUCTS) if (folder / part).is_dir()]
+        parts = f" --parts {' '.join((KERNELS, *more))}" if more else ""
         raise RequestError(
             f"--engines {folder}: built by other sources than this checkout's; build them again: "
             f"parvis bench --suite gpu --build-for TARGET --engines FOLDER{parts}"
@@ -158,6 +179,7 @@ def _begin(folder: Path) -> None:
         return
     for engines in [*folder.glob(f"*/{ENGINES}"), *folder.glob(f"{among(0).parent}/*/*/{ENGINES}")]:
         shutil.rmtree(engines)
+    shutil.rmtree(folder / PRODUCTS, ignore_errors=True)
     (folder / SOURCES).write_text(f"{kernels_build.sources()}\n")
 
 

@@ -16,6 +16,7 @@ from par_runtime.bench.suites.gpu import DEFAULT_PARTS
 
 STRESS_IMAGES = 200
 REPETITIONS = 5
+COLD_BYTES = 400 * 10**6  #: several times a GPU's L2 cache
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class CardOptions:
     Of the largest bundle of ``checked`` whole images are checked with quantised weights too, in each form of ``codes``.
     ``engines`` holds a folder for each bundle, by its name, with the engines of it in ``engines/``. ``torch``:
     PyTorch's device; ``groups``: how many calls of the last phase ``verify`` compares; ``limits``: other sizes for
-    :func:`par_export.card.stages.limits_stage`. ``published``: name, shape and decoder of the model that ONNX Runtime
+    :func:`par_export.card.stages.limits_stage`; ``cold_bytes``: of weights that single products read until they read
+    the first again. ``published``: name, shape and decoder of the model that ONNX Runtime
     and TensorRT run beside the largest of ``checked``; ``predicted``: whether operators must lie where the docs say.
     """
 
@@ -49,6 +51,7 @@ class CardOptions:
     stress: int = STRESS_IMAGES
     limits: Mapping[str, int] = field(default_factory=dict)
     build: MakeEngine | None = None
+    cold_bytes: int = COLD_BYTES
     published: tuple[str, PARConfig, VQConfig | None] = ("PAR-L", named("L"), VQConfig())
     predicted: bool = True
 

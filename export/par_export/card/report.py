@@ -1,8 +1,8 @@
 """The report of a GPU: everything that is to be known of a card, in a given time.
 
 Its parts, in their order: whether the driver does what we count on; whether our kernels compute what they should, and
-their rows; PyTorch's rows, which all claims are measured by; our kernels in other shapes; ONNX Runtime; TensorRT-RTX.
-Whatever fails or does not fit into the time is said, and nothing that was measured is lost.
+their rows; PyTorch's rows, which all claims are measured by; our kernels in other shapes; single products; ONNX
+Runtime; TensorRT-RTX. Whatever fails or does not fit into the time is said, and nothing that was measured is lost.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from par_export.card.limits import COPY, MATRICES, READ
 from par_export.card.options import CardOptions, bundles_to_check
 from par_export.card.prepare import Builder, ready_engine
 from par_export.card.processes import run_stage
+from par_export.card.products import products
 from par_export.card.rows import Rows
 from par_export.card.session import Session
 from par_export.card.shapes import shapes
@@ -47,7 +48,7 @@ __all__ = ["CardOptions", "bundles_to_check", "report"]
 #: waited for any more. PyTorch's twins have nothing to wait for but each other's compilation.
 CHECKS_END, WAIT_END, COMPILED_END = 0.4, 0.45, 0.55
 #: Of what time there is, the shares of the parts that were asked for.
-WEIGHTS = {"kernels": 4.0, "baselines": 4.0, "shapes": 4.0, "cuda-ort": 1.5, "tensorrt-rtx": 2.0}
+WEIGHTS = {"kernels": 4.0, "baselines": 4.0, "shapes": 4.0, "products": 0.5, "cuda-ort": 1.5, "tensorrt-rtx": 2.0}
 DRIVER_S = 60.0  #: at most, of the part about the driver
 
 
@@ -114,6 +115,7 @@ class Report:
             "kernels": _kernels,
             "baselines": _baselines,
             "shapes": partial(shapes, build=self._build),
+            "products": products,
             "cuda-ort": libraries.cuda_ort,
             "tensorrt-rtx": libraries.tensorrt_rtx,
         }

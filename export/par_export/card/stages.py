@@ -1,8 +1,8 @@
 """The stages of a GPU's report, each a process of its own: ``python -m par_export.card.stages NAME SPEC``.
 
 A kernel that reads where it must not, or never ends, takes its process with it. What that process had said before is
-kept; the report goes on with the next stage. A stage writes JSON lines: ``check``, ``limit``, ``kernel`` and ``note``,
-and ``begin`` before each check that could end it.
+kept; the report goes on with the next stage. A stage writes JSON lines: ``check``, ``limit``, ``kernel``, ``product``
+and ``note``, and ``begin`` before each check that could end it.
 """
 
 from __future__ import annotations
@@ -94,6 +94,13 @@ def images_stage(spec: Spec, emit: Emit) -> None:
     check_images(spec, emit)
 
 
+def products_stage(spec: Spec, emit: Emit) -> None:
+    """Single products, each in several shapes; see ``card/product_times.py``."""
+    from par_export.card.product_times import time_products
+
+    time_products(spec, emit)
+
+
 def memory_stage(spec: Spec, emit: Emit) -> None:
     """The memory of the device over many images."""
     from par_export.card.images import check_memory
@@ -114,6 +121,7 @@ STAGES: dict[str, Stage] = {
     "driver_pytorch": driver_pytorch_stage,
     "limits": limits_stage,
     "kernels": kernels_stage,
+    "products": products_stage,
     "images": images_stage,
     "memory": memory_stage,
     "one_image": one_image_stage,

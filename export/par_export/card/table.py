@@ -11,6 +11,7 @@ from par_export.card.figure import NOT_RUN, any_place, seconds_table
 from par_export.card.findings import OTHER_COMMIT, OTHER_DRIVER, Findings, Known, by_card, difference, noted
 from par_export.card.markdown import bullets, table
 from par_export.card.plan import COMPILED, EAGER, FIGURES, Figure, label_of, parts_of
+from par_export.card.product_table import products_table
 from par_export.card.shape_table import LEAST_BYTES, calls_table, shapes_table
 from par_runtime.bench.report.words import ms, number, percent, size
 from par_runtime.bench.rows import Row, median
@@ -37,6 +38,7 @@ def markdown(runs: Sequence[Findings]) -> str:
             ("Kernels, each alone", kernels_table(own), any(run.of("kernel") for run in own)),
             ("Kernels in other shapes", shapes_table(own), any(run.of("shape") for run in own)),
             ("Kernels one after the other", calls_table(own), any(run.of("shape") for run in own)),
+            ("Products, each alone", products_table(own), any(run.of("product") for run in own)),
             ("Rows", rows_table(known, own), True),
             ("int8 and int4 beside fp16", codes_table(known), any(of_codes(row.label) for row in known.rows)),
             ("Seconds per image", seconds_table(known), any_place(known)),

@@ -31,7 +31,7 @@ from par_export.kernels.compiler import Compiled, Compiler
 from par_export.kernels.contents import Contents
 from par_export.kernels.plan import Planner, plan
 from par_export.kernels.request import DECODER_PRECISIONS, NAME_A_TARGET, NARROW, PRECISIONS, KernelsRequest
-from par_export.kernels.spec import Planned, Refused
+from par_export.kernels.spec import Planned, Refused, Spec
 from par_export.kernels.targets import Target, runs_on, target_of
 from par_runtime import __version__
 from par_runtime.backends import program
@@ -236,6 +236,25 @@ def sources() -> str:
     return source_hash((kernels, graphs, *MODEL, engine_contents, engine_publish, program))
 
 
+def described(file: str, spec: Spec, kernel: Compiled) -> Kernel:
+    """The entry of a compiled kernel, whose cubin is in ``file``."""
+    return Kernel(
+        file=file,
+        bytes=len(kernel.cubin),
+        sha256=hashlib.sha256(kernel.cubin).hexdigest(),
+        function=kernel.function,
+        source=spec.source,
+        constants=dict(spec.constants),
+        parameters=spec.parameters,
+        trailing=kernel.trailing,
+        warps=kernel.warps,
+        shared=kernel.shared,
+        registers=kernel.registers,
+        spills=kernel.spills,
+        dependent=spec.dependent,
+    )
+
+
 def write_files(
     folder: Path, planned: Planned, compiled: dict[str, Compiled], compiler: str, decoder_precision: str
 ) -> Kernels:
@@ -244,21 +263,7 @@ def write_files(
     for name, spec in planned.specs.items():
         kernel = compiled[name]
         (folder / f"{name}.cubin").write_bytes(kernel.cubin)
-        entries[name] = Kernel(
-            file=f"{name}.cubin",
-            bytes=len(kernel.cubin),
-            sha256=hashlib.sha256(kernel.cubin).hexdigest(),
-            function=kernel.function,
-            source=spec.source,
-            constants=dict(spec.constants),
-            parameters=spec.parameters,
-            trailing=kernel.trailing,
-            warps=kernel.warps,
-            shared=kernel.shared,
-            registers=kernel.registers,
-            spills=kernel.spills,
-            dependent=spec.dependent,
-        )
+        entries[name] = described(f"{name}.cubin", spec, kernel)
     data = bytearray()
     weights = dict(planned.weights)
     for name, content in planned.constants.items():

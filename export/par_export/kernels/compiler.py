@@ -104,12 +104,17 @@ class Compiler:
         return sum(self._peaks.values())
 
     def compile(
-        self, specs: Iterable[Spec], target: Target, done: Callable[[int, int], None] = lambda *_: None
+        self,
+        specs: Iterable[Spec],
+        target: Target,
+        done: Callable[[int, int], None] = lambda *_: None,
+        failed: dict[str, str] | None = None,
     ) -> dict[str, Compiled]:
         """name -> the compiled kernel, of each of ``specs``. ``done``: called with how many are, and of how many.
 
-        What was compiled before is taken from memory. Raises BuildError, which names the kernel and the target, for the
-        first that does not compile.
+        What was compiled before is taken from memory. ``failed`` gets name -> why of those that do not compile. Without
+        it the first of them raises BuildError, which names the kernel and the target; so does a system that cannot
+        compile at all.
         """
         wanted = {spec.name: spec for spec in specs}
         waiting = [spec for name, spec in wanted.items() if (name, target.name) not in self._made][::-1]
@@ -132,9 +137,15 @@ class Compiler:
                         continue
                     del at_work[worker]
                     self._peaks[worker.pid] = answer.pop("peak_bytes", 0)
-                    self._made[spec.name, target.name] = self._compiled(spec, target, answer)
+                    try:
+                        self._made[spec.name, target.name] = self._compiled(spec, target, answer)
+                    except BuildError as error:
+                        if failed is None or answer.get("system"):
+                            raise
+                        failed[spec.name] = str(error)
                     done(len(wanted) - len(waiting) - len(at_work), len(wanted))
-        return {name: self._made[name, target.name] for name in wanted}
+        made = {name: self._made.get((name, target.name)) for name in wanted}
+        return {name: kernel for name, kernel in made.items() if kernel is not None}
 
     def close(self) -> None:
         """End all workers and remove their files."""

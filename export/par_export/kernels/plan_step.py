@@ -145,13 +145,6 @@ class _Profile(Batch):
         row = gain_row(self.sizes) * 4
         return "*fp32", Pointer("gains", norm * row, 2 * row if per_layer else 0)
 
-    def _of_product(self, tile: ProductTile, bm: int) -> dict[str, Constant]:
-        """Constants of every product; of codes the scales are an argument, else they are nothing."""
-        of_codes = {"BITS": tile.bits, "GROUP": tile.group, "SUB": tile.sub}
-        nothing: dict[str, Constant] = {} if tile.bits else {"scales": 0}
-        shape = {"BN": tile.BN, "BK": tile.BK, "BM": bm, "PARTS": tile.parts, "AHEAD": tile.ahead}
-        return shape | of_codes | nothing
-
     def _weights(self, kind: str, layer: int) -> Arguments:
         """The arguments for the matrix of a product, by the name that stands for those of all layers alike."""
         one = self.matrix(kind, layer)
@@ -211,7 +204,7 @@ class _Profile(Batch):
             "SLOTS": s.slots,
             "SCALE": s.head**-0.5 * LOG2_E,
         }
-        constants |= self._of_product(tile, self.bm)
+        constants |= of_product(tile, self.bm)
         grid = (self.groups, self.columns("qkv", layer), 1)
         return self._launch("step.qkv", grid, arguments, constants, tile.warps, tile.stages)
 
@@ -267,7 +260,7 @@ class _Profile(Batch):
             "STRIDE": self.stride,
             "SPLIT": tile.split,
         }
-        constants |= self._of_product(tile, self.bm)
+        constants |= of_product(tile, self.bm)
         grid = (self.groups, self.columns(kind, layer), tile.split)
         return self._launch("step.residual", grid, arguments, constants, tile.warps, tile.stages)
 
@@ -282,7 +275,7 @@ class _Profile(Batch):
             "M": ("i32", self.m),
         }
         constants = self._normed(self.columns("wo", layer)) | {"F": self.sizes.ffn, "F_STRIDE": self.ffn_stride}
-        constants |= self._of_product(tile, self.bm)
+        constants |= of_product(tile, self.bm)
         grid = (self.groups, self.columns("gates", layer), 1)
         return self._launch("step.gates", grid, arguments, constants, tile.warps, tile.stages)
 
@@ -300,7 +293,7 @@ class _Profile(Batch):
             "COUNT": ("i32", self.images * s.query),
         }
         constants = self._normed(self.squares(0)) | {"QUERY": s.query, "V": s.vocab}
-        constants |= self._of_product(tile, self.bm)  # two columns for each of an image's positions: M of them
+        constants |= of_product(tile, self.bm)  # two columns for each of an image's positions: M of them
         grid = (self.groups, self.columns("head", 0), 1)
         return self._launch("step.head", grid, arguments, constants, tile.warps, tile.stages)
 
@@ -325,6 +318,14 @@ class _Profile(Batch):
             warps = max(1, wide // 256) if wide <= 8192 else 16
             return self._launch("draw.resident", grid, arguments, constants, warps, 1)
         return self._launch("draw.looped", grid, arguments, constants | {"CHUNK": CHUNK}, 16, 1)
+
+
+def of_product(tile: ProductTile, bm: int) -> dict[str, Constant]:
+    """Constants of every product of ``bm`` rows a block; of codes the scales are an argument, else they are nothing."""
+    of_codes = {"BITS": tile.bits, "GROUP": tile.group, "SUB": tile.sub}
+    nothing: dict[str, Constant] = {} if tile.bits else {"scales": 0}
+    shape = {"BN": tile.BN, "BK": tile.BK, "BM": bm, "PARTS": tile.parts, "AHEAD": tile.ahead}
+    return shape | of_codes | nothing
 
 
 def of_layer(launch: Launch, layer: int) -> Launch:

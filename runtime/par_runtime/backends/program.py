@@ -221,7 +221,7 @@ def _launch_json(launch: Launch) -> list[Any]:
 
 def from_json(entry: Value) -> Kernels:
     """The engine that ``entry`` describes, every part of it checked against the others. Raises Mismatch."""
-    kernels = {name: _kernel(value) for name, value in entry["kernels"].items(MOST_KERNELS)}
+    kernels = {name: kernel_from_json(value) for name, value in entry["kernels"].items(MOST_KERNELS)}
     programs = {name: _program(value, kernels) for name, value in entry["programs"].items(2)}
     if "step" not in programs or programs.keys() - {"step", "decoder"}:
         entry["programs"].refuse("step and perhaps decoder")
@@ -236,7 +236,8 @@ def from_json(entry: Value) -> Kernels:
     )
 
 
-def _kernel(entry: Value) -> Kernel:
+def kernel_from_json(entry: Value) -> Kernel:
+    """A kernel from what ``dataclasses.asdict`` made of it. Raises Mismatch."""
     for _, constant in entry["constants"].items(64):
         if not isinstance(constant.value, bool | int | float | str):
             constant.refuse("a number, a text, or true or false")

@@ -120,6 +120,19 @@ def test_a_kernel_that_cannot_be_compiled_is_named_in_one_line(spec: Spec, messa
     assert len(str(error.value)) < 700
 
 
+def test_beside_kernels_that_do_not_compile_the_others_are_made() -> None:
+    bad, other = faulty("trial.wrong_name"), replace(product(), constants=(("N", 256),))
+    good, failed = [product(), product(BK=32)], dict[str, str]()
+    with Compiler(2, PACKAGE) as compiler:
+        made = compiler.compile([bad, good[0], other, good[1]], SM80, failed=failed)
+        assert list(made) == [each.name for each in good]
+        assert set(failed) == {bad.name, other.name}
+        assert "not_there is not def" in failed[bad.name]
+        assert list(compiler.compile(good, SM80)) == list(made)
+        with pytest.raises(BuildError, match="planned with parameters"):
+            compiler.compile([other], SM80)
+
+
 def test_a_folder_that_takes_no_files_is_named_not_the_compiler() -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Compiler(1, PACKAGE) as compiler:

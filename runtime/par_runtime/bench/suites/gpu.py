@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from par_runtime.bench.run import BenchOptions
 
 #: What a report can do; the first two are its default. ``docs/gpu.md`` describes each.
-KERNELS, SHAPES = "kernels", "shapes"
-PARTS = ("driver", KERNELS, "baselines", SHAPES, "cuda-ort", "tensorrt-rtx")
+KERNELS, SHAPES, PRODUCTS = "kernels", "shapes", "products"
+PARTS = ("driver", KERNELS, "baselines", SHAPES, PRODUCTS, "cuda-ort", "tensorrt-rtx")
 DEFAULT_PARTS = PARTS[:2]
-BUILT_AHEAD = (KERNELS, SHAPES)  #: parts that need engines of our kernels
+BUILT_AHEAD = (KERNELS, SHAPES, PRODUCTS)  #: parts that need our kernels
 MOST_BATCH = 256  #: the largest batch that 'parvis build' builds an engine for
 WHAT = "the report of a GPU"
 
@@ -78,7 +78,7 @@ def check_options(options: BenchOptions) -> None:
         if without := [part for part in options.parts or () if part not in BUILT_AHEAD]:
             raise RequestError(
                 f"--parts {without[0]}: it needs no engine of our kernels; --build-for builds those of the parts "
-                f"{' and '.join(BUILT_AHEAD)}"
+                f"{', '.join(BUILT_AHEAD[:-1])} and {BUILT_AHEAD[-1]}"
             )
     if not options.from_files:
         return

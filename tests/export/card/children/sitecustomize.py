@@ -1,7 +1,7 @@
 """Read by every process that a report of the tests starts: the GPU that it finds is the stand-in.
 
 The stand-in knows the engines of the bundle that the process is given, and the kernels of the card's limits. Launches
-are checked, and compute nothing unless a test asks for it.
+are checked, and compute nothing unless a test asks for it; but single products always do.
 """
 
 import json
@@ -31,6 +31,17 @@ if "PARVIS_TEST_STAND_IN" in os.environ and len(sys.orig_argv) > 2:
 
         cuda.driver.twin = Twins(cuda.driver)
         subject.REPEATS = 1
+    if "plan" in spec:
+        from double.twins import Twins
+
+        from par_export.card import product_times
+        from par_export.card.product_files import ProductKernels
+
+        cuda.driver.twin = Twins(cuda.driver)
+        product_times.LAUNCHES = product_times.REPEATS = 1
+        ready = ProductKernels.read(Path(spec["folder"]))
+        for name, kernel in ready.kernels.items():
+            cuda.driver.register(ready.cubin(name), kernel, (8, 0))
     driver.LARGE, driver.LEAK = 2**20, 2**10
     for kernel, text in (*map(limits.empty_kernel, (False, True)), driver.fault_kernel()):
         cuda.driver.register(text, kernel, (8, 0))

@@ -1,0 +1,115 @@
+"""The part ``products``: every product of a step alone, in the shapes that the planner considers.
+
+It loads no engine: the kernel of a product is compiled by itself, given random numbers, compared with PyTorch and
+timed, in some milliseconds. So a lease of one minute shows the fastest shape of each product, and what the model's
+choice costs beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from par_export.card.plan import Model, shaped
+from par_export.card.processes import run_stage
+from par_export.card.product_files import REPEAT, ProductKernels, compiled
+from par_export.card.session import GRACE_S, Session
+from par_export.kernels.build import target
+from par_export.kernels.product_trials import Trial, as_a_build_chooses, trials_of
+from par_export.kernels.targets import Target
+from par_export.kernels.tiles import rows_of
+from par_runtime.bench.rows import Row
+from par_runtime.bench.suites.gpu import PRODUCTS
+from par_runtime.errors import EngineError
+
+COMPILE_END = 0.6  #: share of the part's time after which nothing is compiled any more
+TRIES = 4  #: processes; each but the first goes on behind the kernel that ended the one before
+
+
+def products(session: Session) -> list[Row]:
+    """Time the products of every model; there are no rows of them, but lines.
+
+    Raises BuildError where they must be compiled and there is no compiler, EngineError for ready kernels of other
+    sources or for another GPU, OSError.
+    """
+    card = target("local", session.options.device)
+    trials = trials_for(session.options.models, session.options.images, card)
+    kernels, why = _kernels(session, trials, card)
+    wanted = [trial for trial in trials if trial.spec.name not in kernels.refused]
+    if refused := len(trials) - len(wanted):
+        text = f"{PRODUCTS}: {refused} of {len(trials)} kernels keep registers in memory, or do not compile"
+        session.lines.append({"kind": "note", "text": text})
+    entries = [entry for entry in _entries(trials, kernels) if entry["kernel"] in kernels.kernels]
+    done = _run(session, kernels.folder, entries)
+    for (model, rows), of_rows in groupby(wanted, lambda trial: (trial.product.model, trial.product.rows)):
+        names = [trial.spec.name for trial in of_rows]
+        missing = sum(name not in kernels.kernels for name in names)
+        late = sum(name in kernels.kernels and name not in done for name in names)
+        for count, reason in ((missing, why), (late, "time")):
+            if count:
+                session.leave_out(f"{PRODUCTS} of {model}, {rows} rows, {count} of {len(names)} kernels", reason)
+    return []
+
+
+def trials_for(models: Sequence[Model], images: Sequence[int], card: Target) -> list[Trial]:
+    """What is tried of ``models`` in batches of ``images``: the fewest rows first, all models of these."""
+    of_rows: dict[int, dict[str, Model]] = {}
+    for model, n, codes in shaped(models):
+        for batch in images if codes is None else ():
+            of_rows.setdefault(rows_of(2 * n * batch), {})[model.name] = model
+    every = [(rows, model) for rows in sorted(of_rows) for model in of_rows[rows].values()]
+    return [trial for rows, model in every for trial in trials_of(model.name, model.config, rows, card)]
+
+
+def _kernels(session: Session, trials: Sequence[Trial], card: Target) -> tuple[ProductKernels, str]:
+    """The kernels, ready ones or else compiled now, while the GPU is idle; and why one may be missing."""
+    ready = None if session.options.engines is None else session.options.engines / PRODUCTS
+    if ready is not None and ready.is_dir():
+        found = ProductKernels.read(ready)
+        if found.target != card.name:
+            raise EngineError(f"{ready}: kernels for {found.target}; this GPU needs those for {card.name}: {REPEAT}")
+        return found, f"not in {ready}: {REPEAT}"
+    began = time.monotonic()
+    found = compiled(session.work / PRODUCTS, trials, card, session.share(COMPILE_END), session.progress)
+    text = f"{PRODUCTS}: {len(found.kernels)} kernels compiled here in {time.monotonic() - began:.0f} s"
+    session.lines.append({"kind": "note", "text": text})
+    return found, "time to compile them"
+
+
+def _entries(trials: Sequence[Trial], kernels: ProductKernels) -> list[dict[str, Any]]:
+    """A line of the plan for each trial: itself, its kernel, the name of its check, and whether a build chooses it."""
+    out = []
+    for _, of_product in groupby(trials, lambda trial: trial.product):
+        own = list(of_product)
+        chosen = as_a_build_chooses(own, [trial for trial in own if trial.spec.name in kernels.refused])
+        for trial in own:
+            entry = {"trial": trial.to_json(), "kernel": trial.spec.name, "check": f"{PRODUCTS}: {trial}"}
+            out.append(entry | {"chosen": trial == chosen})
+    return out
+
+
+def _run(session: Session, folder: Path, entries: Sequence[dict[str, Any]]) -> Collection[str]:
+    """Check and time ``entries``; returns the names of the kernels of which something is known now."""
+    plan, options, done = session.work / "plan.json", session.options, set[str]()
+    spec = {"index": options.device, "torch": options.torch, "plan": str(plan), "folder": str(folder)}
+    spec |= {"cold_bytes": options.cold_bytes, "until": session.end}
+    left = list(entries)
+    for _ in range(TRIES):
+        if not left or session.left < 0:
+            break
+        session.progress(f"{PRODUCTS}: {len(left)} kernels")
+        plan.write_text(json.dumps(left))
+        ended = run_stage(PRODUCTS, spec, session.end + GRACE_S)
+        session.take(PRODUCTS, ended)
+        done |= {line["name"] for line in ended.lines if line["kind"] == "product"}
+        checks = {line["name"] for line in ended.lines if line["kind"] == "check"} | {ended.during}
+        done |= {entry["kernel"] for entry in left if entry["check"] in checks}
+        at = next((i for i, entry in enumerate(left) if entry["check"] == ended.during), None)
+        if at is None:
+            break
+        left = left[at + 1 :]
+    return done

@@ -1,0 +1,210 @@
+"""Single products in several shapes of tiles, to be timed one by one: how good the model of ``tiles.py`` is.
+
+What a shape is worth depends on the stream of weights, so the products of qkv and of the head are timed through the
+source of the gates, with the columns and the depth of their own matrix: what these kernels do with their sums differs,
+and takes little. ``wo`` and ``w2`` are timed through their own source. All are kernels of fp16 weights.
+
+It lies beside what it plans with, so that kernels of other shapes are kernels of other sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from par_export.kernels import tiles
+from par_export.kernels.plan_step import of_product
+from par_export.kernels.spec import Constant, Spec, round_up
+from par_export.kernels.step_batch import STRIDE_MULTIPLE
+from par_export.kernels.targets import Target
+from par_export.kernels.tiles import BYTES, MOST_STAGES, SOURCES, ProductTile, product_us, products
+from par_model.config import PARConfig
+from par_runtime.backends.program import Launch, Pointer
+
+KINDS = ("gates", "w2", "qkv", "wo", "head")  #: of products, by the bytes that they read
+RESIDUALS = ("wo", "w2")
+LAYOUTS = 12  #: of a product, those that the model finds fastest
+#: name -> type of the parameters of each source
+PARAMETERS: Mapping[str, Mapping[str, str]] = {
+    "step.gates": {"h": "*fp16", "ss": "*fp32", "weights": "*fp16", "gains": "*fp32", "g": "*fp16", "M": "i32"},
+    "step.residual": {
+        "inputs": "*fp16",
+        "weights": "*fp16",
+        "gains": "*fp32",
+        "x": "*fp32",
+        "h": "*fp16",
+        "ss": "*fp32",
+        "partial": "*fp32",
+        "counters": "*i32",
+        "M": "i32",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Product:
+    """The product of a ``kind`` of a model: ``rows`` of activations (8 to 64, a power of 2: those of one block) times a
+    matrix [depth, columns]. ``squares``: tiles in which the sums of squares of these rows come, as a build makes them.
+    """
+
+    model: str
+    kind: str
+    rows: int
+    columns: int
+    depth: int
+    squares: int
+
+    def __str__(self) -> str:
+        """ "PAR-L w2, 8 rows"."""
+        return f"{self.model} {self.kind}, {self.rows} rows"
+
+    @property
+    def residual(self) -> bool:
+        """Whether it adds to x; else its columns are pairs of gate and up."""
+        return self.kind in RESIDUALS
+
+    @property
+    def stride(self) -> int:
+        """Numbers from one row of activations to the next."""
+        return round_up(self.depth, STRIDE_MULTIPLE)
+
+    @property
+    def out_columns(self) -> int:
+        """Numbers of a row that it makes: of a pair one."""
+        return self.columns if self.residual else self.columns // 2
+
+    @property
+    def out_stride(self) -> int:
+        """Numbers from one row that it makes to the next."""
+        return round_up(self.out_columns, STRIDE_MULTIPLE)
+
+    @property
+    def power_at(self) -> int:
+        """Where in the row of gains their power of two is."""
+        return round_up(self.depth, 4)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A product in one shape. ``layout``: the place of its panels, parts and warps in the planner's order; ``planned``:
+    whether its stages and what it fetches ahead are those of the planner too. ``model_us``: what the model expects.
+
+    ``dependent``: the kernel may be launched before the one ahead of it has ended.
+    """
+
+    product: Product
+    tile: ProductTile
+    layout: int
+    planned: bool
+    model_us: float
+    dependent: bool
+
+    def __str__(self) -> str:
+        """ "PAR-L w2, 8 rows: BN 16, BK 256, split 1, warps 4, stages 6, ahead 0"."""
+        names = ("BN", "BK", "split", "warps", "stages", "ahead")
+        return f"{self.product}: {', '.join(f'{name} {getattr(self.tile, name)}' for name in names)}"
+
+    @property
+    def spec(self) -> Spec:
+        """Its kernel."""
+        product, tile = self.product, self.tile
+        constants: dict[str, Constant]
+        if product.residual:
+            constants = {
+                "K": product.depth,
+                "K_STRIDE": product.stride,
+                "D_MODEL": product.columns,
+                "STRIDE": product.out_stride,
+                "SPLIT": tile.split,
+            }
+        else:
+            constants = {
+                "D_MODEL": product.depth,
+                "STRIDE": product.stride,
+                "TILES": product.squares,
+                "POWER": product.power_at,
+                "F": product.out_columns,
+                "F_STRIDE": product.out_stride,
+            }
+        constants |= of_product(tile, product.rows) | {"DEPENDENT": self.dependent}
+        source = SOURCES["wo" if product.residual else "gates"]
+        parameters = tuple(PARAMETERS[source].items())
+        return Spec(source, tuple(constants.items()), parameters, tile.warps, tile.stages, self.dependent)
+
+    @property
+    def tile_columns(self) -> int:
+        """Tiles of columns."""
+        return -(-self.product.columns // self.tile.BN)
+
+    @property
+    def panels(self) -> int:
+        """Panels of a tile, one below the other."""
+        return -(-self.product.depth // self.tile.BK)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed matrix."""
+        return self.tile_columns * self.panels * self.tile.BN * self.tile.BK * BYTES
+
+    def launch(self, kernel: str) -> Launch:
+        """A launch of the kernel of that name. Layer i takes the matrix ``i * packed_bytes`` behind "weights"."""
+        arguments: dict[str, Any] = {name: Pointer(name) for name in PARAMETERS[self.spec.source]}
+        arguments |= {"weights": Pointer("weights", 0, self.packed_bytes), "M": self.product.rows}
+        return Launch(kernel, (1, self.tile_columns, self.tile.split), tuple(arguments.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """It as plain values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(entry: Mapping[str, Any]) -> Trial:
+        """From what :meth:`to_json` made."""
+        return Trial(**(dict(entry) | {"product": Product(**entry["product"]), "tile": ProductTile(**entry["tile"])}))
+
+
+def trials_of(model: str, config: PARConfig, rows: int, target: Target) -> Iterator[Trial]:
+    """All trials of a model for so many rows (8 to 64, a power of 2), what the planner chooses for them first.
+
+    The planner is asked as for an engine of that batch alone. Each layout is tried with up to three numbers of stages,
+    from the most that fits to 2, and with what the planner fetches ahead and with nothing.
+    """
+    one, images = replace(config, group_size=1), rows // 2  # so many images of one position are so many rows
+    shapes = {kind: [shape[images] for shape in products(one, kind, (images,), target)[:LAYOUTS]] for kind in KINDS}
+    for kind, planned in shapes.items():
+        columns, depth = tiles._matrix(one, kind)
+        before = shapes["wo" if kind == "gates" else "w2"]  # the kernel that leaves the sums of squares
+        squares = -(-config.dim // before[0].BN)
+        product = Product(model, kind, rows, columns, depth, squares)
+        for layout, chosen in enumerate(planned):
+            for tile in _tried(chosen, columns, depth, rows, target):
+                us = product_us(tile, columns, depth, rows, target)
+                yield Trial(product, tile, layout, tile == chosen, us, target.dependent)
+
+
+def _tried(chosen: ProductTile, columns: int, depth: int, rows: int, target: Target) -> Sequence[ProductTile]:
+    """What is tried of a layout: the planner's choice, then other numbers of stages, each with its weights fetched
+    ahead, if the planner does so, and without.
+    """
+    fit = {
+        tile.stages: tile for tile in tiles._staged(replace(chosen, stages=MOST_STAGES), columns, depth, rows, target)
+    }
+    most = max(fit)
+    stages = [*dict.fromkeys((chosen.stages, most, (most + 3) // 2, 2))][:3]
+    tried = dict.fromkeys(tile for count in stages for tile in (fit[count], replace(fit[count], ahead=0)))
+    return [*tried]
+
+
+def as_a_build_chooses(trials: Sequence[Trial], refused: Sequence[Trial]) -> Trial | None:
+    """What a build makes of a product, whose ``trials`` these are: the planner's first choice, or, where the compiler
+    has ``refused`` that one, the first with other panels, and so on; None where none is left.
+    """
+    gone: set[tuple[int, int]] = set()
+    for trial in sorted((each for each in trials if each.planned), key=lambda each: each.layout):
+        panel = trial.tile.BN, trial.tile.BK
+        if panel in gone:
+            continue
+        if trial not in refused:
+            return trial
+        gone.add(panel)
+    return None

@@ -1,0 +1,192 @@
+"""Single products that are timed on a card: what is tried, and what the page says of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from double.driver import Driver
+
+from par_export.card import product_times
+from par_export.card.findings import Findings
+from par_export.card.plan import MODELS, Model
+from par_export.card.product_table import products_table
+from par_export.card.products import trials_for
+from par_export.card.table import markdown
+from par_export.kernels.product_trials import KINDS, as_a_build_chooses, trials_of
+from par_export.kernels.targets import TARGETS
+from par_export.kernels.tiles import choose, model_us, products
+from par_runtime.bench.machine import describe
+from par_runtime.cli import dispatch as cli
+
+SM90 = TARGETS["SM90"]
+
+
+# -- what is tried ----------------------------------------------------------------------------------------------------
+
+
+def test_models_and_rows_are_those_of_the_batches_that_are_asked_for() -> None:
+    trials = trials_for(MODELS, (1, 8), SM90)
+    order = list(dict.fromkeys((each.product.rows, each.product.model) for each in trials))
+    sizes = [f"PAR-{size}" for size in ("3B", "L", "XL", "XXL")]
+    assert order == [(rows, size) for rows in (8, 32, 64) for size in sizes]  # n = 4, 16, and both in batches of 8
+    assert {each.product.rows for each in trials_for(MODELS[:1], (1,), SM90)} == {8, 32}
+    assert {each.product.rows for each in trials_for(MODELS[:1], (2,), SM90)} == {16, 64}
+    of_3b = {each.product.kind: each.product for each in trials if each.product.model == "PAR-3B"}
+    assert list(of_3b) == list(KINDS)
+    matrices = {kind: (product.columns, product.depth) for kind, product in of_3b.items()}
+    assert matrices == {
+        "gates": (17408, 3200),
+        "w2": (3200, 8704),
+        "qkv": (9600, 3200),
+        "wo": (3200, 3200),
+        "head": (16384, 3200),
+    }
+
+
+@pytest.mark.parametrize("size", MODELS[:4], ids=lambda model: model.name)
+@pytest.mark.parametrize(("n", "images"), [(4, 1), (16, 1), (4, 8)])
+def test_the_first_of_a_product_is_what_a_build_chooses(size: Model, n: int, images: int) -> None:
+    config = replace(size.config, group_size=n)
+    built = choose(config, (images,), SM90)[images]
+    for kind in KINDS:
+        own = [each for each in trials_of("x", size.config, 2 * n * images, SM90) if each.product.kind == kind]
+        assert own[0].tile == getattr(built, kind)
+        assert own[0] == as_a_build_chooses(own, ())
+        considered = [each[images] for each in products(config, kind, (images,), SM90)][:12]
+        assert [each.tile for each in own if each.planned] == considered
+        assert {each.layout for each in own} == set(range(len(considered)))
+        for each in own:
+            assert each.model_us == model_us(config, kind, each.tile, images, SM90)
+        for layout, planned in enumerate(considered):
+            tried = [each.tile for each in own if each.layout == layout]
+            assert len(set(tried)) == len(tried)
+            assert len({tile.stages for tile in tried}) in (1, 2, 3)
+            assert {(tile.BN, tile.BK, tile.split, tile.warps) for tile in tried} == {
+                (planned.BN, planned.BK, planned.split, planned.warps)
+            }
+            assert {bool(tile.ahead) for tile in tried} == ({False, True} if planned.ahead else {False})
+
+
+def test_numbers_of_stages_go_from_two_to_what_fits() -> None:
+    tried = [each.tile.stages for each in trials_of("x", MODELS[0].config, 8, SM90) if each.product.kind == "gates"]
+    assert tried[:3] == [6, 4, 2]
+
+
+@pytest.mark.parametrize("kind", ["gates", "w2"])
+def test_without_a_shape_that_the_compiler_refuses_the_choice_is_the_next_one_of_a_build(kind: str) -> None:
+    """Which has other panels: of w2 the second layout has those of the first, in more parts of K."""
+    config = replace(MODELS[0].config, group_size=16)
+    own = [each for each in trials_of("x", config, 32, SM90) if each.product.kind == kind]
+    refused = [own[0]]
+    for _ in range(3):
+        built = choose(config, (1,), SM90, refused=frozenset(each.spec for each in refused))[1]
+        chosen = as_a_build_chooses(own, refused)
+        assert chosen is not None
+        assert chosen.tile == getattr(built, kind)
+        refused.append(chosen)
+    assert as_a_build_chooses(own, own) is None
+    assert as_a_build_chooses(own, [each for each in own if not each.planned]) == own[0]
+
+
+def test_sums_of_squares_come_in_the_tiles_that_a_build_leaves() -> None:
+    """They lie in registers beside the sums of a product, so a wrong number of them is another kernel."""
+    config = replace(MODELS[0].config, group_size=16)
+    built = choose(config, (1,), SM90)[1]
+    found = {each.product.kind: each.product.squares for each in trials_of("x", config, 32, SM90)}
+    assert built.wo.BN != built.w2.BN
+    assert found["gates"] == -(-config.dim // built.wo.BN)
+    assert found["qkv"] == found["head"] == -(-config.dim // built.w2.BN)
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def line(kernel: str, us: float, chosen: bool = False, **changes: Any) -> dict[str, Any]:
+    shape = {"BN": 64, "BK": 128, "split": 1, "warps": 4, "stages": 6, "parts": 1, "ahead": 0}
+    facts = {"name": "gates-0", "compiler": "triton 3.9.0", "model_us": 9.0, "error": 3e-4}
+    about = {"kind": "product", "model": "PAR-L", "kernel": kernel, "rows": 8, "chosen": chosen}
+    return about | shape | facts | {"samples_us": [9 * us, us, us / 2, us, us]} | changes
+
+
+def test_the_page_has_the_choice_of_a_build_beside_the_fastest() -> None:
+    lines = [
+        line("gates", 5.0, chosen=True),
+        line("gates", 4.0, BN=32),
+        line("gates", 6.0, stages=2),
+        line("wo", 2.0, chosen=True),
+        line("wo", 2.5, split=2),
+        line("w2", 3.0, split=4),
+        line("gates", 7.0, chosen=True, rows=32),
+    ]
+    found = Findings(describe(None), "c", "d", lines=lines)
+    shape = "BN {}, BK 128, split {}, warps 4, stages 6, ahead 0"
+    of_64, of_32 = shape.format(64, 1), shape.format(32, 1)
+    table = products_table([found]).splitlines()
+    assert table[2:] == [
+        f"| PAR-L | gates | 8 | 3 | {of_64} | 5 | {of_32} | 4 | 25.0 % |",
+        f"| PAR-L | wo | 8 | 2 | {of_64} | 2 | {of_64} | 2 | 0.0 % |",
+        f"| PAR-L | w2 | 8 | 1 |  |  | {shape.format(64, 4)} | 3 |  |",
+        f"| PAR-L | gates | 32 | 1 | {of_64} | 7 | {of_64} | 7 | 0.0 % |",
+        "",
+        "As a build makes them they are 8.3 % slower than the fastest on average, and 25.0 % at most "
+        "(PAR-L gates, 8 rows).",
+    ]
+    later = Findings(describe(None), "c", "e", lines=[line("gates", 8.0, chosen=True)])
+    table = products_table([found, later]).splitlines()
+    assert table[2] == f"| PAR-L | gates | 8 | 1 | {of_64} | 8 | {of_64} | 8 | 0.0 % |"
+    assert len(table) == 8
+    assert "Products, each alone" not in markdown([Findings(describe(None), "c", "d")])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel": "attention"}, "kernel is 'attention'; expected one of gates, w2, qkv, wo, head"),
+        ({"samples_us": [1.0, 0.0]}, "samples_us is [1.0, 0.0]; expected microseconds above 0"),
+        ({"samples_us": []}, "samples_us is []; expected a list of 1 to"),
+        ({"chosen": 1}, "chosen is 1; expected true or false"),
+        ({"BN": 0}, "BN is 0; expected a whole number from 1 to"),
+        ({"ahead": -1}, "ahead is -1; expected a whole number from 0 to"),
+        ({"model_us": "9"}, "model_us is '9'; expected a number from 0 to"),
+        ({"error": None}, "error is None; expected a number from 0 to"),
+        ({"model": 3}, "model is 3; expected a text of at most"),
+        ({"rows": True}, "rows is True; expected a whole number from 1 to"),
+    ],
+)
+def test_bad_lines_of_a_file_are_one_error(
+    change: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bad.jsonl"
+    where = {"gpu": "H200", "driver": "580.1", "commit": "aaaa", "date": "2026-02-01 10:00 UTC"}
+    good = json.dumps(line("gates", 5.0) | where)
+    file.write_text(f"{good}\n")
+    assert cli.main(["bench", "--suite", "gpu", "--from", str(file)]) == 0
+    assert "### Products, each alone" in capsys.readouterr().out
+    file.write_text(f"{good}\n{json.dumps(line('gates', 5.0) | where | change)}\n")
+    assert cli.main(["bench", "--suite", "gpu", "--from", str(file)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{file}, line 2: not a line of a GPU's report ({message}" in said
+
+
+def test_a_matrix_is_packed_as_the_kernels_of_an_engine_pack_it(driver: Driver) -> None:
+    """Beside the products, which are right on it: ``pack.panels`` itself."""
+    import torch
+    from double import interpreter
+
+    random = np.random.default_rng(0)
+    matrix = random.standard_normal((48, 40)).astype(np.float16)  # [N, K]
+    for bn, bk, parts in ((32, 32, 1), (16, 64, 4)):
+        tiles, blocks = -(-48 // bn), -(-40 // bk)
+        raw, out = np.ascontiguousarray(matrix.T), np.full(tiles * blocks * bn * bk, np.nan, np.float16)
+        constants = {"K": 40, "N": 48, "WIDTH": 48, "ORDER": "plain", "HEAD": 8, "PADDED": 8, "DROP_ROWS": False}
+        constants |= {"BN": bn, "BK": bk, "PART": bk // parts}
+        kinds = (("raw", "*fp16"), ("packed", "*fp16"))
+        addresses = [raw.ctypes.data, out.ctypes.data]
+        interpreter.run_launch("pack.panels", constants, kinds, (tiles, blocks, 1), addresses)
+        ours = product_times.packed(torch.from_numpy(matrix), bn, bk, parts)
+        np.testing.assert_array_equal(ours.numpy().ravel(), out)
