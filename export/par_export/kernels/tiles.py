@@ -334,6 +334,8 @@ def _codes_fit(tile: ProductTile, columns: int, depth: int, rows: int) -> bool:
     # Of four blocks of K or more some come in the background; small models have not as many.
     if not least <= tile.BK <= max(2 * least, power(depth) // 4) or tile.BK * tile.bits // 8 > MOST_STEPS * tile.sub:
         return False
+    if least < tile.BK and 2 * (-depth % tile.BK) > depth:  # padding is read as well
+        return False
     # Sums of a block of K and of all so far, and some of the activations that a warp multiplies, two in a register.
     sums, inputs = tile.BN * rows // (32 * tile.warps), tile.BK * rows // 64
     if 2 * sums + inputs // 2 > MOST_HELD:
