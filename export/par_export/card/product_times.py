@@ -178,15 +178,13 @@ class _Bench:
         self._reset(trial)
         self._launches(trial, module, [0], self._at["weights"]).enqueue()
         self._stand.stream.synchronize()
-        residual = self._product.residual
-        errors = [_relative(got, self._expected[name]) for name, got in self._left(trial).items()]
-        if residual:
+        errors, counted = [_relative(got, self._expected[name]) for name, got in self._left(trial).items()], 0
+        if self._product.residual:
             squares = self._stand.get(self._at["ss"], torch.float32, self._product.rows, trial.tile_columns)
             errors.append(_relative(squares.sum(1), self._expected["ss"]))
             counters = self._stand.get(self._at["counters"], torch.int32, self._sizes["counters"] // 4)
-        return max(errors, key=lambda error: (math.isnan(error), error)), int(
-            counters.count_nonzero()
-        ) if residual else 0
+            counted = int(counters.count_nonzero())
+        return max(errors, key=lambda error: (math.isnan(error), error)), counted
 
     def samples_us(self, trial: Trial, module: Module) -> list[float]:
         """Microseconds of a launch, in each of some runs of a graph of them."""

@@ -16,7 +16,7 @@ from statistics import mean, median
 from typing import Any
 
 from par_export.kernels.targets import TARGETS
-from par_export.kernels.tiles import ProductTile, product_us
+from par_export.kernels.tiles import MOST_BK, ProductTile, product_us
 
 CARD = TARGETS["SM90"]
 LAST_RUN = 3  #: of layers: with every start
@@ -30,7 +30,6 @@ WAYS = (
     "late, all and keys",
 )
 FETCHED = {"matrices under 8 MB, and keys": "small and keys", "all up to 13.4 MB, and keys": "all and keys"}
-MOST_BK = 256  #: rows of a panel of numbers that a build takes
 Shape = tuple[int, int, int, int]  # BN, BK, parts of K, stages
 Product = tuple[str, str, int]  # model, kind, rows
 

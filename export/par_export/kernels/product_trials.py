@@ -13,12 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from par_export.kernels import tiles
 from par_export.kernels.plan_step import of_product
 from par_export.kernels.spec import Constant, Spec, round_up
 from par_export.kernels.step_batch import STRIDE_MULTIPLE
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import BYTES, MOST_STAGES, SOURCES, ProductTile, product_us, products
+from par_export.kernels.tiles import (
+    BYTES,
+    MOST_STAGES,
+    SOURCES,
+    ProductTile,
+    matrix_of,
+    product_us,
+    products,
+    staged_of,
+)
 from par_model.config import PARConfig
 from par_runtime.backends.program import Launch, Pointer
 
@@ -172,7 +180,7 @@ def trials_of(model: str, config: PARConfig, rows: int, target: Target) -> Itera
     one, images = replace(config, group_size=1), rows // 2  # so many images of one position are so many rows
     shapes = {kind: [shape[images] for shape in products(one, kind, (images,), target)[:LAYOUTS]] for kind in KINDS}
     for kind, planned in shapes.items():
-        columns, depth = tiles._matrix(one, kind)
+        columns, depth = matrix_of(one, kind)
         before = shapes["wo" if kind == "gates" else "w2"]  # the kernel that leaves the sums of squares
         squares = -(-config.dim // before[0].BN)
         product = Product(model, kind, rows, columns, depth, squares)
@@ -186,9 +194,7 @@ def _tried(chosen: ProductTile, columns: int, depth: int, rows: int, target: Tar
     """What is tried of a layout: the planner's choice, then other numbers of stages, each with its weights fetched
     ahead, if the planner does so, and without.
     """
-    fit = {
-        tile.stages: tile for tile in tiles._staged(replace(chosen, stages=MOST_STAGES), columns, depth, rows, target)
-    }
+    fit = {tile.stages: tile for tile in staged_of(replace(chosen, stages=MOST_STAGES), columns, depth, rows, target)}
     most = max(fit)
     stages = [*dict.fromkeys((chosen.stages, most, (most + 3) // 2, 2))][:3]
     tried = dict.fromkeys(tile for count in stages for tile in (fit[count], replace(fit[count], ahead=0)))

@@ -5,8 +5,8 @@ processors at about the same time. What a batch must not change is the result of
 parts of a sum and the spans of keys are therefore the same for all batch sizes of an engine. Stages may differ.
 
 The model is a roofline with a few limits for each kernel; only the order of candidates matters. Its constants of
-products of numbers were fitted to products of PAR-3B, XL and L that one H200 timed, each alone; those of codes and of
-attention to the first rows of that card (``docs/kernels.md``). Times in microseconds, sizes in bytes.
+products of numbers were fitted to products of PAR-3B, XL and L that one H200 timed, each alone; those of attention were
+set by its trials there (``docs/kernels.md``); those of codes are guesses. Times in microseconds, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ MOST_SUMS = 8192  #: of squares that a consumer of x adds up in registers: tiles
 MOST_ROWS = 64  #: of one block
 MOST_PARTS = 4  #: of the rows of a panel
 MOST_STAGES = 6
+MOST_BK = 256  #: rows of a panel of numbers
 MOST_INPUTS = 16384  #: numbers of activations that a block loads at a time
 #: Of the activations that a block of 8 rows loads at a time, numbers for each thread: with fewer than 8 bytes a thread
 #: some are not copied in the background.
@@ -242,7 +243,7 @@ def products(
     ``gone``: BN, BK and rows that are not to be among them. ``given``: with these panels, parts and warps alone, and
     with at most its stages. ``storage``: of the matrices.
     """
-    columns, depth = _matrix(config, kind)
+    columns, depth = matrix_of(config, kind)
     most = 2 * config.group_size * max(images)
     layouts = (
         _layouts(columns, depth, most, kind in ("wo", "w2"), storage)
@@ -257,7 +258,7 @@ def products(
             if (*layout[:2], rows_of(positions)) in gone:
                 break
             tile = ProductTile(*layout, given.stages if given else MOST_STAGES, 0, storage.bits, storage.group)
-            staged = _staged(tile, columns, depth, rows_of(positions), target)
+            staged = staged_of(tile, columns, depth, rows_of(positions), target)
             times = [(product_us(each, columns, depth, positions, target), each) for each in staged]
             if not times:
                 break
@@ -272,11 +273,11 @@ def model_us(config: PARConfig, kind: str, tile: ProductTile | AttentionTile, im
     """What the model thinks that a kernel of that kind takes for ``images`` guided images; attention, over all keys."""
     if isinstance(tile, AttentionTile):
         return attention_us(tile, 2 * images * config.n_heads, config.n_tokens, _line(config), target)
-    columns, depth = _matrix(config, kind)
+    columns, depth = matrix_of(config, kind)
     return product_us(tile, columns, depth, 2 * config.group_size * images, target)
 
 
-def _matrix(config: PARConfig, kind: str) -> tuple[int, int]:
+def matrix_of(config: PARConfig, kind: str) -> tuple[int, int]:
     """Columns and depth of the matrix of a product."""
     d, F = config.dim, config.ffn_dim
     return {
@@ -320,7 +321,7 @@ def _layouts(
 
 def _numbers_fit(tile: ProductTile, _: int, depth: int, rows: int) -> bool:
     """Whether panels of numbers are worth a try, for so many rows at most."""
-    most = min(256, max(16, power(depth)), MOST_INPUTS // rows)
+    most = min(MOST_BK, max(16, power(depth)), MOST_INPUTS // rows)
     if most < tile.BK:
         return False
     return FEWEST_INPUTS * 32 * tile.warps <= 8 * tile.BK or power(depth) <= tile.BK
@@ -344,7 +345,7 @@ def _codes_fit(tile: ProductTile, columns: int, depth: int, rows: int) -> bool:
     return wide or power(depth) <= 2 * tile.BK or power(columns) <= tile.BN
 
 
-def _staged(tile: ProductTile, columns: int, depth: int, rows: int, target: Target) -> Iterator[ProductTile]:
+def staged_of(tile: ProductTile, columns: int, depth: int, rows: int, target: Target) -> Iterator[ProductTile]:
     """``tile`` with every number of stages up to its own that makes sense and fits."""
     turns = -(-depth // tile.BK) // tile.split
     for stages in range(tile.stages, 1, -1):
@@ -369,6 +370,7 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
     rows = rows_of(positions)
     groups = -(-positions // rows)
     turns = -(-depth // tile.BK)
+    of_part = -(-turns // tile.split)  # of K: turns of one block
     blocks = -(-columns // tile.BN) * tile.split
     panel = tile.storage.bytes(tile.BN * tile.BK)
     weights = -(-columns // tile.BN) * turns * panel
@@ -392,11 +394,11 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
         turn = max(turn, tile.BN * tile.BK * makers / CODES_US)
     share = MOST_SHARE * _per_us(target) / target.processors
     turn = max(turn, panel / min(share, at_once * (tile.stages - 1) * panel / LATENCY_US))
-    own = busiest * -(-turns // tile.split) * turn
+    own = busiest * of_part * turn
     if tile.bits:  # scales are asked for a turn ahead
-        own = max(own, -(-busiest // at_once) * -(-turns // tile.split) * LATENCY_US)
+        own = max(own, -(-busiest // at_once) * of_part * LATENCY_US)
     # All of them: weights from memory once, activations and weights for further rows from L2, matrix units.
-    activations = blocks * groups * -(-turns // tile.split) * inputs
+    activations = blocks * groups * of_part * inputs
     partial = 2 * tile.split * positions * columns * 4 if tile.split > 1 else 0
     memory = weights / (REACHED * _per_us(target))
     cache = (weights * groups + activations + partial) / (L2 * _per_us(target))

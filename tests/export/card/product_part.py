@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from double.driver import Driver
+from double.kernels import stand_in_of
 
 from par_export.card import stages
 from par_export.card.again import read_runs
@@ -58,20 +59,8 @@ class StandIn:
             if why := type(self).refuse(spec):
                 failed[spec.name] = why
                 continue
-            out[spec.name] = Compiled(
-                cubin=f"stand-in for {spec.name} on {target.name}".encode(),
-                function=spec.source.rpartition(".")[2],
-                warps=spec.warps,
-                shared=64 * 1024,
-                registers=32,
-                spills=type(self).spills(spec),
-                trailing=2,
-                scratch=0,
-                loads={},
-                copies={},
-                products={},
-                seconds=0.0,
-            )
+            cubin, spills = f"stand-in for {spec.name} on {target.name}", type(self).spills(spec)
+            out[spec.name] = stand_in_of(spec, cubin, shared=64 * 1024, spills=spills)
         return out
 
 

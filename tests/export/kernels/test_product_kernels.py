@@ -28,7 +28,7 @@ SIZES = [
 ]
 TILES = [(32, 32, 8), (16, 64, 16), (64, 32, 32)]  # BN, BK, BM: two parts, four, one
 
-#: dtype, group, d and F, BN, BK, BM: a piece in a block of K, several pieces, a piece for each warp; groups of one
+#: dtype, group, d and F, BN, BK, BM: a piece in a block of K, several pieces; groups of one
 #: piece, of several, of half a piece; K that no block divides.
 CODES = [
     ("int8", 32, 64, 96, 32, 32, 8),

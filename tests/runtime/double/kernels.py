@@ -15,7 +15,7 @@ from par_export.kernels import plan_decoder, plan_step
 from par_export.kernels.build import write_files
 from par_export.kernels.compiler import Compiled
 from par_export.kernels.contents import Contents
-from par_export.kernels.spec import Planned
+from par_export.kernels.spec import Planned, Spec
 from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import TARGETS
 from par_export.kernels.tiles import choose
@@ -26,6 +26,25 @@ from par_runtime.backends.program import VERSION, to_json
 from par_runtime.bundle import Bundle, seal
 
 SHARED = 64 * 1024  #: bytes of shared memory of each stand-in kernel: more than it may take without asking
+
+
+def stand_in_of(spec: Spec, cubin: str, **changes: Any) -> Compiled:
+    """What a compiler says of ``spec``, with a name for a cubin; ``changes`` are fields."""
+    made = Compiled(
+        cubin=cubin.encode(),
+        function=spec.source.rpartition(".")[2],
+        warps=spec.warps,
+        shared=SHARED,
+        registers=32,
+        spills=0,
+        trailing=2,
+        scratch=0,
+        loads={},
+        copies={},
+        products={},
+        seconds=0.0,
+    )
+    return replace(made, **changes)
 
 
 def write_engine(
@@ -40,23 +59,7 @@ def write_engine(
     """An engine folder of what is ``planned``, with stand-in cubins; ``changes`` are fields of ``engine.json``."""
     folder = bundle.path / ENGINES / f"{KERNELS}-{VERSION}-{target.lower()}-{precision}{label}"
     folder.mkdir(parents=True)
-    compiled = {
-        name: Compiled(
-            cubin=f"stand-in for {name} on {target}".encode(),
-            function=spec.source.rpartition(".")[2],
-            warps=spec.warps,
-            shared=SHARED,
-            registers=32,
-            spills=0,
-            trailing=2,
-            scratch=0,
-            loads={},
-            copies={},
-            products={},
-            seconds=0.0,
-        )
-        for name, spec in planned.specs.items()
-    }
+    compiled = {name: stand_in_of(spec, f"stand-in for {name} on {target}") for name, spec in planned.specs.items()}
     described = write_files(folder, planned, compiled, "stand-in 1", decoder_precision)
     document = {
         "schema": ENGINE_SCHEMA,
