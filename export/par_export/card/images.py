@@ -21,9 +21,6 @@ from par_runtime.pipeline import Pipeline
 from par_runtime.request import Settings
 
 LEAK_BYTES = 16 * 10**6  #: by which free memory may change: the driver's own
-#: Where more is gone, as many images are made again, all in all so often; after a step no more than this goes then.
-ROUNDS, SETTLED_BYTES = 3, 4 * 10**6
-MOST_OWN_BYTES = 96 * 10**6  #: of the driver, in all
 STRESS_BATCH = 4
 #: Settings that go through every part of the sampling tail.
 SETTINGS = (
@@ -147,12 +144,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> str:
 
 
 def check_memory(spec: Mapping[str, Any], emit: Emit) -> None:
-    """Memory of the device before and after ``images`` images of the bundle ``path``, in batches of several sizes.
-
-    What the driver takes for itself, it takes once, and not much; a leak goes on. So where some is gone, as many images
-    are made again, and it is a leak if each time memory is gone again. Where more is gone in all than
-    :data:`MOST_OWN_BYTES`, it is one at once.
-    """
+    """Memory of the device before and after ``images`` images of the bundle ``path``, in batches of several sizes."""
     pipeline = Pipeline.load(Path(spec["path"]), spec["device"], selftest=False)
     backend: Any = pipeline.backend
     largest = min(STRESS_BATCH, backend.max_images)
@@ -161,33 +153,21 @@ def check_memory(spec: Mapping[str, Any], emit: Emit) -> None:
     # anew at their next use. So the largest comes first; otherwise that would be counted.
     for count in range(largest, 0, -1):
         pipeline.generate([0] * count, seed=0)
-    free, done, turn = [_free_bytes(backend)], list[int](), 0
-    for _ in range(ROUNDS):
-        made = 0
-        while made < spec["images"]:
-            count = 1 + turn % largest
-            pipeline.generate([turn % pipeline.bundle.n_classes] * count, seed=turn)
-            made, turn = made + count, turn + 1
-        free.append(_free_bytes(backend))
-        done.append(made)
-        leaks = free[0] - free[-1] >= MOST_OWN_BYTES
-        settled = free[-2] - free[-1] < (LEAK_BYTES if len(done) == 1 else SETTLED_BYTES)
-        if leaks or settled:
-            break
-    else:
-        leaks = True
-    text = f"{done[0]} images: {free[0] / 1e6:.0f} MB free before, {free[1] / 1e6:.0f} MB after"
-    for made, then in zip(done[1:], free[2:], strict=True):
-        text += f", {then / 1e6:.0f} MB after {made} more"
-    emit("check", name=f"{spec['name']}: memory", passed=not leaks, text=text)
-    pipeline.close()
-
-
-def _free_bytes(backend: Any) -> int:
-    """Bytes of the device's memory that are free."""
     backend.device.activate()
-    free: int = backend.device.free_bytes()
-    return free
+    before, done, turn = backend.device.free_bytes(), 0, 0
+    while done < spec["images"]:
+        count = 1 + turn % largest
+        pipeline.generate([turn % pipeline.bundle.n_classes] * count, seed=turn)
+        done, turn = done + count, turn + 1
+    backend.device.activate()
+    after = backend.device.free_bytes()
+    emit(
+        "check",
+        name=f"{spec['name']}: memory",
+        passed=bool(before - after < LEAK_BYTES),
+        text=f"{done} images: {before / 1e6:.0f} MB free before, {after / 1e6:.0f} MB after",
+    )
+    pipeline.close()
 
 
 def make_one(spec: Mapping[str, Any], emit: Emit) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import os
 import shutil
@@ -178,12 +177,9 @@ def test_memory_that_grows_is_seen(on_gpu: Path, driver: Driver, monkeypatch: py
     assert not passed
     batches, mega = 4, 2**23 / 1e6
     start = 8590 - 4 * mega  # less what was lost before; the rest of the tiny bundle's memory is below 4 MB
-    assert text.count(" MB after") == 3
-    free = [int(word) for word in text.replace(",", "").split() if word.isdecimal() and len(word) == 4]
-    assert len(free) == 4
-    assert free[0] == pytest.approx(start, abs=4)
-    for earlier, later in itertools.pairwise(free):  # a round has three or four batches
-        assert earlier - later == pytest.approx(batches * mega, abs=mega + 1)
+    before, after = (int(text.split()[at]) for at in (2, 6))
+    assert before == pytest.approx(start, abs=4)
+    assert before - after == pytest.approx(batches * mega, abs=2)
     images.make_one({"path": str(on_gpu), "device": "cuda:0"}, Lines())
 
 
@@ -198,41 +194,23 @@ def test_graphs_that_are_kept_for_ever_are_seen(on_gpu: Path, driver: Driver, mo
     assert not memory_of(on_gpu)[0]
 
 
-def plant_steps(driver: Driver, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], size: int) -> None:
-    """At the batches ``steps`` the driver takes ``size`` bytes for itself."""
+@pytest.mark.parametrize(("size", "passes"), [(15, True), (17, False)])
+def test_how_much_may_be_gone(
+    on_gpu: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch, size: int, passes: bool
+) -> None:
+    """In MB, whoever took it: here the driver, for itself, at the second batch that is measured."""
     batches: list[int] = []
 
     def step(self: GpuBackend, made: Any) -> Any:
         batches.append(1)
-        driver.own_bytes += size * (len(batches) in steps)
+        driver.own_bytes += size * 10**6 * (len(batches) == 6)
         return made
 
     planted(monkeypatch, "make_images", step)
-
-
-@pytest.mark.parametrize(("size", "passes"), [(90, True), (100, False), (1000, False)])
-def test_a_large_loss_is_a_leak_at_once(
-    on_gpu: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch, size: int, passes: bool
-) -> None:
-    """In MB: a driver does not take as much for itself."""
-    plant_steps(driver, monkeypatch, (6,), size * 10**6)
     passed, text = memory_of(on_gpu)
     assert passed == passes
-    assert text.count(" more") == int(passes)
-
-
-@pytest.mark.parametrize(("steps", "passes"), [((6,), True), ((6, 9), True), ((6, 9, 14), False)])
-def test_a_step_of_the_drivers_own_is_no_leak(
-    on_gpu: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], passes: bool
-) -> None:
-    """Batches at which the driver takes 17 MB. Four are before it is measured, and each time there are four more."""
-    plant_steps(driver, monkeypatch, steps, 17 * 10**6)
-
-    passed, text = memory_of(on_gpu)
-    assert passed == passes
-    assert text.count(" more") == min(len(steps), 2)
-    first, *_ = text.split(", ")[1].split()
-    assert int(text.split()[2]) - int(first) == 17
+    before, after = (int(text.split()[at]) for at in (2, 6))
+    assert before - after == size
 
 
 @pytest.mark.parametrize(("dependent", "target"), [(False, "sm_80"), (False, "sm_90"), (True, "sm_90")])
