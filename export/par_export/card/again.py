@@ -200,8 +200,10 @@ def _product(line: Value) -> None:
     line["kernel"].one_of(PRODUCT_KINDS)
     for name in ("rows", "BN", "BK", "split", "warps", "stages", "parts"):
         line[name].integer(1, LARGEST_COUNT)
-    line["ahead"].integer(0, LARGEST_COUNT)
-    line["chosen"].boolean()
+    for name in ("ahead", "held"):
+        line[name].integer(0, LARGEST_COUNT)
+    for name in ("chosen", "at_once"):
+        line[name].boolean()
     for name in ("model_us", "error"):
         line[name].number(0.0, LARGEST)
     _microseconds(line)

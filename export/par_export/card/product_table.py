@@ -11,7 +11,7 @@ from par_runtime.bench.report.words import number
 from par_runtime.bench.rows import median
 
 Line = Mapping[str, Any]
-SHOWN = ("BN", "BK", "split", "warps", "stages", "ahead")
+SHOWN = ("BN", "BK", "split", "warps", "stages", "ahead", "held")
 
 
 def products_table(runs: Sequence[Findings]) -> str:
@@ -65,5 +65,5 @@ def _us(line: Line) -> float:
 
 
 def _words(line: Line) -> str:
-    """ "BN 64, BK 128, split 2, warps 4, stages 6, ahead 0"."""
-    return ", ".join(f"{name} {line[name]}" for name in SHOWN)
+    """ "BN 64, BK 128, split 2, warps 4, stages 6, ahead 0, held 4, at once"."""
+    return ", ".join([*(f"{name} {line[name]}" for name in SHOWN), *(["at once"] if line["at_once"] else [])])

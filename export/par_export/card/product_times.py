@@ -83,7 +83,11 @@ def _one(bench: _Bench, trial: Trial, entry: Mapping[str, Any], kernels: Product
             model=trial.product.model,
             kernel=trial.product.kind,
             rows=trial.product.rows,
-            **{each: getattr(trial.tile, each) for each in ("BN", "BK", "split", "warps", "stages", "parts", "ahead")},
+            **{
+                each: getattr(trial.tile, each)
+                for each in ("BN", "BK", "split", "warps", "stages", "parts", "ahead", "held")
+            },
+            at_once=trial.at_once,
             chosen=entry["chosen"],
             model_us=trial.model_us,
             samples_us=bench.samples_us(trial, module),

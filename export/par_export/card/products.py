@@ -21,7 +21,7 @@ from par_export.card.session import GRACE_S, Session
 from par_export.kernels.build import target
 from par_export.kernels.product_trials import Trial, as_a_build_chooses, trials_of
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import rows_of
+from par_export.kernels.tile_shapes import rows_of
 from par_runtime.bench.rows import Row
 from par_runtime.bench.suites.gpu import PRODUCTS
 from par_runtime.errors import EngineError

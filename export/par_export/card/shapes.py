@@ -30,7 +30,8 @@ from par_export.kernels.plan import Planner
 from par_export.kernels.shape_sets import ShapeSet, contents_of, is_of, sets_of, tiles_of
 from par_export.kernels.step_weights import PRODUCTS
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import SOURCES, model_us
+from par_export.kernels.tile_model import model_us
+from par_export.kernels.tile_shapes import SOURCES
 from par_export.quantised import Codes
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import ENGINES, Engine

@@ -16,7 +16,9 @@ from statistics import mean, median
 from typing import Any
 
 from par_export.kernels.targets import TARGETS
-from par_export.kernels.tiles import MOST_BK, ProductTile, product_us
+from par_export.kernels.tile_model import product_us
+from par_export.kernels.tile_shapes import ProductTile
+from par_export.kernels.tiles import MOST_BK
 
 CARD = TARGETS["SM90"]
 LAST_RUN = 3  #: of layers: with every start

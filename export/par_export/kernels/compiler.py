@@ -167,6 +167,7 @@ class Compiler:
             "constants": spec.constants,
             "warps": spec.warps,
             "stages": spec.stages,
+            "many_registers": spec.many_registers,
             "capability": target.capability,
             "out": str(self._cubin(spec, target)),
         }

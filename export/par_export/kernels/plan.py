@@ -11,7 +11,8 @@ from par_export.kernels.contents import Contents
 from par_export.kernels.spec import Planned, Refused
 from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import AttentionTile, ProductTile, choose
+from par_export.kernels.tile_shapes import AttentionTile, ProductTile
+from par_export.kernels.tiles import choose
 
 
 class Planner(Protocol):

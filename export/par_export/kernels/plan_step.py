@@ -35,7 +35,7 @@ from par_export.kernels.step_weights import (
     storages,
 )
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import ProductTile, Tiles
+from par_export.kernels.tile_shapes import ProductTile, Tiles
 from par_model.config import PARConfig
 from par_runtime.backends.program import ALIGN, Launch, Pointer, Profile, Program, Weight
 from par_runtime.bundle import Stored
@@ -204,7 +204,7 @@ class _Profile(Batch):
             "SLOTS": s.slots,
             "SCALE": s.head**-0.5 * LOG2_E,
         }
-        constants |= of_product(tile, self.bm)
+        constants |= of_product(tile, self.bm, self.target.at_once)
         grid = (self.groups, self.columns("qkv", layer), 1)
         return self._launch("step.qkv", grid, arguments, constants, tile.warps, tile.stages)
 
@@ -233,6 +233,7 @@ class _Profile(Batch):
             "CHUNK": tile.chunk,
             "WIDE": self.wide,
             "BQ": self.queries,
+            "EARLY": self.target.at_once,
         }
         grid = (self.spans, self.of_heads, 1)
         return self._launch("attention.attend", grid, arguments, constants, tile.warps, tile.stages)
@@ -260,7 +261,7 @@ class _Profile(Batch):
             "STRIDE": self.stride,
             "SPLIT": tile.split,
         }
-        constants |= of_product(tile, self.bm)
+        constants |= of_product(tile, self.bm, self.target.at_once)
         grid = (self.groups, self.columns(kind, layer), tile.split)
         return self._launch("step.residual", grid, arguments, constants, tile.warps, tile.stages)
 
@@ -275,7 +276,7 @@ class _Profile(Batch):
             "M": ("i32", self.m),
         }
         constants = self._normed(self.columns("wo", layer)) | {"F": self.sizes.ffn, "F_STRIDE": self.ffn_stride}
-        constants |= of_product(tile, self.bm)
+        constants |= of_product(tile, self.bm, self.target.at_once)
         grid = (self.groups, self.columns("gates", layer), 1)
         return self._launch("step.gates", grid, arguments, constants, tile.warps, tile.stages)
 
@@ -293,7 +294,9 @@ class _Profile(Batch):
             "COUNT": ("i32", self.images * s.query),
         }
         constants = self._normed(self.squares(0)) | {"QUERY": s.query, "V": s.vocab}
-        constants |= of_product(tile, self.bm)  # two columns for each of an image's positions: M of them
+        constants |= of_product(
+            tile, self.bm, self.target.at_once
+        )  # two columns for each of an image's positions: M of them
         grid = (self.groups, self.columns("head", 0), 1)
         return self._launch("step.head", grid, arguments, constants, tile.warps, tile.stages)
 
@@ -320,12 +323,16 @@ class _Profile(Batch):
         return self._launch("draw.looped", grid, arguments, constants | {"CHUNK": CHUNK}, 16, 1)
 
 
-def of_product(tile: ProductTile, bm: int) -> dict[str, Constant]:
-    """Constants of every product of ``bm`` rows a block; of codes the scales are an argument, else they are nothing."""
+def of_product(tile: ProductTile, bm: int, at_once: bool) -> dict[str, Constant]:
+    """Constants of every product of ``bm`` rows a block; of codes the scales are an argument, else they are nothing.
+
+    ``at_once`` as in :class:`Target`.
+    """
     of_codes = {"BITS": tile.bits, "GROUP": tile.group, "SUB": tile.sub}
     nothing: dict[str, Constant] = {} if tile.bits else {"scales": 0}
-    shape = {"BN": tile.BN, "BK": tile.BK, "BM": bm, "PARTS": tile.parts, "AHEAD": tile.ahead}
-    return shape | of_codes | nothing
+    shape = {"BN": tile.BN, "BK": tile.BK, "BM": bm, "PARTS": tile.parts}
+    follows = {"AHEAD": tile.ahead, "HELD": tile.held, "EARLY": at_once}
+    return shape | follows | of_codes | nothing
 
 
 def of_layer(launch: Launch, layer: int) -> Launch:

@@ -17,16 +17,9 @@ from par_export.kernels.plan_step import of_product
 from par_export.kernels.spec import Constant, Spec, round_up
 from par_export.kernels.step_batch import STRIDE_MULTIPLE
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import (
-    BYTES,
-    MOST_STAGES,
-    SOURCES,
-    ProductTile,
-    matrix_of,
-    product_us,
-    products,
-    staged_of,
-)
+from par_export.kernels.tile_model import matrix_of, product_us
+from par_export.kernels.tile_shapes import BYTES, SOURCES, ProductTile, panel_bytes
+from par_export.kernels.tiles import MOST_HELD_BYTES, MOST_STAGES, holding, products, staged_of
 from par_model.config import PARConfig
 from par_runtime.backends.program import Launch, Pointer
 
@@ -98,7 +91,8 @@ class Trial:
     """A product in one shape. ``layout``: the place of its panels, parts and warps in the planner's order; ``planned``:
     whether its stages and what it fetches ahead are those of the planner too. ``model_us``: what the model expects.
 
-    ``dependent``: the kernel may be launched before the one ahead of it has ended.
+    ``dependent``: the kernel may be launched before the one ahead of it has ended, and with ``at_once`` as soon as that
+    one has waited.
     """
 
     product: Product
@@ -107,11 +101,13 @@ class Trial:
     planned: bool
     model_us: float
     dependent: bool
+    at_once: bool = False
 
     def __str__(self) -> str:
-        """ "PAR-L w2, 8 rows: BN 16, BK 256, split 1, warps 4, stages 6, ahead 0"."""
-        names = ("BN", "BK", "split", "warps", "stages", "ahead")
-        return f"{self.product}: {', '.join(f'{name} {getattr(self.tile, name)}' for name in names)}"
+        """ "PAR-L w2, 8 rows: BN 16, BK 256, split 1, warps 4, stages 6, ahead 0, held 0"."""
+        names = ("BN", "BK", "split", "warps", "stages", "ahead", "held")
+        words = ", ".join(f"{name} {getattr(self.tile, name)}" for name in names)
+        return f"{self.product}: {words}{', at once' if self.at_once else ''}"
 
     @property
     def spec(self) -> Spec:
@@ -135,7 +131,7 @@ class Trial:
                 "F": product.out_columns,
                 "F_STRIDE": product.out_stride,
             }
-        constants |= of_product(tile, product.rows) | {"DEPENDENT": self.dependent}
+        constants |= of_product(tile, product.rows, self.at_once) | {"DEPENDENT": self.dependent}
         source = SOURCES["wo" if product.residual else "gates"]
         parameters = tuple(PARAMETERS[source].items())
         return Spec(source, tuple(constants.items()), parameters, tile.warps, tile.stages, self.dependent)
@@ -175,7 +171,8 @@ def trials_of(model: str, config: PARConfig, rows: int, target: Target) -> Itera
     """All trials of a model for so many rows (8 to 64, a power of 2), what the planner chooses for them first.
 
     The planner is asked as for an engine of that batch alone. Each layout is tried with up to three numbers of stages,
-    from the most that fits to 2, and with what the planner fetches ahead and with nothing.
+    from the most that fits to 2, and with what the planner fetches ahead and with nothing; then with weights held, and
+    with the next kernel launched at once beside that.
     """
     one, images = replace(config, group_size=1), rows // 2  # so many images of one position are so many rows
     shapes = {kind: [shape[images] for shape in products(one, kind, (images,), target)[:LAYOUTS]] for kind in KINDS}
@@ -185,20 +182,27 @@ def trials_of(model: str, config: PARConfig, rows: int, target: Target) -> Itera
         squares = -(-config.dim // before[0].BN)
         product = Product(model, kind, rows, columns, depth, squares)
         for layout, chosen in enumerate(planned):
-            for tile in _tried(chosen, columns, depth, rows, target):
-                us = product_us(tile, columns, depth, rows, target)
-                yield Trial(product, tile, layout, tile == chosen, us, target.dependent)
+            for tile, at_once in _tried(chosen, columns, depth, rows, target):
+                us = product_us(replace(tile, held=0), columns, depth, rows, target)
+                planned_so = tile == chosen and at_once == target.at_once
+                yield Trial(product, tile, layout, planned_so, us, target.dependent, at_once)
 
 
-def _tried(chosen: ProductTile, columns: int, depth: int, rows: int, target: Target) -> Sequence[ProductTile]:
-    """What is tried of a layout: the planner's choice, then other numbers of stages, each with its weights fetched
-    ahead, if the planner does so, and without.
+def _tried(
+    chosen: ProductTile, columns: int, depth: int, rows: int, target: Target
+) -> Iterator[tuple[ProductTile, bool]]:
+    """What is tried of a layout, each with whether the next kernel is launched at once: the planner's choice, then
+    other numbers of stages, each with its weights fetched ahead, if the planner does so, and without; then what holds
+    as many weights as fit.
     """
     fit = {tile.stages: tile for tile in staged_of(replace(chosen, stages=MOST_STAGES), columns, depth, rows, target)}
     most = max(fit)
     stages = [*dict.fromkeys((chosen.stages, most, (most + 3) // 2, 2))][:3]
     tried = dict.fromkeys(tile for count in stages for tile in (fit[count], replace(fit[count], ahead=0)))
-    return [*tried]
+    yield from ((tile, target.at_once) for tile in tried)
+    held = holding(chosen, MOST_HELD_BYTES // panel_bytes(chosen), columns, depth, rows, target)
+    if held.held:
+        yield from ((held, at_once) for at_once in (False, True) if (held, at_once) != (chosen, target.at_once))
 
 
 def as_a_build_chooses(trials: Sequence[Trial], refused: Sequence[Trial]) -> Trial | None:

@@ -22,7 +22,8 @@ from par_export.kernels.request import KernelsRequest
 from par_export.kernels.spec import Planned, Refused
 from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import NUMBERS, SOURCES, ProductTile, Tiles, choose, shapes_of
+from par_export.kernels.tile_shapes import NUMBERS, SOURCES, ProductTile, Tiles, shapes_of
+from par_export.kernels.tiles import MOST_HELD_BYTES, choose
 from par_export.kernels.tune import ORDER, Tile, candidates
 from par_runtime.backends.program import Kernel
 from par_runtime.bundle import Bundle
@@ -33,6 +34,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "no kernel is launched early": {"early": False},
     "nothing is fetched ahead": {"ahead_bytes": 0},
     "matrices of up to 24 MiB are fetched ahead": {"ahead_bytes": 24 * 2**20},
+    "weights are held": {"held_bytes": MOST_HELD_BYTES},
+    "weights are held, and the next kernel comes at once": {"held_bytes": MOST_HELD_BYTES, "at_once": True},
 }
 AS_BUILT, AGAIN = "as built", "as built, again"
 
@@ -103,7 +106,8 @@ def is_of(tile: Tile, kernel: Kernel) -> bool:
     """Whether ``kernel`` was compiled in this shape. Its stages are not in an engine; what they take is."""
     constants = kernel.constants
     if isinstance(tile, ProductTile):
-        wanted = {"BN": tile.BN, "BK": tile.BK, "BITS": tile.bits, "GROUP": tile.group, "AHEAD": tile.ahead}
+        wanted = {"BN": tile.BN, "BK": tile.BK, "BITS": tile.bits, "GROUP": tile.group}
+        wanted |= {"AHEAD": tile.ahead, "HELD": tile.held}
         wanted |= {"SPLIT": tile.split} if "SPLIT" in constants else {}
     else:
         wanted = {"SPAN": tile.span, "CHUNK": tile.chunk}

@@ -51,6 +51,13 @@ class Spec:
     dependent: bool = False
 
     @property
+    def many_registers(self) -> bool:
+        """Whether the assembler is told that a thread may have as many registers as a block leaves it: a kernel that
+        holds weights (``product.hold``) has so many loads on their way that it would else do them a few at a time.
+        """
+        return any(name == "HELD" and value for name, value in self.constants)
+
+    @property
     def name(self) -> str:
         """A short name that no other kernel has, for instance "qkv-1a2b3c4d"."""
         content = json.dumps([self.source, self.constants, self.parameters, self.warps, self.stages])

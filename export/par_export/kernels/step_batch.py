@@ -9,7 +9,7 @@ from functools import cached_property
 from par_export.kernels.spec import power, round_up
 from par_export.kernels.step_weights import NUMBER_BYTES, PRODUCTS, StepSizes, storage_of
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import ProductTile, Tiles, rows_of
+from par_export.kernels.tile_shapes import ProductTile, Tiles, rows_of
 from par_runtime.bundle import Stored
 
 STRIDE_MULTIPLE = 64  #: numbers: rows of activations begin at multiples of 128 bytes

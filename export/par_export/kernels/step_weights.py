@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from par_export.graphs.step import padded_head_dim
 from par_export.kernels.spec import STORED_KINDS, Constant, Planned, Spec, power, round_up
-from par_export.kernels.tiles import NUMBERS, ProductTile, Storage, Tiles, panel_bytes
+from par_export.kernels.tile_shapes import NUMBERS, ProductTile, Storage, Tiles, panel_bytes
 from par_model.config import PARConfig
 from par_runtime.backends.program import Pointer, Weight
 from par_runtime.bundle import Stored

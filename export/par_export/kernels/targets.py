@@ -23,7 +23,9 @@ class Target:
     ``processors``: multiprocessors of the card. Shared memory in bytes: the most that a block may use, and what a
     processor has, of which each block takes 1 KiB more than it asks for. ``registers``: 32-bit registers of a
     processor. ``sheet``: bandwidth and matrix rate. ``early``: kernels may be launched early, where the GPU can;
-    ``ahead_bytes``: matrices of up to so many bytes are then fetched ahead while the kernel before ends.
+    ``ahead_bytes``: matrices of up to so many bytes are then fetched ahead while the kernel before ends;
+    ``held_bytes``: each block of a product loads so many bytes of weights before it waits, and keeps them;
+    ``at_once``: the next kernel may be launched as soon as a kernel has waited, not only when its sums are done.
     """
 
     capability: int
@@ -35,6 +37,8 @@ class Target:
     registers: int = 65536
     early: bool = True
     ahead_bytes: int = 8 * 2**20
+    held_bytes: int = 0
+    at_once: bool = False
 
     @property
     def name(self) -> str:

@@ -26,7 +26,9 @@ from par_export.kernels.plan import plan
 from par_export.kernels.request import KernelsRequest
 from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import Target
-from par_export.kernels.tiles import NUMBERS, AttentionTile, ProductTile, Storage, attentions, choose, products
+from par_export.kernels.tile_model import matrix_of
+from par_export.kernels.tile_shapes import NUMBERS, AttentionTile, ProductTile, Storage, panel_bytes, rows_of
+from par_export.kernels.tiles import MOST_HELD_BYTES, attentions, choose, holding, products
 from par_model.config import PARConfig
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import CAPTURES, Capture, Engine
@@ -133,7 +135,9 @@ def candidates(
         first = shapes[0]
         warps = [replace(first, warps=each) for each in (2, 4, 8) if each != first.warps]
         stages = [replace(first, stages=first.stages - 2)] if first.stages >= 4 else []
-        others = [*shapes[1:3], *warps[-1:], *stages, *shapes[3:], *warps[:-1]]
+        rows, panels = rows_of(2 * config.group_size * at), MOST_HELD_BYTES // panel_bytes(first)
+        held = holding(first, panels, *matrix_of(config, kind), rows, card)
+        others = [*([held] if held.held else []), *shapes[1:3], *warps[-1:], *stages, *shapes[3:], *warps[:-1]]
     return [first, *others][:most]
 
 
@@ -242,7 +246,7 @@ def table(rows: Sequence[Timing], best: Timing) -> list[str]:
 def _words(tile: Tile | None) -> str:
     if tile is None:
         return ""
-    given = {name: value for name, value in asdict(tile).items() if value or name not in ("bits", "group")}
+    given = {name: value for name, value in asdict(tile).items() if value or name not in ("bits", "group", "held")}
     return ", ".join(f"{name} {value}" for name, value in given.items())
 
 

@@ -58,14 +58,16 @@ def test_all_products_are_checked_and_timed(card: Driver, tmp_path: Path) -> Non
     assert {each.tile.split for each in trials} > {1}
     assert {each.tile.parts for each in trials} > {1}
     assert {each.tile.ahead > 0 for each in trials} == {False, True}
+    assert {(each.tile.held > 0, each.at_once) for each in trials} == {(False, False), (True, False), (True, True)}
     found = of_products(tmp_path)
     assert found.wrong == []
     lines = found.of("product")
     assert [line["name"] for line in lines] == [each.spec.name for each in trials] == StandIn.compiled
     for line, trial in zip(lines, trials, strict=True):
         tile = trial.tile
-        shape = (tile.BN, tile.BK, tile.split, tile.warps, tile.stages, tile.parts, tile.ahead)
-        assert tuple(line[name] for name in ("BN", "BK", "split", "warps", "stages", "parts", "ahead")) == shape
+        shape = (tile.BN, tile.BK, tile.split, tile.warps, tile.stages, tile.parts, tile.ahead, tile.held)
+        assert tuple(line[name] for name in ("BN", "BK", "split", "warps", "stages", "parts", "ahead", "held")) == shape
+        assert line["at_once"] == trial.at_once
         assert (line["model"], line["kernel"], line["rows"]) == ("PAR-S", trial.product.kind, 8)
         assert line["model_us"] == trial.model_us
         assert line["chosen"] == (trial.layout == 0 and trial.planned)

@@ -17,9 +17,10 @@ from par_export.card.plan import MODELS, Model
 from par_export.card.product_table import products_table
 from par_export.card.products import trials_for
 from par_export.card.table import markdown
-from par_export.kernels.product_trials import KINDS, as_a_build_chooses, trials_of
+from par_export.kernels.product_trials import KINDS, Trial, as_a_build_chooses, trials_of
 from par_export.kernels.targets import TARGETS
-from par_export.kernels.tiles import choose, model_us, products
+from par_export.kernels.tile_model import model_us
+from par_export.kernels.tiles import choose, products
 from par_runtime.bench.machine import describe
 from par_runtime.cli import dispatch as cli
 
@@ -59,17 +60,34 @@ def test_the_first_of_a_product_is_what_a_build_chooses(size: Model, n: int, ima
         assert own[0] == as_a_build_chooses(own, ())
         considered = [each[images] for each in products(config, kind, (images,), SM90)][:12]
         assert [each.tile for each in own if each.planned] == considered
+        assert not any(each.planned and (each.tile.held or each.at_once) for each in own)
         assert {each.layout for each in own} == set(range(len(considered)))
         for each in own:
-            assert each.model_us == model_us(config, kind, each.tile, images, SM90)
+            assert each.model_us == model_us(config, kind, replace(each.tile, held=0), images, SM90)
         for layout, planned in enumerate(considered):
-            tried = [each.tile for each in own if each.layout == layout]
+            holding = [each for each in own if each.layout == layout and each.tile.held]
+            assert [each.at_once for each in holding] in ([], [False, True])
+            assert len({each.tile for each in holding}) <= 1
+            tried = [each.tile for each in own if each.layout == layout and each not in holding]
             assert len(set(tried)) == len(tried)
             assert len({tile.stages for tile in tried}) in (1, 2, 3)
             assert {(tile.BN, tile.BK, tile.split, tile.warps) for tile in tried} == {
                 (planned.BN, planned.BK, planned.split, planned.warps)
             }
             assert {bool(tile.ahead) for tile in tried} == ({False, True} if planned.ahead else {False})
+
+
+def test_all_weights_of_a_block_are_held_where_they_fit() -> None:
+    trials = [each for each in trials_of("x", MODELS[1].config, 8, SM90) if each.product.kind == "qkv"]
+    held = [each for each in trials if (each.tile.BN, each.tile.BK, each.tile.held) == (32, 256, 4)]
+    assert [str(each) for each in held] == [
+        "x qkv, 8 rows: BN 32, BK 256, split 1, warps 4, stages 2, ahead 0, held 4",
+        "x qkv, 8 rows: BN 32, BK 256, split 1, warps 4, stages 2, ahead 0, held 4, at once",
+    ]
+    assert len({each.spec.name for each in held}) == 2
+    assert all(each.spec.many_registers for each in held)
+    assert not trials[0].spec.many_registers
+    assert [Trial.from_json(each.to_json()) for each in held] == held
 
 
 def test_numbers_of_stages_go_from_two_to_what_fits() -> None:
@@ -107,7 +125,17 @@ def test_sums_of_squares_come_in_the_tiles_that_a_build_leaves() -> None:
 
 
 def line(kernel: str, us: float, chosen: bool = False, **changes: Any) -> dict[str, Any]:
-    shape = {"BN": 64, "BK": 128, "split": 1, "warps": 4, "stages": 6, "parts": 1, "ahead": 0}
+    shape = {
+        "BN": 64,
+        "BK": 128,
+        "split": 1,
+        "warps": 4,
+        "stages": 6,
+        "parts": 1,
+        "ahead": 0,
+        "held": 0,
+        "at_once": False,
+    }
     facts = {"name": "gates-0", "compiler": "triton 3.9.0", "model_us": 9.0, "error": 3e-4}
     about = {"kind": "product", "model": "PAR-L", "kernel": kernel, "rows": 8, "chosen": chosen}
     return about | shape | facts | {"samples_us": [9 * us, us, us / 2, us, us]} | changes
@@ -116,7 +144,7 @@ def line(kernel: str, us: float, chosen: bool = False, **changes: Any) -> dict[s
 def test_the_page_has_the_choice_of_a_build_beside_the_fastest() -> None:
     lines = [
         line("gates", 5.0, chosen=True),
-        line("gates", 4.0, BN=32),
+        line("gates", 4.0, BN=32, held=4, at_once=True),
         line("gates", 6.0, stages=2),
         line("wo", 2.0, chosen=True),
         line("wo", 2.5, split=2),
@@ -124,13 +152,13 @@ def test_the_page_has_the_choice_of_a_build_beside_the_fastest() -> None:
         line("gates", 7.0, chosen=True, rows=32),
     ]
     found = Findings(describe(None), "c", "d", lines=lines)
-    shape = "BN {}, BK 128, split {}, warps 4, stages 6, ahead 0"
-    of_64, of_32 = shape.format(64, 1), shape.format(32, 1)
+    shape = "BN {}, BK 128, split {}, warps 4, stages 6, ahead 0, held {}"
+    of_64, of_32 = shape.format(64, 1, 0), f"{shape.format(32, 1, 4)}, at once"
     table = products_table([found]).splitlines()
     assert table[2:] == [
         f"| PAR-L | gates | 8 | 3 | {of_64} | 5 | {of_32} | 4 | 25.0 % |",
         f"| PAR-L | wo | 8 | 2 | {of_64} | 2 | {of_64} | 2 | 0.0 % |",
-        f"| PAR-L | w2 | 8 | 1 |  |  | {shape.format(64, 4)} | 3 |  |",
+        f"| PAR-L | w2 | 8 | 1 |  |  | {shape.format(64, 4, 0)} | 3 |  |",
         f"| PAR-L | gates | 32 | 1 | {of_64} | 7 | {of_64} | 7 | 0.0 % |",
         "",
         "As a build makes them they are 8.3 % slower than the fastest on average, and 25.0 % at most "
@@ -152,6 +180,8 @@ def test_the_page_has_the_choice_of_a_build_beside_the_fastest() -> None:
         ({"chosen": 1}, "chosen is 1; expected true or false"),
         ({"BN": 0}, "BN is 0; expected a whole number from 1 to"),
         ({"ahead": -1}, "ahead is -1; expected a whole number from 0 to"),
+        ({"held": None}, "held is None; expected a whole number from 0 to"),
+        ({"at_once": 0}, "at_once is 0; expected true or false"),
         ({"model_us": "9"}, "model_us is '9'; expected a number from 0 to"),
         ({"error": None}, "error is None; expected a number from 0 to"),
         ({"model": 3}, "model is 3; expected a text of at most"),

@@ -12,7 +12,8 @@ from par_export.card.prepare import tokens_family
 from par_export.kernels.plan import plan
 from par_export.kernels.shape_sets import AGAIN, CHANGES, ShapeSet, contents_of, sets_of, tiles_of
 from par_export.kernels.targets import TARGETS
-from par_export.kernels.tiles import AttentionTile, ProductTile, choose
+from par_export.kernels.tile_shapes import AttentionTile, ProductTile
+from par_export.kernels.tiles import choose
 from par_export.kernels.tune import ORDER
 from par_export.quantised import Codes
 from par_model.config import PARConfig
@@ -73,7 +74,10 @@ def test_the_last_sets_change_how_kernels_follow_each_other() -> None:
         tiles = choose(CONFIG, (1,), one.card(card))[1]
         built = choose(CONFIG, (1,), card)[1]
         for kind in ("qkv", "wo", "gates", "w2", "head"):
-            assert replace(getattr(tiles, kind), ahead=0) == replace(getattr(built, kind), ahead=0)
+            own, other = (replace(getattr(each, kind), ahead=0, held=0, stages=0) for each in (tiles, built))
+            assert own == other
+            assert (getattr(tiles, kind).held > 0) == ("held" in words), (words, kind)
+        assert one.card(card).at_once == words.endswith("at once")
         sizes[words] = {getattr(tiles, kind).ahead for kind in ("qkv", "gates", "head")}
         assert one.card(card).dependent == ("early" not in words)
     assert sizes["no kernel is launched early"] == {0}

@@ -35,7 +35,7 @@ from par_export.errors import BuildError
 from par_export.kernels.plan import Planner, plan
 from par_export.kernels.shape_sets import AGAIN, ShapeSet, contents_of, is_of, sets_of, tiles_of
 from par_export.kernels.targets import TARGETS
-from par_export.kernels.tiles import SOURCES
+from par_export.kernels.tile_shapes import SOURCES
 from par_export.kernels.tune import ORDER
 from par_export.quantised import Codes
 from par_model.config import PARConfig

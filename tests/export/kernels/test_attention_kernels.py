@@ -49,7 +49,7 @@ def test_attention(size: tuple[int, ...], precision: str) -> None:
         constants = {
             "QUERY": query, "HEADS": heads, "HEAD": head, "PADDED": padded, "JOINED": head, "STRIDE": stride,
             "SLOTS": slots, "SPLITS": splits, "SPAN": span, "CHUNK": chunk, "WIDE": width, "BQ": queries,
-            "DEPENDENT": True,
+            "EARLY": False, "DEPENDENT": True,
         }  # fmt: skip
         launch("attention.attend", constants, (splits, rows * heads), arguments, shuffle=shuffle)
         assert (counters == 0).all()

@@ -154,7 +154,16 @@ def test_a_product_that_finds_no_registers_is_planned_in_another_shape(tiny_copy
 
     def gates(BN: int, BK: int, BM: int) -> Spec:  # noqa: N803
         constants = {"D_MODEL": 256, "STRIDE": 256, "TILES": 4, "POWER": 256, "F": 256, "F_STRIDE": 256}
-        constants |= {"BN": BN, "BK": BK, "BM": BM, "PARTS": 1, "AHEAD": 0, "DEPENDENT": False}
+        constants |= {
+            "BN": BN,
+            "BK": BK,
+            "BM": BM,
+            "PARTS": 1,
+            "AHEAD": 0,
+            "HELD": 0,
+            "EARLY": False,
+            "DEPENDENT": False,
+        }
         constants |= {"BITS": 0, "GROUP": 0, "SUB": 0, "scales": 0}
         kinds = {"h": "*fp16", "ss": "*fp32", "weights": "*fp16", "gains": "*fp32", "g": "*fp16", "M": "i32"}
         return Spec("step.gates", tuple(constants.items()), tuple(kinds.items()), 1, 2)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from par_export.errors import BuildError
-from par_export.kernels import tiles
+from par_export.kernels import tile_model, tile_shapes, tiles
 from par_export.kernels.spec import Spec
 from par_export.kernels.targets import TARGETS
 from par_model.config import PARConfig, named
@@ -28,8 +28,8 @@ def test_shapes_fit_the_target_and_do_not_make_a_row_depend_on_its_batch(name: s
         of_batch = [getattr(chosen[batch], kind) for batch in IMAGES]
         assert len({(tile.BN, tile.BK, tile.split) for tile in of_batch}) == 1  # weights are put in order once
         for batch, tile in zip(IMAGES, of_batch, strict=True):
-            rows = tiles.rows_of(2 * config.group_size * batch)
-            assert tiles.shared_bytes(tile, rows) < card.shared_block
+            rows = tile_shapes.rows_of(2 * config.group_size * batch)
+            assert tile_shapes.shared_bytes(tile, rows) < card.shared_block
             assert tile.stages >= 2
             assert tile.split == 1 or kind in ("wo", "w2")
             turns = -(-depth.get(kind, config.dim) // tile.BK)
@@ -50,11 +50,11 @@ def test_more_blocks_are_made_where_a_card_has_more_processors_than_tiles() -> N
 @pytest.mark.parametrize("name", ["L", "3B"])
 def test_no_choice_is_slower_by_the_model_than_one_plain_shape(name: str) -> None:
     config, card = named(name), TARGETS["SM90"]
-    plain = tiles.ProductTile(64, 64, 1, 4, 4, 0)
+    plain = tile_shapes.ProductTile(64, 64, 1, 4, 4, 0)
     chosen = tiles.choose(config, (1,), card)[1]
     for tile, columns in ((chosen.qkv, 3 * config.dim), (chosen.gates, 2 * config.ffn_dim)):
-        time = tiles.product_us(tile, columns, config.dim, 8, card)
-        assert time <= tiles.product_us(plain, columns, config.dim, 8, card)
+        time = tile_model.product_us(tile, columns, config.dim, 8, card)
+        assert time <= tile_model.product_us(plain, columns, config.dim, 8, card)
         assert time >= columns * config.dim * 2 / 4.8e6  # never faster than the memory
 
 
@@ -62,7 +62,7 @@ def test_no_choice_is_slower_by_the_model_than_one_plain_shape(name: str) -> Non
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", ["L", "3B", "3B n = 16", "demo"])
 def test_panels_of_codes_are_whole_pieces_of_one_group(name: str, bits: int, group: int) -> None:
-    storage = tiles.Storage(bits, group)
+    storage = tile_shapes.Storage(bits, group)
     config = CONFIGS.get(name) or replace(TINY, dim=256, n_heads=4)
     storages = dict.fromkeys(("qkv", "wo", "gates", "w2", "head"), (storage,))
     for card in (TARGETS["SM80"], TARGETS["SM90"]):
@@ -75,16 +75,19 @@ def test_panels_of_codes_are_whole_pieces_of_one_group(name: str, bits: int, gro
                 assert tile.BK % (rows * tile.parts) == 0
                 assert group % tile.sub == 0
                 assert tile.sub >= 32
-                assert tiles.shared_bytes(tile, tiles.rows_of(2 * config.group_size * batch)) < card.shared_block
+                assert (
+                    tile_shapes.shared_bytes(tile, tile_shapes.rows_of(2 * config.group_size * batch))
+                    < card.shared_block
+                )
 
 
 def test_fewer_bytes_take_less_time() -> None:
     """The head of PAR-3B, the product that is nearest to its bytes: about half and a quarter of the time."""
     config, card = named("3B"), TARGETS["SM90"]
     times = []
-    for storage in (tiles.NUMBERS, tiles.Storage(8, 64), tiles.Storage(4, 64)):
+    for storage in (tile_shapes.NUMBERS, tile_shapes.Storage(8, 64), tile_shapes.Storage(4, 64)):
         tile = tiles.choose(config, (1,), card, storages={"head": (storage,)})[1].head
-        times.append(tiles.product_us(tile, config.vocab_size, config.dim, 8, card))
+        times.append(tile_model.product_us(tile, config.vocab_size, config.dim, 8, card))
         panel = tile.BN * tile.BK
         assert storage.bytes(panel) == panel * {0: 2, 8: 1 + 2 / 64, 4: 0.5 + 2 / 64}[storage.bits]
     assert 0.45 < times[1] / times[0] < 0.65
@@ -92,16 +95,16 @@ def test_fewer_bytes_take_less_time() -> None:
 
 
 def test_matrices_of_a_kind_that_stay_numbers_have_a_shape_of_their_own() -> None:
-    config, card, codes = named("L"), TARGETS["SM80"], tiles.Storage(4, 32)
+    config, card, codes = named("L"), TARGETS["SM80"], tile_shapes.Storage(4, 32)
     alone = tiles.choose(config, IMAGES, card)[1]
-    both = tiles.choose(config, IMAGES, card, storages={"w2": (codes, tiles.NUMBERS)})[1]
+    both = tiles.choose(config, IMAGES, card, storages={"w2": (codes, tile_shapes.NUMBERS)})[1]
     assert both.w2.storage == codes
-    assert both.of("w2", tiles.NUMBERS) == alone.w2
+    assert both.of("w2", tile_shapes.NUMBERS) == alone.w2
     assert both.qkv == alone.qkv
     refused = frozenset({spec(alone.w2.BN, alone.w2.BK, 8, "step.residual")})  # of numbers: codes keep theirs
-    again = tiles.choose(config, IMAGES, card, refused, storages={"w2": (codes, tiles.NUMBERS)})[1]
+    again = tiles.choose(config, IMAGES, card, refused, storages={"w2": (codes, tile_shapes.NUMBERS)})[1]
     assert again.w2 == both.w2
-    assert again.of("w2", tiles.NUMBERS) != alone.w2
+    assert again.of("w2", tile_shapes.NUMBERS) != alone.w2
 
 
 def spec(bn: int, bk: int, rows: int, source: str = "step.gates") -> Spec:
@@ -111,15 +114,15 @@ def spec(bn: int, bk: int, rows: int, source: str = "step.gates") -> Spec:
 def test_a_shape_that_was_refused_is_not_chosen_again() -> None:
     config, card = named("L"), TARGETS["SM90"]
     first = tiles.choose(config, IMAGES, card)[8].gates
-    refused = frozenset({spec(first.BN, first.BK, tiles.rows_of(2 * 4 * 8))})
+    refused = frozenset({spec(first.BN, first.BK, tile_shapes.rows_of(2 * 4 * 8))})
     second = tiles.choose(config, IMAGES, card, refused)
     assert {(second[batch].gates.BN, second[batch].gates.BK) for batch in IMAGES} != {(first.BN, first.BK)}
 
 
 def test_measured_shapes_are_kept_as_far_as_they_fit() -> None:
     config, card = named("3B"), TARGETS["SM86"]
-    given = tiles.ProductTile(BN=64, BK=128, split=1, warps=8, stages=5, ahead=0)
-    keys = tiles.AttentionTile(span=32, chunk=32, warps=2, stages=3)
+    given = tile_shapes.ProductTile(BN=64, BK=128, split=1, warps=8, stages=5, ahead=0)
+    keys = tile_shapes.AttentionTile(span=32, chunk=32, warps=2, stages=3)
     chosen = tiles.choose(config, IMAGES, card, given={"gates": given, "attention": keys})
     assert [(t.gates.BN, t.gates.BK, t.gates.split, t.gates.warps) for t in chosen.values()] == [(64, 128, 1, 8)] * 4
     assert [t.gates.stages for t in chosen.values()] == [4, 4, 3, 2]  # 99 KiB, less what the compiler adds
@@ -138,11 +141,65 @@ def test_what_the_model_expects_is_what_it_ranks_by() -> None:
     config, target = named("L"), TARGETS["SM90"]
     for kind in ("qkv", "wo", "gates", "w2", "head"):
         ranked = [
-            tiles.model_us(config, kind, shape[1], 1, target) for shape in tiles.products(config, kind, (1,), target)
+            tile_model.model_us(config, kind, shape[1], 1, target)
+            for shape in tiles.products(config, kind, (1,), target)
         ]
         assert ranked == sorted(ranked)
         assert 1 < ranked[0] < 100
     attention = [
-        tiles.model_us(config, "attention", tile, 1, target) for tile in tiles.attentions(config, (1,), target)
+        tile_model.model_us(config, "attention", tile, 1, target) for tile in tiles.attentions(config, (1,), target)
     ]
     assert attention == sorted(attention)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_held_fits_and_changes_nothing_else_that_a_result_depends_on(name: str) -> None:
+    config, card = CONFIGS[name], replace(TARGETS["SM90"], held_bytes=tiles.MOST_HELD_BYTES)
+    plain, chosen = (tiles.choose(config, IMAGES, each) for each in (TARGETS["SM90"], card))
+    most = 0
+    for batch in IMAGES:
+        rows = tile_shapes.rows_of(2 * config.group_size * batch)
+        for kind in ("qkv", "wo", "gates", "w2", "head"):
+            tile, without = getattr(chosen[batch], kind), getattr(plain[batch], kind)
+            names = ("BN", "BK", "split", "warps", "parts")
+            assert [getattr(tile, each) for each in names] == [getattr(without, each) for each in names]
+            panels = -(-(config.ffn_dim if kind == "w2" else config.dim) // tile.BK)
+            left = panels // tile.split - tile.held
+            assert left >= 2 or (left == 0 and panels % tile.split == 0) or not tile.held
+            assert tile.held.bit_count() <= 2  # one operand of the matrix units, or two
+            assert tile.held * tile_shapes.panel_bytes(tile) <= tiles.MOST_HELD_BYTES
+            assert tile.held * tile_shapes.panel_bytes(tile) <= 160 * 4 * 32 * tile.warps  # registers
+            assert tile_shapes.shared_bytes(tile, rows) < card.shared_block
+            assert tile.ahead <= left * tile_shapes.panel_bytes(tile)
+            most = max(most, tile.held)
+    assert most >= (4 if name in ("L", "XL", "3B") else 1)
+
+
+def test_all_weights_of_small_blocks_are_held() -> None:
+    """Of PAR-L's qkv a block has 64 KiB: 4 panels of 16; PAR-XL's has 5 of them, which are two operands."""
+    card = replace(TARGETS["SM90"], held_bytes=tiles.MOST_HELD_BYTES)
+    for name, panels in (("L", 4), ("XL", 5)):
+        tile = tiles.choose(named(name), (1,), card)[1].qkv
+        assert (tile.BN, tile.BK, tile.held, tile.stages, tile.ahead) == (32, 256, panels, 2, 0)
+
+
+def test_nothing_is_held_where_no_kernel_starts_early_nor_of_codes() -> None:
+    config, codes = named("L"), tile_shapes.Storage(8, 64)
+    for card, storage in (
+        (TARGETS["SM80"], tile_shapes.NUMBERS),
+        (replace(TARGETS["SM90"], early=False), tile_shapes.NUMBERS),
+        (TARGETS["SM90"], codes),
+    ):
+        holds = replace(card, held_bytes=tiles.MOST_HELD_BYTES)
+        tile = tiles.choose(config, (1,), holds, storages={"qkv": (storage,)})[1].qkv
+        assert tile.held == 0
+        assert tiles.holding(tile, 9, 3072, 1024, 8, holds) == tile
+
+
+def test_a_measured_shape_keeps_what_it_holds_as_far_as_that_fits() -> None:
+    config, card = named("L"), TARGETS["SM90"]
+    first = tiles.choose(config, (1,), card)[1].qkv
+    given = tiles.holding(first, 9, 3072, 1024, 8, card)
+    chosen = tiles.choose(config, IMAGES, card, given={"qkv": given})
+    assert [tile.qkv.held for tile in chosen.values()] == [4, 4, 2, 1]  # rows of activations need registers too
+    assert {tile.gates.held for tile in chosen.values()} == {0}

@@ -17,7 +17,7 @@ from double.twins import Twins
 
 from par_export.cli import tune as tune_cli
 from par_export.engines import timing
-from par_export.kernels import tiles, tune
+from par_export.kernels import tile_shapes, tiles, tune
 from par_export.kernels.build import Build
 from par_export.kernels.compiler import Compiled
 from par_export.kernels.request import KernelsRequest
@@ -202,11 +202,16 @@ def test_tuning_needs_a_gpu_that_kernels_run_on(
 
 
 def test_candidates_begin_with_the_model_s_choice_and_differ() -> None:
-    assert set(tune.ORDER) == set(tiles.SOURCES)
+    assert set(tune.ORDER) == set(tile_shapes.SOURCES)
     for kind in tune.ORDER:
         found = tune.candidates(named("L"), kind, (1, 8), TARGETS["SM90"], 6, 1)
         assert found[0] == getattr(tiles.choose(named("L"), (1, 8), TARGETS["SM90"])[1], kind)
         assert len(set(found)) == len(found) == 6
+        held = [tile.held for tile in found if isinstance(tile, tile_shapes.ProductTile)]
+        holds = kind != "head"  # whose panels are so large that none finds room beside its stages
+        assert [count > 0 for count in held] == [False, holds, False, False, False, False][: len(held)]
+        old = tune.candidates(named("L"), kind, (1, 8), TARGETS["SM80"], 6, 1)
+        assert not any(isinstance(tile, tile_shapes.ProductTile) and tile.held for tile in old)
 
 
 def test_shapes_of_quantised_products_are_tried(bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -215,9 +220,11 @@ def test_shapes_of_quantised_products_are_tried(bundles: dict[str, Path], tmp_pa
     quantise = quantised_with("int8", 32, "float32", ("layers.0.w2",))
     path = write_bundle(source, tmp_path / "int8", quantise, how, say=lambda _: None, gate=False)
     contents = tune.Contents(Bundle.open(path), "fp16", "fp16")
-    found = tune.candidates(contents.config, "w2", (1,), card, 6, 1, tiles.Storage(8, 32))
+    found = tune.candidates(contents.config, "w2", (1,), card, 6, 1, tile_shapes.Storage(8, 32))
     assert len(set(found)) == len(found) >= 4
-    assert all(isinstance(tile, tiles.ProductTile) and tile.storage == tiles.Storage(8, 32) for tile in found)
+    assert all(
+        isinstance(tile, tile_shapes.ProductTile) and tile.storage == tile_shapes.Storage(8, 32) for tile in found
+    )
     first, other = (
         [dict(spec.constants) for spec in tune.plan(contents, (1,), card, given=given).specs.values()]
         for given in ({}, {"w2": found[1]})
@@ -228,5 +235,5 @@ def test_shapes_of_quantised_products_are_tried(bundles: dict[str, Path], tmp_pa
     ]
     assert len(shapes[0]) == len(shapes[1]) == 2
     assert shapes[0] & shapes[1] == {shape for shape in shapes[0] if shape[0] == 0}
-    assert isinstance(found[1], tiles.ProductTile)
+    assert isinstance(found[1], tile_shapes.ProductTile)
     assert (8, found[1].BN, found[1].BK, found[1].split) in shapes[1]

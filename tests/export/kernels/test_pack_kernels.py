@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from kernel_arrays import KIND, empty, launch, stored, wide
 
-from par_export.kernels.tiles import ProductTile
+from par_export.kernels.tile_shapes import ProductTile
 from par_export.quantised import nearest
 from par_runtime.quantised import Quantised
 

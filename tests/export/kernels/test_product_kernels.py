@@ -16,7 +16,7 @@ from kernel_arrays import KIND, ROUNDING, empty, launch, stored, wide
 from test_pack_kernels import packed, packed_codes, packed_scales
 
 from par_export.kernels.step_weights import BITS
-from par_export.kernels.tiles import ProductTile
+from par_export.kernels.tile_shapes import ProductTile
 from par_export.quantised import nearest
 
 GAIN = 3  # exponent of the power of two of the gains
@@ -109,7 +109,7 @@ class Case:
     def sizes(self, tiles: int, bn: int, bk: int, bm: int) -> dict[str, Any]:
         return {
             "D_MODEL": self.d, "STRIDE": self.stride, "TILES": tiles, "POWER": self.power, "BN": bn, "BK": bk,
-            "BM": bm, "PARTS": parts_of(bn, bk), "AHEAD": 0, "DEPENDENT": True,
+            "BM": bm, "PARTS": parts_of(bn, bk), "AHEAD": 0, "HELD": 0, "EARLY": False, "DEPENDENT": True,
         }  # fmt: skip
 
     @property
@@ -283,6 +283,42 @@ def test_head(
     before = logits[0].copy()
     launch("step.head", constants, (-(-2 * count // bm), weights.tiles), arguments)
     assert (logits[0] == before).all()
+
+
+@pytest.mark.parametrize(
+    ("bn", "bk", "bm", "k", "split", "held"),
+    [
+        (32, 32, 8, 320, 1, 10),  # all of it, in two operands; two parts
+        (16, 64, 16, 300, 1, 3),  # two blocks are left; four parts; K ends inside of a block
+        (64, 32, 32, 300, 3, 2),  # one operand, of each part of K
+        (32, 32, 8, 96, 3, 1),
+    ],
+)
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_weights_that_are_held(bn: int, bk: int, bm: int, k: int, split: int, held: int, quick: bool) -> None:
+    d, m = 40, 7
+    case, tiles = Case(m, d, 1, bm, "fp16"), -(-d // bn)
+    weights = case.pack(case.matrix(k, d), K=k, N=d, BN=bn, BK=bk)
+    stride, rows = round_up(k, 64), round_up(m, bm)
+    inputs = empty((rows, stride), "fp16")
+    inputs[:m, :k] = stored(case.rng.normal(size=(m, k)), "fp16")
+    added = []
+    for count in (0, held):
+        x, h = case.x.copy(), empty(case.h.shape, "fp16")
+        arguments = {
+            "inputs": (case.kind, inputs), **weights.arguments, "gains": ("*fp32", case.gains), "x": ("*fp32", x),
+            "h": (case.kind, h), "ss": ("*fp32", np.full((rows, tiles), np.nan, np.float32)),
+            "partial": ("*fp32", np.full((rows // bm, tiles, split, bm, bn), np.nan, np.float32)),
+            "counters": ("*i32", np.zeros((rows // bm, tiles), np.int32)), "M": ("i32", m),
+        }  # fmt: skip
+        constants = {key: v for key, v in case.sizes(1, bn, bk, bm).items() if key not in ("TILES", "POWER")}
+        constants |= {"K": k, "K_STRIDE": stride, "SPLIT": split, "HELD": count} | weights.constants
+        launch("step.residual", constants, (rows // bm, tiles, split), arguments, quick=quick)
+        added.append(x[:m, :d] - case.x[:m, :d])
+    wanted = wide(inputs)[:m, :k] @ weights.wide
+    for each in added:
+        assert np.abs(each - wanted).max() < 1e-5
+    assert np.abs(added[0] - added[1]).max() < 2e-6
 
 
 def halves_swapped(weights: Packed) -> None:

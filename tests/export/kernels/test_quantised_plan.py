@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_step_plan import Both
 
+from par_export.kernels.targets import TARGETS
 from par_export.quantised import quantised_with, write_bundle
 from par_export.random_bundle import write_family
 from par_model.config import PARConfig
@@ -29,7 +30,7 @@ def test_a_call(
     stored: str, dtype: str, group: int, precision: str, target: str, bundles: dict[str, Path], tmp_path: Path
 ) -> None:
     """Scales in fp32, bf16 and fp16; every matrix is quantised."""
-    both = Both(quantised(bundles[stored], tmp_path / "q", dtype, group), 1, precision, target)
+    both = Both(quantised(bundles[stored], tmp_path / "q", dtype, group), 1, precision, TARGETS[target])
     packed = {spec.source for spec in both.planned.specs.values() if spec.source.startswith("pack.")}
     assert packed == {"pack.codes", "pack.scales"}
     ids = np.array([[both.bundle.class_base], [both.bundle.no_class]])

@@ -16,8 +16,8 @@ from par_export.kernels.compiler import Compiled, Compiler
 from par_export.kernels.plan_step import plan
 from par_export.kernels.spec import Planned, Spec
 from par_export.kernels.step_weights import storages
-from par_export.kernels.targets import TARGETS
-from par_export.kernels.tiles import choose
+from par_export.kernels.targets import TARGETS, Target
+from par_export.kernels.tiles import MOST_HELD_BYTES, choose
 from par_model.config import PARConfig, named
 from par_runtime.bundle import Stored
 from par_runtime.manifest import MATRICES, STORED_BYTES
@@ -62,12 +62,17 @@ def quantised(stored: dict[str, Stored], dtype: str, group: int) -> dict[str, St
 
 
 def planned(
-    config: PARConfig, target: str, precision: str, images: tuple[int, ...], codes: tuple[str, int] | None = None
+    config: PARConfig,
+    target: str | Target,
+    precision: str,
+    images: tuple[int, ...],
+    codes: tuple[str, int] | None = None,
 ) -> Planned:
     def ones(stored: Stored) -> Any:
         return np.ones(stored.shape, np.float32)
 
-    card, stored = TARGETS[target], table(config)
+    card = target if isinstance(target, Target) else TARGETS[target]
+    stored = table(config)
     if codes is not None:
         stored = quantised(stored, *codes)
     tiles = choose(config, images, card, storages=storages(stored))
@@ -265,6 +270,36 @@ def test_products_in_parts_and_of_codes_let_the_next_kernel_start_when_their_sum
         lines = assembly(compiled[spec.name], tmp_path)
         wait = next(i for i, line in enumerate(lines) if "ACQBULK" in line)
         assert let_next_when_the_sums_are_done(lines[:wait], lines[wait:]), spec
+
+
+@pytest.mark.parametrize("size", ["L", pytest.param("XL", marks=pytest.mark.slow)])
+def test_held_weights_are_in_shared_memory_before_the_wait(size: str, compiler: Compiler, tmp_path: Path) -> None:
+    """All of them are asked for before the first is stored there, so that they are on their way together. With
+    ``at_once`` the next kernel is let start right after the wait.
+    """
+    card = replace(TARGETS["SM90"], held_bytes=MOST_HELD_BYTES, at_once=True)
+    of = planned(named(size), card, "fp16", (1,))
+    specs = [spec for spec in of.specs.values() if dict(spec.constants).get("HELD")]
+    assert {spec.source for spec in specs} >= {"step.qkv", "step.residual", "step.gates"}
+    compiled = compiler.compile(specs, card)
+    for spec in specs:
+        kernel, c = compiled[spec.name], dict(spec.constants)
+        assert kernel.fault(card) is None, spec
+        assert all(kind.startswith("wgmma") for kind in kernel.products)
+        lines = assembly(kernel, tmp_path)
+        wait = next(i for i, line in enumerate(lines) if "ACQBULK" in line)
+        letters = "".join(
+            "L" if "LDG.E.128" in line else "S" for line in lines[:wait] if re.search("LDG.E.128|STS.128", line)
+        )
+        of_thread = int(c["HELD"]) * int(c["BN"]) * int(c["BK"]) * 2 // (32 * spec.warps * 16)
+        assert letters.count("L") == letters.count("S") == of_thread, spec
+        assert letters.index("S") >= 0.8 * of_thread, (
+            letters
+        )  # the assembler may begin to store when most are asked for
+        later = lines[wait:]
+        start = next(i for i, line in enumerate(later) if "PREEXIT" in line)
+        assert not any(re.search("LDG|MMA|LDGSTS", line) for line in later[:start]), spec.source
+        assert any("MMA" in line for line in later[start:])
 
 
 def test_nothing_is_overwritten_before_all_threads_have_loaded_it(compiler: Compiler, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ One test runs in Triton's interpreter, the others in the stand-in GPU's language
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from par_export.gate.runner import runnable_opset
 from par_export.kernels.contents import Contents
 from par_export.kernels.plan_step import plan
 from par_export.kernels.step_weights import storages
-from par_export.kernels.targets import TARGETS
-from par_export.kernels.tiles import choose
+from par_export.kernels.targets import TARGETS, Target
+from par_export.kernels.tiles import MOST_HELD_BYTES, choose
 from par_runtime.backends.draws import distance_of
 from par_runtime.backends.program import Pointer
 from par_runtime.bundle import Bundle, image_calls
@@ -36,10 +37,12 @@ SETTINGS: dict[str, Any] = {
 class Both:
     """A bundle's step by our kernels and by ONNX Runtime, with a cache each, for ``images`` of a profile."""
 
-    def __init__(self, path: Path, images: int, precision: str, target: str = "SM90", quick: bool = True) -> None:
+    def __init__(
+        self, path: Path, images: int, precision: str, card: Target = TARGETS["SM90"], quick: bool = True
+    ) -> None:
         self.bundle = Bundle.open(path)
         contents = Contents(self.bundle, precision, "fp32")
-        config, card = contents.config, TARGETS[target]
+        config = contents.config
         phases = [phase.name for phase in self.bundle.phases]
         tiles = choose(config, (images,), card, storages=storages(contents.step))
         self.planned = plan(config, contents.step, contents.read, phases, (images,), precision, card, tiles)
@@ -140,7 +143,7 @@ def test_the_calls_of_an_image(name: str, precision: str, tiny: Path, request: p
 @pytest.mark.slow
 def test_rows_at_different_positions_and_batches(tiny: Path) -> None:
     """Three images, each at another place; blocks in any order; the same call twice gives the same bits."""
-    both = Both(tiny, 3, "fp16", "SM80", quick=False)
+    both = Both(tiny, 3, "fp16", TARGETS["SM80"], quick=False)
     rng = np.random.default_rng(0)
     starts = np.array([0, 4, 12, 0, 4, 12])
     for first in range(0, 16, 4):  # the keys before, of each row as far as it needs them
@@ -153,6 +156,21 @@ def test_rows_at_different_positions_and_batches(tiny: Path) -> None:
     two = both.call(inputs, 4, shuffle=5)
     assert one[0].tobytes() == two[0].tobytes()
     assert one[1].tobytes() == two[1].tobytes()
+
+
+def test_weights_that_are_held_give_the_same_call(bundles: dict[str, Path]) -> None:
+    """And kernels that are launched at once are no others: the same sums, but for how numpy adds up longer rows."""
+    card = replace(TARGETS["SM90"], held_bytes=MOST_HELD_BYTES, at_once=True)
+    plain, holds = (Both(bundles["n16"], 1, "fp16", each) for each in (TARGETS["SM90"], card))
+    held = [dict(spec.constants).get("HELD", 0) for spec in holds.planned.specs.values()]
+    early = {dict(spec.constants).get("EARLY") for spec in holds.planned.specs.values()}
+    assert sum(count > 0 for count in held) >= 4
+    assert early == {True, None}
+    ids = np.array([[plain.bundle.class_base], [plain.bundle.no_class]])
+    inputs = plain.inputs(ids, np.zeros(2, np.int64), 1, 0)
+    holds.check(inputs, 1)
+    one, other = (both.call(inputs, 1)[1] for both in (plain, holds))
+    assert np.abs(one - other).max() < 2e-3 * np.abs(one).max()
 
 
 def test_a_row_does_not_depend_on_its_batch(tiny: Path) -> None:

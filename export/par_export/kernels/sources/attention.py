@@ -37,6 +37,7 @@ def attend(
     CHUNK: tl.constexpr,  # keys at a time
     WIDE: tl.constexpr,  # D' rounded up to a power of 2, at least 16
     BQ: tl.constexpr,  # QUERY rounded up to a power of 2, at least 8
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Grid: SPLITS, R * H."""
@@ -47,6 +48,7 @@ def attend(
     end = tl.minimum(start + SPAN, visible)
     lines = of_row.to(tl.int64) * (SLOTS * PADDED)
     begin(DEPENDENT)
+    let_next(DEPENDENT and EARLY)
     if start < end:
         i, d = tl.arange(0, BQ), tl.arange(0, WIDE)
         of_query = ((row * QUERY + i).to(tl.int64) * HEADS + head) * PADDED
@@ -71,7 +73,7 @@ def attend(
             total = total * shrink + tl.sum(weight, 0)
             acc = tl.dot(tl.trans(v), weight.to(v.dtype), acc * shrink[None, :])
             peak = top
-        let_next(DEPENDENT)
+        let_next(DEPENDENT and not EARLY)
         to_y = y + (row * QUERY + i).to(tl.int64)[None, :] * STRIDE + head * JOINED + d[:, None]
         mask_y = (i < QUERY)[None, :] & (d < JOINED)[:, None]
         spans = (visible + SPAN - 1) // SPAN

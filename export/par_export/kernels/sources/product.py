@@ -37,6 +37,9 @@ def product(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     SUB: tl.constexpr,
+    HELD: tl.constexpr,
+    many,  # what :func:`hold` gave
+    few,
 ):
     """Sums [BN, BM] of the weights' blocks ``first`` to ``last`` times these rows of ``h``.
 
@@ -45,47 +48,100 @@ def product(
     side. Of the PARTS * PARTS products those of a part with itself are the sums; the others cost little, since a step
     waits for its weights. Three dimensions, one for the parts, are no way to it: Triton chooses orders of shared memory
     for them in which eight rows begin in the same bank, and the whole product then waits for shared memory.
+
+    The last HELD blocks are there already. They are multiplied last, so that sums have the same order without them.
     """
     if BITS > 0:
-        tl.static_assert(PARTS == 1)
+        tl.static_assert(PARTS == 1 and HELD == 0)
         acc = of_codes(panel, scales, tile, h, rows, first, last, K, STRIDE, BN, BK, BM, BITS, GROUP, SUB)
-    elif PARTS == 1:
-        k = tl.arange(0, BK)
-        weights = panel + first * (BN * BK) + tl.arange(0, BN)[:, None] * BK + k[None, :]
-        inputs = h + rows.to(tl.int64)[None, :] * STRIDE + (first * BK + k)[:, None]
-        acc = tl.zeros((BN, BM), tl.float32)
-        for block in tl.range(first, last):
+    else:
+        PART: tl.constexpr = BK // PARTS
+        k = tl.arange(0, PART)
+        behind = tl.arange(0, PARTS * BM) // BM * PART  # where the part of a column begins
+        of_part = tl.reshape(tl.broadcast_to(rows[None, :], (PARTS, BM)), (PARTS * BM,))
+        # The product with STRIDE stands last: only from it does the compiler know that addresses are aligned.
+        of_column = h + (of_part.to(tl.int64) * STRIDE + behind)[None, :]
+        end = last - HELD
+        MANY: tl.constexpr = triton.next_power_of_2(HELD + 1) // 2
+        if HELD > 0:  # the rows for these blocks are asked for before the loop, which does not wait for them
+            x_many = rows_of_held(of_column, end, behind, K, BK, PARTS, MANY)
+            if HELD > MANY:
+                x_few = rows_of_held(of_column, end + MANY, behind, K, BK, PARTS, HELD - MANY)
+        weights = panel + first * (BN * BK) + tl.arange(0, PARTS * BN)[:, None] * PART + k[None, :]
+        inputs = of_column + (first * BK + k)[:, None]
+        sums = tl.zeros((PARTS * BN, PARTS * BM), tl.float32)
+        for block in tl.range(first, end):
             w = tl.load(weights)
             if K % BK == 0:
                 x = tl.load(inputs)
             else:  # weights behind K are zeros, but what lies behind K in h may be NaN
-                x = tl.load(inputs, mask=(block * BK + k < K)[:, None], other=0.0)
-            acc = tl.dot(w, x, acc)
-            weights += BN * BK
-            inputs += BK
-    else:
-        PART: tl.constexpr = BK // PARTS
-        k = tl.arange(0, PART)
-        weights = panel + first * (BN * BK) + tl.arange(0, PARTS * BN)[:, None] * PART + k[None, :]
-        behind = tl.arange(0, PARTS * BM) // BM * PART  # where the part of a column begins
-        of_part = tl.reshape(tl.broadcast_to(rows[None, :], (PARTS, BM)), (PARTS * BM,))
-        # The product with STRIDE stands last: only from it does the compiler know that addresses are aligned.
-        inputs = h + (of_part.to(tl.int64) * STRIDE + behind)[None, :] + (first * BK + k)[:, None]
-        sums = tl.zeros((PARTS * BN, PARTS * BM), tl.float32)
-        for block in tl.range(first, last):
-            w = tl.load(weights)
-            if K % BK == 0:
-                x = tl.load(inputs)
-            else:
                 x = tl.load(inputs, mask=block * BK + behind[None, :] + k[:, None] < K, other=0.0)
             sums = tl.dot(w, x, sums)
             weights += BN * BK
             inputs += BK
-        part = tl.arange(0, PARTS)
-        itself = part[:, None, None, None] == part[None, None, :, None]
-        sums = tl.where(itself, tl.reshape(sums, (PARTS, BN, PARTS, BM)), 0.0)
-        acc = of_parts(tl.sum(sums, 2), PARTS, BN, BM)
+        if HELD > 0:
+            sums = tl.dot(many, x_many, sums)
+            if HELD > MANY:
+                sums = tl.dot(few, x_few, sums)
+        if PARTS > 1:
+            part = tl.arange(0, PARTS)
+            itself = part[:, None, None, None] == part[None, None, :, None]
+            sums = tl.where(itself, tl.reshape(sums, (PARTS, BN, PARTS, BM)), 0.0)
+            acc = of_parts(tl.sum(sums, 2), PARTS, BN, BM)
+        else:
+            acc = sums
     return acc
+
+
+@triton.jit
+def hold(panel, last, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, HELD: tl.constexpr):
+    """The HELD blocks of weights before ``last``, which no kernel writes: to be called before the wait.
+
+    HELD is a power of 2, or the sum of two: as many blocks as the larger one are one operand, the others another one.
+    Triton puts an operand of the matrix units into shared memory where it is loaded, so they are there when the wait
+    ends. It has no copies in the background outside of a loop: all loads are on their way at once because the
+    compiler is told that a thread may have the registers for it (``Spec.many_registers``).
+    """
+    MANY: tl.constexpr = triton.next_power_of_2(HELD + 1) // 2
+    many, few = panel, panel
+    if HELD > 0:
+        many = blocks_of(panel, last - HELD, BN, BK, PARTS, MANY)
+        if HELD > MANY:
+            few = blocks_of(panel, last - HELD + MANY, BN, BK, PARTS, HELD - MANY)
+    return many, few
+
+
+@triton.jit
+def blocks_of(panel, first, BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT blocks of weights side by side: [PARTS * BN, COUNT * BK / PARTS]."""
+    PART: tl.constexpr = BK // PARTS
+    k = tl.arange(0, COUNT * PART)
+    at = k // PART * (BN * BK) + k % PART
+    return tl.load(panel + first * (BN * BK) + tl.arange(0, PARTS * BN)[:, None] * PART + at[None, :])
+
+
+@triton.jit
+def rows_of_held(
+    of_column,
+    first,
+    behind,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    PARTS: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """The rows of h for :func:`blocks_of`: [COUNT * BK / PARTS, PARTS * BM]. As copies in the background do, they come
+    past the L1 cache.
+    """
+    PART: tl.constexpr = BK // PARTS
+    k = tl.arange(0, COUNT * PART)
+    at = first * BK + k // PART * BK + k % PART
+    if K % BK == 0:
+        x = tl.load(of_column + at[:, None], cache_modifier=".cg")
+    else:
+        mask = at[:, None] + behind[None, :] < K
+        x = tl.load(of_column + at[:, None], mask=mask, other=0.0, cache_modifier=".cg")
+    return x
 
 
 @triton.jit

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from par_export.kernels.sources.product import product
+from par_export.kernels.sources.product import hold, product
 
 EPS = tl.constexpr(1e-5)  #: of every norm
 
@@ -192,6 +192,8 @@ def qkv(
     GROUP: tl.constexpr,
     SUB: tl.constexpr,
     AHEAD: tl.constexpr,
+    HELD: tl.constexpr,
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Queries, and keys and values into the caches, both turned by their positions. Grid: M / BM, 3HD / BN."""
@@ -214,10 +216,14 @@ def qkv(
     turns = (head < 2 * HEADS)[:, None] & (m < M)[None, :]
     c = tl.load(cos + angle, mask=turns, other=1.0).to(tl.float32)
     s = tl.load(sin + angle, mask=turns, other=0.0).to(tl.float32)
+    many, few = hold(panel, blocks, BN, BK, PARTS, HELD)
     begin(DEPENDENT)
+    let_next(DEPENDENT and EARLY)
     parts = squares(ss, m, TILES)
-    acc = product(panel, scales, tile, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
-    let_next(DEPENDENT)
+    acc = product(
+        panel, scales, tile, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB, HELD, many, few
+    )
+    let_next(DEPENDENT and not EARLY)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     even, odd = partners(acc, BN, BM)
     scale = tl.where(head < HEADS, SCALE, 1.0)[:, None]
@@ -265,6 +271,8 @@ def residual(
     GROUP: tl.constexpr,
     SUB: tl.constexpr,
     AHEAD: tl.constexpr,
+    HELD: tl.constexpr,
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """x += inputs times weights; h = x times gain. Grid: M / BM, d / BN, SPLIT parts of K.
@@ -288,11 +296,15 @@ def residual(
     inside = (column < D_MODEL)[:, None] & (m < M)[None, :]
     at = m.to(tl.int64)[None, :] * STRIDE + column[:, None]
     gain = tl.load(gains + column, mask=column < D_MODEL, other=0.0)
+    many, few = hold(panel, last, BN, BK, PARTS, HELD)
     begin(DEPENDENT)
+    let_next(DEPENDENT and EARLY)
     if SPLIT == 1:  # with parts most blocks do not need it, and the last one loads it together with the parts
         old = tl.load(x + at, mask=inside, other=0.0)
-    acc = product(panel, scales, tile, inputs, m, first, last, K, K_STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
-    let_next(DEPENDENT)
+    acc = product(
+        panel, scales, tile, inputs, m, first, last, K, K_STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB, HELD, many, few
+    )
+    let_next(DEPENDENT and not EARLY)
     counter = counters + tl.program_id(0) * tiles + tile
     arrived = 0
     place = partial + ((tl.program_id(0) * tiles + tile) * SPLIT).to(tl.int64) * (BN * BM)
@@ -340,6 +352,8 @@ def gates(
     GROUP: tl.constexpr,
     SUB: tl.constexpr,
     AHEAD: tl.constexpr,
+    HELD: tl.constexpr,
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """g = silu(gate) * up. Grid: M / BM, 2F / BN."""
@@ -353,10 +367,14 @@ def gates(
             fetch_scales(scales, tile, 0, AHEAD, D_MODEL, BN, BK, BITS, GROUP)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     unit = tile * (BN // 2) + tl.arange(0, BN // 2)
+    many, few = hold(panel, blocks, BN, BK, PARTS, HELD)
     begin(DEPENDENT)
+    let_next(DEPENDENT and EARLY)
     parts = squares(ss, m, TILES)
-    acc = product(panel, scales, tile, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
-    let_next(DEPENDENT)
+    acc = product(
+        panel, scales, tile, h, m, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB, HELD, many, few
+    )
+    let_next(DEPENDENT and not EARLY)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     gate, up = partners(acc, BN, BM)
     value = gate / (1.0 + tl.exp(-gate)) * up
@@ -390,6 +408,8 @@ def head(
     GROUP: tl.constexpr,
     SUB: tl.constexpr,
     AHEAD: tl.constexpr,
+    HELD: tl.constexpr,
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Guided logits. Grid: 2 * COUNT / BM, V / BN.
@@ -413,10 +433,14 @@ def head(
     rows = tl.where(column % 2 == 0, cond, uncond) * QUERY + i % QUERY
     at = tl.program_id(0) * (BM // 2) + tl.arange(0, BM // 2)
     strength = tl.load(guidance + at // QUERY, mask=at < COUNT, other=0.0, cache_modifier=".cg")
+    many, few = hold(panel, blocks, BN, BK, PARTS, HELD)
     begin(DEPENDENT)
+    let_next(DEPENDENT and EARLY)
     parts = squares(ss, rows, TILES)
-    acc = product(panel, scales, tile, h, rows, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB)
-    let_next(DEPENDENT)
+    acc = product(
+        panel, scales, tile, h, rows, 0, blocks, D_MODEL, STRIDE, BN, BK, BM, PARTS, BITS, GROUP, SUB, HELD, many, few
+    )
+    let_next(DEPENDENT and not EARLY)
     acc *= row_factor(parts, gains, D_MODEL, POWER)[None, :]
     c, u = tl.split(tl.reshape(acc, (BN, BM // 2, 2)))
     code = tile * BN + tl.arange(0, BN)
