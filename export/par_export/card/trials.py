@@ -1,7 +1,7 @@
 """What the trials of single kernels in ``docs/gpu/trials`` say: ``python -m par_export.card.trials docs/gpu/trials``.
 
 Tables for people: of whole layers by how kernels follow each other, and of single products by how far the shape that
-the model of ``kernels/tiles.py`` prefers is from the fastest of those that were tried. The trials were made once, by
+the model of ``kernels/tile_model.py`` prefers is from the fastest of those that were tried. The trials were made once, by
 hand; their README says how.
 """
 

@@ -1,4 +1,4 @@
-"""Single products in several shapes of tiles, to be timed one by one: how good the model of ``tiles.py`` is.
+"""Single products in several shapes of tiles, to be timed one by one: how good the model of ``tile_model.py`` is.
 
 What a shape is worth depends on the stream of weights, so the products of qkv and of the head are timed through the
 source of the gates, with the columns and the depth of their own matrix: what these kernels do with their sums differs,
@@ -171,8 +171,8 @@ def trials_of(model: str, config: PARConfig, rows: int, target: Target) -> Itera
     """All trials of a model for so many rows (8 to 64, a power of 2), what the planner chooses for them first.
 
     The planner is asked as for an engine of that batch alone. Each layout is tried with up to three numbers of stages,
-    from the most that fits to 2, and with what the planner fetches ahead and with nothing; then with weights held, and
-    with the next kernel launched at once beside that.
+    from the most that fits to 2, and the planner's choice also without fetching ahead; then with weights held, and with
+    the next kernel launched at once beside that.
     """
     one, images = replace(config, group_size=1), rows // 2  # so many images of one position are so many rows
     shapes = {kind: [shape[images] for shape in products(one, kind, (images,), target)[:LAYOUTS]] for kind in KINDS}
@@ -191,14 +191,15 @@ def trials_of(model: str, config: PARConfig, rows: int, target: Target) -> Itera
 def _tried(
     chosen: ProductTile, columns: int, depth: int, rows: int, target: Target
 ) -> Iterator[tuple[ProductTile, bool]]:
-    """What is tried of a layout, each with whether the next kernel is launched at once: the planner's choice, then
-    other numbers of stages, each with its weights fetched ahead, if the planner does so, and without; then what holds
-    as many weights as fit.
+    """What is tried of a layout, each with whether the next kernel is launched at once: the planner's choice, and the
+    same without fetching ahead, if the planner does so; other numbers of stages; then what holds as many weights as
+    fit.
     """
     fit = {tile.stages: tile for tile in staged_of(replace(chosen, stages=MOST_STAGES), columns, depth, rows, target)}
     most = max(fit)
     stages = [*dict.fromkeys((chosen.stages, most, (most + 3) // 2, 2))][:3]
-    tried = dict.fromkeys(tile for count in stages for tile in (fit[count], replace(fit[count], ahead=0)))
+    first, *others = (fit[count] for count in stages)
+    tried = dict.fromkeys((first, replace(first, ahead=0), *others))
     yield from ((tile, target.at_once) for tile in tried)
     held = holding(chosen, MOST_HELD_BYTES // panel_bytes(chosen), columns, depth, rows, target)
     if held.held:

@@ -1,4 +1,4 @@
-"""Sets of shapes of tiles for a model: engines of all of them say how good the model of ``kernels/tiles.py`` is.
+"""Sets of shapes of tiles for a model: engines of all of them say how good the model of ``kernels/tile_model.py`` is.
 
 Each set has another shape of every kernel, so that a few engines show many shapes: kernels are timed one by one. Set 0
 is the engine that a build makes. The last sets have its shapes: they change how kernels follow each other, and the very

@@ -18,12 +18,13 @@ then 2^e at ``POWER``.
 **Partners** (even and odd columns of a head; gate and up) lie 8 apart in 16 packed columns, in one thread's registers.
 
 **Dependent launches** (DEPENDENT, from SM90 on). A kernel may start while the one before it still runs: it fetches the
-first ``AHEAD`` bytes of its weights into the L2 cache, and reads inputs of the call that no kernel writes (past the L1
-cache, which is sure to hold nothing of an earlier call only after the wait). Then it waits for the kernel before it,
-which has itself waited for the one before that. A kernel allows the next one to start when its sums are done
-(``embed`` and the draw, which are short: at once), not when it has waited: blocks that come while others still work
-take the places of those, two on one processor and none on another, and keep them. On an H200 the early start made some
-layers slower than none at all (``docs/kernels.md``).
+first ``AHEAD`` bytes of its weights into the L2 cache, loads the last HELD panels of them into shared memory, and reads
+inputs of the call that no kernel writes (past the L1 cache, which is sure to hold nothing of an earlier call only after
+the wait). Then it waits for the kernel before it, which has itself waited for the one before that. A kernel allows the
+next one to start when its sums are done (``embed`` and the draw, which are short: at once), not when it has waited:
+blocks that come while others still work take the places of those, two on one processor and none on another, and keep
+them. On an H200 the early start made some layers slower than none at all (``docs/kernels.md``). With EARLY a kernel
+allows it as soon as it has waited, which is meant for kernels that hold their weights.
 """
 
 import triton
