@@ -31,9 +31,9 @@ from par_runtime.arguments import cpu_threads
 from par_runtime.backends.native.decoding import why_not_bf16
 from par_runtime.backends.native.library import why_not
 from par_runtime.bundle import WEIGHTS, Bundle, matrix_names
-from par_runtime.checked import shown_path
+from par_runtime.checked import is_text, shown_path
 from par_runtime.dtypes import ARITHMETICS, CACHES, DECODER_PRECISIONS, Float, Rounding
-from par_runtime.manifest import KEPT
+from par_runtime.manifest import KEPT, MOST_NAME
 from par_runtime.quantised import Quantised
 from par_runtime.request import class_indices
 from par_runtime.system import check_different, check_writable, peak_bytes
@@ -177,7 +177,9 @@ def calibrate(
                 quantiser, on_matrix = trained.quantiser, None
             layers = Layers(recording, how, kept, quantiser, on_matrix)
             quantise, errors = layers, layers.errors
-        write_bundle(bundle, places.out, quantise, calibration, force=request.force, decide=decide, say=say)
+        # As an exported bundle, it is named after its folder: otherwise reports and files of both have one name.
+        name = places.out.name if is_text(places.out.name, MOST_NAME) else bundle.name
+        write_bundle(bundle, places.out, quantise, calibration, force=request.force, decide=decide, say=say, name=name)
     say(
         f"{places.out}: within its budget; report: {places.html} and {places.json}; "
         f"{time.perf_counter() - started:.0f} s, peak memory {(peak_bytes() or 0) / 1e6:.0f} MB"

@@ -34,10 +34,12 @@ READ_UP_TO_BYTES = 2 * 10**9  #: larger files are described by their keys and sh
 MEMORY_PRECISIONS = ("fp32", "fp16")  #: what a CPU computes in, and a usual precision of GPUs
 
 
-def describe(path: Path, weights: Kind | None = None) -> dict[str, Any]:
+def describe(
+    path: Path, weights: Kind | None = None, heads: int | None = None, grid: tuple[int, int, int] | None = None
+) -> dict[str, Any]:
     """Kind, sizes, and what the file leaves open, as plain values. Sizes in bytes, times in milliseconds.
 
-    Raises CheckpointError.
+    ``heads``, ``grid`` (T, H, W): of a model, in place of what the file says. Raises CheckpointError.
     """
     checkpoint = open_checkpoint(path, weights)
     tensors = checkpoint.tensors
@@ -60,7 +62,7 @@ def describe(path: Path, weights: Kind | None = None) -> dict[str, Any]:
         shape = {"codes": video.codebook_size, "frames per latent frame": time, "pixels per code": f"{side}x{side}"}
         return out | {"kind": "video tokenizer", "config": vars(video) | shape}
     try:
-        inferred = infer(checkpoint)
+        inferred = infer(checkpoint, heads=heads, grid=grid)
     except CheckpointError as error:
         if "give --heads" not in str(error) and "give --grid" not in str(error):
             raise

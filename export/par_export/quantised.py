@@ -38,7 +38,7 @@ from par_runtime.errors import BundleError
 from par_runtime.manifest import KEPT, check, matrices_of
 from par_runtime.manifest_video import FIRST, NEXT
 from par_runtime.quantised import LEAST_CODE, MOST_CODE, SCALE, Quantised
-from par_runtime.system import peak_bytes, utf8_name
+from par_runtime.system import utf8_name
 
 #: Entries of the manifest's ``parity`` that are about the tokenizer, which quantising does not change.
 TOKENIZER_PARITY = ("decoder", HALF_DECODER, FIRST, NEXT, "encoder")
@@ -118,6 +118,7 @@ def write_bundle(
     decide: Callable[[Bundle], Mapping[str, Any]] | None = None,
     say: Callable[[str], None] = print,
     gate: bool = True,
+    name: str | None = None,
 ) -> Path:
     """Write the bundle ``out`` that is ``bundle`` with quantised matrices; returns its path.
 
@@ -125,7 +126,8 @@ def write_bundle(
     is stored. ``calibration``: entries of the manifest's ``calibration``, at least ``weights`` and ``group`` ("kept",
     0 where no matrix is quantised). ``gate``: compare with PyTorch over the dequantised weights, and make the
     self-test's tokens; a bundle of random weights has neither. ``decide`` gets the finished bundle before it appears at
-    ``out``; it returns more entries of ``calibration``, or raises, and then nothing appears.
+    ``out``; it returns more entries of ``calibration``, or raises, and then nothing appears. ``name``: of the bundle
+    (default: that of ``bundle``).
 
     Raises ExportError, OutputError, ParityError, BundleError, ValueError for codes that do not fit ``calibration``,
     OSError, and what ``quantise`` and ``decide`` raise.
@@ -167,15 +169,14 @@ def write_bundle(
         entries = created | {
             name: manifest.get(name) for name in ("name", "precision", "defaults", "class_names", "class_synsets")
         }
+        if name is not None:
+            entries["name"] = name
         architecture = architecture_entries(config, vq, graphs, bundle.model["parameters"], weights)
         write_manifest(folder, entries | architecture | checked | {"calibration": own})
         if decide is not None:
             _merge(folder, decide(Bundle.open(folder, verify="none")))
     before, after = ((path / WEIGHTS).stat().st_size / 1e6 for path in (bundle.path, out))
-    say(
-        f"{out}: weights of {after:.1f} MB ({before:.1f} MB before), {time.monotonic() - started:.1f} s, peak memory "
-        f"{(peak_bytes() or 0) / 1e6:.0f} MB"
-    )
+    say(f"{out}: weights of {after:.1f} MB ({before:.1f} MB before)")
     return out
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeGuard
 
 #: Objects and lists inside each other: more than any file of parvis has, and far from Python's limit of recursion.
 MOST_NESTED = 32
@@ -208,6 +208,11 @@ class Mismatch(ValueError):  # noqa: N818, it is no failure of the program
     """A value of a file is not what the file's format says; the message has its place, itself and what is expected."""
 
 
+def is_text(value: object, most: int) -> TypeGuard[str]:
+    """Whether ``value`` is a text of 1 to ``most`` characters that can be printed."""
+    return isinstance(value, str) and 1 <= len(value) <= most and UNPRINTABLE.search(value) is None
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
     """A value of a JSON file with its place in it, for instance "phases[2].query". Methods return it checked.
@@ -242,7 +247,7 @@ class Value:
 
     def text(self, most: int = 200) -> str:
         """The value, if it is a text of 1 to ``most`` characters that can be printed."""
-        if not isinstance(self.value, str) or not 1 <= len(self.value) <= most or UNPRINTABLE.search(self.value):
+        if not is_text(self.value, most):
             self.refuse(f"a text of 1 to {most} printable characters")
         return self.value
 

@@ -56,6 +56,7 @@ def test_a_bundle_is_made_and_says_what_was_proven(
     assert "peak memory" in lines.splitlines()[-1]
     made, source = Bundle.open(out), Bundle.open(tiny)
     assert made.quantised == "int8"
+    assert (made.name, source.name) == ("small", "tiny")  # that of its folder, so that the two can be told apart
     assert made.calibration is not None
     assert made.calibration.source == source.hash
     assert made.calibration.group == 64

@@ -79,8 +79,10 @@ def test_many_bad_engines_are_a_short_line(bundle: Path) -> None:
         (bundle / "engines" / f"{i:03}").mkdir(parents=True)
         (bundle / "engines" / f"{i:03}" / ENGINE_JSON).write_text("[" * 10_000)
     with Pipeline.load(bundle, "auto") as pipeline:
-        assert pipeline.note.endswith("and 60 more")
+        assert pipeline.note.endswith("and 61 more")
         assert len(pipeline.note) < 2000
+    _, bad = list_engines(Bundle.open(bundle))
+    assert bad[-1] == f"{bundle / 'engines'}: holds 100 folders, of which the first 64 are read; remove some"
 
 
 def test_engines_that_take_long_to_read_are_not_all_read(bundle: Path) -> None:

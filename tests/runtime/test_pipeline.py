@@ -311,9 +311,8 @@ def test_unknown_devices_are_refused(tiny: Path) -> None:
     for device in ("gpu", "cuda:x", "cuda:-1", "CPU"):
         with pytest.raises(RequestError, match=f"device '{device}': expected auto, cpu, cuda"):
             Pipeline.load(tiny, device=device)
-    with pytest.raises(
-        BundleError, match=r"device 'cuda:0' cannot run .*holds no engines; build them with: parvis build"
-    ):
+    # There is no driver here, so an engine could not be built either.
+    with pytest.raises(BundleError, match=r"device 'cuda:0' cannot run .*: no NVIDIA driver"):
         Pipeline.load(tiny, device="cuda:0")
 
 

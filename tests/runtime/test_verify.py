@@ -280,7 +280,7 @@ def test_a_token_with_a_large_margin_fails(pair: tuple[Pipeline, Pipeline]) -> N
     assert d.distance is not None
     assert d.distance > d.explained
     assert "a real disagreement: the logits do not explain this draw" in table(r)
-    assert table(r).endswith("verify: FAIL, 1 of 11 checks")
+    assert table(r).splitlines()[-1].startswith("verify: FAIL, 1 of 11 checks: sabotaged 1.")
 
 
 def test_a_token_that_is_none_fails(pair: tuple[Pipeline, Pipeline]) -> None:

@@ -43,6 +43,7 @@ def tensorrt_rtx(session: Session) -> list[Row]:
     accepted: dict[str, Path] = {}
     own, _ = local_gpu(session.options.device)
     for name, path in bundles.items():
+        kept = path.with_name(f"{path.name}-accepted")
         for target in (own, "local"):
             shutil.rmtree(path / ENGINES, ignore_errors=True)
             session.progress(f"{name}: a plan for {target}")
@@ -52,6 +53,11 @@ def tensorrt_rtx(session: Session) -> list[Row]:
             session.take(f"{name} {PLAN}: {target}", run_stage("plan", spec, until))
             if _passed(session.lines[began:]):
                 accepted[name] = path
+                shutil.rmtree(kept, ignore_errors=True)
+                (path / ENGINES).rename(kept)
+        if name in accepted:  # the plan that was accepted last: a later one may have been refused
+            shutil.rmtree(path / ENGINES, ignore_errors=True)
+            kept.rename(path / ENGINES)
         if not accepted:  # what the first bundle is refused, every other one is
             return []
     for name, path in accepted.items():

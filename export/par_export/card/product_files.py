@@ -111,7 +111,7 @@ def compiled(
     In the order of ``trials``, on all processors; none is begun after ``end`` by ``time.monotonic``. ``say`` gets a
     line of text after some of them. Raises BuildError where there is no compiler, OSError.
     """
-    found = _of_before(folder, card)
+    found = _of_before(folder, card, say)
     missing = _missing(found, trials)
     if not missing:
         return found
@@ -140,14 +140,17 @@ def _missing(found: ProductKernels, trials: Sequence[Trial]) -> list[Spec]:
     return [spec for name, spec in specs.items() if name not in found.kernels and name not in found.refused]
 
 
-def _of_before(folder: Path, card: Target) -> ProductKernels:
-    """What an earlier build left in ``folder``, if it was of these sources and for ``card``; else nothing."""
-    if (folder / INDEX).exists():
+def _of_before(folder: Path, card: Target, say: Callable[[str], None]) -> ProductKernels:
+    """What an earlier build left in ``folder``, if it was of these sources and for ``card``; else nothing, and what was
+    there is removed. Raises OSError.
+    """
+    if folder.exists():
         try:
             found = ProductKernels.read(folder)
             if found.target == card.name:
                 return found
-        except EngineError:
-            pass
-    shutil.rmtree(folder, ignore_errors=True)
+            say(f"products: {folder} holds kernels for {found.target}: they are removed")
+        except EngineError as error:
+            say(f"products: what is there is removed ({error})")
+        shutil.rmtree(folder)
     return ProductKernels(folder, card.name)

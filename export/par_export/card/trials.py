@@ -1,8 +1,8 @@
 """What the trials of single kernels in ``docs/gpu/trials`` say: ``python -m par_export.card.trials docs/gpu/trials``.
 
 Tables for people: of whole layers by how kernels follow each other, and of single products by how far the shape that
-the model of ``kernels/tile_model.py`` prefers is from the fastest of those that were tried. The trials were made once, by
-hand; their README says how.
+the model of ``kernels/tile_model.py`` prefers is from the fastest of those that were tried. The trials were made once,
+by hand; their README says how.
 """
 
 from __future__ import annotations

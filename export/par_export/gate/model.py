@@ -70,10 +70,10 @@ def gate(
         tokens, got = runner.run_step(folder, config, labels, batch.guidance, teacher, pack=pack)
         all_finite = bool(np.isfinite(got).all())
     except Exception:  # a token drawn from NaN may be no code; the next call then fails with an error of ONNX Runtime
-        _explain(config, checkpoint, teacher[:1], labels[:1], dtype, rounded)
+        _raise_if_not_finite(config, checkpoint, teacher[:1], labels[:1], dtype, rounded)
         raise
     if not all_finite:
-        _explain(config, checkpoint, teacher[:1], labels[:1], dtype, rounded)
+        _raise_if_not_finite(config, checkpoint, teacher[:1], labels[:1], dtype, rounded)
     _, compatible = runner.run_step(folder, config, labels[:1], 1.0, teacher[:1], COMPATIBLE_STEP, runner.SOME_GROUPS)
     static = runner.run_static(folder, config, int(labels[0]), teacher[:1], stand_in)
     for path in folder.glob(".gate-*"):
@@ -115,7 +115,7 @@ def gate(
     return {"parity": report, "selftest": selftest}
 
 
-def _explain(
+def _raise_if_not_finite(
     config: PARConfig, checkpoint: Checkpoint, tokens: np.ndarray, labels: np.ndarray, dtype: str, rounded: str
 ) -> None:
     """Raise the error that tells why logits are not finite: weights that are not, or numbers beyond the precision.

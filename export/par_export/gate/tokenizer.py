@@ -76,7 +76,7 @@ def _decoder(
     if worst > PIXEL_TOLERANCE:
         raise ParityError(
             f"decoder.onnx: pixels differ from the oracle by up to {worst} of 255; at most {PIXEL_TOLERANCE} is "
-            "allowed. Nothing was published"
+            "allowed. Nothing was published; this is a bug in the export, please report it"
         )
     return {"max_pixel_error": worst, "equal_pixels": float((got == wanted).mean())}
 

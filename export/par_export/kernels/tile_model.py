@@ -27,7 +27,7 @@ LATENCY_US = 0.73
 #: it waits for what was copied, and for all threads, before the matrix units may read it.
 TURN_US = 0.1
 #: Bytes that a processor copies to shared memory in a microsecond.
-COPY = 120e3
+COPIED_PER_US = 120e3
 #: Of the rate of the data sheet, what products of few rows cost more.
 NARROW = 1.5
 #: What a stream of weights reaches of the bandwidth of the data sheet.
@@ -46,9 +46,9 @@ BLOCK_US = 0.3
 JOIN_US = 2.0
 #: What each span of keys adds to that.
 SPAN_US = 0.1
-#: What a processor makes numbers of in a microsecond: codes. Each takes some 2.5 of the instructions of a thread, of
+#: Codes of which a processor makes numbers in a microsecond. Each takes some 2.5 of the instructions of a thread, of
 #: which a processor starts 128 a cycle. Not fitted: in the rows of the H200 products of codes waited for their scales.
-CODES_US = 60_000
+CODES_PER_US = 60_000
 #: Rows from which Triton has two warps multiply the same weights with other rows: both make numbers of them.
 SHARED_ROWS = 32
 #: Of the rate of the data sheet, what the older matrix instructions cost more, which products of codes take.
@@ -86,10 +86,10 @@ def product_us(tile: ProductTile, columns: int, depth: int, positions: int, targ
     inputs = tile.BK * rows * BYTES
     flops = 2 * tile.BN * tile.BK * rows * (OLDER if tile.bits else tile.parts)
     multiply = NARROW * flops * target.processors / (target.sheet.tflop_s * 1e6)
-    turn = max((panel + inputs) / COPY, multiply) + TURN_US
+    turn = max((panel + inputs) / COPIED_PER_US, multiply) + TURN_US
     if tile.bits:
         makers = max(1, 16 * tile.warps // tile.BN) * (2 if rows >= SHARED_ROWS else 1)
-        turn = max(turn, tile.BN * tile.BK * makers / CODES_US)
+        turn = max(turn, tile.BN * tile.BK * makers / CODES_PER_US)
     share = MOST_SHARE * _per_us(target) / target.processors
     turn = max(turn, panel / min(share, at_once * (tile.stages - 1) * panel / LATENCY_US))
     own = busiest * of_part * turn

@@ -109,12 +109,14 @@ def _engine(
     bundle: Bundle, index: int, verify: FileCheck, capture: Capture, on_load: OnBytes | None, precision: str
 ) -> tuple[Backend | None, str]:
     """A loaded engine on GPU ``index``, or None and the reason. ``precision``: of what decodes on the CPU beside it."""
+    from par_runtime.backends import cuda
+
     engines, bad = list_engines(bundle)
+    if not engines and not bad and not cuda.has_driver():  # an engine could not be built here either
+        return None, cuda.NO_DRIVER
     if not engines:
         build = f"{build_command(bundle.path)} --target local"
         return None, joined(bad) if bad else f"{bundle.path} holds no engines; build them with: {build}"
-    from par_runtime.backends import cuda
-
     count = cuda.device_count()
     if index >= count:
         return None, cuda.why_no_device() if count == 0 else f"there is no GPU {index}, only {count}"

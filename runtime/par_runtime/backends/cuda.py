@@ -88,8 +88,10 @@ def why_no_device() -> str:
         return str(error)
 
 
-def _has_driver() -> bool:
+def has_driver() -> bool:
     """Whether the driver's library is there; nothing of it is called."""
+    if driver is not None:
+        return True
     try:
         ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
@@ -104,7 +106,7 @@ def library() -> Any:
         try:
             from cuda.bindings import driver as loaded
         except ImportError as error:
-            if not _has_driver():  # then cuda-python would not help
+            if not has_driver():  # then cuda-python would not help
                 raise CudaError(NO_DRIVER, "NO_DRIVER") from error
             raise CudaError(f"a GPU needs cuda-python ({error}); {how_to_install('kernels')}") from error
         driver = loaded

@@ -181,7 +181,8 @@ def list_engines(bundle: Bundle, verify: FileCheck = "none") -> tuple[list[Engin
     bad: list[str] = []
     for folder in engine_folders(bundle):
         read = 0
-        for path in sorted(folder.iterdir())[:MOST_ENGINES]:
+        paths = sorted(folder.iterdir())
+        for path in paths[:MOST_ENGINES]:
             if not path.is_dir() or path.name.startswith("."):
                 continue
             if UNPRINTABLE.search(path.name):
@@ -196,6 +197,8 @@ def list_engines(bundle: Bundle, verify: FileCheck = "none") -> tuple[list[Engin
                 engines.append(Engine.open(path, bundle, verify))
             except EngineError as error:
                 bad.append(str(error))
+        if len(paths) > MOST_ENGINES:
+            bad.append(f"{folder}: holds {len(paths)} folders, of which the first {MOST_ENGINES} are read; remove some")
     return engines, bad
 
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
         say_of_animations([args.image])
         _say_what_was_taken(args, original)
     if tokens is None:  # before the model is loaded, which may take longer
-        tokens = Tokenizer(bundle, args.threads).encode(original.pixels)[0]
+        with closing(Tokenizer(bundle, args.threads)) as tokenizer:
+            tokens = tokenizer.encode(original.pixels)[0]
     pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
     result = variants(args, pipeline, label, first, keep, tokens)
     if args.paste:

@@ -18,6 +18,7 @@ from par_runtime.cost.architecture import Architecture
 from par_runtime.cost.data_sheets import bandwidth_bounds_ms
 from par_runtime.cost.memory import memory_table
 from par_runtime.dtypes import BYTES
+from par_runtime.errors import RequestError
 from par_runtime.manifest import KEPT
 
 NO_ENCODER = "encoder   none: edits what it made itself; pictures of others need a bundle that has one"
@@ -34,7 +35,11 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.path)
     if _is_checkpoint(args.path):
         # Reading a checkpoint needs torch; the runtime never imports it itself.
-        return int(importlib.import_module("par_export.cli.inspect").show(args.path, args.json, args.weights))
+        show = importlib.import_module("par_export.cli.inspect").show
+        return int(show(args.path, args.json, args.weights, args.heads, args.grid))
+    for name in ("weights", "heads", "grid"):
+        if (value := getattr(args, name)) is not None:
+            raise RequestError(f"--{name} {value}: is for a checkpoint; {path} is none; leave it out")
     bundle = Bundle.open(path, verify="full" if args.full else "auto")
     facts = describe(bundle)
     if args.selftest:
@@ -191,6 +196,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("path", metavar="BUNDLE|CHECKPOINT", help="a folder or file, or hf://OWNER/REPOSITORY/FILE@REVISION")
     p.add_argument("--weights", choices=["model", "ema"], help="of a checkpoint that holds both (as of parvis export)")
+    p.add_argument("--heads", type=int, help="of a checkpoint whose heads are known from nowhere (as of parvis export)")
+    p.add_argument("--grid", help="of a checkpoint: tokens, L, HxW or TxHxW (as of parvis export)")
     p.add_argument("--full", action="store_true", help="hash every file, however large")
     p.add_argument("--selftest", action="store_true", help="run the bundle's self-test on the CPU")
     options.add_json(p)

@@ -178,7 +178,9 @@ def table(r: Report) -> str:
     lines += ["", f"floors of {r.floors_of}"]
     lines += [f"  {'pass' if check.passed else 'FAIL'}  {check.text}" for check in r.checks]
     failed = sum(not check.passed for check in r.checks)
-    lines += ["", f"verify: FAIL, {failed} of {_many(len(r.checks), 'check')}" if failed else "verify: pass"]
+    both = f"{r.candidate.backend.info.name} against {r.reference.backend.info.name}"
+    verdict = f"FAIL, {failed} of {_many(len(r.checks), 'check')}" if failed else "pass"
+    lines += ["", f"verify: {verdict}: {both}"]
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from par_runtime.backends import cuda
 from par_runtime.backends.ort import gpu as ort_cuda
 from par_runtime.backends.ort.cpu import OPSET24_SINCE
 from par_runtime.bundle import Bundle
@@ -113,6 +114,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], N
         monkeypatch.setattr(ort, "InferenceSession", session)
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: [ort_cuda.CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(cuda, "has_driver", lambda: True)
     monkeypatch.setattr(ort, "preload_dlls", lambda **_: print("Failed to load libcudart.so.13"), raising=False)
     return make
 
@@ -124,6 +126,17 @@ def test_releases_that_leave_work_on_the_cpu_are_refused(
         monkeypatch.setattr(ort, "__version__", version)
         with pytest.raises(RequestError, match=rf"needs onnxruntime-gpu 1\.27 or newer .* installed is {version}"):
             ort_cuda.OrtCudaBackend(Bundle.open(tiny))
+
+
+@needs_opset_24
+def test_without_a_driver_no_libraries_are_advised(
+    tiny: Path, pretended: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "has_driver", lambda: False)
+    with pytest.raises(
+        RequestError, match=r"^device 'cuda-ort': no NVIDIA driver .*; device 'cpu' runs without a GPU$"
+    ):
+        ort_cuda.OrtCudaBackend(Bundle.open(tiny))
 
 
 @needs_opset_24

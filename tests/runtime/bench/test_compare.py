@@ -106,9 +106,11 @@ def test_a_pair_has_the_marks_of_both_sides() -> None:
 def test_the_text_names_both_commits() -> None:
     found = compare([replace(one_row([2.0] * 5), commit="aaa")], [replace(one_row([1.0] * 5), commit="bbb")])
     lines = text(found).splitlines()
-    assert lines[0] == "old is of commit aaa, new of bbb; new/old below 1 is faster"
+    assert lines[0] == "old is of commit aaa, new of commit bbb; new/old below 1 is faster"
     assert "0.500" in lines[2]
     assert "2.00 times as fast" in lines[2]
+    installed = compare([replace(one_row([2.0] * 5), commit="parvis 0.1.0")], [replace(one_row([1.0] * 5), commit="b")])
+    assert text(installed).startswith("old is of parvis 0.1.0, new of commit b; ")
     assert "no row of one file has its pair" in text(compare([one_row([1.0])], [one_row([1.0], n=1)]))
 
 

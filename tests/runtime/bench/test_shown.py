@@ -209,6 +209,20 @@ def test_a_ratio_that_the_samples_do_not_show_says_so() -> None:
     assert line == ("parvis is 1.04 times as fast as eager (100 ms against 104 ms; the samples do not tell them apart)")
 
 
+@pytest.mark.parametrize("mark", ["busy: in 5 of 5, other processes took 80 % of the CPU time", "throttled: once"])
+def test_an_image_that_is_estimated_on_a_disturbed_machine_has_no_ratio(mark: str) -> None:
+    ours = one_row([100.0] * 5)
+    eager = one_row([7800.0] * 5, label="eager", pytorch=True, backend="torch eager")
+    estimated = "estimated: from 8 calls"
+    assert text.ratios([ours, replace(eager, flags=(mark,))])[0].startswith("parvis is 78.00 times as fast as eager")
+    assert text.ratios([ours, replace(eager, flags=(estimated,))])[0].startswith("parvis is 78.00 times")
+    (line,) = text.ratios([ours, replace(eager, flags=(estimated, mark))])
+    assert line == (
+        f"no ratio of parvis and eager: the image of eager is estimated from samples that are marked "
+        f"{mark.split(':')[0]}; measure again on a quiet machine"
+    )
+
+
 def test_subjects_whose_calls_read_from_different_caches_have_their_own_bandwidth() -> None:
     rows = [*against(20, 10, 80), *against(20, 10, 90, label="b"), *against(30, 10, 80, label="c")]
     assert "limits    20 GB/s (parvis, b), 30 GB/s (c), 10 TFLOP/s (measured: by hand)" in text.about(rows)

@@ -75,8 +75,23 @@ def test_checkpoints(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     assert "PAR model" in text
     assert "open: width 64 with 3 layers is none of the named sizes" in text
+    assert cli.main(["inspect", str(checkpoints["par_n4_grid8"]), "--heads", "4", "--grid", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "open:" not in text
+    assert "calls" in text
+    assert " MB" in text.partition("memory")[2]
+    assert cli.main(["inspect", str(checkpoints["par_n4_grid8"]), "--heads", "4", "--grid", "8x"]) == 2
+    assert "--grid '8x': expected L, HxW or TxHxW" in capsys.readouterr().err
     assert cli.main(["inspect", str(checkpoints["vq"]), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "VQ tokenizer"
+
+
+@pytest.mark.parametrize("option", [["--grid", "16"], ["--heads", "4"], ["--weights", "ema"]])
+def test_what_is_for_a_checkpoint_is_refused_for_a_bundle(
+    option: list[str], tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", str(tiny), *option]) == 2
+    assert f"{' '.join(option)}: is for a checkpoint; {tiny} is none; leave it out" in capsys.readouterr().err
 
 
 def test_what_is_neither_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,8 +66,10 @@ class Weights(cuda.Owned):
             try:
                 self._fill(engine, kernels, files, device, stream, modules, staging, on_load)
             except BaseException:
-                with suppress(CudaError):  # the error that matters is the first one
+                # The error that matters is the first one.
+                with suppress(CudaError):
                     stream.synchronize()  # what is in flight still writes there
+                with suppress(CudaError):
                     self.free()
                 raise
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from par_runtime.backends import cuda
 from par_runtime.backends.base import IMAGE_INPUTS, MOST_IMAGES, TIE, BackendInfo, Batch, closed_error
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.ort import importing
@@ -78,6 +79,8 @@ class OrtCudaBackend:
                 f"or newer), installed is {ort.__version__}: {pip_command()} install --upgrade onnxruntime-gpu, "
                 "or use device 'cpu'"
             )
+        if provider == CUDA and not cuda.has_driver():  # else the error would be about libraries that would not help
+            raise RequestError(f"device 'cuda-ort': {cuda.NO_DRIVER}; device 'cpu' runs without a GPU")
         if bundle.cache.dtype != "float32":
             raise BundleError(
                 f"{bundle.path}: cache of dtype {bundle.cache.dtype!r}; device 'cuda-ort' needs float32; export the "

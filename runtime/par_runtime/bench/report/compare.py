@@ -182,7 +182,9 @@ def text(comparison: Comparison) -> str:
     lines = aligned(head, body) if body else ["no row of one file has its pair in the other"]
     if comparison.pairs:
         commits = (comparison.pairs[0].old.commit, comparison.pairs[0].new.commit)
-        lines = [f"old is of commit {commits[0]}, new of {commits[1]}; new/old below 1 is faster", *lines]
+        kinds = ("" if commit.startswith("parvis ") else "commit " for commit in commits)
+        old, new = (f"{kind}{commit}" for kind, commit in zip(kinds, commits, strict=True))
+        lines = [f"old is of {old}, new of {new}; new/old below 1 is faster", *lines]
         other = next((p for p in comparison.pairs if not same_machine(p.old, p.new)), None)
         if other is not None:
             lines.insert(

@@ -72,7 +72,8 @@ def about(rows: Sequence[Row]) -> list[str]:
         clock = "" if machine.gpu_mhz is None else f", {machine.gpu_mhz:.0f} MHz"
         memory_clock = "" if machine.gpu_memory_mhz is None else f", memory {machine.gpu_memory_mhz:.0f} MHz"
         out.append(f"gpu       {machine.gpu}, {machine.gpu_driver}{clock}{memory_clock}")
-    out.append(f"commit    {first.commit}, Python {first.python}, {first.date}")
+    known_as = "version" if first.commit.startswith("parvis ") else "commit"
+    out.append(f"{known_as:9} {first.commit}, Python {first.python}, {first.date}")
     for label in dict.fromkeys(row.label for row in rows):
         row = next(r for r in rows if r.label == label)
         threads = "" if row.threads is None else f", {row.threads} threads"
@@ -179,12 +180,31 @@ def ratios(rows: Sequence[Row]) -> list[str]:
     for a, b in pairs:
         if (a.label in tested) != (b.label in tested):
             continue
+        if (why := _no_ratio(a, b)) is not None:
+            out.append(why)
+            continue
         low, high = ratio_interval(b.samples_ms, a.samples_ms, random)
         unsure = "; the samples do not tell them apart" if 0 < low <= 1 <= high else ""
         times = f"{ms(a.median_ms)} against {ms(b.median_ms)}"
         what = "start: " if starts else ""
         out.append(f"{what}{a.label} {speed(a.median_ms, b.median_ms)} {b.label} ({times}{unsure})")
     return out
+
+
+def _no_ratio(*sides: Row) -> str | None:
+    """Why there is no ratio of two rows, in words; None where there is one.
+
+    An image that is estimated from disturbed samples is wrong by the disturbance times the calls that were not made.
+    """
+    for side in sides:
+        disturbed = next((mark for mark in ("busy", "throttled") if mark in side.marks), None)
+        if disturbed and "estimated" in side.marks:
+            names = " and ".join(each.label for each in sides)
+            return (
+                f"no ratio of {names}: the image of {side.label} is estimated from samples that are marked "
+                f"{disturbed}; measure again on a quiet machine"
+            )
+    return None
 
 
 def engine(row: Row) -> tuple[object, ...]:
