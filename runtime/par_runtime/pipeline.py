@@ -43,7 +43,7 @@ from par_runtime.known import (
 from par_runtime.loaded import check_scales
 from par_runtime.metrics import log_likelihood
 from par_runtime.progress import OnPreview, OnStep, Progress, latest_tokens
-from par_runtime.request import MOST_IMAGES, Settings, class_indices, image_seeds, image_settings
+from par_runtime.request import MOST_OF_A_REQUEST, Settings, class_indices, image_seeds, image_settings
 from par_runtime.result import Result
 from par_runtime.schedule import Schedule, rows_of
 from par_runtime.selftest import LOAD_SECONDS, SELFTEST_SECONDS, SelftestError, check_selftest
@@ -254,8 +254,8 @@ class Pipeline:
         classes = class_indices(self.bundle, labels)
         if not classes:
             raise RequestError("no labels were given; give at least one class index or name")
-        most = MOST_IMAGES // len(classes)
-        repeat = whole("images_per_label", images_per_label, 1, most, f" for {MOST_IMAGES} images")
+        each_at_most = MOST_OF_A_REQUEST // len(classes)
+        repeat = whole("images_per_label", images_per_label, 1, each_at_most, f" for {MOST_OF_A_REQUEST} images")
         classes = [index for index in classes for _ in range(repeat)]
         each = image_settings(
             self.bundle,
@@ -269,21 +269,14 @@ class Pipeline:
             guidance_interval=guidance_interval,
         )
         seeds = image_seeds(len(classes), seed, seeds)
-        function("on_step", on_step)
-        function("on_preview", on_preview)
-        if preview_every is None and on_preview is not None:
-            raise RequestError("on_preview needs preview_every, the number of calls between two previews")
-        if preview_every is not None:
-            preview_every = whole("preview_every", preview_every, 1, None, ", a number of calls")
-            if on_preview is None or self.bundle.image_size is None:
-                raise RequestError("preview_every needs an on_preview function and a bundle with a decoder")
+        progress = Progress.of(self.bundle, on_step, on_preview, preview_every)
         most, where = self.backend.max_images, f" on {self.backend.info.name}"
         size = self.default_batch if max_batch is None else whole("max_batch", max_batch, 1, most, where)
         decode = truth("decode", decode) and self.bundle.image_size is not None
         timings: dict[str, float] = {}
         started = time.perf_counter()
         parts = [slice(i, i + size) for i in range(0, len(classes), size)]
-        progress = Progress(on_step, on_preview, preview_every, self.bundle.calls * len(parts))
+        progress.total = self.bundle.calls * len(parts)
         known = known_tokens(self.bundle, len(classes), keep, tokens)
         made = [
             self._batch(
@@ -295,7 +288,7 @@ class Pipeline:
             )
             for p in parts
         ]
-        drawn = np.concatenate([tokens for tokens, _ in made])
+        drawn = np.concatenate([own for own, _ in made])
         images = None
         if decode:  # a backend that makes whole images has decoded them already
             clock = time.perf_counter()

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from par_runtime.arguments import function, whole
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
+from par_runtime.errors import RequestError
 
 OnStep = Callable[[int, int], None]
 OnPreview = Callable[[NDArray[np.uint8], int, int], None]
@@ -45,8 +47,21 @@ class Progress:
     on_step: OnStep | None
     on_preview: OnPreview | None
     preview_every: int | None
-    total: int
+    total: int = 0
     done: int = 0
+
+    @staticmethod
+    def of(bundle: Bundle, on_step: OnStep | None, on_preview: OnPreview | None, preview_every: int | None) -> Progress:
+        """What a caller asks for, of a generation of ``bundle``. Raises RequestError."""
+        function("on_step", on_step)
+        function("on_preview", on_preview)
+        if preview_every is None and on_preview is not None:
+            raise RequestError("on_preview needs preview_every, the number of calls between two previews")
+        if preview_every is not None:
+            preview_every = whole("preview_every", preview_every, 1, None, ", a number of calls")
+            if on_preview is None or bundle.image_size is None:
+                raise RequestError("preview_every needs an on_preview function and a bundle with a decoder")
+        return Progress(on_step, on_preview, preview_every)
 
     def add(self, calls: int) -> None:
         """Count ``calls`` more."""

@@ -23,7 +23,8 @@ NAMES_SHOWN, NAME_SHOWN = 8, 100  #: of classes in a message, and characters of 
 NAMES_COMPARED = 50_000  #: with an unknown label, which takes a second
 CLOSE = 0.7  #: difflib's ratio of two names from which on one may be a misspelling of the other: oter and otter
 MOST_CODES = 2**63 - 1  #: top_k reaches the graphs as int64
-MOST_IMAGES = 2**20  #: of one request
+MOST_OF_A_REQUEST = 2**20  #: images
+MOST_OF_A_COMMAND = 100_000  #: images, of the command line: all are held in memory until they are written
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +58,8 @@ def array(name: str, value: ArrayLike) -> NDArray[Any]:
     object that numpy cannot read. A series that is longer than any request is not read: a range takes no memory, its
     numbers do.
     """
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > MOST_IMAGES:
-        raise RequestError(f"{name}: {len(value)} entries; expected at most {MOST_IMAGES}")
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > MOST_OF_A_REQUEST:
+        raise RequestError(f"{name}: {len(value)} entries; expected at most {MOST_OF_A_REQUEST}")
     try:
         return np.asarray(value)
     except ValueError as error:
@@ -67,7 +68,7 @@ def array(name: str, value: ArrayLike) -> NDArray[Any]:
         raise RequestError(f"{name}: cannot be read as an array ({shown(str(error), 200)[1:-1]})") from error
 
 
-def several(name: str, value: object, most: int = MOST_IMAGES) -> list[Any] | None:
+def several(name: str, value: object, most: int = MOST_OF_A_REQUEST) -> list[Any] | None:
     """The entries of a list, an array or any other series of values; None where ``value`` is a single one.
 
     Raises RequestError where there are more than ``most``, or where they have no order (a set, a mapping).

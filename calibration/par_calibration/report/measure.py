@@ -87,6 +87,12 @@ class _Measuring:
         return (self.rounding.arithmetic, self.rounding.cache) != (FP32, FP32)
 
     def run(self, layers: tuple[LayerError, ...]) -> Report:
+        """Measure everything, one pipeline in memory at a time: the original on given tokens, which are kept as they
+        come, and its images; the candidate on the same tokens in fp32, then as it is to run, and its images.
+
+        ``layers``: the errors of single matrices, which were measured before. Raises CalibrationError, RequestError,
+        BundleError, OSError.
+        """
         notes: list[str] = []
         guidance = self.options.guidance
         if guidance is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from par_export.errors import BuildCancelledError, BuildError, ExportError, OutputError, ParityError
 from par_export.kernels.request import NARROW
+from par_runtime.backends.engines import MOST_BATCH
 from par_runtime.cli.common import fail, out_of_memory
 from par_runtime.dtypes import PRECISIONS
 from par_runtime.errors import BundleError, CudaError, RequestError, TensorRTMissingError, how_to_install
@@ -37,7 +38,6 @@ PLANS_ONLY = {
     "--reproducible": "kernels are compiled without timing anything, so the same build is always the same",
 }
 ENGINES = ("tensorrt", "kernels")  #: kinds of engines; the first is the default
-MOST_IMAGES = 256  #: largest batch that an engine is built for
 
 
 def guarded(
@@ -115,8 +115,8 @@ def count(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if not 1 <= value <= MOST_IMAGES:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of images from 1 to {MOST_IMAGES}")
+    if not 1 <= value <= MOST_BATCH:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of images from 1 to {MOST_BATCH}")
     return value
 
 

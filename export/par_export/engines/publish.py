@@ -14,7 +14,7 @@ from par_export.engines.cache import EngineCache, key_of
 from par_export.errors import BuildError
 from par_export.staging import ENGINE, staging
 from par_model import config, manifest, objects, ordering
-from par_runtime.backends.engines import MOST_IMAGES, MOST_PROFILES, Engine
+from par_runtime.backends.engines import MOST_OF_A_PROFILE, MOST_PROFILES, Engine
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.errors import EngineError
@@ -82,8 +82,8 @@ def check_images(images: tuple[int, ...]) -> None:
     """Raise BuildError where ``images`` are no batch sizes that an engine can be built for."""
     if not images or min(images) < 1 or list(images) != sorted(set(images)):
         raise BuildError(f"images {shown(images)}; expected ascending numbers from 1")
-    if images[-1] > MOST_IMAGES:
-        raise BuildError(f"images {shown(images)}; an engine has at most {MOST_IMAGES} images")
+    if images[-1] > MOST_OF_A_PROFILE:
+        raise BuildError(f"images {shown(images)}; an engine has at most {MOST_OF_A_PROFILE} images")
     if len(images) > MOST_PROFILES:
         raise BuildError(
             f"{len(images)} batch sizes; an engine has at most {MOST_PROFILES}: name fewer, a batch in between is "

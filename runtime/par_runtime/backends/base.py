@@ -29,7 +29,7 @@ IMAGE_INPUTS: dict[str, type[np.generic]] = {
     "top_k": np.int64,
     "top_p": np.float32,
 }
-MOST_IMAGES = 4096  #: in flight on a CPU: the caches of more take tens of gigabytes even for the smallest model
+MOST_IN_FLIGHT = 4096  #: in flight on a CPU: the caches of more take tens of gigabytes even for the smallest model
 #: ``Backend.tie`` of a CPU in fp32: others have kernels that round differently; the errors measured at export are 50
 #: times smaller.
 TIE = 1e-4

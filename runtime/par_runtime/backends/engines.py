@@ -36,7 +36,8 @@ ENGINE_JSON = "engine.json"
 ENGINE_SCHEMA = 1
 MOST_BYTES = 4 * 2**20  #: of an engine.json, which lists the kernels of its plans
 MOST_BYTES_LISTED = 16 * 2**20  #: of all that are looked at for one bundle: some seconds
-MOST_IMAGES = 4096  #: of a profile
+MOST_OF_A_PROFILE = 4096  #: images, that an engine may say it has
+MOST_BATCH = 256  #: images, of the largest batch that 'parvis build' builds an engine for
 MOST_PROFILES = 64  #: batch sizes of an engine
 MOST_ENGINES = 64  #: folders that are looked at
 #: How much of an image is one CUDA graph: all of it, a call, or nothing.
@@ -303,7 +304,7 @@ def _check(e: Value) -> None:
     e["precision"].one_of(PRECISIONS)
     e["mode"].match("[a-z-]{1,32}", "shared or per-phase")
     e["sampling"].match("[a-z]{1,32}", "a kind of sampling")
-    images = e["images"].integers(1, MOST_IMAGES)
+    images = e["images"].integers(1, MOST_OF_A_PROFILE)
     if not 1 <= len(images) <= MOST_PROFILES or images != sorted(set(images)):
         e["images"].refuse(f"1 to {MOST_PROFILES} numbers, ascending")
     if (e["runtime"].value == KERNELS) != (e.get("kernels") is not None):
@@ -325,7 +326,7 @@ def _check(e: Value) -> None:
         tuned["capture"].one_of(CAPTURES)
     if tuned.get("rows") is not None:
         for row in tuned["rows"].entries(0, 2**12):
-            row["images"].integer(1, MOST_IMAGES)
+            row["images"].integer(1, MOST_OF_A_PROFILE)
             row["ms_per_image"].number(0, 1e12)
 
 

@@ -30,9 +30,9 @@ from par_runtime.bundle import Bundle
 from par_runtime.cost.data_sheets import Prediction, predictions
 from par_runtime.dtypes import BYTES, Rounding
 from par_runtime.errors import RequestError
+from par_runtime.request import MOST_OF_A_COMMAND
 from par_runtime.system import available_cores
 
-MOST_IMAGES = 100_000  #: of one batch; parvis generate makes no more in one command
 MOST_REQUESTS = 10**6  #: of a load
 SUITES = ("phases", "batch", "decoder", "serve", "start", "paper", "gpu")
 OF_THEIR_OWN = ("paper", "gpu")  #: suites that bring their models and baselines
@@ -136,8 +136,8 @@ class BenchOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"--{name} {value}: expected 1 or more")
-        if self.images is not None and self.images > MOST_IMAGES:
-            raise RequestError(f"--images {self.images}: expected at most {MOST_IMAGES}, which are made at once")
+        if self.images is not None and self.images > MOST_OF_A_COMMAND:
+            raise RequestError(f"--images {self.images}: expected at most {MOST_OF_A_COMMAND}, which are made at once")
         if self.requests is not None and self.requests > MOST_REQUESTS:
             raise RequestError(f"--requests {self.requests}: expected at most {MOST_REQUESTS}")
         if self.threads is not None and self.threads > available_cores():  # they would wait for each other

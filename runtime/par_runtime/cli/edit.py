@@ -19,7 +19,7 @@ from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.cli import clips, options
 from par_runtime.cli.common import Parser, guarded, printable
-from par_runtime.cli.inputs import MOST_IMAGES, load_pipeline, quiet_readers, read_by_edit, variants
+from par_runtime.cli.inputs import load_pipeline, quiet_readers, read_by_edit, variants
 from par_runtime.cli.outputs import (
     check_fps,
     check_outputs,
@@ -36,7 +36,7 @@ from par_runtime.images.photo import fit_image, place_image
 from par_runtime.images.recipe import check as recipe_check
 from par_runtime.images.recipe import pixel_hash
 from par_runtime.images.region import MASK_FROM, REGION, Beside, kept_tokens, parse_box, region
-from par_runtime.request import class_index, first_seed
+from par_runtime.request import MOST_OF_A_COMMAND, class_index, first_seed
 from par_runtime.result import Result, default_columns
 from par_runtime.tokenizer import Tokenizer
 
@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Find out which tokens stay, generate the others, write and report the variants."""
     started = time.perf_counter()
-    if not 1 <= args.count <= MOST_IMAGES:
-        raise RequestError(f"--count {args.count}: expected 1 or more, at most {MOST_IMAGES} in one command")
+    if not 1 <= args.count <= MOST_OF_A_COMMAND:
+        raise RequestError(f"--count {args.count}: expected 1 or more, at most {MOST_OF_A_COMMAND} in one command")
     bundle = Bundle.open(args.bundle)
     if bundle.image_size is None:
         raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; export it with a tokenizer")

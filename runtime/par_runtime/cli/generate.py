@@ -18,7 +18,7 @@ from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded, printable
-from par_runtime.cli.inputs import MOST_IMAGES, class_indices, load_pipeline
+from par_runtime.cli.inputs import class_indices, load_pipeline
 from par_runtime.cli.outputs import (
     check_fps,
     check_out_name,
@@ -35,7 +35,7 @@ from par_runtime.cli.outputs import (
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import first_seed, image_seeds
+from par_runtime.request import MOST_OF_A_COMMAND, first_seed, image_seeds
 from par_runtime.result import Result
 from par_runtime.system import check_different, check_folder_writable, check_writable
 
@@ -98,10 +98,10 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
     check_fps(bundle, args.fps, [args.out] + [None] * (args.out_dir is not None))
     classes = class_indices(bundle, args.label)
     total = len(classes) * args.count * len(args.guidance or [1])
-    if total > MOST_IMAGES:
+    if total > MOST_OF_A_COMMAND:
         raise RequestError(
-            f"--count {args.count} makes {total} images; expected at most {MOST_IMAGES} in one command: give a smaller "
-            "--count and run it again with other seeds"
+            f"--count {args.count} makes {total} images; expected at most {MOST_OF_A_COMMAND} in one command: give a "
+            "smaller --count and run it again with other seeds"
         )
     first = first_seed(args.seed)
     if bundle.image_size is None and (args.out or args.out_dir or not args.tokens):

@@ -25,7 +25,6 @@ from par_runtime.result import Result
 
 #: Between two decoders in fp32, for instance in C and on ONNX Runtime, in grey levels of 255: they round differently.
 PIXEL_TOLERANCE = 1
-MOST_IMAGES = 100_000  # of one command: all are held in memory until they are written
 
 
 def class_indices(bundle: Bundle, labels: Sequence[str]) -> list[int]:

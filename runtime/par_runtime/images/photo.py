@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from par_runtime.checked import shown
 from par_runtime.errors import RequestError
 from par_runtime.images.opening import open_image
-from par_runtime.request import MOST_IMAGES
+from par_runtime.request import MOST_OF_A_REQUEST
 
 Fit = Literal["crop", "stretch"]
 FITS = ("crop", "stretch")
@@ -35,9 +35,9 @@ def to_pixels(source: Pictures, size: tuple[int, int], fit: Fit = "crop") -> NDA
     if not hasattr(source, "__array__"):
         if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, dict)) or hasattr(source, "read"):
             raise _no_picture(shown(source), size)
-        each = list(islice(source, MOST_IMAGES + 1))
-        if len(each) > MOST_IMAGES:
-            raise RequestError(f"more than {MOST_IMAGES} pictures; give fewer at a time")
+        each = list(islice(source, MOST_OF_A_REQUEST + 1))
+        if len(each) > MOST_OF_A_REQUEST:
+            raise RequestError(f"more than {MOST_OF_A_REQUEST} pictures; give fewer at a time")
         if all(_is_one(one) for one in each):
             return np.stack([_one(one, size, fit) for one in each]) if each else np.zeros((0, *size, 3), np.uint8)
         source = _as_array(each, size)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime import __version__
-from par_runtime.backends.base import IMAGE_INPUTS, MOST_IMAGES, TIE_INT8, BackendInfo, Batch, closed_error
+from par_runtime.backends.base import IMAGE_INPUTS, MOST_IN_FLIGHT, TIE_INT8, BackendInfo, Batch, closed_error
 from par_runtime.backends.base import TIE as TIE_EXACT
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.native.decoding import open_decoder
@@ -86,7 +86,7 @@ class NativeBackend:
             decoder=self._decoder.name,
             decoder_computes=self._decoder.computes,
         )
-        self.max_images, self.tie = MOST_IMAGES, max(TIE[computes], TIE[cache])
+        self.max_images, self.tie = MOST_IN_FLIGHT, max(TIE[computes], TIE[cache])
         self._slots = -(-bundle.n_tokens // lib.parvis_panel()) * lib.parvis_panel()
         self._pool: int | None = lib.parvis_open(self._threads)
         if self._pool is None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from par_runtime.backends.base import (
     IMAGE_INPUTS,
-    MOST_IMAGES,
+    MOST_IN_FLIGHT,
     TIE,
     TIE_INT8,
     BackendInfo,
@@ -98,7 +98,7 @@ class OrtBackend:
             decoder=self._decoder.name,
             decoder_computes=self._decoder.computes,
         )
-        self.max_images = MOST_IMAGES
+        self.max_images = MOST_IN_FLIGHT
         self.tie = TIE_INT8 if rounds else TIE
         self._graph = graph or ("step" if version() >= OPSET24_SINCE else "step_opset23")
         self._closed = False

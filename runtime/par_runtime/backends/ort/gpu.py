@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.backends import cuda
-from par_runtime.backends.base import IMAGE_INPUTS, MOST_IMAGES, TIE, BackendInfo, Batch, closed_error
+from par_runtime.backends.base import IMAGE_INPUTS, MOST_IN_FLIGHT, TIE, BackendInfo, Batch, closed_error
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle
@@ -95,7 +95,7 @@ class OrtCudaBackend:
             weight_bytes=weight_bytes(bundle),
             cache_bytes=4.0,
         )
-        self.max_images = MOST_IMAGES
+        self.max_images = MOST_IN_FLIGHT
         self.tie = 10 * TIE  # sums in another order, and kernels that were not measured
         self._options = ort.SessionOptions()
         self._options.intra_op_num_threads = threads or available_cores()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from par_runtime.backends import cuda
 from par_runtime.backends.choose import CPUS
+from par_runtime.backends.engines import MOST_BATCH
 from par_runtime.bench.gpu import select
 from par_runtime.bench.journal import Journal
 from par_runtime.bench.measure import Progress
@@ -23,7 +24,6 @@ KERNELS, SHAPES, PRODUCTS = "kernels", "shapes", "products"
 PARTS = ("driver", KERNELS, "baselines", SHAPES, PRODUCTS, "cuda-ort", "tensorrt-rtx")
 DEFAULT_PARTS = PARTS[:2]
 BUILT_AHEAD = (KERNELS, SHAPES, PRODUCTS)  #: parts that need our kernels
-MOST_BATCH = 256  #: the largest batch that 'parvis build' builds an engine for
 WHAT = "the report of a GPU"
 
 
