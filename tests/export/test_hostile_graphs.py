@@ -214,7 +214,7 @@ BUILDS = [
     ("group", place("offset", "159567"), r"tensor 'embed' of 2368 bytes at 159567 does not fit its shape, or weights"),
     ("group", place("offset", "-1"), r"tensor 'embed' has no place in weights\.data"),
     ("group", place("length", "1"), "tensor 'embed' of 1 bytes at 0 does not fit"),
-    ("group", place("location", "/dev/zero"), "tensor 'embed' is in '/dev/zero'"),
+    ("group", place("location", "/dev/zero"), "tensor 'embed' is in the file '/dev/zero'; expected weights.data"),
     ("group", larger_than_memory, "tensor 'embed' of 2368 bytes at 0 does not fit its shape"),
     ("group", lose_the_norm, "norm has shape None in its graphs, expected"),
     ("group", other_shape, r"output has shape \(64, 16\) in its graphs, expected \(16, 64\)"),

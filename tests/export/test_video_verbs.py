@@ -289,7 +289,7 @@ def test_edit_says_what_it_took_and_keeps_the_speed(
     capsys.readouterr()
     assert edit.main([str(clip), *command, "--keep-frames", "3", "--count", "2"]) == 0
     printed = capsys.readouterr()
-    assert ": 2 clips of 1, seed 1 and on, 128 of 192 tokens kept as they were generated, in" in printed.out
+    assert ": 2 clips of 1, seeds 1..2, 128 of 192 tokens kept as they were generated, in" in printed.out
     assert not printed.err
     made = read_any(out, 5).recipe
     assert made is not None

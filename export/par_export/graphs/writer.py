@@ -71,8 +71,12 @@ def _stored(tensor: TensorProto, size: int) -> Stored:
     at = {item.key: item.value for item in tensor.external_data}
     dtype = {code: name for name, code in ONNX_DTYPE.items()}.get(tensor.data_type, "")
     shape, name = tuple(tensor.dims), shown(tensor.name, 60)
-    if at.get("location") != WEIGHTS or dtype not in STORED_BYTES or any(side < 1 for side in shape):
-        raise ValueError(f"tensor {name} is in {shown(at.get('location'))}, or of a dtype or shape that none has")
+    if at.get("location") != WEIGHTS:
+        raise ValueError(f"tensor {name} is in the file {shown(at.get('location'))}; expected {WEIGHTS}")
+    if dtype not in STORED_BYTES:
+        raise ValueError(f"tensor {name} has ONNX's dtype {tensor.data_type}; expected {', '.join(STORED_BYTES)}")
+    if any(side < 1 for side in shape):
+        raise ValueError(f"tensor {name} has the shape {shown(shape)}; expected sides of 1 or more")
     if not all(re.fullmatch("[0-9]{1,18}", at.get(key, "")) for key in ("offset", "length")):
         raise ValueError(f"tensor {name} has no place in {WEIGHTS}")
     offset, length = int(at["offset"]), int(at["length"])

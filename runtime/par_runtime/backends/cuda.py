@@ -22,7 +22,8 @@ driver: Any = None
 #: The process that initialised the driver. CUDA cannot be used in a process that is forked from it.
 _process: int | None = None
 
-NO_DRIVER = "no NVIDIA driver here (libcuda was not found); nvidia-smi must work"
+NO_DRIVER = "no NVIDIA driver found (libcuda is missing); with a driver, nvidia-smi works"
+REPORT_IT = "please report it, with the output of 'parvis verify'"
 HINTS = {
     "CUDA_ERROR_NO_DEVICE": "no NVIDIA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES",
     "CUDA_ERROR_INVALID_DEVICE": "there is no GPU of that number; nvidia-smi lists them",
@@ -33,9 +34,7 @@ HINTS = {
     "CUDA_ERROR_INVALID_CONTEXT": (
         "the pipeline was used after it was closed, or in a forked process; load it in the process that uses it"
     ),
-    "CUDA_ERROR_ILLEGAL_ADDRESS": (
-        "a kernel read or wrote out of bounds; the process must be restarted: please report it with 'parvis verify'"
-    ),
+    "CUDA_ERROR_ILLEGAL_ADDRESS": (f"a kernel read or wrote out of bounds; the process must be restarted: {REPORT_IT}"),
     "CUDA_ERROR_LAUNCH_FAILED": (
         "a kernel failed; the process must be restarted. Run it under compute-sanitizer to see where"
     ),
@@ -64,13 +63,12 @@ HINTS = {
         "a kernel takes more registers or threads than this GPU has; build the engine again for this target"
     ),
     "CUDA_ERROR_MISALIGNED_ADDRESS": (
-        "a kernel was given an address that it cannot use; the process must be restarted: please report it with "
-        "'parvis verify'"
+        f"a kernel was given an address that it cannot use; the process must be restarted: {REPORT_IT}"
     ),
     "CUDA_ERROR_ILLEGAL_INSTRUCTION": (
         "a kernel was compiled for another GPU; the process must be restarted. Build the engine again for this target"
     ),
-    "CUDA_ERROR_INVALID_VALUE": "an address or size is wrong; please report it with 'parvis verify'",
+    "CUDA_ERROR_INVALID_VALUE": f"an address or size is wrong; {REPORT_IT}",
 }
 
 

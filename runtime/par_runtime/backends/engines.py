@@ -341,14 +341,12 @@ def _check_plan(plan: Value, least_query: int) -> None:
 
 def _check_plans(engine: Engine, bundle: Bundle) -> None:
     """Raise Mismatch where the plans do not serve the phases of the bundle that they were built from."""
-    what = "programs" if engine.kernels else "plans"
+    what = "program" if engine.kernels else "plan"
     for phase in bundle.phases:
         serving = [each for each in engine.calls.values() if phase.name in each.phases]
         if not serving or not phase.query <= serving[0].query <= bundle.group_size:
-            raise Mismatch(
-                f"{what} have none for the phase {phase.name!r} of {phase.query} positions and at most "
-                f"{bundle.group_size}"
-            )
+            fits = " to ".join(str(query) for query in dict.fromkeys((phase.query, bundle.group_size)))
+            raise Mismatch(f"no {what} serves the phase {phase.name!r}; expected one with a query of {fits} positions")
     if engine.decodes and bundle.image_size is None:
         raise Mismatch("decoder is there; expected none, because the bundle ends at tokens")
 

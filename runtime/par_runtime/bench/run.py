@@ -143,7 +143,7 @@ class BenchOptions:
         if self.threads is not None and self.threads > available_cores():  # they would wait for each other
             options = replace(options, threads=available_cores())
         if not 0 < self.seconds < math.inf:
-            raise RequestError(f"--minutes {self.minutes:g}: expected more than 0, and an end")
+            raise RequestError(f"--minutes {self.minutes:g}: expected a finite number above 0")
         if self.engines is not None and self.build_for is None and not self.engines.is_dir():
             raise RequestError(f"--engines {self.engines}: no such folder; expected one with a folder for each bundle")
         if self.fail_above is not None and (self.compare is None or not self.fail_above > 0):

@@ -126,7 +126,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"system    {facts['system']}",
         f"cpu       {cpu['name']}: {cpu['cores_to_use']} of {cpu['cores']} cores, instructions: "
         f"{' '.join(cpu['instructions']) or 'not known'}",
-        f"memory    {gigabytes(memory['available'])} to take, of {gigabytes(memory['total'])}",
+        f"memory    {gigabytes(memory['available'])} free of {gigabytes(memory['total'])}",
         f"compiler  {facts['compiler'] or 'none: an installation of parvis then leaves the C kernels out'}",
         *(f"gpu       {gpu}" for gpu in facts["gpus"]["found"] or [f"none: {facts['gpus']['why']}"]),
         f"packages  {', '.join(f'{name} {version}' for name, version in facts['packages'].items())}",
@@ -194,9 +194,9 @@ def _decoder() -> tuple[bool, str]:
         lib = open_decoder_library(decoder_file())
     except KernelError as error:
         return False, f"onnxruntime decodes: {error}"
-    how = {AMX: "AMX", DOTS: "dot products"}.get(bf16_form(lib))
-    bf16 = f", with {how} in bf16 where it is asked to" if how else ""
-    return True, f"decoder in C{bf16} (onnxruntime where a bundle's manifest has no table of the decoder's weights)"
+    how = {AMX: "AMX", DOTS: "dot products in bf16"}.get(bf16_form(lib))
+    bf16 = f" (--decoder-precision bf16 takes {how})" if how else ""
+    return True, f"decoder in C{bf16}, or onnxruntime for a bundle without a table of the decoder's weights"
 
 
 def _ort_cuda() -> tuple[bool, str]:

@@ -27,6 +27,7 @@ from par_runtime.cli.outputs import (
     class_file_name,
     image_file_names,
     safe_name,
+    seeds_in_words,
     sheet_columns,
     suffix_of,
     write_all,
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
     loaded = time.perf_counter()
     if pipeline.note and has_engines(bundle) and not (args.quiet or args.json):
-        print(printable(f"parvis: {pipeline.note}"), file=sys.stderr)
+        what, _, why = pipeline.note.partition(": ")  # it may end in a command, so nothing is put behind it
+        print(printable(f"parvis: {what} (--device cpu silences this): {why}"), file=sys.stderr)
     # Images run label by label; several guidance scales repeat all of them, with the same seeds.
     scales = len(args.guidance or [None])
     labels = [c for c in classes for _ in range(args.count)]
@@ -121,7 +123,9 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
     named, in_folder = [path for path in (args.out, args.tokens) if path is not None], list[Path]()
     if args.out_dir is not None:
         if len(set(args.guidance or ())) < len(args.guidance or ()):
-            raise RequestError("--guidance: one scale is given twice, which makes the same files; give each once")
+            raise RequestError(
+                "--guidance: a scale is given twice, so two images would have one file name; give each scale once"
+            )
         labels = [c for c in classes for _ in range(args.count)]
         scales = [s for s in args.guidance or [bundle.defaults.guidance] for _ in labels]
         repeats = len(scales) // len(labels)
@@ -190,10 +194,9 @@ def _report(
     one = "clip" if bundle.video else "image"
     info = pipeline.backend.info
     decoded = "" if info.decoder_computes == "fp32" else f", decoded in {info.decoder_computes}"
-    low, high = min(result.seeds), max(result.seeds)
-    seeds = f"seeds {low}..{high}" if high > low else f"seed {low}"
     print(
-        f"{printable(where)}: {count} {one}{'s' if count > 1 else ''}, {seeds}, in {total_s:.1f} s "
+        f"{printable(where)}: {count} {one}{'s' if count > 1 else ''}, {seeds_in_words(result.seeds)}, in "
+        f"{total_s:.1f} s "
         f"({load_s:.1f} s to load, {ms:.0f} ms per {one}, {bundle.calls} calls, {pipeline.backend.info.name}{decoded})"
     )
 

@@ -129,13 +129,19 @@ def report_edited(
         print(json.dumps(row))
     elif not args.quiet:
         name = str(result.labels[0]) if bundle.class_names is None else bundle.class_names[result.labels[0]]
-        variants, on = (f"{bundle.kind}s", " and on") if count > 1 else (bundle.kind, "")
+        variants = f"{bundle.kind}s" if count > 1 else bundle.kind
         how = " as they were generated" if encoded_because is None else ""
         out = written if isinstance(written, str) else written[0]
         print(
-            f"{printable(out)}: {count} {variants} of {name}, seed {result.seeds[0]}{on}, {int(keep.sum())} of "
+            f"{printable(out)}: {count} {variants} of {name}, {seeds_in_words(result.seeds)}, {int(keep.sum())} of "
             f"{keep.size} tokens kept{how}, in {time.perf_counter() - started:.1f} s"
         )
+
+
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """``seed 1``, or ``seeds 1..4``."""
+    low, high = min(seeds), max(seeds)
+    return f"seeds {low}..{high}" if high > low else f"seed {low}"
 
 
 def say_of_animations(paths: Sequence[Path]) -> None:

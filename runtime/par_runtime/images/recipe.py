@@ -196,7 +196,7 @@ def _recipe(value: Any) -> Recipe:
     kept = None if made[0]["kept"] is None else np.stack([_unpack_bits(each["kept"], n) for each in made])
     pasted = _truth(top.get("pasted", False), "pasted")
     if pasted and (kept is None or not kept.any()):
-        raise _DamageError("pasted is true, and no token was given whose pixels could be")
+        raise _DamageError("pasted is true, but no token was given, so there are no pixels to paste")
     return Recipe(
         bundle_name=_text(_get(bundle, "name", "bundle"), "bundle.name"),
         bundle_hash=_text(_get(bundle, "hash", "bundle"), "bundle.hash"),

@@ -156,11 +156,16 @@ def table(r: Report) -> str:
         f"{t.identical_images} of {_many(t.images, b.kind)} identical",
     ]
     for d in t.divergences[:DIVERGENCES_SHOWN]:
-        away = "impossible" if d.distance is None else f"{d.distance:.1e} away (explained: {d.explained:.1e})"
+        missed = (
+            "no draw gives the candidate's code"
+            if d.distance is None
+            else f"the draw missed the candidate's code by {d.distance:.1e}; the difference of the logits explains "
+            f"up to {d.explained:.1e}"
+        )
         lines.append(
             f"  {b.kind} {d.image} (label {d.label}, seed {d.seed}) differs at token {d.position} ({d.phase}): "
             f"{d.reference_token} in the reference, {d.candidate_token} in the candidate; "
-            f"their logits differ by {d.logit_gap:.2g}, the draw is {away}: {d.verdict}"
+            f"in the reference their logits differ by {d.logit_gap:.2g}; {missed}: {d.verdict}"
         )
     if len(t.divergences) > DIVERGENCES_SHOWN:
         lines.append(f"  and {len(t.divergences) - DIVERGENCES_SHOWN} more (--json lists all)")

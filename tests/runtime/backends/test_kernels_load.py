@@ -206,7 +206,7 @@ REFUSED = [
     (crooked, r"takes byte 8 of 'out.a'; expected a multiple of 16"),
     (beyond_weights, r"kernels.weights.table is \d+ bytes at 1073741824 of weights.data, which has 159568"),
     (beyond_constants, r"kernels.weights.ones is 128 bytes at 256 of constants.data, which has 128"),
-    (phase_missing, r"programs have none for the phase 'group' of 4 positions"),
+    (phase_missing, r"no program serves the phase 'group'; expected one with a query of 4 positions"),
     (profile_missing, r"kernels.programs.step.profiles are \[1\]; expected \[1, 2\]"),
     (two_of_a_name, r"a tensor, a weight, scratch and state have different names"),
     (plans_too, r"plans is .*; expected none, and no decoder, in an engine of kernels"),

@@ -181,6 +181,6 @@ def test_the_command_line_says_why_it_is_the_cpu(
     assert capsys.readouterr().err == ""  # no engine and nothing asked for: nothing to explain
     other_version(tensorrt.write_engine(Bundle.open(path)))
     assert cli.main(arguments) == 0
-    assert "parvis: running on the CPU: " in capsys.readouterr().err
+    assert "parvis: running on the CPU (--device cpu silences this): " in capsys.readouterr().err
     assert cli.main([*arguments, "--device", "cuda"]) == 2
     assert capsys.readouterr().err.startswith("parvis: error: device 'cuda' cannot run")

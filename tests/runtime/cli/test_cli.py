@@ -146,7 +146,10 @@ def test_scales_that_are_nearly_the_same_have_files_of_their_own(tiny: Path, tmp
 def test_outputs_that_would_replace_each_other(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ask = ["generate", tiny, "--label", 0, "--seed", 1, "--out-dir", tmp_path]
     assert run(*ask, "--guidance", 2, 1, 2) == 2
-    assert "--guidance: one scale is given twice, which makes the same files; give each once" in capsys.readouterr().err
+    assert (
+        "--guidance: a scale is given twice, so two images would have one file name; give each scale once"
+        in capsys.readouterr().err
+    )
     assert run(*ask, "--out", tmp_path / ".." / tmp_path.name / "red-fox-1.png") == 2
     assert "red-fox-1.png: two outputs of this command have this name, so one would be lost" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

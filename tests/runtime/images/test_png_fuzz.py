@@ -259,7 +259,7 @@ def change_rounding(entry: dict[str, Any], **values: Any) -> str:
         (lambda e: change(e, pasted=1), "pasted is 1; expected true or false"),
         (
             lambda e: change(e, pasted=True, images=[each | {"kept": None} for each in e["images"]]),
-            "pasted is true, and no token was given whose pixels could be",
+            "pasted is true, but no token was given, so there are no pixels to paste",
         ),
         (lambda e: change(e, made_on="a CPU"), "made_on is 'a CPU'; expected an object"),
         (lambda e: change(e, made_on={"backend": "x"}), "made_on has no decoder"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from par_runtime.backends import cuda
 from par_runtime.backends.base import tensors
+from par_runtime.backends.cuda import REPORT_IT
 from par_runtime.backends.engines import Engine
 from par_runtime.backends.kernels.modules import Prepared
 from par_runtime.backends.kernels.shared import Shared
@@ -69,11 +70,11 @@ class KernelContext:
                 raise ValueError(f"no tensor {name!r}")
             self.launches.set(name, address)
         except ValueError as error:
-            raise EngineError(f"{self._engine.path}: {error}; please report it with 'parvis verify'") from error
+            raise EngineError(f"{self._engine.path}: {error}; {REPORT_IT}") from error
 
     def enqueue(self, stream: cuda.Stream, what: str) -> None:
         """Launch them, on the stream that they were prepared for. Raises CudaError, EngineError that names ``what``."""
         try:
             self.launches.enqueue()
         except ValueError as error:
-            raise EngineError(f"{self._engine.path}: {what}: {error}; please report it with 'parvis verify'") from error
+            raise EngineError(f"{self._engine.path}: {what}: {error}; {REPORT_IT}") from error

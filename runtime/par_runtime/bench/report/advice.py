@@ -17,7 +17,7 @@ from par_runtime.bench.subjects.base import MODEL_PHASES
 
 #: One limit is named where it takes this many times as long as the other; more where they are in doubt.
 APART, APART_IN_DOUBT = 1.1, 1.5
-#: Below this part of the bound a phase is called launch-bound.
+#: Below this part of the bound a phase is called launch-bound, on a CPU bound by the cost of each call.
 NEAR = 0.5
 #: Of an image, the part from which it is worth while to decode faster.
 DECODING = 0.1
@@ -130,10 +130,11 @@ def _by_limit(rows: Sequence[Row]) -> Advice | None:
         )
     if reached < NEAR:
         held_up = ", unless other processes held it up" if "busy" in main.marks else ""
+        limit = "bound by the cost of each call" if image.device == "cpu" else "launch-bound"  # a CPU launches nothing
         return Advice(
             image.label,
             "launch-bound",
-            f"{what}, at {share(reached)} of the bound as measured: launch-bound{held_up}; neither reading weights nor "
+            f"{what}, at {share(reached)} of the bound as measured: {limit}{held_up}; neither reading weights nor "
             f"multiplying explains the time. {_launch_levers(image)}",
         )
     start = f"{what}, at {share(reached)} of the bound as measured: "
