@@ -27,7 +27,7 @@ SOURCES := $(shell find runtime export calibration par_model -name '*.py') $(KER
 
 .PHONY: help demo test test-all has-driver test-gpu gpu-report gpu-docs lint format clean
 
-demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the runtime alone into .venv (0.2 GB, a minute)
+demo: $(RUN_ENV)/.installed  ## images from the shipped bundle; installs the runtime alone into .venv (0.2 GB, a minute); takes LABELS="micah dylan" COUNT=4 SEED=7 OUT=out/my.png PYTHON=python3.12
 	$(RUN_ENV)/bin/parvis generate models/demo --label $(LABELS) --count $(COUNT) --seed $(SEED) --columns 8 --out $(OUT)
 
 help:  ## this list
@@ -46,12 +46,12 @@ has-driver:
 	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null || \
 	  { echo "make test-gpu: nothing was tested, because there is no GPU: libcuda.so.1, the library of NVIDIA's driver, cannot be loaded" >&2; exit 2; }
 
-test-gpu: has-driver $(DEV_ENV)/.installed  ## all that needs a GPU: 10 minutes, a report for an issue (docs/gpu.md); fails where there is no GPU
+test-gpu: has-driver $(DEV_ENV)/.installed  ## TensorRT's plans on this GPU (ONNX Runtime on CUDA too, where installed), not our own kernels: a report for an issue (docs/gpu.md); fails without a GPU; time not measured
 	@$(DEV_ENV)/bin/python -c 'import sys; from par_runtime.backends import cuda; why = cuda.why_no_device(); sys.exit(f"make test-gpu: nothing was tested, because there is no GPU: {why}" if why else 0)'
 	$(DEV_ENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,$(GPU_EXTRA)]'
 	PARVIS_GPU_BUNDLE=$(abspath $(GPU_BUNDLE)) $(DEV_ENV)/bin/python -m pytest -m gpu -rs
 
-gpu-report:  ## driver and kernels on this GPU in 8 minutes: right, and how fast; needs PyTorch and Triton, installs nothing (docs/gpu.md)
+gpu-report:  ## driver and our own kernels on this GPU in 8 minutes: right, and how fast; needs PyTorch and Triton, installs nothing (docs/gpu.md)
 	@mkdir -p $(GPU_OUT)
 	@code=0; PYTHONPATH="$(CURDIR):$(CURDIR)/export:$(CURDIR)/calibration:$(CURDIR)/runtime$${PYTHONPATH:+:$$PYTHONPATH}" $(REPORT_PYTHON) -m par_runtime bench --suite gpu \
 	  --minutes $(GPU_MINUTES) $(GPU_MORE) --json $(GPU_OUT)/rows.jsonl > $(GPU_OUT)/report.md || code=$$?; \

@@ -1,7 +1,8 @@
-"""Everything that needs a GPU, on the real thing: ``make test-gpu`` (see ``docs/gpu.md``).
+"""TensorRT's plans on a real GPU: ``make test-gpu`` (see ``docs/gpu.md``).
 
-Builds engines for this machine's GPU, runs the whole of the runtime on them, and prints a report for an issue. The
-same properties are tested on a stand-in in ``tests/runtime/backends/test_trt.py``.
+Builds plans for this machine's GPU, runs the whole of the runtime on them, and prints a report for an issue. The
+same properties are tested on a stand-in in ``tests/runtime/backends/test_trt.py``. Our own kernels are not tried here:
+``make gpu-report`` does that.
 """
 
 from __future__ import annotations

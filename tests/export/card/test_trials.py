@@ -22,8 +22,8 @@ def test_kernels_md_says_how_good_the_models_choice_is() -> None:
     )
     text = " ".join((DOCS / "kernels.md").read_text(encoding="utf-8").split())
     assert len(of) == 30
-    assert f"is {own:.1f} % slower than the fastest on average, {most:.0f} % at most; in the" in text
-    assert f"stages that suits it best, {best:.1f} % and {worst:.0f} %" in text
+    assert f"is {own:.1f} % slower than the fastest on average, {most:.0f} % at most; with" in text
+    assert f"the best number of stages for the chosen shape, {best:.1f} % on average and {worst:.0f} % at most" in text
 
 
 def test_kernels_md_says_what_a_late_start_saves() -> None:
