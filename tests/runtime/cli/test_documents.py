@@ -92,6 +92,26 @@ def test_the_commands_and_the_python_of_the_video_page_run_one_after_the_other(
     }
 
 
+def test_the_rooms_in_the_design_are_those_that_the_linter_holds() -> None:
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    held = {c["containers"][0].split(".")[-1]: c["layers"] for c in contracts if c["type"] == "layers"}
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```\n(par_runtime .*?)^```$", text, re.S | re.M)
+    described, package = dict[str, list[str]](), ""
+    for line in block.splitlines():
+        if not line[:20].isspace() and (name := re.match(r"(\w*) +", line)) is not None:
+            rooms = line[name.end() :]
+            package = name[1] or package
+            if ">" in rooms:
+                described[package] = rooms.split(" > ")
+            else:  # a room a line, with what it is
+                described.setdefault(package, []).append(re.split("  +", rooms)[0])
+    assert described == held
+
+
 def test_the_documents_name_no_package_that_is_on_no_index() -> None:
     for document in [*DOCUMENTS, *(ROOT / "cmake").iterdir()]:
         text = document.read_text(encoding="utf-8")
