@@ -365,11 +365,11 @@ class Pipeline:
         Of clips, bool [t,h,w]: the region is the same in all frames, and the first ``keep_frames`` frames stay whole. A
         latent frame stays where all of its frames do. Each of the two may be given alone.
 
-        Such a region is "left", "right", "top", "bottom", "center" or "border"; a box "X0,Y0,X1,Y1" in pixels of the
-        model's images, which is what the photo becomes by ``fit``; a mask image (path or PIL image; white is the
-        region, ``mask_from`` says what a mask with transparency means); or bool [H,W], one for each pixel. ``photo``:
-        the picture that is edited. A mask image must have its shape, and for a box in its pixels the error names the
-        box to give. Raises RequestError, also for a missing file; OSError.
+        Such a region is "left", "right", "top", "bottom", "center", "border", "all" or "none"; a box "X0,Y0,X1,Y1" in
+        pixels of the model's images, which is what the photo becomes by ``fit``; a mask image (path or PIL image; white
+        is the region, ``mask_from`` says what a mask with transparency means); or bool [H,W], one for each pixel.
+        ``photo``: the picture that is edited. A mask image must have its shape, and for a box in its pixels the error
+        names the box to give. Raises RequestError, also for a missing file; OSError.
         """
         if self.bundle.image_size is None:
             raise RequestError(f"{self.bundle.path}: this bundle ends at tokens and has no pixels; make keep= by hand")

@@ -27,7 +27,8 @@ def test_the_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "docs/diffusers.md", "exec"), names)
-    assert {p.name for p in tmp_path.iterdir()} == {"models", "lorelei.png", "both.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"models", "out"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"lorelei.png", "both.png"}
     assert len(names["variants"]) == 2  # type: ignore[arg-type]
     assert "badger" in names["answer"]["error"]  # type: ignore[index]
     # The right column of the table: whatever is not a command of the shell.
@@ -50,8 +51,9 @@ def test_the_page_on_editing_runs_as_written(
     assert len(blocks) == 2
     for block in blocks:
         exec(compile(block, "docs/editing.md", "exec"), names)
-    assert {p.name for p in tmp_path.iterdir()} == {"models", "edit.png", "pasted.png", "placed.png"}
-    edit, pasted = (np.asarray(Image.open(f"{name}.png")) for name in ("edit", "pasted"))
+    assert {p.name for p in tmp_path.iterdir()} == {"models", "out"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"edit.png", "pasted.png", "placed.png"}
+    edit, pasted = (np.asarray(Image.open(f"out/{name}.png")) for name in ("edit", "pasted"))
     assert (pasted[16:48, 16:48] == edit[16:48, 16:48]).all()  # made anew
     around = np.ones((64, 64), bool)
     around[16:48, 16:48] = False
@@ -59,7 +61,7 @@ def test_the_page_on_editing_runs_as_written(
     assert (pasted[around] != edit[around]).any()
     assert (names["inside"].sum(), names["keep"].sum()) == (64, 192)
     for name in ("edit", "pasted", "placed"):
-        assert cli.main(["redo", f"{name}.png", "--bundle", "models/demo", "--quiet"]) == 0
+        assert cli.main(["redo", f"out/{name}.png", "--bundle", "models/demo", "--quiet"]) == 0
         assert "identical: 1 image, " in capsys.readouterr().out
 
 
