@@ -90,7 +90,8 @@ def table(report: Mapping[str, Any]) -> list[str]:
             )
     of_bundle = report["weights_bytes"] / max(report["bundle_weights_bytes"], 1)
     lines.append(
-        f"weights on the device: {report['weights_bytes'] / 1e6:.1f} MB ({of_bundle:.2f} of the bundle's), "
+        f"weights on the device: {report['weights_bytes'] / 1e6:.1f} MB ({of_bundle:.2f} times "
+        "those that it takes of the bundle), "
         f"{report['pack_launches']} of them put in order when the engine is loaded; a call reads "
         f"{report['weight_bytes']:.2f} bytes for each parameter of the step"
     )
