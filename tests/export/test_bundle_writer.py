@@ -76,6 +76,12 @@ def test_an_existing_folder_is_kept_unless_forced(
     before = (tmp_path / "out" / "manifest.json").read_text()
     assert run(*good) == 2
     assert "exists; give another --out, or --force" in capsys.readouterr().err
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "out").rename(tmp_path / f".out.old-{ended.pid}")  # as a kill between two renames leaves it
+    assert run(*good) == 2
+    assert "exists; give another --out, or --force" in capsys.readouterr().err
+    assert (tmp_path / "out" / "manifest.json").read_text() == before
     assert run(*good, "--force", "--name", "second") == 0
     assert (tmp_path / "out" / "manifest.json").read_text() != before
     (tmp_path / "other").mkdir()

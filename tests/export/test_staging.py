@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,6 +136,47 @@ def test_a_signal_between_two_renames_brings_the_old_one_back(tmp_path: Path, mo
     assert ended.value.code == 143
     assert content(out)["weights.data"] == "old"
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.fixture
+def gone() -> int:
+    """The number of a process that has ended."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path, gone: int) -> None:
+    """The next command of that --out brings the bundle back, whatever becomes of its own."""
+    out = tmp_path / "out"
+    left = bundle_at(tmp_path / f".out.old-{gone}")
+    with pytest.raises(OutputError, match=re.escape(f"{out} exists; give another --out")), staging(out, force=False):
+        pass
+    assert content(tmp_path) == {f"out/{name}": "old" for name in ("manifest.json", "weights.data", "step.onnx")}
+    out.rename(left)
+
+    def fails() -> None:
+        assert content(out)["weights.data"] == "old"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        replaced(out, fails)
+    assert content(tmp_path) == {f"out/{name}": "old" for name in ("manifest.json", "weights.data", "step.onnx")}
+    out.rename(left)
+    replaced(out)
+    assert content(out)["weights.data"] == "new"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_a_kill_after_both_renames_left_goes(tmp_path: Path, gone: int) -> None:
+    """The new bundle is in its place. A folder of a process that runs is left alone."""
+    out = bundle_at(tmp_path / "out", "new")
+    bundle_at(tmp_path / f".out.old-{gone}")
+    bundle_at(tmp_path / f".out.old-{os.getpid()}")
+    with pytest.raises(OutputError, match="exists; give another --out"), staging(out, force=False):
+        pass
+    assert content(out)["weights.data"] == "new"
+    assert sorted(os.listdir(tmp_path)) == [f".out.old-{os.getpid()}", "out"]
 
 
 @pytest.mark.skipif(os.uname().sysname != "Linux" if hasattr(os, "uname") else True, reason="Linux alone exchanges")
