@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,14 @@ from par_runtime.backends.program import VERSION, to_json
 from par_runtime.bundle import Bundle, seal
 
 SHARED = 64 * 1024  #: bytes of shared memory of each stand-in kernel: more than it may take without asking
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change ``engine.json`` and seal it again."""
+    entry = json.loads((folder / ENGINE_JSON).read_text())
+    del entry["hash"]
+    change(entry)
+    (folder / ENGINE_JSON).write_text(json.dumps(seal(entry)))
 
 
 def stand_in_of(spec: Spec, cubin: str, **changes: Any) -> Compiled:
