@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from conftest import golden_config
@@ -58,6 +59,21 @@ def good(checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
     return [*map(str, where), "--heads", "4", "--grid", "8"]
 
 
+def packs(session: ort.InferenceSession) -> bool:
+    """Whether ONNX Runtime was told nothing against packing the weights of ``session``."""
+    try:
+        return str(session.get_session_options().get_session_config_entry("session.disable_prepacking")) != "1"
+    except RuntimeError:  # there is no such entry
+        return True
+
+
+def test_sessions_pack_their_weights_where_they_are_asked_to(bundles: dict[str, Path]) -> None:
+    path = bundles["fp32"] / f"{COMPATIBLE_STEP}.onnx"
+    assert not packs(runner.session(path))
+    assert not packs(runner.session(path, keep=False))
+    assert packs(runner.session(path, pack=True))
+
+
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Graphs of the sessions that packed their weights."""
@@ -65,9 +81,10 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     real = runner.session
 
     def spy(path: Path, pack: bool = False) -> Any:
-        if pack:
+        made = real(path, pack)
+        if packs(made):
             names.append(path.name)
-        return real(path, pack)
+        return made
 
     monkeypatch.setattr(runner, "session", spy)
     return names
