@@ -21,8 +21,9 @@ from par_export.gate import runner
 from par_export.gate.magnitudes import Largest
 from par_export.gate.oracle import oracle_logits
 from par_model.checkpoint import open_checkpoint
-from par_model.config import PARConfig, VQConfig
+from par_model.config import PARConfig, VideoTokenizerConfig, VQConfig
 from par_model.transformer import PAR
+from par_model.video import Swish, VideoTokenizer
 from par_model.vq import VQModel
 
 CONFIG = PARConfig(dim=32, n_layers=2, n_heads=2, vocab_size=32, n_classes=3, grid=(1, 4, 4), group_size=4)
@@ -159,6 +160,102 @@ def test_the_largest_numbers_are_those_of_the_model(tmp_path: Path, state: State
     assert got.keys() == wanted.keys()
     for name, values in wanted.items():
         np.testing.assert_allclose(got[name], values, rtol=1e-3, err_msg=name)
+
+    unseen = Largest()
+    with unseen.watching(model.layers[0], "layer 0", model.cos, model.sin, mask):
+        pass
+    model.layers[0](x, model.cos, model.sin, mask, positions, None)  # nobody watches now
+    assert not unseen.values
+
+
+@torch.no_grad()
+def test_the_largest_numbers_of_an_image_decoder_are_those_of_the_model() -> None:
+    """Layer by layer in fp64, written out again: convolutions, norms, blocks, and the scores of attention."""
+    model = golden_weights(VQModel(VQ))
+    state = {key: tensor.double() for key, tensor in model.state_dict().items()}
+    codes = torch.randn((2, VQ.codebook_dim, 4, 4), generator=torch.Generator().manual_seed(0))
+    wanted: dict[str, dict[str, float]] = {"outputs": {}, "scores": {}}
+
+    def seen(name: str, x: Tensor, quantity: str = "outputs") -> Tensor:
+        wanted[quantity][name] = float(x.abs().max())
+        return x
+
+    def conv(name: str, x: Tensor) -> Tensor:
+        weight = state[f"{name}.weight"]
+        return seen(name, F.conv2d(x, weight, state[f"{name}.bias"], padding=weight.shape[-1] // 2))
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        groups = x.unflatten(1, (VQ.norm_groups, -1))
+        mean, variance = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), keepdim=True, correction=0)
+        weight, bias = (state[f"{name}.{part}"][:, None, None] for part in ("weight", "bias"))
+        return seen(name, ((groups - mean) / (variance + 1e-6).sqrt()).flatten(1, 2) * weight + bias)
+
+    def residual(name: str, x: Tensor) -> Tensor:
+        y = x
+        for i in (1, 2):
+            y = norm(f"{name}.norm{i}", y)
+            y = conv(f"{name}.conv{i}", y * y.sigmoid())
+        return seen(name, x + y)
+
+    def attention(name: str, x: Tensor) -> Tensor:
+        y = norm(f"{name}.norm", x)
+        q, k, v = (conv(f"{name}.{part}", y).flatten(2) for part in "qkv")
+        scores = seen(name, torch.einsum("bci,bcj->bij", q, k) / q.shape[1] ** 0.5, "scores")
+        y = torch.einsum("bij,bcj->bci", scores.softmax(-1), v).view(x.shape)
+        return seen(name, x + conv(f"{name}.proj_out", y))
+
+    x = conv("decoder.conv_in", conv("post_quant_conv", codes.double()))
+    x = residual("decoder.mid.2", attention("decoder.mid.1", residual("decoder.mid.0", x)))
+    for i in range(2):
+        x = attention(f"decoder.conv_blocks.0.attn.{i}", residual(f"decoder.conv_blocks.0.res.{i}", x))
+    x = conv("decoder.conv_blocks.0.upsample.conv", x.repeat_interleave(2, -1).repeat_interleave(2, -2))
+    for i in range(2):
+        x = residual(f"decoder.conv_blocks.1.res.{i}", x)
+    x = norm("decoder.norm_out", x)
+    images = conv("decoder.conv_out", x * x.sigmoid())
+
+    largest = Largest()
+    with largest.watching_decoder({"post_quant_conv": model.post_quant_conv, "decoder": model.decoder}):
+        found = model.decode_codes(codes)
+    torch.testing.assert_close(found.double(), images, rtol=1e-3, atol=1e-4)
+    assert largest.values.keys() == wanted.keys()
+    for quantity, places in wanted.items():
+        assert largest.values[quantity].keys() == places.keys()
+        for name, value in places.items():
+            np.testing.assert_allclose(largest.values[quantity][name], value, rtol=1e-3, err_msg=f"{quantity}: {name}")
+    before = {quantity: dict(places) for quantity, places in largest.values.items()}
+    model.decode_codes(1000 * codes)  # nobody watches now
+    assert largest.values == before
+
+
+@torch.no_grad()
+def test_what_a_video_decoder_multiplies_with_beta_is_watched() -> None:
+    """The graph rounds that product too; it may be large where what comes out is small."""
+    config = VideoTokenizerConfig((8, 5, 5), (4, 8), ((2, 2, 2),), res_blocks=1, last_blocks=1, norm_groups=2)
+    model = golden_weights(VideoTokenizer(config))
+    swishes = {f"decoder_layers.{name}": m for name, m in model.decoder_layers.named_modules() if isinstance(m, Swish)}
+    assert len(swishes) == 5  # two of each residual unit, and the last
+    inputs: dict[str, Tensor] = {}
+    for place, (name, module) in enumerate(swishes.items(), 2):
+        module.beta.copy_(torch.linspace(-1, 0.5, module.beta.numel()).view_as(module.beta) * 10**place)
+        module.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0].double()}))
+    largest = Largest()
+    ids = torch.arange(8).view(1, 2, 2, 2)
+    with largest.watching_decoder({"decoder_layers": model.decoder_layers}):
+        model.decode(ids)
+    assert largest.values.keys() == {"outputs"}
+    for name, module in swishes.items():
+        x, beta = inputs[name].movedim(1, -1), module.beta.double().flatten()
+        wanted = max(float((x[..., c] * beta[c]).abs().max()) for c in range(len(beta)))
+        np.testing.assert_allclose(largest.values["outputs"][name], wanted, rtol=1e-6, err_msg=name)
+    value, _, place = largest.worst()
+    assert place == list(swishes)[-1]
+    assert value > FP16_ALLOWED
+    before = dict(largest.values["outputs"])
+    for module in swishes.values():
+        module.beta.mul_(1000)
+    model.decode(ids)
+    assert largest.values["outputs"] == before
 
 
 def test_numbers_that_no_precision_holds(tmp_path: Path, state: State) -> None:
