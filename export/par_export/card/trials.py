@@ -1,8 +1,8 @@
 """What the trials of single kernels in ``docs/gpu/trials`` say: ``python -m par_export.card.trials docs/gpu/trials``.
 
-Tables for people: of whole layers by how kernels follow each other, and of single products by how far the shape that
-the model of ``kernels/tile_model.py`` prefers is from the fastest of those that were tried. The trials were made once,
-by hand; their README says how.
+Tables for people: of whole layers by how kernels follow each other, and of single products and of attention by how far
+the shape that the model of ``kernels/tile_model.py`` prefers is from the fastest of those that were tried. The trials
+were made once, by hand; their README says how.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from statistics import mean, median
 from typing import Any
 
 from par_export.kernels.targets import TARGETS
-from par_export.kernels.tile_model import product_us
-from par_export.kernels.tile_shapes import ProductTile
-from par_export.kernels.tiles import MOST_BK
+from par_export.kernels.tile_model import attention_us, line_bytes, product_us
+from par_export.kernels.tile_shapes import AttentionTile, ProductTile
+from par_export.kernels.tiles import MOST_BK, attentions
+from par_model.config import named
 
 CARD = TARGETS["SM90"]
 LAST_RUN = 3  #: of layers: with every start
@@ -32,8 +33,9 @@ WAYS = (
     "late, all and keys",
 )
 FETCHED = {"matrices under 8 MB, and keys": "small and keys", "all up to 13.4 MB, and keys": "all and keys"}
-Shape = tuple[int, int, int, int]  # BN, BK, parts of K, stages
+Shape = tuple[int, int, int, int]  # of a product BN, BK, parts of K, stages; of attention span, chunk, warps, stages
 Product = tuple[str, str, int]  # model, kind, rows
+ROWS = 2  #: of attention: one guided image
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -77,6 +79,34 @@ def products(lines: Iterable[Mapping[str, Any]]) -> dict[Product, dict[Shape, tu
     return dict(out)
 
 
+def attention(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], dict[Shape, tuple[float, float]]]:
+    """(model, queries) -> shape of attention -> microseconds of its fastest trial, and what the model expects.
+
+    Of trials in shapes that a build may choose.
+    """
+    out: dict[tuple[str, int], dict[Shape, tuple[float, float]]] = defaultdict(dict)
+    for line in lines:
+        config = named(line["model"].removeprefix("PAR-"), group_size=line["queries"])
+        tile = AttentionTile(line["span"], line["chunk"], line["warps"], line["stages"])
+        if tile not in attentions(config, (1,), CARD):
+            continue
+        us, shape = median(line["samples_us"]), (tile.span, tile.chunk, tile.warps, tile.stages)
+        of = out[line["model"], line["queries"]]
+        expected = attention_us(tile, ROWS * line["heads"], line["keys"], line_bytes(config), CARD)
+        of[shape] = min(us, of.get(shape, (us, 0.0))[0]), expected
+    return dict(out)
+
+
+def faster_in_others(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], float]:
+    """(model, queries) -> what the fastest of all trials of attention takes less than the model's choice, as a part."""
+    lines = list(lines)
+    out = {}
+    for (model, queries), of in attention(lines).items():
+        all_us = [median(each["samples_us"]) for each in lines if (each["model"], each["queries"]) == (model, queries)]
+        out[model, queries] = 1 - min(all_us) / of[choice(of)[1]][0]
+    return out
+
+
 def choice(of: Mapping[Shape, tuple[float, float]]) -> tuple[Shape, Shape]:
     """The fastest shape, and the one that the model prefers: of equals, as a build does, the one with most stages."""
     return min(of, key=lambda shape: of[shape][0]), min(of, key=lambda shape: (of[shape][1], -shape[3]))
@@ -111,6 +141,18 @@ def tables(folder: Path) -> list[str]:
     for words, part in (("", slower), (" in the best of its stages", slower_in_any_stages)):
         parts = [part(shapes) for shapes in of_products.values()]
         out.append(f"choice{words}: {100 * mean(parts):.1f} % slower on average, {100 * max(parts):.0f} % at most")
+    return [*out, "", *_attention_table(read(folder / "attention.jsonl"))]
+
+
+def _attention_table(lines: list[dict[str, Any]]) -> list[str]:
+    out = ["| model | queries | fastest | us | model's choice | us | slower |", "|" + "---|" * 7]
+    of = attention(lines)
+    for trial, shapes in of.items():
+        fastest, chosen = choice(shapes)
+        cells = (*trial, fastest, f"{shapes[fastest][0]:.2f}", chosen, f"{shapes[chosen][0]:.2f}")
+        out.append("| " + " | ".join(map(str, cells)) + f" | {100 * slower(shapes):.0f} % |")
+    most, less = max(map(slower, of.values())), max(faster_in_others(lines).values())
+    out.append(f"choice: {100 * most:.0f} % slower at most; in shapes of no build up to {100 * less:.0f} % less time")
     return out
 
 
