@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,8 +184,10 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    monotonic = perf_counter
+
     def sleep(self, seconds: float) -> None:
-        self.now += seconds
+        self.now = max(self.now + seconds, math.nextafter(self.now, math.inf))  # some always passes
 
 
 def test_the_largest_batch_is_tried_first_and_warming_up_ends_in_time() -> None:
@@ -217,8 +220,30 @@ def test_a_load_is_bounded_in_time() -> None:
     assert time.perf_counter() - started < 30
 
 
-def test_serve_gives_a_row_per_load() -> None:
-    rows = serve([Waits(subject_info())], Setting("serve"), quiet, largest=4, requests=12)
-    assert [round(row.offered_per_s or 0) for row in rows] == [60, 120, 180]
+def test_serve_gives_a_row_per_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, clock = Waits(subject_info()), Clock()
+    monkeypatch.setattr(serving, "time", clock)
+    monkeypatch.setattr(subject, "sleep", clock.sleep)
+    rows = serve([subject], Setting("serve"), quiet, largest=4, requests=12)
+    offered = [0.3 * 4 / 0.02, 0.6 * 4 / 0.02, 0.9 * 4 / 0.02]  # shares of 4 images in 20 ms
+    assert [row.offered_per_s for row in rows] == pytest.approx(offered)
     assert all(row.phase == "serve" and len(row.samples_ms) == 12 and row.images == 4 for row in rows)
     assert all(row.p95_ms >= row.median_ms >= 20 for row in rows)
+    for row, rate in zip(rows, offered, strict=True):
+        latencies, took = by_hand(arrivals(12, rate), 4)
+        assert row.samples_ms == pytest.approx(latencies)
+        assert row.images_per_s == pytest.approx(12 / took)
+    assert max(row.images_per_s or 0 for row in rows) < 200  # no more than 4 in 20 ms
+
+
+def by_hand(due: list[float], largest: int) -> tuple[list[float], float]:
+    """Latencies in ms of requests that arrive at ``due``, where every batch takes 20 ms, and when the last is done."""
+    latencies: list[float] = []
+    free = 0.0
+    while len(latencies) < len(due):
+        first = len(latencies)
+        start = max(free, due[first])
+        taken = [at for at in due[first : first + largest] if at <= start]
+        free = start + 0.02
+        latencies += [1e3 * (free - at) for at in taken]
+    return latencies, free
