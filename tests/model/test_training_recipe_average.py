@@ -113,6 +113,15 @@ def test_what_it_cannot_use_is_one_line_and_writes_nothing(
     refused("--share 1.5: expected 0 to 1", a, b, *out, "--share", 1.5)
     refused("--share nan: expected", a, b, *out, "--share", "nan")
     refused(f"--out {b}: is {b}, which it is made of", a, b, "--out", b)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, config.vocab_size, (5, *config.grid[1:])).astype(np.uint16)
+    val, link = tmp_path / "val.npz", tmp_path / "link.npz"
+    classes = np.array([f"class {i}" for i in range(config.n_classes)])
+    np.savez(val, codes=codes, labels=np.arange(5, dtype=np.uint8) % config.n_classes, class_names=classes)
+    link.symlink_to(val)
+    for place in (val, link):
+        why = f"--out {place}: would write {place}, which is --val {val}; give another place"
+        refused(why, a, b, "--out", place, "--val", val)
     names = [f"class {i}" for i in range(config.n_classes)]
     saved(other, config, 1, class_names=names[::-1])
     refused(f"{other}: class 0 is '{names[-1]}', not 'class 0' as in {a}; give two", a, other, *out)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +106,32 @@ def test_the_peak_memory_of_a_process_grows_with_it() -> None:
     assert after is not None
     assert after >= before
     assert after >= len(held)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library keeps no memory"
+)
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """Blocks in the middle of the heap, which the C library keeps: a later one is still in use."""
+    code = """
+import os
+from pathlib import Path
+from par_runtime.system import give_back
+
+def megabytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+start = megabytes()
+blocks = [b"x" * (60_000 + i) for i in range(1000)]
+blocks = blocks[-1:]
+kept = megabytes()
+give_back()
+print(start, kept, megabytes())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    start, kept, now = map(float, done.stdout.split())
+    assert kept > start + 50
+    assert now < start + 10
 
 
 def test_a_check_leaves_nothing_and_names_what_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

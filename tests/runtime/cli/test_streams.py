@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from par_runtime.cli import dispatch
+from par_runtime.cli.streams import steady
 from par_runtime.images import png
 from par_runtime.system import HALF, explain, write_beside
 
@@ -60,6 +62,31 @@ def test_a_reader_that_stops_is_no_error_and_work_goes_on(tiny: Path, tmp_path: 
     assert shell(line, tmp_path).stderr == b""
     assert (tmp_path / "code").read_text() == "0\n"
     assert (tmp_path / "a.png").is_file()
+
+
+def test_a_stream_of_another_program_gets_escapes_while_a_verb_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a notebook or a test runner has them: they stay in their place, and are afterwards as they were."""
+
+    class Theirs(io.TextIOWrapper):
+        pass
+
+    streams = [Theirs(io.BytesIO(), "ascii", errors) for errors in ("strict", "replace")]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    with steady() as lost:
+        assert (sys.stdout, sys.stderr) == tuple(streams)
+        print("füchse, łosie")
+        print("füchse", file=sys.stderr)
+        assert lost() == ""
+    assert [stream.buffer.getvalue() for stream in streams] == [  # type: ignore[attr-defined]
+        b"f\\xfcchse, \\u0142osie\n",
+        b"f\\xfcchse\n",
+    ]
+    assert [stream.errors for stream in streams] == ["strict", "replace"]
+    with pytest.raises(UnicodeEncodeError):
+        streams[0].write("ü")
+    print("ü", file=sys.stderr, flush=True)
+    assert streams[1].buffer.getvalue().endswith(b"?\n")  # type: ignore[attr-defined]
 
 
 def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_all(tmp_path: Path) -> None:
