@@ -312,7 +312,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if schema > SCHEMA:
         raise BundleError(
             f"{file}: schema {shown(schema)} was made by a newer parvis; this one reads up to {SCHEMA}: "
-            "upgrade with pip install --upgrade parvis"
+            "install a newer parvis (docs/install.md)"
         )
     if schema < SCHEMA:
         raise BundleError(f"{file}: schema {shown(schema)} is older than {SCHEMA}; export the bundle again")

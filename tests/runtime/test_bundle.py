@@ -61,7 +61,7 @@ def test_broken_json(broken: Path) -> None:
 
 def test_newer_schema(broken: Path) -> None:
     edit(broken, lambda m: m.update(schema=99))
-    with pytest.raises(BundleError, match=r"schema 99 was made by a newer parvis.*pip install --upgrade parvis"):
+    with pytest.raises(BundleError, match=r"schema 99 .*; .* install a newer parvis \(docs/install\.md\)$"):
         Bundle.open(broken)
 
 

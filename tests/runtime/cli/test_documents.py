@@ -116,10 +116,46 @@ def test_the_rooms_in_the_design_are_those_that_the_linter_holds() -> None:
     assert described == held
 
 
-def test_the_documents_name_no_package_that_is_on_no_index() -> None:
-    for document in [*DOCUMENTS, *(ROOT / "cmake").iterdir()]:
-        text = document.read_text(encoding="utf-8")
-        assert not re.search(r"pip install '?parvis", text), document
+SOURCES = [
+    *(ROOT / "cmake").iterdir(),
+    *(
+        path
+        for folder in ("runtime", "export", "par_model", "calibration", "models/recipe")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".c", ".h", ".tsv") or path.name == "Makefile"
+    ),
+]
+#: Of the package by its name, with options of pip before it, also where the source puts a command together.
+FROM_AN_INDEX = re.compile(r"(?:pip3?|pip_command\(\)\}) install(?:\s+-\S+)*\s+[\"']?parvis(?![\w/-]|\.whl)")
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("pip install parvis", True),
+        ("pip install 'parvis[cpu]'", True),
+        ("upgrade with pip install --upgrade parvis", True),
+        ('f"{pip_command()} install -U parvis"', True),
+        ('"give it: pip install --user "\n    "parvis[cpu,export]"', True),
+        ("pip install '.[cpu]' in a clone of parvis", False),
+        ("pip install './parvis-0.1.0-py3-none-any.whl[cpu]'", False),
+        ("pip install -r parvis/constraints.txt", False),
+    ],
+)
+def test_what_counts_as_an_installation_from_an_index(text: str, wrong: bool) -> None:
+    assert bool(FROM_AN_INDEX.search(joined(text))) == wrong
+
+
+def joined(text: str) -> str:
+    """Source in which strings that follow each other are one."""
+    return re.sub(r"""(["'])\s*\n\s*[rf]*\1""", "", text)
+
+
+def test_nothing_names_a_package_that_is_on_no_index() -> None:
+    assert len(SOURCES) > 200
+    for path in [*DOCUMENTS, *SOURCES]:
+        found = FROM_AN_INDEX.search(joined(path.read_text(encoding="utf-8")))
+        assert not found, (path, found)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
