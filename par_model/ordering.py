@@ -101,11 +101,6 @@ def phases(config: PARConfig) -> tuple[Phase, ...]:
     )
 
 
-def call_count(config: PARConfig) -> int:
-    """Calls of the model per image or video."""
-    return sum(phase.repeat for phase in phases(config))
-
-
 def rotary_table(config: PARConfig, base: float = ROPE_BASE) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin [N, D/2] float32 by input position; zero rows for class and learnable tokens.
 

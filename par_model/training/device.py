@@ -68,11 +68,6 @@ def on_cpu(state: Any) -> Any:
     return state
 
 
-def on_device(state: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The tensors of ``state``, by key, on ``device``."""
-    return {key: tensor.to(device) for key, tensor in state.items()}
-
-
 def adamw(parameters: Iterable[nn.Parameter], lr: float, device: torch.device) -> torch.optim.AdamW:
     """The optimizer of the tokenizers; on a GPU it updates all weights in one kernel."""
     fused = True if device.type == "cuda" else None

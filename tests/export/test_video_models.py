@@ -16,7 +16,7 @@ from par_calibration.heldout import find, read
 from par_model.baseline import Baseline
 from par_model.config import named
 from par_model.generation import generate as reference
-from par_model.ordering import call_count
+from par_model.ordering import phases
 from par_model.transformer import PAR
 from par_runtime import Pipeline
 from par_runtime.bench.suites.paper import PUBLISHED, VIDEO, architecture_of
@@ -31,7 +31,8 @@ def test_the_calls_and_the_size_of_the_papers_video_model() -> None:
     published = {row.n: row for row in PUBLISHED if row.model == VIDEO}
     for n, calls in ((1, 1280), (4, 323), (16, 95)):
         config = named("video", group_size=n)
-        assert call_count(config) == calls == sum(phase.repeat for phase in phases_of(n, config.n_tokens))
+        for of in (phases(config), phases_of(n, config.n_tokens)):
+            assert sum(phase.repeat for phase in of) == calls
         assert calls == published[n].steps
         ours = architecture_of(published[n])
         assert (ours.dim, ours.n_layers, ours.n_heads, ours.head_dim) == (1536, 21, 24, config.head_dim)

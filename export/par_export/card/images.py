@@ -170,7 +170,7 @@ def check_memory(spec: Mapping[str, Any], emit: Emit) -> None:
     pipeline.close()
 
 
-def make_one(spec: Mapping[str, Any], emit: Emit) -> None:
+def make_one(spec: Mapping[str, Any]) -> None:
     """One image of the bundle ``path``, kernel by kernel, with nothing that takes long."""
     pipeline = Pipeline.load(Path(spec["path"]), spec["device"], capture="none", selftest=False)
     pipeline.generate([0], seed=1, guidance=1.5)

@@ -109,10 +109,10 @@ def memory_stage(spec: Spec, emit: Emit) -> None:
 
 
 def one_image_stage(spec: Spec, emit: Emit) -> None:
-    """One image, launched kernel by kernel: what ``compute-sanitizer`` watches."""
+    """One image, launched kernel by kernel: what ``compute-sanitizer`` watches. It has nothing to report itself."""
     from par_export.card.images import make_one
 
-    make_one(spec, emit)
+    make_one(spec)
 
 
 STAGES: dict[str, Stage] = {

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     tokens = original.tokens
     if not (args.quiet or args.json):
         say_of_animations([args.image])
-        _say_what_was_taken(args, original)
+        _say_what_was_taken(original)
     if tokens is None:  # before the model is loaded, which may take longer
         with closing(Tokenizer(bundle, args.threads)) as tokenizer:
             tokens = tokenizer.encode(original.pixels)[0]
@@ -249,7 +249,7 @@ def paste(result: Result, original: Original) -> Result:
     return replace(result, images=np.where(original.stays[..., None], original.pixels, result.images))
 
 
-def _say_what_was_taken(args: argparse.Namespace, original: Original) -> None:
+def _say_what_was_taken(original: Original) -> None:
     """Print what the user may not expect: that an image of parvis is encoded, and how a mask was read."""
     if original.tokens is None and original.why != Original.why:
         print(printable(f"parvis: {original.why}; encoding its pixels"), file=sys.stderr)

@@ -180,7 +180,7 @@ def test_memory_that_grows_is_seen(on_gpu: Path, driver: Driver, monkeypatch: py
     before, after = (int(text.split()[at]) for at in (2, 6))
     assert before == pytest.approx(start, abs=4)
     assert before - after == pytest.approx(batches * mega, abs=2)
-    images.make_one({"path": str(on_gpu), "device": "cuda:0"}, Lines())
+    images.make_one({"path": str(on_gpu), "device": "cuda:0"})
 
 
 def test_graphs_that_are_kept_for_ever_are_seen(on_gpu: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
