@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import pydoc
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -18,14 +13,8 @@ import numpy as np
 import pytest
 from sharing import SMALL, TINY, params
 
-import par_runtime
 from par_runtime import Bundle, Pipeline, RequestError, Schedule, Settings
-from par_runtime.arguments import cpu_threads, given
-from par_runtime.backends.native import library
-from par_runtime.backends.ort import importing
 from par_runtime.cli.dispatch import main
-from par_runtime.system import available_cores
-from par_runtime.tokenizer import Tokenizer
 
 Get = Callable[[str], Pipeline]
 
@@ -346,147 +335,3 @@ def test_the_seed_after_the_largest_is_zero(pipeline: Pipeline, tmp_path: Path) 
     options = ["--label", "0", "--count", "2", "--seed", str(2**64 - 1), "--tokens", str(saved), "--quiet"]
     assert main(["generate", str(TINY), *options, "--out", str(tmp_path / "out.png")]) == 0
     assert (np.load(saved) == wanted.tokens).all()
-
-
-# -- threads ----------------------------------------------------------------------------------------------------------
-
-
-def test_more_threads_than_cores_are_reduced_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    cores = available_cores()
-    words = f"threads 100000: reduced to {cores}, the cores that this process may use"
-    before = threading.active_count()
-    for load in (
-        lambda: Pipeline.load(TINY, "cpu", threads=100000),
-        lambda: Pipeline.load(SMALL, "cpu", threads=np.int64(100000), selftest=False),
-    ):
-        with pytest.warns(UserWarning, match=words) as caught, load() as pipeline:
-            assert pipeline.threads == cores
-        assert caught[0].filename == __file__
-    with pytest.warns(UserWarning, match=words):
-        tokenizer = Tokenizer(Bundle.open(TINY), 100000)
-    assert tokenizer._threads == cores
-    with pytest.warns(UserWarning, match="an integer of about 401 digits: reduced"):
-        assert cpu_threads(10**400) == cores
-    assert threading.active_count() == before
-    assert cpu_threads(cores) == cores  # no warning
-
-
-def test_a_tokenizer_that_is_closed_meanwhile_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of its parts would say something of its own."""
-    bundle = Bundle.open(TINY)
-    tokens = np.zeros((1, bundle.n_tokens), np.int64)
-    tokenizer = Tokenizer(bundle, 1)
-    tokenizer.decode(tokens)
-    assert tokenizer._decoder is not None
-    real = tokenizer._decoder.run
-
-    def closes(given: Any) -> Any:
-        tokenizer.close()
-        return real(given)
-
-    monkeypatch.setattr(tokenizer._decoder, "run", closes)
-    with pytest.raises(RequestError, match=r"the tokenizer was closed; load it again$"):
-        tokenizer.decode(tokens)
-
-
-def test_there_is_no_room_for_a_library() -> None:
-    with pytest.raises(MemoryError, match=r"^onnxruntime cannot be loaded; see ulimit -v$"), importing("decoding"):
-        raise ImportError("libonnxruntime.so.1: failed to map segment from shared object")
-    with pytest.raises(ImportError, match="spoilt"), importing("decoding"):
-        raise ImportError("spoilt")
-
-
-def test_nothing_to_decode_or_to_encode_is_nothing() -> None:
-    """As Pipeline has it; a batch of a service may be empty."""
-    bundle = Bundle.open(TINY)
-    height, width = bundle.image_size or (0, 0)
-    empty = np.zeros((0, bundle.n_tokens), np.int64)
-    tokenizer = Tokenizer(bundle, 1)
-    with Pipeline.load(TINY, "cpu", threads=1, selftest=False) as pipeline:
-        for decode in (tokenizer.decode, pipeline.decode):
-            made = decode(empty)
-            assert (made.shape, made.dtype) == ((0, height, width, 3), np.uint8)
-    tokenizer.close()
-    with pytest.raises(RequestError, match="was closed"):
-        tokenizer.decode(empty)
-
-
-def test_the_commands_reduce_threads_with_one_line(tmp_path: Path) -> None:
-    photo = tmp_path / "out.png"
-    command = [sys.executable, "-m", "par_runtime"]
-    line = f"parvis: warning: threads 64: reduced to {available_cores()}, the cores that this process may use"
-    if available_cores() >= 64:
-        pytest.skip("64 threads are no more than the cores here")
-    for verb in (
-        ["generate", str(TINY), "--label", "0", "--out", str(photo)],
-        ["reconstruct", str(photo), "--bundle", str(TINY), "--out", str(tmp_path / "again.png")],
-        ["verify", str(TINY), "--images", "1"],
-    ):
-        done = subprocess.run([*command, *verb, "--threads", "64"], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.splitlines().count(line) == 1, done.stderr
-        assert "UserWarning" not in done.stderr
-
-
-@pytest.mark.parametrize("threads", ["0", "-1", "abc", "1.5", "1e9"])
-def test_bad_threads_of_a_command_are_one_line(threads: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", str(TINY), "--label", "0", "--threads", threads]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("parvis: error: ")
-    assert threads in error
-    assert error.count("\n") == 1
-
-
-# -- what a program sees of a pipeline --------------------------------------------------------------------------------
-
-
-def test_logging_says_what_happens_and_nothing_is_printed(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with caplog.at_level(logging.DEBUG, "par_runtime"), Pipeline.load(TINY, "auto") as pipeline:
-        assert pipeline.note
-    said = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
-    where = "par_runtime.pipeline"
-    assert any(s[:2] == (where, "INFO") and "loaded on onnxruntime-cpu" in s[2] for s in said)
-    assert any(s[:2] == (where, "INFO") and "running on the CPU" in s[2] for s in said)
-    assert any(s[:2] == (where, "DEBUG") and "self-test passed" in s[2] for s in said)
-    if library.library() is not None:
-        assert any(s[:2] == ("par_runtime.backends.choose", "DEBUG") and "no C step: a width" in s[2] for s in said)
-    code = "import sys; from par_runtime import Pipeline; Pipeline.load(sys.argv[1]).generate(0, seed=1)"
-    done = subprocess.run([sys.executable, "-c", code, str(TINY)], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_short_words_for_large_objects(pipeline: Pipeline) -> None:
-    assert repr(pipeline) == f"Pipeline({TINY}, {pipeline.backend.info.name})"
-    schedule = Schedule.of(pipeline.bundle, [0, 1], [Settings(guidance=2), Settings()])
-    assert repr(schedule.batch) == "Batch(2 images, 3 rows)"
-    assert repr(schedule) == "Schedule(19 calls, Batch(2 images, 3 rows))"
-    assert schedule == schedule
-    assert schedule != Schedule.of(pipeline.bundle, [0, 1], [Settings(guidance=2), Settings()])
-    assert schedule.batch != Schedule.of(pipeline.bundle, [0], [Settings()]).batch
-    with Pipeline.load(TINY, "cpu", selftest=False) as other:
-        assert pipeline != other
-        assert pipeline == pipeline
-    assert repr(other).endswith(", closed)")
-    assert len({pipeline, other}) == 2
-
-
-def test_dir_and_help_show_what_there_is() -> None:
-    assert dir(par_runtime) == sorted(par_runtime.__all__)
-    text = pydoc.render_doc(Pipeline.generate, renderer=pydoc.plaintext)
-    assert "images_per_label: 'int' = 1" in text
-    assert "Generate one image per label" in text
-    for name in ("score", "encode", "decode", "preview", "selftest", "close", "load"):
-        assert pydoc.getdoc(getattr(Pipeline, name)), name
-
-
-def test_given_is_bounded() -> None:
-    assert given("a\nb") == r"'a\nb'"
-    assert given(np.zeros((2, 2))) == "array([[0., 0.], [0., 0.]])"
-    assert given(Broken()) == "a Broken"
-    assert given(type("Colour", (), {"__repr__": lambda _: "\x1b[2J\u202e"})()) == r"\x1b[2J\u202e"
-    assert len(given(b"x" * 10**7)) <= 80
-    assert len(given(set(range(10**5)))) <= 80
-    assert len(given(Huge())) <= 80
-    assert len(given(np.zeros((100, 100)))) <= 80
