@@ -1,6 +1,7 @@
 """Quantised bundles as an enemy made them, sealed again: one clear line, or a bundle that works.
 
-``test_hostile_bundles.py`` has what any bundle can have wrong, ``test_heldout.py`` held-out images.
+``test_hostile_bundles.py`` and ``test_hostile_files.py`` have what any bundle can have wrong, ``test_heldout.py`` has
+held-out images.
 """
 
 from __future__ import annotations
