@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from conftest import GOLDEN
 from par_runtime import BundleError, Pipeline, RequestError
 from par_runtime.backends.base import Batch
-from par_runtime.backends.ort.cpu import OPSET24_SINCE, OrtBackend, spread, window
-from par_runtime.bundle import seal
-from par_runtime.dtypes import Float, Int
 from par_runtime.request import Settings, class_index
 from par_runtime.schedule import uniforms
-from par_runtime.selftest import LOAD_SECONDS, SelftestError
 
 
 @pytest.fixture(scope="module")
@@ -114,57 +109,6 @@ def test_preview_repeats_the_latest_token_of_each_region(pipeline: Pipeline) -> 
     filled[:, 32:] = np.tile(r.tokens[:, 28:32], 8)
     assert (pipeline.preview(r.tokens, 32) == pipeline.decode(filled)).all()
     assert pipeline.preview(r.tokens, 2).shape == (1, 16, 16, 3)
-
-
-def test_window_grows_in_buckets_and_covers() -> None:
-    sizes = [window(p, 576) for p in range(1, 577)]
-    assert sizes == sorted(sizes)
-    assert all(p <= s <= 576 for p, s in enumerate(sizes, 1))
-    assert len(set(sizes)) == 8
-    assert window(5, 5) == 5
-
-
-def test_spread_moves_pieces_apart_in_place() -> None:
-    rng = np.random.default_rng(0)
-    for count in (1, 2, 3, 8, 65):
-        for old in (0, 1, 3, 8):
-            for new in range(max(old, 1), 3 * old + 3):
-                flat = rng.random(count * new + 5, dtype=np.float32)
-                wanted = flat[: count * old].reshape(count, old).copy()
-                spread(flat, count, old, new)
-                assert (flat[: count * new].reshape(count, new)[:, :old] == wanted).all(), (count, old, new)
-
-
-def test_the_cache_is_allocated_once_and_serves_smaller_batches(tiny: Path) -> None:
-    pipeline = Pipeline.load(tiny, threads=1)
-    backend, layout = pipeline.backend, pipeline.bundle.cache
-    assert isinstance(backend, OrtBackend)
-    first = pipeline.generate([0, 1, 2], seed=4, guidance=2).tokens
-    held = [buffer.ctypes.data for buffer in backend._caches]
-    assert sum(b.nbytes for b in backend._caches) == len(layout.inputs) * 6 * layout.heads * 64 * layout.head_dim * 4
-    pipeline.generate([5], seed=9, guidance=1)
-    assert (pipeline.generate([0, 1, 2], seed=4, guidance=2).tokens == first).all()
-    assert [buffer.ctypes.data for buffer in backend._caches] == held
-    pipeline.generate([0] * 4, seed=9, guidance=2)
-    assert (pipeline.generate([0, 1, 2], seed=4, guidance=2).tokens == first).all()
-
-
-def test_too_little_memory_is_a_memory_error(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full:
-        def run_with_iobinding(self, _: object) -> None:
-            raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer of size 99")
-
-    pipeline.generate(0, seed=1)
-    monkeypatch.setattr(pipeline.backend, "_step", Full())
-    with pytest.raises(MemoryError, match="size 99"):
-        pipeline.generate(0, seed=1)
-
-
-def test_growing_the_window_changes_nothing(pipeline: Pipeline, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grown = pipeline.generate([0, 1], seed=4).tokens
-    monkeypatch.setattr("par_runtime.backends.ort.cpu.BUCKETS", 1)
-    fixed = Pipeline.load(tiny, threads=1).generate([0, 1], seed=4).tokens
-    assert (grown == fixed).all()
 
 
 def test_the_graph_for_older_runtimes_gives_the_same_tokens(
@@ -329,108 +273,3 @@ def test_importing_the_runtime_loads_neither_torch_nor_onnx(tiny: Path) -> None:
 def test_importing_par_runtime_alone_is_cheap() -> None:
     code = "import sys, par_runtime; assert not {'numpy', 'onnxruntime', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_cache_is_updated_in_place(tiny: Path) -> None:
-    """ONNX Runtime says on stderr when TensorScatter copies the cache; generation must never make it say so."""
-    log = "import sys; from par_runtime.backends.ort import sessions; sessions.LOG_SEVERITY = 2\n"
-    run = log + "from par_runtime import Pipeline; Pipeline.load(sys.argv[1]).generate([0, 1], seed=1)"
-    done = subprocess.run([sys.executable, "-c", run, str(tiny)], capture_output=True, text=True, check=True)
-    assert "in-place" not in done.stderr
-    assert done.stderr == ""
-    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < OPSET24_SINCE:
-        return  # the older graph writes with ScatterND, which copies in silence
-    # The warning exists and would be seen: the same step, output bound to another buffer.
-    copied = log + (
-        "from par_runtime import Pipeline; from par_runtime.backends.ort import cpu as ort; bind = "
-        "ort._bind; others = []\n"
-        "def other(a): others.append(a.copy()); return others[-1]\n"
-        "ort._bind = lambda b, n, a, output=False: bind(b, n, other(a) if n.startswith('present') else a, output)\n"
-        "p = Pipeline.load(sys.argv[1], selftest=False); p.generate([0, 1], seed=1)"
-    )
-    done = subprocess.run([sys.executable, "-c", copied, str(tiny)], capture_output=True, text=True, check=False)
-    assert "in-place" in done.stderr
-
-
-def test_a_failed_selftest_is_told_with_the_first_position(tiny: Path) -> None:
-    pipeline = Pipeline.load(tiny)
-    good = pipeline.bundle
-    wrong = json.loads(json.dumps(dict(good.selftest)))
-    wrong["tokens"][0][13] ^= 1
-    pipeline.bundle = replace(good, selftest=wrong)
-    with pytest.raises(BundleError, match=r"self-test failed .* at position 13"):
-        pipeline.selftest()
-    pipeline.selftest(seconds=0)  # ends after every phase ran once, at position 11
-    wrong["tokens"][0][9] ^= 1
-    with pytest.raises(BundleError, match=r"self-test failed .* at position 9"):
-        pipeline.selftest(seconds=0)
-
-
-def test_a_load_tests_for_a_second_and_every_phase_at_least(tiny_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for a first image waits for it; ``Pipeline.selftest`` and ``parvis verify`` take longer."""
-    given: list[float] = []
-    whole = Pipeline.selftest
-    monkeypatch.setattr(Pipeline, "selftest", lambda self, seconds: (given.append(seconds), whole(self, seconds)))
-    Pipeline.load(tiny_copy)
-    assert given == [LOAD_SECONDS] == [1.0]
-    monkeypatch.undo()
-    monkeypatch.setattr("par_runtime.pipeline.LOAD_SECONDS", 0.0)
-    manifest = json.loads((tiny_copy / "manifest.json").read_text())
-    for place, refused in ((13, False), (9, True)):  # every phase has run at position 11
-        manifest["selftest"]["tokens"][0][place] ^= 1
-        (tiny_copy / "manifest.json").write_text(json.dumps(seal(manifest)))
-        if refused:
-            with pytest.raises(BundleError, match=rf"self-test failed .* at position {place}"):
-                Pipeline.load(tiny_copy)
-        else:
-            Pipeline.load(tiny_copy)
-
-
-def test_the_selftest_forgives_a_tie_and_nothing_else(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = Pipeline.load(tiny)
-    step = pipeline.backend.step
-
-    def other(batch: Batch, ids: Int, write: Int, uniform: Float) -> Int:
-        tokens = step(batch, ids, write, uniform)
-        if write[0] == 8:
-            tokens[:, 2] ^= 1
-        return tokens
-
-    monkeypatch.setattr(pipeline.backend, "step", other)
-    with pytest.raises(BundleError, match=r"self-test failed .* at position 10"):
-        pipeline.selftest()
-    monkeypatch.setattr(pipeline.backend, "tie", 10.0)  # now every code ties with every other
-    pipeline.selftest()
-
-
-def test_the_selftest_refuses_a_backend_that_computes_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All zero, every candidate ties with every other."""
-    pipeline = Pipeline.load(tiny)
-    step, logits = pipeline.backend.step, pipeline.backend.logits
-    monkeypatch.setattr(pipeline.backend, "step", lambda *a: np.zeros_like(step(*a)))
-    monkeypatch.setattr(pipeline.backend, "logits", lambda *a: np.zeros_like(logits(*a)))
-    with pytest.raises(BundleError, match=r"self-test failed"):
-        pipeline.selftest()
-
-
-@pytest.mark.parametrize(
-    ("raised", "end"),
-    [
-        (
-            SelftestError("a: self-test failed"),
-            "a: self-test failed; selftest=False (--no-selftest) loads it regardless",
-        ),
-        (BundleError("a: cannot be read"), "a: cannot be read"),  # which leaving the self-test out would not change
-    ],
-)
-def test_only_a_self_test_that_fails_can_be_left_out(
-    raised: BundleError, end: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def check(*_: object) -> None:
-        raise raised
-
-    monkeypatch.setattr("par_runtime.pipeline.check_selftest", check)
-    with pytest.raises(BundleError) as caught:
-        Pipeline.load(tiny, device="cpu-ort")
-    assert str(caught.value) == end
-    Pipeline.load(tiny, device="cpu-ort", selftest=False).close()
