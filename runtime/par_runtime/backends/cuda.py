@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -87,8 +88,8 @@ def why_no_device() -> str:
 
 
 def has_driver() -> bool:
-    """Whether the driver's library is there; nothing of it is called."""
-    if driver is not None:
+    """Whether the driver's library is there, or something stands in for it; nothing of it is called."""
+    if driver is not None and not isinstance(driver, ModuleType):
         return True
     try:
         ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
