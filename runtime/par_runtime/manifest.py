@@ -95,7 +95,10 @@ def check_defaults(d: Value) -> None:
         d["guidance_interval"].integer(-1)
     unknown = sorted(d.value.keys() - {"guidance", "temperature", "top_k", "top_p", "guidance_interval"})
     if unknown:
-        raise Mismatch(f"defaults has {shown(unknown[0])}, which this parvis does not know; upgrade it")
+        raise Mismatch(
+            f"defaults has {shown(unknown[0])}, which this parvis does not know; install a newer parvis "
+            "(docs/install.md)"
+        )
 
 
 def check_texts(value: Any) -> None:

@@ -273,7 +273,10 @@ CASES: list[tuple[Change, str]] = [
     (put("defaults/top_k", 2.5), "defaults.top_k is 2.5; expected a whole number from 0"),
     (put("defaults/top_p", -1), "defaults.top_p is -1; expected a number from 0 to 1"),
     (put("defaults/guidance_interval", -2), "defaults.guidance_interval is -2; expected a whole number from -1"),
-    (put("defaults/colour", 1), "defaults has 'colour', which this parvis does not know; upgrade it"),
+    (
+        put("defaults/colour", 1),
+        "defaults has 'colour', which this parvis does not know; install a newer parvis (docs/install.md)",
+    ),
     (put("tokenizer/weights/codebook/0", "int8"), r"weights.codebook\[0\] is 'int8'; expected one of float32"),
     (put("tokenizer/weights/codebook/1", [32, 8]), r"weights.codebook\[1\] is \[32, 8\]; expected \[64, 4\], which"),
     (put("tokenizer/weights/codebook/2", 0), r"weights 'codebook' and .* overlap|weights .* and 'codebook' overlap"),

@@ -172,7 +172,7 @@ def from_plain(plain: Any) -> Row:
     given = Value(plain)
     schema = given.get("schema")
     if schema is not None and schema.integer() > SCHEMA:
-        raise Mismatch(f"schema {shown(schema.value)} is newer than {SCHEMA}; upgrade parvis")
+        raise Mismatch(f"schema {shown(schema.value)} is newer than {SCHEMA}; install a newer parvis (docs/install.md)")
     hints = get_type_hints(Row)
     known: dict[str, Any] = {}
     for field in fields(Row):

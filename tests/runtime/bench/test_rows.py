@@ -44,7 +44,7 @@ def spoilt(**changes: object) -> str:
         ("{\n", r"line 1: not valid JSON \(.*\); expected JSON lines, as 'parvis bench --json FILE' writes them"),
         ("[1]\n", r"line 1: not a row of 'parvis bench' \(\[1\] is no object\)"),
         (spoilt(median_ms="gone"), "line 1: not a row of 'parvis bench' \\(no entry 'median_ms'\\)"),
-        (spoilt(schema=99), "schema 99 is newer than 1; upgrade parvis"),
+        (spoilt(schema=99), "schema 99 is newer than 1; install a newer parvis"),
         (spoilt(schema="new"), "schema is 'new'; expected a whole number"),
         (spoilt(samples_ms=[]), "samples_ms is \\[\\]; expected milliseconds above 0"),
         (spoilt(samples_ms=["a"]), r"samples_ms\[0\] is 'a'; expected a number"),
