@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from small_report import BASELINE, SMALL, options
 
 from par_export.card import plan, prepare
 from par_export.card import rows as rows_of_report
-from par_export.card.plan import MODELS, Model
+from par_export.card.plan import COMPILED, EAGER, MODELS, Model
 from par_export.card.report import Report
 from par_runtime.bench import gpu
 from par_runtime.bench.journal import Journal
 from par_runtime.bench.subjects.base import OutOfTimeError
+from par_runtime.bench.subjects.process import SubjectProcess
 from par_runtime.errors import RequestError
 
 
@@ -91,3 +93,147 @@ def test_pytorch_gives_up_n_16_of_the_largest_models_where_memory_does_not_hold_
 
 def test_pytorch_alone_fits_into_80_gb_with_every_n() -> None:
     assert prepare.that_fit(plan.BASELINES, 80 * 10**9) == list(plan.BASELINES)
+
+
+class Process:
+    """In place of a twin's process: what is done with it, and events that hold it where a test wants it."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.done = label, list[str]()
+        self.begun, self.may_end = threading.Event(), threading.Event()
+
+    def run(self, *_: object) -> None:
+        self.begun.set()
+        assert self.may_end.wait(60)
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        return lambda: self.done.append(name)
+
+
+class Twins(dict[str, Process]):
+    """In place of :func:`open_eager`: the processes by label, which are there once ``load`` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.load = threading.Event()
+        self.load.set()
+
+    def __call__(self, path: Path, label: str, *, started: Callable[[Process], None], **_: object) -> Process:
+        assert self.load.wait(60)
+        self[label] = Process(label)
+        started(self[label])
+        if label == "PAR-S n=16 compiled":
+            raise RequestError("it does not load")
+        return self[label]
+
+
+@pytest.fixture
+def twins(monkeypatch: pytest.MonkeyPatch) -> Twins:
+    opened = Twins()
+    monkeypatch.setattr(prepare, "open_eager", opened)
+    monkeypatch.setattr(prepare, "family_of", lambda *_: dict.fromkeys((1, 4, 16), Path()))
+    return opened
+
+
+def prepared(tmp_path: Path, *sizes: int) -> prepare.Preparation:
+    model = replace(BASELINE, name="PAR-S", twins=sizes, group_sizes=sizes)
+    return prepare.Preparation([model], tmp_path, lambda *_, **__: None, (1,), "cpu", time.monotonic() + 60)
+
+
+def begun(twins: Twins, label: str) -> Process:
+    while label not in twins:
+        time.sleep(0.01)
+    assert twins[label].begun.wait(60)
+    return twins[label]
+
+
+def test_twins_that_are_not_ready_are_paused_while_something_is_timed(twins: Twins, tmp_path: Path) -> None:
+    preparation = prepared(tmp_path, 4)
+    eager, compiled = (begun(twins, f"PAR-S n=4 {kind}") for kind in (EAGER, COMPILED))
+    eager.may_end.set()
+    assert preparation.twins["PAR-S", 4, EAGER].result(60).process is eager
+    found: list[str] = []
+
+    def interrupted() -> None:
+        with preparation.quiet():
+            found.extend(compiled.done)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert found == ["lower_priority", "pause"]
+    assert compiled.done == ["lower_priority", "pause", "go_on"]
+    preparation.usual_priority()
+    assert eager.done == ["forget", "usual_priority"]
+    with preparation.quiet():
+        # Its answer was on its way when it was paused. It waits for requests now, so it may be measured.
+        compiled.may_end.set()
+        assert preparation.twins["PAR-S", 4, COMPILED].result(60).process is compiled
+        assert compiled.done[-3:] == ["pause", "forget", "go_on"]
+    assert compiled.done[-1] == "go_on"
+    preparation.close()
+    assert compiled.done[-2:] == eager.done[-2:] == ["kill", "close"]
+
+
+def test_a_twin_that_starts_meanwhile_is_paused_at_once(twins: Twins, tmp_path: Path) -> None:
+    twins.load.clear()
+    preparation = prepared(tmp_path, 4)
+    with preparation.quiet():
+        twins.load.set()
+        compiled = begun(twins, f"PAR-S n=4 {COMPILED}")
+        assert compiled.done == ["lower_priority", "pause"]
+    assert compiled.done[-1] == "go_on"
+    for process in twins.values():
+        process.may_end.set()
+    preparation.close()
+
+
+def test_a_twin_that_does_not_load_is_not_paused_any_more(twins: Twins, tmp_path: Path) -> None:
+    preparation = prepared(tmp_path, 16)
+    with pytest.raises(RequestError):
+        preparation.twins["PAR-S", 16, COMPILED].result(60)
+    with preparation.quiet():
+        pass
+    assert twins["PAR-S n=16 compiled"].done == ["lower_priority"]
+    begun(twins, "PAR-S n=16 eager").may_end.set()
+    preparation.close()
+
+
+def test_a_twin_that_starts_when_the_report_has_ended_is_ended_at_once(twins: Twins, tmp_path: Path) -> None:
+    """Nothing waits until it has loaded."""
+    twins.load.clear()
+    preparation = prepared(tmp_path, 4)
+    preparation._closed.set()
+    process = Process("late")
+    preparation._begins(process, compiled=False)  # type: ignore[arg-type]
+    assert process.done == ["kill"]
+    twins.load.set()
+    preparation.close()
+
+
+def test_a_report_that_fails_leaves_no_paused_process(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real processes, which are paused before they have loaded anything."""
+    opened: list[SubjectProcess] = []
+
+    def open_apart(
+        _: Path, label: str, *, started: Callable[[SubjectProcess], None], end: float, **__: object
+    ) -> object:
+        rounding = {"arithmetic": "auto", "cache": "auto", "decoder_precision": "auto"}
+        spec = {"kind": "bundle", "path": str(tiny), "label": label, "device": "cpu", "threads": 1, "selftest": False}
+
+        def begins(process: SubjectProcess) -> None:
+            opened.append(process)
+            started(process)
+
+        return SubjectProcess(spec | {"rounding": rounding, "apart": True}, end, begins)
+
+    monkeypatch.setattr(prepare, "open_eager", open_apart)
+    monkeypatch.setattr(prepare, "family_of", lambda *_: {4: tiny})
+    preparation = prepared(tmp_path, 4)
+    with preparation.quiet():
+        while len(opened) < 2:
+            time.sleep(0.01)
+        preparation.close()
+    assert all(process._process.returncode is not None for process in opened)
