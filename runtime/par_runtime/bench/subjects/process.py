@@ -198,8 +198,8 @@ class SubjectProcess:
     def pause(self) -> None:
         """Stop the process and what it started, until ``go_on``. A request to it is answered after that.
 
-        Where this process ends before, the system itself lets them go on and end: it does so with every stopped group
-        whose last parent in the same session has ended.
+        Where this process is killed before, the system itself lets them go on and end, once they have stopped: it does
+        so with every stopped group whose last parent in the same session has ended.
         """
         if self._process.poll() is not None:
             return
