@@ -326,3 +326,16 @@ def no_waiting() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def stand_in(driver: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The stand-in GPU of a whole report, which the report's own processes find too. PyTorch's twins are eager ones."""
+    from par_export.card import plan, prepare
+    from par_runtime.bench import gpu
+
+    monkeypatch.syspath_prepend(str(TESTS / "export" / "card" / "children"))
+    monkeypatch.setenv("PARVIS_TEST_STAND_IN", "1")
+    for module in (plan, prepare):
+        monkeypatch.setattr(module, "TWINS", ("eager",))
+    return gpu.describe(0)

@@ -275,7 +275,7 @@ CASES: list[tuple[Change, str]] = [
     (put("defaults/guidance_interval", -2), "defaults.guidance_interval is -2; expected a whole number from -1"),
     (
         put("defaults/colour", 1),
-        "defaults has 'colour', which this parvis does not know; install a newer parvis (docs/install.md)",
+        "defaults has 'colour', which this parvis does not know; install a newer parvis",
     ),
     (put("tokenizer/weights/codebook/0", "int8"), r"weights.codebook\[0\] is 'int8'; expected one of float32"),
     (put("tokenizer/weights/codebook/1", [32, 8]), r"weights.codebook\[1\] is \[32, 8\]; expected \[64, 4\], which"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from par_export.quantised import Codes
 from par_model.config import PARConfig, VQConfig, named
 
 EAGER, COMPILED = "eager", "compiled"
-TWINS = (EAGER, COMPILED)  #: of a model in PyTorch
+TWINS = (COMPILED, EAGER)  #: of a model in PyTorch, the more valuable first
 CODES = (Codes("int8", 64), Codes("int4", 64))
 CODES_N = 4  #: the n at which quantised weights are measured
 
@@ -46,7 +46,7 @@ class Model:
 class Block:
     """Subjects of one model that are measured in turns, in batches of ``images``. ``weight``: its part of the time.
 
-    ``twins``: n and kind of those in PyTorch; ``last``: of the blocks that they are in.
+    They are all of ours, or ``twins``: n and kind of those in PyTorch; ``last``: of the blocks that these are in.
     """
 
     model: Model
@@ -57,7 +57,7 @@ class Block:
 
     @property
     def loads(self) -> bool:
-        """Whether loading is timed: one after the other, which takes longer."""
+        """Whether loading is timed, of n = 4 alone and after the others, which takes longer."""
         return self.model.ours and bool(self.model.twins) and self.images == 1
 
     @property
@@ -97,6 +97,7 @@ BASELINES = (
 #: Parts of the time that a model takes, roughly.
 WEIGHTS = {"PAR-3B": 3.0, "PAR-L": 1.5, "PAR-XL": 1.5, "PAR-XXL": 2.5, "PAR-L-256": 0.7}
 CODES_WEIGHT = 0.1  #: what one form with quantised weights adds to that, as a part of it
+TWINS_WEIGHT = 1.0  #: of a model in PyTorch at one n: long images are estimated, so all n take about as long
 BATCHES = (1, 8)
 FIGURES = (
     Figure("PAR-3B", 4, "step", 0.78),
@@ -116,21 +117,24 @@ FIGURES = (
 
 
 def blocks(models: Sequence[Model], batches: Sequence[int] = BATCHES) -> list[Block]:
-    """All blocks in their order: on our engines every model at batch 1 before any larger batch; then PyTorch alone,
-    every model at one n, in each batch, before the next n.
+    """All blocks in their order: every model on our engines in the first batch; then PyTorch, every model at one n,
+    before the next n; then our engines in larger batches.
+
+    PyTorch is measured in batches of 1 beside ours, alone in all.
     """
-    out = []
-    for images in batches:
-        for model in (model for model in models if model.ours):
-            twins = tuple((n, twin) for n in model.twins for twin in TWINS) if images == 1 else ()
-            weight = WEIGHTS.get(model.name, 1.0) * (2.0 if twins else 1.0)
-            out.append(Block(model, images, weight * (1 + CODES_WEIGHT * len(model.codes)), twins))
-    for n in valuable_first({n for model in models if not model.ours for n in model.twins}):
-        for model in (model for model in models if not model.ours and n in model.twins):
-            weight = WEIGHTS.get(model.name, 1.0) * (3.0 if n == 1 else 1.0)
-            twins = tuple((n, twin) for twin in TWINS)
-            out += [Block(model, images, weight, twins, images == batches[-1]) for images in batches]
-    return out
+    ours = [[_of_ours(model, images) for model in models if model.ours] for images in batches]
+    pytorch = []
+    for n in valuable_first({n for model in models for n in model.twins}):
+        twins = tuple((n, twin) for twin in TWINS)
+        for model in (model for model in models if n in model.twins):
+            own = [images for images in batches if images == 1 or not model.ours]
+            alone = replace(model, ours=False)
+            pytorch += [Block(alone, images, TWINS_WEIGHT, twins, images == own[-1]) for images in own]
+    return [*ours[0], *pytorch, *(block for later in ours[1:] for block in later)]
+
+
+def _of_ours(model: Model, images: int) -> Block:
+    return Block(model, images, WEIGHTS.get(model.name, 1.0) * (1 + CODES_WEIGHT * len(model.codes)))
 
 
 def shaped(models: Sequence[Model]) -> list[tuple[Model, int, Codes | None]]:

@@ -1,6 +1,7 @@
 """What a report needs before it can measure: bundles of random weights, engines for this GPU, PyTorch's twins compiled.
 
-All of it takes processors and not the GPU, so it goes on in threads while the checks run.
+All of it takes processors and hardly the GPU, so it goes on in threads while the checks run. What is measured then is
+measured while it is paused (:meth:`Preparation.quiet`).
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -69,7 +70,7 @@ class Preparation:
 
     ``build`` makes the engines, of batches of ``images``; ``device`` is PyTorch's; ``end``: of the whole report, by
     ``time.monotonic``. A twin that is ready holds its weights alone: caches of all at once would not fit into a GPU of
-    80 GB.
+    80 GB. Those that compile leave the processors to others until :meth:`usual_priority`.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class Preparation:
         self._closed = threading.Event()
         self._twins: list[SubjectProcess] = []
         self._lock = threading.Lock()
+        # With the lock: whether nothing may be at work, the twins that are, and whether these may disturb others.
+        self._is_quiet, self._at_work, self._yields = False, set[SubjectProcess](), True
         twins = max(2, min(TWINS_AT_ONCE, available_cores() // 2))
         self._pools = [ThreadPoolExecutor(count) for count in (1, 1, twins, EAGER_AT_ONCE)]
         writer, builder, compilers, openers = self._pools
@@ -114,19 +117,78 @@ class Preparation:
         self._check()
         label = label_of(model.name, n, twin)
         compiled = twin == COMPILED
-        process = open_eager(
-            path, label, compiled=compiled, device=self._device, end=self._end, compile_threads=COMPILE_THREADS
-        )
+        own: list[SubjectProcess] = []
+
+        def started(process: SubjectProcess) -> None:
+            own.append(process)
+            self._begins(process, compiled)
+
+        try:
+            process = open_eager(
+                path,
+                label,
+                compiled=compiled,
+                device=self._device,
+                end=self._end,
+                compile_threads=COMPILE_THREADS,
+                started=started,
+            )
+            self._check()
+            failed: dict[int, Exception] = {}
+            for images in (1,) if model.ours else self._images:
+                error = self._warm(process, images)
+                if error is not None:  # the other batches may do
+                    failed[images] = error
+            process.forget()
+        finally:
+            for process in own:
+                self._ends(process)
+        return Twin(process, failed)
+
+    def _begins(self, process: SubjectProcess, compiled: bool) -> None:
+        """A twin's process was started, which is at work from now on."""
         with self._lock:
             self._twins.append(process)
-        self._check()
-        failed: dict[int, Exception] = {}
-        for images in (1,) if model.ours else self._images:
-            error = self._warm(process, images)
-            if error is not None:  # the other batches may do
-                failed[images] = error
-        process.forget()
-        return Twin(process, failed)
+            self._at_work.add(process)
+            if self._closed.is_set():
+                process.kill()
+            if compiled and self._yields:
+                process.lower_priority()
+            if self._is_quiet:
+                process.pause()
+
+    def _ends(self, process: SubjectProcess) -> None:
+        """A twin's process waits for requests from now on, so it need not be paused any more."""
+        with self._lock:
+            self._at_work.discard(process)
+            if self._is_quiet:
+                process.go_on()
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Twins that are not ready are paused in this block: they neither compile nor use the GPU.
+
+        What is ready answers, and may be measured. Nothing waits for a paused process but the thread that prepares it:
+        the system stops a process only between its calls, where it holds no lock of the driver's.
+        """
+        try:
+            with self._lock:
+                self._is_quiet = True
+                for process in self._at_work:
+                    process.pause()
+            yield
+        finally:
+            with self._lock:
+                self._is_quiet = False
+                for process in self._at_work:
+                    process.go_on()
+
+    def usual_priority(self) -> None:
+        """Twins compile as fast as they can from now on: nothing beside them is at work that has to end soon."""
+        with self._lock:
+            self._yields = False
+            for process in self._twins:
+                process.usual_priority()
 
     def _warm(self, process: SubjectProcess, images: int) -> Exception | None:
         """Make some calls in batches of ``images``; returns what failed.

@@ -44,9 +44,9 @@ from par_runtime.errors import EngineError
 
 __all__ = ["CardOptions", "bundles_to_check", "report"]
 
-#: Shares of the time of the part that is about kernels: after the first, checks are ended; after the second, nothing is
-#: waited for any more. PyTorch's twins have nothing to wait for but each other's compilation.
-CHECKS_END, WAIT_END, COMPILED_END = 0.4, 0.45, 0.55
+#: Shares of the time of the part that is about kernels: after the first, checks are ended; after the second, no
+#: engine is waited for any more.
+CHECKS_END, WAIT_END = 0.4, 0.45
 #: Of what time there is, the shares of the parts that were asked for.
 WEIGHTS = {"kernels": 4.0, "baselines": 4.0, "shapes": 4.0, "products": 0.5, "cuda-ort": 1.5, "tensorrt-rtx": 2.0}
 DRIVER_S = 60.0  #: at most, of the part about the driver
@@ -185,4 +185,4 @@ def _kernels(session: Session) -> list[Row]:
 def _baselines(session: Session) -> list[Row]:
     """PyTorch alone."""
     with Rows(session, session.options.baselines) as rows:
-        return rows.run(session.share(COMPILED_END))
+        return rows.run()

@@ -1,12 +1,13 @@
-"""The rows of a report: our engines and PyTorch's twins, model by model, the most valuable first."""
+"""The rows of a report: our engines, model by model, then PyTorch's twins, the most valuable first."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import wait as wait_for
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,9 +21,12 @@ from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.process import SubjectProcess, open_random
 
 PROBE_CALLS = 16
-#: A twin's image that takes longer is estimated from some of its calls.
-LONG_MS = 1500.0
+LOADED_N = 4  #: the n whose loading is a row
+#: A twin's image that takes longer is estimated from some of its calls: at n = 1, and eager ones at n = 4. Whole ones
+#: would take the time of the rows that come last in a short report.
+LONG_MS = 750.0
 LEAST_S = 12.0  #: a block that has less time is left out
+TWINS_S = 15.0  #: what a block in PyTorch is kept while others are taken before it, or its twins are waited for
 
 
 class Rows:
@@ -50,45 +54,79 @@ class Rows:
     def __exit__(self, *_: object) -> None:
         self._prepared.close()
 
-    def run(self, wait: float, when_quiet: Callable[[], None] = lambda: None) -> list[Row]:
-        """Measure. Until ``wait`` by ``time.monotonic`` everything that takes processors is waited for.
+    def run(self, wait: float = 0.0, when_quiet: Callable[[], None] = lambda: None) -> list[Row]:
+        """Measure. Until ``wait`` by ``time.monotonic`` engines that are built are waited for, which takes processors.
 
-        ``when_quiet`` is called then, before anything is timed.
+        ``when_quiet`` is called then, when nothing else is at work, before anything is timed.
         """
         session, rows = self._session, list[Row]()
-        self._wait(wait)
-        when_quiet()
-        session.limits()
+        for label, engine in self._prepared.engines.items():
+            session.progress(f"waiting for the engine of {label}")
+            _ended(engine, wait)
+        self._prepared.usual_priority()
+        with self._prepared.quiet():
+            when_quiet()
+            session.limits()
         waiting = blocks(self._models, session.options.images)
         while waiting:
-            block = waiting.pop(0)
+            block = self._next(waiting)
             if session.left < LEAST_S:
                 session.leave_out(block.name, "time")
                 continue
-            share = block.weight / (block.weight + sum(other.weight for other in waiting))
             try:
-                rows += self._block(block, share)
+                rows += self._block(block, self._share(block, waiting))
             except Exception as error:
                 session.leave_out(block.name, error)
         return rows
 
-    def _wait(self, until: float) -> None:
-        """Wait until nothing is compiled any more, which takes the processors that launching needs."""
-        for (model, n, twin), future in self._prepared.twins.items():
-            self._session.progress(f"waiting for {label_of(model, n, twin)}")
-            _ended(future, until)
-        for engine in self._prepared.engines.values():
-            _ended(engine, until)
+    def _next(self, waiting: list[Block]) -> Block:
+        """Take from ``waiting`` the first block whose twins are ready; wait where none is.
+
+        The first block and those of its n keep :data:`TWINS_S` each: one that is further behind is taken only where
+        that is left beside it, and nothing is waited for longer. Then the first is taken with what is ready.
+        """
+        session, first = self._session, waiting[0]
+        same = sum((block.twins, block.images) == (first.twins, first.images) for block in waiting)
+        while True:
+            for place, block in enumerate(waiting):
+                if not self._unready(block) and (not place or session.left > TWINS_S * (same + 1)):
+                    return waiting.pop(place)
+            seconds = session.left - TWINS_S * same
+            if seconds <= 0:
+                return waiting.pop(0)
+            session.progress(f"waiting for {first.name}")
+            _first_of([future for block in waiting for future in self._unready(block)], seconds)
+
+    def _unready(self, block: Block) -> list[Future[Twin]]:
+        """The twins of a block that are not ready yet."""
+        futures = [self._prepared.twins[block.model.name, n, twin] for n, twin in block.twins]
+        return [future for future in futures if not future.done()]
+
+    def _share(self, block: Block, waiting: Sequence[Block]) -> float:
+        """The part of the time that is left which a block may take before those that are ``waiting``.
+
+        Ours in the first batch share it with ours alone: a ratio without our side is none.
+        """
+        first = block.model.ours and block.images == self._session.options.images[0]
+        others = [other.weight for other in waiting if other.model.ours or not first]
+        return block.weight / (block.weight + sum(others))
 
     def _block(self, block: Block, share: float) -> list[Row]:
         """The rows of a block, which has ``share`` of the time that is left; once more of what is left after loading.
 
-        What cannot be loaded is left out, with the reason.
+        One in PyTorch has what it was kept at least: a few whole rows are worth more than a sample of each. What cannot
+        be loaded is left out, with the reason.
         """
-        session = self._session
+        session, labels = self._session, block.model.labels if block.model.ours else []
+        # Its load is a row, so it is loaded alone; after the others, since then the file is in memory, which all n of a
+        # model share.
+        alone = [label_of(block.model.name, LOADED_N)] if block.loads else []
         with ExitStack() as held:
-            ours = self._open(block, held, time.monotonic() + share * session.left)
-            subjects, most_calls = list(ours.values()), dict[str, int]()
+            until = time.monotonic() + share * session.left
+            ours = self._open(block, [label for label in labels if label not in alone], held, until)
+            held.enter_context(self._prepared.quiet())
+            ours |= self._open(block, [label for label in labels if label in alone], held, until)
+            subjects, most_calls = [ours[label] for label in labels if label in ours], dict[str, int]()
             for twin in self._twins(block):
                 held.callback(twin.process.close if block.last else partial(_forget, twin.process))
                 try:
@@ -101,14 +139,14 @@ class Rows:
                 subjects.append(twin.process)
                 if most is not None:
                     most_calls[twin.process.info.label] = most
-            until = time.monotonic() + share * session.left
+            until = time.monotonic() + max(share * session.left, TWINS_S if block.twins else 0.0)
             rows = session.rows(block.name, subjects, session.setting(block.images, until, most_calls))
-            return rows + list(self._more(block, ours, rows)) if rows else []
+            return rows + list(self._more(block, ours, rows, alone)) if rows else []
 
-    def _open(self, block: Block, held: ExitStack, until: float) -> dict[str, SubjectProcess]:
-        """Our subjects of a block by label, loaded at the same time."""
+    def _open(self, block: Block, labels: Sequence[str], held: ExitStack, until: float) -> dict[str, SubjectProcess]:
+        """Those of our subjects of a block that ``labels`` name, loaded at the same time."""
         session, model, opened = self._session, block.model, dict[str, SubjectProcess]()
-        if not model.ours:
+        if not labels:
             return opened
         quantised = {label_of(model.name, CODES_N, str(codes)) for codes in model.codes}
 
@@ -119,21 +157,17 @@ class Rows:
             return open_random(path, label, device=session.device, end=session.end + GRACE_S)
 
         session.progress(f"{block.name}: loading")
-        with ThreadPoolExecutor(1 if block.loads else len(model.labels)) as pool:
-            # n = 4 after the others: then the file is in memory, which all n of a model share. Quantised weights last:
-            # where memory is short, they are what is left out.
-            order = sorted(model.labels, key=lambda label: (label in quantised, label == label_of(model.name, 4)))
-            futures = {label: pool.submit(load, label) for label in order}
+        with ThreadPoolExecutor(len(labels)) as pool:
+            futures = {label: pool.submit(load, label) for label in labels}
             for label, future in futures.items():
                 try:
                     opened[label] = future.result()
+                    held.callback(opened[label].close)
                 except FutureTimeoutError:
                     session.leave_out(label, "its engine was not built in time")
                 except Exception as error:
                     session.leave_out(f"{label}, batch {block.images}", error)
-        for subject in opened.values():
-            held.callback(subject.close)
-        return {label: opened[label] for label in model.labels if label in opened}
+        return opened
 
     def _twins(self, block: Block) -> Iterator[Twin]:
         """The twins of a block that are ready by now."""
@@ -148,8 +182,10 @@ class Rows:
             except Exception as error:
                 self._session.leave_out(label, error)
 
-    def _more(self, block: Block, ours: Mapping[str, SubjectProcess], measured: Sequence[Row]) -> Iterator[Row]:
-        """Beside the rows in turns: loading, the decoder alone, and what each kernel takes."""
+    def _more(
+        self, block: Block, ours: Mapping[str, SubjectProcess], measured: Sequence[Row], alone: Sequence[str]
+    ) -> Iterator[Row]:
+        """Beside the rows in turns: what each kernel takes, and loading of those that were loaded ``alone``."""
         session = self._session
         able = {label: ours[label] for label in {row.label: None for row in measured} if label in ours}
         for label, subject in able.items():
@@ -165,8 +201,7 @@ class Rows:
             about = {"kind": "kernel", "label": label, "images": block.images}
             session.lines.extend(about | one for one in timed)
         session.keep()
-        if block.loads:
-            yield from (session.loaded(subject, block.images) for subject in able.values())
+        yield from (session.loaded(subject, block.images) for label, subject in able.items() if label in alone)
 
 
 def _most_calls(twin: SubjectProcess, images: int) -> int | None:
@@ -181,6 +216,11 @@ def _forget(twin: SubjectProcess) -> None:
     """Have the twin free what it holds beside its weights; one that has ended holds nothing."""
     with suppress(Exception):
         twin.forget()
+
+
+def _first_of(futures: Sequence[Future[Any]], seconds: float) -> None:
+    """Wait for the end of one of ``futures``, for ``seconds`` at most."""
+    wait_for(futures, seconds, FIRST_COMPLETED)
 
 
 def _ended(future: Future[Any], until: float) -> None:

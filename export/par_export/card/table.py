@@ -21,6 +21,10 @@ DOUBT = "in doubt"
 JUDGED = "H100"  #: the card that the figures to reach are of
 MOST_WRONG = 5  #: failed checks of one subject that are shown; a kernel that is wrong fails hundreds
 MOST_KERNELS = 9  #: of a program that the table shows
+NOT_IN_TURNS = (
+    "over eager, over compiled: the two sides took no turns with each other. PyTorch's rows are measured some minutes "
+    "after ours, or in another run; the marks of a row say where the card's clock was held down."
+)
 
 
 def markdown(runs: Sequence[Findings]) -> str:
@@ -173,13 +177,15 @@ def _judged(words: str, wanted: str, value: float | None, least: float, shown: s
 
 def rows_table(known: Known, runs: Sequence[Findings]) -> str:
     """A line for each subject and batch; below it, which of several rows counts."""
-    lines = []
+    lines, over_pytorch = [], False
     for row in known.rows:
         if row.phase != "image":
             continue
         base, n, twin = parts_of(row.label)
         against = partial(_against, known, row)
         of_row = partial(_of_row, known, row)
+        over = [] if twin else [against(label_of(base, int(n), other)) for other in (EAGER, COMPILED)]
+        over_pytorch |= any(over)
         lines.append(
             (
                 known.file(row),
@@ -192,8 +198,7 @@ def rows_table(known: Known, runs: Sequence[Findings]) -> str:
                 of_row("group", lambda step: percent(step.percent_of_bound)),
                 of_row("decoder", lambda decoder: ms(decoder.median_ms)),
                 against(label_of(base, 1, twin)) if n != "1" else "",
-                "" if twin else against(label_of(base, int(n), EAGER)),
-                "" if twin else against(label_of(base, int(n), COMPILED)),
+                *(over or ("", "")),
                 of_row("load", lambda load: ms(load.median_ms)),
                 ", ".join(row.marks),
             )
@@ -201,6 +206,8 @@ def rows_table(known: Known, runs: Sequence[Findings]) -> str:
     columns = ("file", "", "batch", "image", "spread", "images/s", "call", "of bound", "decoder")
     made = _table_of_runs(runs, (*columns, "over n = 1", "over eager", "over compiled", "load", "marks"), lines)
     said = list(known.replaced)
+    if over_pytorch:
+        said.append(NOT_IN_TURNS)
     if f"({OTHER_COMMIT})" in made:
         said.append(f"({OTHER_COMMIT}): measured at another commit than the image of the same line.")
     if OTHER_DRIVER in made:

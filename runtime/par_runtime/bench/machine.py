@@ -84,7 +84,7 @@ def commit() -> str:
 def commit_of(package: Path) -> str:
     """The commit of the checkout that holds the package in the folder ``package``, "-dirty" if it is changed.
 
-    A bundle of :data:`BUNDLES` that was not copied to this machine (docs/gpu.md leaves out two) is no change: no code
+    A bundle of :data:`BUNDLES` that was not copied to this machine (docs/gpu.md leaves out three) is no change: no code
     reads it unless it is named, which is an error then, and a row has the hash of the bundle that it was measured on.
     Everything else that is missing is, code above all. Raises OSError, SubprocessError where there is no repository.
     """

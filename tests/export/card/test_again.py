@@ -380,3 +380,13 @@ def test_a_hard_link_of_a_file_of_rows_is_that_file(tmp_path: Path, capsys: pyte
     assert cli.main(["bench", "--suite", "gpu", "--from", str(path), "--svg", str(link)]) == 2
     assert "is a file of --from, and would be lost" in capsys.readouterr().err
     assert link.read_bytes() == before
+
+
+def test_the_page_says_that_ours_and_pytorch_took_no_turns_with_each_other(tmp_path: Path) -> None:
+    ours, eager = (subject(f"PAR-L n=4{kind}", seconds, machine()) for kind, seconds in (("", 0.1), (" eager", 0.7)))
+    said = "- over eager, over compiled: the two sides took no turns with each other. PyTorch's rows are measured some"
+    rows = section(again([report(tmp_path / "a.jsonl", [*ours, *eager])]).page, "Rows")
+    assert said in rows
+    assert "7.00 x" in rows
+    for alone in (ours, eager):
+        assert said not in again([report(tmp_path / "b.jsonl", alone)]).page

@@ -11,13 +11,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from par_runtime.bench.subjects import process, worker
+from par_runtime.bench.subjects.base import OutOfTimeError
 from par_runtime.bench.subjects.process import SubjectProcess, open_bundle
 from par_runtime.errors import RequestError
 
@@ -140,3 +143,131 @@ def test_an_error_of_the_system_in_it_is_one_line(monkeypatch: pytest.MonkeyPatc
         answer = json.load(answers)
     assert worker.ERRORS[answer["error"]] is RequestError
     assert answer["text"].startswith("no space left on the disk of /there/is/no/room; free some")
+
+
+def apart(tiny: Path, started: Callable[[SubjectProcess], None] | None = None, end: float = math.inf) -> SubjectProcess:
+    """A subject whose process can be paused."""
+    spec = {"kind": "bundle", "path": str(tiny), "label": "b", "device": "cpu", "threads": 1, "selftest": False}
+    spec |= {"rounding": {"arithmetic": "auto", "cache": "auto", "decoder_precision": "auto"}, "apart": True}
+    return SubjectProcess(spec, end, started)
+
+
+def state(pid: int) -> str:
+    """One letter: "T" of a process that is stopped, "Z" of one that has ended, or "" where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""
+
+
+def wait_for_state(pid: int, *wanted: str) -> None:
+    for _ in range(3000):
+        if state(pid) in wanted:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"process {pid} is {state(pid)!r}, not one of {wanted}")
+
+
+@pytest.fixture
+def helper(tiny: Path) -> Iterator[tuple[SubjectProcess, subprocess.Popen[bytes]]]:
+    """A subject apart, and a process of its group: one that compiles for it."""
+    subject = apart(tiny)
+    group = subject.pid
+    beside = subprocess.Popen(["sleep", "600"], preexec_fn=lambda: os.setpgid(0, group))
+    yield subject, beside
+    beside.kill()
+    beside.wait()
+    subject.close()
+
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads states of processes in /proc")
+Helper = tuple[SubjectProcess, "subprocess.Popen[bytes]"]
+
+
+@on_linux
+def test_a_process_is_paused_with_what_it_started_and_answers_afterwards(helper: Helper) -> None:
+    subject, beside = helper
+    subject.pause()
+    for pid in (subject.pid, beside.pid):
+        wait_for_state(pid, "T")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(subject.image, 1, True)
+        with pytest.raises(FutureTimeoutError):
+            asked.result(0.1)
+        subject.go_on()
+        assert asked.result().image_ms > 0
+    wait_for_state(beside.pid, "S", "R")
+
+
+@on_linux
+@pytest.mark.parametrize("how", ["close", "kill"])
+def test_a_paused_process_is_ended_with_what_it_started(helper: Helper, how: str) -> None:
+    subject, beside = helper
+    subject.pause()
+    getattr(subject, how)()
+    assert beside.wait() == -signal.SIGKILL
+    subject.close()
+    assert state(subject.pid) == ""
+
+
+@on_linux
+def test_a_process_that_still_starts_can_be_paused(tiny: Path) -> None:
+    """It has no group of its own yet."""
+    seen: list[str] = []
+
+    def started(subject: SubjectProcess) -> None:
+        subject.pause()
+        wait_for_state(subject.pid, "T")
+        seen.append(state(subject.pid))
+        subject.go_on()
+
+    subject = apart(tiny, started)
+    subject.close()
+    assert seen == ["T"]
+
+
+@on_linux
+def test_a_paused_process_ends_in_time(tiny: Path) -> None:
+    with pytest.raises(OutOfTimeError):
+        apart(tiny, SubjectProcess.pause, end=time.monotonic() + 0.2)
+
+
+@on_linux
+def test_a_paused_process_whose_bench_was_killed_ends(tiny: Path) -> None:
+    """Nobody is left who could let it go on; the system does."""
+    script = f"""
+import os, signal
+from pathlib import Path
+from test_process import apart, wait_for_state
+subject = apart(Path({str(tiny)!r}))
+subject.pause()
+wait_for_state(subject.pid, "T")
+print(subject.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    paths = [str(Path(__file__).parent), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # The paused process holds its standard error open as long as it lives.
+    files = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    bench = subprocess.run([sys.executable, "-c", script], text=True, env=environment, timeout=60, **files)
+    assert bench.returncode == -signal.SIGKILL
+    wait_for_state(int(bench.stdout), "", "Z")
+
+
+@on_linux
+def test_the_priority_of_a_process_is_lower_until_it_may_be_raised(
+    helper: Helper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, beside = helper
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    subject.lower_priority()
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in (subject.pid, beside.pid)} == {usual + process.LOWER}
+
+    def refused(*_: int) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as changed:
+        changed.setattr(os, "setpriority", refused)
+        subject.usual_priority()  # many containers do not let a process have it back
+    subject.usual_priority()
+    assert os.getpriority(os.PRIO_PROCESS, subject.pid) in (usual, usual + process.LOWER)

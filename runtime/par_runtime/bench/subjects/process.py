@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from par_runtime.stopping import later
 
 MORE = "raise its limit (ulimit -u), or end others"
 CLOSE_SECONDS = 5.0  #: how long a process may take to end by itself before it is killed
+LOWER = 10  #: by so much the priority of a process is lower that leaves the processors to others
 
 
 def open_bundle(
@@ -66,15 +67,17 @@ def open_eager(
     device: str = "cpu",
     end: float = math.inf,
     compile_threads: int | None = None,
+    started: Callable[[SubjectProcess], None] | None = None,
 ) -> SubjectProcess:
     """A model of the bundle's architecture in PyTorch, with random weights, on "cpu" or "cuda".
 
     ``compile_threads``: processes that compile kernels beside it; None: as many as PyTorch takes, a machine's worth.
+    ``started``: as in :class:`SubjectProcess`; with it, the process can be paused.
     Raises RequestError where the 'export' extra is missing, BundleError.
     """
     kind = "compiled" if compiled else "eager"
     spec = {"kind": kind, "path": str(path), "label": label, "threads": threads, "device": device}
-    return SubjectProcess(spec | {"compile_threads": compile_threads}, end)
+    return SubjectProcess(spec | {"compile_threads": compile_threads, "apart": started is not None}, end, started)
 
 
 def open_random(
@@ -95,6 +98,9 @@ class SubjectProcess:
     ``load_ms``, ``selftest_ms``: what loading took, and the self-test, None where there was none. ``note``: why it runs
     on the CPU although a GPU was asked for, or "". ``end``: when it is killed whatever it does, by ``time.monotonic``;
     the call that waits for it then raises OutOfTimeError.
+
+    ``started`` is called as soon as the process is there, before it has loaded anything. Where ``spec`` has "apart",
+    the process and what it starts are a group of processes, which can be paused.
     """
 
     info: SubjectInfo
@@ -102,8 +108,14 @@ class SubjectProcess:
     selftest_ms: float | None
     note: str
 
-    def __init__(self, spec: Mapping[str, Any], end: float = math.inf) -> None:
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        end: float = math.inf,
+        started: Callable[[SubjectProcess], None] | None = None,
+    ) -> None:
         self._spec, self.path = spec, spec["path"]
+        self._apart, self._paused = bool(spec.get("apart")), False
         self._end, self._late = end, False
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         try:
@@ -117,6 +129,8 @@ class SubjectProcess:
                     env=environment,
                 )
             self.pid = self._process.pid
+            if started is not None:
+                started(self)
             with self._killed_at_end():
                 opened = self._answer()
         except BaseException as error:
@@ -173,18 +187,66 @@ class SubjectProcess:
 
     def kill(self) -> None:
         """End the process at once, whatever it does; ``close`` must follow."""
+        # Its group first: processes that it started would stay paused for good. Of one that has ended and was not
+        # paused they end by themselves.
+        if self._apart and (self._paused or self._process.returncode is None):
+            self._signal_group(signal.SIGKILL)
         self._process.kill()
+
+    # -- a process that is "apart" ------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop the process and what it started, until ``go_on``. A request to it is answered after that.
+
+        Where this process is killed before, the system itself lets them go on and end, once they have stopped: it does
+        so with every stopped group whose last parent in the same session has ended.
+        """
+        if self._process.poll() is not None:
+            return
+        self._paused = True
+        if not self._signal_group(signal.SIGSTOP):  # it has only just started, and made no group yet
+            self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """End ``pause``."""
+        self._paused = False
+        self._signal_group(signal.SIGCONT)
+        self._process.send_signal(signal.SIGCONT)
+
+    def lower_priority(self) -> None:
+        """Leave the processors to others, where they want them."""
+        self._set_priority(LOWER)
+
+    def usual_priority(self) -> None:
+        """End ``lower_priority``, where the system lets this process do so: many containers do not."""
+        self._set_priority(0)
+
+    def _set_priority(self, lower: int) -> None:
+        priority = os.getpriority(os.PRIO_PROCESS, 0) + lower
+        for which in (os.PRIO_PROCESS, os.PRIO_PGRP):
+            with suppress(OSError):  # it has ended, has no group yet, or must not have a higher priority again
+                os.setpriority(which, self.pid, priority)
+
+    def _signal_group(self, number: int) -> bool:
+        """Send a signal to the process and what it started; whether there is such a group."""
+        try:
+            os.killpg(self.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
 
     def close(self) -> None:
         """End the process; kill it where it does not end in time."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        if self._paused:  # it would not hear that it is to end
+            self.kill()
         with suppress(OSError):
             self._process.stdin.close()  # asks it to end
         try:
             self._process.wait(CLOSE_SECONDS if sys.exc_info()[0] is None else 0.1)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self.kill()
             self._process.wait()
         self._process.stdout.close()
 
@@ -227,7 +289,7 @@ class SubjectProcess:
 
     def _kill(self) -> None:
         self._late = True
-        self._process.kill()
+        self.kill()
 
     def _ended(self) -> Exception:
         """The error that explains why the process ended by itself."""

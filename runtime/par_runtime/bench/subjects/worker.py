@@ -112,9 +112,15 @@ def main(argv: list[str]) -> int:
     # Ctrl-C reaches every process of the terminal; the bench ends this one. Where a process can be started with it
     # blocked, this one was.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    spec = json.loads(argv[0])
+    if spec.get("apart"):
+        # A group of this process and of what it starts, to be stopped as one. In the session of the bench, so that the
+        # system lets a stopped group go on, and end, where the bench was killed.
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # else some terminals stop what such a group writes to them
     with suppress(BrokenPipeError), os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:  # the bench has ended
         os.dup2(2, 1)
-        serve(json.loads(argv[0]), sys.stdin, answers)
+        serve(spec, sys.stdin, answers)
     return 0
 
 
