@@ -203,3 +203,11 @@ def test_a_measured_shape_keeps_what_it_holds_as_far_as_that_fits() -> None:
     chosen = tiles.choose(config, IMAGES, card, given={"qkv": given})
     assert [tile.qkv.held for tile in chosen.values()] == [4, 4, 2, 1]  # rows of activations need registers too
     assert {tile.gates.held for tile in chosen.values()} == {0}
+
+
+def test_few_spans_of_keys_are_whole_chunks_and_fit() -> None:
+    """PAR-L has 576 keys: one span, or two; a card with little shared memory takes them in smaller pieces."""
+    found = {name: tiles.few_spans(named("L"), TARGETS[name]) for name in ("SM90", "SM86")}
+    assert found["SM90"] == [tile_shapes.AttentionTile(640, 128, 4, 3), tile_shapes.AttentionTile(384, 128, 4, 3)]
+    assert found["SM86"] == [tile_shapes.AttentionTile(576, 64, 4, 3), tile_shapes.AttentionTile(320, 64, 4, 3)]
+    assert tiles.few_spans(TINY, TARGETS["SM90"]) == [tile_shapes.AttentionTile(128, 128, 4, 3)]
