@@ -74,7 +74,9 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.filename is None:
+            error.strerror = error.strerror or str(error)  # Pillow's have a text and no number
+            error.filename = str(path)
         raise
 
 
