@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from par_model.checkpoint import open_checkpoint, video_config, vq_config
+from par_model.training.device import copy_saved
 from par_model.training.files import InputError, alone_in, naming, regular, written_together
-from par_model.training.resume import check_run, read_run, taking_over
+from par_model.training.resume import check_numbers, check_run, read_run, taking_over
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
 
@@ -104,7 +105,7 @@ class EMA:
     def load(self, shadow: Mapping[str, Tensor]) -> None:
         """Go on from the average ``shadow`` of a checkpoint."""
         for key, value in self.shadow.items():
-            value.copy_(shadow[key])
+            copy_saved(value, shadow[key])
 
 
 def load_tokenizer(path: Path) -> VQModel:
@@ -202,5 +203,6 @@ class Run:
         state = read_run(path)
         check_run(path, state, config)
         with taking_over(path):
+            check_numbers(path, state)
             self.seconds_before = float(state["seconds"])
             yield state

@@ -30,6 +30,7 @@ from par_model.training.device import (
     adamw,
     autocast,
     choose_device,
+    copy_saved,
     load_optimizer,
     on_cpu,
     random_state,
@@ -132,8 +133,8 @@ def _train(
             model.load_state_dict(state["live"])
             load_optimizer(optimizer, state["optimizer"])
             ema.load(state["model"])
-            usage.copy_(state["usage"])
-            step = int(state["step"])
+            copy_saved(usage, state["usage"])
+            step = state["step"]
             restore_random_state(state["rng"], device)  # restarted codes are random
     batches = Batches(data, device)
 

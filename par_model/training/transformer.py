@@ -132,7 +132,7 @@ def _train(
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 load_optimizer(optimizer, saved)
             ema.load(state["model"])
-            step = int(state["step"])
+            step = state["step"]
             restore_random_state(state["rng"], device)  # dropout is random
     sequences = sequences_of(codes, config, args.vocab).to(device)
 

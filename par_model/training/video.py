@@ -75,7 +75,7 @@ def _train(
             model.load_state_dict(state["live"])
             load_optimizer(optimizer, state["optimizer"])
             ema.load(state["model"])
-            step = int(state["step"])
+            step = state["step"]
     batches = Batches(data, device)
 
     def save() -> None:
