@@ -80,6 +80,22 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def check_run_files(run: Path) -> None:
+    """Raise InputError or OSError where a file of the training in the folder ``run`` could not be written, before there
+    is anything to lose. Nothing stays.
+    """
+    for path in (*(run / name for name in RUN_FILES), *run.glob("sheet-*.png")):
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; expected a file: take it away, or give another --run folder")
+    log = run / "log.jsonl"
+    for path in (log, run / f".{os.getpid()}.part"):  # one that is appended to, and one that is renamed at the end
+        new = not os.path.lexists(path)
+        with naming(run if new else path), (path if new else regular(path)).open("ab"):
+            pass
+        if new:
+            path.unlink()
+
+
 def folder_for(option: str, path: Path, error: type[Exception] = InputError) -> None:
     """Raise ``error`` where ``path``, given as ``option``, cannot be a folder to write into: it is a file."""
     if os.path.lexists(path) and not path.is_dir():  # a link to nothing is no folder either

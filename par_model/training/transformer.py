@@ -37,7 +37,15 @@ from par_model.training.device import (
 from par_model.training.files import InputError, keep_run_inputs, regular
 from par_model.training.muon import Float32Muon
 from par_model.training.resume import AGAIN
-from par_model.training.run import EMA, Run, batch_index, cosine, load_tokenizer, load_video_tokenizer
+from par_model.training.run import (
+    EMA,
+    Run,
+    batch_index,
+    cosine,
+    load_tokenizer,
+    load_video_tokenizer,
+    write_sheet,
+)
 from par_model.transformer import PAR
 
 CLASS_DROPOUT = 0.1  # share of the images that are trained without their class, for guidance
@@ -159,13 +167,13 @@ def _train(
         counted, step = counted + 1, step + 1
         done = run.done(step, args.steps)
         if step % args.report == 0 or done:
+            save()  # first: a log or sheet that fails must not lose the steps
             averaged = PAR(config).to(device).eval()
             averaged.load_state_dict(ema.shadow)
             held = held_out_loss(averaged, held_out[0][:EVAL_IMAGES], held_out[1][:EVAL_IMAGES], args.batch)
             run.log(step=step, images=step * args.batch, loss=float(total) / counted, held_out=held)
             total.zero_()
             counted = 0
-            save()
             if args.tokenizer and (step % args.sheet == 0 or done):
                 sample_sheet(averaged, args.tokenizer, run.path / f"sheet-{step:06d}.png", args.guidance)
     save()
@@ -299,8 +307,6 @@ def sample_sheet(model: PAR, tokenizer: Path, path: Path, guidance: float, rows:
 
     Raises CheckpointError, OSError.
     """
-    from PIL import Image
-
     columns = min(model.config.n_classes, 16)
     t, h, w = model.config.grid
     rows = rows if t == 1 else 1
@@ -313,4 +319,4 @@ def sample_sheet(model: PAR, tokenizer: Path, path: Path, guidance: float, rows:
     else:
         clips = load_video_tokenizer(tokenizer).to(tokens.device).eval().decode(raster.view(-1, t, h, w)).clamp(0, 1)
         grid = (clips[:, :, ::2] * 255).permute(0, 3, 2, 4, 1)  # [columns,H,T',W,3]
-    Image.fromarray(grid.flatten(2, 3).flatten(0, 1).to(torch.uint8).cpu().numpy()).save(path)
+    write_sheet(path, grid.flatten(2, 3).flatten(0, 1).to(torch.uint8).cpu().numpy())

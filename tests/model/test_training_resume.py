@@ -285,8 +285,11 @@ def test_a_folder_that_was_made_for_nothing_goes(tmp_path: Path) -> None:
 
 def test_a_log_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log.jsonl")
-    with Run(tmp_path) as run, pytest.raises(InputError, match=r"log\.jsonl: is a pipe or a device; expected a file"):
-        run.log(step=0)
+    text = r"log\.jsonl: is a pipe or a device; expected a file"
+    with pytest.raises(InputError, match=text):
+        Run(tmp_path).log(step=0)
+    with pytest.raises(InputError, match=text), Run(tmp_path):  # before any step
+        pass
 
 
 def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

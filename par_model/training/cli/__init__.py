@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from par_model.training.cli import numbers
+from par_model.training.explain import explain
 from par_model.training.files import InputError, text_of
 from par_model.words import one_line, printable
 
@@ -131,7 +132,8 @@ def guarded(work: Callable[[], None]) -> int:
     try:
         work()
     except (InputError, CheckpointError, OSError) as error:
-        print(f"parvis: error: {printable(text_of(error))}", file=sys.stderr)
+        text = explain(error) if isinstance(error, OSError) else text_of(error)
+        print(f"parvis: error: {printable(text)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(

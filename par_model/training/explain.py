@@ -1,0 +1,42 @@
+"""Errors of the operating system as one line that says what to do, in the words of the other verbs of ``parvis``.
+
+They are a copy of ``par_runtime.system``'s, which the oracle does not import; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+#: errno -> what is wrong with the file or folder, and what to do.
+EXPLAINED = {
+    errno.EACCES: "no permission for {}; choose another place or change its permissions",
+    errno.EPERM: "no permission for {}; choose another place or change its permissions",
+    errno.EROFS: "no permission for {}: it is on a read-only file system; choose another place",
+    errno.ENOSPC: "no space left on the disk of {}; free some or choose another place; nothing was half-written",
+    errno.EFBIG: "{} is larger than this system or its limit (ulimit -f) allows; choose another place",
+    errno.EIO: "{}: the disk reports an error (EIO); check the disk, or choose another place",
+    errno.EISDIR: "{} is a folder where a file is expected; choose another place",
+    errno.ENOTDIR: "{} is a file where a folder is expected; choose another place",
+    errno.EEXIST: "{} is a file where a folder is expected; choose another place",
+    errno.ENAMETOOLONG: "{}: the name is too long for this file system; give a shorter one",
+    errno.ELOOP: "{}: its links lead in a circle; choose another place",
+    errno.ENOENT: "{}: no such file or folder; check the name, or choose another place",
+    errno.EMFILE: "too many open files, at {}; raise the limit (ulimit -n)",
+    errno.EDQUOT: "the disk quota is used up, at {}; free some space or choose another place",
+}
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  #: what only writing can meet
+
+
+def explain(error: OSError) -> str:
+    """What went wrong with which file and what to do, in one line."""
+    if error.filename is None and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files; raise the limit (ulimit -n)"
+    if error.filename is None and error.errno not in NO_ROOM:
+        return error.strerror or str(error)
+    where = "the output" if error.filename is None else os.fsdecode(error.filename)
+    if len(where) > 300:
+        where = f"{where[:140]}...{where[-140:]}"
+    if error.errno in EXPLAINED:
+        return EXPLAINED[error.errno].format(where)
+    return f"{where}: {error.strerror or ' '.join(map(str, error.args))}"
