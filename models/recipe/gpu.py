@@ -39,8 +39,8 @@ from gpu_parts import Part, Stop, StoppedError, Work, table  # noqa: E402
 from pack import unpack  # noqa: E402
 
 from par_model.checkpoint import CheckpointError  # noqa: E402
+from par_model.system import explain  # noqa: E402
 from par_model.training.cli import Parser, words  # noqa: E402
-from par_model.training.explain import explain  # noqa: E402
 from par_model.training.files import InputError, alone_in, same, text_of, written_beside  # noqa: E402
 from par_model.words import printable  # noqa: E402
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,18 +14,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from par_model.training.files import InputError, naming, text_of
+from par_model.system import OF_THE_SYSTEM, naming
+from par_model.training.files import InputError, text_of
 from par_model.training.raw import IMAGES as RAW
 from par_model.training.raw import RawImages
 from par_model.words import printable
 
 #: Readers that run nothing, as of the runtime (Pillow gives EPS files to Ghostscript).
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "TGA")
-#: What says that the system cannot read a file, not that the picture in it is damaged.
-OF_THE_SYSTEM = (
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, getattr(errno, "ESTALE", errno.EIO)),
-    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
-)
 EXPECTED = (
     "expected a folder with a folder of pictures for each class (or with the pictures themselves, of one class), or "
     f"the raw form: {', '.join(RAW)}"
@@ -108,8 +103,8 @@ def _pictures(path: Path, size: int | None) -> ImageFolder:
         raise InputError(f"{path} holds pictures; give --size, the pixels of a side that they are fitted to")
     files = [file for _, each in classes for file in each]
     for file in files:
-        with _reading(file):
-            _opened(file).close()
+        with _opened(file):
+            pass
     labels = np.repeat(np.arange(len(classes)), [len(each) for _, each in classes])
     return ImageFolder(files, labels, [_class_name(name) for name, _ in classes], size)
 
@@ -126,8 +121,8 @@ def _files(folder: Path, known: dict[str, str], deep: bool = True) -> list[Path]
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """What is done inside reads the picture ``file``: any fault of it is an InputError, which names it.
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """The picture ``file``, identified by Pillow. Any fault of it, here or inside, is an InputError, which names it.
 
     What the system cannot do (a broken disk, no permission, too many open files) stays an OSError, with the name.
     """
@@ -135,7 +130,9 @@ def _reading(file: Path) -> Iterator[None]:
         with warnings.catch_warnings(), naming(file):
             warnings.simplefilter("ignore")  # of odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+            Image.init()
+            with file.open("rb") as opened:  # Pillow leaves one open whose first bytes it cannot read
+                yield Image.open(opened, formats=[name for name in FORMATS if name in Image.OPEN])
     except (InputError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -150,18 +147,12 @@ def _reading(file: Path) -> Iterator[None]:
         raise InputError(f"{file}: no picture that can be read ({why}); mend it or take it away") from error
 
 
-def _opened(file: Path) -> Image.Image:
-    """``file``, identified by Pillow; to be called in :func:`_reading`."""
-    Image.init()
-    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
-
-
 def picture(file: Path, size: int) -> np.ndarray:
     """A picture as uint8 [size, size, 3]: upright, on white where transparent, its largest middle square.
 
     Raises InputError for a damaged one, and for one of wide grey values, whose white is unknown; OSError.
     """
-    with _reading(file), _opened(file) as image:
+    with _opened(file) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith(("I", "F")):
             raise InputError(f"{file}: grey values of more than 8 bits; save it with 8 bits")

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from par_model.system import naming
+
 try:
     import fcntl
 except ImportError:  # Windows: there nothing stops two processes that write into one folder
@@ -59,25 +61,13 @@ def written_together(*paths: Path) -> Iterator[list[Path]]:
     """Hidden files beside ``paths``, which become them at the end, when all are whole: files of one set never mix with
     those of an earlier one. On an error before that all ``paths`` stay as they were.
 
-    Where an OSError may name no file, as that of a full disk, :func:`naming` says which one it was.
+    Where an OSError may name no file, as that of a full disk, :func:`par_model.system.naming` says which one it was.
     """
     for path in paths:
         if path.is_dir():  # found when it is renamed, the others would be new already
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with ExitStack() as files:
         yield [files.enter_context(written_beside(path)) for path in paths]
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put ``path`` into an OSError that names no file."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.strerror = error.strerror or str(error)  # Pillow's have a text and no number
-            error.filename = str(path)
-        raise
 
 
 def check_run_files(run: Path) -> None:

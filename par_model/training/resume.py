@@ -13,6 +13,7 @@ from torch import Tensor
 
 from par_model.checkpoint import CheckpointError
 from par_model.checkpoint.file import read
+from par_model.system import naming
 from par_model.training.files import InputError, regular
 from par_model.training.raw import shown
 
@@ -38,7 +39,7 @@ AGAIN = "give the same options, or another --run folder; nothing was changed"
 def read_run(path: Path) -> dict[str, Any]:
     """The content of a run's ``checkpoint.pt``. Raises InputError where it is not whole, OSError; it stays as it is."""
     try:
-        with regular(path).open("rb") as file:  # torch opens no name that is not UTF-8
+        with naming(path), regular(path).open("rb") as file:  # torch opens no name that is not UTF-8
             content = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise

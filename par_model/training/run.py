@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from par_model.checkpoint import open_checkpoint, video_config, vq_config
+from par_model.system import naming
 from par_model.training.device import copy_saved
 from par_model.training.files import (
     InputError,
     alone_in,
     check_run_files,
-    naming,
     regular,
     written_beside,
     written_together,

@@ -24,6 +24,7 @@ from par_model.config import SIZES, PARConfig
 from par_model.dtypes import bf16_is_fast
 from par_model.generation import generate
 from par_model.ordering import token_order
+from par_model.system import naming
 from par_model.training.classes import other_class
 from par_model.training.device import (
     autocast,
@@ -275,7 +276,7 @@ def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Op
 def load_codes(path: Path, vocab: int) -> Codes:
     """The content of ``codes.npz`` of ``parvis encode``. Raises InputError, OSError."""
     try:
-        with regular(path).open("rb") as file, np.load(file) as f:  # numpy leaves a damaged file open
+        with naming(path), regular(path).open("rb") as file, np.load(file) as f:  # numpy leaves a damaged file open
             codes, labels, names = f["codes"], f["labels"].astype(np.int64), [str(name) for name in f["class_names"]]
     except (OSError, InputError):
         raise

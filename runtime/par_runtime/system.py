@@ -10,8 +10,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -135,9 +135,21 @@ def utf8_name(path: Path) -> str | None:
         return None
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put ``path`` into an OSError that names no file: reading and writing an open file do not say which one it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.strerror = error.strerror or str(error)  # some have a text and no number
+            error.filename = str(path)
+        raise
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file. Raises OSError."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return digest_of(file)
 
 

@@ -170,7 +170,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
             ["--data", str(images), "--val", str(images), *run, "--structure", "-1"],
             "--structure -1.0: expected 0 to 1000000; 1 to 3 are good numbers",
         ),
-        (train, ["--codes", "none.npz", "--val", str(codes), "--vocab", "16", *run], "none.npz: no such file or folder; check the name"),
+        (
+            train,
+            ["--codes", "none.npz", "--val", str(codes), "--vocab", "16", *run],
+            "none.npz: no such file or folder; check the name",
+        ),
         *(
             (train, ["--codes", str(tmp_path / name), "--val", str(codes), "--vocab", "16", *run], text)
             for name, text in (

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from par_model.config import VQConfig
+from par_model.system import EXPLAINED, explain, naming
 from par_model.training.cli import encode
 from par_model.training.cli import tokenizer as train_tokenizer
 from par_model.training.cli import transformer as train
 from par_model.training.cli import video_tokenizer as train_video
-from par_model.training.explain import EXPLAINED, explain
-from par_model.training.files import InputError, naming
+from par_model.training.files import InputError
 from par_model.training.run import Run
 from par_model.vq import VQModel
 from par_runtime import system

@@ -13,6 +13,7 @@ from par_runtime.checked import load_json
 from par_runtime.cli import options
 from par_runtime.cli.common import Parser, printable
 from par_runtime.dtypes import PRECISIONS
+from par_runtime.system import naming
 
 MOST_BYTES = 2**26  #: of the names of classes
 
@@ -66,7 +67,7 @@ def _class_names(path: Path | None) -> list[str] | None:
     def fault(message: str) -> ExportError:
         return ExportError(f"{message}; expected UTF-8, a JSON list or one name per line")
 
-    with path.open("rb") as file:  # not only of a file: a shell can give a pipe
+    with naming(path), path.open("rb") as file:  # not only of a file: a shell can give a pipe
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise fault(f"{path}: has more than {MOST_BYTES} bytes")

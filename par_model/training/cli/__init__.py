@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from par_model.system import explain
 from par_model.training.cli import numbers
-from par_model.training.explain import explain
 from par_model.training.files import InputError, text_of
 from par_model.words import one_line, printable
 

@@ -1,12 +1,21 @@
-"""Errors of the operating system as one line that says what to do, in the words of the other verbs of ``parvis``.
+"""Errors of the operating system: with the file that they are about, and as one line that says what to do.
 
-They are a copy of ``par_runtime.system``'s, which the oracle does not import; a test holds the two together.
+The words are a copy of ``par_runtime.system``'s, which the oracle does not import; a test holds the two together.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+#: What says that the system cannot read a file, not that what is in it is damaged.
+OF_THE_SYSTEM = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, getattr(errno, "ESTALE", errno.EIO)),
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 #: errno -> what is wrong with the file or folder, and what to do.
 EXPLAINED = {
@@ -26,6 +35,18 @@ EXPLAINED = {
     errno.EDQUOT: "the disk quota is used up, at {}; free some space or choose another place",
 }
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  #: what only writing can meet
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put ``path`` into an OSError that names no file: reading and writing an open file do not say which one it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.strerror = error.strerror or str(error)  # Pillow's have a text and no number
+            error.filename = str(path)
+        raise
 
 
 def explain(error: OSError) -> str:
