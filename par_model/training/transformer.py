@@ -277,16 +277,24 @@ def load_codes(path: Path, vocab: int) -> Codes:
     """The content of ``codes.npz`` of ``parvis encode``. Raises InputError, OSError."""
     try:
         with naming(path), regular(path).open("rb") as file, np.load(file) as f:  # numpy leaves a damaged file open
-            codes, labels, names = f["codes"], f["labels"].astype(np.int64), [str(name) for name in f["class_names"]]
+            codes, labels, names = f["codes"], f["labels"], f["class_names"]
+            texts = [str(name) for name in names.ravel()]  # fails for numbers that are no characters
     except (OSError, InputError):
         raise
     except Exception as error:  # numpy reads headers with Python's parser, which raises many kinds
         text = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: not a file of parvis encode ({text}); encode the images again") from error
-    if codes.ndim not in (3, 4) or codes.dtype.kind not in "iu" or not codes.size or labels.shape != codes.shape[:1]:
+    whole = codes.dtype.kind in "iu" and labels.dtype.kind in "iu"  # labels of 0.9 or "1" would become classes
+    if codes.ndim not in (3, 4) or not whole or not codes.size or labels.shape != codes.shape[:1]:
         raise InputError(
-            f"{path}: has codes of shape {codes.shape} and type {codes.dtype}, labels of shape {labels.shape}; "
-            "expected whole numbers [M,h,w] or [M,t,h,w] and labels [M], M of 1 or more; encode the images again"
+            f"{path}: has codes of shape {codes.shape} and type {codes.dtype}, labels of shape {labels.shape} and type "
+            f"{labels.dtype}; expected whole numbers, codes [M,h,w] or [M,t,h,w] and labels [M], M of 1 or more; "
+            "encode the images again"
+        )
+    if names.ndim != 1 or names.dtype.kind != "U":
+        raise InputError(
+            f"{path}: has class_names of shape {names.shape} and type {names.dtype}; expected texts, one for each "
+            "class; encode the images again"
         )
     if codes.min() < 0:
         raise InputError(f"{path}: has code {codes.min()}; expected 0 or more; encode the images again")
@@ -298,7 +306,7 @@ def load_codes(path: Path, vocab: int) -> Codes:
         raise InputError(
             f"{path}: has labels {labels.min()}..{labels.max()} and {len(names)} class names; encode the images again"
         )
-    return codes, labels, names
+    return codes, labels.astype(np.int64), texts
 
 
 @torch.no_grad()

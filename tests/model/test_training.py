@@ -148,14 +148,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     codes = tmp_path / "codes.npz"
-    np.savez(codes, codes=np.full((2, 4, 4), 20, np.uint16), labels=np.zeros(2), class_names=np.array(["a"]))
+    np.savez(codes, codes=np.full((2, 4, 4), 20, np.uint16), labels=np.zeros(2, np.uint8), class_names=np.array(["a"]))
     (tmp_path / "text.npz").write_text("hello")
     whole = codes.read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     np.save(tmp_path / "array.npy", np.zeros(3))
     np.savez(tmp_path / "empty.npz", codes=np.zeros((0, 4, 4), np.uint16), labels=np.zeros(0), class_names=["a"])
     names = np.array([2**31 - 1], np.uint32).view("U1")  # no character
-    np.savez(tmp_path / "names.npz", codes=np.zeros((1, 4, 4), np.uint16), labels=np.zeros(1), class_names=names)
+    np.savez(
+        tmp_path / "names.npz", codes=np.zeros((1, 4, 4), np.uint16), labels=np.zeros(1, np.uint8), class_names=names
+    )
     os.mkfifo(tmp_path / "pipe.npz")
     run = ["--run", str(tmp_path / "run")]
     for module, arguments, text in [
@@ -182,7 +184,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
                 ("array.npy", "array.npy: not a file of parvis encode"),
                 ("names.npz", "names.npz: not a file of parvis encode"),
                 ("pipe.npz", "pipe.npz: is a pipe or a device; expected a file"),
-                ("empty.npz", "expected whole numbers [M,h,w]"),
+                ("empty.npz", "expected whole numbers, codes [M,h,w]"),
             )
         ),
         (

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
             sampling=args.sampling,
             name=args.name,
             class_names=None if args.class_names == Path("none") else _class_names(args.class_names),
+            class_names_file=args.class_names,
             imagenet_names=args.class_names is None,
             encoder=not args.no_encoder,
             defaults={name: value for name, value in settings.items() if value is not None},
