@@ -19,7 +19,7 @@ from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.backends.tails import TAILS, TOPK_LIMIT
 from par_runtime.checked import shown
 from par_runtime.cli.common import Parser
-from par_runtime.cli.options import add_list
+from par_runtime.cli.options import add_list, path
 from par_runtime.dtypes import PRECISIONS
 from par_runtime.system import cache_folder, check_different, check_writable, write_beside
 
@@ -193,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
         "GPU to be built: name the GPU to build for. Ends with a report: launches per step, bytes, what was fused.",
     )
     p.add_argument(
-        "bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
+        "bundle", type=path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
     )
     p.add_argument(
         "--engine",
@@ -262,18 +262,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kernels", action="store_true", help="also list every kernel or launch of a step")
     p.add_argument("--json", action="store_true", help="print engine.json instead of text")
     p.add_argument(
-        "--list", type=Path, metavar="FILE", help="also write the engines' folders there, as JSON, at the end"
+        "--list", type=path, metavar="FILE", help="also write the engines' folders there, as JSON, at the end"
     )
     p.add_argument("--quiet", action="store_true", help="no progress, no text")
     p.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="put the engine there, not into the bundle; PARVIS_ENGINE_DIR=DIR then finds it (default: that variable's "
         "folder, else the bundle, else the user's cache folder, where engines are always found)",
     )
     p.add_argument("--no-cache", action="store_true", help="neither take the engine from the cache nor keep it there")
-    p.add_argument("--cache-dir", type=Path, help="default: PARVIS_CACHE, or parvis in the user's cache folder")
+    p.add_argument("--cache-dir", type=path, help="default: PARVIS_CACHE, or parvis in the user's cache folder")
     p.add_argument(
         "--cache-gb", type=gigabytes, default=DEFAULT_LIMIT_BYTES / 1e9, help="bound of the cache (default: 40)"
     )

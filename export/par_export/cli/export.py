@@ -106,16 +106,20 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--checkpoint",
+        type=options.place,
         required=True,
         help="PAR or LlamaGen weights: a file of torch.save (.pt, .pth, .bin, .ckpt), .safetensors, an index of shards "
         "of either, the folder that holds one of these, or hf://OWNER/REPOSITORY/FILE@REVISION",
     )
     p.add_argument(
         "--tokenizer",
+        type=options.place,
         required=True,
         help="VQ tokenizer weights, in the same forms, or 'none' for a bundle that ends at tokens",
     )
-    p.add_argument("--out", type=Path, required=True, help="bundle folder to write; must not exist (or --force)")
+    p.add_argument(
+        "--out", type=options.path, required=True, help="bundle folder to write; must not exist (or --force)"
+    )
     p.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -154,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--class-names",
-        type=Path,
+        type=options.path,
         help="JSON list, or a text file with one name per line; 'none' for no names (default: those of the "
         "checkpoint, or ImageNet's for a model of its shape)",
     )

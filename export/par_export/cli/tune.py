@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from par_export.cli.common import ENGINES, check_kernels, count, counts, guarded, needed_for_kernels, precision
@@ -13,7 +12,7 @@ from par_export.engines.request import MODES, BuildRequest, check_local_gpu, siz
 from par_export.kernels.request import KernelsRequest
 from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.cli.common import Parser
-from par_runtime.cli.options import add_list
+from par_runtime.cli.options import add_list, path
 from par_runtime.dtypes import PRECISIONS
 
 ADVICE = "give another place with --out DIR or PARVIS_ENGINE_DIR"
@@ -68,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         description="Build the engine of a bundle for this machine's GPU in every form, time whole images with each in "
         "every capture mode, and keep the fastest. For kernels, shapes of tiles are tried kind by kind. Needs the GPU.",
     )
-    p.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export'")
+    p.add_argument("bundle", type=path, metavar="BUNDLE", help="folder made by 'parvis export'")
     p.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="as in 'parvis build' (default: tensorrt)")
     p.add_argument("--images", type=count, default=1, help="batch size to be fastest at (default: 1)")
     p.add_argument("--max-images", type=count, default=8, help="largest batch to build for (default: 8)")
@@ -78,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=count, default=5, help="timed batches per candidate and round (default: 5)")
     p.add_argument("--rounds", type=count, default=2, help="how often each candidate is timed (default: 2)")
     p.add_argument("--gpu", type=int, default=0, help="number of the GPU (default: 0)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="put the engine there, as in 'parvis build'")
+    p.add_argument("--out", type=path, metavar="DIR", help="put the engine there, as in 'parvis build'")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return p
 

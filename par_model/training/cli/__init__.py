@@ -51,9 +51,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{program}: error: {message}; '{self.prog} --help' lists the options\n")
 
 
+def path(argument: str) -> Path:
+    """The name of a file or a folder, for argparse. None is empty: Python would take that for the current folder."""
+    if not argument:
+        raise argparse.ArgumentTypeError("'' is empty; expected the name of a file or folder ('.' is the current one)")
+    return Path(argument)
+
+
 def add_run(p: argparse.ArgumentParser, holds: str, of: str, *, steps: int, batch: int, report: int) -> None:
     """The options that every training has. ``holds``: what its folder does; ``of``: what a batch is made of."""
-    p.add_argument("--run", type=Path, required=True, help=f"run folder: log.jsonl, checkpoint.pt, {holds}")
+    p.add_argument("--run", type=path, required=True, help=f"run folder: log.jsonl, checkpoint.pt, {holds}")
     p.add_argument("--resume", action="store_true", help="continue the run in --run")
     p.add_argument("--steps", type=int, default=steps, help="updates of the weights")
     p.add_argument("--batch", type=int, default=batch, help=f"{of} of a step")

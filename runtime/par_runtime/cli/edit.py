@@ -271,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "image",
-        type=Path,
+        type=options.path,
         metavar="IMAGE",
         help="PNG, JPEG, WebP, ..., or a sheet of 'parvis generate'; of a video bundle a clip",
     )

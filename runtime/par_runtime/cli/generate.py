@@ -224,7 +224,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_scale(p)
     options.add_fps(p)
-    p.add_argument("--out-dir", type=Path, help="folder for one PNG per image, or one GIF per clip")
+    p.add_argument("--out-dir", type=options.path, help="folder for one PNG per image, or one GIF per clip")
     options.add_tokens(p)
     p.add_argument(
         "--guidance",
