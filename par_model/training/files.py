@@ -89,7 +89,8 @@ def check_run_files(run: Path) -> None:
 def folder_for(option: str, path: Path, error: type[Exception] = InputError) -> None:
     """Raise ``error`` where ``path``, given as ``option``, cannot be a folder to write into: it is a file."""
     if os.path.lexists(path) and not path.is_dir():  # a link to nothing is no folder either
-        raise error(f"{option} {path}: is a file; expected a folder, which may be new: give another name")
+        what = "is a link that leads to no folder" if path.is_symlink() else "is a file"
+        raise error(f"{option} {path}: {what}; expected a folder, which may be new: give another name")
 
 
 @contextmanager

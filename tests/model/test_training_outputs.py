@@ -150,6 +150,27 @@ def test_errors_of_the_system_are_said_in_the_words_of_the_other_verbs() -> None
     assert explain(OSError("no number")) == system.explain(OSError("no number")) == "no number"
 
 
+@pytest.mark.parametrize(("to", "how"), [("link", "in a circle"), ("nothing", "nowhere")])
+def test_a_link_that_leads_to_no_folder_is_named(
+    trainers: list[tuple[ModuleType, list[str]]],
+    tmp_path: Path,
+    to: str,
+    how: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(to)
+    for verb, options in trainers:
+        assert verb.main([*options, "--run", str(link)]) == 2
+        assert f"--run {link}: is a link that leads to no folder; expected a folder" in capsys.readouterr().err
+        assert verb.main([*options, "--run", str(link / "run")]) == 2
+        line = f"parvis: error: {link}: its links lead {how}; choose another place\n"
+        assert capsys.readouterr().err == line
+    data = trainers[0][1][:2]
+    assert encode.main([*data, "--tokenizer", str(tmp_path / "vq.pt"), "--out", str(link / "a.npz")]) == 2
+    assert capsys.readouterr().err == line
+
+
 def test_the_verbs_say_how_to_mend_an_error_of_the_system(
     trainers: list[tuple[ModuleType, list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
