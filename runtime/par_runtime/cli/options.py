@@ -71,7 +71,7 @@ class Extend(argparse.Action):
         setattr(namespace, self.dest, tuple(sorted(merged) if all(isinstance(v, int) for v in merged) else merged))
 
 
-def add_list(p: argparse.ArgumentParser, name: str, kind: Callable[[str], tuple[Any, ...]], **more: Any) -> None:
+def add_list(p: argparse._ActionsContainer, name: str, kind: Callable[[str], tuple[Any, ...]], **more: Any) -> None:
     """An option that takes a list: ``--batches 1 2 4``, ``--batches 1,2,4``, or the option repeated.
 
     ``kind``: the values of one word, as a tuple.

@@ -225,6 +225,7 @@ def test_fail_above_says_which_rows_it_could_not_judge(tmp_path: Path, capsys: p
     ("arguments", "message"),
     [
         ([], "no bundle was given; expected one or more folders made by 'parvis export', --suite paper or gpu"),
+        (["--from", "x"], "--from is for --suite gpu, and means nothing to phases"),
         (["nothing-here"], "nothing-here: no such folder; give the path of a bundle"),
         (["TINY", "--images", "0"], "--images 0: expected 1 or more"),
         (["TINY", "--repetitions", "0"], "--repetitions 0: expected 1 or more"),
