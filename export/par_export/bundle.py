@@ -19,7 +19,7 @@ from par_export.fp16 import FP16_MAX, largest_in
 from par_export.graphs.decoder import HALF_DECODER
 from par_export.graphs.sampling import why_not_searched
 from par_export.parts import SELFTEST_GUIDANCE, Tokenizer, architecture_entries, write_graphs, write_manifest
-from par_export.staging import staging
+from par_export.staging import check_place, staging
 from par_export.weights import (
     WeightsWriter,
     parameter_count,
@@ -83,6 +83,7 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     if request.precision not in DTYPE:
         raise ExportError(f"precision {request.precision!r}; expected one of {', '.join(DTYPE)}")
     dtype = DTYPE[request.precision]
+    check_place(request.out)
     _check_defaults(request.defaults or {}, "")
     folder_name = utf8_name(request.out.absolute())
     if folder_name is None:

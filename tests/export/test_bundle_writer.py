@@ -117,6 +117,7 @@ def test_an_existing_folder_is_kept_unless_forced(
         ({"--tokenizer": "nope.pt"}, "nope.pt: no such file"),
         ({"--class-names": "NAMES"}, "names.json: 2 class names for a model of 10 classes; give one per class"),
         ({"--class-names": "EMPTY"}, "empty.txt: 0 class names for a model of 10 classes; give one per class"),
+        ({"--out": "."}, "--out .: names no new folder; give the name of one"),
         ({"--name": ""}, "name is ''; expected a text of 1 to"),
         ({"--class-names": "/dev/zero"}, "/dev/zero: has more than 67108864 bytes; expected UTF-8"),
         ({"--grid": "2x8x8", "--tokenizer": "VQ"}, "an image tokenizer, and grid 2x8x8 is of video; give a video"),
