@@ -27,7 +27,7 @@ from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.known import sequence_tokens
 from par_runtime.request import class_index
-from par_runtime.system import sha256, write_beside
+from par_runtime.system import naming, sha256, write_beside
 from par_runtime.tokenizer import Tokenizer
 
 MOST_FILE_BYTES = 2**28  #: of any file of tokens: half a million images of 256 tokens
@@ -95,7 +95,8 @@ def attach(bundle: Bundle, tokens: Int, labels: Sequence[int]) -> Path:
     hash of its own anew. Nothing else of the bundle changes. Returns the file's path. Raises OSError.
     """
     file, manifest = bundle.path / HELDOUT, bundle.path / MANIFEST
-    entries = json.loads(manifest.read_text(encoding="utf-8"))
+    with naming(manifest):
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
 
     def replace_both(part: Path) -> None:
         # Both are written before one is renamed, since a bundle with one of them alone cannot be opened.

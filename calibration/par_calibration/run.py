@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from par_calibration.refine.train import Refined, check_memory, refine, training
 from par_calibration.report import Budget, LayerError, Options, Report, compare
 from par_export.quantised import check_source, write_bundle
 from par_export.restored import StoredWeights, stored_table
-from par_export.staging import check_replaced
+from par_export.staging import check_place, check_replaced
 from par_model.training.files import alone_in
 from par_runtime.arguments import cpu_threads
 from par_runtime.backends.native.decoding import why_not_bf16
@@ -197,17 +197,25 @@ def recorded(
     began = time.perf_counter()
     recording = Recording(places.work, plan_of(bundle, request.record), bundle)
     with alone_in("--work", places.work, CalibrationError):
-        yield _complete(recording, request, began, say, on_image)
+        yield _complete(recording, request, began, say, on_image, places.own_work)
         if places.own_work:
             recording.remove()
 
 
-def _complete(recording: Recording, request: Request, began: float, say: Say, on_image: OnDone | None) -> Recording:
-    """``recording``, with all its images."""
+def _complete(
+    recording: Recording, request: Request, began: float, say: Say, on_image: OnDone | None, own: bool
+) -> Recording:
+    """``recording``, with all its images. ``own``: nobody named its folder, which goes if an error leaves no image."""
     recording.begin(request.resume, again=request.force)
     there = len(recording.done())
     plan = recording.plan
-    by = record(recording, lambda: maker_of(recording.bundle, request.threads), on_image)
+    try:
+        by = record(recording, lambda: maker_of(recording.bundle, request.threads), on_image)
+    except BaseException:
+        if own and not recording.holds_work():
+            with suppress(OSError):
+                recording.remove()
+        raise
     taken = f", {there} of the images were there" if there else ""
     say(
         f"recorded {plan.images} images, {plan.images * plan.rows_per_image} rows of each matrix, "
@@ -351,6 +359,7 @@ def _checked(request: Request, bundle: Bundle, places: Places) -> Options:
             f"--decoder-precision {request.decoder_precision}: nothing could be proven of it here, because {reason}; "
             "leave it out"
         )
+    check_place(places.out)
     if os.path.lexists(places.out):
         check_replaced(places.out, request.force)
     if request.report.real is not None and not request.report.real.exists():

@@ -19,7 +19,7 @@ from par_export.fp16 import FP16_MAX, largest_in
 from par_export.graphs.decoder import HALF_DECODER
 from par_export.graphs.sampling import why_not_searched
 from par_export.parts import SELFTEST_GUIDANCE, Tokenizer, architecture_entries, write_graphs, write_manifest
-from par_export.staging import staging
+from par_export.staging import check_place, staging
 from par_export.weights import (
     WeightsWriter,
     parameter_count,
@@ -61,6 +61,7 @@ class ExportRequest:
     sampling: Tail | None = None  #: of the static graphs; None: ``topk``, or ``exact`` where its settings need it
     name: str | None = None
     class_names: list[str] | None = None
+    class_names_file: Path | None = None  #: where they are from, for messages
     encoder: bool = True  #: write the tokenizer's encoder too, which editing and reconstructing an image need
     imagenet_names: bool = True  #: give a model of ImageNet's shape its class names
     defaults: dict[str, Any] | None = None
@@ -82,13 +83,14 @@ def export(request: ExportRequest, say: Callable[[str], None] = print) -> Path:
     if request.precision not in DTYPE:
         raise ExportError(f"precision {request.precision!r}; expected one of {', '.join(DTYPE)}")
     dtype = DTYPE[request.precision]
+    check_place(request.out)
     _check_defaults(request.defaults or {}, "")
     folder_name = utf8_name(request.out.absolute())
     if folder_name is None:
         raise ExportError(
             f"--out {request.out}: its path is not UTF-8, and ONNX Runtime opens no other files; give another --out"
         )
-    _check_text("name", request.name or Path(folder_name).name, MOST_NAME)
+    _check_text("name", Path(folder_name).name if request.name is None else request.name, MOST_NAME)
     checkpoint = open_checkpoint(request.checkpoint, request.weights)
     name, defaults = _name_and_defaults(request, checkpoint, say)
     opened = None if request.tokenizer is None else _open_tokenizer(request, request.tokenizer, checkpoint)
@@ -228,7 +230,9 @@ def _name_and_defaults(
     given = request.defaults or {}
     kept = {key: value for key, value in checkpoint.defaults.items() if key not in given}
     _check_defaults(kept, f"{checkpoint.path}: ")
-    name = request.name or checkpoint.name or Path(utf8_name(request.out) or "").name
+    name = request.name
+    if name is None:
+        name = checkpoint.name or Path(utf8_name(request.out) or "").name
     _check_text("name", name, MOST_NAME)
     parts = [f"{key} {value:g}" for key, value in kept.items()]
     if request.name is None and checkpoint.name is not None:
@@ -248,7 +252,10 @@ def _class_names(
 
     Raises ExportError where there is not one name per class.
     """
-    names, synsets = request.class_names or checkpoint.class_names, None
+    names, synsets = request.class_names, None
+    where = "" if request.class_names_file is None else f"{request.class_names_file}: "
+    if names is None and checkpoint.class_names is not None:
+        names, where = checkpoint.class_names, f"{checkpoint.path}: "
     if names is None and request.imagenet_names and imagenet.fits(config):
         names, synsets = imagenet.classes()
         say(
@@ -256,9 +263,11 @@ def _class_names(
             "(--class-names none: no names)"
         )
     if names is not None and len(names) != config.n_classes:
-        raise ExportError(f"{len(names)} class names for a model of {config.n_classes} classes; give one per class")
+        raise ExportError(
+            f"{where}{len(names)} class names for a model of {config.n_classes} classes; give one per class"
+        )
     for name in names or ():
-        _check_text("class name", name, MOST_CLASS_NAME)
+        _check_text(f"{where}class name", name, MOST_CLASS_NAME)
     return names, synsets
 
 

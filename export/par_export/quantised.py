@@ -38,7 +38,7 @@ from par_runtime.errors import BundleError
 from par_runtime.manifest import KEPT, check, matrices_of
 from par_runtime.manifest_video import FIRST, NEXT
 from par_runtime.quantised import LEAST_CODE, MOST_CODE, SCALE, Quantised
-from par_runtime.system import utf8_name
+from par_runtime.system import naming, utf8_name
 
 #: Entries of the manifest's ``parity`` that are about the tokenizer, which quantising does not change.
 TOKENIZER_PARITY = ("decoder", HALF_DECODER, FIRST, NEXT, "encoder")
@@ -272,7 +272,8 @@ def _compare_tokenizer(bundle: Bundle, folder: Path, config: PARConfig) -> None:
 
 def _merge(folder: Path, more: Mapping[str, Any]) -> None:
     """Add entries to the manifest's ``calibration``, and seal it again. Raises ExportError, OSError."""
-    manifest = json.loads((folder / MANIFEST).read_text())
+    with naming(folder / MANIFEST):
+        manifest = json.loads((folder / MANIFEST).read_text())
     manifest = seal(manifest | {"calibration": manifest["calibration"] | dict(more)})
     try:
         check(manifest)

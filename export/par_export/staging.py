@@ -14,6 +14,7 @@ from typing import NamedTuple
 from par_export.errors import OutputError
 from par_runtime.backends.engines import ENGINE_JSON, ENGINES
 from par_runtime.bundle import HELDOUT, MANIFEST, WEIGHTS
+from par_runtime.checked import shown_path
 from par_runtime.stopping import exit_on_signals
 from par_runtime.system import NO_ROOM
 
@@ -31,6 +32,17 @@ BUNDLE = Kind("a bundle", (MANIFEST, WEIGHTS), (MANIFEST, WEIGHTS, HELDOUT, "*.o
 ENGINE = Kind("an engine", (ENGINE_JSON,), ("*.json", "*.plan", "*.cubin", "*.data", "*.cache", *HIDDEN))
 
 
+def check_place(out: Path) -> None:
+    """Raise OutputError where ``out``, the name of a new bundle, names no folder, or one inside a bundle: that holds
+    nothing else, so that it can be replaced as a whole.
+    """
+    if out.name in ("", ".."):
+        raise OutputError(f"--out {shown_path(out)}: names no new folder; give the name of one")
+    for folder in Path(os.path.realpath(out)).parents:
+        if all((folder / name).is_file() for name in BUNDLE.has):
+            raise OutputError(f"--out {shown_path(out)}: lies in the bundle {shown_path(folder)}; give another folder")
+
+
 @contextmanager
 def staging(out: Path, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
     """Yield a hidden folder beside ``out``, which is renamed to ``out`` at the end; on an error it is removed.
@@ -38,6 +50,8 @@ def staging(out: Path, force: bool, kind: Kind = BUNDLE) -> Iterator[Path]:
     ``force`` replaces a folder at ``out`` that is of ``kind`` and holds nothing else; a link to it stays, and leads to
     the new one. Hidden folders of killed processes are removed. Raises OutputError, OSError.
     """
+    if kind is BUNDLE:
+        check_place(out)
     out = out.absolute()
     if force and out.is_symlink() and out.is_dir():
         out = Path(os.path.realpath(out))

@@ -18,9 +18,10 @@ from typing import Any
 
 from script import run
 
+from par_model.system import naming
 from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
-from par_model.training.files import InputError, followed, naming, written_together
+from par_model.training.files import InputError, followed, written_together
 from par_model.words import printable
 from par_runtime.backends.tails import why_not_drawn
 from par_runtime.bundle import MANIFEST, Bundle, Defaults, seal
@@ -80,7 +81,8 @@ def change(bundles: Sequence[Bundle], given: dict[str, Any]) -> None:
     manifests = [bundle.path / MANIFEST for bundle in bundles]
     with written_together(*manifests) as parts:
         for manifest, part in zip(manifests, parts, strict=True):
-            entries = json.loads(manifest.read_text(encoding="utf-8"))
+            with naming(manifest):
+                entries = json.loads(manifest.read_text(encoding="utf-8"))
             sealed = seal(entries | {"defaults": entries["defaults"] | given})
             with naming(part):
                 part.write_text(json.dumps(sealed, indent=1), encoding="utf-8")

@@ -39,6 +39,7 @@ from gpu_parts import Part, Stop, StoppedError, Work, table  # noqa: E402
 from pack import unpack  # noqa: E402
 
 from par_model.checkpoint import CheckpointError  # noqa: E402
+from par_model.system import explain  # noqa: E402
 from par_model.training.cli import Parser, words  # noqa: E402
 from par_model.training.files import InputError, alone_in, same, text_of, written_beside  # noqa: E402
 from par_model.words import printable  # noqa: E402
@@ -185,7 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except StoppedError:
             print("gpu.py: stopped before anything was trained", file=sys.stderr)
         except (InputError, CheckpointError, OSError) as error:
-            print(f"gpu.py: error: {printable(text_of(error))}", file=sys.stderr)
+            text = explain(error) if isinstance(error, OSError) else text_of(error)
+            print(f"gpu.py: error: {printable(text)}", file=sys.stderr)
             return 2
         finally:
             if args.work is None and work is not None:

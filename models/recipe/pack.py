@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from par_model.system import naming
 from par_model.training.cli import Parser
-from par_model.training.files import InputError, folder_for, keep_inputs, naming, regular, written_together
+from par_model.training.files import InputError, folder_for, keep_inputs, regular, written_together
 from par_model.training.raw import IMAGES, RawImages, read_meta, shown
 from par_model.words import printable
 

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from script import run
 
+from par_model.system import naming
 from par_model.training.cli import Parser
-from par_model.training.files import InputError, folder_for, keep_inputs, naming, written_together
+from par_model.training.files import InputError, folder_for, keep_inputs, written_together
 from par_model.training.raw import IMAGES, RawImages
 from par_model.words import printable
 

@@ -15,6 +15,7 @@ from par_model.checkpoint.errors import CheckpointError, shown, some, utf8_name
 from par_model.checkpoint.pickle import read_pickle
 from par_model.checkpoint.recognise import file_problem, folder_problem, not_a_file
 from par_model.objects import unique
+from par_model.system import OF_THE_SYSTEM, naming
 
 INDEX = ".safetensors.index.json"
 PICKLED_INDEX = ".bin.index.json"  #: of shards that ``torch.save`` wrote
@@ -73,7 +74,9 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
     if path.stat().st_size > MOST_JSON_BYTES:
         raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too many for JSON; expected {expected}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        with naming(path):
+            text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({str(error)[:200]}); expected {expected}") from error
     if not isinstance(content, dict):
@@ -168,7 +171,7 @@ def _read_one(path: Path) -> dict[Any, Any]:
     """The content of one file, in the format that its bytes have, whatever it is called."""
     if (why := file_problem(path)) is not None:
         raise CheckpointError(f"{path}: {why}")
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         head = file.read(9)
     if path.suffix == ".safetensors" and head.startswith((b"PK", b"\x80")):  # torch refuses it by its name
         raise CheckpointError(f"{path}: is a file of torch.save, not of safetensors: rename it to {path.stem}.pt")
@@ -190,11 +193,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: reading it needs the package safetensors: pip install safetensors") from error
     try:
         name = utf8_name(path)
-        if name is None:  # safetensors opens no such file, and takes its content instead
-            return dict(load(path.read_bytes()))
-        with safe_open(name, framework="pt") as file:  # maps the file; a tensor is a view of the mapping
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
+        with naming(path):
+            if name is None:  # safetensors opens no such file, and takes its content instead
+                return dict(load(path.read_bytes()))
+            with safe_open(name, framework="pt") as file:  # maps the file; a tensor is a view of the mapping
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
     except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+            raise
         raise CheckpointError(
             f"{path}: not a readable safetensors file ({str(error)[:200]}); the file may be truncated: compare its "
             f"size ({path.stat().st_size} bytes) with the original's and copy it again"

@@ -114,7 +114,7 @@ def open_checkpoint(path: str | Path, weights: Kind | None = None) -> Checkpoint
         path,
         _MappedTensors(tensors),
         config,
-        names or None,
+        names,
         args,
         left,
         args_under=args_under,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from par_model.checkpoint.errors import CheckpointError, utf8_name
+from par_model.system import OF_THE_SYSTEM, naming
 
 
 class Inert:
@@ -108,7 +109,10 @@ def _stand_ins() -> dict[str, Callable[..., object]]:
 
 
 def read_pickle(file: Path) -> dict[Any, Any]:
-    """The content of a file of ``torch.save``, its tensors mapped from it. Raises CheckpointError, MemoryError."""
+    """The content of a file of ``torch.save``, its tensors mapped from it.
+
+    Raises CheckpointError, MemoryError, OSError.
+    """
     _check_container(file)
     allowed: list[Any] = [(stand_in, name) for name, stand_in in _stand_ins().items()]
     try:
@@ -119,15 +123,18 @@ def read_pickle(file: Path) -> dict[Any, Any]:
             name = utf8_name(file)
             try:
                 if name is not None:
-                    content = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
+                    with naming(file):
+                        content = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:
                 if "mmap" not in str(error):
                     raise
                 name = None
             if name is None:  # the format before torch 1.6, or a name that torch cannot map
-                with file.open("rb") as opened:
+                with naming(file), file.open("rb") as opened:
                     content = torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+            raise
         # torch puts advice to load unsafely around the reason, which no user must see. The reason is the context.
         inner = error.__context__ if isinstance(error.__context__, Exception) else error
         if "allocate memory" in f"{inner}{error}":
@@ -144,7 +151,7 @@ def _check_container(file: Path) -> None:
     size = file.stat().st_size
     if size == 0:
         raise CheckpointError(f"{file}: is empty; copy or download it again")
-    with file.open("rb") as f:
+    with naming(file), file.open("rb") as f:
         if f.read(2) != b"PK":
             return  # the format before torch 1.6, or no checkpoint at all
     try:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from par_model.checkpoint.errors import shown, some
+from par_model.system import naming
 
 HEAD_BYTES = 512
 STATE_DICT = "save the weights with torch.save(model.state_dict(), path) and give that file"
@@ -83,7 +84,7 @@ def not_a_file(path: Path) -> str | None:
 
 def file_problem(path: Path) -> str | None:
     """What the file at ``path`` is if it is surely no checkpoint, with what to do; None otherwise. Raises OSError."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if not head:
         return "is empty; copy or download it again"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from par_model.system import naming
 from par_model.training.files import InputError, regular, text_of
 from par_model.training.raw import read_meta, read_pixels
 
@@ -42,7 +43,8 @@ class ClipFolder:
             count, frames, size, channels = (meta[key] for key in ("count", "frames", "size", "channels"))
             names = meta["class_names"]
             clips = read_pixels(path / "clips.u8", (count, frames, size, size, channels))
-            labels = np.fromfile(regular(path / "labels.u8"), dtype=np.uint8)
+            with naming(path / "labels.u8"):
+                labels = np.fromfile(regular(path / "labels.u8"), dtype=np.uint8)
         except (InputError, FileNotFoundError) as error:
             raise InputError(f"{path}: not the raw form of clips ({text_of(error)}); {EXPECTED}") from error
         if channels not in (1, 3):

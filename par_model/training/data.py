@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from par_model.system import OF_THE_SYSTEM, naming
 from par_model.training.files import InputError, text_of
 from par_model.training.raw import IMAGES as RAW
 from par_model.training.raw import RawImages
@@ -100,7 +103,8 @@ def _pictures(path: Path, size: int | None) -> ImageFolder:
         raise InputError(f"{path} holds pictures; give --size, the pixels of a side that they are fitted to")
     files = [file for _, each in classes for file in each]
     for file in files:
-        _opened(file).close()
+        with _opened(file):
+            pass
     labels = np.repeat(np.arange(len(classes)), [len(each) for _, each in classes])
     return ImageFolder(files, labels, [_class_name(name) for name, _ in classes], size)
 
@@ -116,36 +120,46 @@ def _files(folder: Path, known: dict[str, str], deep: bool = True) -> list[Path]
     return sorted(f for f in found if f.suffix.lower() in known and not f.name.startswith(".") and f.is_file())
 
 
-def _opened(file: Path) -> Image.Image:
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """The picture ``file``, identified by Pillow. Any fault of it, here or inside, is an InputError, which names it.
+
+    What the system cannot do (a broken disk, no permission, too many open files) stays an OSError, with the name.
+    """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), naming(file):
+            warnings.simplefilter("ignore")  # of odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.init()
-            return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+            with file.open("rb") as opened:  # Pillow leaves one open whose first bytes it cannot read
+                yield Image.open(opened, formats=[name for name in FORMATS if name in Image.OPEN])
+    except (InputError, MemoryError):
+        raise
     except UnidentifiedImageError as error:
         raise InputError(
             f"{file}: no picture that can be read; expected PNG, JPEG, WebP, TIFF or the like: take it away"
         ) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{file}: no picture that can be read ({error}); mend it or take it away") from error
+    except Exception as error:  # readers of damaged files raise nearly anything
+        if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+            raise
+        why = (isinstance(error, OSError) and error.strerror) or str(error)
+        why = " ".join(why.split())[:120] or type(error).__name__
+        raise InputError(f"{file}: no picture that can be read ({why}); mend it or take it away") from error
 
 
 def picture(file: Path, size: int) -> np.ndarray:
     """A picture as uint8 [size, size, 3]: upright, on white where transparent, its largest middle square.
 
-    Raises InputError for a damaged one, and for one of wide grey values, whose white is unknown.
+    Raises InputError for a damaged one, and for one of wide grey values, whose white is unknown; OSError.
     """
     with _opened(file) as image:
-        try:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith(("I", "F")):
-                raise InputError(f"{file}: grey values of more than 8 bits; save it with 8 bits")
-            if "A" in upright.mode or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            side = min(upright.size)
-            left, top = (upright.width - side) // 2, (upright.height - side) // 2
-            square = upright.convert("RGB").crop((left, top, left + side, top + side))
-            return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise InputError(f"{file}: cannot be decoded ({error}); mend it or take it away") from error
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith(("I", "F")):
+            raise InputError(f"{file}: grey values of more than 8 bits; save it with 8 bits")
+        if "A" in upright.mode or "transparency" in upright.info:
+            upright = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+        side = min(upright.size)
+        left, top = (upright.width - side) // 2, (upright.height - side) // 2
+        square = upright.convert("RGB").crop((left, top, left + side, top + side))
+        return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))

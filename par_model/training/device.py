@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from par_model.dtypes import bf16_is_fast
 from par_model.training.files import InputError
+from par_model.training.raw import shown
 
 EXPECTED = "expected auto, cpu, cuda, or cuda:N with the number of a GPU"
 PART_OF_FREE = 4  #: data that take at most this part (a quarter) of a GPU's free memory lie there
+#: What optimizers keep of a weight, by the class of PyTorch's that they are.
+KEPT = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 LOADED_AT_ONCE = 4096  #: images that are copied to a GPU in one piece
 
 
@@ -75,14 +78,34 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float, device: torch.device) -
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give ``optimizer`` the ``state`` that a run on either device saved.
+    """Give ``optimizer`` what a run on either device saved of its weights; its settings stay as they are.
 
-    How an update is computed (``fused``, ``foreach``) belongs to the device, not to the state.
+    How an update is computed (``fused``, ``foreach``) belongs to the device, rates to the options. Raises KeyError,
+    TypeError, ValueError where an update would fail: PyTorch takes anything for what is kept of a weight.
     """
-    groups = []
-    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        groups.append(saved | {name: own[name] for name in ("fused", "foreach") if name in own})
-    optimizer.load_state_dict(state | {"param_groups": groups})
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    optimizer.load_state_dict(state | {"param_groups": [own | {"params": saved["params"]} for saved, own in pairs]})
+    names = next(names for kind, names in KEPT.items() if isinstance(optimizer, kind))
+    for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+        if weight in optimizer.state:  # nothing is kept of one that has had no gradient
+            for name in names:
+                value = optimizer.state[weight][name]
+                _check_shape(value, torch.Size() if name == "step" else weight.shape)
+
+
+def copy_saved(target: Tensor, value: Any) -> None:
+    """Copy ``value`` of a checkpoint to ``target``; ``copy_`` would repeat one of another shape in silence. Raises
+    TypeError, ValueError.
+    """
+    _check_shape(value, target.shape)
+    target.copy_(value)
+
+
+def _check_shape(value: Any, shape: torch.Size) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{shown(value)} in place of a tensor")
+    if value.shape != shape:
+        raise ValueError(f"a tensor of shape {tuple(value.shape)}, not {tuple(shape)}")
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from par_model.system import naming
+
 try:
     import fcntl
 except ImportError:  # Windows: there nothing stops two processes that write into one folder
@@ -59,7 +61,7 @@ def written_together(*paths: Path) -> Iterator[list[Path]]:
     """Hidden files beside ``paths``, which become them at the end, when all are whole: files of one set never mix with
     those of an earlier one. On an error before that all ``paths`` stay as they were.
 
-    Where an OSError may name no file, as that of a full disk, :func:`naming` says which one it was.
+    Where an OSError may name no file, as that of a full disk, :func:`par_model.system.naming` says which one it was.
     """
     for path in paths:
         if path.is_dir():  # found when it is renamed, the others would be new already
@@ -68,20 +70,27 @@ def written_together(*paths: Path) -> Iterator[list[Path]]:
         yield [files.enter_context(written_beside(path)) for path in paths]
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put ``path`` into an OSError that names no file."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+def check_run_files(run: Path) -> None:
+    """Raise InputError or OSError where a file of the training in the folder ``run`` could not be written, before there
+    is anything to lose. Nothing stays.
+    """
+    for path in (*(run / name for name in RUN_FILES), *run.glob("sheet-*.png")):
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; expected a file: take it away, or give another --run folder")
+    log = run / "log.jsonl"
+    for path in (log, run / f".{os.getpid()}.part"):  # one that is appended to, and one that is renamed at the end
+        new = not os.path.lexists(path)
+        with naming(run if new else path), (path if new else regular(path)).open("ab"):
+            pass
+        if new:
+            path.unlink()
 
 
 def folder_for(option: str, path: Path, error: type[Exception] = InputError) -> None:
     """Raise ``error`` where ``path``, given as ``option``, cannot be a folder to write into: it is a file."""
     if os.path.lexists(path) and not path.is_dir():  # a link to nothing is no folder either
-        raise error(f"{option} {path}: is a file; expected a folder, which may be new: give another name")
+        what = "is a link that leads to no folder" if path.is_symlink() else "is a file"
+        raise error(f"{option} {path}: {what}; expected a folder, which may be new: give another name")
 
 
 @contextmanager

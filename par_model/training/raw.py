@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_model.objects import unique
+from par_model.system import naming
 from par_model.training.files import InputError, regular
 
 IMAGES = ("images.u8", "labels.u8", "meta.json")
@@ -38,7 +39,9 @@ def read_meta(folder: Path, *numbers: str, names: str) -> dict[str, Any]:
     path = folder / "meta.json"
     entries = f"an object with {', '.join(numbers)} and {names}"
     try:
-        meta = json.loads(regular(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        with naming(path):
+            text = regular(path).read_text(encoding="utf-8")
+        meta = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({str(error)[:100]}); expected {entries}") from error
     if not isinstance(meta, dict):
@@ -61,12 +64,15 @@ def read_pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
             f"{path}: has {size} bytes; expected {expected}, {'x'.join(map(str, shape))} by meta.json: one of the two "
             "is not whole, or is of other data; make them again"
         )
-    return np.memmap(path, np.uint8, mode="r", shape=shape)
+    with naming(path):
+        return np.memmap(path, np.uint8, mode="r", shape=shape)
 
 
 def read_labels(folder: Path, count: int, classes: int) -> NDArray[np.uint8]:
     """``labels.u8`` in ``folder``, of ``count`` items in ``classes`` classes. Raises InputError, OSError."""
-    labels = np.frombuffer(regular(folder / "labels.u8").read_bytes(), np.uint8)
+    path = folder / "labels.u8"
+    with naming(path):
+        labels = np.frombuffer(regular(path).read_bytes(), np.uint8)
     if len(labels) != count:
         raise InputError(f"{folder}: meta.json has count {count}, labels.u8 {len(labels)} labels; make them again")
     if labels.max() >= classes:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from par_model.checkpoint import CheckpointError
 from par_model.checkpoint.file import read
+from par_model.system import naming
 from par_model.training.files import InputError, regular
+from par_model.training.raw import shown
 
 #: What a checkpoint says it is -> the verb that makes such a run.
 VERBS = {"par": "train", "vq": "train-tokenizer", "video-tokenizer": "train-video-tokenizer"}
@@ -27,13 +31,15 @@ OPTIONS = {
     "strides": "--time-strides",
 }
 FREE = ("dropout",)  #: what may be another when a run goes on
+ANEW = "without a whole copy of it, begin again in another --run folder; nothing was changed"
+MOST_STEPS = 10**15  #: of --steps
 AGAIN = "give the same options, or another --run folder; nothing was changed"
 
 
 def read_run(path: Path) -> dict[str, Any]:
     """The content of a run's ``checkpoint.pt``. Raises InputError where it is not whole, OSError; it stays as it is."""
     try:
-        with regular(path).open("rb") as file:  # torch opens no name that is not UTF-8
+        with naming(path), regular(path).open("rb") as file:  # torch opens no name that is not UTF-8
             content = torch.load(file, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -42,9 +48,7 @@ def read_run(path: Path) -> dict[str, Any]:
             raise
         if "allocate memory" in str(error):
             raise MemoryError(str(error)) from error
-        raise InputError(
-            f"--resume: {_why(path, error)}; without a whole copy of it, begin again in another --run folder"
-        ) from error
+        raise InputError(f"--resume: {_why(path, error)}; {ANEW}") from error
     if not isinstance(content, dict):
         raise InputError(f"--resume: {path} holds no run of a training; {AGAIN}")
     return content
@@ -88,6 +92,33 @@ def _shown(name: str, value: Any) -> str:
     if name == "grid of --codes" and isinstance(value, (list, tuple)):
         return "x".join(map(str, value))
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def check_numbers(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise InputError where ``state`` of the run at ``path`` holds numbers that no training writes: a step that is no
+    count, or tensors that are not finite. Raises KeyError where it has none.
+    """
+    step, seconds = state["step"], state["seconds"]
+    if type(step) is not int or not 0 <= step <= MOST_STEPS:
+        raise InputError(f"--resume: {path}: its step is {shown(step)}; expected 0 to {MOST_STEPS}: {ANEW}")
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise InputError(f"--resume: {path}: its seconds are {shown(seconds)}; expected a number of 0 or more: {ANEW}")
+    for name, value in _leaves("", state):
+        finite = bool(torch.isfinite(value).all()) if isinstance(value, Tensor) else math.isfinite(value)
+        if not finite:
+            raise InputError(f"--resume: {path}: {name} holds a number that is not finite (NaN or infinite); {ANEW}")
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor | float]]:
+    """The tensors and floats in ``value``, with where they are."""
+    if isinstance(value, (Tensor, float)):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _leaves(f"{name}.{key}" if name else str(key), each)
+    elif isinstance(value, (list, tuple)):
+        for i, each in enumerate(value):
+            yield from _leaves(f"{name}[{i}]", each)
 
 
 @contextmanager

@@ -11,11 +11,12 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,8 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from par_model.checkpoint import open_checkpoint, video_config, vq_config
-from par_model.training.files import InputError, alone_in, naming, regular, written_together
-from par_model.training.resume import check_run, read_run, taking_over
+from par_model.system import naming
+from par_model.training.device import copy_saved
+from par_model.training.files import (
+    InputError,
+    alone_in,
+    check_run_files,
+    regular,
+    written_beside,
+    written_together,
+)
+from par_model.training.resume import check_numbers, check_run, read_run, taking_over
 from par_model.video import VideoTokenizer
 from par_model.vq import VQModel
 
@@ -85,6 +95,14 @@ def save_together(contents: Mapping[Path, Mapping[str, Any]]) -> None:
                 part.write_bytes(file.getbuffer())
 
 
+def write_sheet(path: Path, pixels: np.ndarray) -> None:
+    """Write ``pixels`` uint8 [H,W,3] as a PNG beside ``path``, and rename it. Raises OSError."""
+    from PIL import Image
+
+    with written_beside(path) as part, naming(part):
+        Image.fromarray(pixels).save(part, "PNG")
+
+
 class EMA:
     """Exponential moving average of the weights, key -> fp32 tensor in ``shadow``; the average is exported."""
 
@@ -104,7 +122,7 @@ class EMA:
     def load(self, shadow: Mapping[str, Tensor]) -> None:
         """Go on from the average ``shadow`` of a checkpoint."""
         for key, value in self.shadow.items():
-            value.copy_(shadow[key])
+            copy_saved(value, shadow[key])
 
 
 def load_tokenizer(path: Path) -> VQModel:
@@ -131,7 +149,8 @@ class Run:
     """A run folder, used as a context. ``should_stop`` becomes true on Ctrl-C or SIGTERM; the trainer then writes a
     checkpoint and ends. ``minutes``: after which the run ends, with its earlier processes; None: after its steps.
 
-    Entering it raises InputError where another process trains in this folder.
+    Entering it raises InputError where another process trains in this folder, InputError or OSError where one of its
+    files could not be written.
     """
 
     path: Path
@@ -147,6 +166,7 @@ class Run:
     def __enter__(self) -> Self:
         with ExitStack() as entered:
             entered.enter_context(alone_in("--run", self.path))
+            check_run_files(self.path)
             for number in (signal.SIGINT, signal.SIGTERM):
                 entered.callback(signal.signal, number, signal.signal(number, self._stop))
             self._entered = entered.pop_all()
@@ -173,13 +193,20 @@ class Run:
         return step >= steps or (step > 0 and self.share >= 1)
 
     def log(self, **row: Any) -> None:
-        """Append ``row`` and the seconds to ``log.jsonl``, and print them to stderr."""
+        """Append ``row`` and the seconds to ``log.jsonl``, and print them to stderr. Raises OSError."""
         row = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} | {
             "seconds": round(self.seconds, 1)
         }
         file = self.path / "log.jsonl"
-        with (regular(file) if file.exists() else file).open("a") as f:
-            f.write(json.dumps(row) + "\n")
+        size = regular(file).stat().st_size if file.exists() else 0
+        with naming(file):
+            try:
+                with file.open("a") as f:
+                    f.write(json.dumps(row) + "\n")
+            except OSError:
+                with suppress(OSError):  # no half line, which would be the beginning of the next one
+                    os.truncate(file, size)
+                raise
         print(" ".join(f"{k}={v}" for k, v in row.items()), file=sys.stderr, flush=True)
 
     def save(self, name: str, state: dict[str, Any]) -> None:
@@ -202,5 +229,6 @@ class Run:
         state = read_run(path)
         check_run(path, state, config)
         with taking_over(path):
+            check_numbers(path, state)
             self.seconds_before = float(state["seconds"])
             yield state

@@ -30,6 +30,7 @@ from par_model.training.device import (
     adamw,
     autocast,
     choose_device,
+    copy_saved,
     load_optimizer,
     on_cpu,
     random_state,
@@ -43,6 +44,7 @@ from par_model.training.run import (
     batch_index,
     channels_last,
     cosine,
+    write_sheet,
 )
 from par_model.vq import VQModel
 
@@ -132,8 +134,8 @@ def _train(
             model.load_state_dict(state["live"])
             load_optimizer(optimizer, state["optimizer"])
             ema.load(state["model"])
-            usage.copy_(state["usage"])
-            step = int(state["step"])
+            copy_saved(usage, state["usage"])
+            step = state["step"]
             restore_random_state(state["rng"], device)  # restarted codes are random
     batches = Batches(data, device)
 
@@ -161,11 +163,11 @@ def _train(
                 ema.shadow["quantize.embedding.weight"].copy_(model.quantize.embedding.weight.detach())
         done = run.done(step, args.steps)
         if step % args.report == 0 or done:
+            save()  # first: a held-out picture, log or sheet that fails must not lose the steps
             row: dict[str, Any] = {k: float(v) for k, v in parts.items()}
-            run.log(
-                step=step, images=step * args.batch, **row, **validate(config, ema, held_out, args.run / "sheet.png")
-            )
-            save()
+            measured, sheet = validate(config, ema, held_out)
+            run.log(step=step, images=step * args.batch, **row, **measured)
+            write_sheet(run.path / "sheet.png", sheet)
     save()
 
 
@@ -243,14 +245,12 @@ def restart_dead_codes(model: VQModel, usage: Tensor, z: Tensor) -> int:
 
 
 @torch.no_grad()
-def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, count: int = 256) -> dict[str, float]:
+def validate(
+    config: VQConfig, ema: EMA, held_out: ImageFolder, count: int = 256
+) -> tuple[dict[str, float], np.ndarray]:
     """PSNR (dB), the share of low-contrast detail that is kept and the share of codes in use on ``count`` held-out
-    images, with the averaged weights.
-
-    Writes the first images and their reconstructions to the PNG file ``sheet``.
+    images, with the averaged weights; and a sheet of the first images and their reconstructions, uint8 [H,W,3].
     """
-    from PIL import Image
-
     device = next(iter(ema.shadow.values())).device
     model = VQModel(config).to(device)
     model.load_state_dict(ema.shadow)
@@ -272,10 +272,9 @@ def validate(config: VQConfig, ema: EMA, held_out: ImageFolder, sheet: Path, cou
                 starts = range(0, len(pairs) - wide + 1, wide)
                 rows = [pairs[i : i + wide].permute(1, 3, 0, 4, 2).flatten(0, 1).flatten(1, 2) for i in starts]
     pixels = ((torch.cat(rows).clamp(-1, 1) + 1) * 127.5).to(torch.uint8).cpu().numpy()
-    Image.fromarray(pixels).save(sheet)
     mse = squared / count / 4  # images span 2, so the peak squared is 4
     return {
         "psnr_db": float(-10 * np.log10(mse)),
         "low_contrast_kept": float(detail[0] / detail[1].clamp_min(1e-9)),
         "codes_used": len(used) / config.codebook_size,
-    }
+    }, pixels

@@ -24,6 +24,7 @@ from par_model.config import SIZES, PARConfig
 from par_model.dtypes import bf16_is_fast
 from par_model.generation import generate
 from par_model.ordering import token_order
+from par_model.system import naming
 from par_model.training.classes import other_class
 from par_model.training.device import (
     autocast,
@@ -37,7 +38,15 @@ from par_model.training.device import (
 from par_model.training.files import InputError, keep_run_inputs, regular
 from par_model.training.muon import Float32Muon
 from par_model.training.resume import AGAIN
-from par_model.training.run import EMA, Run, batch_index, cosine, load_tokenizer, load_video_tokenizer
+from par_model.training.run import (
+    EMA,
+    Run,
+    batch_index,
+    cosine,
+    load_tokenizer,
+    load_video_tokenizer,
+    write_sheet,
+)
 from par_model.transformer import PAR
 
 CLASS_DROPOUT = 0.1  # share of the images that are trained without their class, for guidance
@@ -132,7 +141,7 @@ def _train(
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 load_optimizer(optimizer, saved)
             ema.load(state["model"])
-            step = int(state["step"])
+            step = state["step"]
             restore_random_state(state["rng"], device)  # dropout is random
     sequences = sequences_of(codes, config, args.vocab).to(device)
 
@@ -159,13 +168,13 @@ def _train(
         counted, step = counted + 1, step + 1
         done = run.done(step, args.steps)
         if step % args.report == 0 or done:
+            save()  # first: a log or sheet that fails must not lose the steps
             averaged = PAR(config).to(device).eval()
             averaged.load_state_dict(ema.shadow)
             held = held_out_loss(averaged, held_out[0][:EVAL_IMAGES], held_out[1][:EVAL_IMAGES], args.batch)
             run.log(step=step, images=step * args.batch, loss=float(total) / counted, held_out=held)
             total.zero_()
             counted = 0
-            save()
             if args.tokenizer and (step % args.sheet == 0 or done):
                 sample_sheet(averaged, args.tokenizer, run.path / f"sheet-{step:06d}.png", args.guidance)
     save()
@@ -267,17 +276,25 @@ def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Op
 def load_codes(path: Path, vocab: int) -> Codes:
     """The content of ``codes.npz`` of ``parvis encode``. Raises InputError, OSError."""
     try:
-        with regular(path).open("rb") as file, np.load(file) as f:  # numpy leaves a damaged file open
-            codes, labels, names = f["codes"], f["labels"].astype(np.int64), [str(name) for name in f["class_names"]]
+        with naming(path), regular(path).open("rb") as file, np.load(file) as f:  # numpy leaves a damaged file open
+            codes, labels, names = f["codes"], f["labels"], f["class_names"]
+            texts = [str(name) for name in names.ravel()]  # fails for numbers that are no characters
     except (OSError, InputError):
         raise
     except Exception as error:  # numpy reads headers with Python's parser, which raises many kinds
         text = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: not a file of parvis encode ({text}); encode the images again") from error
-    if codes.ndim not in (3, 4) or codes.dtype.kind not in "iu" or not codes.size or labels.shape != codes.shape[:1]:
+    whole = codes.dtype.kind in "iu" and labels.dtype.kind in "iu"  # labels of 0.9 or "1" would become classes
+    if codes.ndim not in (3, 4) or not whole or not codes.size or labels.shape != codes.shape[:1]:
         raise InputError(
-            f"{path}: has codes of shape {codes.shape} and type {codes.dtype}, labels of shape {labels.shape}; "
-            "expected whole numbers [M,h,w] or [M,t,h,w] and labels [M], M of 1 or more; encode the images again"
+            f"{path}: has codes of shape {codes.shape} and type {codes.dtype}, labels of shape {labels.shape} and type "
+            f"{labels.dtype}; expected whole numbers, codes [M,h,w] or [M,t,h,w] and labels [M], M of 1 or more; "
+            "encode the images again"
+        )
+    if names.ndim != 1 or names.dtype.kind != "U":
+        raise InputError(
+            f"{path}: has class_names of shape {names.shape} and type {names.dtype}; expected texts, one for each "
+            "class; encode the images again"
         )
     if codes.min() < 0:
         raise InputError(f"{path}: has code {codes.min()}; expected 0 or more; encode the images again")
@@ -289,7 +306,7 @@ def load_codes(path: Path, vocab: int) -> Codes:
         raise InputError(
             f"{path}: has labels {labels.min()}..{labels.max()} and {len(names)} class names; encode the images again"
         )
-    return codes, labels, names
+    return codes, labels.astype(np.int64), texts
 
 
 @torch.no_grad()
@@ -299,8 +316,6 @@ def sample_sheet(model: PAR, tokenizer: Path, path: Path, guidance: float, rows:
 
     Raises CheckpointError, OSError.
     """
-    from PIL import Image
-
     columns = min(model.config.n_classes, 16)
     t, h, w = model.config.grid
     rows = rows if t == 1 else 1
@@ -313,4 +328,4 @@ def sample_sheet(model: PAR, tokenizer: Path, path: Path, guidance: float, rows:
     else:
         clips = load_video_tokenizer(tokenizer).to(tokens.device).eval().decode(raster.view(-1, t, h, w)).clamp(0, 1)
         grid = (clips[:, :, ::2] * 255).permute(0, 3, 2, 4, 1)  # [columns,H,T',W,3]
-    Image.fromarray(grid.flatten(2, 3).flatten(0, 1).to(torch.uint8).cpu().numpy()).save(path)
+    write_sheet(path, grid.flatten(2, 3).flatten(0, 1).to(torch.uint8).cpu().numpy())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from par_model.config import VideoTokenizerConfig
 from par_model.training.clips import ClipFolder
 from par_model.training.device import Batches, adamw, autocast, choose_device, load_optimizer, on_cpu
 from par_model.training.files import InputError, keep_run_inputs
-from par_model.training.run import EMA, Run, batch_index, cosine
+from par_model.training.run import EMA, Run, batch_index, cosine, write_sheet
 from par_model.video import VideoTokenizer
 
 VALIDATED = 128  #: held-out clips of a report
@@ -75,7 +74,7 @@ def _train(
             model.load_state_dict(state["live"])
             load_optimizer(optimizer, state["optimizer"])
             ema.load(state["model"])
-            step = int(state["step"])
+            step = state["step"]
     batches = Batches(data, device)
 
     def save() -> None:
@@ -95,11 +94,11 @@ def _train(
         step += 1
         done = run.done(step, args.steps)
         if step % args.report == 0 or done:
+            save()  # first: a log or sheet that fails must not lose the steps
             row = {name: float(value) for name, value in parts.items()}
-            run.log(
-                step=step, clips=step * args.batch, **row, **validate(config, ema, held_out, run.path / "sheet.png")
-            )
-            save()
+            measured, sheet = validate(config, ema, held_out)
+            run.log(step=step, clips=step * args.batch, **row, **measured)
+            write_sheet(run.path / "sheet.png", sheet)
     save()
 
 
@@ -128,13 +127,10 @@ def reconstruct(model: VideoTokenizer, x: Tensor) -> tuple[Tensor, dict[str, Ten
 
 
 @torch.no_grad()
-def validate(config: VideoTokenizerConfig, ema: EMA, held_out: ClipFolder, sheet: Path) -> dict[str, float]:
-    """PSNR (dB) and the share of codes in use on held-out clips, with the averaged weights.
-
-    Writes frames of the first clips to the PNG file ``sheet``, each above its reconstruction.
+def validate(config: VideoTokenizerConfig, ema: EMA, held_out: ClipFolder) -> tuple[dict[str, float], np.ndarray]:
+    """PSNR (dB) and the share of codes in use on held-out clips, with the averaged weights; and a sheet, uint8 [H,W,3],
+    of frames of the first clips, each above its reconstruction.
     """
-    from PIL import Image
-
     device = next(iter(ema.shadow.values())).device
     model = VideoTokenizer(config).to(device).eval()
     model.load_state_dict(ema.shadow)
@@ -152,5 +148,5 @@ def validate(config: VideoTokenizerConfig, ema: EMA, held_out: ClipFolder, sheet
         if not rows:
             pairs = torch.stack([x[:8, :, ::2], y[:8, :, ::2]], 1)  # [8,2,3,T',H,W]
             rows.append(pairs.permute(0, 1, 4, 3, 5, 2).flatten(3, 4).flatten(0, 2))  # [8*2*H, T'*W, 3]
-    Image.fromarray((torch.cat(rows) * 255).round().to(torch.uint8).cpu().numpy()).save(sheet)
-    return {"psnr_db": float(-10 * np.log10(squared / count)), "codes_used": len(used) / config.codebook_size}
+    measured = {"psnr_db": float(-10 * np.log10(squared / count)), "codes_used": len(used) / config.codebook_size}
+    return measured, (torch.cat(rows) * 255).round().to(torch.uint8).cpu().numpy()

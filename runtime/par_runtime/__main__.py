@@ -1,5 +1,5 @@
 """``python -m par_runtime`` is the command ``parvis``."""
 
-from par_runtime.cli.dispatch import main
+from par_runtime.cli import main
 
 raise SystemExit(main())

@@ -10,8 +10,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -135,9 +135,21 @@ def utf8_name(path: Path) -> str | None:
         return None
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put ``path`` into an OSError that names no file: reading and writing an open file do not say which one it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.strerror = error.strerror or str(error)  # some have a text and no number
+            error.filename = str(path)
+        raise
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file. Raises OSError."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return digest_of(file)
 
 
@@ -275,9 +287,11 @@ def _part(path: Path) -> Path:
 
 
 def _file_above(path: Path) -> Path | None:
-    """The first of the folders of ``path``, from the top, that is no folder; None where all are, or are not there."""
+    """The first of the folders of ``path``, from the top, that is no folder, as a link that leads nowhere; None where
+    all are, or are not there.
+    """
     # os.path, because the methods of Path raise where a folder may not be read
-    return next((f for f in reversed(path.parents) if os.path.exists(f) and not os.path.isdir(f)), None)
+    return next((f for f in reversed(path.parents) if os.path.lexists(f) and not os.path.isdir(f)), None)
 
 
 HALF = "; nothing was half-written"
@@ -311,8 +325,23 @@ def explain(error: OSError) -> str:
     if error.filename is None and error.errno not in NO_ROOM:
         return error.strerror or str(error)
     where = "the output" if error.filename is None else os.fsdecode(error.filename)
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENOENT):
+        link = _broken_link(where)
+        if link is not None:
+            return f"{link[0]}: its links lead {link[1]}; choose another place"
     if len(where) > 300:
         where = f"{where[:140]}...{where[-140:]}"
     if error.errno in _EXPLAINED:
         return _EXPLAINED[error.errno].format(where)
     return f"{where}: {error.strerror or ' '.join(map(str, error.args))}"
+
+
+def _broken_link(path: str) -> tuple[str, str] | None:
+    """The first link on ``path`` that leads to nothing, and where it leads, in words; None where there is none."""
+    for each in (*reversed(Path(path).parents), Path(path)):
+        if os.path.islink(each) and not os.path.exists(each):
+            try:
+                os.stat(each)
+            except OSError as error:
+                return str(each), "in a circle" if error.errno == errno.ELOOP else "nowhere"
+    return None

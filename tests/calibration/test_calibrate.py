@@ -198,7 +198,8 @@ def test_bad_input_is_one_line(
         (["--out", "B", "--force"], "B: is the bundle that is read"),
         (["--out", "B/inside"], "lies in the bundle that is read"),
         (["--out", ".", "--force"], "names no new folder"),
-        (["--out", "", "--force"], "names no new folder"),
+        (["--out", "", "--force"], "argument --out: '' is empty"),
+        (["--out", "bundle/inner"], "--out bundle/inner: lies in the bundle "),
         (["--out", "around", "--force"], "holds the bundle that is read"),
         (["--work", "B/inside"], "lies in the bundle that is read"),
         (["--work", "q"], "lies in --out"),
@@ -232,6 +233,7 @@ def test_nothing_is_lost_and_nothing_is_done_before_it_is_refused(
     shutil.copytree(tiny, tmp_path / "around" / "B")
     monkeypatch.chdir(tmp_path)
     Path("around/manifest.json").write_text("{}")
+    shutil.copytree("around/B", "bundle")
     Path("limits.json").write_text('{"top1": 0.5}')
     Path("pictures/otter").mkdir(parents=True)
     Path("pictures/otter/a.png").write_text("no picture")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from par_calibration.cli import calibrate
 from par_calibration.errors import CalibrationError
 from par_calibration.record.native_rows import NativeRows
 from par_calibration.record.onnx_rows import OnnxRows
@@ -219,3 +223,19 @@ def test_what_cannot_be_recorded_is_said_before(tiny: Path) -> None:
         plan_of(bundle, RecordOptions(labels=[]))
     assert plan_of(bundle, RecordOptions(images=1, samples=10**6)).rows_per_image == 128
     assert sorted(plan_of(bundle, RecordOptions(images=6)).labels) == list(range(6))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_recording_that_does_not_fit_says_how_much_it_needs_and_leaves_no_folder(
+    named: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4000))
+    work = tmp_path / ("work" if named else ".tiny.calibration")
+    options = ["--images", "2", "--samples", "60", "--keep", "wqkv,wo,w13,head", "--out", str(tmp_path / "q")]
+    given = [*options, "--weights", "int8", *(["--work", str(work)] if named else [])]
+    (tmp_path / "tiny").symlink_to(tiny)
+    assert calibrate.main([str(tmp_path / "tiny"), *given]) == 2
+    error = capfd.readouterr().err
+    assert re.search(rf"{work}: a recording of 2 images needs [0-9]+ kB more, the disk has 4 kB; give fewer", error)
+    assert work.exists() == named  # what nobody named, nobody looks for
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["tiny", *(["work"] if named else [])])

@@ -58,6 +58,16 @@ def test_the_command_prints_the_report_or_json(tiny_copy: Path, capsys: pytest.C
         (["--target", "SM80", "--cache-gb", "inf"], "'inf': expected gigabytes, 0 or more"),
         (["--target", "SM80", "--list", "NONE/x.json"], "--list NONE/x.json: no folder NONE; give a file in one"),
         (["--target", "SM80", "--list", "x", "--out", "x"], "x/engine: lies in x, another output of this command"),
+        (
+            ["--target", "SM80", "--images", "1", "--max-images", "3"],
+            "--max-images: not allowed with argument",
+        ),
+        (
+            ["--target", "SM80", "--images", "1", "--max-images", "8"],
+            "--max-images: not allowed with argument",
+        ),
+        (["--target", "SM80", "--no-cache", "--cache-dir", "x"], "--cache-dir: --no-cache uses no cache; leave one of"),
+        (["--target", "SM80", "--no-cache", "--cache-gb", "40"], "--cache-gb: --no-cache uses no cache; leave one of"),
         ([], "required: --target"),
     ],
 )

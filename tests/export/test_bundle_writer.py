@@ -46,6 +46,29 @@ def good(checkpoints: dict[str, Path], tmp_path: Path) -> list[object]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["a", "b"], "2 class names for a model of 10 classes; give one per class"),
+        ([], "0 class names for a model of 10 classes; give one per class"),
+        (["x\n"] * 10, "class name is 'x\\n'; expected a text of 1 to 1000 printable characters"),
+        ([""] * 10, "class name is ''; expected a text of 1 to 1000 printable characters"),
+    ],
+)
+def test_bad_class_names_inside_a_checkpoint_name_the_file(
+    good: list[object],
+    tmp_path: Path,
+    checkpoints: dict[str, Path],
+    names: list[str],
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "named.pt"
+    torch.save({"model": torch.load(checkpoints["par_n4_grid8"], weights_only=True), "class_names": names}, file)
+    assert run(*good, "--checkpoint", file) == 2
+    assert capsys.readouterr().err == f"parvis: error: {file}: {text}\n"
+
+
 def test_the_manifest_describes_the_whole_bundle(
     good: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,7 +121,10 @@ def test_an_existing_folder_is_kept_unless_forced(
         ({"--grid": "7"}, "does not split into 2x2 equal regions"),
         ({"--heads": "3"}, "not a multiple of n_heads=3"),
         ({"--tokenizer": "nope.pt"}, "nope.pt: no such file"),
-        ({"--class-names": "NAMES"}, "2 class names for a model of 10 classes"),
+        ({"--class-names": "NAMES"}, "names.json: 2 class names for a model of 10 classes; give one per class"),
+        ({"--class-names": "EMPTY"}, "empty.txt: 0 class names for a model of 10 classes; give one per class"),
+        ({"--out": "."}, "--out .: names no new folder; give the name of one"),
+        ({"--name": ""}, "name is ''; expected a text of 1 to"),
         ({"--class-names": "/dev/zero"}, "/dev/zero: has more than 67108864 bytes; expected UTF-8"),
         ({"--grid": "2x8x8", "--tokenizer": "VQ"}, "an image tokenizer, and grid 2x8x8 is of video; give a video"),
     ],
@@ -112,9 +138,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
     text: str,
 ) -> None:
     (tmp_path / "names.json").write_text('["a", "b"]')
+    (tmp_path / "empty.txt").write_text("\n")
     arguments = dict(zip(good[::2], good[1::2], strict=True)) | change
     filled = [
-        str(checkpoints["vq"]) if v == "VQ" else str(tmp_path / "names.json") if v == "NAMES" else v
+        {"VQ": checkpoints["vq"], "NAMES": tmp_path / "names.json", "EMPTY": tmp_path / "empty.txt"}.get(str(v), v)
         for kv in arguments.items()
         for v in kv
     ]
@@ -123,7 +150,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert text in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["names.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "names.json"]
 
 
 def test_a_tokenizer_of_another_codebook_is_refused(

@@ -46,6 +46,26 @@ def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
+@pytest.mark.parametrize("name", [".", "", "/", "..", "x/.."])
+def test_a_place_without_a_name_is_no_place_for_a_bundle(name: str) -> None:
+    with (
+        pytest.raises(OutputError, match=r"^--out .*: names no new folder; give the name of one$"),
+        staging(Path(name), force=True),
+    ):
+        pass
+
+
+def test_a_bundle_does_not_lie_in_another(tmp_path: Path) -> None:
+    out = bundle_at(tmp_path / "out")
+    (tmp_path / "link").symlink_to(out)
+    before = content(out)
+    for place in (out / "inner", out / "deep" / "inner", tmp_path / "link" / "inner"):
+        with pytest.raises(OutputError, match=re.escape(f"--out {place}: lies in the bundle {out}; give another")):
+            replaced(place)
+    assert content(out) == before
+    replaced(tmp_path / "link")  # itself may be replaced
+
+
 def test_a_bundle_is_replaced_with_its_engines(tmp_path: Path, renames: str) -> None:
     out = bundle_at(tmp_path / "out")
     engine = out / "engines" / "kernels-1-sm90-fp16"

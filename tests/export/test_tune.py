@@ -75,6 +75,23 @@ def test_tuning_without_a_gpu_is_refused(bundle: Path, capsys: pytest.CaptureFix
     assert not (bundle / ENGINES).exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--repeats", "0"], "argument --repeats: '0': expected a number from 1 to 256"),
+        (["--rounds", "x"], "argument --rounds: 'x': expected a number from 1 to 256"),
+        (["--images", "0"], "argument --images: '0': expected a number of images from 1 to 256"),
+        (["--sizes", "1", "--max-images", "8"], "argument --max-images: not allowed with argument --sizes"),
+    ],
+)
+def test_bad_numbers_are_called_what_they_are(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tune_cli.parser().parse_args(["bundle", *arguments])
+    assert text in capsys.readouterr().err
+
+
 def test_a_batch_size_that_is_not_built_is_refused(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune_cli.main([str(bundle), "--sizes", "1,2", "--images", "4"]) == 2
     assert "images 4: the engine is built for (1, 2)" in capsys.readouterr().err

@@ -54,13 +54,13 @@ def tokenizer(images: Path, run: Path, *more: str) -> dict[str, torch.Tensor]:
 def test_a_tokenizer_run_resumes_where_it_stopped(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("par_model.training.tokenizer.validate", lambda *_: {})
+    monkeypatch.setattr("par_model.training.tokenizer.validate", lambda *_: ({}, np.zeros((8, 8, 3), np.uint8)))
     whole = tokenizer(images, tmp_path / "a", "--steps", "4")
     # The stopped run has the same schedule; it stops after two steps.
     stop_after(monkeypatch, tokenizer_training, 2)
     tokenizer(images, tmp_path / "b", "--steps", "4")
     monkeypatch.undo()
-    monkeypatch.setattr("par_model.training.tokenizer.validate", lambda *_: {})
+    monkeypatch.setattr("par_model.training.tokenizer.validate", lambda *_: ({}, np.zeros((8, 8, 3), np.uint8)))
     resumed = tokenizer(images, tmp_path / "b", "--steps", "4", "--resume")
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
@@ -123,7 +123,7 @@ def test_from_images_to_a_trained_model(images: Path, tmp_path: Path, monkeypatc
 def test_a_run_is_not_overwritten_silently(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("par_model.training.tokenizer.validate", lambda *_: {})
+    monkeypatch.setattr("par_model.training.tokenizer.validate", lambda *_: ({}, np.zeros((8, 8, 3), np.uint8)))
     tokenizer(images, tmp_path, "--steps", "1")
     base = ["--data", str(images), "--val", str(images), "--run", str(tmp_path), *TOKENIZER]
     assert train_tokenizer.main([*base, "--steps", "1"]) == 2
@@ -148,14 +148,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     codes = tmp_path / "codes.npz"
-    np.savez(codes, codes=np.full((2, 4, 4), 20, np.uint16), labels=np.zeros(2), class_names=np.array(["a"]))
+    np.savez(codes, codes=np.full((2, 4, 4), 20, np.uint16), labels=np.zeros(2, np.uint8), class_names=np.array(["a"]))
     (tmp_path / "text.npz").write_text("hello")
     whole = codes.read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     np.save(tmp_path / "array.npy", np.zeros(3))
     np.savez(tmp_path / "empty.npz", codes=np.zeros((0, 4, 4), np.uint16), labels=np.zeros(0), class_names=["a"])
     names = np.array([2**31 - 1], np.uint32).view("U1")  # no character
-    np.savez(tmp_path / "names.npz", codes=np.zeros((1, 4, 4), np.uint16), labels=np.zeros(1), class_names=names)
+    np.savez(
+        tmp_path / "names.npz", codes=np.zeros((1, 4, 4), np.uint16), labels=np.zeros(1, np.uint8), class_names=names
+    )
     os.mkfifo(tmp_path / "pipe.npz")
     run = ["--run", str(tmp_path / "run")]
     for module, arguments, text in [
@@ -170,7 +172,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
             ["--data", str(images), "--val", str(images), *run, "--structure", "-1"],
             "--structure -1.0: expected 0 to 1000000; 1 to 3 are good numbers",
         ),
-        (train, ["--codes", "none.npz", "--val", str(codes), "--vocab", "16", *run], "none.npz: No such file"),
+        (
+            train,
+            ["--codes", "none.npz", "--val", str(codes), "--vocab", "16", *run],
+            "none.npz: no such file or folder; check the name",
+        ),
         *(
             (train, ["--codes", str(tmp_path / name), "--val", str(codes), "--vocab", "16", *run], text)
             for name, text in (
@@ -178,7 +184,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
                 ("array.npy", "array.npy: not a file of parvis encode"),
                 ("names.npz", "names.npz: not a file of parvis encode"),
                 ("pipe.npz", "pipe.npz: is a pipe or a device; expected a file"),
-                ("empty.npz", "expected whole numbers [M,h,w]"),
+                ("empty.npz", "expected whole numbers, codes [M,h,w]"),
             )
         ),
         (

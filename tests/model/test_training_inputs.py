@@ -106,6 +106,34 @@ def test_a_run_of_clips_does_not_lie_in_the_clips(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("entry", "value", "text"),
+    [
+        ("labels", np.array([0.9, 0.2]), "labels of shape (2,) and type float64; expected whole numbers"),
+        ("labels", np.array(["0", "1"]), "labels of shape (2,) and type <U1; expected whole numbers"),
+        ("labels", np.array([True, False]), "labels of shape (2,) and type bool; expected whole numbers"),
+        ("labels", np.array([0, 2**64 - 1], np.uint64), "has labels 0..18446744073709551615 and 2 class names"),
+        ("labels", np.array([0, -1]), "has labels -1..0 and 2 class names"),
+        ("class_names", np.array([1, 2]), "has class_names of shape (2,) and type int64; expected texts"),
+        ("class_names", np.array([b"a", b"b"]), "has class_names of shape (2,) and type |S1; expected texts"),
+        ("class_names", np.array([["a", "b"]]), "has class_names of shape (1, 2) and type <U1; expected texts"),
+        ("class_names", np.array("ab"), "has class_names of shape () and type <U2; expected texts"),
+    ],
+)
+def test_codes_with_labels_or_names_of_another_type_are_refused(
+    given: Path, entry: str, value: np.ndarray, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {"codes": np.zeros((2, 4, 4), np.uint16), "labels": np.array([0, 1]), "class_names": np.array(["a", "b"])}
+    np.savez(given / "bad.npz", **(content | {entry: value}))
+    codes = ["--codes", "bad.npz", "--val", "bad.npz", "--vocab", "16", "--run", "new"]
+    assert train.main(codes) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.startswith("parvis: error: bad.npz: has ")
+    assert error.endswith("; encode the images again\n")
+    assert not (given / "new").exists()
+
+
 def test_an_empty_device_is_said(given: Path, training_images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = ["--data", str(training_images), "--val", str(training_images), "--run", "new"]
     assert train_tokenizer.main([*images, "--device", ""]) == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +162,7 @@ def test_what_cannot_be_encoded_is_one_line_and_leaves_nothing(
     (pictures / "loose.png").unlink()
     cut = pictures / "boote" / "a.png"
     cut.write_bytes(cut.read_bytes()[:500])
-    refused("a.png: cannot be decoded (", "--data", pictures, "--size", 8)
+    refused("a.png: no picture that can be read (image file is truncated", "--data", pictures, "--size", 8)
     cut.write_text("text")
     refused("a.png: no picture that can be read", "--data", pictures, "--size", 8)
     cut.unlink()
@@ -182,6 +184,74 @@ def test_what_cannot_be_encoded_is_one_line_and_leaves_nothing(
     (raw / "labels.u8").write_bytes(bytes([0, 1, 0]))
     refused("has label 1 and 1 class names", "--data", raw)
     assert len(ImageFolder.open(pictures / "füchse", 8)) == 4
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ValueError("not enough\nimage data"),
+        RuntimeError("Failed to decode frame 0: Truncated data"),
+        OSError(errno.EINVAL, "Invalid argument"),
+        OSError("decoder error -2 when reading image file"),
+        KeyError("tile"),
+        struct.error("unpack requires a buffer of 4 bytes"),
+        AssertionError(),
+    ],
+)
+@pytest.mark.parametrize("reader", ["open", "convert"])
+def test_whatever_a_reader_raises_names_the_picture(
+    pictures: Path,
+    weights: Path,
+    tmp_path: Path,
+    fault: Exception,
+    reader: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(Image if reader == "open" else Image.Image, reader, fails)
+    data = ["--data", str(pictures), "--size", "8"]
+    assert encode.main([*data, "--tokenizer", str(weights), "--out", str(tmp_path / "codes.npz")]) == 2
+    line = capsys.readouterr().err
+    why = getattr(fault, "strerror", None) or " ".join(str(fault).split()) or "AssertionError"
+    name = pictures / "boote" / "a.png"
+    assert line == f"parvis: error: {name}: no picture that can be read ({why}); mend it or take it away\n"
+    assert not (tmp_path / "codes.npz").exists()
+
+
+def test_damaged_pictures_of_real_readers_are_one_line(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.ppm", b"P6\n4 x\n255\n"),  # ValueError, when it is identified
+        ("b.ppm", b"P6\n4 4\n255\n" + bytes(7)),
+        ("c.ppm", b"P3\n2 2\n255\n1 2 x"),  # ValueError, when it is decoded
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: no picture that can be read .*; mend it or take it away"):
+            picture(tmp_path / name, 8)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EIO, errno.EACCES])
+def test_what_the_system_cannot_read_is_no_fault_of_the_picture(
+    pictures: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
+        picture(pictures / "boote" / "a.png", 8)
+    assert caught.value.filename == str(pictures / "boote" / "a.png")
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_picture(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", fails)
+    with pytest.raises(MemoryError):
+        picture(pictures / "boote" / "a.png", 8)
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

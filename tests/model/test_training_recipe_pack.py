@@ -202,7 +202,7 @@ def test_links_that_lead_in_a_circle_and_folders_that_cannot_be_are_one_line(
 ) -> None:
     (tmp_path / "loop").symlink_to("loop")
     for out, text in (
-        (tmp_path / "loop", f"--out {tmp_path / 'loop'}: is a file; expected a folder"),
+        (tmp_path / "loop", f"--out {tmp_path / 'loop'}: is a link that leads to no folder; expected a folder"),
         (tmp_path / "loop" / "in", "links lead in a circle"),
         (Path("/dev/null/in"), "/dev/null/in/train is a file where a folder is expected"),
     ):

@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,6 @@ def test_a_damaged_checkpoint_is_one_line_and_kept(
         ({"model": content["model"], "config": content["config"]}, "holds no run of a training"),
         ({"a": 1}, "holds no run of a training"),
         ({key: content[key] for key in content if key != "step"}, "does not fit this training (KeyError: 'step')"),
-        (content | {"seconds": "x"}, "does not fit this training (ValueError"),
         (content | {"live": {}}, "does not fit this training (RuntimeError"),
         (content | {"model": {}}, "does not fit this training (KeyError"),
     ):
@@ -109,6 +109,68 @@ def test_a_damaged_checkpoint_is_one_line_and_kept(
     file.unlink()
     file.write_bytes(whole)
     assert VERBS[name].main([*made[name], "--run", str(run), "--resume", "--steps", "2"]) == 0
+
+
+def test_numbers_that_no_training_writes_are_one_line(
+    made: dict[str, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step below 0, a code counted NaN times, a momentum of another shape: whatever reads it would fail, or go on."""
+    run = tmp_path / "run"
+    nan, wide = torch.full((16,), torch.nan), torch.ones(3, 3, 3)
+
+    def check(name: str, value: dict[str, Any], text: str) -> None:
+        torch.save(value, run / "checkpoint.pt")
+        refused(VERBS[name], made[name], run, [str(run / "checkpoint.pt"), text, "nothing was changed"], capsys)
+
+    for name, content in {n: torch.load(Path(made[n][-1]) / "checkpoint.pt", weights_only=True) for n in VERBS}.items():
+        shutil.copytree(made[name][-1], run)
+        expected = "expected 0 to 1000000000000000: without a whole copy of it, begin again in another --run folder"
+        for step, given in ((-1, "-1"), ("3", "'3'"), (2.7, "2.7"), (True, "True"), (10**16, "1" + "0" * 16)):
+            check(name, content | {"step": step}, f"its step is {given}; {expected}")
+        check(name, content | {"step": torch.tensor(1)}, f"its step is tensor(1); {expected}")
+        for seconds in ("x", -1.0, float("nan"), True):
+            check(name, content | {"seconds": seconds}, "its seconds are")
+        optimizers = [content["optimizer"]] if "optimizer" in content else content["optimizers"]
+        for i, optimizer in enumerate(optimizers):
+            kept = "exp_avg" if "exp_avg" in optimizer["state"][0] else "momentum_buffer"
+            for value, text in (
+                (5.0, "(TypeError: 5.0 in place of a tensor)"),
+                (wide, "(ValueError: a tensor of shape (3, 3, 3), not ("),
+                (None, f"(KeyError: '{kept}')"),
+                (optimizer["state"][0][kept] * torch.inf, f"state.0.{kept} holds a number that is not finite"),
+            ):
+                first = {key: each for key, each in optimizer["state"][0].items() if key != kept}
+                changed = optimizer | {
+                    "state": optimizer["state"] | {0: first | ({} if value is None else {kept: value})}
+                }
+                new = [changed if j == i else each for j, each in enumerate(optimizers)]
+                check(name, content | ({"optimizer": new[0]} if "optimizer" in content else {"optimizers": new}), text)
+        key = next(iter(content["model"]))
+        for part in ("live", "model"):
+            bad = content[part] | {key: torch.full_like(content[part][key], torch.nan)}
+            check(name, content | {part: bad}, f"{part}.{key} holds a number that is not finite (NaN or infinite)")
+        check(name, content | {"model": content["model"] | {key: torch.tensor(1.0)}}, "a tensor of shape (), not (")
+        if "usage" in content:
+            for usage, text in (
+                (nan, "usage holds a number that is not finite"),
+                (wide, "(ValueError: a tensor of shape (3, 3, 3), not (16,))"),
+                (torch.tensor(1.0), "(ValueError: a tensor of shape (), not (16,))"),
+                ([1, 2], "(TypeError: [1, 2] in place of a tensor)"),
+            ):
+                check(name, content | {"usage": usage}, text)
+        shutil.rmtree(run)
+
+
+def test_settings_of_a_saved_optimizer_are_not_taken(made: dict[str, list[str]], tmp_path: Path) -> None:
+    """They are those of the options, or constants: those of a damaged checkpoint would fail at the first update."""
+    shutil.copytree(made["model"][-1], tmp_path / "run")
+    content = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    for group in content["optimizers"][0]["param_groups"]:
+        group["betas"] = "none"
+    torch.save(content, tmp_path / "run/checkpoint.pt")
+    assert train.main([*made["model"], "--run", str(tmp_path / "run"), "--resume", "--steps", "2"]) == 0
+    content = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert content["optimizers"][0]["param_groups"][0]["betas"] == (0.9, 0.95)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +285,11 @@ def test_a_folder_that_was_made_for_nothing_goes(tmp_path: Path) -> None:
 
 def test_a_log_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "log.jsonl")
-    with Run(tmp_path) as run, pytest.raises(InputError, match=r"log\.jsonl: is a pipe or a device; expected a file"):
-        run.log(step=0)
+    text = r"log\.jsonl: is a pipe or a device; expected a file"
+    with pytest.raises(InputError, match=text):
+        Run(tmp_path).log(step=0)
+    with pytest.raises(InputError, match=text), Run(tmp_path):  # before any step
+        pass
 
 
 def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,3 +112,21 @@ def test_an_import_error_that_comes_of_a_signal_is_no_traceback(
     monkeypatch.setattr(dispatch, "_call", lambda *_: __import__("no_such_module_here"))
     with pytest.raises(ModuleNotFoundError):
         dispatch.main(["labels", "x"])
+
+
+def test_ctrl_c_while_the_command_itself_is_imported_is_one_line() -> None:
+    program = (
+        "import sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'par_runtime.cli.common':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "sys.argv[1:] = ['--version']\n"
+    )
+    for entry in ("from par_runtime.cli import main; sys.exit(main())", "import par_runtime.__main__"):
+        done = subprocess.run(
+            [sys.executable, "-c", program + entry], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert (done.returncode, done.stdout) == (130, "")
+        assert done.stderr == "\nparvis: stopped; nothing was half-written\n"

@@ -192,6 +192,19 @@ def test_an_error_of_the_system_says_what_to_do(error: OSError, line: str) -> No
     assert system.explain(error).startswith(line)
 
 
+@pytest.mark.parametrize(("to", "how"), [("link", "in a circle"), ("nothing", "nowhere")])
+def test_a_link_that_leads_to_no_folder_is_named(tmp_path: Path, to: str, how: str) -> None:
+    """Not the file that would lie in it, and not as a file."""
+    link = tmp_path / "link"
+    link.symlink_to(to)
+    for path in (link / "a.png", link / "deep" / "a.png"):
+        for check in (check_writable, lambda path: write_beside(path, Path.touch), check_folder_writable):
+            with pytest.raises(OSError, match=r".") as caught:
+                check(path)
+            assert system.explain(caught.value) == f"{link}: its links lead {how}; choose another place"
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_what_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="is a folder; give a file name"):
         check_writable(tmp_path)

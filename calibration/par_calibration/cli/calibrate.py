@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from par_runtime.cli import options
@@ -182,7 +181,9 @@ def parser() -> argparse.ArgumentParser:
         "--decoder-precision alone",
     )
     p.add_argument(
-        "--out", type=Path, help="bundle to write (default: beside BUNDLE, with -int8, -int4, ... added to its name)"
+        "--out",
+        type=options.path,
+        help="bundle to write (default: beside BUNDLE, with -int8, -int4, ... added to its name)",
     )
     p.add_argument(
         "--group", type=int, default=64, help=f"rows that share a scale: {', '.join(map(str, GROUPS))} (default: 64)"
@@ -229,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_labels(p, "classes of recorded, learned and generated images, which take turns (default: all)")
     p.add_argument(
         "--real",
-        type=Path,
+        type=options.path,
         metavar="PATH",
         help="real images that no training has seen: a folder of pictures, one folder per class, or a .npz of tokens "
         "(default: those that the bundle holds)",
@@ -241,9 +242,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="LIMITS",
         help="limits other than the defaults, as top1=0.97,kl=0.01, or a JSON file of them; none takes a limit away",
     )
-    p.add_argument("--html", type=Path, help="page of the report (default: beside --out)")
-    p.add_argument("--json", type=Path, help="figures of the report (default: beside --out)")
-    p.add_argument("--show-images", type=Path, metavar="PNG", help="images of both models side by side")
+    p.add_argument("--html", type=options.path, help="page of the report (default: beside --out)")
+    p.add_argument("--json", type=options.path, help="figures of the report (default: beside --out)")
+    p.add_argument("--show-images", type=options.path, metavar="PNG", help="images of both models side by side")
     p.add_argument(
         "--ranges",
         action="store_true",
@@ -251,7 +252,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--work",
-        type=Path,
+        type=options.path,
         metavar="FOLDER",
         help="what is recorded goes there and stays (default: a hidden folder beside --out, removed at the end)",
     )

@@ -145,9 +145,14 @@ def _check_room(recording: Recording, images: int) -> None:
     free = shutil.disk_usage(recording.folder).free
     if free < needed:
         raise CalibrationError(
-            f"{recording.folder}: a recording of {recording.plan.images} images needs {needed / 1e6:.0f} MB more, "
-            f"the disk has {free / 1e6:.0f} MB; give fewer --samples, or --work on another disk"
+            f"{recording.folder}: a recording of {recording.plan.images} images needs {_size(needed)} more, the disk "
+            f"has {_size(free)}; give fewer --samples, or --work on another disk"
         )
+
+
+def _size(count: int) -> str:
+    """``count`` bytes for a message."""
+    return f"{count / 1e6:.0f} MB" if count >= 10**7 else f"{count / 1e3:.0f} kB"
 
 
 def maker_of(bundle: Bundle, threads: int | None = None) -> Rows:

@@ -182,6 +182,10 @@ class Recording:
         numbers = (arrays[key] for name in matrix_names(self.bundle) for key in (name, f"{name}.scale"))
         return all(np.isfinite(array).all() for array in numbers)
 
+    def holds_work(self) -> bool:
+        """Whether the folder holds anything that took time: images, or a training of them."""
+        return any(True for pattern in FILES for _ in self.folder.glob(pattern))
+
     def remove(self) -> None:
         """Remove what a recording and a training wrote, and the folder if nothing else is in it. Raises OSError."""
         self._clear()

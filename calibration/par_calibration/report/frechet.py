@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from par_calibration.errors import CalibrationError
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.dtypes import Float
+from par_runtime.system import naming
 from par_runtime.tokenizer import chunk_images
 
 Double = NDArray[np.float64]
@@ -50,7 +51,8 @@ class Features:
         del model.graph.output[:]
         model.graph.output.append(onnx.helper.make_tensor_value_info(vectors, onnx.TensorProto.FLOAT, None))
         options = session_options(threads)
-        weights = np.memmap(bundle.path / WEIGHTS, np.uint8, mode="r")
+        with naming(bundle.path / WEIGHTS):
+            weights = np.memmap(bundle.path / WEIGHTS, np.uint8, mode="r")
         options.add_external_initializers_from_files_in_memory([WEIGHTS], [weights], [len(weights)])
         self._session = ort.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"], enable_fallback=0

@@ -12,14 +12,14 @@ from typing import Any
 
 from par_export.cli.common import ENGINES, check_kernels, count, counts, guarded, needed_for_kernels, precision
 from par_export.engines.cache import DEFAULT_LIMIT_BYTES
-from par_export.engines.request import MODES, NAME_A_TARGET, BuildRequest, check_local_gpu, sizes_up_to
+from par_export.engines.request import MODES, MOST_IMAGES, NAME_A_TARGET, BuildRequest, check_local_gpu, sizes_up_to
 from par_export.errors import BuildError
 from par_export.kernels import request as kernels
 from par_runtime.backends.engines import ENGINE_JSON
 from par_runtime.backends.tails import TAILS, TOPK_LIMIT
 from par_runtime.checked import shown
 from par_runtime.cli.common import Parser
-from par_runtime.cli.options import add_list
+from par_runtime.cli.options import add_list, path
 from par_runtime.dtypes import PRECISIONS
 from par_runtime.system import cache_folder, check_different, check_writable, write_beside
 
@@ -77,15 +77,25 @@ def _kernels(args: argparse.Namespace) -> list[Path]:
         bundle=args.bundle,
         targets=args.target,
         precision=args.precision,
-        images=args.images or sizes_up_to(args.max_images),
+        images=args.images or sizes_up_to(args.max_images or MOST_IMAGES),
         decoder_precision=args.decoder_precision,
         out=args.out,
-        use_cache=not args.no_cache,
-        cache_folder=args.cache_dir or cache_folder(),
-        cache_limit_bytes=int(args.cache_gb * 1e9),
+        **_cache(args),
     )
     with PlanBar(args.quiet or args.json) as bar:
         return build_kernels(request, (lambda _: None) if args.json or args.quiet else bar.say, bar)
+
+
+def _cache(args: argparse.Namespace) -> dict[str, Any]:
+    """What a request says of the cache of engines. Raises BuildError."""
+    given = [f"--{name.replace('_', '-')}" for name in ("cache_dir", "cache_gb") if getattr(args, name) is not None]
+    if args.no_cache and given:
+        raise BuildError(f"{' and '.join(given)}: --no-cache uses no cache; leave one of the two out")
+    return {
+        "use_cache": not args.no_cache,
+        "cache_folder": args.cache_dir or cache_folder(),
+        "cache_limit_bytes": DEFAULT_LIMIT_BYTES if args.cache_gb is None else int(args.cache_gb * 1e9),
+    }
 
 
 def _request(args: argparse.Namespace, target: str) -> BuildRequest:
@@ -93,17 +103,15 @@ def _request(args: argparse.Namespace, target: str) -> BuildRequest:
         bundle=args.bundle,
         target=target,
         precision=args.precision,
-        images=args.images or sizes_up_to(args.max_images),
+        images=args.images or sizes_up_to(args.max_images or MOST_IMAGES),
         mode=args.engines or MODES[0],
         sampling=args.sampling,
         grouped=None if args.attention is None else args.attention == "grouped",
         lengths=None if args.visible is None else args.visible == "lengths",
         norm_after=args.norm == "after",
         decoder_precision=args.decoder_precision or "fp32",
-        use_cache=not args.no_cache,
-        cache_folder=args.cache_dir or cache_folder(),
         out=args.out,
-        cache_limit_bytes=int(args.cache_gb * 1e9),
+        **_cache(args),
         reproducible=args.reproducible,
     )
 
@@ -193,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
         "GPU to be built: name the GPU to build for. Ends with a report: launches per step, bytes, what was fused.",
     )
     p.add_argument(
-        "bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
+        "bundle", type=path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
     )
     p.add_argument(
         "--engine",
@@ -217,13 +225,13 @@ def parser() -> argparse.ArgumentParser:
         help="what the step network computes in (default: the bundle's precision); kernels: fp16 or bf16, also where "
         "weights are int8 or int4",
     )
-    p.add_argument(
+    sizes = p.add_mutually_exclusive_group()
+    sizes.add_argument(
         "--max-images",
         type=count,
-        default=8,
         help="largest batch; engines are built for 1, 2, 4, ... up to it (default: 8)",
     )
-    add_list(p, "--images", counts, help="batch sizes to build for: 1 2 4, instead of --max-images")
+    add_list(sizes, "--images", counts, help="batch sizes to build for: 1 2 4, instead of --max-images")
     p.add_argument(
         "--engines",
         choices=MODES,
@@ -262,21 +270,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--kernels", action="store_true", help="also list every kernel or launch of a step")
     p.add_argument("--json", action="store_true", help="print engine.json instead of text")
     p.add_argument(
-        "--list", type=Path, metavar="FILE", help="also write the engines' folders there, as JSON, at the end"
+        "--list", type=path, metavar="FILE", help="also write the engines' folders there, as JSON, at the end"
     )
     p.add_argument("--quiet", action="store_true", help="no progress, no text")
     p.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="put the engine there, not into the bundle; PARVIS_ENGINE_DIR=DIR then finds it (default: that variable's "
         "folder, else the bundle, else the user's cache folder, where engines are always found)",
     )
     p.add_argument("--no-cache", action="store_true", help="neither take the engine from the cache nor keep it there")
-    p.add_argument("--cache-dir", type=Path, help="default: PARVIS_CACHE, or parvis in the user's cache folder")
-    p.add_argument(
-        "--cache-gb", type=gigabytes, default=DEFAULT_LIMIT_BYTES / 1e9, help="bound of the cache (default: 40)"
-    )
+    p.add_argument("--cache-dir", type=path, help="default: PARVIS_CACHE, or parvis in the user's cache folder")
+    p.add_argument("--cache-gb", type=gigabytes, help=f"bound of the cache (default: {DEFAULT_LIMIT_BYTES / 1e9:g})")
     p.add_argument(
         "--reproducible",
         action="store_true",

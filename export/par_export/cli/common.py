@@ -111,12 +111,21 @@ def needed_for_kernels() -> Iterator[None]:
 
 def count(text: str) -> int:
     """A number of images from 1 to 256, for argparse."""
+    return _whole(text, "a number of images")
+
+
+def times(text: str) -> int:
+    """How often something is done, from 1 to 256, for argparse."""
+    return _whole(text, "a number")
+
+
+def _whole(text: str, what: str) -> int:
     try:
         value = int(text)
     except ValueError:
         value = 0
     if not 1 <= value <= MOST_BATCH:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of images from 1 to {MOST_BATCH}")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {what} from 1 to {MOST_BATCH}")
     return value
 
 

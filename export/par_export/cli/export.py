@@ -13,6 +13,7 @@ from par_runtime.checked import load_json
 from par_runtime.cli import options
 from par_runtime.cli.common import Parser, printable
 from par_runtime.dtypes import PRECISIONS
+from par_runtime.system import naming
 
 MOST_BYTES = 2**26  #: of the names of classes
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
             sampling=args.sampling,
             name=args.name,
             class_names=None if args.class_names == Path("none") else _class_names(args.class_names),
+            class_names_file=args.class_names,
             imagenet_names=args.class_names is None,
             encoder=not args.no_encoder,
             defaults={name: value for name, value in settings.items() if value is not None},
@@ -66,7 +68,7 @@ def _class_names(path: Path | None) -> list[str] | None:
     def fault(message: str) -> ExportError:
         return ExportError(f"{message}; expected UTF-8, a JSON list or one name per line")
 
-    with path.open("rb") as file:  # not only of a file: a shell can give a pipe
+    with naming(path), path.open("rb") as file:  # not only of a file: a shell can give a pipe
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise fault(f"{path}: has more than {MOST_BYTES} bytes")
@@ -104,16 +106,20 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--checkpoint",
+        type=options.place,
         required=True,
         help="PAR or LlamaGen weights: a file of torch.save (.pt, .pth, .bin, .ckpt), .safetensors, an index of shards "
         "of either, the folder that holds one of these, or hf://OWNER/REPOSITORY/FILE@REVISION",
     )
     p.add_argument(
         "--tokenizer",
+        type=options.place,
         required=True,
         help="VQ tokenizer weights, in the same forms, or 'none' for a bundle that ends at tokens",
     )
-    p.add_argument("--out", type=Path, required=True, help="bundle folder to write; must not exist (or --force)")
+    p.add_argument(
+        "--out", type=options.path, required=True, help="bundle folder to write; must not exist (or --force)"
+    )
     p.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -152,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--class-names",
-        type=Path,
+        type=options.path,
         help="JSON list, or a text file with one name per line; 'none' for no names (default: those of the "
         "checkpoint, or ImageNet's for a model of its shape)",
     )

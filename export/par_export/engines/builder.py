@@ -22,7 +22,7 @@ from par_export.errors import BuildCancelledError, BuildError
 from par_export.graphs.writer import Graph
 from par_runtime.backends.trt.module import TensorRT
 from par_runtime.stopping import Waiting, later
-from par_runtime.system import write_beside
+from par_runtime.system import naming, write_beside
 
 RELEASE_SECONDS = 0.02  #: how often the pages of the weights are released during a build
 
@@ -207,7 +207,9 @@ def _timing_cache(trt: TensorRT, config: Any, path: Path | None, reproducible: b
     """The timing cache at ``path``, set in ``config``; None for none. ``reproducible``: an unknown kernel fails."""
     if trt.rtx or path is None:  # with one, TensorRT-RTX does not build without a GPU
         return None
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    with naming(path):
+        content = path.read_bytes() if path.is_file() else b""
+    cache = config.create_timing_cache(content)
     config.set_timing_cache(cache, ignore_mismatch=False)
     if reproducible:
         config.set_flag(trt.module.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)

@@ -57,6 +57,9 @@ def local_gpu(index: int = 0, otherwise: str = NAME_A_TARGET) -> tuple[str, str]
         return f"SM{device.capability[0]}{device.capability[1]}", device.name
 
 
+MOST_IMAGES = 8  #: of a batch, where nothing is said
+
+
 def sizes_up_to(most: int) -> tuple[int, ...]:
     """Batch sizes to build for: 1, 2, 4, ... and ``most`` itself. Other sizes are padded to the next larger one."""
     return tuple(sorted({most, *(2**i for i in range(most.bit_length()) if 2**i < most)}))

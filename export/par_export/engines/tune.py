@@ -25,7 +25,7 @@ from par_runtime.backends.trt import backend as trt_backend
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, seal
 from par_runtime.pipeline import Pipeline
-from par_runtime.system import write_beside
+from par_runtime.system import naming, write_beside
 
 #: (lengths, norm_after). A mask with the norm after the product is left out: lengths are at least as fast.
 _VISIBLE_AND_NORM = ((True, False), (True, True), (False, False))
@@ -163,7 +163,8 @@ def _merged(rows: Sequence[Timing]) -> list[Timing]:
 def _keep(folder: Path, best: Timing, rows: Sequence[Timing]) -> None:
     """Write the choice and the measurements into the engine's description."""
     path = folder / ENGINE_JSON
-    entry: dict[str, Any] = json.loads(path.read_text())
+    with naming(path):
+        entry: dict[str, Any] = json.loads(path.read_text())
     del entry["hash"]
     entry["tuned"] = {
         "chosen": True,

@@ -16,6 +16,7 @@ from par_runtime.bundle import Stored
 from par_runtime.checked import open_regular
 from par_runtime.dtypes import STORAGE
 from par_runtime.quantised import LEAST_CODE, SCALE
+from par_runtime.system import naming
 
 #: dtype -> numpy's own; ml_dtypes has those that numpy lacks, under the same names.
 NUMPY_DTYPE: dict[str, np.dtype] = {dtype: np.dtype(getattr(ml_dtypes, dtype, dtype)) for dtype in STORAGE}
@@ -28,7 +29,12 @@ class MappedWeights:
 
     def __init__(self, path: Path) -> None:
         self._file = open_regular(path)
-        self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
+        try:
+            with naming(path):
+                self._map = mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)
+        except BaseException:
+            self._file.close()
+            raise
         self._array = np.frombuffer(self._map, np.uint8)  # for its address
         self.address = int(self._array.ctypes.data)
 
@@ -74,10 +80,14 @@ def weights_in(
     table = WeightTable({})
     with open_regular(file) as source, converted.open("wb") as out:
 
+        def content(entry: Stored) -> bytes:
+            with naming(file):
+                source.seek(entry.offset)
+                return source.read(entry.length)
+
         def read(name: str) -> np.ndarray:
             entry = stored.entries[name]
-            source.seek(entry.offset)
-            return np.frombuffer(source.read(entry.length), NUMPY_DTYPE[entry.dtype]).reshape(entry.shape)
+            return np.frombuffer(content(entry), NUMPY_DTYPE[entry.dtype]).reshape(entry.shape)
 
         for name, entry in stored.entries.items():
             if name in gains:
@@ -89,8 +99,7 @@ def weights_in(
             elif name in converted_names:
                 raw, dtype = _convert(name, read(name), compute), compute
             else:
-                source.seek(entry.offset)
-                raw, dtype = source.read(entry.length), entry.dtype
+                raw, dtype = content(entry), entry.dtype
             out.write(b"\0" * (-out.tell() % 4096))
             table.entries[name] = Stored(dtype, entry.shape, out.tell(), len(raw))
             out.write(raw)
@@ -128,7 +137,7 @@ def check_range(file: Path, stored: Mapping[str, Stored], compute: str, cure: st
 
     Tensors of that dtype are not read. ``cure``: what the message says to give. Raises OSError.
     """
-    with open_regular(file) as source:
+    with naming(file), open_regular(file) as source:
         for name, entry in stored.items():
             if entry.dtype == compute or entry.dtype not in NUMPY_DTYPE:
                 continue

@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from script import run
 
 from par_model.objects import unique
+from par_model.system import naming
 from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
-from par_model.training.files import InputError, folder_for, keep_inputs, naming, regular, written_together
+from par_model.training.files import InputError, folder_for, keep_inputs, regular, written_together
 
 FILES = ("clips.u8", "labels.u8", "motion.f32", "meta.json")
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
@@ -88,7 +89,8 @@ def garments(path: Path, part: str) -> np.ndarray:
     Raises InputError where the file is not one of the npm package, OSError.
     """
     try:
-        content = json.loads(regular(path).read_bytes(), object_pairs_hook=unique)
+        with naming(path):
+            content = json.loads(regular(path).read_bytes(), object_pairs_hook=unique)
         rows = [row for row in content["data"] if row]  # two of class 0 are empty in the package
         pixels = np.array(rows, np.float32).reshape(-1, ORIGINAL, ORIGINAL)
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from script import run
 
 from par_calibration.report.frechet import distance
+from par_model.system import naming
 from par_model.training.classes import other_class
 from par_model.training.cli import Parser, numbers
 from par_model.training.cli.numbers import Limit
@@ -82,7 +83,8 @@ def classifier(path: Path, folder: Path, data: ClipFolder) -> Classifier:
                 f"--classifier {path}: is not the classifier of such clips; remove it, or give another name"
             ) from error
         return model.eval()
-    motion = torch.from_numpy(np.fromfile(regular(folder / "motion.f32"), np.float32))
+    with naming(folder / "motion.f32"):
+        motion = torch.from_numpy(np.fromfile(regular(folder / "motion.f32"), np.float32))
     if len(motion) != 2 * len(data):
         raise InputError(f"{folder / 'motion.f32'}: has {len(motion)} numbers for {len(data)} clips; make them again")
     motion = motion.view(-1, 2)

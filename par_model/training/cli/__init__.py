@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from par_model.system import explain
 from par_model.training.cli import numbers
 from par_model.training.files import InputError, text_of
 from par_model.words import one_line, printable
@@ -50,9 +51,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{program}: error: {message}; '{self.prog} --help' lists the options\n")
 
 
+def path(argument: str) -> Path:
+    """The name of a file or a folder, for argparse. None is empty: Python would take that for the current folder."""
+    if not argument:
+        raise argparse.ArgumentTypeError("'' is empty; expected the name of a file or folder ('.' is the current one)")
+    return Path(argument)
+
+
 def add_run(p: argparse.ArgumentParser, holds: str, of: str, *, steps: int, batch: int, report: int) -> None:
     """The options that every training has. ``holds``: what its folder does; ``of``: what a batch is made of."""
-    p.add_argument("--run", type=Path, required=True, help=f"run folder: log.jsonl, checkpoint.pt, {holds}")
+    p.add_argument("--run", type=path, required=True, help=f"run folder: log.jsonl, checkpoint.pt, {holds}")
     p.add_argument("--resume", action="store_true", help="continue the run in --run")
     p.add_argument("--steps", type=int, default=steps, help="updates of the weights")
     p.add_argument("--batch", type=int, default=batch, help=f"{of} of a step")
@@ -131,7 +139,8 @@ def guarded(work: Callable[[], None]) -> int:
     try:
         work()
     except (InputError, CheckpointError, OSError) as error:
-        print(f"parvis: error: {printable(text_of(error))}", file=sys.stderr)
+        text = explain(error) if isinstance(error, OSError) else text_of(error)
+        print(f"parvis: error: {printable(text)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(

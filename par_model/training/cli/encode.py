@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from par_model.training.cli import Parser, add_device, verb
+from par_model.training.cli import Parser, add_device, path, verb
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,13 +18,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--data",
-        type=Path,
+        type=path,
         required=True,
         help="a folder with a folder of pictures (PNG, JPEG, WebP, ...) for each class, or with the "
         "pictures themselves; or the raw form: images.u8 (or clips.u8), labels.u8, meta.json",
     )
-    p.add_argument("--tokenizer", type=Path, required=True, help="its weights: of parvis train-tokenizer, or published")
-    p.add_argument("--out", type=Path, required=True, help="codes.npz to write")
+    p.add_argument("--tokenizer", type=path, required=True, help="its weights: of parvis train-tokenizer, or published")
+    p.add_argument("--out", type=path, required=True, help="codes.npz to write")
     p.add_argument(
         "--size", type=int, help="pixels of a side that pictures are scaled to (default: 24 codes; 384 with VQ-16)"
     )

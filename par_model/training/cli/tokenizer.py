@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from par_model.training.cli import Parser, add_run, verb
+from par_model.training.cli import Parser, add_run, path, verb
 
 
 def parser() -> argparse.ArgumentParser:
@@ -14,25 +13,25 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(prog="parvis train-tokenizer", description="Train a VQ tokenizer on a folder of images.")
     p.add_argument(
         "--data",
-        type=Path,
+        type=path,
         required=True,
         help="a folder with a folder of pictures (PNG, JPEG, WebP, ...) for each class, or with the "
         "pictures themselves; or the raw form: images.u8, labels.u8, meta.json",
     )
-    p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
+    p.add_argument("--val", type=path, required=True, help="held-out folder of the same form")
     add_run(p, "sheet.png", "images", steps=4000, batch=32, report=250)
     p.add_argument("--size", type=int, help="pixels of a side that pictures are scaled to; needed for pictures")
     start = p.add_mutually_exclusive_group()
     start.add_argument(
         "--init",
-        type=Path,
+        type=path,
         metavar="TOKENIZER",
         help="begin with the weights of this tokenizer, which gives the sizes, and train all of it further. Codes "
         "move, so a model of these codes must be trained further too",
     )
     start.add_argument(
         "--encoder-for",
-        type=Path,
+        type=path,
         metavar="TOKENIZER",
         help="keep this tokenizer's codebook, decoder and sizes, and train an encoder for them from nothing",
     )

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from par_model.config import SIZES
-from par_model.training.cli import Parser, add_run, verb
+from par_model.training.cli import Parser, add_run, path, verb
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``parvis train``."""
     p = Parser(prog="parvis train", description="Train a PAR model on encoded images or clips.")
-    p.add_argument("--codes", type=Path, required=True, help="codes.npz of parvis encode")
-    p.add_argument("--val", type=Path, required=True, help="held-out codes.npz")
+    p.add_argument("--codes", type=path, required=True, help="codes.npz of parvis encode")
+    p.add_argument("--val", type=path, required=True, help="held-out codes.npz")
     p.add_argument("--vocab", type=int, required=True, help="codebook size of the tokenizer")
     add_run(p, "sheets", "images", steps=10000, batch=32, report=100)
     p.add_argument(
-        "--init", type=Path, metavar="MODEL", help="begin with the weights of this model, which may have another n"
+        "--init", type=path, metavar="MODEL", help="begin with the weights of this model, which may have another n"
     )
-    p.add_argument("--tokenizer", type=Path, help="tokenizer checkpoint, for sample sheets")
+    p.add_argument("--tokenizer", type=path, help="tokenizer checkpoint, for sample sheets")
     p.add_argument("--size", choices=list(SIZES), default="tiny", help="of the model, by name")
     p.add_argument("--dim", type=int, help="width, with --layers and --heads instead of --size")
     p.add_argument("--layers", type=int, help="with --dim and --heads")

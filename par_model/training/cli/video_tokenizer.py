@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from par_model.training.cli import Parser, add_run, verb
+from par_model.training.cli import Parser, add_run, path, verb
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,8 +16,8 @@ def parser() -> argparse.ArgumentParser:
         "(uint8 [count,frames,size,size,channels]), labels.u8 (uint8 [count]) and meta.json (count, frames, size, "
         "channels 1 or 3, class_names).",
     )
-    p.add_argument("--data", type=Path, required=True, help="a folder with clips.u8, labels.u8, meta.json")
-    p.add_argument("--val", type=Path, required=True, help="held-out folder of the same form")
+    p.add_argument("--data", type=path, required=True, help="a folder with clips.u8, labels.u8, meta.json")
+    p.add_argument("--val", type=path, required=True, help="held-out folder of the same form")
     add_run(p, "sheet.png", "clips", steps=1500, batch=16, report=100)
     p.add_argument("--lr", type=float, default=2e-3, help="learning rate")
     p.add_argument(

@@ -102,14 +102,6 @@ class BenchOptions:
 
     def checked(self) -> BenchOptions:
         """The options after every check that is possible before work begins. Raises RequestError, OSError."""
-        options = self
-        if self.compare is not None and len(self.bundles) == 1 and _is_of_rows(self.bundles[0]):
-            options = replace(self, new=self.bundles[0], bundles=())
-        elif not self.bundles and self.suite not in OF_THEIR_OWN:
-            raise RequestError(
-                "no bundle was given; expected one or more folders made by 'parvis export', --suite paper or gpu "
-                "(which need none), or --compare OLD.jsonl NEW.jsonl"
-            )
         for option, given, suites in (
             ("--batches", self.batches, ("batch", "decoder", "serve", "gpu")),
             ("--sizes", self.sizes, OF_THEIR_OWN),
@@ -126,6 +118,14 @@ class BenchOptions:
         ):
             if given and self.suite not in suites:
                 raise RequestError(f"{option} is for --suite {' or '.join(suites)}, and means nothing to {self.suite}")
+        options = self
+        if self.compare is not None and len(self.bundles) == 1 and _is_of_rows(self.bundles[0]):
+            options = replace(self, new=self.bundles[0], bundles=())
+        elif not self.bundles and self.suite not in OF_THEIR_OWN:
+            raise RequestError(
+                "no bundle was given; expected one or more folders made by 'parvis export', --suite paper or gpu "
+                "(which need none), or --compare OLD.jsonl NEW.jsonl"
+            )
         others = [baseline for baseline in self.against if baseline not in STARTING]
         if self.suite == "start" and others:
             raise RequestError(

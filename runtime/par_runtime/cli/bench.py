@@ -16,7 +16,7 @@ from par_runtime.bench.suites.gpu import BUILT_AHEAD, DEFAULT_PARTS, PARTS, buil
 from par_runtime.bench.suites.paper import SIZES
 from par_runtime.bench.suites.serve import REQUESTS
 from par_runtime.cli.common import Help, Parser, fail, guarded, printable
-from par_runtime.cli.options import add_arithmetic, add_list, add_threads
+from par_runtime.cli.options import add_arithmetic, add_list, add_threads, path
 from par_runtime.errors import OutputsError
 from par_runtime.system import explain
 
@@ -90,16 +90,16 @@ def save(options: BenchOptions, journal: Journal, error: BaseException) -> None:
     if not outcome.rows and not outcome.others:
         return
     paths: dict[str, Path | None] = {"json": options.json, "csv": options.csv, "html": options.html, "svg": options.svg}
-    for name, path in paths.items():
-        if path is not None and path != output.STANDARD_OUTPUT and path.exists():
-            paths[name] = journal.place(path)
+    for name, file in paths.items():
+        if file is not None and file != output.STANDARD_OUTPUT and file.exists():
+            paths[name] = journal.place(file)
     try:
         output.write(outcome, quiet=options.quiet, **paths)
     except (OSError, OutputsError) as failed:
         fail(explain(failed) if isinstance(failed, OSError) else failed)
     if paths["json"] is not None and paths["json"] == options.json and options.json.exists():
         journal.remove()
-    files = [str(path) for path in paths.values() if path is not None and path.exists()]
+    files = [str(file) for file in paths.values() if file is not None and file.exists()]
     where = f"; they are in {', '.join(files)}" if files else ""
     if len(journal.failed) > 1 or isinstance(error, (KeyboardInterrupt, SystemExit)):
         report_failed(journal)
@@ -170,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "bundles",
-        type=Path,
+        type=path,
         nargs="*",
         metavar="BUNDLE",
         help="bundles to compare with each other; with --compare, one file of rows instead: nothing is measured then",
@@ -212,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-eager", action="store_true", help="--suite paper and gpu without PyTorch's side")
     p.add_argument(
         "--engines",
-        type=Path,
+        type=path,
         metavar="FOLDER",
         help="--suite gpu: engines that are built already, FOLDER/NAME/engines for the bundle of that name",
     )
@@ -239,23 +239,23 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--json",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="JSON lines, a row each, which lie in FILE.part while they are measured; '-' is standard output, and no "
         "table then",
     )
-    p.add_argument("--csv", type=Path, metavar="FILE", help="the same rows for a spreadsheet")
-    p.add_argument("--html", type=Path, metavar="FILE", help="one page with plots, which needs no other file")
+    p.add_argument("--csv", type=path, metavar="FILE", help="the same rows for a spreadsheet")
+    p.add_argument("--html", type=path, metavar="FILE", help="one page with plots, which needs no other file")
     p.add_argument(
         "--svg",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="--suite gpu: a figure of seconds per image, ours beside PyTorch and the bound, for light and dark pages",
     )
     p.add_argument(
         "--from",
         dest="from_files",
-        type=Path,
+        type=path,
         nargs="+",
         action="extend",
         default=[],
@@ -263,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
         help="--suite gpu: measure nothing; make the page (and --svg) of the reports whose --json wrote these files, "
         "FILE.part too; needs no GPU. Of what several files hold the last measurement counts",
     )
-    p.add_argument("--compare", type=Path, metavar="OLD.jsonl", help="pair the rows with those of an earlier run")
+    p.add_argument("--compare", type=path, metavar="OLD.jsonl", help="pair the rows with those of an earlier run")
     p.add_argument(
         "--fail-above",
         type=float,
@@ -282,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
     add_arithmetic(p)
     p.add_argument(
         "--work",
-        type=Path,
+        type=path,
         metavar="FOLDER",
         help="where bundles of random weights are written meanwhile (default: the system's)",
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from par_runtime.cli.common import Help, Parser, guarded
 
@@ -36,7 +35,7 @@ def script(shell: str) -> str:
     for name, verb in VERBS.items():
         own = importlib.import_module(verb.module).parser()
         for action in own._actions:
-            if action.type is Path:
+            if getattr(action.type, "__name__", "") in ("path", "place"):  # par_model has its own
                 action.complete = shtab.FILE
         verbs.add_parser(name, help=verb.does, parents=[own], add_help=False)
     return str(shtab.complete(root, shell))

@@ -19,7 +19,7 @@ from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.cli import clips, options
 from par_runtime.cli.common import Parser, guarded, printable
-from par_runtime.cli.inputs import load_pipeline, quiet_readers, read_by_edit, variants
+from par_runtime.cli.inputs import check_sampling, load_pipeline, quiet_readers, read_by_edit, variants
 from par_runtime.cli.outputs import (
     check_fps,
     check_outputs,
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     if bundle.image_size is None:
         raise RequestError(f"{bundle.path}: this bundle ends at tokens and makes no images; export it with a tokenizer")
+    check_sampling(args, bundle)
     png.check_scale(args.scale)
     check_fps(bundle, args.fps, [args.out])
     if bundle.video:
@@ -270,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "image",
-        type=Path,
+        type=options.path,
         metavar="IMAGE",
         help="PNG, JPEG, WebP, ..., or a sheet of 'parvis generate'; of a video bundle a clip",
     )

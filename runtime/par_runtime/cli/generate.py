@@ -11,14 +11,12 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from par_runtime.backends.base import MOST_IN_FLIGHT
 from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded, printable
-from par_runtime.cli.inputs import class_indices, load_pipeline
+from par_runtime.cli.inputs import check_sampling, class_indices, load_pipeline
 from par_runtime.cli.outputs import (
     check_fps,
     check_out_name,
@@ -33,6 +31,7 @@ from par_runtime.cli.outputs import (
     write_all,
     write_tokens,
 )
+from par_runtime.cli.previews import Previews, check_previews
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.pipeline import Pipeline
@@ -63,13 +62,11 @@ def run(args: argparse.Namespace) -> int:
     guidance = None if args.guidance is None else [s for s in args.guidance for _ in labels]
     columns = args.columns or sheet_columns(bundle, len(classes), args.count, scales)
 
-    def write_preview(images: NDArray[np.uint8], done: int, total: int) -> None:
-        if bundle.video:  # the latest frame
-            images = images[:, -1]
-        png.write_pixels(
-            args.out.with_name(f"{args.out.stem}-{done:04d}.png"), png.enlarged(png.sheet(images, columns), args.scale)
+    if args.batch is None:  # only now is it known how many calls there are
+        images = len(labels) * scales
+        check_previews(
+            args, bundle, images, min(images, pipeline.default_batch), _outputs(args, bundle, classes, first)
         )
-
     with Bar(args.quiet or args.json) as bar:
         result = pipeline.generate(
             labels * scales,
@@ -77,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             seeds=seeds * scales,
             on_step=bar,
             preview_every=args.preview_every,
-            on_preview=None if args.preview_every is None else write_preview,
+            on_preview=None if args.preview_every is None else Previews(args, bundle, columns, bar),
             max_batch=args.batch,
             decode=args.out is not None or args.out_dir is not None,
         )
@@ -91,10 +88,13 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
 
     ``args.out`` is set where no output was given. Raises RequestError, BundleError, OSError.
     """
-    options.check_counts(args, "count", "columns", "batch")
+    options.check_counts(args, "count", "columns", "batch", "preview_every")
+    if args.batch is not None and args.batch > MOST_IN_FLIGHT:
+        raise RequestError(f"--batch {args.batch}: expected 1 to {MOST_IN_FLIGHT}")
     png.check_scale(args.scale)
     check_tokens_name(args.tokens)
     bundle = Bundle.open(args.bundle)
+    check_sampling(args, bundle)
     check_out_name(bundle, args.out)
     # Files in --out-dir, and one that nobody names, have the default ending.
     check_fps(bundle, args.fps, [args.out] + [None] * (args.out_dir is not None))
@@ -120,25 +120,35 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
     if args.out is not None:
         columns = args.columns or sheet_columns(bundle, len(classes), args.count, len(args.guidance or [1]))
         check_sheet(bundle, args.out, total, columns, args.scale)
-    named, in_folder = [path for path in (args.out, args.tokens) if path is not None], list[Path]()
+    if args.out_dir is not None and len(set(args.guidance or ())) < len(args.guidance or ()):
+        raise RequestError(
+            "--guidance: a scale is given twice, so two images would have one file name; give each scale once"
+        )
+    outputs = _outputs(args, bundle, classes, first)
+    check_different(outputs)
+    for path in (args.out, args.tokens):
+        if path is not None:
+            check_writable(path)
     if args.out_dir is not None:
-        if len(set(args.guidance or ())) < len(args.guidance or ()):
+        check_folder_writable(args.out_dir)
+        if (folder := next((path for path in outputs if path.is_dir()), None)) is not None:
             raise RequestError(
-                "--guidance: a scale is given twice, so two images would have one file name; give each scale once"
+                f"{folder} is a folder, but this command would write a file of that name; give another --out-dir"
             )
+    check_previews(args, bundle, total, total if args.batch is None else args.batch, outputs)
+    return bundle, classes, first
+
+
+def _outputs(args: argparse.Namespace, bundle: Bundle, classes: Sequence[int], first: int) -> list[Path]:
+    """The files that are asked for, without previews."""
+    outputs = [path for path in (args.out, args.tokens) if path is not None]
+    if args.out_dir is not None:
         labels = [c for c in classes for _ in range(args.count)]
         scales = [s for s in args.guidance or [bundle.defaults.guidance] for _ in labels]
         repeats = len(scales) // len(labels)
         names = image_file_names(bundle, labels * repeats, image_seeds(len(labels), first, None) * repeats, scales)
-        in_folder = [args.out_dir / name for name in names]
-    check_different([*named, *in_folder])
-    for path in named:
-        check_writable(path)
-    if args.out_dir is not None:
-        check_folder_writable(args.out_dir)
-        if (folder := next((path for path in in_folder if path.is_dir()), None)) is not None:
-            raise RequestError(f"{folder} is a folder, and the name of a file of this command; give another --out-dir")
-    return bundle, classes, first
+        outputs += [args.out_dir / name for name in names]
+    return outputs
 
 
 def _write(args: argparse.Namespace, bundle: Bundle, result: Result, columns: int) -> list[str]:
@@ -219,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_scale(p)
     options.add_fps(p)
-    p.add_argument("--out-dir", type=Path, help="folder for one PNG per image, or one GIF per clip")
+    p.add_argument("--out-dir", type=options.path, help="folder for one PNG per image, or one GIF per clip")
     options.add_tokens(p)
     p.add_argument(
         "--guidance",

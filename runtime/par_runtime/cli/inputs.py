@@ -20,7 +20,7 @@ from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.images.recipe import Recipe, check
 from par_runtime.pipeline import Pipeline
-from par_runtime.request import class_index, image_seeds
+from par_runtime.request import class_index, image_seeds, image_settings
 from par_runtime.result import Result
 
 #: Between two decoders in fp32, for instance in C and on ONNX Runtime, in grey levels of 255: they round differently.
@@ -31,6 +31,12 @@ def class_indices(bundle: Bundle, labels: Sequence[str]) -> list[int]:
     """Class indices of the command line's labels; "all" is every class. Raises RequestError."""
     each = [range(bundle.n_classes) if label == "all" else [class_index(bundle, label)] for label in labels]
     return [index for indices in each for index in indices]
+
+
+def check_sampling(args: argparse.Namespace, bundle: Bundle) -> None:
+    """Raise RequestError for a bad value of ``add_sampling`` or ``--guidance`` (one scale, several, or None)."""
+    scales = args.guidance
+    image_settings(bundle, len(scales) if isinstance(scales, list) else 1, **options.sampling(args))
 
 
 def read_by_edit(args: argparse.Namespace) -> list[Path]:

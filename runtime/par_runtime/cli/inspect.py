@@ -194,7 +194,12 @@ def parser() -> argparse.ArgumentParser:
         description="Describe a bundle or a checkpoint: architecture, files, engines, calls, memory, and the least "
         "time that the memory bandwidth of known GPUs allows (by data sheet; not measured).",
     )
-    p.add_argument("path", metavar="BUNDLE|CHECKPOINT", help="a folder or file, or hf://OWNER/REPOSITORY/FILE@REVISION")
+    p.add_argument(
+        "path",
+        type=options.place,
+        metavar="BUNDLE|CHECKPOINT",
+        help="a folder or file, or hf://OWNER/REPOSITORY/FILE@REVISION",
+    )
     p.add_argument("--weights", choices=["model", "ema"], help="of a checkpoint that holds both (as of parvis export)")
     p.add_argument("--heads", type=int, help="of a checkpoint whose heads are known from nowhere (as of parvis export)")
     p.add_argument("--grid", help="of a checkpoint: tokens, L, HxW or TxHxW (as of parvis export)")

@@ -26,18 +26,18 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
 def add_bundle(p: argparse.ArgumentParser) -> None:
     """The positional argument BUNDLE."""
     p.add_argument(
-        "bundle", type=Path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
+        "bundle", type=path, metavar="BUNDLE", help="folder made by 'parvis export', for instance models/demo"
     )
 
 
 def add_bundle_option(p: argparse.ArgumentParser, what: str) -> None:
     """``--bundle``, of a verb that takes an image as its positional argument. ``what``: the help text."""
-    p.add_argument("--bundle", type=Path, required=True, help=what)
+    p.add_argument("--bundle", type=path, required=True, help=what)
 
 
 def add_out(p: argparse.ArgumentParser, what: str) -> None:
     """``--out``, a PNG. ``what``: the help text."""
-    p.add_argument("--out", type=Path, help=what)
+    p.add_argument("--out", type=path, help=what)
 
 
 def add_labels(p: argparse.ArgumentParser, what: str, required: bool = False) -> None:
@@ -50,6 +50,18 @@ def text(argument: str) -> str:
     return os.fsencode(argument).decode(errors="surrogateescape")
 
 
+def path(argument: str) -> Path:
+    """The name of a file or a folder, for argparse. None is empty: Python would take that for the current folder."""
+    return Path(place(argument))
+
+
+def place(argument: str) -> str:
+    """The same for what may also be a name elsewhere, as on a hub."""
+    if not argument:
+        raise argparse.ArgumentTypeError("'' is empty; expected the name of a file or folder ('.' is the current one)")
+    return argument
+
+
 class Extend(argparse.Action):
     """Collects the values of a list option: each may be several by commas (a tuple, by its type); numbers ascending."""
 
@@ -59,7 +71,7 @@ class Extend(argparse.Action):
         setattr(namespace, self.dest, tuple(sorted(merged) if all(isinstance(v, int) for v in merged) else merged))
 
 
-def add_list(p: argparse.ArgumentParser, name: str, kind: Callable[[str], tuple[Any, ...]], **more: Any) -> None:
+def add_list(p: argparse._ActionsContainer, name: str, kind: Callable[[str], tuple[Any, ...]], **more: Any) -> None:
     """An option that takes a list: ``--batches 1 2 4``, ``--batches 1,2,4``, or the option repeated.
 
     ``kind``: the values of one word, as a tuple.
@@ -85,7 +97,7 @@ def add_fps(p: argparse.ArgumentParser) -> None:
 
 def add_tokens(p: argparse.ArgumentParser) -> None:
     """``--tokens``, an array to write."""
-    p.add_argument("--tokens", type=Path, help=".npy to write: tokens [B,N] int64 in sequence order")
+    p.add_argument("--tokens", type=path, help=".npy to write: tokens [B,N] int64 in sequence order")
 
 
 def add_fit(p: argparse.ArgumentParser) -> None:

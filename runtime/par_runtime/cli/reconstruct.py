@@ -144,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "image",
-        type=Path,
+        type=options.path,
         nargs="+",
         metavar="IMAGE",
         help="PNG, JPEG, WebP, ...; of a video bundle GIF, WebP, animated PNG or MP4",

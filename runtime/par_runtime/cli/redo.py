@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "image",
-        type=Path,
+        type=options.path,
         metavar="IMAGE",
         help="a PNG of 'parvis generate' or 'edit', or a clip (GIF, WebP, animated PNG, MP4)",
     )

@@ -32,6 +32,7 @@ def lines(text: str) -> list[dict[str, Any]]:
     ("arguments", "message"),
     [
         ([], "no bundle was given; expected one or more folders made by 'parvis export', --suite paper or gpu"),
+        (["--from", "x"], "--from is for --suite gpu, and means nothing to phases"),
         (["nothing-here"], "nothing-here: no such folder; give the path of a bundle"),
         (["TINY", "--images", "0"], "--images 0: expected 1 or more"),
         (["TINY", "--repetitions", "0"], "--repetitions 0: expected 1 or more"),

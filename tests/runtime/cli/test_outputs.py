@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from par_runtime.cli.dispatch import main
+from par_runtime.cli.dispatch import VERBS, main
 
 
 def run(*arguments: object) -> int:
@@ -59,3 +60,21 @@ def test_a_folder_for_an_output_is_made_when_it_is_written(tiny: Path, tmp_path:
     outs = ["--out", tmp_path / "new" / "x.png", "--tokens", picture / "x.npy"]
     assert run("generate", tiny, "--label", 0, *outs) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+#: Verbs with an option or argument that is a path, and how many these are at least.
+PATHS = {"generate": 4, "redo": 3, "bench": 9, "inspect": 1, "export": 4, "build": 4, "tune": 2, "calibrate": 7}
+PATHS |= {"train": 5, "train-tokenizer": 5, "train-video-tokenizer": 3, "encode": 3, "edit": 4, "reconstruct": 3}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_empty_path_is_not_the_current_folder(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = importlib.import_module(VERBS[verb].module).parser()
+    assert not [action.dest for action in parser._actions if action.type is Path]
+    paths = [action for action in parser._actions if getattr(action.type, "__name__", "") in ("path", "place")]
+    assert len(paths) >= PATHS.get(verb, 0)
+    for action in paths:
+        name = action.option_strings[0] if action.option_strings else ""
+        assert run(verb, *filter(None, [name]), "") == 2
+        text = f"argument {name or action.metavar}: '' is empty; expected the name of a file or folder"
+        assert capsys.readouterr().err.startswith(f"parvis: error: {text} ('.' is the current one); 'parvis {verb} -")

@@ -19,7 +19,7 @@ from par_runtime.bundle import Bundle
 from par_runtime.checked import open_regular
 from par_runtime.errors import EngineError
 from par_runtime.stopping import later
-from par_runtime.system import write_beside
+from par_runtime.system import naming, write_beside
 
 RUNTIME_CACHE = "runtime.cache"  #: kernels that TensorRT-RTX compiled for this GPU
 
@@ -43,7 +43,7 @@ class LoadedPlan:
         self._runtime = runtime  # it must live as long as what it deserialized
         path = engine.path / plan.file
         self._folder = engine.path.resolve()  # the runtime cache is written later, maybe from another directory
-        with open_regular(path) as file:  # mapped, so that gigabytes are not in memory twice
+        with naming(path), open_regular(path) as file:  # mapped, so that gigabytes are not in memory twice
             self._tensorrt = runtime.deserialize_cuda_engine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         if self._tensorrt is None:
             raise EngineError(
@@ -64,7 +64,9 @@ class LoadedPlan:
             self._rtx_cache = self._config.create_runtime_cache()
             stored = engine.path / f"{name}.{RUNTIME_CACHE}"
             if stored.is_file():  # refused where driver or GPU differ; then kernels are compiled again
-                self._rtx_cache.deserialize(stored.read_bytes())
+                with naming(stored):
+                    content = stored.read_bytes()
+                self._rtx_cache.deserialize(content)
             self._config.set_runtime_cache(self._rtx_cache)
         self._strategy = strategy
 
