@@ -31,7 +31,6 @@ from par_runtime.backends.base import (
 )
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.ort.decoding import open_ort_decoder
-from par_runtime.backends.ort.huge_pages import use_huge_pages
 from par_runtime.backends.ort.sessions import (
     OPSET24_SINCE,
     SPINNING,
@@ -121,8 +120,8 @@ class OrtBackend:
         if self._closed:
             raise closed_error(self.bundle)
         if self._step is None:
-            self._step = open_cpu_session(self._files, self._graph, self._options)
-            use_huge_pages()  # every call reads all weights of the session
+            # On huge pages, because every call reads all weights of the session.
+            self._step = open_cpu_session(self._files, self._graph, self._options, huge_pages=True)
         return self._step
 
     def after_fork(self) -> None:

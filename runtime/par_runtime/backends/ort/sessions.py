@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from par_runtime.backends.base import IMAGE_INPUTS, tensors
-from par_runtime.backends.ort.huge_pages import use_huge_pages
+from par_runtime.backends.ort.huge_pages import new_memory_on_huge_pages
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.checked import shown
 from par_runtime.dtypes import BYTES
@@ -144,10 +144,14 @@ def _copied(options: ort.SessionOptions) -> ort.SessionOptions:
     return own
 
 
-def open_cpu_session(files: LoadedFiles, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
-    """:func:`open_session` on the CPU; every error of ONNX Runtime's is a BundleError."""
+def open_cpu_session(
+    files: LoadedFiles, name: str, options: ort.SessionOptions, huge_pages: bool = False
+) -> ort.InferenceSession:
+    """:func:`open_session` on the CPU, on ``huge_pages`` where the system gives them; every error of ONNX Runtime's is
+    a BundleError.
+    """
     try:
-        with no_fork():
+        with no_fork(), new_memory_on_huge_pages() if huge_pages else nullcontext():
             session = open_session(files, name, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except BundleError:
         raise
@@ -268,9 +272,7 @@ class LazySession:
         """The session, opened where there is none."""
         session = self._session
         if session is None:
-            session = self._session = open_cpu_session(self._files, self._name, self._options)
-            if self._huge_pages:
-                use_huge_pages()
+            session = self._session = open_cpu_session(self._files, self._name, self._options, self._huge_pages)
         self._files.check()
         return session
 
