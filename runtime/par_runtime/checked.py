@@ -6,6 +6,7 @@ Whatever parvis reads from a file of JSON goes through here, so that each fault 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -170,19 +171,34 @@ def open_regular(path: Path) -> BinaryIO:
 
     Nothing waits, also where a pipe takes the place of the file at this very moment: what was opened is looked at.
     """
-    return open(regular_descriptor(path), "rb")
+    descriptors: list[int] = []
+    opened: list[io.FileIO] = []
+    try:
+        open_descriptor(path, descriptors)
+        opened.extend(map(io.FileIO, descriptors))  # as in open_descriptor
+        return io.BufferedReader(opened[0])
+    except BaseException:
+        if opened:
+            opened[0].close()
+        else:
+            for each in descriptors:
+                os.close(each)
+        raise
 
 
-def regular_descriptor(path: Path) -> int:
-    """The descriptor of :func:`open_regular`, to be closed by the caller. Raises OSError."""
+def open_descriptor(path: Path, into: list[int]) -> None:
+    """Put the descriptor of :func:`open_regular` ``into`` a list; the caller closes what is there, also after an error.
+
+    Python calls the handler of a signal between a call and the storing of its result, and a handler may raise: what was
+    opened would stay open for ever. So the result goes into the list before Python runs anything else.
+    """
     why = _why_not(os.stat(path).st_mode)  # opening a device may already do something
     if why is None:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        why = _why_not(os.fstat(descriptor).st_mode)
-        if why is None:
-            return descriptor
-        os.close(descriptor)
-    raise OSError(errno.EINVAL, why, str(path))
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        into.extend(map(os.open, (path,), (flags,)))
+        why = _why_not(os.fstat(into[-1]).st_mode)
+    if why is not None:
+        raise OSError(errno.EINVAL, why, str(path))
 
 
 def read_regular(path: Path, limit_bytes: int, error: Callable[[str], Exception]) -> bytes:

@@ -12,7 +12,6 @@ import errno
 import hashlib
 import mmap
 import os
-import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from par_runtime.bundle import WEIGHTS, Bundle, Stored, state
-from par_runtime.checked import open_regular, regular_descriptor
+from par_runtime.checked import open_regular
 from par_runtime.dtypes import STORAGE
 from par_runtime.errors import BundleError
+from par_runtime.held import HeldFile
 from par_runtime.manifest_video import FIRST, NEXT
 from par_runtime.quantised import SCALE, scale_fault
 from par_runtime.system import available_bytes
@@ -46,15 +46,13 @@ class LoadedFiles:
                     with suppress(FileNotFoundError), open_regular(self._folder / bundle.graphs[name].file) as opened:
                         versions[bundle.graphs[name].file] = state(os.fstat(opened.fileno()))
                         self._graphs[name] = opened.read()
-            self._weights = regular_descriptor(self._folder / WEIGHTS)
+            self._weights = HeldFile(self._folder / WEIGHTS)
         except OSError as error:
             raise BundleError(
                 f"{error.filename or file}: cannot be read ({error.strerror}); copy the bundle again or export it again"
             ) from error
-        self._close = weakref.finalize(self, os.close, self._weights)
-        self._close.atexit = False  # a daemon thread may still be in a call
-        self._known = state(os.fstat(self._weights))
-        self._changed = False
+        self._closed = self._changed = False
+        self._known = state(self._status())
         self._check_versions(versions | {WEIGHTS: self._known})
 
     def _check_versions(self, opened: Mapping[str, tuple[int, int]]) -> None:
@@ -79,7 +77,7 @@ class LoadedFiles:
         self.check()
         path = self._folder / self.bundle.graphs[name].file
         try:
-            at_path, held = os.stat(self._folder / WEIGHTS), os.fstat(self._weights)
+            at_path, held = os.stat(self._folder / WEIGHTS), self._status()
             same = (at_path.st_dev, at_path.st_ino) == (held.st_dev, held.st_ino)
             if not same:
                 return None
@@ -99,7 +97,7 @@ class LoadedFiles:
                 "the bundle again or export it again"
             )
         try:
-            return mmap.mmap(self._weights, 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(self._weights.descriptor, 0, access=mmap.ACCESS_READ)
         except OSError as error:
             if error.errno != errno.ENOMEM:  # of a limit of the process (ulimit -v), or of the system
                 raise
@@ -112,9 +110,10 @@ class LoadedFiles:
         Several threads may read at a time. It does not look whether the file was changed: :meth:`check` does.
         """
         done = 0
+        self._status()
         try:
             while done < len(into):
-                got = os.preadv(self._weights, [into[done:]], offset + done)
+                got = os.preadv(self._weights.descriptor, [into[done:]], offset + done)
                 if not got:
                     raise BundleError(
                         f"{self.bundle.path / WEIGHTS}: ends before byte {offset + len(into)}; copy the bundle again "
@@ -132,9 +131,7 @@ class LoadedFiles:
 
         ONNX Runtime maps a part of the weights, so what is written there would change later images.
         """
-        if not self._close.alive:
-            raise BundleError(f"{self.bundle.path}: was closed; load it again")
-        now = state(os.fstat(self._weights))
+        now = state(self._status())
         if now == self._known and not self._changed:
             return
         entry = self.bundle.files[WEIGHTS]
@@ -148,12 +145,25 @@ class LoadedFiles:
 
     def close(self) -> None:
         """Close the weights file; a second call does nothing."""
-        self._close()
+        self._closed = True
+        self._weights.close()
+
+    def _status(self) -> os.stat_result:
+        """What the system says of the weights file now. Raises BundleError where it is closed."""
+        found = self._weights.status()
+        if found is not None:
+            return found
+        if self._closed:
+            raise BundleError(f"{self.bundle.path}: was closed; load it again")
+        raise BundleError(
+            f"{self.bundle.path}: the program closed the descriptor of {WEIGHTS} (os.closerange, becoming a daemon); "
+            "load the bundle after that"
+        )
 
     def _hash(self, size: int) -> str:
         digest = hashlib.sha256()
         for offset in range(0, size, BLOCK_BYTES):
-            digest.update(os.pread(self._weights, BLOCK_BYTES, offset))
+            digest.update(os.pread(self._weights.descriptor, BLOCK_BYTES, offset))
         return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ Letters: R rows, B images, q positions, N tokens, V codes, M = R*q, H heads, D' 
 from __future__ import annotations
 
 import ctypes
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -194,10 +195,11 @@ class NativeBackend:
         pool, self._pool = self._pool, None  # first, so that whatever interrupts this, no pool is freed twice
         if pool is not None:
             self._lib.parvis_close(pool)
-        self._decoder.close()
-        self._files.close()
         self._calls.clear()
-        self._cache = self._cache[:, :0].copy()
+        with ExitStack() as parts:  # each is freed, whatever another one raises
+            parts.callback(self._files.close)
+            parts.callback(self._decoder.close)
+            self._cache = self._cache[:, :0].copy()
 
     def __del__(self) -> None:
         if getattr(self, "_pool", None) is not None:

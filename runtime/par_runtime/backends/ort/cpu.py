@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -161,10 +162,11 @@ class OrtBackend:
         self._closed = True
         self._bound.clear()
         self._step = None
-        self._decoder.close()
-        self._files.close()
         self._caches.clear()
         self._keys.release()
+        with ExitStack() as parts:  # each is freed, whatever another one raises
+            parts.callback(self._files.close)
+            parts.callback(self._decoder.close)
 
     def _prepare(self, session: ort.InferenceSession, batch: Batch, ids: Int, write: Int) -> _Bound:
         """The bound buffers of this call, filled with all inputs except the noise."""
