@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeGuard
 
+from par_runtime.reading import unreadable
+
 #: Objects and lists inside each other: more than any file of parvis has, and far from Python's limit of recursion.
 MOST_NESTED = 32
 #: Digits of an integer. Python takes time that grows with the square of it.
@@ -140,14 +142,14 @@ def _check_values(value: object) -> None:
 def why_not_regular(path: Path) -> str | None:
     """Why ``path`` is not a file that can be read without waiting for somebody to write it, or None where it is.
 
-    Links are followed.
+    Links are followed. What to do stands behind it where the system is at fault (``reading.advised``).
     """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         return "missing"
     except OSError as fault:
-        return f"cannot be read ({fault.strerror})"
+        return unreadable(fault)
     except ValueError:  # a zero byte in the name
         return "cannot be read (no valid file name)"
     return _why_not(mode)
@@ -205,6 +207,7 @@ def read_regular(path: Path, limit_bytes: int, error: Callable[[str], Exception]
     """The content of the file ``path``. Raises ``error`` where it is no regular file, or longer than ``limit_bytes``.
 
     A pipe, a device or a socket is refused before it is opened, so nothing waits; a too large file before it is read.
+    What ``error`` gets may end with what to do (``reading.advised``).
     """
     why = why_not_regular(path)
     if why is not None:
@@ -214,7 +217,7 @@ def read_regular(path: Path, limit_bytes: int, error: Callable[[str], Exception]
             size = os.fstat(file.fileno()).st_size
             content = file.read(limit_bytes + 1) if size <= limit_bytes else b""
     except OSError as fault:
-        raise error(f"{path}: cannot be read ({fault.strerror})") from fault
+        raise error(f"{path}: {unreadable(fault)}") from fault
     if size > limit_bytes or len(content) > limit_bytes:
         raise error(f"{path}: {max(size, len(content))} bytes; expected at most {limit_bytes}")
     return content

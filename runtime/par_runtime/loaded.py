@@ -25,6 +25,7 @@ from par_runtime.errors import BundleError
 from par_runtime.held import HeldFile
 from par_runtime.manifest_video import FIRST, NEXT
 from par_runtime.quantised import SCALE, scale_fault
+from par_runtime.reading import REMEDIES, advised, unreadable
 from par_runtime.system import available_bytes
 
 READ_LATER = ("step", "step_opset23", "decoder", FIRST, NEXT, "encoder")  #: graphs that ONNX Runtime opens
@@ -48,9 +49,7 @@ class LoadedFiles:
                         self._graphs[name] = opened.read()
             self._weights = HeldFile(self._folder / WEIGHTS)
         except OSError as error:
-            raise BundleError(
-                f"{error.filename or file}: cannot be read ({error.strerror}); copy the bundle again or export it again"
-            ) from error
+            raise _unreadable(error.filename or file, error) from error
         self._closed = self._changed = False
         self._known = state(self._status())
         self._check_versions(versions | {WEIGHTS: self._known})
@@ -72,7 +71,7 @@ class LoadedFiles:
     def path(self, name: str) -> Path | None:
         """The path of a graph, absolute; None where graph or weights at that path are no longer those that were loaded.
 
-        Raises BundleError where the graph is missing, or the weights were changed.
+        Raises BundleError where the weights were changed, or the system cannot read the graph.
         """
         self.check()
         path = self._folder / self.bundle.graphs[name].file
@@ -83,12 +82,14 @@ class LoadedFiles:
                 return None
             with open_regular(path) as opened:
                 return path if opened.read() == self._graphs.get(name) else None
-        except OSError:
+        except OSError as error:
+            if error.errno in REMEDIES:  # the system's fault: it may still lie there
+                raise _unreadable(error.filename or path, error) from error
             return None
 
     def weights(self, needed: int = 1) -> mmap.mmap:
-        """The weights file, mapped. Raises BundleError where it was changed, or has less than the ``needed`` bytes;
-        MemoryError where no addresses are left for it, OSError.
+        """The weights file, mapped. Raises BundleError where it was changed, has less than the ``needed`` bytes, or
+        cannot be read; MemoryError where no addresses are left for it.
         """
         self.check()
         if self._known[0] < needed:  # reading beyond its end would kill the process
@@ -99,8 +100,9 @@ class LoadedFiles:
         try:
             return mmap.mmap(self._weights.descriptor, 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            if error.errno != errno.ENOMEM:  # of a limit of the process (ulimit -v), or of the system
-                raise
+            if error.errno != errno.ENOMEM:
+                raise _unreadable(self.bundle.path / WEIGHTS, error) from error
+            # A limit of the process (ulimit -v), or of the system.
             what = f"{self.bundle.path / WEIGHTS}: {self._known[0] / 1e9:.2f} GB"
             raise MemoryError(f"{what} cannot be mapped into memory; see ulimit -v") from error
 
@@ -121,10 +123,7 @@ class LoadedFiles:
                     )
                 done += got
         except OSError as error:
-            raise BundleError(
-                f"{self.bundle.path / WEIGHTS}: cannot be read ({error.strerror}); copy the bundle again or export it "
-                "again"
-            ) from error
+            raise _unreadable(self.bundle.path / WEIGHTS, error) from error
 
     def check(self) -> None:
         """Raise BundleError where something wrote into the weights file. It takes a microsecond, so every call checks.
@@ -162,9 +161,19 @@ class LoadedFiles:
 
     def _hash(self, size: int) -> str:
         digest = hashlib.sha256()
-        for offset in range(0, size, BLOCK_BYTES):
-            digest.update(os.pread(self._weights.descriptor, BLOCK_BYTES, offset))
+        try:
+            for offset in range(0, size, BLOCK_BYTES):
+                digest.update(os.pread(self._weights.descriptor, BLOCK_BYTES, offset))
+        except OSError as error:
+            raise _unreadable(self.bundle.path / WEIGHTS, error) from error
         return digest.hexdigest()
+
+
+def _unreadable(
+    file: str | Path, error: OSError, otherwise: str = "copy the bundle again or export it again"
+) -> BundleError:
+    """The error of a ``file`` of a bundle that the system does not read."""
+    return BundleError(advised(f"{file}: {unreadable(error)}", otherwise))
 
 
 def check_memory(bundle: Bundle, weights_bytes: int) -> None:
@@ -202,4 +211,4 @@ def check_scales(bundle: Bundle, table: Mapping[str, Stored] | None = None) -> N
                 if why is not None:
                     raise BundleError(f"{file}: {name} {why}; {again}")
     except OSError as error:
-        raise BundleError(f"{file}: cannot be read ({error.strerror}); {again}") from error
+        raise _unreadable(file, error, again) from error

@@ -62,8 +62,8 @@ class NativeBackend:
         are kept in, one of ``dtypes.CACHES``; ``decoder_precision``: as ``decoding.open_decoder`` has it.
         Raises BundleError where ``library.why_not`` has a reason.
         """
-        lib = library()
         reason = why_not(bundle)
+        lib = library()
         if lib is None or reason is not None:
             raise BundleError(
                 f"{bundle.path}: cannot run on the C kernels: {reason}; device (--device) cpu-ort takes ONNX Runtime"

@@ -6,7 +6,6 @@ import ctypes
 import logging
 import os
 import threading
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from par_runtime import __version__
 from par_runtime.backends.base import Decoder, NoDecoder, closed_error
 from par_runtime.backends.native.clips import ClipOperations, most_latent
-from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
+from par_runtime.backends.native.compiled import KernelError, compiled_file, once, open_compiled
 from par_runtime.backends.native.decoder import AMX, Buffers, Decode, Op, Operations, Packing, bf16_form
 from par_runtime.backends.native.tensors import Tensors
 from par_runtime.bundle import Bundle
@@ -65,13 +64,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.parvis_decode.argtypes = (pointer, ctypes.POINTER(Decode))
 
 
-@cache
-def _opened(file: Path | None) -> ctypes.CDLL | KernelError:
-    """:func:`open_decoder_library`, with its error as a result, so that both are kept."""
-    try:
-        return open_decoder_library(file)
-    except KernelError as error:
-        return error
+_opened = once(open_decoder_library)
 
 
 def why_not(bundle: Bundle) -> str | None:

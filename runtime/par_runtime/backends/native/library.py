@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
-from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
+from par_runtime.backends.native.compiled import KernelError, compiled_file, once, open_compiled
 from par_runtime.bundle import Bundle
 
 #: dtype of a stored matrix -> its number in matrix.h
@@ -151,13 +150,7 @@ def matrix_of(lib: ctypes.CDLL, dtype: str, arithmetic: str, group: int = 0, sca
     return matrix
 
 
-@cache
-def _opened(file: Path | None) -> ctypes.CDLL | KernelError:
-    """:func:`open_library`, with its error as a result, so that both are kept."""
-    try:
-        return open_library(file)
-    except KernelError as error:
-        return error
+_opened = once(open_library)
 
 
 def library() -> ctypes.CDLL | None:

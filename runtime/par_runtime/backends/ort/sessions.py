@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from par_runtime.forks import Calls, keep_forever, no_fork, tell_of_forks
 from par_runtime.loaded import LoadedFiles
 from par_runtime.loaded import check_memory as check_memory
 from par_runtime.manifest_video import FIRST, NEXT
+from par_runtime.reading import REMEDIES
 from par_runtime.system import available_cores, utf8_name
 from par_runtime.video_shapes import past_shapes
 
@@ -46,8 +48,7 @@ DEQUANTISE = "session.disable_quant_qdq"
 #: The first release that fuses products of int8 weights; before, each call dequantises all of them.
 INT8_FUSED_SINCE = (1, 25)
 #: What ONNX Runtime says of a limit of the system -> what to do.
-LIMITS = {
-    "Too many open files": "raise the limit of open files (ulimit -n)",
+LIMITS = {os.strerror(number): remedy for number, remedy in REMEDIES.items()} | {
     "pthread_create failed": "no more threads may be started: raise their limit (ulimit -u), or take one thread",
 }
 #: How ONNX Runtime's allocators report that memory is missing (the last one: CUDA's).
