@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 from par_runtime.reading import REMEDIES
 
@@ -26,9 +25,6 @@ class KernelError(Exception):
     def __init__(self, message: str, passing: bool = False) -> None:
         super().__init__(message)
         self.passing = passing
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.passing)
 
 
 def compiled_file(name: str) -> Path | None:
