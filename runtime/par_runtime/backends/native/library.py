@@ -115,8 +115,9 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.parvis_struct_sizes.argtypes = (pointer,)
     lib.parvis_instructions.restype = ctypes.c_char_p
     lib.parvis_extra_instructions.restype = ctypes.c_int
-    lib.parvis_open.restype = pointer
-    lib.parvis_close.argtypes = (pointer,)
+    lib.parvis_pool_open.restype = lib.parvis_pool_close.restype = None
+    lib.parvis_pool_open.argtypes = (ctypes.c_int, Pointers)
+    lib.parvis_pool_close.argtypes = (Pointers,)
     lib.parvis_settle.argtypes = (pointer,)
     lib.parvis_workspace.restype = integer
     lib.parvis_workspace.argtypes = (ctypes.POINTER(Model), integer, integer, ctypes.c_int)

@@ -325,3 +325,11 @@ static void pool_close(Pool *pool) {
     free(pool->phases);
     free(pool);
 }
+
+/* Closes *held, unless it is NULL. It is NULL before the first thread ends, so that it is closed once, whatever the
+   caller does when this returns. */
+static inline void pool_take(void **held) {
+    Pool *pool = *held;
+    *held = NULL;
+    if (pool) pool_close(pool);
+}
