@@ -1,11 +1,14 @@
-"""The threads of the C kernels in a program: none is lost."""
+"""The threads of the C kernels in a program: none is lost, and none takes a signal of the program's."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +71,47 @@ def test_no_thread_is_lost_where_a_signal_interrupts_the_start(prefix: str) -> N
     gc.collect()
     assert started == [2]
     assert threads() <= before
+
+
+def blocked(thread: str) -> set[int]:
+    """The signals that a thread does not take."""
+    line = next(line for line in (TASKS / thread / "status").read_text().splitlines() if line.startswith("SigBlk:"))
+    return {number for number in range(1, 65) if int(line.split()[1], 16) >> (number - 1) & 1}
+
+
+@each_library
+def test_its_threads_take_no_signal_but_that_of_their_own_fault(prefix: str) -> None:
+    before = threads()
+    own = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    pool = Pool(of_library(prefix), prefix, 3)
+    faults = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGABRT}
+    for thread in threads() - before:
+        for _ in range(1000):
+            if not faults & blocked(thread):
+                break
+            time.sleep(0.01)  # the C library blocks all signals of a thread until it is set up
+        assert not faults & blocked(thread)
+        assert set(map(int, signal.valid_signals() - faults - {signal.SIGKILL, signal.SIGSTOP})) <= blocked(thread)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == own
+    pool.close()
+
+
+WAITS = """
+import os, signal, sys
+from kinds import KINDS
+path, load = KINDS["C step, threads"]
+pipeline = load(path)
+pipeline.generate([0], seed=1)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+os.kill(os.getpid(), signal.SIGTERM)
+print(signal.sigwait({signal.SIGTERM}).name)
+"""
+
+
+@pytest.mark.two_cores
+def test_a_program_waits_for_a_signal_that_it_blocks() -> None:
+    """As servers do, with ``sigwait``: a thread that takes the signal would end the process."""
+    here = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", WAITS], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "SIGTERM\n", "")
