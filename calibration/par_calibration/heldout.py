@@ -26,6 +26,7 @@ from par_runtime.clips.formats import FORMATS
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.known import sequence_tokens
+from par_runtime.reading import advised
 from par_runtime.request import class_index
 from par_runtime.system import naming, sha256, write_beside
 from par_runtime.tokenizer import Tokenizer
@@ -233,7 +234,7 @@ def _unusable(path: Path, why: str) -> CalibrationError:
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an ``.npz`` file by name. Nothing in it is run, and nothing is unpacked beyond its limit."""
-    content = read_regular(path, MOST_FILE_BYTES, lambda message: CalibrationError(f"{message}; {HOW}"))
+    content = read_regular(path, MOST_FILE_BYTES, lambda message: CalibrationError(advised(message, HOW)))
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             out = {}

@@ -57,6 +57,9 @@ class OverBudgetError(Exception):
         super().__init__("; ".join(lines))
         self.report, self.lines = report, tuple(lines)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # as OutOfMemory has it
+        return type(self), (self.report, self.lines), self.__dict__
+
 
 @dataclass(frozen=True)
 class Request:

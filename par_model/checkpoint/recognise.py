@@ -5,6 +5,7 @@ Only for messages: nothing here decides how a file is read.
 
 from __future__ import annotations
 
+import errno
 import re
 import shlex
 import stat
@@ -63,6 +64,13 @@ ENDINGS: tuple[tuple[str, str], ...] = (
     (".incomplete", "is a download that did not end: download it again"),
     (".aria2", "is a download that did not end: download it again"),
 )
+#: errno of the system's faults, where another file would not help -> what to do.
+SYSTEM = {
+    errno.EACCES: "change its permissions, or run it as another user",
+    errno.EIO: "the disk reports an error: check the disk, and its connection",
+    errno.ENOMEM: "the system is out of memory: free some",
+    errno.ESTALE: "the network's disk has lost it: try again, or mount that disk again",
+}
 #: The magic number that begins a file of ``torch.save`` from before torch 1.6, as text (pickle protocol 0).
 LEGACY_TEXT = b"L119547037146038801333356"
 
@@ -75,7 +83,9 @@ def not_a_file(path: Path) -> str | None:
         return "no such file; give a checkpoint: .pt, .safetensors or an index of shards"
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or "no valid file name"
-        return f"cannot be read ({reason.lower()}); give a checkpoint: .pt, .safetensors or an index of shards"
+        number = error.errno if isinstance(error, OSError) else None
+        remedy = SYSTEM.get(number or 0, "give a checkpoint: .pt, .safetensors or an index of shards")
+        return f"cannot be read ({reason.lower()}); {remedy}"
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return None
     kind = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"

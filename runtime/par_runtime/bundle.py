@@ -25,6 +25,7 @@ from par_runtime.manifest import KEPT, MOST_BYTES, MOST_GRAPH_BYTES, check, matr
 from par_runtime.manifest_video import VIDEO
 from par_runtime.places import WEIGHTS as WEIGHTS  # with the names of the other files
 from par_runtime.quantised import MOST_CODE, SCALE
+from par_runtime.reading import advised, unreadable
 from par_runtime.system import digest_of
 
 SCHEMA = 1
@@ -292,16 +293,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         what = "" if path.is_dir() else "is a file, not a folder" if path.exists() else "no such folder"
     except OSError as error:  # a name that is too long, or a folder above that may not be entered
-        what = f"cannot be read ({error.strerror})"
+        what = unreadable(error)
     if what:
-        raise BundleError(f"{shown_path(path)}: {what}; give the path of a bundle, made by 'parvis export'")
+        raise BundleError(advised(f"{shown_path(path)}: {what}", "give the path of a bundle, made by 'parvis export'"))
     file = path / MANIFEST
     if why_not_regular(file) == "missing":
         raise BundleError(f"{path}: holds no {MANIFEST}, so it is not a bundle; make one with 'parvis export'")
     again = "copy the bundle again or export it again"
 
     def fault(message: str) -> BundleError:
-        return BundleError(f"{message}; {again}")
+        return BundleError(advised(message, again))
 
     manifest = load_json(read_regular(file, MOST_BYTES, fault), str(file), fault)
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
@@ -390,7 +391,7 @@ def _check_files(bundle: Bundle, verify: FileCheck) -> None:
         if why is None and name in graphs and file.stat().st_size > MOST_GRAPH_BYTES:
             why = f"{file.stat().st_size} bytes; expected at most {MOST_GRAPH_BYTES} of a graph"
         if why is not None:
-            raise BundleError(f"{file}: {why}; copy the bundle again or export it again")
+            raise BundleError(advised(f"{file}: {why}", "copy the bundle again or export it again"))
 
 
 def state(status: os.stat_result) -> tuple[int, int]:
@@ -399,7 +400,8 @@ def state(status: os.stat_result) -> tuple[int, int]:
 
 
 def file_fault(file: Path, size: int, digest: str, verify: FileCheck) -> str | None:
-    """What is wrong with a file that was written with ``size`` bytes and sha256 ``digest``, or None.
+    """What is wrong with a file that was written with ``size`` bytes and sha256 ``digest``, or None; what to do stands
+    behind it where the system is at fault (``reading.advised``).
 
     "auto" hashes files up to 64 MB, "full" all; "none" only looks whether it is a file.
     """
@@ -415,5 +417,5 @@ def file_fault(file: Path, size: int, digest: str, verify: FileCheck) -> str | N
                 return None
             content = digest_of(opened)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return unreadable(error)
     return None if content == digest else f"its content was changed (sha256 {content[:12]}, expected {digest[:12]})"

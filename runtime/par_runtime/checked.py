@@ -6,6 +6,7 @@ Whatever parvis reads from a file of JSON goes through here, so that each fault 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeGuard
+
+from par_runtime.reading import unreadable
 
 #: Objects and lists inside each other: more than any file of parvis has, and far from Python's limit of recursion.
 MOST_NESTED = 32
@@ -139,14 +142,14 @@ def _check_values(value: object) -> None:
 def why_not_regular(path: Path) -> str | None:
     """Why ``path`` is not a file that can be read without waiting for somebody to write it, or None where it is.
 
-    Links are followed.
+    Links are followed. What to do stands behind it where the system is at fault (``reading.advised``).
     """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         return "missing"
     except OSError as fault:
-        return f"cannot be read ({fault.strerror})"
+        return unreadable(fault)
     except ValueError:  # a zero byte in the name
         return "cannot be read (no valid file name)"
     return _why_not(mode)
@@ -170,25 +173,41 @@ def open_regular(path: Path) -> BinaryIO:
 
     Nothing waits, also where a pipe takes the place of the file at this very moment: what was opened is looked at.
     """
-    return open(regular_descriptor(path), "rb")
+    descriptors: list[int] = []
+    opened: list[io.FileIO] = []
+    try:
+        open_descriptor(path, descriptors)
+        opened.extend(map(io.FileIO, descriptors))  # as in open_descriptor
+        return io.BufferedReader(opened[0])
+    except BaseException:
+        if opened:
+            opened[0].close()
+        else:
+            for each in descriptors:
+                os.close(each)
+        raise
 
 
-def regular_descriptor(path: Path) -> int:
-    """The descriptor of :func:`open_regular`, to be closed by the caller. Raises OSError."""
+def open_descriptor(path: Path, into: list[int]) -> None:
+    """Put the descriptor of :func:`open_regular` ``into`` a list; the caller closes what is there, also after an error.
+
+    Python calls the handler of a signal between a call and the storing of its result, and a handler may raise: what was
+    opened would stay open for ever. So the result goes into the list before Python runs anything else.
+    """
     why = _why_not(os.stat(path).st_mode)  # opening a device may already do something
     if why is None:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        why = _why_not(os.fstat(descriptor).st_mode)
-        if why is None:
-            return descriptor
-        os.close(descriptor)
-    raise OSError(errno.EINVAL, why, str(path))
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        into.extend(map(os.open, (path,), (flags,)))
+        why = _why_not(os.fstat(into[-1]).st_mode)
+    if why is not None:
+        raise OSError(errno.EINVAL, why, str(path))
 
 
 def read_regular(path: Path, limit_bytes: int, error: Callable[[str], Exception]) -> bytes:
     """The content of the file ``path``. Raises ``error`` where it is no regular file, or longer than ``limit_bytes``.
 
     A pipe, a device or a socket is refused before it is opened, so nothing waits; a too large file before it is read.
+    What ``error`` gets may end with what to do (``reading.advised``).
     """
     why = why_not_regular(path)
     if why is not None:
@@ -198,7 +217,7 @@ def read_regular(path: Path, limit_bytes: int, error: Callable[[str], Exception]
             size = os.fstat(file.fileno()).st_size
             content = file.read(limit_bytes + 1) if size <= limit_bytes else b""
     except OSError as fault:
-        raise error(f"{path}: cannot be read ({fault.strerror})") from fault
+        raise error(f"{path}: {unreadable(fault)}") from fault
     if size > limit_bytes or len(content) > limit_bytes:
         raise error(f"{path}: {max(size, len(content))} bytes; expected at most {limit_bytes}")
     return content

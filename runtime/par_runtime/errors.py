@@ -9,6 +9,7 @@ import contextlib
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 
 class BundleError(Exception):
@@ -41,6 +42,12 @@ class OutOfMemory(CudaError):  # noqa: N818, the usual name of this error
     def __init__(self, message: str, requested_bytes: int, free_bytes: int, total_bytes: int) -> None:
         super().__init__(message, "CUDA_ERROR_OUT_OF_MEMORY")
         self.requested_bytes, self.free_bytes, self.total_bytes = requested_bytes, free_bytes, total_bytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By itself an exception is made again of its message alone. A pool of processes ends, or waits for ever, where
+        # the error of a worker cannot be read.
+        sizes = (self.requested_bytes, self.free_bytes, self.total_bytes)
+        return type(self), (str(self), *sizes), self.__dict__
 
 
 class TensorRTMissingError(Exception):

@@ -12,7 +12,6 @@ import errno
 import hashlib
 import mmap
 import os
-import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,11 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from par_runtime.bundle import WEIGHTS, Bundle, Stored, state
-from par_runtime.checked import open_regular, regular_descriptor
+from par_runtime.checked import open_regular
 from par_runtime.dtypes import STORAGE
 from par_runtime.errors import BundleError
+from par_runtime.held import HeldFile
 from par_runtime.manifest_video import FIRST, NEXT
 from par_runtime.quantised import SCALE, scale_fault
+from par_runtime.reading import REMEDIES, advised, unreadable
 from par_runtime.system import available_bytes
 
 READ_LATER = ("step", "step_opset23", "decoder", FIRST, NEXT, "encoder")  #: graphs that ONNX Runtime opens
@@ -46,15 +47,11 @@ class LoadedFiles:
                     with suppress(FileNotFoundError), open_regular(self._folder / bundle.graphs[name].file) as opened:
                         versions[bundle.graphs[name].file] = state(os.fstat(opened.fileno()))
                         self._graphs[name] = opened.read()
-            self._weights = regular_descriptor(self._folder / WEIGHTS)
+            self._weights = HeldFile(self._folder / WEIGHTS)
         except OSError as error:
-            raise BundleError(
-                f"{error.filename or file}: cannot be read ({error.strerror}); copy the bundle again or export it again"
-            ) from error
-        self._close = weakref.finalize(self, os.close, self._weights)
-        self._close.atexit = False  # a daemon thread may still be in a call
-        self._known = state(os.fstat(self._weights))
-        self._changed = False
+            raise _unreadable(error.filename or file, error) from error
+        self._closed = self._changed = False
+        self._known = state(self._status())
         self._check_versions(versions | {WEIGHTS: self._known})
 
     def _check_versions(self, opened: Mapping[str, tuple[int, int]]) -> None:
@@ -74,23 +71,25 @@ class LoadedFiles:
     def path(self, name: str) -> Path | None:
         """The path of a graph, absolute; None where graph or weights at that path are no longer those that were loaded.
 
-        Raises BundleError where the graph is missing, or the weights were changed.
+        Raises BundleError where the weights were changed, or the system cannot read the graph.
         """
         self.check()
         path = self._folder / self.bundle.graphs[name].file
         try:
-            at_path, held = os.stat(self._folder / WEIGHTS), os.fstat(self._weights)
+            at_path, held = os.stat(self._folder / WEIGHTS), self._status()
             same = (at_path.st_dev, at_path.st_ino) == (held.st_dev, held.st_ino)
             if not same:
                 return None
             with open_regular(path) as opened:
                 return path if opened.read() == self._graphs.get(name) else None
-        except OSError:
+        except OSError as error:
+            if error.errno in REMEDIES:  # the system's fault: it may still lie there
+                raise _unreadable(error.filename or path, error) from error
             return None
 
     def weights(self, needed: int = 1) -> mmap.mmap:
-        """The weights file, mapped. Raises BundleError where it was changed, or has less than the ``needed`` bytes;
-        MemoryError where no addresses are left for it, OSError.
+        """The weights file, mapped. Raises BundleError where it was changed, has less than the ``needed`` bytes, or
+        cannot be read; MemoryError where no addresses are left for it.
         """
         self.check()
         if self._known[0] < needed:  # reading beyond its end would kill the process
@@ -99,10 +98,11 @@ class LoadedFiles:
                 "the bundle again or export it again"
             )
         try:
-            return mmap.mmap(self._weights, 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(self._weights.descriptor, 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            if error.errno != errno.ENOMEM:  # of a limit of the process (ulimit -v), or of the system
-                raise
+            if error.errno != errno.ENOMEM:
+                raise _unreadable(self.bundle.path / WEIGHTS, error) from error
+            # A limit of the process (ulimit -v), or of the system.
             what = f"{self.bundle.path / WEIGHTS}: {self._known[0] / 1e9:.2f} GB"
             raise MemoryError(f"{what} cannot be mapped into memory; see ulimit -v") from error
 
@@ -112,9 +112,10 @@ class LoadedFiles:
         Several threads may read at a time. It does not look whether the file was changed: :meth:`check` does.
         """
         done = 0
+        self._status()
         try:
             while done < len(into):
-                got = os.preadv(self._weights, [into[done:]], offset + done)
+                got = os.preadv(self._weights.descriptor, [into[done:]], offset + done)
                 if not got:
                     raise BundleError(
                         f"{self.bundle.path / WEIGHTS}: ends before byte {offset + len(into)}; copy the bundle again "
@@ -122,19 +123,14 @@ class LoadedFiles:
                     )
                 done += got
         except OSError as error:
-            raise BundleError(
-                f"{self.bundle.path / WEIGHTS}: cannot be read ({error.strerror}); copy the bundle again or export it "
-                "again"
-            ) from error
+            raise _unreadable(self.bundle.path / WEIGHTS, error) from error
 
     def check(self) -> None:
         """Raise BundleError where something wrote into the weights file. It takes a microsecond, so every call checks.
 
         ONNX Runtime maps a part of the weights, so what is written there would change later images.
         """
-        if not self._close.alive:
-            raise BundleError(f"{self.bundle.path}: was closed; load it again")
-        now = state(os.fstat(self._weights))
+        now = state(self._status())
         if now == self._known and not self._changed:
             return
         entry = self.bundle.files[WEIGHTS]
@@ -148,13 +144,36 @@ class LoadedFiles:
 
     def close(self) -> None:
         """Close the weights file; a second call does nothing."""
-        self._close()
+        self._closed = True
+        self._weights.close()
+
+    def _status(self) -> os.stat_result:
+        """What the system says of the weights file now. Raises BundleError where it is closed."""
+        found = self._weights.status()
+        if found is not None:
+            return found
+        if self._closed:
+            raise BundleError(f"{self.bundle.path}: was closed; load it again")
+        raise BundleError(
+            f"{self.bundle.path}: the program closed the descriptor of {WEIGHTS} (os.closerange, becoming a daemon); "
+            "load the bundle after that"
+        )
 
     def _hash(self, size: int) -> str:
         digest = hashlib.sha256()
-        for offset in range(0, size, BLOCK_BYTES):
-            digest.update(os.pread(self._weights, BLOCK_BYTES, offset))
+        try:
+            for offset in range(0, size, BLOCK_BYTES):
+                digest.update(os.pread(self._weights.descriptor, BLOCK_BYTES, offset))
+        except OSError as error:
+            raise _unreadable(self.bundle.path / WEIGHTS, error) from error
         return digest.hexdigest()
+
+
+def _unreadable(
+    file: str | Path, error: OSError, otherwise: str = "copy the bundle again or export it again"
+) -> BundleError:
+    """The error of a ``file`` of a bundle that the system does not read."""
+    return BundleError(advised(f"{file}: {unreadable(error)}", otherwise))
 
 
 def check_memory(bundle: Bundle, weights_bytes: int) -> None:
@@ -192,4 +211,4 @@ def check_scales(bundle: Bundle, table: Mapping[str, Stored] | None = None) -> N
                 if why is not None:
                     raise BundleError(f"{file}: {name} {why}; {again}")
     except OSError as error:
-        raise BundleError(f"{file}: cannot be read ({error.strerror}); {again}") from error
+        raise _unreadable(file, error, again) from error

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -162,15 +163,16 @@ class Pipeline:
     def close(self) -> None:
         """Free what the backend holds, above all a GPU's memory. The pipeline cannot be used afterwards.
 
-        It waits for a call that another thread is making. A second ``close`` does nothing. Raises RequestError inside
-        a callback.
+        It waits for a call that another thread is making. A second ``close`` does nothing, unless the first one was
+        interrupted: then it frees the rest. Raises RequestError inside a callback.
         """
         self._turn.close(self._free)
 
     def _free(self) -> None:
-        if self._tokenizer is not None:
-            self._tokenizer.close()
-        self.backend.close()
+        with ExitStack() as parts:  # each is freed, whatever another one raises
+            parts.callback(self.backend.close)
+            if self._tokenizer is not None:
+                parts.callback(self._tokenizer.close)
 
     def __enter__(self) -> Pipeline:
         self._turn.check_open("with")

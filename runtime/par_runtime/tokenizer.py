@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,10 +99,11 @@ class Tokenizer:
     def close(self) -> None:
         """Free encoder and decoder; the tokenizer cannot be used afterwards."""
         self._closed = True
-        for each in (self._encoder, self._decoder):
-            if each is not None:
-                each.close()
-        self._files.close()
+        with ExitStack() as parts:  # each is freed, whatever another one raises
+            parts.callback(self._files.close)
+            for each in (self._decoder, self._encoder):
+                if each is not None:
+                    parts.callback(each.close)
 
     def encode(self, images: Pictures, fit: Fit = "crop") -> Int:
         """Tokens [B,N] int64 in sequence order of ``images``: a path, a PIL image, uint8 [H,W,3], a list of these, or

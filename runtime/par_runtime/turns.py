@@ -24,14 +24,16 @@ class Turn:
         self._owner: int | None = None
         self._doing = ""
         self.closed = False
+        self._freed = False  # by close(), to its end
         self._calls = Calls()  # the end of Python waits for the thread in a method
         tell_of_forks(self)
 
-    def run(self, name: str, work: Callable[[], T], *, inside: bool) -> T:
+    def run(self, name: str, work: Callable[[], T], *, inside: bool, closed: bool = False) -> T:
         """Call ``work``, the method ``name``, when no other thread is in a method; returns its result.
 
         The thread whose turn it is already, so one that is in a callback, goes on at once where the method may run
-        ``inside`` another. Raises RequestError where it may not, or where the object was closed.
+        ``inside`` another. Raises RequestError where it may not, or where the object was closed and the method may not
+        run then (``closed``).
         """
         lock = self._lock
         if self._owner == threading.get_ident() and lock.locked():
@@ -44,7 +46,7 @@ class Turn:
         with lock:  # not acquire(): between that and a try, Ctrl-C would leave it locked
             try:
                 self._owner, self._doing = threading.get_ident(), name
-                if self.closed:
+                if self.closed and not closed:
                     raise RequestError(f"{name}(): {self._what} was closed; load it again with Pipeline.load")
                 with self._calls:
                     return work()
@@ -52,19 +54,18 @@ class Turn:
                 self._owner = None
 
     def close(self, free: Callable[[], None]) -> None:
-        """Call ``free``, once, when no thread is in a method. Later calls do nothing."""
-        if self.closed:
-            return
+        """Call ``free`` when no thread is in a method. Later calls do nothing, once it has returned: one that was
+        interrupted, or failed, is made again.
+        """
 
         def last() -> None:
-            self.closed = True
-            free()
+            if not self._freed:
+                self.closed = True
+                free()
+                self._freed = True
 
-        try:
-            self.run("close", last, inside=False)
-        except RequestError:
-            if self._owner == threading.get_ident():  # in a callback
-                raise  # else another thread closed it meanwhile
+        if not self._freed:
+            self.run("close", last, inside=False, closed=True)
 
     def check_open(self, name: str) -> None:
         """Raise RequestError where the object was closed."""

@@ -277,11 +277,12 @@ def test_why_not_gives_the_reason(bundles: dict[str, Path], tiny: Path, monkeypa
         assert pipeline.backend.info.name.startswith("onnxruntime-cpu")
 
 
-def test_a_file_that_is_no_library_counts_as_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_no_library_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
     file = tmp_path / "_step.so"
     file.write_bytes(b"no library")
     monkeypatch.setattr(library, "library_file", lambda: file)
     assert library.library() is None
+    assert (why_not(Bundle.open(tiny)) or "").startswith(f"{file} cannot be loaded (")
 
 
 @needs_kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save, save_file
 
 from conftest import golden_weights
-from par_model.checkpoint import CheckpointError, hub, open_checkpoint, par_config
+from par_model.checkpoint import CheckpointError, hub, open_checkpoint, par_config, recognise
 from par_model.config import PARConfig
 from par_model.transformer import PAR
 
@@ -129,6 +130,24 @@ def test_damaged_shards_are_refused(tmp_path: Path, state: State) -> None:
     index.write_text("[1]")
     with pytest.raises(CheckpointError, match=r"not an index of shards"):
         open_checkpoint(index)
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.EACCES, "permission denied); change its permissions, or run it as another user"),
+        (errno.EIO, "input/output error); the disk reports an error: check the disk, and its connection"),
+        (errno.ELOOP, "too many levels of symbolic links); give a checkpoint: .pt, .safetensors or an index of shards"),
+    ],
+)
+def test_a_fault_of_the_system_is_not_said_to_be_the_file(
+    number: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "stat", fail)
+    assert recognise.not_a_file(tmp_path / "x.pt") == f"cannot be read ({says}"
 
 
 def test_a_folder_with_several_checkpoints_is_refused(tmp_path: Path, state: State) -> None:

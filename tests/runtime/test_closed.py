@@ -20,6 +20,7 @@ from par_runtime.errors import CudaError
 from par_runtime.request import Settings
 from par_runtime.schedule import Schedule
 from par_runtime.tokenizer import Tokenizer
+from par_runtime.turns import Turn
 
 
 def check_closed(pipeline: Pipeline) -> None:
@@ -75,6 +76,46 @@ def test_with_closes_also_after_an_error_and_cannot_be_entered_again() -> None:
         pipeline.generate(0, on_step=lambda *_: 1 // 0)  # type: ignore[arg-type, return-value]
     with pytest.raises(RequestError, match="was closed"), pipeline:
         pass
+
+
+@pytest.mark.parametrize("kind", params("C step", "ONNX Runtime"))
+def test_close_frees_every_part_whatever_interrupts_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, load = KINDS[kind]
+    pipeline = load(path)
+    pipeline.generate([1], seed=1)
+    tokenizer, freed = pipeline._tokenizer, []
+    assert tokenizer is not None
+    with monkeypatch.context() as patch:
+        for part in (tokenizer, pipeline.backend._decoder, pipeline.backend._files):  # type: ignore[attr-defined]
+
+            def interrupted(close: Callable[[], None] = part.close) -> None:
+                close()
+                freed.append(close)
+                raise KeyboardInterrupt
+
+            patch.setattr(part, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.close()
+    assert len(freed) == 3
+    with pytest.raises(RequestError, match=r"^generate\(\): .* was closed"):
+        pipeline.generate([1], seed=1)
+    pipeline.close()
+    pipeline.close()
+
+
+def test_a_close_that_did_not_end_is_made_again() -> None:
+    turn, calls = Turn("it"), []
+
+    def free() -> None:
+        calls.append(turn.closed)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        turn.close(free)
+    for _ in range(3):
+        turn.close(free)
+    assert calls == [True, True]
 
 
 def test_a_tokenizer_that_was_closed() -> None:

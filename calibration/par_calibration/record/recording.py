@@ -22,6 +22,7 @@ from par_calibration.record.rows import Kept, Positions, compact, widened
 from par_runtime.bundle import Bundle, matrix_names
 from par_runtime.checked import load_json, read_regular, shown
 from par_runtime.dtypes import Float, Int
+from par_runtime.reading import advised
 from par_runtime.system import write_beside
 
 ABOUT = "recording.json"
@@ -122,7 +123,7 @@ class Recording:
 
     def _found(self, about: Path) -> Mapping[str, Any] | None:
         def fault(message: str) -> CalibrationError:
-            return CalibrationError(f"{message}; give another --work, or remove that folder")
+            return CalibrationError(advised(message, "give another --work, or remove that folder"))
 
         found = load_json(read_regular(about, MOST_ABOUT_BYTES, fault), str(about), fault)
         return found if isinstance(found, dict) and "rows_per_image" in found else None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from par_calibration.errors import CalibrationError
 from par_runtime.checked import load_json, read_regular, shown, shown_path
+from par_runtime.reading import advised
 
 MOST_BYTES = 2**16
 
@@ -174,10 +175,10 @@ def _pairs(text: str) -> dict[str, object]:
 
 def _file(path: Path) -> dict[str, object]:
     def fault(message: str) -> CalibrationError:
-        return CalibrationError(
-            f"--budget {message}; expected NAME=NUMBER with commas between, for instance top1=0.97,kl=0.01, or the "
-            'name of a JSON file such as {"top1": 0.97, "kl": 0.01}'
+        expected = (
+            "expected NAME=NUMBER with commas between, for instance top1=0.97,kl=0.01, or the name of a JSON file"
         )
+        return CalibrationError(advised(f"--budget {message}", f'{expected} such as {{"top1": 0.97, "kl": 0.01}}'))
 
     if len(str(path)) > MOST_NAME:
         raise fault(f"{shown(str(path))}: no file has such a name")

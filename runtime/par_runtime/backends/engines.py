@@ -25,6 +25,7 @@ from par_runtime.bundle import WEIGHTS, Bundle, FileCheck, canonical_hash, file_
 from par_runtime.checked import UNPRINTABLE, Mismatch, Value, load_json, read_regular, shown
 from par_runtime.dtypes import BYTES, PRECISIONS
 from par_runtime.errors import EngineError
+from par_runtime.reading import advised
 from par_runtime.system import cache_folder
 
 ENGINES = "engines"
@@ -140,7 +141,7 @@ class Engine:
         again = f"build it again with: {command_by_name(path.name, of)}"
 
         def fault(message: str) -> EngineError:
-            return EngineError(f"{message}; {again}")
+            return EngineError(advised(message, again))
 
         entry = load_json(read_regular(file, MOST_BYTES, fault), str(file), fault)
         schema = entry.get("schema") if isinstance(entry, dict) else entry
@@ -173,7 +174,7 @@ class Engine:
         for name, size, digest in self.files:
             why = file_fault(self.path / name, size, digest, verify)
             if why is not None:
-                raise EngineError(f"{self.path / name}: {why}; rebuild with: {self.rebuild}")
+                raise EngineError(advised(f"{self.path / name}: {why}", f"rebuild with: {self.rebuild}"))
 
 
 def list_engines(bundle: Bundle, verify: FileCheck = "none") -> tuple[list[Engine], list[str]]:

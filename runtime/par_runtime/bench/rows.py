@@ -19,6 +19,7 @@ import numpy as np
 from par_runtime.bench.machine import Machine
 from par_runtime.checked import UNPRINTABLE, Mismatch, Value, load_json, read_regular, shown
 from par_runtime.errors import RequestError
+from par_runtime.reading import advised
 
 SCHEMA = 1
 #: Of an interval of a ratio: how often samples are drawn again, its part of the results, the samples that it needs.
@@ -229,7 +230,7 @@ def read(path: Path) -> list[Row]:
     expected = "expected JSON lines, as 'parvis bench --json FILE' writes them"
 
     def wrong(message: str) -> RequestError:
-        return RequestError(f"{message}; {expected}")
+        return RequestError(advised(message, expected))
 
     rows = []
     lines, broken = plain_lines(path, wrong)

@@ -27,6 +27,7 @@ from par_runtime.errors import RequestError
 from par_runtime.images.opening import MOST_FILE_BYTES, MOST_PIXELS
 from par_runtime.images.png import enlarged, sheet, sheet_image, sheet_size
 from par_runtime.images.recipe import Recipe, entry, parse, pixel_hash
+from par_runtime.reading import REMEDIES, advised, unreadable
 from par_runtime.system import write_beside
 
 EXPECTED = "expected a clip as GIF, WebP, animated PNG or MP4"
@@ -261,7 +262,7 @@ def _source(path: Path) -> Iterator[animated.Animation | mp4.Video]:
     name = shown_path(path)
     why = why_not_regular(path)
     if why is not None:
-        raise RequestError(f"{name}: {'no such file' if why == 'missing' else why}; {EXPECTED}")
+        raise RequestError(advised(f"{name}: {'no such file' if why == 'missing' else why}", EXPECTED))
     size = path.stat().st_size
     if not 0 < size <= MOST_FILE_BYTES:
         raise RequestError(f"{name}: {size} bytes; {EXPECTED}, of at most {MOST_FILE_BYTES} bytes")
@@ -293,6 +294,8 @@ def _source(path: Path) -> Iterator[animated.Animation | mp4.Video]:
     except MemoryError as error:
         raise RequestError(f"{name}: not enough memory for this clip; give a smaller one") from error
     except Exception as error:  # readers of broken files raise nearly anything
+        if isinstance(error, OSError) and error.errno in REMEDIES:
+            raise RequestError(f"{name}: {unreadable(error)}") from error
         reason = shown(getattr(error, "strerror", None) or str(error), 120).strip("'\"") or type(error).__name__
         raise RequestError(
             f"{name}: no clip that can be read ({reason}); it may be truncated or damaged; {EXPECTED}"

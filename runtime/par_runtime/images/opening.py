@@ -23,6 +23,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from par_runtime.checked import open_regular, shown, shown_path, why_not_regular
 from par_runtime.errors import RequestError
+from par_runtime.reading import REMEDIES, advised
 from par_runtime.system import explain
 
 #: The most pixels of a picture that is read or written: what Pillow opens without a warning. Takes up to 0.7 GB.
@@ -84,7 +85,7 @@ def opened(source: Picture) -> Opened:
     path = Path(source)
     why = why_not_regular(path)
     if why is not None and why != "missing":
-        raise RequestError(f"{shown_path(path)}: {why}; give the path of a picture, {EXPECTED}")
+        raise RequestError(advised(f"{shown_path(path)}: {why}", f"give the path of a picture, {EXPECTED}"))
     with _readable(path) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
@@ -124,8 +125,8 @@ def _guarded(name: str, source: Any, own: bool) -> Opened:
     except MemoryError as error:
         raise RequestError(f"{name}: not enough memory for this image; give a smaller one") from error
     except Exception as error:  # readers of broken files raise nearly anything
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            raise  # too many open files: Pillow opens those of its readers
+        if isinstance(error, OSError) and error.errno in REMEDIES:  # of the system: also Pillow opens its readers here
+            raise OSError(error.errno, error.strerror, error.filename or name) from error
         why = shown(str(error), 120).strip("'\"") or type(error).__name__
         raise RequestError(f"{name}: not an image that can be read ({why}); it may be truncated or damaged") from error
 

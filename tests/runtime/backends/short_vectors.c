@@ -119,7 +119,8 @@ static void run(void *pool, int stored, int arithmetic, int cache) {
 int main(int count, char **given) {
     (void)given;
     fprintf(stderr, "%s %d", parvis_instructions(), parvis_extra_instructions());
-    void *pool = parvis_open(3);
+    void *pool;
+    parvis_pool_open(3, &pool);
     for (int stored = FP32; stored <= INT4 && count == 1; stored++)
         for (int arithmetic = MULTIPLY_FP32; arithmetic <= MULTIPLY_INT8; arithmetic++)
             for (int cache = FP32; cache <= BF16; cache += BF16 - FP32) run(pool, stored, arithmetic, cache);
@@ -130,6 +131,6 @@ int main(int count, char **given) {
                 for (int scales = FP32; scales <= BF16; scales++) products(pool, stored, arithmetic, group, scales, 256);
     for (int stored = FP32; stored <= BF16; stored++)
         for (long k = 416; k <= 3328; k *= 8) products(pool, stored, MULTIPLY_BF16, 0, FP32, k);
-    parvis_settle(pool), parvis_close(pool);
+    parvis_settle(pool), parvis_pool_close(&pool);
     return 0;
 }

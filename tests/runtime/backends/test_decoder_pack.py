@@ -20,6 +20,7 @@ from par_runtime import Pipeline
 from par_runtime.backends.native import backend as native_backend
 from par_runtime.backends.native.decoder import CONV, LANES, PANEL, UPSAMPLE, Op, Packing, lanes
 from par_runtime.backends.native.decoding import decoder_file, open_decoder_library
+from par_runtime.backends.native.pool import Pool
 from par_runtime.backends.native.weights import Weights
 from par_runtime.dtypes import STORAGE, Float, to_float32
 from par_runtime.errors import BundleError
@@ -56,14 +57,14 @@ def expected(shape: tuple[int, ...], numbers: Float) -> Float:
 def packing(numbers: NDArray[Any], dtype: str, threads: int = 3) -> Iterator[Packing]:
     """Of a decoder whose every tensor is ``numbers``."""
     lib = open_decoder_library(FILE)
-    pool = lib.parvis_decoder_open(threads)
+    pool = Pool(lib, "parvis_decoder_", threads)
     tensors = SimpleNamespace(
         stored=lambda _: (numbers, dtype), not_finite=lambda name: BundleError(f"{name} is not finite")
     )
     try:
-        yield Packing(lib, pool, tensors)  # type: ignore[arg-type]
+        yield Packing(lib, pool.handle, tensors)  # type: ignore[arg-type]
     finally:
-        lib.parvis_decoder_close(pool)
+        pool.close()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -146,20 +147,17 @@ def test_the_c_kernels_need_no_onnx_runtime() -> None:
 
 
 def test_threads_end_where_weights_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, closed = [], []
+    opened = []
 
     class Broken(Weights):
-        def __init__(self, files: Any, lib: Any, pool: int, *others: Any) -> None:
+        def __init__(self, files: Any, lib: Any, pool: Any, *others: Any) -> None:
             opened.append(pool)
-            close = lib.parvis_close
-            monkeypatch.setattr(lib, "parvis_close", lambda given: (closed.append(given), close(given)))
             raise MemoryError("none left")
 
     with monkeypatch.context() as patched:
         patched.setattr(native_backend, "Weights", Broken)
         with pytest.raises(MemoryError, match="none left"):
             Pipeline.load(DEMO, "cpu")
-    assert closed == opened
-    assert len(opened) == 1
+    assert [bool(pool) for pool in opened] == [False]  # closed, so that it is not there any more
     with closing(Pipeline.load(DEMO, "cpu")) as pipeline:
         assert pipeline.generate([0], seed=1).tokens.shape == (1, 256)

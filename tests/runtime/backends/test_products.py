@@ -16,6 +16,7 @@ from instruction_sets import EVERY, EVERY_INT8, OTHERS, X86
 from numpy.typing import NDArray
 
 from par_runtime.backends.native.library import described, has_tiles, library, matrix_of
+from par_runtime.backends.native.pool import Pool
 from par_runtime.bench.probes import Product
 from par_runtime.dtypes import ARITHMETICS, Float
 from par_runtime.quantised import GROUPS, LEAST_CODE, MOST_CODE, packed
@@ -77,10 +78,10 @@ def multiplied(x: Float, w: Weights, arithmetic: str, halves: bool = False) -> F
     panels = np.zeros(size + 1, np.uint8)
     panels[-1] = 77
     scales = None if w.scales is None else w.scales.ctypes.data
-    pool = lib.parvis_open(3)
+    pool = Pool(lib, "parvis_", 3)
     given = (ctypes.byref(matrix), w.stored.ctypes.data, scales, k, n, int(halves))
-    assert lib.parvis_pack_matrix(pool, *given, panels.ctypes.data) == 0
-    lib.parvis_close(pool)
+    assert lib.parvis_pack_matrix(pool.handle, *given, panels.ctypes.data) == 0
+    pool.close()
     assert panels[-1] == 77
     product = Product(lib, np.ascontiguousarray(x), matrix)
     results = []

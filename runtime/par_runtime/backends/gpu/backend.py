@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -398,17 +398,17 @@ class GpuBackend:
         """Free everything on the device. A second call does nothing, and so does one in a forked process."""
         if self._closed:
             return
-        self._closed = True
-        if self._decoder is not None:
-            self._decoder.close()
-        if cuda.forked():  # the memory is the other process's
-            return
-        self.device.activate()
-        self._memory.free()
-        for program in self._programs.values():
-            program.close()
-        self.stream.free()
-        self.device.close()
+        with ExitStack() as parts:  # each is freed, whatever another one raises
+            parts.callback(setattr, self, "_closed", True)  # last: the context takes along what could not be freed
+            if not cuda.forked():  # the memory is the other process's
+                parts.callback(self.device.close)
+                parts.callback(self.stream.free)
+                for program in self._programs.values():
+                    parts.callback(program.close)
+                parts.callback(self._memory.free)
+                parts.callback(self.device.activate)
+            if self._decoder is not None:
+                parts.callback(self._decoder.close)
 
 
 def _each(enqueue: Sequence[Callable[[], None]]) -> None:

@@ -99,6 +99,7 @@ class ClipDecoder:
 
     def close(self) -> None:
         """Free it."""
-        if self._decoder is not None:
-            self._decoder.close()
-        self._files.close()
+        with ExitStack() as parts:  # each is freed, whatever another one raises
+            parts.callback(self._files.close)
+            if self._decoder is not None:
+                parts.callback(self._decoder.close)

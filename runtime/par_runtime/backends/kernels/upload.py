@@ -19,6 +19,7 @@ from par_runtime.backends.program import ALIGN, CONSTANTS, Kernels
 from par_runtime.checked import read_regular
 from par_runtime.errors import CudaError, EngineError, OutOfMemory
 from par_runtime.loaded import LoadedFiles
+from par_runtime.reading import advised
 from par_runtime.system import available_cores
 
 BLOCK_BYTES = 32 * 2**20  #: of each of the two blocks of pinned memory
@@ -162,7 +163,7 @@ class _Ring(cuda.Owned):
 def read_own(engine: Engine, name: str, size: int, digest: str) -> bytes:
     """A file of ``engine``, checked however little of it was when it was opened. Raises EngineError."""
     path, again = engine.path / name, f"rebuild with: {engine.rebuild}"
-    content = read_regular(path, size, lambda message: EngineError(f"{message}; {again}"))
+    content = read_regular(path, size, lambda message: EngineError(advised(message, again)))
     if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
         raise EngineError(f"{path}: its content was changed; {again}")
     return content

@@ -15,6 +15,7 @@ Letters: R rows, B images, q positions, N tokens, V codes, M = R*q, H heads, D' 
 from __future__ import annotations
 
 import ctypes
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.native.decoding import open_decoder
 from par_runtime.backends.native.library import Step, has_tiles, library, why_not
 from par_runtime.backends.native.memory import empty
+from par_runtime.backends.native.pool import Pool
 from par_runtime.backends.native.weights import Weights, pointers
 from par_runtime.backends.ort import importing
 from par_runtime.bundle import Bundle, matrix_names
@@ -61,8 +63,8 @@ class NativeBackend:
         are kept in, one of ``dtypes.CACHES``; ``decoder_precision``: as ``decoding.open_decoder`` has it.
         Raises BundleError where ``library.why_not`` has a reason.
         """
-        lib = library()
         reason = why_not(bundle)
+        lib = library()
         if lib is None or reason is not None:
             raise BundleError(
                 f"{bundle.path}: cannot run on the C kernels: {reason}; device (--device) cpu-ort takes ONNX Runtime"
@@ -88,14 +90,11 @@ class NativeBackend:
         )
         self.max_images, self.tie = MOST_IN_FLIGHT, max(TIE[computes], TIE[cache])
         self._slots = -(-bundle.n_tokens // lib.parvis_panel()) * lib.parvis_panel()
-        self._pool: int | None = lib.parvis_open(self._threads)
-        if self._pool is None:
-            raise MemoryError(f"{self._threads} threads: no memory for their pool")
+        self._pool: Pool | None = Pool(lib, "parvis_", self._threads)
         try:
-            self._weights = Weights(self._files, lib, self._pool, self._slots, arithmetic, cache)
-        except BaseException:  # Ctrl-C too: nobody could stop the threads later
-            lib.parvis_close(self._pool)
-            self._pool = None
+            self._weights = Weights(self._files, lib, self._pool.handle, self._slots, arithmetic, cache)
+        except BaseException:  # Ctrl-C too: the error may hold this object for long
+            self._pool.close()
             raise
         self._batch: Batch | None = None  # of _calls
         self._record: int | None = None  # where the rows of the products of a call go
@@ -172,13 +171,14 @@ class NativeBackend:
         """Free the buffers of calls, which also hold addresses of the cache."""
         self._batch = None
         if self._pool is not None:
-            self._lib.parvis_settle(self._pool)
+            self._lib.parvis_settle(self._pool.handle)
         self._calls.clear()
 
     def _run(self, call: _Call, tokens: int | None, logits: int | None) -> None:
         """Make a call whose results go to these addresses."""
         call.step.tokens, call.step.logits, call.step.record = tokens, logits, self._record
-        failed = self._lib.parvis_step(self._pool, call.address)
+        assert self._pool is not None
+        failed = self._lib.parvis_step(self._pool.handle, call.address)
         if failed == NO_SUCH_ID:
             rows = self._weights.model.embed_rows
             raise IndexError(f"ids from {call.ids.min()} to {call.ids.max()}; the embedding has rows 0..{rows - 1}")
@@ -191,17 +191,18 @@ class NativeBackend:
         return self._decoder.run(tokens)
 
     def close(self) -> None:
-        pool, self._pool = self._pool, None  # first, so that whatever interrupts this, no pool is freed twice
+        pool, self._pool = self._pool, None
         if pool is not None:
-            self._lib.parvis_close(pool)
-        self._decoder.close()
-        self._files.close()
+            pool.close()  # first: a thread that is late may still read the memory of its call
         self._calls.clear()
-        self._cache = self._cache[:, :0].copy()
+        with ExitStack() as parts:  # each is freed, whatever another one raises
+            parts.callback(self._files.close)
+            parts.callback(self._decoder.close)
+            self._cache = self._cache[:, :0].copy()
 
     def __del__(self) -> None:
-        if getattr(self, "_pool", None) is not None:
-            self.close()
+        if (pool := getattr(self, "_pool", None)) is not None:
+            pool.close()  # before the memory of its calls is freed
 
 
 def bytes_read(bundle: Bundle, computes: str) -> float:

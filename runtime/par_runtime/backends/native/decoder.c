@@ -302,9 +302,11 @@ int parvis_decoder_bf16(int least_exact) { return way_of_bf16(least_exact); }
 /* Numbers of a panel of the weights of an operation with `amx`. */
 int64_t parvis_decoder_amx_panel(const Op *op) { return amx_panel(op); }
 
-void *parvis_decoder_open(int n_threads) { return pool_open(n_threads, select_kernels()); }
+/* Puts a pool of up to n_threads threads, or NULL, into *pool. */
+void parvis_decoder_pool_open(int n_threads, void **pool) { *pool = pool_open(n_threads, select_kernels()); }
 
-void parvis_decoder_close(void *pool) { pool_close(pool); }
+/* Closes *pool, which may be NULL, and is afterwards. */
+void parvis_decoder_pool_close(void **pool) { pool_take(pool); }
 
 /* Returns 0; or -1, before any work, where memory is exhausted. */
 int parvis_decode(void *pool, const Decode *call) {

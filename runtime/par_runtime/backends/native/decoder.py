@@ -82,7 +82,7 @@ class Packing:
     Its functions return arrays that begin at a cache line. Raises BundleError, MemoryError.
     """
 
-    def __init__(self, lib: ctypes.CDLL, pool: int, tensors: Tensors) -> None:
+    def __init__(self, lib: ctypes.CDLL, pool: ctypes.c_void_p, tensors: Tensors) -> None:
         self.lib, self.tensors, self._pool = lib, tensors, pool
 
     def convolution(self, name: str, frames: int = 1, parts: int = 1) -> Float:

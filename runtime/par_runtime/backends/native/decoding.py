@@ -6,7 +6,6 @@ import ctypes
 import logging
 import os
 import threading
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,9 @@ from numpy.typing import NDArray
 from par_runtime import __version__
 from par_runtime.backends.base import Decoder, NoDecoder, closed_error
 from par_runtime.backends.native.clips import ClipOperations, most_latent
-from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
-from par_runtime.backends.native.decoder import AMX, Buffers, Decode, Op, Operations, Packing, bf16_form
+from par_runtime.backends.native.compiled import KernelError, compiled_file, once, open_compiled
+from par_runtime.backends.native.decoder import AMX, Buffers, Decode, Op, Operations, Packing, Pointers, bf16_form
+from par_runtime.backends.native.pool import Pool
 from par_runtime.backends.native.tensors import Tensors
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
@@ -60,18 +60,13 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.parvis_decoder_amx_panel.restype = integer
     lib.parvis_decoder_amx_panel.argtypes = (ctypes.POINTER(Op),)
     lib.parvis_decoder_pack_amx.argtypes = (pointer, ctypes.POINTER(Op), pointer, pointer)
-    lib.parvis_decoder_open.restype = pointer
-    lib.parvis_decoder_close.argtypes = (pointer,)
+    lib.parvis_decoder_pool_open.restype = lib.parvis_decoder_pool_close.restype = None
+    lib.parvis_decoder_pool_open.argtypes = (ctypes.c_int, Pointers)
+    lib.parvis_decoder_pool_close.argtypes = (Pointers,)
     lib.parvis_decode.argtypes = (pointer, ctypes.POINTER(Decode))
 
 
-@cache
-def _opened(file: Path | None) -> ctypes.CDLL | KernelError:
-    """:func:`open_decoder_library`, with its error as a result, so that both are kept."""
-    try:
-        return open_decoder_library(file)
-    except KernelError as error:
-        return error
+_opened = once(open_decoder_library)
 
 
 def why_not(bundle: Bundle) -> str | None:
@@ -162,7 +157,7 @@ class NativeDecoder:
         self._lib, self._files, self._threads = lib, files, threads or available_cores()
         self._operations: Operations | None = None
         self._buffers: Buffers | None = None
-        self._pool: int | None = None
+        self._pool: Pool | None = None
         self._closed = False
         self._lock = threading.Lock()
         self._calls = Calls()
@@ -183,6 +178,7 @@ class NativeDecoder:
         if self._operations is None:
             self._load()
         assert self._operations is not None
+        assert self._pool is not None
         assert bundle.image_size is not None
         size = bundle.frame_tokens  # of clips, tokens may be those of the first latent frames
         clips, latent = len(tokens), tokens.shape[1] // size
@@ -204,7 +200,7 @@ class NativeDecoder:
             call = have.call
             call.images, call.tokens, call.pixels = clips, of_call.ctypes.data, made.ctypes.data
             call.latent, call.first, call.more = end - start, start == 0, end < latent
-            if self._lib.parvis_decode(self._pool, ctypes.byref(call)):
+            if self._lib.parvis_decode(self._pool.handle, ctypes.byref(call)):
                 raise MemoryError(f"{self._threads} threads: no memory for a call of the decoder")
             frames[:, shown] = made
         return frames if bundle.video else frames[:, 0]
@@ -215,11 +211,9 @@ class NativeDecoder:
         assert bundle.tokenizer is not None
         check_memory(bundle, sum(4 * at.length for at in table.values()))
         if self._pool is None:
-            self._pool = self._lib.parvis_decoder_open(self._threads)
-        if self._pool is None:
-            raise MemoryError(f"{self._threads} threads: no memory for their pool")
+            self._pool = Pool(self._lib, "parvis_decoder_", self._threads)
         kind = ClipOperations if bundle.video else Operations
-        packing = Packing(self._lib, self._pool, Tensors(self._files))
+        packing = Packing(self._lib, self._pool.handle, Tensors(self._files))
         self._operations = kind(packing, bundle.tokenizer, bundle.grid[1:], self._bf16)
 
     def close(self) -> None:
@@ -228,7 +222,7 @@ class NativeDecoder:
             self._closed, pool = True, self._pool
             self._pool = self._operations = self._buffers = None
             if pool is not None:
-                self._lib.parvis_decoder_close(pool)
+                pool.close()
 
     def after_fork(self) -> None:
         self._lock = threading.Lock()  # another thread may have held it
@@ -236,5 +230,5 @@ class NativeDecoder:
             self._buffers = None  # of its call, which never ends here
 
     def __del__(self) -> None:
-        if getattr(self, "_pool", None) is not None:
-            self.close()
+        if (pool := getattr(self, "_pool", None)) is not None:
+            pool.close()  # before the memory of its calls is freed

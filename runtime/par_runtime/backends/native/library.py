@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
-from par_runtime.backends.native.compiled import KernelError, compiled_file, open_compiled
+from par_runtime.backends.native.compiled import KernelError, compiled_file, once, open_compiled
 from par_runtime.bundle import Bundle
 
 #: dtype of a stored matrix -> its number in matrix.h
@@ -116,8 +115,9 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.parvis_struct_sizes.argtypes = (pointer,)
     lib.parvis_instructions.restype = ctypes.c_char_p
     lib.parvis_extra_instructions.restype = ctypes.c_int
-    lib.parvis_open.restype = pointer
-    lib.parvis_close.argtypes = (pointer,)
+    lib.parvis_pool_open.restype = lib.parvis_pool_close.restype = None
+    lib.parvis_pool_open.argtypes = (ctypes.c_int, Pointers)
+    lib.parvis_pool_close.argtypes = (Pointers,)
     lib.parvis_settle.argtypes = (pointer,)
     lib.parvis_workspace.restype = integer
     lib.parvis_workspace.argtypes = (ctypes.POINTER(Model), integer, integer, ctypes.c_int)
@@ -151,13 +151,7 @@ def matrix_of(lib: ctypes.CDLL, dtype: str, arithmetic: str, group: int = 0, sca
     return matrix
 
 
-@cache
-def _opened(file: Path | None) -> ctypes.CDLL | KernelError:
-    """:func:`open_library`, with its error as a result, so that both are kept."""
-    try:
-        return open_library(file)
-    except KernelError as error:
-        return error
+_opened = once(open_library)
 
 
 def library() -> ctypes.CDLL | None:

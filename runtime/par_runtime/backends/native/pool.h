@@ -32,6 +32,7 @@
 #endif
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -224,6 +225,18 @@ static void make_room(Pool *pool) {
 #endif
 }
 
+/* Blocks the signals that threads of the pool must not take; the caller's mask, which new threads inherit, goes to
+   *before. A signal to the process goes to any thread that does not block it: a program that blocks one, and waits for it
+   in a thread of its own, would be ended by it in one of ours. A thread's own faults are no such signals: blocked ones
+   would end the process without a handler's report. */
+static void block_signals(sigset_t *before) {
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
+    sigset_t most;
+    sigfillset(&most);
+    for (unsigned i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&most, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &most, before);
+}
+
 /* Starts the threads, in this process: most_threads, or fewer where the system refuses to start more. */
 static void pool_start(Pool *pool) {
     pool->process = getpid();
@@ -235,6 +248,8 @@ static void pool_start(Pool *pool) {
     atomic_store(&pool->inside, 0);
     pool->n_threads = 1;
     if (pool->sleepers) memset(pool->sleepers, 0, (size_t)pool->most_threads * sizeof(Sleeper));
+    sigset_t before;
+    block_signals(&before);
     for (int i = 1; pool->threads && pool->sleepers && i < pool->most_threads; i++) {
         Start *start = malloc(sizeof(Start));
         if (!start) break;
@@ -245,6 +260,7 @@ static void pool_start(Pool *pool) {
         }
         pool->n_threads++;
     }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 /* A pool of up to n_threads threads for tasks with these kernels. NULL where memory is exhausted. */
@@ -324,4 +340,12 @@ static void pool_close(Pool *pool) {
     free(pool->sleepers);
     free(pool->phases);
     free(pool);
+}
+
+/* Closes *held, unless it is NULL. It is NULL before the first thread ends, so that it is closed once, whatever the
+   caller does when this returns. */
+static inline void pool_take(void **held) {
+    Pool *pool = *held;
+    *held = NULL;
+    if (pool) pool_close(pool);
 }

@@ -274,10 +274,11 @@ void parvis_struct_sizes(int64_t *sizes /* [6] */) {
     sizes[5] = offsetof(Step, workspace);
 }
 
-/* A pool of up to n_threads threads, or NULL. */
-void *parvis_open(int n_threads) { return pool_open(n_threads, select_kernels()); }
+/* Puts a pool of up to n_threads threads, or NULL, into *pool. */
+void parvis_pool_open(int n_threads, void **pool) { *pool = pool_open(n_threads, select_kernels()); }
 
-void parvis_close(void *pool) { pool_close(pool); }
+/* Closes *pool, which may be NULL, and is afterwards. */
+void parvis_pool_close(void **pool) { pool_take(pool); }
 
 /* To be called before anything is freed that a call was given. */
 void parvis_settle(void *pool) { pool_settle(pool); }

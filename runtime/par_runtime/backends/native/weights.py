@@ -28,7 +28,7 @@ class Weights:
     """
 
     def __init__(
-        self, files: LoadedFiles, lib: ctypes.CDLL, pool: int, cache_slots: int, arithmetic: str, cache: str
+        self, files: LoadedFiles, lib: ctypes.CDLL, pool: ctypes.c_void_p, cache_slots: int, arithmetic: str, cache: str
     ) -> None:
         """Read the weights of a bundle, with the threads of ``pool``.
 

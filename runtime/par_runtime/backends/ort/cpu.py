@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ from par_runtime.backends.base import (
 )
 from par_runtime.backends.cache_rows import CacheRows
 from par_runtime.backends.ort.decoding import open_ort_decoder
-from par_runtime.backends.ort.huge_pages import use_huge_pages
 from par_runtime.backends.ort.sessions import (
     OPSET24_SINCE,
     SPINNING,
@@ -121,8 +121,8 @@ class OrtBackend:
         if self._closed:
             raise closed_error(self.bundle)
         if self._step is None:
-            self._step = open_cpu_session(self._files, self._graph, self._options)
-            use_huge_pages()  # every call reads all weights of the session
+            # On huge pages, because every call reads all weights of the session.
+            self._step = open_cpu_session(self._files, self._graph, self._options, huge_pages=True)
         return self._step
 
     def after_fork(self) -> None:
@@ -162,10 +162,11 @@ class OrtBackend:
         self._closed = True
         self._bound.clear()
         self._step = None
-        self._decoder.close()
-        self._files.close()
         self._caches.clear()
         self._keys.release()
+        with ExitStack() as parts:  # each is freed, whatever another one raises
+            parts.callback(self._files.close)
+            parts.callback(self._decoder.close)
 
     def _prepare(self, session: ort.InferenceSession, batch: Batch, ids: Int, write: Int) -> _Bound:
         """The bound buffers of this call, filled with all inputs except the noise."""

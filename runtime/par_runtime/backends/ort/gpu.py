@@ -167,11 +167,11 @@ class OrtCudaBackend:
     def close(self) -> None:
         self._closed = True
         self._step = self._decoder = None
-        self._files.close()
         self._bound.clear()
         self._caches.clear()
         self._keys.release()
         self._shape = (0, 0)
+        self._files.close()
 
     def _session(self, name: str) -> ort.InferenceSession:
         graph = self.bundle.graphs.get(name)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from par_runtime.backends.base import IMAGE_INPUTS, tensors
-from par_runtime.backends.ort.huge_pages import use_huge_pages
+from par_runtime.backends.ort.huge_pages import new_memory_on_huge_pages
 from par_runtime.bundle import WEIGHTS, Bundle
 from par_runtime.checked import shown
 from par_runtime.dtypes import BYTES
@@ -23,6 +24,7 @@ from par_runtime.forks import Calls, keep_forever, no_fork, tell_of_forks
 from par_runtime.loaded import LoadedFiles
 from par_runtime.loaded import check_memory as check_memory
 from par_runtime.manifest_video import FIRST, NEXT
+from par_runtime.reading import REMEDIES
 from par_runtime.system import available_cores, utf8_name
 from par_runtime.video_shapes import past_shapes
 
@@ -46,8 +48,7 @@ DEQUANTISE = "session.disable_quant_qdq"
 #: The first release that fuses products of int8 weights; before, each call dequantises all of them.
 INT8_FUSED_SINCE = (1, 25)
 #: What ONNX Runtime says of a limit of the system -> what to do.
-LIMITS = {
-    "Too many open files": "raise the limit of open files (ulimit -n)",
+LIMITS = {os.strerror(number): remedy for number, remedy in REMEDIES.items()} | {
     "pthread_create failed": "no more threads may be started: raise their limit (ulimit -u), or take one thread",
 }
 #: How ONNX Runtime's allocators report that memory is missing (the last one: CUDA's).
@@ -144,10 +145,14 @@ def _copied(options: ort.SessionOptions) -> ort.SessionOptions:
     return own
 
 
-def open_cpu_session(files: LoadedFiles, name: str, options: ort.SessionOptions) -> ort.InferenceSession:
-    """:func:`open_session` on the CPU; every error of ONNX Runtime's is a BundleError."""
+def open_cpu_session(
+    files: LoadedFiles, name: str, options: ort.SessionOptions, huge_pages: bool = False
+) -> ort.InferenceSession:
+    """:func:`open_session` on the CPU, on ``huge_pages`` where the system gives them; every error of ONNX Runtime's is
+    a BundleError.
+    """
     try:
-        with no_fork():
+        with no_fork(), new_memory_on_huge_pages() if huge_pages else nullcontext():
             session = open_session(files, name, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except BundleError:
         raise
@@ -268,9 +273,7 @@ class LazySession:
         """The session, opened where there is none."""
         session = self._session
         if session is None:
-            session = self._session = open_cpu_session(self._files, self._name, self._options)
-            if self._huge_pages:
-                use_huge_pages()
+            session = self._session = open_cpu_session(self._files, self._name, self._options, self._huge_pages)
         self._files.check()
         return session
 
