@@ -66,7 +66,7 @@ def sheet(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     count, height, width, _ = images.shape
     rows = -(-count // columns)
     canvas = np.full((rows * columns, height, width, 3), 255, np.uint8)
-    canvas[:count] = images
+    np.copyto(canvas[:count], images, casting="no")  # floats would become black, or wrap
     return canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
