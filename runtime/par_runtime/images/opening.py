@@ -10,7 +10,6 @@ import errno
 import io
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from par_runtime.checked import open_regular, shown, shown_path, why_not_regular
 from par_runtime.errors import RequestError
+from par_runtime.images.pillow import quiet
 from par_runtime.system import explain
 
 #: The most pixels of a picture that is read or written: what Pillow opens without a warning. Takes up to 0.7 GB.
@@ -108,8 +108,7 @@ def _readable(path: Path) -> BinaryIO:
 def _guarded(name: str, source: Any, own: bool) -> Opened:
     """What ``source`` (an open file, or a PIL image) holds; every fault of it as a RequestError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of large pictures, whose size is checked here
+        with quiet():
             if not own:
                 return _layers(name, source)
             Image.init()
