@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from par_runtime.late import importing
+
 
 class BundleError(Exception):
     """A bundle that cannot be used."""
@@ -52,7 +54,8 @@ def how_to_install(extra: str) -> str:
 
     It names the packages themselves, since parvis is on no package index.
     """
-    import shlex  # here, as below, because only errors need it
+    with importing("shlex"):
+        import shlex  # here, as below, because only errors need it
 
     needed = requirements(extra)
     if not needed:  # not installed, but run from its folders
@@ -62,8 +65,9 @@ def how_to_install(extra: str) -> str:
 
 def pip_command() -> str:
     """How to call the pip of this Python: "pip", or with the path of Python where its environment is not activated."""
-    import shlex
-    import shutil
+    with importing("shlex", "shutil"):
+        import shlex
+        import shutil
 
     pip = shutil.which("pip")
     ours = pip is not None and Path(pip).parent == Path(sys.executable).parent
@@ -80,7 +84,8 @@ def requirements(extra: str) -> list[str]:
 
     Empty where parvis is not installed. Where onnxruntime-gpu is, onnxruntime is left out: both own the same files.
     """
-    from importlib import metadata
+    with importing("importlib.metadata"):
+        from importlib import metadata
 
     try:
         all_of_them = metadata.requires("parvis") or []

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.random import default_rng
 from numpy.typing import ArrayLike, NDArray
 
 from par_runtime.arguments import as_index, given, number, plain, truth, whole
@@ -245,7 +246,7 @@ def _integral(name: str, value: Any, least: int, most: int, expected: str) -> in
 
 def first_seed(seed: int | None) -> int:
     """The seed of the first image: ``seed``, or a random one. Raises RequestError."""
-    return int(np.random.default_rng().integers(2**32)) if seed is None else _seed(seed)
+    return int(default_rng().integers(2**32)) if seed is None else _seed(seed)
 
 
 def image_seeds(images: int, seed: int | None, seeds: Sequence[int] | None) -> list[int]:

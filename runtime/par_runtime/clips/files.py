@@ -24,7 +24,7 @@ from par_runtime.clips import animated, mp4
 from par_runtime.clips.formats import check_clips, check_fps, format_of, mp4_scale, repeats
 from par_runtime.errors import RequestError
 from par_runtime.images.opening import MOST_FILE_BYTES, MOST_PIXELS
-from par_runtime.images.pillow import quiet
+from par_runtime.images.pillow import quiet, ready
 from par_runtime.images.png import enlarged, sheet, sheet_image, sheet_size
 from par_runtime.images.recipe import Recipe, entry, parse, pixel_hash
 from par_runtime.system import write_beside
@@ -182,6 +182,7 @@ def recipe_of(path: Path) -> Recipe | None:
 def is_animation(path: Path) -> bool:
     """Whether a file has several frames; False where it cannot be read. Only the first two are looked at."""
     try:
+        ready()
         # quiet before it is opened: Pillow warns of its size then
         with open_regular(path) as file, quiet(), Image.open(file, formats=["GIF", "WEBP", "PNG"]) as image:
             return bool(getattr(image, "is_animated", False))
@@ -265,6 +266,7 @@ def _source(path: Path) -> Iterator[animated.Animation | mp4.Video]:
     if not 0 < size <= MOST_FILE_BYTES:
         raise RequestError(f"{name}: {size} bytes; {EXPECTED}, of at most {MOST_FILE_BYTES} bytes")
     try:
+        ready()
         with open_regular(path) as file, quiet():
             head = file.read(12)
             file.seek(0)

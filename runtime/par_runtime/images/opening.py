@@ -22,7 +22,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from par_runtime.checked import open_regular, shown, shown_path, why_not_regular
 from par_runtime.errors import RequestError
-from par_runtime.images.pillow import quiet
+from par_runtime.images.pillow import quiet, ready
 from par_runtime.system import explain
 
 #: The most pixels of a picture that is read or written: what Pillow opens without a warning. Takes up to 0.7 GB.
@@ -108,10 +108,10 @@ def _readable(path: Path) -> BinaryIO:
 def _guarded(name: str, source: Any, own: bool) -> Opened:
     """What ``source`` (an open file, or a PIL image) holds; every fault of it as a RequestError."""
     try:
+        ready()
         with quiet():
             if not own:
                 return _layers(name, source)
-            Image.init()
             with Image.open(source, formats=[f for f in FORMATS if f in Image.OPEN]) as image:
                 return _layers(name, image, own=True)
     except RequestError:

@@ -1,4 +1,4 @@
-"""What Pillow does to the whole process: it warns."""
+"""What Pillow does to the whole process: it warns, and imports its readers and writers at the first picture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from PIL import Image
+
 from par_runtime.forks import tell_of_forks
+from par_runtime.late import importing_others
+
+_ready = False  #: Pillow has imported all
 
 
 class _Quiet:
@@ -80,3 +85,16 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         _quiet.leave()
+
+
+def ready() -> None:
+    """Let Pillow import its readers and writers, unless it has: to be called before anything that may need one.
+
+    Pillow would import them in the middle of what it does, where a fork would not wait for it. They take a while, so
+    what handles no picture does not wait for them.
+    """
+    global _ready
+    if not _ready:
+        with importing_others():
+            Image.init()
+        _ready = True

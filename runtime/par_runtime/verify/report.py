@@ -13,6 +13,7 @@ from par_runtime import __version__
 from par_runtime.backends.base import BackendInfo
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import least_exact
+from par_runtime.late import importing
 from par_runtime.metrics import finite
 from par_runtime.pipeline import Pipeline
 from par_runtime.verify.compare import (
@@ -202,7 +203,8 @@ def _many(count: int, what: str) -> str:
 
 def as_json(r: Report) -> dict[str, Any]:
     """The report as one JSON object; numbers that are not finite are null (an infinite PSNR too: see "identical")."""
-    import onnxruntime  # here: the comparison itself runs without it
+    with importing("onnxruntime"):
+        import onnxruntime  # here: the comparison itself runs without it
 
     images = None
     if r.images is not None:

@@ -28,10 +28,11 @@ from par_runtime.backends.native.decoding import open_decoder
 from par_runtime.backends.native.library import Step, has_tiles, library, why_not
 from par_runtime.backends.native.memory import empty
 from par_runtime.backends.native.weights import Weights, pointers
-from par_runtime.backends.ort import importing
+from par_runtime.backends.ort import needing
 from par_runtime.bundle import Bundle, matrix_names
 from par_runtime.dtypes import BYTES, DTYPE, STORAGE, Float, Int
 from par_runtime.errors import BundleError
+from par_runtime.forks import no_fork
 from par_runtime.loaded import LoadedFiles
 from par_runtime.system import available_cores
 
@@ -70,7 +71,7 @@ class NativeBackend:
         self.bundle, self._lib = bundle, lib
         self._threads = threads or available_cores()
         self._files = LoadedFiles(bundle)
-        with importing("decoding this bundle"):  # ONNX Runtime, where the decoder in C cannot
+        with needing("decoding this bundle"), no_fork():  # ONNX Runtime, where the decoder in C cannot
             self._decoder = open_decoder(self._files, self._threads, decoder_precision)
         computes = "bf16" if arithmetic == "int8" and not bundle.quantised else arithmetic
         variant = [lib.parvis_instructions().decode()]

@@ -22,6 +22,7 @@ from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.forks import Calls, tell_of_forks
+from par_runtime.late import importing
 from par_runtime.loaded import LoadedFiles, check_memory
 from par_runtime.system import available_cores
 
@@ -133,8 +134,9 @@ def open_decoder(
     if why is None:
         return NativeDecoder(files, threads, precision, least_exact)
     log.debug("%s: no C decoder: %s", files.bundle.path, why)
-    from par_runtime.backends.ort.decoding import open_ort_decoder
-    from par_runtime.backends.ort.sessions import decoder_options
+    with importing("par_runtime.backends.ort.decoding", "par_runtime.backends.ort.sessions"):
+        from par_runtime.backends.ort.decoding import open_ort_decoder
+        from par_runtime.backends.ort.sessions import decoder_options
 
     return open_ort_decoder(files, decoder_options(threads))
 
