@@ -12,8 +12,23 @@ from pathlib import Path
 
 from par_runtime.late import importing
 
+#: What no message may hold: a terminal obeys it, or it cannot be printed, or it shows text in another order.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-class BundleError(Exception):
+
+class OneLine(Exception):  # noqa: N818, what the errors below have in common
+    """An error whose message is of one line: a path, or whatever else it names, may hold anything."""
+
+    def __str__(self) -> str:
+        return printed(super().__str__())
+
+
+def printed(text: str) -> str:
+    """``text`` with what :data:`UNPRINTABLE` finds written out, for instance as ``\\n``."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class BundleError(OneLine):
     """A bundle that cannot be used."""
 
 
@@ -21,15 +36,15 @@ class EngineError(BundleError):
     """An engine that cannot be used; the message names the command that builds it again."""
 
 
-class RequestError(ValueError):
+class RequestError(OneLine, ValueError):
     """A request that cannot be served."""
 
 
-class OutputsError(Exception):
+class OutputsError(OneLine):
     """Some of the files of a command were written and one could not be; the message counts them."""
 
 
-class CudaError(Exception):
+class CudaError(OneLine):
     """A call of the CUDA driver failed. ``code`` is its name, for instance "CUDA_ERROR_NO_DEVICE"."""
 
     def __init__(self, message: str, code: str = "") -> None:
@@ -45,7 +60,7 @@ class OutOfMemory(CudaError):  # noqa: N818, the usual name of this error
         self.requested_bytes, self.free_bytes, self.total_bytes = requested_bytes, free_bytes, total_bytes
 
 
-class TensorRTMissingError(Exception):
+class TensorRTMissingError(OneLine):
     """No usable TensorRT is installed; the message says what to install."""
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from par_runtime.bundle import WEIGHTS, Bundle, Stored, state
-from par_runtime.checked import open_regular, regular_descriptor
+from par_runtime.checked import open_regular, regular_descriptor, shown_path
 from par_runtime.dtypes import STORAGE
 from par_runtime.errors import BundleError
 from par_runtime.manifest_video import FIRST, NEXT
@@ -103,7 +103,7 @@ class LoadedFiles:
         except OSError as error:
             if error.errno != errno.ENOMEM:  # of a limit of the process (ulimit -v), or of the system
                 raise
-            what = f"{self.bundle.path / WEIGHTS}: {self._known[0] / 1e9:.2f} GB"
+            what = f"{shown_path(self.bundle.path / WEIGHTS)}: {self._known[0] / 1e9:.2f} GB"
             raise MemoryError(f"{what} cannot be mapped into memory; see ulimit -v") from error
 
     def read(self, into: memoryview, offset: int) -> None:

@@ -14,6 +14,7 @@ from par_runtime.backends.ort import needing
 from par_runtime.backends.program import VERSION
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, FileCheck
+from par_runtime.checked import shown_path
 from par_runtime.dtypes import Rounding
 from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError
 from par_runtime.late import importing
@@ -106,7 +107,7 @@ def _cpu(bundle: Bundle, threads: int | None, rounding: Rounding, native: bool =
     # Only where it runs: importing it takes as long as loading a small bundle.
     with needing("running on the CPU"), importing("par_runtime.backends.ort.cpu"):
         from par_runtime.backends.ort import cpu as ort
-    log.debug("%s: no C step: %s", bundle.path, why)
+    log.debug("%s: no C step: %s", shown_path(bundle.path), why)
     decoder = partial(open_decoder, threads=threads, precision=rounding.decoder_precision) if native else None
     return ort.OrtBackend(bundle, threads, arithmetic=rounding.arithmetic, decoder=decoder)
 
@@ -122,7 +123,7 @@ def _engine(
         return None, cuda.NO_DRIVER
     if not engines:
         build = f"{build_command(bundle.path)} --target local"
-        return None, joined(bad) if bad else f"{bundle.path} holds no engines; build them with: {build}"
+        return None, joined(bad) if bad else f"{shown_path(bundle.path)} holds no engines; build them with: {build}"
     count = cuda.device_count()
     if index >= count:
         return None, cuda.why_no_device() if count == 0 else f"there is no GPU {index}, only {count}"
@@ -162,7 +163,7 @@ def _engine(
         try:
             return _loaded(bundle, engine, cuda.Device.open(index), trt, chosen, on_load, precision), ""
         except (EngineError, CudaError) as error:  # this driver cannot run it, or there is too little memory for it
-            log.info("%s cannot be loaded: %s", engine.path, error)
+            log.info("%s cannot be loaded: %s", shown_path(engine.path), error)
             first = first or error
     if first is not None:
         raise first

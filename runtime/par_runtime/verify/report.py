@@ -12,6 +12,7 @@ import numpy as np
 from par_runtime import __version__
 from par_runtime.backends.base import BackendInfo
 from par_runtime.bundle import Bundle
+from par_runtime.checked import shown_path
 from par_runtime.dtypes import least_exact
 from par_runtime.late import importing
 from par_runtime.metrics import finite
@@ -135,7 +136,8 @@ def table(r: Report) -> str:
     if first.guidance_interval != -1:
         how += f", guidance interval {first.guidance_interval}"
     lines = [
-        f"bundle     {b.path} ({b.name}, {b.precision}, {b.n_tokens} tokens in {b.calls} calls, hash {b.hash[:12]})",
+        f"bundle     {shown_path(b.path)} ({b.name}, {b.precision}, {b.n_tokens} tokens in {b.calls} calls, "
+        f"hash {b.hash[:12]})",
         f"candidate  {_names(r.candidate.backend.info)}",
         f"reference  {_names(r.reference.backend.info)}",
         f"request    {_many(count, b.kind)}, seed {seeds}, {how}",

@@ -30,6 +30,7 @@ from par_runtime.backends.native.memory import empty
 from par_runtime.backends.native.weights import Weights, pointers
 from par_runtime.backends.ort import needing
 from par_runtime.bundle import Bundle, matrix_names
+from par_runtime.checked import shown_path
 from par_runtime.dtypes import BYTES, DTYPE, STORAGE, Float, Int
 from par_runtime.errors import BundleError
 from par_runtime.forks import no_fork
@@ -184,7 +185,7 @@ class NativeBackend:
             rows = self._weights.model.embed_rows
             raise IndexError(f"ids from {call.ids.min()} to {call.ids.max()}; the embedding has rows 0..{rows - 1}")
         if failed:
-            raise MemoryError(f"{self.bundle.path}: no memory for a call")
+            raise MemoryError(f"{shown_path(self.bundle.path)}: no memory for a call")
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._pool is None:

@@ -19,6 +19,7 @@ from par_runtime.backends.native.compiled import KernelError, compiled_file, ope
 from par_runtime.backends.native.decoder import AMX, Buffers, Decode, Op, Operations, Packing, bf16_form
 from par_runtime.backends.native.tensors import Tensors
 from par_runtime.bundle import Bundle
+from par_runtime.checked import shown_path
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.forks import Calls, tell_of_forks
@@ -130,10 +131,10 @@ def open_decoder(
     why = why_not(files.bundle)
     exact = why_not_bf16(files.bundle, least_exact) if precision == "bf16" else None
     if exact is not None:
-        log.info("%s: decoding in fp32, not in %s: %s", files.bundle.path, precision, exact)
+        log.info("%s: decoding in fp32, not in %s: %s", shown_path(files.bundle.path), precision, exact)
     if why is None:
         return NativeDecoder(files, threads, precision, least_exact)
-    log.debug("%s: no C decoder: %s", files.bundle.path, why)
+    log.debug("%s: no C decoder: %s", shown_path(files.bundle.path), why)
     with importing("par_runtime.backends.ort.decoding", "par_runtime.backends.ort.sessions"):
         from par_runtime.backends.ort.decoding import open_ort_decoder
         from par_runtime.backends.ort.sessions import decoder_options
