@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from par_runtime.arguments import check_unmasked
 from par_runtime.checked import open_regular, shown, shown_path, why_not_regular
 from par_runtime.errors import RequestError
 from par_runtime.images.pillow import quiet, ready
@@ -74,6 +75,7 @@ def opened(source: Picture) -> Opened:
     """
     if isinstance(source, Image.Image):
         return _guarded("the PIL image", source, own=False)
+    check_unmasked("picture", source)
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,):
         return _guarded("the array", Image.fromarray(source), own=False)
     if not isinstance(source, (str, os.PathLike)):
