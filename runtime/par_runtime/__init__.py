@@ -7,6 +7,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from par_runtime.late import importing
+
 __version__ = "0.1.0"
 __all__ = [
     "Bundle",
@@ -55,7 +57,9 @@ def __getattr__(name: str) -> Any:
     # Imported at the first use, so that `parvis --help` and error messages do not wait for numpy and onnxruntime.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    module = f"{__name__}.{_MODULES[name]}"
+    with importing(module):
+        return getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:

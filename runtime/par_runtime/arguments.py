@@ -11,8 +11,10 @@ import logging
 import math
 import operator
 import os
+import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -24,16 +26,44 @@ from par_runtime.system import available_cores
 log = logging.getLogger(__name__)
 
 
+MOST_OF_A_REQUEST = 2**20  #: images
+
+
 def given(value: object) -> str:
     """``value`` for a message: on one line, of bounded length; a number of numpy as the number that it is."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()
+        with suppress(Exception):  # a tensor that holds no number (PyTorch's device "meta")
+            value = value.item()
     return shown(value)
 
 
 def plain(value: Any) -> Any:
-    """``value``; what is an array, of numpy or of another library, as a list, or as a number."""
-    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, type) else value
+    """``value``; what is an array, of numpy or of another library, as a list, or as a number.
+
+    One of more numbers than any request has stays as it is, as one that has none: a view of one number may have any
+    shape and take no memory, a list of it does.
+    """
+    if not hasattr(value, "tolist") or isinstance(value, type) or entries_of(value) > MOST_OF_A_REQUEST:
+        return value
+    with suppress(Exception):  # PyTorch's device "meta", and its sparse tensors
+        return value.tolist()
+    return value
+
+
+def entries_of(value: Any) -> int:
+    """How many numbers an array of any library has; 1 of what is none."""
+    shape = getattr(value, "shape", ())
+    return math.prod(shape) if isinstance(shape, tuple) and all(isinstance(each, int) for each in shape) else 1
+
+
+def check_unmasked(name: str, value: Any) -> None:
+    """Raise RequestError for a masked array of numpy that has masked entries: they hold anything, and count as any."""
+    masked = sys.modules.get("numpy.ma")  # numpy imports it with the first masked array
+    if masked is not None and isinstance(value, masked.MaskedArray) and masked.is_masked(value):
+        raise RequestError(
+            f"{name}: a masked array, some of whose entries are masked; expected a plain array: give "
+            "array.filled(VALUE), or array.data where the mask does not matter"
+        )
 
 
 def is_truth(value: object) -> bool:
@@ -44,6 +74,8 @@ def is_truth(value: object) -> bool:
 def as_index(value: Any) -> int | None:
     """``value`` as an int, if it is a whole number of Python, numpy or another library; else None. True is none."""
     if is_truth(value) or not hasattr(type(value), "__index__"):
+        return None
+    if str(getattr(value, "dtype", "")).endswith("bool"):  # of PyTorch: True as a tensor
         return None
     try:
         return operator.index(value)
@@ -91,14 +123,37 @@ def choice(name: str, value: Any, options: Sequence[str]) -> None:
 
 
 def function(name: str, value: Any) -> None:
-    """Raise RequestError unless ``value`` can be called, or is None. Nobody would await what an async one returns."""
-    if callable(value) and any(map(inspect.iscoroutinefunction, (value, type(value).__call__))):
-        raise RequestError(
-            f"{name} {given(value)}: expected a plain function, not an async one, which would never run; hand over to "
-            "an event loop with asyncio.run_coroutine_threadsafe"
-        )
+    """Raise RequestError unless ``value`` can be called, or is None. Nobody would await what an async one returns, or
+    ask a generator for its values.
+    """
+    called = (value, type(value).__call__) if callable(value) else ()
+    if any(inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for each in called):
+        raise _never_run(name, value)
+    if any(map(inspect.isgeneratorfunction, called)):
+        raise _never_run(name, value, generator=True)
     if value is not None and not callable(value):
         raise RequestError(f"{name} {given(value)}: expected a function, not a {type(value).__name__}")
+
+
+def check_returned(name: str, value: Any, returned: object) -> None:
+    """Raise RequestError where the function ``value`` has ``returned`` what would run only later: a lambda may."""
+    if returned is None:
+        return
+    if inspect.iscoroutine(returned):
+        returned.close()  # or Python warns that nobody has awaited it
+    if inspect.isawaitable(returned) or inspect.isasyncgen(returned) or inspect.isgenerator(returned):
+        raise _never_run(name, value, inspect.isgenerator(returned))
+
+
+def _never_run(name: str, value: Any, generator: bool = False) -> RequestError:
+    if generator:
+        return RequestError(
+            f"{name} {given(value)}: expected a plain function, not a generator (yield), which never runs"
+        )
+    return RequestError(
+        f"{name} {given(value)}: expected a plain function, not an async one, which would never run; hand over to "
+        "an event loop with asyncio.run_coroutine_threadsafe"
+    )
 
 
 def folder(name: str, value: Any) -> Path:

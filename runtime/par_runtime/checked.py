@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeGuard
 
+from par_runtime.errors import UNPRINTABLE as UNPRINTABLE
+from par_runtime.errors import printed
 from par_runtime.reading import unreadable
 
 #: Objects and lists inside each other: more than any file of parvis has, and far from Python's limit of recursion.
 MOST_NESTED = 32
 #: Digits of an integer. Python takes time that grows with the square of it.
 MOST_DIGITS = 100
-#: What a name may not hold: a terminal obeys it, or it cannot be printed, or it shows text in another order.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -64,7 +64,7 @@ def _on_one_line(value: object) -> str:
         text = repr(value)
     except Exception:
         text = f"a {type(value).__name__}"
-    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], " ".join(text.split()))
+    return printed(" ".join(text.split()))
 
 
 def shown_path(path: object) -> str:

@@ -11,8 +11,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from par_runtime.late import importing
 
-class BundleError(Exception):
+#: What no message may hold: a terminal obeys it, or it cannot be printed, or it shows text in another order.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class OneLine(Exception):  # noqa: N818, what the errors below have in common
+    """An error whose message is of one line: a path, or whatever else it names, may hold anything."""
+
+    def __str__(self) -> str:
+        return printed(super().__str__())
+
+
+def printed(text: str) -> str:
+    """``text`` with what :data:`UNPRINTABLE` finds written out, for instance as ``\\n``."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+class BundleError(OneLine):
     """A bundle that cannot be used."""
 
 
@@ -20,15 +37,15 @@ class EngineError(BundleError):
     """An engine that cannot be used; the message names the command that builds it again."""
 
 
-class RequestError(ValueError):
+class RequestError(OneLine, ValueError):
     """A request that cannot be served."""
 
 
-class OutputsError(Exception):
+class OutputsError(OneLine):
     """Some of the files of a command were written and one could not be; the message counts them."""
 
 
-class CudaError(Exception):
+class CudaError(OneLine):
     """A call of the CUDA driver failed. ``code`` is its name, for instance "CUDA_ERROR_NO_DEVICE"."""
 
     def __init__(self, message: str, code: str = "") -> None:
@@ -50,7 +67,7 @@ class OutOfMemory(CudaError):  # noqa: N818, the usual name of this error
         return type(self), (str(self), *sizes), self.__dict__
 
 
-class TensorRTMissingError(Exception):
+class TensorRTMissingError(OneLine):
     """No usable TensorRT is installed; the message says what to install."""
 
 
@@ -59,7 +76,8 @@ def how_to_install(extra: str) -> str:
 
     It names the packages themselves, since parvis is on no package index.
     """
-    import shlex  # here, as below, because only errors need it
+    with importing("shlex"):
+        import shlex  # here, as below, because only errors need it
 
     needed = requirements(extra)
     if not needed:  # not installed, but run from its folders
@@ -69,8 +87,9 @@ def how_to_install(extra: str) -> str:
 
 def pip_command() -> str:
     """How to call the pip of this Python: "pip", or with the path of Python where its environment is not activated."""
-    import shlex
-    import shutil
+    with importing("shlex", "shutil"):
+        import shlex
+        import shutil
 
     pip = shutil.which("pip")
     ours = pip is not None and Path(pip).parent == Path(sys.executable).parent
@@ -87,7 +106,8 @@ def requirements(extra: str) -> list[str]:
 
     Empty where parvis is not installed. Where onnxruntime-gpu is, onnxruntime is left out: both own the same files.
     """
-    from importlib import metadata
+    with importing("importlib.metadata"):
+        from importlib import metadata
 
     try:
         all_of_them = metadata.requires("parvis") or []

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from par_runtime.bundle import WEIGHTS, Bundle, Stored, state
-from par_runtime.checked import open_regular
+from par_runtime.checked import open_regular, shown_path
 from par_runtime.dtypes import STORAGE
 from par_runtime.errors import BundleError
 from par_runtime.held import HeldFile
@@ -103,7 +103,7 @@ class LoadedFiles:
             if error.errno != errno.ENOMEM:
                 raise _unreadable(self.bundle.path / WEIGHTS, error) from error
             # A limit of the process (ulimit -v), or of the system.
-            what = f"{self.bundle.path / WEIGHTS}: {self._known[0] / 1e9:.2f} GB"
+            what = f"{shown_path(self.bundle.path / WEIGHTS)}: {self._known[0] / 1e9:.2f} GB"
             raise MemoryError(f"{what} cannot be mapped into memory; see ulimit -v") from error
 
     def read(self, into: memoryview, offset: int) -> None:

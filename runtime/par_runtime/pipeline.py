@@ -25,6 +25,7 @@ from par_runtime.backends.base import Backend, MakesImages, image_shape
 from par_runtime.backends.choose import check_device, choose
 from par_runtime.backends.engines import CAPTURES
 from par_runtime.bundle import Bundle, FileCheck
+from par_runtime.checked import shown_path
 from par_runtime.dtypes import ARITHMETICS, CACHES, DECODER_PRECISIONS, Float, Int
 from par_runtime.errors import BundleError, RequestError
 from par_runtime.forks import stop_at_the_end, tell_of_forks
@@ -84,7 +85,7 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         if self._turn is None:
-            self._turn = Turn(f"the pipeline of {self.bundle.path}")
+            self._turn = Turn(f"the pipeline of {shown_path(self.bundle.path)}")
         if self._tokenizer is None and self.bundle.image_size is not None:
             self._tokenizer = Tokenizer(self.bundle, self.threads)
         tell_of_forks(self)
@@ -147,9 +148,9 @@ class Pipeline:
             decoder_precision=decoder_precision,
         )
         pipeline = Pipeline(bundle, backend, note, threads)
-        log.info("%s: loaded on %s in %.2f s", path, backend.info.name, time.perf_counter() - began)
+        log.info("%s: loaded on %s in %.2f s", shown_path(path), backend.info.name, time.perf_counter() - began)
         if note:
-            log.info("%s: %s", path, note)
+            log.info("%s: %s", shown_path(path), note)
         if selftest:
             try:
                 pipeline.selftest(LOAD_SECONDS)
@@ -189,7 +190,8 @@ class Pipeline:
 
     def __repr__(self) -> str:
         """For instance ``Pipeline(models/demo, native-cpu 0.1.0 (avx512))``."""
-        return f"Pipeline({self.bundle.path}, {self.backend.info.name}{', closed' if self._turn.closed else ''})"
+        closed = ", closed" if self._turn.closed else ""
+        return f"Pipeline({shown_path(self.bundle.path)}, {self.backend.info.name}{closed})"
 
     def after_fork(self) -> None:
         """Called in a forked process: a call that another thread was making does not go on there."""
@@ -207,7 +209,7 @@ class Pipeline:
         seconds = number("seconds", seconds, 0, math.inf, "a number of seconds, 0 or more")
         began = time.perf_counter()
         check_selftest(self.bundle, self.backend, seconds)
-        log.debug("%s: self-test passed in %.2f s", self.bundle.path, time.perf_counter() - began)
+        log.debug("%s: self-test passed in %.2f s", shown_path(self.bundle.path), time.perf_counter() - began)
 
     @one_at_a_time
     def generate(

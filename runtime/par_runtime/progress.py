@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.arguments import function, whole
+from par_runtime.arguments import check_returned, function, whole
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
@@ -67,10 +67,11 @@ class Progress:
         """Count ``calls`` more."""
         self.done += calls
         if self.on_step is not None:
-            self.on_step(self.done, self.total)
+            check_returned("on_step", self.on_step, self.on_step(self.done, self.total))
 
     def step(self, preview: Callable[[Int, int], NDArray[np.uint8]], tokens: Int, tokens_done: int) -> None:
         """Count one call; ``tokens`` [B,N] of the batch, of which the first ``tokens_done`` are made."""
         self.add(1)
         if self.preview_every and self.on_preview and self.done % self.preview_every == 0:
-            self.on_preview(preview(tokens, tokens_done), self.done, self.total)
+            returned = self.on_preview(preview(tokens, tokens_done), self.done, self.total)
+            check_returned("on_preview", self.on_preview, returned)

@@ -10,9 +10,11 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.random import default_rng
 from numpy.typing import ArrayLike, NDArray
 
-from par_runtime.arguments import as_index, given, number, plain, truth, whole
+from par_runtime.arguments import MOST_OF_A_REQUEST as MOST_OF_A_REQUEST
+from par_runtime.arguments import as_index, check_unmasked, entries_of, given, number, plain, truth, whole
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.dtypes import FLOAT32_MAX, MOST_GUIDANCE, ByValue
@@ -23,7 +25,6 @@ NAMES_SHOWN, NAME_SHOWN = 8, 100  #: of classes in a message, and characters of 
 NAMES_COMPARED = 50_000  #: with an unknown label, which takes a second
 CLOSE = 0.7  #: difflib's ratio of two names from which on one may be a misspelling of the other: oter and otter
 MOST_CODES = 2**63 - 1  #: top_k reaches the graphs as int64
-MOST_OF_A_REQUEST = 2**20  #: images
 MOST_OF_A_COMMAND = 100_000  #: images, of the command line: all are held in memory until they are written
 
 
@@ -55,11 +56,14 @@ class Settings(ByValue):
 
 def array(name: str, value: ArrayLike) -> NDArray[Any]:
     """``value`` as an array. Raises RequestError, with ``name``, where it is none: rows of different lengths, or an
-    object that numpy cannot read. A series that is longer than any request is not read: a range takes no memory, its
-    numbers do.
+    object that numpy cannot read. A series that is longer than any request is not read: a range takes no memory, nor
+    does an array that repeats one number, but what is made of them does.
     """
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value) > MOST_OF_A_REQUEST:
-        raise RequestError(f"{name}: {len(value)} entries; expected at most {MOST_OF_A_REQUEST}")
+    is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    first, *_ = (len(value),) if is_list else (*getattr(value, "shape", ()), 0)  # type: ignore[arg-type]
+    if first > MOST_OF_A_REQUEST:
+        raise RequestError(f"{name}: {first} entries; expected at most {MOST_OF_A_REQUEST}")
+    check_unmasked(name, value)
     try:
         return np.asarray(value)
     except ValueError as error:
@@ -77,8 +81,12 @@ def several(name: str, value: object, most: int = MOST_OF_A_REQUEST) -> list[Any
         raise RequestError(f"{name} {given(value)}: expected a list, not a {type(value).__name__}: it has no order")
     if isinstance(value, (str, bytes, bytearray)):
         return None
+    check_unmasked(name, value)
+    if entries_of(value) > most:  # before a list is made of it
+        shape = tuple(value.shape)  # type: ignore[attr-defined]
+        raise RequestError(f"{name}: an array of shape {shape}; expected at most one value for each image, and {most}")
     value = plain(value)
-    if not isinstance(value, Iterable):
+    if not isinstance(value, Iterable) or getattr(value, "ndim", None) == 0:
         return None
     entries = list(islice(value, most + 1))
     if len(entries) > most:
@@ -206,6 +214,7 @@ def image_settings(
 
 def _each(name: str, value: object, default: object, images: int, checked: Callable[[str, Any], Any]) -> list[Any]:
     """One value per image, each as ``checked(name, value)`` returns it."""
+    check_unmasked(name, value)
     value = plain(default if value is None else value)
     values = several(name, value)
     if values is None:
@@ -245,7 +254,7 @@ def _integral(name: str, value: Any, least: int, most: int, expected: str) -> in
 
 def first_seed(seed: int | None) -> int:
     """The seed of the first image: ``seed``, or a random one. Raises RequestError."""
-    return int(np.random.default_rng().integers(2**32)) if seed is None else _seed(seed)
+    return int(default_rng().integers(2**32)) if seed is None else _seed(seed)
 
 
 def image_seeds(images: int, seed: int | None, seeds: Sequence[int] | None) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import operator
 import os
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from par_runtime.arguments import as_index, given, plain, truth
+from par_runtime.backends.base import image_shape
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown, shown_path
 from par_runtime.clips import animated, files
@@ -23,7 +23,8 @@ from par_runtime.dtypes import Int, same_value
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.images.recipe import MadeOn
-from par_runtime.request import Settings, several
+from par_runtime.known import sequence_tokens
+from par_runtime.request import Settings, array, class_indices, image_seeds, image_settings, several
 from par_runtime.system import check_writable, write_beside
 
 NOTEBOOK_PIXELS = 2**22  #: a notebook shows no larger sheet by itself
@@ -168,7 +169,8 @@ class Result:
         write: bool,
     ) -> bytes:
         """What :meth:`save` writes to ``path``; ``write``: it is checked that this can be done, before any work."""
-        images, clips = self._pixels(), self.bundle.video
+        self, clips = self._checked(), self.bundle.video
+        images = self._pixels()
         is_folder = write and path.is_dir()  # the check says so
         if fps is not None and not clips:
             raise RequestError(f"fps {given(fps)}: these are images, not clips; leave it out")
@@ -219,7 +221,43 @@ class Result:
                 else "these are tokens only (decode=False); pipeline.decode(result.tokens) makes their images"
             )
             raise RequestError(f"{self.bundle.path}: {why}; write tokens with --tokens, or np.save(x, result.tokens)")
-        return self.images
+        images, shape = array("images", self.images), image_shape(self.bundle)
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            floats = (  # a cast makes values of 0..1 black, and wraps those beyond 255
+                ": for values of 0..255 give np.rint(x).clip(0, 255).astype(np.uint8), for those of 0..1 "
+                "np.rint(255 * x).clip(0, 255).astype(np.uint8)"
+            )
+            raise RequestError(
+                f"images have shape {images.shape} and type {images.dtype}; expected uint8 "
+                f"[B,{','.join(map(str, shape))}], the size of the bundle{floats if images.dtype != np.uint8 else ''}"
+            )
+        return images
+
+    def _checked(self) -> Result:
+        """This result, with each field as ``generate`` gives it: somebody may have replaced some.
+
+        Numbers of numpy are those of Python, since files hold no others. Raises RequestError.
+        """
+        images, labels = self._pixels(), class_indices(self.bundle, self.labels)
+        for name in ("seeds", "settings"):  # None would be another request: for random seeds, for the defaults
+            if getattr(self, name) is None:
+                raise RequestError(f"{name} None: expected a list of one per image, as generate() gives it")
+        count, n = len(labels), self.bundle.n_tokens
+        tokens = sequence_tokens(self.bundle, self.tokens)
+        for name, have in (("images", len(images)), ("tokens", len(tokens))):
+            if have != count:
+                raise RequestError(f"{have} {name} for {count} labels; give one of each for every image")
+        kept = None if self.kept is None else array("kept", self.kept)
+        if kept is not None and (kept.dtype != np.bool_ or kept.shape != (count, n)):
+            raise RequestError(
+                f"kept has shape {kept.shape} and type {kept.dtype}; expected bool [{count},{n}] in sequence order, or "
+                "None where no token was given"
+            )
+        if not isinstance(self.made_on, MadeOn | None):
+            raise RequestError(f"made_on {given(self.made_on)}: expected what generate() gives, or None")
+        seeds = image_seeds(count, None, self.seeds)
+        settings = image_settings(self.bundle, count, self.settings)
+        return replace(self, images=images, labels=labels, seeds=seeds, settings=settings, tokens=tokens, kept=kept)
 
     def _pick(self, indices: int | Sequence[int] | None) -> list[int]:
         """The images that ``indices`` names. Raises RequestError."""
@@ -240,11 +278,12 @@ class Result:
 
     def _repr_png_(self) -> bytes | None:
         """What a notebook shows: a sheet; nothing where there are no images, or too many."""
-        if self.images is None or not 0 < self.images[..., 0].size <= NOTEBOOK_PIXELS:
+        if self.images is None:
             return None
-        columns = default_columns(len(self), self.bundle.video)
+        images = self._pixels()
+        if not 0 < images[..., 0].size <= NOTEBOOK_PIXELS:
+            return None
+        columns = default_columns(len(images), self.bundle.video)
         if self.bundle.video:  # browsers play an animated PNG
-            return animated.as_apng(files.sheets(self.images, columns), 1, DEFAULT_FPS, "")
-        out = io.BytesIO()
-        Image.fromarray(png.sheet(self.images, columns)).save(out, format="PNG")
-        return out.getvalue()
+            return animated.as_apng(files.sheets(images, columns), 1, DEFAULT_FPS, "")
+        return png.encoded(png.sheet(images, columns))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+from numpy.random import Philox  # by its name: numpy imports the module at its first use, in any thread
 from numpy.typing import NDArray
 
 from par_runtime.backends.base import Backend, Batch
@@ -231,7 +232,7 @@ def uniforms(seed: int, n_tokens: int) -> Float:
     Philox counts instead of keeping a state, so a number depends only on the seed and the position, not on batch, order
     or backend. The reference generation of ``par_model`` makes the same numbers.
     """
-    raw = np.random.Philox(key=int(seed)).random_raw(n_tokens)
+    raw = Philox(key=int(seed)).random_raw(n_tokens)
     numbers: Float = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
     return numbers
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from par_runtime.errors import RequestError
+from par_runtime.late import importing
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
@@ -65,7 +66,8 @@ def peak_bytes() -> int | None:
     with suppress(OSError, IndexError, ValueError):
         return int(system_text(PROC / "self" / "status").split("VmHWM:")[1].split()[0]) * 1024
     with suppress(ImportError):
-        import resource
+        with importing("resource"):
+            import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return None

@@ -20,14 +20,15 @@ from PIL import Image
 
 from par_runtime.arguments import choice, cpu_threads, truth
 from par_runtime.backends.base import ends_at_tokens, image_shape
-from par_runtime.backends.ort import importing
+from par_runtime.backends.ort import needing
 from par_runtime.bundle import Bundle
 from par_runtime.clips import files
 from par_runtime.dtypes import DECODER_PRECISIONS, Int, Rounding
 from par_runtime.errors import BundleError, RequestError
-from par_runtime.forks import tell_of_forks
+from par_runtime.forks import no_fork, tell_of_forks
 from par_runtime.images.photo import Fit, Pictures, fit_image, to_pixels
 from par_runtime.known import decodable_tokens
+from par_runtime.late import importing
 from par_runtime.loaded import LoadedFiles
 from par_runtime.request import array
 
@@ -125,7 +126,7 @@ class Tokenizer:
             batch = to_pixels(images, self._size, fit)
         if not len(batch):
             return np.zeros((0, self.bundle.n_tokens), np.int64)
-        with importing("encoding an image"):
+        with needing("encoding an image"), importing("par_runtime.backends.ort.sessions"):
             from par_runtime.backends.ort.sessions import LazySession, session_options
         with self._lock:
             self._check_open()
@@ -139,14 +140,13 @@ class Tokenizer:
         also of the tokens [B,f*h*w] of the first f latent frames. Raises RequestError.
         """
         known = decodable_tokens(self.bundle, tokens)
-        with importing("decoding an image"):
+        with importing("par_runtime.backends.native.decoding"):
             from par_runtime.backends.native.decoding import open_decoder
-
-            with self._lock:
-                self._check_open()
-                if self._decoder is None:
-                    self._decoder = open_decoder(self._files, self._threads, self._precision, self._least_exact)
-                decoder = self._decoder
+        with needing("decoding an image"), no_fork(), self._lock:
+            self._check_open()
+            if self._decoder is None:
+                self._decoder = open_decoder(self._files, self._threads, self._precision, self._least_exact)
+            decoder = self._decoder
         if not len(known):
             return np.zeros((0, *image_shape(self.bundle)), np.uint8)
         return self._chunked(decoder.run, known)

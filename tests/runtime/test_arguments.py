@@ -129,7 +129,7 @@ def test_load_takes_what_is_a_path_a_number_or_a_truth() -> None:
         ({"guidance": Broken()}, "^guidance a Broken: expected 0 or more"),
         ({"guidance": np.timedelta64(2, "s")}, "^guidance .*: expected 0 or more"),
         ({"guidance": [np.timedelta64(2, "s")]}, "^guidance .*: expected 0 or more .*; not a timedelta$"),
-        ({"guidance": np.ma.array([1.0], mask=[True])}, "^guidance None: expected"),
+        ({"guidance": np.ma.array([1.0], mask=[True])}, "^guidance: a masked array"),
         ({"guidance": Decimal("1.5")}, r"^guidance Decimal\('1\.5'\): expected 0 or more .*; not a Decimal$"),
         ({"guidance": "2"}, "^guidance '2': expected 0 or more"),
         ({"guidance": True}, "^guidance True: expected 0 or more .*; not a bool$"),
@@ -223,7 +223,7 @@ def test_bad_arguments_of_the_other_methods(pipeline: Pipeline) -> None:
         refuses("^fit .*: expected crop or stretch$", lambda b=bad: pipeline.encode(np.zeros((16, 16, 3), np.uint8), b))
         refuses("^fit .*: expected crop or", lambda b=bad: pipeline.keep_mask(keep="left", fit=b))
         refuses("^mask_from .*: expected one of auto", lambda b=bad: pipeline.keep_mask(keep="left", mask_from=b))
-    refuses("^picture masked_array", lambda: pipeline.keep_mask(keep="left", photo=np.ma.array([1], mask=[True])))
+    refuses("^picture: a masked array", lambda: pipeline.keep_mask(keep="left", photo=np.ma.array([1], mask=[True])))
     for seconds in ("a", None, -1, float("nan"), True, np.timedelta64(5, "D"), Broken()):
         refuses("^seconds .*: expected a number of seconds, 0 or more", lambda s=seconds: pipeline.selftest(s))
     pipeline.selftest(np.array(0))  # type: ignore[arg-type]

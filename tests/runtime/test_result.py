@@ -6,9 +6,11 @@ import io
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from par_runtime import Pipeline, RequestError, Result, Settings
@@ -199,3 +201,93 @@ def test_settings_with_arrays_can_be_compared() -> None:
     assert Settings(guidance=several) != Settings()  # type: ignore[arg-type]
     assert len({Settings(), Settings(), Settings(top_k=5)}) == 2
     assert Settings() != "Settings()"
+
+
+def bad_images(images: NDArray[np.uint8]) -> dict[str, object]:
+    """What may stand where images should: values that a cast would make black, or wrap, and other shapes."""
+    return {
+        "0..1": images / 255,
+        "float32": images.astype(np.float32) * 1.2,
+        "whole": images.astype(np.int64),
+        "bool": images > 100,
+        "list": images.tolist(),
+        "object": images.astype(object),
+        "half": images[:, ::2, ::2],
+        "planes": images.transpose(0, 3, 1, 2),
+        "grey": images[..., 0],
+        "alpha": np.concatenate([images, images[..., :1]], 3),
+        "one": images[0],
+    }
+
+
+def test_images_that_are_none_of_the_bundle_are_not_saved(three: Result, tmp_path: Path) -> None:
+    assert three.images is not None
+    for name, bad in bad_images(three.images).items():
+        wrong = replace(three, images=bad)  # type: ignore[arg-type]
+        for use in (lambda w=wrong: w.save(tmp_path / "a.png"), wrong.to_bytes, wrong.pil, wrong._repr_png_):
+            with pytest.raises(RequestError, match=r"^images have shape .*; expected uint8 \[B,16,16,3\]") as caught:
+                use()
+            cast = "np.rint(x).clip(0, 255).astype(np.uint8)" in str(caught.value)
+            assert cast == (np.asarray(bad).dtype != np.uint8), name
+    with pytest.raises(RequestError, match=r"^2 images for 3 labels; give one of each"):
+        replace(three, images=three.images[:2]).save(tmp_path / "a.png")
+    for same in (np.asfortranarray(three.images), three.images[:, ::-1].copy()[:, ::-1]):
+        assert replace(three, images=same).to_bytes() == three.to_bytes()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tokens": np.zeros((3, 64))}, "tokens have shape .* and type float64; expected integers"),
+        ({"tokens": np.full((3, 64), -1)}, "tokens lie in -1..-1"),
+        ({"tokens": np.full((3, 64), 99999)}, "tokens lie in 99999..99999"),
+        ({"tokens": np.zeros((2, 64), int)}, "2 tokens for 3 labels"),
+        ({"tokens": np.zeros((3, 63), int)}, r"tokens have shape \(3, 63\); expected \[B,64\]"),
+        ({"tokens": None}, "tokens have shape"),
+        ({"labels": [0]}, "3 images for 1 labels"),
+        ({"labels": [99, 2, 3]}, "label 99: this model has classes"),
+        ({"labels": None}, "label None: expected a class index or name"),
+        ({"seeds": [-1, 2, 3]}, "seed -1: expected a whole number"),
+        ({"seeds": [1.0, 2, 3]}, "seed 1.0: expected a whole number"),
+        ({"seeds": [1]}, "1 seeds for 3 images"),
+        ({"seeds": None}, "seeds None: expected a list of one per image"),
+        ({"settings": None}, "settings None: expected a list of one per image"),
+        ({"settings": [None] * 3}, "settings .*: expected a Settings, or a list"),
+        ({"settings": [Settings(guidance=float("nan"))] * 3}, "guidance nan: expected"),
+        ({"settings": [Settings()]}, "1 settings for 3 images"),
+        ({"kept": np.zeros((3, 64))}, r"kept has shape \(3, 64\) and type float64; expected bool \[3,64\]"),
+        ({"kept": np.zeros((1, 64), bool)}, r"kept has shape \(1, 64\)"),
+        ({"made_on": "a CPU"}, "made_on 'a CPU': expected what generate"),
+    ],
+)
+def test_a_result_with_a_wrong_field_is_not_saved(
+    three: Result, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    wrong = replace(three, **fields)
+    for use in (lambda: wrong.save(tmp_path / "a.png"), wrong.to_bytes):
+        with pytest.raises(RequestError, match=f"^{message}"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fields_of_numpy_are_saved_as_numbers(three: Result, pipeline: Pipeline) -> None:
+    numpys = replace(
+        three,
+        labels=np.array(three.labels),  # type: ignore[arg-type]
+        seeds=[np.uint64(seed) for seed in three.seeds],  # type: ignore[misc]
+        settings=[
+            replace(each, guidance=np.float64(each.guidance), top_k=np.int64(each.top_k), greedy=np.False_)
+            for each in three.settings
+        ],
+        tokens=three.tokens.tolist(),
+        kept=np.ones((3, 64), bool).tolist(),
+    )
+    assert numpys.to_bytes(indices=[2, 0]) == replace(three, kept=np.ones((3, 64), bool)).to_bytes(indices=[2, 0])
+    names = [pipeline.bundle.class_names[i] for i in three.labels]  # type: ignore[index]
+    assert replace(three, labels=names).to_bytes() == three.to_bytes()  # type: ignore[arg-type]
+
+
+def test_a_sheet_casts_nothing() -> None:
+    with pytest.raises(TypeError, match="Cannot cast"):
+        png.sheet(np.full((1, 2, 2, 3), 0.5), 1)  # type: ignore[arg-type]

@@ -130,3 +130,35 @@ def test_ctrl_c_while_the_command_itself_is_imported_is_one_line() -> None:
         )
         assert (done.returncode, done.stdout) == (130, "")
         assert done.stderr == "\nparvis: stopped; nothing was half-written\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signals on this system")
+@pytest.mark.parametrize("sent", ["SIGHUP", "SIGINT", "SIGTERM"])
+def test_a_handler_that_was_set_in_c_stays(sent: str) -> None:
+    """As crash reporters, Qt and ROS set them: Python is not told, and takes its own for the one there is."""
+    code = """
+import faulthandler, os, signal, sys
+from par_runtime import Pipeline
+from par_runtime.late import importing_others
+from par_runtime.stopping import exit_on_signals
+sent = getattr(signal, sys.argv[2])
+known = signal.getsignal(sent)
+faulthandler.register(sent, file=open(os.devnull, "w"), all_threads=False)
+def still(what):
+    os.kill(os.getpid(), sent)
+    for _ in range(1000): pass
+    assert signal.getsignal(sent) is known
+    print(what, flush=True)
+with importing_others(): still("while it imports")
+with exit_on_signals(): still("in a command")
+pipeline = Pipeline.load(sys.argv[1], "cpu-ort", threads=1)
+still("after a load")
+pipeline.encode(pipeline.generate(0, seed=1).images)
+still("after encoding")
+"""
+    tiny = Path(__file__).parents[1] / "data" / "tiny"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(tiny), sent]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    said = "while it imports\nin a command\nafter a load\nafter encoding\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")

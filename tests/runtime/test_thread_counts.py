@@ -14,7 +14,7 @@ from sharing import SMALL, TINY
 
 from par_runtime import Bundle, Pipeline, RequestError
 from par_runtime.arguments import cpu_threads
-from par_runtime.backends.ort import importing
+from par_runtime.backends.ort import needing
 from par_runtime.cli.dispatch import main
 from par_runtime.system import available_cores
 from par_runtime.tokenizer import Tokenizer
@@ -59,9 +59,9 @@ def test_a_tokenizer_that_is_closed_meanwhile_says_so(monkeypatch: pytest.Monkey
 
 
 def test_there_is_no_room_for_a_library() -> None:
-    with pytest.raises(MemoryError, match=r"^onnxruntime cannot be loaded; see ulimit -v$"), importing("decoding"):
+    with pytest.raises(MemoryError, match=r"^onnxruntime cannot be loaded; see ulimit -v$"), needing("decoding"):
         raise ImportError("libonnxruntime.so.1: failed to map segment from shared object")
-    with pytest.raises(ImportError, match="spoilt"), importing("decoding"):
+    with pytest.raises(ImportError, match="spoilt"), needing("decoding"):
         raise ImportError("spoilt")
 
 

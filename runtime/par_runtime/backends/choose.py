@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from par_runtime.arguments import given
 from par_runtime.backends.commands import build_command
 from par_runtime.backends.engines import KERNELS, Engine, best, has_engines, joined, list_engines, why_unfit
-from par_runtime.backends.ort import importing
+from par_runtime.backends.ort import needing
 from par_runtime.backends.program import VERSION
 from par_runtime.backends.trt import module as trt_module
 from par_runtime.bundle import Bundle, FileCheck
+from par_runtime.checked import shown_path
 from par_runtime.dtypes import Rounding
 from par_runtime.errors import CudaError, EngineError, RequestError, TensorRTMissingError
+from par_runtime.late import importing
 
 if TYPE_CHECKING:
     from par_runtime.backends.base import Backend
@@ -81,8 +83,8 @@ def choose(
     assert match is not None
     index = int(match.group(2) or 0)
     if match.group(1) == "cuda-ort":
-        from par_runtime.backends.ort import gpu as ort_cuda
-
+        with importing("par_runtime.backends.ort.gpu"):
+            from par_runtime.backends.ort import gpu as ort_cuda
         return ort_cuda.OrtCudaBackend(bundle, index, threads), ""
     backend, why = _engine(bundle, index, verify, capture, on_load, rounding.decoder_precision)
     if backend is None:
@@ -91,16 +93,21 @@ def choose(
 
 
 def _cpu(bundle: Bundle, threads: int | None, rounding: Rounding, native: bool = True) -> Backend:
-    with importing("running on the CPU"):
+    with importing(
+        "par_runtime.backends.native.backend",
+        "par_runtime.backends.native.decoding",
+        "par_runtime.backends.native.library",
+    ):
         from par_runtime.backends.native.backend import NativeBackend
         from par_runtime.backends.native.decoding import open_decoder
         from par_runtime.backends.native.library import why_not
     why = why_not(bundle) if native else "ONNX Runtime was asked for"
     if why is None:
         return NativeBackend(bundle, threads, *rounding)
-    with importing("running on the CPU"):  # only where it runs: importing it takes as long as loading a small bundle
+    # Only where it runs: importing it takes as long as loading a small bundle.
+    with needing("running on the CPU"), importing("par_runtime.backends.ort.cpu"):
         from par_runtime.backends.ort import cpu as ort
-    log.debug("%s: no C step: %s", bundle.path, why)
+    log.debug("%s: no C step: %s", shown_path(bundle.path), why)
     decoder = partial(open_decoder, threads=threads, precision=rounding.decoder_precision) if native else None
     return ort.OrtBackend(bundle, threads, arithmetic=rounding.arithmetic, decoder=decoder)
 
@@ -109,14 +116,14 @@ def _engine(
     bundle: Bundle, index: int, verify: FileCheck, capture: Capture, on_load: OnBytes | None, precision: str
 ) -> tuple[Backend | None, str]:
     """A loaded engine on GPU ``index``, or None and the reason. ``precision``: of what decodes on the CPU beside it."""
-    from par_runtime.backends import cuda
-
+    with importing("par_runtime.backends.cuda"):
+        from par_runtime.backends import cuda
     engines, bad = list_engines(bundle)
     if not engines and not bad and not cuda.has_driver():  # an engine could not be built here either
         return None, cuda.NO_DRIVER
     if not engines:
         build = f"{build_command(bundle.path)} --target local"
-        return None, joined(bad) if bad else f"{bundle.path} holds no engines; build them with: {build}"
+        return None, joined(bad) if bad else f"{shown_path(bundle.path)} holds no engines; build them with: {build}"
     count = cuda.device_count()
     if index >= count:
         return None, cuda.why_no_device() if count == 0 else f"there is no GPU {index}, only {count}"
@@ -156,7 +163,7 @@ def _engine(
         try:
             return _loaded(bundle, engine, cuda.Device.open(index), trt, chosen, on_load, precision), ""
         except (EngineError, CudaError) as error:  # this driver cannot run it, or there is too little memory for it
-            log.info("%s cannot be loaded: %s", engine.path, error)
+            log.info("%s cannot be loaded: %s", shown_path(engine.path), error)
             first = first or error
     if first is not None:
         raise first
@@ -173,12 +180,12 @@ def _loaded(
     precision: str,
 ) -> Backend:
     if trt is None:
-        from par_runtime.backends.kernels import backend as kernels_backend
-        from par_runtime.backends.native.decoding import open_decoder
-
+        with importing("par_runtime.backends.kernels.backend", "par_runtime.backends.native.decoding"):
+            from par_runtime.backends.kernels import backend as kernels_backend
+            from par_runtime.backends.native.decoding import open_decoder
         return kernels_backend.load(
             bundle, engine, device, capture, on_load, partial(open_decoder, precision=precision)
         )
-    from par_runtime.backends.trt import backend as trt_backend
-
+    with importing("par_runtime.backends.trt.backend"):
+        from par_runtime.backends.trt import backend as trt_backend
     return trt_backend.load(bundle, engine, device, trt, capture)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from par_runtime.late import importing
+
 _NAME = re.compile(r"([a-z_]+)-[^-]+-sm([0-9]{2,3})-(fp32|fp16|bf16)(-per-phase)?(-.*)?")
 
 
 def build_command(bundle: Path) -> str:
     """The beginning of the command that builds engines of the bundle at that path."""
-    import shlex  # here, because only errors need it
+    with importing("shlex"):
+        import shlex  # here, because only errors need it
 
     return f"parvis build {shlex.quote(str(bundle))}"
 

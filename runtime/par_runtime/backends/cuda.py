@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime.errors import CudaError, OutOfMemory, how_to_install
+from par_runtime.late import importing
 
 #: The module cuda.bindings.driver, imported at first use; tests put a stand-in here.
 driver: Any = None
@@ -103,7 +104,8 @@ def library() -> Any:
     global driver
     if driver is None:
         try:
-            from cuda.bindings import driver as loaded
+            with importing("cuda.bindings.driver"):
+                from cuda.bindings import driver as loaded
         except ImportError as error:
             if not has_driver():  # then cuda-python would not help
                 raise CudaError(NO_DRIVER, "NO_DRIVER") from error

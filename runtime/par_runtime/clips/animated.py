@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from par_runtime.clips.formats import times_ms
 from par_runtime.clips.mp4 import ChangedSizeError
 from par_runtime.images.opening import open_image
+from par_runtime.images.pillow import ready
 from par_runtime.images.png import CHUNK, enlarged
 
 TEXT = "parvis "  #: what the comment of a GIF, or the description of a WebP, begins with
@@ -42,6 +43,7 @@ def few_colours(frames: NDArray[np.uint8]) -> FewColours:
     count, height, width, _ = frames.shape
     colours, places = np.unique(frames.reshape(-1, 3), axis=0, return_inverse=True)
     if len(colours) > COLOURS:
+        ready()
         tall = Image.fromarray(frames.reshape(count * height, width, 3))
         few = tall.quantize(COLOURS, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
         colours = np.array(few.getpalette("RGB"), np.uint8).reshape(-1, 3)
@@ -51,6 +53,7 @@ def few_colours(frames: NDArray[np.uint8]) -> FewColours:
 
 def as_gif(few: FewColours, scale: int, fps: float, text: str) -> bytes:
     """A GIF of ``few``, enlarged, with ``text`` as its comment."""
+    ready()
     images = []
     for each in few.indices:
         image = Image.fromarray(each.repeat(scale, 0).repeat(scale, 1))
@@ -62,6 +65,7 @@ def as_gif(few: FewColours, scale: int, fps: float, text: str) -> bytes:
 
 def as_webp(frames: NDArray[np.uint8], scale: int, fps: float, text: str) -> bytes:
     """A WebP of ``frames`` [T,H,W,3], enlarged, without loss, with ``text`` as the description in its EXIF."""
+    ready()
     exif = Image.Exif()
     exif[DESCRIPTION] = text_of(text).decode()
     return _saved(
@@ -90,6 +94,7 @@ def text_of(text: str) -> bytes:
 
 def _saved(images: list[Image.Image], kind: str, **options: Any) -> bytes:
     out = io.BytesIO()
+    ready()
     images[0].save(out, kind, save_all=True, append_images=images[1:], **options)
     return out.getvalue()
 

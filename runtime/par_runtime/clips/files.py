@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from par_runtime.clips import animated, mp4
 from par_runtime.clips.formats import check_clips, check_fps, format_of, mp4_scale, repeats
 from par_runtime.errors import RequestError
 from par_runtime.images.opening import MOST_FILE_BYTES, MOST_PIXELS
+from par_runtime.images.pillow import quiet, ready
 from par_runtime.images.png import enlarged, sheet, sheet_image, sheet_size
 from par_runtime.images.recipe import Recipe, entry, parse, pixel_hash
 from par_runtime.reading import REMEDIES, advised, unreadable
@@ -183,10 +183,10 @@ def recipe_of(path: Path) -> Recipe | None:
 def is_animation(path: Path) -> bool:
     """Whether a file has several frames; False where it cannot be read. Only the first two are looked at."""
     try:
-        with open_regular(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # before it is opened: Pillow warns of its size then
-            with Image.open(file, formats=["GIF", "WEBP", "PNG"]) as image:
-                return bool(getattr(image, "is_animated", False))
+        ready()
+        # quiet before it is opened: Pillow warns of its size then
+        with open_regular(path) as file, quiet(), Image.open(file, formats=["GIF", "WEBP", "PNG"]) as image:
+            return bool(getattr(image, "is_animated", False))
     except Exception:  # readers of broken files raise nearly anything; whoever reads the picture says it
         return False
 
@@ -267,8 +267,8 @@ def _source(path: Path) -> Iterator[animated.Animation | mp4.Video]:
     if not 0 < size <= MOST_FILE_BYTES:
         raise RequestError(f"{name}: {size} bytes; {EXPECTED}, of at most {MOST_FILE_BYTES} bytes")
     try:
-        with open_regular(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of large pictures, whose size is checked here
+        ready()
+        with open_regular(path) as file, quiet():
             head = file.read(12)
             file.seek(0)
             if head[4:8] == b"ftyp" and head[8:12] not in (b"avif", b"avis", b"heic", b"heix", b"mif1"):

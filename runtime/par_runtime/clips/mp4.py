@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from typing import Any, BinaryIO
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from par_runtime.errors import RequestError, how_to_install
 from par_runtime.images.opening import MOST_PIXELS
+from par_runtime.late import importing
 
 BT709 = 1  #: FFmpeg's number of this colour space, its primaries and its curve; also of "limited range"
 CODECS = ("h264", "hevc", "av1", "libdav1d", "vp9", "mpeg4")
@@ -30,7 +31,11 @@ READER = {
 def library() -> Any:
     """PyAV. Raises RequestError where it is not installed."""
     try:
-        import av
+        with importing("av", "av.subtitles.stream"):
+            import av
+
+            with suppress(ImportError):  # what av imports itself when it opens a file, where no fork waits for it
+                import av.subtitles.stream
     except ImportError as error:
         raise RequestError(
             f"MP4 needs PyAV, which is not installed; {how_to_install('video')}, or take a .gif, .webp or .apng"

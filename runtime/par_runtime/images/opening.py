@@ -10,7 +10,6 @@ import errno
 import io
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from par_runtime.arguments import check_unmasked
 from par_runtime.checked import open_regular, shown, shown_path, why_not_regular
 from par_runtime.errors import RequestError
+from par_runtime.images.pillow import quiet, ready
 from par_runtime.reading import REMEDIES, advised
 from par_runtime.system import explain
 
@@ -75,6 +76,7 @@ def opened(source: Picture) -> Opened:
     """
     if isinstance(source, Image.Image):
         return _guarded("the PIL image", source, own=False)
+    check_unmasked("picture", source)
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] == (3,):
         return _guarded("the array", Image.fromarray(source), own=False)
     if not isinstance(source, (str, os.PathLike)):
@@ -109,11 +111,10 @@ def _readable(path: Path) -> BinaryIO:
 def _guarded(name: str, source: Any, own: bool) -> Opened:
     """What ``source`` (an open file, or a PIL image) holds; every fault of it as a RequestError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of large pictures, whose size is checked here
+        ready()
+        with quiet():
             if not own:
                 return _layers(name, source)
-            Image.init()
             with Image.open(source, formats=[f for f in FORMATS if f in Image.OPEN]) as image:
                 return _layers(name, image, own=True)
     except RequestError:

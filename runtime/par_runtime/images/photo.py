@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from par_runtime.arguments import check_unmasked
 from par_runtime.checked import shown
 from par_runtime.errors import RequestError
 from par_runtime.images.opening import open_image
@@ -44,6 +45,8 @@ def to_pixels(source: Pictures, size: tuple[int, int], fit: Fit = "crop") -> NDA
     batch = _as_array(source, size)
     if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[3] != 3:
         raise _no_picture(f"shape {batch.shape} and type {batch.dtype}", size)
+    if len(batch) > MOST_OF_A_REQUEST:
+        raise RequestError(f"more than {MOST_OF_A_REQUEST} pictures; give fewer at a time")
     if batch.shape[1:3] == size:
         return batch
     return np.stack([_one(one, size, fit) for one in batch]) if len(batch) else np.zeros((0, *size, 3), np.uint8)
@@ -73,6 +76,7 @@ def _one(source: Pictures, size: tuple[int, int], fit: Fit) -> NDArray[np.uint8]
 
 
 def _as_array(source: Pictures, size: tuple[int, int]) -> NDArray[Any]:
+    check_unmasked("images", source)
     try:
         return np.asarray(source)
     except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: tensors of a GPU

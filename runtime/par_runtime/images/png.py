@@ -16,6 +16,7 @@ from par_runtime.arguments import as_index, given
 from par_runtime.checked import shown
 from par_runtime.errors import RequestError
 from par_runtime.images.opening import MOST_PIXELS, opened
+from par_runtime.images.pillow import ready
 from par_runtime.images.recipe import MOST_SCALE, Recipe, entry, parse, pixel_hash
 from par_runtime.system import write_beside
 
@@ -66,7 +67,7 @@ def sheet(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     count, height, width, _ = images.shape
     rows = -(-count // columns)
     canvas = np.full((rows * columns, height, width, 3), 255, np.uint8)
-    canvas[:count] = images
+    np.copyto(canvas[:count], images, casting="no")  # floats would become black, or wrap
     return canvas.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
@@ -140,6 +141,7 @@ def write_pixels(path: Path, pixels: NDArray[np.uint8]) -> None:
 
 def encoded(pixels: NDArray[np.uint8], chunk: PngImagePlugin.PngInfo | None = None) -> bytes:
     """``pixels`` [H,W,3] as a PNG."""
+    ready()
     out = io.BytesIO()  # not into a file: Pillow would hide why it could not be written ("encoder error -2")
     Image.fromarray(pixels).save(out, format="PNG", pnginfo=chunk)
     return out.getvalue()

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from par_runtime.arguments import check_unmasked
 from par_runtime.checked import shown
 from par_runtime.dtypes import ByValue
 from par_runtime.errors import RequestError
@@ -126,7 +127,8 @@ def region(
                 f"region has shape {named.shape} and type {named.dtype}; expected bool {list(size)}, the pixels of "
                 "this model's images"
             )
-        return Region(named)
+        check_unmasked("region", named)
+        return Region(np.asarray(named))  # a matrix of numpy keeps two axes, whatever it becomes
     if isinstance(named, str):
         mask = _side(named, size)
         if mask is None and named.count(",") == 3 and not os.path.isfile(named):

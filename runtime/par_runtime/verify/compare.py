@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import default_rng
 
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError
@@ -125,9 +126,7 @@ def compare_logits(
     ``groups``: how many calls of the last phase, which is the longest, are compared (default: all). Raises BundleError.
     """
     bundle = reference.bundle
-    random = np.random.default_rng(trial.seeds[0]).integers(
-        bundle.vocab_size, size=(len(trial.classes), bundle.n_tokens)
-    )
+    random = default_rng(trial.seeds[0]).integers(bundle.vocab_size, size=(len(trial.classes), bundle.n_tokens))
     rows: dict[str, list[tuple[float, ...]]] = {phase.name: [] for phase in bundle.phases}
     last = bundle.phases[-1]
     for part in trial.parts():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from par_runtime.arguments import cpu_threads
 from par_runtime.bundle import Bundle, FileCheck
+from par_runtime.late import importing
 from par_runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def load(
             decoder_precision=decoder_precision,
         )
     threads = cpu_threads(threads)
-    from par_runtime.backends.ort.cpu import OrtBackend  # here: comparing two GPUs' backends does not need it
-
+    with importing("par_runtime.backends.ort.cpu"):  # here: comparing two GPUs' backends does not need it
+        from par_runtime.backends.ort.cpu import OrtBackend
     bundle = Bundle.open(path, verify)
     return Pipeline(bundle, OrtBackend(bundle, threads, "step_opset23"))
 

@@ -12,7 +12,9 @@ import numpy as np
 from par_runtime import __version__
 from par_runtime.backends.base import BackendInfo
 from par_runtime.bundle import Bundle
+from par_runtime.checked import shown_path
 from par_runtime.dtypes import least_exact
+from par_runtime.late import importing
 from par_runtime.metrics import finite
 from par_runtime.pipeline import Pipeline
 from par_runtime.verify.compare import (
@@ -134,7 +136,8 @@ def table(r: Report) -> str:
     if first.guidance_interval != -1:
         how += f", guidance interval {first.guidance_interval}"
     lines = [
-        f"bundle     {b.path} ({b.name}, {b.precision}, {b.n_tokens} tokens in {b.calls} calls, hash {b.hash[:12]})",
+        f"bundle     {shown_path(b.path)} ({b.name}, {b.precision}, {b.n_tokens} tokens in {b.calls} calls, "
+        f"hash {b.hash[:12]})",
         f"candidate  {_names(r.candidate.backend.info)}",
         f"reference  {_names(r.reference.backend.info)}",
         f"request    {_many(count, b.kind)}, seed {seeds}, {how}",
@@ -207,7 +210,8 @@ def _many(count: int, what: str) -> str:
 
 def as_json(r: Report) -> dict[str, Any]:
     """The report as one JSON object; numbers that are not finite are null (an infinite PSNR too: see "identical")."""
-    import onnxruntime  # here: the comparison itself runs without it
+    with importing("onnxruntime"):
+        import onnxruntime  # here: the comparison itself runs without it
 
     images = None
     if r.images is not None:

@@ -16,9 +16,11 @@ from par_runtime.backends.gpu.backend import GpuBackend
 from par_runtime.backends.kernels.plan import KernelProgram
 from par_runtime.backends.kernels.shared import Shared
 from par_runtime.backends.kernels.upload import OnBytes
-from par_runtime.backends.ort import importing
+from par_runtime.backends.ort import needing
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Int
+from par_runtime.forks import no_fork
+from par_runtime.late import importing
 from par_runtime.loaded import LoadedFiles
 
 OpensDecoder: TypeAlias = Callable[[LoadedFiles], Decoder]
@@ -70,8 +72,9 @@ def load(
 
 def with_onnx_runtime(files: LoadedFiles) -> Decoder:
     """A decoder of clips on ONNX Runtime's CPU. Raises ModuleNotFoundError where that is not installed."""
-    from par_runtime.backends.ort.decoding import open_ort_decoder
-    from par_runtime.backends.ort.sessions import decoder_options
+    with importing("par_runtime.backends.ort.decoding", "par_runtime.backends.ort.sessions"):
+        from par_runtime.backends.ort.decoding import open_ort_decoder
+        from par_runtime.backends.ort.sessions import decoder_options
 
     return open_ort_decoder(files, decoder_options(None))
 
@@ -93,7 +96,7 @@ class ClipDecoder:
     def run(self, tokens: Int) -> NDArray[np.uint8]:
         """``Decoder.run``. Raises RequestError where ONNX Runtime is needed and not installed."""
         if self._decoder is None:
-            with importing("decoding a clip"):
+            with needing("decoding a clip"), no_fork():
                 self._decoder = self._opened(self._files)
         return self._decoder.run(tokens)
 

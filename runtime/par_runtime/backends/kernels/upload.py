@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
+from par_runtime.arguments import check_returned
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import Engine
 from par_runtime.backends.kernels.modules import Module, Prepared
@@ -105,7 +106,7 @@ class Weights(cuda.Owned):
                     ring.send(into + at, size)
                     done += size
                     if on_load is not None:
-                        on_load(done, total)
+                        check_returned("on_load", on_load, on_load(done, total))
                 if weight.pack is not None:
                     ends = {"raw": into, "packed": self.addresses[name]}
                     Prepared(modules, [(weight.pack, 0)], ends, stream).enqueue()

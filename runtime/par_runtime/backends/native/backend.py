@@ -30,10 +30,12 @@ from par_runtime.backends.native.library import Step, has_tiles, library, why_no
 from par_runtime.backends.native.memory import empty
 from par_runtime.backends.native.pool import Pool
 from par_runtime.backends.native.weights import Weights, pointers
-from par_runtime.backends.ort import importing
+from par_runtime.backends.ort import needing
 from par_runtime.bundle import Bundle, matrix_names
+from par_runtime.checked import shown_path
 from par_runtime.dtypes import BYTES, DTYPE, STORAGE, Float, Int
 from par_runtime.errors import BundleError
+from par_runtime.forks import no_fork
 from par_runtime.loaded import LoadedFiles
 from par_runtime.system import available_cores
 
@@ -72,7 +74,7 @@ class NativeBackend:
         self.bundle, self._lib = bundle, lib
         self._threads = threads or available_cores()
         self._files = LoadedFiles(bundle)
-        with importing("decoding this bundle"):  # ONNX Runtime, where the decoder in C cannot
+        with needing("decoding this bundle"), no_fork():  # ONNX Runtime, where the decoder in C cannot
             self._decoder = open_decoder(self._files, self._threads, decoder_precision)
         computes = "bf16" if arithmetic == "int8" and not bundle.quantised else arithmetic
         variant = [lib.parvis_instructions().decode()]
@@ -183,7 +185,7 @@ class NativeBackend:
             rows = self._weights.model.embed_rows
             raise IndexError(f"ids from {call.ids.min()} to {call.ids.max()}; the embedding has rows 0..{rows - 1}")
         if failed:
-            raise MemoryError(f"{self.bundle.path}: no memory for a call")
+            raise MemoryError(f"{shown_path(self.bundle.path)}: no memory for a call")
 
     def decode(self, tokens: Int) -> NDArray[np.uint8]:
         if self._pool is None:

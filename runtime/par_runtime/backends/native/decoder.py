@@ -20,6 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from par_runtime.backends.native.library import STORED
 from par_runtime.backends.native.memory import copied, empty
 from par_runtime.backends.native.tensors import Tensors
+from par_runtime.checked import shown_path
 from par_runtime.dtypes import Float
 from par_runtime.tokenizer_shapes import BEHIND_CODES, CODEBOOK, decoder_layers
 
@@ -120,7 +121,7 @@ class Packing:
 
     def _check(self, failed: int) -> None:
         if failed:
-            raise MemoryError(f"{self.tensors.path}: no memory to pack the decoder's weights")
+            raise MemoryError(f"{shown_path(self.tensors.path)}: no memory to pack the decoder's weights")
 
 
 class Operations:

@@ -19,9 +19,11 @@ from par_runtime.backends.native.decoder import AMX, Buffers, Decode, Op, Operat
 from par_runtime.backends.native.pool import Pool
 from par_runtime.backends.native.tensors import Tensors
 from par_runtime.bundle import Bundle
+from par_runtime.checked import shown_path
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.forks import Calls, tell_of_forks
+from par_runtime.late import importing
 from par_runtime.loaded import LoadedFiles, check_memory
 from par_runtime.system import available_cores
 
@@ -124,12 +126,13 @@ def open_decoder(
     why = why_not(files.bundle)
     exact = why_not_bf16(files.bundle, least_exact) if precision == "bf16" else None
     if exact is not None:
-        log.info("%s: decoding in fp32, not in %s: %s", files.bundle.path, precision, exact)
+        log.info("%s: decoding in fp32, not in %s: %s", shown_path(files.bundle.path), precision, exact)
     if why is None:
         return NativeDecoder(files, threads, precision, least_exact)
-    log.debug("%s: no C decoder: %s", files.bundle.path, why)
-    from par_runtime.backends.ort.decoding import open_ort_decoder
-    from par_runtime.backends.ort.sessions import decoder_options
+    log.debug("%s: no C decoder: %s", shown_path(files.bundle.path), why)
+    with importing("par_runtime.backends.ort.decoding", "par_runtime.backends.ort.sessions"):
+        from par_runtime.backends.ort.decoding import open_ort_decoder
+        from par_runtime.backends.ort.sessions import decoder_options
 
     return open_ort_decoder(files, decoder_options(threads))
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from par_runtime.backends.native.library import STORED, Matrix, Model, matrix_of
 from par_runtime.backends.native.memory import empty
 from par_runtime.bundle import Stored
+from par_runtime.checked import shown_path
 from par_runtime.dtypes import DTYPE, STORAGE, Float, to_float32
 from par_runtime.loaded import LoadedFiles, check_memory
 from par_runtime.manifest import MATRICES, NORMS
@@ -62,7 +63,7 @@ class Weights:
                 *shapes[name], int(name.endswith("w13")), matrix.data,
             )  # fmt: skip
             if failed:
-                raise MemoryError(f"{bundle.path}: no memory to pack weights")
+                raise MemoryError(f"{shown_path(bundle.path)}: no memory to pack weights")
             _drop_pages(mapped, stored)
         gains = ["norm", *(f"layers.{i}.{norm}" for norm in NORMS for i in layers)]
         self._norms = {name: _float32(file, table[name]) for name in gains}

@@ -6,23 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from par_runtime.errors import RequestError, how_to_install
-from par_runtime.forks import no_fork
-from par_runtime.stopping import later
 
 #: What Linux and macOS say where no addresses are left for a library.
 NO_ROOM = ("failed to map segment", "Cannot allocate memory", "cannot allocate memory")
 
 
 @contextmanager
-def importing(what: str, package: str = "onnxruntime", extra: str = "cpu") -> Iterator[None]:
-    """Around the import of modules that import onnxruntime.
+def needing(what: str, package: str = "onnxruntime", extra: str = "cpu") -> Iterator[None]:
+    """Around what imports onnxruntime, itself within ``late.importing``.
 
     Raises MemoryError where there is no room for it. Where it is missing, raises RequestError: ``what`` needs
     ``package``, of ``extra``.
     """
     try:
-        with later(), no_fork():  # the lock of a module would stay locked in the forked process
-            yield
+        yield
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise

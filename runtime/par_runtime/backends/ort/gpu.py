@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from par_runtime.backends import cuda
 from par_runtime.backends.base import IMAGE_INPUTS, MOST_IN_FLIGHT, TIE, BackendInfo, Batch, closed_error
 from par_runtime.backends.cache_rows import CacheRows
-from par_runtime.backends.ort import importing
+from par_runtime.backends.ort import needing
 from par_runtime.bundle import Bundle
 from par_runtime.dtypes import Float, Int
 from par_runtime.errors import BundleError, CudaError, RequestError, how_to_install, pip_command
 from par_runtime.forks import keep_forever, tell_of_forks
 from par_runtime.loaded import LoadedFiles
 
-with importing("device 'cuda-ort'", "onnxruntime-gpu", "onnxruntime-gpu"):
+with needing("device 'cuda-ort'", "onnxruntime-gpu", "onnxruntime-gpu"):
     import onnxruntime as ort
 
     from par_runtime.backends.ort import sessions

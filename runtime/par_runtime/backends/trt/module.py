@@ -12,7 +12,7 @@ from typing import Any
 
 from par_runtime.backends.engines import RTX as RTX
 from par_runtime.errors import TensorRTMissingError, how_to_install
-from par_runtime.stopping import later
+from par_runtime.late import importing
 
 CLASSIC = "tensorrt"
 
@@ -36,7 +36,7 @@ def load(name: str | None = None) -> TensorRT:
     reasons = []
     for candidate in (CLASSIC, RTX) if name is None else (name,):
         try:
-            with later():
+            with importing(candidate):
                 module = importlib.import_module(candidate)
             version = str(module.__version__)
         except (ImportError, OSError, AttributeError) as error:
