@@ -32,6 +32,9 @@ EXPLAINED = {
     errno.ELOOP: "{}: its links lead in a circle; choose another place",
     errno.ENOENT: "{}: no such file or folder; check the name, or choose another place",
     errno.EMFILE: "too many open files, at {}; raise the limit (ulimit -n)",
+    errno.ENFILE: "the whole system has too many open files, at {}; end what holds them (or raise fs.file-max)",
+    errno.ENOMEM: "the system is out of memory, at {}; free some",
+    errno.ESTALE: "{}: the network's disk has lost it (ESTALE); try again, or mount that disk again",
     errno.EDQUOT: "the disk quota is used up, at {}; free some space or choose another place",
 }
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  #: what only writing can meet

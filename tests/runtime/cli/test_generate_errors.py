@@ -32,7 +32,7 @@ def test_outputs_that_would_replace_each_other(tiny: Path, tmp_path: Path, capsy
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "red-fox-2.png").mkdir()
     assert run(*ask, "--count", 2) == 2
-    assert "red-fox-2.png is a folder, and the name of a file of this command; give another" in capsys.readouterr().err
+    assert "red-fox-2.png is a folder, but this command would write a file of that name;" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["red-fox-2.png"]
 
 
