@@ -52,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
     bundle, classes, first = _checked(args)
     pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
     loaded = time.perf_counter()
+    most = pipeline.backend.max_images
+    if args.batch is not None and args.batch > most:
+        raise RequestError(f"--batch {args.batch}: expected 1 to {most} on {pipeline.backend.info.name}")
     if pipeline.note and has_engines(bundle) and not (args.quiet or args.json):
         what, _, why = pipeline.note.partition(": ")  # it may end in a command, so nothing is put behind it
         print(printable(f"parvis: {what} (--device cpu silences this): {why}"), file=sys.stderr)

@@ -46,7 +46,7 @@ def test_more_than_an_engine_takes_is_refused(
     tensorrt.write_engine(Bundle.open(bundle), (1, 2))
     ask = ["generate", bundle, "--label", 1, "--count", 4, "--device", "cuda", "--tokens", tmp_path / "t.npy"]
     assert run(*ask, "--batch", 3) == 2
-    assert "max_batch 3: expected 1 to 2 on tensorrt_rtx" in capsys.readouterr().err
+    assert "--batch 3: expected 1 to 2 on tensorrt_rtx" in capsys.readouterr().err
     assert run(*ask, "--batch", 2) == 0
 
 
