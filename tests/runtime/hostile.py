@@ -266,3 +266,8 @@ def unix_socket(path: Path) -> None:
 
 
 NO_FILES = [pipe, folder, device, unix_socket]
+
+
+def manifest_of(bundle: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
+    return manifest

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from odd_values import Broken, Huge
 from sharing import SMALL, TINY, params
 
 from par_runtime import Bundle, Pipeline, RequestError, Schedule, Settings
@@ -29,20 +30,6 @@ def refuses(text: str, call: Callable[[], object]) -> None:
         call()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
-
-
-class Huge:
-    def __repr__(self) -> str:
-        return "x" * 10**6 + "\n"
-
-
-class Broken:
-    """A class of somebody else that fails wherever it is looked at."""
-
-    def fails(self, *_: object) -> Any:
-        raise ZeroDivisionError
-
-    __repr__ = __index__ = __float__ = __len__ = fails
 
 
 async def nobody_awaits(*_: object) -> None: ...

@@ -5,17 +5,15 @@ The changes are drawn from a seed. A change that is refused must be refused befo
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import hostile
 import pytest
-from hostile import Change, drop, put
+from hostile import Change, drop, manifest_of, put
 
 from par_runtime.bundle import Bundle
 from par_runtime.cli import inspect
@@ -29,11 +27,6 @@ DEMO = Path(__file__).parents[2] / "models" / "demo"
 @pytest.fixture
 def bundle(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "bundle"))
-
-
-def manifest_of(bundle: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
-    return manifest
 
 
 def changes(whole: int, quick: int) -> pytest.MarkDecorator:

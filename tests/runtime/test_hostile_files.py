@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import hostile
 import pytest
-from hostile import put
+from hostile import manifest_of, put
 
 from par_runtime import loaded
 from par_runtime.bundle import Bundle, seal
@@ -28,11 +26,6 @@ DEMO = Path(__file__).parents[2] / "models" / "demo"
 @pytest.fixture
 def bundle(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "bundle"))
-
-
-def manifest_of(bundle: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text())
-    return manifest
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pydoc
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
+from odd_values import Broken, Huge
 from sharing import TINY
 
 import par_runtime
@@ -24,20 +24,6 @@ Get = Callable[[str], Pipeline]
 @pytest.fixture
 def pipeline(shared_pipelines: Get) -> Pipeline:
     return shared_pipelines("ONNX Runtime")
-
-
-class Huge:
-    def __repr__(self) -> str:
-        return "x" * 10**6 + "\n"
-
-
-class Broken:
-    """A class of somebody else that fails wherever it is looked at."""
-
-    def fails(self, *_: object) -> Any:
-        raise ZeroDivisionError
-
-    __repr__ = __index__ = __float__ = __len__ = fails
 
 
 def test_logging_says_what_happens_and_nothing_is_printed(

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from bench.by_hand import limits_by_hand, lines
 from bench.subjects import one_row
 from instruction_sets import IN_BF16, needs_bf16
 
-from par_runtime.bench import bounds
-from par_runtime.bench.limits import Round
 from par_runtime.bench.opening import short_names
 from par_runtime.bench.report.compare import compare
 from par_runtime.bench.rows import read, to_json
@@ -30,14 +27,7 @@ QUANTISED = Path(__file__).parents[3] / "models" / "demo-n16"
 @pytest.fixture(autouse=True)
 def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's limits take seconds to measure; ``test_limits.py`` measures them."""
-    monkeypatch.setattr(
-        bounds, "measure_cpu", lambda *_: Round({2**22: {"by hand": 50.0}, 2**30: {"by hand": 20.0}}, {"by hand": 0.1})
-    )
-    monkeypatch.setattr(bounds, "MORE_ROUNDS", 0)
-
-
-def lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
+    limits_by_hand(monkeypatch)
 
 
 def test_json_lines_on_standard_output_and_nothing_else(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

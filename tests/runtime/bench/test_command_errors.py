@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from bench.by_hand import limits_by_hand, lines
 
-from par_runtime.bench import bounds, journal
+from par_runtime.bench import journal
 from par_runtime.bench.journal import Journal
-from par_runtime.bench.limits import Round
 from par_runtime.cli.dispatch import main
 from par_runtime.system import available_cores
 
@@ -18,14 +17,7 @@ from par_runtime.system import available_cores
 @pytest.fixture(autouse=True)
 def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's limits take seconds to measure; ``test_limits.py`` measures them."""
-    monkeypatch.setattr(
-        bounds, "measure_cpu", lambda *_: Round({2**22: {"by hand": 50.0}, 2**30: {"by hand": 20.0}}, {"by hand": 0.1})
-    )
-    monkeypatch.setattr(bounds, "MORE_ROUNDS", 0)
-
-
-def lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines()]
+    limits_by_hand(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import warnings
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
+from edited import six_images, small_photo
 from PIL import Image
 
 from par_runtime.cli import dispatch as cli
@@ -25,38 +25,12 @@ def run(*arguments: object) -> int:
 
 @pytest.fixture
 def sheet(tiny: Path, tmp_path: Path) -> Path:
-    """Six generated images, three in a row."""
-    out = tmp_path / "sheet.png"
-    assert (
-        run(
-            "generate",
-            tiny,
-            "--label",
-            1,
-            "--label",
-            4,
-            "--count",
-            3,
-            "--columns",
-            3,
-            "--seed",
-            1,
-            "--out",
-            out,
-            "--quiet",
-        )
-        == 0
-    )
-    return out
+    return six_images(tiny, tmp_path)
 
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    """A photo: 40 wide, 20 high, JPEG."""
-    rows, columns = np.mgrid[0:20, 0:40]
-    pixels = np.stack([columns * 6, rows * 12, (rows + columns) * 4], -1).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.jpg", quality=95)
-    return tmp_path / "photo.jpg"
+    return small_photo(tmp_path)
 
 
 @pytest.mark.parametrize(
