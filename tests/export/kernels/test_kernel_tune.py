@@ -111,7 +111,7 @@ def test_the_fastest_shapes_are_kept_for_this_card_and_loaded(bundle: Path, cloc
     clock.slow = lambda k: k.source == "step.gates" and k.constants["BN"] == first.gates.BN
     lines: list[str] = []
     request = KernelsRequest(bundle, ("local",), images=(1, 2))
-    folder = tune.tune_kernels(request, images=1, repeats=1, rounds=2, most=4, say=lines.append)
+    folder = tune.tune_kernels(request, images=1, repeats=1, rounds=2, most=5, say=lines.append)
     assert folder == bundle / ENGINES / "kernels-1-sm90-fp16-stand-in-gpu"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     engine = Engine.open(folder, Bundle.open(bundle), verify="full")
@@ -143,7 +143,9 @@ def test_a_shape_that_computes_something_else_is_left_out(
     bundle: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune, "ORDER", ("attention",))
-    wrong = tiles.attentions(tune.Contents(Bundle.open(bundle), "fp16", "fp16").config, (1,), TARGETS["SM90"])[1]
+    config = tune.Contents(Bundle.open(bundle), "fp16", "fp16").config
+    wrong = tune.candidates(config, "attention", (1,), TARGETS["SM90"], 2, 1)[1]
+    assert isinstance(wrong, tile_shapes.AttentionTile)
     clock.broken = lambda k: (
         k.source == "attention.attend"
         and (k.constants["SPAN"], k.constants["CHUNK"])
