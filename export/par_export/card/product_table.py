@@ -7,11 +7,11 @@ from typing import Any
 
 from par_export.card.findings import Findings
 from par_export.card.markdown import plain, table
+from par_export.kernels.product_trials import shape_words
 from par_runtime.bench.report.words import number
 from par_runtime.bench.rows import median
 
 Line = Mapping[str, Any]
-SHOWN = ("BN", "BK", "split", "warps", "stages", "ahead", "held")
 
 
 def products_table(runs: Sequence[Findings]) -> str:
@@ -33,9 +33,21 @@ def products_table(runs: Sequence[Findings]) -> str:
         if chosen is not None:
             more = _us(chosen) / _us(best) - 1
             slower[f"{model} {kernel}, {rows} rows"] = more
-            of_choice = [_words(chosen), number(_us(chosen)), f"{100 * more:.1f} %"]
+            of_choice = [shape_words(chosen, chosen["at_once"]), number(_us(chosen)), f"{100 * more:.1f} %"]
         words, us, part = of_choice
-        lines.append([model, kernel, str(rows), str(len(tried)), words, us, _words(best), number(_us(best)), part])
+        lines.append(
+            [
+                model,
+                kernel,
+                str(rows),
+                str(len(tried)),
+                words,
+                us,
+                shape_words(best, best["at_once"]),
+                number(_us(best)),
+                part,
+            ]
+        )
     columns = (
         "model",
         "product",
@@ -62,8 +74,3 @@ def _said(slower: Mapping[str, float]) -> str:
 
 def _us(line: Line) -> float:
     return median(line["samples_us"])
-
-
-def _words(line: Line) -> str:
-    """ "BN 64, BK 128, split 2, warps 4, stages 6, ahead 0, held 4, at once"."""
-    return ", ".join([*(f"{name} {line[name]}" for name in SHOWN), *(["at once"] if line["at_once"] else [])])

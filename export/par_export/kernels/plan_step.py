@@ -145,6 +145,9 @@ class _Profile(Batch):
         row = gain_row(self.sizes) * 4
         return "*fp32", Pointer("gains", norm * row, 2 * row if per_layer else 0)
 
+    def _of_product(self, tile: ProductTile) -> dict[str, Constant]:
+        return of_product(tile, self.bm, self.target.at_once)
+
     def _weights(self, kind: str, layer: int) -> Arguments:
         """The arguments for the matrix of a product, by the name that stands for those of all layers alike."""
         one = self.matrix(kind, layer)
@@ -204,7 +207,7 @@ class _Profile(Batch):
             "SLOTS": s.slots,
             "SCALE": s.head**-0.5 * LOG2_E,
         }
-        constants |= of_product(tile, self.bm, self.target.at_once)
+        constants |= self._of_product(tile)
         grid = (self.groups, self.columns("qkv", layer), 1)
         return self._launch("step.qkv", grid, arguments, constants, tile.warps, tile.stages)
 
@@ -261,7 +264,7 @@ class _Profile(Batch):
             "STRIDE": self.stride,
             "SPLIT": tile.split,
         }
-        constants |= of_product(tile, self.bm, self.target.at_once)
+        constants |= self._of_product(tile)
         grid = (self.groups, self.columns(kind, layer), tile.split)
         return self._launch("step.residual", grid, arguments, constants, tile.warps, tile.stages)
 
@@ -276,7 +279,7 @@ class _Profile(Batch):
             "M": ("i32", self.m),
         }
         constants = self._normed(self.columns("wo", layer)) | {"F": self.sizes.ffn, "F_STRIDE": self.ffn_stride}
-        constants |= of_product(tile, self.bm, self.target.at_once)
+        constants |= self._of_product(tile)
         grid = (self.groups, self.columns("gates", layer), 1)
         return self._launch("step.gates", grid, arguments, constants, tile.warps, tile.stages)
 
@@ -294,9 +297,7 @@ class _Profile(Batch):
             "COUNT": ("i32", self.images * s.query),
         }
         constants = self._normed(self.squares(0)) | {"QUERY": s.query, "V": s.vocab}
-        constants |= of_product(
-            tile, self.bm, self.target.at_once
-        )  # two columns for each of an image's positions: M of them
+        constants |= self._of_product(tile)  # two columns for each of an image's positions: M of them
         grid = (self.groups, self.columns("head", 0), 1)
         return self._launch("step.head", grid, arguments, constants, tile.warps, tile.stages)
 

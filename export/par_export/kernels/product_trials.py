@@ -43,6 +43,12 @@ PARAMETERS: Mapping[str, Mapping[str, str]] = {
 }
 
 
+def shape_words(tile: Mapping[str, Any], at_once: bool) -> str:
+    """ "BN 64, BK 128, split 2, warps 4, stages 6, ahead 0, held 4, at once"."""
+    names = ("BN", "BK", "split", "warps", "stages", "ahead", "held")
+    return ", ".join([*(f"{name} {tile[name]}" for name in names), *(["at once"] if at_once else [])])
+
+
 @dataclass(frozen=True)
 class Product:
     """The product of a ``kind`` of a model: ``rows`` of activations (8 to 64, a power of 2: those of one block) times a
@@ -105,9 +111,7 @@ class Trial:
 
     def __str__(self) -> str:
         """ "PAR-L w2, 8 rows: BN 16, BK 256, split 1, warps 4, stages 6, ahead 0, held 0"."""
-        names = ("BN", "BK", "split", "warps", "stages", "ahead", "held")
-        words = ", ".join(f"{name} {getattr(self.tile, name)}" for name in names)
-        return f"{self.product}: {words}{', at once' if self.at_once else ''}"
+        return f"{self.product}: {shape_words(asdict(self.tile), self.at_once)}"
 
     @property
     def spec(self) -> Spec:
