@@ -9,22 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import run
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from par_runtime.bundle import Bundle
-from par_runtime.cli import dispatch as cli
 from par_runtime.images import opening, photo, png
 from par_runtime.pipeline import Pipeline
 from par_runtime.tokenizer import Tokenizer
 
 EDIT = ("--keep", "left", "--seed", 1)
-
-
-def run(*arguments: object) -> int:
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 @pytest.fixture

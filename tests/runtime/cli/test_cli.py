@@ -13,18 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import run
 
 from conftest import child
 from par_runtime import __version__
 from par_runtime.cli import bench, generate, options
 from par_runtime.cli import dispatch as cli
-
-
-def run(*arguments: object) -> int:
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

@@ -7,25 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import run
 from edited import six_images, small_photo
 from PIL import Image
 
 from par_runtime import Pipeline
 from par_runtime.backends.ort import sessions
 from par_runtime.bundle import Bundle
-from par_runtime.cli import dispatch as cli
 from par_runtime.errors import RequestError
 from par_runtime.images import opening, photo, png, region
 from par_runtime.tokenizer import Tokenizer
 
 SIZE = (16, 16)
-
-
-def run(*arguments: object) -> int:
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 def region_mask(named: str, size: tuple[int, int], fit: photo.Fit = "crop") -> np.ndarray:

@@ -10,17 +10,9 @@ import zlib
 from pathlib import Path
 
 import pytest
+from command_line import run
 from edited import six_images, small_photo
 from PIL import Image
-
-from par_runtime.cli import dispatch as cli
-
-
-def run(*arguments: object) -> int:
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 @pytest.fixture

@@ -6,18 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from command_line import run
 from PIL import Image
 
 from par_runtime import system
 from par_runtime.cli import dispatch as cli
 from par_runtime.images import png
-
-
-def run(*arguments: object) -> int:
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 def test_outputs_that_would_replace_each_other(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,19 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run
 from double import tensorrt
 from double.driver import Driver
 
 from par_runtime import Pipeline
 from par_runtime.bundle import Bundle, seal
-from par_runtime.cli import dispatch as cli
-
-
-def run(*arguments: object) -> int:
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 @pytest.mark.parametrize(

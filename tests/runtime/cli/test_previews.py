@@ -5,18 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from command_line import run
 
 from par_runtime import Pipeline
-from par_runtime.cli import dispatch as cli
 from par_runtime.cli import generate
 from par_runtime.images import png
-
-
-def run(*arguments: object) -> int:
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 def test_previews_are_checked_before_the_work(

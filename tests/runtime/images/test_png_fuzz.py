@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run
 from PIL import Image, PngImagePlugin
 
 from par_runtime import Bundle, Pipeline
-from par_runtime.cli import dispatch as cli
 from par_runtime.errors import RequestError
 from par_runtime.images import png
 from par_runtime.images.recipe import check, parse
@@ -24,13 +24,6 @@ from par_runtime.system import peak_bytes
 
 MUTATIONS = 4000
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
-
-
-def run(*arguments: object) -> int:
-    try:
-        return cli.main([str(a) for a in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
 
 @pytest.fixture(scope="module")
