@@ -17,7 +17,7 @@ Line = Mapping[str, Any]
 LEAST_BYTES = 2**20
 ALL = "sum of these in a call"
 #: What tells shapes apart, of products and of attention.
-SHOWN = ("BN", "BK", "split", "span", "chunk", "warps", "stages")
+SHOWN = ("BN", "BK", "split", "span", "chunk", "warps", "stages", "held")
 
 
 def shapes_table(runs: Sequence[Findings]) -> str:
@@ -119,5 +119,5 @@ def _beside(us: float | None, built: float) -> str:
 
 
 def _words(tile: Mapping[str, int]) -> str:
-    """ "BN 64, BK 128, split 2, warps 4, stages 6"."""
-    return ", ".join(f"{name} {tile[name]}" for name in SHOWN if name in tile)
+    """ "BN 64, BK 128, split 2, warps 4, stages 6, held 4"; nothing of what it does not hold."""
+    return ", ".join(f"{name} {tile[name]}" for name in SHOWN if tile.get(name, 0))

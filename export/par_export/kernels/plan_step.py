@@ -236,6 +236,7 @@ class _Profile(Batch):
             "CHUNK": tile.chunk,
             "WIDE": self.wide,
             "BQ": self.queries,
+            "HELD": tile.held,
             "EARLY": self.target.at_once,
         }
         grid = (self.spans, self.of_heads, 1)

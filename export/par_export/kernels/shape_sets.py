@@ -36,6 +36,11 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "matrices of up to 24 MiB are fetched ahead": {"ahead_bytes": 24 * 2**20},
     "weights are held": {"held_bytes": MOST_HELD_BYTES},
     "weights are held, and the next kernel comes at once": {"held_bytes": MOST_HELD_BYTES, "at_once": True},
+    "weights and keys are held, and the next kernel comes at once": {
+        "held_bytes": MOST_HELD_BYTES,
+        "held_keys": True,
+        "at_once": True,
+    },
 }
 AS_BUILT, AGAIN = "as built", "as built, again"
 
@@ -110,7 +115,7 @@ def is_of(tile: Tile, kernel: Kernel) -> bool:
         wanted |= {"AHEAD": tile.ahead, "HELD": tile.held}
         wanted |= {"SPLIT": tile.split} if "SPLIT" in constants else {}
     else:
-        wanted = {"SPAN": tile.span, "CHUNK": tile.chunk}
+        wanted = {"SPAN": tile.span, "CHUNK": tile.chunk, "HELD": tile.held}
     return kernel.warps == tile.warps and all(constants[name] == value for name, value in wanted.items())
 
 
@@ -118,4 +123,4 @@ def _is_refused(kind: str, tile: Tile, refused: Refused) -> bool:
     of = partial(shapes_of, refused, SOURCES[kind])
     if isinstance(tile, ProductTile):
         return (tile.bits, tile.BN, tile.BK) in of(("BITS", "BN", "BK"))
-    return (tile.span, tile.chunk) in of(("SPAN", "CHUNK"))
+    return (tile.span, tile.chunk, tile.held) in of(("SPAN", "CHUNK", "HELD"))

@@ -53,7 +53,8 @@ class Spec:
     @property
     def many_registers(self) -> bool:
         """Whether the assembler is told that a thread may have as many registers as a block leaves it: a kernel that
-        holds weights (``product.hold``) has so many loads on their way that it would else do them a few at a time.
+        holds weights (``product.hold``) or keys has so many loads on their way that it would else do them a few at a
+        time.
         """
         return any(name == "HELD" and value for name, value in self.constants)
 

@@ -25,6 +25,7 @@ class Target:
     processor. ``sheet``: bandwidth and matrix rate. ``early``: kernels may be launched early, where the GPU can;
     ``ahead_bytes``: matrices of up to so many bytes are then fetched ahead while the kernel before ends;
     ``held_bytes``: each block of a product loads so many bytes of weights before it waits, and keeps them;
+    ``held_keys``: so does each block of attention with the keys and values of earlier calls, where they fit;
     ``at_once``: the next kernel may be launched as soon as a kernel has waited, not only when its sums are done.
     """
 
@@ -38,6 +39,7 @@ class Target:
     early: bool = True
     ahead_bytes: int = 8 * 2**20
     held_bytes: int = 0
+    held_keys: bool = False
     at_once: bool = False
 
     @property

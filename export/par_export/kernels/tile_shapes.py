@@ -87,12 +87,15 @@ class ProductTile:
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Attention in blocks of threads: each reads ``span`` keys, ``chunk`` at a time."""
+    """Attention in blocks of threads: each reads ``span`` keys, ``chunk`` at a time. ``held``: 0, or all of a span,
+    which are then loaded at once, those of earlier calls before the kernel ahead has ended.
+    """
 
     span: int
     chunk: int
     warps: int
     stages: int
+    held: int = 0
 
 
 @dataclass(frozen=True)

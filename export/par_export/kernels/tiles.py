@@ -20,6 +20,7 @@ from par_export.kernels.spec import Refused, power, round_up
 from par_export.kernels.targets import Target
 from par_export.kernels.tile_model import attention_us, line_bytes, matrix_of, product_us
 from par_export.kernels.tile_shapes import (
+    BYTES,
     NUMBERS,
     SOURCES,
     SUB_LEAST,
@@ -47,8 +48,11 @@ MOST_OF_SUMS = 160  #: registers of a thread for the sums of codes; more do not 
 #: Of the loop over K, for codes: with three stages two panels are in shared memory, and one comes in the background.
 LEAST_TURNS = 3
 MOST_STEPS = 4  #: pieces of a block of K one after the other: each is a copy of the same instructions
-#: Bytes of weights that a block can hold, and of these the bytes of a thread: 160 of its registers, on their way.
+#: Bytes of weights that a block can hold, and of these (or of keys) the bytes of a thread: 160 of its registers, on
+#: their way.
 MOST_HELD_BYTES, MOST_LOADED = 80 * 1024, 640
+WIDE_ROWS = 64  #: rows that the wide matrix instruction takes at least: keys of a block's own call have so many
+MOST_SPANS = 4  #: of keys that are held
 
 
 def choose(
@@ -66,8 +70,9 @@ def choose(
     of a kind that is not named, as numbers. Raises BuildError where ``refused`` leaves no shape.
     """
     out: dict[int, dict[str, Any]] = {batch: {"kept": {}} for batch in images}
-    gone = shapes_of(refused, SOURCES["attention"], ("SPAN", "CHUNK"))
-    keys = [tile for tile in attentions(config, images, target) if (tile.span, tile.chunk) not in gone]
+    gone = shapes_of(refused, SOURCES["attention"], ("SPAN", "CHUNK", "HELD"))
+    keys = [*(holding_keys(config, target) if target.held_keys else ()), *attentions(config, images, target)]
+    keys = [tile for tile in keys if (tile.span, tile.chunk, tile.held) not in gone]
     for kind in SOURCES:
         tile = given.get(kind)
         if kind == "attention":
@@ -259,3 +264,26 @@ def few_spans(config: PARConfig, target: Target) -> list[AttentionTile]:
             spans = dict.fromkeys(round_up(-(-config.n_tokens // parts), chunk) for parts in (1, 2))
             return [AttentionTile(span, chunk, 4, 3) for span in spans]
     return []
+
+
+def holding_keys(config: PARConfig, target: Target) -> list[AttentionTile]:
+    """Attention that holds keys, the fewest spans of an image's keys first; none where the GPU starts no kernel before
+    the one ahead has ended.
+
+    A span is a power of 2 or the sum of two, since each of them is one operand of the matrix units.
+    """
+    if not target.dependent:
+        return []
+    line = 2 * max(16, power(line_bytes(config) // (2 * BYTES))) * BYTES  # in shared memory: a power of 2
+    own = max(WIDE_ROWS, power(config.group_size)) * line
+    out: dict[int, AttentionTile] = {}
+    for parts in range(1, MOST_SPANS + 1):
+        keys = -(-config.n_tokens // parts)
+        span = max(32, power(keys)) if keys <= WIDE_ROWS else round_up(keys, WIDE_ROWS)
+        while (span & (span - 1)) & ((span & (span - 1)) - 1):  # neither a power of 2 nor a sum of two
+            span += WIDE_ROWS
+        fits = span * line + own <= MOST_SHARED * target.shared_block
+        warps = [each for each in (4, 8, 16) if span * line <= MOST_LOADED * 32 * each]
+        if fits and warps:
+            out.setdefault(span, AttentionTile(span, span, warps[0], 2, span))
+    return list(out.values())

@@ -28,7 +28,7 @@ from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import Target
 from par_export.kernels.tile_model import matrix_of
 from par_export.kernels.tile_shapes import NUMBERS, AttentionTile, ProductTile, Storage, panel_bytes, rows_of
-from par_export.kernels.tiles import MOST_HELD_BYTES, attentions, choose, few_spans, holding, products
+from par_export.kernels.tiles import MOST_HELD_BYTES, attentions, choose, few_spans, holding, holding_keys, products
 from par_model.config import PARConfig
 from par_runtime.backends import cuda
 from par_runtime.backends.engines import CAPTURES, Capture, Engine
@@ -130,6 +130,7 @@ def candidates(
         keys = attentions(config, images, card)
         first: Tile = keys[0]
         others: list[Tile] = [
+            *holding_keys(config, card)[:2],
             *few_spans(config, card),
             *keys[1:2],
             *(replace(keys[0], warps=warps) for warps in (2, 8)),

@@ -58,7 +58,7 @@ def test_every_set_has_another_shape_of_every_kernel_and_the_first_is_what_a_bui
                 if isinstance(tile, ProductTile):
                     wanted = {"BN": tile.BN, "BK": tile.BK, "BITS": tile.bits}
                 else:
-                    wanted = {"SPAN": tile.span, "CHUNK": tile.chunk}
+                    wanted = {"SPAN": tile.span, "CHUNK": tile.chunk, "HELD": tile.held}
                 found = [
                     dict(s.constants)
                     for s in planned.specs.values()
@@ -77,6 +77,8 @@ def test_the_last_sets_change_how_kernels_follow_each_other() -> None:
             own, other = (replace(getattr(each, kind), ahead=0, held=0, stages=0) for each in (tiles, built))
             assert own == other
             assert (getattr(tiles, kind).held > 0) == ("held" in words), (words, kind)
+        assert (tiles.attention.held > 0) == ("keys" in words)
+        assert tiles.attention == built.attention or tiles.attention.held
         assert one.card(card).at_once == words.endswith("at once")
         sizes[words] = {getattr(tiles, kind).ahead for kind in ("qkv", "gates", "head")}
         assert one.card(card).dependent == ("early" not in words)

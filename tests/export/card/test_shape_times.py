@@ -292,10 +292,10 @@ def test_the_fastest_shape_is_shown_beside_the_chosen_one() -> None:
     limit = {"kind": "limit", "name": "copy bandwidth", "unit": "GB/s", "value": 3000.0, "spread": 0.0, "how": "x"}
     lines = [
         shape("gates", 0, 1, 5.0),
-        shape("gates", 1, 1, 4.0, BN=32),
+        shape("gates", 1, 1, 4.0, BN=32, held=2),
         shape("gates", 2, 1, 4.5, BN=16),
         shape("gates", 0, 8, 6.0),
-        shape("gates", 1, 8, 8.0, BN=32),
+        shape("gates", 1, 8, 8.0, BN=32, held=2),
         shape("head", 0, 1, 50.0),
         shape("head", 1, 1, 60.0, BN=32),
         shape("head", 0, 8, 80.0),
@@ -306,7 +306,7 @@ def test_the_fastest_shape_is_shown_beside_the_chosen_one() -> None:
     bound = 100 * 8 * 2**20 / 3000e3 / 4.0
     of = f"{bound:.0f} %"
     tile = "BN {}, BK 128, split 1, warps 4, stages 6"
-    assert table[2] == f"| PAR-L n=4 | gates | 3 | 5 | 4 | 1.25 x | 0.75 x | {of} | {tile.format(32)} |"
+    assert table[2] == f"| PAR-L n=4 | gates | 3 | 5 | 4 | 1.25 x | 0.75 x | {of} | {tile.format(32)}, held 2 |"
     assert table[3] == f"| PAR-L n=4 | head | 2 | 50 | 50 | 1.00 x | 1.00 x | 6 % | {tile.format(64)} |"
     assert table[4] == f"| PAR-L n=4 | {ALL} |  | 170 | 146 | 1.16 x | {224 / 272:.2f} x |  |  |"
     assert len(table) == 5

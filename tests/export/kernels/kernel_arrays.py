@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,11 +39,15 @@ def launch(
     arguments: Mapping[str, tuple[str, Any]],
     shuffle: int | None = None,
     quick: bool = False,
+    blocks: Sequence[tuple[int, ...]] | None = None,
 ) -> None:
-    """Run ``source`` with ``arguments``: name -> (type, array or number); ``quick`` as in ``programs.Host``."""
+    """Run ``source`` with ``arguments``: name -> (type, array or number); ``quick`` as in ``programs.Host``, which can
+    run some ``blocks`` alone.
+    """
     if quick:
-        _quickly(source, constants, grid, arguments)
+        _quickly(source, constants, grid, arguments, blocks)
         return
+    assert blocks is None
     values = []
     for _, value in arguments.values():
         if isinstance(value, np.ndarray):
@@ -63,7 +67,11 @@ def launch(
 
 
 def _quickly(
-    source: str, constants: Mapping[str, Any], grid: tuple[int, ...], arguments: Mapping[str, tuple[str, Any]]
+    source: str,
+    constants: Mapping[str, Any],
+    grid: tuple[int, ...],
+    arguments: Mapping[str, tuple[str, Any]],
+    blocks: Sequence[tuple[int, ...]] | None,
 ) -> None:
     values: dict[str, Any] = dict(constants)
     if "DEPENDENT" in values:
@@ -75,4 +83,4 @@ def _quickly(
         else:
             values[name] = language._array(NUMBERS[kind](value))
     sizes = (*grid, 1, 1)[:3]
-    language.run(_function(source), sizes, list(itertools.product(*map(range, sizes))), values)
+    language.run(_function(source), sizes, blocks or list(itertools.product(*map(range, sizes))), values)

@@ -205,6 +205,29 @@ def test_a_measured_shape_keeps_what_it_holds_as_far_as_that_fits() -> None:
     assert {tile.gates.held for tile in chosen.values()} == {0}
 
 
+def test_spans_of_keys_that_are_held_are_one_operand_or_two_and_fit() -> None:
+    """The fewest spans first; the keys of 3B, which has heads of 100 numbers in 128, are twice as many bytes."""
+    card = TARGETS["SM90"]
+    found = {name: tiles.holding_keys(named(name, group_size=16), card) for name in ("L", "3B")}
+    assert [(tile.span, tile.warps) for tile in found["L"]] == [(576, 8), (320, 4), (192, 4)]
+    assert [(tile.span, tile.warps) for tile in found["3B"]] == [(320, 8), (192, 8)]
+    for name, shapes in found.items():
+        for tile in shapes:
+            assert tile.held == tile.chunk == tile.span
+            assert tile.span.bit_count() <= 2
+            assert 2 * tile.span * {"L": 64, "3B": 128}[name] * 2 <= tiles.MOST_LOADED * 32 * tile.warps
+    assert tiles.holding_keys(TINY, card) == [tile_shapes.AttentionTile(n, n, 4, 2, n) for n in (64, 32)]
+    for other in (TARGETS["SM80"], replace(card, early=False)):
+        assert tiles.holding_keys(named("L"), other) == []
+    holds = replace(card, held_keys=True)
+    assert {each.attention for each in tiles.choose(named("L"), IMAGES, holds).values()} == {found["L"][0]}
+    refused = frozenset({Spec("attention.attend", (("SPAN", 576), ("CHUNK", 576), ("HELD", 576)), (), 8, 2)})
+    assert {each.attention for each in tiles.choose(named("L"), IMAGES, holds, refused).values()} == {found["L"][1]}
+    long = PARConfig(dim=1024, n_layers=2, n_heads=8, vocab_size=64, n_classes=3, grid=(5, 32, 32), group_size=4)
+    assert tiles.holding_keys(long, card) == []  # 5,120 keys of 128 numbers
+    assert not tiles.choose(long, (1,), holds)[1].attention.held
+
+
 def test_few_spans_of_keys_are_whole_chunks_and_fit() -> None:
     """PAR-L has 576 keys: one span, or two; a card with little shared memory takes them in smaller pieces."""
     found = {name: tiles.few_spans(named("L"), TARGETS[name]) for name in ("SM90", "SM86")}

@@ -147,12 +147,7 @@ def test_a_shape_that_computes_something_else_is_left_out(
     wrong = tune.candidates(config, "attention", (1,), TARGETS["SM90"], 2, 1)[1]
     assert isinstance(wrong, tile_shapes.AttentionTile)
     clock.broken = lambda k: (
-        k.source == "attention.attend"
-        and (k.constants["SPAN"], k.constants["CHUNK"])
-        == (
-            wrong.span,
-            wrong.chunk,
-        )
+        k.source == "attention.attend" and (k.constants["SPAN"], k.constants["HELD"]) == (wrong.span, wrong.held)
     )
     lines: list[str] = []
     request = KernelsRequest(bundle, ("local",), images=(1,))
@@ -213,7 +208,9 @@ def test_candidates_begin_with_the_model_s_choice_and_differ() -> None:
         holds = kind != "head"  # whose panels are so large that none finds room beside its stages
         assert [count > 0 for count in held] == [False, holds, False, False, False, False][: len(held)]
         old = tune.candidates(named("L"), kind, (1, 8), TARGETS["SM80"], 6, 1)
-        assert not any(isinstance(tile, tile_shapes.ProductTile) and tile.held for tile in old)
+        assert not any(tile.held for tile in old)
+        keys = [tile.held > 0 for tile in found if isinstance(tile, tile_shapes.AttentionTile)]
+        assert keys == [False, True, True, False, False, False][: len(keys)]
 
 
 def test_shapes_of_quantised_products_are_tried(bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from par_export.kernels.plan_step import plan
 from par_export.kernels.spec import Planned, Spec
 from par_export.kernels.step_weights import storages
 from par_export.kernels.targets import TARGETS, Target
-from par_export.kernels.tiles import MOST_HELD_BYTES, choose
+from par_export.kernels.tile_shapes import AttentionTile, ProductTile
+from par_export.kernels.tiles import MOST_HELD_BYTES, choose, holding_keys
 from par_model.config import PARConfig, named
 from par_runtime.bundle import Stored
 from par_runtime.manifest import MATRICES, STORED_BYTES
@@ -67,6 +69,7 @@ def planned(
     precision: str,
     images: tuple[int, ...],
     codes: tuple[str, int] | None = None,
+    given: Mapping[str, ProductTile | AttentionTile] = MappingProxyType({}),
 ) -> Planned:
     def ones(stored: Stored) -> Any:
         return np.ones(stored.shape, np.float32)
@@ -75,7 +78,7 @@ def planned(
     stored = table(config)
     if codes is not None:
         stored = quantised(stored, *codes)
-    tiles = choose(config, images, card, storages=storages(stored))
+    tiles = choose(config, images, card, given=given, storages=storages(stored))
     return plan(config, stored, ones, ["group"], images, precision, card, tiles)
 
 
@@ -279,7 +282,7 @@ def test_held_weights_are_in_shared_memory_before_the_wait(size: str, compiler: 
     """
     card = replace(TARGETS["SM90"], held_bytes=MOST_HELD_BYTES, at_once=True)
     of = planned(named(size), card, "fp16", (1,))
-    specs = [spec for spec in of.specs.values() if dict(spec.constants).get("HELD")]
+    specs = [s for s in of.specs.values() if dict(s.constants).get("HELD") and s.source != "attention.attend"]
     assert {spec.source for spec in specs} >= {"step.qkv", "step.residual", "step.gates"}
     compiled = compiler.compile(specs, card)
     for spec in specs:
@@ -300,6 +303,46 @@ def test_held_weights_are_in_shared_memory_before_the_wait(size: str, compiler: 
         start = next(i for i, line in enumerate(later) if "PREEXIT" in line)
         assert not any(re.search("LDG|MMA|LDGSTS", line) for line in later[:start]), spec.source
         assert any("MMA" in line for line in later[start:])
+
+
+@pytest.mark.parametrize(
+    ("size", "spans"), [("L", 1), ("L", 2), pytest.param("3B", 2, marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize("query", [4, pytest.param(16, marks=pytest.mark.slow)])
+def test_held_keys_are_in_shared_memory_before_the_wait(
+    size: str, spans: int, query: int, compiler: Compiler, tmp_path: Path
+) -> None:
+    """Keys and values, all asked for before the first is stored there. What is left to load is the queries, and the
+    keys of the call itself.
+    """
+    card = replace(TARGETS["SM90"], at_once=True)
+    config = named(size, group_size=query)
+    tile = next(each for each in holding_keys(config, card) if -(-config.n_tokens // each.span) == spans)
+    of = planned(config, card, "fp16", (1,), given={"attention": tile})
+    (spec,) = (spec for spec in of.specs.values() if spec.source == "attention.attend")
+    c = dict(spec.constants)
+    assert (c["SPAN"], c["SPLITS"], c["HELD"], spec.warps) == (tile.span, spans, tile.span, tile.warps)
+    kernel = compiler.compile([spec], card)[spec.name]
+    assert kernel.fault(card) is None
+    lines = assembly(kernel, tmp_path)
+    wait = next(i for i, line in enumerate(lines) if "ACQBULK" in line)
+    letters = "".join(
+        "L" if "LDG.E.128" in line else "S" for line in lines[:wait] if re.search("LDG.E.128|STS.128", line)
+    )
+    of_thread = 2 * tile.span * int(c["WIDE"]) * 2 // (32 * spec.warps * 16)
+    assert letters.count("L") == of_thread
+    assert letters.count("S") == of_thread
+    assert letters.index("S") >= 0.8 * of_thread, letters
+    later = lines[wait:]
+    start = next(i for i, line in enumerate(later) if "PREEXIT" in line)
+    assert not any(re.search("LDG|MMA|LDGSTS", line) for line in later[:start])
+    products = [i for i, line in enumerate(later) if "MMA" in line]
+    own = max(64, query) * int(c["WIDE"]) * 2 * 2 // (32 * spec.warps * 16)
+    before = [line for line in later[start : products[0]] if "LDG.E.128" in line]
+    assert own <= len(before) <= own + 2
+    if spans == 1:  # nobody has to join anything
+        assert not any("LDG" in line for line in later[products[0] :])
+    assert not any("LDL" in line or "STL" in line for line in lines)
 
 
 def test_nothing_is_overwritten_before_all_threads_have_loaded_it(compiler: Compiler, tmp_path: Path) -> None:

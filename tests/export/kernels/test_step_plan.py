@@ -158,13 +158,15 @@ def test_rows_at_different_positions_and_batches(tiny: Path) -> None:
     assert one[1].tobytes() == two[1].tobytes()
 
 
-def test_weights_that_are_held_give_the_same_call(bundles: dict[str, Path]) -> None:
+def test_weights_and_keys_that_are_held_give_the_same_call(bundles: dict[str, Path]) -> None:
     """And kernels that are launched at once are no others: the same sums, but for how numpy adds up longer rows."""
-    card = replace(TARGETS["SM90"], held_bytes=MOST_HELD_BYTES, at_once=True)
+    card = replace(TARGETS["SM90"], held_bytes=MOST_HELD_BYTES, held_keys=True, at_once=True)
     plain, holds = (Both(bundles["n16"], 1, "fp16", each) for each in (TARGETS["SM90"], card))
-    held = [dict(spec.constants).get("HELD", 0) for spec in holds.planned.specs.values()]
+    held = [dict(s.constants).get("HELD", 0) for s in holds.planned.specs.values() if s.source != "attention.attend"]
+    keys = [dict(s.constants)["HELD"] for s in holds.planned.specs.values() if s.source == "attention.attend"]
     early = {dict(spec.constants).get("EARLY") for spec in holds.planned.specs.values()}
     assert sum(count > 0 for count in held) >= 4
+    assert keys == [64]
     assert early == {True, None}
     ids = np.array([[plain.bundle.class_base], [plain.bundle.no_class]])
     inputs = plain.inputs(ids, np.zeros(2, np.int64), 1, 0)
