@@ -215,8 +215,7 @@ def holding(tile: ProductTile, most: int, columns: int, depth: int, rows: int, t
     panels = -(-depth // tile.BK)
     turns = panels // tile.split
     for held in range(min(most, turns), 0, -1):
-        few = held - power(held + 1) // 2
-        if few & (few - 1):  # neither a power of 2 nor a sum of two
+        if held.bit_count() > 2:  # neither a power of 2 nor a sum of two
             continue
         whole = held * tile.split == panels
         if not whole and turns - held < 2:  # a loop of one turn would copy nothing in the background
@@ -280,7 +279,7 @@ def holding_keys(config: PARConfig, target: Target) -> list[AttentionTile]:
     for parts in range(1, MOST_SPANS + 1):
         keys = -(-config.n_tokens // parts)
         span = max(32, power(keys)) if keys <= WIDE_ROWS else round_up(keys, WIDE_ROWS)
-        while (span & (span - 1)) & ((span & (span - 1)) - 1):  # neither a power of 2 nor a sum of two
+        while span.bit_count() > 2:
             span += WIDE_ROWS
         fits = span * line + own <= MOST_SHARED * target.shared_block
         warps = [each for each in (4, 8, 16) if span * line <= MOST_LOADED * 32 * each]

@@ -275,6 +275,22 @@ def test_products_in_parts_and_of_codes_let_the_next_kernel_start_when_their_sum
         assert let_next_when_the_sums_are_done(lines[:wait], lines[wait:]), spec
 
 
+def behind_what_is_held(lines: list[str], of_thread: int) -> list[str]:
+    """What follows when the next kernel was let start, right after the wait; before it each thread loads so many
+    pieces of 16 bytes, all of them on their way together, and stores them in shared memory.
+    """
+    wait = next(i for i, line in enumerate(lines) if "ACQBULK" in line)
+    letters = "".join(
+        "L" if "LDG.E.128" in line else "S" for line in lines[:wait] if re.search("LDG.E.128|STS.128", line)
+    )
+    assert letters.count("L") == letters.count("S") == of_thread
+    assert letters.index("S") >= 0.8 * of_thread, letters  # the assembler may begin to store when most are asked for
+    later = lines[wait:]
+    start = next(i for i, line in enumerate(later) if "PREEXIT" in line)
+    assert not any(re.search("LDG|MMA|LDGSTS", line) for line in later[:start])
+    return later[start:]
+
+
 @pytest.mark.parametrize("size", ["L", pytest.param("XL", marks=pytest.mark.slow)])
 def test_held_weights_are_in_shared_memory_before_the_wait(size: str, compiler: Compiler, tmp_path: Path) -> None:
     """All of them are asked for before the first is stored there, so that they are on their way together. With
@@ -289,20 +305,8 @@ def test_held_weights_are_in_shared_memory_before_the_wait(size: str, compiler: 
         kernel, c = compiled[spec.name], dict(spec.constants)
         assert kernel.fault(card) is None, spec
         assert all(kind.startswith("wgmma") for kind in kernel.products)
-        lines = assembly(kernel, tmp_path)
-        wait = next(i for i, line in enumerate(lines) if "ACQBULK" in line)
-        letters = "".join(
-            "L" if "LDG.E.128" in line else "S" for line in lines[:wait] if re.search("LDG.E.128|STS.128", line)
-        )
         of_thread = int(c["HELD"]) * int(c["BN"]) * int(c["BK"]) * 2 // (32 * spec.warps * 16)
-        assert letters.count("L") == letters.count("S") == of_thread, spec
-        assert letters.index("S") >= 0.8 * of_thread, (
-            letters
-        )  # the assembler may begin to store when most are asked for
-        later = lines[wait:]
-        start = next(i for i, line in enumerate(later) if "PREEXIT" in line)
-        assert not any(re.search("LDG|MMA|LDGSTS", line) for line in later[:start]), spec.source
-        assert any("MMA" in line for line in later[start:])
+        assert any("MMA" in line for line in behind_what_is_held(assembly(kernel, tmp_path), of_thread)), spec
 
 
 @pytest.mark.parametrize(
@@ -325,20 +329,10 @@ def test_held_keys_are_in_shared_memory_before_the_wait(
     kernel = compiler.compile([spec], card)[spec.name]
     assert kernel.fault(card) is None
     lines = assembly(kernel, tmp_path)
-    wait = next(i for i, line in enumerate(lines) if "ACQBULK" in line)
-    letters = "".join(
-        "L" if "LDG.E.128" in line else "S" for line in lines[:wait] if re.search("LDG.E.128|STS.128", line)
-    )
-    of_thread = 2 * tile.span * int(c["WIDE"]) * 2 // (32 * spec.warps * 16)
-    assert letters.count("L") == of_thread
-    assert letters.count("S") == of_thread
-    assert letters.index("S") >= 0.8 * of_thread, letters
-    later = lines[wait:]
-    start = next(i for i, line in enumerate(later) if "PREEXIT" in line)
-    assert not any(re.search("LDG|MMA|LDGSTS", line) for line in later[:start])
+    later = behind_what_is_held(lines, 2 * tile.span * int(c["WIDE"]) * 2 // (32 * spec.warps * 16))
     products = [i for i, line in enumerate(later) if "MMA" in line]
     own = max(64, query) * int(c["WIDE"]) * 2 * 2 // (32 * spec.warps * 16)
-    before = [line for line in later[start : products[0]] if "LDG.E.128" in line]
+    before = [line for line in later[: products[0]] if "LDG.E.128" in line]
     assert own <= len(before) <= own + 2
     if spans == 1:  # nobody has to join anything
         assert not any("LDG" in line for line in later[products[0] :])

@@ -83,21 +83,16 @@ def in_chunks(
     BQ: tl.constexpr,
 ):
     """The largest score, the sum and the weighted values over the keys from ``start`` to ``end``."""
-    d = tl.arange(0, WIDE)
     peak = tl.full((BQ,), float("-inf"), tl.float32)
     total = tl.zeros((BQ,), tl.float32)
     acc = tl.zeros((WIDE, BQ), tl.float32)
     for at in tl.range(start, end, CHUNK):
-        key = at + tl.arange(0, CHUNK)
-        seen = key < end
-        place = key[:, None] * PADDED + d[None, :]
-        mask = seen[:, None] & (d < PADDED)[None, :]
         # Queries are loaded with each chunk (an offset that is 0, which the compiler cannot know, keeps them here):
         # outside of the loop they would be waited for before the first key is asked for.
         query = tl.load(of_query + tl.minimum(at, 0) * 16, mask=mask_q, other=0.0)
-        k = tl.load(past_k + place, mask=mask, other=0.0)
-        v = tl.load(past_v + place, mask=mask, other=0.0)
-        score = tl.where(seen[:, None], tl.dot(k, query), float("-inf"))
+        k = lines_of(past_k, at, end, PADDED, WIDE, CHUNK)
+        v = lines_of(past_v, at, end, PADDED, WIDE, CHUNK)
+        score = scores(k, query, at, end, CHUNK)
         top = tl.maximum(peak, tl.max(score, 0))
         weight = tl.exp2(score - top[None, :])
         shrink = tl.exp2(peak - top)
