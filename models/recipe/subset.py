@@ -4,7 +4,8 @@
 
 Takes all images from number ``--start`` on, and of each class of ``--more`` so many of those before it, the last ones.
 They keep their order. A training that goes on sees drawings that it has seldom or never seen, and those classes more
-often. Both folders are as ``render.mjs`` writes them.
+often. ``--without`` names held-out drawings: what is equal to one of them is left out, so that they stay unseen. All
+folders are as ``render.mjs`` writes them.
 """
 
 from __future__ import annotations
@@ -35,15 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--more", nargs="+", default=[], metavar="CLASS=COUNT", help="so many images of a class from before --start too"
     )
+    p.add_argument(
+        "--without",
+        type=Path,
+        metavar="HELD_OUT",
+        help="folder of the same form; leave out what is equal to an image in it",
+    )
     args = p.parse_args(argv)
 
     def work() -> int:
         folder_for("--out", args.out)
-        keep_inputs(f"--out {args.out}", (args.out / name for name in IMAGES), data=args.data)
+        outputs = (args.out / name for name in IMAGES)
+        keep_inputs(f"--out {args.out}", outputs, data=args.data, without=args.without)
         raw = RawImages.open(args.data)
         chosen = chosen_images(raw, args.start, args.more)
-        write(args.out, raw, chosen)
-        print(printable(f"{args.out}: {len(chosen)} images of {len(raw.labels)}"))
+        kept = chosen if args.without is None else without(raw, chosen, args.without)
+        write(args.out, raw, kept)
+        left_out = "" if args.without is None else f"; left out {len(chosen) - len(kept)} that {args.without} has too"
+        print(printable(f"{args.out}: {len(kept)} images of {len(raw.labels)}{left_out}"))
         return 0
 
     return run("subset.py", work)
@@ -70,6 +80,22 @@ def chosen_images(raw: RawImages, start: int, more: Sequence[str]) -> NDArray[np
             raise InputError(f"--more {text}: only {len(before)} images of {name} are before --start {start}")
         chosen.append(before[-count:])
     return np.sort(np.concatenate(chosen))
+
+
+def without(raw: RawImages, chosen: NDArray[np.intp], held_out: Path) -> NDArray[np.intp]:
+    """Those of the images ``chosen`` of ``raw`` that are equal to no image in the folder ``held_out``.
+
+    Raises InputError where those are of another size, or where nothing is left; OSError.
+    """
+    other = RawImages.open(held_out)
+    if other.images.shape[1:] != raw.images.shape[1:]:
+        given, expected = ("x".join(map(str, images.shape[2:0:-1])) for images in (other.images, raw.images))
+        raise InputError(f"--without {held_out}: holds images of {given} pixels; expected {expected}, as --data")
+    digests = {hashlib.sha256(image).digest() for image in other.images}
+    kept = chosen[[hashlib.sha256(raw.images[i]).digest() not in digests for i in chosen]]
+    if not len(kept):
+        raise InputError(f"--without {held_out}: holds every chosen image; give a lower --start, or other drawings")
+    return kept
 
 
 def write(out: Path, raw: RawImages, chosen: NDArray[np.intp]) -> None:

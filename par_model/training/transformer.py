@@ -63,6 +63,11 @@ def train(args: argparse.Namespace) -> None:
     Raises InputError, CheckpointError, OSError.
     """
     keep_run_inputs(args.run, codes=args.codes, val=args.val, init=args.init, tokenizer=args.tokenizer)
+    if args.muon_lr is not None and args.optimizer != "muon":
+        raise InputError(
+            f"--muon-lr {args.muon_lr:g}: is of Muon, and the optimizer is {args.optimizer}; give --optimizer muon, "
+            "or --lr"
+        )
     codes, labels, names = load_codes(args.codes, args.vocab)
     held_out = load_codes(args.val, args.vocab)
     if held_out[0].shape[1:] != codes.shape[1:]:
@@ -262,7 +267,7 @@ def make_optimizers(model: PAR, args: argparse.Namespace) -> list[torch.optim.Op
     no_decay: dict[str, Any] = {"params": gains, "weight_decay": 0.0}
     if args.optimizer == "muon":
         kind = torch.optim.Muon if bf16_is_fast(model.output.weight.device) else Float32Muon
-        muon = kind(inner, lr=MUON_LR, momentum=0.95, weight_decay=0.05)
+        muon = kind(inner, lr=args.muon_lr or MUON_LR, momentum=0.95, weight_decay=0.05)
         return [
             muon,
             torch.optim.AdamW(

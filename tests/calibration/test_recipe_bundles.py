@@ -26,7 +26,7 @@ from par_runtime.bundle import Bundle, seal
 
 CLASSES = 4
 SHARE = "expected 0 to 1, the share of the weights after"
-DATA = "expected subset or train-40000"
+DATA = "expected subset, fresh or train-40000"
 MODELS = Path(__file__).parents[2] / "models"
 ANY = "--budget top1=0.5,kl=none,kl_p95=none,kl_inputs=none,likelihood=none,layer=none"
 FEW = "--generated 0 --images 4 --samples 512 --quiet"
@@ -297,6 +297,11 @@ def test_short_times_are_said_in_milliseconds(recipe: ModuleType) -> None:
             "--take ../demo-n1 --fp16 4",
         ),
         (
+            "further-siblings MORE_N=4\\ 16 MORE_DATA=fresh TRAIN_MORE='--muon-lr 0.01 --seed 2'",
+            {16: "further-siblings/from-n16/model.pt", 4: "further-siblings/from-n4/model.pt"},
+            "--take ../demo-n1 --fp16 4",
+        ),
+        (
             "further-siblings MORE_N=4",
             {4: "further-siblings/from-n4/model.pt"},
             "--take ../demo-n1 ../demo-n16 --fp16 4",
@@ -315,7 +320,10 @@ def test_make_trains_each_from_the_right_weights(
             assert averaged in planned.stdout
     trained = [(int(value(words, "--group-size")), value(words, "--init")) for words in trainings]
     assert sorted(trained) == sorted((n, f"{tmp_path}/{start}") for n, start in starts.items())
-    codes = "subset" if "subset" in target else "train-40000"
+    codes = next((name for name in ("subset", "fresh") if name in target), "train-40000")
+    if codes == "fresh":
+        assert all(words[-4:] == ["--muon-lr", "0.01", "--seed", "2"] for words in trainings)
+        assert f"subset.py --data {tmp_path}/train-140000 --without {tmp_path}/val --out" in planned.stdout
     assert {value(words, "--codes") for words in trainings} == {f"{tmp_path}/siblings/{codes}.npz"}
     for n, bundle in ((1, "../demo-n1"), (4, "../demo"), (16, "../demo-n16")):
         restored = f"from_bundle.py {bundle} --out {tmp_path}/further-siblings/from-n{n}" in planned.stdout

@@ -120,6 +120,40 @@ def test_from_images_to_a_trained_model(images: Path, tmp_path: Path, monkeypatc
     assert (config.grid, config.vocab_size, config.n_classes) == ((1, 4, 4), 16, 2)
 
 
+def test_the_learning_rate_of_muon_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = str(tmp_path / "codes.npz")
+    random = np.random.default_rng(1)
+    np.savez(
+        codes,
+        codes=random.integers(16, size=(8, 4, 4)).astype(np.uint16),
+        labels=np.arange(8, dtype=np.uint8) % 2,
+        class_names=np.array(["a", "b"]),
+    )
+    base = (
+        f"--codes {codes} --val {codes} --vocab 16 --dim 16 --layers 1 --heads 2 --batch 8 --lr 0.5 --dropout 0 --ema 0"
+    )
+    first = [*base.split(), "--optimizer", "muon", "--warmup", "0", "--run", str(tmp_path / "first")]
+    assert train.main([*first, "--steps", "1"]) == 0
+    before = open_checkpoint(tmp_path / "first" / "model.pt")
+    moved = {}
+    for rate in ("0.02", "1e-9"):
+        run = tmp_path / rate
+        more = ["--steps", "1", "--init", str(tmp_path / "first" / "model.pt"), "--muon-lr", rate, "--run", str(run)]
+        assert train.main([*first, *more]) == 0
+        after = open_checkpoint(run / "model.pt")
+        moved[rate] = {key: float((after.tensor(key) - before.tensor(key)).abs().max()) for key in before.tensors}
+    matrices = [key for key in before.tensors if key.startswith("layers.") and len(before.tensors[key].shape) == 2]
+    assert matrices
+    assert all(moved["1e-9"][key] < 1e-6 < 1e-4 < moved["0.02"][key] for key in matrices)
+    assert moved["1e-9"]["output.weight"] == moved["0.02"]["output.weight"] > 0.1  # AdamW's rate is another
+    capsys.readouterr()
+    assert train.main([*base.split(), "--muon-lr", "0.01", "--run", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == (
+        "parvis: error: --muon-lr 0.01: is of Muon, and the optimizer is adamw; give --optimizer muon, or --lr\n"
+    )
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_run_is_not_overwritten_silently(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

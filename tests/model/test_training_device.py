@@ -74,7 +74,7 @@ def placed(model: Module, device: torch.device) -> Module:
 
 
 def options(optimizer: str) -> argparse.Namespace:
-    return argparse.Namespace(lr=1e-3, batch=4, optimizer=optimizer)
+    return argparse.Namespace(lr=1e-3, muon_lr=None, batch=4, optimizer=optimizer)
 
 
 def sequences(device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:

@@ -55,6 +55,7 @@ def test_a_number_beyond_its_limits_is_one_line(
     [
         (train, "--lr 0", "--lr 0.0: expected a number above 0, at most 1000; 0.001 is a usual one"),
         (train_video, "--lr 0", "--lr 0.0: expected a number above 0"),
+        (train, "--muon-lr 0", "--muon-lr 0.0: expected a number above 0, at most 1000; 0.02 is the usual one"),
         (train, "--report 0", "--report 0: expected 1 to 1000000000000000"),
         (train, "--sheet 0", "--sheet 0: expected 1 to"),
         (train_tokenizer, "--steps 0", "--steps 0: expected 1 to"),

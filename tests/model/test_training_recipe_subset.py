@@ -67,15 +67,38 @@ def test_all_from_the_start_on_and_the_last_ones_before_it(
     assert sorted(path.name for path in out.iterdir()) == ["images.u8", "labels.u8", "meta.json"]
 
 
+def held_out(folder: Path, values: list[int], size: int = 8) -> Path:
+    """Held-out images in ``folder``, one of each value."""
+    folder.mkdir()
+    np.repeat(np.array(values, np.uint8), size * size * 3).tofile(folder / "images.u8")
+    np.zeros(len(values), np.uint8).tofile(folder / "labels.u8")
+    (folder / "meta.json").write_text(json.dumps({"count": len(values), "size": size, "styles": ["a", "b", "a=c"]}))
+    return folder
+
+
+def test_held_out_images_are_left_out(
+    subset: ModuleType, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, seen = tmp_path / "out", held_out(tmp_path / "seen", [3, 5, 7, 99])
+    options = ["--data", str(drawings), "--out", str(out), "--start", "6", "--more", "a=2", "--without", str(seen)]
+    assert subset.main(options) == 0
+    part = ImageFolder.open(out)
+    assert part.images[:, 0, 0, 0].tolist() == [0, 6, 8, 9]
+    assert (out / "labels.u8").read_bytes() == bytes(LABELS[i] for i in (0, 6, 8, 9))
+    assert capsys.readouterr().out == f"{out}: 4 images of 10; left out 2 that {seen} has too\n"
+
+
 def test_what_it_cannot_use_is_one_line_and_writes_nothing(
     subset: ModuleType, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
     out = tmp_path / "out"
 
-    def refused(text: str, *more: str, start: int = 6, given: Path = drawings, to: Path = out) -> None:
+    def refused(
+        text: str, *more: str, start: int = 6, given: Path = drawings, to: Path = out, without: Path | None = None
+    ) -> None:
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-        options = ["--more", *more] if more else []
+        options = (["--more", *more] if more else []) + (["--without", str(without)] if without else [])
         assert subset.main(["--data", str(given), "--out", str(to), "--start", str(start), *options]) == 2, text
         printed = capsys.readouterr()
         assert printed.err.startswith(f"subset.py: error: {text}")
@@ -93,6 +116,11 @@ def test_what_it_cannot_use_is_one_line_and_writes_nothing(
     refused(f"--out {drawings}: would write {drawings / 'images.u8'}, in the folder of --data {drawings}", to=drawings)
     refused(f"--out {drawings / 'in'}: would write", to=drawings / "in")
     refused(f"--out {tmp_path / 'file'}: is a file", to=tmp_path / "file")
+    small, every = held_out(tmp_path / "small", [1], size=4), held_out(tmp_path / "every", list(range(10)))
+    refused(f"--without {small}: holds images of 4x4 pixels; expected 8x8, as --data", without=small)
+    refused(f"--without {every}: holds every chosen image; give a lower --start", without=every)
+    refused(f"{tmp_path / 'none' / 'meta.json'}: no such file or folder", without=tmp_path / "none")
+    refused(f"--out {every}: would write {every / 'images.u8'}, in the folder of --without", to=every, without=every)
 
 
 def test_a_disk_that_is_full_at_the_last_file_leaves_all_three_of_the_part_before(

@@ -55,6 +55,7 @@ LIMITS = {
     "lr": Limit(0, 1000, above=True),
     "minutes": Limit(0, above=True),
     "multipliers": Limit(1, 2**10),
+    "muon_lr": Limit(0, 1000, above=True),
     "norm_groups": Limit(1, 2**14),
     "report": Limit(1, 10**15),
     "res_blocks": Limit(1, 64),
@@ -70,7 +71,11 @@ LIMITS = {
     "z_channels": Limit(1, 2**14),
 }
 #: How to say more about some of them.
-ADVICE = {"structure": "; 1 to 3 are good numbers", "lr": "; 0.001 is a usual one"}
+ADVICE = {
+    "structure": "; 1 to 3 are good numbers",
+    "lr": "; 0.001 is a usual one",
+    "muon_lr": "; 0.02 is the usual one",
+}
 
 
 def check(args: argparse.Namespace, limits: Mapping[str, Limit] = LIMITS) -> None:

@@ -28,6 +28,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: AdamW for the rest")
     p.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="of the learning rate")
     p.add_argument("--lr", type=float, help="of AdamW (default: 1e-4 per 256 images of a batch)")
+    p.add_argument(
+        "--muon-lr",
+        type=float,
+        help="of Muon (default: 0.02; half of it or less keeps more of good weights that --init gives)",
+    )
     p.add_argument("--warmup", type=int, default=50, help="steps in which the learning rate rises from 0")
     p.add_argument("--dropout", type=float, default=0.1, help="of the embeddings and of what each layer adds")
     p.add_argument("--ema", type=float, default=0.999, help="decay of the average of the weights, which is exported")
