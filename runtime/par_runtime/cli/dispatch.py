@@ -48,6 +48,7 @@ VERBS = {
     "redo": Verb("par_runtime.cli.redo", "make a PNG or a clip again from its own metadata, and compare"),
     "reconstruct": Verb("par_runtime.cli.reconstruct", "encode images or clips to tokens and decode them again"),
     "edit": Verb("par_runtime.cli.edit", "make a part of an image or a clip anew and keep the rest"),
+    "sample": Verb("par_runtime.cli.sample", "make the images of an evaluation (FID), as one .npz"),
     "bench": Verb(
         "par_runtime.cli.bench",
         "measure: phases, baselines, the hardware's limit, the paper's tables",
@@ -100,7 +101,8 @@ ELSEWHERE = {
     "serve": "docs/service.md has a server in twenty lines",
     "decode": "tokens become images in Python, by Pipeline.decode (README); 'parvis reconstruct' takes pictures",
     "quantize": "'parvis calibrate' makes weights smaller, with the proof that images do not suffer",
-    "sample": "'parvis generate' makes images",
+    "fid": "'parvis sample' makes the images that evaluations take (docs/evaluation.md)",
+    "evaluate": "'parvis sample' makes the images that evaluations take (docs/evaluation.md)",
 }
 
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from par_runtime.backends.base import MOST_IN_FLIGHT
-from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Bar, Parser, guarded, printable
-from par_runtime.cli.inputs import check_sampling, class_indices, load_pipeline
+from par_runtime.cli.inputs import check_batch, check_sampling, class_indices, load_pipeline, say_why_on_the_cpu
 from par_runtime.cli.outputs import (
     check_fps,
     check_out_name,
@@ -52,12 +49,8 @@ def run(args: argparse.Namespace) -> int:
     bundle, classes, first = _checked(args)
     pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
     loaded = time.perf_counter()
-    most = pipeline.backend.max_images
-    if args.batch is not None and args.batch > most:
-        raise RequestError(f"--batch {args.batch}: expected 1 to {most} on {pipeline.backend.info.name}")
-    if pipeline.note and has_engines(bundle) and not (args.quiet or args.json):
-        what, _, why = pipeline.note.partition(": ")  # it may end in a command, so nothing is put behind it
-        print(printable(f"parvis: {what} (--device cpu silences this): {why}"), file=sys.stderr)
+    check_batch(args, pipeline)
+    say_why_on_the_cpu(args, pipeline)
     # Images run label by label; several guidance scales repeat all of them, with the same seeds.
     scales = len(args.guidance or [None])
     labels = [c for c in classes for _ in range(args.count)]
@@ -92,8 +85,7 @@ def _checked(args: argparse.Namespace) -> tuple[Bundle, list[int], int]:
     ``args.out`` is set where no output was given. Raises RequestError, BundleError, OSError.
     """
     options.check_counts(args, "count", "columns", "batch", "preview_every")
-    if args.batch is not None and args.batch > MOST_IN_FLIGHT:
-        raise RequestError(f"--batch {args.batch}: expected 1 to {MOST_IN_FLIGHT}")
+    check_batch(args)
     png.check_scale(args.scale)
     check_tokens_name(args.tokens)
     bundle = Bundle.open(args.bundle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.backends.base import BackendInfo
+from par_runtime.backends.base import MOST_IN_FLIGHT, BackendInfo
 from par_runtime.backends.engines import has_engines
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
-from par_runtime.cli.common import Bar
+from par_runtime.cli.common import Bar, printable
 from par_runtime.dtypes import Int
 from par_runtime.errors import RequestError
 from par_runtime.images.recipe import Recipe, check
@@ -79,6 +80,22 @@ def load_pipeline(args: argparse.Namespace, bundle: Bundle, selftest: bool) -> P
             **options.rounding(args)._asdict(),
             on_load=bar,
         )
+
+
+def check_batch(args: argparse.Namespace, pipeline: Pipeline | None = None) -> None:
+    """Raise RequestError where ``--batch`` is more than ``pipeline`` takes, or, before it is loaded, any can take."""
+    most, where = MOST_IN_FLIGHT, ""
+    if pipeline is not None:
+        most, where = pipeline.backend.max_images, f" on {pipeline.backend.info.name}"
+    if args.batch is not None and args.batch > most:
+        raise RequestError(f"--batch {args.batch}: expected 1 to {most}{where}")
+
+
+def say_why_on_the_cpu(args: argparse.Namespace, pipeline: Pipeline) -> None:
+    """Print why a bundle with engines runs on the CPU all the same."""
+    if pipeline.note and has_engines(pipeline.bundle) and not (args.quiet or args.json):
+        what, _, why = pipeline.note.partition(": ")  # it may end in a command, so nothing is put behind it
+        print(printable(f"parvis: {what} (--device cpu silences this): {why}"), file=sys.stderr)
 
 
 def variants(

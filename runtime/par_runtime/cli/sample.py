@@ -1,0 +1,216 @@
+"""``parvis sample``: as many images as an evaluation takes, in one ``.npz``; the same command goes on after a stop."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from par_runtime.bundle import Bundle
+from par_runtime.cli import options
+from par_runtime.cli.common import Bar, Parser, guarded, printable
+from par_runtime.cli.inputs import check_batch, load_pipeline, say_why_on_the_cpu
+from par_runtime.errors import RequestError
+from par_runtime.samples import LABELS, Plan, join_samples, make_samples
+from par_runtime.samples.file import check_new, part_of
+
+LINES_S = 60.0  #: between two lines of progress, where no terminal shows a bar
+#: What ``--join`` takes from the parts, as argparse stores the options.
+OF_THE_PARTS = ("count", "seed", "labels", "size", "part", "batch", "guidance", "guidance_interval", "temperature",
+                "top_k", "top_p")  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the verb; exit code 0, or 2 on bad input."""
+    args = parser().parse_args(argv)
+    return guarded(lambda: join(args) if args.join else run(args), "fewer images in flight, --batch")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the request, load the bundle, make the images that are not there yet."""
+    bundle, plan = _checked(args)
+    check_new(args.out)
+    pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
+    check_batch(args, pipeline)
+    say_why_on_the_cpu(args, pipeline)
+    started = time.perf_counter()
+    with _Shown(args) as shown:
+        try:
+            made = make_samples(pipeline, plan, args.out, max_batch=args.batch, on_images=shown)
+        except (KeyboardInterrupt, SystemExit):
+            shown.stopped(part_of(args.out))
+            raise
+    seconds = time.perf_counter() - started
+    row = {
+        "written": str(args.out),
+        "bundle": {"name": bundle.name, "hash": bundle.hash},
+        "backend": pipeline.backend.info.name,
+        "decoder": pipeline.backend.info.decoder,
+        "images": len(plan),
+        "made_now": made,
+        "shape": list(plan.image_shape),
+        "first": plan.start,
+        "count": plan.count,
+        "seed": plan.seed,
+        "labels": plan.labels,
+        "settings": asdict(plan.settings),
+        "seconds": seconds,
+    }
+    _report(args, row, f"{args.out}: {len(plan)} images of {_size(plan.image_shape)}, {_in_words(plan)}")
+    if made and not (args.quiet or args.json):
+        print(f"{made} made now in {duration(seconds)}, {pipeline.backend.info.name}")
+    return 0
+
+
+def _in_words(plan: Plan) -> str:
+    """The settings of all images, which a published figure stands and falls with."""
+    s = plan.settings
+    drawn = "greedy" if s.greedy else f"temperature {s.temperature:g}, top-k {s.top_k}, top-p {s.top_p:g}"
+    interval = "" if s.guidance_interval < 0 else f" to call {s.guidance_interval}"
+    return f"{plan.labels} labels, guidance {s.guidance:g}{interval}, {drawn}"
+
+
+def join(args: argparse.Namespace) -> int:
+    """Write the images of all parts into one file."""
+    given = [name for name in OF_THE_PARTS if getattr(args, name) is not None] + ["greedy"] * args.greedy
+    if given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise RequestError(f"{option}: --join takes this from the parts; leave it out")
+    bundle = Bundle.open(args.bundle)
+    check_new(args.out)
+    with _Shown(args) as shown:
+        about = join_samples(args.join, args.out, bundle=bundle, on_images=shown)
+    row = {"written": str(args.out), "images": about["count"], "shape": about["shape"]}
+    _report(args, row, f"{args.out}: {about['count']} images of {_size(about['shape'])}, of {len(args.join)} files")
+    return 0
+
+
+def _checked(args: argparse.Namespace) -> tuple[Bundle, Plan]:
+    """What can be checked before the bundle is loaded. Raises RequestError, BundleError, OSError."""
+    options.check_counts(args, "batch")
+    check_batch(args)
+    bundle = Bundle.open(args.bundle)
+    named = {name: getattr(args, name) for name in ("count", "seed", "labels", "size")}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    return bundle, Plan.of(bundle, part=_part(args.part), **given, **options.sampling(args))
+
+
+def _part(text: str | None) -> tuple[int, int]:
+    """``--part``: "2/8" is the second of eight. Raises RequestError."""
+    if text is None:
+        return 1, 1
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text, re.ASCII)
+    if match is None:
+        raise RequestError(f"--part {text}: expected I/K, for instance 2/8, the second of eight parts")
+    return int(match[1]), int(match[2])
+
+
+def _size(shape: Sequence[int]) -> str:
+    """[H,W,3] or [T,H,W,3] for a person."""
+    *frames, height, width, _ = shape
+    return "".join(f"{t} frames of " for t in frames) + f"{width}x{height}"
+
+
+class _Shown:
+    """How far it is: a bar on a terminal, elsewhere a line from time to time, with how long the rest takes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._quiet = args.quiet or args.json
+        self._bar = Bar(self._quiet, unit="image")
+        self._begun: tuple[float, int] | None = None
+        self._last = time.perf_counter()
+        self._done, self._total = 0, 0
+
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.__exit__()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        self._done, self._total = done, total
+        if self._begun is None:
+            self._begun = now, done
+            if done and not self._quiet:
+                print(f"parvis: {done} of {total} images are there already", file=sys.stderr)
+        self._bar(done, total)
+        began, first = self._begun
+        if not self._quiet and not sys.stderr.isatty() and now - self._last >= LINES_S and first < done < total:
+            self._last = now
+            left = (total - done) * (now - began) / (done - first)
+            print(f"parvis: {done} of {total} images, {duration(left)} more", file=sys.stderr)
+
+    def stopped(self, part: Path) -> None:
+        """Say what is there, where a signal ends the run."""
+        self._bar.__exit__()
+        if self._total and not self._quiet:
+            text = f"{self._done} of {self._total} images are in {part}; the same command goes on"
+            print(printable(f"\nparvis: {text}"), file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """For instance "3 h 20 min", "12 min" or "40 s"."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _report(args: argparse.Namespace, row: dict[str, Any], text: str) -> None:
+    if args.json:
+        print(json.dumps(row))
+    elif not args.quiet:
+        print(printable(text))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``parvis sample``."""
+    p = Parser(
+        prog="parvis sample",
+        description="Make the images that an evaluation takes (FID), into one .npz: arr_0 images [M,H,W,3] uint8, "
+        "arr_1 classes [M]. Image i draws with seed + i. What is made is kept in OUT.part; the same command goes on "
+        "after a stop. docs/evaluation.md shows the way to the published figures.",
+    )
+    options.add_bundle(p)
+    p.add_argument("--out", type=options.path, required=True, help=".npz to write")
+    p.add_argument("--count", type=int, help="images of all parts (default: 50000)")
+    p.add_argument("--seed", type=int, help="of the first image, 0 .. 2**64-1 (default: 0)")
+    p.add_argument(
+        "--labels",
+        choices=LABELS,
+        help="random: each class as likely as another, by the image's seed (default, as published); balanced: each as "
+        "often as another, in turns",
+    )
+    p.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="write images of this size, bicubic without a filter; the published FIDs of 384 pixels are of 256 "
+        "(default: the bundle's)",
+    )
+    p.add_argument("--part", metavar="I/K", help="make part I of K, for K processes or GPUs; each with its own --out")
+    p.add_argument(
+        "--join",
+        type=options.path,
+        nargs="+",
+        metavar="NPZ",
+        help="make no images: write those of all parts, which BUNDLE made, into --out",
+    )
+    options.add_guidance(p)
+    options.add_sampling(p)
+    p.add_argument("--batch", type=int, help="most images in flight at once (default: a cache of 2 GB)")
+    options.add_common(p)
+    options.add_no_selftest(p)
+    options.add_json(p)
+    return p
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
