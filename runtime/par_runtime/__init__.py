@@ -11,8 +11,10 @@ from par_runtime.late import importing
 
 __version__ = "0.1.0"
 __all__ = [
+    "Batcher",
     "Bundle",
     "BundleError",
+    "BusyError",
     "CudaError",
     "EngineError",
     "Pipeline",
@@ -24,8 +26,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from par_runtime.batcher import Batcher
     from par_runtime.bundle import Bundle
-    from par_runtime.errors import BundleError, CudaError, EngineError, RequestError
+    from par_runtime.errors import BundleError, BusyError, CudaError, EngineError, RequestError
     from par_runtime.pipeline import Pipeline
     from par_runtime.request import Settings
     from par_runtime.result import Result
@@ -33,8 +36,10 @@ if TYPE_CHECKING:
 
 #: public name -> the module that defines it
 _MODULES = {
+    "Batcher": "batcher",
     "Bundle": "bundle",
     "BundleError": "errors",
+    "BusyError": "errors",
     "CudaError": "errors",
     "EngineError": "errors",
     "Pipeline": "pipeline",

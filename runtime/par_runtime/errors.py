@@ -41,6 +41,10 @@ class RequestError(OneLine, ValueError):
     """A request that cannot be served."""
 
 
+class BusyError(OneLine, RuntimeError):
+    """A request that cannot be taken now, because too many wait already."""
+
+
 class OutputsError(OneLine):
     """Some of the files of a command were written and one could not be; the message counts them."""
 

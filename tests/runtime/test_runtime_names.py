@@ -8,11 +8,13 @@ import sys
 import pytest
 
 import par_runtime
-from par_runtime import bundle, errors, pipeline, request, result, schedule
+from par_runtime import batcher, bundle, errors, pipeline, request, result, schedule
 
 PUBLIC = {
+    "Batcher": batcher.Batcher,
     "Bundle": bundle.Bundle,
     "BundleError": errors.BundleError,
+    "BusyError": errors.BusyError,
     "CudaError": errors.CudaError,
     "EngineError": errors.EngineError,
     "Pipeline": pipeline.Pipeline,

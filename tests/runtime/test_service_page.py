@@ -24,6 +24,25 @@ from par_runtime.cli import dispatch
 ROOT = Path(__file__).parents[2]
 
 
+def server_of_the_page() -> str:
+    """The server of docs/service.md."""
+    page = (ROOT / "docs" / "service.md").read_text(encoding="utf-8")
+    _, code = re.findall(r"```python\n(.*?)```", page, re.S)
+    return str(code)
+
+
+def test_the_batcher_of_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "service.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(compile(re.findall(r"```python\n(.*?)```", page, re.S)[0], "docs/service.md", "exec"), names)
+    pipeline = names["batcher"].pipeline
+    assert names["result"] == pipeline.generate("micah", seed=7)
+    made = names["future"].result()
+    assert made == pipeline.generate("dylan", guidance=2.0, seed=made.seeds[0])
+    names["batcher"].close()
+
+
 def fetch(url: str, until: float) -> bytes:
     """The content at ``url``; a server that is still starting is waited for."""
     while True:
@@ -43,7 +62,7 @@ def fetch(url: str, until: float) -> bytes:
     [("demo", ("micah", "lorelei")), pytest.param("fashion", ("bag", "dress"), marks=pytest.mark.slow)],
 )
 def test_eight_threads_get_the_images_of_their_requests(model: str, labels: tuple[str, str], tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "service.md").read_text(encoding="utf-8"), re.S)
+    code = server_of_the_page()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -101,5 +120,6 @@ def test_the_python_of_the_readme_runs_block_after_block(tmp_path: Path, monkeyp
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "out" / "three.png").is_file()
     assert len(names["results"]) == 8
+    assert names["again"] == names["results"]
     for seed in (0, 7):
         assert (names["results"][seed].images == names["pipeline"].generate("micah", seed=seed).images).all()
