@@ -171,8 +171,10 @@ class Bar:
     of :meth:`par_runtime.Pipeline.load`.
     """
 
-    def __init__(self, silent: bool, of_bytes: bool = False, unit: str = "call") -> None:
+    def __init__(self, silent: bool, of_bytes: bool = False, unit: str = "call", goes_on: bool = False) -> None:
+        """``goes_on``: what the first call says to be done was done by an earlier run, and took no time now."""
         self._bar: Any = None
+        self._goes_on = goes_on
         self._unit = {"unit": "B", "unit_scale": True, "desc": "weights"} if of_bytes else {"unit": unit}
         self._silent = silent or not sys.stderr.isatty()
 
@@ -186,7 +188,7 @@ class Bar:
         if self._bar is None:
             from tqdm import tqdm  # its import takes 20 ms, so only a terminal pays for it
 
-            self._bar = tqdm(total=total, leave=False, **self._unit)
+            self._bar = tqdm(total=total, leave=False, initial=done if self._goes_on else 0, **self._unit)
         self._bar.update(done - self._bar.n)
         if done >= total:  # lines that a verb prints afterwards must not meet a bar
             self._bar.close()

@@ -9,21 +9,19 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from par_runtime.bundle import Bundle
 from par_runtime.cli import options
-from par_runtime.cli.common import Bar, Parser, guarded, printable
+from par_runtime.cli.common import Bar, Parser, guarded, out_of_memory, printable
 from par_runtime.cli.inputs import check_batch, load_pipeline, say_why_on_the_cpu
-from par_runtime.errors import RequestError
+from par_runtime.errors import BundleError, CudaError, OutputsError, RequestError
 from par_runtime.samples import LABELS, Plan, join_samples, make_samples
 from par_runtime.samples.file import check_new, part_of
+from par_runtime.system import NO_ROOM, explain
 
 LINES_S = 60.0  #: between two lines of progress, where no terminal shows a bar
-#: What ``--join`` takes from the parts, as argparse stores the options.
-OF_THE_PARTS = ("count", "seed", "labels", "size", "part", "batch", "guidance", "guidance_interval", "temperature",
-                "top_k", "top_p")  # fmt: skip
+WITH_JOIN = ("bundle", "out", "join", "quiet", "json")  #: options that mean something beside ``--join``
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,11 +39,7 @@ def run(args: argparse.Namespace) -> int:
     say_why_on_the_cpu(args, pipeline)
     started = time.perf_counter()
     with _Shown(args) as shown:
-        try:
-            made = make_samples(pipeline, plan, args.out, max_batch=args.batch, on_images=shown)
-        except (KeyboardInterrupt, SystemExit):
-            shown.stopped(part_of(args.out))
-            raise
+        made = make_samples(pipeline, plan, args.out, max_batch=args.batch, on_images=shown)
     seconds = time.perf_counter() - started
     row = {
         "written": str(args.out),
@@ -69,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _in_words(plan: Plan) -> str:
-    """The settings of all images, which a published figure stands and falls with."""
+    """The settings of all images, which decide the figure that comes out."""
     s = plan.settings
     drawn = "greedy" if s.greedy else f"temperature {s.temperature:g}, top-k {s.top_k}, top-p {s.top_p:g}"
     interval = "" if s.guidance_interval < 0 else f" to call {s.guidance_interval}"
@@ -78,16 +72,18 @@ def _in_words(plan: Plan) -> str:
 
 def join(args: argparse.Namespace) -> int:
     """Write the images of all parts into one file."""
-    given = [name for name in OF_THE_PARTS if getattr(args, name) is not None] + ["greedy"] * args.greedy
-    if given:
-        option = f"--{given[0].replace('_', '-')}"
-        raise RequestError(f"{option}: --join takes this from the parts; leave it out")
+    plain = parser()
+    for name, value in vars(args).items():
+        if name not in WITH_JOIN and value != plain.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            raise RequestError(f"{option}: --join makes no images, and takes the rest from the parts; leave it out")
     bundle = Bundle.open(args.bundle)
     check_new(args.out)
     with _Shown(args) as shown:
         about = join_samples(args.join, args.out, bundle=bundle, on_images=shown)
     row = {"written": str(args.out), "images": about["count"], "shape": about["shape"]}
-    _report(args, row, f"{args.out}: {about['count']} images of {_size(about['shape'])}, of {len(args.join)} files")
+    files = "1 file" if len(args.join) == 1 else f"{len(args.join)} files"
+    _report(args, row, f"{args.out}: {about['count']} images of {_size(about['shape'])}, of {files}")
     return 0
 
 
@@ -118,20 +114,20 @@ def _size(shape: Sequence[int]) -> str:
 
 
 class _Shown:
-    """How far it is: a bar on a terminal, elsewhere a line from time to time, with how long the rest takes."""
+    """How far it is: a bar on a terminal, elsewhere a line from time to time, with how long the rest takes.
+
+    Whatever ends the run, the line that says so also says that what is made stays.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._quiet = args.quiet or args.json
-        self._bar = Bar(self._quiet, unit="image")
+        self._quiet, self._part = args.quiet or args.json, part_of(args.out)
+        self._bar = Bar(self._quiet, unit="image", goes_on=True)
         self._begun: tuple[float, int] | None = None
         self._last = time.perf_counter()
         self._done, self._total = 0, 0
 
     def __enter__(self) -> _Shown:
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.__exit__()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.perf_counter()
@@ -147,12 +143,22 @@ class _Shown:
             left = (total - done) * (now - began) / (done - first)
             print(f"parvis: {done} of {total} images, {duration(left)} more", file=sys.stderr)
 
-    def stopped(self, part: Path) -> None:
-        """Say what is there, where a signal ends the run."""
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._bar.__exit__()
-        if self._total and not self._quiet:
-            text = f"{self._done} of {self._total} images are in {part}; the same command goes on"
-            print(printable(f"\nparvis: {text}"), file=sys.stderr)
+        if error is None or not self._total:
+            return
+        kept = f"{self._done} of {self._total} images are in {self._part}, and the same command goes on"
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            print(printable(f"parvis: stopped; {kept}"), file=sys.stderr)
+            if isinstance(error, KeyboardInterrupt):
+                raise SystemExit(130) from None
+        elif isinstance(error, OSError):
+            why = f"no space left for {self._part}; free some" if error.errno in NO_ROOM else explain(error)
+            raise OutputsError(f"{why}: {kept}") from error
+        elif isinstance(error, MemoryError):
+            raise OutputsError(f"{out_of_memory(error, 'give a smaller --batch')}: {kept}") from error
+        elif isinstance(error, BundleError | CudaError):
+            raise OutputsError(f"{error}: {kept}") from error
 
 
 def duration(seconds: float) -> str:
@@ -185,15 +191,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--labels",
         choices=LABELS,
-        help="random: each class as likely as another, by the image's seed (default, as published); balanced: each as "
-        "often as another, in turns",
+        help="random: each class as likely as another (default, as published); balanced: image i is of class i, and "
+        "after the last class of the first again",
     )
     p.add_argument(
         "--size",
         type=int,
         metavar="PIXELS",
-        help="write images of this size, bicubic without a filter; the published FIDs of 384 pixels are of 256 "
-        "(default: the bundle's)",
+        help="make the images so many pixels a side, bicubic without a filter: 256 for the published FIDs of models of "
+        "384 (default: as the bundle makes them)",
     )
     p.add_argument("--part", metavar="I/K", help="make part I of K, for K processes or GPUs; each with its own --out")
     p.add_argument(
@@ -201,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
         type=options.path,
         nargs="+",
         metavar="NPZ",
-        help="make no images: write those of all parts, which BUNDLE made, into --out",
+        help="make no images: write those of all parts, which BUNDLE made, into --out; no other options",
     )
     options.add_guidance(p)
     options.add_sampling(p)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from par_runtime import __version__
-from par_runtime.arguments import choice, whole
+from par_runtime.arguments import choice, given, whole
 from par_runtime.backends.base import image_shape
 from par_runtime.bundle import Bundle
 from par_runtime.errors import RequestError
@@ -51,8 +51,8 @@ class Plan:
         """The plan of ``count`` images, checked.
 
         ``labels``: "random", each class as likely as another (as the published FIDs were made), or "balanced", where
-        image i has class i modulo the number of classes. ``size``: pixels of a side, where they shall be others than
-        the bundle's. ``part``: (I, K), the images of process I of K. ``sampling``: ``guidance``, ``temperature``,
+        image i has class i modulo the number of classes. ``size``: resize the images, which must be square, to so many
+        pixels a side. ``part``: (I, K), the images of process I of K. ``sampling``: ``guidance``, ``temperature``,
         ``top_k``, ``top_p``, ``greedy``, ``guidance_interval``; what is left out is the bundle's. Raises RequestError.
         """
         if bundle.image_size is None:
@@ -60,8 +60,13 @@ class Plan:
                 f"{bundle.path}: this bundle ends at tokens and makes no images; give one with a decoder"
             )
         count = whole("count", count, 1, MOST_SAMPLES, " images")
+        if not isinstance(part, (tuple, list)) or len(part) != 2:
+            raise RequestError(f"part {given(part)}: expected two numbers, (2, 8) for the second of eight parts")
         parts = whole("part: the second number", part[1], 1, count, ", the number of parts")
         index = whole("part: the first number", part[0], 1, parts, ", the part to make")
+        if size is not None and bundle.image_size[0] != bundle.image_size[1]:
+            height, width = bundle.image_size
+            raise RequestError(f"size {given(size)}: makes squares, and the images are {width}x{height}; leave it out")
         pixels = None if size is None else whole("size", size, 1, MOST_PIXELS, " pixels of a side")
         choice("labels", labels, LABELS)
         (settings,) = image_settings(bundle, 1, **sampling)
@@ -90,10 +95,7 @@ class Plan:
 
     def classes(self, numbers: Sequence[int]) -> list[int]:
         """Their classes."""
-        n = self.bundle.n_classes
-        if self.labels == "balanced":
-            return [i % n for i in numbers]
-        return [_mixed(seed) * n >> 64 for seed in self.seeds(numbers)]
+        return classes_of(self.labels, self.bundle.n_classes, self.seed, numbers)
 
     def all_classes(self) -> NDArray[np.int64]:
         """The classes of the images of this file, [M]."""
@@ -108,11 +110,19 @@ class Plan:
             "count": self.count,
             "seed": self.seed,
             "labels": self.labels,
+            "classes": self.bundle.n_classes,
             "shape": list(self.image_shape),
             "start": self.start,
             "stop": self.stop,
             "made_on": made_on,
         }
+
+
+def classes_of(labels: str, n_classes: int, seed: int, numbers: Sequence[int]) -> list[int]:
+    """The classes of the images with these ``numbers``, of a plan with these ``labels`` and this ``seed``."""
+    if labels == "balanced":
+        return [i % n_classes for i in numbers]
+    return [_mixed((seed + i) % SEED_LIMIT) * n_classes >> 64 for i in numbers]
 
 
 def _mixed(seed: int) -> int:

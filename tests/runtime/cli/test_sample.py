@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tqdm
 from command_line import run
 
-from par_runtime import Pipeline
+from par_runtime import CudaError, Pipeline
 from par_runtime.cli import sample
 from par_runtime.samples import file as sample_file
+from par_runtime.samples.reading import read_about
+from par_runtime.system import naming
 
 
 def test_images_of_the_seeds_in_one_file(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,11 +83,14 @@ def test_parts_are_joined(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "all.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert run("sample", "--out", tmp_path / "two.npz", "--join", *parts, tiny) == 0  # the bundle last
     assert run("sample", tiny, "--join", *parts, "--out", tmp_path / "x.npz", "--seed", 0) == 2
-    assert "--seed: --join takes this from the parts; leave it out" in capsys.readouterr().err
-    assert run("sample", tiny, "--join", *parts, "--out", tmp_path / "x.npz", "--greedy") == 2
-    assert "--greedy: --join takes this from the parts; leave it out" in capsys.readouterr().err
+    why = "--join makes no images, and takes the rest from the parts; leave it out"
+    assert capsys.readouterr().err == f"parvis: error: --seed: {why}\n"
+    for option in (["--greedy"], ["--device", "cpu"], ["--no-selftest"], ["--threads", 1], ["--cache", "bf16"]):
+        assert run("sample", tiny, "--join", *parts, "--out", tmp_path / "x.npz", *option) == 2
+        assert capsys.readouterr().err == f"parvis: error: {option[0]}: {why}\n"
     assert run("sample", tiny, "--join", parts[0], "--out", tmp_path / "x.npz") == 2
-    assert capsys.readouterr().err == "parvis: error: images 2 to 4 are missing; give every part once\n"
+    error = f"parvis: error: {parts[0]}: ends before image 2 of 5; give the parts behind it too\n"
+    assert capsys.readouterr().err == error
     assert not (tmp_path / "x.npz").exists()
 
 
@@ -143,7 +150,8 @@ def test_a_signal_keeps_what_is_made_and_the_same_command_goes_on(
         child.send_signal(number)
         _, said = child.communicate(timeout=60)
     assert child.returncode == 128 + number
-    there = re.search(rf"parvis: (\d+) of 400 images are in {re.escape(str(part))}; the same command goes on\n", said)
+    kept = rf"images are in {re.escape(str(part))}, and the same command goes on\n"
+    there = re.fullmatch(rf"parvis: stopped; (\d+) of 400 {kept}", said)
     assert there, said
     assert not out.exists()
     assert run(*options) == 0
@@ -153,9 +161,79 @@ def test_a_signal_keeps_what_is_made_and_the_same_command_goes_on(
     now = int(printed.err.split()[1])
     assert int(there[1]) <= now <= int(there[1]) + 2  # a batch that was written when the signal came
     assert f"{400 - now} made now in" in printed.out
-    assert sample_file.read_about(out)["count"] == 400
+    assert read_about(out)["count"] == 400
     with np.load(out) as file:
         assert file["arr_0"].shape == (400, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "full"), "no space left for PART; free some: KEPT"),
+        (OSError(errno.EFBIG, "large"), "no space left for PART; free some: KEPT"),
+        (
+            OSError(errno.EIO, "broken"),
+            "PART: the disk reports an error (EIO); check the disk, or choose another place: KEPT",
+        ),
+        (MemoryError("many"), "not enough memory (many); free some, or give a smaller --batch: KEPT"),
+        (CudaError("the GPU has failed"), "the GPU has failed: KEPT"),
+    ],
+)
+def test_whatever_ends_a_run_what_is_made_stays(
+    tiny: Path,
+    tmp_path: Path,
+    error: Exception,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, part = tmp_path / "a.npz", tmp_path / "a.npz.part"
+    options = ["sample", tiny, "--out", out, "--count", 6, "--batch", 2, "--threads", 1]
+    real = sample_file.SampleFile.append
+
+    def append(self: sample_file.SampleFile, images: np.ndarray) -> None:
+        if self.done == 4:
+            with naming(part):
+                raise error
+        real(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_file.SampleFile, "append", append)
+        assert run(*options) == 2
+    kept = f"4 of 6 images are in {part}, and the same command goes on"
+    wanted = text.replace("PART", str(part)).replace("KEPT", kept)
+    assert capsys.readouterr().err == f"parvis: error: {wanted}\n"
+    assert run(*options) == 0
+    assert capsys.readouterr().err == "parvis: 4 of 6 images are there already\n"
+    with np.load(out) as file:
+        assert file["arr_0"].shape == (6, 16, 16, 3)
+
+
+def test_a_bar_goes_on_with_the_time_of_this_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    bars: list[dict[str, object]] = []
+    real = tqdm.tqdm
+
+    def made(**options: object) -> tqdm.tqdm:  # type: ignore[type-arg]
+        bars.append(options)
+        return real(**options)
+
+    monkeypatch.setattr("tqdm.tqdm", made)
+    out = tmp_path / "a.npz"
+    options = ["sample", tiny, "--out", out, "--count", 6, "--batch", 2, "--threads", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_file.SampleFile, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*options)
+    with (tmp_path / "a.npz.part").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 1)
+    assert run(*options) == 0
+    assert [(bar["initial"], bar["total"], bar["unit"]) for bar in bars if bar["unit"] == "image"] == [
+        (0, 6, "image"),
+        (5, 6, "image"),
+    ]
 
 
 def test_where_no_terminal_is_a_line_says_how_long_it_takes(

@@ -29,9 +29,9 @@ def test_the_page_runs(
     for block in blocks:
         exec(compile(block.replace("count=1000", "count=60"), "docs/evaluation.md", "exec"), names)
     assert capsys.readouterr().out.endswith("60 60\n")
-    made = [*(f"{i:05d}.png" for i in range(50)), "real.npz", "samples.npz"]
+    made = [*(f"{i:05d}.png" for i in range(50)), "python.npz", "real.npz"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == made
-    with np.load("out/samples.npz") as file, np.load("out/real.npz") as real:
+    with np.load("out/python.npz") as file, np.load("out/real.npz") as real:
         assert file["arr_1"].tolist() == [i % 6 for i in range(60)]
         assert np.array_equal(np.asarray(Image.open("out/00049.png")), file["arr_0"][49])
         assert (real["arr_0"].shape, real["arr_0"].dtype) == ((3, 64, 64, 3), np.uint8)

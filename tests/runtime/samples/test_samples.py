@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,10 +17,11 @@ import pytest
 from recipe_scripts import full_disk
 
 from par_runtime import Pipeline, RequestError, Settings
-from par_runtime.bundle import Bundle
-from par_runtime.samples import Plan, join_samples, make_samples
+from par_runtime.samples import Plan, make_samples, open_images
 from par_runtime.samples import file as sample_file
 from par_runtime.samples.plan import _mixed
+from par_runtime.samples.reading import read_about
+from par_runtime.samples.resize import bicubic
 
 COUNT, SEED = 11, 2**64 - 4  # the seeds go on with 0
 
@@ -65,7 +67,7 @@ def test_a_file_holds_the_images_and_classes_that_suites_expect(pipeline: Pipeli
     with zipfile.ZipFile(whole) as archive:
         assert archive.testzip() is None
         assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
-    about = sample_file.read_about(whole)
+    about = read_about(whole)
     assert about["settings"] == vars(pipeline.bundle.defaults) | {"greedy": False}
     assert about["bundle"] == {"name": pipeline.bundle.name, "hash": pipeline.bundle.hash}
     assert about["made_on"]["backend"] == pipeline.backend.info.name
@@ -106,7 +108,7 @@ def test_a_run_goes_on_where_it_was_stopped(pipeline: Pipeline, whole: Path, tmp
     with part.open("ab") as file:
         file.write(bytes(cut))
     seen: list[tuple[int, int]] = []
-    made = make_samples(pipeline, plan(pipeline), path, max_batch=3, on_images=lambda *now: seen.append(now))
+    made = make_samples(pipeline, plan(pipeline), str(path), max_batch=3, on_images=lambda *now: seen.append(now))
     assert made == COUNT - 6
     assert seen == [(6, COUNT), (9, COUNT), (COUNT, COUNT)]
     assert path.read_bytes() == whole.read_bytes()
@@ -165,7 +167,8 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(
     with pytest.raises(
         RequestError, match=r"a\.npz: takes 9\.83 GB more, and 0\.00 GB are free on its disk; free some"
     ):
-        make_samples(pipeline, big, tmp_path / "a.npz")
+        make_samples(pipeline, big, tmp_path / "new" / "folder" / "a.npz")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,7 @@ def test_what_was_begun_otherwise_is_kept(pipeline: Pipeline, tmp_path: Path, mo
     with pytest.raises(Stopped):
         make_samples(pipeline, plan(pipeline), path, max_batch=2, on_images=stop_at(2))
     before = part.read_bytes()
-    with pytest.raises(RequestError, match=rf"a\.npz\.part: was begun otherwise \({text}.*\): give the options that"):
+    with pytest.raises(RequestError, match=rf"a\.npz\.part: was begun otherwise \({text}.*\); give what it was begun"):
         make_samples(pipeline, plan(pipeline, **more), path)
     assert part.read_bytes() == before
     assert not path.exists()
@@ -209,6 +212,98 @@ def test_a_finished_file_is_not_written_over(pipeline: Pipeline, tmp_path: Path)
         make_samples(pipeline, plan(pipeline), path)
     assert path.read_text() == "hours of work"
     assert [each.name for each in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_a_file_that_appears_meanwhile_is_kept_and_so_are_the_images(
+    pipeline: Pipeline, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, part = tmp_path / "a.npz", tmp_path / "a.npz.part"
+
+    def appears(done: int, total: int) -> None:
+        if done == total:
+            path.write_text("hours of other work")
+
+    for has_links in (True, False):
+        if not has_links:
+            monkeypatch.setattr(os, "link", no_links)
+        with pytest.raises(
+            RequestError, match=r"a\.npz: another program has made it meanwhile; all images are in .*part"
+        ):
+            make_samples(pipeline, plan(pipeline), path, on_images=appears)
+        assert path.read_text() == "hours of other work"
+        path.unlink()
+        assert part.stat().st_size == whole.stat().st_size
+    assert make_samples(pipeline, plan(pipeline), path) == 0
+    assert path.read_bytes() == whole.read_bytes()
+    assert not part.exists()
+
+
+def no_links(*_: object) -> None:
+    """As a disk without links."""
+    raise OSError(errno.EPERM, "no links")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_stands_where_the_images_are_collected(
+    pipeline: Pipeline, tmp_path: Path, make: Callable[[Path], None], no_waiting: None
+) -> None:
+    make(tmp_path / "a.npz.part")
+    with pytest.raises(RequestError, match=r"a\.npz\.part: is no file, but the images would be collected there; give"):
+        make_samples(pipeline, plan(pipeline), tmp_path / "a.npz")
+
+
+def test_an_opening_beside_the_end_of_another_process_leaves_nothing(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "a.npz", os.open
+
+    def opened(name: Any, flags: int, *given: Any) -> int:
+        if str(name).endswith("a.npz.part"):
+            path.write_text("finished by another process")
+        return real(name, flags, *given)
+
+    monkeypatch.setattr(os, "open", opened)
+    with pytest.raises(RequestError, match=r"a\.npz: is there already"):
+        make_samples(pipeline, plan(pipeline), path)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_large_images_of_a_large_batch_are_made_in_blocks(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def spied(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        sizes.append(len(images))
+        return bicubic(images, size)
+
+    monkeypatch.setattr("par_runtime.samples.run.bicubic", spied)
+    monkeypatch.setattr("par_runtime.samples.run.BLOCK", 2 * 40 * 40 * 3 + 100)
+    large = plan(pipeline, size=40)
+    make_samples(pipeline, large, tmp_path / "a.npz")
+    assert sizes == [2, 2, 2, 2, 2, 1]
+    expected = pipeline.generate(large.classes(range(COUNT)), seeds=large.seeds(range(COUNT))).images
+    assert expected is not None
+    assert np.array_equal(open_images(tmp_path / "a.npz"), bicubic(expected, (40, 40)))
+
+
+def test_wrong_arguments_of_python_are_one_line_and_leave_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
+    async def later(*_: int) -> None:
+        pass
+
+    def make(out: Any = tmp_path / "a.npz", on_images: Any = None) -> None:
+        make_samples(pipeline, plan(pipeline), out, on_images=on_images)
+
+    wrong: list[tuple[Callable[[], object], str]] = [
+        (lambda: make(3), "out 3: expected the name of a file"),
+        (lambda: make("a\0.npz"), "out 'a.*npz': expected the name of a file"),
+        (lambda: make(on_images=3), "on_images 3: expected a function"),
+        (lambda: make(on_images=later), "on_images"),
+    ]
+    for work, text in wrong:
+        with pytest.raises(RequestError, match=text):
+            work()
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_do_not_write_into_one_file(pipeline: Pipeline, whole: Path, tmp_path: Path) -> None:
@@ -245,6 +340,9 @@ def test_another_bundle_or_none_is_refused(pipeline: Pipeline, tmp_path: Path) -
         ({"size": 0}, "size 0: expected 1 to 4096 pixels of a side"),
         ({"part": (3, 2)}, "part: the first number 3: expected 1 to 2, the part to make"),
         ({"part": (0, 2)}, "part: the first number 0: expected 1 to 2"),
+        ({"part": 2}, "part 2: expected two numbers, (2, 8) for the second of eight parts"),
+        ({"part": "1/2"}, "part '1/2': expected two numbers"),
+        ({"part": (1,)}, "part (1): expected two numbers"),
         ({"part": (1, 12)}, "part: the second number 12: expected 1 to 11, the number of parts"),
         ({"top_p": 2}, "top_p 2: expected 0 to 1"),
     ],
@@ -255,6 +353,13 @@ def test_wrong_plans(pipeline: Pipeline, more: dict[str, Any], text: str) -> Non
     assert str(error.value).startswith(text)
 
 
+def test_images_that_are_no_squares_keep_their_size(pipeline: Pipeline) -> None:
+    wide = replace(pipeline.bundle, image_size=(8, 16))
+    with pytest.raises(RequestError, match="size 8: makes squares, and the images are 16x8; leave it out"):
+        Plan.of(wide, 2, size=8)
+    assert Plan.of(wide, 2).image_shape == (8, 16, 3)
+
+
 def test_settings_and_size_reach_the_images(pipeline: Pipeline, tmp_path: Path) -> None:
     made = plan(pipeline, labels="balanced", size=8, guidance=1, temperature=0.5, top_k=3, greedy=False)
     assert made.settings == Settings(1.0, 0.5, 3, 1.0)
@@ -263,8 +368,6 @@ def test_settings_and_size_reach_the_images(pipeline: Pipeline, tmp_path: Path) 
         images, classes = file["arr_0"], file["arr_1"]
     assert classes.tolist() == [i % 6 for i in range(COUNT)]
     expected = pipeline.generate(classes.tolist(), made.settings, seeds=made.seeds(range(COUNT)))
-    from par_runtime.samples.resize import bicubic
-
     assert np.array_equal(images, bicubic(expected.images, (8, 8)))
 
 
@@ -273,81 +376,3 @@ def test_clips_are_arrays_of_five_dimensions(tiny_video: Path, tmp_path: Path) -
         make_samples(pipeline, Plan.of(pipeline.bundle, 3, size=8), tmp_path / "clips.npz")
         with np.load(tmp_path / "clips.npz") as file:
             assert file["arr_0"].shape == (3, 5, 8, 8, 3)
-
-
-# -- parts ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def parts(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("parts")
-    paths = [folder / f"{i}.npz" for i in (1, 2, 3)]
-    for i, path in enumerate(paths, 1):
-        make_samples(pipeline, plan(pipeline, (i, 3)), path)
-    return paths
-
-
-def test_parts_are_joined_to_the_file_of_one_run(
-    pipeline: Pipeline, parts: list[Path], whole: Path, tmp_path: Path
-) -> None:
-    about = join_samples([parts[1], parts[2], parts[0]], tmp_path / "all.npz", bundle=pipeline.bundle)
-    assert about == sample_file.read_about(whole)
-    assert (tmp_path / "all.npz").read_bytes() == whole.read_bytes()
-
-
-@pytest.mark.parametrize("done", range(1, COUNT))
-def test_a_join_goes_on_where_it_was_stopped(
-    parts: list[Path], whole: Path, tmp_path: Path, done: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("par_runtime.samples.run.BLOCK", 1)  # an image at a time
-    with pytest.raises(Stopped):
-        join_samples(parts, tmp_path / "all.npz", on_images=stop_at(done))
-    with (tmp_path / "all.npz.part").open("r+b") as file:  # what was not checked is not taken either
-        file.seek(-100, 2)
-        file.write(bytes(100) if done not in (3, 7) else b"")
-    seen: list[int] = []
-    join_samples(parts, tmp_path / "all.npz", on_images=lambda now, _: seen.append(now))
-    begun = max(start for start in (0, 3, 7) if start <= done)  # of the part that was not whole
-    assert seen == list(range(begun + 1, COUNT + 1))
-    assert (tmp_path / "all.npz").read_bytes() == whole.read_bytes()
-
-
-def test_parts_of_several_backends_say_so(pipeline: Pipeline, tiny: Path, parts: list[Path], tmp_path: Path) -> None:
-    with Pipeline.load(tiny, "cpu-ort", threads=1, selftest=False) as other:
-        make_samples(other, plan(other, (2, 3)), tmp_path / "2.npz")
-        about = join_samples([parts[0], tmp_path / "2.npz", parts[2]], tmp_path / "all.npz")
-    first, second = (sample_file.read_about(path)["made_on"] for path in (parts[0], tmp_path / "2.npz"))
-    assert first != second
-    assert about["made_on"] == {"several": [first, second]}
-
-
-def test_what_cannot_be_joined(pipeline: Pipeline, parts: list[Path], whole: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.npz"
-    make_samples(pipeline, plan(pipeline, (2, 3), seed=1), other)
-    (tmp_path / "text.npz").write_text("no zip")
-    np.savez(tmp_path / "plain.npz", arr_0=np.zeros((2, 16, 16, 3), np.uint8))
-    (tmp_path / "short.npz").write_bytes(parts[1].read_bytes()[:-500])
-    bad = bytearray(parts[1].read_bytes())
-    bad[len(bad) // 2] ^= 1  # a pixel; the checksum finds it
-    (tmp_path / "bad.npz").write_bytes(bad)
-    out = tmp_path / "all.npz"
-
-    def refused(text: str, *given: Path, bundle: Bundle | None = None) -> None:
-        with pytest.raises((RequestError, OSError), match=text):
-            join_samples(given, out, bundle=bundle)
-        assert not out.exists()
-
-    refused(r"3\.npz: begins at image 7, and image 3 is missing; give every part once", parts[0], parts[2])
-    refused(r"images 7 to 10 are missing; give every part once", parts[0], parts[1])
-    refused(r"2\.npz: begins at image 3, and image 0 is missing", parts[1], parts[2])
-    refused(r"2\.npz: begins at image 3, and image 3 is there already", parts[0], parts[1], parts[1], parts[2])
-    refused(r"is of other images than .*1\.npz \(seed differs\); give the parts of one", parts[0], other, parts[2])
-    elsewhere = replace(pipeline.bundle, hash="0" * 64)
-    refused(r"1\.npz: was not made by .*; give the bundle that made it", *parts, bundle=elsewhere)
-    refused(r"none\.npz", parts[0], tmp_path / "none.npz", parts[2])
-    for name in ("text", "plain", "short"):
-        refused(rf"{name}\.npz: is no file of 'parvis sample', or is damaged", parts[0], tmp_path / f"{name}.npz")
-    refused(r"bad\.npz: is no file of 'parvis sample', or is damaged", parts[0], tmp_path / "bad.npz", parts[2])
-    # What was copied until then is of the same images, so the whole parts go on with it.
-    join_samples(parts, out)
-    assert out.read_bytes() == whole.read_bytes()
