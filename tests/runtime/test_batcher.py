@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import gc
 import os
+import pickle
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from double.fixtures import Make
 from sharing import params
 
 from par_runtime import Batcher, BusyError, Pipeline, RequestError, Result, Settings
+from par_runtime.errors import OutOfMemory
 
 Get = Callable[[str], Pipeline]
 PLAIN = "ONNX Runtime"
@@ -269,13 +274,32 @@ def test_callbacks_may_submit_and_close_but_not_wait(shared_pipelines: Get) -> N
     until(lambda: bool(later) and later[0].done())
     assert later[0].result().labels == [3]
 
-    def on_step(*_: int) -> None:
-        with Batcher(pipeline) as inside:
-            inside.generate(0)
+    assert len(said) == 1
+    with pytest.raises(RequestError, match=r"submit\(\): this Batcher was closed"):
+        batcher.submit(0)
 
-    with pytest.raises(RequestError, match=r"generate\(\) was called inside a callback") as error:
-        pipeline.generate(0, on_step=on_step)
-    assert said == [str(error.value)]
+    other = Batcher(pipeline)
+    other.submit(0).result()  # its thread has begun
+
+    def on_step(*_: int) -> None:
+        if not waiting:
+            waiting.append(other.submit(2))
+            for work in (lambda: other.generate(0), other.close, lambda: other.close(cancel=True)):
+                with pytest.raises(RequestError) as error:
+                    work()
+                said.append(str(error.value))
+
+    waiting: list[Future[Result]] = []
+    pipeline.generate(0, on_step=on_step)
+    why = "was called inside a callback, and would wait for images that wait for its end"
+    assert said == [
+        f"generate() {why}; submit() may be called there",
+        f"generate() {why}; submit() may be called there",
+        f"close() {why}; call it afterwards",
+        f"close() {why}; call it afterwards",
+    ]
+    other.close()
+    assert waiting[0].result(0).labels == [2]
 
 
 def test_it_can_be_awaited(shared_pipelines: Get) -> None:
@@ -290,10 +314,155 @@ def test_it_can_be_awaited(shared_pipelines: Get) -> None:
 
 def test_a_closed_pipeline_is_said(tiny: Path) -> None:
     pipeline = Pipeline.load(tiny, "cpu", threads=1, selftest=False)
-    with Batcher(pipeline) as batcher:
+    with Batcher(pipeline, max_wait_ms=60_000) as batcher:
+        waiting = batcher.submit(0)
         pipeline.close()
-        with pytest.raises(RequestError, match="was closed; load it again"):
-            batcher.generate(0)
+        with pytest.raises(RequestError, match=r"^submit\(\): the pipeline of .* was closed; load it again"):
+            batcher.submit(0)
+    with pytest.raises(RequestError, match=r"^generate\(\): the pipeline of .* was closed; load it again"):
+        waiting.result()
+    with pytest.raises(RequestError, match=r"^Batcher\(\): the pipeline of .* was closed; load it again"):
+        Batcher(pipeline)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError(), ValueError("mine")])
+def test_what_a_callback_raises_ends_nothing(shared_pipelines: Get, error: BaseException) -> None:
+    pipeline = shared_pipelines(PLAIN)
+
+    def fails(_: Future[Result]) -> None:
+        raise error
+
+    with Batcher(pipeline) as batcher, busy(pipeline):
+        first = batcher.submit(0)
+        until(lambda: batcher.waiting == 0)
+        futures = [batcher.submit(i) for i in range(1, 5)]
+        for future in (first, futures[0], futures[2]):
+            future.add_done_callback(fails)
+        futures[1].set_running_or_notify_cancel()  # somebody else ends a future of ours
+        futures[1].set_exception(KeyError("theirs"))
+    assert [future.result(0).labels for future in (first, futures[0], *futures[2:])] == [[0], [1], [3], [4]]
+    assert batcher.images == 4
+
+
+def test_cancelled_requests_reach_whoever_waits_for_several(shared_pipelines: Get) -> None:
+    pipeline = shared_pipelines(PLAIN)
+    batcher = Batcher(pipeline, max_wait_ms=60_000)
+    futures = [batcher.submit(i) for i in range(3)]
+    assert futures[0].cancel()
+    batcher.submit(3)  # the thread looks at what waits
+    assert wait(futures, 30, FIRST_COMPLETED).done == {futures[0]}
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(lambda: set(as_completed(futures, 30)))
+        batcher.close(cancel=True)
+        assert ended.result() == set(futures)
+
+
+def test_cancelled_requests_fill_no_batch(shared_pipelines: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = shared_pipelines(PLAIN)
+    spy = Spy(pipeline, monkeypatch)
+    with Batcher(pipeline, max_batch=3, max_wait_ms=60_000) as batcher:
+        futures = [batcher.submit(i) for i in range(2)]
+        futures[0].cancel()
+        assert batcher.waiting == 1
+        futures += [batcher.submit(2)]
+        time.sleep(0.05)
+        assert not futures[1].running()
+        futures += [batcher.submit(3)]
+        assert futures[1].result(30).labels == [1]
+    assert spy.labels == [[1, 2, 3]]
+
+
+def test_an_interrupted_close_is_made_again(shared_pipelines: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = shared_pipelines(PLAIN)
+    with busy(pipeline):
+        batcher = Batcher(pipeline)
+        futures = [batcher.submit(i) for i in range(3)]
+        with monkeypatch.context() as patch:
+            patch.setattr(batcher._worker.ended, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                batcher.close()
+    batcher.close()
+    assert all(future.done() for future in futures)
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_submit_leaves_no_lock_locked(tiny: Path) -> None:
+    code = """
+import random, signal
+from par_runtime import BusyError
+batcher = Batcher(pipeline, max_batch=64, max_wait_ms=60_000, max_waiting=60)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+stopped = 0
+for i in range(400):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, 3e-4))
+        while True:
+            try:
+                batcher.submit(1, seed=i)
+            except BusyError:
+                pass
+    except KeyboardInterrupt:
+        stopped += 1
+assert stopped == 400
+batcher.close()
+assert 1 <= batcher.images <= 60, batcher.images
+"""
+    done = child(tiny, code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_one_that_is_forgotten_is_freed(tiny: Path) -> None:
+    pipeline = Pipeline.load(tiny, "cpu", threads=1, selftest=False)
+    batcher = Batcher(pipeline)
+    made = batcher.submit(1, seed=2)
+    thread, of = batcher._worker.thread, weakref.ref(pipeline)
+    assert thread is not None
+    del batcher, pipeline
+    gc.collect()
+    assert made.result(30).labels == [1]  # what was asked for is made
+    thread.join(30)
+    assert not thread.is_alive()
+    del made
+    gc.collect()
+    assert of() is None
+
+
+def test_it_is_not_copied(shared_pipelines: Get) -> None:
+    batcher = Batcher(shared_pipelines(PLAIN))
+    for work in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(RequestError, match="a Batcher cannot be copied or sent to another process; make another"):
+            work(batcher)
+
+
+def test_each_future_has_a_result_or_an_error_of_its_own(
+    shared_pipelines: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = shared_pipelines(PLAIN)
+    with Batcher(pipeline, max_batch=2, max_wait_ms=60_000) as batcher:
+        one, two = [batcher.submit(0, seed=1) for _ in range(2)]
+        one.result(30).timings.clear()
+        assert two.result(30).timings["total"] > 0
+        monkeypatch.setattr(pipeline, "generate", out_of_memory)
+        one, two = [batcher.submit(0, seed=1) for _ in range(2)]
+        errors = [future.exception(30) for future in (one, two)]
+    assert errors[0] is not errors[1]
+    for error in errors:
+        assert isinstance(error, OutOfMemory)
+        assert (str(error), error.free_bytes) == ("too large", 2)
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise OutOfMemory("too large", 1, 2, 3)
+
+
+def test_a_wrong_keyword_names_the_method_that_was_called(shared_pipelines: Get) -> None:
+    batcher = Batcher(shared_pipelines(PLAIN))
+    for wrong in ("guidence", "decode", "images"):
+        with pytest.raises(TypeError, match=rf"submit\(\) got an unexpected keyword argument '{wrong}'"):
+            batcher.submit(0, **{wrong: 3})  # type: ignore[arg-type]
 
 
 PRELUDE = """

@@ -84,10 +84,13 @@ def test_eight_threads_get_the_images_of_their_requests(model: str, labels: tupl
             answers = list(pool.map(lambda of: fetch(f"{url}?label={of[0]}&seed={of[1]}", until), asked))
         for query, expected in (
             ("?label=nobody", "unknown label"),
-            ("", "no label was given"),
-            ("?label=3&seed=x", "expected one label and one seed, a whole number"),
-            ("?label=3&seed=1&seed=2", "expected one label and one seed"),
-            ("?label=3&label=4", "expected one label and one seed"),
+            ("", "expected one label, and one seed of at most 20 digits or none"),
+            ("?label=3&seed=x", "expected one label, and one seed"),
+            ("?label=3&seed=", "expected one label, and one seed"),
+            ("?label=3&seed=" + "9" * 21, "expected one label, and one seed"),
+            ("?label=3&seed=" + "9" * 20, "seed 99999999999999999999: expected a whole number 0 .. 2**64-1"),
+            ("?label=3&seed=1&seed=2", "expected one label, and one seed"),
+            ("?label=3&label=4", "expected one label, and one seed"),
         ):
             with pytest.raises(urllib.error.HTTPError) as error:
                 fetch(url + query, until)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import re
 import sys
@@ -18,7 +19,7 @@ from par_runtime.cli.inputs import check_batch, load_pipeline, say_why_on_the_cp
 from par_runtime.errors import BundleError, CudaError, OutputsError, RequestError
 from par_runtime.samples import LABELS, Plan, join_samples, make_samples
 from par_runtime.samples.file import check_new, part_of
-from par_runtime.system import NO_ROOM, explain
+from par_runtime.system import explain
 
 LINES_S = 60.0  #: between two lines of progress, where no terminal shows a bar
 WITH_JOIN = ("bundle", "out", "join", "quiet", "json")  #: options that mean something beside ``--join``
@@ -153,7 +154,8 @@ class _Shown:
             if isinstance(error, KeyboardInterrupt):
                 raise SystemExit(130) from None
         elif isinstance(error, OSError):
-            why = f"no space left for {self._part}; free some" if error.errno in NO_ROOM else explain(error)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            why = f"no space left for {self._part}; free some" if full else explain(error)
             raise OutputsError(f"{why}: {kept}") from error
         elif isinstance(error, MemoryError):
             raise OutputsError(f"{out_of_memory(error, 'give a smaller --batch')}: {kept}") from error

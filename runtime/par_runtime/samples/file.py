@@ -44,6 +44,8 @@ class SampleFile:
         """``begin``: where the first image lies; ``shape``: [M,H,W,3], of all images."""
         self._file, self.path, self._begin, self.shape = file, path, begin, shape
         self.image_bytes = math.prod(shape[1:])
+        status = os.fstat(file.fileno())
+        self._has_directory = status.st_nlink > 1 and status.st_size > begin + math.prod(shape)
 
     @property
     def part(self) -> Path:
@@ -76,6 +78,9 @@ class SampleFile:
         Raises RequestError where another program has made a file of that name meanwhile; OSError.
         """
         assert self.done == self.shape[0]
+        if self._has_directory:  # and had its name once, when an earlier run was killed: others may have it
+            self._publish()
+            return
         with naming(self.part):
             self._file.seek(0)
             place = _InPlace(self._file)  # all is there but what comes behind the images, and the size of their member
@@ -136,11 +141,12 @@ def open_samples(path: Path, labels: NDArray[np.int64], about: dict[str, Any]) -
             begun = file.read(same)
             if begun != front[: len(begun)]:
                 raise RequestError(_other(part, file, about))
-            file.seek(len(begun))  # 0 of a new one; what follows "same" has changed where the end was interrupted
-            _write(file, front[len(begun) :])
             samples = SampleFile(file, path, len(front), shape)
+            if not samples._has_directory:
+                file.seek(len(begun))  # 0 of a new one; what follows "same" has changed where the end was interrupted
+                _write(file, front[len(begun) :])
+                samples.keep(samples.done)
             del front, begun
-            samples.keep(samples.done)
         yield samples
 
 
@@ -148,9 +154,9 @@ def check_new(path: Path) -> None:
     """Raise RequestError where ``path`` cannot be a new file of samples, which take too long to be written over;
     OSError where it cannot be written.
     """
-    part = part_of(path)
     if path.suffix.lower() != ".npz":
         raise RequestError(f"{path}: expected a name that ends in .npz, for instance samples.npz")
+    part = part_of(path)
     if os.path.lexists(path):
         raise RequestError(f"{path}: is there already; give another name, or remove it")
     if os.path.lexists(part) and not part.is_file():

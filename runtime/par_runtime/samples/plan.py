@@ -46,15 +46,23 @@ class Plan:
         labels: str = "random",
         size: int | None = None,
         part: tuple[int, int] = (1, 1),
-        **sampling: Any,
+        *,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        greedy: bool = False,
+        guidance_interval: int | None = None,
     ) -> Plan:
         """The plan of ``count`` images, checked.
 
         ``labels``: "random", each class as likely as another (as the published FIDs were made), or "balanced", where
         image i has class i modulo the number of classes. ``size``: resize the images, which must be square, to so many
-        pixels a side. ``part``: (I, K), the images of process I of K. ``sampling``: ``guidance``, ``temperature``,
-        ``top_k``, ``top_p``, ``greedy``, ``guidance_interval``; what is left out is the bundle's. Raises RequestError.
+        pixels a side. ``part``: (I, K), the images of process I of K. Settings as for ``Pipeline.generate``; what is
+        left out is the bundle's. Raises RequestError.
         """
+        if not isinstance(bundle, Bundle):
+            raise RequestError(f"bundle: expected a Bundle, as that of a pipeline, not a {type(bundle).__name__}")
         if bundle.image_size is None:
             raise RequestError(
                 f"{bundle.path}: this bundle ends at tokens and makes no images; give one with a decoder"
@@ -69,7 +77,16 @@ class Plan:
             raise RequestError(f"size {given(size)}: makes squares, and the images are {width}x{height}; leave it out")
         pixels = None if size is None else whole("size", size, 1, MOST_PIXELS, " pixels of a side")
         choice("labels", labels, LABELS)
-        (settings,) = image_settings(bundle, 1, **sampling)
+        (settings,) = image_settings(
+            bundle,
+            1,
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            greedy=greedy,
+            guidance_interval=guidance_interval,
+        )
         return Plan(
             bundle,
             settings,

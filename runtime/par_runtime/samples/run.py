@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from par_runtime.arguments import check_returned, function, given, whole
 from par_runtime.bundle import Bundle
@@ -16,8 +17,10 @@ from par_runtime.checked import shown
 from par_runtime.errors import RequestError
 from par_runtime.images.recipe import MadeOn
 from par_runtime.pipeline import Pipeline
+from par_runtime.request import several
 from par_runtime.samples.file import BLOCK, IMAGES, LABELS, SampleFile, open_samples
 from par_runtime.samples.plan import Plan, classes_of
+from par_runtime.samples.reading import as_path as _path
 from par_runtime.samples.reading import checked_part, read_about, read_array
 from par_runtime.samples.resize import bicubic
 
@@ -37,9 +40,11 @@ def make_samples(
 
     After every batch (at most ``max_batch`` images, by default as for ``Pipeline.generate``) they are in ``out.part``,
     so the same call goes on after a kill; the file then has the same bytes as that of one run. ``on_images`` is called
-    before the first batch and after every one. Raises RequestError, OSError.
+    before the first batch, and whenever images were added. Raises RequestError, OSError.
     """
     path = _path("out", out)
+    _check("pipeline", pipeline, Pipeline)
+    _check("plan", plan, Plan)
     if plan.bundle.hash != pipeline.bundle.hash:
         raise RequestError(
             f"the plan is of {plan.bundle.path}, the pipeline of {pipeline.bundle.path}; give one bundle"
@@ -58,8 +63,7 @@ def make_samples(
             assert result.images is not None
             at_once = max(1, BLOCK // file.image_bytes)  # large images of a large batch may be too much at a time
             for i in range(0, len(numbers), at_once):
-                file.append(bicubic(result.images[i : i + at_once], plan.size))
-            _tell(on_images, file)
+                _append(file, bicubic(result.images[i : i + at_once], plan.size), on_images)
         file.finish(classes, about)
     return len(plan) - begun
 
@@ -79,7 +83,12 @@ def join_samples(
     ``on_images`` as in :func:`make_samples`. Raises RequestError where they are not all parts of one, once, or of
     another bundle, or where one is damaged; OSError.
     """
-    path, paths = _path("out", out), [_path("parts", part) for part in parts]
+    path, each_part = _path("out", out), several("parts", parts)
+    if each_part is None or isinstance(parts, os.PathLike):
+        raise RequestError(f"parts {given(parts)}: expected a list of the files of all parts")
+    paths = [_path("parts", part) for part in each_part]
+    if bundle is not None:
+        _check("bundle", bundle, Bundle)
     if not paths:
         raise RequestError("no parts were given; give the file of each")
     function("on_images", on_images)
@@ -132,14 +141,21 @@ def _copy(path: Path, about: About, file: SampleFile, on_images: OnImages | None
     """Append those images of the part at ``path`` that are not there yet."""
     left, shape = b"", (about["stop"] - about["start"], *about["shape"])
     number, size = about["start"], file.image_bytes
-    for block in read_array(path, IMAGES, "|u1", shape):
-        left += block
+    for data in read_array(path, IMAGES, "|u1", shape):
+        left += data
         images = len(left) // size
         new = max(0, file.done - number)  # those before are there
         if new < images:
-            file.append(np.frombuffer(left[new * size : images * size], np.uint8).reshape(-1, *shape[1:]))
-            _tell(on_images, file)
+            block = np.frombuffer(left[new * size : images * size], np.uint8).reshape(-1, *shape[1:])
+            _append(file, block, on_images)
         left, number = left[images * size :], number + images
+
+
+def _append(file: SampleFile, images: NDArray[np.uint8], on_images: OnImages | None) -> None:
+    try:
+        file.append(images)
+    finally:  # where the disk is full, some of them may be there
+        _tell(on_images, file)
 
 
 def _tell(on_images: OnImages | None, file: SampleFile) -> None:
@@ -147,8 +163,7 @@ def _tell(on_images: OnImages | None, file: SampleFile) -> None:
         check_returned("on_images", on_images, on_images(file.done, file.shape[0]))
 
 
-def _path(name: str, value: object) -> Path:
-    """``value`` as a path. Raises RequestError."""
-    if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
-        raise RequestError(f"{name} {given(value)}: expected the name of a file, as str or Path")
-    return Path(value)
+def _check(name: str, value: object, kind: type) -> None:
+    """Raise RequestError unless ``value`` is of this class."""
+    if not isinstance(value, kind):
+        raise RequestError(f"{name}: expected a {kind.__name__}, not a {type(value).__name__}")

@@ -98,6 +98,9 @@ def test_parts_are_joined(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     ("options", "text"),
     [
         ("", "the following arguments are required: --out"),
+        ("--out .", ".: expected a name that ends in .npz, for instance samples.npz"),
+        ("--out /", "/: expected a name that ends in .npz"),
+        ("--out TMP/.npz", ".npz: expected a name that ends in .npz, for instance samples.npz"),
         ("--out TMP/a.png", "a.png: expected a name that ends in .npz"),
         ("--out TMP/there.npz", "there.npz: is there already; give another name, or remove it"),
         ("--out TMP/there.npz/a.npz", "there.npz is a file where a folder is expected"),
@@ -170,7 +173,10 @@ def test_a_signal_keeps_what_is_made_and_the_same_command_goes_on(
     ("error", "text"),
     [
         (OSError(errno.ENOSPC, "full"), "no space left for PART; free some: KEPT"),
-        (OSError(errno.EFBIG, "large"), "no space left for PART; free some: KEPT"),
+        (
+            OSError(errno.EFBIG, "large"),
+            "PART is larger than this system or its limit (ulimit -f) allows; choose another place: KEPT",
+        ),
         (
             OSError(errno.EIO, "broken"),
             "PART: the disk reports an error (EIO); check the disk, or choose another place: KEPT",

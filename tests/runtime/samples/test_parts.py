@@ -237,6 +237,14 @@ def test_a_fault_of_the_caller_is_the_callers(parts: list[Path], tmp_path: Path)
 
     with pytest.raises(KeyError, match="my own bug"):
         join_samples(parts, tmp_path / "all.npz", on_images=fails)
-    for given, text in (([], "no parts were given; give the file of each"), ([4], "parts 4: expected the name of a")):
+    for given, text in (
+        ([], "no parts were given; give the file of each"),
+        ([4], "parts 4: expected the name of a file, as str or Path"),
+        (None, "parts None: expected a list of the files of all parts"),
+        (str(parts[0]), "parts '.*1.npz': expected a list of the files of all parts"),
+        (parts[0], "parts .*1.npz.*: expected a list of the files of all parts"),
+    ):
         with pytest.raises(RequestError, match=text):
             join_samples(given, tmp_path / "all.npz")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="bundle: expected a Bundle, not a str"):
+        join_samples(parts, tmp_path / "x.npz", bundle="tiny")  # type: ignore[arg-type]

@@ -238,6 +238,32 @@ def test_a_file_that_appears_meanwhile_is_kept_and_so_are_the_images(
     assert not part.exists()
 
 
+def test_a_kill_between_the_two_names_of_a_finished_file(
+    pipeline: Pipeline, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has both names then; somebody may take the one away, and the same command must not write into it."""
+    path, part, moved = tmp_path / "a.npz", tmp_path / "a.npz.part", tmp_path / "moved.npz"
+
+    link = os.link
+
+    def killed(*names: Any) -> None:
+        if len(names) == 2 and names[1] == path:
+            link(*names)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", killed)
+        with pytest.raises(Stopped):
+            make_samples(pipeline, plan(pipeline), path)
+    assert path.read_bytes() == part.read_bytes() == whole.read_bytes()
+    path.rename(moved)
+    with monkeypatch.context() as patch:
+        patch.setattr("par_runtime.samples.file._write", killed)
+        assert make_samples(pipeline, plan(pipeline), path) == 0
+    assert path.read_bytes() == moved.read_bytes() == whole.read_bytes()
+    assert not part.exists()
+
+
 def no_links(*_: object) -> None:
     """As a disk without links."""
     raise OSError(errno.EPERM, "no links")
@@ -294,7 +320,12 @@ def test_wrong_arguments_of_python_are_one_line_and_leave_nothing(pipeline: Pipe
     def make(out: Any = tmp_path / "a.npz", on_images: Any = None) -> None:
         make_samples(pipeline, plan(pipeline), out, on_images=on_images)
 
+    made: Any = make_samples
     wrong: list[tuple[Callable[[], object], str]] = [
+        (lambda: made(None, plan(pipeline), tmp_path / "a.npz"), "pipeline: expected a Pipeline, not a NoneType"),
+        (lambda: made(pipeline, {}, tmp_path / "a.npz"), "plan: expected a Plan, not a dict"),
+        (lambda: Plan.of(pipeline), "bundle: expected a Bundle, as that of a pipeline, not a Pipeline"),  # type: ignore[arg-type]
+        (lambda: open_images(None), "path None: expected the name of a file, as str or Path"),  # type: ignore[arg-type]
         (lambda: make(3), "out 3: expected the name of a file"),
         (lambda: make("a\0.npz"), "out 'a.*npz': expected the name of a file"),
         (lambda: make(on_images=3), "on_images 3: expected a function"),
@@ -304,6 +335,8 @@ def test_wrong_arguments_of_python_are_one_line_and_leave_nothing(pipeline: Pipe
         with pytest.raises(RequestError, match=text):
             work()
     assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match=r"of\(\) got an unexpected keyword argument 'guidence'"):
+        plan(pipeline, guidence=2)
 
 
 def test_two_processes_do_not_write_into_one_file(pipeline: Pipeline, whole: Path, tmp_path: Path) -> None:
