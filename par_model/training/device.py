@@ -7,7 +7,8 @@ memory, and losses are added up there. What is written is the same from either: 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +53,17 @@ def autocast(device: torch.device, enabled: bool | None = None) -> torch.autocas
     None enables it where that is fast; else they are computed in fp32.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16_is_fast(device) if enabled is None else enabled)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """A context in which convolutions are computed in fp32, on a GPU too, where PyTorch would round to TF32.
+
+    Rounding moves features over the borders between codes: in bf16 the demo's encoder gives another code at one place
+    of six, and a model that is trained on such codes does not know those of the bundle's encoder.
+    """
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        yield
 
 
 def moved(values: np.ndarray, device: torch.device) -> Tensor:

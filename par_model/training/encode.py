@@ -10,7 +10,7 @@ import torch
 
 from par_model.training.clips import ClipFolder, holds_clips
 from par_model.training.data import ImageFolder
-from par_model.training.device import Batches, autocast, choose_device
+from par_model.training.device import Batches, choose_device, exact
 from par_model.training.files import InputError, keep_inputs, written_beside
 from par_model.training.run import channels_last, load_tokenizer, load_video_tokenizer
 from par_model.training.video import check_clips
@@ -64,7 +64,7 @@ def _encode_clips(args: argparse.Namespace, device: torch.device) -> None:
         raise InputError(f"{args.tokenizer}: {model.config.codebook_size} codes; codes.npz holds ids up to 65535")
     with written_beside(args.out) as part, part.open("wb") as file:
         codes, batches = [], Batches(data, device, keep=False)
-        with torch.no_grad(), autocast(device):
+        with torch.no_grad(), exact():
             for start in range(0, len(data), args.batch):
                 features = model.features(batches.batch(np.arange(start, min(start + args.batch, len(data)))))
                 codes.append(model.quantizers.ids(features.float()).cpu().numpy().astype(np.uint16))
@@ -83,7 +83,7 @@ def encode(model: VQModel, data: ImageFolder, batch: int) -> np.ndarray:
     channels_last(model).eval()
     device = model.quantize.embedding.weight.device
     batches, out = Batches(data, device, keep=False), []  # each image is needed once
-    with autocast(device):
+    with exact():
         for start in range(0, len(data), batch):
             x = batches.batch(np.arange(start, min(start + batch, len(data))))
             out.append(model.encode(x.to(memory_format=torch.channels_last)).cpu().numpy().astype(np.uint16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 from par_model.checkpoint import open_checkpoint, par_config, vq_config
+from par_model.config import VQConfig
 from par_model.training import tokenizer as tokenizer_training
 from par_model.training import transformer as transformer_training
 from par_model.training.cli import encode as encode_codes
 from par_model.training.cli import tokenizer as train_tokenizer
 from par_model.training.cli import transformer as train
 from par_model.training.run import batch_index, cosine
+from par_model.vq import VQModel
 
 pytestmark = pytest.mark.usefixtures("without_gpu")
 
@@ -118,6 +121,30 @@ def test_from_images_to_a_trained_model(images: Path, tmp_path: Path, monkeypatc
         assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
     config = par_config(open_checkpoint(tmp_path / "adamw-a" / "model.pt"))
     assert (config.grid, config.vocab_size, config.n_classes) == ((1, 4, 4), 16, 2)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_codes_are_those_of_fp32_whatever_is_fast_here(
+    training_images: Path, tmp_path: Path, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime encodes in fp32; in bf16 many codes are others, which a model should not be trained on."""
+    torch.manual_seed(1)
+    config = VQConfig(4096, 8, channels=8, channel_multipliers=(1, 1), res_blocks=1, z_channels=8, norm_groups=4)
+    model = VQModel(config).eval()
+    torch.save({"model": model.state_dict(), "config": asdict(config) | {"kind": "vq"}}, tmp_path / "vq.pt")
+    monkeypatch.setattr("par_model.training.device.bf16_is_fast", lambda *_: fast)
+    out = tmp_path / "codes.npz"
+    options = ["--data", str(training_images), "--tokenizer", str(tmp_path / "vq.pt"), "--out", str(out)]
+    assert encode_codes.main(options) == 0
+    images = np.fromfile(training_images / "images.u8", np.uint8).reshape(-1, 8, 8, 3)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        exact = model.encode(pixels).numpy()
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model.encode(pixels).numpy()
+    with np.load(out) as file:
+        assert (file["codes"] == exact).mean() > 0.999  # batches of other sizes may add up in another order
+    assert (rounded == exact).mean() < 0.98
 
 
 def test_the_learning_rate_of_muon_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
