@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     p.add_argument("--sheet", type=Path, metavar="PNG", help="images of all three (default: OUT/siblings.png)")
     p.add_argument("--guidance", type=float, default=1.5, help="of the bundles (default 1.5)")
-    p.add_argument("--top-p", type=float, default=0.7, help="of the bundles (default 0.7)")
+    p.add_argument("--top-p", type=float, default=0.8, help="of the bundles (default 0.8)")
     p.add_argument("--most-mb", type=float, default=40.0, help="that the three may have together (default 40)")
     p.add_argument("--seed", type=int, default=1, help="of the sheet (default 1)")
     p.add_argument("--calibrate-options", default="", help="more of parvis calibrate, in one text")

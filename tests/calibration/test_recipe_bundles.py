@@ -75,7 +75,7 @@ def test_three_bundles_and_a_sheet(
         bundle = Bundle.open(out / name, verify="full")
         assert (bundle.name, bundle.quantised) == (name, "int8")
         assert "heldout.npz" in bundle.files
-        assert (bundle.defaults.guidance, bundle.defaults.top_p) == (1.5, 0.7)
+        assert (bundle.defaults.guidance, bundle.defaults.top_p) == (1.5, 0.8)
         assert f"| n = {n} | {calls} | " in printed
     with Image.open(out / "siblings.png") as sheet:
         assert sheet.size == (2 * CLASSES * 16, 2 * (3 * (12 + 2 * 16 + 8) - 8))
