@@ -80,7 +80,7 @@ HEAD_DOUBLED = doubled("output")
 def test_a_good_calibration_passes_with_room(tmp_path: Path) -> None:
     report = calibrate(tmp_path / "int8", good)
     measures, limits = report.measures(), report.budget.limits
-    assert measures["top1"] > 0.985
+    assert measures["top1"] > 0.982  # of 1,024 positions, so by chance 0.4 points away from the 99 % of a whole report
     for key in ("kl", "kl_p95", "kl_inputs", "likelihood"):
         assert measures[key] < 0.5 * limits[key], key
     made = Bundle.open(tmp_path / "int8")
