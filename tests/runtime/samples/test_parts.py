@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from stopped_samples import Stopped, stop_at
 
 from par_runtime import Pipeline, RequestError
 from par_runtime.bundle import Bundle
@@ -42,18 +43,6 @@ def parts(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> list[
     """Images 0 to 2, 3 to 6 and 7 to 10."""
     folder = tmp_path_factory.mktemp("parts")
     return [make(pipeline, folder / f"{i}.npz", i, 3) for i in (1, 2, 3)]
-
-
-class Stopped(Exception):  # noqa: N818, as Ctrl-C
-    pass
-
-
-def stop_at(done: int) -> Callable[[int, int], None]:
-    def on_images(now: int, _: int) -> None:
-        if now >= done:
-            raise Stopped
-
-    return on_images
 
 
 def test_parts_are_joined_to_the_file_of_one_run(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from recipe_scripts import full_disk
+from stopped_samples import Stopped, stop_at
 
 from par_runtime import Pipeline, RequestError, Settings
 from par_runtime.samples import Plan, make_samples, open_images
@@ -42,18 +43,6 @@ def whole(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan(pipeline: Pipeline, part: tuple[int, int] = (1, 1), **more: Any) -> Plan:
     return Plan.of(pipeline.bundle, **{"count": COUNT, "seed": SEED, "part": part} | more)
-
-
-class Stopped(Exception):  # noqa: N818, as Ctrl-C
-    pass
-
-
-def stop_at(done: int) -> Callable[[int, int], None]:
-    def on_images(now: int, _: int) -> None:
-        if now >= done:
-            raise Stopped
-
-    return on_images
 
 
 def test_a_file_holds_the_images_and_classes_that_suites_expect(pipeline: Pipeline, whole: Path) -> None:
