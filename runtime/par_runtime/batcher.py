@@ -251,9 +251,7 @@ class _Worker:
                 self.thread = threading.Thread(target=self._work, name="parvis-batcher", daemon=True)
                 try:
                     self.thread.start()
-                except (
-                    BaseException
-                ):  # no more threads, or Ctrl-C: if it runs all the same, it sees that it is not this
+                except BaseException:  # no more threads, or Ctrl-C: one that runs all the same sees that it is not this
                     self.thread = None
                     raise
             self._requests.append(request)

@@ -302,10 +302,7 @@ class Pipeline:
         timings["total"] = 1e3 * (time.perf_counter() - started)
         timings["calls"] = self.bundle.calls * len(parts)
         kept = None if known is None else known.keep
-        info = self.backend.info
-        own = "" if self.bundle.image_size is None else info.name
-        made_on = MadeOn(info.name, info.decoder or own, info.rounding)
-        return Result(self.bundle, images, drawn, classes, seeds, each, timings, kept, made_on)
+        return Result(self.bundle, images, drawn, classes, seeds, each, timings, kept, self.made_on)
 
     @one_at_a_time
     def score(self, tokens: ArrayLike, labels: int | str | Sequence[int | str]) -> Float:
@@ -397,6 +394,13 @@ class Pipeline:
         raster = raster_array(self.bundle, tokens)
         t, h, w = self.bundle.grid
         return raster.reshape(-1, h, w) if t == 1 else raster.reshape(-1, t, h, w)
+
+    @property
+    def made_on(self) -> MadeOn:
+        """What computes the images."""
+        info = self.backend.info
+        own = "" if self.bundle.image_size is None else info.name
+        return MadeOn(info.name, info.decoder or own, info.rounding)
 
     @property
     def default_batch(self) -> int:

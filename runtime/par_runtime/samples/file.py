@@ -31,7 +31,7 @@ try:
 except ImportError:  # a system without locks
     fcntl = None  # type: ignore[assignment]
 
-ABOUT, LABELS, IMAGES = "about.json", "arr_1.npy", "arr_0.npy"
+ABOUT, CLASSES, IMAGES = "about.json", "arr_1.npy", "arr_0.npy"
 MOST_ABOUT = 2**20  #: bytes of a file's own about.json that are read
 BLOCK = 2**24  #: bytes that are copied, or made another size, at once
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  #: of a member of a zip file (APPNOTE 4.3.7)
@@ -186,7 +186,7 @@ def _front_of(
     where its own header lies, which changes at its end.
     """
     archive.writestr(zipfile.ZipInfo(ABOUT), json.dumps(about))
-    archive.writestr(zipfile.ZipInfo(LABELS), npy_header("<i8", labels.shape) + labels.astype("<i8").tobytes())
+    archive.writestr(zipfile.ZipInfo(CLASSES), npy_header("<i8", labels.shape) + labels.astype("<i8").tobytes())
     info = zipfile.ZipInfo(IMAGES)
     with archive.open(info, "w", force_zip64=True) as member:
         member.write(npy_header("|u1", shape))

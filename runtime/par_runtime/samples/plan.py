@@ -17,7 +17,7 @@ from par_runtime.arguments import choice, given, whole
 from par_runtime.backends.base import image_shape
 from par_runtime.bundle import Bundle
 from par_runtime.errors import RequestError
-from par_runtime.request import SEED_LIMIT, Settings, first_seed, image_settings
+from par_runtime.request import SEED_LIMIT, Settings, image_settings
 
 LABELS = ("random", "balanced")
 MOST_SAMPLES = 10**7  #: their labels are in memory
@@ -91,7 +91,7 @@ class Plan:
             bundle,
             settings,
             count,
-            first_seed(whole("seed", seed, 0, SEED_LIMIT - 1)),
+            whole("seed", seed, 0, SEED_LIMIT - 1),
             labels,
             bundle.image_size if pixels is None else (pixels, pixels),
             count * (index - 1) // parts,

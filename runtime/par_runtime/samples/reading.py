@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from par_runtime.arguments import given
 from par_runtime.checked import load_json, open_regular
 from par_runtime.errors import RequestError
-from par_runtime.samples.file import ABOUT, BLOCK, IMAGES, LOCAL_HEADER, MOST_ABOUT, npy_header
+from par_runtime.samples.file import ABOUT, BLOCK, CLASSES, IMAGES, LOCAL_HEADER, MOST_ABOUT, npy_header
 from par_runtime.samples.plan import LABELS, MOST_SAMPLES
 from par_runtime.system import naming
 
@@ -122,11 +122,11 @@ def _ours(path: Path) -> Iterator[None]:
         raise RequestError(f"{path}: {NOT_OURS} ({' '.join(str(error).split())[:100]})") from error
 
 
-def checked_part(path: Path, about: dict[str, Any], labels: NDArray[np.int64], name: str) -> None:
-    """Read all of the part at ``path``; raises RequestError where anything of it is damaged, or its array ``name`` does
-    not hold these ``labels``; OSError.
+def checked_part(path: Path, about: dict[str, Any], labels: NDArray[np.int64]) -> None:
+    """Read all of the part at ``path``; raises RequestError where anything of it is damaged, or it has other classes
+    than these ``labels``; OSError.
     """
-    found = b"".join(read_array(path, name, "<i8", labels.shape))
+    found = b"".join(read_array(path, CLASSES, "<i8", labels.shape))
     if found != labels.astype("<i8").tobytes():
         raise RequestError(f"{path}: {NOT_OURS} (its labels are not those of its seeds)")
     for _ in read_array(path, IMAGES, "|u1", (len(labels), *about["shape"])):

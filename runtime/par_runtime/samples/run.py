@@ -15,13 +15,11 @@ from par_runtime.arguments import check_returned, function, given, whole
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.errors import RequestError
-from par_runtime.images.recipe import MadeOn
 from par_runtime.pipeline import Pipeline
 from par_runtime.request import several
-from par_runtime.samples.file import BLOCK, IMAGES, LABELS, SampleFile, open_samples
+from par_runtime.samples.file import BLOCK, IMAGES, SampleFile, open_samples
 from par_runtime.samples.plan import Plan, classes_of
-from par_runtime.samples.reading import as_path as _path
-from par_runtime.samples.reading import checked_part, read_about, read_array
+from par_runtime.samples.reading import as_path, checked_part, read_about, read_array
 from par_runtime.samples.resize import bicubic
 
 OnImages = Callable[[int, int], None]  #: images that are there, and all of the file
@@ -42,7 +40,7 @@ def make_samples(
     so the same call goes on after a kill; the file then has the same bytes as that of one run. ``on_images`` is called
     before the first batch, and whenever images were added. Raises RequestError, OSError.
     """
-    path = _path("out", out)
+    path = as_path("out", out)
     _check("pipeline", pipeline, Pipeline)
     _check("plan", plan, Plan)
     if plan.bundle.hash != pipeline.bundle.hash:
@@ -52,7 +50,7 @@ def make_samples(
     function("on_images", on_images)
     most, where = pipeline.backend.max_images, f" on {pipeline.backend.info.name}"
     batch = pipeline.default_batch if max_batch is None else whole("max_batch", max_batch, 1, most, where)
-    classes, about = plan.all_classes(), plan.about(made_on(pipeline))
+    classes, about = plan.all_classes(), plan.about(asdict(pipeline.made_on))
     with open_samples(path, classes, about) as file:
         begun = file.done
         _tell(on_images, file)
@@ -68,12 +66,6 @@ def make_samples(
     return len(plan) - begun
 
 
-def made_on(pipeline: Pipeline) -> About:
-    """What computes the images, as a file says it: another backend rounds otherwise, so its images are others."""
-    info = pipeline.backend.info
-    return asdict(MadeOn(info.name, info.decoder or info.name, dict(info.rounding)))
-
-
 def join_samples(
     parts: Sequence[str | Path], out: str | Path, *, bundle: Bundle | None = None, on_images: OnImages | None = None
 ) -> About:
@@ -83,10 +75,10 @@ def join_samples(
     ``on_images`` as in :func:`make_samples`. Raises RequestError where they are not all parts of one, once, or of
     another bundle, or where one is damaged; OSError.
     """
-    path, each_part = _path("out", out), several("parts", parts)
+    path, each_part = as_path("out", out), several("parts", parts)
     if each_part is None or isinstance(parts, os.PathLike):
         raise RequestError(f"parts {given(parts)}: expected a list of the files of all parts")
-    paths = [_path("parts", part) for part in each_part]
+    paths = [as_path("parts", part) for part in each_part]
     if bundle is not None:
         _check("bundle", bundle, Bundle)
     if not paths:
@@ -100,7 +92,7 @@ def join_samples(
     numbers = range(about["count"])
     classes = np.array(classes_of(about["labels"], about["classes"], about["seed"], numbers), np.int64)
     for each, where in abouts:
-        checked_part(where, each, classes[each["start"] : each["stop"]], LABELS)
+        checked_part(where, each, classes[each["start"] : each["stop"]])
     with open_samples(path, classes, about) as file:
         _tell(on_images, file)
         for each, where in abouts:
