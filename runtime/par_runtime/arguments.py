@@ -164,6 +164,13 @@ def folder(name: str, value: Any) -> Path:
     return Path(path)
 
 
+def file_name(name: str, value: Any) -> Path:
+    """``value``, a str or a path, as a Path that may be the name of a file. Raises RequestError."""
+    if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
+        raise RequestError(f"{name} {given(value)}: expected the name of a file, as str or Path")
+    return Path(value)
+
+
 def cpu_threads(threads: Any) -> int | None:
     """The number of threads of the CPU that is used where ``threads`` are asked for; None stays None (all cores).
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from par_runtime.arguments import as_index, given, plain, truth
+from par_runtime.arguments import as_index, file_name, given, plain, truth
 from par_runtime.backends.base import image_shape
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown, shown_path
@@ -132,9 +131,7 @@ class Result:
         many a side, to look at small images; ``redo`` and ``edit`` undo it. The folder is made where it is missing, and
         the file appears whole or not at all. Raises RequestError, OSError.
         """
-        if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
-            raise RequestError(f"path {shown(path)}: expected the name of a file, as str or Path")
-        path = Path(path)
+        path = file_name("path", path)
         data = self._content(path, columns, indices, pasted, scale, fps, write=True)
         write_beside(path, lambda part: part.write_bytes(data))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import lzma
 import math
-import os
 import struct
 import zipfile
 import zlib
@@ -17,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.arguments import given
+from par_runtime.arguments import file_name
 from par_runtime.checked import load_json, open_regular
 from par_runtime.errors import RequestError
 from par_runtime.samples.file import ABOUT, BLOCK, CLASSES, IMAGES, LOCAL_HEADER, MOST_ABOUT, npy_header
@@ -31,13 +30,6 @@ DAMAGES = (
     zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError, zlib.error,
     lzma.LZMAError, struct.error,
 )  # fmt: skip
-
-
-def as_path(name: str, value: object) -> Path:
-    """``value`` as a path. Raises RequestError."""
-    if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
-        raise RequestError(f"{name} {given(value)}: expected the name of a file, as str or Path")
-    return Path(value)
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -91,7 +83,7 @@ def open_images(path: str | Path) -> NDArray[np.uint8]:
     """The images [M,H,W,3] uint8 of the samples at ``path`` (of clips [M,T,H,W,3]), which are read from the disk where
     they are used. Their checksum is not tested. Raises RequestError, OSError.
     """
-    path = as_path("path", path)
+    path = file_name("path", path)
     about = read_about(path)
     shape = (about["stop"] - about["start"], *about["shape"])
     header = npy_header("|u1", shape)

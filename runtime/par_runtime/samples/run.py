@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from par_runtime.arguments import check_returned, function, given, whole
+from par_runtime.arguments import check_returned, file_name, function, given, whole
 from par_runtime.bundle import Bundle
 from par_runtime.checked import shown
 from par_runtime.errors import RequestError
@@ -19,7 +19,7 @@ from par_runtime.pipeline import Pipeline
 from par_runtime.request import several
 from par_runtime.samples.file import BLOCK, IMAGES, SampleFile, open_samples
 from par_runtime.samples.plan import Plan, classes_of
-from par_runtime.samples.reading import as_path, checked_part, read_about, read_array
+from par_runtime.samples.reading import checked_part, read_about, read_array
 from par_runtime.samples.resize import bicubic
 
 OnImages = Callable[[int, int], None]  #: images that are there, and all of the file
@@ -40,7 +40,7 @@ def make_samples(
     so the same call goes on after a kill; the file then has the same bytes as that of one run. ``on_images`` is called
     before the first batch, and whenever images were added. Raises RequestError, OSError.
     """
-    path = as_path("out", out)
+    path = file_name("out", out)
     _check("pipeline", pipeline, Pipeline)
     _check("plan", plan, Plan)
     if plan.bundle.hash != pipeline.bundle.hash:
@@ -75,10 +75,10 @@ def join_samples(
     ``on_images`` as in :func:`make_samples`. Raises RequestError where they are not all parts of one, once, or of
     another bundle, or where one is damaged; OSError.
     """
-    path, each_part = as_path("out", out), several("parts", parts)
+    path, each_part = file_name("out", out), several("parts", parts)
     if each_part is None or isinstance(parts, os.PathLike):
         raise RequestError(f"parts {given(parts)}: expected a list of the files of all parts")
-    paths = [as_path("parts", part) for part in each_part]
+    paths = [file_name("parts", part) for part in each_part]
     if bundle is not None:
         _check("bundle", bundle, Bundle)
     if not paths:
