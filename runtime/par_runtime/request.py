@@ -94,6 +94,19 @@ def several(name: str, value: object, most: int = MOST_OF_A_REQUEST) -> list[Any
     return entries
 
 
+def classes(bundle: Bundle) -> list[dict[str, int | str | None]]:
+    """Index, name and WordNet synset of every class; None where the bundle has no names or no synsets."""
+    names, synsets = bundle.class_names, bundle.class_synsets
+    return [
+        {
+            "index": i,
+            "name": None if names is None else names[i],
+            "synset": None if synsets is None else synsets[i],
+        }
+        for i in range(bundle.n_classes)
+    ]
+
+
 def class_indices(bundle: Bundle, labels: Any) -> list[int]:
     """The classes of ``labels``, which is one label or a list of one per image. Raises RequestError."""
     entries = several("labels", labels)

@@ -26,6 +26,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "cpu,export": ("torch", "onnx", "safetensors", "huggingface_hub", "par_export", "par_model"),
     "cpu,calibrate": ("torch", "onnx", "par_export", "par_model", "par_calibration"),
     "completion": ("shtab",),
+    "cpu,serve": ("starlette", "uvicorn", "prometheus_client"),
     "build,tensorrt-rtx": ("onnx", "ml_dtypes", "par_export"),
 }
 
@@ -49,6 +50,9 @@ VERBS = {
     "reconstruct": Verb("par_runtime.cli.reconstruct", "encode images or clips to tokens and decode them again"),
     "edit": Verb("par_runtime.cli.edit", "make a part of an image or a clip anew and keep the rest"),
     "sample": Verb("par_runtime.cli.sample", "make the images of an evaluation (FID), as one .npz"),
+    "serve": Verb(
+        "par_runtime.cli.serve", "answer requests for images over HTTP, many users at once", ("cpu", "cpu,serve")
+    ),
     "bench": Verb(
         "par_runtime.cli.bench",
         "measure: phases, baselines, the hardware's limit, the paper's tables",

@@ -37,10 +37,14 @@ PACKAGES = (
     "torch",
     "safetensors",
     "huggingface_hub",
+    "starlette",
+    "uvicorn",
+    "prometheus-client",
 )
 #: verbs -> the extra that they need beyond a backend, and the modules that show whether it is there
 NEEDS = {
     "parvis verify, reconstruct, edit (of a picture that parvis did not make)": ("cpu", ("onnxruntime",)),
+    "parvis serve": ("cpu,serve", ("starlette", "uvicorn", "prometheus_client")),
     "parvis export, train, train-tokenizer, train-video-tokenizer, encode": (
         "cpu,export",
         ("onnxruntime", "torch", "onnx", "safetensors", "huggingface_hub"),

@@ -10,6 +10,7 @@ from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Parser, guarded
 from par_runtime.errors import RequestError
+from par_runtime.request import classes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,19 +39,6 @@ def run(args: argparse.Namespace) -> int:
         for row in rows:
             print("\t".join(str(value) for value in row.values() if value is not None))
     return 0
-
-
-def classes(bundle: Bundle) -> list[dict[str, int | str | None]]:
-    """Index, name and WordNet synset of every class; None where the bundle has no names or no synsets."""
-    names, synsets = bundle.class_names, bundle.class_synsets
-    return [
-        {
-            "index": i,
-            "name": None if names is None else names[i],
-            "synset": None if synsets is None else synsets[i],
-        }
-        for i in range(bundle.n_classes)
-    ]
 
 
 def _has(row: dict[str, int | str | None], word: str) -> bool:

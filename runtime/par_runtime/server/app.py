@@ -1,0 +1,283 @@
+"""The ASGI application: routes, errors, and requests that wait for the images of a Batcher.
+
+One event loop takes all requests. What takes time does not run in it: the Batcher makes images in a thread of its own,
+and requests are checked and files encoded in threads of asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from par_runtime.arguments import number
+from par_runtime.batcher import Batcher
+from par_runtime.errors import BusyError, RequestError
+from par_runtime.request import classes
+from par_runtime.result import Result
+from par_runtime.server.asked import TYPES, Asked, formats, of_json, of_query
+from par_runtime.server.metrics import CONTENT_TYPE, Metrics
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 60.0
+MOST_BODY = 64 * 1024  #: bytes
+CLIENT_LEFT = 499  #: what proxies call it; nobody reads it
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def application(batcher: Batcher, *, name: str | None = None, timeout_s: float = TIMEOUT_S) -> Starlette:
+    """An ASGI application that makes the images of ``batcher``, which stays the caller's to close.
+
+    ``name``: of the model, in answers (default: the bundle's). ``timeout_s``: how long a request may wait for its
+    images; then it is answered with 504, and what was not begun is not made. docs/service.md lists the paths. It can be
+    mounted in another application. Raises RequestError.
+    """
+    if not isinstance(batcher, Batcher):
+        raise RequestError(f"batcher: expected a par_runtime.Batcher, not a {type(batcher).__name__}")
+    bundle = batcher.pipeline.bundle
+    if bundle.image_size is None:
+        raise RequestError(
+            f"{bundle.path}: this bundle ends at tokens and makes no images, so there is nothing to serve"
+        )
+    timeout_s = number("timeout_s", timeout_s, 0.001, 1e6, "0.001 to 1000000 seconds")
+    service = _Service(batcher, bundle.name if name is None else name, timeout_s)
+    return Starlette(routes=service.routes(), exception_handlers={HTTPException: service.no_route})
+
+
+class _Refused(Exception):  # noqa: N818, it is an answer
+    """What a request is answered with in place of what it asked for."""
+
+    def __init__(self, code: int, message: str, kind: str = "invalid_request_error", **headers: str) -> None:
+        super().__init__(message)
+        self.code, self.kind = code, kind
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def response(self) -> Response:
+        """In OpenAI's form, which libraries turn into exceptions."""
+        error = {"message": str(self), "type": self.kind, "param": None, "code": None}
+        return JSONResponse({"error": error}, self.code, self.headers)
+
+
+class _Service:
+    """The handlers of all routes, and what they share."""
+
+    def __init__(self, batcher: Batcher, name: str, timeout_s: float) -> None:
+        self.batcher, self.pipeline, self.bundle = batcher, batcher.pipeline, batcher.pipeline.bundle
+        self.name, self.timeout_s = name, timeout_s
+        self.counters = Metrics(batcher)
+        self.failing = False  # the last images could not be made
+        self.began = int(time.time())
+        self.content = files("par_runtime.server").joinpath("page.html").read_text(encoding="utf-8")
+
+    def routes(self) -> list[Route]:
+        """Every path, with what answers it."""
+        handlers: dict[str, Handler] = {
+            "/": self.page,
+            "/v1/images": self.image,
+            "/v1/models": self.models,
+            "/v1/models/{name:path}": self.model,
+            "/v1/labels": self.labels,
+            "/health": self.health,
+            "/metrics": self.metrics,
+        }
+        routes = [Route(path, self.answered(path, handler), methods=["GET"]) for path, handler in handlers.items()]
+        posted = "/v1/images/generations"
+        self.paths = [path.replace("{name:path}", "NAME") for path in (*handlers, posted)]
+        return [*routes, Route(posted, self.answered(posted, self.images), methods=["POST"])]
+
+    def answered(self, path: str, handler: Handler) -> Handler:
+        """``handler`` with every error as an answer, and every answer counted."""
+
+        async def answer(request: Request) -> Response:
+            try:
+                response = await handler(request)
+            except RequestError as error:
+                response = _Refused(400, str(error)).response()
+            except _Refused as refused:
+                response = refused.response()
+            except ClientDisconnect:
+                response = Response(status_code=CLIENT_LEFT)
+            except Exception:  # of a bundle that was damaged, a GPU that failed: its text may name files
+                log.exception("a request has failed")
+                response = _Refused(
+                    500, "the server could not make the images; its log says why", "api_error"
+                ).response()
+            self.counters.count(path, response.status_code)
+            response.headers["X-Content-Type-Options"] = "nosniff"
+            return response
+
+        return answer
+
+    async def no_route(self, request: Request, error: Exception) -> Response:
+        """404 for a path that is none, 405 for another method."""
+        assert isinstance(error, HTTPException)
+        self.counters.count("other", error.status_code)
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            message = f"{request.method}: expected {allowed} at this path"
+        else:
+            message = f"nothing is at this path; expected one of {', '.join(self.paths)}"
+        return _Refused(error.status_code, message, **dict(error.headers or {})).response()
+
+    # -- images -------------------------------------------------------------------------------------------------------
+
+    async def image(self, request: Request) -> Response:
+        """One image, as a file: GET /v1/images?label=micah&seed=7."""
+        began = time.perf_counter()
+        asked = await asyncio.to_thread(of_query, self.bundle, request.query_params.multi_items())
+        tag = asked.tag((self.bundle.hash, self.pipeline.made_on))
+        headers = {
+            "ETag": tag,
+            "Cache-Control": "no-cache",  # keep it, and ask whether it is still the same
+            "Content-Disposition": f'inline; filename="{asked.file_name(self.bundle)}"',
+            "X-Parvis-Seed": str(asked.seeds[0]),
+        }
+        if not asked.again:
+            headers |= {"Cache-Control": "no-store"}
+            del headers["ETag"]
+        elif tag in request.headers.get("if-none-match", ""):
+            return Response(None, 304, headers)
+        (content,) = await self._files(request, asked)
+        self.counters.took(time.perf_counter() - began)
+        return Response(content, 200, headers, asked.content_type)
+
+    async def images(self, request: Request) -> Response:
+        """Images as OpenAI's clients ask for them: POST /v1/images/generations."""
+        began = time.perf_counter()
+        asked = await asyncio.to_thread(of_json, self.bundle, self.name, await _body(request))
+        contents = await self._files(request, asked)
+        encoded = await asyncio.to_thread(lambda: [base64.b64encode(content).decode() for content in contents])
+        height, width = (asked.scale * side for side in self.bundle.image_size or (0, 0))
+        names = self.bundle.class_names
+        label = {"label": asked.label, "name": None if names is None else names[asked.label]}
+        data = [{"b64_json": each, "seed": seed} | label for each, seed in zip(encoded, asked.seeds, strict=True)]
+        answer = {
+            "created": int(time.time()),
+            "model": self.name,
+            "size": f"{width}x{height}",
+            "output_format": asked.kind[1:],
+            "settings": asdict(asked.settings),
+            "data": data,
+        }
+        self.counters.took(time.perf_counter() - began)
+        return JSONResponse(answer)
+
+    async def _files(self, request: Request, asked: Asked) -> list[bytes]:
+        """The files that were asked for. Raises _Refused, and what the pipeline raises."""
+        results = await self._made(request, asked)
+        encode = lambda: [each.to_bytes(asked.kind, scale=asked.scale, fps=asked.fps) for each in results]  # noqa: E731
+        return await asyncio.to_thread(encode)
+
+    async def _made(self, request: Request, asked: Asked) -> list[Result]:
+        """The images that were asked for, when they are made; none are made for somebody who has left."""
+        futures: list[Future[Result]] = []
+        left = asyncio.ensure_future(_left(request))
+        made: asyncio.Future[list[Result]] | None = None
+        try:
+            for seed in asked.seeds:
+                futures.append(self.batcher.submit(asked.label, asked.settings, seed=seed))
+            made = asyncio.gather(*map(asyncio.wrap_future, futures))
+            both: list[asyncio.Future[Any]] = [made, left]
+            await asyncio.wait(both, timeout=self.timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if made.done():
+                results = made.result()
+                self.failing = False
+                return results
+            if left.done():
+                raise ClientDisconnect
+            raise _Refused(504, f"the images were not made within {self.timeout_s:g} s; try again later", "api_error")
+        except BusyError as busy:
+            most = self.batcher.max_waiting
+            text = f"{most} images wait already; try again later"
+            raise _Refused(503, text, "server_busy", Retry_After="1") from busy
+        except RequestError as closed:  # the request itself was checked before
+            raise _Refused(503, "the server is stopping", "server_stopping", Retry_After="1") from closed
+        except (_Refused, ClientDisconnect):
+            raise
+        except Exception:
+            self.failing = True
+            raise
+        finally:
+            left.cancel()
+            for each in ([] if made is None else [made]) + futures:
+                each.cancel()
+
+    # -- what is served -----------------------------------------------------------------------------------------------
+
+    async def page(self, _: Request) -> Response:
+        """A page to try it with a browser."""
+        return HTMLResponse(self.content)
+
+    async def models(self, _: Request) -> Response:
+        """The one model, in a list."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """The model of that name."""
+        if request.path_params["name"] != self.name:
+            raise _Refused(404, f"no model of that name; expected {self.name}")
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        bundle, info = self.bundle, self.pipeline.backend.info
+        height, width = bundle.image_size or (0, 0)
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.began,
+            "owned_by": "parvis",
+            "bundle": {"name": bundle.name, "hash": bundle.hash},
+            "backend": info.name,
+            "size": f"{width}x{height}",
+            "frames": bundle.frames,
+            "formats": formats(bundle),
+            "content_types": [TYPES[f".{kind}"] for kind in formats(bundle)],
+            "classes": bundle.n_classes,
+            "calls": bundle.calls,
+            "defaults": asdict(bundle.defaults),
+            "max_batch": self.batcher.max_batch,
+        }
+
+    async def labels(self, _: Request) -> Response:
+        """All classes: index, name, synset."""
+        return JSONResponse({"object": "list", "data": await asyncio.to_thread(classes, self.bundle)})
+
+    # -- for who runs it ----------------------------------------------------------------------------------------------
+
+    async def health(self, _: Request) -> Response:
+        """200, or 503 where the last images could not be made: if it stays so, a new process may help."""
+        about = {"status": "failing" if self.failing else "ok", "waiting": self.batcher.waiting}
+        return JSONResponse(about, 503 if self.failing else 200)
+
+    async def metrics(self, _: Request) -> Response:
+        """Counters, as Prometheus reads them."""
+        return Response(self.counters.text(), 200, media_type=CONTENT_TYPE)
+
+
+async def _left(request: Request) -> None:
+    """Until whoever asked has closed the connection. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(request: Request) -> bytes:
+    """The body of a request. Raises _Refused where it is too long."""
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > MOST_BODY:
+            raise _Refused(413, f"the body has more than {MOST_BODY} bytes; a request for images has some hundred")
+    return bytes(content)
