@@ -57,14 +57,18 @@ def meminfo_bytes(key: str, proc: Path = PROC) -> int | None:
     return None
 
 
-def peak_bytes() -> int | None:
-    """The most memory that this process has held; pages of mapped files count while they are mapped.
+def peak_bytes(pid: int | None = None) -> int | None:
+    """The most memory that this process, or the one of this ``pid``, has held; pages of mapped files count while they
+    are mapped.
 
     On Linux it is read from ``/proc``, because ``ru_maxrss`` includes what the parent process held when it forked.
     None where the system does not report it.
     """
     with suppress(OSError, IndexError, ValueError):
-        return int(system_text(PROC / "self" / "status").split("VmHWM:")[1].split()[0]) * 1024
+        status = PROC / ("self" if pid is None else str(pid)) / "status"
+        return int(system_text(status).split("VmHWM:")[1].split()[0]) * 1024
+    if pid is not None:
+        return None
     with suppress(ImportError):
         with importing("resource"):
             import resource

@@ -9,51 +9,23 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from double.fixtures import Make
-from sharing import params
+from sharing import busy, params, until
 
 from par_runtime import Batcher, BusyError, Pipeline, RequestError, Result, Settings
 from par_runtime.errors import OutOfMemory
 
 Get = Callable[[str], Pipeline]
 PLAIN = "ONNX Runtime"
-
-
-@contextmanager
-def busy(pipeline: Pipeline) -> Iterator[None]:
-    """The pipeline makes an image of somebody else, until the end of the block."""
-    begun, go_on = threading.Event(), threading.Event()
-
-    def wait(*_: int) -> None:
-        begun.set()
-        assert go_on.wait(60)
-
-    thread = threading.Thread(target=pipeline.generate, args=(0,), kwargs={"on_step": wait, "decode": False})
-    thread.start()
-    assert begun.wait(60)
-    try:
-        yield
-    finally:
-        go_on.set()
-        thread.join()
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 class Spy:

@@ -121,11 +121,15 @@ def take_turns(
     make_rows: MakeRows,
     progress: Progress = no_progress,
     make_sample: MakeSample | None = None,
+    *,
+    others: Sequence[Any] = (),
+    what: str = "",
 ) -> list[Row]:
     """The rows of ``setting.repetitions`` samples of each subject that has not failed, in turns.
 
     ``make_rows`` makes the rows of a subject, of its samples and the setting. ``make_sample`` makes a sample (default:
-    the subject's ``run``). Fewer samples are made where they would end after ``setting.until``.
+    the subject's ``run``), which is ``what`` in words (default: the number of images). ``others``: subjects of which
+    one may still work where all of these fail. Fewer samples are made where they would end after ``setting.until``.
     """
     measured = [Repetitions() for _ in subjects]
     whole = Watch(tuple(pid for subject in subjects for pid in process_ids(subject)), setting.gpu)
@@ -158,10 +162,10 @@ def take_turns(
             if label in setting.failed or began + longest[label] > setting.until:
                 continue
             many = f"{setting.images} image{'s' if setting.images > 1 else ''}"
-            progress(f"{label}: {many}, repetition {repetition + 1} of {setting.repetitions}")
+            progress(f"{label}: {what or many}, repetition {repetition + 1} of {setting.repetitions}")
             watch = Watch(process_ids(subject))  # what holds back a GPU is counted over all of it
             try:
-                sample = attempt(subject, subjects, setting, partial(make_sample or sample_of, subject))
+                sample = attempt(subject, (*subjects, *others), setting, partial(make_sample or sample_of, subject))
             except OutOfTimeError:
                 return ended()
             longest[label] = max(longest[label], time.monotonic() - began)
@@ -279,6 +283,7 @@ def make_row(
     call_ms: float | None = None,
     images_per_s: float | None = None,
     offered_per_s: float | None = None,
+    clients: int | None = None,
 ) -> Row:
     """One row, without the bound that ``bounds.with_bounds`` adds."""
     work = least_work(info, setting.images, setting.guided, phase)
@@ -342,6 +347,7 @@ def make_row(
         pytorch=info.pytorch,
         decoder_computes=info.decoder_computes,
         decoder_bf16=info.decoder_bf16,
+        clients=clients,
     )
 
 

@@ -8,21 +8,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from par_runtime.backends.choose import CPUS
 from par_runtime.backends.engines import has_engines
 from par_runtime.bench.measure import Progress
 from par_runtime.bench.subjects.baselines import write_n1_bundle
 from par_runtime.bench.subjects.process import SubjectProcess, open_bundle, open_eager
+from par_runtime.bench.subjects.served import ServedSubject, check_servable
 from par_runtime.bench.subjects.starts import Start, StartSubject
 from par_runtime.bundle import Bundle
 
 if TYPE_CHECKING:
     from par_runtime.bench.run import BenchOptions
 
-#: A process that makes batches until the run ends, or one after the other, each of which is measured from its start.
-Opened = SubjectProcess | StartSubject
+#: A process that makes batches until the run ends; or one after the other, each of which is measured from its start; or
+#: a server, which is started when its turn comes.
+Opened = SubjectProcess | StartSubject | ServedSubject
 
 
 def open_subjects(
@@ -30,11 +32,13 @@ def open_subjects(
 ) -> Iterator[Opened]:
     """The bundles, then their baselines, each in a process that ``opened`` ends."""
     bundles = [Bundle.open(path) for path in options.bundles]
+    if options.suite == "http":
+        check_servable(bundles)
     labels = short_names(options.bundles, bundles)
     for path, label, bundle in zip(options.bundles, labels, bundles, strict=True):
         progress(f"{label}: loading")
         start = partial(
-            open_bundle,
+            _opens(options),
             path,
             label,
             device=options.device,
@@ -53,14 +57,19 @@ def open_subjects(
             yield _open(options, _baseline(options, path, baseline, name, opened), opened)
 
 
-def _open(options: BenchOptions, start: Start, opened: ExitStack) -> Opened:
-    """The process that ``start`` starts, or what starts it for each sample; ``opened`` ends it."""
-    subject: Opened = StartSubject(start) if options.suite == "start" else start()
+def _opens(options: BenchOptions) -> Callable[..., Opened]:
+    """What opens a bundle in the form that the suite measures."""
+    return ServedSubject if options.suite == "http" else open_bundle
+
+
+def _open(options: BenchOptions, start: Callable[[], Opened], opened: ExitStack) -> Opened:
+    """What ``start`` starts, or what starts it for each sample; ``opened`` ends it."""
+    subject = StartSubject(cast(Start, start)) if options.suite == "start" else start()
     opened.callback(subject.close)
     return subject
 
 
-def _baseline(options: BenchOptions, path: Path, baseline: str, label: str, opened: ExitStack) -> Start:
+def _baseline(options: BenchOptions, path: Path, baseline: str, label: str, opened: ExitStack) -> Callable[[], Opened]:
     """What starts one of ``run.BASELINES`` of the bundle at ``path``."""
     threads = options.threads
     rounding = options.rounding
@@ -70,10 +79,10 @@ def _baseline(options: BenchOptions, path: Path, baseline: str, label: str, open
         folder = tempfile.TemporaryDirectory(dir=options.work, prefix="parvis-bench-")
         n1 = write_n1_bundle(path, Path(opened.enter_context(folder)))
         device = options.device if options.device in CPUS else "cpu"
-        return partial(open_bundle, n1, label, device=device, threads=threads, selftest=False, rounding=rounding)
+        return partial(_opens(options), n1, label, device=device, threads=threads, selftest=False, rounding=rounding)
     if baseline == "ort":
         selftest = has_selftest(Bundle.open(path, "none"))
-        on_ort = partial(open_bundle, device="cpu-ort")
+        on_ort = partial(_opens(options), device="cpu-ort")
         return partial(on_ort, path, label, threads=threads, selftest=selftest, rounding=rounding)
     device = "cpu" if options.device in ("auto", *CPUS) else "cuda"
     return partial(open_eager, path, label, threads=threads, compiled=baseline == "compiled", device=device)

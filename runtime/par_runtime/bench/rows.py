@@ -37,9 +37,10 @@ class Row:
     """One measured row. Times in milliseconds, sizes in bytes; None where a column does not apply.
 
     ``phase``: prefill, sequential, transition, group, decoder, copy, or "image" (the whole batch), "load",
-    "first_preview", "throughput" (the whole batch, in the batch suite), "serve" (``samples_ms`` are the latencies of
-    requests); of a start python, selftest, first_image and "start" (all of these and "load"). ``bytes`` and
-    ``operations`` are the least that the phase must read and calculate (``cost/work.py``).
+    "first_preview", "throughput" (the whole batch, in the batch suite), "serve" and "http" (``samples_ms`` are the
+    latencies of requests, ``images`` the most of a call); of a start python, selftest, first_image and "start" (all of
+    these and "load"). ``bytes`` and ``operations`` are the least that the phase must read and calculate
+    (``cost/work.py``).
     """
 
     suite: str
@@ -69,7 +70,7 @@ class Row:
     p95_ms: float
     call_ms: float | None  #: median of a single call, over all calls of all repetitions
     images_per_s: float | None
-    offered_per_s: float | None  #: load of the serve suite
+    offered_per_s: float | None  #: load of the serve suite, or an open one of the http suite
     peak_bytes: int | None  #: of the subject's own process since it started
     bytes: int | None
     operations: int | None
@@ -93,6 +94,7 @@ class Row:
     weights: str = ""  #: "int8" or "int4", of quantised matrices; empty where they are in ``precision``
     decoder_computes: str = "fp32"  #: the precision of what makes the pixels, where it is not ``backend``
     decoder_bf16: str = ""  #: how the C decoder could compute in bf16 ("amx", "dots"), where it computes in fp32
+    clients: int | None = None  #: of a closed load of the http suite
 
     @property
     def stored(self) -> str:

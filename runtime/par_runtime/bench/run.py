@@ -13,18 +13,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from par_runtime.batcher import MOST_WAITING
 from par_runtime.bench import machine, rows
 from par_runtime.bench.bounds import GPU, Gauge, with_bounds
 from par_runtime.bench.gpu import select
 from par_runtime.bench.journal import Journal
 from par_runtime.bench.measure import Progress, Setting, image_ms, process_ids
-from par_runtime.bench.opening import open_subjects
+from par_runtime.bench.opening import Opened, open_subjects
 from par_runtime.bench.outputs import check_outputs
 from par_runtime.bench.report import compare
 from par_runtime.bench.report.output import Outcome
 from par_runtime.bench.rows import Row
 from par_runtime.bench.subjects.base import Subject, SubjectInfo
-from par_runtime.bench.suites import batch, decoder, paper, paper_run, phases, serve, start
+from par_runtime.bench.subjects.served import ServedSubject
+from par_runtime.bench.suites import batch, decoder, http, paper, paper_run, phases, serve, start
 from par_runtime.bench.suites import gpu as gpu_suite
 from par_runtime.bundle import Bundle
 from par_runtime.cost.data_sheets import Prediction, predictions
@@ -34,12 +36,20 @@ from par_runtime.request import MOST_OF_A_COMMAND
 from par_runtime.system import available_cores
 
 MOST_REQUESTS = 10**6  #: of a load
-SUITES = ("phases", "batch", "decoder", "serve", "start", "paper", "gpu")
+SUITES = ("phases", "batch", "decoder", "serve", "http", "start", "paper", "gpu")
 OF_THEIR_OWN = ("paper", "gpu")  #: suites that bring their models and baselines
 #: The time of a suite that has one, where --minutes is not given.
 MINUTES, GPU_MINUTES = 10.0, 8.0
 BASELINES = ("eager", "compiled", "n1", "ort")
-STARTING = ("ort",)  #: those of them that start as a bundle does: with its files and its self-test
+#: Those of them that a suite takes where it does not take all, and why it takes no others.
+TAKEN = {
+    "start": (
+        ("ort",),
+        "--suite start takes ort alone, the same bundle on ONNX Runtime; PyTorch loads no bundle, and the random "
+        "weights of n1 have no self-test",
+    ),
+    "http": (("n1", "ort"), "--suite http takes n1 and ort, which are bundles; 'parvis serve' runs no PyTorch"),
+}
 #: A baseline in PyTorch whose image takes longer is estimated from some of its calls, unless ``whole``.
 LONG_SECONDS = 20.0
 PROBE_CALLS = 16
@@ -103,7 +113,7 @@ class BenchOptions:
     def checked(self) -> BenchOptions:
         """The options after every check that is possible before work begins. Raises RequestError, OSError."""
         for option, given, suites in (
-            ("--batches", self.batches, ("batch", "decoder", "serve", "gpu")),
+            ("--batches", self.batches, ("batch", "decoder", "serve", "http", "gpu")),
             ("--sizes", self.sizes, OF_THEIR_OWN),
             ("--no-eager", self.no_eager, OF_THEIR_OWN),
             ("--engines", self.engines, ("gpu",)),
@@ -111,8 +121,8 @@ class BenchOptions:
             ("--parts", self.parts, ("gpu",)),
             ("--from", self.from_files, ("gpu",)),
             ("--svg", self.svg, ("gpu",)),
-            ("--requests", self.requests, ("serve",)),
-            ("--minutes", self.minutes is not None, ("serve", *OF_THEIR_OWN)),
+            ("--requests", self.requests, ("serve", "http")),
+            ("--minutes", self.minutes is not None, ("serve", "http", *OF_THEIR_OWN)),
             ("--whole", self.whole, ("phases", "batch")),
             ("--against", self.against, tuple(suite for suite in SUITES if suite not in OF_THEIR_OWN)),
         ):
@@ -126,12 +136,9 @@ class BenchOptions:
                 "no bundle was given; expected one or more folders made by 'parvis export', --suite paper or gpu "
                 "(which need none), or --compare OLD.jsonl NEW.jsonl"
             )
-        others = [baseline for baseline in self.against if baseline not in STARTING]
-        if self.suite == "start" and others:
-            raise RequestError(
-                f"--against {' '.join(others)}: --suite start takes ort alone, the same bundle on ONNX Runtime; "
-                "PyTorch loads no bundle, and the random weights of n1 have no self-test"
-            )
+        taken, why = TAKEN.get(self.suite, (BASELINES, ""))
+        if others := [baseline for baseline in self.against if baseline not in taken]:
+            raise RequestError(f"--against {' '.join(others)}: {why}")
         for name in ("images", "repetitions", "threads", "requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -140,6 +147,10 @@ class BenchOptions:
             raise RequestError(f"--images {self.images}: expected at most {MOST_OF_A_COMMAND}, which are made at once")
         if self.requests is not None and self.requests > MOST_REQUESTS:
             raise RequestError(f"--requests {self.requests}: expected at most {MOST_REQUESTS}")
+        if self.suite == "http" and self.batches and max(self.batches) > MOST_WAITING:
+            raise RequestError(
+                f"--batches {max(self.batches)}: expected at most {MOST_WAITING} clients, as many as may wait there"
+            )
         if self.threads is not None and self.threads > available_cores():  # they would wait for each other
             options = replace(options, threads=available_cores())
         if not 0 < self.seconds < math.inf:
@@ -209,15 +220,16 @@ def _run_bundles(
         subjects = list(open_subjects(options, opened, progress, warn))
         infos = {subject.info.label: subject.info for subject in subjects}
         gpu = select(options.device)
+        no_limits = options.no_limits or options.suite == "http"  # whose rows have no bound
         gauge = Gauge.of(
-            [] if options.no_limits else list(infos.values()),
+            [] if no_limits else list(infos.values()),
             _batches(options),
             options.guided,
             gpu,
             progress,
             tuple(pid for subject in subjects for pid in process_ids(subject)),
         )
-        no_image = options.no_limits or options.suite == "start"  # what other GPUs allow is of images
+        no_image = no_limits or options.suite == "start"  # what other GPUs allow is of images
         predicted = [] if no_image else _predictions(options, list(infos.values()))
         journal.finish = lambda made: with_comparison(Outcome(with_bounds(made, infos, gauge.limits()), predicted, []))
         gauge.measure()
@@ -265,7 +277,7 @@ def _largest_batch(options: BenchOptions) -> int:
     return max(options.batches) if options.batches else serve.LARGEST_BATCH
 
 
-def _run_suite(options: BenchOptions, subjects: Sequence[Subject], setting: Setting, progress: Progress) -> list[Row]:
+def _run_suite(options: BenchOptions, subjects: Sequence[Opened], setting: Setting, progress: Progress) -> list[Row]:
     if options.suite == "batch":
         return batch.batch(subjects, setting, progress, options.batches)
     if options.suite == "decoder":
@@ -274,6 +286,10 @@ def _run_suite(options: BenchOptions, subjects: Sequence[Subject], setting: Sett
         return serve.serve(
             subjects, setting, progress, _largest_batch(options), options.requests or serve.REQUESTS, options.seconds
         )
+    if options.suite == "http":
+        served = [subject for subject in subjects if isinstance(subject, ServedSubject)]
+        requests = options.requests or http.REQUESTS
+        return http.http(served, setting, progress, options.batches or http.CLIENTS, requests, options.seconds)
     if options.suite == "start":
         return start.start(subjects, setting, progress)
     return phases.phases(subjects, setting, progress)

@@ -13,6 +13,8 @@ from par_runtime.bench.measure import Progress, no_progress
 from par_runtime.bench.report import compare, output
 from par_runtime.bench.run import BASELINES, SUITES, BenchOptions, run_bench
 from par_runtime.bench.suites.gpu import BUILT_AHEAD, DEFAULT_PARTS, PARTS, build_ahead
+from par_runtime.bench.suites.http import CLIENTS
+from par_runtime.bench.suites.http import REQUESTS as REQUESTS_OVER_HTTP
 from par_runtime.bench.suites.paper import SIZES
 from par_runtime.bench.suites.serve import REQUESTS
 from par_runtime.cli.common import Help, Parser, fail, guarded, printable
@@ -163,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
         "  batch    whole batches of 1, 2, 4, ... images until memory or the plateau\n"
         "  decoder  the image decoder alone\n"
         "  serve    requests that arrive at random, batched as they wait: latency against load\n"
+        "  http     'parvis serve', asked by clients over HTTP: images a second, and latency against load\n"
         "  start    each time in a new process: Python, loading, self-test, first image, all of it; the second image\n"
         "  paper    the rows of the paper's Tables 2 and 3 and of its supplement, within --minutes\n"
         "  gpu      our kernels on this GPU: checks, the card's limits, the published sizes, within --minutes\n\n"
@@ -184,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="BASELINE",
         help="baselines in the same run: 'eager' (PyTorch with a static cache, the published way), "
         "'compiled' (the same by torch.compile), 'n1' (the same engine, one token a call; random weights), 'ort' "
-        "(the same bundle on ONNX Runtime, on the CPU; the only one of --suite start)",
+        "(the same bundle on ONNX Runtime, on the CPU; the only one of --suite start, with n1 those of http)",
     )
     p.add_argument("--images", type=int, default=1, help="images in flight (default: 1)")
     p.add_argument("--unguided", action="store_true", help="one row per image instead of two")
@@ -193,14 +196,20 @@ def parser() -> argparse.ArgumentParser:
         p,
         "--batches",
         counts,
-        help="batch sizes of the batch and decoder suites: 1 2 4; largest of serve; of the rows of gpu, and of the "
-        "engines that --build-for builds for them (default of gpu: 1 8)",
+        help="batch sizes of the batch and decoder suites: 1 2 4; largest of serve; numbers of clients of http "
+        f"(default: {' '.join(map(str, CLIENTS))}); of the rows of gpu, and of the engines that --build-for builds for "
+        "them (default of gpu: 1 8)",
     )
-    p.add_argument("--requests", type=int, help=f"of each load of the serve suite (default: {REQUESTS})")
+    p.add_argument(
+        "--requests",
+        type=int,
+        help=f"of each load of the serve suite (default: {REQUESTS}) and of http ({REQUESTS_OVER_HTTP}; there of each "
+        "repetition, and at least one a client)",
+    )
     p.add_argument(
         "--minutes",
         type=float,
-        help="time for --suite paper and gpu, and for each load of serve (default: 10; gpu: 8)",
+        help="time for --suite paper and gpu, and for each load of serve and http (default: 10; gpu: 8)",
     )
     add_list(
         p,

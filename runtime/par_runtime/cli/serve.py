@@ -50,11 +50,10 @@ def run(args: argparse.Namespace) -> int:
         if not args.no_warm_up:
             _warm_up(pipeline, batcher.max_batch)
         app = application(batcher, name=args.name, timeout_s=args.timeout)
+        about = f"{bundle.name}, {pipeline.backend.info.name}, in calls of up to {batcher.max_batch}"
+        line = printable(f"{url(listening)}  ({about})")
         with _logged(args):
-            if not args.quiet:
-                where = f"{bundle.name}, {pipeline.backend.info.name}, in calls of up to {batcher.max_batch}"
-                print(printable(f"{url(listening)}  ({where})"), flush=True)
-            serve(app, listening, args.drain)
+            serve(app, listening, args.drain, lambda: None if args.quiet else print(line, flush=True))
         batcher.close(cancel=True)
         pipeline.close()
         if not args.quiet:

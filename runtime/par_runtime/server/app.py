@@ -22,8 +22,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from par_runtime.arguments import number
+from par_runtime.arguments import given, number
 from par_runtime.batcher import Batcher
+from par_runtime.checked import is_text
 from par_runtime.errors import BusyError, RequestError
 from par_runtime.request import classes
 from par_runtime.result import Result
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 TIMEOUT_S = 60.0
 MOST_BODY = 64 * 1024  #: bytes
+MOST_NAME = 200
 CLIENT_LEFT = 499  #: what proxies call it; nobody reads it
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -53,7 +55,10 @@ def application(batcher: Batcher, *, name: str | None = None, timeout_s: float =
             f"{bundle.path}: this bundle ends at tokens and makes no images, so there is nothing to serve"
         )
     timeout_s = number("timeout_s", timeout_s, 0.001, 1e6, "0.001 to 1000000 seconds")
-    service = _Service(batcher, bundle.name if name is None else name, timeout_s)
+    name = bundle.name if name is None else name
+    if not is_text(name, MOST_NAME):
+        raise RequestError(f"name {given(name)}: expected a text of 1 to {MOST_NAME} printable characters")
+    service = _Service(batcher, name, timeout_s)
     return Starlette(routes=service.routes(), exception_handlers={HTTPException: service.no_route})
 
 
@@ -158,6 +163,9 @@ class _Service:
         """Images as OpenAI's clients ask for them: POST /v1/images/generations."""
         began = time.perf_counter()
         asked = await asyncio.to_thread(of_json, self.bundle, self.name, await _body(request))
+        if len(asked.seeds) > self.batcher.max_waiting:
+            most = self.batcher.max_waiting
+            raise _Refused(400, f"n {len(asked.seeds)}: expected 1 to {most}, as many as may wait here")
         contents = await self._files(request, asked)
         encoded = await asyncio.to_thread(lambda: [base64.b64encode(content).decode() for content in contents])
         height, width = (asked.scale * side for side in self.bundle.image_size or (0, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -48,10 +49,23 @@ def url(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: Starlette, listening: socket.socket, drain_s: float) -> None:
+class _Server(uvicorn.Server):
+    """A server that says when it takes requests, and ends in order by then."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn does."""
+        await super().startup(sockets)
+        self._ready()
+
+
+def serve(app: Starlette, listening: socket.socket, drain_s: float, ready: Callable[[], None]) -> None:
     """Answer requests until SIGINT, SIGTERM or SIGHUP; then take no more, and answer those that were taken.
 
-    ``drain_s``: how long this may take; a second Ctrl-C ends it at once.
+    ``drain_s``: how long this may take; a second Ctrl-C ends it at once. ``ready`` is called when requests are taken.
     """
     config = uvicorn.Config(
         app,
@@ -62,7 +76,7 @@ def serve(app: Starlette, listening: socket.socket, drain_s: float) -> None:
         server_header=False,
         lifespan="off",
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, ready)
 
     def stop(number: int, frame: FrameType | None) -> None:
         server.handle_exit(number, frame)

@@ -33,5 +33,5 @@ def shown_page(rows: list[Row], **more: object) -> str:
     checked = Checked()
     checked.feed(out)
     assert checked.open == []
-    assert "http" not in out.replace("http://www.w3.org/2000/svg", "")
+    assert "://" not in out.replace("http://www.w3.org/2000/svg", "")
     return out

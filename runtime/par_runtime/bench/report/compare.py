@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from par_runtime.bench.report.text import aligned
-from par_runtime.bench.report.words import ms
+from par_runtime.bench.report.words import counted, ms
 from par_runtime.bench.rows import Row, ratio_interval
 
 DISTURBED = ("busy", "throttled")  #: marks of rows that say nothing about the code
@@ -87,17 +87,17 @@ def same_machine(old: Row, new: Row) -> bool:
 
 
 #: Phases with the decoding of an image or a clip in them.
-DECODING = ("decoder", "image", "throughput", "first_preview", "serve", "first_image", "start")
+DECODING = ("decoder", "image", "throughput", "first_preview", "serve", "http", "first_image", "start")
 
 
 def key(row: Row) -> tuple[object, ...]:
     """What makes two rows the same measurement.
 
-    Loads of the serve suite differ from run to run, so they are not in it.
+    Open loads of the serve and http suites differ from run to run, so they are not in it.
     """
     return (
         row.suite, row.phase, row.label, row.bundle, row.model, row.n, row.grid, row.stored, row.computes,
-        _decoded_in(row), row.images, row.guided, row.backend, row.device, row.threads,
+        _decoded_in(row), row.images, row.guided, row.backend, row.device, row.threads, row.clients,
     )  # fmt: skip
 
 
@@ -138,8 +138,9 @@ def describe(row: Row) -> str:
     """A row in a few words, with all that makes it another measurement than those beside it."""
     threads = "" if row.threads is None else f", {row.threads} thread{'s' if row.threads > 1 else ''}"
     decoded = ", decoded in bf16" if _decoded_in(row) == "bf16" else ""
+    clients = "" if row.clients is None else f" of {counted(row.clients)}"
     return (
-        f"{row.suite} {row.label} {row.phase}, {row.images} image{'s' if row.images > 1 else ''}"
+        f"{row.suite} {row.label} {row.phase}{clients}, {row.images} image{'s' if row.images > 1 else ''}"
         f"{'' if row.guided else ' unguided'}, {row.bundle} {row.stored} n = {row.n}, in {row.computes} by "
         f"{row.backend}{decoded}{threads}"
     )
@@ -168,7 +169,7 @@ def text(comparison: Comparison) -> str:
     body = [
         (
             p.new.label,
-            p.new.phase,
+            p.new.phase if p.new.clients is None else f"{p.new.phase}, {counted(p.new.clients)}",
             str(p.new.images),
             ms(p.old.median_ms),
             ms(p.new.median_ms),

@@ -13,7 +13,7 @@ from par_runtime.bench.report import compare, paper, text
 from par_runtime.bench.report.advice import advice
 from par_runtime.bench.report.plot import Bar, Part, Series, bars, lines
 from par_runtime.bench.report.text import HEAD, cells
-from par_runtime.bench.report.words import ms, number, percent, speed
+from par_runtime.bench.report.words import counted, ms, number, percent, speed
 from par_runtime.bench.rows import Row, to_json
 from par_runtime.bench.subjects.base import MODEL_PHASES, PHASES, STARTING
 from par_runtime.bench.suites.paper import PaperRow
@@ -186,21 +186,31 @@ def _bounds(rows: Sequence[Row]) -> list[str]:
 
 
 def _throughput(rows: Sequence[Row]) -> list[str]:
+    """Images a second against latency: of batches and closed loads by their size, of open loads by what is offered."""
+    served = [row for row in rows if row.phase == "http"]
+    by_batch, by_clients = (
+        "Throughput against latency, by batch size",
+        "Over HTTP: throughput against latency, by clients",
+    )
     out = []
-    for phase, title, y_name in (
-        ("throughput", "Throughput against latency, by batch size", "images per second"),
-        ("serve", "Latency under load", "images per second"),
+    for title, wanted in (
+        (by_batch, [row for row in rows if row.phase == "throughput"]),
+        ("Latency under load", [row for row in rows if row.phase == "serve"]),
+        (by_clients, [row for row in served if row.clients is not None]),
+        ("Over HTTP: latency under load", [row for row in served if row.clients is None]),
     ):
+        offered = any(row.offered_per_s is not None for row in wanted)
         series = []
-        for i, label in enumerate(dict.fromkeys(r.label for r in rows if r.phase == phase)):
-            mine = [r for r in rows if r.label == label and r.phase == phase]
+        for i, label in enumerate(dict.fromkeys(row.label for row in wanted)):
             points = []
-            for r in mine:
-                x = r.median_ms if phase == "throughput" else r.p95_ms
+            for r in (row for row in wanted if row.label == label):
+                x = r.p95_ms if offered else r.median_ms
                 what = (
-                    f"{r.images} images"
-                    if r.offered_per_s is None
-                    else f"{number(r.offered_per_s)} requests a second offered"
+                    f"{number(r.offered_per_s)} requests a second offered"
+                    if offered
+                    else f"{r.images} images"
+                    if r.clients is None
+                    else counted(r.clients)
                 )
                 points.append(
                     (x, r.images_per_s or 0.0, f"{label}, {what}: {ms(x)}, {number(r.images_per_s)} a second")
@@ -208,9 +218,11 @@ def _throughput(rows: Sequence[Row]) -> list[str]:
             series.append(Series(label, f"s{i % 6}", tuple(points)))
         if series:
             x_name = (
-                "latency of a batch in ms" if phase == "throughput" else "95th percentile of a request's latency in ms"
+                "95th percentile of a request's latency in ms"
+                if offered
+                else f"latency of a {'batch' if title == by_batch else 'request'} in ms"
             )
-            out += [f"<h2>{title}</h2>", lines(series, x_name, y_name, log=phase == "throughput")]
+            out += [f"<h2>{title}</h2>", lines(series, x_name, "images per second", log=not offered)]
     return out
 
 

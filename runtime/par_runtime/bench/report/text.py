@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from par_runtime.bench.report.advice import advice
-from par_runtime.bench.report.words import ms, number, percent, size, speed
+from par_runtime.bench.report.words import counted, ms, number, percent, size, speed
 from par_runtime.bench.rows import Row, columns, percent_in, ratio_interval
 from par_runtime.cost.data_sheets import Prediction
 
@@ -36,12 +36,12 @@ def cells(row: Row) -> tuple[str, ...]:
     """One row of the table; ``HEAD`` names the columns."""
     return (
         row.label,
-        row.phase if row.offered_per_s is None else f"{row.phase} at {number(row.offered_per_s)}/s",
+        measured(row),
         str(row.images),
         "" if row.calls is None else str(row.calls),
         ms(row.median_ms),
         ms(row.spread_ms) if len(row.samples_ms) > 1 else "",
-        ms(row.p95_ms) if row.phase == "serve" else "",
+        ms(row.p95_ms) if row.phase in ("serve", "http") else "",
         ms(row.call_ms),
         number(row.images_per_s),
         number(row.gb_s),
@@ -49,6 +49,13 @@ def cells(row: Row) -> tuple[str, ...]:
         percent(row.percent_of_bound),
         ", ".join(row.marks),
     )
+
+
+def measured(row: Row) -> str:
+    """The phase of a row, with what was asked of it: "http, 8 clients", "serve at 12/s"."""
+    if row.clients is not None:
+        return f"{row.phase}, {counted(row.clients)}"
+    return row.phase if row.offered_per_s is None else f"{row.phase} at {number(row.offered_per_s)}/s"
 
 
 def aligned(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

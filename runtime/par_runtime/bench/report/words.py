@@ -19,6 +19,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if value >= 0.001 or not value else "<0.001"
 
 
+def counted(clients: int) -> str:
+    """ "1 client", "8 clients"."""
+    return f"{clients} client{'' if clients == 1 else 's'}"
+
+
 def size(value: float | None) -> str:
     """Bytes in three digits, as GB or MB; "" for None."""
     if value is None:

@@ -117,16 +117,15 @@ class SubjectProcess:
         self._spec, self.path = spec, spec["path"]
         self._apart, self._paused = bool(spec.get("apart")), False
         self._end, self._late = end, False
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         try:
-            with later(), _ctrl_c_blocked():  # it is ended by this process, also where it still imports
+            with later(), ctrl_c_blocked():  # it is ended by this process, also where it still imports
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "par_runtime.bench.subjects.worker", json.dumps(spec)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
                     encoding="utf-8",
-                    env=environment,
+                    env=environment(),
                 )
             self.pid = self._process.pid
             if started is not None:
@@ -136,10 +135,8 @@ class SubjectProcess:
         except BaseException as error:
             if hasattr(self, "_process"):  # it was started
                 self.close()
-            if isinstance(error, BlockingIOError):  # EAGAIN of fork
-                raise RequestError(f"the system starts no more processes; {MORE}") from error
-            if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-                raise MemoryError("none for another process") from error
+            if (why := no_room(error)) is not None:
+                raise why from error
             raise
         self.info, self.note = info_from_json(opened["info"]), opened["note"]
         self.load_ms, self.selftest_ms = opened["load_ms"], opened["selftest_ms"]
@@ -297,13 +294,32 @@ class SubjectProcess:
         what = f"{self._spec['path']} ({self._spec['label']})"
         if self._late:
             return OutOfTimeError(f"{self._spec['label']} was still at work when the time had passed")
-        if code == -signal.SIGKILL:  # what Linux does to the largest process when memory runs out
-            return MemoryError(f"the process of {what} was killed; most likely the machine ran out of memory")
+        if code == -signal.SIGKILL:
+            return killed(what)
         return RequestError(f"the process of {what} ended by itself with code {code}; its output is above")
 
 
+def environment() -> dict[str, str]:
+    """The variables of a process that finds the packages of this one."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def no_room(error: BaseException) -> Exception | None:
+    """What the bench reports where ``error`` says that the system has no room for another process; else None."""
+    if isinstance(error, BlockingIOError):  # EAGAIN of fork
+        return RequestError(f"the system starts no more processes; {MORE}")
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return MemoryError("none for another process")
+    return None
+
+
+def killed(what: str) -> MemoryError:
+    """The error of a process that SIGKILL ended, which Linux sends to the largest one when memory runs out."""
+    return MemoryError(f"the process of {what} was killed; most likely the machine ran out of memory")
+
+
 @contextmanager
-def _ctrl_c_blocked() -> Iterator[None]:
+def ctrl_c_blocked() -> Iterator[None]:
     """A process that is started in this block has Ctrl-C blocked, which reaches every process of a terminal.
 
     By itself Python sets a handler for it before the first line of a program runs, so the program cannot be faster.
