@@ -198,6 +198,7 @@ class _Service:
             for seed in asked.seeds:
                 futures.append(self.batcher.submit(asked.label, asked.settings, seed=seed))
             made = asyncio.gather(*map(asyncio.wrap_future, futures))
+            made.add_done_callback(_seen)
             both: list[asyncio.Future[Any]] = [made, left]
             await asyncio.wait(both, timeout=self.timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if made.done():
@@ -273,6 +274,12 @@ class _Service:
     async def metrics(self, _: Request) -> Response:
         """Counters, as Prometheus reads them."""
         return Response(self.counters.text(), 200, media_type=CONTENT_TYPE)
+
+
+def _seen(made: asyncio.Future[Any]) -> None:
+    """Look at what became of images that nobody waits for any more: asyncio complains of errors that nobody has seen."""
+    if not made.cancelled():
+        made.exception()
 
 
 async def _left(request: Request) -> None:

@@ -18,7 +18,10 @@ from par_runtime.bundle import seal
 from par_runtime.cli import dispatch
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
-EXTRAS = "onnxruntime onnx torch tensorrt tensorrt_rtx cuda ml_dtypes safetensors huggingface_hub"
+EXTRAS = (
+    "onnxruntime onnx torch tensorrt tensorrt_rtx cuda ml_dtypes safetensors huggingface_hub starlette uvicorn "
+    "prometheus_client"
+)
 
 
 def test_the_doctor_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:

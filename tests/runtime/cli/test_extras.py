@@ -66,6 +66,11 @@ def test_every_extra_is_explained() -> None:
     [
         ("onnxruntime", ["generate", "BUNDLE", "--label", "0", "--out", "x.png"], "'onnxruntime>="),
         ("onnxruntime", ["verify", "BUNDLE"], "'onnxruntime>="),
+        (
+            "uvicorn",
+            ["serve", "BUNDLE"],
+            "'onnxruntime>=1.23' 'starlette>=0.46' 'uvicorn>=0.34' 'prometheus-client>=0.21'",
+        ),
         ("onnx", ["build", "BUNDLE", "--target", "SM80"], "'onnx>=1.20' 'ml_dtypes>=0.5' 'tensorrt-rtx>=1.7' "),
         ("tensorrt_rtx", ["build", "BUNDLE", "--target", "SM80"], "'tensorrt-rtx>=1.7' 'cuda-python>=13'"),
         (
@@ -110,6 +115,7 @@ def test_the_options_of_a_verb_need_no_extra() -> None:
     code = (
         "import sys\n"
         "extras = 'onnxruntime onnx torch tensorrt tensorrt_rtx cuda ml_dtypes safetensors huggingface_hub shtab'\n"
+        "extras += ' starlette uvicorn prometheus_client'\n"
         "for name in extras.split():\n"
         "    sys.modules[name] = None\n"
         "from par_runtime.cli.dispatch import VERBS, main\n"
