@@ -196,7 +196,7 @@ def test_a_connection_is_kept_and_opened_again_where_the_server_has_closed_it() 
 
 
 def test_a_server_that_is_gone_is_an_error_and_not_asked_for_ever() -> None:
-    with serving(lambda path: (200, b"")) as (server, client):
+    with serving(lambda path: (200, b"")) as (_, client):
         client.get("/last")
     with pytest.raises(ConnectionRefusedError):
         client.get("/")

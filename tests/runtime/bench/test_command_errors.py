@@ -31,10 +31,17 @@ def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         (["TINY", "--suite", "serve", "--minutes", "0"], "--minutes 0: expected a finite number above 0"),
         (["TINY", "--suite", "serve", "--requests", "1000001"], "--requests 1000001: expected at most 1000000"),
         (["TINY", "--suite", "serve", "--batches", "5000"], "5000 images at once (--images, --batches): onnx"),
-        (["TINY", "--minutes", "1"], "--minutes is for --suite serve or paper or gpu, and means nothing to phases"),
+        (
+            ["TINY", "--suite", "http", "--batches", "1", "257"],
+            "--batches 257: expected at most 256 clients, as many as",
+        ),
+        (["TINY", "--suite", "http", "--requests", "0"], "--requests 0: expected 1 or more"),
+        (["TINY", "--suite", "http", "--whole"], "--whole is for --suite phases or batch, and means nothing to http"),
+        (["nothing-here", "--suite", "http"], "nothing-here: no such folder; give the path of a bundle"),
+        (["TINY", "--minutes", "1"], "--minutes is for --suite serve or http or paper or gpu, and means nothing to ph"),
         (
             ["TINY", "--suite", "start", "--requests", "4"],
-            "--requests is for --suite serve, and means nothing to start",
+            "--requests is for --suite serve or http, and means nothing to start",
         ),
         (["TINY", "--suite", "decoder", "--whole"], "--whole is for --suite phases or batch, and means nothing to dec"),
         (
@@ -60,10 +67,10 @@ def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (["TINY", "--compare", "missing.jsonl"], "missing.jsonl: missing; expected JSON lines"),
         (["new.jsonl", "--compare", "missing.jsonl"], "missing.jsonl: missing; expected JSON lines"),
-        (["TINY", "--batches", "4"], "--batches is for --suite batch or decoder or serve or gpu, and means nothing"),
+        (["TINY", "--batches", "4"], "--batches is for --suite batch or decoder or serve or http or gpu, and means no"),
         (
             ["TINY", "--suite", "start", "--batches", "4"],
-            "--batches is for --suite batch or decoder or serve or gpu, and means",
+            "--batches is for --suite batch or decoder or serve or http or gpu, and means",
         ),
         (["TINY", "--sizes", "L"], "--sizes is for --suite paper or gpu, and means nothing to phases"),
         (["TINY", "--engines", "."], "--engines is for --suite gpu, and means nothing to phases"),

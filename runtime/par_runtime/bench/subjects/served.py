@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -24,7 +23,7 @@ from urllib.parse import urlencode, urlsplit
 from PIL import Image
 
 from par_runtime.bench.subjects.base import Sample
-from par_runtime.bench.subjects.clients import Asked, Client, Load, ask
+from par_runtime.bench.subjects.clients import Asked, Client, ask
 from par_runtime.bench.subjects.pipeline import guidance_scale
 from par_runtime.bench.subjects.process import ctrl_c_blocked, environment, killed, no_room, open_bundle
 from par_runtime.bundle import Bundle
@@ -38,7 +37,6 @@ NEEDS = ("starlette", "uvicorn", "prometheus_client")  #: of the extra "serve"
 NOT_OVER_HTTP = ("starting the server", "a network (the clients share the server's cores)")
 PHASE = "http"  #: of the calls of a sample: the latency of each request
 MOST_OPEN = 128  #: clients of an open load; more requests than this wait here in place of there
-LISTENS_S = 10.0  #: how long a server may take from its first line until it can be asked
 ENDS_S = 30.0  #: how long a server that nobody asks may take to end
 CLOSES_S = 1.0  #: the same where it is ended in the middle, by an error or Ctrl-C
 LEAST_TIMEOUT_S, MOST_TIMEOUT_S, SILENCE_S = 60.0, 1e6, 30.0
@@ -106,7 +104,7 @@ class ServedSubject:
         self._timeout_s = timeout_s + SILENCE_S  # the server's own answer is there before
         (client,) = self._several(1)
         try:
-            about = json.loads(self._server.first_answer(client, "/v1/models"))["data"][0]
+            about = json.loads(client.get("/v1/models"))["data"][0]
             self._check(about["bundle"]["hash"], about["backend"])
             self.max_batch, self._classes = about["max_batch"], about["classes"]
             check_picture(client.get(self._path(guided=True)), self.info.image_size)
@@ -116,15 +114,15 @@ class ServedSubject:
 
     def _check(self, found: str, backend: str) -> None:
         """Raise BundleError where the server has another bundle than the first process, or computes otherwise."""
-        expected = f"{self.info.backend} {self.info.version}"
-        if found == self.info.hash and backend == expected:
-            return
-        what = "was replaced by another bundle" if found != self.info.hash else "is computed otherwise"
-        before, after = (self.info.hash[:12], found[:12]) if found != self.info.hash else (expected, backend)
-        raise BundleError(
-            f"{self._arguments[0]}: {what} while its server was started: at first {before}, then {after}; leave it "
-            "alone, and measure again"
-        )
+        for what, before, after in (
+            ("was replaced by another bundle", self.info.hash[:12], found[:12]),
+            ("is computed otherwise", f"{self.info.backend} {self.info.version}", backend),
+        ):
+            if before != after:
+                raise BundleError(
+                    f"{self._arguments[0]}: {what} while its server was started: at first {before}, then {after}; "
+                    "leave it alone, and measure again"
+                )
 
     def run(self, images: int, guided: bool, most_calls: int | None = None) -> Sample:
         """Ask for ``images`` images at once, each as a client of its own; whole, whatever ``most_calls`` says."""
@@ -135,17 +133,18 @@ class ServedSubject:
 
         ``calls_ms`` are the latencies, ``image_ms`` what all of it took. Raises RequestError, MemoryError.
         """
-        return self._sample(clients, [Asked(self._path(guided)) for _ in range(requests)], seconds)
+        return self._sample(clients, (Asked(self._path(guided)) for _ in range(requests)), seconds)
 
     def open_load(self, due: Sequence[float], guided: bool, seconds: float = MOST_TIMEOUT_S) -> Sample:
         """An open load: requests at the times ``due``, in seconds from now. As :meth:`closed_load`."""
-        return self._sample(min(len(due), MOST_OPEN), [Asked(self._path(guided), at) for at in due], seconds)
+        return self._sample(min(len(due), MOST_OPEN), (Asked(self._path(guided), at) for at in due), seconds)
 
-    def _sample(self, clients: int, requests: Sequence[Asked], seconds: float) -> Sample:
+    def _sample(self, clients: int, requests: Iterable[Asked], seconds: float) -> Sample:
         assert self._server is not None
         try:
-            load: Load = ask(self._several(clients), requests, seconds)
+            load = ask(self._several(clients), requests, seconds)
         except (RequestError, OSError, HTTPException) as error:
+            self._hang_up()
             raise self._server.failure(error) from error
         return Sample({PHASE: load.latencies_ms}, 1e3 * load.took_s, peak_bytes(self._server.pid))
 
@@ -224,17 +223,6 @@ class ServerProcess:
             if (why := no_room(error)) is not None:
                 raise why from error
             raise
-
-    def first_answer(self, client: Client, path: str) -> bytes:
-        """What is at ``path``, of a server that is only just there. Raises as :meth:`Client.get`."""
-        began = time.monotonic()
-        while True:
-            try:
-                return client.get(path)
-            except ConnectionRefusedError:  # it has told its address, and listens a moment later
-                if self._process.poll() is not None or time.monotonic() - began > LISTENS_S:
-                    raise
-                time.sleep(0.01)
 
     def failure(self, error: Exception) -> Exception:
         """The error of a load that ``error`` ended, with what the server says to it."""
