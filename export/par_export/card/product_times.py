@@ -108,16 +108,19 @@ class _Stand:
         self.device, self.where, self._cold_bytes = device, where, cold_bytes
         self.stream: cuda.Stream = held.enter_context(device.stream())
         size = max(trial.packed_bytes * self.layers(trial) for trial in trials)
+        of_scales = max(trial.scale_bytes * self.layers(trial) for trial in trials)
         self.pool: cuda.Buffer = held.enter_context(device.allocate(size, "random weights"))
-        most = [trial.packed_bytes for trial in trials]
+        self.scales: cuda.Buffer = held.enter_context(device.allocate(max(of_scales, 2), "random scales"))
+        most = [max(trial.packed_bytes, trial.scale_bytes) for trial in trials]
         most += [4 * one.rows * max(one.stride, one.out_stride) for one in {trial.product for trial in trials}]
         self._staging: cuda.Pinned = held.enter_context(device.pinned(max(most)))
         with Pool(device, self.stream, as_type(random_numbers(0, STD, POOL_NUMBERS), "*fp16")) as numbers:
-            numbers.fill(self.pool.pointer, size)
+            numbers.fill(self.pool.pointer, size)  # as codes its bytes are as good as any
+            numbers.fill(self.scales.pointer, max(of_scales, 2))
 
     def layers(self, trial: Trial) -> int:
         """Matrices that the launches of a graph read, one after the other."""
-        return max(2, min(MOST_LAYERS, -(-self._cold_bytes // trial.packed_bytes)))
+        return max(2, min(MOST_LAYERS, -(-self._cold_bytes // (trial.packed_bytes + trial.scale_bytes))))
 
     def put(self, address: int, numbers: Tensor) -> None:
         """Write ``numbers`` to the device."""
@@ -159,6 +162,7 @@ class _Bench:
                 "counters": tiles * 4,
             }
         sizes["weights"] = max(trial.packed_bytes for trial in trials)
+        sizes |= {"scales": max(trial.scale_bytes for trial in trials)} if product.bits else {}
         self._sizes = sizes
         buffers = {name: held.enter_context(stand.device.allocate(size, name)) for name, size in sizes.items()}
         self._at = {name: buffer.pointer for name, buffer in buffers.items()}
@@ -168,11 +172,20 @@ class _Bench:
         columns = product.columns if product.residual else -(-product.columns // 16) * 16
         self._inputs = draw(rows, product.stride).half()
         self._inputs[:, product.depth :] = float("nan")
-        self._matrix = (draw(columns, product.depth) * product.depth**-0.5).half()
+        if product.bits:
+            most = 2 ** (product.bits - 1)  # int8 does without its least code
+            least, shape = -most if product.bits == 4 else 1 - most, (columns, product.depth)
+            self._codes = torch.randint(least, most, shape, device=stand.where, generator=random)
+            scales = draw(columns, product.depth // product.group).abs() + 0.5
+            self._scales = (scales * (2 / most * product.depth**-0.5)).half()
+            matrix = self._codes * self._scales.float().repeat_interleave(product.group, 1)
+        else:
+            self._matrix = (draw(columns, product.depth) * product.depth**-0.5).half()
+            matrix = self._matrix.float()
         self._x = draw(rows, product.out_stride)
         self._squares = (1 + draw(rows, product.squares) ** 2) * (product.depth / 2 / product.squares)
         self._gains = draw(product.columns).abs()
-        sums_of = self._inputs[:, : product.depth].float() @ self._matrix.float().T  # [M, N]
+        sums_of = self._inputs[:, : product.depth].float() @ matrix.T  # [M, N]
         self._expected = self._of_residual(sums_of) if product.residual else self._of_gates(sums_of)
 
     def error(self, trial: Trial, module: Module) -> tuple[float, int]:
@@ -180,7 +193,7 @@ class _Bench:
         how many counters are not zero afterwards.
         """
         self._reset(trial)
-        self._launches(trial, module, [0], self._at["weights"]).enqueue()
+        self._launches(trial, module, [0], {}).enqueue()
         self._stand.stream.synchronize()
         errors, counted = [_relative(got, self._expected[name]) for name, got in self._left(trial).items()], 0
         if self._product.residual:
@@ -194,7 +207,8 @@ class _Bench:
         """Microseconds of a launch, in each of some runs of a graph of them."""
         layers = self._stand.layers(trial)
         count = layers * -(-LAUNCHES // layers)
-        prepared = self._launches(trial, module, [i % layers for i in range(count)], self._stand.pool.pointer)
+        pools = {"weights": self._stand.pool.pointer, "scales": self._stand.scales.pointer}
+        prepared = self._launches(trial, module, [i % layers for i in range(count)], pools)
         stream = self._stand.stream
         with stream.capture() as captured:
             prepared.enqueue()
@@ -204,16 +218,17 @@ class _Bench:
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    def _launches(self, trial: Trial, module: Module, layers: Sequence[int], weights: int) -> Prepared:
+    def _launches(self, trial: Trial, module: Module, layers: Sequence[int], pools: Mapping[str, int]) -> Prepared:
+        """``pools``: where matrices and scales of all layers are, in place of the ones that are compared."""
         launch = trial.launch("product")
-        addresses = self._at | {"weights": weights}
+        addresses = {**self._at, **pools}
         return Prepared({"product": module}, [(launch, layer) for layer in layers], addresses, self._stand.stream)
 
     def _reset(self, trial: Trial) -> None:
         """Everything as before the first launch: inputs, the packed matrix, and NaN in what is to be written."""
         stand, at = self._stand, self._at
         for name, size in self._sizes.items():
-            if name != "weights":
+            if name not in ("weights", "scales"):
                 stand.stream.fill(at[name], 0 if name == "counters" else 0xFF, size)
         if self._product.residual:
             stand.put(at["inputs"], self._inputs)
@@ -223,10 +238,16 @@ class _Bench:
             stand.put(at["h"], self._inputs)
             stand.put(at["ss"], self._squares)
             stand.put(at["gains"] + 4 * self._product.power_at, torch.tensor([POWER]))
-        packed_as = trial.tile.BN, trial.tile.BK, trial.tile.parts
-        if packed_as != self._packed_as:  # shapes that lie alike follow each other
+        tile = trial.tile
+        packed_as = tile.BN, tile.BK, tile.parts
+        if packed_as == self._packed_as:  # shapes that lie alike follow each other
+            return
+        self._packed_as = packed_as
+        if tile.bits:
+            stand.put(at["weights"], packed_codes(self._codes, tile.BN, tile.BK, tile.bits, tile.sub))
+            stand.put(at["scales"], packed_scales(self._scales, tile.BN, trial.groups))
+        else:
             stand.put(at["weights"], packed(self._matrix, *packed_as))
-            self._packed_as = packed_as
 
     def _left(self, trial: Trial) -> dict[str, Tensor]:
         """What a launch has left, in fp32."""
@@ -261,6 +282,26 @@ def packed(matrix: Tensor, bn: int, bk: int, parts: int) -> Tensor:
     tiles, blocks = -(-columns // bn), -(-depth // bk)
     whole = torch.nn.functional.pad(matrix, (0, blocks * bk - depth, 0, tiles * bn - columns))
     return whole.reshape(tiles, bn, blocks, parts, bk // parts).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def packed_codes(codes: Tensor, bn: int, bk: int, bits: int, sub: int) -> Tensor:
+    """``codes`` [N, K], their columns as they are packed, in the pieces of ``sources/pack.py``: bytes [tiles, pieces,
+    BN, SUB] of a code each with half of its range added, of int4 two; the code 0 behind their ends.
+    """
+    columns, depth = codes.shape
+    tiles, blocks, half = -(-columns // bn), -(-depth // bk), 2 ** (bits - 1)
+    whole = torch.nn.functional.pad(codes, (0, blocks * bk - depth, 0, tiles * bn - columns)) + half
+    pieces = whole.reshape(tiles, bn, -1, 8 // bits, sub).permute(0, 2, 3, 1, 4)  # of int4 both halves of a byte
+    joined = pieces[:, :, 0] if bits == 8 else pieces[:, :, 0] + 16 * pieces[:, :, 1]
+    return joined.to(torch.uint8).contiguous()
+
+
+def packed_scales(scales: Tensor, bn: int, groups: int) -> Tensor:
+    """``scales`` [N, K / GROUP] in the order of the panels: [tiles, groups, BN], zeros where there are none."""
+    columns, own = scales.shape
+    tiles = -(-columns // bn)
+    whole = torch.nn.functional.pad(scales, (0, groups - own, 0, tiles * bn - columns))
+    return whole.reshape(tiles, bn, groups).permute(0, 2, 1).contiguous()
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:

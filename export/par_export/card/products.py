@@ -20,8 +20,10 @@ from par_export.card.product_files import REPEAT, ProductKernels, compiled
 from par_export.card.session import GRACE_S, Session
 from par_export.kernels.build import target
 from par_export.kernels.product_trials import Trial, as_a_build_chooses, trials_of
+from par_export.kernels.step_weights import BITS
 from par_export.kernels.targets import Target
-from par_export.kernels.tile_shapes import rows_of
+from par_export.kernels.tile_shapes import NUMBERS, Storage, rows_of
+from par_export.quantised import Codes
 from par_runtime.bench.rows import Row
 from par_runtime.bench.suites.gpu import PRODUCTS
 from par_runtime.errors import EngineError
@@ -56,13 +58,19 @@ def products(session: Session) -> list[Row]:
 
 
 def trials_for(models: Sequence[Model], images: Sequence[int], card: Target) -> list[Trial]:
-    """What is tried of ``models`` in batches of ``images``: the fewest rows first, all models of these."""
-    of_rows: dict[int, dict[str, Model]] = {}
+    """What is tried of ``models`` in batches of ``images``: the fewest rows first, of these all models in fp16, then
+    those with codes.
+    """
+    of_rows: dict[int, dict[tuple[str, Codes | None], Model]] = {}
     for model, n, codes in shaped(models):
-        for batch in images if codes is None else ():
-            of_rows.setdefault(rows_of(2 * n * batch), {})[model.name] = model
-    every = [(rows, model) for rows in sorted(of_rows) for model in of_rows[rows].values()]
-    return [trial for rows, model in every for trial in trials_of(model.name, model.config, rows, card)]
+        for batch in images:
+            of_rows.setdefault(rows_of(2 * n * batch), {})[model.name, codes] = model
+    out: list[Trial] = []
+    for rows in sorted(of_rows):
+        for (name, codes), model in of_rows[rows].items():
+            storage = NUMBERS if codes is None else Storage(BITS[codes.dtype], codes.group)
+            out += trials_of(name if codes is None else f"{name} {codes}", model.config, rows, card, storage)
+    return out
 
 
 def _kernels(session: Session, trials: Sequence[Trial], card: Target) -> tuple[ProductKernels, str]:

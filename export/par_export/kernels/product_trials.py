@@ -2,7 +2,7 @@
 
 What a shape is worth depends on the stream of weights, so the products of qkv and of the head are timed through the
 source of the gates, with the columns and the depth of their own matrix: what these kernels do with their sums differs,
-and takes little. ``wo`` and ``w2`` are timed through their own source. All are kernels of fp16 weights.
+and takes little. ``wo`` and ``w2`` are timed through their own source. Activations are fp16; weights too, or codes.
 
 It lies beside what it plans with, so that kernels of other shapes are kernels of other sources.
 """
@@ -18,7 +18,7 @@ from par_export.kernels.spec import Constant, Spec, round_up
 from par_export.kernels.step_batch import STRIDE_MULTIPLE
 from par_export.kernels.targets import Target
 from par_export.kernels.tile_model import matrix_of, product_us
-from par_export.kernels.tile_shapes import BYTES, SOURCES, ProductTile, panel_bytes
+from par_export.kernels.tile_shapes import NUMBERS, SOURCES, ProductTile, Storage, panel_bytes
 from par_export.kernels.tiles import MOST_HELD_BYTES, MOST_STAGES, holding, products, staged_of
 from par_model.config import PARConfig
 from par_runtime.backends.program import Launch, Pointer
@@ -26,7 +26,9 @@ from par_runtime.backends.program import Launch, Pointer
 KINDS = ("gates", "w2", "qkv", "wo", "head")  #: of products, by the bytes that they read
 RESIDUALS = ("wo", "w2")
 LAYOUTS = 12  #: of a product, those that the model finds fastest
-#: name -> type of the parameters of each source
+LAYOUTS_OF_CODES = 8
+SCALE_BYTES = 2
+#: name -> type of the parameters of each source, where weights are numbers
 PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "step.gates": {"h": "*fp16", "ss": "*fp32", "weights": "*fp16", "gains": "*fp32", "g": "*fp16", "M": "i32"},
     "step.residual": {
@@ -53,6 +55,8 @@ def shape_words(tile: Mapping[str, Any], at_once: bool) -> str:
 class Product:
     """The product of a ``kind`` of a model: ``rows`` of activations (8 to 64, a power of 2: those of one block) times a
     matrix [depth, columns]. ``squares``: tiles in which the sums of squares of these rows come, as a build makes them.
+    ``bits`` and ``group`` of its codes as in :class:`Storage`, 0 and 0 where weights are numbers; ``model`` has them in
+    its name.
     """
 
     model: str
@@ -61,9 +65,11 @@ class Product:
     columns: int
     depth: int
     squares: int
+    bits: int = 0
+    group: int = 0
 
     def __str__(self) -> str:
-        """ "PAR-L w2, 8 rows"."""
+        """ "PAR-L w2, 8 rows", "PAR-L int8 group 64 w2, 8 rows"."""
         return f"{self.model} {self.kind}, {self.rows} rows"
 
     @property
@@ -136,9 +142,24 @@ class Trial:
                 "F_STRIDE": product.out_stride,
             }
         constants |= of_product(tile, product.rows, self.at_once) | {"DEPENDENT": self.dependent}
-        source = SOURCES["wo" if product.residual else "gates"]
-        parameters = tuple(PARAMETERS[source].items())
-        return Spec(source, tuple(constants.items()), parameters, tile.warps, tile.stages, self.dependent)
+        parameters = tuple(self.parameters.items())
+        return Spec(self.source, tuple(constants.items()), parameters, tile.warps, tile.stages, self.dependent)
+
+    @property
+    def source(self) -> str:
+        """The source of its kernel."""
+        return SOURCES["wo" if self.product.residual else "gates"]
+
+    @property
+    def parameters(self) -> Mapping[str, str]:
+        """name -> type, in their order. Codes are bytes, and their scales come behind them."""
+        out: dict[str, str] = {}
+        for name, kind in PARAMETERS[self.source].items():
+            if name == "weights" and self.product.bits:
+                out |= {"weights": "*u8", "scales": "*fp16"}
+            else:
+                out[name] = kind
+        return out
 
     @property
     def tile_columns(self) -> int:
@@ -152,13 +173,27 @@ class Trial:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the packed matrix."""
-        return self.tile_columns * self.panels * self.tile.BN * self.tile.BK * BYTES
+        """Bytes of the packed matrix, without scales."""
+        return self.tile_columns * self.panels * panel_bytes(self.tile)
+
+    @property
+    def groups(self) -> int:
+        """Groups that the panels of a tile have begun; 0 where weights are numbers."""
+        return -(-self.panels * self.tile.BK // self.tile.group) if self.tile.bits else 0
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the packed scales of codes."""
+        return self.tile_columns * self.groups * self.tile.BN * SCALE_BYTES
 
     def launch(self, kernel: str) -> Launch:
-        """A launch of the kernel of that name. Layer i takes the matrix ``i * packed_bytes`` behind "weights"."""
-        arguments: dict[str, Any] = {name: Pointer(name) for name in PARAMETERS[self.spec.source]}
+        """A launch of the kernel of that name. Layer i takes the matrix ``i * packed_bytes`` behind "weights", and its
+        scales ``i * scale_bytes`` behind "scales".
+        """
+        arguments: dict[str, Any] = {name: Pointer(name) for name in self.parameters}
         arguments |= {"weights": Pointer("weights", 0, self.packed_bytes), "M": self.product.rows}
+        if self.tile.bits:
+            arguments["scales"] = Pointer("scales", 0, self.scale_bytes)
         return Launch(kernel, (1, self.tile_columns, self.tile.split), tuple(arguments.values()))
 
     def to_json(self) -> dict[str, Any]:
@@ -171,20 +206,28 @@ class Trial:
         return Trial(**(dict(entry) | {"product": Product(**entry["product"]), "tile": ProductTile(**entry["tile"])}))
 
 
-def trials_of(model: str, config: PARConfig, rows: int, target: Target) -> Iterator[Trial]:
+def trials_of(model: str, config: PARConfig, rows: int, target: Target, storage: Storage = NUMBERS) -> Iterator[Trial]:
     """All trials of a model for so many rows (8 to 64, a power of 2), what the planner chooses for them first.
 
+    ``storage``: of its matrices; those of which K is not whole groups are left out, since they stay numbers.
     The planner is asked as for an engine of that batch alone. Each layout is tried with up to three numbers of stages,
     from the most that fits to 2, and the planner's choice also without fetching ahead; then with weights held, and with
     the next kernel launched at once beside that.
     """
     one, images = replace(config, group_size=1), rows // 2  # so many images of one position are so many rows
-    shapes = {kind: [shape[images] for shape in products(one, kind, (images,), target)[:LAYOUTS]] for kind in KINDS}
+    most = LAYOUTS_OF_CODES if storage.bits else LAYOUTS
+    stored = {kind: NUMBERS if storage.bits and matrix_of(one, kind)[1] % storage.group else storage for kind in KINDS}
+    shapes = {
+        kind: [shape[images] for shape in products(one, kind, (images,), target, storage=stored[kind])[:most]]
+        for kind in KINDS
+    }
     for kind, planned in shapes.items():
+        if stored[kind] != storage:
+            continue
         columns, depth = matrix_of(one, kind)
         before = shapes["wo" if kind == "gates" else "w2"]  # the kernel that leaves the sums of squares
         squares = -(-config.dim // before[0].BN)
-        product = Product(model, kind, rows, columns, depth, squares)
+        product = Product(model, kind, rows, columns, depth, squares, storage.bits, storage.group)
         for layout, chosen in enumerate(planned):
             for tile, at_once in _tried(chosen, columns, depth, rows, target):
                 us = product_us(replace(tile, held=0), columns, depth, rows, target)

@@ -277,7 +277,7 @@ class _Service:
 
 
 def _seen(made: asyncio.Future[Any]) -> None:
-    """Look at what became of images that nobody waits for any more: asyncio complains of errors that nobody has seen."""
+    """Look at what became of images that nobody waits for any more: asyncio complains of errors that were not seen."""
     if not made.cancelled():
         made.exception()
 

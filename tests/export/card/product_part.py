@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from par_runtime.metrics import finite
 SM90 = TARGETS["SM90"]
 #: Its rows of activations are padded, K ends inside of a panel, and columns inside of a tile.
 ODD = PARConfig(dim=72, n_layers=1, n_heads=2, vocab_size=72, n_classes=10, grid=(1, 8, 8))
-SMALL = Model("PAR-S", ODD, None, group_sizes=(1, 4), codes=(Codes("int8", 32),))
+SMALL = Model("PAR-S", ODD, None, group_sizes=(1, 4))
+#: Groups of 32 fit into the depth of each of its matrices; K ends inside of a panel all the same.
+CODED = Model("PAR-C", replace(ODD, dim=96), None, group_sizes=(4,), codes=(Codes("int8", 32), Codes("int4", 32)))
 
 
 class StandIn:
@@ -74,9 +77,9 @@ class Lines(list[dict[str, Any]]):
 Planted = Callable[[Kernel], Kernel]
 
 
-def two_layouts(*given: Any) -> list[Any]:
+def two_layouts(*given: Any, **more: Any) -> list[Any]:
     """The planner's first, and one that splits K, or the second."""
-    first, second, *others = products(*given)
+    first, second, *others = products(*given, **more)
     (images,) = first
     return [first, next((each for each in others if each[images].split > 1), second)]
 

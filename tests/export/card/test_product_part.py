@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from double.driver import Driver
 from double.twins import Twins
-from product_part import SM90, SMALL, StandIn, here, of_products, two_layouts
+from product_part import CODED, SM90, SMALL, StandIn, here, of_products, two_layouts
 
 from par_export.card import product_files, product_times
 from par_export.card import products as card_products
@@ -88,6 +88,22 @@ def test_all_products_are_checked_and_timed(card: Driver, tmp_path: Path) -> Non
     assert len(card.launches) == len(trials) * 3
     assert sum(early for _, early in card.launches) == len(trials)
     assert "### Products, each alone" in markdown([found])
+
+
+def test_products_of_codes_are_checked_and_timed(card: Driver, tmp_path: Path, monkeypatch: Any) -> None:
+    trials = [each for each in trials_for([CODED], (1,), SM90) if each.product.bits]
+    names = [f"PAR-C {dtype} group 32" for dtype in ("int8", "int4")]
+    assert [*dict.fromkeys(each.product.model for each in trials)] == names
+    assert {each.product.kind for each in trials} == set(KINDS)
+    wrong = trials[1], trials[-1]
+    monkeypatch.setattr(card_products, "run_stage", here(card, {check_of(each): half("D_MODEL") for each in wrong}))
+    found = of_products(tmp_path, models=[CODED])
+    assert [line["name"] for line in found.wrong] == [check_of(each) for each in wrong]
+    lines = [line for line in found.of("product") if line["model"] in names]
+    assert [line["name"] for line in lines] == [each.spec.name for each in trials if each not in wrong]
+    assert max(line["error"] for line in lines) < 1e-3
+    assert {line["chosen"] for line in lines} == {False, True}
+    assert f"| {names[1]} | w2 | 8 |" in markdown([found])
 
 
 def half(name: str) -> Callable[[Kernel], Kernel]:

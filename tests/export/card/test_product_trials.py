@@ -13,14 +13,17 @@ from double.driver import Driver
 
 from par_export.card import product_times
 from par_export.card.findings import Findings
-from par_export.card.plan import MODELS, Model
+from par_export.card.plan import CODES, MODELS, Model
 from par_export.card.product_table import products_table
 from par_export.card.products import trials_for
 from par_export.card.table import markdown
 from par_export.kernels.product_trials import KINDS, Trial, as_a_build_chooses, trials_of
+from par_export.kernels.step_weights import BITS
 from par_export.kernels.targets import TARGETS
 from par_export.kernels.tile_model import model_us
+from par_export.kernels.tile_shapes import Storage
 from par_export.kernels.tiles import choose, products
+from par_export.quantised import Codes
 from par_runtime.bench.machine import describe
 from par_runtime.cli import dispatch as cli
 
@@ -34,7 +37,9 @@ def test_models_and_rows_are_those_of_the_batches_that_are_asked_for() -> None:
     trials = trials_for(MODELS, (1, 8), SM90)
     order = list(dict.fromkeys((each.product.rows, each.product.model) for each in trials))
     sizes = [f"PAR-{size}" for size in ("3B", "L", "XL", "XXL")]
-    assert order == [(rows, size) for rows in (8, 32, 64) for size in sizes]  # n = 4, 16, and both in batches of 8
+    codes = [f"PAR-{size} {dtype} group 64" for size in ("3B", "L") for dtype in ("int8", "int4")]
+    # n = 4, n = 16, and both in batches of 8; codes at n = 4 alone
+    assert order == [(rows, name) for rows in (8, 32, 64) for name in (*sizes, *(codes if rows != 32 else ()))]
     assert {each.product.rows for each in trials_for(MODELS[:1], (1,), SM90)} == {8, 32}
     assert {each.product.rows for each in trials_for(MODELS[:1], (2,), SM90)} == {16, 64}
     of_3b = {each.product.kind: each.product for each in trials if each.product.model == "PAR-3B"}
@@ -75,6 +80,30 @@ def test_the_first_of_a_product_is_what_a_build_chooses(size: Model, n: int, ima
                 (planned.BN, planned.BK, planned.split, planned.warps)
             }
             assert {bool(tile.ahead) for tile in tried} == ({False, True} if planned.ahead else {False})
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize(("size", "images"), [(MODELS[0], 1), (MODELS[1], 8)], ids=["3B", "L, batch 8"])
+def test_the_first_of_a_product_of_codes_is_what_a_build_chooses(size: Model, images: int, codes: Codes) -> None:
+    config, storage = replace(size.config, group_size=4), Storage(BITS[codes.dtype], codes.group)
+    built = choose(config, (images,), SM90, storages=dict.fromkeys(KINDS, (storage,)))[images]
+    trials = list(trials_of("x", size.config, 8 * images, SM90, storage))
+    for kind in KINDS:
+        own = [each for each in trials if each.product.kind == kind]
+        assert own[0].tile == getattr(built, kind)
+        assert own[0] == as_a_build_chooses(own, ())
+        assert 1 < len({each.layout for each in own}) <= 8
+        assert not any(each.tile.held for each in own)
+        assert {each.tile.storage for each in own} == {storage}
+        assert dict(own[0].spec.parameters)["scales"] == "*fp16"
+        assert [Trial.from_json(each.to_json()) for each in own] == own
+
+
+def test_a_matrix_whose_depth_is_no_number_of_groups_has_no_codes_to_be_tried() -> None:
+    config = replace(MODELS[1].config, dim=1024 + 32, n_heads=11)
+    assert config.ffn_dim % 64 == 0
+    kinds = {each.product.kind for each in trials_of("x", config, 8, SM90, Storage(8, 64))}
+    assert kinds == {"w2"}
 
 
 def test_all_weights_of_a_block_are_held_where_they_fit() -> None:
@@ -220,3 +249,36 @@ def test_a_matrix_is_packed_as_the_kernels_of_an_engine_pack_it(driver: Driver) 
         interpreter.run_launch("pack.panels", constants, kinds, (tiles, blocks, 1), addresses)
         ours = product_times.packed(torch.from_numpy(matrix), bn, bk, parts)
         np.testing.assert_array_equal(ours.numpy().ravel(), out)
+
+
+@pytest.mark.parametrize(("dtype", "group", "sub"), [("int8", 32, 32), ("int4", 64, 64), ("int4", 64, 32)])
+def test_codes_are_packed_as_the_kernels_of_an_engine_pack_them(
+    driver: Driver, dtype: str, group: int, sub: int
+) -> None:
+    import torch
+    from double import interpreter
+
+    from par_runtime.quantised import packed as stored
+
+    random, bits = np.random.default_rng(0), BITS[dtype]
+    n, k, bn, bk = 48, 2 * group, 32, 128
+    codes = random.integers(-8 if bits == 4 else -127, 2 ** (bits - 1), (n, k))
+    scales = random.standard_normal((n, k // group)).astype(np.float16)
+    tiles, blocks, pieces = -(-n // bn), -(-k // bk), -(-k // bk) * bk * bits // 8 // sub
+    groups = blocks * bk // group
+    common = {"K": k, "N": n, "WIDTH": n, "ORDER": "plain", "HEAD": 8, "PADDED": 8, "BN": bn}
+    raw = np.frombuffer(stored(np.ascontiguousarray(codes.T).astype(np.int8), dtype), np.uint8).copy()
+    out = np.full((tiles, pieces, bn, sub), 0xFF, np.uint8)
+    constants: dict[str, Any] = common | {"SUB": sub, "PIECES": pieces, "BITS": bits}
+    addresses = [raw.ctypes.data, out.ctypes.data]
+    kinds: tuple[tuple[str, str], ...] = (("raw", "*u8"), ("packed", "*u8"))
+    interpreter.run_launch("pack.codes", constants, kinds, (tiles, pieces, 1), addresses)
+    ours = product_times.packed_codes(torch.from_numpy(codes), bn, bk, bits, sub)
+    np.testing.assert_array_equal(ours.numpy(), out)
+
+    raw, packed = np.ascontiguousarray(scales.T), np.full((tiles, groups, bn), np.nan, np.float16)
+    constants = common | {"GROUP": group, "GROUPS": groups, "TOGETHER": 1}
+    addresses = [raw.ctypes.data, packed.ctypes.data]
+    kinds = (("raw", "*fp16"), ("packed", "*fp16"))
+    interpreter.run_launch("pack.scales", constants, kinds, (tiles, groups, 1), addresses)
+    np.testing.assert_array_equal(product_times.packed_scales(torch.from_numpy(scales), bn, groups).numpy(), packed)

@@ -102,7 +102,7 @@ def test_openais_form_gives_images_with_their_seeds(served: Served, pipeline: Pi
 
 @contextmanager
 def taken(batcher: Batcher) -> Iterator[None]:
-    """The batcher has a call of its own that waits for the pipeline, until the end of the block: all others queue up."""
+    """The batcher has a call of its own that waits for the pipeline, until the end of the block: others queue up."""
     with busy(batcher.pipeline):
         batcher.submit(0)
         until(lambda: batcher.waiting == 0)
