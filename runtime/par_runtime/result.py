@@ -166,8 +166,8 @@ class Result:
         write: bool,
     ) -> bytes:
         """What :meth:`save` writes to ``path``; ``write``: it is checked that this can be done, before any work."""
-        self, clips = self._checked(), self.bundle.video
-        images = self._pixels()
+        own = self._checked()
+        clips, images = own.bundle.video, own._pixels()
         is_folder = write and path.is_dir()  # the check says so
         if fps is not None and not clips:
             raise RequestError(f"fps {given(fps)}: these are images, not clips; leave it out")
@@ -178,11 +178,11 @@ class Result:
                 f"{shown_path(path)}: expected a name that ends in .png (what makes an image again is kept in its "
                 "metadata); for other kinds of file, save one of pil()"
             )
-        pick = self._pick(indices)
+        pick = own._pick(indices)
         columns = default_columns(len(pick), clips) if columns is None else columns
         png.check_scale(scale)
         pasted, scale = truth("pasted", pasted), operator.index(scale)
-        if pasted and (self.kept is None or not self.kept[pick].any()):
+        if pasted and (own.kept is None or not own.kept[pick].any()):
             raise RequestError("pasted True: expected False, as no token of these images was given")
         if clips:
             fps = check_fps(DEFAULT_FPS if fps is None else fps, path)
@@ -191,21 +191,21 @@ class Result:
             png.check_sheet(len(pick), columns, (images.shape[1] * scale, images.shape[2] * scale))
         if write:
             check_writable(path)
-        names = self.bundle.class_names
+        names = own.bundle.class_names
         recipe = png.Recipe(
-            bundle_name=self.bundle.name,
-            bundle_hash=self.bundle.hash,
+            bundle_name=own.bundle.name,
+            bundle_hash=own.bundle.hash,
             columns=operator.index(columns),
-            labels=[self.labels[i] for i in pick],
-            names=[None if names is None else names[self.labels[i]] for i in pick],
-            seeds=[self.seeds[i] for i in pick],
-            settings=[self.settings[i] for i in pick],
-            tokens=self.tokens[pick],
-            kept=None if self.kept is None else self.kept[pick],
+            labels=[own.labels[i] for i in pick],
+            names=[None if names is None else names[own.labels[i]] for i in pick],
+            seeds=[own.seeds[i] for i in pick],
+            settings=[own.settings[i] for i in pick],
+            tokens=own.tokens[pick],
+            kept=None if own.kept is None else own.kept[pick],
             pasted=pasted,
             scale=scale,
             fps=fps,
-            made_on=self.made_on,
+            made_on=own.made_on,
         )
         return files.content(path, recipe, images[pick]) if clips else png.content(recipe, images[pick])
 

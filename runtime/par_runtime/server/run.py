@@ -13,7 +13,6 @@ from starlette.applications import Starlette
 
 from par_runtime.checked import shown
 from par_runtime.errors import RequestError
-from par_runtime.reading import unreadable
 
 WAITING_CONNECTIONS = 1024  #: that the system holds before the server takes them
 
@@ -37,8 +36,8 @@ def bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         out.close()
         raise RequestError(
-            f"--host {host} --port {port}: {unreadable(error)}; give another --port (0: any that is free), or another "
-            "--host of this machine"
+            f"--host {shown(host)} --port {port}: {error.strerror or error}; give another --port (0: any that is "
+            "free), or a --host of this machine (0.0.0.0: every one)"
         ) from error
     return out
 

@@ -112,7 +112,7 @@ def test_an_image_is_that_of_the_command_line(tmp_path: Path) -> None:
             ["--host", "no.such.host.invalid"],
             "--host 'no.such.host.invalid': expected the name or address of this machine",
         ),
-        (["--host", "192.0.2.1", "--port", "0"], "--host 192.0.2.1 --port 0: "),
+        (["--host", "192.0.2.1", "--port", "0"], "--host '192.0.2.1' --port 0: Cannot assign requested address; "),
         (["--max-batch", "0"], "--max-batch 0: expected 1 or more"),
         (["--max-waiting", "0"], "--max-waiting 0: expected 1 or more"),
         (["--max-wait-ms", "-1"], "--max-wait-ms -1.0: expected 0 to 1000000 milliseconds"),
@@ -137,5 +137,5 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys: pytest.C
         port = taken.getsockname()[1]
         assert run("serve", TINY, "--port", port) == 2
     error = capsys.readouterr().err
-    assert f"--host 127.0.0.1 --port {port}: " in error
+    assert f"--host '127.0.0.1' --port {port}: Address already in use; " in error
     assert "give another --port (0: any that is free)" in error
