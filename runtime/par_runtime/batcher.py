@@ -191,14 +191,15 @@ class Batcher:
         """How many calls of the pipeline made them."""
         return self._worker.calls
 
-    def close(self, *, cancel: bool = False) -> None:
-        """Take no more requests, and wait until those that wait are made; ``cancel``: cancel these instead.
+    def close(self, *, cancel: bool = False, wait: bool = True) -> None:
+        """Take no more requests, and wait until those that wait are made; ``cancel``: cancel these instead. Without
+        ``wait`` they are made while the caller goes on.
 
         The pipeline stays open. A second ``close`` waits too, where the first one was interrupted. In a callback of a
         future it does not wait. Raises RequestError in a callback of the pipeline.
         """
         worker = self._worker
-        if worker.thread is threading.current_thread():
+        if not wait or worker.thread is threading.current_thread():
             worker.close(cancel)
             return
         self._check_may_wait("close", "call it afterwards")

@@ -34,13 +34,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     with importing("par_runtime.server.run"):
         from par_runtime.server import application
-        from par_runtime.server.run import bound, serve, url
+        from par_runtime.server.run import Once, bound, more_descriptors, serve, url
 
     bundle = Bundle.open(args.bundle)
     if bundle.image_size is None:
         raise RequestError(
             f"{bundle.path}: this bundle ends at tokens and makes no images, so there is nothing to serve"
         )
+    more_descriptors()
     with bound(args.host, args.port) as listening:
         pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)
         say_why_on_the_cpu(args, pipeline)
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         app = application(batcher, name=args.name, timeout_s=args.timeout)
         about = f"{bundle.name}, {pipeline.backend.info.name}, in calls of up to {batcher.max_batch}"
         line = printable(f"{url(listening)}  ({about})")
-        with _logged(args):
+        with _logged(args, Once()):
             serve(app, listening, args.drain, lambda: None if args.quiet else print(line, flush=True))
         batcher.close(cancel=True)
         pipeline.close()
@@ -79,20 +80,26 @@ def _warm_up(pipeline: Pipeline, most: int) -> None:
 
 
 @contextmanager
-def _logged(args: argparse.Namespace) -> Iterator[None]:
-    """Errors of requests on standard error, and with ``--access-log`` a line for each request."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    names = ["par_runtime.server", "par_runtime.batcher", "uvicorn.error"] + ["uvicorn.access"] * args.access_log
-    loggers = [logging.getLogger(name) for name in names]
-    for each in loggers:
-        each.addHandler(handler)
-        each.setLevel(logging.INFO if each.name == "uvicorn.access" else logging.WARNING)
+def _logged(args: argparse.Namespace, once: logging.Filter) -> Iterator[None]:
+    """Errors of requests on standard error, and with ``--access-log`` a line for each request. ``once``: lets equal
+    messages of the event loop pass now and then.
+    """
+    handler, rare = logging.StreamHandler(sys.stderr), logging.StreamHandler(sys.stderr)
+    rare.addFilter(once)
+    for each in (handler, rare):
+        each.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    kinds = {"par_runtime.server": handler, "par_runtime.batcher": handler, "uvicorn.error": rare, "asyncio": rare}
+    if args.access_log:
+        kinds["uvicorn.access"] = handler
+    for name, each in kinds.items():
+        logger = logging.getLogger(name)
+        logger.addHandler(each)
+        logger.setLevel(logging.INFO if name == "uvicorn.access" else logging.WARNING)
     try:
         yield
     finally:
-        for each in loggers:
-            each.removeHandler(handler)
+        for name, each in kinds.items():
+            logging.getLogger(name).removeHandler(each)
 
 
 def parser() -> argparse.ArgumentParser:

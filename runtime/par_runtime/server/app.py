@@ -1,18 +1,21 @@
 """The ASGI application: routes, errors, and requests that wait for the images of a Batcher.
 
 One event loop takes all requests. What takes time does not run in it: the Batcher makes images in a thread of its own,
-and requests are checked and files encoded in threads of asyncio.
+and files are encoded in a few more. ``patience.py`` says how long a request waits for both.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -30,12 +33,15 @@ from par_runtime.request import classes
 from par_runtime.result import Result
 from par_runtime.server.asked import TYPES, Asked, formats, of_json, of_query
 from par_runtime.server.metrics import CONTENT_TYPE, Metrics
+from par_runtime.server.patience import Patience, Refused, stopping_now
+from par_runtime.system import available_cores
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 60.0
 MOST_BODY = 64 * 1024  #: bytes
 MOST_NAME = 200
+MOST_ENCODERS = 4  #: threads; no more than there are cores
 CLIENT_LEFT = 499  #: what proxies call it; nobody reads it
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -59,21 +65,10 @@ def application(batcher: Batcher, *, name: str | None = None, timeout_s: float =
     if not is_text(name, MOST_NAME):
         raise RequestError(f"name {given(name)}: expected a text of 1 to {MOST_NAME} printable characters")
     service = _Service(batcher, name, timeout_s)
-    return Starlette(routes=service.routes(), exception_handlers={HTTPException: service.no_route})
-
-
-class _Refused(Exception):  # noqa: N818, it is an answer
-    """What a request is answered with in place of what it asked for."""
-
-    def __init__(self, code: int, message: str, kind: str = "invalid_request_error", **headers: str) -> None:
-        super().__init__(message)
-        self.code, self.kind = code, kind
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-
-    def response(self) -> Response:
-        """In OpenAI's form, which libraries turn into exceptions."""
-        error = {"message": str(self), "type": self.kind, "param": None, "code": None}
-        return JSONResponse({"error": error}, self.code, self.headers)
+    app = Starlette(routes=service.routes(), exception_handlers={HTTPException: service.no_route})
+    app.router.redirect_slashes = False  # to an address that a proxy in front may not have
+    app.state.service = service
+    return app
 
 
 class _Service:
@@ -85,6 +80,10 @@ class _Service:
         self.counters = Metrics(batcher)
         self.failing = False  # the last images could not be made
         self.began = int(time.time())
+        self.stopping = asyncio.Event()
+        self.encoders = ThreadPoolExecutor(min(MOST_ENCODERS, available_cores()), "parvis-encoder")
+        self.encoding = 0  # files that are asked for and not yet there
+        self.every_label = json.dumps({"object": "list", "data": classes(self.bundle)}).encode()
         self.content = files("par_runtime.server").joinpath("page.html").read_text(encoding="utf-8")
 
     def routes(self) -> list[Route]:
@@ -99,6 +98,9 @@ class _Service:
             "/metrics": self.metrics,
         }
         routes = [Route(path, self.answered(path, handler), methods=["GET"]) for path, handler in handlers.items()]
+        for route in routes:
+            if route.path == "/v1/images" and route.methods is not None:
+                route.methods.discard("HEAD")  # it would make the image
         posted = "/v1/images/generations"
         self.paths = [path.replace("{name:path}", "NAME") for path in (*handlers, posted)]
         return [*routes, Route(posted, self.answered(posted, self.images), methods=["POST"])]
@@ -110,19 +112,20 @@ class _Service:
             try:
                 response = await handler(request)
             except RequestError as error:
-                response = _Refused(400, str(error)).response()
-            except _Refused as refused:
+                response = Refused(400, str(error)).response()
+            except Refused as refused:
                 response = refused.response()
             except ClientDisconnect:
                 response = Response(status_code=CLIENT_LEFT)
+            except asyncio.CancelledError:  # nobody waits any more, as where the process ends
+                response = stopping_now().response()
             except Exception:  # of a bundle that was damaged, a GPU that failed: its text may name files
                 log.exception("a request has failed")
-                response = _Refused(
+                response = Refused(
                     500, "the server could not make the images; its log says why", "api_error"
                 ).response()
             self.counters.count(path, response.status_code)
-            response.headers["X-Content-Type-Options"] = "nosniff"
-            return response
+            return _as_said(response)
 
         return answer
 
@@ -135,14 +138,15 @@ class _Service:
             message = f"{request.method}: expected {allowed} at this path"
         else:
             message = f"nothing is at this path; expected one of {', '.join(self.paths)}"
-        return _Refused(error.status_code, message, **dict(error.headers or {})).response()
+        close = {} if request.method in ("GET", "HEAD") else {"Connection": "close"}  # its body is not read
+        return _as_said(Refused(error.status_code, message, **dict(error.headers or {}), **close).response())
 
     # -- images -------------------------------------------------------------------------------------------------------
 
     async def image(self, request: Request) -> Response:
         """One image, as a file: GET /v1/images?label=micah&seed=7."""
         began = time.perf_counter()
-        asked = await asyncio.to_thread(of_query, self.bundle, request.query_params.multi_items())
+        asked = of_query(self.bundle, request.query_params.multi_items())
         tag = asked.tag((self.bundle.hash, self.pipeline.made_on))
         headers = {
             "ETag": tag,
@@ -153,24 +157,28 @@ class _Service:
         if not asked.again:
             headers |= {"Cache-Control": "no-store"}
             del headers["ETag"]
-        elif tag in request.headers.get("if-none-match", ""):
+        elif _has(request, tag):
             return Response(None, 304, headers)
-        (content,) = await self._files(request, asked)
+        async with Patience(request, self.timeout_s, self.stopping) as patience:
+            (content,) = await self._files(patience, asked)
         self.counters.took(time.perf_counter() - began)
         return Response(content, 200, headers, asked.content_type)
 
     async def images(self, request: Request) -> Response:
         """Images as OpenAI's clients ask for them: POST /v1/images/generations."""
         began = time.perf_counter()
-        asked = await asyncio.to_thread(of_json, self.bundle, self.name, await _body(request))
-        if len(asked.seeds) > self.batcher.max_waiting:
-            most = self.batcher.max_waiting
-            raise _Refused(400, f"n {len(asked.seeds)}: expected 1 to {most}, as many as may wait here")
-        contents = await self._files(request, asked)
-        encoded = await asyncio.to_thread(lambda: [base64.b64encode(content).decode() for content in contents])
+        async with Patience(request, self.timeout_s, self.stopping) as patience:
+            text = f"the body did not come within {self.timeout_s:g} s"
+            body = await patience.wait_for(_body(request), Refused(408, text, Connection="close"))
+            asked = of_json(self.bundle, self.name, body)
+            if len(asked.seeds) > self.batcher.max_waiting:
+                most = self.batcher.max_waiting
+                raise Refused(400, f"n {len(asked.seeds)}: expected 1 to {most}, as many as may wait here")
+            contents = await self._files(patience, asked)
         height, width = (asked.scale * side for side in self.bundle.image_size or (0, 0))
         names = self.bundle.class_names
         label = {"label": asked.label, "name": None if names is None else names[asked.label]}
+        encoded = (base64.b64encode(content).decode() for content in contents)
         data = [{"b64_json": each, "seed": seed} | label for each, seed in zip(encoded, asked.seeds, strict=True)]
         answer = {
             "created": int(time.time()),
@@ -183,46 +191,54 @@ class _Service:
         self.counters.took(time.perf_counter() - began)
         return JSONResponse(answer)
 
-    async def _files(self, request: Request, asked: Asked) -> list[bytes]:
-        """The files that were asked for. Raises _Refused, and what the pipeline raises."""
-        results = await self._made(request, asked)
-        encode = lambda: [each.to_bytes(asked.kind, scale=asked.scale, fps=asked.fps) for each in results]  # noqa: E731
-        return await asyncio.to_thread(encode)
+    async def _files(self, patience: Patience, asked: Asked) -> list[bytes]:
+        """The files that were asked for. Raises Refused, ClientDisconnect, and what the pipeline raises.
 
-    async def _made(self, request: Request, asked: Asked) -> list[Result]:
-        """The images that were asked for, when they are made; none are made for somebody who has left."""
-        futures: list[Future[Result]] = []
-        left = asyncio.ensure_future(_left(request))
-        made: asyncio.Future[list[Result]] | None = None
+        What was not begun when the waiting ends is not made: neither images nor files.
+        """
+        late = Refused(504, f"the images were not made within {self.timeout_s:g} s; try again later", "api_error")
+        patience.watch()
         try:
-            for seed in asked.seeds:
-                futures.append(self.batcher.submit(asked.label, asked.settings, seed=seed))
-            made = asyncio.gather(*map(asyncio.wrap_future, futures))
-            made.add_done_callback(_seen)
-            both: list[asyncio.Future[Any]] = [made, left]
-            await asyncio.wait(both, timeout=self.timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if made.done():
-                results = made.result()
-                self.failing = False
-                return results
-            if left.done():
-                raise ClientDisconnect
-            raise _Refused(504, f"the images were not made within {self.timeout_s:g} s; try again later", "api_error")
-        except BusyError as busy:
-            most = self.batcher.max_waiting
-            text = f"{most} images wait already; try again later"
-            raise _Refused(503, text, "server_busy", Retry_After="1") from busy
-        except RequestError as closed:  # the request itself was checked before
-            raise _Refused(503, "the server is stopping", "server_stopping", Retry_After="1") from closed
-        except (_Refused, ClientDisconnect):
+            results = await patience.wait_for(self._made(asked), late)
+            self.failing = False
+        except (Refused, ClientDisconnect):
             raise
         except Exception:
             self.failing = True
             raise
+        self.encoding += len(results)
+        try:
+            return await patience.wait_for(self._encoded(results, asked), late)
         finally:
-            left.cancel()
-            for each in ([] if made is None else [made]) + futures:
+            self.encoding -= len(results)
+
+    async def _made(self, asked: Asked) -> list[Result]:
+        """Images, made in common calls with those of others. Raises Refused, and what the pipeline raises."""
+        futures: list[Future[Result]] = []
+        try:
+            if self.encoding >= self.batcher.max_waiting:
+                raise BusyError("")
+            for seed in asked.seeds:
+                futures.append(self.batcher.submit(asked.label, asked.settings, seed=seed))
+            return await asyncio.gather(*map(asyncio.wrap_future, futures))
+        except BusyError as busy:
+            text = f"{self.batcher.max_waiting} images wait already; try again later"
+            raise Refused(503, text, "server_busy", Retry_After="1") from busy
+        except RequestError as closed:  # the request itself was checked before
+            raise stopping_now() from closed
+        finally:
+            for each in futures:
                 each.cancel()
+
+    async def _encoded(self, results: list[Result], asked: Asked) -> list[bytes]:
+        """Their files, made by threads of our own: those of asyncio's would be shared with the rest of the program."""
+        loop = asyncio.get_running_loop()
+        jobs = (partial(each.to_bytes, asked.kind, scale=asked.scale, fps=asked.fps) for each in results)
+        return await asyncio.gather(*(loop.run_in_executor(self.encoders, job) for job in jobs))
+
+    def close(self) -> None:
+        """Encode nothing more. What is being encoded goes on for some seconds at most."""
+        self.encoders.shutdown(wait=False, cancel_futures=True)
 
     # -- what is served -----------------------------------------------------------------------------------------------
 
@@ -237,7 +253,7 @@ class _Service:
     async def model(self, request: Request) -> Response:
         """The model of that name."""
         if request.path_params["name"] != self.name:
-            raise _Refused(404, f"no model of that name; expected {self.name}")
+            raise Refused(404, f"no model of that name; expected {self.name}")
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
@@ -262,7 +278,7 @@ class _Service:
 
     async def labels(self, _: Request) -> Response:
         """All classes: index, name, synset."""
-        return JSONResponse({"object": "list", "data": await asyncio.to_thread(classes, self.bundle)})
+        return Response(self.every_label, 200, media_type="application/json")
 
     # -- for who runs it ----------------------------------------------------------------------------------------------
 
@@ -276,23 +292,25 @@ class _Service:
         return Response(self.counters.text(), 200, media_type=CONTENT_TYPE)
 
 
-def _seen(made: asyncio.Future[Any]) -> None:
-    """Look at what became of images that nobody waits for any more: asyncio complains of errors that were not seen."""
-    if not made.cancelled():
-        made.exception()
-
-
-async def _left(request: Request) -> None:
-    """Until whoever asked has closed the connection. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _body(request: Request) -> bytes:
-    """The body of a request. Raises _Refused where it is too long."""
+    """The body of a request. Raises Refused where it is too long."""
     content = bytearray()
     async for part in request.stream():
         content += part
         if len(content) > MOST_BODY:
-            raise _Refused(413, f"the body has more than {MOST_BODY} bytes; a request for images has some hundred")
+            text = f"the body has more than {MOST_BODY} bytes; a request for images has some hundred"
+            raise Refused(413, text, Connection="close")  # or the rest of it would be read
     return bytes(content)
+
+
+def _has(request: Request, tag: str) -> bool:
+    """Whether the client has what is named ``tag`` already."""
+    known = ",".join(request.headers.getlist("if-none-match"))
+    each = re.fullmatch(r'\s*(\*|(?:W/)?"[^"]*"(?:\s*,\s*(?:W/)?"[^"]*")*)\s*', known)
+    return each is not None and (each[1] == "*" or tag in re.findall('"[^"]*"', known))
+
+
+def _as_said(response: Response) -> Response:
+    """``response``, of which no browser may guess another kind than it says."""
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response

@@ -19,10 +19,11 @@ from par_runtime.clips import mp4
 from par_runtime.clips.formats import DEFAULT_FPS, check_clips, check_fps
 from par_runtime.errors import RequestError
 from par_runtime.images import png
+from par_runtime.images.recipe import MOST_SCALE
 from par_runtime.request import Settings, class_index, image_seeds, image_settings
 
 MOST_IMAGES = 32  #: of a request; its images lie in memory until the last one is made
-MOST_PIXELS = 2**24  #: of all of them, as they are sent: 32 images of 724x724
+MOST_PIXELS = 2**23  #: of all of them, as they are sent: 32 images of 512x512; as an MP4 they take seconds
 SAMPLING = ("guidance", "temperature", "top_k", "top_p", "greedy", "guidance_interval")
 OF_A_FILE = ("format", "scale", "fps")
 #: ending -> content type
@@ -85,6 +86,7 @@ def of_query(bundle: Bundle, pairs: Sequence[tuple[str, str]]) -> Asked:
     values: dict[str, Any] = {name: text if name in ("label", "format") else _value(text) for name, text in pairs}
     if "label" not in values:
         raise RequestError("no label; expected one, for instance ?label=0 (/v1/labels lists them)")
+    values["format"] = _format(bundle, "format", values.get("format"))
     return _asked(bundle, values, values["label"], 1)
 
 
@@ -108,12 +110,13 @@ def of_json(bundle: Bundle, name: str, body: bytes) -> Asked:
         raise RequestError("expected one of prompt and label: a class (/v1/labels lists them)")
     if values.get("response_format", "b64_json") != "b64_json":
         raise RequestError(f"response_format {given(values['response_format'])}: expected b64_json, the only one here")
+    for entry in (*SAMPLING, "prompt", "label", "n", "seed", "fps"):
+        if isinstance(values.get(entry), list | dict):
+            raise RequestError(f"{entry} {given(values[entry])}: expected one value")
     values["scale"] = _scale(bundle, values.pop("size", "auto"))
-    if "output_format" in values:
-        values["format"] = values.pop("output_format")
-    return _asked(
-        bundle, values, values.get("label", values.get("prompt")), whole("n", values.get("n", 1), 1, MOST_IMAGES)
-    )
+    values["format"] = _format(bundle, "output_format", values.get("output_format"))
+    count = whole("n", values.get("n", 1), 1, MOST_IMAGES)
+    return _asked(bundle, values, values.get("label", values.get("prompt")), count)
 
 
 def _check_names(names: Sequence[str], known: Collection[str], where: str) -> None:
@@ -129,14 +132,14 @@ def _check_names(names: Sequence[str], known: Collection[str], where: str) -> No
 
 def _value(text: str) -> Any:
     """The number or truth value that ``text`` is, else the text, which the check of its name then refuses."""
-    if re.fullmatch(r"[+-]?[0-9]{1,40}", text, re.ASCII):
+    if re.fullmatch(r"-?[0-9]{1,40}", text, re.ASCII):
         return int(text)
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    try:
-        return float(text) if len(text) <= 60 else text
-    except ValueError:
-        return text
+    number = len(text) <= 60 and re.fullmatch(
+        r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|-?inf", text.lower(), re.ASCII
+    )
+    return float(text) if number else text
 
 
 def _scale(bundle: Bundle, size: Any) -> int:
@@ -146,10 +149,14 @@ def _scale(bundle: Bundle, size: Any) -> int:
     height, width = bundle.image_size or (1, 1)
     match = re.fullmatch("([0-9]{1,6})x([0-9]{1,6})", size, re.ASCII) if isinstance(size, str) else None
     scale = int(match[1]) // width if match else 0
-    if match is None or scale < 1 or (int(match[1]), int(match[2])) != (scale * width, scale * height):
+    if (
+        match is None
+        or not 1 <= scale <= MOST_SCALE
+        or (int(match[1]), int(match[2])) != (scale * width, scale * height)
+    ):
         raise RequestError(
-            f"size {given(size)}: expected auto or {width}x{height}, the size of this model, or a whole multiple of it "
-            f"({2 * width}x{2 * height})"
+            f"size {given(size)}: expected auto or {width}x{height}, the size of this model, or a whole multiple of "
+            f"it, up to {MOST_SCALE * width}x{MOST_SCALE * height}"
         )
     return scale
 
@@ -172,10 +179,7 @@ def _asked(bundle: Bundle, values: Mapping[str, Any], label: Any, count: int) ->
 
 def _file(bundle: Bundle, values: Mapping[str, Any]) -> tuple[str, int, float | None]:
     """The ending, the scale and the frames per second of a file. Raises RequestError."""
-    kinds, named = formats(bundle), values.get("format")
-    if named is not None and named not in kinds:
-        raise RequestError(f"format {given(named)}: expected {' or '.join(kinds)}")
-    kind, scale = f".{named or kinds[0]}", values.get("scale", 1)
+    kind, scale = f".{values['format']}", values.get("scale", 1)
     png.check_scale(scale)
     size = bundle.image_size or (1, 1)
     if not bundle.video:
@@ -187,6 +191,14 @@ def _file(bundle: Bundle, values: Mapping[str, Any]) -> tuple[str, int, float | 
     fps = check_fps(values.get("fps", DEFAULT_FPS), path)
     check_clips(path, 1, 1, bundle.frames, size, scale)
     return kind, scale, fps
+
+
+def _format(bundle: Bundle, name: str, value: Any) -> str:
+    """The kind of file that ``value`` of the entry ``name`` says, or the default. Raises RequestError."""
+    kinds = formats(bundle)
+    if value is not None and value not in kinds:
+        raise RequestError(f"{name} {given(value)}: expected {' or '.join(kinds)}")
+    return value or kinds[0]
 
 
 def formats(bundle: Bundle) -> list[str]:

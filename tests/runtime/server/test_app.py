@@ -75,9 +75,12 @@ def test_an_image_that_the_client_has_is_not_made_again(served: Served, batcher:
     again = served.get("/v1/images?seed=7&label=3", If_None_Match=f'"other", {first.headers["etag"]}')
     assert (again.code, again.body, again.headers["etag"]) == (304, b"", first.headers["etag"])
     assert batcher.images == made
-    other = served.get("/v1/images?label=3&seed=8", If_None_Match=first.headers["etag"])
-    assert other.code == 200
-    assert batcher.images == made + 1
+    path, tag = "/v1/images?label=3&seed=7", first.headers["etag"]
+    assert [served.get(path, If_None_Match=each).code for each in ("*", f"W/{tag}")] == [304, 304]
+    assert batcher.images == made
+    others = [served.get(path, If_None_Match=each).code for each in (f"x{tag}", tag.strip('"'), '"other"')]
+    assert [*others, served.get("/v1/images?label=3&seed=8", If_None_Match=tag).code] == [200] * 4
+    assert batcher.images == made + 4
 
 
 def test_openais_form_gives_images_with_their_seeds(served: Served, pipeline: Pipeline) -> None:
@@ -127,11 +130,13 @@ def test_many_users_at_once_have_their_own_images(served: Served, batcher: Batch
         ("/v1/image", 404, "nothing is at this path; expected one of /, /v1/images, "),
         ("/v1/models/gpt", 404, "no model of that name; expected tiny"),
         ("/x%0ay", 404, "nothing is at this path"),
+        ("/v1/images/", 404, "nothing is at this path"),
     ],
 )
 def test_a_bad_address_is_answered_with_what_is_expected(served: Served, path: str, code: int, expected: str) -> None:
     answer = served.get(path)
     assert (answer.code, answer.headers["content-type"]) == (code, "application/json")
+    assert answer.headers["x-content-type-options"] == "nosniff"
     assert expected in answer.error()
 
 
@@ -155,6 +160,8 @@ def test_another_method_is_answered_with_the_right_one(served: Served) -> None:
     assert (answer.code, answer.headers["allow"]) == (405, "POST")
     assert answer.error() == "GET: expected POST at this path"
     assert served.post("/v1/images", {}).code == 405
+    assert served.ask("HEAD", "/v1/images?label=0").code == 405  # it would make the image
+    assert served.ask("HEAD", "/health").code == 200
 
 
 def test_one_request_too_many_is_told_to_come_again(served: Served, batcher: Batcher) -> None:

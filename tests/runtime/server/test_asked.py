@@ -74,6 +74,10 @@ def test_entries_that_openai_has_and_that_ask_for_nothing_are_taken(bundle: Bund
         ("label=0&seed=x", "seed 'x': expected a whole number 0 .. 2**64-1"),
         ("label=0&seed=", "seed '': expected a whole number"),
         ("label=0&seed=1.5", "seed 1.5: expected a whole number"),
+        ("label=0&seed=1_0", "seed '1_0': expected a whole number"),
+        ("label=0&seed=\u0663", "seed '\u0663': expected a whole number"),
+        ("label=0&guidance=1_0", "guidance '1_0': expected 0 or more"),
+        ("label=0&guidance= 7", "guidance ' 7': expected 0 or more"),
         ("label=0&seed=-1", "seed -1: expected a whole number"),
         ("label=0&seed=" + "9" * 21, "seed 999999999999999999999: expected a whole number"),
         ("label=0&seed=" + "9" * 5000, "expected a whole number 0 .. 2**64-1"),
@@ -102,15 +106,18 @@ def test_a_bad_address_is_refused_with_what_is_expected(bundle: Bundle, text: st
     [
         ({}, "expected one of prompt and label"),
         ({"prompt": "0", "label": 0}, "expected one of prompt and label"),
-        ({"prompt": ["0"]}, "label ['0']: expected a class index or name, not a list"),
+        ({"prompt": ["0"]}, "prompt ['0']: expected one value"),
+        ({"prompt": "0", "guidance": [2]}, "guidance [2]: expected one value"),
+        ({"prompt": "0", "seed": {}}, "seed {}: expected one value"),
         ({"prompt": "0", "n": 0}, f"n 0: expected 1 to {MOST_IMAGES}"),
         ({"prompt": "0", "n": MOST_IMAGES + 1}, f"n {MOST_IMAGES + 1}: expected 1 to {MOST_IMAGES}"),
         ({"prompt": "0", "n": "2"}, "n '2': expected 1 to"),
         ({"prompt": "0", "model": "gpt-image-1"}, "model 'gpt-image-1': this server has 'tiny' alone"),
         ({"prompt": "0", "response_format": "url"}, "response_format 'url': expected b64_json"),
-        ({"prompt": "0", "output_format": "jpeg"}, "format 'jpeg': expected png"),
+        ({"prompt": "0", "output_format": "jpeg"}, "output_format 'jpeg': expected png"),
         ({"prompt": "0", "size": "1024x1024x"}, "size '1024x1024x': expected auto or"),
         ({"prompt": "0", "size": "17x17"}, "size '17x17': expected auto or"),
+        ({"prompt": "0", "size": "1040x1040"}, "the size of this model, or a whole multiple of it, up to 1024x1024"),
         ({"prompt": "0", "size": 64}, "size 64: expected auto or"),
         ({"prompt": "0", "quality": "hd"}, "quality 'hd': this server has nothing like it"),
         ({"prompt": "0", "stream": True}, "stream True: this server has nothing like it"),
@@ -145,9 +152,9 @@ def test_a_body_that_is_no_json_is_refused(bundle: Bundle, body: bytes, expected
 
 def test_a_request_for_too_many_pixels_is_refused(bundle: Bundle) -> None:
     large = replace(bundle, image_size=(1024, 1024))
-    assert len(posted(large, prompt="0", n=16).seeds) == 16
-    with pytest.raises(RequestError, match="17 x 1 x 1024 x 1024 is 17825792 pixels; expected at most 16777216"):
-        posted(large, prompt="0", n=17)
+    assert len(posted(large, prompt="0", n=8).seeds) == 8
+    with pytest.raises(RequestError, match="9 x 1 x 1024 x 1024 is 9437184 pixels; expected at most 8388608"):
+        posted(large, prompt="0", n=9)
 
 
 def test_whatever_is_sent_is_taken_or_refused_in_one_line(bundle: Bundle) -> None:

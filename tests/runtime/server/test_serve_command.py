@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from served import Served
 from sharing import TINY
 
 from conftest import child
-from par_runtime import Pipeline
+from par_runtime import Batcher, Pipeline, RequestError
+from par_runtime.server import application
+from par_runtime.server.run import bound, serve
 
 SERVE = [sys.executable, "-m", "par_runtime", "serve", str(TINY), "--port", "0", "--threads", "1", "--no-selftest"]
 
@@ -63,33 +65,120 @@ def test_what_was_taken_is_answered_when_it_is_told_to_end(number: signal.Signal
         assert '"POST /v1/images/generations HTTP/1.1" 200' in errors
 
 
-def test_a_second_ctrl_c_waits_for_nobody() -> None:
-    with started("--max-batch", "1", "--max-waiting", "9999") as (process, served):
-        ask = threading.Thread(target=_forgotten, args=(served,))
+def test_who_waits_when_the_time_to_drain_is_over_is_told_so() -> None:
+    with started("--max-batch", "1", "--drain", "1", "--max-waiting", "9999") as (process, served):
+        answers: list[Any] = []
+        ask = threading.Thread(target=lambda: answers.append(served.post("/v1/images/generations", {"prompt": "x"})))
+        body = b'{"prompt": "0"}'
+        head = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (len(body) + 1)
         ask.start()
+        with socket.create_connection(("127.0.0.1", served.port), timeout=60) as slow:
+            slow.sendall(head + body)  # the last byte never comes
+            ask.join(60)
+            assert answers[0].code == 400
+            process.send_signal(signal.SIGTERM)
+            said = b"".join(iter(lambda: slow.recv(65536), b""))
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.startswith(b"HTTP/1.1 503 ")
+    assert b'"the server is stopping"' in said
+    assert "1 requests were not done within 1 s" in errors
+    assert errors.count("\n") == 2, errors
+
+
+@pytest.mark.parametrize(
+    ("drain_s", "numbers", "code"), [("1", [signal.SIGTERM], 0), ("600", [signal.SIGINT, signal.SIGINT], 130)]
+)
+def test_a_client_that_does_not_read_does_not_hold_it_up(
+    drain_s: str, numbers: list[signal.Signals], code: int
+) -> None:
+    with started("--drain", drain_s) as (process, served), socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", served.port))
+        client.settimeout(2)
+        with suppress(TimeoutError):  # it does not take more before we read
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 20_000)
+        for number in [None, *numbers]:  # at first until answers fill what the system holds
+            if number is not None:
+                process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.7)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+
+
+def test_the_end_does_not_wait_for_company() -> None:
+    with started("--max-wait-ms", "600000", "--drain", "60") as (process, served):
+        answers: list[Any] = []
+        asking = threading.Thread(target=lambda: answers.append(served.get("/v1/images?label=0")))
+        asking.start()
         while served.get("/health").json()["waiting"] == 0:
             pass
+        process.send_signal(signal.SIGTERM)
+        asking.join(30)
+        assert process.wait(30) == 0
+        assert answers[0].code == 200
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As in the background of a shell, where Ctrl-C is for others."""
+    code = (
+        "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "runpy.run_module('par_runtime', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", code, *SERVE[3:]]
+    with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        served = Served(int(process.stdout.readline().split()[0].rpartition(":")[2]))
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        assert served.get("/health").code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def test_connections_beyond_the_limit_of_the_system_do_not_fill_the_log() -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)); import runpy, sys; "
+    code = limit + "runpy.run_module('par_runtime', run_name='__main__', alter_sys=True)"
+    with child([sys.executable, "-c", code, *SERVE[3:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().split()[0].rpartition(":")[2])
+        with ExitStack() as open_ones:
+            for _ in range(40):
+                open_ones.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(2.5)  # asyncio tries again every second
+        assert Served(port).get("/v1/images?label=0").code == 200
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert errors.count("no more connections: too many open files") == 1
+    assert errors.count("\n") < 6, errors
+
+
+def test_a_port_that_another_one_took_while_the_bundle_was_loaded_is_said() -> None:
+    with bound("127.0.0.1", 0) as ours, Pipeline.load(TINY, threads=1, selftest=False) as pipeline:
+        port = ours.getsockname()[1]
+        with bound("127.0.0.1", port) as theirs, Batcher(pipeline) as batcher:  # Linux lets both, until one listens
+            theirs.listen()
+            with pytest.raises(RequestError, match=f"--port {port}: .*; give another --port"):
+                serve(application(batcher), ours, 1.0, lambda: None)
+
+
+def test_a_second_ctrl_c_waits_for_nobody() -> None:
+    with started("--drain", "600") as (process, served):
         with socket.create_connection(("127.0.0.1", served.port)) as slow:
             slow.sendall(b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            assert served.get("/health").code == 200  # by then it has begun to read
             process.send_signal(signal.SIGINT)
             with pytest.raises(subprocess.TimeoutExpired):  # it waits for the rest of that request
                 process.wait(1)
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
-        ask.join(60)
-
-
-def _forgotten(served: Served) -> None:
-    """A request whose answer may never come."""
-    connection = served.connect()
-    connection.request("GET", "/v1/images?label=0")
-    try:
-        connection.getresponse().read()
-    except OSError:
-        pass
-    finally:
-        connection.close()
+        assert "Traceback" not in errors
 
 
 def test_an_image_is_that_of_the_command_line(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""How long a request is worked on: until its time is over, whoever asked has left, or the server stops."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+T = TypeVar("T")
+
+
+class Refused(Exception):  # noqa: N818, it is an answer
+    """What a request is answered with in place of what it asked for."""
+
+    def __init__(self, code: int, message: str, kind: str = "invalid_request_error", **headers: str) -> None:
+        super().__init__(message)
+        self.code, self.kind = code, kind
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def response(self) -> Response:
+        """In OpenAI's form, which libraries turn into exceptions."""
+        error = {"message": str(self), "type": self.kind, "param": None, "code": None}
+        return JSONResponse({"error": error}, self.code, self.headers)
+
+
+def stopping_now() -> Refused:
+    """The answer of a server that has no time left."""
+    return Refused(503, "the server is stopping", "server_stopping", Retry_After="1", Connection="close")
+
+
+class Patience:
+    """Waits for parts of the work of one ``request``, in all for ``seconds``; in ``async with``.
+
+    ``stopping``: set when the server has no time left. Once the body of the request is read, :meth:`watch` begins to
+    look whether the client is still there.
+    """
+
+    def __init__(self, request: Request, seconds: float, stopping: asyncio.Event) -> None:
+        self._request, self._seconds = request, seconds
+        self._end = asyncio.get_running_loop().time() + seconds
+        self._stopping = asyncio.ensure_future(stopping.wait())
+        self._left: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Patience:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for each in (self._stopping, self._left):
+            if each is not None:
+                each.cancel()
+
+    def watch(self) -> None:
+        """From now on a client that leaves ends the waiting. The body must have been read."""
+        self._left = asyncio.ensure_future(_left(self._request))
+
+    async def wait_for(self, work: Awaitable[T], late: Refused) -> T:
+        """What ``work`` gives, or raises. Raises ``late`` where it takes too long, Refused where the server stops,
+        ClientDisconnect; ``work`` is cancelled then.
+        """
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(_seen)
+        ends: set[asyncio.Future[Any]] = {task, self._stopping} | (set() if self._left is None else {self._left})
+        left_s = max(0.0, self._end - asyncio.get_running_loop().time())
+        try:
+            await asyncio.wait(ends, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
+        if self._left is not None and self._left.done():
+            raise ClientDisconnect
+        raise stopping_now() if self._stopping.done() else late
+
+
+def _seen(task: asyncio.Future[Any]) -> None:
+    """Look at what became of work that nobody waits for any more: asyncio complains of errors that were not seen."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _left(request: Request) -> None:
+    """Until whoever asked has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
