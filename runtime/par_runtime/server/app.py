@@ -80,7 +80,8 @@ class _Service:
         self.counters = Metrics(batcher)
         self.failing = False  # the last images could not be made
         self.began = int(time.time())
-        self.stopping = asyncio.Event()
+        self.closing = asyncio.Event()  # set when no more requests are taken,
+        self.stopping = asyncio.Event()  # and when there is no time left for those that were
         self.encoders = ThreadPoolExecutor(min(MOST_ENCODERS, available_cores()), "parvis-encoder")
         self.encoding = 0  # files that are asked for and not yet there
         self.every_label = json.dumps({"object": "list", "data": classes(self.bundle)}).encode()
@@ -167,13 +168,14 @@ class _Service:
     async def images(self, request: Request) -> Response:
         """Images as OpenAI's clients ask for them: POST /v1/images/generations."""
         began = time.perf_counter()
-        async with Patience(request, self.timeout_s, self.stopping) as patience:
+        async with Patience(request, self.timeout_s, self.closing) as patience:
             text = f"the body did not come within {self.timeout_s:g} s"
             body = await patience.wait_for(_body(request), Refused(408, text, Connection="close"))
-            asked = of_json(self.bundle, self.name, body)
-            if len(asked.seeds) > self.batcher.max_waiting:
-                most = self.batcher.max_waiting
-                raise Refused(400, f"n {len(asked.seeds)}: expected 1 to {most}, as many as may wait here")
+        asked = of_json(self.bundle, self.name, body)
+        if len(asked.seeds) > self.batcher.max_waiting:
+            most = self.batcher.max_waiting
+            raise Refused(400, f"n {len(asked.seeds)}: expected 1 to {most}, as many as may wait here")
+        async with Patience(request, self.timeout_s, self.stopping) as patience:
             contents = await self._files(patience, asked)
         height, width = (asked.scale * side for side in self.bundle.image_size or (0, 0))
         names = self.bundle.class_names

@@ -34,8 +34,8 @@ def stopping_now() -> Refused:
 class Patience:
     """Waits for parts of the work of one ``request``, in all for ``seconds``; in ``async with``.
 
-    ``stopping``: set when the server has no time left. Once the body of the request is read, :meth:`watch` begins to
-    look whether the client is still there.
+    ``stopping``: set when the server has no time left for it. Once the body of the request is read, :meth:`watch`
+    begins to look whether the client is still there.
     """
 
     def __init__(self, request: Request, seconds: float, stopping: asyncio.Event) -> None:

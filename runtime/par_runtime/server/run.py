@@ -91,6 +91,7 @@ class _Server(uvicorn.Server):
         """As uvicorn does, but no longer than the time to drain: then who waits is told so, and soon afterwards every
         connection is cut. A client that does not read would hold up the end for ever.
         """
+        self._service.closing.set()  # who has not asked to the end is not waited for
         self._service.batcher.close(wait=False)  # makes what waits at once, without waiting for company
         ending = asyncio.ensure_future(self._end())
         await super().shutdown(sockets)
