@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="parvis serve",
         description="Answer requests for images over HTTP: / is a page for a browser, /v1/images?label=0&seed=7 an "
-        "image, /v1/images/generations takes what OpenAI's clients send, /health and /metrics are for who runs it. "
+        "image, /v1/images/generations takes requests of OpenAI's clients, /health and /metrics are for operators. "
         "Requests that wait are made in common calls. Ctrl-C or SIGTERM: what was taken is answered, then exit code 0. "
         "docs/service.md lists all of it.",
     )
@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="then a request is answered with 504 (default: 60)",
+        help="until a request is answered with 504 (default: 60)",
     )
     p.add_argument(
         "--drain",
@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"after a signal, how long requests that were taken may still take (default: {DRAIN_S:g})",
     )
     p.add_argument("--access-log", action="store_true", help="a line on standard error for each request")
-    p.add_argument("--no-warm-up", action="store_true", help="do not make a first image and a first batch before")
-    options.add_common(p, "no address, no last line")
+    p.add_argument("--no-warm-up", action="store_true", help="make no image and no batch before the port is opened")
+    options.add_common(p, "print neither the address nor the last line")
     options.add_no_selftest(p)
     return p

@@ -98,12 +98,13 @@ class _Service:
             "/health": self.health,
             "/metrics": self.metrics,
         }
-        routes = [Route(path, self.answered(path, handler), methods=["GET"]) for path, handler in handlers.items()]
+        named = {path: path.replace("{name:path}", "NAME") for path in handlers}  # for people and metrics
+        routes = [Route(path, self.answered(named[path], handlers[path]), methods=["GET"]) for path in handlers]
         for route in routes:
             if route.path == "/v1/images" and route.methods is not None:
                 route.methods.discard("HEAD")  # it would make the image
         posted = "/v1/images/generations"
-        self.paths = [path.replace("{name:path}", "NAME") for path in (*handlers, posted)]
+        self.paths = [*named.values(), posted]
         return [*routes, Route(posted, self.answered(posted, self.images), methods=["POST"])]
 
     def answered(self, path: str, handler: Handler) -> Handler:
@@ -198,7 +199,9 @@ class _Service:
 
         What was not begun when the waiting ends is not made: neither images nor files.
         """
-        late = Refused(504, f"the images were not made within {self.timeout_s:g} s; try again later", "api_error")
+        late = Refused(
+            504, f"the images were not made within {self.timeout_s:g} s; ask for fewer, or later", "api_error"
+        )
         patience.watch()
         try:
             results = await patience.wait_for(self._made(asked), late)

@@ -17,7 +17,7 @@ from par_runtime.bundle import Bundle
 from par_runtime.checked import load_json, shown
 from par_runtime.clips import mp4
 from par_runtime.clips.formats import DEFAULT_FPS, check_clips, check_fps
-from par_runtime.errors import RequestError
+from par_runtime.errors import RequestError, how_to_install
 from par_runtime.images import png
 from par_runtime.images.recipe import MOST_SCALE
 from par_runtime.request import Settings, class_index, image_seeds, image_settings
@@ -84,6 +84,8 @@ def of_query(bundle: Bundle, pairs: Sequence[tuple[str, str]]) -> Asked:
     """One image, of the names and values of an address: "label=micah&seed=7". Raises RequestError."""
     _check_names([name for name, _ in pairs], ("label", "seed", *SAMPLING, *OF_A_FILE), "the address")
     values: dict[str, Any] = {name: text if name in ("label", "format") else _value(text) for name, text in pairs}
+    if values.get("greedy", 0) not in (0, 1):
+        raise RequestError(f"greedy {given(values['greedy'])}: expected true or false")
     if "label" not in values:
         raise RequestError("no label; expected one, for instance ?label=0 (/v1/labels lists them)")
     values["format"] = _format(bundle, "format", values.get("format"))
@@ -103,13 +105,16 @@ def of_json(bundle: Bundle, name: str, body: bytes) -> Asked:
     values = {entry: value for entry, value in entries.items() if value is not None}
     for entry, allowed in WITHOUT_MEANING.items():
         if entry in values and not any(values[entry] == each and type(values[entry]) is type(each) for each in allowed):
-            raise RequestError(f"{entry} {given(values[entry])}: this server has nothing like it; leave it out")
+            raise RequestError(f"{entry} {shown_json(values[entry])}: not supported here; leave it out")
     if values.get("model", name) != name:
         raise RequestError(f"model {given(values['model'])}: this server has {shown(name)} alone")
     if ("label" in values) == ("prompt" in values):
-        raise RequestError("expected one of prompt and label: a class (/v1/labels lists them)")
+        both = "both prompt and label were given; give one of them" if "label" in values else "no prompt"
+        raise RequestError(f'{both}: a class, for instance "0" (/v1/labels lists them)')
     if values.get("response_format", "b64_json") != "b64_json":
         raise RequestError(f"response_format {given(values['response_format'])}: expected b64_json, the only one here")
+    if "greedy" in values and type(values["greedy"]) is not bool:
+        raise RequestError(f"greedy {shown_json(values['greedy'])}: expected true or false")
     for entry in (*SAMPLING, "prompt", "label", "n", "seed", "fps"):
         if isinstance(values.get(entry), list | dict):
             raise RequestError(f"{entry} {given(values[entry])}: expected one value")
@@ -197,8 +202,21 @@ def _format(bundle: Bundle, name: str, value: Any) -> str:
     """The kind of file that ``value`` of the entry ``name`` says, or the default. Raises RequestError."""
     kinds = formats(bundle)
     if value is not None and value not in kinds:
-        raise RequestError(f"{name} {given(value)}: expected {' or '.join(kinds)}")
+        install = (
+            "" if value != "mp4" or not bundle.video else f" (mp4 needs PyAV on the server; {how_to_install('video')})"
+        )
+        raise RequestError(f"{name} {given(value)}: expected {or_list(kinds)}{install}")
     return value or kinds[0]
+
+
+def or_list(words: Sequence[str]) -> str:
+    """ "gif, webp or apng"."""
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def shown_json(value: Any) -> str:
+    """A value of the body for a message, as JSON writes it."""
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else given(value)
 
 
 def formats(bundle: Bundle) -> list[str]:

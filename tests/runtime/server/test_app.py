@@ -182,7 +182,7 @@ def test_a_request_that_waits_too_long_is_answered_and_taken_back(
         with taken(batcher):
             answer = served.post("/v1/images/generations", {"prompt": "0", "n": 3})
             assert answer.code == 504
-            assert answer.error() == "the images were not made within 0.2 s; try again later"
+            assert answer.error() == "the images were not made within 0.2 s; ask for fewer, or later"
             until(lambda: batcher.waiting == 0)
         batcher.close()
     assert batcher.images == 1

@@ -86,7 +86,7 @@ def test_entries_that_openai_has_and_that_ask_for_nothing_are_taken(bundle: Bund
         ("label=0&guidance=true", "guidance True: expected 0 or more"),
         ("label=0&top_p=2", "top_p 2: expected 0 to 1"),
         ("label=0&top_k=1.5", "top_k 1.5: expected a whole number"),
-        ("label=0&greedy=maybe", "greedy 'maybe': expected True or False"),
+        ("label=0&greedy=maybe", "greedy 'maybe': expected true or false"),
         ("label=0&format=gif", "format 'gif': expected png"),
         ("label=0&fps=8", "fps 8: this model makes images, not clips"),
         ("label=0&scale=0", "scale 0"),
@@ -104,8 +104,8 @@ def test_a_bad_address_is_refused_with_what_is_expected(bundle: Bundle, text: st
 @pytest.mark.parametrize(
     ("entries", "expected"),
     [
-        ({}, "expected one of prompt and label"),
-        ({"prompt": "0", "label": 0}, "expected one of prompt and label"),
+        ({}, "no prompt: a class, for instance "),
+        ({"prompt": "0", "label": 0}, "both prompt and label were given; give one of them"),
         ({"prompt": ["0"]}, "prompt ['0']: expected one value"),
         ({"prompt": "0", "guidance": [2]}, "guidance [2]: expected one value"),
         ({"prompt": "0", "seed": {}}, "seed {}: expected one value"),
@@ -119,9 +119,11 @@ def test_a_bad_address_is_refused_with_what_is_expected(bundle: Bundle, text: st
         ({"prompt": "0", "size": "17x17"}, "size '17x17': expected auto or"),
         ({"prompt": "0", "size": "1040x1040"}, "the size of this model, or a whole multiple of it, up to 1024x1024"),
         ({"prompt": "0", "size": 64}, "size 64: expected auto or"),
-        ({"prompt": "0", "quality": "hd"}, "quality 'hd': this server has nothing like it"),
-        ({"prompt": "0", "stream": True}, "stream True: this server has nothing like it"),
-        ({"prompt": "0", "stream": 0}, "stream 0: this server has nothing like it"),
+        ({"prompt": "0", "quality": "hd"}, "quality 'hd': not supported here"),
+        ({"prompt": "0", "stream": True}, "stream true: not supported here"),
+        ({"prompt": "0", "stream": 0}, "stream 0: not supported here"),
+        ({"prompt": "0", "greedy": "true"}, "greedy 'true': expected true or false"),
+        ({"prompt": "0", "greedy": 1}, "greedy 1: expected true or false"),
         ({"prompt": "0", "guidance": "2"}, "guidance '2': expected 0 or more"),
         ({"prompt": "0", "seeds": [1, 2]}, "'seeds', which means nothing here; did you mean seed?"),
     ],
@@ -204,7 +206,7 @@ def test_a_video_model_makes_files_of_clips(bundle: Bundle, tiny_video: Path) ->
     asked = query(video, "label=0&seed=1")
     assert (asked.kind, asked.fps, asked.content_type) == (".gif", 8.0, "image/gif")
     assert query(video, "label=0&fps=12&format=webp").fps == 12
-    with pytest.raises(RequestError, match="format 'png': expected gif or webp"):
+    with pytest.raises(RequestError, match="format 'png': expected gif, webp"):
         query(video, "label=0&format=png")
     with pytest.raises(RequestError, match="expected 1 to 50 frames per second of a GIF"):
         query(video, "label=0&fps=60")

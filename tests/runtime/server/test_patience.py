@@ -58,7 +58,7 @@ def slow(patch: pytest.MonkeyPatch) -> Iterator[Slow]:
 def test_the_time_of_a_request_covers_its_files(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> None:
     with slow(monkeypatch) as encoding, serving(application(batcher, timeout_s=0.5)) as served:
         answer = served.post("/v1/images/generations", {"prompt": "0", "n": 3, "seed": 1})
-        assert (answer.code, answer.error()) == (504, "the images were not made within 0.5 s; try again later")
+        assert (answer.code, answer.error()) == (504, "the images were not made within 0.5 s; ask for fewer, or later")
         assert batcher.images == 3
         assert served.get("/v1/images?label=nobody").code == 400  # no check stands behind a file
         encoding.go.set()
