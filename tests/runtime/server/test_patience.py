@@ -76,6 +76,7 @@ def test_files_are_not_encoded_for_a_client_that_has_left(batcher: Batcher, monk
                 leaves.sendall(head % 2)
                 until(lambda: batcher.images == 2)
             until(lambda: b'code="499",path="/v1/images"} 1.0' in served.get("/metrics").body)
+            assert served.get("/health").code == 200  # by then the loop has told the threads too
             encoding.go.set()
             with http.client.HTTPResponse(stays) as answer:
                 answer.begin()
