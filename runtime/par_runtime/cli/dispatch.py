@@ -102,7 +102,6 @@ VERBS = {
 #: What others have as verbs, and where it is here.
 ELSEWHERE = {
     "score": "images are scored in Python, by Pipeline.score (README)",
-    "serve": "docs/service.md has a server in twenty lines",
     "decode": "tokens become images in Python, by Pipeline.decode (README); 'parvis reconstruct' takes pictures",
     "quantize": "'parvis calibrate' makes weights smaller, with the proof that images do not suffer",
     "fid": "'parvis sample' makes the images that evaluations take (docs/evaluation.md)",

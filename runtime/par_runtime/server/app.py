@@ -141,7 +141,7 @@ class _Service:
         else:
             message = f"nothing is at this path; expected one of {', '.join(self.paths)}"
         close = {} if request.method in ("GET", "HEAD") else {"Connection": "close"}  # its body is not read
-        return _as_said(Refused(error.status_code, message, **dict(error.headers or {}), **close).response())
+        return _as_said(Refused(error.status_code, message).telling(**dict(error.headers or {}), **close).response())
 
     # -- images -------------------------------------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class _Service:
         began = time.perf_counter()
         async with Patience(request, self.timeout_s, self.closing) as patience:
             text = f"the body did not come within {self.timeout_s:g} s"
-            body = await patience.wait_for(_body(request), Refused(408, text, Connection="close"))
+            body = await patience.wait_for(_body(request), Refused(408, text).telling(Connection="close"))
         asked = of_json(self.bundle, self.name, body)
         if len(asked.seeds) > self.batcher.max_waiting:
             most = self.batcher.max_waiting
@@ -228,7 +228,7 @@ class _Service:
             return await asyncio.gather(*map(asyncio.wrap_future, futures))
         except BusyError as busy:
             text = f"{self.batcher.max_waiting} images wait already; try again later"
-            raise Refused(503, text, "server_busy", Retry_After="1") from busy
+            raise Refused(503, text, "server_busy").telling(Retry_After="1") from busy
         except RequestError as closed:  # the request itself was checked before
             raise stopping_now() from closed
         finally:
@@ -304,7 +304,7 @@ async def _body(request: Request) -> bytes:
         content += part
         if len(content) > MOST_BODY:
             text = f"the body has more than {MOST_BODY} bytes; a request for images has some hundred"
-            raise Refused(413, text, Connection="close")  # or the rest of it would be read
+            raise Refused(413, text).telling(Connection="close")  # or the rest of it would be read
     return bytes(content)
 
 

@@ -15,20 +15,28 @@ T = TypeVar("T")
 class Refused(Exception):  # noqa: N818, it is an answer
     """What a request is answered with in place of what it asked for."""
 
-    def __init__(self, code: int, message: str, kind: str = "invalid_request_error", **headers: str) -> None:
-        super().__init__(message)
-        self.code, self.kind = code, kind
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    def __init__(self, code: int, message: str, kind: str = "invalid_request_error") -> None:
+        super().__init__(code, message, kind)
+        self.code, self.message, self.kind = code, message, kind
+        self.headers: dict[str, str] = {}
+
+    def __str__(self) -> str:
+        return self.message
+
+    def telling(self, **headers: str) -> Refused:
+        """It, with these headers: ``Retry_After="1"``."""
+        self.headers |= {name.replace("_", "-"): value for name, value in headers.items()}
+        return self
 
     def response(self) -> Response:
         """In OpenAI's form, which libraries turn into exceptions."""
-        error = {"message": str(self), "type": self.kind, "param": None, "code": None}
+        error = {"message": self.message, "type": self.kind, "param": None, "code": None}
         return JSONResponse({"error": error}, self.code, self.headers)
 
 
 def stopping_now() -> Refused:
     """The answer of a server that has no time left."""
-    return Refused(503, "the server is stopping", "server_stopping", Retry_After="1", Connection="close")
+    return Refused(503, "the server is stopping", "server_stopping").telling(Retry_After="1", Connection="close")
 
 
 class Patience:

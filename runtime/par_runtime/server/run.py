@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 
 from par_runtime.checked import shown
 from par_runtime.errors import RequestError
+from par_runtime.late import importing
 from par_runtime.system import explain
 
 log = logging.getLogger(__name__)
@@ -151,8 +152,8 @@ def serve(app: Starlette, listening: socket.socket, drain_s: float, ready: Calla
 def more_descriptors() -> None:
     """Let the process have as many open files, so connections, as the system lets it."""
     try:
-        import resource
-
+        with importing("resource"):
+            import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if hard != resource.RLIM_INFINITY and soft < hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

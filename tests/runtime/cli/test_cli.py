@@ -60,7 +60,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["gen", "x"], "unknown verb 'gen'; did you mean 'generate'? "),
         (["train-tokeniser"], "did you mean 'train-tokenizer'"),
         (["score", "x.png"], "unknown verb 'score': images are scored in Python, by Pipeline.score (README)"),
-        (["serve"], "unknown verb 'serve': docs/service.md has a server"),
+        (["server"], "unknown verb 'server'; did you mean 'serve'?"),
         (["generate", "x", "--lable", "0"], "unknown option --lable; did you mean --label?; 'parvis generate --help'"),
         (["export", "--checkpont=x.pt"], "unknown option --checkpont; did you mean --checkpoint?"),
         (["train", "--zzz"], "unknown option --zzz; 'parvis train --help' lists the options"),
