@@ -33,7 +33,7 @@ from par_runtime.request import classes
 from par_runtime.result import Result
 from par_runtime.server.asked import TYPES, Asked, formats, of_json, of_query
 from par_runtime.server.metrics import CONTENT_TYPE, Metrics
-from par_runtime.server.patience import Patience, Refused, stopping_now
+from par_runtime.server.patience import Patience, Refused, Signal, stopping_now
 from par_runtime.system import available_cores
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ class _Service:
         self.counters = Metrics(batcher)
         self.failing = False  # the last images could not be made
         self.began = int(time.time())
-        self.closing = asyncio.Event()  # set when no more requests are taken,
-        self.stopping = asyncio.Event()  # and when there is no time left for those that were
+        self.closing = Signal()  # given when no more requests are taken,
+        self.stopping = Signal()  # and when there is no time left for those that were
         self.encoders = ThreadPoolExecutor(min(MOST_ENCODERS, available_cores()), "parvis-encoder")
         self.encoding = 0  # files that are asked for and not yet there
         self.every_label = json.dumps({"object": "list", "data": classes(self.bundle)}).encode()

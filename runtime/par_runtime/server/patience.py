@@ -39,18 +39,44 @@ def stopping_now() -> Refused:
     return Refused(503, "the server is stopping", "server_stopping").telling(Retry_After="1", Connection="close")
 
 
+class Signal:
+    """Something that happens once, and that requests wait for. An event of asyncio would belong to the loop that waited
+    for it first; a program's tests have a loop for each request.
+    """
+
+    def __init__(self) -> None:
+        self._given = False
+        self._waiting: set[asyncio.Future[None]] = set()
+
+    def give(self) -> None:
+        """It has happened. To be called in the loop of those who wait."""
+        self._given = True
+        for each in list(self._waiting):
+            if not each.done():
+                each.set_result(None)
+
+    def future(self) -> asyncio.Future[None]:
+        """Done when it has happened."""
+        out: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(out)
+        out.add_done_callback(self._waiting.discard)
+        if self._given:
+            out.set_result(None)
+        return out
+
+
 class Patience:
     """Waits for parts of the work of one ``request``, in all for ``seconds``; in ``async with``.
 
-    ``stopping``: set when the server has no time left for it. Once the body of the request is read, :meth:`watch`
+    ``stopping``: given when the server has no time left for it. Once the body of the request is read, :meth:`watch`
     begins to look whether the client is still there.
     """
 
-    def __init__(self, request: Request, seconds: float, stopping: asyncio.Event) -> None:
+    def __init__(self, request: Request, seconds: float, stopping: Signal) -> None:
         self._request, self._seconds = request, seconds
         self._end = asyncio.get_running_loop().time() + seconds
-        self._stopping = asyncio.ensure_future(stopping.wait())
-        self._left: asyncio.Future[None] | None = None
+        self._stopping: asyncio.Future[Any] = stopping.future()
+        self._left: asyncio.Future[Any] | None = None
 
     async def __aenter__(self) -> Patience:
         return self

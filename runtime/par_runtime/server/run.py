@@ -92,7 +92,7 @@ class _Server(uvicorn.Server):
         """As uvicorn does, but no longer than the time to drain: then who waits is told so, and soon afterwards every
         connection is cut. A client that does not read would hold up the end for ever.
         """
-        self._service.closing.set()  # who has not asked to the end is not waited for
+        self._service.closing.give()  # who has not asked to the end is not waited for
         self._service.batcher.close(wait=False)  # makes what waits at once, without waiting for company
         ending = asyncio.ensure_future(self._end())
         await super().shutdown(sockets)
@@ -104,12 +104,12 @@ class _Server(uvicorn.Server):
     async def _end(self) -> None:
         await asyncio.sleep(self._drain_s)
         log.warning("%d requests were not done within %g s", len(self.server_state.tasks), self._drain_s)
-        self._service.stopping.set()
+        self._service.stopping.give()
         await asyncio.sleep(ANSWERS_S)
         self._cut()
 
     def _cut(self) -> None:
-        self._service.stopping.set()
+        self._service.stopping.give()
         for connection in list(self.server_state.connections):
             if connection.transport is not None:
                 connection.transport.abort()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -323,3 +324,30 @@ def test_a_slow_client_holds_up_nobody(served: Served) -> None:
         for thread in threads:
             thread.join(60)
         assert answers == [200] * 3
+
+
+def test_it_belongs_to_no_loop(batcher: Batcher, pipeline: Pipeline) -> None:
+    """Test clients of programs that have it as a part run each request in a loop of its own."""
+    app = application(batcher)
+
+    async def get() -> list[Any]:
+        asked, said = asyncio.Event(), list[Any]()
+
+        async def receive() -> dict[str, Any]:
+            if not asked.is_set():
+                asked.set()
+                return {"type": "http.request", "body": b"", "more_body": False}
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/v1/images", "query_string": b"label=0&seed=7"}
+        await app(scope | {"headers": [], "http_version": "1.1", "root_path": "", "scheme": "http"}, receive, send)
+        return said
+
+    for _ in range(2):
+        start, body = asyncio.run(get())
+        assert start["status"] == 200
+        assert body["body"] == pipeline.generate(0, seed=7).to_bytes()
