@@ -473,3 +473,16 @@ assert batcher.generate(1, seed=2) == wanted
 def test_python_ends_although_requests_wait(tiny: Path) -> None:
     done = child(tiny, "for i in range(50): batcher.submit(i % 6)")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_close_that_does_not_wait_returns_at_once_and_what_waits_is_made(shared_pipelines: Get) -> None:
+    pipeline = shared_pipelines(PLAIN)
+    batcher = Batcher(pipeline, max_wait_ms=600_000)  # nor is company waited for
+    with busy(pipeline):
+        future = batcher.submit(0, seed=7)
+        batcher.close(wait=False)
+        assert not future.done()
+        with pytest.raises(RequestError, match="this Batcher was closed"):
+            batcher.submit(0)
+    assert future.result(60) == pipeline.generate(0, seed=7)
+    batcher.close()
