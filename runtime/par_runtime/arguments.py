@@ -119,7 +119,12 @@ def truth(name: str, value: Any) -> bool:
 def choice(name: str, value: Any, options: Sequence[str]) -> None:
     """Raise RequestError unless ``value`` is one of these words."""
     if not isinstance(value, str) or value not in options:
-        raise RequestError(f"{name} {given(value)}: expected {', '.join(options[:-1])} or {options[-1]}")
+        raise RequestError(f"{name} {given(value)}: expected {either(options)}")
+
+
+def either(words: Sequence[str]) -> str:
+    """ "gif, webp or apng", of one word that one."""
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def function(name: str, value: Any) -> None:

@@ -18,7 +18,7 @@ from par_export.kernels.spec import Constant, Spec, round_up
 from par_export.kernels.step_batch import STRIDE_MULTIPLE
 from par_export.kernels.targets import Target
 from par_export.kernels.tile_model import matrix_of, product_us
-from par_export.kernels.tile_shapes import NUMBERS, SOURCES, ProductTile, Storage, panel_bytes
+from par_export.kernels.tile_shapes import NUMBERS, SCALE_BYTES, SOURCES, ProductTile, Storage, panel_bytes
 from par_export.kernels.tiles import MOST_HELD_BYTES, MOST_STAGES, holding, products, staged_of
 from par_model.config import PARConfig
 from par_runtime.backends.program import Launch, Pointer
@@ -27,7 +27,6 @@ KINDS = ("gates", "w2", "qkv", "wo", "head")  #: of products, by the bytes that 
 RESIDUALS = ("wo", "w2")
 LAYOUTS = 12  #: of a product, those that the model finds fastest
 LAYOUTS_OF_CODES = 8
-SCALE_BYTES = 2
 #: name -> type of the parameters of each source, where weights are numbers
 PARAMETERS: Mapping[str, Mapping[str, str]] = {
     "step.gates": {"h": "*fp16", "ss": "*fp32", "weights": "*fp16", "gains": "*fp32", "g": "*fp16", "M": "i32"},

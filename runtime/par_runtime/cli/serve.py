@@ -14,7 +14,6 @@ from par_runtime.bundle import Bundle
 from par_runtime.cli import options
 from par_runtime.cli.common import Parser, guarded, printable
 from par_runtime.cli.inputs import load_pipeline, say_why_on_the_cpu
-from par_runtime.errors import RequestError
 from par_runtime.late import importing
 from par_runtime.pipeline import Pipeline
 
@@ -33,14 +32,11 @@ def run(args: argparse.Namespace) -> int:
     """Check the options, take the port, load the bundle, and answer requests until a signal comes."""
     _check(args)
     with importing("par_runtime.server.run"):
-        from par_runtime.server import application
+        from par_runtime.server.app import application, check_makes_images
         from par_runtime.server.run import Once, bound, more_descriptors, serve, url
 
     bundle = Bundle.open(args.bundle)
-    if bundle.image_size is None:
-        raise RequestError(
-            f"{bundle.path}: this bundle ends at tokens and makes no images, so there is nothing to serve"
-        )
+    check_makes_images(bundle)
     more_descriptors()
     with bound(args.host, args.port) as listening:
         pipeline = load_pipeline(args, bundle, selftest=not args.no_selftest)

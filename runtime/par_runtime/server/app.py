@@ -27,6 +27,7 @@ from starlette.routing import Route
 
 from par_runtime.arguments import given, number
 from par_runtime.batcher import Batcher
+from par_runtime.bundle import Bundle
 from par_runtime.checked import is_text
 from par_runtime.errors import BusyError, RequestError
 from par_runtime.request import classes
@@ -56,10 +57,7 @@ def application(batcher: Batcher, *, name: str | None = None, timeout_s: float =
     if not isinstance(batcher, Batcher):
         raise RequestError(f"batcher: expected a par_runtime.Batcher, not a {type(batcher).__name__}")
     bundle = batcher.pipeline.bundle
-    if bundle.image_size is None:
-        raise RequestError(
-            f"{bundle.path}: this bundle ends at tokens and makes no images, so there is nothing to serve"
-        )
+    check_makes_images(bundle)
     timeout_s = number("timeout_s", timeout_s, 0.001, 1e6, "0.001 to 1000000 seconds")
     name = bundle.name if name is None else name
     if not is_text(name, MOST_NAME):
@@ -71,6 +69,14 @@ def application(batcher: Batcher, *, name: str | None = None, timeout_s: float =
     return app
 
 
+def check_makes_images(bundle: Bundle) -> None:
+    """Raise RequestError for a bundle that there is nothing to serve of."""
+    if bundle.image_size is None:
+        raise RequestError(
+            f"{bundle.path}: this bundle ends at tokens and makes no images, so there is nothing to serve"
+        )
+
+
 class _Service:
     """The handlers of all routes, and what they share."""
 
@@ -78,6 +84,7 @@ class _Service:
         self.batcher, self.pipeline, self.bundle = batcher, batcher.pipeline, batcher.pipeline.bundle
         self.name, self.timeout_s = name, timeout_s
         self.counters = Metrics(batcher)
+        self.formats = formats(self.bundle)  # looks for PyAV now, and not in the first request
         self.failing = False  # the last images could not be made
         self.began = int(time.time())
         self.closing = Signal()  # given when no more requests are taken,
@@ -222,18 +229,21 @@ class _Service:
         futures: list[Future[Result]] = []
         try:
             if self.encoding >= self.batcher.max_waiting:
-                raise BusyError("")
+                raise self._busy()
             for seed in asked.seeds:
                 futures.append(self.batcher.submit(asked.label, asked.settings, seed=seed))
             return await asyncio.gather(*map(asyncio.wrap_future, futures))
         except BusyError as busy:
-            text = f"{self.batcher.max_waiting} images wait already; try again later"
-            raise Refused(503, text, "server_busy").telling(Retry_After="1") from busy
+            raise self._busy() from busy
         except RequestError as closed:  # the request itself was checked before
             raise stopping_now() from closed
         finally:
             for each in futures:
                 each.cancel()
+
+    def _busy(self) -> Refused:
+        text = f"{self.batcher.max_waiting} images wait already; try again later"
+        return Refused(503, text, "server_busy").telling(Retry_After="1")
 
     async def _encoded(self, results: list[Result], asked: Asked) -> list[bytes]:
         """Their files, made by threads of our own: those of asyncio's would be shared with the rest of the program."""
@@ -273,8 +283,8 @@ class _Service:
             "backend": info.name,
             "size": f"{width}x{height}",
             "frames": bundle.frames,
-            "formats": formats(bundle),
-            "content_types": [TYPES[f".{kind}"] for kind in formats(bundle)],
+            "formats": self.formats,
+            "content_types": [TYPES[f".{kind}"] for kind in self.formats],
             "classes": bundle.n_classes,
             "calls": bundle.calls,
             "defaults": asdict(bundle.defaults),

@@ -8,11 +8,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from par_runtime.arguments import given, whole
+from par_runtime.arguments import either, given, whole
 from par_runtime.bundle import Bundle
 from par_runtime.checked import load_json, shown
 from par_runtime.clips import mp4
@@ -24,7 +25,7 @@ from par_runtime.request import Settings, class_index, image_seeds, image_settin
 
 MOST_IMAGES = 32  #: of a request; its images lie in memory until the last one is made
 MOST_PIXELS = 2**23  #: of all of them, as they are sent: 32 images of 512x512; as an MP4 they take seconds
-SAMPLING = ("guidance", "temperature", "top_k", "top_p", "greedy", "guidance_interval")
+SAMPLING = tuple(field.name for field in fields(Settings))
 OF_A_FILE = ("format", "scale", "fps")
 #: ending -> content type
 TYPES = {
@@ -205,13 +206,8 @@ def _format(bundle: Bundle, name: str, value: Any) -> str:
         install = (
             "" if value != "mp4" or not bundle.video else f" (mp4 needs PyAV on the server; {how_to_install('video')})"
         )
-        raise RequestError(f"{name} {given(value)}: expected {or_list(kinds)}{install}")
+        raise RequestError(f"{name} {given(value)}: expected {either(kinds)}{install}")
     return value or kinds[0]
-
-
-def or_list(words: Sequence[str]) -> str:
-    """ "gif, webp or apng"."""
-    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def shown_json(value: Any) -> str:
@@ -223,8 +219,14 @@ def formats(bundle: Bundle) -> list[str]:
     """The kinds of file that images or clips of ``bundle`` can be here; the first one is the default."""
     if not bundle.video:
         return ["png"]
+    return ["gif", "webp", "apng", *(["mp4"] if _has_mp4() else [])]
+
+
+@cache
+def _has_mp4() -> bool:
+    """Whether MP4 can be written. It is asked once: the import takes long, and looking for what is not there too."""
     try:
         mp4.library()
     except RequestError:
-        return ["gif", "webp", "apng"]
-    return ["gif", "webp", "apng", "mp4"]
+        return False
+    return True

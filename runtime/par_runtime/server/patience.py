@@ -73,7 +73,7 @@ class Patience:
     """
 
     def __init__(self, request: Request, seconds: float, stopping: Signal) -> None:
-        self._request, self._seconds = request, seconds
+        self._request = request
         self._end = asyncio.get_running_loop().time() + seconds
         self._stopping: asyncio.Future[Any] = stopping.future()
         self._left: asyncio.Future[Any] | None = None

@@ -170,10 +170,10 @@ class Once(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether ``record`` is said."""
-        now = time.monotonic()
-        if now - self._said.get(record.getMessage().splitlines()[0], -QUIET_S) < QUIET_S:
+        now, text = time.monotonic(), record.getMessage().partition("\n")[0]
+        if now - self._said.get(text, -QUIET_S) < QUIET_S:
             return False
-        self._said[record.getMessage().splitlines()[0]] = now
+        self._said[text] = now
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             record.msg, record.args, record.exc_info = "no more connections: %s", (explain(error),), None

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from served import Served, serving
-from sharing import TINY, busy, until
+from sharing import busy, until
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
@@ -29,9 +29,8 @@ from par_runtime.server import application
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Iterator[Pipeline]:
-    with Pipeline.load(TINY, device="cpu-ort", threads=1, selftest=False) as opened:
-        yield opened
+def pipeline(shared_pipelines: Callable[[str], Pipeline]) -> Pipeline:
+    return shared_pipelines("ONNX Runtime")
 
 
 @pytest.fixture

@@ -5,23 +5,22 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from served import Served, serving
-from sharing import TINY, until
+from sharing import until
 
 from par_runtime import Batcher, Pipeline, Result
 from par_runtime.server import app, application
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Iterator[Pipeline]:
-    with Pipeline.load(TINY, device="cpu-ort", threads=1, selftest=False) as opened:
-        yield opened
+def pipeline(shared_pipelines: Callable[[str], Pipeline]) -> Pipeline:
+    return shared_pipelines("ONNX Runtime")
 
 
 @pytest.fixture
